@@ -1,0 +1,130 @@
+"""saexp from Python: compose a config, run it, build one object, open a store."""
+
+import datetime
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+
+from saexp import registry
+from saexp.config import RunConfig, register_schema, to_run_config
+from saexp.config.folder import conf_folder
+from saexp.config.messages import COMPOSITION_ERRORS, one_line
+from saexp.context import RunContext
+from saexp.errors import StoreError
+from saexp.results import TaskResult
+from saexp.tasks import finished
+
+log = logging.getLogger(__name__)
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """A typed config from the same words as on the command line. Raises ConfigError."""
+    register_schema()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+            return to_run_config(hydra_compose("config", overrides=list(overrides)))
+    except COMPOSITION_ERRORS as error:
+        raise one_line(error) from error
+
+
+def build(kind: str, cfg: Any, **runtime: Any) -> Any:
+    """One object: model, sae, dataset, positions, analyzer, intervention, tracker."""
+    return registry.build(kind, cfg, **runtime)
+
+
+def load_sae(source: str | Path, layer: int | None = None, stream: str | None = None) -> Any:
+    """An SAE of any supported format from a folder, file or hub repository, format detected."""
+    from saexp.saes.loading import load_sae as load
+
+    return load(source, layer, stream)
+
+
+def open_store(path: str | Path) -> Any:
+    """An existing activation store: `.rows`, `.hookpoints`, `.acts(layer, stream)`."""
+    from saexp.activations.store import ActivationStore
+
+    return ActivationStore.open(path)
+
+
+def run(
+    cfg: RunConfig,
+    folder: str | Path | None = None,
+    *,
+    command: str | None = None,
+    group: str | None = None,
+) -> TaskResult:
+    """One run; its files go to `folder` (outputs/<date>/<time> where not given).
+
+    Raises SaexpError for anything the user can fix; what was computed before stays on disk.
+    """
+    registry.load_plugins(cfg.plugins)
+    now = datetime.datetime.now()
+    place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
+    if cfg.resume:
+        earlier = finished.find(cfg)
+        if earlier is not None:
+            log.info("reusing the finished run in %s", earlier)
+            shutil.copytree(earlier, place, dirs_exist_ok=True, ignore=_not_results)
+            return read_result(place)
+    tracker = registry.build("tracker", cfg.tracker)
+    context = RunContext(
+        folder=place,
+        tracker=tracker,
+        command=command or " ".join(sys.argv),
+        started=now.isoformat(timespec="seconds"),
+    )
+    task = registry.resolve("task", cfg.task.name)
+    tracker.start(
+        folder=place,
+        config=asdict(cfg),
+        name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
+        job_type=cfg.task.name,
+        group=group,
+    )
+    try:
+        result = task(cfg, context)
+        tracker.metrics(result.metrics)
+        for name in ("latents", "effects_summary"):
+            if name in result.tables:
+                tracker.table(name, result.tables[name])
+        for name, figure in result.figures.items():
+            tracker.figure(name, figure)
+    except BaseException as error:
+        (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        tracker.finish(1)
+        raise
+    tracker.finish(0)
+    finished.record(cfg, place)
+    result.path = place
+    return result
+
+
+def _not_results(_folder: str, names: list[str]) -> set[str]:
+    return {n for n in names if n in (".hydra", "wandb", "error.txt") or n.endswith(".log")}
+
+
+def read_result(folder: str | Path) -> TaskResult:
+    """The result of an earlier run, from its files."""
+    place = Path(folder)
+    metrics = json.loads((place / "metrics.json").read_text("utf-8"))
+    provenance = json.loads((place / "provenance.json").read_text("utf-8"))
+    tables = {p.stem: pd.read_parquet(p) for p in sorted(place.glob("*.parquet"))}
+    figures = {}
+    if "latents" in tables:
+        from saexp.reports.figures import run_figures
+
+        figures = run_figures(place)
+    return TaskResult(metrics, tables, figures, provenance["notes"], place)

@@ -1,0 +1,84 @@
+"""The command line: compose with Hydra, run, say in a few lines what came out."""
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from saexp.config import register_schema, to_run_config
+from saexp.config.folder import conf_folder
+from saexp.config.messages import COMPOSITION_ERRORS, one_line
+from saexp.errors import SaexpError
+
+
+def cell_folder(number: int, overrides: str) -> str:
+    """Folder of a sweep's cell: its number and overrides, safe as one path component."""
+    safe = re.sub(r"[^\w.,=+-]+", "_", str(overrides))
+    return f"{number}_{safe}"[:120]
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+def _job(raw: DictConfig) -> None:
+    cfg = to_run_config(raw)
+    about = HydraConfig.get()
+    sweep = about.mode == RunMode.MULTIRUN
+    if cfg.resume is None:
+        cfg = dataclasses.replace(cfg, resume=sweep)
+    from saexp import api
+
+    folder = Path(about.runtime.output_dir)
+    command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
+    group = Path(about.sweep.dir).name if sweep else None
+    try:
+        result = api.run(cfg, folder, command=command, group=group)
+    except SaexpError as error:
+        if sweep:
+            overrides = ",".join(about.overrides.task)
+            print(f"cell {about.job.num} ({overrides}) failed: {error}", file=sys.stderr)
+        raise
+    _summary(result, folder)
+
+
+def _summary(result: Any, folder: Path) -> None:
+    """The finding, then where everything is."""
+    if (folder / "report.html").is_file():
+        from saexp.reports.finding import headline
+
+        print(headline(folder))
+    else:
+        rows = result.metrics.get("collection/n_rows")
+        forwarded = result.metrics.get("collection/tokens_forwarded")
+        print(f"{rows} rows; {forwarded} tokens forwarded")
+    for note in result.notes:
+        print(f"note: {note}")
+    shown = os.path.relpath(folder)
+    print(f"report: {shown}/report.html" if (folder / "report.html").is_file() else shown)
+
+
+def main() -> None:
+    """Entry point; anything the user can fix is one line on stderr and exit code 1."""
+    register_schema()
+    OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
+    # Hydra would print its own shortened traceback; with this it hands errors on.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _job()
+    except SaexpError as error:
+        _fail(str(error))
+    except COMPOSITION_ERRORS as error:
+        _fail(str(one_line(error)))
+    except KeyboardInterrupt:
+        _fail("stopped; what was collected is kept, and the same command goes on from there")
+
+
+def _fail(message: str) -> None:
+    print(f"saexp: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,33 @@
+"""What a run can be asked: typed schemas for every config group, checked where they are made."""
+
+from saexp.config.components import (
+    AnalyzerConfig,
+    DatasetConfig,
+    InterventionConfig,
+    ModelConfig,
+    PositionsConfig,
+    SAEConfig,
+    StoreConfig,
+    TaskConfig,
+    TrackerConfig,
+)
+from saexp.config.run import RunConfig, register_schema, to_run_config
+from saexp.config.values import parse_coefficients, parse_layers, parse_width
+
+__all__ = [
+    "AnalyzerConfig",
+    "DatasetConfig",
+    "InterventionConfig",
+    "ModelConfig",
+    "PositionsConfig",
+    "RunConfig",
+    "SAEConfig",
+    "StoreConfig",
+    "TaskConfig",
+    "TrackerConfig",
+    "parse_coefficients",
+    "parse_layers",
+    "parse_width",
+    "register_schema",
+    "to_run_config",
+]

@@ -1,0 +1,273 @@
+"""One dataclass per config group, checked where it is made. No torch here."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from saexp.config.values import at_least, one_of, parse_coefficients, parse_layers, parse_width
+from saexp.errors import ConfigError
+
+UNITS = ("raw", "max_act", "p99_act", "resid_norm")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A language model and how to load it."""
+
+    name: str = MISSING
+    """Hub id, local folder, or a model shipped with saexp (`tiny`, `tiny_control`)."""
+    loader: str = "hf"
+    """Registry name of the loader."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    default_layer: int | None = None
+    """Layer used when `layer` is not given."""
+    chat: bool = False
+    """Wrap prompts in the tokenizer's chat template."""
+    trust_remote_code: bool = False
+    """Run code that a hub repository brings; off unless you say so."""
+    blocks: str | None = None
+    """Module path of the list of blocks, for shapes that are not recognised."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto (bfloat16 on cuda, else float32)."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            one_of("device", self.device, DEVICES)
+        one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(kw_only=True)
+class SAEConfig:
+    """A sparse autoencoder and where its files are."""
+
+    name: str = MISSING
+    """What to call it in reports and paths."""
+    loader: str = MISSING
+    """`release` (sae-lens' catalogue), `path` (a folder) or `random` (control)."""
+    release: str | None = None
+    """Release in sae-lens' catalogue; may hold {model}, see conf/sae/gemmascope.yaml."""
+    id: str | None = None
+    """SAE id inside the release; found from layer and width where not given."""
+    path: str | None = None
+    """Folder with the SAE's files; may hold {layer} and {width}."""
+    layer: Any = None
+    """0-based block index whose stream it reads."""
+    width: Any = None
+    """d_sae, as `16k` or a plain integer."""
+    default_width: Any = None
+    """Width used when `width` is not given."""
+    l0: int | None = None
+    """Wanted average L0 where a release has several; the canonical one where not given."""
+    model_name: str | None = None
+    """The language model it is used with."""
+    architecture: str | None = None
+    """Architecture, for `random` only."""
+    stream: str | None = None
+    """Stream it reads, for files that do not say (`resid_post` …); a contradiction is an error."""
+    d_in: int | None = None
+    """Input size, for `random` only; the model's d_model where not given."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto."""
+    dtype: str = "float32"
+    """dtype of its weights."""
+    seed: int = 0
+    """Seed, for `random` only."""
+
+    def __post_init__(self) -> None:
+        parse_width(self.width)
+        if self.layer is not None:
+            parse_layers(self.layer)
+        one_of("sae.dtype", self.dtype, DTYPES)
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """Texts with groups, spans, answers and splits."""
+
+    name: str = MISSING
+    """Registry name."""
+    path: str | None = None
+    """File or folder with the data."""
+    model_name: str | None = None
+    """The language model: shipped entities depend on it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> the file's column name, where they differ."""
+    groups: list[str] | None = None
+    """The two groups to contrast, first against second; the file's own where not given."""
+    group_rule: str | None = None
+    """Rule on a column that makes the groups, e.g. `matching_tokens == 0`."""
+    entity_types: list[str] | None = None
+    """Keep these entity types only."""
+    n_examples: int | None = None
+    """Keep at most this many examples per group and type (seeded choice)."""
+    split: dict[str, float] = field(default_factory=lambda: {"train": 0.5, "val": 0.1, "test": 0.4})
+    """Shares of entities per split, where the data has none."""
+    template: str | None = None
+    """Text made from each entity, with {entity} and {entity_type}."""
+    prompt_template: str | None = None
+    """Prompt interventions run on, with {entity} and {entity_type}."""
+    hf_split: str = "train"
+    """Split of a `datasets` dataset."""
+    text: str | None = None
+    """A text given on the command line."""
+    answer: str | None = None
+    """Its answer."""
+    background: str | None = None
+    """File of neutral text for the background filter; the shipped one where not given."""
+    max_length: int = 512
+    """Longest text in tokens, special tokens included; longer ones are cut."""
+    seed: int = 0
+    """Seed of the split and of any choice of examples."""
+
+    def __post_init__(self) -> None:
+        at_least("dataset.max_length", self.max_length, 2)
+        if self.split and abs(sum(self.split.values()) - 1) > 1e-6:
+            raise ConfigError(
+                f"dataset.split adds up to {sum(self.split.values()):g}; its shares must make 1"
+            )
+
+
+@dataclass(kw_only=True)
+class PositionsConfig:
+    """Which tokens of each text are analysed."""
+
+    name: str = MISSING
+    """Registry name."""
+    n: int = 1
+    """How many tokens (`entity_last_n`, `last`, `random`, `after_entity`)."""
+    indices: list[int] | None = None
+    """Indices into the text's tokens, negative ones from the end (`indices`)."""
+    substring: str | None = None
+    """Text whose tokens are taken (`substring`)."""
+    include_special: bool = False
+    """Let special tokens (BOS, …) be chosen."""
+    seed: int = 0
+    """Seed of `random`."""
+
+    def __post_init__(self) -> None:
+        at_least("positions.n", self.n, 1)
+
+
+@dataclass(kw_only=True)
+class InterventionConfig:
+    """A causal test: what is changed, where, how strongly, and what is looked at."""
+
+    name: str = MISSING
+    """Registry name: `none` runs no causal test."""
+    latents: Any = "selected"
+    """`selected` by the contrast, or a list of latent indices."""
+    top_k: int = 4
+    """How many selected latents per direction are tested as a group."""
+    unit: str = "resid_norm"
+    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's mean norm)."""
+    default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 2.0])
+    """Coefficients used when `coefficient` is not given."""
+    coefficient: Any = None
+    """Strength, a number or a list."""
+    where: str = "entity_last"
+    """Tokens that are changed: all, entity, entity_last, entity_to_end, last, prompt, generated."""
+    n_controls: int = 10
+    """Control latents per direction, matched in firing frequency and decoder norm."""
+    n_prompts: int = 100
+    """Prompts per group, from the test split (seeded choice)."""
+    max_new_tokens: int = 30
+    """Longest generation in tokens."""
+    outcomes: list[str] = field(default_factory=lambda: ["refusal"])
+    """What is scored, registry names of kind `outcome`."""
+    batch_tokens: int = 8192
+    """Tokens per batch of prompts, padding included."""
+    seed: int = 0
+    """Seed of the choice of prompts and controls."""
+
+    def __post_init__(self) -> None:
+        one_of("intervention.unit", self.unit, UNITS)
+        at_least("intervention.n_controls", self.n_controls, 0)
+        at_least("intervention.max_new_tokens", self.max_new_tokens, 1)
+        if self.coefficient is not None:
+            parse_coefficients(self.coefficient)
+        if self.latents != "selected":
+            wrong = not isinstance(self.latents, list) or not self.latents
+            if wrong or not all(isinstance(i, int) and i >= 0 for i in self.latents):
+                raise ConfigError(
+                    f"intervention.latents={self.latents} names no latents; "
+                    "type selected or a list such as '[1234,77]'"
+                )
+
+
+@dataclass(kw_only=True)
+class AnalyzerConfig:
+    """How latents are compared between groups."""
+
+    name: str = MISSING
+    """Registry name."""
+    alpha: float = 0.05
+    """False discovery rate at which a latent counts as significant."""
+    n_bootstrap: int = 1000
+    """Bootstrap resamples over entities."""
+    background_max: float = 0.02
+    """Latents firing on this share of background tokens or more are not selected."""
+    n_background: int = 4000
+    """Random background tokens looked at."""
+    top_k: int = 10
+    """Latents per direction marked `selected`."""
+    match_tokens: bool = True
+    """Resample to equal token counts where the groups' differ."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a component of your own."""
+    seed: int = 0
+    """Seed of the bootstrap and of background tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"analyzer.alpha={self.alpha} is no rate; type one such as 0.05")
+        at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
+
+
+@dataclass(kw_only=True)
+class TrackerConfig:
+    """Where metrics, tables and figures are sent while and after a run."""
+
+    name: str = MISSING
+    """Registry name: wandb, jsonl or none."""
+    project: str = "saexp"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user."""
+    group: str | None = None
+    """W&B group; a sweep's folder name where not given."""
+    mode: str | None = None
+    """online, offline or disabled; offline where no key is set."""
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What a run does."""
+
+    name: str = MISSING
+    """Registry name: analyze, collect, …"""
+    streams: list[str] = field(default_factory=lambda: ["resid_post"])
+    """Streams that `collect` stores at each layer: resid_post, attn_out, mlp_out, …"""
+
+
+@dataclass(kw_only=True)
+class StoreConfig:
+    """How activations are collected and kept."""
+
+    batch_tokens: int = 4096
+    """Tokens per batch of the forward pass, padding included."""
+    shard_rows: int = 65536
+    """Rows per shard file."""
+    dtype: str = "auto"
+    """dtype on disk: auto (the model's own), float32, bfloat16, float16."""
+
+    def __post_init__(self) -> None:
+        at_least("store.batch_tokens", self.batch_tokens, 1)
+        at_least("store.shard_rows", self.shard_rows, 1)
+        one_of("store.dtype", self.dtype, DTYPES)

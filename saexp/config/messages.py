@@ -1,0 +1,71 @@
+"""Hydra's and OmegaConf's errors in one line: what, where, what to type instead."""
+
+import dataclasses
+import re
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from saexp.config.run import RunConfig
+from saexp.errors import ConfigError, SaexpError
+from saexp.registry import did_you_mean
+
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def one_line(error: Exception) -> SaexpError:
+    """The same error as a SaexpError of one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SaexpError):
+            return cause
+        cause = cause.__cause__
+    return ConfigError(_explain(error))
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group and error.options:
+            return f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
+        return f"no config file {error.missing_cfg_file}; see python -m saexp --help"
+    if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
+        key = _full_key(error) or text.rpartition(":")[2].strip()
+        return f"{key} is not set; type {key}=<value> (see python -m saexp --help)"
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' is no key=value; quote lists, as in 'layer=[0,1,2]'"
+    if isinstance(error, ValidationError) and _full_key(error):
+        return f"{_full_key(error)}: {text.partition(' full_key')[0]}"
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
+        if unknown:
+            key = unknown[1] or _full_key(error) or unknown[2]
+            return f"no key '{key}'; {did_you_mean(key, known_keys())}"
+        group = re.search(r"Could not override '([^'=]+)'.*No match in the defaults list", text)
+        if group:
+            return f"no group '{group[1]}'; {did_you_mean(group[1], known_keys())}"
+        inner = error.__cause__
+        if isinstance(inner, Exception):
+            return _explain(inner)
+    return text
+
+
+def _full_key(error: Exception) -> str | None:
+    key = getattr(error, "full_key", None)
+    return str(key) if key else None
+
+
+def known_keys() -> list[str]:
+    """Every key that can be set: groups, top-level keys, and each group's settings."""
+    keys = []
+    for field in dataclasses.fields(RunConfig):
+        keys.append(field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys += [f"{field.name}.{f.name}" for f in dataclasses.fields(field.type)]
+    return keys

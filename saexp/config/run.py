@@ -1,0 +1,81 @@
+"""A whole run's config, its registration with Hydra, and the way from raw config to dataclasses."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from saexp.config.components import (
+    AnalyzerConfig,
+    DatasetConfig,
+    InterventionConfig,
+    ModelConfig,
+    PositionsConfig,
+    SAEConfig,
+    StoreConfig,
+    TaskConfig,
+    TrackerConfig,
+)
+from saexp.config.values import parse_coefficients, parse_layers, parse_width
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    task: TaskConfig = MISSING
+    """What is done."""
+    model: ModelConfig = MISSING
+    """Language model."""
+    sae: SAEConfig = MISSING
+    """Sparse autoencoder."""
+    dataset: DatasetConfig = MISSING
+    """Texts."""
+    positions: PositionsConfig = MISSING
+    """Tokens analysed."""
+    analyzer: AnalyzerConfig = MISSING
+    """Comparison of latents."""
+    intervention: InterventionConfig = MISSING
+    """Causal test."""
+    tracker: TrackerConfig = MISSING
+    """Logging."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Activation store."""
+    layer: Any = None
+    """0-based block index, or a list where a task takes several."""
+    width: Any = None
+    """SAE width, 16k or a plain integer."""
+    coefficient: Any = None
+    """Strength of the intervention, a number or a list."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16, or auto."""
+    cache_dir: str = "outputs/cache"
+    """Activation stores and labels, shared between runs."""
+    resume: bool | None = None
+    """Reuse a finished run with the same config; true in sweeps where not given."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules of your own to import first, whose components then can be named."""
+
+    def __post_init__(self) -> None:
+        parse_width(self.width)
+        if self.layer is not None:
+            parse_layers(self.layer)
+        if self.coefficient is not None:
+            parse_coefficients(self.coefficient)
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra as `base_run`, which `conf/config.yaml` starts from."""
+    ConfigStore.instance().store(name="base_run", node=RunConfig)
+
+
+def to_run_config(cfg: DictConfig) -> RunConfig:
+    """Resolve and turn into dataclasses; below this nothing sees a raw config."""
+    raw = OmegaConf.to_object(cfg)
+    assert isinstance(raw, RunConfig)
+    return raw

@@ -1,0 +1,143 @@
+"""(kind, name) -> "module:attribute": what a config's name stands for, imported when it is built.
+
+No module named here is imported before something of it is wanted, so that `--help` needs no torch.
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from saexp.errors import ConfigError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_KEY_FIELD = {"model": "loader", "sae": "loader"}
+"""Kinds whose `name` says *which* weights; another field says *how* they are loaded."""
+
+_BUILTIN: dict[str, dict[str, str]] = {
+    "task": {
+        "analyze": "saexp.tasks.analyze:analyze",
+        "collect": "saexp.tasks.collect:collect",
+    },
+    "model": {
+        "hf": "saexp.models.loading:load_model",
+    },
+    "sae": {
+        "release": "saexp.saes.loading:load_release",
+        "path": "saexp.saes.loading:load_path",
+        "random": "saexp.saes.loading:random_sae",
+    },
+    "dataset": {
+        "entities": "saexp.data.datasets:entities",
+        "jsonl": "saexp.data.datasets:jsonl",
+        "csv": "saexp.data.datasets:csv",
+        "text": "saexp.data.datasets:text",
+        "ioi": "saexp.data.datasets:ioi",
+        "memorization": "saexp.data.datasets:memorization",
+        "hf": "saexp.data.datasets:hf",
+    },
+    "positions": {
+        "entity_last": "saexp.data.positions:EntityLast",
+        "entity_all": "saexp.data.positions:EntityAll",
+        "entity_last_n": "saexp.data.positions:EntityLastN",
+        "after_entity": "saexp.data.positions:AfterEntity",
+        "last": "saexp.data.positions:Last",
+        "all": "saexp.data.positions:All",
+        "random": "saexp.data.positions:Random",
+        "middle": "saexp.data.positions:Middle",
+        "indices": "saexp.data.positions:Indices",
+        "substring": "saexp.data.positions:Substring",
+        "continuation": "saexp.data.positions:Continuation",
+    },
+    "analyzer": {
+        "contrast": "saexp.analysis.contrast:ContrastAnalyzer",
+    },
+    "intervention": {
+        "steer": "saexp.interventions.edits:Steer",
+        "clamp": "saexp.interventions.edits:Clamp",
+    },
+    "outcome": {
+        "refusal": "saexp.interventions.outcomes:Refusal",
+    },
+    "tracker": {
+        "wandb": "saexp.tracking:WandbTracker",
+        "jsonl": "saexp.tracking:JsonlTracker",
+        "none": "saexp.tracking:NullTracker",
+    },
+}
+
+_registered: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def register(kind: str, name: str) -> Callable[[_F], _F]:
+    """Class or function decorator that makes `name` buildable under `kind`.
+
+    Raises ConfigError when the kind does not exist or the name is taken by another object.
+    """
+    if kind not in _BUILTIN:
+        raise ConfigError(f"no component kind '{kind}'; the kinds are {', '.join(_BUILTIN)}")
+
+    def add(target: _F) -> _F:
+        known = _registered.get((kind, name))
+        same = known is not None and (known.__module__, known.__qualname__) == (
+            target.__module__,
+            target.__qualname__,
+        )
+        if name in _BUILTIN[kind] or (known is not None and not same):
+            raise ConfigError(f"{kind} '{name}' is registered already; choose another name")
+        _registered[kind, name] = target
+        return target
+
+    return add
+
+
+def names(kind: str) -> list[str]:
+    """Names buildable under `kind`, sorted."""
+    return sorted({*_BUILTIN[kind], *(n for k, n in _registered if k == kind)})
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """The class or function behind (kind, name). Raises ConfigError naming the nearest names."""
+    if kind not in _BUILTIN:
+        raise ConfigError(f"no component kind '{kind}'; the kinds are {', '.join(_BUILTIN)}")
+    if (kind, name) in _registered:
+        return _registered[kind, name]
+    if name not in _BUILTIN[kind]:
+        raise ConfigError(f"no {kind} is called '{name}'; {did_you_mean(name, names(kind))}")
+    module, _, attribute = _BUILTIN[kind][name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def build(kind: str, cfg: Any, **runtime: Any) -> Any:
+    """Build the object that a typed config stands for; `runtime` holds what no config can."""
+    key_field = _KEY_FIELD.get(kind, "name")
+    name = getattr(cfg, key_field, None)
+    if name is None:
+        raise ConfigError(
+            f"the {kind} config has no '{key_field}', so nothing can be built from it"
+        )
+    return resolve(kind, str(name))(cfg, **runtime)
+
+
+def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
+    """'did you mean a, b?' for near misses, else 'choose from …'."""
+    options = list(known)
+    near = difflib.get_close_matches(str(word), options, n=n, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(options)}"
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import plugin modules and `saexp.plugins` entry points, so that they register."""
+    for entry in importlib.metadata.entry_points(group="saexp.plugins"):
+        entry.load()
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module.partition(".")[0] and error.name != module:
+                raise
+            raise ConfigError(
+                f"plugins: no module '{module}' can be imported; is its folder on PYTHONPATH?"
+            ) from error

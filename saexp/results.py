@@ -1,0 +1,38 @@
+"""What a task or an analyzer hands on: numbers, tables, figures and remarks."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class TaskResult:
+    """Result of an analyzer, an intervention or a whole task."""
+
+    metrics: dict[str, float | int | None] = field(default_factory=dict)
+    """Flat `group/name` -> number; None for one that could not be computed (and is in `notes`)."""
+    tables: dict[str, "pd.DataFrame"] = field(default_factory=dict)
+    """Name -> table; each is saved as `<name>.parquet`."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """Name -> plotly figure."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: skips, unmet conditions, numbers that could not be computed."""
+
+    path: Path | None = None
+    """The run's folder."""
+
+    def merge(self, other: "TaskResult") -> None:
+        """Take in another result; a name both have is a programming error."""
+        pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (self.metrics, other.metrics),
+            (self.tables, other.tables),
+            (self.figures, other.figures),
+        ]
+        for mine, theirs in pairs:
+            both = mine.keys() & theirs.keys()
+            assert not both, f"two results both have {sorted(both)}"
+            mine.update(theirs)
+        self.notes.extend(other.notes)
