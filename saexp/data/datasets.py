@@ -1,0 +1,228 @@
+"""Builders of data sets, one per registry name of kind `dataset`."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saexp.config import DatasetConfig
+from saexp.data.examples import Example, ExampleSet, assign_splits, choose, infer_groups
+from saexp.data.tables import read_rows, to_examples
+from saexp.errors import ConfigError, DataError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED_MODELS = ("tiny", "tiny_control")
+ENTITY_TYPES = ("player", "movie", "city", "song")
+_PEOPLE = ("John", "Mary", "Tom", "Anna", "Paul", "Lucy", "Mark", "Jane", "Peter", "Sarah", "James")
+TEXT_TEMPLATE = "The {entity_type} {entity}"
+
+
+def _finish(cfg: DatasetConfig, examples: list[Example], source: str) -> ExampleSet:
+    """Filters, groups, splits: what every data set goes through."""
+    if cfg.entity_types is not None:
+        there = {e.entity_type for e in examples}
+        missing = [t for t in cfg.entity_types if t not in there]
+        if missing:
+            raise DataError(
+                f"{source}: no rows of entity type '{missing[0]}'; there are "
+                f"{', '.join(sorted(str(t) for t in there))}"
+            )
+        examples = [e for e in examples if e.entity_type in cfg.entity_types]
+    groups = infer_groups(examples, cfg.groups, source)
+    if groups:
+        examples = [e for e in examples if e.group in groups]
+    examples = choose(examples, cfg.n_examples, cfg.seed)
+    return ExampleSet(
+        name=cfg.name, examples=assign_splits(examples, cfg.split, cfg.seed), groups=groups
+    )
+
+
+def _from_file(cfg: DatasetConfig, path: str | None, kind: str) -> ExampleSet:
+    rows = read_rows(path, kind)
+    return _finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, str(path)), str(path))
+
+
+def jsonl(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """A JSONL file, one example a line."""
+    return _from_file(cfg, cfg.path, "jsonl")
+
+
+def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """A CSV file with a header, one example a row."""
+    return _from_file(cfg, cfg.path, "csv")
+
+
+def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """Known and unknown entities: the shipped model's own, real and invented ones otherwise."""
+    if cfg.path is not None:
+        return _from_file(cfg, cfg.path, "jsonl")
+    if cfg.model_name in SHIPPED_MODELS:
+        return _from_file(cfg, str(ASSETS / "tiny" / "entities.jsonl"), "jsonl")
+    rows = []
+    for entity_type in ENTITY_TYPES:
+        for where, row in read_rows(str(ASSETS / "entities" / f"{entity_type}.jsonl"), "jsonl"):
+            named = {"entity": row["entity"], "entity_type": entity_type}
+            prompt = cfg.prompt_template or row["question"]
+            template = cfg.template or TEXT_TEMPLATE
+            rows.append(
+                (
+                    where,
+                    {
+                        "id": f"{entity_type}/{row['entity']}",
+                        "text": _filled("dataset.template", template, named),
+                        "group": row["group"],
+                        "prompt": _filled("dataset.prompt_template", prompt, named),
+                        "answer": row.get("answer", []),
+                        **named,
+                    },
+                )
+            )
+    examples = to_examples(rows, {}, cfg.group_rule, "the shipped entities")
+    return _finish(cfg, examples, "the shipped entities")
+
+
+def _filled(key: str, template: str, named: dict[str, str]) -> str:
+    try:
+        return template.format(**named)
+    except (AttributeError, LookupError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={template}: only {{entity}} and {{entity_type}} are filled in"
+        ) from error
+
+
+def text(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """Plain text: one example per line of a file or of a folder's .txt files, or a string."""
+    if cfg.text is not None:
+        return ExampleSet(name=cfg.name, examples=[Example(id="1", text=cfg.text, split="test")])
+    examples = [
+        Example(id=f"{n}", text=line)
+        for n, line in enumerate(read_lines(cfg.path, "dataset.path"), 1)
+    ]
+    return _finish(cfg, examples, str(cfg.path))
+
+
+def read_lines(path: str | None, key: str) -> list[str]:
+    """Non-empty lines of a text file or of all .txt files of a folder. Raises DataError."""
+    if not path:
+        raise ConfigError(f"{key} is not set: type {key}=FILE (one text per line) or a folder")
+    place = Path(path)
+    files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+    if not files or not all(f.is_file() for f in files):
+        raise DataError(f"{key}={path}: no such text file, nor a folder with .txt files")
+    try:
+        lines = [line.strip() for f in files for line in f.read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise DataError(f"{path}: is empty; it needs at least one line of text")
+    return lines
+
+
+def background_texts(cfg: DatasetConfig) -> list[str]:
+    """Neutral text for the background filter: the user's, else what ships for the model."""
+    if cfg.background is not None:
+        return read_lines(cfg.background, "dataset.background")
+    folder = ASSETS / "tiny" if cfg.model_name in SHIPPED_MODELS else ASSETS
+    return read_lines(str(folder / "background.txt"), "dataset.background")
+
+
+def ioi(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """Indirect-object sentences with the answer, and the other name as `foil`.
+
+    The shipped model's held-out name pairs, else generated from names that are one token in most
+    vocabularies.
+    """
+    if cfg.path is not None or cfg.model_name in SHIPPED_MODELS:
+        return _from_file(cfg, cfg.path or str(ASSETS / "tiny" / "ioi.jsonl"), "jsonl")
+    places, things = ("shops", "park", "school", "office"), ("bag", "book", "ball", "letter")
+    combined = list(itertools.product(itertools.permutations(_PEOPLE, 2), places, things))
+    order = np.random.default_rng([cfg.seed, 3]).permutation(len(combined))[: cfg.n_examples or 200]
+    examples = []
+    for number, index in enumerate(order, 1):
+        (a, b), place, thing = combined[index]
+        prompt = f"When {a} and {b} went to the {place}, {a} gave the {thing} to"
+        examples.append(
+            Example(id=str(number), text=prompt, answers=(f" {b}",), extra={"foil": f" {a}"})
+        )
+    return _finish(cfg, examples, "indirect-object sentences")
+
+
+MEMORIZATION_COLUMNS = (
+    "input_text",
+    "generated_continuation_text",
+    "perfect_match",
+    "matching_tokens",
+)
+
+
+def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """Memorised continuations against ones with no matching token (REFERENCE: study E).
+
+    A row with `perfect_match` true is `memorized`, one with `matching_tokens` 0 `not_memorized`,
+    any other is left out. The text is prompt plus continuation, the span is the continuation.
+    """
+    shipped = (
+        str(ASSETS / "tiny" / "memorization.csv") if cfg.model_name in SHIPPED_MODELS else None
+    )
+    path = cfg.path or shipped
+    examples = []
+    for where, row in read_rows(path, "csv"):
+        missing = [c for c in MEMORIZATION_COLUMNS if c not in row]
+        if missing:
+            raise DataError(
+                f"{where}: column '{missing[0]}' is missing; "
+                f"needed are {', '.join(MEMORIZATION_COLUMNS)}"
+            )
+        prompt, continuation = row["input_text"], row["generated_continuation_text"]
+        try:
+            matching = int(float(row["matching_tokens"]))
+        except ValueError as error:
+            raise DataError(
+                f"{where}: matching_tokens '{row['matching_tokens']}' is no number"
+            ) from error
+        if row["perfect_match"].strip().lower() in ("true", "1", "1.0"):
+            group = "memorized"
+        elif matching == 0:
+            group = "not_memorized"
+        else:
+            continue
+        examples.append(
+            Example(
+                id=where.rpartition(":")[2],
+                text=prompt + continuation,
+                group=group,
+                spans=((len(prompt), len(prompt) + len(continuation)),),
+                prompt=prompt,
+                answers=(continuation,),
+                extra={k: v for k, v in row.items() if k not in MEMORIZATION_COLUMNS[:2]},
+            )
+        )
+    if not examples:
+        raise DataError(f"{path}: no row is a perfect match or has matching_tokens 0")
+    return _finish(cfg, examples, str(path))
+
+
+def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """A `datasets` id, a folder saved by it (one split or several), or a folder it can read."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    if not cfg.path:
+        raise ConfigError("dataset=hf needs a name: type dataset.path=<hub id or local folder>")
+    saved = [(Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")]
+    try:
+        if any(saved):
+            loaded: Any = datasets.load_from_disk(cfg.path)
+        else:
+            loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
+        if isinstance(loaded, datasets.DatasetDict):
+            if cfg.hf_split not in loaded:
+                raise ValueError(f"no split {cfg.hf_split}, there are {', '.join(map(str, loaded))}")
+            loaded = loaded[cfg.hf_split]
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"dataset.path={cfg.path}: cannot be loaded ({reason})") from error
+    rows = [(f"{cfg.path}:{n}", dict(row)) for n, row in enumerate(loaded, 1)]
+    return _finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, cfg.path), cfg.path)

@@ -1,0 +1,280 @@
+"""Which tokens of a text are analysed, and the table of all of them.
+
+Indices count the unpadded token ids, special tokens included.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saexp.config import PositionsConfig
+from saexp.data.examples import Example, Skip, Span
+from saexp.data.tokens import TokenizedText, span_to_tokens
+from saexp.errors import ConfigError, DataError
+
+OWN_COLUMNS = (
+    "row",
+    "example_id",
+    "unit",
+    "group",
+    "split",
+    "entity",
+    "entity_type",
+    "text",
+    "text_id",
+    "token_index",
+    "token_id",
+    "token",
+    "n_entity_tokens",
+)
+"""Columns of every rows table; the user's file's own of such a name is kept as `<name>_in_file`."""
+
+
+class Unplaced(Exception):
+    """A text without the position wanted; its message is the reason that is reported."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text that positions are chosen in."""
+
+    example: Example
+    tokens: TokenizedText
+    rng: np.random.Generator
+
+
+class _Positions(ABC):
+    """Base: holds the config; `select` gives indices, or raises Unplaced with the reason."""
+
+    def __init__(self, cfg: PositionsConfig) -> None:
+        self.cfg = cfg
+
+    def ordinary(self, tokens: TokenizedText) -> list[int]:
+        """Indices that may be chosen: special tokens only where asked for."""
+        return [i for i, s in enumerate(tokens.special) if self.cfg.include_special or not s]
+
+    def select(self, at: Candidate) -> list[int]:
+        """Token indices, in order."""
+        chosen = self.choose(at)
+        if not chosen:
+            raise Unplaced("text has no ordinary token")
+        return chosen
+
+    @abstractmethod
+    def choose(self, at: Candidate) -> list[int]:
+        """What each kind of position defines."""
+
+
+def _of_span(tokens: TokenizedText, span: Span, what: str) -> list[int]:
+    found = span_to_tokens(tokens, span)
+    if not found:
+        raise Unplaced(
+            f"{what} cut off by truncation" if tokens.truncated else f"{what} has no token"
+        )
+    return found
+
+
+def entity_tokens(example: Example, tokens: TokenizedText) -> list[int]:
+    """Tokens of the entity's (last) mention; raises Unplaced where there is none."""
+    if not example.spans:
+        raise Unplaced("no entity span")
+    return _of_span(tokens, example.spans[-1], "entity")
+
+
+class EntityLast(_Positions):
+    """The entity's last token."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        return entity_tokens(at.example, at.tokens)[-1:]
+
+
+class EntityAll(_Positions):
+    """All tokens of all mentions."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        if not at.example.spans:
+            raise Unplaced("no entity span")
+        return sorted({i for span in at.example.spans for i in _of_span(at.tokens, span, "entity")})
+
+
+class EntityLastN(_Positions):
+    """The entity's last n tokens, or all where it has fewer."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        return entity_tokens(at.example, at.tokens)[-self.cfg.n :]
+
+
+class AfterEntity(_Positions):
+    """The n tokens after the entity."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        last = entity_tokens(at.example, at.tokens)[-1]
+        after = [i for i in self.ordinary(at.tokens) if last < i <= last + self.cfg.n]
+        if len(after) < self.cfg.n:
+            raise Unplaced(f"fewer than {self.cfg.n} tokens after the entity")
+        return after
+
+
+class Last(_Positions):
+    """The text's last n tokens."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        return self.ordinary(at.tokens)[-self.cfg.n :]
+
+
+class All(_Positions):
+    """Every token."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        return self.ordinary(at.tokens)
+
+
+class Random(_Positions):
+    """n tokens at random, without repetition; all where the text has fewer."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        there = self.ordinary(at.tokens)
+        chosen = at.rng.permutation(len(there))[: self.cfg.n]
+        return sorted(there[i] for i in chosen)
+
+
+class Middle(_Positions):
+    """The middle token, the earlier of two."""
+
+    def choose(self, at: Candidate) -> list[int]:
+        there = self.ordinary(at.tokens)
+        return there[(len(there) - 1) // 2 :][:1]
+
+
+class Indices(_Positions):
+    """Given indices into the tokens that may be chosen; negative ones count from the end."""
+
+    def __init__(self, cfg: PositionsConfig) -> None:
+        super().__init__(cfg)
+        if not cfg.indices:
+            raise ConfigError("positions=indices needs indices: type 'positions.indices=[0,-1]'")
+        self.indices = list(cfg.indices)
+
+    def choose(self, at: Candidate) -> list[int]:
+        there = self.ordinary(at.tokens)
+        for index in self.indices:
+            if not -len(there) <= index < len(there):
+                raise Unplaced(f"index {index} outside the text")
+        return sorted({there[i] for i in self.indices})
+
+
+class Substring(_Positions):
+    """All tokens of the last place where a given string stands."""
+
+    def __init__(self, cfg: PositionsConfig) -> None:
+        super().__init__(cfg)
+        if not cfg.substring:
+            raise ConfigError("positions=substring needs a string: type positions.substring=TEXT")
+        self.substring = cfg.substring
+
+    def choose(self, at: Candidate) -> list[int]:
+        start = at.example.text.rfind(self.substring)
+        if start < 0:
+            raise Unplaced("substring not found")
+        return _of_span(at.tokens, (start, start + len(self.substring)), "substring")
+
+
+class Continuation(_Positions):
+    """All tokens of the continuation: what follows the prompt, marked by the example's span.
+
+    Where truncation cuts it, the example is left out rather than measured in part.
+    """
+
+    def choose(self, at: Candidate) -> list[int]:
+        if not at.example.spans:
+            raise Unplaced("no continuation span")
+        return _of_span(at.tokens, at.example.spans[-1], "continuation")
+
+
+@dataclass
+class Placement:
+    """Every position wanted, row by row, and the texts they stand in."""
+
+    rows: pd.DataFrame
+    """OWN_COLUMNS, then the file's other columns."""
+    texts: list[TokenizedText]
+    """Distinct texts; `text_id` counts them."""
+    skips: list[Skip]
+
+
+def place(
+    examples: Sequence[Example],
+    tokenized: Sequence[TokenizedText],
+    positions: Any,
+    tokenizer: Any,
+    seed: int,
+) -> Placement:
+    """One row per position. What cannot be placed is a skip with its reason, never a row.
+
+    Raises DataError where nothing at all can be placed.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: dict[str, int] = {}
+    kept: list[TokenizedText] = []
+    skips: list[Skip] = []
+    for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
+        try:
+            indices = positions.select(
+                Candidate(example, tokens, np.random.default_rng([seed, number]))
+            )
+        except Unplaced as reason:
+            skips.append(Skip(example.id, str(reason)))
+            continue
+        if example.text not in texts:
+            texts[example.text] = len(kept)
+            kept.append(tokens)
+        n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else None
+        for index in indices:
+            rows.append(
+                {
+                    "row": len(rows),
+                    "example_id": example.id,
+                    "unit": example.unit,
+                    "group": example.group,
+                    "split": example.split,
+                    "entity": example.entity,
+                    "entity_type": example.entity_type,
+                    "text": example.text,
+                    "text_id": texts[example.text],
+                    "token_index": index,
+                    "token_id": tokens.ids[index],
+                    "n_entity_tokens": n_entity,
+                    **{_free_name(k): _plain(v) for k, v in example.extra.items()},
+                }
+            )
+    if not rows:
+        reasons = sorted({s.reason for s in skips}) or ["the data set is empty"]
+        raise DataError(f"no position could be placed in {len(skips)} texts: {'; '.join(reasons)}")
+    table = pd.DataFrame(rows)
+    table.insert(11, "token", tokenizer.convert_ids_to_tokens(table["token_id"].tolist()))
+    for column in ("group", "split", "entity", "entity_type"):
+        table[column] = table[column].astype("string")
+    table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
+    for column in table.columns[len(OWN_COLUMNS) :]:
+        table[column] = _one_type(table[column])
+    return Placement(table, kept, skips)
+
+
+def _free_name(column: str) -> str:
+    return f"{column}_in_file" if column in OWN_COLUMNS else column
+
+
+def _one_type(column: pd.Series) -> pd.Series:
+    """A column that mixes numbers, booleans and text, or has huge integers, as text."""
+    if column.dtype != object or all(isinstance(v, bool) for v in column.dropna()):
+        return column
+    return column.map(str, na_action="ignore").astype("string")
+
+
+def _plain(value: Any) -> Any:
+    """Columns of the user's file go into parquet: nested values as text."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

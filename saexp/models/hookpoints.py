@@ -1,0 +1,102 @@
+"""Names of places in a transformer: a block and a stream, from and to other tools' names."""
+
+import re
+from dataclasses import dataclass
+
+from saexp.errors import ModelError
+from saexp.registry import did_you_mean
+
+STREAMS = (
+    "embed",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "attn_z",
+    "mlp_in",
+    "mlp_out",
+)
+
+_FROM_TRANSFORMER_LENS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "attn.hook_z": "attn_z",
+    "ln2.hook_normalized": "mlp_in",
+    "hook_mlp_in": "mlp_in",
+    "mlp.hook_in": "mlp_in",
+    "hook_mlp_out": "mlp_out",
+}
+_TO_TRANSFORMER_LENS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+}
+_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+
+
+@dataclass(frozen=True, order=True)
+class Hookpoint:
+    """A stream at a 0-based block.
+
+    `attn_out` and `mlp_out` are what is added to the residual stream (after Gemma's post-norms);
+    `mlp_in` is what the MLP reads (after its norm); `attn_z` is what the attention's output
+    projection reads, `[.., n_heads * head_dim]`; `embed` is what block 0 reads.
+    """
+
+    layer: int
+    stream: str
+
+    def __post_init__(self) -> None:
+        if self.stream not in STREAMS:
+            raise ModelError(f"no stream '{self.stream}'; {did_you_mean(self.stream, STREAMS)}")
+        if self.layer < 0 or (self.stream == "embed" and self.layer != 0):
+            raise ModelError(f"layer={self.layer} has no stream '{self.stream}'")
+
+    @property
+    def stored(self) -> "Hookpoint":
+        """Where its values are kept: one block's input is the last one's output."""
+        if self.stream != "resid_pre":
+            return self
+        return Hookpoint(self.layer - 1, "resid_post") if self.layer else Hookpoint(0, "embed")
+
+    @property
+    def name(self) -> str:
+        """`layer_12.resid_post`, also the folder in the store."""
+        return f"layer_{self.layer}.{self.stream}"
+
+    @property
+    def transformer_lens(self) -> str:
+        """`blocks.12.hook_resid_post`."""
+        if self.stream == "embed":
+            return "hook_embed"
+        return f"blocks.{self.layer}.{_TO_TRANSFORMER_LENS[self.stream]}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Hookpoint":
+        """Read saexp's, TransformerLens' or a Hugging Face module's name; else ModelError."""
+        if match := re.fullmatch(r"layer_(\d+)\.(\w+)", name):
+            return cls(int(match[1]), match[2])
+        if name == "hook_embed":
+            return cls(0, "embed")
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if match and match[2] in _FROM_TRANSFORMER_LENS:
+            return cls(int(match[1]), _FROM_TRANSFORMER_LENS[match[2]])
+        if match := re.fullmatch(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", name):
+            part = match[2]
+            if part is None:
+                return cls(int(match[1]), "resid_post")
+            if part in _ATTENTION_NAMES:
+                return cls(int(match[1]), "attn_out")
+            if part in _MLP_NAMES:
+                return cls(int(match[1]), "mlp_out")
+        raise ModelError(
+            f"'{name}' names no hookpoint; type one such as layer_12.resid_post, "
+            "blocks.12.hook_resid_post or model.layers.12"
+        )

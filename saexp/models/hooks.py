@@ -1,0 +1,123 @@
+"""Reading and changing streams: context managers that leave no hook behind.
+
+Shapes: b batch, t tokens, d the stream's width, n positions wanted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+
+Positions = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
+"""(row in the batch, index into the padded tokens) of each position wanted."""
+
+EditFunction = Callable[[Tensor], Tensor]
+"""`[b, t, d]` -> new `[b, t, d]`; must not write to its input."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything wanted was seen."""
+
+
+def _first(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else values[0]
+
+
+def _with_first(values: Any, new: Tensor) -> Any:
+    return new if isinstance(values, Tensor) else (new, *values[1:])
+
+
+@contextmanager
+def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Iterator[None]:
+    """Replace streams by functions of themselves while the context is open.
+
+    A function that returns its argument itself changes no bit of the forward pass.
+    """
+    handles = []
+    try:
+        for hookpoint, function in edits.items():
+            site = model.module(hookpoint.stored)
+
+            def on_output(_m: Any, _a: Any, output: Any, f: EditFunction = function) -> Any:
+                return _with_first(output, f(_first(output)))
+
+            def on_input(_m: Any, args: Any, kwargs: Any, f: EditFunction = function) -> Any:
+                if args:
+                    return (f(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": f(kwargs["hidden_states"])}
+
+            if site.side == "output":
+                handles.append(site.module.register_forward_hook(on_output))
+            else:
+                handles.append(site.module.register_forward_pre_hook(on_input, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture(
+    model: LanguageModel,
+    hookpoints: Sequence[Hookpoint],
+    *,
+    positions: Positions | None = None,
+    stop: bool = False,
+) -> Iterator[dict[Hookpoint, Tensor]]:
+    """Record streams of the forward passes run inside; yields {hookpoint: values}.
+
+    Values are `[b, t, d]`, or `[n, d]` at `positions`. With `stop`, a forward pass ends, silently,
+    as soon as every hookpoint was seen: later blocks and the LM head don't run, and the rest of the
+    `with` body is skipped.
+    """
+    record: dict[Hookpoint, Tensor] = {}
+    wanted = set(hookpoints)
+
+    def keep(hookpoint: Hookpoint, values: Tensor) -> Tensor:
+        record[hookpoint] = (values if positions is None else values[positions]).detach()
+        if stop and record.keys() == wanted:
+            raise _Stop
+        return values
+
+    functions = {
+        h: (lambda values, h=h: keep(h, values))  # noqa: E731
+        for h in hookpoints
+    }
+    try:
+        with edit(model, functions):
+            yield record
+    except _Stop:
+        pass
+
+
+@torch.inference_mode()
+def run_truncated(
+    model: LanguageModel,
+    input_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b t"],
+    hookpoints: Sequence[Hookpoint],
+    positions: Positions | None = None,
+) -> dict[Hookpoint, Float[Tensor, "..."]]:
+    """One forward pass up to the deepest hookpoint; no later block and no LM head runs.
+
+    Position ids follow the mask, so padding may stand on either side.
+    """
+    with capture(model, hookpoints, positions=positions, stop=True) as record:
+        model.hf(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        )
+    return record
+
+
+def position_ids(attention_mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """0-based positions of unmasked tokens; masked ones get 0."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,258 @@
+"""A Hugging Face causal LM behind one small face; weights are read when first needed."""
+
+import hashlib
+import json
+import logging
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from saexp.config import ModelConfig
+from saexp.errors import ModelError
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.structure import Site, find_blocks, find_site
+
+log = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = ("tiny", "tiny_control")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What transformers looks for, in its order; either may be cut into shards, named by an index."""
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises for files that are absent, out of reach, damaged or of another model."""
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, else mps, else cpu; a device that is not there is a ModelError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(name.partition(":")[0], False):
+        raise ModelError(f"device={name} is not on this machine; try device=auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on cuda and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+class LanguageModel:
+    """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        self.cfg = cfg
+        self.name = cfg.name
+        self.source = str(ASSETS / cfg.name / "model") if cfg.name in SHIPPED else cfg.name
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.in_memory = False
+        self._hf: Any = None
+        self.config: Any = self._from_hub(AutoConfig, "config")
+
+    @classmethod
+    def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
+        """A model that is already in memory (notebooks, tests)."""
+        model = cls.__new__(cls)
+        parameter = next(hf.parameters())
+        model.cfg = ModelConfig(name=name)
+        model.name, model.source, model.in_memory = name, name, True
+        model.device, model.dtype = parameter.device, parameter.dtype
+        model._hf, model.config = hf.eval(), hf.config
+        if tokenizer is not None:
+            model.__dict__["tokenizer"] = tokenizer
+        return model
+
+    def _from_hub(self, auto: Any, what: str, **options: Any) -> Any:
+        try:
+            return auto.from_pretrained(
+                self.source,
+                revision=self.cfg.revision,
+                trust_remote_code=self.cfg.trust_remote_code,
+                **options,
+            )
+        except _UNLOADABLE as error:
+            raise self._cannot_load(what, str(error)) from error
+
+    def _cannot_load(self, what: str, reason: str) -> ModelError:
+        return ModelError(
+            f"model.name={self.name}: its {what} cannot be loaded "
+            f"({' '.join(reason.split())[:240]}); type a hub id that is in reach or cached, or a "
+            "local folder"
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        return self._from_hub(AutoTokenizer, "tokenizer")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether weights were read."""
+        return self._hf is not None
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model, in eval mode; read on first use."""
+        if self._hf is None:
+            if not sys.stderr.isatty():
+                hf_logging.disable_progress_bar()
+            log.info("loading %s (%s, %s)", self.name, self.device, self.dtype)
+            hf, info = self._from_hub(
+                AutoModelForCausalLM, "weights", dtype=self.dtype, output_loading_info=True
+            )
+            if missing := sorted(info["missing_keys"]):
+                # transformers would go on with random values.
+                raise self._cannot_load("weights", f"{len(missing)} lack, such as {missing[0]}")
+            self._hf = hf.to(self.device).eval().requires_grad_(False)
+        return self._hf
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The part of the config that describes the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text_config.hidden_size)
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+
+    def check_layer(self, layer: int) -> None:
+        """Raise ModelError unless the model has this block; reads no weights."""
+        if not 0 <= layer < self.n_layers:
+            last = self.n_layers - 1
+            short = self.name.rpartition("/")[2]
+            raise ModelError(
+                f"layer={layer}, but {short} has layers 0-{last}; try layer={min(layer, last)}"
+            )
+
+    def module(self, hookpoint: Hookpoint) -> Site:
+        """Where to hook a stream; ModelError where the model has no such point."""
+        self.check_layer(hookpoint.layer)
+        return find_site(self.blocks, hookpoint, self.text_config)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Token ids that end a generation, from config, generation config and tokenizer."""
+        found: set[int] = set()
+        holders = [self.config, getattr(self.hf, "generation_config", None), self.tokenizer]
+        for holder in holders:
+            value = getattr(holder, "eos_token_id", None)
+            found.update([value] if isinstance(value, int) else value or [])
+        return tuple(sorted(found))
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to pad with; padding is always masked, so which one does not matter."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
+
+    def _file(self, name: str) -> Path | None:
+        folder = Path(self.source)
+        if folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        try:
+            found = cached_file(
+                self.source,
+                name,
+                revision=self.cfg.revision,
+                _raise_exceptions_for_missing_entries=False,
+            )
+        except _UNLOADABLE as error:
+            raise self._cannot_load(name, str(error)) from error
+        return Path(found) if found else None
+
+    def _weights_files(self) -> list[Path]:
+        """The weights files that transformers would read, and no others that lie beside them."""
+        for name in _WEIGHTS:
+            if whole := self._file(name):
+                return [whole]
+            if index := self._file(f"{name}.index.json"):
+                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+                shards = {shard: self._file(shard) for shard in names}
+                if absent := [shard for shard, file in shards.items() if file is None]:
+                    raise self._cannot_load("weights", f"no file named {absent[0]}")
+                return [file for file in shards.values() if file is not None]
+        raise self._cannot_load("weights", f"no file named {' or '.join(_WEIGHTS)}")
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over config and weights.
+
+        Of a model in memory, its weights as they are now; else of its files, without reading the
+        weights into memory: a hub cache keeps files as links named by their content's hash, and
+        those names are used; plain files are read and hashed.
+        """
+        return _tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
+
+    @cached_property
+    def _files_fingerprint(self) -> str:
+        config = self._file("config.json")
+        assert config is not None, "a config was loaded"
+        digest = hashlib.sha256(f"config.json:{file_sha256(config)}\n".encode())
+        for file in self._weights_files():
+            blob = file.resolve()
+            named = file.is_symlink() and blob.parent.name == "blobs"
+            digest.update(f"{file.name}:{blob.name if named else file_sha256(blob)}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """sha256 over vocabulary and special tokens."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        special = sorted(map(str, self.tokenizer.all_special_tokens))
+        return hashlib.sha256(repr((vocabulary, special)).encode()).hexdigest()
+
+    def chat_text(self, prompt: str) -> str:
+        """The prompt in the tokenizer's chat template, as text that already holds any BOS."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ModelError(f"{self.name} has no chat template; set model.chat=false")
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors_sha256(hf: Any) -> str:
+    digest = hashlib.sha256(repr(hf.config.to_dict()).encode())
+    for name, tensor in hf.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_model(cfg: ModelConfig, **_: Any) -> LanguageModel:
+    """Registry builder of kind `model`."""
+    return LanguageModel(cfg)
