@@ -1,0 +1,224 @@
+"""Which latents tell two groups of entities apart: chosen on train, judged on test.
+
+The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
+f_unknown, the reverse for unknown, f the share of entities whose latent fires (> 1e-6); a general
+latent has a high minimum over the entity types. On top: tests, correction, intervals, held-out
+entities. One observation is one entity: rows of the same entity are averaged first.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.matching import match_token_counts
+from saexp.analysis.statistics import Ranked, benjamini_hochberg, welch_t
+from saexp.config import AnalyzerConfig
+from saexp.errors import DataError
+from saexp.latents.summary import by_unit, moments
+from saexp.results import TaskResult
+
+log = logging.getLogger(__name__)
+
+THRESHOLD = 1e-6
+
+
+@dataclass
+class _Split:
+    """Units of one split."""
+
+    csr: sparse.csr_array
+    units: pd.DataFrame
+    first: np.ndarray
+    """Whether a unit is of the first group."""
+
+
+class ContrastAnalyzer:
+    """Registry kind `analyzer`, name `contrast`."""
+
+    def __init__(self, cfg: AnalyzerConfig) -> None:
+        self.cfg = cfg
+
+    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+        """Metrics `contrast/…` and the table `latents`.
+
+        Columns without suffix are of the train split, `_test` ones of the test split. `auroc` is
+        P(first > second); `p_value` its Mann-Whitney test, `q_value` that after Benjamini-Hochberg
+        over every latent that fired; `ci_low`, `ci_high` a bootstrap interval of `auroc`;
+        `direction` the group a latent speaks for, in which `min_separation` and `min_auroc` are
+        the smallest over the entity types. Raises DataError where a split lacks a group.
+        """
+        if len(inputs.groups) != 2:
+            raise DataError(
+                "the data set has no two groups to contrast; give its rows a 'group', set "
+                "dataset.group_rule, or type task=collect"
+            )
+        first, second = inputs.groups
+        csr, where = by_unit(inputs.latents.csr, inputs.latents.rows["unit"].to_numpy())
+        units = inputs.latents.rows.iloc[where].reset_index(drop=True)
+        matching = match_token_counts(
+            units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
+        )
+        csr, units = csr[matching.keep], units[matching.keep].reset_index(drop=True)
+        train = self._split(csr, units, inputs.groups, "train")
+        test = self._split(csr, units, inputs.groups, "test")
+        fired = np.flatnonzero(np.bincount(csr.indices, minlength=csr.shape[1]))
+        table = pd.DataFrame({"latent": fired, "layer": inputs.layer})
+        table = table.assign(**self._columns(train, fired, inputs.groups))
+        table["direction"] = np.where(_leaning(table, first, second) >= 0, first, second)
+        for name, values in self._columns(test, fired, inputs.groups).items():
+            table[f"{name}_test"] = values
+        for split, suffix in ((train, ""), (test, "_test")):
+            self._per_type(table, split, fired, first, suffix)
+        table["background_freq"] = self._background(inputs, fired)
+        self._select(table, inputs.groups)
+        notes = list(matching.notes)
+        metrics = self._metrics(table, train, test, inputs.groups, notes)
+        metrics["contrast/token_count_p_value"] = matching.p_value
+        metrics["contrast/n_dropped_by_matching"] = int((~matching.keep).sum())
+        log.info("%d latents fired, %d significant", len(table), metrics["contrast/n_significant"])
+        return TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
+
+    def _split(
+        self, csr: sparse.csr_array, units: pd.DataFrame, groups: tuple[str, ...], name: str
+    ) -> _Split:
+        chosen = (units["split"] == name).fillna(False).to_numpy(dtype=bool)
+        part = units[chosen].reset_index(drop=True)
+        sizes = {g: int((part["group"] == g).sum()) for g in groups}
+        for group, size in sizes.items():
+            if size < 2:
+                raise DataError(
+                    f"split {name} has {size} entities of group '{group}'; a contrast needs at "
+                    "least 2: add rows, or change dataset.split"
+                )
+        first = (part["group"] == groups[0]).to_numpy(dtype=bool)
+        return _Split(csr[chosen], part, first)
+
+    def _columns(
+        self, split: _Split, fired: np.ndarray, groups: tuple[str, ...]
+    ) -> dict[str, np.ndarray | int]:
+        values = sparse.csr_array(split.csr[:, fired])
+        a, b = moments(values, split.first, THRESHOLD), moments(values, ~split.first, THRESHOLD)
+        columns: dict[str, np.ndarray | int] = {}
+        for group, m in zip(groups, (a, b), strict=True):
+            columns |= {f"n_{group}": m.n, f"freq_{group}": m.frequency, f"mean_{group}": m.mean}
+        columns["separation"] = a.frequency - b.frequency
+        columns["mean_difference"] = a.mean - b.mean
+        t, p = welch_t(a.mean, a.variance, a.n, b.mean, b.variance, b.n)
+        columns |= {"welch_t": t, "welch_p": p}
+        ranked = Ranked(values, split.first)
+        test = ranked.mann_whitney()
+        columns |= {"auroc": test.auroc, "p_value": test.p_value}
+        columns["q_value"] = benjamini_hochberg(test.p_value)
+        if self.cfg.n_bootstrap:
+            active = values.copy()
+            active.data = (values.data > THRESHOLD).astype(np.float64)
+            auroc, separation = ranked.bootstrap(active, self.cfg.n_bootstrap, self.cfg.seed)
+            columns |= {"ci_low": auroc[0], "ci_high": auroc[1]}
+            columns |= {"separation_ci_low": separation[0], "separation_ci_high": separation[1]}
+        return columns
+
+    def _per_type(
+        self, table: pd.DataFrame, split: _Split, fired: np.ndarray, first: str, suffix: str
+    ) -> None:
+        """Add the smallest separation and AUROC over entity types, in each latent's direction."""
+        sign = np.where(table["direction"] == first, 1.0, -1.0)
+        separations, aurocs = [], []
+        types = split.units["entity_type"].fillna("").to_numpy()
+        for kind in sorted(set(types)):
+            chosen = types == kind
+            of_first = split.first[chosen]
+            if not of_first.any() or of_first.all():
+                continue
+            values = sparse.csr_array(split.csr[chosen][:, fired])
+            a, b = moments(values, of_first, THRESHOLD), moments(values, ~of_first, THRESHOLD)
+            separations.append(sign * (a.frequency - b.frequency))
+            auroc = Ranked(values, of_first).mann_whitney().auroc
+            aurocs.append(np.where(sign > 0, auroc, 1 - auroc))
+            if kind:
+                table[f"separation_{kind}{suffix}"] = separations[-1]
+        table[f"min_separation{suffix}"] = np.min(separations, axis=0)
+        table[f"min_auroc{suffix}"] = np.min(aurocs, axis=0)
+
+    def _background(self, inputs: AnalysisInputs, fired: np.ndarray) -> np.ndarray:
+        if inputs.background is None:
+            return np.full(len(fired), np.nan)
+        everywhere = np.ones(len(inputs.background), dtype=bool)
+        return moments(inputs.background.csr, everywhere, THRESHOLD).frequency[fired]
+
+    def _select(self, table: pd.DataFrame, groups: tuple[str, ...]) -> None:
+        """Mark per direction the top_k significant latents by minimum separation, on train only."""
+        table["selected"], table["rank"] = False, pd.array([pd.NA] * len(table), dtype="Int64")
+        quiet = ~(table["background_freq"] >= self.cfg.background_max)
+        good = table[(table["q_value"] <= self.cfg.alpha) & quiet & (table["min_separation"] > 0)]
+        good = good.assign(strength=np.abs(good["auroc"] - 0.5))
+        for group in groups:
+            mine = good[good["direction"] == group]
+            mine = mine.sort_values(["min_separation", "strength"], ascending=False)
+            chosen = mine.index[: self.cfg.top_k]
+            table.loc[chosen, "selected"] = True
+            table.loc[chosen, "rank"] = range(1, len(chosen) + 1)
+
+    def _metrics(
+        self,
+        table: pd.DataFrame,
+        train: _Split,
+        test: _Split,
+        groups: tuple[str, ...],
+        notes: list[str],
+    ) -> dict[str, float | int | None]:
+        significant = table[table["q_value"] <= self.cfg.alpha]
+        again = benjamini_hochberg(significant["p_value_test"].to_numpy(dtype=float))
+        same = np.sign(significant["auroc"] - 0.5) == np.sign(significant["auroc_test"] - 0.5)
+        metrics: dict[str, float | int | None] = {
+            "contrast/n_tested": len(table),
+            "contrast/n_units_train": len(train.units),
+            "contrast/n_units_test": len(test.units),
+            "contrast/n_significant": len(significant),
+            "contrast/n_significant_test": int(((again <= self.cfg.alpha) & same).sum()),
+        }
+        for group in groups:
+            mine = table[table["selected"] & (table["direction"] == group)]
+            metrics[f"contrast/n_selected_{group}"] = len(mine)
+            best = mine[mine["rank"] == 1]
+            if best.empty:
+                notes.append(f"no latent speaks for '{group}' at a q-value <= {self.cfg.alpha:g}")
+            metrics |= _best(best.iloc[0] if len(best) else None, group, sign=group == groups[0])
+        return metrics
+
+
+def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:
+    """Positive where a latent speaks for the first group: by separation, else by mean."""
+    means = table[f"mean_{first}"] - table[f"mean_{second}"]
+    separation = table["separation"].to_numpy()
+    return np.where(separation != 0, separation, means.to_numpy())
+
+
+def _best(best: pd.Series | None, group: str, *, sign: bool) -> dict[str, float | int | None]:
+    """Numbers of the direction's first latent; its `_test` twins are of the same latent."""
+    metrics: dict[str, float | int | None] = {
+        f"contrast/best_latent_{group}": None if best is None else int(best["latent"])
+    }
+    for suffix in ("", "_test"):
+        for name in ("separation", "auroc", "min_separation", "min_auroc"):
+            value = None
+            if best is not None:
+                value = float(best[f"{name}{suffix}"])
+                if not sign and name == "separation":
+                    value = -value
+                if not sign and name == "auroc":
+                    value = 1 - value
+            metrics[f"contrast/best_{name}_{group}{suffix}"] = value
+        for name, column in (("auroc", ""), ("separation", "separation_")):
+            low = high = None
+            if best is not None and f"{column}ci_low{suffix}" in best:
+                low = float(best[f"{column}ci_low{suffix}"])
+                high = float(best[f"{column}ci_high{suffix}"])
+                if not sign:
+                    low, high = (1 if name == "auroc" else 0) - high, (name == "auroc") - low
+            metrics[f"contrast/best_{name}_{group}_ci_low{suffix}"] = low
+            metrics[f"contrast/best_{name}_{group}_ci_high{suffix}"] = high
+    return metrics

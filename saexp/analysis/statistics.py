@@ -1,0 +1,137 @@
+"""Tests and intervals for all latents at once, on sparse columns; zeros are ties.
+
+Values must not be negative (latent activations never are), so that what is not stored ranks lowest.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import sparse, stats
+
+_BOOTSTRAP_NUMBERS = 4_000_000
+"""Numbers held at once while bootstrapping, per array."""
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Per latent, `[n_latents]`."""
+
+    auroc: Float[np.ndarray, " n"]
+    """P(first > second) + P(equal)/2."""
+    p_value: Float[np.ndarray, " n"]
+    """Two-sided Mann-Whitney U, normal approximation with tie and continuity correction."""
+
+
+class Ranked:
+    """Stored entries sorted by (latent, value), with their ties; made once per set of rows."""
+
+    def __init__(self, values: sparse.csr_array, first: Bool[np.ndarray, " n_rows"]) -> None:
+        csc = sparse.csc_array(values)
+        csc.eliminate_zeros()
+        if csc.nnz and csc.data.min() < 0:
+            raise ValueError("latent activations must not be negative")
+        self.n_rows, self.n_latents = len(first), len(csc.indptr) - 1
+        self.first = first
+        column = np.repeat(np.arange(self.n_latents), np.diff(csc.indptr))
+        order = np.lexsort((csc.data, column))
+        self.column, self.row = column[order], csc.indices[order]
+        data = csc.data[order]
+        new = np.ones(len(data), dtype=bool)
+        new[1:] = (data[1:] != data[:-1]) | (self.column[1:] != self.column[:-1])
+        self.tie_start = np.flatnonzero(new)
+        """First entry of each group of equal values in one latent."""
+        self.tie_column = self.column[self.tie_start]
+        filled = np.unique(self.tie_column, return_index=True)
+        self.filled, self.first_tie = filled
+        """Latents with entries, and the first tie group of each."""
+
+    def _per_latent(self, of_tie: np.ndarray) -> np.ndarray:
+        """Sum over the tie groups of each latent: `[n_ties, ...]` -> `[n_latents, ...]`."""
+        out = np.zeros((self.n_latents, *of_tie.shape[1:]))
+        if len(of_tie):
+            out[self.filled] = np.add.reduceat(of_tie, self.first_tie, axis=0)
+        return out
+
+    def auroc(self, w_first: np.ndarray, w_second: np.ndarray) -> np.ndarray:
+        """AUROC with row weights `[n_rows, B]`: `[n_latents, B]`."""
+        n_first, n_second = w_first.sum(0), w_second.sum(0)
+        if not len(self.row):
+            return np.full((self.n_latents, w_first.shape[1]), 0.5)
+        of_first = np.add.reduceat(w_first[self.row], self.tie_start, axis=0)
+        of_second = np.add.reduceat(w_second[self.row], self.tie_start, axis=0)
+        on_first, on_second = self._per_latent(of_first), self._per_latent(of_second)
+        zero_first, zero_second = n_first - on_first, n_second - on_second
+        cumulated = np.cumsum(of_second, axis=0) - of_second
+        base = np.zeros_like(on_second)
+        base[self.filled] = cumulated[self.first_tie]
+        below = cumulated - base[self.tie_column] + zero_second[self.tie_column]
+        wins = self._per_latent(of_first * (below + of_second / 2)) + zero_first * zero_second / 2
+        return wins / (n_first * n_second)
+
+    def mann_whitney(self) -> RankTest:
+        """AUROC and p-value of every latent."""
+        first = self.first.astype(np.float64)[:, None]
+        auroc = self.auroc(first, 1 - first)[:, 0]
+        n1 = int(self.first.sum())
+        n2 = self.n_rows - n1
+        n = n1 + n2
+        sizes = np.diff(np.append(self.tie_start, len(self.row))).astype(np.float64)
+        zeros = n - np.bincount(self.column, minlength=self.n_latents).astype(np.float64)
+        ties = self._per_latent(sizes**3 - sizes) + zeros**3 - zeros
+        variance = n1 * n2 / 12 * ((n + 1) - ties / (n * max(n - 1, 1)))
+        distance = np.abs(auroc * n1 * n2 - n1 * n2 / 2) - 0.5
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.where(variance > 0, distance / np.sqrt(np.maximum(variance, 0)), -np.inf)
+        return RankTest(auroc, np.clip(2 * stats.norm.sf(z), 0, 1))
+
+    def bootstrap(
+        self, active: sparse.csr_array, n_resamples: int, seed: int, confidence: float = 0.95
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Percentile intervals over rows resampled within each group.
+
+        Returns `[2, n_latents]` for AUROC and `[2, n_latents]` for separation, the difference of
+        the shares of rows in `active` (0/1 `[n_rows, n_latents]`).
+        """
+        rng = np.random.default_rng(seed)
+        n1 = int(self.first.sum())
+        n2 = self.n_rows - n1
+        size = max(1, min(n_resamples, _BOOTSTRAP_NUMBERS // max(len(self.row), 1)))
+        aurocs, separations = [], []
+        done = 0
+        while done < n_resamples:
+            b = min(size, n_resamples - done)
+            w_first, w_second = np.zeros((self.n_rows, b)), np.zeros((self.n_rows, b))
+            w_first[self.first] = rng.multinomial(n1, np.full(n1, 1 / n1), size=b).T
+            w_second[~self.first] = rng.multinomial(n2, np.full(n2, 1 / n2), size=b).T
+            aurocs.append(self.auroc(w_first, w_second).astype(np.float32))
+            share = active.T @ (w_first / n1 - w_second / n2)
+            separations.append(np.asarray(share, dtype=np.float32))
+            done += b
+        tail = (1 - confidence) / 2
+        bounds = [tail, 1 - tail]
+        return (
+            np.quantile(np.concatenate(aurocs, axis=1), bounds, axis=1),
+            np.quantile(np.concatenate(separations, axis=1), bounds, axis=1),
+        )
+
+
+def welch_t(
+    mean1: np.ndarray, var1: np.ndarray, n1: int, mean2: np.ndarray, var2: np.ndarray, n2: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Welch's t and its two-sided p-value (Welch 1947); NaN where both variances are 0."""
+    a, b = var1 / n1, var2 / n2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (mean1 - mean2) / np.sqrt(a + b)
+        df = (a + b) ** 2 / (a**2 / (n1 - 1) + b**2 / (n2 - 1))
+    return t, 2 * stats.t.sf(np.abs(t), df)
+
+
+def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Adjusted p-values that bound the false discovery rate (Benjamini and Hochberg 1995)."""
+    n = len(p_values)
+    order = np.argsort(p_values)[::-1]
+    scaled = p_values[order] * n / np.arange(n, 0, -1)
+    adjusted = np.empty(n)
+    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
+    return adjusted

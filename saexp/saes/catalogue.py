@@ -1,0 +1,155 @@
+"""sae-lens' catalogue of releases, read as data so that nothing of sae_lens is imported (9 s)."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saexp.config import SAEConfig, parse_layers, parse_width
+from saexp.errors import SAEError
+from saexp.registry import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One SAE of a release."""
+
+    release: str
+    id: str
+    repo: str
+    path: str
+    neuronpedia: str | None
+    layer: int | None
+    width: int | None
+    l0: int | None
+    release_model: str | None
+    loader: str | None
+    expected_l0: float | None
+    overrides: dict[str, Any]
+    """Config values of the release that its files lack or have wrong."""
+
+
+@cache
+def catalogue() -> dict[str, Any]:
+    """The whole catalogue as sae-lens ships it."""
+    spec = importlib.util.find_spec("sae_lens")
+    if spec is None or not spec.submodule_search_locations:
+        raise SAEError("sae-lens is not installed, so releases have no catalogue; install sae-lens")
+    file = Path(spec.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(file.read_text("utf-8"), Loader=loader)  # noqa: S506
+
+
+def _factor(sae: dict[str, Any]) -> dict[str, Any]:
+    factor = sae.get("norm_scaling_factor")
+    return {} if factor is None else {"norm_scaling_factor": factor}
+
+
+def _number(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match[1] if match else None
+
+
+def entries(release: str) -> list[Entry]:
+    """All SAEs of a release. Raises SAEError naming near misses."""
+    releases = catalogue()
+    if release not in releases:
+        raise SAEError(f"sae.release={release} is not known; {did_you_mean(release, releases)}")
+    about = releases[release]
+    found = []
+    for sae in about["saes"]:
+        place = f"{sae['id']}/{sae.get('path', '')}"
+        layer = _number(r"(?:layer_|blocks\.|layers\.|/?\bl)(\d+)", place)
+        width = _number(r"width_(\d+[kKmM]?)", place)
+        l0 = _number(r"average_l0_(\d+)", place)
+        found.append(
+            Entry(
+                release=release,
+                id=sae["id"],
+                repo=about["repo_id"],
+                path=sae.get("path", sae["id"]),
+                neuronpedia=sae.get("neuronpedia"),
+                layer=int(layer) if layer else None,
+                width=parse_width(width) if width else None,
+                l0=int(l0) if l0 else None,
+                release_model=about.get("model"),
+                loader=about.get("conversion_func"),
+                expected_l0=sae.get("l0"),
+                overrides={**about.get("config_overrides", {}), **_factor(sae)},
+            )
+        )
+    return found
+
+
+def find(cfg: SAEConfig) -> Entry:
+    """The SAE that a config asks for, by id, or by layer, width and L0.
+
+    Raises SAEError naming the nearest widths, layers, L0s or ids.
+    """
+    if not cfg.release:
+        raise SAEError("sae.release is not set; type e.g. sae.release=gpt2-small-res-jb")
+    release = cfg.release.format(model=_short_model(cfg.model_name))
+    there = entries(release)
+    if cfg.id is not None:
+        chosen = [e for e in there if e.id == cfg.id]
+        if not chosen:
+            near = did_you_mean(cfg.id, [e.id for e in there][:4000])
+            raise SAEError(f"sae.id={cfg.id} is not in {release}; {near}")
+        return chosen[0]
+    return _by_place(cfg, release, there)
+
+
+def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
+    if cfg.layer is None:
+        raise SAEError(f"which SAE of {release}? type layer=<block index> or sae.id=<id>")
+    layer = parse_layers(cfg.layer)[0]
+    width = parse_width(cfg.width)
+    layers = sorted({e.layer for e in there if e.layer is not None})
+    chosen = [e for e in there if e.layer == layer]
+    if not chosen:
+        nearest = min(layers, key=lambda n: abs(n - layer), default=None)
+        raise SAEError(
+            f"{release} has no SAE at layer={layer}; it has layers "
+            f"{', '.join(map(str, layers)) or 'that are not known'}; try layer={nearest}"
+        )
+    widths = sorted({e.width for e in chosen if e.width is not None})
+    if width is not None and widths:
+        chosen = [e for e in chosen if e.width == width]
+        if not chosen:
+            nearest = min(widths, key=lambda n: abs(n - width))
+            listed = ", ".join(map(show_width, widths))
+            raise SAEError(
+                f"{release} has no width={cfg.width} at layer={layer}; it has {listed}; "
+                f"try width={show_width(nearest)}"
+            )
+    if cfg.l0 is not None and any(e.l0 is not None for e in chosen):
+        l0s = sorted(e.l0 for e in chosen if e.l0 is not None)
+        if cfg.l0 not in l0s:
+            nearest = min(l0s, key=lambda n: abs(n - (cfg.l0 or 0)))
+            listed = ", ".join(map(str, l0s))
+            raise SAEError(f"sae.l0={cfg.l0} is not in {release} here; it has {listed}; {nearest}?")
+        chosen = [e for e in chosen if e.l0 == cfg.l0]
+    if len(chosen) > 1:
+        ids = ", ".join(e.id for e in chosen[:8])
+        raise SAEError(f"{release} has {len(chosen)} SAEs at layer={layer}: {ids}; say sae.id=<id>")
+    return chosen[0]
+
+
+def show_width(width: int) -> str:
+    """16384 -> 16k."""
+    for unit, letter in ((1024**2, "m"), (1024, "k")):
+        if width % unit == 0:
+            return f"{width // unit}{letter}"
+    return str(width)
+
+
+def _short_model(name: str | None) -> str:
+    """google/gemma-2-2b -> 2b-pt and google/gemma-2-9b-it -> 9b-it, as Gemma Scope names models."""
+    match = re.search(r"gemma-2-(\d+b)(-it)?$", name or "")
+    if not match:
+        return (name or "").rpartition("/")[2]
+    return f"{match[1]}-{'it' if match[2] else 'pt'}"

@@ -1,0 +1,47 @@
+"""Gemma Scope `params.npz` files: everything but the weights is in the path."""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saexp.errors import SAEError
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.base import SparseAutoencoder
+
+WEIGHTS = "params.npz"
+_STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
+
+
+def hookpoint_of(repo: str, path: str) -> Hookpoint:
+    """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…"""
+    stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att)\b", f"{repo}/{path}")
+    layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
+    if "embedding" in path:
+        return Hookpoint(0, "embed")
+    if not stream or not layer:
+        raise SAEError(
+            f"{repo}/{path} does not say its layer and stream; set layer= and sae.stream=resid_post"
+        )
+    return Hookpoint(int(layer[1]), _STREAMS[stream[1]])
+
+
+def load_gemma_scope(
+    file: Path, hookpoint: Hookpoint, metadata: dict[str, Any]
+) -> SparseAutoencoder:
+    """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            parameters = {n: torch.from_numpy(np.asarray(arrays[n], np.float32)) for n in arrays}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise SAEError(f"{file} is no npz file of plain arrays ({error})") from error
+    return SparseAutoencoder(
+        parameters,
+        architecture="jumprelu",
+        hookpoint=hookpoint,
+        metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
+        apply_b_dec_to_input=False,
+    )
