@@ -1,0 +1,233 @@
+"""Figures of a run, from its saved tables."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from saexp.reports.finding import unit_words
+from saexp.reports.saved import SavedRun
+
+GROUP_COLOURS = ("#0072B2", "#D55E00")
+"""First and second group: blue and vermillion of Okabe and Ito, safe for colour blindness."""
+QUIET = "#8a8f98"
+"""Controls and everything that is not selected."""
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+N_HISTOGRAMS = 2
+"""Latents per direction whose values are drawn."""
+
+
+def colours(run: SavedRun) -> dict[str, str]:
+    """Group -> its colour, the same in every figure and table."""
+    return dict(zip(run.groups, GROUP_COLOURS, strict=True))
+
+
+def run_figures(folder: str | Path) -> dict[str, go.Figure]:
+    """Name -> figure: frequencies, values, types, dose_response; those the run has data for."""
+    run = SavedRun(Path(folder))
+    if run.latents is None:
+        return {}
+    figures = {"frequencies": frequencies(run)}
+    activations = run.table("activations")
+    if activations is not None and len(activations):
+        figures["values"] = values(run, activations)
+    if len(run.entity_types) > 1 and bool(run.latents["selected"].any()):
+        figures["types"] = by_type(run)
+    if run.summary is not None:
+        for outcome in run.outcomes:
+            figures[f"dose_response_{outcome}"] = dose_response(run, outcome)
+    return figures
+
+
+def _style(figure: go.Figure, height: int) -> go.Figure:
+    """One look for all: no background of its own, so that pages can be light or dark."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 55},
+        font={"family": _FONT, "size": 13},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        hoverlabel={"font": {"family": _FONT}},
+    )
+    grid: dict[str, Any] = {
+        "gridcolor": "rgba(128,128,128,.25)",
+        "zerolinecolor": "rgba(128,128,128,.45)",
+    }
+    figure.update_xaxes(**grid)
+    figure.update_yaxes(**grid)
+    return figure
+
+
+def frequencies(run: SavedRun) -> go.Figure:
+    """Share of held-out entities of each group on which a latent fires, one point per latent."""
+    assert run.latents is not None
+    first, second = run.groups
+    figure = go.Figure()
+    figure.add_shape(
+        type="line", x0=0, y0=0, x1=1, y1=1, line={"color": QUIET, "dash": "dot", "width": 1}
+    )
+    chosen = {g: run.selected(g) for g in run.groups}
+    rest = run.latents[~run.latents["selected"]]
+    layers = [("not selected", rest, QUIET, 5)]
+    layers += [(f"selected for {g}", chosen[g], c, 10) for g, c in colours(run).items()]
+    for name, table, colour, size in layers:
+        figure.add_trace(
+            go.Scatter(
+                x=table[f"freq_{second}_test"],
+                y=table[f"freq_{first}_test"],
+                mode="markers",
+                name=name,
+                marker={"color": colour, "size": size, "opacity": 0.85},
+                customdata=np.stack(
+                    [table["latent"], table["auroc_test"], table["q_value"]], axis=1
+                ),
+                hovertemplate=(
+                    f"latent %{{customdata[0]:d}}<br>{first} %{{y:.2f}}, {second} %{{x:.2f}}<br>"
+                    "AUROC %{customdata[1]:.3f}, q %{customdata[2]:.2g}<extra></extra>"
+                ),
+            )
+        )
+    figure.update_xaxes(title=f"fires on {second} (share, test)", range=[-0.03, 1.03])
+    figure.update_yaxes(title=f"fires on {first} (share, test)", range=[-0.03, 1.03])
+    return _style(figure, 480)
+
+
+def values(run: SavedRun, activations: pd.DataFrame) -> go.Figure:
+    """Histograms of the leading latents' values on held-out rows, one group over the other."""
+    panels = []
+    for group in run.groups:
+        there = set(activations["latent"])
+        best = [f for f in run.selected(group)["latent"] if f in there]
+        panels += [(group, f) for f in best[:N_HISTOGRAMS]]
+    figure = make_subplots(
+        cols=2,
+        rows=max(1, -(-len(panels) // 2)),
+        subplot_titles=[f"latent {f} ({g})" for g, f in panels],
+        vertical_spacing=0.18,
+    )
+    test = activations[activations["split"] == "test"]
+    for index, (_, latent) in enumerate(panels):
+        mine = test[test["latent"] == latent]
+        top = float(mine["value"].max()) or 1.0
+        for group, colour in colours(run).items():
+            figure.add_trace(
+                go.Histogram(
+                    x=mine.loc[mine["group"] == group, "value"],
+                    name=group,
+                    legendgroup=group,
+                    showlegend=index == 0,
+                    marker={"color": colour},
+                    opacity=0.6,
+                    histnorm="probability",
+                    xbins={"start": 0, "end": top * 1.001, "size": top / 30},
+                ),
+                row=index // 2 + 1,
+                col=index % 2 + 1,
+            )
+    figure.update_layout(barmode="overlay")
+    figure.update_yaxes(title="share of rows")
+    figure.update_xaxes(title="activation")
+    return _style(figure, 280 * max(1, -(-len(panels) // 2)))
+
+
+def by_type(run: SavedRun) -> go.Figure:
+    """Separation of the leading latents per entity type, on held-out entities."""
+    figure = go.Figure()
+    first = run.groups[0]
+    for group, colour in colours(run).items():
+        for number, (_, row) in enumerate(run.selected(group).head(4).iterrows()):
+            # The table keeps each type's separation in the latent's own direction.
+            heights = [row[f"separation_{t}_test"] for t in run.entity_types]
+            figure.add_trace(
+                go.Bar(
+                    x=run.entity_types,
+                    y=heights,
+                    name=f"{group}: latent {row['latent']}",
+                    marker={"color": colour, "opacity": 1 - 0.2 * number},
+                )
+            )
+    figure.update_yaxes(
+        title=f"separation in its direction<br>({first} against {run.groups[1]})",
+        range=[-0.1, 1.02],
+    )
+    figure.update_layout(barmode="group")
+    return _style(figure, 380)
+
+
+def dose_response(run: SavedRun, outcome: str) -> go.Figure:
+    """Outcome against coefficient: latents with intervals, and the band of their controls."""
+    summary = run.summary
+    assert summary is not None
+    told = run.main_conditions()
+    titles = []
+    for name in told:
+        row = summary[summary["condition"] == name].iloc[0]
+        titles.append(f"latents for {row['direction']}, on {row['group']} prompts")
+    figure = make_subplots(cols=max(1, len(told)), rows=1, subplot_titles=titles, shared_yaxes=True)
+    for column, name in enumerate(told, 1):
+        direction = summary.loc[summary["condition"] == name, "direction"].iloc[0]
+        _dose_panel(figure, run, summary, outcome, name, str(direction), column)
+    cfg = run.config["intervention"]
+    unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
+    figure.update_xaxes(title=f"coefficient ({unit})")
+    figure.update_yaxes(title=f"{outcome} rate", range=[-0.03, 1.03], col=1)
+    return _style(figure, 420)
+
+
+def _dose_panel(
+    figure: go.Figure,
+    run: SavedRun,
+    summary: pd.DataFrame,
+    outcome: str,
+    name: str,
+    direction: str,
+    column: int,
+) -> None:
+    where: dict[str, Any] = {"row": 1, "col": column}
+    colour = colours(run)[direction]
+    controls = summary[(summary["of"] == name) & (summary["role"] == "control")]
+    if len(controls):
+        band = controls.groupby("coefficient")[outcome].agg(["min", "max"]).sort_index()
+        x = [*band.index, *band.index[::-1]]
+        y = [*band["max"], *band["min"][::-1]]
+        figure.add_trace(
+            go.Scatter(
+                x=x,
+                y=y,
+                fill="toself",
+                fillcolor="rgba(138,143,152,.35)",
+                line={"color": QUIET, "width": 1},
+                name="controls, lowest to highest",
+                legendgroup="controls",
+                showlegend=column == 1,
+                hoverinfo="skip",
+            ),
+            **where,
+        )
+    same = summary[(summary["direction"] == direction) & (summary["role"] != "control")]
+    for condition, part in same.groupby("condition", sort=False):
+        rows = part.sort_values("coefficient")
+        main = condition == name
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": rows[f"{outcome}_ci_high"] - rows[outcome],
+            "arrayminus": rows[outcome] - rows[f"{outcome}_ci_low"],
+        }
+        label = str(rows["latent"].iloc[0])
+        many = "+" in label
+        figure.add_trace(
+            go.Scatter(
+                x=rows["coefficient"],
+                y=rows[outcome],
+                mode="lines+markers",
+                line={"color": colour, "width": 3 if main else 1, "dash": None if main else "dot"},
+                error_y=bars if main else None,
+                name=f"{direction}: {'all together' if many else f'latent {label}'}",
+            ),
+            **where,
+        )

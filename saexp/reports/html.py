@@ -1,0 +1,263 @@
+"""report.html: one self-contained page, rendered from a run's saved files."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from saexp.reports.figures import colours, run_figures
+from saexp.reports.finding import sentences, unit_words
+from saexp.reports.saved import SavedRun
+
+TEMPLATES = Path(__file__).parent / "templates"
+N_LATENTS, N_EXAMPLES, N_ROWS = 15, 4, 8
+
+CAPTIONS = {
+    "frequencies": "Share of held-out entities on which each latent fires, by group. Latents that "
+    "tell the groups apart lie far from the dotted line.",
+    "values": "Activations of the leading latents on held-out rows; the bar at 0 is where the "
+    "latent is silent.",
+    "types": "Separation of the leading latents for each entity type, held-out entities. A general "
+    "latent is high for all of them.",
+}
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number for reading: scientific where tiny, a dash where there is none."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, str | bool):
+        return str(value)
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{int(value):,}"
+    size = abs(float(value))
+    return f"{value:.1e}" if size < 1e-3 else f"{value:.{digits}f}" if size < 10 else f"{value:.1f}"
+
+
+def environment() -> jinja2.Environment:
+    """Templates with everything escaped that is not said to be markup."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["number"] = number
+    return made
+
+
+def figure_json(figure: go.Figure) -> str:
+    """A figure's data and layout for a <script>; '<' is escaped so that no text can end it."""
+    return (figure.to_json() or "{}").replace("<", "\\u003c")
+
+
+def write_report(folder: str | Path) -> Path:
+    """Render report.html from the folder's files; returns its path."""
+    run = SavedRun(Path(folder))
+    figures = run_figures(folder)
+    page = (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=_title(run),
+            groups=colours(run),
+            finding=sentences(run),
+            notes=run.provenance["notes"],
+            asked=_asked(run),
+            figures={name: figure_json(figure) for name, figure in figures.items()},
+            captions=CAPTIONS,
+            stream=_stream(run),
+            tables=_latent_tables(run),
+            effects=_effect_tables(run),
+            examples=_generations(run),
+            rows=_example_rows(run),
+            skips=run.provenance["skips"],
+            provenance=_provenance(run),
+            config=json.dumps(run.config, indent=1, ensure_ascii=False),
+            plotly=get_plotlyjs(),
+        )
+    )
+    path = Path(folder) / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _title(run: SavedRun) -> str:
+    short = run.provenance["model"]["name"].rpartition("/")[2]
+    first, second = run.groups
+    return f"{first} against {second}: {short}, {run.provenance['sae']['hookpoint']}"
+
+
+def _asked(run: SavedRun) -> str:
+    """What the run was to find out."""
+    cfg, about = run.config, run.provenance
+    first, second = run.groups
+    causal = cfg["intervention"]
+    words = (
+        f"Which latents of the SAE {about['sae'].get('name', cfg['sae']['name'])} tell {first} "
+        f"from {second} in the data set '{about['dataset']['name']}' "
+        f"({about['dataset']['n_examples']} examples), at positions "
+        f"{cfg['positions']['name'].replace('_', ' ')}?"
+    )
+    if causal["name"] == "none":
+        return words
+    verb = {"steer": "adding their directions", "clamp": "moving them to the other group's mean"}
+    return (
+        f"{words} And does {verb.get(causal['name'], causal['name'])} at "
+        f"{causal['where'].replace('_', ' ')} change {', '.join(causal['outcomes'])}?"
+    )
+
+
+_STREAM = (
+    ("collection/n_rows", "rows"),
+    ("collection/n_skipped", "skipped"),
+    ("collection/tokens_forwarded", "tokens forwarded"),
+    ("sparsity/l0", "L0"),
+    ("sparsity/mean_active", "mean active value"),
+    ("sparsity/dead_fraction", "never fired"),
+    ("reconstruction/explained_variance", "explained variance"),
+    ("reconstruction/explained_variance_legacy", "… legacy definition"),
+    ("reconstruction/cosine", "cosine"),
+    ("contrast/n_tested", "latents tested"),
+    ("contrast/n_significant", "significant (train)"),
+    ("contrast/n_significant_test", "… again on test"),
+    ("contrast/token_count_p_value", "token counts differ, p"),
+)
+
+
+def _stream(run: SavedRun) -> list[tuple[str, Any]]:
+    return [(label, run.metrics[key]) for key, label in _STREAM if key in run.metrics]
+
+
+def _latent_tables(run: SavedRun) -> list[dict[str, Any]]:
+    """Per direction the selected latents with their numbers on the test split."""
+    tables = []
+    for group in run.groups:
+        chosen = run.selected(group).head(N_LATENTS)
+        first = group == run.groups[0]
+        rows = []
+        for row in chosen.to_dict("records"):
+            auroc, low, high = (row.get(c) for c in ("auroc_test", "ci_low_test", "ci_high_test"))
+            if not first:
+                auroc = 1 - row["auroc_test"]
+                low, high = (None if x is None else 1 - x for x in (high, low))
+            cells = [row["latent"], row["layer"], auroc, low, high, row["min_auroc_test"]]
+            cells += [row[f"freq_{g}_test"] for g in run.groups]
+            cells += [row[f"mean_{g}_test"] for g in run.groups]
+            cells += [row["min_separation_test"], row["q_value"], row["q_value_test"]]
+            rows.append([*cells, row["background_freq"]])
+        head = ["latent", "layer", "AUROC", "low", "high", "min over types"]
+        head += [f"fires, {g}" for g in run.groups] + [f"mean, {g}" for g in run.groups]
+        head += ["min separation", "q train", "q test", "background"]
+        tables.append({"group": group, "head": head, "rows": rows})
+    return tables
+
+
+def _effect_tables(run: SavedRun) -> list[dict[str, Any]]:
+    """Per outcome every condition but the controls, with the controls' range beside it."""
+    summary = run.summary
+    if summary is None:
+        return []
+    tables = []
+    for outcome in run.outcomes:
+        rows = []
+        for row in summary[summary["role"] != "control"].to_dict("records"):
+            same = summary["of"] == row["condition"]
+            at = same & (summary["coefficient"] == row["coefficient"])
+            controls = summary.loc[at & (summary["role"] == "control"), outcome]
+            span = f"{controls.min():.2f} to {controls.max():.2f}" if len(controls) else "–"
+            cells = [row["condition"], row["latent"].replace("+", ", "), row["group"], row["n"]]
+            cells += [row["coefficient"], row[outcome], row[f"{outcome}_ci_low"]]
+            rows.append([*cells, row[f"{outcome}_ci_high"], span, len(controls)])
+        head = ["condition", "latents", "prompts", "n", "coefficient", outcome, "low", "high"]
+        tables.append(
+            {"outcome": outcome, "head": [*head, "controls' range", "controls"], "rows": rows}
+        )
+    return tables
+
+
+def _generations(run: SavedRun) -> list[dict[str, Any]]:
+    """Per direction a few held-out prompts: unsteered, steered, and the same control throughout."""
+    effects, summary = run.table("effects"), run.summary
+    if effects is None or summary is None:
+        return []
+    outcome = run.outcomes[0]
+    shown = []
+    for name in run.main_conditions():
+        coefficient = run.told_coefficient(name, outcome)
+        row = summary[summary["condition"] == name].iloc[0]
+        at = effects[effects["coefficient"] == coefficient]
+        steered = at[at["condition"] == name].set_index("example_id")
+        controls = at[(at["of"] == name) & (at["role"] == "control")]
+        names = controls["condition"].unique()
+        control = controls[controls["condition"] == names[0]] if len(names) else controls
+        before = effects[(effects["role"] == "baseline") & (effects["group"] == row["group"])]
+        before, control = before.set_index("example_id"), control.set_index("example_id")
+        ids = list(steered.groupby("entity_type", sort=False, dropna=False).head(1).index)
+        ids = (ids + [i for i in steered.index if i not in ids])[:N_EXAMPLES]
+        rows = [
+            {
+                "prompt": steered.loc[i, "prompt"],
+                "texts": [
+                    (t.loc[i, "generated_text"], bool(t.loc[i, outcome])) if i in t.index else None
+                    for t in (before, steered, control)
+                ],
+            }
+            for i in ids
+        ]
+        cfg = run.config["intervention"]
+        unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
+        shown.append(
+            {
+                "direction": row["direction"],
+                "group": row["group"],
+                "coefficient": f"{coefficient:g} {unit}" if coefficient is not None else "",
+                "outcome": outcome,
+                "rows": rows,
+            }
+        )
+    return shown
+
+
+def _example_rows(run: SavedRun) -> list[dict[str, Any]]:
+    """Texts on which the first latent of each direction is strongest, held-out rows."""
+    activations = run.table("activations")
+    if activations is None or not len(activations):
+        return []
+    blocks = []
+    for group in run.groups:
+        chosen = run.selected(group)
+        if chosen.empty:
+            continue
+        latent = int(chosen.iloc[0]["latent"])
+        mine = activations[(activations["latent"] == latent) & (activations["split"] == "test")]
+        top = mine.sort_values("value", ascending=False, kind="stable").head(N_ROWS)
+        rows = top[["text", "group", "value"]].to_numpy().tolist()
+        blocks.append({"group": group, "latent": latent, "rows": rows})
+    return blocks
+
+
+def _provenance(run: SavedRun) -> list[tuple[str, str]]:
+    about = run.provenance
+    sae, model, machine = about["sae"], about["model"], about["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in about["seconds"].items())
+    return [
+        ("command", about["command"]),
+        ("started", about["started"]),
+        ("model", f"{model['name']} (revision {model['revision'] or 'default'})"),
+        ("model weights", model["fingerprint"]),
+        ("SAE", f"{sae.get('name')} ({sae['architecture']}, d_sae {sae['d_sae']})"),
+        ("SAE weights", str(sae.get("fingerprint"))),
+        ("activation store", about["store"]["key"]),
+        ("seed", str(about["seed"])),
+        ("machine", f"{machine['system']}, {machine['cores']} cores, {machine['device']}"),
+        ("seconds", seconds),
+        ("versions", versions),
+    ]

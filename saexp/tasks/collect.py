@@ -1,0 +1,42 @@
+"""task=collect: activations into the store, nothing else."""
+
+from saexp.config import RunConfig, parse_layers
+from saexp.context import RunContext
+from saexp.errors import ConfigError
+from saexp.models.hookpoints import Hookpoint
+from saexp.results import TaskResult
+from saexp.tasks.gathering import gather
+from saexp.tasks.loaded import language_model
+from saexp.tasks.saving import skips_table, write_provenance, write_result
+
+
+def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
+    """Store every stream of `task.streams` at every layer, in one pass."""
+    if cfg.layer is None:
+        raise ConfigError("layer is not set; type layer=12 or 'layer=[0,1,2]'")
+    model = language_model(cfg)
+    hookpoints = [Hookpoint(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams]
+    with context.stage("collect"):
+        gathered = gather(cfg, model, hookpoints)
+    skips = gathered.placement.skips
+    result = TaskResult(
+        metrics=gathered.metrics,
+        tables={"rows": gathered.placement.rows, "skips": skips_table(skips)},
+        notes=[f"store: {gathered.store.path}"],
+    )
+    write_result(context.folder, result)
+    write_provenance(
+        context,
+        cfg,
+        result.notes,
+        skips,
+        device=str(model.device),
+        model={
+            "name": model.name,
+            "revision": model.cfg.revision,
+            "fingerprint": model.fingerprint,
+        },
+        store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
+        tokens_forwarded=gathered.stats.tokens_forwarded,
+    )
+    return result

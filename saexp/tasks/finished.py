@@ -1,0 +1,54 @@
+"""Which configs were run to the end, so that `resume` can reuse their results."""
+
+import dataclasses
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from saexp.config import RunConfig
+
+_NO_MATTER = ("resume", "cache_dir", "tracker", "store")
+
+
+def fingerprint(cfg: RunConfig) -> str:
+    """Hash of the resolved config, of the local files it names, and of saexp's version."""
+    config = dataclasses.asdict(cfg)
+    for key in _NO_MATTER:
+        config.pop(key)
+    named = [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name]
+    content: list[Any] = [metadata.version("saexp"), config, [_state(p) for p in named]]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _state(path: str | None) -> list[tuple[str, int, int]]:
+    """(name, size, time of last change) of a file, or of all files of a folder."""
+    place = Path(path) if path else None
+    if place is None or not place.exists():
+        return []
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    stats = [(str(f), f.stat()) for f in files if f.is_file()]
+    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+
+
+def _entry(cfg: RunConfig) -> Path:
+    return Path(cfg.cache_dir) / "finished" / f"{fingerprint(cfg)}.json"
+
+
+def record(cfg: RunConfig, folder: Path) -> None:
+    """Note that a run ended well."""
+    entry = _entry(cfg)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    entry.write_text(json.dumps({"folder": str(folder.resolve())}) + "\n", encoding="utf-8")
+
+
+def find(cfg: RunConfig) -> Path | None:
+    """Folder of a finished run with the same config, if it is still there."""
+    try:
+        folder = Path(json.loads(_entry(cfg).read_text("utf-8"))["folder"])
+    except (OSError, ValueError, KeyError):
+        return None
+    whole = (folder / "metrics.json").is_file() and (folder / "provenance.json").is_file()
+    return folder if whole else None

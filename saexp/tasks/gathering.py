@@ -1,0 +1,80 @@
+"""What analyze and collect begin with: examples, tokens, positions, activations."""
+
+from dataclasses import dataclass
+
+from saexp import registry
+from saexp.activations.collector import CollectionStats, collect
+from saexp.activations.store import ActivationStore
+from saexp.config import PositionsConfig, RunConfig
+from saexp.data.datasets import background_texts
+from saexp.data.examples import Example, ExampleSet
+from saexp.data.positions import Placement, place
+from saexp.data.tokens import tokenize
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+
+
+@dataclass
+class Gathered:
+    """Examples with their stored activations."""
+
+    examples: ExampleSet
+    placement: Placement
+    store: ActivationStore
+    stats: CollectionStats
+
+    @property
+    def metrics(self) -> dict[str, float | int | None]:
+        """`collection/…`."""
+        return {
+            "collection/n_rows": self.stats.n_rows,
+            "collection/n_skipped": self.stats.n_skipped,
+            "collection/tokens_forwarded": self.stats.tokens_forwarded,
+            "collection/padding_share": self.stats.padding_share,
+            "collection/seconds": self.stats.seconds,
+        }
+
+
+def gather(cfg: RunConfig, model: LanguageModel, hookpoints: list[Hookpoint]) -> Gathered:
+    """Activations of the data set at the positions asked for; forwarded only where not stored."""
+    examples = registry.build("dataset", cfg.dataset)
+    positions = registry.build("positions", cfg.positions)
+    return _collected(cfg, model, hookpoints, examples, positions)
+
+
+def gather_background(
+    cfg: RunConfig, model: LanguageModel, hookpoints: list[Hookpoint], n_positions: int
+) -> Gathered:
+    """Activations at random positions of neutral text."""
+    lines = list(dict.fromkeys(background_texts(cfg.dataset)))
+    examples = ExampleSet(
+        name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
+    )
+    n = max(1, -(-n_positions // len(lines)))
+    positions = registry.build(
+        "positions", PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
+    )
+    return _collected(cfg, model, hookpoints, examples, positions)
+
+
+def _collected(
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    examples: ExampleSet,
+    positions: object,
+) -> Gathered:
+    tokenized = tokenize(
+        [e.text for e in examples.examples], model.tokenizer, cfg.dataset.max_length
+    )
+    placement = place(examples.examples, tokenized, positions, model.tokenizer, cfg.positions.seed)
+    store, stats = collect(
+        model,
+        placement,
+        hookpoints,
+        cache_dir=cfg.cache_dir,
+        cfg=cfg.store,
+        max_length=cfg.dataset.max_length,
+        n_skipped=len(placement.skips),
+    )
+    return Gathered(examples, placement, store, stats)

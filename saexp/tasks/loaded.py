@@ -1,0 +1,50 @@
+"""Models and SAEs that several runs of one process share, kept by their config."""
+
+from collections import OrderedDict
+from typing import Any
+
+from saexp import registry
+from saexp.config import ModelConfig, RunConfig, SAEConfig
+from saexp.errors import ConfigError
+from saexp.models.loading import LanguageModel
+from saexp.saes.base import SparseAutoencoder
+from saexp.saes.loading import check_fits
+
+_KEPT = {"model": 1, "sae": 4}
+_loaded: dict[str, OrderedDict[str, Any]] = {kind: OrderedDict() for kind in _KEPT}
+
+
+def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
+    kept = _loaded[kind]
+    key = repr((cfg, runtime))
+    if key in kept:
+        kept.move_to_end(key)
+        return kept[key]
+    while len(kept) >= _KEPT[kind]:
+        kept.popitem(last=False)
+    kept[key] = registry.build(kind, cfg, **runtime)
+    return kept[key]
+
+
+def language_model(cfg: RunConfig) -> LanguageModel:
+    """The run's model; weights are read when first needed."""
+    return _shared("model", cfg.model)
+
+
+def sparse_autoencoder(cfg: RunConfig, model: LanguageModel) -> SparseAutoencoder:
+    """The run's SAE, checked against the model. Raises ConfigError where no layer is given."""
+    if cfg.layer is None and cfg.sae.id is None and cfg.sae.loader != "path":
+        raise ConfigError(
+            f"layer is not set and model={cfg.model.name} has no default; "
+            f"type layer=<0 to {model.n_layers - 1}>"
+        )
+    if isinstance(cfg.layer, list):
+        raise ConfigError(
+            f"layer={cfg.layer}: task={cfg.task.name} takes one layer; sweep with "
+            f"-m layer={','.join(map(str, cfg.layer))}"
+        )
+    if cfg.layer is not None:
+        model.check_layer(int(cfg.layer))
+    sae = _shared("sae", cfg.sae, d_in=model.d_model)
+    check_fits(sae, model)
+    return sae

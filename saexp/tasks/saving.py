@@ -1,0 +1,79 @@
+"""The files a run leaves: metrics, tables, provenance. The report renders from these alone."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saexp.config import RunConfig
+from saexp.context import RunContext
+from saexp.data.examples import Skip
+from saexp.results import TaskResult
+
+_PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hydra-core")
+Metrics = Mapping[str, float | int | None]
+
+
+def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int | None]:
+    """NaN and infinities become null and are named in a note."""
+    cleaned: dict[str, float | int | None] = {}
+    for name, value in metrics.items():
+        bad = value is not None and not math.isfinite(value)
+        if bad:
+            notes.append(f"{name} could not be computed")
+        plain = value if value is None or isinstance(value, int) else float(value)
+        cleaned[name] = None if bad else plain
+    return cleaned
+
+
+def write_result(folder: Path, result: TaskResult) -> None:
+    """metrics.json and a parquet file per table; may be called again as a run goes on."""
+    _write_json(folder / "metrics.json", result.metrics)
+    for name, table in result.tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def skips_table(skips: list[Skip]) -> pd.DataFrame:
+    """One row per example that could not be used."""
+    return pd.DataFrame([dataclasses.asdict(s) for s in skips], columns=["example_id", "reason"])
+
+
+def write_provenance(
+    context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
+) -> None:
+    """provenance.json: how the run came about."""
+    versions = {p: metadata.version(p) for p in _PACKAGES}
+    _write_json(
+        context.folder / "provenance.json",
+        {
+            "saexp_version": versions["saexp"],
+            "command": context.command,
+            "config": dataclasses.asdict(cfg),
+            "versions": {"python": platform.python_version(), **versions},
+            "seed": cfg.seed,
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.machine(),
+                "cores": os.cpu_count(),
+                "device": about.pop("device", None),
+            },
+            "seconds": {name: round(s, 3) for name, s in context.seconds.items()},
+            "started": context.started,
+            "notes": notes,
+            "skips": dict(Counter(s.reason for s in skips)),
+            **about,
+        },
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
