@@ -219,7 +219,9 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
         if isinstance(loaded, datasets.DatasetDict):
             if cfg.hf_split not in loaded:
-                raise ValueError(f"no split {cfg.hf_split}, there are {', '.join(map(str, loaded))}")
+                raise ValueError(
+                    f"no split {cfg.hf_split}, there are {', '.join(map(str, loaded))}"
+                )
             loaded = loaded[cfg.hf_split]
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]

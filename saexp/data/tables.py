@@ -50,7 +50,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
                 continue
             where = f"{file}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{where}: is no JSON ({error.msg}, column {error.colno})"
@@ -83,7 +83,9 @@ def _csv_lines(file: Path) -> Iterator[Row]:
                     )
                 yield where, {k: v for k, v in row.items() if v != ""}
         except csv_module.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: is no CSV ({error})") from error
+            # DictReader counts a line only once it was read.
+            line = reader.reader.line_num
+            raise DataError(f"{file}:{line}: is no CSV ({error})") from error
 
 
 def rule(text: str) -> tuple[str, Any]:
@@ -92,7 +94,7 @@ def rule(text: str) -> tuple[str, Any]:
     Numbers are compared as numbers, else text without regard to case. The test raises ValueError
     where a column that is no number would have to be smaller or larger than one.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(==|!=|>=|<=|>|<)\s*(.+?)\s*", text)
+    match = re.fullmatch(r"\s*(\w+)\s*(==|!=|>=|<=|>|<)\s*(\S.*?)\s*", text)
     if not match:
         raise ConfigError(
             f"dataset.group_rule={text} is no rule; type e.g. 'matching_tokens == 0' "

@@ -33,6 +33,24 @@ def _with_first(values: Any, new: Tensor) -> Any:
     return new if isinstance(values, Tensor) else (new, *values[1:])
 
 
+class _Mid:
+    """An edit of resid_mid. The MLP's norm and the sum after the MLP both read that stream, and
+    only the first is a module's input, so the change is added to the block's output as well."""
+
+    def __init__(self, function: EditFunction) -> None:
+        self.function = function
+        self.change: Tensor | None = None
+
+    def on_norm_input(self, values: Tensor) -> Tensor:
+        new = self.function(values)
+        self.change = None if new is values else new - values
+        return new
+
+    def on_block_output(self, _m: Any, _a: Any, output: Any) -> Any:
+        change, self.change = self.change, None
+        return output if change is None else _with_first(output, _first(output) + change)
+
+
 @contextmanager
 def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Iterator[None]:
     """Replace streams by functions of themselves while the context is open.
@@ -43,6 +61,11 @@ def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Itera
     try:
         for hookpoint, function in edits.items():
             site = model.module(hookpoint.stored)
+            if hookpoint.stream == "resid_mid":
+                mid = _Mid(function)
+                function = mid.on_norm_input
+                block = model.blocks[hookpoint.layer]
+                handles.append(block.register_forward_hook(mid.on_block_output, prepend=True))
 
             def on_output(_m: Any, _a: Any, output: Any, f: EditFunction = function) -> Any:
                 return _with_first(output, f(_first(output)))

@@ -119,7 +119,9 @@ class LanguageModel:
             )
             if missing := sorted(info["missing_keys"]):
                 # transformers would go on with random values.
-                raise self._cannot_load("weights", f"{len(missing)} lack, such as {missing[0]}")
+                raise self._cannot_load(
+                    "weights", f"{len(missing)} are not in its files, such as {missing[0]}"
+                )
             self._hf = hf.to(self.device).eval().requires_grad_(False)
         return self._hf
 
@@ -148,9 +150,8 @@ class LanguageModel:
         if not 0 <= layer < self.n_layers:
             last = self.n_layers - 1
             short = self.name.rpartition("/")[2]
-            raise ModelError(
-                f"layer={layer}, but {short} has layers 0-{last}; try layer={min(layer, last)}"
-            )
+            nearest = min(max(layer, 0), last)
+            raise ModelError(f"layer={layer}, but {short} has layers 0-{last}; try layer={nearest}")
 
     def module(self, hookpoint: Hookpoint) -> Site:
         """Where to hook a stream; ModelError where the model has no such point."""

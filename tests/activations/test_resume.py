@@ -1,0 +1,129 @@
+"""Killed, raced and interrupted collections end in the same bytes as an undisturbed one."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from saexp.activations import store as store_module
+from saexp.activations.store import ActivationStore
+from saexp.config import ModelConfig
+from saexp.models.loading import LanguageModel
+from tests.activations.collecting import POSTS, digests, placed, run
+from tests.random_models import random_hf, save
+
+SHARD_ROWS = 9
+PASSES = 6
+PATIENCE_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    save(random_hf("llama"), place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """(digests, tokens) of a collection that nothing happened to."""
+    store, stats = run(load(folder), tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)
+    return digests(store.path), stats.tokens_forwarded
+
+
+def load(folder) -> LanguageModel:
+    return LanguageModel(ModelConfig(name=str(folder), device="cpu"))
+
+
+def the_store(cache) -> ActivationStore:
+    (place,) = (cache / "activations").iterdir()
+    return ActivationStore.open(place)
+
+
+def start(folder, cache, tmp_path, passes=0):
+    """A child that waits, with its model loaded, for the second file."""
+    ready, go = tmp_path / "ready", tmp_path / "go"
+    arguments = [str(folder), str(cache), str(passes), str(ready), str(go)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.activations.child", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    began = time.monotonic()
+    while not ready.exists():
+        assert child.poll() is None, "the child ended before it began"
+        assert time.monotonic() - began < PATIENCE_SECONDS
+        time.sleep(0.01)
+    return child, go
+
+
+def test_a_killed_collection_resumes_to_equal_bytes(folder, undisturbed, tmp_path):
+    whole, tokens = undisturbed
+    cache = tmp_path / "cache"
+    child, go = start(folder, cache, tmp_path, passes=PASSES)
+    go.touch()
+    assert child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+    child.stdout.close()
+    # It lost the shard under way, and none before it.
+    killed = the_store(cache)
+    assert sorted(killed.missing(POSTS)) == list(range(PASSES - 1, len(killed.shard_bounds)))
+    assert killed.hookpoints == []
+    store, stats = run(load(folder), cache, shard_rows=SHARD_ROWS)
+    assert 0 < stats.tokens_forwarded < tokens
+    assert digests(store.path) == whole
+
+
+def test_two_processes_at_once_make_one_sound_store_and_compute_no_shard_twice(
+    folder, undisturbed, tmp_path
+):
+    whole, tokens = undisturbed
+    model = load(folder)
+    assert model.blocks is not None, "weights are read before the start"
+    cache = tmp_path / "cache"
+    child, go = start(folder, cache, tmp_path)
+    go.touch()
+    store, stats = run(model, cache, shard_rows=SHARD_ROWS)
+    said, _ = child.communicate(timeout=PATIENCE_SECONDS)
+    assert child.returncode == 0
+    assert int(said) + stats.tokens_forwarded == tokens
+    assert digests(store.path) == whole
+
+
+@pytest.mark.parametrize("moment", ["before the shard is in place", "before it is listed"])
+def test_an_interruption_at_the_worst_moment_loses_one_shard(
+    folder, undisturbed, tmp_path, monkeypatch, moment
+):
+    whole, _ = undisturbed
+    name = "save_file" if moment == "before the shard is in place" else "_write_json"
+    real, calls = getattr(store_module, name), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(load(folder), tmp_path, shard_rows=SHARD_ROWS)
+    n_listed = sum(len(s) for s in the_store(tmp_path).manifest["hookpoints"].values())
+    # The first listing is that of the empty store.
+    assert n_listed == (7 if name == "save_file" else 6)
+    store, _ = run(load(folder), tmp_path, shard_rows=SHARD_ROWS)
+    assert digests(store.path) == whole
+
+
+def test_hookpoints_collected_one_after_another_equal_those_collected_at_once(
+    folder, undisturbed, tmp_path
+):
+    whole, _ = undisturbed
+    for point in reversed(POSTS):
+        store, _ = run(load(folder), tmp_path, [point], shard_rows=SHARD_ROWS)
+    shards = {n: d for n, d in digests(store.path).items() if n != "manifest.json"}
+    assert shards == {n: d for n, d in whole.items() if n != "manifest.json"}
+    assert torch.equal(store.acts(2), ActivationStore.open(store.path).acts(2))
+    assert len(store.acts(2)) == len(placed().rows)

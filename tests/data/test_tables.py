@@ -1,0 +1,294 @@
+"""Files with one example a row: what is read, and each error with file and line."""
+
+import json
+
+import pytest
+
+from saexp.config import DatasetConfig
+from saexp.data.datasets import csv, jsonl
+from saexp.data.examples import Example
+from saexp.data.tables import read_rows, rule
+from saexp.errors import ConfigError, DataError, SaexpError
+
+TWO = [
+    {"text": "The player Bo Li", "entity": "Bo Li", "group": "known"},
+    {"text": "The player Ed Xu", "entity": "Ed Xu", "group": "unknown"},
+]
+
+
+@pytest.fixture()
+def write(tmp_path):
+    """Write rows (or lines as they are) to a JSONL file and give its path."""
+
+    def write(*rows, name="f.jsonl"):
+        lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def read(path, of=jsonl, **options):
+    return of(DatasetConfig(name="mine", path=path, **options))
+
+
+def message_of(make, kind: type[SaexpError] = DataError) -> str:
+    with pytest.raises(kind) as error:
+        make()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_column_of_the_contract_is_read(write):
+    row = {
+        **{"text": "A player Bo Li, Bo Li", "group": "known", "entity": "Bo Li"},
+        **{"entity_type": "player", "prompt": "Who is Bo Li?", "answer": ["x", 3]},
+        **{"id": "p1", "split": "val", "year": 1987},
+    }
+    one = read(write(row, TWO[1])).examples[0]
+    assert one == Example(
+        id="p1",
+        text="A player Bo Li, Bo Li",
+        group="known",
+        split="val",
+        spans=((16, 21),),
+        entity="Bo Li",
+        entity_type="player",
+        prompt="Who is Bo Li?",
+        answers=("x", "3"),
+        extra={"year": 1987},
+    )
+
+
+def test_without_ids_they_are_line_numbers_and_blank_lines_count(write):
+    path = write(TWO[0], "", "   ", TWO[1])
+    assert [e.id for e in read(path).examples] == ["1", "4"]
+
+
+@pytest.mark.parametrize("answer", [None, [], "absent"])
+def test_an_answer_may_be_absent(write, answer):
+    row = TWO[0] if answer == "absent" else {**TWO[0], "answer": answer}
+    assert read(write(row, TWO[1])).examples[0].answers == ()
+
+
+@pytest.mark.parametrize("span", [[11, 16], "[11, 16]"])
+def test_a_span_gives_the_entity(write, span):
+    row = {"text": "The player Bo Li", "span": span, "group": "known"}
+    one = read(write(row, TWO[1])).examples[0]
+    assert (one.spans, one.entity) == (((11, 16),), "Bo Li")
+
+
+def test_spans_count_characters_not_bytes(write):
+    row = {"text": "né 🙂 Zoë", "entity": "Zoë", "group": "known"}
+    assert read(write(row, TWO[1])).examples[0].spans == ((5, 8),)
+
+
+@pytest.mark.parametrize("of", [jsonl, csv])
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path, of):
+    text = '{"text": "one"}\n' if of is jsonl else "text\none\n"
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read(str(tmp_path / "f"), of).examples[0].text == "one"
+
+
+def test_csv_reads_the_same_as_jsonl(write):
+    lines = [
+        "text,entity,group,answer,note",
+        '"The player, Bo Li",Bo Li,known,yes,"two',
+        'lines"',
+        "The player Ed Xu,Ed Xu,unknown,,",
+    ]
+    got = read(write(*lines, name="f.csv"), csv).examples
+    assert [(e.id, e.text, e.entity, e.answers) for e in got] == [
+        ("3", "The player, Bo Li", "Bo Li", ("yes",)),
+        ("4", "The player Ed Xu", "Ed Xu", ()),
+    ]
+    assert got[0].extra == {"note": "two\nlines"}
+
+
+def test_columns_are_mapped_and_the_files_own_of_that_name_is_kept_apart(write):
+    rows = [{"input": r["text"], "label": r["group"], "group": "theirs"} for r in TWO]
+    got = read(write(*rows), columns={"text": "input", "group": "label"})
+    assert got.groups == ("known", "unknown")
+    assert [e.text for e in got.examples] == [r["text"] for r in TWO]
+    assert got.examples[0].extra == {"group": "theirs"}
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "true", "false"),
+    [
+        ("n == 0", "n", [0, 0.0, "0", "0.0"], [1, "zero"]),
+        ("n != 0", "n", [1, "zero"], [0, "0"]),
+        ("n >= 2", "n", [2, "10"], [1.5]),
+        ("n <= 2", "n", [2], ["10"]),
+        ("n>2", "n", ["10"], [2]),
+        (" n < 2 ", "n", [1], [2]),
+        ("ok == true", "ok", [True, "TRUE"], [False, "no"]),
+        ("who == 'Bo Li'", "who", ["Bo Li", "bo li"], ["Bo"]),
+        ("day > 2020-01-31", "day", ["2020-02-01"], ["2019-12-31"]),
+    ],
+)
+def test_rules(text, column, true, false):
+    name, test = rule(text)
+    assert name == column
+    assert [test(v) for v in [*true, *false]] == [True] * len(true) + [False] * len(false)
+
+
+def test_a_rule_makes_the_groups(write):
+    rows = [{"text": f"t{n}", "n": n, "group": "theirs"} for n in (3, 0, 1)]
+    got = read(write(*rows), group_rule="n == 0")
+    assert [e.group for e in got.examples] == ["not (n == 0)", "n == 0", "not (n == 0)"]
+    assert got.groups == ("not (n == 0)", "n == 0")
+
+
+@pytest.mark.parametrize("text", ["n", "n = 0", "__import__('os')", "n == "])
+def test_what_is_no_rule(write, text):
+    message = message_of(lambda: read(write(*TWO), group_rule=text), ConfigError)
+    assert message == (
+        f"dataset.group_rule={text} is no rule; type e.g. 'matching_tokens == 0' "
+        "(column, one of == != >= <= > <, value)"
+    )
+
+
+@pytest.mark.parametrize("row", [{"text": "t"}, {"text": "t", "n": None}])
+def test_a_rule_on_a_column_that_a_row_lacks(write, row):
+    path = write({"text": "t", "n": 0}, row)
+    assert message_of(lambda: read(path, group_rule="n == 0")) == (
+        f"{path}:2: has no column 'n', which group_rule asks for"
+    )
+
+
+def test_a_rule_that_orders_what_is_no_number(write):
+    path = write({"text": "t", "n": 0}, {"text": "t", "n": "few"})
+    assert message_of(lambda: read(path, group_rule="n > 5")) == (
+        f"{path}:2: column 'n': 'few' is no number (n > 5)"
+    )
+
+
+def test_no_file_and_no_path(tmp_path):
+    missing = tmp_path / "absent.jsonl"
+    assert message_of(lambda: read(str(missing))) == f"dataset.path={missing}: no such file"
+    assert message_of(lambda: read(str(tmp_path))) == f"dataset.path={tmp_path}: no such file"
+    for kind in ("jsonl", "csv"):
+        message = message_of(lambda kind=kind: read_rows(None, kind), ConfigError)
+        assert message == f"dataset={kind} needs a file: type dataset.path=FILE"
+
+
+@pytest.mark.parametrize(("of", "content"), [(jsonl, "\n\n"), (csv, "text,group\n"), (csv, "")])
+def test_an_empty_file(tmp_path, of, content):
+    (tmp_path / "f").write_text(content)
+    path = str(tmp_path / "f")
+    assert message_of(lambda: read(path, of)) == (
+        f"{path}: is empty; it needs at least one row with a 'text'"
+    )
+
+
+@pytest.mark.parametrize("of", [jsonl, csv])
+def test_a_file_that_is_not_utf8(tmp_path, of):
+    (tmp_path / "f").write_bytes(b'{"text": "caf\xe9"}\n')
+    path = str(tmp_path / "f")
+    assert message_of(lambda: read(path, of)).startswith(f"{path}: is not UTF-8 text (byte ")
+
+
+LINE_2 = [
+    ('{"text": "a"', "is no JSON (Expecting ',' delimiter, column 13)"),
+    ('["a"]', 'a row must be an object such as {"text": "…"}'),
+    (
+        '{"text": "half \\ud83d"}',
+        "holds half a character ('\\ud83d'); remove it",
+    ),
+    (
+        {"group": "known"},
+        "column 'text' is missing; give the text there or map it with "
+        "dataset.columns.text=<column>",
+    ),
+    *[
+        (
+            {"text": text},
+            "column 'text' is empty or no string; give the text there or map it with "
+            "dataset.columns.text=<column>",
+        )
+        for text in ("  ", None, 7)
+    ],
+    (
+        {"text": "The player Bo", "entity": "Bo Li"},
+        "entity 'Bo Li' does not occur in its text 'The player Bo'",
+    ),
+    ({"text": "t", "entity": ""}, "entity '' does not occur in its text 't'"),
+    ({"text": "t", "entity": True}, "'entity' must be a string, not bool"),
+    ({"text": "t", "group": ["a"]}, "'group' must be a string, not list"),
+    *[
+        (
+            {"text": "four", "span": span},
+            f"span [{span[0]}, {span[1]}] is outside its text of 4 characters",
+        )
+        for span in ([0, 5], [-1, 2], [2, 2], [3, 1])
+    ],
+    *[
+        (
+            {"text": "four", "span": span},
+            "'span' must be [start, end] in characters, such as [4, 11]",
+        )
+        for span in ([1], [0.5, 2], "1-2", 3, [False, True])
+    ],
+    (
+        {"text": "t", "split": "training"},
+        "split 'training' is not known; use one of train, val, test",
+    ),
+    ({"text": "t", "answer": {"a": 1}}, "'answer' must be a string or a list of strings"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), LINE_2, ids=[str(r)[:40] for r, _ in LINE_2])
+def test_errors_name_file_and_line(write, row, message):
+    path = write(TWO[0], row)
+    assert message_of(lambda: read(path)) == f"{path}:2: {message}"
+
+
+def test_a_whole_emoji_written_as_two_escapes_is_fine(write):
+    assert read(write('{"text": "\\ud83d\\ude42"}')).examples[0].text == "🙂"
+
+
+def test_an_id_that_stands_twice(write):
+    path = write({**TWO[0], "id": "x"}, TWO[0], {**TWO[1], "id": "x"})
+    assert message_of(lambda: read(path)) == f"{path}:3: id 'x' stands already at {path}:1"
+
+
+def test_only_one_group(write):
+    path = write(TWO[0], TWO[0])
+    assert message_of(lambda: read(path)) == (
+        f"{path}: all rows are of one group, known (2); a contrast needs two"
+    )
+
+
+@pytest.mark.parametrize("line", ["a,b", "a,b,c,d"])
+def test_a_csv_row_with_another_number_of_fields(write, line):
+    path = write("text,group,note", "one,known,x", line, name="f.csv")
+    assert message_of(lambda: read(path, csv)) == (
+        f"{path}:3: has another number of fields than the header's 3; quote texts that hold commas"
+    )
+
+
+def test_a_csv_with_an_open_quote(write):
+    path = write("text", 'one "quoted" word', '"two" words', name="f.csv")
+    assert message_of(lambda: read(path, csv)).startswith(f"{path}:3: is no CSV (")
+
+
+def test_a_csv_text_that_is_empty(write):
+    path = write("text,group", "one,known", ",unknown", name="f.csv")
+    assert message_of(lambda: read(path, csv)).startswith(f"{path}:3: column 'text' is missing;")
+
+
+def test_a_mapping_to_a_column_that_is_not_there(write):
+    path = write(*TWO)
+    assert message_of(lambda: read(path, columns={"group": "label"})) == (
+        f"{path}: no row has the column 'label' (dataset.columns.group)"
+    )
+
+
+def test_a_mapping_of_a_column_that_does_not_exist(write):
+    path = write(*TWO)
+    message = message_of(lambda: read(path, columns={"txt": "text"}), ConfigError)
+    assert message == (
+        "dataset.columns.txt: unknown; the columns are text, group, entity, span, entity_type, "
+        "prompt, answer, id, split"
+    )

@@ -1,0 +1,186 @@
+"""What a model says about itself before and after its weights are read, and its errors."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from saexp.config import ModelConfig
+from saexp.errors import ModelError
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel, load_model, pick_device, pick_dtype
+from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    save(random_hf("llama"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def load(folder, **options):
+    return LanguageModel(ModelConfig(name=str(folder), device="cpu", **options))
+
+
+def message_of(make) -> str:
+    with pytest.raises(ModelError) as error:
+        make()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_shape_and_names_need_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    model = load(folder)
+    assert (model.n_layers, model.d_model) == (N_LAYERS, D_MODEL)
+    assert model.pad_id == 0
+    assert model.tokenizer("The city").input_ids == tokenizer()("The city").input_ids
+    model.check_layer(2)
+    assert not model.loaded
+
+
+def test_weights_are_read_on_first_use_frozen_and_in_eval_mode(folder):
+    model = load(folder)
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.equal(model.hf(ids).logits, random_hf("llama")(ids).logits)
+    assert model.loaded
+    assert not model.hf.training
+    assert not any(p.requires_grad for p in model.hf.parameters())
+
+
+def test_the_registry_builder_takes_runtime_objects(folder):
+    assert load_model(ModelConfig(name=str(folder), device="cpu"), layer=3).d_model == D_MODEL
+
+
+def test_shipped_models_are_found_by_name():
+    tiny = LanguageModel(ModelConfig(name="tiny", device="cpu"))
+    assert (tiny.n_layers, tiny.d_model, tiny.name) == (5, 128, "tiny")
+
+
+@NO_CUDA
+def test_auto_is_cpu_and_float32_without_an_accelerator(folder):
+    model = LanguageModel(ModelConfig(name=str(folder)))
+    there = "mps" if torch.backends.mps.is_available() else "cpu"
+    assert (model.device.type, model.dtype) == (there, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        ("auto", "cuda", torch.bfloat16),
+        ("auto", "cpu", torch.float32),
+        ("auto", "mps", torch.float32),
+        ("float16", "cuda", torch.float16),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_dtype(name, device, dtype):
+    assert pick_dtype(name, torch.device(device)) == dtype
+
+
+def test_the_weights_come_in_the_dtype_asked_for(folder):
+    assert load(folder, dtype="bfloat16").hf.lm_head.weight.dtype == torch.bfloat16
+
+
+@NO_CUDA
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_there(name):
+    message = f"device={name} is not on this machine; try device=auto"
+    assert message_of(lambda: pick_device(name)) == message
+    assert message_of(lambda: LanguageModel(ModelConfig(name="tiny", device=name))) == message
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no-such-folder/model", "not a name!"])
+def test_a_wrong_name(name):
+    message = message_of(lambda: LanguageModel(ModelConfig(name=name, device="cpu")))
+    assert message.startswith(f"model.name={name}: its config cannot be loaded (")
+    assert message.endswith("); type a hub id that is in reach or cached, or a local folder")
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    said = f"model.name={folder}: its weights cannot be loaded ("
+    assert message_of(lambda: load(folder).hf).startswith(said + "Error no file named")
+    assert message_of(lambda: load(folder).fingerprint).startswith(
+        said + "no file named model.safetensors or pytorch_model.bin)"
+    )
+
+
+def test_damaged_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = f"^model.name={re.escape(str(folder))}: its weights cannot be loaded \\(.*header"
+    assert re.match(said, message_of(lambda: load(folder).hf))
+
+
+def test_weights_of_another_size(folder):
+    change_config(folder, intermediate_size=40)
+    assert "its weights cannot be loaded (" in message_of(lambda: load(folder).hf)
+
+
+def test_weights_that_lack_a_part_are_not_made_up(folder):
+    change_config(folder, num_hidden_layers=N_LAYERS + 1)
+    assert (
+        "its weights cannot be loaded (9 are not in its files, such as "
+        "model.layers.3.input_layernorm.weight)"
+    ) in message_of(lambda: load(folder).hf)
+
+
+def test_tied_embeddings_do_not_count_as_lacking(tmp_path):
+    hf = random_hf("gemma2")
+    assert hf.config.tie_word_embeddings
+    ids = torch.tensor([[1, 5, 9]])
+    model = LanguageModel(save(hf, tmp_path))
+    assert torch.equal(model.hf(ids).logits, hf(ids).logits)
+
+
+def test_a_damaged_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    assert f"model.name={folder}: its tokenizer cannot be loaded (" in message_of(
+        lambda: load(folder).tokenizer
+    )
+
+
+@pytest.mark.parametrize(("layer", "better"), [(99, 2), (3, 2), (-1, 0)])
+def test_a_layer_that_is_not_there(folder, layer, better):
+    message = f"layer={layer}, but model has layers 0-2; try layer={better}"
+    model = load(folder)
+    assert message_of(lambda: model.check_layer(layer)) == message
+    assert not model.loaded
+
+
+def test_a_hookpoint_of_a_layer_that_is_not_there():
+    message = "layer=3, but random-gpt2 has layers 0-2; try layer=2"
+    assert message_of(lambda: random_lm("gpt2").module(Hookpoint(3, "mlp_out"))) == message
+
+
+def test_end_tokens_come_from_configs_and_tokenizer(folder):
+    model = load(folder)
+    model.hf.generation_config.eos_token_id = [2, 7]
+    assert model.eos_ids == (2, 7)
+
+
+def test_without_a_pad_token_an_end_token_pads():
+    model = LanguageModel.wrap(random_hf("llama"), tokenizer())
+    without = type(tokenizer())(tokenizer_object=tokenizer()._tokenizer, eos_token="<eos>")
+    model.__dict__["tokenizer"] = without
+    assert without.pad_token is None
+    assert model.pad_id == 2
+
+
+def test_chat_text_is_the_template_with_the_prompt_to_be_answered():
+    model = LanguageModel.wrap(random_hf("llama"), tokenizer(chat=True))
+    assert model.chat_text("Who?") == "<bos>user: Who?\nmodel:"
+
+
+def test_chat_without_a_template():
+    message = "random-llama has no chat template; set model.chat=false"
+    assert message_of(lambda: random_lm("llama").chat_text("Who?")) == message
