@@ -12,4 +12,5 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     share = k / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share itself is inside, also where rounding at 0 and 1 would leave it out.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

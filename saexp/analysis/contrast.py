@@ -46,10 +46,11 @@ class ContrastAnalyzer:
         """Metrics `contrast/…` and the table `latents`.
 
         Columns without suffix are of the train split, `_test` ones of the test split. `auroc` is
-        P(first > second); `p_value` its Mann-Whitney test, `q_value` that after Benjamini-Hochberg
-        over every latent that fired; `ci_low`, `ci_high` a bootstrap interval of `auroc`;
-        `direction` the group a latent speaks for, in which `min_separation` and `min_auroc` are
-        the smallest over the entity types. Raises DataError where a split lacks a group.
+        P(first > second); `p_value` its Mann-Whitney test (see RankTest), `q_value` that after
+        Benjamini-Hochberg over every latent that fired in the split, 1 for the others; `ci_low`,
+        `ci_high` a bootstrap interval of `auroc`; `direction` the group a latent speaks for, in
+        which `min_separation` and `min_auroc` are the smallest over the entity types that both
+        groups have, or overall where they share none. Raises DataError where a split lacks a group.
         """
         if len(inputs.groups) != 2:
             raise DataError(
@@ -57,8 +58,11 @@ class ContrastAnalyzer:
                 "dataset.group_rule, or type task=collect"
             )
         first, second = inputs.groups
-        csr, where = by_unit(inputs.latents.csr, inputs.latents.rows["unit"].to_numpy())
-        units = inputs.latents.rows.iloc[where].reset_index(drop=True)
+        # Rows of a third group, or of none, would count as second.
+        mine = inputs.latents.rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
+        rows = inputs.latents.rows[mine]
+        csr, where = by_unit(inputs.latents.csr[mine], rows["unit"].to_numpy())
+        units = rows.iloc[where].reset_index(drop=True)
         matching = match_token_counts(
             units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
         )
@@ -71,11 +75,16 @@ class ContrastAnalyzer:
         table["direction"] = np.where(_leaning(table, first, second) >= 0, first, second)
         for name, values in self._columns(test, fired, inputs.groups).items():
             table[f"{name}_test"] = values
+        notes = list(matching.notes)
         for split, suffix in ((train, ""), (test, "_test")):
-            self._per_type(table, split, fired, first, suffix)
+            if not self._per_type(table, split, fired, first, suffix):
+                name = "test" if suffix else "train"
+                notes.append(
+                    f"split {name}: {first} and {second} share no entity type, so min_separation "
+                    "and min_auroc are over all entities"
+                )
         table["background_freq"] = self._background(inputs, fired)
         self._select(table, inputs.groups)
-        notes = list(matching.notes)
         metrics = self._metrics(table, train, test, inputs.groups, notes)
         metrics["contrast/token_count_p_value"] = matching.p_value
         metrics["contrast/n_dropped_by_matching"] = int((~matching.keep).sum())
@@ -112,7 +121,9 @@ class ContrastAnalyzer:
         ranked = Ranked(values, split.first)
         test = ranked.mann_whitney()
         columns |= {"auroc": test.auroc, "p_value": test.p_value}
-        columns["q_value"] = benjamini_hochberg(test.p_value)
+        here, q = a.active + b.active > 0, np.ones(len(fired))
+        q[here] = benjamini_hochberg(test.p_value[here])
+        columns["q_value"] = q
         if self.cfg.n_bootstrap:
             active = values.copy()
             active.data = (values.data > THRESHOLD).astype(np.float64)
@@ -123,25 +134,28 @@ class ContrastAnalyzer:
 
     def _per_type(
         self, table: pd.DataFrame, split: _Split, fired: np.ndarray, first: str, suffix: str
-    ) -> None:
-        """Add the smallest separation and AUROC over entity types, in each latent's direction."""
+    ) -> bool:
+        """Add the smallest separation and AUROC over entity types, in each latent's direction.
+
+        False where no type has both groups; the values are those of all units then.
+        """
         sign = np.where(table["direction"] == first, 1.0, -1.0)
         separations, aurocs = [], []
         types = split.units["entity_type"].fillna("").to_numpy()
-        for kind in sorted(set(types)):
-            chosen = types == kind
+        both = sorted(set(types[split.first]) & set(types[~split.first]))
+        for kind in both or [None]:
+            chosen = np.ones(len(types), dtype=bool) if kind is None else types == kind
             of_first = split.first[chosen]
-            if not of_first.any() or of_first.all():
-                continue
             values = sparse.csr_array(split.csr[chosen][:, fired])
             a, b = moments(values, of_first, THRESHOLD), moments(values, ~of_first, THRESHOLD)
             separations.append(sign * (a.frequency - b.frequency))
-            auroc = Ranked(values, of_first).mann_whitney().auroc
+            auroc = Ranked(values, of_first).observed()
             aurocs.append(np.where(sign > 0, auroc, 1 - auroc))
             if kind:
                 table[f"separation_{kind}{suffix}"] = separations[-1]
         table[f"min_separation{suffix}"] = np.min(separations, axis=0)
         table[f"min_auroc{suffix}"] = np.min(aurocs, axis=0)
+        return bool(both)
 
     def _background(self, inputs: AnalysisInputs, fired: np.ndarray) -> np.ndarray:
         if inputs.background is None:
@@ -156,7 +170,9 @@ class ContrastAnalyzer:
         good = table[(table["q_value"] <= self.cfg.alpha) & quiet & (table["min_separation"] > 0)]
         good = good.assign(strength=np.abs(good["auroc"] - 0.5))
         for group in groups:
-            mine = good[good["direction"] == group]
+            # What it is tested for, rank, must speak for the same group as how often it fires.
+            agrees = (good["auroc"] > 0.5) == (group == groups[0])
+            mine = good[(good["direction"] == group) & agrees]
             mine = mine.sort_values(["min_separation", "strength"], ascending=False)
             chosen = mine.index[: self.cfg.top_k]
             table.loc[chosen, "selected"] = True
@@ -174,7 +190,7 @@ class ContrastAnalyzer:
         again = benjamini_hochberg(significant["p_value_test"].to_numpy(dtype=float))
         same = np.sign(significant["auroc"] - 0.5) == np.sign(significant["auroc_test"] - 0.5)
         metrics: dict[str, float | int | None] = {
-            "contrast/n_tested": len(table),
+            "contrast/n_tested": int((table[[f"freq_{g}" for g in groups]] > 0).any(axis=1).sum()),
             "contrast/n_units_train": len(train.units),
             "contrast/n_units_test": len(test.units),
             "contrast/n_significant": len(significant),

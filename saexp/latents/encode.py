@@ -46,7 +46,7 @@ class StreamMetrics:
     """Sparsity and reconstruction over a stream of rows, in float64 (REFERENCE.md, section 3).
 
     explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2); the legacy form is the mean over rows
-    of 1 - |x - x^|^2 / |x - E x|^2, with the mean over all rows.
+    of 1 - |x - x^|^2 / |x - E x|^2, with the mean over all rows. mse = E|x - x^|^2.
     """
 
     def __init__(self, mean: Float[Tensor, " d_in"], d_sae: int) -> None:
@@ -57,7 +57,7 @@ class StreamMetrics:
         self.max_active = 0.0
 
     def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum(dtype=torch.float64))
 
     def update(
         self,
@@ -84,7 +84,6 @@ class StreamMetrics:
     def result(self) -> dict[str, float | None]:
         """`sparsity/…` and `reconstruction/…`, named as in metrics.json."""
         n, s = self.n, self.sums
-        d_in = len(self.mean)
         return {
             "sparsity/l0": s["active"] / n,
             "sparsity/mean_active": s["value"] / s["active"] if s["active"] else None,
@@ -95,7 +94,7 @@ class StreamMetrics:
             if s["spread"]
             else None,
             "reconstruction/explained_variance_legacy": s["legacy"] / n if s["spread"] else None,
-            "reconstruction/mse": s["error"] / n / d_in,
+            "reconstruction/mse": s["error"] / n,
             "reconstruction/cosine": s["cosine"] / n,
             "reconstruction/l2_ratio": s["ratio"] / n,
         }

@@ -48,10 +48,15 @@ def moments(
     return Moments(
         n=part.shape[0],
         active=np.bincount(part.indices[data > threshold], minlength=d_sae),
-        total=np.bincount(part.indices, weights=data, minlength=d_sae),
-        squares=np.bincount(part.indices, weights=data**2, minlength=d_sae),
+        total=_summed(part.indices, data, d_sae),
+        squares=_summed(part.indices, data**2, d_sae),
         maximum=maximum,
     )
+
+
+def _summed(latents: np.ndarray, weights: np.ndarray, d_sae: int) -> Float[np.ndarray, " d_sae"]:
+    # Of no entries at all, bincount makes integers.
+    return np.bincount(latents, weights=weights, minlength=d_sae).astype(np.float64)
 
 
 def by_unit(

@@ -52,8 +52,9 @@ class SparseAutoencoder(nn.Module):
     so does `centre`, which subtracts each vector's mean first.
 
     Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`,
-    `b_dec`, `threshold`, `b_gate`, `b_mag`, `r_mag`. Raises SAEError for shapes that do not fit, an
-    unknown architecture, or a scaling that lacks its factor.
+    `b_dec`, `threshold`, `b_gate`, `b_mag`, `r_mag`. Raises SAEError for shapes that do not fit,
+    parameters the architecture has no use for, an unknown architecture, or a scaling that lacks its
+    factor.
     """
 
     W_enc: Tensor
@@ -111,6 +112,15 @@ class SparseAutoencoder(nn.Module):
         for name in ("W_enc", "W_dec", "b_dec", *needed):
             if name not in parameters:
                 raise SAEError(f"{label}: a {self.architecture} SAE needs '{name}', absent here")
+        unused = sorted(parameters.keys() - {"W_enc", "W_dec", "b_dec", *needed})
+        if unused:
+            raise SAEError(
+                f"{label}: its files hold '{unused[0]}', which saexp cannot apply in a "
+                f"{self.architecture} SAE"
+            )
+        if parameters["W_enc"].ndim != 2:
+            found = list(parameters["W_enc"].shape)
+            raise SAEError(f"{label}: W_enc has shape {found}, not [d_in, d_sae]")
         d_in, d_sae = parameters["W_enc"].shape
         shapes = {"W_dec": (d_sae, d_in), "b_dec": (d_in,), **dict.fromkeys(needed, (d_sae,))}
         for name, shape in shapes.items():
@@ -150,7 +160,8 @@ class SparseAutoencoder(nn.Module):
         """`[..., heads, d_head]` becomes `[..., d_in]` for SAEs on attention heads' outputs."""
         if x.shape[-1] == self.d_in:
             return x
-        if x.ndim >= 2 and x.shape[-1] * x.shape[-2] == self.d_in:
+        by_head = self.hookpoint.stream == "attn_z" and x.ndim >= 2
+        if by_head and x.shape[-1] * x.shape[-2] == self.d_in:
             return rearrange(x, "... heads d_head -> ... (heads d_head)")
         raise SAEError(
             f"the SAE reads vectors of {self.d_in} numbers and was given {x.shape[-1]}; "
@@ -226,7 +237,10 @@ class SparseAutoencoder(nn.Module):
         return out * scale + shift + mean
 
     def directions(self, latents: Sequence[int]) -> Float[Tensor, "n d_in"]:
-        """What one unit of each latent adds to the stream, in the model's own scale."""
+        """What one unit of each latent adds to the stream, in the model's own scale.
+
+        Where the scaling depends on the row, `decode` adds this times the row's own scale.
+        """
         chosen = torch.as_tensor(latents, device=self.device)
         rows = self.W_dec[chosen]
         if self.rescale_acts_by_decoder_norm:

@@ -1,5 +1,6 @@
 """sae-lens' catalogue of releases, read as data so that nothing of sae_lens is imported (9 s)."""
 
+import difflib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import yaml
 
 from saexp.config import SAEConfig, parse_layers, parse_width
 from saexp.errors import SAEError
-from saexp.registry import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +58,29 @@ def entries(release: str) -> list[Entry]:
     """All SAEs of a release. Raises SAEError naming near misses."""
     releases = catalogue()
     if release not in releases:
-        raise SAEError(f"sae.release={release} is not known; {did_you_mean(release, releases)}")
+        raise SAEError(f"sae.release={release} is not known; {_nearest(release, list(releases))}")
     about = releases[release]
     found = []
     for sae in about["saes"]:
         place = f"{sae['id']}/{sae.get('path', '')}"
-        layer = _number(r"(?:layer_|blocks\.|layers\.|/?\bl)(\d+)", place)
-        width = _number(r"width_(\d+[kKmM]?)", place)
+        layer = _number(r"(?:layer_?|blocks\.|layers\.|/?\bl)(\d+)", place)
+        width = _number(r"width_(\d+[kKmM]?)", place) or _number(
+            r"-(\d+[km])(?:__|$)", sae.get("neuronpedia") or ""
+        )
         l0 = _number(r"average_l0_(\d+)", place)
         found.append(
             Entry(
                 release=release,
                 id=sae["id"],
                 repo=about["repo_id"],
-                path=sae.get("path", sae["id"]),
+                path=str(sae.get("path", sae["id"])),
                 neuronpedia=sae.get("neuronpedia"),
                 layer=int(layer) if layer else None,
-                width=parse_width(width) if width else None,
+                width=n_latents(width),
                 l0=int(l0) if l0 else None,
                 release_model=about.get("model"),
                 loader=about.get("conversion_func"),
-                expected_l0=sae.get("l0"),
+                expected_l0=float(sae["l0"]) if sae.get("l0") else None,
                 overrides={**about.get("config_overrides", {}), **_factor(sae)},
             )
         )
@@ -97,7 +99,7 @@ def find(cfg: SAEConfig) -> Entry:
     if cfg.id is not None:
         chosen = [e for e in there if e.id == cfg.id]
         if not chosen:
-            near = did_you_mean(cfg.id, [e.id for e in there][:4000])
+            near = _nearest(cfg.id, [e.id for e in there])
             raise SAEError(f"sae.id={cfg.id} is not in {release}; {near}")
         return chosen[0]
     return _by_place(cfg, release, there)
@@ -107,7 +109,7 @@ def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
     if cfg.layer is None:
         raise SAEError(f"which SAE of {release}? type layer=<block index> or sae.id=<id>")
     layer = parse_layers(cfg.layer)[0]
-    width = parse_width(cfg.width)
+    width = n_latents(cfg.width)
     layers = sorted({e.layer for e in there if e.layer is not None})
     chosen = [e for e in there if e.layer == layer]
     if not chosen:
@@ -124,14 +126,17 @@ def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
             listed = ", ".join(map(show_width, widths))
             raise SAEError(
                 f"{release} has no width={cfg.width} at layer={layer}; it has {listed}; "
-                f"try width={show_width(nearest)}"
+                f"try width={show_width(nearest)}{_elsewhere(release, layer, width)}"
             )
     if cfg.l0 is not None and any(e.l0 is not None for e in chosen):
         l0s = sorted(e.l0 for e in chosen if e.l0 is not None)
         if cfg.l0 not in l0s:
             nearest = min(l0s, key=lambda n: abs(n - (cfg.l0 or 0)))
             listed = ", ".join(map(str, l0s))
-            raise SAEError(f"sae.l0={cfg.l0} is not in {release} here; it has {listed}; {nearest}?")
+            raise SAEError(
+                f"{release} has no sae.l0={cfg.l0} at layer={layer}; it has {listed}; "
+                f"try sae.l0={nearest}"
+            )
         chosen = [e for e in chosen if e.l0 == cfg.l0]
     if len(chosen) > 1:
         ids = ", ".join(e.id for e in chosen[:8])
@@ -139,8 +144,40 @@ def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
     return chosen[0]
 
 
+def _nearest(word: str, known: list[str]) -> str:
+    """Near misses, else a few of the many there are."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known[:8])} …"
+
+
+def _elsewhere(release: str, layer: int, width: int) -> str:
+    """The most alike release of the same model and format with this width at this layer."""
+    kind = ("model", "conversion_func")
+    about = catalogue()[release]
+    others = [
+        name
+        for name, other in catalogue().items()
+        if all(other.get(k) == about.get(k) for k in kind)
+        and any(e.layer == layer and e.width == width for e in entries(name))
+    ]
+    near = difflib.get_close_matches(release, others, n=1, cutoff=0.5)
+    return f" or sae.release={near[0]}" if near else ""
+
+
+def n_latents(width: Any) -> int | None:
+    """'16k' -> 16384, and 65k, 131k … as releases call powers of two by their thousands: 65536."""
+    n = parse_width(width)
+    thousands = re.fullmatch(r"\s*(\d+)k\s*", str(width).lower())
+    if n is None or not thousands:
+        return n
+    power = 1 << int(int(thousands[1]) * 1000).bit_length()
+    return power if power // 1000 == int(thousands[1]) else n
+
+
 def show_width(width: int) -> str:
-    """16384 -> 16k."""
+    """16384 -> 16k, and 65536 -> 65k as releases call it."""
+    if 2**16 <= width < 2**20 and width & (width - 1) == 0:
+        return f"{width // 1000}k"
     for unit, letter in ((1024**2, "m"), (1024, "k")):
         if width % unit == 0:
             return f"{width // unit}{letter}"

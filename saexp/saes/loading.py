@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from saexp.config import SAEConfig, parse_layers, parse_width
+from saexp.config import SAEConfig, parse_layers
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, file_sha256, pick_device
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.catalogue import Entry, find, show_width
-from saexp.saes.formats import gemma_scope, saelens
+from saexp.saes.catalogue import Entry, find, n_latents, show_width
+from saexp.saes.formats import gemma_scope, llama_scope, saelens
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         folder = _download(entry.repo, f"{entry.path}/{saelens.CONFIG}").parent
         file = _download(entry.repo, f"{entry.path}/{saelens.WEIGHTS}")
         sae = saelens.load_saelens(folder, {**metadata, **_about(file)}, entry.overrides)
+    elif entry.loader == "llama_scope":
+        folder = _download(entry.repo, f"{entry.path}/{llama_scope.CONFIG}").parent
+        file = _download(entry.repo, f"{entry.path}/{llama_scope.WEIGHTS}")
+        sae = llama_scope.load_llama_scope(folder, {**metadata, **_about(file)})
     else:
         sae = _by_sae_lens(entry, metadata)
     return _finish(sae, cfg)
@@ -52,19 +56,21 @@ def _by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
 
     try:
         lens = LensSAE.from_pretrained(entry.release, entry.id, device="cpu")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SAEError(f"{entry.release}/{entry.id} cannot be loaded ({reason})") from error
     cfg = lens.cfg
     scaling = getattr(cfg, "normalize_activations", "none")
+    hookpoint = Hookpoint.parse(str(cfg.metadata.hook_name))
     return SparseAutoencoder(
         {n: p.detach().float().clone() for n, p in lens.named_parameters()},
         architecture=cfg.architecture(),
-        hookpoint=Hookpoint.parse(str(cfg.metadata.hook_name)),
+        hookpoint=hookpoint,
         metadata={**metadata, "format": "sae-lens loader", "architecture": cfg.architecture()},
         k=getattr(cfg, "k", None),
         apply_b_dec_to_input=cfg.apply_b_dec_to_input,
         normalize_activations=scaling,
+        centre=saelens.expects_centred(cfg.metadata.to_dict(), hookpoint),
         rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
     )
 
@@ -75,7 +81,7 @@ def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         raise SAEError("sae.path is not set; type sae.path=<folder with the SAE's files>")
     if "{assets}" in cfg.path:
         _check_shipped(cfg)
-    width = parse_width(cfg.width)
+    width = n_latents(cfg.width)
     place = cfg.path.format(assets=ASSETS, model_name=cfg.model_name, layer=cfg.layer, width=width)
     return _finish(load_sae_files(Path(place), cfg.stream, cfg.layer, cfg.name), cfg)
 
@@ -88,7 +94,7 @@ def _check_shipped(cfg: SAEConfig) -> None:
             "type e.g. sae=gemmascope or sae=local sae.path=FOLDER"
         )
     folder = ASSETS / cfg.model_name / "sae"
-    layer, width = parse_layers(cfg.layer)[0], parse_width(cfg.width)
+    layer, width = parse_layers(cfg.layer)[0], n_latents(cfg.width)
     layers = sorted(int(p.name.removeprefix("layer_")) for p in folder.glob("layer_*"))
     if layer not in layers:
         listed = ", ".join(map(str, layers))
@@ -104,8 +110,13 @@ def _check_shipped(cfg: SAEConfig) -> None:
 
 
 def load_sae(source: str | Path, layer: int | None = None, stream: str | None = None) -> Any:
-    """Any supported format, detected: a folder, a `.npz` file, or `<hub repo>/<path in it>`."""
-    return load_sae_files(Path(source), stream, layer, str(source))
+    """Any supported format, detected: a folder, a `.npz` file, or `<hub repo>/<path in it>`.
+
+    `layer` and `stream` are needed where the files do not say them; a contradiction is an SAEError.
+    """
+    sae = load_sae_files(Path(source), stream, layer, str(source))
+    _check_place(sae, layer, stream, str(source))
+    return sae.float()
 
 
 def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> SparseAutoencoder:
@@ -122,6 +133,9 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         raise SAEError(f"sae.path={place}: no such folder or file")
     if place.is_dir() and saelens.is_saelens(place):
         return saelens.load_saelens(place, {"name": name, **_about(place / saelens.WEIGHTS)})
+    if place.is_dir() and llama_scope.is_llama_scope(place):
+        file = place / llama_scope.WEIGHTS
+        return llama_scope.load_llama_scope(place, {"name": name, **_about(file)})
     file = place / gemma_scope.WEIGHTS if place.is_dir() else place
     if file.is_file() and file.suffix == ".npz":
         return gemma_scope.load_gemma_scope(
@@ -137,7 +151,8 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         )
     raise SAEError(
         f"sae.path={place} is no SAE saexp knows: expected {saelens.CONFIG} with "
-        f"{saelens.WEIGHTS}, or {gemma_scope.WEIGHTS}"
+        f"{saelens.WEIGHTS}, {llama_scope.CONFIG} with {llama_scope.WEIGHTS}, or "
+        f"{gemma_scope.WEIGHTS}"
     )
 
 
@@ -156,14 +171,13 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
 
 
 def _hookpoint(file: Path, stream: str | None, layer: Any) -> Hookpoint:
-    """Path and the user's words; one is enough, and both must agree."""
+    """From the path, else from the user's words."""
     try:
-        said = gemma_scope.hookpoint_of(str(file.parent), str(file.parent))
+        return gemma_scope.hookpoint_of(str(file.parent), str(file.parent))
     except SAEError:
         if stream is None or layer is None:
             raise
         return Hookpoint(parse_layers(layer)[0], stream)
-    return said
 
 
 def _download(repo: str, path: str) -> Path:
@@ -183,7 +197,7 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
     size = cfg.d_in or d_in
     if size is None or cfg.layer is None:
         raise SAEError("sae=random needs a size and a layer: type sae.d_in=<d_model> layer=<block>")
-    width = parse_width(cfg.width) or 8 * size
+    width = n_latents(cfg.width) or 8 * size
     generator = torch.Generator().manual_seed(cfg.seed)
     decoder = torch.nn.functional.normalize(torch.randn(width, size, generator=generator), dim=-1)
     k = max(1, min(32, width // 16))
@@ -216,24 +230,27 @@ def _about(file: Path) -> dict[str, Any]:
 def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     """Check the layer and stream against what was asked, then move to device and dtype."""
     name = sae.metadata.get("name", cfg.name)
+    _check_place(sae, cfg.layer, cfg.stream, name)
+    width = n_latents(cfg.width)
+    if width is not None and width != sae.d_sae:
+        raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
+    dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    return sae.to(device=pick_device(cfg.device), dtype=dtype)
+
+
+def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: str) -> None:
+    """Raise SAEError where the layer or stream asked for is not the SAE's own."""
     at = sae.hookpoint
-    if cfg.layer is not None:
-        asked = parse_layers(cfg.layer)
+    if layer is not None:
+        asked = parse_layers(layer)
         if len(asked) != 1:
             raise SAEError(f"layer={asked}: one SAE reads one layer; sweep with -m layer=0,1,2")
         if asked[0] != at.layer:
             raise SAEError(
                 f"layer={asked[0]}, but {name} was trained on {at.name}; type layer={at.layer}"
             )
-    if cfg.stream is not None and Hookpoint(at.layer, cfg.stream) != at:
-        raise SAEError(
-            f"sae.stream={cfg.stream}, but {name} was trained on {at.name}; leave it out"
-        )
-    width = parse_width(cfg.width)
-    if width is not None and width != sae.d_sae:
-        raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
-    dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    return sae.to(device=pick_device(cfg.device), dtype=dtype)
+    if stream is not None and Hookpoint(at.layer, stream) != at:
+        raise SAEError(f"sae.stream={stream}, but {name} was trained on {at.name}; leave it out")
 
 
 def check_fits(sae: SparseAutoencoder, model: LanguageModel) -> None:

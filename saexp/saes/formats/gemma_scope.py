@@ -11,6 +11,7 @@ import torch
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
+from saexp.saes.formats.saelens import drop_unit_scaling
 
 WEIGHTS = "params.npz"
 _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
@@ -32,16 +33,25 @@ def hookpoint_of(repo: str, path: str) -> Hookpoint:
 def load_gemma_scope(
     file: Path, hookpoint: Hookpoint, metadata: dict[str, Any]
 ) -> SparseAutoencoder:
-    """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input."""
+    """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input.
+
+    SAEs of the embedding were trained on its rows as they are in the weights; block 0 reads them
+    times sqrt(d_model).
+    """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             parameters = {n: torch.from_numpy(np.asarray(arrays[n], np.float32)) for n in arrays}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise SAEError(f"{file} is no npz file of plain arrays ({error})") from error
+    parameters = {f"W_{n[2:]}" if n.startswith("w_") else n: p for n, p in parameters.items()}
+    drop_unit_scaling(parameters)
+    embedding = hookpoint.stream == "embed" and "b_dec" in parameters
     return SparseAutoencoder(
         parameters,
         architecture="jumprelu",
         hookpoint=hookpoint,
         metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
         apply_b_dec_to_input=False,
+        normalize_activations="expected_average_only_in" if embedding else "none",
+        norm_factor=len(parameters["b_dec"]) ** -0.5 if embedding else None,
     )

@@ -1,0 +1,196 @@
+"""The contrast where there is little or nothing to contrast."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saexp.errors import DataError
+from tests.analysis.simulate import (
+    D_SAE,
+    KNOWN,
+    UNKNOWN,
+    activations,
+    contrast,
+    rows_table,
+)
+
+ROWS = rows_table()
+DENSE = activations(ROWS)
+
+
+@pytest.mark.parametrize("groups", [(), ("known",), ("a", "b", "c")])
+def test_no_two_groups(groups: tuple[str, ...]) -> None:
+    with pytest.raises(
+        DataError,
+        match="the data set has no two groups to contrast; give its rows a 'group', set "
+        "dataset.group_rule, or type task=collect",
+    ):
+        contrast(DENSE, ROWS, groups=groups)
+
+
+@pytest.mark.parametrize(("split", "left"), [("train", 1), ("test", 0)])
+def test_a_split_with_too_few_entities(split: str, left: int) -> None:
+    units = ROWS.loc[(ROWS["split"] == split) & (ROWS["group"] == "unknown"), "unit"].unique()
+    keep = (~ROWS["unit"].isin(units[left:])).to_numpy()
+    with pytest.raises(
+        DataError,
+        match=f"split {split} has {left} entities of group 'unknown'; a contrast needs at least 2: "
+        "add rows, or change dataset.split",
+    ):
+        contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+
+
+def test_groups_of_no_row() -> None:
+    with pytest.raises(
+        DataError, match="split train has 0 entities of group 'a'; a contrast needs"
+    ):
+        contrast(DENSE, ROWS, groups=("a", "b"))
+
+
+def test_two_entities_a_group_are_enough() -> None:
+    kept = ROWS.groupby(["split", "group"])["unit"].transform(lambda u: u.isin(u.unique()[:2]))
+    keep = kept.to_numpy(dtype=bool)
+    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+    assert made.metrics["contrast/n_units_train"] == 4
+    assert made.metrics["contrast/n_significant"] == 0
+
+
+def test_rows_without_split_or_group() -> None:
+    """Left out, as rows of a third group are."""
+    rows = ROWS.copy()
+    unsplit = rows["unit"].str.endswith("-0")
+    rows.loc[unsplit, "split"] = None
+    third = rows["unit"].str.endswith("-1")
+    rows.loc[third, "group"] = "maybe"
+    keep = ~(unsplit | third).to_numpy()
+    fewer = ROWS[keep].reset_index(drop=True)
+    found, expected = contrast(DENSE, rows), contrast(DENSE[keep], fewer)
+    assert found.metrics["contrast/n_units_train"] == expected.metrics["contrast/n_units_train"]
+    pd.testing.assert_frame_equal(found.tables["latents"], expected.tables["latents"])
+
+
+def test_nothing_fires() -> None:
+    made = contrast(np.zeros_like(DENSE), ROWS)
+    assert made.tables["latents"].empty
+    assert {"separation", "auroc_test", "q_value", "selected"} <= set(made.tables["latents"])
+    for name in ("n_tested", "n_significant", "n_significant_test", "n_selected_known"):
+        assert made.metrics[f"contrast/{name}"] == 0
+    assert made.metrics["contrast/best_latent_known"] is None
+    assert made.metrics["contrast/best_auroc_unknown_ci_low_test"] is None
+    assert made.notes == [
+        "no latent speaks for 'known' at a q-value <= 0.05",
+        "no latent speaks for 'unknown' at a q-value <= 0.05",
+    ]
+
+
+def test_no_difference() -> None:
+    """Noise only: a note for each group, nothing selected."""
+    rows = ROWS.assign(group=np.where(ROWS["unit"].str[-1].isin(list("02468")), "known", "unknown"))
+    noise = activations(ROWS.assign(group="known"))
+    made = contrast(noise, rows)
+    assert made.metrics["contrast/n_significant"] == 0
+    assert not made.tables["latents"]["selected"].any()
+    assert [n.split("'")[1] for n in made.notes] == ["known", "unknown"]
+
+
+def test_groups_that_share_no_entity_type() -> None:
+    """A note, and the minimum is over all entities."""
+    alone = np.where(ROWS["group"] == "known", "city", "movie")
+    made = contrast(DENSE, ROWS.assign(entity_type=alone))
+    table = made.tables["latents"].set_index("latent")
+    sign = np.where(table["direction"] == "known", 1, -1)
+    for suffix in ("", "_test"):
+        auroc = table[f"auroc{suffix}"]
+        np.testing.assert_allclose(
+            table[f"min_separation{suffix}"], sign * table[f"separation{suffix}"]
+        )
+        np.testing.assert_allclose(
+            table[f"min_auroc{suffix}"], np.where(sign > 0, auroc, 1 - auroc)
+        )
+    assert not [c for c in table if c.startswith(("separation_city", "separation_movie"))]
+    assert {KNOWN, UNKNOWN} <= set(table.index[table["selected"]])
+    assert made.notes == [
+        f"split {split}: known and unknown share no entity type, so min_separation and min_auroc "
+        "are over all entities"
+        for split in ("train", "test")
+    ]
+
+
+def test_a_type_that_one_group_lacks_is_left_out_of_the_minimum() -> None:
+    lone = (ROWS["group"] == "known") & (ROWS["unit"].str[-1] == "3")
+    table = contrast(
+        DENSE, ROWS.assign(entity_type=ROWS["entity_type"].mask(lone, "song")), n_bootstrap=0
+    ).tables["latents"]
+    assert "separation_song" not in table
+    both = table[["separation_city", "separation_movie"]].min(axis=1)
+    np.testing.assert_allclose(table["min_separation"], both)
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_without_entity_types(missing: str | None) -> None:
+    made = contrast(DENSE, ROWS.assign(entity_type=missing))
+    table = made.tables["latents"].set_index("latent")
+    assert not [
+        c for c in table if c.startswith("separation_") and "ci" not in c and c != "separation_test"
+    ]
+    sign = np.where(table["direction"] == "known", 1, -1)
+    np.testing.assert_allclose(table["min_separation"], sign * table["separation"])
+    assert made.notes == []
+
+
+def test_without_background() -> None:
+    from scipy import sparse
+
+    from saexp.analysis.base import AnalysisInputs
+    from saexp.analysis.contrast import ContrastAnalyzer
+    from saexp.config import AnalyzerConfig
+    from saexp.latents.encode import Latents
+
+    inputs = AnalysisInputs(
+        latents=Latents(sparse.csr_array(DENSE), ROWS), groups=("known", "unknown"), layer=0
+    )
+    table = ContrastAnalyzer(AnalyzerConfig(name="contrast", n_bootstrap=0)).analyze(inputs)
+    made = table.tables["latents"]
+    assert made["background_freq"].isna().all()
+    assert made["selected"].sum() >= 3
+    assert "ci_low" not in made
+    assert table.metrics["contrast/best_auroc_known_ci_low"] is None
+
+
+def test_names_of_unequal_length_are_matched() -> None:
+    """Longer unknown names: entities are dropped, counted and named in a note."""
+    rng = np.random.default_rng(5)
+    units = ROWS["unit"].drop_duplicates()
+    length = pd.Series(rng.integers(1, 4, len(units)), index=units)
+    more = pd.Series(rng.integers(0, 2, len(units)), index=units)
+    tokens = ROWS["unit"].map(length) + np.where(
+        ROWS["group"] == "unknown", ROWS["unit"].map(more), 0
+    )
+    rows = ROWS.assign(n_entity_tokens=pd.array(tokens, dtype="Int64"))
+    made = contrast(DENSE, rows)
+    dropped = made.metrics["contrast/n_dropped_by_matching"]
+    assert isinstance(dropped, int)
+    assert 0 < dropped < len(units) / 2
+    assert made.metrics["contrast/token_count_p_value"] < 0.05  # type: ignore[operator]
+    assert made.notes[0].endswith(f"{dropped} of {len(units)} dropped to match them")
+    table = made.tables["latents"]
+    assert (table["n_known"] == table["n_unknown"]).all()
+    kept = contrast(DENSE, rows, match_tokens=False)
+    assert kept.metrics["contrast/n_dropped_by_matching"] == 0
+    assert kept.metrics["contrast/n_units_train"] == 120
+
+
+def test_how_often_and_how_strongly_must_agree() -> None:
+    """Known fires a little more often, unknown far more strongly: it speaks for neither."""
+    dense = np.zeros((len(ROWS), D_SAE), dtype=np.float32)
+    known = (ROWS["group"] == "known").to_numpy()
+    last = ROWS["unit"].str.split("-").str[-1].astype(int).to_numpy()
+    dense[:, 0] = np.where(known, 1.0, np.where(last % 10 < 9, 5.0, 0.0)) + last * 1e-3
+    dense[~known & (last % 10 == 9), 0] = 0
+    table = contrast(dense, ROWS, n_bootstrap=0).tables["latents"].set_index("latent")
+    row = table.loc[0]
+    assert row["separation"] > 0
+    assert row["auroc"] < 0.5
+    assert row["q_value"] < 0.01
+    assert row["direction"] == "known"
+    assert not row["selected"]

@@ -1,0 +1,184 @@
+"""Tests on sparse columns equal scipy's, scikit-learn's and statsmodels' on dense ones."""
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import sparse, stats
+from sklearn.metrics import roc_auc_score
+from statsmodels.stats.multitest import multipletests
+
+from saexp.analysis.statistics import FEW, Ranked, benjamini_hochberg, welch_t
+from saexp.latents.summary import moments
+
+
+def random_columns(rng: np.random.Generator, n_rows: int, n_latents: int) -> np.ndarray:
+    """Activations of very different rates, ties, and an empty, a constant and a dense column."""
+    rates = rng.random(n_latents) ** 3
+    dense = rng.gamma(2, 1, (n_rows, n_latents)) * (rng.random((n_rows, n_latents)) < rates)
+    dense[:, : n_latents // 2] = np.round(dense[:, : n_latents // 2])
+    dense[:, 0], dense[:, 1] = 0, 2.5
+    dense[:, 2] = rng.gamma(2, 1, n_rows)
+    return dense
+
+
+def groups(rng: np.random.Generator, n_first: int, n_second: int) -> np.ndarray:
+    return rng.permutation(np.arange(n_first + n_second) < n_first)
+
+
+def scipy_p(dense: np.ndarray, first: np.ndarray) -> np.ndarray:
+    pairs = ((column[first], column[~first]) for column in dense.T)
+    return np.array([stats.mannwhitneyu(a, b, method="asymptotic").pvalue for a, b in pairs])
+
+
+@pytest.mark.parametrize(("n_first", "n_second"), [(30, 30), (7, 90), (50, 2), (200, 180)])
+def test_mann_whitney(n_first: int, n_second: int) -> None:
+    rng = np.random.default_rng([n_first, n_second])
+    dense, first = random_columns(rng, n_first + n_second, 40), groups(rng, n_first, n_second)
+    ranked = Ranked(sparse.csr_array(dense), first)
+    found = ranked.mann_whitney()
+    np.testing.assert_allclose(found.p_normal, scipy_p(dense, first), rtol=1e-9)
+    aurocs = [roc_auc_score(first, column) for column in dense.T]
+    np.testing.assert_allclose(found.auroc, aurocs, rtol=1e-12)
+    np.testing.assert_array_equal(found.auroc, ranked.observed())
+    assert (found.p_value >= found.p_normal).all()
+    assert (found.p_value <= 1).all()
+    assert found.p_value[0] == found.p_value[1] == 1
+
+
+SMALL = arrays.arrays(
+    np.float64,
+    st.tuples(st.integers(4, 12), st.integers(1, 4)),
+    elements=st.sampled_from([0.0, 0.0, 0.0, 1.0, 2.0, 2.5, 1e-3]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SMALL, st.integers(0, 2**31))
+def test_mann_whitney_on_any_ties(dense: np.ndarray, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first = rng.random(len(dense)) < 0.5
+    first[0], first[1] = True, False
+    found = Ranked(sparse.csr_array(dense), first).mann_whitney()
+    np.testing.assert_allclose(found.p_normal, scipy_p(dense, first), rtol=1e-9)
+    aurocs = [roc_auc_score(first, column) for column in dense.T]
+    np.testing.assert_allclose(found.auroc, aurocs, rtol=1e-12)
+
+
+def test_explicit_zeros_and_unsorted_entries_are_no_matter() -> None:
+    dense = np.array([[0.0, 2.0], [3.0, 0.0], [1.0, 2.0]])
+    first = np.array([True, False, True])
+    messy = sparse.csr_array(
+        (np.array([2.0, 0.0, 3.0, 2.0, 1.0]), np.array([1, 0, 0, 1, 0]), np.array([0, 2, 3, 5])),
+        shape=(3, 2),
+    )
+    np.testing.assert_array_equal(messy.toarray(), dense)
+    one, other = (Ranked(v, first).mann_whitney() for v in (sparse.csr_array(dense), messy))
+    np.testing.assert_array_equal(one.auroc, other.auroc)
+    np.testing.assert_array_equal(one.p_value, other.p_value)
+
+
+def test_negative_activations_are_refused() -> None:
+    with pytest.raises(ValueError, match="latent activations must not be negative"):
+        Ranked(sparse.csr_array(np.array([[-1.0], [1.0]])), np.array([True, False]))
+
+
+@pytest.mark.parametrize(("n_first", "n_second"), [(4, 8), (3, 9), (6, 6), (1, 11), (9, 3)])
+def test_p_values_of_rare_latents_are_exact_or_larger(n_first: int, n_second: int) -> None:
+    """Over all assignments of groups: P(p <= alpha) <= alpha, ties or not."""
+    n = n_first + n_second
+    chosen = [list(c) for c in itertools.combinations(range(n), n_first)]
+    orders = np.array([c + [i for i in range(n) if i not in c] for c in chosen])
+    first = np.arange(n) < n_first
+    for n_active in range(1, n // 2):
+        for tied in (False, True):
+            values = np.zeros(n)
+            values[:n_active] = 1 if tied else np.arange(1, n_active + 1)
+            found = Ranked(sparse.csr_array(values[orders].T), first).mann_whitney()
+            for alpha in (0.2, 0.1, 0.05, 0.01):
+                assert (found.p_value <= alpha).mean() <= alpha + 1e-12
+
+
+def test_a_rare_latent_in_a_small_group() -> None:
+    """3 active of 100, all three among the 10 of the first group: 120 of 161700 ways, doubled."""
+    values = np.zeros((100, 1))
+    values[[0, 1, 2], 0] = [1, 2, 3]
+    found = Ranked(sparse.csr_array(values), np.arange(100) < 10).mann_whitney()
+    assert found.p_normal[0] < 1e-6
+    exact = stats.fisher_exact([[3, 7], [0, 90]], alternative="greater").pvalue
+    assert exact == pytest.approx(120 / 161700)
+    assert found.p_value[0] >= 2 * exact - 1e-12
+    assert found.p_value[0] < 4 * exact
+
+
+@pytest.mark.parametrize("k", [8, 12, 15, 20])
+def test_skewness_brings_the_tail_near_the_exact_one(k: int) -> None:
+    """k of 50 active rows in the first 100 of 1000; hypergeometric, where the normal is far off."""
+    values = np.zeros((1000, 1))
+    values[:k], values[100 : 150 - k] = 1, 1
+    found = Ranked(sparse.csr_array(values), np.arange(1000) < 100).mann_whitney()
+    exact = 2 * stats.hypergeom(1000, 50, 100).sf(k - 1)
+    assert found.p_normal[0] < 0.75 * exact
+    assert 0.4 * exact < found.p_value[0] < 4 * exact
+
+
+def test_nothing_changes_between_equal_groups_of_common_latents() -> None:
+    rng = np.random.default_rng(1)
+    dense = random_columns(rng, 120, 60)
+    dense = dense[:, (dense > 0).sum(0) >= FEW]
+    found = Ranked(sparse.csr_array(dense), groups(rng, 60, 60)).mann_whitney()
+    assert dense.shape[1] > 20
+    np.testing.assert_allclose(found.p_value, found.p_normal, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n_first", "n_second"), [(10, 190), (100, 100), (450, 50)])
+def test_no_discoveries_where_there_are_none(n_first: int, n_second: int) -> None:
+    """At most 5 % of data sets without any difference have a latent at q <= 0.05.
+
+    The plain normal approximation finds one in most of those with unequal groups.
+    """
+    any_found = {"p_value": 0, "p_normal": 0}
+    first = np.arange(n_first + n_second) < n_first
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        rates = np.minimum(1, rng.pareto(1.0, 1000) * 0.007)
+        on = rng.random((len(first), 1000)) < rates
+        values = sparse.csr_array(on * rng.gamma(2, 1, on.shape))
+        found = Ranked(values, first).mann_whitney()
+        here = on.any(0)
+        for name in any_found:
+            any_found[name] += benjamini_hochberg(getattr(found, name)[here]).min() <= 0.05
+    assert any_found["p_value"] <= 3
+    assert (any_found["p_normal"] > 30) == (n_first != n_second)
+
+
+@pytest.mark.parametrize(("n_first", "n_second"), [(20, 20), (5, 60), (2, 2)])
+def test_welch_t(n_first: int, n_second: int) -> None:
+    rng = np.random.default_rng(0)
+    dense, first = random_columns(rng, n_first + n_second, 15), groups(rng, n_first, n_second)
+    dense[:, 3] = np.where(first, 4.0, dense[:, 3])
+    csr = sparse.csr_array(dense)
+    a, b = moments(csr, first), moments(csr, ~first)
+    t, p = welch_t(a.mean, a.variance, a.n, b.mean, b.variance, b.n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy on columns that do not vary
+        expected = stats.ttest_ind(dense[first], dense[~first], equal_var=False)
+    assert np.isnan(t[:2]).all()
+    varies = np.flatnonzero(a.variance + b.variance > 0)
+    np.testing.assert_allclose(t[varies], expected.statistic[varies], rtol=1e-7)
+    np.testing.assert_allclose(p[varies], expected.pvalue[varies], rtol=1e-7)
+
+
+@given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1)))
+def test_benjamini_hochberg(p_values: np.ndarray) -> None:
+    found = benjamini_hochberg(p_values)
+    np.testing.assert_allclose(found, multipletests(p_values, method="fdr_bh")[1], atol=1e-15)
+    np.testing.assert_allclose(found, stats.false_discovery_control(p_values), atol=1e-15)
+
+
+def test_benjamini_hochberg_of_nothing() -> None:
+    assert benjamini_hochberg(np.empty(0)).shape == (0,)

@@ -1,0 +1,69 @@
+"""Moments, means per unit and quantiles of sparse latents equal numpy's on the dense matrix."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import sparse
+
+from saexp.latents.summary import active_quantile, by_unit, moments
+
+VALUES = st.sampled_from([0.0, 0.0, 0.0, 1e-7, 0.5, 1.0, 2.25, 1000.0])
+DENSE = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=VALUES)
+
+
+@settings(max_examples=100, deadline=None)
+@given(DENSE, st.data())
+def test_moments(dense: np.ndarray, data: st.DataObject) -> None:
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense))))
+    part = dense[chosen].astype(np.float64)
+    found = moments(sparse.csr_array(dense), chosen)
+    assert found.n == len(part)
+    np.testing.assert_array_equal(found.active, (part > 1e-6).sum(0))
+    np.testing.assert_allclose(found.total, part.sum(0))
+    np.testing.assert_allclose(found.squares, (part**2).sum(0))
+    np.testing.assert_array_equal(found.maximum, part.max(0, initial=0))
+    if len(part):
+        np.testing.assert_allclose(found.mean, part.mean(0))
+        np.testing.assert_allclose(found.frequency, (part > 1e-6).mean(0))
+    if len(part) > 1:
+        np.testing.assert_allclose(found.variance, part.var(0, ddof=1), rtol=1e-6, atol=1e-8)
+
+
+def test_moments_of_no_rows() -> None:
+    found = moments(sparse.csr_array(np.ones((3, 2))), np.zeros(3, dtype=bool))
+    for values in (found.active, found.mean, found.frequency, found.variance, found.maximum):
+        np.testing.assert_array_equal(values, [0, 0])
+
+
+def test_the_threshold_is_exclusive() -> None:
+    csr = sparse.csr_array(np.array([[0.5], [0.6]]))
+    assert moments(csr, np.ones(2, dtype=bool), threshold=0.5).active.tolist() == [1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(DENSE, st.data())
+def test_by_unit(dense: np.ndarray, data: st.DataObject) -> None:
+    """Units stay in the order in which they first appear, whatever their names."""
+    names = st.sampled_from(["zoe", "ann", "Bob", "élan"])
+    units = data.draw(st.lists(names, min_size=len(dense), max_size=len(dense)))
+    averaged, first = by_unit(sparse.csr_array(dense), np.array(units))
+    order = list(dict.fromkeys(units))
+    assert first.tolist() == [units.index(u) for u in order]
+    assert averaged.shape == (len(order), dense.shape[1])
+    for row, unit in zip(averaged.toarray(), order, strict=True):
+        members = [i for i, u in enumerate(units) if u == unit]
+        np.testing.assert_allclose(row, dense[members].astype(np.float64).mean(0))
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 0.99, 1.0])
+def test_active_quantile(q: float) -> None:
+    rng = np.random.default_rng(0)
+    dense = rng.gamma(2, 1, (40, 9)) * (rng.random((40, 9)) < 0.3)
+    dense[:, 4] = 0
+    latents = np.array([8, 0, 4, 0])
+    found = active_quantile(sparse.csr_array(dense), latents, q)
+    for value, latent in zip(found, latents, strict=True):
+        on = dense[:, latent][dense[:, latent] > 0]
+        assert value == pytest.approx(np.quantile(on, q) if len(on) else 0.0)

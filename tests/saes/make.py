@@ -1,0 +1,82 @@
+"""Random SAEs, in memory, in SAELens folders and in a hub cache."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.base import SparseAutoencoder
+
+D_IN, D_SAE, K = 12, 40, 5
+HOOK_NAME = "blocks.3.hook_resid_post"
+EXTRA = {
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "topk": ("b_enc",),
+    "batchtopk": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def parameters(architecture: str, d_in: int = D_IN, d_sae: int = D_SAE) -> dict[str, Tensor]:
+    """Every parameter noisy, so that one that is left out shows; no decoder row of norm 1."""
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_in), "b_dec": noise(d_in)}
+    found |= {name: 0.3 * noise(d_sae) for name in EXTRA[architecture]}
+    if "threshold" in found:
+        found["threshold"] = found["threshold"].abs() * 4
+    return found
+
+
+def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
+    """One of saexp's own, at block 3's output."""
+    if architecture == "topk":
+        options.setdefault("k", K)
+    options.setdefault("hookpoint", Hookpoint(3, "resid_post"))
+    return SparseAutoencoder(parameters(architecture), architecture=architecture, **options)
+
+
+def points(*shape: int) -> Tensor:
+    """Inputs with a mean and a norm far from 0 and 1."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5)) * 2 + 0.7
+
+
+def write_saelens(folder: Path, cfg: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """A SAELens folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+    return folder
+
+
+def write_npz(file: Path, tensors: dict[str, Tensor]) -> Path:
+    """A Gemma Scope file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {name: t.numpy() for name, t in tensors.items()}
+    np.savez(file, **arrays)
+    return file
+
+
+def publish(cache: Path, repo: str, made: Path) -> None:
+    """Put every file below `made` into a hub cache, laid out as huggingface_hub does."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    (root / "blobs").mkdir(exist_ok=True)
+    for file in (f for f in made.rglob("*") if f.is_file()):
+        blob = root / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.replace(blob)
+        link = root / "snapshots" / COMMIT / file.relative_to(made)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)

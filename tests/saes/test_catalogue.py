@@ -1,0 +1,178 @@
+"""sae-lens' real catalogue: which SAE a config names, and what is said where there is none."""
+
+from typing import Any
+
+import pytest
+
+import saexp
+from saexp.config import SAEConfig
+from saexp.errors import SAEError
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.catalogue import catalogue, entries, find, n_latents, show_width
+from saexp.saes.formats.gemma_scope import hookpoint_of
+
+
+def chosen(*words: str) -> tuple[str, str]:
+    entry = find(saexp.compose(list(words)).sae)
+    return entry.release, entry.id
+
+
+def released(**options: Any) -> SAEConfig:
+    return SAEConfig(name="saelens", loader="release", **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "release", "sae_id"),
+    [
+        ("model=gemma2b sae=gemmascope layer=12", "2b-pt-res", "layer_12/width_16k"),
+        ("model=gemma2b sae=gemmascope layer=12 width=65k", "2b-pt-res", "layer_12/width_65k"),
+        ("model=gemma2b sae=gemmascope layer=12 width=65536", "2b-pt-res", "layer_12/width_65k"),
+        ("model=gemma9b sae=gemmascope layer=41", "9b-pt-res", "layer_41/width_16k"),
+        ("model=gemma9b_it sae=gemmascope layer=20", "9b-it-res", "layer_20/width_16k"),
+        ("model=gemma9b_it sae=gemmascope layer=9 width=131k", "9b-it-res", "layer_9/width_131k"),
+        ("model=gemma9b_it sae=gemmascope layer=9 width=128k", "9b-it-res", "layer_9/width_131k"),
+    ],
+)
+def test_gemma_scope(words: str, release: str, sae_id: str) -> None:
+    assert chosen(*words.split()) == (f"gemma-scope-{release}-canonical", f"{sae_id}/canonical")
+
+
+def test_entries_are_those_of_sae_lens_own_reader() -> None:
+    """The command of the README: where its file is, and what Neuronpedia calls it."""
+    entry = find(saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"]).sae)
+    [listed] = [
+        s
+        for s in catalogue()["gemma-scope-2b-pt-res-canonical"]["saes"]
+        if s["id"] == "layer_12/width_16k/canonical"
+    ]
+    assert entry.path == listed["path"]
+    assert entry.path.startswith("layer_12/width_16k/average_l0_")
+    assert (entry.repo, entry.loader) == ("google/gemma-scope-2b-pt-res", "gemma_2")
+    assert entry.neuronpedia == "gemma-2-2b/12-gemmascope-res-16k"
+    assert hookpoint_of(entry.repo, entry.path) == Hookpoint(12, "resid_post")
+
+
+def test_every_listed_sae_is_an_entry() -> None:
+    for release, about in catalogue().items():
+        found = entries(release)
+        assert [e.id for e in found] == [s["id"] for s in about["saes"]]
+        unplaced = [e.id for e in found if e.layer is None]
+        assert all("embedding" in sae_id for sae_id in unplaced), unplaced
+
+
+def test_llama_scope() -> None:
+    words = ["model=llama8b", "sae=llamascope", "layer=7"]
+    assert chosen(*words) == ("llama_scope_lxr_8x", "l7r_8x")
+    assert chosen(*words, "width=32k") == ("llama_scope_lxr_8x", "l7r_8x")
+    wide = [*words, "sae.release=llama_scope_lxr_32x"]
+    assert chosen(*wide, "width=128k") == ("llama_scope_lxr_32x", "l7r_32x")
+    assert chosen(*wide, "width=131072") == ("llama_scope_lxr_32x", "l7r_32x")
+    with pytest.raises(
+        SAEError,
+        match="^llama_scope_lxr_8x has no width=128k at layer=7; it has 32k; try width=32k "
+        "or sae.release=llama_scope_lxr_32x$",
+    ):
+        find(saexp.compose([*words, "width=128k"]).sae)
+
+
+def test_gpt2_jb() -> None:
+    entry = find(saexp.compose(["model=gpt2", "sae=gpt2_jb", "layer=8"]).sae)
+    assert (entry.release, entry.id) == ("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+    assert (entry.repo, entry.layer, entry.width) == ("jbloom/GPT2-Small-SAEs-Reformatted", 8, None)
+    assert entry.neuronpedia == "gpt2-small/8-res-jb"
+    assert entry.overrides["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
+
+
+def test_by_l0() -> None:
+    cfg = released(release="gemma-scope-2b-pt-res", layer=12, width="16k", l0=41)
+    assert find(cfg).id == "layer_12/width_16k/average_l0_41"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"release": None}, r"sae.release is not set; type e.g. sae.release=gpt2-small-res-jb"),
+        (
+            {"release": "gpt2-small-res-jp", "layer": 8},
+            r"sae.release=gpt2-small-res-jp is not known; did you mean gpt2-small-res-jb, ",
+        ),
+        (
+            {"release": "gemma-scope-{model}-res-canonical", "model_name": "google/gemma-2-2b-it"},
+            r"sae.release=gemma-scope-2b-it-res-canonical is not known; did you mean .*gemma-scope-"
+            "2b-pt-res-canonical",
+        ),
+        ({"release": "qqqqqqqqqqqqqqqqqq"}, r"is not known; there are \S+, \S+, .* …$"),
+        (
+            {"release": "gpt2-small-res-jb", "id": "blocks.8.hook_resid_pr"},
+            r"sae.id=blocks.8.hook_resid_pr is not in gpt2-small-res-jb; did you mean "
+            "blocks.8.hook_resid_pre",
+        ),
+        (
+            {"release": "gpt2-small-res-jb"},
+            r"which SAE of gpt2-small-res-jb\? type layer=<block index> or sae.id=<id>",
+        ),
+        (
+            {"release": "gpt2-small-res-jb", "layer": 14},
+            r"gpt2-small-res-jb has no SAE at layer=14; it has layers 0, 1, .*, 11; try layer=11",
+        ),
+        (
+            {"release": "gpt2-small-res-jb", "layer": 11},
+            r"gpt2-small-res-jb has 2 SAEs at layer=11: blocks.11.hook_resid_pre, "
+            r"blocks.11.hook_resid_post; say sae.id=<id>",
+        ),
+        (
+            {"release": "gemma-scope-9b-it-res-canonical", "layer": 20, "width": "40k"},
+            r"gemma-scope-9b-it-res-canonical has no width=40k at layer=20; it has 16k, 131k; "
+            "try width=16k$",
+        ),
+        (
+            {"release": "gemma-scope-9b-it-res-canonical", "layer": 20, "width": "100k"},
+            "it has 16k, 131k; try width=131k$",
+        ),
+        (
+            {"release": "gemma-scope-2b-pt-res", "layer": 12, "width": "16k", "l0": 50},
+            r"gemma-scope-2b-pt-res has no sae.l0=50 at layer=12; it has 22, 41, 82, 176, 445; "
+            "try sae.l0=41",
+        ),
+        (
+            {"release": "gemma-scope-2b-pt-res", "layer": 12, "width": "16k"},
+            r"gemma-scope-2b-pt-res has 5 SAEs at layer=12: layer_12/width_16k/average_l0_176, .*; "
+            "say sae.id=<id>",
+        ),
+    ],
+)
+def test_what_is_not_there(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SAEError, match=message) as caught:
+        find(released(**options))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "latents", "shown"),
+    [
+        ("16k", 16384, "16k"),
+        ("32K", 32768, "32k"),
+        ("64k", 65536, "65k"),
+        ("65k", 65536, "65k"),
+        ("128k", 131072, "131k"),
+        ("131k", 131072, "131k"),
+        ("262k", 262144, "262k"),
+        ("524k", 524288, "524k"),
+        ("1m", 1048576, "1m"),
+        ("24k", 24576, "24k"),
+        (256, 256, "256"),
+        ("131072", 131072, "131k"),
+    ],
+)
+def test_widths(typed: Any, latents: int, shown: str) -> None:
+    """Releases name 2**16 and 2**17 by their thousands; both they and multiples of 1024 count."""
+    assert n_latents(typed) == latents
+    assert show_width(latents) == shown
+    assert n_latents(shown) == latents
+
+
+def test_every_width_in_a_catalogue_path_is_a_power_of_two() -> None:
+    """What n_latents makes of the releases' own names."""
+    widths = {e.width for r in catalogue() if r.startswith("gemma-scope") for e in entries(r)}
+    widths.discard(None)
+    assert widths == {2**n for n in (12, 14, 15, 16, 17, 18, 19, 20)}

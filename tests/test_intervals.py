@@ -1,0 +1,35 @@
+"""Wilson's interval against statsmodels, and its coverage."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+from saexp.intervals import wilson
+
+
+@given(
+    st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
+    st.sampled_from([0.5, 0.9, 0.95, 0.99]),
+)
+def test_equals_statsmodels(counts: tuple[int, int], confidence: float) -> None:
+    k, n = counts
+    low, high = wilson(k, n, confidence)
+    expected = proportion_confint(k, n, alpha=1 - confidence, method="wilson")
+    assert (low, high) == pytest.approx(expected, abs=1e-9)
+    assert 0 <= low <= k / n <= high <= 1
+
+
+def test_of_nothing() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5])
+def test_coverage(share: float) -> None:
+    """Exact, over all outcomes of 100 trials: close to 95 %."""
+    ks = np.arange(101)
+    bounds = np.array([wilson(int(k), 100) for k in ks])
+    covered = (bounds[:, 0] <= share) & (share <= bounds[:, 1])
+    assert stats.binom.pmf(ks, 100, share)[covered].sum() == pytest.approx(0.95, abs=0.025)
