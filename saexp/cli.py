@@ -1,14 +1,16 @@
 """The command line: compose with Hydra, run, say in a few lines what came out."""
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,10 +27,26 @@ def cell_folder(number: int, overrides: str) -> str:
     return f"{number}_{safe}"[:120]
 
 
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(raw: DictConfig) -> None:
-    cfg = to_run_config(raw)
     about = HydraConfig.get()
+    if about.mode == RunMode.MULTIRUN:
+        _run(raw, about)
+        return
+    # Raised here, Hydra would print a line of its own before ours.
+    try:
+        _run(raw, about)
+    except SaexpError as error:
+        _fail(str(error))
+    except COMPOSITION_ERRORS as error:
+        _fail(str(one_line(error)))
+
+
+def _run(raw: DictConfig, about: HydraConf) -> None:
+    cfg = to_run_config(raw)
     sweep = about.mode == RunMode.MULTIRUN
     if cfg.resume is None:
         cfg = dataclasses.replace(cfg, resume=sweep)
@@ -75,10 +93,14 @@ def main() -> None:
         _fail(str(error))
     except COMPOSITION_ERRORS as error:
         _fail(str(one_line(error)))
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE or error.filename is None:
+            raise
+        _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder")
     except KeyboardInterrupt:
         _fail("stopped; what was collected is kept, and the same command goes on from there")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"saexp: {message}", file=sys.stderr)
     sys.exit(1)

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from saexp.config.values import at_least, one_of, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
 
+PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")
 UNITS = ("raw", "max_act", "p99_act", "resid_norm")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,7 +129,10 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         at_least("dataset.max_length", self.max_length, 2)
-        if self.split and abs(sum(self.split.values()) - 1) > 1e-6:
+        for name, share in self.split.items():
+            one_of("dataset.split", name, ("train", "val", "test"))
+            at_least(f"dataset.split.{name}", share, 0)
+        if abs(sum(self.split.values()) - 1) > 1e-6:
             raise ConfigError(
                 f"dataset.split adds up to {sum(self.split.values()):g}; its shares must make 1"
             )
@@ -167,7 +171,7 @@ class InterventionConfig:
     """How many selected latents per direction are tested as a group."""
     unit: str = "resid_norm"
     """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's mean norm)."""
-    default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0, 2.0])
+    default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
     """Coefficients used when `coefficient` is not given."""
     coefficient: Any = None
     """Strength, a number or a list."""
@@ -188,6 +192,7 @@ class InterventionConfig:
 
     def __post_init__(self) -> None:
         one_of("intervention.unit", self.unit, UNITS)
+        one_of("intervention.where", self.where, PLACES)
         at_least("intervention.n_controls", self.n_controls, 0)
         at_least("intervention.max_new_tokens", self.max_new_tokens, 1)
         if self.coefficient is not None:

@@ -39,7 +39,11 @@ def _explain(error: Exception) -> str:
         key = _full_key(error) or text.rpartition(":")[2].strip()
         return f"{key} is not set; type {key}=<value> (see python -m saexp --help)"
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}' is no key=value; quote lists, as in 'layer=[0,1,2]'"
+        return (
+            f"{error.override} is no key=value that can be read; quote lists for the shell, "
+            "'layer=[0,1,2]', and values with braces, commas or spaces twice, "
+            "'sae.path=\"saes/{layer}\"'"
+        )
     if isinstance(error, ValidationError) and _full_key(error):
         return f"{_full_key(error)}: {text.partition(' full_key')[0]}"
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):

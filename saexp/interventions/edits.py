@@ -1,11 +1,13 @@
 """What is changed: conditions (latents singly, as a group, their controls) as edits of a stream."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
@@ -45,6 +47,8 @@ class LatentFacts:
     mean_norm: float
     """Mean norm of the stream at the analysed rows."""
     alpha: float
+    directions: Callable[[Sequence[int]], Tensor]
+    """Latents -> `[n, d_in]`, what one unit of each adds to the stream (`sae.directions`)."""
 
 
 class _Intervention(ABC):
@@ -148,8 +152,10 @@ class Steer(_Intervention):
     """Add decoder directions: x + coefficient * unit * direction.
 
     Units: `raw`, the decoder row as it is; `max_act` and `p99_act`, times each latent's maximum or
-    99th percentile where active; `resid_norm`, each of k unit directions times the stream's mean
-    norm / sqrt(k), so that coefficients compare across layers, SAEs and numbers of latents.
+    99th percentile where active; `resid_norm`, a vector as long as the stream is on average,
+    so that coefficients compare across layers, SAEs and numbers of latents. Several latents are
+    mixed in proportion to how far their means differ between the groups (train split): the
+    difference of means, as far as these latents make it up.
     """
 
     def edit(
@@ -165,8 +171,15 @@ class Steer(_Intervention):
         norms = of_latent.loc[list(write), "norm"].to_numpy(dtype=float)
         own_norms = of_latent.loc[list(latents), "norm"].to_numpy(dtype=float)
         if self.cfg.unit == "resid_norm":
-            share = facts.mean_norm / np.sqrt(len(write))
-            scales = share / norms
+            first, second = facts.groups
+            means = of_latent.loc[list(latents), [f"mean_{first}", f"mean_{second}"]].to_numpy(
+                float
+            )
+            weights = np.abs(means[:, 0] - means[:, 1]) * own_norms / norms
+            if len(write) == 1 or not weights.any():
+                weights = 1 / norms
+            mixed = torch.as_tensor(weights) @ facts.directions(write).double().cpu()
+            scales = weights * facts.mean_norm / float(mixed.norm())
         elif self.cfg.unit == "raw":
             scales = own_norms / norms
         else:

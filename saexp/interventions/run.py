@@ -16,13 +16,11 @@ from saexp.intervals import wilson
 from saexp.interventions.edits import Condition, LatentFacts
 from saexp.interventions.engine import Row, generate
 from saexp.models.loading import LanguageModel
-from saexp.registry import did_you_mean, resolve
+from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
-
-PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")
 
 
 def edited_positions(where: str, example: Example, tokens: TokenizedText) -> tuple[int, ...]:
@@ -62,10 +60,6 @@ class CausalTest:
     def __init__(
         self, cfg: InterventionConfig, model: LanguageModel, sae: SparseAutoencoder
     ) -> None:
-        if cfg.where not in PLACES:
-            raise InterventionError(
-                f"intervention.where={cfg.where} is not known; {did_you_mean(cfg.where, PLACES)}"
-            )
         self.cfg, self.model, self.sae = cfg, model, sae
         self.outcomes = [resolve("outcome", name)() for name in cfg.outcomes]
 

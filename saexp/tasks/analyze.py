@@ -75,8 +75,12 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
 
 
 def _check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
-    """Say before the long work that prompts lack what the intervention needs."""
-    if cfg.intervention.name == "none" or not cfg.intervention.where.startswith("entity"):
+    """Say before the long work what the intervention would lack."""
+    if cfg.intervention.name == "none":
+        return
+    for name in cfg.intervention.outcomes:
+        registry.resolve("outcome", name)
+    if not cfg.intervention.where.startswith("entity"):
         return
     if not any(e.as_prompt().spans for e in examples.examples):
         raise ConfigError(
@@ -124,6 +128,7 @@ def _facts(
         groups=(first, second),
         mean_norm=gathered.store.mean_norm(sae.hookpoint),
         alpha=cfg.analyzer.alpha,
+        directions=sae.directions,
     )
 
 

@@ -39,7 +39,7 @@ def gather(cfg: RunConfig, model: LanguageModel, hookpoints: list[Hookpoint]) ->
     """Activations of the data set at the positions asked for; forwarded only where not stored."""
     examples = registry.build("dataset", cfg.dataset)
     positions = registry.build("positions", cfg.positions)
-    return _collected(cfg, model, hookpoints, examples, positions)
+    return _collected(cfg, model, hookpoints, examples, positions, cfg.positions.seed)
 
 
 def gather_background(
@@ -54,7 +54,7 @@ def gather_background(
     positions = registry.build(
         "positions", PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     )
-    return _collected(cfg, model, hookpoints, examples, positions)
+    return _collected(cfg, model, hookpoints, examples, positions, cfg.analyzer.seed)
 
 
 def _collected(
@@ -63,11 +63,12 @@ def _collected(
     hookpoints: list[Hookpoint],
     examples: ExampleSet,
     positions: object,
+    seed: int,
 ) -> Gathered:
     tokenized = tokenize(
         [e.text for e in examples.examples], model.tokenizer, cfg.dataset.max_length
     )
-    placement = place(examples.examples, tokenized, positions, model.tokenizer, cfg.positions.seed)
+    placement = place(examples.examples, tokenized, positions, model.tokenizer, seed)
     store, stats = collect(
         model,
         placement,
