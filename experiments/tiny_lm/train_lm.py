@@ -1,7 +1,7 @@
 """Train the tiny language model, or its negative control, from nothing.
 
-python experiments/tiny_lm/train_lm.py --out build/tiny --seed 0
-python experiments/tiny_lm/train_lm.py --out build/tiny_control --seed 0 --control
+python experiments/tiny_lm/train_lm.py --out build/tiny/model --seed 0
+python experiments/tiny_lm/train_lm.py --out build/tiny_control/model --seed 0 --control
 """
 
 import argparse

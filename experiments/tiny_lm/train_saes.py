@@ -1,6 +1,6 @@
 """Train BatchTopK SAEs on every layer of a tiny model and keep them as JumpReLU, SAELens format.
 
-python experiments/tiny_lm/train_saes.py --model build/tiny --out build/tiny_sae
+python experiments/tiny_lm/train_saes.py --model build/tiny/model --out build/tiny/sae
 """
 
 import argparse
@@ -165,5 +165,5 @@ if __name__ == "__main__":
             began = time.perf_counter()
             trained = train(acts, width, K_OF_WIDTH[width], args.seed)
             folder = args.out / f"layer_{layer}" / f"width_{width}"
-            save(trained, folder, layer, args.model.name)
+            save(trained, folder, layer, args.model.resolve().parent.name)
             log.info("layer %d width %d: %.0f s", layer, width, time.perf_counter() - began)
