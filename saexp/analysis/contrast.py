@@ -201,9 +201,20 @@ class ContrastAnalyzer:
             metrics[f"contrast/n_selected_{group}"] = len(mine)
             best = mine[mine["rank"] == 1]
             if best.empty:
-                notes.append(f"no latent speaks for '{group}' at a q-value <= {self.cfg.alpha:g}")
+                notes.append(self._why_none(significant, group))
             metrics |= _best(best.iloc[0] if len(best) else None, group, sign=group == groups[0])
         return metrics
+
+    def _why_none(self, significant: pd.DataFrame, group: str) -> str:
+        mine = significant[significant["direction"] == group]
+        loud = int((mine["background_freq"] >= self.cfg.background_max).sum())
+        if mine.empty:
+            return f"no latent speaks for '{group}' at a q-value <= {self.cfg.alpha:g}"
+        return (
+            f"none of {len(mine)} significant latents for '{group}' is selected: {loud} fire on "
+            f"{self.cfg.background_max:.0%} or more of neutral text (analyzer.background_max), "
+            f"{len(mine) - loud} point the other way for some entity type or in their ranks"
+        )
 
 
 def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:

@@ -62,6 +62,12 @@ def _style(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
+def _legend_below(figure: go.Figure) -> go.Figure:
+    """Where panels have titles of their own, the legend would cover them."""
+    figure.update_layout(legend={"y": -0.18, "yanchor": "top"}, margin={"b": 110})
+    return figure
+
+
 def frequencies(run: SavedRun) -> go.Figure:
     """Share of held-out entities of each group on which a latent fires, one point per latent."""
     assert run.latents is not None
@@ -131,7 +137,7 @@ def values(run: SavedRun, activations: pd.DataFrame) -> go.Figure:
     figure.update_layout(barmode="overlay")
     figure.update_yaxes(title="share of rows")
     figure.update_xaxes(title="activation")
-    return _style(figure, 280 * max(1, -(-len(panels) // 2)))
+    return _legend_below(_style(figure, 300 * max(1, -(-len(panels) // 2))))
 
 
 def by_type(run: SavedRun) -> go.Figure:
@@ -155,7 +161,7 @@ def by_type(run: SavedRun) -> go.Figure:
         range=[-0.1, 1.02],
     )
     figure.update_layout(barmode="group")
-    return _style(figure, 380)
+    return _legend_below(_style(figure, 420))
 
 
 def dose_response(run: SavedRun, outcome: str) -> go.Figure:
@@ -175,7 +181,7 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
     unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
     figure.update_xaxes(title=f"coefficient ({unit})")
     figure.update_yaxes(title=f"{outcome} rate", range=[-0.03, 1.03], col=1)
-    return _style(figure, 420)
+    return _legend_below(_style(figure, 480))
 
 
 def _dose_panel(

@@ -40,7 +40,7 @@ def _setting(run: SavedRun) -> str:
         f"latents: {metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} latents "
         f"that fired tell {run.groups[0]} from {run.groups[1]} "
         f"(q <= {run.config['analyzer']['alpha']:g}, train split); "
-        f"numbers below are of {n} held-out entities."
+        f"numbers below are of {n} held-out {run.unit_word}."
     )
 
 
@@ -48,7 +48,7 @@ def _contrast(run: SavedRun, group: str) -> str:
     m = {k.removeprefix("contrast/"): v for k, v in run.metrics.items()}
     latent = m[f"best_latent_{group}"]
     if latent is None:
-        return f"No latent speaks for '{group}'; none was steered."
+        return f"No latent speaks for '{group}', so none is selected."
     low, high = m[f"best_auroc_{group}_ci_low_test"], m[f"best_auroc_{group}_ci_high_test"]
     interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
     parts = (

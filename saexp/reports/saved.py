@@ -71,6 +71,13 @@ class SavedRun:
         found = [c.removeprefix("separation_") for c in columns if c.startswith("separation_")]
         return [t for t in found if not t.endswith("test") and not t.startswith("ci_")]
 
+    @property
+    def unit_word(self) -> str:
+        """What one observation is: an entity, or an example where the data has none."""
+        rows = self.table("rows")
+        named = rows is not None and bool(rows["entity"].notna().any())
+        return "entities" if named else "examples"
+
     def selected(self, direction: str) -> pd.DataFrame:
         """Selected latents of a direction, best first."""
         table = self.latents
