@@ -1,5 +1,6 @@
 """`model=gemma2b sae=gemmascope layer=12`, offline, against a cache in the hub's own layout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def save_sae(folder: Path) -> None:
         W_dec=decoder,
         b_enc=np.zeros(D_SAE, np.float32),
         b_dec=np.zeros(D_MODEL, np.float32),
-        threshold=np.full(D_SAE, 1.0, np.float32),
+        # The random stream's root mean square is about 5 here, so some 80 latents fire on a token.
+        threshold=np.full(D_SAE, 13.0, np.float32),
     )
 
 
@@ -77,10 +79,14 @@ def test_the_missions_own_command(tmp_path: Path) -> None:
     command += ["intervention.max_new_tokens=2", "intervention.n_prompts=2"]
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     folder = next((tmp_path / "outputs").glob("2*/*"))
     assert (folder / "report.html").is_file()
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    assert 20 < metrics["sparsity/l0"] < 300
     rows = pd.read_parquet(folder / "rows.parquet")
     assert len(rows) >= 240
     provenance = (folder / "provenance.json").read_text("utf-8")

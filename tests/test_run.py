@@ -116,14 +116,17 @@ def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
     assert at.loc[at["of"] == "known_group", "refusal_change"].drop(moved.name).min() > -0.1
 
 
-def test_the_second_run_forwards_nothing_and_finds_the_same(
-    folder: Path, result: TaskResult
+def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
+    folder: Path, result: TaskResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = saexp.compose(
-        ["tracker=none", f"cache_dir={folder}/cache", *OVERLAY, "intervention=none"]
-    )
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model generated")
+
+    monkeypatch.setattr("saexp.interventions.engine._generate_batch", never)
+    cfg = saexp.compose(["tracker=none", f"cache_dir={folder}/cache", *OVERLAY])
     again = saexp.run(cfg, folder / "second")
     assert again.metrics["collection/tokens_forwarded"] == 0
+    pd.testing.assert_frame_equal(again.tables["effects"], result.tables["effects"])
     pd.testing.assert_frame_equal(again.tables["latents"], result.tables["latents"])
 
 
@@ -139,11 +142,18 @@ def test_the_report_stands_alone(result: TaskResult) -> None:
         assert f'id="fig-{name}"' in body
 
 
-def test_a_finished_run_is_reused_on_resume(folder: Path, result: TaskResult) -> None:
+@pytest.mark.usefixtures("result")
+def test_a_finished_run_is_reused_on_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it ran again")
+
     cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY, "resume=true"])
+    monkeypatch.setattr("saexp.tasks.analyze.gather", never)
     again = saexp.run(cfg, folder / "resumed")
-    assert again.metrics == result.metrics
-    assert json.loads((folder / "resumed/provenance.json").read_text())["command"] == "a test"
+    saved = json.loads((folder / "resumed/metrics.json").read_text())
+    assert again.metrics == saved
+    assert (folder / "resumed/report.html").is_file()
+    assert len(again.tables["effects"]) > 1000
 
 
 def test_nothing_is_steered_where_nothing_is_significant(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saexp.context import progress
+from saexp.interventions.cache import GenerationCache
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
@@ -221,23 +222,33 @@ def generate(
     *,
     max_new_tokens: int,
     batch_tokens: int,
+    cache: GenerationCache | None = None,
 ) -> list[list[int]]:
     """Greedy continuations (new tokens, without the end token), in the order of `rows`.
 
-    Equal rows are computed once; batches hold prompts of similar length, at most `batch_tokens`
-    tokens with padding and what is generated.
+    Equal rows are computed once, and not at all where the cache has them; batches hold prompts of
+    similar length, at most `batch_tokens` tokens with padding and what is generated.
     """
     distinct = {row.key: row for row in rows}
-    order = sorted(distinct.values(), key=lambda r: len(r.ids), reverse=True)
-    done: dict[tuple[Any, ...], list[int]] = {}
+    done = cache.get(distinct) if cache is not None else {}
+    order = [row for key, row in distinct.items() if key not in done]
+    order.sort(key=lambda r: len(r.ids), reverse=True)
     with progress(len(order), "generating", "prompt") as bar:
         start = 0
         while start < len(order):
             longest = len(order[start].ids) + max_new_tokens
             batch = order[start : start + max(1, batch_tokens // longest)]
             tokens = _generate_batch(model, batch, sae, hookpoint, max_new_tokens)
-            done.update({r.key: t for r, t in zip(batch, tokens, strict=True)})
+            made = [(r.key, t) for r, t in zip(batch, tokens, strict=True)]
+            done.update(made)
+            if cache is not None:
+                cache.put(made)
             start += len(batch)
             bar.update(len(batch))
-    log.info("generated %d continuations (%d rows asked)", len(order), len(rows))
+    log.info(
+        "generated %d continuations, %d were cached (%d rows asked)",
+        len(order),
+        len(distinct) - len(order),
+        len(rows),
+    )
     return [done[row.key] for row in rows]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from saexp.data.positions import Unplaced, entity_tokens
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import InterventionError
 from saexp.intervals import wilson
+from saexp.interventions.cache import GenerationCache
 from saexp.interventions.edits import Condition, LatentFacts
 from saexp.interventions.engine import Row, generate
 from saexp.models.loading import LanguageModel
@@ -58,8 +60,13 @@ class CausalTest:
     """Runs an intervention (Steer, Clamp, …) on a model."""
 
     def __init__(
-        self, cfg: InterventionConfig, model: LanguageModel, sae: SparseAutoencoder
+        self,
+        cfg: InterventionConfig,
+        model: LanguageModel,
+        sae: SparseAutoencoder,
+        cache_dir: str | Path,
     ) -> None:
+        self.cache_dir = cache_dir
         self.cfg, self.model, self.sae = cfg, model, sae
         self.outcomes = [resolve("outcome", name)() for name in cfg.outcomes]
 
@@ -94,14 +101,20 @@ class CausalTest:
             )
         coefficients = parse_coefficients(self.cfg.coefficient)
         rows, about = self._plan(conditions, usable, coefficients)
-        tokens_out = generate(
-            self.model,
-            rows,
-            self.sae,
-            self.sae.hookpoint,
-            max_new_tokens=self.cfg.max_new_tokens,
-            batch_tokens=self.cfg.batch_tokens,
-        )
+        cache = self._cache()
+        try:
+            tokens_out = generate(
+                self.model,
+                rows,
+                self.sae,
+                self.sae.hookpoint,
+                max_new_tokens=self.cfg.max_new_tokens,
+                batch_tokens=self.cfg.batch_tokens,
+                cache=cache,
+            )
+        finally:
+            if cache is not None:
+                cache.close()
         texts = self.model.tokenizer.batch_decode(tokens_out, skip_special_tokens=True)
         effects = self._score(about, texts)
         summary = summarise(effects, [o.name for o in self.outcomes])
@@ -110,6 +123,23 @@ class CausalTest:
             tables={"effects": effects, "effects_summary": summary},
             notes=notes,
         )
+
+    def _cache(self) -> GenerationCache | None:
+        """Generations of the same weights on the same kind of device; none for weights unknown."""
+        weights = self.sae.metadata.get("fingerprint")
+        if weights is None:
+            return None
+        determined_by = {
+            "model": self.model.fingerprint,
+            "dtype": str(self.model.dtype),
+            "device": self.model.device.type,
+            "eos": self.model.eos_ids,
+            "sae": weights,
+            "sae_dtype": str(self.sae.W_dec.dtype),
+            "hookpoint": self.sae.hookpoint.name,
+            "max_new_tokens": self.cfg.max_new_tokens,
+        }
+        return GenerationCache(self.cache_dir, determined_by)
 
     def _in_chat(self, example: Example) -> Example:
         if not self.model.cfg.chat:
@@ -213,13 +243,14 @@ def run_intervention(
     sae: SparseAutoencoder,
     examples: Sequence[Example],
     max_length: int,
+    cache_dir: str | Path,
 ) -> TaskResult:
     """Make an intervention's conditions and run them; none where nothing is selected."""
     cfg = intervention.cfg
     conditions, notes = intervention.conditions(facts, parse_coefficients(cfg.coefficient))
     if not conditions:
         return TaskResult(notes=["no latent is selected, so nothing was steered"])
-    test = CausalTest(cfg, model, sae)
+    test = CausalTest(cfg, model, sae, cache_dir)
     result = test.run(conditions, examples, max_length)
     result.notes = [*notes, *result.notes]
     return result

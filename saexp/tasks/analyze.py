@@ -65,7 +65,9 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
             facts = _facts(latents, table, gathered, sae, cfg)
             test = [e for e in gathered.examples.examples if e.split == "test"]
             result.merge(
-                run_intervention(intervention, facts, model, sae, test, cfg.dataset.max_length)
+                run_intervention(
+                    intervention, facts, model, sae, test, cfg.dataset.max_length, cfg.cache_dir
+                )
             )
     _save(cfg, context, result, gathered, model, sae, forwarded)
     with context.stage("report"):

@@ -1,0 +1,70 @@
+"""Generations on disk, each under what determines it, so that no run computes one twice.
+
+<cache_dir>/generations.sqlite: what a killed run had generated is there when it is started again.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saexp.errors import StoreError
+
+VERSION = 1
+_LOOK_UP = 500
+"""Keys per query, under SQLite's limit."""
+
+
+class GenerationCache:
+    """Token lists by key; `determined_by` is everything beside the row that fixes a result."""
+
+    def __init__(self, cache_dir: str | Path, determined_by: Mapping[str, Any]) -> None:
+        self.path = Path(cache_dir) / "generations.sqlite"
+        self.prefix = repr((VERSION, sorted(determined_by.items())))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = sqlite3.connect(self.path, timeout=60)
+            self.file.execute("create table if not exists made (key blob primary key, ids blob)")
+        except (OSError, sqlite3.Error) as error:
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"cannot use {self.path}: {error}; delete it or choose another cache_dir="
+        )
+
+    def key(self, row_key: tuple[Any, ...]) -> bytes:
+        """Digest of the row and of everything else that fixes its result."""
+        return hashlib.sha256(f"{self.prefix}{row_key!r}".encode()).digest()
+
+    def get(self, row_keys: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], list[int]]:
+        """Those of the rows that are there."""
+        of_digest = {self.key(k): k for k in row_keys}
+        digests = list(of_digest)
+        found = {}
+        try:
+            for start in range(0, len(digests), _LOOK_UP):
+                some = digests[start : start + _LOOK_UP]
+                marks = ",".join("?" * len(some))
+                rows = self.file.execute(f"select key, ids from made where key in ({marks})", some)
+                for digest, ids in rows:
+                    found[of_digest[digest]] = np.frombuffer(ids, dtype="<i4").tolist()
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        return found
+
+    def put(self, made: Sequence[tuple[tuple[Any, ...], list[int]]]) -> None:
+        """Keep a batch, whole or not at all."""
+        rows = [(self.key(k), np.asarray(ids, dtype="<i4").tobytes()) for k, ids in made]
+        try:
+            with self.file:
+                self.file.executemany("insert or ignore into made values (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()

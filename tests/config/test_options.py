@@ -1,0 +1,93 @@
+"""Every option in conf/ composes; values are read and refused as the contract says."""
+
+import pytest
+
+import saexp
+from saexp.config import parse_coefficients, parse_layers, parse_width
+from saexp.config.folder import conf_folder
+from saexp.errors import ConfigError
+
+GROUPS = ("task", "model", "sae", "dataset", "positions", "analyzer", "intervention", "tracker")
+OPTIONS = [
+    (group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*"))
+]
+NEEDED = {
+    ("model", "hf"): "model.name=some/model",
+    ("sae", "saelens"): "sae.release=some-release",
+    ("positions", "indices"): "positions.indices=[0]",
+    ("positions", "substring"): "positions.substring=a",
+}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    words = [f"{group}={option}"]
+    if group == "dataset":
+        words.append("dataset.path=some/file")
+    if (group, option) == ("sae", "local"):
+        words.append("sae.path=some/folder")
+    if (group, option) in NEEDED:
+        words.append(NEEDED[group, option])
+    cfg = saexp.compose(words)
+    part = getattr(cfg, group)
+    if group not in ("model", "sae"):
+        assert part.name == option
+    assert (conf_folder() / group / f"{option}.yaml").read_text("utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("file", sorted((conf_folder() / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(file) -> None:
+    assert saexp.compose([f"experiment={file.stem}"]).task.name
+
+
+def test_there_is_an_option_for_everything_the_contract_names() -> None:
+    there = {f"{g}={o}" for g, o in OPTIONS}
+    models = "tiny tiny_control gpt2 pythia70m gemma2b gemma2b_it gemma9b gemma9b_it llama8b"
+    assert {f"model={m}" for m in f"{models} llama8b_it hf".split()} <= there
+    positions = "entity_last entity_all entity_last_n after_entity last all random middle indices"
+    assert {f"positions={p}" for p in f"{positions} substring continuation".split()} <= there
+
+
+def test_the_top_level_keys_reach_their_groups() -> None:
+    cfg = saexp.compose(
+        ["layer=3", "width=16k", "coefficient=4", "seed=7", "device=cpu", "dtype=float16"]
+    )
+    assert (cfg.sae.layer, cfg.sae.width, cfg.sae.seed) == (3, "16k", 7)
+    assert (cfg.intervention.coefficient, cfg.intervention.seed) == (4, 7)
+    assert (cfg.model.device, cfg.model.dtype) == ("cpu", "float16")
+    assert cfg.dataset.seed == cfg.analyzer.seed == cfg.positions.seed == 7
+
+
+def test_the_missions_command_names_the_release_and_its_sae() -> None:
+    from saexp.saes.catalogue import find
+
+    cfg = saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"])
+    entry = find(cfg.sae)
+    assert entry.release == "gemma-scope-2b-pt-res-canonical"
+    assert entry.id == "layer_12/width_16k/canonical"
+
+
+@pytest.mark.parametrize(
+    ("value", "width"), [("16k", 16384), (16384, 16384), ("1m", 2**20), ("512", 512), (None, None)]
+)
+def test_widths(value: object, width: int | None) -> None:
+    assert parse_width(value) == width
+
+
+@pytest.mark.parametrize("value", [True, -1, 0, "16q", 1.5, ""])
+def test_what_is_no_width(value: object) -> None:
+    with pytest.raises(ConfigError, match="is no SAE width; type a number such as width=16k"):
+        parse_width(value)
+
+
+def test_layers_and_coefficients() -> None:
+    assert parse_layers(3) == [3]
+    assert parse_layers([0, "2"]) == [0, 2]
+    assert parse_coefficients("2.5") == [2.5]
+    assert parse_coefficients([0, -1]) == [0.0, -1.0]
+    for wrong in (True, -1, 1.5, "a", None):
+        with pytest.raises(ConfigError, match="is no block index"):
+            parse_layers(wrong)
+    for wrong in (True, "a", float("nan"), float("inf"), None):
+        with pytest.raises(ConfigError, match="is no number"):
+            parse_coefficients(wrong)

@@ -1,0 +1,65 @@
+"""What is sent where: nothing, a JSONL file, or W&B offline; tables may lack values."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from saexp.config import TrackerConfig
+from saexp.errors import ConfigError
+from saexp.registry import build
+from saexp.tracking import has_key
+
+ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
+TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int64")})
+
+
+def use(tracker, folder: Path) -> None:
+    tracker.start(folder=folder, **ABOUT)
+    tracker.metrics({"x/y": 1.5, "x/none": None, "x/nan": float("nan")})
+    tracker.table("latents", TABLE)
+    tracker.figure("f", go.Figure(go.Scatter(x=[1], y=[2])))
+    tracker.finish(0)
+
+
+def test_none_leaves_nothing(tmp_path: Path) -> None:
+    use(build("tracker", TrackerConfig(name="none")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jsonl_is_one_object_per_event(tmp_path: Path) -> None:
+    use(build("tracker", TrackerConfig(name="jsonl")), tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "tracker.jsonl").read_text().splitlines()]
+    assert [x["event"] for x in lines] == ["start", "metrics", "table", "figure", "finish"]
+    assert lines[0]["group"] == "g"
+    assert lines[1]["x/y"] == 1.5
+    assert lines[2]["n_rows"] == 2
+    assert lines[4]["exit_code"] == 0
+
+
+def test_wandb_offline_two_runs_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        use(build("tracker", TrackerConfig(name="wandb")), tmp_path / name)
+        runs = list((tmp_path / name / "wandb").glob("offline-run-*/*.wandb"))
+        assert len(runs) == 1
+        assert runs[0].stat().st_size > 1000
+
+
+def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not has_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert has_key()
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tracker.mode=sometimes: choose online, offline"):
+        build("tracker", TrackerConfig(name="wandb", mode="sometimes"))
