@@ -180,7 +180,10 @@ class CausalTest:
 
     def _score(self, about: list[tuple[Example, dict[str, Any]]], texts: list[str]) -> pd.DataFrame:
         table = []
+        scored: dict[tuple[str, str], dict[str, Any]] = {}
         for (prompt, described), text in zip(about, texts, strict=True):
+            if (prompt.id, text) not in scored:
+                scored[prompt.id, text] = {o.name: o.score(text, prompt) for o in self.outcomes}
             row = {
                 "example_id": prompt.id,
                 "group": prompt.group,
@@ -197,7 +200,7 @@ class CausalTest:
                 "generated_text": text,
                 "answers": " | ".join(prompt.answers),
             }
-            table.append(row | {o.name: o.score(text, prompt) for o in self.outcomes})
+            table.append(row | scored[prompt.id, text])
         return pd.DataFrame(table)
 
 

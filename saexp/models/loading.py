@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -158,11 +158,23 @@ class LanguageModel:
         self.check_layer(hookpoint.layer)
         return find_site(self.blocks, hookpoint, self.text_config)
 
+    @property
+    def _generation_config(self) -> Any:
+        """The generation config, from its file where weights were not read; None without one."""
+        if self._hf is not None:
+            return getattr(self._hf, "generation_config", None)
+        try:
+            return GenerationConfig.from_pretrained(
+                self.source, revision=self.cfg.revision or "main"
+            )
+        except OSError:
+            return None
+
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a generation, from config, generation config and tokenizer."""
         found: set[int] = set()
-        holders = [self.config, getattr(self.hf, "generation_config", None), self.tokenizer]
+        holders = [self.config, self._generation_config, self.tokenizer]
         for holder in holders:
             value = getattr(holder, "eos_token_id", None)
             found.update([value] if isinstance(value, int) else value or [])
