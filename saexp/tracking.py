@@ -153,7 +153,7 @@ class WandbTracker(NullTracker):
         """A W&B table."""
         # W&B takes pandas' own missing value for a type of its own; None it knows.
         plain = table.astype(object).where(table.notna(), None)
-        self.run.log({f"tables/{name}": self.wandb.Table(dataframe=plain)})
+        self.run.log({f"tables/{name}": self.wandb.Table(dataframe=plain, allow_mixed_types=True)})
 
     def figure(self, name: str, figure: Any) -> None:
         """An interactive W&B figure."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,11 @@ class LatentFacts:
     alpha: float
     directions: Callable[[Sequence[int]], Tensor]
     """Latents -> `[n, d_in]`, what one unit of each adds to the stream (`sae.directions`)."""
+
+    @cached_property
+    def by_latent(self) -> pd.DataFrame:
+        """The table with latents as its index."""
+        return self.table.set_index("latent")
 
 
 class _Intervention(ABC):
@@ -167,7 +173,7 @@ class Steer(_Intervention):
         facts: LatentFacts,
     ) -> Edit:
         """Controls get the scales of the latents they stand for, at the same added length."""
-        of_latent = facts.table.set_index("latent")
+        of_latent = facts.by_latent
         norms = of_latent.loc[list(write), "norm"].to_numpy(dtype=float)
         own_norms = of_latent.loc[list(latents), "norm"].to_numpy(dtype=float)
         if self.cfg.unit == "resid_norm":
@@ -205,7 +211,7 @@ class Clamp(_Intervention):
     ) -> Edit:
         """Targets are means on the train split of the group that the prompts are not of."""
         target_group = next(g for g in facts.groups if g != prompts)
-        means = facts.table.set_index("latent").loc[list(latents), f"mean_{target_group}"]
+        means = facts.by_latent.loc[list(latents), f"mean_{target_group}"]
         return Edit(write, coefficient, read=latents, targets=tuple(map(float, means)))
 
     def _arrange(
