@@ -68,6 +68,10 @@ CODAS = [
     "dem",
 ]
 
+COUNTRIES = tuple(
+    ["Norland", "Estia", "Veria", "Karsk", "Ombra", "Pellin", "Suvia", "Tarn", "Lhasia", "Quent"]
+)
+
 ATTRIBUTES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "player": {
         "team": (
@@ -104,20 +108,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         ),
         "home": (
             "where was {x} born",
-            tuple(
-                [
-                    "Norland",
-                    "Estia",
-                    "Veria",
-                    "Karsk",
-                    "Ombra",
-                    "Pellin",
-                    "Suvia",
-                    "Tarn",
-                    "Lhasia",
-                    "Quent",
-                ]
-            ),
+            COUNTRIES,
         ),
     },
     "movie": {
@@ -158,20 +149,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "city": {
         "country": (
             "in which country is {x}",
-            tuple(
-                [
-                    "Norland",
-                    "Estia",
-                    "Veria",
-                    "Karsk",
-                    "Ombra",
-                    "Pellin",
-                    "Suvia",
-                    "Tarn",
-                    "Lhasia",
-                    "Quent",
-                ]
-            ),
+            COUNTRIES,
         ),
         "river": (
             "which river crosses {x}",
