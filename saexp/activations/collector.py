@@ -1,27 +1,33 @@
-"""One truncated forward pass over the texts, for the hookpoints and shards that are missing."""
+"""Activations into the store: only what is missing, in one pass, shared between processes."""
 
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from saexp.activations.store import ActivationStore, locked
+from saexp.activations.files import free_bytes, show_bytes, try_lock
+from saexp.activations.forward import TokenBudget, forward, units
+from saexp.activations.job import ShardJob
+from saexp.activations.store import ActivationStore
 from saexp.config import StoreConfig
 from saexp.context import progress
 from saexp.data.positions import Placement
 from saexp.errors import ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel, pick_dtype
 
 log = logging.getLogger(__name__)
+
+_QUEUED = 2
+"""Batches that may wait to be written; memory is bounded by them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,19 @@ class CollectionStats:
     padding_share: float
     """Share of padding among what was forwarded."""
     seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every `n_shards`-th share of the store's shards: part `shard` of them."""
+
+    shard: int
+    n_shards: int
+
+    def of(self, n_files: int) -> list[int]:
+        """Indices of the shard files in this part; the parts are disjoint and cover all."""
+        first, end = (k * n_files // self.n_shards for k in (self.shard, self.shard + 1))
+        return list(range(first, end))
 
 
 def ingredients(
@@ -59,19 +78,6 @@ def ingredients(
     }
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices sorted by length, longest first, in batches of at most `batch_tokens` with padding.
-
-    A text longer than the budget is a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
-
-
 def collect(
     model: LanguageModel,
     placement: Placement,
@@ -81,51 +87,48 @@ def collect(
     cfg: StoreConfig,
     max_length: int,
     n_skipped: int = 0,
+    ahead: Sequence[Hookpoint] = (),
+    part: Part | None = None,
+    about: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> tuple[ActivationStore, CollectionStats]:
     """A store with these hookpoints at these positions; the model runs only for what is missing.
 
+    Where it must run, the hookpoints `ahead` that are missing are stored in the same pass. With
+    `part`, only that part of the shards is looked at. `verify` hashes shards of any size.
     Raises ModelError for a layer the model lacks and a text it cannot hold, StoreError for NaN or
-    Inf and for a folder that cannot be written.
+    Inf, a full disk, and a folder that cannot be written.
     """
     began = time.perf_counter()
-    for hookpoint in hookpoints:
+    for hookpoint in [*hookpoints, *ahead]:
         model.check_layer(hookpoint.layer)
     _check_length(model, int(placement.rows["token_index"].max()) + 1)
-    wanted = sorted({h.stored for h in hookpoints})
     dtype = model.dtype if cfg.dtype == "auto" else pick_dtype(cfg.dtype, model.device)
+    n_rows = len(placement.rows)
     store = ActivationStore.create_or_open(
         cache_dir,
         ingredients(model, placement, max_length, dtype),
         placement.rows,
-        shard_rows=cfg.shard_rows,
+        shard_rows=min(cfg.shard_rows, -(-n_rows // part.n_shards)) if part else cfg.shard_rows,
+        about=about,
     )
-    forwarded = padded = 0
-    if store.missing(wanted):
-        with locked(store.path / ".collect.lock"):
-            # Another process may have computed it while this one waited.
-            store.reload()
-            todo = store.missing(wanted)
-            rows = sum(store.shard_bounds[i][1] - store.shard_bounds[i][0] for i in todo)
-            with progress(rows, "collecting", "row") as bar:
-                for index, absent in todo.items():
-                    first, end = store.shard_bounds[index]
-                    shard = _Shard(model, placement, absent, first, end, dtype)
-                    for used, filled, done in shard.run(cfg.batch_tokens):
-                        forwarded, padded = forwarded + used, padded + filled
-                        bar.update(done)
-                    for hookpoint, acts in shard.out.items():
-                        store.write_shard(hookpoint, index, acts)
+    store.verify = verify
+    collection = _Collection(model, placement, store, dtype, cfg)
+    mine = part.of(len(store.shard_bounds)) if part else list(range(len(store.shard_bounds)))
+    wanted = sorted({h.stored for h in hookpoints})
+    collection.run(mine, wanted, sorted({h.stored for h in ahead} - set(wanted)))
     seconds = time.perf_counter() - began
+    forwarded, padded = collection.forwarded, collection.padded
     log.info(
         "collected %d rows, %d tokens forwarded, %d skipped, %.1f s (%s)",
-        store.n_rows,
+        n_rows,
         forwarded,
         n_skipped,
         seconds,
         store.path.name,
     )
     share = padded / (forwarded + padded) if forwarded else 0.0
-    return store, CollectionStats(store.n_rows, n_skipped, forwarded, share, seconds)
+    return store, CollectionStats(n_rows, n_skipped, forwarded, share, seconds)
 
 
 def _check_length(model: LanguageModel, longest: int) -> None:
@@ -138,82 +141,105 @@ def _check_length(model: LanguageModel, longest: int) -> None:
         )
 
 
-class _Shard:
-    """The rows of one shard, filled batch by batch whatever the batch order."""
+class _Collection:
+    """One process' share of the work on a store. Writing runs beside computing, in order."""
 
     def __init__(
         self,
         model: LanguageModel,
         placement: Placement,
-        hookpoints: list[Hookpoint],
-        first: int,
-        end: int,
+        store: ActivationStore,
         dtype: torch.dtype,
+        cfg: StoreConfig,
     ) -> None:
-        self.model, self.texts, self.hookpoints, self.dtype = (
-            model,
-            placement.texts,
-            hookpoints,
-            dtype,
-        )
-        self.out: dict[Hookpoint, Tensor] = {}
-        self.n_rows = end - first
-        columns = placement.rows.iloc[first:end][["text_id", "token_index"]]
-        self.of_text: dict[int, list[tuple[int, int]]] = {}
-        for row, (text_id, token) in enumerate(columns.itertuples(index=False)):
-            self.of_text.setdefault(int(text_id), []).append((row, int(token)))
+        self.model, self.placement, self.store, self.dtype = model, placement, store, dtype
+        self.budget = TokenBudget(cfg.batch_tokens, model.device)
+        self.forwarded = self.padded = 0
+        self.writing: deque[Future[None]] = deque()
 
-    def run(self, batch_tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Yields (tokens, padding, rows done) per batch.
+    def run(self, mine: Sequence[int], wanted: list[Hookpoint], ahead: list[Hookpoint]) -> None:
+        """Complete these shards, or wait until other processes have."""
+        todo = list(self.store.missing(wanted, mine))
+        if not todo:
+            return
+        self._check_room(todo, [*wanted, *ahead])
+        rows = {i: end - first for i, (first, end) in enumerate(self.store.shard_bounds)}
+        with (
+            progress(sum(rows[i] for i in todo), "collecting", "row") as bar,
+            ThreadPoolExecutor(1, thread_name_prefix="saexp-write") as writer,
+        ):
+            while todo:
+                busy = []
+                for index in todo:
+                    lock = try_lock(self.store.shard_lock(index))
+                    if lock is None:
+                        busy.append(index)
+                        continue
+                    absent = self._absent(index, wanted, ahead)
+                    if absent:
+                        job = ShardJob(self.store, index, absent, self.dtype, lock)
+                        self._compute(job, writer, bar)
+                    else:
+                        lock.release()
+                        bar.update(rows[index])
+                self._settle(0)
+                if busy:
+                    self._wait_for(busy[0])
+                todo = busy
 
-        A causal model's values do not depend on what comes later, so each text is forwarded up to
-        its last wanted position only.
-        """
-        text_ids = list(self.of_text)
-        lengths = [max(t for _, t in self.of_text[i]) + 1 for i in text_ids]
-        for batch in batches(lengths, batch_tokens):
-            longest = lengths[batch[0]]
-            ids = torch.full((len(batch), longest), self.model.pad_id)
-            mask = torch.zeros_like(ids)
-            in_batch, in_text, rows = [], [], []
-            for number, index in enumerate(batch):
-                n = lengths[index]
-                ids[number, :n] = torch.tensor(self.texts[text_ids[index]].ids[:n])
-                mask[number, :n] = 1
-                for row, token in self.of_text[text_ids[index]]:
-                    in_batch.append(number)
-                    in_text.append(token)
-                    rows.append(row)
-            device = self.model.device
-            record = run_truncated(
-                self.model,
-                ids.to(device),
-                mask.to(device),
-                self.hookpoints,
-                (torch.tensor(in_batch, device=device), torch.tensor(in_text, device=device)),
-            )
-            for hookpoint, values in record.items():
-                self._keep(hookpoint, values, rows, [text_ids[i] for i in batch], in_batch)
-            n_tokens = int(mask.sum())
-            yield n_tokens, mask.numel() - n_tokens, len(rows)
+    def _absent(
+        self, index: int, wanted: list[Hookpoint], ahead: list[Hookpoint]
+    ) -> list[Hookpoint]:
+        """What to store in this shard now: nothing where another process has done it meanwhile."""
+        self.store.reload()
+        if not self.store.missing(wanted, [index]):
+            return []
+        return self.store.missing([*wanted, *ahead], [index])[index]
 
-    def _keep(
-        self,
-        hookpoint: Hookpoint,
-        values: Tensor,
-        rows: list[int],
-        text_ids: list[int],
-        in_batch: list[int],
-    ) -> None:
-        stored = values.to("cpu", self.dtype)
-        finite = torch.isfinite(stored).all(dim=-1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            text = self.texts[text_ids[in_batch[bad]]].text[:60]
-            key = "store.dtype" if bool(torch.isfinite(values[bad]).all()) else "dtype"
+    def _check_room(self, todo: list[int], hookpoints: list[Hookpoint]) -> None:
+        bounds = self.store.shard_bounds
+        absent = self.store.missing(hookpoints, todo)
+        n_rows = sum((bounds[i][1] - bounds[i][0]) * len(found) for i, found in absent.items())
+        needs = n_rows * self.model.d_model * self.dtype.itemsize
+        free = free_bytes(self.store.path)
+        if needs > free:
             raise StoreError(
-                f"NaN or Inf at {hookpoint.name} in the text '{text}'; try {key}=float32"
+                f"disk full: the activations need {show_bytes(needs)}, and {show_bytes(free)} are "
+                f"free at {self.store.path}; what was finished is kept: make room and run the "
+                "command again, or choose another cache_dir="
             )
-        if hookpoint not in self.out:
-            self.out[hookpoint] = torch.empty((self.n_rows, values.shape[-1]), dtype=self.dtype)
-        self.out[hookpoint][torch.tensor(rows)] = stored
+
+    def _compute(self, job: ShardJob, writer: ThreadPoolExecutor, bar: Any) -> None:
+        first, end = self.store.shard_bounds[job.index]
+        try:
+            # At most the shard before is still being written.
+            self._settle(1)
+            todo = units(self.placement, first, end)
+            for batch in forward(self.model, todo, job.hookpoints, self.budget, self.dtype):
+                self.forwarded += batch.n_tokens
+                self.padded += batch.n_padding
+                self.writing.append(writer.submit(job.write, batch, self._complain))
+                self._settle(_QUEUED)
+                bar.update(len(batch.rows))
+            self.writing.append(writer.submit(job.finish))
+        except BaseException:
+            # Behind what is queued, so that nothing is written after it.
+            writer.submit(job.abort).result()
+            raise
+
+    def _settle(self, n_left: int) -> None:
+        """Wait until at most `n_left` writes are under way; raises what went wrong in one."""
+        while len(self.writing) > n_left:
+            self.writing.popleft().result()
+
+    def _wait_for(self, index: int) -> None:
+        log.info("waiting for another process, which has shard %05d", index)
+        lock = try_lock(self.store.shard_lock(index), timeout=-1.0)
+        assert lock is not None
+        lock.release()
+
+    def _complain(self, hookpoint: Hookpoint, text_id: int, nan: bool) -> StoreError:
+        text = self.placement.texts[text_id].text[:60]
+        overflow = not nan and self.dtype == torch.float16 != self.model.dtype
+        key = "store.dtype" if overflow else "dtype"
+        return StoreError(f"NaN or Inf at {hookpoint.name} in the text '{text}'; try {key}=float32")

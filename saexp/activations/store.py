@@ -6,64 +6,39 @@
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from saexp.activations.files import locked, sha256, write_atomically, write_json
+from saexp.activations.shards import ShardWriter
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
+USED = ".used"
+"""Empty file whose time of last change says when a run last used the store."""
 _HASH_ON_OPEN_BYTES = 64 * 2**20
 """Shards up to this size are hashed when a store is opened; larger ones have their size checked."""
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def store_key(ingredients: Mapping[str, Any]) -> str:
     """24 hex digits of the SHA-256 of the ingredients' canonical JSON."""
     text = json.dumps({"version": VERSION, **ingredients}, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a temporary file beside `path`, sync it, and rename it into place.
-
-    Raises StoreError, in one line, where the folder cannot be written or the disk is full.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StoreError(f"cannot write {path}: {reason}; choose another cache_dir=") from error
-    finally:
-        if temporary is not None and temporary.exists():
-            temporary.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ActivationStore:
@@ -95,8 +70,12 @@ class ActivationStore:
         rows: pd.DataFrame,
         *,
         shard_rows: int,
+        about: Mapping[str, Any] | None = None,
     ) -> "ActivationStore":
-        """The store of these ingredients; `rows` replaces a rows table whose labels differ."""
+        """The store of these ingredients; `rows` replaces a rows table whose labels differ.
+
+        `shard_rows` holds for a new store only. `about` is for people: names beside the hashes.
+        """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         with locked(folder / ".create.lock"):
             if not (folder / "manifest.json").is_file():
@@ -104,15 +83,17 @@ class ActivationStore:
                     "version": VERSION,
                     "key": folder.name,
                     "ingredients": dict(ingredients),
+                    "about": dict(about or {}),
                     "n_rows": len(rows),
                     "shard_rows": shard_rows,
                     "hookpoints": {},
                 }
                 write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
-                _write_json(folder / "manifest.json", manifest)
+                write_json(folder / "manifest.json", manifest)
             store = cls.open(folder)
             if not store._holds(rows):
                 write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
+            (folder / USED).touch()
         return store
 
     @property
@@ -149,21 +130,28 @@ class ActivationStore:
         checked = (hookpoint.name, entry["sha256"])
         if checked in self._sound:
             return True
-        file = self._shard(hookpoint, index)
+        sound = self._intact(self._shard(hookpoint, index), entry)
+        if sound:
+            self._sound.add(checked)
+        return sound
+
+    def _intact(self, file: Path, entry: Mapping[str, Any]) -> bool:
+        """Whether a file is as it was when its entry was made."""
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             log.warning("%s is missing or truncated and counts as not collected", file)
             return False
         look = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
-        if look and _sha256(file) != entry["sha256"]:
+        if look and sha256(file) != entry["sha256"]:
             log.warning("%s is damaged (checksum) and counts as not collected", file)
             return False
-        self._sound.add(checked)
         return True
 
-    def missing(self, hookpoints: Sequence[Hookpoint]) -> dict[int, list[Hookpoint]]:
-        """Shard index -> hookpoints whose shard is absent or damaged."""
+    def missing(
+        self, hookpoints: Sequence[Hookpoint], shards: Sequence[int] | None = None
+    ) -> dict[int, list[Hookpoint]]:
+        """Shard index (all, or of these) -> hookpoints whose shard is absent or damaged."""
         found: dict[int, list[Hookpoint]] = {}
-        for index in range(len(self.shard_bounds)):
+        for index in range(len(self.shard_bounds)) if shards is None else shards:
             absent = [h for h in hookpoints if not self._is_sound(h.stored, index)]
             if absent:
                 found[index] = absent
@@ -175,19 +163,45 @@ class ActivationStore:
         named = [Hookpoint.parse(name) for name in self.manifest["hookpoints"]]
         return sorted(h for h in named if not self.missing([h]))
 
+    def shard_lock(self, index: int) -> Path:
+        """Whoever holds this lock computes the shard, for all hookpoints."""
+        return self.path / ".locks" / f"{index:05d}.lock"
+
+    def writer(
+        self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
+    ) -> ShardWriter:
+        """A file for one shard, to be filled and then entered."""
+        first, end = self.shard_bounds[index]
+        return ShardWriter(self._shard(hookpoint.stored, index), end - first, width, dtype)
+
+    def enter(self, index: int, entries: Mapping[Hookpoint, Mapping[str, Any]]) -> None:
+        """List a finished shard's files in the manifest."""
+
+        def add(manifest: dict[str, Any]) -> None:
+            for hookpoint, entry in entries.items():
+                shards = manifest["hookpoints"].setdefault(hookpoint.stored.name, {})
+                shards[f"{index:05d}"] = dict(entry)
+
+        self._change(add)
+
+    def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
+        with locked(self.path / ".manifest.lock"):
+            self.reload()
+            change(self.manifest)
+            # The same bytes whoever was first.
+            listed = self.manifest["hookpoints"]
+            self.manifest["hookpoints"] = {
+                h: dict(sorted(listed[h].items())) for h in sorted(listed)
+            }
+            write_json(self.path / "manifest.json", self.manifest)
+
     def write_shard(
         self, hookpoint: Hookpoint, index: int, acts: Float[Tensor, "n_rows d_model"]
     ) -> None:
         """Write one shard whole or not at all, then enter it in the manifest."""
-        hookpoint = hookpoint.stored
-        file = self._shard(hookpoint, index)
-        write_atomically(file, lambda p: save_file({"acts": acts.contiguous()}, p))
-        entry = {"n_rows": len(acts), "bytes": file.stat().st_size, "sha256": _sha256(file)}
-        with locked(self.path / ".manifest.lock"):
-            self.reload()
-            shards = self.manifest["hookpoints"].setdefault(hookpoint.name, {})
-            shards[f"{index:05d}"] = entry
-            _write_json(self.path / "manifest.json", self.manifest)
+        writer = self.writer(hookpoint, index, acts.shape[1], acts.dtype)
+        writer.write(np.arange(len(acts)), acts)
+        self.enter(index, {hookpoint: writer.finish()})
 
     def reload(self) -> None:
         """Read the manifest again: another process may have added shards."""
@@ -206,13 +220,18 @@ class ActivationStore:
         hookpoint = self._complete(Hookpoint(layer, stream).stored)
         if len(self.shard_bounds) == 1:
             return self._read(hookpoint, 0)
+        joined, shape, dtype = self._joined(hookpoint)
+        flat = torch.from_file(str(joined), size=shape[0] * shape[1], dtype=dtype)
+        return flat.view(shape)
+
+    def _joined(self, hookpoint: Hookpoint) -> tuple[Path, tuple[int, int], torch.dtype]:
+        """All shards in one file, made where it is not there or not as it was written."""
         sums = "".join(e["sha256"] for _, e in sorted(self._entries(hookpoint).items()))
-        name = hashlib.sha256(sums.encode()).hexdigest()[:16]
-        joined = self.path / hookpoint.name / f"joined-{name}.bin"
+        joined = self.path / hookpoint.name / f"joined-{_short(sums)}.bin"
         first = self._read(hookpoint, 0)
         shape = (self.n_rows, first.shape[1])
-        n_bytes = shape[0] * shape[1] * first.dtype.itemsize
-        if not joined.is_file() or joined.stat().st_size != n_bytes:
+        entry = self.manifest.get("joined", {}).get(hookpoint.name)
+        if entry is None or entry["file"] != joined.name or not self._intact(joined, entry):
 
             def write(path: Path) -> None:
                 with path.open("wb") as file:
@@ -221,8 +240,9 @@ class ActivationStore:
                         file.write(part.view(torch.uint8).numpy().data)
 
             write_atomically(joined, write)
-        flat = torch.from_file(str(joined), size=shape[0] * shape[1], dtype=first.dtype)
-        return flat.view(shape)
+            made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
+            self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
+        return joined, shape, first.dtype
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""
@@ -247,30 +267,3 @@ class ActivationStore:
             there = ", ".join(h.name for h in self.hookpoints) or "none"
             raise StoreError(f"{self.path} has not all of {hookpoint.name}; it has {there}")
         return hookpoint
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_atomically(path, lambda p: _write_text(p, text))
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the operating system frees it when a process dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        lock.acquire()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StoreError(
-            f"cannot write {path.parent}: {reason}; choose another cache_dir="
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -265,14 +265,19 @@ class TaskConfig:
 class StoreConfig:
     """How activations are collected and kept."""
 
-    batch_tokens: int = 4096
-    """Tokens per batch of the forward pass, padding included."""
+    batch_tokens: Any = "auto"
+    """Tokens per batch of the forward pass, padding included; auto finds what fits."""
     shard_rows: int = 65536
     """Rows per shard file."""
     dtype: str = "auto"
     """dtype on disk: auto (the model's own), float32, bfloat16, float16."""
 
     def __post_init__(self) -> None:
-        at_least("store.batch_tokens", self.batch_tokens, 1)
+        if self.batch_tokens != "auto":
+            if not str(self.batch_tokens).isdecimal():
+                raise ConfigError(
+                    f"store.batch_tokens={self.batch_tokens} is no number; type auto, or 4096"
+                )
+            at_least("store.batch_tokens", int(self.batch_tokens), 1)
         at_least("store.shard_rows", self.shard_rows, 1)
         one_of("store.dtype", self.dtype, DTYPES)

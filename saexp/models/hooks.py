@@ -33,6 +33,14 @@ def _with_first(values: Any, new: Tensor) -> Any:
     return new if isinstance(values, Tensor) else (new, *values[1:])
 
 
+def _at(values: Tensor, positions: Positions | None) -> Tensor:
+    if positions is None:
+        return values
+    # Blocks of one model may be on several devices.
+    rows, tokens = (p.to(values.device) for p in positions)
+    return values[rows, tokens]
+
+
 class _Mid:
     """An edit of resid_mid. The MLP's norm and the sum after the MLP both read that stream, and
     only the first is a module's input, so the change is added to the block's output as well."""
@@ -103,7 +111,7 @@ def capture(
     wanted = set(hookpoints)
 
     def keep(hookpoint: Hookpoint, values: Tensor) -> Tensor:
-        record[hookpoint] = (values if positions is None else values[positions]).detach()
+        record[hookpoint] = _at(values, positions).detach()
         if stop and record.keys() == wanted:
             raise _Stop
         return values

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.collector import batches, collect
+from saexp.activations.collector import collect
+from saexp.activations.forward import TokenBudget, batches
 from saexp.config import ModelConfig, StoreConfig
 from saexp.errors import ConfigError, ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -159,7 +160,7 @@ def test_skips_are_counted_beside(tmp_path):
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
 def test_batches_hold_every_text_once_within_the_budget(lengths, batch_tokens):
-    found = list(batches(lengths, batch_tokens))
+    found = list(batches(lengths, TokenBudget(batch_tokens, torch.device("cpu"))))
     assert sorted(i for b in found for i in b) == list(range(len(lengths)))
     for batch in found:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens

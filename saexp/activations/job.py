@@ -1,0 +1,63 @@
+"""One shard being filled, for all its hookpoints, by the thread that writes."""
+
+from collections.abc import Callable
+
+import torch
+from filelock import BaseFileLock
+
+from saexp.activations.forward import Batch
+from saexp.activations.shards import ShardWriter
+from saexp.activations.store import ActivationStore
+from saexp.errors import StoreError
+from saexp.models.hookpoints import Hookpoint
+
+Complain = Callable[[Hookpoint, int, bool], StoreError]
+"""(hookpoint, text id, whether it is NaN) -> the error for a value that is not finite."""
+
+
+class ShardJob:
+    """Holds the shard's lock until it is finished or given up."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        index: int,
+        hookpoints: list[Hookpoint],
+        dtype: torch.dtype,
+        lock: BaseFileLock,
+    ) -> None:
+        self.store, self.index, self.hookpoints = store, index, hookpoints
+        self.dtype, self.lock = dtype, lock
+        self.writers: dict[Hookpoint, ShardWriter] = {}
+
+    def write(self, batch: Batch, complain: Complain) -> None:
+        """Put a batch's rows into the files; raises what `complain` makes of NaN and Inf."""
+        for hookpoint, wait in batch.host.items():
+            acts = wait()
+            finite = torch.isfinite(acts).all(dim=-1)
+            if not bool(finite.all()):
+                bad = int((~finite).nonzero()[0])
+                nan = bool(torch.isnan(acts[bad]).any())
+                raise complain(hookpoint, int(batch.text_ids[bad]), nan)
+            if hookpoint not in self.writers:
+                width = acts.shape[1]
+                self.writers[hookpoint] = self.store.writer(
+                    hookpoint, self.index, width, self.dtype
+                )
+            self.writers[hookpoint].write(batch.rows, acts)
+
+    def finish(self) -> None:
+        """Rename the files into place, list them, and let the shard go."""
+        try:
+            entries = {h: writer.finish() for h, writer in self.writers.items()}
+            self.store.enter(self.index, entries)
+        except BaseException:
+            self.abort()
+            raise
+        self.lock.release()
+
+    def abort(self) -> None:
+        """Remove what is not finished and let the shard go."""
+        for writer in self.writers.values():
+            writer.discard()
+        self.lock.release()
