@@ -22,6 +22,7 @@ from saexp.context import RunContext
 from saexp.errors import StoreError
 from saexp.results import TaskResult
 from saexp.tasks import finished
+from saexp.tasks.sweep import ahead
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,11 @@ def run(
     folder: str | Path | None = None,
     *,
     command: str | None = None,
-    group: str | None = None,
+    sweep: Path | None = None,
 ) -> TaskResult:
     """One run; its files go to `folder` (outputs/<date>/<time> where not given).
 
+    `sweep` is the folder of the sweep that the run is a cell of.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
     registry.load_plugins(cfg.plugins)
@@ -85,6 +87,7 @@ def run(
         tracker=tracker,
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
+        ahead=ahead(cfg, sweep),
     )
     task = registry.resolve("task", cfg.task.name)
     tracker.start(
@@ -92,7 +95,7 @@ def run(
         config=asdict(cfg),
         name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
         job_type=cfg.task.name,
-        group=group,
+        group=sweep.name if sweep else None,
     )
     try:
         result = task(cfg, context)
@@ -107,6 +110,7 @@ def run(
         tracker.finish(1)
         raise
     tracker.finish(0)
+    finished.close(place)
     finished.record(cfg, place)
     result.path = place
     return result

@@ -46,21 +46,22 @@ def _job(raw: DictConfig) -> None:
 
 
 def _run(raw: DictConfig, about: HydraConf) -> None:
-    cfg = to_run_config(raw)
-    sweep = about.mode == RunMode.MULTIRUN
-    if cfg.resume is None:
-        cfg = dataclasses.replace(cfg, resume=sweep)
-    from saexp import api
-
+    sweep = Path(about.sweep.dir) if about.mode == RunMode.MULTIRUN else None
     folder = Path(about.runtime.output_dir)
-    command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
-    group = Path(about.sweep.dir).name if sweep else None
     try:
-        result = api.run(cfg, folder, command=command, group=group)
-    except SaexpError as error:
+        cfg = to_run_config(raw)
+        if cfg.resume is None:
+            cfg = dataclasses.replace(cfg, resume=sweep is not None)
+        from saexp import api
+
+        command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
+        result = api.run(cfg, folder, command=command, sweep=sweep)
+    except (SaexpError, *COMPOSITION_ERRORS) as error:
         if sweep:
             overrides = ",".join(about.overrides.task)
-            print(f"cell {about.job.num} ({overrides}) failed: {error}", file=sys.stderr)
+            told = one_line(error)
+            print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
+            (folder / "error.txt").write_text(f"{type(told).__name__}: {told}\n", encoding="utf-8")
         raise
     _summary(result, folder)
 
@@ -71,6 +72,9 @@ def _summary(result: Any, folder: Path) -> None:
         from saexp.reports.finding import headline
 
         print(headline(folder))
+    elif "stores" in result.tables:
+        if len(result.tables["stores"]):
+            print(result.tables["stores"].to_string(index=False))
     else:
         rows = result.metrics.get("collection/n_rows")
         forwarded = result.metrics.get("collection/tokens_forwarded")
@@ -89,6 +93,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _job()
+        _end_of_sweep()
     except SaexpError as error:
         _fail(str(error))
     except COMPOSITION_ERRORS as error:
@@ -99,8 +104,22 @@ def main() -> None:
         _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder")
     except KeyboardInterrupt:
         _fail("stopped; what was collected is kept, and the same command goes on from there")
+    except Exception:
+        _end_of_sweep()
+        raise
+
+
+def _end_of_sweep() -> None:
+    """Where this was a sweep: its table and report, from whatever cells there are."""
+    from saexp.tasks import sweep
+
+    told = sweep.finish()
+    if told:
+        print(told)
 
 
 def _fail(message: str) -> NoReturn:
+    """One line on stderr, behind the report of a sweep's other cells."""
+    _end_of_sweep()
     print(f"saexp: {message}", file=sys.stderr)
     sys.exit(1)

@@ -31,6 +31,9 @@ class RunContext:
     """How the run was started, for provenance."""
     started: str = ""
     """ISO time at which the run began."""
+    ahead: list[tuple[int, str | None]] = field(default_factory=list)
+    """(layer, stream) that other cells of the sweep need from the same texts; a stream of None is
+    that of the run's own SAE."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds per stage."""
 

@@ -20,6 +20,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "task": {
         "analyze": "saexp.tasks.analyze:analyze",
         "collect": "saexp.tasks.collect:collect",
+        "cache": "saexp.tasks.cache:manage",
     },
     "model": {
         "hf": "saexp.models.loading:load_model",

@@ -1,7 +1,7 @@
 """The forward pass over one shard's texts: each computed once, in batches that fit."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ def units(placement: Placement, first: int, end: int) -> list[Unit]:
     return kept
 
 
-def batches(lengths: Sequence[int], budget: TokenBudget) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], budget: TokenBudget) -> Generator[list[int], bool | None, None]:
     """Indices sorted by length, longest first, in batches of at most the budget with padding.
 
     A text longer than the budget is a batch of its own. A batch that is answered by `send(False)`

@@ -25,6 +25,8 @@ class ModelConfig:
     """Registry name of the loader."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    device_map: str | None = None
+    """How to spread a model over several devices (`auto`, as accelerate does it)."""
     default_layer: int | None = None
     """Layer used when `layer` is not given."""
     chat: bool = False

@@ -17,7 +17,8 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
-from saexp.config.values import parse_coefficients, parse_layers, parse_width
+from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
+from saexp.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,20 @@ class RunConfig:
     """Activation stores and labels, shared between runs."""
     resume: bool | None = None
     """Reuse a finished run with the same config; true in sweeps where not given."""
+    verify: bool = False
+    """Hash stored shards of any size before they are used."""
+    shard: int | None = None
+    """collect: which of `n_shards` parts of the store this process makes."""
+    n_shards: int = 1
+    """collect: number of parts the work is cut into, one per process."""
+    action: str = "list"
+    """cache: list, verify, prune or compare."""
+    max_size: str | None = None
+    """cache: prune down to this size, 20GB."""
+    max_age: str | None = None
+    """cache: prune what was not used for this long, 30d."""
+    stores: list[str] = field(default_factory=list)
+    """cache: the two keys, or beginnings of them, to compare."""
     plugins: list[str] = field(default_factory=list)
     """Modules of your own to import first, whose components then can be named."""
 
@@ -67,6 +82,12 @@ class RunConfig:
             parse_layers(self.layer)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)
+        at_least("n_shards", self.n_shards, 1)
+        if self.shard is not None and not 0 <= self.shard < self.n_shards:
+            raise ConfigError(
+                f"shard={self.shard} is not below n_shards={self.n_shards}; "
+                f"type shard=<0 to {self.n_shards - 1}> or a larger n_shards="
+            )
 
 
 def register_schema() -> None:

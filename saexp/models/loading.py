@@ -114,15 +114,24 @@ class LanguageModel:
             if not sys.stderr.isatty():
                 hf_logging.disable_progress_bar()
             log.info("loading %s (%s, %s)", self.name, self.device, self.dtype)
+            spread = {"device_map": self.cfg.device_map} if self.cfg.device_map else {}
             hf, info = self._from_hub(
-                AutoModelForCausalLM, "weights", dtype=self.dtype, output_loading_info=True
+                AutoModelForCausalLM,
+                "weights",
+                dtype=self.dtype,
+                output_loading_info=True,
+                **spread,
             )
             if missing := sorted(info["missing_keys"]):
                 # transformers would go on with random values.
                 raise self._cannot_load(
                     "weights", f"{len(missing)} are not in its files, such as {missing[0]}"
                 )
-            self._hf = hf.to(self.device).eval().requires_grad_(False)
+            placed = hf if spread else hf.to(self.device)
+            if spread:
+                # Token ids go where the embedding is.
+                self.device = placed.get_input_embeddings().weight.device
+            self._hf = placed.eval().requires_grad_(False)
         return self._hf
 
     @cached_property

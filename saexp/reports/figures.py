@@ -42,7 +42,7 @@ def run_figures(folder: str | Path) -> dict[str, go.Figure]:
     return figures
 
 
-def _style(figure: go.Figure, height: int) -> go.Figure:
+def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.Figure:
     """One look for all: no background of its own, so that pages can be light or dark."""
     figure.update_layout(
         height=height,
@@ -59,12 +59,9 @@ def _style(figure: go.Figure, height: int) -> go.Figure:
     }
     figure.update_xaxes(**grid)
     figure.update_yaxes(**grid)
-    return figure
-
-
-def _legend_below(figure: go.Figure) -> go.Figure:
-    """Where panels have titles of their own, the legend would cover them."""
-    figure.update_layout(legend={"y": -0.18, "yanchor": "top"}, margin={"b": 110})
+    if legend_below:
+        # Where panels have titles of their own, the legend would cover them.
+        figure.update_layout(legend={"y": -0.18, "yanchor": "top"}, margin={"b": 110})
     return figure
 
 
@@ -99,7 +96,7 @@ def frequencies(run: SavedRun) -> go.Figure:
         )
     figure.update_xaxes(title=f"fires on {second} (share, test)", range=[-0.03, 1.03])
     figure.update_yaxes(title=f"fires on {first} (share, test)", range=[-0.03, 1.03])
-    return _style(figure, 480)
+    return style(figure, 480)
 
 
 def values(run: SavedRun, activations: pd.DataFrame) -> go.Figure:
@@ -137,7 +134,7 @@ def values(run: SavedRun, activations: pd.DataFrame) -> go.Figure:
     figure.update_layout(barmode="overlay")
     figure.update_yaxes(title="share of rows")
     figure.update_xaxes(title="activation")
-    return _legend_below(_style(figure, 300 * max(1, -(-len(panels) // 2))))
+    return style(figure, 300 * max(1, -(-len(panels) // 2)), legend_below=True)
 
 
 def by_type(run: SavedRun) -> go.Figure:
@@ -161,7 +158,7 @@ def by_type(run: SavedRun) -> go.Figure:
         range=[-0.1, 1.02],
     )
     figure.update_layout(barmode="group")
-    return _legend_below(_style(figure, 420))
+    return style(figure, 420, legend_below=True)
 
 
 def dose_response(run: SavedRun, outcome: str) -> go.Figure:
@@ -181,7 +178,7 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
     unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
     figure.update_xaxes(title=f"coefficient ({unit})")
     figure.update_yaxes(title=f"{outcome} rate", range=[-0.03, 1.03], col=1)
-    return _legend_below(_style(figure, 480))
+    return style(figure, 480, legend_below=True)
 
 
 def _dose_panel(

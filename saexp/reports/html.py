@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ def figure_json(figure: go.Figure) -> str:
     return (figure.to_json() or "{}").replace("<", "\\u003c")
 
 
-def write_report(folder: str | Path) -> Path:
-    """Render report.html from the folder's files; returns its path."""
+def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = None) -> Path:
+    """Render report.html from the folder's files; returns its path.
+
+    `figures` are those of `run_figures`, where they were made already.
+    """
     run = SavedRun(Path(folder))
-    figures = run_figures(folder)
+    figures = run_figures(folder) if figures is None else figures
     page = (
         environment()
         .get_template("report.html")

@@ -32,9 +32,11 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
     with context.stage("collect"):
-        gathered = gather(cfg, model, [sae.hookpoint])
+        gathered = gather(cfg, model, [sae.hookpoint], context.ahead)
         _check_steerable(cfg, gathered.examples)
-        neutral = gather_background(cfg, model, [sae.hookpoint], cfg.analyzer.n_background)
+        neutral = gather_background(
+            cfg, model, [sae.hookpoint], cfg.analyzer.n_background, context.ahead
+        )
     with context.stage("encode"):
         latents, stream_metrics = encode_store(gathered.store, sae, gathered.placement.rows)
         background, _ = encode_store(neutral.store, sae, neutral.placement.rows)
@@ -72,7 +74,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     _save(cfg, context, result, gathered, model, sae, forwarded)
     with context.stage("report"):
         result.figures = run_figures(context.folder)
-        write_report(context.folder)
+        write_report(context.folder, result.figures)
     return result
 
 

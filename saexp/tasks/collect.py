@@ -1,5 +1,7 @@
 """task=collect: activations into the store, nothing else."""
 
+from saexp.activations.collector import Part
+from saexp.activations.store import ActivationStore
 from saexp.config import RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.errors import ConfigError
@@ -11,18 +13,19 @@ from saexp.tasks.saving import skips_table, write_provenance, write_result
 
 
 def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """Store every stream of `task.streams` at every layer, in one pass."""
+    """Store every stream of `task.streams` at every layer, in one pass; with `shard`, a part."""
     if cfg.layer is None:
         raise ConfigError("layer is not set; type layer=12 or 'layer=[0,1,2]'")
     model = language_model(cfg)
     hookpoints = [Hookpoint(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams]
     with context.stage("collect"):
-        gathered = gather(cfg, model, hookpoints)
+        part = None if cfg.shard is None else Part(cfg.shard, cfg.n_shards)
+        gathered = gather(cfg, model, hookpoints, context.ahead, part)
     skips = gathered.placement.skips
     result = TaskResult(
         metrics=gathered.metrics,
         tables={"rows": gathered.placement.rows, "skips": skips_table(skips)},
-        notes=[f"store: {gathered.store.path}"],
+        notes=[f"store: {gathered.store.path}", *_left(cfg, gathered.store, hookpoints)],
     )
     write_result(context.folder, result)
     write_provenance(
@@ -40,3 +43,11 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
         tokens_forwarded=gathered.stats.tokens_forwarded,
     )
     return result
+
+
+def _left(cfg: RunConfig, store: ActivationStore, hookpoints: list[Hookpoint]) -> list[str]:
+    """What other parts have still to do."""
+    left, n = len(store.missing(hookpoints)), len(store.shard_bounds)
+    if cfg.shard is None or not left:
+        return []
+    return [f"{n - left} of {n} shards are there; the other parts make the rest"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from saexp.config import RunConfig
 
-_NO_MATTER = ("resume", "cache_dir", "tracker", "store")
+_NO_MATTER = ("resume", "cache_dir", "tracker", "store", "verify")
 
 
 def fingerprint(cfg: RunConfig) -> str:
@@ -35,6 +35,15 @@ def _state(path: str | None) -> list[tuple[str, int, int]]:
 
 def _entry(cfg: RunConfig) -> Path:
     return Path(cfg.cache_dir) / "finished" / f"{fingerprint(cfg)}.json"
+
+
+def close(folder: Path) -> None:
+    """Write into a run's provenance that it ended well."""
+    file = folder / "provenance.json"
+    if file.is_file():
+        about = json.loads(file.read_text("utf-8"))
+        text = json.dumps({"status": "finished", **about}, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def record(cfg: RunConfig, folder: Path) -> None:

@@ -1,9 +1,11 @@
 """What analyze and collect begin with: examples, tokens, positions, activations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from saexp import registry
-from saexp.activations.collector import CollectionStats, collect
+from saexp.activations.collector import CollectionStats, Part, collect
 from saexp.activations.store import ActivationStore
 from saexp.config import PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
@@ -12,6 +14,8 @@ from saexp.data.positions import Placement, place
 from saexp.data.tokens import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+
+Ahead = Sequence[tuple[int, str | None]]
 
 
 @dataclass
@@ -35,15 +39,29 @@ class Gathered:
         }
 
 
-def gather(cfg: RunConfig, model: LanguageModel, hookpoints: list[Hookpoint]) -> Gathered:
-    """Activations of the data set at the positions asked for; forwarded only where not stored."""
+def gather(
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    ahead: Ahead = (),
+    part: Part | None = None,
+) -> Gathered:
+    """Activations of the data set at the positions asked for; forwarded only where not stored.
+
+    Where the model must run, the hookpoints `ahead` are stored in the same pass; with `part`, only
+    that part of the store is looked at.
+    """
     examples = registry.build("dataset", cfg.dataset)
     positions = registry.build("positions", cfg.positions)
-    return _collected(cfg, model, hookpoints, examples, positions, cfg.positions.seed)
+    return _collected(cfg, model, hookpoints, examples, positions, cfg.positions.seed, ahead, part)
 
 
 def gather_background(
-    cfg: RunConfig, model: LanguageModel, hookpoints: list[Hookpoint], n_positions: int
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    n_positions: int,
+    ahead: Ahead = (),
 ) -> Gathered:
     """Activations at random positions of neutral text."""
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
@@ -54,7 +72,7 @@ def gather_background(
     positions = registry.build(
         "positions", PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     )
-    return _collected(cfg, model, hookpoints, examples, positions, cfg.analyzer.seed)
+    return _collected(cfg, model, hookpoints, examples, positions, cfg.analyzer.seed, ahead)
 
 
 def _collected(
@@ -62,8 +80,10 @@ def _collected(
     model: LanguageModel,
     hookpoints: list[Hookpoint],
     examples: ExampleSet,
-    positions: object,
+    positions: Any,
     seed: int,
+    ahead: Ahead = (),
+    part: Part | None = None,
 ) -> Gathered:
     tokenized = tokenize(
         [e.text for e in examples.examples], model.tokenizer, cfg.dataset.max_length
@@ -77,5 +97,21 @@ def _collected(
         cfg=cfg.store,
         max_length=cfg.dataset.max_length,
         n_skipped=len(placement.skips),
+        ahead=_planned(model, hookpoints, ahead),
+        part=part,
+        about={
+            "dataset": examples.name,
+            "positions": positions.cfg.name,
+            "n_texts": len(placement.texts),
+            "n_tokens": sum(len(text) for text in placement.texts),
+        },
+        verify=cfg.verify,
     )
     return Gathered(examples, placement, store, stats)
+
+
+def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:
+    """Hookpoints to store on the way; a layer the model lacks is left to the cell that names it."""
+    own = hookpoints[0].stream
+    there = [(layer, stream) for layer, stream in ahead if layer < model.n_layers]
+    return [Hookpoint(layer, stream or own) for layer, stream in there]

@@ -1,0 +1,127 @@
+"""sweep.html and sweep.parquet: what a sweep's cells found, side by side, failed ones included."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from saexp.reports.cells import STATES, cells_table, groups_of, read_plan, swept
+from saexp.reports.html import environment, figure_json
+from saexp.reports.sweep_figures import effects_table, sweep_figures
+
+CAPTIONS = {
+    "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "
+    "95 % bootstrap intervals over entities. The latent is chosen on the train split.",
+    "over_width": "The same over the SAE's width.",
+    "heat_map": "Held-out AUROC of the best latent per direction.",
+    "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient; "
+    "bands span the matched controls.",
+}
+_SHOWN = {
+    "contrast/n_significant": "significant latents",
+    "collection/tokens_forwarded": "tokens forwarded",
+}
+
+
+def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Make both files from what the cells left so far; returns the table and the figures."""
+    place = Path(folder)
+    table = cells_table(place)
+    table.to_parquet(place / "sweep.parquet", index=False)
+    figures = sweep_figures(table)
+    counts = [(s, int((table["status"] == s).sum())) for s in STATES]
+    head, rows = _rows(table)
+    page = (
+        environment()
+        .get_template("sweep.html")
+        .render(
+            title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
+            command=read_plan(place).get("command"),
+            counts=[(s, n) for s, n in counts if n],
+            finding=findings(table),
+            figures={name: figure_json(figure) for name, figure in figures.items()},
+            captions=CAPTIONS,
+            head=head,
+            rows=rows,
+            failed=_failed(table),
+            plotly=get_plotlyjs(),
+        )
+    )
+    (place / "sweep.html").write_text(page, encoding="utf-8")
+    return table, figures
+
+
+def findings(table: pd.DataFrame) -> list[str]:
+    """Per direction the best cell, and per direction the strongest effect over its controls."""
+    done = table[table["status"] == "finished"]
+    told = []
+    for group in groups_of(done):
+        key = f"contrast/best_auroc_{group}"
+        if f"{key}_test" not in done or done[f"{key}_test"].notna().sum() == 0:
+            told.append(f"{group}: no cell selects a latent.")
+            continue
+        # Chosen by the train split's value, so that the number told is not the luckiest one.
+        best = done.iloc[int(done[key].astype(float).fillna(-1).to_numpy().argmax())]
+        told.append(
+            f"{group}: best at layer {best['layer']}, width {best['width']} (chosen on the train "
+            f"split): latent {int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "
+            f"{best[f'{key}_test']:.3f} [{best[f'{key}_ci_low_test']:.3f}, "
+            f"{best[f'{key}_ci_high_test']:.3f}]."
+        )
+    for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
+        told.append(_effect_sentence(str(outcome), str(direction), part))
+    return told
+
+
+def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> str:
+    values = part["value"].to_numpy()
+    if values.min() == values.max():
+        return f"Acting on '{direction}': {outcome} {values[0]:.2f} in every cell."
+    ends = [
+        f"{row['value']:.2f} (layer {row['layer']}, width {row['width']}, coefficient "
+        f"{row['coefficient']:g}{_controls(row)})"
+        for row in (part.iloc[int(values.argmin())], part.iloc[int(values.argmax())])
+    ]
+    return f"Acting on '{direction}': {outcome} from {' to '.join(ends)}."
+
+
+def _controls(row: pd.Series) -> str:
+    if pd.isna(row["controls_min"]):
+        return ""
+    return f"; controls {row['controls_min']:.2f} to {row['controls_max']:.2f}"
+
+
+def _rows(table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
+    """The table shown: what was swept, the status, and the leading numbers per direction."""
+    keys = swept(table) or [k for k in ("layer", "width") if k in table]
+    columns = dict(_SHOWN)
+    for group in groups_of(table):
+        columns[f"contrast/best_latent_{group}"] = f"{group} latent"
+        columns[f"contrast/best_auroc_{group}_test"] = f"{group} AUROC"
+        columns[f"contrast/best_separation_{group}_test"] = f"{group} separation"
+    columns = {name: label for name, label in columns.items() if name in table}
+    rows = []
+    for record in table.to_dict("records"):
+        values = [record[k] for k in [*keys, *columns]]
+        page = None
+        if record["status"] == "finished" and record["folder"]:
+            page = f"{record['folder']}/report.html"
+        rows.append(
+            {
+                "cell": int(record["cell"]),
+                "link": page,
+                "status": record["status"],
+                "values": [None if v != v else v for v in values],
+            }
+        )
+    return ["cell", "status", *keys, *columns.values()], rows
+
+
+def _failed(table: pd.DataFrame) -> list[tuple[str, str]]:
+    failed = table[table["status"] == "failed"]
+    named = swept(table)
+    return [
+        (", ".join(f"{k}={r[k]}" for k in named) or f"cell {r['cell']}", str(r["error"]))
+        for r in failed.to_dict("records")
+    ]

@@ -1,0 +1,214 @@
+"""Curves and maps over the cells of a sweep."""
+
+import re
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from saexp.reports.cells import groups_of
+from saexp.reports.figures import GROUP_COLOURS, QUIET, style
+
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_PANELS = {"auroc": "AUROC", "separation": "separation"}
+
+
+def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
+    """Name -> figure: those that the cells have at least two points for.
+
+    `over_layers`, `over_width`, `heat_map` (layer x width) and `over_coefficient`.
+    """
+    done = table[table["status"] == "finished"]
+    if done.empty or not groups_of(done):
+        return {}
+    figures: dict[str, go.Figure] = {}
+    first = done.drop_duplicates([*_varied(done, "layer", "width"), "layer", "width"])
+    n_layers, n_widths = first["layer"].nunique(), first["width"].nunique()
+    if n_layers > 1:
+        figures["over_layers"] = _curves(first, "layer", "width")
+    if n_widths > 1:
+        figures["over_width"] = _curves(first, "width", "layer")
+    if n_layers > 1 and n_widths > 1:
+        figures["heat_map"] = _heat_map(first)
+    effects = effects_table(done)
+    if effects["coefficient"].nunique() > 1:
+        figures["over_coefficient"] = _effects(effects)
+    return figures
+
+
+def _varied(table: pd.DataFrame, *besides: str) -> list[str]:
+    """What else tells lines apart: model, SAE and data set where several were swept."""
+    names = [n for n in ("model", "sae", "dataset") if n not in besides]
+    return [n for n in names if n in table and table[n].nunique() > 1]
+
+
+def _lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    if not by:
+        return [("", table)]
+    found = []
+    for key, part in table.groupby(by, sort=False, dropna=False):
+        values = key if isinstance(key, tuple) else (key,)
+        pairs = zip(by, values, strict=True)
+        found.append((", ".join(f"{n} {v}" for n, v in pairs), part))
+    return found
+
+
+def _curves(table: pd.DataFrame, x: str, other: str) -> go.Figure:
+    """Best held-out AUROC and separation per direction with 95 % bootstrap intervals."""
+    by = _varied(table)
+    if table[other].nunique() > 1:
+        by = [*by, other]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=list(_PANELS.values()))
+    for column, measure in enumerate(_PANELS, start=1):
+        for group, colour in zip(groups_of(table), GROUP_COLOURS, strict=False):
+            for number, (name, part) in enumerate(_lines(table, by)):
+                figure.add_trace(
+                    _curve(part, x, measure, group, name, colour, _DASHES[number % len(_DASHES)]),
+                    row=1,
+                    col=column,
+                )
+    figure.update_xaxes(title_text=x, type="category" if x == "width" else "linear")
+    if x == "layer":
+        figure.update_xaxes(dtick=max(1, table["layer"].nunique() // 12))
+    figure.add_hline(y=0.5, line={"dash": "dot", "color": QUIET}, row="1", col="1")
+    figure.update_yaxes(range=[0.4, 1.02], row=1, col=1)
+    figure.update_yaxes(range=[-0.05, 1.02], row=1, col=2)
+    return style(figure, 430, legend_below=True)
+
+
+def _curve(
+    part: pd.DataFrame, x: str, measure: str, group: str, name: str, colour: str, dash: str
+) -> go.Scatter:
+    key = f"contrast/best_{measure}_{group}"
+    ordered = part.sort_values(x).dropna(subset=[f"{key}_test"])
+    y = ordered[f"{key}_test"]
+    label = f"{group}{', ' if name else ''}{name}"
+    return go.Scatter(
+        x=ordered[x],
+        y=y,
+        name=label,
+        legendgroup=label,
+        showlegend=measure == "auroc",
+        mode="lines+markers",
+        line={"color": colour, "dash": dash},
+        error_y={
+            "array": ordered[f"{key}_ci_high_test"] - y,
+            "arrayminus": y - ordered[f"{key}_ci_low_test"],
+            "thickness": 1,
+        },
+        customdata=ordered[f"contrast/best_latent_{group}"],
+        hovertemplate=f"{label}<br>{x} %{{x}}: %{{y:.3f}} (latent %{{customdata}})<extra></extra>",
+    )
+
+
+def _heat_map(table: pd.DataFrame) -> go.Figure:
+    """Best held-out AUROC per direction over layer and width."""
+    groups = groups_of(table)
+    figure = make_subplots(rows=1, cols=len(groups), subplot_titles=groups)
+    for column, group in enumerate(groups, start=1):
+        grid = table.pivot_table(
+            index="width", columns="layer", values=f"contrast/best_auroc_{group}_test"
+        )
+        figure.add_trace(
+            go.Heatmap(
+                x=[str(v) for v in grid.columns],
+                y=[str(v) for v in grid.index],
+                z=grid.to_numpy(),
+                zmin=0.5,
+                zmax=1,
+                colorscale="Viridis",
+                texttemplate="%{z:.2f}",
+                showscale=column == len(groups),
+                colorbar={"title": "AUROC"},
+            ),
+            row=1,
+            col=column,
+        )
+    figure.update_xaxes(title_text="layer", type="category")
+    figure.update_yaxes(type="category")
+    figure.update_yaxes(title_text="width", row=1, col=1)
+    return style(figure, 160 + 60 * max(2, table["width"].nunique()))
+
+
+def effects_table(done: pd.DataFrame) -> pd.DataFrame:
+    """Long form of `effect/<outcome>/<direction>_group_at_<coefficient>` with the controls' range.
+
+    One row per cell, outcome, direction and coefficient.
+    """
+    pattern = re.compile(r"effect/([^/]+)/(.+)_group_at_(-?[\d.e+-]+)")
+    names = [(c, m) for c in done.columns if (m := pattern.fullmatch(str(c)))]
+    rows: list[dict[str, Any]] = []
+    for record in done.to_dict("records"):
+        for name, match in names:
+            value = record[name]
+            if value is None or value != value:
+                continue
+            outcome, direction, at = match.groups()
+            stem = f"effect/{outcome}/{direction}_group_controls"
+            rows.append(
+                {
+                    **{k: record.get(k) for k in ("model", "sae", "dataset", "layer", "width")},
+                    "outcome": outcome,
+                    "direction": direction,
+                    "coefficient": float(at),
+                    "value": value,
+                    "controls_min": record.get(f"{stem}_min_at_{at}"),
+                    "controls_max": record.get(f"{stem}_max_at_{at}"),
+                }
+            )
+    columns = ["model", "sae", "dataset", "layer", "width", "outcome", "direction", "coefficient"]
+    columns += ["value", "controls_min", "controls_max"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.drop_duplicates([c for c in columns if c not in ("value", "dataset")])
+
+
+def _effects(effects: pd.DataFrame) -> go.Figure:
+    """Outcome over the coefficient, one line per layer and width; matched controls as a band."""
+    panels = list(effects.groupby(["outcome", "direction"], sort=False))
+    titles = [f"{outcome} when acting on '{direction}'" for (outcome, direction), _ in panels]
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
+    by = [n for n in ("model", "sae", "layer", "width") if effects[n].nunique() > 1]
+    shown: set[str] = set()
+    for column, (_, panel) in enumerate(panels, start=1):
+        for number, (name, part) in enumerate(_lines(panel, by)):
+            line = part.sort_values("coefficient")
+            label = name or "selected latents"
+            colour = _QUALITATIVE[number % len(_QUALITATIVE)]
+            for trace in _effect(line, label, colour, first=label not in shown):
+                figure.add_trace(trace, row=1, col=column)
+            shown.add(label)
+    figure.update_xaxes(title_text="coefficient")
+    figure.update_yaxes(range=[-0.03, 1.03])
+    return style(figure, 430, legend_below=True)
+
+
+_QUALITATIVE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def _effect(line: pd.DataFrame, label: str, colour: str, *, first: bool) -> list[go.Scatter]:
+    drawn = go.Scatter(
+        x=line["coefficient"],
+        y=line["value"],
+        name=label,
+        legendgroup=label,
+        showlegend=first,
+        mode="lines+markers",
+        line={"color": colour},
+    )
+    band = line.dropna(subset=["controls_min", "controls_max"])
+    if band.empty:
+        return [drawn]
+    around = go.Scatter(
+        x=[*band["coefficient"], *band["coefficient"][::-1]],
+        y=[*band["controls_max"], *band["controls_min"][::-1]],
+        name=f"{label}: matched controls",
+        legendgroup=label,
+        showlegend=False,
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.15,
+        line={"width": 0},
+        hoverinfo="skip",
+    )
+    return [around, drawn]

@@ -1,0 +1,167 @@
+"""Sweeps: the union of hookpoints planned before the first cell, one table and report at the end.
+
+Hydra's launchers run the cells. All they share is the sweep's folder, so the plan is a file there
+and holds for cells of this process, of workers, and of other machines.
+"""
+
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from saexp.config import RunConfig, parse_layers, to_run_config
+from saexp.config.messages import COMPOSITION_ERRORS
+from saexp.errors import SaexpError
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+_IGNORED = frozenset({"coefficient", "width", "intervention", "analyzer", "tracker"})
+"""Keys that never change which hookpoint of which texts a cell needs."""
+_sweep: Path | None = None
+"""Folder of the sweep that this process runs."""
+
+
+class SweepCallback(Callback):
+    """Plans a sweep; `cli.main` calls `finish` at its end, however it ends."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Write plan.json: all cells, and per set of texts the hookpoints they need together."""
+        global _sweep
+        _sweep = Path(config.hydra.sweep.dir)
+        cells = _cells(config)
+        content = {
+            "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
+            "cells": cells,
+            "passes": _passes(cells),
+        }
+        _sweep.mkdir(parents=True, exist_ok=True)
+        (_sweep / PLAN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _cells(config: DictConfig) -> list[list[str]]:
+    """Every cell's overrides in the order of the basic sweeper; empty for a sweeper that searches.
+
+    Raises Hydra's errors for words that are no overrides.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    about = config.hydra.sweeper
+    if not str(about._target_).endswith("BasicSweeper"):
+        return []
+    fixed = [f"{k}={v}" for k, v in (about.params or {}).items()]
+    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    words = [*fixed, *map(str, typed)]
+    parsed = OverridesParser.create().parse_overrides(words)
+    return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
+    """Texts' key -> [layer, stream or null] of all cells that read those texts.
+
+    A cell that cannot be composed is left to fail by itself.
+    """
+    found: dict[str, set[tuple[int, str | None]]] = {}
+    seen: set[tuple[str, ...]] = set()
+    for cell in cells:
+        words = tuple(w for w in cell if w.lstrip("+~").split("=")[0].split(".")[0] not in _IGNORED)
+        if words in seen:
+            continue
+        seen.add(words)
+        try:
+            cfg = to_run_config(compose("config", overrides=list(words)))
+            found.setdefault(texts_key(cfg), set()).update(_hookpoints(cfg))
+        except (*COMPOSITION_ERRORS, SaexpError) as error:
+            log.debug("not planned: %s (%s)", words, error)
+    return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in found.items()}
+
+
+def _hookpoints(cfg: RunConfig) -> set[tuple[int, str | None]]:
+    if cfg.task.name == "collect":
+        return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
+    layers = [] if cfg.layer is None else parse_layers(cfg.layer)
+    if not layers and cfg.sae.release is not None and cfg.sae.id is not None:
+        from saexp.saes.catalogue import find
+
+        layer = find(cfg.sae).layer
+        layers = [] if layer is None else [layer]
+    return {(n, cfg.sae.stream) for n in layers}
+
+
+def texts_key(cfg: RunConfig) -> str:
+    """Hash of what decides which texts are forwarded through which model, and where they are read.
+
+    Which of a set of cells share a store; the store's own key is made from what was tokenised.
+    """
+    parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
+    """(layer, stream) that cells of this sweep need from this cell's texts; None: as the SAE's."""
+    if sweep is None or not (sweep / PLAN).is_file():
+        return []
+    plan = json.loads((sweep / PLAN).read_text("utf-8"))
+    return [(int(layer), stream) for layer, stream in plan["passes"].get(texts_key(cfg), [])]
+
+
+def finish() -> str | None:
+    """Table, report and last W&B run of the sweep of this process; what to print, None if none.
+
+    Works on whatever cells there are, so also after Ctrl-C.
+    """
+    global _sweep
+    folder, _sweep = _sweep, None
+    if folder is None or not any(folder.glob("*/.hydra")):
+        return None
+    from saexp.reports.sweep import findings, write_sweep
+
+    table, figures = write_sweep(folder)
+    _track(folder, table, figures)
+    counts = table["status"].value_counts()
+    states = ", ".join(f"{n} {state}" for state, n in counts.items())
+    lines = [
+        *findings(table),
+        f"sweep: {len(table)} cells: {states}",
+        f"report: {folder}/sweep.html",
+    ]
+    return "\n".join(lines)
+
+
+def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
+    """One last run in the sweep's group that holds the table and the figures."""
+    import yaml
+
+    from saexp import registry
+    from saexp.config import TrackerConfig
+
+    composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
+    if composed is None:
+        return
+    raw = yaml.safe_load(composed.read_text("utf-8"))
+    tracker = registry.build("tracker", TrackerConfig(**raw["tracker"]))
+    plan = json.loads((folder / PLAN).read_text("utf-8"))
+    tracker.start(
+        folder=folder,
+        config={"command": plan["command"], "n_cells": len(table)},
+        name=f"sweep-{folder.name}",
+        job_type="sweep",
+        group=folder.name,
+    )
+    counts = table["status"].value_counts()
+    tracker.metrics({f"sweep/{state.replace(' ', '_')}": int(n) for state, n in counts.items()})
+    tracker.table("sweep", table)
+    for name, figure in figures.items():
+        tracker.figure(name, figure)
+    tracker.finish(0)
