@@ -26,6 +26,9 @@ from saexp.tasks.sweep import ahead
 
 log = logging.getLogger(__name__)
 
+_ALWAYS_RUN = ("collect", "cache")
+"""Tasks whose product is the cache: whether there is anything to do, the cache itself tells."""
+
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """A typed config from the same words as on the command line. Raises ConfigError."""
@@ -75,7 +78,7 @@ def run(
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
-    if cfg.resume:
+    if cfg.resume and cfg.task.name not in _ALWAYS_RUN:
         earlier = finished.find(cfg)
         if earlier is not None:
             log.info("reusing the finished run in %s", earlier)

@@ -1,0 +1,273 @@
+"""Time activation collection beside the bare forward pass and beside other tools, in one process.
+
+    python experiments/benchmarks/collect.py                     # small Gemma-2-shaped model, CPU
+    python experiments/benchmarks/collect.py --shape 2b --device cuda --dtype bfloat16
+
+Random weights of a real Gemma-2 config; texts of 6 to 99 tokens, one position per text, resid_post
+of the middle block. Every way runs once to warm up, then `--repeats` times in turn; the table holds
+medians and ratios. TransformerLens and nnsight take part where they are installed (extra `bench`).
+"""
+
+import argparse
+import json
+import logging
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import PEERS, Batch, padded
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from saexp.activations.collector import collect
+from saexp.activations.forward import TokenBudget, batches, units
+from saexp.config import PositionsConfig, StoreConfig
+from saexp.data.examples import Example
+from saexp.data.positions import Placement, place
+from saexp.data.tokens import TokenizedText
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import position_ids
+from saexp.models.loading import LanguageModel, pick_device, pick_dtype
+from saexp.registry import build as build_component
+
+log = logging.getLogger("collect")
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 8192,
+    },
+    "2b": {},
+}
+"""Sizes that differ from Gemma-2-2B's own."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every way is given."""
+
+    model: LanguageModel
+    placement: Placement
+    layer: int
+    batch_size: int
+
+
+class _Tokenizer:
+    """Only what collection asks a tokenizer for; the texts here are token ids already."""
+
+    eos_token_id, pad_token_id, all_special_tokens, all_special_ids = 1, 0, (), ()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [str(i) for i in ids]
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """A random-weight model and texts; same seed, same weights and texts."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SHAPES[args.shape], sliding_window=4096)  # pyright: ignore
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        hf = Gemma2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(6, 100, args.texts)
+    texts = []
+    for n in lengths:
+        ids = tuple(int(i) for i in rng.integers(2, hf.config.vocab_size, n))
+        spans = tuple((i, i + 1) for i in range(n))
+        texts.append(TokenizedText(" ".join(map(str, ids)), ids, spans, (False,) * n, False))
+    examples = [Example(id=str(i), text=t.text) for i, t in enumerate(texts)]
+    positions = build_component("positions", PositionsConfig(name="last"))
+    tokenizer = _Tokenizer()
+    placement = place(examples, texts, positions, tokenizer, 0)
+    model = LanguageModel.wrap(hf, tokenizer, f"random Gemma-2, {args.shape}")
+    return Setting(model, placement, hf.config.num_hidden_layers // 2, args.batch_size)
+
+
+def limit(given: Setting) -> Callable[[], None]:
+    """The bare forward of the blocks wanted on saexp's own batches, prepared beforehand."""
+    model = given.model
+    todo = units(given.placement, 0, len(given.placement.rows))
+    budget = TokenBudget("auto", model.device)
+    ready = []
+    for chosen in batches([len(u.ids) for u in todo], budget):
+        ids, mask = padded([todo[i].ids for i in chosen], model.pad_id, model.device)
+        ready.append((ids, mask))
+    inner = model.hf.model
+
+    def run() -> None:
+        whole = inner.layers
+        inner.layers = whole[: given.layer + 1]
+        try:
+            with torch.inference_mode():
+                for ids, mask in ready:
+                    inner(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        position_ids=position_ids(mask),
+                        use_cache=False,
+                    )
+            _sync(model.device)
+        finally:
+            inner.layers = whole
+
+    return run
+
+
+def saexp_way(given: Setting) -> Callable[[], None]:
+    """`collect` into an empty store: batching, forward, checks, checksums, files synced to disk."""
+    # Once per process and model, whatever is collected.
+    _ = given.model.fingerprint
+    digest = given.model.fingerprint
+    type(given.model).fingerprint = property(lambda _: digest)  # pyright: ignore
+
+    def run() -> None:
+        folder = tempfile.mkdtemp()
+        collect(
+            given.model,
+            given.placement,
+            [Hookpoint(given.layer, "resid_post")],
+            cache_dir=folder,
+            cfg=StoreConfig(),
+            max_length=128,
+        )
+        _sync(given.model.device)
+        shutil.rmtree(folder)
+
+    return run
+
+
+def in_order(given: Setting) -> list[Batch]:
+    """Batches as notebooks make them: in the data's order, padded to each batch's longest."""
+    texts = [t.ids for t in given.placement.texts]
+    made = []
+    for start in range(0, len(texts), given.batch_size):
+        some = texts[start : start + given.batch_size]
+        ids, mask = padded(some, given.model.pad_id, given.model.device)
+        made.append(Batch(ids, mask, torch.tensor([len(t) - 1 for t in some])))
+    return made
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, one timed run) of everything that can run here."""
+    yield "bare forward of the blocks wanted (limit)", limit(given)
+    yield "saexp", saexp_way(given)
+    for name, make in PEERS.items():
+        try:
+            yield (
+                name,
+                make(given.model, in_order(given), given.layer, lambda: _sync(given.model.device)),
+            )
+        except ImportError as error:
+            log.warning("%s takes no part: %s", name, error)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of one large matrix product here."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        _sync(device)
+        began = time.perf_counter()
+        a @ a
+        _sync(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def main() -> None:
+    """Run, print the table, write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--texts", type=int, default=320)
+    parser.add_argument("--batch-size", type=int, default=16, help="of the other tools")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    given = setting(args)
+    timed: dict[str, list[float]] = {}
+    runs = dict(ways(given))
+    for name, run in runs.items():
+        run()
+        timed[name] = []
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            timed[name].append(time.perf_counter() - began)
+    report(args, given, timed)
+
+
+def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float]]) -> None:
+    """A table of medians, against the limit and against saexp."""
+    median = {name: statistics.median(times) for name, times in timed.items()}
+    bound, own = (median[name] for name in list(median)[:2])
+    n_tokens = sum(len(t) for t in given.placement.texts)
+    model, device = given.model, given.model.device
+    used = sum(p.numel() for b in model.blocks[: given.layer + 1] for p in b.parameters())
+    peak = peak_flops(device, model.dtype)
+    lines = ["| way | seconds | share of the limit | saexp is faster by |", "|---|---|---|---|"]
+    for name, seconds in median.items():
+        faster = "" if name == list(median)[0] else f"{seconds / own:.2f} x"
+        lines.append(f"| {name} | {seconds:.2f} | {bound / seconds:.2f} | {faster} |")
+    n_parameters = sum(p.numel() for p in model.hf.parameters())
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    about: dict[str, Any] = {
+        "machine": machine,
+        "dtype": str(model.dtype),
+        "parameters": n_parameters,
+        "texts": args.texts,
+        "tokens": n_tokens,
+        "repeats": args.repeats,
+        "saexp tokens per second": round(n_tokens / own),
+        "saexp share of peak matrix throughput": round(2 * used * n_tokens / own / peak, 3),
+        "versions": {
+            p: _version(p) for p in ("torch", "transformers", "transformer-lens", "nnsight")
+        },
+    }
+    sys.stdout.write("\n".join([*lines, "", json.dumps(about)]) + "\n")
+    if args.out:
+        content = {"about": about, "seconds": timed}
+        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The same collection as other tools' users write it; each returns one run to be timed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saexp.models.loading import LanguageModel
+
+Sync = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded ids and mask `[b, t]`, and the position wanted in each row `[b]`."""
+
+    ids: Tensor
+    mask: Tensor
+    last: Tensor
+
+
+def padded(
+    texts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and mask."""
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def full_forward(
+    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+) -> Callable[[], None]:
+    """transformers with `output_hidden_states`, whole model and LM head."""
+
+    def run() -> None:
+        kept = []
+        with torch.inference_mode():
+            for batch in given:
+                out = model.hf(
+                    input_ids=batch.ids,
+                    attention_mask=batch.mask,
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
+                kept.append(_at(out.hidden_states[layer + 1], batch).cpu())
+        sync()
+
+    return run
+
+
+def all_layers(
+    model: LanguageModel, given: list[Batch], _layer: int, sync: Sync
+) -> Callable[[], None]:
+    """The studied paper's way: every layer hooked, whole sequences kept in float32."""
+
+    def run() -> None:
+        longest = max(batch.ids.shape[1] for batch in given)
+        n = sum(len(batch.ids) for batch in given)
+        blocks = model.blocks
+        kept = torch.zeros(len(blocks), n, longest, model.d_model)
+        place = [0, 0]
+
+        def hook(index: int) -> Callable[..., None]:
+            def keep(_module: Any, _inputs: Any, output: Any) -> None:
+                values = output if isinstance(output, Tensor) else output[0]
+                first, end = place
+                kept[index, first:end, : values.shape[1]] = values.float().cpu()
+
+            return keep
+
+        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
+        try:
+            with torch.inference_mode():
+                for batch in given:
+                    place[:] = [place[1], place[1] + len(batch.ids)]
+                    model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        sync()
+
+    return run
+
+
+def transformer_lens(
+    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+) -> Callable[[], None]:
+    """`run_with_cache` with `stop_at_layer` and a names filter, on a model of the same shape."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    about = model.text_config
+    config = HookedTransformerConfig(
+        n_layers=about.num_hidden_layers,
+        d_model=about.hidden_size,
+        n_ctx=512,
+        d_head=about.head_dim,
+        n_heads=about.num_attention_heads,
+        n_key_value_heads=about.num_key_value_heads,
+        d_mlp=about.intermediate_size,
+        d_vocab=about.vocab_size,
+        act_fn="gelu_pytorch_tanh",
+        gated_mlp=True,
+        normalization_type="RMS",
+        use_normalization_before_and_after=True,
+        positional_embedding_type="rotary",
+        rotary_dim=about.head_dim,
+        rotary_base=10000,
+        attn_scores_soft_cap=about.attn_logit_softcapping,
+        device=str(model.device),
+        dtype=model.dtype,
+        seed=0,
+    )
+    lens = HookedTransformer(config).eval()
+    name = f"blocks.{layer}.hook_resid_post"
+
+    def run() -> None:
+        kept = []
+        with torch.inference_mode():
+            for batch in given:
+                _, cache = lens.run_with_cache(
+                    batch.ids,
+                    attention_mask=batch.mask,
+                    names_filter=name,
+                    stop_at_layer=layer + 1,
+                )
+                kept.append(_at(cache[name], batch).cpu())
+        sync()
+
+    return run
+
+
+def nnsight_trace(
+    model: LanguageModel, given: list[Batch], layer: int, sync: Sync
+) -> Callable[[], None]:
+    """`trace` with the block's output saved."""
+    from nnsight import NNsight
+
+    traced = NNsight(model.hf)
+
+    def run() -> None:
+        kept = []
+        with torch.inference_mode():
+            for batch in given:
+                with traced.trace(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False):
+                    values = traced.model.layers[layer].output.save()
+                whole = values if isinstance(values, Tensor) else values[0]
+                kept.append(_at(whole, batch).cpu())
+        sync()
+
+    return run
+
+
+def _at(values: Tensor, batch: Batch) -> Tensor:
+    return values[torch.arange(len(values), device=values.device), batch.last.to(values.device)]
+
+
+PEERS: dict[str, Callable[..., Callable[[], None]]] = {
+    "transformers, output_hidden_states": full_forward,
+    "all layers hooked, float32 sequences": all_layers,
+    "TransformerLens run_with_cache, stop_at_layer": transformer_lens,
+    "nnsight trace": nnsight_trace,
+}
