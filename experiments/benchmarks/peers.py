@@ -1,5 +1,6 @@
 """The same collection as other tools' users write it; each returns one run to be timed."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,9 +141,8 @@ def nnsight_trace(
     model: LanguageModel, given: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
     """`trace` with the block's output saved."""
-    from nnsight import NNsight
-
-    traced = NNsight(model.hf)
+    # Not among what the project installs.
+    traced = importlib.import_module("nnsight").NNsight(model.hf)
 
     def run() -> None:
         kept = []
