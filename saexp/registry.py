@@ -20,6 +20,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "task": {
         "analyze": "saexp.tasks.analyze:analyze",
         "collect": "saexp.tasks.collect:collect",
+        "train": "saexp.tasks.train:train",
         "cache": "saexp.tasks.cache:manage",
     },
     "model": {

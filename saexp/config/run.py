@@ -17,6 +17,7 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
+from saexp.config.training import SAETrainerConfig
 from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
 
@@ -39,6 +40,8 @@ class RunConfig:
     """Comparison of latents."""
     intervention: InterventionConfig = MISSING
     """Causal test."""
+    sae_trainer: SAETrainerConfig = MISSING
+    """Training of an SAE (task=train)."""
     tracker: TrackerConfig = MISSING
     """Logging."""
     store: StoreConfig = field(default_factory=StoreConfig)

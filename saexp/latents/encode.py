@@ -5,13 +5,14 @@ Only one dense chunk exists at a time; memory does not grow with n_rows x d_sae.
 
 import logging
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -109,17 +110,39 @@ def encode_store(
     `rows` is this run's own table (its groups and splits), row by row that of the store.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
+    return _encode(lambda n: (acts for _, acts in store.chunks(sae.hookpoint, n)), sae, rows)
+
+
+@torch.inference_mode()
+def encode_rows(
+    acts: Float[Tensor, "n_rows d"], chosen: Int[np.ndarray, " n"], sae: SAE, rows: pd.DataFrame
+) -> tuple[Latents, dict[str, float | None]]:
+    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` is theirs."""
+    assert len(rows) == len(chosen), "rows table and chosen rows differ in length"
+
+    def chunks(n: int) -> Iterator[Tensor]:
+        for start in range(0, len(chosen), n):
+            yield acts[torch.from_numpy(chosen[start : start + n])]
+
+    return _encode(chunks, sae, rows)
+
+
+def _encode(
+    chunks: Callable[[int], Iterable[Tensor]], sae: SAE, rows: pd.DataFrame
+) -> tuple[Latents, dict[str, float | None]]:
+    """`chunks` gives all rows in order, at most so many at once, as often as it is called."""
     began = time.perf_counter()
+    n_rows = len(rows)
     chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     total = torch.zeros(sae.d_in, dtype=torch.float64)
-    for _, acts in store.chunks(sae.hookpoint, 8192):
+    for acts in chunks(8192):
         total += acts.reshape(len(acts), -1).double().sum(0)
-    metrics = StreamMetrics(total / store.n_rows, sae.d_sae)
+    metrics = StreamMetrics(total / n_rows, sae.d_sae)
     indptr, indices, values = [np.zeros(1, dtype=np.int64)], [], []
     n_stored = 0
     device = sae.W_dec.device
-    with progress(store.n_rows, "encoding", "row") as bar:
-        for _, acts in store.chunks(sae.hookpoint, chunk_rows):
+    with progress(n_rows, "encoding", "row") as bar:
+        for acts in chunks(chunk_rows):
             x = acts.to(device=device, dtype=torch.float32)
             features = sae.encode(x)
             metrics.update(x, sae.decode(features, x).float(), features)
@@ -132,8 +155,8 @@ def encode_store(
             bar.update(len(x))
     csr = sparse.csr_array(
         (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),
-        shape=(store.n_rows, sae.d_sae),
+        shape=(n_rows, sae.d_sae),
     )
     seconds = time.perf_counter() - began
-    log.info("encoded %d rows, %d active latents, %.1f s", store.n_rows, n_stored, seconds)
+    log.info("encoded %d rows, %d active latents, %.1f s", n_rows, n_stored, seconds)
     return Latents(csr, rows), metrics.result()

@@ -27,6 +27,8 @@ def headline(folder: str | Path) -> str:
 
 def sentences(run: SavedRun) -> list[str]:
     """One sentence on the setting, one per direction of the contrast, one per causal effect."""
+    if run.config["task"]["name"] == "train":
+        return [training_sentence(run)]
     if run.latents is None:
         return ["This run compared no groups."]
     return [_setting(run), *(_contrast(run, g) for g in run.groups), *_effects(run)]
@@ -104,3 +106,16 @@ def _controls(at: pd.DataFrame, condition: str, outcome: str) -> str:
         return "; no control could be matched"
     low, high = controls[outcome].min(), controls[outcome].max()
     return f"; {len(controls)} matched controls {low:.2f} to {high:.2f}"
+
+
+def training_sentence(run: SavedRun) -> str:
+    """What `task=train` made, in one sentence of held-out numbers."""
+    m, about = run.metrics, run.provenance
+    explained = m["reconstruction/explained_variance"]
+    shown = "not defined" if explained is None else f"{explained:.3f}"
+    return (
+        f"{run.config['sae_trainer']['name']} SAE of {about['sae']['d_sae']} latents on "
+        f"{about['sae']['hookpoint']} of {about['model']['name']}: explained variance {shown}, L0 "
+        f"{m['sparsity/l0']:.1f}, {m['sparsity/dead_fraction']:.0%} of the latents silent on "
+        f"{about['n_measured']:,} held-out positions; trained on {about['n_trained_on']:,}."
+    )

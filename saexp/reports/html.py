@@ -1,6 +1,5 @@
 """report.html: one self-contained page, rendered from a run's saved files."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,8 +81,8 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
             examples=_generations(run),
             rows=_example_rows(run),
             skips=run.provenance["skips"],
-            provenance=_provenance(run),
-            config=json.dumps(run.config, indent=1, ensure_ascii=False),
+            provenance=provenance_rows(run),
+            config=run.config_text,
             plotly=get_plotlyjs(),
         )
     )
@@ -247,7 +246,8 @@ def _example_rows(run: SavedRun) -> list[dict[str, Any]]:
     return blocks
 
 
-def _provenance(run: SavedRun) -> list[tuple[str, str]]:
+def provenance_rows(run: SavedRun) -> list[tuple[str, str]]:
+    """What the run was made of, as (name, value)."""
     about = run.provenance
     sae, model, machine = about["sae"], about["model"], about["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
@@ -255,9 +255,9 @@ def _provenance(run: SavedRun) -> list[tuple[str, str]]:
     return [
         ("command", about["command"]),
         ("started", about["started"]),
-        ("model", f"{model['name']} (revision {model['revision'] or 'default'})"),
+        ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
         ("model weights", model["fingerprint"]),
-        ("SAE", f"{sae.get('name')} ({sae['architecture']}, d_sae {sae['d_sae']})"),
+        ("SAE", f"{sae.get('name')} ({sae.get('architecture')}, d_sae {sae['d_sae']})"),
         ("SAE weights", str(sae.get("fingerprint"))),
         ("activation store", about["store"]["key"]),
         ("seed", str(about["seed"])),

@@ -54,6 +54,11 @@ class SavedRun:
         return self.provenance["config"]
 
     @property
+    def config_text(self) -> str:
+        """The resolved config as JSON for reading."""
+        return json.dumps(self.config, indent=1, ensure_ascii=False)
+
+    @property
     def groups(self) -> tuple[str, str]:
         """The two groups contrasted."""
         first, second = self.provenance["groups"]

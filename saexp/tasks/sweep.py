@@ -26,7 +26,7 @@ from saexp.errors import SaexpError
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
-_IGNORED = frozenset({"coefficient", "width", "intervention", "analyzer", "tracker"})
+_IGNORED = frozenset({"coefficient", "width", "intervention", "analyzer", "sae_trainer", "tracker"})
 """Keys that never change which hookpoint of which texts a cell needs."""
 _sweep: Path | None = None
 """Folder of the sweep that this process runs."""
@@ -88,7 +88,7 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
 
 
 def _hookpoints(cfg: RunConfig) -> set[tuple[int, str | None]]:
-    if cfg.task.name == "collect":
+    if cfg.task.name in ("collect", "train"):
         return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
     if not layers and cfg.sae.release is not None and cfg.sae.id is not None:

@@ -1,0 +1,141 @@
+"""task=train on the shipped model: what it makes, that a kill changes nothing, and its errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import saexp
+from saexp.errors import ConfigError, SAEError
+from saexp.saes import training as module
+
+WORDS = [
+    "task=train",
+    "layer=2",
+    "width=128",
+    "tracker=none",
+    "sae_trainer.n_samples=20000",
+    "sae_trainer.batch_size=256",
+    "sae_trainer.checkpoint_every=10",
+    "sae_trainer.log_every=5",
+]
+TRAINERS = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def trained(cache: Path, folder: Path, *words: str):
+    cfg = saexp.compose([*WORDS, f"cache_dir={cache}", *words])
+    return saexp.run(cfg, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+    """Trainer -> result; all of them from one collection."""
+    return {
+        name: trained(cache, tmp_path_factory.mktemp(name), f"sae_trainer={name}")
+        for name in TRAINERS
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_what_is_trained_reconstructs_texts_it_never_saw_and_sae_lens_agrees(runs, name):
+    from sae_lens import SAE as LensSAE
+
+    metrics = runs[name].metrics
+    assert metrics["reconstruction/explained_variance"] > 0.3
+    assert 0 < metrics["sparsity/l0"] < 128
+    folder = runs[name].path / "sae"
+    ours, theirs = saexp.load_sae(folder), LensSAE.load_from_disk(folder)
+    assert ours.hookpoint.name == "layer_2.resid_post"
+    generator = torch.Generator().manual_seed(0)
+    x = 500 * torch.randn(64, ours.d_in, generator=generator)
+    with torch.no_grad():
+        acts = theirs.encode(x)
+        torch.testing.assert_close(ours.encode(x), acts, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(ours.decode(acts, x), theirs.decode(acts), rtol=1e-4, atol=1e-2)
+
+
+def test_all_variants_come_from_one_collection(runs):
+    forwarded = [runs[name].metrics["collection/tokens_forwarded"] for name in TRAINERS]
+    assert forwarded[0] > 0
+    assert forwarded[1:] == [0] * (len(TRAINERS) - 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_training_goes_on_to_the_same_weights(runs, cache, tmp_path, monkeypatch):
+    real, steps = module.Training._record, []
+
+    def interrupted(self, step, output):
+        steps.append(step)
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        return real(self, step, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Training, "_record", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(
+                cache,
+                tmp_path / "killed",
+                "sae_trainer=batchtopk",
+                "sae_trainer.dead_feature_window=501",
+            )
+    assert steps[-1] == 45
+    steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module.Training, "_record", lambda s, step, o: steps.append(step) or real(s, step, o)
+        )
+        again = trained(
+            cache,
+            tmp_path / "again",
+            "sae_trainer=batchtopk",
+            "sae_trainer.dead_feature_window=501",
+        )
+    assert steps[0] == 45, "it went on from the checkpoint at step 40"
+    one, other = (saexp.load_sae(r.path / "sae") for r in (runs["batchtopk"], again))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    pd.testing.assert_frame_equal(runs["batchtopk"].tables["training"], again.tables["training"])
+
+
+def test_the_report_and_tables_say_what_was_measured(runs):
+    run = runs["topk"]
+    page = (run.path / "report.html").read_text("utf-8")
+    assert f"explained variance {run.metrics['reconstruction/explained_variance']:.3f}" in page
+    assert set(run.figures) == {"losses", "progress", "density", "active", "values"}
+    density = pd.read_parquet(run.path / "density.parquet")
+    silent = float((density["frequency"] == 0).mean())
+    assert silent == pytest.approx(run.metrics["sparsity/dead_fraction"])
+    active = pd.read_parquet(run.path / "active.parquet")["n_active"]
+    assert np.mean(active) == pytest.approx(run.metrics["sparsity/l0"])
+    about = json.loads((run.path / "provenance.json").read_text("utf-8"))
+    assert about["n_trained_on"] + about["n_measured"] == run.metrics["collection/n_rows"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("words", "error", "part"),
+    [
+        (["sae_trainer.name=topkk"], ConfigError, "did you mean topk"),
+        (["sae_trainer.options.kk=3"], ConfigError, "has no such option; did you mean k"),
+        (["sae_trainer.options.k=500"], ConfigError, "above width=128"),
+        (["layer=[1,2]"], ConfigError, "sweep with -m layer=0,1,2"),
+        (["sae_trainer.held_out=1"], ConfigError, "such as 0.1"),
+        (["sae_trainer.lr=1e30"], SAEError, "at step"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(cache, tmp_path, words, error, part):
+    words = [f"+{w}" if "options.kk" in w else w for w in words]
+    with pytest.raises(error) as caught:
+        trained(cache, tmp_path, *words)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
