@@ -74,6 +74,8 @@ class SAEConfig:
     """Architecture, for `random` only."""
     stream: str | None = None
     """Stream it reads, for files that do not say (`resid_post` …); a contradiction is an error."""
+    check: str = "warn"
+    """What follows where it does not fit the stream it reads: warn, error, or off (not looked)."""
     d_in: int | None = None
     """Input size, for `random` only; the model's d_model where not given."""
     device: str = "auto"
@@ -88,6 +90,7 @@ class SAEConfig:
         if self.layer is not None:
             parse_layers(self.layer)
         one_of("sae.dtype", self.dtype, DTYPES)
+        one_of("sae.check", self.check, ("warn", "error", "off"))
 
 
 @dataclass(kw_only=True)

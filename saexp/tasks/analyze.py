@@ -18,6 +18,7 @@ from saexp.reports.figures import run_figures
 from saexp.reports.html import write_report
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.checking import check_sae, neighbours
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
@@ -35,13 +36,20 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
         gathered = gather(cfg, model, [sae.hookpoint], context.ahead)
         _check_steerable(cfg, gathered.examples)
         neutral = gather_background(
-            cfg, model, [sae.hookpoint], cfg.analyzer.n_background, context.ahead
+            cfg,
+            model,
+            [sae.hookpoint, *neighbours(cfg, sae, model)],
+            cfg.analyzer.n_background,
+            context.ahead,
         )
     with context.stage("encode"):
         latents, stream_metrics = encode_store(gathered.store, sae, gathered.placement.rows)
         background, _ = encode_store(neutral.store, sae, neutral.placement.rows)
+    with context.stage("check"):
+        checked = check_sae(cfg, sae, model, gathered, neutral)
     forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics})
+    result.merge(checked)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows
     result.tables["skips"] = skips_table(gathered.placement.skips)

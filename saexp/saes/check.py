@@ -1,0 +1,129 @@
+"""Whether an SAE fits the stream it is about to read, and if not, what is most likely wrong.
+
+Judged on neutral text: the SAE there reconstructs the stream it was trained on, whatever the run's
+own texts are.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.base import SparseAutoencoder
+
+POOR = 0.4
+"""Explained variance below which an SAE is said not to fit."""
+BETTER = 0.1
+"""By how much another reading must be better to be named as the cause."""
+L0_FACTOR = 3.0
+"""How far L0 may be from the catalogue's, either way."""
+N_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was measured, and what it says."""
+
+    l0: float
+    explained_variance: float
+    others: dict[str, float] = field(default_factory=dict)
+    """Explained variance under other readings: neighbouring layers, scaled, centred, no BOS."""
+    problems: list[str] = field(default_factory=list)
+    """One line each; empty where the SAE fits."""
+
+
+@torch.inference_mode()
+def check_fit(
+    sae: SparseAutoencoder,
+    acts: Float[Tensor, "n d"],
+    special: Bool[Tensor, " n"],
+    neighbours: Mapping[Hookpoint, Float[Tensor, "n d"]],
+) -> Fit:
+    """Compare the SAE's reading of `acts` with its reading of what may have been meant instead.
+
+    `special`: which rows are special tokens. `neighbours`: the same rows one layer down and up.
+    Explained variance as in REFERENCE.md, section 3.
+    """
+    step = max(1, len(acts) // N_ROWS)
+    x = acts[::step].to(sae.device, torch.float32)
+    mark = special[::step].to(sae.device)
+    features, own = _read(sae, x)
+    l0 = float((features != 0).sum(-1).float().mean())
+    others = {
+        f"at {h.name}": _read(sae, near[::step].to(sae.device, torch.float32))[1]
+        for h, near in neighbours.items()
+    }
+    if bool(mark.any()) and not bool(mark.all()):
+        others["without special tokens"] = _read(sae, x[~mark])[1]
+    if sae.normalize_activations == "none":
+        factor = sae.d_in**0.5 / float(x.norm(dim=-1).mean())
+        others["scaled to norm sqrt(d_in)"] = _changed(
+            sae, x, lambda v: v * factor, lambda v: v / factor
+        )
+    if not sae.centre:
+        mean = x.mean(-1, keepdim=True)
+        others["centred"] = _changed(sae, x, lambda v: v - mean, lambda v: v + mean)
+    return Fit(l0, own, others, _problems(sae, own, l0, others))
+
+
+def _read(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, float]:
+    features = sae.encode(x)
+    return features, _explained(x, sae.decode(features, x).float())
+
+
+def _changed(
+    sae: SparseAutoencoder,
+    x: Tensor,
+    there: Callable[[Tensor], Tensor],
+    back: Callable[[Tensor], Tensor],
+) -> float:
+    changed = there(x)
+    return _explained(x, back(sae.decode(sae.encode(changed), changed).float()))
+
+
+def _explained(x: Tensor, reconstruction: Tensor) -> float:
+    x, reconstruction = x.double(), reconstruction.double()
+    spread = (x - x.mean(0)).square().sum()
+    return float(1 - (x - reconstruction).square().sum() / spread)
+
+
+_REMEDIES = {
+    "without special tokens": "special tokens such as BOS were let in and it was not trained on "
+    "them; leave positions.include_special=false",
+    "scaled to norm sqrt(d_in)": "its inputs were scaled in training and its files do not say so; "
+    "give the factor in its config (norm_scaling_factor)",
+    "centred": "it was trained on vectors minus their mean (TransformerLens' centred weights), "
+    "which its files do not say",
+}
+
+
+def _problems(
+    sae: SparseAutoencoder, own: float, l0: float, others: Mapping[str, float]
+) -> list[str]:
+    name, at = sae.metadata.get("name", "the SAE"), sae.hookpoint.name
+    found = []
+    cause = max(others, key=lambda k: others[k], default=None)
+    if cause is not None and others[cause] >= max(POOR, own + BETTER):
+        remedy = _REMEDIES.get(
+            cause, "it looks trained on that layer; check its metadata against the model's blocks"
+        )
+        found.append(
+            f"{name} explains {own:.2f} of the variance at {at} on neutral text, and "
+            f"{others[cause]:.2f} {cause}: {remedy}"
+        )
+    elif own < POOR:
+        found.append(
+            f"{name} explains only {own:.2f} of the variance at {at} on neutral text, and no more "
+            "under any other reading tried: is it an SAE of this very model and stream (base or "
+            "chat, resid_post or mlp_out)?"
+        )
+    expected = sae.metadata.get("expected_l0")
+    if expected and not expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:
+        found.append(
+            f"{name} has {l0:.0f} active latents a token at {at} on neutral text; its catalogue "
+            f"says {expected:.0f}"
+        )
+    return found
