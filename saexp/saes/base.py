@@ -1,6 +1,7 @@
-"""Sparse autoencoders for inference: one class for the architectures, formats fill it.
+"""Sparse autoencoders and transcoders for inference: one class, which the formats fill.
 
-Shapes: `d_in` the stream's width, `d_sae` the number of latents.
+Shapes: `d_in` the width of the stream that is read, `d_sae` the number of latents, `d_out` the
+width of the stream that is written: an SAE's own, a transcoder's other one.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
+from saexp.saes.parameters import ARCHITECTURES, COMPETING, Options, check
 
-ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "gated")
-NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+__all__ = ["ARCHITECTURES", "SAE", "SparseAutoencoder"]
 _EPS = 1e-5
 
 
@@ -28,14 +29,14 @@ class SAE(Protocol):
     hookpoint: Hookpoint
     metadata: dict[str, Any]
     W_dec: Tensor
-    """`[d_sae, d_in]`."""
+    """`[d_sae, d_in]`, a transcoder's `[d_sae, d_out]`."""
 
     def encode(self, x: Tensor) -> Tensor:
         """`[..., d_in]` -> `[..., d_sae]`."""
         ...
 
     def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
-        """`[..., d_sae]` -> `[..., d_in]`, in the model's own scale."""
+        """`[..., d_sae]` -> `[..., d_in]` (a transcoder's d_out), in the model's own scale."""
         ...
 
     def encode_latents(self, x: Tensor, latents: Sequence[int]) -> Tensor:
@@ -44,17 +45,22 @@ class SAE(Protocol):
 
 
 class SparseAutoencoder(nn.Module):
-    """standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold) or gated.
+    """standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold), gated or groupmax.
+
+    groupmax keeps the largest latent of each of `k` groups of neighbours.
+
+    With `hookpoint_out` it is a transcoder: it reads `hookpoint`, `decode` predicts `hookpoint_out`
+    and adds `W_skip [d_out, d_in]` times the input where there is one. Its inputs are not scaled.
 
     Input scaling is inside `encode` and `decode`: none; `expected_average_only_in`, x times a fixed
     factor; `constant_norm_rescale`, x to norm sqrt(d_in); `layer_norm`, x to mean 0 and standard
     deviation 1. The last two depend on the row, so `decode` then needs the input `x` as well, and
     so does `centre`, which subtracts each vector's mean first.
 
-    Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`,
-    `b_dec`, `threshold`, `b_gate`, `b_mag`, `r_mag`. Raises SAEError for shapes that do not fit,
-    parameters the architecture has no use for, an unknown architecture, or a scaling that lacks its
-    factor.
+    Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
+    `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. All is computed in their
+    dtype. Raises SAEError for shapes that do not fit, parameters the architecture has no use for,
+    an unknown architecture, or a scaling that lacks its factor.
     """
 
     W_enc: Tensor
@@ -65,6 +71,7 @@ class SparseAutoencoder(nn.Module):
     threshold: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    W_skip: Tensor | None
 
     def __init__(
         self,
@@ -72,70 +79,49 @@ class SparseAutoencoder(nn.Module):
         *,
         architecture: str,
         hookpoint: Hookpoint,
+        hookpoint_out: Hookpoint | None = None,
         metadata: dict[str, Any] | None = None,
         k: int | None = None,
-        apply_b_dec_to_input: bool = True,
+        apply_b_dec_to_input: bool | None = None,
         normalize_activations: str = "none",
         norm_factor: float | None = None,
         rescale_acts_by_decoder_norm: bool = False,
         centre: bool = False,
     ) -> None:
+        """`apply_b_dec_to_input` where not given: an SAE does, a transcoder does not."""
         super().__init__()
         self.architecture = architecture
         self.hookpoint = hookpoint
+        self.hookpoint_out = hookpoint_out
         self.metadata: dict[str, Any] = metadata or {}
         self.k = k
+        if apply_b_dec_to_input is None:
+            apply_b_dec_to_input = hookpoint_out is None
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.normalize_activations = normalize_activations
         self.norm_factor = norm_factor
         self.centre = centre
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
-        self._check(parameters)
+        options = Options(
+            architecture=architecture,
+            k=k,
+            transcoder=hookpoint_out is not None,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            normalize_activations=normalize_activations,
+            norm_factor=norm_factor,
+            centre=centre,
+        )
+        check(parameters, options, str(self.metadata.get("name", "the SAE")))
+        self.register_buffer("W_skip", None)
         for name, value in parameters.items():
             self.register_buffer(name, value)
         self.d_in, self.d_sae = self.W_enc.shape
+        self.d_out = self.W_dec.shape[1]
 
-    def _check(self, parameters: dict[str, Tensor]) -> None:
-        label = self.metadata.get("name", "the SAE")
-        needed = {
-            "standard": ("b_enc",),
-            "jumprelu": ("b_enc", "threshold"),
-            "topk": ("b_enc",),
-            "batchtopk": ("b_enc", "threshold"),
-            "gated": ("b_gate", "b_mag", "r_mag"),
-        }.get(self.architecture)
-        if needed is None:
-            raise SAEError(
-                f"{label}: architecture '{self.architecture}' is not supported; "
-                f"saexp reads {', '.join(ARCHITECTURES)}"
-            )
-        for name in ("W_enc", "W_dec", "b_dec", *needed):
-            if name not in parameters:
-                raise SAEError(f"{label}: a {self.architecture} SAE needs '{name}', absent here")
-        unused = sorted(parameters.keys() - {"W_enc", "W_dec", "b_dec", *needed})
-        if unused:
-            raise SAEError(
-                f"{label}: its files hold '{unused[0]}', which saexp cannot apply in a "
-                f"{self.architecture} SAE"
-            )
-        if parameters["W_enc"].ndim != 2:
-            found = list(parameters["W_enc"].shape)
-            raise SAEError(f"{label}: W_enc has shape {found}, not [d_in, d_sae]")
-        d_in, d_sae = parameters["W_enc"].shape
-        shapes = {"W_dec": (d_sae, d_in), "b_dec": (d_in,), **dict.fromkeys(needed, (d_sae,))}
-        for name, shape in shapes.items():
-            if tuple(parameters[name].shape) != shape:
-                found = list(parameters[name].shape)
-                raise SAEError(f"{label}: {name} has shape {found}, not {list(shape)}")
-        if self.architecture == "topk" and not self.k:
-            raise SAEError(f"{label}: a topk SAE needs k, which its config lacks")
-        if self.normalize_activations not in NORMALIZATIONS:
-            raise SAEError(
-                f"{label}: input scaling '{self.normalize_activations}' is not supported; "
-                f"saexp knows {', '.join(NORMALIZATIONS)}"
-            )
-        if self.normalize_activations == "expected_average_only_in" and self.norm_factor is None:
-            raise SAEError(f"{label}: its inputs are scaled by a factor that its files do not give")
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another stream than the one it reads."""
+        return self.hookpoint_out is not None
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +165,7 @@ class SparseAutoencoder(nn.Module):
         return scaled - self.b_dec if self.apply_b_dec_to_input else scaled
 
     def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
-        """Latents `chosen` from a scaled input; not for topk, whose latents compete."""
+        """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
         weights = self.W_enc[:, chosen]
         if self.architecture == "gated":
             gate = x @ weights + self.b_gate[chosen]
@@ -195,49 +181,60 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... d_sae"]:
         """Activations of the latents for `[..., d_in]` (or `[..., heads, d_head]`)."""
         inputs = self._input(x)
-        if self.architecture != "topk":
+        if self.architecture not in COMPETING:
             return self._activate(inputs, slice(None))
         pre = inputs @ self.W_enc + self.b_enc
         if self.rescale_acts_by_decoder_norm:
             pre = pre * self.W_dec.norm(dim=-1)
         assert self.k is not None
-        top = pre.topk(min(self.k, self.d_sae), dim=-1)
-        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+        if self.architecture == "topk":
+            top = pre.topk(min(self.k, self.d_sae), dim=-1)
+            return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+        groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
+        best = groups.max(dim=-1, keepdim=True)
+        kept = torch.zeros_like(groups).scatter(-1, best.indices, best.values.relu())
+        return rearrange(kept, "... k members -> ... (k members)")
 
     def encode_latents(
         self, x: Float[Tensor, "..."], latents: Sequence[int]
     ) -> Float[Tensor, "... n"]:
-        """These latents' activations; touches their encoder columns only, but for topk."""
+        """These latents' activations; touches their encoder columns only, unless they compete."""
         chosen = torch.as_tensor(latents, device=self.device)
-        if self.architecture == "topk":
+        if self.architecture in COMPETING:
             return self.encode(x)[..., chosen]
         return self._activate(self._input(x), chosen)
 
     def decode(
         self, feature_acts: Float[Tensor, "... d_sae"], x: Tensor | None = None
-    ) -> Float[Tensor, "... d_in"]:
-        """Reconstruction in the model's own scale.
+    ) -> Float[Tensor, "... d_out"]:
+        """Reconstruction in the model's own scale; a transcoder's prediction of `hookpoint_out`.
 
-        `x`, the encoded input, is needed where the scaling depends on it; else it is ignored.
+        `x`, the encoded input, is needed where the scaling depends on it or a skip connection reads
+        it; else it is ignored.
         """
-        acts = feature_acts
+        acts = feature_acts.to(self.W_dec.dtype)
         if self.rescale_acts_by_decoder_norm:
             acts = acts / self.W_dec.norm(dim=-1)
         out = acts @ self.W_dec + self.b_dec
         fixed = self.normalize_activations in ("none", "expected_average_only_in")
-        if fixed and not self.centre:
+        if fixed and not self.centre and self.W_skip is None:
             return out * self._scaled(self.b_dec)[1]
         if x is None:
+            does = "scales or centres each input by itself"
+            if self.W_skip is not None:
+                does = "has a skip connection"
             raise SAEError(
-                f"{self.metadata.get('name', 'the SAE')} scales or centres each input by itself; "
+                f"{self.metadata.get('name', 'the SAE')} {does}; "
                 "decode(feature_acts, x) needs the input too"
             )
         vectors, mean = self._vectors(x)
+        if self.W_skip is not None:
+            return out + vectors @ self.W_skip.T
         _, scale, shift = self._scaled(vectors)
         return out * scale + shift + mean
 
-    def directions(self, latents: Sequence[int]) -> Float[Tensor, "n d_in"]:
-        """What one unit of each latent adds to the stream, in the model's own scale.
+    def directions(self, latents: Sequence[int]) -> Float[Tensor, "n d_out"]:
+        """What one unit of each latent adds to the stream it writes, in the model's own scale.
 
         Where the scaling depends on the row, `decode` adds this times the row's own scale.
         """

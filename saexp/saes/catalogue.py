@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,12 @@ class Entry:
     release_model: str | None
     loader: str | None
     expected_l0: float | None
+    l0_name: str | None = None
+    """small, medium or big, where the release names its L0s."""
+    variant: str = ""
+    """What its id says after that: `affine`, `seed_1`."""
+    chosen: str | None = None
+    """What was chosen for the user, who did not say: `l0 medium of big, medium, small`."""
     overrides: dict[str, Any]
     """Config values of the release that its files lack or have wrong."""
 
@@ -68,6 +74,9 @@ def entries(release: str) -> list[Entry]:
             r"-(\d+[km])(?:__|$)", sae.get("neuronpedia") or ""
         )
         l0 = _number(r"average_l0_(\d+)", place)
+        named = re.search(r"_l0_(small|medium|big)(?:_(\w+))?$", sae["id"])
+        if named and sae.get("l0"):
+            l0 = sae["l0"]
         found.append(
             Entry(
                 release=release,
@@ -80,6 +89,8 @@ def entries(release: str) -> list[Entry]:
                 l0=int(l0) if l0 else None,
                 release_model=about.get("model"),
                 loader=about.get("conversion_func"),
+                l0_name=named[1] if named else None,
+                variant=(named[2] or "") if named else "",
                 expected_l0=float(sae["l0"]) if sae.get("l0") else None,
                 overrides={**about.get("config_overrides", {}), **_factor(sae)},
             )
@@ -117,6 +128,7 @@ def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
         raise SAEError(
             f"{release} has no SAE at layer={layer}; it has layers "
             f"{', '.join(map(str, layers)) or 'that are not known'}; try layer={nearest}"
+            f"{_elsewhere(release, layer, width)}"
         )
     widths = sorted({e.width for e in chosen if e.width is not None})
     if width is not None and widths:
@@ -138,10 +150,27 @@ def _by_place(cfg: SAEConfig, release: str, there: list[Entry]) -> Entry:
                 f"try sae.l0={nearest}"
             )
         chosen = [e for e in chosen if e.l0 == cfg.l0]
+    chosen = _by_name(chosen)
     if len(chosen) > 1:
         ids = ", ".join(e.id for e in chosen[:8])
         raise SAEError(f"{release} has {len(chosen)} SAEs at layer={layer}: {ids}; say sae.id=<id>")
     return chosen[0]
+
+
+def _by_name(there: list[Entry]) -> list[Entry]:
+    """Of SAEs that differ in the name of their L0 or in what follows it: medium, and plain."""
+    if len(there) < 2 or any(e.l0_name is None for e in there):
+        return there
+    kept, said = there, []
+    for what, of, wanted in (
+        ("l0", lambda e: e.l0_name, "medium"),
+        ("variant", lambda e: e.variant or "plain", "plain"),
+    ):
+        names = sorted({of(e) for e in kept})
+        if len(names) > 1 and wanted in names:
+            kept = [e for e in kept if of(e) == wanted]
+            said.append(f"{what} {wanted} of {', '.join(names)}")
+    return [replace(e, chosen="; ".join(said) or None) for e in kept]
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -150,7 +179,7 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known[:8])} …"
 
 
-def _elsewhere(release: str, layer: int, width: int) -> str:
+def _elsewhere(release: str, layer: int, width: int | None) -> str:
     """The most alike release of the same model and format with this width at this layer."""
     kind = ("model", "conversion_func")
     about = catalogue()[release]
@@ -158,7 +187,7 @@ def _elsewhere(release: str, layer: int, width: int) -> str:
         name
         for name, other in catalogue().items()
         if all(other.get(k) == about.get(k) for k in kind)
-        and any(e.layer == layer and e.width == width for e in entries(name))
+        and any(e.layer == layer and width in (None, e.width) for e in entries(name))
     ]
     near = difflib.get_close_matches(release, others, n=1, cutoff=0.5)
     return f" or sae.release={near[0]}" if near else ""
@@ -185,8 +214,8 @@ def show_width(width: int) -> str:
 
 
 def _short_model(name: str | None) -> str:
-    """google/gemma-2-2b -> 2b-pt and google/gemma-2-9b-it -> 9b-it, as Gemma Scope names models."""
-    match = re.search(r"gemma-2-(\d+b)(-it)?$", name or "")
+    """google/gemma-2-2b, google/gemma-3-1b-pt -> 2b-pt, 1b-pt, as Gemma Scope names models."""
+    match = re.search(r"gemma-[23]-(\d+[bm])(?:-pt)?(-it)?$", name or "")
     if not match:
         return (name or "").rpartition("/")[2]
     return f"{match[1]}-{'it' if match[2] else 'pt'}"

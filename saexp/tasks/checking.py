@@ -40,7 +40,7 @@ def check_sae(
     if cfg.sae.check == "off" or cfg.sae.loader == "random":
         return TaskResult()
     own = gathered.placement.rows["token_id"].isin(model.tokenizer.all_special_ids).to_numpy()
-    mark = torch.from_numpy(own)
+    mark = torch.tensor(own)
 
     def acts(hookpoint: Hookpoint) -> Tensor:
         return neutral.store.acts(hookpoint.layer, hookpoint.stream)

@@ -1,6 +1,8 @@
-"""sae-lens, the oracle, imported once (9 s); a hub cache of one's own."""
+"""Other libraries as oracles, imported once (sae-lens 9 s); a hub cache of one's own."""
 
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,31 @@ def lens() -> ModuleType:
         warnings.simplefilter("ignore")
         import sae_lens
     return sae_lens
+
+
+@pytest.fixture(scope="session")
+def other() -> Callable[[str], ModuleType]:
+    """Imports a module of a library that need not be installed; skips the test where it is not.
+
+    The libraries import training tools that inference needs nothing of; empty ones stand in.
+    """
+    unused = {
+        "nnsight": "LanguageModel",
+        "natsort": "natsorted",
+        "schedulefree": "ScheduleFreeWrapper",
+    }
+
+    def load(name: str) -> ModuleType:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module, member in unused.items():
+                if module not in sys.modules:
+                    stand_in = ModuleType(module)
+                    setattr(stand_in, member, object)
+                    patch.setitem(sys.modules, module, stand_in)
+            return pytest.importorskip(name, exc_type=ImportError)
+
+    return load
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 
 D_IN, D_SAE, K = 12, 40, 5
+D_OUT = 9
 HOOK_NAME = "blocks.3.hook_resid_post"
 EXTRA = {
     "standard": ("b_enc",),
@@ -21,18 +22,22 @@ EXTRA = {
     "topk": ("b_enc",),
     "batchtopk": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
+    "groupmax": ("b_enc",),
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def parameters(architecture: str, d_in: int = D_IN, d_sae: int = D_SAE) -> dict[str, Tensor]:
+def parameters(
+    architecture: str, d_in: int = D_IN, d_sae: int = D_SAE, d_out: int | None = None
+) -> dict[str, Tensor]:
     """Every parameter noisy, so that one that is left out shows; no decoder row of norm 1."""
+    d_out = d_in if d_out is None else d_out
     generator = torch.Generator().manual_seed(3)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    found = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_in), "b_dec": noise(d_in)}
+    found = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_out), "b_dec": noise(d_out)}
     found |= {name: 0.3 * noise(d_sae) for name in EXTRA[architecture]}
     if "threshold" in found:
         found["threshold"] = found["threshold"].abs() * 4
@@ -41,10 +46,25 @@ def parameters(architecture: str, d_in: int = D_IN, d_sae: int = D_SAE) -> dict[
 
 def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
     """One of saexp's own, at block 3's output."""
-    if architecture == "topk":
+    if architecture in ("topk", "groupmax"):
         options.setdefault("k", K)
     options.setdefault("hookpoint", Hookpoint(3, "resid_post"))
     return SparseAutoencoder(parameters(architecture), architecture=architecture, **options)
+
+
+def transcoder(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
+    """One from block 3's MLP's input to 9 numbers of its output, with a skip connection."""
+    if architecture in ("topk", "groupmax"):
+        options.setdefault("k", K)
+    made = {**parameters(architecture, d_out=D_OUT), "W_skip": skip()}
+    options.setdefault("hookpoint", Hookpoint(3, "mlp_in"))
+    options.setdefault("hookpoint_out", Hookpoint(3, "mlp_out"))
+    return SparseAutoencoder(made, architecture=architecture, **options)
+
+
+def skip(d_in: int = D_IN, d_out: int = D_OUT) -> Tensor:
+    """`W_skip`, neither square nor symmetric."""
+    return torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(7)) / 3
 
 
 def points(*shape: int) -> Tensor:

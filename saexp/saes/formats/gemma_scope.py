@@ -17,8 +17,21 @@ WEIGHTS = "params.npz"
 _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
+def is_gemma_scope(repo: str) -> bool:
+    """Whether the repository is one of these, and not of Gemma Scope 2."""
+    return "gemma-scope" in repo and not re.search(r"gemma-scope-2-\d", repo)
+
+
 def hookpoint_of(repo: str, path: str) -> Hookpoint:
-    """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…"""
+    """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…
+
+    Raises SAEError where they don't say it, and for transcoders, whose input is not collected.
+    """
+    if re.search(r"gemma-scope-[\w.-]+?-transcoders", f"{repo}/{path}"):
+        raise SAEError(
+            f"{repo}/{path}: these transcoders read the MLP's input before its norm's gain, "
+            "which saexp does not collect; its mlp_in is after"
+        )
     stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att)\b", f"{repo}/{path}")
     layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
     if "embedding" in path:

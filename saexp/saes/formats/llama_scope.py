@@ -15,7 +15,7 @@ import torch
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.saelens import read_safetensors
+from saexp.saes.formats.files import read_safetensors
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -43,7 +43,9 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
     except (KeyError, TypeError, ValueError) as error:
         raise SAEError(f"{folder / CONFIG}: {error} is missing or cannot be read") from error
     if cfg.get("hook_point_out", cfg["hook_point_in"]) != cfg["hook_point_in"]:
-        raise SAEError(f"{label} writes to {cfg['hook_point_out']}: saexp reads no transcoders")
+        raise SAEError(
+            f"{label} writes to {cfg['hook_point_out']}: saexp reads no transcoders of this format"
+        )
     weight_in, weight_out = tensors["encoder.weight"].T, tensors["decoder.weight"].T
     bias_in = tensors["encoder.bias"] / scale_in
     weight_out = weight_out * (scale_in / scale_out)

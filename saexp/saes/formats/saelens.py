@@ -1,19 +1,24 @@
 """SAELens folders: `cfg.json` and `sae_weights.safetensors`, before and after version 6."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from saexp.errors import ModelError, SAEError
+from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
+from saexp.saes.formats.files import lens_hookpoint, read_json, read_safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+TRANSCODERS = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+"""SAELens' architectures that predict another stream -> how their latents are computed."""
 
 
 def is_saelens(folder: Path) -> bool:
@@ -28,39 +33,38 @@ def load_saelens(
 
     The hookpoint comes from the config (`hook_name`, before 6.0 `hook_point`).
     """
-    try:
-        cfg = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise SAEError(f"{folder / CONFIG} is no JSON ({error})") from error
-    if not isinstance(cfg, dict):
-        raise SAEError(f"{folder / CONFIG} is no JSON object")
+    cfg = read_json(folder / CONFIG)
     cfg.update(overrides or {})
     about = {**cfg, **(cfg.get("metadata") or {})}
     hook_name = about.get("hook_name") or about.get("hook_point")
     if not hook_name:
         raise SAEError(f"{folder / CONFIG} names no hook_name, so where it belongs is unknown")
-    try:
-        hookpoint = Hookpoint.parse(hook_name)
-    except ModelError as error:
-        raise SAEError(f"{folder / CONFIG}: hook_name: {error}") from error
-    architecture, k = _architecture(cfg, folder / CONFIG)
+    label = f"{folder / CONFIG}: hook_name"
+    hookpoint = lens_hookpoint(hook_name, label, about.get("hf_hook_name"))
+    named, k = _architecture(cfg, folder / CONFIG)
+    hookpoint_out = transcoder_output(named, about, f"{folder / CONFIG}")
+    architecture = inference_architecture(named)
     scaling, factor = _scaling(cfg, about)
+    parameters = _parameters(folder / WEIGHTS)
+    if "skip" in named and "W_skip" not in parameters:
+        raise SAEError(f"{folder / WEIGHTS}: a {named} needs 'W_skip', absent here")
     return SparseAutoencoder(
-        _parameters(folder / WEIGHTS),
+        parameters,
         architecture=architecture,
         hookpoint=hookpoint,
+        hookpoint_out=hookpoint_out,
         metadata={
             "model": about.get("model_name"),
             "neuronpedia_id": about.get("neuronpedia_id"),
             **metadata,
             "format": "SAELens",
-            "architecture": architecture,
+            "architecture": named,
         },
         k=k,
-        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", True)),
+        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", hookpoint_out is None)),
         normalize_activations=scaling,
         norm_factor=factor,
-        centre=expects_centred(about, hookpoint),
+        centre=expects_centred(about, hookpoint_out or hookpoint),
         rescale_acts_by_decoder_norm=architecture in ("topk", "batchtopk")
         and bool(cfg.get("rescale_acts_by_decoder_norm", False)),
     )
@@ -78,12 +82,20 @@ def _parameters(file: Path) -> dict[str, Tensor]:
     return parameters
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises SAEError where it is damaged."""
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise SAEError(f"{file} is no safetensors file ({error})") from error
+def inference_architecture(named: str) -> str:
+    """saexp's name for how SAELens' architecture computes latents once trained."""
+    return "batchtopk" if named == "matryoshka_batchtopk" else TRANSCODERS.get(named, named)
+
+
+def transcoder_output(named: str, about: dict[str, Any], label: str) -> Hookpoint | None:
+    """What a transcoder predicts, None for an SAE. Raises SAEError where its config lacks it."""
+    if named not in TRANSCODERS:
+        return None
+    if not about.get("hook_name_out"):
+        raise SAEError(
+            f"{label} names no hook_name_out, so what the transcoder predicts is unknown"
+        )
+    return lens_hookpoint(str(about["hook_name_out"]), f"{label}: hook_name_out")
 
 
 def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:

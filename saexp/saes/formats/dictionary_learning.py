@@ -1,0 +1,224 @@
+"""dictionary_learning folders: `config.json` and `ae.pt`, one class of weights per `dict_class`.
+
+`ae.pt` is a pickle; torch opens it with `weights_only`, which builds tensors and runs nothing.
+"""
+
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saexp.errors import ModelError, SAEError
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.base import SparseAutoencoder
+from saexp.saes.formats.files import check_raw_output, read_json
+
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+
+_LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+_MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+_GATED = {
+    "encoder.weight": "W_enc",
+    "decoder.weight": "W_dec",
+    "decoder_bias": "b_dec",
+    "gate_bias": "b_gate",
+    "mag_bias": "b_mag",
+    "r_mag": "r_mag",
+}
+
+
+@dataclass(frozen=True)
+class _Class:
+    """How one of the library's classes is written and used."""
+
+    architecture: str
+    names: dict[str, str]
+    """Its names -> ours; `encoder.weight` and `decoder.weight` are transposed."""
+    subtracts: bool = True
+    """Whether b_dec is taken off the input."""
+
+
+_CLASSES = {
+    "AutoEncoder": _Class("standard", {**_LINEAR, "bias": "b_dec"}),
+    "AutoEncoderNew": _Class("standard", {**_LINEAR, "decoder.bias": "b_dec"}, subtracts=False),
+    "GatedAutoEncoder": _Class("gated", _GATED),
+    "AutoEncoderTopK": _Class("topk", {**_LINEAR, "b_dec": "b_dec"}),
+    "BatchTopKSAE": _Class("batchtopk", {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": _Class("batchtopk", {**_MATRICES, "threshold": "threshold"}),
+    "JumpReluAutoEncoder": _Class(
+        "jumprelu", {**_MATRICES, "threshold": "threshold"}, subtracts=False
+    ),
+}
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OSError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+"""What torch raises for files that are damaged or no files of tensors."""
+_NOT_WEIGHTS = ("k", "threshold", "group_sizes")
+_STREAMS = {
+    "resid_post": "resid_post",
+    "resid_out": "resid_post",
+    "resid_pre": "resid_pre",
+    "resid_mid": "resid_mid",
+    "mlp_out": "mlp_out",
+    "mlp": "mlp_out",
+    "attention_out": "attn_out",
+    "attn_out": "attn_out",
+    "attention": "attn_out",
+    "attn": "attn_out",
+}
+_PLACE = re.compile(rf"({'|'.join(_STREAMS)})(?:_layer_?(\d+))?(?:_checkpoints)?")
+
+
+def is_dictionary_learning(folder: Path) -> bool:
+    """Whether the folder looks like one."""
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def load_dictionary_learning(
+    folder: Path, metadata: dict[str, Any], stream: str | None = None
+) -> SparseAutoencoder:
+    """Read one; `stream` is what the user says where the files do not.
+
+    As in the library, an AutoEncoder's decoder rows are scaled to norm 1 and its encoder by the
+    inverse, which changes activations but no reconstruction.
+    """
+    label = str(metadata.get("name", folder))
+    cfg = read_json(folder / CONFIG)
+    trainer, buffer = cfg.get("trainer"), cfg.get("buffer") or {}
+    if not isinstance(trainer, dict):
+        raise SAEError(f"{folder / CONFIG} has no 'trainer', which says what kind of SAE it is")
+    kind = trainer.get("dict_class")
+    if kind not in _CLASSES:
+        raise SAEError(
+            f"{folder / CONFIG}: dict_class '{kind}' is not supported; "
+            f"saexp reads {', '.join(_CLASSES)}"
+        )
+    about = _CLASSES[kind]
+    hookpoint = _hookpoint(folder, trainer, stream, label)
+    if buffer.get("io", "out") != "out":
+        raise SAEError(
+            f"{label} was trained on io='{buffer['io']}' of its module; saexp reads 'out'"
+        )
+    check_raw_output(hookpoint, trainer.get("lm_name"), label)
+    tensors = _tensors(folder / WEIGHTS)
+    k = _k(trainer, tensors, label)
+    parameters = _parameters(tensors, about, kind, label)
+    if kind == "AutoEncoder":
+        _to_unit_norm(parameters)
+    return SparseAutoencoder(
+        parameters,
+        architecture=about.architecture,
+        hookpoint=hookpoint,
+        metadata={
+            "model": trainer.get("lm_name"),
+            **metadata,
+            "format": f"dictionary_learning {kind}",
+            "architecture": about.architecture,
+        },
+        k=k,
+        apply_b_dec_to_input=about.subtracts,
+    )
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:120]
+        raise SAEError(f"{file} is no plain file of tensors ({reason})") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise SAEError(f"{file} is no plain file of tensors; it holds other objects too")
+    return found
+
+
+def _parameters(
+    tensors: dict[str, Tensor], about: _Class, kind: str, label: str
+) -> dict[str, Tensor]:
+    for name in about.names:
+        if name not in tensors:
+            raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
+    parameters = {}
+    for name, tensor in tensors.items():
+        if name in about.names:
+            turned = tensor.float().T if name.endswith("coder.weight") else tensor.float()
+            parameters[about.names[name]] = turned.contiguous()
+        elif name not in _NOT_WEIGHTS:
+            parameters[name] = tensor
+    threshold = parameters.get("threshold")
+    if threshold is not None and threshold.ndim == 0:
+        parameters["threshold"] = threshold.repeat(parameters["b_enc"].numel())
+    return parameters
+
+
+def _to_unit_norm(parameters: dict[str, Tensor]) -> None:
+    norm = parameters["W_dec"].norm(dim=-1)
+    if not norm.shape == parameters["b_enc"].shape == parameters["W_enc"].shape[-1:]:
+        return
+    norm = norm.where(norm > 0, 1.0)
+    parameters["W_dec"] = parameters["W_dec"] / norm[:, None]
+    parameters["W_enc"] = parameters["W_enc"] * norm
+    parameters["b_enc"] = parameters["b_enc"] * norm
+
+
+def _k(trainer: dict[str, Any], tensors: dict[str, Tensor], label: str) -> int | None:
+    said = trainer.get("k")
+    held = int(tensors["k"]) if "k" in tensors and tensors["k"].numel() == 1 else None
+    if said is not None and held is not None and int(said) != held:
+        raise SAEError(f"{label}: its config says k={said}, its weights k={held}")
+    return held if said is None else int(said)
+
+
+def _hookpoint(folder: Path, trainer: dict[str, Any], stream: str | None, label: str) -> Hookpoint:
+    """From submodule_name and layer, else from a folder such as resid_post_layer_12.
+
+    Raises SAEError where they contradict each other or none names a stream.
+    """
+    layer = str(trainer.get("layer"))
+    said = int(layer) if layer.isdigit() else None
+    name = trainer.get("submodule_name")
+    by_name = _place(str(name)) if name else None
+    folders = (_place(part) for part in reversed(folder.parts[-3:]))
+    by_folder = next((p for p in folders if p and p[1] is not None), None)
+    if name and by_name is None and stream is None:
+        raise SAEError(
+            f"{label}: its config has submodule_name '{name}', which is no stream saexp knows; "
+            "set sae.stream=resid_post, mlp_out …"
+        )
+    places = [p for p in (by_name, by_folder) if p]
+    streams = {s for s, _ in places} or ({stream} if stream else set())
+    layers = {n for n in (said, *(n for _, n in places)) if n is not None}
+    if len(streams) > 1 or len(layers) > 1:
+        raise SAEError(
+            f"{label}: its config says layer={said}, submodule_name={name}, its folder "
+            f"{folder.parent.name}/{folder.name}; which of them is right?"
+        )
+    if not streams:
+        raise SAEError(
+            f"{label}: neither its config nor its folder names a stream; "
+            "set sae.stream=resid_post, mlp_out …"
+        )
+    if not layers:
+        raise SAEError(f"{folder / CONFIG}: 'layer' is missing, so where it belongs is unknown")
+    return Hookpoint(layers.pop(), streams.pop())
+
+
+def _place(name: str) -> tuple[str, int | None] | None:
+    """(stream, layer where the name has it); None where it names no stream."""
+    if match := _PLACE.fullmatch(name):
+        return _STREAMS[match[1]], int(match[2]) if match[2] else None
+    try:
+        hookpoint = Hookpoint.parse(name)
+    except ModelError:
+        return None
+    return hookpoint.stream, hookpoint.layer
