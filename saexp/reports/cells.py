@@ -10,7 +10,7 @@ import yaml
 
 STATES = ("finished", "failed", "stopped", "not run")
 PLAN = "plan.json"
-_KEYS = ("model", "sae", "dataset", "layer", "width", "coefficient")
+_KEYS = ("model", "sae", "dataset", "sae_trainer", "layer", "width", "coefficient")
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _cell(place: Path, number: int) -> dict[str, Any]:
         row["status"] = "finished"
         config = provenance["config"]
         for key in _KEYS:
-            value = config[key]
+            value = config.get(key)
             row.setdefault(key, value["name"] if isinstance(value, dict) else value)
         row |= _json(place / "metrics.json")
     return row

@@ -15,12 +15,18 @@ CAPTIONS = {
     "95 % bootstrap intervals over entities. The latent is chosen on the train split.",
     "over_width": "The same over the SAE's width.",
     "heat_map": "Held-out AUROC of the best latent per direction.",
+    "pareto": "Trained SAEs on held-out texts: explained variance against L0.",
     "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient; "
     "bands span the matched controls.",
 }
 _SHOWN = {
     "contrast/n_significant": "significant latents",
     "collection/tokens_forwarded": "tokens forwarded",
+}
+_TRAINED = {
+    "sparsity/l0": "L0",
+    "reconstruction/explained_variance": "explained variance",
+    "sparsity/dead_fraction": "silent latents",
 }
 
 
@@ -53,9 +59,16 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def findings(table: pd.DataFrame) -> list[str]:
-    """Per direction the best cell, and per direction the strongest effect over its controls."""
+    """Per direction the best cell and the range of its effects; of trained SAEs, the range."""
     done = table[table["status"] == "finished"]
     told = []
+    if "train/n_steps" in done and len(done):
+        explained = done["reconstruction/explained_variance"]
+        told.append(
+            f"{len(done)} SAEs trained: explained variance {explained.min():.3f} to "
+            f"{explained.max():.3f}, L0 {done['sparsity/l0'].min():.1f} to "
+            f"{done['sparsity/l0'].max():.1f} on held-out texts."
+        )
     for group in groups_of(done):
         key = f"contrast/best_auroc_{group}"
         if f"{key}_test" not in done or done[f"{key}_test"].notna().sum() == 0:
@@ -96,6 +109,8 @@ def _rows(table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
     """The table shown: what was swept, the status, and the leading numbers per direction."""
     keys = swept(table) or [k for k in ("layer", "width") if k in table]
     columns = dict(_SHOWN)
+    if "train/n_steps" in table:
+        columns |= _TRAINED
     for group in groups_of(table):
         columns[f"contrast/best_latent_{group}"] = f"{group} latent"
         columns[f"contrast/best_auroc_{group}_test"] = f"{group} AUROC"

@@ -17,9 +17,12 @@ _PANELS = {"auroc": "AUROC", "separation": "separation"}
 def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     """Name -> figure: those that the cells have at least two points for.
 
-    `over_layers`, `over_width`, `heat_map` (layer x width) and `over_coefficient`.
+    `over_layers`, `over_width`, `heat_map` (layer x width) and `over_coefficient`; of trained
+    SAEs, `pareto`.
     """
     done = table[table["status"] == "finished"]
+    if "train/n_steps" in done and done["train/n_steps"].notna().sum() > 1:
+        return {"pareto": _pareto(done)}
     if done.empty or not groups_of(done):
         return {}
     figures: dict[str, go.Figure] = {}
@@ -35,6 +38,33 @@ def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     if effects["coefficient"].nunique() > 1:
         figures["over_coefficient"] = _effects(effects)
     return figures
+
+
+def _pareto(done: pd.DataFrame) -> go.Figure:
+    """Explained variance over L0 on held-out texts, one colour per variant; up and left is better.
+
+    A trace per variant and layer, its points in order of L0.
+    """
+    figure = go.Figure()
+    variants = list(dict.fromkeys(done["sae_trainer"]))
+    for number, (name, part) in enumerate(_lines(done, ["sae_trainer", "layer"])):
+        ordered = part.sort_values("sparsity/l0")
+        colour = _QUALITATIVE[variants.index(ordered["sae_trainer"].iloc[0]) % len(_QUALITATIVE)]
+        figure.add_trace(
+            go.Scatter(
+                x=ordered["sparsity/l0"],
+                y=ordered["reconstruction/explained_variance"],
+                name=name.removeprefix("sae_trainer "),
+                mode="lines+markers",
+                line={"color": colour, "width": 1},
+                marker={"size": 9, "symbol": number % 8},
+                customdata=ordered["width"],
+                hovertemplate="L0 %{x:.1f}, explained variance %{y:.3f}, width %{customdata}",
+            )
+        )
+    figure.update_xaxes(title_text="L0")
+    figure.update_yaxes(title_text="explained variance")
+    return style(figure, 460, legend_below=True)
 
 
 def _varied(table: pd.DataFrame, *besides: str) -> list[str]:
