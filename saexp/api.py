@@ -78,6 +78,7 @@ def run(
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
+    (place / "error.txt").unlink(missing_ok=True)
     if cfg.resume and cfg.task.name not in _ALWAYS_RUN:
         earlier = finished.find(cfg)
         if earlier is not None:
@@ -113,7 +114,6 @@ def run(
         tracker.finish(1)
         raise
     tracker.finish(0)
-    finished.close(place)
     finished.record(cfg, place)
     result.path = place
     return result

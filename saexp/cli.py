@@ -24,7 +24,8 @@ from saexp.errors import SaexpError
 def cell_folder(number: int, overrides: str) -> str:
     """Folder of a sweep's cell: its number and overrides, safe as one path component."""
     safe = re.sub(r"[^\w.,=+-]+", "_", str(overrides))
-    return f"{number}_{safe}"[:120]
+    # 255 bytes is what file systems take.
+    return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
 
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)

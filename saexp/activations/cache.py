@@ -97,7 +97,7 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
 
 
 def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float:
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-z]+)\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(text).lower())
     if not match or match[2] not in units:
         raise ConfigError(
             f"{key}={text} cannot be read; type a number with one of {', '.join(units)}, "

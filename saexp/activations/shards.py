@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,4 +109,6 @@ class ShardWriter:
     def discard(self) -> None:
         """Remove what is there so far."""
         self._close()
-        self.temporary.unlink(missing_ok=True)
+        # What cannot be removed could not be made either.
+        with suppress(OSError):
+            self.temporary.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ class ActivationStore:
         self.path = path
         self.manifest = manifest
         self.verify = verify
-        self._sound: set[tuple[str, str]] = set()
+        self._sound: set[tuple[str, int, str]] = set()
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
@@ -78,6 +78,10 @@ class ActivationStore:
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         with locked(folder / ".create.lock"):
+            with locked(folder / ".manifest.lock"):
+                # Whoever holds both locks is the only one that writes here: left by a killed run.
+                for left in folder.glob(".tmp-*"):
+                    left.unlink(missing_ok=True)
             if not (folder / "manifest.json").is_file():
                 manifest = {
                     "version": VERSION,
@@ -127,7 +131,7 @@ class ActivationStore:
         entry = self.manifest["hookpoints"].get(hookpoint.name, {}).get(f"{index:05d}")
         if entry is None:
             return False
-        checked = (hookpoint.name, entry["sha256"])
+        checked = (hookpoint.name, index, entry["sha256"])
         if checked in self._sound:
             return True
         sound = self._intact(self._shard(hookpoint, index), entry)
@@ -239,7 +243,10 @@ class ActivationStore:
                         part = self._read(hookpoint, index).contiguous()
                         file.write(part.view(torch.uint8).numpy().data)
 
-            write_atomically(joined, write)
+            with locked(self.path / ".joined.lock"):
+                for left in joined.parent.glob(".tmp-*.bin"):
+                    left.unlink(missing_ok=True)
+                write_atomically(joined, write)
             made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
             self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
         return joined, shape, first.dtype

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 STATES = ("finished", "failed", "stopped", "not run")
 PLAN = "plan.json"
@@ -40,19 +41,19 @@ def cells_table(folder: Path) -> pd.DataFrame:
                 "error": None,
                 **_split(overrides),
             }
-    table = pd.DataFrame([rows[n] for n in sorted(rows)])
-    return _plain(table) if len(table) else pd.DataFrame(columns=["cell", "folder", "status"])
+    return _table([rows[n] for n in sorted(rows)])
 
 
 def _cell(place: Path, number: int) -> dict[str, Any]:
-    overrides = yaml.safe_load((place / ".hydra/overrides.yaml").read_text("utf-8")) or []
+    typed = place / ".hydra/overrides.yaml"
+    overrides = yaml.safe_load(typed.read_text("utf-8")) if typed.is_file() else []
     row: dict[str, Any] = {"cell": number, "folder": place.name, "status": "stopped", "error": None}
-    row |= _split(overrides)
+    row |= _split(overrides or [])
     provenance = _json(place / "provenance.json")
     if (place / "error.txt").is_file():
-        kind, _, text = (place / "error.txt").read_text("utf-8").strip().partition(": ")
-        interrupted = kind == "KeyboardInterrupt"
-        row |= {"status": "stopped"} if interrupted else {"status": "failed", "error": text or kind}
+        kind, _, text = (place / "error.txt").read_text("utf-8").strip().partition(":")
+        if kind != "KeyboardInterrupt":
+            row |= {"status": "failed", "error": text.strip() or kind}
     elif provenance.get("status") == "finished":
         row["status"] = "finished"
         config = provenance["config"]
@@ -71,27 +72,35 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _split(overrides: list[str]) -> dict[str, Any]:
-    """{'layer': 3, 'width': '16k'}: numbers as numbers, the rest as typed."""
-    pairs = [word.lstrip("+~").partition("=") for word in overrides]
-    return {key: yaml.safe_load(value) if value else None for key, _, value in pairs}
+    """{'layer': 3, 'width': '16k'}: values as Hydra reads them."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {read.key_or_group: read.value() for read in parsed}
 
 
-def _plain(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns that parquet takes: where kinds are mixed, or lists, text."""
-    for name in table.columns:
-        column = table[name]
-        if column.dtype == object:
-            kinds = {type(v) for v in column if v is not None and v == v}
-            if kinds - {str} and not kinds <= {int, float, bool}:
-                table[name] = [None if v is None or v != v else str(v) for v in column]
-    return table
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    return pd.DataFrame(columns if rows else {n: [] for n in ("cell", "folder", "status")})
+
+
+def _column(values: list[Any]) -> pd.Series:
+    """A type that parquet takes and that does not turn 256 into 256.0; mixed kinds become text."""
+    kinds = {type(v) for v in values if v is not None}
+    gaps = None in values
+    if kinds == {int}:
+        return pd.Series(values, dtype="Int64" if gaps else "int64")
+    if kinds and kinds <= {int, float}:
+        return pd.Series(values, dtype="float64")
+    if kinds == {bool}:
+        return pd.Series(values, dtype="boolean" if gaps else "bool")
+    return pd.Series([None if v is None else str(v) for v in values], dtype=object)
 
 
 def swept(table: pd.DataFrame) -> list[str]:
     """The overrides whose value differs between cells, in the order of the columns."""
     known = {"cell", "folder", "status", "error"}
     names = [c for c in table.columns if c not in known and "/" not in str(c)]
-    return [c for c in names if table[c].astype(str).nunique() > 1]
+    return [c for c in names if table[c].dropna().astype(str).nunique() > 1]
 
 
 def groups_of(table: pd.DataFrame) -> list[str]:

@@ -74,7 +74,8 @@ class SavedRun:
         """Entity types with numbers of their own in the latent table."""
         columns = [] if self.latents is None else self.latents.columns
         found = [c.removeprefix("separation_") for c in columns if c.startswith("separation_")]
-        return [t for t in found if not t.endswith("test") and not t.startswith("ci_")]
+        of_split = ("test", "ci_low", "ci_high", "ci_low_test", "ci_high_test")
+        return [t for t in found if t not in of_split and not t.endswith("_test")]
 
     @property
     def unit_word(self) -> str:

@@ -79,12 +79,16 @@ def findings(table: pd.DataFrame) -> list[str]:
         told.append(
             f"{group}: best at layer {best['layer']}, width {best['width']} (chosen on the train "
             f"split): latent {int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "
-            f"{best[f'{key}_test']:.3f} [{best[f'{key}_ci_low_test']:.3f}, "
-            f"{best[f'{key}_ci_high_test']:.3f}]."
+            f"{best[f'{key}_test']:.3f}{_interval(best, key)}."
         )
     for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
         told.append(_effect_sentence(str(outcome), str(direction), part))
     return told
+
+
+def _interval(row: pd.Series, key: str) -> str:
+    low, high = row.get(f"{key}_ci_low_test"), row.get(f"{key}_ci_high_test")
+    return "" if pd.isna(low) or pd.isna(high) else f" [{low:.3f}, {high:.3f}]"
 
 
 def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> str:
@@ -127,7 +131,7 @@ def _rows(table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
                 "cell": int(record["cell"]),
                 "link": page,
                 "status": record["status"],
-                "values": [None if v != v else v for v in values],
+                "values": [None if pd.isna(v) else v for v in values],
             }
         )
     return ["cell", "status", *keys, *columns.values()], rows

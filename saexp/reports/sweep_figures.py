@@ -1,13 +1,15 @@
 """Curves and maps over the cells of a sweep."""
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saexp.reports.cells import groups_of
+from saexp.config import parse_width
+from saexp.reports.cells import groups_of, swept
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -26,18 +28,29 @@ def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     if done.empty or not groups_of(done):
         return {}
     figures: dict[str, go.Figure] = {}
-    first = done.drop_duplicates([*_varied(done, "layer", "width"), "layer", "width"])
+    lines = _line_keys(done)
+    first = done.drop_duplicates(["layer", "width", *lines])
     n_layers, n_widths = first["layer"].nunique(), first["width"].nunique()
     if n_layers > 1:
-        figures["over_layers"] = _curves(first, "layer", "width")
+        figures["over_layers"] = _curves(first, "layer", lines + ["width"] * (n_widths > 1))
     if n_widths > 1:
-        figures["over_width"] = _curves(first, "width", "layer")
+        figures["over_width"] = _curves(first, "width", lines + ["layer"] * (n_layers > 1))
     if n_layers > 1 and n_widths > 1:
-        figures["heat_map"] = _heat_map(first)
+        figures["heat_map"] = _heat_map(first, lines)
     effects = effects_table(done)
     if effects["coefficient"].nunique() > 1:
         figures["over_coefficient"] = _effects(effects)
     return figures
+
+
+def _line_keys(done: pd.DataFrame) -> list[str]:
+    """What tells lines apart beside layer and width: whatever else was swept but the strength."""
+    besides = ("layer", "width", "coefficient")
+    return [k for k in swept(done) if k not in besides and not k.startswith("intervention")]
+
+
+def _width_size(width: Any) -> tuple[int, str]:
+    return parse_width(width) or 0, str(width)
 
 
 def _pareto(done: pd.DataFrame) -> go.Figure:
@@ -67,12 +80,6 @@ def _pareto(done: pd.DataFrame) -> go.Figure:
     return style(figure, 460, legend_below=True)
 
 
-def _varied(table: pd.DataFrame, *besides: str) -> list[str]:
-    """What else tells lines apart: model, SAE and data set where several were swept."""
-    names = [n for n in ("model", "sae", "dataset") if n not in besides]
-    return [n for n in names if n in table and table[n].nunique() > 1]
-
-
 def _lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
     if not by:
         return [("", table)]
@@ -84,11 +91,8 @@ def _lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]
     return found
 
 
-def _curves(table: pd.DataFrame, x: str, other: str) -> go.Figure:
+def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
     """Best held-out AUROC and separation per direction with 95 % bootstrap intervals."""
-    by = _varied(table)
-    if table[other].nunique() > 1:
-        by = [*by, other]
     figure = make_subplots(rows=1, cols=2, subplot_titles=list(_PANELS.values()))
     for column, measure in enumerate(_PANELS, start=1):
         for group, colour in zip(groups_of(table), GROUP_COLOURS, strict=False):
@@ -101,7 +105,8 @@ def _curves(table: pd.DataFrame, x: str, other: str) -> go.Figure:
     figure.update_xaxes(title_text=x, type="category" if x == "width" else "linear")
     if x == "layer":
         figure.update_xaxes(dtick=max(1, table["layer"].nunique() // 12))
-    figure.add_hline(y=0.5, line={"dash": "dot", "color": QUIET}, row="1", col="1")
+    chance = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": 0.5, "y1": 0.5}
+    figure.add_shape(**chance, yref="y", line={"dash": "dot", "color": QUIET})
     figure.update_yaxes(range=[0.4, 1.02], row=1, col=1)
     figure.update_yaxes(range=[-0.05, 1.02], row=1, col=2)
     return style(figure, 430, legend_below=True)
@@ -111,7 +116,9 @@ def _curve(
     part: pd.DataFrame, x: str, measure: str, group: str, name: str, colour: str, dash: str
 ) -> go.Scatter:
     key = f"contrast/best_{measure}_{group}"
-    ordered = part.sort_values(x).dropna(subset=[f"{key}_test"])
+    size = _width_size if x == "width" else None
+    ordered = part.dropna(subset=[f"{key}_test"])
+    ordered = ordered.sort_values(x, key=lambda c: c.map(size) if size else c)
     y = ordered[f"{key}_test"]
     label = f"{group}{', ' if name else ''}{name}"
     return go.Scatter(
@@ -127,70 +134,94 @@ def _curve(
             "arrayminus": y - ordered[f"{key}_ci_low_test"],
             "thickness": 1,
         },
-        customdata=ordered[f"contrast/best_latent_{group}"],
+        customdata=ordered[f"contrast/best_latent_{group}"].astype(object),
         hovertemplate=f"{label}<br>{x} %{{x}}: %{{y:.3f}} (latent %{{customdata}})<extra></extra>",
     )
 
 
-def _heat_map(table: pd.DataFrame) -> go.Figure:
-    """Best held-out AUROC per direction over layer and width."""
-    groups = groups_of(table)
-    figure = make_subplots(rows=1, cols=len(groups), subplot_titles=groups)
-    for column, group in enumerate(groups, start=1):
-        grid = table.pivot_table(
+def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
+    """Best held-out AUROC per direction over layer and width; a panel per direction and line."""
+    panels = [(g, n, part) for n, part in _lines(table, by) for g in groups_of(table)]
+    titles = [f"{group}{', ' if name else ''}{name}" for group, name, _ in panels]
+    n_columns = len(groups_of(table))
+    n_rows = len(panels) // n_columns
+    figure = make_subplots(rows=n_rows, cols=n_columns, subplot_titles=titles)
+    for number, (group, _, part) in enumerate(panels):
+        grid = part.pivot(
             index="width", columns="layer", values=f"contrast/best_auroc_{group}_test"
         )
+        grid = grid.loc[sorted(grid.index, key=_width_size)]
         figure.add_trace(
             go.Heatmap(
                 x=[str(v) for v in grid.columns],
                 y=[str(v) for v in grid.index],
-                z=grid.to_numpy(),
+                z=grid.to_numpy(dtype=float),
                 zmin=0.5,
                 zmax=1,
                 colorscale="Viridis",
                 texttemplate="%{z:.2f}",
-                showscale=column == len(groups),
+                showscale=number == 0,
                 colorbar={"title": "AUROC"},
             ),
-            row=1,
-            col=column,
+            row=number // n_columns + 1,
+            col=number % n_columns + 1,
         )
     figure.update_xaxes(title_text="layer", type="category")
-    figure.update_yaxes(type="category")
-    figure.update_yaxes(title_text="width", row=1, col=1)
-    return style(figure, 160 + 60 * max(2, table["width"].nunique()))
+    figure.update_yaxes(title_text="width", type="category")
+    return style(figure, n_rows * (160 + 60 * max(2, table["width"].nunique())))
 
 
 def effects_table(done: pd.DataFrame) -> pd.DataFrame:
-    """Long form of `effect/<outcome>/<direction>_group_at_<coefficient>` with the controls' range.
+    """Long form of `effect/<outcome>/…_at_<coefficient>` with the matched controls' range.
 
-    One row per cell, outcome, direction and coefficient.
+    One row per cell, outcome, direction and coefficient: of the group of selected latents, or of
+    the one latent where only one is selected. Equal rows of several cells are told once.
     """
-    pattern = re.compile(r"effect/([^/]+)/(.+)_group_at_(-?[\d.e+-]+)")
+    pattern = re.compile(r"effect/([^/]+)/(.+)_at_(-?[\d.]+(?:e[+-]?\d+)?)")
     names = [(c, m) for c in done.columns if (m := pattern.fullmatch(str(c)))]
+    keys = list(dict.fromkeys(["model", "sae", "dataset", "layer", "width", *_line_keys(done)]))
     rows: list[dict[str, Any]] = []
     for record in done.to_dict("records"):
-        for name, match in names:
-            value = record[name]
-            if value is None or value != value:
+        there = [(n, *m.groups()) for n, m in names if not pd.isna(record[n])]
+        directions = _told_conditions(record, {condition for _, _, condition, _ in there})
+        for name, outcome, condition, at in there:
+            if condition not in directions:
                 continue
-            outcome, direction, at = match.groups()
-            stem = f"effect/{outcome}/{direction}_group_controls"
+            stem = f"effect/{outcome}/{condition}_controls"
             rows.append(
                 {
-                    **{k: record.get(k) for k in ("model", "sae", "dataset", "layer", "width")},
+                    **{k: record.get(k) for k in keys},
                     "outcome": outcome,
-                    "direction": direction,
+                    "direction": directions[condition],
                     "coefficient": float(at),
-                    "value": value,
+                    "value": record[name],
                     "controls_min": record.get(f"{stem}_min_at_{at}"),
                     "controls_max": record.get(f"{stem}_max_at_{at}"),
                 }
             )
-    columns = ["model", "sae", "dataset", "layer", "width", "outcome", "direction", "coefficient"]
-    columns += ["value", "controls_min", "controls_max"]
-    table = pd.DataFrame(rows, columns=columns)
-    return table.drop_duplicates([c for c in columns if c not in ("value", "dataset")])
+    columns = [
+        *keys,
+        "outcome",
+        "direction",
+        "coefficient",
+        "value",
+        "controls_min",
+        "controls_max",
+    ]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
+
+
+def _told_conditions(record: dict[Hashable, Any], conditions: set[str]) -> dict[str, str]:
+    """Condition -> direction: the group's, else that of the best latent alone."""
+    told = {c: c.removesuffix("_group") for c in conditions if c.endswith("_group")}
+    for name, latent in record.items():
+        direction = str(name).removeprefix("contrast/best_latent_")
+        if direction == name or pd.isna(latent) or direction in told.values():
+            continue
+        alone = f"{direction}_{int(latent)}"
+        if alone in conditions:
+            told[alone] = direction
+    return told
 
 
 def _effects(effects: pd.DataFrame) -> go.Figure:
@@ -198,7 +229,8 @@ def _effects(effects: pd.DataFrame) -> go.Figure:
     panels = list(effects.groupby(["outcome", "direction"], sort=False))
     titles = [f"{outcome} when acting on '{direction}'" for (outcome, direction), _ in panels]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
-    by = [n for n in ("model", "sae", "layer", "width") if effects[n].nunique() > 1]
+    known = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")
+    by = [n for n in effects.columns if n not in known and effects[n].nunique() > 1]
     shown: set[str] = set()
     for column, (_, panel) in enumerate(panels, start=1):
         for number, (name, part) in enumerate(_lines(panel, by)):

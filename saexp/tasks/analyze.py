@@ -18,7 +18,7 @@ from saexp.reports.figures import run_figures
 from saexp.reports.html import write_report
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
-from saexp.tasks.checking import check_sae, neighbours
+from saexp.tasks.checking import check_sae, neighbours, with_neighbours
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
@@ -40,7 +40,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
             model,
             [sae.hookpoint, *neighbours(cfg, sae, model)],
             cfg.analyzer.n_background,
-            context.ahead,
+            with_neighbours(cfg, context.ahead),
         )
     with context.stage("encode"):
         latents, stream_metrics = encode_store(gathered.store, sae, gathered.placement.rows)

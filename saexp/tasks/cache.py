@@ -26,7 +26,7 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         notes.append(f"removed {', '.join(removed) or 'nothing'}")
     elif cfg.action == "compare":
         if len(cfg.stores) != 2:
-            raise ConfigError("action=compare takes two keys; type 'stores=[17e1,9e9a]'")
+            raise ConfigError("""action=compare takes two keys; type 'stores=["17e1","9e9a"]'""")
         first, second = (cache.find(cfg.cache_dir, key) for key in cfg.stores)
         notes += cache.differences(first, second) or ["the same ingredients"]
     table = cache.listing(cfg.cache_dir)

@@ -1,6 +1,7 @@
 """Whether the run's SAE fits the run's model, looked at before anything is concluded from it."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ def neighbours(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> 
         return []
     layers = [at.layer - 1, at.layer + 1]
     return [Hookpoint(n, at.stream) for n in layers if 0 <= n < model.n_layers]
+
+
+def with_neighbours(
+    cfg: RunConfig, ahead: Sequence[tuple[int, str | None]]
+) -> list[tuple[int, str | None]]:
+    """What the other cells of a sweep will want of the neutral text: their neighbours too."""
+    near = (0,) if cfg.sae.check == "off" or cfg.sae.loader == "random" else (-1, 0, 1)
+    wanted = {(n + step, stream) for n, stream in ahead for step in near if n + step >= 0}
+    return sorted(wanted, key=str)
 
 
 def check_sae(

@@ -37,27 +37,24 @@ def _entry(cfg: RunConfig) -> Path:
     return Path(cfg.cache_dir) / "finished" / f"{fingerprint(cfg)}.json"
 
 
-def close(folder: Path) -> None:
-    """Write into a run's provenance that it ended well."""
-    file = folder / "provenance.json"
-    if file.is_file():
-        about = json.loads(file.read_text("utf-8"))
-        text = json.dumps({"status": "finished", **about}, indent=1, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
-
-
 def record(cfg: RunConfig, folder: Path) -> None:
-    """Note that a run ended well."""
+    """Note that a run ended well, in its provenance and in the cache's index."""
+    key, file = fingerprint(cfg), folder / "provenance.json"
+    if file.is_file():
+        about = {"status": "finished", "fingerprint": key, **json.loads(file.read_text("utf-8"))}
+        text = json.dumps(about, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
     entry = _entry(cfg)
     entry.parent.mkdir(parents=True, exist_ok=True)
     entry.write_text(json.dumps({"folder": str(folder.resolve())}) + "\n", encoding="utf-8")
 
 
 def find(cfg: RunConfig) -> Path | None:
-    """Folder of a finished run with the same config, if it is still there."""
+    """Folder of a finished run with the same config, if it is still there and still that run's."""
     try:
         folder = Path(json.loads(_entry(cfg).read_text("utf-8"))["folder"])
+        about = json.loads((folder / "provenance.json").read_text("utf-8"))
     except (OSError, ValueError, KeyError):
         return None
-    whole = (folder / "metrics.json").is_file() and (folder / "provenance.json").is_file()
-    return folder if whole else None
+    same = about.get("status") == "finished" and about.get("fingerprint") == fingerprint(cfg)
+    return folder if same and (folder / "metrics.json").is_file() else None

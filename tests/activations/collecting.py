@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saexp import registry
-from saexp.activations.collector import CollectionStats, collect
+from saexp.activations.collector import CollectionStats, Part, collect
 from saexp.activations.store import ActivationStore
 from saexp.config import PositionsConfig, StoreConfig
 from saexp.data.examples import Example
@@ -38,9 +38,12 @@ def run(
     hookpoints: Sequence[Hookpoint] = POSTS,
     placement: Placement | None = None,
     max_length: int = MAX_LENGTH,
+    ahead: Sequence[Hookpoint] = (),
+    part: Part | None = None,
+    verify: bool = False,
     **store: Any,
 ) -> tuple[ActivationStore, CollectionStats]:
-    """Collect; keyword arguments go into the store's config."""
+    """Collect; other keyword arguments go into the store's config."""
     return collect(
         model,
         placement if placement is not None else placed(),
@@ -48,6 +51,9 @@ def run(
         cache_dir=cache_dir,
         cfg=StoreConfig(**store),
         max_length=max_length,
+        ahead=ahead,
+        part=part,
+        verify=verify,
     )
 
 
@@ -63,3 +69,29 @@ def digests(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.suffix != ".lock"
     }
+
+
+def digests_in(cache_dir: Path) -> dict[str, str]:
+    """`digests` of a cache folder's one store, but for what a killed process left half done."""
+    (store,) = (cache_dir / "activations").iterdir()
+    return {name: digest for name, digest in digests(store).items() if ".tmp-" not in name}
+
+
+def n_shard_files(expected: dict[str, str]) -> int:
+    """Number of shards, of all hookpoints, among digests."""
+    return sum(name.endswith(".safetensors") for name in expected)
+
+
+def n_sound(cache_dir: Path, expected: dict[str, str]) -> int:
+    """Number of shard files listed; fails where one that is listed or in place is not whole."""
+    n_listed = 0
+    for manifest in cache_dir.glob("activations/*/manifest.json"):
+        store = ActivationStore.open(manifest.parent, verify=True)
+        listed = {(h, int(i)) for h, s in store.manifest["hookpoints"].items() for i in s}
+        absent = {(h.name, i) for i, found in store.missing(POSTS).items() for h in found}
+        every = {(h.name, i) for h in POSTS for i in range(len(store.shard_bounds))}
+        assert absent == every - listed
+        in_place = {n: d for n, d in digests_in(cache_dir).items() if n.endswith(".safetensors")}
+        assert in_place.items() <= expected.items()
+        n_listed += len(listed)
+    return n_listed

@@ -1,0 +1,98 @@
+"""The command line in this process, and reading what it left: tables, pages, offline W&B runs."""
+
+import io
+import json
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pandas as pd
+import pytest
+
+
+class Said(NamedTuple):
+    """What a command said, and where a sweep with hydra.sweep.dir=sweep is."""
+
+    code: int
+    out: str
+    err: str
+    sweep: Path
+
+
+def command(folder: Path, *words: str) -> Said:
+    """`python -m saexp` with `folder` as the current one."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["saexp", *words])
+        try:
+            runpy.run_module("saexp", run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Said(code, out.getvalue(), err.getvalue(), folder / "sweep")
+
+
+def table_of(sweep: Path) -> pd.DataFrame:
+    return pd.read_parquet(sweep / "sweep.parquet")
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
+
+
+def body_of(page: Path) -> str:
+    """A whole page without its scripts."""
+    text = page.read_text("utf-8")
+    assert text.rstrip().endswith("</html>")
+    return re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+
+
+def page_of(sweep: Path) -> str:
+    return body_of(sweep / "sweep.html")
+
+
+def assert_links_lead_to_reports(sweep: Path, n: int) -> None:
+    links = re.findall(r'<a href="([^"]+)"', page_of(sweep))
+    assert len(set(links)) == n
+    assert all((sweep / unquote(link)).is_file() for link in links)
+    assert all(unquote(link).endswith("/report.html") for link in links)
+
+
+def _records(file: Path) -> Iterator[Any]:
+    """Records of an offline W&B run: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        if kind in (1, 4):
+            yield Record.FromString(whole)
+            whole = b""
+        at += 7 + length
+        # No record begins in the last 6 bytes of a block.
+        at += 32768 - at % 32768 if at % 32768 > 32768 - 7 else 0
+
+
+def wandb_runs(folder: Path) -> list[dict[str, Any]]:
+    """Offline W&B runs anywhere below, oldest first: group, job_type, exit_code, logged keys."""
+    files = sorted(folder.rglob("offline-run-*/*.wandb"), key=lambda p: p.parent.name)
+    return [_wandb_run(file) for file in files]
+
+
+def _wandb_run(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"keys": set()}
+    for record in _records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found |= {"group": record.run.run_group, "job_type": record.run.job_type}
+        elif kind == "exit":
+            found["exit_code"] = record.exit.exit_code
+        for item in record.history.item:
+            found["keys"].add(item.key or "/".join(item.nested_key))
+    return found

@@ -1,0 +1,126 @@
+"""What is told of a run, word by word, from folders written by hand."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saexp.errors import StoreError
+from saexp.reports.finding import headline, sentences, unit_words
+from saexp.reports.saved import SavedRun
+from tests.reports.written import METRICS, latents, run, summary, write_json
+
+SETTING = (
+    "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 latents that fired tell known from "
+    "unknown (q <= 0.05, train split); numbers below are of 40 held-out entities."
+)
+KNOWN = (
+    "known: latent 7 has AUROC 0.900 [0.870, 0.910], separation 0.45; smallest over 2 entity "
+    "types: AUROC 0.850, separation 0.40."
+)
+UNKNOWN = "No latent speaks for 'unknown', so none is selected."
+STEERED = (
+    "steering 2 latents for 'known' at entity last, coefficient 0.6 x the stream's mean norm: "
+    "refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
+)
+
+
+def change(folder: Path, **settings: object) -> SavedRun:
+    """The run with other settings of its intervention."""
+    about = SavedRun(folder).provenance
+    about["config"]["intervention"] |= settings
+    write_json(folder / "provenance.json", about)
+    return SavedRun(folder)
+
+
+def test_the_headline_is_the_setting_each_direction_and_each_effect(tmp_path: Path) -> None:
+    told = headline(run(tmp_path)).splitlines()
+    assert told == [SETTING, KNOWN, UNKNOWN, f"{STEERED}; 2 matched controls 0.70 to 0.75."]
+
+
+def test_without_a_causal_test_nothing_is_told_of_effects(tmp_path: Path) -> None:
+    assert headline(run(tmp_path, causal=False)).splitlines() == [SETTING, KNOWN, UNKNOWN]
+
+
+def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> None:
+    run(tmp_path, causal=False)
+    metrics = {k: None if "_ci_" in k else v for k, v in METRICS.items()}
+    write_json(tmp_path / "metrics.json", metrics)
+    table = latents()
+    table.drop(columns=[c for c in table if "city" in c]).to_parquet(tmp_path / "latents.parquet")
+    pd.DataFrame({"entity": [None, None]}).to_parquet(tmp_path / "rows.parquet")
+    setting, known, _ = sentences(SavedRun(tmp_path))
+    assert setting.endswith("of 40 held-out examples.")
+    assert known == "known: latent 7 has AUROC 0.900, separation 0.45."
+
+
+def test_where_no_control_was_matched_that_is_told(tmp_path: Path) -> None:
+    table = summary()
+    run(tmp_path)
+    table[table["role"] != "control"].to_parquet(tmp_path / "effects_summary.parquet")
+    # Without controls the coefficient with the largest change is told.
+    assert headline(tmp_path).splitlines()[-1] == (
+        STEERED.replace("0.6 x", "0.9 x").replace("0.30 [0.20, 0.30]", "0.20 [0.10, 0.20]")
+        + "; no control could be matched."
+    )
+
+
+def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path) -> None:
+    table = summary()
+    run(tmp_path)
+    table[table["role"].isin(["single", "baseline"])].to_parquet(
+        tmp_path / "effects_summary.parquet"
+    )
+    assert sentences(change(tmp_path, name="clamp", unit="raw"))[-1].startswith(
+        "moving latent 7 for 'known' at entity last, coefficient 0.6 of the way to the other "
+        "group's mean: refusal on 20 unknown prompts 0.80 -> 0.50"
+    )
+    assert (
+        "coefficient 0.6 x the decoder direction:"
+        in sentences(change(tmp_path, name="steer", unit="raw"))[-1]
+    )
+
+
+def test_a_run_that_compared_no_groups_says_so(tmp_path: Path) -> None:
+    (run(tmp_path, causal=False) / "latents.parquet").unlink()
+    assert headline(tmp_path) == "This run compared no groups."
+
+
+def test_a_unit_without_words_is_itself() -> None:
+    assert unit_words("furlongs") == "furlongs"
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_folder_without_a_readable_run_is_one_line(tmp_path: Path, content: str | None) -> None:
+    if content:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(StoreError, match=r"holds no finished run \(metrics\.json: ") as error:
+        _ = SavedRun(tmp_path).metrics
+    assert "\n" not in str(error.value)
+
+
+def test_selected_latents_are_by_rank_and_of_one_direction(tmp_path: Path) -> None:
+    saved = SavedRun(run(tmp_path))
+    assert saved.selected("known")["latent"].tolist() == [7, 4]
+    assert saved.selected("unknown").empty
+    assert saved.main_conditions() == ["known_group"]
+    assert saved.groups == ("known", "unknown")
+
+
+def test_entity_types_are_those_with_a_separation_of_their_own(tmp_path: Path) -> None:
+    assert SavedRun(run(tmp_path)).entity_types == ["player", "city"]
+
+
+def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
+    run(tmp_path)
+    table = latents()
+    table.columns = [c.replace("city", "contest") for c in table.columns]
+    table.to_parquet(tmp_path / "latents.parquet")
+    assert SavedRun(tmp_path).entity_types == ["player", "contest"]
+
+
+def test_coefficients_are_told_by_their_lead_over_the_nearest_control(tmp_path: Path) -> None:
+    saved = SavedRun(run(tmp_path))
+    # 0.9 changes most, but a control does nearly as much there.
+    assert saved.told_coefficient("known_group", "refusal") == 0.6
+    assert saved.told_coefficient("nothing", "refusal") is None

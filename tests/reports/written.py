@@ -1,0 +1,161 @@
+"""Folders as runs and sweeps leave them, written by hand, so that every number is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+CONFIG = {
+    "task": {"name": "analyze"},
+    "model": {"name": "tiny"},
+    "sae": {"name": "tiny"},
+    "dataset": {"name": "entities"},
+    "layer": 2,
+    "width": 256,
+    "coefficient": [0.0, 0.5],
+}
+
+
+def write_json(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def cell(
+    sweep: Path,
+    number: int,
+    *overrides: str,
+    metrics: dict[str, Any] | None = None,
+    error: str | None = None,
+    **config: Any,
+) -> Path:
+    """A cell's folder: finished with these metrics, failed with this error, or else cut off."""
+    place = sweep / f"{number}_{','.join(overrides)}"[:100].replace("/", "_")
+    (place / ".hydra").mkdir(parents=True)
+    text = yaml.safe_dump(list(overrides))
+    (place / ".hydra/overrides.yaml").write_text(text, encoding="utf-8")
+    about: dict[str, Any] = {"config": {**CONFIG, **config}}
+    if metrics is not None:
+        write_json(place / "metrics.json", metrics)
+        about = {"status": "finished", **about}
+        (place / "report.html").touch()
+    write_json(place / "provenance.json", about)
+    if error is not None:
+        (place / "error.txt").write_text(error, encoding="utf-8")
+    return place
+
+
+def contrast(
+    group: str, latent: int | None, *, train: Any = None, test: Any = None
+) -> dict[str, Any]:
+    """A direction's metrics; intervals are 0.03 below to 0.01 above, separation is half."""
+    key, found = "contrast/best", {f"contrast/best_latent_{group}": latent}
+    for name, share in (("auroc", 1.0), ("separation", 0.5)):
+        for suffix, value in (("", train), ("_test", test)):
+            here = None if value is None else value * share
+            found[f"{key}_{name}_{group}{suffix}"] = here
+            found[f"{key}_{name}_{group}_ci_low{suffix}"] = None if here is None else here - 0.03
+            found[f"{key}_{name}_{group}_ci_high{suffix}"] = None if here is None else here + 0.01
+    return found
+
+
+def effect(
+    direction: str, coefficient: float, value: float, low: Any = None, high: Any = None
+) -> dict[str, Any]:
+    """The rate when acting on a direction's group of latents, and its controls' range."""
+    stem, at = f"effect/refusal/{direction}_group", f"at_{coefficient:g}"
+    found = {f"{stem}_{at}": value}
+    if low is not None:
+        found |= {f"{stem}_controls_min_{at}": low, f"{stem}_controls_max_{at}": high}
+    return found
+
+
+METRICS = {
+    **{"contrast/n_units_test": 40, "contrast/n_significant": 3, "contrast/n_tested": 90},
+    **{"collection/n_rows": 80, "sparsity/l0": 12.5},
+    **contrast("known", 7, train=0.95, test=0.9),
+    **{"contrast/best_min_auroc_known_test": 0.85, "contrast/best_min_separation_known_test": 0.4},
+    **contrast("unknown", None),
+}
+NASTY = "</script><b>&"
+
+
+def latents() -> pd.DataFrame:
+    """Two selected latents for `known` (rank 2 stands first), one selected for none."""
+    table = pd.DataFrame({"latent": [4, 7, 30], "layer": 2, "rank": [2, 1, 0]})
+    table["selected"], table["direction"] = [True, True, False], ["known", "known", "unknown"]
+    table["auroc_test"], table["min_auroc_test"] = [0.8, 0.9, 0.5], [0.7, 0.85, 0.5]
+    table["ci_low_test"], table["ci_high_test"] = [0.7, 0.87, 0.4], [0.9, 0.91, 0.6]
+    table["q_value"], table["q_value_test"] = [0.01, 1e-9, 1.0], [0.02, 1e-6, 1.0]
+    for group in ("known", "unknown"):
+        table[f"freq_{group}_test"] = [0.5, 0.9, 0.1]
+        table[f"mean_{group}_test"] = [1.5, 2.0, 0.0]
+    for kind in ("player", "city"):
+        table[f"separation_{kind}"] = table[f"separation_{kind}_test"] = [0.4, 0.45, 0.0]
+    table["separation"] = table["separation_test"] = table["min_separation_test"] = [0.4, 0.45, 0.0]
+    table["background_freq"] = 0.001
+    return table
+
+
+def summary() -> pd.DataFrame:
+    """`known_group` on unknown prompts: the controls do as much at 0.9, so 0.6 tells most."""
+    keys = ["condition", "role", "of", "direction", "latent", "group", "coefficient", "refusal"]
+    told = ["known_group", "group", "", "known", "7+4", "unknown"]
+    single = ["known_7", "single", "", "known", "7", "unknown"]
+    rows: list[list[Any]] = [["baseline_unknown", "baseline", "", "", "", "unknown", 0.0, 0.8]]
+    rows += [[*told, 0.0, 0.8], [*told, 0.6, 0.3], [*told, 0.9, 0.2], [*single, 0.6, 0.5]]
+    for number, (at, refusal) in enumerate([(0.6, 0.7), (0.6, 0.75), (0.9, 0.25), (0.9, 0.3)]):
+        control = [f"control_{number % 2}", "control", "known_group", "known", str(number % 2)]
+        rows.append([*control, "unknown", at, refusal])
+    table = pd.DataFrame(rows, columns=keys)
+    table["n"], table["refusal_change"] = 20, table["refusal"] - 0.8
+    table["refusal_ci_low"], table["refusal_ci_high"] = table["refusal"] - 0.1, table["refusal"]
+    return table
+
+
+def effects(texts: dict[str, str]) -> pd.DataFrame:
+    """One prompt under every condition; `texts` are by condition."""
+    table = summary()[["condition", "role", "of", "group", "coefficient"]]
+    return table.assign(
+        example_id="a",
+        entity_type="player",
+        prompt=f"prompt {NASTY}",
+        generated_text=[texts.get(c, "plain") for c in table["condition"]],
+        refusal=False,
+    )
+
+
+def run(folder: Path, *, causal: bool = True, notes: tuple[str, ...] = ()) -> Path:
+    """A finished run's folder with everything that reports read."""
+    config = {
+        **CONFIG,
+        "positions": {"name": "entity_last"},
+        "analyzer": {"alpha": 0.05},
+        "intervention": {
+            "name": "steer" if causal else "none",
+            "unit": "resid_norm",
+            "where": "entity_last",
+            "outcomes": ["refusal"],
+        },
+    }
+    write_json(folder / "metrics.json", METRICS)
+    about = {"status": "finished", "config": config, "groups": ["known", "unknown"], "seed": 0}
+    about |= {"notes": list(notes), "skips": {"no entity": 2}, "command": f"saexp {NASTY}"}
+    about |= {"started": "2026-01-01", "versions": {"saexp": "0"}, "seconds": {"load": 1.0}}
+    about["model"] = {"name": "org/tiny", "revision": None, "fingerprint": "ab", "d_model": 8}
+    about["sae"] = {"name": "mine", "hookpoint": "layer_2.resid_post", "d_sae": 256}
+    about["sae"] |= {"architecture": "relu", "fingerprint": "cd"}
+    about["dataset"] = {"name": "entities", "n_examples": 80}
+    about["machine"] = {"system": "Linux", "cores": 2, "device": "cpu"}
+    about["store"] = {"key": "17e1"}
+    write_json(folder / "provenance.json", about)
+    latents().to_parquet(folder / "latents.parquet", index=False)
+    rows = pd.DataFrame({"entity": ["Ada", None], "text": ["about Ada", "none"]})
+    rows.to_parquet(folder / "rows.parquet", index=False)
+    if causal:
+        summary().to_parquet(folder / "effects_summary.parquet", index=False)
+        texts = {"known_group": f"steered {NASTY}", "control_0": "first control"}
+        effects(texts).to_parquet(folder / "effects.parquet", index=False)
+    return folder
