@@ -83,7 +83,8 @@ def run(
         earlier = finished.find(cfg)
         if earlier is not None:
             log.info("reusing the finished run in %s", earlier)
-            shutil.copytree(earlier, place, dirs_exist_ok=True, ignore=_not_results)
+            if earlier != place.resolve():
+                shutil.copytree(earlier, place, dirs_exist_ok=True, ignore=_not_results)
             return read_result(place)
     tracker = registry.build("tracker", cfg.tracker)
     context = RunContext(

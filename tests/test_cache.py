@@ -279,3 +279,15 @@ def test_a_folder_that_another_run_wrote_over_is_not_reused(tmp_path: Path) -> N
     saexp.run(saexp.compose([*words, "layer=1"]), tmp_path / "new")
     about = json.loads((tmp_path / "new/provenance.json").read_text("utf-8"))
     assert about["config"]["layer"] == 1
+
+
+def test_a_finished_run_repeated_in_its_own_folder_is_reused_there(tmp_path: Path) -> None:
+    words = ["tracker=none", "resume=true", f"cache_dir={tmp_path}/cache", "dataset.n_examples=20"]
+    words += ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
+    first, again = (saexp.run(saexp.compose(words), tmp_path / "same") for _ in range(2))
+    assert again.metrics == first.metrics
+
+
+def test_cells_of_task_cache_finish(tmp_path: Path) -> None:
+    said = command(tmp_path, "-m", "task=cache", "action=list,verify")
+    assert "sweep: 2 cells: 2 finished" in said.out.splitlines()

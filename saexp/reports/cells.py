@@ -28,11 +28,17 @@ def cells_table(folder: Path) -> pd.DataFrame:
     Status is one of `finished`, `failed` (with its error), `stopped` (killed midway), `not run`.
     """
     rows: dict[int, dict[str, Any]] = {}
+    planned: list[list[str]] = read_plan(folder).get("cells", [])
     for place in sorted(folder.iterdir()):
-        number = re.match(r"(\d+)_?", place.name)
-        if place.is_dir() and number and (place / ".hydra").is_dir():
-            rows[int(number[1])] = _cell(place, int(number[1]))
-    for number, overrides in enumerate(read_plan(folder).get("cells", [])):
+        match = re.match(r"(\d+)_?", place.name)
+        if not place.is_dir() or not match or not (place / ".hydra").is_dir():
+            continue
+        number, typed = int(match[1]), _typed(place)
+        # A folder that an earlier sweep left here is no cell of this one.
+        mine = planned[number : number + 1]
+        if not planned or mine and (typed is None or set(typed) == set(mine[0])):
+            rows[number] = _cell(place, number, typed or [])
+    for number, overrides in enumerate(planned):
         if number not in rows:
             rows[number] = {
                 "cell": number,
@@ -44,11 +50,15 @@ def cells_table(folder: Path) -> pd.DataFrame:
     return _table([rows[n] for n in sorted(rows)])
 
 
-def _cell(place: Path, number: int) -> dict[str, Any]:
-    typed = place / ".hydra/overrides.yaml"
-    overrides = yaml.safe_load(typed.read_text("utf-8")) if typed.is_file() else []
+def _typed(place: Path) -> list[str] | None:
+    """The cell's overrides as Hydra wrote them; None where it was killed before."""
+    file = place / ".hydra/overrides.yaml"
+    return (yaml.safe_load(file.read_text("utf-8")) or []) if file.is_file() else None
+
+
+def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"cell": number, "folder": place.name, "status": "stopped", "error": None}
-    row |= _split(overrides or [])
+    row |= _split(overrides)
     provenance = _json(place / "provenance.json")
     if (place / "error.txt").is_file():
         kind, _, text = (place / "error.txt").read_text("utf-8").strip().partition(":")

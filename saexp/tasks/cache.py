@@ -7,7 +7,7 @@ from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
-from saexp.tasks.saving import write_result
+from saexp.tasks.saving import write_provenance, write_result
 
 ACTIONS = ("list", "verify", "prune", "compare")
 
@@ -37,4 +37,5 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         notes=notes,
     )
     write_result(context.folder, result)
+    write_provenance(context, cfg, notes, [])
     return result

@@ -145,3 +145,12 @@ def test_a_sweep_without_a_readable_plan_has_the_cells_that_are_there(tmp_path: 
     assert len(cells_table(tmp_path)) == 0
     cell(tmp_path, 0, "layer=0")
     assert cells_table(tmp_path)["status"].tolist() == ["stopped"]
+
+
+def test_folders_left_by_an_earlier_sweep_are_no_cells_of_this_one(tmp_path: Path) -> None:
+    for layer in (3, 0, 7):
+        cell(tmp_path, 0, f"layer={layer}", metrics={"a/b": layer})
+    cell(tmp_path, 1, "layer=5", metrics={"a/b": 5})
+    write_json(tmp_path / "plan.json", {"cells": [["layer=0"]]})
+    table = cells_table(tmp_path)
+    assert table["layer"].tolist() == table["a/b"].tolist() == [0]

@@ -51,15 +51,21 @@ def test_an_effect_that_is_the_same_everywhere_is_told_so(tmp_path: Path) -> Non
     assert findings(cells_table(tmp_path)) == ["Acting on 'known': refusal 1.00 in every cell."]
 
 
+SIGNS = "dataset.text='%d a&b#c?<i>'"
+
+
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """A cell in each state, with markup in what was typed and in what was said."""
     write_json(
         tmp_path / "plan.json",
-        {"command": f"python -m saexp {NASTY}", "cells": [["layer=0"]] * 4},
+        {
+            "command": f"python -m saexp {NASTY}",
+            "cells": [["layer=0", SIGNS], ["layer=9"], ["layer=2"], ["layer=0"]],
+        },
     )
     metrics = contrast("known", 1234, train=0.9, test=0.8) | {"contrast/n_significant": 3}
-    cell(tmp_path, 0, "layer=0", "dataset.text='%d a&b#c?<i>'", metrics=metrics)
+    cell(tmp_path, 0, "layer=0", SIGNS, metrics=metrics)
     cell(tmp_path, 1, "layer=9", error=f"DataError: the text '{NASTY}' is none\n")
     cell(tmp_path, 2, "layer=2")
     write_sweep(tmp_path)
