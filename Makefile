@@ -36,7 +36,7 @@ layers: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel

@@ -175,7 +175,11 @@ class _Collection:
                     if lock is None:
                         busy.append(index)
                         continue
-                    absent = self._absent(index, wanted, ahead)
+                    try:
+                        absent = self._absent(index, wanted, ahead)
+                    except BaseException:
+                        lock.release()
+                        raise
                     if absent:
                         job = ShardJob(self.store, index, absent, self.dtype, lock)
                         self._compute(job, writer, bar)
@@ -201,7 +205,9 @@ class _Collection:
         absent = self.store.missing(hookpoints, todo)
         n_rows = sum((bounds[i][1] - bounds[i][0]) * len(found) for i, found in absent.items())
         needs = n_rows * self.model.d_model * self.dtype.itemsize
-        free = free_bytes(self.store.path)
+        # Shards under way, or left so by a killed run, have their room already.
+        held = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
+        free = free_bytes(self.store.path) + held
         if needs > free:
             raise StoreError(
                 f"disk full: the activations need {show_bytes(needs)}, and {show_bytes(free)} are "

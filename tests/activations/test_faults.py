@@ -82,12 +82,13 @@ def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_
             assert digests_in(caches[-1]) == expected
             caches.append(tmp_path / str(len(caches)))
     # Otherwise the kills came before or after everything.
-    assert len({n for n in n_listed if 0 < n < n_shard_files(expected)}) > N_KILLS // 4
+    assert len({n for n in n_listed if 0 < n < n_shard_files(expected)}) > 4
     for cache in caches:
-        run(load(folder), cache, shard_rows=SHARD_ROWS)
-        assert digests_in(cache) == expected
+        store, _ = run(load(folder), cache, shard_rows=SHARD_ROWS)
+        assert digests(store.path) == expected
 
 
+@pytest.mark.slow
 def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
     folder, whole, server, tmp_path
 ):
