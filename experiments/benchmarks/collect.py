@@ -42,17 +42,17 @@ from saexp.registry import build as build_component
 log = logging.getLogger("collect")
 SHAPES: dict[str, dict[str, int]] = {
     "small": {
-        "hidden_size": 384,
-        "intermediate_size": 1536,
+        "hidden_size": 320,
+        "intermediate_size": 1280,
         "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 64,
-        "vocab_size": 8192,
+        "vocab_size": 18432,
     },
     "2b": {},
 }
-"""Sizes that differ from Gemma-2-2B's own."""
+"""Sizes that differ from Gemma-2-2B's own; `small` keeps the vocabulary's share of the weights."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from filelock import BaseFileLock
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from saexp.activations.forward import Batch
 from saexp.activations.shards import ShardWriter
@@ -13,6 +16,25 @@ from saexp.models.hookpoints import Hookpoint
 
 Complain = Callable[[Hookpoint, int, bool], StoreError]
 """(hookpoint, text id, whether it is NaN) -> the error for a value that is not finite."""
+
+
+_EXPONENT = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""dtype -> (integer type of its size, bits that are all set in NaN and infinities)."""
+
+
+def finite_rows(acts: Float[Tensor, "n width"]) -> Bool[np.ndarray, " n"]:
+    """Which rows hold only finite values.
+
+    In numpy: torch's operators would start threads of their own here, which spin beside those of
+    the forward pass and slow it by a tenth.
+    """
+    kind, mask = _EXPONENT[acts.dtype]
+    bits = acts.contiguous().view(kind).numpy()
+    return ((bits & mask) != mask).all(axis=-1)
 
 
 class ShardJob:
@@ -34,9 +56,9 @@ class ShardJob:
         """Put a batch's rows into the files; raises what `complain` makes of NaN and Inf."""
         for hookpoint, wait in batch.host.items():
             acts = wait()
-            finite = torch.isfinite(acts).all(dim=-1)
-            if not bool(finite.all()):
-                bad = int((~finite).nonzero()[0])
+            finite = finite_rows(acts)
+            if not finite.all():
+                bad = int(np.flatnonzero(~finite)[0])
                 nan = bool(torch.isnan(acts[bad]).any())
                 raise complain(hookpoint, int(batch.text_ids[bad]), nan)
             if hookpoint not in self.writers:

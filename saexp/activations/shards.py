@@ -66,7 +66,8 @@ class ShardWriter:
         """Put values at these rows; neighbouring rows go in one write."""
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
-        data = acts.to(self.dtype)[torch.from_numpy(order)].contiguous().view(torch.uint8).numpy()
+        # Reordered by numpy, not by torch's threads: see job.finite_rows.
+        data = acts.to(self.dtype).contiguous().view(torch.uint8).numpy()[order]
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         ends = [*breaks.tolist(), len(ordered)]
         self._guarded(lambda: self._write_runs(ordered, data, ends))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from saexp.activations.collector import Part
 from saexp.activations.forward import AUTO_BATCH_TOKENS, units
+from saexp.activations.job import finite_rows
 from saexp.activations.shards import ShardWriter
 from saexp.data.positions import Placement
 from saexp.data.tokens import TokenizedText
@@ -236,3 +237,12 @@ def test_a_row_never_written_is_an_error_and_leaves_no_file(made, data):
         n_missing = len(parts[left_out])
         assert str(error.value) == f"{n_missing} rows of {path} were never written; report this"
         assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_with_nan_or_inf_are_those_torch_finds(dtype):
+    special = [0.0, -0.0, 1.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
+    bad = [float("nan"), float("inf"), float("-inf")]
+    rows = [[a, b] for a in [*special, *bad] for b in [*special, *bad]]
+    acts = torch.tensor(rows, dtype=dtype)
+    assert finite_rows(acts).tolist() == torch.isfinite(acts).all(dim=-1).tolist()
