@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SWEEP_PLAN = "plan.json"
+"""File in a sweep's folder: its cells, and the hookpoints they need together."""
+
+
 @dataclass
 class TaskResult:
     """Result of an analyzer, an intervention or a whole task."""

@@ -9,15 +9,16 @@ import pandas as pd
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from saexp.results import SWEEP_PLAN
+
 STATES = ("finished", "failed", "stopped", "not run")
-PLAN = "plan.json"
 _KEYS = ("model", "sae", "dataset", "sae_trainer", "layer", "width", "coefficient")
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """plan.json, as the sweep wrote it before its first cell; empty where there is none."""
     try:
-        return json.loads((folder / PLAN).read_text("utf-8"))
+        return json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
 

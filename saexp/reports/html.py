@@ -57,6 +57,21 @@ def figure_json(figure: go.Figure) -> str:
     return (figure.to_json() or "{}").replace("<", "\\u003c")
 
 
+def write_page(path: Path, template: str, figures: Mapping[str, go.Figure], **content: Any) -> Path:
+    """Render a template with its figures and plotly itself inside; returns the path."""
+    page = (
+        environment()
+        .get_template(template)
+        .render(
+            figures={name: figure_json(figure) for name, figure in figures.items()},
+            plotly=get_plotlyjs(),
+            **content,
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
 def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = None) -> Path:
     """Render report.html from the folder's files; returns its path.
 
@@ -64,31 +79,25 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
     """
     run = SavedRun(Path(folder))
     figures = run_figures(folder) if figures is None else figures
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            title=_title(run),
-            groups=colours(run),
-            finding=sentences(run),
-            notes=run.provenance["notes"],
-            asked=_asked(run),
-            figures={name: figure_json(figure) for name, figure in figures.items()},
-            captions=CAPTIONS,
-            stream=_stream(run),
-            tables=_latent_tables(run),
-            effects=_effect_tables(run),
-            examples=_generations(run),
-            rows=_example_rows(run),
-            skips=run.provenance["skips"],
-            provenance=provenance_rows(run),
-            config=run.config_text,
-            plotly=get_plotlyjs(),
-        )
+    return write_page(
+        Path(folder) / "report.html",
+        "report.html",
+        figures,
+        title=_title(run),
+        groups=colours(run),
+        finding=sentences(run),
+        notes=run.provenance["notes"],
+        asked=_asked(run),
+        captions=CAPTIONS,
+        stream=_stream(run),
+        tables=_latent_tables(run),
+        effects=_effect_tables(run),
+        examples=_generations(run),
+        rows=_example_rows(run),
+        skips=run.provenance["skips"],
+        provenance=provenance_rows(run),
+        config=run.config_text,
     )
-    path = Path(folder) / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _title(run: SavedRun) -> str:

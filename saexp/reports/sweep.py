@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from saexp.reports.cells import STATES, cells_table, groups_of, read_plan, swept
-from saexp.reports.html import environment, figure_json
+from saexp.reports.html import write_page
 from saexp.reports.sweep_figures import effects_table, sweep_figures
 
 CAPTIONS = {
@@ -38,23 +37,19 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     figures = sweep_figures(table)
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
     head, rows = _rows(table)
-    page = (
-        environment()
-        .get_template("sweep.html")
-        .render(
-            title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
-            command=read_plan(place).get("command"),
-            counts=[(s, n) for s, n in counts if n],
-            finding=findings(table),
-            figures={name: figure_json(figure) for name, figure in figures.items()},
-            captions=CAPTIONS,
-            head=head,
-            rows=rows,
-            failed=_failed(table),
-            plotly=get_plotlyjs(),
-        )
+    write_page(
+        place / "sweep.html",
+        "sweep.html",
+        figures,
+        title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
+        command=read_plan(place).get("command"),
+        counts=[(s, n) for s, n in counts if n],
+        finding=findings(table),
+        captions=CAPTIONS,
+        head=head,
+        rows=rows,
+        failed=_failed(table),
     )
-    (place / "sweep.html").write_text(page, encoding="utf-8")
     return table, figures
 
 

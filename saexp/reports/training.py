@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.finding import training_sentence
-from saexp.reports.html import environment, figure_json, provenance_rows
+from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.saved import SavedRun
 
 CAPTIONS = {
@@ -115,22 +114,16 @@ def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) 
         ("positions trained on", run.provenance["n_trained_on"]),
         ("positions measured", run.provenance["n_measured"]),
     ]
-    page = (
-        environment()
-        .get_template("training.html")
-        .render(
-            title=f"{trainer['name']} SAE: {run.provenance['model']['name'].rpartition('/')[2]}, "
-            f"{run.provenance['sae']['hookpoint']}",
-            finding=[training_sentence(run)],
-            notes=run.provenance["notes"],
-            tiles=tiles,
-            figures={name: figure_json(figure) for name, figure in figures.items()},
-            captions=CAPTIONS,
-            provenance=provenance_rows(run),
-            config=run.config_text,
-            plotly=get_plotlyjs(),
-        )
+    return write_page(
+        Path(folder) / "report.html",
+        "training.html",
+        figures,
+        title=f"{trainer['name']} SAE: {run.provenance['model']['name'].rpartition('/')[2]}, "
+        f"{run.provenance['sae']['hookpoint']}",
+        finding=[training_sentence(run)],
+        notes=run.provenance["notes"],
+        tiles=tiles,
+        captions=CAPTIONS,
+        provenance=provenance_rows(run),
+        config=run.config_text,
     )
-    path = Path(folder) / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path

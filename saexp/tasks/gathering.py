@@ -113,5 +113,5 @@ def _collected(
 def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:
     """Hookpoints to store on the way; a layer the model lacks is left to the cell that names it."""
     own = hookpoints[0].stream
-    there = [(layer, stream) for layer, stream in ahead if layer < model.n_layers]
-    return [Hookpoint(layer, stream or own) for layer, stream in there]
+    there = [(layer, stream or own) for layer, stream in ahead if layer < model.n_layers]
+    return [Hookpoint(layer, stream) for layer, stream in there if stream != "embed" or not layer]

@@ -22,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS
 from saexp.errors import SaexpError
+from saexp.results import SWEEP_PLAN
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.json"
 _IGNORED = frozenset({"coefficient", "width", "intervention", "analyzer", "sae_trainer", "tracker"})
 """Keys that never change which hookpoint of which texts a cell needs."""
 _sweep: Path | None = None
@@ -46,7 +46,7 @@ class SweepCallback(Callback):
             "passes": _passes(cells),
         }
         _sweep.mkdir(parents=True, exist_ok=True)
-        (_sweep / PLAN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (_sweep / SWEEP_PLAN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _cells(config: DictConfig) -> list[list[str]]:
@@ -110,9 +110,9 @@ def texts_key(cfg: RunConfig) -> str:
 
 def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
     """(layer, stream) that cells of this sweep need from this cell's texts; None: as the SAE's."""
-    if sweep is None or not (sweep / PLAN).is_file():
+    if sweep is None or not (sweep / SWEEP_PLAN).is_file():
         return []
-    plan = json.loads((sweep / PLAN).read_text("utf-8"))
+    plan = json.loads((sweep / SWEEP_PLAN).read_text("utf-8"))
     return [(int(layer), stream) for layer, stream in plan["passes"].get(texts_key(cfg), [])]
 
 
@@ -155,7 +155,7 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
         return
     raw = yaml.safe_load(composed.read_text("utf-8"))
     tracker = registry.build("tracker", TrackerConfig(**raw["tracker"]))
-    plan = json.loads((folder / PLAN).read_text("utf-8"))
+    plan = json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
     tracker.start(
         folder=folder,
         config={"command": plan["command"], "n_cells": len(table)},

@@ -10,23 +10,8 @@ import pytest
 from tests.activations import child
 from tests.activations.child import PATIENCE_SECONDS, SHARD_ROWS, load
 from tests.activations.collecting import POSTS, digests, digests_in, n_shard_files, n_sound, run
-from tests.random_models import random_hf, save
 
 N_KILLS = 32
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model")
-    save(random_hf("llama"), place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """(digests, tokens) of a collection that nothing happened to."""
-    store, stats = run(load(folder), tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)
-    return digests(store.path), stats.tokens_forwarded
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +34,9 @@ def end(process):
 
 @pytest.mark.slow
 def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_bytes(
-    folder, whole, server, tmp_path
+    folder, undisturbed, server, tmp_path
 ):
-    expected, _ = whole
+    expected, _ = undisturbed
 
     def collect_in_child(cache, kill_at=0, share=None):
         """Killed at a change of the disk, or after a share of an undisturbed run's time."""
@@ -90,9 +75,9 @@ def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_
 
 @pytest.mark.slow
 def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
-    folder, whole, server, tmp_path
+    folder, undisturbed, server, tmp_path
 ):
-    expected, _ = whole
+    expected, _ = undisturbed
     go = server.Event()
     go.set()
     # Within the rows table, the manifest, the first shard's three files, and the manifest again.
@@ -122,9 +107,9 @@ def start_writers(server, folder, tmp_path):
 
 @pytest.mark.parametrize("n_writers", [2, 4])
 def test_writers_at_once_share_the_work_and_compute_no_shard_twice(
-    whole, start_writers, tmp_path, n_writers
+    undisturbed, start_writers, tmp_path, n_writers
 ):
-    expected, tokens = whole
+    expected, tokens = undisturbed
     _, writers = start_writers(n_writers, [False] * n_writers)
     assert [end(process) for process, _ in writers] == [0] * n_writers
     shares = [said.get() for _, said in writers]
@@ -133,8 +118,10 @@ def test_writers_at_once_share_the_work_and_compute_no_shard_twice(
     assert digests_in(tmp_path / "cache") == expected
 
 
-def test_the_shard_of_a_killed_writer_is_taken_over_by_another(whole, start_writers, tmp_path):
-    expected, tokens = whole
+def test_the_shard_of_a_killed_writer_is_taken_over_by_another(
+    undisturbed, start_writers, tmp_path
+):
+    expected, tokens = undisturbed
     place, ((stuck, _), *others) = start_writers(4, [True, False, False])
     child.meet(place, 4)
     stuck.kill()
@@ -145,9 +132,9 @@ def test_the_shard_of_a_killed_writer_is_taken_over_by_another(whole, start_writ
 
 
 def test_a_writer_waits_for_the_shard_of_one_that_is_slow_and_takes_it_over_when_it_dies(
-    whole, start_writers, tmp_path
+    undisturbed, start_writers, tmp_path
 ):
-    expected, tokens = whole
+    expected, tokens = undisturbed
     place, ((stuck, _), (other, said)) = start_writers(3, [True, False])
     child.meet(place, 3)
     (manifest,) = (tmp_path / "cache" / "activations").glob("*/manifest.json")

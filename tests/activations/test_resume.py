@@ -11,32 +11,10 @@ import torch
 from saexp.activations import shards
 from saexp.activations import store as store_module
 from saexp.activations.store import ActivationStore
-from saexp.config import ModelConfig
-from saexp.models.loading import LanguageModel
+from tests.activations.child import PATIENCE_SECONDS, SHARD_ROWS, load
 from tests.activations.collecting import POSTS, digests, placed, run
-from tests.random_models import random_hf, save
 
-SHARD_ROWS = 9
 PASSES = 6
-PATIENCE_SECONDS = 120
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model")
-    save(random_hf("llama"), place)
-    return place
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, tmp_path_factory):
-    """(digests, tokens) of a collection that nothing happened to."""
-    store, stats = run(load(folder), tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)
-    return digests(store.path), stats.tokens_forwarded
-
-
-def load(folder) -> LanguageModel:
-    return LanguageModel(ModelConfig(name=str(folder), device="cpu"))
 
 
 def the_store(cache) -> ActivationStore:
