@@ -22,6 +22,9 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "collect": "saexp.tasks.collect:collect",
         "train": "saexp.tasks.train:train",
         "cache": "saexp.tasks.cache:manage",
+        "evaluate": "saexp.tasks.evaluate:evaluate",
+        "dashboard": "saexp.tasks.dashboard:dashboard",
+        "label": "saexp.tasks.label:label",
     },
     "model": {
         "hf": "saexp.models.loading:load_model",
@@ -39,6 +42,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "ioi": "saexp.data.datasets:ioi",
         "memorization": "saexp.data.datasets:memorization",
         "hf": "saexp.data.datasets:hf",
+        "prompt": "saexp.data.datasets:prompt",
+        "wikidata": "saexp.data.wikidata:wikidata",
     },
     "positions": {
         "entity_last": "saexp.data.positions:EntityLast",
@@ -55,6 +60,10 @@ _BUILTIN: dict[str, dict[str, str]] = {
     },
     "analyzer": {
         "contrast": "saexp.analysis.contrast:ContrastAnalyzer",
+        "stats": "saexp.analysis.stats:StatsAnalyzer",
+        "top_features": "saexp.analysis.top_features:TopFeaturesAnalyzer",
+        "probe": "saexp.analysis.probe:ProbeAnalyzer",
+        "capability": "saexp.analysis.capability:CapabilityAnalyzer",
     },
     "intervention": {
         "steer": "saexp.interventions.edits:Steer",

@@ -125,6 +125,8 @@ class DatasetConfig:
     """A text given on the command line."""
     answer: str | None = None
     """Its answer."""
+    foil: str | None = None
+    """A wrong answer to compare with."""
     background: str | None = None
     """File of neutral text for the background filter; the shipped one where not given."""
     max_length: int = 512
@@ -264,6 +266,8 @@ class TaskConfig:
     """Registry name: analyze, collect, …"""
     streams: list[str] = field(default_factory=lambda: ["resid_post"])
     """Streams that `collect` stores at each layer: resid_post, attn_out, mlp_out, …"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the task beyond the groups; its file in conf/task lists them."""
 
 
 @dataclass(kw_only=True)

@@ -76,6 +76,8 @@ class RunConfig:
     """cache: prune what was not used for this long, 30d."""
     stores: list[str] = field(default_factory=list)
     """cache: the two keys, or beginnings of them, to compare."""
+    latents: Any = None
+    """dashboard: latent indices, or top:20 (the run's own best)."""
     plugins: list[str] = field(default_factory=list)
     """Modules of your own to import first, whose components then can be named."""
 

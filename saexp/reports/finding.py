@@ -27,6 +27,8 @@ def headline(folder: str | Path) -> str:
 
 def sentences(run: SavedRun) -> list[str]:
     """One sentence on the setting, one per direction of the contrast, one per causal effect."""
+    if "finding" in run.provenance:
+        return list(run.provenance["finding"])
     if run.config["task"]["name"] == "train":
         return [training_sentence(run)]
     if run.latents is None:

@@ -153,10 +153,10 @@ def test_a_writer_waits_for_the_shard_of_one_that_is_slow_and_takes_it_over_when
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(server, tmp_path):
     n_bytes, peak = {}, {}
-    for n_texts in (100, 400):
+    for n_texts in (200, 800):
         process, said = start(server, child.collect_much, tmp_path / str(n_texts), n_texts)
         assert end(process) == 0
         n_bytes[n_texts], peak[n_texts] = said.get()
-    # Were they all held, the peak would be a fifth higher.
-    assert n_bytes[400] - n_bytes[100] > 0.2 * peak[100]
-    assert peak[400] < 1.1 * peak[100]
+    # Were they all held, the peak would be about a third higher.
+    assert n_bytes[800] - n_bytes[200] > 0.25 * peak[200]
+    assert peak[800] < 1.1 * peak[200]

@@ -1,0 +1,54 @@
+"""A reconstruction in place of the activation: edits for `models.hooks.edit`.
+
+Shapes: b batch, t tokens, d the stream's width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import EditFunction
+from saexp.saes.base import SparseAutoencoder
+
+ChangeLatents = Callable[[Tensor], Tensor]
+"""`[n, d_sae]` -> `[n, d_sae]`."""
+
+
+def spliced(
+    sae: SparseAutoencoder,
+    mask: Bool[Tensor, "b t"] | None = None,
+    *,
+    error: bool = False,
+    change: ChangeLatents | None = None,
+) -> dict[Hookpoint, EditFunction]:
+    """Edits that put the SAE's reconstruction where `mask` is true (everywhere without one).
+
+    A transcoder reads its own hookpoint and writes `hookpoint_out`. `change` is applied to the
+    latents before decoding; with `error` what the reconstruction misses is added back, so that
+    nothing changes where the latents don't. Positions outside the mask keep every bit.
+    """
+    seen: list[Tensor] = []
+
+    def read(stream: Tensor) -> Tensor:
+        seen[:] = [stream]
+        return stream
+
+    def write(stream: Tensor) -> Tensor:
+        source = seen.pop() if sae.is_transcoder else stream
+        where = torch.ones(stream.shape[:2], dtype=torch.bool) if mask is None else mask
+        where = where.to(stream.device)
+        x = source[where].to(sae.device)
+        acts = sae.encode(x)
+        out = sae.decode(acts if change is None else change(acts), x).to(stream.device)
+        if error:
+            out = stream[where] + (out - sae.decode(acts, x).to(stream.device))
+        new = stream.clone()
+        new[where] = out.to(stream.dtype)
+        return new
+
+    if sae.hookpoint_out is None:
+        return {sae.hookpoint: write}
+    return {sae.hookpoint: read, sae.hookpoint_out: write}
