@@ -3,7 +3,6 @@
 from saexp.config.components import (
     AnalyzerConfig,
     DatasetConfig,
-    InterventionConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
@@ -11,6 +10,7 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
+from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
 from saexp.config.values import parse_coefficients, parse_layers, parse_width
 

@@ -6,11 +6,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from saexp.config.values import at_least, one_of, parse_coefficients, parse_layers, parse_width
+from saexp.config.values import at_least, one_of, parse_layers, parse_width
 from saexp.errors import ConfigError
 
-PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")
-UNITS = ("raw", "max_act", "p99_act", "resid_norm")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,8 +82,17 @@ class SAEConfig:
     """dtype of its weights."""
     seed: int = 0
     """Seed, for `random` only."""
+    norm_factor: Any = None
+    """What inputs are multiplied by, where the files do not say: a number, or `estimate`
+    (sqrt(d_in) over the mean norm of the run's neutral text)."""
 
     def __post_init__(self) -> None:
+        factor = self.norm_factor
+        number = isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0
+        if factor is not None and factor != "estimate" and not number:
+            raise ConfigError(
+                f"sae.norm_factor={factor} is no factor; type a number above 0, or estimate"
+            )
         parse_width(self.width)
         if self.layer is not None:
             parse_layers(self.layer)
@@ -129,6 +136,8 @@ class DatasetConfig:
     """A wrong answer to compare with."""
     background: str | None = None
     """File of neutral text for the background filter; the shipped one where not given."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the data set; its file in conf/dataset lists them."""
     max_length: int = 512
     """Longest text in tokens, special tokens included; longer ones are cut."""
     seed: int = 0
@@ -167,53 +176,6 @@ class PositionsConfig:
 
 
 @dataclass(kw_only=True)
-class InterventionConfig:
-    """A causal test: what is changed, where, how strongly, and what is looked at."""
-
-    name: str = MISSING
-    """Registry name: `none` runs no causal test."""
-    latents: Any = "selected"
-    """`selected` by the contrast, or a list of latent indices."""
-    top_k: int = 4
-    """How many selected latents per direction are tested as a group."""
-    unit: str = "resid_norm"
-    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's mean norm)."""
-    default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
-    """Coefficients used when `coefficient` is not given."""
-    coefficient: Any = None
-    """Strength, a number or a list."""
-    where: str = "entity_last"
-    """Tokens that are changed: all, entity, entity_last, entity_to_end, last, prompt, generated."""
-    n_controls: int = 10
-    """Control latents per direction, matched in firing frequency and decoder norm."""
-    n_prompts: int = 100
-    """Prompts per group, from the test split (seeded choice)."""
-    max_new_tokens: int = 30
-    """Longest generation in tokens."""
-    outcomes: list[str] = field(default_factory=lambda: ["refusal"])
-    """What is scored, registry names of kind `outcome`."""
-    batch_tokens: int = 8192
-    """Tokens per batch of prompts, padding included."""
-    seed: int = 0
-    """Seed of the choice of prompts and controls."""
-
-    def __post_init__(self) -> None:
-        one_of("intervention.unit", self.unit, UNITS)
-        one_of("intervention.where", self.where, PLACES)
-        at_least("intervention.n_controls", self.n_controls, 0)
-        at_least("intervention.max_new_tokens", self.max_new_tokens, 1)
-        if self.coefficient is not None:
-            parse_coefficients(self.coefficient)
-        if self.latents != "selected":
-            wrong = not isinstance(self.latents, list) or not self.latents
-            if wrong or not all(isinstance(i, int) and i >= 0 for i in self.latents):
-                raise ConfigError(
-                    f"intervention.latents={self.latents} names no latents; "
-                    "type selected or a list such as '[1234,77]'"
-                )
-
-
-@dataclass(kw_only=True)
 class AnalyzerConfig:
     """How latents are compared between groups."""
 
@@ -231,6 +193,10 @@ class AnalyzerConfig:
     """Latents per direction marked `selected`."""
     match_tokens: bool = True
     """Resample to equal token counts where the groups' differ."""
+    scores: bool = True
+    """Input and output scores of the selected latents (Arad et al. 2025)."""
+    attribution: bool = False
+    """What each latent does to the answer's logit, directly and by gradient."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a component of your own."""
     seed: int = 0

@@ -9,7 +9,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from saexp.config.components import (
     AnalyzerConfig,
     DatasetConfig,
-    InterventionConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
@@ -17,6 +16,7 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
+from saexp.config.interventions import InterventionConfig
 from saexp.config.training import SAETrainerConfig
 from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError

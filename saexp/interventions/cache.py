@@ -1,6 +1,6 @@
-"""Generations on disk, each under what determines it, so that no run computes one twice.
+"""Results of rows on disk, each under what determines it, so that no run computes one twice.
 
-<cache_dir>/generations.sqlite: what a killed run had generated is there when it is started again.
+<cache_dir>/generations.sqlite: what a killed run had made is there when it is started again.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ import numpy as np
 
 from saexp.errors import StoreError
 
-VERSION = 1
+VERSION = 2
 _LOOK_UP = 500
 """Keys per query, under SQLite's limit."""
 
 
-class GenerationCache:
-    """Token lists by key; `determined_by` is everything beside the row that fixes a result."""
+class ResultCache:
+    """Numbers by key; `determined_by` is everything beside the row that fixes a result."""
 
     def __init__(self, cache_dir: str | Path, determined_by: Mapping[str, Any]) -> None:
         self.path = Path(cache_dir) / "generations.sqlite"
@@ -27,7 +27,9 @@ class GenerationCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = sqlite3.connect(self.path, timeout=60)
-            self.file.execute("create table if not exists made (key blob primary key, ids blob)")
+            self.file.execute(
+                "create table if not exists results (key blob primary key, found blob)"
+            )
         except (OSError, sqlite3.Error) as error:
             raise self._error(error) from error
 
@@ -36,32 +38,36 @@ class GenerationCache:
             f"cannot use {self.path}: {error}; delete it or choose another cache_dir="
         )
 
-    def key(self, row_key: tuple[Any, ...]) -> bytes:
-        """Digest of the row and of everything else that fixes its result."""
-        return hashlib.sha256(f"{self.prefix}{row_key!r}".encode()).digest()
+    def key(self, kind: str, row_key: tuple[Any, ...]) -> bytes:
+        """Digest of the row, of what is computed of it, and of everything else that fixes that."""
+        return hashlib.sha256(f"{self.prefix}{kind}{row_key!r}".encode()).digest()
 
-    def get(self, row_keys: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], list[int]]:
+    def get(
+        self, kind: str, row_keys: Iterable[tuple[Any, ...]]
+    ) -> dict[tuple[Any, ...], np.ndarray]:
         """Those of the rows that are there."""
-        of_digest = {self.key(k): k for k in row_keys}
+        of_digest = {self.key(kind, k): k for k in row_keys}
         digests = list(of_digest)
         found = {}
         try:
             for start in range(0, len(digests), _LOOK_UP):
                 some = digests[start : start + _LOOK_UP]
                 marks = ",".join("?" * len(some))
-                rows = self.file.execute(f"select key, ids from made where key in ({marks})", some)
-                for digest, ids in rows:
-                    found[of_digest[digest]] = np.frombuffer(ids, dtype="<i4").tolist()
+                rows = self.file.execute(
+                    f"select key, found from results where key in ({marks})", some
+                )
+                for digest, values in rows:
+                    found[of_digest[digest]] = np.frombuffer(values, dtype="<f8")
         except sqlite3.Error as error:
             raise self._error(error) from error
         return found
 
-    def put(self, made: Sequence[tuple[tuple[Any, ...], list[int]]]) -> None:
+    def put(self, kind: str, made: Sequence[tuple[tuple[Any, ...], np.ndarray]]) -> None:
         """Keep a batch, whole or not at all."""
-        rows = [(self.key(k), np.asarray(ids, dtype="<i4").tobytes()) for k, ids in made]
+        rows = [(self.key(kind, k), np.asarray(v, dtype="<f8").tobytes()) for k, v in made]
         try:
             with self.file:
-                self.file.executemany("insert or ignore into made values (?, ?)", rows)
+                self.file.executemany("insert or ignore into results values (?, ?)", rows)
         except sqlite3.Error as error:
             raise self._error(error) from error
 

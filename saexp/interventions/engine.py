@@ -1,199 +1,175 @@
-"""Batched greedy generation in which every row has its own edit, strength and positions.
+"""Forward passes and generation in which every row has its own operations, strength, places.
 
-Shapes: b rows of a batch, t padded tokens, d the stream's width, u latents any row sets.
+Shapes: b rows of a batch, t padded tokens, w tokens of the window run per row, V vocabulary.
 Positions are absolute indices into the unpadded prompt, so they hold under left padding and under
-KV-cached decoding.
+KV-cached decoding. Rows with the same prompt share its computation up to the first token that any
+row of the batch changes.
 """
 
+import hashlib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.context import progress
-from saexp.interventions.cache import GenerationCache
-from saexp.models.hookpoints import Hookpoint
+from saexp.interventions.batch import BatchEdit, SAEs
+from saexp.interventions.cache import ResultCache
+from saexp.interventions.ops import Row
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 
 _DROP_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it."""
+_SHARE_FROM = 0.15
+"""Prompts are shared where that saves this share of a batch's tokens."""
+_LOGIT_BYTES = 512 * 2**20
+"""Largest tensor of logits."""
+
+Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
+"""What is kept of a row's logits at its last `n_last` tokens (float32)."""
 
 
-@dataclass(frozen=True)
-class Edit:
-    """A change of one stream, in raw units.
-
-    With `read` empty: x + coefficient * sum_i scales[i] * direction(write[i]). Else
-    x + coefficient * sum_i (targets[i] - a(read[i])) * direction(write[i]), a a latent's own value:
-    the reconstruction error is kept, and coefficient 1 puts each latent at its target.
-    """
-
-    write: tuple[int, ...]
-    """Latents whose decoder directions are added."""
-    coefficient: float
-    scales: tuple[float, ...] = ()
-    read: tuple[int, ...] = ()
-    targets: tuple[float, ...] = ()
+def padded(
+    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Left-padded ids and their mask."""
+    width = max(map(len, ids))
+    out = torch.full((len(ids), width), pad_id)
+    mask = torch.zeros_like(out)
+    for i, row in enumerate(ids):
+        out[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return out.to(device), mask.to(device)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One generation."""
-
-    ids: tuple[int, ...]
-    """Prompt tokens, special ones included."""
-    edit: Edit | None = None
-    positions: tuple[int, ...] = ()
-    """Prompt tokens that are changed."""
-    generated: bool = False
-    """Whether generated tokens are changed too."""
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Rows with one key have one result: no edit and coefficient 0 are the same."""
-        if self.edit is None or self.edit.coefficient == 0:
-            return (self.ids,)
-        return (self.ids, self.edit, self.positions, self.generated)
-
-
-class _BatchEdit:
-    """The edits of a batch as one function of the stream."""
-
-    def __init__(self, rows: Sequence[Row], width: int, sae: SparseAutoencoder) -> None:
-        self.sae = sae
-        device = sae.device
-        self.vectors = torch.zeros(len(rows), sae.d_in, device=device)
-        self.at_prompt = torch.zeros(len(rows), width, dtype=torch.bool, device=device)
-        self.at_generated = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        reading = sorted({f for r in rows if r.edit for f in r.edit.read})
-        self.reading = reading
-        place = {f: i for i, f in enumerate(reading)}
-        self.targets = torch.zeros(len(rows), len(reading), device=device)
-        self.mixing: dict[int, tuple[Tensor, Tensor]] = {}
-        for i, row in enumerate(rows):
-            if row.edit is None or row.edit.coefficient == 0:
-                continue
-            start = width - len(row.ids)
-            self.at_prompt[i, [start + p for p in row.positions]] = True
-            self.at_generated[i] = row.generated
-            directions = sae.directions(row.edit.write).float() * row.edit.coefficient
-            if not row.edit.read:
-                scales = torch.tensor(row.edit.scales, device=device)
-                self.vectors[i] = scales @ directions
-                continue
-            columns = torch.tensor([place[f] for f in row.edit.read], device=device)
-            self.targets[i, columns] = torch.tensor(row.edit.targets, device=device)
-            self.mixing[i] = (columns, directions)
-
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only."""
-        self.vectors, self.targets = self.vectors[chosen], self.targets[chosen]
-        self.at_prompt, self.at_generated = self.at_prompt[chosen], self.at_generated[chosen]
-        old = chosen.tolist()
-        self.mixing = {i: self.mixing[o] for i, o in enumerate(old) if o in self.mixing}
-
-    def function(self, *, prompt: bool) -> Any:
-        """`[b, t, d]` -> `[b, t, d]`; the input itself, bit by bit, wherever nothing is edited."""
-        mask = self.at_prompt if prompt else self.at_generated[:, None]
-        any_edit = bool(mask.any())
-
-        def change(stream: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-            if not any_edit:
-                return stream
-            return self._change(stream, mask.to(stream.device))
-
-        return change
-
-    def _change(
-        self, stream: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "b t d"]:
-        row_of, token_of = mask.nonzero(as_tuple=True)
-        old = stream[row_of, token_of].float()
-        added = self.vectors.to(old.device)[row_of]
-        if self.mixing:
-            acts = self.sae.encode_latents(old, self.reading).float()
-            gap = self.targets[row_of] - acts
-            for i, (columns, directions) in self.mixing.items():
-                mine = row_of == i
-                added[mine] = gap[mine][:, columns] @ directions
-        new = stream.clone()
-        new[row_of, token_of] = (old + added).to(stream.dtype)
-        return new
-
-
-def _left_padded(rows: Sequence[Row], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row.ids) :] = torch.tensor(row.ids)
-        mask[i, width - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _last_only(model: LanguageModel) -> dict[str, int]:
-    """Option that keeps the LM head to the last position, where the model has it."""
+def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
+    """Option that keeps the LM head to the last n positions, where the model has it."""
     known = inspect.signature(model.hf.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": n} if "logits_to_keep" in known else {}
+
+
+@dataclass
+class _Pass:
+    """What a pass over a batch's prompts leaves."""
+
+    logits: Float[Tensor, "b n V"]
+    cache: Any
+    mask: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b w"]
+    change: BatchEdit
+
+
+def _window(rows: Sequence[Row], width: int, n_last: int) -> int:
+    """Tokens from the end that must be run for each row by itself."""
+    changed = max(len(r.ids) - r.first_changed for r in rows)
+    return min(width, max(1, n_last, changed))
+
+
+def _prefill(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
+) -> _Pass:
+    """Run the prompts with their operations; logits of each row's last `n_last` tokens."""
+    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
+    width = ids.shape[1]
+    change = BatchEdit(rows, width, saes, model.device)
+    positions = position_ids(mask)
+    window = _window(rows, width, n_last)
+    numbers: dict[tuple[int, ...], int] = {}
+    of_row = [numbers.setdefault(r.ids, len(numbers)) for r in rows]
+    saved = (len(rows) - len(numbers)) * (width - window)
+    cache = None
+    if saved > _SHARE_FROM * len(rows) * width:
+        firsts = torch.tensor([of_row.index(n) for n in range(len(numbers))], device=model.device)
+        shared = model.hf(
+            input_ids=ids[firsts, :-window],
+            attention_mask=mask[firsts, :-window],
+            position_ids=positions[firsts, :-window],
+            use_cache=True,
+            **_keeping(model, 1),
+        )
+        cache = shared.past_key_values
+        cache.batch_select_indices(torch.tensor(of_row, device=model.device))
+    else:
+        window = width
+    with edit_streams(model, change.functions(window)):
+        out = model.hf(
+            input_ids=ids[:, width - window :],
+            attention_mask=mask,
+            position_ids=positions[:, width - window :],
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+            **_keeping(model, n_last),
+        )
+    return _Pass(
+        out.logits[:, -n_last:], out.past_key_values, mask, positions[:, width - window :], change
+    )
 
 
 @torch.inference_mode()
 def last_logits(
-    model: LanguageModel, rows: Sequence[Row], sae: SparseAutoencoder, hookpoint: Hookpoint
-) -> Float[Tensor, "b vocab"]:
-    """Next-token logits after each prompt, all rows in one batch."""
-    ids, mask = _left_padded(rows, model.pad_id, model.device)
-    change = _BatchEdit(rows, ids.shape[1], sae)
-    with edit_streams(model, {hookpoint: change.function(prompt=True)}):
-        out = model.hf(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            use_cache=False,
-            **_last_only(model),
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs | None = None, n_last: int = 1
+) -> Float[Tensor, "b n V"]:
+    """Logits after each prompt's last `n_last` tokens, all rows in one batch."""
+    return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
+
+
+class _Drawing:
+    """Tokens from logits: the likeliest, or a draw that depends on nothing but the row."""
+
+    def __init__(self, rows: Sequence[Row], steps: int, device: torch.device) -> None:
+        self.device = device
+        self.temperature = torch.tensor(
+            [r.sample.temperature if r.sample else 1.0 for r in rows], device=device
         )
-    return out.logits[:, -1]
+        self.sampled = torch.tensor([r.sample is not None for r in rows], device=device)
+        uniform = np.zeros((len(rows), steps))
+        for i, row in enumerate(rows):
+            if row.sample is not None:
+                digest = hashlib.sha256(repr(row.key).encode()).digest()
+                generator = np.random.default_rng(list(digest))
+                uniform[i] = generator.random(steps)
+        self.uniform = torch.from_numpy(uniform).to(device)
+
+    def draw(self, logits: Float[Tensor, "b V"], step: int, alive: Tensor) -> Int[Tensor, " b"]:
+        """One token per row that is alive."""
+        alive = alive.to(self.device)
+        likeliest = logits.argmax(-1)
+        sampled = self.sampled[alive]
+        if not bool(sampled.any()):
+            return likeliest
+        scaled = logits[sampled].float() / self.temperature[alive][sampled, None]
+        heaped = scaled.softmax(-1).double().cumsum(-1)
+        level = self.uniform[alive, step][sampled, None] * heaped[:, -1:]
+        drawn = torch.searchsorted(heaped, level)[:, 0].clamp(max=logits.shape[-1] - 1)
+        likeliest[sampled] = drawn
+        return likeliest
 
 
 @torch.inference_mode()
 def _generate_batch(
-    model: LanguageModel,
-    rows: Sequence[Row],
-    sae: SparseAutoencoder,
-    hookpoint: Hookpoint,
-    max_new_tokens: int,
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, max_new_tokens: int
 ) -> list[list[int]]:
-    ids, mask = _left_padded(rows, model.pad_id, model.device)
-    change = _BatchEdit(rows, ids.shape[1], sae)
     eos = torch.tensor(model.eos_ids, device=model.device)
+    drawing = _Drawing(rows, max_new_tokens, model.device)
     results: list[list[int]] = [[] for _ in rows]
     alive = torch.arange(len(rows))
     finished = torch.zeros(len(rows), dtype=torch.bool)
-    positions = position_ids(mask)
-    cache = None
-    inputs = ids
+    state = _prefill(model, rows, saes, 1, use_cache=True)
+    cache, mask, positions = state.cache, state.mask, state.positions
+    logits = state.logits[:, -1]
+    keep_one = _keeping(model, 1)
     for step in range(max_new_tokens):
-        with edit_streams(model, {hookpoint: change.function(prompt=step == 0)}):
-            out = model.hf(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **_last_only(model),
-            )
-        cache = out.past_key_values
-        following = out.logits[:, -1].argmax(-1)
+        following = drawing.draw(logits, step, alive)
         ended = torch.isin(following, eos).cpu()
         for i, (row, token) in enumerate(zip(alive.tolist(), following.tolist(), strict=True)):
             if not finished[i] and not ended[i]:
@@ -209,46 +185,163 @@ def _generate_batch(
             on_device = chosen.to(model.device)
             cache.batch_select_indices(on_device)
             inputs, mask, positions = inputs[on_device], mask[on_device], positions[on_device]
-            change.keep(on_device)
+            state.change.keep(on_device)
             alive, finished = alive[chosen], finished[chosen]
+        with edit_streams(model, state.change.functions(None)):
+            out = model.hf(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **keep_one,
+            )
+        cache, logits = out.past_key_values, out.logits[:, -1]
     return results
+
+
+def _batches(rows: Sequence[Row], extra: int, batch_tokens: int) -> list[list[Row]]:
+    """Rows of one prompt side by side, long prompts first, at most `batch_tokens` a batch."""
+    order = sorted(rows, key=lambda r: (-len(r.ids), r.ids))
+    batches, start = [], 0
+    while start < len(order):
+        longest = len(order[start].ids) + extra
+        size = max(1, batch_tokens // longest)
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _computed(
+    rows: Sequence[Row],
+    what: str,
+    kind: str,
+    cache: ResultCache | None,
+    batches: Callable[[Sequence[Row]], list[list[Row]]],
+    compute: Callable[[list[Row]], Sequence[np.ndarray]],
+) -> list[np.ndarray]:
+    """One result per row: equal rows once, and not at all where the cache has them."""
+    distinct = {row.key: row for row in rows}
+    done = cache.get(kind, distinct) if cache is not None else {}
+    missing = [row for key, row in distinct.items() if key not in done]
+    with progress(len(missing), what, "prompt") as bar:
+        for batch in batches(missing) if missing else []:
+            made = [(r.key, v) for r, v in zip(batch, compute(batch), strict=True)]
+            done.update(made)
+            if cache is not None:
+                cache.put(kind, made)
+            bar.update(len(batch))
+    log.info(
+        "%s: %d rows, %d computed, %d were stored",
+        what,
+        len(rows),
+        len(missing),
+        len(distinct) - len(missing),
+    )
+    return [done[row.key] for row in rows]
 
 
 def generate(
     model: LanguageModel,
     rows: Sequence[Row],
-    sae: SparseAutoencoder,
-    hookpoint: Hookpoint,
+    saes: SAEs | None = None,
     *,
     max_new_tokens: int,
     batch_tokens: int,
-    cache: GenerationCache | None = None,
+    cache: ResultCache | None = None,
+    what: str = "generating",
 ) -> list[list[int]]:
-    """Greedy continuations (new tokens, without the end token), in the order of `rows`.
+    """Continuations (new tokens, without the end token), in the order of `rows`.
 
-    Equal rows are computed once, and not at all where the cache has them; batches hold prompts of
-    similar length, at most `batch_tokens` tokens with padding and what is generated.
+    Greedy, or sampled where a row says so. Equal rows are computed once, and not at all where the
+    cache has them; batches hold prompts of similar length, at most `batch_tokens` tokens with
+    padding and what is generated.
     """
-    distinct = {row.key: row for row in rows}
-    done = cache.get(distinct) if cache is not None else {}
-    order = [row for key, row in distinct.items() if key not in done]
-    order.sort(key=lambda r: len(r.ids), reverse=True)
-    with progress(len(order), "generating", "prompt") as bar:
-        start = 0
-        while start < len(order):
-            longest = len(order[start].ids) + max_new_tokens
-            batch = order[start : start + max(1, batch_tokens // longest)]
-            tokens = _generate_batch(model, batch, sae, hookpoint, max_new_tokens)
-            made = [(r.key, t) for r, t in zip(batch, tokens, strict=True)]
-            done.update(made)
-            if cache is not None:
-                cache.put(made)
-            start += len(batch)
-            bar.update(len(batch))
-    log.info(
-        "generated %d continuations, %d were cached (%d rows asked)",
-        len(order),
-        len(distinct) - len(order),
-        len(rows),
+
+    def compute(batch: list[Row]) -> list[np.ndarray]:
+        tokens = _generate_batch(model, batch, saes or {}, max_new_tokens)
+        return [np.asarray(t, dtype=np.float64) for t in tokens]
+
+    found = _computed(
+        rows,
+        what,
+        f"tokens {max_new_tokens}",
+        cache,
+        lambda some: _batches(some, max_new_tokens, batch_tokens),
+        compute,
     )
-    return [done[row.key] for row in rows]
+    return [[int(t) for t in values] for values in found]
+
+
+def read_logits(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs | None,
+    reader: Reader,
+    *,
+    kind: str,
+    batch_tokens: int,
+    n_last: Callable[[Row], int] | None = None,
+    cache: ResultCache | None = None,
+    what: str = "scoring",
+) -> list[np.ndarray]:
+    """`reader(row, logits)` of every row, in order; `kind` names the reader in the cache.
+
+    The logits are of the row's last `n_last` prompt tokens (1 where not given).
+    """
+
+    def cut(some: Sequence[Row]) -> list[list[Row]]:
+        most = 1 if n_last is None else max(n_last(r) for r in some)
+        vocabulary = int(model.text_config.vocab_size)
+        size = max(1, _LOGIT_BYTES // (4 * most * vocabulary))
+        batches = _batches(some, 0, batch_tokens)
+        return [b[i : i + size] for b in batches for i in range(0, len(b), size)]
+
+    @torch.inference_mode()
+    def compute(batch: list[Row]) -> list[np.ndarray]:
+        wanted = [1 if n_last is None else n_last(r) for r in batch]
+        logits = _prefill(model, batch, saes or {}, max(wanted), use_cache=False).logits
+        return [
+            np.asarray(reader(row, x[-n:].float()), dtype=np.float64)
+            for row, x, n in zip(batch, logits, wanted, strict=True)
+        ]
+
+    return _computed(rows, what, kind, cache, cut, compute)
+
+
+def divergences(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs | None,
+    *,
+    batch_tokens: int,
+    cache: ResultCache | None = None,
+) -> list[float]:
+    """Mean over a prompt's tokens of KL(unedited || edited), nats, per row.
+
+    Every token but the first counts (the first is the BOS where the tokenizer has one).
+    """
+
+    def cut(some: Sequence[Row]) -> list[list[Row]]:
+        vocabulary = int(model.text_config.vocab_size)
+        batches = []
+        of_prompt: dict[tuple[int, ...], list[Row]] = {}
+        for row in some:
+            of_prompt.setdefault(row.ids, []).append(row)
+        for ids, same in of_prompt.items():
+            most = min(batch_tokens // len(ids), _LOGIT_BYTES // (12 * len(ids) * vocabulary))
+            size = max(1, most - 1)
+            batches += [same[i : i + size] for i in range(0, len(same), size)]
+        return batches
+
+    @torch.inference_mode()
+    def compute(batch: list[Row]) -> list[np.ndarray]:
+        plain = Row(batch[0].ids)
+        n = max(len(plain.ids) - 1, 1)
+        logits = _prefill(model, [plain, *batch], saes or {}, n, use_cache=False).logits
+        logs = logits.float().log_softmax(-1)
+        kl = (logs[:1].exp() * (logs[:1] - logs[1:])).sum(-1).mean(-1)
+        return [np.asarray([max(float(x), 0.0)]) for x in kl]
+
+    found = _computed(rows, "cost on neutral text", "kl", cache, cut, compute)
+    return [float(v[0]) for v in found]

@@ -1,11 +1,29 @@
-"""What is looked at in a generation; registry kind `outcome`."""
+"""What is looked at after an intervention; registry kind `outcome`.
+
+`text` outcomes score a generation, `next` outcomes the logits after the prompt, `cost` outcomes
+neutral text, `heads` outcomes attention. `rate` outcomes are yes or no, `mean` ones are numbers.
+"""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saexp.data.examples import Example
+from saexp.data.matchers import is_correct
+from saexp.data.positions import Unplaced
 
 PATTERNS = Path(__file__).parent.parent / "assets" / "refusal_patterns.txt"
+KNOWS = "Are you sure you know the {entity_type} {entity}? Answer yes or no."
+"""Self-knowledge question of Ferrando et al. 2024, section 5."""
+_NGRAM = 3
 
 
 def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
@@ -17,14 +35,214 @@ def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
 class Refusal:
     """Whether the model says it does not know."""
 
-    name = "refusal"
+    name, kind, source = "refusal", "rate", "text"
 
     def __init__(self) -> None:
         self.patterns = read_patterns()
 
-    def score(self, generated: str, example: Example) -> bool:
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool:  # noqa: ARG002
         """True for a refusal; the entity's own name is taken out first."""
         text = generated.replace("\u2019", "'")
         if example.entity:
             text = text.replace(example.entity, "it")
         return any(p.search(text) for p in self.patterns)
+
+
+class Accuracy:
+    """Whether the generation gives a right answer, by the matchers of `data.matchers`."""
+
+    name, kind, source = "accuracy", "rate", "text"
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:  # noqa: ARG002
+        """None where the example has no answer."""
+        if not example.answers:
+            return None
+        attribute = example.extra.get("attribute")
+        return is_correct(
+            generated,
+            list(example.answers),
+            entity_type=example.entity_type,
+            attribute=None if attribute is None else str(attribute),
+        )
+
+
+class Repetition:
+    """Share of the generation's 3-grams of tokens that came before in it."""
+
+    name, kind, source = "repetition", "mean", "text"
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float:  # noqa: ARG002
+        """0 where no 3-gram returns, or there is none."""
+        grams = [tuple(tokens[i : i + _NGRAM]) for i in range(len(tokens) - _NGRAM + 1)]
+        return 1 - len(Counter(grams)) / len(grams) if grams else 0.0
+
+
+class Length:
+    """Tokens generated, the end token not counted."""
+
+    name, kind, source = "length", "mean", "text"
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float:  # noqa: ARG002
+        """Number of tokens."""
+        return float(len(tokens))
+
+
+class Perplexity:
+    """exp of the mean loss of the generation under the unsteered model; from the engine."""
+
+    name, kind, source = "perplexity", "mean", "text"
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float | None:  # noqa: ARG002
+        """Filled in by the causal test; None where nothing was generated."""
+        return None
+
+
+class NextToken:
+    """Base of outcomes read from the logits after the prompt."""
+
+    name, kind, source = "", "mean", "next"
+
+    def prompt(self, example: Example) -> Example:
+        """What is asked; the example's own prompt unless the outcome has a question."""
+        return example
+
+    def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """(tokens for, tokens against). Raises Unplaced where the example has none."""
+        raise NotImplementedError
+
+    def value(
+        self, logits: Float[Tensor, " V"], first: Sequence[int], second: Sequence[int]
+    ) -> float:
+        """The outcome from next-token logits."""
+        raise NotImplementedError
+
+
+def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
+    """First token of `answer` where it follows `prompt`, special tokens aside.
+
+    Raises Unplaced where the answer's beginning melts into the prompt's last token.
+    """
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
+    whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+    if whole[: len(before)] != before or len(whole) == len(before):
+        raise Unplaced("the answer's first token melts into the prompt")
+    return int(whole[len(before)])
+
+
+class _Answer(NextToken):
+    def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+        if not example.answers:
+            raise Unplaced("no answer")
+        return [first_token(tokenizer, example.text, example.answers[0])], []
+
+
+class AnswerProbability(_Answer):
+    """Probability of the answer's first token."""
+
+    name = "answer_probability"
+
+    def value(
+        self,
+        logits: Float[Tensor, " V"],
+        first: Sequence[int],
+        second: Sequence[int],  # noqa: ARG002
+    ) -> float:
+        return float(logits.softmax(-1)[first[0]])
+
+
+class AnswerLogit(_Answer):
+    """Logit of the answer's first token."""
+
+    name = "answer_logit"
+
+    def value(
+        self,
+        logits: Float[Tensor, " V"],
+        first: Sequence[int],
+        second: Sequence[int],  # noqa: ARG002
+    ) -> float:
+        return float(logits[first[0]])
+
+
+class AnswerRank(_Answer):
+    """Rank of the answer's first token, 0 for the likeliest."""
+
+    name = "answer_rank"
+
+    def value(
+        self,
+        logits: Float[Tensor, " V"],
+        first: Sequence[int],
+        second: Sequence[int],  # noqa: ARG002
+    ) -> float:
+        return float((logits > logits[first[0]]).sum())
+
+
+class LogitDifference(_Answer):
+    """Logit of the answer's first token minus the foil's (the data set's column `foil`)."""
+
+    name = "logit_difference"
+
+    def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+        if not example.extra.get("foil"):
+            raise Unplaced("no foil")
+        first, _ = super().tokens(example, tokenizer)
+        second = [first_token(tokenizer, example.text, str(example.extra["foil"]))]
+        if first == second:
+            raise Unplaced("answer and foil begin with one token")
+        return first, second
+
+    def value(
+        self, logits: Float[Tensor, " V"], first: Sequence[int], second: Sequence[int]
+    ) -> float:
+        return float(logits[first[0]] - logits[second[0]])
+
+
+class YesNo(NextToken):
+    """Log-odds of yes against no after a question about the entity, over their spellings.
+
+    logsumexp of the logits of the first tokens of Yes, yes, " Yes", " yes", minus the same of no.
+    """
+
+    name = "yes_no"
+
+    def prompt(self, example: Example) -> Example:
+        if not example.entity:
+            raise Unplaced("no entity to ask about")
+        text = KNOWS.format(entity=example.entity, entity_type=example.entity_type or "entity")
+        return replace(example, prompt=text).as_prompt()
+
+    def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:  # noqa: ARG002
+        words = (("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no"))
+        yes, no = (
+            {tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in spelled}
+            for spelled in words
+        )
+        shared = yes & no
+        if yes <= shared or no <= shared:
+            raise Unplaced("yes and no begin with one token in this vocabulary")
+        return sorted(yes - shared), sorted(no - shared)
+
+    def value(
+        self, logits: Float[Tensor, " V"], first: Sequence[int], second: Sequence[int]
+    ) -> float:
+        return float(logits[list(first)].logsumexp(0) - logits[list(second)].logsumexp(0))
+
+
+class NeutralKL:
+    """Cost: KL(unedited || edited) per token of neutral text, every token edited."""
+
+    name, kind, source = "neutral_kl", "mean", "cost"
+
+
+class Attention:
+    """Attention from the last token to the entity, per layer and head, summed over its tokens."""
+
+    name, kind, source = "attention", "mean", "heads"
+
+
+def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:
+    """Mean negative log-likelihood, nats, of `ids` under the logits before each of them."""
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(ids), device=logits.device))
+    return np.asarray([float(loss)])

@@ -1,23 +1,26 @@
-"""The causal test: conditions on held-out prompts, generated in one go, scored and summed up."""
+"""The causal test: conditions on prompts, run in one go, scored and summed up."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
-from saexp.data.positions import Unplaced, entity_tokens
-from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import InterventionError
-from saexp.intervals import wilson
-from saexp.interventions.cache import GenerationCache
-from saexp.interventions.edits import Condition, LatentFacts
-from saexp.interventions.engine import Row, generate
+from saexp.interventions.cache import ResultCache
+from saexp.interventions.facts import Condition, LatentFacts
+from saexp.interventions.measure import Job, Measurement
+from saexp.interventions.ops import Vector
+from saexp.interventions.prompts import Prompts, choose_prompts, placed_prompts
+from saexp.interventions.summary import chosen_coefficients, summarise
 from saexp.models.loading import LanguageModel
+from saexp.models.weights import orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
@@ -25,200 +28,262 @@ from saexp.saes.base import SparseAutoencoder
 log = logging.getLogger(__name__)
 
 
-def edited_positions(where: str, example: Example, tokens: TokenizedText) -> tuple[int, ...]:
-    """Prompt tokens that `where` stands for. Raises Unplaced where the prompt has none."""
-    ordinary = [i for i, special in enumerate(tokens.special) if not special]
-    if where in ("all", "prompt"):
-        return tuple(ordinary)
-    if where == "last":
-        return (len(tokens) - 1,)
-    if where == "generated":
-        return ()
-    entity = entity_tokens(example, tokens)
-    if where == "entity":
-        return tuple(entity)
-    return (entity[-1],) if where == "entity_last" else tuple(range(entity[-1], len(tokens)))
+def run_intervention(
+    intervention: Any,
+    facts: LatentFacts,
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    examples: Sequence[Example],
+    neutral: Sequence[str],
+    max_length: int,
+    cache_dir: str | Path,
+) -> TaskResult:
+    """Run an intervention's conditions on prompts of the test and the train split.
 
-
-def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
-    """At most `n` examples per group, spread evenly over entity types, a seeded choice."""
-    rng = np.random.default_rng([seed, 31])
-    chosen: list[Example] = []
-    for group in sorted({str(e.group) for e in examples}):
-        of_type: dict[str, list[Example]] = {}
-        for index in rng.permutation(len(examples)):
-            example = examples[index]
-            if example.group == group:
-                of_type.setdefault(str(example.entity_type), []).append(example)
-        queues = [of_type[t] for t in sorted(of_type)]
-        turn = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
-        chosen += turn[:n]
-    return chosen
+    Tables: `effects` (a row per prompt, condition, coefficient), `effects_summary` (see
+    `summarise`; `chosen` marks the coefficient chosen on train prompts), `costs` where neutral text
+    is looked at, `attention` where that is. Metrics, of the test split:
+    `effect/<outcome>/<condition>_at_<coefficient>`. Prompts without the positions asked for are
+    left out, counted and named in notes.
+    """
+    return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
 
 class CausalTest:
-    """Runs an intervention (Steer, Clamp, …) on a model."""
+    """One intervention on one model."""
 
     def __init__(
         self,
-        cfg: InterventionConfig,
+        intervention: Any,
+        facts: LatentFacts,
         model: LanguageModel,
         sae: SparseAutoencoder,
+        max_length: int,
         cache_dir: str | Path,
     ) -> None:
-        self.cache_dir = cache_dir
-        self.cfg, self.model, self.sae = cfg, model, sae
-        self.outcomes = [resolve("outcome", name)() for name in cfg.outcomes]
+        self.intervention, self.facts, self.model, self.sae = intervention, facts, model, sae
+        self.cfg: InterventionConfig = intervention.cfg
+        self.max_length, self.cache_dir = max_length, cache_dir
+        self.outcomes = [resolve("outcome", name)() for name in self.cfg.outcomes]
+        self.coefficients = parse_coefficients(self.cfg.coefficient)
 
-    def run(
-        self, conditions: list[Condition], examples: Sequence[Example], max_length: int
-    ) -> TaskResult:
-        """Tables `effects` (a row per prompt, condition, coefficient) and `effects_summary`.
-
-        Metrics `effect/<outcome>/<condition>_at_<coefficient>`. Prompts without the positions asked
-        for are left out, counted and named in the notes.
-        """
-        prompts = [
-            e.as_prompt() for e in choose_prompts(examples, self.cfg.n_prompts, self.cfg.seed)
-        ]
-        prompts = [self._in_chat(p) for p in prompts]
-        tokenized = tokenize([p.text for p in prompts], self.model.tokenizer, max_length)
-        usable: dict[str, list[tuple[Example, TokenizedText, tuple[int, ...]]]] = {}
-        reasons: dict[str, int] = {}
-        for prompt, tokens in zip(prompts, tokenized, strict=True):
-            try:
-                if tokens.truncated:
-                    raise Unplaced("prompt longer than dataset.max_length")
-                places = edited_positions(self.cfg.where, prompt, tokens)
-            except Unplaced as reason:
-                reasons[str(reason)] = reasons.get(str(reason), 0) + 1
-                continue
-            usable.setdefault(str(prompt.group), []).append((prompt, tokens, places))
-        notes = [f"{n} prompts not steered: {why}" for why, n in sorted(reasons.items())]
-        if not usable:
+    def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
+        """All of it; see `run_intervention`."""
+        chosen = self._examples(examples)
+        prompts = placed_prompts(chosen, self.model, self.cfg, self.max_length)
+        if not prompts.of_group:
             raise InterventionError(
-                f"no prompt can be steered ({'; '.join(notes) or 'none given'})"
+                f"no prompt can be steered ({'; '.join(prompts.notes()) or 'none given'})"
             )
-        coefficients = parse_coefficients(self.cfg.coefficient)
-        rows, about = self._plan(conditions, usable, coefficients)
-        cache = self._cache()
+        conditions, notes = self.intervention.plan(
+            self.facts, self.coefficients, prompts, self.model
+        )
+        if not conditions:
+            return TaskResult(notes=["no latent is selected, so nothing was steered", *notes])
+        jobs = self._jobs(conditions, prompts)
+        effects = pd.DataFrame([self._described(job) for job in jobs])
+        result = TaskResult(notes=[*notes, *prompts.notes()])
+        costs: list[dict[str, Any]] = []
+        columns: dict[str, list[Any]] = {}
+        for weights, mine in _by_weights(jobs).items():
+            with self._measuring(weights) as measurement:
+                found = measurement.outcomes([jobs[i] for i in mine], prompts, chosen)
+                for name, values in found.items():
+                    column = columns.setdefault(name, [None] * len(jobs))
+                    for i, value in zip(mine, values, strict=True):
+                        column[i] = value
+                if measurement.wants("cost"):
+                    costs += measurement.costs([jobs[i] for i in mine], neutral)
+                result.notes += [n for n in measurement.notes if n not in result.notes]
+        for name, values in columns.items():
+            effects[name] = values
+        kinds = {o.name: o.kind for o in self.outcomes if o.source in ("text", "next")}
+        for name, kind in kinds.items():
+            effects[name] = effects[name].astype("boolean" if kind == "rate" else "float64")
+        result.tables["effects"] = effects
+        if kinds:
+            summary = summarise(_numeric(effects, kinds), kinds, self.cfg.seed)
+            summary = self._choose(summary, next(iter(kinds)), result.notes)
+            result.tables["effects_summary"] = _with_strengths(
+                summary, conditions, self.coefficients
+            )
+            result.metrics |= _metrics(summary[summary["split"] == "test"], list(kinds))
+        if costs:
+            result.tables["costs"] = pd.DataFrame(costs)
+        if any(o.source == "heads" for o in self.outcomes):
+            self._attention(result, conditions, prompts)
+        return result
+
+    def _examples(self, examples: Sequence[Example]) -> list[Example]:
+        """Test prompts, and train prompts to choose the coefficient on."""
+        test = [e for e in examples if e.split == "test"]
+        train = [e for e in examples if e.split == "train"]
+        chosen = choose_prompts(test, self.cfg.n_prompts, self.cfg.seed) if test else []
+        if train and self.cfg.n_choice_prompts and len(self.coefficients) > 1:
+            chosen += choose_prompts(train, self.cfg.n_choice_prompts, self.cfg.seed)
+        return chosen
+
+    def _jobs(self, conditions: Sequence[Condition], prompts: Prompts) -> list[Job]:
+        jobs = []
+        for group, placed in prompts.of_group.items():
+            baseline = Condition(
+                name="baseline" if group == "None" else f"baseline_{group}",
+                role="baseline",
+                direction="",
+                prompts=group,
+                latents=(),
+                of="",
+                edits=((),),
+            )
+            jobs += [Job(p.example, baseline, 0, 0.0) for p in placed]
+        everyone = prompts.all()
+        for condition in conditions:
+            mine = prompts.of_group.get(condition.prompts, [])
+            if condition.prompts == "all":
+                mine = everyone
+            for prompt in mine:
+                for at, coefficient in enumerate(self.coefficients):
+                    if condition.ops(prompt.example.id, at) is not None:
+                        jobs.append(Job(prompt.example, condition, at, coefficient))
+        return jobs
+
+    def _described(self, job: Job) -> dict[str, Any]:
+        example, condition = job.example, job.condition
+        return {
+            "example_id": example.id,
+            "group": "all" if example.group is None else example.group,
+            "split": example.split,
+            "entity_type": example.entity_type,
+            "unit": example.unit,
+            "prompt": example.text,
+            "condition": condition.name,
+            "role": condition.role,
+            "of": condition.of,
+            "direction": condition.direction,
+            "latent": "+".join(map(str, condition.latents)),
+            "coefficient": job.coefficient,
+            "coefficient_unit": coefficient_unit(self.cfg),
+            "hookpoint": self.facts.written.name,
+            "layer": self.facts.written.layer,
+            "where": self.cfg.where,
+            "answers": " | ".join(example.answers),
+        }
+
+    @contextmanager
+    def _measuring(self, weights: Vector | None) -> Iterator[Measurement]:
+        """Measure under the model's own weights, or with directions taken out of them."""
+        cache = self._cache(weights)
         try:
-            tokens_out = generate(
-                self.model,
-                rows,
-                self.sae,
-                self.sae.hookpoint,
-                max_new_tokens=self.cfg.max_new_tokens,
-                batch_tokens=self.cfg.batch_tokens,
-                cache=cache,
+            measurement = Measurement(
+                self.model, self.sae, self.outcomes, self.cfg, self.max_length, cache
             )
+            if weights is None:
+                yield measurement
+            else:
+                with orthogonalized(self.model, weights.values, embedding=self.cfg.embedding):
+                    yield measurement
         finally:
             if cache is not None:
                 cache.close()
-        texts = self.model.tokenizer.batch_decode(tokens_out, skip_special_tokens=True)
-        effects = self._score(about, texts)
-        summary = summarise(effects, [o.name for o in self.outcomes])
-        return TaskResult(
-            metrics=_metrics(summary, [o.name for o in self.outcomes]),
-            tables={"effects": effects, "effects_summary": summary},
-            notes=notes,
-        )
 
-    def _cache(self) -> GenerationCache | None:
-        """Generations of the same weights on the same kind of device; none for weights unknown."""
-        weights = self.sae.metadata.get("fingerprint")
-        if weights is None:
+    def _cache(self, weights: Vector | None) -> ResultCache | None:
+        """Results of the same weights on the same kind of device; none for weights unknown."""
+        fingerprint = self.sae.metadata.get("fingerprint")
+        if fingerprint is None:
             return None
         determined_by = {
-            "model": self.model.fingerprint,
+            "model": self.model.fingerprint if weights is None else self._fingerprint,
+            "weights": repr(weights) + (" embedding" if weights and self.cfg.embedding else ""),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
             "eos": self.model.eos_ids,
-            "sae": weights,
+            "sae": fingerprint,
             "sae_dtype": str(self.sae.W_dec.dtype),
             "hookpoint": self.sae.hookpoint.name,
-            "max_new_tokens": self.cfg.max_new_tokens,
         }
-        return GenerationCache(self.cache_dir, determined_by)
+        return ResultCache(self.cache_dir, determined_by)
 
-    def _in_chat(self, example: Example) -> Example:
-        if not self.model.cfg.chat:
-            return example
-        from dataclasses import replace
+    @property
+    def _fingerprint(self) -> str:
+        return self.model.fingerprint
 
-        wrapped = replace(example, prompt=self.model.chat_text(example.text))
-        return wrapped.as_prompt()
+    def _choose(self, summary: pd.DataFrame, outcome: str, notes: list[str]) -> pd.DataFrame:
+        """With column `chosen`: the coefficient chosen on train prompts, of the test split."""
+        trained = "train" if (summary["split"] == "train").any() else "test"
+        chosen = chosen_coefficients(summary, outcome, trained)
+        marked = [
+            r["split"] == "test" and chosen.get(r["of"] or r["condition"]) == r["coefficient"]
+            for r in summary.to_dict("records")
+        ]
+        if trained == "test" and len(self.coefficients) > 1:
+            notes.append(
+                "no train prompts to choose the coefficient on: the one told first was chosen on "
+                "the prompts it is reported for"
+            )
+        return pd.concat([summary, pd.DataFrame({"chosen": marked})], axis=1)
 
-    def _plan(
-        self,
-        conditions: list[Condition],
-        usable: dict[str, list[tuple[Example, TokenizedText, tuple[int, ...]]]],
-        coefficients: Sequence[float],
-    ) -> tuple[list[Row], list[tuple[Example, dict[str, Any]]]]:
-        generated = self.cfg.where in ("all", "generated")
-        rows: list[Row] = []
-        about: list[tuple[Example, dict[str, Any]]] = []
-        for group, prompts in usable.items():
-            for prompt, tokens, _ in prompts:
-                rows.append(Row(tokens.ids))
-                base = {"condition": f"baseline_{group}", "role": "baseline", "of": ""}
-                about.append((prompt, {**base, "direction": "", "latent": "", "coefficient": 0.0}))
-        for condition in conditions:
-            for prompt, tokens, places in usable.get(condition.prompts, []):
-                for coefficient, edit in zip(coefficients, condition.edits, strict=True):
-                    rows.append(Row(tokens.ids, edit, places, generated))
-                    described = {
-                        "condition": condition.name,
-                        "role": condition.role,
-                        "of": condition.of,
-                        "direction": condition.direction,
-                        "latent": "+".join(map(str, condition.latents)),
-                        "coefficient": coefficient,
-                    }
-                    about.append((prompt, described))
-        return rows, about
+    def _attention(
+        self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
+    ) -> None:
+        from saexp.interventions.heads import attention_tables
 
-    def _score(self, about: list[tuple[Example, dict[str, Any]]], texts: list[str]) -> pd.DataFrame:
-        table = []
-        scored: dict[tuple[str, str], dict[str, Any]] = {}
-        for (prompt, described), text in zip(about, texts, strict=True):
-            if (prompt.id, text) not in scored:
-                scored[prompt.id, text] = {o.name: o.score(text, prompt) for o in self.outcomes}
-            row = {
-                "example_id": prompt.id,
-                "group": prompt.group,
-                "entity_type": prompt.entity_type,
-                "unit": prompt.unit,
-                "prompt": prompt.text,
-                **described,
-                "coefficient_unit": self.cfg.unit
-                if self.cfg.name == "steer"
-                else "share of the way",
-                "hookpoint": self.sae.hookpoint.name,
-                "layer": self.sae.hookpoint.layer,
-                "where": self.cfg.where,
-                "generated_text": text,
-                "answers": " | ".join(prompt.answers),
-            }
-            table.append(row | scored[prompt.id, text])
-        return pd.DataFrame(table)
+        summary = result.tables.get("effects_summary")
+        chosen = (
+            {}
+            if summary is None
+            else dict(
+                summary.loc[summary["chosen"], ["condition", "coefficient"]].itertuples(index=False)
+            )
+        )
+        tables, metrics = attention_tables(
+            conditions, prompts, self.coefficients, chosen, self.model, self.sae, self.cfg
+        )
+        result.tables |= tables
+        result.metrics |= metrics
 
 
-def summarise(effects: pd.DataFrame, outcomes: Sequence[str]) -> pd.DataFrame:
-    """Rate, Wilson interval and change against baseline per condition and coefficient."""
-    keys = ["condition", "role", "of", "direction", "latent", "group", "coefficient"]
-    baseline = effects[effects["role"] == "baseline"]
-    rows = []
-    for key, part in effects.groupby(keys, sort=False):
-        row: dict[str, Any] = {**dict(zip(keys, key, strict=True)), "n": len(part)}
-        before = baseline[baseline["group"] == row["group"]]
-        for name in outcomes:
-            k = int(part[name].sum())
-            low, high = wilson(k, len(part))
-            row |= {name: k / len(part), f"{name}_ci_low": low, f"{name}_ci_high": high}
-            row[f"{name}_change"] = row[name] - float(before[name].mean())
-        rows.append(row)
-    return pd.DataFrame(rows)
+def coefficient_unit(cfg: InterventionConfig) -> str:
+    """What coefficient 1 stands for."""
+    if cfg.name == "steer":
+        return cfg.unit
+    return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
+        cfg.name, "share"
+    )
+
+
+def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
+    """Indices of the jobs that run under the same weights."""
+    vectors: dict[int, Vector] = {}
+    found: dict[Vector | None, list[int]] = {}
+    for i, job in enumerate(jobs):
+        tensor: Tensor | None = job.condition.weights if job.coefficient else None
+        key = None if tensor is None else vectors.setdefault(id(tensor), Vector(tensor))
+        found.setdefault(key, []).append(i)
+    return found
+
+
+def _numeric(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+    """Outcomes as floats, missing ones as NaN."""
+    return effects.assign(**{k: effects[k].astype("Float64").astype(float) for k in kinds})
+
+
+def _with_strengths(
+    summary: pd.DataFrame, conditions: Sequence[Condition], coefficients: Sequence[float]
+) -> pd.DataFrame:
+    """Columns `added_norm` and `in_<unit>`: what each coefficient is in every unit."""
+    found = {
+        (c.name, k): s
+        for c in conditions
+        for k, s in zip(coefficients, c.strengths, strict=False)
+        if s
+    }
+    names = list(dict.fromkeys(n for s in found.values() for n in s))
+    rows = [found.get((r["condition"], r["coefficient"]), {}) for r in summary.to_dict("records")]
+    found_in = {
+        "added_norm" if n == "length" else f"in_{n}": [r.get(n, np.nan) for r in rows]
+        for n in names
+    }
+    return pd.concat([summary, pd.DataFrame(found_in, index=summary.index)], axis=1)
 
 
 def _metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
@@ -237,23 +302,3 @@ def _metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float 
             metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
             metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
     return metrics
-
-
-def run_intervention(
-    intervention: Any,
-    facts: LatentFacts,
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    examples: Sequence[Example],
-    max_length: int,
-    cache_dir: str | Path,
-) -> TaskResult:
-    """Make an intervention's conditions and run them; none where nothing is selected."""
-    cfg = intervention.cfg
-    conditions, notes = intervention.conditions(facts, parse_coefficients(cfg.coefficient))
-    if not conditions:
-        return TaskResult(notes=["no latent is selected, so nothing was steered"])
-    test = CausalTest(cfg, model, sae, cache_dir)
-    result = test.run(conditions, examples, max_length)
-    result.notes = [*notes, *result.notes]
-    return result

@@ -23,8 +23,6 @@ _FROM_TRANSFORMER_LENS = {
     "hook_resid_post": "resid_post",
     "hook_attn_out": "attn_out",
     "attn.hook_z": "attn_z",
-    "ln2.hook_normalized": "mlp_in",
-    "hook_mlp_in": "mlp_in",
     "mlp.hook_in": "mlp_in",
     "hook_mlp_out": "mlp_out",
 }
@@ -34,9 +32,15 @@ _TO_TRANSFORMER_LENS = {
     "resid_post": "hook_resid_post",
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
-    "mlp_in": "ln2.hook_normalized",
+    "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
 }
+_BEFORE_THE_NORM = {
+    "ln2.hook_normalized": "the MLP's input before its norm's gain",
+    "hook_mlp_in": "the MLP's input before its norm",
+}
+"""TransformerLens' names of places that no stream is. With its weights folded, the gain is part of
+the MLP there; Hugging Face's models keep it in the norm, which mlp_in is behind."""
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 
@@ -46,8 +50,8 @@ class Hookpoint:
     """A stream at a 0-based block.
 
     `attn_out` and `mlp_out` are what is added to the residual stream (after Gemma's post-norms);
-    `mlp_in` is what the MLP reads (after its norm); `attn_z` is what the attention's output
-    projection reads, `[.., n_heads * head_dim]`; `embed` is what block 0 reads.
+    `mlp_in` is what the MLP reads (after its norm, gain included); `attn_z` is what the attention's
+    output projection reads, `[.., n_heads * head_dim]`; `embed` is what block 0 reads.
     """
 
     layer: int
@@ -73,19 +77,28 @@ class Hookpoint:
 
     @property
     def transformer_lens(self) -> str:
-        """`blocks.12.hook_resid_post`."""
+        """`blocks.12.hook_resid_post`; `mlp_in` as its TransformerBridge names it, mlp.hook_in."""
         if self.stream == "embed":
             return "hook_embed"
         return f"blocks.{self.layer}.{_TO_TRANSFORMER_LENS[self.stream]}"
 
     @classmethod
     def parse(cls, name: str) -> "Hookpoint":
-        """Read saexp's, TransformerLens' or a Hugging Face module's name; else ModelError."""
+        """Read saexp's, TransformerLens' or a Hugging Face module's name.
+
+        Raises ModelError for other names, and for places before the MLP's norm or its gain.
+        """
         if match := re.fullmatch(r"layer_(\d+)\.(\w+)", name):
             return cls(int(match[1]), match[2])
         if name == "hook_embed":
             return cls(0, "embed")
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if match and match[2] in _BEFORE_THE_NORM:
+            raise ModelError(
+                f"{name} is {_BEFORE_THE_NORM[match[2]]}, which saexp does not collect; its "
+                f"layer_{match[1]}.mlp_in is behind the whole norm, layer_{match[1]}.resid_mid "
+                "before it"
+            )
         if match and match[2] in _FROM_TRANSFORMER_LENS:
             return cls(int(match[1]), _FROM_TRANSFORMER_LENS[match[2]])
         if match := re.fullmatch(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", name):

@@ -1,21 +1,16 @@
 """Figures of a run, from its saved tables."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saexp.reports.finding import unit_words
+from saexp.reports.effect_figures import effect_figures
+from saexp.reports.look import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
 
-GROUP_COLOURS = ("#0072B2", "#D55E00")
-"""First and second group: blue and vermillion of Okabe and Ito, safe for colour blindness."""
-QUIET = "#8a8f98"
-"""Controls and everything that is not selected."""
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 N_HISTOGRAMS = 2
 """Latents per direction whose values are drawn."""
 
@@ -36,33 +31,7 @@ def run_figures(folder: str | Path) -> dict[str, go.Figure]:
         figures["values"] = values(run, activations)
     if len(run.entity_types) > 1 and bool(run.latents["selected"].any()):
         figures["types"] = by_type(run)
-    if run.summary is not None:
-        for outcome in run.outcomes:
-            figures[f"dose_response_{outcome}"] = dose_response(run, outcome)
-    return figures
-
-
-def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.Figure:
-    """One look for all: no background of its own, so that pages can be light or dark."""
-    figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 20, "t": 40, "b": 55},
-        font={"family": _FONT, "size": 13},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        hoverlabel={"font": {"family": _FONT}},
-    )
-    grid: dict[str, Any] = {
-        "gridcolor": "rgba(128,128,128,.25)",
-        "zerolinecolor": "rgba(128,128,128,.45)",
-    }
-    figure.update_xaxes(**grid)
-    figure.update_yaxes(**grid)
-    if legend_below:
-        # Where panels have titles of their own, the legend would cover them.
-        figure.update_layout(legend={"y": -0.18, "yanchor": "top"}, margin={"b": 110})
-    return figure
+    return figures | effect_figures(run)
 
 
 def frequencies(run: SavedRun) -> go.Figure:
@@ -159,78 +128,3 @@ def by_type(run: SavedRun) -> go.Figure:
     )
     figure.update_layout(barmode="group")
     return style(figure, 420, legend_below=True)
-
-
-def dose_response(run: SavedRun, outcome: str) -> go.Figure:
-    """Outcome against coefficient: latents with intervals, and the band of their controls."""
-    summary = run.summary
-    assert summary is not None
-    told = run.main_conditions()
-    titles = []
-    for name in told:
-        row = summary[summary["condition"] == name].iloc[0]
-        titles.append(f"latents for {row['direction']}, on {row['group']} prompts")
-    figure = make_subplots(cols=max(1, len(told)), rows=1, subplot_titles=titles, shared_yaxes=True)
-    for column, name in enumerate(told, 1):
-        direction = summary.loc[summary["condition"] == name, "direction"].iloc[0]
-        _dose_panel(figure, run, summary, outcome, name, str(direction), column)
-    cfg = run.config["intervention"]
-    unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
-    figure.update_xaxes(title=f"coefficient ({unit})")
-    figure.update_yaxes(title=f"{outcome} rate", range=[-0.03, 1.03], col=1)
-    return style(figure, 480, legend_below=True)
-
-
-def _dose_panel(
-    figure: go.Figure,
-    run: SavedRun,
-    summary: pd.DataFrame,
-    outcome: str,
-    name: str,
-    direction: str,
-    column: int,
-) -> None:
-    where: dict[str, Any] = {"row": 1, "col": column}
-    colour = colours(run)[direction]
-    controls = summary[(summary["of"] == name) & (summary["role"] == "control")]
-    if len(controls):
-        band = controls.groupby("coefficient")[outcome].agg(["min", "max"]).sort_index()
-        x = [*band.index, *band.index[::-1]]
-        y = [*band["max"], *band["min"][::-1]]
-        figure.add_trace(
-            go.Scatter(
-                x=x,
-                y=y,
-                fill="toself",
-                fillcolor="rgba(138,143,152,.35)",
-                line={"color": QUIET, "width": 1},
-                name="controls, lowest to highest",
-                legendgroup="controls",
-                showlegend=column == 1,
-                hoverinfo="skip",
-            ),
-            **where,
-        )
-    same = summary[(summary["direction"] == direction) & (summary["role"] != "control")]
-    for condition, part in same.groupby("condition", sort=False):
-        rows = part.sort_values("coefficient")
-        main = condition == name
-        bars = {
-            "type": "data",
-            "symmetric": False,
-            "array": rows[f"{outcome}_ci_high"] - rows[outcome],
-            "arrayminus": rows[outcome] - rows[f"{outcome}_ci_low"],
-        }
-        label = str(rows["latent"].iloc[0])
-        many = "+" in label
-        figure.add_trace(
-            go.Scatter(
-                x=rows["coefficient"],
-                y=rows[outcome],
-                mode="lines+markers",
-                line={"color": colour, "width": 3 if main else 1, "dash": None if main else "dot"},
-                error_y=bars if main else None,
-                name=f"{direction}: {'all together' if many else f'latent {label}'}",
-            ),
-            **where,
-        )

@@ -2,22 +2,8 @@
 
 from pathlib import Path
 
-import pandas as pd
-
+from saexp.reports.effects import effect_sentences
 from saexp.reports.saved import SavedRun
-
-_UNITS = {
-    "resid_norm": "x the stream's mean norm",
-    "max_act": "x the latents' maximum activation",
-    "p99_act": "x the latents' 99th percentile",
-    "raw": "x the decoder direction",
-    "share of the way": "of the way to the other group's mean",
-}
-
-
-def unit_words(unit: str) -> str:
-    """A coefficient's unit as words that follow the number."""
-    return _UNITS.get(unit, unit)
 
 
 def headline(folder: str | Path) -> str:
@@ -33,7 +19,7 @@ def sentences(run: SavedRun) -> list[str]:
         return [training_sentence(run)]
     if run.latents is None:
         return ["This run compared no groups."]
-    return [_setting(run), *(_contrast(run, g) for g in run.groups), *_effects(run)]
+    return [_setting(run), *(_contrast(run, g) for g in run.groups), *effect_sentences(run)]
 
 
 def _setting(run: SavedRun) -> str:
@@ -66,48 +52,6 @@ def _contrast(run: SavedRun, group: str) -> str:
             f"{m[f'best_min_separation_{group}_test']:.2f}"
         )
     return f"{parts}."
-
-
-def _effects(run: SavedRun) -> list[str]:
-    told = []
-    for condition in run.main_conditions():
-        for outcome in run.outcomes:
-            sentence = _effect(run, condition, outcome)
-            if sentence:
-                told.append(sentence)
-    return told
-
-
-def _effect(run: SavedRun, condition: str, outcome: str) -> str | None:
-    summary = run.summary
-    assert summary is not None
-    coefficient = run.told_coefficient(condition, outcome)
-    if coefficient is None:
-        return None
-    at = summary[summary["coefficient"] == coefficient]
-    row = at[at["condition"] == condition].iloc[0]
-    group = row["group"]
-    before = summary[(summary["role"] == "baseline") & (summary["group"] == group)].iloc[0]
-    cfg = run.config["intervention"]
-    number = len(str(row["latent"]).split("+"))
-    what = f"latent {row['latent']}" if number == 1 else f"{number} latents"
-    verb = "steering" if cfg["name"] == "steer" else "moving"
-    unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
-    where = cfg["where"].replace("_", " ")
-    sentence = (
-        f"{verb} {what} for '{row['direction']}' at {where}, coefficient {coefficient:g} {unit}: "
-        f"{outcome} on {row['n']} {group} prompts {before[outcome]:.2f} -> {row[outcome]:.2f} "
-        f"[{row[f'{outcome}_ci_low']:.2f}, {row[f'{outcome}_ci_high']:.2f}]"
-    )
-    return f"{sentence}{_controls(at, condition, outcome)}."
-
-
-def _controls(at: pd.DataFrame, condition: str, outcome: str) -> str:
-    controls = at[(at["of"] == condition) & (at["role"] == "control")]
-    if controls.empty:
-        return "; no control could be matched"
-    low, high = controls[outcome].min(), controls[outcome].max()
-    return f"; {len(controls)} matched controls {low:.2f} to {high:.2f}"
 
 
 def training_sentence(run: SavedRun) -> str:

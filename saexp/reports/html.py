@@ -10,12 +10,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from saexp.reports.effects import VERBS, attribution_tables, effect_content
 from saexp.reports.figures import colours, run_figures
-from saexp.reports.finding import sentences, unit_words
+from saexp.reports.finding import sentences
 from saexp.reports.saved import SavedRun
 
 TEMPLATES = Path(__file__).parent / "templates"
-N_LATENTS, N_EXAMPLES, N_ROWS = 15, 4, 8
+N_LATENTS, N_ROWS = 15, 8
 
 CAPTIONS = {
     "frequencies": "Share of held-out entities on which each latent fires, by group. Latents that "
@@ -91,8 +92,8 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
         captions=CAPTIONS,
         stream=_stream(run),
         tables=_latent_tables(run),
-        effects=_effect_tables(run),
-        examples=_generations(run),
+        attribution=attribution_tables(run),
+        **effect_content(run),
         rows=_example_rows(run),
         skips=run.provenance["skips"],
         provenance=provenance_rows(run),
@@ -119,11 +120,10 @@ def _asked(run: SavedRun) -> str:
     )
     if causal["name"] == "none":
         return words
-    verb = {"steer": "adding their directions", "clamp": "moving them to the other group's mean"}
-    return (
-        f"{words} And does {verb.get(causal['name'], causal['name'])} at "
-        f"{causal['where'].replace('_', ' ')} change {', '.join(causal['outcomes'])}?"
-    )
+    verb = VERBS.get(causal["name"], causal["name"])
+    asked = ", ".join(causal["outcomes"]).replace("_", " ")
+    where = causal["where"].replace("_", " ")
+    return f"{words} And does {verb} them at {where} change {asked}?"
 
 
 _STREAM = (
@@ -153,6 +153,7 @@ def _latent_tables(run: SavedRun) -> list[dict[str, Any]]:
     for group in run.groups:
         chosen = run.selected(group).head(N_LATENTS)
         first = group == run.groups[0]
+        scores = [c for c in ("input_score", "output_score") if c in chosen]
         rows = []
         for row in chosen.to_dict("records"):
             auroc, low, high = (row.get(c) for c in ("auroc_test", "ci_low_test", "ci_high_test"))
@@ -163,78 +164,14 @@ def _latent_tables(run: SavedRun) -> list[dict[str, Any]]:
             cells += [row[f"freq_{g}_test"] for g in run.groups]
             cells += [row[f"mean_{g}_test"] for g in run.groups]
             cells += [row["min_separation_test"], row["q_value"], row["q_value_test"]]
-            rows.append([*cells, row["background_freq"]])
+            cells.append(row["background_freq"])
+            rows.append([*cells, *(row[c] for c in scores)])
         head = ["latent", "layer", "AUROC", "low", "high", "min over types"]
         head += [f"fires, {g}" for g in run.groups] + [f"mean, {g}" for g in run.groups]
         head += ["min separation", "q train", "q test", "background"]
+        head += [c.replace("_", " ") for c in scores]
         tables.append({"group": group, "head": head, "rows": rows})
     return tables
-
-
-def _effect_tables(run: SavedRun) -> list[dict[str, Any]]:
-    """Per outcome every condition but the controls, with the controls' range beside it."""
-    summary = run.summary
-    if summary is None:
-        return []
-    tables = []
-    for outcome in run.outcomes:
-        rows = []
-        for row in summary[summary["role"] != "control"].to_dict("records"):
-            same = summary["of"] == row["condition"]
-            at = same & (summary["coefficient"] == row["coefficient"])
-            controls = summary.loc[at & (summary["role"] == "control"), outcome]
-            span = f"{controls.min():.2f} to {controls.max():.2f}" if len(controls) else "–"
-            cells = [row["condition"], row["latent"].replace("+", ", "), row["group"], row["n"]]
-            cells += [row["coefficient"], row[outcome], row[f"{outcome}_ci_low"]]
-            rows.append([*cells, row[f"{outcome}_ci_high"], span, len(controls)])
-        head = ["condition", "latents", "prompts", "n", "coefficient", outcome, "low", "high"]
-        tables.append(
-            {"outcome": outcome, "head": [*head, "controls' range", "controls"], "rows": rows}
-        )
-    return tables
-
-
-def _generations(run: SavedRun) -> list[dict[str, Any]]:
-    """Per direction a few held-out prompts: unsteered, steered, and the same control throughout."""
-    effects, summary = run.table("effects"), run.summary
-    if effects is None or summary is None:
-        return []
-    outcome = run.outcomes[0]
-    shown = []
-    for name in run.main_conditions():
-        coefficient = run.told_coefficient(name, outcome)
-        row = summary[summary["condition"] == name].iloc[0]
-        at = effects[effects["coefficient"] == coefficient]
-        steered = at[at["condition"] == name].set_index("example_id")
-        controls = at[(at["of"] == name) & (at["role"] == "control")]
-        names = controls["condition"].unique()
-        control = controls[controls["condition"] == names[0]] if len(names) else controls
-        before = effects[(effects["role"] == "baseline") & (effects["group"] == row["group"])]
-        before, control = before.set_index("example_id"), control.set_index("example_id")
-        ids = list(steered.groupby("entity_type", sort=False, dropna=False).head(1).index)
-        ids = (ids + [i for i in steered.index if i not in ids])[:N_EXAMPLES]
-        rows = [
-            {
-                "prompt": steered.loc[i, "prompt"],
-                "texts": [
-                    (t.loc[i, "generated_text"], bool(t.loc[i, outcome])) if i in t.index else None
-                    for t in (before, steered, control)
-                ],
-            }
-            for i in ids
-        ]
-        cfg = run.config["intervention"]
-        unit = unit_words(cfg["unit"] if cfg["name"] == "steer" else "share of the way")
-        shown.append(
-            {
-                "direction": row["direction"],
-                "group": row["group"],
-                "coefficient": f"{coefficient:g} {unit}" if coefficient is not None else "",
-                "outcome": outcome,
-                "rows": rows,
-            }
-        )
-    return shown
 
 
 def _example_rows(run: SavedRun) -> list[dict[str, Any]]:

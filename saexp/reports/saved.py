@@ -44,9 +44,17 @@ class SavedRun:
         return self.table("latents")
 
     @cached_property
-    def summary(self) -> pd.DataFrame | None:
-        """effects_summary.parquet."""
+    def effects_summary(self) -> pd.DataFrame | None:
+        """effects_summary.parquet, both splits."""
         return self.table("effects_summary")
+
+    @cached_property
+    def summary(self) -> pd.DataFrame | None:
+        """Effects on the test split, which claims rest on."""
+        table = self.effects_summary
+        if table is None or "split" not in table:
+            return table
+        return table[table["split"] == "test"].reset_index(drop=True)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,8 +74,14 @@ class SavedRun:
 
     @property
     def outcomes(self) -> list[str]:
-        """What the causal test looked at."""
-        return list(self.config["intervention"]["outcomes"])
+        """Outcomes with a number per prompt, in the order asked for."""
+        columns = [] if self.summary is None else self.summary.columns
+        return [o for o in self.config["intervention"]["outcomes"] if o in columns]
+
+    def is_rate(self, outcome: str) -> bool:
+        """Whether an outcome is yes or no for each prompt."""
+        effects = self.table("effects")
+        return effects is not None and str(effects[outcome].dtype) in ("bool", "boolean")
 
     @property
     def entity_types(self) -> list[str]:
@@ -93,42 +107,33 @@ class SavedRun:
         return mine.sort_values("rank")
 
     def main_conditions(self) -> list[str]:
-        """Per direction the condition that is told first: the group of latents, else the single."""
+        """What is told first: per direction its latents together (else the first alone), and its
+        other directions; of many places the one that was strongest on train prompts."""
         summary = self.summary
         if summary is None:
             return []
-        names = []
-        for direction in self.groups:
-            mine = summary[summary["direction"] == direction]
-            for role in ("group", "single"):
-                found = mine.loc[mine["role"] == role, "condition"]
-                if len(found):
-                    names.append(str(found.iloc[0]))
-                    break
+        names: list[str] = []
+        told = summary[~summary["role"].isin(["baseline", "control"])]
+        for _, mine in told.groupby("direction", sort=False):
+            of_role = {r: list(p["condition"].unique()) for r, p in mine.groupby("role")}
+            names += (of_role.get("group") or of_role.get("single") or [])[:1]
+            names += of_role.get("direction", [])
+            places = of_role.get("place", [])
+            names += [self._strongest(places)] if len(places) > 1 else places
         return names
 
-    def told_coefficient(self, condition: str, outcome: str) -> float | None:
-        """Where a condition differs most from its controls' most similar one (else from baseline).
+    def _strongest(self, conditions: list[str]) -> str:
+        """The condition of the largest change on train prompts, of the first outcome."""
+        table, outcome = self.effects_summary, self.outcomes[0]
+        assert table is not None
+        where = table["split"] == ("train" if (table["split"] == "train").any() else "test")
+        mine = table[where & table["condition"].isin(conditions)]
+        sizes = mine.assign(size=mine[f"{outcome}_change"].abs())
+        return str(sizes.sort_values("size", ascending=False)["condition"].iloc[0])
 
-        A rule for what to tell first, not a selection that a claim rests on: every coefficient is
-        in the table.
-        """
+    def told_coefficient(self, condition: str, outcome: str) -> float | None:  # noqa: ARG002
+        """The coefficient chosen on train prompts; None where none made a difference there."""
         summary = self.summary
         assert summary is not None
-        rows = summary[(summary["condition"] == condition) & (summary["coefficient"] != 0)]
-        if rows.empty:
-            return None
-        controls = summary[(summary["of"] == condition) & (summary["role"] == "control")]
-        best, margin = None, -float("inf")
-        for row in rows.to_dict("records"):
-            change = row[f"{outcome}_change"]
-            others = controls.loc[
-                controls["coefficient"] == row["coefficient"], f"{outcome}_change"
-            ]
-            rival = 0.0
-            if len(others):
-                rival = others.max() if change >= 0 else -others.min()
-            gap = abs(change) - max(float(rival), 0.0)
-            if gap > margin:
-                best, margin = float(row["coefficient"]), gap
-        return best
+        chosen = summary[(summary["condition"] == condition) & summary["chosen"]]
+        return float(chosen["coefficient"].iloc[0]) if len(chosen) else None

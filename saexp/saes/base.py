@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
@@ -60,7 +61,7 @@ class SparseAutoencoder(nn.Module):
     Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
     `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. All is computed in their
     dtype. Raises SAEError for shapes that do not fit, parameters the architecture has no use for,
-    an unknown architecture, or a scaling that lacks its factor.
+    an unknown architecture, and where a scaling is used that lacks its factor.
     """
 
     W_enc: Tensor
@@ -119,6 +120,11 @@ class SparseAutoencoder(nn.Module):
         self.d_out = self.W_dec.shape[1]
 
     @property
+    def hookpoints(self) -> list[Hookpoint]:
+        """What must be collected for it: what it reads, and what a transcoder predicts."""
+        return [h for h in (self.hookpoint, self.hookpoint_out) if h is not None]
+
+    @property
     def is_transcoder(self) -> bool:
         """Whether it predicts another stream than the one it reads."""
         return self.hookpoint_out is not None
@@ -128,13 +134,28 @@ class SparseAutoencoder(nn.Module):
         """Where the weights are."""
         return self.W_dec.device
 
+    @property
+    def lacks_factor(self) -> bool:
+        """Whether its inputs are scaled by a factor that is not known (yet)."""
+        scaled = self.normalize_activations == "expected_average_only_in"
+        return scaled and self.norm_factor is None
+
+    def _factor(self) -> float:
+        if self.norm_factor is None:
+            raise SAEError(
+                f"{self.metadata.get('name', 'the SAE')}: its inputs are scaled by a factor that "
+                "its files do not give; type sae.norm_factor=<number> (task=analyze takes estimate "
+                "too)"
+            )
+        return self.norm_factor
+
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """(scaled x, scale, shift) with x = scaled * scale + shift."""
         if self.normalize_activations == "none":
             return x, 1.0, 0.0
         if self.normalize_activations == "expected_average_only_in":
-            assert self.norm_factor is not None
-            return x * self.norm_factor, 1 / self.norm_factor, 0.0
+            factor = self._factor()
+            return x * factor, 1 / factor, 0.0
         if self.normalize_activations == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / scale, scale, 0.0
@@ -166,33 +187,44 @@ class SparseAutoencoder(nn.Module):
 
     def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
-        weights = self.W_enc[:, chosen]
         if self.architecture == "gated":
-            gate = x @ weights + self.b_gate[chosen]
-            magnitude = x @ (weights * self.r_mag[chosen].exp()) + self.b_mag[chosen]
-            return (gate > 0).to(x.dtype) * magnitude.relu()
-        pre = x @ weights + self.b_enc[chosen]
-        if self.rescale_acts_by_decoder_norm:
-            pre = pre * self.W_dec[chosen].norm(dim=-1)
+            # (x W) exp(r) for x (W exp(r)), so that there is one product and no second encoder.
+            pre = x @ self.W_enc[:, chosen]
+            silent = pre <= -self.b_gate[chosen]
+            magnitude = torch.addcmul(self.b_mag[chosen], pre, self.r_mag[chosen].exp())
+            return magnitude.masked_fill_(silent, 0).relu_()
+        pre = self._pre(x, chosen)
         if self.architecture == "standard":
-            return pre.relu()
-        return pre.relu() * (pre > self.threshold[chosen])
+            return pre.relu_()
+        # In place of relu(pre) where pre is above the threshold, 0 elsewhere.
+        return pre.masked_fill_(pre <= self.threshold[chosen].clamp(min=0), 0)
+
+    def _pre(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Latents' values before their activation function, in a tensor of their own."""
+        pre = functional.linear(x, self.W_enc[:, chosen].T, self.b_enc[chosen])
+        if self.rescale_acts_by_decoder_norm:
+            pre.mul_(self.W_dec[chosen].norm(dim=-1))
+        return pre
+
+    def row_scale(self, x: Float[Tensor, "... d_in"]) -> Tensor | float:
+        """What `directions` is to be multiplied by at these inputs, `[..., 1]`; 1 for most SAEs."""
+        if self.normalize_activations in ("none", "expected_average_only_in"):
+            return 1.0
+        return self._scaled(self._vectors(x)[0])[1]
 
     def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... d_sae"]:
         """Activations of the latents for `[..., d_in]` (or `[..., heads, d_head]`)."""
         inputs = self._input(x)
         if self.architecture not in COMPETING:
             return self._activate(inputs, slice(None))
-        pre = inputs @ self.W_enc + self.b_enc
-        if self.rescale_acts_by_decoder_norm:
-            pre = pre * self.W_dec.norm(dim=-1)
+        pre = self._pre(inputs, slice(None))
         assert self.k is not None
         if self.architecture == "topk":
-            top = pre.topk(min(self.k, self.d_sae), dim=-1)
-            return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+            top = pre.topk(min(self.k, self.d_sae), dim=-1, sorted=False)
+            return pre.zero_().scatter_(-1, top.indices, top.values.relu())
         groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
         best = groups.max(dim=-1, keepdim=True)
-        kept = torch.zeros_like(groups).scatter(-1, best.indices, best.values.relu())
+        kept = groups.zero_().scatter_(-1, best.indices, best.values.relu())
         return rearrange(kept, "... k members -> ... (k members)")
 
     def encode_latents(
@@ -243,6 +275,5 @@ class SparseAutoencoder(nn.Module):
         if self.rescale_acts_by_decoder_norm:
             rows = rows / rows.norm(dim=-1, keepdim=True)
         if self.normalize_activations == "expected_average_only_in":
-            assert self.norm_factor is not None
-            rows = rows / self.norm_factor
+            rows = rows / self._factor()
         return rows

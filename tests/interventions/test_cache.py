@@ -7,8 +7,9 @@ import torch
 
 from saexp.errors import StoreError
 from saexp.interventions import engine
-from saexp.interventions.cache import GenerationCache
-from saexp.interventions.engine import Edit, Row, generate
+from saexp.interventions.cache import ResultCache
+from saexp.interventions.engine import generate
+from saexp.interventions.ops import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
@@ -28,13 +29,13 @@ def sae() -> SparseAutoencoder:
 
 def rows() -> list[Row]:
     ids = [tuple(random_lm("llama").tokenizer(t)["input_ids"][:9]) for t in TEXTS]
-    steered = [Row(i, Edit((2,), 3.0, scales=(1.0,)), (1,)) for i in ids]
+    steered = [Row(i, (Add(AT, Vector(torch.eye(D_MODEL)[2]), 3.0),), (1,)) for i in ids]
     return [*steered, *(Row(i) for i in ids)]
 
 
-def run(some: list[Row], cache: GenerationCache | None) -> list[list[int]]:
+def run(some: list[Row], cache: ResultCache | None) -> list[list[int]]:
     return generate(
-        random_lm("llama"), some, sae(), AT, max_new_tokens=5, batch_tokens=40, cache=cache
+        random_lm("llama"), some, {AT: sae()}, max_new_tokens=5, batch_tokens=40, cache=cache
     )
 
 
@@ -42,18 +43,18 @@ def test_the_second_time_nothing_is_generated_and_tokens_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = run(rows(), None)
-    assert run(rows(), GenerationCache(tmp_path, {"model": "a"})) == wanted
+    assert run(rows(), ResultCache(tmp_path, {"model": "a"})) == wanted
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model ran")
 
     monkeypatch.setattr(engine, "_generate_batch", never)
-    assert run(rows(), GenerationCache(tmp_path, {"model": "a"})) == wanted
+    assert run(rows(), ResultCache(tmp_path, {"model": "a"})) == wanted
     with pytest.raises(AssertionError, match="the model ran"):
-        run(rows(), GenerationCache(tmp_path, {"model": "b"}))
-    other = [Row(rows()[0].ids, Edit((2,), 3.5, scales=(1.0,)), (1,))]
+        run(rows(), ResultCache(tmp_path, {"model": "b"}))
+    other = [Row(rows()[0].ids, (Add(AT, Vector(torch.eye(D_MODEL)[2]), 3.5),), (1,))]
     with pytest.raises(AssertionError, match="the model ran"):
-        run(other, GenerationCache(tmp_path, {"model": "a"}))
+        run(other, ResultCache(tmp_path, {"model": "a"}))
 
 
 def test_what_an_interrupted_run_made_is_kept(
@@ -69,14 +70,14 @@ def test_what_an_interrupted_run_made_is_kept(
 
     monkeypatch.setattr(engine, "_generate_batch", third_fails)
     with pytest.raises(KeyboardInterrupt):
-        run(rows(), GenerationCache(tmp_path, {}))
-    kept = GenerationCache(tmp_path, {}).get([r.key for r in rows()])
+        run(rows(), ResultCache(tmp_path, {}))
+    kept = ResultCache(tmp_path, {}).get("tokens 5", [r.key for r in rows()])
     assert 0 < len(kept) < len(rows())
     monkeypatch.setattr(engine, "_generate_batch", real)
-    assert run(rows(), GenerationCache(tmp_path, {})) == run(rows(), None)
+    assert run(rows(), ResultCache(tmp_path, {})) == run(rows(), None)
 
 
 def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "generations.sqlite").write_text("not a database, but long enough to be one" * 9)
     with pytest.raises(StoreError, match="generations.sqlite: .*; delete it or choose another"):
-        GenerationCache(tmp_path, {})
+        ResultCache(tmp_path, {})

@@ -1,13 +1,16 @@
 """The engine's identities, on five architectures: what is edited, where, how strongly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.engine import Edit, Row, generate, last_logits
+from saexp.interventions.engine import divergences, generate, last_logits, read_logits
+from saexp.interventions.facts import orthonormal
+from saexp.interventions.ops import Add, Move, Op, Patch, Project, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, TEXTS, random_hf, random_lm, tokenizer
@@ -23,6 +26,10 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.fixture
 def sae() -> SparseAutoencoder:
+    return made_sae()
+
+
+def made_sae(**options: object) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(3)
     decoder = torch.nn.functional.normalize(
         torch.randn(D_SAE, D_MODEL, generator=generator), dim=-1
@@ -36,11 +43,20 @@ def sae() -> SparseAutoencoder:
         },
         architecture="standard",
         hookpoint=AT,
+        **options,  # type: ignore[arg-type]
     )
+
+
+def add(sae: SparseAutoencoder, latents: Sequence[int], coefficient: float) -> tuple[Op, ...]:
+    return (Add(AT, Vector(sae.directions(list(latents)).sum(0)), coefficient),)
 
 
 def prompts(model: LanguageModel) -> list[tuple[int, ...]]:
     return [tuple(model.tokenizer(t)["input_ids"][:12]) for t in TEXTS]
+
+
+def logits_of(model: LanguageModel, rows: Sequence[Row], sae: SparseAutoencoder) -> Tensor:
+    return last_logits(model, rows, {AT: sae})[:, -1]
 
 
 def plain_logits(model: LanguageModel, ids: Sequence[int]) -> Tensor:
@@ -49,13 +65,14 @@ def plain_logits(model: LanguageModel, ids: Sequence[int]) -> Tensor:
 
 
 def by_hand(
-    model: LanguageModel, ids: Sequence[int], added: Tensor, places: Sequence[int]
+    model: LanguageModel, ids: Sequence[int], change: Callable[[Tensor], Tensor], places: object
 ) -> Tensor:
     """The same edit by a plain hook on the block, one unpadded prompt, no cache."""
+    chosen = list(places)  # type: ignore[call-overload]
 
     def hook(_m: object, _a: object, out: Tensor | tuple[Tensor, ...]) -> object:
         stream = (out if isinstance(out, Tensor) else out[0]).clone()
-        stream[0, list(places)] += added
+        stream[0, chosen] = change(stream[0, chosen])
         return stream if isinstance(out, Tensor) else (stream, *out[1:])
 
     handle = model.blocks[AT.layer].register_forward_hook(hook)
@@ -65,75 +82,243 @@ def by_hand(
         handle.remove()
 
 
+def check(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    op: Op,
+    change: Callable[[Tensor], Tensor],
+    places: tuple[int, ...] = (-4, -2),
+) -> None:
+    """An operation equals its formula in a plain hook, on every prompt, and does something.
+
+    `places` count from the end: Gemma-2's last token does not see the first ones.
+    """
+    rows = [Row(i, (op,), tuple(len(i) + p for p in places)) for i in prompts(model)]
+    for row, found in zip(rows, logits_of(model, rows, sae), strict=True):
+        wanted = by_hand(model, row.ids, change, row.positions)
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(wanted, plain_logits(model, row.ids), atol=1e-3)
+
+
 def test_coefficient_zero_is_bit_equal(model: LanguageModel, sae: SparseAutoencoder) -> None:
     ids = prompts(model)
-    edit = Edit((1, 2), 0.0, scales=(1.0, 1.0))
-    steered = [Row(i, edit, (2,), generated=True) for i in ids]
-    plain = [Row(i) for i in ids]
-    assert torch.equal(last_logits(model, steered, sae, AT), last_logits(model, plain, sae, AT))
+    vector = Vector(torch.ones(D_MODEL))
+    ops: list[Op] = [
+        Add(AT, vector, 0.0),
+        Move(AT, (1, 2), (1, 2), (3.0, 0.0), 0.0),
+        Project(AT, Vector(torch.eye(D_MODEL)[:2]), 0.0),
+        Splice(AT, 0.0),
+        Patch(AT, Vector(torch.ones(1, D_MODEL)), 0.0),
+    ]
+    plain = logits_of(model, [Row(i) for i in ids], sae)
+    for op in ops:
+        steered = [Row(i, (op,), (2,), generated=True) for i in ids]
+        assert torch.equal(logits_of(model, steered, sae), plain)
 
 
 def test_a_row_beside_edited_ones_keeps_every_bit(
     model: LanguageModel, sae: SparseAutoencoder
 ) -> None:
     ids = prompts(model)
-    plain = last_logits(model, [Row(i) for i in ids], sae, AT)
+    plain = logits_of(model, [Row(i) for i in ids], sae)
     rows = [Row(i) for i in ids]
-    rows[0] = Row(ids[0], Edit((4,), 9.0, scales=(1.0,)), (len(ids[0]) - 2,))
-    mixed = last_logits(model, rows, sae, AT)
+    rows[0] = Row(ids[0], add(sae, (4,), 9.0), (len(ids[0]) - 2,))
+    mixed = logits_of(model, rows, sae)
     assert torch.equal(mixed[1:], plain[1:])
     assert not torch.allclose(mixed[0], plain[0], atol=1e-3)
 
 
 def test_steering_equals_a_hand_written_hook(model: LanguageModel, sae: SparseAutoencoder) -> None:
     ids = prompts(model)
-    edits = [Edit((i, i + 5), 0.5 + i, scales=(1.0, 0.3)) for i in range(len(ids))]
     places = [(1,), (0, 3), (2, 4, 5), (1, 2), (3,)]
-    rows = [Row(i, e, p) for i, e, p in zip(ids, edits, places, strict=True)]
-    found = last_logits(model, rows, sae, AT)
-    for row, logits in zip(rows, found, strict=True):
-        assert row.edit is not None
-        a, b = row.edit.write
-        added = row.edit.coefficient * (sae.W_dec[a] + 0.3 * sae.W_dec[b])
-        wanted = by_hand(model, row.ids, added, row.positions)
+    rows = [
+        Row(i, add(sae, (n, n + 5), 0.5 + n), p)
+        for n, (i, p) in enumerate(zip(ids, places, strict=True))
+    ]
+    found = logits_of(model, rows, sae)
+    for n, (row, logits) in enumerate(zip(rows, found, strict=True)):
+        added = (0.5 + n) * (sae.W_dec[n] + sae.W_dec[n + 5])
+        wanted = by_hand(model, row.ids, lambda x, a=added: x + a, row.positions)
         torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
 
 
-def test_clamping_puts_each_latent_at_its_target(
+@pytest.mark.parametrize("rule", ["always", "active", "at_least"])
+def test_clamping_moves_latents_to_their_targets(
+    model: LanguageModel, sae: SparseAutoencoder, rule: str
+) -> None:
+    latents, targets = (2, 7, 11), torch.tensor([0.0, 1.5, 0.2])
+
+    def change(x: Tensor) -> Tensor:
+        acts = sae.encode(x)[:, list(latents)]
+        gap = targets - acts
+        if rule == "active":
+            gap = gap * (acts > 0)
+        if rule == "at_least":
+            gap = gap.clamp(min=0)
+        return x + 0.8 * gap @ sae.W_dec[list(latents)]
+
+    op = Move(AT, latents, latents, tuple(targets.tolist()), 0.8, rule)
+    check(model, sae, op, change, (-5, -4, -3, -2, -1))
+
+
+def test_clamping_holds_for_saes_that_scale_each_row(model: LanguageModel) -> None:
+    sae = made_sae(normalize_activations="layer_norm")
+
+    def change(x: Tensor) -> Tensor:
+        acts = sae.encode(x)
+        moved = acts.clone()
+        moved[:, 5] = 2.0
+        return x + sae.decode(moved, x) - sae.decode(acts, x)
+
+    check(model, sae, Move(AT, (5,), (5,), (2.0,), 1.0), change)
+
+
+def test_a_control_is_moved_as_far_as_what_it_stands_for(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    def change(x: Tensor) -> Tensor:
+        return x + (1.5 - sae.encode(x)[:, [3]]) * sae.W_dec[9]
+
+    check(model, sae, Move(AT, (3,), (9,), (1.5,), 1.0), change)
+
+
+def test_removing_directions_leaves_no_component(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    basis = orthonormal(sae.W_dec[:3])
+    check(model, sae, Project(AT, Vector(basis), 1.0), lambda x: x - x @ basis.T @ basis)
+    wanted = torch.tensor([1.0, -2.0, 0.5])
+    op = Project(AT, Vector(basis), 1.0, tuple(wanted.tolist()))
+    check(model, sae, op, lambda x: x + (wanted - x @ basis.T) @ basis)
+
+
+def test_the_reconstruction_in_place_of_the_stream(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    places = (-4, -3, -2)
+    check(model, sae, Splice(AT, 1.0), lambda x: sae.decode(sae.encode(x)), places)
+    way = torch.nn.functional.normalize(torch.arange(1.0, D_MODEL + 1), dim=0)
+
+    def aside(x: Tensor) -> Tensor:
+        miss = (sae.decode(sae.encode(x)) - x).norm(dim=-1, keepdim=True)
+        return x + miss * way
+
+    check(model, sae, Splice(AT, 1.0, instead=Vector(way)), aside, places)
+
+
+def test_the_reconstruction_with_its_error_changes_nothing(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    ids = prompts(model)
+    rows = [Row(i, (Splice(AT, 1.0, error=True),), (1, 2, 3)) for i in ids]
+    plain = logits_of(model, [Row(i) for i in ids], sae)
+    torch.testing.assert_close(logits_of(model, rows, sae), plain, atol=1e-5, rtol=1e-5)
+
+
+def streams(model: LanguageModel, ids: Sequence[int], at: Hookpoint) -> Tensor:
+    with torch.inference_mode(), capture(model, [at]) as record:
+        model.hf(input_ids=torch.tensor([list(ids)]))
+    return record[at][0]
+
+
+@pytest.mark.parametrize("stream", ["resid_post", "attn_out", "mlp_out", "attn_z"])
+def test_patching_a_prompt_from_itself_changes_nothing(
+    model: LanguageModel, sae: SparseAutoencoder, stream: str
+) -> None:
+    ids, at = prompts(model)[0], Hookpoint(1, stream)
+    own = streams(model, ids, at)
+    row = Row(ids, (Patch(at, Vector(own[1:4]), 1.0),), (1, 2, 3))
+    found = logits_of(model, [row], sae)[0]
+    torch.testing.assert_close(found, plain_logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_patching_all_positions_from_a_pair_gives_the_pair_s_logits(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    first, second = prompts(model)[:2]
+    n = min(len(first), len(second))
+    first, second = first[:n], second[:n]
+    rows = [Row(first, (Patch(AT, Vector(streams(model, second, AT)), 1.0),), tuple(range(n)))]
+    rows.append(Row(prompts(model)[2]))
+    found = logits_of(model, rows, sae)[0]
+    torch.testing.assert_close(found, plain_logits(model, second), atol=1e-4, rtol=1e-4)
+
+
+def test_patching_one_head_leaves_the_others(model: LanguageModel, sae: SparseAutoencoder) -> None:
+    first, second = prompts(model)[:2]
+    at = Hookpoint(1, "attn_z")
+    values = streams(model, second, at)[-3:-1]
+    width = values.shape[1] // 4
+    places = (len(first) - 3, len(first) - 2)
+    row = Row(first, (Patch(at, Vector(values), 1.0, (width, 2 * width)),), places)
+    found = logits_of(model, [row], sae)[0]
+    mixed = streams(model, first, at)[-3:-1].clone()
+    mixed[:, width : 2 * width] = values[:, width : 2 * width]
+    whole = Row(first, (Patch(at, Vector(mixed), 1.0),), places)
+    torch.testing.assert_close(found, logits_of(model, [whole], sae)[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, plain_logits(model, first), atol=1e-4)
+
+
+def test_several_layers_at_once_equal_two_hooks(
     model: LanguageModel, sae: SparseAutoencoder
 ) -> None:
     ids = prompts(model)[0]
-    place = 3
-    seen: list[Tensor] = []
-    handle = model.blocks[AT.layer].register_forward_hook(
-        lambda _m, _a, out: seen.append(out if isinstance(out, Tensor) else out[0])
-    )
-    plain_logits(model, ids)
-    handle.remove()
-    stream = seen[0][0, place]
-    acts = sae.encode(stream)
-    latents, targets = (2, 7), (0.0, 1.5)
-    rows = [Row(ids, Edit(latents, 1.0, read=latents, targets=targets), (place,))]
-    found = last_logits(model, rows, sae, AT)[0]
-    added = sum(
-        ((t - acts[f]) * sae.W_dec[f] for f, t in zip(latents, targets, strict=True)),
-        torch.zeros(D_MODEL),
-    )
-    torch.testing.assert_close(found, by_hand(model, ids, added, [place]), atol=2e-4, rtol=1e-4)
+    vector = sae.W_dec[4]
+    ops = tuple(Add(Hookpoint(n, "resid_post"), Vector(vector), 2.0) for n in (0, 1))
+    found = logits_of(model, [Row(ids, ops, (2,))], sae)[0]
+
+    def hook(_m: object, _a: object, out: Tensor | tuple[Tensor, ...]) -> object:
+        stream = (out if isinstance(out, Tensor) else out[0]).clone()
+        stream[0, 2] += 2 * vector
+        return stream if isinstance(out, Tensor) else (stream, *out[1:])
+
+    handles = [model.blocks[n].register_forward_hook(hook) for n in (0, 1)]
+    wanted = plain_logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
 
 
-def greedy_by_hand(model: LanguageModel, row: Row, sae: SparseAutoencoder, n: int) -> list[int]:
+def test_a_transcoder_reads_one_stream_and_is_written_to_another() -> None:
+    model = random_lm("llama")
+    generator = torch.Generator().manual_seed(5)
+    source, target = Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")
+    sae = SparseAutoencoder(
+        {
+            "W_enc": torch.randn(D_MODEL, D_SAE, generator=generator),
+            "W_dec": torch.randn(D_SAE, D_MODEL, generator=generator),
+            "b_enc": torch.zeros(D_SAE),
+            "b_dec": torch.zeros(D_MODEL),
+        },
+        architecture="standard",
+        hookpoint=source,
+        hookpoint_out=target,
+    )
+    ids = prompts(model)[0]
+    read, written = streams(model, ids, source), streams(model, ids, target)
+    acts = sae.encode(read[2:3])
+    wanted = written[2:3] + (1.0 - acts[:, [6]]) * sae.W_dec[6]
+    saes = {source: sae}
+    found = last_logits(model, [Row(ids, (Move(source, (6,), (6,), (1.0,), 1.0),), (2,))], saes)
+    by_patch = last_logits(model, [Row(ids, (Patch(target, Vector(wanted), 1.0),), (2,))], saes)
+    torch.testing.assert_close(found, by_patch, atol=1e-4, rtol=1e-4)
+    spliced = last_logits(model, [Row(ids, (Splice(source, 1.0),), (2,))], saes)
+    made = Patch(target, Vector(sae.decode(acts, read[2:3])), 1.0)
+    torch.testing.assert_close(
+        spliced, last_logits(model, [Row(ids, (made,), (2,))], saes), atol=1e-4, rtol=1e-4
+    )
+
+
+def greedy_by_hand(
+    model: LanguageModel, row: Row, change: Callable[[Tensor], Tensor], n: int
+) -> list[int]:
     """Greedy decoding that runs the whole text again for every token, without a cache."""
     ids = list(row.ids)
     for _ in range(n):
         places = list(row.positions)
         if row.generated:
             places += range(len(row.ids), len(ids))
-        added = torch.zeros(D_MODEL)
-        if row.edit is not None:
-            for f, s in zip(row.edit.write, row.edit.scales, strict=True):
-                added = added + row.edit.coefficient * s * sae.W_dec[f]
-        token = int(by_hand(model, ids, added, places).argmax())
+        token = int(by_hand(model, ids, change, places).argmax())
         if token in model.eos_ids:
             break
         ids.append(token)
@@ -144,28 +329,51 @@ def test_batched_cached_generation_equals_decoding_without_a_cache(
     model: LanguageModel, sae: SparseAutoencoder
 ) -> None:
     ids = prompts(model)
-    rows = [Row(ids[0]), Row(ids[1], Edit((3,), 4.0, scales=(1.0,)), (1, 2))]
-    rows += [Row(ids[2], Edit((5,), 2.0, scales=(1.0,)), (2,), generated=True)]
-    rows += [Row(ids[3], Edit((5, 6), 1.0, scales=(2.0, 1.0)), (), generated=True)]
-    found = generate(model, rows, sae, AT, max_new_tokens=6, batch_tokens=10_000)
-    assert found == [greedy_by_hand(model, row, sae, 6) for row in rows]
+    made: list[tuple[Row, Callable[[Tensor], Tensor]]] = [
+        (Row(ids[0]), lambda x: x),
+        (Row(ids[1], add(sae, (3,), 4.0), (1, 2)), lambda x: x + 4 * sae.W_dec[3]),
+        (Row(ids[2], add(sae, (5,), 2.0), (2,), True), lambda x: x + 2 * sae.W_dec[5]),
+        (Row(ids[3], add(sae, (6,), 3.0), (), True), lambda x: x + 3 * sae.W_dec[6]),
+        (
+            Row(ids[3], (Move(AT, (7,), (7,), (2.5,), 1.0),), (4,), True),
+            lambda x: x + (2.5 - sae.encode(x)[:, [7]]) * sae.W_dec[7],
+        ),
+    ]
+    rows = [row for row, _ in made]
+    found = generate(model, rows, {AT: sae}, max_new_tokens=6, batch_tokens=10_000)
+    assert found == [greedy_by_hand(model, row, change, 6) for row, change in made]
 
 
 def test_batch_size_and_order_change_no_token(model: LanguageModel, sae: SparseAutoencoder) -> None:
     ids = prompts(model)
-    rows = [Row(i, Edit((n,), 3.0, scales=(1.0,)), (1,)) for n, i in enumerate(ids)]
+    rows = [Row(i, add(sae, (n,), 3.0), (1,)) for n, i in enumerate(ids)]
     rows += [Row(i) for i in ids]
-    together = generate(model, rows, sae, AT, max_new_tokens=5, batch_tokens=10_000)
-    alone = generate(model, rows, sae, AT, max_new_tokens=5, batch_tokens=1)
-    backwards = generate(model, rows[::-1], sae, AT, max_new_tokens=5, batch_tokens=40)
+    saes = {AT: sae}
+    together = generate(model, rows, saes, max_new_tokens=5, batch_tokens=10_000)
+    alone = generate(model, rows, saes, max_new_tokens=5, batch_tokens=1)
+    backwards = generate(model, rows[::-1], saes, max_new_tokens=5, batch_tokens=40)
     assert together == alone == backwards[::-1]
 
 
-def test_generation_equals_transformers_generate(
+def test_prompts_that_are_shared_give_what_each_gives_alone(
     model: LanguageModel, sae: SparseAutoencoder
 ) -> None:
+    long = [tuple(model.tokenizer(t)["input_ids"]) for t in TEXTS[:3]]
+    rows = [
+        Row(ids, add(sae, (n,), 2.0 + n), (len(ids) - 1 - n % 3,)) for ids in long for n in range(6)
+    ]
+    rows += [Row(ids, add(sae, (1,), 3.0), (), True) for ids in long]
+    found = last_logits(model, rows, {AT: sae})[:, -1]
+    for row, logits in zip(rows, found, strict=True):
+        alone = logits_of(model, [row], sae)[0]
+        torch.testing.assert_close(logits, alone, atol=2e-4, rtol=1e-4)
+    together = generate(model, rows, {AT: sae}, max_new_tokens=5, batch_tokens=10_000)
+    assert together == generate(model, rows, {AT: sae}, max_new_tokens=5, batch_tokens=1)
+
+
+def test_generation_equals_transformers_generate(model: LanguageModel) -> None:
     ids = prompts(model)
-    found = generate(model, [Row(i) for i in ids], sae, AT, max_new_tokens=6, batch_tokens=10_000)
+    found = generate(model, [Row(i) for i in ids], max_new_tokens=6, batch_tokens=10_000)
     for prompt, tokens in zip(ids, found, strict=True):
         with torch.inference_mode():
             out = model.hf.generate(
@@ -180,17 +388,77 @@ def test_generation_equals_transformers_generate(
         assert tokens == wanted
 
 
+def test_samples_depend_on_the_row_alone_and_follow_the_model_s_probabilities() -> None:
+    model = random_lm("llama")
+    ids = prompts(model)
+    rows = [Row(i, sample=Sampling(1.0, seed)) for i in ids[:2] for seed in range(400)]
+    together = generate(model, rows, max_new_tokens=1, batch_tokens=10_000)
+    alone = generate(model, rows[:20], max_new_tokens=1, batch_tokens=1)
+    assert together[:20] == alone
+    for n in range(2):
+        probabilities = plain_logits(model, ids[n]).softmax(-1)
+        tokens = [t[0] for t in together[n * 400 : n * 400 + 400] if t]
+        likely = probabilities.topk(20).indices.tolist()
+        drawn = sum(t in likely for t in tokens) / 400
+        wanted = float(probabilities[likely].sum())
+        assert abs(drawn - wanted) < 4 * (wanted * (1 - wanted) / 400) ** 0.5
+    cold = [Row(i, sample=Sampling(1e-4, 7)) for i in ids]
+    assert generate(model, cold, max_new_tokens=4, batch_tokens=10_000) == generate(
+        model, [Row(i) for i in ids], max_new_tokens=4, batch_tokens=10_000
+    )
+
+
 def test_finished_rows_leave_the_batch_and_change_nothing(sae: SparseAutoencoder) -> None:
     model = LanguageModel.wrap(random_hf("llama"), tokenizer())
     ids = prompts(model)
     rows = [Row(i) for i in ids]
-    free = generate(model, rows, sae, AT, max_new_tokens=8, batch_tokens=10_000)
+    rows += [Row(i, add(sae, (n,), 2.0), (1,), True) for n, i in enumerate(ids)]
+    saes = {AT: sae}
+    free = generate(model, rows, saes, max_new_tokens=8, batch_tokens=10_000)
     stop = free[0][2]
     model.__dict__["eos_ids"] = (stop,)
-    found = generate(model, rows, sae, AT, max_new_tokens=8, batch_tokens=10_000)
+    found = generate(model, rows, saes, max_new_tokens=8, batch_tokens=10_000)
     cut = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
     assert found == cut
     assert found[0] == free[0][:2]
+
+
+def test_logits_are_read_at_the_last_tokens_of_every_row(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    ids = prompts(model)
+    rows = [Row(i, about=(2,)) for i in ids] + [Row(ids[0], add(sae, (2,), 3.0), (1,), about=(3,))]
+    found = read_logits(
+        model,
+        rows,
+        {AT: sae},
+        lambda _row, logits: logits.log_softmax(-1)[:, 5].numpy(),
+        kind="test",
+        batch_tokens=30,
+        n_last=lambda row: row.about[0],
+    )
+    for row, values in zip(rows[:-1], found[:-1], strict=True):
+        with torch.inference_mode():
+            wanted = model.hf(input_ids=torch.tensor([row.ids])).logits[0, -2:].log_softmax(-1)
+        torch.testing.assert_close(
+            torch.from_numpy(values).float(), wanted[:, 5], atol=1e-4, rtol=1e-4
+        )
+    assert len(found[-1]) == 3
+
+
+def test_the_cost_is_the_divergence_from_the_unedited_model(
+    model: LanguageModel, sae: SparseAutoencoder
+) -> None:
+    ids = prompts(model)[:2]
+    rows = [Row(i, add(sae, (n,), c), (1, 2)) for i in ids for n, c in ((3, 2.0), (4, 0.0))]
+    found = divergences(model, rows, {AT: sae}, batch_tokens=1000)
+    for row, value in zip(rows, found, strict=True):
+        with torch.inference_mode():
+            before = model.hf(input_ids=torch.tensor([row.ids])).logits[0, 1:].log_softmax(-1)
+        seen = last_logits(model, [row], {AT: sae}, n_last=len(row.ids) - 1)[0].log_softmax(-1)
+        wanted = torch.nn.functional.kl_div(seen, before, log_target=True, reduction="none").sum(-1)
+        assert value == pytest.approx(float(wanted.mean()), abs=1e-4)
+    assert found[1] == 0
 
 
 def test_no_hook_is_left(model: LanguageModel, sae: SparseAutoencoder) -> None:
@@ -201,9 +469,8 @@ def test_no_hook_is_left(model: LanguageModel, sae: SparseAutoencoder) -> None:
         raise Broken
 
     handle = model.blocks[-1].register_forward_hook(fail)
-    row = Row(prompts(model)[0], Edit((1,), 1.0, scales=(1.0,)), (1,))
     with pytest.raises(Broken):
-        last_logits(model, [row], sae, AT)
+        logits_of(model, [Row(prompts(model)[0], add(sae, (1,), 1.0), (1,))], sae)
     handle.remove()
     for module in model.hf.modules():
         assert not module._forward_hooks

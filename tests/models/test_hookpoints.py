@@ -45,8 +45,6 @@ def test_resid_pre_of_block_0_is_stored_as_embed():
         ("blocks.3.hook_resid_mid", (3, "resid_mid")),
         ("blocks.3.hook_attn_out", (3, "attn_out")),
         ("blocks.3.attn.hook_z", (3, "attn_z")),
-        ("blocks.3.ln2.hook_normalized", (3, "mlp_in")),
-        ("blocks.3.hook_mlp_in", (3, "mlp_in")),
         ("blocks.3.mlp.hook_in", (3, "mlp_in")),
         ("blocks.3.hook_mlp_out", (3, "mlp_out")),
         ("hook_embed", (0, "embed")),
@@ -75,6 +73,22 @@ def test_a_name_of_nothing_is_an_error(name):
     assert str(error.value) == (
         f"'{name}' names no hookpoint; type one such as layer_12.resid_post, "
         "blocks.12.hook_resid_post or model.layers.12"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("blocks.3.ln2.hook_normalized", "the MLP's input before its norm's gain"),
+        ("blocks.3.hook_mlp_in", "the MLP's input before its norm"),
+    ],
+)
+def test_places_before_the_mlps_norm_or_its_gain_are_no_stream(name, what):
+    with pytest.raises(ModelError) as error:
+        Hookpoint.parse(name)
+    assert str(error.value) == (
+        f"{name} is {what}, which saexp does not collect; its layer_3.mlp_in is behind the whole "
+        "norm, layer_3.resid_mid before it"
     )
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from saexp.errors import StoreError
-from saexp.reports.finding import headline, sentences, unit_words
+from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
 from tests.reports.written import METRICS, latents, run, summary, write_json
 
@@ -20,9 +20,10 @@ KNOWN = (
 )
 UNKNOWN = "No latent speaks for 'unknown', so none is selected."
 STEERED = (
-    "steering 2 latents for 'known' at entity last, coefficient 0.6 x the stream's mean norm: "
+    "adding 2 latents for 'known' at entity last, coefficient 0.6 x the stream's mean norm: "
     "refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
 )
+BESIDE = "; 2 matched controls 0.70 to 0.75 (p < 0.001 against their mean)"
 
 
 def change(folder: Path, **settings: object) -> SavedRun:
@@ -35,7 +36,7 @@ def change(folder: Path, **settings: object) -> SavedRun:
 
 def test_the_headline_is_the_setting_each_direction_and_each_effect(tmp_path: Path) -> None:
     told = headline(run(tmp_path)).splitlines()
-    assert told == [SETTING, KNOWN, UNKNOWN, f"{STEERED}; 2 matched controls 0.70 to 0.75."]
+    assert told == [SETTING, KNOWN, UNKNOWN, f"{STEERED}{BESIDE}."]
 
 
 def test_without_a_causal_test_nothing_is_told_of_effects(tmp_path: Path) -> None:
@@ -58,10 +59,25 @@ def test_where_no_control_was_matched_that_is_told(tmp_path: Path) -> None:
     table = summary()
     run(tmp_path)
     table[table["role"] != "control"].to_parquet(tmp_path / "effects_summary.parquet")
-    # Without controls the coefficient with the largest change is told.
+    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}; no control could be matched."
+
+
+def test_what_it_costs_is_told_beside_the_controls_cost(tmp_path: Path) -> None:
+    run(tmp_path)
+    rows = [["known_group", "group", "", 0.6, 0.25], ["known_group", "group", "", 0.9, 0.5]]
+    rows += [[f"control_{n}", "control", "known_group", 0.6, 0.1 + n / 10] for n in (0, 1)]
+    columns = ["condition", "role", "of", "coefficient", "neutral_kl"]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "costs.parquet")
+    cost = "; cost on neutral text 0.25 nats a token, controls 0.10 to 0.20"
+    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}{BESIDE}{cost}."
+
+
+def test_an_effect_that_was_chosen_nowhere_is_said_to_be_none(tmp_path: Path) -> None:
+    run(tmp_path)
+    summary().assign(chosen=False).to_parquet(tmp_path / "effects_summary.parquet")
     assert headline(tmp_path).splitlines()[-1] == (
-        STEERED.replace("0.6 x", "0.9 x").replace("0.30 [0.20, 0.30]", "0.20 [0.10, 0.20]")
-        + "; no control could be matched."
+        "adding 2 latents for 'known' changes refusal of unknown prompts at no coefficient by more "
+        "than its controls."
     )
 
 
@@ -72,11 +88,11 @@ def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path)
         tmp_path / "effects_summary.parquet"
     )
     assert sentences(change(tmp_path, name="clamp", unit="raw"))[-1].startswith(
-        "moving latent 7 for 'known' at entity last, coefficient 0.6 of the way to the other "
-        "group's mean: refusal on 20 unknown prompts 0.80 -> 0.50"
+        "moving latent 7 for 'known' at entity last, coefficient 0.6 of the way: "
+        "refusal on 20 unknown prompts 0.80 -> 0.50"
     )
     assert (
-        "coefficient 0.6 x the decoder direction:"
+        "coefficient 0.6 x the direction as it is:"
         in sentences(change(tmp_path, name="steer", unit="raw"))[-1]
     )
 
@@ -84,10 +100,6 @@ def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path)
 def test_a_run_that_compared_no_groups_says_so(tmp_path: Path) -> None:
     (run(tmp_path, causal=False) / "latents.parquet").unlink()
     assert headline(tmp_path) == "This run compared no groups."
-
-
-def test_a_unit_without_words_is_itself() -> None:
-    assert unit_words("furlongs") == "furlongs"
 
 
 @pytest.mark.parametrize("content", [None, "{"])
@@ -119,8 +131,15 @@ def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
     assert SavedRun(tmp_path).entity_types == ["player", "contest"]
 
 
-def test_coefficients_are_told_by_their_lead_over_the_nearest_control(tmp_path: Path) -> None:
+def test_the_coefficient_told_is_the_one_chosen_on_train_prompts(tmp_path: Path) -> None:
     saved = SavedRun(run(tmp_path))
-    # 0.9 changes most, but a control does nearly as much there.
+    # On the test split 0.9 changes more.
     assert saved.told_coefficient("known_group", "refusal") == 0.6
     assert saved.told_coefficient("nothing", "refusal") is None
+
+
+def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
+    run(tmp_path)
+    train = summary().assign(split="train", refusal=0.0)
+    pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
+    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}{BESIDE}."

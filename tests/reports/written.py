@@ -100,7 +100,7 @@ def latents() -> pd.DataFrame:
 
 
 def summary() -> pd.DataFrame:
-    """`known_group` on unknown prompts: the controls do as much at 0.9, so 0.6 tells most."""
+    """`known_group` on unknown prompts, test split; 0.6 was chosen on train prompts."""
     keys = ["condition", "role", "of", "direction", "latent", "group", "coefficient", "refusal"]
     told = ["known_group", "group", "", "known", "7+4", "unknown"]
     single = ["known_7", "single", "", "known", "7", "unknown"]
@@ -110,7 +110,11 @@ def summary() -> pd.DataFrame:
         control = [f"control_{number % 2}", "control", "known_group", "known", str(number % 2)]
         rows.append([*control, "unknown", at, refusal])
     table = pd.DataFrame(rows, columns=keys)
-    table["n"], table["refusal_change"] = 20, table["refusal"] - 0.8
+    table["refusal_n"], table["refusal_change"] = 20, table["refusal"] - 0.8
+    table["refusal_p"], table["refusal_p_controls"] = 0.004, 0.0002
+    table["refusal_over_controls"] = table["refusal"] - 0.7
+    table["split"], table["in_resid_norm"] = "test", table["coefficient"]
+    table["chosen"] = (table["coefficient"] == 0.6) & table["condition"].str.startswith("known")
     table["refusal_ci_low"], table["refusal_ci_high"] = table["refusal"] - 0.1, table["refusal"]
     return table
 
@@ -122,6 +126,7 @@ def effects(texts: dict[str, str]) -> pd.DataFrame:
         example_id="a",
         entity_type="player",
         prompt=f"prompt {NASTY}",
+        split="test",
         generated_text=[texts.get(c, "plain") for c in table["condition"]],
         refusal=False,
     )

@@ -1,0 +1,253 @@
+"""What each active latent does to an answer's logit: by itself, and through the rest of the model.
+
+Shapes: b prompts of a batch, d the stream's width, n positions.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from saexp.context import progress
+from saexp.errors import DataError
+from saexp.latents.encode import CHUNK_BYTES
+from saexp.models.gradients import LogitGradient, logit_gradient
+from saexp.models.loading import LanguageModel
+from saexp.models.unembedding import ADDED, Unembedding
+from saexp.saes.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Per prompt and active latent, summed over the prompt's positions; `[n_prompts, d_sae]`.
+
+    All three matrices store the same entries: those latents that are active at a position.
+    """
+
+    activation: sparse.csr_array
+    direct: sparse.csr_array | None
+    """None for streams without a direct path (attn_z, mlp_in)."""
+    gradient: sparse.csr_array
+    logit: np.ndarray
+    """`[n_prompts]`: the answer's logit, less the foil's where there is one."""
+    notes: list[str]
+
+    def table(self, groups: Sequence[str]) -> pd.DataFrame:
+        """Means over the prompts of each group, latents that are off counting as 0.
+
+        Columns group, latent, direct, gradient, activation, n_active (prompts where it is active)
+        and n_prompts; one row per group and latent that is active in it, in order of |gradient|.
+        """
+        if len(groups) != len(self.logit):
+            raise DataError(f"{len(groups)} groups for {len(self.logit)} prompts; give each one")
+        labels = np.asarray(groups, dtype=object)
+        d_sae = cast(tuple[int, int], self.gradient.shape)[1]
+        parts = []
+        for group in dict.fromkeys(groups):
+            rows = np.flatnonzero(labels == group)
+            on = sparse.csr_array(self.gradient[rows])
+            n_active = np.bincount(on.indices, minlength=d_sae)
+            latents = np.flatnonzero(n_active)
+            columns: dict[str, Any] = {"group": group, "latent": latents}
+            for name in ("direct", "gradient", "activation"):
+                values: sparse.csr_array | None = getattr(self, name)
+                sums = np.nan if values is None else np.asarray(values[rows].sum(0))[latents]
+                columns[name] = sums / len(rows)
+            columns |= {"n_active": n_active[latents], "n_prompts": len(rows)}
+            part = pd.DataFrame(columns)
+            order = np.argsort(-part["gradient"].abs().to_numpy(), kind="stable")
+            parts.append(part.iloc[order])
+        return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
+
+
+@torch.inference_mode(False)
+def attribute(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    answers: Sequence[int],
+    foils: Sequence[int] | None = None,
+    *,
+    batch_tokens: int = 4096,
+) -> Attribution:
+    """Effects of active latents on logit(answer) - logit(foil) after each prompt's last token.
+
+    `prompts` are unpadded token ids, `positions` indices into them, `answers` and `foils` one token
+    id each. With a a latent's activation, w its direction in the model's own scale (times the row's
+    scale where the SAE scales each input by itself), both sum over the positions:
+
+    direct = a * w . C(g * (W_U[answer] - W_U[foil])) / s, where the final norm is g * C x / s + b
+    and s is frozen at the position's own value (direct logit attribution: Elhage et al. 2021, and
+    the logit lens). At the last token this is the path that skips all later blocks, exactly; at an
+    earlier one it is what the latent adds to that token's own prediction, and reaches the last
+    token through attention only. It is of the logits before soft-capping.
+
+    gradient = a * w . d(logit difference) / d(stream at the SAE's hookpoint), the first-order
+    effect through the whole rest of the model, soft-cap included (attribution patching: Nanda 2023;
+    on latents: Marks et al. 2024, arXiv 2403.19647, with a baseline of 0).
+
+    A transcoder's latents are read at its hookpoint and act where it writes. Memory: one forward
+    and backward pass of `batch_tokens` padded tokens, and one dense chunk of latents. Raises
+    DataError for prompts without a position, positions outside, and lists of unequal length.
+    """
+    _check(prompts, positions, answers, foils)
+    unembedding = Unembedding(model)
+    writes = sae.hookpoint_out or sae.hookpoint
+    is_direct = writes.stream in ADDED
+    parts: list[_Entries] = []
+    logit = np.zeros(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with progress(len(prompts), "attributing", "prompt") as bar:
+        for batch in _batches(order, prompts, batch_tokens):
+            of_answer = torch.tensor([answers[i] for i in batch])
+            of_foil = None if foils is None else torch.tensor([foils[i] for i in batch])
+            found = logit_gradient(
+                model,
+                [tuple(prompts[i]) for i in batch],
+                [positions[i] for i in batch],
+                of_answer,
+                of_foil,
+                reads=sae.hookpoint,
+                writes=writes,
+                norm=unembedding.norm,
+            )
+            logit[batch] = found.logit.numpy()
+            readout = _readouts(unembedding, found, of_answer, of_foil) if is_direct else None
+            parts += _entries(sae, found, readout, np.asarray(batch)[found.rows.numpy()])
+            bar.update(len(batch))
+    notes = []
+    if not is_direct:
+        notes.append(
+            f"{writes.stream} is not added to the stream, so no latent has a direct effect"
+        )
+    elif unembedding.softcap:
+        notes.append(
+            f"direct effects are of logits before the soft-cap at {unembedding.softcap:g}; "
+            "gradients are of those after it"
+        )
+    shape = (len(prompts), sae.d_sae)
+    log.info("attributed %d prompts, %d entries", len(prompts), sum(len(p.latent) for p in parts))
+    return Attribution(
+        activation=_matrix(parts, "activation", shape),
+        direct=_matrix(parts, "direct", shape) if is_direct else None,
+        gradient=_matrix(parts, "gradient", shape),
+        logit=logit,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Active (position, latent) pairs of a chunk."""
+
+    prompt: np.ndarray
+    latent: np.ndarray
+    activation: np.ndarray
+    gradient: np.ndarray
+    direct: np.ndarray
+
+
+def _readouts(
+    unembedding: Unembedding, found: LogitGradient, answers: Tensor, foils: Tensor | None
+) -> Tensor:
+    """`[n, d]`: what a vector at each position is multiplied with to give its direct effect."""
+    read = unembedding.readout(answers)
+    if foils is not None:
+        read = read - unembedding.readout(foils)
+    scale = unembedding.scale(found.final)
+    return read[found.rows.to(read.device)] / scale.to(read.device)[:, None]
+
+
+@torch.no_grad()
+def _entries(
+    sae: SparseAutoencoder, found: LogitGradient, readout: Tensor | None, prompt_of: np.ndarray
+) -> list[_Entries]:
+    """Chunk by chunk of positions, so that one dense `[n, d_sae]` exists at a time."""
+    step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
+    parts = []
+    for start in range(0, len(prompt_of), step):
+        chunk = slice(start, start + step)
+        x = found.acts[chunk].to(sae.device)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        acts = sae.encode(x)
+        row, latent = acts.nonzero(as_tuple=True)
+        if not len(row):
+            continue
+        there, column = latent.unique(return_inverse=True)
+        directions = sae.directions(there.tolist())
+        scale = torch.as_tensor(sae.row_scale(x), device=x.device).expand(len(x), 1)[:, 0]
+        scaled = acts[row, latent] * scale[row]
+
+        def along(
+            vectors: Tensor,
+            directions: Tensor = directions,
+            row: Tensor = row,
+            column: Tensor = column,
+            scaled: Tensor = scaled,
+        ) -> np.ndarray:
+            wide = torch.promote_types(vectors.dtype, directions.dtype)
+            dots = vectors.to(directions.device, wide) @ directions.to(wide).T
+            return (scaled.to(wide) * dots[row, column]).double().cpu().numpy()
+
+        parts.append(
+            _Entries(
+                prompt=prompt_of[chunk][row.cpu().numpy()],
+                latent=latent.cpu().numpy(),
+                activation=acts[row, latent].double().cpu().numpy(),
+                gradient=along(found.gradient[chunk]),
+                direct=np.zeros(len(row)) if readout is None else along(readout[chunk]),
+            )
+        )
+    return parts
+
+
+def _matrix(parts: list[_Entries], name: str, shape: tuple[int, int]) -> sparse.csr_array:
+    """Summed over the positions of a prompt; entries that add up to 0 stay stored."""
+    none = np.zeros(0)
+    values = np.concatenate([none, *(getattr(p, name) for p in parts)])
+    places = tuple(
+        np.concatenate([none.astype(np.int64), *(getattr(p, n) for p in parts)])
+        for n in ("prompt", "latent")
+    )
+    return sparse.csr_array(sparse.coo_array((values, places), shape=shape))
+
+
+def _batches(
+    order: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int
+) -> list[list[int]]:
+    """Prompts of similar length together, at most `batch_tokens` with padding."""
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * len(prompts[i]) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _check(
+    prompts: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    answers: Sequence[int],
+    foils: Sequence[int] | None,
+) -> None:
+    if not prompts:
+        raise DataError("no prompt to attribute an answer's logit to")
+    for what, given in (("positions", positions), ("answers", answers), ("foils", foils)):
+        if given is not None and len(given) != len(prompts):
+            raise DataError(f"{len(given)} {what} for {len(prompts)} prompts; give each one")
+    for number, (prompt, of) in enumerate(zip(prompts, positions, strict=True)):
+        if not of or min(of) < 0 or max(of) >= len(prompt):
+            raise DataError(
+                f"prompt {number} has positions {list(of)}, but needs one or more within its "
+                f"{len(prompt)} tokens"
+            )

@@ -1,0 +1,130 @@
+"""Numbers read out of generated text: counts, years, durations, coordinates."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SCALES = {
+    "thousand": 1e3,
+    "k": 1e3,
+    "million": 1e6,
+    "mio": 1e6,
+    "m": 1e6,
+    "billion": 1e9,
+    "bn": 1e9,
+}
+METRES = {"feet": 0.3048, "foot": 0.3048, "ft": 0.3048, "km": 1000.0}
+MINUTES = {"hour": 60.0, "hours": 60.0, "hr": 60.0, "hrs": 60.0, "h": 60.0}
+
+_DIGITS = (
+    r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?"  # 1,234,567.8
+    r"|\d{1,3}(?:\.\d{3}){2,}"  # 1.234.567
+    r"|\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)"  # 1 234 567
+    r"|\d+(?:\.\d+)?)"
+)
+_NUMBER = re.compile(rf"(?<![\w.])([-\u2212+]?)({_DIGITS})(?:[\s-]*([A-Za-z]+))?")
+_YEAR = re.compile(r"(?<![\d.,])([12]\d{3})(?!\d|s\b|,\d{3}|\.\d)")
+_DATED = re.compile(
+    r"(?:\b(?:in|as of|since|by|from|year|until|estimated?|census)\s+|\(\s*)$", re.IGNORECASE
+)
+_ANGLE = re.compile(
+    r"([-\u2212+]?\d+(?:\.\d+)?)\s*(?:°|º|deg(?:rees?)?\b)?\s*"
+    r"(?:(\d+(?:\.\d+)?)\s*(?:['\u2032\u2019]|min(?:utes?)?\b)\s*)?"
+    r"(?:(\d+(?:\.\d+)?)\s*(?:[\"\u2033\u201d]|''|sec(?:onds?)?\b)\s*)?"
+    r"(north|south|east|west|[NSEW])?(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_POINT = re.compile(r"point\s*\(\s*(-?\d+(?:\.\d+)?)\s+(-?\d+(?:\.\d+)?)\s*\)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number in a text."""
+
+    value: float
+    unit: str
+    """The word that follows, in lower case, if any."""
+    start: int
+    end: int
+    bare_year: bool
+    """Four digits alone, 1500 to 2199: may be a date rather than an amount."""
+
+
+def _value(digits: str) -> float:
+    plain = re.sub(r"[ \u00a0\u202f,]", "", digits)
+    return float(plain.replace(".", "") if plain.count(".") > 1 else plain)
+
+
+def quantities(text: str, *, letters: bool = True) -> list[Quantity]:
+    """Every number of a text, in order; scale words are multiplied in ("1.2 million").
+
+    With `letters`, so are an m and a k that touch the number: "2m" is two million, "2 m" is not.
+    """
+    found = []
+    for match in _NUMBER.finditer(text):
+        sign, digits, word = match.groups()
+        value = _value(digits) * (-1 if sign in ("-", "\u2212") else 1)
+        unit = (word or "").lower()
+        end = match.end(2)
+        if unit in SCALES and (unit not in ("m", "k") or (letters and match.start(3) == end)):
+            value, unit = value * SCALES[unit], ""
+        bare = digits.isdecimal() and len(digits) == 4 and 1500 <= value < 2200
+        found.append(Quantity(value, unit, match.start(), end, bare))
+    return found
+
+
+def amount(text: str, units: Mapping[str, float] | None = None) -> float | None:
+    """The first amount of a text: its first number that is not a date.
+
+    A date is a bare year after "in", "as of", "since", …, or after an opening bracket, where there
+    are other numbers. `units` gives the factor of a unit word to the unit wanted; a number that
+    follows one in a larger unit is added ("2 hours and 34 minutes"). Where there are units, "2m" is
+    no million.
+    """
+    found = quantities(text, letters=not units)
+    found = [q for q in found if not (q.bare_year and _DATED.search(text[: q.start]))] or found
+    if not found:
+        return None
+    units, first = units or {}, found[0]
+    factor = units.get(first.unit, 1.0)
+    value = first.value * factor
+    if factor > 1 and len(found) > 1 and found[1].value < 60:
+        between = text[first.end : found[1].start].lower().replace(first.unit, "", 1)
+        if not re.sub(r"\band\b|[\s,.]", "", between):
+            value += found[1].value
+    return value
+
+
+def year(text: str) -> float | None:
+    """The first year of a text, 1000 to 2999; "the 1960s" is none."""
+    match = _YEAR.search(text)
+    return float(match[1]) if match else None
+
+
+def coordinates(text: str) -> tuple[float, float] | None:
+    """(latitude, longitude) in degrees; None where a text has not both.
+
+    Reads "12.5°N, 8°W", degrees with minutes and seconds, "34.05, -118.24", and `Point(lon lat)`.
+    Numbers without a hemisphere are latitude, then longitude.
+    """
+    if point := _POINT.search(text):
+        return float(point[2]), float(point[1])
+    named: dict[str, float] = {}
+    plain: list[float] = []
+    for degrees, minutes, seconds, side in _ANGLE.findall(text):
+        value = float(degrees.replace("\u2212", "-"))
+        parts = float(minutes or 0) / 60 + float(seconds or 0) / 3600
+        value += parts if value >= 0 else -parts
+        letter = side[:1].upper()
+        if not letter:
+            plain.append(value)
+            continue
+        axis = "latitude" if letter in "NS" else "longitude"
+        named.setdefault(axis, -abs(value) if letter in "SW" else value)
+    if len(named) == 2:
+        pair = named["latitude"], named["longitude"]
+    elif not named and len(plain) >= 2:
+        pair = plain[0], plain[1]
+    else:
+        return None
+    return pair if abs(pair[0]) <= 90 and abs(pair[1]) <= 360 else None

@@ -1,0 +1,153 @@
+"""Attention from the last token to the entity, edited against original, per head.
+
+Heads of one prompt are not independent: the overall test has one number per entity, and the tests
+of single heads share their sign flips and are corrected by the largest of them (Westfall & Young
+1993, max-T).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from saexp.config import InterventionConfig
+from saexp.context import progress
+from saexp.data.positions import Unplaced, entity_tokens
+from saexp.errors import InterventionError
+from saexp.interventions.batch import BatchEdit, SAEs
+from saexp.interventions.engine import padded
+from saexp.interventions.facts import Condition
+from saexp.interventions.ops import Row
+from saexp.interventions.prompts import Placed, Prompts
+from saexp.models.attention import attention_to
+from saexp.models.loading import LanguageModel
+from saexp.paired import paired_head_test
+from saexp.saes.base import SparseAutoencoder
+
+_BATCH = 64
+_TOLD = ("group", "direction", "place")
+
+
+def attention_tables(
+    conditions: Sequence[Condition],
+    prompts: Prompts,
+    coefficients: Sequence[float],
+    chosen: Mapping[str, float],
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    cfg: InterventionConfig,
+) -> tuple[dict[str, pd.DataFrame], dict[str, float | int | None]]:
+    """Tables `attention` (per layer and head) and `attention_summary` (per condition), and metrics.
+
+    Test prompts only; each condition at the coefficient chosen for it, else its largest. Its
+    controls are run at the same one. Raises InterventionError where no prompt has an entity.
+    """
+    told = [c for c in conditions if c.role in _TOLD and c.weights is None]
+    told = told or [c for c in conditions if c.role == "single" and c.weights is None]
+    heads: list[pd.DataFrame] = []
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, float | int | None] = {}
+    stored: dict[Any, np.ndarray] = {}
+    family = [(c, m) for m in told for c in conditions if m.name in (c.name, c.of)]
+    with progress(len(family), "attention", "condition") as bar:
+        for condition, main in family:
+            coefficient = chosen.get(main.name, max(coefficients, key=abs))
+            at = list(coefficients).index(coefficient)
+            placed = _usable(prompts, condition)
+            pairs = [(p, condition.ops(p.example.id, at)) for p in placed]
+            pairs = [(p, ops) for p, ops in pairs if ops is not None]
+            if not pairs:
+                raise InterventionError("outcome attention: no test prompt has an entity in it")
+            saes = {sae.hookpoint: sae}
+            before = _measured(model, [Row(p.tokens.ids) for p, _ in pairs], pairs, {}, stored)
+            edited = [
+                Row(p.tokens.ids, ops, p.positions, cfg.where in ("all", "generated"))
+                for p, ops in pairs
+            ]
+            after = _measured(model, edited, pairs, saes, stored)
+            units = np.array([p.example.unit for p, _ in pairs])
+            about = {
+                "condition": condition.name,
+                "role": condition.role,
+                "of": condition.of,
+                "direction": condition.direction,
+                "group": condition.prompts,
+                "coefficient": coefficient,
+                "n": len(pairs),
+            }
+            found = paired_head_test(
+                before.reshape(len(pairs), -1), after.reshape(len(pairs), -1), units, seed=cfg.seed
+            )
+            rows.append(
+                about
+                | {
+                    "original": float(before.mean()),
+                    "edited": float(after.mean()),
+                    "difference": found.overall.difference,
+                    "ci_low": found.overall.ci_low,
+                    "ci_high": found.overall.ci_high,
+                    "p_value": found.overall.p_value,
+                }
+            )
+            if condition is main:
+                layers, n_heads = before.shape[1:]
+                table = pd.DataFrame(
+                    {
+                        "layer": np.repeat(np.arange(layers), n_heads),
+                        "head": np.tile(np.arange(n_heads), layers),
+                        "original": before.mean(0).ravel(),
+                        "edited": after.mean(0).ravel(),
+                        "difference": found.difference,
+                        "p_corrected": found.p_corrected,
+                    }
+                )
+                heads.append(table.assign(**about))
+                name = f"effect/attention/{condition.name}_at_{coefficient:g}"
+                metrics[name] = found.overall.difference
+            bar.update(1)
+    tables = {
+        "attention": pd.concat(heads, ignore_index=True),
+        "attention_summary": pd.DataFrame(rows),
+    }
+    return tables, metrics
+
+
+def _usable(prompts: Prompts, condition: Condition) -> list[Placed]:
+    found = []
+    mine = prompts.of_group.get(condition.prompts, [])
+    for prompt in prompts.all() if condition.prompts == "all" else mine:
+        if prompt.example.split == "test" and prompt.example.spans:
+            found.append(prompt)
+    return found
+
+
+def _measured(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    pairs: Sequence[tuple[Placed, Any]],
+    saes: SAEs,
+    stored: dict[Any, np.ndarray],
+) -> np.ndarray:
+    """`[n, n_layers, n_heads]`, attention of each row's last token to its entity."""
+    missing = [i for i, row in enumerate(rows) if row.key not in stored]
+    for start in range(0, len(missing), _BATCH):
+        chosen = missing[start : start + _BATCH]
+        batch = [rows[i] for i in chosen]
+        ids, mask = padded([r.ids for r in batch], model.pad_id, model.device)
+        width = ids.shape[1]
+        keys = torch.zeros_like(ids, dtype=torch.bool)
+        for k, i in enumerate(chosen):
+            prompt = pairs[i][0]
+            shift = width - len(prompt.tokens)
+            try:
+                entity = entity_tokens(prompt.example, prompt.tokens)
+            except Unplaced as reason:
+                raise InterventionError(f"outcome attention: {reason}") from reason
+            keys[k, [shift + t for t in entity]] = True
+        edits = BatchEdit(batch, width, saes, model.device).functions(width)
+        found = attention_to(model, ids, mask, keys, edits=edits).numpy()
+        for row, values in zip(batch, found, strict=True):
+            stored[row.key] = values
+    return np.stack([stored[row.key] for row in rows])

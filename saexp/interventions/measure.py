@@ -1,0 +1,218 @@
+"""Jobs (prompt, condition, coefficient) to outcomes, each row computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from saexp.config import InterventionConfig
+from saexp.data.examples import Example
+from saexp.data.positions import Unplaced
+from saexp.data.tokens import tokenize
+from saexp.interventions.cache import ResultCache
+from saexp.interventions.engine import divergences, generate, read_logits
+from saexp.interventions.facts import Condition
+from saexp.interventions.ops import Row, Sampling
+from saexp.interventions.outcomes import mean_loss
+from saexp.interventions.prompts import Placed, Prompts, placed_prompts
+from saexp.models.loading import LanguageModel
+from saexp.saes.base import SparseAutoencoder
+
+_NEUTRAL_TOKENS = 48
+"""Longest neutral text, in tokens."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of the effects table."""
+
+    example: Example
+    condition: Condition
+    at: int
+    """Which coefficient."""
+    coefficient: float
+
+
+@dataclass
+class Measurement:
+    """Runs jobs on one model as it is now."""
+
+    model: LanguageModel
+    sae: SparseAutoencoder
+    asked: Sequence[Any]
+    """Outcome objects."""
+    cfg: InterventionConfig
+    max_length: int
+    cache: ResultCache | None
+    notes: list[str] = field(default_factory=list)
+
+    def wants(self, source: str) -> bool:
+        """Whether an outcome of this source is asked for."""
+        return any(o.source == source for o in self.asked)
+
+    def _row(self, job: Job, placed: Placed) -> Row:
+        ops = job.condition.ops(job.example.id, job.at) or ()
+        generated = self.cfg.where in ("all", "generated") and not job.condition.per_prompt
+        sample = None
+        if self.cfg.temperature:
+            sample = Sampling(self.cfg.temperature, self.cfg.seed)
+        return Row(placed.tokens.ids, ops, placed.positions, generated, sample)
+
+    def outcomes(
+        self, jobs: Sequence[Job], prompts: Prompts, examples: Sequence[Example]
+    ) -> dict[str, list[Any]]:
+        """Columns of the effects table: outcomes by name, and `generated_text`."""
+        found: dict[str, list[Any]] = {}
+        if self.wants("text"):
+            found |= self._texts(jobs, {p.example.id: p for p in prompts.all()})
+        for outcome in self.asked:
+            if outcome.source == "next":
+                found[outcome.name] = self._next(jobs, outcome, examples)
+        return found
+
+    def _texts(self, jobs: Sequence[Job], placed: dict[str, Placed]) -> dict[str, list[Any]]:
+        rows = [self._row(job, placed[job.example.id]) for job in jobs]
+        tokens = generate(
+            self.model,
+            rows,
+            {self.sae.hookpoint: self.sae},
+            max_new_tokens=self.cfg.max_new_tokens,
+            batch_tokens=self.cfg.batch_tokens,
+            cache=self.cache,
+        )
+        texts = self.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        found: dict[str, list[Any]] = {"generated_text": texts}
+        for outcome in self.asked:
+            if outcome.source != "text":
+                continue
+            if outcome.name == "perplexity":
+                found[outcome.name] = self._perplexity(rows, tokens)
+                continue
+            seen: dict[tuple[str, str], Any] = {}
+            for job, text, made in zip(jobs, texts, tokens, strict=True):
+                if (job.example.id, text) not in seen:
+                    seen[job.example.id, text] = outcome.score(text, job.example, made)
+            values = [seen[j.example.id, t] for j, t in zip(jobs, texts, strict=True)]
+            found[outcome.name] = values
+            self._count_missing(outcome.name, jobs, values)
+        return found
+
+    def _count_missing(self, name: str, jobs: Sequence[Job], values: Sequence[Any]) -> None:
+        lacking = {j.example.id for j, v in zip(jobs, values, strict=True) if v is None}
+        if lacking:
+            self.notes.append(f"{name}: {len(lacking)} prompts have no answer to compare with")
+
+    def _perplexity(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[float | None]:
+        """Generations under the model as it is, unedited."""
+        wholes = [
+            Row((*r.ids, *t), about=(len(t),)) for r, t in zip(rows, tokens, strict=True) if t
+        ]
+
+        def reader(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
+            return mean_loss(logits[:-1], row.ids[-row.about[0] :])
+
+        found = iter(
+            read_logits(
+                self.model,
+                wholes,
+                None,
+                reader,
+                kind="loss of the last tokens",
+                batch_tokens=self.cfg.batch_tokens,
+                n_last=lambda r: r.about[0] + 1,
+                cache=self.cache,
+                what="perplexity",
+            )
+        )
+        return [float(np.exp(next(found)[0])) if t else None for t in tokens]
+
+    def _next(
+        self, jobs: Sequence[Job], outcome: Any, examples: Sequence[Example]
+    ) -> list[float | None]:
+        prompts = placed_prompts(
+            examples, self.model, self.cfg, self.max_length, lambda e: outcome.prompt(e.as_prompt())
+        )
+        self.notes += prompts.notes(f"prompts without {outcome.name}")
+        placed = {p.example.id: p for p in prompts.all()}
+        wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
+        reasons: dict[str, int] = {}
+        for name, prompt in placed.items():
+            try:
+                both = outcome.tokens(prompt.example, self.model.tokenizer)
+                wanted[name] = tuple(map(tuple, both))
+            except Unplaced as reason:
+                reasons[str(reason)] = reasons.get(str(reason), 0) + 1
+        self.notes += [
+            f"{n} prompts without {outcome.name}: {why}" for why, n in sorted(reasons.items())
+        ]
+        usable = [i for i, job in enumerate(jobs) if job.example.id in wanted]
+        # Samples have no say in the logits after the prompt.
+        rows = [
+            replace(
+                self._row(jobs[i], placed[jobs[i].example.id]),
+                sample=None,
+                generated=False,
+                about=wanted[jobs[i].example.id],
+            )
+            for i in usable
+        ]
+        found = read_logits(
+            self.model,
+            rows,
+            {self.sae.hookpoint: self.sae},
+            lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
+            kind=outcome.name,
+            batch_tokens=self.cfg.batch_tokens,
+            cache=self.cache,
+            what=outcome.name,
+        )
+        values: list[float | None] = [None] * len(jobs)
+        for i, value in zip(usable, found, strict=True):
+            values[i] = float(value[0])
+        return values
+
+    def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
+        """KL(unedited || edited) on neutral text, every token edited, per condition and strength.
+
+        Operations that belong to one prompt (patches) have no cost, nor have edited weights here.
+        """
+        cells = {
+            (j.condition.name, j.coefficient): (j.condition, j.condition.edits[j.at])
+            for j in jobs
+            if j.condition.role != "baseline" and j.condition.edits and j.condition.weights is None
+        }
+        if not cells:
+            return []
+        texts = tokenize(list(neutral)[: self.cfg.n_neutral], self.model.tokenizer, _NEUTRAL_TOKENS)
+        places = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
+        rows = [
+            Row(text.ids, ops, place)
+            for _, ops in cells.values()
+            for text, place in zip(texts, places, strict=True)
+        ]
+        found = divergences(
+            self.model,
+            rows,
+            {self.sae.hookpoint: self.sae},
+            batch_tokens=self.cfg.batch_tokens,
+            cache=self.cache,
+        )
+        values = np.asarray(found).reshape(len(cells), len(texts))
+        made = []
+        for (key, (condition, _)), mine in zip(cells.items(), values, strict=True):
+            made.append(
+                {
+                    "condition": key[0],
+                    "role": condition.role,
+                    "of": condition.of,
+                    "direction": condition.direction,
+                    "coefficient": key[1],
+                    "neutral_kl": float(mine.mean()),
+                    "neutral_kl_sd": float(mine.std(ddof=1)) if len(mine) > 1 else float("nan"),
+                    "n_texts": len(mine),
+                }
+            )
+        return made

@@ -1,0 +1,170 @@
+"""Effects summed up: per condition and strength a mean, its interval, and paired tests.
+
+One observation is one entity (unit): prompts of the same entity are averaged first. The test
+against baseline flips the signs of the units' differences (exact under the null that a difference
+is as likely as its negative); that against the controls does the same with the mean of the
+condition's controls.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from saexp.intervals import wilson
+
+N_RESAMPLES = 4000
+KEYS = ["condition", "role", "of", "direction", "latent", "group", "coefficient"]
+
+
+class Draws:
+    """Random signs and resampling weights for n units, drawn once and shared by all cells."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._signs: dict[int, np.ndarray] = {}
+        self._weights: dict[int, np.ndarray] = {}
+
+    def sign_flip_p(self, differences: Float[np.ndarray, " n"]) -> float:
+        """Two-sided p of the mean being 0, by random sign flips."""
+        n = len(differences)
+        if n not in self._signs:
+            rng = np.random.default_rng([self.seed, 41, n])
+            self._signs[n] = rng.integers(0, 2, size=(N_RESAMPLES, n)) * 2.0 - 1
+        null = np.abs(self._signs[n] @ differences) / n
+        # Sums that differ by rounding alone count as equal.
+        return float((1 + (null >= abs(differences.mean()) - 1e-12).sum()) / (N_RESAMPLES + 1))
+
+    def interval(self, values: Float[np.ndarray, " n"]) -> tuple[float, float]:
+        """95 % percentile bootstrap interval of the mean over units."""
+        n = len(values)
+        if n not in self._weights:
+            rng = np.random.default_rng([self.seed, 43, n])
+            self._weights[n] = rng.multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
+        low, high = np.quantile(self._weights[n] @ values, [0.025, 0.975])
+        return float(low), float(high)
+
+
+def by_unit(effects: pd.DataFrame, outcome: str) -> pd.DataFrame:
+    """Units by (condition, coefficient): the outcome's mean over a unit's prompts."""
+    usable = effects[effects[outcome].notna()]
+    return usable.pivot_table(
+        index="unit", columns=["condition", "coefficient"], values=outcome, aggfunc="mean"
+    )
+
+
+def summarise(effects: pd.DataFrame, outcomes: Mapping[str, str], seed: int = 0) -> pd.DataFrame:
+    """One row per condition, coefficient and split; `outcomes` maps names to rate or mean.
+
+    Per outcome: its mean, `_ci_low`, `_ci_high` (Wilson for rates where every unit has one prompt,
+    else bootstrap over units), `_n`, `_change` against baseline with `_change_ci_low/high` and
+    `_p`, `_over_controls` (change beyond the mean of its controls) with `_p_controls`, and
+    `_controls_below`, the share of its controls whose change is smaller in size.
+    """
+    parts, draws = [], Draws(seed)
+    for split, part in effects.groupby("split", sort=False):
+        for group, prompts in part.groupby("group", sort=False, dropna=False):
+            table = _described(prompts)
+            columns: dict[str, list[Any]] = {}
+            for name, kind in outcomes.items():
+                columns |= _outcome(prompts, table, name, kind, draws)
+            about = {"split": [split] * len(table), "group": [group] * len(table)}
+            parts.append(pd.concat([table, pd.DataFrame({**columns, **about})], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _described(prompts: pd.DataFrame) -> pd.DataFrame:
+    keys = [k for k in KEYS if k != "group"]
+    return prompts[keys].drop_duplicates().reset_index(drop=True)
+
+
+def _outcome(
+    prompts: pd.DataFrame, table: pd.DataFrame, name: str, kind: str, draws: Draws
+) -> dict[str, list[Any]]:
+    wide = by_unit(prompts, name)
+    once = len(prompts) == len(prompts[["unit", "condition", "coefficient"]].drop_duplicates())
+    baseline = table.loc[table["role"] == "baseline", ["condition", "coefficient"]]
+    start = wide.get(tuple(baseline.iloc[0])) if len(baseline) else None
+    controls = _controls(table)
+    names = ["", "_ci_low", "_ci_high", "_n", "_change", "_change_ci_low", "_change_ci_high", "_p"]
+    names += ["_over_controls", "_p_controls", "_controls_below"]
+    found: dict[str, list[Any]] = {f"{name}{suffix}": [] for suffix in names}
+    for row in table.to_dict("records"):
+        key = (row["condition"], row["coefficient"])
+        made = dict.fromkeys(names, None)
+        if key in wide.columns:
+            values = wide[key].dropna()
+            made |= {"": float(values.mean()), "_n": len(values)}
+            if kind == "rate" and once:
+                made["_ci_low"], made["_ci_high"] = wilson(int(values.sum()), len(values))
+            else:
+                made["_ci_low"], made["_ci_high"] = draws.interval(values.to_numpy(dtype=float))
+            if start is not None and row["role"] != "baseline":
+                made |= _tested(wide, key, start, controls.get(key, []), draws)
+        for suffix, value in made.items():
+            found[f"{name}{suffix}"].append(value)
+    return {k: [np.nan if v is None else v for v in values] for k, values in found.items()}
+
+
+def _controls(table: pd.DataFrame) -> dict[tuple[str, float], list[tuple[str, float]]]:
+    """(condition, coefficient) -> those of its controls."""
+    found: dict[tuple[str, float], list[tuple[str, float]]] = {}
+    for row in table[table["role"] == "control"].to_dict("records"):
+        key = (row["of"], row["coefficient"])
+        found.setdefault(key, []).append((row["condition"], row["coefficient"]))
+    return found
+
+
+def _tested(
+    wide: pd.DataFrame,
+    key: tuple[str, float],
+    start: pd.Series,
+    controls: Sequence[tuple[str, float]],
+    draws: Draws,
+) -> dict[str, Any]:
+    change = (wide[key] - start).dropna()
+    if change.empty:
+        return {}
+    values = change.to_numpy(dtype=float)
+    low, high = draws.interval(values)
+    made: dict[str, Any] = {
+        "_change": float(values.mean()),
+        "_change_ci_low": low,
+        "_change_ci_high": high,
+        "_p": draws.sign_flip_p(values),
+    }
+    there = [c for c in controls if c in wide.columns]
+    if there:
+        beyond = (wide[key] - wide[there].mean(axis=1)).dropna().to_numpy(dtype=float)
+        sizes = [abs(float((wide[c] - start).mean())) for c in there]
+        made["_over_controls"] = float(beyond.mean())
+        made["_p_controls"] = draws.sign_flip_p(beyond)
+        made["_controls_below"] = float(np.mean([s < abs(made["_change"]) for s in sizes]))
+    return made
+
+
+def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict[str, float]:
+    """Per condition the coefficient at which it differs most from its controls on this split.
+
+    The gap is the size of its change less that of the control most like it; with equal gaps the
+    smallest coefficient is taken. Conditions without a change are left out.
+    """
+    mine = summary[summary["split"] == split]
+    controls = mine[mine["role"] == "control"]
+    found: dict[str, float] = {}
+    main = mine[~mine["role"].isin(["control", "baseline"]) & (mine["coefficient"] != 0)]
+    for condition, rows in main.groupby("condition", sort=False):
+        best = 0.0
+        for row in rows.sort_values("coefficient", key=abs).to_dict("records"):
+            change = row[f"{outcome}_change"]
+            same = (controls["of"] == condition) & (controls["coefficient"] == row["coefficient"])
+            others = controls.loc[same, f"{outcome}_change"]
+            rival = 0.0
+            if len(others):
+                rival = float(others.max() if change >= 0 else -others.min())
+            gap = abs(change) - max(rival, 0.0)
+            if gap > best + 1e-9:
+                best, found[str(condition)] = gap, row["coefficient"]
+    return found

@@ -1,0 +1,158 @@
+"""The causal test as a run's stage: what it needs is measured, then it runs."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from saexp import registry
+from saexp.config import PositionsConfig, RunConfig
+from saexp.config.interventions import PLACES
+from saexp.config.values import one_of
+from saexp.data.datasets import background_texts
+from saexp.data.examples import ExampleSet
+from saexp.errors import ConfigError
+from saexp.interventions.facts import LatentFacts
+from saexp.interventions.run import run_intervention
+from saexp.latents.encode import Latents
+from saexp.latents.summary import active_quantile, moments
+from saexp.models.loading import LanguageModel
+from saexp.results import TaskResult
+from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.gathering import Gathered
+
+_NEEDS_LATENTS = ("steer", "clamp", "scale", "ablate", "project_out", "orthogonalize")
+
+
+def intervene(
+    cfg: RunConfig,
+    latents: Latents,
+    table: pd.DataFrame | None,
+    gathered: Gathered,
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+) -> TaskResult:
+    """Run `intervention` on the run's own prompts.
+
+    `table` is the contrast's; without one, latents must be named: nothing else selects any.
+    """
+    if table is None and selects(cfg):
+        return TaskResult(
+            notes=[
+                f"intervention={cfg.intervention.name} was not run: analyzer={cfg.analyzer.name} "
+                "selects no latents; name some, 'intervention.latents=[12,34]'"
+            ]
+        )
+    intervention = registry.build("intervention", cfg.intervention)
+    known = _without_contrast(cfg, latents, gathered) if table is None else table
+    return run_intervention(
+        intervention,
+        _facts(latents, known, gathered, model, sae, cfg),
+        model,
+        sae,
+        gathered.examples.examples,
+        background_texts(cfg.dataset),
+        cfg.dataset.max_length,
+        cfg.cache_dir,
+    )
+
+
+def selects(cfg: RunConfig) -> bool:
+    """Whether the intervention changes latents that a contrast must select."""
+    about = cfg.intervention
+    wants = about.name in _NEEDS_LATENTS and "latents" in about.directions
+    return wants and about.latents == "selected"
+
+
+def _without_contrast(cfg: RunConfig, latents: Latents, gathered: Gathered) -> pd.DataFrame:
+    """The columns of a latent table that edits read, with nothing selected.
+
+    Of every latent that fires here, and of those that are named. Raises ConfigError for a name
+    beyond the SAE, and for a silent latent in units of its own activation.
+    """
+    groups, labels = gathered.examples.groups, latents.rows["group"].to_numpy()
+    everywhere = moments(latents.csr, np.ones(len(latents), dtype=bool))
+    named = [] if cfg.intervention.latents == "selected" else cfg.intervention.latents
+    for latent in named:
+        if latent >= latents.d_sae:
+            raise ConfigError(
+                f"intervention.latents: latent {latent}, but the SAE has latents "
+                f"0-{latents.d_sae - 1}"
+            )
+        if not everywhere.active[latent] and cfg.intervention.unit in ("max_act", "p99_act"):
+            raise ConfigError(
+                f"intervention.unit={cfg.intervention.unit}: latent {latent} never fires on this "
+                "data set; type intervention.unit=resid_norm or raw"
+            )
+    fired = np.union1d(np.flatnonzero(everywhere.active), np.array(named, dtype=np.int64))
+    table = pd.DataFrame({"latent": fired, "direction": "", "selected": False})
+    table["rank"] = pd.array([pd.NA] * len(table), dtype="Int64")
+    table["q_value"], table["freq_all"] = np.nan, everywhere.frequency[fired]
+    for group in groups:
+        mine = moments(latents.csr, labels == group)
+        table[f"freq_{group}"], table[f"mean_{group}"] = mine.frequency[fired], mine.mean[fired]
+    return table
+
+
+def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
+    """Say before the long work what the intervention would lack."""
+    if cfg.intervention.name == "none":
+        return
+    for name in cfg.intervention.outcomes:
+        registry.resolve("outcome", name)
+    where = cfg.intervention.where
+    if where not in PLACES:
+        known = [*PLACES, *(n for n in registry.names("positions") if n not in PLACES)]
+        one_of("intervention.where", where, tuple(known))
+        registry.build("positions", PositionsConfig(name=where, **cfg.intervention.where_options))
+    if not where.startswith("entity"):
+        return
+    if not any(e.as_prompt().spans for e in examples.examples):
+        raise ConfigError(
+            f"intervention.where={cfg.intervention.where} needs entities in the prompts, and this "
+            "data set has none; type intervention.where=last, or intervention=none"
+        )
+
+
+def _facts(
+    latents: Latents,
+    table: pd.DataFrame,
+    gathered: Gathered,
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    cfg: RunConfig,
+) -> LatentFacts:
+    """What edits need, measured on the train split."""
+    groups = gathered.examples.groups
+    train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
+    csr = latents.csr[train] if train.any() else latents.csr
+    ids = table["latent"].to_numpy()
+    facts = table[["latent", "direction", "selected", "rank", "q_value"]].copy()
+    least = cfg.intervention.min_output_score
+    if least is not None:
+        facts["selected"] &= (table["output_score"] >= least).fillna(False)
+    for group in groups:
+        facts[f"mean_{group}"] = table[f"mean_{group}"]
+    named = [f"freq_{g}" for g in groups] or ["freq_all"]
+    facts["frequency"] = table[named].mean(axis=1)
+    facts["norm"] = sae.directions(ids.tolist()).float().norm(dim=-1).cpu().numpy()
+    facts["max_act"] = active_quantile(csr, ids, 1.0)
+    facts["p99_act"] = active_quantile(csr, ids, 0.99)
+    written = sae.hookpoint_out or sae.hookpoint
+
+    def stream() -> tuple[np.ndarray, np.ndarray]:
+        acts = gathered.store.acts(written.layer, written.stream)
+        rows = np.flatnonzero(train)
+        return acts[torch.from_numpy(rows)].float().numpy(), labels[rows]
+
+    labels = latents.rows["group"].to_numpy()
+    return LatentFacts(
+        table=facts,
+        groups=groups,
+        mean_norm=gathered.store.mean_norm(written),
+        alpha=cfg.analyzer.alpha,
+        directions=sae.directions,
+        hookpoint=sae.hookpoint,
+        written=written,
+        stream=stream,
+        n_layers=model.n_layers,
+    )

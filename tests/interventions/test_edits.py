@@ -1,0 +1,211 @@
+"""What each intervention does to which prompts: latents, directions, controls, units."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from saexp.config.interventions import InterventionConfig
+from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.edits import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.facts import Condition, LatentFacts, orthonormal
+from saexp.interventions.ops import Add, Move, Project
+from saexp.interventions.prompts import Prompts
+from saexp.models.hookpoints import Hookpoint
+from tests.random_models import random_lm
+
+D, N_LATENTS = 16, 40
+AT = Hookpoint(1, "resid_post")
+
+
+def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True) -> LatentFacts:
+    rng = np.random.default_rng(0)
+    decoder = torch.from_numpy(rng.normal(size=(N_LATENTS, D))).float()
+    selected = np.isin(np.arange(N_LATENTS), [2, 3, 5])
+    table = pd.DataFrame(
+        {
+            "latent": np.arange(N_LATENTS),
+            "direction": np.where(np.arange(N_LATENTS) % 2, groups[0], groups[-1]),
+            "selected": selected,
+            "rank": pd.array([{3: 1, 5: 2, 2: 1}.get(i) for i in range(N_LATENTS)], dtype="Int64"),
+            "q_value": np.where(selected, 0.001, 0.8),
+            "frequency": rng.uniform(0.1, 0.5, N_LATENTS),
+            "norm": decoder.norm(dim=-1).numpy(),
+            "max_act": rng.uniform(4, 6, N_LATENTS),
+            "p99_act": rng.uniform(2, 3, N_LATENTS),
+            **{f"mean_{g}": rng.uniform(0, 2, N_LATENTS) for g in groups},
+        }
+    )
+    acts = rng.normal(size=(60, D)) + np.repeat([[0.0], [2.0]], 30, axis=0) * np.eye(D)[0]
+    labels = np.repeat(np.array(["known", "unknown"]), 30)
+    return LatentFacts(
+        table=table,
+        groups=groups,
+        mean_norm=7.0,
+        alpha=0.05,
+        directions=lambda chosen: decoder[list(chosen)],
+        hookpoint=AT,
+        written=AT,
+        stream=(lambda: (acts, labels)) if stream else None,
+        n_layers=3,
+    )
+
+
+def planned(
+    kind: type, coefficients: Sequence[float] = (0.0, 1.0), **settings: Any
+) -> list[Condition]:
+    about = settings.pop("facts", None) or facts()
+    name = {"ProjectOut": "project_out"}.get(kind.__name__, kind.__name__.lower())
+    cfg = InterventionConfig(name=name, **{"n_controls": 2, **settings})
+    conditions, _ = kind(cfg).plan(about, list(coefficients), Prompts(), random_lm("llama"))
+    return conditions
+
+
+def one(conditions: list[Condition], name: str) -> Condition:
+    return next(c for c in conditions if c.name == name)
+
+
+def test_steering_goes_on_the_other_group_singly_and_together_with_controls() -> None:
+    conditions = planned(Steer)
+    told = [(c.name, c.prompts, c.latents) for c in conditions if c.role != "control"]
+    assert told == [
+        ("known_group", "unknown", (3, 5)),
+        ("known_3", "unknown", (3,)),
+        ("known_5", "unknown", (5,)),
+        ("unknown_2", "known", (2,)),
+    ]
+    controls = [c for c in conditions if c.role == "control"]
+    assert len(controls) == 2 * len(told)
+    assert not {f for c in controls for f in c.latents} & {2, 3, 5}
+
+
+@pytest.mark.parametrize("unit", ["raw", "max_act", "p99_act", "resid_norm"])
+def test_a_single_latent_is_added_in_its_unit(unit: str) -> None:
+    about = facts()
+    condition = one(planned(Steer, (2.0,), unit=unit, facts=about), "known_3")
+    (op,) = condition.edits[0]
+    assert isinstance(op, Add) and op.hookpoint == AT and op.coefficient == 2.0
+    row, direction = about.by_latent.loc[3], about.directions([3])[0]
+    scale = {"raw": 1.0, "resid_norm": 7.0 / float(direction.norm())}.get(unit)
+    scale = float(row[unit]) if scale is None else scale
+    torch.testing.assert_close(op.vector.values, scale * direction)
+    strength = condition.strengths[0]
+    assert strength[unit] == pytest.approx(2.0, rel=1e-5)
+    assert strength["raw"] == pytest.approx(2 * scale, rel=1e-5)
+    assert strength["max_act"] == pytest.approx(2 * scale / row["max_act"], rel=1e-5)
+
+
+def test_controls_are_as_long_as_what_they_stand_for() -> None:
+    for unit in ("raw", "max_act", "resid_norm"):
+        conditions = planned(Steer, (1.0,), unit=unit)
+        own = one(conditions, "known_3").edits[0][0]
+        for number in (1, 2):
+            control = one(conditions, f"known_3_control_{number:02d}").edits[0][0]
+            assert isinstance(own, Add) and isinstance(control, Add)
+            a, b = own.vector.values.norm(), control.vector.values.norm()
+            assert float(a) == pytest.approx(float(b), rel=1e-5)
+
+
+def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() -> None:
+    about = facts()
+    conditions = planned(
+        Steer, (1.0,), directions=["mean_difference", "probe", "random"], unit="raw", facts=about
+    )
+    acts, labels = about.stream()  # type: ignore[misc]
+    difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
+    op = one(conditions, "known_mean_difference").edits[0][0]
+    assert isinstance(op, Add)
+    np.testing.assert_allclose(op.vector.values.numpy(), difference, atol=1e-5)
+    assert one(conditions, "known_mean_difference").prompts == "unknown"
+    probe = one(conditions, "unknown_probe").edits[0][0]
+    assert isinstance(probe, Add)
+    unit = torch.nn.functional.normalize(probe.vector.values, dim=0)
+    assert unit.abs().argmax() == 0 and unit[0] > 0, "the groups differ along the first axis"
+    noise = [c for c in conditions if c.of == "known_random"]
+    assert [c.role for c in noise] == ["direction", "control", "control"]
+    lengths = {round(float(c.edits[0][0].vector.values.norm()), 4) for c in noise}  # type: ignore[union-attr]
+    assert lengths == {round(float(np.linalg.norm(difference)), 4)}
+
+
+def test_clamping_reads_its_latents_and_aims_at_the_other_group_s_mean() -> None:
+    about = facts()
+    conditions = planned(Clamp, (1.0,), rule="at_least", facts=about)
+    op = one(conditions, "unknown_group").edits[0][0]
+    assert isinstance(op, Move) and op.rule == "at_least"
+    assert op.read == op.write == (3, 2, 5) or sorted(op.read) == [2, 3, 5]
+    wanted = about.by_latent.loc[list(op.read), "mean_unknown"]
+    assert op.targets == pytest.approx(wanted.tolist())
+    assert one(conditions, "unknown_group").prompts == "known"
+    control = one(conditions, "unknown_group_control_01").edits[0][0]
+    assert isinstance(control, Move)
+    assert control.read == op.read and not set(control.write) & {2, 3, 5}
+
+
+def test_clamping_named_latents_to_given_values_needs_no_groups() -> None:
+    op = one(
+        planned(Clamp, (1.0,), latents=[7, 4], values=[3.0, 0.5], facts=facts(("a",))),
+        "latents_group",
+    ).edits[0][0]
+    assert isinstance(op, Move)
+    assert dict(zip(op.read, op.targets, strict=True)) == {7: 3.0, 4: 0.5}
+    with pytest.raises(ConfigError, match="type intervention.values"):
+        planned(Clamp, latents=[7], facts=facts(("a",)))
+
+
+def test_scaling_and_silencing_are_on_the_group_s_own_prompts() -> None:
+    scale = one(planned(Scale, (1.5,)), "known_3")
+    assert scale.prompts == "known"
+    op = scale.edits[0][0]
+    assert isinstance(op, Move) and (op.targets, op.coefficient) == ((0.0,), -1.5)
+    silenced = one(planned(Ablate, (1.0,)), "known_3").edits[0][0]
+    assert isinstance(silenced, Move) and (silenced.targets, silenced.coefficient) == ((0.0,), 1.0)
+    control = one(planned(Ablate, (1.0,)), "known_3_control_01").edits[0][0]
+    assert isinstance(control, Move) and control.read == control.write != (3,)
+
+
+def test_directions_are_removed_at_every_layer_asked_for() -> None:
+    about = facts()
+    condition = one(planned(ProjectOut, (1.0,), layers="all", facts=about), "known_group")
+    ops = condition.edits[0]
+    assert [op.hookpoint.layer for op in ops] == [0, 1, 2]
+    assert isinstance(ops[0], Project)
+    basis = ops[0].basis.values
+    torch.testing.assert_close(basis @ basis.T, torch.eye(2), atol=1e-5, rtol=0)
+    directions = about.directions([3, 5])
+    torch.testing.assert_close(directions @ basis.T @ basis, directions, atol=1e-4, rtol=1e-4)
+
+
+def test_orthogonalised_weights_have_directions_and_no_strengths_between() -> None:
+    conditions = planned(Orthogonalize, (0.0, 1.0))
+    weights = one(conditions, "known_3").weights
+    assert weights is not None and weights.shape == (1, D)
+    with pytest.raises(ConfigError, match=r"coefficient=0.5: .*type 'coefficient=\[0,1\]'"):
+        planned(Orthogonalize, (0.5,))
+
+
+def test_dependent_directions_fall_away() -> None:
+    rows = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    assert len(orthonormal(torch.cat([rows, rows[:2] * 3]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (Clamp, {"directions": ["probe"]}, "names 'probe', which is none"),
+        (Ablate, {"layers": "all"}, "works at the SAE's own layer"),
+        (Steer, {"directions": ["probe"], "unit": "max_act"}, "type resid_norm or raw"),
+    ],
+)
+def test_what_does_not_go_together_is_said(kind: type, settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(kind, (1.0,), **settings)
+
+
+def test_a_latent_of_which_nothing_is_known_is_said() -> None:
+    with pytest.raises(InterventionError, match="latent 4000 never fires on this data set"):
+        planned(Steer, latents=[4000])
+    with pytest.raises(InterventionError, match="two groups"):
+        planned(Steer, directions=["mean_difference"], facts=facts(stream=False))

@@ -1,0 +1,150 @@
+"""Outcomes against their definitions, on real tokenizers and by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from saexp.data.examples import Example
+from saexp.data.positions import Unplaced
+from saexp.interventions.engine import read_logits
+from saexp.interventions.ops import Row
+from saexp.interventions.outcomes import (
+    Accuracy,
+    AnswerLogit,
+    AnswerProbability,
+    AnswerRank,
+    Length,
+    LogitDifference,
+    Repetition,
+    YesNo,
+    first_token,
+    mean_loss,
+)
+from saexp.registry import names, resolve
+from tests.random_models import TEXTS, random_lm, tokenizer
+
+EXAMPLE = Example(
+    id="1",
+    text="The player Fenlet Baszad plays for",
+    entity="Fenlet Baszad",
+    entity_type="player",
+    answers=("New Bresk",),
+    extra={"foil": "Münster"},
+)
+
+
+def test_every_outcome_of_the_registry_says_what_it_reads() -> None:
+    for name in names("outcome"):
+        outcome = resolve("outcome", name)()
+        assert outcome.name == name
+        assert outcome.kind in ("rate", "mean")
+        assert outcome.source in ("text", "next", "cost", "heads")
+
+
+def test_accuracy_uses_the_attribute_s_rule_and_needs_an_answer() -> None:
+    born = Example(
+        id="1",
+        text="?",
+        entity_type="player",
+        answers=("1987",),
+        extra={"attribute": "birth_year"},
+    )
+    outcome = Accuracy()
+    assert outcome.score(" in 1985.", born) is True
+    assert outcome.score(" in 1920.", born) is False
+    assert outcome.score("anything", Example(id="2", text="?")) is None
+
+
+def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
+    assert Repetition().score("", EXAMPLE, [1, 2, 3, 4, 5]) == 0
+    assert Repetition().score("", EXAMPLE, [1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4)
+    assert Repetition().score("", EXAMPLE, [7] * 10) == pytest.approx(7 / 8)
+    assert Repetition().score("", EXAMPLE, [1]) == 0
+    assert Length().score("", EXAMPLE, [1, 2]) == 2
+
+
+def test_the_first_token_of_an_answer_is_the_one_that_follows_the_prompt() -> None:
+    made = tokenizer()
+    prompt = "The city of New"
+    token = first_token(made, prompt, "Bresk")
+    whole = made(prompt + " Bresk", add_special_tokens=False)["input_ids"]
+    before = made(prompt, add_special_tokens=False)["input_ids"]
+    assert whole[: len(before) + 1] == [*before, token]
+    assert first_token(made, prompt, " Bresk") == token
+
+
+def test_an_answer_that_melts_into_the_prompt_is_not_scored() -> None:
+    class Melting:
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [len(text)]}
+
+    with pytest.raises(Unplaced, match="melts"):
+        first_token(Melting(), "a b", "c")
+
+
+def test_next_token_outcomes_are_those_of_the_logits() -> None:
+    made = tokenizer()
+    logits = torch.randn(384, generator=torch.Generator().manual_seed(0))
+    first, second = LogitDifference().tokens(EXAMPLE, made)
+    assert LogitDifference().value(logits, first, second) == pytest.approx(
+        float(logits[first[0]] - logits[second[0]])
+    )
+    order = logits.argsort(descending=True).tolist()
+    assert AnswerRank().value(logits, first, []) == order.index(first[0])
+    wanted = float(torch.softmax(logits, 0)[first[0]])
+    assert AnswerProbability().value(logits, first, []) == pytest.approx(wanted)
+    assert AnswerLogit().value(logits, first, []) == float(logits[first[0]])
+    with pytest.raises(Unplaced, match="no foil"):
+        LogitDifference().tokens(Example(id="2", text="a", answers=("b",)), made)
+    with pytest.raises(Unplaced, match="no answer"):
+        AnswerRank().tokens(Example(id="2", text="a"), made)
+
+
+def test_yes_and_no_are_counted_over_their_spellings() -> None:
+    class Words:
+        ids = {"Yes": 1, "yes": 2, " Yes": 3, " yes": 4, "No": 5, "no": 6, " No": 7, " no": 8}
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [self.ids[text], 9]}
+
+    outcome = YesNo()
+    yes, no = outcome.tokens(EXAMPLE, Words())
+    assert (yes, no) == ([1, 2, 3, 4], [5, 6, 7, 8])
+    logits = torch.randn(12)
+    sizes = np.exp(logits.numpy())
+    wanted = np.log(sizes[1:5].sum()) - np.log(sizes[5:9].sum())
+    assert outcome.value(logits, yes, no) == pytest.approx(float(wanted), abs=1e-5)
+    asked = outcome.prompt(EXAMPLE)
+    assert asked.text.endswith("the player Fenlet Baszad? Answer yes or no.")
+    start, end = asked.spans[-1]
+    assert asked.text[start:end] == "Fenlet Baszad"
+    with pytest.raises(Unplaced, match="no entity"):
+        outcome.prompt(Example(id="2", text="a"))
+
+    class Same:
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [len(text.strip()) * 0]}
+
+    with pytest.raises(Unplaced, match="begin with one token"):
+        outcome.tokens(EXAMPLE, Same())
+
+
+def test_the_loss_of_a_generation_is_transformers_own() -> None:
+    model = random_lm("llama")
+    whole = tuple(model.tokenizer(TEXTS[0])["input_ids"])
+    n = 5
+    row = Row(whole, about=(n,))
+    (found,) = read_logits(
+        model,
+        [row],
+        None,
+        lambda r, logits: mean_loss(logits[:-1], r.ids[-r.about[0] :]),
+        kind="loss",
+        batch_tokens=100,
+        n_last=lambda r: r.about[0] + 1,
+    )
+    labels = torch.tensor([whole]).clone()
+    labels[:, :-n] = -100
+    with torch.inference_mode():
+        wanted = model.hf(input_ids=torch.tensor([whole]), labels=labels).loss
+    assert float(found[0]) == pytest.approx(float(wanted), abs=1e-4)

@@ -1,0 +1,213 @@
+"""Every intervention on the shipped model, as a run: its files, identities, and bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import saexp
+from saexp.errors import SaexpError
+from saexp.results import TaskResult
+
+SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
+SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def ran(cache: Path, folder: Path, *words: str) -> TaskResult:
+    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", *words])
+    return saexp.run(cfg, folder)
+
+
+def test_of(result: TaskResult) -> pd.DataFrame:
+    table = result.tables["effects_summary"]
+    return table[table["split"] == "test"]
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+MODES: dict[str, list[str]] = {
+    "steer": [
+        "intervention.directions=[latents,mean_difference,probe,random]",
+        "intervention.n_controls=1",
+        "intervention.top_k=1",
+        "coefficient=[0,0.6]",
+    ],
+    "clamp": ["intervention.rule=at_least", "intervention.top_k=1", "intervention.n_controls=1"],
+    "scale": ["intervention.top_k=1"],
+    "ablate": [],
+    "project_out": ["intervention.layers=all", "intervention.directions=[latents,mean_difference]"],
+    "splice": [],
+    "patch": ["intervention.layers=[0,1]", "intervention.n_controls=1"],
+    "orthogonalize": ["intervention.embedding=true", "intervention.n_controls=1"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_has_effects_controls_a_report_and_its_identity(
+    cache: Path, tmp_path: Path, mode: str
+) -> None:
+    outcomes = "intervention.outcomes=[refusal,answer_probability]"
+    result = ran(cache, tmp_path, f"intervention={mode}", outcomes, *MODES[mode])
+    effects = result.tables["effects"]
+    base = effects[effects["role"] == "baseline"].set_index("example_id")
+    zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
+    assert len(zero)
+    assert (zero["generated_text"] == base.loc[zero["example_id"], "generated_text"].values).all()
+    same = base.loc[zero["example_id"], "answer_probability"].to_numpy()
+    assert (zero["answer_probability"].to_numpy() == same).all()
+    summary = test_of(result)
+    assert {"baseline", "control"} < set(summary["role"])
+    main = summary[~summary["role"].isin(["baseline", "control"])]
+    assert main["answer_probability_change"].abs().max() > 0.01
+    assert (main.loc[main["coefficient"] == 0, "answer_probability_change"] == 0).all()
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "All conditions: refusal" in page
+    for name in result.figures:
+        assert f'id="fig-{name}"' in page
+
+
+def test_the_whole_reconstruction_with_its_error_changes_no_answer(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = ["intervention=splice", "intervention.error=true", "intervention.n_controls=0"]
+    result = ran(cache, tmp_path, *words, "intervention.outcomes=[answer_logit]")
+    summary = test_of(result)
+    main = summary[summary["role"] == "place"]
+    assert main["answer_logit_change"].abs().max() < 1e-4
+
+
+def test_every_outcome_is_there_with_its_interval_and_its_tests(
+    cache: Path, tmp_path: Path
+) -> None:
+    names = ["refusal", "accuracy", "yes_no", "answer_probability", "answer_rank", "answer_logit"]
+    names += ["neutral_kl", "perplexity", "repetition", "length", "attention"]
+    asked = f"intervention.outcomes=[{','.join(names)}]"
+    result = ran(cache, tmp_path, asked, "coefficient=[0,0.6]", "intervention.top_k=2")
+    summary = test_of(result)
+    scored = [n for n in names if n not in ("neutral_kl", "attention", "yes_no")]
+    steered = summary[(summary["condition"] == "unknown_group") & (summary["coefficient"] == 0.6)]
+    for name in scored:
+        row = steered.iloc[0]
+        assert row[f"{name}_ci_low"] <= row[name] <= row[f"{name}_ci_high"], name
+        assert 0 < row[f"{name}_p"] <= 1
+    row = steered.iloc[0]
+    assert row["refusal_change"] > 0.5
+    assert row["accuracy_change"] < -0.5
+    assert row["answer_probability_change"] < -0.5
+    costs = result.tables["costs"]
+    assert (costs.loc[costs["coefficient"] == 0, "neutral_kl"] == 0).all()
+    assert (costs.loc[costs["coefficient"] != 0, "neutral_kl"] > 0).all()
+    heads = result.tables["attention"]
+    # The stream of block 2 is changed, so attention of blocks 0 to 2 is as it was.
+    early = heads[heads["layer"] <= 2]
+    assert early["difference"].abs().max() < 1e-6
+    assert heads.loc[heads["layer"] > 2, "difference"].abs().max() > 1e-3
+    assert f"effect/attention/unknown_group_at_{row['coefficient']:g}" in result.metrics
+
+
+def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: Path) -> None:
+    from saexp.tasks.loaded import language_model
+
+    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "intervention=orthogonalize"])
+    model = language_model(cfg)
+    before = {k: v.clone() for k, v in model.hf.state_dict().items()}
+    saexp.run(cfg, tmp_path)
+    after = model.hf.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saexp.interventions import engine
+
+    words = ["coefficient=[0,0.4]", "intervention.batch_tokens=1000", "seed=3"]
+    real, calls = engine._generate_batch, []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(args[1]))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "_generate_batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ran(cache, tmp_path / "killed", *words)
+    first, rest = sum(calls[:3]), []
+
+    def counts(*args: Any, **kwargs: Any) -> Any:
+        rest.append(len(args[1]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "_generate_batch", counts)
+    again = ran(cache, tmp_path / "again", *words)
+    monkeypatch.setattr(engine, "_generate_batch", real)
+    whole = ran(tmp_path / "fresh", tmp_path / "whole", *words)
+    pd.testing.assert_frame_equal(again.tables["effects"], whole.tables["effects"])
+    generated = len(whole.tables["effects"].drop_duplicates(["example_id", "condition"]))
+    assert first + sum(rest) <= generated
+
+
+def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
+    one = ran(cache, tmp_path / "1", "coefficient=0.3", "seed=5")
+    two = ran(cache, tmp_path / "2", "coefficient=0.5", "seed=5")
+    both = ran(cache, tmp_path / "3", "coefficient=[0.3,0.5]", "seed=5")
+    test = [r.tables["effects"].query("split == 'test'") for r in (one, two, both)]
+    keys = ["example_id", "condition", "coefficient"]
+    apart = pd.concat(test[:2]).drop_duplicates(keys).set_index(keys).sort_index()
+    together = test[2].set_index(keys).sort_index()
+    assert (apart["generated_text"] == together["generated_text"]).all()
+
+
+def rows_file(folder: Path, n: int, **columns: Any) -> Path:
+    rows = []
+    for i in range(n):
+        group = ("a", "b")[i % 2]
+        text = f"The {group} item number {i} is here"
+        rows.append({"text": text, "group": group, **columns})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["intervention.outcomes=[refusals]"], "no outcome is called 'refusals'; did you mean ref"),
+        (["intervention.latents=[9999]"], "latent 9999"),
+        (["coefficient=[]"], "coefficient=.. names no strength"),
+        (["intervention.where=entty"], "entty"),
+        (["intervention.rule=sometimes"], "intervention.rule=sometimes is not known; choose from"),
+        (["intervention.directions=[up]"], "intervention.directions=up is not known; choose from"),
+        (["intervention=patch", "intervention.where=generated"], "a patch needs prompt positions"),
+        (["intervention=patch", "intervention.heads=all"], "streams=.attn_z."),
+        (["intervention=patch", "intervention.layers=[77]"], "layer=77, but tiny has layers 0-4"),
+        (["intervention=ablate", "intervention.layers=all"], "at the SAE's own layer"),
+        (["intervention=orthogonalize", "coefficient=[0.5]"], r"type 'coefficient=\[0,1\]'"),
+        (["intervention=clamp", "intervention.values=[1]"], "1 targets for 0 named latents"),
+        (["intervention.where=indices"], "positions.indices|indices"),
+    ],
+)
+def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(SaexpError, match=message) as error:
+        ran(cache, tmp_path, *words)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_prompts_without_the_places_asked_for_are_counted(cache: Path, tmp_path: Path) -> None:
+    words = ["intervention.where=entity_last_n", "+intervention.where_options.n=2"]
+    result = ran(cache, tmp_path / "n", *words, "coefficient=[0,0.5]")
+    assert test_of(result)["refusal_n"].max() == 12
+    words = ["intervention.where=substring", "+intervention.where_options.substring=player"]
+    result = ran(cache, tmp_path / "s", *words, "coefficient=[0,0.5]")
+    assert any("prompts not steered" in note for note in result.notes)

@@ -1,0 +1,208 @@
+"""Paired tests equal scipy's, and keep their error rates where heads are correlated."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from saexp.errors import DataError
+from saexp.paired import paired_difference, paired_head_test
+
+
+def pairs(n: int, shift: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    first = rng.normal(3, 1, n)
+    return first, first + shift + rng.exponential(1, n) - 1
+
+
+def scipy_p(first: np.ndarray, second: np.ndarray, n_resamples: float) -> float:
+    def mean(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return (b - a).mean(axis=axis)
+
+    found = stats.permutation_test(
+        (first, second),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(1),
+    )
+    return float(found.pvalue)
+
+
+@pytest.mark.parametrize("n", [2, 5, 9, 13])
+@pytest.mark.parametrize("shift", [0.0, 0.4, -1.0])
+def test_all_flips_equal_scipys(n: int, shift: float) -> None:
+    first, second = pairs(n, shift, n)
+    found = paired_difference(first, second, range(n), n_bootstrap=10)
+    assert found.p_value == pytest.approx(scipy_p(first, second, np.inf), abs=1e-12)
+    assert found.difference == pytest.approx((second - first).mean())
+    assert (found.n_units, found.mean_first) == (n, pytest.approx(first.mean()))
+    assert found.mean_second == pytest.approx(second.mean())
+
+
+def test_ties_count_as_large() -> None:
+    """1, 1, -1 in some order: of 8 flips 6 have |sum| 1 and 2 have 3, so all are as large."""
+    first, second = np.zeros(3), np.array([0.1, 0.1, -0.1])
+    assert paired_difference(first, second, range(3)).p_value == 1
+    assert paired_difference(first, np.abs(second), range(3)).p_value == 0.25
+
+
+def test_random_flips_are_near_scipys() -> None:
+    first, second = pairs(40, 0.35)
+    found = paired_difference(first, second, range(40), n_permutations=20_000)
+    assert found.p_value == pytest.approx(scipy_p(first, second, 20_000), abs=0.01)
+    assert 0.005 < found.p_value < 0.2
+
+
+@pytest.mark.parametrize("n", [25, 60])
+def test_the_interval_is_near_scipys(n: int) -> None:
+    first, second = pairs(n, 0.5)
+    found = paired_difference(first, second, range(n))
+    expected = stats.bootstrap(
+        (second - first,), np.mean, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert (found.ci_low, found.ci_high) == pytest.approx(tuple(expected), abs=0.02)
+    narrow = paired_difference(first, second, range(n), confidence=0.5)
+    assert found.ci_low < narrow.ci_low < found.difference < narrow.ci_high < found.ci_high
+
+
+def test_rows_of_a_unit_are_averaged_first() -> None:
+    first, second = pairs(30, 0.3)
+    units = np.repeat([f"entity {i}" for i in range(10)], 3)
+    order = np.random.default_rng(3).permutation(30)
+    found = paired_difference(first[order], second[order], units[order])
+    means = [v.reshape(10, 3).mean(1) for v in (first, second)]
+    expected = paired_difference(*means, range(10))
+    assert found.n_units == 10
+    assert found.difference == pytest.approx(expected.difference)
+    assert found.p_value == pytest.approx(expected.p_value)
+    # A unit with many rows counts no more than one with few.
+    uneven = paired_difference(np.zeros(5), np.array([1.0, 1, 1, 1, 5]), [0, 0, 0, 0, 1])
+    assert uneven.difference == 3
+
+
+def test_one_unit_has_no_interval() -> None:
+    found = paired_difference(np.zeros(4), np.ones(4), ["a"] * 4)
+    assert (found.p_value, found.difference) == (1, 1)
+    assert np.isnan(found.ci_low)
+    assert np.isnan(found.ci_high)
+
+
+def test_equal_seeds_give_equal_results() -> None:
+    first, second = pairs(40, 0.2)
+    a, b = (paired_difference(first, second, range(40), seed=5) for _ in range(2))
+    assert a == b
+    assert a != paired_difference(first, second, range(40), seed=6)
+
+
+def test_false_positives_of_the_mean() -> None:
+    """200 null data sets of 12 units with skewed but symmetric-under-null differences."""
+    hits = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        a, b = rng.exponential(1, (2, 12))
+        found = paired_difference(a, b, range(12), n_permutations=500, n_bootstrap=2, seed=seed)
+        hits += found.p_value <= 0.05
+    assert 3 <= hits <= 27, "15 of 300 expected"
+
+
+def heads(rng: np.random.Generator, n: int, h: int, common: float) -> tuple[Any, Any]:
+    """Heads of a prompt share `common` of their variance, and have very different scales."""
+    size = np.exp(rng.normal(0, 2, h))
+    noise = common**0.5 * rng.normal(size=(n, 1)) + (1 - common) ** 0.5 * rng.normal(size=(n, h))
+    original = rng.random((n, h))
+    return original, original + size * noise
+
+
+@pytest.mark.parametrize("common", [0.0, 0.9])
+def test_familywise_error_of_heads(common: float) -> None:
+    any_found = mean_found = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        original, edited = heads(rng, 15, 20, common)
+        found = paired_head_test(original, edited, range(15), 400, seed, n_bootstrap=2)
+        any_found += found.p_corrected.min() <= 0.05
+        mean_found += found.overall.p_value <= 0.05
+    assert 1 <= any_found <= 20, "10 of 200 expected"
+    assert 1 <= mean_found <= 20, "10 of 200 expected, though the heads are not independent"
+
+
+def test_familywise_error_beside_true_effects_and_power() -> None:
+    wrong = right = 0
+    for seed in range(150):
+        original, edited = heads(np.random.default_rng(seed), 15, 20, 0.5)
+        scale = (edited - original).std(0)
+        edited[:, :5] += 2 * scale[:5]
+        found = paired_head_test(original, edited, range(15), 400, seed, n_bootstrap=2)
+        wrong += (found.p_corrected[5:] <= 0.05).any()
+        right += (found.p_corrected[:5] <= 0.05).sum()
+    assert wrong <= 16, "at most 7.5 of 150 expected"
+    assert right > 0.9 * 5 * 150
+
+
+def test_heads_alone_equal_single_tests() -> None:
+    rng = np.random.default_rng(0)
+    original, edited = heads(rng, 9, 6, 0.3)
+    edited[:, 2] += 3 * (edited - original)[:, 2].std()
+    units = np.repeat(range(3), 3)
+    for of, n in ((np.arange(9), 9), (units, 3)):
+        found = paired_head_test(original, edited, of)
+        single = [paired_difference(original[:, i], edited[:, i], of) for i in range(6)]
+        np.testing.assert_allclose(found.p_value, [s.p_value for s in single])
+        np.testing.assert_allclose(found.difference, [s.difference for s in single])
+        assert (found.p_corrected >= found.p_value - 1e-12).all()
+        mean = paired_difference(original.mean(1), edited.mean(1), of)
+        assert asdict(found.overall) == pytest.approx(asdict(mean))
+        assert mean.n_units == n
+
+
+def test_step_down_by_hand() -> None:
+    """Every flip and every set of heads, one by one."""
+    rng = np.random.default_rng(7)
+    differences = rng.normal(0.5, 1, (6, 4)) * np.array([1, 10, 0.1, 3])
+    found = paired_head_test(np.zeros((6, 4)), differences, range(6))
+    size = np.sqrt((differences**2).mean(0))
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    flipped = np.abs((signs[:, :, None] * differences).mean(1)) / size
+    observed = np.abs(differences.mean(0)) / size
+    expected, before, left = np.zeros(4), 0.0, [0, 1, 2, 3]
+    while left:
+        head = max(left, key=lambda i: observed[i])
+        p = float((flipped[:, left].max(1) >= observed[head] - 1e-9).mean())
+        expected[head] = before = max(before, p)
+        left.remove(head)
+    np.testing.assert_allclose(found.p_corrected, expected)
+
+
+def test_one_head_needs_no_correction() -> None:
+    first, second = pairs(30, 0.3)
+    found = paired_head_test(first[:, None], second[:, None], range(30), 999)
+    assert found.p_corrected[0] == found.p_value[0]
+    assert found.p_value[0] == pytest.approx(found.overall.p_value, abs=1e-12)
+
+
+def test_heads_that_do_not_change_at_all() -> None:
+    first, second = pairs(10, 2.0)
+    original = np.stack([first, first], axis=1)
+    found = paired_head_test(original, np.stack([first, second], axis=1), range(10))
+    assert found.p_value[0] == found.p_corrected[0] == 1
+    assert found.p_corrected[1] < 0.01
+
+
+class TestErrors:
+    def test_lengths(self) -> None:
+        with pytest.raises(DataError, match="^3 values for 2 units"):
+            paired_difference(np.zeros(3), np.zeros(3), [0, 1])
+        with pytest.raises(DataError, match="no pairs$"):
+            paired_head_test(np.zeros((3, 2)), np.zeros((3, 1)), [0, 1, 2])
+
+    def test_nothing(self) -> None:
+        with pytest.raises(DataError, match="^no pairs to compare"):
+            paired_difference(np.zeros(0), np.zeros(0), [])
+
+    def test_values_that_are_no_numbers(self) -> None:
+        with pytest.raises(DataError, match="^row 1 has a value that is not a finite number"):
+            paired_difference(np.zeros(2), np.array([0, np.nan]), [0, 1])
