@@ -18,12 +18,15 @@ from torch import Tensor
 
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
+from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SAE
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one dense chunk of latents."""
+"""Size of one dense chunk of latents; encoding and decoding it takes at most 2.5 times that."""
+Pair = tuple[Tensor, Tensor]
+"""(what is encoded, what its decoding is compared with): the same for an SAE."""
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Latents:
     csr: sparse.csr_array
     """float32 `[n_rows, d_sae]`; nothing stored where a latent is off."""
     rows: pd.DataFrame
+    key: str | None = None
+    """Hash of all that determines them, where that is known."""
 
     @property
     def d_sae(self) -> int:
@@ -52,35 +57,54 @@ class StreamMetrics:
 
     def __init__(self, mean: Float[Tensor, " d_in"], d_sae: int) -> None:
         self.mean = mean.double()
-        self.fired = torch.zeros(d_sae, dtype=torch.bool)
         self.n = 0
         self.sums: dict[str, float] = {}
-        self.max_active = 0.0
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum(dtype=torch.float64))
+        self.n_active = torch.zeros(d_sae, dtype=torch.int64)
+        """Per latent, rows where it is not zero."""
+        self.totals = torch.zeros(d_sae, dtype=torch.float64)
+        """Per latent, sum of its values."""
+        self.maxima = torch.zeros(d_sae, dtype=torch.float64)
+        """Per latent, its largest value; 0 where that is below."""
 
     def update(
         self,
         x: Float[Tensor, "n d_in"],
         reconstruction: Float[Tensor, "n d_in"],
         acts: Float[Tensor, "n d_sae"],
-    ) -> None:
-        """Take in one chunk."""
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """Take in one chunk; returns what each row adds to `sums`, float64 on the CPU."""
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         error = (x - reconstruction).square().sum(-1)
         spread = (x - self.mean).square().sum(-1)
-        norm = x.norm(dim=-1)
+        size = reconstruction.norm(dim=-1)
+        active, value = self._fired(acts)
+        rows = {
+            "active": active,
+            "value": value,
+            "error": error,
+            "spread": spread,
+            "legacy": 1 - error / spread.clamp(min=1e-30),
+            "cosine": torch.cosine_similarity(x, reconstruction, dim=-1),
+            "ratio": size / x.norm(dim=-1).clamp(min=1e-30),
+            "output": size.square(),
+            "product": (x * reconstruction).sum(-1),
+        }
         self.n += len(x)
-        self.fired |= (acts != 0).any(dim=0).cpu()
-        self._add("active", (acts != 0).sum(-1))
-        self._add("value", acts)
-        self.max_active = max(self.max_active, float(acts.max()) if acts.numel() else 0.0)
-        self._add("error", error)
-        self._add("spread", spread)
-        self._add("legacy", 1 - error / spread.clamp(min=1e-30))
-        self._add("cosine", torch.cosine_similarity(x, reconstruction, dim=-1))
-        self._add("ratio", reconstruction.norm(dim=-1) / norm.clamp(min=1e-30))
+        for name, values in rows.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+        return rows
+
+    def _fired(self, acts: Float[Tensor, "n d_sae"]) -> tuple[Tensor, Tensor]:
+        """Per row, the number of active latents and the sum of their values."""
+        where = acts.nonzero()
+        values = acts[where[:, 0], where[:, 1]].cpu().double()
+        row, latent = where.cpu().unbind(-1)
+        d_sae = len(self.n_active)
+        self.n_active += torch.bincount(latent, minlength=d_sae)
+        self.totals += torch.bincount(latent, weights=values, minlength=d_sae)
+        self.maxima.scatter_reduce_(0, latent, values, "amax")
+        active = torch.bincount(row, minlength=len(acts)).double()
+        return active, torch.bincount(row, weights=values, minlength=len(acts)).double()
 
     def result(self) -> dict[str, float | None]:
         """`sparsity/…` and `reconstruction/…`, named as in metrics.json."""
@@ -88,8 +112,8 @@ class StreamMetrics:
         return {
             "sparsity/l0": s["active"] / n,
             "sparsity/mean_active": s["value"] / s["active"] if s["active"] else None,
-            "sparsity/max_active": self.max_active,
-            "sparsity/dead_fraction": float((~self.fired).double().mean()),
+            "sparsity/max_active": float(self.maxima.max()),
+            "sparsity/dead_fraction": float((self.n_active == 0).double().mean()),
             "sparsity/n_positions": n,
             "reconstruction/explained_variance": 1 - s["error"] / s["spread"]
             if s["spread"]
@@ -107,45 +131,69 @@ def encode_store(
 ) -> tuple[Latents, dict[str, float | None]]:
     """Latents of every row of the store, and the metrics of StreamMetrics.
 
-    `rows` is this run's own table (its groups and splits), row by row that of the store.
+    `rows` is this run's own table (its groups and splits), row by row that of the store. A
+    transcoder's prediction is compared with what the store has at its `hookpoint_out`.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
-    return _encode(lambda n: (acts for _, acts in store.chunks(sae.hookpoint, n)), sae, rows)
+    out = _output_of(sae)
+
+    def chunks(n: int) -> Iterator[Pair]:
+        if out is None:
+            return ((acts, acts) for _, acts in store.chunks(sae.hookpoint, n))
+        both = zip(store.chunks(sae.hookpoint, n), store.chunks(out, n), strict=True)
+        return ((x, target) for (_, x), (_, target) in both)
+
+    return _encode(chunks, sae, rows)
+
+
+def _output_of(sae: SAE) -> Hookpoint | None:
+    return getattr(sae, "hookpoint_out", None)
 
 
 @torch.inference_mode()
 def encode_rows(
-    acts: Float[Tensor, "n_rows d"], chosen: Int[np.ndarray, " n"], sae: SAE, rows: pd.DataFrame
+    acts: Float[Tensor, "n_rows d"],
+    chosen: Int[np.ndarray, " n"],
+    sae: SAE,
+    rows: pd.DataFrame,
+    target: Float[Tensor, "n_rows d_out"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` is theirs."""
-    assert len(rows) == len(chosen), "rows table and chosen rows differ in length"
+    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` is theirs.
 
-    def chunks(n: int) -> Iterator[Tensor]:
+    `target` is the other stream, which a transcoder predicts.
+    """
+    assert len(rows) == len(chosen), "rows table and chosen rows differ in length"
+    assert (target is None) == (_output_of(sae) is None), "a transcoder needs its target"
+
+    def chunks(n: int) -> Iterator[Pair]:
         for start in range(0, len(chosen), n):
-            yield acts[torch.from_numpy(chosen[start : start + n])]
+            some = torch.from_numpy(chosen[start : start + n])
+            x = acts[some]
+            yield x, x if target is None else target[some]
 
     return _encode(chunks, sae, rows)
 
 
 def _encode(
-    chunks: Callable[[int], Iterable[Tensor]], sae: SAE, rows: pd.DataFrame
+    chunks: Callable[[int], Iterable[Pair]], sae: SAE, rows: pd.DataFrame
 ) -> tuple[Latents, dict[str, float | None]]:
     """`chunks` gives all rows in order, at most so many at once, as often as it is called."""
     began = time.perf_counter()
     n_rows = len(rows)
     chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
-    total = torch.zeros(sae.d_in, dtype=torch.float64)
-    for acts in chunks(8192):
-        total += acts.reshape(len(acts), -1).double().sum(0)
+    total = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64)
+    for _, target in chunks(8192):
+        total += target.reshape(len(target), -1).double().sum(0)
     metrics = StreamMetrics(total / n_rows, sae.d_sae)
     indptr, indices, values = [np.zeros(1, dtype=np.int64)], [], []
     n_stored = 0
     device = sae.W_dec.device
     with progress(n_rows, "encoding", "row") as bar:
-        for acts in chunks(chunk_rows):
+        for acts, target in chunks(chunk_rows):
             x = acts.to(device=device, dtype=torch.float32)
             features = sae.encode(x)
-            metrics.update(x, sae.decode(features, x).float(), features)
+            aim = x if target is acts else target.to(device=device, dtype=torch.float32)
+            metrics.update(aim, sae.decode(features, x).float(), features)
             where = features.nonzero()
             counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
             indptr.append(n_stored + counts.cpu().numpy())

@@ -1,12 +1,12 @@
 """A reconstruction in place of the activation: edits for `models.hooks.edit`.
 
-Shapes: b batch, t tokens, d the stream's width.
+Shapes: b batch, t tokens, d the stream's width, n true positions of a mask.
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saexp.models.hookpoints import Hookpoint
@@ -15,6 +15,20 @@ from saexp.saes.base import SparseAutoencoder
 
 ChangeLatents = Callable[[Tensor], Tensor]
 """`[n, d_sae]` -> `[n, d_sae]`."""
+
+
+def replaced(values: Float[Tensor, "... d"], mask: Bool[Tensor, "b t"]) -> EditFunction:
+    """Puts `values` where `mask` is true: `[n, d]`, row by row in order, or `[d]` at all of them.
+
+    Positions outside the mask keep every bit.
+    """
+
+    def write(stream: Tensor) -> Tensor:
+        new = stream.clone()
+        new[mask.to(stream.device)] = values.to(stream.device, stream.dtype)
+        return new
+
+    return write
 
 
 def spliced(
@@ -40,14 +54,12 @@ def spliced(
         source = seen.pop() if sae.is_transcoder else stream
         where = torch.ones(stream.shape[:2], dtype=torch.bool) if mask is None else mask
         where = where.to(stream.device)
-        x = source[where].to(sae.device)
+        x = source[where.to(source.device)].to(sae.device)
         acts = sae.encode(x)
         out = sae.decode(acts if change is None else change(acts), x).to(stream.device)
         if error:
             out = stream[where] + (out - sae.decode(acts, x).to(stream.device))
-        new = stream.clone()
-        new[where] = out.to(stream.dtype)
-        return new
+        return replaced(out, where)(stream)
 
     if sae.hookpoint_out is None:
         return {sae.hookpoint: write}

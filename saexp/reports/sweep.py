@@ -7,6 +7,7 @@ import pandas as pd
 
 from saexp.reports.cells import STATES, cells_table, groups_of, read_plan, swept
 from saexp.reports.html import write_page
+from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
 from saexp.reports.sweep_figures import effects_table, sweep_figures
 
 CAPTIONS = {
@@ -17,7 +18,12 @@ CAPTIONS = {
     "pareto": "Trained SAEs on held-out texts: explained variance against L0.",
     "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient; "
     "bands span the matched controls.",
+    "flow_over_width": "The leading selected latents of each SAE and their nearest in its "
+    "neighbours over the width, by decoder cosine (thickness), where it is larger than chance. A "
+    "latent with several links to the right is split in the wider SAE. Coloured: selected there.",
+    "flow_over_layer": "The same over layers: a latent that goes on keeps its direction.",
 }
+_PAGES = ("report.html", "dashboard.html")
 _SHOWN = {
     "contrast/n_significant": "significant latents",
     "collection/tokens_forwarded": "tokens forwarded",
@@ -34,9 +40,11 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     place = Path(folder)
     table = cells_table(place)
     table.to_parquet(place / "sweep.parquet", index=False)
-    figures = sweep_figures(table)
+    matches, notes = read_matches(place)
+    flows = flow_figures(matches)
+    figures = sweep_figures(table) | flows
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
-    head, rows = _rows(table)
+    head, rows = _rows(place, table)
     write_page(
         place / "sweep.html",
         "sweep.html",
@@ -49,6 +57,11 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         head=head,
         rows=rows,
         failed=_failed(table),
+        flows=list(flows),
+        match_head=HEAD,
+        matches=match_rows(matches),
+        splits=splits(matches),
+        notes=notes,
     )
     return table, figures
 
@@ -104,7 +117,7 @@ def _controls(row: pd.Series) -> str:
     return f"; controls {row['controls_min']:.2f} to {row['controls_max']:.2f}"
 
 
-def _rows(table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
+def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
     """The table shown: what was swept, the status, and the leading numbers per direction."""
     keys = swept(table) or [k for k in ("layer", "width") if k in table]
     columns = dict(_SHOWN)
@@ -120,7 +133,8 @@ def _rows(table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
         values = [record[k] for k in [*keys, *columns]]
         page = None
         if record["status"] == "finished" and record["folder"]:
-            page = f"{record['folder']}/report.html"
+            pages = [f"{record['folder']}/{name}" for name in _PAGES]
+            page = next((p for p in pages if (place / p).is_file()), None)
         rows.append(
             {
                 "cell": int(record["cell"]),

@@ -1,10 +1,11 @@
 """Models and SAEs that several runs of one process share, kept by their config."""
 
+import dataclasses
 from collections import OrderedDict
 from typing import Any
 
 from saexp import registry
-from saexp.config import ModelConfig, RunConfig, SAEConfig
+from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
@@ -48,3 +49,16 @@ def sparse_autoencoder(cfg: RunConfig, model: LanguageModel) -> SparseAutoencode
     sae = _shared("sae", cfg.sae, d_in=model.d_model)
     check_fits(sae, model)
     return sae
+
+
+def per_layer(cfg: RunConfig) -> list[RunConfig]:
+    """The run cut into runs of one layer each, in the order given; itself where it has one.
+
+    Load their SAEs one after another (`sparse_autoencoder`), so that only a few are in memory.
+    """
+    if not isinstance(cfg.layer, list):
+        return [cfg]
+    layers = list(dict.fromkeys(parse_layers(cfg.layer)))
+    return [
+        dataclasses.replace(cfg, layer=n, sae=dataclasses.replace(cfg.sae, layer=n)) for n in layers
+    ]

@@ -26,8 +26,9 @@ from saexp.results import SWEEP_PLAN
 
 log = logging.getLogger(__name__)
 
-_IGNORED = frozenset({"coefficient", "width", "intervention", "analyzer", "sae_trainer", "tracker"})
-"""Keys that never change which hookpoint of which texts a cell needs."""
+_IGNORED = frozenset({"coefficient", "width", "latents", "intervention", "sae_trainer", "tracker"})
+"""Keys that never change which hookpoint of which texts a cell needs; `analyzer.x=` neither, but an
+analyzer may choose its positions."""
 _sweep: Path | None = None
 """Folder of the sweep that this process runs."""
 
@@ -75,7 +76,7 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
     found: dict[str, set[tuple[int, str | None]]] = {}
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
-        words = tuple(w for w in cell if w.lstrip("+~").split("=")[0].split(".")[0] not in _IGNORED)
+        words = tuple(w for w in cell if not _ignored(w.lstrip("+~").split("=")[0]))
         if words in seen:
             continue
         seen.add(words)
@@ -85,6 +86,10 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             log.debug("not planned: %s (%s)", words, error)
     return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in found.items()}
+
+
+def _ignored(key: str) -> bool:
+    return key.split(".")[0] in _IGNORED or key.startswith("analyzer.")
 
 
 def _hookpoints(cfg: RunConfig) -> set[tuple[int, str | None]]:
@@ -126,7 +131,9 @@ def finish() -> str | None:
     if folder is None or not any(folder.glob("*/.hydra")):
         return None
     from saexp.reports.sweep import findings, write_sweep
+    from saexp.tasks.matched import match_cells
 
+    match_cells(folder)
     table, figures = write_sweep(folder)
     try:
         _track(folder, table, figures)

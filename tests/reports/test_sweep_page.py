@@ -1,12 +1,14 @@
 """sweep.html and what is printed: the best cell by its train value, told by its test value."""
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pandas as pd
 import pytest
 
 from saexp.reports.cells import cells_table
+from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, splits
 from saexp.reports.sweep import findings, write_sweep
 from tests.reports.left import assert_links_lead_to_reports, page_of
 from tests.reports.written import NASTY, cell, contrast, effect, write_json
@@ -105,3 +107,66 @@ def test_a_page_is_made_of_cells_none_of_which_finished(tmp_path: Path) -> None:
     assert (len(table), figures) == (2, {})
     assert "<td>layer=9</td><td>no</td>" in page_of(tmp_path)
     assert len(pd.read_parquet(tmp_path / "sweep.parquet")) == 2
+
+
+def match(source: int, latent: int, target: int, nearest: int, **more: Any) -> dict[str, Any]:
+    """From one SAE's latent to another's; cells 0, 1, 2 are widths 256, 512, 1024 of layer 2."""
+    about: dict[str, Any] = {"latent": latent, "nearest": nearest, "direction": "known", "rank": 1}
+    for end, cell_number in (("from", source), ("to", target)):
+        size = 256 * 2**cell_number
+        about |= {f"{end}_cell": cell_number, f"{end}_width": str(size), f"{end}_d_sae": size}
+        about |= {f"{end}_layer": 2, f"{end}_model": "tiny", f"{end}_sae": "tiny"}
+    about |= {"nearest_direction": None, "cosine": 0.9, "cosine_by_chance": 0.3}
+    return about | {"cofiring": 5, "phi": 0.5, "jaccard": 0.4, "n_rows": 30} | more
+
+
+@pytest.fixture
+def matches() -> pd.DataFrame:
+    """Latent 7 of the narrowest is split into 1 and 2; 3 is like nothing."""
+    rows = [match(1, 1, 0, 7), match(1, 2, 0, 7, cosine=0.8), match(1, 3, 0, 9, cosine=0.2)]
+    rows += [match(0, 7, 1, 1), match(0, 7, 2, 40), match(2, 40, 1, 2, direction="unknown")]
+    return pd.DataFrame([*rows, match(2, 40, 0, 7, phi=None, jaccard=None, cofiring=None)])
+
+
+def test_a_latent_that_several_of_a_wider_sae_are_nearest_to_is_told(matches: pd.DataFrame) -> None:
+    assert splits(matches) == [
+        "Layer 2: latent 7 of width 256 is the nearest of 2 leading latents of width 512: "
+        "1 (0.90), 2 (0.80)."
+    ]
+
+
+def test_the_flow_links_neighbours_that_are_alike_beyond_chance(matches: pd.DataFrame) -> None:
+    figures = flow_figures(matches)
+    assert list(figures) == ["flow_over_width"]
+    (trace,) = figures["flow_over_width"].data
+    labels = trace.node.label
+    links = {
+        (labels[a], labels[b]): value
+        for a, b, value in zip(trace.link.source, trace.link.target, trace.link.value, strict=True)
+    }
+    assert links == {("7", "1"): 0.9, ("7", "2"): 0.8, ("2", "40"): 0.9}
+    assert trace.node.x == (0.001, 0.5, 0.5, 0.999)
+    assert [a.text for a in figures["flow_over_width"].layout.annotations] == [
+        "width 256 (layer 2)",
+        "width 512 (layer 2)",
+        "width 1024 (layer 2)",
+    ]
+
+
+def test_the_table_of_matches_holds_neighbours_the_most_alike_first(matches: pd.DataFrame) -> None:
+    rows = match_rows(matches)
+    assert all(len(row) == len(HEAD) for row in rows)
+    pairs = {(row[1], row[5]) for row in rows}
+    assert pairs == {("512", "256"), ("256", "512"), ("1024", "512")}
+    cosines = [row[HEAD.index("cosine")] for row in rows]
+    assert cosines == sorted(cosines, reverse=True)
+    assert match_rows(pd.DataFrame()) == []
+    assert flow_figures(pd.DataFrame()) == {}
+    assert splits(pd.DataFrame()) == []
+
+
+def test_a_dashboard_cell_is_linked_to_its_own_page(tmp_path: Path) -> None:
+    place = cell(tmp_path, 0, "layer=0", metrics={})
+    (place / "report.html").rename(place / "dashboard.html")
+    write_sweep(tmp_path)
+    assert f'<a href="{place.name}/dashboard.html">' in unquote(page_of(tmp_path))

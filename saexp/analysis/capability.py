@@ -1,0 +1,222 @@
+"""What a model answers, and what it still answers through the SAE's reconstruction.
+
+Per prompt: rank, logit and probability of the answer's first token, its logit less that of a wrong
+answer (the foil), and the best tokens, each before (`_clean`) and after (`_sae`) the stream at the
+SAE's hookpoint is replaced by its reconstruction. Special tokens keep their own activations.
+"""
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saexp.activations.forward import TokenBudget, batches
+from saexp.analysis.answers import Question, joins_without_space, questions
+from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.options import read_options, whole
+from saexp.analysis.resampling import UnitBootstrap
+from saexp.analysis.token_text import token_texts
+from saexp.config import AnalyzerConfig
+from saexp.context import progress
+from saexp.errors import DataError
+from saexp.latents.splice import spliced
+from saexp.models.hooks import edit, position_ids
+from saexp.models.loading import LanguageModel
+from saexp.results import TaskResult
+from saexp.saes.base import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+STATES = ("clean", "sae")
+MEASURES = ("rank", "logit", "probability", "logit_difference", "top1")
+_LOGIT_BYTES = 512 * 2**20
+"""Largest tensor of logits."""
+
+
+class CapabilityAnalyzer:
+    """Registry kind `analyzer`, name `capability`."""
+
+    reads_acts = False
+
+    def __init__(self, cfg: AnalyzerConfig) -> None:
+        self.cfg = cfg
+        options = read_options(cfg, {"n_top": 10, "batch_tokens": 8192})
+        self.n_top = whole("n_top", options["n_top"])
+        self.batch_tokens = whole("batch_tokens", options["batch_tokens"])
+
+    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+        """Metrics `capability/…`, tables `prompts`, `top_tokens`, `capability`, `unanswered`.
+
+        `rank` 1 is the likeliest token (1 + the number of tokens with a larger logit), `top1`
+        whether it is; `logit_difference` is answer less foil. Means over prompts, `change` is sae
+        less clean prompt by prompt, intervals by bootstrap over prompts. Raises DataError where no
+        prompt has an answer that can be asked for.
+        """
+        model, sae = inputs.model, inputs.sae
+        assert model is not None and sae is not None, "capability needs the model and the SAE"
+        asked, skips = questions(inputs.examples, model, inputs.max_length)
+        why = Counter(s.reason for s in skips)
+        if not asked:
+            listed = "; ".join(f"{reason} ({n})" for reason, n in why.items()) or "it is empty"
+            raise DataError(
+                f"none of {len(inputs.examples)} examples has an answer that can be asked for: "
+                f"{listed}; give rows an 'answer' (with the space before it), or type dataset=ioi "
+                """or dataset=prompt 'dataset.text="…"' 'dataset.answer=" …"'"""
+            )
+        prompts, tops = self._ask(model, sae, asked)
+        notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
+        notes += _about_foils(asked)
+        glued = sum(map(joins_without_space, asked))
+        if glued and not model.cfg.chat:
+            notes.append(
+                f"{glued} answers follow their prompt without a space between; most tokenizers "
+                "have the space in the word's first token, so give it in the answer"
+            )
+        metrics, summary = self._summary(prompts)
+        metrics["capability/n_not_asked"] = len(skips)
+        unasked = pd.DataFrame(
+            [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
+        )
+        tables = {"prompts": prompts, "top_tokens": tops, "capability": summary}
+        return TaskResult(metrics=metrics, tables={**tables, "unanswered": unasked}, notes=notes)
+
+    def _ask(
+        self, model: LanguageModel, sae: SparseAutoencoder, asked: Sequence[Question]
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """One row per prompt, and its best tokens; prompts of similar length side by side."""
+        rows: list[dict[str, Any]] = [_about(q, model) for q in asked]
+        tops: list[list[dict[str, Any]]] = [[] for _ in asked]
+        lengths = [len(q.tokens) for q in asked]
+        keeps = "logits_to_keep" in inspect.signature(model.hf.forward).parameters
+        per_token = 4 * int(model.text_config.vocab_size)
+        most = max(1, _LOGIT_BYTES // per_token)
+        with progress(len(asked), "asking", "prompt") as bar:
+            for batch in batches(lengths, TokenBudget(self.batch_tokens, model.device)):
+                size = most if keeps else max(1, most // lengths[batch[0]])
+                for start in range(0, len(batch), size):
+                    part = batch[start : start + size]
+                    some = [asked[i] for i in part]
+                    for state in STATES:
+                        logits = _last_logits(model, sae if state == "sae" else None, some, keeps)
+                        for i, question, row in zip(part, some, logits, strict=True):
+                            rows[i] |= _measured(row, question, state)
+                            tops[i] += self._best(row, question, state, model.tokenizer)
+                    bar.update(len(part))
+        log.info("asked %d prompts, each with and without the SAE", len(asked))
+        prompts = pd.DataFrame(rows).astype(
+            {"group": "string", "foil_token": "string", "foil_token_id": "Int64"}
+        )
+        return prompts, pd.DataFrame([r for best in tops for r in best])
+
+    def _best(
+        self, logits: Float[Tensor, " V"], question: Question, state: str, tokenizer: Any
+    ) -> list[dict[str, Any]]:
+        top = logits.topk(min(self.n_top, len(logits)))
+        log_sum = float(logits.logsumexp(0))
+        texts = token_texts(tokenizer, top.indices.tolist())
+        return [
+            {
+                "example_id": question.example.id,
+                "state": state,
+                "rank": rank,
+                "token_id": token,
+                "token": texts[token],
+                "logit": value,
+                "probability": float(np.exp(value - log_sum)),
+                "is_answer": token == question.answer_id,
+                "is_foil": token == question.foil_id,
+            }
+            for rank, (token, value) in enumerate(
+                zip(top.indices.tolist(), top.values.tolist(), strict=True), 1
+            )
+        ]
+
+    def _summary(self, prompts: pd.DataFrame) -> tuple[dict[str, float | int | None], pd.DataFrame]:
+        bootstrap = UnitBootstrap(np.arange(len(prompts)), self.cfg.n_bootstrap, self.cfg.seed)
+        metrics: dict[str, float | int | None] = {"capability/n_prompts": len(prompts)}
+        rows = []
+        for measure in MEASURES:
+            of_state = {s: prompts[f"{measure}_{s}"].to_numpy(dtype=float) for s in STATES}
+            of_state["change"] = of_state["sae"] - of_state["clean"]
+            for state, values in of_state.items():
+                n = int(np.isfinite(values).sum())
+                if not n:
+                    continue
+                mean = float(np.nanmean(values))
+                low, high = bootstrap.mean(values)
+                name = f"capability/{measure}_{state}"
+                metrics |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
+                rows.append((measure, state, n, mean, low, high))
+        columns = ["measure", "state", "n", "mean", "ci_low", "ci_high"]
+        table = pd.DataFrame(rows, columns=columns)
+        return metrics, table.astype({c: float for c in columns[3:]})
+
+
+@torch.inference_mode()
+def _last_logits(
+    model: LanguageModel,
+    sae: SparseAutoencoder | None,
+    asked: Sequence[Question],
+    keeps: bool,
+) -> Float[Tensor, "b V"]:
+    """Logits after each prompt's last token, float32 on the CPU."""
+    width = max(len(q.tokens) for q in asked)
+    ids = torch.full((len(asked), width), model.pad_id)
+    mask = torch.zeros_like(ids)
+    ordinary = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, question in enumerate(asked):
+        start = width - len(question.tokens)
+        ids[i, start:] = torch.tensor(question.tokens.ids)
+        mask[i, start:] = 1
+        ordinary[i, start:] = ~torch.tensor(question.tokens.special)
+    mask = mask.to(model.device)
+    with nullcontext() if sae is None else edit(model, spliced(sae, ordinary)):
+        out = model.hf(
+            input_ids=ids.to(model.device),
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+            **({"logits_to_keep": 1} if keeps else {}),
+        )
+    return out.logits[:, -1].float().cpu()
+
+
+def _about(question: Question, model: LanguageModel) -> dict[str, Any]:
+    example, answer_id, foil_id = question.example, question.answer_id, question.foil_id
+    texts = token_texts(model.tokenizer, [i for i in (answer_id, foil_id) if i is not None])
+    return {
+        "example_id": example.id,
+        "group": example.group,
+        "prompt": question.prompt,
+        "answer": example.answers[0],
+        "answer_token": texts[answer_id],
+        "answer_token_id": answer_id,
+        "foil_token": None if foil_id is None else texts[foil_id],
+        "foil_token_id": pd.NA if foil_id is None else foil_id,
+    }
+
+
+def _measured(logits: Float[Tensor, " V"], question: Question, state: str) -> dict[str, Any]:
+    own = logits[question.answer_id]
+    rank = 1 + int((logits > own).sum())
+    foil = np.nan if question.foil_id is None else float(own - logits[question.foil_id])
+    return {
+        f"rank_{state}": rank,
+        f"logit_{state}": float(own),
+        f"probability_{state}": float((own - logits.logsumexp(0)).exp()),
+        f"logit_difference_{state}": foil,
+        f"top1_{state}": rank == 1,
+    }
+
+
+def _about_foils(asked: Sequence[Question]) -> list[str]:
+    why = Counter(q.foil_reason for q in asked if q.foil_reason is not None)
+    return [f"{n} prompts have no logit difference: {reason}" for reason, n in why.items()]

@@ -1,0 +1,265 @@
+"""Forward passes of an evaluation: one clean pass, and passes resumed at a changed stream.
+
+Nothing below a changed stream is computed again: the blocks under it hand on what the clean pass
+gave. The LM head runs on the positions that are looked at alone, in chunks.
+
+Shapes: b texts, t tokens, n positions looked at, d d_model, V the vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saexp.data.tokens import TokenizedText
+from saexp.errors import ModelError
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import EditFunction, capture, edit, position_ids
+from saexp.models.loading import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which tokens are changed and which predictions are looked at; padding never is."""
+
+    splice_special: bool = False
+    """Put reconstructions (and measure L0, explained variance …) at special tokens too."""
+    ablate_special: bool = False
+    """Put zeros and means at special tokens too."""
+    score_special: bool = False
+    """Look at predictions made at special tokens, and of special tokens, too."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded texts, on the model's device; masks are on it too."""
+
+    texts: Int[Tensor, " b"]
+    """Which texts, on the CPU."""
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b t"]
+    spliced: Bool[Tensor, "b t"]
+    ablated: Bool[Tensor, "b t"]
+    compared: Bool[Tensor, "b t"]
+    """Where a prediction is made that is looked at."""
+    targets: Int[Tensor, " n"]
+    """The token that follows each compared position; -1 where none is scored."""
+
+    def first(self) -> "Batch":
+        """Its first text alone."""
+        return Batch(
+            texts=self.texts[:1],
+            ids=self.ids[:1],
+            mask=self.mask[:1],
+            spliced=self.spliced[:1],
+            ablated=self.ablated[:1],
+            compared=self.compared[:1],
+            targets=self.targets[: int(self.compared[0].sum())],
+        )
+
+    def texts_of(self, where: Bool[Tensor, "b t"]) -> Int[Tensor, " m"]:
+        """The text of each true position, row by row, on the CPU."""
+        return self.texts[where.nonzero()[:, 0].cpu()]
+
+
+def make_batch(
+    texts: Sequence[TokenizedText],
+    chosen: Sequence[int],
+    where: Where,
+    *,
+    pad_id: int,
+    device: torch.device,
+    padding_side: str = "right",
+) -> Batch:
+    """The chosen texts side by side."""
+    width = max(len(texts[i]) for i in chosen)
+    shape = (len(chosen), width)
+    ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
+    special = torch.zeros(shape, dtype=torch.bool)
+    for row, index in enumerate(chosen):
+        text = texts[index]
+        start = width - len(text) if padding_side == "left" else 0
+        inside = slice(start, start + len(text))
+        ids[row, inside] = torch.tensor(text.ids)
+        mask[row, inside] = 1
+        special[row, inside] = torch.tensor(text.special)
+    there = mask.bool()
+    ordinary = there & ~special
+    counted = there if where.score_special else ordinary
+    follows = torch.zeros_like(counted)
+    follows[:, :-1] = counted[:, 1:]
+    targets = torch.full(shape, -1)
+    targets[:, :-1] = ids[:, 1:]
+    targets[~follows] = -1
+    return Batch(
+        texts=torch.tensor(list(chosen)),
+        ids=ids.to(device),
+        mask=mask.to(device),
+        spliced=(there if where.splice_special else ordinary).to(device),
+        ablated=(there if where.ablate_special else ordinary).to(device),
+        compared=counted.to(device),
+        targets=targets[counted].to(device),
+    )
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the unchanged model computed for one batch."""
+
+    streams: dict[Hookpoint, Float[Tensor, "b t _"]]
+    hidden: Float[Tensor, "n d"]
+    """What the LM head reads at the compared positions."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(t.nbytes for t in (*self.streams.values(), self.hidden))
+
+
+def resumes_from(at: Hookpoint) -> Hookpoint | None:
+    """The block output from which a pass that changes stream `at` can go on; None: from the ids."""
+    stored = at.stored
+    if stored.stream == "resid_post":
+        return stored
+    below = stored.layer - 1
+    return None if below < 0 or stored.stream == "embed" else Hookpoint(below, "resid_post")
+
+
+class Passes:
+    """Forward passes of one model. Raises ModelError where it has no LM head that can be hooked."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.head = model.hf.get_output_embeddings()
+        if self.head is None:
+            raise ModelError(f"{model.name} has no LM head, so it predicts no next token")
+        self.can_resume: dict[Hookpoint, bool] = {}
+        """Where resuming was tried, whether it gave what the whole pass gives."""
+        self._sizes: dict[int, int | None] = {}
+
+    def clean(self, batch: Batch, wanted: Sequence[Hookpoint]) -> Clean:
+        """One whole pass; the streams are those wanted, by their `stored` names."""
+        with self._watching(), capture(self.model, list(wanted)) as streams:
+            hidden = self._run(batch)
+        return Clean(dict(streams), hidden)
+
+    def changed(
+        self, batch: Batch, clean: Clean, at: Hookpoint, function: EditFunction
+    ) -> Float[Tensor, "n d"]:
+        """What the LM head reads once `function` has changed stream `at`.
+
+        Before the first use at a stream, a pass resumed there without a change is compared, on one
+        text, with a whole one; where they differ (a model that carries more than the residual
+        stream from block to block) whole passes are run instead, and `can_resume` says so.
+        """
+        at = at.stored
+        if at not in self.can_resume:
+            self.can_resume[at] = self._try(batch.first(), at)
+        if self.can_resume[at]:
+            return self._resumed(batch, clean, at, function)
+        with edit(self.model, {at: function}):
+            return self._run(batch)
+
+    def _try(self, batch: Batch, at: Hookpoint) -> bool:
+        start = resumes_from(at)
+        if start is None:
+            return False
+        clean = self.clean(batch, [start])
+        again = self._resumed(batch, clean, at, lambda stream: stream)
+        difference = (again - clean.hidden).float().abs().max()
+        return bool(difference <= 1e-3 * clean.hidden.float().abs().max())
+
+    def _resumed(
+        self, batch: Batch, clean: Clean, at: Hookpoint, function: EditFunction
+    ) -> Float[Tensor, "n d"]:
+        start = resumes_from(at)
+        assert start is not None, f"nothing to resume from at {at.name}"
+        values = clean.streams[start]
+        if at == start:
+            with self._handing_on(start.layer, function(values)):
+                return self._run(batch)
+        with self._handing_on(start.layer, values), edit(self.model, {at: function}):
+            return self._run(batch)
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        """Logits, float32, with all that the model does to them after its LM head."""
+        device, last = self.model.device, self.model.n_layers - 1
+        one = torch.tensor([[self.model.pad_id]], device=device)
+        nothing = hidden.new_zeros(1, 1, self.model.d_model)
+        handle = self.head.register_forward_pre_hook(lambda _m, args: (hidden[None], *args[1:]))
+        try:
+            with self._handing_on(last, nothing):
+                out = self.model.hf(
+                    input_ids=one,
+                    attention_mask=torch.ones_like(one),
+                    position_ids=torch.zeros_like(one),
+                    use_cache=False,
+                )
+        finally:
+            handle.remove()
+        return out.logits[0].float()
+
+    def _run(self, batch: Batch) -> Float[Tensor, "n d"]:
+        found: list[Tensor] = []
+
+        def at_head(_module: Any, args: Any) -> Any:
+            found.append(args[0][batch.compared.to(args[0].device)])
+            # The model's own logits are not needed: one position's are made and dropped.
+            return (args[0][:1, :1], *args[1:])
+
+        handle = self.head.register_forward_pre_hook(at_head)
+        try:
+            self.model.hf(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=position_ids(batch.mask),
+                use_cache=False,
+            )
+        finally:
+            handle.remove()
+        if not found:
+            raise ModelError(f"{self.model.name} did not run its LM head, so nothing can be scored")
+        return found[-1]
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Note, once, whether blocks give a tensor or a tuple, and of what length."""
+        handles = []
+
+        def note(index: int) -> Any:
+            def on_output(_module: Any, _args: Any, output: Any) -> None:
+                self._sizes[index] = None if isinstance(output, Tensor) else len(output)
+
+            return on_output
+
+        if not self._sizes:
+            handles = [b.register_forward_hook(note(i)) for i, b in enumerate(self.model.blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _handing_on(self, last: int, values: Tensor) -> Iterator[None]:
+        """Blocks up to `last` compute nothing and give `values`."""
+        before: list[tuple[Any, Any]] = []
+        try:
+            for index, block in enumerate(self.model.blocks):
+                if index > last:
+                    break
+                size = self._sizes[index]
+                output = values if size is None else (values, *[None] * (size - 1))
+                # accelerate puts a forward of its own on modules that it spreads over devices.
+                before.append((block, block.__dict__.get("forward")))
+                block.forward = lambda *_args, _output=output, **_options: _output
+            yield
+        finally:
+            for block, own in before:
+                del block.forward
+                if own is not None:
+                    block.forward = own

@@ -1,0 +1,237 @@
+"""Classifiers of two groups, fitted on train rows, and how well they do elsewhere.
+
+Shapes: n rows, d numbers a row, b bootstrap draws.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Shaped
+from scipy import sparse, stats
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.resampling import Interval, UnitBootstrap
+from saexp.analysis.statistics import Ranked
+from saexp.errors import DataError
+
+MAX_ITERATIONS = 2000
+CHUNK = 8192
+"""Rows scored at once."""
+N_FOLDS = 5
+MEASURES = ("auroc", "accuracy", "f1")
+Numbers = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Rows of one split or data set: which are of the first group, and their units."""
+
+    first: Bool[np.ndarray, " n"]
+    units: Shaped[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A linear probe; a row is called the first group where its score is above 0."""
+
+    score: Callable[[np.ndarray], np.ndarray]
+    """`[n, d]` -> `[n]`."""
+    weights: np.ndarray
+    """`[d]`, per standard deviation of each input on train."""
+    c: float
+    """Inverse strength of the L2 penalty that cross-validation chose."""
+    cv_log_loss: float
+    converged: bool
+
+
+def folds(rows: Labelled, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Up to N_FOLDS (train, validation) index pairs; a unit is never on both sides.
+
+    Raises DataError where not even two folds have both groups on both sides.
+    """
+    fewest = min(len(np.unique(rows.units[rows.first == g])) for g in (True, False))
+    for n in range(min(N_FOLDS, fewest), 1, -1):
+        splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
+        pairs = list(splitter.split(np.zeros(len(rows)), rows.first, rows.units))
+        if all(len(np.unique(rows.first[i])) == 2 for pair in pairs for i in pair):
+            return pairs
+    raise DataError(
+        f"{fewest} units of the smaller group on the train split are too few to cross-validate a "
+        "probe; add rows, or change dataset.split"
+    )
+
+
+def fit_logistic(
+    x: Float[np.ndarray, "n d"],
+    rows: Labelled,
+    strengths: list[float],
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+) -> Fitted:
+    """Logistic regression on standardised inputs with an L2 penalty.
+
+    Its strength is the one with the smallest log loss on the validation sides of `pairs`.
+    """
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    search: Any = GridSearchCV(
+        pipeline,
+        {"logisticregression__C": sorted(strengths)},
+        scoring="neg_log_loss",
+        cv=pairs,
+        error_score="raise",  # pyright: ignore[reportArgumentType]
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        search.fit(x, rows.first)
+    slow = any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    best: Any = search.best_estimator_
+    return Fitted(
+        score=best.decision_function,
+        weights=best[-1].coef_[0],
+        c=float(search.best_params_["logisticregression__C"]),
+        cv_log_loss=-float(search.best_score_),
+        converged=not slow,
+    )
+
+
+def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]) -> float:
+    """Where to cut so that most rows are right, between two neighbouring scores."""
+    values, inverse = np.unique(scores, return_inverse=True)
+    of_first = np.bincount(inverse, weights=first, minlength=len(values))
+    of_second = np.bincount(inverse, weights=~first, minlength=len(values))
+    # Right with the cut below value i: the second group before it, the first group from it on.
+    right = np.append(0, np.cumsum(of_second)) + np.append(np.cumsum(of_first[::-1])[::-1], 0)
+    cut = int(right.argmax())
+    if cut == 0:
+        return float(values[0]) - 1.0
+    if cut == len(values):
+        return float(values[-1])
+    return float(values[cut - 1] + values[cut]) / 2
+
+
+Read = Callable[[AnalysisInputs, np.ndarray], np.ndarray]
+"""Inputs of a probe for some rows: (data, row numbers) -> `[n, d]`."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe under its name in tables and metrics."""
+
+    name: str
+    read: Read
+    score: Callable[[np.ndarray], np.ndarray]
+    threshold: float = 0.0
+    latents: tuple[int, ...] = ()
+    fitted: Fitted | None = None
+
+    def scores(self, inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
+        """`[n]`, a chunk of rows at a time."""
+        parts = [
+            self.score(self.read(inputs, rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)
+        ]
+        return np.concatenate(parts).astype(np.float64)
+
+
+def read_acts(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
+    """`[n, d_in]`, float32: the stored activations."""
+    assert inputs.acts is not None
+    chosen = inputs.acts[torch.from_numpy(rows)]
+    return chosen.reshape(len(chosen), -1).float().cpu().numpy()
+
+
+def latents_reader(latents: np.ndarray) -> Read:
+    """Reads these latents, `[n, k]`."""
+
+    def read(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
+        part = sparse.csr_array(inputs.latents.csr[rows])
+        return np.asarray(part[:, latents].todense(), dtype=np.float64)
+
+    return read
+
+
+def mean_difference(dense: np.ndarray, rows: Labelled) -> Probe:
+    """Projection on the difference of the groups' means, cut midway."""
+    first, second = (dense[m].mean(0, dtype=np.float64) for m in (rows.first, ~rows.first))
+    direction = first - second
+    return Probe(
+        "mean_difference",
+        read_acts,
+        lambda x: x @ direction,
+        threshold=float((first + second) @ direction / 2),
+    )
+
+
+def single_latent(values: sparse.csr_array, rows: Labelled, latent: int, *, up: bool) -> Probe:
+    """One latent's value as it is (`up`: large in the first group), cut where accuracy is best."""
+    sign = 1.0 if up else -1.0
+    scores = sign * np.asarray(values[:, [latent]].todense(), dtype=np.float64)[:, 0]
+    return Probe(
+        "best_latent",
+        latents_reader(np.array([latent])),
+        lambda x: sign * x[:, 0],
+        threshold=threshold_of_best_accuracy(scores, rows.first),
+        latents=(latent,),
+    )
+
+
+class Judge:
+    """AUROC, accuracy and F1 (of the first group) on labelled rows, with bootstrap intervals.
+
+    Units are drawn with all their rows, within each group; one bootstrap for every probe, so that
+    their intervals are of the same draws.
+    """
+
+    def __init__(self, rows: Labelled, n_resamples: int, seed: int) -> None:
+        self.rows = rows
+        self.bootstrap = UnitBootstrap(rows.units, n_resamples, seed, rows.first)
+
+    def measure(self, scores: Float[np.ndarray, " n"], threshold: float) -> Numbers:
+        """`auroc`, `accuracy`, `f1`, each with `_ci_low` and `_ci_high`."""
+        first = self.rows.first
+        ranks = stats.rankdata(scores, method="dense").astype(np.float64)
+        ranked = Ranked(sparse.csr_array(ranks[:, None]), first)
+        called = scores > threshold
+
+        def auroc(weights: np.ndarray) -> np.ndarray:
+            w = self.bootstrap.rows(weights)
+            return ranked.auroc(w * first[:, None], w * ~first[:, None])[0]
+
+        def accuracy(weights: np.ndarray) -> np.ndarray:
+            w = self.bootstrap.rows(weights)
+            return (called == first).astype(float) @ w / w.sum(0)
+
+        def f1(weights: np.ndarray) -> np.ndarray:
+            w = self.bootstrap.rows(weights)
+            hits = (called & first).astype(float) @ w
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return 2 * hits / (called.astype(float) @ w + first.astype(float) @ w)
+
+        found: Numbers = {}
+        whole = np.ones((self.bootstrap.n_units, 1))
+        for name, statistic in zip(MEASURES, (auroc, accuracy, f1), strict=True):
+            interval: Interval = self.bootstrap.interval(statistic)
+            found[name] = float(statistic(whole)[0])
+            found[f"{name}_ci_low"], found[f"{name}_ci_high"] = interval
+        return found
+
+
+def roc(scores: np.ndarray, first: Bool[np.ndarray, " n"], n_points: int = 201) -> np.ndarray:
+    """`[n, 2]` false and true positive rates from (0, 0) to (1, 1), thinned to about `n_points`."""
+    values, inverse = np.unique(-scores, return_inverse=True)
+    hits = np.cumsum(np.bincount(inverse, weights=first, minlength=len(values)))
+    false = np.cumsum(np.bincount(inverse, weights=~first, minlength=len(values)))
+    points = np.stack([np.append(0, false / false[-1]), np.append(0, hits / hits[-1])], axis=1)
+    if len(points) <= n_points:
+        return points
+    return points[np.unique(np.linspace(0, len(points) - 1, n_points).round().astype(int))]

@@ -1,0 +1,130 @@
+"""A store under an SAE for a few chosen latents: their tally, and their values at chosen rows."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from saexp.activations.store import ActivationStore
+from saexp.context import progress
+from saexp.latents import encode
+from saexp.latents.encode import Latents
+from saexp.latents.tally import Tally
+from saexp.saes.base import SAE
+
+log = logging.getLogger(__name__)
+
+
+def _chunk_rows(sae: SAE) -> int:
+    return max(1, encode.CHUNK_BYTES // (4 * max(sae.d_sae, sae.d_in)))
+
+
+def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:
+    """float32, nothing stored where a latent is off."""
+    where = acts.nonzero()
+    counts = torch.bincount(where[:, 0], minlength=len(acts)).cumsum(0).cpu().numpy()
+    values = acts[where[:, 0], where[:, 1]].float().cpu().numpy()
+    indptr = np.concatenate([np.zeros(1, dtype=np.int64), counts])
+    return sparse.csr_array((values, where[:, 1].cpu().numpy(), indptr), shape=tuple(acts.shape))
+
+
+def _encoded(store: ActivationStore, sae: SAE) -> Iterator[tuple[int, sparse.csr_array]]:
+    """(first row, all latents `[m, d_sae]`) chunk by chunk."""
+    with progress(store.n_rows, "encoding", "row") as bar:
+        for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
+            x = acts.to(device=sae.W_dec.device, dtype=torch.float32)
+            yield first, _sparse(sae.encode(x))
+            bar.update(len(x))
+
+
+@torch.inference_mode()
+def tally_store(
+    store: ActivationStore,
+    sae: SAE,
+    texts: Int[np.ndarray, " n_rows"],
+    groups: Int[np.ndarray, " n_rows"],
+    tally: Tally,
+) -> Tally:
+    """Feed every row of the store to `tally`; `texts` and `groups` are those of its `update`.
+
+    Without correlations only the chosen latents are encoded.
+    """
+    began = time.perf_counter()
+    chosen = [int(f) for f in tally.latents]
+    if tally.correlate:
+        for first, csr in _encoded(store, sae):
+            here = slice(first, first + len(csr.indptr) - 1)
+            values = sparse.csc_array(csr[:, chosen])
+            tally.update(values, texts[here], groups[here], csr)
+    else:
+        with progress(store.n_rows, "encoding", "row") as bar:
+            for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
+                x = acts.to(device=sae.W_dec.device, dtype=torch.float32)
+                here = slice(first, first + len(x))
+                values = sparse.csc_array(_sparse(sae.encode_latents(x, chosen)))
+                tally.update(values, texts[here], groups[here])
+                bar.update(len(x))
+    seconds = time.perf_counter() - began
+    log.info("%d latents over %d rows, %.1f s", len(chosen), tally.n_rows, seconds)
+    return tally
+
+
+@torch.inference_mode()
+def firing_counts(store: ActivationStore, sae: SAE) -> Int[np.ndarray, " d_sae"]:
+    """On how many rows each latent fires."""
+    counts = np.zeros(sae.d_sae, dtype=np.int64)
+    for _, csr in _encoded(store, sae):
+        counts += np.bincount(csr.indices, minlength=sae.d_sae)
+    return counts
+
+
+@torch.inference_mode()
+def unit_latents(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> Latents:
+    """Mean activations over the rows of each `unit`, one row a unit, with its first row's labels.
+
+    What `by_unit` makes of all rows' latents, without holding those: memory grows with the distinct
+    latents of each unit, not with the rows.
+    """
+    assert len(rows) == store.n_rows, "rows table and store differ in length"
+    unit, _ = pd.factorize(rows["unit"])
+    n_units, sums = int(unit.max()) + 1, None
+    for first, csr in _encoded(store, sae):
+        here = unit[first : first + len(csr.indptr) - 1]
+        ones = np.ones(len(here))
+        adding = sparse.csr_array((ones, (here, np.arange(len(here)))), (n_units, len(here)))
+        part = sparse.csr_array(adding @ csr)
+        sums = part if sums is None else sums + part
+    assert sums is not None, "a store has rows"
+    averaging = sparse.diags_array(1 / np.bincount(unit, minlength=n_units))
+    _, where = np.unique(unit, return_index=True)
+    return Latents(sparse.csr_array(averaging @ sums), rows.iloc[where].reset_index(drop=True))
+
+
+@torch.inference_mode()
+def values_at(
+    store: ActivationStore, sae: SAE, wanted: Mapping[int, Int[np.ndarray, " k"]]
+) -> dict[int, Float[np.ndarray, " k"]]:
+    """Latent -> its activations at the rows wanted of it; no other row is read."""
+    latents = list(wanted)
+    column = {f: i for i, f in enumerate(latents)}
+    rows = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *wanted.values()]))
+    found = {f: np.zeros(len(r), dtype=np.float32) for f, r in wanted.items()}
+    step = _chunk_rows(sae)
+    for first, acts in store.chunks(sae.hookpoint, 1 << 16):
+        inside = rows[(rows >= first) & (rows < first + len(acts))]
+        for start in range(0, len(inside), step):
+            here = inside[start : start + step]
+            x = acts[torch.from_numpy(here - first)]
+            x = x.to(device=sae.W_dec.device, dtype=torch.float32)
+            values = sae.encode_latents(x, latents).float().cpu().numpy()
+            for latent, asked in wanted.items():
+                mine = np.flatnonzero((asked >= here[0]) & (asked <= here[-1]))
+                places = np.searchsorted(here, asked[mine])
+                found[latent][mine] = values[places, column[latent]]
+    return found

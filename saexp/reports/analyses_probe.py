@@ -1,0 +1,166 @@
+"""Page of analyzer=probe: few latents against the whole stream, on held-out rows."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from saexp.reports.analyses_parts import Section, Table, cell, interval, shown, table_of
+from saexp.reports.figures import GROUP_COLOURS, QUIET, style
+from saexp.reports.saved import SavedRun
+
+_DATA = {"train": "train split", "test": "test split", "transfer": "second data set"}
+_MEASURES = {"auroc": "AUROC", "accuracy": "accuracy", "f1": "F1"}
+_COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#8a8f98")
+"""Okabe and Ito's colours, safe for colour blindness."""
+
+
+def name_of(probe: str) -> str:
+    """A probe's name for reading."""
+    if probe.startswith("sparse_"):
+        k = probe.removeprefix("sparse_")
+        return f"{k} latent{'' if k == '1' else 's'}, logistic"
+    return {
+        "dense": "all of the stream, logistic",
+        "mean_difference": "difference of means",
+        "best_latent": "best latent as it is",
+    }.get(probe, probe)
+
+
+def asked(run: SavedRun) -> str:
+    """What the run was to find out."""
+    first, second = run.groups
+    return (
+        f"How well do a few latents tell {first} from {second}, beside a probe on all of the "
+        "stream? Latents, weights and penalties are chosen on the train split."
+    )
+
+
+def figures(run: SavedRun) -> dict[str, go.Figure]:
+    """`probes`, `roc_test` and, with a second data set, `roc_transfer`."""
+    table, curves = table_of(run, "probes"), table_of(run, "roc")
+    found = {"probes": _probes(table)}
+    for data, part in curves.groupby("data", sort=False):
+        found[f"roc_{data}"] = _roc(part, table)
+    return found
+
+
+def sentences(run: SavedRun) -> list[str]:
+    """Held-out AUROC of every probe, and how it carries over."""
+    table = table_of(run, "probes")
+    lines = []
+    for data in ("test", "transfer"):
+        mine = table[table["data"] == data]
+        if mine.empty:
+            continue
+        parts = [
+            f"{name_of(r['probe'])} {r['auroc']:.3f}"
+            f"{interval(r['auroc_ci_low'], r['auroc_ci_high'])}"
+            for r in mine.to_dict("records")
+        ]
+        n = run.metrics[f"probe/n_units_{data}"]
+        lines.append(
+            f"AUROC on the {_DATA[data]} ({mine['n_rows'].iloc[0]:,} rows, {n:,} units): "
+            f"{'; '.join(parts)}."
+        )
+    best = run.metrics["probe/best_latent"]
+    return [*lines, f"The best latent by train AUROC is {best}."]
+
+
+def sections(run: SavedRun) -> list[Section]:
+    """Every measure on every data set, curves, and the latents chosen."""
+    table, latents = table_of(run, "probes"), table_of(run, "probe_latents")
+    first, second = run.groups
+    there = [d for d in _DATA if (table["data"] == d).any()]
+    held_out = [d for d in there if d != "train"]
+    tables = [_numbers(table[table["data"] == d], d) for d in (*held_out, "train")]
+    captions = [(f"roc_{d}", f"ROC curves on the {_DATA[d]}.") for d in held_out]
+    bars = "AUROC of each probe with 95 % bootstrap intervals over units, each drawn with its rows."
+    columns = {
+        "rank": "rank",
+        "latent": "latent",
+        f"mean_{first}": f"mean, {first}",
+        f"mean_{second}": f"mean, {second}",
+        "auroc": "AUROC alone (train)",
+        "weight": "weight in the largest probe",
+    }
+    return [
+        Section(
+            "How well each probe does",
+            f"Accuracy and F1 (of {first}) at the cut fitted on train: log odds of 0 for logistic "
+            "probes, midway between the groups' means, best train accuracy for the single latent. "
+            "C is the inverse penalty that cross-validation within train chose.",
+            figures=[("probes", bars), *captions],
+            tables=tables,
+        ),
+        Section(
+            "The latents chosen",
+            "By the largest difference of the groups' means on train; the probe of k latents has "
+            "the first k. Weights are per standard deviation.",
+            tables=[shown(latents, columns=columns)],
+        ),
+    ]
+
+
+def _numbers(table: pd.DataFrame, data: str) -> Table:
+    rows = []
+    for record in table.to_dict("records"):
+        cells = [name_of(record["probe"])]
+        for measure in _MEASURES:
+            cells.append(cell(record[measure]))
+            if data != "train":
+                cells += [cell(record[f"{measure}_ci_{side}"]) for side in ("low", "high")]
+        rows.append([*cells, cell(record["c"])])
+    head = ["probe"]
+    for number, label in enumerate(_MEASURES.values()):
+        bounds = [] if data == "train" else [f"low{' ' * number}", f"high{' ' * number}"]
+        head += [label, *bounds]
+    return Table([*head, "C"], rows, f"On the {_DATA[data]}", folded=data == "train")
+
+
+def _probes(table: pd.DataFrame) -> go.Figure:
+    figure = go.Figure()
+    for data, colour in zip(("test", "transfer"), GROUP_COLOURS, strict=True):
+        mine = table[table["data"] == data]
+        if mine.empty:
+            continue
+        bars = {
+            "type": "data",
+            "symmetric": False,
+            "array": mine["auroc_ci_high"] - mine["auroc"],
+            "arrayminus": mine["auroc"] - mine["auroc_ci_low"],
+        }
+        figure.add_trace(
+            go.Scatter(
+                x=mine["auroc"],
+                y=[name_of(p) for p in mine["probe"]],
+                mode="markers",
+                name=_DATA[data],
+                marker={"color": colour, "size": 10},
+                error_x=bars,
+            )
+        )
+    figure.add_vline(x=0.5, line={"color": QUIET, "dash": "dot", "width": 1})
+    figure.update_xaxes(title_text="AUROC", range=[min(0.45, table["auroc"].min() - 0.05), 1.02])
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    return style(figure, 380)
+
+
+def _roc(curves: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
+    figure = make_subplots(rows=1, cols=1)
+    aurocs = table[table["data"] == curves["data"].iloc[0]].set_index("probe")["auroc"]
+    figure.add_shape(
+        type="line", x0=0, y0=0, x1=1, y1=1, line={"color": QUIET, "dash": "dot", "width": 1}
+    )
+    for number, (probe, part) in enumerate(curves.groupby("probe", sort=False)):
+        figure.add_trace(
+            go.Scatter(
+                x=part["fpr"],
+                y=part["tpr"],
+                mode="lines",
+                name=f"{name_of(str(probe))}: {aurocs[probe]:.3f}",
+                line={"color": _COLOURS[number % len(_COLOURS)], "width": 2},
+            )
+        )
+    figure.update_xaxes(title_text="false positive rate", range=[-0.02, 1.02])
+    figure.update_yaxes(title_text="true positive rate", range=[-0.02, 1.02])
+    return style(figure, 480, legend_below=True)

@@ -1,0 +1,52 @@
+"""dashboard.html: one self-contained page of single latents, rendered from dashboard.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from saexp.errors import StoreError
+from saexp.reports.html import environment, provenance_rows
+from saexp.reports.saved import SavedRun
+
+DATA, PAGE = "dashboard.json", "dashboard.html"
+
+
+def read_dashboard(folder: str | Path) -> dict[str, Any]:
+    """What the page shows. Raises StoreError where the folder holds none."""
+    file = Path(folder) / DATA
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder} holds no dashboard ({DATA}: {error})") from error
+
+
+def write_dashboard(folder: str | Path) -> Path:
+    """Render the page from the folder's files; returns its path.
+
+    Histograms are drawn by the page itself, so plotly is not in it. Nothing is loaded from
+    elsewhere; Neuronpedia's own view of a latent is, once a reader opens it.
+    """
+    run, content = SavedRun(Path(folder)), read_dashboard(folder)
+    about = run.provenance
+    short = about["model"]["name"].rpartition("/")[2]
+    page = (
+        environment()
+        .get_template("dashboard.html")
+        .render(
+            title=f"{len(content['latents'])} latents: {short}, {about['sae']['hookpoint']}",
+            finding=about["finding"],
+            notes=about["notes"],
+            norm=content["norm"],
+            n_rows=content["n_rows"],
+            n_sample=content["n_sample"],
+            positions=content["positions"].replace("_", " "),
+            neuronpedia_list=content["neuronpedia_list"],
+            # '<' is escaped so that no text can end the script.
+            data=json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
+            provenance=provenance_rows(run),
+            config=run.config_text,
+        )
+    )
+    path = Path(folder) / PAGE
+    path.write_text(page, encoding="utf-8")
+    return path

@@ -1,0 +1,133 @@
+"""Latents that a dashboard is of: those named, the contrast's best, or the most frequent."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saexp import registry
+from saexp.analysis.base import AnalysisInputs
+from saexp.config import PositionsConfig, RunConfig
+from saexp.errors import ConfigError, DataError
+from saexp.latents.encode import encode_store
+from saexp.latents.examples import firing_counts, unit_latents
+from saexp.models.loading import LanguageModel
+from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.gathering import Gathered, gather
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Latents in the order in which they are shown, and how they were found."""
+
+    latents: list[int]
+    how: str
+    contrast: pd.DataFrame | None = None
+    """The contrast's table, where the data has two groups."""
+    groups: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def contrast_of(self, latent: int) -> dict[str, Any] | None:
+        """What the contrast says of it on the test split, in the latent's own direction.
+
+        None where there is no contrast, or the latent never fired in it.
+        """
+        if self.contrast is None:
+            return None
+        mine = self.contrast[self.contrast["latent"] == latent]
+        if mine.empty:
+            return None
+        row = mine.iloc[0]
+        own = row["direction"] == self.groups[0]
+        low, high = row.get("ci_low_test"), row.get("ci_high_test")
+        auroc, separation = float(row["auroc_test"]), float(row["separation_test"])
+        if not own:
+            auroc, separation = 1 - auroc, -separation
+            low, high = (None if end is None else 1 - end for end in (high, low))
+        told: dict[str, Any] = {
+            "direction": str(row["direction"]),
+            "selected": bool(row["selected"]),
+            "auroc": auroc,
+            "ci_low": low,
+            "ci_high": high,
+            "separation": separation,
+            "min_separation": float(row["min_separation_test"]),
+            "q_value": float(row["q_value"]),
+            "background_freq": float(row["background_freq"]),
+        }
+        for group in self.groups:
+            told[f"freq_{group}"] = float(row[f"freq_{group}_test"])
+            told[f"mean_{group}"] = float(row[f"mean_{group}_test"])
+        return {k: None if pd.isna(v) else v for k, v in told.items()}
+
+
+def choose(
+    asked: list[int] | int,
+    cfg: RunConfig,
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    gathered: Gathered,
+    neutral: Gathered,
+) -> Chosen:
+    """`asked` are latents, or how many of the best. Raises ConfigError for one the SAE lacks.
+
+    The contrast is made as task=analyze makes it, with room for as many latents as are asked for.
+    """
+    if isinstance(asked, list):
+        wrong = next((f for f in asked if f >= sae.d_sae), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"latents={asked}: {sae.metadata.get('name', 'the SAE')} has latents "
+                f"0-{sae.d_sae - 1}, not {wrong}"
+            )
+    groups = gathered.examples.groups
+    table, where, notes = None, cfg.positions.name, []
+    if len(groups) == 2:
+        at, where = _contrast_rows(cfg, model, sae, gathered)
+        try:
+            table = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
+        except DataError as error:
+            if not isinstance(asked, list):
+                raise
+            notes = [f"no contrast is shown: {error}"]
+    if isinstance(asked, list):
+        return Chosen(asked, "as named", table, groups, notes)
+    if table is not None:
+        best = table[table["selected"]].sort_values(["rank", "q_value"])["latent"].tolist()[:asked]
+        if 0 < len(best) < asked:
+            notes = [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
+        if best:
+            how = f"the contrast's best at {where.replace('_', ' ')}"
+            return Chosen([int(f) for f in best], how, table, groups, notes)
+    why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
+    counts = firing_counts(gathered.store, sae)
+    order = np.argsort(-counts, kind="stable")[:asked]
+    notes = [f"{why}, so these are the latents that fire on most positions"]
+    return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)
+
+
+def _contrast_rows(
+    cfg: RunConfig, model: LanguageModel, sae: SparseAutoencoder, gathered: Gathered
+) -> tuple[Gathered, str]:
+    """(activations, their positions): where all tokens are shown, the entity's last token, which is
+    what task=analyze looks at by default; the run's own positions otherwise."""
+    if cfg.positions.name != "all" or not any(e.spans for e in gathered.examples.examples):
+        return gathered, cfg.positions.name
+    positions = PositionsConfig(name="entity_last", seed=cfg.positions.seed)
+    return gather(replace(cfg, positions=positions), model, sae.hookpoints), positions.name
+
+
+def _contrast(
+    cfg: RunConfig, sae: SparseAutoencoder, at: Gathered, neutral: Gathered, n: int
+) -> pd.DataFrame:
+    most = max(n, cfg.analyzer.top_k)
+    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
+    background, _ = encode_store(neutral.store, sae, neutral.placement.rows)
+    inputs = AnalysisInputs(
+        latents=unit_latents(at.store, sae, at.placement.rows),
+        groups=at.examples.groups,
+        layer=sae.hookpoint.layer,
+        background=background,
+    )
+    return registry.build("analyzer", analyzer).analyze(inputs).tables["latents"]

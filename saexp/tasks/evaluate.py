@@ -1,0 +1,213 @@
+"""task=evaluate: SAEs put in place of the streams they read, on any texts, and measured."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes
+from saexp.analysis.evaluation_passes import Where
+from saexp.analysis.evaluation_tables import Part, part_of, side_by_side
+from saexp.config import RunConfig, parse_width
+from saexp.context import RunContext
+from saexp.errors import ConfigError
+from saexp.models.loading import LanguageModel
+from saexp.registry import did_you_mean
+from saexp.reports.evaluation import (
+    evaluation_figures,
+    evaluation_sentences,
+    write_evaluation_report,
+)
+from saexp.results import TaskResult
+from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.evaluate_texts import Texts, read_texts
+from saexp.tasks.loaded import language_model, per_layer, sparse_autoencoder
+from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+
+log = logging.getLogger(__name__)
+
+GROUP_BYTES = {"cuda": 16 * 2**30, "cpu": 4 * 2**30}
+"""Weights of SAEs evaluated together, by device type; further ones begin with a clean pass of
+their own, after the numbers of these were saved."""
+_OPTIONS: dict[str, Any] = {
+    "widths": None,
+    "n_texts": None,
+    "batch_tokens": "auto",
+    "prepend_bos": False,
+    "splice_special": False,
+    "ablate_special": False,
+    "score_special": False,
+    "n_bootstrap": 1000,
+}
+_LEAST = {"n_texts": 1, "batch_tokens": 1, "n_bootstrap": 0}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is evaluated, and how."""
+
+    cells: list[RunConfig]
+    """A run per SAE."""
+    texts: Texts
+    settings: EvaluationSettings
+    n_bootstrap: int
+
+
+def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
+    """Loss, divergence, sparsity and faithfulness of the SAEs at `layer` (one or a list).
+
+    Of several SAEs, metrics get the ending `_layer_<n>`, `_width_<d_sae>` or both, and
+    evaluation.parquet has a row for each.
+    """
+    options = _options(cfg)
+    with context.stage("load"):
+        model = language_model(cfg)
+        cells = _cells(cfg, options["widths"])
+    where = Where(**{k: v for k, v in options.items() if k.endswith("_special")})
+    with context.stage("tokenize"):
+        texts = read_texts(cfg, model, where, options)
+    settings = EvaluationSettings(where=where, batch_tokens=options["batch_tokens"])
+    asked = _Asked(cells, texts, settings, options["n_bootstrap"])
+    parts: list[Part] = []
+    began, forwarded, result = time.perf_counter(), 0, TaskResult()
+    for saes in _groups(cells, model):
+        with context.stage("evaluate"):
+            found = evaluate_saes(model, saes, texts.tokens, settings)
+        with context.stage("summarise"):
+            parts += [
+                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids)
+                for sae, one in zip(saes, found, strict=True)
+            ]
+        forwarded += sum(map(len, texts.tokens))
+        result = _result(parts, asked, forwarded, time.perf_counter() - began)
+        _save(cfg, context, result, model, parts, asked)
+        log.info("%d of %d SAEs evaluated", len(parts), len(cells))
+    with context.stage("report"):
+        # From the files just written, so that the page can be made again from them alone.
+        finding = evaluation_sentences(context.folder)
+        _save(cfg, context, result, model, parts, asked, finding=finding)
+        result.figures = evaluation_figures(context.folder)
+        write_evaluation_report(context.folder, result.figures)
+    return result
+
+
+def _options(cfg: RunConfig) -> dict[str, Any]:
+    """`task.options` over the defaults, checked. Raises ConfigError."""
+    for key in cfg.task.options:
+        if key not in _OPTIONS:
+            hint = did_you_mean(key, _OPTIONS)
+            raise ConfigError(f"task.options.{key}: task=evaluate has no such setting; {hint}")
+    found = {**_OPTIONS, **cfg.task.options}
+    for key, value in found.items():
+        if isinstance(_OPTIONS[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"task.options.{key}={value}; type true or false")
+    for key, least in _LEAST.items():
+        value = found[key]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value != _OPTIONS[key] and (not whole or value < least):
+            raise ConfigError(
+                f"task.options.{key}={value} is no whole number of at least {least}; "
+                f"type such as task.options.{key}=1000"
+            )
+    if (widths := found["widths"]) is not None:
+        listed = widths if isinstance(widths, list) else [widths]
+        found["widths"] = list(dict.fromkeys(parse_width(w) for w in listed)) or None
+    return found
+
+
+def _cells(cfg: RunConfig, widths: list[int] | None) -> list[RunConfig]:
+    """The run cut into runs of one SAE each: every layer, and of each layer every width."""
+    layers = per_layer(cfg)
+    if widths is None:
+        return layers
+    return [
+        replace(cell, width=width, sae=replace(cell.sae, width=width))
+        for cell in layers
+        for width in widths
+    ]
+
+
+def _groups(cells: Sequence[RunConfig], model: LanguageModel) -> Iterator[list[SparseAutoencoder]]:
+    """SAEs that are evaluated together; only those of one group are in memory."""
+    saes: list[SparseAutoencoder] = []
+    limit = GROUP_BYTES.get(model.device.type, GROUP_BYTES["cpu"])
+    for cell in cells:
+        saes.append(sparse_autoencoder(cell, model))
+        if sum(w.nbytes for s in saes for w in s.buffers()) >= limit:
+            yield saes
+            saes = []
+    if saes:
+        yield saes
+
+
+def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float) -> TaskResult:
+    """Of the SAEs that are done."""
+    texts, cells = asked.texts, asked.cells
+    result = TaskResult(notes=[*texts.notes])
+    result.merge(
+        side_by_side(
+            parts,
+            many_layers=len({str(c.layer) for c in cells}) > 1,
+            many_widths=len({str(c.width) for c in cells}) > 1,
+        )
+    )
+    if len(texts.tokens) == 1:
+        result.notes.append("one text alone, so no number has an interval")
+    result.tables["skips"] = skips_table(texts.skips)
+    result.metrics |= {
+        "evaluation/n_texts": len(texts.tokens),
+        "evaluation/seconds": seconds,
+        "collection/n_skipped": len(texts.skips),
+        "collection/tokens_forwarded": forwarded,
+    }
+    result.metrics = clean_metrics(result.metrics, result.notes)
+    return result
+
+
+def _save(
+    cfg: RunConfig,
+    context: RunContext,
+    result: TaskResult,
+    model: LanguageModel,
+    parts: Sequence[Part],
+    asked: _Asked,
+    **more: Any,
+) -> None:
+    write_result(context.folder, result)
+    saes, texts = [p.about for p in parts], asked.texts
+    one = {key: ", ".join(dict.fromkeys(str(sae[key]) for sae in saes)) for key in saes[0]}
+    write_provenance(
+        context,
+        cfg,
+        result.notes,
+        texts.skips,
+        device=str(model.device),
+        model={
+            "name": model.name,
+            "revision": model.cfg.revision,
+            "fingerprint": model.fingerprint,
+            "n_layers": model.n_layers,
+            "d_model": model.d_model,
+        },
+        sae=saes[0] if len(saes) == 1 else one,
+        saes=saes,
+        store={"key": "none: texts are forwarded with and without the SAE"},
+        tokens_forwarded=result.metrics["collection/tokens_forwarded"],
+        dataset={"name": cfg.dataset.name, "n_examples": len(texts.tokens) + len(texts.skips)},
+        where=_told(asked.settings.where),
+        **more,
+    )
+
+
+def _told(where: Where) -> dict[str, str]:
+    """Which positions are meant, in words, for the report."""
+    ordinary, every = "all but special tokens (BOS …) and padding", "all but padding"
+    pairs = "predictions made at a token, of the next, neither of them special or padding"
+    any_pair = "predictions made at a token, of the next, neither of them padding"
+    return {
+        "spliced": every if where.splice_special else ordinary,
+        "ablated": every if where.ablate_special else ordinary,
+        "scored": any_pair if where.score_special else pairs,
+        "compared": every if where.score_special else ordinary,
+    }

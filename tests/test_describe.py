@@ -1,0 +1,273 @@
+"""Runs with the analyzers that describe: their files, pages, several layers, one's own analyzer."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+import saexp
+from saexp import registry
+from saexp.analysis.base import AnalysisInputs
+from saexp.cli import main
+from saexp.errors import ConfigError, DataError, ModelError
+from saexp.reports.analyses import analysis_figures, findings, write_analysis_report
+from saexp.results import TaskResult
+
+PROMPT = "When Laura and Irene went to the library, Irene gave the ring to"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+    quick = ["tracker=none", f"cache_dir={cache}", "analyzer.n_bootstrap=50", "device=cpu"]
+    quick += ["analyzer.n_background=300"]
+    return saexp.run(saexp.compose([*quick, *words]), folder, command="a test")
+
+
+def page_of(folder: Path) -> str:
+    page = (folder / "report.html").read_text("utf-8")
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+
+
+WORDS = {
+    "capability": ("dataset=ioi", "dataset.n_examples=20"),
+    "top_features": ("dataset=text", f'dataset.text="{PROMPT} Laura."'),
+    "stats": ("dataset=memorization", "positions=continuation"),
+    "probe": (),
+}
+FIGURES = {
+    "capability": {"best_tokens", "answers"},
+    "top_features": set(),
+    "stats": {"l0", "values", "frequencies"},
+    "probe": {"probes", "roc_test"},
+}
+TABLES = {
+    "capability": {"prompts", "top_tokens", "capability", "unanswered"},
+    "top_features": {"top_features", "tokens"},
+    "stats": {"groups", "counts", "frequent", "l0_histogram", "value_histogram"},
+    "probe": {"probes", "probe_latents", "roc"},
+}
+
+
+@pytest.fixture(scope="module", params=list(WORDS))
+def done(
+    request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, TaskResult]:
+    name = request.param
+    folder = tmp_path_factory.mktemp(name) / "run"
+    return name, run(cache, folder, f"analyzer={name}", *WORDS[name])
+
+
+def test_files_and_metrics(done: tuple[str, TaskResult]) -> None:
+    name, result = done
+    folder = result.path
+    assert folder is not None
+    saved = {p.stem for p in folder.glob("*.parquet")}
+    assert saved == {"rows", "skips", *TABLES[name]} == set(result.tables)
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    assert metrics == result.metrics
+    assert {"sparsity/l0", "reconstruction/explained_variance", "check/l0"} <= set(metrics)
+    assert any(key.startswith(f"{name}/") for key in metrics)
+    about = json.loads((folder / "provenance.json").read_text("utf-8"))
+    assert about["finding"][1:] and about["status"] == "finished"
+    assert {"load", "collect", "encode", name} <= set(about["seconds"])
+
+
+def test_the_page_stands_alone(done: tuple[str, TaskResult]) -> None:
+    name, result = done
+    assert result.path is not None
+    body = page_of(result.path)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", body)
+    assert set(result.figures) == FIGURES[name]
+    for figure in result.figures:
+        assert f'id="fig-{figure}"' in body
+    for sentence in findings(result.path):
+        assert sentence.split("'")[0][:40] in body
+
+
+def test_the_page_is_made_from_the_files_alone(done: tuple[str, TaskResult]) -> None:
+    _, result = done
+    folder = result.path
+    assert folder is not None
+    before = (folder / "report.html").read_text("utf-8")
+    again = analysis_figures(folder)
+    assert {n: f.to_json() for n, f in again.items()} == {
+        n: f.to_json() for n, f in result.figures.items()
+    }
+    write_analysis_report(folder)
+    assert (folder / "report.html").read_text("utf-8") == before
+
+
+def test_the_second_run_forwards_nothing_to_collect(cache: Path, tmp_path: Path) -> None:
+    words = ("analyzer=stats", *WORDS["stats"])
+    run(cache, tmp_path / "first", *words)
+    second = run(cache, tmp_path / "second", *words)
+    assert second.metrics["collection/tokens_forwarded"] == 0
+
+
+def test_layers_one_after_another(cache: Path, tmp_path: Path) -> None:
+    """The same numbers as run by run, also with more layers than SAEs are kept."""
+    words = ("analyzer=top_features", *WORDS["top_features"])
+    together = run(cache, tmp_path / "all", *words, "layer=[0,1,2,3,4]")
+    table = together.tables["top_features"]
+    assert table["layer"].unique().tolist() == [0, 1, 2, 3, 4]
+    for layer in (0, 3):
+        alone = run(cache, tmp_path / f"{layer}", *words, f"layer={layer}")
+        mine = table[table["layer"] == layer].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, alone.tables["top_features"])
+        for name in ("top_features/best_max", "sparsity/l0", "check/l0"):
+            assert together.metrics[f"{name}_layer_{layer}"] == alone.metrics[name]
+    body = page_of(tmp_path / "all")
+    assert "Layer 4" in body and 'id="fig-by_layer"' in body
+    assert "5 layers, layer_0.resid_post to layer_4.resid_post" in body
+
+
+def test_statistics_of_layers(cache: Path, tmp_path: Path) -> None:
+    result = run(cache, tmp_path / "run", "analyzer=stats", *WORDS["stats"], "layer=[1,2]")
+    groups = result.tables["groups"]
+    assert groups[["layer", "group"]].to_numpy().tolist() == [
+        [layer, group] for layer in (1, 2) for group in ("memorized", "not_memorized")
+    ]
+    assert {"l0_layers", "l0_layer_1", "values_layer_2"} <= set(result.figures)
+
+
+def test_one_layer_analyzers_say_so(cache: Path, tmp_path: Path) -> None:
+    for name in ("probe", "capability"):
+        with pytest.raises(ConfigError, match="takes one layer; sweep with -m layer=0,1"):
+            run(cache, tmp_path / name, f"analyzer={name}", "layer=[0,1]")
+
+
+def test_statistics_without_groups(cache: Path, tmp_path: Path) -> None:
+    result = run(cache, tmp_path / "run", "analyzer=stats", "positions=all", *WORDS["top_features"])
+    assert result.tables["groups"]["group"].tolist() == ["all"]
+    assert set(result.figures) == {"l0", "values"}
+
+
+def test_a_prompt_typed_on_the_command_line(cache: Path, tmp_path: Path) -> None:
+    words = ("analyzer=capability", "dataset=prompt", f'dataset.text="{PROMPT}"')
+    result = run(cache, tmp_path / "a", *words, 'dataset.answer=" Laura"', 'dataset.foil=" Irene"')
+    row = result.tables["prompts"].iloc[0]
+    assert row["rank_clean"] == 1
+    assert row["logit_difference_clean"] > 0
+    unspaced = run(cache, tmp_path / "b", *words, "dataset.answer=Laura", "dataset.foil=Irene")
+    pd.testing.assert_frame_equal(result.tables["prompts"], unspaced.tables["prompts"])
+    assert result.metrics["capability/logit_clean_ci_low"] is None
+    note = next(n for n in result.notes if n.startswith("not defined"))
+    assert "reconstruction/explained_variance," in note and "bounds of intervals" in note
+    assert "rank 1 (logit" in page_of(tmp_path / "a")
+
+
+def test_what_the_data_must_have(cache: Path, tmp_path: Path) -> None:
+    for words, message in (
+        (("analyzer=capability", *WORDS["top_features"]), "none of 1 examples has an answer"),
+        (("analyzer=probe", "positions=all", *WORDS["top_features"]), "a probe needs two groups"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run(cache, tmp_path / "data", *words)
+    with pytest.raises(ConfigError, match="dataset=prompt needs a prompt, quoted twice"):
+        run(cache, tmp_path / "prompt", "analyzer=capability", "dataset=prompt")
+    with pytest.raises(ConfigError, match="analyzer.options.colour: .* has no such setting"):
+        run(cache, tmp_path / "options", "analyzer=stats", "+analyzer.options.colour=red")
+    with pytest.raises(ModelError, match="layer=9, but tiny has layers 0-4"):
+        run(cache, tmp_path / "layer", "analyzer=stats", "layer=[1,9]")
+
+
+def test_transfer_is_collected_too(cache: Path, tmp_path: Path) -> None:
+    source = Path(saexp.__file__).parent / "assets/tiny/entities.jsonl"
+    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
+    prompts = [{**r, "text": r["prompt"].split(r["entity"])[0] + r["entity"]} for r in rows]
+    for row in prompts:
+        row.pop("split", None)
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in prompts), encoding="utf-8")
+    result = run(cache, tmp_path / "run", "analyzer=probe", f"analyzer.options.transfer={path}")
+    table = result.tables["probes"]
+    assert set(table["data"]) == {"train", "test", "transfer"}
+    assert (result.metrics["probe/dense_auroc_transfer"] or 0) > 0.9
+    assert "roc_transfer" in result.figures
+    trained = result.metrics["probe/n_rows"]
+    assert any(f"{trained} rows left out" in note for note in result.notes)
+    assert "second data set" in page_of(tmp_path / "run")
+
+
+@pytest.fixture
+def mine() -> Iterator[None]:
+    @saexp.register("analyzer", "mine")
+    class Mine:
+        """Norms of the activations, and a table of odd cells."""
+
+        def __init__(self, cfg: object) -> None:
+            self.cfg = cfg
+
+        def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+            assert inputs.acts is not None and inputs.background is not None
+            norms = inputs.acts.float().norm(dim=-1).numpy()
+            table = pd.DataFrame({"norm": norms, "what": [["<b>", None]] * len(norms)})
+            figure = go.Figure(go.Histogram(x=norms))
+            return TaskResult(
+                metrics={"mine/norm": float(norms.mean()), "mine/none": float("nan")},
+                tables={"norms": table},
+                figures={"my norms": figure},
+                notes=["a note of mine"],
+            )
+
+    yield
+    registry._registered.pop(("analyzer", "mine"), None)
+
+
+@pytest.mark.usefixtures("mine")
+def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
+    result = run(cache, tmp_path / "run", "analyzer.name=mine", "layer=1")
+    assert result.metrics["mine/none"] is None
+    assert "mine/none could not be computed" in result.notes
+    body = page_of(tmp_path / "run")
+    assert "a note of mine" in body and 'id="fig-my norms"' in body
+    assert "first 200 of 960" in body and "&lt;b&gt;" in body
+    again = analysis_figures(tmp_path / "run")["my norms"]
+    original = go.Figure(go.Histogram(x=result.tables["norms"]["norm"].to_numpy()))
+    mine = again.data[0].to_plotly_json()
+    assert mine == json.loads(original.to_json() or "")["data"][0]
+
+
+def test_analyzers_that_give_what_cannot_be_kept(cache: Path, tmp_path: Path) -> None:
+    given: list[object] = [
+        None,
+        TaskResult(tables={"rows": pd.DataFrame()}),
+        TaskResult(metrics={"sparsity/l0": 1.0}),
+    ]
+    messages = ("must give a TaskResult", "tables called rows are", "metrics called sparsity/l0")
+    for number, (result, message) in enumerate(zip(given, messages, strict=True)):
+
+        class Odd:
+            """Gives what it should not."""
+
+            def __init__(self, _: object, result: object = result) -> None:
+                self.result = result
+
+            def analyze(self, _: AnalysisInputs) -> object:
+                return self.result
+
+        registry._registered["analyzer", "odd"] = Odd
+        with pytest.raises(ConfigError, match=message):
+            run(cache, tmp_path / str(number), "analyzer.name=odd", "dataset.n_examples=8")
+    registry._registered.pop(("analyzer", "odd"))
+
+
+def test_the_command_line_tells_the_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=prompt_features", "tracker=none", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["saexp", *words])
+    main()
+    said = capsys.readouterr().out
+    assert re.search(r"Layer 0: latents \d+, \d+", said)
+    assert "Layer 4:" in said and "report.html" in said
