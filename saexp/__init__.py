@@ -8,9 +8,26 @@ from typing import TYPE_CHECKING, Any
 from saexp.registry import register
 
 if TYPE_CHECKING:
-    from saexp.api import build, compose, load_sae, open_store, run
+    from saexp.api import (
+        build,
+        compose,
+        load_sae,
+        neuronpedia_list,
+        neuronpedia_url,
+        open_store,
+        run,
+    )
 
-__all__ = ["build", "compose", "load_sae", "open_store", "register", "run"]
+__all__ = [
+    "build",
+    "compose",
+    "load_sae",
+    "neuronpedia_list",
+    "neuronpedia_url",
+    "open_store",
+    "register",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

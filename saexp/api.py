@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from saexp.errors import StoreError
 from saexp.results import TaskResult
 from saexp.tasks import finished
 from saexp.tasks.sweep import ahead
+from saexp.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,20 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
     from saexp.saes.loading import load_sae as load
 
     return load(source, layer, stream)
+
+
+def neuronpedia_url(sae: Any, latent: int) -> str | None:
+    """Neuronpedia's page of a latent, by the catalogue's id; None where it has none."""
+    from saexp.saes import neuronpedia
+
+    return neuronpedia.neuronpedia_url(sae, latent)
+
+
+def neuronpedia_list(sae: Any, latents: Sequence[int]) -> str | None:
+    """Neuronpedia's list of several latents; None where the catalogue has no id for the SAE."""
+    from saexp.saes import neuronpedia
+
+    return neuronpedia.neuronpedia_list(sae, latents)
 
 
 def open_store(path: str | Path) -> Any:
@@ -82,10 +96,7 @@ def run(
     if cfg.resume and cfg.task.name not in _ALWAYS_RUN:
         earlier = finished.find(cfg)
         if earlier is not None:
-            log.info("reusing the finished run in %s", earlier)
-            if earlier != place.resolve():
-                shutil.copytree(earlier, place, dirs_exist_ok=True, ignore=_not_results)
-            return read_result(place)
+            return _reused(cfg, earlier, place, sweep)
     tracker = registry.build("tracker", cfg.tracker)
     context = RunContext(
         folder=place,
@@ -95,21 +106,10 @@ def run(
         ahead=ahead(cfg, sweep),
     )
     task = registry.resolve("task", cfg.task.name)
-    tracker.start(
-        folder=place,
-        config=asdict(cfg),
-        name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
-        job_type=cfg.task.name,
-        group=sweep.name if sweep else None,
-    )
+    _start(tracker, cfg, place, sweep)
     try:
         result = task(cfg, context)
-        tracker.metrics(result.metrics)
-        for name in ("latents", "effects_summary"):
-            if name in result.tables:
-                tracker.table(name, result.tables[name])
-        for name, figure in result.figures.items():
-            tracker.figure(name, figure)
+        _track(tracker, result)
     except BaseException as error:
         (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
         tracker.finish(1)
@@ -120,8 +120,40 @@ def run(
     return result
 
 
-def _not_results(_folder: str, names: list[str]) -> set[str]:
-    return {n for n in names if n in (".hydra", "wandb", "error.txt") or n.endswith(".log")}
+def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> TaskResult:
+    """The results of a finished run; copied, they get a tracked run of their own."""
+    log.info("reusing the finished run in %s", earlier)
+    finished.reuse(earlier, place)
+    result = read_result(place)
+    if earlier != place.resolve():
+        tracker = registry.build("tracker", cfg.tracker)
+        _start(tracker, cfg, place, sweep)
+        try:
+            _track(tracker, result)
+        except BaseException:
+            tracker.finish(1)
+            raise
+        tracker.finish(0)
+    return result
+
+
+def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) -> None:
+    tracker.start(
+        folder=place,
+        config=asdict(cfg),
+        name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
+        job_type=cfg.task.name,
+        group=sweep.name if sweep else None,
+    )
+
+
+def _track(tracker: Tracker, result: TaskResult) -> None:
+    tracker.metrics(result.metrics)
+    for name in ("latents", "effects_summary"):
+        if name in result.tables:
+            tracker.table(name, result.tables[name])
+    for name, figure in result.figures.items():
+        tracker.figure(name, figure)
 
 
 def read_result(folder: str | Path) -> TaskResult:
@@ -131,7 +163,17 @@ def read_result(folder: str | Path) -> TaskResult:
     provenance = json.loads((place / "provenance.json").read_text("utf-8"))
     tables = {p.stem: pd.read_parquet(p) for p in sorted(place.glob("*.parquet"))}
     figures = {}
-    if "latents" in tables:
+    if "evaluation" in tables:
+        from saexp.reports.evaluation import evaluation_figures
+
+        figures = evaluation_figures(place)
+    elif provenance["config"]["task"]["name"] != "analyze":
+        pass
+    elif provenance["config"]["analyzer"]["name"] != "contrast":
+        from saexp.reports.analyses import analysis_figures
+
+        figures = analysis_figures(place)
+    elif "latents" in tables:
         from saexp.reports.figures import run_figures
 
         figures = run_figures(place)

@@ -69,7 +69,9 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
 def _summary(result: Any, folder: Path) -> None:
     """The finding, then where everything is."""
-    if (folder / "report.html").is_file():
+    pages = ("report.html", "dashboard.html")
+    page = next((name for name in pages if (folder / name).is_file()), None)
+    if page is not None:
         from saexp.reports.finding import headline
 
         print(headline(folder))
@@ -83,7 +85,7 @@ def _summary(result: Any, folder: Path) -> None:
     for note in result.notes:
         print(f"note: {note}")
     shown = os.path.relpath(folder)
-    print(f"report: {shown}/report.html" if (folder / "report.html").is_file() else shown)
+    print(f"report: {shown}/{page}" if page else shown)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The cache folder as a whole: listed, verified, pruned, compared; and task=cache."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -36,6 +35,7 @@ def store(
     for hookpoint in POSTS:
         for index, (first, end) in enumerate(made.shard_bounds):
             made.write_shard(hookpoint, index, torch.ones(end - first, width))
+    made.close()
     used(made, days)
     return made
 
@@ -109,8 +109,10 @@ def test_verifying_names_every_damaged_shard_and_no_other(
     assert ActivationStore.open(made.path).missing(POSTS) == {}
     assert cache.damaged(made) == ["layer_1.resid_post/00001"]
     (made.path / "layer_0.resid_post/00000.safetensors").unlink()
+    (sound.path / "rows.parquet").write_bytes(b"PAR1")
     assert cache.verify([sound, made]) == {
-        made.path.name: ["layer_0.resid_post/00000", "layer_1.resid_post/00001"]
+        sound.path.name: ["rows.parquet"],
+        made.path.name: ["layer_0.resid_post/00000", "layer_1.resid_post/00001"],
     }
 
 
@@ -118,12 +120,14 @@ def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
     made = [store(tmp_path, t, days=d, width=5000) for t, d in (("a", 1), ("b", 9), ("c", 5))]
     sizes = [cache.size(s) for s in made]
     room = f"{sum(sizes) * 0.99 / 1000}kB"
-    assert cache.prune(tmp_path, max_size=room, max_age=None) == [made[1].path.name]
+    pruned = cache.prune(tmp_path, max_size=room, max_age=None)
+    assert (pruned.removed, pruned.kept) == ([made[1].path.name], {})
+    assert pruned.n_bytes == sizes[0] + sizes[2]
     assert not made[1].path.exists()
-    assert cache.prune(tmp_path, max_size=room, max_age=None) == []
-    assert cache.prune(tmp_path, max_size="0 GB", max_age=None) == [
-        *(made[2].path.name, made[0].path.name)
-    ]
+    assert cache.prune(tmp_path, max_size=room, max_age=None).removed == []
+    assert cache.prune(tmp_path, max_size="0 GB", max_age=None) == cache.Pruned(
+        [made[2].path.name, made[0].path.name], {}, 0
+    )
     assert keys(tmp_path) == set()
 
 
@@ -134,7 +138,7 @@ def test_pruning_by_age_drops_what_was_not_used_for_so_long(
     tmp_path: Path, max_age: str, left: str
 ) -> None:
     made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
-    removed = cache.prune(tmp_path, max_size=None, max_age=max_age)
+    removed = cache.prune(tmp_path, max_size=None, max_age=max_age).removed
     assert keys(tmp_path) == {made[t].path.name for t in left}
     assert set(removed) == {made[t].path.name for t in "abc" if t not in left}
 
@@ -142,16 +146,18 @@ def test_pruning_by_age_drops_what_was_not_used_for_so_long(
 def test_both_limits_hold_together(tmp_path: Path) -> None:
     made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
     size = f"{cache.size(made['a']) * 1.5 / 1000}kb"
-    removed = cache.prune(tmp_path, max_size=size, max_age="1w")
+    removed = cache.prune(tmp_path, max_size=size, max_age="1w").removed
     assert removed == [made["b"].path.name, made["c"].path.name]
 
 
 def test_a_store_that_a_process_works_on_stays(tmp_path: Path) -> None:
     busy, idle = store(tmp_path, "a", days=9), store(tmp_path, "b", days=8)
     with locked(busy.shard_lock(1)):
-        assert cache.prune(tmp_path, max_size=None, max_age="1d") == [idle.path.name]
+        pruned = cache.prune(tmp_path, max_size=None, max_age="1d")
+    assert pruned.removed == [idle.path.name]
+    assert pruned.kept == {busy.path.name: "a process is writing it"}
     assert ActivationStore.open(busy.path).hookpoints == POSTS
-    assert cache.prune(tmp_path, max_size=None, max_age="1d") == [busy.path.name]
+    assert cache.prune(tmp_path, max_size=None, max_age="1d").removed == [busy.path.name]
 
 
 UNREADABLE = [("max_size", "20 apples"), ("max_size", "20"), ("max_size", "GB"), ("max_size", "")]
@@ -226,17 +232,40 @@ def test_task_cache_lists_verifies_and_compares(tmp_path: Path) -> None:
     words = ["task=cache", "action=verify"]
     assert "note: all sound" in command(tmp_path, *words).out.splitlines()
     flip(made[1].path / "layer_0.resid_post/00001.safetensors")
-    found = command(tmp_path, *words).out.splitlines()
-    assert f"note: {made[1].path.name}: damaged layer_0.resid_post/00001" in found
-    assert "note: all sound" not in found
     both = ",".join(s.path.name for s in made)
     compared = command(tmp_path, "task=cache", "action=compare", f"stores=[{both}]")
     assert 'note: texts: "a" and "b"' in compared.out.splitlines()
 
 
+def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
+    tmp_path: Path,
+) -> None:
+    made = [store(tmp_path / "outputs/cache", t) for t in "abc"]
+    flip(made[1].path / "layer_0.resid_post/00001.safetensors")
+    (made[2].path / "manifest.json").write_text("{")
+    found = command(tmp_path, "task=cache", "action=verify", "hydra.run.dir=verified")
+    assert found.code == 1
+    *listed, last = found.err.splitlines()
+    assert last == (
+        f"saexp: damaged: {made[1].path.name}: layer_0.resid_post/00001; run what needs them with "
+        "verify=true, which computes them again; manifest.json cannot be read in "
+        f"outputs/cache/activations/{made[2].path.name}: delete that to collect it anew"
+    )
+    for one in made:
+        assert any(one.path.name in line for line in listed)
+    assert any(f"{made[1].path.name}: damaged layer_0.resid_post/00001" in line for line in listed)
+    assert not any("all sound" in line for line in listed)
+    assert len(pd.read_parquet(tmp_path / "verified/stores.parquet")) == 2
+    assert "Traceback" not in found.err
+
+
 def test_task_cache_prunes_and_says_what(tmp_path: Path) -> None:
     old, new = (store(tmp_path / "cache", t, days=d) for t, d in (("a", 9), ("b", 1)))
     words = ["task=cache", f"cache_dir={tmp_path}/cache", "action=prune"]
+    with locked(old.shard_lock(0)):
+        said = command(tmp_path, *words, "max_age=1w")
+    assert "note: removed nothing" in said.out.splitlines()
+    assert f"note: {old.path.name} stays: a process is writing it" in said.out.splitlines()
     said = command(tmp_path, *words, "max_age=1w")
     assert f"note: removed {old.path.name}" in said.out.splitlines()
     assert keys(tmp_path / "cache") == {new.path.name}
@@ -269,23 +298,6 @@ def test_a_run_that_succeeds_where_one_failed_before_leaves_no_error(tmp_path: P
     assert (tmp_path / "run/error.txt").is_file()
     saexp.run(saexp.compose([*words, "layer=1"]), tmp_path / "run")
     assert not (tmp_path / "run/error.txt").exists()
-
-
-def test_a_folder_that_another_run_wrote_over_is_not_reused(tmp_path: Path) -> None:
-    words = ["tracker=none", "resume=true", f"cache_dir={tmp_path}/cache", "dataset.n_examples=20"]
-    words += ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
-    for layer in ("layer=1", "layer=2"):
-        saexp.run(saexp.compose([*words, layer]), tmp_path / "same")
-    saexp.run(saexp.compose([*words, "layer=1"]), tmp_path / "new")
-    about = json.loads((tmp_path / "new/provenance.json").read_text("utf-8"))
-    assert about["config"]["layer"] == 1
-
-
-def test_a_finished_run_repeated_in_its_own_folder_is_reused_there(tmp_path: Path) -> None:
-    words = ["tracker=none", "resume=true", f"cache_dir={tmp_path}/cache", "dataset.n_examples=20"]
-    words += ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
-    first, again = (saexp.run(saexp.compose(words), tmp_path / "same") for _ in range(2))
-    assert again.metrics == first.metrics
 
 
 def test_cells_of_task_cache_finish(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_finding_holds_on_held_out_entities(result: TaskResult) -> None:
         assert (m[f"contrast/best_auroc_{group}_test"] or 0) >= 0.95
         assert (m[f"contrast/best_min_auroc_{group}_test"] or 0) >= 0.9
     summary = result.tables["effects_summary"]
-    at = summary[summary["coefficient"] == 0.6]
+    at = summary[(summary["coefficient"] == 0.6) & (summary["split"] == "test")]
     steered = at[at["condition"] == "unknown_group"].iloc[0]
     controls = at[(at["of"] == "unknown_group") & (at["role"] == "control")]
     assert steered["refusal_change"] >= 0.7
@@ -110,7 +110,7 @@ def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
         + ["intervention.n_prompts=32", "analyzer.n_bootstrap=0", "intervention.n_controls=4"]
     )
     summary = saexp.run(cfg, folder / "clamp").tables["effects_summary"]
-    at = summary[summary["coefficient"] == 1.5]
+    at = summary[(summary["coefficient"] == 1.5) & (summary["split"] == "test")]
     moved = at[at["condition"] == "known_group"].iloc[0]
     assert moved["refusal_change"] <= -0.5
     assert at.loc[at["of"] == "known_group", "refusal_change"].drop(moved.name).min() > -0.1
@@ -203,7 +203,7 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     said = capsys.readouterr().err
     assert "layer=9, but tiny has layers 0-4; try layer=4" in said
     assert "Traceback" not in said
-    cells = sorted((tmp_path / "outputs/sweeps").glob("*/*/*_*"))
+    cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
     assert len(cells) == 6
     done = [c.name for c in cells if (c / "report.html").is_file()]
     assert len(done) == 4

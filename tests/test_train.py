@@ -1,6 +1,9 @@
 """task=train on the shipped model: what it makes, that a kill changes nothing, and its errors."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,43 +66,53 @@ def test_what_is_trained_reconstructs_texts_it_never_saw_and_sae_lens_agrees(run
         torch.testing.assert_close(ours.decode(acts, x), theirs.decode(acts), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_jumprelus_default_penalty_leaves_few_latents_active(cache, tmp_path):
+    words = ["sae_trainer=jumprelu", "width=256", "layer=1", "sae_trainer.n_samples=400000"]
+    words += ["sae_trainer.batch_size=1024", "sae_trainer.checkpoint_every=500"]
+    metrics = trained(cache, tmp_path / "run", *words).metrics
+    assert 10 < metrics["sparsity/l0"] < 40
+    assert metrics["reconstruction/explained_variance"] > 0.93
+
+
 def test_all_variants_come_from_one_collection(runs):
     forwarded = [runs[name].metrics["collection/tokens_forwarded"] for name in TRAINERS]
     assert forwarded[0] > 0
     assert forwarded[1:] == [0] * (len(TRAINERS) - 1)
 
 
+KILLED = """
+import os, signal, sys
+import saexp
+from sae_lens.training.sae_trainer import SAETrainer
+
+def half(self, folder):
+    if self.n_training_steps == 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, folder)
+
+save, SAETrainer.save_trainer_state = SAETrainer.save_trainer_state, half
+saexp.run(saexp.compose(sys.argv[2:]), sys.argv[1])
+"""
+"""A training that is killed within the checkpoint of step 50, its weights written already."""
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_killed_training_goes_on_to_the_same_weights(runs, cache, tmp_path, monkeypatch):
+    # Another key, so that the run it is compared with has left no checkpoint of it.
+    words = ["sae_trainer=batchtopk", "sae_trainer.dead_feature_window=501"]
+    arguments = [*WORDS, *words, f"cache_dir={cache}"]
+    code = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "killed"), *arguments]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left = {p.name for p in (cache / "training").glob("*/*") if p.name.startswith((".tmp", "step"))}
+    assert {".tmp", "step_000000040"} <= left
     real, steps = module.Training._record, []
-
-    def interrupted(self, step, output):
-        steps.append(step)
-        if len(steps) == 9:
-            raise KeyboardInterrupt
-        return real(self, step, output)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Training, "_record", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            trained(
-                cache,
-                tmp_path / "killed",
-                "sae_trainer=batchtopk",
-                "sae_trainer.dead_feature_window=501",
-            )
-    assert steps[-1] == 45
-    steps.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            module.Training, "_record", lambda s, step, o: steps.append(step) or real(s, step, o)
-        )
-        again = trained(
-            cache,
-            tmp_path / "again",
-            "sae_trainer=batchtopk",
-            "sae_trainer.dead_feature_window=501",
-        )
+    monkeypatch.setattr(
+        module.Training, "_record", lambda s, step, o: steps.append(step) or real(s, step, o)
+    )
+    again = trained(cache, tmp_path / "again", *words)
     assert steps[0] == 45, "it went on from the checkpoint at step 40"
     one, other = (saexp.load_sae(r.path / "sae") for r in (runs["batchtopk"], again))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):

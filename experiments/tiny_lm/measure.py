@@ -21,7 +21,8 @@ from tokenizer import make_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saexp.interventions.engine import Row, generate
+from saexp.interventions.engine import generate
+from saexp.interventions.ops import Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.models.loading import LanguageModel
@@ -40,20 +41,18 @@ def load(path: Path) -> LanguageModel:
     return LanguageModel.wrap(hf, AutoTokenizer.from_pretrained(path), path.name)
 
 
-def continuations(
-    model: LanguageModel, sae: SparseAutoencoder, prompts: Sequence[str], n: int
-) -> list[str]:
-    """Greedy continuations of at most `n` tokens; the SAE is there for the engine, unused."""
+def continuations(model: LanguageModel, prompts: Sequence[str], n: int) -> list[str]:
+    """Greedy continuations of at most `n` tokens."""
     rows = [Row(tuple(model.tokenizer(p)["input_ids"])) for p in prompts]
-    out = generate(model, rows, sae, sae.hookpoint, max_new_tokens=n, batch_tokens=8192)
+    out = generate(model, rows, max_new_tokens=n, batch_tokens=8192)
     return model.tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
-def behaviour(model: LanguageModel, sae: SparseAutoencoder, world: World) -> dict[str, float]:
+def behaviour(model: LanguageModel, world: World) -> dict[str, float]:
     """Shares of right answers, refusals, indirect objects, and passages continued exactly."""
 
     def share(cases: list[tuple[str, str]], n: int, right: Callable[[str, str], bool]) -> float:
-        given = continuations(model, sae, [p for p, _ in cases], n)
+        given = continuations(model, [p for p, _ in cases], n)
         return float(np.mean([right(g, a) for g, (_, a) in zip(given, cases, strict=True)]))
 
     def begins(given: str, answer: str) -> bool:
@@ -75,7 +74,7 @@ def behaviour(model: LanguageModel, sae: SparseAutoencoder, world: World) -> dic
         cuts = [len(i) // 2 for i in ids]
         rows = [Row(tuple(i[:c])) for i, c in zip(ids, cuts, strict=True)]
         longest = max(len(i) - c for i, c in zip(ids, cuts, strict=True))
-        out = generate(model, rows, sae, sae.hookpoint, max_new_tokens=longest, batch_tokens=8192)
+        out = generate(model, rows, max_new_tokens=longest, batch_tokens=8192)
         exact = [o[: len(i) - c] == i[c:] for o, i, c in zip(out, ids, cuts, strict=True)]
         halves[name] = float(np.mean(exact))
     return {
@@ -187,11 +186,10 @@ def measure(path: Path, saes: Path) -> dict[str, Any]:
     )
     loaded = {f"{f.parent.name}, {f.name}".replace("_", " "): load_sae(f) for f in folders}
     loaded = {name: sae.float() for name, sae in loaded.items()}
-    one = next(iter(loaded.values()))
     parameters = sum(p.numel() for p in model.hf.parameters())
     return {
         "parameters": parameters,
-        "behaviour": behaviour(model, one, world),
+        "behaviour": behaviour(model, world),
         "recognition": recognition(model, world),
         "saes": {name: reconstruction(model, sae, world) for name, sae in loaded.items()},
     }

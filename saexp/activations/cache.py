@@ -6,12 +6,14 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from saexp.activations.files import try_lock
+from saexp.activations.files import cannot_write, try_lock
+from saexp.activations.leases import users
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -63,21 +65,43 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
 
 
 def damaged(store: ActivationStore) -> list[str]:
-    """`<hookpoint>/<shard>` of every listed shard that is not as it was written; hashes all."""
+    """What is not as it was written, `<hookpoint>/<shard>` for each listed shard; hashes all."""
     looked = ActivationStore.open(store.path, verify=True)
-    return [
-        f"{name}/{shard}"
-        for name, shards in looked.manifest["hookpoints"].items()
-        for shard in shards
-        if looked.missing([Hookpoint.parse(name)], [int(shard)])
-    ]
+    found = ["rows.parquet"] if looked.saved_rows() is None else []
+    for name, shards in looked.manifest["hookpoints"].items():
+        at = [Hookpoint.parse(name)]
+        found += [f"{name}/{shard}" for shard in shards if looked.missing(at, [int(shard)])]
+    return found
 
 
-def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -> list[str]:
+def unreadable(cache_dir: str | Path) -> list[Path]:
+    """Folders of stores whose manifest is damaged; nothing in them can be used."""
+    found = []
+    for manifest in sorted(Path(cache_dir).glob("activations/*/manifest.json")):
+        try:
+            ActivationStore.open(manifest.parent)
+        except StoreError:
+            found.append(manifest.parent)
+    return found
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning did."""
+
+    removed: list[str]
+    """Keys of the stores removed."""
+    kept: dict[str, str]
+    """Key -> why, of the stores that the limits would have removed."""
+    n_bytes: int
+    """Bytes of what is left."""
+
+
+def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -> Pruned:
     """Remove stores not used for `max_age`, then those used longest ago until `max_size` is met.
 
-    A store that a process is working on stays. Returns the keys removed. Raises ConfigError where
-    no limit is given or one is no size or span.
+    A store that a process reads or writes stays, and so does one that cannot be written. Raises
+    ConfigError where no limit is given or one is no size or span.
     """
     if max_size is None and max_age is None:
         raise ConfigError("action=prune needs a limit: type max_size=20GB or max_age=30d")
@@ -85,15 +109,21 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
     span = None if max_age is None else _parse("max_age", max_age, _SPANS, "30d")
     there = stores(cache_dir)
     sizes = {s.path: size(s) for s in there}
-    total, removed = sum(sizes.values()), []
+    total, removed, kept = sum(sizes.values()), [], {}
     for store in there:
         old = span is not None and time.time() - last_used(store) > span
         if not old and (n_bytes is None or total <= n_bytes):
             continue
-        if _remove(store):
+        try:
+            reason = _remove(store)
+        except StoreError as error:
+            reason = str(error)
+        if reason is None:
             total -= sizes[store.path]
             removed.append(store.path.name)
-    return removed
+        else:
+            kept[store.path.name] = reason
+    return Pruned(removed, kept, total)
 
 
 def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float:
@@ -106,21 +136,31 @@ def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float
     return float(match[1]) * units[match[2]]
 
 
-def _remove(store: ActivationStore) -> bool:
-    locks = []
-    try:
+def _remove(store: ActivationStore) -> str | None:
+    """Remove a store that nobody uses; else say why it stays."""
+    with ExitStack() as held:
+        # Under this lock marks are made, so that none comes after they were looked at.
+        if not _hold(held, store.path / ".create.lock"):
+            return "a process is opening it"
+        if reading := users(store.path):
+            return f"in use by {', '.join(reading)}"
         for index in range(len(store.shard_bounds)):
-            lock = try_lock(store.shard_lock(index))
-            if lock is None:
-                return False
-            locks.append(lock)
-        # Without its manifest it is no store any more, whatever happens next.
-        (store.path / "manifest.json").unlink()
+            if not _hold(held, store.shard_lock(index)):
+                return "a process is writing it"
+        try:
+            # Without its manifest it is no store any more, whatever happens next.
+            (store.path / "manifest.json").unlink()
+        except OSError as error:
+            raise cannot_write(store.path, error) from error
         shutil.rmtree(store.path, ignore_errors=True)
-        return True
-    finally:
-        for lock in locks:
-            lock.release()
+    return None
+
+
+def _hold(held: ExitStack, path: Path) -> bool:
+    lock = try_lock(path)
+    if lock is not None:
+        held.callback(lock.release)
+    return lock is not None
 
 
 def find(cache_dir: str | Path, key: str) -> ActivationStore:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from saexp.errors import StoreError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ATTEMPTS = 3
+"""How often a lock is tried whose folder another process takes away."""
 
 
 def sha256(path: Path) -> str:
@@ -119,12 +121,19 @@ def locked(path: Path) -> Iterator[None]:
 
 def try_lock(path: Path, timeout: float = 0.0) -> FileLock | None:
     """The lock, held, or None where another holds it for longer than `timeout` (-1: wait)."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-        lock.acquire(timeout=timeout)
-    except TimeoutError:
-        return None
-    except OSError as error:
-        raise cannot_write(path.parent, error) from error
-    return lock
+    lock = _lock(path)
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=timeout)
+        except TimeoutError:
+            return None
+        except FileNotFoundError as error:
+            # The folder was removed in between, by a process that prunes.
+            if not left:
+                raise cannot_write(path.parent, error) from error
+        except OSError as error:
+            raise cannot_write(path.parent, error) from error
+        else:
+            return lock
+    return None

@@ -6,6 +6,8 @@
 import hashlib
 import json
 import logging
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saexp.activations.files import locked, sha256, write_atomically, write_json
+from saexp.activations.joined import join, join_elsewhere, joined_name
+from saexp.activations.leases import Lease
 from saexp.activations.shards import ShardWriter
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -31,10 +35,6 @@ _HASH_ON_OPEN_BYTES = 64 * 2**20
 """Shards up to this size are hashed when a store is opened; larger ones have their size checked."""
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def store_key(ingredients: Mapping[str, Any]) -> str:
     """24 hex digits of the SHA-256 of the ingredients' canonical JSON."""
     text = json.dumps({"version": VERSION, **ingredients}, sort_keys=True, ensure_ascii=True)
@@ -42,13 +42,19 @@ def store_key(ingredients: Mapping[str, Any]) -> str:
 
 
 class ActivationStore:
-    """One store: the activations of one model on one set of texts and positions."""
+    """One store: the activations of one model on one set of texts and positions.
+
+    From the first use of its values until `close`, or until nothing refers to it, a mark keeps it
+    from being pruned. A store that cannot be written to is read without marks and locks.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, verify: bool = False) -> None:
         self.path = path
         self.manifest = manifest
         self.verify = verify
         self._sound: set[tuple[str, int, str]] = set()
+        self._lease: Lease | None = None
+        self._rows: pd.DataFrame | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
@@ -59,7 +65,9 @@ class ActivationStore:
         except FileNotFoundError as error:
             raise StoreError(f"{folder} holds no activation store (no manifest.json)") from error
         except (OSError, ValueError) as error:
-            raise StoreError(f"{folder}/manifest.json cannot be read ({error})") from error
+            raise StoreError(
+                f"{folder}/manifest.json cannot be read ({error}); delete {folder} to collect anew"
+            ) from error
         return cls(folder, manifest, verify=verify)
 
     @classmethod
@@ -77,6 +85,10 @@ class ActivationStore:
         `shard_rows` holds for a new store only. `about` is for people: names beside the hashes.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
+        if (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK):
+            store = cls.open(folder)
+            store._rows = rows
+            return store
         with locked(folder / ".create.lock"):
             with locked(folder / ".manifest.lock"):
                 # Whoever holds both locks is the only one that writes here: left by a killed run.
@@ -98,7 +110,30 @@ class ActivationStore:
             if not store._holds(rows):
                 write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
             (folder / USED).touch()
+            store._mark()
         return store
+
+    def _mark(self) -> None:
+        """Leave a mark of this process; `.create.lock` is held."""
+        self._lease = Lease.take(self.path)
+        if self._lease is not None:
+            weakref.finalize(self, self._lease.release)
+
+    def _use(self) -> None:
+        """Mark the store as used. Raises StoreError where it was pruned meanwhile."""
+        if self._lease is not None or not os.access(self.path, os.W_OK):
+            return
+        with locked(self.path / ".create.lock"):
+            if not (self.path / "manifest.json").is_file():
+                raise StoreError(f"{self.path} was pruned meanwhile; run the command again")
+            (self.path / USED).touch()
+            self._mark()
+
+    def close(self) -> None:
+        """Take this object's mark away: the store may be pruned from now on."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     @property
     def n_rows(self) -> int:
@@ -108,14 +143,23 @@ class ActivationStore:
     @property
     def rows(self) -> pd.DataFrame:
         """One row per position, in dataset order; groups and splits as of the last run using it."""
+        if self._rows is not None:
+            return self._rows
         return pd.read_parquet(self.path / "rows.parquet")
 
     def _holds(self, rows: pd.DataFrame) -> bool:
-        try:
-            return self.rows.equals(rows)
-        except (OSError, ValueError):
+        saved = self.saved_rows()
+        if saved is None:
             log.warning("%s/rows.parquet is missing or damaged and is written again", self.path)
-            return False
+        return saved is not None and saved.equals(rows)
+
+    def saved_rows(self) -> pd.DataFrame | None:
+        """The rows table on disk; None where it is missing or damaged."""
+        try:
+            rows = pd.read_parquet(self.path / "rows.parquet")
+        except (OSError, ValueError):
+            return None
+        return rows if len(rows) == self.n_rows else None
 
     @property
     def shard_bounds(self) -> list[tuple[int, int]]:
@@ -218,38 +262,30 @@ class ActivationStore:
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
 
-        Several shards are joined once into one file beside them. Raises StoreError where the
+        Several shards are joined once into one file beside them, or, where that cannot be written,
+        into a temporary file that goes when the tensor does. Raises StoreError where the
         hookpoint was not, or not wholly, collected.
         """
         hookpoint = self._complete(Hookpoint(layer, stream).stored)
         if len(self.shard_bounds) == 1:
             return self._read(hookpoint, 0)
-        joined, shape, dtype = self._joined(hookpoint)
-        flat = torch.from_file(str(joined), size=shape[0] * shape[1], dtype=dtype)
-        return flat.view(shape)
-
-    def _joined(self, hookpoint: Hookpoint) -> tuple[Path, tuple[int, int], torch.dtype]:
-        """All shards in one file, made where it is not there or not as it was written."""
-        sums = "".join(e["sha256"] for _, e in sorted(self._entries(hookpoint).items()))
-        joined = self.path / hookpoint.name / f"joined-{_short(sums)}.bin"
         first = self._read(hookpoint, 0)
-        shape = (self.n_rows, first.shape[1])
+        shape, dtype = (self.n_rows, first.shape[1]), first.dtype
+
+        def mapped(file: Path) -> Tensor:
+            return torch.from_file(str(file), size=shape[0] * shape[1], dtype=dtype).view(shape)
+
+        joined = self.path / hookpoint.name / joined_name(self._entries(hookpoint))
         entry = self.manifest.get("joined", {}).get(hookpoint.name)
-        if entry is None or entry["file"] != joined.name or not self._intact(joined, entry):
-
-            def write(path: Path) -> None:
-                with path.open("wb") as file:
-                    for index in range(len(self.shard_bounds)):
-                        part = self._read(hookpoint, index).contiguous()
-                        file.write(part.view(torch.uint8).numpy().data)
-
-            with locked(self.path / ".joined.lock"):
-                for left in joined.parent.glob(".tmp-*.bin"):
-                    left.unlink(missing_ok=True)
-                write_atomically(joined, write)
-            made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
-            self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
-        return joined, shape, first.dtype
+        if entry is not None and entry["file"] == joined.name and self._intact(joined, entry):
+            return mapped(joined)
+        parts = (self._read(hookpoint, index) for index in range(len(self.shard_bounds)))
+        if not os.access(self.path, os.W_OK):
+            return join_elsewhere(parts, mapped)
+        join(joined, parts)
+        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
+        self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
+        return mapped(joined)
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""
@@ -273,4 +309,5 @@ class ActivationStore:
         if self.missing([hookpoint]):
             there = ", ".join(h.name for h in self.hookpoints) or "none"
             raise StoreError(f"{self.path} has not all of {hookpoint.name}; it has {there}")
+        self._use()
         return hookpoint

@@ -18,7 +18,7 @@ _PEOPLE = ("John", "Mary", "Tom", "Anna", "Paul", "Lucy", "Mark", "Jane", "Peter
 TEXT_TEMPLATE = "The {entity_type} {entity}"
 
 
-def _finish(cfg: DatasetConfig, examples: list[Example], source: str) -> ExampleSet:
+def finish(cfg: DatasetConfig, examples: list[Example], source: str) -> ExampleSet:
     """Filters, groups, splits: what every data set goes through."""
     if cfg.entity_types is not None:
         there = {e.entity_type for e in examples}
@@ -40,7 +40,7 @@ def _finish(cfg: DatasetConfig, examples: list[Example], source: str) -> Example
 
 def _from_file(cfg: DatasetConfig, path: str | None, kind: str) -> ExampleSet:
     rows = read_rows(path, kind)
-    return _finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, str(path)), str(path))
+    return finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, str(path)), str(path))
 
 
 def jsonl(cfg: DatasetConfig, **_: Any) -> ExampleSet:
@@ -70,19 +70,22 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     where,
                     {
                         "id": f"{entity_type}/{row['entity']}",
-                        "text": _filled("dataset.template", template, named),
+                        "text": filled("dataset.template", template, named),
                         "group": row["group"],
-                        "prompt": _filled("dataset.prompt_template", prompt, named),
+                        "prompt": filled("dataset.prompt_template", prompt, named),
                         "answer": row.get("answer", []),
+                        "attributes": row["attributes"],
+                        **({} if cfg.prompt_template else {"attribute": row["attribute"]}),
                         **named,
                     },
                 )
             )
     examples = to_examples(rows, {}, cfg.group_rule, "the shipped entities")
-    return _finish(cfg, examples, "the shipped entities")
+    return finish(cfg, examples, "the shipped entities")
 
 
-def _filled(key: str, template: str, named: dict[str, str]) -> str:
+def filled(key: str, template: str, named: dict[str, str]) -> str:
+    """The template with its names filled in. Raises ConfigError for other names."""
     try:
         return template.format(**named)
     except (AttributeError, LookupError, ValueError) as error:
@@ -99,7 +102,34 @@ def text(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         Example(id=f"{n}", text=line)
         for n, line in enumerate(read_lines(cfg.path, "dataset.path"), 1)
     ]
-    return _finish(cfg, examples, str(cfg.path))
+    return finish(cfg, examples, str(cfg.path))
+
+
+def prompt(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """One prompt with its answer and, where given, a wrong one (`foil`).
+
+    Hydra drops a space at the beginning of an unquoted word, so an answer or foil without one gets
+    one where it would be glued to the prompt's last word or mark.
+    """
+    if not cfg.text:
+        raise ConfigError(
+            "dataset=prompt needs a prompt, quoted twice: type "
+            """'dataset.text="When …, John gave the bag to"' 'dataset.answer=" Mary"'"""
+        )
+    answer, foil = (_spaced(cfg.text, word) for word in (cfg.answer, cfg.foil))
+    example = Example(
+        id="1",
+        text=cfg.text,
+        split="test",
+        answers=(answer,) if answer else (),
+        extra={"foil": foil} if foil else {},
+    )
+    return ExampleSet(name=cfg.name, examples=[example])
+
+
+def _spaced(text: str, word: str | None) -> str | None:
+    glued = text[-1].isascii() and (text[-1].isalnum() or text[-1] in ",.;:?!")
+    return f" {word}" if word and glued and word[0].isascii() and word[0].isalnum() else word
 
 
 def read_lines(path: str | None, key: str) -> list[str]:
@@ -146,7 +176,7 @@ def ioi(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         examples.append(
             Example(id=str(number), text=prompt, answers=(f" {b}",), extra={"foil": f" {a}"})
         )
-    return _finish(cfg, examples, "indirect-object sentences")
+    return finish(cfg, examples, "indirect-object sentences")
 
 
 MEMORIZATION_COLUMNS = (
@@ -201,7 +231,7 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         )
     if not examples:
         raise DataError(f"{path}: no row is a perfect match or has matching_tokens 0")
-    return _finish(cfg, examples, str(path))
+    return finish(cfg, examples, str(path))
 
 
 def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
@@ -227,4 +257,4 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"dataset.path={cfg.path}: cannot be loaded ({reason})") from error
     rows = [(f"{cfg.path}:{n}", dict(row)) for n, row in enumerate(loaded, 1)]
-    return _finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, cfg.path), cfg.path)
+    return finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, cfg.path), cfg.path)

@@ -64,6 +64,8 @@ class ExampleSet:
     name: str
     examples: list[Example]
     groups: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    """What a reader of a report must know of it, such as what was left out."""
 
     def __len__(self) -> int:
         return len(self.examples)

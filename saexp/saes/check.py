@@ -23,6 +23,10 @@ L0_FACTOR = 3.0
 N_ROWS = 1024
 
 
+Pair = tuple[Tensor, Tensor]
+"""(what a transcoder reads, what it predicts)."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """What was measured, and what it says."""
@@ -40,24 +44,32 @@ def check_fit(
     sae: SparseAutoencoder,
     acts: Float[Tensor, "n d"],
     special: Bool[Tensor, " n"],
-    neighbours: Mapping[Hookpoint, Float[Tensor, "n d"]],
+    neighbours: Mapping[Hookpoint, Float[Tensor, "n d"] | Pair],
+    target: Float[Tensor, "n d_out"] | None = None,
 ) -> Fit:
     """Compare the SAE's reading of `acts` with its reading of what may have been meant instead.
 
-    `special`: which rows are special tokens. `neighbours`: the same rows one layer down and up.
+    `special`: which rows are special tokens. `neighbours`: the same rows one layer down and up; of
+    a transcoder both streams there, and `target` is the stream that it predicts at its own.
     Explained variance as in REFERENCE.md, section 3.
     """
     step = max(1, len(acts) // N_ROWS)
-    x = acts[::step].to(sae.device, torch.float32)
-    mark = special[::step].to(sae.device)
-    features, own = _read(sae, x)
+
+    def some(rows: Tensor) -> Tensor:
+        return rows[::step].to(sae.device, torch.float32)
+
+    x, mark = some(acts), special[::step].to(sae.device)
+    aim = x if target is None else some(target)
+    features, own = _read(sae, x, aim)
     l0 = float((features != 0).sum(-1).float().mean())
-    others = {
-        f"at {h.name}": _read(sae, near[::step].to(sae.device, torch.float32))[1]
-        for h, near in neighbours.items()
-    }
+    others = {}
+    for hookpoint, near in neighbours.items():
+        there = (near, near) if isinstance(near, Tensor) else near
+        others[f"at {hookpoint.name}"] = _read(sae, *map(some, there))[1]
     if bool(mark.any()) and not bool(mark.all()):
-        others["without special tokens"] = _read(sae, x[~mark])[1]
+        others["without special tokens"] = _read(sae, x[~mark], aim[~mark])[1]
+    if sae.is_transcoder:
+        return Fit(l0, own, others, _problems(sae, own, l0, others))
     if sae.normalize_activations == "none":
         factor = sae.d_in**0.5 / float(x.norm(dim=-1).mean())
         others["scaled to norm sqrt(d_in)"] = _changed(
@@ -69,9 +81,9 @@ def check_fit(
     return Fit(l0, own, others, _problems(sae, own, l0, others))
 
 
-def _read(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, float]:
+def _read(sae: SparseAutoencoder, x: Tensor, target: Tensor) -> tuple[Tensor, float]:
     features = sae.encode(x)
-    return features, _explained(x, sae.decode(features, x).float())
+    return features, _explained(target, sae.decode(features, x).float())
 
 
 def _changed(
@@ -94,7 +106,8 @@ _REMEDIES = {
     "without special tokens": "special tokens such as BOS were let in and it was not trained on "
     "them; leave positions.include_special=false",
     "scaled to norm sqrt(d_in)": "its inputs were scaled in training and its files do not say so; "
-    "give the factor in its config (norm_scaling_factor)",
+    "type sae.norm_factor=estimate, or give the factor as a number (norm_scaling_factor in its "
+    "config)",
     "centred": "it was trained on vectors minus their mean (TransformerLens' centred weights), "
     "which its files do not say",
 }
@@ -103,7 +116,9 @@ _REMEDIES = {
 def _problems(
     sae: SparseAutoencoder, own: float, l0: float, others: Mapping[str, float]
 ) -> list[str]:
-    name, at = sae.metadata.get("name", "the SAE"), sae.hookpoint.name
+    name = sae.metadata.get("name", "the SAE")
+    # What it reconstructs, or a transcoder predicts.
+    at = (sae.hookpoint_out or sae.hookpoint).name
     found = []
     cause = max(others, key=lambda k: others[k], default=None)
     if cause is not None and others[cause] >= max(POOR, own + BETTER):
@@ -117,13 +132,17 @@ def _problems(
     elif own < POOR:
         found.append(
             f"{name} explains only {own:.2f} of the variance at {at} on neutral text, and no more "
-            "under any other reading tried: is it an SAE of this very model and stream (base or "
-            "chat, resid_post or mlp_out)?"
+            f"under any other reading tried: is it {_kind(sae)} of this very model and stream "
+            "(base or chat, resid_post or mlp_out)?"
         )
     expected = sae.metadata.get("expected_l0")
     if expected and not expected / L0_FACTOR <= l0 <= expected * L0_FACTOR:
         found.append(
-            f"{name} has {l0:.0f} active latents a token at {at} on neutral text; its catalogue "
-            f"says {expected:.0f}"
+            f"{name} has {l0:.0f} active latents a token at {sae.hookpoint.name} on neutral text; "
+            f"its catalogue says {expected:.0f}"
         )
     return found
+
+
+def _kind(sae: SparseAutoencoder) -> str:
+    return "a transcoder" if sae.is_transcoder else "an SAE"

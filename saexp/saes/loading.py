@@ -1,10 +1,14 @@
 """From a config, a path or a repository to an SAE, checked against what was asked for."""
 
 import hashlib
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
 from saexp.errors import SAEError
@@ -23,6 +27,8 @@ from saexp.saes.formats import (
 )
 from saexp.saes.hub import about, download, present
 
+ESTIMATE = "estimate"
+_FIXED = "expected_average_only_in"
 _CROSS_LAYER = ("mntss_clt_layer_transcoder",)
 
 
@@ -114,6 +120,8 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
     """
     sae = load_sae_files(Path(source), stream, layer, str(source))
     _check_place(sae, layer, stream, str(source))
+    if sae.lacks_factor:
+        raise _no_factor(str(source))
     return sae.float()
 
 
@@ -153,8 +161,58 @@ def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
+    _set_factor(sae, cfg.norm_factor, name)
     dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     return sae.to(device=pick_device(cfg.device), dtype=dtype)
+
+
+def _no_factor(name: str) -> SAEError:
+    return SAEError(
+        f"{name}: its inputs are scaled by a factor that its files do not give; type "
+        "sae.norm_factor=<number>, or sae.norm_factor=estimate to take it from the activations"
+    )
+
+
+def _set_factor(sae: SparseAutoencoder, asked: Any, name: str) -> None:
+    """Scale the inputs as asked; `estimate` leaves the factor to `estimate_factor`.
+
+    Raises SAEError where the files contradict what is asked, or need a factor and lack it.
+    """
+    if asked is None:
+        if sae.lacks_factor:
+            raise _no_factor(name)
+        return
+    if sae.is_transcoder or sae.normalize_activations not in ("none", _FIXED):
+        raise SAEError(
+            f"sae.norm_factor={asked}, but the inputs of {name} are not scaled by one factor; "
+            "leave it out"
+        )
+    given = sae.norm_factor
+    if given is not None and (asked == ESTIMATE or not math.isclose(given, asked, rel_tol=1e-6)):
+        raise SAEError(
+            f"sae.norm_factor={asked}, but the files of {name} say {given:g}; leave it out"
+        )
+    sae.metadata["norm_factor_by"] = "estimate" if asked == ESTIMATE else "sae.norm_factor"
+    sae.normalize_activations = _FIXED
+    sae.norm_factor = None if asked == ESTIMATE else float(asked)
+
+
+@torch.inference_mode()
+def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"]]) -> float:
+    """Set the factor that brings the rows' mean norm to sqrt(d_in), as sae-lens and Anthropic's
+    training do (Conerly et al. 2024, Circuits Updates April), and return it.
+
+    Raises SAEError where every row is zero.
+    """
+    total, n = 0.0, 0
+    for acts in chunks:
+        total += float(acts.reshape(len(acts), -1).double().norm(dim=-1).sum())
+        n += len(acts)
+    if not total:
+        raise SAEError("sae.norm_factor=estimate: every activation is zero; give it as a number")
+    sae.norm_factor = sae.d_in**0.5 * n / total
+    sae.metadata["norm_factor"] = sae.norm_factor
+    return sae.norm_factor
 
 
 def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: str) -> None:
@@ -173,23 +231,16 @@ def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: s
 
 
 def check_fits(sae: SparseAutoencoder, model: LanguageModel) -> None:
-    """Raise SAEError unless the model has the SAE's hookpoint at the SAE's size."""
+    """Raise SAEError unless the model has the SAE's hookpoints at the SAE's sizes."""
     name = sae.metadata.get("name", "the SAE")
-    model.check_layer(sae.hookpoint.layer)
     short = model.name.rpartition("/")[2]
-    if sae.is_transcoder:
-        raise SAEError(
-            f"{name} is a transcoder, {_ends(sae)}; load_sae reads it, but runs are for SAEs only"
-        )
-    residual = sae.hookpoint.stream not in ("attn_z",)
-    if residual and sae.d_in != model.d_model:
-        raise SAEError(
-            f"{name} reads vectors of {sae.d_in} numbers, but {short} has d_model={model.d_model}; "
-            "choose an SAE that was trained on this model"
-        )
-
-
-def _ends(sae: SparseAutoencoder) -> str:
-    """What it reads and what it predicts."""
-    assert sae.hookpoint_out is not None
-    return f"{sae.hookpoint.name} to {sae.hookpoint_out.name}"
+    sizes = {sae.hookpoint: ("reads", sae.d_in)}
+    if sae.hookpoint_out is not None:
+        sizes[sae.hookpoint_out] = ("predicts", sae.d_out)
+    for hookpoint, (does, size) in sizes.items():
+        model.check_layer(hookpoint.layer)
+        if hookpoint.stream != "attn_z" and size != model.d_model:
+            raise SAEError(
+                f"{name} {does} vectors of {size} numbers, but {short} has "
+                f"d_model={model.d_model}; choose an SAE that was trained on this model"
+            )

@@ -90,8 +90,6 @@ def _check_options(parameters: dict[str, Tensor], options: Options, label: str) 
             f"{label}: input scaling '{scaling}' is not supported; "
             f"saexp knows {', '.join(NORMALIZATIONS)}"
         )
-    if scaling == "expected_average_only_in" and options.norm_factor is None:
-        raise SAEError(f"{label}: its inputs are scaled by a factor that its files do not give")
     if not options.transcoder:
         return
     if options.apply_b_dec_to_input:

@@ -1,29 +1,42 @@
 """task=cache: list, verify, prune and compare the activation stores of `cache_dir`."""
 
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from saexp.activations import cache
 from saexp.activations.files import show_bytes
 from saexp.config import RunConfig
 from saexp.context import RunContext
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, StoreError
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 from saexp.tasks.saving import write_provenance, write_result
+
+log = logging.getLogger(__name__)
 
 ACTIONS = ("list", "verify", "prune", "compare")
 
 
 def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """Do `action`; the table of what is there afterwards is saved as stores.parquet."""
+    """Do `action`; the table of what is there afterwards is saved as stores.parquet.
+
+    Raises StoreError, after listing everything in the log, where action=verify finds damage.
+    """
     if cfg.action not in ACTIONS:
         raise ConfigError(f"action={cfg.action}: {did_you_mean(cfg.action, ACTIONS)}")
-    notes = []
+    notes: list[str] = []
+    damage = None
     if cfg.action == "verify":
-        bad = cache.verify(cache.stores(cfg.cache_dir))
-        notes += [f"{key}: damaged {', '.join(shards)}" for key, shards in bad.items()]
-        notes += ["the next run that needs them computes them again"] if bad else ["all sound"]
+        bad, lost = cache.verify(cache.stores(cfg.cache_dir)), cache.unreadable(cfg.cache_dir)
+        notes += [f"{key}: damaged {', '.join(files)}" for key, files in bad.items()]
+        notes += [f"{place.name}: damaged manifest.json" for place in lost]
+        damage = _damage(bad, lost)
+        notes += [] if damage else ["all sound"]
     elif cfg.action == "prune":
-        removed = cache.prune(cfg.cache_dir, max_size=cfg.max_size, max_age=cfg.max_age)
-        notes.append(f"removed {', '.join(removed) or 'nothing'}")
+        pruned = cache.prune(cfg.cache_dir, max_size=cfg.max_size, max_age=cfg.max_age)
+        notes.append(f"removed {', '.join(pruned.removed) or 'nothing'}")
+        notes += [f"{key} stays: {reason}" for key, reason in pruned.kept.items()]
     elif cfg.action == "compare":
         if len(cfg.stores) != 2:
             raise ConfigError("""action=compare takes two keys; type 'stores=["17e1","9e9a"]'""")
@@ -38,4 +51,22 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     )
     write_result(context.folder, result)
     write_provenance(context, cfg, notes, [])
+    if damage is not None:
+        for line in [*table.to_string(index=False).splitlines(), *notes]:
+            log.info("%s", line)
+        raise StoreError(damage)
     return result
+
+
+def _damage(bad: Mapping[str, Sequence[str]], lost: Sequence[Path]) -> str | None:
+    """One line: what is damaged, and what to type."""
+    parts = []
+    if bad:
+        named = "; ".join(f"{key}: {', '.join(files)}" for key, files in bad.items())
+        parts.append(
+            f"damaged: {named}; run what needs them with verify=true, which computes them again"
+        )
+    if lost:
+        named = ", ".join(map(str, lost))
+        parts.append(f"manifest.json cannot be read in {named}: delete that to collect it anew")
+    return "; ".join(parts) or None

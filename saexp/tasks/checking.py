@@ -12,19 +12,45 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.check import check_fit
+from saexp.saes.check import Pair, check_fit
+from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.tasks.gathering import Gathered
 
 log = logging.getLogger(__name__)
 
 
 def neighbours(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> list[Hookpoint]:
-    """The SAE's stream one block down and up, where the check wants them."""
-    at = sae.hookpoint.stored
-    if cfg.sae.check == "off" or cfg.sae.loader == "random" or at.stream == "embed":
+    """The SAE's streams one block down and up, where the check wants them."""
+    return [h for shifted in _shifted(cfg, sae, model) for h in shifted]
+
+
+def _shifted(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> list[list[Hookpoint]]:
+    """Per neighbouring block: the stream, or the two of a transcoder."""
+    at = [h.stored for h in sae.hookpoints]
+    if cfg.sae.check == "off" or cfg.sae.loader == "random":
         return []
-    layers = [at.layer - 1, at.layer + 1]
-    return [Hookpoint(n, at.stream) for n in layers if 0 <= n < model.n_layers]
+    if any(h.stream == "embed" for h in at):
+        return []
+    return [
+        [Hookpoint(h.layer + step, h.stream) for h in at]
+        for step in (-1, 1)
+        if all(0 <= h.layer + step < model.n_layers for h in at)
+    ]
+
+
+def settle_factor(cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered) -> list[str]:
+    """Estimate the scaling of the SAE's inputs from neutral text, where the run asks for that.
+
+    Returns the notes that say so; nothing may be encoded before.
+    """
+    if cfg.sae.norm_factor != ESTIMATE:
+        return []
+    chunks = (acts for _, acts in neutral.store.chunks(sae.hookpoint, 8192))
+    factor = estimate_factor(sae, chunks)
+    return [
+        f"sae.norm_factor={factor:.6g} was estimated from {neutral.store.n_rows} positions of "
+        f"neutral text at {sae.hookpoint.name}: its files do not give it"
+    ]
 
 
 def with_neighbours(
@@ -52,17 +78,21 @@ def check_sae(
     own = gathered.placement.rows["token_id"].isin(model.tokenizer.all_special_ids).to_numpy()
     mark = torch.tensor(own)
 
-    def acts(hookpoint: Hookpoint) -> Tensor:
-        return neutral.store.acts(hookpoint.layer, hookpoint.stream)
+    def acts(gathered: Gathered, hookpoint: Hookpoint) -> Tensor:
+        return gathered.store.acts(hookpoint.layer, hookpoint.stream)
 
-    x = acts(sae.hookpoint)
-    near = {h: acts(h) for h in neighbours(cfg, sae, model)}
-    special = torch.zeros(len(x), dtype=torch.bool)
+    streams = [acts(neutral, h) for h in sae.hookpoints]
+    near: dict[Hookpoint, Tensor | Pair] = {}
+    for at in _shifted(cfg, sae, model):
+        read, *predicted = (acts(neutral, h) for h in at)
+        near[at[0]] = (read, predicted[0]) if predicted else read
+    special = torch.zeros(len(streams[0]), dtype=torch.bool)
     if bool(mark.any()):
-        mine = gathered.store.acts(sae.hookpoint.layer, sae.hookpoint.stream)[mark]
-        x, near = torch.cat([x, mine]), {}
-        special = torch.cat([special, torch.ones(len(mine), dtype=torch.bool)])
-    fit = check_fit(sae, x, special, near)
+        mine = [acts(gathered, h)[mark] for h in sae.hookpoints]
+        streams, near = [torch.cat(both) for both in zip(streams, mine, strict=True)], {}
+        special = torch.cat([special, torch.ones(len(mine[0]), dtype=torch.bool)])
+    x, *target = streams
+    fit = check_fit(sae, x, special, near, *target)
     if fit.problems and cfg.sae.check == "error":
         raise SAEError(f"{fit.problems[0]} (sae.check=warn goes on)")
     for problem in fit.problems:

@@ -3,11 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from saexp.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 _NO_MATTER = ("resume", "cache_dir", "tracker", "store", "verify")
 
@@ -18,6 +22,7 @@ def fingerprint(cfg: RunConfig) -> str:
     for key in _NO_MATTER:
         config.pop(key)
     named = [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name]
+    named.append(cfg.analyzer.options.get("transfer"))
     content: list[Any] = [metadata.version("saexp"), config, [_state(p) for p in named]]
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -45,8 +50,42 @@ def record(cfg: RunConfig, folder: Path) -> None:
         text = json.dumps(about, indent=1, ensure_ascii=False)
         file.write_text(text + "\n", encoding="utf-8")
     entry = _entry(cfg)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    entry.write_text(json.dumps({"folder": str(folder.resolve())}) + "\n", encoding="utf-8")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.write_text(json.dumps({"folder": str(folder.resolve())}) + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("resume=true will not find this run: cannot write %s (%s)", entry, error)
+
+
+def reuse(earlier: Path, folder: Path) -> None:
+    """Copy a finished run's results; what they took was spent by that run, so none is claimed.
+
+    `collection/tokens_forwarded` and every metric `…/seconds` become 0, provenance.json says where
+    the copy is from, and all else stays as it is. Nothing is done where `folder` is that run's own.
+    """
+    if earlier.resolve() == folder.resolve():
+        return
+    shutil.copytree(earlier, folder, dirs_exist_ok=True, ignore=_not_results)
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    spent = [k for k in metrics if k.rpartition("/")[2] in ("seconds", "tokens_forwarded")]
+    _write(folder / "metrics.json", {**metrics, **dict.fromkeys(spent, 0)})
+    about = json.loads((folder / "provenance.json").read_text("utf-8"))
+    about["notes"] = [*about["notes"], f"reused from {earlier}"]
+    about |= {"reused_from": str(earlier), "seconds": {}}
+    if "tokens_forwarded" in about:
+        about["tokens_forwarded"] = 0
+    _write(folder / "provenance.json", about)
+
+
+def _not_results(_folder: str, names: list[str]) -> set[str]:
+    """What belongs to the earlier run alone; a tracker makes its own again."""
+    own = (".hydra", "wandb", "tracker.jsonl", "error.txt")
+    return {n for n in names if n in own or n.endswith(".log")}
+
+
+def _write(file: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def find(cfg: RunConfig) -> Path | None:

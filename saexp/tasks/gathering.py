@@ -111,7 +111,16 @@ def _collected(
 
 
 def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:
-    """Hookpoints to store on the way; a layer the model lacks is left to the cell that names it."""
-    own = hookpoints[0].stream
-    there = [(layer, stream or own) for layer, stream in ahead if layer < model.n_layers]
+    """Hookpoints to store on the way; a layer the model lacks is left to the cell that names it.
+
+    A stream of None is that of the run's own SAE, or both of its transcoder.
+    """
+    at = hookpoints[0].layer
+    own = [h.stream for h in hookpoints if h.layer == at]
+    there = [
+        (layer, stream)
+        for layer, named in ahead
+        if layer < model.n_layers
+        for stream in ([named] if named else own)
+    ]
     return [Hookpoint(layer, stream) for layer, stream in there if stream != "embed" or not layer]

@@ -2,12 +2,17 @@
 
 import json
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
+from rapidfuzz import fuzz
+from scipy.stats import mannwhitneyu
 
 from saexp.config import DatasetConfig
 from saexp.data.datasets import ASSETS, ENTITY_TYPES, background_texts, entities
+from saexp.data.labels import read_attributes, truths_of
+from saexp.data.matchers import Rules
 
 GROUPS = ("known", "unknown")
 ASKED = {
@@ -16,13 +21,15 @@ ASKED = {
     "city": {"In which country": "country", "Which country": "country"},
     "song": {"Who performed": "performer", "In what year": "year", "On which album": "album"},
 }
-ALLOWED = {
-    "player": {"birthplace", "birth_year", "teams", "sport"},
-    "movie": {"director", "screenwriter", "cast", "genre", "release_year", "duration_minutes"},
-    "city": {"country", "population", "elevation_m", "coordinates"},
-    "song": {"performer", "album", "year", "genre"},
+OTHER_NAMES = {
+    "United States": {"USA", "America"},
+    "United Arab Emirates": {"UAE"},
+    "United Kingdom": {"UK", "Britain"},
+    "Czech Republic": {"Czechia"},
+    "Democratic Republic of the Congo": {"DRC", "DR Congo"},
+    "Republic of the Congo": {"Congo-Brazzaville"},
 }
-OTHER_NAMES = {"United States": {"USA", "America"}, "United Arab Emirates": {"UAE"}}
+SEVERAL = ("teams", "director", "screenwriter", "cast")
 
 
 def _rows(entity_type: str) -> list[dict[str, Any]]:
@@ -53,23 +60,41 @@ def _answers_it(answer: str, fact: Any) -> bool:
 def test_groups_are_large_and_of_equal_size(entity_type: str) -> None:
     sizes = Counter(r["group"] for r in _rows(entity_type))
     assert set(sizes) == set(GROUPS)
-    assert min(sizes.values()) >= 30
+    assert min(sizes.values()) >= 120
     assert len(set(sizes.values())) == 1
+    assert {r["entity_type"] for r in _rows(entity_type)} == {entity_type}
 
 
 @pytest.mark.parametrize("entity_type", ENTITY_TYPES)
-def test_names_have_equal_lengths_in_both_groups(entity_type: str) -> None:
+def test_names_are_as_long_in_both_groups(entity_type: str) -> None:
     known, unknown = (_names(entity_type, g) for g in GROUPS)
     assert Counter(len(n.split()) for n in known) == Counter(len(n.split()) for n in unknown)
-    characters = [sum(map(len, names)) / len(names) for names in (known, unknown)]
-    assert characters[0] == pytest.approx(characters[1], rel=0.05)
+    characters = [[len(n) for n in names] for names in (known, unknown)]
+    assert mannwhitneyu(*characters).pvalue > 0.05
+    means = [sum(lengths) / len(lengths) for lengths in characters]
+    assert means[0] == pytest.approx(means[1], rel=0.05)
 
 
-def test_names_are_unique_and_no_unknown_one_holds_a_known_one() -> None:
+@pytest.mark.parametrize("entity_type", ENTITY_TYPES)
+def test_names_have_as_many_tokens_in_both_groups(entity_type: str) -> None:
+    counts = json.loads((ASSETS / "entities" / "token_counts.json").read_text("utf-8"))
+    of_name = {name: tuple(pair) for name, pair in counts[entity_type].items()}
+    known, unknown = (_names(entity_type, g) for g in GROUPS)
+    assert set(of_name) == {*known, *unknown}
+    assert Counter(map(of_name.get, known)) == Counter(map(of_name.get, unknown))
+    for one, other in zip(known, unknown, strict=True):
+        assert of_name[one] == of_name[other], "partners stand after one another"
+
+
+def test_names_are_unique_and_no_unknown_one_is_like_a_known_one() -> None:
     known = [n.casefold() for t in ENTITY_TYPES for n in _names(t, "known")]
     unknown = [n.casefold() for t in ENTITY_TYPES for n in _names(t, "unknown")]
     assert [n for n, count in Counter(known + unknown).items() if count > 1] == []
-    assert [(u, k) for u in unknown for k in known if k in u] == []
+    assert [(u, k) for u, k in product(unknown, known) if k in u or u in k] == []
+    for entity_type in ENTITY_TYPES:
+        pairs = product(_names(entity_type, "unknown"), _names(entity_type, "known"))
+        alike = [(u, k) for u, k in pairs if fuzz.ratio(u.casefold(), k.casefold()) >= 80]
+        assert alike == []
 
 
 @pytest.mark.parametrize("entity_type", ENTITY_TYPES)
@@ -95,32 +120,47 @@ def test_every_question_formats_to_one_with_the_name(entity_type: str) -> None:
 @pytest.mark.parametrize("entity_type", ENTITY_TYPES)
 def test_answers_agree_with_the_attributes(entity_type: str) -> None:
     for row in _rows(entity_type):
+        attributes = dict(read_attributes(row["attributes"]))
+        assert len(attributes) == len(row["attributes"])
+        assert row["attribute"] == _asked(entity_type, row["question"])
         if row["group"] == "unknown":
-            assert not row.get("answer")
-            assert not row.get("attributes")
+            assert row["answer"] == [] and attributes == {}
             continue
-        attributes = row["attributes"]
-        assert set(attributes) <= ALLOWED[entity_type]
-        fact = attributes[_asked(entity_type, row["question"])]
+        assert set(attributes) <= set(Rules().by_type[entity_type])
+        fact = attributes[row["attribute"]]
         assert row["answer"]
         for answer in row["answer"]:
             assert answer.strip() == answer != ""
             assert _answers_it(answer, fact), (row["entity"], answer, fact)
+        assert row["entity"].casefold() not in [a.casefold() for a in row["answer"]]
+
+
+@pytest.mark.parametrize("entity_type", ENTITY_TYPES)
+def test_every_attribute_gives_accepted_answers(entity_type: str) -> None:
+    n_attributes = []
+    for row in _rows(entity_type):
+        pairs = read_attributes(row["attributes"])
+        n_attributes += [len(pairs)] if row["group"] == "known" else []
+        for name, value in pairs:
+            assert isinstance(value, list) == (name in (*SEVERAL, "coordinates")), row["entity"]
+            assert truths_of(value, name)
+    assert min(n_attributes) >= 2
 
 
 def test_attributes_have_plausible_values() -> None:
-    for row in _rows("city"):
-        latitude, longitude = row.get("attributes", {}).get("coordinates", (0, 0))
+    facts: dict[str, list[Any]] = {}
+    for entity_type in ENTITY_TYPES:
+        for row in _rows(entity_type):
+            for name, value in read_attributes(row["attributes"]):
+                facts.setdefault(name, []).append(value)
+    for latitude, longitude in facts["coordinates"]:
         assert -90 <= latitude <= 90
         assert -180 <= longitude <= 180
-    years = [
-        row["attributes"][key]
-        for entity_type, key in (("player", "birth_year"), ("movie", "release_year"))
-        for row in _rows(entity_type)
-        if row["group"] == "known"
-    ]
-    years += [r["attributes"]["year"] for r in _rows("song") if "year" in r.get("attributes", {})]
+    years = facts["birth_year"] + facts["release_year"] + facts["year"]
     assert all(isinstance(y, int) and 1850 < y < 2025 for y in years)
+    assert all(60 <= m <= 260 for m in facts["duration"])
+    assert all(-500 < m < 5200 for m in facts["elevation"])
+    assert all(50_000 < n < 40_000_000 for n in facts["population"])
 
 
 def test_entities_dataset_holds_every_row() -> None:
@@ -131,6 +171,13 @@ def test_entities_dataset_holds_every_row() -> None:
         assert example.entity is not None
         assert example.entity in example.prompt
         assert bool(example.answers) == (example.group == "known")
+        assert bool(example.extra["attributes"]) == (example.group == "known")
+        assert example.extra["attribute"] in Rules().by_type[str(example.entity_type)]
+
+
+def test_a_prompt_of_ones_own_asks_for_no_attribute() -> None:
+    cfg = DatasetConfig(name="entities", prompt_template="Do you know {entity}?")
+    assert all("attribute" not in e.extra for e in entities(cfg).examples)
 
 
 def test_background_is_long_enough_and_names_no_entity() -> None:

@@ -79,12 +79,6 @@ def change(folder: Path, **cfg: Any) -> Path:
             {"normalize_activations": "covariance_whitening"},
             "mine: input scaling 'covariance_whitening' is not supported; saexp knows none, ",
         ),
-        (
-            "standard",
-            {},
-            {"normalize_activations": "expected_average_only_in"},
-            "mine: its inputs are scaled by a factor that its files do not give",
-        ),
     ],
 )
 def test_weights_that_do_not_fit(

@@ -138,3 +138,12 @@ def test_random_control() -> None:
     assert made.metadata["fingerprint"] != other.metadata["fingerprint"]
     with pytest.raises(SAEError, match=r"type sae.d_in=<d_model> layer=<block>"):
         build("sae", cfg)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_encode_is_differentiable(architecture: str) -> None:
+    """Writing over its own intermediate values loses no gradient, and no input is written to."""
+    made, x = sae(architecture).double(), points(5, D_IN).double()
+    kept = x.clone()
+    assert torch.autograd.gradcheck(made.encode, (x.requires_grad_(),))
+    assert torch.equal(x.detach(), kept)

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 import saexp
 from saexp.config import SAEConfig
-from saexp.errors import SAEError
+from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.base import ARCHITECTURES
+from saexp.saes.base import ARCHITECTURES, SparseAutoencoder
 from saexp.saes.catalogue import catalogue
 from saexp.saes.loading import check_fits
-from tests.random_models import random_lm
+from tests.random_models import D_MODEL, random_lm
 from tests.saes.make import (
     D_IN,
     D_OUT,
@@ -257,9 +257,31 @@ def test_gemma_scope_transcoders_read_what_is_not_collected() -> None:
         saexp.load_sae(f"google/{name}/layer_5/width_16k/average_l0_70")
 
 
-def test_runs_are_for_saes() -> None:
-    made = transcoder(metadata={"name": "mine"}, hookpoint=Hookpoint(1, "mlp_in"))
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "what"),
+    [(8, D_MODEL, "reads vectors of 8"), (D_MODEL, 9, "predicts vectors of 9")],
+)
+def test_of_another_models_size(d_in: int, d_out: int, what: str) -> None:
+    made = SparseAutoencoder(
+        parameters("standard", d_in=d_in, d_out=d_out),
+        architecture="standard",
+        hookpoint=Hookpoint(1, "mlp_in"),
+        hookpoint_out=Hookpoint(1, "mlp_out"),
+        metadata={"name": "mine"},
+    )
+    assert made.hookpoints == [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
     with pytest.raises(
-        SAEError, match="^mine is a transcoder, layer_1.mlp_in to layer_3.mlp_out; load"
+        SAEError, match=f"^mine {what} numbers, but .* has d_model={D_MODEL}; choose"
     ):
+        check_fits(made, random_lm("llama"))
+
+
+def test_of_a_layer_the_model_lacks() -> None:
+    made = SparseAutoencoder(
+        parameters("standard", d_in=D_MODEL, d_out=D_MODEL),
+        architecture="standard",
+        hookpoint=Hookpoint(1, "mlp_in"),
+        hookpoint_out=Hookpoint(30, "mlp_out"),
+    )
+    with pytest.raises(ModelError, match="layer=30"):
         check_fits(made, random_lm("llama"))

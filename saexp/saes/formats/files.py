@@ -12,10 +12,8 @@ from torch import Tensor
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 
-_BEFORE_THE_NORM = {
-    "ln2.hook_normalized": "the MLP's input before its norm's gain",
-    "hook_mlp_in": "the MLP's input before its norm",
-}
+_BEHIND_THE_NORM = "pre_feedforward_layernorm.output"
+_MLP_IN = re.compile(r"blocks\.(\d+)\.(?:ln2\.hook_normalized|hook_mlp_in)")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -40,15 +38,12 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def lens_hookpoint(name: str, label: str, module: object = None) -> Hookpoint:
     """From a TransformerLens name. Raises SAEError, beginning with `label`, for no hookpoint.
 
-    Two of its names mean streams that saexp does not collect: its `mlp_in` is after the whole norm.
-    They do mean that where `module`, the Hugging Face name beside them, is the norm's output.
+    Its names of places before the MLP's norm or gain, which are none, mean mlp_in where `module`,
+    the Hugging Face name beside them, is the norm's output.
     """
-    after = str(module).endswith("pre_feedforward_layernorm.output")
-    for ending, what in _BEFORE_THE_NORM.items():
-        if name.endswith(f".{ending}") and not after:
-            raise SAEError(
-                f"{label}: {name} is {what}, which saexp does not collect; its mlp_in is after"
-            )
+    match = _MLP_IN.fullmatch(name)
+    if match and str(module).endswith(_BEHIND_THE_NORM):
+        return Hookpoint(int(match[1]), "mlp_in")
     try:
         return Hookpoint.parse(name)
     except ModelError as error:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Study B on the shipped model: the strongest latents of a text at every layer, then one of them steered.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-.venv/bin/python}
+out=${OUT:-outputs/prompt_features}
+extra="${QUIET:-tracker=none} ${EXTRA:-}"
+# shellcheck disable=SC2086
+{
+  "$python" -m saexp experiment=prompt_features $extra hydra.run.dir="$out/latents"
+  "$python" -m saexp experiment=prompt_features layer=2 intervention=steer 'intervention.latents=[53]' \
+    intervention.where=all 'coefficient=[0,0.5,1]' $extra hydra.run.dir="$out/steer"
+}

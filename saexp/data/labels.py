@@ -1,0 +1,228 @@
+"""Questions about entities' attributes, judged answers, and the groups that follow from them.
+
+The rule is that of Ferrando et al. 2024 (arXiv 2411.14257): an attribute is known where enough
+sampled answers are right, an entity is known with enough known attributes and unknown with none.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from saexp.data.examples import Example
+from saexp.data.matchers import Rules, canonical, is_correct, words
+from saexp.data.templates import TEMPLATES, Templates
+from saexp.errors import ConfigError
+
+KNOWN, UNKNOWN, DROPPED = "known", "unknown", "dropped"
+LABELS = ("correct", "refusal", "error")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One attribute of one entity, asked."""
+
+    entity: str
+    entity_type: str | None
+    attribute: str | None
+    text: str
+    """The question, or the data's own prompt where it has no attributes."""
+    beginning: str
+    """Beginning of an answer that may be put in the model's mouth; empty for an own prompt."""
+    truths: tuple[str, ...]
+    """None where the entity does not exist, so that no answer is right."""
+    given_group: str | None
+    """What the data set itself calls the entity."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When an attribute, and an entity, counts as known."""
+
+    min_correct: int = 3
+    """Right samples that make an attribute known."""
+    min_known: int = 2
+    """Known attributes that make an entity known; all of them where fewer were asked."""
+    max_unknown: int = 0
+    """Most known attributes of an unknown entity; with more, yet not known, it is dropped."""
+
+    def __post_init__(self) -> None:
+        if not self.min_correct >= 1 or not 0 <= self.max_unknown < self.min_known:
+            raise ConfigError(
+                f"min_correct={self.min_correct}, min_known={self.min_known}, max_unknown="
+                f"{self.max_unknown}: needed are min_correct >= 1 and 0 <= max_unknown < min_known"
+            )
+
+    def group(self, n_known: int, n_asked: int) -> str:
+        """known, unknown or dropped."""
+        if n_known >= min(self.min_known, n_asked) and n_known > self.max_unknown:
+            return KNOWN
+        return UNKNOWN if n_known <= self.max_unknown else DROPPED
+
+
+def pick(seed: int, *names: str | None, n: int) -> int:
+    """One of n, the same for the same names and seed whatever else there is."""
+    digest = hashlib.sha256(repr((seed, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % n
+
+
+def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
+    """Accepted answers from an attribute's value as files hold it.
+
+    A list means that any of its items will do, but for coordinates, where it (or a mapping with
+    `latitude` and `longitude`) is one pair. Of a birthplace "City, Country" the city is enough.
+    """
+    if value is None or value == "":
+        return ()
+    if canonical(attribute) == "coordinates" and not isinstance(value, str):
+        if isinstance(value, Mapping):
+            pair = [v for k in ("lat", "lon") for n, v in value.items() if n.lower().startswith(k)]
+        else:
+            pair = list(value) if isinstance(value, Sequence) else []
+        return (f"{pair[0]}, {pair[1]}",) if len(pair) == 2 else ()
+    if isinstance(value, list | tuple):
+        found = [t for item in value for t in truths_of(item, attribute)]
+    elif isinstance(value, float) and value.is_integer():
+        found = [str(int(value))]
+    else:
+        found = [str(value)]
+        if canonical(attribute) == "birthplace" and "," in found[0]:
+            found.append(found[0].partition(",")[0].strip())
+    return tuple(dict.fromkeys(t for t in found if t.strip()))
+
+
+def read_attributes(value: Any) -> list[tuple[str, Any]]:
+    """(name, value) pairs of a published `attributes` list, or of a plain mapping.
+
+    Raises ValueError, with what is wrong, for anything else.
+    """
+    if isinstance(value, Mapping):
+        return [(str(k), v) for k, v in value.items()]
+    if not isinstance(value, list | tuple):
+        raise ValueError("'attributes' must be a list of {attribute_type, attribute_value}")
+    pairs = []
+    for item in value:
+        if not isinstance(item, Mapping) or not {"attribute_type", "attribute_value"} <= set(item):
+            raise ValueError("an attribute needs attribute_type and attribute_value")
+        pairs.append((str(item["attribute_type"]), item["attribute_value"]))
+    return pairs
+
+
+def questions(
+    examples: Iterable[Example], templates: Templates = TEMPLATES
+) -> tuple[list[Question], dict[str, int]]:
+    """Every attribute that has a template, asked of every entity; and what is not asked, counted.
+
+    An entity is asked once, however many examples it has. One without attributes (an invented
+    name) is asked what others of its type are, and has no right answer; where none of its type has
+    attributes, its examples' own prompts are the questions.
+    """
+    examples = list(examples)
+    not_asked: dict[str, int] = {}
+    asked_of_type: dict[str, dict[str, None]] = {}
+    of_entity: dict[tuple[str | None, str], list[Example]] = {}
+    for example in examples:
+        if example.entity is None:
+            not_asked["no entity"] = not_asked.get("no entity", 0) + 1
+            continue
+        of_entity.setdefault((example.entity_type, example.entity), []).append(example)
+        for name, _ in _attributes(example):
+            attribute = canonical(name, example.entity_type)
+            if attribute in templates.get(str(example.entity_type), {}):
+                asked_of_type.setdefault(str(example.entity_type), {})[attribute] = None
+    made: list[Question] = []
+    for (entity_type, _), same in of_entity.items():
+        first = same[0]
+        pairs = [p for example in same for p in _attributes(example)]
+        kinds = templates.get(str(entity_type), {})
+        if pairs:
+            truths: dict[str, tuple[str, ...]] = {}
+            for name, value in pairs:
+                attribute = canonical(name, entity_type)
+                if attribute not in kinds:
+                    reason = f"no template for {entity_type} {attribute}"
+                    not_asked[reason] = not_asked.get(reason, 0) + 1
+                elif accepted := truths_of(value, attribute):
+                    truths[attribute] = tuple(dict.fromkeys(truths.get(attribute, ()) + accepted))
+            made += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
+        elif str(entity_type) in asked_of_type:
+            made += [_asked(first, a, kinds[a], ()) for a in asked_of_type[str(entity_type)]]
+        else:
+            made += _own_prompts(same, not_asked)
+    return made, not_asked
+
+
+def _attributes(example: Example) -> list[tuple[str, Any]]:
+    value = example.extra.get("attributes")
+    return read_attributes(value) if value else []
+
+
+def _asked(
+    example: Example, attribute: str, template: tuple[str, str], truths: tuple[str, ...]
+) -> Question:
+    assert example.entity is not None
+    text, beginning = (t.replace("{entity}", example.entity) for t in template)
+    return Question(
+        entity=example.entity,
+        entity_type=example.entity_type,
+        attribute=attribute,
+        text=text,
+        beginning=beginning,
+        truths=truths,
+        given_group=example.group,
+    )
+
+
+def _own_prompts(same: Sequence[Example], not_asked: dict[str, int]) -> list[Question]:
+    made = []
+    for example in same:
+        if example.prompt is None or example.entity is None:
+            reason = "neither attributes nor a prompt"
+            not_asked[reason] = not_asked.get(reason, 0) + 1
+            continue
+        attribute = example.extra.get("attribute")
+        made.append(
+            Question(
+                entity=example.entity,
+                entity_type=example.entity_type,
+                attribute=None if attribute is None else str(attribute),
+                text=example.prompt,
+                beginning="",
+                truths=example.answers,
+                given_group=example.group,
+            )
+        )
+    return made
+
+
+def label_answer(
+    answer: str, question: Question, rules: Rules, refuses: Callable[[str], bool]
+) -> str:
+    """correct, refusal or error.
+
+    A refusal that names the entity does not become right by that: where the true answer is part of
+    the entity's own name, refusals are looked for first.
+    """
+    right = is_correct(answer, question.truths, question.entity_type, question.attribute, rules)
+    name = f" {' '.join(words(question.entity))} "
+    echoed = any(f" {' '.join(words(t))} " in name for t in question.truths)
+    if right and not (echoed and refuses(answer)):
+        return "correct"
+    return "refusal" if refuses(answer) else "error"
+
+
+def entity_groups(asked: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
+    """One row per entity: `n_asked`, `n_known`, `group`, in order of appearance.
+
+    `asked` has a row per question: `entity`, `entity_type`, `n_correct` (right samples).
+    """
+    table = asked.assign(known=asked["n_correct"] >= thresholds.min_correct)
+    grouped = table.groupby(["entity_type", "entity"], sort=False, dropna=False)
+    entities = grouped["known"].agg(n_asked="size", n_known="sum").reset_index()
+    entities["group"] = [
+        thresholds.group(int(known), int(n))
+        for known, n in zip(entities["n_known"], entities["n_asked"], strict=True)
+    ]
+    return entities

@@ -1,0 +1,277 @@
+"""dataset=wikidata: entity and query files as they were published, or fetched when asked to."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saexp.config import DatasetConfig
+from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
+from saexp.data.examples import Example, ExampleSet
+from saexp.data.labels import DROPPED, Thresholds, entity_groups, pick, read_attributes, truths_of
+from saexp.data.matchers import Rules, canonical, is_correct
+from saexp.data.wikidata_query import ENDPOINT, fetch_entities
+from saexp.errors import ConfigError, DataError
+from saexp.registry import did_you_mean
+
+log = logging.getLogger(__name__)
+
+OPTIONS: Mapping[str, Any] = {
+    "min_correct": 3,
+    "min_known": 2,
+    "max_unknown": 0,
+    "fetch": [],
+    "n_fetched": 200,
+    "endpoint": ENDPOINT,
+    "min_sitelinks": 20,
+    "timeout": 60,
+}
+QUERY_FIELDS = ("entity", "entity_type", "prompt_type", "correct_answer", "prompt")
+
+Row = tuple[str, dict[str, Any]]
+"""(file and line or index, columns)."""
+
+
+def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+    """One example per entity of a file, or of a folder's .json and .jsonl files.
+
+    Entity files give the attributes (for task=label). Query files with sampled labels give the
+    groups, by the rule of `Thresholds`; their entities have one of their questions as prompt, a
+    seeded choice that does not depend on the labels. Entities that are neither known nor unknown
+    are dropped; how many is noted.
+    """
+    options = _options(cfg)
+    if options["fetch"]:
+        _fetch(cfg, options)
+    if not cfg.path:
+        raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=…")
+    entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
+    queries: list[dict[str, Any]] = []
+    for where, row in read_published(cfg.path):
+        key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
+        if "attributes" in row:
+            pairs = entities.setdefault(key, [])
+            try:
+                pairs += [p for p in read_attributes(row["attributes"]) if p not in pairs]
+            except ValueError as error:
+                raise DataError(f"{where}: {error}") from error
+        else:
+            queries.append(_query(where, row))
+    names = dict.fromkeys([*entities, *((q["entity_type"], q["entity"]) for q in queries)])
+    of_query = _chosen_query(queries, cfg.seed)
+    groups = _groups(queries, options)
+    examples = []
+    for entity_type, entity in names:
+        group = groups.get((entity_type, entity))
+        if group == DROPPED:
+            continue
+        named = {"entity": entity, "entity_type": entity_type}
+        text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, named)
+        start = text.rfind(entity)
+        if start < 0:
+            raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
+        asked = of_query.get((entity_type, entity))
+        prompt = asked["prompt"] if asked else None
+        if cfg.prompt_template:
+            prompt = filled("dataset.prompt_template", cfg.prompt_template, named)
+        extra: dict[str, Any] = {}
+        if (entity_type, entity) in entities:
+            extra["attributes"] = [
+                {"attribute_type": a, "attribute_value": v}
+                for a, v in entities[entity_type, entity]
+            ]
+        if asked and not cfg.prompt_template:
+            extra["attribute"] = asked["attribute"]
+        examples.append(
+            Example(
+                id=f"{entity_type}/{entity}",
+                text=text,
+                group=group,
+                spans=((start, start + len(entity)),),
+                entity=entity,
+                entity_type=entity_type,
+                prompt=prompt,
+                answers=asked["truths"] if asked and not cfg.prompt_template else (),
+                extra=extra,
+            )
+        )
+    if not examples:
+        raise DataError(f"{cfg.path}: no entity is known or unknown by its labels")
+    made = finish(cfg, examples, cfg.path)
+    dropped = sum(group == DROPPED for group in groups.values())
+    if dropped:
+        made.notes.append(
+            f"{dropped} of {len(groups)} labelled entities are neither known nor unknown, so they "
+            "are left out"
+        )
+    return made
+
+
+def _options(cfg: DatasetConfig) -> dict[str, Any]:
+    given = dict(cfg.options)
+    for name in given:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"dataset.options.{name}: dataset=wikidata has no such option; "
+                f"{did_you_mean(name, list(OPTIONS))}"
+            )
+    return {**OPTIONS, **given}
+
+
+def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
+    """Write freshly fetched entities to `dataset.path`, unless the file is there."""
+    if not cfg.path or Path(cfg.path).is_dir():
+        raise ConfigError("dataset.options.fetch needs a file to write: type dataset.path=FILE")
+    file = Path(cfg.path)
+    if file.exists():
+        log.info("%s is there already, so nothing is fetched", file)
+        return
+    wanted = options["fetch"]
+    found: list[dict[str, Any]] = []
+    for entity_type in [wanted] if isinstance(wanted, str) else wanted:
+        some, unnamed = fetch_entities(
+            entity_type,
+            options["n_fetched"],
+            endpoint=options["endpoint"],
+            min_sitelinks=options["min_sitelinks"],
+            timeout=options["timeout"],
+        )
+        log.info("fetched %d of type %s; %d without a name", len(some), entity_type, unnamed)
+        found += some
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise DataError(f"dataset.path={file}: cannot be written ({error.strerror})") from error
+
+
+def read_published(path: str) -> Iterator[Row]:
+    """Rows of .json lists and .jsonl files with where each stands. Raises DataError."""
+    place = Path(path)
+    if place.is_dir():
+        files = sorted(f for f in place.rglob("*") if f.suffix in (".json", ".jsonl"))
+    else:
+        files = [place]
+    if not files or not all(f.is_file() for f in files):
+        raise DataError(f"dataset.path={path}: no such file, nor a folder with .json files")
+    for file in files:
+        try:
+            text = file.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+        yield from _lines(file, text) if _is_lines(file, text) else _list(file, text)
+
+
+def _is_lines(file: Path, text: str) -> bool:
+    return file.suffix == ".jsonl" or not text.lstrip().startswith("[")
+
+
+def _lines(file: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{file}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: is no JSON ({error.msg})") from error
+            yield where, _object(where, row)
+
+
+def _list(file: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: is no JSON ({error.msg})") from error
+    for index, row in enumerate(rows):
+        yield f"{file}[{index}]", _object(f"{file}[{index}]", row)
+
+
+def _object(where: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be an object, not {type(row).__name__}")
+    if "attributes" not in row:
+        missing = [f for f in QUERY_FIELDS if f not in row]
+        if missing:
+            raise DataError(
+                f"{where}: is neither an entity (entity, entity_type, attributes) nor a query "
+                f"('{missing[0]}' is missing)"
+            )
+    return row
+
+
+def _text(where: str, row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: '{name}' must be a text that is not empty")
+    return value
+
+
+def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A query with its truths, and the number of right samples (None where it has none).
+
+    Samples without labels are judged here.
+    """
+    entity_type, entity = _text(where, row, "entity_type"), _text(where, row, "entity")
+    attribute = canonical(_text(where, row, "prompt_type"), entity_type)
+    truths = truths_of(row["correct_answer"], attribute)
+    labels = row.get("string_matching_sampled_labels") or []
+    samples = row.get("sampled_completions") or []
+    if not isinstance(labels, list) or not isinstance(samples, list):
+        raise DataError(f"{where}: sampled completions and their labels must be lists")
+    if labels:
+        n_correct = sum(str(x).lower() in ("correct", "true", "1") for x in labels)
+    elif samples:
+        rules = Rules()
+        n_correct = sum(is_correct(str(s), truths, entity_type, attribute, rules) for s in samples)
+    else:
+        n_correct = None
+    prompt = row.get("question") or _text(where, row, "prompt")
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: 'question' must be a text")
+    return {
+        "entity": entity,
+        "entity_type": entity_type,
+        "attribute": attribute,
+        "truths": truths,
+        "prompt": prompt,
+        "n_correct": n_correct,
+    }
+
+
+def _chosen_query(
+    queries: list[dict[str, Any]], seed: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Per entity one of its queries, whether its answer is known or not."""
+    of_entity: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for query in queries:
+        of_entity.setdefault((query["entity_type"], query["entity"]), []).append(query)
+    return {key: some[pick(seed, *key, n=len(some))] for key, some in of_entity.items()}
+
+
+def _groups(
+    queries: list[dict[str, Any]], options: Mapping[str, Any]
+) -> dict[tuple[str, str], str]:
+    thresholds = Thresholds(options["min_correct"], options["min_known"], options["max_unknown"])
+    judged = [q for q in queries if q["n_correct"] is not None]
+    if not judged:
+        return {}
+    # One attribute asked twice is one attribute.
+    asked = pd.DataFrame(judged)[["entity", "entity_type", "attribute", "n_correct"]]
+    asked = asked.groupby(["entity_type", "entity", "attribute"], sort=False).max().reset_index()
+    table = entity_groups(asked, thresholds)
+    counts = Counter(table["group"])
+    log.info(
+        "%d entities by their labels: %s; %d of %d queries have no sampled answers",
+        len(table),
+        ", ".join(f"{n} {group}" for group, n in sorted(counts.items())),
+        len(queries) - len(judged),
+        len(queries),
+    )
+    keys = zip(table["entity_type"].map(str), table["entity"].map(str), strict=True)
+    return dict(zip(keys, table["group"].map(str), strict=True))

@@ -1,0 +1,291 @@
+"""task=label: known and unknown entities, by a model's own answers about them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from saexp import registry
+from saexp.config import RunConfig
+from saexp.context import RunContext
+from saexp.data.examples import Example, Skip, assign_splits
+from saexp.data.labels import DROPPED, Question, entity_groups, label_answer, pick, questions
+from saexp.data.tokens import tokenize
+from saexp.errors import DataError
+from saexp.interventions.outcomes import Refusal
+from saexp.models.loading import LanguageModel
+from saexp.reports.label import attribute_table, label_sentences, write_label_report
+from saexp.results import TaskResult
+from saexp.tasks.answers import Answers, Options, answers, labels_folder, write_whole
+from saexp.tasks.loaded import language_model
+from saexp.tasks.memorized import memorized
+from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+
+Asked = tuple[Question, str, str]
+"""(question, the prompt as text, the prompt as the model reads it)."""
+
+
+def label(cfg: RunConfig, context: RunContext) -> TaskResult:
+    """Ask, answer, judge, group, split, save; with dataset=memorization see `memorized`."""
+    options = Options.of(cfg)
+    model = language_model(cfg)
+    if cfg.dataset.name == "memorization":
+        return memorized(cfg, context, model, options)
+    thresholds, rules = options.thresholds, options.judged_by
+    examples = registry.build("dataset", cfg.dataset).examples
+    made, not_asked = questions(examples, options.asked_by)
+    notes = [f"{n} not asked: {reason}" for reason, n in sorted(not_asked.items())]
+    made = _without_refusals(made, notes)
+    asked, ids, skips = _prompts(made, model, options, cfg.dataset.max_length)
+    with context.stage("answer"):
+        said = answers(
+            model,
+            ids,
+            cfg.cache_dir,
+            n_samples=options.n_samples,
+            temperature=options.temperature,
+            max_new_tokens=options.max_new_tokens,
+            batch_tokens=options.batch_tokens,
+            seed=cfg.seed,
+        )
+    with context.stage("judge"):
+        table = _judged(asked, said, model, options, rules)
+    entities = entity_groups(table, thresholds)
+    few = int((entities["n_asked"] < options.min_known).sum())
+    if few:
+        notes.append(
+            f"{few} entities were asked fewer than min_known={options.min_known} questions; such "
+            "an entity is known where all it was asked is"
+        )
+    kept = _entity_rows(examples, asked, entities, cfg)
+    summary = attribute_table(table, options.min_correct)
+    result = TaskResult(metrics=_metrics(entities, table), notes=notes)
+    result.tables = {
+        "labels": table,
+        "entities": entities,
+        "attributes": summary,
+        "skips": skips_table(skips),
+    }
+    folder = labels_folder(cfg.cache_dir, _determined_by(cfg, model, options, asked, ids))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    for place in (context.folder, folder):
+        write_whole(place / "entities.jsonl", lines)
+    write_whole(folder / "labels.parquet", table.to_parquet(index=False))
+    path = folder / "entities.jsonl"
+    result.notes.append(f"""use them with: dataset=jsonl 'dataset.path="{path}"'""")
+    result.metrics = clean_metrics(result.metrics, result.notes)
+    write_result(context.folder, result)
+    write_provenance(
+        context,
+        cfg,
+        result.notes,
+        skips,
+        device=str(model.device),
+        model={
+            "name": model.name,
+            "revision": model.cfg.revision,
+            "fingerprint": model.fingerprint,
+        },
+        labels={"key": folder.name, "path": str(folder)},
+        finding=label_sentences(model.name, entities, table),
+    )
+    with context.stage("report"):
+        write_label_report(context.folder)
+    return result
+
+
+def _without_refusals(made: list[Question], notes: list[str]) -> list[Question]:
+    """Questions without true answers that are refusals: not to know is never known."""
+    refusal, kept, n = Refusal(), [], 0
+    for question in made:
+        truths = tuple(t for t in question.truths if not refusal.score(t, _named(question)))
+        n += truths != question.truths
+        kept.append(replace(question, truths=truths))
+    if n:
+        notes.append(f"{n} questions whose answer in the data is a refusal have no right answer")
+    return kept
+
+
+def _named(question: Question) -> Example:
+    return Example(id="", text="", entity=question.entity)
+
+
+def _prompts(
+    made: Sequence[Question], model: LanguageModel, options: Options, max_length: int
+) -> tuple[list[Asked], list[tuple[int, ...]], list[Skip]]:
+    """Prompts in the form asked for, and their tokens; too long ones are skips.
+
+    `question` is the question alone. `begun` lets the model's own answer begin as the template
+    says: after the chat template, or after the question for a model that is not a chat model.
+    `auto` is `question` in chat, else `begun`. A data set's own prompts stay as they are, in the
+    chat template where there is one.
+    """
+    chat = model.cfg.chat
+    form = options.form
+    if form == "auto":
+        form = "question" if chat else "begun"
+    if form == "own" and any(q.beginning for q in made):
+        raise DataError(
+            "task.options.form=own, but the data set has attributes to ask for; type form=question"
+        )
+    prepared: list[Asked] = []
+    for question in made:
+        begin = question.beginning if form == "begun" else ""
+        text = f"{question.text} {begin}".rstrip() if begin and not chat else question.text
+        read = model.chat_text(text) + begin if chat else text
+        prepared.append((question, text, read))
+    tokens = tokenize([read for _, _, read in prepared], model.tokenizer, max_length)
+    fits = [not t.truncated for t in tokens]
+    skips = [
+        Skip(f"{q.entity_type}/{q.entity}/{q.attribute}", "prompt longer than dataset.max_length")
+        for (q, _, _), good in zip(prepared, fits, strict=True)
+        if not good
+    ]
+    asked = [a for a, good in zip(prepared, fits, strict=True) if good]
+    if not asked:
+        why = "no entity has attributes with a template, or a prompt of its own"
+        if skips:
+            why = f"every prompt is longer than dataset.max_length={max_length}"
+        raise DataError(f"nothing can be asked: {why}")
+    return asked, [t.ids for t, good in zip(tokens, fits, strict=True) if good], skips
+
+
+def _judged(
+    asked: Sequence[Asked],
+    said: Sequence[Answers],
+    model: LanguageModel,
+    options: Options,
+    rules: Any,
+) -> pd.DataFrame:
+    """One row per question: texts and labels of its answers, and `n_correct`.
+
+    Without samples (n_samples=0) a right greedy answer counts as `min_correct` right ones.
+    """
+    refusal = Refusal()
+    cut = not model.cfg.chat if options.cut_at_line is None else options.cut_at_line
+    rows = []
+    for (question, text, _), answer in zip(asked, said, strict=True):
+        named = _named(question)
+        texts = [
+            model.tokenizer.decode(list(ids), skip_special_tokens=True)
+            for ids in (answer.greedy, *answer.samples)
+        ]
+        heard = [t.strip().partition("\n")[0] if cut else t for t in texts]
+        found = [
+            label_answer(t, question, rules, lambda x, e=named: bool(refusal.score(x, e)))
+            for t in heard
+        ]
+        n_correct = found[1:].count("correct")
+        if not answer.samples:
+            n_correct = options.min_correct if found[0] == "correct" else 0
+        rows.append(
+            {
+                "entity_type": question.entity_type,
+                "entity": question.entity,
+                "attribute": question.attribute,
+                "given_group": question.given_group,
+                "prompt": text,
+                "truths": list(question.truths),
+                "greedy": texts[0],
+                "greedy_label": found[0],
+                "samples": texts[1:],
+                "sample_labels": found[1:],
+                "n_correct": n_correct,
+                "n_refusal": found[1:].count("refusal"),
+                "known": n_correct >= options.min_correct,
+            }
+        )
+    table = pd.DataFrame(rows)
+    for column in ("entity_type", "attribute", "given_group"):
+        table[column] = table[column].astype("string")
+    return table
+
+
+def _entity_rows(
+    examples: Sequence[Example],
+    asked: Sequence[Asked],
+    entities: pd.DataFrame,
+    cfg: RunConfig,
+) -> list[dict[str, Any]]:
+    """Rows of entities.jsonl: known and unknown entities with a split and one of their prompts.
+
+    Which prompt is a seeded choice that does not depend on the answers.
+    """
+    of_entity: dict[tuple[Any, ...], list[Asked]] = {}
+    for one in asked:
+        of_entity.setdefault((one[0].entity_type, one[0].entity), []).append(one)
+    first: dict[tuple[Any, ...], Example] = {}
+    for example in examples:
+        first.setdefault((example.entity_type, example.entity), example)
+    chosen = []
+    for row in entities.to_dict("records"):
+        kind = None if pd.isna(row["entity_type"]) else str(row["entity_type"])
+        example = first[kind, row["entity"]]
+        if row["group"] != DROPPED:
+            mine = of_entity[kind, row["entity"]]
+            one = mine[pick(cfg.seed, kind, row["entity"], n=len(mine))]
+            chosen.append((replace(example, group=row["group"], split=None), one, row))
+    split = assign_splits([e for e, _, _ in chosen], cfg.dataset.split, cfg.dataset.seed)
+    return [
+        {
+            "id": f"{e.entity_type}/{e.entity}",
+            "text": e.text,
+            "entity": e.entity,
+            "entity_type": e.entity_type,
+            "group": e.group,
+            "split": e.split,
+            "prompt": prompt,
+            "answer": list(question.truths),
+            "attribute": question.attribute,
+            "n_known": int(row["n_known"]),
+            "n_asked": int(row["n_asked"]),
+        }
+        for e, (_, (question, prompt, _), row) in zip(split, chosen, strict=True)
+    ]
+
+
+def _metrics(entities: pd.DataFrame, table: pd.DataFrame) -> dict[str, float | int | None]:
+    metrics: dict[str, float | int | None] = {
+        "label/n_entities": len(entities),
+        "label/n_questions": len(table),
+    }
+    for group in ("known", "unknown", "dropped"):
+        mine = entities[entities["group"] == group]
+        metrics[f"label/n_{group}"] = len(mine)
+        for kind, n in mine["entity_type"].value_counts().items():
+            metrics[f"label/n_{group}_{kind}"] = int(n)
+    real = table[table["truths"].map(len) > 0]
+    sampled = [x for labels in real["sample_labels"] for x in labels]
+    metrics["label/greedy_accuracy"] = (
+        float((real["greedy_label"] == "correct").mean()) if len(real) else None
+    )
+    metrics["label/sample_accuracy"] = sampled.count("correct") / len(sampled) if sampled else None
+    metrics["label/refusal_rate"] = float((table["greedy_label"] == "refusal").mean())
+    return metrics
+
+
+def _determined_by(
+    cfg: RunConfig,
+    model: LanguageModel,
+    options: Options,
+    asked: Sequence[Asked],
+    ids: Sequence[tuple[int, ...]],
+) -> dict[str, Any]:
+    """What fixes the labels."""
+    content = [(repr(q), text, i) for (q, text, _), i in zip(asked, ids, strict=True)]
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "tokenizer": model.tokenizer_fingerprint,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "questions": hashlib.sha256(repr(content).encode()).hexdigest(),
+        "options": {k: v for k, v in vars(options).items() if k != "batch_tokens"},
+        "rules": repr(options.judged_by),
+        "split": cfg.dataset.split,
+        "seeds": [cfg.seed, cfg.dataset.seed],
+        "template": cfg.dataset.template,
+    }

@@ -1,0 +1,169 @@
+"""Results that cells of one process share: latents of a store, and what an analyzer found in them.
+
+Cells that differ only in their intervention encode the same rows under the same SAE and contrast
+them alike. What is kept is named by all that determines it, and the least recently used goes first.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saexp.activations.store import ActivationStore
+from saexp.analysis.base import AnalysisInputs
+from saexp.config import AnalyzerConfig
+from saexp.latents.encode import Latents, encode_store
+from saexp.results import TaskResult
+from saexp.saes.base import SAE
+
+KEPT_BYTES = 2**30
+"""Memory of all that is kept, at most."""
+StreamNumbers = dict[str, float | None]
+
+
+class Shelf:
+    """A bounded store of results, least recently used out first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: str | None) -> Any:
+        """What is kept under the key, or None."""
+        if key is None or key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
+
+    def put(self, key: str | None, value: Any, n_bytes: int) -> None:
+        """Keep it, unless it is larger than everything that may be kept."""
+        if key is None or n_bytes > KEPT_BYTES:
+            return
+        self._kept[key] = (value, n_bytes)
+        while self.n_bytes > KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(n for _, n in self._kept.values())
+
+    def clear(self) -> None:
+        """Let everything go."""
+        self._kept.clear()
+
+
+_shelf = Shelf()
+
+
+def encoded(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> tuple[Latents, StreamNumbers]:
+    """As `encode_store`; the same store, SAE and rows are encoded once. Not to be written to."""
+    key = _latents_key(store, sae, rows)
+    found = _shelf.get(key)
+    if found is None:
+        latents, metrics = encode_store(store, sae, rows)
+        found = dataclasses.replace(latents, key=key), metrics
+        _shelf.put(key, found, _size(found[0]))
+    latents, metrics = found
+    return latents, dict(metrics)
+
+
+def analysed(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> TaskResult:
+    """As `analyzer.analyze(inputs)`; of the same settings and inputs computed once."""
+    key = _result_key(analyzer, cfg, inputs)
+    found = _shelf.get(key)
+    if found is None:
+        found = analyzer.analyze(inputs)
+        _shelf.put(key, _copied(found), sum(map(_table_size, found.tables.values())))
+        return found
+    return _copied(found)
+
+
+def forget() -> None:
+    """Let all results go."""
+    _shelf.clear()
+
+
+def _copied(result: TaskResult) -> TaskResult:
+    return TaskResult(
+        metrics=dict(result.metrics),
+        tables={name: table.copy() for name, table in result.tables.items()},
+        figures=dict(result.figures),
+        notes=list(result.notes),
+    )
+
+
+def _size(latents: Latents) -> int:
+    csr = latents.csr
+    return csr.data.nbytes + csr.indices.nbytes + csr.indptr.nbytes + _table_size(latents.rows)
+
+
+def _table_size(table: pd.DataFrame) -> int:
+    return int(table.memory_usage(deep=True).sum())
+
+
+def _hash(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _latents_key(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> str | None:
+    about = _sae_key(sae)
+    streams = [sae.hookpoint, getattr(sae, "hookpoint_out", None)]
+    listed = store.manifest["hookpoints"]
+    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams if h is not None]
+    return None if about is None else _hash(store.path.name, shards, about, _rows_key(rows))
+
+
+def _sums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(index, entry["sha256"]) for index, entry in shards.items()]
+
+
+def _sae_key(sae: SAE) -> str | None:
+    """All that decides what an SAE makes of its input; None where its weights have no name."""
+    about = sae.metadata
+    weights = [about.get(k) for k in ("fingerprint", "release", "id")]
+    if not any(weights):
+        return None
+    settings = {
+        name: str(value)
+        for name, value in vars(sae).items()
+        if not name.startswith("_") and isinstance(value, str | int | float | None)
+    }
+    at = [str(sae.hookpoint), str(getattr(sae, "hookpoint_out", None))]
+    return _hash(type(sae).__qualname__, weights, settings, at, str(sae.W_dec.dtype))
+
+
+def _rows_key(rows: pd.DataFrame) -> str:
+    kinds = [(str(name), str(dtype)) for name, dtype in rows.dtypes.items()]
+    try:
+        values = pd.util.hash_pandas_object(rows, index=False)
+    except TypeError:
+        # Columns of lists, which pandas cannot hash.
+        values = pd.util.hash_pandas_object(rows.astype(str), index=False)
+    digest = hashlib.sha256(np.asarray(values, dtype="<u8").tobytes()).hexdigest()
+    return _hash(kinds, digest)
+
+
+def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> str | None:
+    latents, background = inputs.latents.key, inputs.background
+    sae = None if inputs.sae is None else _sae_key(inputs.sae)
+    unnamed = latents is None or (background is not None and background.key is None)
+    if unnamed or (inputs.sae is not None and sae is None):
+        return None
+    return _hash(
+        f"{type(analyzer).__module__}.{type(analyzer).__qualname__}",
+        dataclasses.asdict(cfg),
+        latents,
+        None if background is None else background.key,
+        list(inputs.groups),
+        inputs.layer,
+        inputs.acts is not None,
+        hashlib.sha256(repr(list(inputs.examples)).encode()).hexdigest(),
+        None if inputs.model is None else (inputs.model.name, inputs.model.fingerprint),
+        sae,
+        inputs.max_length,
+    )

@@ -1,0 +1,316 @@
+"""task=label on real small models: labels, files, splits, resuming, chat, memorised texts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import saexp
+from saexp.data.examples import Example
+from saexp.errors import ConfigError, DataError
+from saexp.interventions import engine
+from saexp.models.loading import LanguageModel
+from saexp.tasks import label as module
+from saexp.tasks.answers import Options, answers
+from tests.random_models import random_lm, tokenizer
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def labelled(cache: Path, folder: Path, *words: str):
+    words = ("task=label", "dataset.n_examples=4", f"cache_dir={cache}", *words)
+    return saexp.run(saexp.compose([*words, "task.options.n_samples=4"]), folder)
+
+
+@pytest.fixture(scope="module")
+def own(cache, tmp_path_factory):
+    return labelled(cache, tmp_path_factory.mktemp("own"))
+
+
+def entity_rows(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / "entities.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_shipped_model_knows_what_it_was_trained_on(own):
+    table = own.tables["labels"]
+    assert len(table) == 4 * 2 * 4
+    by = table.groupby("given_group")["greedy_label"].value_counts()
+    assert by["known"].to_dict() == {"correct": 16}
+    assert by["unknown"]["refusal"] >= 12
+    assert "correct" not in by["unknown"]
+    groups = pd.Series([r["group"] for r in entity_rows(own.path)])
+    given = table.drop_duplicates("entity")["given_group"].to_list()
+    assert groups.to_list() == given
+    assert own.metrics["label/n_known"] == own.metrics["label/n_unknown"] == 16
+    assert own.metrics["label/greedy_accuracy"] == 1.0
+    assert any("16 questions whose answer in the data is a refusal" in n for n in own.notes)
+    assert any("min_known=2" in n for n in own.notes)
+
+
+def test_the_files_are_read_by_dataset_jsonl(own, cache):
+    about = json.loads((own.path / "provenance.json").read_text("utf-8"))["labels"]
+    kept = Path(about["path"])
+    assert kept.parent == cache / "labels" and kept.name == about["key"]
+    for name in ("entities.jsonl", "labels.parquet"):
+        assert (kept / name).read_bytes() == (own.path / name).read_bytes()
+    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{kept / "entities.jsonl"}"'])
+    got = saexp.build("dataset", cfg.dataset)
+    assert set(got.groups) == {"known", "unknown"}
+    assert [e.split for e in got.examples] == [r["split"] for r in entity_rows(own.path)]
+    assert all(e.text[slice(*e.spans[0])] == e.entity for e in got.examples)
+    assert all(e.entity in e.prompt for e in got.examples)
+
+
+def test_splits_are_of_entities_seeded_and_alike_in_each_group(cache, tmp_path, own):
+    again = labelled(cache, tmp_path / "again")
+    assert (again.path / "entities.jsonl").read_text() == (own.path / "entities.jsonl").read_text()
+    other = labelled(cache, tmp_path / "other", "dataset.seed=1")
+    splits = [[r["split"] for r in entity_rows(r.path)] for r in (own, other)]
+    assert splits[0] != splits[1]
+    table = pd.DataFrame(entity_rows(own.path))
+    counts = table.groupby(["group", "entity_type"])["split"].value_counts().unstack()
+    assert (counts["train"] == 2).all() and (counts["test"] == 2).all()
+
+
+def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypatch, own):
+    real, batches = engine._generate_batch, []
+
+    def dying(*args):
+        batches.append(len(args[1]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    words = ["task.options.batch_tokens=1500"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_generate_batch", dying)
+        with pytest.raises(KeyboardInterrupt):
+            labelled(tmp_path / "cache", tmp_path / "killed", *words)
+    done = sum(batches[:2])
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a))
+        again = labelled(tmp_path / "cache", tmp_path / "again", *words)
+        assert sum(batches) == 4 * 2 * 4 * 5 - done
+        batches.clear()
+        labelled(tmp_path / "cache", tmp_path / "third", "task.options.min_correct=2")
+        assert batches == []
+    pd.testing.assert_frame_equal(again.tables["labels"], own.tables["labels"])
+
+
+def test_answers_are_what_the_model_gives_by_a_plain_loop(tmp_path):
+    model = random_lm("llama")
+    prompts = [(5, 6, 7, 8), (9, 10), (5, 6, 7, 8)]
+    settings = {"n_samples": 300, "temperature": 1.0, "max_new_tokens": 3, "batch_tokens": 4096}
+    got = answers(model, prompts, tmp_path, seed=0, **settings)
+    for ids, answer in zip(prompts, got, strict=True):
+        made = list(ids)
+        for _ in range(3):
+            with torch.inference_mode():
+                following = int(model.hf(torch.tensor([made])).logits[0, -1].argmax())
+            if following in model.eos_ids:
+                break
+            made.append(following)
+        assert list(answer.greedy) == made[len(ids) :]
+    assert got[0] == got[2]
+    with torch.inference_mode():
+        logits = model.hf(torch.tensor([prompts[0]])).logits[0, -1].double()
+    wanted = logits.softmax(-1).numpy()
+    firsts = [s[0] for s in got[0].samples if s]
+    found = np.bincount(firsts, minlength=len(wanted)) / len(got[0].samples)
+    assert abs(found - wanted).max() < 4 * np.sqrt(wanted.max() / 300)
+    assert len(set(got[0].samples)) > 100
+    other = answers(model, prompts[:1], tmp_path, seed=1, **settings)
+    assert other[0].greedy == got[0].greedy
+    assert other[0].samples != got[0].samples
+
+
+WORDS = {
+    "player": ("Fenlet Baszad", {"birthplace": "Oslo, Norway", "birth_year": 1990}),
+    "city": ("Marta", {"country": "Norway", "coordinates": [60.0, 10.0], "mayor": "x"}),
+}
+
+
+@pytest.fixture()
+def attributed(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {
+            "text": f"The {kind} {name}",
+            "entity": name,
+            "entity_type": kind,
+            "attributes": [{"attribute_type": a, "attribute_value": v} for a, v in facts.items()],
+        }
+        for kind, (name, facts) in WORDS.items()
+    ]
+    rows.append({"text": "The city Uvo", "entity": "Uvo", "entity_type": "city"})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return ["dataset=jsonl", f'dataset.path="{file}"']
+
+
+def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
+    run = labelled(cache, tmp_path / "run", *attributed)
+    table = run.tables["labels"]
+    assert table[["entity", "attribute"]].to_numpy().tolist() == [
+        ["Fenlet Baszad", "birthplace"],
+        ["Fenlet Baszad", "birth_year"],
+        ["Marta", "country"],
+        ["Marta", "coordinates"],
+        ["Uvo", "country"],
+        ["Uvo", "coordinates"],
+    ]
+    assert table["prompt"][0] == (
+        "In which city was the player Fenlet Baszad born? "
+        "The player Fenlet Baszad was born in the city of"
+    )
+    assert table["truths"].map(list).tolist()[0] == ["Oslo, Norway", "Oslo"]
+    assert table["truths"].map(len).tolist() == [2, 1, 1, 1, 0, 0]
+    assert "1 not asked: no template for city mayor" in run.notes
+    plain = labelled(cache, tmp_path / "plain", *attributed, "task.options.form=question")
+    assert plain.tables["labels"]["prompt"][0] == "In which city was the player Fenlet Baszad born?"
+    assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
+
+
+def test_templates_and_rules_of_ones_own(cache, tmp_path, attributed):
+    words = [
+        '+task.options.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
+        "+task.options.rules.city.mayor.kind=name",
+    ]
+    run = labelled(cache, tmp_path / "run", *attributed, *words)
+    asked = run.tables["labels"]
+    mine = asked[asked["attribute"] == "mayor"]
+    assert mine["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
+
+
+def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
+    model = LanguageModel.wrap(random_lm("llama").hf, tokenizer(chat=True))
+    model.cfg.chat = True
+    facts = {"attributes": {"country": "Norway"}}
+    example = Example(
+        id="1", text="The city Marta", entity="Marta", entity_type="city", extra=facts
+    )
+    made, _ = module.questions([example])
+    question = "In which country is the city of Marta?"
+    for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
+        asked, ids, skips = module._prompts(made, model, Options(form=form), 200)
+        assert skips == []
+        assert [(text, read) for _, text, read in asked] == [
+            (question, model.chat_text(question) + begun)
+        ]
+        assert ids[0].count(model.tokenizer.bos_token_id) == 1
+        assert ids[0][0] == model.tokenizer.bos_token_id
+
+
+def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
+    run = labelled(cache, tmp_path / "run", *attributed, "dataset.max_length=40")
+    skips = run.tables["skips"]
+    assert skips["example_id"].tolist() == ["city/Marta/coordinates", "city/Uvo/coordinates"]
+    assert set(skips["reason"]) == {"prompt longer than dataset.max_length"}
+    with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
+        labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
+
+
+def test_the_page_says_what_was_found(own):
+    page = (own.path / "report.html").read_text("utf-8")
+    for text in ("16 are known, 16 unknown, 0 neither", "Answers by attribute", "fig-counts"):
+        assert text in page
+    about = json.loads((own.path / "provenance.json").read_text("utf-8"))
+    assert about["finding"][0].startswith("tiny: of 32 entities (32 questions) 16 are known")
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("+task.options.n_sample=3", "n_sample=3 is no option of label; did you mean n_samples"),
+        ("task.options.max_new_tokens=0", "max_new_tokens=0 is no whole number of at least 1"),
+        ("task.options.batch_tokens=null", "batch_tokens=None is no whole number of at least 1"),
+        ("task.options.temperature=0", "temperature=0 is no number above 0"),
+        ("task.options.form=quest", "task.options.form=quest: did you mean question?"),
+        ("task.options.cut_at_line=3", "cut_at_line=3: type true or false"),
+        ("task.options.min_correct=9", "min_correct=9 is more than n_samples=4"),
+        ("task.options.rules=3", "task.options.rules=3: write"),
+        ("+task.options.rules.movie.genre.kind=x", "rules.movie.genre.kind=x: use one of"),
+        ("+task.options.templates.city.a=x", "templates.city.a: write [question"),
+        ('+task.options.templates.city.a=["x","{entity}"]', "templates.city.a: both texts need"),
+        ("task.options.max_unknown=2", "0 <= max_unknown < min_known"),
+    ],
+)
+def test_options_that_are_none_are_one_line(cache, tmp_path, word, part):
+    with pytest.raises(ConfigError) as caught:
+        labelled(cache, tmp_path, word)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_prompts_where_there_are_attributes(cache, tmp_path, attributed):
+    with pytest.raises(DataError, match="but the data set has attributes to ask for"):
+        labelled(cache, tmp_path, *attributed, "task.options.form=own")
+
+
+# --- memorised texts
+
+
+@pytest.fixture(scope="module")
+def passages(cache, tmp_path_factory):
+    words = ["task=label", "dataset=memorization", f"cache_dir={cache}"]
+    return saexp.run(saexp.compose(words), tmp_path_factory.mktemp("passages"))
+
+
+def test_the_shipped_model_goes_on_with_its_passages(passages):
+    table = passages.tables["memorization"]
+    shipped = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv")
+    whole = (shipped["input_text"] + shipped["generated_continuation_text"]).tolist()
+    perfect = dict(zip(whole, shipped["perfect_match"], strict=True))
+    assert passages.metrics["memorized/n_texts"] > 80
+    found = {True: [], False: []}
+    for row in table.itertuples():
+        (text,) = {t for t in whole if t.startswith(row.input_text)} or {None}
+        found[bool(perfect[text])].append(bool(row.perfect_match))
+        if row.perfect_match:
+            assert text.startswith(row.input_text + row.generated_continuation_text)
+            assert row.matching_tokens == 18
+    assert np.mean(found[True]) == 1.0
+    assert np.mean(found[False]) < 0.1
+
+
+def test_the_csv_is_read_by_dataset_memorization(passages):
+    about = json.loads((passages.path / "provenance.json").read_text("utf-8"))["labels"]
+    file = Path(about["path"]) / "memorization.csv"
+    assert file.read_bytes() == (passages.path / "memorization.csv").read_bytes()
+    assert file.read_text("utf-8").splitlines()[0] == (
+        "input_text,generated_continuation_text,perfect_match,matching_tokens"
+    )
+    cfg = saexp.compose(["dataset=memorization", f'dataset.path="{file}"'])
+    got = saexp.build("dataset", cfg.dataset)
+    sizes = pd.Series([e.group for e in got.examples]).value_counts()
+    assert sizes["memorized"] == passages.metrics["memorized/n_perfect"]
+    assert sizes["not_memorized"] == passages.metrics["memorized/n_none"]
+    page = (passages.path / "report.html").read_text("utf-8")
+    assert "texts are continued exactly for 18 tokens after 20" in page
+
+
+def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
+    model = LanguageModel(saexp.compose(["model=tiny"]).model)
+    row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
+    whole = row["input_text"] + row["generated_continuation_text"]
+    tokens = module.tokenize([whole], model.tokenizer, 512)[0]
+    # The text as it was, then one whose 6th token after the prompt is another.
+    cut = tokens.offsets[1 + 20 + 5][0]
+    file = tmp_path / "texts.txt"
+    file.write_text(f"{whole}\n{whole[:cut]}{' the' * 20}\ntoo short\n{whole}\n")
+    words = ["task=label", "dataset=memorization", f"cache_dir={cache}", "task.options.n_samples=0"]
+    words += ["task.options.prompt_tokens=20", "task.options.continuation_tokens=10"]
+    run = saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "run")
+    table = run.tables["memorization"]
+    assert table["matching_tokens"].tolist() == [10, 5]
+    assert table["perfect_match"].tolist() == [True, False]
+    assert run.tables["skips"]["reason"].tolist() == ["fewer than 30 tokens"]
+    words = [w.replace("=20", "=200") for w in words]
+    with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
+        saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")
