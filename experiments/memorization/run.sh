@@ -4,9 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/memorization}
-study="experiment=memorization ${MODEL:-model=tiny} layer=${LAYER:-2} ${DATA:-} ${QUIET:-tracker=none} ${EXTRA:-}"
+study="experiment=memorization ${MODEL:-model=tiny} layer=${LAYER:-3} ${DATA:-} ${QUIET:-tracker=none} ${EXTRA:-}"
 # shellcheck disable=SC2086
 {
+  # L0, values, the most frequent latents of each group, their overlap, counts.
   "$python" -m saexp $study analyzer=stats hydra.run.dir="$out/stats"
-  "$python" -m saexp $study hydra.run.dir="$out/contrast"
+  # Which latents tell the groups apart, and does steering them change the continuation?
+  "$python" -m saexp $study intervention=steer 'coefficient=[0,0.1,0.2,0.4]' hydra.run.dir="$out/contrast"
 }

@@ -17,7 +17,7 @@ from saexp.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
 
-AUTO_BATCH_TOKENS = {"cuda": 65536, "mps": 8192, "cpu": 4096}
+AUTO_BATCH_TOKENS = {"cuda": 65536, "mps": 8192, "cpu": 1024}
 """Tokens per batch to begin with, by device type; on CUDA it halves until a batch fits."""
 
 

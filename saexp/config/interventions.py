@@ -67,8 +67,9 @@ class InterventionConfig:
     """What is scored, registry names of kind `outcome`."""
     n_neutral: int = 10
     """Neutral texts on which the cost is measured (outcome neutral_kl)."""
-    batch_tokens: int = 8192
-    """Tokens per batch of prompts, padding included."""
+    batch_tokens: Any = "auto"
+    """Tokens per batch of prompts, padding included; auto: what keeps the KV cache in 2 GiB, at
+    most 65536."""
     seed: int = 0
     """Seed of the choice of prompts and controls."""
 
@@ -83,8 +84,15 @@ class InterventionConfig:
             one_of("intervention.directions", direction, DIRECTIONS)
         for key, least in (("n_controls", 0), ("n_prompts", 1), ("n_choice_prompts", 0)):
             at_least(f"intervention.{key}", getattr(self, key), least)
-        for key in ("max_new_tokens", "top_k", "n_neutral", "batch_tokens"):
+        for key in ("max_new_tokens", "top_k", "n_neutral"):
             at_least(f"intervention.{key}", getattr(self, key), 1)
+        if self.batch_tokens != "auto":
+            if not str(self.batch_tokens).isdecimal():
+                raise ConfigError(
+                    f"intervention.batch_tokens={self.batch_tokens} is no number; type auto, or "
+                    "8192"
+                )
+            at_least("intervention.batch_tokens", int(self.batch_tokens), 1)
         at_least("intervention.temperature", self.temperature, 0)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)

@@ -95,8 +95,7 @@ class StreamProgram:
         made, device = self.tensors, self.device
         if self.added:
             vectors = torch.zeros(self.n_rows, d)
-            for row, vector in self.added.items():
-                vectors[row] = vector
+            vectors[list(self.added)] = torch.stack(list(self.added.values()))
             made["added"] = vectors.to(device)
         if self.moves:
             assert self.sae is not None
@@ -192,15 +191,19 @@ class BatchEdit:
     def __init__(self, rows: Sequence[Row], width: int, saes: SAEs, device: torch.device) -> None:
         self.at_prompt = torch.zeros(len(rows), width, dtype=torch.bool)
         self.at_generated = torch.zeros(len(rows), dtype=torch.bool)
+        changed: tuple[list[int], list[int]] = ([], [])
         self.programs: dict[Hookpoint, StreamProgram] = {}
         self.sources: dict[Hookpoint, Hookpoint] = {}
         for i, row in enumerate(rows):
-            if not row.active:
+            active = row.active
+            if not active:
                 continue
             start = width - len(row.ids)
-            self.at_prompt[i, [start + p for p in row.positions]] = True
-            self.at_generated[i] = row.generated
-            for op in row.active:
+            changed[0].extend([i] * len(row.positions))
+            changed[1].extend([start + p for p in row.positions])
+            if row.generated:
+                self.at_generated[i] = True
+            for op in active:
                 sae = saes.get(op.hookpoint)
                 at = op.hookpoint
                 if isinstance(op, Move | Splice) and sae is not None and sae.hookpoint_out:
@@ -209,6 +212,7 @@ class BatchEdit:
                 if at not in self.programs:
                     self.programs[at] = StreamProgram(len(rows), device)
                 self.programs[at].add(i, op, sae)
+        self.at_prompt[changed] = True
         self.at_prompt = self.at_prompt.to(device)
         self.at_generated = self.at_generated.to(device)
         self._built = False

@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ _DROP_SHARE = 0.25
 """Finished rows leave the batch once they are this share of it."""
 _SHARE_FROM = 0.15
 """Prompts are shared where that saves this share of a batch's tokens."""
+_CACHE_BYTES = 2 * 2**30
+_MOST_TOKENS = 65536
 _LOGIT_BYTES = 512 * 2**20
 """Largest tensor of logits."""
 
@@ -39,23 +42,37 @@ Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
 """What is kept of a row's logits at its last `n_last` tokens (float32)."""
 
 
+def batch_tokens_for(model: LanguageModel, asked: int | str) -> int:
+    """`asked`, or for `auto` as many tokens as keep the KV cache within _CACHE_BYTES."""
+    if asked != "auto":
+        return int(asked)
+    about = model.text_config
+    n_heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
+    size = getattr(about, "head_dim", None) or model.d_model // about.num_attention_heads
+    per_token = 2 * model.n_layers * int(n_heads) * int(size) * model.dtype.itemsize
+    return max(1024, min(_MOST_TOKENS, _CACHE_BYTES // per_token))
+
+
 def padded(
     ids: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """Left-padded ids and their mask."""
     width = max(map(len, ids))
-    out = torch.full((len(ids), width), pad_id)
-    mask = torch.zeros_like(out)
-    for i, row in enumerate(ids):
-        out[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return out.to(device), mask.to(device)
+    out = np.full((len(ids), width), pad_id, dtype=np.int64)
+    lengths = np.fromiter(map(len, ids), dtype=np.int64)
+    mask = np.arange(width) >= width - lengths[:, None]
+    out[mask] = np.fromiter((t for row in ids for t in row), dtype=np.int64)
+    return torch.from_numpy(out).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
 
 
 def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
     """Option that keeps the LM head to the last n positions, where the model has it."""
-    known = inspect.signature(model.hf.forward).parameters
-    return {"logits_to_keep": n} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": n} if _keeps(type(model.hf)) else {}
+
+
+@lru_cache
+def _keeps(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 @dataclass

@@ -13,7 +13,7 @@ from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
 from saexp.data.tokens import tokenize
 from saexp.interventions.cache import ResultCache
-from saexp.interventions.engine import divergences, generate, read_logits
+from saexp.interventions.engine import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row, Sampling
 from saexp.interventions.outcomes import mean_loss
@@ -80,7 +80,7 @@ class Measurement:
             rows,
             {self.sae.hookpoint: self.sae},
             max_new_tokens=self.cfg.max_new_tokens,
-            batch_tokens=self.cfg.batch_tokens,
+            batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
         )
         texts = self.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -121,7 +121,7 @@ class Measurement:
                 None,
                 reader,
                 kind="loss of the last tokens",
-                batch_tokens=self.cfg.batch_tokens,
+                batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
                 n_last=lambda r: r.about[0] + 1,
                 cache=self.cache,
                 what="perplexity",
@@ -165,7 +165,7 @@ class Measurement:
             {self.sae.hookpoint: self.sae},
             lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
             kind=outcome.name,
-            batch_tokens=self.cfg.batch_tokens,
+            batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
             what=outcome.name,
         )
@@ -197,7 +197,7 @@ class Measurement:
             self.model,
             rows,
             {self.sae.hookpoint: self.sae},
-            batch_tokens=self.cfg.batch_tokens,
+            batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
         )
         values = np.asarray(found).reshape(len(cells), len(texts))

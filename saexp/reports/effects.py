@@ -65,17 +65,44 @@ def prompts_of(group: str) -> str:
 
 
 def effect_sentences(run: SavedRun) -> list[str]:
-    """One sentence per main condition and outcome, then what it costs."""
+    """One sentence per main condition: the first outcome in full, the others' numbers behind it."""
     told = []
-    for condition in run.main_conditions():
-        for outcome in run.outcomes:
-            sentence = _effect(run, condition, outcome)
-            if sentence:
-                told.append(sentence)
+    for condition in run.main_conditions() if run.outcomes else []:
+        first, *others = run.outcomes
+        sentence = _effect(run, condition, first)
+        coefficient = run.told_coefficient(condition, first)
+        if coefficient is not None:
+            sentence += "".join(_beside(run, condition, coefficient, o) for o in others)
+            sentence += _cost(run, condition, coefficient) + _attention(run, condition)
+        told.append(f"{sentence}.")
     return told
 
 
-def _effect(run: SavedRun, condition: str, outcome: str) -> str | None:
+def _beside(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+    """Another outcome at the same strength: before, after, the controls' range."""
+    summary = run.summary
+    assert summary is not None
+    at = summary[summary["coefficient"] == coefficient]
+    row = at[at["condition"] == condition].iloc[0]
+    before = summary[(summary["role"] == "baseline") & (summary["group"] == row["group"])].iloc[0]
+    controls = at[(at["of"] == condition) & (at["role"] == "control")][outcome]
+    beside = f" (controls {controls.min():.2f} to {controls.max():.2f})" if len(controls) else ""
+    return f"; {_words(outcome)} {before[outcome]:.2f} -> {row[outcome]:.2f}{beside}"
+
+
+def _attention(run: SavedRun, condition: str) -> str:
+    """Attention from the last token to the entity, where it was measured for the condition."""
+    table = run.table("attention_summary")
+    if table is None or condition not in set(table["condition"]):
+        return ""
+    row = table[table["condition"] == condition].iloc[0]
+    return (
+        f"; attention from the last token to the entity {row['original']:.3f} -> "
+        f"{row['edited']:.3f} (p {_p(float(row['p_value']))})"
+    )
+
+
+def _effect(run: SavedRun, condition: str, outcome: str) -> str:
     summary = run.summary
     assert summary is not None
     cfg = run.config["intervention"]
@@ -85,7 +112,7 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str | None:
         row = mine.iloc[0]
         return (
             f"{VERBS.get(cfg['name'], cfg['name'])} {what(row)} changes {_words(outcome)} of "
-            f"{prompts_of(row['group'])} at no coefficient by more than its controls."
+            f"{prompts_of(row['group'])} at no coefficient by more than its controls"
         )
     at = summary[summary["coefficient"] == coefficient]
     row = at[at["condition"] == condition].iloc[0]
@@ -104,8 +131,7 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str | None:
         f"{VERBS.get(cfg['name'], cfg['name'])} {what(row)}{place}{strength}: {_words(outcome)} on "
         f"{int(row[f'{outcome}_n'])} {prompts_of(group)} {numbers}"
     )
-    cost = _cost(run, condition, coefficient) if outcome == run.outcomes[0] else ""
-    return f"{sentence}{_controls(at, condition, outcome)}{cost}."
+    return f"{sentence}{_controls(at, condition, outcome)}"
 
 
 def _words(outcome: str) -> str:
