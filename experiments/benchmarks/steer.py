@@ -29,7 +29,8 @@ import saexp
 from saexp.data.positions import entity_tokens
 from saexp.data.tokens import tokenize
 from saexp.interventions.batch import BatchEdit
-from saexp.interventions.engine import batch_tokens_for, generate, padded
+from saexp.interventions.computing import batch_tokens_for, generate
+from saexp.interventions.engine import padded
 from saexp.interventions.ops import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, position_ids

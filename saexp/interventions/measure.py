@@ -13,7 +13,7 @@ from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
 from saexp.data.tokens import tokenize
 from saexp.interventions.cache import ResultCache
-from saexp.interventions.engine import batch_tokens_for, divergences, generate, read_logits
+from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row, Sampling
 from saexp.interventions.outcomes import mean_loss

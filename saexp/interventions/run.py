@@ -192,7 +192,7 @@ class CausalTest:
         if fingerprint is None:
             return None
         determined_by = {
-            "model": self.model.fingerprint if weights is None else self._fingerprint,
+            "model": self.model.fingerprint,
             "weights": repr(weights) + (" embedding" if weights and self.cfg.embedding else ""),
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
@@ -202,10 +202,6 @@ class CausalTest:
             "hookpoint": self.sae.hookpoint.name,
         }
         return ResultCache(self.cache_dir, determined_by)
-
-    @property
-    def _fingerprint(self) -> str:
-        return self.model.fingerprint
 
     def _choose(self, summary: pd.DataFrame, outcome: str, notes: list[str]) -> pd.DataFrame:
         """With column `chosen`: the coefficient chosen on train prompts, of the test split."""

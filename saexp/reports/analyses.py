@@ -18,7 +18,8 @@ from saexp.reports import (
 from saexp.reports.analyses_generic import FIGURES
 from saexp.reports.analyses_parts import Table, cell
 from saexp.reports.effect_figures import effect_figures
-from saexp.reports.effects import effect_content, effect_sentences
+from saexp.reports.effect_tables import effect_content
+from saexp.reports.effects import effect_sentences
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.look import GROUP_COLOURS
 from saexp.reports.saved import SavedRun

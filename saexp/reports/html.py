@@ -10,7 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from saexp.reports.effects import VERBS, attribution_tables, effect_content
+from saexp.reports.effect_tables import attribution_tables, effect_content
+from saexp.reports.effects import VERBS
 from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
 from saexp.reports.saved import SavedRun

@@ -14,7 +14,7 @@ from saexp.data.matchers import Rules
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError, StoreError
 from saexp.interventions.cache import ResultCache
-from saexp.interventions.engine import generate
+from saexp.interventions.computing import generate
 from saexp.interventions.ops import Row, Sampling
 from saexp.models.loading import LanguageModel
 from saexp.registry import did_you_mean

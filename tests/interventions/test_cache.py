@@ -8,7 +8,7 @@ import torch
 from saexp.errors import StoreError
 from saexp.interventions import engine
 from saexp.interventions.cache import ResultCache
-from saexp.interventions.engine import generate
+from saexp.interventions.computing import generate
 from saexp.interventions.ops import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder

@@ -10,10 +10,11 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.edits import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.edits import Clamp, Steer
 from saexp.interventions.facts import Condition, LatentFacts, orthonormal
 from saexp.interventions.ops import Add, Move, Project
 from saexp.interventions.prompts import Prompts
+from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import random_lm
 

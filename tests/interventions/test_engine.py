@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.engine import divergences, generate, last_logits, read_logits
+from saexp.interventions.computing import divergences, generate, read_logits
+from saexp.interventions.engine import last_logits
 from saexp.interventions.facts import orthonormal
 from saexp.interventions.ops import Add, Move, Op, Patch, Project, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint

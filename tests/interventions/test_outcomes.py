@@ -6,7 +6,7 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
-from saexp.interventions.engine import read_logits
+from saexp.interventions.computing import read_logits
 from saexp.interventions.ops import Row
 from saexp.interventions.outcomes import (
     Accuracy,
