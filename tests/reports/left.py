@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -80,9 +81,26 @@ def _records(file: Path) -> Iterator[Any]:
 
 
 def wandb_runs(folder: Path) -> list[dict[str, Any]]:
-    """Offline W&B runs anywhere below, oldest first: group, job_type, exit_code, logged keys."""
+    """Offline W&B runs anywhere below, oldest first: group, job_type, exit_code, logged keys.
+
+    W&B's own process writes the file, and may end that after the run is finished; it is waited for.
+    """
     files = sorted(folder.rglob("offline-run-*/*.wandb"), key=lambda p: p.parent.name)
-    return [_wandb_run(file) for file in files]
+    return [_whole_wandb_run(file) for file in files]
+
+
+def _whole_wandb_run(file: Path) -> dict[str, Any]:
+    from google.protobuf.message import DecodeError
+
+    began = time.monotonic()
+    while True:
+        try:
+            found = _wandb_run(file)
+        except DecodeError:
+            found = {}
+        if "exit_code" in found or time.monotonic() - began > 20:
+            return found
+        time.sleep(0.05)
 
 
 def _wandb_run(file: Path) -> dict[str, Any]:
