@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.controls import matched_controls
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.ops import Add, Move, Op, Vector
@@ -120,9 +120,14 @@ class LatentIntervention(ABC):
                 made.append(condition)
         return made
 
-    def write(self, vector: Tensor, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
-        """Operations for a direction of the stream, at its natural length."""
-        raise NotImplementedError
+    def write(
+        self,
+        vector: Tensor,  # noqa: ARG002
+        coefficient: float,  # noqa: ARG002
+        facts: LatentFacts,  # noqa: ARG002
+    ) -> tuple[Op, ...]:
+        """Operations for a direction of the stream; kinds with `vectors` define it."""
+        raise InterventionError(f"intervention={self.cfg.name} writes no directions but latents'")
 
     @abstractmethod
     def edit(

@@ -5,6 +5,7 @@ neutral text, `heads` outcomes attention. `rate` outcomes are yes or no, `mean` 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,7 +98,7 @@ class Perplexity:
         return None
 
 
-class NextToken:
+class NextToken(ABC):
     """Base of outcomes read from the logits after the prompt."""
 
     name, kind, source = "", "mean", "next"
@@ -106,15 +107,15 @@ class NextToken:
         """What is asked; the example's own prompt unless the outcome has a question."""
         return example
 
+    @abstractmethod
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         """(tokens for, tokens against). Raises Unplaced where the example has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(
         self, logits: Float[Tensor, " V"], first: Sequence[int], second: Sequence[int]
     ) -> float:
         """The outcome from next-token logits."""
-        raise NotImplementedError
 
 
 def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
@@ -131,6 +132,20 @@ def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
 
 
 class _Answer(NextToken):
+    """Base of outcomes of the answer's first token alone."""
+
+    def value(
+        self,
+        logits: Float[Tensor, " V"],
+        first: Sequence[int],
+        second: Sequence[int],  # noqa: ARG002
+    ) -> float:
+        return self.read(logits, first[0])
+
+    def read(self, logits: Float[Tensor, " V"], token: int) -> float:
+        """The outcome from next-token logits and that token; its logit unless said otherwise."""
+        return float(logits[token])
+
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         if not example.answers:
             raise Unplaced("no answer")
@@ -142,13 +157,8 @@ class AnswerProbability(_Answer):
 
     name = "answer_probability"
 
-    def value(
-        self,
-        logits: Float[Tensor, " V"],
-        first: Sequence[int],
-        second: Sequence[int],  # noqa: ARG002
-    ) -> float:
-        return float(logits.softmax(-1)[first[0]])
+    def read(self, logits: Float[Tensor, " V"], token: int) -> float:
+        return float(logits.softmax(-1)[token])
 
 
 class AnswerLogit(_Answer):
@@ -156,27 +166,14 @@ class AnswerLogit(_Answer):
 
     name = "answer_logit"
 
-    def value(
-        self,
-        logits: Float[Tensor, " V"],
-        first: Sequence[int],
-        second: Sequence[int],  # noqa: ARG002
-    ) -> float:
-        return float(logits[first[0]])
-
 
 class AnswerRank(_Answer):
     """Rank of the answer's first token, 0 for the likeliest."""
 
     name = "answer_rank"
 
-    def value(
-        self,
-        logits: Float[Tensor, " V"],
-        first: Sequence[int],
-        second: Sequence[int],  # noqa: ARG002
-    ) -> float:
-        return float((logits > logits[first[0]]).sum())
+    def read(self, logits: Float[Tensor, " V"], token: int) -> float:
+        return float((logits > logits[token]).sum())
 
 
 class LogitDifference(_Answer):

@@ -16,7 +16,7 @@ from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.describe import describe
 from saexp.tasks.gathering import Gathered, gather, gather_background
-from saexp.tasks.loaded import language_model, sparse_autoencoder
+from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 from saexp.tasks.shared import analysed, encoded
 from saexp.tasks.steering import check_steerable, intervene
@@ -119,13 +119,7 @@ def _save(
         result.notes,
         gathered.placement.skips,
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-        },
+        model=about_model(model),
         sae={
             **sae.metadata,
             "hookpoint": sae.hookpoint.name,

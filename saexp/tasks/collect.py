@@ -8,7 +8,7 @@ from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.results import TaskResult
 from saexp.tasks.gathering import gather
-from saexp.tasks.loaded import language_model
+from saexp.tasks.loaded import about_model, language_model
 from saexp.tasks.saving import skips_table, write_provenance, write_result
 
 
@@ -34,11 +34,7 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.notes,
         skips,
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-        },
+        model=about_model(model),
         store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
         tokens_forwarded=gathered.stats.tokens_forwarded,
     )

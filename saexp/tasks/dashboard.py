@@ -18,7 +18,7 @@ from saexp.tasks import cards
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.choosing import Chosen, choose
 from saexp.tasks.gathering import Gathered, gather, gather_background
-from saexp.tasks.loaded import language_model, sparse_autoencoder
+from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 
 
@@ -128,13 +128,7 @@ def _save(
         gathered.placement.skips,
         finding=[finding],
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-        },
+        model=about_model(model),
         sae={
             **sae.metadata,
             "hookpoint": sae.hookpoint.name,

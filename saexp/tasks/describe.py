@@ -20,7 +20,7 @@ from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.gathering import Gathered, gather, gather_background
-from saexp.tasks.loaded import language_model, per_layer, sparse_autoencoder
+from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 from saexp.tasks.shared import encoded
 from saexp.tasks.steering import check_steerable, intervene, selects
@@ -83,7 +83,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     save_figures(context.folder, result.figures)
     about = {
         "device": str(model.device),
-        "model": _about_model(model),
+        "model": about_model(model),
         "sae": _together(saes),
         "saes": saes,
         "store": {"key": gathered.store.path.name, "path": str(gathered.store.path)},
@@ -242,16 +242,6 @@ def _undefined(result: TaskResult) -> list[str]:
     if not listed:
         return []
     return [f"not defined with so few positions, units or resamples: {', '.join(listed)}"]
-
-
-def _about_model(model: LanguageModel) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "revision": model.cfg.revision,
-        "fingerprint": model.fingerprint,
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-    }
 
 
 def _about(sae: SparseAutoencoder) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from saexp.reports.evaluation import (
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.evaluate_texts import Texts, read_texts
-from saexp.tasks.loaded import language_model, per_layer, sparse_autoencoder
+from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 
 log = logging.getLogger(__name__)
@@ -183,13 +183,7 @@ def _save(
         result.notes,
         texts.skips,
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-            "n_layers": model.n_layers,
-            "d_model": model.d_model,
-        },
+        model=about_model(model),
         sae=saes[0] if len(saes) == 1 else one,
         saes=saes,
         store={"key": "none: texts are forwarded with and without the SAE"},

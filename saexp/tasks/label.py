@@ -20,7 +20,7 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.label import attribute_table, label_sentences, write_label_report
 from saexp.results import TaskResult
 from saexp.tasks.answers import Answers, Options, answers, labels_folder, write_whole
-from saexp.tasks.loaded import language_model
+from saexp.tasks.loaded import about_model, language_model
 from saexp.tasks.memorized import memorized
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 
@@ -84,11 +84,7 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.notes,
         skips,
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-        },
+        model=about_model(model),
         labels={"key": folder.name, "path": str(folder)},
         finding=label_sentences(model.name, entities, table),
     )

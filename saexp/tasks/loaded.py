@@ -32,6 +32,17 @@ def language_model(cfg: RunConfig) -> LanguageModel:
     return _shared("model", cfg.model)
 
 
+def about_model(model: LanguageModel) -> dict[str, Any]:
+    """The model as provenance names it; reads no weights."""
+    return {
+        "name": model.name,
+        "revision": model.cfg.revision,
+        "fingerprint": model.fingerprint,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+    }
+
+
 def sparse_autoencoder(cfg: RunConfig, model: LanguageModel) -> SparseAutoencoder:
     """The run's SAE, checked against the model. Raises ConfigError where no layer is given."""
     if cfg.layer is None and cfg.sae.id is None and cfg.sae.loader != "path":

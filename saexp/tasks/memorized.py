@@ -19,6 +19,7 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.label import memorized_sentences, write_label_report
 from saexp.results import TaskResult
 from saexp.tasks.answers import Options, answers, labels_folder, write_whole
+from saexp.tasks.loaded import about_model
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
@@ -88,11 +89,7 @@ def memorized(
         result.notes,
         skips,
         device=str(model.device),
-        model={
-            "name": model.name,
-            "revision": model.cfg.revision,
-            "fingerprint": model.fingerprint,
-        },
+        model=about_model(model),
         labels={"key": folder.name, "path": str(folder)},
         finding=memorized_sentences(model.name, table, n_prompt, n_next),
     )
