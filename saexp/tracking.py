@@ -153,7 +153,11 @@ class WandbTracker(NullTracker):
         """A W&B table."""
         # W&B takes pandas' own missing value for a type of its own; None it knows.
         plain = table.astype(object).where(table.notna(), None)
-        self.run.log({f"tables/{name}": self.wandb.Table(dataframe=plain, allow_mixed_types=True)})
+        # Rows as lists: from a DataFrame W&B looks every value up by itself, ten times slower.
+        made = self.wandb.Table(
+            columns=list(plain.columns), data=plain.to_numpy().tolist(), allow_mixed_types=True
+        )
+        self.run.log({f"tables/{name}": made})
 
     def figure(self, name: str, figure: Any) -> None:
         """An interactive W&B figure."""

@@ -1,16 +1,20 @@
 """The same collection as other tools' users write it; each returns one run to be timed."""
 
 import importlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saexp.models.loading import LanguageModel
 
 Sync = Callable[[], None]
+LONGEST = 128
+"""Tokens of the paper's tensor, whatever a batch needs."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +63,42 @@ def full_forward(
 def all_layers(
     model: LanguageModel, given: list[Batch], _layer: int, sync: Sync
 ) -> Callable[[], None]:
-    """The studied paper's way: every layer hooked, whole sequences kept in float32."""
+    """The way of Ferrando et al. 2024 (arXiv 2411.14257), as in their published code.
+
+    Per batch a zeroed float32 tensor `[b, layers, 128, d_model]`, filled by a hook before every
+    block that copies and adds; the whole model runs as called, cache and LM head included; then
+    the one position wanted is cut out at every layer and put into a float32 file.
+    """
+    blocks = model.blocks
+    n_texts = sum(len(batch.ids) for batch in given)
+
+    def kept_by(into: Tensor) -> Callable[..., None]:
+        def keep(_module: Any, inputs: Any) -> None:
+            into[:] += inputs[0].clone().to(into)
+
+        return keep
 
     def run() -> None:
-        longest = max(batch.ids.shape[1] for batch in given)
-        n = sum(len(batch.ids) for batch in given)
-        blocks = model.blocks
-        kept = torch.zeros(len(blocks), n, longest, model.d_model)
-        place = [0, 0]
-
-        def hook(index: int) -> Callable[..., None]:
-            def keep(_module: Any, _inputs: Any, output: Any) -> None:
-                values = output if isinstance(output, Tensor) else output[0]
-                first, end = place
-                kept[index, first:end, : values.shape[1]] = values.float().cpu()
-
-            return keep
-
-        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(blocks)]
-        try:
-            with torch.inference_mode():
-                for batch in given:
-                    place[:] = [place[1], place[1] + len(batch.ids)]
-                    model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            shape = (n_texts, len(blocks), model.d_model)
+            file = np.memmap(f"{folder}/acts.dat", dtype=np.float32, mode="w+", shape=shape)
+            first = 0
+            for batch in given:
+                n, longest = batch.ids.shape
+                acts = torch.zeros(n, len(blocks), LONGEST, model.d_model, device=model.device)
+                handles = [
+                    block.register_forward_pre_hook(kept_by(acts[:, i, :longest]))
+                    for i, block in enumerate(blocks)
+                ]
+                try:
+                    model.hf(input_ids=batch.ids, attention_mask=batch.mask)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                whole = acts.cpu()
+                file[first : first + n] = whole[torch.arange(n), :, batch.last].numpy()
+                first += n
+            file.flush()
         sync()
 
     return run
