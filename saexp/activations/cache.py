@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from saexp.activations.files import cannot_write, try_lock
-from saexp.activations.leases import users
-from saexp.activations.store import USED, ActivationStore
+from saexp.activations.leases import USED, users
+from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, StoreError
 from saexp.models.hookpoints import Hookpoint
 

@@ -163,9 +163,9 @@ class _Collection:
         if not todo:
             return
         self._check_room(todo, [*wanted, *ahead])
-        rows = {i: end - first for i, (first, end) in enumerate(self.store.shard_bounds)}
+        rows = {i: len(self.store.kept(i)) for i in todo}
         with (
-            progress(sum(rows[i] for i in todo), "collecting", "row") as bar,
+            progress(sum(rows.values()), "collecting", "row") as bar,
             ThreadPoolExecutor(1, thread_name_prefix="saexp-write") as writer,
         ):
             while todo:
@@ -201,9 +201,8 @@ class _Collection:
         return self.store.missing([*wanted, *ahead], [index])[index]
 
     def _check_room(self, todo: list[int], hookpoints: list[Hookpoint]) -> None:
-        bounds = self.store.shard_bounds
         absent = self.store.missing(hookpoints, todo)
-        n_rows = sum((bounds[i][1] - bounds[i][0]) * len(found) for i, found in absent.items())
+        n_rows = sum(len(self.store.kept(i)) * len(found) for i, found in absent.items())
         needs = n_rows * self.model.d_model * self.dtype.itemsize
         # Shards under way, or left so by a killed run, have their room already.
         held = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
@@ -216,11 +215,10 @@ class _Collection:
             )
 
     def _compute(self, job: ShardJob, writer: ThreadPoolExecutor, bar: Any) -> None:
-        first, end = self.store.shard_bounds[job.index]
         try:
             # At most the shard before is still being written.
             self._settle(1)
-            todo = units(self.placement, first, end)
+            todo = units(self.placement, self.store.kept(job.index))
             for batch in forward(self.model, todo, job.hookpoints, self.budget, self.dtype):
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding

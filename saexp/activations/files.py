@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 
 from saexp.errors import StoreError
 
+log = logging.getLogger(__name__)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ATTEMPTS = 3
 """How often a lock is tried whose folder another process takes away."""
@@ -25,6 +28,20 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
+    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not.
+
+    The checksum is looked at only where `hashed`.
+    """
+    if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        log.warning("%s is missing or truncated and counts as not collected", file)
+        return False
+    if hashed and sha256(file) != entry["sha256"]:
+        log.warning("%s is damaged (checksum) and counts as not collected", file)
+        return False
+    return True
 
 
 def show_bytes(n_bytes: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from saexp.data.positions import Placement
@@ -40,7 +41,7 @@ class Unit:
 
     ids: tuple[int, ...]
     rows: list[tuple[int, int, int]]
-    """(row in the shard, token index, text id)."""
+    """(row in the shard's file, token index, text id)."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,16 @@ class Batch:
     n_padding: int
 
 
-def units(placement: Placement, first: int, end: int) -> list[Unit]:
-    """What must be forwarded for rows [first, end).
+def units(placement: Placement, held: Int[np.ndarray, " n"]) -> list[Unit]:
+    """What must be forwarded for these rows, the ones that a shard's file holds in this order.
 
     A causal model's values do not depend on what comes later: a text counts up to its last wanted
     position only, and one that begins another (or equals it) is read from the other's pass.
     """
     wanted: dict[int, list[tuple[int, int, int]]] = {}
-    columns = placement.rows.iloc[first:end][["text_id", "token_index"]]
-    for row, (text_id, token) in enumerate(columns.itertuples(index=False)):
-        wanted.setdefault(int(text_id), []).append((row, int(token), int(text_id)))
+    columns = (placement.rows[c].to_numpy()[held].tolist() for c in ("text_id", "token_index"))
+    for row, (text_id, token) in enumerate(zip(*columns, strict=True)):
+        wanted.setdefault(text_id, []).append((row, token, text_id))
     found = [
         Unit(placement.texts[text_id].ids[: max(t for _, t, _ in rows) + 1], rows)
         for text_id, rows in wanted.items()

@@ -71,6 +71,12 @@ class ShardJob:
     def finish(self) -> None:
         """Rename the files into place, list them, and let the shard go."""
         try:
+            for hookpoint in self.hookpoints:
+                if hookpoint not in self.writers:
+                    # Nothing but repeats: a file without rows.
+                    self.writers[hookpoint] = self.store.writer(
+                        hookpoint, self.index, 0, self.dtype
+                    )
             entries = {h: writer.finish() for h, writer in self.writers.items()}
             self.store.enter(self.index, entries)
         except BaseException:

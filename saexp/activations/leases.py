@@ -10,15 +10,18 @@ import re
 import secrets
 import socket
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from saexp.activations.files import try_lock
+from saexp.activations.files import locked, try_lock
 from saexp.errors import StoreError
 
 log = logging.getLogger(__name__)
 
+USED = ".used"
+"""Empty file whose time of last change says when a run last used the store."""
 FOLDER = ".users"
 TRUST_SECONDS = 86400
 """A mark of another host that is not locked counts for so long: its locks may not reach here."""
@@ -53,6 +56,36 @@ class Lease:
             self.path.unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
+
+
+class Marked:
+    """A store's folder that is marked from its first use until `close`, or until it is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lease: Lease | None = None
+
+    def _mark(self) -> None:
+        """Leave a mark of this process; `.create.lock` is held."""
+        self._lease = Lease.take(self.path)
+        if self._lease is not None:
+            weakref.finalize(self, self._lease.release)
+
+    def _use(self) -> None:
+        """Mark the store as used. Raises StoreError where it was pruned meanwhile."""
+        if self._lease is not None or not os.access(self.path, os.W_OK):
+            return
+        with locked(self.path / ".create.lock"):
+            if not (self.path / "manifest.json").is_file():
+                raise StoreError(f"{self.path} was pruned meanwhile; run the command again")
+            (self.path / USED).touch()
+            self._mark()
+
+    def close(self) -> None:
+        """Take this object's mark away: the store may be pruned from now on."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
 
 def users(store: Path) -> list[str]:

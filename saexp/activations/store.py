@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from safetensors import safe_open
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import locked, sha256, write_atomically, write_json
+from saexp.activations.files import intact, locked, sha256, write_atomically, write_json
 from saexp.activations.joined import join, join_elsewhere, joined_name
-from saexp.activations.leases import Lease
+from saexp.activations.leases import USED, Marked
+from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -29,10 +28,9 @@ from saexp.models.hookpoints import Hookpoint
 log = logging.getLogger(__name__)
 
 VERSION = 1
-USED = ".used"
-"""Empty file whose time of last change says when a run last used the store."""
 _HASH_ON_OPEN_BYTES = 64 * 2**20
 """Shards up to this size are hashed when a store is opened; larger ones have their size checked."""
+_CHUNK_ROWS = 8192
 
 
 def store_key(ingredients: Mapping[str, Any]) -> str:
@@ -41,7 +39,7 @@ def store_key(ingredients: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-class ActivationStore:
+class ActivationStore(Marked):
     """One store: the activations of one model on one set of texts and positions.
 
     From the first use of its values until `close`, or until nothing refers to it, a mark keeps it
@@ -49,12 +47,12 @@ class ActivationStore:
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, verify: bool = False) -> None:
-        self.path = path
+        super().__init__(path)
         self.manifest = manifest
         self.verify = verify
         self._sound: set[tuple[str, int, str]] = set()
-        self._lease: Lease | None = None
         self._rows: pd.DataFrame | None = None
+        self._placed: Repeats | None = None
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
@@ -113,28 +111,6 @@ class ActivationStore:
             store._mark()
         return store
 
-    def _mark(self) -> None:
-        """Leave a mark of this process; `.create.lock` is held."""
-        self._lease = Lease.take(self.path)
-        if self._lease is not None:
-            weakref.finalize(self, self._lease.release)
-
-    def _use(self) -> None:
-        """Mark the store as used. Raises StoreError where it was pruned meanwhile."""
-        if self._lease is not None or not os.access(self.path, os.W_OK):
-            return
-        with locked(self.path / ".create.lock"):
-            if not (self.path / "manifest.json").is_file():
-                raise StoreError(f"{self.path} was pruned meanwhile; run the command again")
-            (self.path / USED).touch()
-            self._mark()
-
-    def close(self) -> None:
-        """Take this object's mark away: the store may be pruned from now on."""
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
-
     @property
     def n_rows(self) -> int:
         """Number of positions."""
@@ -153,10 +129,10 @@ class ActivationStore:
             log.warning("%s/rows.parquet is missing or damaged and is written again", self.path)
         return saved is not None and saved.equals(rows)
 
-    def saved_rows(self) -> pd.DataFrame | None:
-        """The rows table on disk; None where it is missing or damaged."""
+    def saved_rows(self, columns: list[str] | None = None) -> pd.DataFrame | None:
+        """The rows table on disk, or some columns; None where it is missing or damaged."""
         try:
-            rows = pd.read_parquet(self.path / "rows.parquet")
+            rows = pd.read_parquet(self.path / "rows.parquet", columns=columns)
         except (OSError, ValueError):
             return None
         return rows if len(rows) == self.n_rows else None
@@ -166,6 +142,21 @@ class ActivationStore:
         """[first, end) rows of each shard."""
         step = int(self.manifest["shard_rows"])
         return [(a, min(a + step, self.n_rows)) for a in range(0, self.n_rows, step)]
+
+    @property
+    def repeats(self) -> Repeats:
+        """Which shard keeps which row. Raises StoreError where the rows table is damaged."""
+        if self._placed is None:
+            rows = self.saved_rows(["text_id", "token_index"])
+            if rows is None:
+                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to mend it")
+            self._placed = Repeats(rows, int(self.manifest["shard_rows"]))
+        return self._placed
+
+    def kept(self, index: int) -> Int[np.ndarray, " n"]:
+        """The rows that a shard's file holds, in its order: all but repeats of earlier shards'."""
+        first, end = self.shard_bounds[index]
+        return np.arange(end) if not first else self.repeats.kept(first, end)
 
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
@@ -184,15 +175,8 @@ class ActivationStore:
         return sound
 
     def _intact(self, file: Path, entry: Mapping[str, Any]) -> bool:
-        """Whether a file is as it was when its entry was made."""
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            log.warning("%s is missing or truncated and counts as not collected", file)
-            return False
-        look = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
-        if look and sha256(file) != entry["sha256"]:
-            log.warning("%s is damaged (checksum) and counts as not collected", file)
-            return False
-        return True
+        hashed = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
+        return intact(file, entry, hashed=hashed)
 
     def missing(
         self, hookpoints: Sequence[Hookpoint], shards: Sequence[int] | None = None
@@ -218,9 +202,9 @@ class ActivationStore:
     def writer(
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
-        """A file for one shard, to be filled and then entered."""
-        first, end = self.shard_bounds[index]
-        return ShardWriter(self._shard(hookpoint.stored, index), end - first, width, dtype)
+        """A file for the rows that one shard keeps, to be filled and then entered."""
+        n_rows = len(self.kept(index))
+        return ShardWriter(self._shard(hookpoint.stored, index), n_rows, width, dtype)
 
     def enter(self, index: int, entries: Mapping[Hookpoint, Mapping[str, Any]]) -> None:
         """List a finished shard's files in the manifest."""
@@ -246,8 +230,9 @@ class ActivationStore:
     def write_shard(
         self, hookpoint: Hookpoint, index: int, acts: Float[Tensor, "n_rows d_model"]
     ) -> None:
-        """Write one shard whole or not at all, then enter it in the manifest."""
-        writer = self.writer(hookpoint, index, acts.shape[1], acts.dtype)
+        """Write one shard, all its rows, whole or not at all, then enter it in the manifest."""
+        path, (n_rows, width) = self._shard(hookpoint.stored, index), acts.shape
+        writer = ShardWriter(path, n_rows, width, acts.dtype)
         writer.write(np.arange(len(acts)), acts)
         self.enter(index, {hookpoint: writer.finish()})
 
@@ -255,9 +240,10 @@ class ActivationStore:
         """Read the manifest again: another process may have added shards."""
         self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
 
-    def _read(self, hookpoint: Hookpoint, index: int) -> Tensor:
-        with safe_open(self._shard(hookpoint, index), framework="pt") as file:
-            return file.get_tensor("acts")
+    def _values(self, hookpoint: Hookpoint) -> StoredValues:
+        bounds = self.shard_bounds
+        files = [self._shard(hookpoint, index) for index in range(len(bounds))]
+        return StoredValues(files, bounds, lambda: self.repeats)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
@@ -267,9 +253,10 @@ class ActivationStore:
         hookpoint was not, or not wholly, collected.
         """
         hookpoint = self._complete(Hookpoint(layer, stream).stored)
+        values = self._values(hookpoint)
+        first = values.shard(0)
         if len(self.shard_bounds) == 1:
-            return self._read(hookpoint, 0)
-        first = self._read(hookpoint, 0)
+            return first
         shape, dtype = (self.n_rows, first.shape[1]), first.dtype
 
         def mapped(file: Path) -> Tensor:
@@ -279,7 +266,7 @@ class ActivationStore:
         entry = self.manifest.get("joined", {}).get(hookpoint.name)
         if entry is not None and entry["file"] == joined.name and self._intact(joined, entry):
             return mapped(joined)
-        parts = (self._read(hookpoint, index) for index in range(len(self.shard_bounds)))
+        parts = (acts for _, acts in values.chunks(_CHUNK_ROWS))
         if not os.access(self.path, os.W_OK):
             return join_elsewhere(parts, mapped)
         join(joined, parts)
@@ -289,16 +276,12 @@ class ActivationStore:
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""
-        hookpoint = self._complete(hookpoint.stored)
-        for index, (first, end) in enumerate(self.shard_bounds):
-            shard = self._read(hookpoint, index)
-            for start in range(0, end - first, chunk_rows):
-                yield first + start, shard[start : start + chunk_rows]
+        yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
 
     def mean_norm(self, hookpoint: Hookpoint) -> float:
         """Mean Euclidean norm of the rows."""
         total = 0.0
-        for _, acts in self.chunks(hookpoint, 8192):
+        for _, acts in self.chunks(hookpoint, _CHUNK_ROWS):
             total += float(acts.double().norm(dim=-1).sum())
         return total / self.n_rows
 

@@ -20,10 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from saexp.config import ModelConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from tests.activations.collecting import placed, run
+from tests.activations.collecting import placed, run, run_in_shards
 from tests.random_models import TEXTS, VOCABULARY, tokenizer
 
-SHARD_ROWS = 9
 PATIENCE_SECONDS = 120
 CHANGES = ("posix_fallocate", "pwrite", "fsync", "replace")
 """Calls of `os` that a collection changes the disk with."""
@@ -78,7 +77,7 @@ def collect_to_be_killed(folder: Path, cache: Path, kill_at: int, go: Any, said:
     assert model.blocks is not None, "weights are read before the start"
     go.wait()
     began = time.perf_counter()
-    run(model, cache, shard_rows=SHARD_ROWS)
+    run_in_shards(model, cache)
     said.put((time.perf_counter() - began, n_changes))
 
 
@@ -103,7 +102,7 @@ def collect_at_once(folder: Path, cache: Path, place: Path, n: int, stay: bool, 
             time.sleep(PATIENCE_SECONDS if stay else 0)
 
     model.blocks[0].register_forward_pre_hook(wait)
-    _, stats = run(model, cache, shard_rows=SHARD_ROWS)
+    _, stats = run_in_shards(model, cache)
     said.put(stats.tokens_forwarded)
 
 
@@ -139,7 +138,7 @@ def main(folder: str, cache: str, passes: str, ready: str, go: str) -> None:
     Path(ready).touch()
     while not Path(go).exists():
         time.sleep(0.001)
-    _, stats = run(model, Path(cache), shard_rows=9)
+    _, stats = run_in_shards(model, Path(cache))
     sys.stdout.write(f"{stats.tokens_forwarded}\n")
 
 

@@ -17,6 +17,9 @@ from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, tokenizer
 
 MAX_LENGTH = 48
+SHARD_ROWS = 9
+REPEATING = [*TEXTS[:2], TEXTS[0], *TEXTS[2:4], TEXTS[1], *TEXTS[4:]]
+"""In shards of so many rows: some begin, end or consist of what earlier ones hold."""
 POSTS = [Hookpoint(n, "resid_post") for n in range(3)]
 
 
@@ -55,6 +58,13 @@ def run(
         part=part,
         verify=verify,
     )
+
+
+def run_in_shards(
+    model: LanguageModel, cache_dir: Path, hookpoints: Sequence[Hookpoint] = POSTS
+) -> tuple[ActivationStore, CollectionStats]:
+    """Collect many small shards of texts that repeat: what is killed, raced and compared."""
+    return run(model, cache_dir, hookpoints, placed(REPEATING), shard_rows=SHARD_ROWS)
 
 
 def n_tokens(placement: Placement) -> int:

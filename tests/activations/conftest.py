@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.activations.child import SHARD_ROWS, load
-from tests.activations.collecting import digests, run
+from tests.activations.child import load
+from tests.activations.collecting import digests, run_in_shards
 from tests.random_models import random_hf, save
 
 
@@ -17,5 +17,5 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     """(digests, tokens) of a collection that nothing happened to."""
-    store, stats = run(load(folder), tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)
+    store, stats = run_in_shards(load(folder), tmp_path_factory.mktemp("whole"))
     return digests(store.path), stats.tokens_forwarded

@@ -8,8 +8,15 @@ import time
 import pytest
 
 from tests.activations import child
-from tests.activations.child import PATIENCE_SECONDS, SHARD_ROWS, load
-from tests.activations.collecting import POSTS, digests, digests_in, n_shard_files, n_sound, run
+from tests.activations.child import PATIENCE_SECONDS, load
+from tests.activations.collecting import (
+    POSTS,
+    digests,
+    digests_in,
+    n_shard_files,
+    n_sound,
+    run_in_shards,
+)
 
 N_KILLS = 32
 
@@ -69,7 +76,7 @@ def test_kills_at_random_instants_leave_sound_shards_and_a_resume_ends_in_equal_
     # Otherwise the kills came before or after everything.
     assert len({n for n in n_listed if 0 < n < n_shard_files(expected)}) > 4
     for cache in caches:
-        store, _ = run(load(folder), cache, shard_rows=SHARD_ROWS)
+        store, _ = run_in_shards(load(folder), cache)
         assert digests(store.path) == expected
 
 
@@ -85,7 +92,7 @@ def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
         cache = tmp_path / str(kill_at)
         process, _ = start(server, child.collect_to_be_killed, folder, cache, kill_at, go)
         assert end(process) == -signal.SIGKILL
-        store, _ = run(load(folder), cache, shard_rows=SHARD_ROWS)
+        store, _ = run_in_shards(load(folder), cache)
         assert digests(store.path) == expected
 
 

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(mad
         [TokenizedText("", ids, (), (), False) for ids in sequences],
         [],
     )
-    found = units(placement, first, end)
+    found = units(placement, np.arange(first, end))
     read = {row: (text, token, u.ids[: token + 1]) for u in found for row, token, text in u.rows}
     assert sum(len(u.rows) for u in found) == len(read)
     # The tokens up to it are what a causal model's value depends on.

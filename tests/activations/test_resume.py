@@ -11,8 +11,8 @@ import torch
 from saexp.activations import shards
 from saexp.activations import store as store_module
 from saexp.activations.store import ActivationStore
-from tests.activations.child import PATIENCE_SECONDS, SHARD_ROWS, load
-from tests.activations.collecting import POSTS, digests, placed, run
+from tests.activations.child import PATIENCE_SECONDS, load
+from tests.activations.collecting import POSTS, REPEATING, digests, placed, run_in_shards
 
 PASSES = 6
 
@@ -52,7 +52,7 @@ def test_a_killed_collection_resumes_to_equal_bytes(folder, undisturbed, tmp_pat
     assert missing == list(range(missing[0], len(killed.shard_bounds)))
     assert missing[0] in (PASSES - 2, PASSES - 1)
     assert killed.hookpoints == []
-    store, stats = run(load(folder), cache, shard_rows=SHARD_ROWS)
+    store, stats = run_in_shards(load(folder), cache)
     assert 0 < stats.tokens_forwarded < tokens
     assert digests(store.path) == whole
 
@@ -66,7 +66,7 @@ def test_two_processes_at_once_make_one_sound_store_and_compute_no_shard_twice(
     cache = tmp_path / "cache"
     child, go = start(folder, cache, tmp_path)
     go.touch()
-    store, stats = run(model, cache, shard_rows=SHARD_ROWS)
+    store, stats = run_in_shards(model, cache)
     said, _ = child.communicate(timeout=PATIENCE_SECONDS)
     assert child.returncode == 0
     assert int(said) + stats.tokens_forwarded == tokens
@@ -91,12 +91,12 @@ def test_an_interruption_at_the_worst_moment_loses_one_shard(
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(load(folder), tmp_path, shard_rows=SHARD_ROWS)
+            run_in_shards(load(folder), tmp_path)
     interrupted_shard = 7 // len(POSTS) if early else 8 - 2
     (missing,) = {tuple(s) for s in (sorted(the_store(tmp_path).missing([h])) for h in POSTS)}
     # Those before it are there, and so may be one that was under way behind it.
     assert missing[0] == interrupted_shard
-    store, _ = run(load(folder), tmp_path, shard_rows=SHARD_ROWS)
+    store, _ = run_in_shards(load(folder), tmp_path)
     assert digests(store.path) == whole
 
 
@@ -105,8 +105,8 @@ def test_hookpoints_collected_one_after_another_equal_those_collected_at_once(
 ):
     whole, _ = undisturbed
     for point in reversed(POSTS):
-        store, _ = run(load(folder), tmp_path, [point], shard_rows=SHARD_ROWS)
+        store, _ = run_in_shards(load(folder), tmp_path, [point])
     shards = {n: d for n, d in digests(store.path).items() if n != "manifest.json"}
     assert shards == {n: d for n, d in whole.items() if n != "manifest.json"}
     assert torch.equal(store.acts(2), ActivationStore.open(store.path).acts(2))
-    assert len(store.acts(2)) == len(placed().rows)
+    assert len(store.acts(2)) == len(placed(REPEATING).rows)
