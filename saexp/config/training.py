@@ -11,14 +11,17 @@ from saexp.errors import ConfigError
 
 @dataclass(kw_only=True)
 class SAETrainerConfig:
-    """A sparse autoencoder to train; sae-lens' training classes and their own options."""
+    """An SAE or a transcoder to train; sae-lens' training classes and their own options."""
 
     name: str = MISSING
-    """Architecture: standard, gated, topk, batchtopk, jumprelu, matryoshka_batchtopk."""
+    """Architecture: standard, gated, topk, batchtopk, jumprelu, matryoshka_batchtopk; a transcoder:
+    standard_transcoder, batchtopk_transcoder, jumprelu_transcoder, matryoshka_batchtopk_transcoder.
+    """
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …"""
+    """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …; a
+    transcoder has skip too."""
     normalize_activations: str = "expected_average_only_in"
-    """Input scaling while training (folded into the weights at the end), or `none`."""
+    """Scaling of the streams while training (folded into the weights at the end), or `none`."""
     n_samples: int = 2_000_000
     """Activation vectors seen in training; the store is read again, shuffled anew, as often as
     needed."""

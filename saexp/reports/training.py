@@ -9,8 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from saexp.config.training import SAETrainerConfig
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
-from saexp.reports.finding import training_sentence
+from saexp.reports.finding import sentences
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.saved import SavedRun
 
@@ -102,10 +103,48 @@ def _histogram(values: pd.Series, x: str, y: str, *, log: bool = False) -> go.Fi
     return style(figure, 320)
 
 
+def transcoder_sentence(
+    trainer: SAETrainerConfig, about: Mapping[str, Any], metrics: Mapping[str, float | int | None]
+) -> str:
+    """What a transcoder's training made, in one sentence of held-out numbers.
+
+    `about` and `metrics` are what provenance.json and metrics.json will hold.
+    """
+    explained, l0 = metrics["reconstruction/explained_variance"], metrics["sparsity/l0"]
+    silent, sae = metrics["sparsity/dead_fraction"], about["sae"]
+    assert l0 is not None and silent is not None, "counted on every position"
+    shown = "not defined" if explained is None else f"{explained:.3f}"
+    skip = " and a skip connection" if trainer.options.get("skip") else ""
+    return (
+        f"{trainer.name} of {sae['d_sae']} latents{skip}, from {sae['hookpoint']} to "
+        f"{sae['hookpoint_out']} of {about['model']['name']}: explained variance of "
+        f"{sae['hookpoint_out']} {shown}, L0 {l0:.1f}, {silent:.0%} of the latents silent on "
+        f"{about['n_measured']:,} held-out positions; trained on {about['n_trained_on']:,}."
+    )
+
+
+def _title(run: SavedRun) -> str:
+    about, name = run.provenance["sae"], run.config["sae_trainer"]["name"]
+    model = run.provenance["model"]["name"].rpartition("/")[2]
+    if "hookpoint_out" in about:
+        return f"{name}: {model}, {about['hookpoint']} to {about['hookpoint_out']}"
+    return f"{name} SAE: {model}, {about['hookpoint']}"
+
+
+def _place(run: SavedRun) -> str:
+    """Which streams the numbers are about."""
+    about = run.provenance["sae"]
+    if "hookpoint_out" in about:
+        return (
+            f"Reads {about['hookpoint']} and predicts {about['hookpoint_out']}; explained variance "
+            "and cosine are of the stream that is predicted."
+        )
+    return f"Reads {about['hookpoint']} and reconstructs it."
+
+
 def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) -> Path:
     """Render report.html from the folder's files; returns its path."""
     run = SavedRun(Path(folder))
-    trainer = run.config["sae_trainer"]
     tiles: list[tuple[str, Any]] = [
         ("L0", run.metrics["sparsity/l0"]),
         ("explained variance", run.metrics["reconstruction/explained_variance"]),
@@ -118,9 +157,9 @@ def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) 
         Path(folder) / "report.html",
         "training.html",
         figures,
-        title=f"{trainer['name']} SAE: {run.provenance['model']['name'].rpartition('/')[2]}, "
-        f"{run.provenance['sae']['hookpoint']}",
-        finding=[training_sentence(run)],
+        title=_title(run),
+        place=_place(run),
+        finding=sentences(run),
         notes=run.provenance["notes"],
         tiles=tiles,
         captions=CAPTIONS,

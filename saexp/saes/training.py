@@ -1,13 +1,11 @@
 """Training an SAE with sae-lens' classes: our data order, checkpoints that a kill cannot harm."""
 
-import dataclasses
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +15,18 @@ from torch import Tensor
 
 from saexp.config.training import SAETrainerConfig
 from saexp.context import progress
-from saexp.errors import ConfigError, SAEError
-from saexp.models.hookpoints import Hookpoint
-from saexp.registry import did_you_mean
+from saexp.errors import SAEError
+from saexp.saes.training_classes import Place, training_sae
+
+__all__ = ["Place", "Reader", "Training"]
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
 N_SCALE_BATCHES = 50
 """Batches that the input's mean norm is estimated from."""
 Record = dict[str, float | int]
 Reader = Callable[[int], Iterator[Tensor]]
-"""Step -> batches from that step on."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the SAE is trained on, for its metadata."""
-
-    model_name: str
-    hookpoint: Hookpoint
-    d_in: int
-    context_size: int
+"""Step -> batches from that step on: `[batch, d_in]`, a transcoder's `[batch, d_in + d_out]`."""
 
 
 class Training:
@@ -50,10 +38,10 @@ class Training:
         from sae_lens.config import SAETrainerConfig as LensConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        self.cfg, self.folder = cfg, folder
+        self.cfg, self.place, self.folder = cfg, place, folder
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
         torch.manual_seed(cfg.seed)
-        self.sae: Any = _training_sae(cfg, d_sae, place, device, self.n_steps)
+        self.sae: Any = training_sae(cfg, d_sae, place, device, self.n_steps)
         self.trainer = SAETrainer(
             LensConfig(
                 total_training_samples=self.n_steps * cfg.batch_size,
@@ -69,6 +57,10 @@ class Training:
             self.sae,
             iter(()),
         )
+        if place.hookpoint_out is not None:
+            from saexp.saes.training_transcoders import PairScaler
+
+            self.trainer.activation_scaler = PairScaler(d_in=place.d_in)
         self.sae.to(device)
         self.records: list[Record] = []
 
@@ -103,9 +95,27 @@ class Training:
                 bar.update(1)
 
     def _estimate_scale(self, batches: Iterator[Tensor]) -> None:
-        norms = [float(next(batches).norm(dim=-1).mean()) for _ in range(N_SCALE_BATCHES)]
-        mean = sum(norms) / len(norms)
-        self.trainer.activation_scaler.scaling_factor = self.sae.cfg.d_in**0.5 / mean
+        """Each stream gets the factor that brings its mean norm to the root of its width."""
+        streams = {self.place.hookpoint: self.place.d_in}
+        if self.place.hookpoint_out is not None and self.place.d_out is not None:
+            streams[self.place.hookpoint_out] = self.place.d_out
+        widths = list(streams.values())
+        norms = [
+            [float(part.norm(dim=-1).mean()) for part in next(batches).split(widths, dim=-1)]
+            for _ in range(N_SCALE_BATCHES)
+        ]
+        factors = []
+        for (hookpoint, width), values in zip(
+            streams.items(), zip(*norms, strict=True), strict=True
+        ):
+            mean = sum(values) / len(values)
+            if not mean:
+                raise SAEError(f"every activation of {hookpoint.name} is zero: nothing to train on")
+            factors.append(width**0.5 / mean)
+        scaler: Any = self.trainer.activation_scaler
+        scaler.scaling_factor = factors[0]
+        if len(factors) > 1:
+            scaler.factor_out = factors[1]
 
     def _record(self, step: int, output: Any) -> Record:
         numbers = self.trainer.build_train_step_log_dict(output, self.trainer.n_training_samples)
@@ -154,9 +164,12 @@ class Training:
 
     def save(self, folder: Path) -> Path:
         """Fold the input scaling into the weights; write a SAELens folder for inference."""
-        scaler = self.trainer.activation_scaler
+        scaler: Any = self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
-            self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+            if self.place.hookpoint_out is None:
+                self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+            else:
+                self.sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
             scaler.scaling_factor = None
         self.trainer.set_final_sae_metadata()
         self.sae.save_inference_model(folder)
@@ -165,49 +178,3 @@ class Training:
 
 def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-
-
-def _training_sae(
-    cfg: SAETrainerConfig, d_sae: int, place: Place, device: torch.device, n_steps: int
-) -> Any:
-    from sae_lens.saes.sae import SAEMetadata
-
-    if cfg.name not in ARCHITECTURES:
-        raise ConfigError(f"sae_trainer.name={cfg.name}: {did_you_mean(cfg.name, ARCHITECTURES)}")
-    made, made_config = _classes(cfg.name)
-    options = dict(cfg.options)
-    if cfg.name == "matryoshka_batchtopk":
-        options.setdefault("matryoshka_widths", [d_sae // 4, d_sae // 2, d_sae])
-    known = {f.name for f in dataclasses.fields(made_config)}
-    for warm_up in ("l1_warm_up_steps", "l0_warm_up_steps"):
-        if warm_up in known:
-            options.setdefault(warm_up, int(cfg.sparsity_warm_up * n_steps))
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise ConfigError(
-            f"sae_trainer.options.{unknown[0]}: a {cfg.name} SAE has no such option; "
-            f"{did_you_mean(unknown[0], sorted(known))}"
-        )
-    if options.get("k", 1) > d_sae:
-        raise ConfigError(f"sae_trainer.options.k={options['k']} is above width={d_sae}")
-    config = made_config(
-        d_in=place.d_in,
-        d_sae=d_sae,
-        dtype="float32",
-        device=str(device),
-        normalize_activations=cfg.normalize_activations,
-        metadata=SAEMetadata(
-            model_name=place.model_name,
-            hook_name=place.hookpoint.transformer_lens,
-            context_size=place.context_size,
-            prepend_bos=True,
-        ),
-        **options,
-    )
-    return made(config)
-
-
-def _classes(name: str) -> tuple[Any, Any]:
-    from sae_lens.registry import get_sae_training_class
-
-    return get_sae_training_class(name)
