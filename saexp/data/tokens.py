@@ -1,7 +1,7 @@
 """One tokenisation per text, with the character range of every token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saexp.data.examples import Span
@@ -23,23 +23,54 @@ class TokenizedText:
         return len(self.ids)
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[TokenizedText]:
+def tokenize(
+    texts: Sequence[str], tokenizer: Any, max_length: int, prepend_bos: bool | None = None
+) -> list[TokenizedText]:
     """Tokenise once, cut at `max_length` tokens.
 
-    A text that begins with the BOS token's string (a chat template's output) never gets a second
-    one. Tokenizers without offsets get theirs by decoding prefixes.
+    `prepend_bos`: whether texts begin with the BOS token; None, as the tokenizer has it. A text
+    that begins with the BOS token's string (a chat template's output) never gets a second one, and
+    keeps its own. Tokenizers without offsets get theirs by decoding prefixes. Raises DataError
+    where BOS is asked for and the tokenizer has none.
     """
     bos = getattr(tokenizer, "bos_token", None)
     has_bos = [bool(bos) and text.startswith(bos) for text in texts]
+    change = 0 if prepend_bos is None else int(prepend_bos) - int(adds_bos(tokenizer))
+    if change == 1 and not bos:
+        raise DataError("prepend_bos=true, but the tokenizer has no BOS token")
     done: dict[int, TokenizedText] = {}
     for add_special in (True, False):
         chosen = [i for i, has in enumerate(has_bos) if has != add_special]
         if not chosen:
             continue
         some = [texts[i] for i in chosen]
+        kept = max_length - change if add_special else max_length
         read = _fast if getattr(tokenizer, "is_fast", False) else _slow
-        done.update(zip(chosen, read(some, tokenizer, max_length, add_special), strict=True))
+        found = read(some, tokenizer, kept, add_special)
+        if add_special and change:
+            found = [_with_bos(t, tokenizer.bos_token_id, change == 1) for t in found]
+        done.update(zip(chosen, found, strict=True))
     return [done[i] for i in range(len(texts))]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS token in front of a text by itself."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _with_bos(tokens: TokenizedText, bos_id: int, wanted: bool) -> TokenizedText:
+    """With the BOS token in front, or without the one that is there."""
+    if wanted:
+        return replace(
+            tokens,
+            ids=(bos_id, *tokens.ids),
+            offsets=((0, 0), *tokens.offsets),
+            special=(True, *tokens.special),
+        )
+    return replace(
+        tokens, ids=tokens.ids[1:], offsets=tokens.offsets[1:], special=tokens.special[1:]
+    )
 
 
 def _fast(

@@ -77,21 +77,30 @@ class Hookpoint:
 
     @property
     def transformer_lens(self) -> str:
-        """`blocks.12.hook_resid_post`; `mlp_in` as its TransformerBridge names it, mlp.hook_in."""
+        """`blocks.12.hook_resid_post`; `mlp_in` as its TransformerBridge names it, mlp.hook_in.
+
+        `embed` is `blocks.0.hook_resid_pre` there: its hook_embed is before the position embeddings
+        that some models add.
+        """
         if self.stream == "embed":
-            return "hook_embed"
+            return "blocks.0.hook_resid_pre"
         return f"blocks.{self.layer}.{_TO_TRANSFORMER_LENS[self.stream]}"
 
     @classmethod
     def parse(cls, name: str) -> "Hookpoint":
         """Read saexp's, TransformerLens' or a Hugging Face module's name.
 
-        Raises ModelError for other names, and for places before the MLP's norm or its gain.
+        Raises ModelError for other names, for places before the MLP's norm or its gain, and for
+        hook_embed, which is before the position embeddings that some models add.
         """
         if match := re.fullmatch(r"layer_(\d+)\.(\w+)", name):
             return cls(int(match[1]), match[2])
         if name == "hook_embed":
-            return cls(0, "embed")
+            raise ModelError(
+                "hook_embed is the token embedding before any position embedding (GPT-2, OPT), "
+                "which saexp does not collect; what block 0 reads is blocks.0.hook_resid_pre, the "
+                "same thing where positions are rotary"
+            )
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if match and match[2] in _BEFORE_THE_NORM:
             raise ModelError(

@@ -54,7 +54,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class LanguageModel:
-    """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights."""
+    """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
+
+    `prepend_bos` is how its texts are to be tokenised (`data.tokens.tokenize`); a run settles it by
+    its SAEs (`tasks.bos`).
+    """
+
+    prepend_bos: bool | None
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
@@ -63,6 +69,7 @@ class LanguageModel:
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
+        self.prepend_bos = cfg.prepend_bos
         self._hf: Any = None
         self.config: Any = self._from_hub(AutoConfig, "config")
 
@@ -73,6 +80,7 @@ class LanguageModel:
         parameter = next(hf.parameters())
         model.cfg = ModelConfig(name=name)
         model.name, model.source, model.in_memory = name, name, True
+        model.prepend_bos = None
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
         if tokenizer is not None:
@@ -100,7 +108,8 @@ class LanguageModel:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
-        return self._from_hub(AutoTokenizer, "tokenizer")
+        # Llama 3's config asks for a clean-up that transformers warns of and leaves undone.
+        return self._from_hub(AutoTokenizer, "tokenizer", clean_up_tokenization_spaces=False)
 
     @property
     def loaded(self) -> bool:

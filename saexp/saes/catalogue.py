@@ -29,6 +29,9 @@ class Entry:
     release_model: str | None
     loader: str | None
     expected_l0: float | None
+    expected_explained_variance: float | None = None
+    """As its makers or sae-lens measured it; None where the catalogue has none, or the 1.0 that
+    stands for none."""
     l0_name: str | None = None
     """small, medium or big, where the release names its L0s."""
     variant: str = ""
@@ -53,6 +56,11 @@ def catalogue() -> dict[str, Any]:
 def _factor(sae: dict[str, Any]) -> dict[str, Any]:
     factor = sae.get("norm_scaling_factor")
     return {} if factor is None else {"norm_scaling_factor": factor}
+
+
+def _explained(sae: dict[str, Any]) -> float | None:
+    said = sae.get("variance_explained")
+    return None if said is None or said == 1.0 else float(said)
 
 
 def _number(pattern: str, text: str) -> str | None:
@@ -91,7 +99,8 @@ def entries(release: str) -> list[Entry]:
                 loader=about.get("conversion_func"),
                 l0_name=named[1] if named else None,
                 variant=(named[2] or "") if named else "",
-                expected_l0=float(sae["l0"]) if sae.get("l0") else None,
+                expected_l0=float(sae.get("l0") or l0 or 0) or None,
+                expected_explained_variance=_explained(sae),
                 overrides={**about.get("config_overrides", {}), **_factor(sae)},
             )
         )

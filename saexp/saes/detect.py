@@ -112,6 +112,8 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
             continue
         if weights == sparsify.WEIGHTS:
             present(repo, _beside(path, sparsify.RUN_CONFIG))
+        if weights == saelens.WEIGHTS:
+            present(repo, f"{prefix}{saelens.SPARSITY}")
         folder = file.parents[len(Path(weights).parts) - 1]
         return load_sae_files(folder, stream, layer, name)
     if gemma_scope2.is_in(repo):

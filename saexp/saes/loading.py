@@ -41,6 +41,7 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         "id": entry.id,
         "neuronpedia_id": entry.neuronpedia,
         "expected_l0": entry.expected_l0,
+        "expected_explained_variance": entry.expected_explained_variance,
         "chosen": entry.chosen,
     }
     return _finish(_of_release(entry, metadata), cfg)
@@ -66,6 +67,7 @@ def _of_release(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
         place = folder(gemma_scope2.CONFIG, gemma_scope2.WEIGHTS, needs_config=False)
         return gemma_scope2.load_gemma_scope2(place, metadata)
     if entry.loader in (None, "sae_lens"):
+        present(entry.repo, f"{entry.path}/{saelens.SPARSITY}")
         place = folder(saelens.CONFIG, saelens.WEIGHTS)
         return saelens.load_saelens(place, metadata, entry.overrides)
     if entry.loader == "llama_scope":
@@ -226,7 +228,7 @@ def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: s
             raise SAEError(
                 f"layer={asked[0]}, but {name} was trained on {at.name}; type layer={at.layer}"
             )
-    if stream is not None and Hookpoint(at.layer, stream) != at:
+    if stream is not None and Hookpoint(at.layer, stream).stored != at.stored:
         raise SAEError(f"sae.stream={stream}, but {name} was trained on {at.name}; leave it out")
 
 

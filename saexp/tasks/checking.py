@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.check import Pair, check_fit
+from saexp.saes.check import Fit, Pair, check_fit
 from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.tasks.gathering import Gathered
 
@@ -69,9 +70,11 @@ def check_sae(
     gathered: Gathered,
     neutral: Gathered,
 ) -> TaskResult:
-    """`check/…` metrics, and a note per problem; SAEError instead with sae.check=error.
+    """`check/…` metrics, table `check`, and a note per problem; SAEError with sae.check=error.
 
-    Looks at neutral text, and at the special tokens among the run's own positions.
+    Looks at neutral text, and at the special tokens among the run's own positions. The table has
+    what was measured beside what catalogue and files say (unknown where they say nothing), then
+    explained variance under other readings.
     """
     if cfg.sae.check == "off" or cfg.sae.loader == "random":
         return TaskResult()
@@ -101,4 +104,26 @@ def check_sae(
         "check/l0": fit.l0,
         "check/explained_variance": fit.explained_variance,
     }
-    return TaskResult(metrics=metrics, notes=list(fit.problems))
+    assert fit.seen is not None, "check_fit measures"
+    metrics |= {
+        "check/explained_variance_legacy": fit.seen.explained_variance_legacy,
+        "check/silent_fraction": fit.seen.silent_fraction,
+        "check/mean_norm": fit.seen.mean_norm,
+        "check/n_positions": fit.seen.n,
+    }
+    metrics |= {
+        f"check/expected_{c.name}": c.expected for c in fit.compared if c.expected is not None
+    }
+    return TaskResult(metrics=metrics, tables={"check": _table(sae, fit)}, notes=[*fit.problems])
+
+
+def _table(sae: SparseAutoencoder, fit: Fit) -> pd.DataFrame:
+    """A row per quantity, then one per other reading."""
+    rows = [(c.quantity, c.here, c.expected, c.tolerance, c.verdict) for c in fit.compared]
+    named = [(f"explained variance {name}", value) for name, value in fit.others.items()]
+    rows += [(quantity, here, None, "", "other reading") for quantity, here in named]
+    columns = ["quantity", "here", "expected", "tolerance", "verdict"]
+    table = pd.DataFrame(rows, columns=columns).astype({"here": float, "expected": float})
+    table.insert(0, "hookpoint", sae.hookpoint.name)
+    table.insert(0, "layer", sae.hookpoint.layer)
+    return table

@@ -19,7 +19,9 @@ POINTS = st.builds(
 @given(POINTS)
 def test_names_round_trip(point):
     assert Hookpoint.parse(point.name) == point
-    assert Hookpoint.parse(point.transformer_lens) == point
+    lens = Hookpoint.parse(point.transformer_lens)
+    assert lens.stored == point.stored
+    assert lens == point or point.stream == "embed"
 
 
 @given(POINTS)
@@ -47,7 +49,6 @@ def test_resid_pre_of_block_0_is_stored_as_embed():
         ("blocks.3.attn.hook_z", (3, "attn_z")),
         ("blocks.3.mlp.hook_in", (3, "mlp_in")),
         ("blocks.3.hook_mlp_out", (3, "mlp_out")),
-        ("hook_embed", (0, "embed")),
         ("model.layers.12", (12, "resid_post")),
         ("model.language_model.layers.12", (12, "resid_post")),
         ("layers.5", (5, "resid_post")),
@@ -108,3 +109,10 @@ def test_a_layer_without_the_stream_is_an_error(layer, stream):
 def test_points_sort_by_layer_first():
     points = [Hookpoint(2, "attn_out"), Hookpoint(10, "attn_out"), Hookpoint(2, "resid_post")]
     assert sorted(points) == [points[0], points[2], points[1]]
+
+
+def test_embed_is_no_hook_embed():
+    """In GPT-2 TransformerLens' hook_embed lacks the position embeddings that block 0 reads."""
+    assert Hookpoint(0, "embed").transformer_lens == "blocks.0.hook_resid_pre"
+    with pytest.raises(ModelError, match=r"hook_embed is the token embedding before any position"):
+        Hookpoint.parse("hook_embed")

@@ -34,6 +34,7 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
         hookpoint_out=hookpoint_out,
         metadata={
             "model": about.get("model_name"),
+            "prepend_bos": about.get("prepend_bos"),
             **metadata,
             "format": "sae-lens loader",
             "architecture": named,

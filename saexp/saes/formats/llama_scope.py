@@ -64,7 +64,12 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
         },
         architecture="jumprelu",
         hookpoint=hookpoint,
-        metadata={**metadata, "format": "Llama Scope", "architecture": "jumprelu"},
+        metadata={
+            **metadata,
+            "format": "Llama Scope",
+            "architecture": "jumprelu",
+            "expected_norm": float(cfg["d_model"]) ** 0.5 / scale_in,
+        },
         apply_b_dec_to_input=before,
     )
 

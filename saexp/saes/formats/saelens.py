@@ -11,7 +11,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import lens_hookpoint, read_json, read_safetensors
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 TRANSCODERS = {
     "transcoder": "standard",
     "skip_transcoder": "standard",
@@ -56,6 +56,8 @@ def load_saelens(
         metadata={
             "model": about.get("model_name"),
             "neuronpedia_id": about.get("neuronpedia_id"),
+            "prepend_bos": _prepend_bos(about),
+            "frequencies": _beside(folder),
             **metadata,
             "format": "SAELens",
             "architecture": named,
@@ -68,6 +70,35 @@ def load_saelens(
         rescale_acts_by_decoder_norm=architecture in ("topk", "batchtopk")
         and bool(cfg.get("rescale_acts_by_decoder_norm", False)),
     )
+
+
+def _prepend_bos(about: dict[str, Any]) -> bool | None:
+    """Whether it was trained on texts that begin with BOS, None where the config does not say.
+
+    A config before 6.0 that does not say means yes, as SAELens reads it.
+    """
+    said = about.get("prepend_bos")
+    if said is None:
+        major = str(about.get("sae_lens_version") or "0").partition(".")[0]
+        return True if major.isdigit() and int(major) < 6 else None
+    return bool(said)
+
+
+def _beside(folder: Path) -> str | None:
+    """The file with the latents' recorded frequencies, where there is one."""
+    file = folder / SPARSITY
+    return str(file) if file.is_file() else None
+
+
+def recorded_frequencies(file: str | Path) -> Tensor:
+    """`[d_sae]`, how often each latent fired in training; the file holds log10(frequency + 1e-10).
+
+    Raises SAEError where the file holds no such list.
+    """
+    found = list(read_safetensors(Path(file)).values())
+    if len(found) != 1 or found[0].ndim != 1:
+        raise SAEError(f"{file} holds no list of log10 frequencies, one per latent")
+    return (10 ** found[0].double() - 1e-10).clamp(min=0, max=1)
 
 
 def _parameters(file: Path) -> dict[str, Tensor]:
