@@ -1,6 +1,7 @@
 """Every intervention on the shipped model, as a run: its files, identities, and bad input."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 import saexp
 from saexp.errors import SaexpError
+from saexp.interventions.guessing import Guessing
+from saexp.interventions.ops import Row
 from saexp.results import TaskResult
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
@@ -125,36 +128,31 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_killed_run_goes_on_where_it_was(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from saexp.interventions import engine
-
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["coefficient=[0,0.4]", "intervention.batch_tokens=1000", "seed=3"]
-    real, calls = engine._generate_batch, []
+    real, made, asked = Guessing.run, [], []
 
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[1]))
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
+    def dies(guessing: Guessing, rows: list[Row]) -> Iterator[Any]:
+        for batch in real(guessing, rows):
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            made.append(len(batch))
+            yield batch
 
-    monkeypatch.setattr(engine, "_generate_batch", dies)
+    monkeypatch.setattr(Guessing, "run", dies)
     with pytest.raises(KeyboardInterrupt):
-        ran(cache, tmp_path / "killed", *words)
-    first, rest = sum(calls[:3]), []
+        ran(tmp_path / "own", tmp_path / "killed", *words)
 
-    def counts(*args: Any, **kwargs: Any) -> Any:
-        rest.append(len(args[1]))
-        return real(*args, **kwargs)
+    def counts(guessing: Guessing, rows: list[Row]) -> Iterator[Any]:
+        asked.append(len(rows))
+        yield from real(guessing, rows)
 
-    monkeypatch.setattr(engine, "_generate_batch", counts)
-    again = ran(cache, tmp_path / "again", *words)
-    monkeypatch.setattr(engine, "_generate_batch", real)
+    monkeypatch.setattr(Guessing, "run", counts)
+    again = ran(tmp_path / "own", tmp_path / "again", *words)
     whole = ran(tmp_path / "fresh", tmp_path / "whole", *words)
     pd.testing.assert_frame_equal(again.tables["effects"], whole.tables["effects"])
-    generated = len(whole.tables["effects"].drop_duplicates(["example_id", "condition"]))
-    assert first + sum(rest) <= generated
+    assert sum(made) > 0
+    assert asked == [asked[1] - sum(made), asked[1]]
 
 
 def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:

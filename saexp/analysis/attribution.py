@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.errors import DataError
+from saexp.intervals import bootstrap_means
 from saexp.latents.encode import CHUNK_BYTES
 from saexp.models.gradients import LogitGradient, logit_gradient
 from saexp.models.loading import LanguageModel
@@ -40,14 +41,20 @@ class Attribution:
     """`[n_prompts]`: the answer's logit, less the foil's where there is one."""
     notes: list[str]
 
-    def table(self, groups: Sequence[str]) -> pd.DataFrame:
+    def table(
+        self, groups: Sequence[str], units: Sequence[object] | None = None, seed: int = 0
+    ) -> pd.DataFrame:
         """Means over the prompts of each group, latents that are off counting as 0.
 
-        Columns group, latent, direct, gradient, activation, n_active (prompts where it is active)
-        and n_prompts; one row per group and latent that is active in it, in order of |gradient|.
+        Columns group, latent, direct, gradient, activation, the three with `_ci_low` and `_ci_high`
+        (95 %, bootstrap over `units`, the prompts' entities; over prompts where not given; NaN for
+        a single unit), n_active (prompts where it is active), n_prompts and n_units; one row per
+        group and latent that is active in it, in order of |gradient|.
         """
-        if len(groups) != len(self.logit):
-            raise DataError(f"{len(groups)} groups for {len(self.logit)} prompts; give each one")
+        units = range(len(self.logit)) if units is None else units
+        for what, given in (("groups", groups), ("units", units)):
+            if len(given) != len(self.logit):
+                raise DataError(f"{len(given)} {what} for {len(self.logit)} prompts; give each one")
         labels = np.asarray(groups, dtype=object)
         d_sae = cast(tuple[int, int], self.gradient.shape)[1]
         parts = []
@@ -57,11 +64,17 @@ class Attribution:
             n_active = np.bincount(on.indices, minlength=d_sae)
             latents = np.flatnonzero(n_active)
             columns: dict[str, Any] = {"group": group, "latent": latents}
+            mine = [units[i] for i in rows.tolist()]
             for name in ("direct", "gradient", "activation"):
-                values: sparse.csr_array | None = getattr(self, name)
-                sums = np.nan if values is None else np.asarray(values[rows].sum(0))[latents]
-                columns[name] = sums / len(rows)
+                whole: sparse.csr_array | None = getattr(self, name)
+                mean = low = high = np.full(len(latents), np.nan)
+                if whole is not None:
+                    values = sparse.csr_array(whole[rows][:, latents])
+                    mean = np.asarray(values.sum(0)) / len(rows)
+                    low, high = bootstrap_means(values, mine, seed=seed)
+                columns |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
             columns |= {"n_active": n_active[latents], "n_prompts": len(rows)}
+            columns["n_units"] = len(set(mine))
             part = pd.DataFrame(columns)
             order = np.argsort(-part["gradient"].abs().to_numpy(), kind="stable")
             parts.append(part.iloc[order])

@@ -29,6 +29,9 @@ class ModelConfig:
     """Layer used when `layer` is not given."""
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""
+    prepend_bos: bool | None = None
+    """Whether texts begin with the BOS token; where not given as the SAE was trained, and as the
+    tokenizer has it where the SAE's files do not say."""
     trust_remote_code: bool = False
     """Run code that a hub repository brings; off unless you say so."""
     blocks: str | None = None

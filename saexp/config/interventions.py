@@ -10,8 +10,10 @@ from saexp.errors import ConfigError
 
 PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")
 UNITS = ("raw", "max_act", "p99_act", "resid_norm")
-DIRECTIONS = ("latents", "mean_difference", "probe", "random")
+DIRECTIONS = ("latents", "mean_difference", "denoised_difference", "probe", "random")
 RULES = ("always", "active", "at_least")
+SELECTED = "selected"
+PER_LAYER = "selected_per_layer"
 
 
 @dataclass(kw_only=True)
@@ -20,20 +22,23 @@ class InterventionConfig:
 
     name: str = MISSING
     """Registry name: `none` runs no causal test."""
-    latents: Any = "selected"
-    """`selected` by the contrast, or a list of latent indices."""
+    latents: Any = SELECTED
+    """`selected` by the contrast, a list of latent indices, or latents of several layers' SAEs that
+    are changed together: {1: [12, 77], 2: selected}, or selected_per_layer with layers=[1,2]."""
     top_k: int = 4
-    """How many selected latents per direction are tested as a group."""
+    """How many selected latents per direction (and layer) are tested as a group."""
     min_output_score: float | None = None
     """Test selected latents only that score at least this on output (Arad et al. 2025)."""
     directions: list[str] = field(default_factory=lambda: ["latents"])
-    """What is written or removed: latents, mean_difference, probe, random; several at once."""
+    """What is written or removed, several at once: latents, mean_difference, denoised_difference
+    (its part in the span of the latents' decoder rows), probe, random."""
     layers: Any = None
-    """Layers that are changed, a list or all, where an intervention can (steer, patch, …)."""
+    """Layers that are changed, a list or all, where an intervention can (steer, patch, …); with
+    latents=selected_per_layer, whose SAE's latents are."""
     rule: str = "always"
     """clamp: move a latent always, only where it is active, or raise it to at_least its target."""
     values: list[float] | None = None
-    """clamp: targets of named latents, instead of their mean in the other group."""
+    """clamp: targets of named latents in their order, instead of their mean in the other group."""
     error: bool = False
     """splice: add back what the reconstruction misses."""
     streams: list[str] = field(default_factory=lambda: ["resid_post"])
@@ -69,7 +74,7 @@ class InterventionConfig:
     """Neutral texts on which the cost is measured (outcome neutral_kl)."""
     batch_tokens: Any = "auto"
     """Tokens per batch of prompts, padding included; auto: what keeps the KV cache in 2 GiB, at
-    most 65536."""
+    most 65536 (16384 on a CPU)."""
     seed: int = 0
     """Seed of the choice of prompts and controls."""
 
@@ -100,19 +105,95 @@ class InterventionConfig:
             parse_layers(self.layers)
             self.layers = list(self.layers) if isinstance(self.layers, list) else [self.layers]
         self._check_latents()
+        self._check_values()
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether latents are those of several layers' SAEs, each changed at its own layer."""
+        return isinstance(self.latents, dict) or self.latents == PER_LAYER
+
+    def latents_at(self, layer: int) -> Any:
+        """`selected`, or the latents named, of a layer's SAE."""
+        if isinstance(self.latents, dict):
+            return self.latents[layer]
+        return SELECTED if self.latents == PER_LAYER else self.latents
+
+    def latent_layers(self, n_layers: int) -> list[int]:
+        """Layers that `latents` names, of a model with so many; none where it names none."""
+        if isinstance(self.latents, dict):
+            return sorted(self.latents)
+        if not self.by_layer:
+            return []
+        return list(range(n_layers)) if self.layers == "all" else sorted(parse_layers(self.layers))
+
+    def targets_at(self, layer: int) -> dict[int, float]:
+        """clamp: latents of a layer's SAE -> `values`."""
+        assert self.values is not None
+        given = dict(zip(self._named(), self.values, strict=True))
+        if isinstance(self.latents, dict):
+            return {latent: value for (at, latent), value in given.items() if at == layer}
+        return {latent: value for (_, latent), value in given.items()}
+
+    def _named(self) -> list[tuple[int | None, int]]:
+        """(layer, latent) of every latent named, in order; no layer for the run's own SAE."""
+        if isinstance(self.latents, dict):
+            listed = {k: v for k, v in self.latents.items() if isinstance(v, list)}
+            return [(layer, latent) for layer, named in listed.items() for latent in named]
+        return [(None, latent) for latent in self.latents] if _is_list(self.latents) else []
 
     def _check_latents(self) -> None:
-        if self.latents != "selected":
-            wrong = not isinstance(self.latents, list) or not self.latents
-            if wrong or not all(isinstance(i, int) and i >= 0 for i in self.latents):
-                raise ConfigError(
-                    f"intervention.latents={self.latents} names no latents; "
-                    "type selected or a list such as '[1234,77]'"
-                )
-        if self.values is not None:
-            n = len(self.latents) if isinstance(self.latents, list) else 0
-            if len(self.values) != n:
-                raise ConfigError(
-                    f"intervention.values has {len(self.values)} targets for {n} named latents; "
-                    "name as many in intervention.latents"
-                )
+        if isinstance(self.latents, dict):
+            if self.latents and all(str(k).isdecimal() for k in self.latents):
+                self.latents = {int(k): v for k, v in self.latents.items()}
+            wrong = not self.latents or not all(isinstance(k, int) for k in self.latents)
+            wrong |= not all(v == SELECTED or _is_list(v) for v in self.latents.values())
+        else:
+            wrong = self.latents not in (SELECTED, PER_LAYER) and not _is_list(self.latents)
+        if wrong:
+            raise ConfigError(
+                f"intervention.latents={self.latents} names no latents; type selected, a list such "
+                "as '[1234,77]', or latents by layer, '{1:[12,77],2:selected}'"
+            )
+        if not self.by_layer:
+            return
+        if self.directions != ["latents"]:
+            raise ConfigError(
+                f"intervention.latents={self.latents} are latents of several layers, which go with "
+                f"'intervention.directions=[latents]' alone, not {self.directions}"
+            )
+        if self.latents == PER_LAYER and self.layers is None:
+            raise ConfigError(
+                f"intervention.latents={PER_LAYER} needs layers; type 'intervention.layers=[1,2]', "
+                "or all"
+            )
+        if isinstance(self.latents, dict) and self.layers is not None:
+            raise ConfigError(
+                f"intervention.latents={self.latents} names its layers itself; leave out "
+                "intervention.layers"
+            )
+        if self.name in ("splice", "patch"):
+            raise ConfigError(
+                f"intervention={self.name} changes no latents; leave out intervention.latents"
+            )
+
+    def _check_values(self) -> None:
+        if self.values is None:
+            return
+        n = len(self._named())
+        if len(self.values) != n:
+            raise ConfigError(
+                f"intervention.values has {len(self.values)} targets for {n} named latents; "
+                "name as many in intervention.latents"
+            )
+        if isinstance(self.latents, dict) and SELECTED in self.latents.values():
+            raise ConfigError(
+                "intervention.values gives targets of named latents, and intervention.latents="
+                f"{self.latents} leaves some to be selected; name them all"
+            )
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list of latent indices."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)

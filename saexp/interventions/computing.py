@@ -1,10 +1,9 @@
 """Results of many rows: generations, logits, divergences; each row computed once, in batches."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,42 +11,34 @@ from saexp.context import progress
 from saexp.interventions import engine
 from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
+from saexp.interventions.guessing import LOGIT_BYTES, Guessing
 from saexp.interventions.ops import Row
 from saexp.models.loading import LanguageModel
+from saexp.models.weights import Original
 
 log = logging.getLogger(__name__)
 
 _CACHE_BYTES = 2 * 2**30
 """Largest KV cache of a batch, where `batch_tokens` is auto."""
 _MOST_TOKENS = 65536
-_LOGIT_BYTES = 512 * 2**20
-"""Largest tensor of logits."""
+_MOST_TOKENS_CPU = 16384
+"""Larger batches leave its caches, and take longer."""
 
 Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
 """What is kept of a row's logits at its last `n_last` tokens (float32)."""
 
 
 def batch_tokens_for(model: LanguageModel, asked: int | str) -> int:
-    """`asked`, or for `auto` as many tokens as keep the KV cache within _CACHE_BYTES."""
+    """`asked`, or for `auto` as many tokens as keep the KV cache within _CACHE_BYTES, at most
+    _MOST_TOKENS."""
     if asked != "auto":
         return int(asked)
     about = model.text_config
     n_heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
     size = getattr(about, "head_dim", None) or model.d_model // about.num_attention_heads
     per_token = 2 * model.n_layers * int(n_heads) * int(size) * model.dtype.itemsize
-    return max(1024, min(_MOST_TOKENS, _CACHE_BYTES // per_token))
-
-
-def _batches(rows: Sequence[Row], extra: int, batch_tokens: int) -> list[list[Row]]:
-    """Rows of one prompt side by side, long prompts first, at most `batch_tokens` a batch."""
-    order = sorted(rows, key=lambda r: (-len(r.ids), r.ids))
-    batches, start = [], 0
-    while start < len(order):
-        longest = len(order[start].ids) + extra
-        size = max(1, batch_tokens // longest)
-        batches.append(order[start : start + size])
-        start += size
-    return batches
+    most = _MOST_TOKENS_CPU if model.device.type == "cpu" else _MOST_TOKENS
+    return max(1024, min(most, _CACHE_BYTES // per_token))
 
 
 def _computed(
@@ -55,16 +46,15 @@ def _computed(
     what: str,
     kind: str,
     cache: ResultCache | None,
-    batches: Callable[[Sequence[Row]], list[list[Row]]],
-    compute: Callable[[list[Row]], Sequence[np.ndarray]],
+    compute: Callable[[list[Row]], Iterator[list[tuple[Row, np.ndarray]]]],
 ) -> list[np.ndarray]:
     """One result per row: equal rows once, and not at all where the cache has them."""
     distinct = {row.key: row for row in rows}
     done = cache.get(kind, distinct) if cache is not None else {}
     missing = [row for key, row in distinct.items() if key not in done]
     with progress(len(missing), what, "prompt") as bar:
-        for batch in batches(missing) if missing else []:
-            made = [(r.key, v) for r, v in zip(batch, compute(batch), strict=True)]
+        for batch in compute(missing):
+            made = [(row.key, values) for row, values in batch]
             done.update(made)
             if cache is not None:
                 cache.put(kind, made)
@@ -93,21 +83,14 @@ def generate(
 
     Greedy, or sampled where a row says so. Equal rows are computed once, and not at all where the
     cache has them; batches hold prompts of similar length, at most `batch_tokens` tokens with
-    padding and what is generated.
+    padding and what is generated. Greedy rows of one prompt guess each other's text.
     """
 
-    def compute(batch: list[Row]) -> list[np.ndarray]:
-        tokens = engine._generate_batch(model, batch, saes or {}, max_new_tokens)
-        return [np.asarray(t, dtype=np.float64) for t in tokens]
+    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        for batch in Guessing(model, saes or {}, max_new_tokens, batch_tokens).run(missing):
+            yield [(row, np.asarray(tokens, dtype=np.float64)) for row, tokens in batch]
 
-    found = _computed(
-        rows,
-        what,
-        f"tokens {max_new_tokens}",
-        cache,
-        lambda some: _batches(some, max_new_tokens, batch_tokens),
-        compute,
-    )
+    found = _computed(rows, what, f"tokens {max_new_tokens}", cache, compute)
     return [[int(t) for t in values] for values in found]
 
 
@@ -128,23 +111,19 @@ def read_logits(
     The logits are of the row's last `n_last` prompt tokens (1 where not given).
     """
 
-    def cut(some: Sequence[Row]) -> list[list[Row]]:
-        most = 1 if n_last is None else max(n_last(r) for r in some)
+    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        wanted = [1 if n_last is None else n_last(row) for row in missing]
         vocabulary = int(model.text_config.vocab_size)
-        size = max(1, _LOGIT_BYTES // (4 * most * vocabulary))
-        batches = _batches(some, 0, batch_tokens)
-        return [b[i : i + size] for b in batches for i in range(0, len(b), size)]
+        most = LOGIT_BYTES // (4 * max(wanted, default=1) * vocabulary)
+        for batch in engine.in_batches(missing, None, batch_tokens, most):
+            mine, lasts = [missing[i] for i in batch], [wanted[i] for i in batch]
+            logits = engine.last_logits(model, mine, saes, max(lasts))
+            yield [
+                (row, np.asarray(reader(row, x[-n:].float()), dtype=np.float64))
+                for row, x, n in zip(mine, logits, lasts, strict=True)
+            ]
 
-    @torch.inference_mode()
-    def compute(batch: list[Row]) -> list[np.ndarray]:
-        wanted = [1 if n_last is None else n_last(r) for r in batch]
-        logits = engine._prefill(model, batch, saes or {}, max(wanted), use_cache=False).logits
-        return [
-            np.asarray(reader(row, x[-n:].float()), dtype=np.float64)
-            for row, x, n in zip(batch, logits, wanted, strict=True)
-        ]
-
-    return _computed(rows, what, kind, cache, cut, compute)
+    return _computed(rows, what, kind, cache, compute)
 
 
 def divergences(
@@ -160,26 +139,63 @@ def divergences(
     Every token but the first counts (the first is the BOS where the tokenizer has one).
     """
 
-    def cut(some: Sequence[Row]) -> list[list[Row]]:
-        vocabulary = int(model.text_config.vocab_size)
-        batches = []
+    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
         of_prompt: dict[tuple[int, ...], list[Row]] = {}
-        for row in some:
+        for row in missing:
             of_prompt.setdefault(row.ids, []).append(row)
         for ids, same in of_prompt.items():
-            most = min(batch_tokens // len(ids), _LOGIT_BYTES // (12 * len(ids) * vocabulary))
-            size = max(1, most - 1)
-            batches += [same[i : i + size] for i in range(0, len(same), size)]
-        return batches
+            size = max(1, _scored_at_once(model, len(ids), batch_tokens) - 1)
+            for start in range(0, len(same), size):
+                batch = same[start : start + size]
+                n = max(len(ids) - 1, 1)
+                logits = engine.last_logits(model, [Row(ids), *batch], saes, n)
+                logs = logits.float().log_softmax(-1)
+                yield [
+                    (row, np.asarray([max(float(x), 0.0)]))
+                    for row, x in zip(batch, _kl(logs[:1], logs[1:]).mean(-1), strict=True)
+                ]
 
-    @torch.inference_mode()
-    def compute(batch: list[Row]) -> list[np.ndarray]:
-        plain = Row(batch[0].ids)
-        n = max(len(plain.ids) - 1, 1)
-        logits = engine._prefill(model, [plain, *batch], saes or {}, n, use_cache=False).logits
-        logs = logits.float().log_softmax(-1)
-        kl = (logs[:1].exp() * (logs[:1] - logs[1:])).sum(-1).mean(-1)
-        return [np.asarray([max(float(x), 0.0)]) for x in kl]
-
-    found = _computed(rows, "cost on neutral text", "kl", cache, cut, compute)
+    found = _computed(rows, "cost on neutral text", "kl", cache, compute)
     return [float(v[0]) for v in found]
+
+
+def weight_divergences(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    original: Original,
+    *,
+    batch_tokens: int,
+    cache: ResultCache | None = None,
+) -> list[float]:
+    """As `divergences`, of the model's weights as they are now from those inside `original()`."""
+
+    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        longest = max((len(row.ids) for row in missing), default=1)
+        most = _scored_at_once(model, longest, batch_tokens)
+        for numbers in engine.in_batches(missing, None, batch_tokens, most):
+            batch = [missing[i] for i in numbers]
+            n = max(max(len(row.ids) for row in batch) - 1, 1)
+            edited = engine.last_logits(model, batch, None, n)
+            with original():
+                plain = engine.last_logits(model, batch, None, n)
+            made = []
+            for row, before, after in zip(batch, plain, edited, strict=True):
+                mine = slice(-max(len(row.ids) - 1, 1), None)
+                logs = (x[mine].float().log_softmax(-1) for x in (before, after))
+                made.append((row, np.asarray([max(float(_kl(*logs).mean()), 0.0)])))
+            yield made
+
+    rows = [Row(tuple(ids)) for ids in prompts]
+    found = _computed(rows, "cost of the weights", "kl of weights", cache, compute)
+    return [float(v[0]) for v in found]
+
+
+def _scored_at_once(model: LanguageModel, n_tokens: int, batch_tokens: int) -> int:
+    """Prompts of so many tokens whose logits, probabilities and their product fit in memory."""
+    vocabulary = int(model.text_config.vocab_size)
+    return min(batch_tokens // n_tokens, LOGIT_BYTES // (12 * n_tokens * vocabulary))
+
+
+def _kl(before: Float[Tensor, "... V"], after: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    """KL(before || after) of log-probabilities, nats."""
+    return (before.exp() * (before - after)).sum(-1)

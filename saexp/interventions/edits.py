@@ -1,188 +1,14 @@
-"""What is changed: latents singly, as a group, other directions, and the controls of each."""
-
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+"""What is changed: directions added, latents moved."""
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.config import InterventionConfig
-from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.controls import matched_controls
-from saexp.interventions.facts import Condition, LatentFacts
+from saexp.errors import ConfigError
+from saexp.interventions.facts import LatentFacts
+from saexp.interventions.layered import Sets
 from saexp.interventions.ops import Add, Move, Op, Vector
-from saexp.interventions.prompts import Prompts
-from saexp.models.hookpoints import Hookpoint
-from saexp.models.loading import LanguageModel
-
-Sets = list[tuple[str, str, str, tuple[int, ...]]]
-"""(direction, group of the prompts, role, latents)."""
-
-
-class LatentIntervention(ABC):
-    """Base: which latents and directions, their controls, and the order of conditions."""
-
-    own_prompts = False
-    """Whether a direction's latents are tried on that group's own prompts."""
-    vectors = False
-    """Whether it can use directions that are no latents."""
-
-    def __init__(self, cfg: InterventionConfig) -> None:
-        self.cfg = cfg
-        others = [d for d in cfg.directions if d != "latents"]
-        if others and not self.vectors:
-            raise ConfigError(
-                f"intervention={cfg.name} changes latents, and "
-                f"intervention.directions={cfg.directions} names '{others[0]}', which is none; "
-                "type intervention=steer, project_out or orthogonalize"
-            )
-        if cfg.layers is not None and not self.vectors:
-            raise ConfigError(
-                f"intervention={cfg.name} works at the SAE's own layer; leave out "
-                "intervention.layers"
-            )
-
-    def plan(
-        self,
-        facts: LatentFacts,
-        coefficients: Sequence[float],
-        prompts: Prompts,  # noqa: ARG002
-        model: LanguageModel,  # noqa: ARG002
-    ) -> tuple[list[Condition], list[str]]:
-        """All conditions, and notes for the report."""
-        conditions: list[Condition] = []
-        notes: list[str] = []
-        sets = self._sets(facts) if "latents" in self.cfg.directions else []
-        for direction, of_group, role, latents in sets:
-            name = f"{direction}_{role}" if role == "group" else f"{direction}_{latents[0]}"
-            controls = matched_controls(
-                facts.table, latents, self.cfg.n_controls, alpha=facts.alpha
-            )
-            notes += controls.notes
-            for i, write in enumerate([latents, *controls.sets]):
-                full = name if i == 0 else f"{name}_control_{i:02d}"
-                edits = tuple(self.edit(latents, write, of_group, c, facts) for c in coefficients)
-                condition = Condition(
-                    name=full,
-                    role=role if i == 0 else "control",
-                    direction=direction,
-                    prompts=of_group,
-                    latents=write,
-                    of=name,
-                    edits=edits,
-                    strengths=tuple(self.strength(e, write, facts) for e in edits),
-                    weights=self.weights(facts.directions(write), facts),
-                )
-                conditions.append(condition)
-        for kind in self.cfg.directions:
-            if kind != "latents":
-                conditions += self._of_vectors(kind, facts, coefficients)
-        return conditions, list(dict.fromkeys(notes))
-
-    def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
-        """Directions taken out of the model's weights, where the intervention does that."""
-        return None
-
-    def _of_vectors(
-        self, kind: str, facts: LatentFacts, coefficients: Sequence[float]
-    ) -> list[Condition]:
-        """A direction of the stream itself, towards each group, with random ones as controls."""
-        made = []
-        for towards in facts.groups:
-            natural = facts.mean_difference(towards)
-            if kind == "probe":
-                unit = facts.probe_direction
-                natural = unit * (unit @ natural)
-            generator = torch.Generator().manual_seed(
-                self.cfg.seed * 1000 + facts.groups.index(towards)
-            )
-            n_random = self.cfg.n_controls + (kind == "random")
-            noise = torch.randn(n_random, len(natural), generator=generator)
-            noise = noise / noise.norm(dim=-1, keepdim=True) * natural.norm()
-            vectors = [*([] if kind == "random" else [natural]), *noise]
-            prompts = towards if self.own_prompts else facts.other(towards)
-            name = f"{towards}_{kind}"
-            for i, vector in enumerate(vectors):
-                edits = tuple(self.write(vector, c, facts) for c in coefficients)
-                condition = Condition(
-                    name=name if i == 0 else f"{name}_control_{i:02d}",
-                    role="direction" if i == 0 else "control",
-                    direction=towards,
-                    prompts=prompts,
-                    latents=(),
-                    of=name,
-                    edits=edits,
-                    strengths=tuple(self.strength(e, (), facts) for e in edits),
-                    weights=self.weights(vector[None], facts),
-                )
-                made.append(condition)
-        return made
-
-    def write(
-        self,
-        vector: Tensor,  # noqa: ARG002
-        coefficient: float,  # noqa: ARG002
-        facts: LatentFacts,  # noqa: ARG002
-    ) -> tuple[Op, ...]:
-        """Operations for a direction of the stream; kinds with `vectors` define it."""
-        raise InterventionError(f"intervention={self.cfg.name} writes no directions but latents'")
-
-    @abstractmethod
-    def edit(
-        self,
-        latents: tuple[int, ...],
-        write: tuple[int, ...],
-        prompts: str,
-        coefficient: float,
-        facts: LatentFacts,
-    ) -> tuple[Op, ...]:
-        """For `latents`, written along the directions of `write` (themselves or controls)."""
-
-    def strength(
-        self,
-        ops: tuple[Op, ...],  # noqa: ARG002
-        latents: tuple[int, ...],  # noqa: ARG002
-        facts: LatentFacts,  # noqa: ARG002
-    ) -> dict[str, float]:
-        """What a coefficient is in every unit, where that does not depend on the prompt."""
-        return {}
-
-    def _chosen(self, facts: LatentFacts) -> pd.DataFrame:
-        table = facts.table
-        if self.cfg.latents == "selected":
-            chosen = table[table["selected"]].sort_values("rank")
-            return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
-        facts.check(self.cfg.latents)
-        return table[table["latent"].isin(self.cfg.latents)]
-
-    def _sets(self, facts: LatentFacts) -> Sets:
-        """Each direction's latents go on one group's prompts: singly, and as a group.
-
-        Without two groups, or a contrast between them, every latent goes on all prompts.
-        """
-        chosen = self._chosen(facts)
-        if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():
-            latents = tuple(chosen["latent"].tolist())
-            group = [("latents", "all", "group", latents)] if len(latents) > 1 else []
-            return [*group, *(("latent", "all", "single", (f,)) for f in latents)]
-        sets: Sets = []
-        for direction in facts.groups:
-            latents = chosen.loc[chosen["direction"] == direction, "latent"].tolist()
-            prompts = direction if self.own_prompts else facts.other(direction)
-            if len(latents) > 1:
-                sets.append((direction, prompts, "group", tuple(latents)))
-            sets += [(direction, prompts, "single", (f,)) for f in latents]
-        return sets
-
-    def _places(self, facts: LatentFacts) -> list[Hookpoint]:
-        """Where vectors are written: the SAE's own stream, at every layer asked for."""
-        layers = self.cfg.layers
-        if layers is None:
-            return [facts.written]
-        numbers = range(facts.n_layers) if layers == "all" else layers
-        return [Hookpoint(int(n), facts.written.stream) for n in numbers]
+from saexp.interventions.planning import LatentIntervention
 
 
 class Steer(LatentIntervention):
@@ -193,7 +19,9 @@ class Steer(LatentIntervention):
     so that coefficients compare across layers, SAEs and numbers of latents. Several latents are
     mixed in proportion to how far their means differ between the groups (train split): the
     difference of means, as far as these latents make it up. Other directions have `raw` as their
-    natural length (the difference of means; a probe's component of it).
+    natural length (the difference of means; a probe's component of it; `denoised_difference`, its
+    least-squares part in the span of the latents' decoder rows, which allows for rows that overlap
+    and for latents that speak for the other group, as the mix of latents does not).
     """
 
     vectors = True
@@ -279,7 +107,7 @@ class Clamp(LatentIntervention):
     ) -> tuple[Op, ...]:
         """Targets are means on the train split of the group that the prompts are not of."""
         if self.cfg.values is not None:
-            given = dict(zip(self.cfg.latents, self.cfg.values, strict=True))
+            given = self.cfg.targets_at(facts.hookpoint.layer)
             targets = [float(given[f]) for f in latents]
         else:
             if len(facts.groups) != 2:

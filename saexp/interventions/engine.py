@@ -23,6 +23,7 @@ from saexp.interventions.batch import BatchEdit, SAEs
 from saexp.interventions.ops import Row
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
+from saexp.models.kv_cache import with_room
 from saexp.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,21 @@ def padded(
     mask = np.arange(width) >= width - lengths[:, None]
     out[mask] = np.fromiter((t for row in ids for t in row), dtype=np.int64)
     return torch.from_numpy(out).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+
+
+def in_batches(
+    rows: Sequence[Row], extra: Sequence[int] | None, batch_tokens: int, most: int = 2**31
+) -> list[list[int]]:
+    """Rows by index, those of one prompt side by side, long ones first: at most `batch_tokens`
+    with padding and `extra` tokens of each, and at most `most` rows, a batch (one at least)."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), rows[i].ids))
+    batches, start = [], 0
+    while start < len(order):
+        longest = len(rows[order[start]].ids) + (max(extra) if extra else 0)
+        size = max(1, min(batch_tokens // longest, most))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
 
 
 def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
@@ -82,7 +98,7 @@ def _prefill(
     positions = position_ids(mask)
     window = _window(rows, width, n_last)
     numbers: dict[tuple[int, ...], int] = {}
-    of_row = [numbers.setdefault(r.ids, len(numbers)) for r in rows]
+    of_row = [numbers.setdefault(r.ids[:-window], len(numbers)) for r in rows]
     saved = (len(rows) - len(numbers)) * (width - window)
     cache = None
     if saved > _SHARE_FROM * len(rows) * width:
@@ -153,26 +169,34 @@ class _Drawing:
 
 
 @torch.inference_mode()
+def likeliest_tokens(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int
+) -> Int[Tensor, "b n"]:
+    """The likeliest token after each of the prompts' last `n_last` tokens."""
+    return _prefill(model, rows, saes, n_last, use_cache=False).logits.argmax(-1)
+
+
+@torch.inference_mode()
 def _generate_batch(
-    model: LanguageModel, rows: Sequence[Row], saes: SAEs, max_new_tokens: int
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, limits: Sequence[int]
 ) -> list[list[int]]:
+    """New tokens of each row, at most its limit, without the end token; all rows in one batch."""
     eos = torch.tensor(model.eos_ids, device=model.device)
-    drawing = _Drawing(rows, max_new_tokens, model.device)
-    results: list[list[int]] = [[] for _ in rows]
-    alive = torch.arange(len(rows))
-    finished = torch.zeros(len(rows), dtype=torch.bool)
+    n_steps = max(limits)
+    drawing = _Drawing(rows, n_steps, model.device)
+    said = np.full((len(rows), n_steps), -1)
+    alive, most = torch.arange(len(rows)), torch.tensor(limits)
+    finished = most < 1
     state = _prefill(model, rows, saes, 1, use_cache=True)
-    cache, mask, positions = state.cache, state.mask, state.positions
+    cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
     logits = state.logits[:, -1]
     keep_one = _keeping(model, 1)
-    for step in range(max_new_tokens):
+    for step in range(n_steps):
         following = drawing.draw(logits, step, alive)
-        ended = torch.isin(following, eos).cpu()
-        for i, (row, token) in enumerate(zip(alive.tolist(), following.tolist(), strict=True)):
-            if not finished[i] and not ended[i]:
-                results[row].append(token)
-        finished |= ended
-        if bool(finished.all()) or step == max_new_tokens - 1:
+        finished |= torch.isin(following, eos).cpu()
+        said[alive[~finished].numpy(), step] = following.cpu()[~finished].numpy()
+        finished |= most[alive] <= step + 1
+        if bool(finished.all()):
             break
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -194,4 +218,4 @@ def _generate_batch(
                 **keep_one,
             )
         cache, logits = out.past_key_values, out.logits[:, -1]
-    return results
+    return [row[row >= 0].tolist() for row in said]

@@ -13,6 +13,7 @@ from torch import Tensor
 from saexp.errors import InterventionError
 from saexp.interventions.ops import Op
 from saexp.models.hookpoints import Hookpoint
+from saexp.saes.base import SparseAutoencoder
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Condition:
     """Example id -> operations per coefficient, where they differ between prompts."""
     weights: Tensor | None = None
     """`[k, d]`: directions that the model's weights may not write while it runs."""
+    layers: tuple[int, ...] = ()
+    """Layer of each of `latents`, where they are of several layers' SAEs."""
+    written: tuple[Hookpoint, ...] = ()
+    """Streams that it changes, where they are not that of the run's own SAE."""
+
+    @property
+    def label(self) -> str:
+        """Its latents as tables name them: `12+77`, of several layers `1:12+2:53`."""
+        if not self.layers:
+            return "+".join(map(str, self.latents))
+        return "+".join(f"{n}:{f}" for n, f in zip(self.layers, self.latents, strict=True))
 
     def ops(self, example_id: str, at: int) -> tuple[Op, ...] | None:
         """Operations at a coefficient; None where this prompt has none of its own."""
@@ -68,6 +80,10 @@ class LatentFacts:
     stream: Callable[[], tuple[Float[np.ndarray, "n d"], np.ndarray]] | None = None
     """Train split: stored activations of the written stream, and each row's group."""
     n_layers: int = 1
+    layers: Mapping[int, "LatentFacts"] = field(default_factory=dict)
+    """Facts of every layer whose SAE's latents are changed; none: this SAE's alone are."""
+    saes: Mapping[Hookpoint, SparseAutoencoder] = field(default_factory=dict)
+    """SAEs of `layers`, by the hookpoint that they read."""
 
     @cached_property
     def by_latent(self) -> pd.DataFrame:
@@ -119,9 +135,23 @@ class LatentFacts:
         for latent in latents:
             if latent not in self.by_latent.index:
                 raise InterventionError(
-                    f"intervention.latents: latent {latent} never fires on this data set, so "
-                    "nothing is known of it; choose others"
+                    f"intervention.latents: latent {latent} never fires on this data set at "
+                    f"{self.hookpoint.name}, so nothing is known of it; choose others"
                 )
+
+
+def denoised(
+    difference: Float[Tensor, " d"], rows: Float[Tensor, "k d"]
+) -> tuple[Float[Tensor, " d"], float]:
+    """The part of a difference of means that lies in the span of decoder rows.
+
+    Its orthogonal projection: rows' w with w the least-squares solution of rows' w = difference;
+    dependent rows do no harm. Beside it the share of the difference's norm that is kept.
+    """
+    basis = orthonormal(rows).double()
+    kept = (basis @ difference.double()) @ basis
+    share = float(kept.norm() / difference.double().norm())
+    return kept.float(), share
 
 
 def orthonormal(directions: Float[Tensor, "k d"]) -> Float[Tensor, "r d"]:

@@ -6,6 +6,7 @@ of single heads share their sign flips and are corrected by the largest of them 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from saexp.interventions.ops import Row
 from saexp.interventions.prompts import Placed, Prompts
 from saexp.models.attention import attention_to
 from saexp.models.loading import LanguageModel
+from saexp.models.weights import orthogonalized
 from saexp.paired import paired_head_test
-from saexp.saes.base import SparseAutoencoder
 
 _BATCH = 64
 _TOLD = ("group", "direction", "place")
@@ -36,16 +37,17 @@ def attention_tables(
     coefficients: Sequence[float],
     chosen: Mapping[str, float],
     model: LanguageModel,
-    sae: SparseAutoencoder,
+    saes: SAEs,
     cfg: InterventionConfig,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float | int | None]]:
     """Tables `attention` (per layer and head) and `attention_summary` (per condition), and metrics.
 
     Test prompts only; each condition at the coefficient chosen for it, else its largest. Its
-    controls are run at the same one. Raises InterventionError where no prompt has an entity.
+    controls are run at the same one. A condition that takes directions out of the weights is
+    compared with the model's own weights. Raises InterventionError where no prompt has an entity.
     """
-    told = [c for c in conditions if c.role in _TOLD and c.weights is None]
-    told = told or [c for c in conditions if c.role == "single" and c.weights is None]
+    told = [c for c in conditions if c.role in _TOLD]
+    told = told or [c for c in conditions if c.role == "single"]
     heads: list[pd.DataFrame] = []
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float | int | None] = {}
@@ -60,13 +62,19 @@ def attention_tables(
             pairs = [(p, ops) for p, ops in pairs if ops is not None]
             if not pairs:
                 raise InterventionError("outcome attention: no test prompt has an entity in it")
-            saes = {sae.hookpoint: sae}
-            before = _measured(model, [Row(p.tokens.ids) for p, _ in pairs], pairs, {}, stored)
+            plain = [Row(p.tokens.ids) for p, _ in pairs]
+            before = _measured(model, plain, pairs, {}, stored)
             edited = [
                 Row(p.tokens.ids, ops, p.positions, cfg.where in ("all", "generated"))
                 for p, ops in pairs
             ]
-            after = _measured(model, edited, pairs, saes, stored)
+            with ExitStack() as stack:
+                weights = condition.weights if coefficient else None
+                if weights is not None:
+                    out = orthogonalized(model, weights, embedding=cfg.embedding)
+                    stack.enter_context(out)
+                seen = stored if weights is None else {}
+                after = _measured(model, edited, pairs, saes, seen)
             units = np.array([p.example.unit for p, _ in pairs])
             about = {
                 "condition": condition.name,

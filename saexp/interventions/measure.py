@@ -1,6 +1,7 @@
 """Jobs (prompt, condition, coefficient) to outcomes, each row computed once."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from saexp.config import InterventionConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
 from saexp.data.tokens import tokenize
+from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
@@ -19,7 +21,7 @@ from saexp.interventions.ops import Row, Sampling
 from saexp.interventions.outcomes import mean_loss
 from saexp.interventions.prompts import Placed, Prompts, placed_prompts
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.models.weights import Original
 
 _NEUTRAL_TOKENS = 48
 """Longest neutral text, in tokens."""
@@ -41,12 +43,14 @@ class Measurement:
     """Runs jobs on one model as it is now."""
 
     model: LanguageModel
-    sae: SparseAutoencoder
+    saes: SAEs
     asked: Sequence[Any]
     """Outcome objects."""
     cfg: InterventionConfig
     max_length: int
     cache: ResultCache | None
+    original: Original | None = None
+    """Gives the model its own weights for a while, where some were taken out."""
     notes: list[str] = field(default_factory=list)
 
     def wants(self, source: str) -> bool:
@@ -78,7 +82,7 @@ class Measurement:
         tokens = generate(
             self.model,
             rows,
-            {self.sae.hookpoint: self.sae},
+            self.saes,
             max_new_tokens=self.cfg.max_new_tokens,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
@@ -106,7 +110,7 @@ class Measurement:
             self.notes.append(f"{name}: {len(lacking)} prompts have no answer to compare with")
 
     def _perplexity(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[float | None]:
-        """Generations under the model as it is, unedited."""
+        """Generations under the unedited model, with its own weights."""
         wholes = [
             Row((*r.ids, *t), about=(len(t),)) for r, t in zip(rows, tokens, strict=True) if t
         ]
@@ -114,19 +118,20 @@ class Measurement:
         def reader(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
             return mean_loss(logits[:-1], row.ids[-row.about[0] :])
 
-        found = iter(
-            read_logits(
+        own = self.original
+        with own() if own else nullcontext():
+            losses = read_logits(
                 self.model,
                 wholes,
                 None,
                 reader,
-                kind="loss of the last tokens",
+                kind="loss of the last tokens" + (", own weights" if own else ""),
                 batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
                 n_last=lambda r: r.about[0] + 1,
                 cache=self.cache,
                 what="perplexity",
             )
-        )
+        found = iter(losses)
         return [float(np.exp(next(found)[0])) if t else None for t in tokens]
 
     def _next(
@@ -162,7 +167,7 @@ class Measurement:
         found = read_logits(
             self.model,
             rows,
-            {self.sae.hookpoint: self.sae},
+            self.saes,
             lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
             kind=outcome.name,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
@@ -177,7 +182,8 @@ class Measurement:
     def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
         """KL(unedited || edited) on neutral text, every token edited, per condition and strength.
 
-        Operations that belong to one prompt (patches) have no cost, nor have edited weights here.
+        Operations that belong to one prompt (patches) have no cost; that of edited weights is in
+        `weight_costs`.
         """
         cells = {
             (j.condition.name, j.coefficient): (j.condition, j.condition.edits[j.at])
@@ -186,7 +192,8 @@ class Measurement:
         }
         if not cells:
             return []
-        texts = tokenize(list(neutral)[: self.cfg.n_neutral], self.model.tokenizer, _NEUTRAL_TOKENS)
+        model, some = self.model, list(neutral)[: self.cfg.n_neutral]
+        texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
         places = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
         rows = [
             Row(text.ids, ops, place)
@@ -196,7 +203,7 @@ class Measurement:
         found = divergences(
             self.model,
             rows,
-            {self.sae.hookpoint: self.sae},
+            self.saes,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
         )

@@ -228,7 +228,7 @@ class YesNo(NextToken):
 
 
 class NeutralKL:
-    """Cost: KL(unedited || edited) per token of neutral text, every token edited."""
+    """Cost: KL(unedited || edited) per token of neutral text, every token or the weights edited."""
 
     name, kind, source = "neutral_kl", "mean", "cost"
 

@@ -98,7 +98,8 @@ def placed_prompts(
             asked.append(_in_chat(ask(example) if ask else example.as_prompt(), model))
         except Unplaced as reason:
             found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
-    tokenized = tokenize([e.text for e in asked], model.tokenizer, max_length) if asked else []
+    texts = [e.text for e in asked]
+    tokenized = tokenize(texts, model.tokenizer, max_length, model.prepend_bos) if texts else []
     for number, (example, tokens) in enumerate(zip(asked, tokenized, strict=True)):
         try:
             if tokens.truncated:

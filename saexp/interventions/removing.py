@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from saexp.errors import ConfigError
-from saexp.interventions.edits import LatentIntervention
 from saexp.interventions.facts import LatentFacts, orthonormal
 from saexp.interventions.ops import Move, Op, Project, Vector
+from saexp.interventions.planning import LatentIntervention
 
 
 class Scale(LatentIntervention):

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -18,9 +17,15 @@ from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.measure import Job, Measurement
 from saexp.interventions.ops import Vector
 from saexp.interventions.prompts import Prompts, choose_prompts, placed_prompts
-from saexp.interventions.summary import chosen_coefficients, summarise
+from saexp.interventions.summary import (
+    chosen_coefficients,
+    effect_metrics,
+    summarise,
+    with_strengths,
+)
+from saexp.interventions.weight_costs import weight_costs
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import orthogonalized
+from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
@@ -62,6 +67,7 @@ class CausalTest:
         cache_dir: str | Path,
     ) -> None:
         self.intervention, self.facts, self.model, self.sae = intervention, facts, model, sae
+        self.saes = facts.saes or {sae.hookpoint: sae}
         self.cfg: InterventionConfig = intervention.cfg
         self.max_length, self.cache_dir = max_length, cache_dir
         self.outcomes = [resolve("outcome", name)() for name in self.cfg.outcomes]
@@ -82,11 +88,13 @@ class CausalTest:
             return TaskResult(notes=["no latent is selected, so nothing was steered", *notes])
         jobs = self._jobs(conditions, prompts)
         effects = pd.DataFrame([self._described(job) for job in jobs])
+        if self.facts.saes:
+            effects["layer"] = effects["layer"].astype("Int64")
         result = TaskResult(notes=[*notes, *prompts.notes()])
         costs: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {}
         for weights, mine in _by_weights(jobs).items():
-            with self._measuring(weights) as measurement:
+            with self._measuring(weights) as (measurement, original):
                 found = measurement.outcomes([jobs[i] for i in mine], prompts, chosen)
                 for name, values in found.items():
                     column = columns.setdefault(name, [None] * len(jobs))
@@ -94,6 +102,7 @@ class CausalTest:
                         column[i] = value
                 if measurement.wants("cost"):
                     costs += measurement.costs([jobs[i] for i in mine], neutral)
+                    costs += weight_costs(measurement, [jobs[i] for i in mine], neutral, original)
                 result.notes += [n for n in measurement.notes if n not in result.notes]
         for name, values in columns.items():
             effects[name] = values
@@ -104,10 +113,10 @@ class CausalTest:
         if kinds:
             summary = summarise(_numeric(effects, kinds), kinds, self.cfg.seed)
             summary = self._choose(summary, next(iter(kinds)), result.notes)
-            result.tables["effects_summary"] = _with_strengths(
+            result.tables["effects_summary"] = with_strengths(
                 summary, conditions, self.coefficients
             )
-            result.metrics |= _metrics(summary[summary["split"] == "test"], list(kinds))
+            result.metrics |= effect_metrics(summary[summary["split"] == "test"], list(kinds))
         if costs:
             result.tables["costs"] = pd.DataFrame(costs)
         if any(o.source == "heads" for o in self.outcomes):
@@ -149,6 +158,7 @@ class CausalTest:
 
     def _described(self, job: Job) -> dict[str, Any]:
         example, condition = job.example, job.condition
+        written = condition.written or (() if self.facts.saes else (self.facts.written,))
         return {
             "example_id": example.id,
             "group": "all" if example.group is None else example.group,
@@ -160,36 +170,41 @@ class CausalTest:
             "role": condition.role,
             "of": condition.of,
             "direction": condition.direction,
-            "latent": "+".join(map(str, condition.latents)),
+            "latent": condition.label,
             "coefficient": job.coefficient,
             "coefficient_unit": coefficient_unit(self.cfg),
-            "hookpoint": self.facts.written.name,
-            "layer": self.facts.written.layer,
+            "hookpoint": "+".join(at.name for at in written),
+            "layer": written[0].layer if len(written) == 1 else pd.NA,
             "where": self.cfg.where,
             "answers": " | ".join(example.answers),
         }
 
     @contextmanager
-    def _measuring(self, weights: Vector | None) -> Iterator[Measurement]:
-        """Measure under the model's own weights, or with directions taken out of them."""
+    def _measuring(self, weights: Vector | None) -> Iterator[tuple[Measurement, Original | None]]:
+        """Measure under the model's own weights, or with directions taken out of them.
+
+        Beside the measurement what gives the model its own weights for a while, if they are out.
+        """
         cache = self._cache(weights)
         try:
             measurement = Measurement(
-                self.model, self.sae, self.outcomes, self.cfg, self.max_length, cache
+                self.model, self.saes, self.outcomes, self.cfg, self.max_length, cache
             )
             if weights is None:
-                yield measurement
+                yield measurement, None
             else:
-                with orthogonalized(self.model, weights.values, embedding=self.cfg.embedding):
-                    yield measurement
+                embedding = self.cfg.embedding
+                with orthogonalized(self.model, weights.values, embedding=embedding) as original:
+                    measurement.original = original
+                    yield measurement, original
         finally:
             if cache is not None:
                 cache.close()
 
     def _cache(self, weights: Vector | None) -> ResultCache | None:
         """Results of the same weights on the same kind of device; none for weights unknown."""
-        fingerprint = self.sae.metadata.get("fingerprint")
-        if fingerprint is None:
+        about = [_described_sae(sae) for sae in self.saes.values()]
+        if any(sae["sae"] is None for sae in about):
             return None
         determined_by = {
             "model": self.model.fingerprint,
@@ -197,9 +212,7 @@ class CausalTest:
             "dtype": str(self.model.dtype),
             "device": self.model.device.type,
             "eos": self.model.eos_ids,
-            "sae": fingerprint,
-            "sae_dtype": str(self.sae.W_dec.dtype),
-            "hookpoint": self.sae.hookpoint.name,
+            **(about[0] if len(about) == 1 else {"saes": about}),
         }
         return ResultCache(self.cache_dir, determined_by)
 
@@ -232,7 +245,7 @@ class CausalTest:
             )
         )
         tables, metrics = attention_tables(
-            conditions, prompts, self.coefficients, chosen, self.model, self.sae, self.cfg
+            conditions, prompts, self.coefficients, chosen, self.model, self.saes, self.cfg
         )
         result.tables |= tables
         result.metrics |= metrics
@@ -245,6 +258,17 @@ def coefficient_unit(cfg: InterventionConfig) -> str:
     return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
         cfg.name, "share"
     )
+
+
+def _described_sae(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What decides what an SAE makes of its input."""
+    factor = sae.metadata.get("norm_factor_by") and sae.norm_factor
+    return {
+        "sae": sae.metadata.get("fingerprint"),
+        "sae_dtype": str(sae.W_dec.dtype),
+        "hookpoint": sae.hookpoint.name,
+        **({"norm_factor": factor} if factor else {}),
+    }
 
 
 def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
@@ -261,40 +285,3 @@ def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
 def _numeric(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
     """Outcomes as floats, missing ones as NaN."""
     return effects.assign(**{k: effects[k].astype("Float64").astype(float) for k in kinds})
-
-
-def _with_strengths(
-    summary: pd.DataFrame, conditions: Sequence[Condition], coefficients: Sequence[float]
-) -> pd.DataFrame:
-    """Columns `added_norm` and `in_<unit>`: what each coefficient is in every unit."""
-    found = {
-        (c.name, k): s
-        for c in conditions
-        for k, s in zip(coefficients, c.strengths, strict=False)
-        if s
-    }
-    names = list(dict.fromkeys(n for s in found.values() for n in s))
-    rows = [found.get((r["condition"], r["coefficient"]), {}) for r in summary.to_dict("records")]
-    found_in = {
-        "added_norm" if n == "length" else f"in_{n}": [r.get(n, np.nan) for r in rows]
-        for n in names
-    }
-    return pd.concat([summary, pd.DataFrame(found_in, index=summary.index)], axis=1)
-
-
-def _metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
-    """Baselines, selected latents at each coefficient, and the extreme of their controls."""
-    metrics: dict[str, float | int | None] = {}
-    for name in outcomes:
-        for row in summary.to_dict("records"):
-            at = f"{row['condition']}_at_{row['coefficient']:g}"
-            if row["role"] == "baseline":
-                metrics[f"effect/{name}/{row['condition']}"] = row[name]
-            elif row["role"] != "control":
-                metrics[f"effect/{name}/{at}"] = row[name]
-        controls = summary[summary["role"] == "control"]
-        for (of, coefficient), part in controls.groupby(["of", "coefficient"], sort=False):
-            at = f"effect/{name}/{of}_controls"
-            metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
-            metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
-    return metrics

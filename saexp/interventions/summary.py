@@ -14,6 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from saexp.intervals import wilson
+from saexp.interventions.facts import Condition
 
 N_RESAMPLES = 4000
 KEYS = ["condition", "role", "of", "direction", "latent", "group", "coefficient"]
@@ -168,3 +169,41 @@ def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict
             if gap > best + 1e-9:
                 best, found[str(condition)] = gap, row["coefficient"]
     return found
+
+
+_STRENGTHS = {"length": "added_norm", "norm_kept": "norm_kept"}
+"""Columns of strengths that are no unit of a coefficient."""
+
+
+def with_strengths(
+    summary: pd.DataFrame, conditions: Sequence[Condition], coefficients: Sequence[float]
+) -> pd.DataFrame:
+    """Columns `added_norm` and `in_<unit>`: what each coefficient is in every unit."""
+    found = {
+        (c.name, k): s
+        for c in conditions
+        for k, s in zip(coefficients, c.strengths, strict=False)
+        if s
+    }
+    names = list(dict.fromkeys(n for s in found.values() for n in s))
+    rows = [found.get((r["condition"], r["coefficient"]), {}) for r in summary.to_dict("records")]
+    found_in = {_STRENGTHS.get(n, f"in_{n}"): [r.get(n, np.nan) for r in rows] for n in names}
+    return pd.concat([summary, pd.DataFrame(found_in, index=summary.index)], axis=1)
+
+
+def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
+    """Baselines, selected latents at each coefficient, and the extreme of their controls."""
+    metrics: dict[str, float | int | None] = {}
+    for name in outcomes:
+        for row in summary.to_dict("records"):
+            at = f"{row['condition']}_at_{row['coefficient']:g}"
+            if row["role"] == "baseline":
+                metrics[f"effect/{name}/{row['condition']}"] = row[name]
+            elif row["role"] != "control":
+                metrics[f"effect/{name}/{at}"] = row[name]
+        controls = summary[summary["role"] == "control"]
+        for (of, coefficient), part in controls.groupby(["of", "coefficient"], sort=False):
+            at = f"effect/{name}/{of}_controls"
+            metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
+            metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
+    return metrics

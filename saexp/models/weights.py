@@ -5,7 +5,7 @@ every matrix that writes to the stream; used on SAE latents by Ferrando et al. 2
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 
+Original = Callable[[], AbstractContextManager[None]]
+"""Opens a context inside which a model has its own weights again."""
 _MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out_proj", "wo", "w2")
 _RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest are no direction of their own."""
@@ -29,7 +31,7 @@ def orthogonalized(
     *,
     layers: Sequence[int] | None = None,
     embedding: bool = False,
-) -> Iterator[None]:
+) -> Iterator[Original]:
     """Nothing that attention and MLPs of `layers` (all, if None) add to the stream has a component
     along the span of `directions`, which need be neither orthogonal nor of unit norm.
 
@@ -41,6 +43,8 @@ def orthogonalized(
     With `embedding`, token embedding and learned position embeddings are projected too, so that
     the stream has no such component anywhere (if `layers` is all). The unembedding never changes:
     where it is tied to the embedding, it keeps the original tensor while the context is open.
+
+    Yields a context of its own, inside which the model is as it was, so that both can be compared.
 
     The model's own tensors are not written to; they are put aside and put back on any exit, so
     weights are byte-equal afterwards. Meanwhile each exchanged weight is held twice. Weights are
@@ -65,18 +69,20 @@ def orthogonalized(
                 norms[id(norm)] = norm
     embeddings = _embeddings(model) if embedding else []
     with ExitStack() as stack:
+        exchanged = _Exchanged()
+        stack.callback(exchanged.put, new=False)
         for norm in norms.values():
-            hook = norm.register_forward_hook(_projecting(basis), prepend=True)
+            hook = norm.register_forward_hook(_projecting(basis, exchanged), prepend=True)
             stack.callback(hook.remove)
         for writer in writers.values():
             # A linear layer's weight is [d, d_in]; GPT-2's Conv1D has it the other way round.
             linear = isinstance(writer, nn.Linear)
-            _exchange(stack, writer, "weight", basis, transposed=linear)
+            exchanged.project(writer, "weight", basis, transposed=linear)
             if writer.bias is not None:
-                _exchange(stack, writer, "bias", basis)
+                exchanged.project(writer, "bias", basis)
         for table in embeddings:
-            _exchange(stack, table, "weight", basis)
-        yield
+            exchanged.project(table, "weight", basis)
+        yield exchanged.original
 
 
 def _basis(directions: Tensor, d_model: int) -> Float[Tensor, "r d"]:
@@ -185,29 +191,50 @@ def _without(values: Tensor, basis: Tensor) -> Tensor:
     return values - (values @ basis.T) @ basis
 
 
-def _exchange(
-    stack: ExitStack, module: nn.Module, name: str, basis: Tensor, *, transposed: bool = False
-) -> None:
-    """Put a projected tensor in the parameter's place, and the parameter back at the end."""
-    old = module._parameters[name]
-    assert old is not None
-    exact = torch.float32 if old.device.type == "mps" else torch.float64
-    with torch.no_grad():
-        values, q = old.detach().to(exact), basis.to(old.device, exact)
-        new = _without(values.T, q).T.contiguous() if transposed else _without(values, q)
-        parameter = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+class _Exchanged:
+    """Projected tensors in the place of a model's own."""
 
-    def restore() -> None:
-        module._parameters[name] = old
+    def __init__(self) -> None:
+        self.active = True
+        self.tensors: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        """(module, name, its own, the projected one)."""
 
-    stack.callback(restore)
-    module._parameters[name] = parameter
+    def project(
+        self, module: nn.Module, name: str, basis: Tensor, *, transposed: bool = False
+    ) -> None:
+        """Put a projected tensor in the parameter's place."""
+        old = module._parameters[name]
+        assert old is not None
+        exact = torch.float32 if old.device.type == "mps" else torch.float64
+        with torch.no_grad():
+            values, q = old.detach().to(exact), basis.to(old.device, exact)
+            new = _without(values.T, q).T.contiguous() if transposed else _without(values, q)
+            parameter = nn.Parameter(new.to(old.dtype), requires_grad=old.requires_grad)
+        self.tensors.append((module, name, old, parameter))
+        module._parameters[name] = parameter
+
+    def put(self, *, new: bool) -> None:
+        """The projected tensors, or the model's own, in their places."""
+        self.active = new
+        for module, name, own, projected in self.tensors:
+            module._parameters[name] = projected if new else own
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as it was, for the time of a context."""
+        self.put(new=False)
+        try:
+            yield
+        finally:
+            self.put(new=True)
 
 
-def _projecting(basis: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _projecting(basis: Tensor, exchanged: _Exchanged) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     placed: dict[torch.device, Tensor] = {}
 
     def project(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        if not exchanged.active:
+            return output
         exact = torch.promote_types(output.dtype, torch.float32)
         if output.device not in placed:
             placed[output.device] = basis.to(exact).to(output.device)

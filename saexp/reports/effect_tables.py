@@ -8,6 +8,7 @@ from saexp.reports.saved import SavedRun
 N_EXAMPLES = 4
 N_HEADS = 12
 N_ATTRIBUTED = 20
+_ATTRIBUTED = [f"{n}{end}" for n in ("direct", "gradient") for end in ("", "_ci_low", "_ci_high")]
 
 
 def effect_content(run: SavedRun) -> dict[str, Any]:
@@ -15,13 +16,21 @@ def effect_content(run: SavedRun) -> dict[str, Any]:
     return {
         "effects": effect_tables(run),
         "costs": cost_table(run),
+        "cost_words": (
+            "with the edited weights"
+            if run.config["intervention"]["name"] == "orthogonalize"
+            else "with the edit at every token"
+        ),
         "heads": head_tables(run),
         "examples": generations(run),
     }
 
 
 def attribution_tables(run: SavedRun) -> list[dict[str, Any]]:
-    """Per group the latents of the largest gradient attribution, with their measured effect."""
+    """Per group the latents of the largest gradient attribution, with their measured effect.
+
+    Intervals of both kinds of attribution are 95 %, bootstrap over entities.
+    """
     table, summary = run.table("attribution"), run.summary
     if table is None:
         return []
@@ -33,12 +42,14 @@ def attribution_tables(run: SavedRun) -> list[dict[str, Any]]:
     made = []
     for group, part in table.groupby("group", sort=False):
         rows = [
-            [r["latent"], r["direct"], r["gradient"], r["activation"], r["n_active"]]
+            [r["latent"], *(r.get(c) for c in _ATTRIBUTED), r["activation"], r["n_active"]]
             + [measured.get((str(group), str(r["latent"])))]
             for r in part.head(N_ATTRIBUTED).to_dict("records")
         ]
-        head = ["latent", "direct", "gradient", "mean activation", "prompts where active"]
-        made.append({"group": group, "head": [*head, "measured, largest strength"], "rows": rows})
+        head = ["latent", "direct", "low (95 %)", "high (95 %)"]
+        head += ["gradient", "low (95 %)", "high (95 %)"]
+        head += ["mean activation", "prompts where active", "measured, largest strength"]
+        made.append({"group": group, "head": head, "rows": rows})
     return made
 
 
@@ -48,7 +59,8 @@ def effect_tables(run: SavedRun) -> list[dict[str, Any]]:
     if summary is None:
         return []
     tables = []
-    units = [c for c in ("in_raw", "in_max_act", "in_p99_act", "in_resid_norm") if c in summary]
+    strengths = ("in_raw", "in_max_act", "in_p99_act", "in_resid_norm", "norm_kept")
+    units = [c for c in strengths if c in summary]
     for outcome in run.outcomes:
         rows = []
         for row in summary[summary["role"] != "control"].to_dict("records"):

@@ -43,6 +43,9 @@ def what(row: Any, told_direction: bool = True) -> str:
     if row["role"] in ("single", "group"):
         number = len(latents.split("+"))
         named = f"latent {latents}" if number == 1 else f"{number} latents"
+        layers = sorted({int(x.partition(":")[0]) for x in latents.split("+") if ":" in x})
+        if len(layers) > 1:
+            named += f" of layers {', '.join(map(str, layers))}"
         told = told_direction and row["direction"] not in ("latent", "latents")
         return f"{named} for '{row['direction']}'" if told else named
     name = str(row["condition"]).removeprefix(f"{row['direction']}_")

@@ -1,12 +1,15 @@
 """The causal test as a run's stage: what it needs is measured, then it runs."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import torch
 
 from saexp import registry
 from saexp.config import PositionsConfig, RunConfig
-from saexp.config.interventions import PLACES
+from saexp.config.interventions import PLACES, SELECTED
 from saexp.config.values import one_of
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
@@ -18,9 +21,12 @@ from saexp.latents.summary import active_quantile, moments
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.by_layer import AtLayer
 from saexp.tasks.gathering import Gathered
 
 _NEEDS_LATENTS = ("steer", "clamp", "scale", "ablate", "project_out", "orthogonalize")
+_OF_LATENTS = {"latents", "denoised_difference"}
+"""Directions that are made of latents."""
 
 
 def intervene(
@@ -30,10 +36,13 @@ def intervene(
     gathered: Gathered,
     model: LanguageModel,
     sae: SparseAutoencoder,
+    layered: Mapping[int, AtLayer] | None = None,
 ) -> TaskResult:
     """Run `intervention` on the run's own prompts.
 
-    `table` is the contrast's; without one, latents must be named: nothing else selects any.
+    `table` is the contrast's; without one, latents must be named: nothing else selects any. Where
+    latents of several layers are changed, `layered` has the SAE of each, and the run's own counts
+    only if it is among them.
     """
     if table is None and selects(cfg):
         return TaskResult(
@@ -43,10 +52,17 @@ def intervene(
             ]
         )
     intervention = registry.build("intervention", cfg.intervention)
-    known = _without_contrast(cfg, latents, gathered) if table is None else table
+    of_layer = {
+        n: _facts(cfg, at, gathered, model)
+        for n, at in (layered or {sae.hookpoint.layer: AtLayer(sae, latents, table)}).items()
+    }
+    facts = next(iter(of_layer.values()))
+    if layered:
+        saes = {at.sae.hookpoint: at.sae for at in layered.values()}
+        facts = replace(facts, layers=of_layer, saes=saes)
     return run_intervention(
         intervention,
-        _facts(latents, known, gathered, model, sae, cfg),
+        facts,
         model,
         sae,
         gathered.examples.examples,
@@ -59,25 +75,24 @@ def intervene(
 def selects(cfg: RunConfig) -> bool:
     """Whether the intervention changes latents that a contrast must select."""
     about = cfg.intervention
-    wants = about.name in _NEEDS_LATENTS and "latents" in about.directions
-    return wants and about.latents == "selected"
+    wants = about.name in _NEEDS_LATENTS and bool(_OF_LATENTS.intersection(about.directions))
+    if isinstance(about.latents, dict):
+        return wants and SELECTED in about.latents.values()
+    return wants and not isinstance(about.latents, list)
 
 
-def _without_contrast(cfg: RunConfig, latents: Latents, gathered: Gathered) -> pd.DataFrame:
+def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.DataFrame:
     """The columns of a latent table that edits read, with nothing selected.
 
-    Of every latent that fires here, and of those that are named. Raises ConfigError for a name
-    beyond the SAE, and for a silent latent in units of its own activation.
+    Of every latent that fires here, and of those that are named. Raises ConfigError for a silent
+    latent in units of its own activation.
     """
+    latents = at.latents
     groups, labels = gathered.examples.groups, latents.rows["group"].to_numpy()
     everywhere = moments(latents.csr, np.ones(len(latents), dtype=bool))
-    named = [] if cfg.intervention.latents == "selected" else cfg.intervention.latents
+    asked = cfg.intervention.latents_at(at.sae.hookpoint.layer)
+    named = asked if isinstance(asked, list) else []
     for latent in named:
-        if latent >= latents.d_sae:
-            raise ConfigError(
-                f"intervention.latents: latent {latent}, but the SAE has latents "
-                f"0-{latents.d_sae - 1}"
-            )
         if not everywhere.active[latent] and cfg.intervention.unit in ("max_act", "p99_act"):
             raise ConfigError(
                 f"intervention.unit={cfg.intervention.unit}: latent {latent} never fires on this "
@@ -113,15 +128,10 @@ def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
         )
 
 
-def _facts(
-    latents: Latents,
-    table: pd.DataFrame,
-    gathered: Gathered,
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    cfg: RunConfig,
-) -> LatentFacts:
-    """What edits need, measured on the train split."""
+def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel) -> LatentFacts:
+    """What edits need of one SAE, measured on the train split."""
+    latents, sae = at.latents, at.sae
+    table = _without_contrast(cfg, at, gathered) if at.table is None else at.table
     groups = gathered.examples.groups
     train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
     csr = latents.csr[train] if train.any() else latents.csr
@@ -129,6 +139,11 @@ def _facts(
     facts = table[["latent", "direction", "selected", "rank", "q_value"]].copy()
     least = cfg.intervention.min_output_score
     if least is not None:
+        if "output_score" not in table:
+            raise ConfigError(
+                f"intervention.min_output_score={least}: latents have no output scores here; it "
+                "needs analyzer=contrast with analyzer.scores=true"
+            )
         facts["selected"] &= (table["output_score"] >= least).fillna(False)
     for group in groups:
         facts[f"mean_{group}"] = table[f"mean_{group}"]

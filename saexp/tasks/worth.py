@@ -108,13 +108,15 @@ def _kept(
 
 def _neutral_prompts(cfg: RunConfig, model: LanguageModel) -> list[tuple[int, ...]]:
     texts = background_texts(cfg.dataset)[:N_NEUTRAL]
-    return [t.ids for t in tokenize(texts, model.tokenizer, _PROMPT_TOKENS)]
+    tokens = tokenize(texts, model.tokenizer, _PROMPT_TOKENS, model.prepend_bos)
+    return [t.ids for t in tokens]
 
 
 def attribution(
     cfg: RunConfig, model: LanguageModel, sae: SparseAutoencoder, gathered: Gathered
 ) -> TaskResult:
-    """Table `attribution`: what each latent does to the answer's logit, per group of test prompts.
+    """Table `attribution`: what each latent does to the answer's logit, per group of test prompts,
+    with intervals over entities.
 
     At the tokens that the causal test changes. Prompts without an answer, or without those tokens,
     are counted in a note.
@@ -142,5 +144,7 @@ def attribution(
     found = attribute(
         model, sae, [p.tokens.ids for p in usable], [p.positions for p in usable], answers
     )
-    table = found.table([str(p.example.group) for p in usable])
+    table = found.table(
+        [str(p.example.group) for p in usable], [p.example.unit for p in usable], cfg.seed
+    )
     return TaskResult(tables={"attribution": table}, notes=[*notes, *found.notes])

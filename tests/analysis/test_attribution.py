@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
+from scipy import sparse, stats
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -240,7 +240,7 @@ def test_a_stream_that_is_not_added_has_no_direct_effect():
     assert found.direct is None
     assert found.notes == ["mlp_in is not added to the stream, so no latent has a direct effect"]
     table = found.table(["a"] * 4)
-    assert table["direct"].isna().all()
+    assert table[["direct", "direct_ci_low", "direct_ci_high"]].isna().all(axis=None)
     assert table["gradient"].notna().all()
 
 
@@ -271,8 +271,36 @@ def test_the_table_of_groups():
     assert table["activation"].tolist() == [4, -4, 10]
     assert table["n_active"].tolist() == [2, 1, 1]
     assert table["n_prompts"].tolist() == [2, 2, 1]
+    assert table["n_units"].tolist() == [2, 2, 1]
     with pytest.raises(DataError, match="^2 groups for 3 prompts"):
         found.table(["a", "b"])
+    with pytest.raises(DataError, match="^1 units for 3 prompts"):
+        found.table(["a", "a", "b"], ["x"])
+
+
+def test_intervals_are_scipys_bootstrap_over_entities():
+    rng = np.random.default_rng(1)
+    shape = (36, 5)
+    made = [
+        sparse.csr_array(rng.normal(0.4, 1.0, shape) * (rng.random(shape) < 0.6)) for _ in range(3)
+    ]
+    found = Attribution(made[0], made[1], made[2], np.zeros(36), [])
+    groups, units = ["a"] * 24 + ["b"] * 12, [f"entity {i // 2}" for i in range(36)]
+    table = found.table(groups, units).set_index(["group", "latent"])
+    for name, values in zip(("activation", "direct", "gradient"), made, strict=True):
+        for group, rows in (("a", slice(0, 24)), ("b", slice(24, 36))):
+            of_entity = values[rows].toarray().reshape(-1, 2, 5).mean(1)
+            for latent in range(5):
+                expected = stats.bootstrap(
+                    (of_entity[:, latent],), np.mean, method="percentile", n_resamples=9999, rng=0
+                ).confidence_interval
+                row = table.loc[(group, latent)]
+                bounds = [row[f"{name}_ci_low"], row[f"{name}_ci_high"]]
+                assert bounds == pytest.approx(list(expected), abs=0.05)
+                assert bounds[0] < row[name] < bounds[1]
+    assert table["n_units"].unique().tolist() == [12, 6]
+    alone = found.table(["a"] * 36, ["one entity"] * 36)
+    assert alone["gradient_ci_low"].isna().all()
 
 
 def test_no_latent_active():

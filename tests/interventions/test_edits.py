@@ -11,7 +11,7 @@ import torch
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.facts import Condition, LatentFacts, orthonormal
+from saexp.interventions.facts import Condition, LatentFacts, denoised, orthonormal
 from saexp.interventions.ops import Add, Move, Project
 from saexp.interventions.prompts import Prompts
 from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
@@ -129,6 +129,71 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     assert [c.role for c in noise] == ["direction", "control", "control"]
     lengths = {round(float(c.edits[0][0].vector.values.norm()), 4) for c in noise}  # type: ignore[union-attr]
     assert lengths == {round(float(np.linalg.norm(difference)), 4)}
+
+
+def least_squares(about: LatentFacts, latents: Sequence[int], target: np.ndarray) -> np.ndarray:
+    """The part of a vector that the latents' decoder rows make up, by numpy's least squares."""
+    rows = about.directions(list(latents)).numpy().astype(np.float64)
+    return np.linalg.lstsq(rows.T, target, rcond=None)[0] @ rows
+
+
+def test_the_denoised_difference_is_the_least_squares_part_of_it() -> None:
+    about = facts()
+    settings = {"directions": ["denoised_difference"], "unit": "raw", "facts": about}
+    conditions = planned(Steer, (1.0,), **settings)
+    acts, labels = about.stream()  # type: ignore[misc]
+    difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
+    main = one(conditions, "known_denoised_difference")
+    wanted = least_squares(about, (2, 3, 5), difference)
+    vector = main.edits[0][0].vector.values.numpy()  # type: ignore[union-attr]
+    np.testing.assert_allclose(vector, wanted, atol=1e-5)
+    share = np.linalg.norm(wanted) / np.linalg.norm(difference)
+    assert main.strengths[0]["norm_kept"] == pytest.approx(share, rel=1e-5)
+    assert 0 < share < 1
+    assert sorted(main.latents) == [2, 3, 5] and main.prompts == "unknown"
+    other = one(conditions, "unknown_denoised_difference").edits[0][0]
+    np.testing.assert_allclose(other.vector.values.numpy(), -vector, atol=1e-5)  # type: ignore[union-attr]
+    controls = [c for c in conditions if c.of == main.name and c.role == "control"]
+    assert len(controls) == 2
+    for control in controls:
+        matched = least_squares(about, control.latents, difference)
+        length = np.linalg.norm(wanted) / np.linalg.norm(matched)
+        found = control.edits[0][0].vector.values.numpy()  # type: ignore[union-attr]
+        np.testing.assert_allclose(found, matched * length, atol=1e-4)
+        kept = np.linalg.norm(matched) / np.linalg.norm(difference)
+        assert control.strengths[0]["norm_kept"] == pytest.approx(kept, rel=1e-5)
+
+
+def test_dependent_decoder_rows_do_a_denoised_difference_no_harm() -> None:
+    about = facts()
+    rows, target = about.directions([2, 3, 5]), torch.arange(float(D))
+    twice, share = denoised(target, torch.cat([rows, 2 * rows]))
+    np.testing.assert_allclose(
+        twice.numpy(), least_squares(about, (2, 3, 5), target.numpy()), atol=1e-4
+    )
+    assert share == pytest.approx(float(twice.norm() / target.norm()), rel=1e-5)
+
+
+def test_the_denoised_difference_is_taken_out_of_the_stream_too() -> None:
+    about = facts()
+    conditions = planned(ProjectOut, (1.0,), directions=["denoised_difference"], facts=about)
+    op = one(conditions, "known_denoised_difference").edits[0][0]
+    assert isinstance(op, Project)
+    difference = about.mean_difference("known").numpy()
+    wanted = least_squares(about, (2, 3, 5), difference)
+    cosine = op.basis.values[0].numpy() @ wanted / np.linalg.norm(wanted)
+    assert abs(cosine) == pytest.approx(1, abs=1e-5)
+
+
+def test_without_selected_latents_there_is_no_denoised_difference() -> None:
+    about = facts()
+    about.table["selected"] = False
+    cfg = InterventionConfig(name="steer", directions=["denoised_difference"])
+    conditions, notes = Steer(cfg).plan(about, [1.0], Prompts(), random_lm("llama"))
+    assert not conditions
+    assert notes == [
+        "denoised_difference: no latent is selected, so there is no span to project on"
+    ]
 
 
 def test_clamping_reads_its_latents_and_aims_at_the_other_group_s_mean() -> None:

@@ -1,0 +1,234 @@
+"""Which conditions an intervention has: latents singly, together or over layers, other directions,
+and the controls of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saexp.config import InterventionConfig
+from saexp.config.interventions import SELECTED
+from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.controls import matched_controls
+from saexp.interventions.facts import Condition, LatentFacts
+from saexp.interventions.layered import LatentSet, Sets, layered_sets
+from saexp.interventions.ops import Op
+from saexp.interventions.prompts import Prompts
+from saexp.interventions.vectors import stream_directions
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+
+
+class LatentIntervention(ABC):
+    """Base: which latents and directions, their controls, and the order of conditions."""
+
+    own_prompts = False
+    """Whether a direction's latents are tried on that group's own prompts."""
+    vectors = False
+    """Whether it can use directions that are no latents."""
+
+    def __init__(self, cfg: InterventionConfig) -> None:
+        self.cfg = cfg
+        others = [d for d in cfg.directions if d != "latents"]
+        if others and not self.vectors:
+            raise ConfigError(
+                f"intervention={cfg.name} changes latents, and "
+                f"intervention.directions={cfg.directions} names '{others[0]}', which is none; "
+                "type intervention=steer, project_out or orthogonalize"
+            )
+        if cfg.layers is not None and not self.vectors and not cfg.by_layer:
+            raise ConfigError(
+                f"intervention={cfg.name} works at the SAE's own layer; leave out "
+                "intervention.layers, or type intervention.latents=selected_per_layer for the "
+                "latents of each layer's SAE"
+            )
+
+    def plan(
+        self,
+        facts: LatentFacts,
+        coefficients: Sequence[float],
+        prompts: Prompts,  # noqa: ARG002
+        model: LanguageModel,  # noqa: ARG002
+    ) -> tuple[list[Condition], list[str]]:
+        """All conditions, and notes for the report."""
+        conditions: list[Condition] = []
+        notes: list[str] = []
+        for chosen in self._latent_sets(facts, notes):
+            conditions += self._of_latents(chosen, coefficients, notes)
+        for kind in self.cfg.directions:
+            if kind != "latents":
+                conditions += self._of_vectors(kind, facts, coefficients, notes)
+        return conditions, list(dict.fromkeys(notes))
+
+    def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
+        """Directions taken out of the model's weights, where the intervention does that."""
+        return None
+
+    def _latent_sets(self, facts: LatentFacts, notes: list[str]) -> list[LatentSet]:
+        if "latents" not in self.cfg.directions:
+            return []
+        if facts.layers:
+            sets = {n: (f, self._sets(f)) for n, f in facts.layers.items()}
+            found, lacking = layered_sets(sets)
+            notes += lacking
+            return found
+        return [
+            LatentSet(
+                f"{direction}_{role if role == 'group' else latents[0]}",
+                direction,
+                of_group,
+                role,
+                ((facts, latents),),
+            )
+            for direction, of_group, role, latents in self._sets(facts)
+        ]
+
+    def _of_latents(
+        self, chosen: LatentSet, coefficients: Sequence[float], notes: list[str]
+    ) -> list[Condition]:
+        """A set of latents and its controls, which are matched within each SAE."""
+        made = []
+        found = [
+            matched_controls(f.table, own, self.cfg.n_controls, alpha=f.alpha)
+            for f, own in chosen.parts
+        ]
+        for (facts, _), controls in zip(chosen.parts, found, strict=True):
+            at = f"{facts.hookpoint.name}: " if chosen.layered else ""
+            notes += [f"{at}{note}" for note in controls.notes]
+        own = tuple(latents for _, latents in chosen.parts)
+        for i, write in enumerate([own, *zip(*(c.sets for c in found), strict=False)]):
+            parts = [
+                (f, w, [self.edit(latents, w, chosen.prompts, c, f) for c in coefficients])
+                for (f, latents), w in zip(chosen.parts, write, strict=True)
+            ]
+            directions = torch.cat([f.directions(w).float().cpu() for f, w, _ in parts])
+            condition = Condition(
+                name=chosen.name if i == 0 else f"{chosen.name}_control_{i:02d}",
+                role=chosen.role if i == 0 else "control",
+                direction=chosen.direction,
+                prompts=chosen.prompts,
+                latents=tuple(latent for w in write for latent in w),
+                of=chosen.name,
+                edits=tuple(
+                    tuple(op for *_, edits in parts for op in edits[k])
+                    for k in range(len(coefficients))
+                ),
+                strengths=tuple(
+                    _together([self.strength(edits[k], w, f) for f, w, edits in parts])
+                    for k in range(len(coefficients))
+                ),
+                weights=self.weights(directions, parts[0][0]),
+                layers=chosen.layers,
+                written=chosen.written,
+            )
+            made.append(condition)
+        return made
+
+    def _of_vectors(
+        self, kind: str, facts: LatentFacts, coefficients: Sequence[float], notes: list[str]
+    ) -> list[Condition]:
+        """A direction of the stream itself, towards each group, and its controls."""
+        made = []
+        latents: tuple[int, ...] = ()
+        if kind == "denoised_difference":
+            latents = tuple(self._chosen(facts)["latent"].tolist())
+        for towards in facts.groups:
+            directions, told = stream_directions(kind, towards, facts, latents, self.cfg)
+            notes += told
+            prompts = towards if self.own_prompts else facts.other(towards)
+            name = f"{towards}_{kind}"
+            for i, direction in enumerate(directions):
+                edits = tuple(self.write(direction.vector, c, facts) for c in coefficients)
+                condition = Condition(
+                    name=name if i == 0 else f"{name}_control_{i:02d}",
+                    role="direction" if i == 0 else "control",
+                    direction=towards,
+                    prompts=prompts,
+                    latents=direction.latents,
+                    of=name,
+                    edits=edits,
+                    strengths=tuple(
+                        {**self.strength(e, (), facts), **direction.about} for e in edits
+                    ),
+                    weights=self.weights(direction.vector[None], facts),
+                )
+                made.append(condition)
+        return made
+
+    def write(
+        self,
+        vector: Tensor,  # noqa: ARG002
+        coefficient: float,  # noqa: ARG002
+        facts: LatentFacts,  # noqa: ARG002
+    ) -> tuple[Op, ...]:
+        """Operations for a direction of the stream; kinds with `vectors` define it."""
+        raise InterventionError(f"intervention={self.cfg.name} writes no directions but latents'")
+
+    @abstractmethod
+    def edit(
+        self,
+        latents: tuple[int, ...],
+        write: tuple[int, ...],
+        prompts: str,
+        coefficient: float,
+        facts: LatentFacts,
+    ) -> tuple[Op, ...]:
+        """For `latents`, written along the directions of `write` (themselves or controls)."""
+
+    def strength(
+        self,
+        ops: tuple[Op, ...],  # noqa: ARG002
+        latents: tuple[int, ...],  # noqa: ARG002
+        facts: LatentFacts,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """What a coefficient is in every unit, where that does not depend on the prompt."""
+        return {}
+
+    def _chosen(self, facts: LatentFacts) -> pd.DataFrame:
+        table = facts.table
+        asked = self.cfg.latents_at(facts.hookpoint.layer)
+        if asked == SELECTED:
+            chosen = table[table["selected"]].sort_values("rank")
+            return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
+        facts.check(asked)
+        return table[table["latent"].isin(asked)]
+
+    def _sets(self, facts: LatentFacts) -> Sets:
+        """Each direction's latents go on one group's prompts: singly, and as a group.
+
+        Without two groups, or a contrast between them, every latent goes on all prompts.
+        """
+        chosen = self._chosen(facts)
+        if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():
+            latents = tuple(chosen["latent"].tolist())
+            group = [("latents", "all", "group", latents)] if len(latents) > 1 else []
+            return [*group, *(("latent", "all", "single", (f,)) for f in latents)]
+        sets: Sets = []
+        for direction in facts.groups:
+            latents = chosen.loc[chosen["direction"] == direction, "latent"].tolist()
+            prompts = direction if self.own_prompts else facts.other(direction)
+            if len(latents) > 1:
+                sets.append((direction, prompts, "group", tuple(latents)))
+            sets += [(direction, prompts, "single", (f,)) for f in latents]
+        return sets
+
+    def _places(self, facts: LatentFacts) -> list[Hookpoint]:
+        """Where vectors are written: the SAE's own stream, at every layer asked for."""
+        layers = None if self.cfg.by_layer else self.cfg.layers
+        if layers is None:
+            return [facts.written]
+        numbers = range(facts.n_layers) if layers == "all" else layers
+        return [Hookpoint(int(n), facts.written.stream) for n in numbers]
+
+
+def _together(strengths: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several layers, what is added in all, and that over each layer's mean norm, summed."""
+    if len(strengths) == 1:
+        return strengths[0]
+    return {
+        unit: sum(s[unit] for s in strengths)
+        for unit in ("length", "resid_norm")
+        if all(unit in s for s in strengths)
+    }

@@ -1,0 +1,199 @@
+"""Runs that change latents of several layers at once, and denoised differences of means."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import saexp
+from saexp.errors import SaexpError
+from saexp.interventions import run as causal
+from saexp.interventions.cache import ResultCache
+from saexp.results import TaskResult
+
+SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=8", "sae.check=off"]
+SMALL += ["intervention.n_choice_prompts=4", "intervention.n_controls=2", "analyzer.scores=false"]
+PER_LAYER = ["intervention.latents=selected_per_layer", "intervention.layers=[2,3]"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def ran(cache: Path, folder: Path, *words: str) -> TaskResult:
+    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "layer=2", *words])
+    return saexp.run(cfg, folder)
+
+
+@pytest.mark.parametrize("mode", ["steer", "clamp", "ablate"])
+def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mode: str) -> None:
+    outcomes = "intervention.outcomes=[refusal,answer_probability]"
+    strengths = "coefficient=[0,0.6]" if mode == "steer" else "coefficient=[0,1]"
+    result = ran(cache, tmp_path, f"intervention={mode}", *PER_LAYER, outcomes, strengths)
+    summary = result.tables["effects_summary"].query("split == 'test'")
+    told = summary[~summary["role"].isin(["baseline", "control"])]
+    for group in ("known", "unknown"):
+        assert {f"{group}_layers_2-3", f"{group}_layer_2", f"{group}_layer_3"} <= set(
+            told["condition"]
+        )
+    effects = result.tables["effects"]
+    both = effects[effects["of"] == "known_layers_2-3"]
+    assert set(both["hookpoint"]) == {"layer_2.resid_post+layer_3.resid_post"}
+    assert both["layer"].isna().all()
+    assert (effects.loc[effects["of"] == "known_layer_3", "layer"] == 3).all()
+    base = effects[effects["role"] == "baseline"].set_index("example_id")
+    zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
+    same = base.loc[zero["example_id"]]
+    assert (zero["generated_text"].to_numpy() == same["generated_text"].to_numpy()).all()
+    assert (zero["answer_probability"].to_numpy() == same["answer_probability"].to_numpy()).all()
+    assert told["answer_probability_change"].abs().max() > 0.01
+    of_layer = result.tables["layer_latents"]
+    label = both.loc[both["role"] == "group", "latent"].iloc[0].split("+")
+    pairs = {f"{r.layer}:{r.latent}" for r in of_layer.itertuples()}
+    assert set(label) <= pairs
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "known_layers_2-3" in page and label[0] in page
+    about = json.loads((tmp_path / "provenance.json").read_text("utf-8"))
+    assert sorted(s["hookpoint"] for s in about["saes"]) == [
+        "layer_2.resid_post",
+        "layer_3.resid_post",
+    ]
+
+
+def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(cache: Path, tmp_path: Path) -> None:
+    asked = ["intervention=ablate", "coefficient=[0,1]", "intervention.outcomes=[answer_logit]"]
+    several = ran(cache, tmp_path / "several", *asked, *PER_LAYER)
+    alone = ran(cache, tmp_path / "alone", *asked, "layer=3")
+
+    def values(result: TaskResult, condition: str) -> pd.Series:
+        table = result.tables["effects"]
+        mine = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
+        return mine.set_index("example_id")["answer_logit"].sort_index()
+
+    conditions = set(alone.tables["effects"]["condition"])
+    own = (
+        "unknown_group"
+        if "unknown_group" in conditions
+        else next(c for c in conditions if c.startswith("unknown_") and "control" not in c)
+    )
+    pd.testing.assert_series_equal(values(several, "unknown_layer_3"), values(alone, own))
+
+
+def test_attention_under_latents_of_several_layers(cache: Path, tmp_path: Path) -> None:
+    """A layer alone is as in a run of that layer; both together differ from either."""
+    asked = ["intervention=ablate", "coefficient=[0,1]", "intervention.outcomes=[attention]"]
+    several = ran(cache, tmp_path / "several", *asked, *PER_LAYER).tables["attention"]
+    alone = ran(cache, tmp_path / "alone", *asked, "layer=3").tables["attention"]
+
+    def edited(table: pd.DataFrame, condition: str) -> np.ndarray:
+        mine = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
+        return mine.sort_values(["layer", "head"])["edited"].to_numpy()
+
+    names = {c for c in alone["condition"] if str(c).startswith("known")}
+    assert len(edited(several, "known_layer_3")) == 20
+    found = [edited(several, f"known_{at}") for at in ("layer_2", "layer_3", "layers_2-3")]
+    assert any(np.allclose(found[1], edited(alone, str(n)), atol=1e-6) for n in names)
+    assert np.abs(found[2] - found[0]).max() > 1e-6
+    assert np.abs(found[2] - found[1]).max() > 1e-6
+
+
+def test_all_layers_are_collected_in_one_pass(tmp_path: Path) -> None:
+    one = ran(tmp_path / "a", tmp_path / "1", "intervention=none")
+    both = ran(tmp_path / "b", tmp_path / "2", "intervention=ablate", *PER_LAYER)
+    name = "collection/tokens_forwarded"
+    assert both.metrics[name] == one.metrics[name]
+    again = ran(tmp_path / "b", tmp_path / "3", "intervention=ablate", *PER_LAYER)
+    assert again.metrics[name] == 0
+
+
+def test_latents_by_layer_are_named_on_the_command_line(cache: Path, tmp_path: Path) -> None:
+    table = ran(cache, tmp_path / "first", "intervention=none", "layer=1").tables["latents"]
+    gaps = table["auroc"].sub(0.5).abs().to_numpy()
+    best = int(table["latent"].to_numpy()[gaps.argmax()])
+    words = ["intervention=clamp", f"intervention.latents={{1:[{best}],3:selected}}"]
+    result = ran(cache, tmp_path / "clamp", *words, "coefficient=1")
+    conditions = set(result.tables["effects"]["condition"])
+    assert {"known_layers_1_3", "known_layer_1", "known_layer_3"} < conditions
+    described = ran(
+        cache,
+        tmp_path / "stats",
+        "analyzer=stats",
+        "intervention=ablate",
+        f"intervention.latents={{1:[{best}],3:[5]}}",
+        "coefficient=1",
+    )
+    assert "latents_layers_1_3" in set(described.tables["effects"]["condition"])
+
+
+def test_results_are_kept_under_the_names_of_all_saes(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Watched(ResultCache):
+        def __init__(self, cache_dir: Any, determined_by: Any) -> None:
+            seen.append(dict(determined_by))
+            super().__init__(cache_dir, determined_by)
+
+    monkeypatch.setattr(causal, "ResultCache", Watched)
+    ran(cache, tmp_path / "2", "intervention=ablate", *PER_LAYER, "coefficient=1")
+    ran(cache, tmp_path / "1", "intervention=ablate", "coefficient=1")
+    saes = seen[0]["saes"]
+    assert [s["hookpoint"] for s in saes] == ["layer_2.resid_post", "layer_3.resid_post"]
+    assert len({s["sae"] for s in saes}) == 2
+    assert seen[1]["sae"] == saes[0]["sae"] and "saes" not in seen[1]
+
+
+def test_the_denoised_difference_is_reported_with_what_it_keeps(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = ["intervention.directions=[denoised_difference,mean_difference]", "coefficient=[0,0.6]"]
+    result = ran(cache, tmp_path, *words, "intervention.outcomes=[answer_probability]")
+    summary = result.tables["effects_summary"].query("split == 'test'")
+    mine = summary[summary["condition"] == "unknown_denoised_difference"]
+    kept = mine["norm_kept"].to_numpy()
+    assert (kept > 0).all() and (kept < 1).all()
+    assert summary.loc[summary["condition"] == "unknown_mean_difference", "norm_kept"].isna().all()
+    controls = summary[summary["of"] == "unknown_denoised_difference"]
+    controls = controls[controls["role"] == "control"]
+    assert len(controls) == 4
+    assert (controls["norm_kept"] < kept[0]).all()
+    np.testing.assert_allclose(
+        controls.groupby("condition")["added_norm"].max(), mine["added_norm"].max(), rtol=1e-5
+    )
+    note = next(n for n in result.notes if n.startswith("denoised_difference towards 'unknown'"))
+    assert f"share of its norm kept {kept[0]:.2f}" in note
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "unknown_denoised_difference" in page
+    assert f"share of its norm kept {kept[0]:.2f}" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["intervention.latents={1:[300]}"], "latent 300, but the SAE of layer 1 has latents 0-25"),
+        (["intervention.latents=[300]"], "latent 300, but the SAE of layer 2 has latents 0-255"),
+        (["intervention.latents={9:[3]}"], "layer=9, but tiny has layers 0-4"),
+        (["intervention=ablate", "intervention.layers=[1,2]"], "latents=selected_per_layer"),
+        (
+            ["analyzer=stats", "intervention.latents=[3]", "intervention.min_output_score=0.1"],
+            "latents have no output scores here",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(SaexpError, match=message) as error:
+        ran(cache, tmp_path, *words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_without_sae_is_named(cache: Path, tmp_path: Path) -> None:
+    folder = Path(saexp.__file__).parent / "assets" / "tiny" / "sae" / "layer_2" / "width_256"
+    words = ["sae=local", f"sae.path={folder}", "intervention.latents={1:[3]}", "width=256"]
+    with pytest.raises(SaexpError, match="intervention.latents names layer 1: layer=1, but") as e:
+        ran(cache, tmp_path, *words)
+    assert "\n" not in str(e.value)
