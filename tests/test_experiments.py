@@ -12,7 +12,12 @@ import pytest
 from saexp.cli import main
 
 ROOT = Path(__file__).parent.parent
-STUDIES = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/run.sh"))
+SCRIPTS = {
+    p.parent.name if p.stem == "run" else p.stem: p
+    for p in sorted((ROOT / "experiments").glob("*/*.sh"))
+    if p.parent.name != "tiny_lm"
+}
+"""A study's run.sh under the study's name, any other of its scripts under its own."""
 SMALL = (
     "analyzer.n_bootstrap=10 intervention.n_prompts=8 intervention.n_choice_prompts=4 "
     "intervention.n_controls=1 intervention.max_new_tokens=6 intervention.top_k=1"
@@ -23,6 +28,7 @@ OVERLAY = {
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6",
     "sae_quality": "task.options.n_texts=12",
     "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
+    "uncertainty": "analyzer.n_bootstrap=10",
 }
 """Words added to every command; `sae_quality` has its own per command."""
 
@@ -35,7 +41,7 @@ def commands(study: str, out: Path, cache: Path) -> list[list[str]]:
     stand_in.chmod(0o755)
     extra = f"{OVERLAY[study]} cache_dir={cache}"
     env = {**os.environ, "PYTHON": str(stand_in), "OUT": str(out / "runs"), "EXTRA": extra}
-    subprocess.run(["bash", str(ROOT / "experiments" / study / "run.sh")], env=env, check=True)
+    subprocess.run(["bash", str(SCRIPTS[study])], env=env, check=True)
     return [c.strip().splitlines() for c in told.read_text().split("==\n") if c.strip()]
 
 
@@ -50,7 +56,7 @@ def typed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     main()
 
 
-@pytest.mark.parametrize("study", [s for s in STUDIES if s != "tiny_lm"])
+@pytest.mark.parametrize("study", SCRIPTS)
 def test_every_command_of_a_study_runs(
     study: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

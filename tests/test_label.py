@@ -17,6 +17,8 @@ from saexp.tasks import label as module
 from saexp.tasks.answers import Options, answers
 from tests.random_models import random_lm, tokenizer
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -236,8 +238,10 @@ def test_the_page_says_what_was_found(own):
         ("task.options.min_correct=9", "min_correct=9 is more than n_samples=4"),
         ("task.options.rules=3", "task.options.rules=3: write"),
         ("+task.options.rules.movie.genre.kind=x", "rules.movie.genre.kind=x: use one of"),
-        ("+task.options.templates.city.a=x", "templates.city.a: write [question"),
-        ('+task.options.templates.city.a=["x","{entity}"]', "templates.city.a: both texts need"),
+        ("+task.options.templates.city.a=3", "templates.city.a: write a question, or [question"),
+        ("+task.options.templates.city.a=x", "templates.city.a: every text needs {entity}"),
+        ('+task.options.templates.city.a=["x","{entity}"]', "templates.city.a: every text needs"),
+        ("task.options.before=3", "task.options.before=3 is no text"),
         ("task.options.max_unknown=2", "0 <= max_unknown < min_known"),
     ],
 )
@@ -251,6 +255,130 @@ def test_options_that_are_none_are_one_line(cache, tmp_path, word, part):
 def test_own_prompts_where_there_are_attributes(cache, tmp_path, attributed):
     with pytest.raises(DataError, match="but the data set has attributes to ask for"):
         labelled(cache, tmp_path, *attributed, "task.options.form=own")
+
+
+# --- right and wrong answers
+
+
+def answer_rows(folder: Path, name: str = "answers") -> list[dict]:
+    return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def worded(cache, tmp_path_factory):
+    """The shipped model's facts asked in two ways that it was not trained on."""
+    file = ROOT / "experiments/entity_recognition/facts.jsonl"
+    words = [f'dataset.path="{file}"', "dataset.n_examples=12", f"cache_dir={cache}"]
+    return {
+        way: saexp.run(
+            saexp.compose([f"experiment=uncertainty_{way}", *words]),
+            tmp_path_factory.mktemp(way),
+        )
+        for way in ("words", "statements")
+    }
+
+
+def test_the_facts_are_those_of_the_shipped_entities():
+    file = ROOT / "experiments/entity_recognition/facts.jsonl"
+    facts = {
+        (r["entity_type"], r["entity"]): set(r["attributes"].values())
+        for r in map(json.loads, file.read_text("utf-8").splitlines())
+    }
+    shipped = saexp.build("dataset", saexp.compose([]).dataset).examples
+    known = [e for e in shipped if e.group == "known"]
+    assert len(known) == len(facts)
+    assert all(e.answers[0].strip(" .") in facts[e.entity_type, e.entity] for e in known)
+
+
+@pytest.mark.parametrize("way", ["words", "statements"])
+def test_every_question_is_a_row_by_what_was_answered(worded, way):
+    run, of = worded[way], {"correct": "correct", "error": "incorrect", "refusal": "refused"}
+    table, rows = run.tables["labels"], answer_rows(run.path, "answers_all")
+    assert [r["group"] for r in rows] == table["greedy_label"].map(of).tolist()
+    assert [r["text"] for r in rows] == [r["prompt"] for r in rows] == table["prompt"].tolist()
+    assert all(r["text"].startswith("The old man walked") for r in rows)
+    right = [r["greedy"].strip().startswith(r["answer"][0]) for r in rows]
+    assert (
+        np.mean([a == (r["group"] == "correct") for a, r in zip(right, rows, strict=True)]) > 0.97
+    )
+    assert 0.4 < np.mean(right) < 0.9
+    one = answer_rows(run.path)
+    assert len(one) == len({r["entity"] for r in one}) == 48
+    assert all(r in rows for r in one)
+    for group in ("correct", "incorrect", "refused"):
+        assert run.metrics[f"label/n_{group}"] == sum(r["group"] == group for r in one)
+    assert any(f"{run.metrics['label/n_incorrect']} wrong" in x for x in finding(run))
+
+
+def finding(run) -> list[str]:
+    return json.loads((run.path / "provenance.json").read_text("utf-8"))["finding"]
+
+
+def test_question_and_split_do_not_depend_on_the_answers(worded):
+    first, second = (answer_rows(worded[way].path) for way in ("words", "statements"))
+    assert [r["group"] for r in first] != [r["group"] for r in second]
+    for name in ("id", "split", "attribute"):
+        assert [r[name] for r in first] == [r[name] for r in second]
+    split_of = {r["entity"]: r["split"] for r in first}
+    every = answer_rows(worded["words"].path, "answers_all")
+    assert all(r["split"] == split_of[r["entity"]] for r in every)
+    counts = pd.DataFrame(first).groupby("entity_type")["split"].value_counts().unstack()
+    assert (counts["train"] == 6).all()
+
+
+def test_answers_are_contrasted_where_they_begin(worded, cache, tmp_path):
+    file = worded["words"].path / "answers.jsonl"
+    words = ["experiment=uncertainty", f'dataset.path="{file}"', f"cache_dir={cache}"]
+    small = ["tracker=none", "analyzer.n_bootstrap=10", "analyzer.n_background=200", "layer=2"]
+    run = saexp.run(saexp.compose([*words, *small]), tmp_path)
+    rows = run.tables["rows"]
+    assert set(rows["group"]) == {"correct", "incorrect"}
+    assert set(rows["token"]) == {":"}
+    assert len(rows) == len([r for r in answer_rows(file.parent) if r["group"] != "refused"])
+    assert (rows["unit"].value_counts() == 1).all()
+
+
+def test_own_prompts_have_rows_too(own):
+    rows = answer_rows(own.path)
+    assert {r["group"] for r in rows} == {"correct"}
+    assert len(rows) == own.metrics["label/n_correct"] == 16
+    assert own.metrics["label/n_incorrect"] == own.metrics["label/n_refused"] == 0
+
+
+def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
+    hf = random_lm("llama").hf
+    hf.save_pretrained(tmp_path / "model")
+    tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    file = tmp_path / "mine.jsonl"
+    facts = {"country": "Norway", "population": 5}
+    row = {"text": "The city Uvo", "entity": "Uvo", "entity_type": "city", "attributes": facts}
+    file.write_text(json.dumps(row))
+    words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
+    words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
+    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2", "task.options.before=So"]
+    run = saexp.run(saexp.compose(words), tmp_path / "run")
+    rows = answer_rows(run.path, "answers_all")
+    assert len(rows) == 2 and len(answer_rows(run.path)) == 1
+    read = tokenizer(chat=True)
+    for row in rows:
+        assert row["prompt"].startswith("So")
+        assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
+        (tokens,) = module.tokenize([row["text"]], read, 200)
+        assert tokens.ids.count(read.bos_token_id) == 1
+        assert read.decode(tokens.ids[-1:]) == ":"
+
+
+def test_an_attribute_by_another_name_is_asked_in_its_own_words(cache, tmp_path):
+    """Files say team, the rules teams: the template typed for either is the one used."""
+    file = tmp_path / "mine.jsonl"
+    facts = {"team": "Hawks"}
+    row = {"text": "The player Uvo", "entity": "Uvo", "entity_type": "player", "attributes": facts}
+    file.write_text(json.dumps(row))
+    words = ["dataset=jsonl", f'dataset.path="{file}"']
+    run = labelled(
+        cache, tmp_path, *words, "+task.options.templates.player.team='Whose is {entity}'"
+    )
+    assert run.tables["labels"]["prompt"].tolist() == ["Whose is Uvo"]
 
 
 # --- memorised texts

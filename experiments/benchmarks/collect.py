@@ -105,7 +105,7 @@ def setting(args: argparse.Namespace) -> Setting:
 def limit(given: Setting) -> Callable[[], None]:
     """The bare forward of the blocks wanted on saexp's own batches, prepared beforehand."""
     model = given.model
-    todo = units(given.placement, 0, len(given.placement.rows))
+    todo = units(given.placement, np.arange(len(given.placement.rows)))
     budget = TokenBudget("auto", model.device)
     ready = []
     for chosen in batches([len(u.ids) for u in todo], budget):

@@ -60,17 +60,14 @@ def questions(
     def after(prompt: str, word: str) -> str:
         return prompt + (word.lstrip() if chat else word)
 
-    tokenizer, longest = model.tokenizer, max_length + _ROOM
-    alone = [_bare(t) for t in tokenize(prompts, tokenizer, max_length)]
-    answered = tokenize(
-        [after(p, e.answers[0]) for p, e in zip(prompts, asked, strict=True)], tokenizer, longest
-    )
+    def read(texts: list[str], longest: int) -> list[TokenizedText]:
+        return tokenize(texts, model.tokenizer, longest, model.prepend_bos)
+
+    longest = max_length + _ROOM
+    alone = [_bare(t) for t in read(prompts, max_length)]
+    answered = read([after(p, e.answers[0]) for p, e in zip(prompts, asked, strict=True)], longest)
     with_foil = iter(
-        tokenize(
-            [after(p, f) for p, f in zip(prompts, foils, strict=True) if f is not None],
-            tokenizer,
-            longest,
-        )
+        read([after(p, f) for p, f in zip(prompts, foils, strict=True) if f is not None], longest)
     )
     found = []
     for example, prompt, tokens, full, foil in zip(

@@ -61,7 +61,8 @@ class ContrastAnalyzer:
         # Rows of a third group, or of none, would count as second.
         mine = inputs.latents.rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
         rows = inputs.latents.rows[mine]
-        csr, where = by_unit(inputs.latents.csr[mine], rows["unit"].to_numpy())
+        observed, both = _observed(rows)
+        csr, where = by_unit(inputs.latents.csr[mine], observed)
         units = rows.iloc[where].reset_index(drop=True)
         matching = match_token_counts(
             units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
@@ -76,6 +77,11 @@ class ContrastAnalyzer:
         for name, values in self._columns(test, fired, inputs.groups).items():
             table[f"{name}_test"] = values
         notes = list(matching.notes)
+        if both:
+            notes.append(
+                f"{both} entities have rows of both groups; each counts once in either, though the "
+                "two are not independent"
+            )
         for split, suffix in ((train, ""), (test, "_test")):
             if not self._per_type(table, split, fired, first, suffix):
                 name = "test" if suffix else "train"
@@ -249,3 +255,15 @@ def _best(best: pd.Series | None, group: str, *, sign: bool) -> dict[str, float 
             metrics[f"contrast/best_{name}_{group}_ci_low{suffix}"] = low
             metrics[f"contrast/best_{name}_{group}_ci_high{suffix}"] = high
     return metrics
+
+
+def _observed(rows: pd.DataFrame) -> tuple[np.ndarray, int]:
+    """(what is one observation, per row; how many entities have rows of both groups).
+
+    An observation is an entity, or an entity in one group where it has rows of both.
+    """
+    both = rows.groupby("unit")["group"].transform("nunique") > 1
+    if not both.any():
+        return rows["unit"].to_numpy(), 0
+    parted = rows["unit"].astype(str).where(~both, rows["unit"].astype(str) + "\n" + rows["group"])
+    return parted.to_numpy(), int(rows.loc[both, "unit"].nunique())

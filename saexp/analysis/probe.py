@@ -6,42 +6,28 @@ second data set from elsewhere. A row is one position; rows of a unit stay toget
 cross-validation and in the bootstrap.
 """
 
-import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
-from saexp.analysis.probing import (
-    MEASURES,
-    Judge,
-    Labelled,
-    Probe,
-    fit_logistic,
-    folds,
-    latents_reader,
-    mean_difference,
-    read_acts,
-    roc,
-    single_latent,
-)
-from saexp.analysis.statistics import Ranked
+from saexp.analysis.probe_fit import Fitting
+from saexp.analysis.probe_rows import Labelled, check_columns, column_names, labelled, rows_of
+from saexp.analysis.probing import MEASURES, WITHIN, Judge, Probe, roc
 from saexp.config import AnalyzerConfig
-from saexp.context import progress
 from saexp.errors import ConfigError, DataError
-from saexp.latents.summary import moments
 from saexp.results import TaskResult
-
-log = logging.getLogger(__name__)
 
 _DEFAULTS = {
     "k": [1, 2, 5, 20],
     "strengths": [0.001, 0.01, 0.1, 1.0, 10.0],
     "max_train": 20_000,
     "transfer": None,
+    "within": None,
+    "unseen": None,
 }
 
 
@@ -68,6 +54,12 @@ class ProbeAnalyzer:
         """File of a second data set; the task collects it and hands it to `analyze`."""
         if self.transfer is not None and not Path(str(self.transfer)).is_file():
             raise ConfigError(f"analyzer.options.transfer={self.transfer}: no such file")
+        self.within = column_names("within", options["within"])
+        unseen = column_names("unseen", options["unseen"])
+        if len(unseen) > 1:
+            raise ConfigError(f"analyzer.options.unseen={options['unseen']} must be one column")
+        self.unseen = unseen[0] if unseen else None
+        self.fitting = Fitting(self.sizes, self.strengths, self.within, cfg.seed)
 
     def analyze(self, inputs: AnalysisInputs, transfer: AnalysisInputs | None = None) -> TaskResult:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
@@ -76,41 +68,82 @@ class ProbeAnalyzer:
         test split, `_transfer` ones of the second data set. Probes: `sparse_<k>`; `dense`, logistic
         on the stored activations; `mean_difference`, the projection on the difference of the
         groups' mean activations, cut midway; `best_latent`, the latent of best train AUROC as it
-        is, cut where train accuracy is best. The first group is the positive one. Raises DataError
-        without two groups, or with fewer than two units of a group in train or test.
+        is, cut where train accuracy is best. The first group is the positive one.
+
+        With the option `within`, columns that say of which kind a row is, there are a probe
+        `base_rate` that knows the kind only, `best_latent_within`, chosen by train AUROC over pairs
+        of one kind, and for every probe `…_auroc_within` over such pairs. With
+        `unseen`, a column, `_unseen` metrics are of the test split again, each row under probes
+        (latents included) fitted on train rows of other values; `…_auroc_unseen` is over pairs of
+        one value. Raises DataError without two groups, or with fewer than two units of a group in
+        train or test.
         """
         self._check(inputs)
         notes: list[str] = []
-        train = self._some(_rows_of(inputs, "train"), notes)
-        rows = _labelled(inputs, train)
-        probes, latents = self._fit(inputs, train, rows, notes)
-        places = {"": (inputs, train), "_test": (inputs, _rows_of(inputs, "test"))}
+        train, test = self._some(rows_of(inputs, "train"), notes), rows_of(inputs, "test")
+        probes, latents = self.fitting.fit(inputs, train, notes)
+        places = {"": (inputs, train), "_test": (inputs, test)}
         if transfer is not None:
+            check_columns(transfer.latents.rows, self.within, str(self.transfer))
             self._check_labels(transfer, None)
-            places["_transfer"] = (transfer, self._unseen(inputs, transfer, train, notes))
+            places["_transfer"] = (transfer, self._not_fitted_on(inputs, transfer, train, notes))
         metrics: dict[str, float | int | None] = {}
         table, curves = [], []
         for suffix, (data, chosen) in places.items():
-            labels = _labelled(data, chosen)
-            judge = Judge(labels, self.cfg.n_bootstrap if suffix else 0, self.cfg.seed)
-            part = suffix[1:] or "train"
-            metrics[f"probe/n_rows{suffix}"] = len(chosen)
-            metrics[f"probe/n_units{suffix}"] = judge.bootstrap.n_units
-            for probe in probes:
-                scores = probe.scores(data, chosen)
-                found = judge.measure(scores, probe.threshold)
-                for name, value in found.items():
-                    if suffix or name in MEASURES:
-                        metrics[_metric(probe.name, name, suffix)] = value
-                table.append({**_about(probe), "data": part, "n_rows": len(chosen), **found})
-                if suffix:
-                    points = roc(scores, labels.first)
-                    names = {"probe": probe.name, "data": part}
+            labels = labelled(data, chosen, self.within)
+            scores = {p.name: p.scores(data, chosen) for p in probes}
+            self._judge(labels, scores, probes, suffix, metrics, table)
+            if suffix:
+                for name, values in scores.items():
+                    points = roc(values, labels.first)
+                    names = {"probe": name, "data": suffix[1:]}
                     curves.append(pd.DataFrame(points, columns=["fpr", "tpr"]).assign(**names))
-        best = next(p for p in probes if p.name == "best_latent")
-        metrics["probe/best_latent"] = best.latents[0]
+        if self.unseen is not None:
+            chosen, scores = self.fitting.unseen(inputs, train, test, self.unseen, notes)
+            labels = labelled(inputs, chosen, self.within, self.unseen)
+            self._judge(labels, scores, probes, "_unseen", metrics, table)
+            notes.append(self._told_unseen(metrics, probes))
+        metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
         tables = {"probes": _typed(table), "probe_latents": latents}
         return TaskResult(metrics=metrics, tables={**tables, "roc": pd.concat(curves)}, notes=notes)
+
+    def _judge(
+        self,
+        labels: Labelled,
+        scores: Mapping[str, np.ndarray],
+        probes: Sequence[Probe],
+        suffix: str,
+        metrics: dict[str, float | int | None],
+        table: list[dict[str, object]],
+    ) -> None:
+        """Add what the probes do on these rows; a probe that is not in `scores` is left out."""
+        judge = Judge(labels, self.cfg.n_bootstrap if suffix else 0, self.cfg.seed)
+        metrics[f"probe/n_rows{suffix}"] = len(labels)
+        metrics[f"probe/n_units{suffix}"] = judge.bootstrap.n_units
+        apart = labels.judged_apart is not None
+        for probe in (p for p in probes if p.name in scores):
+            found = judge.measure(scores[probe.name], 0.0 if apart else probe.threshold)
+            for name, value in found.items():
+                if suffix or name in (*MEASURES, WITHIN):
+                    metrics[f"probe/{probe.name}_{name}{suffix}"] = value
+            about = {"probe": probe.name, "k": len(probe.latents) or pd.NA} if apart else None
+            data = {"data": suffix[1:] or "train", "n_rows": len(labels)}
+            table.append({**(about or _about(probe)), **data, **found})
+
+    def _told_unseen(self, metrics: Mapping[str, object], probes: Sequence[Probe]) -> str:
+        told = []
+        for probe in probes:
+            numbers = [
+                metrics.get(f"probe/{probe.name}_auroc{end}_unseen")
+                for end in ("", "_ci_low", "_ci_high")
+            ]
+            if isinstance(numbers[0], float):
+                between = f" [{numbers[1]:.3f}, {numbers[2]:.3f}]" if numbers[1] is not None else ""
+                told.append(f"{probe.name} {numbers[0]:.3f}{between}")
+        return (
+            f"AUROC on the test split's {metrics['probe/n_rows_unseen']} rows, each under probes "
+            f"and latents chosen on other values of '{self.unseen}': {', '.join(told)}"
+        )
 
     def _check(self, inputs: AnalysisInputs) -> None:
         if len(inputs.groups) != 2:
@@ -119,11 +152,13 @@ class ProbeAnalyzer:
                 "'group', set dataset.group_rule, or type analyzer=stats"
             )
         assert inputs.acts is not None, "a probe needs the stored activations"
+        named = [*self.within, *([self.unseen] if self.unseen else [])]
+        check_columns(inputs.latents.rows, named, "the data set")
         for split in ("train", "test"):
             self._check_labels(inputs, split)
 
     def _check_labels(self, inputs: AnalysisInputs, split: str | None) -> None:
-        rows = _labelled(inputs, _rows_of(inputs, split))
+        rows = labelled(inputs, rows_of(inputs, split))
         where = f"split {split}" if split else str(self.transfer)
         for group, mine in zip(inputs.groups, (rows.first, ~rows.first), strict=True):
             n = len(np.unique(rows.units[mine]))
@@ -143,7 +178,7 @@ class ProbeAnalyzer:
         rng = np.random.default_rng([self.cfg.seed, 23])
         return np.sort(rng.choice(train, self.max_train, replace=False))
 
-    def _unseen(
+    def _not_fitted_on(
         self,
         inputs: AnalysisInputs,
         transfer: AnalysisInputs,
@@ -151,7 +186,7 @@ class ProbeAnalyzer:
         notes: list[str],
     ) -> np.ndarray:
         """Rows of the second data set whose text and entity are in none of the rows fitted on."""
-        chosen = _rows_of(transfer, None)
+        chosen = rows_of(transfer, None)
         own, other = inputs.latents.rows.iloc[train], transfer.latents.rows.iloc[chosen]
         known = other["text"].isin(set(own["text"])).to_numpy(dtype=bool)
         named = other["entity"].notna() & other["unit"].isin(set(own["unit"]))
@@ -166,78 +201,6 @@ class ProbeAnalyzer:
                 f"transfer: {known.sum()} rows left out, their texts or entities are trained on"
             )
         return chosen[~known]
-
-    def _fit(
-        self, inputs: AnalysisInputs, train: np.ndarray, rows: Labelled, notes: list[str]
-    ) -> tuple[list[Probe], pd.DataFrame]:
-        values = sparse.csr_array(inputs.latents.csr[train])
-        first, second = (moments(values, m, threshold=0.0) for m in (rows.first, ~rows.first))
-        difference = np.abs(first.mean - second.mean)
-        aurocs = Ranked(values, rows.first).observed()
-        order = np.argsort(-difference, kind="stable")
-        order = order[difference[order] > 0]
-        if not len(order):
-            raise DataError(
-                "every latent has the same mean in both groups on the train split, so there is "
-                "nothing to probe; does any latent fire at these positions?"
-            )
-        best = int(np.argmax(np.abs(aurocs - 0.5)))
-        pairs = folds(rows, self.cfg.seed)
-        sizes = sorted({min(k, len(order)) for k in self.sizes})
-        if sizes != self.sizes:
-            notes.append(f"only {len(order)} latents differ on train, so no probe is larger")
-        dense = read_acts(inputs, train)
-        probes = []
-        with progress(len(sizes) + 1, "fitting probes", "probe") as bar:
-            for k in sizes:
-                read = latents_reader(order[:k])
-                fitted = fit_logistic(read(inputs, train), rows, self.strengths, pairs)
-                chosen = tuple(order[:k].tolist())
-                probes.append(Probe(f"sparse_{k}", read, fitted.score, 0.0, chosen, fitted))
-                bar.update(1)
-            fitted = fit_logistic(dense, rows, self.strengths, pairs)
-            probes.append(Probe("dense", read_acts, fitted.score, fitted=fitted))
-            bar.update(1)
-        slow = [p.name for p in probes if p.fitted is not None and not p.fitted.converged]
-        if slow:
-            notes.append(f"logistic regression did not fully converge for {', '.join(slow)}")
-        probes += [
-            mean_difference(dense, rows),
-            single_latent(values, rows, best, up=bool(aurocs[best] >= 0.5)),
-        ]
-        largest = sizes[-1]
-        weights = {p.name: p.fitted.weights for p in probes if p.fitted is not None}
-        table = pd.DataFrame(
-            {
-                "rank": np.arange(1, largest + 1),
-                "latent": order[:largest],
-                f"mean_{inputs.groups[0]}": first.mean[order[:largest]],
-                f"mean_{inputs.groups[1]}": second.mean[order[:largest]],
-                "auroc": aurocs[order[:largest]],
-                "weight": weights[f"sparse_{largest}"],
-            }
-        )
-        log.info("fitted %d probes on %d rows", len(probes), len(train))
-        return probes, table
-
-
-def _rows_of(inputs: AnalysisInputs, split: str | None) -> np.ndarray:
-    """Numbers of the rows of both groups, of one split or of all."""
-    rows = inputs.latents.rows
-    mine = rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
-    if split is not None:
-        mine = mine & (rows["split"] == split).fillna(False).to_numpy(dtype=bool)
-    return np.flatnonzero(mine)
-
-
-def _labelled(inputs: AnalysisInputs, chosen: np.ndarray) -> Labelled:
-    rows = inputs.latents.rows.iloc[chosen]
-    first = (rows["group"] == inputs.groups[0]).to_numpy(dtype=bool)
-    return Labelled(first, rows["unit"].to_numpy(dtype=object))
-
-
-def _metric(probe: str, measure: str, suffix: str) -> str:
-    return f"probe/{probe}_{measure}{suffix}"
 
 
 def _about(probe: Probe) -> dict[str, object]:

@@ -4,13 +4,14 @@ Shapes: n rows, d numbers a row, b bootstrap draws.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int
 from scipy import sparse, stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -19,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.probe_rows import Labelled, kind_names, labelled
 from saexp.analysis.resampling import Interval, UnitBootstrap
 from saexp.analysis.statistics import Ranked
 from saexp.errors import DataError
@@ -28,18 +30,8 @@ CHUNK = 8192
 """Rows scored at once."""
 N_FOLDS = 5
 MEASURES = ("auroc", "accuracy", "f1")
+WITHIN = "auroc_within"
 Numbers = dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Rows of one split or data set: which are of the first group, and their units."""
-
-    first: Bool[np.ndarray, " n"]
-    units: Shaped[np.ndarray, " n"]
-
-    def __len__(self) -> int:
-        return len(self.first)
 
 
 @dataclass(frozen=True)
@@ -185,6 +177,40 @@ def single_latent(values: sparse.csr_array, rows: Labelled, latent: int, *, up: 
     )
 
 
+def base_rate(inputs: AnalysisInputs, chosen: np.ndarray, columns: Sequence[str]) -> Probe:
+    """What a row's kind says alone: the first group's share among train rows of that kind.
+
+    A kind is a combination of values of the columns; one that train lacks gets the share of all.
+    """
+
+    def read(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
+        return kind_names(inputs.latents.rows.iloc[rows], columns)
+
+    first = labelled(inputs, chosen).first
+    share = pd.Series(first.astype(float)).groupby(read(inputs, chosen)).mean().to_dict()
+    overall = float(first.mean())
+
+    def score(names: np.ndarray) -> np.ndarray:
+        return np.array([share.get(name, overall) for name in names])
+
+    return Probe("base_rate", read, score, threshold=0.5)
+
+
+def auroc_within(
+    values: sparse.csr_array, first: Bool[np.ndarray, " n"], kinds: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " d"]:
+    """AUROC of every latent over pairs of rows of one kind; 0.5 where there is no such pair."""
+    n_latents = len(sparse.csc_array(values).indptr) - 1
+    won, pairs = np.zeros(n_latents), 0
+    for kind in np.unique(kinds):
+        mine = np.flatnonzero(kinds == kind)
+        n = int(first[mine].sum()) * int((~first[mine]).sum())
+        if n:
+            won += n * Ranked(sparse.csr_array(values[mine]), first[mine]).observed()
+            pairs += n
+    return won / pairs if pairs else np.full(n_latents, 0.5)
+
+
 class Judge:
     """AUROC, accuracy and F1 (of the first group) on labelled rows, with bootstrap intervals.
 
@@ -197,15 +223,15 @@ class Judge:
         self.bootstrap = UnitBootstrap(rows.units, n_resamples, seed, rows.first)
 
     def measure(self, scores: Float[np.ndarray, " n"], threshold: float) -> Numbers:
-        """`auroc`, `accuracy`, `f1`, each with `_ci_low` and `_ci_high`."""
-        first = self.rows.first
-        ranks = stats.rankdata(scores, method="dense").astype(np.float64)
-        ranked = Ranked(sparse.csr_array(ranks[:, None]), first)
-        called = scores > threshold
+        """`auroc`, `accuracy`, `f1`, each with `_ci_low` and `_ci_high`.
 
-        def auroc(weights: np.ndarray) -> np.ndarray:
-            w = self.bootstrap.rows(weights)
-            return ranked.auroc(w * first[:, None], w * ~first[:, None])[0]
+        Where rows have kinds also `auroc_within`: over pairs of rows of one kind, every pair
+        counting once, so that what tells kinds apart does not help.
+        """
+        first = self.rows.first
+        called = scores > threshold
+        everyone = np.zeros(len(scores), dtype=np.int64)
+        apart = everyone if self.rows.judged_apart is None else self.rows.judged_apart
 
         def accuracy(weights: np.ndarray) -> np.ndarray:
             w = self.bootstrap.rows(weights)
@@ -217,13 +243,48 @@ class Judge:
             with np.errstate(divide="ignore", invalid="ignore"):
                 return 2 * hits / (called.astype(float) @ w + first.astype(float) @ w)
 
+        statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+            "auroc": self._auroc(scores, apart),
+            "accuracy": accuracy,
+            "f1": f1,
+        }
+        if self.rows.kinds is not None:
+            statistics[WITHIN] = self._auroc(scores, self.rows.kinds)
         found: Numbers = {}
         whole = np.ones((self.bootstrap.n_units, 1))
-        for name, statistic in zip(MEASURES, (auroc, accuracy, f1), strict=True):
+        for name, statistic in statistics.items():
             interval: Interval = self.bootstrap.interval(statistic)
             found[name] = float(statistic(whole)[0])
             found[f"{name}_ci_low"], found[f"{name}_ci_high"] = interval
         return found
+
+    def _auroc(
+        self, scores: Float[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """P(first > second) + P(equal)/2 over pairs of rows of one stratum; NaN without a pair."""
+        first = self.rows.first
+        parts = []
+        for stratum in np.unique(strata):
+            mine = np.flatnonzero(strata == stratum)
+            if first[mine].any() and not first[mine].all():
+                ranks = stats.rankdata(scores[mine], method="dense").astype(np.float64)
+                ranked = Ranked(sparse.csr_array(ranks[:, None]), first[mine])
+                parts.append((mine, first[mine][:, None], ranked))
+
+        def statistic(weights: np.ndarray) -> np.ndarray:
+            w = self.bootstrap.rows(weights)
+            won, pairs = np.zeros(w.shape[1]), np.zeros(w.shape[1])
+            for mine, of_first, ranked in parts:
+                w_first, w_second = w[mine] * of_first, w[mine] * ~of_first
+                n = w_first.sum(0) * w_second.sum(0)
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    auroc = ranked.auroc(w_first, w_second)[0]
+                won += np.where(n > 0, auroc * n, 0)
+                pairs += n
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return won / pairs
+
+        return statistic
 
 
 def roc(scores: np.ndarray, first: Bool[np.ndarray, " n"], n_points: int = 201) -> np.ndarray:

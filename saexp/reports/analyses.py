@@ -20,6 +20,7 @@ from saexp.reports.analyses_parts import Table, cell
 from saexp.reports.effect_figures import effect_figures
 from saexp.reports.effect_tables import effect_content
 from saexp.reports.effects import effect_sentences
+from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.look import GROUP_COLOURS
 from saexp.reports.saved import SavedRun
@@ -100,6 +101,8 @@ def write_analysis_report(
         notes=run.provenance["notes"],
         tiles=_tiles(run),
         layers=_layer_table(run),
+        fit_head=HEAD,
+        fit=fit_rows(run),
         skips=run.provenance["skips"],
         sections=page.sections(run),
         groups=dict(zip(run.provenance["groups"], GROUP_COLOURS, strict=False)),

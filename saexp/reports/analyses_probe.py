@@ -8,7 +8,12 @@ from saexp.reports.analyses_parts import Section, Table, cell, interval, shown, 
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
 
-_DATA = {"train": "train split", "test": "test split", "transfer": "second data set"}
+_DATA = {
+    "train": "train split",
+    "test": "test split",
+    "unseen": "test split, kinds not trained on",
+    "transfer": "second data set",
+}
 _MEASURES = {"auroc": "AUROC", "accuracy": "accuracy", "f1": "F1"}
 _COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#8a8f98")
 """Okabe and Ito's colours, safe for colour blindness."""
@@ -23,6 +28,8 @@ def name_of(probe: str) -> str:
         "dense": "all of the stream, logistic",
         "mean_difference": "difference of means",
         "best_latent": "best latent as it is",
+        "best_latent_within": "best latent within kinds",
+        "base_rate": "the kind of row alone",
     }.get(probe, probe)
 
 
@@ -48,7 +55,7 @@ def sentences(run: SavedRun) -> list[str]:
     """Held-out AUROC of every probe, and how it carries over."""
     table = table_of(run, "probes")
     lines = []
-    for data in ("test", "transfer"):
+    for data in ("test", "unseen", "transfer"):
         mine = table[table["data"] == data]
         if mine.empty:
             continue
@@ -72,8 +79,9 @@ def sections(run: SavedRun) -> list[Section]:
     first, second = run.groups
     there = [d for d in _DATA if (table["data"] == d).any()]
     held_out = [d for d in there if d != "train"]
+    curved = [d for d in held_out if d in set(table_of(run, "roc")["data"])]
     tables = [_numbers(table[table["data"] == d], d) for d in (*held_out, "train")]
-    captions = [(f"roc_{d}", f"ROC curves on the {_DATA[d]}.") for d in held_out]
+    captions = [(f"roc_{d}", f"ROC curves on the {_DATA[d]}.") for d in curved]
     bars = "AUROC of each probe with 95 % bootstrap intervals over units, each drawn with its rows."
     columns = {
         "rank": "rank",
@@ -119,7 +127,8 @@ def _numbers(table: pd.DataFrame, data: str) -> Table:
 
 def _probes(table: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
-    for data, colour in zip(("test", "transfer"), GROUP_COLOURS, strict=True):
+    shown_data = ("test", "unseen", "transfer")
+    for data, colour in zip(shown_data, (*GROUP_COLOURS, _COLOURS[1]), strict=True):
         mine = table[table["data"] == data]
         if mine.empty:
             continue

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saexp.errors import StoreError
+from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.html import environment, provenance_rows
 from saexp.reports.saved import SavedRun
 
@@ -43,6 +44,8 @@ def write_dashboard(folder: str | Path) -> Path:
             neuronpedia_list=content["neuronpedia_list"],
             # '<' is escaped so that no text can end the script.
             data=json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
+            fit_head=HEAD,
+            fit=fit_rows(run),
             provenance=provenance_rows(run),
             config=run.config_text,
         )

@@ -14,6 +14,7 @@ from saexp.reports.effect_tables import attribution_tables, effect_content
 from saexp.reports.effects import VERBS
 from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
+from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.saved import SavedRun
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -92,6 +93,8 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
         asked=_asked(run),
         captions=CAPTIONS,
         stream=_stream(run),
+        fit_head=HEAD,
+        fit=fit_rows(run),
         tables=_latent_tables(run),
         attribution=attribution_tables(run),
         **effect_content(run),

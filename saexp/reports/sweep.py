@@ -77,6 +77,11 @@ def findings(table: pd.DataFrame) -> list[str]:
             f"{explained.max():.3f}, L0 {done['sparsity/l0'].min():.1f} to "
             f"{done['sparsity/l0'].max():.1f} on held-out texts."
         )
+    if "check/begins_with_bos" in done and done["check/begins_with_bos"].nunique() > 1:
+        told.append(
+            "In some cells texts begin with BOS and in others not, as their SAEs were trained "
+            "(column check/begins_with_bos of sweep.parquet): compare those that are alike."
+        )
     for group in groups_of(done):
         key = f"contrast/best_auroc_{group}"
         if f"{key}_test" not in done or done[f"{key}_test"].notna().sum() == 0:

@@ -1,5 +1,7 @@
 """task=analyze: collect, encode, contrast, steer, report."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -13,6 +15,8 @@ from saexp.reports.figures import run_figures
 from saexp.reports.html import write_report
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.bos import settle_bos
+from saexp.tasks.by_layer import AtLayer, all_of, at_layers, saes_by_layer
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.describe import describe
 from saexp.tasks.gathering import Gathered, gather, gather_background
@@ -33,13 +37,17 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("load"):
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
+        saes = saes_by_layer(cfg, model, sae)
+        every = all_of(sae, saes)
+        settled = settle_bos(cfg, model, every)
     with context.stage("collect"):
-        gathered = gather(cfg, model, sae.hookpoints, context.ahead)
+        streams = [h for s in every for h in s.hookpoints]
+        gathered = gather(cfg, model, streams, context.ahead)
         check_steerable(cfg, gathered.examples)
         neutral = gather_background(
             cfg,
             model,
-            [*sae.hookpoints, *neighbours(cfg, sae, model)],
+            [*streams, *(h for s in every for h in neighbours(cfg, s, model) if h not in streams)],
             cfg.analyzer.n_background,
             with_neighbours(cfg, context.ahead),
         )
@@ -52,6 +60,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
     notes = [*gathered.examples.notes, *notes]
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
+    result.merge(settled)
     result.merge(checked)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows
@@ -78,11 +87,14 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
                 result.notes += add_scores(cfg, table, model, sae, background)
             if cfg.analyzer.attribution:
                 result.merge(attribution(cfg, model, sae, gathered))
-    _save(cfg, context, result, gathered, model, sae, forwarded)
+    _save(cfg, context, result, gathered, model, every, forwarded)
     if cfg.intervention.name != "none" and table is not None:
         with context.stage("intervene"):
-            result.merge(intervene(cfg, latents, table, gathered, model, sae))
-    _save(cfg, context, result, gathered, model, sae, forwarded)
+            own = AtLayer(sae, latents, table)
+            layered, found = at_layers(cfg, saes, own, gathered, neutral, model)
+            result.merge(found)
+            result.merge(intervene(cfg, latents, table, gathered, model, sae, layered))
+    _save(cfg, context, result, gathered, model, every, forwarded)
     with context.stage("report"):
         result.figures = run_figures(context.folder)
         write_report(context.folder, result.figures)
@@ -108,7 +120,7 @@ def _save(
     result: TaskResult,
     gathered: Gathered,
     model: LanguageModel,
-    sae: SparseAutoencoder,
+    saes: list[SparseAutoencoder],
     forwarded: int,
 ) -> None:
     result.metrics = clean_metrics(result.metrics, result.notes)
@@ -120,15 +132,20 @@ def _save(
         gathered.placement.skips,
         device=str(model.device),
         model=about_model(model),
-        sae={
-            **sae.metadata,
-            "hookpoint": sae.hookpoint.name,
-            "hookpoint_out": sae.hookpoint_out.name if sae.hookpoint_out else None,
-            "d_sae": sae.d_sae,
-            "architecture": sae.architecture,
-        },
+        sae=_about(saes[0]),
+        saes=[_about(sae) for sae in saes],
         store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
         tokens_forwarded=forwarded,
         groups=list(gathered.examples.groups),
         dataset={"name": gathered.examples.name, "n_examples": len(gathered.examples)},
     )
+
+
+def _about(sae: SparseAutoencoder) -> dict[str, Any]:
+    return {
+        **sae.metadata,
+        "hookpoint": sae.hookpoint.name,
+        "hookpoint_out": sae.hookpoint_out.name if sae.hookpoint_out else None,
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 from saexp.config import RunConfig
 from saexp.data.labels import Thresholds
-from saexp.data.matchers import Rules
+from saexp.data.matchers import Rules, canonical
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError, StoreError
 from saexp.interventions.cache import ResultCache
@@ -50,6 +50,7 @@ class Options:
     max_unknown: int = 0
     rules: Mapping[str, Any] = field(default_factory=dict)
     templates: Mapping[str, Any] = field(default_factory=dict)
+    before: str = ""
     prompt_tokens: int | None = None
     continuation_tokens: int | None = None
 
@@ -71,6 +72,8 @@ class Options:
             raise ConfigError(
                 f"task.options.form={given['form']}: {did_you_mean(given['form'], FORMS)}"
             )
+        if not isinstance(given.get("before", ""), str):
+            raise ConfigError(f"task.options.before={given['before']} is no text")
         warmth = given.get("temperature", 1.0)
         if isinstance(warmth, bool) or not isinstance(warmth, int | float) or warmth <= 0:
             raise ConfigError(f"task.options.temperature={warmth} is no number above 0")
@@ -104,11 +107,16 @@ class Options:
                 raise ConfigError(f"task.options.templates.{entity_type}: write {{attribute: […]}}")
             for attribute, pair in kinds.items():
                 where = f"task.options.templates.{entity_type}.{attribute}"
-                if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                    raise ConfigError(f"{where}: write [question, beginning of an answer]")
-                if not all("{entity}" in str(text) for text in pair):
-                    raise ConfigError(f"{where}: both texts need {{entity}} in them")
-                made.setdefault(entity_type, {})[attribute] = (str(pair[0]), str(pair[1]))
+                texts = [pair] if isinstance(pair, str) else pair
+                if not isinstance(texts, Sequence) or not 1 <= len(texts) <= 2:
+                    raise ConfigError(
+                        f"{where}: write a question, or [question, beginning of an answer]"
+                    )
+                if not all("{entity}" in str(text) for text in texts):
+                    raise ConfigError(f"{where}: every text needs {{entity}} in it")
+                question, beginning = (*map(str, texts), "")[:2]
+                name = canonical(attribute, entity_type)
+                made.setdefault(entity_type, {})[name] = (question, beginning)
         return made
 
 

@@ -15,6 +15,7 @@ from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.neuronpedia import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.tasks import cards
+from saexp.tasks.bos import settle_bos
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.choosing import Chosen, choose
 from saexp.tasks.gathering import Gathered, gather, gather_background
@@ -42,6 +43,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("load"):
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
+        settled = settle_bos(cfg, model, [sae])
     with context.stage("collect"):
         gathered = gather(cfg, model, sae.hookpoints, context.ahead)
         neutral = gather_background(
@@ -52,6 +54,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             with_neighbours(cfg, context.ahead),
         )
     result = TaskResult(metrics=gathered.metrics, notes=settle_factor(cfg, sae, neutral))
+    result.merge(settled)
     result.merge(check_sae(cfg, sae, model, gathered, neutral))
     with context.stage("choose"):
         chosen = choose(asked, cfg, model, sae, gathered, neutral)
@@ -107,7 +110,7 @@ def _save(
     names = ["latent", "n_active", "density", "mean_active", "max", "neuronpedia"]
     table = pd.DataFrame([{n: card[n] for n in names} for card in made])
     n_silent = int((table["n_active"] == 0).sum())
-    result.tables = {
+    result.tables |= {
         "dashboard": table,
         "rows": gathered.placement.rows,
         "skips": skips_table(gathered.placement.skips),

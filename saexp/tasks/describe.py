@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.analyses import analysis_figures, findings, save_figures, write_analysis_report
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.bos import Wish, settle_bos, wish
+from saexp.tasks.by_layer import AtLayer, all_of, at_layers, saes_by_layer
 from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
@@ -27,7 +29,7 @@ from saexp.tasks.steering import check_steerable, intervene, selects
 
 log = logging.getLogger(__name__)
 
-_OWN_TABLES = ("rows", "skips")
+_OWN_TABLES = ("rows", "skips", "check")
 """Tables that every run leaves; an analyzer's may not be called so."""
 
 
@@ -45,7 +47,11 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
         analyzer = registry.build("analyzer", cfg.analyzer)
         several = bool(getattr(analyzer, "several_layers", False))
         cells = per_layer(cfg) if several else [cfg]
-        hookpoints, near = _hookpoints(cells, model)
+        layered = {}
+        if len(cells) == 1:
+            layered = saes_by_layer(cfg, model, sparse_autoencoder(cfg, model))
+        hookpoints, near, wishes = _hookpoints(cells, model, layered)
+        settled = settle_bos(cfg, model, wishes)
     with context.stage("collect"):
         gathered = gather(cfg, model, hookpoints, context.ahead)
         if not selects(cfg):
@@ -57,6 +63,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     others = [neutral] if second is None else [neutral, second]
     forwarded = sum(g.stats.tokens_forwarded for g in (gathered, *others))
     result = TaskResult(metrics={**gathered.metrics}, notes=list(gathered.examples.notes))
+    result.merge(settled)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows
     result.tables["skips"] = skips_table(gathered.placement.skips)
@@ -76,7 +83,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.figures.update(part.figures)
     result.tables.update(_joined(parts))
     if cfg.intervention.name != "none":
-        result.merge(_changed(cells, context, model, gathered))
+        result.merge(_changed(cells, context, model, gathered, neutral, layered))
     result.metrics = clean_metrics(result.metrics, result.notes)
     result.notes += _undefined(result)
     write_result(context.folder, result)
@@ -104,7 +111,12 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
 
 
 def _changed(
-    cells: Sequence[RunConfig], context: RunContext, model: LanguageModel, gathered: Gathered
+    cells: Sequence[RunConfig],
+    context: RunContext,
+    model: LanguageModel,
+    gathered: Gathered,
+    neutral: Gathered,
+    saes: Mapping[int, SparseAutoencoder],
 ) -> TaskResult:
     """The causal test of latents that are named, on the run's own prompts."""
     cfg = cells[0]
@@ -117,19 +129,25 @@ def _changed(
     sae = sparse_autoencoder(cfg, model)
     with context.stage("intervene"):
         latents, _ = encoded(gathered.store, sae, gathered.placement.rows)
-        return intervene(cfg, latents, None, gathered, model, sae)
+        own = AtLayer(sae, latents, None)
+        layered, result = at_layers(cfg, saes, own, gathered, neutral, model)
+        result.merge(intervene(cfg, latents, None, gathered, model, sae, layered))
+        return result
 
 
 def _hookpoints(
-    cells: Sequence[RunConfig], model: LanguageModel
-) -> tuple[list[Hookpoint], list[Hookpoint]]:
-    """What the SAEs read, and the neighbours that their check looks at."""
-    wanted, near = [], []
+    cells: Sequence[RunConfig],
+    model: LanguageModel,
+    layered: Mapping[int, SparseAutoencoder],
+) -> tuple[list[Hookpoint], list[Hookpoint], list[Wish]]:
+    """What the SAEs read, the neighbours that their check looks at, and their word on BOS."""
+    wanted, near, wishes = [], [], []
     for cell in cells:
-        sae = sparse_autoencoder(cell, model)
-        wanted += sae.hookpoints
-        near += neighbours(cell, sae, model)
-    return wanted, list(dict.fromkeys(near))
+        for sae in all_of(sparse_autoencoder(cell, model), layered):
+            wanted += sae.hookpoints
+            near += neighbours(cell, sae, model)
+            wishes.append(wish(sae))
+    return wanted, list(dict.fromkeys(near)), wishes
 
 
 def _second(

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes
@@ -21,6 +22,7 @@ from saexp.reports.evaluation import (
 )
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.tasks.bos import settle_bos, wish
 from saexp.tasks.evaluate_texts import Texts, read_texts
 from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
@@ -34,12 +36,13 @@ _OPTIONS: dict[str, Any] = {
     "widths": None,
     "n_texts": None,
     "batch_tokens": "auto",
-    "prepend_bos": False,
+    "prepend_bos": None,
     "splice_special": False,
     "ablate_special": False,
     "score_special": False,
     "n_bootstrap": 1000,
 }
+_BOS_KEY = "task.options.prepend_bos"
 _LEAST = {"n_texts": 1, "batch_tokens": 1, "n_bootstrap": 0}
 
 
@@ -64,14 +67,20 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("load"):
         model = language_model(cfg)
         cells = _cells(cfg, options["widths"])
+        settle = partial(settle_bos, cfg, model, asked=options["prepend_bos"], key=_BOS_KEY)
+        first = wish(sparse_autoencoder(cells[0], model))
+        settled = settle([first])
     where = Where(**{k: v for k, v in options.items() if k.endswith("_special")})
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)
+        texts.notes[:0] = settled.notes
     settings = EvaluationSettings(where=where, batch_tokens=options["batch_tokens"])
     asked = _Asked(cells, texts, settings, options["n_bootstrap"])
     parts: list[Part] = []
     began, forwarded, result = time.perf_counter(), 0, TaskResult()
     for saes in _groups(cells, model):
+        # SAEs that want other texts than the first are refused.
+        settle([first, *saes])
         with context.stage("evaluate"):
             found = evaluate_saes(model, saes, texts.tokens, settings)
         with context.stage("summarise"):
@@ -81,6 +90,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
             ]
         forwarded += sum(map(len, texts.tokens))
         result = _result(parts, asked, forwarded, time.perf_counter() - began)
+        result.metrics |= settled.metrics
         _save(cfg, context, result, model, parts, asked)
         log.info("%d of %d SAEs evaluated", len(parts), len(cells))
     with context.stage("report"):
@@ -100,7 +110,8 @@ def _options(cfg: RunConfig) -> dict[str, Any]:
             raise ConfigError(f"task.options.{key}: task=evaluate has no such setting; {hint}")
     found = {**_OPTIONS, **cfg.task.options}
     for key, value in found.items():
-        if isinstance(_OPTIONS[key], bool) and not isinstance(value, bool):
+        flag = isinstance(_OPTIONS[key], bool) or (key == "prepend_bos" and value is not None)
+        if flag and not isinstance(value, bool):
             raise ConfigError(f"task.options.{key}={value}; type true or false")
     for key, least in _LEAST.items():
         value = found[key]

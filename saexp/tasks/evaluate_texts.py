@@ -1,6 +1,6 @@
 """The texts of task=evaluate: any data set's, or the neutral text that ships."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, Skip
 from saexp.data.tokens import TokenizedText, tokenize
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
 
 
@@ -31,8 +31,8 @@ def read_texts(
 ) -> Texts:
     """Each distinct text once, tokenised, cut where the model's context ends.
 
-    Of `options`, `n_texts` (a seeded choice) and `prepend_bos` are used. Raises DataError where no
-    text has a prediction to score.
+    Of `options`, `n_texts` (a seeded choice) is used. Raises DataError where no text has a
+    prediction to score.
     """
     examples, note = _examples(cfg)
     first = {e.text: e for e in reversed(examples)}
@@ -47,7 +47,7 @@ def read_texts(
         cfg.dataset.max_length,
         getattr(model.text_config, "max_position_embeddings", None) or cfg.dataset.max_length,
     )
-    tokenized = _tokenized([e.text for e in distinct], model, longest, options["prepend_bos"])
+    tokenized = tokenize([e.text for e in distinct], model.tokenizer, longest, model.prepend_bos)
     for example, tokens in zip(distinct, tokenized, strict=True):
         if can_be_scored(tokens, where):
             found.ids.append(example.id)
@@ -75,26 +75,3 @@ def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
     examples = [Example(id=str(n), text=line) for n, line in enumerate(lines, 1)]
     source = "the shipped neutral text" if data.background is None else data.background
     return examples, [f"texts: {source}; your own with dataset.path=FILE (one text a line)"]
-
-
-def _tokenized(
-    texts: list[str], model: LanguageModel, longest: int, prepend_bos: bool
-) -> list[TokenizedText]:
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    if not prepend_bos:
-        return tokenize(texts, model.tokenizer, longest)
-    if bos is None:
-        raise ConfigError(
-            f"task.options.prepend_bos=true, but the tokenizer of {model.name} has no BOS token"
-        )
-    found = []
-    for tokens in tokenize(texts, model.tokenizer, longest - 1):
-        if tokens.ids[:1] != (bos,):
-            tokens = replace(
-                tokens,
-                ids=(bos, *tokens.ids),
-                offsets=((0, 0), *tokens.offsets),
-                special=(True, *tokens.special),
-            )
-        found.append(tokens)
-    return found

@@ -86,7 +86,10 @@ def _collected(
     part: Part | None = None,
 ) -> Gathered:
     tokenized = tokenize(
-        [e.text for e in examples.examples], model.tokenizer, cfg.dataset.max_length
+        [e.text for e in examples.examples],
+        model.tokenizer,
+        cfg.dataset.max_length,
+        model.prepend_bos,
     )
     placement = place(examples.examples, tokenized, positions, model.tokenizer, seed)
     store, stats = collect(

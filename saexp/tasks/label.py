@@ -1,7 +1,7 @@
 """task=label: known and unknown entities, by a model's own answers about them."""
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,21 +11,26 @@ import pandas as pd
 from saexp import registry
 from saexp.config import RunConfig
 from saexp.context import RunContext
-from saexp.data.examples import Example, Skip, assign_splits
-from saexp.data.labels import DROPPED, Question, entity_groups, label_answer, pick, questions
+from saexp.data.examples import Example, Skip
+from saexp.data.labels import Question, entity_groups, label_answer, questions
 from saexp.data.tokens import tokenize
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
 from saexp.models.loading import LanguageModel
-from saexp.reports.label import attribute_table, label_sentences, write_label_report
+from saexp.reports.label import attribute_table, label_sentences
 from saexp.results import TaskResult
-from saexp.tasks.answers import Answers, Options, answers, labels_folder, write_whole
-from saexp.tasks.loaded import about_model, language_model
+from saexp.tasks.answers import Answers, Options, answers
+from saexp.tasks.label_files import (
+    GROUP_OF,
+    Asked,
+    answer_rows,
+    entity_rows,
+    json_lines,
+    save_labels,
+)
+from saexp.tasks.loaded import language_model
 from saexp.tasks.memorized import memorized
-from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-
-Asked = tuple[Question, str, str]
-"""(question, the prompt as text, the prompt as the model reads it)."""
+from saexp.tasks.saving import skips_table
 
 
 def label(cfg: RunConfig, context: RunContext) -> TaskResult:
@@ -60,37 +65,45 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
             f"{few} entities were asked fewer than min_known={options.min_known} questions; such "
             "an entity is known where all it was asked is"
         )
-    kept = _entity_rows(examples, asked, entities, cfg)
-    summary = attribute_table(table, options.min_correct)
-    result = TaskResult(metrics=_metrics(entities, table), notes=notes)
+    said_of = answer_rows(asked, table, cfg)
+    result = TaskResult(metrics=_metrics(entities, table, said_of), notes=notes)
     result.tables = {
         "labels": table,
         "entities": entities,
-        "attributes": summary,
+        "attributes": attribute_table(table, options.min_correct),
         "skips": skips_table(skips),
     }
-    folder = labels_folder(cfg.cache_dir, _determined_by(cfg, model, options, asked, ids))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    for place in (context.folder, folder):
-        write_whole(place / "entities.jsonl", lines)
-    write_whole(folder / "labels.parquet", table.to_parquet(index=False))
-    path = folder / "entities.jsonl"
-    result.notes.append(f"""use them with: dataset=jsonl 'dataset.path="{path}"'""")
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context.folder, result)
-    write_provenance(
-        context,
+    return save_labels(
         cfg,
-        result.notes,
+        context,
+        model,
+        result,
         skips,
-        device=str(model.device),
-        model=about_model(model),
-        labels={"key": folder.name, "path": str(folder)},
-        finding=label_sentences(model.name, entities, table),
+        determined_by=_determined_by(cfg, model, options, asked, ids),
+        files={
+            "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
+            "answers.jsonl": json_lines(said_of),
+            "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
+            "labels.parquet": table.to_parquet(index=False),
+        },
+        use={
+            "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
+            "answers.jsonl": "right against wrong answers, at the prompt's end: "
+            """experiment=uncertainty 'dataset.path="{path}"'""",
+        },
+        finding=[*label_sentences(model.name, entities, table), *_answers_told(said_of)],
     )
-    with context.stage("report"):
-        write_label_report(context.folder)
-    return result
+
+
+def _answers_told(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What answers.jsonl holds; nothing where no question has a true answer."""
+    if not rows:
+        return []
+    n = Counter(row["group"] for row in rows)
+    return [
+        f"Of one question per entity that has an answer, {n['correct']} are answered right, "
+        f"{n['incorrect']} wrong, {n['refused']} not at all (answers.jsonl)."
+    ]
 
 
 def _without_refusals(made: list[Question], notes: list[str]) -> list[Question]:
@@ -117,7 +130,7 @@ def _prompts(
     `question` is the question alone. `begun` lets the model's own answer begin as the template
     says: after the chat template, or after the question for a model that is not a chat model.
     `auto` is `question` in chat, else `begun`. A data set's own prompts stay as they are, in the
-    chat template where there is one.
+    chat template where there is one. Before each stands the option `before`.
     """
     chat = model.cfg.chat
     form = options.form
@@ -131,9 +144,12 @@ def _prompts(
     for question in made:
         begin = question.beginning if form == "begun" else ""
         text = f"{question.text} {begin}".rstrip() if begin and not chat else question.text
+        text = options.before + text
         read = model.chat_text(text) + begin if chat else text
         prepared.append((question, text, read))
-    tokens = tokenize([read for _, _, read in prepared], model.tokenizer, max_length)
+    tokens = tokenize(
+        [read for _, _, read in prepared], model.tokenizer, max_length, model.prepend_bos
+    )
     fits = [not t.truncated for t in tokens]
     skips = [
         Skip(f"{q.entity_type}/{q.entity}/{q.attribute}", "prompt longer than dataset.max_length")
@@ -200,50 +216,9 @@ def _judged(
     return table
 
 
-def _entity_rows(
-    examples: Sequence[Example],
-    asked: Sequence[Asked],
-    entities: pd.DataFrame,
-    cfg: RunConfig,
-) -> list[dict[str, Any]]:
-    """Rows of entities.jsonl: known and unknown entities with a split and one of their prompts.
-
-    Which prompt is a seeded choice that does not depend on the answers.
-    """
-    of_entity: dict[tuple[Any, ...], list[Asked]] = {}
-    for one in asked:
-        of_entity.setdefault((one[0].entity_type, one[0].entity), []).append(one)
-    first: dict[tuple[Any, ...], Example] = {}
-    for example in examples:
-        first.setdefault((example.entity_type, example.entity), example)
-    chosen = []
-    for row in entities.to_dict("records"):
-        kind = None if pd.isna(row["entity_type"]) else str(row["entity_type"])
-        example = first[kind, row["entity"]]
-        if row["group"] != DROPPED:
-            mine = of_entity[kind, row["entity"]]
-            one = mine[pick(cfg.seed, kind, row["entity"], n=len(mine))]
-            chosen.append((replace(example, group=row["group"], split=None), one, row))
-    split = assign_splits([e for e, _, _ in chosen], cfg.dataset.split, cfg.dataset.seed)
-    return [
-        {
-            "id": f"{e.entity_type}/{e.entity}",
-            "text": e.text,
-            "entity": e.entity,
-            "entity_type": e.entity_type,
-            "group": e.group,
-            "split": e.split,
-            "prompt": prompt,
-            "answer": list(question.truths),
-            "attribute": question.attribute,
-            "n_known": int(row["n_known"]),
-            "n_asked": int(row["n_asked"]),
-        }
-        for e, (_, (question, prompt, _), row) in zip(split, chosen, strict=True)
-    ]
-
-
-def _metrics(entities: pd.DataFrame, table: pd.DataFrame) -> dict[str, float | int | None]:
+def _metrics(
+    entities: pd.DataFrame, table: pd.DataFrame, said_of: Sequence[dict[str, Any]]
+) -> dict[str, float | int | None]:
     metrics: dict[str, float | int | None] = {
         "label/n_entities": len(entities),
         "label/n_questions": len(table),
@@ -253,6 +228,8 @@ def _metrics(entities: pd.DataFrame, table: pd.DataFrame) -> dict[str, float | i
         metrics[f"label/n_{group}"] = len(mine)
         for kind, n in mine["entity_type"].value_counts().items():
             metrics[f"label/n_{group}_{kind}"] = int(n)
+    for group in GROUP_OF.values():
+        metrics[f"label/n_{group}"] = sum(row["group"] == group for row in said_of)
     real = table[table["truths"].map(len) > 0]
     sampled = [x for labels in real["sample_labels"] for x in labels]
     metrics["label/greedy_accuracy"] = (

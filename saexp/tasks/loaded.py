@@ -29,7 +29,10 @@ def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
 
 def language_model(cfg: RunConfig) -> LanguageModel:
     """The run's model; weights are read when first needed."""
-    return _shared("model", cfg.model)
+    model = _shared("model", cfg.model)
+    # An earlier run of this process may have settled it by its SAE.
+    model.prepend_bos = cfg.model.prepend_bos
+    return model
 
 
 def about_model(model: LanguageModel) -> dict[str, Any]:

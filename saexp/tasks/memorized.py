@@ -16,11 +16,11 @@ from saexp.data.tables import read_rows
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
-from saexp.reports.label import memorized_sentences, write_label_report
+from saexp.reports.label import memorized_sentences
 from saexp.results import TaskResult
-from saexp.tasks.answers import Options, answers, labels_folder, write_whole
-from saexp.tasks.loaded import about_model
-from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.tasks.answers import Options, answers
+from saexp.tasks.label_files import save_labels
+from saexp.tasks.saving import skips_table
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 """(prompt, continuation) in tokens, as in the study; and what the shipped passages allow."""
@@ -40,7 +40,8 @@ def memorized(
     n_prompt, n_next = _SHIPPED_LENGTHS if shipped else _LENGTHS
     n_prompt, n_next = options.prompt_tokens or n_prompt, options.continuation_tokens or n_next
     texts = _passages() if shipped else read_lines(cfg.dataset.path, "dataset.path")
-    tokens = tokenize(list(dict.fromkeys(texts)), model.tokenizer, max(n_prompt + n_next + 8, 512))
+    longest = max(n_prompt + n_next + 8, 512)
+    tokens = tokenize(list(dict.fromkeys(texts)), model.tokenizer, longest, model.prepend_bos)
     prompts, skips = _prompts(tokens, n_prompt, n_next)
     if not prompts:
         raise DataError(
@@ -65,9 +66,13 @@ def memorized(
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
     result = TaskResult(metrics=_metrics(table))
     result.tables = {"memorization": table, "skips": skips_table(skips)}
-    folder = labels_folder(
-        cfg.cache_dir,
-        {
+    return save_labels(
+        cfg,
+        context,
+        model,
+        result,
+        skips,
+        determined_by={
             "model": model.name,
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype),
@@ -75,27 +80,13 @@ def memorized(
             "lengths": [n_prompt, n_next],
             "prompts": [p.ids for p, _, _ in prompts],
         },
-    )
-    content = _as_csv(table)
-    for place in (context.folder, folder):
-        write_whole(place / "memorization.csv", content)
-    path = folder / "memorization.csv"
-    result.notes.append(f"""use it with: dataset=memorization 'dataset.path="{path}"'""")
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context.folder, result)
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        skips,
-        device=str(model.device),
-        model=about_model(model),
-        labels={"key": folder.name, "path": str(folder)},
+        files={"memorization.csv": _as_csv(table)},
+        use={
+            "memorization.csv": "use it with: dataset=memorization "
+            """'dataset.path="{path}"'"""
+        },
         finding=memorized_sentences(model.name, table, n_prompt, n_next),
     )
-    with context.stage("report"):
-        write_label_report(context.folder)
-    return result
 
 
 def _passages() -> list[str]:
@@ -162,7 +153,8 @@ def _metrics(table: pd.DataFrame) -> dict[str, float | int | None]:
 
 def _as_csv(table: pd.DataFrame) -> str:
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
+    # With "\n" for an end, a carriage return in a text is not quoted and would end its row.
+    writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(table.columns)
     writer.writerows(table.to_numpy().tolist())
     return out.getvalue()

@@ -1,16 +1,17 @@
-"""task=train: an SAE from stored activations, measured on texts it was not trained on."""
+"""task=train: an SAE or a transcoder from stored activations, measured on texts it never saw."""
 
 import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from saexp.activations.files import locked
@@ -21,10 +22,12 @@ from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.summary import moments
 from saexp.models.hookpoints import Hookpoint
-from saexp.reports.training import training_figures, write_training_report
+from saexp.reports.training import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
 from saexp.saes.loading import load_sae
-from saexp.saes.training import Place, Training
+from saexp.saes.training import Place, Reader, Training
+from saexp.saes.training_classes import TRANSCODERS, check_name
+from saexp.tasks.bos import begins_with_bos
 from saexp.tasks.gathering import Gathered, gather
 from saexp.tasks.loaded import language_model
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
@@ -35,19 +38,27 @@ N_MEASURED = 65_536
 
 def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Collect (or find) the activations, train, save in SAELens format, measure, report."""
-    hookpoint, width = _what(cfg)
+    hookpoints, width = _what(cfg)
     model = language_model(cfg)
-    model.check_layer(hookpoint.layer)
+    model.check_layer(hookpoints[0].layer)
     with context.stage("collect"):
-        gathered = gather(cfg, model, [hookpoint], context.ahead)
-    acts = gathered.store.acts(hookpoint.layer, hookpoint.stream)
+        gathered = gather(cfg, model, hookpoints, context.ahead)
+    acts, *targets = [gathered.store.acts(h.layer, h.stream) for h in hookpoints]
     trained, held_out = _split(gathered.placement.rows, cfg.sae_trainer.held_out, cfg.seed)
-    place = Place(model.name, hookpoint, acts.shape[1], cfg.dataset.max_length)
-    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoint, width)
+    place = Place(
+        model_name=model.name,
+        hookpoint=hookpoints[0],
+        d_in=acts.shape[1],
+        context_size=cfg.dataset.max_length,
+        prepend_bos=begins_with_bos(model),
+    )
+    if targets:
+        place = replace(place, hookpoint_out=hookpoints[1], d_out=targets[0].shape[1])
+    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width)
     began = time.perf_counter()
     with context.stage("train"), locked(checkpoints.with_suffix(".lock")):
         training = Training(cfg.sae_trainer, width, place, checkpoints, model.device)
-        for record in training.run(_reader(acts, trained, cfg)):
+        for record in training.run(_reader([acts, *targets], trained, cfg)):
             context.tracker.metrics(record)
         folder = training.save(context.folder / "sae")
     seconds = time.perf_counter() - began
@@ -55,7 +66,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         sae = load_sae(folder).to(model.device)
         chosen = _some(held_out, N_MEASURED, cfg.seed)
         rows = gathered.placement.rows.iloc[chosen].reset_index(drop=True)
-        latents, measured = encode_rows(acts, chosen, sae, rows)
+        latents, measured = encode_rows(acts, chosen, sae, rows, *targets)
     last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
     result = TaskResult(metrics={**gathered.metrics, **measured, **last})
     result.metrics["train/seconds"] = seconds
@@ -70,43 +81,75 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context.folder, result)
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        gathered.placement.skips,
-        device=str(model.device),
-        model={"name": model.name, "fingerprint": model.fingerprint},
-        sae={
+    about: dict[str, Any] = {
+        "device": str(model.device),
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "sae": {
             "name": folder.name,
             "path": str(folder),
-            "hookpoint": hookpoint.name,
+            "hookpoint": hookpoints[0].name,
             "architecture": sae.architecture,
             "d_sae": width,
             "fingerprint": sae.metadata["fingerprint"],
         },
-        store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
-        tokens_forwarded=gathered.stats.tokens_forwarded,
-        n_trained_on=len(trained),
-        n_measured=len(chosen),
-    )
+        "store": {"key": gathered.store.path.name, "path": str(gathered.store.path)},
+        "tokens_forwarded": gathered.stats.tokens_forwarded,
+        "n_trained_on": len(trained),
+        "n_measured": len(chosen),
+    }
+    if targets:
+        about["sae"]["hookpoint_out"] = hookpoints[1].name
+        about["finding"] = [transcoder_sentence(cfg.sae_trainer, about, result.metrics)]
+    write_provenance(context, cfg, result.notes, gathered.placement.skips, **about)
     with context.stage("report"):
         result.figures = training_figures(context.folder)
         write_training_report(context.folder, result.figures)
     return result
 
 
-def _what(cfg: RunConfig) -> tuple[Hookpoint, int]:
+_ORDER = (
+    "embed",
+    "resid_pre",
+    "attn_z",
+    "attn_out",
+    "resid_mid",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+)
+"""Streams of a block in the order in which they are computed."""
+
+
+def _what(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
+    """([stream read, and a transcoder's output], width)."""
+    check_name(cfg.sae_trainer.name)
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
-    if len(layers) != 1 or len(cfg.task.streams) != 1:
+    name, streams = cfg.sae_trainer.name, cfg.task.streams
+    transcoder = name in TRANSCODERS
+    if transcoder and len(streams) != 2:
         raise ConfigError(
-            f"layer={cfg.layer}, task.streams={cfg.task.streams}: task=train takes one of each; "
-            "sweep with -m layer=0,1,2"
+            f"task.streams={streams}: {name} reads one stream and predicts another of the block; "
+            "type 'task.streams=[mlp_in,mlp_out]'"
+        )
+    if len(layers) != 1 or len(streams) != (2 if transcoder else 1):
+        raise ConfigError(
+            f"layer={cfg.layer}, task.streams={streams}: task=train takes one of each; sweep with "
+            "-m layer=0,1,2 (a transcoder, such as sae_trainer=batchtopk_transcoder, takes two "
+            "streams)"
+        )
+    hookpoints = [Hookpoint(layers[0], stream) for stream in streams]
+    forwards = _ORDER.index(streams[0]) < _ORDER.index(streams[-1])
+    if transcoder and (not forwards or hookpoints[0].stored == hookpoints[1].stored):
+        raise ConfigError(
+            f"task.streams={streams}: a transcoder predicts a stream that comes after the one it "
+            "reads; type 'task.streams=[mlp_in,mlp_out]'"
         )
     width = parse_width(cfg.width)
     if width is None:
         raise ConfigError("width is not set; type width=<number of latents>, such as width=2k")
-    return Hookpoint(layers[0], cfg.task.streams[0]), width
+    if cfg.task.options:
+        raise ConfigError(f"task.options.{next(iter(cfg.task.options))}: task=train has no options")
+    return hookpoints, width
 
 
 def _split(rows: pd.DataFrame, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,20 +171,26 @@ def _some(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
 
 
-def _reader(acts: Tensor, rows: np.ndarray, cfg: RunConfig) -> Any:
+def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
+    """Batches of the stream, or of both beside each other: their rows are aligned."""
     about = cfg.sae_trainer
 
     def start(step: int) -> Iterator[Tensor]:
-        return ShuffledReader(acts, rows, about.batch_size, about.seed, step)
+        readers = [
+            ShuffledReader(acts, rows, about.batch_size, about.seed, step) for acts in streams
+        ]
+        if len(readers) == 1:
+            return readers[0]
+        return (torch.cat(parts, dim=-1) for parts in zip(*readers, strict=True))
 
     return start
 
 
-def _key(cfg: RunConfig, gathered: Gathered, hookpoint: Hookpoint, width: int) -> str:
+def _key(cfg: RunConfig, gathered: Gathered, hookpoints: list[Hookpoint], width: int) -> str:
     """What determines the result; checkpoints of a killed run are found by it."""
     parts = [
         gathered.store.path.name,
-        hookpoint.name,
+        ">".join(h.name for h in hookpoints),
         width,
         asdict(cfg.sae_trainer),
         cfg.seed,

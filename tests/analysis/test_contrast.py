@@ -218,3 +218,14 @@ def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: TaskResult
             assert metrics[f"best_min_auroc_{group}{suffix}"] == row[f"min_auroc{suffix}"]
     assert metrics["n_dropped_by_matching"] == 0
     assert metrics["token_count_p_value"] == 1
+
+
+def test_an_entity_of_both_groups_counts_in_each() -> None:
+    """As if its rows in either group were another entity's, and it is said."""
+    mixed = ROWS.assign(unit=ROWS["unit"].str.replace("-unknown-", "-known-"))
+    made = contrast(DENSE, mixed)
+    told = [note for note in made.notes if "rows of both groups" in note]
+    assert told and told[0].startswith(str(mixed["unit"].nunique()))
+    parted = contrast(DENSE, ROWS)
+    pd.testing.assert_frame_equal(made.tables["latents"], parted.tables["latents"])
+    assert not any("rows of both groups" in note for note in parted.notes)

@@ -1,0 +1,87 @@
+"""Take the SAEs of `task=train` to where the package ships them, a threshold for each latent.
+
+BatchTopK leaves one threshold for all latents, above which strong latents fire weakly all over the
+text. Here a latent's becomes THRESHOLD_SHARE of the 99th percentile of its activations, where that
+is higher. Weights are kept as float16 to stay small.
+
+python experiments/tiny_lm/ship_saes.py --sweeps build/tiny/training --name tiny \
+    --out build/tiny/sae
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saexp import api
+from saexp.saes.loading import load_sae
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+THRESHOLD_SHARE, N_ROWS = 0.22, 30_000
+READ_BY = (
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+)
+
+
+def thresholds(
+    weights: dict[str, Tensor], acts: Float[Tensor, "n d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """A latent's own where it fires on `acts`, the given one elsewhere; at least the given one."""
+    given = weights["threshold"]
+    pre = (acts - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    active = [column[column > least] for column, least in zip(pre.T, given, strict=True)]
+    high = torch.stack(
+        [a.quantile(0.99) if len(a) else g for a, g in zip(active, given, strict=True)]
+    )
+    return torch.maximum(given, THRESHOLD_SHARE * high)
+
+
+def ship(run: Path, out: Path, name: str) -> Path:
+    """The SAE of a run of `task=train` as `layer_<n>/width_<n>` below `out`, SAELens format.
+
+    `name` is the shipped model's. The config keeps what an SAE is read by, not how it was trained.
+    """
+    made = run / "sae"
+    hookpoint = load_sae(made).hookpoint
+    weights = load_file(made / WEIGHTS)
+    about = json.loads((run / "provenance.json").read_text("utf-8"))
+    stored = api.open_store(about["store"]["path"]).acts(hookpoint.layer, hookpoint.stream)
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
+    weights["threshold"] = thresholds(weights, stored[order[:N_ROWS].sort().values].float())
+    cfg = json.loads((made / CONFIG).read_text("utf-8"))
+    folder = out / f"layer_{hookpoint.layer}" / f"width_{cfg['d_sae']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {n: p.to(torch.float16).contiguous() for n, p in weights.items()}
+    save_file(half, folder / WEIGHTS)
+    read_by = {key: cfg[key] for key in READ_BY}
+    read_by["metadata"] = {
+        "model_name": f"saexp/{name}",
+        "hook_name": cfg["metadata"]["hook_name"],
+        "hook_head_index": None,
+        "prepend_bos": True,
+        "context_size": cfg["metadata"]["context_size"],
+    }
+    (folder / CONFIG).write_text(json.dumps(read_by, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sweeps", type=Path, required=True, help="folder with sweeps' folders")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for config in sorted(args.sweeps.rglob(f"sae/{CONFIG}")):
+        ship(config.parent.parent, args.out, args.name)

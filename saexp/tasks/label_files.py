@@ -1,0 +1,159 @@
+"""What task=label leaves: rows of entities and of answers for dataset=jsonl, saved and reported."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from saexp.config import RunConfig
+from saexp.context import RunContext
+from saexp.data.examples import Example, Skip, assign_splits
+from saexp.data.labels import DROPPED, Question, pick
+from saexp.models.loading import LanguageModel
+from saexp.reports.label import write_label_report
+from saexp.results import TaskResult
+from saexp.tasks.answers import labels_folder, write_whole
+from saexp.tasks.loaded import about_model
+from saexp.tasks.saving import clean_metrics, write_provenance, write_result
+
+Asked = tuple[Question, str, str]
+"""(question, the prompt as text, the prompt as the model reads it)."""
+
+GROUP_OF = {"correct": "correct", "error": "incorrect", "refusal": "refused"}
+"""Label of a greedy answer -> group of its row in answers.jsonl."""
+
+
+def save_labels(
+    cfg: RunConfig,
+    context: RunContext,
+    model: LanguageModel,
+    result: TaskResult,
+    skips: list[Skip],
+    *,
+    determined_by: Mapping[str, Any],
+    files: Mapping[str, str | bytes],
+    use: Mapping[str, str],
+    finding: list[str],
+) -> TaskResult:
+    """Files in the run's folder and in cache_dir/labels/<key>/; metrics, tables, page.
+
+    `use` says per file how it is read; `{path}` in it is the file's place in the cache.
+    """
+    folder = labels_folder(cfg.cache_dir, determined_by)
+    for name, content in files.items():
+        for place in (context.folder, folder):
+            write_whole(place / name, content)
+    result.notes += [told.replace("{path}", str(folder / name)) for name, told in use.items()]
+    result.metrics = clean_metrics(result.metrics, result.notes)
+    write_result(context.folder, result)
+    write_provenance(
+        context,
+        cfg,
+        result.notes,
+        skips,
+        device=str(model.device),
+        model=about_model(model),
+        labels={"key": folder.name, "path": str(folder)},
+        finding=finding,
+    )
+    with context.stage("report"):
+        write_label_report(context.folder)
+    return result
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def entity_rows(
+    examples: Sequence[Example],
+    asked: Sequence[Asked],
+    entities: pd.DataFrame,
+    cfg: RunConfig,
+) -> list[dict[str, Any]]:
+    """Rows of entities.jsonl: known and unknown entities with a split and one of their prompts.
+
+    Which prompt is a seeded choice that does not depend on the answers.
+    """
+    of_entity: dict[tuple[Any, ...], list[Asked]] = {}
+    for one in asked:
+        of_entity.setdefault((one[0].entity_type, one[0].entity), []).append(one)
+    first: dict[tuple[Any, ...], Example] = {}
+    for example in examples:
+        first.setdefault((example.entity_type, example.entity), example)
+    chosen = []
+    for row in entities.to_dict("records"):
+        kind = None if pd.isna(row["entity_type"]) else str(row["entity_type"])
+        example = first[kind, row["entity"]]
+        if row["group"] != DROPPED:
+            mine = of_entity[kind, row["entity"]]
+            one = mine[pick(cfg.seed, kind, row["entity"], n=len(mine))]
+            chosen.append((replace(example, group=row["group"], split=None), one, row))
+    split = assign_splits([e for e, _, _ in chosen], cfg.dataset.split, cfg.dataset.seed)
+    return [
+        {
+            "id": f"{e.entity_type}/{e.entity}",
+            "text": e.text,
+            "entity": e.entity,
+            "entity_type": e.entity_type,
+            "group": e.group,
+            "split": e.split,
+            "prompt": prompt,
+            "answer": list(question.truths),
+            "attribute": question.attribute,
+            "n_known": int(row["n_known"]),
+            "n_asked": int(row["n_asked"]),
+        }
+        for e, (_, (question, prompt, _), row) in zip(split, chosen, strict=True)
+    ]
+
+
+def answer_rows(
+    asked: Sequence[Asked], table: pd.DataFrame, cfg: RunConfig, *, every: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of answers.jsonl: questions by what the greedy answer to them was (`GROUP_OF`).
+
+    `text` is the prompt as the model reads it, chat template included, so that positions=last is
+    where the answer begins. Questions without a true answer are left out. One question per entity,
+    a seeded choice, so that a row is an independent observation; or `every` question. Neither this
+    nor the split depends on the answers, so the same questions in other words give the same rows.
+    `table` has a row per question, in the order of `asked`.
+    """
+    of_entity: dict[tuple[Any, ...], list[int]] = {}
+    for number, (question, _, _) in enumerate(asked):
+        if question.truths:
+            of_entity.setdefault((question.entity_type, question.entity), []).append(number)
+    chosen = [
+        mine if every else [mine[pick(cfg.seed, *who, n=len(mine))]]
+        for who, mine in of_entity.items()
+    ]
+    units = [
+        Example(id=str(n), text="", entity=entity, entity_type=entity_type)
+        for n, (entity_type, entity) in enumerate(of_entity)
+    ]
+    split = assign_splits(units, cfg.dataset.split, cfg.dataset.seed)
+    judged = table.to_dict("records")
+    rows = []
+    for unit, numbers in zip(split, chosen, strict=True):
+        for n in numbers:
+            question, prompt, read = asked[n]
+            rows.append(
+                {
+                    "id": f"{question.entity_type}/{question.entity}/{question.attribute or n}",
+                    "text": read,
+                    # An own prompt need not name the entity.
+                    "entity": question.entity if question.entity in read else None,
+                    "entity_type": question.entity_type,
+                    "group": GROUP_OF[judged[n]["greedy_label"]],
+                    "split": unit.split,
+                    "prompt": prompt,
+                    "answer": list(question.truths),
+                    "attribute": question.attribute,
+                    "greedy": judged[n]["greedy"],
+                    "n_correct": int(judged[n]["n_correct"]),
+                }
+            )
+    return rows
