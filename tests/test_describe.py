@@ -71,7 +71,7 @@ def test_files_and_metrics(done: tuple[str, TaskResult]) -> None:
     folder = result.path
     assert folder is not None
     saved = {p.stem for p in folder.glob("*.parquet")}
-    assert saved == {"rows", "skips", *TABLES[name]} == set(result.tables)
+    assert saved == {"rows", "skips", "check", *TABLES[name]} == set(result.tables)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert metrics == result.metrics
     assert {"sparsity/l0", "reconstruction/explained_variance", "check/l0"} <= set(metrics)

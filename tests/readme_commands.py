@@ -1,0 +1,200 @@
+"""The commands that README, the studies' READMEs and --help name, and where each of them is run."""
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md")))
+
+SMALL = (
+    "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=500 "
+    "intervention.n_prompts=4 intervention.n_choice_prompts=2 intervention.n_controls=1 "
+    "intervention.max_new_tokens=4 intervention.n_neutral=2 intervention.top_k=1"
+)
+RUN = {
+    "python -m saexp": SMALL,
+    "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": SMALL,
+    "python -m saexp model=tiny_control": SMALL,
+    "python -m saexp task=collect 'layer=[0,1,2]' 'task.streams=[resid_post,mlp_out]'": SMALL,
+    "python -m saexp experiment=memorization intervention=none layer=2": SMALL,
+    "python -m saexp task=cache": "tracker=none",
+    "python -m saexp task=cache action=verify": "tracker=none",
+    "python -m saexp task=cache action=prune max_size=20GB max_age=30d": "tracker=none",
+    "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
+    "'intervention.directions=[latents,mean_difference]'": SMALL,
+    "python -m saexp intervention=ablate "
+    "'intervention.outcomes=[refusal,accuracy,answer_logit,neutral_kl]'": SMALL,
+    "python -m saexp intervention=ablate layer=2 'intervention.outcomes=[refusal,answer_logit]'": (
+        SMALL
+    ),
+    "python -m saexp intervention=patch intervention.layers=all "
+    "'intervention.streams=[resid_post,attn_out]'": SMALL,
+    "python -m saexp intervention=orthogonalize intervention.embedding=true": SMALL,
+    "python -m saexp task=evaluate 'layer=[1,2,3]'": (
+        "tracker=none task.options.n_texts=16 task.options.n_bootstrap=10"
+    ),
+    "python -m saexp task=dashboard latents=top:20": SMALL,
+    "python -m saexp analyzer=capability dataset=ioi positions=last": SMALL,
+    "python -m saexp analyzer=top_features 'layer=[1,2]' dataset=text "
+    "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
+    "python -m saexp analyzer=stats experiment=memorization layer=2": SMALL,
+    "python -m saexp analyzer=probe": SMALL,
+    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.options.n_samples=3",
+    "python -m saexp task=label dataset=memorization": "tracker=none",
+    # The folder named stands for one that a training left; this one is in the same format.
+    "python -m saexp sae=local 'sae.path=\"outputs/sweeps/.../sae\"' layer=1": (
+        f"{SMALL} sae.path={ROOT}/saexp/assets/tiny/sae/layer_1/width_256"
+    ),
+}
+"""Command -> words added to it; run by test_readme.py, all with one cache."""
+
+_STUDY = "tests/test_experiments.py::test_every_command_of_a_study_runs"
+_GEMMA, _GPT2, _LLAMA, _PYTHIA = (
+    f"tests/real_models/test_{name}.py::" for name in ("gemma", "gpt2", "llama", "pythia")
+)
+ELSEWHERE = {
+    "python -m saexp model=gemma2b sae=gemmascope layer=12": (
+        "tests/test_mission.py::test_the_missions_own_command"
+    ),
+    "python -m saexp -m layer=0,1,2 coefficient=0,4": (
+        "tests/test_run.py::test_a_sweep_goes_on_past_a_failing_cell"
+    ),
+    "python -m saexp -m task=train layer=1,3 width=256 sae_trainer=topk,batchtopk,jumprelu": (
+        "tests/test_train.py::test_all_variants_come_from_one_collection"
+    ),
+    "python -m saexp -m layer=0,1,2,3,4 width=256,512 coefficient=0,0.3,0.6": (
+        "tests/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
+    ),
+    "python -m saexp -m hydra/launcher=joblib hydra.launcher.n_jobs=4 layer=0,1,2,3,4": (
+        "tests/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
+    ),
+    "python -m saexp -m task=collect 'layer=[9,20,31]' 'shard=range(0,8)' n_shards=8 "
+    "hydra/launcher=joblib hydra.launcher.n_jobs=8": (
+        "tests/test_sweep.py::test_shards_made_by_several_cells_are_one_store"
+    ),
+    'python -m saexp task=cache action=compare \'stores=["17e1","9e9a"]\'': (
+        "tests/test_cache.py::test_task_cache_lists_verifies_and_compares"
+    ),
+    **{
+        f"experiments/{study}/run.sh": _STUDY
+        for study in (
+            "entity_recognition",
+            "memorization",
+            "prompt_features",
+            "sae_quality",
+            "train_from_scratch",
+        )
+    },
+    "experiments/entity_recognition/uncertainty.sh": _STUDY,
+    "python -m saexp -m experiment=entity_recognition layer=0,1,2,3,4 intervention=none": _STUDY,
+    "python -m saexp experiment=entity_recognition layer=2": _STUDY,
+    "python -m saexp experiment=entity_recognition layer=2 intervention=patch "
+    "'intervention.directions=[latents]'": _STUDY,
+    "python -m saexp experiment=entity_recognition layer=2 analyzer=probe intervention=none": (
+        _STUDY
+    ),
+    "python -m saexp task=label model=tiny": (
+        "tests/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
+    ),
+    "python -m saexp model=gpt2 sae=gpt2_jb layer=8 dataset=jsonl dataset.path=my.jsonl": (
+        f"{_GPT2}test_a_data_set_of_ones_own"
+    ),
+    "python -m saexp experiment=sae_quality model=gpt2 sae=gpt2_jb layer=8 "
+    "task.options.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),
+    "python -m saexp task=train layer=2 width=256 sae_trainer=batchtopk_transcoder "
+    "'task.streams=[mlp_in,mlp_out]' sae_trainer.n_samples=400000 dataset=text "
+    "dataset.path=saexp/assets/tiny/background.txt": (
+        "tests/test_train_transcoders.py::test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees"
+    ),
+    "python -m saexp experiment=train_from_scratch dataset.path=texts.txt": (
+        f"{_PYTHIA}test_an_sae_from_nothing"
+    ),
+    "python -m saexp -m experiment=train_from_scratch dataset.path=texts.txt "
+    "sae_trainer=tutorial,topk,gated": (
+        f"{_PYTHIA}test_variants_on_the_same_activations_and_one_put_to_use"
+    ),
+    "python -m saexp experiment=prompt_features model=gemma2b sae=gemmascope 'layer=[5,12,20]' "
+    "'dataset.text=\"…\"'": (f"{_GEMMA}test_the_features_of_a_prompt_at_three_layers"),
+    'MODEL="model=gemma2b_it sae=gemmascope sae.release=gemma-scope-2b-pt-res-canonical" '
+    "LAYERS=9,13,15,20 LAYER=13 experiments/entity_recognition/run.sh": (
+        f"{_GEMMA}test_entity_recognition_on_the_chat_model"
+    ),
+    "python -m saexp task=label model=gemma2b_it hydra.run.dir=outputs/uncertainty/label": (
+        f"{_GEMMA}test_labels_from_the_chat_model"
+    ),
+    'MODEL="model=llama8b sae=llamascope" LAYER=7 DATA=dataset.path=FILE.csv '
+    "experiments/memorization/run.sh": (f"{_LLAMA}test_memorization_of_a_published_table"),
+}
+"""Command -> test that runs it, or the same with other numbers."""
+
+_RIGHT_AND_WRONG = "needs real weights: a random model gives no right answers to tell from wrong"
+_UNCERTAIN = (
+    "python -m saexp experiment=uncertainty model=gemma2b_it sae=gemmascope layer=13 "
+    "positions=indices 'positions.indices=[-2]' dataset.path=outputs/uncertainty/label/"
+)
+NOT_HERE = {
+    'MODEL="model=gemma2b_it sae=gemmascope sae.release=gemma-scope-2b-pt-res-canonical" '
+    'LAYERS=9,13,20 LAYER=13 AT="positions=indices positions.indices=[-2]" '
+    "experiments/entity_recognition/uncertainty.sh": _RIGHT_AND_WRONG,
+    f"{_UNCERTAIN}answers.jsonl": _RIGHT_AND_WRONG,
+    f"{_UNCERTAIN}answers_all.jsonl analyzer=probe "
+    "'analyzer.options.within=[entity_type,attribute]' analyzer.options.unseen=entity_type": (
+        _RIGHT_AND_WRONG
+    ),
+    "python -m saexp experiment=uncertainty dataset.path=outputs/uncertainty/label/answers.jsonl "
+    "layer=2 intervention=steer 'coefficient=[0,0.3,0.6,0.9]' "
+    "'intervention.directions=[latents,mean_difference]' hydra.run.dir=outputs/uncertainty/steer": (
+        "needs the answers that uncertainty.sh leaves; the script itself runs in test_experiments"
+    ),
+    "git clone <this repository> && cd saexp": "there is no repository to clone in a test",
+    "make run": "makes an environment from a package index, then runs `python -m saexp`",
+    "python -m venv .venv && .venv/bin/pip install -c constraints.txt -e .": (
+        "makes an environment from a package index, as make run does"
+    ),
+    ".venv/bin/python -m saexp": "`python -m saexp` in the environment that was made",
+    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'shard=range(0,64)' "
+    "n_shards=64 dataset=text dataset.path=/shared/corpus positions=all cache_dir=/shared/cache "
+    "hydra/launcher=submitit_slurm hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 "
+    "hydra.launcher.timeout_min=240 hydra.launcher.array_parallelism=16 "
+    "hydra.sweep.dir=/shared/sweeps/collect": "needs a SLURM cluster",
+    "ray start --head --port=6379": "needs a Ray cluster",
+    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'shard=range(0,64)' "
+    "n_shards=64 cache_dir=/shared/cache hydra/launcher=ray "
+    "hydra.launcher.ray.init.address=auto +hydra.launcher.ray.init.object_store_memory=null "
+    "+hydra.launcher.ray.remote.num_gpus=1 "
+    "hydra.sweep.dir=/shared/sweeps/collect": "needs a Ray cluster",
+}
+"""Command -> why no test runs it; those of saexp are composed all the same."""
+
+
+def plain(command: str) -> str:
+    """The command without its comment, in one way of quoting."""
+    return shlex.join(shlex.split(command, comments=True))
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(kind, content) of a page's code: a fence's language, `text` without one, or `indented`."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    found = [(match[1] or "text", match[2]) for match in fence.finditer(text)]
+    rest = fence.sub("", text)
+    # Four spaces after an empty line, up to the next line that has fewer.
+    for match in re.finditer(r"(?<=\n\n)(?: {4}.*\n)+", rest):
+        found.append(("indented", match[0]))
+    return found
+
+
+def commands(text: str) -> list[str]:
+    """Every command of a page's indented and shell blocks; each line is one, or goes on with \\."""
+    found = []
+    for kind, content in blocks(text):
+        if kind in ("indented", "bash", "sh", "shell", "console"):
+            joined = re.sub(r"\\\n\s*", " ", content)
+            found += [plain(line) for line in joined.splitlines() if line.strip()]
+    return [command for command in found if command]
+
+
+def of_help(template: str) -> list[str]:
+    """The examples of `--help`, without the lines on usage."""
+    lines = [line.strip() for line in template.splitlines()]
+    return [plain(n) for n in lines if n.startswith("python -m saexp") and " ..." not in n]

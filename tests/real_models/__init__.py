@@ -1,0 +1,1 @@
+"""The real models' commands of the READMEs, offline, on random models in the hub's own layout."""
