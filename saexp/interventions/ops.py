@@ -6,6 +6,7 @@ nothing is done.
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float
@@ -132,7 +133,7 @@ class Row:
     about: tuple[Any, ...] = ()
     """What else its reading depends on, such as the tokens compared."""
 
-    @property
+    @cached_property
     def active(self) -> tuple[Op, ...]:
         """Operations that do something; none where no token is changed."""
         if not self.positions and not self.generated:
@@ -144,7 +145,7 @@ class Row:
         """Index of the first changed prompt token; all before it are as without the operations."""
         return min(self.positions) if self.active and self.positions else len(self.ids)
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Rows with one key have one result: no operation and coefficient 0 are the same."""
         if not self.active:
