@@ -25,9 +25,15 @@ class SpliceIn:
 
     x + coefficient * (x^ - x) on each group's own prompts. A control takes a step of the same
     length in a random direction (Gurnee 2024: are an SAE's errors like random ones?).
+    Raises ConfigError where layers are named: one SAE is spliced, at its own hookpoint.
     """
 
     def __init__(self, cfg: InterventionConfig) -> None:
+        if cfg.layers is not None:
+            raise ConfigError(
+                f"intervention.layers={cfg.layers}: splice has one SAE, at its own hookpoint; "
+                "leave it out, or sweep with -m layer=1,2"
+            )
         self.cfg = cfg
 
     def plan(
