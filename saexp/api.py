@@ -105,10 +105,11 @@ def run(
         started=now.isoformat(timespec="seconds"),
         ahead=ahead(cfg, sweep),
     )
-    task = registry.resolve("task", cfg.task.name)
+    registry.require("task", cfg.task.name)
+    # Before the task's imports: W&B inspects every module that is loaded by then.
     _start(tracker, cfg, place, sweep)
     try:
-        result = task(cfg, context)
+        result = registry.resolve("task", cfg.task.name)(cfg, context)
         _track(tracker, result)
     except BaseException as error:
         (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")

@@ -126,14 +126,19 @@ def names(kind: str) -> list[str]:
     return sorted({*_BUILTIN[kind], *(n for k, n in _registered if k == kind)})
 
 
-def resolve(kind: str, name: str) -> Callable[..., Any]:
-    """The class or function behind (kind, name). Raises ConfigError naming the nearest names."""
+def require(kind: str, name: str) -> None:
+    """Raise ConfigError naming the nearest names where (kind, name) is unknown; imports nothing."""
     if kind not in _BUILTIN:
         raise ConfigError(f"no component kind '{kind}'; the kinds are {', '.join(_BUILTIN)}")
+    if (kind, name) not in _registered and name not in _BUILTIN[kind]:
+        raise ConfigError(f"no {kind} is called '{name}'; {did_you_mean(name, names(kind))}")
+
+
+def resolve(kind: str, name: str) -> Callable[..., Any]:
+    """The class or function behind (kind, name). Raises ConfigError naming the nearest names."""
+    require(kind, name)
     if (kind, name) in _registered:
         return _registered[kind, name]
-    if name not in _BUILTIN[kind]:
-        raise ConfigError(f"no {kind} is called '{name}'; {did_you_mean(name, names(kind))}")
     module, _, attribute = _BUILTIN[kind][name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 

@@ -155,7 +155,10 @@ class WandbTracker(NullTracker):
         plain = table.astype(object).where(table.notna(), None)
         # Rows as lists: from a DataFrame W&B looks every value up by itself, ten times slower.
         made = self.wandb.Table(
-            columns=list(plain.columns), data=plain.to_numpy().tolist(), allow_mixed_types=True
+            columns=list(plain.columns),
+            data=plain.to_numpy().tolist(),
+            optional=table.isna().any().tolist(),
+            allow_mixed_types=True,
         )
         self.run.log({f"tables/{name}": made})
 

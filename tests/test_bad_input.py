@@ -48,6 +48,10 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["model=tinny"], "model=tinny: no such option; did you mean tiny?"),
         (["sae=gemascope"], "sae=gemascope: no such option; did you mean gemmascope"),
         (["layr=2"], "no key 'layr'; did you mean layer"),
+        (
+            ["sae_trainer=topk", "sae_trainer.options.dead_window=3"],
+            "type +sae_trainer.options.dead_window=<value>",
+        ),
         (["intervention.n_prompt=2"], "did you mean intervention.n_prompts"),
         (["layer=99"], "layer=99, but tiny has layers 0-4; try layer=4"),
         (["layer=two"], "layer=two is no block index; type a whole number from 0"),

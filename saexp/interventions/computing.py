@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -49,9 +50,11 @@ def _computed(
     compute: Callable[[list[Row]], Iterator[list[tuple[Row, np.ndarray]]]],
 ) -> list[np.ndarray]:
     """One result per row: equal rows once, and not at all where the cache has them."""
-    distinct = {row.key: row for row in rows}
-    done = cache.get(kind, distinct) if cache is not None else {}
-    missing = [row for key, row in distinct.items() if key not in done]
+    places: dict[tuple[Any, ...], int] = {}
+    at = [places.setdefault(row.key, len(places)) for row in rows]
+    done = cache.get(kind, places) if cache is not None else {}
+    first = dict(zip(reversed(at), reversed(rows), strict=True))
+    missing = [first[i] for key, i in places.items() if key not in done]
     with progress(len(missing), what, "prompt") as bar:
         for batch in compute(missing):
             made = [(row.key, values) for row, values in batch]
@@ -64,9 +67,10 @@ def _computed(
         what,
         len(rows),
         len(missing),
-        len(distinct) - len(missing),
+        len(places) - len(missing),
     )
-    return [done[row.key] for row in rows]
+    results = [done[key] for key in places]
+    return [results[i] for i in at]
 
 
 def generate(

@@ -35,10 +35,9 @@ class Steer(LatentIntervention):
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
         """Controls get the scales of the latents they stand for, at the same added length."""
-        of_latent = facts.by_latent
         directions = facts.directions(write).double().cpu()
-        norms = of_latent.loc[list(write), "norm"].to_numpy(dtype=float)
-        own_norms = of_latent.loc[list(latents), "norm"].to_numpy(dtype=float)
+        norms = facts.numbers(write, "norm")
+        own_norms = facts.numbers(latents, "norm")
         if self.cfg.unit == "resid_norm":
             weights = self._mixing(latents, facts) * own_norms / norms
             if len(write) == 1 or not weights.any():
@@ -48,17 +47,15 @@ class Steer(LatentIntervention):
         elif self.cfg.unit == "raw":
             scales = own_norms / norms
         else:
-            acts = of_latent.loc[list(latents), self.cfg.unit].to_numpy(dtype=float)
-            scales = acts * own_norms / norms
+            scales = facts.numbers(latents, self.cfg.unit) * own_norms / norms
         vector = Vector((torch.as_tensor(scales) @ directions).float())
         return tuple(Add(at, vector, coefficient) for at in self._places(facts))
 
     def _mixing(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
         if len(facts.groups) != 2:
             return np.ones(len(latents))
-        columns = [f"mean_{g}" for g in facts.groups]
-        means = facts.by_latent.loc[list(latents), columns].to_numpy(float)
-        return np.abs(means[:, 0] - means[:, 1])
+        one, other = (facts.numbers(latents, f"mean_{g}") for g in facts.groups)
+        return np.abs(one - other)
 
     def write(self, vector: Tensor, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
         """`raw`: the vector itself; `resid_norm`: as long as the stream."""
@@ -80,10 +77,10 @@ class Steer(LatentIntervention):
         length = abs(op.coefficient) * float(op.vector.values.norm())
         found = {"length": length, "resid_norm": length / facts.mean_norm}
         if len(latents) == 1:
-            columns = facts.by_latent.loc[list(latents), ["norm", "max_act", "p99_act"]]
-            norm, *acts = columns.to_numpy(dtype=float)[0].tolist()
+            norm = float(facts.numbers(latents, "norm")[0])
             found["raw"] = length / norm
-            for unit, act in zip(("max_act", "p99_act"), acts, strict=True):
+            for unit in ("max_act", "p99_act"):
+                act = float(facts.numbers(latents, unit)[0])
                 found[unit] = length / norm / act if act else float("nan")
         return found
 
@@ -116,7 +113,7 @@ class Clamp(LatentIntervention):
                     "data set has no two groups; type intervention.values=[…], one per latent"
                 )
             column = f"mean_{facts.other(prompts)}"
-            targets = facts.by_latent.loc[list(latents), column].tolist()
+            targets = facts.numbers(latents, column).tolist()
         return (
             Move(
                 facts.hookpoint,

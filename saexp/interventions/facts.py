@@ -86,9 +86,18 @@ class LatentFacts:
     """SAEs of `layers`, by the hookpoint that they read."""
 
     @cached_property
-    def by_latent(self) -> pd.DataFrame:
-        """The table with latents as its index."""
-        return self.table.set_index("latent")
+    def _places(self) -> dict[int, int]:
+        return {int(latent): i for i, latent in enumerate(self.table["latent"])}
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def numbers(self, latents: Sequence[int], column: str) -> Float[np.ndarray, " n"]:
+        """A column's values for these latents, in their order."""
+        if column not in self._columns:
+            self._columns[column] = self.table[column].to_numpy(dtype=float)
+        return self._columns[column][[self._places[latent] for latent in latents]]
 
     def other(self, group: str) -> str:
         """The group that is not this one."""
@@ -133,7 +142,7 @@ class LatentFacts:
     def check(self, latents: Sequence[int]) -> None:
         """Raise InterventionError for a latent of which nothing is known."""
         for latent in latents:
-            if latent not in self.by_latent.index:
+            if latent not in self._places:
                 raise InterventionError(
                     f"intervention.latents: latent {latent} never fires on this data set at "
                     f"{self.hookpoint.name}, so nothing is known of it; choose others"

@@ -56,6 +56,19 @@ def by_unit(effects: pd.DataFrame, outcome: str) -> pd.DataFrame:
     )
 
 
+class Cells:
+    """Values of units by (condition, coefficient), as arrays over one order of units."""
+
+    def __init__(self, wide: pd.DataFrame) -> None:
+        keys: list[Any] = wide.columns.to_list()
+        values = np.ascontiguousarray(wide.to_numpy(dtype=float).T)
+        self._values = {tuple(key): cell for key, cell in zip(keys, values, strict=True)}
+
+    def of(self, key: tuple[Any, ...]) -> Float[np.ndarray, " n"] | None:
+        """One cell's units, NaN where a unit has no value; None without such a cell."""
+        return self._values.get(key)
+
+
 def summarise(effects: pd.DataFrame, outcomes: Mapping[str, str], seed: int = 0) -> pd.DataFrame:
     """One row per condition, coefficient and split; `outcomes` maps names to rate or mean.
 
@@ -84,10 +97,10 @@ def _described(prompts: pd.DataFrame) -> pd.DataFrame:
 def _outcome(
     prompts: pd.DataFrame, table: pd.DataFrame, name: str, kind: str, draws: Draws
 ) -> dict[str, list[Any]]:
-    wide = by_unit(prompts, name)
+    cells = Cells(by_unit(prompts, name))
     once = len(prompts) == len(prompts[["unit", "condition", "coefficient"]].drop_duplicates())
     baseline = table.loc[table["role"] == "baseline", ["condition", "coefficient"]]
-    start = wide.get(tuple(baseline.iloc[0])) if len(baseline) else None
+    start = cells.of(tuple(baseline.iloc[0])) if len(baseline) else None
     controls = _controls(table)
     names = ["", "_ci_low", "_ci_high", "_n", "_change", "_change_ci_low", "_change_ci_high", "_p"]
     names += ["_over_controls", "_p_controls", "_controls_below"]
@@ -95,15 +108,16 @@ def _outcome(
     for row in table.to_dict("records"):
         key = (row["condition"], row["coefficient"])
         made = dict.fromkeys(names, None)
-        if key in wide.columns:
-            values = wide[key].dropna()
+        values = cells.of(key)
+        if values is not None:
+            values = _present(values)
             made |= {"": float(values.mean()), "_n": len(values)}
             if kind == "rate" and once:
                 made["_ci_low"], made["_ci_high"] = wilson(int(values.sum()), len(values))
             else:
-                made["_ci_low"], made["_ci_high"] = draws.interval(values.to_numpy(dtype=float))
+                made["_ci_low"], made["_ci_high"] = draws.interval(values)
             if start is not None and row["role"] != "baseline":
-                made |= _tested(wide, key, start, controls.get(key, []), draws)
+                made |= _tested(cells, key, start, controls.get(key, []), draws)
         for suffix, value in made.items():
             found[f"{name}{suffix}"].append(value)
     return {k: [np.nan if v is None else v for v in values] for k, values in found.items()}
@@ -119,16 +133,17 @@ def _controls(table: pd.DataFrame) -> dict[tuple[str, float], list[tuple[str, fl
 
 
 def _tested(
-    wide: pd.DataFrame,
+    cells: Cells,
     key: tuple[str, float],
-    start: pd.Series,
+    start: Float[np.ndarray, " n"],
     controls: Sequence[tuple[str, float]],
     draws: Draws,
 ) -> dict[str, Any]:
-    change = (wide[key] - start).dropna()
-    if change.empty:
+    own = cells.of(key)
+    assert own is not None
+    values = _present(own - start)
+    if not len(values):
         return {}
-    values = change.to_numpy(dtype=float)
     low, high = draws.interval(values)
     made: dict[str, Any] = {
         "_change": float(values.mean()),
@@ -136,14 +151,25 @@ def _tested(
         "_change_ci_high": high,
         "_p": draws.sign_flip_p(values),
     }
-    there = [c for c in controls if c in wide.columns]
+    there = [found for c in controls if (found := cells.of(c)) is not None]
     if there:
-        beyond = (wide[key] - wide[there].mean(axis=1)).dropna().to_numpy(dtype=float)
-        sizes = [abs(float((wide[c] - start).mean())) for c in there]
+        beyond = _present(own - _mean(np.stack(there)))
+        sizes = [abs(float(_present(c - start).mean())) for c in there]
         made["_over_controls"] = float(beyond.mean())
         made["_p_controls"] = draws.sign_flip_p(beyond)
         made["_controls_below"] = float(np.mean([s < abs(made["_change"]) for s in sizes]))
     return made
+
+
+def _present(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " n"]:
+    """Over the first axis, of what is there; NaN where nothing is."""
+    there = ~np.isnan(values)
+    n = there.sum(0)
+    return np.where(n > 0, np.where(there, values, 0.0).sum(0) / np.maximum(n, 1), np.nan)
 
 
 def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict[str, float]:

@@ -89,7 +89,7 @@ def test_a_single_latent_is_added_in_its_unit(unit: str) -> None:
     condition = one(planned(Steer, (2.0,), unit=unit, facts=about), "known_3")
     (op,) = condition.edits[0]
     assert isinstance(op, Add) and op.hookpoint == AT and op.coefficient == 2.0
-    row, direction = about.by_latent.loc[3], about.directions([3])[0]
+    row, direction = about.table.set_index("latent").loc[3], about.directions([3])[0]
     scale = {"raw": 1.0, "resid_norm": 7.0 / float(direction.norm())}.get(unit)
     scale = float(row[unit]) if scale is None else scale
     torch.testing.assert_close(op.vector.values, scale * direction)
@@ -202,7 +202,7 @@ def test_clamping_reads_its_latents_and_aims_at_the_other_group_s_mean() -> None
     op = one(conditions, "unknown_group").edits[0][0]
     assert isinstance(op, Move) and op.rule == "at_least"
     assert op.read == op.write == (3, 2, 5) or sorted(op.read) == [2, 3, 5]
-    wanted = about.by_latent.loc[list(op.read), "mean_unknown"]
+    wanted = about.table.set_index("latent").loc[list(op.read), "mean_unknown"]
     assert op.targets == pytest.approx(wanted.tolist())
     assert one(conditions, "unknown_group").prompts == "known"
     control = one(conditions, "unknown_group_control_01").edits[0][0]

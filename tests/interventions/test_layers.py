@@ -210,7 +210,7 @@ def formula(
     name: str, sae: SparseAutoencoder, facts: LatentFacts, latents: list[int], coefficient: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What an intervention does to (stream that is written, stream that the SAE reads)."""
-    rows, of_latent = sae.W_dec[latents], facts.by_latent
+    rows, of_latent = sae.W_dec[latents], facts.table.set_index("latent")
     if name == "steer":
         return lambda out, _: out + coefficient * rows.sum(0)
     if name == "project_out":
