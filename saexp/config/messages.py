@@ -51,7 +51,9 @@ def _explain(error: Exception) -> str:
         if unknown:
             key = unknown[1] or _full_key(error) or unknown[2]
             if re.search(r"options\.[^.]+$", key):
-                return f"no key '{key}' is set that could be changed; to add one type +{key}=<value>"
+                return (
+                    f"no key '{key}' is set that could be changed; to add one type +{key}=<value>"
+                )
             return f"no key '{key}'; {did_you_mean(key, known_keys())}"
         group = re.search(r"Could not override '([^'=]+)'.*No match in the defaults list", text)
         if group:

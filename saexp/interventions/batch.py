@@ -217,6 +217,15 @@ class BatchEdit:
         self.at_generated = self.at_generated.to(device)
         self._built = False
 
+    def n_untouched(self, n_layers: int) -> int:
+        """Blocks from the first on in whose streams, and outputs but the last's, nothing is read
+        or changed."""
+        streams = [h.stored for h in (*self.programs, *self.sources.values())]
+        lowest = (
+            0 if h.stream == "embed" else h.layer + (h.stream == "resid_post") for h in streams
+        )
+        return min(lowest, default=n_layers)
+
     def keep(self, chosen: Tensor) -> None:
         """Go on with these rows only (after the prompt)."""
         self.at_prompt, self.at_generated = self.at_prompt[chosen], self.at_generated[chosen]

@@ -3,13 +3,15 @@
 Shapes: b rows of a batch, t padded tokens, w tokens of the window run per row, V vocabulary.
 Positions are absolute indices into the unpadded prompt, so they hold under left padding and under
 KV-cached decoding. Rows with the same prompt share its computation up to the first token that any
-row of the batch changes.
+row of the batch changes, and from there on the blocks below the first stream that any changes.
 """
 
+import copy
 import hashlib
 import inspect
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +27,7 @@ from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
 from saexp.models.kv_cache import with_room
 from saexp.models.loading import LanguageModel
+from saexp.models.skipping import after_blocks, can_skip, skipping
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,72 @@ def _window(rows: Sequence[Row], width: int, n_last: int) -> int:
     return min(width, max(1, n_last, changed))
 
 
+@dataclass
+class _Inputs:
+    """A batch's prompts from token `start` on, the ones before it being in a cache or none."""
+
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    start: int
+
+    def of(self, rows: Any) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.ids[rows, self.start :],
+            "attention_mask": self.mask[rows],
+            "position_ids": self.positions[rows, self.start :],
+        }
+
+
+def _lower_blocks(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    run: _Inputs,
+    change: BatchEdit,
+    cache: Any,
+    of_prefix: Sequence[int],
+) -> AbstractContextManager[None] | None:
+    """Run the blocks that nothing is changed in, once for rows with the same prompt.
+
+    A context in which the model goes on from there, `cache` being of its prefixes up to there and
+    of its rows from there on. None where too little would be saved.
+    """
+    n_blocks = change.n_untouched(model.n_layers)
+    numbers: dict[tuple[int, ...], int] = {}
+    of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
+    share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
+    if share <= _SHARE_FROM:
+        return None
+    at: dict[int, int] = {}
+    for i, number in enumerate(of_row):
+        at.setdefault(number, i)
+    firsts = torch.tensor(list(at.values()), device=model.device)
+    below = None
+    if cache is not None:
+        below = copy.copy(cache)
+        below.layers = [copy.copy(layer) for layer in cache.layers]
+        prefixes = torch.tensor([of_prefix[i] for i in at.values()], device=model.device)
+        _choose(below.layers[:n_blocks], prefixes)
+    output = after_blocks(
+        model,
+        n_blocks,
+        **run.of(firsts),
+        past_key_values=below,
+        use_cache=below is not None,
+        **_keeping(model, 1),
+    )
+    if not can_skip(output):
+        return None
+    if cache is not None:
+        _choose(cache.layers[n_blocks:], torch.tensor(list(of_prefix), device=model.device))
+    return skipping(model, n_blocks, output, torch.tensor(of_row))
+
+
+def _choose(layers: Sequence[Any], chosen: Int[Tensor, " n"]) -> None:
+    for layer in layers:
+        layer.batch_select_indices(chosen)
+
+
 def _prefill(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
 ) -> _Pass:
@@ -111,14 +180,15 @@ def _prefill(
             **_keeping(model, 1),
         )
         cache = shared.past_key_values
-        cache.batch_select_indices(torch.tensor(of_row, device=model.device))
     else:
         window = width
-    with edit_streams(model, change.functions(window)):
+    run = _Inputs(ids, mask, positions, width - window)
+    lower = None if use_cache else _lower_blocks(model, rows, run, change, cache, of_row)
+    if lower is None and cache is not None:
+        cache.batch_select_indices(torch.tensor(of_row, device=model.device))
+    with lower or nullcontext(), edit_streams(model, change.functions(window)):
         out = model.hf(
-            input_ids=ids[:, width - window :],
-            attention_mask=mask,
-            position_ids=positions[:, width - window :],
+            **run.of(slice(None)),
             past_key_values=cache,
             use_cache=use_cache or cache is not None,
             **_keeping(model, n_last),

@@ -1,0 +1,80 @@
+"""The lower blocks of a model once for several batch rows that are alike up to there.
+
+Shapes: b batch rows, t tokens, d the stream's width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saexp.models.loading import LanguageModel
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last block wanted."""
+
+
+def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
+    """What block `n_blocks - 1` gives for the model's `inputs`; no later block and no LM head runs.
+
+    As the block returns it: the stream `[b, t, d]`, or a tuple that begins with it.
+    """
+    found: list[Any] = []
+
+    def stop(_m: Any, _a: Any, output: Any) -> None:
+        found.append(output)
+        raise _Stop
+
+    handle = model.blocks[n_blocks - 1].register_forward_hook(stop)
+    try:
+        model.hf(**inputs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def skipping(
+    model: LanguageModel, n_blocks: int, output: Any, of_row: Int[Tensor, " b"]
+) -> Iterator[None]:
+    """Forward passes in which the first `n_blocks` blocks don't run.
+
+    The last of them gives `output` instead (of `after_blocks`), row `of_row[i]` of it as row i;
+    hooks on its output are called as ever.
+    """
+    whole = output if isinstance(output, tuple) else (output,)
+    stream = whole[0][of_row.to(whole[0].device)]
+
+    def like(values: Any) -> Any:
+        return (values, *whole[1:]) if isinstance(output, tuple) else values
+
+    def passing(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return like(hidden_states)
+
+    def giving(*_args: Any, **_kwargs: Any) -> Any:
+        return like(stream)
+
+    blocks: list[Any] = list(model.blocks[:n_blocks])
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks[:-1]:
+            block.forward = passing
+        blocks[-1].forward = giving
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def can_skip(output: Any) -> bool:
+    """Whether beside the stream a block gives nothing that rows would have to be chosen of."""
+    rest = output[1:] if isinstance(output, tuple) else ()
+    return not any(isinstance(x, torch.Tensor) for x in rest)

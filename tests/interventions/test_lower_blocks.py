@@ -1,0 +1,142 @@
+"""Blocks below the first changed stream run once for rows of one prompt, and nothing tells."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from saexp.interventions.engine import last_logits, likeliest_tokens
+from saexp.interventions.ops import Add, Patch, Row, Vector
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+from saexp.models.skipping import after_blocks, can_skip
+from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm
+
+UNTOUCHED = {
+    Hookpoint(2, "resid_post"): 3,
+    Hookpoint(1, "resid_post"): 2,
+    Hookpoint(2, "resid_pre"): 2,
+    Hookpoint(1, "attn_out"): 1,
+    Hookpoint(1, "mlp_out"): 1,
+    Hookpoint(2, "resid_mid"): 2,
+    Hookpoint(0, "resid_post"): 1,
+    Hookpoint(0, "resid_pre"): 0,
+}
+
+
+ADD_AT_ONCE = ("random-gpt_neox", "random-phi")
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return random_lm(request.param)
+
+
+def grid(model: LanguageModel, at: Hookpoint, places: Callable[[int], int]) -> list[Row]:
+    """Prompts of different lengths, each with six edits of the stream."""
+    generator = torch.Generator().manual_seed(7)
+    ids = [
+        tuple(model.tokenizer(t)["input_ids"][:n])
+        for t, n in zip(TEXTS, (13, 9, 11, 6), strict=False)
+    ]
+    vectors = [Vector(torch.randn(D_MODEL, generator=generator)) for _ in range(2)]
+    return [
+        Row(p, (Add(at, vector, c),), (places(len(p)),))
+        for p in ids
+        for vector in vectors
+        for c in (0.0, 1.0, 3.0)
+    ]
+
+
+def rows_run(model: LanguageModel, function: Callable[[], Tensor]) -> tuple[list[int], Tensor]:
+    """Batch rows that went through each block's MLP in all passes, and what came out."""
+    seen = [0] * model.n_layers
+
+    def count(layer: int) -> Callable[..., None]:
+        def hook(_m: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            values = args[0] if args else next(iter(kwargs.values()))
+            seen[layer] += len(values)
+
+        return hook
+
+    handles = [
+        model.module(Hookpoint(n, "mlp_out")).module.register_forward_pre_hook(
+            count(n), with_kwargs=True
+        )
+        for n in range(model.n_layers)
+    ]
+    try:
+        found = function()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, found
+
+
+@pytest.mark.parametrize("at", UNTOUCHED, ids=lambda at: at.name)
+def test_a_grid_equals_its_rows_one_by_one(model: LanguageModel, at: Hookpoint) -> None:
+    if at.stream == "resid_mid" and model.name in ADD_AT_ONCE:
+        pytest.skip("adds attention and MLP at once, so it has no resid_mid")
+    # From the first tokens on (no prefix to share), and at the last one (a prefix in a cache).
+    for place in (lambda _: 0, lambda n: n - 1):
+        rows = grid(model, at, place)
+        forwards = [block.forward for block in model.blocks]
+        seen, together = rows_run(model, lambda rows=rows: last_logits(model, rows, None, 1))
+        alone = torch.cat([last_logits(model, [row], None, 1) for row in rows])
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+        n_prompts = len({row.ids for row in rows})
+        prefixes = n_prompts if place(9) else 0
+        shared = UNTOUCHED[at]
+        assert all(n <= n_prompts + prefixes for n in seen[:shared]), seen
+        assert all(n >= len(rows) for n in seen[shared:]), seen
+        assert [block.forward for block in model.blocks] == forwards
+
+
+def test_the_edit_is_seen_at_the_stream_given_in_place_of_the_blocks() -> None:
+    model = random_lm("llama")
+    rows = grid(model, Hookpoint(1, "resid_post"), lambda n: n - 2)
+    logits = last_logits(model, rows, None, 1)[:, -1]
+    same, one, three = logits[0], logits[1], logits[2]
+    assert float((one - same).abs().max()) > 0.01
+    assert float((three - one).abs().max()) > 0.01
+    assert torch.equal(likeliest_tokens(model, rows, {}, 1)[:, 0], logits.argmax(-1))
+
+
+def test_other_operations_of_the_batch_keep_their_lower_blocks() -> None:
+    """One row that changes an early stream makes every row run from there on."""
+    model = random_lm("llama")
+    rows = grid(model, Hookpoint(2, "resid_post"), lambda _: 0)
+    patch = Patch(Hookpoint(0, "resid_post"), Vector(torch.ones(1, D_MODEL)), 1.0)
+    rows.append(Row(rows[0].ids, (patch,), (2,)))
+    seen, together = rows_run(model, lambda: last_logits(model, rows, None, 1))
+    alone = torch.cat([last_logits(model, [row], None, 1) for row in rows])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+    assert seen[0] == 4
+    assert seen[1] == len(rows)
+
+
+def test_after_an_error_the_blocks_run_as_before() -> None:
+    model = random_lm("llama")
+    rows = grid(model, Hookpoint(1, "resid_post"), lambda _: 0)
+    before = last_logits(model, rows[:1], None, 1)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    handle = model.blocks[2].register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        last_logits(model, rows, None, 1)
+    handle.remove()
+    assert torch.equal(last_logits(model, rows[:1], None, 1), before)
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_a_block_that_gives_more_than_the_stream_is_not_skipped() -> None:
+    model = random_lm("llama")
+    ids = torch.tensor([rows.ids for rows in grid(model, Hookpoint(0, "mlp_out"), lambda _: 0)[:1]])
+    with torch.inference_mode():
+        stream = after_blocks(model, 1, input_ids=ids, use_cache=False)
+    assert can_skip(stream)
+    assert can_skip((stream, None))
+    assert not can_skip((stream, torch.ones(1, 4, 3, 3)))
