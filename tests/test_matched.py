@@ -19,7 +19,7 @@ from saexp.saes.base import SparseAutoencoder
 from saexp.tasks import loaded, matched
 from tests.reports.left import page_of
 
-CELLS = {"1_256": (1, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
+CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
 SMALL += ["analyzer.n_background=500"]
 
@@ -122,13 +122,13 @@ def break_load(
 def test_an_sae_that_cannot_be_loaded_is_a_note_and_the_others_are_matched(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_load(monkeypatch, lambda layer, _: layer == 1, OSError("the disk is gone"))
+    break_load(monkeypatch, lambda layer, _: layer == 3, OSError("the disk is gone"))
     matched.match_cells(sweep)
     matches, notes = read_matches(sweep)
-    assert notes == ["latents of layer 1, width 256 were not matched: the disk is gone"]
+    assert notes == ["latents of layer 3, width 256 were not matched: the disk is gone"]
     assert set(matches["from_cell"]) == {1, 2}
     write_sweep(sweep)
-    assert "<p>latents of layer 1, width 256 were not matched: the disk is gone</p>" in page_of(
+    assert "<p>latents of layer 3, width 256 were not matched: the disk is gone</p>" in page_of(
         sweep
     )
 

@@ -8,7 +8,7 @@ extra="${QUIET:-tracker=none} ${EXTRA:-}"
 # shellcheck disable=SC2086
 {
   "$python" -m saexp experiment=prompt_features $extra hydra.run.dir="$out/latents"
-  "$python" -m saexp experiment=prompt_features layer=2 intervention=steer 'intervention.latents=[153]' \
+  "$python" -m saexp experiment=prompt_features layer=2 intervention=steer 'intervention.latents=[131]' \
     'coefficient=[0,0.5,1]' 'intervention.outcomes=[answer_probability,perplexity,neutral_kl]' \
     'dataset.answer=" Mary"' dataset=prompt 'dataset.text="When John and Mary went to the shops, John gave the bag to"' \
     $extra hydra.run.dir="$out/steer"

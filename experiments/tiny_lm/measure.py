@@ -208,6 +208,8 @@ def card(path: Path) -> None:
             lines.append(f"| {name}{unit} | {shown} |")
     columns = ("L0", "explained variance", "CE score", "CE clean", "CE spliced", "never fired")
     for model, numbers in measured.items():
+        if not numbers["saes"]:
+            continue
         lines += ["", f"SAEs of {model}:", "", f"| | {' | '.join(columns)} |"]
         lines.append(f"|---|{'---|' * len(columns)}")
         for name, values in numbers["saes"].items():

@@ -4,17 +4,17 @@ set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-../../.venv/bin/python}
 assets=${1:-build}
-"$python" train_lm.py --out "$assets/tiny/model" --seed 0 &
-"$python" train_lm.py --out "$assets/tiny_control/model" --seed 0 --control &
-wait
-# Two lines of work of equal length: an SAE of 512 latents takes half as long again as one of 256.
-saes() { "$python" train_saes.py --model "$assets/$1/model" --out "$assets/$1/sae" "${@:2}"; }
-{ saes tiny --widths 512 && saes tiny_control --widths 256 --layers 4; } &
-{ saes tiny --widths 256 && saes tiny_control --widths 256 --layers 0 1 2 3; } &
-wait
+"$python" train_lm.py --out "$assets/tiny/model" --seed 0 & one=$!
+"$python" train_lm.py --out "$assets/tiny_control/model" --seed 0 --control & other=$!
+wait "$one"
+wait "$other"
+./train_saes.sh "$assets"
 "$python" export.py --out "$assets/tiny"
-for name in tiny tiny_control; do
-  "$python" measure.py --model "$assets/$name/model" --sae "$assets/$name/sae" --out "measured/$name.json" &
-done
-wait
+measure() {
+  "$python" measure.py --model "$assets/$1/model" --sae "$assets/$1/sae" --out "measured/$1.json"
+}
+measure tiny & one=$!
+measure tiny_control & other=$!
+wait "$one"
+wait "$other"
 "$python" measure.py --card README.md

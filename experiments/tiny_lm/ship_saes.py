@@ -2,7 +2,7 @@
 
 BatchTopK leaves one threshold for all latents, above which strong latents fire weakly all over the
 text. Here a latent's becomes THRESHOLD_SHARE of the 99th percentile of its activations, where that
-is higher. Weights are kept as float16 to stay small.
+is higher; the decoder is then fitted to what is left. Weights are kept as float16 to stay small.
 
 python experiments/tiny_lm/ship_saes.py --sweeps build/tiny/training --name tiny \
     --out build/tiny/sae
@@ -21,7 +21,9 @@ from saexp import api
 from saexp.saes.loading import load_sae
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-THRESHOLD_SHARE, N_ROWS = 0.22, 30_000
+THRESHOLD_SHARE, N_ROWS = 0.25, 30_000
+N_PRIOR = 10
+"""Typical firings that count for a decoder row as trained when it is fitted."""
 READ_BY = (
     "architecture",
     "d_in",
@@ -47,6 +49,31 @@ def thresholds(
     return torch.maximum(given, THRESHOLD_SHARE * high)
 
 
+def fitted(weights: dict[str, Tensor], acts: Float[Tensor, "n d_in"]) -> dict[str, Tensor]:
+    """The decoder that reconstructs `acts` best (ridge towards the given one), rows of unit norm.
+
+    Which latents fire where stays as it was; their activations take the rows' norms.
+    """
+    w_enc, w_dec, b_dec = (weights[n] for n in ("W_enc", "W_dec", "b_dec"))
+    pre = (acts - b_dec) @ w_enc + weights["b_enc"]
+    fired = pre * (pre > weights["threshold"])
+    error = (acts - fired @ w_dec - b_dec).double()
+    design = torch.cat([fired, torch.ones(len(fired), 1)], dim=1).double()
+    prior = torch.full((design.shape[1],), float(fired.square().sum() / (fired > 0).sum()))
+    prior[-1] = 0.0
+    gram = design.T @ design + N_PRIOR * torch.diag(prior).double()
+    change = torch.linalg.solve(gram, design.T @ error).float()
+    rows, moved = w_dec + change[:-1], change[-1]
+    norms = rows.norm(dim=-1)
+    return {
+        "W_enc": w_enc * norms,
+        "b_enc": (weights["b_enc"] + moved @ w_enc) * norms,
+        "W_dec": rows / norms[:, None],
+        "b_dec": b_dec + moved,
+        "threshold": weights["threshold"] * norms,
+    }
+
+
 def ship(run: Path, out: Path, name: str) -> Path:
     """The SAE of a run of `task=train` as `layer_<n>/width_<n>` below `out`, SAELens format.
 
@@ -58,7 +85,9 @@ def ship(run: Path, out: Path, name: str) -> Path:
     about = json.loads((run / "provenance.json").read_text("utf-8"))
     stored = api.open_store(about["store"]["path"]).acts(hookpoint.layer, hookpoint.stream)
     order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
-    weights["threshold"] = thresholds(weights, stored[order[:N_ROWS].sort().values].float())
+    acts = stored[order[:N_ROWS].sort().values].float()
+    weights["threshold"] = thresholds(weights, acts)
+    weights = fitted(weights, acts)
     cfg = json.loads((made / CONFIG).read_text("utf-8"))
     folder = out / f"layer_{hookpoint.layer}" / f"width_{cfg['d_sae']}"
     folder.mkdir(parents=True, exist_ok=True)

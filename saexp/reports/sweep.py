@@ -88,7 +88,15 @@ def findings(table: pd.DataFrame) -> list[str]:
             told.append(f"{group}: no cell selects a latent.")
             continue
         # Chosen by the train split's value, so that the number told is not the luckiest one.
-        best = done.iloc[int(done[key].astype(float).fillna(-1).to_numpy().argmax())]
+        # Of cells that tell the groups apart as well the one with the largest separation.
+        order = [key, f"contrast/best_separation_{group}"]
+        scores = (
+            done.reindex(columns=order)
+            .astype(float)
+            .fillna(-1)
+            .sort_values(order, ascending=False, kind="stable")
+        )
+        best = done.loc[scores.index[0]]
         told.append(
             f"{group}: best at layer {best['layer']}, width {best['width']} (chosen on the train "
             f"split): latent {int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "

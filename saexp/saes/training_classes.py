@@ -141,4 +141,9 @@ def _classes(name: str) -> tuple[Any, Any]:
         return CLASSES[name]
     from sae_lens.registry import get_sae_training_class
 
-    return get_sae_training_class(name)
+    made, made_config = get_sae_training_class(name)
+    if name == "batchtopk":
+        from saexp.saes.training_batchtopk import QuickBatchTopKTrainingSAE
+
+        made = QuickBatchTopKTrainingSAE
+    return made, made_config

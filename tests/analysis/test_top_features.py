@@ -83,7 +83,7 @@ def test_tokens_are_shown_where_they_are(inputs: AnalysisInputs, dense: np.ndarr
         assert set(mine["example"]) == {str(which + 1)} == {row["example"]}
         assert "".join(mine["token"]) == TEXTS[which]
         part = dense[: lengths[0]] if which == 0 else dense[lengths[0] :]
-        np.testing.assert_allclose(mine["value"], part[:, row["latent"]], atol=1e-4)
+        np.testing.assert_allclose(mine["value"], part[:, row["latent"]], rtol=1e-6, atol=1e-4)
         assert mine["token"].iloc[int(mine["value"].to_numpy().argmax())] == row["token"]
 
 

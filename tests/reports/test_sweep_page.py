@@ -25,6 +25,15 @@ def test_the_best_cell_is_chosen_by_train_and_told_by_test(tmp_path: Path) -> No
     ]
 
 
+def test_of_cells_that_tell_the_groups_apart_as_well_the_wider_gap_is_taken(tmp_path: Path) -> None:
+    for layer, separation in ((1, 0.8), (2, 0.9), (3, 0.7)):
+        metrics = contrast("known", layer * 10, train=1.0, test=0.9)
+        metrics |= {"contrast/best_separation_known": separation}
+        cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
+    (told,) = findings(cells_table(tmp_path))
+    assert "best at layer 2, width 256 (chosen on the train split): latent 20" in told
+
+
 def test_a_width_is_told_as_it_is_beside_cells_that_failed(tmp_path: Path) -> None:
     cell(tmp_path, 0, "layer=9", error="ModelError: no\n")
     cell(tmp_path, 1, "layer=2", metrics=contrast("known", 4, train=0.9, test=0.8))
