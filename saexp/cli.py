@@ -31,6 +31,10 @@ def cell_folder(number: int, overrides: str) -> str:
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
 
 
+_LAUNCHERS = ("submitit", "ray")
+"""Packages whose errors say that a job was lost, not that saexp failed."""
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
@@ -107,9 +111,15 @@ def main() -> None:
         _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder")
     except KeyboardInterrupt:
         _fail("stopped; what was collected is kept, and the same command goes on from there")
-    except Exception:
-        _end_of_sweep()
-        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
+            _end_of_sweep()
+            raise
+        _fail(
+            f"a job of the sweep ended without a result ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}); what was finished is kept, and the same "
+            "command goes on from there"
+        )
 
 
 def _end_of_sweep() -> None:

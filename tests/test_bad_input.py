@@ -150,3 +150,17 @@ def test_a_run_folder_that_cannot_be_made(refused: Command, tmp_path: Path) -> N
     (tmp_path / "taken").write_text("a file, not a folder", encoding="utf-8")
     said = refused(f"hydra.run.dir={tmp_path}/taken/run")
     assert "taken/run" in said
+
+
+def test_a_cluster_job_that_was_lost(refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = type("FailedJobError", (RuntimeError,), {"__module__": "submitit.core.utils"})
+
+    def sweep() -> None:
+        raise lost("Job (task=0) failed during processing with trace:\nTraceback …")
+
+    monkeypatch.setattr("saexp.cli._job", sweep)
+    said = refused("-m", "layer=1,2")
+    assert said.startswith(
+        "a job of the sweep ended without a result (FailedJobError: Job (task=0)"
+    )
+    assert said.endswith("the same command goes on from there")

@@ -4,8 +4,9 @@
     python experiments/benchmarks/collect.py --shape 2b --device cuda --dtype bfloat16
 
 Random weights of a real Gemma-2 config; texts of 6 to 99 tokens, one position per text, resid_post
-of the middle block. Every way runs once to warm up, then `--repeats` times in turn; the table holds
-medians and ratios. TransformerLens and nnsight take part where they are installed (extra `bench`).
+of the last block of the lower half (layer 12 of Gemma-2-2B's 26; `--layer` for another). Every way
+runs once to warm up, then `--repeats` times in turn; the table holds medians and ratios.
+TransformerLens and nnsight take part where they are installed (extra `bench`).
 """
 
 import argparse
@@ -99,7 +100,8 @@ def setting(args: argparse.Namespace) -> Setting:
     tokenizer = _Tokenizer()
     placement = place(examples, texts, positions, tokenizer, 0)
     model = LanguageModel.wrap(hf, tokenizer, f"random Gemma-2, {args.shape}")
-    return Setting(model, placement, hf.config.num_hidden_layers // 2, args.batch_size)
+    layer = hf.config.num_hidden_layers // 2 - 1 if args.layer is None else args.layer
+    return Setting(model, placement, layer, args.batch_size)
 
 
 def limit(given: Setting) -> Callable[[], None]:
@@ -205,6 +207,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--layer", type=int)
     parser.add_argument("--texts", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=16, help="of the other tools")
     parser.add_argument("--repeats", type=int, default=5)
@@ -247,6 +250,7 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "machine": machine,
         "dtype": str(model.dtype),
         "parameters": n_parameters,
+        "layer": [given.layer, model.n_layers],
         "texts": args.texts,
         "tokens": n_tokens,
         "repeats": args.repeats,
