@@ -31,8 +31,8 @@ def cell_folder(number: int, overrides: str) -> str:
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
 
 
-_LAUNCHERS = ("submitit", "ray")
-"""Packages whose errors say that a job was lost, not that saexp failed."""
+_LAUNCHERS = ("submitit", "ray", "joblib")
+"""Packages whose errors say that a process of a sweep was lost."""
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
@@ -115,10 +115,11 @@ def main() -> None:
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " … ".join(dict.fromkeys([*said[:1], *said[-1:]]))
         _fail(
-            f"a job of the sweep ended without a result ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]}); what was finished is kept, and the same "
-            "command goes on from there"
+            f"a process of the sweep ended without a result ({type(error).__name__}: {told}); what "
+            "was finished is kept, and the same command computes the rest"
         )
 
 

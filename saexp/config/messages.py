@@ -50,7 +50,7 @@ def _explain(error: Exception) -> str:
         unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
         if unknown:
             key = unknown[1] or _full_key(error) or unknown[2]
-            if re.search(r"options\.[^.]+$", key):
+            if re.search(r"options\.[^.]+$", key) and key.rpartition(".")[0] in known_keys():
                 return (
                     f"no key '{key}' is set that could be changed; to add one type +{key}=<value>"
                 )

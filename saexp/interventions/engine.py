@@ -3,7 +3,8 @@
 Shapes: b rows of a batch, t padded tokens, w tokens of the window run per row, V vocabulary.
 Positions are absolute indices into the unpadded prompt, so they hold under left padding and under
 KV-cached decoding. Rows with the same prompt share its computation up to the first token that any
-row of the batch changes, and from there on the blocks below the first stream that any changes.
+row of the batch changes, and, where nothing is generated, from there on the blocks below the first
+stream that any changes.
 """
 
 import copy
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from saexp.interventions.batch import BatchEdit, SAEs
 from saexp.interventions.ops import Row
@@ -65,8 +67,24 @@ def in_batches(
 
 
 def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
-    """Option that keeps the LM head to the last n positions, where the model has it."""
-    return {"logits_to_keep": n} if _keeps(type(model.hf)) else {}
+    """Option that keeps the LM head to the last n positions, where the model has it.
+
+    With shared keys and values Gemma 4 cuts the stream itself to these positions.
+    """
+    return {"logits_to_keep": n} if _keeps(type(model.hf)) and not _shares_kv(model) else {}
+
+
+def _shares_kv(model: LanguageModel) -> bool:
+    """Whether later blocks read keys and values of earlier ones."""
+    return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers
+    )
 
 
 @lru_cache
@@ -121,7 +139,7 @@ def _lower_blocks(
     A context in which the model goes on from there, `cache` being of its prefixes up to there and
     of its rows from there on. None where too little would be saved.
     """
-    n_blocks = change.n_untouched(model.n_layers)
+    n_blocks = 0 if _shares_kv(model) else change.n_untouched(model.n_layers)
     numbers: dict[tuple[int, ...], int] = {}
     of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
     share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
@@ -135,7 +153,7 @@ def _lower_blocks(
     if cache is not None:
         below = copy.copy(cache)
         below.layers = [copy.copy(layer) for layer in cache.layers]
-        prefixes = torch.tensor([of_prefix[i] for i in at.values()], device=model.device)
+        prefixes = torch.tensor([of_prefix[i] for i in at.values()])
         _choose(below.layers[:n_blocks], prefixes)
     output = after_blocks(
         model,
@@ -148,13 +166,13 @@ def _lower_blocks(
     if not can_skip(output):
         return None
     if cache is not None:
-        _choose(cache.layers[n_blocks:], torch.tensor(list(of_prefix), device=model.device))
+        _choose(cache.layers[n_blocks:], torch.tensor(list(of_prefix)))
     return skipping(model, n_blocks, output, torch.tensor(of_row))
 
 
 def _choose(layers: Sequence[Any], chosen: Int[Tensor, " n"]) -> None:
     for layer in layers:
-        layer.batch_select_indices(chosen)
+        layer.reorder_cache(chosen)
 
 
 def _prefill(
@@ -179,13 +197,13 @@ def _prefill(
             use_cache=True,
             **_keeping(model, 1),
         )
-        cache = shared.past_key_values
-    else:
+        cache = shared.past_key_values if _is_plain(shared.past_key_values) else None
+    if cache is None:
         window = width
     run = _Inputs(ids, mask, positions, width - window)
     lower = None if use_cache else _lower_blocks(model, rows, run, change, cache, of_row)
     if lower is None and cache is not None:
-        cache.batch_select_indices(torch.tensor(of_row, device=model.device))
+        cache.reorder_cache(torch.tensor(of_row))
     with lower or nullcontext(), edit_streams(model, change.functions(window)):
         out = model.hf(
             **run.of(slice(None)),
@@ -274,7 +292,7 @@ def _generate_batch(
         if float(finished.double().mean()) >= _DROP_SHARE:
             chosen = (~finished).nonzero()[:, 0]
             on_device = chosen.to(model.device)
-            cache.batch_select_indices(on_device)
+            cache.reorder_cache(chosen)
             inputs, mask, positions = inputs[on_device], mask[on_device], positions[on_device]
             state.change.keep(on_device)
             alive, finished = alive[chosen], finished[chosen]

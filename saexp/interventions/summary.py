@@ -141,7 +141,7 @@ def _tested(
 ) -> dict[str, Any]:
     own = cells.of(key)
     assert own is not None
-    values = _present(own - start)
+    values = _change(own, start)
     if not len(values):
         return {}
     low, high = draws.interval(values)
@@ -153,12 +153,22 @@ def _tested(
     }
     there = [found for c in controls if (found := cells.of(c)) is not None]
     if there:
-        beyond = _present(own - _mean(np.stack(there)))
-        sizes = [abs(float(_present(c - start).mean())) for c in there]
-        made["_over_controls"] = float(beyond.mean())
-        made["_p_controls"] = draws.sign_flip_p(beyond)
+        beyond = _change(own, _mean(np.stack(there)))
+        changes = [_change(c, start) for c in there]
+        sizes = [abs(float(c.mean())) if len(c) else np.nan for c in changes]
+        if len(beyond):
+            made["_over_controls"] = float(beyond.mean())
+            made["_p_controls"] = draws.sign_flip_p(beyond)
         made["_controls_below"] = float(np.mean([s < abs(made["_change"]) for s in sizes]))
     return made
+
+
+def _change(
+    values: Float[np.ndarray, " n"], start: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " m"]:
+    """Differences where both are there; that of two infinities is none."""
+    with np.errstate(invalid="ignore"):
+        return _present(values - start)
 
 
 def _present(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -75,6 +74,7 @@ def skipping(
 
 
 def can_skip(output: Any) -> bool:
-    """Whether beside the stream a block gives nothing that rows would have to be chosen of."""
-    rest = output[1:] if isinstance(output, tuple) else ()
-    return not any(isinstance(x, torch.Tensor) for x in rest)
+    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of."""
+    stream, *rest = output if isinstance(output, tuple) else (output,)
+    is_stream = isinstance(stream, Tensor) and stream.dim() == 3
+    return is_stream and not any(isinstance(x, Tensor) for x in rest)

@@ -4,14 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from saexp.interventions.computing import generate
 from saexp.interventions.engine import last_logits, likeliest_tokens
 from saexp.interventions.ops import Add, Patch, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.skipping import after_blocks, can_skip
-from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm
+from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm, tokenizer
 
 UNTOUCHED = {
     Hookpoint(2, "resid_post"): 3,
@@ -140,3 +143,53 @@ def test_a_block_that_gives_more_than_the_stream_is_not_skipped() -> None:
     assert can_skip(stream)
     assert can_skip((stream, None))
     assert not can_skip((stream, torch.ones(1, 4, 3, 3)))
+
+
+_SMALL = {
+    "vocab_size": 384,
+    "hidden_size": D_MODEL,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+UNLIKE = {
+    # Later blocks read keys and values of earlier ones, and the stream is cut before the LM head.
+    "Gemma4TextConfig": {
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "sliding_window": 4,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 384,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    # Beside keys and values its cache holds states of a convolution and a recurrence.
+    "FalconH1Config": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("config", UNLIKE)
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_models_whose_blocks_share_more_than_the_stream(config: str, layer: int) -> None:
+    about = getattr(transformers, config)(**_SMALL, **UNLIKE[config])
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval().requires_grad_(False)
+    model = LanguageModel.wrap(hf, tokenizer(), name=config)
+    for place in (lambda _: 0, lambda n: n - 1):
+        rows = grid(model, Hookpoint(layer, "resid_post"), place)
+        alone = [last_logits(model, [row], None, 1) for row in rows]
+        together = last_logits(model, rows, None, 1)
+        torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
+        texts = generate(model, rows, max_new_tokens=4, batch_tokens=4096)
+        assert texts == [
+            t for r in rows for t in generate(model, [r], max_new_tokens=4, batch_tokens=4096)
+        ]
