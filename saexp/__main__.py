@@ -1,6 +1,16 @@
 """`python -m saexp`."""
 
-from saexp.cli import main
+import sys
+
+try:
+    from saexp.cli import main
+except ModuleNotFoundError as error:
+    if error.name not in ("hydra", "omegaconf"):
+        raise
+    sys.exit(
+        f"saexp: {error.name} is not installed in this Python; type source .venv/bin/activate "
+        "(after make run), or pip install -e ."
+    )
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """Services of a run: its folder, seconds per stage, notes, progress bars. Never a model or data."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,42 @@ from saexp.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
+_SECONDS_BETWEEN_LINES = 20.0
+
+
+class _Lines:
+    """Progress where no bar can be drawn: a log line now and then, none for what is soon done."""
+
+    def __init__(self, total: int, what: str, unit: str) -> None:
+        self.total, self.what, self.unit, self.done = total, what, unit, 0
+        self.began = self.told = time.monotonic()
+
+    def update(self, n: int = 1) -> None:
+        """Count n more."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.told < _SECONDS_BETWEEN_LINES:
+            return
+        self.told = now
+        rate = self.done / (now - self.began)
+        left = (self.total - self.done) / rate if rate else 0.0
+        log.info(
+            "%s: %d of %d, %.1f %s/s, %.0f s left",
+            *(self.what, self.done, self.total, rate, self.unit, left),
+        )
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def progress(total: int, what: str, unit: str) -> Any:
-    """A bar with rate and ETA on a terminal, nothing elsewhere; `.update(n)`, usable in `with`."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+    """A bar on a terminal, a log line every 20 s elsewhere; `.update(n)`, in a `with`."""
+    if not sys.stderr.isatty():
+        return _Lines(total, what, unit)
+    return tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True)
 
 
 @dataclass

@@ -57,7 +57,7 @@ ELSEWHERE = {
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
         "tests/test_mission.py::test_the_missions_own_command"
     ),
-    "python -m saexp -m layer=0,1,2 coefficient=0,4": (
+    "python -m saexp -m layer=0,1,2 coefficient=0,0.6": (
         "tests/test_run.py::test_a_sweep_goes_on_past_a_failing_cell"
     ),
     "python -m saexp -m task=train layer=1,3 width=256 sae_trainer=topk,batchtopk,jumprelu": (

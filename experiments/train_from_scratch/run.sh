@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Study D on the shipped model: three variants side by side on the middle token of each text.
+# Study D on the shipped model: two variants side by side on the middle token of each text.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}

@@ -34,6 +34,9 @@ OWN_COLUMNS = (
 """Columns of every rows table; the user's file's own of such a name is kept as `<name>_in_file`."""
 
 
+NO_SPAN = "no entity span"
+
+
 class Unplaced(Exception):
     """A text without the position wanted; its message is the reason that is reported."""
 
@@ -81,7 +84,7 @@ def _of_span(tokens: TokenizedText, span: Span, what: str) -> list[int]:
 def entity_tokens(example: Example, tokens: TokenizedText) -> list[int]:
     """Tokens of the entity's (last) mention; raises Unplaced where there is none."""
     if not example.spans:
-        raise Unplaced("no entity span")
+        raise Unplaced(NO_SPAN)
     return _of_span(tokens, example.spans[-1], "entity")
 
 
@@ -97,7 +100,7 @@ class EntityAll(_Positions):
 
     def choose(self, at: Candidate) -> list[int]:
         if not at.example.spans:
-            raise Unplaced("no entity span")
+            raise Unplaced(NO_SPAN)
         return sorted({i for span in at.example.spans for i in _of_span(at.tokens, span, "entity")})
 
 
@@ -253,7 +256,12 @@ def place(
             )
     if not rows:
         reasons = sorted({s.reason for s in skips}) or ["the data set is empty"]
-        raise DataError(f"no position could be placed in {len(skips)} texts: {'; '.join(reasons)}")
+        hint = ""
+        if all(s.reason == NO_SPAN for s in skips) and skips:
+            hint = "; give the rows an entity, or type positions=last intervention.where=last"
+        raise DataError(
+            f"no position could be placed in {len(skips)} texts: {'; '.join(reasons)}{hint}"
+        )
     table = pd.DataFrame(rows)
     table.insert(11, "token", tokenizer.convert_ids_to_tokens(table["token_id"].tolist()))
     for column in ("group", "split", "entity", "entity_type"):

@@ -137,7 +137,7 @@ _STREAM = (
     ("sparsity/l0", "L0"),
     ("sparsity/mean_active", "mean active value"),
     ("sparsity/dead_fraction", "never fired"),
-    ("reconstruction/explained_variance", "explained variance"),
+    ("reconstruction/explained_variance", "explained variance there"),
     ("reconstruction/explained_variance_legacy", "… legacy definition"),
     ("reconstruction/cosine", "cosine"),
     ("contrast/n_tested", "latents tested"),

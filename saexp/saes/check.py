@@ -140,7 +140,7 @@ def _problems(sae: SparseAutoencoder, own: float, others: Mapping[str, float]) -
         found.append(
             f"{name} explains only {own:.2f} of the variance at {at} on neutral text, and no more "
             f"under any other reading tried: is it {_kind(sae)} of this very model and stream "
-            "(base or chat, resid_post or mlp_out)?"
+            "(base or chat, resid_post or mlp_out), trained on texts like these?"
         )
     return found
 
