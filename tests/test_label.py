@@ -15,7 +15,7 @@ from saexp.interventions import engine
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
 from saexp.tasks.answers import Options, answers
-from tests.random_models import random_lm, tokenizer
+from tests.random_models import random_hf, random_lm, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -346,7 +346,7 @@ def test_own_prompts_have_rows_too(own):
 
 
 def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
-    hf = random_lm("llama").hf
+    hf = random_hf("llama")
     hf.save_pretrained(tmp_path / "model")
     tokenizer(chat=True).save_pretrained(tmp_path / "model")
     file = tmp_path / "mine.jsonl"
