@@ -109,6 +109,13 @@ def tokenizer(trim_offsets: bool = True, chat: bool = False) -> PreTrainedTokeni
     return fast
 
 
+def hooks_left(hf: Any) -> list[Any]:
+    """Hooks on a model's modules, but those that transformers installs for good by itself."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    found = [h for m in hf.modules() for kind in kinds for h in getattr(m, kind).values()]
+    return [h for h in found if not getattr(h, "__module__", "").startswith("transformers.")]
+
+
 @cache
 def random_lm(architecture: str) -> LanguageModel:
     """A random model in memory, with the tokenizer; shared, so leave its weights alone."""

@@ -21,7 +21,15 @@ from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from tests.latents.test_splice import perfect, sae
-from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_hf, random_lm, tokenizer
+from tests.random_models import (
+    ARCHITECTURES,
+    D_MODEL,
+    TEXTS,
+    hooks_left,
+    random_hf,
+    random_lm,
+    tokenizer,
+)
 from tests.saes.make import parameters
 
 TOKENS = tokenize([*TEXTS, "a b", TEXTS[0][:20]], tokenizer(), 40)
@@ -370,10 +378,8 @@ def test_no_hook_and_no_forward_is_left_behind() -> None:
         broken.W_dec = broken.W_dec[:, :-1]
         evaluate_saes(model, [broken], TOKENS)
     evaluate_saes(model, [sae()], TOKENS)
-    for part in model.hf.modules():
-        assert not part._forward_hooks
-        assert not part._forward_pre_hooks
-        assert "forward" not in part.__dict__
+    assert hooks_left(model.hf) == []
+    assert not any("forward" in part.__dict__ for part in model.hf.modules())
 
 
 def test_half_precision_models() -> None:

@@ -14,7 +14,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
-from tests.random_models import D_MODEL, STORED, TEXTS, random_hf, random_lm, tokenizer
+from tests.random_models import D_MODEL, STORED, TEXTS, hooks_left, random_hf, random_lm, tokenizer
 
 AT = Hookpoint(1, "resid_post")
 D_SAE = 48
@@ -473,6 +473,4 @@ def test_no_hook_is_left(model: LanguageModel, sae: SparseAutoencoder) -> None:
     with pytest.raises(Broken):
         logits_of(model, [Row(prompts(model)[0], add(sae, (1,), 1.0), (1,))], sae)
     handle.remove()
-    for module in model.hf.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert hooks_left(model.hf) == []

@@ -13,6 +13,7 @@ from tests.random_models import (
     D_MODEL,
     N_LAYERS,
     VOCABULARY,
+    hooks_left,
     random_hf,
     random_lm,
 )
@@ -127,7 +128,7 @@ def test_the_model_is_left_as_it_was(architecture):
         edits = {Hookpoint(1, "resid_post"): boom}
         attention_to(model, IDS, mask, every(KEYS, mask, "left"), edits=edits)
     assert model.hf.config._attn_implementation == kind
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+    assert hooks_left(model.hf) == []
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tests.random_models import (
     N_LAYERS,
     PARALLEL,
     VOCABULARY,
+    hooks_left,
     random_hf,
     random_lm,
 )
@@ -26,14 +27,7 @@ EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def n_hooks(model) -> int:
-    return sum(
-        len(m._forward_hooks)
-        + len(m._forward_pre_hooks)
-        + len(m._backward_hooks)
-        + len(m._forward_hooks_with_kwargs)
-        + len(m._forward_pre_hooks_with_kwargs)
-        for m in model.hf.modules()
-    )
+    return len(hooks_left(model.hf))
 
 
 def points_of(architecture):

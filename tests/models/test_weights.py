@@ -11,7 +11,15 @@ from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import orthogonalized
 from tests import random_models
-from tests.random_models import ARCHITECTURES, D_MODEL, N_LAYERS, POST_NORMS, VOCABULARY, random_hf
+from tests.random_models import (
+    ARCHITECTURES,
+    D_MODEL,
+    N_LAYERS,
+    POST_NORMS,
+    VOCABULARY,
+    hooks_left,
+    random_hf,
+)
 from tests.random_models import random_lm as shared_lm
 
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -154,7 +162,7 @@ def test_everything_is_put_back_after_an_exception(architecture):
     after = dict(model.hf.named_parameters())
     assert list(after) == list(parameters)
     assert all(after[n] is p and p.requires_grad == flags[n] for n, p in parameters.items())
-    assert not any(m._forward_hooks for m in model.hf.modules())
+    assert hooks_left(model.hf) == []
 
 
 def test_contexts_can_be_nested():
