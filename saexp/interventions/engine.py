@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from saexp.interventions.batch import BatchEdit, SAEs
 from saexp.interventions.ops import Row
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
-from saexp.models.kv_cache import with_room
+from saexp.models.kv_cache import is_plain, with_room
 from saexp.models.loading import LanguageModel
 from saexp.models.skipping import after_blocks, can_skip, skipping
 
@@ -77,14 +76,6 @@ def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
 def _shares_kv(model: LanguageModel) -> bool:
     """Whether later blocks read keys and values of earlier ones."""
     return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
-
-
-def _is_plain(cache: Any) -> bool:
-    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
-    layers = getattr(cache, "layers", ())
-    return bool(layers) and all(
-        isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers
-    )
 
 
 @lru_cache
@@ -197,7 +188,7 @@ def _prefill(
             use_cache=True,
             **_keeping(model, 1),
         )
-        cache = shared.past_key_values if _is_plain(shared.past_key_values) else None
+        cache = shared.past_key_values if is_plain(shared.past_key_values) else None
     if cache is None:
         window = width
     run = _Inputs(ids, mask, positions, width - window)

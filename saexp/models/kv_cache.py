@@ -6,6 +6,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
+def is_plain(cache: Any) -> bool:
+    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers
+    )
+
+
 def with_room(cache: Any, n_tokens: int) -> Any:
     """The cache, whose layers write the next `n_tokens` in place instead of copying what they hold.
 
