@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import os
 import re
 import shlex
@@ -30,6 +31,11 @@ def cell_folder(number: int, overrides: str) -> str:
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
 
+
+_GARBAGE = (50_000, 20, 50)
+"""When Python searches for cyclic garbage. A run makes millions of small objects that live to its
+end (tables, prompts, imported code), and the usual thresholds would have it search them for a fifth
+of a run that finds everything cached."""
 
 _LAUNCHERS = ("submitit", "ray", "joblib")
 """Packages whose errors say that a process of a sweep was lost."""
@@ -94,6 +100,15 @@ def _summary(result: Any, folder: Path) -> None:
 
 def main() -> None:
     """Entry point; anything the user can fix is one line on stderr and exit code 1."""
+    gc.set_threshold(*_GARBAGE)
+    try:
+        _main()
+    finally:
+        # The modules' objects need no search for cycles at exit, which takes a second.
+        gc.freeze()
+
+
+def _main() -> None:
     register_schema()
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Hydra would print its own shortened traceback; with this it hands errors on.

@@ -5,7 +5,7 @@ from typing import cast
 
 import numpy as np
 from jaxtyping import Float
-from scipy import sparse, stats
+from scipy import sparse, special
 
 _NUMBERS = 4_000_000
 """Resampled means held at once."""
@@ -15,7 +15,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of k successes in n trials (Wilson 1927); (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    z = float(special.ndtri(0.5 + confidence / 2))
     share = k / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import sparse, stats
+from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -267,7 +267,7 @@ class Judge:
         for stratum in np.unique(strata):
             mine = np.flatnonzero(strata == stratum)
             if first[mine].any() and not first[mine].all():
-                ranks = stats.rankdata(scores[mine], method="dense").astype(np.float64)
+                ranks = 1.0 + np.unique(scores[mine], return_inverse=True)[1]
                 ranked = Ranked(sparse.csr_array(ranks[:, None]), first[mine])
                 parts.append((mine, first[mine][:, None], ranked))
 

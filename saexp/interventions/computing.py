@@ -95,7 +95,7 @@ def generate(
             yield [(row, np.asarray(tokens, dtype=np.float64)) for row, tokens in batch]
 
     found = _computed(rows, what, f"tokens {max_new_tokens}", cache, compute)
-    return [[int(t) for t in values] for values in found]
+    return [values.astype(np.int64).tolist() for values in found]
 
 
 def read_logits(

@@ -87,7 +87,11 @@ class Measurement:
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
         )
-        texts = self.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        # Many rows say the same.
+        unlike = list(dict.fromkeys(map(tuple, tokens)))
+        said = self.model.tokenizer.batch_decode(list(map(list, unlike)), skip_special_tokens=True)
+        text_of = dict(zip(unlike, said, strict=True))
+        texts = [text_of[tuple(made)] for made in tokens]
         found: dict[str, list[Any]] = {"generated_text": texts}
         for outcome in self.asked:
             if outcome.source != "text":

@@ -87,7 +87,7 @@ class CausalTest:
         if not conditions:
             return TaskResult(notes=["no latent is selected, so nothing was steered", *notes])
         jobs = self._jobs(conditions, prompts)
-        effects = pd.DataFrame([self._described(job) for job in jobs])
+        effects = self._described(jobs)
         if self.facts.saes:
             effects["layer"] = effects["layer"].astype("Int64")
         result = TaskResult(notes=[*notes, *prompts.notes()])
@@ -156,28 +156,37 @@ class CausalTest:
                         jobs.append(Job(prompt.example, condition, at, coefficient))
         return jobs
 
-    def _described(self, job: Job) -> dict[str, Any]:
-        example, condition = job.example, job.condition
-        written = condition.written or (() if self.facts.saes else (self.facts.written,))
-        return {
-            "example_id": example.id,
-            "group": "all" if example.group is None else example.group,
-            "split": example.split,
-            "entity_type": example.entity_type,
-            "unit": example.unit,
-            "prompt": example.text,
-            "condition": condition.name,
-            "role": condition.role,
-            "of": condition.of,
-            "direction": condition.direction,
-            "latent": condition.label,
-            "coefficient": job.coefficient,
-            "coefficient_unit": coefficient_unit(self.cfg),
-            "hookpoint": "+".join(at.name for at in written),
-            "layer": written[0].layer if len(written) == 1 else pd.NA,
-            "where": self.cfg.where,
-            "answers": " | ".join(example.answers),
-        }
+    def _described(self, jobs: Sequence[Job]) -> pd.DataFrame:
+        """What each row is, before anything is measured; by columns, as there are many rows."""
+        plain = () if self.facts.saes else (self.facts.written,)
+        where: dict[int, tuple[str, Any]] = {}
+        for condition in (job.condition for job in jobs):
+            if id(condition) not in where:
+                written = condition.written or plain
+                layer = written[0].layer if len(written) == 1 else pd.NA
+                where[id(condition)] = ("+".join(at.name for at in written), layer)
+        examples, conditions = [j.example for j in jobs], [j.condition for j in jobs]
+        return pd.DataFrame(
+            {
+                "example_id": [e.id for e in examples],
+                "group": ["all" if e.group is None else e.group for e in examples],
+                "split": [e.split for e in examples],
+                "entity_type": [e.entity_type for e in examples],
+                "unit": [e.unit for e in examples],
+                "prompt": [e.text for e in examples],
+                "condition": [c.name for c in conditions],
+                "role": [c.role for c in conditions],
+                "of": [c.of for c in conditions],
+                "direction": [c.direction for c in conditions],
+                "latent": [c.label for c in conditions],
+                "coefficient": [j.coefficient for j in jobs],
+                "coefficient_unit": coefficient_unit(self.cfg),
+                "hookpoint": [where[id(c)][0] for c in conditions],
+                "layer": [where[id(c)][1] for c in conditions],
+                "where": self.cfg.where,
+                "answers": [" | ".join(e.answers) for e in examples],
+            }
+        )
 
     @contextmanager
     def _measuring(self, weights: Vector | None) -> Iterator[tuple[Measurement, Original | None]]:

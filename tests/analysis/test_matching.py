@@ -47,6 +47,20 @@ def test_p_value_is_the_smallest_over_types_corrected() -> None:
     assert found.p_value == pytest.approx(min(1.0, 2 * min(by_type)))
 
 
+def test_a_few_counts_that_all_differ_are_tested_exactly() -> None:
+    table = pd.DataFrame(
+        {
+            "group": ["known"] * 3 + ["unknown"] * 4,
+            "split": "train",
+            "entity_type": "song",
+            "n_entity_tokens": pd.array([1, 2, 3, 4, 5, 6, 7], dtype="Int64"),
+        }
+    )
+    found = match_token_counts(table, GROUPS, 0, resample=False)
+    # One of 35 ways to choose three of seven, doubled.
+    assert found.p_value == pytest.approx(2 / 35)
+
+
 def test_unequal_counts_are_made_equal_in_every_stratum() -> None:
     table = units(3, 1, 2.5)
     found = match_token_counts(table, GROUPS, 0, resample=True)

@@ -12,7 +12,14 @@ from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
-from saexp.analysis.statistics import FEW, Ranked, benjamini_hochberg, welch_t
+from saexp.analysis.statistics import (
+    FEW,
+    Ranked,
+    _fisher,
+    _pearson3_tail,
+    benjamini_hochberg,
+    welch_t,
+)
 from saexp.latents.summary import moments
 
 
@@ -124,6 +131,26 @@ def test_skewness_brings_the_tail_near_the_exact_one(k: int) -> None:
     exact = 2 * stats.hypergeom(1000, 50, 100).sf(k - 1)
     assert found.p_normal[0] < 0.75 * exact
     assert 0.4 * exact < found.p_value[0] < 4 * exact
+
+
+def test_rare_latents_against_the_hypergeometric_law() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        n = int(rng.integers(12, 400))
+        n_first = int(rng.integers(1, n))
+        active = rng.integers(0, FEW, 30).astype(float)
+        on_first = np.array([rng.hypergeometric(a, n - a, n_first) for a in active.astype(int)])
+        law = stats.hypergeom(n, active.astype(int), n_first)
+        want = np.minimum(1, 2 * np.minimum(law.cdf(on_first), law.sf(on_first - 1)))
+        np.testing.assert_allclose(_fisher(on_first, active, n_first, n), want, rtol=1e-9)
+
+
+def test_tails_of_skewed_laws_against_scipy() -> None:
+    z, skew = np.meshgrid(
+        np.linspace(-6, 12, 37), [-3, -0.7, -1e-3, -1e-6, 0, 1e-6, 1e-4, 0.2, 2.5]
+    )
+    want = stats.pearson3.sf(z, skew)
+    np.testing.assert_allclose(_pearson3_tail(z, skew), want, rtol=1e-6, atol=1e-300)
 
 
 def test_nothing_changes_between_equal_groups_of_common_latents() -> None:
