@@ -165,7 +165,7 @@ def read_result(folder: str | Path) -> TaskResult:
     tables = {p.stem: pd.read_parquet(p) for p in sorted(place.glob("*.parquet"))}
     figures = {}
     if "evaluation" in tables:
-        from saexp.reports.evaluation import evaluation_figures
+        from saexp.reports.evaluation_figures import evaluation_figures
 
         figures = evaluation_figures(place)
     elif provenance["config"]["task"]["name"] != "analyze":

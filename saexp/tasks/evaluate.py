@@ -16,10 +16,10 @@ from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.registry import did_you_mean
 from saexp.reports.evaluation import (
-    evaluation_figures,
     evaluation_sentences,
     write_evaluation_report,
 )
+from saexp.reports.evaluation_figures import evaluation_figures
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.bos import settle_bos, wish

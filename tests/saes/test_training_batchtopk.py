@@ -9,6 +9,7 @@ import torch
 from saexp.config.training import SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.training_classes import Place, training_sae
+from tests.saes.lens_training import lens_trainer
 from tests.saes.make import D_IN, D_SAE, points
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,8 +62,6 @@ def test_it_is_trained_as_sae_lens_trains_its_own(
     lens: ModuleType, options: dict[str, Any]
 ) -> None:
     """Losses, weights and the threshold after 30 steps of Adam; latents die on the way."""
-    from sae_lens.config import SAETrainerConfig as LensConfig
-
     ours, batches = made(**options), [b + 0.1 * i for i, b in enumerate(points(30, 16, D_IN))]
     theirs = lens.BatchTopKTrainingSAE(ours.cfg)
     theirs.load_state_dict(ours.state_dict())
@@ -70,18 +69,7 @@ def test_it_is_trained_as_sae_lens_trains_its_own(
     losses: list[list[float]] = []
     n_dead: list[int] = []
     for model in (theirs, ours):
-        cfg = LensConfig(
-            total_training_samples=16 * 30,
-            train_batch_size_samples=16,
-            lr=3e-3,
-            lr_end=0.0,
-            lr_warm_up_steps=3,
-            lr_decay_steps=5,
-            device="cpu",
-            dead_feature_window=2,
-            feature_sampling_window=1000,
-        )
-        trainer = lens.training.sae_trainer.SAETrainer(cfg, model, iter(()))
+        trainer = lens_trainer(lens, model, len(batches), 16)
         losses.append([])
         for number, batch in enumerate(batches, start=1):
             n_dead.append(int(trainer.dead_neurons.sum()))

@@ -13,6 +13,7 @@ from saexp.config.training import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.training_classes import TRANSCODERS, Place, training_sae
+from tests.saes.lens_training import lens_trainer
 from tests.saes.make import D_IN, D_OUT, D_SAE, points
 
 CPU = torch.device("cpu")
@@ -57,21 +58,7 @@ def step_input(lens: ModuleType, batch: Tensor, dead: Tensor | None = None) -> A
 
 def optimised(lens: ModuleType, model: Any, batches: list[Tensor]) -> list[float]:
     """sae-lens' trainer on these batches, latents dead after two steps; the losses."""
-    from sae_lens.config import SAETrainerConfig as LensConfig
-
-    size = len(batches[0])
-    cfg = LensConfig(
-        total_training_samples=size * len(batches),
-        train_batch_size_samples=size,
-        lr=3e-3,
-        lr_end=0.0,
-        lr_warm_up_steps=3,
-        lr_decay_steps=5,
-        device="cpu",
-        dead_feature_window=2,
-        feature_sampling_window=1000,
-    )
-    trainer, losses = lens.training.sae_trainer.SAETrainer(cfg, model, iter(())), []
+    trainer, losses = lens_trainer(lens, model, len(batches), len(batches[0])), []
     for number, batch in enumerate(batches, start=1):
         losses.append(float(trainer.step(batch).loss.detach()))
         trainer.n_training_steps = number
