@@ -95,7 +95,7 @@ def _summary(result: Any, folder: Path) -> None:
     for note in result.notes:
         print(f"note: {note}")
     shown = os.path.relpath(folder)
-    print(f"report: {shown}/{page}" if page else shown)
+    print(f"report: {shown}/{page}" if page else f"folder: {shown}")
 
 
 def main() -> None:

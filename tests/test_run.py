@@ -171,7 +171,7 @@ def test_nothing_is_steered_where_nothing_is_significant(folder: Path, tmp_path:
     result = saexp.run(cfg, tmp_path / "run")
     assert result.metrics["contrast/n_significant"] == 0
     assert any("nothing was steered" in note for note in result.notes)
-    assert "No latent speaks for" in (tmp_path / "run/report.html").read_text("utf-8")
+    assert "No latent for" in (tmp_path / "run/report.html").read_text("utf-8")
 
 
 def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.summary import by_unit, moments
 from saexp.results import TaskResult
+from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ class ContrastAnalyzer:
         notes = list(matching.notes)
         if both:
             notes.append(
-                f"{both} entities have rows of both groups; each counts once in either, though the "
-                "two are not independent"
+                f"{counted(both, 'entity has', 'entities have')} rows of both groups; each counts "
+                "once in either, though the two are not independent"
             )
         for split, suffix in ((train, ""), (test, "_test")):
             if not self._per_type(table, split, fired, first, suffix):
@@ -94,7 +95,11 @@ class ContrastAnalyzer:
         metrics = self._metrics(table, train, test, inputs.groups, notes)
         metrics["contrast/token_count_p_value"] = matching.p_value
         metrics["contrast/n_dropped_by_matching"] = int((~matching.keep).sum())
-        log.info("%d latents fired, %d significant", len(table), metrics["contrast/n_significant"])
+        log.info(
+            "%d of %d latents that fired on the train split are significant",
+            metrics["contrast/n_significant"],
+            metrics["contrast/n_tested"],
+        )
         return TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
 
     def _split(
@@ -106,8 +111,8 @@ class ContrastAnalyzer:
         for group, size in sizes.items():
             if size < 2:
                 raise DataError(
-                    f"split {name} has {size} entities of group '{group}'; a contrast needs at "
-                    "least 2: add rows, or change dataset.split"
+                    f"split {name} has {counted(size, 'entity', 'entities')} of group '{group}'; a "
+                    "contrast needs at least 2: add rows, or change dataset.split"
                 )
         first = (part["group"] == groups[0]).to_numpy(dtype=bool)
         return _Split(csr[chosen], part, first)
@@ -217,9 +222,10 @@ class ContrastAnalyzer:
         if mine.empty:
             return f"no latent speaks for '{group}' at a q-value <= {self.cfg.alpha:g}"
         return (
-            f"none of {len(mine)} significant latents for '{group}' is selected: {loud} fire on "
-            f"{self.cfg.background_max:.0%} or more of neutral text (analyzer.background_max), "
-            f"{len(mine) - loud} point the other way for some entity type or in their ranks"
+            f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: "
+            f"{counted(loud, 'fires', 'fire')} on {self.cfg.background_max:.0%} or more of neutral "
+            f"text (analyzer.background_max), {counted(len(mine) - loud, 'points', 'point')} the "
+            "other way for some entity type or in their ranks"
         )
 
 

@@ -28,7 +28,7 @@ from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
 from saexp.models.kv_cache import is_plain, with_room
 from saexp.models.loading import LanguageModel
-from saexp.models.skipping import after_blocks, can_skip, skipping
+from saexp.models.skipping import after_blocks, can_skip, may_skip, skipping
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def _lower_blocks(
     A context in which the model goes on from there, `cache` being of its prefixes up to there and
     of its rows from there on. None where too little would be saved.
     """
-    n_blocks = 0 if _shares_kv(model) else change.n_untouched(model.n_layers)
+    shared = _shares_kv(model) or not may_skip(model)
+    n_blocks = 0 if shared else change.n_untouched(model.n_layers)
     numbers: dict[tuple[int, ...], int] = {}
     of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
     share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
@@ -154,7 +155,7 @@ def _lower_blocks(
         use_cache=below is not None,
         **_keeping(model, 1),
     )
-    if not can_skip(output):
+    if not can_skip(model, output):
         return None
     if cache is not None:
         _choose(cache.layers[n_blocks:], torch.tensor(list(of_prefix)))

@@ -61,6 +61,8 @@ class LanguageModel:
     """
 
     prepend_bos: bool | None
+    skippable = True
+    """False once a block gave something beside the stream (`models.skipping`)."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg

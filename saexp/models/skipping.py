@@ -73,8 +73,20 @@ def skipping(
                 block.forward = forward
 
 
-def can_skip(output: Any) -> bool:
-    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of."""
+def may_skip(model: LanguageModel) -> bool:
+    """Whether blocks can be left out: each runs once, and none was seen to give what can't be kept.
+
+    A module that stands at two places would be replaced at both.
+    """
+    return model.skippable and len(set(map(id, model.blocks))) == model.n_layers
+
+
+def can_skip(model: LanguageModel, output: Any) -> bool:
+    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of.
+
+    Where it is not, the model is remembered as one whose blocks can't be left out.
+    """
     stream, *rest = output if isinstance(output, tuple) else (output,)
     is_stream = isinstance(stream, Tensor) and stream.dim() == 3
-    return is_stream and not any(isinstance(x, Tensor) for x in rest)
+    model.skippable = is_stream and not any(isinstance(x, Tensor) for x in rest)
+    return model.skippable

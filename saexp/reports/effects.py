@@ -37,6 +37,11 @@ def unit_words(cfg: dict[str, Any]) -> str:
     return _UNITS.get(str(cfg["unit"]) if name == "steer" else name, "")
 
 
+def verb(cfg: dict[str, Any]) -> str:
+    """What an intervention does, in words that go before what it changes."""
+    return VERBS.get(str(cfg["name"]), f"{cfg['name']} on")
+
+
 def what(row: Any, told_direction: bool = True) -> str:
     """What a condition changes, in words: its latents, direction or place."""
     latents = str(row["latent"])
@@ -109,8 +114,14 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str:
     coefficient = run.told_coefficient(condition, outcome)
     if coefficient is None:
         row = mine.iloc[0]
+        if (mine["coefficient"] == 0).all():
+            return (
+                f"{verb(cfg)} {what(row)} was run at coefficient 0 "
+                f"alone, which changes nothing: {_words(outcome)} of {prompts_of(row['group'])} "
+                f"stays {row[outcome]:.2f}"
+            )
         return (
-            f"{VERBS.get(cfg['name'], cfg['name'])} {what(row)} changes {_words(outcome)} of "
+            f"{verb(cfg)} {what(row)} changes {_words(outcome)} of "
             f"{prompts_of(row['group'])} at no coefficient by more than its controls"
         )
     at = summary[summary["coefficient"] == coefficient]
@@ -120,14 +131,14 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str:
     where = cfg["where"].replace("_", " ")
     strength = "" if cfg["name"] == "orthogonalize" else f", coefficient {coefficient:g}"
     if strength:
-        strength = f"{strength} {unit_words(cfg)}"
+        strength = f"{strength} {unit_words(cfg)}".rstrip()
     numbers = (
         f"{before[outcome]:.2f} -> {row[outcome]:.2f} "
         f"[{row[f'{outcome}_ci_low']:.2f}, {row[f'{outcome}_ci_high']:.2f}]"
     )
     place = "" if cfg["name"] == "orthogonalize" else f" at {where}"
     sentence = (
-        f"{VERBS.get(cfg['name'], cfg['name'])} {what(row)}{place}{strength}: {_words(outcome)} on "
+        f"{verb(cfg)} {what(row)}{place}{strength}: {_words(outcome)} on "
         f"{int(row[f'{outcome}_n'])} {prompts_of(group)} {numbers}"
     )
     return f"{sentence}{_controls(at, condition, outcome)}"

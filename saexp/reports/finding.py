@@ -38,7 +38,7 @@ def _contrast(run: SavedRun, group: str) -> str:
     m = {k.removeprefix("contrast/"): v for k, v in run.metrics.items()}
     latent = m[f"best_latent_{group}"]
     if latent is None:
-        return f"No latent speaks for '{group}', so none is selected."
+        return f"No latent for '{group}' is selected."
     low, high = m[f"best_auroc_{group}_ci_low_test"], m[f"best_auroc_{group}_ci_high_test"]
     interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
     parts = (

@@ -11,11 +11,12 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from saexp.reports.effect_tables import attribution_tables, effect_content
-from saexp.reports.effects import VERBS
+from saexp.reports.effects import verb
 from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
 from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.saved import SavedRun
+from saexp.wording import counted
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_LATENTS, N_ROWS = 15, 8
@@ -124,10 +125,10 @@ def _asked(run: SavedRun) -> str:
     )
     if causal["name"] == "none":
         return words
-    verb = VERBS.get(causal["name"], causal["name"])
+    doing = verb(causal)
     asked = ", ".join(causal["outcomes"]).replace("_", " ")
     where = causal["where"].replace("_", " ")
-    return f"{words} And does {verb} them at {where} change {asked}?"
+    return f"{words} And does {doing} them at {where} change {asked}?"
 
 
 _STREAM = (
@@ -137,7 +138,7 @@ _STREAM = (
     ("sparsity/l0", "L0"),
     ("sparsity/mean_active", "mean active value"),
     ("sparsity/dead_fraction", "never fired"),
-    ("reconstruction/explained_variance", "explained variance there"),
+    ("reconstruction/explained_variance", "explained variance, these positions"),
     ("reconstruction/explained_variance_legacy", "… legacy definition"),
     ("reconstruction/cosine", "cosine"),
     ("contrast/n_tested", "latents tested"),
@@ -174,8 +175,21 @@ def _latent_tables(run: SavedRun) -> list[dict[str, Any]]:
         head += [f"fires, {g}" for g in run.groups] + [f"mean, {g}" for g in run.groups]
         head += ["min separation", "q train", "q test", "background"]
         head += [c.replace("_", " ") for c in scores]
-        tables.append({"group": group, "head": head, "rows": rows})
+        tables.append({"group": group, "title": _selected(run, group), "head": head, "rows": rows})
     return tables
+
+
+def _selected(run: SavedRun, group: str) -> str:
+    """How many latents a direction has, and which of them the causal test changes."""
+    told = counted(len(run.selected(group)), "selected latent")
+    if len(run.selected(group)) > N_LATENTS:
+        told += f", the first {N_LATENTS}"
+    summary = run.effects_summary
+    if summary is None:
+        return told
+    mine = summary[(summary["direction"] == group) & (summary["role"] == "single")]
+    changed = list(dict.fromkeys(mine["latent"].astype(str)))
+    return f"{told}; changed below: {', '.join(changed)}" if changed else told
 
 
 def _example_rows(run: SavedRun) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def findings(table: pd.DataFrame) -> list[str]:
             f"{best[f'{key}_test']:.3f}{_interval(best, key)}."
         )
     for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
-        told.append(_effect_sentence(str(outcome), str(direction), part))
+        told += _effect_sentence(str(outcome), str(direction), part)
     return told
 
 
@@ -112,16 +112,20 @@ def _interval(row: pd.Series, key: str) -> str:
     return "" if pd.isna(low) or pd.isna(high) else f" [{low:.3f}, {high:.3f}]"
 
 
-def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> str:
+def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> list[str]:
+    """Of the cells that change something: where the outcome is lowest and highest."""
+    part = part[part["coefficient"] != 0]
+    if part.empty:
+        return []
     values = part["value"].to_numpy()
     if values.min() == values.max():
-        return f"Acting on '{direction}': {outcome} {values[0]:.2f} in every cell."
+        return [f"Acting on '{direction}': {outcome} {values[0]:.2f} in every cell."]
     ends = [
         f"{row['value']:.2f} (layer {row['layer']}, width {row['width']}, coefficient "
         f"{row['coefficient']:g}{_controls(row)})"
         for row in (part.iloc[int(values.argmin())], part.iloc[int(values.argmax())])
     ]
-    return f"Acting on '{direction}': {outcome} from {' to '.join(ends)}."
+    return [f"Acting on '{direction}': {outcome} from {' to '.join(ends)}."]
 
 
 def _controls(row: pd.Series) -> str:

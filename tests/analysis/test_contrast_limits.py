@@ -28,13 +28,15 @@ def test_no_two_groups(groups: tuple[str, ...]) -> None:
         contrast(DENSE, ROWS, groups=groups)
 
 
-@pytest.mark.parametrize(("split", "left"), [("train", 1), ("test", 0)])
-def test_a_split_with_too_few_entities(split: str, left: int) -> None:
+@pytest.mark.parametrize(
+    ("split", "left", "told"), [("train", 1, "1 entity"), ("test", 0, "0 entities")]
+)
+def test_a_split_with_too_few_entities(split: str, left: int, told: str) -> None:
     units = ROWS.loc[(ROWS["split"] == split) & (ROWS["group"] == "unknown"), "unit"].unique()
     keep = (~ROWS["unit"].isin(units[left:])).to_numpy()
     with pytest.raises(
         DataError,
-        match=f"split {split} has {left} entities of group 'unknown'; a contrast needs at least 2: "
+        match=f"split {split} has {told} of group 'unknown'; a contrast needs at least 2: "
         "add rows, or change dataset.split",
     ):
         contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))

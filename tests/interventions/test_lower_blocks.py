@@ -13,7 +13,7 @@ from saexp.interventions.engine import last_logits, likeliest_tokens
 from saexp.interventions.ops import Add, Patch, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.skipping import after_blocks, can_skip
+from saexp.models.skipping import after_blocks, can_skip, may_skip
 from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm, tokenizer
 
 UNTOUCHED = {
@@ -135,14 +135,50 @@ def test_after_an_error_the_blocks_run_as_before() -> None:
     assert all("forward" not in block.__dict__ for block in model.blocks)
 
 
+def of_config(config: str = "LlamaConfig", **settings: object) -> LanguageModel:
+    """A model of its own, as what is remembered of it must not reach other tests."""
+    about = getattr(transformers, config)(**_SMALL, **settings)
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval().requires_grad_(False)
+    return LanguageModel.wrap(hf, tokenizer(), name=config)
+
+
 def test_a_block_that_gives_more_than_the_stream_is_not_skipped() -> None:
-    model = random_lm("llama")
+    model = of_config()
     ids = torch.tensor([rows.ids for rows in grid(model, Hookpoint(0, "mlp_out"), lambda _: 0)[:1]])
     with torch.inference_mode():
         stream = after_blocks(model, 1, input_ids=ids, use_cache=False)
-    assert can_skip(stream)
-    assert can_skip((stream, None))
-    assert not can_skip((stream, torch.ones(1, 4, 3, 3)))
+    assert can_skip(model, stream)
+    assert can_skip(model, (stream, None))
+    assert may_skip(model)
+    assert not can_skip(model, (stream, torch.ones(1, 4, 3, 3)))
+    assert not may_skip(model)
+
+
+def test_what_cannot_be_skipped_is_tried_once() -> None:
+    """Later batches of the model don't run the lower blocks first, to no use."""
+    model = of_config()
+    for block in model.blocks:
+        block.register_forward_hook(lambda _m, _a, out: (out, torch.ones(1)))
+        block.register_forward_pre_hook(
+            lambda _m, args: (args[0][0], *args[1:]) if isinstance(args[0], tuple) else args
+        )
+    norm = model.hf.model.norm
+    norm.register_forward_pre_hook(lambda _m, args: (args[0][0],))
+    rows = grid(model, Hookpoint(2, "resid_post"), lambda _: 0)
+    alone = torch.cat([last_logits(model, [row], None, 1) for row in rows])
+    for tried in (len({row.ids for row in rows}), 0):
+        seen, together = rows_run(model, lambda: last_logits(model, rows, None, 1))
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+        assert seen == [len(rows) + tried] * 3 + [len(rows)]
+
+
+def test_a_block_that_stands_at_two_places_is_not_skipped() -> None:
+    model = of_config()
+    model.blocks[2] = model.blocks[0]
+    rows = grid(model, Hookpoint(1, "resid_post"), lambda _: 0)
+    alone = torch.cat([last_logits(model, [row], None, 1) for row in rows])
+    torch.testing.assert_close(last_logits(model, rows, None, 1), alone, atol=2e-5, rtol=1e-4)
 
 
 _SMALL = {
@@ -180,10 +216,7 @@ UNLIKE = {
 @pytest.mark.parametrize("config", UNLIKE)
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
 def test_models_whose_blocks_share_more_than_the_stream(config: str, layer: int) -> None:
-    about = getattr(transformers, config)(**_SMALL, **UNLIKE[config])
-    torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(about, dtype=torch.float32).eval().requires_grad_(False)
-    model = LanguageModel.wrap(hf, tokenizer(), name=config)
+    model = of_config(config, **UNLIKE[config])
     for place in (lambda _: 0, lambda n: n - 1):
         rows = grid(model, Hookpoint(layer, "resid_post"), place)
         alone = [last_logits(model, [row], None, 1) for row in rows]

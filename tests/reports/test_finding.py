@@ -18,7 +18,7 @@ KNOWN = (
     "known: latent 7 has AUROC 0.900 [0.870, 0.910], separation 0.45; smallest over 2 entity "
     "types: AUROC 0.850, separation 0.40."
 )
-UNKNOWN = "No latent speaks for 'unknown', so none is selected."
+UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
     "adding 2 latents for 'known' at entity last, coefficient 0.6 x the stream's mean norm: "
     "refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
@@ -78,6 +78,24 @@ def test_an_effect_that_was_chosen_nowhere_is_said_to_be_none(tmp_path: Path) ->
     assert headline(tmp_path).splitlines()[-1] == (
         "adding 2 latents for 'known' changes refusal of unknown prompts at no coefficient by more "
         "than its controls."
+    )
+
+
+def test_coefficient_0_alone_is_told_as_the_check_it_is(tmp_path: Path) -> None:
+    run(tmp_path)
+    table = summary()
+    table[table["coefficient"] == 0].to_parquet(tmp_path / "effects_summary.parquet")
+    assert headline(tmp_path).splitlines()[-1] == (
+        "adding 2 latents for 'known' was run at coefficient 0 alone, which changes nothing: "
+        "refusal of unknown prompts stays 0.80."
+    )
+
+
+def test_a_unit_without_words_leaves_no_gap(tmp_path: Path) -> None:
+    run(tmp_path)
+    told = sentences(change(tmp_path, name="mine"))[-1]
+    assert told.startswith(
+        "mine on 2 latents for 'known' at entity last, coefficient 0.6: refusal on"
     )
 
 

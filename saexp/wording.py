@@ -1,0 +1,6 @@
+"""Words of messages and reports."""
+
+
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """A number and its noun: "1 row", "3 rows"; `many` where that is not `one` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
