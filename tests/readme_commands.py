@@ -35,13 +35,18 @@ RUN = {
         "tracker=none task.options.n_texts=16 task.options.n_bootstrap=10"
     ),
     "python -m saexp task=dashboard latents=top:20": SMALL,
-    "python -m saexp analyzer=capability dataset=ioi positions=last": SMALL,
-    "python -m saexp analyzer=top_features 'layer=[1,2]' dataset=text "
+    "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": SMALL,
+    "python -m saexp analyzer=top_features intervention=none 'layer=[1,2]' dataset=text "
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
-    "python -m saexp analyzer=stats experiment=memorization layer=2": SMALL,
-    "python -m saexp analyzer=probe": SMALL,
+    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=2": SMALL,
+    "python -m saexp analyzer=probe intervention=none": SMALL,
     "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.options.n_samples=3",
     "python -m saexp task=label dataset=memorization": "tracker=none",
+    "python -m saexp task=train layer=2 width=512 sae_trainer=topk sae_trainer.n_samples=400000 "
+    "dataset=text dataset.path=saexp/assets/tiny/background.txt": (
+        "tracker=none sae_trainer.n_samples=8192 "
+        f"dataset.path={ROOT}/saexp/assets/tiny/background.txt"
+    ),
     # The folder named stands for one that a training left; this one is in the same format.
     "python -m saexp sae=local 'sae.path=\"outputs/sweeps/.../sae\"' layer=1": (
         f"{SMALL} sae.path={ROOT}/saexp/assets/tiny/sae/layer_1/width_256"

@@ -8,61 +8,13 @@ import pandas as pd
 import pytest
 
 from saexp.cli import main
+from tests.readme_commands import ROOT, blocks
 
-PACKAGE = '''
-import numpy as np
-import pandas as pd
-
-import saexp
-from saexp.data.examples import Example, ExampleSet
-from saexp.interventions.edits import Steer
-from saexp.results import TaskResult
-
-
-@saexp.register("dataset", "colours")
-def colours(cfg, **_):
-    names = ["Rone", "Bluen", "Grell", "Yelm", "Oran", "Viol"] * 4
-    examples = [
-        Example(
-            id=str(n),
-            text=f"The {name} wall number {n} is",
-            group=("warm", "cold")[n % 2],
-            entity=name,
-            spans=((4, 4 + len(name)),),
-            split=("train", "test")[n // 2 % 2],
-        )
-        for n, name in enumerate(names)
-    ]
-    return ExampleSet(name=cfg.name, examples=examples, groups=("warm", "cold"))
-
-
-@saexp.register("analyzer", "loudest")
-class Loudest:
-    def __init__(self, cfg):
-        self.cfg = cfg
-
-    def analyze(self, inputs):
-        top = np.asarray(inputs.latents.csr.max(axis=0).todense()).ravel()
-        best = int(top.argmax())
-        table = pd.DataFrame({"latent": [best], "maximum": [float(top[best])]})
-        return TaskResult(metrics={"loudest/latent": best}, tables={"loudest": table})
-
-
-@saexp.register("intervention", "backwards")
-class Backwards(Steer):
-    """Steer the other way."""
-
-    def edit(self, latents, write, prompts, coefficient, facts):
-        return super().edit(latents, write, prompts, -coefficient, facts)
-
-
-@saexp.register("outcome", "shouting")
-class Shouting:
-    name, kind, source = "shouting", "rate", "text"
-
-    def score(self, generated, example, tokens=()):
-        return generated.isupper()
-'''
+(PACKAGE,) = (
+    content
+    for kind, content in blocks((ROOT / "README.md").read_text("utf-8"))
+    if kind == "python" and "@saexp.register" in content
+)
 
 
 @pytest.fixture

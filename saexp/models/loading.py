@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
+from saexp.models.digests import file_sha256, tensors_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.structure import Site, find_blocks, find_site
 
@@ -73,7 +81,14 @@ class LanguageModel:
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
         self._hf: Any = None
-        self.config: Any = self._from_hub(AutoConfig, "config")
+        # The shipped files name every value and a plain tokenizer. The architecture's own classes
+        # give the same and import all of transformers' modelling code, for 2 s of each run.
+        self.plain = cfg.name in SHIPPED
+        self.config: Any = (
+            PreTrainedConfig(**json.loads((Path(self.source) / "config.json").read_text("utf-8")))
+            if self.plain
+            else self._from_hub(AutoConfig, "config")
+        )
 
     @classmethod
     def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
@@ -81,7 +96,7 @@ class LanguageModel:
         model = cls.__new__(cls)
         parameter = next(hf.parameters())
         model.cfg = ModelConfig(name=name)
-        model.name, model.source, model.in_memory = name, name, True
+        model.name, model.source, model.in_memory, model.plain = name, name, True, False
         model.prepend_bos = None
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
@@ -111,7 +126,8 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
         # Llama 3's config asks for a clean-up that transformers warns of and leaves undone.
-        return self._from_hub(AutoTokenizer, "tokenizer", clean_up_tokenization_spaces=False)
+        kind = PreTrainedTokenizerFast if self.plain else AutoTokenizer
+        return self._from_hub(kind, "tokenizer", clean_up_tokenization_spaces=False)
 
     @property
     def loaded(self) -> bool:
@@ -143,6 +159,8 @@ class LanguageModel:
                 # Token ids go where the embedding is.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
+            self.config = placed.config
+            self.__dict__.pop("text_config", None)
         return self._hf
 
     @cached_property
@@ -242,7 +260,7 @@ class LanguageModel:
         weights into memory: a hub cache keeps files as links named by their content's hash, and
         those names are used; plain files are read and hashed.
         """
-        return _tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
+        return tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
 
     @cached_property
     def _files_fingerprint(self) -> str:
@@ -269,21 +287,6 @@ class LanguageModel:
         return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tensors_sha256(hf: Any) -> str:
-    digest = hashlib.sha256(repr(hf.config.to_dict()).encode())
-    for name, tensor in hf.state_dict().items():
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def load_model(cfg: ModelConfig, **_: Any) -> LanguageModel:

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from saexp.errors import SAEError
-from saexp.models.loading import file_sha256
+from saexp.models.digests import file_sha256
 
 
 def download(repo: str, path: str) -> Path:

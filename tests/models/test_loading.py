@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.loading import LanguageModel, load_model, pick_device, pick_dtype
+from saexp.models.loading import SHIPPED, LanguageModel, load_model, pick_device, pick_dtype
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -63,6 +65,30 @@ def test_the_registry_builder_takes_runtime_objects(folder):
 def test_shipped_models_are_found_by_name():
     tiny = LanguageModel(ModelConfig(name="tiny", device="cpu"))
     assert (tiny.n_layers, tiny.d_model, tiny.name) == (5, 128, "tiny")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_read_without_their_classes_say_the_same(name):
+    """Before the weights are read, a plain config and tokenizer stand for the architecture's."""
+    model = LanguageModel(ModelConfig(name=name, device="cpu"))
+    own = AutoConfig.from_pretrained(model.source)
+    assert type(own) is not type(model.config)
+    facts = json.loads((Path(model.source) / "config.json").read_text("utf-8"))
+    # Of its defaults none is missing, and nothing is read in another way.
+    lacking = {k for k, v in own.to_dict().items() if v is not None} - set(facts)
+    assert lacking <= set(PreTrainedConfig().to_dict()) | {"_name_or_path"}
+    for key in set(facts) - {"transformers_version", "dtype", "use_cache"}:
+        assert getattr(model.config, key) == getattr(own, key), key
+    theirs = AutoTokenizer.from_pretrained(model.source)
+    assert theirs.get_vocab() == model.tokenizer.get_vocab()
+    assert theirs.special_tokens_map == model.tokenizer.special_tokens_map
+    texts = ["The player Fenlet Baszad plays for", "Ünïcode, tabs\tand 123  spaces"]
+    for asked in ({}, {"add_special_tokens": False}, {"return_offsets_mapping": True}):
+        assert dict(theirs(texts, **asked)) == dict(model.tokenizer(texts, **asked))
+    ids = theirs(texts)["input_ids"]
+    assert theirs.batch_decode(ids) == model.tokenizer.batch_decode(ids)
+    assert type(model.hf.config) is type(own)
+    assert model.config is model.text_config is model.hf.config
 
 
 @NO_CUDA
