@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -87,7 +81,7 @@ class LanguageModel:
         self.config: Any = (
             PreTrainedConfig(**json.loads((Path(self.source) / "config.json").read_text("utf-8")))
             if self.plain
-            else self._from_hub(AutoConfig, "config")
+            else self._from_hub("AutoConfig", "config")
         )
 
     @classmethod
@@ -104,9 +98,10 @@ class LanguageModel:
             model.__dict__["tokenizer"] = tokenizer
         return model
 
-    def _from_hub(self, auto: Any, what: str, **options: Any) -> Any:
+    def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
+        """By transformers' class of that name, which it imports when it is first asked for."""
         try:
-            return auto.from_pretrained(
+            return getattr(transformers, kind).from_pretrained(
                 self.source,
                 revision=self.cfg.revision,
                 trust_remote_code=self.cfg.trust_remote_code,
@@ -126,7 +121,7 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
         # Llama 3's config asks for a clean-up that transformers warns of and leaves undone.
-        kind = PreTrainedTokenizerFast if self.plain else AutoTokenizer
+        kind = "PreTrainedTokenizerFast" if self.plain else "AutoTokenizer"
         return self._from_hub(kind, "tokenizer", clean_up_tokenization_spaces=False)
 
     @property
@@ -143,7 +138,7 @@ class LanguageModel:
             log.info("loading %s (%s, %s)", self.name, self.device, self.dtype)
             spread = {"device_map": self.cfg.device_map} if self.cfg.device_map else {}
             hf, info = self._from_hub(
-                AutoModelForCausalLM,
+                "AutoModelForCausalLM",
                 "weights",
                 dtype=self.dtype,
                 output_loading_info=True,
