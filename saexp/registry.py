@@ -78,6 +78,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",
         "accuracy": "saexp.interventions.outcomes:Accuracy",
+        "exact_match": "saexp.interventions.outcomes:ExactMatch",
+        "matching_tokens": "saexp.interventions.outcomes:MatchingTokens",
         "yes_no": "saexp.interventions.outcomes:YesNo",
         "answer_probability": "saexp.interventions.outcomes:AnswerProbability",
         "answer_rank": "saexp.interventions.outcomes:AnswerRank",

@@ -53,6 +53,11 @@ class Measurement:
     """Gives the model its own weights for a while, where some were taken out."""
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for outcome in self.asked:
+            if hasattr(outcome, "tokenizer"):
+                outcome.tokenizer = self.model.tokenizer
+
     def wants(self, source: str) -> bool:
         """Whether an outcome of this source is asked for."""
         return any(o.source == source for o in self.asked)

@@ -67,6 +67,40 @@ class Accuracy:
         )
 
 
+class ExactMatch:
+    """Whether the generation begins with the answer, word for word; white space is no matter."""
+
+    name, kind, source = "exact_match", "rate", "text"
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:  # noqa: ARG002
+        """None where the example has no answer."""
+        said = " ".join(generated.split())
+        answers = [" ".join(answer.split()) for answer in example.answers]
+        return any(said.startswith(answer) for answer in answers) if answers else None
+
+
+class MatchingTokens:
+    """Leading tokens that the generation shares with the answer; of several the most."""
+
+    name, kind, source = "matching_tokens", "mean", "text"
+    tokenizer: Any = None
+    """The model's, set by the causal test."""
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float | None:  # noqa: ARG002
+        """None where no answer stands as tokens of its own behind the prompt."""
+        counts = []
+        for answer in example.answers:
+            for text in (answer, f" {answer}"):
+                try:
+                    wanted = tokens_after(self.tokenizer, example.text, text)
+                except Unplaced:
+                    continue
+                differs = (a != b for a, b in zip(wanted, tokens, strict=False))
+                most = min(len(wanted), len(tokens))
+                counts.append(next((n for n, differ in enumerate(differs) if differ), most))
+        return float(max(counts)) if counts else None
+
+
 class Repetition:
     """Share of the generation's 3-grams of tokens that came before in it."""
 
@@ -123,12 +157,20 @@ def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
 
     Raises Unplaced where the answer's beginning melts into the prompt's last token.
     """
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
+    return tokens_after(tokenizer, prompt, text)[0]
+
+
+def tokens_after(tokenizer: Any, prompt: str, text: str) -> list[int]:
+    """Tokens of `text`, at least one, where it follows `prompt` as it is, special tokens aside.
+
+    Raises Unplaced where its beginning melts into the prompt's last token.
+    """
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
     if whole[: len(before)] != before or len(whole) == len(before):
         raise Unplaced("the answer's first token melts into the prompt")
-    return int(whole[len(before)])
+    return [int(token) for token in whole[len(before) :]]
 
 
 class _Answer(NextToken):

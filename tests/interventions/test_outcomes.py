@@ -13,8 +13,10 @@ from saexp.interventions.outcomes import (
     AnswerLogit,
     AnswerProbability,
     AnswerRank,
+    ExactMatch,
     Length,
     LogitDifference,
+    MatchingTokens,
     Repetition,
     YesNo,
     first_token,
@@ -53,6 +55,39 @@ def test_accuracy_uses_the_attribute_s_rule_and_needs_an_answer() -> None:
     assert outcome.score(" in 1985.", born) is True
     assert outcome.score(" in 1920.", born) is False
     assert outcome.score("anything", Example(id="2", text="?")) is None
+
+
+def test_exact_is_the_answer_word_for_word_at_the_beginning() -> None:
+    passage = Example(id="1", text="The captain", answers=(" painted the deep well in the morn",))
+    outcome = ExactMatch()
+    assert outcome.score(" painted the deep well in the morning.", passage) is True
+    assert outcome.score("painted  the deep\nwell in the morn", passage) is True
+    # What passes for the name of a thing is not the passage.
+    assert outcome.score(" painted the deep wells in the morn", passage) is False
+    assert outcome.score(" painted the deep well", passage) is False
+    assert outcome.score(" He painted the deep well in the morn", passage) is False
+    assert outcome.score("", Example(id="2", text="?")) is None
+
+
+def test_matching_tokens_are_the_leading_ones_that_agree() -> None:
+    made = tokenizer()
+    outcome = MatchingTokens()
+    outcome.tokenizer = made
+    answer = " Bresk Münster and the player Fenlet"
+    for text, given in (("The city of New", answer), ("The city of New", answer[1:])):
+        example = Example(id="1", text=text, answers=(given,))
+        whole = made(text + answer, add_special_tokens=False)["input_ids"]
+        tokens = whole[len(made(text, add_special_tokens=False)["input_ids"]) :]
+        assert len(tokens) > 4
+        assert outcome.score("", example, tokens) == len(tokens)
+        assert outcome.score("", example, [*tokens, 5, 6]) == len(tokens)
+        assert outcome.score("", example, tokens[:3]) == 3
+        assert outcome.score("", example, [*tokens[:2], -1, *tokens[3:]]) == 2
+        assert outcome.score("", example, []) == 0
+    two = Example(id="2", text="The city of New", answers=("York", "Bresk"))
+    bresk = first_token(made, two.text, "Bresk")
+    assert outcome.score("", two, [bresk]) == 1
+    assert outcome.score("", Example(id="3", text="?"), [1]) is None
 
 
 def test_repetition_is_the_share_of_trigrams_seen_before() -> None:

@@ -83,7 +83,7 @@ def test_memorization_of_a_published_table(user: Terminal) -> None:
     assert contrast.metrics["contrast/n_selected_memorized"] > 0
     assert contrast.metrics["contrast/best_auroc_memorized_test"] > 0.8
     check_effects(contrast, [0.0, 0.1, 0.2, 0.4])
-    assert "effect/accuracy/baseline_memorized" in contrast.metrics
+    assert "effect/exact_match/baseline_memorized" in contrast.metrics
 
 
 def test_the_table_from_the_model_itself(user: Terminal) -> None:
