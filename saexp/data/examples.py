@@ -69,8 +69,10 @@ class ExampleSet:
     """What a reader of a report must know of it, such as what was left out."""
 
     def __post_init__(self) -> None:
-        """Raises DataError where an entity is in several splits: what is chosen on it would be
-        tested on it."""
+        """Raises DataError where an entity is in several splits of groups to be compared: what is
+        chosen on it would be tested on it."""
+        if not self.groups:
+            return
         of_unit: dict[str, set[str]] = {}
         for example in self.examples:
             if example.split is not None:

@@ -198,5 +198,6 @@ def test_an_entity_in_several_splits_is_an_error():
     ]
     message = "dataset 'x': 1 entity has rows in several splits, such as Bo in test and train; an "
     with pytest.raises(DataError, match=message):
-        ExampleSet(name="x", examples=examples)
-    assert len(ExampleSet(name="x", examples=examples[1:])) == 4
+        ExampleSet(name="x", examples=examples, groups=("a", "b"))
+    assert len(ExampleSet(name="x", examples=examples[1:], groups=("a", "b"))) == 4
+    assert len(ExampleSet(name="x", examples=examples)) == 5, "nothing is compared"
