@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from saexp.cli import main
+    from saexp.cli import program
 except ModuleNotFoundError as error:
     if error.name not in ("hydra", "omegaconf"):
         raise
@@ -13,4 +13,4 @@ except ModuleNotFoundError as error:
     )
 
 if __name__ == "__main__":
-    main()
+    program()

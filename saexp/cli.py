@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,17 +99,18 @@ def _summary(result: Any, folder: Path) -> None:
     print(f"report: {shown}/{page}" if page else f"folder: {shown}")
 
 
-def main() -> None:
-    """Entry point; anything the user can fix is one line on stderr and exit code 1."""
+def program() -> None:
+    """The process of `python -m saexp`, which does nothing but `main`."""
     gc.set_threshold(*_GARBAGE)
     try:
-        _main()
+        main()
     finally:
-        # The modules' objects need no search for cycles at exit, which takes a second.
+        # What is imported needs no search for cycles at exit, which takes a second.
         gc.freeze()
 
 
-def _main() -> None:
+def main() -> None:
+    """The command line; anything the user can fix is one line on stderr and exit code 1."""
     register_schema()
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Hydra would print its own shortened traceback; with this it hands errors on.
@@ -132,10 +134,24 @@ def _main() -> None:
             raise
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = " … ".join(dict.fromkeys([*said[:1], *said[-1:]]))
+        kept = _keep(error)
         _fail(
-            f"a process of the sweep ended without a result ({type(error).__name__}: {told}); what "
-            "was finished is kept, and the same command computes the rest"
+            f"a process of the sweep ended without a result ({type(error).__name__}: {told}"
+            f"{f'; all of it in {kept}' if kept else ''}); what was finished is kept, and the same "
+            "command computes the rest"
         )
+
+
+def _keep(error: Exception) -> Path | None:
+    """A launcher's error with its trace, as a file of the sweep's folder."""
+    from saexp.tasks import sweep
+
+    folder = sweep.running()
+    if folder is None:
+        return None
+    path = Path(os.path.relpath(folder)) / "launcher_error.txt"
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return path
 
 
 def _end_of_sweep() -> None:

@@ -152,7 +152,9 @@ def test_a_run_folder_that_cannot_be_made(refused: Command, tmp_path: Path) -> N
     assert "taken/run" in said
 
 
-def test_a_cluster_job_that_was_lost(refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_job_that_was_lost(
+    refused: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     lost = type("FailedJobError", (RuntimeError,), {"__module__": "submitit.core.utils"})
 
     def sweep() -> None:
@@ -165,3 +167,11 @@ def test_a_cluster_job_that_was_lost(refused: Command, monkeypatch: pytest.Monke
         "trace: … MemoryError: no room); what was finished is kept, and the same command computes "
         "the rest"
     )
+    monkeypatch.setattr("saexp.tasks.sweep._sweep", tmp_path / "sweep")
+    (tmp_path / "sweep").mkdir()
+    said = refused("-m", "layer=1,2")
+    assert "MemoryError: no room; all of it in " in said
+    assert "sweep/launcher_error.txt); what was finished is kept" in said
+    kept = (tmp_path / "sweep/launcher_error.txt").read_text("utf-8")
+    assert "Traceback …\nMemoryError: no room" in kept
+    assert "in sweep\n" in kept

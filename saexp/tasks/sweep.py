@@ -121,6 +121,11 @@ def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
     return [(int(layer), stream) for layer, stream in plan["passes"].get(texts_key(cfg), [])]
 
 
+def running() -> Path | None:
+    """Folder of the sweep that this process runs and has not finished."""
+    return _sweep
+
+
 def finish() -> str | None:
     """Table, report and last W&B run of the sweep of this process; what to print, None if none.
 
