@@ -6,6 +6,8 @@ No module named here is imported before something of it is wanted, so that `--he
 import difflib
 import importlib
 import importlib.metadata
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -168,6 +170,9 @@ def load_plugins(modules: Iterable[str]) -> None:
     for entry in importlib.metadata.entry_points(group="saexp.plugins"):
         entry.load()
     for module in modules:
+        # As `python -m saexp` has it; the console script has its own folder in its place.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

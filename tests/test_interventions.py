@@ -77,6 +77,35 @@ def test_every_mode_has_effects_controls_a_report_and_its_identity(
         assert f'id="fig-{name}"' in page
 
 
+@pytest.mark.parametrize(("limit", "exact"), [(10, None), (50, 1.0)])
+def test_continuations_longer_than_the_limit_are_left_out_and_told(
+    cache: Path, tmp_path: Path, limit: int, exact: float | None
+) -> None:
+    """Memorised passages have 21 tokens; ten of them neither match nor fail to."""
+    words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
+    words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
+    result = ran(cache, tmp_path, *words, "intervention.n_choice_prompts=0")
+    effects = result.tables["effects"]
+    cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
+    assert result.metrics["effect/exact_match/baseline_memorized"] == exact
+    assert result.metrics["effect/matching_tokens/baseline_memorized"] == min(limit, 21)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    if exact is None:
+        gone = effects[effects["exact_match"].isna()]
+        assert set(gone["group"]) >= {"memorized"}
+        n = gone["example_id"].nunique()
+        # A prompt is left out of every condition, so that all are of the same prompts.
+        assert len(gone) == effects["example_id"].isin(gone["example_id"]).sum()
+        assert cut == [
+            f"exact_match: {n} prompts have no answer, or one that intervention.max_new_tokens "
+            "cuts off; left out"
+        ]
+        assert "exact match could be measured on none of the memorized prompts" in page
+    else:
+        assert cut == []
+        assert effects["exact_match"].notna().all()
+
+
 def test_the_whole_reconstruction_with_its_error_changes_no_answer(
     cache: Path, tmp_path: Path
 ) -> None:

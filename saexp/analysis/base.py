@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saexp.data.examples import Example
+from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
+from saexp.wording import counted
 
 
 @dataclass(kw_only=True)
@@ -31,3 +33,20 @@ class AnalysisInputs:
     sae: SparseAutoencoder | None = None
     max_length: int = 512
     """Longest text in tokens."""
+
+    def check_splits(self) -> None:
+        """Raise DataError where an entity of the groups is in several splits.
+
+        What is chosen on its train rows would be tested on the same entity.
+        """
+        rows = self.latents.rows
+        rows = rows[rows["group"].isin(self.groups)]
+        splits = rows.dropna(subset="split").groupby("unit", sort=False)["split"].unique()
+        several = splits[splits.map(len) > 1]
+        if len(several):
+            raise DataError(
+                f"{counted(len(several), 'entity has', 'entities have')} rows in several splits, "
+                f"such as {str(several.index[0]).lstrip(':')} in "
+                f"{' and '.join(sorted(several.iloc[0]))}; an entity belongs to one: give all its "
+                "rows the same split, or none"
+            )

@@ -58,6 +58,7 @@ class ContrastAnalyzer:
                 "the data set has no two groups to contrast; give its rows a 'group', set "
                 "dataset.group_rule, or type task=collect"
             )
+        inputs.check_splits()
         first, second = inputs.groups
         # Rows of a third group, or of none, would count as second.
         mine = inputs.latents.rows["group"].isin(inputs.groups).to_numpy(dtype=bool)

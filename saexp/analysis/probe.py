@@ -151,6 +151,7 @@ class ProbeAnalyzer:
                 "a probe needs two groups to tell apart and the data set has none; give its rows a "
                 "'group', set dataset.group_rule, or type analyzer=stats"
             )
+        inputs.check_splits()
         assert inputs.acts is not None, "a probe needs the stored activations"
         named = [*self.within, *([self.unseen] if self.unseen else [])]
         check_columns(inputs.latents.rows, named, "the data set")

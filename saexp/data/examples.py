@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from saexp.errors import DataError
-from saexp.wording import counted
 
 Span = tuple[int, int]
 """[start, end) in characters."""
@@ -67,25 +66,6 @@ class ExampleSet:
     groups: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     """What a reader of a report must know of it, such as what was left out."""
-
-    def __post_init__(self) -> None:
-        """Raises DataError where an entity is in several splits of groups to be compared: what is
-        chosen on it would be tested on it."""
-        if not self.groups:
-            return
-        of_unit: dict[str, set[str]] = {}
-        for example in self.examples:
-            if example.split is not None:
-                of_unit.setdefault(example.unit, set()).add(example.split)
-        several = {unit: splits for unit, splits in of_unit.items() if len(splits) > 1}
-        if several:
-            unit, splits = next(iter(several.items()))
-            raise DataError(
-                f"dataset '{self.name}': {counted(len(several), 'entity has', 'entities have')} "
-                f"rows in several splits, such as {unit.lstrip(':')} in "
-                f"{' and '.join(sorted(splits))}; an entity belongs to one: give all its rows the "
-                "same split, or none"
-            )
 
     def __len__(self) -> int:
         return len(self.examples)

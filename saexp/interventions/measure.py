@@ -22,6 +22,7 @@ from saexp.interventions.outcomes import mean_loss
 from saexp.interventions.prompts import Placed, Prompts, placed_prompts
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original
+from saexp.wording import counted
 
 _NEUTRAL_TOKENS = 48
 """Longest neutral text, in tokens."""
@@ -55,8 +56,8 @@ class Measurement:
 
     def __post_init__(self) -> None:
         for outcome in self.asked:
-            if hasattr(outcome, "tokenizer"):
-                outcome.tokenizer = self.model.tokenizer
+            if hasattr(outcome, "prepare"):
+                outcome.prepare(self.model.tokenizer, self.cfg.max_new_tokens)
 
     def wants(self, source: str) -> bool:
         """Whether an outcome of this source is asked for."""
@@ -93,30 +94,36 @@ class Measurement:
             cache=self.cache,
         )
         # Many rows say the same.
-        unlike = list(dict.fromkeys(map(tuple, tokens)))
+        numbers = list(map(tuple, tokens))
+        unlike = list(dict.fromkeys(numbers))
         said = self.model.tokenizer.batch_decode(list(map(list, unlike)), skip_special_tokens=True)
         text_of = dict(zip(unlike, said, strict=True))
-        texts = [text_of[tuple(made)] for made in tokens]
-        found: dict[str, list[Any]] = {"generated_text": texts}
+        found: dict[str, list[Any]] = {"generated_text": [text_of[made] for made in numbers]}
         for outcome in self.asked:
             if outcome.source != "text":
                 continue
             if outcome.name == "perplexity":
                 found[outcome.name] = self._perplexity(rows, tokens)
                 continue
-            seen: dict[tuple[str, str], Any] = {}
-            for job, text, made in zip(jobs, texts, tokens, strict=True):
-                if (job.example.id, text) not in seen:
-                    seen[job.example.id, text] = outcome.score(text, job.example, made)
-            values = [seen[j.example.id, t] for j, t in zip(jobs, texts, strict=True)]
-            found[outcome.name] = values
-            self._count_missing(outcome.name, jobs, values)
+            seen: dict[tuple[str, tuple[int, ...]], Any] = {}
+            keys = [(job.example.id, made) for job, made in zip(jobs, numbers, strict=True)]
+            for job, key in zip(jobs, keys, strict=True):
+                if key not in seen:
+                    seen[key] = outcome.score(text_of[key[1]], job.example, list(key[1]))
+            found[outcome.name] = self._comparable(outcome, jobs, [seen[key] for key in keys])
         return found
 
-    def _count_missing(self, name: str, jobs: Sequence[Job], values: Sequence[Any]) -> None:
+    def _comparable(self, outcome: Any, jobs: Sequence[Job], values: list[Any]) -> list[Any]:
+        """The scores, without prompts that have none in some condition; these are told in a note.
+
+        Were only that condition left out, it would be compared with other prompts than the rest.
+        """
         lacking = {j.example.id for j, v in zip(jobs, values, strict=True) if v is None}
-        if lacking:
-            self.notes.append(f"{name}: {len(lacking)} prompts have no answer to compare with")
+        if not lacking:
+            return values
+        told = getattr(outcome, "lacking", "have no answer to compare with")
+        self.notes.append(f"{outcome.name}: {counted(len(lacking), 'prompt')} {told}; left out")
+        return [None if j.example.id in lacking else v for j, v in zip(jobs, values, strict=True)]
 
     def _perplexity(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[float | None]:
         """Generations under the unedited model, with its own weights."""

@@ -6,9 +6,11 @@ neutral text, `heads` outcomes attention. `rate` outcomes are yes or no, `mean` 
 
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -68,37 +70,55 @@ class Accuracy:
 
 
 class ExactMatch:
-    """Whether the generation begins with the answer, word for word; white space is no matter."""
+    """Whether the generation begins with the answer in whole words; white space is no matter."""
 
     name, kind, source = "exact_match", "rate", "text"
+    lacking = "have no answer, or one that intervention.max_new_tokens cuts off"
+    max_new_tokens: int | None = None
 
-    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:  # noqa: ARG002
-        """None where the example has no answer."""
+    def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
+        """Told by the causal test: how long a generation can be."""
+        self.max_new_tokens = max_new_tokens
+
+    def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:
+        """None where the example has no answer, and where the limit leaves open how it goes on."""
         said = " ".join(generated.split())
-        answers = [" ".join(answer.split()) for answer in example.answers]
-        return any(said.startswith(answer) for answer in answers) if answers else None
+        answers = [" ".join(answer.split()) for answer in example.answers if answer.strip()]
+        whole = (rf"{re.escape(x)}(?!\w)" if x[-1].isalnum() else re.escape(x) for x in answers)
+        if any(re.match(pattern, said) for pattern in whole):
+            return True
+        cut = len(tokens) == self.max_new_tokens and any(x.startswith(said) for x in answers)
+        return None if cut or not answers else False
 
 
 class MatchingTokens:
-    """Leading tokens that the generation shares with the answer; of several the most."""
+    """Leading tokens of the generation that spell the answer's beginning; of several the most."""
 
     name, kind, source = "matching_tokens", "mean", "text"
-    tokenizer: Any = None
-    """The model's, set by the causal test."""
+    _tokenizer: Any = None
+
+    def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
+        """Told by the causal test: what turns tokens into text."""
+        self._tokenizer = tokenizer
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float | None:  # noqa: ARG002
-        """None where no answer stands as tokens of its own behind the prompt."""
-        counts = []
-        for answer in example.answers:
-            for text in (answer, f" {answer}"):
-                try:
-                    wanted = tokens_after(self.tokenizer, example.text, text)
-                except Unplaced:
-                    continue
-                differs = (a != b for a, b in zip(wanted, tokens, strict=False))
-                most = min(len(wanted), len(tokens))
-                counts.append(next((n for n, differ in enumerate(differs) if differ), most))
-        return float(max(counts)) if counts else None
+        """None where the example has no answer. White space in front is no matter."""
+        answers = [answer.lstrip() for answer in example.answers if answer.strip()]
+        if not answers:
+            return None
+
+        def text(n: int) -> str:
+            said = self._tokenizer.decode(
+                list(tokens[:n]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return said.lstrip()
+
+        shared = max(len(commonprefix([answer, text(len(tokens))])) for answer in answers)
+        if not shared:
+            return 0.0
+        # Texts of more and more tokens only grow, but for characters that are not whole yet.
+        n = bisect_right(range(len(tokens) + 1), shared, key=lambda n: len(text(n))) - 1
+        return float(n)
 
 
 class Repetition:
@@ -157,20 +177,12 @@ def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
 
     Raises Unplaced where the answer's beginning melts into the prompt's last token.
     """
-    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
-    return tokens_after(tokenizer, prompt, text)[0]
-
-
-def tokens_after(tokenizer: Any, prompt: str, text: str) -> list[int]:
-    """Tokens of `text`, at least one, where it follows `prompt` as it is, special tokens aside.
-
-    Raises Unplaced where its beginning melts into the prompt's last token.
-    """
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
     whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
     if whole[: len(before)] != before or len(whole) == len(before):
         raise Unplaced("the answer's first token melts into the prompt")
-    return [int(token) for token in whole[len(before) :]]
+    return int(whole[len(before)])
 
 
 class _Answer(NextToken):

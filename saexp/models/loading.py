@@ -154,8 +154,9 @@ class LanguageModel:
                 # Token ids go where the embedding is.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
-            self.config = placed.config
-            self.__dict__.pop("text_config", None)
+            if self.plain:
+                self.config = placed.config
+                self.__dict__.pop("text_config", None)
         return self._hf
 
     @cached_property

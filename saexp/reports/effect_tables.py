@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pandas as pd
+
 from saexp.reports.effects import unit_words, what
 from saexp.reports.saved import SavedRun
 
@@ -120,6 +122,11 @@ def head_tables(run: SavedRun) -> list[dict[str, Any]]:
     return made
 
 
+def _yes(value: Any) -> bool:
+    """A rate's value; a prompt that could not be scored is no yes."""
+    return bool(pd.notna(value)) and bool(value)
+
+
 def generations(run: SavedRun) -> list[dict[str, Any]]:
     """Per main condition a few held-out prompts: as they are, changed, and under one control."""
     effects, summary = run.table("effects"), run.summary
@@ -147,7 +154,7 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
             {
                 "prompt": steered.loc[i, "prompt"],
                 "texts": [
-                    (t.loc[i, "generated_text"], outcome is not None and bool(t.loc[i, outcome]))
+                    (t.loc[i, "generated_text"], outcome is not None and _yes(t.loc[i, outcome]))
                     if i in t.index
                     else None
                     for t in (before, steered, control)

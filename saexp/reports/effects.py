@@ -120,6 +120,11 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str:
                 f"alone, which changes nothing: {_words(outcome)} of {prompts_of(row['group'])} "
                 f"stays {row[outcome]:.2f}"
             )
+        if mine[outcome].isna().all():
+            return (
+                f"{verb(cfg)} {what(row)}: {_words(outcome)} could be measured on none of the "
+                f"{prompts_of(row['group'])}"
+            )
         return (
             f"{verb(cfg)} {what(row)} changes {_words(outcome)} of "
             f"{prompts_of(row['group'])} at no coefficient by more than its controls"

@@ -187,8 +187,15 @@ def _selected(run: SavedRun, group: str) -> str:
     summary = run.effects_summary
     if summary is None:
         return told
-    mine = summary[(summary["direction"] == group) & (summary["role"] == "single")]
-    changed = list(dict.fromkeys(mine["latent"].astype(str)))
+    mine = summary[(summary["direction"] == group) & summary["role"].isin(["single", "group"])]
+    # In runs of several layers a latent is named with its layer.
+    names = {name for label in mine["latent"].astype(str) for name in label.split("+")}
+    rows = run.selected(group).to_dict("records")
+    changed = [
+        str(row["latent"])
+        for row in rows
+        if {str(row["latent"]), f"{row['layer']}:{row['latent']}"} & names
+    ]
     return f"{told}; changed below: {', '.join(changed)}" if changed else told
 
 

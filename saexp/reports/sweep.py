@@ -114,18 +114,24 @@ def _interval(row: pd.Series, key: str) -> str:
 
 def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> list[str]:
     """Of the cells that change something: where the outcome is lowest and highest."""
+    plain = part.loc[part["coefficient"] == 0, "value"]
     part = part[part["coefficient"] != 0]
     if part.empty:
         return []
+    beside = ""
+    if len(plain):
+        ends = dict.fromkeys([f"{plain.min():.2f}", f"{plain.max():.2f}"])
+        beside = f"; {' to '.join(ends)} at coefficient 0"
     values = part["value"].to_numpy()
     if values.min() == values.max():
-        return [f"Acting on '{direction}': {outcome} {values[0]:.2f} in every cell."]
+        everywhere = "at every other coefficient" if len(plain) else "in every cell"
+        return [f"Acting on '{direction}': {outcome} {values[0]:.2f} {everywhere}{beside}."]
     ends = [
         f"{row['value']:.2f} (layer {row['layer']}, width {row['width']}, coefficient "
         f"{row['coefficient']:g}{_controls(row)})"
         for row in (part.iloc[int(values.argmin())], part.iloc[int(values.argmax())])
     ]
-    return [f"Acting on '{direction}': {outcome} from {' to '.join(ends)}."]
+    return [f"Acting on '{direction}': {outcome} from {' to '.join(ends)}{beside}."]
 
 
 def _controls(row: pd.Series) -> str:

@@ -1,6 +1,7 @@
 """Models and SAEs that several runs of one process share, kept by their config."""
 
 import dataclasses
+import gc
 from collections import OrderedDict
 from typing import Any
 
@@ -23,6 +24,8 @@ def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
         return kept[key]
     while len(kept) >= _KEPT[kind]:
         kept.popitem(last=False)
+        # A model's modules refer to each other: only a search for garbage frees its memory.
+        gc.collect()
     kept[key] = registry.build(kind, cfg, **runtime)
     return kept[key]
 

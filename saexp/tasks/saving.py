@@ -23,14 +23,18 @@ Metrics = Mapping[str, float | int | None]
 
 
 def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int | None]:
-    """NaN and infinities become null and are named in a note."""
+    """NaN and infinities become null and are named in a note, many in one."""
     cleaned: dict[str, float | int | None] = {}
+    lost = []
     for name, value in metrics.items():
         bad = value is not None and not math.isfinite(value)
         if bad:
-            notes.append(f"{name} could not be computed")
+            lost.append(name)
         plain = value if value is None or isinstance(value, int) else float(value)
         cleaned[name] = None if bad else plain
+    if lost:
+        many = f"{len(lost)} numbers could not be computed: " if len(lost) > 1 else ""
+        notes.append(many + ", ".join(lost) + ("" if many else " could not be computed"))
     return cleaned
 
 

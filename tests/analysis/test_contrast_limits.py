@@ -28,6 +28,17 @@ def test_no_two_groups(groups: tuple[str, ...]) -> None:
         contrast(DENSE, ROWS, groups=groups)
 
 
+def test_an_entity_in_several_splits() -> None:
+    """What is chosen on its train rows would be tested on the same entity."""
+    rows = ROWS.copy()
+    unit = str(rows["unit"].iloc[0])
+    twice = pd.concat([rows, rows.iloc[:1].assign(split="val")], ignore_index=True)
+    with pytest.raises(DataError, match="^1 entity has rows in several splits, such as .* and val"):
+        contrast(np.concatenate([DENSE, DENSE[:1]]), twice)
+    twice.loc[twice["unit"] == unit, "split"] = "train"
+    contrast(np.concatenate([DENSE, DENSE[:1]]), twice)
+
+
 @pytest.mark.parametrize(
     ("split", "left", "told"), [("train", 1, "1 entity"), ("test", 0, "0 entities")]
 )

@@ -187,17 +187,3 @@ def test_without_a_prompt_of_its_own_an_example_is_its_prompt(prompt):
 
 def test_a_set_has_the_length_of_its_examples():
     assert len(ExampleSet(name="x", examples=of_groups("a", "b", "c"))) == 3
-
-
-def test_an_entity_in_several_splits_is_an_error():
-    """What is chosen on train rows would be tested on the same entity."""
-    rows = [("Bo", "train"), ("Bo", "test"), ("Al", "test"), ("Al", "test"), ("Cy", None)]
-    examples = [
-        Example(id=str(n), text="t", entity=name, split=split)
-        for n, (name, split) in enumerate(rows)
-    ]
-    message = "dataset 'x': 1 entity has rows in several splits, such as Bo in test and train; an "
-    with pytest.raises(DataError, match=message):
-        ExampleSet(name="x", examples=examples, groups=("a", "b"))
-    assert len(ExampleSet(name="x", examples=examples[1:], groups=("a", "b"))) == 4
-    assert len(ExampleSet(name="x", examples=examples)) == 5, "nothing is compared"

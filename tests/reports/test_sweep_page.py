@@ -53,23 +53,28 @@ def test_an_effect_is_told_from_its_least_to_its_most_with_the_controls(tmp_path
         cell(tmp_path, number, f"layer={layer}", metrics=metrics)
     assert findings(cells_table(tmp_path)) == [
         "Acting on 'unknown': refusal from 0.20 (layer 1, width 256, coefficient 2; controls 0.10 "
-        "to 0.40) to 0.90 (layer 2, width 256, coefficient 2; controls 0.10 to 0.40)."
+        "to 0.40) to 0.90 (layer 2, width 256, coefficient 2; controls 0.10 to 0.40); 0.30 at "
+        "coefficient 0."
     ]
 
 
 def test_coefficient_0_is_no_effect_of_a_sweep(tmp_path: Path) -> None:
-    """Its cells show the model as it is: the outcome there may lie outside what edits do."""
+    """Its cells show the model as it is, which stands beside what edits do."""
     cell(tmp_path, 0, metrics=effect("known", 0, 1.0))
-    cell(tmp_path, 1, metrics=effect("known", 1, 0.5) | effect("known", 2, 0.25))
+    cell(tmp_path, 1, metrics=effect("known", 1, 0.5))
+    assert findings(cells_table(tmp_path)) == [
+        "Acting on 'known': refusal 0.50 at every other coefficient; 1.00 at coefficient 0."
+    ]
+    cell(tmp_path, 2, metrics=effect("known", 2, 0.25))
     (told,) = findings(cells_table(tmp_path))
     assert told.startswith("Acting on 'known': refusal from 0.25 (")
-    assert " to 0.50 (" in told
+    assert " to 0.50 (" in told and told.endswith("); 1.00 at coefficient 0.")
     cell(tmp_path / "none", 0, metrics=effect("known", 0, 1.0))
     assert findings(cells_table(tmp_path / "none")) == []
 
 
 def test_an_effect_that_is_the_same_everywhere_is_told_so(tmp_path: Path) -> None:
-    cell(tmp_path, 0, metrics=effect("known", 0, 1.0) | effect("known", 1, 1.0))
+    cell(tmp_path, 0, metrics=effect("known", 1, 1.0) | effect("known", 2, 1.0))
     assert findings(cells_table(tmp_path)) == ["Acting on 'known': refusal 1.00 in every cell."]
 
 
