@@ -103,6 +103,10 @@ class SAEConfig:
         one_of("sae.check", self.check, ("warn", "error", "off"))
 
 
+COLUMNS = ("text", "group", "entity", "span", "entity_type", "prompt", "answer", "id", "split")
+"""Columns of a data file that mean something; all others are kept as they are."""
+
+
 @dataclass(kw_only=True)
 class DatasetConfig:
     """Texts with groups, spans, answers and splits."""
@@ -113,7 +117,7 @@ class DatasetConfig:
     """File or folder with the data."""
     model_name: str | None = None
     """The language model: shipped entities depend on it."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMNS))
     """Our column name -> the file's column name, where they differ."""
     groups: list[str] | None = None
     """The two groups to contrast, first against second; the file's own where not given."""

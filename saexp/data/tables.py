@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from saexp.config.components import COLUMNS as FIELDS
 from saexp.data.examples import Example, Span
 from saexp.errors import ConfigError, DataError
 
-FIELDS = ("text", "group", "entity", "span", "entity_type", "prompt", "answer", "id", "split")
 SPLITS = ("train", "val", "test")
 
 _OPERATORS = {
@@ -190,9 +190,10 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
 
 
 def to_examples(
-    rows: list[Row], columns: Mapping[str, str], group_rule: str | None, source: str
+    rows: list[Row], columns: Mapping[str, str | None], group_rule: str | None, source: str
 ) -> list[Example]:
     """All rows as examples with distinct ids, groups made by the rule where there is one."""
+    columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     for ours, theirs in columns.items():
         if ours not in FIELDS:
             raise ConfigError(
