@@ -16,7 +16,9 @@ from hydra import initialize_config_dir
 from saexp import registry
 from saexp.config import RunConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
+from saexp.config.interventions import PLACES
 from saexp.config.messages import COMPOSITION_ERRORS, one_line
+from saexp.config.values import one_of
 from saexp.context import RunContext
 from saexp.errors import StoreError
 from saexp.results import TaskResult
@@ -28,6 +30,12 @@ log = logging.getLogger(__name__)
 
 _ALWAYS_RUN = ("collect", "cache")
 """Tasks whose product is the cache: whether there is anything to do, the cache itself tells."""
+
+_PLACES_ROWS = ("analyze", "collect", "dashboard", "train")
+"""Tasks that use the positions group."""
+
+_READS_DATA = (*_PLACES_ROWS, "evaluate", "label")
+"""Tasks that use the dataset group; one of the user's own is not known well enough."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -97,6 +105,7 @@ def run(
         earlier = finished.find(cfg)
         if earlier is not None:
             return _reused(cfg, earlier, place, sweep)
+    _require_components(cfg)
     tracker = registry.build("tracker", cfg.tracker)
     context = RunContext(
         folder=place,
@@ -105,7 +114,6 @@ def run(
         started=now.isoformat(timespec="seconds"),
         ahead=ahead(cfg, sweep),
     )
-    registry.require("task", cfg.task.name)
     # Before the task's imports: W&B inspects every module that is loaded by then.
     _start(tracker, cfg, place, sweep)
     try:
@@ -119,6 +127,26 @@ def run(
     finished.record(cfg, place)
     result.path = place
     return result
+
+
+def _require_components(cfg: RunConfig) -> None:
+    """Raise ConfigError for a component that the task uses and nothing is registered as."""
+    task = cfg.task.name
+    registry.require("task", task)
+    if task in _READS_DATA:
+        registry.require("dataset", cfg.dataset.name)
+    if task in _PLACES_ROWS:
+        registry.require("positions", cfg.positions.name)
+    if task != "analyze":
+        return
+    registry.require("analyzer", cfg.analyzer.name)
+    if cfg.intervention.name == "none":
+        return
+    registry.require("intervention", cfg.intervention.name)
+    for outcome in cfg.intervention.outcomes:
+        registry.require("outcome", outcome)
+    places = (*PLACES, *(n for n in registry.names("positions") if n not in PLACES))
+    one_of("intervention.where", cfg.intervention.where, places)
 
 
 def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> TaskResult:

@@ -87,8 +87,10 @@ def _summary(result: Any, folder: Path) -> None:
 
         print(headline(folder))
     elif "stores" in result.tables:
-        if len(result.tables["stores"]):
-            print(result.tables["stores"].to_string(index=False))
+        if len(result.tables["stores"]) and "compared" not in result.tables:
+            from saexp.activations.cache import for_reading
+
+            print(for_reading(result.tables["stores"]))
     else:
         rows = result.metrics.get("collection/n_rows")
         forwarded = result.metrics.get("collection/tokens_forwarded")

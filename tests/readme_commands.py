@@ -17,7 +17,7 @@ RUN = {
     "python -m saexp intervention=clamp 'coefficient=[0,1,1.5]'": SMALL,
     "python -m saexp model=tiny_control": SMALL,
     "python -m saexp task=collect 'layer=[0,1,2]' 'task.streams=[resid_post,mlp_out]'": SMALL,
-    "python -m saexp experiment=memorization intervention=none layer=2": SMALL,
+    "python -m saexp experiment=memorization intervention=none layer=3": SMALL,
     "python -m saexp task=cache": "tracker=none",
     "python -m saexp task=cache action=verify": "tracker=none",
     "python -m saexp task=cache action=prune max_size=20GB max_age=30d": "tracker=none",
@@ -38,7 +38,7 @@ RUN = {
     "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": SMALL,
     "python -m saexp analyzer=top_features intervention=none 'layer=[1,2]' dataset=text "
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
-    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=2": SMALL,
+    "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": SMALL,
     "python -m saexp analyzer=probe intervention=none": SMALL,
     "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.options.n_samples=3",
     "python -m saexp task=label dataset=memorization": "tracker=none",

@@ -1,6 +1,7 @@
 """The cache folder as a whole: listed, verified, pruned, compared; and task=cache."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -204,37 +205,24 @@ def test_a_store_is_found_by_the_beginning_of_its_key(tmp_path: Path) -> None:
     assert all(name in message for name in names)
 
 
-def test_only_the_ingredients_that_differ_are_named(tmp_path: Path) -> None:
-    first = store(tmp_path, "a", weights="x", max_length=512)
-    second = store(tmp_path, "a", weights="x", max_length=64, revision=None)
-    third = store(tmp_path, "b", weights="x", max_length=512)
-    assert cache.differences(first, first) == []
-    assert cache.differences(first, second) == ["max_length: 512 and 64"]
-    assert cache.differences(first, third) == ['texts: "a" and "b"']
-    assert cache.differences(third, second) == ["max_length: 512 and 64", 'texts: "b" and "a"']
-
-
-def test_the_beginning_of_a_key_may_look_like_a_number() -> None:
-    words = ["action=compare", 'stores=["17e1","9e9a"]']
-    assert saexp.compose(words).stores == ["17e1", "9e9a"]
-
-
-def test_task_cache_lists_verifies_and_compares(tmp_path: Path) -> None:
+def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
     made = [store(tmp_path / "outputs/cache", t) for t in "ab"]
     listed = command(tmp_path, "task=cache", "hydra.run.dir=listed")
     assert listed.code == 0, listed.err
     assert all(s.path.name in listed.out and "layer_1.resid_post" in listed.out for s in made)
     assert "note: 2 stores, " in listed.out
+    # Sizes with their unit and times to the minute where they are read; whole in the table.
+    assert re.search(r" kB +\d{4}-\d\d-\d\d \d\d:\d\d$", listed.out.splitlines()[1])
+    assert "size" in listed.out.splitlines()[0]
+    assert pd.read_parquet(tmp_path / "listed/stores.parquet")["bytes"].tolist() == [
+        cache.size(s) for s in made
+    ]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["key"].tolist() == [
         s.path.name for s in made
     ]
     assert not list(tmp_path.rglob("wandb"))
     words = ["task=cache", "action=verify"]
     assert "note: all sound" in command(tmp_path, *words).out.splitlines()
-    flip(made[1].path / "layer_0.resid_post/00001.safetensors")
-    both = ",".join(s.path.name for s in made)
-    compared = command(tmp_path, "task=cache", "action=compare", f"stores=[{both}]")
-    assert 'note: texts: "a" and "b"' in compared.out.splitlines()
 
 
 def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(

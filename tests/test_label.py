@@ -214,6 +214,9 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
     skips = run.tables["skips"]
     assert skips["example_id"].tolist() == ["city/Marta/coordinates", "city/Uvo/coordinates"]
     assert set(skips["reason"]) == {"prompt longer than dataset.max_length"}
+    n = len(run.tables["labels"]) + 2
+    told = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
+    assert told in run.notes
     with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
         labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
 
@@ -439,6 +442,8 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     assert table["matching_tokens"].tolist() == [10, 5]
     assert table["perfect_match"].tolist() == [True, False]
     assert run.tables["skips"]["reason"].tolist() == ["fewer than 30 tokens"]
+    n = len(table) + 1
+    assert run.notes[0] == f"1 of {n} texts was skipped: fewer than 30 tokens (1)"
     words = [w.replace("=20", "=200") for w in words]
     with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
         saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")

@@ -1,7 +1,6 @@
 """The cache folder looked at as a whole: which stores there are, whether sound, which to drop."""
 
 import datetime
-import json
 import re
 import shutil
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from saexp.activations.files import cannot_write, try_lock
+from saexp.activations.files import cannot_write, show_bytes, try_lock
 from saexp.activations.leases import USED, users
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, StoreError
@@ -62,6 +61,14 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, columns=[*columns, "bytes", "last_used"])
+
+
+def for_reading(table: pd.DataFrame) -> str:
+    """A listing as text: sizes with their unit, times to the minute."""
+    shown = table.rename(columns={"bytes": "size"})
+    shown["size"] = [show_bytes(n) for n in table["bytes"]]
+    shown["last_used"] = [f"{at:%Y-%m-%d %H:%M}" for at in table["last_used"]]
+    return shown.to_string(index=False)
 
 
 def damaged(store: ActivationStore) -> list[str]:
@@ -171,16 +178,6 @@ def find(cache_dir: str | Path, key: str) -> ActivationStore:
         told = f"{len(found)} stores begin so" if found else "no store begins so"
         raise ConfigError(f"stores: {key}: {told}; {cache_dir} holds {', '.join(keys) or 'none'}")
     return keys[found[0]]
-
-
-def differences(first: ActivationStore, second: ActivationStore) -> list[str]:
-    """Why one was not used in place of the other: a line per ingredient of the key that differs."""
-    a, b = first.manifest["ingredients"], second.manifest["ingredients"]
-    return [
-        f"{name}: {json.dumps(a.get(name))} and {json.dumps(b.get(name))}"
-        for name in sorted({*a, *b})
-        if a.get(name) != b.get(name)
-    ]
 
 
 def verify(chosen: Sequence[ActivationStore]) -> dict[str, list[str]]:

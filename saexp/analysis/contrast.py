@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.contrast_notes import louder, no_width, why_none
 from saexp.analysis.matching import match_token_counts
 from saexp.analysis.statistics import Ranked, benjamini_hochberg, welch_t
 from saexp.config import AnalyzerConfig
@@ -213,21 +214,13 @@ class ContrastAnalyzer:
             metrics[f"contrast/n_selected_{group}"] = len(mine)
             best = mine[mine["rank"] == 1]
             if best.empty:
-                notes.append(self._why_none(significant, group))
+                n_tested = int(metrics["contrast/n_tested"] or 0)
+                notes.append(why_none(significant, group, train.first, n_tested, self.cfg))
+            elif told := louder(significant, best, group, self.cfg):
+                notes.append(told)
+            notes += no_width(best, group, len(test.units))
             metrics |= _best(best.iloc[0] if len(best) else None, group, sign=group == groups[0])
         return metrics
-
-    def _why_none(self, significant: pd.DataFrame, group: str) -> str:
-        mine = significant[significant["direction"] == group]
-        loud = int((mine["background_freq"] >= self.cfg.background_max).sum())
-        if mine.empty:
-            return f"no latent speaks for '{group}' at a q-value <= {self.cfg.alpha:g}"
-        return (
-            f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: "
-            f"{counted(loud, 'fires', 'fire')} on {self.cfg.background_max:.0%} or more of neutral "
-            f"text (analyzer.background_max), {counted(len(mine) - loud, 'points', 'point')} the "
-            "other way for some entity type or in their ranks"
-        )
 
 
 def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:

@@ -28,8 +28,9 @@ class RankTest:
     p_value: Float[np.ndarray, " n"]
     """`p_normal`, raised where that approximation is too small: by orders of magnitude for rare
     latents when groups are unequal. It is at least the tail of the Pearson type III curve that has
-    the permutation distribution's own skewness, and, for latents with fewer than `FEW` active rows,
-    Fisher's exact p-value of active against not (its smaller tail doubled)."""
+    the permutation distribution's own skewness, the chance of the rarest of all arrangements
+    (doubled), and, for latents with fewer than `FEW` active rows, Fisher's exact p-value of active
+    against not (its smaller tail doubled)."""
 
 
 class Ranked:
@@ -107,7 +108,8 @@ class Ranked:
             skew = np.where(variance > 0, np.sign(leaning) * third / variance**1.5, 0.0)
         p_normal = np.clip(2 * special.ndtr(-z), 0, 1)
         skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
-        p_value = np.maximum(p_normal, np.minimum(skewed, 1))
+        rarest = 2 * np.exp(-_log_choose(n, n1))
+        p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
         few = (active < FEW) & (active < zeros)
         on_first = np.bincount(self.column[self.first[self.row]], minlength=self.n_latents)
         p_value[few] = np.maximum(p_value[few], _fisher(on_first[few], active[few], n1, n))

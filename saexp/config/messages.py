@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -11,6 +12,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from saexp.config.components import COLUMNS
 from saexp.config.run import RunConfig
 from saexp.errors import ConfigError, SaexpError
 from saexp.registry import did_you_mean
@@ -33,16 +35,16 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if group and error.options:
-            return f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
+            told = f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
+            return told + (_launchers(error.options) if group == "hydra/launcher" else "")
         return f"no config file {error.missing_cfg_file}; see python -m saexp --help"
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
         key = _full_key(error) or text.rpartition(":")[2].strip()
         return f"{key} is not set; type {key}=<value> (see python -m saexp --help)"
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override} is no key=value that can be read; quote lists for the shell, "
-            "'layer=[0,1,2]', and values with braces, commas or spaces twice, "
-            "'sae.path=\"saes/{layer}\"'"
+            f"{error.override} is no key=value that can be read; "
+            f"{_quoted_twice(str(error.override)) or _HOW_TO_QUOTE}"
         )
     if isinstance(error, ValidationError) and _full_key(error):
         return f"{_full_key(error)}: {text.partition(' full_key')[0]}"
@@ -64,6 +66,32 @@ def _explain(error: Exception) -> str:
     return text
 
 
+_HOW_TO_QUOTE = (
+    "quote lists for the shell, 'layer=[0,1,2]', and values with braces, commas or spaces twice, "
+    "'sae.path=\"saes/{layer}\"'"
+)
+
+
+def _quoted_twice(override: str) -> str | None:
+    """What to type instead; None where more than quotes may be lacking."""
+    match = re.fullmatch(r"""([+~]*[\w./@-]+)=([^'"\\\[\]]+)""", override)
+    if not match or match[2].lstrip().startswith("{") or not match[2].strip():
+        return None
+    key, value = match[1], match[2].strip()
+    # In double quotes the shell would put something else in their place.
+    outer, inner = ("'", '"') if re.search(r"[$`!]", value) else ('"', "'")
+    typed = f"{outer}{key}={inner}{value}{inner}{outer}"
+    return f"quote such a value twice, for the shell and for Hydra: {typed}"
+
+
+def _launchers(options: Iterable[str]) -> str:
+    """How to get the launchers that are not installed."""
+    there = " ".join(options)
+    if all(name in there for name in ("joblib", "submitit", "ray")):
+        return ""
+    return "; joblib and submitit come with pip install 'saexp[launchers]', ray with 'saexp[ray]'"
+
+
 def _full_key(error: Exception) -> str | None:
     key = getattr(error, "full_key", None)
     return str(key) if key else None
@@ -76,4 +104,4 @@ def known_keys() -> list[str]:
         keys.append(field.name)
         if dataclasses.is_dataclass(field.type):
             keys += [f"{field.name}.{f.name}" for f in dataclasses.fields(field.type)]
-    return keys
+    return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]

@@ -1,6 +1,7 @@
 """Builders of data sets, one per registry name of kind `dataset`."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ _PEOPLE = ("John", "Mary", "Tom", "Anna", "Paul", "Lucy", "Mark", "Jane", "Peter
 TEXT_TEMPLATE = "The {entity_type} {entity}"
 
 
-def finish(cfg: DatasetConfig, examples: list[Example], source: str) -> ExampleSet:
+def finish(
+    cfg: DatasetConfig, examples: list[Example], source: str, notes: Sequence[str] = ()
+) -> ExampleSet:
     """Filters, groups, splits: what every data set goes through."""
     if cfg.entity_types is not None:
         there = {e.entity_type for e in examples}
@@ -34,13 +37,16 @@ def finish(cfg: DatasetConfig, examples: list[Example], source: str) -> ExampleS
         examples = [e for e in examples if e.group in groups]
     examples = choose(examples, cfg.n_examples, cfg.seed)
     return ExampleSet(
-        name=cfg.name, examples=assign_splits(examples, cfg.split, cfg.seed), groups=groups
+        name=cfg.name,
+        examples=assign_splits(examples, cfg.split, cfg.seed),
+        groups=groups,
+        notes=list(notes),
     )
 
 
 def _from_file(cfg: DatasetConfig, path: str | None, kind: str) -> ExampleSet:
-    rows = read_rows(path, kind)
-    return finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, str(path)), str(path))
+    examples, notes = to_examples(read_rows(path, kind), cfg.columns, cfg.group_rule, str(path))
+    return finish(cfg, examples, str(path), notes)
 
 
 def jsonl(cfg: DatasetConfig, **_: Any) -> ExampleSet:
@@ -80,8 +86,8 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     },
                 )
             )
-    examples = to_examples(rows, {}, cfg.group_rule, "the shipped entities")
-    return finish(cfg, examples, "the shipped entities")
+    examples, notes = to_examples(rows, {}, cfg.group_rule, "the shipped entities")
+    return finish(cfg, examples, "the shipped entities", notes)
 
 
 def filled(key: str, template: str, named: dict[str, str]) -> str:
@@ -257,4 +263,5 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"dataset.path={cfg.path}: cannot be loaded ({reason})") from error
     rows = [(f"{cfg.path}:{n}", dict(row)) for n, row in enumerate(loaded, 1)]
-    return finish(cfg, to_examples(rows, cfg.columns, cfg.group_rule, cfg.path), cfg.path)
+    examples, notes = to_examples(rows, cfg.columns, cfg.group_rule, cfg.path)
+    return finish(cfg, examples, cfg.path, notes)

@@ -1,6 +1,7 @@
 """Rows of JSONL and CSV files, with the line each came from, turned into examples."""
 
 import csv as csv_module
+import difflib
 import json
 import operator
 import re
@@ -22,6 +23,9 @@ _OPERATORS = {
     ">": operator.gt,
     "<": operator.lt,
 }
+
+_NEAR = 0.8
+"""Likeness from which a column's name counts as misspelt: 1 for the same letters."""
 
 Row = tuple[str, dict[str, Any]]
 """(file:line, columns)."""
@@ -189,10 +193,31 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
     )
 
 
+def misspelt(rows: list[Row], columns: Mapping[str, str], ruled: str | None) -> list[str]:
+    """A line per column that is kept as it is, but is nearly called as one that is lacking.
+
+    `ruled` is the column that a rule makes the groups of.
+    """
+    there = dict.fromkeys(column for _, row in rows for column in row)
+    used = {*FIELDS, *columns.values(), ruled}
+    lacking = [f for f in FIELDS if columns.get(f, f) not in there]
+    if ruled is not None:
+        lacking = [f for f in lacking if f != "group"]
+    notes = []
+    for column in there:
+        word = column.strip().lower()
+        # Two letters are near to too much: idx, uid.
+        known = [f for f in lacking if len(f) > 2 or f == word]
+        near = difflib.get_close_matches(word, known, 1, _NEAR)
+        if column not in used and near:
+            notes.append(f"column '{column}' means nothing to saexp; did you mean {near[0]}?")
+    return notes
+
+
 def to_examples(
     rows: list[Row], columns: Mapping[str, str | None], group_rule: str | None, source: str
-) -> list[Example]:
-    """All rows as examples with distinct ids, groups made by the rule where there is one."""
+) -> tuple[list[Example], list[str]]:
+    """All rows as examples with distinct ids, groups made by the rule where there is one; notes."""
     columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     for ours, theirs in columns.items():
         if ours not in FIELDS:
@@ -217,4 +242,4 @@ def to_examples(
             raise DataError(f"{where}: id '{example.id}' stands already at {seen[example.id]}")
         seen[example.id] = where
         examples.append(example)
-    return examples
+    return examples, misspelt(rows, columns, column)

@@ -21,6 +21,7 @@ from saexp.interventions.summary import (
     chosen_coefficients,
     effect_metrics,
     summarise,
+    unmoved,
     with_strengths,
 )
 from saexp.interventions.weight_costs import weight_costs
@@ -110,6 +111,7 @@ class CausalTest:
         for name, kind in kinds.items():
             effects[name] = effects[name].astype("boolean" if kind == "rate" else "float64")
         result.tables["effects"] = effects
+        result.notes += unmoved(effects, kinds)
         if kinds:
             summary = summarise(_numeric(effects, kinds), kinds, self.cfg.seed)
             summary = self._choose(summary, next(iter(kinds)), result.notes)

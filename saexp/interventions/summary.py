@@ -182,6 +182,20 @@ def _mean(values: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " n"]:
     return np.where(n > 0, np.where(there, values, 0.0).sum(0) / np.maximum(n, 1), np.nan)
 
 
+def unmoved(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
+    """A note per rate that is the same on every prompt in every condition, so says nothing."""
+    notes = []
+    for name in (name for name, kind in kinds.items() if kind == "rate"):
+        values = effects[name].dropna()
+        if len(values) > 1 and values.nunique() == 1:
+            notes.append(
+                f"{name.replace('_', ' ')} is {int(values.iloc[0])} on every prompt with and "
+                "without changes, so it shows nothing: give rows a prompt it can differ on, or "
+                "choose other intervention.outcomes"
+            )
+    return notes
+
+
 def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict[str, float]:
     """Per condition the coefficient at which it differs most from its controls on this split.
 

@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 
 from saexp.reports.saved import SavedRun
+from saexp.wording import counted
 
 _UNITS = {
     "resid_norm": "x the stream's mean norm",
@@ -31,6 +32,26 @@ VERBS = {
 }
 
 
+PLACES = {
+    "all": "every token",
+    "prompt": "the prompt's tokens",
+    "generated": "the generated tokens",
+    "last": "the last token",
+    "entity": "the entity's tokens",
+    "entity_all": "the entity's tokens",
+    "entity_last": "the entity's last token",
+    "entity_to_end": "the tokens from the entity on",
+    "after_entity": "the token after the entity",
+    "continuation": "the continuation's tokens",
+}
+"""Where something is read or written, in words."""
+
+
+def place_words(where: str) -> str:
+    """Positions in words; those without words of their own by name."""
+    return PLACES.get(where, f"positions {where.replace('_', ' ')}")
+
+
 def unit_words(cfg: dict[str, Any]) -> str:
     """An intervention's coefficient unit as words that follow the number."""
     name = str(cfg["name"])
@@ -42,8 +63,11 @@ def verb(cfg: dict[str, Any]) -> str:
     return VERBS.get(str(cfg["name"]), f"{cfg['name']} on")
 
 
-def what(row: Any, told_direction: bool = True) -> str:
-    """What a condition changes, in words: its latents, direction or place."""
+def what(row: Any, told_direction: bool = True, *, towards: bool = False) -> str:
+    """What a condition changes, in words: its latents, direction or place.
+
+    Latents are `towards` a group rather than for it where those of both groups are moved there.
+    """
     latents = str(row["latent"])
     if row["role"] in ("single", "group"):
         number = len(latents.split("+"))
@@ -52,7 +76,7 @@ def what(row: Any, told_direction: bool = True) -> str:
         if len(layers) > 1:
             named += f" of layers {', '.join(map(str, layers))}"
         told = told_direction and row["direction"] not in ("latent", "latents")
-        return f"{named} for '{row['direction']}'" if told else named
+        return f"{named} {'towards' if towards else 'for'} '{row['direction']}'" if told else named
     name = str(row["condition"]).removeprefix(f"{row['direction']}_")
     if name == "splice":
         return "the reconstruction"
@@ -110,30 +134,14 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str:
     summary = run.summary
     assert summary is not None
     cfg = run.config["intervention"]
-    mine = summary[summary["condition"] == condition]
     coefficient = run.told_coefficient(condition, outcome)
     if coefficient is None:
-        row = mine.iloc[0]
-        if (mine["coefficient"] == 0).all():
-            return (
-                f"{verb(cfg)} {what(row)} was run at coefficient 0 "
-                f"alone, which changes nothing: {_words(outcome)} of {prompts_of(row['group'])} "
-                f"stays {row[outcome]:.2f}"
-            )
-        if mine[outcome].isna().all():
-            return (
-                f"{verb(cfg)} {what(row)}: {_words(outcome)} could be measured on none of the "
-                f"{prompts_of(row['group'])}"
-            )
-        return (
-            f"{verb(cfg)} {what(row)} changes {_words(outcome)} of "
-            f"{prompts_of(row['group'])} at no coefficient by more than its controls"
-        )
+        return _no_effect(run, condition, outcome)
     at = summary[summary["coefficient"] == coefficient]
     row = at[at["condition"] == condition].iloc[0]
     group = row["group"]
     before = summary[(summary["role"] == "baseline") & (summary["group"] == group)].iloc[0]
-    where = cfg["where"].replace("_", " ")
+    where = place_words(cfg["where"])
     strength = "" if cfg["name"] == "orthogonalize" else f", coefficient {coefficient:g}"
     if strength:
         strength = f"{strength} {unit_words(cfg)}".rstrip()
@@ -143,10 +151,44 @@ def _effect(run: SavedRun, condition: str, outcome: str) -> str:
     )
     place = "" if cfg["name"] == "orthogonalize" else f" at {where}"
     sentence = (
-        f"{verb(cfg)} {what(row)}{place}{strength}: {_words(outcome)} on "
+        f"{_doing(cfg, row)}{place}{strength}: {_words(outcome)} on "
         f"{int(row[f'{outcome}_n'])} {prompts_of(group)} {numbers}"
     )
     return f"{sentence}{_controls(at, condition, outcome)}"
+
+
+def _doing(cfg: dict[str, Any], row: Any) -> str:
+    return f"{verb(cfg)} {what(row, towards=cfg['name'] == 'clamp')}"
+
+
+def _no_effect(run: SavedRun, condition: str, outcome: str) -> str:
+    """A condition that no coefficient was chosen for, with the numbers: before, after, controls."""
+    summary = run.summary
+    assert summary is not None
+    mine = summary[summary["condition"] == condition]
+    row, told = mine.iloc[0], _doing(run.config["intervention"], mine.iloc[0])
+    after = mine.loc[mine["coefficient"] != 0, outcome]
+    prompts = prompts_of(row["group"])
+    if after.empty:
+        return (
+            f"{told} was run at coefficient 0 alone, which changes nothing: {_words(outcome)} of "
+            f"{prompts} stays {row[outcome]:.2f}"
+        )
+    if after.isna().all():
+        return f"{told}: {_words(outcome)} could be measured on none of the {prompts}"
+    before = summary[(summary["role"] == "baseline") & (summary["group"] == row["group"])].iloc[0]
+    controls = summary[(summary["of"] == condition) & (summary["role"] == "control")]
+    values = controls.loc[controls["coefficient"] != 0, outcome]
+    beside = f", controls {_range(values)}" if values.notna().any() else ""
+    return (
+        f"{told} changes {_words(outcome)} of {prompts} at no coefficient by more than its "
+        f"controls on train prompts ({counted(int(row[f'{outcome}_n']), 'test prompt')}: "
+        f"{before[outcome]:.2f} before, {_range(after)} after{beside})"
+    )
+
+
+def _range(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys([f"{values.min():.2f}", f"{values.max():.2f}"]))
 
 
 def _words(outcome: str) -> str:
@@ -178,4 +220,7 @@ def _cost(run: SavedRun, condition: str, coefficient: float) -> str:
     others = costs[(costs["of"] == condition) & (costs["role"] == "control")]
     others = others[others["coefficient"] == coefficient]["neutral_kl"]
     beside = f", controls {others.min():.2f} to {others.max():.2f}" if len(others) else ""
-    return f"; cost on neutral text {row['neutral_kl'].iloc[0]:.2f} nats a token{beside}"
+    weights = run.config["intervention"]["name"] == "orthogonalize"
+    how = "under the edited weights" if weights else "edited at every token"
+    value = f"{row['neutral_kl'].iloc[0]:.2f}"
+    return f"; KL per token of neutral text {how} {value} nats{beside}"

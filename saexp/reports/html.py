@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from saexp.reports.effect_tables import attribution_tables, effect_content
-from saexp.reports.effects import verb
+from saexp.reports.effects import place_words
 from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
 from saexp.reports.fit import HEAD, fit_rows
@@ -120,15 +120,16 @@ def _asked(run: SavedRun) -> str:
     words = (
         f"Which latents of the SAE {about['sae'].get('name', cfg['sae']['name'])} tell {first} "
         f"from {second} in the data set '{about['dataset']['name']}' "
-        f"({about['dataset']['n_examples']} examples), at positions "
-        f"{cfg['positions']['name'].replace('_', ' ')}?"
+        f"({about['dataset']['n_examples']} examples), at "
+        f"{place_words(cfg['positions']['name'])}?"
     )
     if causal["name"] == "none":
         return words
-    doing = verb(causal)
     asked = ", ".join(causal["outcomes"]).replace("_", " ")
-    where = causal["where"].replace("_", " ")
-    return f"{words} And does {doing} them at {where} change {asked}?"
+    test = f"intervention {causal['name'].replace('_', ' ')}"
+    if causal["name"] != "orthogonalize":
+        test += f" at {place_words(causal['where'])}"
+    return f"{words} Do they cause it? Tested by {test}, judged by {asked}."
 
 
 _STREAM = (
@@ -137,14 +138,14 @@ _STREAM = (
     ("collection/tokens_forwarded", "tokens forwarded"),
     ("sparsity/l0", "L0"),
     ("sparsity/mean_active", "mean active value"),
-    ("sparsity/dead_fraction", "never fired"),
+    ("sparsity/dead_fraction", "share of latents never fired"),
     ("reconstruction/explained_variance", "explained variance, these positions"),
-    ("reconstruction/explained_variance_legacy", "… legacy definition"),
+    ("reconstruction/explained_variance_legacy", "… by the legacy formula"),
     ("reconstruction/cosine", "cosine"),
     ("contrast/n_tested", "latents tested"),
     ("contrast/n_significant", "significant (train)"),
     ("contrast/n_significant_test", "… again on test"),
-    ("contrast/token_count_p_value", "token counts differ, p"),
+    ("contrast/token_count_p_value", "p of equal token counts"),
 )
 
 
@@ -182,6 +183,8 @@ def _latent_tables(run: SavedRun) -> list[dict[str, Any]]:
 def _selected(run: SavedRun, group: str) -> str:
     """How many latents a direction has, and which of them the causal test changes."""
     told = counted(len(run.selected(group)), "selected latent")
+    if len(run.selected(group)) == run.config["analyzer"].get("top_k"):
+        told += " (as many as analyzer.top_k lets in)"
     if len(run.selected(group)) > N_LATENTS:
         told += f", the first {N_LATENTS}"
     summary = run.effects_summary

@@ -231,12 +231,14 @@ def _effects(effects: pd.DataFrame) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
     known = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")
     by = [n for n in effects.columns if n not in known and effects[n].nunique() > 1]
+    # A cell without latents for one direction has no line in that panel.
+    numbers = {name: number for number, (name, _) in enumerate(_lines(effects, by))}
     shown: set[str] = set()
     for column, (_, panel) in enumerate(panels, start=1):
-        for number, (name, part) in enumerate(_lines(panel, by)):
+        for name, part in _lines(panel, by):
             line = part.sort_values("coefficient")
             label = name or "selected latents"
-            colour = _QUALITATIVE[number % len(_QUALITATIVE)]
+            colour = _QUALITATIVE[numbers[name] % len(_QUALITATIVE)]
             for trace in _effect(line, label, colour, first=label not in shown):
                 figure.add_trace(trace, row=1, col=column)
             shown.add(label)

@@ -17,7 +17,7 @@ from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.bos import settle_bos
 from saexp.tasks.by_layer import AtLayer, all_of, at_layers, saes_by_layer
-from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
+from saexp.tasks.checking import check_sae, fits_here, neighbours, settle_factor, with_neighbours
 from saexp.tasks.describe import describe
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
@@ -62,6 +62,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
     result.merge(settled)
     result.merge(checked)
+    result.notes += fits_here(result.metrics)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows
     result.tables["skips"] = skips_table(gathered.placement.skips)

@@ -4,7 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from saexp.activations import cache
+from saexp.activations.compare import differences, headline
 from saexp.activations.files import show_bytes
 from saexp.config import RunConfig
 from saexp.context import RunContext
@@ -21,11 +24,13 @@ ACTIONS = ("list", "verify", "prune", "compare")
 def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Do `action`; the table of what is there afterwards is saved as stores.parquet.
 
+    Of action=compare, its lines are saved as compared.parquet too, and nothing else is told.
     Raises StoreError, after listing everything in the log, where action=verify finds damage.
     """
     if cfg.action not in ACTIONS:
         raise ConfigError(f"action={cfg.action}: {did_you_mean(cfg.action, ACTIONS)}")
     notes: list[str] = []
+    compared: dict[str, pd.DataFrame] = {}
     damage = None
     if cfg.action == "verify":
         bad, lost = cache.verify(cache.stores(cfg.cache_dir)), cache.unreadable(cfg.cache_dir)
@@ -41,18 +46,21 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         if len(cfg.stores) != 2:
             raise ConfigError("""action=compare takes two keys; type 'stores=["17e1","9e9a"]'""")
         first, second = (cache.find(cfg.cache_dir, key) for key in cfg.stores)
-        notes += cache.differences(first, second) or ["the same ingredients"]
+        told = differences(first, second) or ["the same ingredients"]
+        compared["compared"] = pd.DataFrame({"difference": told})
+        notes += [headline(first), headline(second), *told]
     table = cache.listing(cfg.cache_dir)
-    notes = [f"{len(table)} stores, {show_bytes(int(table['bytes'].sum()))}", *notes]
+    if not compared:
+        notes.insert(0, f"{len(table)} stores, {show_bytes(int(table['bytes'].sum()))}")
     result = TaskResult(
         metrics={"cache/n_stores": len(table), "cache/bytes": int(table["bytes"].sum())},
-        tables={"stores": table},
+        tables={"stores": table, **compared},
         notes=notes,
     )
     write_result(context.folder, result)
     write_provenance(context, cfg, notes, [])
     if damage is not None:
-        for line in [*table.to_string(index=False).splitlines(), *notes]:
+        for line in [*cache.for_reading(table).splitlines(), *notes]:
             log.info("%s", line)
         raise StoreError(damage)
     return result

@@ -1,7 +1,7 @@
 """Whether the run's SAE fits the run's model, looked at before anything is concluded from it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -18,6 +18,9 @@ from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.tasks.gathering import Gathered
 
 log = logging.getLogger(__name__)
+
+_FAR_BELOW = 0.5
+"""Share of neutral text's explained variance below which that at the positions is told."""
 
 
 def neighbours(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> list[Hookpoint]:
@@ -115,6 +118,18 @@ def check_sae(
         f"check/expected_{c.name}": c.expected for c in fit.compared if c.expected is not None
     }
     return TaskResult(metrics=metrics, tables={"check": _table(sae, fit)}, notes=[*fit.problems])
+
+
+def fits_here(metrics: Mapping[str, float | int | None]) -> list[str]:
+    """A note where the SAE explains far less at the positions analysed than on neutral text."""
+    here = metrics.get("reconstruction/explained_variance")
+    neutral = metrics.get("check/explained_variance")
+    if here is None or neutral is None or neutral <= 0 or here >= _FAR_BELOW * neutral:
+        return []
+    return [
+        f"the SAE explains {here:.3f} of the variance at the positions analysed, {neutral:.3f} on "
+        "neutral text: most of what the model holds there is in no latent"
+    ]
 
 
 def _table(sae: SparseAutoencoder, fit: Fit) -> pd.DataFrame:

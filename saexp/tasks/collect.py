@@ -25,7 +25,11 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
     result = TaskResult(
         metrics=gathered.metrics,
         tables={"rows": gathered.placement.rows, "skips": skips_table(skips)},
-        notes=[f"store: {gathered.store.path}", *_left(cfg, gathered.store, hookpoints)],
+        notes=[
+            *gathered.examples.notes,
+            f"store: {gathered.store.path}",
+            *_left(cfg, gathered.store, hookpoints),
+        ],
     )
     write_result(context.folder, result)
     write_provenance(

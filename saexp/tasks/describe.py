@@ -63,6 +63,8 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     others = [neutral] if second is None else [neutral, second]
     forwarded = sum(g.stats.tokens_forwarded for g in (gathered, *others))
     result = TaskResult(metrics={**gathered.metrics}, notes=list(gathered.examples.notes))
+    if second is not None:
+        result.notes += [f"transfer: {note}" for note in second.examples.notes]
     result.merge(settled)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows

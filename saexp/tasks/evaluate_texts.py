@@ -14,6 +14,7 @@ from saexp.data.examples import Example, Skip
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
+from saexp.tasks.gathering import skip_notes
 
 
 @dataclass
@@ -56,6 +57,7 @@ def read_texts(
             found.skips.append(Skip(example.id, "too short: no token has a scored next token"))
     if not found.tokens:
         raise DataError(f"none of {len(examples)} texts has a token and a next token to predict")
+    found.notes.extend(skip_notes(found.skips, len(distinct), "text"))
     if cut := sum(t.truncated for t in found.tokens):
         found.notes.append(f"{cut} texts were cut at {longest} tokens")
     if not any(t.special[0] for t in found.tokens):
@@ -70,7 +72,8 @@ def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
     """The data set, or without a path for dataset=text the neutral text that saexp ships."""
     data = cfg.dataset
     if data.name != "text" or data.path is not None or data.text is not None:
-        return registry.build("dataset", data).examples, []
+        made = registry.build("dataset", data)
+        return made.examples, list(made.notes)
     lines = background_texts(data)
     examples = [Example(id=str(n), text=line) for n, line in enumerate(lines, 1)]
     source = "the shipped neutral text" if data.background is None else data.background

@@ -1,21 +1,49 @@
 """What analyze and collect begin with: examples, tokens, positions, activations."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saexp import registry
 from saexp.activations.collector import CollectionStats, Part, collect
 from saexp.activations.store import ActivationStore
-from saexp.config import PositionsConfig, RunConfig
+from saexp.config import DatasetConfig, PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, ExampleSet
+from saexp.data.examples import Example, ExampleSet, Skip
 from saexp.data.positions import Placement, place
 from saexp.data.tokens import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.tasks.bos import begins_with_bos
+from saexp.wording import counted
 
 Ahead = Sequence[tuple[int, str | None]]
+
+_OF_TEXTS = (
+    "path",
+    "text",
+    "template",
+    "groups",
+    "group_rule",
+    "entity_types",
+    "n_examples",
+    "hf_split",
+    "options",
+    "seed",
+)
+"""Settings of a data set that decide which texts there are."""
+_OF_POSITIONS = ("n", "indices", "substring", "include_special", "seed")
+
+
+def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
+    """One line on those of `n` examples that could not be used; nothing where all were."""
+    if not skips:
+        return []
+    reasons = Counter(s.reason for s in skips).most_common()
+    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
+    verb = "was" if len(skips) == 1 else "were"
+    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
 
 
 @dataclass
@@ -49,11 +77,15 @@ def gather(
     """Activations of the data set at the positions asked for; forwarded only where not stored.
 
     Where the model must run, the hookpoints `ahead` are stored in the same pass; with `part`, only
-    that part of the store is looked at.
+    that part of the store is looked at. The examples' notes say how many were skipped.
     """
     examples = registry.build("dataset", cfg.dataset)
     positions = registry.build("positions", cfg.positions)
-    return _collected(cfg, model, hookpoints, examples, positions, cfg.positions.seed, ahead, part)
+    settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
+    seed = cfg.positions.seed
+    found = _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead, part)
+    left = skip_notes(found.placement.skips, len(examples))
+    return replace(found, examples=replace(examples, notes=[*examples.notes, *left]))
 
 
 def gather_background(
@@ -72,7 +104,10 @@ def gather_background(
     positions = registry.build(
         "positions", PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     )
-    return _collected(cfg, model, hookpoints, examples, positions, cfg.analyzer.seed, ahead)
+    path = cfg.dataset.background
+    settings = {} if path is None else {"background": path}
+    seed = cfg.analyzer.seed
+    return _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead)
 
 
 def _collected(
@@ -82,6 +117,7 @@ def _collected(
     examples: ExampleSet,
     positions: Any,
     seed: int,
+    settings: Mapping[str, Any],
     ahead: Ahead = (),
     part: Part | None = None,
 ) -> Gathered:
@@ -107,10 +143,19 @@ def _collected(
             "positions": positions.cfg.name,
             "n_texts": len(placement.texts),
             "n_tokens": sum(len(text) for text in placement.texts),
+            "dataset_settings": settings,
+            "positions_settings": _changed(positions.cfg, PositionsConfig(), _OF_POSITIONS),
+            "begins_with_bos": begins_with_bos(model),
         },
         verify=cfg.verify,
     )
     return Gathered(examples, placement, store, stats)
+
+
+def _changed(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """Those of the settings that are not as they come."""
+    given = {key: getattr(cfg, key) for key in keys}
+    return {k: v for k, v in given.items() if v != getattr(default, k)}
 
 
 def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:

@@ -20,6 +20,7 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.label import attribute_table, label_sentences
 from saexp.results import TaskResult
 from saexp.tasks.answers import Answers, Options, answers
+from saexp.tasks.gathering import skip_notes
 from saexp.tasks.label_files import (
     GROUP_OF,
     Asked,
@@ -40,11 +41,14 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
     if cfg.dataset.name == "memorization":
         return memorized(cfg, context, model, options)
     thresholds, rules = options.thresholds, options.judged_by
-    examples = registry.build("dataset", cfg.dataset).examples
+    data = registry.build("dataset", cfg.dataset)
+    examples = data.examples
     made, not_asked = questions(examples, options.asked_by)
-    notes = [f"{n} not asked: {reason}" for reason, n in sorted(not_asked.items())]
+    notes = list(data.notes)
+    notes += [f"{n} not asked: {reason}" for reason, n in sorted(not_asked.items())]
     made = _without_refusals(made, notes)
     asked, ids, skips = _prompts(made, model, options, cfg.dataset.max_length)
+    notes += skip_notes(skips, len(asked) + len(skips), "question")
     with context.stage("answer"):
         said = answers(
             model,

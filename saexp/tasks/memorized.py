@@ -19,6 +19,7 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.label import memorized_sentences
 from saexp.results import TaskResult
 from saexp.tasks.answers import Options, answers
+from saexp.tasks.gathering import skip_notes
 from saexp.tasks.label_files import save_labels
 from saexp.tasks.saving import skips_table
 
@@ -64,7 +65,8 @@ def memorized(
         for (prompt, start, truth), answer in zip(prompts, said, strict=True)
     ]
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
-    result = TaskResult(metrics=_metrics(table))
+    notes = skip_notes(skips, len(tokens), "text")
+    result = TaskResult(metrics=_metrics(table), notes=notes)
     result.tables = {"memorization": table, "skips": skips_table(skips)}
     return save_labels(
         cfg,

@@ -78,6 +78,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         "values": _values(latents, cfg.seed),
         "skips": skips_table(gathered.placement.skips),
     }
+    result.notes += gathered.examples.notes
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context.folder, result)

@@ -8,6 +8,7 @@ from saexp.errors import DataError
 from tests.analysis.simulate import (
     D_SAE,
     KNOWN,
+    LOUD,
     UNKNOWN,
     activations,
     contrast,
@@ -122,7 +123,7 @@ def test_groups_that_share_no_entity_type() -> None:
         )
     assert not [c for c in table if c.startswith(("separation_city", "separation_movie"))]
     assert {KNOWN, UNKNOWN} <= set(table.index[table["selected"]])
-    assert made.notes == [
+    assert [note for note in made.notes if "higher train AUROC" not in note] == [
         f"split {split}: known and unknown share no entity type, so min_separation and min_auroc "
         "are over all entities"
         for split in ("train", "test")
@@ -148,7 +149,7 @@ def test_without_entity_types(missing: str | None) -> None:
     ]
     sign = np.where(table["direction"] == "known", 1, -1)
     np.testing.assert_allclose(table["min_separation"], sign * table["separation"])
-    assert made.notes == []
+    assert not any("entity type" in note for note in made.notes)
 
 
 def test_without_background() -> None:
@@ -207,3 +208,51 @@ def test_how_often_and_how_strongly_must_agree() -> None:
     assert row["q_value"] < 0.01
     assert row["direction"] == "known"
     assert not row["selected"]
+
+
+def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
+    """Of 4 and 4 entities a perfect latent has p = 2/70, times the latents tested."""
+    units = ROWS.drop_duplicates("unit")
+    few = units.groupby(["split", "group", "entity_type"]).head(2).sort_values("unit")
+    small = few.reset_index(drop=True)
+    dense = np.ones((len(small), D_SAE), dtype=np.float32)
+    dense[:, 0] = (small["group"] == "known").to_numpy()
+    notes = contrast(dense, small, n_bootstrap=0).notes
+    (told,) = [note for note in notes if "'known'" in note and "speaks" in note]
+    assert "; with 4 and 4 train entities none could: a latent that fires on all of one " in told
+    p_value = float(told.partition("has p = ")[2].partition(",")[0])
+    assert p_value == pytest.approx(2 / 70, rel=0.05)
+    assert told.endswith(f"and {D_SAE} are tested")
+    quiet = contrast(np.ones_like(DENSE), ROWS, n_bootstrap=0).notes
+    assert quiet and not any("none could" in note for note in quiet)
+
+
+def test_better_latents_that_fire_on_any_text_are_named() -> None:
+    """Left out of the selection by the background filter, not out of the reader's sight."""
+
+    def told(dense: np.ndarray, **options: float) -> list[str]:
+        notes = contrast(dense, ROWS, n_bootstrap=0, **options).notes
+        return [note for note in notes if "of higher train AUROC" in note]
+
+    table = contrast(DENSE, ROWS, n_bootstrap=0).tables["latents"].set_index("latent")
+    assert told(DENSE) == [
+        "1 latent of higher train AUROC for 'known' is left out, firing on 2% or more of neutral "
+        f"text (analyzer.background_max): {LOUD} ({table.loc[LOUD, 'auroc']:.3f})"
+    ]
+    assert table.loc[LOUD, "auroc"] > table.loc[KNOWN, "auroc"]
+    assert told(DENSE, background_max=0.5) == []
+    weaker = DENSE.copy()
+    weaker[:, LOUD] = 0
+    assert told(weaker) == []
+
+
+def test_an_interval_without_width_is_no_certainty() -> None:
+    dense = np.zeros_like(DENSE)
+    dense[:, 3] = (ROWS["group"] == "known").to_numpy()
+    made = contrast(dense, ROWS)
+    assert made.metrics["contrast/best_auroc_known_ci_low_test"] == 1.0
+    (told,) = [note for note in made.notes if "no width" in note]
+    n = ROWS.loc[ROWS["split"] == "test", "unit"].nunique()
+    assert told.startswith(f"latent 3 separates all {n} held-out units")
+    assert not any("no width" in note for note in contrast(DENSE, ROWS).notes)
+    assert not any("no width" in note for note in contrast(dense, ROWS, n_bootstrap=0).notes)

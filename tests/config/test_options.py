@@ -101,3 +101,14 @@ def test_layers_and_coefficients() -> None:
     for wrong in (True, "a", float("nan"), float("inf"), None):
         with pytest.raises(ConfigError, match="is no number"):
             parse_coefficients(wrong)
+
+
+def test_columns_are_mapped_one_by_one_and_all_at_once() -> None:
+    names = ("text", "group", "entity", "span", "entity_type", "prompt", "answer", "id", "split")
+    none = dict.fromkeys(names)
+    base = ["dataset=jsonl", "dataset.path=some/file"]
+    assert saexp.compose(base).dataset.columns == none
+    one = saexp.compose(["dataset=jsonl", "dataset.columns.text=input_text"])
+    assert one.dataset.columns == {**none, "text": "input_text"}
+    both = saexp.compose([*base, "dataset.columns={text: input_text, group: label}"])
+    assert both.dataset.columns == {**none, "text": "input_text", "group": "label"}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.interventions.summary import Draws, chosen_coefficients, summarise
+from saexp.interventions.summary import Draws, chosen_coefficients, summarise, unmoved
 from saexp.paired import paired_difference
 
 N = 40
@@ -127,3 +127,14 @@ def test_the_coefficient_is_chosen_by_the_margin_over_controls_on_one_split_only
     summary = summarise(table, KINDS)
     assert chosen_coefficients(summary, "logit", "train") == {"b_group": 1.0}
     assert chosen_coefficients(summary, "logit", "test") == {"b_group": 2.0}
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_rate_that_nothing_moves_is_told(value: int) -> None:
+    table = effects()
+    assert unmoved(table, KINDS) == []
+    table["refusal"] = pd.array([bool(value)] * len(table), dtype="boolean")
+    table["logit"] = 1.0
+    (note,) = unmoved(table, KINDS)
+    assert note.startswith(f"refusal is {value} on every prompt with and without changes")
+    assert unmoved(table.iloc[:0], KINDS) == []

@@ -107,6 +107,22 @@ def test_models_are_lines_of_their_own(tmp_path: Path) -> None:
     assert np.allclose(drawn["known, model b"].y, [0.8, 0.9])
 
 
+def test_a_line_has_one_colour_in_every_panel(tmp_path: Path) -> None:
+    """Also where a panel lacks a line that stands before it: there is one legend."""
+    for layer in (0, 1, 2):
+        metrics = found(0.8) | effect("known", 0, 0.1) | effect("known", 1, 0.5 + layer / 10)
+        if layer:
+            metrics |= effect("unknown", 0, 0.1) | effect("unknown", 1, 0.2 + layer / 10)
+        cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
+    figure = sweep_figures(cells_table(tmp_path))["over_coefficient"]
+    known, unknown = (
+        {name: trace.line.color for name, trace in traces(figure, axis).items()}
+        for axis in ("x", "x2")
+    )
+    assert len(known) == len(set(known.values())) == 3
+    assert unknown == {name: known[name] for name in list(known)[1:]}
+
+
 @pytest.mark.parametrize("key", ["sae", "dataset", "seed", "positions"])
 def test_no_cell_is_left_out_of_the_curves(tmp_path: Path, key: str) -> None:
     for number in range(4):

@@ -1,0 +1,80 @@
+"""What a reader of a contrast must know: latents left out, and tests that cannot succeed."""
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from saexp.analysis.statistics import Ranked
+from saexp.config import AnalyzerConfig
+from saexp.wording import counted
+
+_NAMED = 3
+"""Latents named in a note."""
+
+
+def why_none(
+    significant: pd.DataFrame, group: str, first: np.ndarray, n_tested: int, cfg: AnalyzerConfig
+) -> str:
+    """Why no latent is selected for a group; `first` tells the groups of the train units apart."""
+    mine = significant[significant["direction"] == group]
+    if mine.empty:
+        told = f"no latent speaks for '{group}' at a q-value <= {cfg.alpha:g}"
+        return told + _no_power(first, n_tested, cfg.alpha)
+    loud = int((mine["background_freq"] >= cfg.background_max).sum())
+    return (
+        f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: "
+        f"{counted(loud, 'fires', 'fire')} on {cfg.background_max:.0%} or more of neutral text "
+        f"(analyzer.background_max), {counted(len(mine) - loud, 'points', 'point')} the other way "
+        "for some entity type or in their ranks"
+    )
+
+
+def _no_power(first: np.ndarray, n_tested: int, alpha: float) -> str:
+    """That a latent which fires on all of one group and none of the other would not pass alone."""
+    perfect = sparse.csr_array(first.astype(np.float64)[:, None])
+    p_value = float(Ranked(perfect, first).mann_whitney().p_value[0])
+    if p_value * n_tested <= alpha:
+        return ""
+    n = int(first.sum())
+    return (
+        f"; with {n} and {len(first) - n} train entities none could: a latent that fires on all of "
+        f"one group only has p = {p_value:.2g}, and {n_tested} are tested"
+    )
+
+
+def no_width(best: pd.DataFrame, group: str, n_test: int) -> list[str]:
+    """That the best latent's interval says nothing: perfect separation is so in any resample."""
+    if best.empty or "ci_low_test" not in best:
+        return []
+    row = best.iloc[0]
+    if row["ci_low_test"] != row["ci_high_test"] or row["auroc_test"] not in (0.0, 1.0):
+        return []
+    return [
+        f"latent {row['latent']} separates all {n_test} held-out units, so the bootstrap interval "
+        f"of its AUROC for '{group}' has no width; it does not mean certainty"
+    ]
+
+
+def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, cfg: AnalyzerConfig) -> str:
+    """Latents that tell the groups apart better than the best one selected, but fire everywhere.
+
+    Empty where there are none. Numbers are of the train split, in the group's own direction.
+    """
+    mine = significant[
+        (significant["direction"] == group) & (significant["background_freq"] >= cfg.background_max)
+    ]
+    mine = mine.assign(strength=(mine["auroc"] - 0.5).abs())
+    bar = 0.0 if best.empty else abs(float(best["auroc"].iloc[0]) - 0.5)
+    mine = mine[mine["strength"] > bar].sort_values("strength", ascending=False)
+    if best.empty or mine.empty:
+        return ""
+    named = ", ".join(
+        f"{row['latent']} ({0.5 + row['strength']:.3f})"
+        for row in mine.head(_NAMED).to_dict("records")
+    )
+    more = f" and {len(mine) - _NAMED} more" if len(mine) > _NAMED else ""
+    return (
+        f"{counted(len(mine), 'latent')} of higher train AUROC for '{group}' "
+        f"{'is' if len(mine) == 1 else 'are'} left out, firing on {cfg.background_max:.0%} or more "
+        f"of neutral text (analyzer.background_max): {named}{more}"
+    )
