@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
 from saexp.models.loading import LanguageModel
@@ -124,6 +125,8 @@ def random_lm(architecture: str) -> LanguageModel:
 
 def save(hf: Any, folder: Path) -> ModelConfig:
     """Write the model with the tokenizer to a folder; the config that loads it from there."""
+    # Its bar would stand among what a command prints.
+    hf_logging.disable_progress_bar()
     hf.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return ModelConfig(name=str(folder), device="cpu")

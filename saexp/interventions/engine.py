@@ -127,11 +127,11 @@ def _lower_blocks(
 ) -> AbstractContextManager[None] | None:
     """Run the blocks that nothing is changed in, once for rows with the same prompt.
 
-    A context in which the model goes on from there, `cache` being of its prefixes up to there and
-    of its rows from there on. None where too little would be saved.
+    A context in which the model goes on from there; `cache` is of prefixes up to there, of rows from
+    there on. None where too little would be saved.
     """
-    shared = _shares_kv(model) or not may_skip(model)
-    n_blocks = 0 if shared else change.n_untouched(model.n_layers)
+    alike = may_skip(model) and not _shares_kv(model)
+    n_blocks = change.n_untouched(model.n_layers) if alike else 0
     numbers: dict[tuple[int, ...], int] = {}
     of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
     share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
