@@ -127,15 +127,14 @@ def _lower_blocks(
 ) -> AbstractContextManager[None] | None:
     """Run the blocks that nothing is changed in, once for rows with the same prompt.
 
-    A context in which the model goes on from there; `cache` is of prefixes up to there, of rows from
-    there on. None where too little would be saved.
+    A context in which the model goes on from there, with `cache` of prefixes below and of rows
+    above; None where too little would be saved.
     """
-    alike = may_skip(model) and not _shares_kv(model)
-    n_blocks = change.n_untouched(model.n_layers) if alike else 0
+    n_blocks = change.n_untouched(model.n_layers) if may_skip(model) else 0
     numbers: dict[tuple[int, ...], int] = {}
     of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
     share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
-    if share <= _SHARE_FROM:
+    if share <= _SHARE_FROM or _shares_kv(model):
         return None
     at: dict[int, int] = {}
     for i, number in enumerate(of_row):
