@@ -79,7 +79,7 @@ ELSEWHERE = {
         "tests/test_sweep.py::test_shards_made_by_several_cells_are_one_store"
     ),
     'python -m saexp task=cache action=compare \'stores=["17e1","9e9a"]\'': (
-        "tests/test_cache.py::test_task_cache_lists_verifies_and_compares"
+        "tests/activations/test_compare.py::test_task_cache_prints_the_comparison_alone"
     ),
     **{
         f"experiments/{study}/run.sh": _STUDY

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import saexp
 from saexp.errors import SAEError
 from saexp.saes.loading import ASSETS
+from saexp.tasks.checking import fits_here
 from tests.saes.conftest import hub_cache  # noqa: F401
 from tests.saes.make import publish
 
@@ -67,6 +68,20 @@ def test_a_wrong_layer_names_the_one_it_fits(notes, altered):
 def test_a_wrong_stream_says_that_nothing_fits(notes, altered):
     (told,), _ = notes(*altered("blocks.2.hook_mlp_out"))
     assert "no more under any other reading" in told
+
+
+@pytest.mark.parametrize(
+    ("here", "neutral", "told"),
+    [(0.04, 0.9, True), (-0.3, 0.9, True), (0.3, 0.9, False), (0.1, 0.15, False), (0.0, -1, False)],
+)
+def test_an_sae_that_explains_nothing_at_the_positions_is_named(here, neutral, told):
+    metrics = {"reconstruction/explained_variance": here, "check/explained_variance": neutral}
+    notes = fits_here(metrics)
+    assert bool(notes) == told
+    if told:
+        assert notes[0].startswith(f"the SAE explains {here:.3f} of the variance at the positions")
+    assert fits_here({**metrics, "check/explained_variance": None}) == []
+    assert fits_here({}) == []
 
 
 def test_a_missing_scaling_is_named(notes, altered):

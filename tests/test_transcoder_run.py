@@ -103,7 +103,8 @@ def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -
     assert not torch.allclose(x, y)
     fits = run(cache, tmp_path / "fits", skip_transcoder(tmp_path / "a", x, y))
     assert fits.metrics["check/explained_variance"] > 0.4
-    assert not any("of the variance" in n for n in fits.notes)
+    # At the positions analysed it explains little, which is told; its reading is not in doubt.
+    assert not any("on neutral text, " in n or "looks trained" in n for n in fits.notes)
     place = skip_transcoder(tmp_path / "b", x, y, wrong=1)
     wrong = run(cache, tmp_path / "wrong", place, f"layer={LAYER + 1}")
     (told,) = [n for n in wrong.notes if "of the variance" in n]

@@ -62,7 +62,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
     result.merge(settled)
     result.merge(checked)
-    result.notes += fits_here(result.metrics)
+    result.notes += [] if checked.notes else fits_here(result.metrics)
     result.metrics["collection/tokens_forwarded"] = forwarded
     result.tables["rows"] = gathered.placement.rows
     result.tables["skips"] = skips_table(gathered.placement.skips)

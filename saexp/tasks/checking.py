@@ -19,8 +19,8 @@ from saexp.tasks.gathering import Gathered
 
 log = logging.getLogger(__name__)
 
-_FAR_BELOW = 0.5
-"""Share of neutral text's explained variance below which that at the positions is told."""
+_LITTLE, _FAR_BELOW = 0.2, 0.5
+"""Explained variance at the positions is told below this, and this share of neutral text's."""
 
 
 def neighbours(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> list[Hookpoint]:
@@ -121,10 +121,15 @@ def check_sae(
 
 
 def fits_here(metrics: Mapping[str, float | int | None]) -> list[str]:
-    """A note where the SAE explains far less at the positions analysed than on neutral text."""
+    """A note where an SAE that fits neutral text explains nearly nothing where it is analysed.
+
+    Where it does not fit neutral text, `check_sae` has said so.
+    """
     here = metrics.get("reconstruction/explained_variance")
     neutral = metrics.get("check/explained_variance")
-    if here is None or neutral is None or neutral <= 0 or here >= _FAR_BELOW * neutral:
+    if here is None or neutral is None or neutral <= 0:
+        return []
+    if here >= min(_LITTLE, _FAR_BELOW * neutral):
         return []
     return [
         f"the SAE explains {here:.3f} of the variance at the positions analysed, {neutral:.3f} on "
