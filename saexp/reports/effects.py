@@ -180,10 +180,14 @@ def _no_effect(run: SavedRun, condition: str, outcome: str) -> str:
     controls = summary[(summary["of"] == condition) & (summary["role"] == "control")]
     values = controls.loc[controls["coefficient"] != 0, outcome]
     beside = f", controls {_range(values)}" if values.notna().any() else ""
+    # Without train prompts it is judged on the prompts it is told of, which a note says.
+    whole = run.effects_summary
+    trained = whole is not None and bool((whole["split"] == "train").any())
+    n = counted(int(row[f"{outcome}_n"]), "test prompt" if trained else "prompt")
     return (
         f"{told} changes {_words(outcome)} of {prompts} at no coefficient by more than its "
-        f"controls on train prompts ({counted(int(row[f'{outcome}_n']), 'test prompt')}: "
-        f"{before[outcome]:.2f} before, {_range(after)} after{beside})"
+        f"controls{' on train prompts' if trained else ''} ({n}: {before[outcome]:.2f} before, "
+        f"{_range(after)} after{beside})"
     )
 
 

@@ -74,12 +74,17 @@ def test_what_it_costs_is_told_beside_the_controls_cost(tmp_path: Path) -> None:
 
 def test_an_effect_that_was_chosen_nowhere_is_said_to_be_none(tmp_path: Path) -> None:
     run(tmp_path)
-    summary().assign(chosen=False).to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == (
+    table = summary().assign(chosen=False)
+    told = (
         "adding 2 latents for 'known' changes refusal of unknown prompts at no coefficient by more "
-        "than its controls on train prompts (20 test prompts: 0.80 before, 0.20 to 0.30 after, "
-        "controls 0.25 to 0.75)."
     )
+    for train, how in ((True, " on train prompts (20 test prompts"), (False, " (20 prompts")):
+        parts = [table, table.assign(split="train")] if train else [table]
+        pd.concat(parts).to_parquet(tmp_path / "effects_summary.parquet")
+        assert headline(tmp_path).splitlines()[-1] == (
+            f"{told}than its controls{how}: 0.80 before, 0.20 to 0.30 after, controls 0.25 to "
+            "0.75)."
+        )
 
 
 def test_coefficient_0_alone_is_told_as_the_check_it_is(tmp_path: Path) -> None:
