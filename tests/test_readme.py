@@ -79,7 +79,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.filterwarnings("ignore:.*TransformerLens")
 @pytest.mark.parametrize("typed", RUN)
 def test_it_runs(typed: str, cache: Path, tmp_path: Path) -> None:
     """As typed, then the words that make it small; it leaves a page, and no failed cell."""
