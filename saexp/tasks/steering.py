@@ -10,7 +10,6 @@ import torch
 from saexp import registry
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
-from saexp.config.values import one_of
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
@@ -112,12 +111,8 @@ def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
     """Say before the long work what the intervention would lack."""
     if cfg.intervention.name == "none":
         return
-    for name in cfg.intervention.outcomes:
-        registry.resolve("outcome", name)
     where = cfg.intervention.where
     if where not in PLACES:
-        known = [*PLACES, *(n for n in registry.names("positions") if n not in PLACES)]
-        one_of("intervention.where", where, tuple(known))
         registry.build("positions", PositionsConfig(name=where, **cfg.intervention.where_options))
     if not where.startswith("entity"):
         return
