@@ -2,10 +2,12 @@
 
     python experiments/benchmarks/collect.py                     # small Gemma-2-shaped model, CPU
     python experiments/benchmarks/collect.py --shape 2b --device cuda --dtype bfloat16
+    python experiments/benchmarks/collect.py --shared 128 --longest 40   # few-shot prompts
 
 Random weights of a real Gemma-2 config; texts of 6 to 99 tokens, one position per text, resid_post
 of the last block of the lower half (layer 12 of Gemma-2-2B's 26; `--layer` for another). Every way
-runs once to warm up, then `--repeats` times in turn; the table holds medians and ratios.
+runs once to warm up, then `--repeats` times in turn; the table holds medians and ratios. With
+`--shared` all texts begin with the same tokens, which only saexp computes once.
 TransformerLens and nnsight take part where they are installed (extra `bench`).
 """
 
@@ -89,10 +91,12 @@ def setting(args: argparse.Namespace) -> Setting:
         hf = Gemma2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     rng = np.random.default_rng(0)
-    lengths = rng.integers(6, 100, args.texts)
+    lengths = rng.integers(6, args.longest + 1, args.texts)
+    begin = [int(i) for i in rng.integers(2, hf.config.vocab_size, args.shared)]
     texts = []
-    for n in lengths:
-        ids = tuple(int(i) for i in rng.integers(2, hf.config.vocab_size, n))
+    for n_own in lengths:
+        ids = (*begin, *(int(i) for i in rng.integers(2, hf.config.vocab_size, n_own)))
+        n = len(ids)
         spans = tuple((i, i + 1) for i in range(n))
         texts.append(TokenizedText(" ".join(map(str, ids)), ids, spans, (False,) * n, False))
     examples = [Example(id=str(i), text=t.text) for i, t in enumerate(texts)]
@@ -149,7 +153,7 @@ def saexp_way(given: Setting) -> Callable[[], None]:
             [Hookpoint(given.layer, "resid_post")],
             cache_dir=folder,
             cfg=StoreConfig(),
-            max_length=128,
+            max_length=4096,
         )
         _sync(given.model.device)
         shutil.rmtree(folder)
@@ -209,6 +213,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--layer", type=int)
     parser.add_argument("--texts", type=int, default=320)
+    parser.add_argument("--longest", type=int, default=99, help="tokens of a text at most")
+    parser.add_argument("--shared", type=int, default=0, help="tokens before each, all the same")
     parser.add_argument("--batch-size", type=int, default=16, help="of the other tools")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -252,6 +258,7 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "parameters": n_parameters,
         "layer": [given.layer, model.n_layers],
         "texts": args.texts,
+        "tokens that all begin with": args.shared,
         "tokens": n_tokens,
         "repeats": args.repeats,
         "saexp tokens per second": round(n_tokens / own),

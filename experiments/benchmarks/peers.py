@@ -71,6 +71,7 @@ def all_layers(
     """
     blocks = model.blocks
     n_texts = sum(len(batch.ids) for batch in given)
+    width = max(LONGEST, *(batch.ids.shape[1] for batch in given))
 
     def kept_by(into: Tensor) -> Callable[..., None]:
         def keep(_module: Any, inputs: Any) -> None:
@@ -85,7 +86,7 @@ def all_layers(
             first = 0
             for batch in given:
                 n, longest = batch.ids.shape
-                acts = torch.zeros(n, len(blocks), LONGEST, model.d_model, device=model.device)
+                acts = torch.zeros(n, len(blocks), width, model.d_model, device=model.device)
                 handles = [
                     block.register_forward_pre_hook(kept_by(acts[:, i, :longest]))
                     for i, block in enumerate(blocks)

@@ -154,6 +154,7 @@ class _Collection:
     ) -> None:
         self.model, self.placement, self.store, self.dtype = model, placement, store, dtype
         self.budget = TokenBudget(cfg.batch_tokens, model.device)
+        self.share_prefixes = cfg.share_prefixes
         self.forwarded = self.padded = 0
         self.writing: deque[Future[None]] = deque()
 
@@ -219,7 +220,15 @@ class _Collection:
             # At most the shard before is still being written.
             self._settle(1)
             todo = units(self.placement, self.store.kept(job.index))
-            for batch in forward(self.model, todo, job.hookpoints, self.budget, self.dtype):
+            passes = forward(
+                self.model,
+                todo,
+                job.hookpoints,
+                self.budget,
+                self.dtype,
+                share_prefixes=self.share_prefixes,
+            )
+            for batch in passes:
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding
                 self.writing.append(writer.submit(job.write, batch, self._complain))

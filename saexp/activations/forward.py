@@ -1,8 +1,11 @@
-"""The forward pass over one shard's texts: each computed once, in batches that fit."""
+"""The forward pass over one shard's texts: each computed once, in batches that fit.
+
+A long beginning that many of them share is computed once (`prefixes`).
+"""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saexp.activations.prefixes import Past, empty_past, groups, settle
 from saexp.data.positions import Placement
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
@@ -81,7 +85,9 @@ def units(placement: Placement, held: Int[np.ndarray, " n"]) -> list[Unit]:
     return kept
 
 
-def batches(lengths: Sequence[int], budget: TokenBudget) -> Generator[list[int], bool | None, None]:
+def batches(
+    lengths: Sequence[int | float], budget: TokenBudget
+) -> Generator[list[int], bool | None, None]:
     """Indices sorted by length, longest first, in batches of at most the budget with padding.
 
     A text longer than the budget is a batch of its own. A batch that is answered by `send(False)`
@@ -90,7 +96,7 @@ def batches(lengths: Sequence[int], budget: TokenBudget) -> Generator[list[int],
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     start = 0
     while start < len(order):
-        size = max(1, budget.tokens // max(1, lengths[order[start]]))
+        size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
         done = yield order[start : start + size]
         if done is not False:
             start += size
@@ -102,58 +108,122 @@ def forward(
     hookpoints: Sequence[Hookpoint],
     budget: TokenBudget,
     dtype: torch.dtype,
+    *,
+    share_prefixes: bool = True,
 ) -> Iterator[Batch]:
-    """One truncated pass over all units, batch by batch.
+    """One truncated pass over all units, as `units` orders them, batch by batch.
 
     Raises ModelError where a single text does not fit into the device's memory.
     """
-    copies = HostCopies(model.device, dtype)
-    plan = batches([len(unit.ids) for unit in todo], budget)
-    chosen = next(plan, None)
-    while chosen is not None:
-        batch = _run(model, [todo[i] for i in chosen], hookpoints, copies)
-        if batch is None:
-            longest = len(todo[chosen[0]].ids)
-            if len(chosen) == 1:
-                raise ModelError(
-                    f"a text of {longest} tokens does not fit into the memory of {model.device}; "
-                    "try dtype=bfloat16, a smaller dataset.max_length, or model.device_map=auto"
-                )
-            torch.cuda.empty_cache()
-            budget.halve(longest * len(chosen))
-            chosen = plan.send(False)
-            continue
-        yield batch
+    run = _Forward(model, hookpoints, budget, HostCopies(model.device, dtype))
+    alone = list(range(len(todo)))
+    if share_prefixes and any(h.stream != "embed" for h in hookpoints):
+        # What a group saves must be more than the batches that its borders leave part empty.
+        for group in groups([unit.ids for unit in todo], worth=budget.tokens):
+            within = range(group.first, group.end)
+            begun = run.begin([todo[i] for i in within], group.n_shared)
+            if begun is not None:
+                alone = [i for i in alone if i not in within]
+                yield begun[0]
+                yield from run.all([todo[i] for i in within], begun[1])
+    yield from run.all([todo[i] for i in alone])
+
+
+class _Forward:
+    """Passes over units of one shard."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        hookpoints: Sequence[Hookpoint],
+        budget: TokenBudget,
+        copies: "HostCopies",
+    ) -> None:
+        self.model, self.hookpoints = model, hookpoints
+        self.budget, self.copies = budget, copies
+
+    def all(self, todo: Sequence[Unit], past: Past | None = None) -> Iterator[Batch]:
+        """Batches of these; behind `past`, with which all of them begin."""
+        costs = [past.cost(len(u.ids)) if past else len(u.ids) for u in todo]
+        plan = batches(costs, self.budget)
         chosen = next(plan, None)
+        while chosen is not None:
+            batch = self._run([todo[i] for i in chosen], past)
+            if batch is None:
+                if len(chosen) == 1:
+                    raise self._too_long(len(todo[chosen[0]].ids))
+                torch.cuda.empty_cache()
+                self.budget.halve(int(costs[chosen[0]] * len(chosen)))
+                chosen = plan.send(False)
+                continue
+            yield batch
+            chosen = next(plan, None)
 
+    def begin(self, todo: Sequence[Unit], n_shared: int) -> tuple[Batch, Past] | None:
+        """The rows in the beginning of these, and what the rest is run behind; None where the model
+        cannot share it. The first time one text is forwarded whole as well, to compare."""
+        past = Past(todo[0].ids[:n_shared], empty_past(self.model))
+        if past.cache is None:
+            return None
+        rows = [r for unit in todo for r in unit.rows if r[1] < n_shared]
+        batch = self._run([Unit(past.ids, rows)], into=past.cache)
+        if batch is None:
+            raise self._too_long(n_shared)
+        if self.model.shares_prefixes is None:
+            n_more = self._compare(min(todo, key=lambda u: len(u.ids)), past)
+            batch = replace(batch, n_tokens=batch.n_tokens + n_more)
+        return (batch, past) if self.model.shares_prefixes else None
 
-def _run(
-    model: LanguageModel, chosen: list[Unit], hookpoints: Sequence[Hookpoint], copies: "HostCopies"
-) -> Batch | None:
-    """One batch; None where memory did not suffice."""
-    longest = max(len(unit.ids) for unit in chosen)
-    ids = np.full((len(chosen), longest), model.pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for number, unit in enumerate(chosen):
-        ids[number, : len(unit.ids)] = unit.ids
-        mask[number, : len(unit.ids)] = 1
-    flat = np.asarray(
-        [(n, token, row, text) for n, u in enumerate(chosen) for row, token, text in u.rows]
-    )
-    device = model.device
-    try:
-        values = run_truncated(
-            model,
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(mask).to(device),
-            hookpoints,
-            (torch.from_numpy(flat[:, 0].copy()), torch.from_numpy(flat[:, 1].copy())),
+    def _compare(self, unit: Unit, past: Past) -> int:
+        """Settle whether the model can share beginnings; the tokens that this took."""
+        found, alone = (self._run([unit], p) for p in (past, None))
+        if found is None or alone is None:
+            raise self._too_long(len(unit.ids))
+        at = np.flatnonzero(np.isin(alone.rows, found.rows))
+        settle(self.model, [(wait(), alone.host[h]()[at]) for h, wait in found.host.items()])
+        return found.n_tokens + alone.n_tokens
+
+    def _too_long(self, n_tokens: int) -> ModelError:
+        return ModelError(
+            f"a text of {n_tokens} tokens does not fit into the memory of {self.model.device}; "
+            "try dtype=bfloat16, a smaller dataset.max_length, or model.device_map=auto"
         )
-        host = {hookpoint: copies.start(v) for hookpoint, v in values.items()}
-    except torch.OutOfMemoryError:
-        return None
-    n_tokens = int(mask.sum())
-    return Batch(flat[:, 2], flat[:, 3], host, n_tokens, mask.size - n_tokens)
+
+    def _run(
+        self, chosen: Sequence[Unit], past: Past | None = None, into: Any = None
+    ) -> Batch | None:
+        """One batch, behind `past` or into an empty cache; None where memory did not suffice."""
+        n_past = len(past.ids) if past else 0
+        longest = max(len(unit.ids) for unit in chosen)
+        ids = np.full((len(chosen), longest), self.model.pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for number, unit in enumerate(chosen):
+            ids[number, : len(unit.ids)] = unit.ids
+            mask[number, : len(unit.ids)] = 1
+        flat = np.asarray(
+            [
+                (n, token - n_past, row, text)
+                for n, unit in enumerate(chosen)
+                for row, token, text in unit.rows
+                if token >= n_past
+            ],
+            dtype=np.int64,
+        ).reshape(-1, 4)
+        device = self.model.device
+        try:
+            values = run_truncated(
+                self.model,
+                torch.from_numpy(ids[:, n_past:]).to(device),
+                torch.from_numpy(mask).to(device),
+                self.hookpoints,
+                (torch.from_numpy(flat[:, 0].copy()), torch.from_numpy(flat[:, 1].copy())),
+                cache=past.rows(len(chosen)) if past else into,
+            )
+            host = {hookpoint: self.copies.start(v) for hookpoint, v in values.items()}
+        except torch.OutOfMemoryError:
+            return None
+        n_tokens, n_run = int(mask[:, n_past:].sum()), mask[:, n_past:].size
+        return Batch(flat[:, 2], flat[:, 3], host, n_tokens, n_run - n_tokens)
 
 
 class HostCopies:

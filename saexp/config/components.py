@@ -253,6 +253,8 @@ class StoreConfig:
     """Rows per shard file."""
     dtype: str = "auto"
     """dtype on disk: auto (the model's own), float32, bfloat16, float16."""
+    share_prefixes: bool = True
+    """Compute a long beginning that many texts share once; equal up to rounding."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens != "auto":

@@ -131,20 +131,25 @@ def capture(
 def run_truncated(
     model: LanguageModel,
     input_ids: Int[Tensor, "b t"],
-    attention_mask: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b held_and_t"],
     hookpoints: Sequence[Hookpoint],
     positions: Positions | None = None,
+    *,
+    cache: Any = None,
 ) -> dict[Hookpoint, Float[Tensor, "..."]]:
     """One forward pass up to the deepest hookpoint; no later block and no LM head runs.
 
-    Position ids follow the mask, so padding may stand on either side.
+    Position ids follow the mask, so padding may stand on either side. A `cache` of keys and values
+    is read and added to; the mask, `[b, s + t]`, begins with the s tokens that it holds.
     """
+    held = {} if cache is None else {"past_key_values": cache}
     with capture(model, hookpoints, positions=positions, stop=True) as record:
         model.hf(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
+            position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
+            use_cache=cache is not None,
+            **held,
         )
     return record
 

@@ -65,6 +65,8 @@ class LanguageModel:
     prepend_bos: bool | None
     skippable = True
     """False once a block gave something beside the stream (`models.skipping`)."""
+    shares_prefixes: bool | None = None
+    """Whether texts can share a beginning's keys and values; None until it was tried."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
