@@ -115,7 +115,7 @@ def forward(
 
     Raises ModelError where a single text does not fit into the device's memory.
     """
-    run = _Forward(model, hookpoints, budget, HostCopies(model.device, dtype))
+    run = _Forward(model, hookpoints, budget, HostCopies(dtype))
     alone = list(range(len(todo)))
     if share_prefixes and any(h.stream != "embed" for h in hookpoints):
         # What a group saves must be more than the batches that its borders leave part empty.
@@ -227,25 +227,31 @@ class _Forward:
 
 
 class HostCopies:
-    """Copies to the CPU that, on CUDA, run beside the next batch (pinned memory, own stream)."""
+    """Copies to the CPU that, on CUDA, run beside the next batch (pinned memory, own stream).
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    Blocks of one model may be on several devices; a copy runs on a stream of its source's.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.streams: dict[torch.device, Any] = {}
 
     def start(self, values: Tensor) -> Callable[[], Tensor]:
         """Begin a copy of `[n, width]`; the function returned waits for it and hands it over."""
         narrow = values.to(self.dtype)
-        if self.stream is None or narrow.device.type != "cuda":
+        device = narrow.device
+        if device.type != "cuda":
             on_cpu = narrow.to("cpu")
             return lambda: on_cpu
         pinned = torch.empty(narrow.shape, dtype=self.dtype, pin_memory=True)
-        ready = torch.cuda.Event()
-        self.stream.wait_stream(torch.cuda.current_stream(narrow.device))
-        with torch.cuda.stream(self.stream):
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        stream, ready = self.streams[device], torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
             pinned.copy_(narrow, non_blocking=True)
-            ready.record(self.stream)
-        narrow.record_stream(self.stream)
+            ready.record(stream)
+        narrow.record_stream(stream)
 
         def wait() -> Tensor:
             ready.synchronize()
