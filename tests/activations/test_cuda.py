@@ -1,6 +1,7 @@
 """Collection on a GPU, where there is one: overlapped copies, memory, and the CPU's values."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,12 @@ def test_blocks_on_two_devices_give_the_values_of_one(tmp_path):
     from accelerate import dispatch_model
 
     hf = random_hf("llama")
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places: dict[str, Any] = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
     places |= {f"model.layers.{n}": int(n > 0) for n in range(3)}
     model = LanguageModel.wrap(dispatch_model(hf, places), tokenizer(), "on two GPUs")
     settings = {"placement": placed(MIXED * 3), "batch_tokens": 64}
