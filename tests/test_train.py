@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import saexp
+from saexp.config.training import SAETrainerConfig
 from saexp.errors import ConfigError, SAEError
 from saexp.saes import training as module
+from saexp.tasks.train import off_target
 
 WORDS = [
     "task=train",
@@ -152,3 +154,21 @@ def test_what_cannot_be_trained_is_one_line(cache, tmp_path, words, error, part)
         trained(cache, tmp_path, *words)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "l0", "told"),
+    [
+        ("batchtopk", {"k": 16}, 33.0, True),
+        ("batchtopk", {"k": 16}, 9.0, True),
+        ("batchtopk_transcoder", {"k": 16}, 30.2, True),
+        ("batchtopk", {"k": 16}, 17.1, False),
+        ("topk", {"k": 16}, 4.0, False),
+        ("standard", {}, 80.0, False),
+    ],
+)
+def test_an_l0_far_from_k_is_a_note(name, options, l0, told):
+    notes = off_target(SAETrainerConfig(name=name, options=options), l0)
+    assert [f"L0 is {l0:.1f} on held-out positions, where k is 16" in n for n in notes] == (
+        [True] if told else []
+    )

@@ -17,7 +17,8 @@ from saexp.reports.saved import SavedRun
 
 CAPTIONS = {
     "losses": "Losses while training, on scaled inputs, logarithmic.",
-    "progress": "L0, explained variance and dead latents while training, on training batches.",
+    "progress": "L0, explained variance and dead latents while training, on training batches; dead "
+    "is who has not fired in the last sae_trainer.dead_feature_window steps.",
     "density": "Share of held-out positions on which each latent fires; the bar at the left is "
     "latents that never did.",
     "active": "Number of active latents per held-out position.",
@@ -149,7 +150,7 @@ def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) 
         ("L0", run.metrics["sparsity/l0"]),
         ("explained variance", run.metrics["reconstruction/explained_variance"]),
         ("cosine", run.metrics["reconstruction/cosine"]),
-        ("dead latents", run.metrics["sparsity/dead_fraction"]),
+        ("share never fired, held-out", run.metrics["sparsity/dead_fraction"]),
         ("positions trained on", run.provenance["n_trained_on"]),
         ("positions measured", run.provenance["n_measured"]),
     ]

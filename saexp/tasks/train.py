@@ -17,6 +17,7 @@ from torch import Tensor
 from saexp.activations.files import locked
 from saexp.activations.reader import ShuffledReader
 from saexp.config import RunConfig, parse_layers, parse_width
+from saexp.config.training import SAETrainerConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_rows
@@ -79,6 +80,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         "skips": skips_table(gathered.placement.skips),
     }
     result.notes += gathered.examples.notes
+    result.notes += off_target(cfg.sae_trainer, measured["sparsity/l0"])
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context.folder, result)
@@ -107,6 +109,21 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         write_training_report(context.folder, result.figures)
     return result
 
+
+def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
+    """A note where a BatchTopK kind ended far from the k it was given, off training batches."""
+    k = trainer.options.get("k")
+    if not k or not l0 or "batchtopk" not in trainer.name or k / _FAR <= l0 <= k * _FAR:
+        return []
+    return [
+        f"L0 is {l0:.1f} on held-out positions, where k is {k:g}: the threshold that stands in for "
+        "the k largest of a batch is an average over the training and has not settled; train "
+        "longer (sae_trainer.n_samples)"
+    ]
+
+
+_FAR = 1.5
+"""Factor between L0 and k that is worth a note."""
 
 _ORDER = (
     "embed",
