@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from saexp.activations.files import cannot_write, show_bytes, try_lock
+from saexp.activations.joined import damaged_joined
 from saexp.activations.leases import USED, users
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, StoreError
@@ -72,13 +73,14 @@ def for_reading(table: pd.DataFrame) -> str:
 
 
 def damaged(store: ActivationStore) -> list[str]:
-    """What is not as it was written, `<hookpoint>/<shard>` for each listed shard; hashes all."""
+    """What is not as it was written, `<hookpoint>/<shard>` for each listed shard, and
+    `<hookpoint>/joined` for the file that joins a hookpoint's shards; hashes all."""
     looked = ActivationStore.open(store.path, verify=True)
     found = ["rows.parquet"] if looked.saved_rows() is None else []
     for name, shards in looked.manifest["hookpoints"].items():
         at = [Hookpoint.parse(name)]
         found += [f"{name}/{shard}" for shard in shards if looked.missing(at, [int(shard)])]
-    return found
+    return found + [f"{name}/joined" for name in damaged_joined(store.path, looked.manifest)]
 
 
 def unreadable(cache_dir: str | Path) -> list[Path]:

@@ -15,7 +15,8 @@ import torch
 
 from saexp.activations.files import free_bytes, show_bytes, try_lock
 from saexp.activations.forward import TokenBudget, forward, units
-from saexp.activations.job import ShardJob
+from saexp.activations.job import Ahead, ShardJob
+from saexp.activations.joined import drop_damaged
 from saexp.activations.store import ActivationStore
 from saexp.config import StoreConfig
 from saexp.context import progress
@@ -94,13 +95,14 @@ def collect(
 ) -> tuple[ActivationStore, CollectionStats]:
     """A store with these hookpoints at these positions; the model runs only for what is missing.
 
-    Where it must run, the hookpoints `ahead` that are missing are stored in the same pass. With
-    `part`, only that part of the shards is looked at. `verify` hashes shards of any size.
+    Where it must run, the hookpoints `ahead` that are missing are stored in the same pass; one that
+    cannot be (no such place, no room, NaN) is left out with a warning. With `part`, only that part
+    of the shards is looked at. `verify` hashes shards of any size.
     Raises ModelError for a layer the model lacks and a text it cannot hold, StoreError for NaN or
     Inf, a full disk, and a folder that cannot be written.
     """
     began = time.perf_counter()
-    for hookpoint in [*hookpoints, *ahead]:
+    for hookpoint in hookpoints:
         model.check_layer(hookpoint.layer)
     _check_length(model, int(placement.rows["token_index"].max()) + 1)
     dtype = model.dtype if cfg.dtype == "auto" else pick_dtype(cfg.dtype, model.device)
@@ -113,6 +115,8 @@ def collect(
         about=about,
     )
     store.verify = verify
+    if verify:
+        drop_damaged(store.path, store.manifest)
     collection = _Collection(model, placement, store, dtype, cfg)
     mine = part.of(len(store.shard_bounds)) if part else list(range(len(store.shard_bounds)))
     wanted = sorted({h.stored for h in hookpoints})
@@ -157,13 +161,15 @@ class _Collection:
         self.share_prefixes = cfg.share_prefixes
         self.forwarded = self.padded = 0
         self.writing: deque[Future[None]] = deque()
+        self.ahead = Ahead([])
 
     def run(self, mine: Sequence[int], wanted: list[Hookpoint], ahead: list[Hookpoint]) -> None:
         """Complete these shards, or wait until other processes have."""
         todo = list(self.store.missing(wanted, mine))
         if not todo:
             return
-        self._check_room(todo, [*wanted, *ahead])
+        self._check_room(todo, wanted)
+        self.ahead = self._possible(todo, wanted, ahead)
         rows = {i: len(self.store.kept(i)) for i in todo}
         with (
             progress(sum(rows.values()), "collecting", "row") as bar,
@@ -177,12 +183,12 @@ class _Collection:
                         busy.append(index)
                         continue
                     try:
-                        absent = self._absent(index, wanted, ahead)
+                        absent = self._absent(index, wanted)
                     except BaseException:
                         lock.release()
                         raise
                     if absent:
-                        job = ShardJob(self.store, index, absent, self.dtype, lock)
+                        job = ShardJob(self.store, index, absent, self.dtype, lock, self.ahead)
                         self._compute(job, writer, bar)
                     else:
                         lock.release()
@@ -192,22 +198,38 @@ class _Collection:
                     self._wait_for(busy[0])
                 todo = busy
 
-    def _absent(
-        self, index: int, wanted: list[Hookpoint], ahead: list[Hookpoint]
-    ) -> list[Hookpoint]:
+    def _absent(self, index: int, wanted: list[Hookpoint]) -> list[Hookpoint]:
         """What to store in this shard now: nothing where another process has done it meanwhile."""
         self.store.reload()
         if not self.store.missing(wanted, [index]):
             return []
-        return self.store.missing([*wanted, *ahead], [index])[index]
+        return self.store.missing([*wanted, *self.ahead.left], [index])[index]
 
-    def _check_room(self, todo: list[int], hookpoints: list[Hookpoint]) -> None:
+    def _possible(self, todo: list[int], wanted: list[Hookpoint], ahead: list[Hookpoint]) -> Ahead:
+        """What to store on the way: places that the model has, where there is room for them."""
+        found = Ahead(ahead)
+        for hookpoint in ahead:
+            try:
+                self.model.module(hookpoint)
+            except ModelError as error:
+                found.drop(hookpoint, str(error))
+        needs, free = self._room(todo, [*wanted, *found.left])
+        if needs > free:
+            for hookpoint in found.left:
+                found.drop(hookpoint, f"all need {show_bytes(needs)}, {show_bytes(free)} are free")
+        return found
+
+    def _room(self, todo: list[int], hookpoints: list[Hookpoint]) -> tuple[int, int]:
+        """(bytes needed, bytes free)."""
         absent = self.store.missing(hookpoints, todo)
         n_rows = sum(len(self.store.kept(i)) * len(found) for i, found in absent.items())
-        needs = n_rows * self.model.d_model * self.dtype.itemsize
         # Shards under way, or left so by a killed run, have their room already.
         held = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
-        free = free_bytes(self.store.path) + held
+        needs = n_rows * self.model.d_model * self.dtype.itemsize
+        return needs, free_bytes(self.store.path) + held
+
+    def _check_room(self, todo: list[int], hookpoints: list[Hookpoint]) -> None:
+        needs, free = self._room(todo, hookpoints)
         if needs > free:
             raise StoreError(
                 f"disk full: the activations need {show_bytes(needs)}, and {show_bytes(free)} are "
@@ -254,5 +276,7 @@ class _Collection:
     def _complain(self, hookpoint: Hookpoint, text_id: int, nan: bool) -> StoreError:
         text = self.placement.texts[text_id].text[:60]
         overflow = not nan and self.dtype == torch.float16 != self.model.dtype
-        key = "store.dtype" if overflow else "dtype"
-        return StoreError(f"NaN or Inf at {hookpoint.name} in the text '{text}'; try {key}=float32")
+        told = f"NaN or Inf at {hookpoint.name} in the text '{text}'"
+        if self.model.dtype == torch.float32 and not overflow:
+            return StoreError(f"{told}, in float32: look at the model's weights, or leave it out")
+        return StoreError(f"{told}; try {'store.dtype' if overflow else 'dtype'}=float32")

@@ -154,3 +154,27 @@ def try_lock(path: Path, timeout: float = 0.0) -> FileLock | None:
         else:
             return lock
     return None
+
+
+_MANIFEST = {"ingredients": dict, "n_rows": int, "shard_rows": int, "hookpoints": dict}
+"""What every store's manifest holds."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A store's manifest. Raises StoreError where there is none or it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} holds no activation store (no manifest.json)") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    held = manifest if isinstance(manifest, dict) else {}
+    lacking = [key for key, kind in _MANIFEST.items() if not isinstance(held.get(key), kind)]
+    if lacking:
+        raise _unreadable(path, f"no {', '.join(lacking)} in it")
+    return held
+
+
+def _unreadable(path: Path, reason: str) -> StoreError:
+    return StoreError(f"{path} cannot be read ({reason}); delete {path.parent} to collect anew")

@@ -1,5 +1,6 @@
 """One shard being filled, for all its hookpoints, by the thread that writes."""
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,8 @@ from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
+
+log = logging.getLogger(__name__)
 
 Complain = Callable[[Hookpoint, int, bool], StoreError]
 """(hookpoint, text id, whether it is NaN) -> the error for a value that is not finite."""
@@ -37,6 +40,26 @@ def finite_rows(acts: Float[Tensor, "n width"]) -> Bool[np.ndarray, " n"]:
     return ((bits & mask) != mask).all(axis=-1)
 
 
+class Ahead:
+    """Hookpoints that are stored on the way, for other runs; what stands in their way stops those
+    runs and not this one."""
+
+    def __init__(self, hookpoints: list[Hookpoint]) -> None:
+        self.hookpoints = hookpoints
+        self.dropped: set[Hookpoint] = set()
+
+    @property
+    def left(self) -> list[Hookpoint]:
+        """Those still stored."""
+        return [h for h in self.hookpoints if h not in self.dropped]
+
+    def drop(self, hookpoint: Hookpoint, reason: str) -> None:
+        """Store it no more."""
+        if hookpoint not in self.dropped:
+            log.warning("%s is not stored on the way: %s", hookpoint.name, reason)
+            self.dropped.add(hookpoint)
+
+
 class ShardJob:
     """Holds the shard's lock until it is finished or given up."""
 
@@ -47,20 +70,34 @@ class ShardJob:
         hookpoints: list[Hookpoint],
         dtype: torch.dtype,
         lock: BaseFileLock,
+        ahead: "Ahead | None" = None,
     ) -> None:
         self.store, self.index, self.hookpoints = store, index, hookpoints
         self.dtype, self.lock = dtype, lock
+        self.ahead = ahead or Ahead([])
         self.writers: dict[Hookpoint, ShardWriter] = {}
 
     def write(self, batch: Batch, complain: Complain) -> None:
-        """Put a batch's rows into the files; raises what `complain` makes of NaN and Inf."""
+        """Put a batch's rows into the files; raises what `complain` makes of NaN and Inf.
+
+        Where that is at a hookpoint stored ahead, for other runs, it is left to them.
+        """
+        if not len(batch.rows):
+            return
         for hookpoint, wait in batch.host.items():
             acts = wait()
             finite = finite_rows(acts)
             if not finite.all():
                 bad = int(np.flatnonzero(~finite)[0])
                 nan = bool(torch.isnan(acts[bad]).any())
-                raise complain(hookpoint, int(batch.text_ids[bad]), nan)
+                error = complain(hookpoint, int(batch.text_ids[bad]), nan)
+                if hookpoint not in self.ahead.hookpoints:
+                    raise error
+                self.ahead.drop(hookpoint, str(error))
+            if hookpoint in self.ahead.dropped:
+                if hookpoint in self.writers:
+                    self.writers.pop(hookpoint).discard()
+                continue
             if hookpoint not in self.writers:
                 width = acts.shape[1]
                 self.writers[hookpoint] = self.store.writer(
@@ -72,7 +109,7 @@ class ShardJob:
         """Rename the files into place, list them, and let the shard go."""
         try:
             for hookpoint in self.hookpoints:
-                if hookpoint not in self.writers:
+                if hookpoint not in self.writers and hookpoint not in self.ahead.dropped:
                     # Nothing but repeats: a file without rows.
                     self.writers[hookpoint] = self.store.writer(
                         hookpoint, self.index, 0, self.dtype

@@ -9,13 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saexp.activations.files import cannot_write, locked, write_atomically
+from saexp.activations.files import cannot_write, intact, locked, write_atomically
 
 
 def joined_name(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Name of the file that joins these shards; other content, other name."""
     sums = "".join(entry["sha256"] for _, entry in sorted(entries.items()))
     return f"joined-{hashlib.sha256(sums.encode()).hexdigest()[:16]}.bin"
+
+
+def damaged_joined(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Hookpoint -> its joined file that is not as it was written; all of a store's are hashed."""
+    listed = manifest.get("joined", {}).items()
+    files = {name: (folder / name / entry["file"], entry) for name, entry in listed}
+    return {
+        name: file
+        for name, (file, entry) in files.items()
+        if file.is_file() and not intact(file, entry, hashed=True)
+    }
+
+
+def drop_damaged(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove damaged joined files, to be made again of the shards when they are next wanted."""
+    for file in damaged_joined(folder, manifest).values():
+        try:
+            file.unlink()
+        except OSError as error:
+            raise cannot_write(file, error) from error
 
 
 def _write(path: Path, parts: Iterable[Tensor]) -> None:

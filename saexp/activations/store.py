@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import intact, locked, sha256, write_atomically, write_json
+from saexp.activations.files import (
+    intact,
+    locked,
+    read_manifest,
+    sha256,
+    write_atomically,
+    write_json,
+)
 from saexp.activations.joined import join, join_elsewhere, joined_name
 from saexp.activations.leases import USED, Marked
 from saexp.activations.repeats import Repeats, StoredValues
@@ -58,15 +65,7 @@ class ActivationStore(Marked):
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
         """Open an existing store; `verify` hashes every shard whatever its size."""
         folder = Path(path)
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        except FileNotFoundError as error:
-            raise StoreError(f"{folder} holds no activation store (no manifest.json)") from error
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"{folder}/manifest.json cannot be read ({error}); delete {folder} to collect anew"
-            ) from error
-        return cls(folder, manifest, verify=verify)
+        return cls(folder, read_manifest(folder), verify=verify)
 
     @classmethod
     def create_or_open(

@@ -242,6 +242,10 @@ class TaskConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the task beyond the groups; its file in conf/task lists them."""
 
+    def __post_init__(self) -> None:
+        if not self.streams:
+            raise ConfigError("task.streams=[] names no stream; type task.streams=[resid_post]")
+
 
 @dataclass(kw_only=True)
 class StoreConfig:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, Skip
 from saexp.data.positions import Placement, place
 from saexp.data.tokens import tokenize
+from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.tasks.bos import begins_with_bos
@@ -159,16 +161,16 @@ def _changed(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:
-    """Hookpoints to store on the way; a layer the model lacks is left to the cell that names it.
+    """Hookpoints to store on the way; what the model lacks is left to the cell that names it.
 
     A stream of None is that of the run's own SAE, or both of its transcoder.
     """
     at = hookpoints[0].layer
     own = [h.stream for h in hookpoints if h.layer == at]
-    there = [
-        (layer, stream)
-        for layer, named in ahead
-        if layer < model.n_layers
-        for stream in ([named] if named else own)
-    ]
-    return [Hookpoint(layer, stream) for layer, stream in there if stream != "embed" or not layer]
+    found = []
+    for layer, named in ahead:
+        for stream in [named] if named else own:
+            # A stream that there is not, or none of this layer.
+            with suppress(ModelError):
+                found.append(Hookpoint(layer, stream))
+    return [h for h in found if h.layer < model.n_layers]

@@ -196,3 +196,12 @@ def test_models_that_cannot_share_have_no_past(reason, monkeypatch):
     else:
         monkeypatch.setattr(type(model.hf), "forward", lambda _, input_ids: input_ids)
     assert empty_past(model) is None
+
+
+def test_a_shared_beginning_in_which_nothing_is_wanted(tmp_path):
+    settings = {"placement": placed(MIXED, "last"), "batch_tokens": BATCH_TOKENS}
+    store, stats = run(random_lm("llama"), tmp_path / "shared", **settings)
+    whole, all_of_it = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
+    assert stats.tokens_forwarded < all_of_it.tokens_forwarded
+    for layer in range(3):
+        torch.testing.assert_close(store.acts(layer), whole.acts(layer), **CLOSE)
