@@ -14,7 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from saexp import registry
-from saexp.config import RunConfig, register_schema, to_run_config
+from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
 from saexp.config.interventions import PLACES
 from saexp.config.messages import COMPOSITION_ERRORS, one_line
@@ -101,7 +101,8 @@ def run(
     except OSError as error:
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
     (place / "error.txt").unlink(missing_ok=True)
-    if cfg.resume and cfg.task.name not in _ALWAYS_RUN:
+    # What is to be verified is read again, not taken from a run that read it before.
+    if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
         earlier = finished.find(cfg)
         if earlier is not None:
             return _reused(cfg, earlier, place, sweep)
@@ -174,6 +175,14 @@ def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) ->
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
     )
+
+
+def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
+    """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
+    tracker = registry.build("tracker", TrackerConfig(**config["tracker"]))
+    job_type = config["task"]["name"]
+    tracker.start(folder=place, config=config, name=name, job_type=job_type, group=sweep.name)
+    tracker.finish(1)
 
 
 def _track(tracker: Tracker, result: TaskResult) -> None:

@@ -1,5 +1,6 @@
 """The command line: compose with Hydra, run, say in a few lines what came out."""
 
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -8,6 +9,7 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import register_schema, to_run_config
 from saexp.config.folder import conf_folder
-from saexp.config.messages import COMPOSITION_ERRORS, one_line
+from saexp.config.messages import COMPOSITION_ERRORS, key_of, one_line
 from saexp.errors import SaexpError
 
 
-def cell_folder(number: int, overrides: str) -> str:
-    """Folder of a sweep's cell: its number and overrides, safe as one path component."""
-    safe = re.sub(r"[^\w.,=+-]+", "_", str(overrides))
+def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
+    """Folder of a sweep's cell: its number and overrides, safe as one path component.
+
+    What differs between the cells of the sweep (the folder `sweep`) comes first: it must not fall
+    to the 120 bytes that a name may have.
+    """
+    from saexp.tasks.sweep import swept_keys
+
+    swept = swept_keys(Path(sweep)) if sweep else set()
+    ordered = sorted(map(str, overrides), key=lambda w: (key_of(w) not in swept, w))
+    safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
     # 255 bytes is what file systems take.
     return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
 
@@ -60,6 +70,7 @@ def _job(raw: DictConfig) -> None:
 def _run(raw: DictConfig, about: HydraConf) -> None:
     sweep = Path(about.sweep.dir) if about.mode == RunMode.MULTIRUN else None
     folder = Path(about.runtime.output_dir)
+    (folder / "error.txt").unlink(missing_ok=True)
     try:
         cfg = to_run_config(raw)
         if cfg.resume is None:
@@ -72,10 +83,23 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
         if sweep:
             overrides = ",".join(about.overrides.task)
             told = one_line(error)
+            if not (folder / "error.txt").is_file():
+                _track_failure(raw, folder, sweep)
             print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
             (folder / "error.txt").write_text(f"{type(told).__name__}: {told}\n", encoding="utf-8")
         raise
     _summary(result, folder)
+
+
+def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
+    """A failed run in the sweep's group for a cell that ended before its tracker began."""
+    from saexp import api
+
+    # The cell's own error is what is told; its tracker may be what is wrong with it.
+    with contextlib.suppress(Exception):
+        about: Any = OmegaConf.to_container(raw, resolve=True)
+        name = f"{about['model']['name']}-{about['sae']['name']}-layer{about['layer']}"
+        api.track_failure(about, folder, name, sweep)
 
 
 def _summary(result: Any, folder: Path) -> None:

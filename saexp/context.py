@@ -70,6 +70,8 @@ class RunContext:
     that of the run's own SAE."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds per stage."""
+    began_writing: bool = False
+    """Whether the folder holds this run's files, and no earlier run's any more."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -277,4 +277,4 @@ def test_a_sweep_whose_tracker_cannot_be_made_is_one_line(tmp_path: Path) -> Non
 
 
 def test_a_cells_folder_can_be_made_whatever_was_typed(tmp_path: Path) -> None:
-    (tmp_path / cell_folder(3, f"layer=1,dataset.path={'データ' * 40}")).mkdir()
+    (tmp_path / cell_folder(3, ["layer=1", f"dataset.path={'データ' * 40}"])).mkdir()

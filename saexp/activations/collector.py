@@ -107,13 +107,19 @@ def collect(
     _check_length(model, int(placement.rows["token_index"].max()) + 1)
     dtype = model.dtype if cfg.dtype == "auto" else pick_dtype(cfg.dtype, model.device)
     n_rows = len(placement.rows)
+    asked = min(cfg.shard_rows, -(-n_rows // part.n_shards)) if part else cfg.shard_rows
     store = ActivationStore.create_or_open(
         cache_dir,
         ingredients(model, placement, max_length, dtype),
         placement.rows,
-        shard_rows=min(cfg.shard_rows, -(-n_rows // part.n_shards)) if part else cfg.shard_rows,
+        shard_rows=asked,
         about=about,
     )
+    if store.shard_rows != asked:
+        log.info(
+            "%s has shards of %d rows since it was made (%d asked for: for new stores)",
+            *(store.path.name, store.shard_rows, asked),
+        )
     store.verify = verify
     if verify:
         drop_damaged(store.path, store.manifest)

@@ -116,6 +116,11 @@ class ActivationStore(Marked):
         return int(self.manifest["n_rows"])
 
     @property
+    def shard_rows(self) -> int:
+        """Rows per shard, the last one's may be fewer."""
+        return int(self.manifest["shard_rows"])
+
+    @property
     def rows(self) -> pd.DataFrame:
         """One row per position, in dataset order; groups and splits as of the last run using it."""
         if self._rows is not None:
@@ -139,7 +144,7 @@ class ActivationStore(Marked):
     @property
     def shard_bounds(self) -> list[tuple[int, int]]:
         """[first, end) rows of each shard."""
-        step = int(self.manifest["shard_rows"])
+        step = self.shard_rows
         return [(a, min(a + step, self.n_rows)) for a in range(0, self.n_rows, step)]
 
     @property
@@ -149,7 +154,7 @@ class ActivationStore(Marked):
             rows = self.saved_rows(["text_id", "token_index"])
             if rows is None:
                 raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to mend it")
-            self._placed = Repeats(rows, int(self.manifest["shard_rows"]))
+            self._placed = Repeats(rows, self.shard_rows)
         return self._placed
 
     def kept(self, index: int) -> Int[np.ndarray, " n"]:

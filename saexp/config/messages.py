@@ -105,3 +105,8 @@ def known_keys() -> list[str]:
         if dataclasses.is_dataclass(field.type):
             keys += [f"{field.name}.{f.name}" for f in dataclasses.fields(field.type)]
     return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]
+
+
+def key_of(override: str) -> str:
+    """Key of an override as typed, without the signs that Hydra has before it."""
+    return override.lstrip("+~").partition("=")[0]

@@ -98,8 +98,8 @@ def findings(table: pd.DataFrame) -> list[str]:
         )
         best = done.loc[scores.index[0]]
         told.append(
-            f"{group}: best at layer {best['layer']}, width {best['width']} (chosen on the train "
-            f"split): latent {int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "
+            f"{group}: best at {_cell(best, swept(done))} (chosen on the train split): latent "
+            f"{int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "
             f"{best[f'{key}_test']:.3f}{_interval(best, key)}."
         )
     for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
@@ -126,12 +126,22 @@ def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> list[s
     if values.min() == values.max():
         everywhere = "at every other coefficient" if len(plain) else "in every cell"
         return [f"Acting on '{direction}': {outcome} {values[0]:.2f} {everywhere}{beside}."]
+    named = [c for c in part.columns if c not in _OF_AN_EFFECT and part[c].nunique() > 1]
     ends = [
-        f"{row['value']:.2f} (layer {row['layer']}, width {row['width']}, coefficient "
-        f"{row['coefficient']:g}{_controls(row)})"
+        f"{row['value']:.2f} ({_cell(row, named)}, coefficient {row['coefficient']:g}"
+        f"{_controls(row)})"
         for row in (part.iloc[int(values.argmin())], part.iloc[int(values.argmax())])
     ]
     return [f"Acting on '{direction}': {outcome} from {' to '.join(ends)}{beside}."]
+
+
+def _cell(row: pd.Series, named: list[str]) -> str:
+    """Layer, width, and what else of `named` differs between cells."""
+    others = [k for k in named if k not in ("layer", "width", "coefficient")]
+    return ", ".join(f"{k} {row[k]}" for k in ("layer", "width", *others))
+
+
+_OF_AN_EFFECT = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")
 
 
 def _controls(row: pd.Series) -> str:

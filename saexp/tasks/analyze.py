@@ -125,7 +125,7 @@ def _save(
     forwarded: int,
 ) -> None:
     result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context.folder, result)
+    write_result(context, result)
     write_provenance(
         context,
         cfg,

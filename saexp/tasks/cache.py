@@ -57,7 +57,7 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         tables={"stores": table, **compared},
         notes=notes,
     )
-    write_result(context.folder, result)
+    write_result(context, result)
     write_provenance(context, cfg, notes, [])
     if damage is not None:
         for line in [*cache.for_reading(table).splitlines(), *notes]:

@@ -31,7 +31,7 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
             *_left(cfg, gathered.store, hookpoints),
         ],
     )
-    write_result(context.folder, result)
+    write_result(context, result)
     write_provenance(
         context,
         cfg,

@@ -124,7 +124,7 @@ def _save(
         f"({chosen.how}) over {len(gathered.placement.rows):,} positions; {n_silent} never "
         "fire there."
     )
-    write_result(context.folder, result)
+    write_result(context, result)
     write_provenance(
         context,
         cfg,

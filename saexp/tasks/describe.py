@@ -88,7 +88,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.merge(_changed(cells, context, model, gathered, neutral, layered))
     result.metrics = clean_metrics(result.metrics, result.notes)
     result.notes += _undefined(result)
-    write_result(context.folder, result)
+    write_result(context, result)
     save_figures(context.folder, result.figures)
     about = {
         "device": str(model.device),

@@ -185,7 +185,7 @@ def _save(
     asked: _Asked,
     **more: Any,
 ) -> None:
-    write_result(context.folder, result)
+    write_result(context, result)
     saes, texts = [p.about for p in parts], asked.texts
     one = {key: ", ".join(dict.fromkeys(str(sae[key]) for sae in saes)) for key in saes[0]}
     write_provenance(

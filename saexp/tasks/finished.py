@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
@@ -10,22 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from saexp.config import RunConfig
+from saexp.tasks.saving import clear
 
 log = logging.getLogger(__name__)
 
-_NO_MATTER = ("resume", "cache_dir", "tracker", "store", "verify")
+_NO_MATTER = ("resume", "cache_dir", "tracker", "verify")
 
 
 def fingerprint(cfg: RunConfig) -> str:
-    """Hash of the resolved config, of the local files it names, and of saexp's version."""
+    """Hash of the resolved config, of the local files and plugins it names, and of saexp's
+    version."""
     config = dataclasses.asdict(cfg)
     for key in _NO_MATTER:
         config.pop(key)
     named = [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name]
     named.append(cfg.analyzer.options.get("transfer"))
+    named += [_source(module) for module in cfg.plugins]
     content: list[Any] = [metadata.version("saexp"), config, [_state(p) for p in named]]
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _source(module: str) -> str | None:
+    """A plugin's file, or the folder of its package; None where it is built in."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin)
+    return str(path.parent if path.name == "__init__.py" else path)
 
 
 def _state(path: str | None) -> list[tuple[str, int, int]]:
@@ -34,7 +47,8 @@ def _state(path: str | None) -> list[tuple[str, int, int]]:
     if place is None or not place.exists():
         return []
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    stats = [(str(f), f.stat()) for f in files if f.is_file()]
+    files = [f for f in files if f.is_file() and f.suffix != ".pyc"]
+    stats = [(str(f), f.stat()) for f in files]
     return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
@@ -65,6 +79,7 @@ def reuse(earlier: Path, folder: Path) -> None:
     """
     if earlier.resolve() == folder.resolve():
         return
+    clear(folder)
     shutil.copytree(earlier, folder, dirs_exist_ok=True, ignore=_not_results)
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     spent = [k for k in metrics if k.rpartition("/")[2] in ("seconds", "tokens_forwarded")]

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,44 @@ def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int |
     return cleaned
 
 
-def write_result(folder: Path, result: TaskResult) -> None:
+_WRITTEN = ".written.json"
+"""Names of the files that runs left in a folder; the next one there removes them."""
+_PAGES = ("report.html", "dashboard.html", "dashboard.json", "metrics.json", "provenance.json")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in this folder, lest it be taken for this one's.
+
+    Only files that saexp wrote as a run's results go; a trained SAE stays until it is replaced.
+    """
+    for name in _written(folder):
+        (folder / name).unlink(missing_ok=True)
+
+
+def note_written(context: RunContext, names: Iterable[str]) -> None:
+    """Remember files of the folder as this run's results, before they are written.
+
+    The first time, what an earlier run left there goes: not sooner, so that a run that cannot begin
+    costs nobody theirs.
+    """
+    if not context.began_writing:
+        clear(context.folder)
+        context.began_writing = True
+    names = sorted({*_written(context.folder), *names, *_PAGES})
+    _write_json(context.folder / _WRITTEN, names)
+
+
+def _written(folder: Path) -> set[str]:
+    try:
+        return set(json.loads((folder / _WRITTEN).read_text("utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
+def write_result(context: RunContext, result: TaskResult) -> None:
     """metrics.json and a parquet file per table; may be called again as a run goes on."""
+    folder = context.folder
+    note_written(context, [f"{name}.parquet" for name in result.tables])
     _write_json(folder / "metrics.json", result.metrics)
     for name, table in result.tables.items():
         table.to_parquet(folder / f"{name}.parquet", index=False)

@@ -20,15 +20,17 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import RunConfig, parse_layers, to_run_config
-from saexp.config.messages import COMPOSITION_ERRORS
+from saexp.config.messages import COMPOSITION_ERRORS, key_of
 from saexp.errors import SaexpError
 from saexp.results import SWEEP_PLAN
 
 log = logging.getLogger(__name__)
 
-_IGNORED = frozenset({"coefficient", "width", "latents", "intervention", "sae_trainer", "tracker"})
+_IGNORED = frozenset({"coefficient", "width", "latents", "sae_trainer", "tracker"})
 """Keys that never change which hookpoint of which texts a cell needs; `analyzer.x=` neither, but an
 analyzer may choose its positions."""
+_OF_LAYERS = ("intervention.latents", "intervention.layers")
+"""Settings of an intervention that name layers whose SAEs take part."""
 _sweep: Path | None = None
 """Folder of the sweep that this process runs."""
 
@@ -74,25 +76,31 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
     A cell that cannot be composed is left to fail by itself.
     """
     found: dict[str, set[tuple[int, str | None]]] = {}
-    seen: set[tuple[str, ...]] = set()
-    for cell in cells:
-        words = tuple(w for w in cell if not _ignored(w.lstrip("+~").split("=")[0]))
-        if words in seen:
-            continue
-        seen.add(words)
+    kinds = dict.fromkeys(tuple(_that_matter(cell)) for cell in cells)
+    for words in kinds:
         try:
             cfg = to_run_config(compose("config", overrides=list(words)))
-            found.setdefault(texts_key(cfg), set()).update(_hookpoints(cfg))
+            found.setdefault(texts_key(cfg), set()).update(_hookpoints(cfg, alone=len(kinds) == 1))
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             log.debug("not planned: %s (%s)", words, error)
     return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in found.items()}
 
 
-def _ignored(key: str) -> bool:
+def _that_matter(cell: list[str]) -> list[str]:
+    """Those of a cell's words that may change which hookpoint of which texts it needs."""
+    keys = [key_of(w) for w in cell]
+    named = any(key in _OF_LAYERS for key in keys)
+    return [w for w, key in zip(cell, keys, strict=True) if not _ignored(key, named)]
+
+
+def _ignored(key: str, layers_named: bool) -> bool:
+    if key.split(".")[0] == "intervention":
+        return not layers_named or key not in (*_OF_LAYERS, "intervention")
     return key.split(".")[0] in _IGNORED or key.startswith("analyzer.")
 
 
-def _hookpoints(cfg: RunConfig) -> set[tuple[int, str | None]]:
+def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
+    """What a cell needs; `alone` is the only kind of cell, so that it can say so by itself."""
     if cfg.task.name in ("collect", "train"):
         return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
@@ -101,7 +109,25 @@ def _hookpoints(cfg: RunConfig) -> set[tuple[int, str | None]]:
 
         layer = find(cfg.sae).layer
         layers = [] if layer is None else [layer]
-    return {(n, cfg.sae.stream) for n in layers}
+    own = {(n, cfg.sae.stream) for n in layers}
+    if not alone and cfg.sae.path and "{assets}" not in cfg.sae.path:
+        from saexp.saes.loading import load_path
+
+        # Its files say where it reads, whatever the cell names.
+        own = {(h.layer, h.stream) for h in load_path(cfg.sae).hookpoints}
+    return own | {(n, cfg.sae.stream) for n in _layers_changed(cfg)}
+
+
+def _layers_changed(cfg: RunConfig) -> list[int]:
+    """Layers beside the run's own whose SAEs the causal test reads."""
+    about = cfg.intervention
+    if cfg.task.name != "analyze" or about.name == "none":
+        return []
+    if not about.by_layer or about.layers != "all":
+        return about.latent_layers(0)
+    from saexp.tasks.loaded import language_model
+
+    return about.latent_layers(language_model(cfg).n_layers)
 
 
 def texts_key(cfg: RunConfig) -> str:
@@ -111,6 +137,17 @@ def texts_key(cfg: RunConfig) -> str:
     """
     parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def swept_keys(sweep: Path) -> set[str]:
+    """Keys that differ between the cells of this sweep; none where there is no plan."""
+    try:
+        cells = json.loads((sweep / SWEEP_PLAN).read_text("utf-8"))["cells"]
+    except OSError:
+        return set()
+    pairs = [{key_of(w): w for w in cell} for cell in cells]
+    keys = {key for cell in pairs for key in cell}
+    return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
 
 def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:

@@ -83,7 +83,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     result.notes += off_target(cfg.sae_trainer, measured["sparsity/l0"])
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context.folder, result)
+    write_result(context, result)
     about: dict[str, Any] = {
         "device": str(model.device),
         "model": {"name": model.name, "fingerprint": model.fingerprint},

@@ -1,0 +1,145 @@
+"""A run's folder holds that run and nothing else; what is reused is the same in every setting."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saexp
+from saexp.activations.cache import damaged, stores
+from saexp.cli import cell_folder
+from saexp.errors import ModelError
+from saexp.results import TaskResult
+
+SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
+SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
+SMALL += ["dataset.n_examples=20"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("word", ["intervention=none", "analyzer=stats", "task=collect"])
+def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_the_next_ones(
+    word: str, cache: Path, tmp_path: Path
+) -> None:
+    run(cache, tmp_path / "same")
+    assert "effects.parquet" in names(tmp_path / "same")
+    for kept in ("notes.md", "mine.parquet"):
+        (tmp_path / "same" / kept).write_text("a user's own")
+    words = [word] if word == "intervention=none" else [word, "intervention=none"]
+    run(cache, tmp_path / "same", *words)
+    run(cache, tmp_path / "new", *words)
+    assert names(tmp_path / "same") == names(tmp_path / "new") | {"notes.md", "mine.parquet"}
+
+
+def test_a_copy_of_a_finished_run_replaces_what_was_in_the_folder(
+    cache: Path, tmp_path: Path
+) -> None:
+    done = run(cache, tmp_path / "done", "intervention=none")
+    run(cache, tmp_path / "same")
+    again = run(cache, tmp_path / "same", "intervention=none", "resume=true")
+    assert names(tmp_path / "same") == names(tmp_path / "done")
+    assert again.metrics.keys() == done.metrics.keys()
+    assert any(note.startswith("reused from") for note in again.notes)
+
+
+def test_a_run_that_cannot_begin_costs_nobody_what_was_there(cache: Path, tmp_path: Path) -> None:
+    run(cache, tmp_path / "same", "intervention=none")
+    before = names(tmp_path / "same")
+    with pytest.raises(ModelError):
+        run(cache, tmp_path / "same", "intervention=none", "layer=99", "sae=random")
+    assert names(tmp_path / "same") == before | {"error.txt"}
+
+
+@pytest.mark.parametrize("word", ["store.dtype=float16", "store.batch_tokens=64"])
+def test_a_run_with_another_store_setting_is_not_reused(
+    word: str, cache: Path, tmp_path: Path
+) -> None:
+    run(cache, tmp_path / "first", "intervention=none")
+    run(cache, tmp_path / "again", "intervention=none", "resume=true")
+    run(cache, tmp_path / "other", "intervention=none", "resume=true", word)
+    files = {n: tmp_path / n / "provenance.json" for n in ("again", "other")}
+    about = {n: json.loads(file.read_text("utf-8")) for n, file in files.items()}
+    assert "reused_from" in about["again"]
+    assert "reused_from" not in about["other"]
+
+
+def test_verify_looks_at_the_store_where_the_run_was_finished(tmp_path: Path) -> None:
+    words = ["intervention=none", "resume=true"]
+    run(tmp_path / "cache", tmp_path / "first", *words)
+    (store, *_) = stores(tmp_path / "cache")
+    (shard, *_) = sorted(store.path.glob("*/*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert damaged(store) != []
+    run(tmp_path / "cache", tmp_path / "again", *words)
+    assert damaged(store) != []
+    run(tmp_path / "cache", tmp_path / "verified", *words, "verify=true")
+    assert damaged(store) == []
+
+
+PLUGIN = """
+from saexp.registry import register
+from saexp.results import TaskResult
+
+@register("analyzer", "constant")
+class Constant:
+    def __init__(self, cfg):
+        pass
+
+    def analyze(self, inputs):
+        return TaskResult(metrics={"constant/value": VALUE})
+"""
+
+
+def test_a_plugin_that_was_edited_is_run_again(tmp_path: Path) -> None:
+    words = ["-m", "layer=1,2", "intervention=none", "analyzer.name=constant", *SMALL]
+    words.append("plugins=[my_constant]")
+    for value in (1, 1, 99):
+        (tmp_path / "my_constant.py").write_text(PLUGIN.replace("VALUE", str(value)))
+        shutil.rmtree(tmp_path / "sweep", ignore_errors=True)
+        subprocess.run(
+            [sys.executable, "-m", "saexp", *words, "hydra.sweep.dir=sweep"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+        cells = sorted((tmp_path / "sweep").glob("*/metrics.json"))
+        found = [json.loads(cell.read_text("utf-8"))["constant/value"] for cell in cells]
+        assert found == [value, value]
+
+
+def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:
+    def start(layer: int) -> subprocess.Popen[Any]:
+        words = [f"layer={layer}", "task=collect", *SMALL]
+        return subprocess.Popen([sys.executable, "-m", "saexp", *words], cwd=tmp_path)
+
+    processes = [start(layer) for layer in (1, 2, 3)]
+    assert [p.wait() for p in processes] == [0, 0, 0]
+    found = sorted((tmp_path / "outputs").glob("2*/*/provenance.json"))
+    layers = [json.loads(p.read_text("utf-8"))["config"]["layer"] for p in found]
+    assert sorted(layers) == [1, 2, 3]
+
+
+def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
+    fixed = [f"analyzer.options.some_long_name_{n}=1" for n in range(6)]
+    cells = [[*fixed, f"layer={n}", "width=256"] for n in (1, 2)]
+    (tmp_path / "plan.json").write_text(json.dumps({"cells": cells}))
+    assert cell_folder(1, cells[1], str(tmp_path)).startswith("1_layer=2,analyzer.")
+    assert cell_folder(0, ["b=2", "a=1"], str(tmp_path / "none")) == "0_a=1,b=2"
