@@ -262,7 +262,10 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "tokens": n_tokens,
         "repeats": args.repeats,
         "saexp tokens per second": round(n_tokens / own),
-        "saexp share of peak matrix throughput": round(2 * used * n_tokens / own / peak, 3),
+        # With shared beginnings most tokens are not computed.
+        "saexp share of peak matrix throughput": (
+            None if args.shared else round(2 * used * n_tokens / own / peak, 3)
+        ),
         "versions": {
             p: _version(p) for p in ("torch", "transformers", "transformer-lens", "nnsight")
         },
