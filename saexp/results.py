@@ -12,7 +12,7 @@ SWEEP_PLAN = "plan.json"
 """File in a sweep's folder: its cells, and the hookpoints they need together."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TaskResult:
     """Result of an analyzer, an intervention or a whole task."""
 
@@ -27,6 +27,18 @@ class TaskResult:
 
     path: Path | None = None
     """The run's folder."""
+
+    def __repr__(self) -> str:
+        """What there is, not all of it: tables and figures are long."""
+        tables = ", ".join(f"{name} ({len(table)} rows)" for name, table in self.tables.items())
+        lines = [
+            f"TaskResult in {self.path or 'memory'}",
+            f"  metrics: {len(self.metrics)}",
+            f"  tables: {tables or 'none'}",
+            f"  figures: {', '.join(self.figures) or 'none'}",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
     def merge(self, other: "TaskResult") -> None:
         """Take in another result; a name both have is a programming error."""

@@ -148,6 +148,10 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
         control = controls[controls["condition"] == names[0]] if len(names) else controls
         before = effects[(effects["role"] == "baseline") & (effects["group"] == row["group"])]
         before, control = before.set_index("example_id"), control.set_index("example_id")
+        both = [i for i in steered.index if i in before.index]
+        n_changed = sum(
+            before.loc[i, "generated_text"] != steered.loc[i, "generated_text"] for i in both
+        )
         ids = list(steered.groupby("entity_type", sort=False, dropna=False).head(1).index)
         ids = (ids + [i for i in steered.index if i not in ids])[:N_EXAMPLES]
         rows = [
@@ -170,6 +174,8 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
                 "coefficient": f"{coefficient:g} {unit_words(run.config['intervention'])}",
                 "outcome": outcome,
                 "rows": rows,
+                "changed": f"The text is another than unsteered on {n_changed} of {len(both)} "
+                f"{'prompt' if len(both) == 1 else 'held-out prompts'}; the first are shown.",
             }
         )
     return shown

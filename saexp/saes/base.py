@@ -119,6 +119,17 @@ class SparseAutoencoder(nn.Module):
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
 
+    def extra_repr(self) -> str:
+        """What a notebook shows of it."""
+        at = self.hookpoint.name
+        if self.hookpoint_out is not None:
+            at = f"{at} to {self.hookpoint_out.name}"
+        return (
+            f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
+            f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
+            f"normalize_activations={self.normalize_activations}"
+        )
+
     @property
     def hookpoints(self) -> list[Hookpoint]:
         """What must be collected for it: what it reads, and what a transcoder predicts."""

@@ -1,0 +1,35 @@
+"""What a run hands on, as a notebook shows it."""
+
+from pathlib import Path
+
+import pandas as pd
+
+import saexp
+from saexp.models.loading import ASSETS
+from saexp.results import TaskResult
+
+
+def test_a_result_shows_what_there_is_in_a_few_lines() -> None:
+    result = TaskResult(
+        metrics={"a/b": 1.0},
+        tables={"latents": pd.DataFrame({"latent": range(500)})},
+        figures={"volcano": object()},
+        notes=["two skipped"],
+        path=Path("outputs/x"),
+    )
+    assert repr(result).splitlines() == [
+        "TaskResult in outputs/x",
+        "  metrics: 1",
+        "  tables: latents (500 rows)",
+        "  figures: volcano",
+        "  note: two skipped",
+    ]
+    assert repr(TaskResult()).splitlines()[0] == "TaskResult in memory"
+
+
+def test_an_sae_shows_what_it_is() -> None:
+    shown = repr(saexp.load_sae(ASSETS / "tiny/sae/layer_2/width_256"))
+    assert shown.endswith(
+        "width_256: jumprelu, layer_2.resid_post, d_in=128, d_sae=256, float32, "
+        "normalize_activations=none)"
+    )
