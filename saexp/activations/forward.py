@@ -211,12 +211,14 @@ class _Forward:
         ).reshape(-1, 4)
         device = self.model.device
         try:
+            places = torch.from_numpy(flat[:, :2].T.copy()).to(device)
             values = run_truncated(
                 self.model,
                 torch.from_numpy(ids[:, n_past:]).to(device),
                 torch.from_numpy(mask).to(device),
                 self.hookpoints,
-                (torch.from_numpy(flat[:, 0].copy()), torch.from_numpy(flat[:, 1].copy())),
+                # Moved once, not at every hook, where the device would be waited for.
+                (places[0], places[1]),
                 cache=past.rows(len(chosen)) if past else into,
             )
             host = {hookpoint: self.copies.start(v) for hookpoint, v in values.items()}
