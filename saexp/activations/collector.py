@@ -203,6 +203,8 @@ class _Collection:
                 if busy:
                     self._wait_for(busy[0])
                 todo = busy
+        # Read before the last change was written, it may be older than what is there.
+        self.store.reload()
 
     def _absent(self, index: int, wanted: list[Hookpoint]) -> list[Hookpoint]:
         """What to store in this shard now: nothing where another process has done it meanwhile."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saexp.activations.prefixes import Past, empty_past, groups, settle
+from saexp.activations.prefixes import Past, depth, empty_past, groups, refuse, settle
 from saexp.data.positions import Placement
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
@@ -117,7 +117,7 @@ def forward(
     """
     run = _Forward(model, hookpoints, budget, HostCopies(dtype))
     alone = list(range(len(todo)))
-    if share_prefixes and any(h.stream != "embed" for h in hookpoints):
+    if share_prefixes and depth(hookpoints, whole=False):
         # What a group saves must be more than the batches that its borders leave part empty.
         for group in groups([unit.ids for unit in todo], worth=budget.tokens):
             within = range(group.first, group.end)
@@ -161,17 +161,29 @@ class _Forward:
 
     def begin(self, todo: Sequence[Unit], n_shared: int) -> tuple[Batch, Past] | None:
         """The rows in the beginning of these, and what the rest is run behind; None where the model
-        cannot share it. The first time one text is forwarded whole as well, to compare."""
+        cannot share it. The first time the longest is forwarded whole as well, to compare."""
         past = Past(todo[0].ids[:n_shared], empty_past(self.model))
         if past.cache is None:
             return None
         rows = [r for unit in todo for r in unit.rows if r[1] < n_shared]
-        batch = self._run([Unit(past.ids, rows)], into=past.cache)
-        if batch is None:
-            raise self._too_long(n_shared)
-        if self.model.shares_prefixes is None:
-            n_more = self._compare(min(todo, key=lambda u: len(u.ids)), past)
-            batch = replace(batch, n_tokens=batch.n_tokens + n_more)
+        trusted = depth(self.hookpoints, whole=False) <= self.model.prefixes_compared
+        n_more = 0
+        try:
+            batch = self._run([Unit(past.ids, rows)], into=past.cache)
+            if batch is None:
+                raise self._too_long(n_shared)
+            if not trusted:
+                n_more = self._compare(max(todo, key=lambda u: len(u.ids)), past)
+        except ModelError:
+            raise
+        except Exception as error:
+            if trusted:
+                raise
+            # Code of a model's own may take another kind of cache.
+            told = " ".join(str(error).split())[:120]
+            refuse(self.model, f"an error ({type(error).__name__}: {told})")
+            return None
+        batch = replace(batch, n_tokens=batch.n_tokens + n_more)
         return (batch, past) if self.model.shares_prefixes else None
 
     def _compare(self, unit: Unit, past: Past) -> int:
@@ -180,7 +192,8 @@ class _Forward:
         if found is None or alone is None:
             raise self._too_long(len(unit.ids))
         at = np.flatnonzero(np.isin(alone.rows, found.rows))
-        settle(self.model, [(wait(), alone.host[h]()[at]) for h, wait in found.host.items()])
+        pairs = [(wait(), alone.host[h]()[at]) for h, wait in found.host.items()]
+        settle(self.model, self.hookpoints, pairs)
         return found.n_tokens + alone.n_tokens
 
     def _too_long(self, n_tokens: int) -> ModelError:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from filelock import BaseFileLock
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import Batch
@@ -94,16 +94,22 @@ class ShardJob:
                 if hookpoint not in self.ahead.hookpoints:
                     raise error
                 self.ahead.drop(hookpoint, str(error))
-            if hookpoint in self.ahead.dropped:
-                if hookpoint in self.writers:
-                    self.writers.pop(hookpoint).discard()
-                continue
-            if hookpoint not in self.writers:
-                width = acts.shape[1]
-                self.writers[hookpoint] = self.store.writer(
-                    hookpoint, self.index, width, self.dtype
-                )
-            self.writers[hookpoint].write(batch.rows, acts)
+            try:
+                self._put(hookpoint, batch.rows, acts)
+            except StoreError as error:
+                if hookpoint not in self.ahead.hookpoints:
+                    raise
+                self.ahead.drop(hookpoint, str(error))
+            if hookpoint in self.ahead.dropped and hookpoint in self.writers:
+                self.writers.pop(hookpoint).discard()
+
+    def _put(self, hookpoint: Hookpoint, rows: Int[np.ndarray, " n"], acts: Tensor) -> None:
+        if hookpoint in self.ahead.dropped:
+            return
+        if hookpoint not in self.writers:
+            writer = self.store.writer(hookpoint, self.index, acts.shape[1], self.dtype)
+            self.writers[hookpoint] = writer
+        self.writers[hookpoint].write(rows, acts)
 
     def finish(self) -> None:
         """Rename the files into place, list them, and let the shard go."""
@@ -114,7 +120,14 @@ class ShardJob:
                     self.writers[hookpoint] = self.store.writer(
                         hookpoint, self.index, 0, self.dtype
                     )
-            entries = {h: writer.finish() for h, writer in self.writers.items()}
+            entries = {}
+            for hookpoint, writer in self.writers.items():
+                try:
+                    entries[hookpoint] = writer.finish()
+                except StoreError as error:
+                    if hookpoint not in self.ahead.hookpoints:
+                        raise
+                    self.ahead.drop(hookpoint, str(error))
             self.store.enter(self.index, entries)
         except BaseException:
             self.abort()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ MIN_SHARED = 16
 """Tokens that a beginning has at least; shorter ones cost as much to carry as to compute."""
 _HELD_SHARE = 4
 """A token whose keys and values are only held counts as this fraction of one that is computed."""
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """dtype -> how far a value may be from the one without sharing, relative to its norm."""
 
 
@@ -58,32 +59,72 @@ class Past:
         return float(max(length - len(self.ids), length / _HELD_SHARE))
 
 
+_BY_LENGTH = {"longrope", "dynamic"}
+"""Kinds of rotary embedding in which a key depends on how long the text is that it stands in."""
+
+
 def empty_past(model: LanguageModel) -> Any:
     """A cache that a forward pass fills; None for a model whose rows it would not hold alone."""
-    if model.shares_prefixes is False or getattr(model.text_config, "num_kv_shared_layers", 0):
+    about = model.text_config
+    if not model.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
+        return None
+    if _rope_types(getattr(about, "rope_parameters", None)) & _BY_LENGTH:
         return None
     if "past_key_values" not in inspect.signature(type(model.hf).forward).parameters:
         return None
-    cache = DynamicCache(config=model.text_config)
+    cache = DynamicCache(config=about)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     return cache if cache.layers and plain else None
 
 
-def settle(model: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds named in a config's rope parameters, which some models have per kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    named = {str(parameters[k]) for k in ("rope_type", "type") if k in parameters}
+    return named.union(*(_rope_types(value) for value in parameters.values()))
+
+
+def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:
+    """Blocks that stand behind the deepest of these; `whole` counts no block that ran in part."""
+    blocks = [
+        0 if h.stream == "embed" else h.layer + (h.stream == "resid_post" or not whole)
+        for h in (h.stored for h in hookpoints)
+    ]
+    return max(blocks, default=0)
+
+
+def settle(
+    model: LanguageModel, hookpoints: Sequence[Hookpoint], pairs: Sequence[tuple[Tensor, Tensor]]
+) -> None:
     """Whether the model can share beginnings, by values `[n, width]` of a text with a shared one
-    and of the same text alone: they must be equal up to rounding. Where not, a warning tells."""
-    away = [(a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1) for a, b in pairs]
-    # 0 / 0 where both are all zeros.
-    far = max(float(x.nan_to_num(nan=0.0).max()) for x in away)
-    most = max(_TOLERANCE[dtype] for dtype in (model.dtype, pairs[0][0].dtype))
-    model.shares_prefixes = far <= most
-    if not model.shares_prefixes:
-        log.warning(
-            "%s gives other values (by %.1g of their norm) where texts share their beginning; "
-            "every text is forwarded whole",
-            model.name,
-            far,
-        )
+    and of the same text alone: they must be equal up to rounding. Where not, a warning tells.
+
+    It holds for the blocks that these hookpoints stand behind.
+    """
+    far = max(_distance(a.double(), b.double()) for a, b in pairs)
+    kinds = (model.dtype, pairs[0][0].dtype)
+    if far <= max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds):
+        model.prefixes_compared = max(model.prefixes_compared, depth(hookpoints, whole=True))
+    else:
+        refuse(model, f"other values (by {far:.1g} of their norm)")
+
+
+def refuse(model: LanguageModel, gives: str) -> None:
+    """Forward every text of the model whole from here on, with a warning."""
+    model.shares_prefixes = False
+    log.warning(
+        "%s gives %s where texts share their beginning; every text is forwarded whole",
+        model.name,
+        gives,
+    )
+
+
+def _distance(found: Tensor, alone: Tensor) -> float:
+    """The rows' largest distance relative to their norm; infinite where one is no number."""
+    away = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
+    away = torch.where((found == alone).all(dim=-1), 0.0, away)
+    return float(away.nan_to_num(nan=float("inf")).max())
 
 
 def _common(a: Sequence[int], b: Sequence[int], least: int) -> int:

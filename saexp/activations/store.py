@@ -222,14 +222,14 @@ class ActivationStore(Marked):
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
         with locked(self.path / ".manifest.lock"):
-            self.reload()
-            change(self.manifest)
+            # Of its own: another thread may read the manifest again meanwhile.
+            manifest = read_manifest(self.path)
+            change(manifest)
             # The same bytes whoever was first.
-            listed = self.manifest["hookpoints"]
-            self.manifest["hookpoints"] = {
-                h: dict(sorted(listed[h].items())) for h in sorted(listed)
-            }
-            write_json(self.path / "manifest.json", self.manifest)
+            listed = manifest["hookpoints"]
+            manifest["hookpoints"] = {h: dict(sorted(listed[h].items())) for h in sorted(listed)}
+            write_json(self.path / "manifest.json", manifest)
+            self.manifest = manifest
 
     def write_shard(
         self, hookpoint: Hookpoint, index: int, acts: Float[Tensor, "n_rows d_model"]
@@ -242,7 +242,7 @@ class ActivationStore(Marked):
 
     def reload(self) -> None:
         """Read the manifest again: another process may have added shards."""
-        self.manifest = json.loads((self.path / "manifest.json").read_text("utf-8"))
+        self.manifest = read_manifest(self.path)
 
     def _values(self, hookpoint: Hookpoint) -> StoredValues:
         bounds = self.shard_bounds

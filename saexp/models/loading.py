@@ -65,8 +65,10 @@ class LanguageModel:
     prepend_bos: bool | None
     skippable = True
     """False once a block gave something beside the stream (`models.skipping`)."""
-    shares_prefixes: bool | None = None
-    """Whether texts can share a beginning's keys and values; None until it was tried."""
+    shares_prefixes = True
+    """False once a text behind a shared beginning had other values (`activations.prefixes`)."""
+    prefixes_compared = 0
+    """Blocks up to which such values were compared."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg

@@ -1,12 +1,14 @@
 """Hookpoints stored on the way for other runs never stop the run that stores them."""
 
 import logging
+import time
 
 import pytest
 import torch
 
 from saexp.activations import collector
 from saexp.activations.cache import damaged, stores, unreadable, verify
+from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -103,3 +105,39 @@ def test_a_manifest_of_another_shape_is_one_line_and_stops_no_listing(content, t
         ActivationStore.open(odd)
     assert [s.path for s in stores(tmp_path)] == [store.path]
     assert unreadable(tmp_path) == [odd]
+
+
+@pytest.mark.parametrize("call", ["write", "finish"])
+def test_what_cannot_be_written_ahead_does_not_stop_the_run(call, tmp_path, caplog, monkeypatch):
+    own = getattr(ShardWriter, call)
+
+    def full(writer, *arguments):
+        if POSTS[1].name in str(writer.path):
+            writer.discard()
+            raise StoreError("disk full")
+        return own(writer, *arguments)
+
+    monkeypatch.setattr(ShardWriter, call, full)
+    with caplog.at_level(logging.WARNING):
+        store, _ = run(
+            random_lm("llama"), tmp_path, POSTS[:1], ahead=POSTS[1:], shard_rows=SHARD_ROWS
+        )
+    assert caplog.messages == [f"{POSTS[1].name} is not stored on the way: disk full"]
+    assert store.hookpoints == [POSTS[0], POSTS[2]]
+    assert not list(store.path.rglob(".tmp-*"))
+    with pytest.raises(StoreError, match="disk full"):
+        run(random_lm("llama"), tmp_path, POSTS[1:2], shard_rows=SHARD_ROWS)
+
+
+def test_no_finished_shard_is_lost_while_the_next_is_begun(tmp_path, monkeypatch):
+    own = ActivationStore._change
+
+    def slowly(store, change):
+        # The manifest is read again for the next shard meanwhile.
+        own(store, lambda manifest: (change(manifest), time.sleep(0.02)))
+
+    monkeypatch.setattr(ActivationStore, "_change", slowly)
+    store, _ = run(random_lm("llama"), tmp_path, POSTS[:1], shard_rows=2)
+    assert len(store.shard_bounds) > 40
+    assert store.missing(POSTS[:1]) == {}
+    assert ActivationStore.open(store.path).missing(POSTS[:1]) == {}

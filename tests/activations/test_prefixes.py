@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saexp.activations.forward import TokenBudget, forward, units
-from saexp.activations.prefixes import Group, empty_past, groups
+from saexp.activations.prefixes import Group, empty_past, groups, settle
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import POSTS, digests, placed, run
@@ -95,13 +96,13 @@ def test_values_are_those_of_whole_texts_and_fewer_tokens_are_forwarded(architec
         torch.testing.assert_close(
             store.acts(point.layer, point.stream), whole.acts(point.layer, point.stream), **CLOSE
         )
-    # All but one of those in the group go without the beginning, and the shortest is compared.
+    # All but one of those in the group go without the beginning, and the longest is compared.
     lengths = sorted(map(len, sequences_of(MIXED)))
     shared = n_common(sequences_of(SHARED))
     assert all_of_it.tokens_forwarded == sum(lengths)
     n_compared = stats.tokens_forwarded - (sum(lengths) - (len(SHARED) - 1) * shared)
-    shortest = min(map(len, sequences_of(SHARED)))
-    assert n_compared in (0, 2 * shortest - shared)
+    longest = max(map(len, sequences_of(SHARED)))
+    assert n_compared in (0, 2 * longest - shared)
     # The oracle beside the own way: transformers' hidden states.
     out = model.hf(torch.tensor([sequences_of(MIXED)[5]]), output_hidden_states=True)
     of_text = torch.from_numpy(np.flatnonzero(placement.rows["text_id"] == 5))
@@ -205,3 +206,110 @@ def test_a_shared_beginning_in_which_nothing_is_wanted(tmp_path):
     assert stats.tokens_forwarded < all_of_it.tokens_forwarded
     for layer in range(3):
         torch.testing.assert_close(store.acts(layer), whole.acts(layer), **CLOSE)
+
+
+def rope(kind: str, **options: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "shares"),
+    [
+        ("llama", rope("dynamic", factor=2.0), False),
+        ("llama", rope("linear", factor=2.0), True),
+        (
+            "llama",
+            rope(
+                "longrope",
+                short_factor=[1.0] * 4,
+                long_factor=[3.0] * 4,
+                original_max_position_embeddings=24,
+            ),
+            False,
+        ),
+    ],
+)
+def test_keys_that_depend_on_a_texts_length_are_not_shared(architecture, options, shares, tmp_path):
+    model = LanguageModel.wrap(random_hf(architecture, **options), tokenizer(), "rope")
+    assert (empty_past(model) is not None) == shares
+    settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS}
+    store, stats = run(model, tmp_path / "asked", **settings)
+    assert (stats.tokens_forwarded < sum(map(len, sequences_of(MIXED)))) == shares
+    whole, _ = run(model, tmp_path / "whole", **settings, share_prefixes=False)
+    for layer in range(3):
+        torch.testing.assert_close(store.acts(layer), whole.acts(layer), **CLOSE)
+
+
+def test_what_was_compared_at_a_shallow_layer_is_compared_again_deeper(tmp_path, caplog):
+    model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "odd above")
+
+    def spoil(_, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        if (
+            cache is not None
+            and cache.layers[0].get_seq_length() > kwargs["hidden_states"].shape[1]
+        ):
+            kwargs["position_embeddings"] = tuple(x * 0.5 for x in kwargs["position_embeddings"])
+        return args, kwargs
+
+    model.blocks[2].self_attn.register_forward_pre_hook(spoil, with_kwargs=True)
+    settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS}
+    with caplog.at_level(logging.WARNING):
+        run(model, tmp_path / "shallow", [Hookpoint(0, "mlp_in")], **settings)
+        assert model.prefixes_compared == 0
+        run(model, tmp_path / "shallow", POSTS[:1], **settings)
+        assert (model.shares_prefixes, model.prefixes_compared) == (True, 1)
+        assert caplog.messages == []
+        store, _ = run(model, tmp_path / "deep", POSTS, **settings)
+    assert len(caplog.messages) == 1
+    assert model.shares_prefixes is False
+    whole, _ = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
+    for layer in range(3):
+        torch.testing.assert_close(store.acts(layer), whole.acts(layer), **CLOSE)
+
+
+def test_a_model_that_takes_another_kind_of_cache_is_forwarded_whole(tmp_path, caplog):
+    model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "legacy")
+
+    def subscript(_, args, kwargs):
+        if kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"][0][0]
+        return args, kwargs
+
+    model.hf.register_forward_pre_hook(subscript, with_kwargs=True)
+    settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS}
+    with caplog.at_level(logging.WARNING):
+        store, stats = run(model, tmp_path / "legacy", **settings)
+    (message,) = caplog.messages
+    assert message.startswith("legacy gives an error (TypeError: ")
+    assert stats.tokens_forwarded == sum(map(len, sequences_of(MIXED)))
+    whole, _ = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
+    for layer in range(3):
+        assert torch.equal(store.acts(layer), whole.acts(layer))
+
+
+def test_float64_is_shared_to_its_own_precision(tmp_path):
+    model = LanguageModel.wrap(random_hf("llama").double(), tokenizer(), "double")
+    settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS, "dtype": "float32"}
+    store, stats = run(model, tmp_path / "shared", **settings)
+    whole, all_of_it = run(model, tmp_path / "whole", **settings, share_prefixes=False)
+    assert stats.tokens_forwarded < all_of_it.tokens_forwarded
+    for layer in range(3):
+        torch.testing.assert_close(store.acts(layer), whole.acts(layer), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("found", "alone", "same"),
+    [
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.1], [1.0, 2.0], False),
+        ([float("nan"), 1.0], [1.0, 1.0], False),
+        ([1.0, 1.0], [float("inf"), 1.0], False),
+        ([1.0, 0.0], [0.0, 0.0], False),
+    ],
+)
+def test_values_are_the_same_up_to_rounding_and_never_where_one_is_no_number(found, alone, same):
+    model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "settled")
+    settle(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
+    assert (model.shares_prefixes, model.prefixes_compared) == ((True, 2) if same else (False, 0))
