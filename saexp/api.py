@@ -23,6 +23,7 @@ from saexp.context import RunContext
 from saexp.errors import StoreError
 from saexp.results import TaskResult
 from saexp.tasks import finished
+from saexp.tasks.saving import note_pages
 from saexp.tasks.sweep import ahead
 from saexp.tracking import Tracker
 
@@ -102,8 +103,9 @@ def run(
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
     (place / "error.txt").unlink(missing_ok=True)
     # What is to be verified is read again, not taken from a run that read it before.
+    key = finished.fingerprint(cfg)
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
-        earlier = finished.find(cfg)
+        earlier = finished.find(cfg, key)
         if earlier is not None:
             return _reused(cfg, earlier, place, sweep)
     _require_components(cfg)
@@ -114,6 +116,7 @@ def run(
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
         ahead=ahead(cfg, sweep),
+        inputs=finished.inputs(cfg),
     )
     # Before the task's imports: W&B inspects every module that is loaded by then.
     _start(tracker, cfg, place, sweep)
@@ -124,8 +127,10 @@ def run(
         (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
         tracker.finish(1)
         raise
+    finally:
+        note_pages(context, now.timestamp())
     tracker.finish(0)
-    finished.record(cfg, place)
+    finished.record(cfg, place, key)
     result.path = place
     return result
 
@@ -153,7 +158,7 @@ def _require_components(cfg: RunConfig) -> None:
 def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> TaskResult:
     """The results of a finished run; copied, they get a tracked run of their own."""
     log.info("reusing the finished run in %s", earlier)
-    finished.reuse(earlier, place)
+    finished.reuse(earlier, place, finished.inputs(cfg))
     result = read_result(place)
     if earlier != place.resolve():
         tracker = registry.build("tracker", cfg.tracker)

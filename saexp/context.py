@@ -70,6 +70,8 @@ class RunContext:
     that of the run's own SAE."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds per stage."""
+    inputs: frozenset[Path] = frozenset()
+    """Files and folders that the config names, which are not the run's to remove."""
     began_writing: bool = False
     """Whether the folder holds this run's files, and no earlier run's any more."""
 

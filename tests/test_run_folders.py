@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from saexp.activations.cache import damaged, stores
 from saexp.cli import cell_folder
 from saexp.errors import ModelError
 from saexp.results import TaskResult
+from saexp.tasks import finished
+from saexp.tasks.saving import clear
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -97,6 +100,8 @@ def test_verify_looks_at_the_store_where_the_run_was_finished(tmp_path: Path) ->
 PLUGIN = """
 from saexp.registry import register
 from saexp.results import TaskResult
+from saexp.tasks import finished
+from saexp.tasks.saving import clear
 
 @register("analyzer", "constant")
 class Constant:
@@ -143,3 +148,66 @@ def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"cells": cells}))
     assert cell_folder(1, cells[1], str(tmp_path)).startswith("1_layer=2,analyzer.")
     assert cell_folder(0, ["b=2", "a=1"], str(tmp_path / "none")) == "0_a=1,b=2"
+
+
+def test_labels_and_what_a_run_reads_stay_in_the_folder(cache: Path, tmp_path: Path) -> None:
+    words = ["task=label", "task.options.n_samples=0", "intervention=none"]
+    run(cache, tmp_path / "same", *words)
+    data = {n: (tmp_path / "same" / n).read_bytes() for n in names(tmp_path / "same")}
+    run(cache, tmp_path / "same", "task=collect")
+    left = names(tmp_path / "same")
+    for name in ("entities.jsonl", "answers.jsonl"):
+        assert name in left
+        assert (tmp_path / "same" / name).read_bytes() == data[name]
+    assert "report.html" not in left
+
+
+def test_no_file_that_the_config_names_is_removed(tmp_path: Path) -> None:
+    for name in ("rows.parquet", "latents.parquet"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".written.json").write_text(json.dumps(["rows.parquet", "latents.parquet"]))
+    cfg = saexp.compose([f"dataset.path={tmp_path}/rows.parquet"])
+    clear(tmp_path, finished.inputs(cfg))
+    assert names(tmp_path) == {"rows.parquet"}
+
+
+def test_a_page_of_ones_own_is_not_taken_for_the_runs(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same/report.html").write_text("mine")
+    for _ in range(2):
+        run(cache, tmp_path / "same", "task=collect")
+        assert (tmp_path / "same/report.html").read_text() == "mine"
+    run(cache, tmp_path / "same", "intervention=none")
+    run(cache, tmp_path / "same", "task=collect")
+    assert "report.html" not in names(tmp_path / "same")
+
+
+def test_a_run_whose_data_changed_meanwhile_is_not_reused(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}")
+    cfg = saexp.compose([f"dataset.path={data}", f"cache_dir={tmp_path}/cache"])
+    key = finished.fingerprint(cfg)
+    for name in ("provenance.json", "metrics.json"):
+        (tmp_path / name).write_text("{}")
+    finished.record(cfg, tmp_path, key)
+    assert finished.find(cfg, key) == tmp_path.resolve()
+    data.write_text("{} {}")
+    changed = finished.fingerprint(cfg)
+    assert changed != key
+    finished.record(cfg, tmp_path, key)
+    assert finished.find(cfg, changed) is None
+
+
+def test_a_plugin_without_a_file_has_a_fingerprint() -> None:
+    sys.modules["made_here"] = types.ModuleType("made_here")
+    try:
+        cfg = saexp.compose(["plugins=[made_here]"])
+        assert finished.fingerprint(cfg) == finished.fingerprint(cfg)
+    finally:
+        del sys.modules["made_here"]
+
+
+@pytest.mark.parametrize("plan", ["", "{", "[]", "{}", '{"cells": 3}', '{"cells": [[3]]}'])
+def test_a_damaged_plan_costs_a_cell_no_folder(plan: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(plan)
+    assert cell_folder(2, ["layer=1"], str(tmp_path)) == "2_layer=1"

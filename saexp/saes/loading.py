@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,21 @@ def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     if "{assets}" in cfg.path:
         _check_shipped(cfg)
     width = n_latents(cfg.width)
-    place = cfg.path.format(assets=ASSETS, model_name=cfg.model_name, layer=cfg.layer, width=width)
+    names = {"assets": ASSETS, "model_name": cfg.model_name, "layer": cfg.layer, "width": width}
+    try:
+        place = cfg.path.format(**names)
+    except (KeyError, ValueError, IndexError) as error:
+        raise SAEError(
+            f"sae.path={cfg.path}: {{…}} may hold {', '.join(names)} alone; write a brace twice"
+        ) from error
     return _finish(load_sae_files(Path(place), cfg.stream, cfg.layer, cfg.name), cfg)
+
+
+@lru_cache(maxsize=1024)
+def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
+    """(layer, stream) that the SAE of these files reads, and predicts; nothing of it is kept."""
+    sae = load_sae_files(Path(path), stream, layer, path)
+    return [(h.layer, h.stream) for h in sae.hookpoints]
 
 
 def _check_shipped(cfg: SAEConfig) -> None:

@@ -16,7 +16,7 @@ from saexp.reports.label import write_label_report
 from saexp.results import TaskResult
 from saexp.tasks.answers import labels_folder, write_whole
 from saexp.tasks.loaded import about_model
-from saexp.tasks.saving import clean_metrics, note_written, write_provenance, write_result
+from saexp.tasks.saving import clean_metrics, write_provenance, write_result
 
 Asked = tuple[Question, str, str]
 """(question, the prompt as text, the prompt as the model reads it)."""
@@ -42,7 +42,6 @@ def save_labels(
     `use` says per file how it is read; `{path}` in it is the file's place in the cache.
     """
     folder = labels_folder(cfg.cache_dir, determined_by)
-    note_written(context, files)
     for name, content in files.items():
         for place in (context.folder, folder):
             write_whole(place / name, content)

@@ -39,17 +39,19 @@ def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int |
 
 
 _WRITTEN = ".written.json"
-"""Names of the files that runs left in a folder; the next one there removes them."""
-_PAGES = ("report.html", "dashboard.html", "dashboard.json", "metrics.json", "provenance.json")
+"""Names of the files that a run left in a folder; the next one there removes them."""
+_PAGES = ("report.html", "dashboard.html", "dashboard.json", "figures.json")
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
     """Remove what an earlier run left in this folder, lest it be taken for this one's.
 
-    Only files that saexp wrote as a run's results go; a trained SAE stays until it is replaced.
+    Only files that saexp wrote as a run's results go, and none of `keep`; labels, which later runs
+    read, and a trained SAE stay until they are replaced.
     """
-    for name in _written(folder):
-        (folder / name).unlink(missing_ok=True)
+    for name in _written(folder) | {_WRITTEN}:
+        if (folder / name).resolve() not in keep:
+            (folder / name).unlink(missing_ok=True)
 
 
 def note_written(context: RunContext, names: Iterable[str]) -> None:
@@ -58,11 +60,21 @@ def note_written(context: RunContext, names: Iterable[str]) -> None:
     The first time, what an earlier run left there goes: not sooner, so that a run that cannot begin
     costs nobody theirs.
     """
+    folder = context.folder
     if not context.began_writing:
-        clear(context.folder)
+        clear(folder, context.inputs)
         context.began_writing = True
-    names = sorted({*_written(context.folder), *names, *_PAGES})
-    _write_json(context.folder / _WRITTEN, names)
+    temporary = folder / f"{_WRITTEN}.tmp"
+    _write_json(temporary, sorted({*_written(folder), *names}))
+    temporary.replace(folder / _WRITTEN)
+
+
+def note_pages(context: RunContext, since: float) -> None:
+    """Remember the pages that this run wrote: those changed after `since` (seconds, epoch)."""
+    files = [context.folder / name for name in _PAGES]
+    mine = [f.name for f in files if f.is_file() and f.stat().st_mtime >= since]
+    if mine:
+        note_written(context, mine)
 
 
 def _written(folder: Path) -> set[str]:
@@ -75,7 +87,7 @@ def _written(folder: Path) -> set[str]:
 def write_result(context: RunContext, result: TaskResult) -> None:
     """metrics.json and a parquet file per table; may be called again as a run goes on."""
     folder = context.folder
-    note_written(context, [f"{name}.parquet" for name in result.tables])
+    note_written(context, ["metrics.json", *(f"{name}.parquet" for name in result.tables)])
     _write_json(folder / "metrics.json", result.metrics)
     for name, table in result.tables.items():
         table.to_parquet(folder / f"{name}.parquet", index=False)
@@ -90,6 +102,7 @@ def write_provenance(
     context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
 ) -> None:
     """provenance.json: how the run came about."""
+    note_written(context, ["provenance.json"])
     versions = {p: metadata.version(p) for p in _PACKAGES}
     _write_json(
         context.folder / "provenance.json",

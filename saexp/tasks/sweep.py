@@ -10,6 +10,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ class SweepCallback(Callback):
             "passes": _passes(cells),
         }
         _sweep.mkdir(parents=True, exist_ok=True)
-        (_sweep / SWEEP_PLAN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary = _sweep / f".{SWEEP_PLAN}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(_sweep / SWEEP_PLAN)
 
 
 def _cells(config: DictConfig) -> list[list[str]]:
@@ -110,11 +113,12 @@ def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
         layer = find(cfg.sae).layer
         layers = [] if layer is None else [layer]
     own = {(n, cfg.sae.stream) for n in layers}
-    if not alone and cfg.sae.path and "{assets}" not in cfg.sae.path:
-        from saexp.saes.loading import load_path
+    if not alone and cfg.sae.path and Path(cfg.sae.path).exists():
+        from saexp.saes.loading import hookpoints_of
 
-        # Its files say where it reads, whatever the cell names.
-        own = {(h.layer, h.stream) for h in load_path(cfg.sae).hookpoints}
+        # Its files say where it reads, whatever the cell names. What they lack, the cell will say.
+        with suppress(SaexpError):
+            own = set(hookpoints_of(cfg.sae.path, cfg.layer, cfg.sae.stream))
     return own | {(n, cfg.sae.stream) for n in _layers_changed(cfg)}
 
 
@@ -143,9 +147,9 @@ def swept_keys(sweep: Path) -> set[str]:
     """Keys that differ between the cells of this sweep; none where there is no plan."""
     try:
         cells = json.loads((sweep / SWEEP_PLAN).read_text("utf-8"))["cells"]
-    except OSError:
+        pairs = [{key_of(w): w for w in cell} for cell in cells]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
-    pairs = [{key_of(w): w for w in cell} for cell in cells]
     keys = {key for cell in pairs for key in cell}
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
