@@ -210,7 +210,8 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     tracker = registry.build("tracker", TrackerConfig(**raw["tracker"]))
     plan = json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
     tracker.start(
-        folder=folder,
+        # W&B's own process may have begun in another folder.
+        folder=folder.resolve(),
         config={"command": plan["command"], "n_cells": len(table)},
         name=f"sweep-{folder.name}",
         job_type="sweep",
