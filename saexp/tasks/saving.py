@@ -70,7 +70,12 @@ def note_written(context: RunContext, names: Iterable[str]) -> None:
 
 
 def note_pages(context: RunContext, since: float) -> None:
-    """Remember the pages that this run wrote: those changed after `since` (seconds, epoch)."""
+    """Remember the pages that this run wrote: those changed after `since` (seconds, epoch).
+
+    A task that leaves no results by `write_result` keeps its own account of its files.
+    """
+    if not context.began_writing:
+        return
     files = [context.folder / name for name in _PAGES]
     mine = [f.name for f in files if f.is_file() and f.stat().st_mtime >= since]
     if mine:
