@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.reports.effect_figures import effect_figures
-from saexp.reports.look import GROUP_COLOURS, QUIET, style
+from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
 from saexp.reports.saved import SavedRun
 
 N_HISTOGRAMS = 2
@@ -119,7 +119,7 @@ def by_type(run: SavedRun) -> go.Figure:
                     x=run.entity_types,
                     y=heights,
                     name=f"{group}: latent {row['latent']}",
-                    marker={"color": colour, "opacity": 1 - 0.2 * number},
+                    marker={"color": see_through(colour, 1 - 0.2 * number)},
                 )
             )
     figure.update_yaxes(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from saexp.reports.look import GROUP_COLOURS, QUIET, style
+from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
 """Files in a sweep's folder: the table that `task=analyze` cells are matched into, and notes."""
@@ -162,7 +162,8 @@ def _panel(
             "target": [index[b] for _, b in links],
             "value": [float(row["cosine"]) for row in links.values()],
             "color": [
-                _faint(colours.get(speaks.get(a, speaks.get(b, "")), QUIET)) for a, b in links
+                see_through(colours.get(speaks.get(a, speaks.get(b, "")), QUIET), 0.35)
+                for a, b in links
             ],
             "customdata": [float(row["cosine"]) for row in links.values()],
             "hovertemplate": "%{source.label} and %{target.label}: cosine %{customdata:.3f}"
@@ -174,11 +175,6 @@ def _panel(
 
 def _within(share: float) -> float:
     return min(max(share, 0.001), 0.999)
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},.35)"
 
 
 def match_rows(matches: pd.DataFrame) -> list[list[Any]]:

@@ -32,3 +32,9 @@ def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.F
         # Where panels have titles of their own, the legend would cover them.
         figure.update_layout(legend={"y": -0.18, "yanchor": "top"}, margin={"b": 110})
     return figure
+
+
+def see_through(colour: str, share: float) -> str:
+    """The colour `#rrggbb` at this opacity; a legend shows it too, as it does no trace's own."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{share:.2g})"
