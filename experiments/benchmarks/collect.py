@@ -241,7 +241,6 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
     n_tokens = sum(len(t) for t in given.placement.texts)
     model, device = given.model, given.model.device
     used = sum(p.numel() for b in model.blocks[: given.layer + 1] for p in b.parameters())
-    peak = peak_flops(device, model.dtype)
     lines = ["| way | seconds | share of the limit | saexp is faster by |", "|---|---|---|---|"]
     for name, seconds in median.items():
         faster = "" if name == list(median)[0] else f"{seconds / own:.2f} x"
@@ -262,9 +261,12 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "tokens": n_tokens,
         "repeats": args.repeats,
         "saexp tokens per second": round(n_tokens / own),
-        # With shared beginnings most tokens are not computed.
+        # With shared beginnings most tokens are not computed, and a CPU's large products in half
+        # precision are no measure of what it can do.
         "saexp share of peak matrix throughput": (
-            None if args.shared else round(2 * used * n_tokens / own / peak, 3)
+            round(2 * used * n_tokens / own / peak_flops(device, model.dtype), 3)
+            if not args.shared and (device.type == "cuda" or model.dtype == torch.float32)
+            else None
         ),
         "versions": {
             p: _version(p) for p in ("torch", "transformers", "transformer-lens", "nnsight")
