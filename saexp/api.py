@@ -102,8 +102,8 @@ def run(
     except OSError as error:
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
     (place / "error.txt").unlink(missing_ok=True)
-    # What is to be verified is read again, not taken from a run that read it before.
     key = finished.fingerprint(cfg)
+    # What is to be verified is read again, not taken from a run that read it before.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
         earlier = finished.find(cfg, key)
         if earlier is not None:

@@ -29,6 +29,9 @@ def planned(*cells: Sequence[str]) -> list[list[Any]]:
 def test_saes_of_ones_own_are_planned_where_their_files_say_that_they_read() -> None:
     cells = [["sae=local", f"sae.path='{path}'", "layer=null"] for path in SAES]
     assert planned(*cells) == [[1, "resid_post"], [3, "resid_post"]]
+    # A cell with a list of layers is planned by those; its SAE is read by the cell.
+    listed = ["sae=local", f"sae.path='{SAES[0]}'", "layer=[0,4]"]
+    assert [0, None] in planned(*cells, listed)
     # Beyond reach from here, the layer that the cell names is what is known.
     far = ["sae=local", "sae.path=nowhere", "layer=2"]
     assert sorted(planned(*cells, far), key=str) == [

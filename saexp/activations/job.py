@@ -70,7 +70,7 @@ class ShardJob:
         hookpoints: list[Hookpoint],
         dtype: torch.dtype,
         lock: BaseFileLock,
-        ahead: "Ahead | None" = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self.store, self.index, self.hookpoints = store, index, hookpoints
         self.dtype, self.lock = dtype, lock

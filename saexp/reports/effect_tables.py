@@ -6,6 +6,7 @@ import pandas as pd
 
 from saexp.reports.effects import unit_words, what
 from saexp.reports.saved import SavedRun
+from saexp.wording import counted
 
 N_EXAMPLES = 4
 N_HEADS = 12
@@ -174,8 +175,8 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
                 "coefficient": f"{coefficient:g} {unit_words(run.config['intervention'])}",
                 "outcome": outcome,
                 "rows": rows,
-                "changed": f"The text is another than unsteered on {n_changed} of {len(both)} "
-                f"{'prompt' if len(both) == 1 else 'held-out prompts'}; the first are shown.",
+                "changed": f"The text differs from the unsteered one on {n_changed} of "
+                f"{counted(len(both), 'held-out prompt')}; the first are shown.",
             }
         )
     return shown

@@ -18,7 +18,7 @@ from saexp.reports.saved import SavedRun
 CAPTIONS = {
     "losses": "Losses while training, on scaled inputs, logarithmic.",
     "progress": "L0, explained variance and dead latents while training, on training batches; dead "
-    "is who has not fired in the last sae_trainer.dead_feature_window steps.",
+    "are those that have not fired in the last sae_trainer.dead_feature_window steps.",
     "density": "Share of held-out positions on which each latent fires; the bar at the left is "
     "latents that never did.",
     "active": "Number of active latents per held-out position.",

@@ -113,7 +113,8 @@ def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
         layer = find(cfg.sae).layer
         layers = [] if layer is None else [layer]
     own = {(n, cfg.sae.stream) for n in layers}
-    if not alone and cfg.sae.path and Path(cfg.sae.path).exists():
+    one = not isinstance(cfg.layer, list)
+    if one and not alone and cfg.sae.path and Path(cfg.sae.path).exists():
         from saexp.saes.loading import hookpoints_of
 
         # Its files say where it reads, whatever the cell names. What they lack, the cell will say.
