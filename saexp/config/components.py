@@ -107,6 +107,13 @@ COLUMNS = ("text", "group", "entity", "span", "entity_type", "prompt", "answer",
 """Columns of a data file that mean something; all others are kept as they are."""
 
 
+MISSING_VALUES = (
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+)
+"""Texts that `pandas.read_csv` treats as missing values by default."""
+
+
 @dataclass(kw_only=True)
 class DatasetConfig:
     """Texts with groups, spans, answers and splits."""
@@ -119,6 +126,10 @@ class DatasetConfig:
     """The language model: shipped entities depend on it."""
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMNS))
     """Our column name -> the file's column name, where they differ."""
+    missing_values: list[str] = field(default_factory=lambda: list(MISSING_VALUES))
+    """Texts that count as missing values in a column (a null, NaN or empty cell always does), by
+    default those of `pandas.read_csv`. Where NA is a value: 'dataset.missing_values=["null","nan"]'
+    """
     groups: list[str] | None = None
     """The two groups to contrast, first against second; the file's own where not given."""
     group_rule: str | None = None

@@ -81,7 +81,8 @@ def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
             pair = [v for k in ("lat", "lon") for n, v in value.items() if n.lower().startswith(k)]
         else:
             pair = list(value) if isinstance(value, Sequence) else []
-        return (f"{pair[0]}, {pair[1]}",) if len(pair) == 2 else ()
+        whole = len(pair) == 2 and None not in pair
+        return (f"{pair[0]}, {pair[1]}",) if whole else ()
     if isinstance(value, list | tuple):
         found = [t for item in value for t in truths_of(item, attribute)]
     elif isinstance(value, float) and value.is_integer():

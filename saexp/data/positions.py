@@ -13,6 +13,7 @@ import pandas as pd
 
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example, Skip, Span
+from saexp.data.mentions import find_mentions
 from saexp.data.tokens import TokenizedText, span_to_tokens
 from saexp.errors import ConfigError, DataError
 
@@ -171,7 +172,7 @@ class Indices(_Positions):
 
 
 class Substring(_Positions):
-    """All tokens of the last place where a given string stands."""
+    """All tokens of the last mention of a given string, at word boundaries where there is one."""
 
     def __init__(self, cfg: PositionsConfig) -> None:
         super().__init__(cfg)
@@ -180,10 +181,10 @@ class Substring(_Positions):
         self.substring = cfg.substring
 
     def choose(self, at: Candidate) -> list[int]:
-        start = at.example.text.rfind(self.substring)
-        if start < 0:
+        mentions = find_mentions(at.example.text, self.substring)
+        if not mentions:
             raise Unplaced("substring not found")
-        return _of_span(at.tokens, (start, start + len(self.substring)), "substring")
+        return _of_span(at.tokens, mentions[-1], "substring")
 
 
 class Continuation(_Positions):

@@ -13,7 +13,10 @@ from saexp.config import DatasetConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
 from saexp.data.examples import Example, ExampleSet
 from saexp.data.labels import DROPPED, Thresholds, entity_groups, pick, read_attributes, truths_of
+from saexp.data.lines import open_text
 from saexp.data.matchers import Rules, canonical, is_correct
+from saexp.data.mentions import find_mentions
+from saexp.data.values import MissingValues
 from saexp.data.wikidata_query import ENDPOINT, fetch_entities
 from saexp.errors import ConfigError, DataError
 from saexp.registry import did_you_mean
@@ -51,7 +54,11 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=…")
     entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     queries: list[dict[str, Any]] = []
-    for where, row in read_published(cfg.path):
+    missing = MissingValues(cfg.missing_values)
+    n_rows = 0
+    for where, published in read_published(cfg.path):
+        row = missing.cleaned(published)
+        n_rows += 1
         key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
         if "attributes" in row:
             pairs = entities.setdefault(key, [])
@@ -71,8 +78,8 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             continue
         named = {"entity": entity, "entity_type": entity_type}
         text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, named)
-        start = text.rfind(entity)
-        if start < 0:
+        spans = find_mentions(text, entity)
+        if not spans:
             raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
         asked = of_query.get((entity_type, entity))
         prompt = asked["prompt"] if asked else None
@@ -91,7 +98,7 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                 id=f"{entity_type}/{entity}",
                 text=text,
                 group=group,
-                spans=((start, start + len(entity)),),
+                spans=spans,
                 entity=entity,
                 entity_type=entity_type,
                 prompt=prompt,
@@ -101,7 +108,7 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         )
     if not examples:
         raise DataError(f"{cfg.path}: no entity is known or unknown by its labels")
-    made = finish(cfg, examples, cfg.path)
+    made = finish(cfg, examples, cfg.path, missing.notes(n_rows))
     dropped = sum(group == DROPPED for group in groups.values())
     if dropped:
         made.notes.append(
@@ -161,10 +168,8 @@ def read_published(path: str) -> Iterator[Row]:
     if not files or not all(f.is_file() for f in files):
         raise DataError(f"dataset.path={path}: no such file, nor a folder with .json files")
     for file in files:
-        try:
-            text = file.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+        with open_text(file) as opened:
+            text = opened.read()
         yield from _lines(file, text) if _is_lines(file, text) else _list(file, text)
 
 
@@ -208,7 +213,7 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: '{name}' must be a text that is not empty")
+        raise DataError(f"{where}: '{name}' must be a text, neither empty nor a missing value")
     return value
 
 
@@ -228,7 +233,8 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         n_correct = sum(str(x).lower() in ("correct", "true", "1") for x in labels)
     elif samples:
         rules = Rules()
-        n_correct = sum(is_correct(str(s), truths, entity_type, attribute, rules) for s in samples)
+        said = [str(sample) for sample in samples if sample is not None]
+        n_correct = sum(is_correct(s, truths, entity_type, attribute, rules) for s in said)
     else:
         n_correct = None
     prompt = row.get("question") or _text(where, row, "prompt")

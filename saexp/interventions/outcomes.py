@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.data.examples import Example
+from saexp.data.lines import text_lines
 from saexp.data.matchers import is_correct
 from saexp.data.positions import Unplaced
 
@@ -31,8 +32,8 @@ _NGRAM = 3
 
 def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
     """One regular expression per line; lines that begin with # are comments."""
-    lines = path.read_text("utf-8").splitlines()
-    return [re.compile(x, re.IGNORECASE) for x in lines if x.strip() and not x.startswith("#")]
+    lines = [line for line in text_lines(path) if line.strip() and not line.startswith("#")]
+    return [re.compile(line, re.IGNORECASE) for line in lines]
 
 
 class Refusal:

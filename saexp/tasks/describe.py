@@ -168,6 +168,7 @@ def _second(
         path=str(path),
         model_name=cfg.dataset.model_name,
         groups=list(gathered.examples.groups) or None,
+        missing_values=cfg.dataset.missing_values,
         split=cfg.dataset.split,
         max_length=cfg.dataset.max_length,
         seed=cfg.dataset.seed,

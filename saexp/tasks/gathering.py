@@ -1,6 +1,5 @@
 """What analyze and collect begin with: examples, tokens, positions, activations."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -11,14 +10,13 @@ from saexp.activations.collector import CollectionStats, Part, collect
 from saexp.activations.store import ActivationStore
 from saexp.config import DatasetConfig, PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, ExampleSet, Skip
+from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import Placement, place
 from saexp.data.tokens import tokenize
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.tasks.bos import begins_with_bos
-from saexp.wording import counted
 
 Ahead = Sequence[tuple[int, str | None]]
 
@@ -29,6 +27,7 @@ _OF_TEXTS = (
     "groups",
     "group_rule",
     "entity_types",
+    "missing_values",
     "n_examples",
     "hf_split",
     "options",
@@ -36,16 +35,6 @@ _OF_TEXTS = (
 )
 """Settings of a data set that decide which texts there are."""
 _OF_POSITIONS = ("n", "indices", "substring", "include_special", "seed")
-
-
-def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
-    """One line on those of `n` examples that could not be used; nothing where all were."""
-    if not skips:
-        return []
-    reasons = Counter(s.reason for s in skips).most_common()
-    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
-    verb = "was" if len(skips) == 1 else "were"
-    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
 
 
 @dataclass

@@ -11,6 +11,7 @@ import pytest
 
 from saexp import registry
 from saexp.config import DatasetConfig
+from saexp.data.labels import questions
 from saexp.data.wikidata import read_published
 from saexp.data.wikidata_query import KINDS, ask, fetch_entities, sparql, to_entities
 from saexp.errors import ConfigError, DataError, SaexpError
@@ -225,6 +226,44 @@ def test_files_that_cannot_be_read(tmp_path):
     assert message_of(lambda: list(read_published(str(broken)))) == (
         f"{broken}: is not UTF-8 text (byte 2)"
     )
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "NaN", "null", ""])
+def test_missing_values_of_published_files(tmp_path, nothing):
+    attributes = [
+        {"attribute_type": "director", "attribute_value": nothing},
+        {"attribute_type": "cast", "attribute_value": ["Ann Lee", nothing]},
+        {"attribute_type": "coordinates", "attribute_value": [1.5, nothing]},
+    ]
+    film = {"entity": "Film Film", "entity_type": "movie", "attributes": attributes}
+    row = query("Film Film", "directors", 3, correct_answer=nothing, question=nothing)
+    row["sampled_completions"].append(nothing)
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([film, row, query("Other", "directors", 0)]))
+    got = with_options(file, min_known=1)
+    one = got.examples[0]
+    assert (one.answers, one.prompt, one.group) == ((), row["prompt"], "known")
+    made, _ = questions([one])
+    assert [(q.attribute, q.truths) for q in made] == [("cast", ("Ann Lee",))]
+    assert got.notes[0].startswith("missing values in 3 rows, by column: 'attributes' 1, ")
+    assert "'correct_answer' 1" in got.notes[0] and "'question' 1" in got.notes[0]
+
+
+@pytest.mark.parametrize("column", ["entity", "entity_type"])
+@pytest.mark.parametrize("nothing", [None, float("nan"), "nan"])
+def test_a_published_row_needs_its_entity(tmp_path, column, nothing):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], column: nothing}]))
+    assert message_of(lambda: build(file)) == (
+        f"{file}[0]: '{column}' must be a text, neither empty nor a missing value"
+    )
+
+
+def test_every_mention_is_a_span(tmp_path):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], "entity": "Art"}]))
+    got = build(file, template="Art: {entity} in Arthur's Art")
+    assert got.examples[0].spans == ((0, 3), (5, 8), (21, 24))
 
 
 def test_an_option_that_is_none(folder):
