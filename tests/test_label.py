@@ -10,6 +10,7 @@ import torch
 
 import saexp
 from saexp.data.examples import Example
+from saexp.data.tokens import tokenize
 from saexp.errors import ConfigError, DataError
 from saexp.interventions import engine
 from saexp.models.loading import LanguageModel
@@ -366,7 +367,7 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
     for row in rows:
         assert row["prompt"].startswith("So")
         assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
-        (tokens,) = module.tokenize([row["text"]], read, 200)
+        (tokens,) = tokenize([row["text"]], read, 200)
         assert tokens.ids.count(read.bos_token_id) == 1
         assert read.decode(tokens.ids[-1:]) == ":"
 
@@ -430,7 +431,7 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     model = LanguageModel(saexp.compose(["model=tiny"]).model)
     row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
     whole = row["input_text"] + row["generated_continuation_text"]
-    tokens = module.tokenize([whole], model.tokenizer, 512)[0]
+    tokens = tokenize([whole], model.tokenizer, 512)[0]
     # The text as it was, then one whose 6th token after the prompt is another.
     cut = tokens.offsets[1 + 20 + 5][0]
     file = tmp_path / "texts.txt"
