@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import saexp
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, Unplaced, place
-from saexp.data.prompts import CHANGED, as_read, tokenize_prompts
+from saexp.data.prompts import CHANGED, as_read, tokenize_prompts, tokenize_texts
 from saexp.data.tokens import span_to_tokens, tokenize
 from saexp.interventions.prompts import placed_prompts
 from saexp.registry import build
+from saexp.tasks.bos import settle_bos
 from tests.chat_tokenizers import (
     base_tokenizers,
     changing_tokenizers,
@@ -106,6 +108,35 @@ def test_in_chat_the_ids_are_those_of_apply_chat_template(
     model.prepend_bos = sae_wants_bos
     for message, tokens in zip(MESSAGES, read(model, MESSAGES), strict=True):
         assert list(tokens.ids) == by_template(tokenizer, message)
+
+
+@CHAT
+def test_a_text_that_is_the_template_s_output_is_read_as_the_model_read_it(of: str) -> None:
+    """Such as those of task=label; texts beside it are read as texts."""
+    model = with_tokenizer(chat_tokenizers()[of], chat=True)
+    templated = model.chat_text("Who?")
+    texts = ["Who?", templated, templated + "Nobody", "Who else?"]
+    first, second, third, last = tokenize_texts(model, texts, 512)
+    assert [first, last] == tokenize(["Who?", "Who else?"], model.tokenizer, 512)
+    assert list(second.ids) == by_template(model.tokenizer, "Who?")
+    joined = model.tokenizer(templated + "Nobody", add_special_tokens=False)["input_ids"]
+    assert list(third.ids) == list(joined)
+
+
+@pytest.mark.parametrize("of", list(chat_tokenizers()))
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_note_says_where_prompts_in_chat_begin_otherwise_than_texts(
+    of: str, wanted: bool
+) -> None:
+    model = with_tokenizer(chat_tokenizers()[of], chat=True)
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    has_bos = bos is not None
+    cfg = saexp.compose([])
+    notes = settle_bos(cfg, model, [("the SAE", wanted)]).notes
+    own = has_bos and by_template(model.tokenizer, "a")[0] == bos
+    noted = [n for n in notes if n.startswith("prompts in chat begin ")]
+    assert len(noted) == (own != (wanted and has_bos))
+    assert all(f"begin {'with' if own else 'without'} BOS" in n for n in noted)
 
 
 @pytest.mark.parametrize("of", ["gemma", "no bos in template", "no bos at all", "slow"])
