@@ -10,11 +10,13 @@ import torch
 
 import saexp
 from saexp.data.examples import Example
+from saexp.data.tokens import tokenize
 from saexp.errors import ConfigError, DataError
 from saexp.interventions import engine
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
 from saexp.tasks.answers import Options, answers
+from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -209,6 +211,37 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
         assert ids[0][0] == model.tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize("of", list(chat_tokenizers()))
+@pytest.mark.parametrize("form", ["auto", "begun"])
+def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
+    """Whatever BOS the tokenizer adds to a text, and without the EOS it appends."""
+    model = with_tokenizer(chat_tokenizers()[of], chat=True)
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, read)], [ids], _ = module._prompts(made, model, Options(form=form), 400)
+    messages = [{"role": "user", "content": text}]
+    templated = model.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    begun = "The city of Marta is in the country of" if form == "begun" else ""
+    assert read == templated + begun
+    assert list(ids) == list(model.tokenizer(read, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("of", list(base_tokenizers()))
+def test_base_prompts_have_no_eos_behind_them(of):
+    model = with_tokenizer(base_tokenizers()[of])
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, _)], [ids], _ = module._prompts(made, model, Options(form="question"), 400)
+    own = list(model.tokenizer(text)["input_ids"])
+    assert list(ids) == (own[:-1] if "eos" in of else own)
+
+
 def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
     run = labelled(cache, tmp_path / "run", *attributed, "dataset.max_length=40")
     skips = run.tables["skips"]
@@ -366,7 +399,7 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
     for row in rows:
         assert row["prompt"].startswith("So")
         assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
-        (tokens,) = module.tokenize([row["text"]], read, 200)
+        (tokens,) = tokenize([row["text"]], read, 200)
         assert tokens.ids.count(read.bos_token_id) == 1
         assert read.decode(tokens.ids[-1:]) == ":"
 
@@ -430,7 +463,7 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     model = LanguageModel(saexp.compose(["model=tiny"]).model)
     row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
     whole = row["input_text"] + row["generated_continuation_text"]
-    tokens = module.tokenize([whole], model.tokenizer, 512)[0]
+    tokens = tokenize([whole], model.tokenizer, 512)[0]
     # The text as it was, then one whose 6th token after the prompt is another.
     cut = tokens.offsets[1 + 20 + 5][0]
     file = tmp_path / "texts.txt"

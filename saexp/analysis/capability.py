@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.answers import Question, joins_without_space, questions
+from saexp.analysis.answers import Question, questions
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.resampling import UnitBootstrap
 from saexp.analysis.token_text import token_texts
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
+from saexp.data.answer_tokens import answer_text, space_note
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
 from saexp.models.hooks import edit, position_ids
@@ -68,18 +69,13 @@ class CapabilityAnalyzer:
             listed = "; ".join(f"{reason} ({n})" for reason, n in why.items()) or "it is empty"
             raise DataError(
                 f"none of {len(inputs.examples)} examples has an answer that can be asked for: "
-                f"{listed}; give rows an 'answer' (with the space before it), or type dataset=ioi "
+                f"{listed}; give rows an 'answer', or type dataset=ioi "
                 """or dataset=prompt 'dataset.text="…"' 'dataset.answer=" …"'"""
             )
         prompts, tops = self._ask(model, sae, asked)
         notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
         notes += _about_foils(asked)
-        glued = sum(map(joins_without_space, asked))
-        if glued and not model.cfg.chat:
-            notes.append(
-                f"{glued} answers follow their prompt without a space between; most tokenizers "
-                "have the space in the word's first token, so give it in the answer"
-            )
+        notes += space_note([question.example for question in asked])
         metrics, summary = self._summary(prompts)
         metrics["capability/n_not_asked"] = len(skips)
         unasked = pd.DataFrame(
@@ -195,8 +191,8 @@ def _about(question: Question, model: LanguageModel) -> dict[str, Any]:
     return {
         "example_id": example.id,
         "group": example.group,
-        "prompt": question.prompt,
-        "answer": example.answers[0],
+        "prompt": example.text,
+        "answer": answer_text(example, example.answers[0]),
         "answer_token": texts[answer_id],
         "answer_token_id": answer_id,
         "foil_token": None if foil_id is None else texts[foil_id],

@@ -152,17 +152,25 @@ class DatasetConfig:
     """Its answer."""
     foil: str | None = None
     """A wrong answer to compare with."""
+    answer_space: str = "auto"
+    """Whether a space is put before an answer (or foil) given without one: auto (where it belongs
+    between the prompt's last character and the answer's first), always, never (as given)."""
     background: str | None = None
     """File of neutral text for the background filter; the shipped one where not given."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the data set; its file in conf/dataset lists them."""
     max_length: int = 512
     """Longest text in tokens, special tokens included; longer ones are cut."""
+    truncation: str = "skip"
+    """A text that is cut at max_length, where its end decides which tokens are analysed (positions
+    last, negative indices): skip (counted), or keep (read at the cut, with a note)."""
     seed: int = 0
     """Seed of the split and of any choice of examples."""
 
     def __post_init__(self) -> None:
         at_least("dataset.max_length", self.max_length, 2)
+        one_of("dataset.answer_space", self.answer_space, ("auto", "always", "never"))
+        one_of("dataset.truncation", self.truncation, ("skip", "keep"))
         for name, share in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
             at_least(f"dataset.split.{name}", share, 0)

@@ -55,7 +55,7 @@ class InterventionConfig:
     """Strength, a number or a list."""
     where: str = "entity_last"
     """Tokens changed: all, entity, entity_last, entity_to_end, last, prompt, generated, or any
-    option of the positions group."""
+    option of the positions group (in chat, one that counts tokens counts the user's message)."""
     where_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that positions option, such as {n: 2}."""
     n_controls: int = 10

@@ -51,6 +51,8 @@ def finish(
         notes += _left_out("no group", [e.group for e in examples])
         examples = [e for e in examples if e.group in groups]
     examples = choose(examples, cfg.n_examples, cfg.seed)
+    if cfg.answer_space != "auto":
+        examples = [replace(e, answer_space=cfg.answer_space) for e in examples]
     return ExampleSet(
         name=cfg.name,
         examples=assign_splits(examples, cfg.split, cfg.seed),
@@ -139,28 +141,23 @@ def text(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 def prompt(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """One prompt with its answer and, where given, a wrong one (`foil`).
 
-    Hydra drops a space at the beginning of an unquoted word, so an answer or foil without one gets
-    one where it would be glued to the prompt's last word or mark.
+    Hydra drops a space at the beginning of an unquoted word; `dataset.answer_space` says when one
+    is put there.
     """
     if not cfg.text:
         raise ConfigError(
             "dataset=prompt needs a prompt, quoted twice: type "
             """'dataset.text="When …, John gave the bag to"' 'dataset.answer=" Mary"'"""
         )
-    answer, foil = (_spaced(cfg.text, word) for word in (cfg.answer, cfg.foil))
     example = Example(
         id="1",
         text=cfg.text,
         split="test",
-        answers=(answer,) if answer else (),
-        extra={"foil": foil} if foil else {},
+        answers=(cfg.answer,) if cfg.answer else (),
+        answer_space=cfg.answer_space,
+        extra={"foil": cfg.foil} if cfg.foil else {},
     )
     return ExampleSet(name=cfg.name, examples=[example])
-
-
-def _spaced(text: str, word: str | None) -> str | None:
-    glued = text[-1].isascii() and (text[-1].isalnum() or text[-1] in ",.;:?!")
-    return f" {word}" if word and glued and word[0].isascii() and word[0].isalnum() else word
 
 
 def read_lines(path: str | None, key: str) -> list[str]:
@@ -256,6 +253,7 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     spans=((len(prompt), len(prompt) + len(continuation)),),
                     prompt=prompt,
                     answers=(continuation,),
+                    answer_space="never",
                     extra={k: v for k, v in row.items() if k not in MEMORIZATION_COLUMNS[:2]},
                 )
             )

@@ -30,6 +30,8 @@ class Example:
     prompt: str | None = None
     """What interventions run on; `text` where None."""
     answers: tuple[str, ...] = ()
+    answer_space: str = "auto"
+    """How an answer follows the prompt, see `data.answer_tokens` (config: dataset.answer_space)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The file's other columns."""
 

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.data.answer_tokens import space_note
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
-from saexp.data.tokens import tokenize
+from saexp.data.tokens import TokenizedText, tokenize
 from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
@@ -169,6 +170,9 @@ class Measurement:
         self.notes += [
             f"{n} prompts without {outcome.name}: {why}" for why, n in sorted(reasons.items())
         ]
+        if getattr(outcome, "reads_answers", False):
+            spaced = space_note([placed[name].example for name in wanted])
+            self.notes += [note for note in spaced if note not in self.notes]
         usable = [i for i, job in enumerate(jobs) if job.example.id in wanted]
         # Samples have no say in the logits after the prompt.
         rows = [
@@ -195,6 +199,18 @@ class Measurement:
             values[i] = float(value[0])
         return values
 
+    def neutral_tokens(self, neutral: Sequence[str]) -> list[TokenizedText]:
+        """The texts that costs are measured on, to a fixed length; a note says how many are cut."""
+        model, some = self.model, list(neutral)[: self.cfg.n_neutral]
+        texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
+        if n := sum(text.truncated for text in texts):
+            note = (
+                f"neutral_kl is measured on the first {_NEUTRAL_TOKENS} tokens of each neutral "
+                f"text; {n} of {len(texts)} are longer"
+            )
+            self.notes += [] if note in self.notes else [note]
+        return texts
+
     def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
         """KL(unedited || edited) on neutral text, every token edited, per condition and strength.
 
@@ -208,8 +224,7 @@ class Measurement:
         }
         if not cells:
             return []
-        model, some = self.model, list(neutral)[: self.cfg.n_neutral]
-        texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
+        texts = self.neutral_tokens(neutral)
         places = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
         rows = [
             Row(text.ids, ops, place)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saexp.data.answer_tokens import answer_token, foil_of
 from saexp.data.examples import Example
 from saexp.data.lines import text_lines
 from saexp.data.matchers import is_correct
@@ -157,6 +158,8 @@ class NextToken(ABC):
     """Base of outcomes read from the logits after the prompt."""
 
     name, kind, source = "", "mean", "next"
+    reads_answers = False
+    """Whether `tokens` depend on the example's answers."""
 
     def prompt(self, example: Example) -> Example:
         """What is asked; the example's own prompt unless the outcome has a question."""
@@ -173,21 +176,10 @@ class NextToken(ABC):
         """The outcome from next-token logits."""
 
 
-def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    """First token of `answer` where it follows `prompt`, special tokens aside.
-
-    Raises Unplaced where the answer's beginning melts into the prompt's last token.
-    """
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
-    whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-    if whole[: len(before)] != before or len(whole) == len(before):
-        raise Unplaced("the answer's first token melts into the prompt")
-    return int(whole[len(before)])
-
-
 class _Answer(NextToken):
     """Base of outcomes of the answer's first token alone."""
+
+    reads_answers = True
 
     def value(
         self,
@@ -204,7 +196,7 @@ class _Answer(NextToken):
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         if not example.answers:
             raise Unplaced("no answer")
-        return [first_token(tokenizer, example.text, example.answers[0])], []
+        return [answer_token(tokenizer, example, example.answers[0])], []
 
 
 class AnswerProbability(_Answer):
@@ -237,10 +229,11 @@ class LogitDifference(_Answer):
     name = "logit_difference"
 
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-        if not example.extra.get("foil"):
+        foil = foil_of(example)
+        if foil is None:
             raise Unplaced("no foil")
         first, _ = super().tokens(example, tokenizer)
-        second = [first_token(tokenizer, example.text, str(example.extra["foil"]))]
+        second = [answer_token(tokenizer, example, foil, "foil")]
         if first == second:
             raise Unplaced("answer and foil begin with one token")
         return first, second

@@ -58,7 +58,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("check"):
         checked = check_sae(cfg, sae, model, gathered, neutral)
     forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
-    notes = [*gathered.examples.notes, *notes]
+    notes = [*gathered.examples.notes, *neutral.examples.notes, *notes]
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
     result.merge(settled)
     result.merge(checked)

@@ -85,25 +85,27 @@ def choose(
     table, where, notes = None, cfg.positions.name, []
     if len(groups) == 2:
         at, where = _contrast_rows(cfg, model, sae, gathered)
+        others = [n for n in at.examples.notes if n not in gathered.examples.notes]
+        notes = [f"contrast at {where}: {note}" for note in others]
         try:
             table = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
         except DataError as error:
             if not isinstance(asked, list):
                 raise
-            notes = [f"no contrast is shown: {error}"]
+            notes += [f"no contrast is shown: {error}"]
     if isinstance(asked, list):
         return Chosen(asked, "as named", table, groups, notes)
     if table is not None:
         best = table[table["selected"]].sort_values(["rank", "q_value"])["latent"].tolist()[:asked]
         if 0 < len(best) < asked:
-            notes = [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
+            notes += [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
         if best:
             how = f"the contrast's best at {where.replace('_', ' ')}"
             return Chosen([int(f) for f in best], how, table, groups, notes)
     why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
     counts = firing_counts(gathered.store, sae)
     order = np.argsort(-counts, kind="stable")[:asked]
-    notes = [f"{why}, so these are the latents that fire on most positions"]
+    notes += [f"{why}, so these are the latents that fire on most positions"]
     return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)
 
 

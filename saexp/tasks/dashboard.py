@@ -53,7 +53,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             cfg.analyzer.n_background,
             with_neighbours(cfg, context.ahead),
         )
-    notes = [*gathered.examples.notes, *settle_factor(cfg, sae, neutral)]
+    notes = [*gathered.examples.notes, *neutral.examples.notes, *settle_factor(cfg, sae, neutral)]
     result = TaskResult(metrics=gathered.metrics, notes=notes)
     result.merge(settled)
     result.merge(check_sae(cfg, sae, model, gathered, neutral))

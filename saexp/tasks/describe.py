@@ -63,6 +63,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     others = [neutral] if second is None else [neutral, second]
     forwarded = sum(g.stats.tokens_forwarded for g in (gathered, *others))
     result = TaskResult(metrics={**gathered.metrics}, notes=list(gathered.examples.notes))
+    result.notes += neutral.examples.notes
     if second is not None:
         result.notes += [f"transfer: {note}" for note in second.examples.notes]
     result.merge(settled)
@@ -170,7 +171,9 @@ def _second(
         groups=list(gathered.examples.groups) or None,
         missing_values=cfg.dataset.missing_values,
         split=cfg.dataset.split,
+        answer_space=cfg.dataset.answer_space,
         max_length=cfg.dataset.max_length,
+        truncation=cfg.dataset.truncation,
         seed=cfg.dataset.seed,
     )
     return gather(dataclasses.replace(cfg, dataset=dataset), model, hookpoints)

@@ -11,7 +11,8 @@ from saexp.analysis.evaluation_passes import Where
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, Skip
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.data.prompts import tokenize_texts
+from saexp.data.tokens import TokenizedText
 from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
 from saexp.tasks.gathering import skip_notes
@@ -48,7 +49,7 @@ def read_texts(
         cfg.dataset.max_length,
         getattr(model.text_config, "max_position_embeddings", None) or cfg.dataset.max_length,
     )
-    tokenized = tokenize([e.text for e in distinct], model.tokenizer, longest, model.prepend_bos)
+    tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
     for example, tokens in zip(distinct, tokenized, strict=True):
         if can_be_scored(tokens, where):
             found.ids.append(example.id)

@@ -12,11 +12,12 @@ from saexp.config import DatasetConfig, PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import Placement, place
-from saexp.data.tokens import tokenize
+from saexp.data.prompts import tokenize_texts
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.tasks.bos import begins_with_bos
+from saexp.wording import counted
 
 Ahead = Sequence[tuple[int, str | None]]
 
@@ -31,10 +32,22 @@ _OF_TEXTS = (
     "n_examples",
     "hf_split",
     "options",
+    "truncation",
     "seed",
 )
 """Settings of a data set that decide which texts there are."""
 _OF_POSITIONS = ("n", "indices", "substring", "include_special", "seed")
+
+
+def cut_notes(placement: Placement, of: str, max_length: int) -> list[str]:
+    """One line on the texts that are read only up to the maximum length; nothing without one."""
+    n = placement.n_cut
+    if not n:
+        return []
+    return [
+        f"{of}: {n:,} of {counted(len(placement.texts), 'text')} {'was' if n == 1 else 'were'} cut "
+        f"at dataset.max_length={max_length} tokens; nothing beyond the cut is read"
+    ]
 
 
 @dataclass
@@ -76,7 +89,7 @@ def gather(
     seed = cfg.positions.seed
     found = _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead, part)
     left = skip_notes(found.placement.skips, len(examples))
-    return replace(found, examples=replace(examples, notes=[*examples.notes, *left]))
+    return replace(found, examples=replace(found.examples, notes=[*found.examples.notes, *left]))
 
 
 def gather_background(
@@ -86,7 +99,7 @@ def gather_background(
     n_positions: int,
     ahead: Ahead = (),
 ) -> Gathered:
-    """Activations at random positions of neutral text."""
+    """Activations at random positions of neutral text; the examples' notes say what was cut."""
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
     examples = ExampleSet(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
@@ -112,20 +125,20 @@ def _collected(
     ahead: Ahead = (),
     part: Part | None = None,
 ) -> Gathered:
-    tokenized = tokenize(
-        [e.text for e in examples.examples],
-        model.tokenizer,
-        cfg.dataset.max_length,
-        model.prepend_bos,
+    data = cfg.dataset
+    tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
+    placement = place(
+        examples.examples, tokenized, positions, model.tokenizer, seed, data.truncation
     )
-    placement = place(examples.examples, tokenized, positions, model.tokenizer, seed)
+    notes = [*examples.notes, *cut_notes(placement, examples.name, data.max_length)]
+    examples = replace(examples, notes=notes)
     store, stats = collect(
         model,
         placement,
         hookpoints,
         cache_dir=cfg.cache_dir,
         cfg=cfg.store,
-        max_length=cfg.dataset.max_length,
+        max_length=data.max_length,
         n_skipped=len(placement.skips),
         ahead=_planned(model, hookpoints, ahead),
         part=part,

@@ -13,7 +13,7 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip
 from saexp.data.labels import Question, entity_groups, label_answer, questions
-from saexp.data.tokens import tokenize
+from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
 from saexp.models.loading import LanguageModel
@@ -144,16 +144,21 @@ def _prompts(
         raise DataError(
             "task.options.form=own, but the data set has attributes to ask for; type form=question"
         )
-    prepared: list[Asked] = []
+    texts, begun = [], []
     for question in made:
         begin = question.beginning if form == "begun" else ""
         text = f"{question.text} {begin}".rstrip() if begin and not chat else question.text
-        text = options.before + text
-        read = model.chat_text(text) + begin if chat else text
-        prepared.append((question, text, read))
-    tokens = tokenize(
-        [read for _, _, read in prepared], model.tokenizer, max_length, model.prepend_bos
-    )
+        texts.append(options.before + text)
+        begun.append(begin if chat else "")
+    prompts = [
+        replace(prompt, text=prompt.text + begin)
+        for prompt, begin in zip(as_read(model, texts), begun, strict=True)
+    ]
+    tokens = tokenize_prompts(model, prompts, max_length)
+    prepared: list[Asked] = [
+        (question, text, prompt.text)
+        for question, text, prompt in zip(made, texts, prompts, strict=True)
+    ]
     fits = [not t.truncated for t in tokens]
     skips = [
         Skip(f"{q.entity_type}/{q.entity}/{q.attribute}", "prompt longer than dataset.max_length")

@@ -7,12 +7,12 @@ from scipy import sparse
 from saexp.analysis.attribution import attribute
 from saexp.analysis.scores import AMPLIFICATION, TOP_TOKENS, input_scores, output_scores
 from saexp.config import RunConfig
+from saexp.data.answer_tokens import answer_token, space_note
 from saexp.data.datasets import background_texts
 from saexp.data.positions import Unplaced
 from saexp.data.tokens import tokenize
 from saexp.errors import SAEError
 from saexp.interventions.cache import ResultCache
-from saexp.interventions.outcomes import first_token
 from saexp.interventions.prompts import choose_prompts, placed_prompts
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
@@ -131,14 +131,15 @@ def attribution(
                 raise Unplaced("no answer")
             if not placed.positions:
                 raise Unplaced("no position in the prompt")
-            text, answer = placed.example.text, placed.example.answers[0]
-            answers.append(first_token(model.tokenizer, text, answer))
+            answer = placed.example.answers[0]
+            answers.append(answer_token(model.tokenizer, placed.example, answer))
             usable.append(placed)
         except Unplaced:
             lacking += 1
     notes = prompts.notes("prompts not attributed")
     if lacking:
         notes.append(f"attribution: {lacking} prompts have no answer, or no token to look at")
+    notes += space_note([p.example for p in usable])
     if not usable:
         return TaskResult(notes=notes)
     found = attribute(

@@ -19,7 +19,6 @@ from saexp.interventions.outcomes import (
     MatchingTokens,
     Repetition,
     YesNo,
-    first_token,
     mean_loss,
 )
 from saexp.registry import names, resolve
@@ -127,25 +126,6 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
     assert Repetition().score("", EXAMPLE, [7] * 10) == pytest.approx(7 / 8)
     assert Repetition().score("", EXAMPLE, [1]) == 0
     assert Length().score("", EXAMPLE, [1, 2]) == 2
-
-
-def test_the_first_token_of_an_answer_is_the_one_that_follows_the_prompt() -> None:
-    made = tokenizer()
-    prompt = "The city of New"
-    token = first_token(made, prompt, "Bresk")
-    whole = made(prompt + " Bresk", add_special_tokens=False)["input_ids"]
-    before = made(prompt, add_special_tokens=False)["input_ids"]
-    assert whole[: len(before) + 1] == [*before, token]
-    assert first_token(made, prompt, " Bresk") == token
-
-
-def test_an_answer_that_melts_into_the_prompt_is_not_scored() -> None:
-    class Melting:
-        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-            return {"input_ids": [len(text)]}
-
-    with pytest.raises(Unplaced, match="melts"):
-        first_token(Melting(), "a b", "c")
 
 
 def test_next_token_outcomes_are_those_of_the_logits() -> None:
