@@ -126,7 +126,7 @@ class DatasetConfig:
     """The language model: shipped entities depend on it."""
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMNS))
     """Our column name -> the file's column name, where they differ."""
-    missing_values: list[str] = field(default_factory=lambda: list(MISSING_VALUES))
+    missing_values: list[Any] = field(default_factory=lambda: list(MISSING_VALUES))
     """Texts that count as missing values in a column (a null, NaN or empty cell always does), by
     default those of `pandas.read_csv`. Where NA is a value: 'dataset.missing_values=["null","nan"]'
     """
@@ -171,6 +171,11 @@ class DatasetConfig:
         at_least("dataset.max_length", self.max_length, 2)
         one_of("dataset.answer_space", self.answer_space, ("auto", "always", "never"))
         one_of("dataset.truncation", self.truncation, ("skip", "keep"))
+        if not all(isinstance(text, str | int | float) for text in self.missing_values):
+            raise ConfigError(
+                f"dataset.missing_values={list(self.missing_values)} must be texts or numbers "
+                """(null itself always is missing); quote: 'dataset.missing_values=["null","NA"]'"""
+            )
         for name, share in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
             at_least(f"dataset.split.{name}", share, 0)

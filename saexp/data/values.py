@@ -21,8 +21,8 @@ class MissingValues:
     are equal to one of them (by default the texts that `pandas.read_csv` treats as missing).
     """
 
-    def __init__(self, texts: Sequence[str] | None = None) -> None:
-        self.texts = {"", *(MISSING_VALUES if texts is None else texts)}
+    def __init__(self, texts: Sequence[str | int | float] = MISSING_VALUES) -> None:
+        self.texts = {"", *map(str, texts)}
         self.numbers = {value for text in self.texts if (value := _finite(text)) is not None}
         self.counts: Counter[str] = Counter()
         """Column -> rows where it is missing, wholly or in part."""

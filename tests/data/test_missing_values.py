@@ -9,10 +9,12 @@ import datasets as hf_datasets
 import pandas as pd
 import pytest
 
+import saexp
 from saexp import registry
 from saexp.config import DatasetConfig
 from saexp.config.components import MISSING_VALUES
 from saexp.data.values import MissingValues
+from saexp.errors import ConfigError
 from saexp.interventions.outcomes import Accuracy
 
 PRESENT = ["na", "none", "Null", "NAN", " NA", "-", "null.", "0", "Nanna", "N/A!"]
@@ -66,9 +68,23 @@ def test_what_is_not_missing(value):
 
 
 def test_numbers_of_the_list_are_missing_however_they_are_written():
-    missing = MissingValues(["-999"])
-    assert all(value in missing for value in ("-999", -999, -999.0, "", None, math.nan))
-    assert not any(value in missing for value in ("NA", "nan", 999, "-999.5"))
+    for given in ("-999", -999):
+        missing = MissingValues([given])
+        assert all(value in missing for value in ("-999", -999, -999.0, "", None, math.nan))
+        assert not any(value in missing for value in ("NA", "nan", 999, "-999.5"))
+
+
+def test_an_unquoted_null_on_the_command_line():
+    assert saexp.compose(["dataset.missing_values=[-999,NA]"]).dataset.missing_values == [
+        -999,
+        "NA",
+    ]
+    with pytest.raises(ConfigError) as error:
+        saexp.compose(["dataset.missing_values=[NULL]"])
+    assert str(error.value) == (
+        "dataset.missing_values=[None] must be texts or numbers (null itself always is missing); "
+        """quote: 'dataset.missing_values=["null","NA"]'"""
+    )
 
 
 WAYS = [

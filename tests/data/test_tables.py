@@ -10,6 +10,7 @@ import pytest
 from saexp.config import DatasetConfig
 from saexp.data.datasets import csv, jsonl
 from saexp.data.examples import Example
+from saexp.data.labels import questions
 from saexp.data.tables import read_rows, rule
 from saexp.errors import ConfigError, DataError, SaexpError
 
@@ -145,6 +146,18 @@ def test_a_list_in_a_csv_cell_is_a_list(tmp_path, write, cell, answers):
     assert read(str(file), csv, columns={"answer": "answers"}).examples[0].answers == answers
     # JSON has lists of its own, so that a string is a string.
     assert read(write({"text": "t", "answer": cell})).examples[0].answers == (cell,)
+
+
+def test_attributes_in_a_csv_cell_are_asked_as_those_of_a_jsonl_are(tmp_path, write):
+    attributes = [{"attribute_type": "director", "attribute_value": "Ann Lee"}]
+    row = {"text": "The movie X", "entity": "X", "entity_type": "movie", "attributes": attributes}
+    file = tmp_path / "f.csv"
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        cells = {**row, "attributes": json.dumps(attributes)}
+        csv_module.writer(opened).writerows([list(cells), list(cells.values())])
+    made, _ = questions(read(str(file), csv).examples)
+    assert made == questions(read(write(row)).examples)[0]
+    assert [q.truths for q in made] == [("Ann Lee",)]
 
 
 def test_a_printed_numpy_array_is_no_list(write):
