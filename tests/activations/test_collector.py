@@ -182,7 +182,7 @@ def test_a_text_that_the_model_cannot_hold(tmp_path):
         run(
             random_lm("gpt2"),
             tmp_path,
-            placement=placed(texts, "middle", max_length=70),
+            placement=placed(texts, "all", max_length=70),
             max_length=70,
         )
     assert str(error.value) == (
