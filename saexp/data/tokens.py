@@ -81,7 +81,9 @@ def _added_in_front(tokenizer: Any) -> tuple[int, ...]:
 
 def _with_bos(added: tuple[int, ...], tokenizer: Any, wanted: bool) -> tuple[int, ...]:
     bos = tokenizer.bos_token_id
-    rest = added[1:] if bos is not None and added[:1] == (bos,) else added
+    if bos is None:
+        return added
+    rest = added[1:] if added[:1] == (bos,) else added
     return (bos, *rest) if wanted else rest
 
 
