@@ -211,7 +211,12 @@ def _prefill(
 def last_logits(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs | None = None, n_last: int = 1
 ) -> Float[Tensor, "b n V"]:
-    """Logits after each prompt's last `n_last` tokens, all rows in one batch."""
+    """Logits after each prompt's last `n_last` tokens, all rows in one batch.
+
+    n is the smaller of `n_last` and the longest prompt's length. Rows end together:
+    `logits[i, -k]` follows the k-th token from row i's end, so index from the right. What
+    stands left of a shorter row's first token is of padding and has no meaning.
+    """
     return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
 
 
@@ -248,11 +253,17 @@ class _Drawing:
 
 
 @torch.inference_mode()
-def likeliest_tokens(
-    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int
-) -> Int[Tensor, "b n"]:
-    """The likeliest token after each of the prompts' last `n_last` tokens."""
-    return _prefill(model, rows, saes, n_last, use_cache=False).logits.argmax(-1)
+def greedy_tokens(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: Sequence[int]
+) -> list[list[int]]:
+    """The greedy token after each of row i's last `n_last[i]` tokens, in order.
+
+    A row is asked for at most as many as it has tokens.
+    """
+    for row, n in zip(rows, n_last, strict=True):
+        assert 1 <= n <= len(row.ids), f"{n} tokens asked of a row of {len(row.ids)}"
+    found = last_logits(model, rows, saes, max(n_last)).argmax(-1).tolist()
+    return [tokens[-n:] for tokens, n in zip(found, n_last, strict=True)]
 
 
 @torch.inference_mode()

@@ -101,20 +101,19 @@ class Guessing:
         """Those that a guess finishes, and the others with what they are then known to say."""
         guessed = [guesses[b.family][: self.most - len(b.known) - 1] for b in pending]
         rows = [b.going_on(guess) for b, guess in zip(pending, guessed, strict=True)]
-        n_last = max(map(len, guessed), default=0) + 1
-        of_row = self.model.dtype.itemsize * n_last * int(self.model.text_config.vocab_size)
+        longest = max(map(len, guessed), default=0) + 1
+        of_row = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
         for batch in engine.in_batches(rows, None, self.batch_tokens, LOGIT_BYTES // of_row):
             if not self._is_worth_it():
                 yield [], [pending[i] for i in batch]
                 continue
-            chosen = [rows[i] for i in batch]
-            found = engine.likeliest_tokens(self.model, chosen, self.saes, n_last).tolist()
+            chosen, n_last = [rows[i] for i in batch], [len(guessed[i]) + 1 for i in batch]
+            found = engine.greedy_tokens(self.model, chosen, self.saes, n_last)
             finished: list[tuple[Row, list[int]]] = []
             others: list[_Begun] = []
-            for i, tokens in zip(batch, found, strict=True):
+            for i, own in zip(batch, found, strict=True):
                 row, known = pending[i].row, pending[i].known
-                own = tokens[n_last - 1 - len(guessed[i]) :]
-                pairs = zip(guessed[i], own, strict=False)
+                pairs = zip(guessed[i], own[:-1], strict=True)
                 right = next((n for n, (a, b) in enumerate(pairs) if a != b), len(guessed[i]))
                 self.n_run += len(guessed[i]) + 1
                 self.n_learned += right + 1
