@@ -14,10 +14,13 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
 from saexp.interventions.facts import LatentFacts
-from saexp.interventions.run import run_intervention
+from saexp.interventions.prompts import placed_prompts
+from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
 from saexp.latents.summary import active_quantile, moments
+from saexp.models.context_length import check_positions, position_limit
 from saexp.models.loading import LanguageModel
+from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.by_layer import AtLayer
@@ -107,10 +110,22 @@ def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.Dat
     return table
 
 
-def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
+def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) -> None:
     """Say before the long work what the intervention would lack."""
     if cfg.intervention.name == "none":
         return
+    _check_places(cfg, examples)
+    if position_limit(model) is None:
+        return
+    chosen = tested_examples(cfg.intervention, examples.examples)
+    prompts = placed_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length).all()
+    generates = any(resolve("outcome", o).source == "text" for o in cfg.intervention.outcomes)
+    n_new = cfg.intervention.max_new_tokens if generates else 0
+    longest = max((len(p.tokens) for p in prompts), default=0)
+    check_positions(model, longest, n_new, "intervention.max_new_tokens")
+
+
+def _check_places(cfg: RunConfig, examples: ExampleSet) -> None:
     where = cfg.intervention.where
     if where not in PLACES:
         registry.build("positions", PositionsConfig(name=where, **cfg.intervention.where_options))
