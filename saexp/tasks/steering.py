@@ -97,7 +97,7 @@ def _with_inactive(table: pd.DataFrame, named: list[int]) -> pd.DataFrame:
     lacking = [f for f in dict.fromkeys(named) if f not in set(table["latent"])]
     if not lacking:
         return table
-    measured = [c for c in table if str(c).startswith(("freq_", "mean_"))]
+    measured = [str(c) for c in table if str(c).startswith(("freq_", "mean_"))]
     about = ["latent", "direction", "selected", "rank", "q_value", *measured]
     about += ["output_score"] if "output_score" in table else []
     rows = pd.DataFrame({"latent": lacking, "direction": "", "selected": False})
