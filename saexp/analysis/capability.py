@@ -29,6 +29,7 @@ from saexp.context import progress
 from saexp.data.answer_tokens import answer_text, space_note
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
+from saexp.models.context_length import check_positions
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
@@ -91,11 +92,13 @@ class CapabilityAnalyzer:
         rows: list[dict[str, Any]] = [_about(q, model) for q in asked]
         tops: list[list[dict[str, Any]]] = [[] for _ in asked]
         lengths = [len(q.tokens) for q in asked]
+        check_positions(model, max(lengths))
         keeps = "logits_to_keep" in inspect.signature(model.hf.forward).parameters
         per_token = 4 * int(model.text_config.vocab_size)
         most = max(1, _LOGIT_BYTES // per_token)
         with progress(len(asked), "asking", "prompt") as bar:
-            for batch in batches(lengths, TokenBudget(self.batch_tokens, model.device)):
+            budget = TokenBudget(self.batch_tokens, model.device)
+            for batch in batches(lengths, budget, model.text_config):
                 size = most if keeps else max(1, most // lengths[batch[0]])
                 for start in range(0, len(batch), size):
                     part = batch[start : start + size]

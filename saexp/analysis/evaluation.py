@@ -139,7 +139,7 @@ class _Evaluator:
         budget = TokenBudget(self.settings.batch_tokens, model.device)
         per_token = len(self.wanted) * model.d_model * model.dtype.itemsize
         budget.tokens = max(1, min(budget.tokens, self._limit(STREAM_BYTES) // per_token))
-        plan = batches([len(t) for t in self.texts], budget)
+        plan = batches([len(t) for t in self.texts], budget, model.text_config)
         done: deque[tuple[Batch, Clean | None]] = deque()
         free, n = self._limit(KEPT_BYTES), 0
         totals: dict[Hookpoint, Tensor] = {}

@@ -13,7 +13,9 @@ import numpy as np
 
 from saexp.errors import StoreError
 
-VERSION = 2
+VERSION = 3
+"""Of what is stored; entries of other versions are not read. In 2, generated texts of short prompts
+could be wrong."""
 _LOOK_UP = 500
 """Keys per query, under SQLite's limit."""
 

@@ -47,9 +47,21 @@ class Steer(LatentIntervention):
         elif self.cfg.unit == "raw":
             scales = own_norms / norms
         else:
-            scales = facts.numbers(latents, self.cfg.unit) * own_norms / norms
+            scales = self._activations(latents, facts) * own_norms / norms
         vector = Vector((torch.as_tensor(scales) @ directions).float())
         return tuple(Add(at, vector, coefficient) for at in self._places(facts))
+
+    def _activations(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
+        """The unit of each latent. Raises ConfigError for one without an activation."""
+        found = facts.numbers(latents, self.cfg.unit)
+        for latent, value in zip(latents, found, strict=True):
+            if not value:
+                raise ConfigError(
+                    f"intervention.unit={self.cfg.unit}: latent {latent} is never active on the "
+                    f"train split at {facts.hookpoint.name}, so it has no such value; type "
+                    "intervention.unit=resid_norm or raw"
+                )
+        return found
 
     def _mixing(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
         if len(facts.groups) != 2:

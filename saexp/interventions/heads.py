@@ -23,7 +23,9 @@ from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row
 from saexp.interventions.prompts import Placed, Prompts
 from saexp.models.attention import attention_to
+from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import by_regime
 from saexp.models.weights import orthogonalized
 from saexp.paired import paired_head_test
 
@@ -140,8 +142,10 @@ def _measured(
 ) -> np.ndarray:
     """`[n, n_layers, n_heads]`, attention of each row's last token to its entity."""
     missing = [i for i, row in enumerate(rows) if row.key not in stored]
-    for start in range(0, len(missing), _BATCH):
-        chosen = missing[start : start + _BATCH]
+    lengths = [len(rows[i].ids) for i in missing]
+    check_positions(model, max(lengths, default=0))
+    for part in by_regime(model.text_config, lengths, _BATCH):
+        chosen = [missing[k] for k in part]
         batch = [rows[i] for i in chosen]
         ids, mask = padded([r.ids for r in batch], model.pad_id, model.device)
         width = ids.shape[1]

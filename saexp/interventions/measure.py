@@ -93,6 +93,7 @@ class Measurement:
             max_new_tokens=self.cfg.max_new_tokens,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
+            key="intervention.max_new_tokens",
         )
         # Many rows say the same.
         numbers = list(map(tuple, tokens))

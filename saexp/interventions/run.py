@@ -55,6 +55,16 @@ def run_intervention(
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
 
+def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
+    """Test prompts, and train prompts to choose the coefficient on."""
+    test = [e for e in examples if e.split == "test"]
+    train = [e for e in examples if e.split == "train"]
+    chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
+    if train and cfg.n_choice_prompts and len(parse_coefficients(cfg.coefficient)) > 1:
+        chosen += choose_prompts(train, cfg.n_choice_prompts, cfg.seed)
+    return chosen
+
+
 class CausalTest:
     """One intervention on one model."""
 
@@ -76,7 +86,7 @@ class CausalTest:
 
     def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
         """All of it; see `run_intervention`."""
-        chosen = self._examples(examples)
+        chosen = tested_examples(self.cfg, examples)
         prompts = placed_prompts(chosen, self.model, self.cfg, self.max_length)
         if not prompts.of_group:
             raise InterventionError(
@@ -124,15 +134,6 @@ class CausalTest:
         if any(o.source == "heads" for o in self.outcomes):
             self._attention(result, conditions, prompts)
         return result
-
-    def _examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Test prompts, and train prompts to choose the coefficient on."""
-        test = [e for e in examples if e.split == "test"]
-        train = [e for e in examples if e.split == "train"]
-        chosen = choose_prompts(test, self.cfg.n_prompts, self.cfg.seed) if test else []
-        if train and self.cfg.n_choice_prompts and len(self.coefficients) > 1:
-            chosen += choose_prompts(train, self.cfg.n_choice_prompts, self.cfg.seed)
-        return chosen
 
     def _jobs(self, conditions: Sequence[Condition], prompts: Prompts) -> list[Job]:
         jobs = []

@@ -20,6 +20,7 @@ from saexp.config import ModelConfig
 from saexp.errors import ModelError
 from saexp.models.digests import file_sha256, tensors_sha256
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.rope import forget_lengths
 from saexp.models.structure import Site, find_blocks, find_site
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class LanguageModel:
         model.prepend_bos = None
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
+        forget_lengths(hf)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
@@ -158,6 +160,7 @@ class LanguageModel:
                 # Token ids go where the embedding is.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
+            forget_lengths(placed)
             if self.plain:
                 self.config = placed.config
                 self.__dict__.pop("text_config", None)

@@ -43,7 +43,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("collect"):
         streams = [h for s in every for h in s.hookpoints]
         gathered = gather(cfg, model, streams, context.ahead)
-        check_steerable(cfg, gathered.examples)
+        check_steerable(cfg, gathered.examples, model)
         neutral = gather_background(
             cfg,
             model,

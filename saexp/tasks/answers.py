@@ -162,6 +162,7 @@ def answers(
             batch_tokens=batch_tokens,
             cache=cache,
             what="answering",
+            key="task.options.max_new_tokens",
         )
     finally:
         cache.close()

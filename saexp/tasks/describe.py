@@ -55,7 +55,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("collect"):
         gathered = gather(cfg, model, hookpoints, context.ahead)
         if not selects(cfg):
-            check_steerable(cfg, gathered.examples)
+            check_steerable(cfg, gathered.examples, model)
         wanted = [*hookpoints, *(h for h in near if h not in hookpoints)]
         ahead = with_neighbours(cfg, context.ahead)
         neutral = gather_background(cfg, model, wanted, cfg.analyzer.n_background, ahead)

@@ -14,6 +14,7 @@ from saexp.data.examples import Example, Skip
 from saexp.data.prompts import tokenize_texts
 from saexp.data.tokens import TokenizedText
 from saexp.errors import DataError
+from saexp.models.context_length import context_limit
 from saexp.models.loading import LanguageModel
 from saexp.tasks.gathering import skip_notes
 
@@ -45,10 +46,7 @@ def read_texts(
     if options["n_texts"] is not None and options["n_texts"] < len(distinct):
         order = np.random.default_rng([cfg.seed, 23]).permutation(len(distinct))
         distinct = [distinct[i] for i in sorted(order[: options["n_texts"]])]
-    longest = min(
-        cfg.dataset.max_length,
-        getattr(model.text_config, "max_position_embeddings", None) or cfg.dataset.max_length,
-    )
+    longest = min(cfg.dataset.max_length, context_limit(model) or cfg.dataset.max_length)
     tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
     for example, tokens in zip(distinct, tokenized, strict=True):
         if can_be_scored(tokens, where):

@@ -15,6 +15,7 @@ from saexp.data.examples import Skip
 from saexp.data.tables import read_rows
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import DataError
+from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.reports.label import memorized_sentences
 from saexp.results import TaskResult
@@ -49,6 +50,8 @@ def memorized(
             f"{cfg.dataset.path or 'the shipped passages'}: no text has {n_prompt} + {n_next} "
             "tokens; type smaller task.options.prompt_tokens= and continuation_tokens="
         )
+    longest = max(len(p.ids) for p, _, _ in prompts)
+    check_positions(model, longest, n_next, "task.options.continuation_tokens")
     with context.stage("answer"):
         said = answers(
             model,
