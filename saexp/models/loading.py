@@ -20,6 +20,7 @@ from saexp.config import ModelConfig
 from saexp.errors import ModelError
 from saexp.models.digests import file_sha256, tensors_sha256
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.stream_check import broken_streams
 from saexp.models.structure import Site, find_blocks, find_site
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class LanguageModel:
     """False once a text behind a shared beginning had other values (`activations.prefixes`)."""
     prefixes_compared = 0
     """Blocks up to which such values were compared."""
+    broken_streams: dict[Hookpoint, str]
+    """Hookpoints that this model has not, and why (`models.stream_check`); set with `blocks`."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
@@ -180,8 +183,10 @@ class LanguageModel:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks."""
-        return find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+        """The transformer blocks; found, and their streams checked, before any hook is on them."""
+        blocks = find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+        self.broken_streams = broken_streams(self.hf, blocks, self.text_config)
+        return blocks
 
     def check_layer(self, layer: int) -> None:
         """Raise ModelError unless the model has this block; reads no weights."""
@@ -194,7 +199,10 @@ class LanguageModel:
     def module(self, hookpoint: Hookpoint) -> Site:
         """Where to hook a stream; ModelError where the model has no such point."""
         self.check_layer(hookpoint.layer)
-        return find_site(self.blocks, hookpoint, self.text_config)
+        blocks = self.blocks
+        if hookpoint in self.broken_streams:
+            raise ModelError(self.broken_streams[hookpoint])
+        return find_site(blocks, hookpoint, self.text_config)
 
     @property
     def _generation_config(self) -> Any:
