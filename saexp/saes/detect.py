@@ -49,7 +49,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
     file = place / gemma_scope.WEIGHTS if place.is_dir() else place
     if file.is_file() and file.suffix == ".npz":
         return gemma_scope.load_gemma_scope(
-            file, _npz_hookpoint(file, stream, layer), {"name": name, **about(file)}
+            file, _npz_ends(file, stream, layer), {"name": name, **about(file)}
         )
     raise _unknown(place)
 
@@ -99,9 +99,9 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
     gemma_scope2.refuse_across_layers(name, name)
     if path.endswith(".npz") or gemma_scope.is_gemma_scope(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
-        hookpoint = gemma_scope.hookpoint_of(repo, path)
+        ends = gemma_scope.ends_of(repo, path)
         file = download(repo, inner)
-        return gemma_scope.load_gemma_scope(file, hookpoint, {"name": name, **about(file)})
+        return gemma_scope.load_gemma_scope(file, ends, {"name": name, **about(file)})
     lacking = []
     for config, weights in _IN_REPOS:
         if present(repo, f"{prefix}{config}") is None:
@@ -139,12 +139,12 @@ def _given(stream: str | None, layer: Any) -> Hookpoint | None:
     return Hookpoint(parse_layers(layer)[0], stream)
 
 
-def _npz_hookpoint(file: Path, stream: str | None, layer: Any) -> Hookpoint:
+def _npz_ends(file: Path, stream: str | None, layer: Any) -> gemma_scope.Ends:
     """From the path, else from the user's words."""
     try:
-        return gemma_scope.hookpoint_of(str(file.parent), str(file.parent))
+        return gemma_scope.ends_of(str(file.parent), str(file.parent))
     except SAEError:
         given = _given(stream, layer)
         if given is None:
             raise
-        return given
+        return given, None
