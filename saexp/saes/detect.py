@@ -5,6 +5,7 @@ from typing import Any
 
 from saexp.config import parse_layers
 from saexp.errors import SAEError
+from saexp.hub import is_path
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats import (
@@ -31,6 +32,7 @@ _IN_REPOS = (
 
 def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> SparseAutoencoder:
     """Detect the format from the files and read it. Raises SAEError for what is not there."""
+    place = place.expanduser()
     is_ours = place.name == dictionary_learning.WEIGHTS
     if is_ours and dictionary_learning.is_dictionary_learning(place.parent):
         place = place.parent
@@ -38,9 +40,9 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         raise SAEError(f"{place} is a pickle file, {_DANGER}")
     if not place.exists():
         parts = place.parts
-        if len(parts) >= 2 and not place.is_absolute() and not parts[0].startswith("."):
-            return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-        raise SAEError(f"sae.path={place}: no such folder or file")
+        if len(parts) < 2 or is_path(str(place)):
+            raise SAEError(f"sae.path={place}: no such folder or file")
+        return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
     if place.name in (gemma_scope2.WEIGHTS, saelens.WEIGHTS, sparsify.WEIGHTS):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
@@ -95,7 +97,7 @@ def _unknown(place: Path) -> SAEError:
 
 def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAutoencoder:
     prefix = f"{path}/" if path else ""
-    name = f"{repo}/{path}"
+    name = f"{repo}/{path}".rstrip("/")
     gemma_scope2.refuse_across_layers(name, name)
     if path.endswith(".npz") or gemma_scope.is_gemma_scope(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
@@ -121,7 +123,12 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
             download(repo, f"{prefix}{gemma_scope2.WEIGHTS}").parent, stream, layer, name
         )
     # Neither is there, or it would have been read; the error says which and why.
-    folder = download(repo, f"{prefix}{lacking[0] if lacking else saelens.CONFIG}").parent
+    try:
+        folder = download(repo, f"{prefix}{lacking[0] if lacking else saelens.CONFIG}").parent
+    except SAEError as error:
+        if lacking:
+            raise
+        raise SAEError(f"sae.path={name}: no such folder here, and {error}") from error
     return load_sae_files(folder, stream, layer, name)
 
 
