@@ -133,11 +133,12 @@ def _leads(before: Tensor | None, part: Tensor | None, after: Tensor | None) -> 
     """Whether `after` is `before` and the part times a factor, or the part, which has both."""
     if before is None or part is None or after is None or part.numel() != after.numel():
         return part is None
-    if _adds([part], after):
+    if _adds([part], after) or _adds([before, part], after):
         return True
-    wide = part.reshape(-1).cpu().double()
-    step = (after.cpu().double() - before.cpu().double()).reshape(-1)
-    factor = float(step @ wide / (wide @ wide).clamp(min=1e-300))
+    wide, start, end = (t.reshape(-1).cpu().double() for t in (part, before, after))
+    # Each number as far as it is exact: attention sinks have some of 10^4 among those of 1.
+    exact = 1 / (start.abs() + wide.abs() + end.abs()).clamp(min=1e-300) ** 2
+    factor = float((exact * wide) @ (end - start) / ((exact * wide) @ wide).clamp(min=1e-300))
     return _adds([before, part], after, factor)
 
 

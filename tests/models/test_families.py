@@ -209,6 +209,20 @@ def test_qwen_3_5_inside_its_multimodal_model() -> None:
         torch.testing.assert_close(read(model, layer)["resid_pre"], hidden[layer], **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["stablelm", "granite", "qwen3_5", "gpt_neo"])
+def test_numbers_of_very_different_sizes_break_no_stream(family: str, dtype: torch.dtype) -> None:
+    """Attention sinks hold numbers of 10^4 in a stream of numbers of 1."""
+    hf = model_of(family).hf
+    embedding = hf.get_input_embeddings().weight
+    embedding[:, 3] *= 2e4
+    embedding[::2, 5] *= 3e3
+    model = LanguageModel.wrap(hf.to(dtype))
+    assert len(model.blocks) == N_LAYERS
+    refused = {h.stream for h in model.broken_streams}
+    assert refused == FAMILIES[family][2]
+
+
 def test_a_block_that_changes_its_parts_is_seen_without_a_known_name() -> None:
     """A model's own code may scale, gate or norm what it adds under any name."""
     model = model_of("stablelm")
