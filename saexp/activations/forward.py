@@ -20,6 +20,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime, rope_regime
+from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class _Forward:
             if trusted:
                 raise
             # Code of a model's own may take another kind of cache.
-            told = " ".join(str(error).split())[:120]
+            told = brief(str(error), 120)
             refuse(self.model, f"an error ({type(error).__name__}: {told})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)

@@ -107,6 +107,8 @@ class _Evaluator:
         settings: EvaluationSettings,
     ) -> None:
         self.model, self.saes, self.texts, self.settings = model, saes, texts, settings
+        for sae in saes:
+            sae.check_reconstructs()
         self.passes = Passes(model)
         self.written = list(dict.fromkeys(_written(s) for s in saes))
         read = [s.hookpoint.stored for s in saes]

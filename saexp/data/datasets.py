@@ -22,6 +22,8 @@ from saexp.data.lines import text_lines
 from saexp.data.tables import read_rows, to_examples
 from saexp.data.values import MissingValues
 from saexp.errors import ConfigError, DataError
+from saexp.hub import hub as reaching_hub
+from saexp.hub import is_path, why_absent
 from saexp.wording import counted
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -296,8 +298,13 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     try:
         if any(saved):
             loaded: Any = datasets.load_from_disk(cfg.path)
-        else:
+        elif Path(cfg.path).exists():
             loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
+        elif is_path(cfg.path):
+            raise DataError(f"dataset.path={cfg.path}: no such folder")
+        else:
+            with reaching_hub():
+                loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
         if isinstance(loaded, datasets.DatasetDict):
             if cfg.hf_split not in loaded:
                 raise ValueError(
@@ -305,8 +312,9 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                 )
             loaded = loaded[cfg.hf_split]
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"dataset.path={cfg.path}: cannot be loaded ({reason})") from error
+        raise DataError(
+            f"dataset.path={cfg.path}: cannot be loaded ({why_absent(error)})"
+        ) from error
     rows = [(f"{cfg.path}:{n}", dict(row)) for n, row in enumerate(loaded, 1)]
     examples, notes = to_examples(rows, cfg, cfg.path, lists_as_text=True)
     return finish(cfg, examples, cfg.path, notes)

@@ -85,6 +85,8 @@ class StreamProgram:
                 (start + i, start + i, op.coefficient, t, 0) for i, t in enumerate(targets)
             ]
         elif isinstance(op, Splice):
+            if sae is not None and not op.error:
+                sae.check_reconstructs()
             self.sae = sae
             self.splices[row] = op
         else:

@@ -124,6 +124,11 @@ _REMEDIES = {
 
 def _problems(sae: SparseAutoencoder, own: float, others: Mapping[str, float]) -> list[str]:
     name = sae.metadata.get("name", "the SAE")
+    if not sae.metadata.get("reconstructs", True):
+        return [
+            f"{name} is one layer of a cross-layer transcoder, whose latents write to later layers "
+            "too: its numbers of reconstruction say nothing; activations and directions are right"
+        ]
     # What it reconstructs, or a transcoder predicts.
     at = (sae.hookpoint_out or sae.hookpoint).name
     found = []

@@ -7,18 +7,19 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from saexp.errors import SAEError
+from saexp.hub import hub, why_absent
 from saexp.models.digests import file_sha256
 
 
 def download(repo: str, path: str) -> Path:
     """A file of a hub repository, from the cache where it is there."""
     try:
-        return Path(hf_hub_download(repo, path))
+        with hub():
+            return Path(hf_hub_download(repo, path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise SAEError(
-            f"{repo}/{path} is neither cached nor in reach ({reason}); go online once, or point "
-            "HF_HOME to a cache that holds it"
+            f"{repo}/{path} is neither cached nor in reach ({why_absent(error)}); go online "
+            "once, or point HF_HOME to a cache that holds it"
         ) from error
 
 

@@ -16,21 +16,12 @@ from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.catalogue import Entry, find, n_latents, show_width
+from saexp.saes.catalogue import find, n_latents, show_width
 from saexp.saes.detect import load_sae_files
-from saexp.saes.formats import (
-    by_sae_lens,
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope2,
-    llama_scope,
-    saelens,
-)
-from saexp.saes.hub import about, download, present
+from saexp.saes.releases import format_of, neuronpedia_of
 
 ESTIMATE = "estimate"
 _FIXED = "expected_average_only_in"
-_CROSS_LAYER = ("mntss_clt_layer_transcoder",)
 
 
 def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
@@ -40,46 +31,15 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         "name": f"{entry.release}/{entry.id}",
         "release": entry.release,
         "id": entry.id,
-        "neuronpedia_id": entry.neuronpedia,
+        "neuronpedia_id": neuronpedia_of(entry),
         "expected_l0": entry.expected_l0,
         "expected_explained_variance": entry.expected_explained_variance,
         "chosen": entry.chosen,
     }
-    return _finish(_of_release(entry, metadata), cfg)
-
-
-def _of_release(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """Download what the entry's format needs, and read it."""
-
-    def folder(config: str, weights: str, *, needs_config: bool = True) -> Path:
-        get = download if needs_config else present
-        get(entry.repo, f"{entry.path}/{config}")
-        file = download(entry.repo, f"{entry.path}/{weights}")
-        metadata.update(about(file))
-        return file.parents[len(Path(weights).parts) - 1]
-
-    if entry.loader in ("gemma_2", "gemma_2_transcoder"):
-        hookpoint = gemma_scope.hookpoint_of(entry.repo, entry.path)
-        path = entry.path if entry.path.endswith(".npz") else f"{entry.path}/{gemma_scope.WEIGHTS}"
-        file = download(entry.repo, path)
-        return gemma_scope.load_gemma_scope(file, hookpoint, {**metadata, **about(file)})
-    if entry.loader == "gemma_3":
-        gemma_scope2.refuse_across_layers(entry.path, metadata["name"])
-        place = folder(gemma_scope2.CONFIG, gemma_scope2.WEIGHTS, needs_config=False)
-        return gemma_scope2.load_gemma_scope2(place, metadata)
-    if entry.loader in (None, "sae_lens"):
-        present(entry.repo, f"{entry.path}/{saelens.SPARSITY}")
-        place = folder(saelens.CONFIG, saelens.WEIGHTS)
-        return saelens.load_saelens(place, metadata, entry.overrides)
-    if entry.loader == "llama_scope":
-        place = folder(llama_scope.CONFIG, llama_scope.WEIGHTS)
-        return llama_scope.load_llama_scope(place, metadata)
-    if entry.loader == "dictionary_learning_1":
-        place = folder(dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)
-        return dictionary_learning.load_dictionary_learning(place, metadata)
-    if entry.loader in _CROSS_LAYER:
-        gemma_scope2.refuse_across_layers("clt", metadata["name"])
-    return by_sae_lens.load_by_sae_lens(entry, metadata)
+    form = format_of(entry)
+    # Before anything is downloaded.
+    _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
+    return _finish(form.read(entry, metadata), cfg)
 
 
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
@@ -135,7 +95,7 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
     `layer` and `stream` are needed where the files do not say them; a contradiction is an SAEError.
     """
     sae = load_sae_files(Path(source), stream, layer, str(source))
-    _check_place(sae, layer, stream, str(source))
+    _check_place(sae.hookpoint, layer, stream, str(source))
     if sae.lacks_factor:
         raise _no_factor(str(source))
     return sae.float()
@@ -173,7 +133,7 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
 def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     """Check the layer and stream against what was asked, then move to device and dtype."""
     name = sae.metadata.get("name", cfg.name)
-    _check_place(sae, cfg.layer, cfg.stream, name)
+    _check_place(sae.hookpoint, cfg.layer, cfg.stream, name)
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
@@ -231,9 +191,8 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
     return sae.norm_factor
 
 
-def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: str) -> None:
+def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:
     """Raise SAEError where the layer or stream asked for is not the SAE's own."""
-    at = sae.hookpoint
     if layer is not None:
         asked = parse_layers(layer)
         if len(asked) != 1:

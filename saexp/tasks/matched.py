@@ -32,6 +32,7 @@ from saexp.reports.cells import cells_table
 from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.loaded import language_model, sparse_autoencoder
+from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def match_cells(folder: Path) -> None:
 
 
 def _told(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return brief(str(error), 300) or type(error).__name__
 
 
 def _cells(folder: Path) -> list[_Cell]:

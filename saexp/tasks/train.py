@@ -131,6 +131,7 @@ _ORDER = (
     "attn_z",
     "attn_out",
     "resid_mid",
+    "mlp_in_normalized",
     "mlp_in",
     "mlp_out",
     "resid_post",

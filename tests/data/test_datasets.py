@@ -309,6 +309,8 @@ def test_a_dataset_that_cannot_be_loaded(tmp_path):
     assert message_of(lambda: build("hf"), ConfigError) == (
         "dataset=hf needs a name: type dataset.path=<hub id or local folder>"
     )
-    for path in (str(tmp_path / "absent"), "nobody/nothing"):
+    absent = str(tmp_path / "absent")
+    assert message_of(lambda: build("hf", path=absent)) == f"dataset.path={absent}: no such folder"
+    for path in ("nothing", "nobody/nothing"):
         message = message_of(lambda path=path: build("hf", path=path))
         assert message.startswith(f"dataset.path={path}: cannot be loaded (")
