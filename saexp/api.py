@@ -20,7 +20,9 @@ from saexp.config.interventions import PLACES
 from saexp.config.messages import COMPOSITION_ERRORS, one_line
 from saexp.config.values import one_of
 from saexp.context import RunContext
+from saexp.digests import remember_in
 from saexp.errors import StoreError
+from saexp.plugins import load_plugins
 from saexp.results import TaskResult
 from saexp.tasks import finished
 from saexp.tasks.saving import note_pages
@@ -94,7 +96,7 @@ def run(
     `sweep` is the folder of the sweep that the run is a cell of.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
-    registry.load_plugins(cfg.plugins)
+    load_plugins(cfg.plugins)
     now = datetime.datetime.now()
     place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
     try:
@@ -102,6 +104,7 @@ def run(
     except OSError as error:
         raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
     (place / "error.txt").unlink(missing_ok=True)
+    remember_in(cfg.cache_dir)
     key = finished.fingerprint(cfg)
     # What is to be verified is read again, not taken from a run that read it before.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:

@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
+from saexp.digests import contents
 from saexp.errors import SAEError
+from saexp.models.digests import state_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.base import SparseAutoencoder
@@ -27,6 +29,7 @@ from saexp.saes.formats import (
     saelens,
 )
 from saexp.saes.hub import about, download, present
+from saexp.saes.places import fill
 
 ESTIMATE = "estimate"
 _FIXED = "expected_average_only_in"
@@ -55,8 +58,9 @@ def _of_release(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
         get = download if needs_config else present
         get(entry.repo, f"{entry.path}/{config}")
         file = download(entry.repo, f"{entry.path}/{weights}")
-        metadata.update(about(file))
-        return file.parents[len(Path(weights).parts) - 1]
+        place = file.parents[len(Path(weights).parts) - 1]
+        metadata.update(about(file, place / config))
+        return place
 
     if entry.loader in ("gemma_2", "gemma_2_transcoder"):
         hookpoint = gemma_scope.hookpoint_of(entry.repo, entry.path)
@@ -79,31 +83,36 @@ def _of_release(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
         return dictionary_learning.load_dictionary_learning(place, metadata)
     if entry.loader in _CROSS_LAYER:
         gemma_scope2.refuse_across_layers("clt", metadata["name"])
-    return by_sae_lens.load_by_sae_lens(entry, metadata)
+    sae = by_sae_lens.load_by_sae_lens(entry, metadata)
+    sae.metadata.setdefault("fingerprint", state_sha256(sae))
+    return sae
 
 
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
-    if not cfg.path:
-        raise SAEError("sae.path is not set; type sae.path=<folder with the SAE's files>")
-    if "{assets}" in cfg.path:
+    if cfg.path and "{assets}" in cfg.path:
         _check_shipped(cfg)
-    width = n_latents(cfg.width)
-    names = {"assets": ASSETS, "model_name": cfg.model_name, "layer": cfg.layer, "width": width}
-    try:
-        place = cfg.path.format(**names)
-    except (KeyError, ValueError, IndexError) as error:
-        raise SAEError(
-            f"sae.path={cfg.path}: {{…}} may hold {', '.join(names)} alone; write a brace twice"
-        ) from error
-    return _finish(load_sae_files(Path(place), cfg.stream, cfg.layer, cfg.name), cfg)
+    return _finish(load_sae_files(fill(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
+
+
+def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
+    """(layer, stream) that the SAE of these files reads, and predicts.
+
+    These alone are kept, for files of this content.
+    """
+    content = tuple(contents(Path(path)))
+    return list(_hookpoints_of(path, layer, stream, content))
 
 
 @lru_cache(maxsize=1024)
-def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
-    """(layer, stream) that the SAE of these files reads, and predicts; nothing of it is kept."""
+def _hookpoints_of(
+    path: str,
+    layer: Any,
+    stream: str | None,
+    content: tuple[tuple[str, str], ...],  # noqa: ARG001
+) -> tuple[tuple[int, str], ...]:
     sae = load_sae_files(Path(path), stream, layer, path)
-    return [(h.layer, h.stream) for h in sae.hookpoints]
+    return tuple((h.layer, h.stream) for h in sae.hookpoints)
 
 
 def _check_shipped(cfg: SAEConfig) -> None:
