@@ -152,6 +152,8 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         at_least("dataset.max_length", self.max_length, 2)
+        for name in self.columns:
+            one_of("dataset.columns", name, COLUMNS)
         for name, share in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
             at_least(f"dataset.split.{name}", share, 0)

@@ -16,6 +16,7 @@ from saexp.tasks.contents import (
     plugins_content,
     saes_content,
 )
+from saexp.tasks.holding import LOCK
 from saexp.tasks.saving import clear
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def reuse(earlier: Path, folder: Path, keep: frozenset[Path] = frozenset()) -> N
 
 def _not_results(_folder: str, names: list[str]) -> set[str]:
     """What belongs to the earlier run alone; a tracker makes its own again."""
-    own = (".hydra", "wandb", "tracker.jsonl", "error.txt")
+    own = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
     return {n for n in names if n in own or n.endswith(".log")}
 
 
