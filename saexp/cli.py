@@ -23,7 +23,7 @@ from saexp.config import register_schema, to_run_config
 from saexp.config.folder import conf_folder
 from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import without_plus
-from saexp.errors import SaexpError, StoreError
+from saexp.errors import SaexpError
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
 
 
@@ -176,15 +176,13 @@ def _guarded() -> None:
     try:
         _job()
         _end_of_sweep()
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE or error.filename is None:
-            raise
-        _fail(StoreError(f"cannot write {error.filename}: {error.strerror}; choose another folder"))
     except KeyboardInterrupt as error:
         _fail("stopped; what was collected is kept, and the same command goes on from there", error)
     except Exception as error:
         if (told := _in_one_line(error)) is not None:
             _fail(told, error)
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE and error.filename:
+            _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder", error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise

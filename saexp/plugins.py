@@ -49,7 +49,7 @@ def _load(module: str, load: Callable[[], Any]) -> None:
         _forget(before)
         if isinstance(error, ModuleNotFoundError) and _is_itself(module, error):
             raise _not_found(module) from error
-        raise explained(error, module) or _failed(module, error) from error
+        raise explained(error, importing=True) or _failed(module, error) from error
     if module not in _files:
         files = (getattr(sys.modules[m], "__file__", None) for m in {*sys.modules} - before)
         mine = {Path(f).resolve() for f in files if f and f.endswith(".py") and _is_own(Path(f))}
@@ -117,15 +117,16 @@ def wants_traceback() -> bool:
 _HINT = f" ({FULL_ERROR}=1 in front of the command shows the traceback)"
 
 
-def explained(error: BaseException, module: str | None = None) -> PluginError | None:
+def explained(error: BaseException, *, importing: bool = False) -> PluginError | None:
     """The same error in one line where it came from code of the user's own; None where it did not.
 
-    Named is the innermost line of the user's: what it called may be a library's, or saexp's.
+    Named is the innermost line of the user's: what it called may be a library's, or saexp's. While
+    a plugin is being imported, all code that is in no library is the user's.
     """
-    own = _own_files()
-    if module is not None:
-        own |= {str(f) for f in _source(module)}
-    frames = traceback.extract_tb(error.__traceback__)
+    own, frames = _own_files(), traceback.extract_tb(error.__traceback__)
+    if importing:
+        files = {f.filename for f in frames if Path(f.filename).is_file()}
+        own |= {str(Path(f).resolve()) for f in files if _is_own(Path(f))}
     at = next(((f.filename, f.lineno) for f in reversed(frames) if _in(f.filename, own)), None)
     if isinstance(error, SyntaxError) and error.filename:
         at = (error.filename, error.lineno)

@@ -11,7 +11,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from saexp.config.run import known_keys
+from saexp.config.run import known_keys, near_keys
 from saexp.errors import ConfigError, SaexpError
 from saexp.registry import did_you_mean
 
@@ -84,8 +84,13 @@ def _explain(error: Exception) -> str:
                 )
             inside = re.search(r"Key '([^']+)' (?:is )?not in", str(error.__cause__))
             if key in known_keys() and inside:
-                return f"{key}: it has no key '{inside[1]}'; see python -m saexp --cfg job"
-            return f"no key '{key}'; {did_you_mean(key, known_keys())}"
+                return (
+                    f"{key} has no key '{inside[1]}' that could be changed; to add one type "
+                    f"+{key}.{inside[1]}=<value>"
+                )
+            if key.startswith("hydra."):
+                return f"no key '{key}' of Hydra's own; python -m saexp --info lists them"
+            return f"no key '{key}'; {near_keys(key)}"
         group = re.search(r"Could not override '([^'=]+)'.*No match in the defaults list", text)
         if group:
             return f"no group '{group[1]}'; {did_you_mean(group[1], known_keys())}"

@@ -102,13 +102,13 @@ def _refuse_unknown(cfg: DictConfig, schema: type, prefix: str) -> None:
     known = {f.name: f.type for f in fields(schema)}
     for name in map(str, cfg):
         if name not in known:
-            raise ConfigError(f"no key '{prefix}{name}', with or without +; {_near(name, prefix)}")
+            raise ConfigError(f"no key '{prefix}{name}', with or without +; {near_keys(name, prefix)}")
         kind = known[name]
         if isinstance(kind, type) and is_dataclass(kind) and not OmegaConf.is_missing(cfg, name):
             _refuse_unknown(cfg[name], kind, f"{prefix}{name}.")
 
 
-def _near(name: str, prefix: str) -> str:
+def near_keys(name: str, prefix: str = "") -> str:
     """The keys most alike: of the group, and of the top level those of all groups too."""
     every = [key for key in known_keys() if key.startswith(prefix)]
     top = [key for key in every if "." not in key.removeprefix(prefix)]
@@ -146,6 +146,8 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     Raises ConfigError for a key that no dataclass has: Hydra takes any that `+` is in front of.
     """
     _refuse_unknown(cfg, RunConfig, "")
+    # Before the groups, which have it from here.
+    at_least("seed", cfg.seed, 0)
     raw = OmegaConf.to_object(cfg)
     assert isinstance(raw, RunConfig)
     return raw
