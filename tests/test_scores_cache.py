@@ -9,10 +9,10 @@ import pytest
 from scipy import sparse
 
 import saexp
+from saexp.analysis.scores import logit_lens_tokens
 from saexp.data.tokens import tokenize
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
-from saexp.models.unembedding import logit_lens_tokens
 from saexp.tasks import worth
 
 ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"
@@ -57,10 +57,11 @@ def shuffle(folder: Path) -> None:
 
 
 def same_lengths(folder: Path) -> None:
-    """From line 9 on the words of each line the other way round, where that is as many tokens."""
+    """From line 9 on the second and third word of each line swapped, if that is as many tokens."""
     tokenizer = LanguageModel(saexp.compose([]).model).tokenizer
     lines = list(dict.fromkeys((folder / "background.txt").read_text("utf-8").splitlines()))
-    turned = [" ".join(reversed(line.split())) for line in lines]
+    words = [line.split(" ") for line in lines]
+    turned = [" ".join([*w[:1], *w[2:3], *w[1:2], *w[3:]]) for w in words]
     before, after = (tokenize(texts, tokenizer, 512) for texts in (lines, turned))
     for n in range(8, len(lines)):
         if len(before[n]) == len(after[n]) and turned[n] not in lines:
