@@ -102,7 +102,8 @@ def _refuse_unknown(cfg: DictConfig, schema: type, prefix: str) -> None:
     known = {f.name: f.type for f in fields(schema)}
     for name in map(str, cfg):
         if name not in known:
-            raise ConfigError(f"no key '{prefix}{name}', with or without +; {near_keys(name, prefix)}")
+            near = near_keys(name, prefix)
+            raise ConfigError(f"no key '{prefix}{name}', with or without +; {near}")
         kind = known[name]
         if isinstance(kind, type) and is_dataclass(kind) and not OmegaConf.is_missing(cfg, name):
             _refuse_unknown(cfg[name], kind, f"{prefix}{name}.")
