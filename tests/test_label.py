@@ -480,3 +480,23 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     words = [w.replace("=20", "=200") for w in words]
     with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
         saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")
+
+
+def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
+    """Texts that begin alike and go on differently have the same prompts."""
+    lines = (ROOT / "saexp/assets/tiny/background.txt").read_text("utf-8").splitlines()
+    text = " ".join(lines[:4])
+    places = []
+    for number, end in enumerate(("", "", " and so on, as it was")):
+        cut = text[: len(text) // 2]
+        (tmp_path / "texts.txt").write_text(f"{cut if end else text}{end} {lines[9]}\n")
+        words = ["task=label", "dataset=memorization", f"dataset.path={tmp_path}/texts.txt"]
+        words += ["task.options.prompt_tokens=4", "task.options.continuation_tokens=24"]
+        words += [f"cache_dir={tmp_path}/cache", "tracker=none"]
+        result = saexp.run(saexp.compose(words), tmp_path / str(number))
+        about = json.loads((result.path / "provenance.json").read_text("utf-8"))["labels"]
+        content = (Path(about["path"]) / "memorization.csv").read_bytes()
+        assert content == (result.path / "memorization.csv").read_bytes()
+        places.append((about["path"], content))
+    assert places[0] == places[1]
+    assert (places[0][0] == places[2][0]) == (places[0][1] == places[2][1])

@@ -68,7 +68,10 @@ def ingredients(
         ids.update(np.asarray([len(text), *text.ids], dtype="<i8").tobytes())
     for column in ("text_id", "token_index"):
         places.update(placement.rows[column].to_numpy("<i8").tobytes())
+    blocks = model.cfg.blocks
     return {
+        # Absent where it is not given, so that stores keep their keys.
+        **({"blocks": blocks} if blocks else {}),
         "model": model.name,
         "revision": model.cfg.revision,
         "weights": model.fingerprint,

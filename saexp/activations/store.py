@@ -21,7 +21,6 @@ from saexp.activations.files import (
     intact,
     locked,
     read_manifest,
-    sha256,
     write_atomically,
     write_json,
 )
@@ -29,6 +28,7 @@ from saexp.activations.joined import join, join_elsewhere, joined_name
 from saexp.activations.leases import USED, Marked
 from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
+from saexp.digests import read_sha256
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 
@@ -274,7 +274,7 @@ class ActivationStore(Marked):
         if not os.access(self.path, os.W_OK):
             return join_elsewhere(parts, mapped)
         join(joined, parts)
-        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
+        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
         self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
         return mapped(joined)
 

@@ -176,6 +176,11 @@ class DatasetConfig:
                 f"dataset.missing_values={list(self.missing_values)} must be texts or numbers "
                 """(null itself always is missing); quote: 'dataset.missing_values=["null","NA"]'"""
             )
+        at_least("dataset.seed", self.seed, 0)
+        if self.n_examples is not None:
+            at_least("dataset.n_examples", self.n_examples, 1)
+        for name in self.columns:
+            one_of("dataset.columns", name, COLUMNS)
         for name, share in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
             at_least(f"dataset.split.{name}", share, 0)
@@ -204,6 +209,7 @@ class PositionsConfig:
 
     def __post_init__(self) -> None:
         at_least("positions.n", self.n, 1)
+        at_least("positions.seed", self.seed, 0)
 
 
 @dataclass(kw_only=True)
@@ -237,6 +243,9 @@ class AnalyzerConfig:
         if not 0 < self.alpha < 1:
             raise ConfigError(f"analyzer.alpha={self.alpha} is no rate; type one such as 0.05")
         at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
+        at_least("analyzer.n_background", self.n_background, 1)
+        at_least("analyzer.top_k", self.top_k, 1)
+        at_least("analyzer.seed", self.seed, 0)
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from saexp.data.lines import open_text
 from saexp.data.matchers import Rules, canonical, is_correct
 from saexp.data.mentions import find_mentions
 from saexp.data.values import MissingValues
-from saexp.data.wikidata_query import ENDPOINT, fetch_entities
+from saexp.data.wikidata_query import ENDPOINT, fetch_entities, sparql
 from saexp.errors import ConfigError, DataError
 from saexp.registry import did_you_mean
 
@@ -130,16 +130,29 @@ def _options(cfg: DatasetConfig) -> dict[str, Any]:
 
 
 def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
-    """Write freshly fetched entities to `dataset.path`, unless the file is there."""
+    """Write freshly fetched entities to `dataset.path`, unless the file is there.
+
+    Beside the file stands what was asked for. Raises ConfigError where that is not what is asked
+    for now.
+    """
     if not cfg.path or Path(cfg.path).is_dir():
         raise ConfigError("dataset.options.fetch needs a file to write: type dataset.path=FILE")
     file = Path(cfg.path)
+    wanted = options["fetch"]
+    types = [wanted] if isinstance(wanted, str) else list(wanted)
+    asked = {n: options[n] for n in ("n_fetched", "min_sitelinks", "endpoint")}
+    query = {
+        "fetch": types,
+        **asked,
+        "queries": [sparql(t, options["n_fetched"], options["min_sitelinks"]) for t in types],
+    }
+    beside = file.with_name(f"{file.name}.query")
     if file.exists():
+        _check_fetched(file, beside, query)
         log.info("%s is there already, so nothing is fetched", file)
         return
-    wanted = options["fetch"]
     found: list[dict[str, Any]] = []
-    for entity_type in [wanted] if isinstance(wanted, str) else wanted:
+    for entity_type in types:
         some, unnamed = fetch_entities(
             entity_type,
             options["n_fetched"],
@@ -151,11 +164,29 @@ def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
         found += some
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        # The query first: a file without one counts as the user's own.
+        for path, content in ((beside, query), (file, found)):
+            partial = path.with_name(f"{path.name}.partial")
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
     except OSError as error:
         raise DataError(f"dataset.path={file}: cannot be written ({error.strerror})") from error
+
+
+def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a file that another query fetched; one without a query is kept."""
+    try:
+        made_by = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    if made_by == query:
+        return
+    told = next((n for n in query if made_by.get(n) != query[n]), "query")
+    raise ConfigError(
+        f"dataset.path={file} was fetched with {told}={made_by.get(told)}, not {query.get(told)}; "
+        "delete it to fetch anew, or type another dataset.path="
+    )
 
 
 def read_published(path: str) -> Iterator[Row]:

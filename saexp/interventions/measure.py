@@ -19,7 +19,7 @@ from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row, Sampling
-from saexp.interventions.outcomes import mean_loss
+from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.prompts import Placed, Prompts, placed_prompts
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original
@@ -185,14 +185,15 @@ class Measurement:
             )
             for i in usable
         ]
+        kind = reader_kind(outcome)
         found = read_logits(
             self.model,
             rows,
             self.saes,
             lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
-            kind=outcome.name,
+            kind=kind or "",
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
-            cache=self.cache,
+            cache=self.cache if kind else None,
             what=outcome.name,
         )
         values: list[float | None] = [None] * len(jobs)

@@ -24,6 +24,7 @@ from saexp.data.examples import Example
 from saexp.data.lines import text_lines
 from saexp.data.matchers import is_correct
 from saexp.data.positions import Unplaced
+from saexp.digests import code_digest
 
 PATTERNS = Path(__file__).parent.parent / "assets" / "refusal_patterns.txt"
 KNOWS = "Are you sure you know the {entity_type} {entity}? Answer yes or no."
@@ -174,6 +175,16 @@ class NextToken(ABC):
         self, logits: Float[Tensor, " V"], first: Sequence[int], second: Sequence[int]
     ) -> float:
         """The outcome from next-token logits."""
+
+
+def reader_kind(outcome: Any) -> str | None:
+    """What the values that an outcome reads from logits are kept under: its name, its code, and
+    what it holds.
+
+    The tokens compared are part of the row. None for code that is in no file: nothing is kept.
+    """
+    code = code_digest(type(outcome))
+    return None if code is None else repr((outcome.name, code, sorted(vars(outcome).items())))
 
 
 class _Answer(NextToken):

@@ -12,7 +12,7 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.measure import Job, Measurement
 from saexp.interventions.ops import Vector
@@ -30,6 +30,7 @@ from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.saes.identity import sae_identity
 
 log = logging.getLogger(__name__)
 
@@ -215,16 +216,13 @@ class CausalTest:
 
     def _cache(self, weights: Vector | None) -> ResultCache | None:
         """Results of the same weights on the same kind of device; none for weights unknown."""
-        about = [_described_sae(sae) for sae in self.saes.values()]
-        if any(sae["sae"] is None for sae in about):
+        saes = [sae_identity(sae) for sae in self.saes.values()]
+        if None in saes:
             return None
         determined_by = {
-            "model": self.model.fingerprint,
+            **model_ingredients(self.model),
             "weights": repr(weights) + (" embedding" if weights and self.cfg.embedding else ""),
-            "dtype": str(self.model.dtype),
-            "device": self.model.device.type,
-            "eos": self.model.eos_ids,
-            **(about[0] if len(about) == 1 else {"saes": about}),
+            "saes": sorted(map(str, saes)),
         }
         return ResultCache(self.cache_dir, determined_by)
 
@@ -270,17 +268,6 @@ def coefficient_unit(cfg: InterventionConfig) -> str:
     return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
         cfg.name, "share"
     )
-
-
-def _described_sae(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What decides what an SAE makes of its input."""
-    factor = sae.metadata.get("norm_factor_by") and sae.norm_factor
-    return {
-        "sae": sae.metadata.get("fingerprint"),
-        "sae_dtype": str(sae.W_dec.dtype),
-        "hookpoint": sae.hookpoint.name,
-        **({"norm_factor": factor} if factor else {}),
-    }
 
 
 def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:

@@ -19,9 +19,10 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
+from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
 from saexp.hub import hub, is_path, why_absent
-from saexp.models.digests import file_sha256, tensors_sha256
+from saexp.models.digests import tensors_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import forget_lengths
 from saexp.models.stream_check import broken_streams
@@ -294,9 +295,15 @@ class LanguageModel:
                 return [file for file in shards.values() if file is not None]
         raise self._cannot_load("weights", f"no file named {' or '.join(_WEIGHTS)}")
 
+    def _code_files(self) -> list[Path]:
+        """The modules that the config names, where a repository's own code may run."""
+        named = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
+        modules = {str(v).rpartition("--")[2].partition(".")[0] for v in (named or {}).values()}
+        return [file for name in sorted(modules) if (file := self._file(f"{name}.py"))]
+
     @property
     def fingerprint(self) -> str:
-        """sha256 over config and weights.
+        """sha256 over config and weights, and over the repository's own code where it may run.
 
         Of a model in memory, its weights as they are now; else of its files, without reading the
         weights into memory: a hub cache keeps files as links named by their content's hash, and
@@ -309,10 +316,8 @@ class LanguageModel:
         config = self._file("config.json")
         assert config is not None, "a config was loaded"
         digest = hashlib.sha256(f"config.json:{file_sha256(config)}\n".encode())
-        for file in self._weights_files():
-            blob = file.resolve()
-            named = file.is_symlink() and blob.parent.name == "blobs"
-            digest.update(f"{file.name}:{blob.name if named else file_sha256(blob)}\n".encode())
+        for file in [*self._weights_files(), *self._code_files()]:
+            digest.update(f"{file.name}:{content_name(file)}\n".encode())
         return digest.hexdigest()
 
     @cached_property

@@ -61,21 +61,21 @@ def _read_folder(
 ) -> SparseAutoencoder | None:
     """A folder in one of the formats that have a config; None where it is in none of them."""
 
-    def facts(weights: str) -> dict[str, Any]:
-        return {"name": name, **about(folder / weights)}
+    def facts(form: Any) -> dict[str, Any]:
+        return {"name": name, **about(folder / form.WEIGHTS, folder / form.CONFIG)}
 
     given = _given(stream, layer)
     if saelens.is_saelens(folder):
-        return saelens.load_saelens(folder, facts(saelens.WEIGHTS))
+        return saelens.load_saelens(folder, facts(saelens))
     if sparsify.is_sparsify(folder):
-        return sparsify.load_sparsify(folder, facts(sparsify.WEIGHTS), given)
+        return sparsify.load_sparsify(folder, facts(sparsify), given)
     if llama_scope.is_llama_scope(folder):
-        return llama_scope.load_llama_scope(folder, facts(llama_scope.WEIGHTS))
+        return llama_scope.load_llama_scope(folder, facts(llama_scope))
     if gemma_scope2.is_gemma_scope2(folder):
-        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2.WEIGHTS), given)
+        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2), given)
     if dictionary_learning.is_dictionary_learning(folder):
         return dictionary_learning.load_dictionary_learning(
-            folder, facts(dictionary_learning.WEIGHTS), stream
+            folder, facts(dictionary_learning), stream
         )
     return None
 

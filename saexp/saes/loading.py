@@ -12,12 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
+from saexp.digests import contents
 from saexp.errors import SAEError
+from saexp.models.digests import state_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.catalogue import find, n_latents, show_width
 from saexp.saes.detect import load_sae_files
+from saexp.saes.places import fill
 from saexp.saes.releases import format_of, neuronpedia_of
 
 ESTIMATE = "estimate"
@@ -39,31 +42,37 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     form = format_of(entry)
     # Before anything is downloaded.
     _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
-    return _finish(form.read(entry, metadata), cfg)
+    sae = form.read(entry, metadata)
+    if "fingerprint" not in sae.metadata:
+        sae.metadata["fingerprint"] = state_sha256(sae)
+    return _finish(sae, cfg)
 
 
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
-    if not cfg.path:
-        raise SAEError("sae.path is not set; type sae.path=<folder with the SAE's files>")
-    if "{assets}" in cfg.path:
+    if cfg.path and "{assets}" in cfg.path:
         _check_shipped(cfg)
-    width = n_latents(cfg.width)
-    names = {"assets": ASSETS, "model_name": cfg.model_name, "layer": cfg.layer, "width": width}
-    try:
-        place = cfg.path.format(**names)
-    except (KeyError, ValueError, IndexError) as error:
-        raise SAEError(
-            f"sae.path={cfg.path}: {{…}} may hold {', '.join(names)} alone; write a brace twice"
-        ) from error
-    return _finish(load_sae_files(Path(place), cfg.stream, cfg.layer, cfg.name), cfg)
+    return _finish(load_sae_files(fill(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
+
+
+def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
+    """(layer, stream) that the SAE of these files reads, and predicts.
+
+    These alone are kept, for files of this content.
+    """
+    content = tuple(contents(Path(path)))
+    return list(_hookpoints_of(path, layer, stream, content))
 
 
 @lru_cache(maxsize=1024)
-def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
-    """(layer, stream) that the SAE of these files reads, and predicts; nothing of it is kept."""
+def _hookpoints_of(
+    path: str,
+    layer: Any,
+    stream: str | None,
+    content: tuple[tuple[str, str], ...],  # noqa: ARG001
+) -> tuple[tuple[int, str], ...]:
     sae = load_sae_files(Path(path), stream, layer, path)
-    return [(h.layer, h.stream) for h in sae.hookpoints]
+    return tuple((h.layer, h.stream) for h in sae.hookpoints)
 
 
 def _check_shipped(cfg: SAEConfig) -> None:

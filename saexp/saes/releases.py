@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
@@ -68,8 +69,9 @@ def _folder(
     get = download if needs_config else present
     get(entry.repo, f"{entry.path}/{config}")
     file = download(entry.repo, f"{entry.path}/{weights}")
-    metadata.update(about(file))
-    return file.parents[len(Path(weights).parts) - 1]
+    place = file.parents[len(Path(weights).parts) - 1]
+    metadata.update(about(file, place / config))
+    return place
 
 
 def _gemma_scope(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
@@ -108,7 +110,9 @@ def _cross_layer(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
     config = download(entry.repo, cross_layer.CONFIG)
     encoder, decoder = (download(entry.repo, name) for name in cross_layer.weights(layer))
     files = cross_layer.Files(config, encoder, decoder)
-    return cross_layer.load_layer(files, layer, {**metadata, **about(encoder)})
+    known = about(encoder, config)
+    known["fingerprint"] = digest_of(content_name(encoder), content_name(decoder))
+    return cross_layer.load_layer(files, layer, {**metadata, **known})
 
 
 def _named(entry: Entry) -> Ends:

@@ -85,7 +85,9 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.tables["activations"] = _activations(latents, table)
         with context.stage("scores"):
             if cfg.analyzer.scores:
-                result.notes += add_scores(cfg, table, model, sae, background)
+                result.notes += add_scores(
+                    cfg, table, model, sae, background, neutral.store.path.name
+                )
             if cfg.analyzer.attribution:
                 result.merge(attribution(cfg, model, sae, gathered))
     _save(cfg, context, result, gathered, model, every, forwarded)

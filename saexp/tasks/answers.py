@@ -13,7 +13,7 @@ from saexp.data.labels import Thresholds
 from saexp.data.matchers import Rules, canonical
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError, StoreError
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.computing import generate
 from saexp.interventions.ops import Row, Sampling
 from saexp.models.loading import LanguageModel
@@ -147,13 +147,7 @@ def answers(
     ways: list[Sampling | None] = [None]
     ways += [Sampling(float(temperature), seed * _SEEDS_APART + k) for k in range(n_samples)]
     rows = [Row(ids, sample=way) for ids in prompts for way in ways]
-    determined_by = {
-        "model": model.fingerprint,
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "eos": model.eos_ids,
-    }
-    cache = ResultCache(cache_dir, determined_by)
+    cache = ResultCache(cache_dir, model_ingredients(model))
     try:
         made = generate(
             model,

@@ -121,7 +121,7 @@ def _contrast(
     result = analysed(registry.build("analyzer", cfg.analyzer), cfg.analyzer, inputs)
     table, notes = result.tables["latents"], result.notes
     if cfg.intervention.min_output_score is not None and cfg.analyzer.scores:
-        notes = [*notes, *add_scores(cfg, table, model, sae, background)]
+        notes = [*notes, *add_scores(cfg, table, model, sae, background, neutral.store.path.name)]
     return table, notes
 
 

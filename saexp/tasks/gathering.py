@@ -13,7 +13,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import Placement, place
 from saexp.data.prompts import tokenize_texts
-from saexp.errors import ModelError
+from saexp.errors import DataError, ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.tasks.bos import begins_with_bos
@@ -84,6 +84,9 @@ def gather(
     that part of the store is looked at. The examples' notes say how many were skipped.
     """
     examples = registry.build("dataset", cfg.dataset)
+    if not isinstance(examples, ExampleSet):
+        kind = type(examples).__name__
+        raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
     positions = registry.build("positions", cfg.positions)
     settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
     seed = cfg.positions.seed

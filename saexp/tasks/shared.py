@@ -6,7 +6,6 @@ them alike. What is kept is named by all that determines it, and the least recen
 
 import dataclasses
 import hashlib
-import json
 from collections import OrderedDict
 from typing import Any
 
@@ -16,9 +15,12 @@ import pandas as pd
 from saexp.activations.store import ActivationStore
 from saexp.analysis.base import AnalysisInputs
 from saexp.config import AnalyzerConfig
+from saexp.digests import code_digest, digest_of
 from saexp.latents.encode import Latents, encode_store
+from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SAE
+from saexp.saes.identity import sae_identity
 
 KEPT_BYTES = 2**30
 """Memory of all that is kept, at most."""
@@ -105,36 +107,16 @@ def _table_size(table: pd.DataFrame) -> int:
     return int(table.memory_usage(deep=True).sum())
 
 
-def _hash(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _latents_key(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> str | None:
-    about = _sae_key(sae)
+    about = sae_identity(sae)
     streams = [sae.hookpoint, getattr(sae, "hookpoint_out", None)]
     listed = store.manifest["hookpoints"]
     shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams if h is not None]
-    return None if about is None else _hash(store.path.name, shards, about, _rows_key(rows))
+    return None if about is None else digest_of(store.path.name, shards, about, _rows_key(rows))
 
 
 def _sums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return [(index, entry["sha256"]) for index, entry in shards.items()]
-
-
-def _sae_key(sae: SAE) -> str | None:
-    """All that decides what an SAE makes of its input; None where its weights have no name."""
-    about = sae.metadata
-    weights = [about.get(k) for k in ("fingerprint", "release", "id")]
-    if not any(weights):
-        return None
-    settings = {
-        name: str(value)
-        for name, value in vars(sae).items()
-        if not name.startswith("_") and isinstance(value, str | int | float | None)
-    }
-    at = [str(sae.hookpoint), str(getattr(sae, "hookpoint_out", None))]
-    return _hash(type(sae).__qualname__, weights, settings, at, str(sae.W_dec.dtype))
 
 
 def _rows_key(rows: pd.DataFrame) -> str:
@@ -145,17 +127,24 @@ def _rows_key(rows: pd.DataFrame) -> str:
         # Columns of lists, which pandas cannot hash.
         values = pd.util.hash_pandas_object(rows.astype(str), index=False)
     digest = hashlib.sha256(np.asarray(values, dtype="<u8").tobytes()).hexdigest()
-    return _hash(kinds, digest)
+    return digest_of(kinds, digest)
+
+
+def _model_key(model: LanguageModel) -> str:
+    """All that decides what a model makes of a text; the config holds chat, device and dtype."""
+    parts = (repr(model.cfg), model.fingerprint, str(model.dtype), model.device.type)
+    return digest_of(*parts, model.prepend_bos, model.eos_ids)
 
 
 def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> str | None:
     latents, background = inputs.latents.key, inputs.background
-    sae = None if inputs.sae is None else _sae_key(inputs.sae)
+    sae = None if inputs.sae is None else sae_identity(inputs.sae)
+    code = code_digest(type(analyzer))
     unnamed = latents is None or (background is not None and background.key is None)
-    if unnamed or (inputs.sae is not None and sae is None):
+    if unnamed or code is None or (inputs.sae is not None and sae is None):
         return None
-    return _hash(
-        f"{type(analyzer).__module__}.{type(analyzer).__qualname__}",
+    return digest_of(
+        code,
         dataclasses.asdict(cfg),
         latents,
         None if background is None else background.key,
@@ -163,7 +152,7 @@ def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> s
         inputs.layer,
         inputs.acts is not None,
         hashlib.sha256(repr(list(inputs.examples)).encode()).hexdigest(),
-        None if inputs.model is None else (inputs.model.name, inputs.model.fingerprint),
+        None if inputs.model is None else _model_key(inputs.model),
         sae,
         inputs.max_length,
     )

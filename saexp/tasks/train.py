@@ -55,7 +55,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     )
     if targets:
         place = replace(place, hookpoint_out=hookpoints[1], d_out=targets[0].shape[1])
-    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width)
+    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width, trained)
     began = time.perf_counter()
     with context.stage("train"), locked(checkpoints.with_suffix(".lock")):
         training = Training(cfg.sae_trainer, width, place, checkpoints, model.device)
@@ -205,15 +205,22 @@ def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
     return start
 
 
-def _key(cfg: RunConfig, gathered: Gathered, hookpoints: list[Hookpoint], width: int) -> str:
+def _key(
+    cfg: RunConfig,
+    gathered: Gathered,
+    hookpoints: list[Hookpoint],
+    width: int,
+    trained: np.ndarray,
+) -> str:
     """What determines the result; checkpoints of a killed run are found by it."""
     parts = [
         gathered.store.path.name,
+        hashlib.sha256(trained.astype("<i8").tobytes()).hexdigest(),
         ">".join(h.name for h in hookpoints),
         width,
         asdict(cfg.sae_trainer),
         cfg.seed,
-        metadata.version("sae-lens"),
+        [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -393,6 +393,28 @@ def test_fetching_writes_the_file_once_and_only_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_fetched": 6}, "n_fetched=5, not 6"),
+        ({"fetch": ["city"]}, "fetch=['movie'], not ['city']"),
+        ({"min_sitelinks": 3}, "min_sitelinks=20, not 3"),
+    ],
+)
+def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, change, told):
+    file = tmp_path / "movies.json"
+    with endpoint() as (address, seen):
+        options = {"fetch": ["movie"], "endpoint": address, "n_fetched": 5}
+        with_options(file, **options)
+        with_options(file, **{**options, "timeout": 3})
+        message = message_of(lambda: with_options(file, **{**options, **change}), ConfigError)
+        assert message.startswith(f"dataset.path={file} was fetched with {told}; delete it")
+        # Of a file that was not fetched nothing is known.
+        (tmp_path / "movies.json.query").unlink()
+        with_options(file, **{**options, **change})
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
     ("answer", "part"),
     [
         (
