@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from saexp.data.examples import Example
-from saexp.data.matchers import Rules, canonical, is_correct, words
+from saexp.data.answer_text import runs_of, words
+from saexp.data.matchers import Rules, canonical, is_correct
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError
 
@@ -197,18 +198,31 @@ def _own_prompts(same: Sequence[Example], not_asked: dict[str, int]) -> list[Que
     return made
 
 
+def repeats_question(question: Question) -> bool:
+    """Whether every true answer stands in the question, so that a mention may be a repetition."""
+    asked = words(f"{question.text} {question.beginning}")
+    return bool(question.truths) and all(runs_of(asked, words(t)) for t in question.truths)
+
+
 def label_answer(
-    answer: str, question: Question, rules: Rules, refuses: Callable[[str], bool]
+    answer: str, question: Question, rules: Rules, refuses: Callable[[str], bool], begun: bool = True
 ) -> str:
     """correct, refusal or error.
 
-    A refusal that names the entity does not become right by that: where the true answer is part of
-    the entity's own name, refusals are looked for first.
+    Where the true answer stands in the question, an answer that refuses is a refusal, even if it
+    also names it. `begun`: the question's `beginning` is part of the prompt.
     """
-    right = is_correct(answer, question.truths, question.entity_type, question.attribute, rules)
-    name = f" {' '.join(words(question.entity))} "
-    echoed = any(f" {' '.join(words(t))} " in name for t in question.truths)
-    if right and not (echoed and refuses(answer)):
+    asked = f"{question.text} {question.beginning if begun else ''}".rstrip()
+    right = is_correct(
+        answer,
+        question.truths,
+        question.entity_type,
+        question.attribute,
+        rules,
+        question=asked,
+        entity=question.entity,
+    )
+    if right and not (repeats_question(question) and refuses(answer)):
         return "correct"
     return "refusal" if refuses(answer) else "error"
 

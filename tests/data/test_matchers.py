@@ -220,8 +220,8 @@ def test_durations(answer, right):
 @pytest.mark.parametrize(
     ("attribute", "kind", "difference"),
     [
-        ("birth_year", "player", 5),
-        ("release_year", "movie", 2),
+        ("birth_year", "player", 0),
+        ("release_year", "movie", 1),
         ("year", "song", 0),
     ],
 )
@@ -317,7 +317,7 @@ def test_published_names_of_attributes_find_their_rules():
     ):
         assert canonical(theirs, entity_type) == ours
         assert rules.rule(entity_type, theirs).kind != "text"
-    assert rules.rule(None, "release year").tolerance == 2
+    assert rules.rule(None, "release year").tolerance == 1
     assert rules.rule("river", "length").kind == "text"
 
 
@@ -339,7 +339,7 @@ def test_rules_of_ones_own():
     [
         ({"movie": {"genre": {"kid": "name"}}}, "rules.movie.genre.kid: no such setting"),
         ({"movie": {"genre": {"kind": "names"}}}, "rules.movie.genre.kind=names: use one of name"),
-        ({"movie": {"genre": {"ratio": "high"}}}, "rules.movie.genre.ratio=high is no number"),
+        ({"movie": {"genre": {"ratio": "high"}}}, "rules.movie.genre.ratio=high is not a number"),
         ({"movie": {"genre": 3}}, "rules.movie.genre=3: write settings"),
         ({"movie": 3}, "rules.movie: write attribute"),
         ({"city": {"elevation": {"units": 3}}}, "rules.city.elevation.units=3"),
@@ -353,7 +353,7 @@ def test_rules_that_are_none(options, part):
 
 
 def test_words_without_accents_and_points():
-    assert words("Beyoncé's R.E.M. & Łódź") == ["beyonces", "rem", "and", "łodz"]
+    assert words("Beyoncé's R.E.M. & Łódź") == ["beyonces", "rem", "and", "lodz"]
 
 
 @given(st.text(max_size=60), st.text(max_size=20))
