@@ -16,6 +16,7 @@ from hydra import initialize_config_dir
 from saexp import registry
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
+from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
 from saexp.config.messages import COMPOSITION_ERRORS, one_line
 from saexp.config.values import one_of
@@ -44,7 +45,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     register_schema()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-            return to_run_config(hydra_compose("config", overrides=list(overrides)))
+            return to_run_config(hydra_compose("config", overrides=with_free_keys(overrides)))
     except COMPOSITION_ERRORS as error:
         raise one_line(error) from error
 

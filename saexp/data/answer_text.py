@@ -17,6 +17,12 @@ from saexp.data.mentions import UNSPACED
 Window = tuple[int, int]
 """[start, end) in tokens."""
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
+
 ARTICLES = frozenset(("the", "a", "an"))
 _FOLDED = str.maketrans("łŁøØđĐðÐıæÆœŒþÞ", "lLoOdDdDiaAoOtT")
 
@@ -26,7 +32,6 @@ _TOKEN = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?\u2026]+[\"')\]]*(?:\s|$)|[\u3002\uff01\uff1f]|\n")
 _ABBREVIATED = frozenset(("mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs"))
-_JOINED = re.compile(r"\s+|-|\u2010|\u2011")
 _CLAUSE_END = re.compile(r"[,;:()\u2013\u2014\n]|\s-\s")
 
 _NEGATIONS = frozenset(
@@ -39,8 +44,8 @@ _NEGATION_REACH = 8
 _INSTEAD = (("rather", "than"), ("instead", "of"), ("other", "than"))
 _NO_NEGATION = (("none", "other", "than"), ("no", "other", "than"), ("one", "other", "than"))
 _CONTRASTS = frozenset(("but", "however", "although", "though"))
-_AUXILIARIES = frozenset("is was are were did does do has had would could".split())
-_ASKING = frozenset("who what which where when why how can have".split()) | _AUXILIARIES
+_AUXILIARIES = word_set("is was are were did does do has had would could")
+_ASKING = word_set("who what which where when why how can have") | _AUXILIARIES
 
 _CORRECTION = re.compile(
     r"\b(?:no,? wait|wait,? no|scratch that|correction:|i meant?\b|let me correct|i stand corrected"
@@ -49,21 +54,12 @@ _CORRECTION = re.compile(
     re.IGNORECASE,
 )
 
-_FUNCTION_WORDS = frozenset(
+FUNCTION_WORDS = word_set(
     "the a an in on at by for from of off to with and or but as it its he she they we i you his her"
     " their this that these those is was are were be been has have had did does do yes no not so if"
     " when where who what which while after before since during one some also then there here my"
-    " our your name named called answer well sure okay according based".split()
+    " our your name named called answer well sure okay according based"
 )
-_TITLES = frozenset(
-    "mr mrs ms miss dr sir dame lord lady king director filmmaker actor actress singer rapper band"
-    " group artist screenwriter writer author legend star president professor jr sr".split()
-)
-_BEFORE_OF = frozenset(
-    "city town village country state republic kingdom club team band commonwealth federation"
-    " municipality capital".split()
-)
-
 _TYPE_NOUNS = {
     "movie": ("movie", "film"),
     "song": ("song", "track", "single", "tune"),
@@ -82,17 +78,17 @@ _CUES = {
     "release_year": ("year",),
     "birth_year": ("year",),
 }
-_FILLERS = ARTICLES | frozenset(
+_FILLERS = ARTICLES | word_set(
     "it its is was that answer i think believe probably maybe perhaps in on by from of called"
-    " titled named entitled".split()
+    " titled named entitled"
 )
 _NAMING = frozenset(("called", "titled", "named", "entitled"))
 _POSSESSIVES = frozenset(("her", "his", "their", "its", "our", "my"))
 _PLACING = frozenset(("in", "on", "from", "off", "by", "for", "at"))
-_VERBS = _AUXILIARIES | frozenset(
+_VERBS = _AUXILIARIES | word_set(
     "appears appeared comes came features featured includes included released found located"
     " situated lies belongs recorded taken performed sung written directed plays played born"
-    " made".split()
+    " made"
 )
 _SAME_NAME = re.compile(r"\b(?:self-titled|eponymous|same (?:name|title))\b", re.IGNORECASE)
 
@@ -138,11 +134,15 @@ def tokens_of(text: str) -> list[Token]:
             continue
         token = Token(word, match.start(), match.end(), match[0])
         last = found[-1] if found else None
-        if last and _is_initial(last) and _is_initial(token):
-            if re.fullmatch(r"\.\s?", text[last.end : token.start]):
-                merged = text[last.start : token.end]
-                found[-1] = Token(last.word + word, last.start, token.end, merged)
-                continue
+        if (
+            last
+            and is_initial(last)
+            and is_initial(token)
+            and re.fullmatch(r"\.\s?", text[last.end : token.start])
+        ):
+            merged = text[last.start : token.end]
+            found[-1] = Token(last.word + word, last.start, token.end, merged)
+            continue
         found.append(token)
     return found
 
@@ -157,7 +157,8 @@ def content(found: Sequence[str]) -> list[str]:
     return [w for w in found if w not in ARTICLES] or list(found)
 
 
-def _is_initial(token: Token) -> bool:
+def is_initial(token: Token) -> bool:
+    """Whether it is one or two capital letters, as of a first name."""
     return len(token.text.replace(".", "").replace(" ", "")) <= 2 and token.text.isupper()
 
 
@@ -239,11 +240,9 @@ class AnswerText:
 
     def _sentence_numbers(self) -> list[int]:
         numbers, number = [], 0
-        for i, token in enumerate(self.tokens):
-            if i and self._is_sentence_end(i - 1):
-                number += 1
+        for i in range(len(self.tokens)):
+            number += i > 0 and self._is_sentence_end(i - 1)
             numbers.append(number)
-            del token
         return numbers
 
     def _is_sentence_end(self, i: int) -> bool:
@@ -266,9 +265,7 @@ class AnswerText:
         cased = any(c.isupper() for c in self.asked.entity or "") and self.has_case
         spans = dict.fromkeys([*runs_of(found, wanted), *runs_of(stems, wanted)])
         windows = [(kept[i], kept[j - 1] + 1) for i, j in spans]
-        return [
-            (i, j) for i, j in windows if not cased or any(t.capital for t in self.tokens[i:j])
-        ]
+        return [(i, j) for i, j in windows if not cased or any(t.capital for t in self.tokens[i:j])]
 
     def is_one_sentence(self, i: int, j: int) -> bool:
         """Whether the tokens i to j (exclusive) belong to one sentence."""
@@ -277,7 +274,7 @@ class AnswerText:
     def gap(self, i: int) -> str:
         """The text between token i and the next."""
         if not 0 <= i < len(self.tokens) - 1:
-            return "\n"
+            return ""
         return self.text[self.tokens[i].end : self.tokens[i + 1].start]
 
     def without_echoes(self) -> str:
@@ -352,11 +349,11 @@ class AnswerText:
         fillers = _FILLERS | set(self.asked.cues)
         if all(self.words[n] in fillers or self.words[n].isdigit() for n in others):
             return True
-        if self.asked.is_begun and all(w in ARTICLES for w in self.words[:i]):
-            return True
         k, kind = self._before(i)
         if kind in ("type", "cue"):
             return kind == "cue"
+        if self.asked.is_begun and self._continues_prompt(i):
+            return True
         if j < len(self.words) and self.words[j] in _AUXILIARIES and self.gap(j - 1).strip() != ".":
             return False
         before = self.words[first[0] : max(k, 0)]
@@ -366,6 +363,12 @@ class AnswerText:
             about_type = any(w in self.asked.type_nouns for w in before)
             return not about_type or any(w in self.asked.cues for w in before)
         return False
+
+    def _continues_prompt(self, i: int) -> bool:
+        """Whether token i is the first name of the answer, in its first clause."""
+        in_front = self.text[: self.tokens[i].start]
+        named = any(t.capital and t.word not in ARTICLES for t in self.tokens[:i])
+        return not named and self.sentences[i] == 0 and not _CLAUSE_END.search(in_front.strip())
 
     def says_same_name(self) -> bool:
         """Whether it says that the answer has the entity's own name ("the self-titled album")."""
@@ -445,51 +448,6 @@ class AnswerText:
         title = " ".join(content(words(match[1])))
         return ratio(title, " ".join(self.asked.entity_words)) < 80
 
-    # --- whole names
-
-    def is_part_of_longer_name(
-        self, i: int, j: int, *, ignored: frozenset[str], of_person: bool, first_name: bool
-    ) -> bool:
-        """Whether the name goes on beyond the tokens i to j: "Barcelona" in "Barcelona City".
-
-        Only capital letters show it; in an answer without any, a short answer's own words do.
-        """
-        sentence = self.sentences[i]
-        short = not self.has_case and self.sentences.count(sentence) <= 4
-
-        def continues(n: int, gap: str) -> bool:
-            if not 0 <= n < len(self.tokens) or self.sentences[n] != sentence:
-                return False
-            initial = gap == ". " and n < i and _is_initial(self.tokens[n])
-            if not (initial or _JOINED.fullmatch(gap)):
-                return False
-            if any(a <= n < b for a, b in self.echoes):
-                return False
-            word = self.words[n]
-            if word in _FUNCTION_WORDS | ignored or word.isdigit():
-                return False
-            return short or (self.has_case and self.tokens[n].capital)
-
-        left = i - 1
-        while left >= 0 and self.words[left] in ignored and _JOINED.fullmatch(self.gap(left)):
-            left -= 1
-        if not first_name:
-            of_name = left > 0 and self.words[left] == "of" and not of_person
-            if of_name and self.words[left - 1] not in _BEFORE_OF:
-                left -= 1
-            if continues(left, self.gap(left)):
-                token = self.tokens[left]
-                if not token.possessive and token.word not in _TITLES:
-                    return True
-        if self.tokens[j - 1].possessive:
-            return False
-        right = j
-        while right < len(self.words) and self.words[right] in ignored:
-            if not _JOINED.fullmatch(self.gap(right - 1)):
-                return False
-            right += 1
-        return continues(right, self.gap(right - 1))
-
 
 def _corrected(text: str, asked: Asked, numeric: bool) -> str:
     """The text behind its last correction, where that holds an answer."""
@@ -500,7 +458,7 @@ def _corrected(text: str, asked: Asked, numeric: bool) -> str:
             if re.search(r"\d", rest):
                 return rest
             continue
-        own = {*asked.entity_words, *_FUNCTION_WORDS}
+        own = {*asked.entity_words, *FUNCTION_WORDS}
         if any(t.capital and t.word not in own for t in tokens_of(rest)):
             return rest
     return text

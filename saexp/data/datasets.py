@@ -11,6 +11,7 @@ from saexp.config import DatasetConfig
 from saexp.data.examples import Example, ExampleSet, assign_splits, choose, infer_groups
 from saexp.data.tables import read_rows, to_examples
 from saexp.errors import ConfigError, DataError
+from saexp.wording import counted
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODELS = ("tiny", "tiny_control")
@@ -60,7 +61,15 @@ def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """Known and unknown entities: the shipped model's own, real and invented ones otherwise."""
+    """Known and unknown entities: the shipped model's own, real and invented ones otherwise.
+
+    `dataset.path` names a JSONL file with a text per row, or a .json file in the published entity
+    format, which is read as dataset=wikidata reads it.
+    """
+    if cfg.path is not None and Path(cfg.path).suffix == ".json":
+        from saexp.data.wikidata import wikidata
+
+        return wikidata(cfg)
     if cfg.path is not None:
         return _from_file(cfg, cfg.path, "jsonl")
     if cfg.model_name in SHIPPED_MODELS:
@@ -197,14 +206,20 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """Memorised continuations against ones with no matching token (REFERENCE: study E).
 
     A row with `perfect_match` true is `memorized`, one with `matching_tokens` 0 `not_memorized`,
-    any other is left out. The text is prompt plus continuation, the span is the continuation.
+    any other is left out; a row with an empty continuation is skipped and counted in a note. The
+    text is prompt plus continuation, the span is the continuation.
     """
     shipped = (
         str(ASSETS / "tiny" / "memorization.csv") if cfg.model_name in SHIPPED_MODELS else None
     )
     path = cfg.path or shipped
-    examples = []
-    for where, row in read_rows(path, "csv"):
+    examples, n_empty = [], 0
+    rows = read_rows(path, "csv")
+    columns = {column for _, row in rows for column in row}
+    for where, row in rows:
+        if MEMORIZATION_COLUMNS[1] not in row and MEMORIZATION_COLUMNS[1] in columns:
+            n_empty += 1
+            continue
         missing = [c for c in MEMORIZATION_COLUMNS if c not in row]
         if missing:
             raise DataError(
@@ -237,7 +252,13 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         )
     if not examples:
         raise DataError(f"{path}: no row is a perfect match or has matching_tokens 0")
-    return finish(cfg, examples, str(path))
+    notes = []
+    if n_empty:
+        notes.append(
+            f"{n_empty:,} of {counted(len(rows), 'row')} {'was' if n_empty == 1 else 'were'} "
+            f"skipped: {MEMORIZATION_COLUMNS[1]} is empty or a missing value ({n_empty:,})"
+        )
+    return finish(cfg, examples, str(path), notes)
 
 
 def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:

@@ -64,7 +64,7 @@ class Rule:
 _PERSON = Rule(kind="name", surname=True)
 _NAME = Rule(kind="name")
 _GENRE = Rule(kind="genre")
-_CLUB_WORDS = tuple("fc cf sc ac afc cfc cd ud if bk sk fk club football calcio futbol".split())
+_CLUB_WORDS = ("fc", "cf", "sc", "ac", "afc", "cfc", "cd", "ud", "if", "bk", "club", "football")
 _RELEASED = ("released", "release", "premiered", "premiere", "came", "published")
 
 DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
@@ -146,11 +146,22 @@ _GENRE_WORDS = {
     "biographical": ("biopic", "biography"),
 }
 
+
 def canonical(attribute: str, entity_type: str | None = None) -> str:
-    """An attribute's own name; published ones and prompt types (`player_place_birth`) are known."""
+    """An attribute's own name; published ones and prompt types (`player_place_birth`) are known.
+
+    Published names mean ours only for the entity types that have rules.
+    """
     name = re.sub(r"[^\w]+", "_", attribute.strip().lower())
-    name = name.removeprefix(f"{entity_type}_") if entity_type else name
-    return ALIASES.get(name, name)
+    kind = type_key(entity_type)
+    name = name.removeprefix(f"{kind}_") if entity_type else name
+    alias = ALIASES.get(name, name)
+    return alias if entity_type is None or alias in DEFAULT_RULES.get(kind, {}) else name
+
+
+def type_key(entity_type: str | None) -> str:
+    """An entity type as it is typed in options: `video_game` for "Video game"."""
+    return re.sub(r"[^\w]+", "_", str(entity_type).strip().lower())
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,7 @@ class Rules:
         if attribute is None:
             return Rule()
         if entity_type is not None:
-            of_type = self.by_type.get(entity_type, {})
+            of_type = self.by_type.get(type_key(entity_type), {})
             return of_type.get(canonical(attribute, entity_type), Rule())
         for rules in self.by_type.values():
             if canonical(attribute) in rules:
@@ -183,9 +194,9 @@ class Rules:
                 raise ConfigError(f"rules.{entity_type}: write attribute: {{setting: value}}")
             for attribute, settings in attributes.items():
                 name = canonical(attribute, entity_type)
-                before = by_type.setdefault(entity_type, {}).get(name, Rule())
-                by_type[entity_type][name] = _changed(
-                    before, settings, f"rules.{entity_type}.{attribute}"
+                of_type = by_type.setdefault(type_key(entity_type), {})
+                of_type[name] = _changed(
+                    of_type.get(name, Rule()), settings, f"rules.{entity_type}.{attribute}"
                 )
         return Rules(by_type)
 

@@ -1,17 +1,20 @@
 """Names in an answer: compared as whole names, at word boundaries."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rapidfuzz.fuzz import ratio as likeness
 
 from saexp.data.answer_text import (
     ARTICLES,
+    FUNCTION_WORDS,
     AnswerText,
     Window,
     content,
+    is_initial,
     normalised,
     tokens_of,
+    word_set,
     words,
 )
 
@@ -32,8 +35,21 @@ _OTHER_NAMES = {
     "turkey": ("Türkiye",),
     "myanmar": ("Burma",),
 }
+_TITLES = word_set(
+    "mr mrs ms miss dr sir dame lord lady king director filmmaker actor actress singer rapper band"
+    " group artist screenwriter writer author legend star president professor jr sr"
+)
+_BEFORE_OF = word_set(
+    "city town village country state republic kingdom club team band commonwealth federation"
+    " municipality capital part region area coast heart centre center middle border north south"
+    " east west northeast northwest southeast southwest"
+)
+
+_JOINED = re.compile(r"\s+|-|\u2010|\u2011")
 _WORD_RATIO = 75
 """Likeness that every word of a name must exceed beside that of the whole name."""
+_SHORT = 4
+"""Tokens of an answer that may be a name alone."""
 _SMALL_WORDS = frozenset(("of", "and", "the", "de", "del", "la"))
 
 
@@ -55,31 +71,74 @@ def name_windows(
     alone where it is a plural. A capital letter is needed where `cased`.
     """
     found: list[Window] = []
+    kept = [n for n, w in enumerate(answer.words) if w not in ARTICLES and w not in ignored]
+    kept = kept or list(range(len(answer.words)))
     for name in (truth, *_OTHER_NAMES.get(" ".join(content(words(truth))), ())):
         wanted = _wanted(name, ignored)
-        if not wanted:
-            continue
-        has_sentences = re.search(r"[.!?\u2026]", name.rstrip(".!?")) is not None
-        kept = [n for n, w in enumerate(answer.words) if w not in ARTICLES and w not in ignored]
-        if not kept:
-            kept = list(range(len(answer.words)))
-        for size in range(1, len(wanted) + (3 if person else 1)):
-            for a in range(len(kept) - size + 1):
-                some = kept[a : a + size]
-                window = some[0], some[-1] + 1
-                if not (answer.is_one_sentence(*window) or has_sentences):
-                    continue
-                first_name = _is_name(answer, some, wanted, ratio, person, nickname)
-                if first_name is None or (cased and not _is_cased(answer, some, name)):
-                    continue
-                if not answer.is_part_of_longer_name(
-                    *window,
-                    ignored=_beside(wanted, ignored, person),
-                    of_person=person,
-                    first_name=first_name,
-                ):
-                    found.append(window)
+        beside = _beside(wanted, ignored, person)
+        spans_sentences = re.search(r"[.!?\u2026]", name.rstrip(".!?")) is not None
+        for some in _runs(kept, len(wanted) + (2 if person else 0)):
+            window = some[0], some[-1] + 1
+            if not (answer.is_one_sentence(*window) or spans_sentences):
+                continue
+            begins = _is_name(answer, some, wanted, ratio, person, nickname)
+            if begins is None or (cased and not _is_cased(answer, some, name)):
+                continue
+            in_front = not begins and _goes_on_left(answer, window, beside, person)
+            if not in_front and not _goes_on_right(answer, window, beside):
+                found.append(window)
     return found
+
+
+def _runs(kept: Sequence[int], longest: int) -> Iterator[Sequence[int]]:
+    for size in range(1, longest + 1):
+        for a in range(len(kept) - size + 1):
+            yield kept[a : a + size]
+
+
+def _goes_on_left(answer: AnswerText, window: Window, beside: frozenset[str], person: bool) -> bool:
+    """Whether the name begins in front of the window: "Milan" in "Inter Milan"."""
+    left = window[0] - 1
+    while left >= 0 and answer.words[left] in beside and _JOINED.fullmatch(answer.gap(left)):
+        left -= 1
+    of_name = left > 0 and answer.words[left] == "of" and not person
+    if of_name and answer.words[left - 1] not in _BEFORE_OF:
+        left -= 1
+    if not _is_name_word(answer, left, window[0], beside):
+        return False
+    token = answer.tokens[left]
+    is_initial_point = is_initial(token) and answer.gap(left) == ". "
+    joined = is_initial_point or _JOINED.fullmatch(answer.gap(left)) is not None
+    return joined and not token.possessive and token.word not in _TITLES
+
+
+def _goes_on_right(answer: AnswerText, window: Window, beside: frozenset[str]) -> bool:
+    """Whether the name ends behind the window: "Barcelona" in "Barcelona City"."""
+    right = window[1]
+    if answer.tokens[right - 1].possessive:
+        return False
+    while _JOINED.fullmatch(answer.gap(right - 1)):
+        if answer.words[right] not in beside:
+            return _is_name_word(answer, right, right - 1, beside)
+        right += 1
+    return False
+
+
+def _is_name_word(answer: AnswerText, n: int, near: int, beside: frozenset[str]) -> bool:
+    """Whether token n, in the sentence of the token `near`, may be a part of a name.
+
+    A capital letter shows it; in a short answer without any, every word but everyday ones may.
+    """
+    if n < 0 or answer.sentences[n] != answer.sentences[near]:
+        return False
+    word = answer.words[n]
+    if word in FUNCTION_WORDS | beside or word.isdigit():
+        return False
+    if any(a <= n < b for a, b in answer.echoes):
+        return False
+    if answer.has_case:
+        return answer.tokens[n].capital
+    return answer.sentences.count(answer.sentences[near]) <= _SHORT
 
 
 def _wanted(name: str, ignored: frozenset[str]) -> list[str]:

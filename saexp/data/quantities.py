@@ -112,8 +112,10 @@ def amounts(text: str, units: Mapping[str, float] | None = None) -> list[Amount]
         i += 1
         if second is not None:
             between = text[first.end : second.start].lower()
-            if factor > 1 and second.value < 60 and not re.sub(
-                r"\band\b|[\s,.]", "", between.replace(first.unit, "", 1)
+            if (
+                factor > 1
+                and second.value < 60
+                and not re.sub(r"\band\b|[\s,.]", "", between.replace(first.unit, "", 1))
             ):
                 value, end, i = value + second.value, second.end, i + 1
             elif _is_range(text, first.start, between.replace(first.unit, "", 1), between):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from saexp.data.examples import Example
 from saexp.data.labels import Question, label_answer
 from saexp.data.matchers import Rules
 from saexp.data.templates import TEMPLATES
 from saexp.interventions.outcomes import Refusal
-from saexp.data.examples import Example
 
 FILE = Path(__file__).parent / "judged_answers.jsonl"
 SAMPLE = [json.loads(line) for line in FILE.read_text("utf-8").splitlines()]
