@@ -14,13 +14,14 @@ from rapidfuzz.fuzz import ratio
 
 from saexp.data.mentions import UNSPACED
 
-Window = tuple[int, int]
-"""[start, end) in tokens."""
-
 
 def word_set(text: str) -> frozenset[str]:
     """The words of a text, as a set."""
     return frozenset(text.split())
+
+
+Window = tuple[int, int]
+"""[start, end) in tokens."""
 
 
 ARTICLES = frozenset(("the", "a", "an"))
@@ -30,9 +31,11 @@ _LETTER = rf"(?:(?!{UNSPACED.pattern})[^\W_])"
 _TOKEN = re.compile(
     rf"{UNSPACED.pattern}|(?:[^\W\d_]\.){{2,}}(?:[^\W\d_](?!\w))?|{_LETTER}+(?:'{_LETTER}+)*|&"
 )
-_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"')\]]*(?:\s|$)|[\u3002\uff01\uff1f]|\n")
-_ABBREVIATED = frozenset(("mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs"))
-_CLAUSE_END = re.compile(r"[,;:()\u2013\u2014\n]|\s-\s")
+_SENTENCE_END = re.compile(r"(?<!\.)[.!?]+(?<!\.\.)[\"')\]]*\s|[\u3002\uff01\uff1f]|\n")
+_ABBREVIATED = word_set("mr mrs ms dr st jr sr vs sgt gen col lt prof rev inc ltd vol ft mt")
+JOINED = re.compile(r"\s+|-|\u2010|\u2011")
+"""What stands between two words of a name."""
+_CLAUSE_END = re.compile(r"[,;:()\u2013\u2014\u2026\n]|\s-\s|\.\.")
 
 _NEGATIONS = frozenset(
     ("not", "never", "no", "neither", "nor", "cannot", "without", "unlike", "except", "aint")
@@ -251,7 +254,11 @@ class AnswerText:
         gap = self.text[token.end : after]
         if not _SENTENCE_END.search(gap):
             return False
-        short = token.word in _ABBREVIATED or (len(token.word) == 1 and token.capital)
+        title_goes_on = gap.strip() in ("?", "!") and self.text[after : after + 1].islower()
+        if self.has_case and title_goes_on:
+            return False
+        is_short = token.capital and (len(token.word) == 1 or "." in token.text)
+        short = token.word in _ABBREVIATED or is_short
         return not (short and gap.strip() == ".")
 
     def _echoes(self) -> list[Window]:
@@ -290,6 +297,15 @@ class AnswerText:
         inside = [n for n, t in enumerate(self.tokens) if t.start < end and t.end > start]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
+    def widened(self, window: Window, ignored: frozenset[str]) -> Window:
+        """The window with the `ignored` words beside it, which make no difference to it."""
+        i, j = window
+        while i > 0 and self.words[i - 1] in ignored and JOINED.fullmatch(self.gap(i - 1)):
+            i -= 1
+        while JOINED.fullmatch(self.gap(j - 1)) and self.words[j] in ignored:
+            j += 1
+        return i, j
+
     def counts(self, window: Window, right: Sequence[Window]) -> bool:
         """Whether a mention of a true answer is an answer; `right` are all such mentions."""
         i, j = window
@@ -297,7 +313,7 @@ class AnswerText:
             self.is_repetition(window)
             or self.is_negated(i, j)
             or self._is_alternative(i, j, right)
-            or self._is_question(i, j)
+            or self.is_asked(i, j)
             or self._is_about_another(i)
         )
 
@@ -385,10 +401,15 @@ class AnswerText:
         """Whether the tokens are denied ("not in Poland", "Poland is not")."""
         k = i
         while k > 0 and i - k < _NEGATION_REACH:
-            if _CLAUSE_END.search(self.gap(k - 1)) or self.sentences[k - 1] != self.sentences[i]:
+            gap = self.gap(k - 1)
+            if k == i and ")" in self.text[self.tokens[i].end : self.tokens[j - 1].end]:
+                gap = gap.replace("(", "")
+            if _CLAUSE_END.search(gap) or self.sentences[k - 1] != self.sentences[i]:
                 break
             k -= 1
             word = self.words[k]
+            if any(a <= k < b for a, b in self.echoes):
+                continue
             if word in _CONTRASTS:
                 break
             if tuple(self.words[max(k - 2, 0) : k + 1]) in _NO_NEGATION:
@@ -427,13 +448,14 @@ class AnswerText:
             n -= 1
         return n > 0 and self.words[n] == "or" and is_other(n - 1)
 
-    def _is_question(self, i: int, j: int) -> bool:
-        """Whether the tokens are part of a question."""
-        same = [n for n, s in enumerate(self.sentences) if s == self.sentences[i]]
+    def is_asked(self, i: int, j: int) -> bool:
+        """Whether the tokens are part of a question, behind its first word."""
+        first, last = self.sentences[i], self.sentences[j - 1]
+        same = [n for n, s in enumerate(self.sentences) if first <= s <= last]
         end = same[-1]
         after = self.tokens[end + 1].start if end + 1 < len(self.tokens) else len(self.text)
         asks = "?" in self.text[self.tokens[end].end : after]
-        return asks and j > i and self.words[same[0]] in _ASKING
+        return asks and same[0] < i and self.words[same[0]] in _ASKING
 
     def _is_about_another(self, i: int) -> bool:
         """Whether the sentence is about another title of the same type ('The movie "Alien" …')."""

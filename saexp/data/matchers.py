@@ -1,9 +1,8 @@
 """Whether an answer counts as correct: one rule per entity type and attribute.
 
 The rules follow Ferrando et al. 2024 (arXiv 2411.14257), names by fuzzy match, genres by words,
-numbers within a tolerance, but are stricter: years are exact (a film's within one), a name is
-compared whole, and what only repeats the question is no answer (`answer_text`). `PAPER` holds the
-paper's tolerances.
+numbers within a tolerance, but are stricter: years are exact, a name is compared whole, and what
+only repeats the question is not an answer (`answer_text`). `PAPER` holds the paper's tolerances.
 """
 
 import re
@@ -79,7 +78,7 @@ DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
         "screenwriter": _PERSON,
         "cast": _PERSON,
         "genre": _GENRE,
-        "release_year": Rule(kind="year", tolerance=1, cues=_RELEASED),
+        "release_year": Rule(kind="year", cues=_RELEASED),
         "duration": Rule(
             kind="number",
             tolerance=3,
@@ -135,6 +134,7 @@ ALIASES: Mapping[str, str] = {
 }
 """Names that published files use -> ours."""
 
+_OF_ANY_GENRE = frozenset(("film", "movie", "music", "song", "genre"))
 _GENRE_WORDS = {
     "science fiction": ("sci fi", "scifi"),
     "hip hop": ("rap",),
@@ -240,12 +240,12 @@ def _names(answer: AnswerText, truth: str, rule: Rule, *, cased: bool = True) ->
 
 def _genres(answer: AnswerText, truth: str, _rule: Rule) -> list[Window]:
     """Where the genre's words are; "film", "music" and the like are not part of them."""
-    wanted = [w for w in words(truth) if w not in ("film", "movie", "music", "song", "genre")]
+    wanted = [w for w in words(truth) if w not in _OF_ANY_GENRE]
     found = []
     for form in (" ".join(wanted), *_GENRE_WORDS.get(" ".join(wanted), ())):
         for end in ("", "s"):
             found += runs_of(answer.words, f"{form}{end}".split() if form else [])
-    return found
+    return [answer.widened(window, _OF_ANY_GENRE) for window in found]
 
 
 def _text(answer: AnswerText, truth: str, rule: Rule) -> list[Window]:
@@ -274,6 +274,12 @@ _WINDOWS: Mapping[str, Callable[[AnswerText, str, Rule], list[Window]]] = {
 def _is_said(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
     """Whether one of the truths is mentioned so that it counts as an answer."""
     windows = [w for truth in truths for w in _WINDOWS[rule.kind](answer, truth, rule)]
+    # "Brooklyn" within "Brooklyn, New York" is that one mention.
+    windows = [
+        (i, j)
+        for i, j in dict.fromkeys(windows)
+        if not any(a <= i and j <= b and b - a > j - i for a, b in windows)
+    ]
     if any(answer.counts(window, windows) for window in windows):
         return True
     own = answer.asked.entity_words
@@ -297,7 +303,7 @@ def _is_near(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
         i, j = answer.window(candidate.start, candidate.end)
         if i == j or answer.is_negated(i, j) or candidate.value in asked - right:
             continue
-        if not answer.is_repetition((i, j)):
+        if not (answer.is_repetition((i, j)) or answer.is_asked(i, j)):
             found.append(candidate)
     chosen = next((c for c in found if _has_cue(answer, c, rule)), found[0] if found else None)
     if chosen is None:

@@ -8,6 +8,7 @@ from rapidfuzz.fuzz import ratio as likeness
 from saexp.data.answer_text import (
     ARTICLES,
     FUNCTION_WORDS,
+    JOINED,
     AnswerText,
     Window,
     content,
@@ -45,7 +46,6 @@ _BEFORE_OF = word_set(
     " east west northeast northwest southeast southwest"
 )
 
-_JOINED = re.compile(r"\s+|-|\u2010|\u2011")
 _WORD_RATIO = 75
 """Likeness that every word of a name must exceed beside that of the whole name."""
 _SHORT = 4
@@ -86,7 +86,7 @@ def name_windows(
                 continue
             in_front = not begins and _goes_on_left(answer, window, beside, person)
             if not in_front and not _goes_on_right(answer, window, beside):
-                found.append(window)
+                found.append(answer.widened(window, ignored))
     return found
 
 
@@ -99,7 +99,7 @@ def _runs(kept: Sequence[int], longest: int) -> Iterator[Sequence[int]]:
 def _goes_on_left(answer: AnswerText, window: Window, beside: frozenset[str], person: bool) -> bool:
     """Whether the name begins in front of the window: "Milan" in "Inter Milan"."""
     left = window[0] - 1
-    while left >= 0 and answer.words[left] in beside and _JOINED.fullmatch(answer.gap(left)):
+    while left >= 0 and answer.words[left] in beside and JOINED.fullmatch(answer.gap(left)):
         left -= 1
     of_name = left > 0 and answer.words[left] == "of" and not person
     if of_name and answer.words[left - 1] not in _BEFORE_OF:
@@ -108,7 +108,7 @@ def _goes_on_left(answer: AnswerText, window: Window, beside: frozenset[str], pe
         return False
     token = answer.tokens[left]
     is_initial_point = is_initial(token) and answer.gap(left) == ". "
-    joined = is_initial_point or _JOINED.fullmatch(answer.gap(left)) is not None
+    joined = is_initial_point or JOINED.fullmatch(answer.gap(left)) is not None
     return joined and not token.possessive and token.word not in _TITLES
 
 
@@ -117,7 +117,7 @@ def _goes_on_right(answer: AnswerText, window: Window, beside: frozenset[str]) -
     right = window[1]
     if answer.tokens[right - 1].possessive:
         return False
-    while _JOINED.fullmatch(answer.gap(right - 1)):
+    while JOINED.fullmatch(answer.gap(right - 1)):
         if answer.words[right] not in beside:
             return _is_name_word(answer, right, right - 1, beside)
         right += 1
