@@ -76,7 +76,7 @@ def rules_table(labels: pd.DataFrame, rules: Rules) -> pd.DataFrame:
 def rule_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of `rules_table` as plain mappings, each with the limits that its rule has."""
     return [
-        {name: value for name, value in row.items() if not pd.isna(value)}
+        {str(name): value for name, value in row.items() if not pd.isna(value)}
         for row in table.to_dict("records")
     ]
 
