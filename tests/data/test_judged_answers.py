@@ -1,4 +1,4 @@
-"""The judge against verdicts that were derived by hand, before it was run."""
+"""The judge against verdicts derived by hand; the first 116 before the judge was first run."""
 
 import json
 from collections import Counter
