@@ -16,6 +16,7 @@ from hydra import initialize_config_dir
 from saexp import registry
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
+from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
 from saexp.config.messages import of_composition, one_line
 from saexp.config.run import without_plus
@@ -48,6 +49,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     words = list(map(without_plus, overrides))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+            words = with_free_keys(words)
             return to_run_config(hydra_compose("config", overrides=words))
     except Exception as error:
         if not of_composition(error):

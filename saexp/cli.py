@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import register_schema, to_run_config
 from saexp.config.folder import conf_folder
+from saexp.config.free_form import with_free_keys
 from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import without_plus
 from saexp.errors import SaexpError
@@ -160,6 +161,7 @@ def main() -> None:
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Hydra would print its own shortened traceback; with this it hands errors on.
     os.environ[FULL_ERROR] = "1"
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
         _guarded()
     finally:

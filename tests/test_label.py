@@ -175,7 +175,7 @@ def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
     )
     assert table["truths"].map(list).tolist()[0] == ["Oslo, Norway", "Oslo"]
     assert table["truths"].map(len).tolist() == [2, 1, 1, 1, 0, 0]
-    assert "1 not asked: no template for city mayor" in run.notes
+    assert any(n.startswith("1 not asked: no template for city mayor; ") for n in run.notes)
     plain = labelled(cache, tmp_path / "plain", *attributed, "task.options.form=question")
     assert plain.tables["labels"]["prompt"][0] == "In which city was the player Fenlet Baszad born?"
     assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
@@ -500,3 +500,46 @@ def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
         places.append((about["path"], content))
     assert places[0] == places[1]
     assert (places[0][0] == places[2][0]) == (places[0][1] == places[2][1])
+
+
+def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, tmp_path):
+    """A model that ends there: its end token is what it would go on with."""
+    line = "the cat sat on the mat and ran to the dog by the old house near the lake"
+    words = line.split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(4)]
+    hf, read, folder = random_hf("llama"), tokenizer(), tmp_path / "model"
+    n_prompt = 6
+    ids = [t.ids for t in tokenize(texts, read, 64, prepend_bos=True)]
+    first = next(i for i, n in enumerate(ids[0]) if n not in read.all_special_ids)
+    with torch.inference_mode():
+        end = int(hf(torch.tensor([ids[0][: first + n_prompt]])).logits[0, -1].argmax())
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = end
+    hf.save_pretrained(folder)
+    read.save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    common = ["dataset=memorization", "model=hf", f'model.name="{folder}"', "device=cpu"]
+    options = [f"task.options.prompt_tokens={n_prompt}", "task.options.continuation_tokens=4"]
+    cfg = saexp.compose(
+        [*common, "task=label", f"cache_dir={cache}", *options]
+        + ["model.prepend_bos=true", f'dataset.path="{tmp_path / "texts.txt"}"']
+    )
+    run = saexp.run(cfg, tmp_path / "run")
+    table = run.tables["memorization"]
+    n = run.metrics["memorized/n_empty"]
+    assert n == (table["generated_continuation_text"] == "").sum() >= 1
+    assert n < len(table) == 4
+    assert any("continuation is empty" in note for note in run.notes)
+    file = run.path / "memorization.csv"
+    written = pd.read_csv(file, keep_default_na=False)
+    assert written["generated_continuation_text"].tolist() == (
+        table["generated_continuation_text"].tolist()
+    )
+    # A row of each group, as two are needed.
+    file.write_text(file.read_text("utf-8") + "a,b,True,4\r\n", encoding="utf-8")
+    got = saexp.build("dataset", saexp.compose([*common, f'dataset.path="{file}"']).dataset)
+    assert all(e.answers[0] for e in got.examples)
+    n_none = int((table["matching_tokens"] == 0).sum())
+    groups = pd.Series([e.group for e in got.examples]).value_counts()
+    assert groups["not_memorized"] == n_none - n
+    told = [note for note in got.notes if "skipped: generated_continuation_text is empty" in note]
+    assert len(told) == 1 and told[0].startswith(f"{n} of 5 rows")

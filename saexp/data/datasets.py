@@ -88,7 +88,15 @@ def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """Known and unknown entities: the shipped model's own, real and invented ones otherwise."""
+    """Known and unknown entities: the shipped model's own, real and invented ones otherwise.
+
+    `dataset.path` names a JSONL file with a text per row, or a .json file in the published entity
+    format, which is read as dataset=wikidata reads it.
+    """
+    if cfg.path is not None and Path(cfg.path).suffix == ".json":
+        from saexp.data.wikidata import wikidata
+
+        return wikidata(cfg)
     if cfg.path is not None:
         return _from_file(cfg, cfg.path, "jsonl")
     if cfg.model_name in SHIPPED_MODELS:

@@ -6,7 +6,7 @@ import unicodedata
 Span = tuple[int, int]
 """[start, end) in characters."""
 
-_UNSPACED = re.compile(
+UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
@@ -66,7 +66,7 @@ def _is_inside_word(text: str, index: int) -> bool:
     before, after = text[index - 1], text[index]
     if unicodedata.combining(after):
         return True
-    if _UNSPACED.match(before) or _UNSPACED.match(after):
+    if UNSPACED.match(before) or UNSPACED.match(after):
         return False
     return _is_word(before) and _is_word(after)
 

@@ -256,6 +256,9 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     entity_type, entity = _text(where, row, "entity_type"), _text(where, row, "entity")
     attribute = canonical(_text(where, row, "prompt_type"), entity_type)
     truths = truths_of(row["correct_answer"], attribute)
+    prompt = row.get("question") or _text(where, row, "prompt")
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: 'question' must be a text")
     labels = row.get("string_matching_sampled_labels") or []
     samples = row.get("sampled_completions") or []
     if not isinstance(labels, list) or not isinstance(samples, list):
@@ -263,14 +266,13 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if labels:
         n_correct = sum(str(x).lower() in ("correct", "true", "1") for x in labels)
     elif samples:
-        rules = Rules()
-        said = [str(sample) for sample in samples if sample is not None]
-        n_correct = sum(is_correct(s, truths, entity_type, attribute, rules) for s in said)
+        rules, named = Rules(), {"question": prompt, "entity": entity}
+        answers = [str(sample) for sample in samples if sample is not None]
+        n_correct = sum(
+            is_correct(a, truths, entity_type, attribute, rules, **named) for a in answers
+        )
     else:
         n_correct = None
-    prompt = row.get("question") or _text(where, row, "prompt")
-    if not isinstance(prompt, str):
-        raise DataError(f"{where}: 'question' must be a text")
     return {
         "entity": entity,
         "entity_type": entity_type,

@@ -69,6 +69,8 @@ class Accuracy:
             list(example.answers),
             entity_type=example.entity_type,
             attribute=None if attribute is None else str(attribute),
+            question=example.prompt or example.text,
+            entity=example.entity,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from saexp.config import RunConfig
 from saexp.data.labels import Thresholds
-from saexp.data.matchers import Rules, canonical
+from saexp.data.matchers import Rules, canonical, type_key
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError, StoreError
 from saexp.interventions.cache import ResultCache, model_ingredients
@@ -116,7 +116,7 @@ class Options:
                     raise ConfigError(f"{where}: every text needs {{entity}} in it")
                 question, beginning = (*map(str, texts), "")[:2]
                 name = canonical(attribute, entity_type)
-                made.setdefault(entity_type, {})[name] = (question, beginning)
+                made.setdefault(type_key(entity_type), {})[name] = (question, beginning)
         return made
 
 

@@ -59,7 +59,7 @@ def save_labels(
         skips,
         device=str(model.device),
         model=about_model(model),
-        labels={"key": folder.name, "path": str(folder)},
+        labels={"key": folder.name, "path": str(folder), "rules": determined_by.get("rules", [])},
         finding=finding,
     )
     with context.stage("report"):

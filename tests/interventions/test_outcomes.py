@@ -51,9 +51,27 @@ def test_accuracy_uses_the_attribute_s_rule_and_needs_an_answer() -> None:
         extra={"attribute": "birth_year"},
     )
     outcome = Accuracy()
-    assert outcome.score(" in 1985.", born) is True
-    assert outcome.score(" in 1920.", born) is False
+    assert outcome.score(" in 1987.", born) is True
+    assert outcome.score(" in 1986.", born) is False
     assert outcome.score("anything", Example(id="2", text="?")) is None
+
+
+def test_accuracy_does_not_count_what_repeats_the_prompt() -> None:
+    song = Example(
+        id="1",
+        text="On which album is the song Like a Prayer?",
+        entity="Like a Prayer",
+        entity_type="song",
+        answers=("Like a Prayer",),
+        extra={"attribute": "album"},
+    )
+    outcome = Accuracy()
+    assert outcome.score('The song "Like a Prayer" is a tribute to her mother.', song) is False
+    assert outcome.score('It is on the album "Like a Prayer".', song) is True
+    pair = Example(id="2", text="John and Mary met; John gave the bag to", answers=(" Mary",))
+    assert outcome.score(" Mary. She took it.", pair) is True
+    assert outcome.score(" his friend Mary.", pair) is True
+    assert outcome.score(" John, and Mary left.", pair) is False
 
 
 def test_exact_is_the_answer_in_whole_words_at_the_beginning() -> None:
