@@ -57,8 +57,8 @@ class CapabilityAnalyzer:
 
         `rank` 1 is the likeliest token (1 + the number of tokens with a larger logit), `top1`
         whether it is; `logit_difference` is answer less foil. Means over prompts, `change` is sae
-        less clean prompt by prompt, intervals by bootstrap over prompts. Raises DataError where no
-        prompt has an answer that can be asked for.
+        less clean prompt by prompt, intervals by bootstrap over entities (over prompts that have
+        none). Raises DataError where no prompt has an answer that can be asked for.
         """
         model, sae = inputs.model, inputs.sae
         assert model is not None and sae is not None, "capability needs the model and the SAE"
@@ -80,7 +80,7 @@ class CapabilityAnalyzer:
                 f"{glued} answers follow their prompt without a space between; most tokenizers "
                 "have the space in the word's first token, so give it in the answer"
             )
-        metrics, summary = self._summary(prompts)
+        metrics, summary = self._summary(prompts, np.array([q.example.unit for q in asked]))
         metrics["capability/n_not_asked"] = len(skips)
         unasked = pd.DataFrame(
             [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
@@ -139,8 +139,10 @@ class CapabilityAnalyzer:
             )
         ]
 
-    def _summary(self, prompts: pd.DataFrame) -> tuple[dict[str, float | int | None], pd.DataFrame]:
-        bootstrap = UnitBootstrap(np.arange(len(prompts)), self.cfg.n_bootstrap, self.cfg.seed)
+    def _summary(
+        self, prompts: pd.DataFrame, units: np.ndarray
+    ) -> tuple[dict[str, float | int | None], pd.DataFrame]:
+        bootstrap = UnitBootstrap(units, self.cfg.n_bootstrap, self.cfg.seed)
         metrics: dict[str, float | int | None] = {"capability/n_prompts": len(prompts)}
         rows = []
         for measure in MEASURES:

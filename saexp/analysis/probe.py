@@ -19,12 +19,13 @@ from saexp.analysis.probe_rows import Labelled, check_columns, column_names, lab
 from saexp.analysis.probing import MEASURES, WITHIN, Judge, Probe, roc
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
+from saexp.probes import MAX_TRAIN, STRENGTHS, limited
 from saexp.results import TaskResult
 
 _DEFAULTS = {
     "k": [1, 2, 5, 20],
-    "strengths": [0.001, 0.01, 0.1, 1.0, 10.0],
-    "max_train": 20_000,
+    "strengths": list(STRENGTHS),
+    "max_train": MAX_TRAIN,
     "transfer": None,
     "within": None,
     "unseen": None,
@@ -176,8 +177,7 @@ class ProbeAnalyzer:
             f"probes are fitted on {self.max_train} of {len(train)} train rows, a seeded choice "
             "(analyzer.options.max_train)"
         )
-        rng = np.random.default_rng([self.cfg.seed, 23])
-        return np.sort(rng.choice(train, self.max_train, replace=False))
+        return limited(train, self.max_train, self.cfg.seed)
 
     def _not_fitted_on(
         self,

@@ -39,14 +39,21 @@ def stream_directions(
     natural = facts.mean_difference(towards)
     if kind == "denoised_difference":
         return _denoised(natural, towards, facts, latents, cfg)
+    notes = []
     if kind == "probe":
         unit = facts.probe_direction
         natural = unit * (unit @ natural)
+        probe = facts.probe
+        notes.append(
+            f"probe direction: logistic regression on the train split, C = {probe.c:g} by "
+            f"cross-validation over entities (log loss {probe.cv_log_loss:.3f})"
+            f"{'' if probe.converged else '; it did not fully converge'}"
+        )
     generator = torch.Generator().manual_seed(cfg.seed * 1000 + facts.groups.index(towards))
     n_random = cfg.n_controls + (kind == "random")
     noise = torch.randn(n_random, len(natural), generator=generator)
     noise = noise / noise.norm(dim=-1, keepdim=True) * natural.norm()
-    return [Direction(v) for v in ([] if kind == "random" else [natural]) + list(noise)], []
+    return [Direction(v) for v in ([] if kind == "random" else [natural]) + list(noise)], notes
 
 
 def _denoised(

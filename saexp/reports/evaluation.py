@@ -13,7 +13,8 @@ from saexp.reports.saved import SavedRun
 
 CAPTIONS = {
     "losses": "Next-token loss of the model as it is, and with the SAE's reconstruction, the "
-    "stream's mean or zeros in place of the stream; 95 % bootstrap intervals over texts.",
+    "stream's mean or zeros in place of the stream; 95 % bootstrap intervals over texts, or over "
+    "entities where texts have one.",
     "layers": "Share of the loss that ablating the stream costs which the reconstruction wins "
     "back: 1 is a perfect SAE, 0 one that is no better than the ablation.",
     "l0": "Number of active latents per position.",

@@ -11,7 +11,13 @@ import torch
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.facts import Condition, LatentFacts, denoised, orthonormal
+from saexp.interventions.facts import (
+    Condition,
+    LatentFacts,
+    StreamRows,
+    denoised,
+    orthonormal,
+)
 from saexp.interventions.ops import Add, Move, Project
 from saexp.interventions.prompts import Prompts
 from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
@@ -50,7 +56,7 @@ def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
         directions=lambda chosen: decoder[list(chosen)],
         hookpoint=AT,
         written=AT,
-        stream=(lambda: (acts, labels)) if stream else None,
+        stream=(lambda: StreamRows(acts, labels, np.arange(60))) if stream else None,
         n_layers=3,
     )
 
@@ -115,7 +121,8 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     conditions = planned(
         Steer, (1.0,), directions=["mean_difference", "probe", "random"], unit="raw", facts=about
     )
-    acts, labels = about.stream()  # type: ignore[misc]
+    read = about.stream()  # type: ignore[misc]
+    acts, labels = read.acts, read.groups
     difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
     op = one(conditions, "known_mean_difference").edits[0][0]
     assert isinstance(op, Add)
@@ -141,7 +148,8 @@ def test_the_denoised_difference_is_the_least_squares_part_of_it() -> None:
     about = facts()
     settings = {"directions": ["denoised_difference"], "unit": "raw", "facts": about}
     conditions = planned(Steer, (1.0,), **settings)
-    acts, labels = about.stream()  # type: ignore[misc]
+    read = about.stream()  # type: ignore[misc]
+    acts, labels = read.acts, read.groups
     difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
     main = one(conditions, "known_denoised_difference")
     wanted = least_squares(about, (2, 3, 5), difference)
