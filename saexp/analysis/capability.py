@@ -23,9 +23,9 @@ from saexp.analysis.answers import Question, joins_without_space, questions
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.resampling import UnitBootstrap
-from saexp.analysis.token_text import token_texts
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
+from saexp.data.token_text import token_texts
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
 from saexp.models.hooks import edit, position_ids

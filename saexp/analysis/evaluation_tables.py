@@ -42,6 +42,7 @@ def part_of(
         "hookpoint": sae.hookpoint.name,
         "writes": (sae.hookpoint_out or sae.hookpoint).name,
         "d_sae": sae.d_sae,
+        "control": sae.metadata.get("control"),
         "fingerprint": sae.metadata.get("fingerprint"),
     }
     texts = one.texts.copy()

@@ -21,6 +21,7 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.probes import MAX_TRAIN, STRENGTHS, limited
 from saexp.results import TaskResult
+from saexp.wording import chance_words
 
 _DEFAULTS = {
     "k": [1, 2, 5, 20],
@@ -139,8 +140,9 @@ class ProbeAnalyzer:
                 for end in ("", "_ci_low", "_ci_high")
             ]
             if isinstance(numbers[0], float):
-                between = f" [{numbers[1]:.3f}, {numbers[2]:.3f}]" if numbers[1] is not None else ""
-                told.append(f"{probe.name} {numbers[0]:.3f}{between}")
+                low = numbers[1]
+                between = "" if low is None else f" [{low:.3f}, {numbers[2]:.3f}]"
+                told.append(f"{probe.name} {numbers[0]:.3f}{between}{chance_words(low)}")
         return (
             f"AUROC on the test split's {metrics['probe/n_rows_unseen']} rows, each under probes "
             f"and latents chosen on other values of '{self.unseen}': {', '.join(told)}"

@@ -1,6 +1,7 @@
 """What each intervention does to which prompts: latents, directions, controls, units."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from saexp.interventions.facts import (
     orthonormal,
 )
 from saexp.interventions.ops import Add, Move, Project
+from saexp.interventions.patching import SpliceIn
 from saexp.interventions.prompts import Prompts
 from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
 from saexp.models.hookpoints import Hookpoint
@@ -136,6 +138,36 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     assert [c.role for c in noise] == ["direction", "control", "control"]
     lengths = {round(float(c.edits[0][0].vector.values.norm()), 4) for c in noise}  # type: ignore[union-attr]
     assert lengths == {round(float(np.linalg.norm(difference)), 4)}
+
+
+@pytest.mark.parametrize(("kind", "of"), [(Steer, "known_random"), (SpliceIn, "known_splice")])
+def test_random_directions_differ_between_layers_and_groups(kind: type, of: str) -> None:
+    """In 4096 dimensions unrelated directions have cosines of about 0.016."""
+
+    def vectors(layer: int, n_controls: int = 3, of: str = of) -> torch.Tensor:
+        at, wide = Hookpoint(layer, "resid_post"), torch.randn(N_LATENTS, 4096)
+        acts = np.repeat(np.eye(2, 4096), 30, axis=0)
+        read = StreamRows(acts, np.repeat(["known", "unknown"], 30), np.arange(60))
+        about = replace(
+            facts(),
+            hookpoint=at,
+            written=at,
+            stream=lambda: read,
+            directions=lambda chosen: wide[list(chosen)],
+        )
+        cfg = InterventionConfig(name="x", directions=["random"], n_controls=n_controls)
+        groups = Prompts(of_group={"known": [], "unknown": []})
+        conditions, _ = kind(cfg).plan(about, [1.0], groups, random_lm("llama"))
+        ops = [c.edits[0][0] for c in conditions if c.of == of and c.role != "place"]
+        found = [op.vector if isinstance(op, Add) else op.instead for op in ops]  # type: ignore[union-attr]
+        return torch.nn.functional.normalize(torch.stack([v.values for v in found]), dim=-1)
+
+    one = vectors(1)
+    assert len(one) >= 3
+    assert torch.equal(one, vectors(1))
+    assert torch.equal(one, vectors(1, 5)[: len(one)])
+    for other in (vectors(2), vectors(1, of=of.replace("known", "unknown"))):
+        assert float((one @ other.T).abs().max()) < 0.1
 
 
 def least_squares(about: LatentFacts, latents: Sequence[int], target: np.ndarray) -> np.ndarray:
