@@ -132,7 +132,9 @@ class ProbeAnalyzer:
             data = {"data": suffix[1:] or "train", "n_rows": len(labels)}
             table.append({**(about or _about(probe)), **data, **found})
 
-    def _told_unseen(self, metrics: Mapping[str, object], probes: Sequence[Probe]) -> str:
+    def _told_unseen(
+        self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]
+    ) -> str:
         told = []
         for probe in probes:
             numbers = [

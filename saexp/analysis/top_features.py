@@ -121,10 +121,13 @@ def _readable(inputs: AnalysisInputs) -> pd.Series:
         return rows["token"]
     found = np.empty(len(rows), dtype=object)
     indices = rows["token_index"].to_numpy()
-    for _, places in rows.groupby(["text_id", "example_id"], sort=False).indices.items():
-        ordered = places[np.argsort(indices[places], kind="stable")]
-        text = inputs.texts[int(rows["text_id"].iloc[ordered[0]])]
-        found[ordered] = pieces(text, inputs.model.tokenizer, indices[ordered].tolist())
+    text_ids = rows["text_id"].to_numpy()
+    for group in rows.groupby(["text_id", "example_id"], sort=False).indices.values():
+        places = np.asarray(group)
+        chosen, which = np.unique(indices[places], return_inverse=True)
+        text = inputs.texts[int(text_ids[places[0]])]
+        shown = pieces(text, inputs.model.tokenizer, chosen.tolist())
+        found[places] = np.array(shown, dtype=object)[which]
     return pd.Series(found, index=rows.index)
 
 
