@@ -194,10 +194,16 @@ def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) ->
     tracker.start(
         folder=place,
         config=asdict(cfg),
-        name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
+        name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
     )
+
+
+def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
+    """A tracked run's name; of a control SAE it says so."""
+    control = "_control" if loader == "random" else ""
+    return f"{model}-{sae}{control}-layer{layer}"
 
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:

@@ -114,7 +114,8 @@ def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     # The cell's own error is what is told; its tracker may be what is wrong with it.
     with contextlib.suppress(Exception):
         about: Any = OmegaConf.to_container(raw, resolve=True)
-        name = f"{about['model']['name']}-{about['sae']['name']}-layer{about['layer']}"
+        sae = about["sae"]
+        name = api.run_name(about["model"]["name"], sae["name"], sae["loader"], about["layer"])
         api.track_failure(about, folder, name, sweep)
 
 

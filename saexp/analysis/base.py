@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saexp.data.examples import Example
+from saexp.data.tokens import TokenizedText
 from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
@@ -28,6 +29,8 @@ class AnalysisInputs:
     """Latents at random positions of neutral text, for the background filter."""
     acts: Tensor | None = None
     """`[n_rows, d_in]`, memory-mapped: the stored activations of the rows of `latents`."""
+    texts: Sequence[TokenizedText] = ()
+    """As the model read them; the column `text_id` of `latents.rows` counts them."""
     examples: Sequence[Example] = ()
     model: LanguageModel | None = None
     sae: SparseAutoencoder | None = None

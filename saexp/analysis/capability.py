@@ -23,10 +23,10 @@ from saexp.analysis.answers import Question, questions
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.resampling import UnitBootstrap
-from saexp.analysis.token_text import token_texts
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.data.answer_tokens import answer_text, space_note
+from saexp.data.token_text import token_texts
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
 from saexp.models.context_length import check_positions
@@ -59,8 +59,8 @@ class CapabilityAnalyzer:
 
         `rank` 1 is the likeliest token (1 + the number of tokens with a larger logit), `top1`
         whether it is; `logit_difference` is answer less foil. Means over prompts, `change` is sae
-        less clean prompt by prompt, intervals by bootstrap over prompts. Raises DataError where no
-        prompt has an answer that can be asked for.
+        less clean prompt by prompt, intervals by bootstrap over entities (over prompts that have
+        none). Raises DataError where no prompt has an answer that can be asked for.
         """
         model, sae = inputs.model, inputs.sae
         assert model is not None and sae is not None, "capability needs the model and the SAE"
@@ -77,7 +77,7 @@ class CapabilityAnalyzer:
         notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
         notes += _about_foils(asked)
         notes += space_note([question.example for question in asked])
-        metrics, summary = self._summary(prompts)
+        metrics, summary = self._summary(prompts, np.array([q.example.unit for q in asked]))
         metrics["capability/n_not_asked"] = len(skips)
         unasked = pd.DataFrame(
             [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
@@ -138,8 +138,10 @@ class CapabilityAnalyzer:
             )
         ]
 
-    def _summary(self, prompts: pd.DataFrame) -> tuple[dict[str, float | int | None], pd.DataFrame]:
-        bootstrap = UnitBootstrap(np.arange(len(prompts)), self.cfg.n_bootstrap, self.cfg.seed)
+    def _summary(
+        self, prompts: pd.DataFrame, units: np.ndarray
+    ) -> tuple[dict[str, float | int | None], pd.DataFrame]:
+        bootstrap = UnitBootstrap(units, self.cfg.n_bootstrap, self.cfg.seed)
         metrics: dict[str, float | int | None] = {"capability/n_prompts": len(prompts)}
         rows = []
         for measure in MEASURES:

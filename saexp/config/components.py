@@ -222,8 +222,11 @@ class AnalyzerConfig:
     """False discovery rate at which a latent counts as significant."""
     n_bootstrap: int = 1000
     """Bootstrap resamples over entities."""
-    background_max: float = 0.02
-    """Latents firing on this share of background tokens or more are not selected."""
+    background_quantile: float = 0.99
+    """Latents are not selected whose density on background tokens is at or above this quantile of
+    the densities of all latents that are active there, and at or above 0.02."""
+    background_max: float | None = None
+    """Absolute limit in place of that quantile: the density (0.02 in Ferrando et al. 2024)."""
     n_background: int = 4000
     """Random background tokens looked at."""
     top_k: int = 10
@@ -246,6 +249,10 @@ class AnalyzerConfig:
         at_least("analyzer.n_background", self.n_background, 1)
         at_least("analyzer.top_k", self.top_k, 1)
         at_least("analyzer.seed", self.seed, 0)
+        for name in ("background_quantile", "background_max"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"analyzer.{name}={value} is not a fraction; type 0 to 1")
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.directions import random_directions
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.engine import padded
 from saexp.interventions.facts import Condition, LatentFacts
@@ -49,9 +50,9 @@ class SpliceIn:
         conditions = []
         width = len(facts.directions([0])[0])
         for group in prompts.of_group:
-            generator = torch.Generator().manual_seed(self.cfg.seed)
-            noise = torch.randn(self.cfg.n_controls, width, generator=generator)
-            ways = [None, *(Vector(n / n.norm()) for n in noise)]
+            of = ("splice", facts.hookpoint.name, group)
+            noise = random_directions(self.cfg.n_controls, width, self.cfg.seed, *of)
+            ways = [None, *map(Vector, noise)]
             name = f"{group}_splice"
             for i, way in enumerate(ways):
                 edits = tuple(

@@ -7,27 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saexp.data.token_text import pieces
 from saexp.data.tokens import TokenizedText
-
-
-def pieces(text: TokenizedText, tokenizer: Any) -> list[str]:
-    """What each token stands for; together the text itself, special tokens besides.
-
-    White space that a tokenizer leaves out of its offsets goes to the token after it. Of several
-    tokens of one character the first has it, the others are empty.
-    """
-    names = tokenizer.convert_ids_to_tokens(list(text.ids))
-    found, end = [], 0
-    for name, (a, b), special in zip(names, text.offsets, text.special, strict=True):
-        if special and a == b:
-            found.append(str(name))
-            continue
-        start = max(a, end)
-        if not text.text[end:a].strip():
-            start = min(start, end)
-        found.append(text.text[start:b])
-        end = max(end, b)
-    return found
 
 
 @dataclass(frozen=True)

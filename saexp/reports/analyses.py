@@ -24,6 +24,7 @@ from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.look import GROUP_COLOURS
 from saexp.reports.saved import SavedRun
+from saexp.wording import sae_words
 
 _PAGES: dict[str, ModuleType] = {
     "capability": analyses_capability,
@@ -72,7 +73,7 @@ def findings(folder: str | Path) -> list[str]:
     positions = cfg["positions"]["name"].replace("_", " ")
     n = about["dataset"]["n_examples"]
     setting = (
-        f"{about['model']['name']}, {_place(run)}, SAE of {about['sae']['d_sae']} latents, data "
+        f"{about['model']['name']}, {_place(run)}, {sae_words(about['sae'])}, data "
         f"set '{about['dataset']['name']}' ({n:,} example{'s' * (n != 1)}), "
         f"positions {positions}: {run.metrics['collection/n_rows']:,} rows."
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
 from saexp.digests import contents
+from saexp.directions import random_directions
 from saexp.errors import SAEError
 from saexp.models.digests import state_sha256
 from saexp.models.hookpoints import Hookpoint
@@ -111,13 +112,18 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
 
 
 def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAutoencoder:
-    """A control: unit-norm random decoder, tied encoder, biases that let few latents fire."""
+    """A control: unit-norm random decoder, tied encoder, the 32 largest latents active.
+
+    Its directions depend on the seed, the stream (layer included) and the size, so that control
+    SAEs of two layers have no direction in common.
+    """
     size = cfg.d_in or d_in
     if size is None or cfg.layer is None:
         raise SAEError("sae=random needs a size and a layer: type sae.d_in=<d_model> layer=<block>")
     width = n_latents(cfg.width) or 8 * size
-    generator = torch.Generator().manual_seed(cfg.seed)
-    decoder = torch.nn.functional.normalize(torch.randn(width, size, generator=generator), dim=-1)
+    hookpoint = Hookpoint(parse_layers(cfg.layer)[0], cfg.stream or "resid_post")
+    decoder = random_directions(width, size, cfg.seed, "control SAE", hookpoint.name, width)
+    content = repr((width, size, cfg.seed, hookpoint.name)).encode()
     k = max(1, min(32, width // 16))
     sae = SparseAutoencoder(
         {
@@ -128,12 +134,13 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
         },
         architecture="topk",
         k=k,
-        hookpoint=Hookpoint(parse_layers(cfg.layer)[0], cfg.stream or "resid_post"),
+        hookpoint=hookpoint,
         metadata={
-            "name": f"random, width {width}, seed {cfg.seed}",
+            "name": f"random control, {hookpoint.name}, width {width}, seed {cfg.seed}",
+            "control": "random",
             "format": "random",
             "architecture": "topk",
-            "fingerprint": hashlib.sha256(f"{width} {size} {cfg.seed}".encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(content).hexdigest(),
         },
     )
     return _finish(sae, cfg)

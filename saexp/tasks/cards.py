@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saexp.analysis.matching_latents import nearest_directions
-from saexp.analysis.token_text import token_texts
 from saexp.config import RunConfig
+from saexp.data.token_text import token_texts
 from saexp.errors import ConfigError, ModelError
 from saexp.latents.examples import tally_store, values_at
 from saexp.latents.tally import Tally, at_quantiles
@@ -200,7 +200,7 @@ def tokens(
             read = out.readout(torch.tensor(one)).cpu()
             values = (read @ directions[i].cpu().to(read.dtype)).tolist()
             pairs = zip(one, values, strict=True)
-            found[i][side] = [[_token(model, t, shown[t]), _short(v)] for t, v in pairs]
+            found[i][side] = [[shown[t], _short(v)] for t, v in pairs]
     return found, TREATED
 
 
@@ -210,13 +210,6 @@ def _tokens_of(tokenizer: Any, out: Unembedding, directions: Tensor, k: int) -> 
     padding = max(0, len(out.weight) - n)
     ranked = out.top_tokens(directions, k + padding).tolist()
     return [[t for t in one if t < n][:k] for one in ranked]
-
-
-def _token(model: LanguageModel, token_id: int, shown: str) -> str:
-    """Its text; of a piece of a character, its name in the vocabulary."""
-    if "\ufffd" not in shown:
-        return shown
-    return str(model.tokenizer.convert_ids_to_tokens(token_id))
 
 
 def alike(tally: Tally, sae: SparseAutoencoder, options: Options) -> list[dict[str, Any]]:

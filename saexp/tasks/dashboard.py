@@ -21,6 +21,7 @@ from saexp.tasks.choosing import Chosen, choose
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.wording import sae_words
 
 
 def parse_latents(value: Any) -> list[int] | int:
@@ -119,8 +120,14 @@ def _save(
     }
     result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_silent": n_silent}
     result.metrics = clean_metrics(result.metrics, result.notes)
+    about = {
+        **sae.metadata,
+        "hookpoint": sae.hookpoint.name,
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
+    }
     finding = (
-        f"{model.name}, {sae.hookpoint.name}, SAE of {sae.d_sae} latents: {len(table)} of them "
+        f"{model.name}, {sae.hookpoint.name}, {sae_words(about)}: {len(table)} of them "
         f"({chosen.how}) over {len(gathered.placement.rows):,} positions; {n_silent} never "
         "fire there."
     )
@@ -133,12 +140,7 @@ def _save(
         finding=[finding],
         device=str(model.device),
         model=about_model(model),
-        sae={
-            **sae.metadata,
-            "hookpoint": sae.hookpoint.name,
-            "d_sae": sae.d_sae,
-            "architecture": sae.architecture,
-        },
+        sae=about,
         store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
         tokens_forwarded=gathered.stats.tokens_forwarded,
         groups=list(gathered.examples.groups),

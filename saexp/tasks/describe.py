@@ -238,6 +238,7 @@ def _inputs(
         groups=gathered.examples.groups,
         layer=at.layer,
         acts=gathered.store.acts(at.layer, at.stream) if reads else None,
+        texts=gathered.placement.texts,
         examples=gathered.examples.examples,
         model=model,
         sae=sae,
@@ -286,4 +287,6 @@ def _together(saes: list[dict[str, Any]]) -> dict[str, Any]:
         key: ", ".join(dict.fromkeys(str(sae.get(key)) for sae in saes))
         for key in ("name", "hookpoint", "d_sae", "architecture", "fingerprint")
     }
-    return {**joined, "n_saes": len(saes)}
+    controls = dict.fromkeys(sae["control"] for sae in saes if "control" in sae)
+    control = {"control": ", ".join(controls)} if controls else {}
+    return {**joined, **control, "n_saes": len(saes)}

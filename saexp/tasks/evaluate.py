@@ -85,7 +85,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
             found = evaluate_saes(model, saes, texts.tokens, settings)
         with context.stage("summarise"):
             parts += [
-                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids)
+                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids, texts.units)
                 for sae, one in zip(saes, found, strict=True)
             ]
         forwarded += sum(map(len, texts.tokens))

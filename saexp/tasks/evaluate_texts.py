@@ -27,6 +27,8 @@ class Texts:
     tokens: list[TokenizedText]
     skips: list[Skip]
     notes: list[str] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
+    """What each text is resampled with: its entity, else itself."""
 
 
 def read_texts(
@@ -51,6 +53,7 @@ def read_texts(
     for example, tokens in zip(distinct, tokenized, strict=True):
         if can_be_scored(tokens, where):
             found.ids.append(example.id)
+            found.units.append(example.unit)
             found.tokens.append(tokens)
         else:
             found.skips.append(Skip(example.id, "too short: no token has a scored next token"))

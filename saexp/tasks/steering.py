@@ -13,7 +13,7 @@ from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
-from saexp.interventions.facts import LatentFacts
+from saexp.interventions.facts import LatentFacts, StreamRows
 from saexp.interventions.prompts import placed_prompts
 from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
@@ -183,12 +183,16 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     facts["p99_act"] = active_quantile(csr, ids, 0.99)
     written = sae.hookpoint_out or sae.hookpoint
 
-    def stream() -> tuple[np.ndarray, np.ndarray]:
+    def stream() -> StreamRows:
         acts = gathered.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
-        return acts[torch.from_numpy(rows)].float().numpy(), labels[rows]
+        named = latents.rows.iloc[rows]
+        return StreamRows(
+            acts[torch.from_numpy(rows)].float().numpy(),
+            named["group"].to_numpy(dtype=object),
+            named["unit"].to_numpy(dtype=object),
+        )
 
-    labels = latents.rows["group"].to_numpy()
     return LatentFacts(
         table=facts,
         groups=groups,
@@ -198,5 +202,6 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
         hookpoint=sae.hookpoint,
         written=written,
         stream=stream,
+        seed=cfg.analyzer.seed,
         n_layers=model.n_layers,
     )

@@ -141,6 +141,18 @@ def test_means_and_intervals_are_of_the_prompts(model: LanguageModel, ioi: list[
     assert m["capability/logit_clean_ci_high"] == pytest.approx(high, abs=0.15 * width)
 
 
+def test_prompts_of_one_entity_are_drawn_together(model: LanguageModel, ioi: list[Example]) -> None:
+    """Each prompt five times, as five of one entity: intervals are those of the prompts once."""
+    some = [replace(e, entity=f"entity {i}") for i, e in enumerate(ioi[:20])]
+    once = capability(model, shipped_sae(), some, n_bootstrap=300).metrics
+    copies = [replace(e, id=f"{e.id} {i}") for i in range(5) for e in some]
+    often = capability(model, shipped_sae(), copies, n_bootstrap=300).metrics
+    for name in ("logit_clean", "probability_sae", "logit_change"):
+        for end in ("ci_low", "ci_high"):
+            key = f"capability/{name}_{end}"
+            assert often[key] == pytest.approx(once[key], abs=1e-4)
+
+
 def test_an_identity_sae_changes_nothing(model: LanguageModel, ioi: list[Example]) -> None:
     prompts = capability(model, identity(model.d_model, LAYER), ioi).tables["prompts"]
     assert (prompts["rank_clean"] == prompts["rank_sae"]).all()

@@ -443,6 +443,20 @@ def test_intervals_are_of_a_bootstrap_over_texts() -> None:
         assert got[f"{name}_ci_low"] <= got[name] <= got[f"{name}_ci_high"]
 
 
+def test_texts_of_one_entity_are_drawn_together() -> None:
+    """Four copies of each text, one entity: intervals are those of the texts once."""
+    whole = " ".join(TEXTS)
+    texts = tokenize([whole[5 * i : 11 * i + 20] for i in range(12)], tokenizer(), 40)
+    once, often = (evaluate_saes(random_lm("llama"), [sae()], t)[0] for t in (texts, texts * 4))
+    want = numbers(once, 500, 3)
+    got = numbers(often, 500, 3, units=[f"entity {i}" for i in range(12)] * 4)
+    alone = numbers(often, 500, 3)
+    for name in ("reconstruction/ce_sae", "reconstruction/kl_score", "sparsity/l0"):
+        for end in (f"{name}_ci_low", f"{name}_ci_high"):
+            assert got[end] == pytest.approx(want[end], rel=1e-4)
+        assert alone[f"{name}_ci_low"] > want[f"{name}_ci_low"]
+
+
 def test_one_text_has_no_interval() -> None:
     (one,) = evaluate_saes(random_lm("llama"), [sae()], TOKENS[:1])
     got = numbers(one, 100, 0)

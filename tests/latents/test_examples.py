@@ -10,12 +10,13 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
+from saexp.data.token_text import pieces
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.latents import encode
 from saexp.latents.examples import firing_counts, tally_store, unit_latents, values_at
 from saexp.latents.summary import by_unit
 from saexp.latents.tally import N_BINS, Tally, at_quantiles, best_of_each_text
-from saexp.latents.windows import Windows, pieces
+from saexp.latents.windows import Windows
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from tests.activations import child
