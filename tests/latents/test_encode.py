@@ -57,9 +57,7 @@ def formulas(x: Tensor, reconstruction: Tensor, acts: Tensor) -> dict[str, float
         "reconstruction/explained_variance": 1
         - error.mean() / ((a**2).sum(1).mean() - (mean**2).sum()),
         "reconstruction/explained_variance_legacy": np.mean(1 - error / ((a - mean) ** 2).sum(1)),
-        "reconstruction/explained_variance_median": np.median(
-            1 - error / ((a - mean) ** 2).sum(1)
-        ),
+        "reconstruction/explained_variance_median": np.median(1 - error / ((a - mean) ** 2).sum(1)),
         "reconstruction/explained_variance_all_positions": 1
         - error.mean() / ((a**2).sum(1).mean() - (mean**2).sum()),
         "reconstruction/median_norm": np.median(norms[0]),
