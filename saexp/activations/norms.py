@@ -92,12 +92,28 @@ class OrdinaryRows:
     def _last(self) -> Hookpoint:
         return list(self.limits)[-1]
 
+    @property
+    def _none_is_ordinary(self) -> bool:
+        """Whether no row is within every limit, so that `mask` is true for all the same."""
+        limits = {h: limit for h, limit in self.limits.items() if np.isfinite(limit)}
+        above = (bool((self.store.norms(h) > limit).any()) for h, limit in limits.items())
+        return bool(self.mask.all()) and any(above)
+
     def median_norm(self, hookpoint: Hookpoint) -> float:
-        """Median norm over the ordinary rows."""
-        return float(np.median(self.store.norms(hookpoint)[self.mask]))
+        """Median norm over the ordinary rows; the reference's where no row is ordinary."""
+        norms, limit = self.store.norms(hookpoint), self.limits[hookpoint]
+        if self.max_norm_ratio is not None and bool((norms > limit).all()):
+            return limit / self.max_norm_ratio
+        return float(np.median(norms[self.mask]))
 
     def notes(self, consequence: str) -> list[str]:
         """One line where there are high-norm rows; `consequence` says what follows for them."""
+        if self._none_is_ordinary:
+            return [
+                f"all {self.store.n_rows:,} positions at {self._last.name} have a norm above "
+                f"{self.max_norm_ratio:g} times the median of neutral text (attention sinks?); "
+                "metrics are of them all the same, there being no others"
+            ]
         return high_norm_notes(
             self.n_excluded,
             self.store.n_rows,

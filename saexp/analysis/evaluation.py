@@ -279,7 +279,9 @@ class _Evaluator:
         of_clean, of_sae = ("clean", None), ("sae", number)
         counts = {"n_spliced": ("spliced", place), "n_high_norm": ("spliced", place)}
         counts |= {"n_compared": of_clean, "n_scored": of_clean}
-        columns = {name: self.sums[of, name].astype(np.int64) for name, of in counts.items()}
+        columns: dict[str, np.ndarray] = {
+            name: self.sums[of, name].astype(np.int64) for name, of in counts.items()
+        }
         columns |= {name: self.sums[of_sae, name] for name in self.streams[number].sums}
         if self.streams[number].mean_of_all is None:
             columns |= {f"{name}_of_all": columns[name] for name in ("error", "spread")}

@@ -52,7 +52,11 @@ class Latents:
         """The chosen rows; itself where those are all."""
         if chosen.all():
             return self
-        key = None if self.key is None else f"{self.key}-{hashlib.sha256(chosen).hexdigest()}"
+        key = (
+            None
+            if self.key is None
+            else f"{self.key}-{hashlib.sha256(chosen.tobytes()).hexdigest()}"
+        )
         return Latents(self.csr[chosen], self.rows[chosen].reset_index(drop=True), key)
 
 

@@ -143,7 +143,7 @@ def _latents_key(
     about = _sae_key(sae)
     listed = store.manifest["hookpoints"]
     shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams_of(sae)]
-    counted = hashlib.sha256(ordinary).hexdigest()
+    counted = hashlib.sha256(ordinary.tobytes()).hexdigest()
     if about is None:
         return None
     return _hash(store.path.name, shards, about, _rows_key(rows), counted)

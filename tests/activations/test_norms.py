@@ -70,7 +70,10 @@ def test_the_reference_decides_where_most_positions_are_high(tmp_path: Path) -> 
     # Without one ordinary position there is nothing else to measure.
     store = written(tmp_path / "all", at=rows(*range(N)))
     found = OrdinaryRows(store, neutral, 5.0)
-    assert (found.mask.all(), found.notes("…"), found.variance_fraction) == (True, [], 0.0)
+    assert (found.mask.all(), found.variance_fraction) == (True, 0.0)
+    assert found.median_norm(AT) == pytest.approx(np.median(rows(5).double().norm(dim=-1)))
+    (note,) = found.notes("…")
+    assert note.startswith("all 203 positions at layer_3.resid_post have a norm above 5 times")
 
 
 @pytest.mark.parametrize("ratio", [None, 5.0])
