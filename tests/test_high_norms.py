@@ -278,3 +278,31 @@ def test_a_curve_that_held_out_numbers_disagree_with_is_a_note() -> None:
     far = {**agrees, "sparsity/l0": 982.0}
     assert "l0 982, the curve ends at 32" in off_curve(last, far)[0]
     assert off_curve(last, far, told=True) == []
+
+
+def test_the_check_and_an_estimated_scaling_are_of_ordinary_positions(
+    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+) -> None:
+    """Every position of the neutral text, for which the background asks for all of them."""
+    folder = runs["limited"].path
+    assert folder is not None
+    use = ["analyzer=top_features", "intervention=none", "positions=all", "sae=local"]
+    use += [f"sae.path={folder / 'sae'}", "analyzer.n_background=4000"]
+    metrics = run(tmp_path / "checked", *words, *use).metrics
+    rows, x = stream(words)
+    ordinary = x[torch.from_numpy(~rows["token_id"].isin(sink_ids()).to_numpy())]
+    assert metrics["check/mean_norm"] == pytest.approx(
+        float(ordinary.norm(dim=-1).mean()), rel=1e-4
+    )
+    assert metrics["check/n_positions"] == len(ordinary)
+    sae = saexp.load_sae(folder / "sae")
+    lost = (ordinary - sae.decode(sae.encode(ordinary), ordinary)).square().sum()
+    spread = (ordinary - ordinary.mean(0)).square().sum()
+    expected = float(1 - lost / spread)
+    assert metrics["check/explained_variance"] == pytest.approx(expected, abs=1e-4)
+    notes = run(tmp_path / "scaled", *words, *use, "sae.norm_factor=estimate").notes
+    factor = ordinary.shape[1] ** 0.5 / float(ordinary.norm(dim=-1).mean())
+    (note,) = [n for n in notes if n.startswith("sae.norm_factor=")]
+    found = note.removeprefix("sae.norm_factor=").split()[0]
+    assert float(found) == pytest.approx(factor, rel=1e-4)
+    assert [n for n in notes if n.startswith("neutral text: ") and "times the median" in n]
