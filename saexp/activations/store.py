@@ -60,6 +60,7 @@ class ActivationStore(Marked):
         self._sound: set[tuple[str, int, str]] = set()
         self._rows: pd.DataFrame | None = None
         self._placed: Repeats | None = None
+        self._norms: dict[Hookpoint, np.ndarray] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
@@ -282,12 +283,16 @@ class ActivationStore(Marked):
         """(first row, activations) in order, at most `chunk_rows` rows each."""
         yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
 
-    def mean_norm(self, hookpoint: Hookpoint) -> float:
-        """Mean Euclidean norm of the rows."""
-        total = 0.0
-        for _, acts in self.chunks(hookpoint, _CHUNK_ROWS):
-            total += float(acts.double().norm(dim=-1).sum())
-        return total / self.n_rows
+    def norms(self, hookpoint: Hookpoint) -> Float[np.ndarray, " n_rows"]:
+        """Euclidean norm of each row, float64; computed once while the store is open."""
+        at = hookpoint.stored
+        if at not in self._norms:
+            parts = [
+                acts.flatten(1).double().norm(dim=-1).numpy()
+                for _, acts in self.chunks(at, _CHUNK_ROWS)
+            ]
+            self._norms[at] = np.concatenate(parts)
+        return self._norms[at]
 
     def _entries(self, hookpoint: Hookpoint) -> dict[str, Any]:
         return self.manifest["hookpoints"].get(hookpoint.name, {})

@@ -2,13 +2,14 @@
 
 Per prompt: rank, logit and probability of the answer's first token, its logit less that of a wrong
 answer (the foil), and the best tokens, each before (`_clean`) and after (`_sae`) the stream at the
-SAE's hookpoint is replaced by its reconstruction. Special tokens keep their own activations.
+SAE's hookpoint is replaced by its reconstruction. Special tokens and high-norm positions
+(`activations.norms`) keep their own activations.
 """
 
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,13 +31,15 @@ from saexp.data.token_text import token_texts
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
 from saexp.models.context_length import check_positions
-from saexp.models.hooks import edit, position_ids
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 
+Splice = Callable[[Tensor], dict[Hookpoint, EditFunction]]
+"""Mask of ordinary tokens -> edits that put the reconstruction there."""
 STATES = ("clean", "sae")
 MEASURES = ("rank", "logit", "probability", "logit_difference", "top1")
 _LOGIT_BYTES = 512 * 2**20
@@ -47,6 +50,7 @@ class CapabilityAnalyzer:
     """Registry kind `analyzer`, name `capability`."""
 
     reads_acts = False
+    ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
@@ -73,12 +77,23 @@ class CapabilityAnalyzer:
                 f"{listed}; give rows an 'answer', or type dataset=ioi "
                 """or dataset=prompt 'dataset.text="…"' 'dataset.answer=" …"'"""
             )
-        prompts, tops = self._ask(model, sae, asked)
+        excluded: list[int] = []
+
+        def splice(ordinary: Tensor) -> dict[Hookpoint, EditFunction]:
+            return spliced(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
+
+        prompts, tops = self._ask(model, splice, asked)
         notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
         notes += _about_foils(asked)
         notes += space_note([question.example for question in asked])
         metrics, summary = self._summary(prompts, np.array([q.example.unit for q in asked]))
         metrics["capability/n_not_asked"] = len(skips)
+        if n_excluded := sum(excluded):
+            notes.append(
+                f"{n_excluded} tokens of the {len(asked)} prompts have a norm too high for an "
+                "ordinary position and keep their activations where the reconstruction is spliced "
+                "in (positions.max_norm_ratio)"
+            )
         unasked = pd.DataFrame(
             [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
         )
@@ -86,7 +101,7 @@ class CapabilityAnalyzer:
         return TaskResult(metrics=metrics, tables={**tables, "unanswered": unasked}, notes=notes)
 
     def _ask(
-        self, model: LanguageModel, sae: SparseAutoencoder, asked: Sequence[Question]
+        self, model: LanguageModel, splice: Splice, asked: Sequence[Question]
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """One row per prompt, and its best tokens; prompts of similar length side by side."""
         rows: list[dict[str, Any]] = [_about(q, model) for q in asked]
@@ -104,7 +119,8 @@ class CapabilityAnalyzer:
                     part = batch[start : start + size]
                     some = [asked[i] for i in part]
                     for state in STATES:
-                        logits = _last_logits(model, sae if state == "sae" else None, some, keeps)
+                        change = splice if state == "sae" else None
+                        logits = _last_logits(model, change, some, keeps)
                         for i, question, row in zip(part, some, logits, strict=True):
                             rows[i] |= _measured(row, question, state)
                             tops[i] += self._best(row, question, state, model.tokenizer)
@@ -164,7 +180,7 @@ class CapabilityAnalyzer:
 @torch.inference_mode()
 def _last_logits(
     model: LanguageModel,
-    sae: SparseAutoencoder | None,
+    splice: Splice | None,
     asked: Sequence[Question],
     keeps: bool,
 ) -> Float[Tensor, "b V"]:
@@ -179,7 +195,7 @@ def _last_logits(
         mask[i, start:] = 1
         ordinary[i, start:] = ~torch.tensor(question.tokens.special)
     mask = mask.to(model.device)
-    with nullcontext() if sae is None else edit(model, spliced(sae, ordinary)):
+    with nullcontext() if splice is None else edit(model, splice(ordinary)):
         out = model.hf(
             input_ids=ids.to(model.device),
             attention_mask=mask,

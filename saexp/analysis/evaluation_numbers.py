@@ -45,6 +45,11 @@ def ratios(sums: Mapping[str, Sums]) -> dict[str, Any]:
         found |= {
             "reconstruction/explained_variance": 1 - s["error"] / s["spread"],
             "reconstruction/explained_variance_legacy": s["legacy"] / n,
+            "reconstruction/explained_variance_all_positions": (
+                1 - s["error_of_all"] / s["spread_of_all"]
+            ),
+            "reconstruction/high_norm_variance_fraction": s["spread_high_norm"]
+            / s["spread_of_all"],
             "reconstruction/mse": s["error"] / n,
             "reconstruction/cosine": s["cosine"] / n,
             "reconstruction/l2_ratio": s["ratio"] / n,
@@ -81,6 +86,8 @@ def numbers(
     measured = evaluation.stream.result()
     for name in ("max_active", "dead_fraction", "n_positions"):
         found[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
+    for name in ("explained_variance_median", "median_norm", "n_high_norm"):
+        found[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
     found["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
     found["evaluation/n_scored"] = int(values["n_scored"].sum())
     found["evaluation/n_compared"] = int(values["n_compared"].sum())

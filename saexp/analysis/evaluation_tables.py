@@ -25,6 +25,7 @@ class Part:
     l0: pd.DataFrame
     texts: pd.DataFrame
     resumed: bool
+    notes: list[str]
 
 
 def part_of(
@@ -55,6 +56,7 @@ def part_of(
         l0=l0_table(one),
         texts=texts,
         resumed=one.resumed,
+        notes=one.notes,
     )
 
 
@@ -94,7 +96,7 @@ def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool)
 
 
 def _remarks(part: Part, name: str) -> list[str]:
-    found, told = part.numbers, []
+    found, told = part.numbers, [f"{name}: {note}" for note in part.notes]
     explained = found["reconstruction/explained_variance"]
     if explained is not None and explained < POOR:
         told.append(

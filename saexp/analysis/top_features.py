@@ -1,5 +1,6 @@
 """The latents most active on texts, layer by layer, and their values token by token."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class TopFeaturesAnalyzer:
 
     several_layers = True
     reads_acts = False
+    ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
@@ -36,11 +38,12 @@ class TopFeaturesAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `top_features/…`, tables `top_features` and `tokens`.
 
-        Over all positions chosen, whatever their group: `max`, `mean` (zeros included) and
+        Over all ordinary positions chosen, whatever their group: `max`, `mean` (zeros included) and
         `frequency` (share of positions where it is on); `background_freq` the same share on neutral
         text. Only latents that fire at all are ranked, ties by the lower index. `tokens` has every
         chosen position of the `n_texts` texts in which each top latent is strongest.
         """
+        inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         rows = inputs.latents.rows
         csr = inputs.latents.csr
         about = moments(csr, np.ones(len(rows), dtype=bool), threshold=0.0)

@@ -87,7 +87,7 @@ class SAEConfig:
     """Seed, for `random` only."""
     norm_factor: Any = None
     """What inputs are multiplied by, where the files do not say: a number, or `estimate`
-    (sqrt(d_in) over the mean norm of the run's neutral text)."""
+    (sqrt(d_in) over the mean norm of ordinary positions of the run's neutral text)."""
 
     def __post_init__(self) -> None:
         factor = self.norm_factor
@@ -204,12 +204,21 @@ class PositionsConfig:
     """Text whose tokens are taken (`substring`)."""
     include_special: bool = False
     """Let special tokens (BOS, …) be chosen."""
+    max_norm_ratio: float | None = 5.0
+    """Positions with a norm above this multiple of the stream's median norm (attention sinks) are
+    left out of training and of reconstruction metrics; null: none are."""
     seed: int = 0
     """Seed of `random`."""
 
     def __post_init__(self) -> None:
         at_least("positions.n", self.n, 1)
         at_least("positions.seed", self.seed, 0)
+        ratio = self.max_norm_ratio
+        if ratio is not None and not ratio > 1:
+            raise ConfigError(
+                f"positions.max_norm_ratio={ratio} would leave ordinary positions out; type a "
+                "number above 1 such as 5, or null to keep every position"
+            )
 
 
 @dataclass(kw_only=True)

@@ -48,7 +48,8 @@ class InterventionConfig:
     embedding: bool = False
     """orthogonalize: take the directions out of the embeddings too."""
     unit: str = "resid_norm"
-    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's mean norm)."""
+    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's
+    median norm over ordinary positions)."""
     default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
     """Coefficients used when `coefficient` is not given."""
     coefficient: Any = None

@@ -82,8 +82,8 @@ class LatentFacts:
 
     table: pd.DataFrame
     groups: tuple[str, ...]
-    mean_norm: float
-    """Mean norm of the written stream at the analysed rows."""
+    median_norm: float
+    """Median norm of the written stream at the ordinary ones of the analysed rows."""
     alpha: float
     directions: Callable[[Sequence[int]], Tensor]
     """Latents -> `[n, d]`, what one unit of each adds to the stream (`sae.directions`)."""

@@ -237,7 +237,7 @@ def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
 
 
 def _together(strengths: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several layers, what is added in all, and that over each layer's mean norm, summed."""
+    """Of several layers, what is added in all, and that over each layer's median norm, summed."""
     if len(strengths) == 1:
         return strengths[0]
     return {

@@ -44,6 +44,9 @@ _STREAM = (
     ("sparsity/dead_fraction", "never fired here"),
     ("reconstruction/explained_variance", "explained variance"),
     ("reconstruction/explained_variance_legacy", "… legacy definition"),
+    ("reconstruction/explained_variance_median", "… median position"),
+    ("reconstruction/explained_variance_all_positions", "… with high-norm positions"),
+    ("reconstruction/n_high_norm", "high-norm positions"),
     ("reconstruction/cosine", "cosine"),
     ("check/explained_variance", "explained variance, neutral text"),
 )

@@ -57,6 +57,9 @@ _TABLES = {
     "reconstruction": {
         "explained_variance": "explained variance",
         "explained_variance_legacy": "legacy",
+        "explained_variance_median": "median position",
+        "explained_variance_all_positions": "with high norms",
+        "n_high_norm": "high-norm positions",
         "cosine": "cosine",
         "mse": "squared error",
         "l2_ratio": "norm ratio",

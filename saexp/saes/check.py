@@ -47,12 +47,12 @@ def check_fit(
     sae: SparseAutoencoder,
     acts: Float[Tensor, "n d"],
     special: Bool[Tensor, " n"],
-    neighbours: Mapping[Hookpoint, Float[Tensor, "n d"] | Pair],
+    neighbours: Mapping[Hookpoint, Float[Tensor, "_ d"] | Pair],
     target: Float[Tensor, "n d_out"] | None = None,
 ) -> Fit:
     """Compare the SAE's reading of `acts` with its reading of what may have been meant instead.
 
-    `special`: which rows are special tokens. `neighbours`: the same rows one layer down and up; of
+    `special`: which rows are special tokens. `neighbours`: ordinary rows one layer down and up; of
     a transcoder both streams there, and `target` is the stream that it predicts at its own.
     Explained variance as in REFERENCE.md, section 3.
     """

@@ -1,5 +1,6 @@
 """task=analyze: collect, encode, contrast, steer, report."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from saexp.tasks.describe import describe
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-from saexp.tasks.shared import analysed, encoded
+from saexp.tasks.shared import CONTRASTED, analysed, encoded, encoded_neutral, high_norm_notes
 from saexp.tasks.steering import check_steerable, intervene
 from saexp.tasks.worth import add_scores, attribution
 
@@ -52,9 +53,11 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
             with_neighbours(cfg, context.ahead),
         )
     with context.stage("encode"):
+        gathered = replace(gathered, neutral=neutral)
         notes = settle_factor(cfg, sae, neutral)
-        latents, stream_metrics = encoded(gathered.store, sae, gathered.placement.rows)
-        background, _ = encoded(neutral.store, sae, neutral.placement.rows)
+        latents, stream_metrics = encoded(gathered, sae)
+        background = encoded_neutral(neutral, sae)
+        notes += high_norm_notes(gathered, sae, CONTRASTED)
     with context.stage("check"):
         checked = check_sae(cfg, sae, model, gathered, neutral)
     forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded

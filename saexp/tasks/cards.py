@@ -77,7 +77,7 @@ def _labels(gathered: Gathered) -> tuple[list[str], np.ndarray]:
 def tallied(
     latents: list[int], sae: SparseAutoencoder, gathered: Gathered, options: Options, seed: int
 ) -> tuple[list[str], Tally]:
-    """(labels of the groups, the chosen latents over all rows)."""
+    """(labels of the groups, the chosen latents over all ordinary rows)."""
     labels, of_row = _labels(gathered)
     tally = Tally(
         np.array(latents, dtype=np.int64),
@@ -89,7 +89,8 @@ def tallied(
         seed=seed,
     )
     texts = gathered.placement.rows["text_id"].to_numpy(dtype=np.int64)
-    return labels, tally_store(gathered.store, sae, texts, of_row, tally)
+    ordinary = gathered.ordinary(sae.hookpoints).mask
+    return labels, tally_store(gathered.store, sae, texts, of_row, tally, ordinary)
 
 
 def numbers(tally: Tally, i: int) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def examples(
     model: LanguageModel,
     options: Options,
 ) -> list[dict[str, Any]]:
-    """Per latent the strongest examples and those at quantiles, every token with its value."""
+    """Per latent the strongest examples and those at quantiles, every ordinary token with its
+    value."""
     placement = gathered.placement
     windows = Windows(
         placement.rows,
@@ -120,6 +122,7 @@ def examples(
         model.tokenizer,
         before=options.before,
         after=options.after,
+        shown=gathered.ordinary(sae.hookpoints).mask,
     )
     wanted: dict[int, np.ndarray] = {}
     shown: list[list[tuple[float | None, list[tuple[int, Window]]]]] = []

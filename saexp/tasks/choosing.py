@@ -10,11 +10,11 @@ from saexp import registry
 from saexp.analysis.base import AnalysisInputs
 from saexp.config import PositionsConfig, RunConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import encode_store
 from saexp.latents.examples import firing_counts, unit_latents
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.gathering import Gathered, gather
+from saexp.tasks.shared import encoded_neutral
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def choose(
             how = f"the contrast's best at {where.replace('_', ' ')}"
             return Chosen([int(f) for f in best], how, table, groups, notes)
     why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
-    counts = firing_counts(gathered.store, sae)
+    counts = firing_counts(gathered.store, sae, gathered.ordinary(sae.hookpoints).mask)
     order = np.argsort(-counts, kind="stable")[:asked]
     notes += [f"{why}, so these are the latents that fire on most positions"]
     return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)
@@ -125,11 +125,10 @@ def _contrast(
 ) -> pd.DataFrame:
     most = max(n, cfg.analyzer.top_k)
     analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
-    background, _ = encode_store(neutral.store, sae, neutral.placement.rows)
     inputs = AnalysisInputs(
         latents=unit_latents(at.store, sae, at.placement.rows),
         groups=at.examples.groups,
         layer=sae.hookpoint.layer,
-        background=background,
+        background=encoded_neutral(neutral, sae),
     )
     return registry.build("analyzer", analyzer).analyze(inputs).tables["latents"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ from saexp.tasks.choosing import Chosen, choose
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.tasks.shared import high_norm_notes
 from saexp.wording import sae_words
 
 
@@ -54,7 +56,9 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             cfg.analyzer.n_background,
             with_neighbours(cfg, context.ahead),
         )
+    gathered = replace(gathered, neutral=neutral)
     notes = [*gathered.examples.notes, *neutral.examples.notes, *settle_factor(cfg, sae, neutral)]
+    notes += high_norm_notes(gathered, sae, "the dashboard's examples and numbers leave them out")
     result = TaskResult(metrics=gathered.metrics, notes=notes)
     result.merge(settled)
     result.merge(check_sae(cfg, sae, model, gathered, neutral))

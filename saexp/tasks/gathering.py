@@ -7,6 +7,7 @@ from typing import Any
 
 from saexp import registry
 from saexp.activations.collector import CollectionStats, Part, collect
+from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.config import DatasetConfig, PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
@@ -58,6 +59,16 @@ class Gathered:
     placement: Placement
     store: ActivationStore
     stats: CollectionStats
+    max_norm_ratio: float | None = None
+    """Norm of an ordinary position over the median norm, at most; None: all are ordinary."""
+    neutral: "Gathered | None" = None
+    """Neutral text whose median norm counts; the median of these positions where there is none."""
+
+    def ordinary(self, hookpoints: Sequence[Hookpoint]) -> OrdinaryRows:
+        """Which positions are ordinary at all of these hookpoints."""
+        reference = self.store if self.neutral is None else self.neutral.store
+        limits = norm_limits(reference, hookpoints, self.max_norm_ratio)
+        return OrdinaryRows(self.store, limits, self.max_norm_ratio)
 
     @property
     def metrics(self) -> dict[str, float | int | None]:
@@ -156,7 +167,7 @@ def _collected(
         },
         verify=cfg.verify,
     )
-    return Gathered(examples, placement, store, stats)
+    return Gathered(examples, placement, store, stats, cfg.positions.max_norm_ratio)
 
 
 def _changed(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:

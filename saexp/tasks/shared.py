@@ -17,14 +17,20 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.config import AnalyzerConfig
 from saexp.digests import code_digest, digest_of
 from saexp.latents.encode import Latents, encode_store
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SAE
 from saexp.saes.identity import sae_identity
+from saexp.tasks.gathering import Gathered
 
 KEPT_BYTES = 2**30
 """Memory of all that is kept, at most."""
 StreamNumbers = dict[str, float | None]
+ANALYSED = "sparsity and reconstruction metrics leave them out, the analysis does not"
+CONTRASTED = "sparsity and reconstruction metrics leave them out, the contrast does not"
+DESCRIBED = "sparsity and reconstruction metrics and the analysis leave them out"
+"""What follows for positions of high norm."""
 
 
 class Shelf:
@@ -61,16 +67,37 @@ class Shelf:
 _shelf = Shelf()
 
 
-def encoded(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> tuple[Latents, StreamNumbers]:
-    """As `encode_store`; the same store, SAE and rows are encoded once. Not to be written to."""
-    key = _latents_key(store, sae, rows)
+def encoded(gathered: Gathered, sae: SAE) -> tuple[Latents, StreamNumbers]:
+    """Latents at the run's positions, and metrics of the ordinary ones, as `encode_store` gives.
+
+    The same store, SAE and rows are encoded once. Not to be written to.
+    """
+    store, rows = gathered.store, gathered.placement.rows
+    ordinary = gathered.ordinary(streams_of(sae)).mask
+    key = _latents_key(store, sae, rows, ordinary)
     found = _shelf.get(key)
     if found is None:
-        latents, metrics = encode_store(store, sae, rows)
+        latents, metrics = encode_store(store, sae, rows, ordinary)
         found = dataclasses.replace(latents, key=key), metrics
         _shelf.put(key, found, _size(found[0]))
     latents, metrics = found
     return latents, dict(metrics)
+
+
+def encoded_neutral(neutral: Gathered, sae: SAE) -> Latents:
+    """Latents at the ordinary positions of neutral text."""
+    return encoded(neutral, sae)[0].where(neutral.ordinary(streams_of(sae)).mask)
+
+
+def high_norm_notes(gathered: Gathered, sae: SAE, consequence: str) -> list[str]:
+    """One line where some of the run's positions have high norms, and what follows for them."""
+    return gathered.ordinary(streams_of(sae)).notes(consequence)
+
+
+def streams_of(sae: SAE) -> list[Hookpoint]:
+    """What it reads, and a transcoder's output."""
+    out = getattr(sae, "hookpoint_out", None)
+    return [sae.hookpoint] if out is None else [sae.hookpoint, out]
 
 
 def analysed(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> TaskResult:
@@ -107,12 +134,16 @@ def _table_size(table: pd.DataFrame) -> int:
     return int(table.memory_usage(deep=True).sum())
 
 
-def _latents_key(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> str | None:
+def _latents_key(
+    store: ActivationStore, sae: SAE, rows: pd.DataFrame, ordinary: np.ndarray
+) -> str | None:
     about = sae_identity(sae)
-    streams = [sae.hookpoint, getattr(sae, "hookpoint_out", None)]
     listed = store.manifest["hookpoints"]
-    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams if h is not None]
-    return None if about is None else digest_of(store.path.name, shards, about, _rows_key(rows))
+    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams_of(sae)]
+    counted = hashlib.sha256(ordinary.tobytes()).hexdigest()
+    if about is None:
+        return None
+    return digest_of(store.path.name, shards, about, _rows_key(rows), counted)
 
 
 def _sums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

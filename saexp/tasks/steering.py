@@ -62,15 +62,33 @@ def intervene(
     if layered:
         saes = {at.sae.hookpoint: at.sae for at in layered.values()}
         facts = replace(facts, layers=of_layer, saes=saes)
-    return run_intervention(
-        intervention,
-        facts,
-        model,
-        sae,
-        gathered.examples.examples,
-        background_texts(cfg.dataset),
-        cfg.dataset.max_length,
-        cfg.cache_dir,
+    result = _unit(cfg, of_layer)
+    result.merge(
+        run_intervention(
+            intervention,
+            facts,
+            model,
+            sae,
+            gathered.examples.examples,
+            background_texts(cfg.dataset),
+            cfg.dataset.max_length,
+            cfg.cache_dir,
+        )
+    )
+    return result
+
+
+def _unit(cfg: RunConfig, of_layer: Mapping[int, LatentFacts]) -> TaskResult:
+    """What one unit of the coefficient is, where it is the stream's median norm."""
+    if cfg.intervention.name != "steer" or cfg.intervention.unit != "resid_norm":
+        return TaskResult()
+    told = ", ".join(f"{f.median_norm:.4g} at {f.written.name}" for f in of_layer.values())
+    ending = {n: f"_layer_{n}" if len(of_layer) > 1 else "" for n in of_layer}
+    return TaskResult(
+        metrics={f"intervention/resid_norm{ending[n]}": f.median_norm for n, f in of_layer.items()},
+        notes=[
+            f"coefficients are in units of the stream's median norm over ordinary positions: {told}"
+        ],
     )
 
 
@@ -163,7 +181,10 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     )
     groups = gathered.examples.groups
     train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
-    csr = latents.csr[train] if train.any() else latents.csr
+    written = sae.hookpoint_out or sae.hookpoint
+    ordinary = gathered.ordinary(sae.hookpoints)
+    measured = train & ordinary.mask if (train & ordinary.mask).any() else ordinary.mask
+    csr = latents.csr[measured]
     ids = table["latent"].to_numpy()
     facts = table[["latent", "direction", "selected", "rank", "q_value"]].copy()
     least = cfg.intervention.min_output_score
@@ -181,7 +202,6 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     facts["norm"] = sae.directions(ids.tolist()).float().norm(dim=-1).cpu().numpy()
     facts["max_act"] = active_quantile(csr, ids, 1.0)
     facts["p99_act"] = active_quantile(csr, ids, 0.99)
-    written = sae.hookpoint_out or sae.hookpoint
 
     def stream() -> StreamRows:
         acts = gathered.store.acts(written.layer, written.stream)
@@ -196,7 +216,7 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     return LatentFacts(
         table=facts,
         groups=groups,
-        mean_norm=gathered.store.mean_norm(written),
+        median_norm=ordinary.median_norm(written),
         alpha=cfg.analyzer.alpha,
         directions=sae.directions,
         hookpoint=sae.hookpoint,

@@ -53,7 +53,7 @@ def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
     return LatentFacts(
         table=table,
         groups=groups,
-        mean_norm=7.0,
+        median_norm=7.0,
         alpha=0.05,
         directions=lambda chosen: decoder[list(chosen)],
         hookpoint=AT,

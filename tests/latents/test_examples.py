@@ -163,6 +163,36 @@ def test_correlations_are_numpys(
     assert np.isnan(tally.correlations_of(3)).all()
 
 
+@pytest.mark.parametrize("correlate", [True, False])
+@pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
+def test_rows_of_high_norm_are_as_if_they_were_not_there(
+    store: ActivationStore,
+    auto: SparseAutoencoder,
+    dense: np.ndarray,
+    chunk_rows: int,
+    correlate: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    ordinary = np.ones(N_ROWS, dtype=bool)
+    # The rows where the chosen latents are strongest.
+    ordinary[dense[:, CHOSEN].argmax(0)] = False
+    tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, correlate=correlate)
+    tally_store(store, auto, TEXT_OF, GROUP_OF, tally, ordinary)
+    counts = firing_counts(store, auto, ordinary)
+    assert counts.tolist() == (dense[ordinary] != 0).sum(0).tolist()
+    assert tally.n_rows == ordinary.sum()
+    for i, latent in enumerate(CHOSEN):
+        values = np.where(ordinary, dense[:, latent], 0)
+        assert tally.maximum[i] == pytest.approx(values.max(), rel=1e-5)
+        assert tally.active[i].sum() == (values != 0).sum()
+        best = tally.top(i)
+        np.testing.assert_allclose(best["value"], values[best["row"]], rtol=1e-5)
+        if values.any():
+            assert best["row"].iloc[0] == values.argmax()
+        assert ordinary[tally.sample(i)["row"]].all()
+
+
 def test_counts_and_chosen_values_equal_dense_ones(
     store: ActivationStore, auto: SparseAutoencoder, dense: np.ndarray
 ) -> None:

@@ -20,8 +20,8 @@ KNOWN = (
 )
 UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
-    "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's mean "
-    "norm: refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
+    "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's "
+    "median norm: refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
 )
 BESIDE = "; 2 matched controls 0.70 to 0.75 (p < 0.001 against their mean)"
 
