@@ -186,4 +186,5 @@ def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> s
         None if inputs.model is None else _model_key(inputs.model),
         sae,
         inputs.max_length,
+        sorted((at.name, limit) for at, limit in inputs.norm_limits.items()),
     )
