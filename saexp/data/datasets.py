@@ -289,7 +289,7 @@ def _memorized(where: str, row: Mapping[str, Any]) -> tuple[str | None, str | No
     try:
         n_matching = float(matching)
     except ValueError as error:
-        raise DataError(f"{where}: matching_tokens '{matching}' is no number") from error
+        raise DataError(f"{where}: matching_tokens '{matching}' is not a number") from error
     if n_matching == 0:
         return "not_memorized", None
     return None, "perfect_match" if perfect is None else None

@@ -196,7 +196,7 @@ def test_a_fraction_of_a_token_is_not_none(memorized):
 def test_memorization_errors(memorized):
     path = memorized(("False", "many"))
     assert message_of(lambda: build("memorization", path=path)) == (
-        f"{path}:2: matching_tokens 'many' is no number"
+        f"{path}:2: matching_tokens 'many' is not a number"
     )
     path = memorized(("False", 3))
     assert message_of(lambda: build("memorization", path=path)) == (
