@@ -190,7 +190,7 @@ class LatentIntervention(ABC):
         table = facts.table
         asked = self.cfg.latents_at(facts.hookpoint.layer)
         if asked == SELECTED:
-            chosen = table[table["selected"]].sort_values("rank")
+            chosen = table[table["selected"]].sort_values("rank", kind="stable")
             return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
         facts.check(asked)
         return table[table["latent"].isin(asked)]

@@ -129,4 +129,4 @@ def _contrast(
 def _changed(cfg: RunConfig, layer: int, table: pd.DataFrame) -> pd.DataFrame:
     asked = cfg.intervention.latents_at(layer)
     mine = table["latent"].isin(asked) if isinstance(asked, list) else table["selected"]
-    return table[mine].sort_values("rank")
+    return table[mine].sort_values("rank", kind="stable")
