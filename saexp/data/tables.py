@@ -265,10 +265,6 @@ def to_examples(
     """
     columns = {ours: theirs for ours, theirs in cfg.columns.items() if theirs is not None}
     for ours, theirs in columns.items():
-        if ours not in FIELDS:
-            raise ConfigError(
-                f"dataset.columns.{ours}: unknown; the columns are {', '.join(FIELDS)}"
-            )
         if not any(theirs in row for _, row in rows):
             raise DataError(f"{source}: no row has the column '{theirs}' (dataset.columns.{ours})")
     missing = MissingValues(cfg.missing_values)

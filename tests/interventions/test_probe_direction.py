@@ -51,7 +51,7 @@ def facts(rows: pd.DataFrame, acts: np.ndarray) -> LatentFacts:
     return LatentFacts(
         table=pd.DataFrame({"latent": []}),
         groups=GROUPS,
-        mean_norm=1.0,
+        median_norm=1.0,
         alpha=0.05,
         directions=lambda _: torch.zeros(0, D),
         hookpoint=AT,
