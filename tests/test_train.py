@@ -188,8 +188,10 @@ def test_checkpoints_are_known_by_the_rows_that_are_trained_on(cache, tmp_path):
         return _key(cfg, store, at, width, rows)
 
     other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"), max_norm_ratio=5.0)
+    limited = SimpleNamespace(store=store.store, max_norm_ratio=3.0)
     changed = [
         key(),
+        key(store=limited),
         key("seed=1"),
         key("sae_trainer.n_samples=99"),
         key("sae_trainer=topk"),
