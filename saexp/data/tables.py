@@ -67,12 +67,18 @@ def _json_lines(file: Path) -> Iterator[Row]:
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f'{where}: a row must be an object such as {{"text": "…"}}')
-            if "\\ud" in line.lower():
-                _check_characters(where, row)
+            if may_hold_surrogates(line):
+                check_characters(where, row)
             yield where, row
 
 
-def _check_characters(where: str, row: dict[str, Any]) -> None:
+def may_hold_surrogates(text: str) -> bool:
+    """Whether JSON text has escapes of surrogates, which may be halves of characters."""
+    return "\\ud" in text.lower()
+
+
+def check_characters(where: str, row: dict[str, Any]) -> None:
+    """Raise DataError where a row holds half a character, which nothing can write as UTF-8."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -265,10 +271,6 @@ def to_examples(
     """
     columns = {ours: theirs for ours, theirs in cfg.columns.items() if theirs is not None}
     for ours, theirs in columns.items():
-        if ours not in FIELDS:
-            raise ConfigError(
-                f"dataset.columns.{ours}: unknown; the columns are {', '.join(FIELDS)}"
-            )
         if not any(theirs in row for _, row in rows):
             raise DataError(f"{source}: no row has the column '{theirs}' (dataset.columns.{ours})")
     missing = MissingValues(cfg.missing_values)

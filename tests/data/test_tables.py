@@ -418,6 +418,6 @@ def test_a_mapping_of_a_column_that_does_not_exist(write):
     path = write(*TWO)
     message = message_of(lambda: read(path, columns={"txt": "text"}), ConfigError)
     assert message == (
-        "dataset.columns.txt: unknown; the columns are text, group, entity, span, entity_type, "
+        "dataset.columns=txt is not known; choose from text, group, entity, span, entity_type, "
         "prompt, answer, id, split"
     )
