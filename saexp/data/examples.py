@@ -73,9 +73,9 @@ def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
     if not skips:
         return []
     reasons = Counter(s.reason for s in skips).most_common()
-    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
+    listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
     verb = "was" if len(skips) == 1 else "were"
-    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
+    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {listed}"]
 
 
 @dataclass(kw_only=True)

@@ -57,8 +57,8 @@ class _Positions(ABC):
     """Base: holds the config; `select` gives indices, or raises Unplaced with the reason."""
 
     reads_cut = True
-    """Whether it is worth a note that a text was cut: false where a span says what is read, which
-    is there whole or not at all."""
+    """Whether a note reports that a text was cut: false where a span says what is read, which is
+    there whole or not at all."""
 
     def moved(self, tokens: TokenizedText) -> bool:  # noqa: ARG002
         """Whether the tokens chosen in this cut text are others than in the whole text."""

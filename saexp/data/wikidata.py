@@ -190,9 +190,9 @@ def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
         return
     if made_by == query:
         return
-    told = next((n for n in query if made_by.get(n) != query[n]), "query")
+    option = next((n for n in query if made_by.get(n) != query[n]), "query")
     raise ConfigError(
-        f"dataset.path={file} was fetched with {told}={made_by.get(told)}, not {query.get(told)}; "
+        f"dataset.path={file} was fetched with {option}={made_by.get(option)}, not {query.get(option)}; "
         "delete it to fetch anew, or type another dataset.path="
     )
 
