@@ -192,8 +192,8 @@ def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
         return
     option = next((n for n in query if made_by.get(n) != query[n]), "query")
     raise ConfigError(
-        f"dataset.path={file} was fetched with {option}={made_by.get(option)}, not {query.get(option)}; "
-        "delete it to fetch anew, or type another dataset.path="
+        f"dataset.path={file} was fetched with {option}={made_by.get(option)}, not "
+        f"{query.get(option)}; delete it to fetch anew, or type another dataset.path="
     )
 
 
