@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import saexp
+from saexp.config import DatasetConfig
 from saexp.data.examples import Example
+from saexp.data.tables import read_rows, to_examples
 from saexp.data.tokens import tokenize
 from saexp.errors import ConfigError, DataError
 from saexp.interventions import engine
@@ -204,7 +206,7 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
     for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
         asked, ids, skips = module._prompts(made, model, Options(form=form), 200)
         assert skips == []
-        assert [(text, read) for _, text, read in asked] == [
+        assert [(text, read.text) for _, text, read in asked] == [
             (question, model.chat_text(question) + begun)
         ]
         assert ids[0].count(model.tokenizer.bos_token_id) == 1
@@ -226,8 +228,8 @@ def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
         messages, tokenize=False, add_generation_prompt=True
     )
     begun = "The city of Marta is in the country of" if form == "begun" else ""
-    assert read == templated + begun
-    assert list(ids) == list(model.tokenizer(read, add_special_tokens=False)["input_ids"])
+    assert read.text == templated + begun
+    assert list(ids) == list(model.tokenizer(read.text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("of", list(base_tokenizers()))
@@ -399,9 +401,31 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
     for row in rows:
         assert row["prompt"].startswith("So")
         assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
+        assert "span" not in row
         (tokens,) = tokenize([row["text"]], read, 200)
         assert tokens.ids.count(read.bos_token_id) == 1
         assert read.decode(tokens.ids[-1:]) == ":"
+
+
+@pytest.mark.parametrize("form", ["question", "begun"])
+@pytest.mark.parametrize("entity", ["model", "user", "Uvo"])
+def test_in_chat_the_entity_s_mention_is_not_the_template_s(cache, tmp_path, entity, form):
+    random_hf("llama").save_pretrained(tmp_path / "model")
+    tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    file = tmp_path / "mine.jsonl"
+    row = {"text": f"The city {entity}", "entity": entity, "entity_type": "city"}
+    file.write_text(json.dumps({**row, "attributes": {"country": "Norway"}}))
+    words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
+    words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
+    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2"]
+    run = saexp.run(saexp.compose([*words, f"task.options.form={form}"]), tmp_path / "run")
+    rows = read_rows(str(run.path / "answers.jsonl"), "jsonl")
+    ((read,), _) = to_examples(rows, DatasetConfig(name="jsonl"), "answers.jsonl")
+    before, _, after = read.text.rpartition(entity if form == "begun" else f"city of {entity}?")
+    start = len(before) if form == "begun" else len(before) + len("city of ")
+    assert read.entity == entity
+    assert read.spans[-1] == (start, start + len(entity))
+    assert after
 
 
 def test_an_attribute_by_another_name_is_asked_in_its_own_words(cache, tmp_path):

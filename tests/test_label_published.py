@@ -104,6 +104,11 @@ def test_a_template_may_be_typed_with_or_without_quotes_and_plus(sign: str, valu
     assert [typed] in (["Who wrote the book {entity}?"], [["Who wrote the book {entity}?"]])
 
 
+def test_a_template_may_begin_with_the_entity():
+    cfg = saexp.compose([*SHORT, "task.options.templates.book.creator={entity} was written by"])
+    assert cfg.task.options["templates"]["book"]["creator"] == "{entity} was written by"
+
+
 def test_other_overrides_stay_as_they_are():
     words = ["layer=2", "+task.options.n_samples=3", "task.options.rules={}", "-m", "a={b}"]
     assert with_free_keys(words) == words

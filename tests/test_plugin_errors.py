@@ -51,6 +51,14 @@ def listed(cfg):
 def nothing(cfg, context):
     return None
 
+@saexp.register("positions", "end")
+class End:
+    def __init__(self, cfg):
+        pass
+
+    def select(self, at):
+        return [len(at.tokens) - 1]
+
 @saexp.register("tracker", "half")
 class Half:
     def __init__(self, cfg):
@@ -184,3 +192,9 @@ def test_python_users_see_their_own_error(tmp_path: Path) -> None:
     (tmp_path / "plug_two.py").write_text("1 / 0\n")
     with pytest.raises(PluginError, match=r"plug_two.py:1: ZeroDivisionError"):
         saexp.run(saexp.compose([*SMALL, "plugins=[plug_two]"]), tmp_path / "run")
+
+
+def test_positions_of_a_plugin_need_no_config_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "plug.py").write_text(MODULE)
+    found = command(tmp_path, *SMALL, "plugins=[plug]", "positions.name=end")
+    assert found.code == 0, found.err

@@ -22,6 +22,7 @@ def _with_free_key(override: str) -> str:
     if not match:
         return override
     key, group, value = match.groups()
-    if group == "templates" and "{" in value and value.lstrip()[:1] not in ("'", '"', "[", "{"):
+    plain = value.lstrip().startswith("{entity}") or value.lstrip()[:1] not in ("'", '"', "[", "{")
+    if group == "templates" and "{" in value and plain:
         value = '"' + value.replace('"', r"\"") + '"'
     return f"++{key}={value}"

@@ -29,11 +29,18 @@ class Example:
     entity_type: str | None = None
     prompt: str | None = None
     """What interventions run on; `text` where None."""
+    message: str | None = None
+    """The user's message as given, where `prompt` is a chat template's output."""
     answers: tuple[str, ...] = ()
     answer_space: str = "auto"
     """How an answer follows the prompt, see `data.answer_tokens` (config: dataset.answer_space)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The file's other columns."""
+
+    @property
+    def question(self) -> str:
+        """What the model is asked, without a chat template around it."""
+        return self.message or self.prompt or self.text
 
     @property
     def unit(self) -> str:
@@ -66,9 +73,9 @@ def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
     if not skips:
         return []
     reasons = Counter(s.reason for s in skips).most_common()
-    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
+    listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
     verb = "was" if len(skips) == 1 else "were"
-    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
+    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {listed}"]
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from saexp.data.answer_text import runs_of, words
 from saexp.data.examples import Example
 from saexp.data.matchers import Rules, canonical, is_correct, type_key
 from saexp.data.templates import TEMPLATES, Templates
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, DataError
 
 KNOWN, UNKNOWN, DROPPED = "known", "unknown", "dropped"
 LABELS = ("correct", "refusal", "error")
@@ -120,7 +120,8 @@ def read_attributes(value: Any) -> list[tuple[str, Any]]:
     for item in value:
         if not isinstance(item, Mapping) or not {"attribute_type", "attribute_value"} <= set(item):
             raise ValueError("an attribute needs attribute_type and attribute_value")
-        pairs.append((str(item["attribute_type"]), item["attribute_value"]))
+        if item["attribute_type"] is not None:
+            pairs.append((str(item["attribute_type"]), item["attribute_value"]))
     return pairs
 
 
@@ -161,6 +162,9 @@ def questions(
                     not_asked[reason] = not_asked.get(reason, 0) + 1
                 elif accepted := truths_of(value, attribute):
                     truths[attribute] = tuple(dict.fromkeys(truths.get(attribute, ()) + accepted))
+                else:
+                    reason = f"{entity_type} {attribute} without a value"
+                    not_asked[reason] = not_asked.get(reason, 0) + 1
             made += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
         elif key in asked_of_type:
             made += [_asked(first, a, kinds[a], ()) for a in asked_of_type[key]]
@@ -181,7 +185,10 @@ def no_template(entity_type: str | None, attribute: str) -> str:
 
 def _attributes(example: Example) -> list[tuple[str, Any]]:
     value = example.extra.get("attributes")
-    return read_attributes(value) if value else []
+    try:
+        return read_attributes(value) if value else []
+    except ValueError as error:
+        raise DataError(f"example {example.id}: {error}") from error
 
 
 def _asked(

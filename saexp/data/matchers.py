@@ -16,6 +16,7 @@ from saexp.data.answer_text import (
     Asked,
     Window,
     content,
+    normalised,
     runs_of,
     words,
 )
@@ -364,8 +365,8 @@ def is_correct(
 
     Words that only repeat the `question` (the prompt as asked) or the `entity` do not count.
     Without an attribute, or with one that has no rule, a truth that is a number is compared as a
-    number, and one of everyday words ("yes", "The Who") as it is written; any other as `_text`
-    says. No truths: False.
+    number, one of everyday words ("yes", "The Who") as it is written, and one without words ("+",
+    an emoji) must begin the answer; any other as `_text` says. No truths: False.
     """
     rule = (rules or Rules()).rule(entity_type, attribute)
     asked = Asked(
@@ -395,6 +396,8 @@ def _by_kind(truths: Sequence[str], rule: Rule) -> list[tuple[str, list[str]]]:
             kind = "number"
         elif kind in ("text", "name") and everyday:
             kind = "first" if kind == "text" else "written"
+        elif kind in ("text", "name") and not words(truth) and truth.strip():
+            kind = "symbols"
         found.setdefault(kind, []).append(truth)
     return list(found.items())
 
@@ -403,6 +406,12 @@ def _comes_first(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool
     """Whether the answer begins with the words of a truth ("yes", "no")."""
     given = content(answer.words)
     return any(given[: len(w)] == w for w in (content(words(truth)) for truth in truths))
+
+
+def _begins_with_symbols(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
+    """Whether the answer begins with a truth that has no words ("+", an emoji)."""
+    given = answer.text.lstrip()
+    return any(given.startswith(normalised(truth).strip()) for truth in truths)
 
 
 def _is_written(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
@@ -424,4 +433,5 @@ _JUDGES: Mapping[str, Callable[[AnswerText, Sequence[str], Rule], bool]] = {
     "coordinates": _is_place,
     "first": _comes_first,
     "written": _is_written,
+    "symbols": _begins_with_symbols,
 }

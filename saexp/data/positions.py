@@ -57,8 +57,8 @@ class _Positions(ABC):
     """Base: holds the config; `select` gives indices, or raises Unplaced with the reason."""
 
     reads_cut = True
-    """Whether it is worth a note that a text was cut: false where a span says what is read, which
-    is there whole or not at all."""
+    """Whether a note reports that a text was cut: false where a span says what is read, which is
+    there whole or not at all."""
 
     def moved(self, tokens: TokenizedText) -> bool:  # noqa: ARG002
         """Whether the tokens chosen in this cut text are others than in the whole text."""
@@ -242,6 +242,23 @@ class Continuation(_Positions):
         return _of_span(at.tokens, at.example.spans[-1], "continuation")
 
 
+def selected(positions: Any, at: Candidate) -> list[int]:
+    """What positions, those of a plugin too, choose in a text, checked.
+
+    Raises Unplaced where they choose nothing, DataError for an index that the text does not have.
+    """
+    chosen = [int(index) for index in positions.select(at)]
+    if not chosen:
+        raise Unplaced("no position chosen")
+    outside = [index for index in chosen if not 0 <= index < len(at.tokens)]
+    if outside:
+        raise DataError(
+            f"positions chose index {outside[0]} in a text of {len(at.tokens)} tokens; "
+            "`select` must give indices from 0 on"
+        )
+    return chosen
+
+
 @dataclass
 class Placement:
     """Every position wanted, row by row, and the texts they stand in."""
@@ -280,8 +297,8 @@ def place(
         try:
             if truncation == "skip" and moved(tokens):
                 raise Unplaced(CUT)
-            indices = positions.select(
-                Candidate(example, tokens, np.random.default_rng([seed, number]))
+            indices = selected(
+                positions, Candidate(example, tokens, np.random.default_rng([seed, number]))
             )
         except Unplaced as reason:
             skips.append(Skip(example.id, str(reason)))

@@ -76,7 +76,14 @@ def in_template(example: Example, prompt: Prompt) -> Example:
     """The example as the model reads it in chat: its spans are moved with the user's message."""
     spans = tuple(s for s in map(prompt.located, example.spans) if s is not None)
     space = IN_CHAT if example.answer_space == "auto" else example.answer_space
-    return replace(example, text=prompt.text, prompt=prompt.text, spans=spans, answer_space=space)
+    return replace(
+        example,
+        text=prompt.text,
+        prompt=prompt.text,
+        message=example.text,
+        spans=spans,
+        answer_space=space,
+    )
 
 
 def _framed(text: str, message: str, before: str, after: str) -> Prompt:

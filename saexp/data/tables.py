@@ -67,12 +67,18 @@ def _json_lines(file: Path) -> Iterator[Row]:
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f'{where}: a row must be an object such as {{"text": "…"}}')
-            if "\\ud" in line.lower():
-                _check_characters(where, row)
+            if may_hold_surrogates(line):
+                check_characters(where, row)
             yield where, row
 
 
-def _check_characters(where: str, row: dict[str, Any]) -> None:
+def may_hold_surrogates(text: str) -> bool:
+    """Whether JSON text has escapes of surrogates, which may be halves of characters."""
+    return "\\ud" in text.lower()
+
+
+def check_characters(where: str, row: dict[str, Any]) -> None:
+    """Raise DataError where a row holds half a character, which nothing can write as UTF-8."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -105,7 +111,7 @@ def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
     """`column == value` -> (column, test). Raises ConfigError; nothing is evaluated as code.
 
     Numbers are compared as numbers, else text without regard to case. The test raises ValueError
-    where a column that is no number would have to be smaller or larger than one.
+    where a column that is not a number would have to be smaller or larger than one.
     """
     match = re.fullmatch(r"\s*(\w+)\s*(==|!=|>=|<=|>|<)\s*(\S.*?)\s*", text)
     if not match:
@@ -126,7 +132,7 @@ def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
         if left is not None and right is not None:
             return bool(_OPERATORS[sign](left, right))
         if right is not None and sign not in ("==", "!="):
-            raise ValueError(f"'{found}' is no number")
+            raise ValueError(f"'{found}' is not a number")
         return bool(_OPERATORS[sign](str(found).lower(), value.lower()))
 
     return column, test
@@ -177,13 +183,13 @@ def _listed(where: str, column: str, cell: Any, opening: str = "[") -> Any:
 def _mentions(where: str, entity: str, text: str) -> tuple[Span, ...]:
     spans = find_mentions(text, entity)
     if not spans:
-        told = f"{where}: entity '{entity}' does not occur in its text '{text[:60]}'"
+        message = f"{where}: entity '{entity}' does not occur in its text '{text[:60]}'"
         if look_alike(text, entity):
-            told += (
+            message += (
                 "; they look alike but differ in characters: "
                 f"{ascii(entity)} is not in {ascii(text[:60])}"
             )
-        raise DataError(told)
+        raise DataError(message)
     return spans
 
 
@@ -313,7 +319,7 @@ def _with_ids(places: Sequence[str], examples: Sequence[Example]) -> list[Exampl
     given: dict[str, str] = {}
     for where, example in zip(places, examples, strict=True):
         if example.id in given:
-            raise DataError(f"{where}: id '{example.id}' stands already at {given[example.id]}")
+            raise DataError(f"{where}: id '{example.id}' is already used at {given[example.id]}")
         if example.id:
             given[example.id] = where
     done = []

@@ -109,12 +109,12 @@ def _framed(
     )
 
 
-def _fast(
-    texts: list[str],
-    tokenizer: Any,
-    n_located: int | None,  # noqa: ARG001
-) -> list[TokenizedText]:
-    """Without special tokens around them, whole."""
+def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[TokenizedText]:
+    """Without special tokens around them; of a longer text its first `max_length` + 2 tokens.
+
+    Those show that it is longer, even without a BOS of its own; to convert more would be in vain.
+    """
+    kept = slice(None if max_length is None else max_length + 2)
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -126,9 +126,9 @@ def _fast(
     return [
         TokenizedText(
             text=text,
-            ids=tuple(ids),
-            offsets=tuple((int(a), int(b)) for a, b in offsets),
-            special=tuple(t in special_ids for t in ids),
+            ids=tuple(ids[kept]),
+            offsets=tuple((int(a), int(b)) for a, b in offsets[kept]),
+            special=tuple(t in special_ids for t in ids[kept]),
             truncated=False,
         )
         for text, ids, offsets in zip(

@@ -94,7 +94,7 @@ def as_list(text: str, opening: str = "[") -> list[Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = _python_value(text)
     return list(value) if isinstance(value, list | tuple) else None
 

@@ -11,11 +11,12 @@ import pandas as pd
 
 from saexp.config import DatasetConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
-from saexp.data.examples import Example, ExampleSet
+from saexp.data.examples import Example, ExampleSet, Skip, skip_notes
 from saexp.data.labels import DROPPED, Thresholds, entity_groups, pick, read_attributes, truths_of
 from saexp.data.lines import open_text
 from saexp.data.matchers import Rules, canonical, is_correct
 from saexp.data.mentions import find_mentions
+from saexp.data.tables import check_characters, may_hold_surrogates
 from saexp.data.values import MissingValues
 from saexp.data.wikidata_query import ENDPOINT, fetch_entities, sparql
 from saexp.errors import ConfigError, DataError
@@ -55,15 +56,19 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     queries: list[dict[str, Any]] = []
     missing = MissingValues(cfg.missing_values)
-    n_rows = 0
+    n_rows, skips = 0, []
     for where, published in read_published(cfg.path):
         row = missing.cleaned(published)
         n_rows += 1
+        nameless = [c for c in ("entity_type", "entity") if c in row and row[c] is None]
+        if nameless:
+            skips.append(Skip(where, f"{nameless[0]} is empty or a missing value"))
+            continue
         key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
         if "attributes" in row:
             pairs = entities.setdefault(key, [])
             try:
-                pairs += [p for p in read_attributes(row["attributes"]) if p not in pairs]
+                pairs += [p for p in read_attributes(row["attributes"] or []) if p not in pairs]
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
         else:
@@ -107,8 +112,11 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             )
         )
     if not examples:
-        raise DataError(f"{cfg.path}: no entity is known or unknown by its labels")
-    made = finish(cfg, examples, cfg.path, missing.notes(n_rows))
+        left_out = f" ({skips[0].reason} in {len(skips)} rows)" if skips else ""
+        raise DataError(f"{cfg.path}: no entity is known or unknown by its labels{left_out}")
+    made = finish(
+        cfg, examples, cfg.path, [*missing.notes(n_rows), *skip_notes(skips, n_rows, "row")]
+    )
     dropped = sum(group == DROPPED for group in groups.values())
     if dropped:
         made.notes.append(
@@ -182,10 +190,10 @@ def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
         return
     if made_by == query:
         return
-    told = next((n for n in query if made_by.get(n) != query[n]), "query")
+    option = next((n for n in query if made_by.get(n) != query[n]), "query")
     raise ConfigError(
-        f"dataset.path={file} was fetched with {told}={made_by.get(told)}, not {query.get(told)}; "
-        "delete it to fetch anew, or type another dataset.path="
+        f"dataset.path={file} was fetched with {option}={made_by.get(option)}, not "
+        f"{query.get(option)}; delete it to fetch anew, or type another dataset.path="
     )
 
 
@@ -201,7 +209,11 @@ def read_published(path: str) -> Iterator[Row]:
     for file in files:
         with open_text(file) as opened:
             text = opened.read()
-        yield from _lines(file, text) if _is_lines(file, text) else _list(file, text)
+        escaped = may_hold_surrogates(text)
+        for where, row in _lines(file, text) if _is_lines(file, text) else _list(file, text):
+            if escaped:
+                check_characters(where, row)
+            yield where, row
 
 
 def _is_lines(file: Path, text: str) -> bool:

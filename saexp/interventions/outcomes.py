@@ -50,7 +50,8 @@ class Refusal:
         """True for a refusal; the entity's own name is taken out first."""
         text = generated.replace("\u2019", "'")
         if example.entity:
-            text = text.replace(example.entity, "it")
+            name = example.entity.replace("\u2019", "'")
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "it", text)
         return any(p.search(text) for p in self.patterns)
 
 
@@ -69,7 +70,7 @@ class Accuracy:
             list(example.answers),
             entity_type=example.entity_type,
             attribute=None if attribute is None else str(attribute),
-            question=example.prompt or example.text,
+            question=example.question,
             entity=example.entity,
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, Unplaced, entity_tokens
+from saexp.data.positions import Candidate, Unplaced, entity_tokens, selected
 from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
 from saexp.data.tokens import TokenizedText
 from saexp.models.loading import LanguageModel
@@ -64,7 +64,7 @@ def edited_positions(
             return tuple(entity)
         return (entity[-1],) if where == "entity_last" else tuple(range(entity[-1], len(tokens)))
     positions = registry.build("positions", PositionsConfig(name=where, **cfg.where_options))
-    return tuple(positions.select(Candidate(example, tokens, np.random.default_rng(seed))))
+    return tuple(selected(positions, Candidate(example, tokens, np.random.default_rng(seed))))
 
 
 def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:

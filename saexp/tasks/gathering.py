@@ -98,10 +98,10 @@ def gather(
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
-    positions = registry.build("positions", cfg.positions)
     settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
-    seed = cfg.positions.seed
-    found = _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead, part)
+    found = _collected(
+        cfg, model, hookpoints, examples, cfg.positions, settings=settings, ahead=ahead, part=part
+    )
     left = skip_notes(found.placement.skips, len(examples))
     return replace(found, examples=replace(found.examples, notes=[*found.examples.notes, *left]))
 
@@ -119,13 +119,10 @@ def gather_background(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
     )
     n = max(1, -(-n_positions // len(lines)))
-    positions = registry.build(
-        "positions", PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
-    )
+    where = PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     path = cfg.dataset.background
     settings = {} if path is None else {"background": path}
-    seed = cfg.analyzer.seed
-    return _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead)
+    return _collected(cfg, model, hookpoints, examples, where, settings=settings, ahead=ahead)
 
 
 def _collected(
@@ -133,16 +130,17 @@ def _collected(
     model: LanguageModel,
     hookpoints: list[Hookpoint],
     examples: ExampleSet,
-    positions: Any,
-    seed: int,
+    where: PositionsConfig,
+    *,
     settings: Mapping[str, Any],
     ahead: Ahead = (),
     part: Part | None = None,
 ) -> Gathered:
     data = cfg.dataset
+    positions = registry.build("positions", where)
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
     placement = place(
-        examples.examples, tokenized, positions, model.tokenizer, seed, data.truncation
+        examples.examples, tokenized, positions, model.tokenizer, where.seed, data.truncation
     )
     notes = [*examples.notes, *cut_notes(placement, examples.name, data.max_length)]
     examples = replace(examples, notes=notes)
@@ -158,11 +156,11 @@ def _collected(
         part=part,
         about={
             "dataset": examples.name,
-            "positions": positions.cfg.name,
+            "positions": where.name,
             "n_texts": len(placement.texts),
             "n_tokens": sum(len(text) for text in placement.texts),
             "dataset_settings": settings,
-            "positions_settings": _changed(positions.cfg, PositionsConfig(), _OF_POSITIONS),
+            "positions_settings": _changed(where, PositionsConfig(), _OF_POSITIONS),
             "begins_with_bos": begins_with_bos(model),
         },
         verify=cfg.verify,

@@ -11,7 +11,7 @@ import pandas as pd
 from saexp import registry
 from saexp.config import RunConfig
 from saexp.context import RunContext
-from saexp.data.examples import Example, Skip
+from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.labels import Question, entity_groups, label_answer, questions, repeats_question
 from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.errors import DataError
@@ -25,7 +25,6 @@ from saexp.reports.label import (
 )
 from saexp.results import TaskResult
 from saexp.tasks.answers import Answers, Options, answers
-from saexp.tasks.gathering import skip_notes
 from saexp.tasks.label_files import (
     GROUP_OF,
     Asked,
@@ -180,7 +179,7 @@ def _prompts(
     ]
     tokens = tokenize_prompts(model, prompts, max_length)
     prepared: list[Asked] = [
-        (replace(question, beginning=begin), text, prompt.text)
+        (replace(question, beginning=begin), text, prompt)
         for question, begin, text, prompt in zip(made, begun, texts, prompts, strict=True)
     ]
     fits = [not t.truncated for t in tokens]

@@ -12,6 +12,8 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip, assign_splits
 from saexp.data.labels import DROPPED, Question, pick
+from saexp.data.mentions import Span, find_mentions
+from saexp.data.prompts import Prompt
 from saexp.models.loading import LanguageModel
 from saexp.reports.label import write_label_report
 from saexp.results import TaskResult
@@ -19,7 +21,7 @@ from saexp.tasks.answers import labels_folder, write_whole
 from saexp.tasks.loaded import about_model
 from saexp.tasks.saving import clean_metrics, write_provenance, write_result
 
-Asked = tuple[Question, str, str]
+Asked = tuple[Question, str, Prompt]
 """(question, the prompt as text, the prompt as the model reads it)."""
 
 GROUP_OF = {"correct": "correct", "error": "incorrect", "refusal": "refused"}
@@ -125,9 +127,11 @@ def answer_rows(
     """Rows of answers.jsonl: questions by what the greedy answer to them was (`GROUP_OF`).
 
     `text` is the prompt as the model reads it, chat template included, so that positions=last is
-    where the answer begins. Questions without a true answer are left out. One question per entity,
-    a seeded choice, so that a row is an independent observation; or `every` question. Neither this
-    nor the split depends on the answers, so the same questions in other words give the same rows.
+    where the answer begins; a `span` is written where the chat template holds the entity's name
+    too ("art" in "<|start|>"), so that the mention in the question is read. Questions without a
+    true answer are left out. One question per entity, a seeded choice, so that a row is an
+    independent observation; or `every` question. Neither this nor the split depends on the answers,
+    so the same questions in other words give the same rows.
     `table` has a row per question, in the order of `asked`.
     """
     of_entity: dict[tuple[Any, ...], list[int]] = {}
@@ -148,12 +152,15 @@ def answer_rows(
     for unit, numbers in zip(split, chosen, strict=True):
         for n in numbers:
             question, prompt, read = asked[n]
+            mentions = _mentions(question, prompt, read)
+            elsewhere = mentions and mentions != find_mentions(read.text, question.entity)
             rows.append(
                 {
                     "id": f"{question.entity_type}/{question.entity}/{question.attribute or n}",
-                    "text": read,
+                    "text": read.text,
                     # An own prompt need not name the entity.
-                    "entity": question.entity if question.entity in read else None,
+                    "entity": question.entity if mentions else None,
+                    **({"span": list(mentions[-1])} if elsewhere else {}),
                     "entity_type": question.entity_type,
                     "group": GROUP_OF[judged[n]["greedy_label"]],
                     "split": unit.split,
@@ -165,3 +172,17 @@ def answer_rows(
                 }
             )
     return rows
+
+
+def _mentions(question: Question, prompt: str, read: Prompt) -> tuple[Span, ...]:
+    """The entity's mentions in what the model reads, without those in the chat template."""
+    if read.message is None:
+        return find_mentions(read.text, question.entity)
+    located = [read.located(span) for span in find_mentions(prompt, question.entity)]
+    spans = [span for span in located if span is not None]
+    start = len(read.text) - len(question.beginning)
+    if question.beginning and start >= read.message[1]:
+        spans += [
+            (start + a, start + b) for a, b in find_mentions(question.beginning, question.entity)
+        ]
+    return tuple(spans)

@@ -11,7 +11,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, read_lines
-from saexp.data.examples import Skip
+from saexp.data.examples import Skip, skip_notes
 from saexp.data.tables import read_rows
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import DataError
@@ -20,7 +20,6 @@ from saexp.models.loading import LanguageModel
 from saexp.reports.label import memorized_sentences
 from saexp.results import TaskResult
 from saexp.tasks.answers import Options, answers
-from saexp.tasks.gathering import skip_notes
 from saexp.tasks.label_files import save_labels
 from saexp.tasks.saving import skips_table
 from saexp.wording import counted

@@ -20,7 +20,7 @@ from saexp.data.labels import (
 )
 from saexp.data.matchers import Rules
 from saexp.data.templates import TEMPLATES
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, DataError
 
 
 def example(entity="Pulp Fiction", kind="movie", attributes=None, **more) -> Example:
@@ -83,6 +83,11 @@ def test_attributes_as_they_are_published_or_as_a_mapping():
             read_attributes(wrong)
 
 
+def test_attributes_in_another_form_are_one_line():
+    with pytest.raises(DataError, match="example 1: 'attributes' must be a list"):
+        questions([Example(id="1", text="x", entity="x", extra={"attributes": "{'a': 1}"})])
+
+
 def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
     made, not_asked = questions(
         [
@@ -101,7 +106,7 @@ def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
         "no template for movie budget; to ask for it, type "
         "\"task.options.templates.movie.budget='What is the budget of the movie {entity}?'\""
     )
-    assert not_asked == {"no entity": 1, reason: 1}
+    assert not_asked == {"no entity": 1, reason: 1, "movie genre without a value": 1}
 
 
 def test_invented_names_are_asked_what_others_of_their_type_are():

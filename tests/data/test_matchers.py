@@ -377,3 +377,10 @@ def test_the_papers_tolerances_can_be_typed():
             assert is_correct(f"{1980 + limit}", ["1980"], kind, attribute, rules)
             assert not is_correct(f"{1981 + limit}", ["1980"], kind, attribute, rules)
             assert not is_correct("1981", ["1980"], kind, attribute)
+
+
+@pytest.mark.parametrize("truth", ["\U0001f642", ")", "+", "\u201d"])
+def test_an_answer_of_symbols_alone_must_begin_the_answer(truth):
+    assert is_correct(f" {truth} and so on", [truth])
+    assert not is_correct(f"so {truth}", [truth])
+    assert not is_correct("", [truth])

@@ -265,3 +265,29 @@ def test_columns_of_the_file_fit_into_parquet_whatever_they_mix(values, kept, tm
     back = pd.read_parquet(tmp_path / "rows.parquet")
     assert [None if pd.isna(v) else v for v in back["x"]] == kept
     assert back.equals(rows)
+
+
+class Plain:
+    """Positions as a plugin may define them: `select` and nothing else."""
+
+    def __init__(self, *chosen: int) -> None:
+        self.chosen = chosen
+
+    def select(self, _at):
+        return self.chosen
+
+
+def test_positions_of_a_plugin_need_nothing_but_select():
+    tokens = tokenize([TEXT], tokenizer(), 4)
+    got = place([example()], tokens, Plain(0, 2), tokenizer(), 0)
+    assert indices(got) == [0, 2]
+    assert got.n_cut == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "part"), [((), "no position chosen"), ((-1,), "index -1"), ((4,), "index 4")]
+)
+def test_what_a_plugin_chooses_is_checked(chosen, part):
+    tokens = tokenize([TEXT], tokenizer(), 4)
+    with pytest.raises(DataError, match=part):
+        place([example()], tokens, Plain(*chosen), tokenizer(), 0)

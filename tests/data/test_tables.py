@@ -260,7 +260,7 @@ def test_a_rule_that_compares_with_a_missing_value(write):
 def test_a_rule_that_orders_what_is_no_number(write):
     path = write({"text": "t", "n": 0}, {"text": "t", "n": "few"})
     assert message_of(lambda: read(path, group_rule="n > 5")) == (
-        f"{path}:2: column 'n': 'few' is no number (n > 5)"
+        f"{path}:2: column 'n': 'few' is not a number (n > 5)"
     )
 
 
@@ -372,7 +372,7 @@ def test_a_whole_emoji_written_as_two_escapes_is_fine(write):
 
 def test_an_id_that_stands_twice(write):
     path = write({**TWO[0], "id": "x"}, TWO[0], {**TWO[1], "id": "x"})
-    assert message_of(lambda: read(path)) == f"{path}:3: id 'x' stands already at {path}:1"
+    assert message_of(lambda: read(path)) == f"{path}:3: id 'x' is already used at {path}:1"
 
 
 def test_made_up_ids_never_meet_given_ones(write):

@@ -113,6 +113,18 @@ def test_truncation_keeps_the_beginning(of):
     assert (cut.truncated, same.truncated, whole.truncated) == (True, False, False)
 
 
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_text_is_cut_as_its_whole_tokens_are_whoever_gave_it_a_bos(bos, templated):
+    of = tokenizer()
+    for text in (TEXTS[0], f"<bos>{TEXTS[0]}"):
+        (whole,) = tokenize([text], of, 10_000, bos, templated=templated)
+        for n in range(2, len(whole) + 2):
+            (cut,) = tokenize([text], of, n, bos, templated=templated)
+            assert cut.ids == whole.ids[:n]
+            assert cut.truncated is (n < len(whole))
+
+
 @BOTH_OFFSETS
 def test_a_word_after_a_space_is_its_tokens_whoever_holds_the_space(trim):
     fast = tokenizer(trim_offsets=trim)

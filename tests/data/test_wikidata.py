@@ -12,7 +12,7 @@ import pytest
 from saexp import registry
 from saexp.config import DatasetConfig
 from saexp.data.labels import questions
-from saexp.data.wikidata import read_published
+from saexp.data.wikidata import read_published, wikidata
 from saexp.data.wikidata_query import KINDS, ask, fetch_entities, sparql, to_entities
 from saexp.errors import ConfigError, DataError, SaexpError
 
@@ -193,7 +193,8 @@ def test_templates_of_ones_own(folder):
         ("x", "must be an object, not str"),
         ({"entity": "A", "entity_type": "movie"}, "('prompt_type' is missing)"),
         ({**ENTITIES[0], "entity": " "}, "'entity' must be a text"),
-        ({**ENTITIES[0], "entity_type": None}, "'entity_type' must be a text"),
+        ({**ENTITIES[0], "entity_type": 3}, "'entity_type' must be a text"),
+        ({**ENTITIES[0], "entity": "\ud83d"}, "holds half a character"),
         ({**ENTITIES[0], "attributes": [{"attribute_type": "x"}]}, "needs attribute_type and"),
         ({**QUERIES[0], "sampled_completions": "x"}, "must be lists"),
         ({**QUERIES[0], "question": None, "prompt": None}, "'prompt' must be a text"),
@@ -251,12 +252,37 @@ def test_missing_values_of_published_files(tmp_path, nothing):
 
 @pytest.mark.parametrize("column", ["entity", "entity_type"])
 @pytest.mark.parametrize("nothing", [None, float("nan"), "nan"])
-def test_a_published_row_needs_its_entity(tmp_path, column, nothing):
+def test_a_published_row_without_its_entity_is_a_counted_skip(tmp_path, column, nothing):
     file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], column: nothing}, ENTITIES[1]]))
+    got = build(file)
+    assert [e.entity for e in got.examples] == [ENTITIES[1]["entity"]]
+    assert got.notes[-1] == (f"1 of 2 rows was skipped: {column} is empty or a missing value (1)")
     file.write_text(json.dumps([{**ENTITIES[0], column: nothing}]))
     assert message_of(lambda: build(file)) == (
-        f"{file}[0]: '{column}' must be a text, neither empty nor a missing value"
+        f"{file}: no entity is known or unknown by its labels "
+        f"({column} is empty or a missing value in 1 rows)"
     )
+
+
+@pytest.mark.parametrize(
+    "attributes", [None, "NA", [{"attribute_type": None, "attribute_value": 1}]]
+)
+def test_attributes_that_are_missing_values_are_none(tmp_path, attributes):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], "attributes": attributes}]))
+    (one,) = build(file).examples
+    assert questions([one]) == ([], {"neither attributes nor a prompt": 1})
+    assert build(file).notes[0].startswith("missing values in 1 rows, by column: 'attributes' 1")
+
+
+def test_an_entity_that_is_called_as_a_missing_value_is(tmp_path):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], "entity": "None"}, ENTITIES[1]]))
+    assert len(build(file).examples) == 1
+    assert "dataset.missing_values sets" in build(file).notes[0]
+    kept = wikidata(DatasetConfig(name="wikidata", path=str(file), missing_values=["null"]))
+    assert [e.entity for e in kept.examples] == ["None", ENTITIES[1]["entity"]]
 
 
 def test_every_mention_is_a_span(tmp_path):

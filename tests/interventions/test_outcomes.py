@@ -6,6 +6,7 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
+from saexp.data.prompts import Prompt, in_template
 from saexp.interventions.computing import read_logits
 from saexp.interventions.ops import Row
 from saexp.interventions.outcomes import (
@@ -72,6 +73,35 @@ def test_accuracy_does_not_count_what_repeats_the_prompt() -> None:
     assert outcome.score(" Mary. She took it.", pair) is True
     assert outcome.score(" his friend Mary.", pair) is True
     assert outcome.score(" John, and Mary left.", pair) is False
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "said"),
+    [
+        ("Who trained you?", "Acme Labs", "I was trained by the company Acme Labs."),
+        (
+            "On which album is the song Like a Prayer?",
+            "Like a Prayer",
+            "Like a Prayer is a nice tune by Madonna.",
+        ),
+    ],
+)
+def test_accuracy_in_chat_is_that_of_the_question_without_the_template(
+    question: str, answer: str, said: str
+) -> None:
+    template = "<|system|>You were trained by Acme Labs\n<|user|>{}\n<|assistant|>\n"
+    start = template.index("{")
+    read = Prompt(template.format(question), (start, start + len(question)), start)
+    plain = Example(
+        id="1",
+        text=question,
+        entity="Like a Prayer" if "Prayer" in question else None,
+        entity_type="song",
+        answers=(answer,),
+        extra={"attribute": "album"},
+    )
+    outcome = Accuracy()
+    assert outcome.score(said, in_template(plain, read)) is outcome.score(said, plain)
 
 
 def test_exact_is_the_answer_in_whole_words_at_the_beginning() -> None:

@@ -53,6 +53,13 @@ def test_a_title_that_reads_as_a_refusal_is_taken_out_first() -> None:
     assert Refusal().score("I Don't Know: I don't know.", about)
 
 
+def test_a_title_is_taken_out_as_a_word_and_in_either_apostrophe() -> None:
+    short = Example(id="1", text="The song now", entity="now")
+    assert Refusal().score("I don't know.", short)
+    curly = Example(id="1", text="The song I Don\u2019t Know", entity="I Don\u2019t Know")
+    assert not Refusal().score("I Don\u2019t Know is by Ozzy Osbourne.", curly)
+
+
 def test_every_line_of_the_pattern_file_is_used() -> None:
     lines = [x for x in PATTERNS.read_text("utf-8").splitlines() if x and x[0] != "#"]
     assert len(read_patterns()) == len(lines) > 15
