@@ -204,6 +204,7 @@ def _prefill(
     ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
+    model.check_streams(h.stored for h in (*change.programs, *change.sources.values()))
     positions = position_ids(mask)
     window = _window(rows, width, n_last)
     numbers: dict[tuple[int, ...], int] = {}
