@@ -207,8 +207,8 @@ class _Forward:
             if trusted:
                 raise
             # Code of a model's own may take another kind of cache.
-            told = brief(str(error), 120)
-            refuse(self.model, f"an error ({type(error).__name__}: {told})")
+            reason = brief(str(error), 120)
+            refuse(self.model, f"an error ({type(error).__name__}: {reason})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)
         return (batch, past) if self.model.shares_prefixes else None
