@@ -48,7 +48,8 @@ def broken_streams(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoin
     run on tokens alone.
     """
     with _without_hooks(blocks):
-        return _judge(_seen(hf, blocks, config), blocks)
+        seen = _seen(hf, blocks, config)
+    return {} if seen is None else _judge(seen, blocks)
 
 
 @contextmanager
@@ -65,8 +66,8 @@ def _without_hooks(blocks: nn.ModuleList) -> Iterator[None]:
             setattr(module, kind, hooks)
 
 
-def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor]:
-    """Every stream of every block; none where the model cannot be run on tokens alone."""
+def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor] | None:
+    """Every stream of every block; None where the model cannot be run on tokens alone."""
     sites = _sites(blocks, config)
     seen: dict[Hookpoint, Tensor] = {}
     handles = []
@@ -89,12 +90,14 @@ def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor
                 )
             handles.append(handle)
         device = hf.get_input_embeddings().weight.device
+        # Offloaded weights are moved to where they run, and so is what they read.
+        device = torch.device("cpu") if device.type == "meta" else device
         with torch.inference_mode():
             hf.base_model(input_ids=torch.tensor([_TOKENS], device=device), use_cache=False)
     except Exception as error:
         # A model that needs more than tokens raises this in the run.
         log.debug("streams of %s not checked: %s", type(hf).__name__, error)
-        return {}
+        return None
     finally:
         for handle in handles:
             handle.remove()

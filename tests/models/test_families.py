@@ -1,5 +1,6 @@
 """Streams of many families of causal LMs: each is right by an identity, or refused in one line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,6 +265,29 @@ def test_the_check_does_not_see_edits_in_progress(family: str) -> None:
         assert not seen
         model.hf(IDS)
     assert seen == [(*IDS.shape, D_MODEL)]
+
+
+def test_offloaded_weights_are_checked_too(tmp_path: Path) -> None:
+    """accelerate keeps them on disk, and no device has them between passes."""
+    accelerate = pytest.importorskip("accelerate")
+    model, alone = model_of("granite"), read(model_of("granite"), 1)
+    accelerate.disk_offload(model.hf, str(tmp_path), execution_device=torch.device("cpu"))
+    assert {h.stream for h in model.broken_streams} == FAMILIES["granite"][2]
+    offloaded = read(model, 1)
+    for stream, values in alone.items():
+        torch.testing.assert_close(offloaded[stream], values, **CLOSE)
+    with pytest.raises(ModelError, match="is offloaded, so it cannot be divided out; use mlp_in"):
+        model.module(Hookpoint(1, "mlp_in_normalized"))
+
+
+def test_a_model_that_cannot_be_run_on_tokens_alone_is_not_checked() -> None:
+    model = model_of("stablelm")
+
+    def needs_more(**_: Any) -> None:
+        raise TypeError("an image is missing")
+
+    model.hf.model.forward = needs_more
+    assert model.broken_streams == {}
 
 
 def test_a_block_with_more_than_one_stream_is_refused() -> None:
