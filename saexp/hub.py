@@ -112,9 +112,10 @@ def why_absent(error: BaseException) -> str:
 def is_path(name: str) -> bool:
     """Whether a name can only mean a folder or file here, and no repository of the hub.
 
-    Hub ids are `owner/name`; so are paths into an existing folder, which come first.
+    Hub ids are `owner/name`, files in a repository `owner/name/…`. Paths into an existing folder
+    `owner/name` come first; a folder that has only the owner's name decides nothing.
     """
     if name.startswith((".", "~", os.sep)) or "\\" in name or Path(name).is_absolute():
         return True
-    first, _, rest = name.partition("/")
-    return bool(rest) and Path(first).is_dir()
+    parts = name.split("/")
+    return len(parts) > 2 and Path(parts[0], parts[1]).is_dir()

@@ -19,8 +19,10 @@ from saexp import hub
 from saexp.config import DatasetConfig, ModelConfig, SAEConfig
 from saexp.errors import ModelError, SAEError, SaexpError
 from saexp.models.loading import LanguageModel
+from saexp.models.snapshots import snapshot
 from saexp.registry import build
 from saexp.wording import brief
+from tests.hub_caches import repository
 from tests.random_models import random_hf, save
 
 
@@ -130,6 +132,31 @@ def test_a_connection_that_is_never_made_is_not_waited_for(monkeypatch: pytest.M
     assert seconds_of(ABSENT["sae"], message) < 20
 
 
+@pytest.mark.usefixtures("silent")
+def test_commits_of_many_repositories_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep without a connection asks for the commits of its model, SAEs and data set."""
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
+    began = time.monotonic()
+    assert [snapshot(f"someone/repository-{i}") for i in range(8)] == [None] * 8
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_hub_behind_a_proxy_is_in_reach(scheme: str, tmp_path: Path) -> None:
+    """The proxy alone can be connected to, and it alone resolves the hub's name."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        dropped = re.compile(r".*_proxy|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE", re.IGNORECASE)
+        environment = {k: v for k, v in os.environ.items() if not dropped.fullmatch(k)}
+        environment |= {
+            f"{scheme.upper()}_PROXY": f"http://127.0.0.1:{proxy.getsockname()[1]}",
+            "HF_ENDPOINT": f"{scheme}://hub.invalid",
+            "HF_HOME": str(tmp_path),
+        }
+        asked = [sys.executable, "-c", "from saexp import hub; print(hub.unreachable())"]
+        done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "None\n", done.stderr
+
+
 @pytest.mark.usefixtures("slow")
 def test_a_slow_hub_is_no_absent_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
@@ -191,20 +218,31 @@ def test_a_run_ends_in_one_line(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["/no/such/folder", "./models/mine", "~/models/mine", "a/b/c", "{here}/mine"]
-)
-def test_a_name_that_can_only_be_a_folder(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    name = name.replace("{here}", "here")
+@pytest.mark.parametrize("name", ["/no/such/folder", "./models/mine", "~/models/mine", "a/b/c"])
+def test_a_name_that_can_only_be_a_folder(name: str) -> None:
     with pytest.raises(ModelError) as error:
         LanguageModel(ModelConfig(name=name))
     assert str(error.value) == (
         f"model.name={name}: no such folder; type a folder with a model's config.json, or a hub id "
         "such as google/gemma-2-2b"
+    )
+
+
+def test_a_hub_id_beside_a_folder_of_the_owners_name(
+    online: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who keeps other models in ./google still loads google/gemma-2-2b from the hub."""
+    with repository(tmp_path, "google/small") as folder:
+        save(random_hf("llama"), folder)
+    online.chdir(tmp_path)
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "google" / "other").mkdir(parents=True)
+    model = LanguageModel(ModelConfig(name="google/small", device="cpu"))
+    assert model.n_layers == 3
+    with pytest.raises(ModelError) as error:
+        LanguageModel(ModelConfig(name="google/absent"))
+    assert str(error.value).startswith(
+        "model.name=google/absent: no such folder here, and its config cannot be loaded (HF_HUB_"
     )
 
 
@@ -218,17 +256,19 @@ def test_a_name_that_is_a_file(tmp_path: Path) -> None:
 def test_an_sae_path_that_can_only_be_a_folder(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder beside it is here: it is no repository of the hub."""
+    """The folder above it is here: it is no repository of the hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "run").mkdir(parents=True)
     with pytest.raises(SAEError) as error:
         build("sae", SAEConfig(name="local", loader="path", path=path))
     shown = Path(path).expanduser()
     assert str(error.value) == f"sae.path={shown}: no such folder or file"
 
 
-def test_an_sae_path_that_may_be_either(online: pytest.MonkeyPatch) -> None:
+def test_an_sae_path_that_may_be_either(online: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online.chdir(tmp_path)
+    (tmp_path / "saes").mkdir()
     online.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SAEError) as error:
         build("sae", SAEConfig(name="local", loader="path", path="saes/mine"))

@@ -19,7 +19,7 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import by_regime, rope_regime
+from saexp.models.rope import by_regime, depends_on_length, rope_regime
 from saexp.wording import brief
 
 log = logging.getLogger(__name__)
@@ -74,11 +74,11 @@ def units(placement: Placement, held: Int[np.ndarray, " n"], config: Any = None)
     columns = (placement.rows[c].to_numpy()[held].tolist() for c in ("text_id", "token_index"))
     for row, (text_id, token) in enumerate(zip(*columns, strict=True)):
         wanted.setdefault(text_id, []).append((row, token, text_id))
-    found = []
+    found, by_length = [], depends_on_length(config)
     for text_id, rows in wanted.items():
         ids = placement.texts[text_id].ids
         n_read = max(t for _, t, _ in rows) + 1
-        if rope_regime(config, n_read) != rope_regime(config, len(ids)):
+        if by_length and rope_regime(config, n_read) != rope_regime(config, len(ids)):
             n_read = len(ids)
         found.append(Unit(ids[:n_read], rows))
     # In this order all that begins with a sequence follows it directly.
@@ -207,8 +207,8 @@ class _Forward:
             if trusted:
                 raise
             # Code of a model's own may take another kind of cache.
-            told = brief(str(error), 120)
-            refuse(self.model, f"an error ({type(error).__name__}: {told})")
+            reason = brief(str(error), 120)
+            refuse(self.model, f"an error ({type(error).__name__}: {reason})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)
         return (batch, past) if self.model.shares_prefixes else None

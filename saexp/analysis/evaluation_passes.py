@@ -158,6 +158,7 @@ class Passes:
         """
         at = at.stored
         if at not in self.can_resume:
+            self.model.check_streams([at])
             self.can_resume[at] = self._try(batch.first(), at)
         if self.can_resume[at]:
             return self._resumed(batch, clean, at, function)

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,10 +71,10 @@ def in_batches(
     Rows of a batch have the same rotary frequencies at every step.
     """
     new = [1] * len(rows) if extra is None else extra
-    keys = [
-        generation_regime(model.text_config, len(row.ids), n)
-        for row, n in zip(rows, new, strict=True)
-    ]
+    config = model.text_config
+    keys: list[Hashable] = [()] * len(rows)
+    if depends_on_length(config):
+        keys = [generation_regime(config, len(r.ids), n) for r, n in zip(rows, new, strict=True)]
     batches = []
     for part in alike(keys):
         order = sorted(part, key=lambda i: (-len(rows[i].ids), rows[i].ids))
@@ -204,6 +204,7 @@ def _prefill(
     ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
+    model.check_streams(h.stored for h in (*change.programs, *change.sources.values()))
     positions = position_ids(mask)
     window = _window(rows, width, n_last)
     numbers: dict[tuple[int, ...], int] = {}

@@ -14,7 +14,7 @@ from saexp.interventions import engine
 from saexp.interventions.batch import SAEs
 from saexp.interventions.ops import Row
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import changes_while_generating
+from saexp.models.rope import changes_while_generating, depends_on_length
 
 LOGIT_BYTES = 512 * 2**20
 """Largest tensor of logits."""
@@ -50,6 +50,7 @@ class Guessing:
         self.model, self.saes = model, saes
         self.most, self.batch_tokens = max_new_tokens, batch_tokens
         self.n_run = self.n_learned = 0
+        self.by_length = depends_on_length(model.text_config)
 
     def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[Row, list[int]]]]:
         """Rows and their new tokens, without the end token, batch by batch as they are finished."""
@@ -74,7 +75,9 @@ class Guessing:
     def _guessable(self, row: Row) -> bool:
         """Whether it is greedy, and rotated in one pass over all its tokens as at each step."""
         config, n_new = self.model.text_config, self.most
-        return row.sample is None and not changes_while_generating(config, len(row.ids), n_new)
+        if row.sample is not None or not self.by_length:
+            return row.sample is None
+        return not changes_while_generating(config, len(row.ids), n_new)
 
     def _is_worth_it(self) -> bool:
         return self.n_learned >= _WORTH * self.n_run

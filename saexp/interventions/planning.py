@@ -199,7 +199,7 @@ class LatentIntervention(ABC):
         """Each direction's latents go on one group's prompts: singly, and as a group.
 
         Without two groups, or a contrast between them, every latent goes on all prompts; so does
-        one that speaks for neither group, by itself.
+        each latent selected for neither group, one at a time.
         """
         chosen = self._chosen(facts)
         if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():

@@ -45,8 +45,11 @@ def position_limit(model: LanguageModel) -> int | None:
 
 def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str = "") -> None:
     """Raise ModelError where a prompt of `longest` tokens and `n_new` generated ones are more than
-    the model has positions. `key` sets the number of new tokens."""
-    limit = position_limit(model)
+    the model has positions. `key` sets the number of new tokens.
+
+    `longest` is 0 where nothing is to be run; the model is not loaded then.
+    """
+    limit = position_limit(model) if longest else None
     if limit is None or longest + n_new <= limit:
         return
     short = model.name.rpartition("/")[2]
@@ -57,8 +60,8 @@ def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str
         )
     fewer = f"{key}={limit - longest}, or " if limit > longest else ""
     shorter = f"dataset.max_length={limit - n_new}, which leaves longer prompts out"
-    told = fewer + (shorter if limit > n_new else f"a smaller {key}")
+    instead = fewer + (shorter if limit > n_new else f"a smaller {key}")
     raise ModelError(
         f"a prompt of {longest} tokens and {n_new} new ones do not fit into the {limit} positions "
-        f"of {short}; type {told}"
+        f"of {short}; type {instead}"
     )

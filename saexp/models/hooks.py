@@ -5,12 +5,14 @@ Shapes: b batch, t tokens, d the stream's width, n positions wanted.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.structure import Site
@@ -41,6 +43,17 @@ def _at(values: Tensor, positions: Positions | None) -> Tensor:
     # Blocks of one model may be on several devices.
     rows, tokens = (p.to(values.device) for p in positions)
     return values[rows, tokens]
+
+
+def _one_vector_per_token(model: LanguageModel, hookpoint: Hookpoint, values: Tensor) -> Tensor:
+    """The values. Raises ModelError where they are not `[b, t, d]` (Gemma 3n has four streams)."""
+    if values.dim() == 3:
+        return values
+    raise ModelError(
+        f"{type(model.blocks[hookpoint.layer]).__name__} has values of shape {list(values.shape)} "
+        f"at {hookpoint.name}, not one vector per token, so saexp cannot read this stream; choose "
+        "another one"
+    )
 
 
 def _at_site(site: Site, function: EditFunction) -> EditFunction:
@@ -90,14 +103,19 @@ def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Itera
                 handles.append(block.register_forward_hook(mid.on_block_output, prepend=True))
 
             function = _at_site(site, function)
+            check = partial(_one_vector_per_token, model, hookpoint)
 
-            def on_output(_m: Any, _a: Any, output: Any, f: EditFunction = function) -> Any:
-                return _with_first(output, f(_first(output)))
+            def on_output(
+                _m: Any, _a: Any, output: Any, f: EditFunction = function, c: Any = check
+            ) -> Any:
+                return _with_first(output, f(c(_first(output))))
 
-            def on_input(_m: Any, args: Any, kwargs: Any, f: EditFunction = function) -> Any:
+            def on_input(
+                _m: Any, args: Any, kwargs: Any, f: EditFunction = function, c: Any = check
+            ) -> Any:
                 if args:
-                    return (f(args[0]), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": f(kwargs["hidden_states"])}
+                    return (f(c(args[0])), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": f(c(kwargs["hidden_states"]))}
 
             if site.side == "output":
                 handles.append(site.module.register_forward_hook(on_output))

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from saexp.hub import hub, is_path, why_absent
 from saexp.models.digests import tensors_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import forget_lengths
-from saexp.models.stream_check import broken_streams
+from saexp.models.stream_check import broken_streams, needs_check
 from saexp.models.structure import Site, find_blocks, find_site
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,6 @@ class LanguageModel:
     """False once a text behind a shared beginning had other values (`activations.prefixes`)."""
     prefixes_compared = 0
     """Blocks up to which such values were compared."""
-    broken_streams: dict[Hookpoint, str]
-    """Hookpoints that this model has not, and why (`models.stream_check`); set with `blocks`."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
@@ -151,9 +150,11 @@ class LanguageModel:
         return nullcontext() if Path(self.source).is_dir() else hub()
 
     def _cannot_load(self, what: str, reason: str) -> ModelError:
+        beside = "/" in self.source and Path(self.source).parent.is_dir()
+        absent = "no such folder here, and " if beside and not Path(self.source).is_dir() else ""
         return ModelError(
-            f"model.name={self.name}: its {what} cannot be loaded ({reason}); type a hub id that "
-            "is in reach or cached, or a local folder"
+            f"model.name={self.name}: {absent}its {what} cannot be loaded ({reason}); type a hub "
+            "id that is in reach or cached, or a local folder"
         )
 
     @cached_property
@@ -216,10 +217,13 @@ class LanguageModel:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks; found, and their streams checked, before any hook is on them."""
-        blocks = find_blocks(self.hf, self.n_layers, self.cfg.blocks)
-        self.broken_streams = broken_streams(self.hf, blocks, self.text_config)
-        return blocks
+        """The transformer blocks."""
+        return find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+
+    @cached_property
+    def broken_streams(self) -> dict[Hookpoint, str]:
+        """Hookpoints that this model does not have, each with the reason; runs a few tokens."""
+        return broken_streams(self.hf, self.blocks, self.text_config)
 
     def check_layer(self, layer: int) -> None:
         """Raise ModelError unless the model has this block; reads no weights."""
@@ -231,11 +235,18 @@ class LanguageModel:
 
     def module(self, hookpoint: Hookpoint) -> Site:
         """Where to hook a stream; ModelError where the model has no such point."""
-        self.check_layer(hookpoint.layer)
-        blocks = self.blocks
-        if hookpoint in self.broken_streams:
-            raise ModelError(self.broken_streams[hookpoint])
-        return find_site(blocks, hookpoint, self.text_config)
+        self.check_streams([hookpoint])
+        return find_site(self.blocks, hookpoint, self.text_config)
+
+    def check_streams(self, hookpoints: Iterable[Hookpoint]) -> None:
+        """Raise ModelError where a stream does not hold what its name says.
+
+        Call it before blocks are replaced, since the first check of some streams runs them.
+        """
+        for at in hookpoints:
+            self.check_layer(at.layer)
+            if needs_check(self.hf, at.stream) and at in self.broken_streams:
+                raise ModelError(self.broken_streams[at])
 
     @property
     def _generation_config(self) -> Any:

@@ -62,7 +62,10 @@ def alike(keys: Sequence[Hashable]) -> list[list[int]]:
 
 def by_regime(config: Any, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
     """Indices of sequences that may share a forward pass, at most `most` together."""
-    parts = alike([rope_regime(config, length) for length in lengths])
+    if depends_on_length(config):
+        parts = alike([rope_regime(config, length) for length in lengths])
+    else:
+        parts = [list(range(len(lengths)))] if lengths else []
     if most is None:
         return parts
     return [part[i : i + most] for part in parts for i in range(0, len(part), most)]

@@ -4,6 +4,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from saexp.hub import hub
+
 _SECONDS = 5.0
 """How long the hub is waited for; the cache's word is taken then."""
 
@@ -43,7 +45,9 @@ def _on_the_hub(repo: str, revision: str, kind: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_SECONDS).sha
+        # Where the hub cannot be reached, this raises at once.
+        with hub():
+            return HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=_SECONDS).sha
     except Exception:
         # Whatever keeps the hub from answering, the run itself will say what it lacks.
         return None

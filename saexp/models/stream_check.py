@@ -7,6 +7,9 @@ Shapes: t tokens, d the stream's width.
 """
 
 import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,18 +24,50 @@ log = logging.getLogger(__name__)
 ADDING = ("attn_out", "resid_mid", "mlp_out")
 """Streams that are right only where the block adds them up."""
 _READ = ("resid_pre", *ADDING, "mlp_in", "resid_post")
+_INSIDE = (*ADDING, "mlp_in", "mlp_in_normalized")
 _TOKENS = (5, 7, 11, 6)
 """Ordinary tokens (or bytes) in every common vocabulary."""
 _ROUNDING = 4
-"""Errors of one addition that are let pass, in units of the dtype's precision."""
+"""Tolerated error of one addition, in units of the dtype's precision."""
+
+
+def needs_check(hf: Any, stream: str) -> bool:
+    """Whether a stream is known only after a look at this model's values.
+
+    The streams between blocks are as named in every model that transformers implements; code of a
+    repository's own may hand on more than one stream.
+    """
+    return stream in _INSIDE or not type(hf).__module__.startswith("transformers.")
 
 
 def broken_streams(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, str]:
     """Hookpoints that do not hold what their names say, each with the reason.
 
-    One forward pass of a few tokens through the blocks, without the LM head; weights and hooks are
-    left as they are. Empty where the model cannot be run on tokens alone.
+    One forward pass of a few tokens through the blocks, without the LM head and without the hooks
+    that are on the blocks; weights and hooks are left as they are. Empty where the model cannot be
+    run on tokens alone.
     """
+    with _without_hooks(blocks):
+        seen = _seen(hf, blocks, config)
+    return {} if seen is None else _judge(seen, blocks)
+
+
+@contextmanager
+def _without_hooks(blocks: nn.ModuleList) -> Iterator[None]:
+    """Edits and captures that are in progress neither change the check nor see its tokens."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    held = [(m, kind, getattr(m, kind)) for m in blocks.modules() for kind in kinds]
+    try:
+        for module, kind, _ in held:
+            setattr(module, kind, OrderedDict())
+        yield
+    finally:
+        for module, kind, hooks in held:
+            setattr(module, kind, hooks)
+
+
+def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor] | None:
+    """Every stream of every block; None where the model cannot be run on tokens alone."""
     sites = _sites(blocks, config)
     seen: dict[Hookpoint, Tensor] = {}
     handles = []
@@ -55,16 +90,18 @@ def broken_streams(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoin
                 )
             handles.append(handle)
         device = hf.get_input_embeddings().weight.device
+        # Offloaded weights are moved to where they run, and so is what they read.
+        device = torch.device("cpu") if device.type == "meta" else device
         with torch.inference_mode():
             hf.base_model(input_ids=torch.tensor([_TOKENS], device=device), use_cache=False)
     except Exception as error:
-        # A model that needs more than tokens says so itself, in the run.
+        # A model that needs more than tokens raises this in the run.
         log.debug("streams of %s not checked: %s", type(hf).__name__, error)
-        return {}
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    return _judge(seen, blocks)
+    return seen
 
 
 def _sites(blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Site]:
@@ -75,7 +112,7 @@ def _sites(blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Site]:
             try:
                 found[at] = find_site(blocks, at, config)
             except ModelError:
-                # Said when the stream is asked for.
+                # Raised again when the stream is asked for.
                 continue
     return found
 
@@ -90,8 +127,9 @@ def _judge(seen: dict[Hookpoint, Tensor], blocks: nn.ModuleList) -> dict[Hookpoi
                 f"{kind} does not add its attention's and MLP's output to the stream as it is, "
                 f"so it has no {stream}; use resid_pre or resid_post"
             )
-        for stream in ("mlp_in", "mlp_out", "resid_mid"):
-            found = values[stream]
+        for stream in ("mlp_in", "mlp_in_normalized", "mlp_out", "resid_mid"):
+            # Of one module's input.
+            found = values["mlp_in" if stream == "mlp_in_normalized" else stream]
             if found is not None and found.ndim == 2:
                 broken[Hookpoint(layer, stream)] = (
                     f"{kind} joins the tokens of all texts at its MLP, so saexp cannot read "
@@ -100,13 +138,20 @@ def _judge(seen: dict[Hookpoint, Tensor], blocks: nn.ModuleList) -> dict[Hookpoi
         after, following = values["resid_post"], seen.get(Hookpoint(layer + 1, "resid_pre"))
         if after is None or after.ndim != 3:
             reason = f"{kind} returns no stream of one vector a token"
-        elif following is not None and not torch.equal(after.cpu(), following.cpu()):
+        elif following is not None and not _same(after, following):
             reason = f"what {kind} returns at layer {layer} is not what the next block reads"
         else:
             continue
         for at in (Hookpoint(layer, "resid_post"), Hookpoint(layer + 1, "resid_pre")):
             broken[at] = f"{reason}, so it has no {at.stream}; choose another stream"
     return broken
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit by bit; what overflowed to NaN counts as the same."""
+    return one.shape == other.shape and torch.allclose(
+        one.cpu(), other.cpu(), rtol=0.0, atol=0.0, equal_nan=True
+    )
 
 
 def _wrong(values: dict[str, Tensor | None]) -> list[str]:
@@ -154,5 +199,5 @@ def _adds(parts: list[Tensor | None], whole: Tensor | None, factor: float = 1.0)
     precision = max(torch.finfo(p.dtype).eps for p in (*there, whole))
     size = torch.stack([p.abs() for p in wide]).sum(0)
     error = (torch.stack(wide[:-1]).sum(0) - wide[-1]).abs()
-    # A model whose values overflow is told so elsewhere.
+    # A model whose values overflow is reported elsewhere.
     return bool(((error <= _ROUNDING * precision * size) | ~error.isfinite()).all())

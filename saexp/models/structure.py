@@ -201,6 +201,11 @@ def _between(block: nn.Module, config: Any) -> Site:
 def _affine(norm: Any) -> tuple[Tensor, Tensor | None]:
     """(gain, bias) of a LayerNorm or RMSNorm, the gain also as Gemma's 1 + weight."""
     weight = norm.weight.detach()
+    if weight.is_meta:
+        raise ModelError(
+            f"the gain of {type(norm).__name__} before the MLP is offloaded, so it cannot be "
+            "divided out; use mlp_in, or leave model.device_map out"
+        )
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # Of equal size and alternating sign: each norm makes it +1 and -1, epsilon aside.
     probe = torch.full_like(weight, 64.0)

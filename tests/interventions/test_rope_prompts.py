@@ -6,7 +6,7 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.tokens import tokenize
-from saexp.interventions.heads import _measured
+from saexp.interventions.heads import _entity, _measured
 from saexp.interventions.ops import Row
 from saexp.interventions.patching import _captured
 from saexp.interventions.prompts import Placed
@@ -46,8 +46,8 @@ def test_values_to_patch_in_equal_single_rows(name):
 @pytest.mark.parametrize("name", ROPE_MODELS)
 def test_attention_to_an_entity_equals_single_rows(name):
     def measured(some: list[Placed]) -> np.ndarray:
-        rows = [Row(p.tokens.ids) for p in some]
-        return _measured(rope_lm(name), rows, [(p, ()) for p in some], {}, {})
+        rows = [Row(p.tokens.ids, about=_entity(p)) for p in some]
+        return _measured(rope_lm(name), rows, {}, {})
 
     single = np.concatenate([measured([prompt]) for prompt in placed()])
     np.testing.assert_allclose(measured(placed()), single, atol=1e-6)

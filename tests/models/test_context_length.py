@@ -132,3 +132,12 @@ def test_a_run_says_so_before_its_contrast(tmp_path: Path) -> None:
             saexp.run(saexp.compose([*words, *more]), place)
         assert "type intervention.max_new_tokens=" in str(error.value)
         assert not (place / "latents.parquet").exists()
+
+
+def test_a_model_that_nothing_is_run_on_is_not_loaded(tmp_path: Path) -> None:
+    """Where every result is stored."""
+    model = saved_lm("gpt2", tmp_path)
+    budget = {"batch_tokens": 64}
+    assert read_logits(model, [], None, lambda _row, x: x.numpy(), kind="x", **budget) == []
+    assert generate(model, [], max_new_tokens=10**6, **budget) == []
+    assert not model.loaded

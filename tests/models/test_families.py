@@ -1,5 +1,6 @@
 """Streams of many families of causal LMs: each is right by an identity, or refused in one line."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,86 @@ def test_numbers_of_very_different_sizes_break_no_stream(family: str, dtype: tor
     assert len(model.blocks) == N_LAYERS
     refused = {h.stream for h in model.broken_streams}
     assert refused == FAMILIES[family][2]
+
+
+def test_the_input_of_an_mlp_that_joins_texts_is_refused_under_each_name() -> None:
+    model = model_of("opt")
+    for stream in ("mlp_in", "mlp_in_normalized"):
+        with pytest.raises(ModelError, match=f"joins the tokens of all texts .* read {stream};"):
+            model.module(Hookpoint(1, stream))
+
+
+def test_values_that_overflow_break_no_stream() -> None:
+    model = model_of("qwen3_5")
+    model.hf.get_input_embeddings().weight.fill_(torch.nan)
+    assert model.broken_streams == {}
+
+
+def test_streams_between_blocks_need_no_pass_of_their_own() -> None:
+    """A pass through all blocks of a large model takes seconds, and reads every weight."""
+    model = model_of("mixtral")
+    passes: list[int] = []
+    handle = model.hf.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    points = [Hookpoint(1, s) for s in ("resid_pre", "resid_post", "attn_z")]
+    run_truncated(model, IDS, MASK, points)
+    assert len(passes) == 1
+    model.module(Hookpoint(1, "mlp_out"))
+    model.module(Hookpoint(2, "attn_out"))
+    assert len(passes) == 2, "one check for all streams"
+    handle.remove()
+
+
+@pytest.mark.parametrize("family", ["granite", "mixtral"])
+def test_the_check_does_not_see_edits_in_progress(family: str) -> None:
+    model = model_of(family)
+    seen: list[torch.Size] = []
+
+    def change(stream: Tensor) -> Tensor:
+        seen.append(stream.shape)
+        return stream + 1
+
+    with edit(model, {Hookpoint(1, "resid_post"): change}):
+        assert {h.stream for h in model.broken_streams} == FAMILIES[family][2]
+        assert not seen
+        model.hf(IDS)
+    assert seen == [(*IDS.shape, D_MODEL)]
+
+
+def test_offloaded_weights_are_checked_too(tmp_path: Path) -> None:
+    """accelerate keeps them on disk, and no device has them between passes."""
+    accelerate = pytest.importorskip("accelerate")
+    model, alone = model_of("granite"), read(model_of("granite"), 1)
+    accelerate.disk_offload(model.hf, str(tmp_path), execution_device=torch.device("cpu"))
+    assert {h.stream for h in model.broken_streams} == FAMILIES["granite"][2]
+    offloaded = read(model, 1)
+    for stream, values in alone.items():
+        torch.testing.assert_close(offloaded[stream], values, **CLOSE)
+    with pytest.raises(ModelError, match="is offloaded, so it cannot be divided out; use mlp_in"):
+        model.module(Hookpoint(1, "mlp_in_normalized"))
+
+
+def test_a_model_that_cannot_be_run_on_tokens_alone_is_not_checked() -> None:
+    model = model_of("stablelm")
+
+    def needs_more(**_: Any) -> None:
+        raise TypeError("an image is missing")
+
+    model.hf.model.forward = needs_more
+    assert model.broken_streams == {}
+
+
+def test_a_block_with_more_than_one_stream_is_refused() -> None:
+    """As Gemma 3n, whose blocks hand on four."""
+    model = model_of("stablelm")
+
+    class Four(nn.Module):
+        def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+            return hidden_states[None].expand(4, -1, -1, -1)
+
+    model.hf.model.layers[1] = Four()
+    for at in (Hookpoint(1, "resid_post"), Hookpoint(2, "resid_pre")):
+        with pytest.raises(ModelError, match=r"of shape \[4, 2, 7, 32\] at .*, not one vector per"):
+            run_truncated(model, IDS, MASK, [at])
 
 
 def test_a_block_that_changes_its_parts_is_seen_without_a_known_name() -> None:
