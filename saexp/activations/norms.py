@@ -73,9 +73,12 @@ class OrdinaryRows:
     @cached_property
     def variance_fraction(self) -> float:
         """Fraction of the sum of squared distances from the mean that high-norm rows hold, at the
-        last hookpoint: what the SAE reconstructs, or a transcoder predicts."""
+        last hookpoint: what the SAE reconstructs, or a transcoder predicts. NaN where a value is
+        not finite, as in float16 where it overflows."""
         if not self.n_excluded:
             return 0.0
+        if not np.isfinite(self.store.norms(self._last)).all():
+            return float("nan")
         squares, high_norm = self.store.norms(self._last) ** 2, torch.from_numpy(~self.mask)
         total, of_high = torch.zeros(2, 1, dtype=torch.float64)
         for first, x in self._chunks():
@@ -139,9 +142,12 @@ def high_norm_notes(
     """How many positions have high norms, what fraction of the variance they hold, what follows."""
     if not n_excluded:
         return []
+    held = f"hold {variance_fraction:.1%} of the variance"
+    if np.isnan(variance_fraction):
+        held = "are not all finite, so that their fraction of the variance is unknown"
     return [
         f"{n_excluded:,} of {n_positions:,} positions ({n_excluded / n_positions:.2%}) at "
-        f"{at.name} have a norm above {max_norm_ratio:g} times the median and hold "
-        f"{variance_fraction:.1%} of the variance (attention sinks?); {consequence} "
+        f"{at.name} have a norm above {max_norm_ratio:g} times the median and {held} "
+        f"(attention sinks?); {consequence} "
         "(positions.max_norm_ratio=null treats them as any other)"
     ]
