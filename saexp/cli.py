@@ -101,7 +101,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
 
 def _in_one_line(error: Exception) -> SaexpError | None:
-    """What the user can mend, as one line; None for what is wrong in saexp."""
+    """What the user can fix, as one line; None for what is wrong in saexp."""
     if isinstance(error, SaexpError):
         return error
     return one_line(error) if of_composition(error) else explained(error)

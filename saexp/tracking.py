@@ -153,7 +153,7 @@ class WandbTracker(NullTracker):
         except (self.wandb.Error, ValueError) as error:
             told = " ".join(str(error).split())[:240]
             raise ConfigError(
-                f"tracker=wandb: W&B begins no run ({told}); mend that, or type "
+                f"tracker=wandb: W&B begins no run ({told}); fix that, or type "
                 "tracker.mode=offline or tracker=none"
             ) from error
 

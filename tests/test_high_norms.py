@@ -269,15 +269,19 @@ def test_a_curve_that_held_out_numbers_disagree_with_is_a_note() -> None:
     last = {"train/l0": 32.0, "train/explained_variance": 0.998, "train/dead_fraction": 0.06}
     measured = {"sparsity/l0": 33.0, "sparsity/n_positions": 1000}
     measured |= {"reconstruction/explained_variance": 0.47, "sparsity/dead_fraction": 0.74}
-    (note,) = off_curve(last, measured)
+    (note,) = off_curve(last, measured, 2000, 500)
     assert "explained variance 0.47, the curve ends at 0.998" in note
     assert "dead fraction 0.74, the curve ends at 0.06" in note
     assert "l0" not in note
+    assert "dead_feature_window=500 inactive steps)" in note
+    # Before as many steps no latent can be dead on the curve.
+    (note,) = off_curve({**last, "train/dead_fraction": 0.0}, measured, 390, 500)
+    assert "dead_feature_window=500 inactive steps, more than the 390 of this training)" in note
     agrees = {**measured, "reconstruction/explained_variance": 0.95, "sparsity/dead_fraction": 0.1}
-    assert off_curve(last, agrees) == []
+    assert off_curve(last, agrees, 2000, 500) == []
     far = {**agrees, "sparsity/l0": 982.0}
-    assert "l0 982, the curve ends at 32" in off_curve(last, far)[0]
-    assert off_curve(last, far, told=True) == []
+    assert "l0 982, the curve ends at 32" in off_curve(last, far, 2000, 500)[0]
+    assert off_curve(last, far, 2000, 500, l0_reported=True) == []
 
 
 def test_the_check_and_an_estimated_scaling_are_of_ordinary_positions(

@@ -111,6 +111,8 @@ def test_an_sae_out_of_reach_is_no_content(saes: Path) -> None:
     shutil.rmtree(saes / "mysae1")
     assert finished.fingerprint(local(saes)) is None
     assert finished.fingerprint(local(saes, "task=label")) is not None
+    # Of a plugin's task it is not known whether it reads the SAE.
+    assert finished.fingerprint(local(saes, "task.name=mine")) is None
     assert finished.find(local(saes), None) is None
 
 

@@ -131,3 +131,5 @@ def test_a_control_sae_never_is_the_best_cell() -> None:
     )
     (alone,) = findings(pd.DataFrame(rows[1:]))
     assert alone.startswith("known: no cell with a trained SAE selects a latent; the best of the")
+    (unset,) = findings(pd.DataFrame([{**rows[0], "layer": [1, 2], "width": None}]))
+    assert unset.startswith("known: best at layer [1, 2] (chosen on the train split)")

@@ -73,17 +73,24 @@ class OrdinaryRows:
     @cached_property
     def variance_fraction(self) -> float:
         """Fraction of the sum of squared distances from the mean that high-norm rows hold, at the
-        last hookpoint: what the SAE reconstructs, or a transcoder predicts."""
+        last hookpoint: what the SAE reconstructs, or a transcoder predicts. NaN where a value is
+        not finite, as in float16 where it overflows."""
         if not self.n_excluded:
             return 0.0
-        total = sum(x.flatten(1).double().sum(0) for _, x in self._chunks())
-        assert isinstance(total, torch.Tensor), "a store has rows"
-        mean, every, high = total / self.store.n_rows, 0.0, 0.0
+        if not np.isfinite(self.store.norms(self._last)).all():
+            return float("nan")
+        squares, high_norm = self.store.norms(self._last) ** 2, torch.from_numpy(~self.mask)
+        total, of_high = torch.zeros(2, 1, dtype=torch.float64)
         for first, x in self._chunks():
-            squares = (x.flatten(1).double() - mean).square().sum(-1).numpy()
-            every += float(squares.sum())
-            high += float(squares[~self.mask[first : first + len(x)]].sum())
-        return high / every if every else 0.0
+            rows = x.flatten(1).double()
+            total = total + rows.sum(0)
+            of_high = of_high + rows[high_norm[first : first + len(x)]].sum(0)
+        # sum |x - m|^2 = sum |x|^2 - 2 m sum x + n |m|^2, so that the store is read once.
+        mean = total / self.store.n_rows
+        constant = float(mean.square().sum())
+        every = float(squares.sum()) - self.store.n_rows * constant
+        high = float(squares[~self.mask].sum()) - 2 * float(mean @ of_high)
+        return (high + self.n_excluded * constant) / every if every > 0 else 0.0
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         return self.store.chunks(self._last, _CHUNK_ROWS)
@@ -112,7 +119,7 @@ class OrdinaryRows:
             return [
                 f"all {self.store.n_rows:,} positions at {self._last.name} have a norm above "
                 f"{self.max_norm_ratio:g} times the median of neutral text (attention sinks?); "
-                "metrics are of them all the same, there being no others"
+                "the metrics include them, because there are no others"
             ]
         return high_norm_notes(
             self.n_excluded,
@@ -135,9 +142,12 @@ def high_norm_notes(
     """How many positions have high norms, what fraction of the variance they hold, what follows."""
     if not n_excluded:
         return []
+    held = f"hold {variance_fraction:.1%} of the variance"
+    if np.isnan(variance_fraction):
+        held = "are not all finite, so that their fraction of the variance is unknown"
     return [
         f"{n_excluded:,} of {n_positions:,} positions ({n_excluded / n_positions:.2%}) at "
-        f"{at.name} have a norm above {max_norm_ratio:g} times the median and hold "
-        f"{variance_fraction:.1%} of the variance (attention sinks?); {consequence} "
+        f"{at.name} have a norm above {max_norm_ratio:g} times the median and {held} "
+        f"(attention sinks?); {consequence} "
         "(positions.max_norm_ratio=null treats them as any other)"
     ]

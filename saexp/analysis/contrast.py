@@ -52,9 +52,10 @@ class ContrastAnalyzer:
         Columns without suffix are of the train split, `_test` ones of the test split. `auroc` is
         P(first > second); `p_value` its Mann-Whitney test (see RankTest), `q_value` that after
         Benjamini-Hochberg over every latent that fired in the split, 1 for the others; `ci_low`,
-        `ci_high` a bootstrap interval of `auroc`; `direction` the group a latent speaks for, in
-        which `min_separation` and `min_auroc` are the smallest over the entity types that both
-        groups have, or overall where they share none. Raises DataError where a split lacks a group.
+        `ci_high` a bootstrap interval of `auroc`; `direction` the group that a latent is
+        associated with, in which `min_separation` and `min_auroc` are the smallest over the entity
+        types that both groups have, or overall where they share none. Raises DataError where a
+        split lacks a group.
         """
         if len(inputs.groups) != 2:
             raise DataError(
@@ -196,7 +197,7 @@ class ContrastAnalyzer:
 
     def _candidates(self, table: pd.DataFrame, group: str, groups: tuple[str, ...]) -> pd.DataFrame:
         """Significant latents of a direction on the train split, with their `strength`."""
-        # What it is tested for, rank, must speak for the same group as how often it fires.
+        # What it is tested for, rank, must point to the same group as how often it fires.
         agrees = (table["auroc"] > 0.5) == (group == groups[0])
         significant = table["q_value"] <= self.cfg.alpha
         mine = table[significant & (table["direction"] == group) & agrees]
@@ -241,7 +242,7 @@ class ContrastAnalyzer:
 
 
 def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:
-    """Positive where a latent speaks for the first group: by separation, else by mean."""
+    """Positive where a latent is associated with the first group: by separation, else by mean."""
     means = table[f"mean_{first}"] - table[f"mean_{second}"]
     separation = table["separation"].to_numpy()
     return np.where(separation != 0, separation, means.to_numpy())

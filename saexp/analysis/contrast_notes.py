@@ -26,7 +26,7 @@ def why_none(
     """Why no latent is selected for a group; `first` tells the groups of the train units apart."""
     mine = significant[significant["direction"] == group]
     if mine.empty:
-        told = f"no latent speaks for '{group}' at a q-value <= {cfg.alpha:g}"
+        told = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
         return told + _no_power(first, n_tested, cfg.alpha)
     loud = int(limit.exceeded(mine["background_freq"]).sum())
     left_out = ""

@@ -237,9 +237,10 @@ class _Evaluator:
             measured = stream.update(aim[kept], made[kept].float(), acts[kept])
             for name, values in measured.items():
                 self._add(("sae", index), name, texts[part][kept], values)
-            if stream.mean_of_all is not None:
-                for name, values in stream.update_all(aim, made.float(), kept).items():
-                    self._add(("sae", index), name, texts[part], values)
+            if not bool(kept.all()):
+                high = stream.update_high_norm(aim[~kept], made[~kept].float())
+                for name, values in high.items():
+                    self._add(("sae", index), name, texts[part][~kept], values)
             n_active = measured["active"].long().numpy()
             self.histograms[index] += np.bincount(n_active, minlength=sae.d_sae + 1)
         return torch.cat(parts)

@@ -115,26 +115,30 @@ class StreamMetrics:
             "product": (x * reconstruction).sum(-1),
         }
         self.n += len(x)
+        if self.mean_of_all is not None:
+            # |x - m'|^2 = |x - m|^2 + 2 (x - m)(m - m') + |m - m'|^2
+            apart = self.mean - self.mean_of_all
+            constant = apart.square().sum() - 2 * (self.mean @ apart)
+            rows["error_of_all"] = error
+            rows["spread_of_all"] = spread + 2 * (x @ apart) + constant
+            rows["spread_high_norm"] = torch.zeros_like(spread)
         self._explained.append(rows["legacy"])
         self._norms.append(norm)
         return self._added(rows)
 
-    def update_all(
-        self,
-        x: Float[Tensor, "n d_in"],
-        reconstruction: Float[Tensor, "n d_in"],
-        ordinary: Bool[Tensor, " n"],
+    def update_high_norm(
+        self, x: Float[Tensor, "n d_in"], reconstruction: Float[Tensor, "n d_in"]
     ) -> dict[str, Float[Tensor, " n"]]:
-        """Take in rows of which some have high norms, for what is reported of all of them."""
+        """Take in high-norm rows, for what is reported of all rows."""
         assert self.mean_of_all is not None, "made without a mean over all rows"
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         spread = (x - self.mean_of_all).square().sum(-1)
-        self.n_high_norm += int((~ordinary).sum())
+        self.n_high_norm += len(x)
         return self._added(
             {
                 "error_of_all": (x - reconstruction).square().sum(-1),
                 "spread_of_all": spread,
-                "spread_high_norm": spread * ~ordinary.cpu(),
+                "spread_high_norm": spread,
             }
         )
 
@@ -289,12 +293,13 @@ def _encode(
             features = sae.encode(x)
             aim = x if target is acts else target.to(device=device, dtype=torch.float32)
             made = sae.decode(features, x).float()
-            if ordinary is None or mean_of_all is None:
+            here = None if ordinary is None else ordinary[n_read : n_read + len(x)]
+            if here is None or here.all():
                 metrics.update(aim, made, features)
             else:
-                kept = torch.from_numpy(ordinary[n_read : n_read + len(x)]).to(device)
+                kept = torch.from_numpy(here).to(device)
                 metrics.update(aim[kept], made[kept], features[kept])
-                metrics.update_all(aim, made, kept)
+                metrics.update_high_norm(aim[~kept], made[~kept])
             where = features.nonzero()
             counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
             indptr.append(n_stored + counts.cpu().numpy())

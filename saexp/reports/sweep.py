@@ -162,9 +162,11 @@ def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> list[s
 
 
 def _cell(row: pd.Series, named: list[str]) -> str:
-    """Layer, width, and what else of `named` differs between cells."""
+    """Layer, width where it is set, and what else of `named` differs between cells."""
     others = [k for k in named if k not in ("layer", "width", "coefficient")]
-    return ", ".join(f"{k} {row[k]}" for k in ("layer", "width", *others))
+    # A list of layers is no scalar, and never missing.
+    shown = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
+    return ", ".join(f"{k} {row[k]}" for k in shown)
 
 
 _OF_AN_EFFECT = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")

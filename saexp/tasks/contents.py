@@ -21,7 +21,8 @@ ASSETS = PACKAGE / "assets"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 """Kinds of weights files, in the order in which one is preferred to the next."""
 _NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
-_READS_SAES = ("analyze", "evaluate", "dashboard")
+_READS_NO_SAE = ("cache", "collect", "label", "train")
+"""Shipped tasks for which `sae` does not matter; a custom task may read it."""
 _VERSIONS = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy")
 
 Content = list[tuple[str, str]]
@@ -99,11 +100,11 @@ def _in_repository(repo: str, path: str) -> Content | None:
 
 
 def saes_content(cfg: RunConfig) -> list[Content] | None:
-    """Of every SAE that a run reads, None where one that it surely reads is out of reach."""
+    """Of every SAE that a run may read, None where one of them is out of reach."""
     found = []
     for cell in _cells(cfg):
         content = sae_content(cell)
-        if content is None and cfg.task.name in _READS_SAES:
+        if content is None and cfg.task.name not in _READS_NO_SAE:
             return None
         found.append(content or [])
     return found

@@ -86,7 +86,8 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     result.notes += gathered.examples.notes
     result.notes += ordinary.notes("training and the measured numbers leave them out")
     off = off_target(cfg.sae_trainer, measured["sparsity/l0"])
-    result.notes += [*off, *off_curve(last, measured, told=bool(off))]
+    steps = (training.n_steps, cfg.sae_trainer.dead_feature_window)
+    result.notes += [*off, *off_curve(last, measured, *steps, l0_reported=bool(off))]
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context, result)
@@ -129,11 +130,17 @@ def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
 
 
 def off_curve(
-    last: Mapping[str, float | int], measured: Mapping[str, float | None], *, told: bool = False
+    last: Mapping[str, float | int],
+    measured: Mapping[str, float | None],
+    n_steps: int,
+    dead_window: int,
+    *,
+    l0_reported: bool = False,
 ) -> list[str]:
     """A note where held-out numbers differ from the end of the training curve.
 
-    `last` is the curve's last record; L0 is left out where it was `told` to be off already.
+    `last` is the curve's last record; L0 is left out where another note reports it
+    (`l0_reported`). The curve's dead fraction is 0 during the first `dead_window` steps.
     """
     found = []
     for name, key in _CURVE.items():
@@ -141,18 +148,19 @@ def off_curve(
         if here is None:
             continue
         if name == "l0":
-            differs = not told and not there / _FAR <= here <= there * _FAR
+            differs = not l0_reported and not there / _FAR <= here <= there * _FAR
         else:
             differs = abs(here - there) > _DIFFERENT
         if differs:
             found.append(f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}")
     if not found:
         return []
+    short = f", more than the {n_steps} of this training" if n_steps <= dead_window else ""
     return [
         f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
-        f"curve: {'; '.join(found)} (of the last batch; dead there: silent in "
-        "sae_trainer.dead_feature_window steps); the held-out numbers count, and more or more "
-        "varied texts bring them closer"
+        f"curve: {'; '.join(found)} (of the last batch; there a latent is dead after "
+        f"sae_trainer.dead_feature_window={dead_window} inactive steps{short}); the held-out "
+        "numbers count, and more or more varied texts bring them closer"
     ]
 
 
@@ -258,7 +266,6 @@ def _key(
     parts = [
         gathered.store.path.name,
         hashlib.sha256(trained.astype("<i8").tobytes()).hexdigest(),
-        gathered.max_norm_ratio,
         ">".join(h.name for h in hookpoints),
         width,
         asdict(cfg.sae_trainer),

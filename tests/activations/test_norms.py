@@ -55,6 +55,16 @@ def test_high_norms_are_found_wherever_they_are(tmp_path: Path) -> None:
     assert "training leaves them out" in note
 
 
+def test_values_that_overflowed_are_left_out_and_reported(tmp_path: Path) -> None:
+    x = rows(0)
+    x[7] = float("inf")
+    found = ordinary(written(tmp_path, at=x), AT)
+    assert np.flatnonzero(~found.mask).tolist() == [0, 7]
+    assert np.isnan(found.variance_fraction) and np.isfinite(found.median_norm(AT))
+    (note,) = found.notes("training leaves them out")
+    assert "are not all finite, so that their fraction of the variance is unknown" in note
+
+
 def test_a_position_must_be_ordinary_at_every_stream(tmp_path: Path) -> None:
     store = written(tmp_path, at=rows(3), below=0.01 * rows(9, seed=1))
     assert np.flatnonzero(~ordinary(store, AT).mask).tolist() == [3]

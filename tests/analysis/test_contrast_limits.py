@@ -92,8 +92,8 @@ def test_nothing_fires() -> None:
     assert made.metrics["contrast/best_latent_known"] is None
     assert made.metrics["contrast/best_auroc_unknown_ci_low_test"] is None
     assert made.notes == [
-        "no latent speaks for 'known' at a q-value <= 0.05",
-        "no latent speaks for 'unknown' at a q-value <= 0.05",
+        "no latent is associated with 'known' at a q-value <= 0.05",
+        "no latent is associated with 'unknown' at a q-value <= 0.05",
     ]
 
 
@@ -218,7 +218,7 @@ def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
     dense = np.ones((len(small), D_SAE), dtype=np.float32)
     dense[:, 0] = (small["group"] == "known").to_numpy()
     notes = contrast(dense, small, n_bootstrap=0).notes
-    (told,) = [note for note in notes if "'known'" in note and "speaks" in note]
+    (told,) = [note for note in notes if "'known'" in note and "associated" in note]
     assert "; with 4 and 4 train entities none could: a latent that fires on all of one " in told
     p_value = float(told.partition("has p = ")[2].partition(",")[0])
     assert p_value == pytest.approx(2 / 70, rel=0.05)
