@@ -180,18 +180,16 @@ def test_checkpoints_are_known_by_the_rows_that_are_trained_on(cache, tmp_path):
     from saexp.models.hookpoints import Hookpoint
     from saexp.tasks.train import _key
 
-    store = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "store"), max_norm_ratio=5.0)
+    store = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "store"))
     rows, at = np.arange(9), [Hookpoint(1, "resid_post")]
 
     def key(*words: str, store=store, at=at, width=256, rows=rows) -> str:
         cfg = saexp.compose(["task=train", f"cache_dir={cache}", *words])
         return _key(cfg, store, at, width, rows)
 
-    other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"), max_norm_ratio=5.0)
-    limited = SimpleNamespace(store=store.store, max_norm_ratio=3.0)
+    other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"))
     changed = [
         key(),
-        key(store=limited),
         key("seed=1"),
         key("sae_trainer.n_samples=99"),
         key("sae_trainer=topk"),
