@@ -16,13 +16,17 @@ from hydra import initialize_config_dir
 from saexp import registry
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
+from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
-from saexp.config.messages import COMPOSITION_ERRORS, one_line
+from saexp.config.messages import of_composition, one_line
+from saexp.config.run import without_plus
 from saexp.config.values import one_of
 from saexp.context import RunContext
-from saexp.errors import StoreError
-from saexp.results import TaskResult
+from saexp.digests import remember_in
+from saexp.plugins import load_plugins
+from saexp.results import TaskResult, check_result
 from saexp.tasks import finished
+from saexp.tasks.holding import holding
 from saexp.tasks.saving import note_pages
 from saexp.tasks.sweep import ahead
 from saexp.tracking import Tracker
@@ -42,10 +46,14 @@ _READS_DATA = (*_PLACES_ROWS, "evaluate", "label")
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
     """A typed config from the same words as on the command line. Raises ConfigError."""
     register_schema()
+    words = list(map(without_plus, overrides))
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-            return to_run_config(hydra_compose("config", overrides=list(overrides)))
-    except COMPOSITION_ERRORS as error:
+            words = with_free_keys(words)
+            return to_run_config(hydra_compose("config", overrides=words))
+    except Exception as error:
+        if not of_composition(error):
+            raise
         raise one_line(error) from error
 
 
@@ -94,14 +102,23 @@ def run(
     `sweep` is the folder of the sweep that the run is a cell of.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
-    registry.load_plugins(cfg.plugins)
+    load_plugins(cfg.plugins)
     now = datetime.datetime.now()
     place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make the run's folder {place}: {error.strerror}") from error
+    with holding(place):
+        return _run(cfg, place, now, command, sweep)
+
+
+def _run(
+    cfg: RunConfig,
+    place: Path,
+    now: datetime.datetime,
+    command: str | None,
+    sweep: Path | None,
+) -> TaskResult:
+    """A run in its folder, which it holds."""
     (place / "error.txt").unlink(missing_ok=True)
+    remember_in(cfg.cache_dir)
     key = finished.fingerprint(cfg)
     # What is to be verified is read again, not taken from a run that read it before.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
@@ -122,6 +139,7 @@ def run(
     _start(tracker, cfg, place, sweep)
     try:
         result = registry.resolve("task", cfg.task.name)(cfg, context)
+        check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
     except BaseException as error:
         (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
@@ -176,10 +194,16 @@ def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) ->
     tracker.start(
         folder=place,
         config=asdict(cfg),
-        name=f"{cfg.model.name}-{cfg.sae.name}-layer{cfg.layer}",
+        name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
     )
+
+
+def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
+    """A tracked run's name; of a control SAE it says so."""
+    control = "_control" if loader == "random" else ""
+    return f"{model}-{sae}{control}-layer{layer}"
 
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:

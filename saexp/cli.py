@@ -21,8 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import register_schema, to_run_config
 from saexp.config.folder import conf_folder
-from saexp.config.messages import COMPOSITION_ERRORS, key_of, one_line
+from saexp.config.free_form import with_free_keys
+from saexp.config.messages import key_of, of_composition, one_line
+from saexp.config.run import without_plus
 from saexp.errors import SaexpError
+from saexp.plugins import FULL_ERROR, explained, wants_traceback
 
 
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
@@ -52,6 +55,10 @@ _LAUNCHERS = ("submitit", "ray", "joblib")
 """Packages whose errors say that a process of a sweep was lost."""
 
 
+_traceback_wanted = False
+"""Whether the user asked for tracebacks, by Hydra's own variable."""
+
+
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
@@ -62,9 +69,7 @@ def _job(raw: DictConfig) -> None:
     try:
         _run(raw, about)
     except SaexpError as error:
-        _fail(str(error))
-    except COMPOSITION_ERRORS as error:
-        _fail(str(one_line(error)))
+        _fail(error)
 
 
 def _run(raw: DictConfig, about: HydraConf) -> None:
@@ -79,16 +84,27 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
         command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
         result = api.run(cfg, folder, command=command, sweep=sweep)
-    except (SaexpError, *COMPOSITION_ERRORS) as error:
+    except Exception as error:
+        told = _in_one_line(error)
+        if told is None:
+            raise
         if sweep:
             overrides = ",".join(about.overrides.task)
-            told = one_line(error)
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
             print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
             (folder / "error.txt").write_text(f"{type(told).__name__}: {told}\n", encoding="utf-8")
-        raise
+        if told is error:
+            raise
+        raise told from error
     _summary(result, folder)
+
+
+def _in_one_line(error: Exception) -> SaexpError | None:
+    """What the user can mend, as one line; None for what is wrong in saexp."""
+    if isinstance(error, SaexpError):
+        return error
+    return one_line(error) if of_composition(error) else explained(error)
 
 
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
@@ -98,7 +114,8 @@ def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     # The cell's own error is what is told; its tracker may be what is wrong with it.
     with contextlib.suppress(Exception):
         about: Any = OmegaConf.to_container(raw, resolve=True)
-        name = f"{about['model']['name']}-{about['sae']['name']}-layer{about['layer']}"
+        sae = about["sae"]
+        name = api.run_name(about["model"]["name"], sae["name"], sae["loader"], about["layer"])
         api.track_failure(about, folder, name, sweep)
 
 
@@ -137,34 +154,49 @@ def program() -> None:
 
 def main() -> None:
     """The command line; anything the user can fix is one line on stderr and exit code 1."""
+    global _traceback_wanted
+    before = os.environ.get(FULL_ERROR)
+    _traceback_wanted = wants_traceback()
+    sys.argv[1:] = map(without_plus, sys.argv[1:])
     register_schema()
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Hydra would print its own shortened traceback; with this it hands errors on.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ[FULL_ERROR] = "1"
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
+    try:
+        _guarded()
+    finally:
+        from saexp.tasks.holding import release_all
+
+        release_all()
+        if before is None:
+            os.environ.pop(FULL_ERROR, None)
+        else:
+            os.environ[FULL_ERROR] = before
+
+
+def _guarded() -> None:
     try:
         _job()
         _end_of_sweep()
-    except SaexpError as error:
-        _fail(str(error))
-    except COMPOSITION_ERRORS as error:
-        _fail(str(one_line(error)))
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE or error.filename is None:
-            raise
-        _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder")
-    except KeyboardInterrupt:
-        _fail("stopped; what was collected is kept, and the same command goes on from there")
+    except KeyboardInterrupt as error:
+        _fail("stopped; what was collected is kept, and the same command goes on from there", error)
     except Exception as error:
+        if (told := _in_one_line(error)) is not None:
+            _fail(told, error)
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE and error.filename:
+            _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder", error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = " … ".join(dict.fromkeys([*said[:1], *said[-1:]]))
+        shown = " … ".join(dict.fromkeys([*said[:1], *said[-1:]]))
         kept = _keep(error)
         _fail(
-            f"a process of the sweep ended without a result ({type(error).__name__}: {told}"
+            f"a process of the sweep ended without a result ({type(error).__name__}: {shown}"
             f"{f'; all of it in {kept}' if kept else ''}); what was finished is kept, and the same "
-            "command computes the rest"
+            "command computes the rest",
+            error,
         )
 
 
@@ -189,8 +221,11 @@ def _end_of_sweep() -> None:
         print(told)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str | SaexpError, cause: BaseException | None = None) -> NoReturn:
     """One line on stderr, behind the report of a sweep's other cells."""
     _end_of_sweep()
+    error = cause or (message if isinstance(message, SaexpError) else None)
+    if _traceback_wanted and error is not None:
+        traceback.print_exception(error)
     print(f"saexp: {message}", file=sys.stderr)
     sys.exit(1)

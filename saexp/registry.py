@@ -5,9 +5,7 @@ No module named here is imported before something of it is wanted, so that `--he
 
 import difflib
 import importlib
-import importlib.metadata
-import os
-import sys
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -130,6 +128,11 @@ def names(kind: str) -> list[str]:
     return sorted({*_BUILTIN[kind], *(n for k, n in _registered if k == kind)})
 
 
+def registered() -> list[Callable[..., Any]]:
+    """Every class and function that was registered from outside this table."""
+    return list(_registered.values())
+
+
 def require(kind: str, name: str) -> None:
     """Raise ConfigError naming the nearest names where (kind, name) is unknown; imports nothing."""
     if kind not in _BUILTIN:
@@ -155,7 +158,27 @@ def build(kind: str, cfg: Any, **runtime: Any) -> Any:
         raise ConfigError(
             f"the {kind} config has no '{key_field}', so nothing can be built from it"
         )
-    return resolve(kind, str(name))(cfg, **runtime)
+    target = resolve(kind, str(name))
+    if (kind, str(name)) in _registered:
+        _check_call(kind, str(name), target, cfg, runtime)
+    return target(cfg, **runtime)
+
+
+def _check_call(
+    kind: str, name: str, target: Callable[..., Any], cfg: Any, runtime: dict[str, Any]
+) -> None:
+    """Raise ConfigError for a component of the user's own that cannot be called so."""
+    try:
+        inspect.signature(target).bind(cfg, **runtime)
+    except TypeError as error:
+        given = ", ".join(["its config", *(f"{key}=" for key in runtime)])
+        where = inspect.getsourcefile(target) or target.__module__
+        raise ConfigError(
+            f"{where}: {kind} '{name}' cannot be built: {error}; it is called with {given}"
+        ) from error
+    except ValueError:
+        # Written in C, so that its signature is not known.
+        return
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
@@ -163,21 +186,3 @@ def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
     options = list(known)
     near = difflib.get_close_matches(str(word), options, n=n, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else f"choose from {', '.join(options)}"
-
-
-def load_plugins(modules: Iterable[str]) -> None:
-    """Import plugin modules and `saexp.plugins` entry points, so that they register."""
-    for entry in importlib.metadata.entry_points(group="saexp.plugins"):
-        entry.load()
-    for module in modules:
-        # As `python -m saexp` has it; the console script has its own folder in its place.
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != module.partition(".")[0] and error.name != module:
-                raise
-            raise ConfigError(
-                f"plugins: no module '{module}' can be imported; is its folder on PYTHONPATH?"
-            ) from error

@@ -4,12 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saexp.errors import ConfigError
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
 SWEEP_PLAN = "plan.json"
 """File in a sweep's folder: its cells, and the hookpoints they need together."""
+
+
+def check_result(found: Any, of: str) -> None:
+    """Raise ConfigError where a component of the user's own gave something else."""
+    if not isinstance(found, TaskResult):
+        raise ConfigError(f"{of} gave {type(found).__name__}; it must give a TaskResult")
 
 
 @dataclass(repr=False)

@@ -129,20 +129,33 @@ class WandbTracker(NullTracker):
         group: str | None,
     ) -> None:
         """Open a W&B run in the run's folder."""
-        mode = self.cfg.mode or os.environ.get("WANDB_MODE")
-        mode = mode or ("online" if has_key() else "offline")
-        self.run: Any = self.wandb.init(
-            project=self.cfg.project,
-            entity=self.cfg.entity,
-            group=self.cfg.group or group,
-            job_type=job_type,
-            name=name,
-            config=dict(config),
-            dir=str(folder),
-            mode=mode,
-            reinit="create_new",
-            settings=self.wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
+        asked = self.cfg.mode or os.environ.get("WANDB_MODE")
+        if asked == "online" and not has_key():
+            typed = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
+            raise ConfigError(
+                f"{typed}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
+                "first, or type tracker.mode=offline"
+            )
+        mode = asked or ("online" if has_key() else "offline")
+        try:
+            self.run: Any = self.wandb.init(
+                project=self.cfg.project,
+                entity=self.cfg.entity,
+                group=self.cfg.group or group,
+                job_type=job_type,
+                name=name,
+                config=dict(config),
+                dir=str(folder),
+                mode=mode,
+                reinit="create_new",
+                settings=self.wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+        except (self.wandb.Error, ValueError) as error:
+            told = " ".join(str(error).split())[:240]
+            raise ConfigError(
+                f"tracker=wandb: W&B begins no run ({told}); mend that, or type "
+                "tracker.mode=offline or tracker=none"
+            ) from error
 
     def metrics(self, values: Metrics) -> None:
         """Numbers go to the run's summary and history."""

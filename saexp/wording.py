@@ -1,6 +1,36 @@
 """Words of messages and reports."""
 
+from typing import Any
+
 
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number and its noun: "1 row", "3 rows"; `many` where that is not `one` with an s."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def brief(text: str, length: int) -> str:
+    """One line of at most this many characters, cut between words."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    return line[: length - 1].rpartition(" ")[0].rstrip(".,;:") + " …"
+
+
+def sae_words(about: Any) -> str:
+    """ "SAE of 256 latents", or which control it is; `about` is what provenance.json says of it."""
+    # In a table with trained SAEs the cell is empty.
+    control = f"{about['control']} control " if isinstance(about.get("control"), str) else ""
+    return f"{control}SAE of {about['d_sae']} latents"
+
+
+def above_chance(low: float | None) -> bool | None:
+    """Whether an AUROC's interval lies above 0.5 in the latent's direction; None without one."""
+    return None if low is None or low != low else low > 0.5
+
+
+def chance_words(low: float | None, units: str = "entities") -> str:
+    """ " (not above chance on held-out entities)" for an AUROC whose interval covers 0.5.
+
+    `low` is the interval's lower end, in the direction that was chosen on the train split.
+    """
+    return "" if above_chance(low) is not False else f" (not above chance on held-out {units})"

@@ -70,7 +70,11 @@ def random_hf(architecture: str, *, seed: int = 0, **options: Any) -> Any:
     """A random `transformers` causal LM in float32 and eval mode; `options` go into its config."""
     name, settings = ARCHITECTURES[architecture]
     config = getattr(transformers, name)(
-        vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings, **options
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **(settings | options),
     )
     torch.manual_seed(seed)
     hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -10,11 +10,13 @@ import torch
 
 import saexp
 from saexp.data.examples import Example
+from saexp.data.tokens import tokenize
 from saexp.errors import ConfigError, DataError
 from saexp.interventions import engine
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
 from saexp.tasks.answers import Options, answers
+from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +175,7 @@ def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
     )
     assert table["truths"].map(list).tolist()[0] == ["Oslo, Norway", "Oslo"]
     assert table["truths"].map(len).tolist() == [2, 1, 1, 1, 0, 0]
-    assert "1 not asked: no template for city mayor" in run.notes
+    assert any(n.startswith("1 not asked: no template for city mayor; ") for n in run.notes)
     plain = labelled(cache, tmp_path / "plain", *attributed, "task.options.form=question")
     assert plain.tables["labels"]["prompt"][0] == "In which city was the player Fenlet Baszad born?"
     assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
@@ -207,6 +209,37 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
         ]
         assert ids[0].count(model.tokenizer.bos_token_id) == 1
         assert ids[0][0] == model.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("of", list(chat_tokenizers()))
+@pytest.mark.parametrize("form", ["auto", "begun"])
+def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
+    """Whatever BOS the tokenizer adds to a text, and without the EOS it appends."""
+    model = with_tokenizer(chat_tokenizers()[of], chat=True)
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, read)], [ids], _ = module._prompts(made, model, Options(form=form), 400)
+    messages = [{"role": "user", "content": text}]
+    templated = model.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    begun = "The city of Marta is in the country of" if form == "begun" else ""
+    assert read == templated + begun
+    assert list(ids) == list(model.tokenizer(read, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("of", list(base_tokenizers()))
+def test_base_prompts_have_no_eos_behind_them(of):
+    model = with_tokenizer(base_tokenizers()[of])
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, _)], [ids], _ = module._prompts(made, model, Options(form="question"), 400)
+    own = list(model.tokenizer(text)["input_ids"])
+    assert list(ids) == (own[:-1] if "eos" in of else own)
 
 
 def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
@@ -366,7 +399,7 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
     for row in rows:
         assert row["prompt"].startswith("So")
         assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
-        (tokens,) = module.tokenize([row["text"]], read, 200)
+        (tokens,) = tokenize([row["text"]], read, 200)
         assert tokens.ids.count(read.bos_token_id) == 1
         assert read.decode(tokens.ids[-1:]) == ":"
 
@@ -430,7 +463,7 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     model = LanguageModel(saexp.compose(["model=tiny"]).model)
     row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
     whole = row["input_text"] + row["generated_continuation_text"]
-    tokens = module.tokenize([whole], model.tokenizer, 512)[0]
+    tokens = tokenize([whole], model.tokenizer, 512)[0]
     # The text as it was, then one whose 6th token after the prompt is another.
     cut = tokens.offsets[1 + 20 + 5][0]
     file = tmp_path / "texts.txt"
@@ -447,3 +480,66 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     words = [w.replace("=20", "=200") for w in words]
     with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
         saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")
+
+
+def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
+    """Texts that begin alike and go on differently have the same prompts."""
+    lines = (ROOT / "saexp/assets/tiny/background.txt").read_text("utf-8").splitlines()
+    text = " ".join(lines[:4])
+    places = []
+    for number, end in enumerate(("", "", " and so on, as it was")):
+        cut = text[: len(text) // 2]
+        (tmp_path / "texts.txt").write_text(f"{cut if end else text}{end} {lines[9]}\n")
+        words = ["task=label", "dataset=memorization", f"dataset.path={tmp_path}/texts.txt"]
+        words += ["task.options.prompt_tokens=4", "task.options.continuation_tokens=24"]
+        words += [f"cache_dir={tmp_path}/cache", "tracker=none"]
+        result = saexp.run(saexp.compose(words), tmp_path / str(number))
+        about = json.loads((result.path / "provenance.json").read_text("utf-8"))["labels"]
+        content = (Path(about["path"]) / "memorization.csv").read_bytes()
+        assert content == (result.path / "memorization.csv").read_bytes()
+        places.append((about["path"], content))
+    assert places[0] == places[1]
+    assert (places[0][0] == places[2][0]) == (places[0][1] == places[2][1])
+
+
+def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, tmp_path):
+    """A model that ends there: its end token is what it would go on with."""
+    line = "the cat sat on the mat and ran to the dog by the old house near the lake"
+    words = line.split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(4)]
+    hf, read, folder = random_hf("llama"), tokenizer(), tmp_path / "model"
+    n_prompt = 6
+    ids = [t.ids for t in tokenize(texts, read, 64, prepend_bos=True)]
+    first = next(i for i, n in enumerate(ids[0]) if n not in read.all_special_ids)
+    with torch.inference_mode():
+        end = int(hf(torch.tensor([ids[0][: first + n_prompt]])).logits[0, -1].argmax())
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = end
+    hf.save_pretrained(folder)
+    read.save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    common = ["dataset=memorization", "model=hf", f'model.name="{folder}"', "device=cpu"]
+    options = [f"task.options.prompt_tokens={n_prompt}", "task.options.continuation_tokens=4"]
+    cfg = saexp.compose(
+        [*common, "task=label", f"cache_dir={cache}", *options]
+        + ["model.prepend_bos=true", f'dataset.path="{tmp_path / "texts.txt"}"']
+    )
+    run = saexp.run(cfg, tmp_path / "run")
+    table = run.tables["memorization"]
+    n = run.metrics["memorized/n_empty"]
+    assert n == (table["generated_continuation_text"] == "").sum() >= 1
+    assert n < len(table) == 4
+    assert any("continuation is empty" in note for note in run.notes)
+    file = run.path / "memorization.csv"
+    written = pd.read_csv(file, keep_default_na=False)
+    assert written["generated_continuation_text"].tolist() == (
+        table["generated_continuation_text"].tolist()
+    )
+    # A row of each group, as two are needed.
+    file.write_text(file.read_text("utf-8") + "a,b,True,4\r\n", encoding="utf-8")
+    got = saexp.build("dataset", saexp.compose([*common, f'dataset.path="{file}"']).dataset)
+    assert all(e.answers[0] for e in got.examples)
+    n_none = int((table["matching_tokens"] == 0).sum())
+    groups = pd.Series([e.group for e in got.examples]).value_counts()
+    assert groups["not_memorized"] == n_none - n
+    told = [note for note in got.notes if "skipped: generated_continuation_text is empty" in note]
+    assert len(told) == 1 and told[0].startswith(f"{n} of 5 rows")

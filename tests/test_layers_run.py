@@ -143,9 +143,9 @@ def test_results_are_kept_under_the_names_of_all_saes(
     ran(cache, tmp_path / "2", "intervention=ablate", *PER_LAYER, "coefficient=1")
     ran(cache, tmp_path / "1", "intervention=ablate", "coefficient=1")
     saes = seen[0]["saes"]
-    assert [s["hookpoint"] for s in saes] == ["layer_2.resid_post", "layer_3.resid_post"]
-    assert len({s["sae"] for s in saes}) == 2
-    assert seen[1]["sae"] == saes[0]["sae"] and "saes" not in seen[1]
+    assert len(set(saes)) == 2
+    (own,) = seen[1]["saes"]
+    assert own in saes
 
 
 def test_the_denoised_difference_is_reported_with_what_it_keeps(

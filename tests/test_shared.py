@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import saexp
 from saexp.analysis.contrast import ContrastAnalyzer
@@ -147,3 +148,29 @@ def test_rows_of_lists_have_a_key_of_their_own() -> None:
     keys = [shared._rows_key(r) for r in rows]
     assert keys[0] == keys[1] != keys[2]
     assert shared._rows_key(pd.DataFrame({"a": [1]})) != shared._rows_key(pd.DataFrame({"b": [1]}))
+
+
+def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
+    from saexp.analysis.base import AnalysisInputs
+    from saexp.latents.encode import Latents
+    from saexp.models.loading import LanguageModel
+
+    def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:
+        cfg = saexp.compose(words)
+        model = LanguageModel(cfg.model)
+        model.prepend_bos = bos
+        found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
+        inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
+        analyzer = saexp.build("analyzer", cfg.analyzer)
+        return shared._result_key(analyzer, cfg.analyzer, inputs)
+
+    keys = [key(), key("dtype=bfloat16"), key("model.chat=true"), key(bos=False), key(latents="b")]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert key("tracker=none", "store.batch_tokens=9") == keys[0]
+    typed = type("Typed", (ContrastAnalyzer,), {"__module__": "typed_into_a_notebook"})
+    found = AnalysisInputs(
+        latents=Latents(sparse.csr_array((0, 4)), pd.DataFrame(), "a"), groups=(), layer=1
+    )
+    cfg = saexp.compose([]).analyzer
+    assert shared._result_key(typed(cfg), cfg, found) is None

@@ -110,3 +110,24 @@ def test_the_best_cell_is_named_by_all_that_was_swept() -> None:
     )
     (told,) = findings(pd.DataFrame(rows[:1]))
     assert told.startswith("known: best at layer 2, width 256 (chosen")
+
+
+def test_a_control_sae_never_is_the_best_cell() -> None:
+    """Though it has the higher AUROC, which is at chance: it stands beside the trained one."""
+    about = {"status": "finished", "layer": 2, "width": 256, "contrast/best_latent_known": 3}
+    key = "contrast/best_auroc_known"
+    cells = [("tiny", None, 0.55, 0.60), ("random", "random", 0.7, 0.58)]
+    rows = [
+        {**about, "sae": sae, "control": control, key: train, f"{key}_test": test}
+        | {f"{key}_ci_low_test": 0.51 if control is None else 0.48, f"{key}_ci_high_test": 0.65}
+        for sae, control, train, test in cells
+    ]
+    (told,) = findings(pd.DataFrame(rows))
+    assert told == (
+        "known: best at layer 2, width 256, sae tiny (chosen on the train split): latent 3, "
+        "held-out AUROC 0.600 [0.510, 0.650]; the best of the control SAEs (random), layer 2, "
+        "width 256, sae random: latent 3, held-out AUROC 0.580 [0.480, 0.650] (not above chance "
+        "on held-out entities)."
+    )
+    (alone,) = findings(pd.DataFrame(rows[1:]))
+    assert alone.startswith("known: no cell with a trained SAE selects a latent; the best of the")

@@ -68,3 +68,29 @@ def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="tracker.mode=sometimes: choose online, offline"):
         build("tracker", TrackerConfig(name="wandb", mode="sometimes"))
+
+
+@pytest.mark.parametrize("by", ["tracker.mode", "WANDB_MODE"])
+def test_online_without_a_key_is_one_line_and_no_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    if by == "WANDB_MODE":
+        monkeypatch.setenv("WANDB_MODE", "online")
+    mode = "online" if by == "tracker.mode" else None
+    tracker = build("tracker", TrackerConfig(name="wandb", mode=mode))
+    with pytest.raises(ConfigError, match=rf"^{by}=online, but no W&B key is set; ") as error:
+        tracker.start(folder=tmp_path, **ABOUT)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_no_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    tracker = build("tracker", TrackerConfig(name="wandb", mode="online"))
+    with pytest.raises(ConfigError, match=r"^tracker=wandb: W&B begins no run \(") as error:
+        tracker.start(folder=tmp_path, **ABOUT)
+    assert "\n" not in str(error.value)

@@ -172,3 +172,33 @@ def test_an_l0_far_from_k_is_a_note(name, options, l0, told):
     assert [f"L0 is {l0:.1f} on held-out positions, where k is 16" in n for n in notes] == (
         [True] if told else []
     )
+
+
+def test_checkpoints_are_known_by_the_rows_that_are_trained_on(cache, tmp_path):
+    from types import SimpleNamespace
+
+    from saexp.models.hookpoints import Hookpoint
+    from saexp.tasks.train import _key
+
+    store = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "store"), max_norm_ratio=5.0)
+    rows, at = np.arange(9), [Hookpoint(1, "resid_post")]
+
+    def key(*words: str, store=store, at=at, width=256, rows=rows) -> str:
+        cfg = saexp.compose(["task=train", f"cache_dir={cache}", *words])
+        return _key(cfg, store, at, width, rows)
+
+    other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"), max_norm_ratio=5.0)
+    limited = SimpleNamespace(store=store.store, max_norm_ratio=3.0)
+    changed = [
+        key(),
+        key(store=limited),
+        key("seed=1"),
+        key("sae_trainer.n_samples=99"),
+        key("sae_trainer=topk"),
+        key(store=other),
+        key(at=[Hookpoint(2, "resid_post")]),
+        key(width=512),
+        key(rows=rows[1:]),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert key("tracker=none", "intervention=none") == key()

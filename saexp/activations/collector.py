@@ -22,8 +22,10 @@ from saexp.config import StoreConfig
 from saexp.context import progress
 from saexp.data.positions import Placement
 from saexp.errors import ModelError, StoreError
+from saexp.models.context_length import context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel, pick_dtype
+from saexp.models.rope import depends_on_length
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,10 @@ def ingredients(
         ids.update(np.asarray([len(text), *text.ids], dtype="<i8").tobytes())
     for column in ("text_id", "token_index"):
         places.update(placement.rows[column].to_numpy("<i8").tobytes())
+    blocks = model.cfg.blocks
     return {
+        # Absent where it is not given, so that stores keep their keys.
+        **({"blocks": blocks} if blocks else {}),
         "model": model.name,
         "revision": model.cfg.revision,
         "weights": model.fingerprint,
@@ -76,6 +81,8 @@ def ingredients(
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
         "max_length": max_length,
+        # Before this was among them, such models' values depended on what else was in a batch.
+        **({"rope": "by length"} if depends_on_length(model.text_config) else {}),
     }
 
 
@@ -142,7 +149,7 @@ def collect(
 
 
 def _check_length(model: LanguageModel, longest: int) -> None:
-    limit = getattr(model.text_config, "max_position_embeddings", None)
+    limit = context_limit(model)
     if limit is not None and longest > limit:
         short = model.name.rpartition("/")[2]
         raise ModelError(
@@ -249,7 +256,7 @@ class _Collection:
         try:
             # At most the shard before is still being written.
             self._settle(1)
-            todo = units(self.placement, self.store.kept(job.index))
+            todo = units(self.placement, self.store.kept(job.index), self.model.text_config)
             passes = forward(
                 self.model,
                 todo,

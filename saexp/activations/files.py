@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and locks between processes."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from saexp.digests import read_sha256
 from saexp.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -22,12 +22,6 @@ log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ATTEMPTS = 3
 """How often a lock is tried whose folder another process takes away."""
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
@@ -38,7 +32,7 @@ def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
     if not file.is_file() or file.stat().st_size != entry["bytes"]:
         log.warning("%s is missing or truncated and counts as not collected", file)
         return False
-    if hashed and sha256(file) != entry["sha256"]:
+    if hashed and read_sha256(file) != entry["sha256"]:
         log.warning("%s is damaged (checksum) and counts as not collected", file)
         return False
     return True

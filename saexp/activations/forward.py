@@ -19,6 +19,8 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import by_regime, rope_regime
+from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 
@@ -60,46 +62,56 @@ class Batch:
     n_padding: int
 
 
-def units(placement: Placement, held: Int[np.ndarray, " n"]) -> list[Unit]:
+def units(placement: Placement, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
     """What must be forwarded for these rows, the ones that a shard's file holds in this order.
 
     A causal model's values do not depend on what comes later: a text counts up to its last wanted
-    position only, and one that begins another (or equals it) is read from the other's pass.
+    position only, and one that begins another (or equals it) is read from the other's pass. Where
+    frequencies depend on the length (by the language model's `config`), this holds among lengths
+    with the same ones.
     """
     wanted: dict[int, list[tuple[int, int, int]]] = {}
     columns = (placement.rows[c].to_numpy()[held].tolist() for c in ("text_id", "token_index"))
     for row, (text_id, token) in enumerate(zip(*columns, strict=True)):
         wanted.setdefault(text_id, []).append((row, token, text_id))
-    found = [
-        Unit(placement.texts[text_id].ids[: max(t for _, t, _ in rows) + 1], rows)
-        for text_id, rows in wanted.items()
-    ]
+    found = []
+    for text_id, rows in wanted.items():
+        ids = placement.texts[text_id].ids
+        n_read = max(t for _, t, _ in rows) + 1
+        if rope_regime(config, n_read) != rope_regime(config, len(ids)):
+            n_read = len(ids)
+        found.append(Unit(ids[:n_read], rows))
     # In this order all that begins with a sequence follows it directly.
     found.sort(key=lambda unit: unit.ids)
     kept: list[Unit] = []
-    for unit in reversed(found):
-        if kept and kept[-1].ids[: len(unit.ids)] == unit.ids:
-            kept[-1].rows.extend(unit.rows)
-        else:
-            kept.append(unit)
+    for part in by_regime(config, [len(unit.ids) for unit in found]):
+        merged: list[Unit] = []
+        for unit in reversed([found[i] for i in part]):
+            if merged and merged[-1].ids[: len(unit.ids)] == unit.ids:
+                merged[-1].rows.extend(unit.rows)
+            else:
+                merged.append(unit)
+        kept += merged
     return kept
 
 
 def batches(
-    lengths: Sequence[int | float], budget: TokenBudget
+    lengths: Sequence[int | float], budget: TokenBudget, config: Any = None
 ) -> Generator[list[int], bool | None, None]:
     """Indices sorted by length, longest first, in batches of at most the budget with padding.
 
-    A text longer than the budget is a batch of its own. A batch that is answered by `send(False)`
-    comes again, cut to what the budget is by then.
+    A text longer than the budget is a batch of its own. With the language model's `config`, texts
+    of a batch have the same rotary frequencies. A batch that is answered by `send(False)` comes
+    again, cut to what the budget is by then.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
-        done = yield order[start : start + size]
-        if done is not False:
-            start += size
+    for part in by_regime(config, [int(length) for length in lengths]):
+        order = sorted(part, key=lambda i: (-lengths[i], i))
+        start = 0
+        while start < len(order):
+            size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
+            done = yield order[start : start + size]
+            if done is not False:
+                start += size
 
 
 def forward(
@@ -116,17 +128,13 @@ def forward(
     Raises ModelError where a single text does not fit into the device's memory.
     """
     run = _Forward(model, hookpoints, budget, HostCopies(dtype))
-    alone = list(range(len(todo)))
-    if share_prefixes and depth(hookpoints, whole=False):
-        # What a group saves must be more than the batches that its borders leave part empty.
-        for group in groups([unit.ids for unit in todo], worth=budget.tokens):
-            within = range(group.first, group.end)
-            begun = run.begin([todo[i] for i in within], group.n_shared)
-            if begun is not None:
-                alone = [i for i in alone if i not in within]
-                yield begun[0]
-                yield from run.all([todo[i] for i in within], begun[1])
-    yield from run.all([todo[i] for i in alone])
+    if not share_prefixes or not depth(hookpoints, whole=False):
+        yield from run.all(todo)
+        return
+    alone: list[Unit] = []
+    for part in by_regime(model.text_config, [len(unit.ids) for unit in todo]):
+        alone += yield from run.shared([todo[i] for i in part])
+    yield from run.all(alone)
 
 
 class _Forward:
@@ -142,10 +150,29 @@ class _Forward:
         self.model, self.hookpoints = model, hookpoints
         self.budget, self.copies = budget, copies
 
+    def shared(self, todo: Sequence[Unit]) -> Generator[Batch, None, list[Unit]]:
+        """Batches of those that share a long beginning; returns the others.
+
+        All have the same rotary frequencies, and a beginning is shared only if it has them too.
+        """
+        alone = list(range(len(todo)))
+        config, longest = self.model.text_config, max(len(unit.ids) for unit in todo)
+        # What a group saves must be more than the batches that its borders leave part empty.
+        for group in groups([unit.ids for unit in todo], worth=self.budget.tokens):
+            if rope_regime(config, group.n_shared) != rope_regime(config, longest):
+                continue
+            within = range(group.first, group.end)
+            begun = self.begin([todo[i] for i in within], group.n_shared)
+            if begun is not None:
+                alone = [i for i in alone if i not in within]
+                yield begun[0]
+                yield from self.all([todo[i] for i in within], begun[1])
+        return [todo[i] for i in alone]
+
     def all(self, todo: Sequence[Unit], past: Past | None = None) -> Iterator[Batch]:
         """Batches of these; behind `past`, with which all of them begin."""
         costs = [past.cost(len(u.ids)) if past else len(u.ids) for u in todo]
-        plan = batches(costs, self.budget)
+        plan = batches(costs, self.budget, None if past else self.model.text_config)
         chosen = next(plan, None)
         while chosen is not None:
             batch = self._run([todo[i] for i in chosen], past)
@@ -180,7 +207,7 @@ class _Forward:
             if trusted:
                 raise
             # Code of a model's own may take another kind of cache.
-            told = " ".join(str(error).split())[:120]
+            told = brief(str(error), 120)
             refuse(self.model, f"an error ({type(error).__name__}: {told})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)

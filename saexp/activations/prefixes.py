@@ -59,30 +59,16 @@ class Past:
         return float(max(length - len(self.ids), length / _HELD_SHARE))
 
 
-_BY_LENGTH = {"longrope", "dynamic"}
-"""Kinds of rotary embedding in which a key depends on how long the text is that it stands in."""
-
-
 def empty_past(model: LanguageModel) -> Any:
     """A cache that a forward pass fills; None for a model whose rows it would not hold alone."""
     about = model.text_config
     if not model.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
-        return None
-    if _rope_types(getattr(about, "rope_parameters", None)) & _BY_LENGTH:
         return None
     if "past_key_values" not in inspect.signature(type(model.hf).forward).parameters:
         return None
     cache = DynamicCache(config=about)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     return cache if cache.layers and plain else None
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """Kinds named in a config's rope parameters, which some models have per kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    named = {str(parameters[k]) for k in ("rope_type", "type") if k in parameters}
-    return named.union(*(_rope_types(value) for value in parameters.values()))
 
 
 def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:

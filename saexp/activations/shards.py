@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import cannot_write, put_in_place, sha256
+from saexp.activations.files import cannot_write, put_in_place
+from saexp.digests import read_sha256
 from saexp.errors import StoreError
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -97,7 +98,7 @@ class ShardWriter:
         entry = {
             "n_rows": len(self._written),
             "bytes": self._start + self.n_bytes,
-            "sha256": sha256(self.temporary),
+            "sha256": read_sha256(self.temporary),
         }
         put_in_place(self.temporary, self.path)
         return entry

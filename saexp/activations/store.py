@@ -21,7 +21,6 @@ from saexp.activations.files import (
     intact,
     locked,
     read_manifest,
-    sha256,
     write_atomically,
     write_json,
 )
@@ -29,6 +28,7 @@ from saexp.activations.joined import join, join_elsewhere, joined_name
 from saexp.activations.leases import USED, Marked
 from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
+from saexp.digests import read_sha256
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 
@@ -60,6 +60,7 @@ class ActivationStore(Marked):
         self._sound: set[tuple[str, int, str]] = set()
         self._rows: pd.DataFrame | None = None
         self._placed: Repeats | None = None
+        self._norms: dict[Hookpoint, np.ndarray] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
@@ -274,7 +275,7 @@ class ActivationStore(Marked):
         if not os.access(self.path, os.W_OK):
             return join_elsewhere(parts, mapped)
         join(joined, parts)
-        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": sha256(joined)}
+        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
         self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
         return mapped(joined)
 
@@ -282,12 +283,16 @@ class ActivationStore(Marked):
         """(first row, activations) in order, at most `chunk_rows` rows each."""
         yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
 
-    def mean_norm(self, hookpoint: Hookpoint) -> float:
-        """Mean Euclidean norm of the rows."""
-        total = 0.0
-        for _, acts in self.chunks(hookpoint, _CHUNK_ROWS):
-            total += float(acts.double().norm(dim=-1).sum())
-        return total / self.n_rows
+    def norms(self, hookpoint: Hookpoint) -> Float[np.ndarray, " n_rows"]:
+        """Euclidean norm of each row, float64; computed once while the store is open."""
+        at = hookpoint.stored
+        if at not in self._norms:
+            parts = [
+                acts.flatten(1).double().norm(dim=-1).numpy()
+                for _, acts in self.chunks(at, _CHUNK_ROWS)
+            ]
+            self._norms[at] = np.concatenate(parts)
+        return self._norms[at]
 
     def _entries(self, hookpoint: Hookpoint) -> dict[str, Any]:
         return self.manifest["hookpoints"].get(hookpoint.name, {})

@@ -1,18 +1,14 @@
-"""Prompts with the first token of their answers, as a tokenizer would go on."""
+"""Prompts with the first token of their answers (`data.answer_tokens`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from saexp.data.answer_tokens import answer_token, foil_of
 from saexp.data.examples import Example, Skip
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.data.positions import Unplaced
+from saexp.data.prompts import as_read, in_template, tokenize_prompts
+from saexp.data.tokens import TokenizedText
 from saexp.models.loading import LanguageModel
-
-_ROOM = 8
-"""Tokens beyond max_length that are looked at for the answer."""
-
-
-class _Merged(Exception):
-    """An answer whose beginning is no token of its own; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +16,7 @@ class Question:
     """One prompt, and the tokens that are compared after it."""
 
     example: Example
-    prompt: str
-    """What the model reads: in the chat template where the model has one set."""
+    """With the prompt that the model reads, in the chat template where it has one set, as text."""
     tokens: TokenizedText
     answer_id: int
     foil_id: int | None
@@ -29,100 +24,41 @@ class Question:
     """Why a foil that the data has is not used."""
 
 
-def foil_of(example: Example) -> str | None:
-    """The wrong answer in the data's column `foil`."""
-    foil = example.extra.get("foil")
-    return None if foil is None or not str(foil) or foil != foil else str(foil)
-
-
 def questions(
     examples: Sequence[Example], model: LanguageModel, max_length: int
 ) -> tuple[list[Question], list[Skip]]:
-    """Every example that can be asked, and why the others can't.
-
-    The first answer token is the one that follows the prompt's own tokens when prompt and answer
-    are tokenised as one text. Where the prompt's tokens change by that (its last one merges with
-    the answer), the example is a skip: the model would be asked something else. Of several
-    accepted answers the first counts. In chat the answer begins the model's turn, so white space
-    before it is dropped.
-    """
-    chat = model.cfg.chat
-    asked, skips = [], []
+    """Every example that can be asked, and why the others can't; the first answer counts."""
+    own, skips = [], []
     for example in examples:
         if example.answers:
-            asked.append(example)
+            own.append(example.as_prompt())
         else:
             skips.append(Skip(example.id, "no answer"))
-    texts = [e.as_prompt().text for e in asked]
-    prompts = [model.chat_text(t) if chat else t for t in texts]
-    foils = [foil_of(e) for e in asked]
-
-    def after(prompt: str, word: str) -> str:
-        return prompt + (word.lstrip() if chat else word)
-
-    def read(texts: list[str], longest: int) -> list[TokenizedText]:
-        return tokenize(texts, model.tokenizer, longest, model.prepend_bos)
-
-    longest = max_length + _ROOM
-    alone = [_bare(t) for t in read(prompts, max_length)]
-    answered = read([after(p, e.answers[0]) for p, e in zip(prompts, asked, strict=True)], longest)
-    with_foil = iter(
-        read([after(p, f) for p, f in zip(prompts, foils, strict=True) if f is not None], longest)
-    )
+    prompts = as_read(model, [e.text for e in own])
     found = []
-    for example, prompt, tokens, full, foil in zip(
-        asked, prompts, alone, answered, foils, strict=True
+    for example, prompt, tokens in zip(
+        own, prompts, tokenize_prompts(model, prompts, max_length), strict=True
     ):
-        other = next(with_foil) if foil is not None else None
-        if tokens.truncated:
-            skips.append(Skip(example.id, f"prompt longer than {max_length} tokens"))
-            continue
+        read = in_template(example, prompt) if model.cfg.chat else example
         try:
-            answer_id = _next_token(tokens, full, "answer")
-        except _Merged as reason:
+            if tokens.truncated:
+                raise Unplaced(f"prompt longer than {max_length} tokens")
+            answer_id = answer_token(model.tokenizer, read, read.answers[0])
+        except Unplaced as reason:
             skips.append(Skip(example.id, str(reason)))
             continue
-        foil_id, why = _foil_token(tokens, other, answer_id)
-        found.append(Question(example, prompt, tokens, answer_id, foil_id, why))
+        found.append(Question(read, tokens, answer_id, *_foil(model, read, answer_id)))
     return found, skips
 
 
-def joins_without_space(question: Question) -> bool:
-    """Whether the answer is glued to the prompt's last word, which is rarely what was meant."""
-    answer, prompt = question.example.answers[0], question.prompt
-    return bool(prompt) and prompt[-1].isalnum() and answer[:1].isalnum()
-
-
-def _bare(tokens: TokenizedText) -> TokenizedText:
-    """Without special tokens that the tokenizer puts behind a text."""
-    end = len(tokens)
-    while end > 1 and tokens.special[end - 1] and tokens.offsets[end - 1] == (0, 0):
-        end -= 1
-    return replace(
-        tokens,
-        ids=tokens.ids[:end],
-        offsets=tokens.offsets[:end],
-        special=tokens.special[:end],
-    )
-
-
-def _next_token(prompt: TokenizedText, full: TokenizedText, what: str) -> int:
-    n = len(prompt)
-    if full.ids[:n] != prompt.ids:
-        raise _Merged(f"{what} merges with the prompt's last token")
-    if len(_bare(full)) <= n:
-        raise _Merged(f"{what} has no token")
-    return full.ids[n]
-
-
-def _foil_token(
-    prompt: TokenizedText, full: TokenizedText | None, answer_id: int
-) -> tuple[int | None, str | None]:
-    if full is None:
+def _foil(model: LanguageModel, read: Example, answer_id: int) -> tuple[int | None, str | None]:
+    """The foil's first token, or why there is none."""
+    foil = foil_of(read)
+    if foil is None:
         return None, None
     try:
-        foil_id = _next_token(prompt, full, "foil")
-    except _Merged as reason:
+        foil_id = answer_token(model.tokenizer, read, foil, "foil")
+    except Unplaced as reason:
         return None, str(reason)
     if foil_id == answer_id:
         return None, "foil begins with the answer's first token"

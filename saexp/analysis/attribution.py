@@ -18,8 +18,10 @@ from saexp.context import progress
 from saexp.errors import DataError
 from saexp.intervals import bootstrap_means
 from saexp.latents.encode import CHUNK_BYTES
+from saexp.models.context_length import check_positions
 from saexp.models.gradients import LogitGradient, logit_gradient
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import by_regime
 from saexp.models.unembedding import ADDED, Unembedding
 from saexp.saes.base import SparseAutoencoder
 
@@ -113,14 +115,14 @@ def attribute(
     DataError for prompts without a position, positions outside, and lists of unequal length.
     """
     _check(prompts, positions, answers, foils)
+    check_positions(model, max(map(len, prompts)))
     unembedding = Unembedding(model)
     writes = sae.hookpoint_out or sae.hookpoint
     is_direct = writes.stream in ADDED
     parts: list[_Entries] = []
     logit = np.zeros(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with progress(len(prompts), "attributing", "prompt") as bar:
-        for batch in _batches(order, prompts, batch_tokens):
+        for batch in _batches(model, prompts, batch_tokens):
             of_answer = torch.tensor([answers[i] for i in batch])
             of_foil = None if foils is None else torch.tensor([foils[i] for i in batch])
             found = logit_gradient(
@@ -235,15 +237,17 @@ def _matrix(parts: list[_Entries], name: str, shape: tuple[int, int]) -> sparse.
 
 
 def _batches(
-    order: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int
+    model: LanguageModel, prompts: Sequence[Sequence[int]], batch_tokens: int
 ) -> list[list[int]]:
     """Prompts of similar length together, at most `batch_tokens` with padding."""
+    lengths = [len(prompt) for prompt in prompts]
     batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * len(prompts[i]) <= batch_tokens:
+    for part in by_regime(model.text_config, lengths):
+        batches.append([])
+        for i in sorted(part, key=lambda i: lengths[i]):
+            if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+                batches.append([])
             batches[-1].append(i)
-        else:
-            batches.append([i])
     return batches
 
 

@@ -1,13 +1,17 @@
 """What an analyzer is given."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
+from jaxtyping import Bool
 from torch import Tensor
 
 from saexp.data.examples import Example
+from saexp.data.tokens import TokenizedText
 from saexp.errors import DataError
 from saexp.latents.encode import Latents
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.wording import counted
@@ -28,11 +32,22 @@ class AnalysisInputs:
     """Latents at random positions of neutral text, for the background filter."""
     acts: Tensor | None = None
     """`[n_rows, d_in]`, memory-mapped: the stored activations of the rows of `latents`."""
+    texts: Sequence[TokenizedText] = ()
+    """As the model read them; the column `text_id` of `latents.rows` counts them."""
     examples: Sequence[Example] = ()
     model: LanguageModel | None = None
     sae: SparseAutoencoder | None = None
     max_length: int = 512
     """Longest text in tokens."""
+    ordinary: Bool[np.ndarray, " n_rows"] | None = None
+    """False for rows of high norm (`activations.norms`); None: every row is ordinary."""
+    norm_limits: Mapping[Hookpoint, float] = field(default_factory=dict)
+    """The largest norm of an ordinary position, at each stream that the SAE reads or predicts."""
+
+    @property
+    def ordinary_latents(self) -> Latents:
+        """The latents of ordinary rows."""
+        return self.latents if self.ordinary is None else self.latents.where(self.ordinary)
 
     def check_splits(self) -> None:
         """Raise DataError where an entity of the groups is in several splits.

@@ -2,13 +2,14 @@
 
 Per prompt: rank, logit and probability of the answer's first token, its logit less that of a wrong
 answer (the foil), and the best tokens, each before (`_clean`) and after (`_sae`) the stream at the
-SAE's hookpoint is replaced by its reconstruction. Special tokens keep their own activations.
+SAE's hookpoint is replaced by its reconstruction. Special tokens and high-norm positions
+(`activations.norms`) keep their own activations.
 """
 
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,22 +20,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.answers import Question, joins_without_space, questions
+from saexp.analysis.answers import Question, questions
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.resampling import UnitBootstrap
-from saexp.analysis.token_text import token_texts
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
+from saexp.data.answer_tokens import answer_text, space_note
+from saexp.data.token_text import token_texts
 from saexp.errors import DataError
 from saexp.latents.splice import spliced
-from saexp.models.hooks import edit, position_ids
+from saexp.models.context_length import check_positions
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 
+Splice = Callable[[Tensor], dict[Hookpoint, EditFunction]]
+"""Mask of ordinary tokens -> edits that put the reconstruction there."""
 STATES = ("clean", "sae")
 MEASURES = ("rank", "logit", "probability", "logit_difference", "top1")
 _LOGIT_BYTES = 512 * 2**20
@@ -45,6 +50,7 @@ class CapabilityAnalyzer:
     """Registry kind `analyzer`, name `capability`."""
 
     reads_acts = False
+    ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
@@ -57,8 +63,8 @@ class CapabilityAnalyzer:
 
         `rank` 1 is the likeliest token (1 + the number of tokens with a larger logit), `top1`
         whether it is; `logit_difference` is answer less foil. Means over prompts, `change` is sae
-        less clean prompt by prompt, intervals by bootstrap over prompts. Raises DataError where no
-        prompt has an answer that can be asked for.
+        less clean prompt by prompt, intervals by bootstrap over entities (over prompts that have
+        none). Raises DataError where no prompt has an answer that can be asked for.
         """
         model, sae = inputs.model, inputs.sae
         assert model is not None and sae is not None, "capability needs the model and the SAE"
@@ -68,20 +74,26 @@ class CapabilityAnalyzer:
             listed = "; ".join(f"{reason} ({n})" for reason, n in why.items()) or "it is empty"
             raise DataError(
                 f"none of {len(inputs.examples)} examples has an answer that can be asked for: "
-                f"{listed}; give rows an 'answer' (with the space before it), or type dataset=ioi "
+                f"{listed}; give rows an 'answer', or type dataset=ioi "
                 """or dataset=prompt 'dataset.text="…"' 'dataset.answer=" …"'"""
             )
-        prompts, tops = self._ask(model, sae, asked)
+        excluded: list[int] = []
+
+        def splice(ordinary: Tensor) -> dict[Hookpoint, EditFunction]:
+            return spliced(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
+
+        prompts, tops = self._ask(model, splice, asked)
         notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
         notes += _about_foils(asked)
-        glued = sum(map(joins_without_space, asked))
-        if glued and not model.cfg.chat:
-            notes.append(
-                f"{glued} answers follow their prompt without a space between; most tokenizers "
-                "have the space in the word's first token, so give it in the answer"
-            )
-        metrics, summary = self._summary(prompts)
+        notes += space_note([question.example for question in asked])
+        metrics, summary = self._summary(prompts, np.array([q.example.unit for q in asked]))
         metrics["capability/n_not_asked"] = len(skips)
+        if n_excluded := sum(excluded):
+            notes.append(
+                f"{n_excluded} tokens of the {len(asked)} prompts have a norm too high for an "
+                "ordinary position and keep their activations where the reconstruction is spliced "
+                "in (positions.max_norm_ratio)"
+            )
         unasked = pd.DataFrame(
             [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
         )
@@ -89,23 +101,26 @@ class CapabilityAnalyzer:
         return TaskResult(metrics=metrics, tables={**tables, "unanswered": unasked}, notes=notes)
 
     def _ask(
-        self, model: LanguageModel, sae: SparseAutoencoder, asked: Sequence[Question]
+        self, model: LanguageModel, splice: Splice, asked: Sequence[Question]
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """One row per prompt, and its best tokens; prompts of similar length side by side."""
         rows: list[dict[str, Any]] = [_about(q, model) for q in asked]
         tops: list[list[dict[str, Any]]] = [[] for _ in asked]
         lengths = [len(q.tokens) for q in asked]
+        check_positions(model, max(lengths))
         keeps = "logits_to_keep" in inspect.signature(model.hf.forward).parameters
         per_token = 4 * int(model.text_config.vocab_size)
         most = max(1, _LOGIT_BYTES // per_token)
         with progress(len(asked), "asking", "prompt") as bar:
-            for batch in batches(lengths, TokenBudget(self.batch_tokens, model.device)):
+            budget = TokenBudget(self.batch_tokens, model.device)
+            for batch in batches(lengths, budget, model.text_config):
                 size = most if keeps else max(1, most // lengths[batch[0]])
                 for start in range(0, len(batch), size):
                     part = batch[start : start + size]
                     some = [asked[i] for i in part]
                     for state in STATES:
-                        logits = _last_logits(model, sae if state == "sae" else None, some, keeps)
+                        change = splice if state == "sae" else None
+                        logits = _last_logits(model, change, some, keeps)
                         for i, question, row in zip(part, some, logits, strict=True):
                             rows[i] |= _measured(row, question, state)
                             tops[i] += self._best(row, question, state, model.tokenizer)
@@ -139,8 +154,10 @@ class CapabilityAnalyzer:
             )
         ]
 
-    def _summary(self, prompts: pd.DataFrame) -> tuple[dict[str, float | int | None], pd.DataFrame]:
-        bootstrap = UnitBootstrap(np.arange(len(prompts)), self.cfg.n_bootstrap, self.cfg.seed)
+    def _summary(
+        self, prompts: pd.DataFrame, units: np.ndarray
+    ) -> tuple[dict[str, float | int | None], pd.DataFrame]:
+        bootstrap = UnitBootstrap(units, self.cfg.n_bootstrap, self.cfg.seed)
         metrics: dict[str, float | int | None] = {"capability/n_prompts": len(prompts)}
         rows = []
         for measure in MEASURES:
@@ -163,7 +180,7 @@ class CapabilityAnalyzer:
 @torch.inference_mode()
 def _last_logits(
     model: LanguageModel,
-    sae: SparseAutoencoder | None,
+    splice: Splice | None,
     asked: Sequence[Question],
     keeps: bool,
 ) -> Float[Tensor, "b V"]:
@@ -178,7 +195,7 @@ def _last_logits(
         mask[i, start:] = 1
         ordinary[i, start:] = ~torch.tensor(question.tokens.special)
     mask = mask.to(model.device)
-    with nullcontext() if sae is None else edit(model, spliced(sae, ordinary)):
+    with nullcontext() if splice is None else edit(model, splice(ordinary)):
         out = model.hf(
             input_ids=ids.to(model.device),
             attention_mask=mask,
@@ -195,8 +212,8 @@ def _about(question: Question, model: LanguageModel) -> dict[str, Any]:
     return {
         "example_id": example.id,
         "group": example.group,
-        "prompt": question.prompt,
-        "answer": example.answers[0],
+        "prompt": example.text,
+        "answer": answer_text(example, example.answers[0]),
         "answer_token": texts[answer_id],
         "answer_token_id": answer_id,
         "foil_token": None if foil_id is None else texts[foil_id],

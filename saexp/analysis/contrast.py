@@ -3,7 +3,8 @@
 The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
 f_unknown, the reverse for unknown, f the share of entities whose latent fires (> 1e-6); a general
 latent has a high minimum over the entity types. On top: tests, correction, intervals, held-out
-entities. One observation is one entity: rows of the same entity are averaged first.
+entities; and beside the most selective latent of each group the strongest one, which may be active
+on any text. One observation is one entity: rows of the same entity are averaged first.
 """
 
 import logging
@@ -14,7 +15,8 @@ import pandas as pd
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.contrast_notes import louder, no_width, why_none
+from saexp.analysis.contrast_notes import at_chance, louder, no_width, why_none
+from saexp.analysis.density import DensityLimit, density_limit
 from saexp.analysis.matching import match_token_counts
 from saexp.analysis.statistics import Ranked, benjamini_hochberg, welch_t
 from saexp.config import AnalyzerConfig
@@ -92,9 +94,12 @@ class ContrastAnalyzer:
                     f"split {name}: {first} and {second} share no entity type, so min_separation "
                     "and min_auroc are over all entities"
                 )
-        table["background_freq"] = self._background(inputs, fired)
-        self._select(table, inputs.groups)
-        metrics = self._metrics(table, train, test, inputs.groups, notes)
+        background = self._background(inputs)
+        table["background_freq"] = background[fired]
+        limit = density_limit(background, self.cfg)
+        self._select(table, inputs.groups, limit)
+        metrics = self._metrics(table, train, test, inputs.groups, limit, notes)
+        metrics["contrast/background_limit"] = limit.value
         metrics["contrast/token_count_p_value"] = matching.p_value
         metrics["contrast/n_dropped_by_matching"] = int((~matching.keep).sum())
         log.info(
@@ -170,26 +175,32 @@ class ContrastAnalyzer:
         table[f"min_auroc{suffix}"] = np.min(aurocs, axis=0)
         return bool(both)
 
-    def _background(self, inputs: AnalysisInputs, fired: np.ndarray) -> np.ndarray:
+    def _background(self, inputs: AnalysisInputs) -> np.ndarray:
+        """Every latent's density on neutral text; NaN without any."""
         if inputs.background is None:
-            return np.full(len(fired), np.nan)
+            return np.full(inputs.latents.d_sae, np.nan)
         everywhere = np.ones(len(inputs.background), dtype=bool)
-        return moments(inputs.background.csr, everywhere, THRESHOLD).frequency[fired]
+        return moments(inputs.background.csr, everywhere, THRESHOLD).frequency
 
-    def _select(self, table: pd.DataFrame, groups: tuple[str, ...]) -> None:
+    def _select(self, table: pd.DataFrame, groups: tuple[str, ...], limit: DensityLimit) -> None:
         """Mark per direction the top_k significant latents by minimum separation, on train only."""
         table["selected"], table["rank"] = False, pd.array([pd.NA] * len(table), dtype="Int64")
-        quiet = ~(table["background_freq"] >= self.cfg.background_max)
-        good = table[(table["q_value"] <= self.cfg.alpha) & quiet & (table["min_separation"] > 0)]
-        good = good.assign(strength=np.abs(good["auroc"] - 0.5))
+        quiet = ~limit.exceeded(table["background_freq"])
+        good = table[quiet & (table["min_separation"] > 0)]
         for group in groups:
-            # What it is tested for, rank, must speak for the same group as how often it fires.
-            agrees = (good["auroc"] > 0.5) == (group == groups[0])
-            mine = good[(good["direction"] == group) & agrees]
+            mine = self._candidates(good, group, groups)
             mine = mine.sort_values(["min_separation", "strength"], ascending=False)
             chosen = mine.index[: self.cfg.top_k]
             table.loc[chosen, "selected"] = True
             table.loc[chosen, "rank"] = range(1, len(chosen) + 1)
+
+    def _candidates(self, table: pd.DataFrame, group: str, groups: tuple[str, ...]) -> pd.DataFrame:
+        """Significant latents of a direction on the train split, with their `strength`."""
+        # What it is tested for, rank, must speak for the same group as how often it fires.
+        agrees = (table["auroc"] > 0.5) == (group == groups[0])
+        significant = table["q_value"] <= self.cfg.alpha
+        mine = table[significant & (table["direction"] == group) & agrees]
+        return mine.assign(strength=np.abs(mine["auroc"] - 0.5))
 
     def _metrics(
         self,
@@ -197,6 +208,7 @@ class ContrastAnalyzer:
         train: _Split,
         test: _Split,
         groups: tuple[str, ...],
+        limit: DensityLimit,
         notes: list[str],
     ) -> dict[str, float | int | None]:
         significant = table[table["q_value"] <= self.cfg.alpha]
@@ -215,11 +227,16 @@ class ContrastAnalyzer:
             best = mine[mine["rank"] == 1]
             if best.empty:
                 n_tested = int(metrics["contrast/n_tested"] or 0)
-                notes.append(why_none(significant, group, train.first, n_tested, self.cfg))
-            elif told := louder(significant, best, group, self.cfg):
+                notes.append(why_none(significant, group, train.first, n_tested, limit, self.cfg))
+            elif told := louder(significant, best, group, limit):
                 notes.append(told)
             notes += no_width(best, group, len(test.units))
-            metrics |= _best(best.iloc[0] if len(best) else None, group, sign=group == groups[0])
+            strongest = self._candidates(table, group, groups)
+            strongest = strongest.sort_values("strength", ascending=False, kind="stable").head(1)
+            first = group == groups[0]
+            for kind, row in (("best", best), ("strongest", strongest)):
+                metrics |= _leading(row.iloc[0] if len(row) else None, kind, group, sign=first)
+            notes += at_chance(metrics, group)
         return metrics
 
 
@@ -230,11 +247,20 @@ def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:
     return np.where(separation != 0, separation, means.to_numpy())
 
 
-def _best(best: pd.Series | None, group: str, *, sign: bool) -> dict[str, float | int | None]:
-    """Numbers of the direction's first latent; its `_test` twins are of the same latent."""
+def _leading(
+    best: pd.Series | None, kind: str, group: str, *, sign: bool
+) -> dict[str, float | int | None]:
+    """Numbers of a direction's `best` (selected first) or `strongest` latent, in that direction.
+
+    Both are chosen on the train split; `_test` twins are of the same latent.
+    """
+    stem = f"contrast/{kind}"
     metrics: dict[str, float | int | None] = {
-        f"contrast/best_latent_{group}": None if best is None else int(best["latent"])
+        f"{stem}_latent_{group}": None if best is None else int(best["latent"]),
+        f"{stem}_background_freq_{group}": None,
     }
+    if best is not None and not np.isnan(best["background_freq"]):
+        metrics[f"{stem}_background_freq_{group}"] = float(best["background_freq"])
     for suffix in ("", "_test"):
         for name in ("separation", "auroc", "min_separation", "min_auroc"):
             value = None
@@ -244,7 +270,7 @@ def _best(best: pd.Series | None, group: str, *, sign: bool) -> dict[str, float 
                     value = -value
                 if not sign and name == "auroc":
                     value = 1 - value
-            metrics[f"contrast/best_{name}_{group}{suffix}"] = value
+            metrics[f"{stem}_{name}_{group}{suffix}"] = value
         for name, column in (("auroc", ""), ("separation", "separation_")):
             low = high = None
             if best is not None and f"{column}ci_low{suffix}" in best:
@@ -252,8 +278,8 @@ def _best(best: pd.Series | None, group: str, *, sign: bool) -> dict[str, float 
                 high = float(best[f"{column}ci_high{suffix}"])
                 if not sign:
                     low, high = (1 if name == "auroc" else 0) - high, (name == "auroc") - low
-            metrics[f"contrast/best_{name}_{group}_ci_low{suffix}"] = low
-            metrics[f"contrast/best_{name}_{group}_ci_high{suffix}"] = high
+            metrics[f"{stem}_{name}_{group}_ci_low{suffix}"] = low
+            metrics[f"{stem}_{name}_{group}_ci_high{suffix}"] = high
     return metrics
 
 

@@ -1,31 +1,44 @@
 """What a reader of a contrast must know: latents left out, and tests that cannot succeed."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from saexp.analysis.density import DensityLimit
 from saexp.analysis.statistics import Ranked
 from saexp.config import AnalyzerConfig
-from saexp.wording import counted
+from saexp.wording import above_chance, chance_words, counted
 
 _NAMED = 3
 """Latents named in a note."""
 
 
 def why_none(
-    significant: pd.DataFrame, group: str, first: np.ndarray, n_tested: int, cfg: AnalyzerConfig
+    significant: pd.DataFrame,
+    group: str,
+    first: np.ndarray,
+    n_tested: int,
+    limit: DensityLimit,
+    cfg: AnalyzerConfig,
 ) -> str:
     """Why no latent is selected for a group; `first` tells the groups of the train units apart."""
     mine = significant[significant["direction"] == group]
     if mine.empty:
         told = f"no latent speaks for '{group}' at a q-value <= {cfg.alpha:g}"
         return told + _no_power(first, n_tested, cfg.alpha)
-    loud = int((mine["background_freq"] >= cfg.background_max).sum())
+    loud = int(limit.exceeded(mine["background_freq"]).sum())
+    left_out = ""
+    if limit.value is not None:
+        left_out = (
+            f"{counted(loud, 'is', 'are')} active on {limit.value:.1%} or more of background "
+            f"tokens ({limit.how}), "
+        )
     return (
-        f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: "
-        f"{counted(loud, 'fires', 'fire')} on {cfg.background_max:.0%} or more of neutral text "
-        f"(analyzer.background_max), {counted(len(mine) - loud, 'points', 'point')} the other way "
-        "for some entity type or in their ranks"
+        f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: {left_out}"
+        f"{counted(len(mine) - loud, 'points', 'point')} the other way for some entity type or in "
+        "their ranks"
     )
 
 
@@ -55,18 +68,18 @@ def no_width(best: pd.DataFrame, group: str, n_test: int) -> list[str]:
     ]
 
 
-def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, cfg: AnalyzerConfig) -> str:
-    """Latents that tell the groups apart better than the best one selected, but fire everywhere.
+def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: DensityLimit) -> str:
+    """Latents that separate the groups better than the best one selected, but are too dense.
 
     Empty where there are none. Numbers are of the train split, in the group's own direction.
     """
     mine = significant[
-        (significant["direction"] == group) & (significant["background_freq"] >= cfg.background_max)
+        (significant["direction"] == group) & limit.exceeded(significant["background_freq"])
     ]
     mine = mine.assign(strength=(mine["auroc"] - 0.5).abs())
     bar = 0.0 if best.empty else abs(float(best["auroc"].iloc[0]) - 0.5)
     mine = mine[mine["strength"] > bar].sort_values("strength", ascending=False)
-    if best.empty or mine.empty:
+    if best.empty or mine.empty or limit.value is None:
         return ""
     named = ", ".join(
         f"{row['latent']} ({0.5 + row['strength']:.3f})"
@@ -75,6 +88,25 @@ def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, cfg: Analy
     more = f" and {len(mine) - _NAMED} more" if len(mine) > _NAMED else ""
     return (
         f"{counted(len(mine), 'latent')} of higher train AUROC for '{group}' "
-        f"{'is' if len(mine) == 1 else 'are'} left out, firing on {cfg.background_max:.0%} or more "
-        f"of neutral text (analyzer.background_max): {named}{more}"
+        f"{'is' if len(mine) == 1 else 'are'} left out, active on {limit.value:.1%} or more of "
+        f"background tokens ({limit.how}): {named}{more}"
     )
+
+
+def at_chance(metrics: Mapping[str, float | int | None], group: str) -> list[str]:
+    """That the held-out interval of a leading latent's AUROC covers 0.5."""
+    told, seen = [], set()
+    for kind, words in (("best", "the first selected"), ("strongest", "the strongest on train")):
+        latent = metrics[f"contrast/{kind}_latent_{group}"]
+        low, high = (
+            metrics[f"contrast/{kind}_auroc_{group}_ci_{end}_test"] for end in ("low", "high")
+        )
+        if latent in seen or above_chance(low) is not False:
+            continue
+        seen.add(latent)
+        auroc = metrics[f"contrast/{kind}_auroc_{group}_test"]
+        told.append(
+            f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f} "
+            f"[{low:.3f}, {high:.3f}]{chance_words(low)}"
+        )
+    return told

@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
+from saexp.activations.norms import high_norm_notes
+from saexp.analysis.evaluation_norms import HighNorm, Means, Streams, values_at
 from saexp.analysis.evaluation_passes import (
     Batch,
     Clean,
@@ -32,7 +34,6 @@ from saexp.data.tokens import TokenizedText
 from saexp.errors import ModelError
 from saexp.latents.encode import CHUNK_BYTES, StreamMetrics
 from saexp.latents.splice import replaced
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 
@@ -43,8 +44,8 @@ KEPT_BYTES = {"cuda": 8 * _GIB, "cpu": 2 * _GIB}
 """Clean passes are kept up to this size between the two rounds, and beyond it run again."""
 STREAM_BYTES = {"cuda": 4 * _GIB, "cpu": _GIB // 2}
 """Streams of one batch; where many layers are looked at, its texts are fewer."""
-State = tuple[str, Hookpoint | int | None]
-"""(`clean`, None), (`zero` or `mean`, stream written), (`sae`, number of the SAE)."""
+State = tuple[str, Streams | int | None]
+"""(`clean`, None), (`zero`, `mean` or `spliced`, streams of an SAE), (`sae`, number of the SAE)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class EvaluationSettings:
     padding_side: str = "right"
     ablations: tuple[str, ...] = ("zero", "mean")
     """What else is put in place of the stream; scores are relative to these."""
+    max_norm_ratio: float | None = None
+    """Positions whose norm is more than this times the median are neither spliced nor ablated."""
 
 
 @dataclass
@@ -64,14 +67,17 @@ class Evaluation:
     """One SAE on all texts."""
 
     texts: pd.DataFrame
-    """Per text the counts n_spliced, n_compared and n_scored, sums over spliced positions named as
-    those of StreamMetrics, `ce_<state>` over scored and `kl_<state>` over compared positions, in
-    nats; the states are clean, sae, zero and mean."""
+    """Per text the counts n_spliced, n_high_norm (left as they are), n_compared and n_scored, sums
+    over spliced positions named as those of StreamMetrics (`…_of_all`: with those of high norm),
+    `ce_<state>` over scored and `kl_<state>` over compared positions, in nats; the states are
+    clean, sae, zero and mean."""
     stream: StreamMetrics
     l0_histogram: Int[np.ndarray, " m"]
     """At i, number of spliced positions with i active latents."""
     resumed: bool
     """Whether passes could go on from the changed stream, rather than from the token ids."""
+    notes: list[str] = field(default_factory=list)
+    """On positions that were left as they are."""
 
 
 def can_be_scored(text: TokenizedText, where: Where) -> bool:
@@ -107,12 +113,14 @@ class _Evaluator:
         settings: EvaluationSettings,
     ) -> None:
         self.model, self.saes, self.texts, self.settings = model, saes, texts, settings
+        for sae in saes:
+            sae.check_reconstructs()
         self.passes = Passes(model)
-        self.written = list(dict.fromkeys(_written(s) for s in saes))
-        read = [s.hookpoint.stored for s in saes]
-        starts = [start for h in self.written if (start := resumes_from(h)) is not None]
-        self.wanted = list(dict.fromkeys([*read, *self.written, *starts]))
-        self.means: dict[Hookpoint, Tensor] = {}
+        self.places = list(dict.fromkeys(_streams(s) for s in saes))
+        starts = [start for p in self.places if (start := resumes_from(p[-1])) is not None]
+        self.wanted = list(dict.fromkeys([*(h for p in self.places for h in p), *starts]))
+        self.high_norm = HighNorm(self.places, settings.max_norm_ratio)
+        self.means: dict[Streams, Means] = {}
         self.sums: dict[tuple[State, str], Float[np.ndarray, " n_texts"]] = {}
         self.streams: list[StreamMetrics] = []
         self.histograms = [np.zeros(s.d_sae + 1, dtype=np.int64) for s in saes]
@@ -122,12 +130,22 @@ class _Evaluator:
 
     def run(self) -> list[Evaluation]:
         todo = self._clean_round()
-        self.streams = [StreamMetrics(self.means[_written(s)], s.d_sae) for s in self.saes]
+        self.high_norm.settle()
+        self.means = self.high_norm.means(
+            (batch, (clean or self.passes.clean(batch, self.wanted)).streams)
+            for batch, clean in todo
+        )
+        means = [self.means[_streams(s)] for s in self.saes]
+        self.streams = [
+            StreamMetrics(m.ordinary, s.d_sae, m.of_all)
+            for m, s in zip(means, self.saes, strict=True)
+        ]
         with progress(len(self.texts), "evaluating", "text") as bar:
-            while todo:
+            for number in range(len(todo)):
                 batch, clean = todo.popleft()
                 try:
-                    self._evaluate(batch, clean or self.passes.clean(batch, self.wanted))
+                    clean = clean or self.passes.clean(batch, self.wanted)
+                    self._evaluate(number, batch, clean)
                 except torch.OutOfMemoryError as error:
                     raise _too_large(batch) from error
                 bar.update(len(batch.texts))
@@ -139,10 +157,9 @@ class _Evaluator:
         budget = TokenBudget(self.settings.batch_tokens, model.device)
         per_token = len(self.wanted) * model.d_model * model.dtype.itemsize
         budget.tokens = max(1, min(budget.tokens, self._limit(STREAM_BYTES) // per_token))
-        plan = batches([len(t) for t in self.texts], budget)
+        plan = batches([len(t) for t in self.texts], budget, model.text_config)
         done: deque[tuple[Batch, Clean | None]] = deque()
-        free, n = self._limit(KEPT_BYTES), 0
-        totals: dict[Hookpoint, Tensor] = {}
+        free = self._limit(KEPT_BYTES)
         chosen = next(plan, None)
         with progress(len(self.texts), "clean passes", "text") as bar:
             while chosen is not None:
@@ -163,61 +180,68 @@ class _Evaluator:
                     budget.halve(batch.ids.numel())
                     chosen = plan.send(False)
                     continue
-                for hookpoint in self.written:
-                    values = _at(clean.streams[hookpoint], batch.spliced)
-                    total = values.cpu().double().sum(0)
-                    totals[hookpoint] = total + totals.get(hookpoint, 0)
-                n += int(batch.spliced.sum())
+                self.high_norm.add(batch, clean.streams)
                 free -= clean.n_bytes
                 done.append((batch, clean if free >= 0 else None))
                 bar.update(len(chosen))
                 chosen = next(plan, None)
-        self.means = {h: total / n for h, total in totals.items()}
         return done
 
-    def _evaluate(self, batch: Batch, clean: Clean) -> None:
-        for name in ("spliced", "compared"):
-            texts = batch.texts_of(getattr(batch, name))
-            self._add(("clean", None), f"n_{name}", texts, torch.ones(len(texts)))
+    def _evaluate(self, number: int, batch: Batch, clean: Clean) -> None:
+        self._count(("clean", None), "n_compared", batch.texts_of(batch.compared))
+        for place in self.places:
+            kept = self.high_norm.ordinary(place, number, batch)
+            self._count(("spliced", place), "n_spliced", batch.texts_of(kept))
+            self._count(("spliced", place), "n_high_norm", batch.texts_of(batch.spliced & ~kept))
         states: list[tuple[State, Tensor]] = []
         first, most = True, self._limit(STREAM_BYTES)
-        for state, hidden in self._changed(batch, clean):
+        for state, hidden in self._changed(number, batch, clean):
             states.append((state, hidden))
             if sum(h.nbytes for _, h in states) > most:
                 self._score(batch, clean, states, first)
                 first, states = False, []
         self._score(batch, clean, states, first)
 
-    def _changed(self, batch: Batch, clean: Clean) -> Iterator[tuple[State, Tensor]]:
+    def _changed(self, number: int, batch: Batch, clean: Clean) -> Iterator[tuple[State, Tensor]]:
         """Every state but the clean one, with what the LM head reads in it."""
-        for at in self.written:
-            mean = self.means[at].float()
+        for place in self.places:
+            mean = self.means[place].ordinary.float()
             values = {"zero": torch.zeros_like(mean), "mean": mean}
+            high = batch.spliced & ~self.high_norm.ordinary(place, number, batch)
             for name in self.settings.ablations:
-                edit = replaced(values[name], batch.ablated)
-                yield (name, at), self.passes.changed(batch, clean, at, edit)
-        for number, sae in enumerate(self.saes):
-            edit = replaced(self._reconstructed(number, batch, clean), batch.spliced)
-            yield ("sae", number), self.passes.changed(batch, clean, _written(sae), edit)
+                edit = replaced(values[name], batch.ablated & ~high)
+                yield (name, place), self.passes.changed(batch, clean, place[-1], edit)
+        for index, sae in enumerate(self.saes):
+            place = _streams(sae)
+            written = self._reconstructed(index, number, batch, clean)
+            edit = replaced(written, self.high_norm.ordinary(place, number, batch))
+            yield ("sae", index), self.passes.changed(batch, clean, place[-1], edit)
 
-    def _reconstructed(self, number: int, batch: Batch, clean: Clean) -> Float[Tensor, "n d"]:
-        """What the SAE writes at the spliced positions; measured on the way, chunk by chunk."""
-        sae = self.saes[number]
-        x = _at(clean.streams[sae.hookpoint.stored], batch.spliced)
-        target = _at(clean.streams[_written(sae)], batch.spliced)
-        texts = batch.texts_of(batch.spliced)
+    def _reconstructed(
+        self, index: int, number: int, batch: Batch, clean: Clean
+    ) -> Float[Tensor, "n d"]:
+        """What the SAE writes at the ordinary ones of the spliced positions; measured on the way,
+        chunk by chunk."""
+        sae, stream = self.saes[index], self.streams[index]
+        place = _streams(sae)
+        x, target = (values_at(clean.streams[h], batch.spliced) for h in (place[0], place[-1]))
+        texts, ordinary = batch.texts_of(batch.spliced), self.high_norm.masks[place][number]
         rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
         parts = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            some = x[part].to(sae.device)
+            some, aim, kept = x[part].to(sae.device), target[part].float(), ordinary[part]
             acts = sae.encode(some)
-            parts.append(sae.decode(acts, some))
-            measured = self.streams[number].update(target[part].float(), parts[-1].float(), acts)
+            made = sae.decode(acts, some)
+            parts.append(made[kept])
+            measured = stream.update(aim[kept], made[kept].float(), acts[kept])
             for name, values in measured.items():
-                self._add(("sae", number), name, texts[part], values)
+                self._add(("sae", index), name, texts[part][kept], values)
+            if stream.mean_of_all is not None:
+                for name, values in stream.update_all(aim, made.float(), kept).items():
+                    self._add(("sae", index), name, texts[part], values)
             n_active = measured["active"].long().numpy()
-            self.histograms[number] += np.bincount(n_active, minlength=sae.d_sae + 1)
+            self.histograms[index] += np.bincount(n_active, minlength=sae.d_sae + 1)
         return torch.cat(parts)
 
     def _score(
@@ -235,7 +259,7 @@ class _Evaluator:
             scored = targets >= 0
             of_scored = texts[part][scored.cpu()]
             if first:
-                self._add(("clean", None), "n_scored", of_scored, torch.ones(len(of_scored)))
+                self._count(("clean", None), "n_scored", of_scored)
                 self._add(("clean", None), "ce", of_scored, _losses(log_p, targets))
             for state, hidden in states:
                 log_q = self.passes.logits(hidden[part]).log_softmax(-1)
@@ -249,31 +273,45 @@ class _Evaluator:
         )
         self.sums[state, name] = self.sums.get((state, name), 0.0) + sums
 
+    def _count(self, state: State, name: str, texts: Tensor) -> None:
+        self._add(state, name, texts, torch.ones(len(texts)))
+
     def _result(self, number: int) -> Evaluation:
-        at = _written(self.saes[number])
+        place = _streams(self.saes[number])
         of_clean, of_sae = ("clean", None), ("sae", number)
-        columns = {
-            f"n_{name}": self.sums[of_clean, f"n_{name}"].astype(np.int64)
-            for name in ("spliced", "compared", "scored")
+        counts = {"n_spliced": ("spliced", place), "n_high_norm": ("spliced", place)}
+        counts |= {"n_compared": of_clean, "n_scored": of_clean}
+        columns: dict[str, np.ndarray] = {
+            name: self.sums[of, name].astype(np.int64) for name, of in counts.items()
         }
         columns |= {name: self.sums[of_sae, name] for name in self.streams[number].sums}
+        if self.streams[number].mean_of_all is None:
+            columns |= {f"{name}_of_all": columns[name] for name in ("error", "spread")}
+            columns["spread_high_norm"] = np.zeros(len(self.texts))
         columns["ce_clean"] = self.sums[of_clean, "ce"]
-        states = {"sae": of_sae} | {name: (name, at) for name in self.settings.ablations}
+        states = {"sae": of_sae} | {name: (name, place) for name in self.settings.ablations}
         for name, state in states.items():
             columns[f"ce_{name}"] = self.sums[state, "ce"]
             columns[f"kl_{name}"] = self.sums[state, "kl"]
         histogram = np.trim_zeros(self.histograms[number], "b")
         # Where nothing lies below the stream, whole passes are no loss.
+        at = place[-1]
         resumed = self.passes.can_resume[at] or resumes_from(at) is None
-        return Evaluation(pd.DataFrame(columns), self.streams[number], histogram, resumed)
+        measured = self.streams[number].result()
+        notes = high_norm_notes(
+            self.high_norm.n_excluded(place),
+            int((columns["n_spliced"] + columns["n_high_norm"]).sum()),
+            at,
+            self.settings.max_norm_ratio,
+            measured["reconstruction/high_norm_variance_fraction"] or 0.0,
+            "they keep their activations where others are spliced or ablated, and sparsity and "
+            "reconstruction metrics leave them out",
+        )
+        return Evaluation(pd.DataFrame(columns), self.streams[number], histogram, resumed, notes)
 
 
-def _written(sae: SparseAutoencoder) -> Hookpoint:
-    return (sae.hookpoint_out or sae.hookpoint).stored
-
-
-def _at(stream: Tensor, where: Tensor) -> Float[Tensor, "n d"]:
-    return stream[where.to(stream.device)]
+def _streams(sae: SparseAutoencoder) -> Streams:
+    return tuple(h.stored for h in sae.hookpoints)
 
 
 def _losses(log_p: Float[Tensor, "n V"], targets: Int[Tensor, " n"]) -> Float[Tensor, " m"]:

@@ -1,10 +1,10 @@
-"""From an SAE's sums per text to its numbers, with bootstrap intervals over texts.
+"""From an SAE's sums per text to its numbers, with bootstrap intervals over texts or entities.
 
 Every number is a ratio of sums over positions, or made of such ratios; a text is drawn with all its
 positions, so that texts of any length and the likeness of neighbouring tokens are allowed for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,11 @@ def ratios(sums: Mapping[str, Sums]) -> dict[str, Any]:
         found |= {
             "reconstruction/explained_variance": 1 - s["error"] / s["spread"],
             "reconstruction/explained_variance_legacy": s["legacy"] / n,
+            "reconstruction/explained_variance_all_positions": (
+                1 - s["error_of_all"] / s["spread_of_all"]
+            ),
+            "reconstruction/high_norm_variance_fraction": s["spread_high_norm"]
+            / s["spread_of_all"],
             "reconstruction/mse": s["error"] / n,
             "reconstruction/cosine": s["cosine"] / n,
             "reconstruction/l2_ratio": s["ratio"] / n,
@@ -56,17 +61,24 @@ def ratios(sums: Mapping[str, Sums]) -> dict[str, Any]:
 
 
 def numbers(
-    evaluation: Evaluation, n_bootstrap: int, seed: int, confidence: float = 0.95
+    evaluation: Evaluation,
+    n_bootstrap: int,
+    seed: int,
+    confidence: float = 0.95,
+    *,
+    units: Sequence[str] | None = None,
 ) -> Numbers:
     """Every metric of one SAE, those of `ratios` with `_ci_low` and `_ci_high` (percentiles).
 
-    The same seed draws the same texts for every SAE. A number that is not defined is NaN;
-    intervals are None for fewer than two texts or without resamples.
+    Texts of one of `units` (an entity, say) are drawn together; without them every text is drawn by
+    itself. The same seed draws the same texts for every SAE. A number that is not defined is NaN;
+    intervals are None for fewer than two units or without resamples.
     """
     table = evaluation.texts
     values = {name: table[name].to_numpy(dtype=np.float64) for name in table.columns}
     found: Numbers = {}
-    intervals = _intervals(values, n_bootstrap, seed, confidence)
+    of_text = np.arange(len(table)) if units is None else np.asarray(units, dtype=object)
+    intervals = _intervals(values, UnitBootstrap(of_text, n_bootstrap, seed), confidence)
     for name, value in ratios({k: v.sum() for k, v in values.items()}).items():
         low, high = intervals.get(name, (None, None))
         number = float(value) if np.isfinite(value) else float("nan")
@@ -74,6 +86,8 @@ def numbers(
     measured = evaluation.stream.result()
     for name in ("max_active", "dead_fraction", "n_positions"):
         found[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
+    for name in ("explained_variance_median", "median_norm", "n_high_norm"):
+        found[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
     found["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
     found["evaluation/n_scored"] = int(values["n_scored"].sum())
     found["evaluation/n_compared"] = int(values["n_compared"].sum())
@@ -81,16 +95,15 @@ def numbers(
 
 
 def _intervals(
-    values: Mapping[str, np.ndarray], n_bootstrap: int, seed: int, confidence: float
+    values: Mapping[str, np.ndarray], bootstrap: UnitBootstrap, confidence: float
 ) -> dict[str, tuple[float | None, float | None]]:
     names = list(values)
     stacked = np.stack([values[name] for name in names])
-    bootstrap = UnitBootstrap(np.arange(stacked.shape[1]), n_bootstrap, seed)
-    if not n_bootstrap or bootstrap.n_units < 2:
+    if not bootstrap.n_resamples or bootstrap.n_units < 2:
         return {}
     drawn: dict[str, list[np.ndarray]] = {}
     for weights in bootstrap.draws():
-        sums = dict(zip(names, stacked @ weights, strict=True))
+        sums = dict(zip(names, stacked @ bootstrap.rows(weights), strict=True))
         for name, resampled in ratios(sums).items():
             drawn.setdefault(name, []).append(resampled)
     tail = (1 - confidence) / 2

@@ -25,18 +25,25 @@ class Part:
     l0: pd.DataFrame
     texts: pd.DataFrame
     resumed: bool
+    notes: list[str]
 
 
 def part_of(
-    sae: SparseAutoencoder, one: Evaluation, n_bootstrap: int, seed: int, ids: Sequence[str]
+    sae: SparseAutoencoder,
+    one: Evaluation,
+    n_bootstrap: int,
+    seed: int,
+    ids: Sequence[str],
+    units: Sequence[str] | None = None,
 ) -> Part:
-    """Everything that is kept of one SAE's evaluation; `ids` are the texts' own."""
+    """Everything that is kept of one SAE's evaluation; `ids` and `units` are the texts' own."""
     about = {
         "name": sae.metadata.get("name", "the SAE"),
         "architecture": sae.architecture,
         "hookpoint": sae.hookpoint.name,
         "writes": (sae.hookpoint_out or sae.hookpoint).name,
         "d_sae": sae.d_sae,
+        "control": sae.metadata.get("control"),
         "fingerprint": sae.metadata.get("fingerprint"),
     }
     texts = one.texts.copy()
@@ -44,11 +51,12 @@ def part_of(
     return Part(
         about=about,
         layer=sae.hookpoint.layer,
-        numbers=numbers(one, n_bootstrap, seed),
+        numbers=numbers(one, n_bootstrap, seed, units=units),
         densities=densities(one),
         l0=l0_table(one),
         texts=texts,
         resumed=one.resumed,
+        notes=one.notes,
     )
 
 
@@ -88,7 +96,7 @@ def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool)
 
 
 def _remarks(part: Part, name: str) -> list[str]:
-    found, told = part.numbers, []
+    found, told = part.numbers, [f"{name}: {note}" for note in part.notes]
     explained = found["reconstruction/explained_variance"]
     if explained is not None and explained < POOR:
         told.append(

@@ -10,10 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import special
 from torch import Tensor
 
 THRESHOLD = 1e-6
 """A latent fires above this, as in the contrast."""
+BY_CHANCE = 0.001
+"""Probability at which a cosine counts as larger than chance."""
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -56,12 +59,15 @@ def nearest_directions(
 
 
 def cosine_by_chance(d: int, d_sae: int) -> float:
-    """About the largest cosine of a direction with d_sae random ones in d dimensions.
+    """Cosine that the nearest of d_sae random directions in d dimensions rarely exceeds.
 
-    Cosines of random directions are nearly normal with variance 1/d; the largest of F draws lies at
-    sqrt(2 ln F).
+    With probability BY_CHANCE. The square of a random direction's cosine is distributed as
+    Beta(1/2, (d - 1)/2).
     """
-    return float(min(1.0, np.sqrt(2 * np.log(max(d_sae, 2)) / d)))
+    if d < 2:
+        return 1.0
+    of_one = -np.expm1(np.log1p(-BY_CHANCE) / d_sae)
+    return float(np.sqrt(special.betainccinv(0.5, (d - 1) / 2, 2 * of_one)))
 
 
 @dataclass(frozen=True)

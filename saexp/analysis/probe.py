@@ -19,12 +19,14 @@ from saexp.analysis.probe_rows import Labelled, check_columns, column_names, lab
 from saexp.analysis.probing import MEASURES, WITHIN, Judge, Probe, roc
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
+from saexp.probes import MAX_TRAIN, STRENGTHS, limited
 from saexp.results import TaskResult
+from saexp.wording import chance_words
 
 _DEFAULTS = {
     "k": [1, 2, 5, 20],
-    "strengths": [0.001, 0.01, 0.1, 1.0, 10.0],
-    "max_train": 20_000,
+    "strengths": list(STRENGTHS),
+    "max_train": MAX_TRAIN,
     "transfer": None,
     "within": None,
     "unseen": None,
@@ -130,7 +132,9 @@ class ProbeAnalyzer:
             data = {"data": suffix[1:] or "train", "n_rows": len(labels)}
             table.append({**(about or _about(probe)), **data, **found})
 
-    def _told_unseen(self, metrics: Mapping[str, object], probes: Sequence[Probe]) -> str:
+    def _told_unseen(
+        self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]
+    ) -> str:
         told = []
         for probe in probes:
             numbers = [
@@ -138,8 +142,9 @@ class ProbeAnalyzer:
                 for end in ("", "_ci_low", "_ci_high")
             ]
             if isinstance(numbers[0], float):
-                between = f" [{numbers[1]:.3f}, {numbers[2]:.3f}]" if numbers[1] is not None else ""
-                told.append(f"{probe.name} {numbers[0]:.3f}{between}")
+                low = numbers[1]
+                between = "" if low is None else f" [{low:.3f}, {numbers[2]:.3f}]"
+                told.append(f"{probe.name} {numbers[0]:.3f}{between}{chance_words(low)}")
         return (
             f"AUROC on the test split's {metrics['probe/n_rows_unseen']} rows, each under probes "
             f"and latents chosen on other values of '{self.unseen}': {', '.join(told)}"
@@ -176,8 +181,7 @@ class ProbeAnalyzer:
             f"probes are fitted on {self.max_train} of {len(train)} train rows, a seeded choice "
             "(analyzer.options.max_train)"
         )
-        rng = np.random.default_rng([self.cfg.seed, 23])
-        return np.sort(rng.choice(train, self.max_train, replace=False))
+        return limited(train, self.max_train, self.cfg.seed)
 
     def _not_fitted_on(
         self,

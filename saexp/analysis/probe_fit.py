@@ -13,8 +13,6 @@ from saexp.analysis.probing import (
     Probe,
     auroc_within,
     base_rate,
-    fit_logistic,
-    folds,
     latents_reader,
     mean_difference,
     read_acts,
@@ -24,6 +22,7 @@ from saexp.analysis.statistics import Ranked
 from saexp.context import progress
 from saexp.errors import DataError
 from saexp.latents.summary import moments
+from saexp.probes import fit_logistic, folds
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Fitting:
                 "nothing to probe; does any latent fire at these positions?"
             )
         best = int(np.argmax(np.abs(aurocs - 0.5)))
-        pairs = folds(rows, self.seed)
+        pairs = folds(rows.first, rows.units, self.seed)
         sizes = sorted({min(k, len(order)) for k in self.sizes})
         if sizes != self.sizes:
             _once(notes, f"only {len(order)} latents differ on train, so no probe is larger")
@@ -67,11 +66,11 @@ class Fitting:
         with progress(len(sizes) + 1, "fitting probes", "probe") as bar:
             for k in sizes:
                 read = latents_reader(order[:k])
-                fitted = fit_logistic(read(inputs, train), rows, self.strengths, pairs)
+                fitted = fit_logistic(read(inputs, train), rows.first, self.strengths, pairs)
                 chosen = tuple(order[:k].tolist())
                 probes.append(Probe(f"sparse_{k}", read, fitted.score, 0.0, chosen, fitted))
                 bar.update(1)
-            fitted = fit_logistic(dense, rows, self.strengths, pairs)
+            fitted = fit_logistic(dense, rows.first, self.strengths, pairs)
             probes.append(Probe("dense", read_acts, fitted.score, fitted=fitted))
             bar.update(1)
         slow = [p.name for p in probes if p.fitted is not None and not p.fitted.converged]

@@ -3,98 +3,26 @@
 Shapes: n rows, d numbers a row, b bootstrap draws.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.probe_rows import Labelled, kind_names, labelled
 from saexp.analysis.resampling import Interval, UnitBootstrap
 from saexp.analysis.statistics import Ranked
-from saexp.errors import DataError
+from saexp.probes import Fitted
 
-MAX_ITERATIONS = 2000
 CHUNK = 8192
 """Rows scored at once."""
-N_FOLDS = 5
 MEASURES = ("auroc", "accuracy", "f1")
 WITHIN = "auroc_within"
 Numbers = dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A linear probe; a row is called the first group where its score is above 0."""
-
-    score: Callable[[np.ndarray], np.ndarray]
-    """`[n, d]` -> `[n]`."""
-    weights: np.ndarray
-    """`[d]`, per standard deviation of each input on train."""
-    c: float
-    """Inverse strength of the L2 penalty that cross-validation chose."""
-    cv_log_loss: float
-    converged: bool
-
-
-def folds(rows: Labelled, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Up to N_FOLDS (train, validation) index pairs; a unit is never on both sides.
-
-    Raises DataError where not even two folds have both groups on both sides.
-    """
-    fewest = min(len(np.unique(rows.units[rows.first == g])) for g in (True, False))
-    for n in range(min(N_FOLDS, fewest), 1, -1):
-        splitter = StratifiedGroupKFold(n, shuffle=True, random_state=seed)
-        pairs = list(splitter.split(np.zeros(len(rows)), rows.first, rows.units))
-        if all(len(np.unique(rows.first[i])) == 2 for pair in pairs for i in pair):
-            return pairs
-    raise DataError(
-        f"{fewest} units of the smaller group on the train split are too few to cross-validate a "
-        "probe; add rows, or change dataset.split"
-    )
-
-
-def fit_logistic(
-    x: Float[np.ndarray, "n d"],
-    rows: Labelled,
-    strengths: list[float],
-    pairs: list[tuple[np.ndarray, np.ndarray]],
-) -> Fitted:
-    """Logistic regression on standardised inputs with an L2 penalty.
-
-    Its strength is the one with the smallest log loss on the validation sides of `pairs`.
-    """
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
-    search: Any = GridSearchCV(
-        pipeline,
-        {"logisticregression__C": sorted(strengths)},
-        scoring="neg_log_loss",
-        cv=pairs,
-        error_score="raise",  # pyright: ignore[reportArgumentType]
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        search.fit(x, rows.first)
-    slow = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    best: Any = search.best_estimator_
-    return Fitted(
-        score=best.decision_function,
-        weights=best[-1].coef_[0],
-        c=float(search.best_params_["logisticregression__C"]),
-        cv_log_loss=-float(search.best_score_),
-        converged=not slow,
-    )
 
 
 def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]) -> float:

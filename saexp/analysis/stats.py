@@ -1,5 +1,6 @@
 """How sparse and how strong latents are in each group, and which fire most (REFERENCE: study E)."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ class StatsAnalyzer:
 
     several_layers = True
     reads_acts = False
+    ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
@@ -50,9 +52,10 @@ class StatsAnalyzer:
         `value_histogram`.
 
         L0 is the number of latents that are not zero at a position; its intervals are by bootstrap
-        over units. Describes all positions of all splits and selects nothing for a claim. Works
-        with one group or none (`all`), too. Raises DataError for a group without positions.
+        over units. Describes all ordinary positions of all splits and selects nothing for a claim.
+        Works with one group or none (`all`), too. Raises DataError for a group without positions.
         """
+        inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         groups = self._groups(inputs)
         bootstrap = UnitBootstrap(
             inputs.latents.rows["unit"].to_numpy(),

@@ -1,5 +1,6 @@
 """The latents most active on texts, layer by layer, and their values token by token."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
-from saexp.analysis.token_text import token_texts
 from saexp.config import AnalyzerConfig
+from saexp.data.token_text import pieces
 from saexp.errors import ConfigError
 from saexp.latents.summary import moments
 from saexp.registry import did_you_mean
@@ -23,6 +24,7 @@ class TopFeaturesAnalyzer:
 
     several_layers = True
     reads_acts = False
+    ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
@@ -36,11 +38,12 @@ class TopFeaturesAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `top_features/…`, tables `top_features` and `tokens`.
 
-        Over all positions chosen, whatever their group: `max`, `mean` (zeros included) and
+        Over all ordinary positions chosen, whatever their group: `max`, `mean` (zeros included) and
         `frequency` (share of positions where it is on); `background_freq` the same share on neutral
         text. Only latents that fire at all are ranked, ties by the lower index. `tokens` has every
         chosen position of the `n_texts` texts in which each top latent is strongest.
         """
+        inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         rows = inputs.latents.rows
         csr = inputs.latents.csr
         about = moments(csr, np.ones(len(rows), dtype=bool), threshold=0.0)
@@ -68,7 +71,7 @@ class TopFeaturesAnalyzer:
             strongest.append(int(values.argmax()))
             tokens.append(self._tokens(rows, examples, values, latent, inputs.layer))
         table["example"] = examples[strongest]
-        table["token"] = rows["token"].to_numpy()[strongest]
+        table["token"] = [_alone(inputs, row) for row in strongest]
         empty = self._tokens(rows.iloc[:0], examples[:0], np.zeros(0), 0, inputs.layer)
         metrics: dict[str, float | int | None] = {
             "top_features/n_positions": len(rows),
@@ -115,12 +118,29 @@ class TopFeaturesAnalyzer:
 
 
 def _readable(inputs: AnalysisInputs) -> pd.Series:
-    """The text of each position's token; the vocabulary's own spelling without a model."""
+    """Each position's piece of its text; the vocabulary's own spelling without the texts."""
     rows = inputs.latents.rows
-    if inputs.model is None:
+    if inputs.model is None or not inputs.texts:
         return rows["token"]
-    ids = [int(i) for i in rows["token_id"].unique()]
-    return rows["token_id"].map(token_texts(inputs.model.tokenizer, ids))
+    found = np.empty(len(rows), dtype=object)
+    indices = rows["token_index"].to_numpy()
+    text_ids = rows["text_id"].to_numpy()
+    for group in rows.groupby(["text_id", "example_id"], sort=False).indices.values():
+        places = np.asarray(group)
+        chosen, which = np.unique(indices[places], return_inverse=True)
+        text = inputs.texts[int(text_ids[places[0]])]
+        shown = pieces(text, inputs.model.tokenizer, chosen.tolist())
+        found[places] = np.array(shown, dtype=object)[which]
+    return pd.Series(found, index=rows.index)
+
+
+def _alone(inputs: AnalysisInputs, row: int) -> str:
+    """One position's piece by itself: part of a character is shown as the character."""
+    about = inputs.latents.rows.iloc[row]
+    if inputs.model is None or not inputs.texts:
+        return str(about["token"])
+    text = inputs.texts[int(about["text_id"])]
+    return pieces(text, inputs.model.tokenizer, [int(about["token_index"])])[0]
 
 
 def _background(inputs: AnalysisInputs) -> np.ndarray:

@@ -87,7 +87,7 @@ class SAEConfig:
     """Seed, for `random` only."""
     norm_factor: Any = None
     """What inputs are multiplied by, where the files do not say: a number, or `estimate`
-    (sqrt(d_in) over the mean norm of the run's neutral text)."""
+    (sqrt(d_in) over the mean norm of ordinary positions of the run's neutral text)."""
 
     def __post_init__(self) -> None:
         factor = self.norm_factor
@@ -107,6 +107,13 @@ COLUMNS = ("text", "group", "entity", "span", "entity_type", "prompt", "answer",
 """Columns of a data file that mean something; all others are kept as they are."""
 
 
+MISSING_VALUES = (
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+)
+"""Texts that `pandas.read_csv` treats as missing values by default."""
+
+
 @dataclass(kw_only=True)
 class DatasetConfig:
     """Texts with groups, spans, answers and splits."""
@@ -119,6 +126,10 @@ class DatasetConfig:
     """The language model: shipped entities depend on it."""
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMNS))
     """Our column name -> the file's column name, where they differ."""
+    missing_values: list[Any] = field(default_factory=lambda: list(MISSING_VALUES))
+    """Texts that count as missing values in a column (a null, NaN or empty cell always does), by
+    default those of `pandas.read_csv`. Where NA is a value: 'dataset.missing_values=["null","nan"]'
+    """
     groups: list[str] | None = None
     """The two groups to contrast, first against second; the file's own where not given."""
     group_rule: str | None = None
@@ -141,17 +152,35 @@ class DatasetConfig:
     """Its answer."""
     foil: str | None = None
     """A wrong answer to compare with."""
+    answer_space: str = "auto"
+    """Whether a space is put before an answer (or foil) given without one: auto (where it belongs
+    between the prompt's last character and the answer's first), always, never (as given)."""
     background: str | None = None
     """File of neutral text for the background filter; the shipped one where not given."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the data set; its file in conf/dataset lists them."""
     max_length: int = 512
     """Longest text in tokens, special tokens included; longer ones are cut."""
+    truncation: str = "skip"
+    """A text that is cut at max_length, where its end decides which tokens are analysed (positions
+    last, negative indices): skip (counted), or keep (read at the cut, with a note)."""
     seed: int = 0
     """Seed of the split and of any choice of examples."""
 
     def __post_init__(self) -> None:
         at_least("dataset.max_length", self.max_length, 2)
+        one_of("dataset.answer_space", self.answer_space, ("auto", "always", "never"))
+        one_of("dataset.truncation", self.truncation, ("skip", "keep"))
+        if not all(isinstance(text, str | int | float) for text in self.missing_values):
+            raise ConfigError(
+                f"dataset.missing_values={list(self.missing_values)} must be texts or numbers "
+                """(null itself always is missing); quote: 'dataset.missing_values=["null","NA"]'"""
+            )
+        at_least("dataset.seed", self.seed, 0)
+        if self.n_examples is not None:
+            at_least("dataset.n_examples", self.n_examples, 1)
+        for name in self.columns:
+            one_of("dataset.columns", name, COLUMNS)
         for name, share in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
             at_least(f"dataset.split.{name}", share, 0)
@@ -175,11 +204,21 @@ class PositionsConfig:
     """Text whose tokens are taken (`substring`)."""
     include_special: bool = False
     """Let special tokens (BOS, …) be chosen."""
+    max_norm_ratio: float | None = 5.0
+    """Positions with a norm above this multiple of the stream's median norm (attention sinks) are
+    left out of training and of reconstruction metrics; null: none are."""
     seed: int = 0
     """Seed of `random`."""
 
     def __post_init__(self) -> None:
         at_least("positions.n", self.n, 1)
+        at_least("positions.seed", self.seed, 0)
+        ratio = self.max_norm_ratio
+        if ratio is not None and not ratio > 1:
+            raise ConfigError(
+                f"positions.max_norm_ratio={ratio} would leave ordinary positions out; type a "
+                "number above 1 such as 5, or null to keep every position"
+            )
 
 
 @dataclass(kw_only=True)
@@ -192,8 +231,11 @@ class AnalyzerConfig:
     """False discovery rate at which a latent counts as significant."""
     n_bootstrap: int = 1000
     """Bootstrap resamples over entities."""
-    background_max: float = 0.02
-    """Latents firing on this share of background tokens or more are not selected."""
+    background_quantile: float = 0.99
+    """Latents are not selected whose density on background tokens is at or above this quantile of
+    the densities of all latents that are active there, and at or above 0.02."""
+    background_max: float | None = None
+    """Absolute limit in place of that quantile: the density (0.02 in Ferrando et al. 2024)."""
     n_background: int = 4000
     """Random background tokens looked at."""
     top_k: int = 10
@@ -213,6 +255,13 @@ class AnalyzerConfig:
         if not 0 < self.alpha < 1:
             raise ConfigError(f"analyzer.alpha={self.alpha} is no rate; type one such as 0.05")
         at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
+        at_least("analyzer.n_background", self.n_background, 1)
+        at_least("analyzer.top_k", self.top_k, 1)
+        at_least("analyzer.seed", self.seed, 0)
+        for name in ("background_quantile", "background_max"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"analyzer.{name}={value} is not a fraction; type 0 to 1")
 
 
 @dataclass(kw_only=True)

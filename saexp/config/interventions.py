@@ -48,14 +48,15 @@ class InterventionConfig:
     embedding: bool = False
     """orthogonalize: take the directions out of the embeddings too."""
     unit: str = "resid_norm"
-    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's mean norm)."""
+    """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's
+    median norm over ordinary positions)."""
     default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
     """Coefficients used when `coefficient` is not given."""
     coefficient: Any = None
     """Strength, a number or a list."""
     where: str = "entity_last"
     """Tokens changed: all, entity, entity_last, entity_to_end, last, prompt, generated, or any
-    option of the positions group."""
+    option of the positions group (in chat, one that counts tokens counts the user's message)."""
     where_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that positions option, such as {n: 2}."""
     n_controls: int = 10

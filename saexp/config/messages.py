@@ -1,6 +1,5 @@
 """Hydra's and OmegaConf's errors in one line: what, where, what to type instead."""
 
-import dataclasses
 import re
 from collections.abc import Iterable
 
@@ -12,12 +11,25 @@ from hydra.errors import (
 )
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from saexp.config.components import COLUMNS
-from saexp.config.run import RunConfig
+from saexp.config.run import known_keys, near_keys
 from saexp.errors import ConfigError, SaexpError
 from saexp.registry import did_you_mean
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+_COMPOSERS = ("hydra", "omegaconf")
+
+
+def of_composition(error: BaseException) -> bool:
+    """Whether a config could not be composed: Hydra raises Python's own errors here and there."""
+    if isinstance(error, COMPOSITION_ERRORS):
+        return True
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    module = "" if at is None else str(at.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, ValueError | TypeError | AttributeError | AssertionError) and (
+        module.partition(".")[0] in _COMPOSERS
+    )
 
 
 def one_line(error: Exception) -> SaexpError:
@@ -46,8 +58,22 @@ def _explain(error: Exception) -> str:
             f"{error.override} is no key=value that can be read; "
             f"{_quoted_twice(str(error.override)) or _HOW_TO_QUOTE}"
         )
-    if isinstance(error, ValidationError) and _full_key(error):
-        return f"{_full_key(error)}: {text.partition(' full_key')[0]}"
+    if isinstance(error, ValidationError) and (key := _full_key(error)):
+        if "is not a ListConfig" in text:
+            return f"{key}: takes a list; type '{key}=[…]'"
+        if "is not Optional" in text:
+            return f"{key} needs a value; type {key}=<value>"
+        return f"{key}: {text.partition(' full_key')[0]}"
+    if text.startswith("Config group override must be"):
+        return (
+            "a group takes the name of one of its options, such as model=gpt2; experiment and the "
+            "other groups are left out to have their defaults (see python -m saexp --help)"
+        )
+    if "does not support deletion" in text or "Interpolation key" in text:
+        named = re.search(r"Interpolation key '([^']+)'", text)
+        key = named[1] if named else _full_key(error)
+        if key in known_keys():
+            return f"{key} cannot be taken out; type {key}=null"
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
         if unknown:
@@ -56,7 +82,15 @@ def _explain(error: Exception) -> str:
                 return (
                     f"no key '{key}' is set that could be changed; to add one type +{key}=<value>"
                 )
-            return f"no key '{key}'; {did_you_mean(key, known_keys())}"
+            inside = re.search(r"Key '([^']+)' (?:is )?not in", str(error.__cause__))
+            if key in known_keys() and inside:
+                return (
+                    f"{key} has no key '{inside[1]}' that could be changed; to add one type "
+                    f"+{key}.{inside[1]}=<value>"
+                )
+            if key.startswith("hydra."):
+                return f"no key '{key}' of Hydra's own; python -m saexp --info lists them"
+            return f"no key '{key}'; {near_keys(key)}"
         group = re.search(r"Could not override '([^'=]+)'.*No match in the defaults list", text)
         if group:
             return f"no group '{group[1]}'; {did_you_mean(group[1], known_keys())}"
@@ -95,16 +129,6 @@ def _launchers(options: Iterable[str]) -> str:
 def _full_key(error: Exception) -> str | None:
     key = getattr(error, "full_key", None)
     return str(key) if key else None
-
-
-def known_keys() -> list[str]:
-    """Every key that can be set: groups, top-level keys, and each group's settings."""
-    keys = []
-    for field in dataclasses.fields(RunConfig):
-        keys.append(field.name)
-        if dataclasses.is_dataclass(field.type):
-            keys += [f"{field.name}.{f.name}" for f in dataclasses.fields(field.type)]
-    return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]
 
 
 def key_of(override: str) -> str:

@@ -1,12 +1,14 @@
 """A whole run's config, its registration with Hydra, and the way from raw config to dataclasses."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp.config.components import (
+    COLUMNS,
     AnalyzerConfig,
     DatasetConfig,
     ModelConfig,
@@ -20,6 +22,7 @@ from saexp.config.interventions import InterventionConfig
 from saexp.config.training import SAETrainerConfig
 from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
+from saexp.registry import did_you_mean
 
 
 @dataclass(kw_only=True)
@@ -95,13 +98,57 @@ class RunConfig:
             )
 
 
+def _refuse_unknown(cfg: DictConfig, schema: type, prefix: str) -> None:
+    known = {f.name: f.type for f in fields(schema)}
+    for name in map(str, cfg):
+        if name not in known:
+            near = near_keys(name, prefix)
+            raise ConfigError(f"no key '{prefix}{name}', with or without +; {near}")
+        kind = known[name]
+        if isinstance(kind, type) and is_dataclass(kind) and not OmegaConf.is_missing(cfg, name):
+            _refuse_unknown(cfg[name], kind, f"{prefix}{name}.")
+
+
+def near_keys(name: str, prefix: str = "") -> str:
+    """The keys most alike: of the group, and of the top level those of all groups too."""
+    every = [key for key in known_keys() if key.startswith(prefix)]
+    top = [key for key in every if "." not in key.removeprefix(prefix)]
+    found = did_you_mean(f"{prefix}{name}", every)
+    return found if found.startswith("did") else did_you_mean(f"{prefix}{name}", top)
+
+
+_GROUPS = ("experiment", *(f.name for f in fields(RunConfig) if is_dataclass(f.type)))
+_ADDED_GROUP = re.compile(rf"\+{{1,2}}(?=(?:{'|'.join(_GROUPS)})=)")
+
+
+def without_plus(word: str) -> str:
+    """`+experiment=name` as `experiment=name`: an option of a group that has one replaces it."""
+    return _ADDED_GROUP.sub("", word) if _ADDED_GROUP.match(word) else word
+
+
+def known_keys() -> list[str]:
+    """Every key that can be set: groups, top-level keys, and each group's settings."""
+    keys = []
+    for field_ in fields(RunConfig):
+        keys.append(field_.name)
+        if is_dataclass(field_.type):
+            keys += [f"{field_.name}.{f.name}" for f in fields(field_.type)]
+    return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]
+
+
 def register_schema() -> None:
     """Make the schema known to Hydra as `base_run`, which `conf/config.yaml` starts from."""
     ConfigStore.instance().store(name="base_run", node=RunConfig)
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
-    """Resolve and turn into dataclasses; below this nothing sees a raw config."""
+    """Resolve and turn into dataclasses; below this nothing sees a raw config.
+
+    Raises ConfigError for a key that no dataclass has: Hydra takes any that `+` is in front of.
+    """
+    _refuse_unknown(cfg, RunConfig, "")
+    # Before the groups, which have it from here.
+    at_least("seed", cfg.seed, 0)
     raw = OmegaConf.to_object(cfg)
     assert isinstance(raw, RunConfig)
     return raw

@@ -1,16 +1,30 @@
 """Builders of data sets, one per registry name of kind `dataset`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saexp.config import DatasetConfig
-from saexp.data.examples import Example, ExampleSet, assign_splits, choose, infer_groups
+from saexp.data.examples import (
+    Example,
+    ExampleSet,
+    Skip,
+    assign_splits,
+    choose,
+    infer_groups,
+    skip_notes,
+)
+from saexp.data.lines import text_lines
 from saexp.data.tables import read_rows, to_examples
+from saexp.data.values import MissingValues
 from saexp.errors import ConfigError, DataError
+from saexp.hub import hub as reaching_hub
+from saexp.hub import is_path, why_absent
+from saexp.wording import counted
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODELS = ("tiny", "tiny_control")
@@ -22,7 +36,8 @@ TEXT_TEMPLATE = "The {entity_type} {entity}"
 def finish(
     cfg: DatasetConfig, examples: list[Example], source: str, notes: Sequence[str] = ()
 ) -> ExampleSet:
-    """Filters, groups, splits: what every data set goes through."""
+    """Filters, groups, splits: what every data set goes through. Notes say what is left out."""
+    notes = list(notes)
     if cfg.entity_types is not None:
         there = {e.entity_type for e in examples}
         missing = [t for t in cfg.entity_types if t not in there]
@@ -31,21 +46,34 @@ def finish(
                 f"{source}: no rows of entity type '{missing[0]}'; there are "
                 f"{', '.join(sorted(str(t) for t in there))}"
             )
+        notes += _left_out("no entity_type", [e.entity_type for e in examples])
         examples = [e for e in examples if e.entity_type in cfg.entity_types]
     groups = infer_groups(examples, cfg.groups, source)
     if groups:
+        notes += _left_out("no group", [e.group for e in examples])
         examples = [e for e in examples if e.group in groups]
     examples = choose(examples, cfg.n_examples, cfg.seed)
+    if cfg.answer_space != "auto":
+        examples = [replace(e, answer_space=cfg.answer_space) for e in examples]
     return ExampleSet(
         name=cfg.name,
         examples=assign_splits(examples, cfg.split, cfg.seed),
         groups=groups,
-        notes=list(notes),
+        notes=notes,
     )
 
 
+def _left_out(what: str, values: Sequence[str | None]) -> list[str]:
+    n = sum(value is None for value in values)
+    if not n:
+        return []
+    are, be = ("has", "is") if n == 1 else ("have", "are")
+    return [f"{n:,} of {counted(len(values), 'row')} {are} {what} and {be} left out"]
+
+
 def _from_file(cfg: DatasetConfig, path: str | None, kind: str) -> ExampleSet:
-    examples, notes = to_examples(read_rows(path, kind), cfg.columns, cfg.group_rule, str(path))
+    rows = read_rows(path, kind)
+    examples, notes = to_examples(rows, cfg, str(path), lists_as_text=kind == "csv")
     return finish(cfg, examples, str(path), notes)
 
 
@@ -60,7 +88,15 @@ def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """Known and unknown entities: the shipped model's own, real and invented ones otherwise."""
+    """Known and unknown entities: the shipped model's own, real and invented ones otherwise.
+
+    `dataset.path` names a JSONL file with a text per row, or a .json file in the published entity
+    format, which is read as dataset=wikidata reads it.
+    """
+    if cfg.path is not None and Path(cfg.path).suffix == ".json":
+        from saexp.data.wikidata import wikidata
+
+        return wikidata(cfg)
     if cfg.path is not None:
         return _from_file(cfg, cfg.path, "jsonl")
     if cfg.model_name in SHIPPED_MODELS:
@@ -86,7 +122,8 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     },
                 )
             )
-    examples, notes = to_examples(rows, {}, cfg.group_rule, "the shipped entities")
+    # Columns are mapped in files of the user's.
+    examples, notes = to_examples(rows, replace(cfg, columns={}), "the shipped entities")
     return finish(cfg, examples, "the shipped entities", notes)
 
 
@@ -114,43 +151,37 @@ def text(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 def prompt(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """One prompt with its answer and, where given, a wrong one (`foil`).
 
-    Hydra drops a space at the beginning of an unquoted word, so an answer or foil without one gets
-    one where it would be glued to the prompt's last word or mark.
+    Hydra drops a space at the beginning of an unquoted word; `dataset.answer_space` says when one
+    is put there.
     """
     if not cfg.text:
         raise ConfigError(
             "dataset=prompt needs a prompt, quoted twice: type "
             """'dataset.text="When …, John gave the bag to"' 'dataset.answer=" Mary"'"""
         )
-    answer, foil = (_spaced(cfg.text, word) for word in (cfg.answer, cfg.foil))
     example = Example(
         id="1",
         text=cfg.text,
         split="test",
-        answers=(answer,) if answer else (),
-        extra={"foil": foil} if foil else {},
+        answers=(cfg.answer,) if cfg.answer else (),
+        answer_space=cfg.answer_space,
+        extra={"foil": cfg.foil} if cfg.foil else {},
     )
     return ExampleSet(name=cfg.name, examples=[example])
 
 
-def _spaced(text: str, word: str | None) -> str | None:
-    glued = text[-1].isascii() and (text[-1].isalnum() or text[-1] in ",.;:?!")
-    return f" {word}" if word and glued and word[0].isascii() and word[0].isalnum() else word
-
-
 def read_lines(path: str | None, key: str) -> list[str]:
-    """Non-empty lines of a text file or of all .txt files of a folder. Raises DataError."""
+    """Non-blank lines of a text file or of all .txt files of a folder, white space as it is.
+
+    Raises DataError.
+    """
     if not path:
         raise ConfigError(f"{key} is not set: type {key}=FILE (one text per line) or a folder")
     place = Path(path)
     files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
     if not files or not all(f.is_file() for f in files):
         raise DataError(f"{key}={path}: no such text file, nor a folder with .txt files")
-    try:
-        lines = [line.strip() for f in files for line in f.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    lines = [line for line in lines if line]
+    lines = [line for file in files for line in text_lines(file) if line.strip()]
     if not lines:
         raise DataError(f"{path}: is empty; it needs at least one line of text")
     return lines
@@ -197,47 +228,71 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """Memorised continuations against ones with no matching token (REFERENCE: study E).
 
     A row with `perfect_match` true is `memorized`, one with `matching_tokens` 0 `not_memorized`,
-    any other is left out. The text is prompt plus continuation, the span is the continuation.
+    any other is left out; a row without a prompt, a continuation or the number that decides its
+    group is skipped. Both are counted in notes. The text is prompt plus continuation, the span is
+    the continuation.
     """
     shipped = (
         str(ASSETS / "tiny" / "memorization.csv") if cfg.model_name in SHIPPED_MODELS else None
     )
     path = cfg.path or shipped
-    examples = []
-    for where, row in read_rows(path, "csv"):
-        missing = [c for c in MEMORIZATION_COLUMNS if c not in row]
-        if missing:
+    examples, skips, n_partial = [], [], 0
+    missing = MissingValues(cfg.missing_values)
+    rows = read_rows(path, "csv")
+    for where, cells in rows:
+        absent = [c for c in MEMORIZATION_COLUMNS if c not in cells]
+        if absent:
             raise DataError(
-                f"{where}: column '{missing[0]}' is missing; "
+                f"{where}: column '{absent[0]}' is missing; "
                 f"needed are {', '.join(MEMORIZATION_COLUMNS)}"
             )
-        prompt, continuation = row["input_text"], row["generated_continuation_text"]
-        try:
-            matching = int(float(row["matching_tokens"]))
-        except ValueError as error:
-            raise DataError(
-                f"{where}: matching_tokens '{row['matching_tokens']}' is no number"
-            ) from error
-        if row["perfect_match"].strip().lower() in ("true", "1", "1.0"):
-            group = "memorized"
-        elif matching == 0:
-            group = "not_memorized"
+        row = missing.cleaned(cells)
+        line = where.rpartition(":")[2]
+        group, lacking = _memorized(where, row)
+        if lacking:
+            skips.append(Skip(line, f"{lacking} is empty or a missing value"))
+        elif group is None:
+            n_partial += 1
         else:
-            continue
-        examples.append(
-            Example(
-                id=where.rpartition(":")[2],
-                text=prompt + continuation,
-                group=group,
-                spans=((len(prompt), len(prompt) + len(continuation)),),
-                prompt=prompt,
-                answers=(continuation,),
-                extra={k: v for k, v in row.items() if k not in MEMORIZATION_COLUMNS[:2]},
+            prompt, continuation = row["input_text"], row["generated_continuation_text"]
+            examples.append(
+                Example(
+                    id=line,
+                    text=prompt + continuation,
+                    group=group,
+                    spans=((len(prompt), len(prompt) + len(continuation)),),
+                    prompt=prompt,
+                    answers=(continuation,),
+                    answer_space="never",
+                    extra={k: v for k, v in row.items() if k not in MEMORIZATION_COLUMNS[:2]},
+                )
             )
-        )
+    notes = [*missing.notes(len(rows)), *skip_notes(skips, len(rows), "row")]
+    if n_partial:
+        does = "matches in part and is" if n_partial == 1 else "match in part and are"
+        notes.append(f"{n_partial:,} of {counted(len(rows), 'row')} {does} left out")
     if not examples:
         raise DataError(f"{path}: no row is a perfect match or has matching_tokens 0")
-    return finish(cfg, examples, str(path))
+    return finish(cfg, examples, str(path), notes)
+
+
+def _memorized(where: str, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """(group, None where tokens match in part; the column whose missing value forbids to say)."""
+    for column in MEMORIZATION_COLUMNS[:2]:
+        if row[column] is None:
+            return None, column
+    perfect, matching = row["perfect_match"], row["matching_tokens"]
+    if perfect is not None and perfect.strip().lower() in ("true", "1", "1.0"):
+        return "memorized", None
+    if matching is None:
+        return None, "matching_tokens"
+    try:
+        n_matching = float(matching)
+    except ValueError as error:
+        raise DataError(f"{where}: matching_tokens '{matching}' is not a number") from error
+    if n_matching == 0:
+        return "not_memorized", None
+    return None, "perfect_match" if perfect is None else None
 
 
 def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
@@ -251,8 +306,13 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     try:
         if any(saved):
             loaded: Any = datasets.load_from_disk(cfg.path)
-        else:
+        elif Path(cfg.path).exists():
             loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
+        elif is_path(cfg.path):
+            raise DataError(f"dataset.path={cfg.path}: no such folder")
+        else:
+            with reaching_hub():
+                loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)
         if isinstance(loaded, datasets.DatasetDict):
             if cfg.hf_split not in loaded:
                 raise ValueError(
@@ -260,8 +320,9 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                 )
             loaded = loaded[cfg.hf_split]
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"dataset.path={cfg.path}: cannot be loaded ({reason})") from error
+        raise DataError(
+            f"dataset.path={cfg.path}: cannot be loaded ({why_absent(error)})"
+        ) from error
     rows = [(f"{cfg.path}:{n}", dict(row)) for n, row in enumerate(loaded, 1)]
-    examples, notes = to_examples(rows, cfg.columns, cfg.group_rule, cfg.path)
+    examples, notes = to_examples(rows, cfg, cfg.path, lists_as_text=True)
     return finish(cfg, examples, cfg.path, notes)

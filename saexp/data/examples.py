@@ -1,5 +1,6 @@
 """Examples: texts with a group, character spans, answers and a split."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from saexp.data.mentions import Span, find_mentions
 from saexp.errors import DataError
-
-Span = tuple[int, int]
-"""[start, end) in characters."""
+from saexp.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,28 +24,32 @@ class Example:
     split: str | None = None
     """train, val or test."""
     spans: tuple[Span, ...] = ()
-    """Where the entity stands in `text`."""
+    """The entity's mentions in `text`, in order; what needs one mention reads the last."""
     entity: str | None = None
     entity_type: str | None = None
     prompt: str | None = None
     """What interventions run on; `text` where None."""
     answers: tuple[str, ...] = ()
+    answer_space: str = "auto"
+    """How an answer follows the prompt, see `data.answer_tokens` (config: dataset.answer_space)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The file's other columns."""
 
     @property
     def unit(self) -> str:
-        """What is split, resampled and counted as one observation: the entity, else the example."""
-        return self.id if self.entity is None else f"{self.entity_type or ''}:{self.entity}"
+        """What is split, resampled and counted as one observation: the entity, else the example.
+
+        An entity is one unit in whichever Unicode normalisation its rows have it.
+        """
+        if self.entity is None:
+            return self.id
+        return unicodedata.normalize("NFC", f"{self.entity_type or ''}:{self.entity}")
 
     def as_prompt(self) -> "Example":
-        """This example with its prompt as the text, and the entity's last mention there as span."""
+        """This example with its prompt as the text, and the entity's mentions there as spans."""
         if self.prompt is None or self.prompt == self.text:
             return self
-        spans: tuple[Span, ...] = ()
-        if self.entity is not None:
-            start = self.prompt.rfind(self.entity)
-            spans = ((start, start + len(self.entity)),) if start >= 0 else ()
+        spans = () if self.entity is None else find_mentions(self.prompt, self.entity)
         return replace(self, text=self.prompt, spans=spans)
 
 
@@ -55,6 +59,16 @@ class Skip:
 
     example_id: str
     reason: str
+
+
+def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
+    """One line on those of `n` examples that could not be used; nothing where all were."""
+    if not skips:
+        return []
+    reasons = Counter(s.reason for s in skips).most_common()
+    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
+    verb = "was" if len(skips) == 1 else "were"
+    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
 
 
 @dataclass(kw_only=True)
@@ -93,7 +107,11 @@ def infer_groups(
             raise DataError(f"dataset.groups={list(wanted)} must name two groups out of {listed}")
         return tuple(wanted)
     if len(counts) == 1:
-        raise DataError(f"{where}: all rows are of one group, {listed}; a contrast needs two")
+        n = sum(e.group is None for e in examples)
+        without = f", and {counted(n, 'row')} without a group" if n else ""
+        raise DataError(
+            f"{where}: all rows are of one group, {listed}{without}; a contrast needs two"
+        )
     if len(counts) > 2:
         raise DataError(
             f"{where}: {len(counts)} groups, {listed}; say which two with "

@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.data.answer_text import runs_of, words
 from saexp.data.examples import Example
-from saexp.data.matchers import Rules, canonical, is_correct, words
+from saexp.data.matchers import Rules, canonical, is_correct, type_key
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError
 
@@ -30,11 +31,16 @@ class Question:
     text: str
     """The question, or the data's own prompt where it has no attributes."""
     beginning: str
-    """Beginning of an answer that may be put in the model's mouth; empty for an own prompt."""
+    """Beginning of the answer that the model continues; empty for the data's own prompt."""
     truths: tuple[str, ...]
     """None where the entity does not exist, so that no answer is right."""
     given_group: str | None
     """What the data set itself calls the entity."""
+
+    @property
+    def asked(self) -> str:
+        """The question and, where the answer is begun, its beginning."""
+        return f"{self.text} {self.beginning}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,13 @@ def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
     """
     if value is None or value == "":
         return ()
-    if canonical(attribute) == "coordinates" and not isinstance(value, str):
+    if canonical(attribute) == "coordinates" and _is_pair(value):
         if isinstance(value, Mapping):
             pair = [v for k in ("lat", "lon") for n, v in value.items() if n.lower().startswith(k)]
         else:
             pair = list(value) if isinstance(value, Sequence) else []
-        return (f"{pair[0]}, {pair[1]}",) if len(pair) == 2 else ()
+        whole = len(pair) == 2 and None not in pair
+        return (f"{pair[0]}, {pair[1]}",) if whole else ()
     if isinstance(value, list | tuple):
         found = [t for item in value for t in truths_of(item, attribute)]
     elif isinstance(value, float) and value.is_integer():
@@ -91,6 +98,13 @@ def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
         if canonical(attribute) == "birthplace" and "," in found[0]:
             found.append(found[0].partition(",")[0].strip())
     return tuple(dict.fromkeys(t for t in found if t.strip()))
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether it is a mapping, or a list of numbers alone."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    return not isinstance(value, str)
 
 
 def read_attributes(value: Any) -> list[tuple[str, Any]]:
@@ -130,28 +144,39 @@ def questions(
         of_entity.setdefault((example.entity_type, example.entity), []).append(example)
         for name, _ in _attributes(example):
             attribute = canonical(name, example.entity_type)
-            if attribute in templates.get(str(example.entity_type), {}):
-                asked_of_type.setdefault(str(example.entity_type), {})[attribute] = None
+            if attribute in templates.get(type_key(example.entity_type), {}):
+                asked_of_type.setdefault(type_key(example.entity_type), {})[attribute] = None
     made: list[Question] = []
     for (entity_type, _), same in of_entity.items():
         first = same[0]
         pairs = [p for example in same for p in _attributes(example)]
-        kinds = templates.get(str(entity_type), {})
+        key = type_key(entity_type)
+        kinds = templates.get(key, {})
         if pairs:
             truths: dict[str, tuple[str, ...]] = {}
             for name, value in pairs:
                 attribute = canonical(name, entity_type)
                 if attribute not in kinds:
-                    reason = f"no template for {entity_type} {attribute}"
+                    reason = no_template(entity_type, attribute)
                     not_asked[reason] = not_asked.get(reason, 0) + 1
                 elif accepted := truths_of(value, attribute):
                     truths[attribute] = tuple(dict.fromkeys(truths.get(attribute, ()) + accepted))
             made += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
-        elif str(entity_type) in asked_of_type:
-            made += [_asked(first, a, kinds[a], ()) for a in asked_of_type[str(entity_type)]]
+        elif key in asked_of_type:
+            made += [_asked(first, a, kinds[a], ()) for a in asked_of_type[key]]
         else:
             made += _own_prompts(same, not_asked)
     return made, not_asked
+
+
+def no_template(entity_type: str | None, attribute: str) -> str:
+    """Why an attribute is not asked for, and what to type so that it is."""
+    kind, name = type_key(entity_type), attribute.replace("_", " ")
+    question = f"What is the {name} of the {kind.replace('_', ' ')} {{entity}}?"
+    return (
+        f"no template for {entity_type} {attribute}; to ask for it, type "
+        f"\"task.options.templates.{kind}.{attribute}='{question}'\""
+    )
 
 
 def _attributes(example: Example) -> list[tuple[str, Any]]:
@@ -197,18 +222,30 @@ def _own_prompts(same: Sequence[Example], not_asked: dict[str, int]) -> list[Que
     return made
 
 
+def repeats_question(question: Question) -> bool:
+    """Whether every true answer stands in the question, so that a mention may be a repetition."""
+    asked = words(question.asked)
+    return bool(question.truths) and all(runs_of(asked, words(t)) for t in question.truths)
+
+
 def label_answer(
     answer: str, question: Question, rules: Rules, refuses: Callable[[str], bool]
 ) -> str:
     """correct, refusal or error.
 
-    A refusal that names the entity does not become right by that: where the true answer is part of
-    the entity's own name, refusals are looked for first.
+    Where the true answer stands in the question, an answer that refuses is a refusal, even if it
+    also names it.
     """
-    right = is_correct(answer, question.truths, question.entity_type, question.attribute, rules)
-    name = f" {' '.join(words(question.entity))} "
-    echoed = any(f" {' '.join(words(t))} " in name for t in question.truths)
-    if right and not (echoed and refuses(answer)):
+    right = is_correct(
+        answer,
+        question.truths,
+        question.entity_type,
+        question.attribute,
+        rules,
+        question=question.asked,
+        entity=question.entity,
+    )
+    if right and not (repeats_question(question) and refuses(answer)):
         return "correct"
     return "refusal" if refuses(answer) else "error"
 

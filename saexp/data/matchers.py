@@ -1,18 +1,36 @@
 """Whether an answer counts as correct: one rule per entity type and attribute.
 
-The rules follow Ferrando et al. 2024 (arXiv 2411.14257): names by fuzzy match, genres by substring,
-numbers within a tolerance.
+The rules follow Ferrando et al. 2024 (arXiv 2411.14257), names by fuzzy match, genres by words,
+numbers within a tolerance, but are stricter: years are exact, a name is compared whole, and what
+only repeats the question is not an answer (`answer_text`). `PAPER` holds the paper's tolerances.
 """
 
 import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rapidfuzz.fuzz import token_set_ratio
-
-from saexp.data.quantities import METRES, MINUTES, amount, coordinates, quantities, year
+from saexp.data.answer_text import (
+    ARTICLES,
+    AnswerText,
+    Asked,
+    Window,
+    content,
+    runs_of,
+    words,
+)
+from saexp.data.names import EVERYDAY, name_windows
+from saexp.data.number_words import with_digits
+from saexp.data.quantities import (
+    METRES,
+    MINUTES,
+    Amount,
+    amount,
+    amounts,
+    coordinates,
+    year,
+    years,
+)
 from saexp.errors import ConfigError
 
 KINDS = ("name", "genre", "number", "year", "coordinates", "text")
@@ -25,26 +43,34 @@ class Rule:
     kind: str = "text"
     """name, genre, number, year, coordinates, or text (nothing known of the attribute)."""
     ratio: int | float = 90.0
-    """name, text: token-set ratio that must be exceeded."""
+    """name, text: likeness of the whole names that must be exceeded, 0 to 100."""
     surname: bool = False
-    """name: a part of the name that holds its last word is enough."""
+    """name: of a person; the surname alone is enough, and middle names may be left out."""
+    nickname: bool = False
+    """name: the last word alone is enough where it is a plural ("Lakers")."""
+    ignored: Sequence[str] = ()
+    """name: words that make no difference, such as FC in a club's name."""
     tolerance: int | float = 0.0
     """number, year, coordinates: largest difference, in the attribute's own unit."""
     share: int | float = 0.0
     """number: largest difference as a share of the true one."""
     units: Mapping[str, float] = field(default_factory=dict)
     """number: unit words and their factor to the attribute's own unit."""
+    cues: Sequence[str] = ()
+    """number, year: words near the right number, where an answer has several."""
 
 
 _PERSON = Rule(kind="name", surname=True)
 _NAME = Rule(kind="name")
 _GENRE = Rule(kind="genre")
+_CLUB_WORDS = ("fc", "cf", "sc", "ac", "afc", "cfc", "cd", "ud", "if", "bk", "club", "football")
+_RELEASED = ("released", "release", "premiered", "premiere", "came", "published")
 
 DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
     "player": {
         "birthplace": _NAME,
-        "birth_year": Rule(kind="year", tolerance=5),
-        "teams": _NAME,
+        "birth_year": Rule(kind="year", cues=("born", "birth", "birthday")),
+        "teams": Rule(kind="name", nickname=True, ignored=_CLUB_WORDS),
         "sport": _NAME,
     },
     "movie": {
@@ -52,22 +78,42 @@ DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
         "screenwriter": _PERSON,
         "cast": _PERSON,
         "genre": _GENRE,
-        "release_year": Rule(kind="year", tolerance=2),
-        "duration": Rule(kind="number", tolerance=3, units=MINUTES),
+        "release_year": Rule(kind="year", cues=_RELEASED),
+        "duration": Rule(
+            kind="number",
+            tolerance=3,
+            units=MINUTES,
+            cues=("minutes", "minute", "min", "mins", "hours", "long", "runtime", "duration"),
+        ),
     },
     "city": {
         "country": _NAME,
-        "population": Rule(kind="number", share=0.1),
-        "elevation": Rule(kind="number", tolerance=20, units=METRES),
+        "population": Rule(
+            kind="number",
+            share=0.1,
+            cues=("population", "people", "inhabitants", "residents"),
+        ),
+        "elevation": Rule(
+            kind="number",
+            tolerance=20,
+            units=METRES,
+            cues=("elevation", "altitude", "above"),
+        ),
         "coordinates": Rule(kind="coordinates", tolerance=1),
     },
     "song": {
         "performer": _PERSON,
         "album": _NAME,
-        "year": Rule(kind="year"),
+        "year": Rule(kind="year", cues=_RELEASED),
         "genre": _GENRE,
     },
 }
+
+PAPER: Mapping[str, Mapping[str, float]] = {
+    "player": {"birth_year": 5},
+    "movie": {"release_year": 2},
+}
+"""Tolerances of Ferrando et al. 2024 where they are wider than ours."""
 
 ALIASES: Mapping[str, str] = {
     "place_birth": "birthplace",
@@ -88,6 +134,7 @@ ALIASES: Mapping[str, str] = {
 }
 """Names that published files use -> ours."""
 
+_OF_ANY_GENRE = frozenset(("film", "movie", "music", "song", "genre"))
 _GENRE_WORDS = {
     "science fiction": ("sci fi", "scifi"),
     "hip hop": ("rap",),
@@ -98,18 +145,23 @@ _GENRE_WORDS = {
     "heavy metal": ("metal",),
     "biographical": ("biopic", "biography"),
 }
-_ARTICLES = frozenset(("the", "a", "an"))
-_EVERYDAY = frozenset(
-    ("who", "what", "where", "when", "it", "them", "us", "her", "him", "she", "he", "you", "me")
-    + ("we", "they", "yes", "no", "this", "that", "one")
-)
 
 
 def canonical(attribute: str, entity_type: str | None = None) -> str:
-    """An attribute's own name; published ones and prompt types (`player_place_birth`) are known."""
+    """An attribute's own name; published ones and prompt types (`player_place_birth`) are known.
+
+    Published names mean ours only for the entity types that have rules.
+    """
     name = re.sub(r"[^\w]+", "_", attribute.strip().lower())
-    name = name.removeprefix(f"{entity_type}_") if entity_type else name
-    return ALIASES.get(name, name)
+    kind = type_key(entity_type)
+    name = name.removeprefix(f"{kind}_") if entity_type else name
+    alias = ALIASES.get(name, name)
+    return alias if entity_type is None or alias in DEFAULT_RULES.get(kind, {}) else name
+
+
+def type_key(entity_type: str | None) -> str:
+    """An entity type as it is typed in options: `video_game` for "Video game"."""
+    return re.sub(r"[^\w]+", "_", str(entity_type).strip().lower())
 
 
 @dataclass(frozen=True)
@@ -124,7 +176,7 @@ class Rules:
         if attribute is None:
             return Rule()
         if entity_type is not None:
-            of_type = self.by_type.get(entity_type, {})
+            of_type = self.by_type.get(type_key(entity_type), {})
             return of_type.get(canonical(attribute, entity_type), Rule())
         for rules in self.by_type.values():
             if canonical(attribute) in rules:
@@ -142,9 +194,9 @@ class Rules:
                 raise ConfigError(f"rules.{entity_type}: write attribute: {{setting: value}}")
             for attribute, settings in attributes.items():
                 name = canonical(attribute, entity_type)
-                before = by_type.setdefault(entity_type, {}).get(name, Rule())
-                by_type[entity_type][name] = _changed(
-                    before, settings, f"rules.{entity_type}.{attribute}"
+                of_type = by_type.setdefault(type_key(entity_type), {})
+                of_type[name] = _changed(
+                    of_type.get(name, Rule()), settings, f"rules.{entity_type}.{attribute}"
                 )
         return Rules(by_type)
 
@@ -161,117 +213,141 @@ def _changed(rule: Rule, settings: Any, where: str) -> Rule:
         if name in ("ratio", "tolerance", "share") and (
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
-            raise ConfigError(f"{where}.{name}={value} is no number")
+            raise ConfigError(f"{where}.{name}={value} is not a number")
+        if name in ("surname", "nickname") and not isinstance(value, bool):
+            raise ConfigError(f"{where}.{name}={value}: type true or false")
+        if name in ("ignored", "cues") and not (
+            isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+        ):
+            raise ConfigError(f"{where}.{name}={value}: write a list of words, [club, fc]")
         if name == "units" and not isinstance(value, Mapping):
             raise ConfigError(f"{where}.units={value}: write {{word: factor}}")
     return replace(rule, **settings)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words without accents and punctuation; `&` is read as "and"."""
-    plain = unicodedata.normalize("NFKD", text.replace("&", " and "))
-    plain = "".join(c for c in plain if not unicodedata.combining(c)).casefold()
-    plain = re.sub(r"(?<=\w)['\u2019](?=\w)|(?<=\b\w)\.(?=\w\b)", "", plain)
-    return re.findall(r"\w+", plain)
-
-
-def _content(found: Sequence[str]) -> list[str]:
-    return [w for w in found if w not in _ARTICLES] or list(found)
-
-
-def is_name(answer: str, truth: str, rule: Rule) -> bool:
-    """Fuzzy name match: the token-set ratio of the answer and the true name is above `ratio`.
-
-    Taken of the whole answer and of every run of as many words as the name has, so that a slip in a
-    long answer is forgiven as in a short one; articles, accents, case and punctuation do not count.
-    An answer that is only a part of the name has ratio 100 too: it counts if it holds more than
-    half of the name's letters, or (`surname`) the name's last word. A name made of everyday words
-    only ("The Who") must stand there as it is written.
-    """
-    wanted, given = _content(words(truth)), _content(words(answer))
-    if not wanted or not given:
-        return False
-    if set(wanted) <= _EVERYDAY:
-        return re.search(rf"(?<!\w){re.escape(truth.strip())}(?!\w)", answer) is not None
-    if set(given) < set(wanted):
-        part = sum(len(w) for w in set(given)) / sum(len(w) for w in set(wanted))
-        return part > 0.5 or (rule.surname and wanted[-1] in given)
-    n, name = len(wanted), " ".join(wanted)
-    runs = [given, *(given[i : i + n] for i in range(len(given) - n + 1))]
-    return any(
-        token_set_ratio(" ".join(run), name) > rule.ratio
-        for run in runs
-        if not set(run) < set(wanted)
+def _names(answer: AnswerText, truth: str, rule: Rule, *, cased: bool = True) -> list[Window]:
+    """Where the true name is in the answer, as a whole name (see `names.name_windows`)."""
+    return name_windows(
+        answer,
+        truth,
+        ratio=rule.ratio,
+        person=rule.surname,
+        nickname=rule.nickname,
+        ignored=frozenset(" ".join(map(str, rule.ignored)).casefold().split()),
+        cased=cased,
     )
 
 
-def is_text(answer: str, truth: str, rule: Rule) -> bool:
-    """Match where nothing is known of the attribute.
+def _genres(answer: AnswerText, truth: str, _rule: Rule) -> list[Window]:
+    """Where the genre's words are; "film", "music" and the like are not part of them."""
+    wanted = [w for w in words(truth) if w not in _OF_ANY_GENRE]
+    found = []
+    for form in (" ".join(wanted), *_GENRE_WORDS.get(" ".join(wanted), ())):
+        for end in ("", "s"):
+            found += runs_of(answer.words, f"{form}{end}".split() if form else [])
+    return [answer.widened(window, _OF_ANY_GENRE) for window in found]
 
-    True where the truth's words stand in the answer one after another, anywhere (a number equals
-    one written otherwise: 1,200 and 1200), or where the fuzzy name match holds on the answer's
-    beginning: its first clause (up to . ! ? ; or a line's end), at most two words longer than the
-    truth. A truth of everyday words only ("yes", "no") must be the answer's first words.
+
+def _text(answer: AnswerText, truth: str, rule: Rule) -> list[Window]:
+    """Where the truth is, if nothing is known of the attribute.
+
+    Its words one after another, anywhere; or a fuzzy match of the whole name at the answer's
+    beginning: its first sentence, at most two words longer than the truth.
     """
-    wanted, given = _content(words(truth)), _content(words(answer))
-    if not wanted or not given:
-        return False
-    if set(wanted) <= _EVERYDAY:
-        return given[: len(wanted)] == wanted
-    if re.fullmatch(r"\s*[-\u2212+]?\d[\d,. ]*\s*", truth):
-        plain = truth.strip().rstrip(".,")
-        value = amount(plain)
-        return value is not None and value in [q.value for q in quantities(answer)]
-    n = len(wanted)
-    if any(given[i : i + n] == wanted for i in range(len(given) - n + 1)):
+    wanted = content(words(truth))
+    found = _names(answer, truth, replace(rule, ratio=100), cased=False)
+    if found or not answer.tokens:
+        return found
+    first = [n for n, s in enumerate(answer.sentences) if s == 0]
+    kept = [n for n in first if answer.words[n] not in ARTICLES]
+    end = kept[: len(wanted) + 2][-1] + 1 if kept else 0
+    return [w for w in _names(answer, truth, rule, cased=False) if w[1] <= end]
+
+
+_WINDOWS: Mapping[str, Callable[[AnswerText, str, Rule], list[Window]]] = {
+    "name": _names,
+    "genre": _genres,
+    "text": _text,
+}
+
+
+def _is_said(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
+    """Whether one of the truths is mentioned so that it counts as an answer."""
+    windows = [w for truth in truths for w in _WINDOWS[rule.kind](answer, truth, rule)]
+    # "Brooklyn" within "Brooklyn, New York" is that one mention.
+    windows = [
+        (i, j)
+        for i, j in dict.fromkeys(windows)
+        if not any(a <= i and j <= b and b - a > j - i for a, b in windows)
+    ]
+    if any(answer.counts(window, windows) for window in windows):
         return True
-    clause = re.split(r"[.!?;](?:\s|$)|\n", answer.strip(), maxsplit=1)[0]
-    beginning = _content(words(clause))[: n + 2]
-    return is_name(" ".join(beginning), truth, rule)
+    own = answer.asked.entity_words
+    return any(content(words(t)) == own for t in truths) and answer.says_same_name()
 
 
-def is_genre(answer: str, truth: str, _rule: Rule) -> bool:
-    """The genre's words stand in the answer; "film", "music" and the like are no part of them."""
-    wanted = [w for w in words(truth) if w not in ("film", "movie", "music", "song", "genre")]
-    name, text = " ".join(wanted), f" {' '.join(words(answer))} "
-    return bool(name) and any(
-        f" {form}{end} " in text
-        for form in (name, *_GENRE_WORDS.get(name, ()))
-        for end in ("", "s")
-    )
+def _is_near(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
+    """Whether the answer's number is within the tolerance of one of the truths.
 
-
-def is_number(answer: str, truth: str, rule: Rule) -> bool:
-    """The answer's first amount (see `amount`) is within the tolerance, or the share, of it."""
-    given, wanted = amount(answer, rule.units), amount(truth)
-    if given is None or wanted is None:
+    It is the first that has one of the rule's cues near, else the first. Of a range, or of two
+    alternatives, both ends must be near. A number of the question does not count, unless it is
+    the true one and stands where an answer stands.
+    """
+    read = years if rule.kind == "year" else lambda text: amounts(text, rule.units)
+    one = year if rule.kind == "year" else amount
+    wanted = [value for value in map(one, truths) if value is not None]
+    asked = {found.value for found in read(with_digits(answer.asked.text))}
+    right = {value for value in asked if any(_within(value, w, rule) for w in wanted)}
+    found = []
+    for candidate in read(answer.text):
+        i, j = answer.window(candidate.start, candidate.end)
+        if i == j or answer.is_negated(i, j) or candidate.value in asked - right:
+            continue
+        if not (answer.is_repetition((i, j)) or answer.is_asked(i, j)):
+            found.append(candidate)
+    chosen = next((c for c in found if _has_cue(answer, c, rule)), found[0] if found else None)
+    if chosen is None:
         return False
+    ends = [chosen.value] if chosen.other is None else [chosen.value, chosen.other]
+    return any(all(_within(end, w, rule) for end in ends) for w in wanted)
+
+
+def _within(given: float, wanted: float, rule: Rule) -> bool:
     return abs(given - wanted) <= max(rule.tolerance, rule.share * abs(wanted)) + 1e-9
 
 
-def is_year(answer: str, truth: str, rule: Rule) -> bool:
-    """The answer's first year is within the tolerance; a date's year is its first year."""
-    given, wanted = year(answer), year(truth)
-    return given is not None and wanted is not None and abs(given - wanted) <= rule.tolerance
+_CUE_REACH = 5, 3
+"""Tokens in front of and behind a number in which a cue may be."""
 
 
-def is_place(answer: str, truth: str, rule: Rule) -> bool:
-    """Latitude and longitude are each within the tolerance, in degrees."""
-    given, wanted = coordinates(answer), coordinates(truth)
-    if given is None or wanted is None:
+def _has_cue(answer: AnswerText, found: Amount, rule: Rule) -> bool:
+    """Whether one of the rule's cues is near the number, in the same sentence."""
+    i, j = answer.window(found.start, found.end)
+    same = [n for n, s in enumerate(answer.sentences) if s == answer.sentences[i]]
+    before = range(max(i - _CUE_REACH[0], same[0]), i)
+    numbers = [n for n in before if answer.words[n][:1].isdigit()]
+    before = range(numbers[-1] + 1 if numbers else before.start, i)
+    after = []
+    for n in range(j, min(j + _CUE_REACH[1], same[-1] + 1)):
+        if re.search(r"[,;:()]", answer.gap(n - 1)):
+            break
+        after.append(n)
+    return any(answer.words[n] in rule.cues for n in (*before, *after))
+
+
+def _is_place(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
+    """Whether latitude and longitude are each within the tolerance, in degrees."""
+    given = coordinates(answer.without_echoes())
+    if given is None:
         return False
-    east = abs(given[1] - wanted[1]) % 360
-    return abs(given[0] - wanted[0]) <= rule.tolerance and min(east, 360 - east) <= rule.tolerance
-
-
-_JUDGES = {
-    "name": is_name,
-    "genre": is_genre,
-    "number": is_number,
-    "year": is_year,
-    "coordinates": is_place,
-    "text": is_text,
-}
+    for wanted in map(coordinates, truths):
+        if wanted is None:
+            continue
+        east = abs(given[1] - wanted[1]) % 360
+        near = abs(given[0] - wanted[0]), min(east, 360 - east)
+        if max(near) <= rule.tolerance:
+            return True
+    return False
 
 
 def is_correct(
@@ -280,11 +356,72 @@ def is_correct(
     entity_type: str | None = None,
     attribute: str | None = None,
     rules: Rules | None = None,
+    *,
+    question: str = "",
+    entity: str | None = None,
 ) -> bool:
     """Whether the answer says one of the truths, by the rule of that type's attribute.
 
-    Without an attribute, or with one that has no rule, as `is_text` says. No truths: False.
+    Words that only repeat the `question` (the prompt as asked) or the `entity` do not count.
+    Without an attribute, or with one that has no rule, a truth that is a number is compared as a
+    number, and one of everyday words ("yes", "The Who") as it is written; any other as `_text`
+    says. No truths: False.
     """
     rule = (rules or Rules()).rule(entity_type, attribute)
-    judge = _JUDGES[rule.kind]
-    return any(judge(answer_text, truth, rule) for truth in truths)
+    asked = Asked(
+        text=question,
+        entity=entity,
+        entity_type=entity_type,
+        attribute=None if attribute is None else canonical(attribute, entity_type),
+    )
+    return any(
+        _JUDGES[kind](_answer(answer_text, asked, kind), some, replace(rule, kind=kind))
+        for kind, some in _by_kind(truths, rule)
+    )
+
+
+def _answer(text: str, asked: Asked, kind: str) -> AnswerText:
+    numeric = kind in ("number", "year", "coordinates")
+    return AnswerText(with_digits(text) if numeric else text, asked, numeric=numeric)
+
+
+def _by_kind(truths: Sequence[str], rule: Rule) -> list[tuple[str, list[str]]]:
+    """The truths by the kind that each is judged as."""
+    found: dict[str, list[str]] = {}
+    for truth in truths:
+        kind = rule.kind
+        everyday = set(content(words(truth))) <= EVERYDAY and bool(words(truth))
+        if kind == "text" and re.fullmatch(r"\s*[-\u2212+]?\d[\d,. ]*\s*", truth):
+            kind = "number"
+        elif kind in ("text", "name") and everyday:
+            kind = "first" if kind == "text" else "written"
+        found.setdefault(kind, []).append(truth)
+    return list(found.items())
+
+
+def _comes_first(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
+    """Whether the answer begins with the words of a truth ("yes", "no")."""
+    given = content(answer.words)
+    return any(given[: len(w)] == w for w in (content(words(truth)) for truth in truths))
+
+
+def _is_written(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
+    """Whether a truth of everyday words ("The Who") stands in the answer as it is written."""
+    windows = [
+        answer.window(*match.span())
+        for truth in truths
+        for match in re.finditer(rf"(?<!\w){re.escape(truth.strip())}(?!\w)", answer.text)
+    ]
+    return any(answer.counts(window, windows) for window in windows if window[0] < window[1])
+
+
+_JUDGES: Mapping[str, Callable[[AnswerText, Sequence[str], Rule], bool]] = {
+    "name": _is_said,
+    "genre": _is_said,
+    "text": _is_said,
+    "number": _is_near,
+    "year": _is_near,
+    "coordinates": _is_place,
+    "first": _comes_first,
+    "written": _is_written,
+}

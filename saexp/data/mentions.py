@@ -3,9 +3,10 @@
 import re
 import unicodedata
 
-from saexp.data.examples import Span
+Span = tuple[int, int]
+"""[start, end) in characters."""
 
-_UNSPACED = re.compile(
+UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff"
     "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
@@ -33,6 +34,27 @@ def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:
     return ()
 
 
+def look_alike(text: str, wanted: str) -> bool:
+    """Whether a string that does not occur in `text` may seem to the eye to stand there.
+
+    Compared without case, compatibility forms, invisible characters and kinds of white space; four
+    in five characters must agree, as other alphabets have letters of the same shape.
+    """
+    if text.isascii() and wanted.isascii():
+        return False
+    text, wanted = _plain(text), _plain(wanted)
+    windows = (text[i : i + len(wanted)] for i in range(len(text) - len(wanted) + 1))
+    same = (sum(a == b for a, b in zip(w, wanted, strict=True)) for w in windows)
+    return bool(wanted) and max(same, default=0) >= 0.8 * len(wanted)
+
+
+def _plain(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(
+        " " if c.isspace() else c for c in folded if unicodedata.category(c) not in ("Cf", "Mn")
+    )
+
+
 def _is_whole(text: str, start: int, end: int) -> bool:
     return not _is_inside_word(text, start) and not _is_inside_word(text, end)
 
@@ -44,7 +66,7 @@ def _is_inside_word(text: str, index: int) -> bool:
     before, after = text[index - 1], text[index]
     if unicodedata.combining(after):
         return True
-    if _UNSPACED.match(before) or _UNSPACED.match(after):
+    if UNSPACED.match(before) or UNSPACED.match(after):
         return False
     return _is_word(before) and _is_word(after)
 

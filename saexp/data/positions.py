@@ -13,7 +13,8 @@ import pandas as pd
 
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example, Skip, Span
-from saexp.data.tokens import TokenizedText, span_to_tokens
+from saexp.data.mentions import find_mentions
+from saexp.data.tokens import TokenizedText, in_message, span_to_tokens
 from saexp.errors import ConfigError, DataError
 
 OWN_COLUMNS = (
@@ -35,6 +36,8 @@ OWN_COLUMNS = (
 
 
 NO_SPAN = "no entity span"
+CUT = "text longer than dataset.max_length, so its positions are not those of the whole text"
+"""Reason of a skip with dataset.truncation=skip."""
 
 
 class Unplaced(Exception):
@@ -53,12 +56,27 @@ class Candidate:
 class _Positions(ABC):
     """Base: holds the config; `select` gives indices, or raises Unplaced with the reason."""
 
+    reads_cut = True
+    """Whether it is worth a note that a text was cut: false where a span says what is read, which
+    is there whole or not at all."""
+
+    def moved(self, tokens: TokenizedText) -> bool:  # noqa: ARG002
+        """Whether the tokens chosen in this cut text are others than in the whole text."""
+        return False
+
     def __init__(self, cfg: PositionsConfig) -> None:
         self.cfg = cfg
 
     def ordinary(self, tokens: TokenizedText) -> list[int]:
-        """Indices that may be chosen: special tokens only where asked for."""
-        return [i for i, s in enumerate(tokens.special) if self.cfg.include_special or not s]
+        """Indices that may be chosen: of a prompt in chat, those of the user's message.
+
+        Special tokens only where asked for.
+        """
+        return [
+            i
+            for i, special in enumerate(tokens.special)
+            if (self.cfg.include_special if special else in_message(tokens, i))
+        ]
 
     def select(self, at: Candidate) -> list[int]:
         """Token indices, in order."""
@@ -91,12 +109,16 @@ def entity_tokens(example: Example, tokens: TokenizedText) -> list[int]:
 class EntityLast(_Positions):
     """The entity's last token."""
 
+    reads_cut = False
+
     def choose(self, at: Candidate) -> list[int]:
         return entity_tokens(at.example, at.tokens)[-1:]
 
 
 class EntityAll(_Positions):
     """All tokens of all mentions."""
+
+    reads_cut = False
 
     def choose(self, at: Candidate) -> list[int]:
         if not at.example.spans:
@@ -107,6 +129,8 @@ class EntityAll(_Positions):
 class EntityLastN(_Positions):
     """The entity's last n tokens, or all where it has fewer."""
 
+    reads_cut = False
+
     def choose(self, at: Candidate) -> list[int]:
         return entity_tokens(at.example, at.tokens)[-self.cfg.n :]
 
@@ -114,16 +138,24 @@ class EntityLastN(_Positions):
 class AfterEntity(_Positions):
     """The n tokens after the entity."""
 
+    reads_cut = False
+
     def choose(self, at: Candidate) -> list[int]:
         last = entity_tokens(at.example, at.tokens)[-1]
         after = [i for i in self.ordinary(at.tokens) if last < i <= last + self.cfg.n]
         if len(after) < self.cfg.n:
+            if at.tokens.truncated:
+                raise Unplaced("tokens after the entity cut off by truncation")
             raise Unplaced(f"fewer than {self.cfg.n} tokens after the entity")
         return after
 
 
 class Last(_Positions):
     """The text's last n tokens."""
+
+    def moved(self, tokens: TokenizedText) -> bool:
+        fewer = len(self.ordinary(tokens)) < self.cfg.n
+        return tokens.truncated and (fewer or not tokens.cut_left)
 
     def choose(self, at: Candidate) -> list[int]:
         return self.ordinary(at.tokens)[-self.cfg.n :]
@@ -162,16 +194,24 @@ class Indices(_Positions):
             raise ConfigError("positions=indices needs indices: type 'positions.indices=[0,-1]'")
         self.indices = list(cfg.indices)
 
+    def moved(self, tokens: TokenizedText) -> bool:
+        moved = [index >= 0 if tokens.cut_left else index < 0 for index in self.indices]
+        return tokens.truncated and any(moved)
+
     def choose(self, at: Candidate) -> list[int]:
         there = self.ordinary(at.tokens)
         for index in self.indices:
             if not -len(there) <= index < len(there):
+                if at.tokens.truncated:
+                    raise Unplaced("index cut off by truncation")
                 raise Unplaced(f"index {index} outside the text")
         return sorted({there[i] for i in self.indices})
 
 
 class Substring(_Positions):
-    """All tokens of the last place where a given string stands."""
+    """All tokens of the last mention of a given string, at word boundaries where there is one."""
+
+    reads_cut = False
 
     def __init__(self, cfg: PositionsConfig) -> None:
         super().__init__(cfg)
@@ -180,10 +220,12 @@ class Substring(_Positions):
         self.substring = cfg.substring
 
     def choose(self, at: Candidate) -> list[int]:
-        start = at.example.text.rfind(self.substring)
-        if start < 0:
+        first, end = at.tokens.message or (0, len(at.example.text))
+        mentions = find_mentions(at.example.text[first:end], self.substring)
+        if not mentions:
             raise Unplaced("substring not found")
-        return _of_span(at.tokens, (start, start + len(self.substring)), "substring")
+        start, stop = mentions[-1]
+        return _of_span(at.tokens, (first + start, first + stop), "substring")
 
 
 class Continuation(_Positions):
@@ -191,6 +233,8 @@ class Continuation(_Positions):
 
     Where truncation cuts it, the example is left out rather than measured in part.
     """
+
+    reads_cut = False
 
     def choose(self, at: Candidate) -> list[int]:
         if not at.example.spans:
@@ -207,6 +251,8 @@ class Placement:
     texts: list[TokenizedText]
     """Distinct texts; `text_id` counts them."""
     skips: list[Skip]
+    n_cut: int = 0
+    """Texts that were cut at the maximum length and are read as far as they go."""
 
 
 def place(
@@ -215,27 +261,37 @@ def place(
     positions: Any,
     tokenizer: Any,
     seed: int,
+    truncation: str = "skip",
 ) -> Placement:
     """One row per position. What cannot be placed is a skip with its reason, never a row.
 
-    Raises DataError where nothing at all can be placed.
+    `truncation`: a cut text whose positions would be others than those of the whole text is a skip
+    (`skip`), or is read as if it ended there (`keep`). Raises DataError where nothing at all can be
+    placed.
     """
+    # Positions of a plugin need not derive from `_Positions`.
+    moved = getattr(positions, "moved", lambda _: False)
+    read_to_the_cut: set[str] = set()
     rows: list[dict[str, Any]] = []
     texts: dict[str, int] = {}
     kept: list[TokenizedText] = []
     skips: list[Skip] = []
     for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
         try:
+            if truncation == "skip" and moved(tokens):
+                raise Unplaced(CUT)
             indices = positions.select(
                 Candidate(example, tokens, np.random.default_rng([seed, number]))
             )
         except Unplaced as reason:
             skips.append(Skip(example.id, str(reason)))
             continue
+        if tokens.truncated and getattr(positions, "reads_cut", True):
+            read_to_the_cut.add(example.text)
         if example.text not in texts:
             texts[example.text] = len(kept)
             kept.append(tokens)
-        n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else None
+        n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else 0
         for index in indices:
             rows.append(
                 {
@@ -250,7 +306,8 @@ def place(
                     "text_id": texts[example.text],
                     "token_index": index,
                     "token_id": tokens.ids[index],
-                    "n_entity_tokens": n_entity,
+                    # Not known of an entity that was cut off.
+                    "n_entity_tokens": n_entity or None,
                     **{_free_name(k): _plain(v) for k, v in example.extra.items()},
                 }
             )
@@ -259,6 +316,8 @@ def place(
         hint = ""
         if all(s.reason == NO_SPAN for s in skips) and skips:
             hint = "; give the rows an entity, or type positions=last intervention.where=last"
+        if any(s.reason == CUT for s in skips):
+            hint = "; type a larger dataset.max_length=, or dataset.truncation=keep"
         raise DataError(
             f"no position could be placed in {len(skips)} texts: {'; '.join(reasons)}{hint}"
         )
@@ -269,7 +328,7 @@ def place(
     table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
     for column in table.columns[len(OWN_COLUMNS) :]:
         table[column] = _one_type(table[column])
-    return Placement(table, kept, skips)
+    return Placement(table, kept, skips, len(read_to_the_cut))
 
 
 def _free_name(column: str) -> str:

@@ -34,6 +34,10 @@ _ANGLE = re.compile(
     r"(north|south|east|west|[NSEW])?(?![A-Za-z])",
     re.IGNORECASE,
 )
+_ORDINAL = re.compile(r"\d(?:st|nd|rd|th)$", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(?:%|per ?cent\b)", re.IGNORECASE)
+_RANGE = re.compile(r"\s*(?:-|\u2010|\u2011|\u2013|\u2014|to|or)\s*", re.IGNORECASE)
+_BETWEEN = re.compile(r"\bbetween\s+$", re.IGNORECASE)
 _POINT = re.compile(r"point\s*\(\s*(-?\d+(?:\.\d+)?)\s+(-?\d+(?:\.\d+)?)\s*\)", re.IGNORECASE)
 
 
@@ -73,32 +77,89 @@ def quantities(text: str, *, letters: bool = True) -> list[Quantity]:
     return found
 
 
-def amount(text: str, units: Mapping[str, float] | None = None) -> float | None:
-    """The first amount of a text: its first number that is not a date.
+@dataclass(frozen=True)
+class Amount:
+    """A number of a text that may be an answer."""
+
+    value: float
+    """In the unit wanted."""
+    start: int
+    end: int
+    other: float | None = None
+    """The other end of a range ("90 to 120"), or the other of two alternatives ("90 or 120")."""
+
+
+def amounts(text: str, units: Mapping[str, float] | None = None) -> list[Amount]:
+    """The amounts of a text, in order: its numbers but for dates, ordinals and percentages.
 
     A date is a bare year after "in", "as of", "since", …, or after an opening bracket, where there
     are other numbers. `units` gives the factor of a unit word to the unit wanted; a number that
     follows one in a larger unit is added ("2 hours and 34 minutes"). Where there are units, "2m" is
-    no million.
+    not two million.
     """
     found = quantities(text, letters=not units)
+    found = [
+        q
+        for q in found
+        if not _ORDINAL.search(text[: q.end] + q.unit) and not _PERCENT.match(text, q.end)
+    ]
     found = [q for q in found if not (q.bare_year and _DATED.search(text[: q.start]))] or found
-    if not found:
-        return None
-    units, first = units or {}, found[0]
-    factor = units.get(first.unit, 1.0)
-    value = first.value * factor
-    if factor > 1 and len(found) > 1 and found[1].value < 60:
-        between = text[first.end : found[1].start].lower().replace(first.unit, "", 1)
-        if not re.sub(r"\band\b|[\s,.]", "", between):
-            value += found[1].value
-    return value
+    units, made, i = units or {}, [], 0
+    while i < len(found):
+        first, second = found[i], found[i + 1] if i + 1 < len(found) else None
+        factor = units.get(first.unit, 1.0)
+        value, other, end = first.value * factor, None, first.end
+        i += 1
+        if second is not None:
+            between = text[first.end : second.start].lower()
+            if (
+                factor > 1
+                and second.value < 60
+                and not re.sub(r"\band\b|[\s,.]", "", between.replace(first.unit, "", 1))
+            ):
+                value, end, i = value + second.value, second.end, i + 1
+            elif _is_range(text, first.start, between.replace(first.unit, "", 1), between):
+                factor = units.get(second.unit, 1.0)
+                other, end, i = second.value * factor, second.end, i + 1
+                value = value if first.unit in units else first.value * factor
+        made.append(Amount(value, first.start, end, other))
+    return made
+
+
+def _is_range(text: str, start: int, *between: str) -> bool:
+    if any(_RANGE.fullmatch(gap) for gap in between):
+        return True
+    return bool(_BETWEEN.search(text[:start])) and any(gap.strip() == "and" for gap in between)
+
+
+def amount(text: str, units: Mapping[str, float] | None = None) -> float | None:
+    """The first of the text's `amounts`; None where there is none."""
+    found = amounts(text, units)
+    return found[0].value if found else None
+
+
+def years(text: str) -> list[Amount]:
+    """The years of a text, 1000 to 2999, in order; "the 1960s" is none.
+
+    A range in brackets, "(1914–1999)", is a lifetime: it counts as its first year.
+    """
+    found, made, i = list(_YEAR.finditer(text)), [], 0
+    while i < len(found):
+        match, other = found[i], None
+        start, end = match.span(1)
+        i += 1
+        if i < len(found) and _is_range(text, start, text[end : found[i].start(1)]):
+            other, i = found[i], i + 1
+        in_brackets = text[:start].rstrip().endswith("(")
+        value = float(other[1]) if other and not in_brackets else None
+        made.append(Amount(float(match[1]), start, other.end(1) if other else end, value))
+    return made
 
 
 def year(text: str) -> float | None:
-    """The first year of a text, 1000 to 2999; "the 1960s" is none."""
-    match = _YEAR.search(text)
-    return float(match[1]) if match else None
+    """The first of the text's `years`; None where there is none."""
+    found = years(text)
+    return found[0].value if found else None
 
 
 def coordinates(text: str) -> tuple[float, float] | None:

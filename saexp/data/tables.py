@@ -3,14 +3,20 @@
 import csv as csv_module
 import difflib
 import json
+import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from saexp.config import DatasetConfig
 from saexp.config.components import COLUMNS as FIELDS
 from saexp.data.examples import Example, Span
+from saexp.data.lines import open_text
+from saexp.data.mentions import find_mentions, look_alike
+from saexp.data.values import MissingValues, as_list
 from saexp.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
@@ -30,6 +36,9 @@ _NEAR = 0.8
 Row = tuple[str, dict[str, Any]]
 """(file:line, columns)."""
 
+_LONGEST_FIELD = 2**31 - 1
+"""Characters in a field of a CSV file: the most that every platform's reader takes."""
+
 
 def read_rows(path: str | None, kind: str) -> list[Row]:
     """All rows of a file. Raises DataError naming file and line."""
@@ -38,17 +47,14 @@ def read_rows(path: str | None, kind: str) -> list[Row]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"dataset.path={path}: no such file")
-    try:
-        rows = list(_json_lines(file) if kind == "jsonl" else _csv_lines(file))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    rows = list(_json_lines(file) if kind == "jsonl" else _csv_lines(file))
     if not rows:
         raise DataError(f"{path}: is empty; it needs at least one row with a 'text'")
     return rows
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
+    with open_text(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -75,7 +81,10 @@ def _check_characters(where: str, row: dict[str, Any]) -> None:
 
 
 def _csv_lines(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
+    # A setting of the whole process: raised once and never lowered, so that threads can't meet
+    # another reader's limit.
+    csv_module.field_size_limit(_LONGEST_FIELD)
+    with open_text(file, newline="") as lines:
         reader = csv_module.DictReader(lines, strict=True)
         try:
             for row in reader:
@@ -85,14 +94,14 @@ def _csv_lines(file: Path) -> Iterator[Row]:
                         f"{where}: has another number of fields than the header's "
                         f"{len(reader.fieldnames or [])}; quote texts that hold commas"
                     )
-                yield where, {k: v for k, v in row.items() if v != ""}
+                yield where, row
         except csv_module.Error as error:
             # DictReader counts a line only once it was read.
             line = reader.reader.line_num
             raise DataError(f"{file}:{line}: is no CSV ({error})") from error
 
 
-def rule(text: str) -> tuple[str, Any]:
+def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
     """`column == value` -> (column, test). Raises ConfigError; nothing is evaluated as code.
 
     Numbers are compared as numbers, else text without regard to case. The test raises ValueError
@@ -105,6 +114,12 @@ def rule(text: str) -> tuple[str, Any]:
             "(column, one of == != >= <= > <, value)"
         )
     column, sign, value = match[1], match[2], match[3].strip("'\"")
+    if value in (missing or MissingValues()):
+        raise ConfigError(
+            f"dataset.group_rule={text} compares with a missing value, and rows without a value "
+            "belong to no group; compare with another value, or leave this one out of "
+            "dataset.missing_values"
+        )
 
     def test(found: Any) -> bool:
         left, right = _number(found), _number(value)
@@ -119,9 +134,10 @@ def rule(text: str) -> tuple[str, Any]:
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return None if math.isnan(number) else number
 
 
 def _string(where: str, row: Mapping[str, Any], name: str) -> str | None:
@@ -135,10 +151,7 @@ def _string(where: str, row: Mapping[str, Any], name: str) -> str | None:
 
 def _span(where: str, value: Any, text: str) -> Span:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
+        value = _listed(where, "span", value, "[(")
     good = isinstance(value, list | tuple) and len(value) == 2
     if not good or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         raise DataError(f"{where}: 'span' must be [start, end] in characters, such as [4, 11]")
@@ -150,13 +163,49 @@ def _span(where: str, value: Any, text: str) -> Span:
     return start, end
 
 
+def _listed(where: str, column: str, cell: Any, opening: str = "[") -> Any:
+    """The list that a cell holds as text; the cell as it is where it holds anything else."""
+    if not isinstance(cell, str):
+        return cell
+    try:
+        found = as_list(cell, opening)
+    except ValueError as error:
+        raise DataError(f"{where}: column '{column}' {error}") from error
+    return cell if found is None else found
+
+
+def _mentions(where: str, entity: str, text: str) -> tuple[Span, ...]:
+    spans = find_mentions(text, entity)
+    if not spans:
+        told = f"{where}: entity '{entity}' does not occur in its text '{text[:60]}'"
+        if look_alike(text, entity):
+            told += (
+                "; they look alike but differ in characters: "
+                f"{ascii(entity)} is not in {ascii(text[:60])}"
+            )
+        raise DataError(told)
+    return spans
+
+
+def _answers(where: str, value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    if not all(item is None or isinstance(item, str | int | float) for item in items):
+        raise DataError(f"{where}: 'answer' must be a string or a list of strings")
+    return tuple(str(item) for item in items if item is not None)
+
+
 def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
-    """One checked example. Raises DataError naming file and line."""
+    """One checked example of a row whose missing values are None; its id "" where it has none.
+
+    Raises DataError naming file and line.
+    """
     name_of = {f: columns.get(f, f) for f in FIELDS}
     values = {f: row[c] for f, c in name_of.items() if c in row}
     text = values.get("text")
     if not isinstance(text, str) or not text.strip():
         state = "is empty or no string" if "text" in values else "is missing"
+        if "text" in values and text is None:
+            state = "has a missing value (empty, null, NaN or one of dataset.missing_values)"
         raise DataError(
             f"{where}: column '{name_of['text']}' {state}; "
             "give the text there or map it with dataset.columns.text=<column>"
@@ -167,20 +216,13 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
         spans = (_span(where, values["span"], text),)
         entity = entity or text[slice(*spans[0])]
     elif entity is not None:
-        found = text.rfind(entity)
-        if found < 0 or not entity:
-            raise DataError(f"{where}: entity '{entity}' does not occur in its text '{text[:60]}'")
-        spans = ((found, found + len(entity)),)
+        spans = _mentions(where, entity, text)
     split = _string(where, values, "split")
     if split is not None and split not in SPLITS:
         raise DataError(f"{where}: split '{split}' is not known; use one of {', '.join(SPLITS)}")
-    answers = [] if values.get("answer") is None else values["answer"]
-    answers = [answers] if isinstance(answers, str | int | float) else answers
-    if not isinstance(answers, list):
-        raise DataError(f"{where}: 'answer' must be a string or a list of strings")
     used = set(name_of.values())
     return Example(
-        id=_string(where, values, "id") or where.rpartition(":")[2],
+        id=_string(where, values, "id") or "",
         text=text,
         group=_string(where, values, "group"),
         split=split,
@@ -188,7 +230,7 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
         entity=entity,
         entity_type=_string(where, values, "entity_type"),
         prompt=_string(where, values, "prompt"),
-        answers=tuple(map(str, answers)),
+        answers=_answers(where, values.get("answer")),
         extra={k: v for k, v in row.items() if k not in used},
     )
 
@@ -215,31 +257,69 @@ def misspelt(rows: list[Row], columns: Mapping[str, str], ruled: str | None) -> 
 
 
 def to_examples(
-    rows: list[Row], columns: Mapping[str, str | None], group_rule: str | None, source: str
+    rows: list[Row], cfg: DatasetConfig, source: str, *, lists_as_text: bool = False
 ) -> tuple[list[Example], list[str]]:
-    """All rows as examples with distinct ids, groups made by the rule where there is one; notes."""
-    columns = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    """All rows as examples with distinct ids, groups made by the rule where there is one; notes.
+
+    With `lists_as_text`, an answer that is a list in JSON or Python form is read as that list.
+    """
+    columns = {ours: theirs for ours, theirs in cfg.columns.items() if theirs is not None}
     for ours, theirs in columns.items():
-        if ours not in FIELDS:
-            raise ConfigError(
-                f"dataset.columns.{ours}: unknown; the columns are {', '.join(FIELDS)}"
-            )
         if not any(theirs in row for _, row in rows):
             raise DataError(f"{source}: no row has the column '{theirs}' (dataset.columns.{ours})")
-    column, test = rule(group_rule) if group_rule else (None, None)
-    examples, seen = [], {}
+    missing = MissingValues(cfg.missing_values)
+    lists = (columns.get("answer", "answer"), "attributes") if lists_as_text else ()
+    cleaned = []
     for where, row in rows:
-        if column is not None and test is not None:
-            if row.get(column) is None:
-                raise DataError(f"{where}: has no column '{column}', which group_rule asks for")
+        parsed = {c: _listed(where, c, row[c]) for c in lists if c in row}
+        cleaned.append((where, missing.cleaned({**row, **parsed})))
+    ruled = None
+    if cfg.group_rule:
+        ruled, cleaned = _grouped(cleaned, cfg.group_rule, missing, columns, source)
+    examples = [to_example(where, row, columns) for where, row in cleaned]
+    notes = [*missing.notes(len(rows)), *misspelt(rows, columns, ruled)]
+    return _with_ids([where for where, _ in rows], examples), notes
+
+
+def _grouped(
+    rows: list[Row],
+    group_rule: str,
+    missing: MissingValues,
+    columns: Mapping[str, str],
+    source: str,
+) -> tuple[str, list[Row]]:
+    """The column that a rule reads, and the rows with the group it gives; None without a value."""
+    column, test = rule(group_rule, missing)
+    if all(row.get(column) is None for _, row in rows):
+        raise DataError(f"{source}: no row has a value in column '{column}' ({group_rule})")
+    grouped = []
+    for where, row in rows:
+        label = None
+        if row.get(column) is not None:
             try:
                 label = group_rule if test(row[column]) else f"not ({group_rule})"
             except ValueError as error:
                 raise DataError(f"{where}: column '{column}': {error} ({group_rule})") from error
-            row = {**row, columns.get("group", "group"): label}
-        example = to_example(where, row, columns)
-        if example.id in seen:
-            raise DataError(f"{where}: id '{example.id}' stands already at {seen[example.id]}")
-        seen[example.id] = where
-        examples.append(example)
-    return examples, misspelt(rows, columns, column)
+        grouped.append((where, {**row, columns.get("group", "group"): label}))
+    return column, grouped
+
+
+def _with_ids(places: Sequence[str], examples: Sequence[Example]) -> list[Example]:
+    """Examples with distinct ids: those without one get the number of their line.
+
+    A number that another row has as its own id gets "line " before it. Raises DataError for an id
+    that is given twice.
+    """
+    given: dict[str, str] = {}
+    for where, example in zip(places, examples, strict=True):
+        if example.id in given:
+            raise DataError(f"{where}: id '{example.id}' stands already at {given[example.id]}")
+        if example.id:
+            given[example.id] = where
+    done = []
+    for where, example in zip(places, examples, strict=True):
+        made = where.rpartition(":")[2]
+        while made in given:
+            made = f"line {made}"
+        done.append(example if example.id else replace(example, id=made))
+    return done

@@ -18,136 +18,156 @@ class TokenizedText:
     """Character range of each token in `text`; (0, 0) for special ones that are not in it."""
     special: tuple[bool, ...]
     truncated: bool
+    cut_left: bool = False
+    """Where it is truncated: whether its beginning is missing, not its end."""
+    message: Span | None = None
+    """Where the user's message is in `text`; None where all of `text` is the user's."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: Any, max_length: int, prepend_bos: bool | None = None
+    texts: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    prepend_bos: bool | None = None,
+    *,
+    templated: bool = False,
 ) -> list[TokenizedText]:
     """Tokenise once, cut at `max_length` tokens.
 
-    `prepend_bos`: whether texts begin with the BOS token; None, as the tokenizer has it. A text
-    that begins with the BOS token's string (a chat template's output) never gets a second one, and
-    keeps its own. Tokenizers without offsets get theirs by decoding prefixes. Raises DataError
-    where BOS is asked for and the tokenizer has none.
+    The ids are the tokenizer's own without what it appends (an EOS token): a model continues a
+    text, and the last token of a text is its own. `prepend_bos`: whether texts begin with the BOS
+    token; None, as the tokenizer has it. A text that begins with the BOS token's string never gets
+    a second one, and keeps its own. `templated`: the texts are a chat template's output, so the
+    tokenizer adds nothing, and `prepend_bos` adds or removes a BOS only where it is not None.
+    Tokenizers without offsets get theirs by decoding prefixes. Raises DataError where BOS is asked
+    for and the tokenizer has none.
     """
     bos = getattr(tokenizer, "bos_token", None)
-    has_bos = [bool(bos) and text.startswith(bos) for text in texts]
-    change = 0 if prepend_bos is None else int(prepend_bos) - int(adds_bos(tokenizer))
-    if change == 1 and not bos:
+    if prepend_bos and not bos:
         raise DataError("prepend_bos=true, but the tokenizer has no BOS token")
-    done: dict[int, TokenizedText] = {}
-    for add_special in (True, False):
-        chosen = [i for i, has in enumerate(has_bos) if has != add_special]
-        if not chosen:
-            continue
-        some = [texts[i] for i in chosen]
-        kept = max_length - change if add_special else max_length
-        read = _fast if getattr(tokenizer, "is_fast", False) else _slow
-        found = read(some, tokenizer, kept, add_special)
-        if add_special and change:
-            found = [_with_bos(t, tokenizer.bos_token_id, change == 1) for t in found]
-        done.update(zip(chosen, found, strict=True))
-    return [done[i] for i in range(len(texts))]
+    if not texts:
+        return []
+    added = () if templated else _added_in_front(tokenizer)
+    if prepend_bos is not None:
+        added = _with_bos(added, tokenizer, prepend_bos)
+    read = _fast if getattr(tokenizer, "is_fast", False) else _slow
+    left = getattr(tokenizer, "truncation_side", "right") == "left"
+    done = []
+    for tokens in read(list(texts), tokenizer, None if left else max_length):
+        own = bool(bos) and tokens.text.startswith(bos)
+        if own and templated and prepend_bos is False:
+            tokens = _without_first(tokens)
+        done.append(_framed(tokens, () if own else added, max_length, left))
+    return done
 
 
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts its BOS token in front of a text by itself."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return bos is not None and _added_in_front(tokenizer)[:1] == (bos,)
 
 
-def _with_bos(tokens: TokenizedText, bos_id: int, wanted: bool) -> TokenizedText:
-    """With the BOS token in front, or without the one that is there."""
-    if wanted:
-        return replace(
-            tokens,
-            ids=(bos_id, *tokens.ids),
-            offsets=((0, 0), *tokens.offsets),
-            special=(True, *tokens.special),
-        )
+def _added_in_front(tokenizer: Any) -> tuple[int, ...]:
+    """Special tokens that the tokenizer puts before a text."""
+    text = "a"
+    whole = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    starts = range(len(whole) - len(bare) + 1)
+    return tuple(whole[: next((n for n in starts if whole[n : n + len(bare)] == bare), 0)])
+
+
+def _with_bos(added: tuple[int, ...], tokenizer: Any, wanted: bool) -> tuple[int, ...]:
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return added
+    rest = added[1:] if added[:1] == (bos,) else added
+    return (bos, *rest) if wanted else rest
+
+
+def _without_first(tokens: TokenizedText) -> TokenizedText:
     return replace(
         tokens, ids=tokens.ids[1:], offsets=tokens.offsets[1:], special=tokens.special[1:]
     )
 
 
+def _framed(
+    tokens: TokenizedText, added: tuple[int, ...], max_length: int, left: bool
+) -> TokenizedText:
+    """With the special tokens `added` in front, cut where it is longer than `max_length`."""
+    n, room = len(tokens), max(max_length - len(added), 0)
+    kept = slice(n - room, n) if left and n > room else slice(0, room)
+    return replace(
+        tokens,
+        ids=(*added, *tokens.ids[kept])[:max_length],
+        offsets=(*((0, 0) for _ in added), *tokens.offsets[kept])[:max_length],
+        special=(*(True for _ in added), *tokens.special[kept])[:max_length],
+        truncated=n > room,
+        cut_left=left and n > room,
+    )
+
+
 def _fast(
-    texts: list[str], tokenizer: Any, max_length: int, add_special: bool
+    texts: list[str],
+    tokenizer: Any,
+    n_located: int | None,  # noqa: ARG001
 ) -> list[TokenizedText]:
+    """Without special tokens around them, whole."""
     encoded = tokenizer(
         texts,
-        add_special_tokens=add_special,
-        truncation=True,
-        max_length=max_length,
+        add_special_tokens=False,
         return_offsets_mapping=True,
-        return_special_tokens_mask=True,
         return_attention_mask=False,
+        verbose=False,
     )
     special_ids = set(tokenizer.all_special_ids)
     return [
         TokenizedText(
             text=text,
             ids=tuple(ids),
-            offsets=tuple((int(a), int(b)) for a, b in encoded["offset_mapping"][i]),
-            special=tuple(
-                bool(m) or t in special_ids
-                for t, m in zip(ids, encoded["special_tokens_mask"][i], strict=True)
-            ),
-            truncated=bool(encoded.encodings[i].overflowing),
+            offsets=tuple((int(a), int(b)) for a, b in offsets),
+            special=tuple(t in special_ids for t in ids),
+            truncated=False,
         )
-        for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True))
+        for text, ids, offsets in zip(
+            texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        )
     ]
 
 
-def _slow(
-    texts: list[str], tokenizer: Any, max_length: int, add_special: bool
-) -> list[TokenizedText]:
+def _slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[TokenizedText]:
+    """As `_fast`, with offsets by decoding, for the first `n_located` tokens alone."""
     special_ids = set(tokenizer.all_special_ids)
     done = []
     for text in texts:
-        full = tokenizer(text, add_special_tokens=add_special)["input_ids"]
-        ids = full
-        if len(full) > max_length:
-            ids = tokenizer(
-                text, add_special_tokens=add_special, truncation=True, max_length=max_length
-            )["input_ids"]
-        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-        fits = range(len(full) - len(bare) + 1)
-        before = next((n for n in fits if full[n : n + len(bare)] == bare), 0)
-        after = len(full) - len(bare) - before
-        added = [n < before or n >= len(ids) - after for n in range(len(ids))]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        offsets = _offsets_by_decoding(text, ids[:n_located], tokenizer)
         done.append(
             TokenizedText(
                 text=text,
                 ids=tuple(ids),
-                offsets=_offsets_by_decoding(text, ids, added, tokenizer),
+                offsets=(*offsets, *((0, 0) for _ in ids[len(offsets) :])),
                 special=tuple(i in special_ids for i in ids),
-                truncated=len(full) > max_length,
+                truncated=False,
             )
         )
     return done
 
 
-def _offsets_by_decoding(
-    text: str, ids: Sequence[int], added: Sequence[bool], tokenizer: Any
-) -> tuple[Span, ...]:
+def _offsets_by_decoding(text: str, ids: Sequence[int], tokenizer: Any) -> tuple[Span, ...]:
     """Character ranges from decoded prefixes; a token inside a multi-byte character gets all of it.
 
-    `added` are special tokens that stand in the ids but not in the text. Raises DataError where
-    the decoded text is not the text itself.
+    Raises DataError where the decoded text is not the text itself.
     """
-    plain: list[int] = []
     ends: list[int] = []
     cut: list[bool] = []
-    for token, is_added in zip(ids, added, strict=True):
-        if not is_added:
-            plain.append(token)
-        decoded = tokenizer.decode(plain, clean_up_tokenization_spaces=False) if plain else ""
-        ends.append(len(decoded.rstrip("\ufffd")))
-        cut.append(decoded.endswith("\ufffd"))
-    whole = tokenizer.decode(plain, clean_up_tokenization_spaces=False) if plain else ""
+    whole = ""
+    for n in range(1, len(ids) + 1):
+        whole = tokenizer.decode(list(ids[:n]), clean_up_tokenization_spaces=False)
+        ends.append(len(whole.rstrip("\ufffd")))
+        cut.append(whole.endswith("\ufffd"))
     shift = len(text) - len(text.lstrip()) - (len(whole) - len(whole.lstrip()))
     if not text[max(shift, 0) :].startswith(whole[max(-shift, 0) :].rstrip("\ufffd")):
         raise DataError(
@@ -156,14 +176,20 @@ def _offsets_by_decoding(
         )
     offsets: list[Span] = []
     start = 0
-    for index, (end, is_added) in enumerate(zip(ends, added, strict=True)):
-        if is_added:
-            offsets.append((0, 0))
-            continue
+    for index, end in enumerate(ends):
         finished = next((e for e in ends[index:] if e > end), end + 1) if cut[index] else end
         offsets.append((max(start + shift, 0), max(finished + shift, 0)))
         start = end
     return tuple(offsets)
+
+
+def in_message(tokens: TokenizedText, index: int) -> bool:
+    """Whether a token holds characters of the user's message, not of the chat template alone."""
+    if tokens.message is None:
+        return True
+    (start, end), (a, b) = tokens.message, tokens.offsets[index]
+    # Of a token that is white space alone, some tokenizers give an empty range.
+    return start <= a < end if a == b else max(a, start) < min(b, end)
 
 
 def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:

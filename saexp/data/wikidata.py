@@ -13,8 +13,11 @@ from saexp.config import DatasetConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
 from saexp.data.examples import Example, ExampleSet
 from saexp.data.labels import DROPPED, Thresholds, entity_groups, pick, read_attributes, truths_of
+from saexp.data.lines import open_text
 from saexp.data.matchers import Rules, canonical, is_correct
-from saexp.data.wikidata_query import ENDPOINT, fetch_entities
+from saexp.data.mentions import find_mentions
+from saexp.data.values import MissingValues
+from saexp.data.wikidata_query import ENDPOINT, fetch_entities, sparql
 from saexp.errors import ConfigError, DataError
 from saexp.registry import did_you_mean
 
@@ -51,7 +54,11 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=…")
     entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     queries: list[dict[str, Any]] = []
-    for where, row in read_published(cfg.path):
+    missing = MissingValues(cfg.missing_values)
+    n_rows = 0
+    for where, published in read_published(cfg.path):
+        row = missing.cleaned(published)
+        n_rows += 1
         key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
         if "attributes" in row:
             pairs = entities.setdefault(key, [])
@@ -71,8 +78,8 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             continue
         named = {"entity": entity, "entity_type": entity_type}
         text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, named)
-        start = text.rfind(entity)
-        if start < 0:
+        spans = find_mentions(text, entity)
+        if not spans:
             raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
         asked = of_query.get((entity_type, entity))
         prompt = asked["prompt"] if asked else None
@@ -91,7 +98,7 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                 id=f"{entity_type}/{entity}",
                 text=text,
                 group=group,
-                spans=((start, start + len(entity)),),
+                spans=spans,
                 entity=entity,
                 entity_type=entity_type,
                 prompt=prompt,
@@ -101,7 +108,7 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         )
     if not examples:
         raise DataError(f"{cfg.path}: no entity is known or unknown by its labels")
-    made = finish(cfg, examples, cfg.path)
+    made = finish(cfg, examples, cfg.path, missing.notes(n_rows))
     dropped = sum(group == DROPPED for group in groups.values())
     if dropped:
         made.notes.append(
@@ -123,16 +130,29 @@ def _options(cfg: DatasetConfig) -> dict[str, Any]:
 
 
 def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
-    """Write freshly fetched entities to `dataset.path`, unless the file is there."""
+    """Write freshly fetched entities to `dataset.path`, unless the file is there.
+
+    Beside the file stands what was asked for. Raises ConfigError where that is not what is asked
+    for now.
+    """
     if not cfg.path or Path(cfg.path).is_dir():
         raise ConfigError("dataset.options.fetch needs a file to write: type dataset.path=FILE")
     file = Path(cfg.path)
+    wanted = options["fetch"]
+    types = [wanted] if isinstance(wanted, str) else list(wanted)
+    asked = {n: options[n] for n in ("n_fetched", "min_sitelinks", "endpoint")}
+    query = {
+        "fetch": types,
+        **asked,
+        "queries": [sparql(t, options["n_fetched"], options["min_sitelinks"]) for t in types],
+    }
+    beside = file.with_name(f"{file.name}.query")
     if file.exists():
+        _check_fetched(file, beside, query)
         log.info("%s is there already, so nothing is fetched", file)
         return
-    wanted = options["fetch"]
     found: list[dict[str, Any]] = []
-    for entity_type in [wanted] if isinstance(wanted, str) else wanted:
+    for entity_type in types:
         some, unnamed = fetch_entities(
             entity_type,
             options["n_fetched"],
@@ -144,11 +164,29 @@ def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
         found += some
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        # The query first: a file without one counts as the user's own.
+        for path, content in ((beside, query), (file, found)):
+            partial = path.with_name(f"{path.name}.partial")
+            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
     except OSError as error:
         raise DataError(f"dataset.path={file}: cannot be written ({error.strerror})") from error
+
+
+def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a file that another query fetched; one without a query is kept."""
+    try:
+        made_by = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    if made_by == query:
+        return
+    told = next((n for n in query if made_by.get(n) != query[n]), "query")
+    raise ConfigError(
+        f"dataset.path={file} was fetched with {told}={made_by.get(told)}, not {query.get(told)}; "
+        "delete it to fetch anew, or type another dataset.path="
+    )
 
 
 def read_published(path: str) -> Iterator[Row]:
@@ -161,10 +199,8 @@ def read_published(path: str) -> Iterator[Row]:
     if not files or not all(f.is_file() for f in files):
         raise DataError(f"dataset.path={path}: no such file, nor a folder with .json files")
     for file in files:
-        try:
-            text = file.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from error
+        with open_text(file) as opened:
+            text = opened.read()
         yield from _lines(file, text) if _is_lines(file, text) else _list(file, text)
 
 
@@ -208,7 +244,7 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: '{name}' must be a text that is not empty")
+        raise DataError(f"{where}: '{name}' must be a text, neither empty nor a missing value")
     return value
 
 
@@ -220,6 +256,9 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     entity_type, entity = _text(where, row, "entity_type"), _text(where, row, "entity")
     attribute = canonical(_text(where, row, "prompt_type"), entity_type)
     truths = truths_of(row["correct_answer"], attribute)
+    prompt = row.get("question") or _text(where, row, "prompt")
+    if not isinstance(prompt, str):
+        raise DataError(f"{where}: 'question' must be a text")
     labels = row.get("string_matching_sampled_labels") or []
     samples = row.get("sampled_completions") or []
     if not isinstance(labels, list) or not isinstance(samples, list):
@@ -227,13 +266,13 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if labels:
         n_correct = sum(str(x).lower() in ("correct", "true", "1") for x in labels)
     elif samples:
-        rules = Rules()
-        n_correct = sum(is_correct(str(s), truths, entity_type, attribute, rules) for s in samples)
+        rules, named = Rules(), {"question": prompt, "entity": entity}
+        answers = [str(sample) for sample in samples if sample is not None]
+        n_correct = sum(
+            is_correct(a, truths, entity_type, attribute, rules, **named) for a in answers
+        )
     else:
         n_correct = None
-    prompt = row.get("question") or _text(where, row, "prompt")
-    if not isinstance(prompt, str):
-        raise DataError(f"{where}: 'question' must be a text")
     return {
         "entity": entity,
         "entity_type": entity_type,

@@ -85,6 +85,8 @@ class StreamProgram:
                 (start + i, start + i, op.coefficient, t, 0) for i, t in enumerate(targets)
             ]
         elif isinstance(op, Splice):
+            if sae is not None and not op.error:
+                sae.check_reconstructs()
             self.sae = sae
             self.splices[row] = op
         else:
@@ -176,7 +178,8 @@ class StreamProgram:
         """Put patches in; `new` holds all the rows' positions in order."""
         new = new.clone()
         for row, op in self.patches.items():
-            mine = row_of == row
+            # Generated tokens that a row is continued with come after those of its prompt.
+            mine = (row_of == row).nonzero()[: len(op.values.values), 0]
             start, end = op.columns or (0, new.shape[1])
             values = op.values.values.to(new.device)[:, start:end]
             old = new[mine]

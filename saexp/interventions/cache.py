@@ -12,10 +12,27 @@ from typing import Any
 import numpy as np
 
 from saexp.errors import StoreError
+from saexp.models.loading import LanguageModel
 
-VERSION = 2
+VERSION = 3
+"""Of what is stored; entries of other versions are not read. In 2, generated texts of short prompts
+could be wrong."""
 _LOOK_UP = 500
 """Keys per query, under SQLite's limit."""
+
+
+def model_ingredients(model: LanguageModel) -> dict[str, Any]:
+    """What of a model fixes the results of a row of token ids.
+
+    The module path of its blocks is one: it says which streams are changed.
+    """
+    return {
+        "model": model.fingerprint,
+        "blocks": model.cfg.blocks,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "eos": model.eos_ids,
+    }
 
 
 class ResultCache:
@@ -23,7 +40,7 @@ class ResultCache:
 
     def __init__(self, cache_dir: str | Path, determined_by: Mapping[str, Any]) -> None:
         self.path = Path(cache_dir) / "generations.sqlite"
-        self.prefix = repr((VERSION, sorted(determined_by.items())))
+        self.prefix = (VERSION, sorted(determined_by.items()))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = sqlite3.connect(self.path, timeout=60)
@@ -40,7 +57,7 @@ class ResultCache:
 
     def key(self, kind: str, row_key: tuple[Any, ...]) -> bytes:
         """Digest of the row, of what is computed of it, and of everything else that fixes that."""
-        return hashlib.sha256(f"{self.prefix}{kind}{row_key!r}".encode()).digest()
+        return hashlib.sha256(repr((self.prefix, kind, row_key)).encode()).digest()
 
     def get(
         self, kind: str, row_keys: Iterable[tuple[Any, ...]]

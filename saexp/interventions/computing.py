@@ -14,6 +14,7 @@ from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.guessing import LOGIT_BYTES, Guessing
 from saexp.interventions.ops import Row
+from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original
 
@@ -82,15 +83,20 @@ def generate(
     batch_tokens: int,
     cache: ResultCache | None = None,
     what: str = "generating",
+    key: str = "max_new_tokens",
 ) -> list[list[int]]:
     """Continuations (new tokens, without the end token), in the order of `rows`.
 
     Greedy, or sampled where a row says so. Equal rows are computed once, and not at all where the
     cache has them; batches hold prompts of similar length, at most `batch_tokens` tokens with
     padding and what is generated. Greedy rows of one prompt guess each other's text.
+    Raises ModelError where a row outgrows the model's positions; `key` is the option that sets
+    `max_new_tokens`.
     """
 
     def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        longest = max((len(row.ids) for row in missing), default=0)
+        check_positions(model, longest, max_new_tokens, key)
         for batch in Guessing(model, saes or {}, max_new_tokens, batch_tokens).run(missing):
             yield [(row, np.asarray(tokens, dtype=np.float64)) for row, tokens in batch]
 
@@ -112,14 +118,16 @@ def read_logits(
 ) -> list[np.ndarray]:
     """`reader(row, logits)` of every row, in order; `kind` names the reader in the cache.
 
-    The logits are of the row's last `n_last` prompt tokens (1 where not given).
+    The logits are of the row's last `n_last` prompt tokens (1 where not given). Raises ModelError
+    for a prompt that is longer than the model has positions.
     """
 
     def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+        check_positions(model, max((len(row.ids) for row in missing), default=0))
         wanted = [1 if n_last is None else n_last(row) for row in missing]
         vocabulary = int(model.text_config.vocab_size)
         most = LOGIT_BYTES // (4 * max(wanted, default=1) * vocabulary)
-        for batch in engine.in_batches(missing, None, batch_tokens, most):
+        for batch in engine.in_batches(model, missing, None, batch_tokens, most):
             mine, lasts = [missing[i] for i in batch], [wanted[i] for i in batch]
             logits = engine.last_logits(model, mine, saes, max(lasts))
             yield [
@@ -176,7 +184,7 @@ def weight_divergences(
     def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
         longest = max((len(row.ids) for row in missing), default=1)
         most = _scored_at_once(model, longest, batch_tokens)
-        for numbers in engine.in_batches(missing, None, batch_tokens, most):
+        for numbers in engine.in_batches(model, missing, None, batch_tokens, most):
             batch = [missing[i] for i in numbers]
             n = max(max(len(row.ids) for row in batch) - 1, 1)
             edited = engine.last_logits(model, batch, None, n)

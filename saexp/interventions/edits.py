@@ -15,7 +15,7 @@ class Steer(LatentIntervention):
     """Add directions: x + coefficient * unit * direction.
 
     Units: `raw`, the decoder row as it is; `max_act` and `p99_act`, times each latent's maximum or
-    99th percentile where active; `resid_norm`, a vector as long as the stream is on average,
+    99th percentile where active; `resid_norm`, a vector as long as the stream's median norm,
     so that coefficients compare across layers, SAEs and numbers of latents. Several latents are
     mixed in proportion to how far their means differ between the groups (train split): the
     difference of means, as far as these latents make it up. Other directions have `raw` as their
@@ -43,13 +43,25 @@ class Steer(LatentIntervention):
             if len(write) == 1 or not weights.any():
                 weights = 1 / norms
             mixed = torch.as_tensor(weights) @ directions
-            scales = weights * facts.mean_norm / float(mixed.norm())
+            scales = weights * facts.median_norm / float(mixed.norm())
         elif self.cfg.unit == "raw":
             scales = own_norms / norms
         else:
-            scales = facts.numbers(latents, self.cfg.unit) * own_norms / norms
+            scales = self._activations(latents, facts) * own_norms / norms
         vector = Vector((torch.as_tensor(scales) @ directions).float())
         return tuple(Add(at, vector, coefficient) for at in self._places(facts))
+
+    def _activations(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
+        """The unit of each latent. Raises ConfigError for one without an activation."""
+        found = facts.numbers(latents, self.cfg.unit)
+        for latent, value in zip(latents, found, strict=True):
+            if not value:
+                raise ConfigError(
+                    f"intervention.unit={self.cfg.unit}: latent {latent} is never active on the "
+                    f"train split at {facts.hookpoint.name}, so it has no such value; type "
+                    "intervention.unit=resid_norm or raw"
+                )
+        return found
 
     def _mixing(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
         if len(facts.groups) != 2:
@@ -65,17 +77,17 @@ class Steer(LatentIntervention):
                 f"intervention.directions={self.cfg.directions} lacks; type resid_norm or raw"
             )
         if self.cfg.unit == "resid_norm":
-            vector = vector / vector.norm() * facts.mean_norm
+            vector = vector / vector.norm() * facts.median_norm
         return tuple(Add(at, Vector(vector), coefficient) for at in self._places(facts))
 
     def strength(
         self, ops: tuple[Op, ...], latents: tuple[int, ...], facts: LatentFacts
     ) -> dict[str, float]:
-        """Added length over the stream's mean norm; for one latent its other units too."""
+        """Added length over the stream's median norm; for one latent its other units too."""
         op = ops[0]
         assert isinstance(op, Add)
         length = abs(op.coefficient) * float(op.vector.values.norm())
-        found = {"length": length, "resid_norm": length / facts.mean_norm}
+        found = {"length": length, "resid_norm": length / facts.median_norm}
         if len(latents) == 1:
             norm = float(facts.numbers(latents, "norm")[0])
             found["raw"] = length / norm

@@ -28,6 +28,14 @@ from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids
 from saexp.models.kv_cache import is_plain, with_room
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import (
+    alike,
+    changes_while_generating,
+    depends_on_length,
+    generation_regime,
+    recomputes_beyond,
+    rope_regime,
+)
 from saexp.models.skipping import after_blocks, can_skip, may_skip, skipping
 
 log = logging.getLogger(__name__)
@@ -51,17 +59,31 @@ def padded(
 
 
 def in_batches(
-    rows: Sequence[Row], extra: Sequence[int] | None, batch_tokens: int, most: int = 2**31
+    model: LanguageModel,
+    rows: Sequence[Row],
+    extra: Sequence[int] | None,
+    batch_tokens: int,
+    most: int = 2**31,
 ) -> list[list[int]]:
     """Rows by index, those of one prompt side by side, long ones first: at most `batch_tokens`
-    with padding and `extra` tokens of each, and at most `most` rows, a batch (one at least)."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), rows[i].ids))
-    batches, start = [], 0
-    while start < len(order):
-        longest = len(rows[order[start]].ids) + (max(extra) if extra else 0)
-        size = max(1, min(batch_tokens // longest, most))
-        batches.append(order[start : start + size])
-        start += size
+    with padding and `extra` new tokens of each, and at most `most` rows, a batch (one at least).
+
+    Rows of a batch have the same rotary frequencies at every step.
+    """
+    new = [1] * len(rows) if extra is None else extra
+    keys = [
+        generation_regime(model.text_config, len(row.ids), n)
+        for row, n in zip(rows, new, strict=True)
+    ]
+    batches = []
+    for part in alike(keys):
+        order = sorted(part, key=lambda i: (-len(rows[i].ids), rows[i].ids))
+        room, start = max((extra[i] for i in part), default=0) if extra else 0, 0
+        while start < len(order):
+            longest = len(rows[order[start]].ids) + room
+            size = max(1, min(batch_tokens // longest, most))
+            batches.append(order[start : start + size])
+            start += size
     return batches
 
 
@@ -166,6 +188,15 @@ def _choose(layers: Sequence[Any], chosen: Int[Tensor, " n"]) -> None:
         layer.reorder_cache(chosen)
 
 
+def _same_frequencies(model: LanguageModel, rows: Sequence[Row], window: int) -> bool:
+    """Whether prompts without their last `window` tokens have the frequencies of whole ones."""
+    config = model.text_config
+    return all(
+        rope_regime(config, n - window) == rope_regime(config, n)
+        for n in {len(row.ids) for row in rows}
+    )
+
+
 def _prefill(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
 ) -> _Pass:
@@ -179,7 +210,7 @@ def _prefill(
     of_row = [numbers.setdefault(r.ids[:-window], len(numbers)) for r in rows]
     saved = (len(rows) - len(numbers)) * (width - window)
     cache = None
-    if saved > _SHARE_FROM * len(rows) * width:
+    if saved > _SHARE_FROM * len(rows) * width and _same_frequencies(model, rows, window):
         firsts = torch.tensor([of_row.index(n) for n in range(len(numbers))], device=model.device)
         shared = model.hf(
             input_ids=ids[firsts, :-window],
@@ -211,7 +242,12 @@ def _prefill(
 def last_logits(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs | None = None, n_last: int = 1
 ) -> Float[Tensor, "b n V"]:
-    """Logits after each prompt's last `n_last` tokens, all rows in one batch."""
+    """Logits after each prompt's last `n_last` tokens, all rows in one batch.
+
+    n is the smaller of `n_last` and the longest prompt's length. Rows end together:
+    `logits[i, -k]` follows the k-th token from row i's end, so index from the right. What
+    stands left of a shorter row's first token is of padding and has no meaning.
+    """
     return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
 
 
@@ -232,6 +268,13 @@ class _Drawing:
                 uniform[i] = generator.random(steps)
         self.uniform = torch.from_numpy(uniform).to(device)
 
+    def rest(self, rows: Sequence[int], first_step: int) -> "_Drawing":
+        """For these rows alone, from that step on."""
+        rest, chosen = copy.copy(self), torch.tensor(rows, device=self.device)
+        rest.temperature, rest.sampled = self.temperature[chosen], self.sampled[chosen]
+        rest.uniform = self.uniform[chosen, first_step:]
+        return rest
+
     def draw(self, logits: Float[Tensor, "b V"], step: int, alive: Tensor) -> Int[Tensor, " b"]:
         """One token per row that is alive."""
         alive = alive.to(self.device)
@@ -248,11 +291,17 @@ class _Drawing:
 
 
 @torch.inference_mode()
-def likeliest_tokens(
-    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int
-) -> Int[Tensor, "b n"]:
-    """The likeliest token after each of the prompts' last `n_last` tokens."""
-    return _prefill(model, rows, saes, n_last, use_cache=False).logits.argmax(-1)
+def greedy_tokens(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: Sequence[int]
+) -> list[list[int]]:
+    """The greedy token after each of row i's last `n_last[i]` tokens, in order.
+
+    A row is asked for at most as many as it has tokens.
+    """
+    for row, n in zip(rows, n_last, strict=True):
+        assert 1 <= n <= len(row.ids), f"{n} tokens asked of a row of {len(row.ids)}"
+    found = last_logits(model, rows, saes, max(n_last)).argmax(-1).tolist()
+    return [tokens[-n:] for tokens, n in zip(found, n_last, strict=True)]
 
 
 @torch.inference_mode()
@@ -260,9 +309,47 @@ def _generate_batch(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, limits: Sequence[int]
 ) -> list[list[int]]:
     """New tokens of each row, at most its limit, without the end token; all rows in one batch."""
+    drawing = _Drawing(rows, max(limits), model.device)
+    said: list[list[int]] = [[] for _ in rows]
+    alive = list(range(len(rows)))
+    for stop in _stops(model, rows, max(limits)):
+        left = [min(limits[i], stop) - len(said[i]) for i in alive]
+        found = _decode(model, [rows[i].followed_by(said[i]) for i in alive], saes, left, drawing)
+        for i, tokens in zip(alive, found, strict=True):
+            said[i] += tokens
+        # A row that has fewer tokens has come to its end.
+        going_on = [k for k, i in enumerate(alive) if len(said[i]) == stop < limits[i]]
+        if not going_on:
+            break
+        drawing = drawing.rest(going_on, max(left))
+        alive = [alive[k] for k in going_on]
+    return said
+
+
+def _stops(model: LanguageModel, rows: Sequence[Row], n_steps: int) -> list[int]:
+    """New tokens after which the keys are computed anew, and at last `n_steps`.
+
+    Rows whose frequencies change meanwhile are equally long (`in_batches`).
+    """
+    n = len(rows[0].ids)
+    if not changes_while_generating(model.text_config, n, n_steps):
+        return [n_steps]
+    context = recomputes_beyond(model.hf, model.text_config)
+    if context is None or not n <= context < n + n_steps - 1:
+        return [n_steps]
+    return [context - n + 1, n_steps]
+
+
+def _decode(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs,
+    limits: Sequence[int],
+    drawing: _Drawing,
+) -> list[list[int]]:
+    """Token by token, with the keys of all before in a cache."""
     eos = torch.tensor(model.eos_ids, device=model.device)
     n_steps = max(limits)
-    drawing = _Drawing(rows, n_steps, model.device)
     said = np.full((len(rows), n_steps), -1)
     alive, most = torch.arange(len(rows)), torch.tensor(limits)
     finished = most < 1
@@ -270,6 +357,8 @@ def _generate_batch(
     cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
     logits = state.logits[:, -1]
     keep_one = _keeping(model, 1)
+    # A finished row that is carried along would grow beyond its length, and decide on frequencies.
+    drop_share = 0.0 if depends_on_length(model.text_config) else _DROP_SHARE
     for step in range(n_steps):
         following = drawing.draw(logits, step, alive)
         finished |= torch.isin(following, eos).cpu()
@@ -280,7 +369,7 @@ def _generate_batch(
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         inputs = following[:, None]
-        if float(finished.double().mean()) >= _DROP_SHARE:
+        if bool(finished.any()) and float(finished.double().mean()) >= drop_share:
             chosen = (~finished).nonzero()[:, 0]
             on_device = chosen.to(model.device)
             cache.reorder_cache(chosen)

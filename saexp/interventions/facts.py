@@ -3,17 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from saexp.errors import InterventionError
 from saexp.interventions.ops import Op
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from saexp.probes import Fitted
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class StreamRows:
+    """Stored activations of a stream, with what each row is of."""
+
+    acts: Float[np.ndarray, "n d"]
+    groups: Shaped[np.ndarray, " n"]
+    units: Shaped[np.ndarray, " n"]
+    """Entities: rows of one are not independent."""
+
+
+@dataclass(frozen=True)
 class LatentFacts:
     """One row per latent that fired: `table`.
 
@@ -68,8 +82,8 @@ class LatentFacts:
 
     table: pd.DataFrame
     groups: tuple[str, ...]
-    mean_norm: float
-    """Mean norm of the written stream at the analysed rows."""
+    median_norm: float
+    """Median norm of the written stream at the ordinary ones of the analysed rows."""
     alpha: float
     directions: Callable[[Sequence[int]], Tensor]
     """Latents -> `[n, d]`, what one unit of each adds to the stream (`sae.directions`)."""
@@ -77,8 +91,10 @@ class LatentFacts:
     """What the SAE reads."""
     written: Hookpoint
     """What edits change: the same, or a transcoder's output."""
-    stream: Callable[[], tuple[Float[np.ndarray, "n d"], np.ndarray]] | None = None
-    """Train split: stored activations of the written stream, and each row's group."""
+    stream: Callable[[], StreamRows] | None = None
+    """The written stream on the train split."""
+    seed: int = 0
+    """Seed of the probe's folds."""
     n_layers: int = 1
     layers: Mapping[int, "LatentFacts"] = field(default_factory=dict)
     """Facts of every layer whose SAE's latents are changed; none: this SAE's alone are."""
@@ -104,7 +120,7 @@ class LatentFacts:
         return next(g for g in self.groups if g != group)
 
     @cached_property
-    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self) -> StreamRows:
         if self.stream is None or len(self.groups) != 2:
             raise InterventionError(
                 "directions of the stream itself need a data set with two groups; "
@@ -114,30 +130,34 @@ class LatentFacts:
 
     def group_mean(self, group: str) -> Tensor:
         """`[d]`: mean of the stream over the group's rows."""
-        acts, labels = self._rows
-        return torch.from_numpy(acts[labels == group].mean(0, dtype=np.float64)).float()
+        rows = self._rows
+        mean = rows.acts[rows.groups == group].mean(0, dtype=np.float64)
+        return torch.from_numpy(mean).float()
 
     def mean_difference(self, towards: str) -> Tensor:
         """`[d]`: mean of the group minus mean of the other one."""
         return self.group_mean(towards) - self.group_mean(self.other(towards))
 
     @cached_property
-    def probe_direction(self) -> Tensor:
-        """`[d]`, unit: weights of a logistic probe for the first group (L2, C by 5-fold search)."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import GridSearchCV
-        from sklearn.preprocessing import StandardScaler
+    def probe(self) -> "Fitted":
+        """The logistic probe for the first group, fitted exactly as `analyzer=probe` fits `dense`.
 
-        acts, labels = self._rows
-        scaler = StandardScaler().fit(acts)
-        strengths = {"C": np.logspace(-4, 2, 7).tolist()}
-        search = GridSearchCV(
-            LogisticRegression(max_iter=2000), strengths, cv=5, scoring="neg_log_loss"
-        )
-        search.fit(scaler.transform(acts), labels == self.groups[0])
-        probe = search.best_estimator_
-        weights = torch.from_numpy(probe.coef_[0] / scaler.scale_).float()
-        return weights / weights.norm()
+        Raises DataError where a group has too few entities to cross-validate.
+        """
+        from saexp.probes import MAX_TRAIN, STRENGTHS, fit_logistic, folds, limited
+
+        rows = self._rows
+        # Rows of a third group, or of none, would count as second.
+        mine = limited(np.flatnonzero(np.isin(rows.groups, self.groups)), MAX_TRAIN, self.seed)
+        first = rows.groups[mine] == self.groups[0]
+        pairs = folds(first, rows.units[mine], self.seed)
+        return fit_logistic(rows.acts[mine], first, STRENGTHS, pairs)
+
+    @property
+    def probe_direction(self) -> Tensor:
+        """`[d]`, unit: the gradient of the probe's score for the first group."""
+        direction = torch.from_numpy(self.probe.direction).float()
+        return direction / direction.norm()
 
     def check(self, latents: Sequence[int]) -> None:
         """Raise InterventionError for a latent of which nothing is known."""

@@ -8,12 +8,13 @@ likeliest, and that one of its own: a guess decides how long a row takes and not
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from saexp.interventions import engine
 from saexp.interventions.batch import SAEs
-from saexp.interventions.ops import Patch, Row
+from saexp.interventions.ops import Row
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import changes_while_generating
 
 LOGIT_BYTES = 512 * 2**20
 """Largest tensor of logits."""
@@ -35,19 +36,9 @@ class _Begun:
     def family(self) -> Family:
         return self.row.ids, self.known
 
-    def going_on(self, guess: Sequence[int] = ()) -> Row:
+    def continued(self, guess: Sequence[int] = ()) -> Row:
         """The row with what it is known, and guessed, to say as the end of its prompt."""
-        said = (*self.known, *guess)
-        start = len(self.row.ids)
-        changed = range(start, start + len(said)) if self.row.generated else ()
-        positions = (*self.row.positions, *changed)
-        return replace(self.row, ids=(*self.row.ids, *said), positions=positions)
-
-
-def guessable(row: Row) -> bool:
-    """Whether it is greedy, and its operations do the same to generated tokens as to a prompt's."""
-    patched = any(isinstance(op, Patch) for op in row.active)
-    return row.sample is None and not (patched and row.generated)
+        return self.row.followed_by((*self.known, *guess))
 
 
 class Guessing:
@@ -62,9 +53,9 @@ class Guessing:
 
     def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[Row, list[int]]]]:
         """Rows and their new tokens, without the end token, batch by batch as they are finished."""
-        for batch in self._generate([_Begun(row) for row in rows if not guessable(row)]):
+        for batch in self._generate([_Begun(row) for row in rows if not self._guessable(row)]):
             yield [(begun.row, tokens) for begun, tokens in batch]
-        pending = [_Begun(row) for row in rows if guessable(row)]
+        pending = [_Begun(row) for row in rows if self._guessable(row)]
         guesses: dict[Family, list[int]] = {}
         while pending:
             leaders = list({begun.family: begun for begun in reversed(pending)}.values())
@@ -80,14 +71,19 @@ class Guessing:
                 yield finished
                 pending += others
 
+    def _guessable(self, row: Row) -> bool:
+        """Whether it is greedy, and rotated in one pass over all its tokens as at each step."""
+        config, n_new = self.model.text_config, self.most
+        return row.sample is None and not changes_while_generating(config, len(row.ids), n_new)
+
     def _is_worth_it(self) -> bool:
         return self.n_learned >= _WORTH * self.n_run
 
     def _generate(self, begun: Sequence[_Begun]) -> Iterator[list[tuple[_Begun, list[int]]]]:
         """Token by token."""
-        rows = [b.going_on() for b in begun]
+        rows = [b.continued() for b in begun]
         left = [self.most - len(b.known) for b in begun]
-        for batch in engine.in_batches(rows, left, self.batch_tokens):
+        for batch in engine.in_batches(self.model, rows, left, self.batch_tokens):
             limits = [left[i] for i in batch]
             found = engine._generate_batch(self.model, [rows[i] for i in batch], self.saes, limits)
             yield [
@@ -100,21 +96,21 @@ class Guessing:
     ) -> Iterator[tuple[list[tuple[Row, list[int]]], list[_Begun]]]:
         """Those that a guess finishes, and the others with what they are then known to say."""
         guessed = [guesses[b.family][: self.most - len(b.known) - 1] for b in pending]
-        rows = [b.going_on(guess) for b, guess in zip(pending, guessed, strict=True)]
-        n_last = max(map(len, guessed), default=0) + 1
-        of_row = self.model.dtype.itemsize * n_last * int(self.model.text_config.vocab_size)
-        for batch in engine.in_batches(rows, None, self.batch_tokens, LOGIT_BYTES // of_row):
+        rows = [b.continued(guess) for b, guess in zip(pending, guessed, strict=True)]
+        longest = max(map(len, guessed), default=0) + 1
+        of_row = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
+        most = LOGIT_BYTES // of_row
+        for batch in engine.in_batches(self.model, rows, None, self.batch_tokens, most):
             if not self._is_worth_it():
                 yield [], [pending[i] for i in batch]
                 continue
-            chosen = [rows[i] for i in batch]
-            found = engine.likeliest_tokens(self.model, chosen, self.saes, n_last).tolist()
+            chosen, n_last = [rows[i] for i in batch], [len(guessed[i]) + 1 for i in batch]
+            found = engine.greedy_tokens(self.model, chosen, self.saes, n_last)
             finished: list[tuple[Row, list[int]]] = []
             others: list[_Begun] = []
-            for i, tokens in zip(batch, found, strict=True):
+            for i, own in zip(batch, found, strict=True):
                 row, known = pending[i].row, pending[i].known
-                own = tokens[n_last - 1 - len(guessed[i]) :]
-                pairs = zip(guessed[i], own, strict=False)
+                pairs = zip(guessed[i], own[:-1], strict=True)
                 right = next((n for n, (a, b) in enumerate(pairs) if a != b), len(guessed[i]))
                 self.n_run += len(guessed[i]) + 1
                 self.n_learned += right + 1

@@ -23,7 +23,9 @@ from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row
 from saexp.interventions.prompts import Placed, Prompts
 from saexp.models.attention import attention_to
+from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import by_regime
 from saexp.models.weights import orthogonalized
 from saexp.paired import paired_head_test
 
@@ -62,11 +64,16 @@ def attention_tables(
             pairs = [(p, ops) for p, ops in pairs if ops is not None]
             if not pairs:
                 raise InterventionError("outcome attention: no test prompt has an entity in it")
-            plain = [Row(p.tokens.ids) for p, _ in pairs]
-            before = _measured(model, plain, pairs, {}, stored)
+            entities = [_entity(p) for p, _ in pairs]
+            plain = [
+                Row(p.tokens.ids, about=entity)
+                for (p, _), entity in zip(pairs, entities, strict=True)
+            ]
+            before = _measured(model, plain, {}, stored)
+            generated = cfg.where in ("all", "generated")
             edited = [
-                Row(p.tokens.ids, ops, p.positions, cfg.where in ("all", "generated"))
-                for p, ops in pairs
+                Row(p.tokens.ids, ops, p.positions, generated, about=entity)
+                for (p, ops), entity in zip(pairs, entities, strict=True)
             ]
             with ExitStack() as stack:
                 weights = condition.weights if coefficient else None
@@ -74,7 +81,7 @@ def attention_tables(
                     out = orthogonalized(model, weights, embedding=cfg.embedding)
                     stack.enter_context(out)
                 seen = stored if weights is None else {}
-                after = _measured(model, edited, pairs, saes, seen)
+                after = _measured(model, edited, saes, seen)
             units = np.array([p.example.unit for p, _ in pairs])
             about = {
                 "condition": condition.name,
@@ -131,29 +138,28 @@ def _usable(prompts: Prompts, condition: Condition) -> list[Placed]:
     return found
 
 
+def _entity(prompt: Placed) -> tuple[int, ...]:
+    try:
+        return tuple(entity_tokens(prompt.example, prompt.tokens))
+    except Unplaced as reason:
+        raise InterventionError(f"outcome attention: {reason}") from reason
+
+
 def _measured(
-    model: LanguageModel,
-    rows: Sequence[Row],
-    pairs: Sequence[tuple[Placed, Any]],
-    saes: SAEs,
-    stored: dict[Any, np.ndarray],
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, stored: dict[Any, np.ndarray]
 ) -> np.ndarray:
-    """`[n, n_layers, n_heads]`, attention of each row's last token to its entity."""
+    """`[n, n_layers, n_heads]`, attention of each row's last token to its tokens `about`."""
     missing = [i for i, row in enumerate(rows) if row.key not in stored]
-    for start in range(0, len(missing), _BATCH):
-        chosen = missing[start : start + _BATCH]
+    lengths = [len(rows[i].ids) for i in missing]
+    check_positions(model, max(lengths, default=0))
+    for part in by_regime(model.text_config, lengths, _BATCH):
+        chosen = [missing[k] for k in part]
         batch = [rows[i] for i in chosen]
         ids, mask = padded([r.ids for r in batch], model.pad_id, model.device)
         width = ids.shape[1]
         keys = torch.zeros_like(ids, dtype=torch.bool)
-        for k, i in enumerate(chosen):
-            prompt = pairs[i][0]
-            shift = width - len(prompt.tokens)
-            try:
-                entity = entity_tokens(prompt.example, prompt.tokens)
-            except Unplaced as reason:
-                raise InterventionError(f"outcome attention: {reason}") from reason
-            keys[k, [shift + t for t in entity]] = True
+        for k, row in enumerate(batch):
+            keys[k, [width - len(row.ids) + t for t in row.about]] = True
         edits = BatchEdit(batch, width, saes, model.device).functions(width)
         found = attention_to(model, ids, mask, keys, edits=edits).numpy()
         for row, values in zip(batch, found, strict=True):

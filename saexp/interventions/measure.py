@@ -10,15 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.data.answer_tokens import space_note
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
-from saexp.data.tokens import tokenize
+from saexp.data.tokens import TokenizedText, tokenize
 from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
 from saexp.interventions.ops import Row, Sampling
-from saexp.interventions.outcomes import mean_loss
+from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.prompts import Placed, Prompts, placed_prompts
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original
@@ -92,6 +93,7 @@ class Measurement:
             max_new_tokens=self.cfg.max_new_tokens,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
+            key="intervention.max_new_tokens",
         )
         # Many rows say the same.
         numbers = list(map(tuple, tokens))
@@ -169,6 +171,9 @@ class Measurement:
         self.notes += [
             f"{n} prompts without {outcome.name}: {why}" for why, n in sorted(reasons.items())
         ]
+        if getattr(outcome, "reads_answers", False):
+            spaced = space_note([placed[name].example for name in wanted])
+            self.notes += [note for note in spaced if note not in self.notes]
         usable = [i for i, job in enumerate(jobs) if job.example.id in wanted]
         # Samples have no say in the logits after the prompt.
         rows = [
@@ -180,20 +185,33 @@ class Measurement:
             )
             for i in usable
         ]
+        kind = reader_kind(outcome)
         found = read_logits(
             self.model,
             rows,
             self.saes,
             lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
-            kind=outcome.name,
+            kind=kind or "",
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
-            cache=self.cache,
+            cache=self.cache if kind else None,
             what=outcome.name,
         )
         values: list[float | None] = [None] * len(jobs)
         for i, value in zip(usable, found, strict=True):
             values[i] = float(value[0])
         return values
+
+    def neutral_tokens(self, neutral: Sequence[str]) -> list[TokenizedText]:
+        """The texts that costs are measured on, to a fixed length; a note says how many are cut."""
+        model, some = self.model, list(neutral)[: self.cfg.n_neutral]
+        texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
+        if n := sum(text.truncated for text in texts):
+            note = (
+                f"neutral_kl is measured on the first {_NEUTRAL_TOKENS} tokens of each neutral "
+                f"text; {n} of {len(texts)} are longer"
+            )
+            self.notes += [] if note in self.notes else [note]
+        return texts
 
     def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
         """KL(unedited || edited) on neutral text, every token edited, per condition and strength.
@@ -208,8 +226,7 @@ class Measurement:
         }
         if not cells:
             return []
-        model, some = self.model, list(neutral)[: self.cfg.n_neutral]
-        texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
+        texts = self.neutral_tokens(neutral)
         places = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
         rows = [
             Row(text.ids, ops, place)

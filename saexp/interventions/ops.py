@@ -5,7 +5,8 @@ nothing is done.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -99,7 +100,7 @@ class Patch:
 
     hookpoint: Hookpoint
     values: Vector
-    """`[n, d]`, one per position of the row, in order."""
+    """`[n, d]`, one per changed prompt token of the row, in order; none for generated tokens."""
     coefficient: float
     columns: tuple[int, int] | None = None
     """[start, end) of the stream that is replaced, such as one head's part of attn_z."""
@@ -139,6 +140,13 @@ class Row:
         if not self.positions and not self.generated:
             return ()
         return tuple(op for op in self.ops if op.coefficient != 0)
+
+    def followed_by(self, tokens: Sequence[int]) -> "Row":
+        """With generated tokens as the end of its prompt, changed where generated ones are."""
+        start = len(self.ids)
+        changed = range(start, start + len(tokens)) if self.generated else ()
+        positions = (*self.positions, *changed)
+        return replace(self, ids=(*self.ids, *tokens), positions=positions)
 
     @property
     def first_changed(self) -> int:

@@ -19,9 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saexp.data.answer_tokens import answer_token, foil_of
 from saexp.data.examples import Example
+from saexp.data.lines import text_lines
 from saexp.data.matchers import is_correct
 from saexp.data.positions import Unplaced
+from saexp.digests import code_digest
 
 PATTERNS = Path(__file__).parent.parent / "assets" / "refusal_patterns.txt"
 KNOWS = "Are you sure you know the {entity_type} {entity}? Answer yes or no."
@@ -31,8 +34,8 @@ _NGRAM = 3
 
 def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
     """One regular expression per line; lines that begin with # are comments."""
-    lines = path.read_text("utf-8").splitlines()
-    return [re.compile(x, re.IGNORECASE) for x in lines if x.strip() and not x.startswith("#")]
+    lines = [line for line in text_lines(path) if line.strip() and not line.startswith("#")]
+    return [re.compile(line, re.IGNORECASE) for line in lines]
 
 
 class Refusal:
@@ -66,6 +69,8 @@ class Accuracy:
             list(example.answers),
             entity_type=example.entity_type,
             attribute=None if attribute is None else str(attribute),
+            question=example.prompt or example.text,
+            entity=example.entity,
         )
 
 
@@ -156,6 +161,8 @@ class NextToken(ABC):
     """Base of outcomes read from the logits after the prompt."""
 
     name, kind, source = "", "mean", "next"
+    reads_answers = False
+    """Whether `tokens` depend on the example's answers."""
 
     def prompt(self, example: Example) -> Example:
         """What is asked; the example's own prompt unless the outcome has a question."""
@@ -172,21 +179,20 @@ class NextToken(ABC):
         """The outcome from next-token logits."""
 
 
-def first_token(tokenizer: Any, prompt: str, answer: str) -> int:
-    """First token of `answer` where it follows `prompt`, special tokens aside.
+def reader_kind(outcome: Any) -> str | None:
+    """What the values that an outcome reads from logits are kept under: its name, its code, and
+    what it holds.
 
-    Raises Unplaced where the answer's beginning melts into the prompt's last token.
+    The tokens compared are part of the row. None for code that is in no file: nothing is kept.
     """
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    text = answer if answer[:1].isspace() or prompt[-1:].isspace() else f" {answer}"
-    whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-    if whole[: len(before)] != before or len(whole) == len(before):
-        raise Unplaced("the answer's first token melts into the prompt")
-    return int(whole[len(before)])
+    code = code_digest(type(outcome))
+    return None if code is None else repr((outcome.name, code, sorted(vars(outcome).items())))
 
 
 class _Answer(NextToken):
     """Base of outcomes of the answer's first token alone."""
+
+    reads_answers = True
 
     def value(
         self,
@@ -203,7 +209,7 @@ class _Answer(NextToken):
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         if not example.answers:
             raise Unplaced("no answer")
-        return [first_token(tokenizer, example.text, example.answers[0])], []
+        return [answer_token(tokenizer, example, example.answers[0])], []
 
 
 class AnswerProbability(_Answer):
@@ -236,10 +242,11 @@ class LogitDifference(_Answer):
     name = "logit_difference"
 
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-        if not example.extra.get("foil"):
+        foil = foil_of(example)
+        if foil is None:
             raise Unplaced("no foil")
         first, _ = super().tokens(example, tokenizer)
-        second = [first_token(tokenizer, example.text, str(example.extra["foil"]))]
+        second = [answer_token(tokenizer, example, foil, "foil")]
         if first == second:
             raise Unplaced("answer and foil begin with one token")
         return first, second

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.directions import random_directions
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.engine import padded
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.ops import Patch, Splice, Vector
 from saexp.interventions.prompts import Placed, Prompts
+from saexp.models.context_length import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
+from saexp.models.rope import by_regime
 
 _BATCH = 64
 
@@ -47,9 +50,9 @@ class SpliceIn:
         conditions = []
         width = len(facts.directions([0])[0])
         for group in prompts.of_group:
-            generator = torch.Generator().manual_seed(self.cfg.seed)
-            noise = torch.randn(self.cfg.n_controls, width, generator=generator)
-            ways = [None, *(Vector(n / n.norm()) for n in noise)]
+            of = ("splice", facts.hookpoint.name, group)
+            noise = random_directions(self.cfg.n_controls, width, self.cfg.seed, *of)
+            ways = [None, *map(Vector, noise)]
             name = f"{group}_splice"
             for i, way in enumerate(ways):
                 edits = tuple(
@@ -211,8 +214,10 @@ def _captured(
     """Per hookpoint and example the values `[n_positions, d]` that an unedited pass has."""
     found: dict[Hookpoint, dict[str, Vector]] = {h: {} for h in hookpoints}
     usable = [p for p in prompts if p.positions]
-    for start in range(0, len(usable), _BATCH):
-        batch = usable[start : start + _BATCH]
+    lengths = [len(p.tokens) for p in usable]
+    check_positions(model, max(lengths, default=0))
+    for part in by_regime(model.text_config, lengths, _BATCH):
+        batch = [usable[i] for i in part]
         ids, mask = padded([p.tokens.ids for p in batch], model.pad_id, model.device)
         rows = [i for i, p in enumerate(batch) for _ in p.positions]
         width = ids.shape[1]
@@ -221,6 +226,6 @@ def _captured(
         values = run_truncated(model, ids, mask, hookpoints, where)
         for hookpoint, tensor in values.items():
             parts: tuple[Tensor, ...] = tensor.float().split([len(p.positions) for p in batch])
-            for prompt, part in zip(batch, parts, strict=True):
-                found[hookpoint][prompt.example.id] = Vector(part)
+            for prompt, acts in zip(batch, parts, strict=True):
+                found[hookpoint][prompt.example.id] = Vector(acts)
     return found

@@ -94,9 +94,9 @@ class LatentIntervention(ABC):
             matched_controls(f.table, own, self.cfg.n_controls, alpha=f.alpha)
             for f, own in chosen.parts
         ]
-        for (facts, _), controls in zip(chosen.parts, found, strict=True):
+        for (facts, latents), controls in zip(chosen.parts, found, strict=True):
             at = f"{facts.hookpoint.name}: " if chosen.layered else ""
-            notes += [f"{at}{note}" for note in controls.notes]
+            notes += [f"{at}{note}" for note in (*_inactive(facts, latents), *controls.notes)]
         own = tuple(latents for _, latents in chosen.parts)
         for i, write in enumerate([own, *zip(*(c.sets for c in found), strict=False)]):
             parts = [
@@ -190,7 +190,7 @@ class LatentIntervention(ABC):
         table = facts.table
         asked = self.cfg.latents_at(facts.hookpoint.layer)
         if asked == SELECTED:
-            chosen = table[table["selected"]].sort_values("rank")
+            chosen = table[table["selected"]].sort_values("rank", kind="stable")
             return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
         facts.check(asked)
         return table[table["latent"].isin(asked)]
@@ -198,7 +198,8 @@ class LatentIntervention(ABC):
     def _sets(self, facts: LatentFacts) -> Sets:
         """Each direction's latents go on one group's prompts: singly, and as a group.
 
-        Without two groups, or a contrast between them, every latent goes on all prompts.
+        Without two groups, or a contrast between them, every latent goes on all prompts; so does
+        one that speaks for neither group, by itself.
         """
         chosen = self._chosen(facts)
         if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():
@@ -212,7 +213,8 @@ class LatentIntervention(ABC):
             if len(latents) > 1:
                 sets.append((direction, prompts, "group", tuple(latents)))
             sets += [(direction, prompts, "single", (f,)) for f in latents]
-        return sets
+        others = chosen.loc[~chosen["direction"].isin(facts.groups), "latent"].tolist()
+        return [*sets, *(("latent", "all", "single", (f,)) for f in others)]
 
     def _places(self, facts: LatentFacts) -> list[Hookpoint]:
         """Where vectors are written: the SAE's own stream, at every layer asked for."""
@@ -223,8 +225,19 @@ class LatentIntervention(ABC):
         return [Hookpoint(int(n), facts.written.stream) for n in numbers]
 
 
+def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
+    """What to know of latents that are active nowhere."""
+    return [
+        f"latent {f} is never active on the train split: only its decoder direction is known; "
+        "operations that move its own activation change nothing where it is inactive on the "
+        "prompts too, and its controls are the most rarely active latents, nearest in decoder norm"
+        for f, frequency in zip(latents, facts.numbers(latents, "frequency"), strict=True)
+        if frequency == 0
+    ]
+
+
 def _together(strengths: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several layers, what is added in all, and that over each layer's mean norm, summed."""
+    """Of several layers, what is added in all, and that over each layer's median norm, summed."""
     if len(strengths) == 1:
         return strengths[0]
     return {

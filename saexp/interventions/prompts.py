@@ -1,7 +1,7 @@
 """Which prompts an intervention runs on, and which of their tokens are changed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -9,8 +9,12 @@ from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, Unplaced, entity_tokens
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
+from saexp.data.tokens import TokenizedText
 from saexp.models.loading import LanguageModel
+
+_ANYWHERE = ("all", "prompt", "last", "generated")
+"""Values of `intervention.where` that do not depend on where the user's message is."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +99,21 @@ def placed_prompts(
     asked: list[Example] = []
     for example in examples:
         try:
-            asked.append(_in_chat(ask(example) if ask else example.as_prompt(), model))
+            asked.append(ask(example) if ask else example.as_prompt())
         except Unplaced as reason:
             found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
-    texts = [e.text for e in asked]
-    tokenized = tokenize(texts, model.tokenizer, max_length, model.prepend_bos) if texts else []
-    for number, (example, tokens) in enumerate(zip(asked, tokenized, strict=True)):
+    prompts = as_read(model, [e.text for e in asked])
+    tokenized = tokenize_prompts(model, prompts, max_length)
+    for number, (own, prompt, tokens) in enumerate(zip(asked, prompts, tokenized, strict=True)):
         try:
             if tokens.truncated:
                 raise Unplaced("prompt longer than dataset.max_length")
+            if prompt.message is None and cfg.where not in _ANYWHERE:
+                raise Unplaced(CHANGED)
+            example = in_template(own, prompt) if model.cfg.chat else own
             places = edited_positions(cfg, example, tokens, cfg.seed + number)
         except Unplaced as reason:
             found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
             continue
         found.of_group.setdefault(str(example.group), []).append(Placed(example, tokens, places))
     return found
-
-
-def _in_chat(example: Example, model: LanguageModel) -> Example:
-    if not model.cfg.chat:
-        return example
-    return replace(example, prompt=model.chat_text(example.text)).as_prompt()

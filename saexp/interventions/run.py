@@ -12,7 +12,7 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.measure import Job, Measurement
 from saexp.interventions.ops import Vector
@@ -30,6 +30,7 @@ from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.saes.identity import sae_identity
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,16 @@ def run_intervention(
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
 
+def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
+    """Test prompts, and train prompts to choose the coefficient on."""
+    test = [e for e in examples if e.split == "test"]
+    train = [e for e in examples if e.split == "train"]
+    chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
+    if train and cfg.n_choice_prompts and len(parse_coefficients(cfg.coefficient)) > 1:
+        chosen += choose_prompts(train, cfg.n_choice_prompts, cfg.seed)
+    return chosen
+
+
 class CausalTest:
     """One intervention on one model."""
 
@@ -76,7 +87,7 @@ class CausalTest:
 
     def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
         """All of it; see `run_intervention`."""
-        chosen = self._examples(examples)
+        chosen = tested_examples(self.cfg, examples)
         prompts = placed_prompts(chosen, self.model, self.cfg, self.max_length)
         if not prompts.of_group:
             raise InterventionError(
@@ -124,15 +135,6 @@ class CausalTest:
         if any(o.source == "heads" for o in self.outcomes):
             self._attention(result, conditions, prompts)
         return result
-
-    def _examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Test prompts, and train prompts to choose the coefficient on."""
-        test = [e for e in examples if e.split == "test"]
-        train = [e for e in examples if e.split == "train"]
-        chosen = choose_prompts(test, self.cfg.n_prompts, self.cfg.seed) if test else []
-        if train and self.cfg.n_choice_prompts and len(self.coefficients) > 1:
-            chosen += choose_prompts(train, self.cfg.n_choice_prompts, self.cfg.seed)
-        return chosen
 
     def _jobs(self, conditions: Sequence[Condition], prompts: Prompts) -> list[Job]:
         jobs = []
@@ -214,16 +216,13 @@ class CausalTest:
 
     def _cache(self, weights: Vector | None) -> ResultCache | None:
         """Results of the same weights on the same kind of device; none for weights unknown."""
-        about = [_described_sae(sae) for sae in self.saes.values()]
-        if any(sae["sae"] is None for sae in about):
+        saes = [sae_identity(sae) for sae in self.saes.values()]
+        if None in saes:
             return None
         determined_by = {
-            "model": self.model.fingerprint,
+            **model_ingredients(self.model),
             "weights": repr(weights) + (" embedding" if weights and self.cfg.embedding else ""),
-            "dtype": str(self.model.dtype),
-            "device": self.model.device.type,
-            "eos": self.model.eos_ids,
-            **(about[0] if len(about) == 1 else {"saes": about}),
+            "saes": sorted(map(str, saes)),
         }
         return ResultCache(self.cache_dir, determined_by)
 
@@ -269,17 +268,6 @@ def coefficient_unit(cfg: InterventionConfig) -> str:
     return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
         cfg.name, "share"
     )
-
-
-def _described_sae(sae: SparseAutoencoder) -> dict[str, Any]:
-    """What decides what an SAE makes of its input."""
-    factor = sae.metadata.get("norm_factor_by") and sae.norm_factor
-    return {
-        "sae": sae.metadata.get("fingerprint"),
-        "sae_dtype": str(sae.W_dec.dtype),
-        "hookpoint": sae.hookpoint.name,
-        **({"norm_factor": factor} if factor else {}),
-    }
 
 
 def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:

@@ -4,10 +4,10 @@ random one; each with what it is compared with."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.directions import random_directions
 from saexp.interventions.controls import matched_controls
 from saexp.interventions.facts import LatentFacts, denoised
 
@@ -33,20 +33,26 @@ def stream_directions(
     """The direction towards a group and then its controls, and notes.
 
     `latents` are those that a denoised difference is projected on. Controls are random directions
-    of the same length; of a denoised difference, the same difference projected on the rows of
-    matched latents and brought to the same length.
+    of the same length, different ones for every stream; of a denoised difference, the same
+    difference projected on the rows of matched latents and brought to the same length.
     """
     natural = facts.mean_difference(towards)
     if kind == "denoised_difference":
         return _denoised(natural, towards, facts, latents, cfg)
+    notes = []
     if kind == "probe":
         unit = facts.probe_direction
         natural = unit * (unit @ natural)
-    generator = torch.Generator().manual_seed(cfg.seed * 1000 + facts.groups.index(towards))
+        probe = facts.probe
+        notes.append(
+            f"probe direction: logistic regression on the train split, C = {probe.c:g} by "
+            f"cross-validation over entities (log loss {probe.cv_log_loss:.3f})"
+            f"{'' if probe.converged else '; it did not fully converge'}"
+        )
     n_random = cfg.n_controls + (kind == "random")
-    noise = torch.randn(n_random, len(natural), generator=generator)
-    noise = noise / noise.norm(dim=-1, keepdim=True) * natural.norm()
-    return [Direction(v) for v in ([] if kind == "random" else [natural]) + list(noise)], []
+    of = ("direction", facts.written.name, towards)
+    noise = random_directions(n_random, len(natural), cfg.seed, *of) * natural.norm()
+    return [Direction(v) for v in ([] if kind == "random" else [natural]) + list(noise)], notes
 
 
 def _denoised(

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from saexp.data.tokens import tokenize
 from saexp.interventions.computing import batch_tokens_for, weight_divergences
-from saexp.interventions.measure import _NEUTRAL_TOKENS, Job, Measurement
+from saexp.interventions.measure import Job, Measurement
 from saexp.models.weights import Original
 
 
@@ -29,10 +28,8 @@ def weight_costs(
     }
     if not cells:
         return []
-    texts = list(neutral)[: measurement.cfg.n_neutral]
     model = measurement.model
-    tokens = tokenize(texts, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
-    prompts = [t.ids for t in tokens]
+    prompts = [text.ids for text in measurement.neutral_tokens(neutral)]
     values = np.zeros(len(prompts))
     if original is not None:
         made = weight_divergences(

@@ -3,6 +3,7 @@
 Only one dense chunk exists at a time; memory does not grow with n_rows x d_sae.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -47,17 +48,38 @@ class Latents:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, chosen: Bool[np.ndarray, " n_rows"]) -> "Latents":
+        """The chosen rows; itself where those are all."""
+        if chosen.all():
+            return self
+        key = (
+            None
+            if self.key is None
+            else f"{self.key}-{hashlib.sha256(chosen.tobytes()).hexdigest()}"
+        )
+        return Latents(self.csr[chosen], self.rows[chosen].reset_index(drop=True), key)
+
 
 class StreamMetrics:
     """Sparsity and reconstruction over a stream of rows, in float64 (REFERENCE.md, section 3).
 
-    explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2); the legacy form is the mean over rows
-    of 1 - |x - x^|^2 / |x - E x|^2, with the mean over all rows. mse = E|x - x^|^2.
+    explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2). Per row 1 - |x - x^|^2 / |x - E x|^2
+    with the mean over all rows: the legacy form is the mean of these, explained_variance_median
+    their median. mse = E|x - x^|^2. High-norm rows (`activations.norms`) count in
+    explained_variance_all_positions alone, which is relative to the mean over all rows; `mean` is
+    that of the ordinary ones.
     """
 
-    def __init__(self, mean: Float[Tensor, " d_in"], d_sae: int) -> None:
+    def __init__(
+        self,
+        mean: Float[Tensor, " d_in"],
+        d_sae: int,
+        mean_of_all: Float[Tensor, " d_in"] | None = None,
+    ) -> None:
+        """`mean_of_all`: the mean with high-norm rows; None where there are none."""
         self.mean = mean.double()
-        self.n = 0
+        self.mean_of_all = None if mean_of_all is None else mean_of_all.double()
+        self.n, self.n_high_norm = 0, 0
         self.sums: dict[str, float] = {}
         self.n_active = torch.zeros(d_sae, dtype=torch.int64)
         """Per latent, rows where it is not zero."""
@@ -65,6 +87,9 @@ class StreamMetrics:
         """Per latent, sum of its values."""
         self.maxima = torch.zeros(d_sae, dtype=torch.float64)
         """Per latent, its largest value; 0 where that is below."""
+        self._explained: list[Tensor] = []
+        """Per row, the fraction of its squared distance from the mean that is explained."""
+        self._norms: list[Tensor] = []
 
     def update(
         self,
@@ -72,11 +97,11 @@ class StreamMetrics:
         reconstruction: Float[Tensor, "n d_in"],
         acts: Float[Tensor, "n d_sae"],
     ) -> dict[str, Float[Tensor, " n"]]:
-        """Take in one chunk; returns what each row adds to `sums`, float64 on the CPU."""
+        """Take in ordinary rows; returns what each adds to `sums`, float64 on the CPU."""
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         error = (x - reconstruction).square().sum(-1)
         spread = (x - self.mean).square().sum(-1)
-        size = reconstruction.norm(dim=-1)
+        norm, size = x.norm(dim=-1), reconstruction.norm(dim=-1)
         active, value = self._fired(acts)
         rows = {
             "active": active,
@@ -85,11 +110,35 @@ class StreamMetrics:
             "spread": spread,
             "legacy": 1 - error / spread.clamp(min=1e-30),
             "cosine": torch.cosine_similarity(x, reconstruction, dim=-1),
-            "ratio": size / x.norm(dim=-1).clamp(min=1e-30),
+            "ratio": size / norm.clamp(min=1e-30),
             "output": size.square(),
             "product": (x * reconstruction).sum(-1),
         }
         self.n += len(x)
+        self._explained.append(rows["legacy"])
+        self._norms.append(norm)
+        return self._added(rows)
+
+    def update_all(
+        self,
+        x: Float[Tensor, "n d_in"],
+        reconstruction: Float[Tensor, "n d_in"],
+        ordinary: Bool[Tensor, " n"],
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """Take in rows of which some have high norms, for what is reported of all of them."""
+        assert self.mean_of_all is not None, "made without a mean over all rows"
+        x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
+        spread = (x - self.mean_of_all).square().sum(-1)
+        self.n_high_norm += int((~ordinary).sum())
+        return self._added(
+            {
+                "error_of_all": (x - reconstruction).square().sum(-1),
+                "spread_of_all": spread,
+                "spread_high_norm": spread * ~ordinary.cpu(),
+            }
+        )
+
+    def _added(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, values in rows.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
         return rows
@@ -109,6 +158,7 @@ class StreamMetrics:
     def result(self) -> dict[str, float | None]:
         """`sparsity/…` and `reconstruction/…`, named as in metrics.json."""
         n, s = self.n, self.sums
+        every = s.get("spread_of_all", s["spread"])
         return {
             "sparsity/l0": s["active"] / n,
             "sparsity/mean_active": s["value"] / s["active"] if s["active"] else None,
@@ -119,20 +169,43 @@ class StreamMetrics:
             if s["spread"]
             else None,
             "reconstruction/explained_variance_legacy": s["legacy"] / n if s["spread"] else None,
+            "reconstruction/explained_variance_median": self.median_explained,
+            "reconstruction/explained_variance_all_positions": (
+                1 - s.get("error_of_all", s["error"]) / every if every else None
+            ),
             "reconstruction/mse": s["error"] / n,
             "reconstruction/cosine": s["cosine"] / n,
             "reconstruction/l2_ratio": s["ratio"] / n,
+            "reconstruction/median_norm": self.median_norm,
+            "reconstruction/n_high_norm": self.n_high_norm,
+            "reconstruction/high_norm_variance_fraction": (
+                s.get("spread_high_norm", 0.0) / every if every else None
+            ),
         }
+
+    @property
+    def median_explained(self) -> float | None:
+        """Median over ordinary rows of the explained fraction; None where rows do not differ."""
+        return float(np.median(torch.cat(self._explained))) if self.sums["spread"] else None
+
+    @property
+    def median_norm(self) -> float:
+        """Median norm of the ordinary rows."""
+        return float(np.median(torch.cat(self._norms)))
 
 
 @torch.inference_mode()
 def encode_store(
-    store: ActivationStore, sae: SAE, rows: pd.DataFrame
+    store: ActivationStore,
+    sae: SAE,
+    rows: pd.DataFrame,
+    ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
     """Latents of every row of the store, and the metrics of StreamMetrics.
 
-    `rows` is this run's own table (its groups and splits), row by row that of the store. A
-    transcoder's prediction is compared with what the store has at its `hookpoint_out`.
+    `rows` is this run's own table (its groups and splits), row by row that of the store; metrics
+    are of the rows that are `ordinary`, all where that is not given. A transcoder's prediction is
+    compared with what the store has at its `hookpoint_out`.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
     out = _output_of(sae)
@@ -143,7 +216,7 @@ def encode_store(
         both = zip(store.chunks(sae.hookpoint, n), store.chunks(out, n), strict=True)
         return ((x, target) for (_, x), (_, target) in both)
 
-    return _encode(chunks, sae, rows)
+    return _encode(chunks, sae, rows, ordinary)
 
 
 def _output_of(sae: SAE) -> Hookpoint | None:
@@ -157,8 +230,10 @@ def encode_rows(
     sae: SAE,
     rows: pd.DataFrame,
     target: Float[Tensor, "n_rows d_out"] | None = None,
+    ordinary: Bool[np.ndarray, " n"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` is theirs.
+    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` and `ordinary` are
+    theirs.
 
     `target` is the other stream, which a transcoder predicts.
     """
@@ -171,20 +246,40 @@ def encode_rows(
             x = acts[some]
             yield x, x if target is None else target[some]
 
-    return _encode(chunks, sae, rows)
+    return _encode(chunks, sae, rows, ordinary)
+
+
+def _means(
+    chunks: Callable[[int], Iterable[Pair]], width: int, ordinary: Bool[np.ndarray, " n"] | None
+) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
+    """(mean of the targets over ordinary rows, over all rows where some are not)."""
+    low, high = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    n, n_high = 0, 0
+    for _, target in chunks(8192):
+        x = target.reshape(len(target), -1).double()
+        if ordinary is None:
+            low += x.sum(0)
+        else:
+            kept = torch.from_numpy(ordinary[n : n + len(x)])
+            low += x[kept].sum(0)
+            high += x[~kept].sum(0)
+            n_high += int((~kept).sum())
+        n += len(x)
+    return low / (n - n_high), (low + high) / n if n_high else None
 
 
 def _encode(
-    chunks: Callable[[int], Iterable[Pair]], sae: SAE, rows: pd.DataFrame
+    chunks: Callable[[int], Iterable[Pair]],
+    sae: SAE,
+    rows: pd.DataFrame,
+    ordinary: Bool[np.ndarray, " n_rows"] | None,
 ) -> tuple[Latents, dict[str, float | None]]:
     """`chunks` gives all rows in order, at most so many at once, as often as it is called."""
     began = time.perf_counter()
-    n_rows = len(rows)
+    n_rows, n_read = len(rows), 0
     chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
-    total = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64)
-    for _, target in chunks(8192):
-        total += target.reshape(len(target), -1).double().sum(0)
-    metrics = StreamMetrics(total / n_rows, sae.d_sae)
+    mean, mean_of_all = _means(chunks, sae.W_dec.shape[1], ordinary)
+    metrics = StreamMetrics(mean, sae.d_sae, mean_of_all)
     indptr, indices, values = [np.zeros(1, dtype=np.int64)], [], []
     n_stored = 0
     device = sae.W_dec.device
@@ -193,13 +288,20 @@ def _encode(
             x = acts.to(device=device, dtype=torch.float32)
             features = sae.encode(x)
             aim = x if target is acts else target.to(device=device, dtype=torch.float32)
-            metrics.update(aim, sae.decode(features, x).float(), features)
+            made = sae.decode(features, x).float()
+            if ordinary is None or mean_of_all is None:
+                metrics.update(aim, made, features)
+            else:
+                kept = torch.from_numpy(ordinary[n_read : n_read + len(x)]).to(device)
+                metrics.update(aim[kept], made[kept], features[kept])
+                metrics.update_all(aim, made, kept)
             where = features.nonzero()
             counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
             indptr.append(n_stored + counts.cpu().numpy())
             indices.append(where[:, 1].to(torch.int32).cpu().numpy())
             values.append(features[where[:, 0], where[:, 1]].float().cpu().numpy())
             n_stored += len(where)
+            n_read += len(x)
             bar.update(len(x))
     csr = sparse.csr_array(
         (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -50,8 +50,10 @@ def tally_store(
     texts: Int[np.ndarray, " n_rows"],
     groups: Int[np.ndarray, " n_rows"],
     tally: Tally,
+    ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> Tally:
-    """Feed every row of the store to `tally`; `texts` and `groups` are those of its `update`.
+    """Feed every (ordinary) row of the store to `tally`; `texts` and `groups` are those of its
+    `update`.
 
     Without correlations only the chosen latents are encoded.
     """
@@ -59,28 +61,41 @@ def tally_store(
     chosen = [int(f) for f in tally.latents]
     if tally.correlate:
         for first, csr in _encoded(store, sae):
-            here = slice(first, first + len(csr.indptr) - 1)
+            kept = _kept(first, len(csr.indptr) - 1, ordinary)
+            csr = csr if len(kept) == len(csr.indptr) - 1 else csr[kept - first]
             values = sparse.csc_array(csr[:, chosen])
-            tally.update(values, texts[here], groups[here], csr)
+            tally.update(values, texts[kept], groups[kept], csr, kept)
     else:
         with progress(store.n_rows, "encoding", "row") as bar:
             for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
-                x = acts.to(device=sae.W_dec.device, dtype=torch.float32)
-                here = slice(first, first + len(x))
+                kept = _kept(first, len(acts), ordinary)
+                x = acts[torch.from_numpy(kept - first)]
+                x = x.to(device=sae.W_dec.device, dtype=torch.float32)
                 values = sparse.csc_array(_sparse(sae.encode_latents(x, chosen)))
-                tally.update(values, texts[here], groups[here])
-                bar.update(len(x))
+                tally.update(values, texts[kept], groups[kept], rows=kept)
+                bar.update(len(acts))
     seconds = time.perf_counter() - began
     log.info("%d latents over %d rows, %.1f s", len(chosen), tally.n_rows, seconds)
     return tally
 
 
+def _kept(
+    first: int, n: int, ordinary: Bool[np.ndarray, " n_rows"] | None
+) -> Int[np.ndarray, " m"]:
+    """Numbers of the (ordinary) rows among `n` from `first` on."""
+    rows = np.arange(first, first + n)
+    return rows if ordinary is None else rows[ordinary[rows]]
+
+
 @torch.inference_mode()
-def firing_counts(store: ActivationStore, sae: SAE) -> Int[np.ndarray, " d_sae"]:
-    """On how many rows each latent fires."""
+def firing_counts(
+    store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
+) -> Int[np.ndarray, " d_sae"]:
+    """On how many (ordinary) rows each latent fires."""
     counts = np.zeros(sae.d_sae, dtype=np.int64)
-    for _, csr in _encoded(store, sae):
-        counts += np.bincount(csr.indices, minlength=sae.d_sae)
+    for first, csr in _encoded(store, sae):
+        kept = _kept(first, len(csr.indptr) - 1, ordinary)
+        counts += np.bincount(csr[kept - first].indices, minlength=sae.d_sae)
     return counts
 
 

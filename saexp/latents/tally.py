@@ -64,14 +64,15 @@ class Tally:
         texts: Int[np.ndarray, " m"],
         groups: Int[np.ndarray, " m"],
         everything: sparse.csr_array | None = None,
+        rows: Int[np.ndarray, " m"] | None = None,
     ) -> None:
         """Take in m rows: `values [m, n]` of the chosen latents, nothing stored where one is off.
 
         `texts` tells rows of the same text from others; `everything [m, d_sae]` is needed for
-        correlations.
+        correlations. `rows` are their numbers, where some are left out.
         """
         m = len(texts)
-        rows = np.arange(self.n_rows, self.n_rows + m)
+        rows = np.arange(self.n_rows, self.n_rows + m) if rows is None else rows
         lots = self._rng.random(m)
         self.n_rows += m
         self.rows_of_group += np.bincount(groups, minlength=len(self.rows_of_group))

@@ -6,28 +6,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
+from saexp.data.token_text import pieces
 from saexp.data.tokens import TokenizedText
-
-
-def pieces(text: TokenizedText, tokenizer: Any) -> list[str]:
-    """What each token stands for; together the text itself, special tokens besides.
-
-    White space that a tokenizer leaves out of its offsets goes to the token after it. Of several
-    tokens of one character the first has it, the others are empty.
-    """
-    names = tokenizer.convert_ids_to_tokens(list(text.ids))
-    found, end = [], 0
-    for name, (a, b), special in zip(names, text.offsets, text.special, strict=True):
-        if special and a == b:
-            found.append(str(name))
-            continue
-        start = max(a, end)
-        if not text.text[end:a].strip():
-            start = min(start, end)
-        found.append(text.text[start:b])
-        end = max(end, b)
-    return found
 
 
 @dataclass(frozen=True)
@@ -36,7 +18,7 @@ class Window:
 
     tokens: list[str]
     rows: list[int | None]
-    """Row of each token; None where the run did not look."""
+    """Row of each token; None where the run did not look, and at high-norm positions."""
     peak: int
     """Which of them the window was made around."""
     cut: tuple[bool, bool]
@@ -54,8 +36,11 @@ class Windows:
         *,
         before: int,
         after: int,
+        shown: Bool[np.ndarray, " n_rows"] | None = None,
     ) -> None:
+        """Tokens whose row is not `shown` get none in a window."""
         self.texts, self.tokenizer, self.before, self.after = texts, tokenizer, before, after
+        self._shown = shown
         self._example, _ = pd.factorize(rows["example_id"])
         self._token = rows["token_index"].to_numpy(dtype=np.int64)
         self._text = rows["text_id"].to_numpy(dtype=np.int64)
@@ -68,6 +53,7 @@ class Windows:
         # Rows of one example stand together.
         near = np.arange(max(0, row - self.before), min(len(self._token), row + self.after + 1))
         mine = near[self._example[near] == self._example[row]]
+        mine = mine if self._shown is None else mine[self._shown[mine]]
         of_token = {int(self._token[r]): int(r) for r in mine}
         return Window(
             tokens=pieces(text, self.tokenizer)[first:end],

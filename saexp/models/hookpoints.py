@@ -14,8 +14,11 @@ STREAMS = (
     "attn_out",
     "attn_z",
     "mlp_in",
+    "mlp_in_normalized",
     "mlp_out",
 )
+NOT_ADDED = ("attn_z", "mlp_in", "mlp_in_normalized")
+"""Streams that are neither the residual stream nor added to it."""
 
 _FROM_TRANSFORMER_LENS = {
     "hook_resid_pre": "resid_pre",
@@ -24,6 +27,7 @@ _FROM_TRANSFORMER_LENS = {
     "hook_attn_out": "attn_out",
     "attn.hook_z": "attn_z",
     "mlp.hook_in": "mlp_in",
+    "ln2.hook_normalized": "mlp_in_normalized",
     "hook_mlp_out": "mlp_out",
 }
 _TO_TRANSFORMER_LENS = {
@@ -33,16 +37,13 @@ _TO_TRANSFORMER_LENS = {
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",
     "mlp_in": "mlp.hook_in",
+    "mlp_in_normalized": "ln2.hook_normalized",
     "mlp_out": "hook_mlp_out",
 }
-_BEFORE_THE_NORM = {
-    "ln2.hook_normalized": "the MLP's input before its norm's gain",
-    "hook_mlp_in": "the MLP's input before its norm",
-}
-"""TransformerLens' names of places that no stream is. With its weights folded, the gain is part of
-the MLP there; Hugging Face's models keep it in the norm, which mlp_in is behind."""
-_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MIXERS = (*ATTENTION, "linear_attn", "mamba", "conv", "temporal_block")
+"""Names of what mixes the tokens of a block: attention, linear attention, a state-space model."""
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
 
 
 @dataclass(frozen=True, order=True)
@@ -50,8 +51,9 @@ class Hookpoint:
     """A stream at a 0-based block.
 
     `attn_out` and `mlp_out` are what is added to the residual stream (after Gemma's post-norms);
-    `mlp_in` is what the MLP reads (after its norm, gain included); `attn_z` is what the attention's
-    output projection reads, `[.., n_heads * head_dim]`; `embed` is what block 0 reads.
+    `mlp_in` is what the MLP reads (after its norm, gain included), `mlp_in_normalized` the same
+    before the norm's gain and bias; `attn_z` is what the output projection of the attention (or of
+    linear attention) reads, `[.., n_heads * head_dim]`; `embed` is what block 0 reads.
     """
 
     layer: int
@@ -90,7 +92,7 @@ class Hookpoint:
     def parse(cls, name: str) -> "Hookpoint":
         """Read saexp's, TransformerLens' or a Hugging Face module's name.
 
-        Raises ModelError for other names, for places before the MLP's norm or its gain, and for
+        Raises ModelError for other names, for hook_mlp_in, which names two places, and for
         hook_embed, which is before the position embeddings that some models add.
         """
         if match := re.fullmatch(r"layer_(\d+)\.(\w+)", name):
@@ -102,11 +104,11 @@ class Hookpoint:
                 "same thing where positions are rotary"
             )
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if match and match[2] in _BEFORE_THE_NORM:
+        if match and match[2] == "hook_mlp_in":
+            n = match[1]
             raise ModelError(
-                f"{name} is {_BEFORE_THE_NORM[match[2]]}, which saexp does not collect; its "
-                f"layer_{match[1]}.mlp_in is behind the whole norm, layer_{match[1]}.resid_mid "
-                "before it"
+                f"{name} is the MLP's input before its norm in TransformerLens, and after it in "
+                f"Gemma Scope 2's configs; type layer_{n}.resid_mid or layer_{n}.mlp_in"
             )
         if match and match[2] in _FROM_TRANSFORMER_LENS:
             return cls(int(match[1]), _FROM_TRANSFORMER_LENS[match[2]])
@@ -114,9 +116,9 @@ class Hookpoint:
             part = match[2]
             if part is None:
                 return cls(int(match[1]), "resid_post")
-            if part in _ATTENTION_NAMES:
+            if part in MIXERS:
                 return cls(int(match[1]), "attn_out")
-            if part in _MLP_NAMES:
+            if part in MLPS:
                 return cls(int(match[1]), "mlp_out")
         raise ModelError(
             f"'{name}' names no hookpoint; type one such as layer_12.resid_post, "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.models.structure import Site
 
 Positions = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
 """(row in the batch, index into the padded tokens) of each position wanted."""
@@ -34,11 +35,24 @@ def _with_first(values: Any, new: Tensor) -> Any:
 
 
 def _at(values: Tensor, positions: Positions | None) -> Tensor:
+    """A copy: some blocks (Falcon's) add to their parts' outputs in place."""
     if positions is None:
-        return values
+        return values.clone()
     # Blocks of one model may be on several devices.
     rows, tokens = (p.to(values.device) for p in positions)
     return values[rows, tokens]
+
+
+def _at_site(site: Site, function: EditFunction) -> EditFunction:
+    """The edit of a stream as one of the values at its module."""
+    if site.gain is None:
+        return function
+
+    def edited(values: Tensor) -> Tensor:
+        stream = site.read(values)
+        return site.changed(values, stream, function(stream))
+
+    return edited
 
 
 class _Mid:
@@ -74,6 +88,8 @@ def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Itera
                 function = mid.on_norm_input
                 block = model.blocks[hookpoint.layer]
                 handles.append(block.register_forward_hook(mid.on_block_output, prepend=True))
+
+            function = _at_site(site, function)
 
             def on_output(_m: Any, _a: Any, output: Any, f: EditFunction = function) -> Any:
                 return _with_first(output, f(_first(output)))

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
+from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
-from saexp.models.digests import file_sha256, tensors_sha256
+from saexp.hub import hub, is_path, why_absent
+from saexp.models.digests import tensors_sha256
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.rope import forget_lengths
+from saexp.models.stream_check import broken_streams
 from saexp.models.structure import Site, find_blocks, find_site
 
 log = logging.getLogger(__name__)
@@ -55,6 +61,27 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def _source(name: str) -> str:
+    """What transformers loads: a folder, or an id of the hub. ModelError for what is neither."""
+    if name in SHIPPED:
+        return str(ASSETS / name / "model")
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return str(place)
+    if place.is_file():
+        raise ModelError(f"model.name={name} is a file; type the folder of the model that it is of")
+    if is_path(name) or name.count("/") > 1:
+        raise ModelError(
+            f"model.name={name}: no such folder; type a folder with a model's config.json, or a "
+            "hub id such as google/gemma-2-2b"
+        )
+    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name):
+        raise ModelError(
+            f"model.name={name} is neither a folder here nor a hub id such as google/gemma-2-2b"
+        )
+    return name
+
+
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
@@ -69,11 +96,13 @@ class LanguageModel:
     """False once a text behind a shared beginning had other values (`activations.prefixes`)."""
     prefixes_compared = 0
     """Blocks up to which such values were compared."""
+    broken_streams: dict[Hookpoint, str]
+    """Hookpoints that this model has not, and why (`models.stream_check`); set with `blocks`."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
         self.name = cfg.name
-        self.source = str(ASSETS / cfg.name / "model") if cfg.name in SHIPPED else cfg.name
+        self.source = _source(cfg.name)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
@@ -98,27 +127,33 @@ class LanguageModel:
         model.prepend_bos = None
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
+        forget_lengths(hf)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
 
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """By transformers' class of that name, which it imports when it is first asked for."""
+        read = getattr(transformers, kind).from_pretrained
         try:
-            return getattr(transformers, kind).from_pretrained(
-                self.source,
-                revision=self.cfg.revision,
-                trust_remote_code=self.cfg.trust_remote_code,
-                **options,
-            )
+            with self._files():
+                return read(
+                    self.source,
+                    revision=self.cfg.revision,
+                    trust_remote_code=self.cfg.trust_remote_code,
+                    **options,
+                )
         except _UNLOADABLE as error:
-            raise self._cannot_load(what, str(error)) from error
+            raise self._cannot_load(what, why_absent(error)) from error
+
+    def _files(self) -> AbstractContextManager[None]:
+        """Where its files are read: a local folder needs no hub."""
+        return nullcontext() if Path(self.source).is_dir() else hub()
 
     def _cannot_load(self, what: str, reason: str) -> ModelError:
         return ModelError(
-            f"model.name={self.name}: its {what} cannot be loaded "
-            f"({' '.join(reason.split())[:240]}); type a hub id that is in reach or cached, or a "
-            "local folder"
+            f"model.name={self.name}: its {what} cannot be loaded ({reason}); type a hub id that "
+            "is in reach or cached, or a local folder"
         )
 
     @cached_property
@@ -158,6 +193,7 @@ class LanguageModel:
                 # Token ids go where the embedding is.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
+            forget_lengths(placed)
             if self.plain:
                 self.config = placed.config
                 self.__dict__.pop("text_config", None)
@@ -180,8 +216,10 @@ class LanguageModel:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks."""
-        return find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+        """The transformer blocks; found, and their streams checked, before any hook is on them."""
+        blocks = find_blocks(self.hf, self.n_layers, self.cfg.blocks)
+        self.broken_streams = broken_streams(self.hf, blocks, self.text_config)
+        return blocks
 
     def check_layer(self, layer: int) -> None:
         """Raise ModelError unless the model has this block; reads no weights."""
@@ -194,7 +232,10 @@ class LanguageModel:
     def module(self, hookpoint: Hookpoint) -> Site:
         """Where to hook a stream; ModelError where the model has no such point."""
         self.check_layer(hookpoint.layer)
-        return find_site(self.blocks, hookpoint, self.text_config)
+        blocks = self.blocks
+        if hookpoint in self.broken_streams:
+            raise ModelError(self.broken_streams[hookpoint])
+        return find_site(blocks, hookpoint, self.text_config)
 
     @property
     def _generation_config(self) -> Any:
@@ -202,9 +243,10 @@ class LanguageModel:
         if self._hf is not None:
             return getattr(self._hf, "generation_config", None)
         try:
-            return GenerationConfig.from_pretrained(
-                self.source, revision=self.cfg.revision or "main"
-            )
+            with self._files():
+                return GenerationConfig.from_pretrained(
+                    self.source, revision=self.cfg.revision or "main"
+                )
         except OSError:
             return None
 
@@ -229,14 +271,15 @@ class LanguageModel:
         if folder.is_dir():
             return folder / name if (folder / name).is_file() else None
         try:
-            found = cached_file(
-                self.source,
-                name,
-                revision=self.cfg.revision,
-                _raise_exceptions_for_missing_entries=False,
-            )
+            with self._files():
+                found = cached_file(
+                    self.source,
+                    name,
+                    revision=self.cfg.revision,
+                    _raise_exceptions_for_missing_entries=False,
+                )
         except _UNLOADABLE as error:
-            raise self._cannot_load(name, str(error)) from error
+            raise self._cannot_load(name, why_absent(error)) from error
         return Path(found) if found else None
 
     def _weights_files(self) -> list[Path]:
@@ -252,9 +295,15 @@ class LanguageModel:
                 return [file for file in shards.values() if file is not None]
         raise self._cannot_load("weights", f"no file named {' or '.join(_WEIGHTS)}")
 
+    def _code_files(self) -> list[Path]:
+        """The modules that the config names, where a repository's own code may run."""
+        named = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
+        modules = {str(v).rpartition("--")[2].partition(".")[0] for v in (named or {}).values()}
+        return [file for name in sorted(modules) if (file := self._file(f"{name}.py"))]
+
     @property
     def fingerprint(self) -> str:
-        """sha256 over config and weights.
+        """sha256 over config and weights, and over the repository's own code where it may run.
 
         Of a model in memory, its weights as they are now; else of its files, without reading the
         weights into memory: a hub cache keeps files as links named by their content's hash, and
@@ -267,10 +316,8 @@ class LanguageModel:
         config = self._file("config.json")
         assert config is not None, "a config was loaded"
         digest = hashlib.sha256(f"config.json:{file_sha256(config)}\n".encode())
-        for file in self._weights_files():
-            blob = file.resolve()
-            named = file.is_symlink() and blob.parent.name == "blobs"
-            digest.update(f"{file.name}:{blob.name if named else file_sha256(blob)}\n".encode())
+        for file in [*self._weights_files(), *self._code_files()]:
+            digest.update(f"{file.name}:{content_name(file)}\n".encode())
         return digest.hexdigest()
 
     @cached_property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models.hookpoints import MIXERS, MLPS, Hookpoint
 from saexp.models.loading import LanguageModel
 
 Original = Callable[[], AbstractContextManager[None]]
@@ -153,9 +153,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _others(block: nn.Module) -> str | None:
     """A parameter of a block outside attention, MLP and norms."""
-    parts = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward")
     for name, child in block.named_children():
-        known = name in (*parts, "block_sparse_moe") or _is_norm(child)
+        known = name in (*MIXERS, *MLPS) or _is_norm(child)
         if not known and any(True for _ in child.parameters()):
             return name
     return next((name for name, _ in block.named_parameters(recurse=False)), None)

@@ -24,6 +24,7 @@ from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.look import GROUP_COLOURS
 from saexp.reports.saved import SavedRun
+from saexp.wording import sae_words
 
 _PAGES: dict[str, ModuleType] = {
     "capability": analyses_capability,
@@ -43,6 +44,9 @@ _STREAM = (
     ("sparsity/dead_fraction", "never fired here"),
     ("reconstruction/explained_variance", "explained variance"),
     ("reconstruction/explained_variance_legacy", "… legacy definition"),
+    ("reconstruction/explained_variance_median", "… median position"),
+    ("reconstruction/explained_variance_all_positions", "… with high-norm positions"),
+    ("reconstruction/n_high_norm", "high-norm positions"),
     ("reconstruction/cosine", "cosine"),
     ("check/explained_variance", "explained variance, neutral text"),
 )
@@ -72,7 +76,7 @@ def findings(folder: str | Path) -> list[str]:
     positions = cfg["positions"]["name"].replace("_", " ")
     n = about["dataset"]["n_examples"]
     setting = (
-        f"{about['model']['name']}, {_place(run)}, SAE of {about['sae']['d_sae']} latents, data "
+        f"{about['model']['name']}, {_place(run)}, {sae_words(about['sae'])}, data "
         f"set '{about['dataset']['name']}' ({n:,} example{'s' * (n != 1)}), "
         f"positions {positions}: {run.metrics['collection/n_rows']:,} rows."
     )

@@ -99,8 +99,8 @@ def sections(run: SavedRun) -> list[Section]:
         found.append(
             Section(
                 "On average",
-                "Means over prompts with 95 % bootstrap intervals over prompts; change is through "
-                "the SAE less without, prompt by prompt.",
+                "Means over prompts with 95 % bootstrap intervals over entities (over prompts that "
+                "have none); change is through the SAE less without, prompt by prompt.",
                 figures=[("answers", "One point per prompt: without the SAE against with it.")],
                 tables=[_summary(run)],
             )

@@ -7,6 +7,7 @@ from plotly.subplots import make_subplots
 from saexp.reports.analyses_parts import Section, Table, cell, interval, shown, table_of
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
+from saexp.wording import chance_words
 
 _DATA = {
     "train": "train split",
@@ -62,6 +63,7 @@ def sentences(run: SavedRun) -> list[str]:
         parts = [
             f"{name_of(r['probe'])} {r['auroc']:.3f}"
             f"{interval(r['auroc_ci_low'], r['auroc_ci_high'])}"
+            f"{chance_words(r['auroc_ci_low'], run.unit_word)}"
             for r in mine.to_dict("records")
         ]
         n = run.metrics[f"probe/n_units_{data}"]

@@ -12,6 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from saexp.results import SWEEP_PLAN
 
 STATES = ("finished", "failed", "stopped", "not run")
+CONTROL = "control"
+"""Column: which control a cell's SAE is (`random`); empty for a trained one."""
 _KEYS = ("model", "sae", "dataset", "sae_trainer", "layer", "width", "coefficient")
 
 
@@ -71,6 +73,7 @@ def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
         for key in _KEYS:
             value = config.get(key)
             row.setdefault(key, value["name"] if isinstance(value, dict) else value)
+        row[CONTROL] = (provenance.get("sae") or {}).get("control")
         row |= _json(place / "metrics.json")
     return row
 
@@ -109,7 +112,7 @@ def _column(values: list[Any]) -> pd.Series:
 
 def swept(table: pd.DataFrame) -> list[str]:
     """The overrides whose value differs between cells, in the order of the columns."""
-    known = {"cell", "folder", "status", "error"}
+    known = {"cell", "folder", "status", "error", CONTROL}
     names = [c for c in table.columns if c not in known and "/" not in str(c)]
     return [c for c in names if table[c].dropna().astype(str).nunique() > 1]
 

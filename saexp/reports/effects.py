@@ -8,7 +8,7 @@ from saexp.reports.saved import SavedRun
 from saexp.wording import counted
 
 _UNITS = {
-    "resid_norm": "x the stream's mean norm",
+    "resid_norm": "x the stream's median norm",
     "max_act": "x the latents' maximum activation",
     "p99_act": "x the latents' 99th percentile",
     "raw": "x the direction as it is",

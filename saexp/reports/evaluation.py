@@ -10,10 +10,12 @@ import plotly.graph_objects as go
 from saexp.reports.analyses_parts import cell, interval, table_of
 from saexp.reports.html import provenance_rows, write_page
 from saexp.reports.saved import SavedRun
+from saexp.wording import sae_words
 
 CAPTIONS = {
     "losses": "Next-token loss of the model as it is, and with the SAE's reconstruction, the "
-    "stream's mean or zeros in place of the stream; 95 % bootstrap intervals over texts.",
+    "stream's mean or zeros in place of the stream; 95 % bootstrap intervals over texts, or over "
+    "entities where texts have one.",
     "layers": "Share of the loss that ablating the stream costs which the reconstruction wins "
     "back: 1 is a perfect SAE, 0 one that is no better than the ablation.",
     "l0": "Number of active latents per position.",
@@ -55,6 +57,9 @@ _TABLES = {
     "reconstruction": {
         "explained_variance": "explained variance",
         "explained_variance_legacy": "legacy",
+        "explained_variance_median": "median position",
+        "explained_variance_all_positions": "with high norms",
+        "n_high_norm": "high-norm positions",
         "cosine": "cosine",
         "mse": "squared error",
         "l2_ratio": "norm ratio",
@@ -98,7 +103,7 @@ def _sentence(row: pd.Series) -> str:
     if row["writes"] != place:
         place = f"{place} to {row['writes']}"
     return (
-        f"SAE of {row['d_sae']} latents, {place}: loss {row['ce_sae']:.3f} with its reconstruction "
+        f"{sae_words(row)}, {place}: loss {row['ce_sae']:.3f} with its reconstruction "
         f"({row['ce_mean']:.3f} with the mean, {row['ce_zero']:.3f} with zeros), CE score "
         f"{_number(row, 'ce_loss_score')}, KL {_number(row, 'kl_sae')}; L0 {row['l0']:.1f}, "
         f"explained variance {_number(row, 'explained_variance')}, {row['n_dead']} latents silent "

@@ -1,9 +1,11 @@
 """What a run found, in sentences with their intervals."""
 
 from pathlib import Path
+from typing import Any
 
 from saexp.reports.effects import effect_sentences
 from saexp.reports.saved import SavedRun
+from saexp.wording import chance_words, sae_words
 
 
 def headline(folder: str | Path) -> str:
@@ -26,8 +28,8 @@ def _setting(run: SavedRun) -> str:
     metrics, about = run.metrics, run.provenance
     n = metrics["contrast/n_units_test"]
     return (
-        f"{about['model']['name']}, {about['sae']['hookpoint']}, SAE of {about['sae']['d_sae']} "
-        f"latents: {metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} latents "
+        f"{about['model']['name']}, {about['sae']['hookpoint']}, {sae_words(about['sae'])}: "
+        f"{metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} latents "
         f"that fired tell {run.groups[0]} from {run.groups[1]} "
         f"(q <= {run.config['analyzer']['alpha']:g}, train split); "
         f"numbers below are of {n} held-out {run.unit_word}."
@@ -36,22 +38,36 @@ def _setting(run: SavedRun) -> str:
 
 def _contrast(run: SavedRun, group: str) -> str:
     m = {k.removeprefix("contrast/"): v for k, v in run.metrics.items()}
-    latent = m[f"best_latent_{group}"]
+    latent, strongest = m[f"best_latent_{group}"], m.get(f"strongest_latent_{group}")
+    beside = ""
+    if strongest is not None and strongest != latent:
+        density = m[f"strongest_background_freq_{group}"]
+        active = "" if density is None else f", active on {density:.1%} of background tokens"
+        beside = (
+            f" The strongest on the train split is latent {strongest}{active}: "
+            f"{_numbers(run, m, 'strongest', group)}."
+        )
     if latent is None:
-        return f"No latent for '{group}' is selected."
-    low, high = m[f"best_auroc_{group}_ci_low_test"], m[f"best_auroc_{group}_ci_high_test"]
+        return f"No latent for '{group}' is selected.{beside}"
+    most = ", the most selective," if beside else ""
+    return f"{group}: latent {latent}{most} has {_numbers(run, m, 'best', group)}.{beside}"
+
+
+def _numbers(run: SavedRun, m: dict[str, Any], kind: str, group: str) -> str:
+    """Held-out AUROC and separation of a leading latent, in the group's direction."""
+    low, high = m[f"{kind}_auroc_{group}_ci_low_test"], m[f"{kind}_auroc_{group}_ci_high_test"]
     interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-    parts = (
-        f"{group}: latent {latent} has AUROC {m[f'best_auroc_{group}_test']:.3f}{interval}, "
-        f"separation {m[f'best_separation_{group}_test']:.2f}"
+    told = (
+        f"AUROC {m[f'{kind}_auroc_{group}_test']:.3f}{interval}{chance_words(low, run.unit_word)}, "
+        f"separation {m[f'{kind}_separation_{group}_test']:.2f}"
     )
     if len(run.entity_types) > 1:
-        parts += (
+        told += (
             f"; smallest over {len(run.entity_types)} entity types: AUROC "
-            f"{m[f'best_min_auroc_{group}_test']:.3f}, separation "
-            f"{m[f'best_min_separation_{group}_test']:.2f}"
+            f"{m[f'{kind}_min_auroc_{group}_test']:.3f}, separation "
+            f"{m[f'{kind}_min_separation_{group}_test']:.2f}"
         )
-    return f"{parts}."
+    return told
 
 
 def training_sentence(run: SavedRun) -> str:

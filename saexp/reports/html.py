@@ -16,7 +16,7 @@ from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
 from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted
+from saexp.wording import above_chance, counted, sae_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_LATENTS, N_ROWS = 15, 8
@@ -109,7 +109,9 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
 def _title(run: SavedRun) -> str:
     short = run.provenance["model"]["name"].rpartition("/")[2]
     first, second = run.groups
-    return f"{first} against {second}: {short}, {run.provenance['sae']['hookpoint']}"
+    sae = run.provenance["sae"]
+    control = f", {sae_words(sae)}" if "control" in sae else ""
+    return f"{first} against {second}: {short}, {sae['hookpoint']}{control}"
 
 
 def _asked(run: SavedRun) -> str:
@@ -141,6 +143,9 @@ _STREAM = (
     ("sparsity/dead_fraction", "share of latents never fired"),
     ("reconstruction/explained_variance", "explained variance, these positions"),
     ("reconstruction/explained_variance_legacy", "… by the legacy formula"),
+    ("reconstruction/explained_variance_median", "… at the median position"),
+    ("reconstruction/explained_variance_all_positions", "… with high-norm positions"),
+    ("reconstruction/n_high_norm", "high-norm positions"),
     ("reconstruction/cosine", "cosine"),
     ("contrast/n_tested", "latents tested"),
     ("contrast/n_significant", "significant (train)"),
@@ -187,6 +192,8 @@ def _selected(run: SavedRun, group: str) -> str:
         told += " (as many as analyzer.top_k lets in)"
     if len(run.selected(group)) > N_LATENTS:
         told += f", the first {N_LATENTS}"
+    if at_chance := _at_chance(run, group):
+        told += f"; not above chance on held-out {run.unit_word}: {', '.join(at_chance)}"
     summary = run.effects_summary
     if summary is None:
         return told
@@ -200,6 +207,16 @@ def _selected(run: SavedRun, group: str) -> str:
         if {str(row["latent"]), f"{row['layer']}:{row['latent']}"} & names
     ]
     return f"{told}; changed below: {', '.join(changed)}" if changed else told
+
+
+def _at_chance(run: SavedRun, group: str) -> list[str]:
+    """Selected latents whose interval of the held-out AUROC covers 0.5."""
+    chosen = run.selected(group)
+    if chosen.empty or "ci_low_test" not in chosen:
+        return []
+    low = chosen["ci_low_test"] if group == run.groups[0] else 1 - chosen["ci_high_test"]
+    lows = zip(chosen["latent"], low.astype(float), strict=True)
+    return [str(latent) for latent, low in lows if above_chance(low) is False]
 
 
 def _example_rows(run: SavedRun) -> list[dict[str, Any]]:

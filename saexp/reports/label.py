@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from saexp.data.matchers import PAPER, Rules, type_key
 from saexp.intervals import wilson
 from saexp.reports.html import write_page
 from saexp.reports.look import GROUP_COLOURS, QUIET, style
@@ -44,6 +45,62 @@ def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def rules_table(labels: pd.DataFrame, rules: Rules) -> pd.DataFrame:
+    """How the answers on every attribute asked for are judged, with the paper's tolerance.
+
+    `tolerance` is in the attribute's own unit, `share` of the true value, `ratio` the likeness of
+    names that must be exceeded; `paper_tolerance` is that of Ferrando et al. 2024.
+    """
+    rows = []
+    for (kind, attribute), _ in labels.groupby(["entity_type", "attribute"], sort=False):
+        rule = rules.rule(str(kind), str(attribute))
+        paper = PAPER.get(type_key(str(kind)), {}).get(str(attribute))
+        is_number = rule.kind in ("number", "year", "coordinates", "text")
+        rows.append(
+            {
+                "entity_type": str(kind),
+                "attribute": str(attribute),
+                "kind": rule.kind,
+                "tolerance": float(rule.tolerance) if is_number else None,
+                "share": float(rule.share) if rule.kind in ("number", "text") else None,
+                "ratio": float(rule.ratio) if rule.kind in ("name", "text") else None,
+                "paper_tolerance": None if paper is None else float(paper),
+            }
+        )
+    columns = ("entity_type", "attribute", "kind", *_LIMITS)
+    return pd.DataFrame(rows, columns=list(columns)).astype(dict.fromkeys(_LIMITS, "float64"))
+
+
+def rule_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of `rules_table` as plain mappings, each with the limits that its rule has."""
+    return [
+        {str(name): value for name, value in row.items() if not pd.isna(value)}
+        for row in table.to_dict("records")
+    ]
+
+
+_LIMITS = ("tolerance", "share", "ratio", "paper_tolerance")
+
+
+def _rule_rows(table: pd.DataFrame) -> list[list[Any]]:
+    """Rows of the page's table: what counts as right, and what to type for the paper's."""
+    rows = []
+    for row in table.to_dict("records"):
+        within = {
+            "year": f"within {row['tolerance']:g}" if row["tolerance"] else "exact",
+            "number": f"within {row['tolerance']:g}, or {100 * row['share']:g}%",
+            "coordinates": f"within {row['tolerance']:g} degrees",
+            "name": f"whole name, likeness above {row['ratio']:g}",
+            "genre": "its words",
+            "text": f"its words, or likeness above {row['ratio']:g}; a number exactly",
+        }[row["kind"]]
+        key = f"task.options.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
+        paper = row["paper_tolerance"]
+        typed = "" if pd.isna(paper) else f"within {paper:g}: type {key}={paper:g}"
+        rows.append([row["entity_type"], row["attribute"], row["kind"], within, typed])
+    return rows
 
 
 def label_sentences(name: str, entities: pd.DataFrame, labels: pd.DataFrame) -> list[str]:
@@ -145,7 +202,9 @@ def _passages_figure(table: pd.DataFrame) -> go.Figure:
 
 def _tables(run: SavedRun) -> list[dict[str, Any]]:
     entities, attributes, labels = (run.table(n) for n in ("entities", "attributes", "labels"))
+    rules = run.table("rules")
     assert entities is not None and attributes is not None and labels is not None
+    assert rules is not None, "task=label saves the rules it judged by"
     kinds = entities["entity_type"].fillna("").astype(str)
     counts = [
         [k, *(int(((kinds == k) & (entities["group"] == g)).sum()) for g in GROUPS)]
@@ -172,6 +231,11 @@ def _tables(run: SavedRun) -> list[dict[str, Any]]:
             "title": "Examples",
             "head": ["prompt", "true answers", "greedy answer", "label", "right samples"],
             "rows": shown,
+        },
+        {
+            "title": "How answers are judged",
+            "head": ["type", "attribute", "judged as", "right", "in Ferrando et al. 2024"],
+            "rows": _rule_rows(rules),
         },
     ]
 

@@ -104,7 +104,7 @@ class SavedRun:
         if table is None:
             return pd.DataFrame()
         mine = table[table["selected"] & (table["direction"] == direction)]
-        return mine.sort_values("rank")
+        return mine.sort_values("rank", kind="stable")
 
     def main_conditions(self) -> list[str]:
         """What is told first: per direction its latents together (else the first alone), and its

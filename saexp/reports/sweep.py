@@ -5,10 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.reports.cells import STATES, cells_table, groups_of, read_plan, swept
+from saexp.reports.cells import CONTROL, STATES, cells_table, groups_of, read_plan, swept
 from saexp.reports.html import write_page
 from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
 from saexp.reports.sweep_figures import effects_table, sweep_figures
+from saexp.wording import chance_words
 
 CAPTIONS = {
     "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "
@@ -83,28 +84,53 @@ def findings(table: pd.DataFrame) -> list[str]:
             "(column check/begins_with_bos of sweep.parquet): compare those that are alike."
         )
     for group in groups_of(done):
-        key = f"contrast/best_auroc_{group}"
-        if f"{key}_test" not in done or done[f"{key}_test"].notna().sum() == 0:
-            told.append(f"{group}: no cell selects a latent.")
-            continue
-        # Chosen by the train split's value, so that the number told is not the luckiest one.
-        # Of cells that tell the groups apart as well the one with the largest separation.
-        order = [key, f"contrast/best_separation_{group}"]
-        scores = (
-            done.reindex(columns=order)
-            .astype(float)
-            .fillna(-1)
-            .sort_values(order, ascending=False, kind="stable")
-        )
-        best = done.loc[scores.index[0]]
-        told.append(
-            f"{group}: best at {_cell(best, swept(done))} (chosen on the train split): latent "
-            f"{int(best[f'contrast/best_latent_{group}'])}, held-out AUROC "
-            f"{best[f'{key}_test']:.3f}{_interval(best, key)}."
-        )
+        told.append(_best_sentence(done, group))
     for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
         told += _effect_sentence(str(outcome), str(direction), part)
     return told
+
+
+def _best_sentence(done: pd.DataFrame, group: str) -> str:
+    """The best cell of a direction; control SAEs don't compete but stand beside it."""
+    is_control = done[CONTROL].notna() if CONTROL in done else pd.Series(False, index=done.index)
+    best = _best_cell(done[~is_control], group)
+    rival = _best_cell(done[is_control], group)
+    if best is None and rival is None:
+        return f"{group}: no cell selects a latent."
+    named = swept(done)
+    told = "no cell with a trained SAE selects a latent" if best is None else ""
+    if best is not None:
+        told = (
+            f"best at {_cell(best, named)} (chosen on the train split): latent "
+            f"{_held_out(best, group)}"
+        )
+    if rival is not None:
+        told += (
+            f"; the best of the control SAEs ({rival[CONTROL]}), {_cell(rival, named)}: latent "
+            f"{_held_out(rival, group)}"
+        )
+    return f"{group}: {told}."
+
+
+def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
+    """Chosen by the train split's AUROC, so that the number reported is not the luckiest one.
+
+    Of cells that separate the groups as well the one with the largest separation.
+    """
+    key = f"contrast/best_auroc_{group}"
+    if f"{key}_test" not in cells or not cells[f"{key}_test"].notna().any():
+        return None
+    order = [key, f"contrast/best_separation_{group}"]
+    scores = cells.reindex(columns=order).astype(float).fillna(-1)
+    return cells.loc[scores.sort_values(order, ascending=False, kind="stable").index[0]]
+
+
+def _held_out(cell: pd.Series, group: str) -> str:
+    key = f"contrast/best_auroc_{group}"
+    latent = int(cell[f"contrast/best_latent_{group}"])
+    told = f"{latent}, held-out AUROC {cell[f'{key}_test']:.3f}{_interval(cell, key)}"
+    low = cell.get(f"{key}_ci_low_test")
+    return told + chance_words(None if low is None or pd.isna(low) else float(low))
 
 
 def _interval(row: pd.Series, key: str) -> str:

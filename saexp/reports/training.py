@@ -149,6 +149,8 @@ def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) 
     tiles: list[tuple[str, Any]] = [
         ("L0", run.metrics["sparsity/l0"]),
         ("explained variance", run.metrics["reconstruction/explained_variance"]),
+        ("… median position", run.metrics["reconstruction/explained_variance_median"]),
+        ("high-norm positions left out", run.metrics["reconstruction/n_high_norm"]),
         ("cosine", run.metrics["reconstruction/cosine"]),
         ("share never fired, held-out", run.metrics["sparsity/dead_fraction"]),
         ("positions trained on", run.provenance["n_trained_on"]),

@@ -140,6 +140,16 @@ class SparseAutoencoder(nn.Module):
         """Whether it predicts another stream than the one it reads."""
         return self.hookpoint_out is not None
 
+    def check_reconstructs(self) -> None:
+        """Raise SAEError for one layer of a cross-layer transcoder: its latents write to other
+        layers too, so what `decode` gives is no reconstruction of `hookpoint_out`."""
+        if self.metadata.get("reconstructs", True):
+            return
+        raise SAEError(
+            f"{self.metadata.get('name', 'the SAE')} is one layer of a cross-layer transcoder: its "
+            "latents and directions can be analysed and steered, but it reconstructs no stream"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -47,12 +47,12 @@ def check_fit(
     sae: SparseAutoencoder,
     acts: Float[Tensor, "n d"],
     special: Bool[Tensor, " n"],
-    neighbours: Mapping[Hookpoint, Float[Tensor, "n d"] | Pair],
+    neighbours: Mapping[Hookpoint, Float[Tensor, "_ d"] | Pair],
     target: Float[Tensor, "n d_out"] | None = None,
 ) -> Fit:
     """Compare the SAE's reading of `acts` with its reading of what may have been meant instead.
 
-    `special`: which rows are special tokens. `neighbours`: the same rows one layer down and up; of
+    `special`: which rows are special tokens. `neighbours`: ordinary rows one layer down and up; of
     a transcoder both streams there, and `target` is the stream that it predicts at its own.
     Explained variance as in REFERENCE.md, section 3.
     """
@@ -124,6 +124,11 @@ _REMEDIES = {
 
 def _problems(sae: SparseAutoencoder, own: float, others: Mapping[str, float]) -> list[str]:
     name = sae.metadata.get("name", "the SAE")
+    if not sae.metadata.get("reconstructs", True):
+        return [
+            f"{name} is one layer of a cross-layer transcoder, whose latents write to later layers "
+            "too: its numbers of reconstruction say nothing; activations and directions are right"
+        ]
     # What it reconstructs, or a transcoder predicts.
     at = (sae.hookpoint_out or sae.hookpoint).name
     found = []

@@ -5,6 +5,7 @@ from typing import Any
 
 from saexp.config import parse_layers
 from saexp.errors import SAEError
+from saexp.hub import is_path
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats import (
@@ -31,6 +32,7 @@ _IN_REPOS = (
 
 def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> SparseAutoencoder:
     """Detect the format from the files and read it. Raises SAEError for what is not there."""
+    place = place.expanduser()
     is_ours = place.name == dictionary_learning.WEIGHTS
     if is_ours and dictionary_learning.is_dictionary_learning(place.parent):
         place = place.parent
@@ -38,9 +40,9 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         raise SAEError(f"{place} is a pickle file, {_DANGER}")
     if not place.exists():
         parts = place.parts
-        if len(parts) >= 2 and not place.is_absolute() and not parts[0].startswith("."):
-            return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-        raise SAEError(f"sae.path={place}: no such folder or file")
+        if len(parts) < 2 or is_path(str(place)):
+            raise SAEError(f"sae.path={place}: no such folder or file")
+        return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
     if place.name in (gemma_scope2.WEIGHTS, saelens.WEIGHTS, sparsify.WEIGHTS):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
@@ -49,7 +51,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
     file = place / gemma_scope.WEIGHTS if place.is_dir() else place
     if file.is_file() and file.suffix == ".npz":
         return gemma_scope.load_gemma_scope(
-            file, _npz_hookpoint(file, stream, layer), {"name": name, **about(file)}
+            file, _npz_ends(file, stream, layer), {"name": name, **about(file)}
         )
     raise _unknown(place)
 
@@ -59,21 +61,21 @@ def _read_folder(
 ) -> SparseAutoencoder | None:
     """A folder in one of the formats that have a config; None where it is in none of them."""
 
-    def facts(weights: str) -> dict[str, Any]:
-        return {"name": name, **about(folder / weights)}
+    def facts(form: Any) -> dict[str, Any]:
+        return {"name": name, **about(folder / form.WEIGHTS, folder / form.CONFIG)}
 
     given = _given(stream, layer)
     if saelens.is_saelens(folder):
-        return saelens.load_saelens(folder, facts(saelens.WEIGHTS))
+        return saelens.load_saelens(folder, facts(saelens))
     if sparsify.is_sparsify(folder):
-        return sparsify.load_sparsify(folder, facts(sparsify.WEIGHTS), given)
+        return sparsify.load_sparsify(folder, facts(sparsify), given)
     if llama_scope.is_llama_scope(folder):
-        return llama_scope.load_llama_scope(folder, facts(llama_scope.WEIGHTS))
+        return llama_scope.load_llama_scope(folder, facts(llama_scope))
     if gemma_scope2.is_gemma_scope2(folder):
-        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2.WEIGHTS), given)
+        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2), given)
     if dictionary_learning.is_dictionary_learning(folder):
         return dictionary_learning.load_dictionary_learning(
-            folder, facts(dictionary_learning.WEIGHTS), stream
+            folder, facts(dictionary_learning), stream
         )
     return None
 
@@ -95,13 +97,13 @@ def _unknown(place: Path) -> SAEError:
 
 def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAutoencoder:
     prefix = f"{path}/" if path else ""
-    name = f"{repo}/{path}"
+    name = f"{repo}/{path}".rstrip("/")
     gemma_scope2.refuse_across_layers(name, name)
     if path.endswith(".npz") or gemma_scope.is_gemma_scope(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
-        hookpoint = gemma_scope.hookpoint_of(repo, path)
+        ends = gemma_scope.ends_of(repo, path)
         file = download(repo, inner)
-        return gemma_scope.load_gemma_scope(file, hookpoint, {"name": name, **about(file)})
+        return gemma_scope.load_gemma_scope(file, ends, {"name": name, **about(file)})
     lacking = []
     for config, weights in _IN_REPOS:
         if present(repo, f"{prefix}{config}") is None:
@@ -121,7 +123,12 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
             download(repo, f"{prefix}{gemma_scope2.WEIGHTS}").parent, stream, layer, name
         )
     # Neither is there, or it would have been read; the error says which and why.
-    folder = download(repo, f"{prefix}{lacking[0] if lacking else saelens.CONFIG}").parent
+    try:
+        folder = download(repo, f"{prefix}{lacking[0] if lacking else saelens.CONFIG}").parent
+    except SAEError as error:
+        if lacking:
+            raise
+        raise SAEError(f"sae.path={name}: no such folder here, and {error}") from error
     return load_sae_files(folder, stream, layer, name)
 
 
@@ -139,12 +146,12 @@ def _given(stream: str | None, layer: Any) -> Hookpoint | None:
     return Hookpoint(parse_layers(layer)[0], stream)
 
 
-def _npz_hookpoint(file: Path, stream: str | None, layer: Any) -> Hookpoint:
+def _npz_ends(file: Path, stream: str | None, layer: Any) -> gemma_scope.Ends:
     """From the path, else from the user's words."""
     try:
-        return gemma_scope.hookpoint_of(str(file.parent), str(file.parent))
+        return gemma_scope.ends_of(str(file.parent), str(file.parent))
     except SAEError:
         given = _given(stream, layer)
         if given is None:
             raise
-        return given
+        return given, None

@@ -6,19 +6,20 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from saexp.digests import content_name
 from saexp.errors import SAEError
-from saexp.models.digests import file_sha256
+from saexp.hub import hub, why_absent
 
 
 def download(repo: str, path: str) -> Path:
     """A file of a hub repository, from the cache where it is there."""
     try:
-        return Path(hf_hub_download(repo, path))
+        with hub():
+            return Path(hf_hub_download(repo, path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise SAEError(
-            f"{repo}/{path} is neither cached nor in reach ({reason}); go online once, or point "
-            "HF_HOME to a cache that holds it"
+            f"{repo}/{path} is neither cached nor in reach ({why_absent(error)}); go online "
+            "once, or point HF_HOME to a cache that holds it"
         ) from error
 
 
@@ -30,8 +31,9 @@ def present(repo: str, path: str) -> Path | None:
         return None
 
 
-def about(file: Path) -> dict[str, Any]:
-    """Path and fingerprint; a file of the hub's cache is named by its hash already."""
-    blob = file.resolve()
-    named = file.is_symlink() and blob.parent.name == "blobs"
-    return {"path": str(file), "fingerprint": blob.name if named else file_sha256(blob)}
+def about(file: Path, config: Path | None = None) -> dict[str, Any]:
+    """Path and fingerprint of the weights, and the fingerprint of the config beside them."""
+    known = {"path": str(file), "fingerprint": content_name(file)}
+    if config is not None and config.is_file():
+        known["config_fingerprint"] = content_name(config)
+    return known

@@ -12,25 +12,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
+from saexp.digests import contents
+from saexp.directions import random_directions
 from saexp.errors import SAEError
+from saexp.models.digests import state_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.catalogue import Entry, find, n_latents, show_width
+from saexp.saes.catalogue import find, n_latents, show_width
 from saexp.saes.detect import load_sae_files
-from saexp.saes.formats import (
-    by_sae_lens,
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope2,
-    llama_scope,
-    saelens,
-)
-from saexp.saes.hub import about, download, present
+from saexp.saes.places import fill
+from saexp.saes.releases import format_of, neuronpedia_of
 
 ESTIMATE = "estimate"
 _FIXED = "expected_average_only_in"
-_CROSS_LAYER = ("mntss_clt_layer_transcoder",)
 
 
 def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
@@ -40,70 +35,45 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         "name": f"{entry.release}/{entry.id}",
         "release": entry.release,
         "id": entry.id,
-        "neuronpedia_id": entry.neuronpedia,
+        "neuronpedia_id": neuronpedia_of(entry),
         "expected_l0": entry.expected_l0,
         "expected_explained_variance": entry.expected_explained_variance,
         "chosen": entry.chosen,
     }
-    return _finish(_of_release(entry, metadata), cfg)
-
-
-def _of_release(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """Download what the entry's format needs, and read it."""
-
-    def folder(config: str, weights: str, *, needs_config: bool = True) -> Path:
-        get = download if needs_config else present
-        get(entry.repo, f"{entry.path}/{config}")
-        file = download(entry.repo, f"{entry.path}/{weights}")
-        metadata.update(about(file))
-        return file.parents[len(Path(weights).parts) - 1]
-
-    if entry.loader in ("gemma_2", "gemma_2_transcoder"):
-        hookpoint = gemma_scope.hookpoint_of(entry.repo, entry.path)
-        path = entry.path if entry.path.endswith(".npz") else f"{entry.path}/{gemma_scope.WEIGHTS}"
-        file = download(entry.repo, path)
-        return gemma_scope.load_gemma_scope(file, hookpoint, {**metadata, **about(file)})
-    if entry.loader == "gemma_3":
-        gemma_scope2.refuse_across_layers(entry.path, metadata["name"])
-        place = folder(gemma_scope2.CONFIG, gemma_scope2.WEIGHTS, needs_config=False)
-        return gemma_scope2.load_gemma_scope2(place, metadata)
-    if entry.loader in (None, "sae_lens"):
-        present(entry.repo, f"{entry.path}/{saelens.SPARSITY}")
-        place = folder(saelens.CONFIG, saelens.WEIGHTS)
-        return saelens.load_saelens(place, metadata, entry.overrides)
-    if entry.loader == "llama_scope":
-        place = folder(llama_scope.CONFIG, llama_scope.WEIGHTS)
-        return llama_scope.load_llama_scope(place, metadata)
-    if entry.loader == "dictionary_learning_1":
-        place = folder(dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)
-        return dictionary_learning.load_dictionary_learning(place, metadata)
-    if entry.loader in _CROSS_LAYER:
-        gemma_scope2.refuse_across_layers("clt", metadata["name"])
-    return by_sae_lens.load_by_sae_lens(entry, metadata)
+    form = format_of(entry)
+    # Before anything is downloaded.
+    _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
+    sae = form.read(entry, metadata)
+    if "fingerprint" not in sae.metadata:
+        sae.metadata["fingerprint"] = state_sha256(sae)
+    return _finish(sae, cfg)
 
 
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
-    if not cfg.path:
-        raise SAEError("sae.path is not set; type sae.path=<folder with the SAE's files>")
-    if "{assets}" in cfg.path:
+    if cfg.path and "{assets}" in cfg.path:
         _check_shipped(cfg)
-    width = n_latents(cfg.width)
-    names = {"assets": ASSETS, "model_name": cfg.model_name, "layer": cfg.layer, "width": width}
-    try:
-        place = cfg.path.format(**names)
-    except (KeyError, ValueError, IndexError) as error:
-        raise SAEError(
-            f"sae.path={cfg.path}: {{…}} may hold {', '.join(names)} alone; write a brace twice"
-        ) from error
-    return _finish(load_sae_files(Path(place), cfg.stream, cfg.layer, cfg.name), cfg)
+    return _finish(load_sae_files(fill(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
+
+
+def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
+    """(layer, stream) that the SAE of these files reads, and predicts.
+
+    These alone are kept, for files of this content.
+    """
+    content = tuple(contents(Path(path)))
+    return list(_hookpoints_of(path, layer, stream, content))
 
 
 @lru_cache(maxsize=1024)
-def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
-    """(layer, stream) that the SAE of these files reads, and predicts; nothing of it is kept."""
+def _hookpoints_of(
+    path: str,
+    layer: Any,
+    stream: str | None,
+    content: tuple[tuple[str, str], ...],  # noqa: ARG001
+) -> tuple[tuple[int, str], ...]:
     sae = load_sae_files(Path(path), stream, layer, path)
-    return [(h.layer, h.stream) for h in sae.hookpoints]
+    return tuple((h.layer, h.stream) for h in sae.hookpoints)
 
 
 def _check_shipped(cfg: SAEConfig) -> None:
@@ -135,20 +105,25 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
     `layer` and `stream` are needed where the files do not say them; a contradiction is an SAEError.
     """
     sae = load_sae_files(Path(source), stream, layer, str(source))
-    _check_place(sae, layer, stream, str(source))
+    _check_place(sae.hookpoint, layer, stream, str(source))
     if sae.lacks_factor:
         raise _no_factor(str(source))
     return sae.float()
 
 
 def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAutoencoder:
-    """A control: unit-norm random decoder, tied encoder, biases that let few latents fire."""
+    """A control: unit-norm random decoder, tied encoder, the 32 largest latents active.
+
+    Its directions depend on the seed, the stream (layer included) and the size, so that control
+    SAEs of two layers have no direction in common.
+    """
     size = cfg.d_in or d_in
     if size is None or cfg.layer is None:
         raise SAEError("sae=random needs a size and a layer: type sae.d_in=<d_model> layer=<block>")
     width = n_latents(cfg.width) or 8 * size
-    generator = torch.Generator().manual_seed(cfg.seed)
-    decoder = torch.nn.functional.normalize(torch.randn(width, size, generator=generator), dim=-1)
+    hookpoint = Hookpoint(parse_layers(cfg.layer)[0], cfg.stream or "resid_post")
+    decoder = random_directions(width, size, cfg.seed, "control SAE", hookpoint.name, width)
+    content = repr((width, size, cfg.seed, hookpoint.name)).encode()
     k = max(1, min(32, width // 16))
     sae = SparseAutoencoder(
         {
@@ -159,12 +134,13 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
         },
         architecture="topk",
         k=k,
-        hookpoint=Hookpoint(parse_layers(cfg.layer)[0], cfg.stream or "resid_post"),
+        hookpoint=hookpoint,
         metadata={
-            "name": f"random, width {width}, seed {cfg.seed}",
+            "name": f"random control, {hookpoint.name}, width {width}, seed {cfg.seed}",
+            "control": "random",
             "format": "random",
             "architecture": "topk",
-            "fingerprint": hashlib.sha256(f"{width} {size} {cfg.seed}".encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(content).hexdigest(),
         },
     )
     return _finish(sae, cfg)
@@ -173,7 +149,7 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
 def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     """Check the layer and stream against what was asked, then move to device and dtype."""
     name = sae.metadata.get("name", cfg.name)
-    _check_place(sae, cfg.layer, cfg.stream, name)
+    _check_place(sae.hookpoint, cfg.layer, cfg.stream, name)
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
@@ -231,9 +207,8 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
     return sae.norm_factor
 
 
-def _check_place(sae: SparseAutoencoder, layer: Any, stream: str | None, name: str) -> None:
+def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:
     """Raise SAEError where the layer or stream asked for is not the SAE's own."""
-    at = sae.hookpoint
     if layer is not None:
         asked = parse_layers(layer)
         if len(asked) != 1:

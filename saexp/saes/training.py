@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saexp.config.training import SAETrainerConfig
 from saexp.context import progress
+from saexp.directions import derived_seed
 from saexp.errors import SAEError
 from saexp.saes.training_classes import Place, training_sae
 
@@ -40,7 +41,8 @@ class Training:
 
         self.cfg, self.place, self.folder = cfg, place, folder
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
-        torch.manual_seed(cfg.seed)
+        # Not the seed alone: SAEs of two layers would start from the same directions.
+        torch.manual_seed(derived_seed(cfg.seed, "training", place.hookpoint.name))
         self.sae: Any = training_sae(cfg, d_sae, place, device, self.n_steps)
         self.trainer = SAETrainer(
             LensConfig(

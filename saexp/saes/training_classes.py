@@ -16,7 +16,16 @@ TRANSCODERS = tuple(
     f"{name}_transcoder" for name in ("standard", "batchtopk", "jumprelu", "matryoshka_batchtopk")
 )
 ARCHITECTURES = (*SAES, *TRANSCODERS)
-_GIVEN = ("d_in", "d_sae", "d_out", "dtype", "device", "metadata", "normalize_activations")
+_GIVEN = (
+    "d_in",
+    "d_sae",
+    "d_out",
+    "dtype",
+    "device",
+    "metadata",
+    "normalize_activations",
+    "reshape_activations",
+)
 """Fields of sae-lens' configs that follow from the streams, the width and sae_trainer's keys."""
 
 
@@ -59,6 +68,9 @@ def training_sae(
     if place.hookpoint_out is not None:
         output["hook_name_out"] = place.hookpoint_out.transformer_lens
         options["d_out"] = place.d_out
+    elif place.hookpoint.stream == "attn_z":
+        # Saved, it is given [.., n_heads, d_head] there.
+        options["reshape_activations"] = "hook_z"
     try:
         config = made_config(
             d_in=place.d_in,

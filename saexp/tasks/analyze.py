@@ -1,5 +1,6 @@
 """task=analyze: collect, encode, contrast, steer, report."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from saexp.tasks.describe import describe
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-from saexp.tasks.shared import analysed, encoded
+from saexp.tasks.shared import CONTRASTED, analysed, encoded, encoded_neutral, high_norm_notes
 from saexp.tasks.steering import check_steerable, intervene
 from saexp.tasks.worth import add_scores, attribution
 
@@ -43,7 +44,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("collect"):
         streams = [h for s in every for h in s.hookpoints]
         gathered = gather(cfg, model, streams, context.ahead)
-        check_steerable(cfg, gathered.examples)
+        check_steerable(cfg, gathered.examples, model)
         neutral = gather_background(
             cfg,
             model,
@@ -52,13 +53,15 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
             with_neighbours(cfg, context.ahead),
         )
     with context.stage("encode"):
+        gathered = replace(gathered, neutral=neutral)
         notes = settle_factor(cfg, sae, neutral)
-        latents, stream_metrics = encoded(gathered.store, sae, gathered.placement.rows)
-        background, _ = encoded(neutral.store, sae, neutral.placement.rows)
+        latents, stream_metrics = encoded(gathered, sae)
+        background = encoded_neutral(neutral, sae)
+        notes += high_norm_notes(gathered, sae, CONTRASTED)
     with context.stage("check"):
         checked = check_sae(cfg, sae, model, gathered, neutral)
     forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
-    notes = [*gathered.examples.notes, *notes]
+    notes = [*gathered.examples.notes, *neutral.examples.notes, *notes]
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
     result.merge(settled)
     result.merge(checked)
@@ -85,7 +88,9 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.tables["activations"] = _activations(latents, table)
         with context.stage("scores"):
             if cfg.analyzer.scores:
-                result.notes += add_scores(cfg, table, model, sae, background)
+                result.notes += add_scores(
+                    cfg, table, model, sae, background, neutral.store.path.name
+                )
             if cfg.analyzer.attribution:
                 result.merge(attribution(cfg, model, sae, gathered))
     _save(cfg, context, result, gathered, model, every, forwarded)

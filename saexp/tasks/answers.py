@@ -10,10 +10,10 @@ from typing import Any
 
 from saexp.config import RunConfig
 from saexp.data.labels import Thresholds
-from saexp.data.matchers import Rules, canonical
+from saexp.data.matchers import Rules, canonical, type_key
 from saexp.data.templates import TEMPLATES, Templates
 from saexp.errors import ConfigError, StoreError
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.computing import generate
 from saexp.interventions.ops import Row, Sampling
 from saexp.models.loading import LanguageModel
@@ -116,7 +116,7 @@ class Options:
                     raise ConfigError(f"{where}: every text needs {{entity}} in it")
                 question, beginning = (*map(str, texts), "")[:2]
                 name = canonical(attribute, entity_type)
-                made.setdefault(entity_type, {})[name] = (question, beginning)
+                made.setdefault(type_key(entity_type), {})[name] = (question, beginning)
         return made
 
 
@@ -147,13 +147,7 @@ def answers(
     ways: list[Sampling | None] = [None]
     ways += [Sampling(float(temperature), seed * _SEEDS_APART + k) for k in range(n_samples)]
     rows = [Row(ids, sample=way) for ids in prompts for way in ways]
-    determined_by = {
-        "model": model.fingerprint,
-        "dtype": str(model.dtype),
-        "device": model.device.type,
-        "eos": model.eos_ids,
-    }
-    cache = ResultCache(cache_dir, determined_by)
+    cache = ResultCache(cache_dir, model_ingredients(model))
     try:
         made = generate(
             model,
@@ -162,6 +156,7 @@ def answers(
             batch_tokens=batch_tokens,
             cache=cache,
             what="answering",
+            key="task.options.max_new_tokens",
         )
     finally:
         cache.close()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from saexp.config import RunConfig
+from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.data.tokens import adds_bos
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
@@ -52,8 +53,23 @@ def settle_bos(
     begins = asked if asked is not None else next(iter(means), own)
     model.prepend_bos = asked if asked is not None else (None if begins == own else begins)
     result = TaskResult(metrics={BOS: int(begins)})
-    result.notes = _notes(model, wishes, asked, key, own, has)
+    result.notes = _notes(model, wishes, asked, key, own, has) + _of_chat(model, begins)
     return result
+
+
+def _of_chat(model: LanguageModel, begins: bool) -> list[str]:
+    """A note where prompts in chat begin otherwise than the run's texts."""
+    tokenizer = model.tokenizer
+    if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
+        return []
+    [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
+    if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins:
+        return []
+    return [
+        f"prompts in chat begin {'without' if begins else 'with'} BOS, as the chat template of "
+        f"{model.name} has them, and texts {'with' if begins else 'without'}; "
+        f"model.prepend_bos={str(begins).lower()} makes prompts begin like texts"
+    ]
 
 
 def _disagreement(wishes: Sequence[Wish], means: Sequence[bool]) -> ConfigError:

@@ -17,7 +17,7 @@ from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.checking import check_sae, settle_factor
 from saexp.tasks.gathering import Gathered
 from saexp.tasks.loaded import sparse_autoencoder
-from saexp.tasks.shared import analysed, encoded
+from saexp.tasks.shared import CONTRASTED, analysed, encoded, encoded_neutral, high_norm_notes
 from saexp.tasks.worth import add_scores
 
 
@@ -89,7 +89,8 @@ def at_layers(
             continue
         notes = settle_factor(cfg, sae, neutral)
         notes += check_sae(cfg, sae, model, gathered, neutral).notes
-        latents, _ = encoded(gathered.store, sae, gathered.placement.rows)
+        latents, _ = encoded(gathered, sae)
+        notes += high_norm_notes(gathered, sae, CONTRASTED)
         table = None
         if own.table is not None:
             table, told = _contrast(cfg, sae, latents, gathered, neutral, model)
@@ -111,7 +112,7 @@ def _contrast(
     model: LanguageModel,
 ) -> tuple[pd.DataFrame, list[str]]:
     """The latent table of one layer, with scores where they decide what is changed."""
-    background, _ = encoded(neutral.store, sae, neutral.placement.rows)
+    background = encoded_neutral(neutral, sae)
     inputs = AnalysisInputs(
         latents=latents,
         groups=gathered.examples.groups,
@@ -121,11 +122,11 @@ def _contrast(
     result = analysed(registry.build("analyzer", cfg.analyzer), cfg.analyzer, inputs)
     table, notes = result.tables["latents"], result.notes
     if cfg.intervention.min_output_score is not None and cfg.analyzer.scores:
-        notes = [*notes, *add_scores(cfg, table, model, sae, background)]
+        notes = [*notes, *add_scores(cfg, table, model, sae, background, neutral.store.path.name)]
     return table, notes
 
 
 def _changed(cfg: RunConfig, layer: int, table: pd.DataFrame) -> pd.DataFrame:
     asked = cfg.intervention.latents_at(layer)
     mine = table["latent"].isin(asked) if isinstance(asked, list) else table["selected"]
-    return table[mine].sort_values("rank")
+    return table[mine].sort_values("rank", kind="stable")

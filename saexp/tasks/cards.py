@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saexp.analysis.matching_latents import nearest_directions
-from saexp.analysis.token_text import token_texts
 from saexp.config import RunConfig
+from saexp.data.token_text import token_texts
 from saexp.errors import ConfigError, ModelError
 from saexp.latents.examples import tally_store, values_at
 from saexp.latents.tally import Tally, at_quantiles
@@ -77,7 +77,7 @@ def _labels(gathered: Gathered) -> tuple[list[str], np.ndarray]:
 def tallied(
     latents: list[int], sae: SparseAutoencoder, gathered: Gathered, options: Options, seed: int
 ) -> tuple[list[str], Tally]:
-    """(labels of the groups, the chosen latents over all rows)."""
+    """(labels of the groups, the chosen latents over all ordinary rows)."""
     labels, of_row = _labels(gathered)
     tally = Tally(
         np.array(latents, dtype=np.int64),
@@ -89,7 +89,8 @@ def tallied(
         seed=seed,
     )
     texts = gathered.placement.rows["text_id"].to_numpy(dtype=np.int64)
-    return labels, tally_store(gathered.store, sae, texts, of_row, tally)
+    ordinary = gathered.ordinary(sae.hookpoints).mask
+    return labels, tally_store(gathered.store, sae, texts, of_row, tally, ordinary)
 
 
 def numbers(tally: Tally, i: int) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def examples(
     model: LanguageModel,
     options: Options,
 ) -> list[dict[str, Any]]:
-    """Per latent the strongest examples and those at quantiles, every token with its value."""
+    """Per latent the strongest examples and those at quantiles, every ordinary token with its
+    value."""
     placement = gathered.placement
     windows = Windows(
         placement.rows,
@@ -120,6 +122,7 @@ def examples(
         model.tokenizer,
         before=options.before,
         after=options.after,
+        shown=gathered.ordinary(sae.hookpoints).mask,
     )
     wanted: dict[int, np.ndarray] = {}
     shown: list[list[tuple[float | None, list[tuple[int, Window]]]]] = []
@@ -200,7 +203,7 @@ def tokens(
             read = out.readout(torch.tensor(one)).cpu()
             values = (read @ directions[i].cpu().to(read.dtype)).tolist()
             pairs = zip(one, values, strict=True)
-            found[i][side] = [[_token(model, t, shown[t]), _short(v)] for t, v in pairs]
+            found[i][side] = [[shown[t], _short(v)] for t, v in pairs]
     return found, TREATED
 
 
@@ -210,13 +213,6 @@ def _tokens_of(tokenizer: Any, out: Unembedding, directions: Tensor, k: int) -> 
     padding = max(0, len(out.weight) - n)
     ranked = out.top_tokens(directions, k + padding).tolist()
     return [[t for t in one if t < n][:k] for one in ranked]
-
-
-def _token(model: LanguageModel, token_id: int, shown: str) -> str:
-    """Its text; of a piece of a character, its name in the vocabulary."""
-    if "\ufffd" not in shown:
-        return shown
-    return str(model.tokenizer.convert_ids_to_tokens(token_id))
 
 
 def alike(tally: Tally, sae: SparseAutoencoder, options: Options) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -49,11 +50,15 @@ def settle_factor(cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered) -> 
     """
     if cfg.sae.norm_factor != ESTIMATE:
         return []
-    chunks = (acts for _, acts in neutral.store.chunks(sae.hookpoint, 8192))
+    ordinary = neutral.ordinary(sae.hookpoints).mask
+    chunks = (
+        acts[torch.from_numpy(ordinary[n : n + len(acts)])]
+        for n, acts in neutral.store.chunks(sae.hookpoint, 8192)
+    )
     factor = estimate_factor(sae, chunks)
     return [
-        f"sae.norm_factor={factor:.6g} was estimated from {neutral.store.n_rows} positions of "
-        f"neutral text at {sae.hookpoint.name}: its files do not give it"
+        f"sae.norm_factor={factor:.6g} was estimated from {int(ordinary.sum())} ordinary positions "
+        f"of neutral text at {sae.hookpoint.name}: its files do not give it"
     ]
 
 
@@ -75,7 +80,8 @@ def check_sae(
 ) -> TaskResult:
     """`check/…` metrics, table `check`, and a note per problem; SAEError with sae.check=error.
 
-    Looks at neutral text, and at the special tokens among the run's own positions. The table has
+    Looks at ordinary positions of neutral text (`activations.norms`), and at the special tokens
+    among the run's own positions. The table has
     what was measured beside what catalogue and files say (unknown where they say nothing), then
     explained variance under other readings.
     """
@@ -87,10 +93,14 @@ def check_sae(
     def acts(gathered: Gathered, hookpoint: Hookpoint) -> Tensor:
         return gathered.store.acts(hookpoint.layer, hookpoint.stream)
 
-    streams = [acts(neutral, h) for h in sae.hookpoints]
+    def ordinary(hookpoints: list[Hookpoint]) -> list[Tensor]:
+        rows = torch.from_numpy(np.flatnonzero(neutral.ordinary(hookpoints).mask))
+        return [acts(neutral, h)[rows] for h in hookpoints]
+
+    streams = ordinary(sae.hookpoints)
     near: dict[Hookpoint, Tensor | Pair] = {}
     for at in _shifted(cfg, sae, model):
-        read, *predicted = (acts(neutral, h) for h in at)
+        read, *predicted = ordinary(at)
         near[at[0]] = (read, predicted[0]) if predicted else read
     special = torch.zeros(len(streams[0]), dtype=torch.bool)
     if bool(mark.any()):
@@ -117,7 +127,9 @@ def check_sae(
     metrics |= {
         f"check/expected_{c.name}": c.expected for c in fit.compared if c.expected is not None
     }
-    return TaskResult(metrics=metrics, tables={"check": _table(sae, fit)}, notes=[*fit.problems])
+    left_out = neutral.ordinary(sae.hookpoints).notes("the SAE's check leaves them out")
+    notes = [*fit.problems, *(f"neutral text: {note}" for note in left_out)]
+    return TaskResult(metrics=metrics, tables={"check": _table(sae, fit)}, notes=notes)
 
 
 def fits_here(metrics: Mapping[str, float | int | None]) -> list[str]:

@@ -10,11 +10,11 @@ from saexp import registry
 from saexp.analysis.base import AnalysisInputs
 from saexp.config import PositionsConfig, RunConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import encode_store
 from saexp.latents.examples import firing_counts, unit_latents
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.gathering import Gathered, gather
+from saexp.tasks.shared import encoded_neutral
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,27 @@ def choose(
     table, where, notes = None, cfg.positions.name, []
     if len(groups) == 2:
         at, where = _contrast_rows(cfg, model, sae, gathered)
+        others = [n for n in at.examples.notes if n not in gathered.examples.notes]
+        notes = [f"contrast at {where}: {note}" for note in others]
         try:
             table = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
         except DataError as error:
             if not isinstance(asked, list):
                 raise
-            notes = [f"no contrast is shown: {error}"]
+            notes += [f"no contrast is shown: {error}"]
     if isinstance(asked, list):
         return Chosen(asked, "as named", table, groups, notes)
     if table is not None:
         best = table[table["selected"]].sort_values(["rank", "q_value"])["latent"].tolist()[:asked]
         if 0 < len(best) < asked:
-            notes = [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
+            notes += [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
         if best:
             how = f"the contrast's best at {where.replace('_', ' ')}"
             return Chosen([int(f) for f in best], how, table, groups, notes)
     why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
-    counts = firing_counts(gathered.store, sae)
+    counts = firing_counts(gathered.store, sae, gathered.ordinary(sae.hookpoints).mask)
     order = np.argsort(-counts, kind="stable")[:asked]
-    notes = [f"{why}, so these are the latents that fire on most positions"]
+    notes += [f"{why}, so these are the latents that fire on most positions"]
     return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)
 
 
@@ -123,11 +125,10 @@ def _contrast(
 ) -> pd.DataFrame:
     most = max(n, cfg.analyzer.top_k)
     analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
-    background, _ = encode_store(neutral.store, sae, neutral.placement.rows)
     inputs = AnalysisInputs(
         latents=unit_latents(at.store, sae, at.placement.rows),
         groups=at.examples.groups,
         layer=sae.hookpoint.layer,
-        background=background,
+        background=encoded_neutral(neutral, sae),
     )
     return registry.build("analyzer", analyzer).analyze(inputs).tables["latents"]

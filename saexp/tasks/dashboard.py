@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,8 @@ from saexp.tasks.choosing import Chosen, choose
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.tasks.shared import high_norm_notes
+from saexp.wording import sae_words
 
 
 def parse_latents(value: Any) -> list[int] | int:
@@ -53,7 +56,9 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             cfg.analyzer.n_background,
             with_neighbours(cfg, context.ahead),
         )
-    notes = [*gathered.examples.notes, *settle_factor(cfg, sae, neutral)]
+    gathered = replace(gathered, neutral=neutral)
+    notes = [*gathered.examples.notes, *neutral.examples.notes, *settle_factor(cfg, sae, neutral)]
+    notes += high_norm_notes(gathered, sae, "the dashboard's examples and numbers leave them out")
     result = TaskResult(metrics=gathered.metrics, notes=notes)
     result.merge(settled)
     result.merge(check_sae(cfg, sae, model, gathered, neutral))
@@ -119,8 +124,14 @@ def _save(
     }
     result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_silent": n_silent}
     result.metrics = clean_metrics(result.metrics, result.notes)
+    about = {
+        **sae.metadata,
+        "hookpoint": sae.hookpoint.name,
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
+    }
     finding = (
-        f"{model.name}, {sae.hookpoint.name}, SAE of {sae.d_sae} latents: {len(table)} of them "
+        f"{model.name}, {sae.hookpoint.name}, {sae_words(about)}: {len(table)} of them "
         f"({chosen.how}) over {len(gathered.placement.rows):,} positions; {n_silent} never "
         "fire there."
     )
@@ -133,12 +144,7 @@ def _save(
         finding=[finding],
         device=str(model.device),
         model=about_model(model),
-        sae={
-            **sae.metadata,
-            "hookpoint": sae.hookpoint.name,
-            "d_sae": sae.d_sae,
-            "architecture": sae.architecture,
-        },
+        sae=about,
         store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
         tokens_forwarded=gathered.stats.tokens_forwarded,
         groups=list(gathered.examples.groups),

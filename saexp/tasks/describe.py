@@ -24,7 +24,7 @@ from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neig
 from saexp.tasks.gathering import Gathered, gather, gather_background
 from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-from saexp.tasks.shared import encoded
+from saexp.tasks.shared import ANALYSED, DESCRIBED, encoded, encoded_neutral, high_norm_notes
 from saexp.tasks.steering import check_steerable, intervene, selects
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
 
     What an analyzer may have beside `analyze(inputs) -> TaskResult`, all of it optional:
     `several_layers`, true where `layer` may be a list; `reads_acts`, false where it does without
-    the activations themselves; `transfer`, path of a second data set with the same groups, whose
+    the activations themselves; `ordinary_only`, true where it leaves out the high-norm rows that
+    `inputs.ordinary` marks; `transfer`, path of a second data set with the same groups, whose
     inputs are then handed to `analyze` as `transfer=`. Of several layers, tables get a column
     `layer` and metrics the ending `_layer_<n>`.
     """
@@ -55,14 +56,16 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("collect"):
         gathered = gather(cfg, model, hookpoints, context.ahead)
         if not selects(cfg):
-            check_steerable(cfg, gathered.examples)
+            check_steerable(cfg, gathered.examples, model)
         wanted = [*hookpoints, *(h for h in near if h not in hookpoints)]
         ahead = with_neighbours(cfg, context.ahead)
         neutral = gather_background(cfg, model, wanted, cfg.analyzer.n_background, ahead)
+        gathered = dataclasses.replace(gathered, neutral=neutral)
         second = _second(cfg, analyzer, model, gathered, hookpoints)
     others = [neutral] if second is None else [neutral, second]
     forwarded = sum(g.stats.tokens_forwarded for g in (gathered, *others))
     result = TaskResult(metrics={**gathered.metrics}, notes=list(gathered.examples.notes))
+    result.notes += neutral.examples.notes
     if second is not None:
         result.notes += [f"transfer: {note}" for note in second.examples.notes]
     result.merge(settled)
@@ -130,7 +133,7 @@ def _changed(
         return TaskResult(notes=[note])
     sae = sparse_autoencoder(cfg, model)
     with context.stage("intervene"):
-        latents, _ = encoded(gathered.store, sae, gathered.placement.rows)
+        latents, _ = encoded(gathered, sae)
         own = AtLayer(sae, latents, None)
         layered, result = at_layers(cfg, saes, own, gathered, neutral, model)
         result.merge(intervene(cfg, latents, None, gathered, model, sae, layered))
@@ -168,11 +171,15 @@ def _second(
         path=str(path),
         model_name=cfg.dataset.model_name,
         groups=list(gathered.examples.groups) or None,
+        missing_values=cfg.dataset.missing_values,
         split=cfg.dataset.split,
+        answer_space=cfg.dataset.answer_space,
         max_length=cfg.dataset.max_length,
+        truncation=cfg.dataset.truncation,
         seed=cfg.dataset.seed,
     )
-    return gather(dataclasses.replace(cfg, dataset=dataset), model, hookpoints)
+    second = gather(dataclasses.replace(cfg, dataset=dataset), model, hookpoints)
+    return dataclasses.replace(second, neutral=gathered.neutral)
 
 
 def _one_layer(
@@ -187,9 +194,11 @@ def _one_layer(
 ) -> TaskResult:
     with context.stage("encode"):
         notes = settle_factor(cfg, sae, neutral)
-        background, _ = encoded(neutral.store, sae, neutral.placement.rows)
+        background = encoded_neutral(neutral, sae)
         inputs, metrics = _inputs(cfg, analyzer, model, sae, gathered)
         inputs.background = background
+        only = getattr(analyzer, "ordinary_only", False)
+        notes += high_norm_notes(gathered, sae, DESCRIBED if only else ANALYSED)
         more = {}
         if second is not None:
             other, _ = _inputs(cfg, analyzer, model, sae, second)
@@ -227,17 +236,21 @@ def _inputs(
     gathered: Gathered,
 ) -> tuple[AnalysisInputs, dict[str, float | None]]:
     at = sae.hookpoint
-    latents, metrics = encoded(gathered.store, sae, gathered.placement.rows)
+    latents, metrics = encoded(gathered, sae)
+    ordinary = gathered.ordinary(sae.hookpoints)
     reads = getattr(analyzer, "reads_acts", True)
     inputs = AnalysisInputs(
         latents=latents,
         groups=gathered.examples.groups,
         layer=at.layer,
         acts=gathered.store.acts(at.layer, at.stream) if reads else None,
+        texts=gathered.placement.texts,
         examples=gathered.examples.examples,
         model=model,
         sae=sae,
         max_length=cfg.dataset.max_length,
+        ordinary=ordinary.mask,
+        norm_limits=ordinary.limits,
     )
     return inputs, metrics
 
@@ -282,4 +295,6 @@ def _together(saes: list[dict[str, Any]]) -> dict[str, Any]:
         key: ", ".join(dict.fromkeys(str(sae.get(key)) for sae in saes))
         for key in ("name", "hookpoint", "d_sae", "architecture", "fingerprint")
     }
-    return {**joined, "n_saes": len(saes)}
+    controls = dict.fromkeys(sae["control"] for sae in saes if "control" in sae)
+    control = {"control": ", ".join(controls)} if controls else {}
+    return {**joined, **control, "n_saes": len(saes)}

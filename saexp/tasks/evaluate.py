@@ -74,7 +74,11 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)
         texts.notes[:0] = settled.notes
-    settings = EvaluationSettings(where=where, batch_tokens=options["batch_tokens"])
+    settings = EvaluationSettings(
+        where=where,
+        batch_tokens=options["batch_tokens"],
+        max_norm_ratio=cfg.positions.max_norm_ratio,
+    )
     asked = _Asked(cells, texts, settings, options["n_bootstrap"])
     parts: list[Part] = []
     began, forwarded, result = time.perf_counter(), 0, TaskResult()
@@ -85,7 +89,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
             found = evaluate_saes(model, saes, texts.tokens, settings)
         with context.stage("summarise"):
             parts += [
-                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids)
+                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids, texts.units)
                 for sae, one in zip(saes, found, strict=True)
             ]
         forwarded += sum(map(len, texts.tokens))
@@ -200,19 +204,21 @@ def _save(
         store={"key": "none: texts are forwarded with and without the SAE"},
         tokens_forwarded=result.metrics["collection/tokens_forwarded"],
         dataset={"name": cfg.dataset.name, "n_examples": len(texts.tokens) + len(texts.skips)},
-        where=_told(asked.settings.where),
+        where=_told(asked.settings),
         **more,
     )
 
 
-def _told(where: Where) -> dict[str, str]:
+def _told(settings: EvaluationSettings) -> dict[str, str]:
     """Which positions are meant, in words, for the report."""
-    ordinary, every = "all but special tokens (BOS …) and padding", "all but padding"
+    where, ratio = settings.where, settings.max_norm_ratio
+    special, every = "all but special tokens (BOS …) and padding", "all but padding"
+    high = "" if ratio is None else f"; not those with a norm above {ratio:g} times the median"
     pairs = "predictions made at a token, of the next, neither of them special or padding"
     any_pair = "predictions made at a token, of the next, neither of them padding"
     return {
-        "spliced": every if where.splice_special else ordinary,
-        "ablated": every if where.ablate_special else ordinary,
+        "spliced": (every if where.splice_special else special) + high,
+        "ablated": (every if where.ablate_special else special) + high,
         "scored": any_pair if where.score_special else pairs,
-        "compared": every if where.score_special else ordinary,
+        "compared": every if where.score_special else special,
     }

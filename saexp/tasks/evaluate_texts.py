@@ -11,8 +11,10 @@ from saexp.analysis.evaluation_passes import Where
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, Skip
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.data.prompts import tokenize_texts
+from saexp.data.tokens import TokenizedText
 from saexp.errors import DataError
+from saexp.models.context_length import context_limit
 from saexp.models.loading import LanguageModel
 from saexp.tasks.gathering import skip_notes
 
@@ -25,6 +27,8 @@ class Texts:
     tokens: list[TokenizedText]
     skips: list[Skip]
     notes: list[str] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
+    """What each text is resampled with: its entity, else itself."""
 
 
 def read_texts(
@@ -44,14 +48,12 @@ def read_texts(
     if options["n_texts"] is not None and options["n_texts"] < len(distinct):
         order = np.random.default_rng([cfg.seed, 23]).permutation(len(distinct))
         distinct = [distinct[i] for i in sorted(order[: options["n_texts"]])]
-    longest = min(
-        cfg.dataset.max_length,
-        getattr(model.text_config, "max_position_embeddings", None) or cfg.dataset.max_length,
-    )
-    tokenized = tokenize([e.text for e in distinct], model.tokenizer, longest, model.prepend_bos)
+    longest = min(cfg.dataset.max_length, context_limit(model) or cfg.dataset.max_length)
+    tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
     for example, tokens in zip(distinct, tokenized, strict=True):
         if can_be_scored(tokens, where):
             found.ids.append(example.id)
+            found.units.append(example.unit)
             found.tokens.append(tokens)
         else:
             found.skips.append(Skip(example.id, "too short: no token has a scored next token"))

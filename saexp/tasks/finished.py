@@ -1,38 +1,46 @@
 """Which configs were run to the end, so that `resume` can reuse their results."""
 
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import logging
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from saexp.config import RunConfig
+from saexp.digests import digest_of
+from saexp.tasks.contents import (
+    code_content,
+    data_content,
+    model_content,
+    plugins_content,
+    saes_content,
+)
+from saexp.tasks.holding import LOCK
 from saexp.tasks.saving import clear
 
 log = logging.getLogger(__name__)
 
+VERSION = 2
+"""Of what fingerprints are made of; a run of another version is not found."""
 _NO_MATTER = ("resume", "cache_dir", "tracker", "verify")
 
 
-_plugins: dict[str, list[tuple[str, int, int]]] = {}
-"""Plugin -> its files as they were when this process first looked, which is what it imported."""
+def fingerprint(cfg: RunConfig) -> str | None:
+    """Digest of the resolved config and of the content of all that it names: model, SAEs, data,
+    plugins, and saexp's own code.
 
-
-def fingerprint(cfg: RunConfig) -> str:
-    """Hash of the resolved config, of the local files and plugins it names, and of saexp's
-    version."""
+    None where weights or data are out of reach, so that nothing is known of their content.
+    """
+    model = [] if cfg.task.name == "cache" else model_content(cfg.model)
+    saes, data = saes_content(cfg), data_content(cfg)
+    if model is None or saes is None or data is None:
+        return None
     config = dataclasses.asdict(cfg)
     for key in _NO_MATTER:
         config.pop(key)
-    states = [_state(path) for path in _named(cfg)]
-    states += [_plugins.setdefault(module, _state(_source(module))) for module in cfg.plugins]
-    content: list[Any] = [metadata.version("saexp"), config, states]
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    code = [code_content(), plugins_content(cfg)]
+    return digest_of(VERSION, config, model, saes, data, code)[:24]
 
 
 def _named(cfg: RunConfig) -> list[str | None]:
@@ -46,44 +54,27 @@ def inputs(cfg: RunConfig) -> frozenset[Path]:
     return frozenset(Path(p).resolve() for p in _named(cfg) if p and Path(p).exists())
 
 
-def _source(module: str) -> str | None:
-    """A plugin's file, or the folder of its package; None where it is in no file."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin)
-    return str(path.parent if path.name == "__init__.py" else path)
-
-
-def _state(path: str | None) -> list[tuple[str, int, int]]:
-    """(name, size, time of last change) of a file, or of all files of a folder."""
-    place = Path(path) if path else None
-    if place is None or not place.exists():
-        return []
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    files = [f for f in files if f.is_file() and f.suffix != ".pyc"]
-    stats = [(str(f), f.stat()) for f in files]
-    return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-
-
 def _entry(cfg: RunConfig, key: str) -> Path:
     return Path(cfg.cache_dir) / "finished" / f"{key}.json"
 
 
-def record(cfg: RunConfig, folder: Path, key: str) -> None:
+def record(cfg: RunConfig, folder: Path, key: str | None) -> None:
     """Note that a run ended well, in its provenance and in the cache's index.
 
     `key` is the fingerprint when the run began; where it is another by now, the run is not reused.
+    None where something was out of reach then: what the run itself fetched counts.
     """
+    now = fingerprint(cfg)
+    key = key or now
+    if key is None:
+        log.info("resume=true will run this anew: the content of what it read is not known")
+        return
     file = folder / "provenance.json"
     if file.is_file():
         about = {"status": "finished", "fingerprint": key, **json.loads(file.read_text("utf-8"))}
         text = json.dumps(about, indent=1, ensure_ascii=False)
         file.write_text(text + "\n", encoding="utf-8")
-    if fingerprint(cfg) != key:
+    if now != key:
         log.warning("a file that the config names changed meanwhile: resume=true will run it anew")
         return
     entry = _entry(cfg, key)
@@ -117,7 +108,7 @@ def reuse(earlier: Path, folder: Path, keep: frozenset[Path] = frozenset()) -> N
 
 def _not_results(_folder: str, names: list[str]) -> set[str]:
     """What belongs to the earlier run alone; a tracker makes its own again."""
-    own = (".hydra", "wandb", "tracker.jsonl", "error.txt")
+    own = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
     return {n for n in names if n in own or n.endswith(".log")}
 
 
@@ -126,8 +117,10 @@ def _write(file: Path, content: Any) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-def find(cfg: RunConfig, key: str) -> Path | None:
+def find(cfg: RunConfig, key: str | None) -> Path | None:
     """Folder of a finished run of this fingerprint, if it is still there and still that run's."""
+    if key is None:
+        return None
     try:
         folder = Path(json.loads(_entry(cfg, key).read_text("utf-8"))["folder"])
         about = json.loads((folder / "provenance.json").read_text("utf-8"))

@@ -1,6 +1,5 @@
 """What analyze and collect begin with: examples, tokens, positions, activations."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -8,13 +7,14 @@ from typing import Any
 
 from saexp import registry
 from saexp.activations.collector import CollectionStats, Part, collect
+from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.config import DatasetConfig, PositionsConfig, RunConfig
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, ExampleSet, Skip
+from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import Placement, place
-from saexp.data.tokens import tokenize
-from saexp.errors import ModelError
+from saexp.data.prompts import tokenize_texts
+from saexp.errors import DataError, ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.tasks.bos import begins_with_bos
@@ -29,23 +29,26 @@ _OF_TEXTS = (
     "groups",
     "group_rule",
     "entity_types",
+    "missing_values",
     "n_examples",
     "hf_split",
     "options",
+    "truncation",
     "seed",
 )
 """Settings of a data set that decide which texts there are."""
 _OF_POSITIONS = ("n", "indices", "substring", "include_special", "seed")
 
 
-def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
-    """One line on those of `n` examples that could not be used; nothing where all were."""
-    if not skips:
+def cut_notes(placement: Placement, of: str, max_length: int) -> list[str]:
+    """One line on the texts that are read only up to the maximum length; nothing without one."""
+    n = placement.n_cut
+    if not n:
         return []
-    reasons = Counter(s.reason for s in skips).most_common()
-    told = ", ".join(f"{reason} ({count:,})" for reason, count in reasons)
-    verb = "was" if len(skips) == 1 else "were"
-    return [f"{len(skips):,} of {counted(n, of)} {verb} skipped: {told}"]
+    return [
+        f"{of}: {n:,} of {counted(len(placement.texts), 'text')} {'was' if n == 1 else 'were'} cut "
+        f"at dataset.max_length={max_length} tokens; nothing beyond the cut is read"
+    ]
 
 
 @dataclass
@@ -56,6 +59,16 @@ class Gathered:
     placement: Placement
     store: ActivationStore
     stats: CollectionStats
+    max_norm_ratio: float | None = None
+    """Norm of an ordinary position over the median norm, at most; None: all are ordinary."""
+    neutral: "Gathered | None" = None
+    """Neutral text whose median norm counts; the median of these positions where there is none."""
+
+    def ordinary(self, hookpoints: Sequence[Hookpoint]) -> OrdinaryRows:
+        """Which positions are ordinary at all of these hookpoints."""
+        reference = self.store if self.neutral is None else self.neutral.store
+        limits = norm_limits(reference, hookpoints, self.max_norm_ratio)
+        return OrdinaryRows(self.store, limits, self.max_norm_ratio)
 
     @property
     def metrics(self) -> dict[str, float | int | None]:
@@ -82,12 +95,15 @@ def gather(
     that part of the store is looked at. The examples' notes say how many were skipped.
     """
     examples = registry.build("dataset", cfg.dataset)
+    if not isinstance(examples, ExampleSet):
+        kind = type(examples).__name__
+        raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
     positions = registry.build("positions", cfg.positions)
     settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
     seed = cfg.positions.seed
     found = _collected(cfg, model, hookpoints, examples, positions, seed, settings, ahead, part)
     left = skip_notes(found.placement.skips, len(examples))
-    return replace(found, examples=replace(examples, notes=[*examples.notes, *left]))
+    return replace(found, examples=replace(found.examples, notes=[*found.examples.notes, *left]))
 
 
 def gather_background(
@@ -97,7 +113,7 @@ def gather_background(
     n_positions: int,
     ahead: Ahead = (),
 ) -> Gathered:
-    """Activations at random positions of neutral text."""
+    """Activations at random positions of neutral text; the examples' notes say what was cut."""
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
     examples = ExampleSet(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
@@ -123,20 +139,20 @@ def _collected(
     ahead: Ahead = (),
     part: Part | None = None,
 ) -> Gathered:
-    tokenized = tokenize(
-        [e.text for e in examples.examples],
-        model.tokenizer,
-        cfg.dataset.max_length,
-        model.prepend_bos,
+    data = cfg.dataset
+    tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
+    placement = place(
+        examples.examples, tokenized, positions, model.tokenizer, seed, data.truncation
     )
-    placement = place(examples.examples, tokenized, positions, model.tokenizer, seed)
+    notes = [*examples.notes, *cut_notes(placement, examples.name, data.max_length)]
+    examples = replace(examples, notes=notes)
     store, stats = collect(
         model,
         placement,
         hookpoints,
         cache_dir=cfg.cache_dir,
         cfg=cfg.store,
-        max_length=cfg.dataset.max_length,
+        max_length=data.max_length,
         n_skipped=len(placement.skips),
         ahead=_planned(model, hookpoints, ahead),
         part=part,
@@ -151,7 +167,7 @@ def _collected(
         },
         verify=cfg.verify,
     )
-    return Gathered(examples, placement, store, stats)
+    return Gathered(examples, placement, store, stats, cfg.positions.max_norm_ratio)
 
 
 def _changed(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:

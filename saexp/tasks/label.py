@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,17 @@ from saexp import registry
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip
-from saexp.data.labels import Question, entity_groups, label_answer, questions
-from saexp.data.tokens import tokenize
+from saexp.data.labels import Question, entity_groups, label_answer, questions, repeats_question
+from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
 from saexp.models.loading import LanguageModel
-from saexp.reports.label import attribute_table, label_sentences
+from saexp.reports.label import (
+    attribute_table,
+    label_sentences,
+    rule_records,
+    rules_table,
+)
 from saexp.results import TaskResult
 from saexp.tasks.answers import Answers, Options, answers
 from saexp.tasks.gathering import skip_notes
@@ -44,6 +49,8 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
     data = registry.build("dataset", cfg.dataset)
     examples = data.examples
     made, not_asked = questions(examples, options.asked_by)
+    if not made:
+        raise DataError(_nothing_asked(not_asked))
     notes = list(data.notes)
     notes += [f"{n} not asked: {reason}" for reason, n in sorted(not_asked.items())]
     made = _without_refusals(made, notes)
@@ -69,12 +76,14 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
             f"{few} entities were asked fewer than min_known={options.min_known} questions; such "
             "an entity is known where all it was asked is"
         )
+    notes += _repetition_notes(table)
     said_of = answer_rows(asked, table, cfg)
     result = TaskResult(metrics=_metrics(entities, table, said_of), notes=notes)
     result.tables = {
         "labels": table,
         "entities": entities,
         "attributes": attribute_table(table, options.min_correct),
+        "rules": rules_table(table, rules),
         "skips": skips_table(skips),
     }
     return save_labels(
@@ -83,7 +92,8 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         model,
         result,
         skips,
-        determined_by=_determined_by(cfg, model, options, asked, ids),
+        determined_by=_determined_by(cfg, model, options, asked, ids)
+        | {"rules": rule_records(result.tables["rules"])},
         files={
             "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
             "answers.jsonl": json_lines(said_of),
@@ -97,6 +107,20 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         },
         finding=[*label_sentences(model.name, entities, table), *_answers_told(said_of)],
     )
+
+
+def _repetition_notes(table: pd.DataFrame) -> list[str]:
+    """How many true answers stand in their question, and how many answers state one of them."""
+    some = table[table["answer_in_question"]]
+    if some.empty:
+        return []
+    first = some.iloc[0]
+    n_right = int((some["greedy_label"] == "correct").sum())
+    return [
+        f"{len(some)} questions hold their own true answer (the {first['attribute']} of "
+        f"{first['entity']}): to repeat it is not enough, an answer must state it; {n_right} "
+        "greedy answers do"
+    ]
 
 
 def _answers_told(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -144,16 +168,21 @@ def _prompts(
         raise DataError(
             "task.options.form=own, but the data set has attributes to ask for; type form=question"
         )
-    prepared: list[Asked] = []
+    texts, begun = [], []
     for question in made:
         begin = question.beginning if form == "begun" else ""
         text = f"{question.text} {begin}".rstrip() if begin and not chat else question.text
-        text = options.before + text
-        read = model.chat_text(text) + begin if chat else text
-        prepared.append((question, text, read))
-    tokens = tokenize(
-        [read for _, _, read in prepared], model.tokenizer, max_length, model.prepend_bos
-    )
+        texts.append(options.before + text)
+        begun.append(begin)
+    prompts = [
+        replace(prompt, text=prompt.text + begin) if chat else prompt
+        for prompt, begin in zip(as_read(model, texts), begun, strict=True)
+    ]
+    tokens = tokenize_prompts(model, prompts, max_length)
+    prepared: list[Asked] = [
+        (replace(question, beginning=begin), text, prompt.text)
+        for question, begin, text, prompt in zip(made, begun, texts, prompts, strict=True)
+    ]
     fits = [not t.truncated for t in tokens]
     skips = [
         Skip(f"{q.entity_type}/{q.entity}/{q.attribute}", "prompt longer than dataset.max_length")
@@ -162,11 +191,19 @@ def _prompts(
     ]
     asked = [a for a, good in zip(prepared, fits, strict=True) if good]
     if not asked:
-        why = "no entity has attributes with a template, or a prompt of its own"
-        if skips:
-            why = f"every prompt is longer than dataset.max_length={max_length}"
-        raise DataError(f"nothing can be asked: {why}")
+        raise DataError(
+            f"nothing can be asked: every prompt is longer than dataset.max_length={max_length}"
+        )
     return asked, [t.ids for t, good in zip(tokens, fits, strict=True) if good], skips
+
+
+def _nothing_asked(not_asked: Mapping[str, int]) -> str:
+    """Why there is no question, for the most frequent reason."""
+    if not not_asked:
+        return "nothing can be asked: the data set has no entities with a known attribute"
+    reason = max(not_asked, key=lambda r: (not_asked[r], r.startswith("no template")))
+    more = len(not_asked) - 1
+    return f"nothing can be asked: {reason}" + (f" (and {more} more)" if more else "")
 
 
 def _judged(
@@ -209,6 +246,7 @@ def _judged(
                 "greedy_label": found[0],
                 "samples": texts[1:],
                 "sample_labels": found[1:],
+                "answer_in_question": repeats_question(question),
                 "n_correct": n_correct,
                 "n_refusal": found[1:].count("refusal"),
                 "known": n_correct >= options.min_correct,
@@ -240,6 +278,7 @@ def _metrics(
         float((real["greedy_label"] == "correct").mean()) if len(real) else None
     )
     metrics["label/sample_accuracy"] = sampled.count("correct") / len(sampled) if sampled else None
+    metrics["label/n_answer_in_question"] = int(table["answer_in_question"].sum())
     metrics["label/refusal_rate"] = float((table["greedy_label"] == "refusal").mean())
     return metrics
 
@@ -261,7 +300,6 @@ def _determined_by(
         "device": model.device.type,
         "questions": hashlib.sha256(repr(content).encode()).hexdigest(),
         "options": {k: v for k, v in vars(options).items() if k != "batch_tokens"},
-        "rules": repr(options.judged_by),
         "split": cfg.dataset.split,
         "seeds": [cfg.seed, cfg.dataset.seed],
         "template": cfg.dataset.template,

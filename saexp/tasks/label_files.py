@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import pandas as pd
@@ -39,9 +40,12 @@ def save_labels(
 ) -> TaskResult:
     """Files in the run's folder and in cache_dir/labels/<key>/; metrics, tables, page.
 
-    `use` says per file how it is read; `{path}` in it is the file's place in the cache.
+    The key is made of `determined_by` and of what is in the files: later runs read them by this
+    path, so that other content never takes its place. `use` says per file how it is read;
+    `{path}` in it is the file's place in the cache.
     """
-    folder = labels_folder(cfg.cache_dir, determined_by)
+    content = {name: sha256(_bytes(made)).hexdigest() for name, made in files.items()}
+    folder = labels_folder(cfg.cache_dir, {**determined_by, "files": content})
     for name, content in files.items():
         for place in (context.folder, folder):
             write_whole(place / name, content)
@@ -55,12 +59,16 @@ def save_labels(
         skips,
         device=str(model.device),
         model=about_model(model),
-        labels={"key": folder.name, "path": str(folder)},
+        labels={"key": folder.name, "path": str(folder), "rules": determined_by.get("rules", [])},
         finding=finding,
     )
     with context.stage("report"):
         write_label_report(context.folder)
     return result
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Models and SAEs that several runs of one process share, kept by their config."""
+"""Models and SAEs that several runs of one process share, by their config and files' content."""
 
 import dataclasses
 import gc
@@ -11,6 +11,7 @@ from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.loading import check_fits
+from saexp.tasks.contents import model_content, sae_content
 
 _KEPT = {"model": 1, "sae": 4}
 _loaded: dict[str, OrderedDict[str, Any]] = {kind: OrderedDict() for kind in _KEPT}
@@ -18,7 +19,8 @@ _loaded: dict[str, OrderedDict[str, Any]] = {kind: OrderedDict() for kind in _KE
 
 def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
     kept = _loaded[kind]
-    key = repr((cfg, runtime))
+    content = model_content(cfg) if isinstance(cfg, ModelConfig) else sae_content(cfg)
+    key = repr((cfg, runtime, content))
     if key in kept:
         kept.move_to_end(key)
         return kept[key]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from saexp import registry
+from saexp import plugins
 from saexp.analysis.matching_latents import (
     Cofiring,
     Firing,
@@ -27,11 +27,13 @@ from saexp.analysis.matching_latents import (
     nearest_directions,
 )
 from saexp.config import ModelConfig, RunConfig, SAEConfig
+from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.reports.cells import cells_table
 from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.loaded import language_model, sparse_autoencoder
+from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def match_cells(folder: Path) -> None:
 
 
 def _told(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return brief(str(error), 300) or type(error).__name__
 
 
 def _cells(folder: Path) -> list[_Cell]:
@@ -125,7 +127,7 @@ def _cell(place: Path, number: int, about: dict[str, Any]) -> _Cell | None:
 def _loaded(cell: _Cell) -> SparseAutoencoder:
     """The cell's SAE, checked as a run does; from this process's cache where it is there."""
     config = dict(cell.about["config"])
-    registry.load_plugins(config["plugins"])
+    plugins.load_plugins(config["plugins"])
     config["model"], config["sae"] = ModelConfig(**config["model"]), SAEConfig(**config["sae"])
     cfg = RunConfig(**config)
     return sparse_autoencoder(cfg, language_model(cfg))
@@ -135,7 +137,10 @@ def _with_directions(cells: Sequence[_Cell], notes: list[str]) -> list[_Cell]:
     kept = []
     for cell in cells:
         try:
-            own = _loaded(cell).directions(cell.leading["latent"].tolist())
+            sae = _loaded(cell)
+            if sae.metadata.get("fingerprint") != cell.about["sae"]["fingerprint"]:
+                raise SAEError("the SAE's files are others by now than when the cell ran")
+            own = sae.directions(cell.leading["latent"].tolist())
             kept.append(replace(cell, directions=own.float().cpu()))
         except Exception as error:
             notes.append(f"latents of {cell.label} were not matched: {_told(error)}")

@@ -15,6 +15,7 @@ from saexp.data.examples import Skip
 from saexp.data.tables import read_rows
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.errors import DataError
+from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.reports.label import memorized_sentences
 from saexp.results import TaskResult
@@ -22,6 +23,7 @@ from saexp.tasks.answers import Options, answers
 from saexp.tasks.gathering import skip_notes
 from saexp.tasks.label_files import save_labels
 from saexp.tasks.saving import skips_table
+from saexp.wording import counted
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 """(prompt, continuation) in tokens, as in the study; and what the shipped passages allow."""
@@ -49,6 +51,8 @@ def memorized(
             f"{cfg.dataset.path or 'the shipped passages'}: no text has {n_prompt} + {n_next} "
             "tokens; type smaller task.options.prompt_tokens= and continuation_tokens="
         )
+    longest = max(len(p.ids) for p, _, _ in prompts)
+    check_positions(model, longest, n_next, "task.options.continuation_tokens")
     with context.stage("answer"):
         said = answers(
             model,
@@ -66,6 +70,13 @@ def memorized(
     ]
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
     notes = skip_notes(skips, len(tokens), "text")
+    n_empty = int((table["generated_continuation_text"] == "").sum())
+    if n_empty:
+        verb = "is ended at once, so its" if n_empty == 1 else "are ended at once, so their"
+        notes.append(
+            f"{counted(n_empty, 'text')} {verb} continuation is empty; "
+            "dataset=memorization skips and counts such rows"
+        )
     result = TaskResult(metrics=_metrics(table), notes=notes)
     result.tables = {"memorization": table, "skips": skips_table(skips)}
     return save_labels(
@@ -148,6 +159,7 @@ def _metrics(table: pd.DataFrame) -> dict[str, float | int | None]:
         "memorized/n_texts": len(table),
         "memorized/n_perfect": int(perfect.sum()),
         "memorized/n_none": int((table["matching_tokens"] == 0).sum()),
+        "memorized/n_empty": int((table["generated_continuation_text"] == "").sum()),
         "memorized/perfect_share": float(perfect.mean()),
         "memorized/matching_tokens_mean": float(table["matching_tokens"].mean()),
     }

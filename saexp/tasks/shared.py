@@ -6,7 +6,6 @@ them alike. What is kept is named by all that determines it, and the least recen
 
 import dataclasses
 import hashlib
-import json
 from collections import OrderedDict
 from typing import Any
 
@@ -16,13 +15,22 @@ import pandas as pd
 from saexp.activations.store import ActivationStore
 from saexp.analysis.base import AnalysisInputs
 from saexp.config import AnalyzerConfig
+from saexp.digests import code_digest, digest_of
 from saexp.latents.encode import Latents, encode_store
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SAE
+from saexp.saes.identity import sae_identity
+from saexp.tasks.gathering import Gathered
 
 KEPT_BYTES = 2**30
 """Memory of all that is kept, at most."""
 StreamNumbers = dict[str, float | None]
+ANALYSED = "sparsity and reconstruction metrics leave them out, the analysis does not"
+CONTRASTED = "sparsity and reconstruction metrics leave them out, the contrast does not"
+DESCRIBED = "sparsity and reconstruction metrics and the analysis leave them out"
+"""What follows for positions of high norm."""
 
 
 class Shelf:
@@ -59,16 +67,37 @@ class Shelf:
 _shelf = Shelf()
 
 
-def encoded(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> tuple[Latents, StreamNumbers]:
-    """As `encode_store`; the same store, SAE and rows are encoded once. Not to be written to."""
-    key = _latents_key(store, sae, rows)
+def encoded(gathered: Gathered, sae: SAE) -> tuple[Latents, StreamNumbers]:
+    """Latents at the run's positions, and metrics of the ordinary ones, as `encode_store` gives.
+
+    The same store, SAE and rows are encoded once. Not to be written to.
+    """
+    store, rows = gathered.store, gathered.placement.rows
+    ordinary = gathered.ordinary(streams_of(sae)).mask
+    key = _latents_key(store, sae, rows, ordinary)
     found = _shelf.get(key)
     if found is None:
-        latents, metrics = encode_store(store, sae, rows)
+        latents, metrics = encode_store(store, sae, rows, ordinary)
         found = dataclasses.replace(latents, key=key), metrics
         _shelf.put(key, found, _size(found[0]))
     latents, metrics = found
     return latents, dict(metrics)
+
+
+def encoded_neutral(neutral: Gathered, sae: SAE) -> Latents:
+    """Latents at the ordinary positions of neutral text."""
+    return encoded(neutral, sae)[0].where(neutral.ordinary(streams_of(sae)).mask)
+
+
+def high_norm_notes(gathered: Gathered, sae: SAE, consequence: str) -> list[str]:
+    """One line where some of the run's positions have high norms, and what follows for them."""
+    return gathered.ordinary(streams_of(sae)).notes(consequence)
+
+
+def streams_of(sae: SAE) -> list[Hookpoint]:
+    """What it reads, and a transcoder's output."""
+    out = getattr(sae, "hookpoint_out", None)
+    return [sae.hookpoint] if out is None else [sae.hookpoint, out]
 
 
 def analysed(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> TaskResult:
@@ -105,36 +134,20 @@ def _table_size(table: pd.DataFrame) -> int:
     return int(table.memory_usage(deep=True).sum())
 
 
-def _hash(*parts: Any) -> str:
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _latents_key(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> str | None:
-    about = _sae_key(sae)
-    streams = [sae.hookpoint, getattr(sae, "hookpoint_out", None)]
+def _latents_key(
+    store: ActivationStore, sae: SAE, rows: pd.DataFrame, ordinary: np.ndarray
+) -> str | None:
+    about = sae_identity(sae)
     listed = store.manifest["hookpoints"]
-    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams if h is not None]
-    return None if about is None else _hash(store.path.name, shards, about, _rows_key(rows))
+    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams_of(sae)]
+    counted = hashlib.sha256(ordinary.tobytes()).hexdigest()
+    if about is None:
+        return None
+    return digest_of(store.path.name, shards, about, _rows_key(rows), counted)
 
 
 def _sums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return [(index, entry["sha256"]) for index, entry in shards.items()]
-
-
-def _sae_key(sae: SAE) -> str | None:
-    """All that decides what an SAE makes of its input; None where its weights have no name."""
-    about = sae.metadata
-    weights = [about.get(k) for k in ("fingerprint", "release", "id")]
-    if not any(weights):
-        return None
-    settings = {
-        name: str(value)
-        for name, value in vars(sae).items()
-        if not name.startswith("_") and isinstance(value, str | int | float | None)
-    }
-    at = [str(sae.hookpoint), str(getattr(sae, "hookpoint_out", None))]
-    return _hash(type(sae).__qualname__, weights, settings, at, str(sae.W_dec.dtype))
 
 
 def _rows_key(rows: pd.DataFrame) -> str:
@@ -145,17 +158,24 @@ def _rows_key(rows: pd.DataFrame) -> str:
         # Columns of lists, which pandas cannot hash.
         values = pd.util.hash_pandas_object(rows.astype(str), index=False)
     digest = hashlib.sha256(np.asarray(values, dtype="<u8").tobytes()).hexdigest()
-    return _hash(kinds, digest)
+    return digest_of(kinds, digest)
+
+
+def _model_key(model: LanguageModel) -> str:
+    """All that decides what a model makes of a text; the config holds chat, device and dtype."""
+    parts = (repr(model.cfg), model.fingerprint, str(model.dtype), model.device.type)
+    return digest_of(*parts, model.prepend_bos, model.eos_ids)
 
 
 def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> str | None:
     latents, background = inputs.latents.key, inputs.background
-    sae = None if inputs.sae is None else _sae_key(inputs.sae)
+    sae = None if inputs.sae is None else sae_identity(inputs.sae)
+    code = code_digest(type(analyzer))
     unnamed = latents is None or (background is not None and background.key is None)
-    if unnamed or (inputs.sae is not None and sae is None):
+    if unnamed or code is None or (inputs.sae is not None and sae is None):
         return None
-    return _hash(
-        f"{type(analyzer).__module__}.{type(analyzer).__qualname__}",
+    return digest_of(
+        code,
         dataclasses.asdict(cfg),
         latents,
         None if background is None else background.key,
@@ -163,7 +183,8 @@ def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> s
         inputs.layer,
         inputs.acts is not None,
         hashlib.sha256(repr(list(inputs.examples)).encode()).hexdigest(),
-        None if inputs.model is None else (inputs.model.name, inputs.model.fingerprint),
+        None if inputs.model is None else _model_key(inputs.model),
         sae,
         inputs.max_length,
+        sorted((at.name, limit) for at, limit in inputs.norm_limits.items()),
     )

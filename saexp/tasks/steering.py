@@ -13,11 +13,14 @@ from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
-from saexp.interventions.facts import LatentFacts
-from saexp.interventions.run import run_intervention
+from saexp.interventions.facts import LatentFacts, StreamRows
+from saexp.interventions.prompts import placed_prompts
+from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
 from saexp.latents.summary import active_quantile, moments
+from saexp.models.context_length import check_positions, position_limit
 from saexp.models.loading import LanguageModel
+from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.by_layer import AtLayer
@@ -59,15 +62,33 @@ def intervene(
     if layered:
         saes = {at.sae.hookpoint: at.sae for at in layered.values()}
         facts = replace(facts, layers=of_layer, saes=saes)
-    return run_intervention(
-        intervention,
-        facts,
-        model,
-        sae,
-        gathered.examples.examples,
-        background_texts(cfg.dataset),
-        cfg.dataset.max_length,
-        cfg.cache_dir,
+    result = _unit(cfg, of_layer)
+    result.merge(
+        run_intervention(
+            intervention,
+            facts,
+            model,
+            sae,
+            gathered.examples.examples,
+            background_texts(cfg.dataset),
+            cfg.dataset.max_length,
+            cfg.cache_dir,
+        )
+    )
+    return result
+
+
+def _unit(cfg: RunConfig, of_layer: Mapping[int, LatentFacts]) -> TaskResult:
+    """What one unit of the coefficient is, where it is the stream's median norm."""
+    if cfg.intervention.name != "steer" or cfg.intervention.unit != "resid_norm":
+        return TaskResult()
+    told = ", ".join(f"{f.median_norm:.4g} at {f.written.name}" for f in of_layer.values())
+    ending = {n: f"_layer_{n}" if len(of_layer) > 1 else "" for n in of_layer}
+    return TaskResult(
+        metrics={f"intervention/resid_norm{ending[n]}": f.median_norm for n, f in of_layer.items()},
+        notes=[
+            f"coefficients are in units of the stream's median norm over ordinary positions: {told}"
+        ],
     )
 
 
@@ -80,23 +101,38 @@ def selects(cfg: RunConfig) -> bool:
     return wants and not isinstance(about.latents, list)
 
 
+def _named(cfg: RunConfig, at: AtLayer) -> list[int]:
+    """Latents of this SAE that `intervention.latents` lists."""
+    asked = cfg.intervention.latents_at(at.sae.hookpoint.layer)
+    return asked if isinstance(asked, list) else []
+
+
+def _with_inactive(table: pd.DataFrame, named: list[int]) -> pd.DataFrame:
+    """The contrast's table with rows for named latents that are active nowhere, which it lacks.
+
+    A decoder direction can be written whether or not its latent is active on these texts.
+    """
+    lacking = [f for f in dict.fromkeys(named) if f not in set(table["latent"])]
+    if not lacking:
+        return table
+    measured = [str(c) for c in table if str(c).startswith(("freq_", "mean_"))]
+    about = ["latent", "direction", "selected", "rank", "q_value", *measured]
+    about += ["output_score"] if "output_score" in table else []
+    rows = pd.DataFrame({"latent": lacking, "direction": "", "selected": False})
+    rows = rows.assign(**dict.fromkeys(measured, 0.0)).reindex(columns=about)
+    kinds = table[about].dtypes.to_dict()
+    return pd.concat([table[about], rows.astype(kinds)], ignore_index=True)
+
+
 def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.DataFrame:
     """The columns of a latent table that edits read, with nothing selected.
 
-    Of every latent that fires here, and of those that are named. Raises ConfigError for a silent
-    latent in units of its own activation.
+    Of every latent that fires here, and of those that are named.
     """
     latents = at.latents
     groups, labels = gathered.examples.groups, latents.rows["group"].to_numpy()
     everywhere = moments(latents.csr, np.ones(len(latents), dtype=bool))
-    asked = cfg.intervention.latents_at(at.sae.hookpoint.layer)
-    named = asked if isinstance(asked, list) else []
-    for latent in named:
-        if not everywhere.active[latent] and cfg.intervention.unit in ("max_act", "p99_act"):
-            raise ConfigError(
-                f"intervention.unit={cfg.intervention.unit}: latent {latent} never fires on this "
-                "data set; type intervention.unit=resid_norm or raw"
-            )
+    named = _named(cfg, at)
     fired = np.union1d(np.flatnonzero(everywhere.active), np.array(named, dtype=np.int64))
     table = pd.DataFrame({"latent": fired, "direction": "", "selected": False})
     table["rank"] = pd.array([pd.NA] * len(table), dtype="Int64")
@@ -107,10 +143,22 @@ def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.Dat
     return table
 
 
-def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
+def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) -> None:
     """Say before the long work what the intervention would lack."""
     if cfg.intervention.name == "none":
         return
+    _check_places(cfg, examples)
+    if position_limit(model) is None:
+        return
+    chosen = tested_examples(cfg.intervention, examples.examples)
+    prompts = placed_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length).all()
+    generates = any(resolve("outcome", o).source == "text" for o in cfg.intervention.outcomes)
+    n_new = cfg.intervention.max_new_tokens if generates else 0
+    longest = max((len(p.tokens) for p in prompts), default=0)
+    check_positions(model, longest, n_new, "intervention.max_new_tokens")
+
+
+def _check_places(cfg: RunConfig, examples: ExampleSet) -> None:
     where = cfg.intervention.where
     if where not in PLACES:
         registry.build("positions", PositionsConfig(name=where, **cfg.intervention.where_options))
@@ -126,10 +174,17 @@ def check_steerable(cfg: RunConfig, examples: ExampleSet) -> None:
 def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel) -> LatentFacts:
     """What edits need of one SAE, measured on the train split."""
     latents, sae = at.latents, at.sae
-    table = _without_contrast(cfg, at, gathered) if at.table is None else at.table
+    table = (
+        _without_contrast(cfg, at, gathered)
+        if at.table is None
+        else _with_inactive(at.table, _named(cfg, at))
+    )
     groups = gathered.examples.groups
     train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
-    csr = latents.csr[train] if train.any() else latents.csr
+    written = sae.hookpoint_out or sae.hookpoint
+    ordinary = gathered.ordinary(sae.hookpoints)
+    measured = train & ordinary.mask if (train & ordinary.mask).any() else ordinary.mask
+    csr = latents.csr[measured]
     ids = table["latent"].to_numpy()
     facts = table[["latent", "direction", "selected", "rank", "q_value"]].copy()
     least = cfg.intervention.min_output_score
@@ -147,22 +202,26 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     facts["norm"] = sae.directions(ids.tolist()).float().norm(dim=-1).cpu().numpy()
     facts["max_act"] = active_quantile(csr, ids, 1.0)
     facts["p99_act"] = active_quantile(csr, ids, 0.99)
-    written = sae.hookpoint_out or sae.hookpoint
 
-    def stream() -> tuple[np.ndarray, np.ndarray]:
+    def stream() -> StreamRows:
         acts = gathered.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
-        return acts[torch.from_numpy(rows)].float().numpy(), labels[rows]
+        named = latents.rows.iloc[rows]
+        return StreamRows(
+            acts[torch.from_numpy(rows)].float().numpy(),
+            named["group"].to_numpy(dtype=object),
+            named["unit"].to_numpy(dtype=object),
+        )
 
-    labels = latents.rows["group"].to_numpy()
     return LatentFacts(
         table=facts,
         groups=groups,
-        mean_norm=gathered.store.mean_norm(written),
+        median_norm=ordinary.median_norm(written),
         alpha=cfg.analyzer.alpha,
         directions=sae.directions,
         hookpoint=sae.hookpoint,
         written=written,
         stream=stream,
+        seed=cfg.analyzer.seed,
         n_layers=model.n_layers,
     )

@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
-from saexp.errors import SaexpError
+from saexp.errors import SaexpError, StoreError
 from saexp.results import SWEEP_PLAN
+from saexp.tasks.holding import reserve
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,17 @@ _sweep: Path | None = None
 
 
 class SweepCallback(Callback):
-    """Plans a sweep; `cli.main` calls `finish` at its end, however it ends."""
+    """Holds the folder of a run or a sweep before anything is written to it, and plans a sweep;
+    `cli.main` calls `finish` at its end, however it ends."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Hold the run's folder, before Hydra writes its config there."""
+        _reserve(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write plan.json: all cells, and per set of texts the hookpoints they need together."""
         global _sweep
+        _reserve(Path(config.hydra.sweep.dir))
         _sweep = Path(config.hydra.sweep.dir)
         cells = _cells(config)
         content = {
@@ -53,6 +60,15 @@ class SweepCallback(Callback):
         temporary = _sweep / f".{SWEEP_PLAN}.tmp"
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(_sweep / SWEEP_PLAN)
+
+
+def _reserve(folder: Path) -> None:
+    try:
+        reserve(folder)
+    except StoreError as error:
+        # Of callbacks Hydra only warns of an Exception, and goes on.
+        sys.stderr.write(f"saexp: {error}\n")
+        raise SystemExit(1) from error
 
 
 def _cells(config: DictConfig) -> list[list[str]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,8 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         gathered = gather(cfg, model, hookpoints, context.ahead)
     acts, *targets = [gathered.store.acts(h.layer, h.stream) for h in hookpoints]
     trained, held_out = _split(gathered.placement.rows, cfg.sae_trainer.held_out, cfg.seed)
+    ordinary = gathered.ordinary(hookpoints)
+    trained = trained[ordinary.mask[trained]]
     place = Place(
         model_name=model.name,
         hookpoint=hookpoints[0],
@@ -55,7 +57,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     )
     if targets:
         place = replace(place, hookpoint_out=hookpoints[1], d_out=targets[0].shape[1])
-    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width)
+    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width, trained)
     began = time.perf_counter()
     with context.stage("train"), locked(checkpoints.with_suffix(".lock")):
         training = Training(cfg.sae_trainer, width, place, checkpoints, model.device)
@@ -67,7 +69,9 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         sae = load_sae(folder).to(model.device)
         chosen = _some(held_out, N_MEASURED, cfg.seed)
         rows = gathered.placement.rows.iloc[chosen].reset_index(drop=True)
-        latents, measured = encode_rows(acts, chosen, sae, rows, *targets)
+        target = targets[0] if targets else None
+        latents, measured = encode_rows(acts, chosen, sae, rows, target, ordinary.mask[chosen])
+        latents = latents.where(ordinary.mask[chosen])
     last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
     result = TaskResult(metrics={**gathered.metrics, **measured, **last})
     result.metrics["train/seconds"] = seconds
@@ -80,7 +84,9 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         "skips": skips_table(gathered.placement.skips),
     }
     result.notes += gathered.examples.notes
-    result.notes += off_target(cfg.sae_trainer, measured["sparsity/l0"])
+    result.notes += ordinary.notes("training and the measured numbers leave them out")
+    off = off_target(cfg.sae_trainer, measured["sparsity/l0"])
+    result.notes += [*off, *off_curve(last, measured, told=bool(off))]
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context, result)
@@ -98,7 +104,7 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         "store": {"key": gathered.store.path.name, "path": str(gathered.store.path)},
         "tokens_forwarded": gathered.stats.tokens_forwarded,
         "n_trained_on": len(trained),
-        "n_measured": len(chosen),
+        "n_measured": len(latents),
     }
     if targets:
         about["sae"]["hookpoint_out"] = hookpoints[1].name
@@ -122,8 +128,44 @@ def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
     ]
 
 
+def off_curve(
+    last: Mapping[str, float | int], measured: Mapping[str, float | None], *, told: bool = False
+) -> list[str]:
+    """A note where held-out numbers differ from the end of the training curve.
+
+    `last` is the curve's last record; L0 is left out where it was `told` to be off already.
+    """
+    found = []
+    for name, key in _CURVE.items():
+        here, there = measured[key], last[f"train/{name}"]
+        if here is None:
+            continue
+        if name == "l0":
+            differs = not told and not there / _FAR <= here <= there * _FAR
+        else:
+            differs = abs(here - there) > _DIFFERENT
+        if differs:
+            found.append(f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}")
+    if not found:
+        return []
+    return [
+        f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
+        f"curve: {'; '.join(found)} (of the last batch; dead there: silent in "
+        "sae_trainer.dead_feature_window steps); the held-out numbers count, and more or more "
+        "varied texts bring them closer"
+    ]
+
+
 _FAR = 1.5
-"""Factor between L0 and k that is worth a note."""
+"""Factor between L0 and k, or held-out L0 and the curve's, from which on a note reports it."""
+_DIFFERENT = 0.15
+"""Difference of explained variances, or dead fractions, from which on a note reports it."""
+_CURVE = {
+    "l0": "sparsity/l0",
+    "explained_variance": "reconstruction/explained_variance",
+    "dead_fraction": "sparsity/dead_fraction",
+}
+"""Last name of a curve -> the same number, held out."""
 
 _ORDER = (
     "embed",
@@ -131,6 +173,7 @@ _ORDER = (
     "attn_z",
     "attn_out",
     "resid_mid",
+    "mlp_in_normalized",
     "mlp_in",
     "mlp_out",
     "resid_post",
@@ -204,15 +247,23 @@ def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
     return start
 
 
-def _key(cfg: RunConfig, gathered: Gathered, hookpoints: list[Hookpoint], width: int) -> str:
+def _key(
+    cfg: RunConfig,
+    gathered: Gathered,
+    hookpoints: list[Hookpoint],
+    width: int,
+    trained: np.ndarray,
+) -> str:
     """What determines the result; checkpoints of a killed run are found by it."""
     parts = [
         gathered.store.path.name,
+        hashlib.sha256(trained.astype("<i8").tobytes()).hexdigest(),
+        gathered.max_norm_ratio,
         ">".join(h.name for h in hookpoints),
         width,
         asdict(cfg.sae_trainer),
         cfg.seed,
-        metadata.version("sae-lens"),
+        [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 

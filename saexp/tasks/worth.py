@@ -1,24 +1,34 @@
 """Which latents are worth steering: their scores, and their attribution to answers."""
 
+import hashlib
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from saexp.analysis.attribution import attribute
-from saexp.analysis.scores import AMPLIFICATION, TOP_TOKENS, input_scores, output_scores
+from saexp.analysis.scores import (
+    AMPLIFICATION,
+    FEWEST_EXAMPLES,
+    TOP_EXAMPLES,
+    TOP_TOKENS,
+    input_scores,
+    output_scores,
+)
 from saexp.config import RunConfig
+from saexp.data.answer_tokens import answer_token, space_note
 from saexp.data.datasets import background_texts
 from saexp.data.positions import Unplaced
 from saexp.data.tokens import tokenize
 from saexp.errors import SAEError
-from saexp.interventions.cache import ResultCache
-from saexp.interventions.outcomes import first_token
+from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.prompts import choose_prompts, placed_prompts
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.saes.identity import sae_identity
 from saexp.tasks.gathering import Gathered
 
 N_NEUTRAL = 8
@@ -32,78 +42,101 @@ def add_scores(
     model: LanguageModel,
     sae: SparseAutoencoder,
     background: Latents,
+    store_key: str,
 ) -> list[str]:
     """Give the latent table columns `input_score` and `output_score` (Arad et al. 2025).
 
     Of the selected latents; NaN for others, and for SAEs of streams that are not added.
 
-    Input scores are of the neutral text's rows, one example a text. Output scores are kept in the
-    cache, so that a second run needs no model. Returns notes on scores that cannot be had.
+    Input scores are of the neutral text's rows, one example a text; `store_key` is the key of the
+    activation store that holds them. Both scores are kept in the cache, so that a second run needs
+    no model. Returns notes on scores that cannot be had.
     """
     table["input_score"] = table["output_score"] = np.nan
     chosen = table.loc[table["selected"], "latent"].tolist()
     written = sae.hookpoint_out or sae.hookpoint
     if not chosen or written.stream not in ADDED:
         return []
-    rows = background.rows
+    identity = sae_identity(sae)
+    cache = None
+    if identity is not None:
+        cache = ResultCache(cfg.cache_dir, {**model_ingredients(model), "sae": identity})
     try:
-        found = _kept(cfg, model, sae, chosen, rows, background.csr)
+        scores = {
+            "input_score": _input_scores(model, sae, chosen, background, store_key, cache),
+            "output_score": _output_scores(cfg, model, sae, chosen, cache),
+        }
     except SAEError as error:
         return [f"input and output scores: {error}"]
+    finally:
+        if cache is not None:
+            cache.close()
     of_latent = table.set_index("latent").index
-    for name in ("input_score", "output_score"):
-        table[name] = found[name].reindex(of_latent).to_numpy()
+    for name, values in scores.items():
+        table[name] = pd.Series(values).reindex(of_latent).to_numpy()
     return []
 
 
-def _kept(
+def _input_scores(
+    model: LanguageModel,
+    sae: SparseAutoencoder,
+    latents: list[int],
+    background: Latents,
+    store_key: str,
+    cache: ResultCache | None,
+) -> dict[int, float]:
+    """By latent. A latent's values at the rows are fixed by the store, the rows and the SAE: the
+    store's key is made of the token ids of every text, so that another text is another key."""
+    rows = background.rows
+    columns = [
+        rows[name].to_numpy(dtype=np.int64) for name in ("text_id", "token_index", "token_id")
+    ]
+    content = hashlib.sha256(np.stack(columns).astype("<i8").tobytes()).hexdigest()
+    kind = f"input score {TOP_TOKENS} {TOP_EXAMPLES} {FEWEST_EXAMPLES} {store_key} {content}"
+
+    def compute(missing: list[int]) -> np.ndarray:
+        text_ids, _, token_ids = columns
+        found = input_scores(sae, model, background.csr, token_ids, missing, text_ids=text_ids)
+        return found["input_score"].to_numpy(dtype=np.float64)
+
+    return _kept(latents, kind, cache, compute)
+
+
+def _output_scores(
     cfg: RunConfig,
     model: LanguageModel,
     sae: SparseAutoencoder,
     latents: list[int],
-    rows: pd.DataFrame,
-    csr: sparse.csr_array,
-) -> pd.DataFrame:
-    """Scores by latent: from the cache, the missing ones computed."""
+    cache: ResultCache | None,
+) -> dict[int, float]:
     prompts = _neutral_prompts(cfg, model)
-    content = (rows["text_id"].to_numpy().tolist(), rows["token_index"].to_numpy().tolist())
-    determined_by = {
-        "model": model.fingerprint,
-        "dtype": str(model.dtype),
-        "sae": sae.metadata.get("fingerprint"),
-        "prompts": prompts,
-        "rows": hash(tuple(map(tuple, content))),
-        "k": TOP_TOKENS,
-        "s": AMPLIFICATION,
-    }
-    usable = sae.metadata.get("fingerprint") is not None
-    cache = ResultCache(cfg.cache_dir, determined_by) if usable else None
+    kind = f"output score {TOP_TOKENS} {AMPLIFICATION} {prompts!r}"
+
+    def compute(missing: list[int]) -> np.ndarray:
+        found = output_scores(sae, model, missing, prompts)
+        return found["output_score"].to_numpy(dtype=np.float64)
+
+    return _kept(latents, kind, cache, compute)
+
+
+def _kept(
+    latents: list[int],
+    kind: str,
+    cache: ResultCache | None,
+    compute: Callable[[list[int]], np.ndarray],
+) -> dict[int, float]:
+    """A score by latent: from the cache, the missing ones computed."""
     keys = {(latent,): latent for latent in latents}
-    found = cache.get("scores", keys) if cache else {}
-    missing = [latent for key, latent in keys.items() if key not in found]
-    if missing:
-        reading = input_scores(
-            sae,
-            model,
-            csr,
-            rows["token_id"].to_numpy(dtype=np.int64),
-            missing,
-            text_ids=rows["text_id"].to_numpy(dtype=np.int64),
-        )
-        writing = output_scores(sae, model, missing, prompts)
+    found = cache.get(kind, keys) if cache else {}
+    if missing := [latent for key, latent in keys.items() if key not in found]:
         made = [
-            ((latent,), np.array([a, b], dtype=np.float64))
-            for latent, a, b in zip(
-                missing, reading["input_score"], writing["output_score"], strict=True
-            )
+            ((latent,), np.array([value]))
+            for latent, value in zip(missing, compute(missing), strict=True)
         ]
         found |= dict(made)
         if cache:
-            cache.put("scores", made)
-    if cache:
-        cache.close()
-    values = np.array([found[latent,] for latent in latents])
-    return pd.DataFrame(values, index=latents, columns=["input_score", "output_score"])
+            cache.put(kind, made)
+    return {latent: float(found[key][0]) for key, latent in keys.items()}
 
 
 def _neutral_prompts(cfg: RunConfig, model: LanguageModel) -> list[tuple[int, ...]]:
@@ -131,14 +164,15 @@ def attribution(
                 raise Unplaced("no answer")
             if not placed.positions:
                 raise Unplaced("no position in the prompt")
-            text, answer = placed.example.text, placed.example.answers[0]
-            answers.append(first_token(model.tokenizer, text, answer))
+            answer = placed.example.answers[0]
+            answers.append(answer_token(model.tokenizer, placed.example, answer))
             usable.append(placed)
         except Unplaced:
             lacking += 1
     notes = prompts.notes("prompts not attributed")
     if lacking:
         notes.append(f"attribution: {lacking} prompts have no answer, or no token to look at")
+    notes += space_note([p.example for p in usable])
     if not usable:
         return TaskResult(notes=notes)
     found = attribute(

@@ -182,13 +182,13 @@ def test_a_text_that_the_model_cannot_hold(tmp_path):
         run(
             random_lm("gpt2"),
             tmp_path,
-            placement=placed(texts, "last", max_length=70),
+            placement=placed(texts, "all", max_length=70),
             max_length=70,
         )
     assert str(error.value) == (
         "a text is 70 tokens long, but random-gpt2 takes at most 64; try dataset.max_length=64"
     )
-    fits = placed(texts, "last", max_length=64)
+    fits = placed(texts, "middle", max_length=64)
     assert run(random_lm("gpt2"), tmp_path, placement=fits)[1].n_rows == 1
 
 

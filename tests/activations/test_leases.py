@@ -76,7 +76,7 @@ def test_what_opens_a_store_keeps_it_until_it_is_closed_or_gone(model, stored):
     for use in (
         lambda s: s.acts(1),
         lambda s: next(s.chunks(POSTS[0], 3)),
-        lambda s: s.mean_norm(POSTS[0]),
+        lambda s: s.norms(POSTS[0]),
     ):
         store = saexp.open_store(stored.path)
         assert users(stored.path) == []

@@ -212,26 +212,24 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **options}}
 
 
+def longrope(context: int) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    return rope("longrope", **factors, original_max_position_embeddings=context)
+
+
 @pytest.mark.parametrize(
-    ("architecture", "options", "shares"),
+    ("options", "shares"),
     [
-        ("llama", rope("dynamic", factor=2.0), False),
-        ("llama", rope("linear", factor=2.0), True),
-        (
-            "llama",
-            rope(
-                "longrope",
-                short_factor=[1.0] * 4,
-                long_factor=[3.0] * 4,
-                original_max_position_embeddings=24,
-            ),
-            False,
-        ),
+        (rope("linear", factor=2.0), True),
+        (rope("dynamic", factor=2.0), True),
+        # The shared beginning has 26 tokens and the texts at least 30: on one side, and across.
+        (longrope(24), True),
+        (longrope(28), False),
+        ({**rope("dynamic", factor=2.0), "max_position_embeddings": 28}, False),
     ],
 )
-def test_keys_that_depend_on_a_texts_length_are_not_shared(architecture, options, shares, tmp_path):
-    model = LanguageModel.wrap(random_hf(architecture, **options), tokenizer(), "rope")
-    assert (empty_past(model) is not None) == shares
+def test_keys_that_depend_on_a_texts_length_are_shared_by_lengths_alike(options, shares, tmp_path):
+    model = LanguageModel.wrap(random_hf("llama", **options), tokenizer(), "rope")
     settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS}
     store, stats = run(model, tmp_path / "asked", **settings)
     assert (stats.tokens_forwarded < sum(map(len, sequences_of(MIXED)))) == shares

@@ -1,5 +1,6 @@
 """Answers before and after the SAE: against transformers and the SAE's formula written out here."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,18 @@ def test_means_and_intervals_are_of_the_prompts(model: LanguageModel, ioi: list[
     assert m["capability/logit_clean_ci_high"] == pytest.approx(high, abs=0.15 * width)
 
 
+def test_prompts_of_one_entity_are_drawn_together(model: LanguageModel, ioi: list[Example]) -> None:
+    """Each prompt five times, as five of one entity: intervals are those of the prompts once."""
+    some = [replace(e, entity=f"entity {i}") for i, e in enumerate(ioi[:20])]
+    once = capability(model, shipped_sae(), some, n_bootstrap=300).metrics
+    copies = [replace(e, id=f"{e.id} {i}") for i in range(5) for e in some]
+    often = capability(model, shipped_sae(), copies, n_bootstrap=300).metrics
+    for name in ("logit_clean", "probability_sae", "logit_change"):
+        for end in ("ci_low", "ci_high"):
+            key = f"capability/{name}_{end}"
+            assert often[key] == pytest.approx(once[key], abs=1e-4)
+
+
 def test_an_identity_sae_changes_nothing(model: LanguageModel, ioi: list[Example]) -> None:
     prompts = capability(model, identity(model.d_model, LAYER), ioi).tables["prompts"]
     assert (prompts["rank_clean"] == prompts["rank_sae"]).all()
@@ -180,7 +193,7 @@ def test_an_answer_that_merges_with_the_prompt_is_a_counted_skip() -> None:
     lm = random_lm("llama")
     examples = [
         Example(id="whole", text="The player", answers=(" Fenlet",)),
-        Example(id="cut", text="The pla", answers=("yer",)),
+        Example(id="cut", text="The pla", answers=("yer",), answer_space="never"),
         Example(id="none", text="The player"),
         Example(id="empty", text="The player", answers=("",)),
     ]
@@ -213,10 +226,17 @@ def test_foils_that_say_nothing_are_noted(model: LanguageModel) -> None:
     assert "capability/logit_difference_clean" not in result.metrics
 
 
-def test_answers_without_their_space_are_noted(model: LanguageModel) -> None:
-    glued = Example(id="glued", text="Tom has 5", answers=("Laura",), extra={"foil": None})
-    result = capability(model, shipped_sae(), [glued])
-    assert any("1 answers follow their prompt without a space" in n for n in result.notes)
+def test_answers_without_their_space_get_it_and_are_noted(model: LanguageModel) -> None:
+    bare = Example(id="1", text="Tom saw", answers=("Laura",), extra={"foil": "Irene"})
+    spaced = replace(bare, answers=(" Laura",), extra={"foil": " Irene"})
+    results = [capability(model, shipped_sae(), [example]) for example in (bare, spaced)]
+    first, second = (r.tables["prompts"] for r in results)
+    pd.testing.assert_frame_equal(first, second)
+    noted = [
+        any(n.startswith("1 answers were given without the space") for n in r.notes)
+        for r in results
+    ]
+    assert noted == [True, False]
 
 
 def test_chat_prompts_stand_in_their_template() -> None:
@@ -224,7 +244,7 @@ def test_chat_prompts_stand_in_their_template() -> None:
     lm.cfg.chat = True
     found, _ = questions([Example(id="1", text="The player", answers=(" Fenlet",))], lm, 512)
     question = found[0]
-    assert question.prompt == "<bos>user: The player\nmodel:"
+    assert question.example.text == "<bos>user: The player\nmodel:"
     assert question.tokens.ids.count(lm.tokenizer.bos_token_id) == 1
     ids = lm.tokenizer("Fenlet", add_special_tokens=False)["input_ids"]
     assert question.answer_id == ids[0]
@@ -233,7 +253,7 @@ def test_chat_prompts_stand_in_their_template() -> None:
 def test_the_prompt_of_the_data_counts_where_there_is_one(model: LanguageModel) -> None:
     entity = saexp.build("dataset", saexp.compose([]).dataset).examples[0]
     found, _ = questions([entity], model, 512)
-    assert found[0].prompt == entity.prompt != entity.text
+    assert found[0].example.text == entity.prompt != entity.text
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -49,13 +49,21 @@ def with_special_inside(text: TokenizedText) -> TokenizedText:
     )
 
 
-def transcoder(layer: int = 1) -> SparseAutoencoder:
+def transcoder(layer: int = 1, stream: str = "mlp_in") -> SparseAutoencoder:
     return SparseAutoencoder(
         {**parameters("jumprelu", D_MODEL, 50), "W_skip": torch.eye(D_MODEL) / 3},
         architecture="jumprelu",
-        hookpoint=Hookpoint(layer, "mlp_in"),
+        hookpoint=Hookpoint(layer, stream),
         hookpoint_out=Hookpoint(layer, "mlp_out"),
     )
+
+
+def model_with_sinks() -> LanguageModel:
+    """Tokens that begin some texts, after <bos>, have a huge norm in the residual stream."""
+    hf = random_hf("llama")
+    sinks = {text.ids[1] for text in TOKENS[:3]}
+    hf.get_input_embeddings().weight[list(sinks)] *= 300
+    return LanguageModel.wrap(hf, tokenizer(), name="random-llama-with-sinks")
 
 
 @torch.no_grad()
@@ -64,8 +72,12 @@ def by_hand(
     made: SparseAutoencoder,
     texts: list[TokenizedText],
     where: Where,
+    ratio: float = float("inf"),
 ) -> tuple[pd.DataFrame, dict[str, float], np.ndarray]:
-    """One text at a time, whole passes, no padding, no sharing: (sums, metrics, firing counts)."""
+    """One text at a time, whole passes, no padding, no sharing: (sums, metrics, firing counts).
+
+    Positions whose norm is more than `ratio` times the median of what may be spliced keep theirs.
+    """
     into, out = made.hookpoint, made.hookpoint_out or made.hookpoint
     streams: list[tuple[Tensor, Tensor]] = []
     masks = []
@@ -78,7 +90,17 @@ def by_hand(
         streams.append((seen[into][0, spliced], seen[out][0, spliced]))
         masks.append((spliced, ordinary | where.ablate_special, ordinary | where.score_special))
     x, target = (torch.cat(part) for part in zip(*streams, strict=True))
+    norms = [part.norm(dim=-1) for part in (x, target)]
+    high = torch.stack([n > ratio * np.median(n) for n in norms]).any(0)
+    every = (x, target)
+    x, target = x[~high], target[~high]
     mean = target.mean(0)
+    of_text = iter(high.split([int(spliced.sum()) for spliced, _, _ in masks]))
+    for spliced, ablated, _ in masks:
+        mine = torch.zeros_like(spliced)
+        mine[spliced.clone()] = next(of_text)
+        spliced &= ~mine
+        ablated &= ~mine
     rows = []
     for text, (spliced, ablated, counted) in zip(texts, masks, strict=True):
         ids = torch.tensor([text.ids])
@@ -130,6 +152,9 @@ def by_hand(
     again, target = made.decode(acts, x).double(), target.double()
     error = (target - again).square().sum(-1)
     spread = (target - target.mean(0)).square().sum(-1)
+    of_all = every[1].double()
+    lost = (of_all - made.decode(made.encode(every[0]), every[0]).double()).square().sum()
+    distances = (of_all - of_all.mean(0)).square().sum(-1)
     total = sums.sum()
     ce = {s: total[f"ce_{s}"] / total["n_scored"] for s in STATES}
     kl = {s: total[f"kl_{s}"] / total["n_compared"] for s in STATES[1:]}
@@ -139,6 +164,13 @@ def by_hand(
         "reconstruction/ce_increase": ce["sae"] - ce["clean"],
         "reconstruction/explained_variance": float(1 - error.mean() / spread.mean()),
         "reconstruction/explained_variance_legacy": float((1 - error / spread).mean()),
+        "reconstruction/explained_variance_median": float(np.median(1 - error / spread)),
+        "reconstruction/explained_variance_all_positions": float(1 - lost / distances.sum()),
+        "reconstruction/high_norm_variance_fraction": float(
+            distances[high].sum() / distances.sum()
+        ),
+        "reconstruction/n_high_norm": int(high.sum()),
+        "reconstruction/median_norm": float(np.median(target.norm(dim=-1))),
         "reconstruction/mse": float(error.mean()),
         "reconstruction/cosine": float(torch.cosine_similarity(target, again).mean()),
         "reconstruction/l2_ratio": float((again.norm(dim=-1) / target.norm(dim=-1)).mean()),
@@ -168,8 +200,9 @@ def assert_equal_by_hand(
     made: SparseAutoencoder,
     texts: list[TokenizedText],
     where: Where | None = None,
+    ratio: float = float("inf"),
 ) -> None:
-    sums, metrics, fired = by_hand(model, made, texts, where or Where())
+    sums, metrics, fired = by_hand(model, made, texts, where or Where(), ratio)
     for name in sums:
         np.testing.assert_allclose(
             one.texts[name], sums[name], rtol=1e-3, atol=2e-3, err_msg=str(name)
@@ -266,6 +299,44 @@ def test_where_special_tokens_count(where: Where) -> None:
     assert_equal_by_hand(one, model, made, texts, where)
     (plain,) = evaluate_saes(model, [made], texts)
     assert not np.allclose(plain.texts["ce_zero"], one.texts["ce_zero"]) or where.splice_special
+
+
+@pytest.mark.parametrize(
+    ("made", "where"),
+    [
+        (sae("jumprelu", Hookpoint(1, "resid_post")), Where()),
+        (sae("gated", Hookpoint(0, "embed")), Where(splice_special=True, ablate_special=True)),
+        (transcoder(stream="resid_mid"), Where()),
+    ],
+    ids=["resid_post", "embed with special tokens", "transcoder"],
+)
+@pytest.mark.parametrize("memory", ["kept", "small"])
+def test_high_norm_positions_are_left_as_they_are(
+    made: SparseAutoencoder, where: Where, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sinks at token 1 of texts (by their norm, not their position), whatever was kept."""
+    model = model_with_sinks()
+    if memory == "small":
+        for name in ("KEPT_BYTES", "STREAM_BYTES", "LOGIT_BYTES"):
+            monkeypatch.setattr(module, name, {"cpu": 1})
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    settings = EvaluationSettings(where=where, max_norm_ratio=5.0)
+    (one,) = evaluate_saes(model, [made], TOKENS, settings)
+    assert_equal_by_hand(one, model, made, TOKENS, where, 5.0)
+    n = one.texts["n_high_norm"]
+    assert 0 < n.sum() < one.texts["n_spliced"].sum()
+    assert f"{n.sum()} of {(n + one.texts['n_spliced']).sum()} positions" in one.notes[0]
+    (plain,) = evaluate_saes(model, [made], TOKENS, EvaluationSettings(where=where))
+    assert_equal_by_hand(plain, model, made, TOKENS, where)
+    assert plain.notes == []
+
+
+def test_without_high_norms_the_limit_changes_nothing() -> None:
+    model, made = random_lm("llama"), sae()
+    (one,) = evaluate_saes(model, [made], TOKENS, EvaluationSettings(max_norm_ratio=5.0))
+    (plain,) = evaluate_saes(model, [made], TOKENS)
+    pd.testing.assert_frame_equal(one.texts, plain.texts)
+    assert numbers(one, 20, 0) == pytest.approx(numbers(plain, 20, 0), nan_ok=True)
 
 
 def test_a_perfect_sae_loses_nothing() -> None:
@@ -441,6 +512,20 @@ def test_intervals_are_of_a_bootstrap_over_texts() -> None:
         assert got[f"{name}_ci_low"] == pytest.approx(low, abs=0.12 * width)
         assert got[f"{name}_ci_high"] == pytest.approx(high, abs=0.12 * width)
         assert got[f"{name}_ci_low"] <= got[name] <= got[f"{name}_ci_high"]
+
+
+def test_texts_of_one_entity_are_drawn_together() -> None:
+    """Four copies of each text, one entity: intervals are those of the texts once."""
+    whole = " ".join(TEXTS)
+    texts = tokenize([whole[5 * i : 11 * i + 20] for i in range(12)], tokenizer(), 40)
+    once, often = (evaluate_saes(random_lm("llama"), [sae()], t)[0] for t in (texts, texts * 4))
+    want = numbers(once, 500, 3)
+    got = numbers(often, 500, 3, units=[f"entity {i}" for i in range(12)] * 4)
+    alone = numbers(often, 500, 3)
+    for name in ("reconstruction/ce_sae", "reconstruction/kl_score", "sparsity/l0"):
+        for end in (f"{name}_ci_low", f"{name}_ci_high"):
+            assert got[end] == pytest.approx(want[end], rel=1e-4)
+        assert alone[f"{name}_ci_low"] > want[f"{name}_ci_low"]
 
 
 def test_one_text_has_no_interval() -> None:

@@ -237,10 +237,10 @@ def test_intervals_are_those_of_whole_units() -> None:
 
 
 def test_a_unit_is_never_on_both_sides(inputs: AnalysisInputs) -> None:
-    from saexp.analysis.probing import folds
+    from saexp.probes import folds
 
     _, y, units = parts(inputs, "train")
-    for train, validation in folds(Labelled(y, units), 0):
+    for train, validation in folds(y, units, 0):
         assert not set(units[train]) & set(units[validation])
 
 

@@ -9,9 +9,9 @@ import torch
 
 import saexp
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.token_text import token_texts
 from saexp.analysis.top_features import TopFeaturesAnalyzer
 from saexp.config import AnalyzerConfig
+from saexp.data.token_text import token_texts
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
 from saexp.results import TaskResult
@@ -33,7 +33,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> AnalysisInputs:
     sae = sparse_autoencoder(cfg, model)
     gathered = gather(cfg, model, [sae.hookpoint])
     latents, _ = encode_store(gathered.store, sae, gathered.placement.rows)
-    return AnalysisInputs(latents=latents, groups=(), layer=1, model=model, sae=sae)
+    texts = gathered.placement.texts
+    return AnalysisInputs(latents=latents, groups=(), layer=1, texts=texts, model=model, sae=sae)
 
 
 def top_features(inputs: AnalysisInputs, **options: object) -> TaskResult:
@@ -137,7 +138,7 @@ def test_a_tokens_text_keeps_its_space(inputs: AnalysisInputs) -> None:
     class Pieces:
         """Decodes one token as SentencePiece does: without the space before it."""
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], **_: object) -> str:
             return {1: "the", 2: "s"}[ids[0]]
 
         def convert_ids_to_tokens(self, token_id: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from saexp import registry
 from saexp.config import DatasetConfig
-from saexp.data.datasets import ASSETS, background_texts
+from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, background_texts
 from saexp.errors import ConfigError, DataError, SaexpError
 
 
@@ -154,10 +154,49 @@ def test_memorization_leaves_out_what_matches_in_part(memorized):
     assert got[0].extra == {"perfect_match": "True", "matching_tokens": "50"}
 
 
+def test_memorization_counts_what_it_leaves_out(memorized):
+    path = memorized(("True", 50), ("False", 0), ("False", 7), ("False", 3))
+    got = build("memorization", path=path)
+    assert got.notes == ["2 of 4 rows match in part and are left out"]
+
+
+@pytest.mark.parametrize("nothing", ["", "nan", "NaN", "None"])
+def test_a_memorization_row_without_a_value_is_a_counted_skip(tmp_path, nothing):
+    rows = [
+        ("a prompt", " goes on", "True", "50"),
+        ("a prompt", nothing, "False", "0"),
+        (nothing, " goes on", "True", "50"),
+        ("another", " stops", "False", nothing),
+        ("another", " stops", nothing, "0"),
+        ("another", " stops", nothing, "4"),
+        ("another", " stops", "True", nothing),
+    ]
+    path = tmp_path / "m.csv"
+    with path.open("w", newline="") as file:
+        csv_module.writer(file).writerows([MEMORIZATION_COLUMNS, *rows])
+    got = build("memorization", path=str(path))
+    assert [(e.id, e.group) for e in got.examples] == [
+        ("2", "memorized"),
+        ("6", "not_memorized"),
+        ("8", "memorized"),
+    ]
+    assert got.notes[-1] == (
+        "4 of 7 rows were skipped: generated_continuation_text is empty or a missing value (1), "
+        "input_text is empty or a missing value (1), matching_tokens is empty or a missing value "
+        "(1), perfect_match is empty or a missing value (1)"
+    )
+
+
+def test_a_fraction_of_a_token_is_not_none(memorized):
+    path = memorized(("True", "inf"), ("False", "0.5"), ("False", "-0.0"))
+    got = build("memorization", path=path)
+    assert [e.group for e in got.examples] == ["memorized", "not_memorized"]
+
+
 def test_memorization_errors(memorized):
     path = memorized(("False", "many"))
     assert message_of(lambda: build("memorization", path=path)) == (
-        f"{path}:2: matching_tokens 'many' is no number"
+        f"{path}:2: matching_tokens 'many' is not a number"
     )
     path = memorized(("False", 3))
     assert message_of(lambda: build("memorization", path=path)) == (
@@ -178,13 +217,13 @@ def test_memorization_errors(memorized):
 
 def test_text_of_a_file_and_of_a_folder(tmp_path):
     (tmp_path / "b.txt").write_text("three\n")
-    (tmp_path / "a.txt").write_text("one\n\n  two  \n")
+    (tmp_path / "a.txt").write_text("one\n\n  two  \n \t \n")
     (tmp_path / "c.md").write_text("not read\n")
     of_file, of_folder = (build("text", path=str(p)) for p in (tmp_path / "a.txt", tmp_path))
-    assert [e.text for e in of_file.examples] == ["one", "two"]
+    assert [e.text for e in of_file.examples] == ["one", "  two  "]
     assert [(e.id, e.text) for e in of_folder.examples] == [
         ("1", "one"),
-        ("2", "two"),
+        ("2", "  two  "),
         ("3", "three"),
     ]
     assert of_folder.groups == ()
@@ -270,6 +309,8 @@ def test_a_dataset_that_cannot_be_loaded(tmp_path):
     assert message_of(lambda: build("hf"), ConfigError) == (
         "dataset=hf needs a name: type dataset.path=<hub id or local folder>"
     )
-    for path in (str(tmp_path / "absent"), "nobody/nothing"):
+    absent = str(tmp_path / "absent")
+    assert message_of(lambda: build("hf", path=absent)) == f"dataset.path={absent}: no such folder"
+    for path in ("nothing", "nobody/nothing"):
         message = message_of(lambda path=path: build("hf", path=path))
         assert message.startswith(f"dataset.path={path}: cannot be loaded (")

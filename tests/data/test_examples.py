@@ -1,5 +1,6 @@
 """Splits by entity, seeded choices, the two groups, and prompts."""
 
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -133,6 +134,12 @@ def test_groups_are_in_order_of_appearance_or_as_asked():
             "f.csv: all rows are of one group, a (2); a contrast needs two",
         ),
         (
+            ("a", None, None, "a"),
+            None,
+            "f.csv: all rows are of one group, a (2), and 2 rows without a group; "
+            "a contrast needs two",
+        ),
+        (
             ("a", "b", "c", "a"),
             None,
             "f.csv: 3 groups, a (2), b (1), c (1); "
@@ -166,11 +173,36 @@ def test_groups_that_cannot_be_contrasted(groups, wanted, message):
     assert str(error.value) == message
 
 
-def test_a_prompt_becomes_the_text_with_the_entitys_last_mention():
+def test_a_prompt_becomes_the_text_with_the_entitys_mentions():
     one = Example(id="1", text="Bo is here", spans=((0, 2),), entity="Bo", prompt="Is Bo Bo?")
     prompt = one.as_prompt()
-    assert (prompt.text, prompt.spans) == ("Is Bo Bo?", ((6, 8),))
+    assert (prompt.text, prompt.spans) == ("Is Bo Bo?", ((3, 5), (6, 8)))
     assert (prompt.id, prompt.unit, prompt.entity) == (one.id, one.unit, "Bo")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mentions"),
+    [
+        ("Does the art in Arthur's Art differ?", ["Art differ"]),
+        ("Arthur's", ["Arthur"]),
+        ("Who is Art? Art, of course", ["Art? ", "Art, "]),
+    ],
+)
+def test_mentions_in_a_prompt_are_whole_words_where_there_are_any(prompt, mentions):
+    one = Example(id="1", text="Art", spans=((0, 3),), entity="Art", prompt=prompt).as_prompt()
+    assert len(one.spans) == len(mentions)
+    for (start, end), rest in zip(one.spans, mentions, strict=True):
+        assert prompt[start:end] == "Art"
+        assert prompt[start:].startswith(rest)
+
+
+def test_an_entity_is_one_unit_in_either_normalisation():
+    composed, split = (
+        Example(id=form, text="t", entity=unicodedata.normalize(form, "Zoë"))
+        for form in ("NFC", "NFD")
+    )
+    assert composed.entity != split.entity
+    assert composed.unit == split.unit
 
 
 def test_a_prompt_without_the_entity_has_no_span():

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from saexp import registry
-from saexp.config import PositionsConfig
+from saexp.config import DatasetConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import OWN_COLUMNS, place
 from saexp.data.tokens import tokenize
@@ -62,6 +62,21 @@ def test_entity_all_is_every_token_of_every_mention():
     assert indices(both) == sorted(set(indices(both)))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_every_mention_in_a_file_is_read_and_the_last_one_where_one_is_meant(tmp_path, kind):
+    file = tmp_path / f"f.{kind}"
+    table = pd.DataFrame({"text": [TEXT], "entity": ["Fenlet Baszad"]})
+    if kind == "csv":
+        table.to_csv(file, index=False)
+    else:
+        table.to_json(file, orient="records", lines=True)
+    examples = registry.build("dataset", DatasetConfig(name=kind, path=str(file))).examples
+    both, last = (example(spans=spans) for spans in ((FIRST, LAST), (LAST,)))
+    assert indices(placed(examples, "entity_all")) == indices(placed(both, "entity_all"))
+    for name in ("entity_last", "entity_last_n", "after_entity"):
+        assert indices(placed(examples, name)) == indices(placed(last, name))
+
+
 def test_entity_last_n_takes_all_where_there_are_fewer():
     everything = indices(placed(example(), "entity_all"))
     assert indices(placed(example(), "entity_last_n", n=2)) == everything[-2:]
@@ -105,6 +120,22 @@ def test_substring_is_its_last_place():
     got = placed(example(spans=()), "substring", substring="Fenlet")
     assert text_of(got) == " Fenlet"
     assert indices(got)[0] > N / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "mention"),
+    [
+        ("The part is Art's, not Arthur's", 12),
+        ("Arthur met Arthur", 11),
+        ("Art, the end of Part", 0),
+    ],
+)
+def test_a_substring_within_a_longer_word_counts_only_where_there_is_no_other(text, mention):
+    got = placed(example(text, ()), "substring", substring="Art")
+    tokens = tokenize([text], tokenizer(), 64)[0]
+    covered = [tokens.offsets[i] for i in indices(got)]
+    assert min(a for a, _ in covered) <= mention < max(b for _, b in covered)
+    assert all(max(a, mention) < min(b, mention + 3) for a, b in covered)
 
 
 def test_continuation_is_all_of_the_span():

@@ -1,12 +1,16 @@
 """Files with one example a row: what is read, and each error with file and line."""
 
+import csv as csv_module
 import json
+import threading
+import unicodedata
 
 import pytest
 
 from saexp.config import DatasetConfig
 from saexp.data.datasets import csv, jsonl
 from saexp.data.examples import Example
+from saexp.data.labels import questions
 from saexp.data.tables import read_rows, rule
 from saexp.errors import ConfigError, DataError, SaexpError
 
@@ -51,7 +55,7 @@ def test_every_column_of_the_contract_is_read(write):
         text="A player Bo Li, Bo Li",
         group="known",
         split="val",
-        spans=((16, 21),),
+        spans=((9, 14), (16, 21)),
         entity="Bo Li",
         entity_type="player",
         prompt="Who is Bo Li?",
@@ -71,11 +75,25 @@ def test_an_answer_may_be_absent(write, answer):
     assert read(write(row, TWO[1])).examples[0].answers == ()
 
 
-@pytest.mark.parametrize("span", [[11, 16], "[11, 16]"])
+@pytest.mark.parametrize("span", [[11, 16], "[11, 16]", "(11, 16)"])
 def test_a_span_gives_the_entity(write, span):
     row = {"text": "The player Bo Li", "span": span, "group": "known"}
     one = read(write(row, TWO[1])).examples[0]
     assert (one.spans, one.entity) == (((11, 16),), "Bo Li")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_text_and_entity_may_differ_in_normalisation(write, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    text = unicodedata.normalize(form, "Zoë met Zoë, not Zoëy")
+    row = {"text": text, "entity": unicodedata.normalize(other, "Zoë")}
+    spans = read(write(row)).examples[0].spans
+    assert [text[a:b] for a, b in spans] == [unicodedata.normalize(form, "Zoë")] * 2
+
+
+def test_a_given_span_stays_the_only_one(write):
+    row = {"text": "Ann met Bob and then Ann left", "entity": "Ann", "span": [0, 3]}
+    assert read(write(row)).examples[0].spans == ((0, 3),)
 
 
 def test_spans_count_characters_not_bytes(write):
@@ -103,6 +121,67 @@ def test_csv_reads_the_same_as_jsonl(write):
         ("4", "The player Ed Xu", "Ed Xu", ()),
     ]
     assert got[0].extra == {"note": "two\nlines"}
+
+
+LISTS = [
+    ('["Estia.", "Estia"]', ("Estia.", "Estia")),
+    ("['Estia.', 'Estia']", ("Estia.", "Estia")),
+    (""" ["it's", 'a "b"'] """, ("it's", 'a "b"')),
+    ("['a', nan, None]", ("a",)),
+    ('["a", NaN, null, "", "NA"]', ("a",)),
+    ("[1994, 1.5]", ("1994", "1.5")),
+    ("[]", ()),
+    ("[unclear]", ("[unclear]",)),
+    ("[1", ("[1",)),
+    ("(1, 2)", ("(1, 2)",)),
+    ("Estia", ("Estia",)),
+]
+
+
+@pytest.mark.parametrize(("cell", "answers"), LISTS, ids=[cell for cell, _ in LISTS])
+def test_a_list_in_a_csv_cell_is_a_list(tmp_path, write, cell, answers):
+    file = tmp_path / "f.csv"
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        csv_module.writer(opened).writerows([["text", "answers"], ["t", cell]])
+    assert read(str(file), csv, columns={"answer": "answers"}).examples[0].answers == answers
+    # JSON has lists of its own, so that a string is a string.
+    assert read(write({"text": "t", "answer": cell})).examples[0].answers == (cell,)
+
+
+def test_attributes_in_a_csv_cell_are_asked_as_those_of_a_jsonl_are(tmp_path, write):
+    attributes = [{"attribute_type": "director", "attribute_value": "Ann Lee"}]
+    row = {"text": "The movie X", "entity": "X", "entity_type": "movie", "attributes": attributes}
+    file = tmp_path / "f.csv"
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        cells = {**row, "attributes": json.dumps(attributes)}
+        csv_module.writer(opened).writerows([list(cells), list(cells.values())])
+    made, _ = questions(read(str(file), csv).examples)
+    assert made == questions(read(write(row)).examples)[0]
+    assert [q.truths for q in made] == [("Ann Lee",)]
+
+
+def test_a_printed_numpy_array_is_no_list(write):
+    path = write("text,answer", "t,['a' 'b']", name="f.csv")
+    assert message_of(lambda: read(path, csv)) == (
+        f"{path}:2: column 'answer' holds a printed NumPy array; write its items as a JSON list"
+    )
+
+
+def test_a_csv_field_may_be_long_in_every_thread(tmp_path):
+    text = "word " * 40_000
+    file = tmp_path / "f.csv"
+    with file.open("w", newline="") as opened:
+        csv_module.writer(opened).writerows([["text"], *[[text]] * 4])
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(read(str(file), csv).examples))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[e.text for e in examples] for examples in found] == [[text] * 4] * 4
 
 
 def test_columns_are_mapped_and_the_files_own_of_that_name_is_kept_apart(write):
@@ -149,12 +228,33 @@ def test_what_is_no_rule(write, text):
     )
 
 
+@pytest.mark.parametrize(
+    ("row", "told"), [({"text": "t"}, []), ({"text": "t", "n": None}, ["'n' 1"])]
+)
+def test_a_row_without_a_value_for_the_rule_is_in_neither_group(write, row, told):
+    got = read(write({"text": "t", "n": 0}, row, {"text": "t", "n": 7}), group_rule="n > 5")
+    assert [(e.id, e.group) for e in got.examples] == [("1", "not (n > 5)"), ("3", "n > 5")]
+    assert got.notes == [
+        *(f"missing values in 3 rows, by column: {columns}" for columns in told),
+        "1 of 3 rows has no group and is left out",
+    ]
+
+
 @pytest.mark.parametrize("row", [{"text": "t"}, {"text": "t", "n": None}])
-def test_a_rule_on_a_column_that_a_row_lacks(write, row):
-    path = write({"text": "t", "n": 0}, row)
+def test_a_rule_on_a_column_without_any_value(write, row):
+    path = write(row, row)
     assert message_of(lambda: read(path, group_rule="n == 0")) == (
-        f"{path}:2: has no column 'n', which group_rule asks for"
+        f"{path}: no row has a value in column 'n' (n == 0)"
     )
+
+
+def test_a_rule_that_compares_with_a_missing_value(write):
+    path = write({"text": "t", "n": "NA"})
+    message = message_of(lambda: read(path, group_rule="n == 'NA'"), ConfigError)
+    assert message.startswith("dataset.group_rule=n == 'NA' compares with a missing value")
+    rows = write({"text": "t", "n": "NA"}, {"text": "t", "n": "DE"})
+    kept = read(rows, group_rule="n == 'NA'", missing_values=["null"])
+    assert [e.group for e in kept.examples] == ["n == 'NA'", "not (n == 'NA')"]
 
 
 def test_a_rule_that_orders_what_is_no_number(write):
@@ -207,13 +307,32 @@ LINE_2 = [
             "column 'text' is empty or no string; give the text there or map it with "
             "dataset.columns.text=<column>",
         )
-        for text in ("  ", None, 7)
+        for text in ("  ", 7)
+    ],
+    *[
+        (
+            {"text": text},
+            "column 'text' has a missing value (empty, null, NaN or one of "
+            "dataset.missing_values); give the text there or map it with "
+            "dataset.columns.text=<column>",
+        )
+        for text in ("", None, float("nan"), "NA")
     ],
     (
         {"text": "The player Bo", "entity": "Bo Li"},
         "entity 'Bo Li' does not occur in its text 'The player Bo'",
     ),
-    ({"text": "t", "entity": ""}, "entity '' does not occur in its text 't'"),
+    (
+        {"text": "The player Bo Li", "entity": "Bo\u00a0Li"},
+        "entity 'Bo\u00a0Li' does not occur in its text 'The player Bo Li'; they look alike but "
+        "differ in characters: 'Bo\\xa0Li' is not in 'The player Bo Li'",
+    ),
+    (
+        {"text": "The player B\u043e Li", "entity": "Bo Li"},
+        "entity 'Bo Li' does not occur in its text 'The player B\u043e Li'; they look alike but "
+        "differ in characters: 'Bo Li' is not in 'The player B\\u043e Li'",
+    ),
+    ({"text": "東京都", "entity": "大阪"}, "entity '大阪' does not occur in its text '東京都'"),
     ({"text": "t", "entity": True}, "'entity' must be a string, not bool"),
     ({"text": "t", "group": ["a"]}, "'group' must be a string, not list"),
     *[
@@ -234,7 +353,10 @@ LINE_2 = [
         {"text": "t", "split": "training"},
         "split 'training' is not known; use one of train, val, test",
     ),
-    ({"text": "t", "answer": {"a": 1}}, "'answer' must be a string or a list of strings"),
+    *[
+        ({"text": "t", "answer": answer}, "'answer' must be a string or a list of strings")
+        for answer in ({"a": 1}, ["a", ["b"]])
+    ],
 ]
 
 
@@ -251,6 +373,11 @@ def test_a_whole_emoji_written_as_two_escapes_is_fine(write):
 def test_an_id_that_stands_twice(write):
     path = write({**TWO[0], "id": "x"}, TWO[0], {**TWO[1], "id": "x"})
     assert message_of(lambda: read(path)) == f"{path}:3: id 'x' stands already at {path}:1"
+
+
+def test_made_up_ids_never_meet_given_ones(write):
+    rows = [{"text": "t", **given} for given in ({}, {"id": 1}, {"id": "line 1"}, {})]
+    assert [e.id for e in read(write(*rows)).examples] == ["line line 1", "1", "line 1", "4"]
 
 
 def test_only_one_group(write):
@@ -275,7 +402,9 @@ def test_a_csv_with_an_open_quote(write):
 
 def test_a_csv_text_that_is_empty(write):
     path = write("text,group", "one,known", ",unknown", name="f.csv")
-    assert message_of(lambda: read(path, csv)).startswith(f"{path}:3: column 'text' is missing;")
+    assert message_of(lambda: read(path, csv)).startswith(
+        f"{path}:3: column 'text' has a missing value"
+    )
 
 
 def test_a_mapping_to_a_column_that_is_not_there(write):
@@ -289,6 +418,6 @@ def test_a_mapping_of_a_column_that_does_not_exist(write):
     path = write(*TWO)
     message = message_of(lambda: read(path, columns={"txt": "text"}), ConfigError)
     assert message == (
-        "dataset.columns.txt: unknown; the columns are text, group, entity, span, entity_type, "
+        "dataset.columns=txt is not known; choose from text, group, entity, span, entity_type, "
         "prompt, answer, id, split"
     )

@@ -11,6 +11,7 @@ import pytest
 
 from saexp import registry
 from saexp.config import DatasetConfig
+from saexp.data.labels import questions
 from saexp.data.wikidata import read_published
 from saexp.data.wikidata_query import KINDS, ask, fetch_entities, sparql, to_entities
 from saexp.errors import ConfigError, DataError, SaexpError
@@ -227,6 +228,44 @@ def test_files_that_cannot_be_read(tmp_path):
     )
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), "NaN", "null", ""])
+def test_missing_values_of_published_files(tmp_path, nothing):
+    attributes = [
+        {"attribute_type": "director", "attribute_value": nothing},
+        {"attribute_type": "cast", "attribute_value": ["Ann Lee", nothing]},
+        {"attribute_type": "coordinates", "attribute_value": [1.5, nothing]},
+    ]
+    film = {"entity": "Film Film", "entity_type": "movie", "attributes": attributes}
+    row = query("Film Film", "directors", 3, correct_answer=nothing, question=nothing)
+    row["sampled_completions"].append(nothing)
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([film, row, query("Other", "directors", 0)]))
+    got = with_options(file, min_known=1)
+    one = got.examples[0]
+    assert (one.answers, one.prompt, one.group) == ((), row["prompt"], "known")
+    made, _ = questions([one])
+    assert [(q.attribute, q.truths) for q in made] == [("cast", ("Ann Lee",))]
+    assert got.notes[0].startswith("missing values in 3 rows, by column: 'attributes' 1, ")
+    assert "'correct_answer' 1" in got.notes[0] and "'question' 1" in got.notes[0]
+
+
+@pytest.mark.parametrize("column", ["entity", "entity_type"])
+@pytest.mark.parametrize("nothing", [None, float("nan"), "nan"])
+def test_a_published_row_needs_its_entity(tmp_path, column, nothing):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], column: nothing}]))
+    assert message_of(lambda: build(file)) == (
+        f"{file}[0]: '{column}' must be a text, neither empty nor a missing value"
+    )
+
+
+def test_every_mention_is_a_span(tmp_path):
+    file = tmp_path / "f.json"
+    file.write_text(json.dumps([{**ENTITIES[0], "entity": "Art"}]))
+    got = build(file, template="Art: {entity} in Arthur's Art")
+    assert got.examples[0].spans == ((0, 3), (5, 8), (21, 24))
+
+
 def test_an_option_that_is_none(folder):
     message = message_of(lambda: with_options(folder, min_corect=3), ConfigError)
     assert message == (
@@ -351,6 +390,28 @@ def test_fetching_writes_the_file_once_and_only_when_asked(tmp_path):
         assert len(seen) == 1
     message = message_of(lambda: with_options(tmp_path, fetch="movie"), ConfigError)
     assert message == "dataset.options.fetch needs a file to write: type dataset.path=FILE"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_fetched": 6}, "n_fetched=5, not 6"),
+        ({"fetch": ["city"]}, "fetch=['movie'], not ['city']"),
+        ({"min_sitelinks": 3}, "min_sitelinks=20, not 3"),
+    ],
+)
+def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, change, told):
+    file = tmp_path / "movies.json"
+    with endpoint() as (address, seen):
+        options = {"fetch": ["movie"], "endpoint": address, "n_fetched": 5}
+        with_options(file, **options)
+        with_options(file, **{**options, "timeout": 3})
+        message = message_of(lambda: with_options(file, **{**options, **change}), ConfigError)
+        assert message.startswith(f"dataset.path={file} was fetched with {told}; delete it")
+        # Of a file that was not fetched nothing is known.
+        (tmp_path / "movies.json.query").unlink()
+        with_options(file, **{**options, **change})
+        assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """A generation is computed once; another row, model or SAE is another generation."""
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +83,18 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "generations.sqlite").write_text("not a database, but long enough to be one" * 9)
     with pytest.raises(StoreError, match="generations.sqlite: .*; delete it or choose another"):
         ResultCache(tmp_path, {})
+
+
+@pytest.mark.parametrize("version", range(1, 3))
+def test_results_of_earlier_versions_are_not_read(tmp_path: Path, version: int) -> None:
+    """Written as those versions wrote them: their guessed texts could be wrong."""
+    some, about = rows(), {"model": "a"}
+    cache = ResultCache(tmp_path, about)
+    prefix = repr((version, sorted(about.items())))
+    with cache.file:
+        for row in some:
+            digest = hashlib.sha256(f"{prefix}tokens 5{row.key!r}".encode()).digest()
+            wrong = np.asarray([7.0] * 5, dtype="<f8").tobytes()
+            cache.file.execute("insert into results values (?, ?)", (digest, wrong))
+    assert cache.get("tokens 5", [r.key for r in some]) == {}
+    assert run(some, cache) == run(some, None)

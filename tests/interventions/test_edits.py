@@ -1,6 +1,7 @@
 """What each intervention does to which prompts: latents, directions, controls, units."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,15 @@ import torch
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.facts import Condition, LatentFacts, denoised, orthonormal
+from saexp.interventions.facts import (
+    Condition,
+    LatentFacts,
+    StreamRows,
+    denoised,
+    orthonormal,
+)
 from saexp.interventions.ops import Add, Move, Project
+from saexp.interventions.patching import SpliceIn
 from saexp.interventions.prompts import Prompts
 from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
 from saexp.models.hookpoints import Hookpoint
@@ -45,12 +53,12 @@ def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
     return LatentFacts(
         table=table,
         groups=groups,
-        mean_norm=7.0,
+        median_norm=7.0,
         alpha=0.05,
         directions=lambda chosen: decoder[list(chosen)],
         hookpoint=AT,
         written=AT,
-        stream=(lambda: (acts, labels)) if stream else None,
+        stream=(lambda: StreamRows(acts, labels, np.arange(60))) if stream else None,
         n_layers=3,
     )
 
@@ -115,7 +123,8 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     conditions = planned(
         Steer, (1.0,), directions=["mean_difference", "probe", "random"], unit="raw", facts=about
     )
-    acts, labels = about.stream()  # type: ignore[misc]
+    read = about.stream()  # type: ignore[misc]
+    acts, labels = read.acts, read.groups
     difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
     op = one(conditions, "known_mean_difference").edits[0][0]
     assert isinstance(op, Add)
@@ -131,6 +140,36 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     assert lengths == {round(float(np.linalg.norm(difference)), 4)}
 
 
+@pytest.mark.parametrize(("kind", "of"), [(Steer, "known_random"), (SpliceIn, "known_splice")])
+def test_random_directions_differ_between_layers_and_groups(kind: type, of: str) -> None:
+    """In 4096 dimensions unrelated directions have cosines of about 0.016."""
+
+    def vectors(layer: int, n_controls: int = 3, of: str = of) -> torch.Tensor:
+        at, wide = Hookpoint(layer, "resid_post"), torch.randn(N_LATENTS, 4096)
+        acts = np.repeat(np.eye(2, 4096), 30, axis=0)
+        read = StreamRows(acts, np.repeat(["known", "unknown"], 30), np.arange(60))
+        about = replace(
+            facts(),
+            hookpoint=at,
+            written=at,
+            stream=lambda: read,
+            directions=lambda chosen: wide[list(chosen)],
+        )
+        cfg = InterventionConfig(name="x", directions=["random"], n_controls=n_controls)
+        groups = Prompts(of_group={"known": [], "unknown": []})
+        conditions, _ = kind(cfg).plan(about, [1.0], groups, random_lm("llama"))
+        ops = [c.edits[0][0] for c in conditions if c.of == of and c.role != "place"]
+        found = [op.vector if isinstance(op, Add) else op.instead for op in ops]  # type: ignore[union-attr]
+        return torch.nn.functional.normalize(torch.stack([v.values for v in found]), dim=-1)
+
+    one = vectors(1)
+    assert len(one) >= 3
+    assert torch.equal(one, vectors(1))
+    assert torch.equal(one, vectors(1, 5)[: len(one)])
+    for other in (vectors(2), vectors(1, of=of.replace("known", "unknown"))):
+        assert float((one @ other.T).abs().max()) < 0.1
+
+
 def least_squares(about: LatentFacts, latents: Sequence[int], target: np.ndarray) -> np.ndarray:
     """The part of a vector that the latents' decoder rows make up, by numpy's least squares."""
     rows = about.directions(list(latents)).numpy().astype(np.float64)
@@ -141,7 +180,8 @@ def test_the_denoised_difference_is_the_least_squares_part_of_it() -> None:
     about = facts()
     settings = {"directions": ["denoised_difference"], "unit": "raw", "facts": about}
     conditions = planned(Steer, (1.0,), **settings)
-    acts, labels = about.stream()  # type: ignore[misc]
+    read = about.stream()  # type: ignore[misc]
+    acts, labels = read.acts, read.groups
     difference = acts[labels == "known"].mean(0) - acts[labels == "unknown"].mean(0)
     main = one(conditions, "known_denoised_difference")
     wanted = least_squares(about, (2, 3, 5), difference)

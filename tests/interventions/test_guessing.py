@@ -114,7 +114,7 @@ def test_rows_of_prompts_of_their_own_are_not_guessed(monkeypatch: pytest.Monkey
     def never(*_: object) -> None:
         raise AssertionError("something was guessed")
 
-    monkeypatch.setattr(engine, "likeliest_tokens", never)
+    monkeypatch.setattr(engine, "greedy_tokens", never)
     rows = [Row(i) for i in prompts(model)]
     assert len(generate(model, rows, max_new_tokens=3, batch_tokens=1000)) == len(rows)
 

@@ -70,7 +70,7 @@ def facts_of(sae: SparseAutoencoder) -> LatentFacts:
     return LatentFacts(
         table=table,
         groups=GROUPS,
-        mean_norm=7.0 + sae.hookpoint.layer,
+        median_norm=7.0 + sae.hookpoint.layer,
         alpha=0.05,
         directions=sae.directions,
         hookpoint=sae.hookpoint,

@@ -19,7 +19,6 @@ from saexp.interventions.outcomes import (
     MatchingTokens,
     Repetition,
     YesNo,
-    first_token,
     mean_loss,
 )
 from saexp.registry import names, resolve
@@ -52,9 +51,27 @@ def test_accuracy_uses_the_attribute_s_rule_and_needs_an_answer() -> None:
         extra={"attribute": "birth_year"},
     )
     outcome = Accuracy()
-    assert outcome.score(" in 1985.", born) is True
-    assert outcome.score(" in 1920.", born) is False
+    assert outcome.score(" in 1987.", born) is True
+    assert outcome.score(" in 1986.", born) is False
     assert outcome.score("anything", Example(id="2", text="?")) is None
+
+
+def test_accuracy_does_not_count_what_repeats_the_prompt() -> None:
+    song = Example(
+        id="1",
+        text="On which album is the song Like a Prayer?",
+        entity="Like a Prayer",
+        entity_type="song",
+        answers=("Like a Prayer",),
+        extra={"attribute": "album"},
+    )
+    outcome = Accuracy()
+    assert outcome.score('The song "Like a Prayer" is a tribute to her mother.', song) is False
+    assert outcome.score('It is on the album "Like a Prayer".', song) is True
+    pair = Example(id="2", text="John and Mary met; John gave the bag to", answers=(" Mary",))
+    assert outcome.score(" Mary. She took it.", pair) is True
+    assert outcome.score(" his friend Mary.", pair) is True
+    assert outcome.score(" John, and Mary left.", pair) is False
 
 
 def test_exact_is_the_answer_in_whole_words_at_the_beginning() -> None:
@@ -127,25 +144,6 @@ def test_repetition_is_the_share_of_trigrams_seen_before() -> None:
     assert Repetition().score("", EXAMPLE, [7] * 10) == pytest.approx(7 / 8)
     assert Repetition().score("", EXAMPLE, [1]) == 0
     assert Length().score("", EXAMPLE, [1, 2]) == 2
-
-
-def test_the_first_token_of_an_answer_is_the_one_that_follows_the_prompt() -> None:
-    made = tokenizer()
-    prompt = "The city of New"
-    token = first_token(made, prompt, "Bresk")
-    whole = made(prompt + " Bresk", add_special_tokens=False)["input_ids"]
-    before = made(prompt, add_special_tokens=False)["input_ids"]
-    assert whole[: len(before) + 1] == [*before, token]
-    assert first_token(made, prompt, " Bresk") == token
-
-
-def test_an_answer_that_melts_into_the_prompt_is_not_scored() -> None:
-    class Melting:
-        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-            return {"input_ids": [len(text)]}
-
-    with pytest.raises(Unplaced, match="melts"):
-        first_token(Melting(), "a b", "c")
 
 
 def test_next_token_outcomes_are_those_of_the_logits() -> None:

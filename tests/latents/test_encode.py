@@ -57,6 +57,12 @@ def formulas(x: Tensor, reconstruction: Tensor, acts: Tensor) -> dict[str, float
         "reconstruction/explained_variance": 1
         - error.mean() / ((a**2).sum(1).mean() - (mean**2).sum()),
         "reconstruction/explained_variance_legacy": np.mean(1 - error / ((a - mean) ** 2).sum(1)),
+        "reconstruction/explained_variance_median": np.median(1 - error / ((a - mean) ** 2).sum(1)),
+        "reconstruction/explained_variance_all_positions": 1
+        - error.mean() / ((a**2).sum(1).mean() - (mean**2).sum()),
+        "reconstruction/median_norm": np.median(norms[0]),
+        "reconstruction/n_high_norm": 0,
+        "reconstruction/high_norm_variance_fraction": 0.0,
         "reconstruction/mse": error.mean(),
         "reconstruction/cosine": ((a * y).sum(1) / (norms[0] * norms[1])).mean(),
         "reconstruction/l2_ratio": (norms[1] / norms[0]).mean(),
@@ -86,6 +92,34 @@ def test_equals_dense(
     expected = formulas(x, made.decode(dense, x), dense)
     assert expected["sparsity/dead_fraction"] >= 3 / D_SAE
     assert metrics == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 10, 10_000])
+def test_metrics_are_of_ordinary_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int
+) -> None:
+    """As if the others were not there, but for what is named to be of all positions."""
+    monkeypatch.setattr(encode, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
+    x = points(N_ROWS, D_IN)
+    high = np.isin(np.arange(N_ROWS), [0, 1, 57])
+    x[high] *= 300
+    store = store_of(tmp_path, x, Hookpoint(3, "resid_post"), 40)
+    made = sae_with_dead_latents()
+    latents, metrics = encode_store(store, made, store.rows, ~high)
+    dense = made.encode(x)
+    np.testing.assert_allclose(latents.csr.toarray(), dense.numpy(), rtol=1e-5, atol=1e-5)
+    some, again = x[~high], made.decode(dense)
+    expected = formulas(some, again[~high], dense[~high])
+    distances = ((x - x.mean(0)) ** 2).sum(1).double().numpy()
+    lost = ((x - again) ** 2).sum(1).double().numpy()
+    name = "reconstruction/explained_variance_all_positions"
+    expected[name] = 1 - lost.sum() / distances.sum()
+    expected["reconstruction/n_high_norm"] = 3
+    fraction = distances[high].sum() / distances.sum()
+    expected["reconstruction/high_norm_variance_fraction"] = fraction
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert fraction > 0.9
+    assert abs(expected[name] - expected["reconstruction/explained_variance"]) > 0.1
 
 
 def test_rows_are_sorted_csr(store: ActivationStore) -> None:

@@ -10,12 +10,13 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
+from saexp.data.token_text import pieces
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.latents import encode
 from saexp.latents.examples import firing_counts, tally_store, unit_latents, values_at
 from saexp.latents.summary import by_unit
 from saexp.latents.tally import N_BINS, Tally, at_quantiles, best_of_each_text
-from saexp.latents.windows import Windows, pieces
+from saexp.latents.windows import Windows
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from tests.activations import child
@@ -160,6 +161,36 @@ def test_correlations_are_numpys(
     for i, latent in enumerate(CHOSEN):
         np.testing.assert_allclose(tally.correlations_of(i), expected[latent], atol=1e-5)
     assert np.isnan(tally.correlations_of(3)).all()
+
+
+@pytest.mark.parametrize("correlate", [True, False])
+@pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
+def test_rows_of_high_norm_are_as_if_they_were_not_there(
+    store: ActivationStore,
+    auto: SparseAutoencoder,
+    dense: np.ndarray,
+    chunk_rows: int,
+    correlate: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    ordinary = np.ones(N_ROWS, dtype=bool)
+    # The rows where the chosen latents are strongest.
+    ordinary[dense[:, CHOSEN].argmax(0)] = False
+    tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, correlate=correlate)
+    tally_store(store, auto, TEXT_OF, GROUP_OF, tally, ordinary)
+    counts = firing_counts(store, auto, ordinary)
+    assert counts.tolist() == (dense[ordinary] != 0).sum(0).tolist()
+    assert tally.n_rows == ordinary.sum()
+    for i, latent in enumerate(CHOSEN):
+        values = np.where(ordinary, dense[:, latent], 0)
+        assert tally.maximum[i] == pytest.approx(values.max(), rel=1e-5)
+        assert tally.active[i].sum() == (values != 0).sum()
+        best = tally.top(i)
+        np.testing.assert_allclose(best["value"], values[best["row"]], rtol=1e-5)
+        if values.any():
+            assert best["row"].iloc[0] == values.argmax()
+        assert ordinary[tally.sample(i)["row"]].all()
 
 
 def test_counts_and_chosen_values_equal_dense_ones(

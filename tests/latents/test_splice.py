@@ -71,6 +71,21 @@ def test_equals_a_hook_written_by_hand(architecture: str, mask: Tensor | None) -
 
 
 @EVERY
+def test_positions_of_high_norm_keep_their_activations(architecture: str) -> None:
+    model, made, left = random_lm(architecture), sae(), []
+    with capture(model, [AT]) as seen:
+        logits(model)
+    norms = seen[AT].norm(dim=-1)
+    limit = 1.0001 * float(norms[MASK].median())
+    with edit(model, spliced(made, MASK, limits={AT: limit}, excluded=left.append)):
+        got = logits(model)
+    low = MASK & (norms <= limit)
+    torch.testing.assert_close(got, logits_by_hand(model, made, low), rtol=1e-4, atol=1e-4)
+    assert left == [int((MASK & ~low).sum())]
+    assert left[0] > 0
+
+
+@EVERY
 def test_a_perfect_sae_changes_no_bit(architecture: str) -> None:
     model = random_lm(architecture)
     before = logits(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from saexp.config import ModelConfig
@@ -160,3 +161,22 @@ def test_the_tokenizer_has_one_of_its_own(folder):
     more = type(one)(tokenizer_object=one._tokenizer, bos_token="<bos>", eos_token="<pad>")
     changed = LanguageModel.wrap(model.hf, more).tokenizer_fingerprint
     assert changed != model.tokenizer_fingerprint
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_repository_s_own_code_counts_where_it_may_run(folder, trusted):
+    about = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "config_mine.Mine", "AutoModelForCausalLM": "other--model_mine.Mine"}
+    (folder / "config.json").write_text(json.dumps({**about, "auto_map": named}))
+
+    def own() -> str:
+        model = LanguageModel.__new__(LanguageModel)
+        model.cfg = ModelConfig(name=str(folder), device="cpu", trust_remote_code=trusted)
+        model.name = model.source = str(folder)
+        model.in_memory = False
+        model.config = transformers.LlamaConfig(auto_map=named)
+        return model.fingerprint
+
+    before = own()
+    (folder / "model_mine.py").write_text("class Mine: pass")
+    assert (own() != before) == trusted

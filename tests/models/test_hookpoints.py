@@ -48,6 +48,7 @@ def test_resid_pre_of_block_0_is_stored_as_embed():
         ("blocks.3.hook_attn_out", (3, "attn_out")),
         ("blocks.3.attn.hook_z", (3, "attn_z")),
         ("blocks.3.mlp.hook_in", (3, "mlp_in")),
+        ("blocks.3.ln2.hook_normalized", (3, "mlp_in_normalized")),
         ("blocks.3.hook_mlp_out", (3, "mlp_out")),
         ("model.layers.12", (12, "resid_post")),
         ("model.language_model.layers.12", (12, "resid_post")),
@@ -57,6 +58,7 @@ def test_resid_pre_of_block_0_is_stored_as_embed():
         ("transformer.h.3.mlp", (3, "mlp_out")),
         ("gpt_neox.layers.2.attention", (2, "attn_out")),
         ("model.layers.2.self_attn", (2, "attn_out")),
+        ("model.layers.2.linear_attn", (2, "attn_out")),
         ("model.layers.2.block_sparse_moe", (2, "mlp_out")),
     ],
 )
@@ -77,19 +79,12 @@ def test_a_name_of_nothing_is_an_error(name):
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("blocks.3.ln2.hook_normalized", "the MLP's input before its norm's gain"),
-        ("blocks.3.hook_mlp_in", "the MLP's input before its norm"),
-    ],
-)
-def test_places_before_the_mlps_norm_or_its_gain_are_no_stream(name, what):
+def test_a_name_that_two_tools_give_to_two_places_is_no_stream():
     with pytest.raises(ModelError) as error:
-        Hookpoint.parse(name)
+        Hookpoint.parse("blocks.3.hook_mlp_in")
     assert str(error.value) == (
-        f"{name} is {what}, which saexp does not collect; its layer_3.mlp_in is behind the whole "
-        "norm, layer_3.resid_mid before it"
+        "blocks.3.hook_mlp_in is the MLP's input before its norm in TransformerLens, and after it "
+        "in Gemma Scope 2's configs; type layer_3.resid_mid or layer_3.mlp_in"
     )
 
 

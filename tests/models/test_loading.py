@@ -124,11 +124,17 @@ def test_a_device_that_is_not_there(name):
     assert message_of(lambda: LanguageModel(ModelConfig(name="tiny", device=name))) == message
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "no-such-folder/model", "not a name!"])
+@pytest.mark.parametrize("name", ["nobody/nothing", "no-such-folder/model", "nothing"])
 def test_a_wrong_name(name):
     message = message_of(lambda: LanguageModel(ModelConfig(name=name, device="cpu")))
     assert message.startswith(f"model.name={name}: its config cannot be loaded (")
     assert message.endswith("); type a hub id that is in reach or cached, or a local folder")
+
+
+@pytest.mark.parametrize("name", ["not a name!", "owner/", "owner/na me"])
+def test_a_name_that_the_hub_cannot_have(name):
+    message = f"model.name={name} is neither a folder here nor a hub id such as google/gemma-2-2b"
+    assert message_of(lambda: LanguageModel(ModelConfig(name=name, device="cpu"))) == message
 
 
 def test_a_folder_without_weights(folder):

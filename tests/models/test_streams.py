@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import capture, position_ids, run_truncated
+from saexp.models.hooks import capture, edit, position_ids, run_truncated
+from saexp.models.loading import LanguageModel
 from tests.random_models import (
     ARCHITECTURES,
+    D_MODEL,
     N_LAYERS,
     PARALLEL,
     POST_NORMS,
@@ -107,6 +110,87 @@ def test_mlp_in_through_the_mlp_is_mlp_out(architecture):
         if architecture in POST_NORMS:
             out = block.post_feedforward_layernorm(out)
         torch.testing.assert_close(out, got["mlp_out"][layer], **CLOSE)
+
+
+NORMED = pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "phi"])
+"""Phi's MLP reads the norm that attention reads."""
+
+
+def gain_and_bias(architecture, block):
+    name = {"gpt2": "ln_2", "gemma2": "pre_feedforward_layernorm"}
+    name["gemma3"] = name["gemma2"]
+    norm = getattr(block, name.get(architecture, "post_attention_layernorm"))
+    gain = 1 + norm.weight if architecture.startswith("gemma") else norm.weight
+    return gain, getattr(norm, "bias", torch.zeros(1))
+
+
+@NORMED
+def test_mlp_in_normalized_times_the_norms_gain_is_mlp_in(architecture):
+    model = random_lm(architecture)
+    got = read(model, "mlp_in_normalized", "mlp_in")
+    for layer, block in enumerate(model.blocks):
+        gain, bias = gain_and_bias(architecture, block)
+        normalized, mlp_in = (got[s][layer] for s in got)
+        torch.testing.assert_close(normalized * gain + bias, mlp_in, **CLOSE)
+        assert not torch.allclose(normalized, mlp_in, atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in PARALLEL])
+def test_mlp_in_normalized_is_the_stream_at_unit_scale(architecture):
+    """By the formulas of LayerNorm and RMSNorm, without gain and bias."""
+    model = random_lm(architecture)
+    got = read(model, "mlp_in_normalized", "resid_mid")
+    for layer, block in enumerate(model.blocks):
+        normalized, mid = (got[s][layer].double() for s in got)
+        if gain_and_bias(architecture, block)[1].any():
+            mid = mid - mid.mean(-1, keepdim=True)
+        expected = mid / mid.pow(2).mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(normalized, expected, atol=1e-3, rtol=0)
+
+
+@NORMED
+def test_an_edit_of_mlp_in_normalized_reaches_the_mlp_times_the_gain(architecture):
+    model, at = random_lm(architecture), Hookpoint(1, "mlp_in_normalized")
+    vector = torch.linspace(-1, 1, D_MODEL)
+    gain, _ = gain_and_bias(architecture, model.blocks[1])
+    handle = model.blocks[1].mlp.register_forward_pre_hook(lambda _m, a: (a[0] + vector * gain,))
+    with torch.no_grad():
+        expected = model.hf(IDS).logits
+        handle.remove()
+        plain = model.hf(IDS).logits
+        with edit(model, {at: lambda x: x + vector}):
+            got = model.hf(IDS).logits
+        with edit(model, {at: lambda x: x}):
+            same = model.hf(IDS).logits
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert torch.equal(same, plain)
+    assert not torch.allclose(got, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama"])
+def test_mlp_in_normalized_in_half_precision(architecture, dtype):
+    model = LanguageModel.wrap(random_hf(architecture).to(dtype))
+    got = read(model, "mlp_in_normalized", "mlp_in")
+    for layer, block in enumerate(model.blocks):
+        gain, bias = gain_and_bias(architecture, block)
+        normalized, mlp_in = (got[s][layer].float() for s in got)
+        torch.testing.assert_close(normalized * gain + bias, mlp_in, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("architecture", ["phi", "olmo2"])
+def test_without_a_norm_of_the_mlps_own_there_is_no_mlp_in_normalized(architecture, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "olmo2", ("Olmo2Config", ARCHITECTURES["llama"][1]))
+    model = LanguageModel.wrap(random_hf(architecture))
+    with pytest.raises(ModelError, match="has no norm with a gain just before its MLP, so it has"):
+        model.module(Hookpoint(1, "mlp_in_normalized"))
+
+
+def test_a_gain_of_zero_cannot_be_divided_out():
+    model = LanguageModel.wrap(random_hf("gemma2"))
+    model.blocks[1].pre_feedforward_layernorm.weight[3] = -1
+    with pytest.raises(ModelError, match="has no gain that can be divided out of what it gives"):
+        model.module(Hookpoint(1, "mlp_in_normalized"))
 
 
 @EVERY

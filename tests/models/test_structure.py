@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, Glm4Config, GraniteConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Glm4Config,
+    GraniteConfig,
+    MambaConfig,
+    OPTConfig,
+)
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
@@ -54,16 +61,20 @@ def test_blocks_are_those_that_the_forward_pass_runs(architecture):
 
 def test_an_unknown_shape_is_an_error_that_names_the_key():
     with pytest.raises(ModelError) as error:
-        _ = opt().blocks
+        find_blocks(random_hf("llama").model.norm, N_LAYERS)
     assert str(error.value) == (
-        "OPTForCausalLM has 0 lists of 3 blocks with attention and MLP; "
-        "say which with model.blocks=<module path>"
+        "LlamaRMSNorm has 0 lists of 3 blocks; say which with model.blocks=<module path>"
     )
+
+
+def test_blocks_whose_parts_have_unknown_names_are_found():
+    model = opt()
+    assert model.blocks is model.hf.model.decoder.layers
 
 
 def test_two_lists_that_fit_are_an_error_too():
     both = nn.ModuleDict({"one": random_hf("gpt2"), "two": random_hf("gpt2")})
-    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks with attention"):
+    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks; say"):
         find_blocks(both, N_LAYERS)
 
 
@@ -82,10 +93,21 @@ def test_model_blocks_makes_an_unknown_shape_usable():
         torch.testing.assert_close(got, hidden[layer], atol=1e-5, rtol=0)
 
 
-def test_a_block_without_an_mlp_module_has_no_mlp_streams():
+def test_a_block_that_joins_the_tokens_of_all_texts_has_no_mlp_streams():
     with pytest.raises(ModelError) as error:
-        opt(blocks="model.decoder.layers").module(Hookpoint(0, "mlp_out"))
-    assert str(error.value) == "OPTDecoderLayer has no mlp_out; only resid_pre and resid_post"
+        opt().module(Hookpoint(0, "mlp_out"))
+    assert str(error.value) == (
+        "OPTDecoderLayer joins the tokens of all texts at its MLP, so saexp cannot read mlp_out; "
+        "use resid_pre or resid_post"
+    )
+
+
+def test_a_block_of_one_module_has_no_streams_within():
+    config = MambaConfig(vocab_size=64, hidden_size=D_MODEL, num_hidden_layers=N_LAYERS)
+    for stream in ("mlp_out", "attn_z"):
+        with pytest.raises(ModelError) as error:
+            wrapped(config).module(Hookpoint(0, stream))
+        assert str(error.value) == f"MambaBlock has no {stream}; only resid_pre and resid_post"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from saexp.errors import StoreError
 from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
-from tests.reports.written import METRICS, latents, run, summary, write_json
+from tests.reports.written import METRICS, contrast, latents, run, summary, write_json
 
 SETTING = (
     "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 latents that fired tell known from "
@@ -20,8 +20,8 @@ KNOWN = (
 )
 UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
-    "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's mean "
-    "norm: refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
+    "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's "
+    "median norm: refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
 )
 BESIDE = "; 2 matched controls 0.70 to 0.75 (p < 0.001 against their mean)"
 
@@ -53,6 +53,38 @@ def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> N
     setting, known, _ = sentences(SavedRun(tmp_path))
     assert setting.endswith("of 40 held-out examples.")
     assert known == "known: latent 7 has AUROC 0.900, separation 0.45."
+
+
+def test_the_strongest_latent_stands_beside_the_most_selective_one(tmp_path: Path) -> None:
+    """As in a run on a real model: the selected latent is at chance, a dense one is not."""
+    run(tmp_path, causal=False)
+    best = contrast("known", 7, train=0.53, test=0.517)
+    strongest = contrast("known", 1098, train=0.72, test=0.701)
+    beside = {k.replace("/best", "/strongest"): v for k, v in strongest.items()}
+    beside |= {f"contrast/strongest_min_{n}_known_test": 0.1 for n in ("auroc", "separation")}
+    about = {"contrast/strongest_background_freq_known": 0.0312}
+    unknown = {"contrast/strongest_latent_unknown": None}
+    write_json(tmp_path / "metrics.json", {**METRICS, **best, **beside, **about, **unknown})
+    _, known, _ = sentences(SavedRun(tmp_path))
+    assert known == (
+        "known: latent 7, the most selective, has AUROC 0.517 [0.487, 0.527] (not above chance on "
+        "held-out entities), separation 0.26; smallest over 2 entity types: AUROC 0.850, "
+        "separation 0.40. The strongest on the train split is latent 1098, active on 3.1% of "
+        "background tokens: AUROC 0.701 [0.671, 0.711], separation 0.35; smallest over 2 entity "
+        "types: AUROC 0.100, separation 0.10."
+    )
+    nothing = contrast("known", None)
+    write_json(tmp_path / "metrics.json", {**METRICS, **nothing, **beside, **about, **unknown})
+    _, known, _ = sentences(SavedRun(tmp_path))
+    assert known.startswith("No latent for 'known' is selected. The strongest on the train split")
+
+
+def test_a_control_sae_is_called_one(tmp_path: Path) -> None:
+    run(tmp_path, causal=False)
+    about = SavedRun(tmp_path).provenance
+    about["sae"]["control"] = "random"
+    write_json(tmp_path / "provenance.json", about)
+    assert sentences(SavedRun(tmp_path))[0] == SETTING.replace("SAE of", "random control SAE of")
 
 
 def test_where_no_control_was_matched_that_is_told(tmp_path: Path) -> None:

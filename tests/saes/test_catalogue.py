@@ -1,5 +1,8 @@
 """sae-lens' real catalogue: which SAE a config names, and what is said where there is none."""
 
+import re
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -8,8 +11,10 @@ import saexp
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
+from saexp.registry import build
 from saexp.saes.catalogue import catalogue, entries, find, n_latents, show_width
-from saexp.saes.formats.gemma_scope import hookpoint_of
+from saexp.saes.formats.gemma_scope import ends_of
+from saexp.saes.releases import FORMATS, format_of, neuronpedia_of
 
 
 def chosen(*words: str) -> tuple[str, str]:
@@ -49,7 +54,111 @@ def test_entries_are_those_of_sae_lens_own_reader() -> None:
     assert entry.path.startswith("layer_12/width_16k/average_l0_")
     assert (entry.repo, entry.loader) == ("google/gemma-scope-2b-pt-res", "gemma_2")
     assert entry.neuronpedia == "gemma-2-2b/12-gemmascope-res-16k"
-    assert hookpoint_of(entry.repo, entry.path) == Hookpoint(12, "resid_post")
+    assert ends_of(entry.repo, entry.path) == (Hookpoint(12, "resid_post"), None)
+
+
+UNREADABLE = {
+    ("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post"),
+    ("temporal-sae-llama-3.1-8b", "blocks.15.hook_resid_post"),
+    ("temporal-sae-llama-3.1-8b", "blocks.26.hook_resid_post"),
+}
+"""Temporal SAEs: their latents at a token depend on the tokens before."""
+STREAMS = {
+    "res": {"resid_pre", "resid_mid", "resid_post", "embed"},
+    "att": {"attn_z", "attn_out"},
+    "mlp": {"mlp_out"},
+    "transcoder": {"mlp_in", "mlp_in_normalized"},
+    "clt": {"resid_mid"},
+}
+"""Word in an id of Neuronpedia -> what such SAEs read."""
+
+
+MISPLACED = ("gemma-scope-9b-pt-res", "layer_2/width_16k/average_l0_8")
+"""Its id on Neuronpedia, in sae-lens 6.54, is that of an SAE of layer 20."""
+
+
+def test_every_sae_of_the_catalogue_has_a_reader_and_a_hookpoint() -> None:
+    """By the name alone; the layer and the kind are also in Neuronpedia's ids, made by others."""
+    unreadable, n_checked = set(), 0
+    for release in catalogue():
+        for entry in entries(release):
+            if entry.loader not in FORMATS:
+                unreadable.add((release, entry.id))
+                continue
+            form = format_of(entry)
+            assert callable(form.read)
+            at, out = form.ends(entry)
+            assert (at.stream == "embed") or at.layer == entry.layer, entry
+            assert out is None or (out.layer, out.stream) == (at.layer, "mlp_out"), entry
+            assert (out is not None) == any(w in release for w in ("transcoder", "clt")), entry
+            named = re.search(
+                r"/(\d+)-(?:[\w.]+-)*?(res|att|mlp|transcoder|clt)", entry.neuronpedia or ""
+            )
+            if named is None:
+                continue
+            n_checked += 1
+            if (release, entry.id) == ("gpt2-small-res-jb", "blocks.11.hook_resid_post"):
+                assert neuronpedia_of(entry) == "gpt2-small/12-res-jb"
+                continue
+            if (release, entry.id) == MISPLACED:
+                assert neuronpedia_of(entry) is None
+                continue
+            assert neuronpedia_of(entry) == entry.neuronpedia
+            assert (at.layer, True) == (int(named[1]), at.stream in STREAMS[named[2]]), entry
+    assert unreadable == UNREADABLE
+    assert n_checked > 1500
+
+
+def test_hookpoints_are_those_of_sae_lens_own_readers(lens: ModuleType) -> None:
+    """Of the formats whose readers need no file to say it."""
+    loaders = lens.loading.pretrained_sae_loaders
+    own = {
+        "gemma_2": loaders.get_gemma_2_config_from_hf,
+        "gemma_2_transcoder": loaders.get_gemma_2_transcoder_config_from_hf,
+        "goodfire": loaders.get_goodfire_config_from_hf,
+        "deepseek_r1": loaders.get_deepseek_r1_config_from_hf,
+        "qwen_scope": loaders.get_qwen_scope_config_from_hf,
+    }
+    n_checked = 0
+    for release, about in catalogue().items():
+        if (getter := own.get(about.get("conversion_func"))) is None:
+            continue
+        for entry in entries(release):
+            at, out = format_of(entry).ends(entry)
+            if at.stream == "embed":
+                continue
+            cfg: Any = getter(entry.repo, entry.path, "cpu")
+            assert at.transformer_lens == cfg["hook_name"], entry
+            assert (out.transformer_lens if out else None) == cfg.get("hook_name_out"), entry
+            n_checked += 1
+    assert n_checked > 3000
+
+
+def test_a_release_of_a_format_that_is_not_read() -> None:
+    cfg = released(release="temporal-sae-gemma-2-2b", layer=12)
+    with pytest.raises(SAEError, match=r"the format 'temporal', which is not supported; saexp re"):
+        build("sae", cfg)
+
+
+@pytest.mark.parametrize(
+    ("release", "words", "message"),
+    [
+        ("gemma-scope-2b-pt-mlp-canonical", {"stream": "resid_post"}, "was trained on layer_5.mlp"),
+        ("llama_scope_lxa_8x", {"stream": "resid_post"}, "was trained on layer_5.attn_out"),
+        (
+            "qwen-scope-3.5-2b-base-w32k-l50",
+            {"stream": "mlp_out"},
+            "was trained on layer_5.resid_p",
+        ),
+    ],
+)
+def test_a_stream_that_it_was_not_trained_on_is_refused_before_any_download(
+    hub_cache: Path, release: str, words: dict[str, str], message: str
+) -> None:
+    cfg = released(release=release, layer=5, width="16k" if "gemma" in release else None, **words)
+    with pytest.raises(SAEError, match=message):
+        build("sae", cfg)
+    assert not any(hub_cache.iterdir())
 
 
 def test_every_listed_sae_is_an_entry() -> None:

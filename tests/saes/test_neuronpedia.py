@@ -77,7 +77,10 @@ def test_the_lists_latents_can_be_read_back_in_order() -> None:
 
 def test_what_cannot_be_linked_is_said() -> None:
     sae = sae_with("a/b")
-    with pytest.raises(SAEError, match=r"latent 64: random, width 64, seed 0 has latents 0-63"):
+    with pytest.raises(
+        SAEError,
+        match=r"latent 64: random control, layer_3.resid_post, width 64, seed 0 has latents 0-63",
+    ):
         neuronpedia_url(sae, 64)
     with pytest.raises(SAEError, match="at least one latent"):
         neuronpedia_list(sae, [])

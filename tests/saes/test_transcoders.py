@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
+from saexp.interventions.batch import BatchEdit
+from saexp.interventions.ops import Move, Row
+from saexp.latents.splice import spliced
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
 from saexp.saes.base import ARCHITECTURES, SparseAutoencoder
-from saexp.saes.catalogue import catalogue
+from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.loading import check_fits
 from tests.random_models import D_MODEL, random_lm
 from tests.saes.make import (
@@ -28,6 +32,7 @@ from tests.saes.make import (
     sae,
     skip,
     transcoder,
+    write_npz,
     write_saelens,
 )
 
@@ -170,13 +175,8 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         ("jumprelu_transcoder", {}, "a jumprelu transcoder needs 'threshold', absent here"),
         (
             "transcoder",
-            {"hook_name": "blocks.3.ln2.hook_normalized"},
-            "ln2.hook_normalized is the MLP's input before its norm's gain, which saexp does not c",
-        ),
-        (
-            "transcoder",
             {"hook_name": "blocks.3.hook_mlp_in"},
-            "blocks.3.hook_mlp_in is the MLP's input before its norm, which saexp does not collect",
+            "blocks.3.hook_mlp_in is the MLP's input before its norm in TransformerLens, and after",
         ),
         (
             "transcoder",
@@ -247,14 +247,199 @@ def test_read_by_sae_lens(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> 
     assert (ours.hookpoint, ours.hookpoint_out) == (IN, OUT)
 
 
-def test_gemma_scope_transcoders_read_what_is_not_collected() -> None:
-    """Trained with the norm's gain folded into the MLP (Lieberum et al. 2024)."""
-    message = "these transcoders read the MLP's input before its norm's gain, which saexp does not"
-    name = "gemma-scope-2b-pt-transcoders"
-    with pytest.raises(SAEError, match=message):
-        build("sae", SAEConfig(name="g", loader="release", release=name, layer=5))
-    with pytest.raises(SAEError, match=message):
-        saexp.load_sae(f"google/{name}/layer_5/width_16k/average_l0_70")
+def test_qwen_scope_read_by_sae_lens(
+    lens: ModuleType, tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Qwen 3.5, whose blocks alternate attention and linear attention."""
+    name, made = "qwen-scope-3.5-2b-base-w32k-l50", tmp_path / "made"
+    made.mkdir()
+    p = parameters("topk", d_sae=32 * 1024)
+    stored = {**p, "W_enc": p["W_enc"].T.contiguous(), "W_dec": p["W_dec"].T.contiguous()}
+    torch.save(stored, made / "layer3.sae.pt")
+    publish(hub_cache, catalogue()[name]["repo_id"], made)
+    known = lens.loading.pretrained_sae_loaders.QWEN_SCOPE_MODEL_INFO
+    monkeypatch.setitem(known, "Qwen3.5-2B-Base", ("Qwen/Qwen3.5-2B-Base", D_IN))
+    ours = build("sae", SAEConfig(name="q", loader="release", release=name, layer=3))
+    x = points(4, D_IN)
+    pre = x.double() @ p["W_enc"].double() + p["b_enc"].double()
+    at_least = pre.sort(descending=True).values[:, 49:50]
+    acts = torch.where(pre >= at_least, pre.clamp(min=0), 0)
+    torch.testing.assert_close(ours.encode(x).double(), acts, rtol=1e-4, atol=1e-4)
+    made_of = acts @ p["W_dec"].double() + p["b_dec"].double()
+    torch.testing.assert_close(ours.decode(acts.float()).double(), made_of, rtol=1e-4, atol=1e-3)
+    assert (ours.hookpoint, ours.k) == (Hookpoint(3, "resid_post"), 50)
+    assert ours.metadata["model"] == "Qwen/Qwen3.5-2B-Base"
+
+
+TRANSCODERS = "gemma-scope-2b-pt-transcoders"
+
+
+@pytest.fixture
+def gemma_transcoder(tmp_path: Path, hub_cache: Path) -> tuple[SAEConfig, dict[str, torch.Tensor]]:
+    """A small one in the hub's layout, of a layer of the random Gemma 2; and its parameters."""
+    [entry] = [e for e in entries(TRANSCODERS) if e.layer == 1]
+    p = parameters("jumprelu", d_in=D_MODEL, d_sae=16384, d_out=D_MODEL)
+    write_npz(tmp_path / "made" / entry.path / "params.npz", p)
+    publish(hub_cache, entry.repo, tmp_path / "made")
+    return SAEConfig(name="g", loader="release", release=TRANSCODERS, layer=1), p
+
+
+def test_gemma_scope_transcoders_are_those_of_sae_lens(
+    lens: ModuleType, gemma_transcoder: tuple[SAEConfig, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    ours = build("sae", gemma_transcoder[0])
+    getter = loaders.get_gemma_2_transcoder_config_from_hf
+
+    def small(*args: Any, **options: Any) -> dict[str, Any]:
+        return {**getter(*args, **options), "d_in": D_MODEL, "d_out": D_MODEL}
+
+    monkeypatch.setattr(loaders, "get_gemma_2_transcoder_config_from_hf", small)
+    theirs = lens.SAE.from_pretrained(TRANSCODERS, ours.metadata["id"])
+    assert ours.hookpoint == Hookpoint.parse(theirs.cfg.metadata.hook_name)
+    assert ours.hookpoint_out == Hookpoint.parse(theirs.cfg.metadata.hook_name_out)
+    x = points(30, D_MODEL)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x))
+        torch.testing.assert_close(ours.decode(ours.encode(x), x), theirs(x))
+    by_path = saexp.load_sae(f"google/{TRANSCODERS}/{ours.metadata['id']}")
+    assert by_path.hookpoints == ours.hookpoints
+
+
+def test_gemma_scope_transcoders_read_the_norms_output_before_its_gain(
+    gemma_transcoder: tuple[SAEConfig, dict[str, torch.Tensor]],
+) -> None:
+    """On the random Gemma 2, whose norms have noisy weights: what the MLP reads / (1 + weight)."""
+    cfg, p = gemma_transcoder
+    model, sae = random_lm("gemma2"), build("sae", cfg)
+    norm = model.blocks[1].pre_feedforward_layernorm
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        model.blocks[1].mlp.register_forward_pre_hook(lambda _m, a: seen.update(x=a[0])),
+        model.blocks[1].post_feedforward_layernorm.register_forward_hook(
+            lambda _m, _a, out: seen.update(y=out)
+        ),
+    ]
+    tokens = model.tokenizer("The city of New Bresk").input_ids
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        logits = model.hf(ids).logits
+    for handle in handles:
+        handle.remove()
+    x = (seen["x"] / (1 + norm.weight))[0].double()
+    pre = x @ p["W_enc"].double() + p["b_enc"].double()
+    acts = torch.where(pre > p["threshold"].double(), pre.clamp(min=0), 0)
+    assert (acts > 0).any()
+    at = sae.hookpoint
+    read = run_truncated(model, ids, torch.ones_like(ids), [at])[at][0]
+    torch.testing.assert_close(sae.encode(read).double(), acts, rtol=1e-3, atol=1e-3)
+    # Steering (here: ablating) writes to the MLP's output.
+    latent = int((acts > 0).sum(0).argmax())
+    off = Move(at, (latent,), (latent,), (0.0,), 1.0)
+    row = Row(tuple(tokens), (off,), tuple(range(len(tokens))), generated=False)
+    program = BatchEdit([row], len(tokens), {at: sae}, torch.device("cpu"))
+    with torch.no_grad(), edit(model, program.functions(len(tokens))):
+        ablated = model.hf(ids).logits[0]
+    wanted = (seen["y"][0].double() - acts[:, latent, None] * p["W_dec"][latent].double()).float()
+
+    def by_hand(_m: Any, _a: Any, _out: torch.Tensor) -> torch.Tensor:
+        return wanted[None]
+
+    handle = model.blocks[1].post_feedforward_layernorm.register_forward_hook(by_hand)
+    with torch.no_grad():
+        expected = model.hf(ids).logits[0]
+    handle.remove()
+    torch.testing.assert_close(ablated, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, logits[0], atol=1e-3)
+    # Spliced with its error and no change, it changes nothing.
+    with torch.no_grad(), edit(model, spliced(sae, error=True)):
+        torch.testing.assert_close(model.hf(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), edit(model, spliced(sae)):
+        replaced_by_ours = model.hf(ids).logits[0]
+    made = (acts @ p["W_dec"].double() + p["b_dec"].double()).float()
+    wanted.copy_(made)
+    handle = model.blocks[1].post_feedforward_layernorm.register_forward_hook(by_hand)
+    with torch.no_grad():
+        torch.testing.assert_close(replaced_by_ours, model.hf(ids).logits[0], rtol=1e-3, atol=1e-3)
+    handle.remove()
+
+
+def test_one_layer_of_a_cross_layer_transcoder(
+    lens: ModuleType, tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    release, made, layer, n_layers = CLT, tmp_path / "made", 3, 7
+    repo = catalogue()[release]["repo_id"]
+    made.mkdir()
+    p, later = parameters("standard"), n_layers - layer
+    decoder = torch.randn(D_SAE, later, D_IN, generator=torch.Generator().manual_seed(1))
+    encoder = {f"W_enc_{layer}": p["W_enc"].T, f"b_enc_{layer}": p["b_enc"]}
+    encoder[f"b_dec_{layer}"] = p["b_dec"]
+    files = {f"W_enc_{layer}": encoder, f"W_dec_{layer}": {f"W_dec_{layer}": decoder}}
+    for name, tensors in files.items():
+        whole = {n: t.contiguous() for n, t in tensors.items()}
+        save_file(whole, made / f"{name}.safetensors")
+    about = {
+        "model_name": "google/gemma-2-2b",
+        "model_kind": "cross_layer_transcoder",
+        "feature_input_hook": "hook_resid_mid",
+        "feature_output_hook": "hook_mlp_out",
+    }
+    (made / "config.yaml").write_text(yaml.safe_dump(about))
+    publish(hub_cache, repo, made)
+    ours = build("sae", SAEConfig(name="c", loader="release", release=release, layer=layer))
+    # It asks the hub for shapes.
+    shapes = {n: list(t.shape) for n, t in encoder.items()}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes)
+    with pytest.warns(UserWarning):
+        theirs = lens.SAE.from_pretrained(release, f"layer_{layer}")
+    x = points(30, D_IN)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x), theirs.encode(x))
+        torch.testing.assert_close(ours.W_dec, theirs.W_dec)
+    assert ours.hookpoints == [Hookpoint(3, "resid_mid"), Hookpoint(3, "mlp_out")]
+    with pytest.raises(SAEError, match="one layer of a cross-layer transcoder: its latents and di"):
+        ours.check_reconstructs()
+    from saexp.saes.check import check_fit
+
+    fit = check_fit(ours, x, torch.zeros(30, dtype=torch.bool), {}, points(30, D_IN))
+    assert [p for p in fit.problems if "reconstruction say nothing" in p] == fit.problems[:1]
+
+
+CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config.yaml": "model_kind: x"}, "config.yaml lacks 'feature_input_hook'"),
+        ({"config.yaml": "a: ["}, "is no YAML"),
+        ({"W_dec_3": {"W_dec_3": torch.ones(4, 5)}}, r"W_dec_3 has shape \[4, 5\], not \[d_sae"),
+        ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', absent here"),
+    ],
+)
+def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
+    tmp_path: Path, hub_cache: Path, change: dict[str, Any], message: str
+) -> None:
+    p, made = parameters("standard"), tmp_path / "made"
+    made.mkdir()
+    files: dict[str, Any] = {
+        "config.yaml": "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out",
+        "W_enc_3": {"W_enc_3": p["W_enc"].T, "b_enc_3": p["b_enc"], "b_dec_3": p["b_dec"]},
+        "W_dec_3": {"W_dec_3": torch.ones(D_SAE, 2, D_IN)},
+    }
+    for name, content in {**files, **change}.items():
+        if isinstance(content, str):
+            (made / name).write_text(content)
+        else:
+            whole = {n: t.contiguous() for n, t in content.items()}
+            save_file(whole, made / f"{name}.safetensors")
+    publish(hub_cache, catalogue()[CLT]["repo_id"], made)
+    with pytest.raises(SAEError, match=message) as caught:
+        build("sae", SAEConfig(name="c", loader="release", release=CLT, layer=3))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from saexp.errors import SAEError
+from saexp.hub import hub, why_absent
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.catalogue import Entry
 from saexp.saes.formats import saelens
@@ -16,13 +17,12 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
 
     label = f"{entry.release}/{entry.id}"
     try:
-        with warnings.catch_warnings():
+        with hub(), warnings.catch_warnings():
             # Advice on loading the model with TransformerLens, which saexp does not use.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pre")
             lens = LensSAE.from_pretrained(entry.release, entry.id, device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SAEError(f"{label} cannot be loaded ({reason})") from error
+        raise SAEError(f"{label} cannot be loaded ({why_absent(error)})") from error
     cfg, about = lens.cfg, lens.cfg.metadata.to_dict()
     hookpoint = lens_hookpoint(str(about.get("hook_name")), label, about.get("hf_hook_name"))
     named = cfg.architecture()

@@ -16,6 +16,7 @@ from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import check_raw_output, read_json
+from saexp.wording import brief
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
@@ -135,7 +136,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(str(error), 120)
         raise SAEError(f"{file} is no plain file of tensors ({reason})") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise SAEError(f"{file} is no plain file of tensors; it holds other objects too")

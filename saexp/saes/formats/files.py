@@ -38,8 +38,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def lens_hookpoint(name: str, label: str, module: object = None) -> Hookpoint:
     """From a TransformerLens name. Raises SAEError, beginning with `label`, for no hookpoint.
 
-    Its names of places before the MLP's norm or gain, which are none, mean mlp_in where `module`,
-    the Hugging Face name beside them, is the norm's output.
+    Its names of places before the MLP's norm or gain mean mlp_in where `module`, the Hugging Face
+    name beside them, is the norm's output.
     """
     match = _MLP_IN.fullmatch(name)
     if match and str(module).endswith(_BEHIND_THE_NORM):

@@ -14,6 +14,8 @@ from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.saelens import drop_unit_scaling
 
 WEIGHTS = "params.npz"
+Ends = tuple[Hookpoint, Hookpoint | None]
+"""(what it reads, what a transcoder predicts)."""
 _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
@@ -22,35 +24,34 @@ def is_gemma_scope(repo: str) -> bool:
     return "gemma-scope" in repo and not re.search(r"gemma-scope-2-\d", repo)
 
 
-def hookpoint_of(repo: str, path: str) -> Hookpoint:
+def ends_of(repo: str, path: str) -> Ends:
     """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…
 
-    Raises SAEError where they don't say it, and for transcoders, whose input is not collected.
+    Transcoders were trained with the norm's gain folded into the MLP, so they read the norm's
+    output before it (Lieberum et al. 2024, section 3.4). Raises SAEError where they don't say it.
     """
-    if re.search(r"gemma-scope-[\w.-]+?-transcoders", f"{repo}/{path}"):
-        raise SAEError(
-            f"{repo}/{path}: these transcoders read the MLP's input before its norm's gain, "
-            "which saexp does not collect; its mlp_in is after"
-        )
-    stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att)\b", f"{repo}/{path}")
+    place = f"{repo}/{path}"
+    stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att|transcoders)\b", place)
     layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
     if "embedding" in path:
-        return Hookpoint(0, "embed")
+        return Hookpoint(0, "embed"), None
     if not stream or not layer:
         raise SAEError(
-            f"{repo}/{path} does not say its layer and stream; set layer= and sae.stream=resid_post"
+            f"{place} does not say its layer and stream; set layer= and sae.stream=resid_post"
         )
-    return Hookpoint(int(layer[1]), _STREAMS[stream[1]])
+    at = int(layer[1])
+    if stream[1] == "transcoders":
+        return Hookpoint(at, "mlp_in_normalized"), Hookpoint(at, "mlp_out")
+    return Hookpoint(at, _STREAMS[stream[1]]), None
 
 
-def load_gemma_scope(
-    file: Path, hookpoint: Hookpoint, metadata: dict[str, Any]
-) -> SparseAutoencoder:
+def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> SparseAutoencoder:
     """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input.
 
     SAEs of the embedding were trained on its rows as they are in the weights; block 0 reads them
     times sqrt(d_model).
     """
+    hookpoint, hookpoint_out = ends
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             parameters = {n: torch.from_numpy(np.asarray(arrays[n], np.float32)) for n in arrays}
@@ -63,6 +64,7 @@ def load_gemma_scope(
         parameters,
         architecture="jumprelu",
         hookpoint=hookpoint,
+        hookpoint_out=hookpoint_out,
         metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
         apply_b_dec_to_input=False,
         normalize_activations="expected_average_only_in" if embedding else "none",

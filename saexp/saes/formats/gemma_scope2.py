@@ -109,7 +109,7 @@ def _parameters(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
 
 
 def _ends(folder: Path, cfg: dict[str, Any], label: str, given: Hookpoint | None) -> Ends:
-    by_path = _by_path(folder.as_posix())
+    by_path = ends_by_path(folder.as_posix())
     by_config = _by_config(cfg, label)
     if by_path and by_config and by_path != by_config:
         raise SAEError(
@@ -124,7 +124,8 @@ def _ends(folder: Path, cfg: dict[str, Any], label: str, given: Hookpoint | None
     return found
 
 
-def _by_path(path: str) -> Ends | None:
+def ends_by_path(path: str) -> Ends | None:
+    """From `resid_post/layer_12_width_16k_l0_medium`; None where it says nothing."""
     site = re.search(rf"(?:^|/)({'|'.join(_SITES)})(?:_all)?/layer_(\d+)(?:_|$)", path)
     if not site:
         return None

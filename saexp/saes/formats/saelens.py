@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models.hookpoints import NOT_ADDED, Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import lens_hookpoint, read_json, read_safetensors
 
@@ -150,7 +150,7 @@ def _scaling(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, float | N
 def expects_centred(about: dict[str, Any], hookpoint: Hookpoint) -> bool:
     """Whether it was trained on TransformerLens' centred streams (each vector minus its mean)."""
     options = about.get("model_from_pretrained_kwargs") or {}
-    writes = hookpoint.stream not in ("attn_z", "mlp_in")
+    writes = hookpoint.stream not in NOT_ADDED
     return bool(options.get("center_writing_weights")) and writes
 
 

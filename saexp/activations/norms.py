@@ -1,0 +1,143 @@
+"""High-norm positions: rows whose norm is far above the others', such as attention sinks.
+
+In most real models the first token of a text, and a few others, have residual norms of tens to
+hundreds of times the median (massive activations: Sun et al. 2024, arXiv 2402.17762; attention
+sinks: Xiao et al. 2023, arXiv 2309.17453). One percent of such rows holds nearly all of the
+variance, so that an SAE trained with them spends its latents on them, and a variance explained with
+them says nothing of ordinary positions.
+
+A position is ordinary where its norm is at most `positions.max_norm_ratio` times the median norm,
+at every stream that the SAE reads or predicts. The median is over all positions of a reference
+(neutral text where the run has it, else the run's own positions): it depends on the data alone, not
+on batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saexp.activations.store import ActivationStore
+from saexp.models.hookpoints import Hookpoint
+
+_CHUNK_ROWS = 8192
+
+
+def norm_limit(norms: Float[np.ndarray, " n"], max_norm_ratio: float | None) -> float:
+    """The largest norm of an ordinary position; infinite for a ratio of None or a median of 0."""
+    median = float(np.median(norms))
+    return median * max_norm_ratio if max_norm_ratio is not None and median else float("inf")
+
+
+def norm_limits(
+    store: ActivationStore, hookpoints: Sequence[Hookpoint], max_norm_ratio: float | None
+) -> dict[Hookpoint, float]:
+    """`norm_limit` of each hookpoint over all rows of a store."""
+    if max_norm_ratio is None:
+        return dict.fromkeys(hookpoints, float("inf"))
+    return {h: norm_limit(store.norms(h), max_norm_ratio) for h in hookpoints}
+
+
+def ordinary_rows(
+    norms: Mapping[Hookpoint, Float[np.ndarray, " n"]], limits: Mapping[Hookpoint, float]
+) -> Bool[np.ndarray, " n"]:
+    """Rows whose norms are within the limit at every hookpoint; all rows where none would be."""
+    within = np.all([norms[h] <= limits[h] for h in limits], axis=0)
+    return within if within.any() else np.ones_like(within)
+
+
+@dataclass(frozen=True)
+class OrdinaryRows:
+    """Which rows of a store are ordinary at the hookpoints of `limits`."""
+
+    store: ActivationStore
+    limits: Mapping[Hookpoint, float]
+    max_norm_ratio: float | None
+
+    @cached_property
+    def mask(self) -> Bool[np.ndarray, " n_rows"]:
+        """True for each ordinary row."""
+        if all(np.isinf(limit) for limit in self.limits.values()):
+            return np.ones(self.store.n_rows, dtype=bool)
+        return ordinary_rows({h: self.store.norms(h) for h in self.limits}, self.limits)
+
+    @property
+    def n_excluded(self) -> int:
+        """Number of high-norm rows."""
+        return int((~self.mask).sum())
+
+    @cached_property
+    def variance_fraction(self) -> float:
+        """Fraction of the sum of squared distances from the mean that high-norm rows hold, at the
+        last hookpoint: what the SAE reconstructs, or a transcoder predicts."""
+        if not self.n_excluded:
+            return 0.0
+        total = sum(x.flatten(1).double().sum(0) for _, x in self._chunks())
+        assert isinstance(total, torch.Tensor), "a store has rows"
+        mean, every, high = total / self.store.n_rows, 0.0, 0.0
+        for first, x in self._chunks():
+            squares = (x.flatten(1).double() - mean).square().sum(-1).numpy()
+            every += float(squares.sum())
+            high += float(squares[~self.mask[first : first + len(x)]].sum())
+        return high / every if every else 0.0
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        return self.store.chunks(self._last, _CHUNK_ROWS)
+
+    @property
+    def _last(self) -> Hookpoint:
+        return list(self.limits)[-1]
+
+    @property
+    def _none_is_ordinary(self) -> bool:
+        """Whether no row is within every limit, so that `mask` is true for all the same."""
+        limits = {h: limit for h, limit in self.limits.items() if np.isfinite(limit)}
+        above = (bool((self.store.norms(h) > limit).any()) for h, limit in limits.items())
+        return bool(self.mask.all()) and any(above)
+
+    def median_norm(self, hookpoint: Hookpoint) -> float:
+        """Median norm over the ordinary rows; the reference's where no row is ordinary."""
+        norms, limit = self.store.norms(hookpoint), self.limits[hookpoint]
+        if self.max_norm_ratio is not None and bool((norms > limit).all()):
+            return limit / self.max_norm_ratio
+        return float(np.median(norms[self.mask]))
+
+    def notes(self, consequence: str) -> list[str]:
+        """One line where there are high-norm rows; `consequence` says what follows for them."""
+        if self._none_is_ordinary:
+            return [
+                f"all {self.store.n_rows:,} positions at {self._last.name} have a norm above "
+                f"{self.max_norm_ratio:g} times the median of neutral text (attention sinks?); "
+                "metrics are of them all the same, there being no others"
+            ]
+        return high_norm_notes(
+            self.n_excluded,
+            self.store.n_rows,
+            self._last,
+            self.max_norm_ratio,
+            self.variance_fraction,
+            consequence,
+        )
+
+
+def high_norm_notes(
+    n_excluded: int,
+    n_positions: int,
+    at: Hookpoint,
+    max_norm_ratio: float | None,
+    variance_fraction: float,
+    consequence: str,
+) -> list[str]:
+    """How many positions have high norms, what fraction of the variance they hold, what follows."""
+    if not n_excluded:
+        return []
+    return [
+        f"{n_excluded:,} of {n_positions:,} positions ({n_excluded / n_positions:.2%}) at "
+        f"{at.name} have a norm above {max_norm_ratio:g} times the median and hold "
+        f"{variance_fraction:.1%} of the variance (attention sinks?); {consequence} "
+        "(positions.max_norm_ratio=null treats them as any other)"
+    ]

@@ -1,0 +1,66 @@
+"""A run's folder belongs to one process at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from saexp.activations.files import try_lock
+from saexp.errors import StoreError
+
+LOCK = ".running.lock"
+_reserved: dict[Path, Any] = {}
+"""Locks that the command line took before Hydra wrote anything; the run takes them over."""
+
+
+def reserve(folder: Path) -> None:
+    """Take a folder for the run of this process that is about to begin.
+
+    Raises StoreError where another run has it, or it cannot be made.
+    """
+    _reserved[folder.resolve()] = _take(folder)
+
+
+def release_all() -> None:
+    """Let go what was reserved and no run took over."""
+    while _reserved:
+        folder, lock = _reserved.popitem()
+        _let_go(folder, lock)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Hold a run's folder. Raises StoreError where another run has it, or it cannot be made.
+
+    The operating system frees it when the process dies, so that a crashed run blocks none.
+    """
+    place = folder.resolve()
+    lock = _reserved.pop(place, None) or _take(folder)
+    try:
+        yield
+    finally:
+        _let_go(place, lock)
+
+
+def _take(folder: Path) -> Any:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+    try:
+        lock = try_lock(folder / LOCK)
+    except StoreError as error:
+        raise StoreError(f"cannot write the run's folder {folder}; choose another one") from error
+    if lock is None:
+        raise StoreError(
+            f"another run is writing to {folder}; wait for it, or type another hydra.run.dir= "
+            "(hydra.sweep.dir= of a sweep)"
+        )
+    return lock
+
+
+def _let_go(folder: Path, lock: Any) -> None:
+    # While it is held, so that whoever waits for this very file finds it gone and makes another.
+    with suppress(OSError):
+        (folder / LOCK).unlink(missing_ok=True)
+    lock.release()

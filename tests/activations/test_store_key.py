@@ -1,0 +1,85 @@
+"""The activation store's key: what changes the stored values changes it, and nothing else does."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saexp.activations.collector import ingredients
+from saexp.activations.joined import joined_name
+from saexp.activations.store import store_key
+from saexp.config import ModelConfig, PositionsConfig
+from saexp.data.examples import Example
+from saexp.data.positions import All, place
+from saexp.data.tokens import tokenize
+from saexp.models.loading import LanguageModel
+from tests.random_models import saved_lm
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    saved_lm("llama", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def key(
+    folder: Path,
+    texts: tuple[str, ...] = ("ab cd", "ef gh"),
+    keep: slice = slice(None),
+    max_length: int = 20,
+    dtype: torch.dtype = torch.float32,
+    computed: str = "float32",
+    **options: Any,
+) -> str:
+    model = LanguageModel(ModelConfig(name=str(folder), device="cpu", dtype=computed, **options))
+    examples = [Example(id=str(i), text=t) for i, t in enumerate(texts)]
+    tokens = tokenize(texts, model.tokenizer, max_length)
+    made = place(examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0)
+    made = replace(made, rows=made.rows.iloc[keep].reset_index(drop=True))
+    return store_key(ingredients(model, made, max_length, dtype))
+
+
+def weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({n: t + 1 for n, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def nothing(_: Path) -> None:
+    pass
+
+
+CHANGES: list[tuple[str, Callable[[Path], None], dict[str, Any], bool]] = [
+    ("weights", weights, {}, True),
+    ("a text of as many tokens", nothing, {"texts": ("ab cd", "ef gx")}, True),
+    ("order of texts", nothing, {"texts": ("ef gh", "ab cd")}, True),
+    ("positions", nothing, {"keep": slice(1, None)}, True),
+    ("longest text", nothing, {"max_length": 21}, True),
+    ("dtype stored", nothing, {"dtype": torch.bfloat16}, True),
+    ("dtype computed", nothing, {"computed": "bfloat16"}, True),
+    ("path of the blocks", nothing, {"blocks": "model.layers"}, True),
+    ("chat", nothing, {"chat": True}, False),
+    ("default layer", nothing, {"default_layer": 2}, False),
+]
+
+
+@pytest.mark.parametrize(("what", "do", "given", "matters"), CHANGES, ids=[c[0] for c in CHANGES])
+def test_only_what_changes_the_values_is_in_the_key(
+    folder: Path, what: str, do: Callable[[Path], None], given: dict[str, Any], matters: bool
+) -> None:
+    before = key(folder)
+    assert before == key(folder)
+    do(folder)
+    assert (key(folder, **given) != before) == matters, what
+
+
+def test_a_joined_file_is_named_by_its_shards_in_their_order() -> None:
+    shards = {f"0000{i}": {"sha256": str(i) * 64} for i in range(2)}
+    name = joined_name(shards)
+    assert joined_name(dict(reversed(shards.items()))) == name
+    swapped = {"00000": shards["00001"], "00001": shards["00000"]}
+    assert joined_name(swapped) != name
+    assert joined_name({**shards, "00001": {"sha256": "9" * 64}}) != name

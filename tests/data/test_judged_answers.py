@@ -1,0 +1,98 @@
+"""The judge against verdicts derived by hand; the first 116 before the judge was first run."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from saexp.config import DatasetConfig
+from saexp.data.datasets import entities
+from saexp.data.examples import Example
+from saexp.data.labels import Question, label_answer, questions
+from saexp.data.matchers import Rules
+from saexp.data.templates import TEMPLATES
+from saexp.interventions.outcomes import Refusal
+
+OTHER = dict.fromkeys(("birth_year", "release_year", "year"), "1066")
+OTHER |= dict.fromkeys(("duration", "population", "elevation"), "99999999")
+FILE = Path(__file__).parent / "judged_answers.jsonl"
+SAMPLE = [json.loads(line) for line in FILE.read_text("utf-8").splitlines()]
+
+
+def asked(row: dict) -> Question:
+    """The row's question: the template of its attribute, unless it has one of its own."""
+    pair = (row["question"], "") if "question" in row else TEMPLATES[row["type"]][row["attribute"]]
+    text, beginning = (part.replace("{entity}", row["entity"]) for part in pair)
+    return Question(
+        entity=row["entity"],
+        entity_type=row["type"],
+        attribute=row["attribute"],
+        text=text,
+        beginning=beginning if row.get("begun") else "",
+        truths=tuple(row["truths"]),
+        given_group=None,
+    )
+
+
+@pytest.mark.parametrize("row", SAMPLE, ids=[row["case"] for row in SAMPLE])
+def test_the_judge_gives_the_verdict_derived_by_hand(row):
+    refusal, named = Refusal(), Example(id="", text="", entity=row["entity"])
+    verdict = label_answer(
+        row["answer"], asked(row), Rules(), lambda text: bool(refusal.score(text, named))
+    )
+    assert verdict == row["verdict"], row
+
+
+def test_the_sample_is_large_and_holds_every_verdict():
+    counts = Counter(row["verdict"] for row in SAMPLE)
+    assert len(SAMPLE) >= 100
+    assert counts["correct"] >= 40 and counts["error"] >= 40 and counts["refusal"] >= 4
+    assert len({row["case"] for row in SAMPLE}) == len(SAMPLE)
+
+
+def of_shipped_entities() -> list[Question]:
+    examples = entities(DatasetConfig(name="entities")).examples
+    return [question for question in questions(examples)[0] if question.truths]
+
+
+def verdict_of(answer: str, question: Question) -> str:
+    refusal, named = Refusal(), Example(id="", text="", entity=question.entity)
+    return label_answer(answer, question, Rules(), lambda text: bool(refusal.score(text, named)))
+
+
+@pytest.mark.parametrize(
+    ("form", "right"),
+    [
+        ("{truth}", True),
+        ("{truth}.", True),
+        ("I think it is {truth}.", True),
+        ("{beginning} {truth}.", True),
+        ("{question}", False),
+        ("{question} Good question!", False),
+        ("The {entity_type} {entity} is well known.", False),
+        ('Let me tell you about "{entity}"; {entity} is a {entity_type}.', False),
+        ("It is not {truth}.", False),
+        ("{beginning} {truth} or Xyzzy.", False),
+        ("{beginning} Xyzzy or {truth}.", False),
+        ("Is it {truth}?", False),
+        ("{beginning} {truth}. No, wait, it was Xyzzy.", False),
+        ("{beginning} Xyzzy. No, wait, it was {truth}.", True),
+    ],
+)
+def test_every_shipped_question_is_judged_alike_in_every_form_of_answer(form: str, right: bool):
+    """Stated answers are right; echoes, denials, alternatives, questions, retractions are not."""
+    for question in of_shipped_entities():
+        judged = replace(question, beginning="")
+        for truth in question.truths:
+            if question.attribute == "coordinates" and "{truth}" in form:
+                continue
+            answer = form.replace("Xyzzy", OTHER.get(question.attribute, "Xyzzy")).format(
+                truth=truth,
+                beginning=question.beginning,
+                question=question.text,
+                entity=question.entity,
+                entity_type=question.entity_type,
+            )
+            assert (verdict_of(answer, judged) == "correct") is right, (answer, question)

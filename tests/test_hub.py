@@ -1,0 +1,255 @@
+"""A hub that cannot be reached is noticed at once, one that is slow is waited for."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from saexp import hub
+from saexp.config import DatasetConfig, ModelConfig, SAEConfig
+from saexp.errors import ModelError, SAEError, SaexpError
+from saexp.models.loading import LanguageModel
+from saexp.registry import build
+from saexp.wording import brief
+from tests.random_models import random_hf, save
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """As if nothing said that the network is off; an empty cache, nothing looked at so far."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub, "_seen", {})
+    return monkeypatch
+
+
+@pytest.fixture
+def refused(online: pytest.MonkeyPatch) -> None:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def silent(online: pytest.MonkeyPatch) -> Iterator[None]:
+    """A firewall that drops what it is sent: no connection is ever made."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield
+        for client in waiting:
+            client.close()
+
+
+@pytest.fixture
+def slow(online: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that takes longer to answer than a connection may take."""
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:  # noqa: N802
+            time.sleep(1)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def seconds_of(make: object, message: str) -> float:
+    began = time.monotonic()
+    with pytest.raises(SaexpError, match=message) as error:
+        make()  # type: ignore[operator]
+    assert "\n" not in str(error.value)
+    return time.monotonic() - began
+
+
+GEMMA_SCOPE = SAEConfig(
+    name="g", loader="release", release="gemma-scope-2b-pt-res-canonical", layer=12, width="16k"
+)
+ABSENT = {
+    "model": lambda: LanguageModel(ModelConfig(name="google/gemma-2-2b")),
+    "sae": lambda: build("sae", GEMMA_SCOPE),
+    "repository": lambda: build("sae", SAEConfig(name="l", loader="path", path="someone/theirs/x")),
+    "dataset": lambda: build("dataset", DatasetConfig(name="hf", path="someone/texts")),
+}
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("what", ABSENT)
+def test_what_is_not_cached_is_one_line_at_once(
+    what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Six requests with pauses between them took half a minute."""
+    assert seconds_of(ABSENT[what], r"\(the hub cannot be reached: .*[Cc]onnection refused") < 20
+    assert hub.unreachable() is not None
+    out, err = capfd.readouterr()
+    assert "Retry" not in out + err
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_format_that_sae_lens_reads() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens  # noqa: F401
+    name = "mwhanna-qwen3-0.6b-transcoders-lowl0"
+    cfg = SAEConfig(name="m", loader="release", release=name, layer=2)
+    seconds_of(lambda: build("sae", cfg), r"cannot be loaded \(the hub cannot be reached: .*refu")
+
+
+@pytest.mark.usefixtures("silent")
+def test_a_connection_that_is_never_made_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
+    message = "no connection within 0.5 s; HF_HUB_ETAG_TIMEOUT=<seconds> waits longer"
+    assert hub.unreachable() == message
+    assert seconds_of(ABSENT["sae"], message) < 20
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_slow_hub_is_no_absent_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.5")
+    assert hub.unreachable() is None
+    with hub.hub():
+        assert not constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.usefixtures("refused")
+def test_the_clients_setting_is_as_before_on_any_exit() -> None:
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(RuntimeError), hub.hub():
+        assert constants.HF_HUB_OFFLINE
+        assert datasets.config.HF_HUB_OFFLINE
+        raise RuntimeError
+    assert not constants.HF_HUB_OFFLINE
+    assert before == datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
+    model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
+    assert model.hf is not None
+    assert model.tokenizer is not None
+    assert model.fingerprint
+    assert hub._seen == {}
+
+
+def test_switched_off_by_the_user(online: pytest.MonkeyPatch) -> None:
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    seconds_of(
+        ABSENT["model"], r"its config cannot be loaded \(HF_HUB_OFFLINE is set\); type a hub"
+    )
+    seconds_of(
+        ABSENT["sae"], r"is neither cached nor in reach \(HF_HUB_OFFLINE is set\); go online"
+    )
+    assert hub._seen == {}
+
+
+def test_a_run_ends_in_one_line(tmp_path: Path) -> None:
+    """From the terminal, with the network neither there nor switched off."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    words = ["model=gemma2b", "sae=gemmascope", "layer=12", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "saexp", *words, "tracker=none"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"saexp: model.name=google/gemma-2-2b: its config cannot be loaded \(the hub cannot be "
+        r"reached: .*\); type a hub id .*\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./models/mine", "~/models/mine", "a/b/c", "{here}/mine"]
+)
+def test_a_name_that_can_only_be_a_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    name = name.replace("{here}", "here")
+    with pytest.raises(ModelError) as error:
+        LanguageModel(ModelConfig(name=name))
+    assert str(error.value) == (
+        f"model.name={name}: no such folder; type a folder with a model's config.json, or a hub id "
+        "such as google/gemma-2-2b"
+    )
+
+
+def test_a_name_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ModelError, match="is a file; type the folder of the model that it is of"):
+        LanguageModel(ModelConfig(name=str(tmp_path / "weights.bin")))
+
+
+@pytest.mark.parametrize("path", ["/no/such", "./mine", "~/mine", "here/run/sae", "mine"])
+def test_an_sae_path_that_can_only_be_a_folder(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder beside it is here: it is no repository of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    with pytest.raises(SAEError) as error:
+        build("sae", SAEConfig(name="local", loader="path", path=path))
+    shown = Path(path).expanduser()
+    assert str(error.value) == f"sae.path={shown}: no such folder or file"
+
+
+def test_an_sae_path_that_may_be_either(online: pytest.MonkeyPatch) -> None:
+    online.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SAEError) as error:
+        build("sae", SAEConfig(name="local", loader="path", path="saes/mine"))
+    assert str(error.value) == (
+        "sae.path=saes/mine: no such folder here, and saes/mine/cfg.json is neither cached nor in "
+        "reach (HF_HUB_OFFLINE is set); go online once, or point HF_HOME to a cache that holds it"
+    )
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(random_hf("llama"), tmp_path / "models" / "mine")
+    assert LanguageModel(ModelConfig(name="~/models/mine", device="cpu")).n_layers == 3
+
+
+def test_a_long_reason_is_cut_between_words() -> None:
+    text = "Please check your connection and try again\nor make sure that it is on."
+    for length in range(8, 90):
+        cut = brief(text, length)
+        assert len(cut) <= length
+        assert "\n" not in cut
+        words = cut.removesuffix(" …").split()
+        assert words == text.split()[: len(words)] or words[-1] + "," in text
+    assert brief(text, 90) == " ".join(text.split())

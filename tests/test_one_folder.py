@@ -1,0 +1,94 @@
+"""One run at a time writes to a folder; a run that died holds none."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import saexp
+from saexp.errors import StoreError
+from saexp.tasks.holding import LOCK, holding
+from tests.reports.left import command
+
+SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+HOLD = """
+import sys, time
+from pathlib import Path
+from saexp.tasks.holding import holding
+with holding(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder `busy`."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "busy")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as made:
+        assert made.stdout is not None
+        assert made.stdout.readline() == "held\n"
+        yield made
+        stop(made)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("words", [["hydra.run.dir=busy"], ["-m", "hydra.sweep.dir=busy"]])
+def test_a_second_run_in_a_folder_is_one_line_and_touches_nothing(
+    tmp_path: Path, holder: subprocess.Popen[str], words: list[str]
+) -> None:
+    (tmp_path / "busy" / "metrics.json").write_text("of the first")
+    before = sorted(os.listdir(tmp_path / "busy"))
+    said = command(tmp_path, *words, *SMALL, "layer=1")
+    assert holder.poll() is None
+    assert said.code == 1
+    assert said.err.splitlines() == [
+        "saexp: another run is writing to busy; wait for it, or type another hydra.run.dir= "
+        "(hydra.sweep.dir= of a sweep)"
+    ]
+    assert sorted(os.listdir(tmp_path / "busy")) == before
+    assert (tmp_path / "busy" / "metrics.json").read_text() == "of the first"
+
+
+def test_a_killed_run_leaves_its_folder_free(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    stop(holder)
+    assert (tmp_path / "busy" / LOCK).is_file()
+    for _ in range(2):
+        said = command(tmp_path, "hydra.run.dir=busy", "task=collect", *SMALL, "layer=1")
+        assert said.code == 0, said.err[-500:]
+    assert not (tmp_path / "busy" / LOCK).exists()
+
+
+def test_runs_from_python_hold_their_folder_too(tmp_path: Path) -> None:
+    cfg = saexp.compose([*SMALL, "task=collect", "layer=1", f"cache_dir={tmp_path}/cache"])
+    with holding(tmp_path / "run"), pytest.raises(StoreError, match="another run is writing to"):
+        saexp.run(cfg, tmp_path / "run")
+    saexp.run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_of_two_commands_at_once_one_runs_and_the_other_is_told(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "saexp", "hydra.run.dir=one", "task=collect", *SMALL, "layer=1"]
+    both = [
+        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    deadline = time.monotonic() + 120
+    errors = [p.communicate(timeout=deadline - time.monotonic())[1] for p in both]
+    codes = [p.returncode for p in both]
+    # Where the machine ran them one after the other, both may succeed.
+    assert sorted(codes) in ([0, 1], [0, 0])
+    for code, said in zip(codes, errors, strict=True):
+        if code:
+            assert said.startswith("saexp: another run is writing to one; ")
+            assert "Traceback" not in said
+    assert (tmp_path / "one" / "metrics.json").is_file()
+    assert (tmp_path / "one" / ".hydra" / "config.yaml").is_file()

@@ -1,0 +1,135 @@
+"""Input and output scores are kept by content: an edited neutral text has scores of its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import saexp
+from saexp.analysis.scores import logit_lens_tokens
+from saexp.data.tokens import tokenize
+from saexp.latents.encode import Latents
+from saexp.models.loading import LanguageModel
+from saexp.tasks import worth
+
+ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"
+SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=40", "analyzer.n_bootstrap=0"]
+SMALL += ["analyzer.n_background=4000", "sae.check=off", "analyzer.background_max=1"]
+COLUMNS = ["input_score", "output_score"]
+
+
+class Calls:
+    """Latents that the real functions were asked for."""
+
+    read = written = 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    counted, reading, writing = Calls(), worth.input_scores, worth.output_scores
+
+    def read(*given: object, **options: object) -> pd.DataFrame:
+        counted.read += 1
+        return reading(*given, **options)  # type: ignore[arg-type]
+
+    def write(*given: object, **options: object) -> pd.DataFrame:
+        counted.written += 1
+        return writing(*given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worth, "input_scores", read)
+    monkeypatch.setattr(worth, "output_scores", write)
+    return counted
+
+
+def scores(folder: Path, cache: Path, *words: str) -> pd.DataFrame:
+    given = [*SMALL, f"dataset.background={folder}/background.txt", f"cache_dir={cache}", *words]
+    table = saexp.run(saexp.compose(given), folder / "run").tables["latents"]
+    return table.set_index("latent").loc[lambda t: t["selected"], COLUMNS]
+
+
+def shuffle(folder: Path) -> None:
+    """The same words in lines of the same numbers of tokens, in another order from line 9 on."""
+    lines = (folder / "background.txt").read_text("utf-8").splitlines()
+    (folder / "background.txt").write_text("\n".join(lines[:8] + lines[:7:-1]) + "\n")
+
+
+def same_lengths(folder: Path) -> None:
+    """From line 9 on the second and third word of each line swapped, if that is as many tokens."""
+    tokenizer = LanguageModel(saexp.compose([]).model).tokenizer
+    lines = list(dict.fromkeys((folder / "background.txt").read_text("utf-8").splitlines()))
+    words = [line.split(" ") for line in lines]
+    turned = [" ".join([*w[:1], *w[2:3], *w[1:2], *w[3:]]) for w in words]
+    before, after = (tokenize(texts, tokenizer, 512) for texts in (lines, turned))
+    for n in range(8, len(lines)):
+        if len(before[n]) == len(after[n]) and turned[n] not in lines:
+            lines[n] = turned[n]
+    (folder / "background.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    text = (ASSETS / "background.txt").read_text("utf-8")
+    (tmp_path / "background.txt").write_text(text)
+    return tmp_path
+
+
+def test_neutral_text_edited_at_equal_lengths_has_scores_of_its_own(
+    folder: Path, calls: Calls
+) -> None:
+    assert scores(folder, folder / "cache")["input_score"].notna().any()
+    same_lengths(folder)
+    second = scores(folder, folder / "cache")
+    assert calls.read == 2
+    # Its first lines are the prompts of the output scores, and as they were.
+    assert calls.written == 1
+    pd.testing.assert_frame_equal(second, scores(folder, folder / "new"))
+
+
+@pytest.mark.parametrize("told", ["the store", "the rows"])
+def test_the_same_places_of_other_texts_are_other_rows(tmp_path: Path, told: str) -> None:
+    """A latent that is active on its own top tokens scores 1, and 0 on none of them."""
+    cfg = saexp.compose([f"cache_dir={tmp_path}/cache", "layer=2"])
+    model = LanguageModel(cfg.model)
+    sae = saexp.build("sae", cfg.sae, d_in=model.d_model)
+    (own,) = logit_lens_tokens(sae, model, [7], worth.TOP_TOKENS).tolist()
+    others = [t for t in range(300) if t not in own][: len(own)]
+    csr = sparse.lil_array((len(own), sae.d_sae), dtype=np.float32)
+    csr[:, [7]] = 1.0
+    for ids, score in ((own, 1.0), (others, 0.0)):
+        rows = pd.DataFrame({"text_id": range(len(ids)), "token_index": 3, "token_id": ids})
+        table = pd.DataFrame({"latent": [7], "selected": [True]})
+        key = str(score) if told == "the store" else "the same store"
+        latents = Latents(csr.tocsr(), rows)
+        assert worth.add_scores(cfg, table, model, sae, latents, key) == []
+        assert table["input_score"].tolist() == [score]
+
+
+CHANGES: list[tuple[str, Callable[[Path], None], list[str], tuple[int, int]]] = [
+    ("nothing", lambda _: None, [], (0, 0)),
+    ("batches", lambda _: None, ["store.batch_tokens=64", "intervention.batch_tokens=64"], (0, 0)),
+    ("order of texts", shuffle, [], (1, 0)),
+    ("positions", lambda _: None, ["analyzer.seed=1"], (1, 0)),
+    ("SAE", lambda _: None, ["width=512"], (1, 1)),
+    ("layer", lambda _: None, ["layer=1"], (1, 1)),
+    ("model", lambda _: None, ["dtype=bfloat16"], (1, 1)),
+]
+
+
+@pytest.mark.parametrize(("what", "do", "words", "computed"), CHANGES, ids=[c[0] for c in CHANGES])
+def test_scores_are_computed_again_where_what_decides_them_changed(
+    folder: Path,
+    calls: Calls,
+    what: str,
+    do: Callable[[Path], None],
+    words: list[str],
+    computed: tuple[int, int],
+) -> None:
+    scores(folder, folder / "cache", "layer=2")
+    before = calls.read, calls.written
+    do(folder)
+    given = [] if any(w.startswith("layer") for w in words) else ["layer=2"]
+    scores(folder, folder / "cache", *given, *words)
+    assert (calls.read - before[0], calls.written - before[1]) == computed, what
