@@ -1,7 +1,11 @@
-"""Intervals of means of skewed values: the studentised bootstrap."""
+"""Intervals of means: the studentised bootstrap, and the cluster bootstrap."""
+
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
+from scipy import sparse
 
 MIN_N = 10
 """Fewer values have no interval: none of the methods in use covers a skewed mean there."""
@@ -42,4 +46,40 @@ def mean_interval(
         errors = np.sqrt(np.where(square > 1e-12 * error**2, square, np.nan) / (n - 1))
         upper, lower = np.nanquantile(shift / errors, tails, axis=0)
         low[some], high[some] = mean - lower * error, mean - upper * error
+    return low, high
+
+
+def bootstrap_means(
+    values: Float[np.ndarray, "n k"] | sparse.csr_array,
+    units: Sequence[object],
+    *,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Percentile bootstrap intervals of each column's mean over rows, units resampled whole.
+
+    Rows of one unit (an entity's prompts) are not independent, so a resample draws units with all
+    their rows (cluster bootstrap: Davison and Hinkley 1997, section 3.8). All columns share the
+    resamples. NaN where there is but one unit: nothing tells how much units differ.
+    """
+    place: dict[object, int] = {}
+    of_row = np.array([place.setdefault(unit, len(place)) for unit in units])
+    matrix = sparse.csr_array(values)
+    n_units, n_columns = len(place), cast(tuple[int, int], matrix.shape)[1]
+    if n_units < 2:
+        return np.full(n_columns, np.nan), np.full(n_columns, np.nan)
+    member = sparse.csr_array((np.ones(len(of_row)), (of_row, np.arange(len(of_row)))))
+    sums, sizes = sparse.csc_array(member @ matrix), np.bincount(of_row)
+    drawn = np.random.default_rng([seed, 47]).multinomial(
+        n_units, np.full(n_units, 1 / n_units), size=n_resamples
+    )
+    totals = (drawn @ sizes)[:, None]
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    step = max(1, _NUMBERS // n_resamples)
+    low, high = np.empty(n_columns), np.empty(n_columns)
+    for start in range(0, n_columns, step):
+        some = slice(start, start + step)
+        means = drawn @ sums[:, some].toarray() / totals
+        low[some], high[some] = np.quantile(means, tails, axis=0)
     return low, high

@@ -44,7 +44,7 @@ def wilson(
     # The rate itself is inside, also where rounding at 0 and 1 would leave it out.
     low = np.clip(np.minimum(rate, middle - half), 0, 1)
     high = np.clip(np.maximum(rate, middle + half), 0, 1)
-    return Interval(np.where(n > 0, low, 0.0), np.where(n > 0, high, 1.0))
+    return Interval(np.where(n > 0, low, 0.0)[()], np.where(n > 0, high, 1.0)[()])
 
 
 def difference_interval(
