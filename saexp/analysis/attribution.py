@@ -16,7 +16,6 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.errors import DataError
-from saexp.intervals import bootstrap_means
 from saexp.latents.encode import CHUNK_BYTES
 from saexp.models.context_length import check_positions
 from saexp.models.gradients import LogitGradient, logit_gradient
@@ -24,6 +23,7 @@ from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.models.unembedding import ADDED, Unembedding
 from saexp.saes.base import SparseAutoencoder
+from saexp.stats.means import bootstrap_means
 
 log = logging.getLogger(__name__)
 

@@ -3,10 +3,11 @@
 Values must not be negative (latent activations never are), so that what is not stored ranks lowest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from scipy import sparse, special
 
 FEW = 10
@@ -86,7 +87,10 @@ class Ranked:
 
     def mann_whitney(self) -> RankTest:
         """AUROC and p-values of every latent."""
-        auroc = self.observed()
+        return _rank_test([self._moments()], [1.0])
+
+    def _moments(self) -> "_Moments":
+        """Of the permutation distribution of U, the count of pairs in which the first is larger."""
         n1 = int(self.first.sum())
         n2 = self.n_rows - n1
         n = n1 + n2
@@ -100,20 +104,17 @@ class Ranked:
         rank = zeros[self.tie_column] + before - base[self.tie_column] + (sizes - n) / 2
         squares = self._per_latent(sizes * rank**2) + zeros * (active / 2) ** 2
         cubes = self._per_latent(sizes * rank**3) - zeros * (active / 2) ** 3
-        variance = n1 * n2 / (n * max(n - 1, 1)) * squares
-        third = n1 * n2 * (n2 - n1) / (n * max(n - 1, 1) * max(n - 2, 1)) * cubes
-        leaning = auroc * n1 * n2 - n1 * n2 / 2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            z = np.where(variance > 0, (np.abs(leaning) - 0.5) / np.sqrt(variance), -np.inf)
-            skew = np.where(variance > 0, np.sign(leaning) * third / variance**1.5, 0.0)
-        p_normal = np.clip(2 * special.ndtr(-z), 0, 1)
-        skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
-        rarest = 2 * np.exp(-_log_choose(n, n1))
-        p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
-        few = (active < FEW) & (active < zeros)
-        on_first = np.bincount(self.column[self.first[self.row]], minlength=self.n_latents)
-        p_value[few] = np.maximum(p_value[few], _fisher(on_first[few], active[few], n1, n))
-        return RankTest(auroc, p_normal, p_value)
+        return _Moments(
+            n_first=n1,
+            n=n,
+            auroc=self.observed(),
+            variance=n1 * n2 / (n * max(n - 1, 1)) * squares,
+            third=n1 * n2 * (n2 - n1) / (n * max(n - 1, 1) * max(n - 2, 1)) * cubes,
+            active=active,
+            active_first=np.bincount(
+                self.column[self.first[self.row]], minlength=self.n_latents
+            ).astype(np.float64),
+        )
 
     def bootstrap(
         self, active: sparse.csr_array, n_resamples: int, seed: int, confidence: float = 0.95
@@ -146,8 +147,119 @@ class Ranked:
         )
 
 
-def _fisher(on_first: np.ndarray, active: np.ndarray, n_first: int, n: int) -> np.ndarray:
-    """Fisher's exact test of `on_first` of `active` rows in the first group, two-sided."""
+@dataclass(frozen=True)
+class _Moments:
+    """Per latent, `[n_latents]`, in one stratum."""
+
+    n_first: int
+    n: int
+    auroc: np.ndarray
+    variance: np.ndarray
+    """Of U."""
+    third: np.ndarray
+    """Third central moment of U."""
+    active: np.ndarray
+    """Rows with a value above 0."""
+    active_first: np.ndarray
+    """Those of the first group."""
+
+    @property
+    def n_pairs(self) -> int:
+        return self.n_first * (self.n - self.n_first)
+
+
+def stratified_rank_test(
+    values: sparse.csr_array,
+    first: Bool[np.ndarray, " n_rows"],
+    strata: Shaped[np.ndarray, " n_rows"],
+) -> RankTest:
+    """Van Elteren's test (1960): Mann-Whitney within strata, combined with weights 1 / (n + 1).
+
+    A stratum in which a group has no row has no say. The AUROC is the mean over strata weighted as
+    the test weights them, n_first n_second / (n + 1); p-values are corrected as in RankTest, with
+    the exact test of active against inactive made within strata. One stratum gives `mann_whitney`.
+    Raises ValueError where no stratum has rows of both groups.
+    """
+    moments, weights = [], []
+    for name in dict.fromkeys(strata.tolist()):
+        chosen = strata == name
+        of_first = first[chosen]
+        if of_first.any() and not of_first.all():
+            moments.append(Ranked(values[chosen], of_first)._moments())
+            weights.append(1 / (len(of_first) + 1))
+    if not moments:
+        raise ValueError("no stratum has rows of both groups")
+    return _rank_test(moments, weights)
+
+
+def stratum_weights(
+    first: Bool[np.ndarray, " n_rows"], strata: Shaped[np.ndarray, " n_rows"]
+) -> dict[object, float]:
+    """Weight of each stratum in van Elteren's test, n_first n_second / (n + 1), summing to 1.
+
+    Strata in which a group has no row are left out.
+    """
+    found = {}
+    for name in dict.fromkeys(strata.tolist()):
+        of_first = first[strata == name]
+        n, n_first = len(of_first), int(of_first.sum())
+        if 0 < n_first < n:
+            found[name] = n_first * (n - n_first) / (n + 1)
+    total = sum(found.values())
+    return {name: weight / total for name, weight in found.items()}
+
+
+def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTest:
+    """From strata: the weighted sum of their U, which are independent."""
+    w = np.asarray(weights) / max(weights)
+    pairs = w * [m.n_pairs for m in moments]
+    aurocs = np.stack([m.auroc for m in moments])
+    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(pairs / pairs.sum(), aurocs, 1)
+    variance = sum(a**2 * m.variance for a, m in zip(w, moments, strict=True))
+    third = sum(a**3 * m.third for a, m in zip(w, moments, strict=True))
+    deviation = sum(p * (m.auroc - 0.5) for p, m in zip(pairs, moments, strict=True))
+    steps = sum(a**3 * m.variance for a, m in zip(w, moments, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Half a step of U, where strata differ in weight their mean step by share of the variance.
+        correction = steps / variance / 2
+        z = np.where(variance > 0, (np.abs(deviation) - correction) / np.sqrt(variance), -np.inf)
+        skew = np.where(variance > 0, np.sign(deviation) * third / variance**1.5, 0.0)
+    p_normal = np.clip(2 * special.ndtr(-z), 0, 1)
+    skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
+    rarest = 2 * np.exp(-sum(_log_choose(m.n, m.n_first) for m in moments))
+    p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
+    active = sum(m.active for m in moments)
+    few = (active < FEW) & (active < sum(m.n for m in moments) - active)
+    if few.any():
+        p_value[few] = np.maximum(p_value[few], _fisher([_chosen(m, few) for m in moments]))
+    return RankTest(auroc, p_normal, p_value)
+
+
+def _chosen(m: _Moments, few: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
+    return m.active_first[few], m.active[few], m.n_first, m.n
+
+
+def _fisher(
+    strata: Sequence[tuple[np.ndarray, np.ndarray, int, int]],
+) -> Float[np.ndarray, " n_latents"]:
+    """Fisher's exact test, two-sided (the smaller tail doubled), conditional on each stratum.
+
+    A stratum is (active rows of the first group, active rows, rows of the first group, rows); the
+    statistic is the number of active rows of the first group in all strata.
+    """
+    on_first = sum(s[0] for s in strata)
+    chance: np.ndarray | None = None
+    for _, active, n_first, n in strata:
+        mine = _hypergeometric(active, n_first, n)
+        chance = mine if chance is None else _convolved(chance, mine)
+    assert chance is not None
+    k = np.arange(FEW)[:, None]
+    below, above = (np.where(part, chance, 0).sum(0) for part in (k <= on_first, k >= on_first))
+    return np.minimum(1, 2 * np.minimum(below, above))
+
+
+def _hypergeometric(active: np.ndarray, n_first: int, n: int) -> Float[np.ndarray, "k n_latents"]:
+    """P(k of the active rows are in the first group), k from 0 to FEW - 1."""
     k = np.arange(FEW)[:, None]
     rest = np.maximum(active - k, 0)
     chance = np.exp(
@@ -157,8 +269,15 @@ def _fisher(on_first: np.ndarray, active: np.ndarray, n_first: int, n: int) -> n
     )
     # A count is possible while neither it nor what it leaves to the second group is too large.
     chance[(k > active) | (k > n_first) | (rest > n - n_first)] = 0
-    below, above = (np.where(part, chance, 0).sum(0) for part in (k <= on_first, k >= on_first))
-    return np.minimum(1, 2 * np.minimum(below, above))
+    return chance
+
+
+def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distribution of the sum of two independent counts, cut at FEW."""
+    out = np.zeros_like(first)
+    for k in range(len(first)):
+        out[k:] += first[k] * second[: len(second) - k]
+    return out
 
 
 def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray | np.float64:

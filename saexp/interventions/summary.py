@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from saexp.intervals import wilson
 from saexp.interventions.facts import Condition
+from saexp.stats.proportions import wilson
 
 N_RESAMPLES = 4000
 KEYS = ["condition", "role", "of", "direction", "latent", "group", "coefficient"]
@@ -113,7 +113,7 @@ def _outcome(
             values = _present(values)
             made |= {"": float(values.mean()), "_n": len(values)}
             if kind == "rate" and once:
-                made["_ci_low"], made["_ci_high"] = wilson(int(values.sum()), len(values))
+                made["_ci_low"], made["_ci_high"] = wilson(values.sum(), len(values))
             else:
                 made["_ci_low"], made["_ci_high"] = draws.interval(values)
             if start is not None and row["role"] != "baseline":

@@ -7,10 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saexp.data.matchers import PAPER, Rules, type_key
-from saexp.intervals import wilson
 from saexp.reports.html import write_page
 from saexp.reports.look import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
+from saexp.stats.proportions import wilson
 
 GROUPS = ("known", "unknown", "dropped")
 N_EXAMPLES = 3

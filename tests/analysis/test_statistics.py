@@ -18,6 +18,8 @@ from saexp.analysis.statistics import (
     _fisher,
     _pearson3_tail,
     benjamini_hochberg,
+    stratified_rank_test,
+    stratum_weights,
     welch_t,
 )
 from saexp.latents.summary import moments
@@ -142,7 +144,7 @@ def test_rare_latents_against_the_hypergeometric_law() -> None:
         on_first = np.array([rng.hypergeometric(a, n - a, n_first) for a in active.astype(int)])
         law = stats.hypergeom(n, active.astype(int), n_first)
         want = np.minimum(1, 2 * np.minimum(law.cdf(on_first), law.sf(on_first - 1)))
-        np.testing.assert_allclose(_fisher(on_first, active, n_first, n), want, rtol=1e-9)
+        np.testing.assert_allclose(_fisher([(on_first, active, n_first, n)]), want, rtol=1e-9)
 
 
 def test_tails_of_skewed_laws_against_scipy() -> None:
@@ -151,6 +153,107 @@ def test_tails_of_skewed_laws_against_scipy() -> None:
     )
     want = stats.pearson3.sf(z, skew)
     np.testing.assert_allclose(_pearson3_tail(z, skew), want, rtol=1e-6, atol=1e-300)
+
+
+def van_elteren(dense: np.ndarray, first: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """z without continuity correction, from ranks: the sum of rank sums over n + 1."""
+    total, variance = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
+    for name in np.unique(strata):
+        mine = strata == name
+        ranks, of_first = stats.rankdata(dense[mine], axis=0), first[mine]
+        n, n_first = len(of_first), of_first.sum()
+        total += (ranks[of_first].sum(0) - n_first * (n + 1) / 2) / (n + 1)
+        share = n_first * (n - n_first) / (n * (n + 1) ** 2)
+        variance += share * ranks.var(axis=0, ddof=1)
+    return total / np.sqrt(np.where(variance > 0, variance, np.inf))
+
+
+def test_the_stratified_test_is_van_elterens() -> None:
+    """Large strata, where the continuity correction does not matter."""
+    rng = np.random.default_rng(4)
+    dense = random_columns(rng, 2400, 30)[:, 2:]
+    strata = rng.choice(["a", "b", "c"], 2400, p=[0.2, 0.3, 0.5])
+    first = rng.random(2400) < np.where(strata == "a", 0.2, 0.6)
+    dense *= 1 + (strata == "a")[:, None]
+    found = stratified_rank_test(sparse.csr_array(dense), first, strata)
+    expected = 2 * stats.norm.sf(np.abs(van_elteren(dense, first, strata)))
+    common = (dense > 0).sum(0) > 100
+    assert common.sum() > 10
+    np.testing.assert_allclose(
+        stats.norm.isf(found.p_normal[common] / 2),
+        stats.norm.isf(expected[common] / 2),
+        atol=0.01,
+    )
+    weights = stratum_weights(first, strata)
+    auroc = sum(
+        w * Ranked(sparse.csr_array(dense[strata == s]), first[strata == s]).observed()
+        for s, w in weights.items()
+    )
+    np.testing.assert_allclose(found.auroc, auroc, rtol=1e-12)
+
+
+def test_one_stratum_is_mann_whitney_and_strata_of_one_group_have_no_say() -> None:
+    rng = np.random.default_rng(6)
+    dense, first = random_columns(rng, 90, 30), groups(rng, 40, 50)
+    values = sparse.csr_array(dense)
+    plain = Ranked(values, first).mann_whitney()
+    extra = sparse.csr_array(np.concatenate([dense, 9 * np.ones((5, 30))]))
+    strata = np.array(["x"] * 90 + ["y"] * 5)
+    for found in (
+        stratified_rank_test(values, first, np.zeros(90)),
+        stratified_rank_test(extra, np.append(first, np.ones(5, dtype=bool)), strata),
+    ):
+        np.testing.assert_array_equal(found.auroc, plain.auroc)
+        np.testing.assert_array_equal(found.p_value, plain.p_value)
+    with pytest.raises(ValueError, match="no stratum"):
+        stratified_rank_test(values, first, first.astype(int))
+
+
+@pytest.mark.parametrize("sizes", [((3, 4), (4, 3)), ((2, 5), (5, 2)), ((2, 3), (3, 5))])
+def test_stratified_p_values_of_rare_latents_are_exact_or_larger(
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    """Over all assignments of groups within strata: P(p <= alpha) <= alpha, ties or not."""
+    rng = np.random.default_rng(8)
+    (a, b), (c, d) = sizes
+    strata = np.repeat([0, 1], [a + b, c + d])
+    chosen = [
+        (one, other)
+        for one in itertools.combinations(range(a + b), a)
+        for other in itertools.combinations(range(a + b, a + b + c + d), c)
+    ]
+    n = a + b + c + d
+    # One assignment of groups, and every arrangement of the rows under it.
+    first = np.zeros(n, dtype=bool)
+    first[:a], first[a + b : a + b + c] = True, True
+    orders = np.array(
+        [
+            [*one, *(i for i in range(a + b) if i not in one), *other]
+            + [i for i in range(a + b, n) if i not in other]
+            for one, other in chosen
+        ]
+    )
+    for n_active in range(2, n // 2):
+        for tied in (False, True):
+            values = np.zeros(n)
+            at = rng.permutation(n)[:n_active]
+            values[at] = 1 if tied else np.arange(1, n_active + 1)
+            found = stratified_rank_test(sparse.csr_array(values[orders].T), first, strata)
+            for alpha in (0.2, 0.1, 0.05, 0.01):
+                assert (found.p_value <= alpha).mean() <= alpha + 1e-12
+
+
+def test_a_difference_of_strata_alone_is_no_finding() -> None:
+    """Types 80/20 against 20/80, values that depend on the type alone: 5 % of tests at 0.05."""
+    rng = np.random.default_rng(9)
+    strata = np.repeat([0, 1, 0, 1], [80, 20, 20, 80])
+    first = np.arange(200) < 100
+    on = rng.random((200, 1500)) < np.where(strata == 0, 0.6, 0.1)[:, None]
+    values = sparse.csr_array(on * rng.gamma(2, 1, on.shape))
+    assert (Ranked(values, first).mann_whitney().p_value <= 0.05).mean() > 0.9
+    found = stratified_rank_test(values, first, strata)
+    assert 0.02 < (found.p_value <= 0.05).mean() < 0.06
+    assert abs(found.auroc.mean() - 0.5) < 0.005
 
 
 def test_nothing_changes_between_equal_groups_of_common_latents() -> None:

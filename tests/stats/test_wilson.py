@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from saexp.intervals import wilson
+from saexp.stats.proportions import wilson
 
 
 @given(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp import intervals
-from saexp.intervals import bootstrap_means
+from saexp.stats import means
+from saexp.stats.means import bootstrap_means
 
 RNG = np.random.default_rng(4)
 UNITS = [f"e{i}" for i in RNG.permutation(np.repeat(np.arange(30), [1, 2, 3] * 10))]
@@ -49,7 +49,7 @@ def test_it_equals_a_loop_over_resamples() -> None:
 
 def test_sparse_values_and_chunks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = bootstrap_means(VALUES, UNITS)
-    monkeypatch.setattr(intervals, "_NUMBERS", 1)
+    monkeypatch.setattr(means, "_NUMBERS", 1)
     np.testing.assert_allclose(bootstrap_means(sparse.csr_array(VALUES), UNITS), expected)
 
 
