@@ -228,7 +228,7 @@ def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTes
     skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
     rarest = 2 * np.exp(-sum(_log_choose(m.n, m.n_first) for m in moments))
     p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
-    active = sum(m.active for m in moments)
+    active = np.sum([m.active for m in moments], axis=0)
     few = (active < FEW) & (active < sum(m.n for m in moments) - active)
     if few.any():
         p_value[few] = np.maximum(p_value[few], _fisher([_chosen(m, few) for m in moments]))
