@@ -65,11 +65,12 @@ def _of_chat(model: LanguageModel, begins: bool) -> list[str]:
     [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
     if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins:
         return []
-    return [
+    note = (
         f"prompts in chat begin {'without' if begins else 'with'} BOS, as the chat template of "
-        f"{model.name} has them, and texts {'with' if begins else 'without'}; "
-        f"model.prepend_bos={str(begins).lower()} makes prompts begin like texts"
-    ]
+        f"{model.name} has them, and texts {'with' if begins else 'without'}"
+    )
+    # A BOS of the template may mark a role, as in ChatML, so removing it is not suggested.
+    return [f"{note}; model.prepend_bos=true makes prompts begin like texts" if begins else note]
 
 
 def _disagreement(wishes: Sequence[Wish], means: Sequence[bool]) -> ConfigError:
