@@ -94,6 +94,18 @@ def test_texts_equal_a_plain_loop_for_any_prompt_length_and_batch_size(
     assert found == case.texts
 
 
+@pytest.mark.parametrize(("seed", "batch_tokens"), [(103, 200), (106, 1), (106, 200)])
+def test_guesses_longer_than_a_short_prompt_change_no_text(seed: int, batch_tokens: int) -> None:
+    """Prompts of 6 to 8 tokens, texts of up to 20 of which some end early: before logits were
+    counted from the right, 5 or 6 of these rows had a wrong text, without an error."""
+    rng, model = np.random.default_rng(seed), LanguageModel.wrap(random_hf("llama"), tokenizer())
+    rows = steered_rows(rng, [int(n) for n in rng.integers(6, 9, 6)])
+    said = [t for row in rows[::4] for t in by_plain_loop(model, row, 20)[8:]]
+    model.__dict__["eos_ids"] = (2, int(rng.choice(said)))
+    texts = [by_plain_loop(model, row, 20) for row in rows]
+    assert generate(model, rows, max_new_tokens=20, batch_tokens=batch_tokens) == texts
+
+
 @pytest.mark.parametrize("n_last", [1, 2, 4, 9, 30])
 def test_logits_are_those_of_each_row_s_last_tokens_counted_from_the_right(n_last: int) -> None:
     """Also where the batch is narrower than `n_last`."""
