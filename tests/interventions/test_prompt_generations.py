@@ -1,0 +1,64 @@
+"""What is generated after a prompt is what `generate` gives after the tokenizer's own ids."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+
+from saexp.config import InterventionConfig
+from saexp.data.examples import Example
+from saexp.interventions.computing import generate
+from saexp.interventions.ops import Row
+from saexp.interventions.prompts import placed_prompts
+from tests.chat_tokenizers import CHATML, with_tokenizer
+from tests.random_models import TEXTS, tokenizer
+
+N_NEW = 6
+
+
+def variant(name: str) -> Any:
+    """A tokenizer that adds BOS, appends EOS, and has a template with or without BOS."""
+    made = copy.deepcopy(tokenizer(chat="template" in name))
+    if "eos" in name:
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+        )
+    if "without bos" in name:
+        made.chat_template = CHATML
+    return made
+
+
+@pytest.mark.parametrize("sae_wants_bos", [None, True])
+@pytest.mark.parametrize(
+    "name", ["bos", "bos and eos", "template", "template without bos", "template, eos appended"]
+)
+def test_texts_equal_those_of_generate(name: str, sae_wants_bos: bool | None) -> None:
+    chat = "template" in name
+    model = with_tokenizer(variant(name), chat=chat)
+    model.prepend_bos = sae_wants_bos
+    examples = [Example(id=str(n), text=text) for n, text in enumerate(TEXTS[:3])]
+    cfg = InterventionConfig(name="steer", where="last")
+    placed = placed_prompts(examples, model, cfg, 512).all()
+    rows = [Row(p.tokens.ids, (), p.positions) for p in placed]
+    made = generate(model, rows, max_new_tokens=N_NEW, batch_tokens=4096)
+    for prompt, found, text in zip(placed, made, TEXTS, strict=False):
+        if chat:
+            ids = model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+        else:
+            ids = model.tokenizer(text)["input_ids"]
+            ids = ids[:-1] if ids[-1] == model.tokenizer.eos_token_id else ids
+        with torch.inference_mode():
+            whole = model.hf.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                max_new_tokens=N_NEW,
+                do_sample=False,
+            )
+        wanted = whole[0, len(ids) :].tolist()
+        end = next((i for i, t in enumerate(wanted) if t in model.eos_ids), N_NEW)
+        assert list(found) == wanted[:end]
+        assert prompt.positions == (len(ids) - 1,)
