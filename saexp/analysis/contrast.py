@@ -74,8 +74,9 @@ class ContrastAnalyzer:
             units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
         )
         csr, units = csr[matching.keep], units[matching.keep].reset_index(drop=True)
-        train = self._split(csr, units, inputs.groups, "train")
-        test = self._split(csr, units, inputs.groups, "test")
+        dropped = int((~matching.keep).sum())
+        train = self._split(csr, units, inputs.groups, "train", dropped)
+        test = self._split(csr, units, inputs.groups, "test", dropped)
         fired = np.flatnonzero(np.bincount(csr.indices, minlength=csr.shape[1]))
         table = pd.DataFrame({"latent": fired, "layer": inputs.layer})
         table = table.assign(**self._columns(train, fired, inputs.groups))
@@ -102,7 +103,7 @@ class ContrastAnalyzer:
         metrics = self._metrics(table, train, test, inputs.groups, limit, notes)
         metrics["contrast/background_limit"] = limit.value
         metrics["contrast/token_count_p_value"] = matching.p_value
-        metrics["contrast/n_dropped_by_matching"] = int((~matching.keep).sum())
+        metrics["contrast/n_dropped_by_matching"] = dropped
         log.info(
             "%d of %d latents that fired on the train split are significant",
             metrics["contrast/n_significant"],
@@ -111,16 +112,28 @@ class ContrastAnalyzer:
         return TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
 
     def _split(
-        self, csr: sparse.csr_array, units: pd.DataFrame, groups: tuple[str, ...], name: str
+        self,
+        csr: sparse.csr_array,
+        units: pd.DataFrame,
+        groups: tuple[str, ...],
+        name: str,
+        dropped: int,
     ) -> _Split:
+        """One split; `dropped` is how many entities matching of token counts left out of all."""
         chosen = (units["split"] == name).fillna(False).to_numpy(dtype=bool)
         part = units[chosen].reset_index(drop=True)
         sizes = {g: int((part["group"] == g).sum()) for g in groups}
         for group, size in sizes.items():
             if size < 2:
+                why = (
+                    f" after {dropped} were dropped to match the groups' token counts; type "
+                    "analyzer.match_tokens=false to keep them"
+                    if dropped
+                    else ""
+                )
                 raise DataError(
-                    f"split {name} has {counted(size, 'entity', 'entities')} of group '{group}'; a "
-                    "contrast needs at least 2: add rows, or change dataset.split"
+                    f"split {name} has {counted(size, 'entity', 'entities')} of group '{group}'"
+                    f"{why}; a contrast needs at least 2: add rows, or change dataset.split"
                 )
         first = (part["group"] == groups[0]).to_numpy(dtype=bool)
         return _Split(csr[chosen], part, first)

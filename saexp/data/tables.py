@@ -18,6 +18,7 @@ from saexp.data.lines import open_text
 from saexp.data.mentions import find_mentions, look_alike
 from saexp.data.values import MissingValues, as_list
 from saexp.errors import ConfigError, DataError
+from saexp.wording import counted
 
 SPLITS = ("train", "val", "test")
 
@@ -284,7 +285,32 @@ def to_examples(
         ruled, cleaned = _grouped(cleaned, cfg.group_rule, missing, columns, source)
     examples = [to_example(where, row, columns) for where, row in cleaned]
     notes = [*missing.notes(len(rows)), *misspelt(rows, columns, ruled)]
+    notes += _prompt_notes(examples) + (_answer_notes(examples) if lists_as_text else [])
     return _with_ids([where for where, _ in rows], examples), notes
+
+
+def _prompt_notes(examples: Sequence[Example]) -> list[str]:
+    """A line where only some rows have a prompt: on the others interventions run on the text."""
+    lacking = sum(example.prompt is None for example in examples)
+    if lacking in (0, len(examples)):
+        return []
+    return [
+        f"{counted(lacking, 'row')} of {len(examples):,} without a prompt: interventions run on "
+        "the text there"
+    ]
+
+
+def _answer_notes(examples: Sequence[Example]) -> list[str]:
+    """A line where answers are in brackets but are no list in JSON or Python form."""
+    n = sum(
+        re.fullmatch(r"\s*\[.*\]\s*", a, re.DOTALL) is not None for e in examples for a in e.answers
+    )
+    if not n:
+        return []
+    return [
+        f"{counted(n, 'answer')} in brackets read as plain text, not as a list; a list is written "
+        'as ["first", "second"]'
+    ]
 
 
 def _grouped(

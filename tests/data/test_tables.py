@@ -11,7 +11,7 @@ from saexp.config import DatasetConfig
 from saexp.data.datasets import csv, jsonl
 from saexp.data.examples import Example
 from saexp.data.labels import questions
-from saexp.data.tables import read_rows, rule
+from saexp.data.tables import read_rows, rule, to_examples
 from saexp.errors import ConfigError, DataError, SaexpError
 
 TWO = [
@@ -421,3 +421,21 @@ def test_a_mapping_of_a_column_that_does_not_exist(write):
         "dataset.columns=txt is not known; choose from text, group, entity, span, entity_type, "
         "prompt, answer, id, split"
     )
+
+
+def test_rows_without_a_prompt_among_others_are_counted(write) -> None:
+    path = write({"text": "a b", "prompt": "Is it?"}, {"text": "c d"})
+    _, notes = to_examples(read_rows(path, "jsonl"), DatasetConfig(name="jsonl"), path)
+    assert notes == ["1 row of 2 without a prompt: interventions run on the text there"]
+    path = write({"text": "a b"}, {"text": "c d"})
+    assert to_examples(read_rows(path, "jsonl"), DatasetConfig(name="jsonl"), path)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "n"), [("[London, Paris]", 1), ('["London", "Paris"]', 0), ("x", 0)]
+)
+def test_answers_in_brackets_that_are_no_list_are_counted(cell: str, n: int) -> None:
+    rows = [("file.csv:2", {"text": "a b", "answer": cell})]
+    [example], notes = to_examples(rows, DatasetConfig(name="csv"), "file.csv", lists_as_text=True)
+    assert len([note for note in notes if "in brackets" in note]) == n
+    assert (example.answers == (cell,)) == (n == 1 or cell == "x")
