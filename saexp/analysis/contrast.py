@@ -242,8 +242,8 @@ class ContrastAnalyzer:
             if best.empty:
                 n_tested = int(metrics["contrast/n_tested"] or 0)
                 notes.append(why_none(significant, group, train.first, n_tested, limit, self.cfg))
-            elif told := louder(significant, best, group, limit):
-                notes.append(told)
+            elif note := louder(significant, best, group, limit):
+                notes.append(note)
             notes += no_width(best, group, len(test.units))
             strongest = self._candidates(table, group, groups)
             strongest = strongest.sort_values("strength", ascending=False, kind="stable").head(1)

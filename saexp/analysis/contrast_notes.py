@@ -26,8 +26,8 @@ def why_none(
     """Why no latent is selected for a group; `first` tells the groups of the train units apart."""
     mine = significant[significant["direction"] == group]
     if mine.empty:
-        told = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
-        return told + _no_power(first, n_tested, cfg.alpha)
+        note = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
+        return note + _no_power(first, n_tested, cfg.alpha)
     loud = int(limit.exceeded(mine["background_freq"]).sum())
     left_out = ""
     if limit.value is not None:
@@ -95,7 +95,7 @@ def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: Den
 
 def at_chance(metrics: Mapping[str, float | int | None], group: str) -> list[str]:
     """That the held-out interval of a leading latent's AUROC covers 0.5."""
-    told, seen = [], set()
+    notes, seen = [], set()
     for kind, words in (("best", "the first selected"), ("strongest", "the strongest on train")):
         latent = metrics[f"contrast/{kind}_latent_{group}"]
         low, high = (
@@ -105,8 +105,8 @@ def at_chance(metrics: Mapping[str, float | int | None], group: str) -> list[str
             continue
         seen.add(latent)
         auroc = metrics[f"contrast/{kind}_auroc_{group}_test"]
-        told.append(
+        notes.append(
             f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f} "
             f"[{low:.3f}, {high:.3f}]{chance_words(low)}"
         )
-    return told
+    return notes

@@ -130,7 +130,7 @@ class _Evaluator:
 
     def run(self) -> list[Evaluation]:
         todo = self._clean_round()
-        self.high_norm.settle()
+        self.high_norm.resolve()
         self.means = self.high_norm.means(
             (batch, (clean or self.passes.clean(batch, self.wanted)).streams)
             for batch, clean in todo

@@ -26,7 +26,7 @@ class Means:
 
 
 class HighNorm:
-    """Which of the positions to be spliced have high norms; `add` each batch, then `settle`.
+    """Which of the positions to be spliced have high norms; `add` each batch, then `resolve`.
 
     The median is over all positions of all texts that may be spliced, so that it does not depend
     on batches. A position of high norm at any of an SAE's streams is one for that SAE.
@@ -46,7 +46,7 @@ class HighNorm:
             norms.append(x.norm(dim=-1).numpy())
             self._totals[hookpoint] = self._totals.get(hookpoint, 0) + x.sum(0)
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Find the high-norm positions, once every batch was added."""
         for place in self.places:
             norms = {h: np.concatenate(self._norms[h]) for h in place}
