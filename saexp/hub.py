@@ -78,7 +78,9 @@ def _look() -> str | None:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=patience, extensions={"trace": on_event})
+            # Twice the patience, so that the wait below, which names the option, always ends first.
+            session, trace = get_session(), {"trace": on_event}
+            session.head(constants.ENDPOINT, timeout=2 * patience, extensions=trace)
         except Exception as error:
             if not known.is_set():
                 reasons.append(brief(str(error) or type(error).__name__, 120))
