@@ -1,0 +1,267 @@
+"""Error rates where there is nothing to find, and the bias of numbers that were chosen."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import worlds
+from effects import summary_of
+
+from saexp.interventions.summary import chosen_coefficients
+from saexp.reports.sweep import findings
+
+N_LATENTS = 200
+N_PROMPTS = 40
+Values = dict[str, float]
+Null = Callable[[np.random.Generator], tuple[pd.DataFrame, np.ndarray]]
+
+
+def contrast_errors(world: Null) -> Callable[[np.random.Generator, int], Values]:
+    """Share of null runs in which any latent is significant, and mean share of latents."""
+
+    def measure(rng: np.random.Generator, n_runs: int) -> Values:
+        found, shares = [], []
+        for _ in range(n_runs):
+            result = worlds.contrast(*world(rng), intervals=False)
+            q = result.tables["latents"]["q_value"].to_numpy()
+            found.append(bool((q <= 0.05).any()))
+            shares.append(float((q <= 0.05).mean()))
+        return {"value": float(np.mean(found)), "share_of_latents": float(np.mean(shares))}
+
+    return measure
+
+
+def random_labels(rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    rows = worlds.both_splits(60, 30)
+    return rows, worlds.mixed_latents(rng, len(rows), N_LATENTS)
+
+
+def unequal_rows(rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    """Entities of one group have 4 rows, those of the other 1."""
+    rows = worlds.both_splits(60, 30)
+    rows = worlds.repeated(rows, np.where(rows["group"] == "known", 4, 1))
+    return rows, worlds.mixed_latents(rng, len(rows), N_LATENTS)
+
+
+def several_questions(rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    """Entities with 5 questions each; 8 of 10 answers, drawn at random, are labelled known."""
+    rows = pd.concat(
+        [worlds.entities(s, n, 0, worlds.TYPES) for s, n in (("train", 80), ("test", 40))],
+        ignore_index=True,
+    )
+    base = rng.normal(0, 0.7, (len(rows), N_LATENTS)) + rng.uniform(-3.5, 1.0, N_LATENTS)
+    rates = np.repeat(1 / (1 + np.exp(-base)), 5, axis=0)
+    rows = worlds.repeated(rows, np.full(len(rows), 5))
+    rows["group"] = np.where(rng.random(len(rows)) < 0.8, *worlds.GROUPS)
+    return rows, worlds.activated(rng, rates)
+
+
+def types_imbalanced(rng: np.random.Generator) -> tuple[pd.DataFrame, np.ndarray]:
+    """Types 80/20 against 20/80; latents depend on the type alone."""
+    rows = worlds.both_splits(100, 50)
+    for group, share in zip(worlds.GROUPS, (0.8, 0.2), strict=True):
+        for split in ("train", "test"):
+            chosen = np.flatnonzero((rows["group"] == group) & (rows["split"] == split))
+            n = round(share * len(chosen))
+            kinds = ["city"] * n + ["movie"] * (len(chosen) - n)
+            rows.loc[chosen, "entity_type"] = kinds
+    rate = {kind: rng.uniform(0.05, 0.95, N_LATENTS) for kind in ("city", "movie")}
+    return rows, worlds.activated(rng, np.stack([rate[k] for k in rows["entity_type"]]))
+
+
+def exchangeable(
+    n_controls: int, kinds: tuple[str, ...] = ("frequency",)
+) -> Callable[[np.random.Generator, int], Values]:
+    """Share of latents with p <= 0.05 among latents drawn as their controls are.
+
+    The effects of latents are heavy-tailed, and prompts differ. Each group of prompts is a run.
+    """
+
+    def measure(rng: np.random.Generator, n_runs: int) -> Values:
+        p_values, step = [], 20
+        for start in range(0, n_runs, step):
+            runs = [f"run{i}" for i in range(min(step, n_runs - start))]
+            summary = summary_of(_one_coefficient(rng, runs, n_controls, kinds), {"logit": "mean"})
+            own = summary[summary["role"] == "group"]
+            p_values += own["logit_p_controls"].tolist()
+        return {"value": float((np.array(p_values) <= 0.05).mean())}
+
+    return measure
+
+
+def _one_coefficient(
+    rng: np.random.Generator, runs: list[str], n_controls: int, kinds: tuple[str, ...]
+) -> pd.DataFrame:
+    units = np.array([f"{r}:{i}" for r in runs for i in range(N_PROMPTS)])
+    group = np.repeat(runs, N_PROMPTS)
+    base = rng.normal(size=len(units))
+
+    def cell(condition: str, role: str, of: str, kind: str = "") -> pd.DataFrame:
+        effect = np.repeat(rng.standard_t(4, len(runs)), N_PROMPTS)
+        if role == "baseline":
+            effect = np.zeros(len(units))
+        values = base + effect + rng.normal(0, 0.5, len(units))
+        return worlds.effect_rows(
+            {"logit": values},
+            unit=units,
+            condition=condition,
+            role=role,
+            of=of,
+            group=group,
+            control_kind=kind,
+        )
+
+    parts = [cell("baseline", "baseline", ""), cell("unknown_group", "group", "unknown_group")]
+    for kind in kinds:
+        for i in range(n_controls):
+            name = f"unknown_group_{kind}_{i + 1:02d}"
+            parts.append(cell(name, "control", "unknown_group", kind))
+    return pd.concat(parts, ignore_index=True)
+
+
+def chosen_sentence(rng: np.random.Generator, n_runs: int) -> Values:
+    """Coefficient chosen on train prompts, the sentence's p on test prompts; two conditions.
+
+    Share of runs in which any of the two sentences, of latents exchangeable with their 19
+    controls, would report an effect beyond them.
+    """
+    found = []
+    for _ in range(n_runs):
+        summary = summary_of(_two_conditions(rng), {"refusal": "rate"})
+        chosen = chosen_coefficients(summary, "refusal", "train")
+        test = summary[(summary["split"] == "test") & (summary["role"] == "group")]
+        at = [chosen.get(r["condition"]) == r["coefficient"] for r in test.to_dict("records")]
+        p_values = test.loc[at, "refusal_p_controls"].to_numpy(dtype=float)
+        found.append(bool((holm(p_values) <= 0.05).any()) if len(p_values) else False)
+    return {"value": float(np.mean(found))}
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Unadjusted: version 0.5 adjusts no sentence."""
+    return p_values
+
+
+def _two_conditions(rng: np.random.Generator) -> pd.DataFrame:
+    parts = []
+    for split in ("train", "test"):
+        units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
+        ease = rng.normal(0, 1.0, N_PROMPTS)
+        parts.append(_refusals(rng, units, ease - 2, "baseline", "baseline", split))
+    slopes: dict[str, float] = {}
+    for of in ("known_group", "unknown_group"):
+        names = [of, *(f"{of}_frequency_{i + 1:02d}" for i in range(19))]
+        slopes |= dict(zip(names, rng.standard_t(4, len(names)), strict=True))
+    for split in ("train", "test"):
+        units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
+        ease = rng.normal(0, 1.0, N_PROMPTS)
+        for name, slope in slopes.items():
+            of = name.split("_frequency")[0]
+            role = "group" if name == of else "control"
+            for coefficient in (0.3, 0.6, 0.9):
+                logits = ease - 2 + 2 * slope * coefficient
+                parts.append(_refusals(rng, units, logits, name, role, split, of, coefficient))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _refusals(
+    rng: np.random.Generator,
+    units: np.ndarray,
+    logits: np.ndarray,
+    condition: str,
+    role: str,
+    split: str,
+    of: str = "",
+    coefficient: float = 0.0,
+) -> pd.DataFrame:
+    refused = (rng.random(len(units)) < 1 / (1 + np.exp(-logits))).astype(float)
+    return worlds.effect_rows(
+        {"refusal": refused},
+        unit=units,
+        condition=condition,
+        role=role,
+        of=of,
+        coefficient=coefficient,
+        split=split,
+        control_kind="frequency" if role == "control" else "",
+    )
+
+
+def unsteered(prompts_per_entity: int) -> Callable[[np.random.Generator, int], Values]:
+    """Share of conditions without any effect whose `_p` against unsteered prompts is <= 0.05."""
+
+    def measure(rng: np.random.Generator, n_runs: int) -> Values:
+        group = np.repeat([f"run{i}" for i in range(n_runs)], 20 * prompts_per_entity)
+        of_run = np.tile(np.repeat(np.arange(20), prompts_per_entity), n_runs)
+        units = np.array([f"{g}:{u}" for g, u in zip(group, of_run, strict=True)])
+        entity = rng.standard_t(4, n_runs * 20).repeat(prompts_per_entity)
+        parts = [
+            worlds.effect_rows(
+                {"logit": shift + rng.normal(0, 1, len(units))},
+                unit=units,
+                condition=name,
+                role=role,
+                group=group,
+            )
+            for name, role, shift in (("baseline", "baseline", 0.0), ("a", "group", entity))
+        ]
+        summary = summary_of(pd.concat(parts, ignore_index=True), {"logit": "mean"})
+        p_values = summary.loc[summary["role"] == "group", "logit_p"].to_numpy(dtype=float)
+        return {"value": float((p_values <= 0.05).mean())}
+
+    return measure
+
+
+def best_latent_bias(split: str) -> Callable[[np.random.Generator, int], Values]:
+    """Mean of (reported AUROC less the true one) of the first selected latent."""
+
+    def measure(rng: np.random.Generator, n_runs: int) -> Values:
+        suffix, errors = "" if split == "train" else "_test", []
+        for _ in range(n_runs):
+            rows = worlds.both_splits(60, 60)
+            truth = rng.uniform(0.5, 0.8, N_LATENTS)
+            known = (rows["group"] == "known").to_numpy()
+            shift = np.where(known[:, None], truth - 0.5, 0.5 - truth)
+            values = worlds.activated(rng, 0.5 + shift)
+            m = worlds.contrast(rows, values, intervals=False).metrics
+            latent = m["contrast/best_latent_known"]
+            if latent is not None:
+                errors.append(float(m[f"contrast/best_auroc_known{suffix}"]) - truth[int(latent)])  # type: ignore[arg-type]
+        return {"value": float(np.mean(errors))}
+
+    return measure
+
+
+def sweep_bias(rng: np.random.Generator, n_runs: int) -> Values:
+    """Mean of (reported rate less the true 0.20) in a sweep's sentence on 12 equal cells.
+
+    Of a sentence with several rates the one that is farthest from the truth counts.
+    """
+    errors = []
+    for _ in range(n_runs):
+        told = findings(sweep_cells(rng))
+        sentence = next(line for line in told if line.startswith("Acting on"))
+        rates = [float(v) for v in re.findall(r"\d\.\d+(?= \(layer)", sentence)]
+        rates = rates or [float(v) for v in re.findall(r"\b0\.\d+\b", sentence)[:1]]
+        errors.append(max((r - 0.20 for r in rates), key=abs))
+    return {"value": float(np.abs(errors).mean())}
+
+
+def sweep_cells(rng: np.random.Generator) -> pd.DataFrame:
+    """Twelve finished cells, each with 100 test prompts and the same true rate, 0.20."""
+    cells = [
+        {
+            "cell": i,
+            "status": "finished",
+            "error": None,
+            "folder": None,
+            "model": "tiny",
+            "layer": i,
+            "coefficient": "0.6",
+            "effect/refusal/unknown_group_at_0.6": rng.binomial(100, 0.2) / 100,
+            "effect/refusal/unknown_group_controls_min_at_0.6": 0.1,
+            "effect/refusal/unknown_group_controls_max_at_0.6": 0.3,
+        }
+        for i in range(12)
+    ]
+    return pd.DataFrame(cells)
