@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import worlds
 from effects import summary_of
+from numpy.typing import ArrayLike
 from scipy import special
 
 SIZES = (10, 30, 200)
@@ -14,15 +15,15 @@ VALUES = (0.5, 0.8, 0.97, 0.99)
 Values = dict[str, float]
 
 
-def covered(low: np.ndarray, high: np.ndarray, truth: np.ndarray | float) -> Values:
+def covered(low: ArrayLike, high: ArrayLike, truth: float) -> Values:
     """Coverage among the intervals given, the share without one, and the share of no width."""
-    low, high = np.asarray(low, float), np.asarray(high, float)
-    given = np.isfinite(low) & np.isfinite(high)
-    inside = (low <= truth) & (truth <= high)
+    a, b = np.asarray(low, float), np.asarray(high, float)
+    given = np.isfinite(a) & np.isfinite(b)
+    inside = (a <= truth) & (truth <= b)
     return {
         "value": float(inside[given].mean()) if given.any() else float("nan"),
         "no_interval": float((~given).mean()),
-        "no_width": float((low[given] == high[given]).mean()) if given.any() else float("nan"),
+        "no_width": float((a[given] == b[given]).mean()) if given.any() else float("nan"),
     }
 
 

@@ -233,18 +233,14 @@ def best_latent_bias(split: str) -> Callable[[np.random.Generator, int], Values]
 
 
 def sweep_bias(rng: np.random.Generator, n_runs: int) -> Values:
-    """Mean of (reported rate less the true 0.20) in a sweep's sentence on 12 equal cells.
-
-    Of a sentence with several rates the one that is farthest from the truth counts.
-    """
+    """Mean of (highest rate less the true 0.20) in a sweep's sentence on 12 equal cells."""
     errors = []
     for _ in range(n_runs):
         told = findings(sweep_cells(rng))
         sentence = next(line for line in told if line.startswith("Acting on"))
-        rates = [float(v) for v in re.findall(r"\d\.\d+(?= \(layer)", sentence)]
-        rates = rates or [float(v) for v in re.findall(r"\b0\.\d+\b", sentence)[:1]]
-        errors.append(max((r - 0.20 for r in rates), key=abs))
-    return {"value": float(np.abs(errors).mean())}
+        rates = re.findall(r"\b0\.\d+(?= \(layer)", sentence)
+        errors.append(max(map(float, rates)) - 0.20)
+    return {"value": float(np.mean(errors))}
 
 
 def sweep_cells(rng: np.random.Generator) -> pd.DataFrame:

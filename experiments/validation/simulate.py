@@ -38,7 +38,7 @@ COLUMNS = [
 
 def main() -> None:
     """Measure what the file lacks."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path, help="CSV file, continued where it exists")
     parser.add_argument("--quick", action="store_true", help="a tenth of the runs")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")

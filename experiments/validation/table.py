@@ -5,6 +5,7 @@ python experiments/validation/table.py            # write it between its markers
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -13,7 +14,8 @@ PAGE = FOLDER.parent.parent / "docs" / "how-far-to-trust-the-numbers.md"
 BEGIN = "<!-- begin: experiments/validation/table.py -->"
 END = "<!-- end: experiments/validation/table.py -->"
 LEAST_COVERAGE = 0.92
-Pair = tuple[pd.Series | None, pd.Series | None]
+Row = dict[str, Any]
+Pair = tuple[Row | None, Row | None]
 
 
 def main() -> None:
@@ -31,15 +33,15 @@ def with_table(page: str) -> str:
 def markdown(folder: Path = FOLDER / "measured") -> str:
     """All tables: error rates, biases, coverages."""
     before, after = (read(folder / f"{name}.csv") for name in ("before", "after"))
-    names = list(dict.fromkeys([*after.index, *before.index]))
-    pairs = {n: (_row(before, n), _row(after, n)) for n in names}
+    names = list(dict.fromkeys([*after, *before]))
+    pairs: dict[str, Pair] = {n: (before.get(n), after.get(n)) for n in names}
 
     def kind(name: str) -> str:
         row = next(r for r in pairs[name] if r is not None)
         return str(row["kind"])
 
     of = {k: {n: p for n, p in pairs.items() if kind(n) == k} for k in ("error rate", "bias")}
-    versions = [str(t["version"].iloc[0]) for t in (before, after)]
+    versions = [str(next(iter(t.values()))["version"]) for t in (before, after)]
     return "\n\n".join(
         [
             "\n".join(_error_rates(of["error rate"], versions)),
@@ -49,22 +51,19 @@ def markdown(folder: Path = FOLDER / "measured") -> str:
     )
 
 
-def read(file: Path) -> pd.DataFrame:
+def read(file: Path) -> dict[str, Row]:
     """Measured scenarios by name."""
-    return pd.read_csv(file, dtype={"version": str}).set_index("scenario")
+    rows: list[Row] = pd.read_csv(file, dtype={"version": str}).to_dict("records")  # type: ignore[assignment]
+    return {str(row["scenario"]): row for row in rows}
 
 
-def _row(table: pd.DataFrame, name: str) -> pd.Series | None:
-    return table.loc[name] if name in table.index else None
-
-
-def too_often(row: pd.Series) -> bool:
+def too_often(row: Row) -> bool:
     """Whether an error rate is above nominal by more than two Monte Carlo standard errors."""
     nominal = float(row["nominal"])
     return float(row["value"]) > nominal + 2 * (nominal * (1 - nominal) / row["n_runs"]) ** 0.5
 
 
-def too_rarely(row: pd.Series) -> bool:
+def too_rarely(row: Row) -> bool:
     """Whether a coverage is below 0.92 by more than two Monte Carlo standard errors."""
     given = row["n_runs"] * (1 - row["no_interval"])
     if given < 1:
@@ -117,7 +116,7 @@ def _coverages(pairs: dict[str, Pair]) -> list[str]:
     return lines
 
 
-def _coverage(row: pd.Series | None) -> str:
+def _coverage(row: Row | None) -> str:
     if row is None:
         return "–"
     if row["no_interval"] == 1:
@@ -126,7 +125,7 @@ def _coverage(row: pd.Series | None) -> str:
     return f"{text} ({row['no_interval']:.0%} none)" if row["no_interval"] >= 0.01 else text
 
 
-def _number(row: pd.Series | None, wrong: bool | None) -> str:
+def _number(row: Row | None, wrong: bool | None) -> str:
     if row is None:
         return "–"
     text = f"{float(row['value']):.2f}"
