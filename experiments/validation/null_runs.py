@@ -8,11 +8,14 @@ import pandas as pd
 import worlds
 from effects import summary_of
 
+from saexp.interventions.claims import with_claims
 from saexp.interventions.summary import chosen_coefficients
 from saexp.reports.sweep import findings
 
 N_LATENTS = 200
 N_PROMPTS = 40
+N_CURVE, N_CONTROLS = 10, 99
+COEFFICIENTS = (0.3, 0.6, 0.9)
 Values = dict[str, float]
 Null = Callable[[np.random.Generator], tuple[pd.DataFrame, np.ndarray]]
 
@@ -121,46 +124,57 @@ def _one_coefficient(
 
 
 def chosen_sentence(rng: np.random.Generator, n_runs: int) -> Values:
-    """Coefficient chosen on train prompts, the sentence's p on test prompts; two conditions.
+    """The default run's design, with two conditions that are exchangeable with their controls.
 
-    Share of runs in which any of the two sentences, of latents exchangeable with their 19
-    controls, would report an effect beyond them.
+    The coefficient is chosen on train prompts with 10 controls of two kinds; at it, test prompts
+    have 99 of each. Value: share of runs in which any sentence would report an effect.
     """
     found = []
     for _ in range(n_runs):
-        summary = summary_of(_two_conditions(rng), {"refusal": "rate"})
-        chosen = chosen_coefficients(summary, "refusal", "train")
-        test = summary[(summary["split"] == "test") & (summary["role"] == "group")]
-        at = [chosen.get(r["condition"]) == r["coefficient"] for r in test.to_dict("records")]
-        p_values = test.loc[at, "refusal_p_controls"].to_numpy(dtype=float)
-        found.append(bool((holm(p_values) <= 0.05).any()) if len(p_values) else False)
+        conditions = _slopes(rng)
+        first = summary_of(_stage(rng, conditions, "train", N_CURVE), {"refusal": "rate"})
+        chosen = chosen_coefficients(first, "refusal", "train")
+        test = _stage(rng, conditions, "test", N_CONTROLS, chosen)
+        claims = with_claims(summary_of(test, {"refusal": "rate"}), ["refusal"], chosen)
+        found.append(bool((claims["refusal_p_controls_holm"] <= 0.05).any()))
     return {"value": float(np.mean(found))}
 
 
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Unadjusted: version 0.5 adjusts no sentence."""
-    return p_values
-
-
-def _two_conditions(rng: np.random.Generator) -> pd.DataFrame:
-    parts = []
-    for split in ("train", "test"):
-        units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
-        ease = rng.normal(0, 1.0, N_PROMPTS)
-        parts.append(_refusals(rng, units, ease - 2, "baseline", "baseline", split))
-    slopes: dict[str, float] = {}
+def _slopes(rng: np.random.Generator) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    """Effects at each coefficient, by condition and (its own or a control's name, kind)."""
+    conditions = {}
     for of in ("known_group", "unknown_group"):
-        names = [of, *(f"{of}_frequency_{i + 1:02d}" for i in range(19))]
-        slopes |= dict(zip(names, rng.standard_t(4, len(names)), strict=True))
-    for split in ("train", "test"):
-        units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
-        ease = rng.normal(0, 1.0, N_PROMPTS)
-        for name, slope in slopes.items():
-            of = name.split("_frequency")[0]
-            role = "group" if name == of else "control"
-            for coefficient in (0.3, 0.6, 0.9):
-                logits = ease - 2 + 2 * slope * coefficient
-                parts.append(_refusals(rng, units, logits, name, role, split, of, coefficient))
+        names = [(of, "")]
+        for kind in ("frequency", "random_norm"):
+            names += [(f"{of}_{kind}_{i + 1:02d}", kind) for i in range(N_CONTROLS)]
+        slope = rng.standard_t(4, (len(names), 1))
+        effects = slope * np.array(COEFFICIENTS) + rng.normal(0, 0.5, (len(names), 3))
+        conditions[of] = dict(zip(names, effects, strict=True))
+    return conditions
+
+
+def _stage(
+    rng: np.random.Generator,
+    conditions: dict[str, dict[tuple[str, str], np.ndarray]],
+    split: str,
+    n_controls: int,
+    chosen: dict[str, float] | None = None,
+) -> pd.DataFrame:
+    """Refusals of one split, with the first `n_controls` of each kind, at the chosen coefficient or
+    at all."""
+    units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
+    ease = rng.normal(-2, 1.0, N_PROMPTS)
+    parts = [_refusals(rng, units, ease, "baseline", "baseline", split)]
+    for of, effects in conditions.items():
+        for (name, kind), shifts in effects.items():
+            if kind and int(name.rsplit("_", 1)[1]) > n_controls:
+                continue
+            for coefficient, shift in zip(COEFFICIENTS, 2 * shifts, strict=True):
+                if chosen and chosen[of] != coefficient:
+                    continue
+                role = "control" if kind else "group"
+                rows = _refusals(rng, units, ease + shift, name, role, split, of, coefficient)
+                parts.append(rows.assign(control_kind=kind))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -183,7 +197,6 @@ def _refusals(
         of=of,
         coefficient=coefficient,
         split=split,
-        control_kind="frequency" if role == "control" else "",
     )
 
 

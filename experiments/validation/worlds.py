@@ -98,7 +98,7 @@ def effect_rows(
         condition=condition,
         role=role,
         of=of,
-        direction="" if role == "baseline" else "unknown",
+        direction=of.removesuffix("_group"),
         latent="",
         coefficient=0.0 if role == "baseline" else coefficient,
         control_kind=control_kind,
