@@ -162,41 +162,31 @@ def _stage(
 ) -> pd.DataFrame:
     """Refusals of one split, with the first `n_controls` of each kind, at the chosen coefficient or
     at all."""
-    units = np.array([f"{split}:{i}" for i in range(N_PROMPTS)])
-    ease = rng.normal(-2, 1.0, N_PROMPTS)
-    parts = [_refusals(rng, units, ease, "baseline", "baseline", split)]
+    columns = ["condition", "role", "of", "control_kind", "coefficient", "shift"]
+    cells: list[tuple[str, str, str, str, float, float]] = [("baseline", "baseline", "", "", 0, 0)]
     for of, effects in conditions.items():
         for (name, kind), shifts in effects.items():
             if kind and int(name.rsplit("_", 1)[1]) > n_controls:
                 continue
-            for coefficient, shift in zip(COEFFICIENTS, 2 * shifts, strict=True):
-                if chosen and chosen[of] != coefficient:
-                    continue
-                role = "control" if kind else "group"
-                rows = _refusals(rng, units, ease + shift, name, role, split, of, coefficient)
-                parts.append(rows.assign(control_kind=kind))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _refusals(
-    rng: np.random.Generator,
-    units: np.ndarray,
-    logits: np.ndarray,
-    condition: str,
-    role: str,
-    split: str,
-    of: str = "",
-    coefficient: float = 0.0,
-) -> pd.DataFrame:
-    refused = (rng.random(len(units)) < 1 / (1 + np.exp(-logits))).astype(float)
-    return worlds.effect_rows(
-        {"refusal": refused},
+            role = "control" if kind else "group"
+            cells += [
+                (name, role, of, kind, coefficient, 2 * shift)
+                for coefficient, shift in zip(COEFFICIENTS, shifts, strict=True)
+                if not chosen or chosen[of] == coefficient
+            ]
+    table = pd.DataFrame(cells, columns=columns)
+    rows = table.loc[table.index.repeat(N_PROMPTS)].reset_index(drop=True)
+    ease = np.tile(rng.normal(-2, 1.0, N_PROMPTS), len(table))
+    rate = 1 / (1 + np.exp(-ease - rows.pop("shift").to_numpy(dtype=float)))
+    units = np.tile([f"{split}:{i}" for i in range(N_PROMPTS)], len(table))
+    return rows.assign(
         unit=units,
-        condition=condition,
-        role=role,
-        of=of,
-        coefficient=coefficient,
+        example_id=units,
+        group="known",
         split=split,
+        direction=rows["of"].str.removesuffix("_group"),
+        latent="",
+        refusal=(rng.random(len(rows)) < rate).astype(float),
     )
 
 

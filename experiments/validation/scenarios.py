@@ -56,7 +56,7 @@ def _error_rates() -> list[Scenario]:
     found += [Scenario(n, "error rate", measure, 200) for n, measure in effects.items()]
     return found + [
         Scenario(
-            f"change against unsteered prompts, {n} prompts an entity",
+            f"change against unsteered prompts, {n} prompt{'s' * (n > 1)} an entity",
             "error rate",
             null_runs.unsteered(n),
             1000,
