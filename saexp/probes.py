@@ -36,8 +36,8 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 class Fitted:
     """A linear probe; a row is called the first group where its score is above 0."""
 
-    score: Callable[[np.ndarray], np.ndarray]
-    """`[n, d]` -> `[n]`."""
+    score: Callable[[Any], np.ndarray]
+    """`[n, d]`, sparse where the inputs were -> `[n]`."""
     weights: np.ndarray
     """`[d]`, per standard deviation of each input on train."""
     direction: np.ndarray
@@ -96,7 +96,7 @@ def fit_logistic(
     return Fitted(
         score=best.decision_function,
         weights=weights,
-        direction=weights / best[0].scale_ if standardise else weights,
+        direction=weights if best[0].scale_ is None else weights / best[0].scale_,
         c=float(search.best_params_["logisticregression__C"]),
         cv_log_loss=-float(search.best_score_),
         converged=not slow,

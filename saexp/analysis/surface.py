@@ -8,8 +8,9 @@ not above it has not been shown to know more than which words are there.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,9 @@ from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
 from saexp.data.tokens import TokenizedText
+
+if TYPE_CHECKING:
+    from saexp.probes import Fitted
 
 WINDOW = 64
 """n-grams are of this many tokens before the position, which is included."""
@@ -75,13 +79,14 @@ def token_counts(texts: Sequence[TokenizedText]) -> Counter[int]:
 
 @dataclass(frozen=True)
 class SurfaceBaseline:
-    """The fitted baseline; a row is assigned to the first group where its score is above 0."""
+    """The fitted baseline."""
 
-    score: Callable[[Sequence[ReadText]], Float[np.ndarray, " n"]]
-    c: float
-    """Inverse strength of the L2 penalty that cross-validation chose."""
-    cv_log_loss: float
-    n_features: int
+    features: "_Features"
+    fitted: "Fitted"
+
+    def score(self, read: Sequence[ReadText]) -> Float[np.ndarray, " n"]:
+        """Log odds of the first group."""
+        return np.asarray(self.fitted.score(self.features(read)), dtype=np.float64)
 
 
 def fit_surface(
@@ -98,22 +103,14 @@ def fit_surface(
     """
     from saexp.probes import fit_logistic, folds, limited
 
-    keys = zip(
-        map(str, units), (r.text for r in read), map(len, (r.ids for r in read)), strict=True
-    )
-    listed = list(keys)
-    order = np.array(sorted(range(len(read)), key=lambda i: (listed[i], bool(first[i]))))
+    keys = [(str(u), r.text, len(r.ids)) for u, r in zip(units, read, strict=True)]
+    order = np.array(sorted(range(len(read)), key=lambda i: (keys[i], bool(first[i]))))
     chosen = order[limited(np.arange(len(order)), MAX_TRAIN, seed)]
     first, units = first[chosen], units[chosen]
     features = _Features([read[i] for i in chosen], counts)
-    x = features.matrix
-    fitted = fit_logistic(x, first, STRENGTHS, folds(first, units, seed), standardise=False)
-    return SurfaceBaseline(
-        score=lambda others: np.asarray(fitted.score(features(others)), dtype=np.float64),
-        c=fitted.c,
-        cv_log_loss=fitted.cv_log_loss,
-        n_features=x.shape[1],
-    )
+    pairs = folds(first, units, seed)
+    fitted = fit_logistic(features.matrix, first, STRENGTHS, pairs, standardise=False)
+    return SurfaceBaseline(features, fitted)
 
 
 class _Features:
@@ -127,13 +124,12 @@ class _Features:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self.counts = counts
-        self.blocks = []
+        self.blocks: list[Any] = []
         parts = []
         for grams in (_text_tokens, _entity_tokens, _text_characters, _entity_characters):
             if any(map(grams, read)):
-                block = TfidfVectorizer(
-                    analyzer=grams, sublinear_tf=True, max_features=_MAX_FEATURES
-                )
+                settings: Any = {"analyzer": grams, "max_features": _MAX_FEATURES}
+                block = TfidfVectorizer(**settings, sublinear_tf=True)
                 parts.append(block.fit_transform(read))
                 self.blocks.append(block)
         numbers = _numbers(read, counts)

@@ -36,7 +36,7 @@ def detectable_auroc(
         spread = np.sqrt((pairs**2 * _variance(auroc, n1, n2)).sum()) / pairs.sum()
         return float(special.ndtr((auroc - 0.5 - critical) / spread)) - power
 
-    return float(optimize.brentq(excess, 0.5, _MOST))
+    return float(optimize.root_scalar(excess, bracket=(0.5, _MOST)).root)
 
 
 def _variance(auroc: float, n1: np.ndarray, n2: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def detectable_change(n: int, baseline: float, alpha: float, power: float = POWE
     largest = 1 - low
     if excess(largest) < 0:
         return None
-    return sign * float(optimize.brentq(excess, 1e-9, largest))
+    return sign * float(optimize.root_scalar(excess, bracket=(1e-9, largest)).root)
 
 
 def paired_power(n: int, rate: float, change: float, smallest: np.ndarray) -> float:

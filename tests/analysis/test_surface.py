@@ -132,9 +132,9 @@ def test_an_entity_of_several_rows_is_no_evidence_about_others() -> None:
     rows = pd.concat(parts, ignore_index=True).assign(text_id=range(300))
     first = np.tile(label, 5)
     fitted = fit_surface(read_of(rows), first, rows["unit"].to_numpy(), {}, 0)
-    assert fitted.cv_log_loss > 0.66
+    assert fitted.fitted.cv_log_loss > 0.66
     as_if_independent = fit_surface(read_of(rows), first, np.arange(300), {}, 0)
-    assert as_if_independent.cv_log_loss < 0.3
+    assert as_if_independent.fitted.cv_log_loss < 0.3
 
 
 def test_the_order_of_rows_has_no_influence() -> None:
@@ -147,7 +147,7 @@ def test_the_order_of_rows_has_no_influence() -> None:
         fit_surface([read[i] for i in idx], first[idx], units[idx], {}, 0)
         for idx in (np.arange(N), order)
     ]
-    assert fits[0].c == fits[1].c
+    assert fits[0].fitted.c == fits[1].fitted.c
     np.testing.assert_array_equal(fits[0].score(new), fits[1].score(new))
 
 
