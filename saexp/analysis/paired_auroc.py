@@ -7,57 +7,66 @@ from jaxtyping import Bool, Float, Shaped
 from scipy import sparse, stats
 
 from saexp.analysis.statistics import stratified_rank_test, stratum_weights
-from saexp.stats.proportions import Interval
-
-MIN_N = 10
-"""Fewer observations of a group have no interval of the difference."""
+from saexp.stats.proportions import Interval, stratified_auroc_interval
 
 
 @dataclass(frozen=True)
-class PairedAuroc:
-    """AUROCs are P(first > second) + P(equal)/2, means over strata by van Elteren's weights."""
+class Auroc:
+    """P(first > second) + P(equal)/2, the mean over strata by van Elteren's weights."""
 
-    own: float
-    other: float
-    low: float | None
-    """Interval of own - other; None where a group has fewer than `MIN_N` observations."""
-    high: float | None
-
-    @property
-    def difference(self) -> float:
-        """Own less other."""
-        return self.own - self.other
+    value: float
+    interval: Interval
+    """Newcombe's method 5; NaN for small groups (see `stratified_auroc_interval`)."""
 
 
 def auroc_of(
     scores: Float[np.ndarray, " n"],
     first: Bool[np.ndarray, " n"],
     strata: Shaped[np.ndarray, " n"],
-) -> float:
-    """AUROC of one score of any sign, the mean over strata as the contrast takes it."""
+) -> Auroc:
+    """AUROC of one score of any sign, as the contrast takes it."""
     ranks = 1.0 + np.unique(scores, return_inverse=True)[1]
-    return float(stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata).auroc[0])
+    test = stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata)
+    weights = stratum_weights(first, strata)
+    chosen = [strata == name for name in weights]
+    interval = stratified_auroc_interval(
+        float(test.auroc[0]),
+        np.array([(first & c).sum() for c in chosen]),
+        np.array([(~first & c).sum() for c in chosen]),
+        np.array(list(weights.values())),
+        float(test.variance[0]),
+    )
+    return Auroc(float(test.auroc[0]), interval)
 
 
-def difference_of_aurocs(
-    own: tuple[float, Interval],
-    other: tuple[float, Interval],
-    correlation: float,
-) -> tuple[float, float]:
+def auroc_difference(
+    own: Float[np.ndarray, " n"],
+    other: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> Auroc:
+    """AUROC of `own` less that of `other` with its interval; NaN limits for small groups."""
+    a, b = (auroc_of(scores, first, strata) for scores in (own, other))
+    correlation = auroc_correlation(own, other, first, strata)
+    return Auroc(a.value - b.value, difference_of_aurocs(a, b, correlation))
+
+
+def difference_of_aurocs(own: Auroc, other: Auroc, correlation: float) -> Interval:
     """Interval of own - other from each AUROC with its interval, and their correlation.
 
     MOVER, the method of variance estimates recovery (Zou 2007, Psychological Methods 12:399): keeps
     the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
     """
-    (a, (low_a, high_a)), (b, (low_b, high_b)) = own, other
+    difference = own.value - other.value
+    (low, high), (low_other, high_other) = own.interval, other.interval
     below, above = (
-        x**2 - 2 * correlation * x * y + y**2
-        for x, y in ((a - low_a, high_b - b), (high_a - a, b - low_b))
+        np.sqrt(np.maximum(x**2 - 2 * correlation * x * y + y**2, 0.0))
+        for x, y in (
+            (own.value - low, high_other - other.value),
+            (high - own.value, other.value - low_other),
+        )
     )
-    return (
-        float(max(a - b - np.sqrt(max(below, 0.0)), -1.0)),
-        float(min(a - b + np.sqrt(max(above, 0.0)), 1.0)),
-    )
+    return Interval(np.maximum(difference - below, -1.0), np.minimum(difference + above, 1.0))
 
 
 def auroc_correlation(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
 from saexp.data.tokens import TokenizedText
@@ -111,6 +111,27 @@ def fit_surface(
     pairs = folds(first, units, seed)
     fitted = fit_logistic(features.matrix, first, STRENGTHS, pairs, standardise=False)
     return SurfaceBaseline(features, fitted)
+
+
+def observation_scores(
+    read: Sequence[ReadText],
+    of_row: Int[np.ndarray, " n_rows"],
+    entities: Shaped[np.ndarray, " n_units"],
+    first: Bool[np.ndarray, " n_units"],
+    train: Bool[np.ndarray, " n_units"],
+    counts: Mapping[int, int],
+    seed: int,
+) -> Float[np.ndarray, " n_units"]:
+    """Score of every observation, the mean over its rows; fitted on the rows of `train` ones.
+
+    `of_row` is the number of each row's observation, `entities` what is never on both sides of a
+    fold. Raises DataError as `fit_surface` does.
+    """
+    rows = np.flatnonzero(train[of_row])
+    units = of_row[rows]
+    baseline = fit_surface([read[i] for i in rows], first[units], entities[units], counts, seed)
+    sums = np.bincount(of_row, weights=baseline.score(read), minlength=len(first))
+    return sums / np.bincount(of_row, minlength=len(first))
 
 
 class _Features:

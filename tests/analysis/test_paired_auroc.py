@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.paired_auroc import auroc_correlation, auroc_of, difference_of_aurocs
+from saexp.analysis.paired_auroc import (
+    Auroc,
+    auroc_correlation,
+    auroc_difference,
+    auroc_of,
+    difference_of_aurocs,
+)
 from saexp.analysis.statistics import stratum_weights
 from saexp.stats.proportions import Interval, auroc_interval
 
@@ -24,7 +30,7 @@ def two_scores(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_auroc_is_that_of_sklearn() -> None:
     own, _ = two_scores()
-    assert auroc_of(own, FIRST, ONE) == pytest.approx(roc_auc_score(FIRST, own), abs=1e-12)
+    assert auroc_of(own, FIRST, ONE).value == pytest.approx(roc_auc_score(FIRST, own), abs=1e-12)
 
 
 def test_auroc_of_strata_is_their_weighted_mean() -> None:
@@ -34,7 +40,7 @@ def test_auroc_of_strata_is_their_weighted_mean() -> None:
         w * roc_auc_score(FIRST[strata == s], own[strata == s])
         for s, w in stratum_weights(FIRST, strata).items()
     )
-    assert auroc_of(own, FIRST, strata) == pytest.approx(expected, abs=1e-12)
+    assert auroc_of(own, FIRST, strata).value == pytest.approx(expected, abs=1e-12)
 
 
 def test_correlation_is_that_of_the_kernel_of_all_pairs() -> None:
@@ -64,26 +70,48 @@ def test_no_correlation_where_one_separates_perfectly() -> None:
     assert auroc_correlation(own, FIRST.astype(float), FIRST, ONE) == 0.0
 
 
+def auroc(value: float) -> Auroc:
+    return Auroc(value, auroc_interval(value, 12, 18))
+
+
 def test_the_same_auroc_with_full_correlation_does_not_differ() -> None:
-    limits = Interval(np.array(0.6), np.array(1.0))
-    assert difference_of_aurocs((0.8, limits), (0.8, limits), 1.0) == pytest.approx((0.0, 0.0))
+    symmetric = Auroc(0.8, Interval(np.array(0.6), np.array(1.0)))
+    assert difference_of_aurocs(symmetric, symmetric, 1.0) == pytest.approx((0.0, 0.0))
 
 
 def test_limits_mirror_when_the_scores_are_exchanged() -> None:
-    a, b = (0.9, auroc_interval(0.9, 12, 18)), (0.7, auroc_interval(0.7, 12, 18))
-    low, high = difference_of_aurocs(a, b, 0.4)
+    low, high = difference_of_aurocs(auroc(0.9), auroc(0.7), 0.4)
     assert low < 0.2 < high
-    assert difference_of_aurocs(b, a, 0.4) == pytest.approx((-high, -low))
+    assert difference_of_aurocs(auroc(0.7), auroc(0.9), 0.4) == pytest.approx((-high, -low))
 
 
 def test_less_correlation_is_more_uncertainty() -> None:
-    a, b = (0.9, auroc_interval(0.9, 12, 18)), (0.7, auroc_interval(0.7, 12, 18))
-    widths = [np.diff(difference_of_aurocs(a, b, r))[0] for r in (-0.5, 0.0, 0.5, 0.9)]
-    assert widths == sorted(widths, reverse=True)
+    pairs = [difference_of_aurocs(auroc(0.9), auroc(0.7), r) for r in (0.9, 0.5, 0.0, -0.5)]
+    widths = [high - low for low, high in pairs]
+    assert widths == sorted(widths)
 
 
 def test_two_perfect_scores_keep_an_interval_of_positive_width() -> None:
-    perfect = (1.0, auroc_interval(1.0, 12, 18))
-    low, high = difference_of_aurocs(perfect, perfect, 0.0)
+    low, high = difference_of_aurocs(auroc(1.0), auroc(1.0), 0.0)
     assert low < -0.1
     assert high > 0.1
+
+
+def test_small_groups_have_no_interval() -> None:
+    own, other = (s[6:] for s in two_scores())
+    made = auroc_difference(own, other, FIRST[6:], ONE[6:])
+    assert np.isfinite(made.value)
+    assert np.isnan(made.interval).all()
+
+
+def test_a_negative_or_shifted_score_changes_nothing_but_its_sign() -> None:
+    own, other = two_scores()
+    strata = np.arange(30) % 2
+    made = auroc_difference(own, other, FIRST, strata)
+    assert made.interval.low < made.value < made.interval.high
+    shifted = auroc_difference(3 * own - 7, other, FIRST, strata)
+    assert shifted.value == pytest.approx(made.value)
+    assert shifted.interval == pytest.approx(made.interval)
+    mirrored = auroc_difference(-own, -other, FIRST, strata)
+    assert mirrored.value == pytest.approx(-made.value)
+    assert mirrored.interval == pytest.approx((-made.interval.high, -made.interval.low))
