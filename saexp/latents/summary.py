@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
 
@@ -57,6 +57,23 @@ def moments(
 def _summed(latents: np.ndarray, weights: np.ndarray, d_sae: int) -> Float[np.ndarray, " d_sae"]:
     # Of no entries at all, bincount makes integers.
     return np.bincount(latents, weights=weights, minlength=d_sae).astype(np.float64)
+
+
+def equal_rows(units: Shaped[np.ndarray, " n_rows"], seed: int) -> Int[np.ndarray, " n_chosen"]:
+    """Sorted indices of m rows of every unit, m the number of rows of the unit that has fewest.
+
+    A unit with more rows contributes a random choice of m, so that no statistic of a unit depends
+    on how many rows it has.
+
+    >>> equal_rows(np.array(["a", "a", "b", "b"]), seed=0)
+    array([0, 1, 2, 3])
+    """
+    if not len(units):
+        return np.zeros(0, dtype=np.int64)
+    _, of_row, counts = np.unique(units, return_inverse=True, return_counts=True)
+    order = np.lexsort((np.random.default_rng([seed, 29]).random(len(units)), of_row))
+    position = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(order[position < counts.min()])
 
 
 def by_unit(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import sparse
 
-from saexp.latents.summary import active_quantile, by_unit, moments
+from saexp.latents.summary import active_quantile, by_unit, equal_rows, moments
 
 VALUES = st.sampled_from([0.0, 0.0, 0.0, 1e-7, 0.5, 1.0, 2.25, 1000.0])
 DENSE = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=VALUES)
@@ -67,3 +67,29 @@ def test_active_quantile(q: float) -> None:
     for value, latent in zip(found, latents, strict=True):
         on = dense[:, latent][dense[:, latent] > 0]
         assert value == pytest.approx(np.quantile(on, q) if len(on) else 0.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.integers(0, 3))
+def test_equal_rows_of_every_unit(units: list[str], seed: int) -> None:
+    """Each unit has as many rows as the one that has fewest, all of them its own."""
+    labels = np.array(units)
+    chosen = equal_rows(labels, seed)
+    fewest = min(units.count(u) for u in units)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert {u: labels[chosen].tolist().count(u) for u in units} == dict.fromkeys(units, fewest)
+    np.testing.assert_array_equal(chosen, equal_rows(labels, seed))
+
+
+def test_equal_rows_are_chosen_evenly_by_seed() -> None:
+    """Every row of a larger unit is chosen as often as the others, in pairs too."""
+    units = np.array(["b", "a", "a", "b", "a", "a"])
+    chosen = [tuple(r for r in equal_rows(units, seed) if units[r] == "a") for seed in range(3000)]
+    pairs = {pair: chosen.count(pair) for pair in set(chosen)}
+    assert len(pairs) == 6
+    # Binomial: 500 expected, standard deviation 20.
+    assert max(abs(n - 500) for n in pairs.values()) < 85
+
+
+def test_equal_rows_of_nothing() -> None:
+    assert equal_rows(np.array([], dtype=object), 0).tolist() == []
