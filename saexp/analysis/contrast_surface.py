@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.observations import Observations, Split
+from saexp.analysis.observations import Observations
 from saexp.analysis.paired_auroc import Auroc, auroc_difference, auroc_of
+from saexp.analysis.strata import Split
 from saexp.analysis.surface import observation_scores, read_texts, token_counts
 from saexp.errors import DataError
 from saexp.results import TaskResult
@@ -20,7 +21,7 @@ def beside_surface(
     observed: Observations,
     train: Split,
     test: Split,
-    best: Mapping[str, int | None],
+    best: Mapping[str, float | int | None],
     seed: int,
 ) -> TaskResult:
     """Metrics `contrast/surface_auroc_test` and `contrast/best_minus_surface_<g>_test`.
@@ -54,7 +55,7 @@ def beside_surface(
         if latent is None:
             continue
         is_first = group == inputs.groups[0]
-        values = test.csr[:, [latent]].toarray()[:, 0].astype(np.float64)
+        values = test.csr[:, [int(latent)]].toarray()[:, 0].astype(np.float64)
         member, other = (test.first, scores) if is_first else (~test.first, -scores)
         made = auroc_difference(values, other, member, test.strata)
         result.metrics |= _numbers(f"contrast/best_minus_surface_{group}_test", made)

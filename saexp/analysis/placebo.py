@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.observations import Split
+from saexp.analysis.strata import Split
 from saexp.context import progress
 from saexp.results import TaskResult
 from saexp.stats.placebo import claim_share

@@ -1,7 +1,7 @@
 """What a contrast of this size could have found."""
 
-from saexp.analysis.observations import Split
 from saexp.analysis.statistics import stratum_weights
+from saexp.analysis.strata import Split
 from saexp.results import TaskResult
 from saexp.stats.power import detectable_auroc
 

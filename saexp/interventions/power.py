@@ -21,7 +21,8 @@ def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
     result = TaskResult()
     rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
     tested = summary[summary["split"] == "test"]
-    outcomes = [c.removesuffix("_p_controls") for c in tested if c.endswith("_p_controls")]
+    ending = "_p_controls"
+    outcomes = [c.removesuffix(ending) for c in map(str, tested) if c.endswith(ending)]
     rate = next((o for o in outcomes if o in rates), None)
     if rate is not None:
         _rate(tested[tested["role"] == "baseline"], rate, result)

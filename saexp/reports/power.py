@@ -8,6 +8,20 @@ def power_sentences(run: SavedRun) -> list[str]:
     return [*_contrast(run), *_effects(run)]
 
 
+def found_nothing(run: SavedRun) -> bool:
+    """Whether no leading latent is above chance on the test split, Holm-adjusted."""
+    m = run.metrics
+    alpha = run.config["analyzer"]["alpha"]
+    for group in run.groups:
+        for kind in ("best", "strongest"):
+            auroc, p_value = (
+                m.get(f"contrast/{kind}_{name}_{group}_test") for name in ("auroc", "p_value")
+            )
+            if auroc is not None and p_value is not None and auroc > 0.5 and p_value <= alpha:
+                return False
+    return True
+
+
 def _contrast(run: SavedRun) -> list[str]:
     m = run.metrics
     train, test = m.get("power/auroc_train"), m.get("power/auroc_test")
