@@ -44,9 +44,8 @@ def observations(
     Each contributes as many rows as the one that has fewest, chosen by `seed`: with more rows a
     latent would be active on more of them, or vary less, whatever the group.
     """
-    labels = latents.rows["group"].isin(groups) & latents.rows["split"].notna()
-    chosen = labels.to_numpy(dtype=bool)
-    rows, csr = latents.rows[chosen].reset_index(drop=True), latents.csr[chosen]
+    chosen = _labelled(latents.rows, groups)
+    rows, csr = latents.rows.iloc[chosen].reset_index(drop=True), latents.csr[chosen]
     observed, n_both = _observed(rows)
     used = equal_rows(observed, seed)
     n_each = len(used) // max(len(np.unique(observed)), 1)
@@ -65,6 +64,16 @@ def observations(
     rows = rows.assign(observation=observed)
     units = rows.iloc[used[first_row]].reset_index(drop=True)
     return Observations(values, active, units, rows.iloc[used]), notes
+
+
+def used_rows(rows: pd.DataFrame, groups: tuple[str, ...], seed: int) -> np.ndarray:
+    """Sorted indices of the rows that `observations` of all `rows` takes."""
+    chosen = _labelled(rows, groups)
+    return chosen[equal_rows(_observed(rows.iloc[chosen])[0], seed)]
+
+
+def _labelled(rows: pd.DataFrame, groups: tuple[str, ...]) -> np.ndarray:
+    return np.flatnonzero(rows["group"].isin(groups) & rows["split"].notna())
 
 
 def _row_notes(
