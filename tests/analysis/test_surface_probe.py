@@ -20,11 +20,11 @@ from tests.analysis.surface_texts import names, placed, tokenized
 
 
 def made() -> AnalysisInputs:
-    """Groups whose names have other letters, in one template."""
+    """Groups whose names have partly other letters, in one template."""
     table = rows_table()
     units = table["unit"].unique()
     group = table.drop_duplicates("unit").set_index("unit")["group"]
-    letters = {"known": "abcdefgh", "unknown": "efghijkl"}
+    letters = {"known": "abcdefgh", "unknown": "abcdefij"}
     entity = {u: names(1, letters[group[u]], i)[0] for i, u in enumerate(units)}
     where = placed([entity[u] for u in table["unit"]])
     columns = {c: where[c] for c in ("text_id", "token_index", "entity")}

@@ -6,7 +6,7 @@ from scipy import stats
 
 from saexp.analysis.paired_auroc import auroc_difference
 
-RUNS = 400
+RUNS = 300
 VALUES = [(0.5, 0.5), (0.8, 0.8), (0.97, 0.8), (0.97, 0.97), (0.99, 0.5), (0.99, 0.97)]
 
 
@@ -42,5 +42,5 @@ def coverage(n: int, values: tuple[float, float], correlation: float, law: str) 
 def test_the_difference_of_two_aurocs_is_covered(
     n: int, values: tuple[float, float], correlation: float, law: str
 ) -> None:
-    """10, 30 and 200 of each group in all: at least 92 %, up to two standard errors of 400 runs."""
-    assert coverage(n, values, correlation, law) >= 0.92 - 2 * np.sqrt(0.92 * 0.08 / RUNS) * 0.5
+    """10, 30 and 200 of each group in all."""
+    assert coverage(n, values, correlation, law) >= 0.92
