@@ -129,7 +129,9 @@ def observation_scores(
     """
     rows = np.flatnonzero(train[of_row])
     units = of_row[rows]
-    baseline = fit_surface([read[i] for i in rows], first[units], entities[units], counts, seed)
+    baseline = fit_surface(
+        [read[i] for i in rows.tolist()], first[units], entities[units], counts, seed
+    )
     sums = np.bincount(of_row, weights=baseline.score(read), minlength=len(first))
     return sums / np.bincount(of_row, minlength=len(first))
 
