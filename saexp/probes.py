@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -35,8 +36,8 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 class Fitted:
     """A linear probe; a row is called the first group where its score is above 0."""
 
-    score: Callable[[np.ndarray], np.ndarray]
-    """`[n, d]` -> `[n]`."""
+    score: Callable[[Any], np.ndarray]
+    """`[n, d]`, sparse where the inputs were -> `[n]`."""
     weights: np.ndarray
     """`[d]`, per standard deviation of each input on train."""
     direction: np.ndarray
@@ -65,16 +66,20 @@ def folds(first: Bool[np.ndarray, " n"], units: Shaped[np.ndarray, " n"], seed: 
 
 
 def fit_logistic(
-    x: Float[np.ndarray, "n d"],
+    x: Float[np.ndarray, "n d"] | sparse.csr_array,
     first: Bool[np.ndarray, " n"],
     strengths: Sequence[float],
     pairs: Folds,
+    *,
+    standardise: bool = True,
 ) -> Fitted:
-    """Logistic regression on standardised inputs with an L2 penalty.
+    """Logistic regression with an L2 penalty, on standardised inputs or, with `standardise=False`,
+    on inputs as they are (sparse ones stay sparse).
 
     Its strength is the one with the smallest log loss on the validation sides of `pairs`.
     """
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    scaler = StandardScaler(with_mean=standardise, with_std=standardise)
+    pipeline = make_pipeline(scaler, LogisticRegression(max_iter=MAX_ITERATIONS))
     search: Any = GridSearchCV(
         pipeline,
         {"logisticregression__C": sorted(strengths)},
@@ -91,7 +96,7 @@ def fit_logistic(
     return Fitted(
         score=best.decision_function,
         weights=weights,
-        direction=weights / best[0].scale_,
+        direction=weights if best[0].scale_ is None else weights / best[0].scale_,
         c=float(search.best_params_["logisticregression__C"]),
         cv_log_loss=-float(search.best_score_),
         converged=not slow,

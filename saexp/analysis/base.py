@@ -34,6 +34,8 @@ class AnalysisInputs:
     """`[n_rows, d_in]`, memory-mapped: the stored activations of the rows of `latents`."""
     texts: Sequence[TokenizedText] = ()
     """As the model read them; the column `text_id` of `latents.rows` counts them."""
+    neutral_texts: Sequence[TokenizedText] = ()
+    """Neutral text as the model read it, for token frequencies."""
     examples: Sequence[Example] = ()
     model: LanguageModel | None = None
     sae: SparseAutoencoder | None = None

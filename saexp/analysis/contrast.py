@@ -15,10 +15,13 @@ import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast_notes import at_chance, louder, unequal_types, why_none
+from saexp.analysis.contrast_surface import beside_surface
 from saexp.analysis.density import DensityLimit, density_limit
 from saexp.analysis.matching import match_token_counts
 from saexp.analysis.observations import THRESHOLD, observations
-from saexp.analysis.statistics import Ranked, stratified_rank_test
+from saexp.analysis.placebo import placebo_labels, placebo_latents
+from saexp.analysis.power import contrast_power
+from saexp.analysis.statistics import Ranked, RankTest, stratified_rank_test
 from saexp.analysis.strata import Split, StratumMeans, column_means, difference, split_of
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
@@ -70,17 +73,13 @@ class ContrastAnalyzer:
         test, test_notes = split_of(observed, inputs.groups, "test", dropped)
         notes += [*train_notes, *test_notes]
         fired = np.flatnonzero(np.bincount(observed.csr.indices, minlength=inputs.latents.d_sae))
-        table = pd.DataFrame({"latent": fired, "layer": inputs.layer})
-        table = table.assign(**self._columns(train, fired, inputs.groups))
-        table["direction"] = np.where(_leaning(table) >= 0, first, second)
+        background = self._background(inputs)
+        limit = density_limit(background, self.cfg)
+        table = self._on_train(train, fired, inputs.groups, background[fired], limit)
+        table.insert(1, "layer", inputs.layer)
         for name, values in self._columns(test, fired, inputs.groups).items():
             table[f"{name}_test"] = values
-        for split, suffix in ((train, ""), (test, "_test")):
-            self._per_type(table, split, fired, first, suffix)
-        background = self._background(inputs)
-        table["background_freq"] = background[fired]
-        limit = density_limit(background, self.cfg)
-        self._select(table, inputs.groups, limit)
+        self._per_type(table, test, fired, first, "_test")
         metrics = self._metrics(table, train, test, inputs.groups, limit, notes)
         metrics["contrast/background_limit"] = limit.value
         metrics["contrast/token_count_p_value"] = matching.p_value
@@ -90,7 +89,59 @@ class ContrastAnalyzer:
             metrics["contrast/n_significant"],
             metrics["contrast/n_tested"],
         )
-        return TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
+        result = TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
+        best = {g: metrics[f"contrast/best_latent_{g}"] for g in inputs.groups}
+        result.merge(beside_surface(inputs, observed, train, test, best, self.cfg.seed))
+        n_tested = int(metrics["contrast/n_tested"] or 0)
+        result.merge(contrast_power(train, test, n_tested, self.cfg.alpha))
+
+        def claims(train: Split, test: Split) -> bool:
+            if (_tested(train, fired)[1] > self.cfg.alpha).all():
+                return False
+            made = self._on_train(train, fired, inputs.groups, background[fired], limit)
+            return self._claims(made, test, inputs.groups)
+
+        if self.cfg.placebo:
+            about = (self.cfg.placebo, self.cfg.seed)
+            result.merge(placebo_labels(claims, train, test, *about))
+            result.merge(placebo_latents(table, self.cfg.alpha, *about))
+        return result
+
+    def _on_train(
+        self,
+        train: Split,
+        fired: np.ndarray,
+        groups: tuple[str, ...],
+        background: np.ndarray,
+        limit: DensityLimit,
+    ) -> pd.DataFrame:
+        """Columns of the train split, and which latents are selected on it."""
+        first, second = groups
+        table = pd.DataFrame({"latent": fired, **self._columns(train, fired, groups)})
+        table["direction"] = np.where(_leaning(table) >= 0, first, second)
+        self._per_type(table, train, fired, first, "")
+        table["background_freq"] = background
+        self._select(table, groups, limit)
+        return table
+
+    def _claims(self, table: pd.DataFrame, test: Split, groups: tuple[str, ...]) -> bool:
+        """Whether one of the leading latents is above chance on the test split."""
+        leading = pd.concat([row for group in groups for row in self._led_by(table, group, groups)])
+        leading = leading.drop_duplicates("latent")
+        if leading.empty:
+            return False
+        tested = stratified_rank_test(test.csr[:, leading["latent"]], test.first, test.strata)
+        agrees = (tested.auroc > 0.5) == (leading["direction"] == groups[0])
+        return bool((agrees & (holm(tested.p_value) <= self.cfg.alpha)).any())
+
+    def _led_by(
+        self, table: pd.DataFrame, group: str, groups: tuple[str, ...]
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Rows of a group's first selected latent and of its strongest one, or none."""
+        mine = table[table["selected"] & (table["direction"] == group)]
+        strongest = self._candidates(table, group, groups)
+        strongest = strongest.sort_values("strength", ascending=False, kind="stable").head(1)
+        return mine[mine["rank"] == 1], strongest
 
     def _columns(
         self, split: Split, fired: np.ndarray, groups: tuple[str, ...]
@@ -108,11 +159,8 @@ class ContrastAnalyzer:
         frequencies = means.pooled(means.active)
         columns["separation"] = difference(frequencies)
         columns["mean_difference"] = difference(means.pooled(means.values))
-        test = stratified_rank_test(values, split.first, split.strata)
-        columns |= {"auroc": test.auroc, "p_value": test.p_value}
-        here, q = frequencies.sum(axis=0) > 0, np.ones(len(fired))
-        q[here] = benjamini_hochberg(test.p_value[here])
-        columns["q_value"] = q
+        test, q_values = _tested(split, fired)
+        columns |= {"auroc": test.auroc, "p_value": test.p_value, "q_value": q_values}
         n_first, n_second, weights = means.n_first, means.n_second, means.weights
         auroc = stratified_auroc_interval(test.auroc, n_first, n_second, weights, test.variance)
         columns |= {"ci_low": auroc.low, "ci_high": auroc.high}
@@ -189,17 +237,15 @@ class ContrastAnalyzer:
             "contrast/n_significant_test": int(((again <= self.cfg.alpha) & same).sum()),
         }
         for group in groups:
-            mine = table[table["selected"] & (table["direction"] == group)]
-            metrics[f"contrast/n_selected_{group}"] = len(mine)
-            best = mine[mine["rank"] == 1]
+            mine = table["selected"] & (table["direction"] == group)
+            metrics[f"contrast/n_selected_{group}"] = int(mine.sum())
+            best, strongest = self._led_by(table, group, groups)
             if best.empty:
                 n_tested = int(metrics["contrast/n_tested"] or 0)
                 labels = (train.first, train.strata)
                 notes.append(why_none(significant, group, labels, n_tested, limit, self.cfg))
             elif note := louder(significant, best, group, limit):
                 notes.append(note)
-            strongest = self._candidates(table, group, groups)
-            strongest = strongest.sort_values("strength", ascending=False, kind="stable").head(1)
             first = group == groups[0]
             for kind, row in (("best", best), ("strongest", strongest)):
                 metrics |= _leading(row.iloc[0] if len(row) else None, kind, group, sign=first)
@@ -207,6 +253,15 @@ class ContrastAnalyzer:
         for group in groups:
             notes += at_chance(metrics, group, self.cfg.alpha)
         return metrics
+
+
+def _tested(split: Split, fired: np.ndarray) -> tuple[RankTest, np.ndarray]:
+    """The rank test of every latent, and its q-value among those active in the split."""
+    test = stratified_rank_test(split.csr[:, fired], split.first, split.strata)
+    active, q_values = split.active[:, fired], np.ones(len(fired))
+    here = column_means(active, np.arange(len(split.first))) > 0
+    q_values[here] = benjamini_hochberg(test.p_value[here])
+    return test, q_values
 
 
 def _sizes(groups: tuple[str, ...], split: Split, suffix: str) -> dict[str, int]:

@@ -25,12 +25,15 @@ class Observations:
     active: sparse.csr_array
     """`[n_units, d_sae]`: fraction of those rows on which a latent is active."""
     units: pd.DataFrame
-    """Columns of the observation's first row."""
+    """Columns of the observation's first row, and its name in `observation`."""
+    rows: pd.DataFrame
+    """The rows that they are means of, with the name of each one's `observation`."""
 
     def where(self, keep: np.ndarray) -> "Observations":
         """The observations for which the boolean `keep` holds."""
         units = self.units[keep].reset_index(drop=True)
-        return Observations(self.csr[keep], self.active[keep], units)
+        rows = self.rows[self.rows["observation"].isin(units["observation"])]
+        return Observations(self.csr[keep], self.active[keep], units, rows)
 
 
 def observations(
@@ -58,8 +61,9 @@ def observations(
     values, first_row = by_unit(part, observed[used])
     active, _ = by_unit(is_active, observed[used])
     active.data = np.rint(active.data * n_each) / n_each
+    rows = rows.assign(observation=observed)
     units = rows.iloc[used[first_row]].reset_index(drop=True)
-    return Observations(values, active, units), notes
+    return Observations(values, active, units, rows.iloc[used]), notes
 
 
 def used_rows(rows: pd.DataFrame, groups: tuple[str, ...], seed: int) -> np.ndarray:

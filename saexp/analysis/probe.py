@@ -70,7 +70,9 @@ class ProbeAnalyzer:
         test split, `_transfer` ones of the second data set. Probes: `sparse_<k>`; `dense`, logistic
         on the stored activations; `mean_difference`, the projection on the difference of the
         groups' mean activations, cut midway; `best_latent`, the latent of best train AUROC as it
-        is, cut where train accuracy is best. The first group is the positive one.
+        is, cut where train accuracy is best; `surface`, what the text says without the model (see
+        `saexp.analysis.surface`), also as `contrast/surface_auroc_test`. The first group is the
+        positive one.
 
         With the option `within`, columns that say of which kind a row is, there are a probe
         `base_rate` that knows the kind only, `best_latent_within`, chosen by train AUROC over pairs
@@ -106,6 +108,7 @@ class ProbeAnalyzer:
             self._judge(labels, scores, probes, "_unseen", metrics, table)
             notes.append(self._told_unseen(metrics, probes))
         metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
+        metrics |= _surface_metrics(metrics)
         tables = {"probes": _typed(table), "probe_latents": latents}
         return TaskResult(metrics=metrics, tables={**tables, "roc": pd.concat(curves)}, notes=notes)
 
@@ -206,6 +209,15 @@ class ProbeAnalyzer:
                 f"transfer: {known.sum()} rows left out, their texts or entities are trained on"
             )
         return chosen[~known]
+
+
+def _surface_metrics(metrics: Mapping[str, float | int | None]) -> dict[str, float | int | None]:
+    """The surface baseline's numbers under the name that they have in a contrast, too."""
+    return {
+        f"contrast/surface_auroc_test{end}": metrics[f"probe/surface_auroc{end}_test"]
+        for end in ("", "_ci_low", "_ci_high")
+        if f"probe/surface_auroc{end}_test" in metrics
+    }
 
 
 def _about(probe: Probe) -> dict[str, object]:

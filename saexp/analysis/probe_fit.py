@@ -17,6 +17,7 @@ from saexp.analysis.probing import (
     mean_difference,
     read_acts,
     single_latent,
+    surface_probe,
 )
 from saexp.analysis.statistics import Ranked
 from saexp.context import progress
@@ -73,6 +74,8 @@ class Fitting:
             fitted = fit_logistic(dense, rows.first, self.strengths, pairs)
             probes.append(Probe("dense", read_acts, fitted.score, fitted=fitted))
             bar.update(1)
+        if inputs.texts:
+            probes.append(surface_probe(inputs, train, rows, self.seed))
         slow = [p.name for p in probes if p.fitted is not None and not p.fitted.converged]
         if slow:
             _once(notes, f"logistic regression did not fully converge for {', '.join(slow)}")

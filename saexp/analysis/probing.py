@@ -5,6 +5,7 @@ Shapes: n rows, d numbers a row, b bootstrap draws.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.probe_rows import Labelled, kind_names, labelled
 from saexp.analysis.resampling import Interval, UnitBootstrap
 from saexp.analysis.statistics import Ranked
+from saexp.analysis.surface import ReadText, fit_surface, read_texts, token_counts
 from saexp.probes import Fitted
 
 CHUNK = 8192
@@ -40,8 +42,8 @@ def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]
     return float(values[cut - 1] + values[cut]) / 2
 
 
-Read = Callable[[AnalysisInputs, np.ndarray], np.ndarray]
-"""Inputs of a probe for some rows: (data, row numbers) -> `[n, d]`."""
+Read = Callable[[AnalysisInputs, np.ndarray], Any]
+"""Inputs of a probe for some rows: (data, row numbers) -> `[n, d]`, or texts of the surface one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Probe:
 
     name: str
     read: Read
-    score: Callable[[np.ndarray], np.ndarray]
+    score: Callable[[Any], np.ndarray]
     threshold: float = 0.0
     latents: tuple[int, ...] = ()
     fitted: Fitted | None = None
@@ -122,6 +124,17 @@ def base_rate(inputs: AnalysisInputs, chosen: np.ndarray, columns: Sequence[str]
         return np.array([share.get(name, overall) for name in names])
 
     return Probe("base_rate", read, score, threshold=0.5)
+
+
+def surface_probe(inputs: AnalysisInputs, chosen: np.ndarray, rows: Labelled, seed: int) -> Probe:
+    """The surface baseline: what the text alone says, without the model."""
+
+    def read(inputs: AnalysisInputs, rows: np.ndarray) -> list[ReadText]:
+        return read_texts(inputs.latents.rows.iloc[rows], inputs.texts)
+
+    counts = token_counts(inputs.neutral_texts)
+    made = fit_surface(read(inputs, chosen), rows.first, rows.units, counts, seed)
+    return Probe("surface", read, made.score, fitted=made.fitted)
 
 
 def auroc_within(

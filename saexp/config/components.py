@@ -246,6 +246,9 @@ class AnalyzerConfig:
     """Input and output scores of the selected latents (Arad et al. 2025)."""
     attribution: bool = False
     """What each latent does to the answer's logit, directly and by gradient."""
+    placebo: int = 0
+    """Permutations of the group labels, and latents drawn at random, that the contrast's claim is
+    repeated with: how often it would have been made without cause. 0: none."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a component of your own."""
     seed: int = 0
@@ -257,6 +260,7 @@ class AnalyzerConfig:
         at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
         at_least("analyzer.n_background", self.n_background, 1)
         at_least("analyzer.top_k", self.top_k, 1)
+        at_least("analyzer.placebo", self.placebo, 0)
         at_least("analyzer.seed", self.seed, 0)
         for name in ("background_quantile", "background_max"):
             value = getattr(self, name)

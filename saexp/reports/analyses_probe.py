@@ -31,6 +31,7 @@ def name_of(probe: str) -> str:
         "best_latent": "best latent as it is",
         "best_latent_within": "best latent within kinds",
         "base_rate": "the kind of row alone",
+        "surface": "surface baseline (text alone, no model)",
     }.get(probe, probe)
 
 

@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from saexp.reports.effects import effect_sentences
+from saexp.reports.placebo import placebo_sentences
+from saexp.reports.power import found_nothing, power_sentences
 from saexp.reports.saved import SavedRun
+from saexp.reports.surface import above_surface, surface_sentences
 from saexp.wording import is_above_chance, p_value_words, sae_words
 
 
@@ -21,7 +24,9 @@ def sentences(run: SavedRun) -> list[str]:
         return [training_sentence(run)]
     if run.latents is None:
         return ["This run compared no groups."]
-    return [_setting(run), *(_contrast(run, g) for g in run.groups), *effect_sentences(run)]
+    found = [_contrast(run, g) for g in run.groups]
+    beside = [*placebo_sentences(run), *(power_sentences(run) if found_nothing(run) else [])]
+    return [_setting(run), *surface_sentences(run), *found, *beside, *effect_sentences(run)]
 
 
 def _setting(run: SavedRun) -> str:
@@ -52,7 +57,8 @@ def _contrast(run: SavedRun, group: str) -> str:
     if latent is None:
         return f"No latent for '{group}' is selected.{beside}"
     most = ", the most selective," if beside else ""
-    return f"{group}: latent {latent}{most} has {_numbers(run, m, 'best', group)}.{beside}"
+    surface = above_surface(run.metrics, group)
+    return f"{group}: latent {latent}{most} has {_numbers(run, m, 'best', group)}.{surface}{beside}"
 
 
 def _numbers(run: SavedRun, m: dict[str, Any], kind: str, group: str) -> str:

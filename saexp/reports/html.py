@@ -16,6 +16,7 @@ from saexp.reports.effects import place_words
 from saexp.reports.figures import colours, run_figures
 from saexp.reports.finding import sentences
 from saexp.reports.fit import HEAD, fit_rows
+from saexp.reports.power import power_sentences
 from saexp.reports.saved import SavedRun
 from saexp.stats.multiplicity import holm
 from saexp.wording import counted, is_above_chance, sae_words
@@ -96,6 +97,7 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
         asked=_asked(run),
         captions=CAPTIONS,
         stream=_stream(run),
+        power=power_sentences(run),
         fit_head=HEAD,
         fit=fit_rows(run),
         tables=_latent_tables(run),

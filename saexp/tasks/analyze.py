@@ -80,6 +80,8 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
                     groups=gathered.examples.groups,
                     layer=sae.hookpoint.layer,
                     background=background,
+                    texts=gathered.placement.texts,
+                    neutral_texts=neutral.placement.texts,
                 ),
             )
         )

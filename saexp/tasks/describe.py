@@ -196,7 +196,7 @@ def _one_layer(
         notes = settle_factor(cfg, sae, neutral)
         background = encoded_neutral(neutral, sae)
         inputs, metrics = _inputs(cfg, analyzer, model, sae, gathered)
-        inputs.background = background
+        inputs.background, inputs.neutral_texts = background, neutral.placement.texts
         only = getattr(analyzer, "ordinary_only", False)
         notes += high_norm_notes(gathered, sae, DESCRIBED if only else ANALYSED)
         more = {}

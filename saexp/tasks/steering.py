@@ -14,6 +14,8 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
 from saexp.interventions.facts import LatentFacts, StreamRows
+from saexp.interventions.placebo import effect_share
+from saexp.interventions.power import effect_power
 from saexp.interventions.prompts import placed_prompts
 from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
@@ -75,6 +77,20 @@ def intervene(
             cfg.cache_dir,
         )
     )
+    result.merge(_checks(cfg, result.tables))
+    return result
+
+
+def _checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> TaskResult:
+    """What effects could have been found, and where asked for how often controls would pass."""
+    result, summary = TaskResult(), tables.get("effects_summary")
+    controls = tables.get("controls")
+    if summary is None or controls is None:
+        return result
+    result.merge(effect_power(tables["effects"], summary))
+    outcome = next((o for o in cfg.intervention.outcomes if f"{o}_change" in summary), None)
+    if cfg.analyzer.placebo and outcome is not None:
+        result.merge(effect_share(summary, controls, outcome, cfg.analyzer.alpha))
     return result
 
 

@@ -1,0 +1,55 @@
+"""What a run of its size could have found, in words."""
+
+from saexp.reports.saved import SavedRun
+
+
+def power_sentences(run: SavedRun) -> list[str]:
+    """The smallest AUROC and change of a rate that would have been found; of what is known."""
+    return [*_contrast(run), *_effects(run)]
+
+
+def found_nothing(run: SavedRun) -> bool:
+    """Whether no leading latent is above chance on the test split, Holm-adjusted."""
+    m = run.metrics
+    alpha = run.config["analyzer"]["alpha"]
+    for group in run.groups:
+        for kind in ("best", "strongest"):
+            auroc, p_value = (
+                m.get(f"contrast/{kind}_{name}_{group}_test") for name in ("auroc", "p_value")
+            )
+            if auroc is not None and p_value is not None and auroc > 0.5 and p_value <= alpha:
+                return False
+    return True
+
+
+def _contrast(run: SavedRun) -> list[str]:
+    m = run.metrics
+    train, test = m.get("power/auroc_train"), m.get("power/auroc_test")
+    if train is None or test is None:
+        return []
+    alpha = run.config["analyzer"]["alpha"]
+    return [
+        f"With these numbers of {run.unit_word} a latent is found on the train split in 80% of "
+        f"runs if its AUROC is {train:.3f} or more (level {alpha:g}, Bonferroni over "
+        f"{m['contrast/n_tested']} latents), and confirmed on the test split if it is {test:.3f} "
+        "or more."
+    ]
+
+
+def _effects(run: SavedRun) -> list[str]:
+    m = run.metrics
+    change, n = m.get("power/rate_change"), m.get("power/rate_n")
+    told = []
+    if change is not None and n is not None:
+        told.append(
+            f"With {n} {run.unit_word} a change of a rate by {change:.2f} or more from its "
+            f"unsteered value of {m['power/rate_baseline']:.2f} is found in 80% of runs (level "
+            "0.05, paired)."
+        )
+    floor = m.get("power/p_controls_floor")
+    if floor is not None:
+        told.append(
+            f"p-values against controls are ranks and cannot be below {floor:.2g}, whatever the "
+            "effect."
+        )
+    return told

@@ -1,0 +1,46 @@
+"""Coverage of the interval of a latent's AUROC less the surface baseline's, by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from saexp.analysis.paired_auroc import auroc_difference
+
+RUNS = 300
+VALUES = [(0.5, 0.5), (0.8, 0.8), (0.97, 0.8), (0.97, 0.97), (0.99, 0.5), (0.99, 0.97)]
+
+
+def coverage(n: int, values: tuple[float, float], correlation: float, law: str) -> float:
+    """Fraction of samples, n of each group in each of two strata of unlike level, that cover.
+
+    `normal`: both scores normal. `sparse`: the latent is active (1) or not, more often in the
+    first group; its AUROC is then 1/2 + (p_first - p_second) / 2.
+    """
+    rng = np.random.default_rng([n, round(100 * correlation)])
+    first, strata = np.tile(np.arange(2 * n) < n, 2), np.repeat([0, 1], 2 * n)
+    own, other = values
+    truth = own - other
+    shifts = np.sqrt(2) * stats.norm.ppf(values)
+    covers = 0
+    for _ in range(RUNS):
+        noise = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], 4 * n)
+        scores = noise + shifts * first[:, None] + 2.0 * strata[:, None]
+        latent = scores[:, 0]
+        if law == "sparse":
+            rate = np.where(first, min(1.0, 0.01 + 2 * (own - 0.5)), 0.01)
+            latent = (stats.norm.cdf(noise[:, 0]) > 1 - rate).astype(float)
+            truth = 0.5 + (rate[0] - 0.01) / 2 - other
+        low, high = auroc_difference(latent, scores[:, 1], first, strata).interval
+        covers += low <= truth <= high
+    return covers / RUNS
+
+
+@pytest.mark.parametrize("law", ["normal", "sparse"])
+@pytest.mark.parametrize("correlation", [0.0, 0.6])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("n", [5, 15, 100])
+def test_the_difference_of_two_aurocs_is_covered(
+    n: int, values: tuple[float, float], correlation: float, law: str
+) -> None:
+    """10, 30 and 200 of each group in all."""
+    assert coverage(n, values, correlation, law) >= 0.92
