@@ -143,6 +143,7 @@ class ControlDesign:
                     facts.table,
                     latents,
                     n,
+                    n_least=self.n_curve,
                     caliper=self.cfg.frequency_caliper,
                     seed=seed,
                     avoid=avoid,
@@ -244,7 +245,8 @@ class ControlDesign:
                 ]
             )
 
-        found = equal_kl_scales(measure, target, self.cfg.kl_caliper)
+        alike = [(own.name, control.control_kind) for own, control in pairs]
+        found = equal_kl_scales(measure, target, self.cfg.kl_caliper, alike)
         made, kl = [], {}
         for (own, control), k, scale, value, matched in zip(
             pairs, at, found.scales, found.kl, found.matched, strict=True

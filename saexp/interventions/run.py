@@ -118,6 +118,7 @@ class CausalTest:
         effects = self._together(parts)
         result.tables["effects"] = effects
         result.notes += unmoved(effects, self.kinds)
+        self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
             summary = summarise(_numeric(effects, self.kinds), self.kinds, self.cfg.seed)
             summary = _marked(summary, best)
@@ -126,7 +127,6 @@ class CausalTest:
             )
             tested_rows = summary[summary["split"] == "test"]
             result.metrics |= effect_metrics(tested_rows, list(self.kinds))
-        self._controls(result, design, conditions, of_main, kl)
         if any(o.source == "heads" for o in self.outcomes):
             self._attention(result, at_every, prompts)
         return result
