@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saexp.errors import ConfigError
@@ -34,7 +35,18 @@ class Steer(LatentIntervention):
         coefficient: float,
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
-        """Controls get the scales of the latents they stand for, at the same added length."""
+        """Control latents get the scales of the latents they stand for, and what they add together
+        is brought to the norm that those add."""
+        vector = self._mixed(latents, write, facts)
+        if write != latents and len(latents) > 1 and self.cfg.unit != "resid_norm":
+            vector *= self._mixed(latents, latents, facts).norm() / vector.norm()
+        step = Vector(vector.float())
+        return tuple(Add(at, step, coefficient) for at in self._places(facts))
+
+    def _mixed(
+        self, latents: tuple[int, ...], write: tuple[int, ...], facts: LatentFacts
+    ) -> Float[Tensor, " d"]:
+        """One unit of `latents`, along the directions of `write`; float64."""
         directions = facts.directions(write).double().cpu()
         norms = facts.numbers(write, "norm")
         own_norms = facts.numbers(latents, "norm")
@@ -48,8 +60,7 @@ class Steer(LatentIntervention):
             scales = own_norms / norms
         else:
             scales = self._activations(latents, facts) * own_norms / norms
-        vector = Vector((torch.as_tensor(scales) @ directions).float())
-        return tuple(Add(at, vector, coefficient) for at in self._places(facts))
+        return torch.as_tensor(scales) @ directions
 
     def _activations(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
         """The unit of each latent. Raises ConfigError for one without an activation."""
@@ -103,7 +114,7 @@ class Clamp(LatentIntervention):
     x + coefficient * (target - a) * direction, the reconstruction error kept. `intervention.rule`:
     `always`, only where it is `active`, or raised to `at_least` the target. Latents of both
     directions are moved together. `intervention.values` gives targets instead, one per named
-    latent. Controls add the same displacement along matched latents.
+    latent. Controls add displacements of the same norms along frequency-matched latents.
     """
 
     def edit(
@@ -126,15 +137,16 @@ class Clamp(LatentIntervention):
                 )
             column = f"mean_{facts.other(prompts)}"
             targets = facts.numbers(latents, column).tolist()
-        return (
-            Move(
-                facts.hookpoint,
-                latents,
-                write,
-                tuple(map(float, targets)),
-                coefficient,
-                self.cfg.rule,
-            ),
+        targets = tuple(map(float, targets))
+        if write == latents:
+            move = Move(facts.hookpoint, latents, write, targets, coefficient, self.cfg.rule)
+            return (move,)
+        ratios = facts.numbers(latents, "norm") / facts.numbers(write, "norm")
+        return tuple(
+            Move(facts.hookpoint, (own,), (other,), (target,), coefficient * ratio, self.cfg.rule)
+            for own, other, target, ratio in zip(
+                latents, write, targets, ratios.tolist(), strict=True
+            )
         )
 
     def _sets(self, facts: LatentFacts) -> Sets:
