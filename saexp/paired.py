@@ -27,7 +27,7 @@ class PairedDifference:
     mean_second: float
     difference: float
     ci_low: float
-    """Bootstrap-t over units (`mean_interval`); NaN for fewer than 10 units or equal differences."""
+    """Bootstrap-t over units; NaN for fewer than 10 units and where all differences are equal."""
     ci_high: float
     p_value: float
     """Two-sided sign-flip permutation test of a mean difference of 0."""

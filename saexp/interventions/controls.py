@@ -6,6 +6,13 @@ import numpy as np
 import pandas as pd
 
 
+CONTROL_KINDS = ("frequency", "disruption", "random_norm", "random_kl")
+"""Frequency-matched latents; latents scaled to equal KL on neutral text; random directions of equal
+norm; random directions of equal KL."""
+N_ACHIEVED = 19
+"""A kind of control with fewer matched controls gives no p-value: its floor would exceed 0.05."""
+
+
 @dataclass(frozen=True)
 class Controls:
     """Control sets for a set of latents, each as large as that set."""
