@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-
 CONTROL_KINDS = ("frequency", "disruption", "random_norm", "random_kl")
 """Frequency-matched latents; latents scaled to equal KL on neutral text; random directions of equal
 norm; random directions of equal KL."""

@@ -172,7 +172,9 @@ def _against_controls(
     prediction_test: bool,
 ) -> dict[str, np.ndarray]:
     """Rank p-values by kind of control and over kinds, by column suffix."""
-    row_of = {key: i for i, key in enumerate(zip(table["condition"], table["coefficient"]))}
+    row_of = {
+        key: i for i, key in enumerate(zip(table["condition"], table["coefficient"], strict=True))
+    }
     made: dict[str, np.ndarray] = {}
     for kind in CONTROL_KINDS:
         made[f"_p_{kind}"] = np.full(len(table), np.nan)
