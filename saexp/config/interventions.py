@@ -11,6 +11,9 @@ from saexp.errors import ConfigError
 PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")
 UNITS = ("raw", "max_act", "p99_act", "resid_norm")
 DIRECTIONS = ("latents", "mean_difference", "denoised_difference", "probe", "random")
+CONTROL_KINDS = ("frequency", "disruption", "random_norm", "random_kl")
+"""Latents of like activation frequency; any active latents, scaled to equal KL on neutral text;
+random directions of equal norm; random directions scaled to equal KL."""
 RULES = ("always", "active", "at_least")
 SELECTED = "selected"
 PER_LAYER = "selected_per_layer"
@@ -59,8 +62,20 @@ class InterventionConfig:
     option of the positions group (in chat, one that counts tokens counts the user's message)."""
     where_options: dict[str, Any] = field(default_factory=dict)
     """Settings of that positions option, such as {n: 2}."""
-    n_controls: int = 10
-    """Controls per condition, matched in firing frequency and decoder norm."""
+    n_controls: int = 99
+    """Controls of each kind per main condition at its chosen coefficient, on test prompts; the
+    smallest p-value is 1 / (n_controls + 1). 0: no controls at all."""
+    n_curve_controls: int = 10
+    """Controls (at most n_controls) per condition at every coefficient: of the kinds frequency and
+    random_norm, on train prompts too, where they help to choose the coefficient."""
+    control_kinds: list[str] = field(default_factory=lambda: list(CONTROL_KINDS))
+    """What is compared with: frequency (latents of like activation frequency), disruption (latents
+    scaled to equal KL on neutral text), random_norm and random_kl (random directions of equal norm,
+    of equal KL); those that the intervention can have (see saexp/interventions/design.py)."""
+    frequency_caliper: float = 2.0
+    """Largest factor between the activation frequencies of a latent and its control."""
+    kl_caliper: float = 1.1
+    """Largest factor between the KL of a condition and of controls scaled to equal KL."""
     n_prompts: int = 100
     """Prompts per group, from the test split (seeded choice)."""
     n_choice_prompts: int = 40
@@ -93,6 +108,7 @@ class InterventionConfig:
             one_of("intervention.directions", direction, DIRECTIONS)
         for key, least in (("n_controls", 0), ("n_prompts", 1), ("n_choice_prompts", 0)):
             at_least(f"intervention.{key}", getattr(self, key), least)
+        self._check_controls()
         for key in ("max_new_tokens", "top_k", "n_neutral"):
             at_least(f"intervention.{key}", getattr(self, key), 1)
         if self.batch_tokens != "auto":
@@ -144,6 +160,24 @@ class InterventionConfig:
             listed = {k: v for k, v in self.latents.items() if isinstance(v, list)}
             return [(layer, latent) for layer, named in listed.items() for latent in named]
         return [(None, latent) for latent in self.latents] if _is_list(self.latents) else []
+
+    def _check_controls(self) -> None:
+        at_least("intervention.n_curve_controls", self.n_curve_controls, 0)
+        if not self.control_kinds:
+            raise ConfigError(
+                "intervention.control_kinds is empty; choose from "
+                f"{', '.join(CONTROL_KINDS)}, or type intervention.n_controls=0 for no controls"
+            )
+        for kind in self.control_kinds:
+            one_of("intervention.control_kinds", kind, CONTROL_KINDS)
+        self.control_kinds = [k for k in CONTROL_KINDS if k in self.control_kinds]
+        for key in ("frequency_caliper", "kl_caliper"):
+            value = getattr(self, key)
+            if not 1 < value < float("inf"):
+                raise ConfigError(
+                    f"intervention.{key}={value} is not a factor above 1; type e.g. "
+                    f"intervention.{key}={2.0 if key == 'frequency_caliper' else 1.1}"
+                )
 
     def _check_latents(self) -> None:
         if isinstance(self.latents, dict):

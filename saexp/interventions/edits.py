@@ -34,7 +34,7 @@ class Steer(LatentIntervention):
         coefficient: float,
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
-        """Controls get the scales of the latents they stand for, at the same added length."""
+        """Control latents get the scales of the latents they stand for, at the same added norm."""
         directions = facts.directions(write).double().cpu()
         norms = facts.numbers(write, "norm")
         own_norms = facts.numbers(latents, "norm")
@@ -103,7 +103,7 @@ class Clamp(LatentIntervention):
     x + coefficient * (target - a) * direction, the reconstruction error kept. `intervention.rule`:
     `always`, only where it is `active`, or raised to `at_least` the target. Latents of both
     directions are moved together. `intervention.values` gives targets instead, one per named
-    latent. Controls add the same displacement along matched latents.
+    latent. Controls add displacements of the same norms along frequency-matched latents.
     """
 
     def edit(
@@ -126,15 +126,16 @@ class Clamp(LatentIntervention):
                 )
             column = f"mean_{facts.other(prompts)}"
             targets = facts.numbers(latents, column).tolist()
-        return (
-            Move(
-                facts.hookpoint,
-                latents,
-                write,
-                tuple(map(float, targets)),
-                coefficient,
-                self.cfg.rule,
-            ),
+        targets = tuple(map(float, targets))
+        if write == latents:
+            move = Move(facts.hookpoint, latents, write, targets, coefficient, self.cfg.rule)
+            return (move,)
+        ratios = facts.numbers(latents, "norm") / facts.numbers(write, "norm")
+        return tuple(
+            Move(facts.hookpoint, (own,), (other,), (target,), coefficient * ratio, self.cfg.rule)
+            for own, other, target, ratio in zip(
+                latents, write, targets, ratios.tolist(), strict=True
+            )
         )
 
     def _sets(self, facts: LatentFacts) -> Sets:

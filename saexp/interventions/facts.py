@@ -47,6 +47,20 @@ class Condition:
     """Layer of each of `latents`, where they are of several layers' SAEs."""
     written: tuple[Hookpoint, ...] = ()
     """Streams that it changes, where they are not that of the run's own SAE."""
+    parts: "tuple[tuple[LatentFacts, tuple[int, ...]], ...]" = ()
+    """Of a condition on latents, per SAE its facts and the latents: what controls are made from."""
+    control_kind: str = ""
+    """For a control: one of `controls.CONTROL_KINDS`, or `controls.OWN_GROUP`."""
+    number: int = 0
+    """For a control: which of its kind, from 1."""
+    at: tuple[int, ...] | None = None
+    """Coefficients at which it is tried, by number; None: all."""
+    frequency_ratio: float = float("nan")
+    """For a control on latents: its frequency over its condition's."""
+    norm_ratio: float = float("nan")
+    """For a control whose added norm no strength gives: that over its condition's, where known."""
+    matched: bool = True
+    """For a control: whether its caliper is met."""
 
     @property
     def label(self) -> str:
@@ -55,8 +69,14 @@ class Condition:
             return "+".join(map(str, self.latents))
         return "+".join(f"{n}:{f}" for n, f in zip(self.layers, self.latents, strict=True))
 
+    def tried(self, at: int) -> bool:
+        """Whether it is tried at a coefficient."""
+        return self.at is None or at in self.at
+
     def ops(self, example_id: str, at: int) -> tuple[Op, ...] | None:
-        """Operations at a coefficient; None where this prompt has none of its own."""
+        """Operations at a coefficient; None where it, or this prompt, has none of its own."""
+        if not self.tried(at):
+            return None
         if self.per_prompt:
             return self.per_prompt[example_id][at] if example_id in self.per_prompt else None
         return self.edits[at] if self.edits else ()
@@ -76,15 +96,14 @@ class StreamRows:
 class LatentFacts:
     """One row per latent that fired: `table`.
 
-    Columns latent, direction, selected, rank, frequency, norm (of the decoder row), q_value,
-    max_act, p99_act, and mean_<group>.
+    Columns latent, direction, selected, rank, frequency, norm (of the decoder row), max_act,
+    p99_act, and mean_<group>.
     """
 
     table: pd.DataFrame
     groups: tuple[str, ...]
     median_norm: float
     """Median norm of the written stream at the ordinary ones of the analysed rows."""
-    alpha: float
     directions: Callable[[Sequence[int]], Tensor]
     """Latents -> `[n, d]`, what one unit of each adds to the stream (`sae.directions`)."""
     hookpoint: Hookpoint

@@ -45,8 +45,9 @@ def attention_tables(
     """Tables `attention` (per layer and head) and `attention_summary` (per condition), and metrics.
 
     Test prompts only; each condition at the coefficient chosen for it, else its largest. Its
-    controls are run at the same one. A condition that takes directions out of the weights is
-    compared with the model's own weights. Raises InterventionError where no prompt has an entity.
+    controls among `conditions` are run at the same one. A condition that takes directions out of
+    the weights is compared with the model's own weights. Raises InterventionError where no prompt
+    has an entity.
     """
     told = [c for c in conditions if c.role in _TOLD]
     told = told or [c for c in conditions if c.role == "single"]
@@ -54,11 +55,16 @@ def attention_tables(
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float | int | None] = {}
     stored: dict[Any, np.ndarray] = {}
-    family = [(c, m) for m in told for c in conditions if m.name in (c.name, c.of)]
+    family = [
+        (c, m)
+        for m in told
+        for c in conditions
+        if m.name in (c.name, c.of) and c.tried(_chosen_number(m, chosen, coefficients))
+    ]
     with progress(len(family), "attention", "condition") as bar:
         for condition, main in family:
-            coefficient = chosen.get(main.name, max(coefficients, key=abs))
-            at = list(coefficients).index(coefficient)
+            at = _chosen_number(main, chosen, coefficients)
+            coefficient = coefficients[at]
             placed = _usable(prompts, condition)
             pairs = [(p, condition.ops(p.example.id, at)) for p in placed]
             pairs = [(p, ops) for p, ops in pairs if ops is not None]
@@ -86,6 +92,7 @@ def attention_tables(
             about = {
                 "condition": condition.name,
                 "role": condition.role,
+                "control_kind": condition.control_kind,
                 "of": condition.of,
                 "direction": condition.direction,
                 "group": condition.prompts,
@@ -127,6 +134,12 @@ def attention_tables(
         "attention_summary": pd.DataFrame(rows),
     }
     return tables, metrics
+
+
+def _chosen_number(
+    main: Condition, chosen: Mapping[str, float], coefficients: Sequence[float]
+) -> int:
+    return list(coefficients).index(chosen.get(main.name, max(coefficients, key=abs)))
 
 
 def _usable(prompts: Prompts, condition: Condition) -> list[Placed]:

@@ -18,7 +18,7 @@ from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
 from saexp.interventions.facts import Condition
-from saexp.interventions.ops import Row, Sampling
+from saexp.interventions.ops import Op, Row, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.prompts import Placed, Prompts, placed_prompts
 from saexp.models.loading import LanguageModel
@@ -213,8 +213,28 @@ class Measurement:
             self.notes += [] if note in self.notes else [note]
         return texts
 
+    def neutral_kl(
+        self, edits: Sequence[tuple[Op, ...]], neutral: Sequence[str]
+    ) -> Float[np.ndarray, "n_edits n_texts"]:
+        """KL(unedited || edited) per token of each neutral text, every token edited."""
+        texts = self.neutral_tokens(neutral)
+        positions = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
+        rows = [
+            Row(text.ids, ops, changed)
+            for ops in edits
+            for text, changed in zip(texts, positions, strict=True)
+        ]
+        found = divergences(
+            self.model,
+            rows,
+            self.saes,
+            batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
+            cache=self.cache,
+        )
+        return np.asarray(found, dtype=np.float64).reshape(len(edits), len(texts))
+
     def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
-        """KL(unedited || edited) on neutral text, every token edited, per condition and strength.
+        """`neutral_kl` per condition and coefficient, its mean over texts.
 
         Operations that belong to one prompt (patches) have no cost; that of edited weights is in
         `weight_costs`.
@@ -226,33 +246,25 @@ class Measurement:
         }
         if not cells:
             return []
-        texts = self.neutral_tokens(neutral)
-        places = [tuple(i for i, s in enumerate(t.special) if not s) for t in texts]
-        rows = [
-            Row(text.ids, ops, place)
-            for _, ops in cells.values()
-            for text, place in zip(texts, places, strict=True)
+        values = self.neutral_kl([ops for _, ops in cells.values()], neutral)
+        return [
+            cost_row(condition, coefficient, own)
+            for ((_, coefficient), (condition, _)), own in zip(cells.items(), values, strict=True)
         ]
-        found = divergences(
-            self.model,
-            rows,
-            self.saes,
-            batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
-            cache=self.cache,
-        )
-        values = np.asarray(found).reshape(len(cells), len(texts))
-        made = []
-        for (key, (condition, _)), mine in zip(cells.items(), values, strict=True):
-            made.append(
-                {
-                    "condition": key[0],
-                    "role": condition.role,
-                    "of": condition.of,
-                    "direction": condition.direction,
-                    "coefficient": key[1],
-                    "neutral_kl": float(mine.mean()),
-                    "neutral_kl_sd": float(mine.std(ddof=1)) if len(mine) > 1 else float("nan"),
-                    "n_texts": len(mine),
-                }
-            )
-        return made
+
+
+def cost_row(
+    condition: Condition, coefficient: float, values: Float[np.ndarray, " n_texts"]
+) -> dict[str, Any]:
+    """A row of table `costs`."""
+    return {
+        "condition": condition.name,
+        "role": condition.role,
+        "control_kind": condition.control_kind,
+        "of": condition.of,
+        "direction": condition.direction,
+        "coefficient": coefficient,
+        "neutral_kl": float(values.mean()),
+        "neutral_kl_sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+        "n_texts": len(values),
+    }

@@ -10,6 +10,7 @@ from torch import Tensor
 from saexp.config import InterventionConfig
 from saexp.directions import random_directions
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.controls import OWN_GROUP
 from saexp.interventions.engine import padded
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.ops import Patch, Splice, Vector
@@ -61,13 +62,16 @@ class SpliceIn:
                 )
                 conditions.append(
                     Condition(
-                        name=name if i == 0 else f"{name}_control_{i:02d}",
-                        role="place" if i == 0 else "control",
+                        name=f"{name}_random_norm_{i:02d}" if i else name,
+                        role="control" if i else "place",
                         direction=group,
                         prompts=group,
                         latents=(),
                         of=name,
                         edits=edits,
+                        control_kind="random_norm" if i else "",
+                        number=i,
+                        norm_ratio=1.0,
                     )
                 )
         return conditions, []
@@ -143,14 +147,16 @@ class PatchFrom:
                         continue
                     conditions.append(
                         Condition(
-                            name=name if i == 0 else f"{name}_control_{i:02d}",
-                            role="place" if i == 0 else "control",
+                            name=f"{name}_{OWN_GROUP}_{i:02d}" if i else name,
+                            role="control" if i else "place",
                             direction=towards,
                             prompts=facts.other(towards),
                             latents=(),
                             of=name,
                             edits=(),
                             per_prompt=per_prompt,
+                            control_kind=OWN_GROUP if i else "",
+                            number=i,
                         )
                     )
         if not conditions:

@@ -1,8 +1,11 @@
-"""Which conditions an intervention has: latents singly, together or over layers, other directions,
-and the controls of each."""
+"""Which conditions an intervention has: latents singly, together or over layers, other directions.
+
+Their controls are made in `design`.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -11,18 +14,17 @@ from torch import Tensor
 from saexp.config import InterventionConfig
 from saexp.config.interventions import SELECTED
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.controls import matched_controls
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.layered import LatentSet, Sets, layered_sets
 from saexp.interventions.ops import Op
 from saexp.interventions.prompts import Prompts
-from saexp.interventions.vectors import stream_directions
+from saexp.interventions.vectors import stream_direction
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 
 
 class LatentIntervention(ABC):
-    """Base: which latents and directions, their controls, and the order of conditions."""
+    """Base: which latents and directions, how they are written, and the order of conditions."""
 
     own_prompts = False
     """Whether a direction's latents are tried on that group's own prompts."""
@@ -52,11 +54,11 @@ class LatentIntervention(ABC):
         prompts: Prompts,  # noqa: ARG002
         model: LanguageModel,  # noqa: ARG002
     ) -> tuple[list[Condition], list[str]]:
-        """All conditions, and notes for the report."""
+        """All conditions but their controls, and notes for the report."""
         conditions: list[Condition] = []
         notes: list[str] = []
         for chosen in self._latent_sets(facts, notes):
-            conditions += self._of_latents(chosen, coefficients, notes)
+            conditions.append(self._of_latents(chosen, coefficients, notes))
         for kind in self.cfg.directions:
             if kind != "latents":
                 conditions += self._of_vectors(kind, facts, coefficients, notes)
@@ -87,74 +89,89 @@ class LatentIntervention(ABC):
 
     def _of_latents(
         self, chosen: LatentSet, coefficients: Sequence[float], notes: list[str]
-    ) -> list[Condition]:
-        """A set of latents and its controls, which are matched within each SAE."""
-        made = []
-        found = [
-            matched_controls(f.table, own, self.cfg.n_controls, alpha=f.alpha)
-            for f, own in chosen.parts
-        ]
-        for (facts, latents), controls in zip(chosen.parts, found, strict=True):
+    ) -> Condition:
+        """A set of latents, of one SAE or of several."""
+        for facts, latents in chosen.parts:
             at = f"{facts.hookpoint.name}: " if chosen.layered else ""
-            notes += [f"{at}{note}" for note in (*_inactive(facts, latents), *controls.notes)]
-        own = tuple(latents for _, latents in chosen.parts)
-        for i, write in enumerate([own, *zip(*(c.sets for c in found), strict=False)]):
-            parts = [
-                (f, w, [self.edit(latents, w, chosen.prompts, c, f) for c in coefficients])
-                for (f, latents), w in zip(chosen.parts, write, strict=True)
-            ]
-            directions = torch.cat([f.directions(w).float().cpu() for f, w, _ in parts])
-            condition = Condition(
-                name=chosen.name if i == 0 else f"{chosen.name}_control_{i:02d}",
-                role=chosen.role if i == 0 else "control",
-                direction=chosen.direction,
-                prompts=chosen.prompts,
-                latents=tuple(latent for w in write for latent in w),
-                of=chosen.name,
-                edits=tuple(
-                    tuple(op for *_, edits in parts for op in edits[k])
-                    for k in range(len(coefficients))
-                ),
-                strengths=tuple(
-                    _together([self.strength(edits[k], w, f) for f, w, edits in parts])
-                    for k in range(len(coefficients))
-                ),
-                weights=self.weights(directions, parts[0][0]),
-                layers=chosen.layers,
-                written=chosen.written,
+            notes += [f"{at}{note}" for note in _inactive(facts, latents)]
+        condition = Condition(
+            name=chosen.name,
+            role=chosen.role,
+            direction=chosen.direction,
+            prompts=chosen.prompts,
+            latents=(),
+            of=chosen.name,
+            edits=(),
+            layers=chosen.layers,
+            written=chosen.written,
+            parts=chosen.parts,
+        )
+        return self.written_along(condition, [own for _, own in chosen.parts], coefficients)
+
+    def written_along(
+        self,
+        condition: Condition,
+        write: Sequence[tuple[int, ...]],
+        coefficients: Sequence[float],
+    ) -> Condition:
+        """A condition on latents with its edit made along those of `write`, per SAE: its own, or
+        control latents; nothing at coefficients at which it is not tried."""
+        parts = [
+            (
+                facts,
+                latents,
+                [
+                    self.edit(own, latents, condition.prompts, c, facts)
+                    if condition.tried(k)
+                    else ()
+                    for k, c in enumerate(coefficients)
+                ],
             )
-            made.append(condition)
-        return made
+            for (facts, own), latents in zip(condition.parts, write, strict=True)
+        ]
+        directions = torch.cat([f.directions(w).float().cpu() for f, w, _ in parts])
+        return replace(
+            condition,
+            latents=tuple(latent for w in write for latent in w),
+            edits=tuple(
+                tuple(op for *_, edits in parts for op in edits[k])
+                for k in range(len(coefficients))
+            ),
+            strengths=tuple(
+                _together(
+                    [self.strength(edits[k], w, f) if edits[k] else {} for f, w, edits in parts]
+                )
+                for k in range(len(coefficients))
+            ),
+            weights=self.weights(directions, parts[0][0]),
+        )
 
     def _of_vectors(
         self, kind: str, facts: LatentFacts, coefficients: Sequence[float], notes: list[str]
     ) -> list[Condition]:
-        """A direction of the stream itself, towards each group, and its controls."""
+        """A direction of the stream itself, towards each group."""
         made = []
         latents: tuple[int, ...] = ()
         if kind == "denoised_difference":
             latents = tuple(self._chosen(facts)["latent"].tolist())
         for towards in facts.groups:
-            directions, told = stream_directions(kind, towards, facts, latents, self.cfg)
-            notes += told
-            prompts = towards if self.own_prompts else facts.other(towards)
-            name = f"{towards}_{kind}"
-            for i, direction in enumerate(directions):
-                edits = tuple(self.write(direction.vector, c, facts) for c in coefficients)
-                condition = Condition(
-                    name=name if i == 0 else f"{name}_control_{i:02d}",
-                    role="direction" if i == 0 else "control",
-                    direction=towards,
-                    prompts=prompts,
-                    latents=direction.latents,
-                    of=name,
-                    edits=edits,
-                    strengths=tuple(
-                        {**self.strength(e, (), facts), **direction.about} for e in edits
-                    ),
-                    weights=self.weights(direction.vector[None], facts),
-                )
-                made.append(condition)
+            direction, about = stream_direction(kind, towards, facts, latents, self.cfg)
+            notes += about
+            if direction is None:
+                continue
+            edits = tuple(self.write(direction.vector, c, facts) for c in coefficients)
+            condition = Condition(
+                name=f"{towards}_{kind}",
+                role="direction",
+                direction=towards,
+                prompts=towards if self.own_prompts else facts.other(towards),
+                latents=direction.latents,
+                of=f"{towards}_{kind}",
+                edits=edits,
+                strengths=tuple({**self.strength(e, (), facts), **direction.about} for e in edits),
+                weights=self.weights(direction.vector[None], facts),
+            )
+            made.append(condition)
         return made
 
     def write(
@@ -175,7 +192,7 @@ class LatentIntervention(ABC):
         coefficient: float,
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
-        """For `latents`, written along the directions of `write` (themselves or controls)."""
+        """For `latents`, written along the directions of `write`: themselves or control latents."""
 
     def strength(
         self,
@@ -230,7 +247,7 @@ def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
     return [
         f"latent {f} is never active on the train split: only its decoder direction is known; "
         "operations that move its own activation change nothing where it is inactive on the "
-        "prompts too, and its controls are the most rarely active latents, nearest in decoder norm"
+        "prompts too, and frequency-matched controls are the most rarely active latents"
         for f, frequency in zip(latents, facts.numbers(latents, "frequency"), strict=True)
         if frequency == 0
     ]

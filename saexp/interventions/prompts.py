@@ -37,6 +37,14 @@ class Prompts:
         """Every prompt, group by group."""
         return [p for placed in self.of_group.values() for p in placed]
 
+    def of_split(self, split: str) -> "Prompts":
+        """Those of one split; groups without any are left out."""
+        found = {
+            group: [p for p in placed if p.example.split == split]
+            for group, placed in self.of_group.items()
+        }
+        return Prompts({group: placed for group, placed in found.items() if placed})
+
     def notes(self, what: str = "prompts not steered") -> list[str]:
         """One line per reason."""
         return [f"{n} {what}: {why}" for why, n in sorted(self.reasons.items())]

@@ -11,8 +11,8 @@ from saexp.interventions.planning import LatentIntervention
 class Scale(LatentIntervention):
     """Multiply latents by 1 + coefficient: 0 leaves them, -1 silences, 1 doubles; error kept.
 
-    Latents are scaled on prompts of the group they speak for. Controls are matched latents, scaled
-    themselves.
+    Latents are scaled on prompts of the group they are selected for. Controls are frequency-matched
+    latents, scaled themselves; there is no vector that a random direction could replace.
     """
 
     own_prompts = True
@@ -48,7 +48,8 @@ class ProjectOut(LatentIntervention):
     """Remove directions from the stream: x - coefficient * Q'Q x, Q an orthonormal basis of them.
 
     At every layer of `intervention.layers` (Arditi et al. 2024, arXiv 2406.11717, section 2.4), the
-    SAE's own by default, on prompts of the group that the latents speak for.
+    SAE's own by default, on prompts of the group that the latents are selected for. Controls remove
+    the directions of frequency-matched latents, or as many random directions.
     """
 
     own_prompts = True
@@ -62,7 +63,7 @@ class ProjectOut(LatentIntervention):
         coefficient: float,
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
-        """Controls remove matched latents' directions."""
+        """Controls remove control latents' directions."""
         return self._removed(facts.directions(write).float().cpu(), coefficient, facts)
 
     def write(self, vector: Tensor, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:

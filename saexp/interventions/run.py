@@ -1,7 +1,7 @@
 """The causal test: conditions on prompts, run in one go, scored and summed up."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
 from saexp.interventions.cache import ResultCache, model_ingredients
+from saexp.interventions.control_table import control_notes, control_table, left_out_note
+from saexp.interventions.design import ControlDesign
 from saexp.interventions.facts import Condition, LatentFacts
 from saexp.interventions.measure import Job, Measurement
 from saexp.interventions.ops import Vector
@@ -48,10 +50,10 @@ def run_intervention(
     """Run an intervention's conditions on prompts of the test and the train split.
 
     Tables: `effects` (a row per prompt, condition, coefficient), `effects_summary` (see
-    `summarise`; `chosen` marks the coefficient chosen on train prompts), `costs` where neutral text
-    is looked at, `attention` where that is. Metrics, of the test split:
-    `effect/<outcome>/<condition>_at_<coefficient>`. Prompts without the positions asked for are
-    left out, counted and named in notes.
+    `summarise`; `chosen` marks the coefficient chosen on train prompts), `controls` (see
+    `control_table`), `costs` where neutral text is looked at, `attention` where that is. Metrics,
+    of the test split: `effect/<outcome>/<condition>_at_<coefficient>`. Prompts without the
+    positions asked for are left out, counted and named in notes.
     """
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
@@ -83,6 +85,7 @@ class CausalTest:
         self.cfg: InterventionConfig = intervention.cfg
         self.max_length, self.cache_dir = max_length, cache_dir
         self.outcomes = [resolve("outcome", name)() for name in self.cfg.outcomes]
+        self.kinds = {o.name: o.kind for o in self.outcomes if o.source in ("text", "next")}
         self.coefficients = parse_coefficients(self.cfg.coefficient)
 
     def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
@@ -93,52 +96,110 @@ class CausalTest:
             raise InterventionError(
                 f"no prompt can be steered ({'; '.join(prompts.notes()) or 'none given'})"
             )
-        conditions, notes = self.intervention.plan(
-            self.facts, self.coefficients, prompts, self.model
-        )
-        if not conditions:
+        planned, notes = self.intervention.plan(self.facts, self.coefficients, prompts, self.model)
+        if not planned:
             return TaskResult(notes=["no latent is selected, so nothing was steered", *notes])
-        jobs = self._jobs(conditions, prompts)
-        effects = self._described(jobs)
-        if self.facts.saes:
-            effects["layer"] = effects["layer"].astype("Int64")
+        design = ControlDesign(self.intervention, planned, self.coefficients, self.cfg)
         result = TaskResult(notes=[*notes, *prompts.notes()])
+        at_every = [*design.own, *design.curve()]
+        parts = [self._measured(at_every, prompts, chosen, neutral, result, with_baseline=True)]
+        strongest = max(self.coefficients, key=abs)
+        best = self._choose(parts[0], result.notes)
+        of_main = {c.name: best.get(c.name, strongest) for c in design.main}
+        with self._measuring(None) as (measurement, _):
+            further, kl = design.at_chosen(
+                of_main, lambda edits: measurement.neutral_kl(edits, neutral).mean(axis=1)
+            )
+            result.notes += [n for n in measurement.notes if n not in result.notes]
+        tested = prompts.of_split("test")
+        if further and tested.of_group:
+            parts.append(self._measured(further, tested, chosen, neutral, result))
+        conditions = [*at_every, *further]
+        effects = self._together(parts)
+        result.tables["effects"] = effects
+        result.notes += unmoved(effects, self.kinds)
+        if self.kinds:
+            summary = summarise(_numeric(effects, self.kinds), self.kinds, self.cfg.seed)
+            summary = _marked(summary, best)
+            result.tables["effects_summary"] = with_strengths(
+                summary, conditions, self.coefficients
+            )
+            tested_rows = summary[summary["split"] == "test"]
+            result.metrics |= effect_metrics(tested_rows, list(self.kinds))
+        self._controls(result, design, conditions, of_main, kl)
+        if any(o.source == "heads" for o in self.outcomes):
+            self._attention(result, at_every, prompts)
+        return result
+
+    def _measured(
+        self,
+        conditions: Sequence[Condition],
+        prompts: Prompts,
+        examples: Sequence[Example],
+        neutral: Sequence[str],
+        result: TaskResult,
+        *,
+        with_baseline: bool = False,
+    ) -> pd.DataFrame:
+        """The effects of conditions on prompts; costs and notes go to `result`."""
+        jobs = self._jobs(conditions, prompts, with_baseline=with_baseline)
+        effects = self._described(jobs)
         costs: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {}
         for weights, mine in _by_weights(jobs).items():
+            some = [jobs[i] for i in mine]
             with self._measuring(weights) as (measurement, original):
-                found = measurement.outcomes([jobs[i] for i in mine], prompts, chosen)
-                for name, values in found.items():
+                for name, values in measurement.outcomes(some, prompts, examples).items():
                     column = columns.setdefault(name, [None] * len(jobs))
                     for i, value in zip(mine, values, strict=True):
                         column[i] = value
                 if measurement.wants("cost"):
-                    costs += measurement.costs([jobs[i] for i in mine], neutral)
-                    costs += weight_costs(measurement, [jobs[i] for i in mine], neutral, original)
+                    costs += measurement.costs(some, neutral)
+                    costs += weight_costs(measurement, some, neutral, original)
                 result.notes += [n for n in measurement.notes if n not in result.notes]
-        for name, values in columns.items():
-            effects[name] = values
-        kinds = {o.name: o.kind for o in self.outcomes if o.source in ("text", "next")}
-        for name, kind in kinds.items():
-            effects[name] = effects[name].astype("boolean" if kind == "rate" else "float64")
-        result.tables["effects"] = effects
-        result.notes += unmoved(effects, kinds)
-        if kinds:
-            summary = summarise(_numeric(effects, kinds), kinds, self.cfg.seed)
-            summary = self._choose(summary, next(iter(kinds)), result.notes)
-            result.tables["effects_summary"] = with_strengths(
-                summary, conditions, self.coefficients
-            )
-            result.metrics |= effect_metrics(summary[summary["split"] == "test"], list(kinds))
         if costs:
-            result.tables["costs"] = pd.DataFrame(costs)
-        if any(o.source == "heads" for o in self.outcomes):
-            self._attention(result, conditions, prompts)
-        return result
+            before = [result.tables["costs"]] if "costs" in result.tables else []
+            result.tables["costs"] = pd.concat([*before, pd.DataFrame(costs)], ignore_index=True)
+        return effects.assign(**columns)
 
-    def _jobs(self, conditions: Sequence[Condition], prompts: Prompts) -> list[Job]:
+    def _together(self, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+        """The effects of all stages; a prompt without a value in one of them has none in any."""
+        effects = pd.concat(parts, ignore_index=True)
+        if self.facts.saes:
+            effects["layer"] = effects["layer"].astype("Int64")
+        for name, kind in self.kinds.items():
+            values = effects[name].astype("boolean" if kind == "rate" else "float64")
+            if name != "perplexity":
+                lacking = effects.loc[values.isna(), "example_id"].unique()
+                values = values.mask(effects["example_id"].isin(lacking))
+            effects[name] = values
+        return effects
+
+    def _controls(
+        self,
+        result: TaskResult,
+        design: ControlDesign,
+        conditions: Sequence[Condition],
+        chosen: Mapping[str, float],
+        kl: dict[tuple[str, float], float],
+    ) -> None:
+        """Table `controls`, and notes on what it holds."""
+        if not any(c.role == "control" for c in conditions):
+            return
+        costs = result.tables.get("costs")
+        if costs is not None:
+            names = zip(costs["condition"], costs["coefficient"], strict=True)
+            kl = dict(zip(names, costs["neutral_kl"], strict=True)) | kl
+        table = control_table(conditions, self.coefficients, kl)
+        result.tables["controls"] = table
+        result.notes += control_notes(table, design.main, chosen, self.cfg)
+        result.notes += left_out_note(design.main, [design.kinds(c) for c in design.main], self.cfg)
+
+    def _jobs(
+        self, conditions: Sequence[Condition], prompts: Prompts, *, with_baseline: bool
+    ) -> list[Job]:
         jobs = []
-        for group, placed in prompts.of_group.items():
+        for group, placed in prompts.of_group.items() if with_baseline else ():
             baseline = Condition(
                 name="baseline" if group == "None" else f"baseline_{group}",
                 role="baseline",
@@ -180,6 +241,7 @@ class CausalTest:
                 "prompt": [e.text for e in examples],
                 "condition": [c.name for c in conditions],
                 "role": [c.role for c in conditions],
+                "control_kind": [c.control_kind for c in conditions],
                 "of": [c.of for c in conditions],
                 "direction": [c.direction for c in conditions],
                 "latent": [c.label for c in conditions],
@@ -226,20 +288,20 @@ class CausalTest:
         }
         return ResultCache(self.cache_dir, determined_by)
 
-    def _choose(self, summary: pd.DataFrame, outcome: str, notes: list[str]) -> pd.DataFrame:
-        """With column `chosen`: the coefficient chosen on train prompts, of the test split."""
-        trained = "train" if (summary["split"] == "train").any() else "test"
-        chosen = chosen_coefficients(summary, outcome, trained)
-        marked = [
-            r["split"] == "test" and chosen.get(r["of"] or r["condition"]) == r["coefficient"]
-            for r in summary.to_dict("records")
-        ]
+    def _choose(self, effects: pd.DataFrame, notes: list[str]) -> dict[str, float]:
+        """The coefficient of each condition, chosen on train prompts where there are any."""
+        if not self.kinds:
+            return {}
+        trained = "train" if (effects["split"] == "train").any() else "test"
         if trained == "test" and len(self.coefficients) > 1:
             notes.append(
                 "no train prompts to choose the coefficient on: the one told first was chosen on "
                 "the prompts it is reported for"
             )
-        return pd.concat([summary, pd.DataFrame({"chosen": marked})], axis=1)
+        seen = _numeric(effects[effects["split"] == trained], self.kinds)
+        first = next(iter(self.kinds))
+        summary = summarise(seen, {first: self.kinds[first]}, self.cfg.seed)
+        return chosen_coefficients(summary, first, trained)
 
     def _attention(
         self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
@@ -259,6 +321,15 @@ class CausalTest:
         )
         result.tables |= tables
         result.metrics |= metrics
+
+
+def _marked(summary: pd.DataFrame, best: Mapping[str, float]) -> pd.DataFrame:
+    """With column `chosen`: the coefficient that was chosen, of the test split."""
+    marked = [
+        r["split"] == "test" and best.get(r["of"] or r["condition"]) == r["coefficient"]
+        for r in summary.to_dict("records")
+    ]
+    return pd.concat([summary, pd.DataFrame({"chosen": marked})], axis=1)
 
 
 def coefficient_unit(cfg: InterventionConfig) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saexp.interventions.computing import batch_tokens_for, weight_divergences
-from saexp.interventions.measure import Job, Measurement
+from saexp.interventions.measure import Job, Measurement, cost_row
 from saexp.models.weights import Original
 
 
@@ -41,15 +41,5 @@ def weight_costs(
         )
         values = np.asarray(made)
     return [
-        {
-            "condition": name,
-            "role": condition.role,
-            "of": condition.of,
-            "direction": condition.direction,
-            "coefficient": coefficient,
-            "neutral_kl": float(values.mean()),
-            "neutral_kl_sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
-            "n_texts": len(values),
-        }
-        for (name, coefficient), condition in cells.items()
+        cost_row(condition, coefficient, values) for (_, coefficient), condition in cells.items()
     ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 
 from saexp import registry
 from saexp.config import PositionsConfig, RunConfig
@@ -116,7 +117,7 @@ def _with_inactive(table: pd.DataFrame, named: list[int]) -> pd.DataFrame:
     if not lacking:
         return table
     measured = [str(c) for c in table if str(c).startswith(("freq_", "mean_"))]
-    about = ["latent", "direction", "selected", "rank", "q_value", *measured]
+    about = ["latent", "direction", "selected", "rank", *measured]
     about += ["output_score"] if "output_score" in table else []
     rows = pd.DataFrame({"latent": lacking, "direction": "", "selected": False})
     rows = rows.assign(**dict.fromkeys(measured, 0.0)).reindex(columns=about)
@@ -127,20 +128,28 @@ def _with_inactive(table: pd.DataFrame, named: list[int]) -> pd.DataFrame:
 def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.DataFrame:
     """The columns of a latent table that edits read, with nothing selected.
 
-    Of every latent that fires here, and of those that are named.
+    Of every latent that is active on the train split (on all rows where it has none), and of those
+    that are named.
     """
     latents = at.latents
     groups, labels = gathered.examples.groups, latents.rows["group"].to_numpy()
-    everywhere = moments(latents.csr, np.ones(len(latents), dtype=bool))
+    train = _train_rows(latents)
+    everywhere = moments(latents.csr, train)
     named = _named(cfg, at)
     fired = np.union1d(np.flatnonzero(everywhere.active), np.array(named, dtype=np.int64))
     table = pd.DataFrame({"latent": fired, "direction": "", "selected": False})
     table["rank"] = pd.array([pd.NA] * len(table), dtype="Int64")
-    table["q_value"], table["freq_all"] = np.nan, everywhere.frequency[fired]
+    table["freq_all"] = everywhere.frequency[fired]
     for group in groups:
-        mine = moments(latents.csr, labels == group)
+        mine = moments(latents.csr, train & (labels == group))
         table[f"freq_{group}"], table[f"mean_{group}"] = mine.frequency[fired], mine.mean[fired]
     return table
+
+
+def _train_rows(latents: Latents) -> Bool[np.ndarray, " n_rows"]:
+    """Which rows are of the train split; all where none is."""
+    train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
+    return train if train.any() else np.ones(len(train), dtype=bool)
 
 
 def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) -> None:
@@ -186,7 +195,7 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     measured = train & ordinary.mask if (train & ordinary.mask).any() else ordinary.mask
     csr = latents.csr[measured]
     ids = table["latent"].to_numpy()
-    facts = table[["latent", "direction", "selected", "rank", "q_value"]].copy()
+    facts = table[["latent", "direction", "selected", "rank"]].copy()
     least = cfg.intervention.min_output_score
     if least is not None:
         if "output_score" not in table:
@@ -217,7 +226,6 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
         table=facts,
         groups=groups,
         median_norm=ordinary.median_norm(written),
-        alpha=cfg.analyzer.alpha,
         directions=sae.directions,
         hookpoint=sae.hookpoint,
         written=written,

@@ -1,0 +1,115 @@
+"""What the controls of a causal test achieved: their distances, as a table and in words."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from saexp.config import InterventionConfig
+from saexp.interventions.controls import MIN_MATCHED
+from saexp.interventions.facts import Condition
+
+_WORDS = {
+    "frequency": "frequency-matched latents",
+    "disruption": "latents scaled to equal KL on neutral text",
+    "random_norm": "random directions of equal norm",
+    "random_kl": "random directions scaled to equal KL on neutral text",
+}
+
+
+def control_table(
+    conditions: Sequence[Condition],
+    coefficients: Sequence[float],
+    kl: Mapping[tuple[str, float], float],
+) -> pd.DataFrame:
+    """One row per control and coefficient but 0, where a control is the baseline.
+
+    Columns of, condition, control_kind, coefficient (its condition's, also where the control is
+    scaled), latents, frequency_ratio, norm_ratio (added norm; NaN where it depends on the prompt),
+    kl, kl_own, kl_ratio (per token of neutral text; NaN where not measured), matched. `kl` is by
+    (condition, coefficient).
+    """
+    own = {c.name: c for c in conditions if c.role != "control"}
+    rows = [
+        {
+            "of": c.of,
+            "condition": c.name,
+            "control_kind": c.control_kind,
+            "coefficient": coefficient,
+            "latents": c.label,
+            "frequency_ratio": c.frequency_ratio,
+            "norm_ratio": _norm_ratio(c, own[c.of], k),
+            "kl": kl.get((c.name, coefficient), np.nan),
+            "kl_own": kl.get((c.of, coefficient), np.nan),
+            "matched": c.matched,
+        }
+        for c in conditions
+        for k, coefficient in enumerate(coefficients)
+        if c.role == "control" and c.tried(k) and coefficient
+    ]
+    names = ["of", "condition", "control_kind", "coefficient", "latents", "frequency_ratio"]
+    names += ["norm_ratio", "kl", "kl_own", "matched"]
+    table = pd.DataFrame(rows, columns=names)
+    ratio = table["kl"] / table["kl_own"].where(table["kl_own"] > 0)
+    table.insert(names.index("matched"), "kl_ratio", ratio.astype(float))
+    return table
+
+
+def _norm_ratio(control: Condition, own: Condition, k: int) -> float:
+    lengths = [c.strengths[k].get("length") if c.strengths else None for c in (control, own)]
+    if lengths[0] is None or not lengths[1]:
+        return control.norm_ratio
+    return lengths[0] / lengths[1]
+
+
+def control_notes(
+    table: pd.DataFrame,
+    main: Sequence[Condition],
+    chosen: Mapping[str, float],
+    cfg: InterventionConfig,
+) -> list[str]:
+    """A note per kind: how many controls of each main condition are matched, and how closely."""
+    notes = []
+    for kind, words in _WORDS.items():
+        parts = []
+        for condition in main:
+            of = (table["of"] == condition.name) & (table["control_kind"] == kind)
+            mine = table[of & (table["coefficient"] == chosen.get(condition.name))]
+            if len(mine):
+                parts.append(f"{condition.name} {_achieved(mine, kind, cfg)}")
+        if parts:
+            notes.append(f"controls, {words}: {'; '.join(parts)}")
+    return notes
+
+
+def _achieved(mine: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
+    n = int(mine["matched"].sum())
+    asked = "" if len(mine) == cfg.n_controls else f" (of {cfg.n_controls} wanted)"
+    told = {
+        "frequency": f"{n} of {len(mine)}{asked} within a factor {cfg.frequency_caliper:g}",
+        "disruption": f"{n} of {len(mine)}{asked} within a factor {cfg.kl_caliper:g}",
+        "random_kl": f"{n} of {len(mine)}{asked} within a factor {cfg.kl_caliper:g}",
+    }.get(kind, f"{len(mine)}{asked}")
+    for column, name in (("frequency_ratio", "frequency ratio"), ("kl_ratio", "KL ratio")):
+        ratios = mine[column].dropna()
+        if len(ratios):
+            told += (
+                f", {name} median {ratios.median():.2g} ({ratios.min():.2g} to {ratios.max():.2g})"
+            )
+    if n < MIN_MATCHED:
+        told += f"; fewer than {MIN_MATCHED} matched, so the p-value does not use them"
+    return told
+
+
+def left_out_note(
+    main: Sequence[Condition], kinds: Sequence[Sequence[str]], cfg: InterventionConfig
+) -> list[str]:
+    """Kinds asked for that no main condition can have, as its edit adds no vector."""
+    had = {kind for some in kinds for kind in some}
+    lacking = [k for k in cfg.control_kinds if k not in had]
+    if not (main and had and lacking and cfg.n_controls):
+        return []
+    return [
+        f"intervention={cfg.name} has no controls of kind {', '.join(lacking)}: its edits are not "
+        "vectors that could be replaced or scaled so"
+    ]
