@@ -36,12 +36,6 @@ MIN_MATCHED = 19
 _MOST_ENUMERATED = 20_000
 """Combinations that are listed; of more, some are drawn."""
 
-CONTROL_KINDS = ("frequency", "disruption", "random_norm", "random_kl")
-"""Frequency-matched latents; latents scaled to equal KL on neutral text; random directions of equal
-norm; random directions of equal KL."""
-N_ACHIEVED = 19
-"""A kind of control with fewer matched controls gives no p-value: its floor would exceed 0.05."""
-
 
 @dataclass(frozen=True)
 class ControlSet:
