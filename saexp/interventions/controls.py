@@ -7,7 +7,6 @@ for the opposite direction among them, except the condition's own and the others
 listed) for the same direction, which are under the same hypothesis as its own.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -32,9 +31,6 @@ OWN_GROUP = "own_group"
 """Control kind of patches alone: the activations of other prompts of the prompt's own group."""
 MIN_MATCHED = 19
 """A kind is achieved where at least so many of its controls are matched: p can reach 0.05."""
-
-_MOST_ENUMERATED = 20_000
-"""Combinations that are listed; of more, some are drawn."""
 
 
 @dataclass(frozen=True)
@@ -78,35 +74,35 @@ def frequency_matched(
     latents: tuple[int, ...],
     n: int,
     *,
+    n_least: int,
     caliper: float,
     seed: int,
     avoid: Collection[int] = (),
     uses: Counter[int] | None = None,
 ) -> list[ControlSet]:
-    """At most `n` different sets whose members' frequencies are within a factor `caliper`.
+    """At most `n` sets whose members' frequencies are within a factor `caliper` of the latents'.
 
-    For one latent, candidates inside the caliper come first: those that fewest conditions have
-    used (`uses`, which is updated) before others, nearest first. For several, sets are a seeded
-    choice of combinations inside the caliper, so that two sets can share members. Where there are
-    fewer than `n`, the nearest outside complete them, with `matched` false. `table` has latent and
-    frequency. Decoder norms play no part: what is added is brought to equal norm.
+    Inside the caliper, candidates that fewest conditions have used (`uses`, which is updated) come
+    first, nearest ones for a single latent, in random order for several. Where the caliper has
+    fewer than `n_least`, the nearest outside complete these, with `matched` false. `table` has
+    latent and frequency. Decoder norms play no part: what is added is brought to equal norm.
     """
     found = _Candidates(table, latents, avoid)
-    rng = np.random.default_rng(seed)
     distance = np.abs(found.log_ratios)
     inside = distance <= math.log(caliper) + 1e-9
-    ties = rng.random(len(found.latents))
-    if len(latents) == 1:
-        used = np.array([(uses or {}).get(int(f), 0) for f in found.latents])
-        order = np.lexsort((ties, distance[0], np.where(inside[0], used, 0), ~inside[0]))
-        members = [(int(i),) for i in order[:n]]
-    else:
-        nearest = [np.lexsort((ties, d)) for d in distance]
-        members = _nearest_sets(nearest, inside.sum(axis=1).tolist(), n, rng)
-    sets = [found.control_set(m, caliper) for m in members]
-    if uses is not None and len(latents) == 1:
-        uses.update(s.latents[0] for s in sets if s.matched)
-    return sets
+    used = np.array([(uses or {}).get(int(f), 0) for f in found.latents])
+    ties = np.random.default_rng(seed).random(distance.shape)
+    near = distance if len(latents) == 1 else np.where(inside, 0.0, distance)
+    orders = [
+        np.lexsort((tie, d, np.where(i, used, 0), ~i))
+        for tie, d, i in zip(ties, near, inside, strict=True)
+    ]
+    sets = [found.control_set(m, caliper) for m in _one_of_each(orders, n)]
+    matched = [s for s in sets if s.matched]
+    others = [s for s in sets if not s.matched]
+    if uses is not None:
+        uses.update(f for s in matched for f in s.latents)
+    return matched + others[: max(n_least - len(matched), 0)]
 
 
 def any_active(
@@ -117,52 +113,28 @@ def any_active(
     seed: int,
     avoid: Collection[int] = (),
 ) -> list[ControlSet]:
-    """At most `n` different sets of candidates of any frequency, a seeded choice."""
+    """At most `n` sets of candidates of any frequency, a seeded choice."""
     found = _Candidates(table, latents, avoid)
-    everyone = [np.arange(len(found.latents))] * len(latents)
-    members = _combinations(everyone, n, np.random.default_rng(seed), set())
-    return [found.control_set(m, math.inf) for m in members]
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(found.latents)) for _ in latents]
+    return [found.control_set(m, math.inf) for m in _one_of_each(orders, n)]
 
 
-def _nearest_sets(
-    nearest: Sequence[Int[np.ndarray, " n"]], n_inside: list[int], n: int, rng: np.random.Generator
-) -> list[tuple[int, ...]]:
-    """Combinations of each member's candidates inside the caliper, then of ever wider ones."""
-    seen: set[tuple[int, ...]] = set()
-    n_candidates = len(nearest[0])
-    width = 0
+def _one_of_each(orders: Sequence[Int[np.ndarray, " n"]], n: int) -> list[tuple[int, ...]]:
+    """At most `n` sets of different candidates, one from each order, the first ones first.
+
+    No candidate is twice in the same position: else as many sets as share the member that
+    dominates the mix would count as so many independent comparisons.
+    """
+    queues = [order.tolist() for order in orders]
     chosen: list[tuple[int, ...]] = []
-    while len(chosen) < n and width <= n_candidates:
-        pools = [order[: max(k, width)] for order, k in zip(nearest, n_inside, strict=True)]
-        chosen += _combinations(pools, n - len(chosen), rng, seen)
-        width += 1
-    return chosen
-
-
-def _combinations(
-    pools: Sequence[Int[np.ndarray, " n"]],
-    n: int,
-    rng: np.random.Generator,
-    seen: set[tuple[int, ...]],
-) -> list[tuple[int, ...]]:
-    """At most `n` sets of one candidate from each pool, in random order; none twice (`seen`)."""
-    chosen: list[tuple[int, ...]] = []
-
-    def take(members: tuple[int, ...]) -> None:
-        key = tuple(sorted(members))
-        if len(set(members)) == len(members) and key not in seen:
-            seen.add(key)
-            chosen.append(members)
-
-    if math.prod(map(len, pools)) <= _MOST_ENUMERATED:
-        listed = list(itertools.product(*(p.tolist() for p in pools)))
-        for i in rng.permutation(len(listed)):
-            if len(chosen) == n:
-                break
-            take(listed[i])
-        return chosen
-    for _ in range(50 * n):
-        if len(chosen) == n:
-            break
-        take(tuple(int(rng.choice(p)) for p in pools))
+    while len(chosen) < n:
+        members: list[int] = []
+        for queue in queues:
+            usable = next((i for i in queue if i not in members), None)
+            if usable is None:
+                return chosen
+            queue.remove(usable)
+            members.append(usable)
+        chosen.append(tuple(members))
     return chosen

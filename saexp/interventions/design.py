@@ -1,8 +1,9 @@
 """The controls of each condition: what they are made of, and at which stage they run.
 
 Stage 1: every condition at every coefficient with `n_curve_controls` controls of the kinds that
-need no measurement (`frequency`, `random_norm`). Stage 2: the main conditions at the coefficient
-that was chosen on train prompts, on test prompts, with `n_controls` controls of every kind.
+need no measurement: `frequency`, and `random_norm` but for the single latents beside a group, which
+are exploratory. Stage 2: the main conditions at the coefficient that was chosen on train prompts,
+on test prompts, with `n_controls` controls of every kind.
 
 Which kinds there are depends on what an intervention writes:
 
@@ -89,13 +90,15 @@ class ControlDesign:
         return [kind for kind in self.cfg.control_kinds if possible[kind]]
 
     def curve(self) -> list[Condition]:
-        """Stage 1: controls at every coefficient; random directions at all but 0."""
+        """Stage 1: controls at every coefficient, random directions at all but 0 and not for the
+        single latents beside a group, which are exploratory."""
         numbers = range(1, self.n_curve + 1)
         changing = tuple(k for k, c in enumerate(self.coefficients) if c)
         made = [c for c in self.given if c.number <= self.n_curve]
         for own in self.own:
             made += self._on_latents(own, "frequency", numbers, None)
-            made += self._random(own, "random_norm", numbers, changing)
+            if self._is_main(own) or own.role == "group":
+                made += self._random(own, "random_norm", numbers, changing)
         return made
 
     def at_chosen(
@@ -127,12 +130,14 @@ class ControlDesign:
         at_equal_kl, kl = self._at_equal_kl(scaled, neutral_kl)
         return made + at_equal_kl, kl
 
+    def _is_main(self, condition: Condition) -> bool:
+        return any(condition.name == c.name for c in self.main)
+
     def _select(
         self, condition: Condition, kind: str, uses: dict[str, Counter[int]]
     ) -> list[tuple[ControlSet, ...]]:
         """Sets of control latents, matched within each SAE; as many as that with fewest has."""
-        main = any(condition.name == c.name for c in self.main)
-        n = self.cfg.n_controls if main else self.n_curve
+        n = self.cfg.n_controls if self._is_main(condition) else self.n_curve
         of_part = []
         for facts, latents in condition.parts:
             at = facts.hookpoint.name
@@ -143,6 +148,7 @@ class ControlDesign:
                     facts.table,
                     latents,
                     n,
+                    n_least=self.n_curve,
                     caliper=self.cfg.frequency_caliper,
                     seed=seed,
                     avoid=avoid,
@@ -244,7 +250,8 @@ class ControlDesign:
                 ]
             )
 
-        found = equal_kl_scales(measure, target, self.cfg.kl_caliper)
+        alike = [(own.name, control.control_kind) for own, control in pairs]
+        found = equal_kl_scales(measure, target, self.cfg.kl_caliper, alike)
         made, kl = [], {}
         for (own, control), k, scale, value, matched in zip(
             pairs, at, found.scales, found.kl, found.matched, strict=True

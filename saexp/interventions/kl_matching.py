@@ -1,7 +1,7 @@
 """Scales at which edits disrupt neutral text as much as another edit does."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,12 @@ _LARGEST_SCALE = math.log(1000)
 _FLAT = 0.25
 """Smallest slope of log KL against log scale that a step trusts; near 0 KL grows as its square."""
 
+_N_FIRST = 6
+"""Edits of a kind whose scales are found first, to start the others near theirs."""
+
+Measure = Callable[[Sequence[int], Sequence[float]], Float[np.ndarray, " m"]]
+"""(indices of edits, scales) -> KL of each."""
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -27,46 +33,75 @@ class Scales:
 
 
 def equal_kl_scales(
-    measure: Callable[[Sequence[int], Sequence[float]], Float[np.ndarray, " m"]],
+    measure: Measure,
     target: Float[np.ndarray, " n"],
     caliper: float,
+    alike: Sequence[Hashable] = (),
 ) -> Scales:
     """Scales at which the KL of each of n edits is its target, within a factor `caliper`.
 
     `measure(which, scales)` is the KL of some edits, by index. All edits that are not matched yet
     are measured together: first at scale 1, then where the secant of log KL against log scale
-    (slope 2 at first, as for small edits) meets the target, inside the bracket found so far. An
-    edit whose target is 0, or that does not reach it, stays unmatched.
+    (slope 2 at first, as for small edits) meets the target, inside the bracket found so far. Of
+    edits that are `alike` (equal values), the first few come first, and the others start from their
+    median scale and slope. An edit whose target is 0, or that does not reach it, stays unmatched.
     """
-    n = len(target)
-    with np.errstate(divide="ignore"):
-        goal = np.log(target)
-    usable = np.isfinite(goal)
-    at, slope = np.zeros(n), np.full(n, 2.0)
-    low, high = np.full(n, -_LARGEST_SCALE), np.full(n, _LARGEST_SCALE)
-    best_at, best_kl, best_gap = np.zeros(n), np.full(n, np.nan), np.full(n, np.inf)
-    last_at, last_log = np.full(n, np.nan), np.full(n, np.nan)
-    open_to = np.flatnonzero(usable)
-    for _ in range(_MOST_ROUNDS):
-        if not len(open_to):
-            break
-        kl = measure(open_to.tolist(), np.exp(at[open_to]).tolist())
-        for i, value in zip(open_to, kl, strict=True):
-            here = math.log(max(float(value), 1e-12))
-            gap = here - goal[i]
-            if abs(gap) < best_gap[i]:
-                best_at[i], best_kl[i], best_gap[i] = at[i], value, abs(gap)
-            if gap < 0:
-                low[i] = max(low[i], at[i])
-            else:
-                high[i] = min(high[i], at[i])
-            if last_at[i] != at[i] and not math.isnan(last_at[i]):
-                slope[i] = max((here - last_log[i]) / (at[i] - last_at[i]), _FLAT)
-            last_at[i], last_log[i] = at[i], here
-            step = float(np.clip(-gap / slope[i], -_LARGEST_STEP, _LARGEST_STEP))
-            wanted = at[i] + step
-            if not low[i] < wanted < high[i]:
-                wanted = (low[i] + high[i]) / 2
-            at[i] = wanted
-        open_to = open_to[best_gap[open_to] > math.log(caliper)]
-    return Scales(np.exp(best_at), best_kl, best_gap <= math.log(caliper))
+    search = _Search(measure, target, caliper)
+    families: dict[Hashable, list[int]] = {}
+    for i in np.flatnonzero(np.isfinite(search.goal)).tolist():
+        families.setdefault(alike[i] if alike else i, []).append(i)
+    search.run([i for some in families.values() for i in some[:_N_FIRST]])
+    for some in families.values():
+        search.start_from(some[:_N_FIRST], some[_N_FIRST:])
+    search.run([i for some in families.values() for i in some[_N_FIRST:]])
+    return Scales(np.exp(search.best_at), search.best_kl, search.best_gap <= math.log(caliper))
+
+
+class _Search:
+    """The state of every edit's search; positions and goals are logarithms."""
+
+    def __init__(self, measure: Measure, target: Float[np.ndarray, " n"], caliper: float) -> None:
+        n = len(target)
+        self.measure, self.within = measure, math.log(caliper)
+        with np.errstate(divide="ignore"):
+            self.goal = np.log(target)
+        self.at, self.slope = np.zeros(n), np.full(n, 2.0)
+        self.low, self.high = np.full(n, -_LARGEST_SCALE), np.full(n, _LARGEST_SCALE)
+        self.last_at, self.last_log = np.full(n, np.nan), np.full(n, np.nan)
+        self.best_at, self.best_kl = np.zeros(n), np.full(n, np.nan)
+        self.best_gap = np.full(n, np.inf)
+
+    def start_from(self, first: Sequence[int], others: Sequence[int]) -> None:
+        """Let others begin where the first ended."""
+        if others:
+            self.at[others] = np.median(self.best_at[first])
+            self.slope[others] = np.median(self.slope[first])
+
+    def run(self, which: Sequence[int]) -> None:
+        """Measure edits until each is matched, at most _MOST_ROUNDS times."""
+        for _ in range(_MOST_ROUNDS):
+            if not which:
+                return
+            kl = self.measure(which, np.exp(self.at[which]).tolist())
+            for i, value in zip(which, kl.tolist(), strict=True):
+                self._take(i, value)
+            which = [i for i in which if self.best_gap[i] > self.within]
+
+    def _take(self, i: int, kl: float) -> None:
+        """Note a measured value, and where the edit is measured next."""
+        at, here = self.at[i], math.log(max(kl, 1e-12))
+        gap = here - self.goal[i]
+        if abs(gap) < self.best_gap[i]:
+            self.best_at[i], self.best_kl[i], self.best_gap[i] = at, kl, abs(gap)
+        if gap < 0:
+            self.low[i] = max(self.low[i], at)
+        else:
+            self.high[i] = min(self.high[i], at)
+        if abs(at - self.last_at[i]) > 1e-9:
+            slope = (here - self.last_log[i]) / (at - self.last_at[i])
+            self.slope[i] = max(slope, _FLAT)
+        self.last_at[i], self.last_log[i] = at, here
+        wanted = at + float(np.clip(-gap / self.slope[i], -_LARGEST_STEP, _LARGEST_STEP))
+        if not self.low[i] < wanted < self.high[i]:
+            wanted = (self.low[i] + self.high[i]) / 2
+        self.at[i] = wanted
