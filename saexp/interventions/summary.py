@@ -50,7 +50,8 @@ def summarise(
       the smallest value that it can take. With `prediction_test` also `_p_prediction`, the largest
       p-value of the prediction t-test.
 
-    Fewer than `MIN_N` entities have no interval and no p-value.
+    Fewer than `MIN_N` entities have no interval and no p-value. Controls have means and changes
+    alone.
     """
     matched = matched_by_kind(controls)
     parts = []
@@ -88,6 +89,7 @@ class _Cells:
     start: Float[np.ndarray, " n_units"]
     """The unsteered prompts'."""
     is_start: np.ndarray
+    is_control: np.ndarray
 
     @classmethod
     def read(cls, prompts: pd.DataFrame, table: pd.DataFrame, outcome: str) -> "_Cells":
@@ -98,7 +100,8 @@ class _Cells:
         n_prompts = usable.groupby(["condition", "coefficient"]).size().reindex(keys, fill_value=0)
         is_start = (table["role"] == "baseline").to_numpy()
         start = values[is_start][0] if is_start.any() else np.full(values.shape[1], np.nan)
-        return cls(values, n_prompts.to_numpy(dtype=float), start, is_start)
+        is_control = (table["role"] == "control").to_numpy()
+        return cls(values, n_prompts.to_numpy(dtype=float), start, is_start, is_control)
 
 
 def _outcome(cells: _Cells, kind: str, seed: int) -> dict[str, np.ndarray]:
@@ -108,17 +111,19 @@ def _outcome(cells: _Cells, kind: str, seed: int) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore"):
         # The difference of two infinities is none.
         changes = np.where(cells.is_start[:, None], np.nan, values - cells.start)
-    rate = kind == "rate"
-    if rate:
+    # Controls are compared by their changes; nothing is concluded from one alone.
+    tested = np.where(cells.is_control[:, None], np.nan, changes)
+    if kind == "rate":
         limits = np.stack(wilson(np.nansum(values, axis=1), n), axis=1)
-        limits[n < MIN_N] = np.nan
-        change_limits = _rate_changes(cells, changes)
+        limits[(n < MIN_N) | cells.is_control] = np.nan
+        change_limits = _rate_changes(cells, tested)
     else:
-        limits = _by_size(values, lambda block: np.stack(mean_interval(block, seed), axis=1), 2)
-        change_limits = _by_size(
-            changes, lambda block: np.stack(mean_interval(block, seed), axis=1), 2
+        shown = np.where(cells.is_control[:, None], np.nan, values)
+        limits, change_limits = (
+            _by_size(v, lambda block: np.stack(mean_interval(block, seed), axis=1), 2)
+            for v in (shown, tested)
         )
-    p = _by_size(changes, lambda block: sign_flip_p_values(block, seed, N_FLIPS)[:, None], 1)
+    p = _by_size(tested, lambda block: sign_flip_p_values(block, seed, N_FLIPS)[:, None], 1)
     return {
         "": _means(values),
         "_ci_low": limits[:, 0],

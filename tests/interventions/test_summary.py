@@ -153,7 +153,7 @@ def test_no_interval_has_zero_width() -> None:
     table = effects()
     table["refusal"], table["logit"] = 1.0, 2.0
     summary = summarise(table, KINDS, controls=controls_of(table))
-    test = summary[(summary["split"] == "test") & (summary["role"] != "baseline")]
+    test = summary[(summary["split"] == "test") & (summary["role"] == "group")]
     for name in ("refusal", "refusal_change"):
         assert (test[f"{name}_ci_high"] - test[f"{name}_ci_low"] > 0.05).all()
     for name in ("logit", "logit_change"):
@@ -172,6 +172,15 @@ def test_few_entities_have_neither_interval_nor_p_value(n: int) -> None:
         for suffix in ("ci_low", "ci_high", "change_ci_low", "change_ci_high", "p"):
             assert summary[f"{outcome}_{suffix}"].isna().all(), suffix
         assert summary[f"{outcome}_p_controls"].isna().all()
+
+
+def test_controls_have_means_and_changes_alone() -> None:
+    summary = summarise(effects(), KINDS)
+    controls = summary[summary["role"] == "control"]
+    for outcome in KINDS:
+        assert controls[[outcome, f"{outcome}_change"]].notna().all(axis=None)
+        for suffix in ("ci_low", "change_ci_high", "p"):
+            assert controls[f"{outcome}_{suffix}"].isna().all()
 
 
 def test_outcomes_that_some_prompts_lack_count_those_that_have_one() -> None:
