@@ -63,7 +63,9 @@ def test_its_direction_is_added_as_a_plain_hook_adds_it(
     told = [n for n in result.notes if f"latent {inactive} is never active" in n]
     assert len(told) == 1
     controls = effects[effects["of"] == f"latent_{inactive}"]
-    assert controls.loc[controls["role"] == "control", "latent"].nunique() == 3
+    assert controls.loc[controls["control_kind"] == "frequency", "latent"].nunique() == 3
+    table = result.tables["controls"].query("control_kind == 'frequency'")
+    assert len(table) == 3 and not table["matched"].any() and table["frequency_ratio"].isna().all()
 
 
 def test_beside_one_that_is_active_both_are_tried(

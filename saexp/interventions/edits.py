@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from saexp.errors import ConfigError
@@ -34,7 +35,18 @@ class Steer(LatentIntervention):
         coefficient: float,
         facts: LatentFacts,
     ) -> tuple[Op, ...]:
-        """Control latents get the scales of the latents they stand for, at the same added norm."""
+        """Control latents get the scales of the latents they stand for, and what they add together
+        is brought to the norm that those add."""
+        vector = self._mixed(latents, write, facts)
+        if write != latents and len(latents) > 1 and self.cfg.unit != "resid_norm":
+            vector *= self._mixed(latents, latents, facts).norm() / vector.norm()
+        step = Vector(vector.float())
+        return tuple(Add(at, step, coefficient) for at in self._places(facts))
+
+    def _mixed(
+        self, latents: tuple[int, ...], write: tuple[int, ...], facts: LatentFacts
+    ) -> Float[Tensor, " d"]:
+        """One unit of `latents`, along the directions of `write`; float64."""
         directions = facts.directions(write).double().cpu()
         norms = facts.numbers(write, "norm")
         own_norms = facts.numbers(latents, "norm")
@@ -48,8 +60,7 @@ class Steer(LatentIntervention):
             scales = own_norms / norms
         else:
             scales = self._activations(latents, facts) * own_norms / norms
-        vector = Vector((torch.as_tensor(scales) @ directions).float())
-        return tuple(Add(at, vector, coefficient) for at in self._places(facts))
+        return torch.as_tensor(scales) @ directions
 
     def _activations(self, latents: tuple[int, ...], facts: LatentFacts) -> np.ndarray:
         """The unit of each latent. Raises ConfigError for one without an activation."""

@@ -1,5 +1,6 @@
 """What each intervention does to which prompts: latents, directions, controls, units."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.design import ControlDesign
 from saexp.interventions.edits import Clamp, Steer
 from saexp.interventions.facts import (
     Condition,
@@ -54,7 +56,6 @@ def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
         table=table,
         groups=groups,
         median_norm=7.0,
-        alpha=0.05,
         directions=lambda chosen: decoder[list(chosen)],
         hookpoint=AT,
         written=AT,
@@ -69,8 +70,16 @@ def planned(
     about = settings.pop("facts", None) or facts()
     name = {"ProjectOut": "project_out"}.get(kind.__name__, kind.__name__.lower())
     cfg = InterventionConfig(name=name, **{"n_controls": 2, **settings})
-    conditions, _ = kind(cfg).plan(about, list(coefficients), Prompts(), random_lm("llama"))
-    return conditions
+    return with_controls(kind(cfg), about, coefficients)
+
+
+def with_controls(
+    intervention: Any, about: LatentFacts, coefficients: Sequence[float], prompts: Any = None
+) -> list[Condition]:
+    """All conditions and the controls that each has at every coefficient."""
+    made, _ = intervention.plan(about, list(coefficients), prompts or Prompts(), random_lm("llama"))
+    design = ControlDesign(intervention, made, coefficients, intervention.cfg)
+    return [*design.own, *design.curve()]
 
 
 def one(conditions: list[Condition], name: str) -> Condition:
@@ -87,8 +96,14 @@ def test_steering_goes_on_the_other_group_singly_and_together_with_controls() ->
         ("unknown_2", "known", (2,)),
     ]
     controls = [c for c in conditions if c.role == "control"]
-    assert len(controls) == 2 * len(told)
-    assert not {f for c in controls for f in c.latents} & {2, 3, 5}
+    kinds = [(c.of, c.control_kind) for c in controls]
+    assert Counter(kinds) == {
+        **{(name, "frequency"): 2 for name, *_ in told},
+        **{(name, "random_norm"): 2 for name in ("known_group", "unknown_2")},
+    }
+    for control in controls:
+        same = {3, 5} if control.direction == "known" else {2}
+        assert not set(control.latents) & same
 
 
 @pytest.mark.parametrize("unit", ["raw", "max_act", "p99_act", "resid_norm"])
@@ -112,7 +127,7 @@ def test_controls_are_as_long_as_what_they_stand_for() -> None:
         conditions = planned(Steer, (1.0,), unit=unit)
         own = one(conditions, "known_3").edits[0][0]
         for number in (1, 2):
-            control = one(conditions, f"known_3_control_{number:02d}").edits[0][0]
+            control = one(conditions, f"known_3_frequency_{number:02d}").edits[0][0]
             assert isinstance(own, Add) and isinstance(control, Add)
             a, b = own.vector.values.norm(), control.vector.values.norm()
             assert float(a) == pytest.approx(float(b), rel=1e-5)
@@ -157,7 +172,7 @@ def test_random_directions_differ_between_layers_and_groups(kind: type, of: str)
         )
         cfg = InterventionConfig(name="x", directions=["random"], n_controls=n_controls)
         groups = Prompts(of_group={"known": [], "unknown": []})
-        conditions, _ = kind(cfg).plan(about, [1.0], groups, random_lm("llama"))
+        conditions = with_controls(kind(cfg), about, [1.0], groups)
         ops = [c.edits[0][0] for c in conditions if c.of == of and c.role != "place"]
         found = [op.vector if isinstance(op, Add) else op.instead for op in ops]  # type: ignore[union-attr]
         return torch.nn.functional.normalize(torch.stack([v.values for v in found]), dim=-1)
@@ -194,14 +209,11 @@ def test_the_denoised_difference_is_the_least_squares_part_of_it() -> None:
     other = one(conditions, "unknown_denoised_difference").edits[0][0]
     np.testing.assert_allclose(other.vector.values.numpy(), -vector, atol=1e-5)  # type: ignore[union-attr]
     controls = [c for c in conditions if c.of == main.name and c.role == "control"]
-    assert len(controls) == 2
+    assert [c.control_kind for c in controls] == ["random_norm"] * 2
     for control in controls:
-        matched = least_squares(about, control.latents, difference)
-        length = np.linalg.norm(wanted) / np.linalg.norm(matched)
-        found = control.edits[0][0].vector.values.numpy()  # type: ignore[union-attr]
-        np.testing.assert_allclose(found, matched * length, atol=1e-4)
-        kept = np.linalg.norm(matched) / np.linalg.norm(difference)
-        assert control.strengths[0]["norm_kept"] == pytest.approx(kept, rel=1e-5)
+        length = control.edits[0][0].vector.values.norm()  # type: ignore[union-attr]
+        assert float(length) == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+        assert not control.latents and "norm_kept" not in control.strengths[0]
 
 
 def test_dependent_decoder_rows_do_a_denoised_difference_no_harm() -> None:
@@ -245,9 +257,14 @@ def test_clamping_reads_its_latents_and_aims_at_the_other_group_s_mean() -> None
     wanted = about.table.set_index("latent").loc[list(op.read), "mean_unknown"]
     assert op.targets == pytest.approx(wanted.tolist())
     assert one(conditions, "unknown_group").prompts == "known"
-    control = one(conditions, "unknown_group_control_01").edits[0][0]
-    assert isinstance(control, Move)
-    assert control.read == op.read and not set(control.write) & {2, 3, 5}
+    norms = about.table.set_index("latent")["norm"]
+    moves = one(conditions, "unknown_group_frequency_01").edits[0]
+    assert len(moves) == 3 and not {f for m in moves for f in m.write} & {2, 3, 5}  # type: ignore[union-attr]
+    for latent, target, move in zip(op.read, op.targets, moves, strict=True):
+        assert isinstance(move, Move) and move.rule == "at_least"
+        assert (move.read, move.targets) == ((latent,), (target,))
+        added = move.coefficient * norms[move.write[0]]
+        assert added == pytest.approx(op.coefficient * norms[latent], rel=1e-6)
 
 
 def test_clamping_named_latents_to_given_values_needs_no_groups() -> None:
@@ -268,7 +285,7 @@ def test_scaling_and_silencing_are_on_the_group_s_own_prompts() -> None:
     assert isinstance(op, Move) and (op.targets, op.coefficient) == ((0.0,), -1.5)
     silenced = one(planned(Ablate, (1.0,)), "known_3").edits[0][0]
     assert isinstance(silenced, Move) and (silenced.targets, silenced.coefficient) == ((0.0,), 1.0)
-    control = one(planned(Ablate, (1.0,)), "known_3_control_01").edits[0][0]
+    control = one(planned(Ablate, (1.0,)), "known_3_frequency_01").edits[0][0]
     assert isinstance(control, Move) and control.read == control.write != (3,)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.design import ControlDesign
 from saexp.interventions.edits import Clamp, Steer
 from saexp.interventions.engine import last_logits
 from saexp.interventions.facts import Condition, LatentFacts, orthonormal
@@ -71,7 +72,6 @@ def facts_of(sae: SparseAutoencoder) -> LatentFacts:
         table=table,
         groups=GROUPS,
         median_norm=7.0 + sae.hookpoint.layer,
-        alpha=0.05,
         directions=sae.directions,
         hookpoint=sae.hookpoint,
         written=sae.hookpoint_out or sae.hookpoint,
@@ -89,8 +89,10 @@ def planned(
     name: str, facts: LatentFacts, coefficients: tuple[float, ...] = (0.0, 1.0), **settings: Any
 ) -> dict[str, Condition]:
     cfg = InterventionConfig(name=name, **{"n_controls": 2, "latents": LATENTS, **settings})
-    made, _ = KINDS[name](cfg).plan(facts, list(coefficients), Prompts(), random_lm("llama"))
-    return {c.name: c for c in made}
+    intervention = KINDS[name](cfg)
+    made, _ = intervention.plan(facts, list(coefficients), Prompts(), random_lm("llama"))
+    design = ControlDesign(intervention, made, coefficients, cfg)
+    return {c.name: c for c in [*design.own, *design.curve()]}
 
 
 def test_all_layers_together_come_first_then_each_by_itself() -> None:
@@ -121,32 +123,35 @@ def test_controls_are_matched_within_each_layer_and_edited_at_the_same_layers(na
     found = planned(name, facts, latents=latents)
     # Orthogonalised weights hold no latent in place; all other kinds have operations.
     main = next(c for c in found.values() if c.layers == (0, 0, 1) and c.role == "group")
-    controls = [c for c in found.values() if c.of == main.name and c.role == "control"]
+    controls = [c for c in found.values() if c.of == main.name and c.control_kind == "frequency"]
     assert len(controls) == 2
     for control in controls:
         assert control.layers == main.layers
         ops, own = control.edits[1], main.edits[1]
-        assert [op.hookpoint for op in ops] == [op.hookpoint for op in own]
+        assert {op.hookpoint for op in ops} == {op.hookpoint for op in own}
+    logs = []
     for layer, chosen in ((0, (3, 9)), (1, (5,))):
-        table = facts.layers[layer].table
+        frequency = facts.layers[layer].table.set_index("latent")["frequency"]
         used = [
             [f for f, n in zip(c.latents, c.layers, strict=True) if n == layer] for c in controls
         ]
-        assert not {f for some in used for f in some} & {3, 5, 8, *chosen}
-        first = table.set_index("latent").loc[chosen[0]]
-        free = table[(table["q_value"] > 0.05) & ~table["latent"].isin(chosen)]
-        own, others = (np.log(np.asarray(t[["frequency", "norm"]], float)) for t in (first, free))
-        distance = np.abs(others - own).sum(axis=1)
-        assert used[0][0] == free["latent"].to_numpy()[np.argmin(distance)]
+        assert not {f for some in used for f in some} & {3, 5, *chosen}
+        logs.append([np.log(frequency[some].to_numpy() / frequency[[*chosen]]) for some in used])
+    for control, *ratios in zip(controls, *logs, strict=True):
+        log_ratios = np.concatenate(ratios)
+        assert control.frequency_ratio == pytest.approx(np.exp(log_ratios.mean()), rel=1e-9)
+        assert control.matched == (np.abs(log_ratios) <= np.log(2)).all()
 
 
 def test_as_many_control_sets_as_the_layer_with_fewest_has() -> None:
     facts = layered()
-    facts.layers[1].table["q_value"] = np.where(np.arange(D_SAE) == 20, 0.8, 0.01)
+    some = np.isin(np.arange(D_SAE), [5, 20])
+    facts.layers[1].table["frequency"] = np.where(some, 0.2, 0.0)
     cfg = InterventionConfig(name="ablate", n_controls=3, latents={0: [3], 1: [5]})
-    made, notes = Ablate(cfg).plan(facts, [1.0], Prompts(), random_lm("llama"))
-    assert sum(c.of == "known_layers_0-1" and c.role == "control" for c in made) == 1
-    assert any(n.startswith("layer_1.resid_post: only 1 of 3 control sets") for n in notes)
+    intervention = Ablate(cfg)
+    made, _ = intervention.plan(facts, [1.0], Prompts(), random_lm("llama"))
+    controls = ControlDesign(intervention, made, [1.0], cfg).curve()
+    assert [c.label.split("+")[1] for c in controls if c.of == "known_layers_0-1"] == ["1:20"]
 
 
 def test_a_layer_without_latents_is_left_out_and_said() -> None:

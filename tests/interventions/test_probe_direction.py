@@ -52,7 +52,6 @@ def facts(rows: pd.DataFrame, acts: np.ndarray) -> LatentFacts:
         table=pd.DataFrame({"latent": []}),
         groups=GROUPS,
         median_norm=1.0,
-        alpha=0.05,
         directions=lambda _: torch.zeros(0, D),
         hookpoint=AT,
         written=AT,

@@ -115,7 +115,7 @@ class Ran:
         return by_hand(self.model.hf, directions)
 
 
-CONDITIONS = ("unknown_group", "unknown_group_control_01")
+CONDITIONS = ("unknown_group", "unknown_group_frequency_01")
 
 
 @pytest.fixture(scope="module")
