@@ -7,18 +7,15 @@ have the other sign (Fisher 1935), for all its heads at once.
 Shapes: n rows, h heads, u units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
 from saexp.errors import DataError
-
-_NUMBERS = 4_000_000
-"""Numbers held at once while resampling, per array."""
-_ROUNDING = 1e-12
-"""Statistics that differ by less, on the scale of one unit's difference, are equal."""
+from saexp.stats.means import mean_interval
+from saexp.stats.sign_flips import ROUNDING, flip_p_values, flips, sign_flip_p_values
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class PairedDifference:
     mean_second: float
     difference: float
     ci_low: float
-    """Percentile bootstrap over units; NaN where there is but one."""
+    """Bootstrap-t over units; NaN for fewer than 10 units and where all differences are equal."""
     ci_high: float
     p_value: float
     """Two-sided sign-flip permutation test of a mean difference of 0."""
@@ -62,10 +59,8 @@ def paired_difference(
 ) -> PairedDifference:
     """Mean over units of `second - first`, row by row paired.
 
-    All 2^u sign flips are taken where they are no more than `n_permutations`; else p = (1 + those
-    as large) / (1 + n_permutations) over random ones (Phipson and Smyth 2010). The interval is the
-    percentile bootstrap, which is too narrow for fewer than about 20 units. Raises DataError for
-    lengths that differ, no rows, and values that are not finite.
+    The p-value is `sign_flip_p_values`', the interval `mean_interval`'s with `n_bootstrap`
+    resamples. Raises DataError for lengths that differ, no rows, and values that are not finite.
     """
     a, b = (_by_unit(_checked(v, units)[:, None], units)[:, 0] for v in (first, second))
     return _paired(a, b, n_permutations, n_bootstrap, confidence, seed)
@@ -99,11 +94,11 @@ def paired_head_test(
     observed = np.abs(scaled.mean(0))
     order = np.argsort(-observed, kind="stable")
     ranked = observed[order]
-    limit = ranked - _ROUNDING
+    limit = ranked - ROUNDING
     alone = np.zeros(len(order))
     largest = np.zeros(len(order))
     total = 0
-    for signs in _flips(len(scaled), len(order), n_permutations, seed):
+    for signs in flips(len(scaled), len(order), n_permutations, seed):
         flipped = np.abs(signs @ scaled[:, order]) / len(scaled)
         alone += (flipped >= limit).sum(0)
         # The largest among each head and those that changed less.
@@ -111,9 +106,10 @@ def paired_head_test(
         largest += (rest >= limit).sum(0)
         total += len(signs)
     p_value, corrected = np.empty(len(order)), np.empty(len(order))
-    exact = _exact(len(scaled), n_permutations)
-    p_value[order] = _p(alone, total, exact)
-    corrected[order] = np.maximum.accumulate(_p(largest, total, exact))
+    p_value[order] = flip_p_values(alone, total, len(scaled), n_permutations)
+    corrected[order] = np.maximum.accumulate(
+        flip_p_values(largest, total, len(scaled), n_permutations)
+    )
     return PairedHeads(overall, differences.mean(0), p_value, corrected)
 
 
@@ -148,52 +144,15 @@ def _paired(
 ) -> PairedDifference:
     """From one value a unit."""
     differences = second - first
-    n = len(differences)
-    mean = float(differences.mean())
-    limit = abs(mean) - _ROUNDING * float(np.abs(differences).mean())
-    as_large = total = 0
-    for signs in _flips(n, 1, n_permutations, seed):
-        as_large += int((np.abs(signs @ differences) / n >= limit).sum())
-        total += len(signs)
-    low, high = np.nan, np.nan
-    if n > 1:
-        rng = np.random.default_rng([seed, 31])
-        step = max(1, _NUMBERS // n)
-        means = [
-            differences[rng.integers(n, size=(min(step, n_bootstrap - start), n))].mean(1)
-            for start in range(0, n_bootstrap, step)
-        ]
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = mean_interval(
+        differences[:, None], seed, n_resamples=n_bootstrap, confidence=confidence
+    )
     return PairedDifference(
-        n_units=n,
+        n_units=len(differences),
         mean_first=float(first.mean()),
         mean_second=float(second.mean()),
-        difference=mean,
-        ci_low=float(low),
-        ci_high=float(high),
-        p_value=float(_p(as_large, total, _exact(n, n_permutations))),
+        difference=float(differences.mean()),
+        ci_low=float(low[0]),
+        ci_high=float(high[0]),
+        p_value=float(sign_flip_p_values(differences[:, None], seed, n_permutations)[0]),
     )
-
-
-def _exact(n_units: int, n_permutations: int) -> bool:
-    return n_units < 63 and 2**n_units <= n_permutations
-
-
-def _p(as_large: np.ndarray | int, total: int, exact: bool) -> np.ndarray | float:
-    return as_large / total if exact else (1 + as_large) / (1 + total)
-
-
-def _flips(n_units: int, n_heads: int, n_permutations: int, seed: int) -> Iterator[np.ndarray]:
-    """Signs `[m, u]`, all of them or random ones, so many at once as memory allows."""
-    step = max(1, _NUMBERS // max(n_units, n_heads))
-    if _exact(n_units, n_permutations):
-        bits = np.arange(n_units)
-        for start in range(0, 2**n_units, step):
-            numbers = np.arange(start, min(start + step, 2**n_units))[:, None]
-            yield (((numbers >> bits) & 1) * 2 - 1).astype(np.float64)
-        return
-    rng = np.random.default_rng([seed, 29])
-    for start in range(0, n_permutations, step):
-        m = min(step, n_permutations - start)
-        yield rng.integers(2, size=(m, n_units), dtype=np.int8) * 2.0 - 1

@@ -2,6 +2,15 @@
 
 from typing import Any
 
+CONTROL_WORDS = {
+    "frequency": "frequency-matched latents",
+    "disruption": "latents scaled to equal KL",
+    "random_norm": "random directions of equal norm",
+    "random_kl": "random directions of equal KL",
+    "own_group": "patches from other prompts of the same group",
+}
+"""Kinds of control of a causal test; KL is measured on neutral text."""
+
 
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number and its noun: "1 row", "3 rows"; `many` where that is not `one` with an s."""

@@ -88,6 +88,9 @@ class InterventionConfig:
     """What is scored, registry names of kind `outcome`."""
     n_neutral: int = 10
     """Neutral texts on which the cost is measured (outcome neutral_kl)."""
+    prediction_test: bool = False
+    """Beside the rank p-value among controls, that of the prediction t-test, which takes controls
+    for normally distributed and has no smallest value."""
     batch_tokens: Any = "auto"
     """Tokens per batch of prompts, padding included; auto: what keeps the KV cache in 2 GiB, at
     most 65536 (16384 on a CPU)."""

@@ -8,13 +8,7 @@ import pandas as pd
 from saexp.config import InterventionConfig
 from saexp.interventions.controls import MIN_MATCHED
 from saexp.interventions.facts import Condition
-
-_WORDS = {
-    "frequency": "frequency-matched latents",
-    "disruption": "latents scaled to equal KL on neutral text",
-    "random_norm": "random directions of equal norm",
-    "random_kl": "random directions scaled to equal KL on neutral text",
-}
+from saexp.wording import CONTROL_WORDS
 
 
 def control_table(
@@ -70,7 +64,7 @@ def control_notes(
 ) -> list[str]:
     """A note per kind: how many controls of each main condition are matched, and how closely."""
     notes = []
-    for kind, words in _WORDS.items():
+    for kind, words in CONTROL_WORDS.items():
         parts = []
         for condition in main:
             of = (table["of"] == condition.name) & (table["control_kind"] == kind)

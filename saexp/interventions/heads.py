@@ -44,7 +44,8 @@ def attention_tables(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float | int | None]]:
     """Tables `attention` (per layer and head) and `attention_summary` (per condition), and metrics.
 
-    Test prompts only; each condition at the coefficient chosen for it, else its largest. Its
+    Numbers of the summary are over entities (`n`), tested against the unsteered prompts. Test
+    prompts only; each condition at the coefficient chosen for it, else its largest. Its
     controls among `conditions` are run at the same one. A condition that takes directions out of
     the weights is compared with the model's own weights. Raises InterventionError where no prompt
     has an entity.
@@ -89,6 +90,9 @@ def attention_tables(
                 seen = stored if weights is None else {}
                 after = _measured(model, edited, saes, seen)
             units = np.array([p.example.unit for p, _ in pairs])
+            found = paired_head_test(
+                before.reshape(len(pairs), -1), after.reshape(len(pairs), -1), units, seed=cfg.seed
+            )
             about = {
                 "condition": condition.name,
                 "role": condition.role,
@@ -97,16 +101,14 @@ def attention_tables(
                 "direction": condition.direction,
                 "group": condition.prompts,
                 "coefficient": coefficient,
-                "n": len(pairs),
+                "n": found.overall.n_units,
+                "n_prompts": len(pairs),
             }
-            found = paired_head_test(
-                before.reshape(len(pairs), -1), after.reshape(len(pairs), -1), units, seed=cfg.seed
-            )
             rows.append(
                 about
                 | {
-                    "original": float(before.mean()),
-                    "edited": float(after.mean()),
+                    "original": found.overall.mean_first,
+                    "edited": found.overall.mean_second,
                     "difference": found.overall.difference,
                     "ci_low": found.overall.ci_low,
                     "ci_high": found.overall.ci_high,

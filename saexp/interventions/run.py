@@ -13,6 +13,7 @@ from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
 from saexp.interventions.cache import ResultCache, model_ingredients
+from saexp.interventions.claims import claim_notes, with_claims
 from saexp.interventions.control_table import control_notes, control_table, left_out_note
 from saexp.interventions.design import ControlDesign
 from saexp.interventions.facts import Condition, LatentFacts
@@ -120,8 +121,15 @@ class CausalTest:
         result.notes += unmoved(effects, self.kinds)
         self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
-            summary = summarise(_numeric(effects, self.kinds), self.kinds, self.cfg.seed)
-            summary = _marked(summary, best)
+            summary = summarise(
+                _numeric(effects, self.kinds),
+                self.kinds,
+                self.cfg.seed,
+                controls=result.tables.get("controls"),
+                prediction_test=self.cfg.prediction_test,
+            )
+            summary = with_claims(summary, list(self.kinds), best)
+            result.notes += claim_notes(summary, list(self.kinds))
             result.tables["effects_summary"] = with_strengths(
                 summary, conditions, self.coefficients
             )
@@ -321,15 +329,6 @@ class CausalTest:
         )
         result.tables |= tables
         result.metrics |= metrics
-
-
-def _marked(summary: pd.DataFrame, best: Mapping[str, float]) -> pd.DataFrame:
-    """With column `chosen`: the coefficient that was chosen, of the test split."""
-    marked = [
-        r["split"] == "test" and best.get(r["of"] or r["condition"]) == r["coefficient"]
-        for r in summary.to_dict("records")
-    ]
-    return pd.concat([summary, pd.DataFrame({"chosen": marked})], axis=1)
 
 
 def coefficient_unit(cfg: InterventionConfig) -> str:

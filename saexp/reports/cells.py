@@ -121,3 +121,17 @@ def groups_of(table: pd.DataFrame) -> list[str]:
     """The contrast's two groups, as the metrics name them."""
     pattern = r"contrast/best_latent_(.+)"
     return [m[1] for c in table.columns if (m := re.fullmatch(pattern, str(c)))]
+
+
+def line_keys(done: pd.DataFrame) -> list[str]:
+    """What separates lines beside layer and width: whatever else was swept but the coefficient."""
+    besides = ("layer", "width", "coefficient")
+    return [k for k in swept(done) if k not in besides and not k.startswith("intervention")]
+
+
+def cell_words(row: pd.Series, named: list[str]) -> str:
+    """Layer, width where it is set, and what else of `named` differs between cells."""
+    others = [k for k in named if k not in ("layer", "width", "coefficient")]
+    # A list of layers is no scalar, and never missing.
+    shown = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
+    return ", ".join(f"{k} {row[k]}" for k in shown)

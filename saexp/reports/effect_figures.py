@@ -7,10 +7,17 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.reports.effects import prompts_of, unit_words, what
-from saexp.reports.look import GROUP_COLOURS, QUIET, style
+from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
 from saexp.reports.saved import SavedRun
+from saexp.wording import CONTROL_WORDS
 
 _OTHER = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_KIND_COLOURS = {
+    "frequency": QUIET,
+    "disruption": "#009E73",
+    "random_norm": "#E69F00",
+    "random_kl": "#CC79A7",
+}
 
 
 def effect_figures(run: SavedRun) -> dict[str, go.Figure]:
@@ -53,46 +60,87 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
     figure = make_subplots(
         cols=columns, rows=rows, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.16
     )
+    seen: set[str] = set()
     for number, name in enumerate(told):
-        place = {"row": number // columns + 1, "col": number % columns + 1}
-        _dose_panel(figure, run, summary, outcome, name, place, first=number == 0)
+        panel = {"row": number // columns + 1, "col": number % columns + 1}
+        _dose_panel(figure, run, outcome, name, panel, seen)
     unit = unit_words(run.config["intervention"])
     figure.update_xaxes(title=f"coefficient ({unit})")
     if rate:
         figure.update_yaxes(range=[-0.03, 1.03])
     figure.update_yaxes(title=f"{outcome} rate" if rate else outcome.replace("_", " "), col=1)
-    return style(figure, 380 * rows + 100, legend_below=True)
+    style(figure, 380 * rows + 100, legend_below=True)
+    return figure.update_layout(legend={"itemsizing": "constant"})
 
 
-def _band(controls: pd.DataFrame, column: str, *, shown: bool) -> go.Scatter:
+def _band(controls: pd.DataFrame, column: str, kind: str, *, shown: bool) -> go.Scatter:
+    """From the lowest to the highest of the controls that were run at every coefficient."""
     band = controls.groupby("coefficient")[column].agg(["min", "max"]).sort_index()
+    colour = _KIND_COLOURS.get(kind, QUIET)
     return go.Scatter(
         x=[*band.index, *band.index[::-1]],
         y=[*band["max"], *band["min"][::-1]],
         fill="toself",
-        fillcolor="rgba(138,143,152,.35)",
-        line={"color": QUIET, "width": 1},
-        name="controls, lowest to highest",
-        legendgroup="controls",
+        fillcolor=see_through(colour, 0.25),
+        line={"color": see_through(colour, 0.6), "width": 1},
+        name=CONTROL_WORDS.get(kind, "controls"),
+        legendgroup=f"controls {kind}",
         showlegend=shown,
         hoverinfo="skip",
     )
 
 
+def _points(controls: pd.DataFrame, column: str, kind: str, x: float, *, shown: bool) -> go.Scatter:
+    """Every control of a kind at one coefficient, drawn at `x` beside it."""
+    return go.Scatter(
+        x=[x] * len(controls),
+        y=controls[column],
+        mode="markers",
+        marker={"color": see_through(_KIND_COLOURS.get(kind, QUIET), 0.6), "size": 4},
+        text=controls["condition"],
+        name=CONTROL_WORDS.get(kind, "controls"),
+        legendgroup=f"controls {kind}",
+        showlegend=shown,
+    )
+
+
+def _control_traces(
+    controls: pd.DataFrame, column: str, chosen: float | None, seen: set[str]
+) -> list[go.Scatter]:
+    """Bands and points of a condition's controls; `seen` are kinds that the legend has."""
+    kinds = [k for k in CONTROL_WORDS if k in set(controls["control_kind"])]
+    coefficients = controls["coefficient"]
+    step = 0.02 * float(coefficients.max() - min(coefficients.min(), 0.0))
+    n_at = controls.groupby("condition")["coefficient"].transform("nunique")
+    traces = []
+    for number, kind in enumerate(kinds):
+        of_kind = controls["control_kind"] == kind
+        curve = controls[of_kind & (n_at > 1)]
+        if len(curve):
+            traces.append(_band(curve, column, kind, shown=kind not in seen))
+            seen.add(kind)
+        at = controls[of_kind & (coefficients == chosen)]
+        if len(at):
+            x = float(chosen or 0.0) + step * (number - (len(kinds) - 1) / 2)
+            traces.append(_points(at, column, kind, x, shown=kind not in seen))
+            seen.add(kind)
+    return traces
+
+
 def _dose_panel(
     figure: go.Figure,
     run: SavedRun,
-    summary: pd.DataFrame,
     outcome: str,
     name: str,
-    place: dict[str, int],
-    *,
-    first: bool,
+    panel: dict[str, int],
+    seen: set[str],
 ) -> None:
-    where: dict[str, Any] = dict(place)
+    summary = run.summary
+    assert summary is not None
+    where: dict[str, Any] = dict(panel)
     controls = summary[(summary["of"] == name) & (summary["role"] == "control")]
-    if len(controls):
-        figure.add_trace(_band(controls, outcome, shown=first), **where)
+    for trace in _control_traces(controls, outcome, run.chosen_coefficient(name), seen):
+        figure.add_trace(trace, **where)
     main = summary[summary["condition"] == name]
     role, direction = main[["role", "direction"]].iloc[0]
     colour = _colour(run, str(direction))
@@ -131,8 +179,11 @@ def cost_curve(run: SavedRun, costs: pd.DataFrame) -> go.Figure:
     told = [c for c in run.main_conditions() if c in set(costs["condition"])]
     figure = go.Figure()
     controls = costs[(costs["role"] == "control") & costs["of"].isin(told)]
-    if len(controls):
-        figure.add_trace(_band(controls, "neutral_kl", shown=True))
+    n_at = controls.groupby("condition")["coefficient"].transform("nunique")
+    for kind in [k for k in CONTROL_WORDS if k in set(controls["control_kind"])]:
+        curve = controls[(controls["control_kind"] == kind) & (n_at > 1)]
+        if len(curve):
+            figure.add_trace(_band(curve, "neutral_kl", kind, shown=True))
     for number, name in enumerate(told):
         part = costs[costs["condition"] == name].sort_values("coefficient")
         row = part.iloc[0]

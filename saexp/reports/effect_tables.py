@@ -4,9 +4,10 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.reports.effect_controls import kinds_of_control, n_tests
 from saexp.reports.effects import unit_words, what
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted
+from saexp.wording import CONTROL_WORDS, counted
 
 N_EXAMPLES = 4
 N_HEADS = 12
@@ -18,6 +19,8 @@ def effect_content(run: SavedRun) -> dict[str, Any]:
     """What effects.html is given."""
     return {
         "effects": effect_tables(run),
+        "controls": control_rows(run),
+        "n_tests": n_tests(run),
         "costs": cost_table(run),
         "cost_words": (
             "with the edited weights"
@@ -65,36 +68,82 @@ def effect_tables(run: SavedRun) -> list[dict[str, Any]]:
     strengths = ("in_raw", "in_max_act", "in_p99_act", "in_resid_norm", "norm_kept")
     units = [c for c in strengths if c in summary]
     for outcome in run.outcomes:
+        tested = ["p_controls", "p_controls_holm"]
+        tested += ["p_prediction"] if f"{outcome}_p_prediction" in summary else []
+        numbers = ["ci_low", "ci_high", "change", "change_ci_low", "change_ci_high", "p"]
         rows = []
         for row in summary[summary["role"] != "control"].to_dict("records"):
             same = (summary["of"] == row["condition"]) & (summary["role"] == "control")
             controls = summary.loc[same & (summary["coefficient"] == row["coefficient"]), outcome]
             span = f"{controls.min():.2f} to {controls.max():.2f}" if len(controls) else "–"
             cells = [row["condition"], str(row["latent"]).replace("+", ", "), row["group"]]
-            cells += [row[f"{outcome}_n"], row["coefficient"], row[outcome]]
-            cells += [row[f"{outcome}_{c}"] for c in ("ci_low", "ci_high", "change", "p")]
-            cells += [span, len(controls), row[f"{outcome}_over_controls"]]
-            cells += [row[f"{outcome}_p_controls"], "yes" if row["chosen"] else ""]
+            cells += [row[f"{outcome}_n"], row[f"{outcome}_n_prompts"], row["coefficient"]]
+            cells += [row[outcome], *(row[f"{outcome}_{c}"] for c in numbers)]
+            cells += [span, len(controls), *(row[f"{outcome}_{c}"] for c in tested)]
+            exploratory = row["role"] != "baseline" and not row["main"]
+            cells += ["yes" if exploratory else "", "yes" if row["chosen"] else ""]
             rows.append([*cells, *(row[c] for c in units)])
-        head = ["condition", "latents", "prompts", "n", "coefficient", outcome, "low", "high"]
-        head += ["change", "p", "controls' range", "controls", "beyond controls", "p of that"]
-        head += ["chosen on train", *(c.removeprefix("in_").replace("_", " ") for c in units)]
+        head = ["condition", "latents", "group", "entities", "prompts", "coefficient", outcome]
+        head += ["low", "high", "change", "change low"]
+        head += ["change high", "p, unsteered"]
+        head += ["controls' range", "controls", "p, controls", "after Holm"]
+        head += ["p, prediction"] * (len(tested) - 2)
+        head += ["exploratory", "chosen on train"]
+        head += [c.removeprefix("in_").replace("_", " ") for c in units]
         tables.append({"outcome": outcome, "head": head, "rows": rows})
     return tables
 
 
+def control_rows(run: SavedRun) -> dict[str, Any] | None:
+    """Per main condition at its chosen coefficient: each kind of control, its distances, ranges."""
+    rows = []
+    for condition in run.main_conditions():
+        coefficient = run.chosen_coefficient(condition)
+        if coefficient is None:
+            continue
+        of_outcome = [kinds_of_control(run, condition, coefficient, o) for o in run.outcomes]
+        for same in zip(*of_outcome, strict=True):
+            distances = same[0].distances
+            cells: list[Any] = [condition, coefficient, CONTROL_WORDS[same[0].kind]]
+            cells += [len(distances), int(distances["matched"].sum())]
+            cells += [_ratios(distances[f"{c}_ratio"]) for c in ("frequency", "norm", "kl")]
+            for kind in same:
+                cells += [kind.span, kind.p_value]
+            rows.append([*cells, "yes" if all(k.achieved for k in same) else "no"])
+    head = ["condition", "coefficient", "controls", "n", "matched"]
+    head += ["frequency ratio", "norm ratio", "KL ratio"]
+    for outcome in run.outcomes:
+        head += [f"{outcome}, range of matched", f"rank p, {outcome}"]
+    return {"head": [*head, "in the p-value"], "rows": rows} if rows else None
+
+
+def _ratios(values: pd.Series) -> str:
+    """Median and range."""
+    values = values.dropna()
+    if values.empty:
+        return "–"
+    return f"{values.median():.2g} ({values.min():.2g} to {values.max():.2g})"
+
+
 def cost_table(run: SavedRun) -> dict[str, Any] | None:
-    """KL on neutral text per condition and coefficient, with the controls' range."""
+    """KL on neutral text per condition and coefficient, with the range per kind of control."""
     costs = run.table("costs")
     if costs is None:
         return None
+    of_kind = costs[costs["role"] == "control"].groupby(["of", "coefficient", "control_kind"])
+    spans = of_kind["neutral_kl"].agg(["min", "max"])
+    kinds = [k for k in CONTROL_WORDS if k in set(costs["control_kind"])]
     rows = []
     for row in costs[costs["role"] != "control"].to_dict("records"):
-        same = (costs["of"] == row["condition"]) & (costs["role"] == "control")
-        others = costs.loc[same & (costs["coefficient"] == row["coefficient"]), "neutral_kl"]
-        span = f"{others.min():.3f} to {others.max():.3f}" if len(others) else "–"
-        rows.append([row["condition"], row["coefficient"], row["neutral_kl"], span])
-    head = ["condition", "coefficient", "KL, nats a token", "controls' range"]
+        cells = [row["condition"], row["coefficient"], row["neutral_kl"]]
+        for kind in kinds:
+            key = (row["condition"], row["coefficient"], kind)
+            there = key in spans.index
+            cells.append(
+                f"{spans.loc[key, 'min']:.3f} to {spans.loc[key, 'max']:.3f}" if there else "–"
+            )
+        rows.append(cells)
+    head = ["condition", "coefficient", "KL, nats a token", *(CONTROL_WORDS[k] for k in kinds)]
     return {"head": head, "rows": rows}
 
 
@@ -103,7 +152,7 @@ def head_tables(run: SavedRun) -> list[dict[str, Any]]:
     table, summary = run.table("attention"), run.table("attention_summary")
     if table is None or summary is None:
         return []
-    head = ["condition", "prompts", "coefficient", "n", "original", "edited", "difference"]
+    head = ["condition", "prompts", "coefficient", "entities", "original", "edited", "difference"]
     rows = [
         [r["condition"], r["group"], r["coefficient"], r["n"], r["original"], r["edited"]]
         + [r["difference"], r["ci_low"], r["ci_high"], r["p_value"]]
@@ -138,7 +187,7 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
     shown = []
     effects = effects[effects["split"] == "test"]
     for name in run.main_conditions():
-        coefficient = run.told_coefficient(name, run.outcomes[0])
+        coefficient = run.chosen_coefficient(name)
         row = summary[summary["condition"] == name].iloc[0]
         if coefficient is None:
             coefficient = float(summary.loc[summary["condition"] == name, "coefficient"].max())
@@ -169,7 +218,7 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
         ]
         shown.append(
             {
-                "what": what(row, told_direction=False),
+                "what": what(row, with_direction=False),
                 "direction": row["direction"],
                 "group": row["group"],
                 "coefficient": f"{coefficient:g} {unit_words(run.config['intervention'])}",

@@ -4,7 +4,16 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.reports.effect_controls import (
+    control_words,
+    is_significant,
+    n_tests,
+    p_value,
+    p_words,
+    verdict,
+)
 from saexp.reports.saved import SavedRun
+from saexp.stats.means import MIN_N as MIN_ENTITIES
 from saexp.wording import counted
 
 _UNITS = {
@@ -63,7 +72,7 @@ def verb(cfg: dict[str, Any]) -> str:
     return VERBS.get(str(cfg["name"]), f"{cfg['name']} on")
 
 
-def what(row: Any, told_direction: bool = True, *, towards: bool = False) -> str:
+def what(row: Any, with_direction: bool = True, *, towards: bool = False) -> str:
     """What a condition changes, in words: its latents, direction or place.
 
     Latents are `towards` a group rather than for it where those of both groups are moved there.
@@ -75,16 +84,16 @@ def what(row: Any, told_direction: bool = True, *, towards: bool = False) -> str
         layers = sorted({int(x.partition(":")[0]) for x in latents.split("+") if ":" in x})
         if len(layers) > 1:
             named += f" of layers {', '.join(map(str, layers))}"
-        told = told_direction and row["direction"] not in ("latent", "latents")
-        return f"{named} {'towards' if towards else 'for'} '{row['direction']}'" if told else named
+        shown = with_direction and row["direction"] not in ("latent", "latents")
+        return f"{named} {'towards' if towards else 'for'} '{row['direction']}'" if shown else named
     name = str(row["condition"]).removeprefix(f"{row['direction']}_")
     if name == "splice":
         return "the reconstruction"
     if name.startswith("patch_"):
         place = name.removeprefix("patch_")
-        return f"{place} from {row['direction']} prompts" if told_direction else place
+        return f"{place} from {row['direction']} prompts" if with_direction else place
     named = f"the {name.replace('_', ' ')} direction"
-    return f"{named} towards '{row['direction']}'" if told_direction else named
+    return f"{named} towards '{row['direction']}'" if with_direction else named
 
 
 def prompts_of(group: str) -> str:
@@ -92,30 +101,87 @@ def prompts_of(group: str) -> str:
     return "prompts" if group == "all" else f"{group} prompts"
 
 
+def observed_on(run: SavedRun, row: Any, outcome: str) -> str:
+    """What a number is the mean over: "20 known entities (100 prompts)"."""
+    group = "" if row["group"] == "all" else f"{row['group']} "
+    n, n_prompts = int(row[f"{outcome}_n"]), int(row[f"{outcome}_n_prompts"])
+    if run.unit_word != "entities":
+        return counted(n, f"{group}prompt")
+    beside = f" ({counted(n_prompts, 'prompt')})" if n_prompts != n else ""
+    return f"{counted(n, f'{group}entity', f'{group}entities')}{beside}"
+
+
 def effect_sentences(run: SavedRun) -> list[str]:
     """One sentence per main condition: the first outcome in full, the others' numbers behind it."""
-    told = []
+    sentences = []
     for condition in run.main_conditions() if run.outcomes else []:
         first, *others = run.outcomes
-        sentence = _effect(run, condition, first)
-        coefficient = run.told_coefficient(condition, first)
-        if coefficient is not None:
+        coefficient = run.chosen_coefficient(condition)
+        if coefficient is None:
+            sentence = _unchanged(run, condition, first)
+        else:
+            sentence = _effect(run, condition, coefficient, first)
             sentence += "".join(_beside(run, condition, coefficient, o) for o in others)
-            sentence += _cost(run, condition, coefficient) + _attention(run, condition)
-        told.append(f"{sentence}.")
-    return told
+            sentence += _attention(run, condition)
+        details = "" if coefficient is None else _details(run, condition, coefficient, first)
+        sentences.append(f"{sentence}.{details}")
+    return sentences
+
+
+def _rows(run: SavedRun, condition: str, coefficient: float) -> tuple[pd.Series, pd.Series]:
+    """Of the summary: the condition's row, and that of its prompts unsteered."""
+    summary = run.summary
+    assert summary is not None
+    at = (summary["condition"] == condition) & (summary["coefficient"] == coefficient)
+    row = summary[at].iloc[0]
+    start = (summary["role"] == "baseline") & (summary["group"] == row["group"])
+    return row, summary[start].iloc[0]
+
+
+def _change(row: pd.Series, before: pd.Series, outcome: str) -> str:
+    """ "0.00 -> 0.97 [0.92, 0.99]", without an interval where there is none."""
+    low, high = row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"]
+    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{before[outcome]:.2f} -> {row[outcome]:.2f}{interval}"
+
+
+def _effect(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+    cfg = run.config["intervention"]
+    row, before = _rows(run, condition, coefficient)
+    where, strength = "", ""
+    if cfg["name"] != "orthogonalize":
+        where = f" at {place_words(cfg['where'])}"
+        strength = f", coefficient {coefficient:g} {unit_words(cfg)}".rstrip()
+    sentence = (
+        f"{_doing(cfg, row)}{where}{strength}: {_words(outcome)} on "
+        f"{observed_on(run, row, outcome)} {_change(row, before, outcome)}"
+    )
+    if _is_few(row, outcome):
+        return f"{sentence}; too few entities for an interval or a test against controls"
+    return f"{sentence}; {verdict(run, row, outcome)}"
+
+
+def _is_few(row: pd.Series, outcome: str) -> bool:
+    """Whether intervals and p-values are left out because there are few entities."""
+    return int(row[f"{outcome}_n"]) < MIN_ENTITIES
+
+
+def _details(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+    """Sentences that follow: the controls of the first outcome, and the cost."""
+    row, _ = _rows(run, condition, coefficient)
+    controls = "" if _is_few(row, outcome) else control_words(run, row, outcome)
+    return f"{controls}{_cost(run, condition, coefficient)}"
 
 
 def _beside(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
-    """Another outcome at the same strength: before, after, the controls' range."""
-    summary = run.summary
-    assert summary is not None
-    at = summary[summary["coefficient"] == coefficient]
-    row = at[at["condition"] == condition].iloc[0]
-    before = summary[(summary["role"] == "baseline") & (summary["group"] == row["group"])].iloc[0]
-    controls = at[(at["of"] == condition) & (at["role"] == "control")][outcome]
-    beside = f" (controls {controls.min():.2f} to {controls.max():.2f})" if len(controls) else ""
-    return f"; {_words(outcome)} {before[outcome]:.2f} -> {row[outcome]:.2f}{beside}"
+    """Another outcome at the same coefficient: before, after, and how it compares."""
+    row, before = _rows(run, condition, coefficient)
+    significant = is_significant(row, outcome)
+    compared = ""
+    if significant is not None:
+        alike = "" if significant else "not distinguishable from its controls, "
+        compared = f" ({alike}{p_words(row, outcome, n_tests(run))})"
+    return f"; {_words(outcome)} {_change(row, before, outcome)}{compared}"
 
 
 def _attention(run: SavedRun, condition: str) -> str:
@@ -124,94 +190,40 @@ def _attention(run: SavedRun, condition: str) -> str:
     if table is None or condition not in set(table["condition"]):
         return ""
     row = table[table["condition"] == condition].iloc[0]
+    beside = []
+    if row["n"] >= MIN_ENTITIES:
+        beside.append(f"p {p_value(float(row['p_value']))} against the unsteered prompts")
+    controls = table.loc[(table["of"] == condition) & (table["role"] == "control"), "edited"]
+    if len(controls):
+        beside.append(f"{len(controls)} controls {controls.min():.3f} to {controls.max():.3f}")
+    compared = f" ({'; '.join(beside)})" if beside else ""
     return (
         f"; attention from the last token to the entity {row['original']:.3f} -> "
-        f"{row['edited']:.3f} (p {_p(float(row['p_value']))})"
+        f"{row['edited']:.3f}{compared}"
     )
-
-
-def _effect(run: SavedRun, condition: str, outcome: str) -> str:
-    summary = run.summary
-    assert summary is not None
-    cfg = run.config["intervention"]
-    coefficient = run.told_coefficient(condition, outcome)
-    if coefficient is None:
-        return _no_effect(run, condition, outcome)
-    at = summary[summary["coefficient"] == coefficient]
-    row = at[at["condition"] == condition].iloc[0]
-    group = row["group"]
-    before = summary[(summary["role"] == "baseline") & (summary["group"] == group)].iloc[0]
-    where = place_words(cfg["where"])
-    strength = "" if cfg["name"] == "orthogonalize" else f", coefficient {coefficient:g}"
-    if strength:
-        strength = f"{strength} {unit_words(cfg)}".rstrip()
-    numbers = (
-        f"{before[outcome]:.2f} -> {row[outcome]:.2f} "
-        f"[{row[f'{outcome}_ci_low']:.2f}, {row[f'{outcome}_ci_high']:.2f}]"
-    )
-    place = "" if cfg["name"] == "orthogonalize" else f" at {where}"
-    sentence = (
-        f"{_doing(cfg, row)}{place}{strength}: {_words(outcome)} on "
-        f"{int(row[f'{outcome}_n'])} {prompts_of(group)} {numbers}"
-    )
-    return f"{sentence}{_controls(at, condition, outcome)}"
 
 
 def _doing(cfg: dict[str, Any], row: Any) -> str:
     return f"{verb(cfg)} {what(row, towards=cfg['name'] == 'clamp')}"
 
 
-def _no_effect(run: SavedRun, condition: str, outcome: str) -> str:
-    """A condition that no coefficient was chosen for, with the numbers: before, after, controls."""
+def _unchanged(run: SavedRun, condition: str, outcome: str) -> str:
+    """A condition without a chosen coefficient: nothing was changed, or nothing measured."""
     summary = run.summary
     assert summary is not None
-    mine = summary[summary["condition"] == condition]
-    row, told = mine.iloc[0], _doing(run.config["intervention"], mine.iloc[0])
-    after = mine.loc[mine["coefficient"] != 0, outcome]
+    own = summary[summary["condition"] == condition]
+    row, done = own.iloc[0], _doing(run.config["intervention"], own.iloc[0])
     prompts = prompts_of(row["group"])
-    if after.empty:
+    if (own["coefficient"] == 0).all():
         return (
-            f"{told} was run at coefficient 0 alone, which changes nothing: {_words(outcome)} of "
+            f"{done} was run at coefficient 0 alone, which changes nothing: {_words(outcome)} of "
             f"{prompts} stays {row[outcome]:.2f}"
         )
-    if after.isna().all():
-        return f"{told}: {_words(outcome)} could be measured on none of the {prompts}"
-    before = summary[(summary["role"] == "baseline") & (summary["group"] == row["group"])].iloc[0]
-    controls = summary[(summary["of"] == condition) & (summary["role"] == "control")]
-    values = controls.loc[controls["coefficient"] != 0, outcome]
-    beside = f", controls {_range(values)}" if values.notna().any() else ""
-    # Without train prompts it is judged on the prompts it is told of, which a note says.
-    whole = run.effects_summary
-    trained = whole is not None and bool((whole["split"] == "train").any())
-    n = counted(int(row[f"{outcome}_n"]), "test prompt" if trained else "prompt")
-    return (
-        f"{told} changes {_words(outcome)} of {prompts} at no coefficient by more than its "
-        f"controls{' on train prompts' if trained else ''} ({n}: {before[outcome]:.2f} before, "
-        f"{_range(after)} after{beside})"
-    )
-
-
-def _range(values: pd.Series) -> str:
-    return " to ".join(dict.fromkeys([f"{values.min():.2f}", f"{values.max():.2f}"]))
+    return f"{done}: {_words(outcome)} could be measured on none of the {prompts}"
 
 
 def _words(outcome: str) -> str:
     return outcome.replace("_", " ")
-
-
-def _controls(at: pd.DataFrame, condition: str, outcome: str) -> str:
-    controls = at[(at["of"] == condition) & (at["role"] == "control")]
-    if controls.empty:
-        return "; no control could be matched"
-    low, high = controls[outcome].min(), controls[outcome].max()
-    row = at[at["condition"] == condition].iloc[0]
-    p = row[f"{outcome}_p_controls"]
-    shown = "" if pd.isna(p) else f" (p {_p(float(p))} against their mean)"
-    return f"; {len(controls)} matched controls {low:.2f} to {high:.2f}{shown}"
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 0.001 else "< 0.001"
 
 
 def _cost(run: SavedRun, condition: str, coefficient: float) -> str:
@@ -222,9 +234,13 @@ def _cost(run: SavedRun, condition: str, coefficient: float) -> str:
     if row.empty:
         return ""
     others = costs[(costs["of"] == condition) & (costs["role"] == "control")]
-    others = others[others["coefficient"] == coefficient]["neutral_kl"]
-    beside = f", controls {others.min():.2f} to {others.max():.2f}" if len(others) else ""
+    others = others[others["coefficient"] == coefficient]
+    # Those that are scaled to equal KL have it by construction.
+    others = others[~others["control_kind"].isin(["disruption", "random_kl"])]["neutral_kl"]
+    steered = run.config["intervention"]["name"] == "steer"
+    which = "controls of equal norm" if steered else "controls"
+    beside = f", {which} {others.min():.2f} to {others.max():.2f}" if len(others) else ""
     weights = run.config["intervention"]["name"] == "orthogonalize"
     how = "under the edited weights" if weights else "edited at every token"
     value = f"{row['neutral_kl'].iloc[0]:.2f}"
-    return f"; KL per token of neutral text {how} {value} nats{beside}"
+    return f" KL per token of neutral text {how}: {value} nats{beside}."

@@ -106,33 +106,20 @@ class SavedRun:
         mine = table[table["selected"] & (table["direction"] == direction)]
         return mine.sort_values("rank", kind="stable")
 
+    @cached_property
+    def controls(self) -> pd.DataFrame | None:
+        """controls.parquet: how closely each control of a causal test is matched."""
+        return self.table("controls")
+
     def main_conditions(self) -> list[str]:
-        """What is told first: per direction its latents together (else the first alone), and its
-        other directions; of many places the one that was strongest on train prompts."""
+        """The conditions that sentences are about, in order."""
         summary = self.summary
         if summary is None:
             return []
-        names: list[str] = []
-        told = summary[~summary["role"].isin(["baseline", "control"])]
-        for _, mine in told.groupby("direction", sort=False):
-            of_role = {r: list(p["condition"].unique()) for r, p in mine.groupby("role")}
-            names += (of_role.get("group") or of_role.get("single") or [])[:1]
-            names += of_role.get("direction", [])
-            places = of_role.get("place", [])
-            names += [self._strongest(places)] if len(places) > 1 else places
-        return names
+        return list(summary.loc[summary["main"], "condition"].unique())
 
-    def _strongest(self, conditions: list[str]) -> str:
-        """The condition of the largest change on train prompts, of the first outcome."""
-        table, outcome = self.effects_summary, self.outcomes[0]
-        assert table is not None
-        where = table["split"] == ("train" if (table["split"] == "train").any() else "test")
-        mine = table[where & table["condition"].isin(conditions)]
-        sizes = mine.assign(size=mine[f"{outcome}_change"].abs())
-        return str(sizes.sort_values("size", ascending=False)["condition"].iloc[0])
-
-    def told_coefficient(self, condition: str, outcome: str) -> float | None:  # noqa: ARG002
-        """The coefficient chosen on train prompts; None where none made a difference there."""
+    def chosen_coefficient(self, condition: str) -> float | None:
+        """The one chosen on train prompts; None where none but 0 was run or measured."""
         summary = self.summary
         assert summary is not None
         chosen = summary[(summary["condition"] == condition) & summary["chosen"]]

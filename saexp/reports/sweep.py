@@ -3,22 +3,34 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from saexp.reports.cells import CONTROL, STATES, cells_table, groups_of, read_plan, swept
+from saexp.reports.cells import (
+    CONTROL,
+    STATES,
+    cell_words,
+    cells_table,
+    groups_of,
+    read_plan,
+    swept,
+)
+from saexp.reports.effect_controls import ALPHA
 from saexp.reports.html import write_page
 from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
-from saexp.reports.sweep_figures import effects_table, sweep_figures
+from saexp.reports.sweep_effects import effect_findings, effects_table
+from saexp.reports.sweep_figures import sweep_figures
+from saexp.stats.multiplicity import holm
 from saexp.wording import chance_words
 
 CAPTIONS = {
     "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "
-    "95 % bootstrap intervals over entities. The latent is chosen on the train split.",
+    "95 % intervals over entities. The latent is chosen on the train split.",
     "over_width": "The same over the SAE's width.",
     "heat_map": "Held-out AUROC of the best latent per direction.",
     "pareto": "Trained SAEs on held-out texts: explained variance against L0.",
-    "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient; "
-    "bands span the matched controls.",
+    "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient, "
+    "with 95 % intervals over entities; bands span the matched controls.",
     "flow_over_width": "The leading selected latents of each SAE and their nearest in its "
     "neighbours over the width, by decoder cosine (thickness), where it is larger than chance. A "
     "latent with several links to the right is split in the wider SAE. Coloured: selected there.",
@@ -43,7 +55,8 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     table.to_parquet(place / "sweep.parquet", index=False)
     matches, notes = read_matches(place)
     flows = flow_figures(matches)
-    figures = sweep_figures(table) | flows
+    effects = effects_table(place, table[table["status"] == "finished"])
+    figures = sweep_figures(table, effects) | flows
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
     head, rows = _rows(place, table)
     write_page(
@@ -53,7 +66,7 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
         command=read_plan(place).get("command"),
         counts=[(s, n) for s, n in counts if n],
-        finding=findings(table),
+        finding=findings(table, place),
         captions=CAPTIONS,
         head=head,
         rows=rows,
@@ -67,8 +80,9 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return table, figures
 
 
-def findings(table: pd.DataFrame) -> list[str]:
-    """Per direction the best cell and the range of its effects; of trained SAEs, the range."""
+def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]:
+    """Per direction the best cell and its effects (read from the `folder`); of trained SAEs, the
+    range of their quality."""
     done = table[table["status"] == "finished"]
     told = []
     if "train/n_steps" in done and len(done):
@@ -85,9 +99,7 @@ def findings(table: pd.DataFrame) -> list[str]:
         )
     for group in groups_of(done):
         told.append(_best_sentence(done, group))
-    for (outcome, direction), part in effects_table(done).groupby(["outcome", "direction"]):
-        told += _effect_sentence(str(outcome), str(direction), part)
-    return told
+    return told + ([] if folder is None else effect_findings(effects_table(Path(folder), done)))
 
 
 def _best_sentence(done: pd.DataFrame, group: str) -> str:
@@ -101,15 +113,29 @@ def _best_sentence(done: pd.DataFrame, group: str) -> str:
     told = "no cell with a trained SAE selects a latent" if best is None else ""
     if best is not None:
         told = (
-            f"best at {_cell(best, named)} (chosen on the train split): latent "
+            f"best at {cell_words(best, named)} (chosen on the train split): latent "
             f"{_held_out(best, group)}"
         )
     if rival is not None:
         told += (
-            f"; the best of the control SAEs ({rival[CONTROL]}), {_cell(rival, named)}: latent "
-            f"{_held_out(rival, group)}"
+            f"; the best of the control SAEs ({rival[CONTROL]}), {cell_words(rival, named)}: "
+            f"latent {_held_out(rival, group)}"
         )
-    return f"{group}: {told}."
+    return f"{group}: {told}{_n_above_chance(done[~is_control], group)}."
+
+
+def _n_above_chance(cells: pd.DataFrame, group: str) -> str:
+    """In how many cells the best latent is above chance on the test split, after Holm."""
+    names = [f"contrast/best_{n}_{group}_test" for n in ("p_value", "auroc")]
+    if not set(names) <= set(cells):
+        return ""
+    p_values, aurocs = (cells[n].to_numpy(dtype=float, na_value=np.nan) for n in names)
+    tested = holm(p_values)
+    n = int((~np.isnan(tested)).sum())
+    if n < 2:
+        return ""
+    above = int(((tested <= ALPHA) & (aurocs > 0.5)).sum())
+    return f"; the best latent is above chance in {above} of {n} cells (Holm over cells)"
 
 
 def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
@@ -136,46 +162,6 @@ def _held_out(cell: pd.Series, group: str) -> str:
 def _interval(row: pd.Series, key: str) -> str:
     low, high = row.get(f"{key}_ci_low_test"), row.get(f"{key}_ci_high_test")
     return "" if pd.isna(low) or pd.isna(high) else f" [{low:.3f}, {high:.3f}]"
-
-
-def _effect_sentence(outcome: str, direction: str, part: pd.DataFrame) -> list[str]:
-    """Of the cells that change something: where the outcome is lowest and highest."""
-    plain = part.loc[part["coefficient"] == 0, "value"]
-    part = part[part["coefficient"] != 0]
-    if part.empty:
-        return []
-    beside = ""
-    if len(plain):
-        ends = dict.fromkeys([f"{plain.min():.2f}", f"{plain.max():.2f}"])
-        beside = f"; {' to '.join(ends)} at coefficient 0"
-    values = part["value"].to_numpy()
-    if values.min() == values.max():
-        everywhere = "at every other coefficient" if len(plain) else "in every cell"
-        return [f"Acting on '{direction}': {outcome} {values[0]:.2f} {everywhere}{beside}."]
-    named = [c for c in part.columns if c not in _OF_AN_EFFECT and part[c].nunique() > 1]
-    ends = [
-        f"{row['value']:.2f} ({_cell(row, named)}, coefficient {row['coefficient']:g}"
-        f"{_controls(row)})"
-        for row in (part.iloc[int(values.argmin())], part.iloc[int(values.argmax())])
-    ]
-    return [f"Acting on '{direction}': {outcome} from {' to '.join(ends)}{beside}."]
-
-
-def _cell(row: pd.Series, named: list[str]) -> str:
-    """Layer, width where it is set, and what else of `named` differs between cells."""
-    others = [k for k in named if k not in ("layer", "width", "coefficient")]
-    # A list of layers is no scalar, and never missing.
-    shown = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
-    return ", ".join(f"{k} {row[k]}" for k in shown)
-
-
-_OF_AN_EFFECT = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")
-
-
-def _controls(row: pd.Series) -> str:
-    if pd.isna(row["controls_min"]):
-        return ""
-    return f"; controls {row['controls_min']:.2f} to {row['controls_max']:.2f}"
 
 
 def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:

@@ -1,7 +1,5 @@
 """Curves and maps over the cells of a sweep."""
 
-import re
-from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
@@ -9,15 +7,17 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.config import parse_width
-from saexp.reports.cells import groups_of, swept
+from saexp.reports.cells import groups_of, line_keys
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
+from saexp.reports.sweep_effects import OF_AN_EFFECT
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _PANELS = {"auroc": "AUROC", "separation": "separation"}
 
 
-def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
-    """Name -> figure: those that the cells have at least two points for.
+def sweep_figures(table: pd.DataFrame, effects: pd.DataFrame) -> dict[str, go.Figure]:
+    """Name -> figure: those that the cells have at least two points for; `effects` are their
+    `effects_table`.
 
     `over_layers`, `over_width`, `heat_map` (layer x width) and `over_coefficient`; of trained
     SAEs, `pareto`.
@@ -28,7 +28,7 @@ def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
     if done.empty or not groups_of(done):
         return {}
     figures: dict[str, go.Figure] = {}
-    lines = _line_keys(done)
+    lines = line_keys(done)
     first = done.drop_duplicates(["layer", "width", *lines])
     n_layers, n_widths = first["layer"].nunique(), first["width"].nunique()
     if n_layers > 1:
@@ -37,16 +37,9 @@ def sweep_figures(table: pd.DataFrame) -> dict[str, go.Figure]:
         figures["over_width"] = _curves(first, "width", lines + ["layer"] * (n_layers > 1))
     if n_layers > 1 and n_widths > 1:
         figures["heat_map"] = _heat_map(first, lines)
-    effects = effects_table(done)
     if effects["coefficient"].nunique() > 1:
         figures["over_coefficient"] = _effects(effects)
     return figures
-
-
-def _line_keys(done: pd.DataFrame) -> list[str]:
-    """What tells lines apart beside layer and width: whatever else was swept but the strength."""
-    besides = ("layer", "width", "coefficient")
-    return [k for k in swept(done) if k not in besides and not k.startswith("intervention")]
 
 
 def _width_size(width: Any) -> tuple[int, str]:
@@ -92,7 +85,7 @@ def _lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]
 
 
 def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
-    """Best held-out AUROC and separation per direction with 95 % bootstrap intervals."""
+    """Best held-out AUROC and separation per direction with 95 % intervals."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=list(_PANELS.values()))
     for column, measure in enumerate(_PANELS, start=1):
         for group, colour in zip(groups_of(table), GROUP_COLOURS, strict=False):
@@ -171,66 +164,13 @@ def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
     return style(figure, n_rows * (160 + 60 * max(2, table["width"].nunique())))
 
 
-def effects_table(done: pd.DataFrame) -> pd.DataFrame:
-    """Long form of `effect/<outcome>/…_at_<coefficient>` with the matched controls' range.
-
-    One row per cell, outcome, direction and coefficient: of the group of selected latents, or of
-    the one latent where only one is selected. Equal rows of several cells are told once.
-    """
-    pattern = re.compile(r"effect/([^/]+)/(.+)_at_(-?[\d.]+(?:e[+-]?\d+)?)")
-    names = [(c, m) for c in done.columns if (m := pattern.fullmatch(str(c)))]
-    keys = list(dict.fromkeys(["model", "sae", "dataset", "layer", "width", *_line_keys(done)]))
-    rows: list[dict[str, Any]] = []
-    for record in done.to_dict("records"):
-        there = [(n, *m.groups()) for n, m in names if not pd.isna(record[n])]
-        directions = _told_conditions(record, {condition for _, _, condition, _ in there})
-        for name, outcome, condition, at in there:
-            if condition not in directions:
-                continue
-            stem = f"effect/{outcome}/{condition}_controls"
-            rows.append(
-                {
-                    **{k: record.get(k) for k in keys},
-                    "outcome": outcome,
-                    "direction": directions[condition],
-                    "coefficient": float(at),
-                    "value": record[name],
-                    "controls_min": record.get(f"{stem}_min_at_{at}"),
-                    "controls_max": record.get(f"{stem}_max_at_{at}"),
-                }
-            )
-    columns = [
-        *keys,
-        "outcome",
-        "direction",
-        "coefficient",
-        "value",
-        "controls_min",
-        "controls_max",
-    ]
-    return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
-
-
-def _told_conditions(record: dict[Hashable, Any], conditions: set[str]) -> dict[str, str]:
-    """Condition -> direction: the group's, else that of the best latent alone."""
-    told = {c: c.removesuffix("_group") for c in conditions if c.endswith("_group")}
-    for name, latent in record.items():
-        direction = str(name).removeprefix("contrast/best_latent_")
-        if direction == name or pd.isna(latent) or direction in told.values():
-            continue
-        alone = f"{direction}_{int(latent)}"
-        if alone in conditions:
-            told[alone] = direction
-    return told
-
-
 def _effects(effects: pd.DataFrame) -> go.Figure:
     """Outcome over the coefficient, one line per layer and width; matched controls as a band."""
     panels = list(effects.groupby(["outcome", "direction"], sort=False))
     titles = [f"{outcome} when acting on '{direction}'" for (outcome, direction), _ in panels]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
-    known = ("outcome", "direction", "coefficient", "value", "controls_min", "controls_max")
-    by = [n for n in effects.columns if n not in known and effects[n].nunique() > 1]
+    by = [n for n in effects.columns if n not in OF_AN_EFFECT]
+    by = [n for n in by if effects[n].astype(str).nunique() > 1]
     # A cell without latents for one direction has no line in that panel.
     numbers = {name: number for number, (name, _) in enumerate(_lines(effects, by))}
     shown: set[str] = set()
@@ -259,6 +199,11 @@ def _effect(line: pd.DataFrame, label: str, colour: str, *, first: bool) -> list
         showlegend=first,
         mode="lines+markers",
         line={"color": colour},
+        error_y={
+            "array": line["ci_high"] - line["value"],
+            "arrayminus": line["value"] - line["ci_low"],
+            "thickness": 1,
+        },
     )
     band = line.dropna(subset=["controls_min", "controls_max"])
     if band.empty:

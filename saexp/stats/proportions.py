@@ -159,6 +159,25 @@ def paired_difference_interval(
     return float(max(difference - below, -1.0)), float(min(difference + above, 1.0))
 
 
+def paired_change_interval(
+    before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of mean(after) - mean(before), one pair of values in [0, 1] per unit.
+
+    Of outcomes 0 and 1 it is `paired_difference_interval`. A fraction (the mean of several
+    prompts) is counted as so much of a 1: as v^2 <= v, the variance that the counts imply is at
+    least that of the values, so the interval is then too wide rather than too narrow.
+
+    >>> low, high = paired_change_interval(np.zeros(10), np.ones(10))
+    >>> round(low, 2), high
+    (0.61, 1.0)
+    """
+    both = float((after * before).sum())
+    gained, lost = float(after.sum()) - both, float(before.sum()) - both
+    n_neither = max(len(before) - both - gained - lost, 0.0)
+    return paired_difference_interval(both, gained, lost, n_neither, confidence)
+
+
 def auroc_interval(
     auroc: Float[np.ndarray, "..."] | float,
     n_first: int,

@@ -206,7 +206,7 @@ def finish() -> str | None:
     counts = table["status"].value_counts()
     states = ", ".join(f"{n} {state}" for state, n in counts.items())
     lines = [
-        *findings(table),
+        *findings(table, folder),
         f"sweep: {len(table)} cells: {states}",
         f"report: {folder}/sweep.html",
     ]

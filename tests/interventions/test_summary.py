@@ -1,30 +1,42 @@
-"""Effects summed up: means, intervals and paired tests against scipy, and the chosen strength."""
+"""Effects summed up: means, intervals and tests against scipy and loops; chosen coefficients."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.interventions.summary import Draws, chosen_coefficients, summarise, unmoved
+from saexp.interventions.summary import (
+    chosen_coefficients,
+    effect_metrics,
+    matched_by_kind,
+    summarise,
+    unmoved,
+)
 from saexp.paired import paired_difference
+from saexp.stats.exchangeable import prediction_p_value, rank_p_value
+from saexp.stats.proportions import paired_difference_interval
 
 N = 40
+KINDS = {"refusal": "rate", "logit": "mean"}
+CONTROLS = {"frequency": 20, "random_norm": 24, "random_kl": 3}
 
 
 def effects(seed: int = 0, n: int = N) -> pd.DataFrame:
-    """A rate and a number under a baseline, a condition at two strengths, and two controls."""
+    """A rate and a number under a baseline, a condition at three coefficients, and controls."""
     rng = np.random.default_rng(seed)
     rows = []
     for split in ("test", "train"):
         for i in range(n):
             before = rng.normal()
-            cells = [("baseline_a", "baseline", "", 0.0, 0.2, 0.0)]
+            cells = [("baseline_a", "baseline", "", "", 0.0, 0.2, 0.0)]
             for c in (0.0, 1.0, 2.0):
-                cells.append(("b_group", "group", "b_group", c, 0.2 + 0.3 * c, 0.5 * c))
-                for k in (1, 2):
-                    name = f"b_group_control_{k:02d}"
-                    cells.append((name, "control", "b_group", c, 0.2 + 0.05 * c, 0.1 * c * k))
-            for condition, role, of, c, rate, shift in cells:
+                cells.append(("b_group", "group", "b_group", "", c, 0.2 + 0.3 * c, 0.5 * c))
+                for kind, k in CONTROLS.items():
+                    for j in range(k):
+                        shift = (j / k - 0.5) * c * (0.1 if kind == "frequency" else 0.3)
+                        name = f"b_group_{kind}_{j:02d}"
+                        cells.append((name, "control", "b_group", kind, c, 0.2, shift))
+            for condition, role, of, kind, c, rate, shift in cells:
                 rows.append(
                     {
                         "example_id": f"{split}{i}",
@@ -33,18 +45,23 @@ def effects(seed: int = 0, n: int = N) -> pd.DataFrame:
                         "split": split,
                         "condition": condition,
                         "role": role,
+                        "control_kind": kind,
                         "of": of,
                         "direction": "" if role == "baseline" else "b",
                         "latent": "",
                         "coefficient": c,
                         "refusal": float(rng.random() < rate),
-                        "logit": before + shift + 0.1 * rng.normal(),
+                        "logit": before + shift + 0.05 * rng.normal(),
                     }
                 )
     return pd.DataFrame(rows)
 
 
-KINDS = {"refusal": "rate", "logit": "mean"}
+def controls_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The table `controls`: all are matched but the first of each kind."""
+    part = table[table["role"] == "control"]
+    found = part[["of", "condition", "control_kind", "coefficient"]].drop_duplicates()
+    return found.assign(matched=~found["condition"].str.endswith("_00"))
 
 
 def row(summary: pd.DataFrame, condition: str, c: float, split: str = "test") -> pd.Series:
@@ -54,46 +71,60 @@ def row(summary: pd.DataFrame, condition: str, c: float, split: str = "test") ->
 
 def test_means_intervals_and_changes_are_those_of_the_prompts() -> None:
     table = effects()
-    summary = summarise(table, KINDS)
-    found = row(summary, "b_group", 2.0)
+    found = row(summarise(table, KINDS), "b_group", 2.0)
     test = table[table["split"] == "test"]
-    mine = test[(test["condition"] == "b_group") & (test["coefficient"] == 2.0)]
+    own = test[(test["condition"] == "b_group") & (test["coefficient"] == 2.0)]
     before = test[test["role"] == "baseline"]
-    assert found["refusal"] == mine["refusal"].mean()
-    wilson = stats.binomtest(int(mine["refusal"].sum()), N).proportion_ci(method="wilson")
+    assert found["refusal"] == own["refusal"].mean()
+    wilson = stats.binomtest(int(own["refusal"].sum()), N).proportion_ci(method="wilson")
     assert found["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
     assert found["refusal_ci_high"] == pytest.approx(wilson.high, abs=1e-6)
-    difference = mine["logit"].to_numpy() - before["logit"].to_numpy()
+    pairs = pd.crosstab(own["refusal"].to_numpy(), before["refusal"].to_numpy())
+    counts = [pairs.get(b, {}).get(a, 0) for a in (1.0, 0.0) for b in (1.0, 0.0)]
+    assert (found["refusal_change_ci_low"], found["refusal_change_ci_high"]) == pytest.approx(
+        paired_difference_interval(*counts)
+    )
+    difference = own["logit"].to_numpy() - before["logit"].to_numpy()
     assert found["logit_change"] == pytest.approx(difference.mean())
-    apart = paired_difference(before["logit"].to_numpy(), mine["logit"].to_numpy(), mine["unit"])
+    apart = paired_difference(before["logit"].to_numpy(), own["logit"].to_numpy(), own["unit"])
     assert found["logit_change_ci_low"] == pytest.approx(apart.ci_low, abs=0.01)
     assert found["logit_change_ci_high"] == pytest.approx(apart.ci_high, abs=0.01)
+    assert found["logit_p"] == pytest.approx(apart.p_value, abs=3e-4)
 
 
-def test_the_change_beyond_controls_is_against_their_mean() -> None:
+def test_p_values_are_ranks_among_matched_controls_of_each_kind() -> None:
     table = effects()
-    found = row(summarise(table, KINDS), "b_group", 1.0)
-    test = table[(table["split"] == "test") & (table["coefficient"] == 1.0)]
-    controls = test[test["role"] == "control"].groupby("example_id")["logit"].mean()
-    mine = test[test["condition"] == "b_group"].set_index("example_id")["logit"]
-    assert found["logit_over_controls"] == pytest.approx((mine - controls).mean())
-    assert found["logit_p_controls"] < 0.001
-    assert found["logit_controls_below"] == 1.0
+    summary = summarise(table, KINDS, controls=controls_of(table), prediction_test=True)
+    found = row(summary, "b_group", 1.0)
+    at = summary[(summary["split"] == "test") & (summary["coefficient"] == 1.0)]
+    at = at[(at["role"] == "control") & ~at["condition"].str.endswith("_00")]
+    for outcome in KINDS:
+        own, prediction = found[f"{outcome}_change"], []
+        for kind, k in CONTROLS.items():
+            changes = at.loc[at["control_kind"] == kind, f"{outcome}_change"].to_numpy()
+            assert found[f"{outcome}_n_{kind}"] == len(changes) == k - 1
+            assert found[f"{outcome}_p_{kind}"] == rank_p_value(own, changes)
+            prediction.append(prediction_p_value(own, changes))
+        # Of random directions of equal KL there are too few, so their p-value is not used.
+        used = [found[f"{outcome}_p_{kind}"] for kind in ("frequency", "random_norm")]
+        assert found[f"{outcome}_p_controls"] == max(used)
+        assert found[f"{outcome}_p_controls_floor"] == 1 / 20
+        assert found[f"{outcome}_p_prediction"] == max(prediction[:2])
+        assert np.isnan(found[f"{outcome}_p_disruption"])
+        assert found[f"{outcome}_n_disruption"] == 0
+    assert found["logit_p_controls"] == 1 / 20
+    assert np.isnan(summary.loc[summary["role"] == "control", "logit_p_controls"]).all()
+    assert "logit_p_prediction" not in summarise(table, KINDS, controls=controls_of(table))
 
 
-def test_sign_flips_agree_with_scipy() -> None:
-    values = np.random.default_rng(4).normal(0.25, 1.0, size=25)
-    wanted = stats.permutation_test(
-        (values,), np.mean, permutation_type="samples", n_resamples=20_000, rng=1
-    ).pvalue
-    assert Draws(0).sign_flip_p(values) == pytest.approx(wanted, abs=0.02)
-
-
-def test_under_the_null_small_p_values_are_as_rare_as_they_should_be() -> None:
-    rng = np.random.default_rng(5)
-    draws = Draws(0)
-    found = np.array([draws.sign_flip_p(rng.standard_t(4, size=30)) for _ in range(400)])
-    assert abs((found < 0.05).mean() - 0.05) < 0.035
+def test_controls_that_are_not_matched_give_no_p_value() -> None:
+    table = effects()
+    nothing = controls_of(table).assign(matched=False)
+    for controls in (None, nothing):
+        found = row(summarise(table, KINDS, controls=controls), "b_group", 1.0)
+        assert np.isnan(found["logit_p_controls"])
+        assert found["logit_n_frequency"] == 0
+        assert matched_by_kind(controls) == {}
 
 
 def test_prompts_of_one_entity_are_one_observation() -> None:
@@ -102,10 +133,54 @@ def test_prompts_of_one_entity_are_one_observation() -> None:
     once, double = summarise(table, KINDS), summarise(twice, KINDS)
     a, b = row(once, "b_group", 2.0), row(double, "b_group", 2.0)
     assert b["logit_n"] == a["logit_n"] == N
-    assert b["logit_p"] == a["logit_p"]
-    # Rates of several prompts an entity are no counts, so their interval is a bootstrap's.
-    assert b["refusal_ci_low"] == pytest.approx(a["refusal_ci_low"], abs=0.06)
-    assert b["refusal_ci_low"] != a["refusal_ci_low"]
+    assert (a["logit_n_prompts"], b["logit_n_prompts"]) == (N, 2 * N)
+    numbers = [c for c in once if c.startswith(("refusal", "logit")) and "n_prompts" not in c]
+    pd.testing.assert_frame_equal(once[numbers], double[numbers])
+
+
+def test_an_entitys_mean_rate_counts_as_a_fraction_of_a_success() -> None:
+    table = effects()
+    half = table.assign(refusal=1 - table["refusal"])
+    summary = summarise(pd.concat([table, half], ignore_index=True), KINDS)
+    found = row(summary, "b_group", 2.0)
+    wilson = stats.binomtest(N // 2, N).proportion_ci(method="wilson")
+    assert found["refusal"] == 0.5
+    assert found["refusal_ci_low"] == pytest.approx(wilson.low, abs=1e-6)
+    assert found["refusal_change_ci_low"] < 0 < found["refusal_change_ci_high"]
+
+
+def test_no_interval_has_zero_width() -> None:
+    table = effects()
+    table["refusal"], table["logit"] = 1.0, 2.0
+    summary = summarise(table, KINDS, controls=controls_of(table))
+    test = summary[(summary["split"] == "test") & (summary["role"] == "group")]
+    for name in ("refusal", "refusal_change"):
+        assert (test[f"{name}_ci_high"] - test[f"{name}_ci_low"] > 0.05).all()
+    for name in ("logit", "logit_change"):
+        assert test[f"{name}_ci_low"].isna().all()
+    assert (test["logit_p"] == 1).all()
+    assert row(summary, "b_group", 1.0)["refusal_p_controls"] == 1
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_few_entities_have_neither_interval_nor_p_value(n: int) -> None:
+    table = effects(n=n)
+    summary = summarise(table, KINDS, controls=controls_of(table))
+    assert summary["refusal_n"].eq(n).all()
+    for outcome in KINDS:
+        assert summary[f"{outcome}"].notna().all()
+        for suffix in ("ci_low", "ci_high", "change_ci_low", "change_ci_high", "p"):
+            assert summary[f"{outcome}_{suffix}"].isna().all(), suffix
+        assert summary[f"{outcome}_p_controls"].isna().all()
+
+
+def test_controls_have_means_and_changes_alone() -> None:
+    summary = summarise(effects(), KINDS)
+    controls = summary[summary["role"] == "control"]
+    for outcome in KINDS:
+        assert controls[[outcome, f"{outcome}_change"]].notna().all(axis=None)
+        for suffix in ("ci_low", "change_ci_high", "p"):
+            assert controls[f"{outcome}_{suffix}"].isna().all()
 
 
 def test_outcomes_that_some_prompts_lack_count_those_that_have_one() -> None:
@@ -113,20 +188,71 @@ def test_outcomes_that_some_prompts_lack_count_those_that_have_one() -> None:
     lacking = table["example_id"].isin(["test1", "test2"])
     table.loc[lacking, "logit"] = np.nan
     summary = summarise(table, KINDS)
-    assert row(summary, "b_group", 1.0)["logit_n"] == N - 2
-    assert row(summary, "b_group", 1.0)["refusal_n"] == N
+    found = row(summary, "b_group", 1.0)
+    assert (found["logit_n"], found["logit_n_prompts"]) == (N - 2, N - 2)
+    assert found["refusal_n"] == N
+    table.loc[table["condition"] == "b_group", "logit"] = np.nan
+    found = row(summarise(table, KINDS, controls=controls_of(table)), "b_group", 1.0)
+    assert found["logit_n"] == 0
+    assert np.isnan(found[["logit", "logit_change", "logit_p_controls"]].astype(float)).all()
 
 
-def test_the_coefficient_is_chosen_by_the_margin_over_controls_on_one_split_only() -> None:
+def written(changes: dict[tuple[str, float], float]) -> pd.DataFrame:
+    """A summary of a condition `a` and its controls, from their changes."""
+    rows = [
+        {
+            "split": "train",
+            "condition": name,
+            "role": "group" if name == "a" else "control",
+            "of": "a",
+            "coefficient": c,
+            "logit_change": change,
+        }
+        for (name, c), change in changes.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({("a", 1.0): 0.5, ("a", 2.0): 1.0, ("c", 1.0): 0.1, ("c", 2.0): 0.2}, 2.0),
+        ({("a", 1.0): -0.5, ("a", 2.0): 0.3, ("c", 1.0): 0.1, ("c", 2.0): 0.1}, 1.0),
+        # A control with a large change in the other direction is as extreme.
+        ({("a", 1.0): 0.5, ("a", 2.0): 0.9, ("c", 1.0): 0.1, ("c", 2.0): -0.8}, 1.0),
+        # The rule treats it and its controls alike.
+        ({("c", 1.0): 0.5, ("c", 2.0): 1.0, ("a", 1.0): 0.1, ("a", 2.0): 0.2}, 2.0),
+        ({("a", 1.0): 0.1, ("a", 2.0): 0.1, ("c", 1.0): 0.9, ("c", 2.0): 0.5}, 1.0),
+        # Of equal gaps the smallest coefficient; 0 never, and no change is not a value.
+        ({("a", 0.0): 0.0, ("a", -1.0): 0.3, ("a", 2.0): 0.3}, -1.0),
+        ({("a", 1.0): 0.1, ("a", 2.0): np.nan, ("c", 1.0): np.nan}, 1.0),
+        ({("a", 0.0): 0.0, ("a", 2.0): np.nan}, None),
+    ],
+)
+def test_the_coefficient_with_the_largest_gap_to_its_controls_is_chosen(
+    changes: dict[tuple[str, float], float], wanted: float | None
+) -> None:
+    found = chosen_coefficients(written(changes), "logit", "train")
+    assert found == ({} if wanted is None else {"a": wanted})
+    assert chosen_coefficients(written(changes), "logit", "test") == {}
+
+
+def test_metrics_hold_values_p_values_and_the_controls_range() -> None:
     table = effects()
-    summary = summarise(table, KINDS)
-    assert chosen_coefficients(summary, "logit", "train") == {"b_group": 2.0}
-    # On train, make the largest strength do no more than its controls do.
-    at = (table["split"] == "train") & (table["coefficient"] == 2.0)
-    table.loc[at & (table["role"] == "control"), "logit"] += 5
-    summary = summarise(table, KINDS)
-    assert chosen_coefficients(summary, "logit", "train") == {"b_group": 1.0}
-    assert chosen_coefficients(summary, "logit", "test") == {"b_group": 2.0}
+    summary = summarise(table, KINDS, controls=controls_of(table))
+    summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
+    summary.loc[summary["condition"] == "b_group", "logit_p_controls_holm"] = 0.1
+    test = summary[summary["split"] == "test"]
+    metrics = effect_metrics(test, list(KINDS))
+    found = row(summary, "b_group", 2.0)
+    assert metrics["effect/logit/baseline_a"] == row(summary, "baseline_a", 0.0)["logit"]
+    assert metrics["effect/logit/b_group_at_2"] == found["logit"]
+    assert metrics["effect/logit/b_group_p_controls_at_2"] == found["logit_p_controls"]
+    assert metrics["effect/logit/b_group_p_controls_holm_at_2"] == 0.1
+    assert "effect/refusal/b_group_p_controls_holm_at_2" not in metrics
+    controls = test[(test["role"] == "control") & (test["coefficient"] == 2.0)]["logit"]
+    assert metrics["effect/logit/b_group_controls_max_at_2"] == controls.max()
+    assert metrics["effect/logit/b_group_controls_min_at_2"] == controls.min()
 
 
 @pytest.mark.parametrize("value", [0, 1])

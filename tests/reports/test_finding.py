@@ -8,7 +8,7 @@ import pytest
 from saexp.errors import StoreError
 from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
-from tests.reports.written import METRICS, contrast, latents, run, summary, write_json
+from tests.reports.written import METRICS, contrast, controls, latents, run, summary, write_json
 
 SETTING = (
     "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 active latents separate known from "
@@ -22,9 +22,14 @@ KNOWN = (
 UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
     "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's "
-    "median norm: refusal on 20 unknown prompts 0.80 -> 0.30 [0.20, 0.30]"
+    "median norm: refusal on 20 unknown entities 0.80 -> 0.30 [0.20, 0.30]"
 )
-BESIDE = "; 2 matched controls 0.70 to 0.75 (p < 0.001 against their mean)"
+TESTED = "; below all its controls (rank p = 0.02)"
+CONTROLS = (
+    " Controls: 49 random directions of equal norm (0.70 to 0.75); the smallest p-value possible "
+    "is 0.02."
+)
+FOUND = f"{STEERED}{TESTED}.{CONTROLS}"
 
 
 def change(folder: Path, **settings: object) -> SavedRun:
@@ -37,7 +42,7 @@ def change(folder: Path, **settings: object) -> SavedRun:
 
 def test_the_headline_is_the_setting_each_direction_and_each_effect(tmp_path: Path) -> None:
     told = headline(run(tmp_path)).splitlines()
-    assert told == [SETTING, KNOWN, UNKNOWN, f"{STEERED}{BESIDE}."]
+    assert told == [SETTING, KNOWN, UNKNOWN, FOUND]
 
 
 def test_without_a_causal_test_nothing_is_told_of_effects(tmp_path: Path) -> None:
@@ -88,36 +93,112 @@ def test_a_control_sae_is_called_one(tmp_path: Path) -> None:
     assert sentences(SavedRun(tmp_path))[0] == SETTING.replace("SAE of", "random control SAE of")
 
 
-def test_where_no_control_was_matched_that_is_told(tmp_path: Path) -> None:
+def edited(folder: Path, **columns: object) -> str:
+    """The last sentence, where the main condition's row at the chosen coefficient has these."""
     table = summary()
-    run(tmp_path)
-    table[table["role"] != "control"].to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}; no control could be matched."
+    at = (table["condition"] == "known_group") & table["chosen"]
+    for name, value in columns.items():
+        table.loc[at, name] = value
+    run(folder)
+    table.to_parquet(folder / "effects_summary.parquet")
+    return headline(folder).splitlines()[-1]
 
 
-def test_what_it_costs_is_told_beside_the_controls_cost(tmp_path: Path) -> None:
+def test_without_controls_that_is_stated(tmp_path: Path) -> None:
     run(tmp_path)
-    rows = [["known_group", "group", "", 0.6, 0.25], ["known_group", "group", "", 0.9, 0.5]]
-    rows += [[f"control_{n}", "control", "known_group", 0.6, 0.1 + n / 10] for n in (0, 1)]
-    columns = ["condition", "role", "of", "coefficient", "neutral_kl"]
+    (tmp_path / "controls.parquet").unlink()
+    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}; no controls were run."
+
+
+def test_an_effect_within_its_controls_is_not_called_one(tmp_path: Path) -> None:
+    p = {"refusal_p_random_norm": 0.41, "refusal_p_controls": 0.41, "refusal_p_controls_holm": 0.41}
+    found = edited(tmp_path, **p)
+    assert found == (
+        f"{STEERED}; not distinguishable from its controls (rank p = 0.41). Controls: 49 random "
+        "directions of equal norm (0.70 to 0.75)."
+    )
+
+
+def test_the_p_value_after_holm_decides(tmp_path: Path) -> None:
+    run(tmp_path)
+    table = summary()
+    names = [c for c in table if c.startswith("refusal")]
+    for name in names:
+        table[name.replace("refusal", "answered")] = table[name]
+    table["refusal_p_controls_holm"] *= 2
+    table.to_parquet(tmp_path / "effects_summary.parquet")
+    saved = change(tmp_path, outcomes=["refusal", "answered"])
+    assert sentences(saved)[-1] == (
+        f"{STEERED}; not distinguishable from its controls (rank p = 0.02, 0.08 after Holm over 2 "
+        "tests); answered 0.80 -> 0.30 [0.20, 0.30] (rank p = 0.02, 0.04 after Holm over 2 tests)."
+        f"{CONTROLS}"
+    )
+
+
+def test_an_effect_beyond_most_controls_says_how_many(tmp_path: Path) -> None:
+    more = {"refusal_p_random_norm": 0.04, "refusal_p_controls": 0.04, "refusal": 0.7}
+    found = edited(tmp_path, **more, refusal_change=-0.1)
+    assert "; more extreme than 48 of its 49 controls (rank p = 0.04)." in found
+
+
+def test_a_change_smaller_than_that_of_controls_is_said_to_be(tmp_path: Path) -> None:
+    found = edited(tmp_path, refusal=0.79, refusal_change=-0.01)
+    assert "; above all its controls, which change it more (rank p = 0.02)." in found
+
+
+def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path: Path) -> None:
+    run(tmp_path)
+    about = {"frequency_caliper": 2.0}
+    change(tmp_path, **about)
+    further = pd.DataFrame({"condition": [f"f_{n}" for n in range(40)], "of": "known_group"})
+    further = further.assign(control_kind="frequency", coefficient=0.6, frequency_ratio=4.1)
+    further = further.assign(norm_ratio=1.0, kl_ratio=0.5, matched=further.index < 3)
+    pd.concat([controls(), further]).to_parquet(tmp_path / "controls.parquet")
+    found = headline(tmp_path).splitlines()[-1]
+    assert found == (
+        f"{FOUND[:-1]}; sets of frequency-matched latents not used, 3 of 40 within a factor of 2 "
+        "in activation frequency, median ratio 4.1."
+    )
+    few = controls().assign(matched=controls()["condition"].isin(["control_0", "control_2"]))
+    few.to_parquet(tmp_path / "controls.parquet")
+    assert headline(tmp_path).splitlines()[-1] == (
+        f"{STEERED}; too few matched controls for a p-value. Controls: 2 random directions of "
+        "equal norm (0.70), fewer than the 19 needed."
+    )
+
+
+def test_few_entities_have_no_interval_and_no_test(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(["refusal_ci_low", "refusal_ci_high"], float("nan"))
+    found = edited(tmp_path, refusal_n=4, refusal_n_prompts=9, **nothing)
+    assert found == (
+        f"{STEERED.partition(' on 20')[0]} on 4 unknown entities (9 prompts) 0.80 -> 0.30; too few "
+        "entities for an interval or a test against controls."
+    )
+
+
+def test_what_it_costs_is_stated_beside_the_controls_cost(tmp_path: Path) -> None:
+    run(tmp_path)
+    rows = [["known_group", "group", "", "", 0.6, 0.25], ["known_group", "group", "", "", 0.9, 0.5]]
+    for kind, start in (("random_norm", 0.1), ("random_kl", 0.25)):
+        about = ["control", kind, "known_group", 0.6]
+        rows += [[f"{kind}_{n}", *about, start + n / 10] for n in (0, 1)]
+    columns = ["condition", "role", "control_kind", "of", "coefficient", "neutral_kl"]
     pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "costs.parquet")
-    cost = "; KL per token of neutral text edited at every token 0.25 nats, controls 0.10 to 0.20"
-    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}{BESIDE}{cost}."
+    cost = (
+        " KL per token of neutral text edited at every token: 0.25 nats, controls of equal norm "
+        "0.10 to 0.20."
+    )
+    assert headline(tmp_path).splitlines()[-1] == f"{FOUND}{cost}"
 
 
-def test_an_effect_that_was_chosen_nowhere_is_said_to_be_none(tmp_path: Path) -> None:
+def test_an_effect_that_could_not_be_measured_is_said_to_be_none(tmp_path: Path) -> None:
     run(tmp_path)
     table = summary().assign(chosen=False)
-    told = (
-        "adding 2 latents for 'known' changes refusal of unknown prompts at no coefficient by more "
+    table.loc[table["condition"] == "known_group", "refusal"] = float("nan")
+    table.to_parquet(tmp_path / "effects_summary.parquet")
+    assert headline(tmp_path).splitlines()[-1] == (
+        "adding 2 latents for 'known': refusal could be measured on none of the unknown prompts."
     )
-    for train, how in ((True, " on train prompts (20 test prompts"), (False, " (20 prompts")):
-        parts = [table, table.assign(split="train")] if train else [table]
-        pd.concat(parts).to_parquet(tmp_path / "effects_summary.parquet")
-        assert headline(tmp_path).splitlines()[-1] == (
-            f"{told}than its controls{how}: 0.80 before, 0.20 to 0.30 after, controls 0.25 to "
-            "0.75)."
-        )
 
 
 def test_coefficient_0_alone_is_told_as_the_check_it_is(tmp_path: Path) -> None:
@@ -141,12 +222,12 @@ def test_a_unit_without_words_leaves_no_gap(tmp_path: Path) -> None:
 def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path) -> None:
     table = summary()
     run(tmp_path)
-    table[table["role"].isin(["single", "baseline"])].to_parquet(
-        tmp_path / "effects_summary.parquet"
-    )
+    table = table[table["role"].isin(["single", "baseline"])]
+    table = table.assign(main=table["role"] == "single")
+    table.to_parquet(tmp_path / "effects_summary.parquet")
     assert sentences(change(tmp_path, name="clamp", unit="raw"))[-1].startswith(
         "moving latent 7 towards 'known' at the entity's last token, coefficient 0.6 of the way: "
-        "refusal on 20 unknown prompts 0.80 -> 0.50"
+        "refusal on 20 unknown entities 0.80 -> 0.50"
     )
     assert (
         "coefficient 0.6 x the direction as it is:"
@@ -191,12 +272,12 @@ def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
 def test_the_coefficient_told_is_the_one_chosen_on_train_prompts(tmp_path: Path) -> None:
     saved = SavedRun(run(tmp_path))
     # On the test split 0.9 changes more.
-    assert saved.told_coefficient("known_group", "refusal") == 0.6
-    assert saved.told_coefficient("nothing", "refusal") is None
+    assert saved.chosen_coefficient("known_group") == 0.6
+    assert saved.chosen_coefficient("nothing") is None
 
 
 def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
     run(tmp_path)
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}{BESIDE}."
+    assert headline(tmp_path).splitlines()[-1] == FOUND

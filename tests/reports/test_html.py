@@ -83,10 +83,16 @@ def test_the_tables_hold_the_runs_numbers(page: Path) -> None:
     assert row_of(body, "7")[2:6] == ["0.900", "0.870", "0.910", "0.850"]
     assert row_of(body, "7")[-3:] == ["1.0e-09", "1.0e-06", "0.001"]
     assert body.index('<td class="n" data-v="7">') < body.index('<td class="n" data-v="4">')
-    told = re.findall(r"<tr><td>known_group</td>.*?</tr>", body, flags=re.DOTALL)
-    assert len(told) == 3
-    assert ">0.300<" in told[1]
-    assert "<td>0.70 to 0.75</td>" in told[1]
+    effects = re.findall(r"<tr><td>known_group</td>.*?</tr>", body, flags=re.DOTALL)
+    assert len(effects) == 4
+    assert ">0.300<" in effects[1]
+    assert "<td>0.70 to 0.75</td>" in effects[1]
+    # The kinds of control at the chosen coefficient: how many, matched, and their ratios.
+    found = [re.sub("<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", effects[3])]
+    assert found == [
+        *("known_group", "0.600", "random directions of equal norm", "49", "49"),
+        *("–", "1 (1 to 1)", "0.5 (0.5 to 0.5)", "0.70 to 0.75", "0.020", "yes"),
+    ]
     assert row_of(body, "no entity") == ["no entity", "2"]
 
 

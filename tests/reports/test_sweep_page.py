@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -47,35 +48,85 @@ def test_cells_without_a_bootstrap_are_told_without_an_interval(tmp_path: Path) 
     assert told.endswith("latent 4, held-out AUROC 0.800.")
 
 
-def test_an_effect_is_told_from_its_least_to_its_most_with_the_controls(tmp_path: Path) -> None:
-    for number, (layer, value) in enumerate([(1, 0.2), (2, 0.9)]):
-        metrics = effect("unknown", 0, 0.3) | effect("unknown", 2, value, low=0.1, high=0.4)
-        cell(tmp_path, number, f"layer={layer}", metrics=metrics)
-    assert findings(cells_table(tmp_path)) == [
-        "Acting on 'unknown': refusal from 0.20 (layer 1, width 256, coefficient 2; controls 0.10 "
-        "to 0.40) to 0.90 (layer 2, width 256, coefficient 2; controls 0.10 to 0.40); 0.30 at "
-        "coefficient 0."
+def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_path: Path) -> None:
+    """Not the lowest and highest test values, which chance alone would spread."""
+    cells = [(1, 0.4, 0.2, 0.1), (2, 0.5, 0.6, 0.02), (3, 0.9, 0.1, 0.01)]
+    for layer, value, train, p in cells:
+        rows = effect("unknown", 0, 0.3, train=0.0)
+        rows += effect("unknown", 2, value, 0.1, 0.4, train=train, p=p, chosen=True)
+        cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
+    assert findings(cells_table(tmp_path), tmp_path) == [
+        "Acting on 'unknown': refusal 0.30 -> 0.50 [0.40, 0.60] at layer 2, width 256, coefficient "
+        "2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 after Holm over 3 "
+        "cells; 2 of 3 cells differ from their controls."
     ]
+    assert findings(cells_table(tmp_path)) == []
 
 
-def test_coefficient_0_is_no_effect_of_a_sweep(tmp_path: Path) -> None:
-    """Its cells show the model as it is, which stands beside what edits do."""
-    cell(tmp_path, 0, metrics=effect("known", 0, 1.0))
-    cell(tmp_path, 1, metrics=effect("known", 1, 0.5))
-    assert findings(cells_table(tmp_path)) == [
-        "Acting on 'known': refusal 0.50 at every other coefficient; 1.00 at coefficient 0."
-    ]
-    cell(tmp_path, 2, metrics=effect("known", 2, 0.25))
-    (told,) = findings(cells_table(tmp_path))
-    assert told.startswith("Acting on 'known': refusal from 0.25 (")
-    assert " to 0.50 (" in told and told.endswith("); 1.00 at coefficient 0.")
-    cell(tmp_path / "none", 0, metrics=effect("known", 0, 1.0))
-    assert findings(cells_table(tmp_path / "none")) == []
+def test_a_change_that_controls_have_too_does_not_stand_out(tmp_path: Path) -> None:
+    for layer, control in ((1, 0.9), (2, 0.35)):
+        rows = effect("known", 2, 0.9, 0.1, 0.4, train=0.5, chosen=True)
+        for row in rows:
+            if row["split"] == "train" and row["role"] == "control":
+                row["refusal_change"] = 0.3 - control
+        cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
+    (sentence,) = findings(cells_table(tmp_path), tmp_path)
+    assert "at layer 2, width 256" in sentence
+    assert sentence.endswith("; no cell has enough matched controls for a p-value.")
 
 
-def test_an_effect_that_is_the_same_everywhere_is_told_so(tmp_path: Path) -> None:
-    cell(tmp_path, 0, metrics=effect("known", 1, 1.0) | effect("known", 2, 1.0))
-    assert findings(cells_table(tmp_path)) == ["Acting on 'known': refusal 1.00 in every cell."]
+def test_cells_with_equal_effects_are_reported_without_a_range(tmp_path: Path) -> None:
+    """The true rate is 0.2 in every cell, and the sentence holds one cell's interval."""
+    rng, reported = np.random.default_rng(0), []
+    for sweep in range(40):
+        place = tmp_path / str(sweep)
+        for layer in range(6):
+            test, train = rng.binomial(100, 0.2, size=2) / 100
+            rows = effect("known", 1, test, 0.0, 0.5, train=train - 0.3, p=0.5, chosen=True)
+            cell(place, layer, f"layer={layer}", metrics={}, effects=rows)
+        (sentence,) = findings(cells_table(place), place)
+        assert "; 0 of 6 cells differ from their controls" in sentence
+        reported.append(float(sentence.split(" -> ")[1].split(" ")[0]))
+    # Selected by the train value, the test value is unbiased: 0.2 with a standard error of 0.006.
+    assert np.mean(reported) == pytest.approx(0.2, abs=0.02)
+
+
+def test_more_cells_than_p_values_can_be_corrected_for_are_noted(tmp_path: Path) -> None:
+    for layer in range(6):
+        rows = effect("known", 1, 0.9, train=0.1, p=0.01, chosen=True)
+        cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
+    (sentence,) = findings(cells_table(tmp_path), tmp_path)
+    assert sentence.endswith(
+        "; 0 of 6 cells differ from their controls (none can: the smallest p-value of 99 controls "
+        "is 0.06 after Holm; raise intervention.n_controls)."
+    )
+
+
+def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
+    """Each cell has one coefficient, so there was none to choose on train prompts."""
+    for number in (0, 1, 2):
+        rows = effect("known", number, 0.3 * number, p=None, chosen=number > 0)
+        cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
+    (sentence,) = findings(cells_table(tmp_path), tmp_path)
+    assert sentence == (
+        "Acting on 'known': refusal 0.30 -> 0.30 [0.20, 0.40] at layer 2, width 256, coefficient "
+        "1; 0.30 -> 0.60 [0.50, 0.70] at layer 2, width 256, coefficient 2; no cell has enough "
+        "matched controls for a p-value."
+    )
+    for number in range(3, 9):
+        rows = effect("known", number, 0.9, chosen=True)
+        cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
+    (sentence,) = findings(cells_table(tmp_path), tmp_path)
+    assert sentence.startswith("Acting on 'known': refusal in 8 cells, none of which stands out")
+
+
+def test_the_number_of_cells_above_chance_is_after_holm(tmp_path: Path) -> None:
+    for layer, p, test in ((1, 0.001, 0.9), (2, 0.02, 0.7), (3, 0.06, 0.6), (4, 0.001, 0.3)):
+        metrics = contrast("known", 3, train=0.8, test=test)
+        metrics |= {"contrast/best_p_value_known_test": p}
+        cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
+    (sentence,) = findings(cells_table(tmp_path))
+    assert sentence.endswith("; the best latent is above chance in 2 of 4 cells (Holm over cells).")
 
 
 SIGNS = "dataset.text='%d a&b#c?<i>'"

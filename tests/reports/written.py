@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -28,10 +29,14 @@ def cell(
     number: int,
     *overrides: str,
     metrics: dict[str, Any] | None = None,
+    effects: list[dict[str, Any]] | None = None,
     error: str | None = None,
     **config: Any,
 ) -> Path:
-    """A cell's folder: finished with these metrics, failed with this error, or else cut off."""
+    """A cell's folder: finished with these metrics, failed with this error, or else cut off.
+
+    `effects` are rows of its effects_summary.parquet.
+    """
     place = sweep / f"{number}_{','.join(overrides)}"[:100].replace("/", "_")
     (place / ".hydra").mkdir(parents=True)
     text = yaml.safe_dump(list(overrides))
@@ -41,6 +46,8 @@ def cell(
         write_json(place / "metrics.json", metrics)
         about = {"status": "finished", **about}
         (place / "report.html").touch()
+    if effects:
+        pd.DataFrame(effects).to_parquet(place / "effects_summary.parquet", index=False)
     write_json(place / "provenance.json", about)
     if error is not None:
         (place / "error.txt").write_text(error, encoding="utf-8")
@@ -68,14 +75,43 @@ def contrast(
 
 
 def effect(
-    direction: str, coefficient: float, value: float, low: Any = None, high: Any = None
-) -> dict[str, Any]:
-    """The rate when acting on a direction's group of latents, and its controls' range."""
-    stem, at = f"effect/refusal/{direction}_group", f"at_{coefficient:g}"
-    found = {f"{stem}_{at}": value}
-    if low is not None:
-        found |= {f"{stem}_controls_min_{at}": low, f"{stem}_controls_max_{at}": high}
-    return found
+    direction: str,
+    coefficient: float,
+    value: float,
+    low: Any = None,
+    high: Any = None,
+    *,
+    condition: str | None = None,
+    train: float | None = None,
+    p: float | None = None,
+    chosen: bool = False,
+) -> list[dict[str, Any]]:
+    """Rows of a summary: the rate when acting on a direction's latents, and its controls' range.
+
+    Without changes the rate is 0.3; `train` is its change on train prompts, where controls do
+    nothing. The interval is 0.1 to each side.
+    """
+    name = condition or f"{direction}_group"
+    about = {"condition": name, "role": "single" if condition else "group", "of": name}
+    about |= {"direction": direction, "coefficient": coefficient, "main": True, "split": "test"}
+    about |= {"group": "all", "chosen": chosen, "refusal_p_controls_floor": 0.01}
+    about |= {"refusal_p_controls": float("nan") if p is None else p}
+
+    def row(value: float, **more: Any) -> dict[str, Any]:
+        numbers = {"refusal": value, "refusal_change": value - 0.3}
+        numbers |= {"refusal_ci_low": value - 0.1, "refusal_ci_high": value + 0.1}
+        return about | numbers | more
+
+    rows = [row(value)]
+    control = {"role": "control", "main": False}
+    for number, end in enumerate((low, high)):
+        if end is not None:
+            rows.append(row(end, condition=f"{name}_control_{number}", **control))
+    if train is not None:
+        of_train = {"split": "train", "chosen": False}
+        rows.append(row(0.3 + train, **of_train))
+        rows.append(row(0.3, **of_train, **control, condition=f"{name}_control_0"))
+    return rows
 
 
 METRICS = {
@@ -87,6 +123,7 @@ METRICS = {
     **contrast("unknown", None),
 }
 NASTY = "</script><b>&"
+N_CONTROLS = 49
 
 
 def latents() -> pd.DataFrame:
@@ -114,17 +151,37 @@ def summary() -> pd.DataFrame:
     single = ["known_7", "single", "", "known", "7", "unknown"]
     rows: list[list[Any]] = [["baseline_unknown", "baseline", "", "", "", "unknown", 0.0, 0.8]]
     rows += [[*told, 0.0, 0.8], [*told, 0.6, 0.3], [*told, 0.9, 0.2], [*single, 0.6, 0.5]]
-    for number, (at, refusal) in enumerate([(0.6, 0.7), (0.6, 0.75), (0.9, 0.25), (0.9, 0.3)]):
-        control = [f"control_{number % 2}", "control", "known_group", "known", str(number % 2)]
-        rows.append([*control, "unknown", at, refusal])
+    for at, low, high in ((0.6, 0.7, 0.75), (0.9, 0.25, 0.3)):
+        for number in range(N_CONTROLS):
+            control = [f"control_{number}", "control", "known_group", "known", ""]
+            rows.append([*control, "unknown", at, low if number % 2 == 0 else high])
     table = pd.DataFrame(rows, columns=keys)
-    table["refusal_n"], table["refusal_change"] = 20, table["refusal"] - 0.8
-    table["refusal_p"], table["refusal_p_controls"] = 0.004, 0.0002
-    table["refusal_over_controls"] = table["refusal"] - 0.7
+    table["refusal_n"] = table["refusal_n_prompts"] = 20
+    table["refusal_change"], table["refusal_p"] = table["refusal"] - 0.8, 0.004
+    for suffix in ("_change_ci_low", "_change_ci_high"):
+        table[f"refusal{suffix}"] = table["refusal_change"]
     table["split"], table["in_resid_norm"] = "test", table["coefficient"]
-    table["chosen"] = (table["coefficient"] == 0.6) & table["condition"].str.startswith("known")
+    known = table["condition"].str.startswith("known")
+    table["chosen"] = (table["coefficient"] == 0.6) & known
+    table["main"] = table["condition"] == "known_group"
     table["refusal_ci_low"], table["refusal_ci_high"] = table["refusal"] - 0.1, table["refusal"]
+    is_control = table["role"] == "control"
+    table["control_kind"] = np.where(is_control, "random_norm", "")
+    tested = table["main"] & (table["coefficient"] > 0)
+    for name in ("p_random_norm", "p_controls"):
+        table[f"refusal_{name}"] = np.where(tested, 0.02, np.nan)
+    table["refusal_p_controls_floor"] = np.where(tested, 0.02, np.nan)
+    table["refusal_p_controls_holm"] = np.where(tested & table["chosen"], 0.04, np.nan)
     return table
+
+
+def controls() -> pd.DataFrame:
+    """The controls of `summary`: random directions, all matched."""
+    table = summary()
+    table = table[table["role"] == "control"]
+    found = table[["of", "condition", "control_kind", "coefficient"]].copy()
+    found["frequency_ratio"], found["norm_ratio"], found["kl_ratio"] = np.nan, 1.0, 0.5
+    return found.assign(kl=0.1, kl_own=0.2, matched=True)
 
 
 def effects(texts: dict[str, str]) -> pd.DataFrame:
@@ -169,6 +226,7 @@ def run(folder: Path, *, causal: bool = True, notes: tuple[str, ...] = ()) -> Pa
     rows.to_parquet(folder / "rows.parquet", index=False)
     if causal:
         summary().to_parquet(folder / "effects_summary.parquet", index=False)
+        controls().to_parquet(folder / "controls.parquet", index=False)
         texts = {"known_group": f"steered {NASTY}", "control_0": "first control"}
         effects(texts).to_parquet(folder / "effects.parquet", index=False)
     return folder

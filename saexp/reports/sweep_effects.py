@@ -1,0 +1,160 @@
+"""Causal effects over a sweep's cells: chosen on train prompts, reported on test prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saexp.reports.cells import cell_words, line_keys
+from saexp.reports.effect_controls import ALPHA, p_value
+from saexp.stats.multiplicity import holm
+from saexp.wording import counted
+
+_MOST_LISTED = 6
+"""Cells without train prompts that are listed one by one."""
+NUMBERS = ["value", "ci_low", "ci_high", "change", "controls_min", "controls_max"]
+NUMBERS += ["p_controls", "p_floor", "gap_train"]
+OF_AN_EFFECT = {"outcome", "direction", "coefficient", "chosen", *NUMBERS}
+
+
+def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell, outcome, direction and coefficient, of the main latents of each direction.
+
+    Values, intervals, p-values against controls and the matched controls' range are of the test
+    split; `gap_train` is, on train prompts, the size of the change less that of the most extreme
+    control (NaN without train prompts), `chosen` marks the coefficient that the cell chose there.
+    Equal rows of several cells appear once.
+    """
+    keys = list(dict.fromkeys(["model", "sae", "dataset", "layer", "width", *line_keys(done)]))
+    rows: list[dict[str, Any]] = []
+    for record in done.to_dict("records"):
+        summary = _read(folder / str(record["folder"]) / "effects_summary.parquet")
+        if summary is None:
+            continue
+        controls = _read(folder / str(record["folder"]) / "controls.parquet")
+        about = {k: record.get(k) for k in keys}
+        rows += [about | row for row in _of_cell(summary, controls)]
+    columns = [*keys, "outcome", "direction", "coefficient", "chosen", *NUMBERS]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
+
+
+def _read(file: Path) -> pd.DataFrame | None:
+    return pd.read_parquet(file) if file.is_file() else None
+
+
+def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[str, Any]]:
+    ending = "_p_controls"
+    outcomes = [str(c).removesuffix(ending) for c in summary if str(c).endswith(ending)]
+    is_control = summary["role"] == "control"
+    if controls is not None:
+        matched = controls.loc[controls["matched"], "condition"]
+        is_control &= summary["condition"].isin(matched)
+    by = ["split", "of", "coefficient"]
+    main = summary[summary["main"] & summary["role"].isin(["group", "single"])]
+    train = main[main["split"] == "train"]
+    of_train = list(zip(train["condition"], train["coefficient"], strict=True))
+    rows = []
+    for outcome in outcomes:
+        of_controls = summary[is_control].groupby(by)[outcome]
+        least, most = of_controls.min(), of_controls.max()
+        changes = summary.assign(size=summary[f"{outcome}_change"].abs())
+        rivals = changes[is_control].groupby(by)["size"].max()
+        sizes = dict(zip(of_train, train[f"{outcome}_change"].abs(), strict=True))
+        for row in main[main["split"] == "test"].to_dict("records"):
+            here = (row["condition"], row["coefficient"])
+            rows.append(
+                {
+                    "outcome": outcome,
+                    "direction": row["direction"],
+                    "coefficient": row["coefficient"],
+                    "chosen": bool(row["chosen"]),
+                    "value": row[outcome],
+                    "ci_low": row[f"{outcome}_ci_low"],
+                    "ci_high": row[f"{outcome}_ci_high"],
+                    "change": row[f"{outcome}_change"],
+                    "controls_min": least.get(("test", *here), np.nan),
+                    "controls_max": most.get(("test", *here), np.nan),
+                    "p_controls": row[f"{outcome}_p_controls"],
+                    "p_floor": row[f"{outcome}_p_controls_floor"],
+                    "gap_train": sizes.get(here, np.nan) - rivals.get(("train", *here), 0.0),
+                }
+            )
+    return rows
+
+
+def effect_findings(effects: pd.DataFrame) -> list[str]:
+    """A sentence per outcome and direction, on the cells at the coefficient that each chose."""
+    chosen = effects[effects["chosen"].astype(bool) & effects["value"].notna()]
+    return [
+        _sentence(str(outcome), str(direction), part.reset_index(drop=True))
+        for (outcome, direction), part in chosen.groupby(["outcome", "direction"], sort=False)
+    ]
+
+
+def _sentence(outcome: str, direction: str, cells: pd.DataFrame) -> str:
+    """The cell that stands out on train prompts with its test values; never the best test value."""
+    cells = cells.assign(p_holm=holm(cells["p_controls"].to_numpy(dtype=float)))
+    about = [str(c) for c in cells if c not in OF_AN_EFFECT and c != "p_holm"]
+    named = [c for c in about if cells[c].astype(str).nunique() > 1]
+    words, n = outcome.replace("_", " "), int(cells["p_controls"].notna().sum())
+    counts = _counts(cells, n)
+    if cells["gap_train"].notna().any():
+        best = cells.iloc[int(np.nanargmax(cells["gap_train"]))]
+        return (
+            f"Acting on '{direction}': {words} {_change(best)} at {_named(best, named)}"
+            f"{' (chosen on train prompts)' if len(cells) > 1 else ''}{_tested(best, n)}{counts}."
+        )
+    if len(cells) > _MOST_LISTED:
+        return (
+            f"Acting on '{direction}': {words} in {len(cells)} cells, none of which stands out "
+            f"by its train prompts, as there are none{counts}."
+        )
+    each = [f"{_change(c)} at {_named(c, named)}{_tested(c, n)}" for _, c in cells.iterrows()]
+    return f"Acting on '{direction}': {words} {'; '.join(each)}{counts}."
+
+
+def _named(cell: pd.Series, named: list[str]) -> str:
+    where = cell_words(cell, named)
+    return (
+        f"{where}, coefficient {cell['coefficient']:g}"
+        if where
+        else (f"coefficient {cell['coefficient']:g}")
+    )
+
+
+def _change(cell: pd.Series) -> str:
+    before = "" if pd.isna(cell["change"]) else f"{cell['value'] - cell['change']:.2f} -> "
+    low, high = cell["ci_low"], cell["ci_high"]
+    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    return f"{before}{cell['value']:.2f}{interval}"
+
+
+def _tested(cell: pd.Series, n_tests: int) -> str:
+    found = []
+    if not pd.isna(cell["controls_min"]):
+        found.append(f"controls {cell['controls_min']:.2f} to {cell['controls_max']:.2f}")
+    if not pd.isna(cell["p_controls"]):
+        found.append(f"rank p {p_value(float(cell['p_controls']))}")
+        if n_tests > 1:
+            found.append(f"{cell['p_holm']:.2g} after Holm over {n_tests} cells")
+    return "".join(f", {f}" for f in found)
+
+
+def _counts(cells: pd.DataFrame, n_tests: int) -> str:
+    """How many cells differ from their controls, and whether any could."""
+    if not n_tests:
+        return "; no cell has enough matched controls for a p-value"
+    if len(cells) == 1:
+        return ""
+    n_significant = int((cells["p_holm"] <= ALPHA).sum())
+    found = f"; {n_significant} of {counted(len(cells), 'cell')} "
+    found += "differ" if n_significant != 1 else "differs"
+    found += " from their controls" if n_significant != 1 else " from its controls"
+    floor = float(cells["p_floor"].min())
+    if floor * n_tests > ALPHA:
+        found += (
+            f" (none can: the smallest p-value of {round(1 / floor) - 1} controls is "
+            f"{floor * n_tests:.2g} after Holm; raise intervention.n_controls)"
+        )
+    return found

@@ -1,0 +1,73 @@
+"""Error rate and power of the test against controls, through the coefficient's choice, seeded."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saexp.interventions.summary import chosen_coefficients, summarise
+
+COEFFICIENTS = (0.3, 0.6, 0.9)
+N_CURVE = 10
+N_RUNS = 200
+
+
+def rows(rng: np.random.Generator, effect: np.ndarray, split: str, at: np.ndarray) -> pd.DataFrame:
+    """Logits and answers of 30 prompts, which vary more than latents; `effect` is [latent, c].
+
+    `at` are the (latent, coefficient index) pairs that are run. Latent 0 is the condition.
+    """
+    prompt, n = rng.normal(0, 3, 30), 30
+    parts = [("baseline", "baseline", "", "", 0.0, np.zeros(n))]
+    for latent, c in at:
+        name = f"control_{latent:02d}" if latent else "own"
+        role, kind = ("control", "frequency") if latent else ("group", "")
+        change = effect[latent, c] * (1 + rng.normal(0, 1, n))
+        parts.append((name, role, "own", kind, COEFFICIENTS[c], change))
+    made = []
+    for name, role, of, kind, coefficient, change in parts:
+        logit = prompt + change + rng.normal(0, 1, n)
+        about = {"condition": name, "role": role, "of": of, "control_kind": kind}
+        about |= {"coefficient": coefficient, "split": split, "group": "a"}
+        about |= {"direction": "a", "latent": ""}
+        made.append(pd.DataFrame({**about, "unit": np.arange(n), "logit": logit}))
+    found = pd.concat(made, ignore_index=True)
+    return found.assign(answered=(found["logit"] > 0).astype(float))
+
+
+def p_values(seed: int, k: int, own: float = 0.0) -> np.ndarray:
+    """Of one run: its coefficient chosen on train prompts, its p-value on test prompts.
+
+    Latents' effects are heavy-tailed, and at each coefficient half of them is another one.
+    """
+    rng = np.random.default_rng([seed, k])
+    dose = np.array(COEFFICIENTS)
+    same, apart = rng.standard_t(4, size=(k + 1, 1)), rng.standard_t(4, size=(k + 1, 3))
+    effect = dose * (same + apart) / np.sqrt(2)
+    effect[0] += own * dose
+    curve = np.array(list(product(range(N_CURVE + 1), range(3))))
+    kinds = {"logit": "mean", "answered": "rate"}
+    train = summarise(rows(rng, effect, "train", curve), kinds)
+    (chosen,) = chosen_coefficients(train, "logit", "train").values()
+    at = np.array([(latent, COEFFICIENTS.index(chosen)) for latent in range(k + 1)])
+    test = rows(rng, effect, "test", at)
+    controls = test[test["role"] == "control"].drop_duplicates("condition").assign(matched=True)
+    found = summarise(test, kinds, controls=controls)
+    return found.loc[found["condition"] == "own", [f"{o}_p_controls" for o in kinds]].to_numpy()[0]
+
+
+@pytest.mark.parametrize("k", [19, 99])
+def test_latents_exchangeable_with_their_controls_rarely_pass(k: int) -> None:
+    found = np.stack([p_values(seed, k) for seed in range(N_RUNS)])
+    error = np.sqrt(0.05 * 0.95 / N_RUNS)
+    for share in (found <= 0.05).mean(0):
+        assert share <= 0.05 + 2 * error
+    # Not because nothing could pass: p-values are spread out evenly.
+    assert abs(found[:, 0].mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("k", [19, 99])
+def test_a_real_effect_passes(k: int) -> None:
+    found = np.stack([p_values(seed, k, own=30.0) for seed in range(20)])
+    assert ((found[:, 0] <= 1 / (k + 1)).mean()) > 0.9
