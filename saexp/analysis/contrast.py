@@ -18,11 +18,12 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast_notes import at_chance, louder, no_width, why_none
 from saexp.analysis.density import DensityLimit, density_limit
 from saexp.analysis.matching import match_token_counts
-from saexp.analysis.statistics import Ranked, benjamini_hochberg, welch_t
+from saexp.analysis.statistics import Ranked, welch_t
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.summary import by_unit, moments
 from saexp.results import TaskResult
+from saexp.stats.multiplicity import benjamini_hochberg
 from saexp.wording import counted
 
 log = logging.getLogger(__name__)

@@ -308,13 +308,3 @@ def welch_t(
         t = (mean1 - mean2) / np.sqrt(a + b)
         df = (a + b) ** 2 / (a**2 / (n1 - 1) + b**2 / (n2 - 1))
     return t, 2 * special.stdtr(df, -np.abs(t))
-
-
-def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values that bound the false discovery rate (Benjamini and Hochberg 1995)."""
-    n = len(p_values)
-    order = np.argsort(p_values)[::-1]
-    scaled = p_values[order] * n / np.arange(n, 0, -1)
-    adjusted = np.empty(n)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
-    return adjusted

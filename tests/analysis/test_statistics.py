@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
-from statsmodels.stats.multitest import multipletests
 
 from saexp.analysis.statistics import (
     FEW,
     Ranked,
     _fisher,
     _pearson3_tail,
-    benjamini_hochberg,
     stratified_rank_test,
     stratum_weights,
     welch_t,
 )
 from saexp.latents.summary import moments
+from saexp.stats.multiplicity import benjamini_hochberg
 
 
 def random_columns(rng: np.random.Generator, n_rows: int, n_latents: int) -> np.ndarray:
@@ -301,14 +300,3 @@ def test_welch_t(n_first: int, n_second: int) -> None:
     varies = np.flatnonzero(a.variance + b.variance > 0)
     np.testing.assert_allclose(t[varies], expected.statistic[varies], rtol=1e-7)
     np.testing.assert_allclose(p[varies], expected.pvalue[varies], rtol=1e-7)
-
-
-@given(arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1)))
-def test_benjamini_hochberg(p_values: np.ndarray) -> None:
-    found = benjamini_hochberg(p_values)
-    np.testing.assert_allclose(found, multipletests(p_values, method="fdr_bh")[1], atol=1e-15)
-    np.testing.assert_allclose(found, stats.false_discovery_control(p_values), atol=1e-15)
-
-
-def test_benjamini_hochberg_of_nothing() -> None:
-    assert benjamini_hochberg(np.empty(0)).shape == (0,)

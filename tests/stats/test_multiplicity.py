@@ -1,0 +1,55 @@
+"""Adjusted p-values equal statsmodels', scipy's and plain loops', and bound their error rates."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from saexp.stats.multiplicity import benjamini_hochberg, holm
+
+P_VALUES = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1))
+
+
+@given(P_VALUES)
+def test_benjamini_hochberg(p_values: np.ndarray) -> None:
+    found = benjamini_hochberg(p_values)
+    np.testing.assert_allclose(found, multipletests(p_values, method="fdr_bh")[1], atol=1e-15)
+    np.testing.assert_allclose(found, stats.false_discovery_control(p_values), atol=1e-15)
+
+
+def test_benjamini_hochberg_of_nothing() -> None:
+    assert benjamini_hochberg(np.empty(0)).shape == (0,)
+
+
+@given(P_VALUES)
+def test_holm(p_values: np.ndarray) -> None:
+    found = holm(p_values)
+    np.testing.assert_allclose(found, multipletests(p_values, method="holm")[1], atol=1e-15)
+    largest = 0.0
+    for i, at in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[at]))
+        assert found[at] == pytest.approx(largest)
+
+
+def test_holm_leaves_out_what_was_not_tested() -> None:
+    found = holm(np.array([np.nan, 0.03, 0.01, np.nan]))
+    assert np.isnan(found[[0, 3]]).all()
+    assert found[1:3].tolist() == [0.03, 0.02]
+    assert np.isnan(holm(np.full(3, np.nan))).all()
+    assert holm(np.empty(0)).shape == (0,)
+
+
+def test_holm_bounds_the_familywise_error_beside_a_true_effect() -> None:
+    """One strong effect among 6 dependent tests of null hypotheses, 2000 times."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(2000, 1)), rng.normal(size=(2000, 7))
+    z = np.sqrt(0.3) * shared + np.sqrt(0.7) * own
+    z[:, 0] += 5
+    p = 2 * stats.norm.sf(np.abs(z))
+    found = np.stack([holm(row) for row in p])
+    wrong = (found[:, 1:] <= 0.05).any(1).mean()
+    assert 0.02 < wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
+    assert (p[:, 1:] <= 0.05).any(1).mean() > 0.2, "uncorrected, there would be many"
