@@ -1,44 +1,33 @@
 """Which latents tell two groups of entities apart: chosen on train, judged on test.
 
 The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
-f_unknown, the reverse for unknown, f the share of entities whose latent fires (> 1e-6); a general
-latent has a high minimum over the entity types. On top: tests, correction, intervals, held-out
-entities; and beside the most selective latent of each group the strongest one, which may be active
-on any text. One observation is one entity: rows of the same entity are averaged first.
+f_unknown, the reverse for unknown, f the fraction of entities on which a latent is active (> 1e-6);
+a general latent has a high minimum over the entity types. On top: tests, correction, intervals,
+held-out entities; and beside the most selective latent of each group the strongest one, which may
+be active on any text. One observation is one entity (see `observations`); groups are compared
+within entity types.
 """
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.contrast_notes import at_chance, louder, no_width, why_none
+from saexp.analysis.contrast_notes import at_chance, louder, unequal_types, why_none
 from saexp.analysis.density import DensityLimit, density_limit
 from saexp.analysis.matching import match_token_counts
-from saexp.analysis.statistics import Ranked, welch_t
+from saexp.analysis.observations import THRESHOLD, observations
+from saexp.analysis.statistics import Ranked, stratified_rank_test
+from saexp.analysis.strata import Split, StratumMeans, column_means, difference, split_of
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
-from saexp.latents.summary import by_unit, moments
+from saexp.latents.summary import moments
 from saexp.results import TaskResult
-from saexp.stats.multiplicity import benjamini_hochberg
-from saexp.wording import counted
+from saexp.stats.multiplicity import benjamini_hochberg, holm
+from saexp.stats.proportions import separation_interval, stratified_auroc_interval
 
 log = logging.getLogger(__name__)
-
-THRESHOLD = 1e-6
-
-
-@dataclass
-class _Split:
-    """Units of one split."""
-
-    csr: sparse.csr_array
-    units: pd.DataFrame
-    first: np.ndarray
-    """Whether a unit is of the first group."""
 
 
 class ContrastAnalyzer:
@@ -50,13 +39,18 @@ class ContrastAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `contrast/…` and the table `latents`.
 
-        Columns without suffix are of the train split, `_test` ones of the test split. `auroc` is
-        P(first > second); `p_value` its Mann-Whitney test (see RankTest), `q_value` that after
-        Benjamini-Hochberg over every latent that fired in the split, 1 for the others; `ci_low`,
-        `ci_high` a bootstrap interval of `auroc`; `direction` the group that a latent is
-        associated with, in which `min_separation` and `min_auroc` are the smallest over the entity
-        types that both groups have, or overall where they share none. Raises DataError where a
-        split lacks a group.
+        Columns without suffix are of the train split, `_test` ones of the test split. `n_<g>`,
+        `freq_<g>`, `mean_<g>` are plain numbers of the group's units; what compares the groups
+        does so within entity types: `separation`, `mean_difference` and `auroc` (P(first >
+        second)) are means over types with van Elteren's weights, `p_value` is his test (see
+        RankTest), `q_value` that after Benjamini-Hochberg over every latent active in the split, 1
+        for the others. `ci_low`, `ci_high` are Newcombe's method 5 for `auroc`, `separation_ci_…`
+        his hybrid (see saexp.stats.proportions), NaN for groups of fewer than MIN_GROUP units.
+        `direction` is the group that a latent is associated with, in which `min_separation` and
+        `min_auroc` are the smallest over the types, or overall where the groups share none.
+        Units of types that only one group has are left out. `best_p_value_<g>_test` and
+        `strongest_…` are the test split's p-values of the leading latents after Holm over those of
+        both groups. Raises DataError where a split lacks a group.
         """
         if len(inputs.groups) != 2:
             raise DataError(
@@ -65,38 +59,24 @@ class ContrastAnalyzer:
             )
         inputs.check_splits()
         first, second = inputs.groups
-        # Rows of a third group, or of none, would count as second.
-        mine = inputs.latents.rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
-        rows = inputs.latents.rows[mine]
-        observed, both = _observed(rows)
-        csr, where = by_unit(inputs.latents.csr[mine], observed)
-        units = rows.iloc[where].reset_index(drop=True)
+        observed, notes = observations(inputs.latents, inputs.groups, self.cfg.seed)
         matching = match_token_counts(
-            units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
+            observed.units, (first, second), self.cfg.seed, resample=self.cfg.match_tokens
         )
-        csr, units = csr[matching.keep], units[matching.keep].reset_index(drop=True)
+        observed = observed.where(matching.keep)
         dropped = int((~matching.keep).sum())
-        train = self._split(csr, units, inputs.groups, "train", dropped)
-        test = self._split(csr, units, inputs.groups, "test", dropped)
-        fired = np.flatnonzero(np.bincount(csr.indices, minlength=csr.shape[1]))
+        notes = [*matching.notes, *notes, *unequal_types(observed.units, (first, second))]
+        train, train_notes = split_of(observed, inputs.groups, "train", dropped)
+        test, test_notes = split_of(observed, inputs.groups, "test", dropped)
+        notes += [*train_notes, *test_notes]
+        fired = np.flatnonzero(np.bincount(observed.csr.indices, minlength=inputs.latents.d_sae))
         table = pd.DataFrame({"latent": fired, "layer": inputs.layer})
         table = table.assign(**self._columns(train, fired, inputs.groups))
-        table["direction"] = np.where(_leaning(table, first, second) >= 0, first, second)
+        table["direction"] = np.where(_leaning(table) >= 0, first, second)
         for name, values in self._columns(test, fired, inputs.groups).items():
             table[f"{name}_test"] = values
-        notes = list(matching.notes)
-        if both:
-            notes.append(
-                f"{counted(both, 'entity has', 'entities have')} rows of both groups; each counts "
-                "once in either, though the two are not independent"
-            )
         for split, suffix in ((train, ""), (test, "_test")):
-            if not self._per_type(table, split, fired, first, suffix):
-                name = "test" if suffix else "train"
-                notes.append(
-                    f"split {name}: {first} and {second} share no entity type, so min_separation "
-                    "and min_auroc are over all entities"
-                )
+            self._per_type(table, split, fired, first, suffix)
         background = self._background(inputs)
         table["background_freq"] = background[fired]
         limit = density_limit(background, self.cfg)
@@ -112,83 +92,53 @@ class ContrastAnalyzer:
         )
         return TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
 
-    def _split(
-        self,
-        csr: sparse.csr_array,
-        units: pd.DataFrame,
-        groups: tuple[str, ...],
-        name: str,
-        dropped: int,
-    ) -> _Split:
-        """One split; `dropped` is how many entities matching of token counts left out of all."""
-        chosen = (units["split"] == name).fillna(False).to_numpy(dtype=bool)
-        part = units[chosen].reset_index(drop=True)
-        sizes = {g: int((part["group"] == g).sum()) for g in groups}
-        for group, size in sizes.items():
-            if size < 2:
-                why = (
-                    f" after {dropped} were dropped to match the groups' token counts; type "
-                    "analyzer.match_tokens=false to keep them"
-                    if dropped
-                    else ""
-                )
-                raise DataError(
-                    f"split {name} has {counted(size, 'entity', 'entities')} of group '{group}'"
-                    f"{why}; a contrast needs at least 2: add rows, or change dataset.split"
-                )
-        first = (part["group"] == groups[0]).to_numpy(dtype=bool)
-        return _Split(csr[chosen], part, first)
-
     def _columns(
-        self, split: _Split, fired: np.ndarray, groups: tuple[str, ...]
+        self, split: Split, fired: np.ndarray, groups: tuple[str, ...]
     ) -> dict[str, np.ndarray | int]:
-        values = sparse.csr_array(split.csr[:, fired])
-        a, b = moments(values, split.first, THRESHOLD), moments(values, ~split.first, THRESHOLD)
+        values, active = split.csr[:, fired], split.active[:, fired]
         columns: dict[str, np.ndarray | int] = {}
-        for group, m in zip(groups, (a, b), strict=True):
-            columns |= {f"n_{group}": m.n, f"freq_{group}": m.frequency, f"mean_{group}": m.mean}
-        columns["separation"] = a.frequency - b.frequency
-        columns["mean_difference"] = a.mean - b.mean
-        t, p = welch_t(a.mean, a.variance, a.n, b.mean, b.variance, b.n)
-        columns |= {"welch_t": t, "welch_p": p}
-        ranked = Ranked(values, split.first)
-        test = ranked.mann_whitney()
+        for group, mask in zip(groups, (split.first, ~split.first), strict=True):
+            rows = np.flatnonzero(mask)
+            columns |= {
+                f"n_{group}": len(rows),
+                f"freq_{group}": column_means(active, rows),
+                f"mean_{group}": column_means(values, rows),
+            }
+        means = StratumMeans.of(split, fired)
+        frequencies = means.pooled(means.active)
+        columns["separation"] = difference(frequencies)
+        columns["mean_difference"] = difference(means.pooled(means.values))
+        test = stratified_rank_test(values, split.first, split.strata)
         columns |= {"auroc": test.auroc, "p_value": test.p_value}
-        here, q = a.active + b.active > 0, np.ones(len(fired))
+        here, q = frequencies.sum(axis=0) > 0, np.ones(len(fired))
         q[here] = benjamini_hochberg(test.p_value[here])
         columns["q_value"] = q
-        if self.cfg.n_bootstrap:
-            active = values.copy()
-            active.data = (values.data > THRESHOLD).astype(np.float64)
-            auroc, separation = ranked.bootstrap(active, self.cfg.n_bootstrap, self.cfg.seed)
-            columns |= {"ci_low": auroc[0], "ci_high": auroc[1]}
-            columns |= {"separation_ci_low": separation[0], "separation_ci_high": separation[1]}
+        n_first, n_second, weights = means.n_first, means.n_second, means.weights
+        auroc = stratified_auroc_interval(test.auroc, n_first, n_second, weights, test.variance)
+        columns |= {"ci_low": auroc.low, "ci_high": auroc.high}
+        first, second = np.clip(frequencies, 0, 1)
+        separation = separation_interval(first, second, n_first, n_second, weights)
+        columns |= {"separation_ci_low": separation.low, "separation_ci_high": separation.high}
         return columns
 
     def _per_type(
-        self, table: pd.DataFrame, split: _Split, fired: np.ndarray, first: str, suffix: str
-    ) -> bool:
-        """Add the smallest separation and AUROC over entity types, in each latent's direction.
-
-        False where no type has both groups; the values are those of all units then.
-        """
+        self, table: pd.DataFrame, split: Split, fired: np.ndarray, first: str, suffix: str
+    ) -> None:
+        """Add the smallest separation and AUROC over the strata, in each latent's direction."""
         sign = np.where(table["direction"] == first, 1.0, -1.0)
         separations, aurocs = [], []
-        types = split.units["entity_type"].fillna("").to_numpy()
-        both = sorted(set(types[split.first]) & set(types[~split.first]))
-        for kind in both or [None]:
-            chosen = np.ones(len(types), dtype=bool) if kind is None else types == kind
+        for kind in sorted(set(split.strata)):
+            chosen = split.strata == kind
             of_first = split.first[chosen]
-            values = sparse.csr_array(split.csr[chosen][:, fired])
-            a, b = moments(values, of_first, THRESHOLD), moments(values, ~of_first, THRESHOLD)
-            separations.append(sign * (a.frequency - b.frequency))
-            auroc = Ranked(values, of_first).observed()
+            active = split.active[chosen][:, fired]
+            pair = [column_means(active, np.flatnonzero(mask)) for mask in (of_first, ~of_first)]
+            separations.append(sign * difference(np.stack(pair)))
+            auroc = Ranked(split.csr[chosen][:, fired], of_first).observed()
             aurocs.append(np.where(sign > 0, auroc, 1 - auroc))
             if kind:
                 table[f"separation_{kind}{suffix}"] = separations[-1]
         table[f"min_separation{suffix}"] = np.min(separations, axis=0)
         table[f"min_auroc{suffix}"] = np.min(aurocs, axis=0)
-        return bool(both)
 
     def _background(self, inputs: AnalysisInputs) -> np.ndarray:
         """Every latent's density on neutral text; NaN without any."""
@@ -220,8 +170,8 @@ class ContrastAnalyzer:
     def _metrics(
         self,
         table: pd.DataFrame,
-        train: _Split,
-        test: _Split,
+        train: Split,
+        test: Split,
         groups: tuple[str, ...],
         limit: DensityLimit,
         notes: list[str],
@@ -233,6 +183,8 @@ class ContrastAnalyzer:
             "contrast/n_tested": int((table[[f"freq_{g}" for g in groups]] > 0).any(axis=1).sum()),
             "contrast/n_units_train": len(train.units),
             "contrast/n_units_test": len(test.units),
+            **_sizes(groups, train, ""),
+            **_sizes(groups, test, "_test"),
             "contrast/n_significant": len(significant),
             "contrast/n_significant_test": int(((again <= self.cfg.alpha) & same).sum()),
         }
@@ -242,24 +194,45 @@ class ContrastAnalyzer:
             best = mine[mine["rank"] == 1]
             if best.empty:
                 n_tested = int(metrics["contrast/n_tested"] or 0)
-                notes.append(why_none(significant, group, train.first, n_tested, limit, self.cfg))
+                labels = (train.first, train.strata)
+                notes.append(why_none(significant, group, labels, n_tested, limit, self.cfg))
             elif note := louder(significant, best, group, limit):
                 notes.append(note)
-            notes += no_width(best, group, len(test.units))
             strongest = self._candidates(table, group, groups)
             strongest = strongest.sort_values("strength", ascending=False, kind="stable").head(1)
             first = group == groups[0]
             for kind, row in (("best", best), ("strongest", strongest)):
                 metrics |= _leading(row.iloc[0] if len(row) else None, kind, group, sign=first)
-            notes += at_chance(metrics, group)
+        _adjust_p_values(metrics, groups)
+        for group in groups:
+            notes += at_chance(metrics, group, self.cfg.alpha)
         return metrics
 
 
-def _leaning(table: pd.DataFrame, first: str, second: str) -> np.ndarray:
+def _sizes(groups: tuple[str, ...], split: Split, suffix: str) -> dict[str, int]:
+    n_first = int(split.first.sum())
+    n = (n_first, len(split.first) - n_first)
+    return {f"contrast/n_units_{g}{suffix}": m for g, m in zip(groups, n, strict=True)}
+
+
+def _leaning(table: pd.DataFrame) -> np.ndarray:
     """Positive where a latent is associated with the first group: by separation, else by mean."""
-    means = table[f"mean_{first}"] - table[f"mean_{second}"]
     separation = table["separation"].to_numpy()
-    return np.where(separation != 0, separation, means.to_numpy())
+    return np.where(separation != 0, separation, table["mean_difference"].to_numpy())
+
+
+def _adjust_p_values(metrics: dict[str, float | int | None], groups: tuple[str, ...]) -> None:
+    """Holm over the leading latents of both groups, each latent counted once."""
+    keys = [
+        (metrics[f"contrast/{kind}_latent_{group}"], f"contrast/{kind}_p_value_{group}_test")
+        for group in groups
+        for kind in ("best", "strongest")
+    ]
+    p_values = {latent: metrics[key] for latent, key in keys if latent is not None}
+    adjusted = holm(np.array(list(p_values.values()), dtype=float))
+    of_latent = dict(zip(p_values, adjusted.tolist(), strict=True))
+    for latent, key in keys:
+        metrics[key] = None if latent is None else of_latent[latent]
 
 
 def _leading(
@@ -276,6 +249,8 @@ def _leading(
     }
     if best is not None and not np.isnan(best["background_freq"]):
         metrics[f"{stem}_background_freq_{group}"] = float(best["background_freq"])
+    p_value = None if best is None else float(best["p_value_test"])
+    metrics[f"{stem}_p_value_{group}_test"] = p_value
     for suffix in ("", "_test"):
         for name in ("separation", "auroc", "min_separation", "min_auroc"):
             value = None
@@ -288,7 +263,7 @@ def _leading(
             metrics[f"{stem}_{name}_{group}{suffix}"] = value
         for name, column in (("auroc", ""), ("separation", "separation_")):
             low = high = None
-            if best is not None and f"{column}ci_low{suffix}" in best:
+            if best is not None and not np.isnan(best[f"{column}ci_low{suffix}"]):
                 low = float(best[f"{column}ci_low{suffix}"])
                 high = float(best[f"{column}ci_high{suffix}"])
                 if not sign:
@@ -296,15 +271,3 @@ def _leading(
             metrics[f"{stem}_{name}_{group}_ci_low{suffix}"] = low
             metrics[f"{stem}_{name}_{group}_ci_high{suffix}"] = high
     return metrics
-
-
-def _observed(rows: pd.DataFrame) -> tuple[np.ndarray, int]:
-    """(what is one observation, per row; how many entities have rows of both groups).
-
-    An observation is an entity, or an entity in one group where it has rows of both.
-    """
-    both = rows.groupby("unit")["group"].transform("nunique") > 1
-    if not both.any():
-        return rows["unit"].to_numpy(), 0
-    parted = rows["unit"].astype(str).where(~both, rows["unit"].astype(str) + "\n" + rows["group"])
-    return parted.to_numpy(), int(rows.loc[both, "unit"].nunique())

@@ -7,27 +7,31 @@ import pandas as pd
 from scipy import sparse
 
 from saexp.analysis.density import DensityLimit
-from saexp.analysis.statistics import Ranked
+from saexp.analysis.matching import LEVEL
+from saexp.analysis.statistics import stratified_rank_test
 from saexp.config import AnalyzerConfig
-from saexp.wording import above_chance, chance_words, counted
+from saexp.wording import counted
 
 _NAMED = 3
-"""Latents named in a note."""
+"""Latents or types named in a note."""
+_UNEQUAL = 0.1
+"""A difference in a type's fraction of either group below which no note is made."""
 
 
 def why_none(
     significant: pd.DataFrame,
     group: str,
-    first: np.ndarray,
+    labels: tuple[np.ndarray, np.ndarray],
     n_tested: int,
     limit: DensityLimit,
     cfg: AnalyzerConfig,
 ) -> str:
-    """Why no latent is selected for a group; `first` tells the groups of the train units apart."""
+    """Why no latent is selected for a group; `labels` are (whether of the first group, stratum) of
+    the train units."""
     mine = significant[significant["direction"] == group]
     if mine.empty:
         note = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
-        return note + _no_power(first, n_tested, cfg.alpha)
+        return note + _no_power(*labels, n_tested, cfg.alpha)
     loud = int(limit.exceeded(mine["background_freq"]).sum())
     left_out = ""
     if limit.value is not None:
@@ -42,10 +46,10 @@ def why_none(
     )
 
 
-def _no_power(first: np.ndarray, n_tested: int, alpha: float) -> str:
+def _no_power(first: np.ndarray, strata: np.ndarray, n_tested: int, alpha: float) -> str:
     """That a latent which fires on all of one group and none of the other would not pass alone."""
     perfect = sparse.csr_array(first.astype(np.float64)[:, None])
-    p_value = float(Ranked(perfect, first).mann_whitney().p_value[0])
+    p_value = float(stratified_rank_test(perfect, first, strata).p_value[0])
     if p_value * n_tested <= alpha:
         return ""
     n = int(first.sum())
@@ -55,16 +59,54 @@ def _no_power(first: np.ndarray, n_tested: int, alpha: float) -> str:
     )
 
 
-def no_width(best: pd.DataFrame, group: str, n_test: int) -> list[str]:
-    """That the best latent's interval says nothing: perfect separation is so in any resample."""
-    if best.empty or "ci_low_test" not in best:
+def unshared(
+    units: pd.DataFrame, shared: list[str], groups: tuple[str, ...], split: str
+) -> list[str]:
+    """Units of a split left out because one group alone has their type, or that none is shared."""
+    first, second = groups
+    types = units["entity_type"].fillna("")
+    if not shared:
+        return [
+            f"split {split}: {first} and {second} share no entity type, so all entities are "
+            "compared at once and a difference between types counts as one between the groups; "
+            "min_separation and min_auroc are over all entities"
+        ]
+    alone = units[~types.isin(shared)]
+    if alone.empty:
         return []
-    row = best.iloc[0]
-    if row["ci_low_test"] != row["ci_high_test"] or row["auroc_test"] not in (0.0, 1.0):
-        return []
+    pairs = alone.assign(entity_type=types[alone.index].replace("", "no type"))
+    counts = pairs.groupby(["entity_type", "group"], sort=True).size()
+    keys = counts.index.to_frame(index=False).assign(n=counts.to_numpy()).head(_NAMED)
+    named = [f"{r['n']} of {r['entity_type']} ({r['group']})" for r in keys.to_dict("records")]
+    more = f" and {len(counts) - _NAMED} more types" if len(counts) > _NAMED else ""
     return [
-        f"latent {row['latent']} separates all {n_test} held-out units, so the bootstrap interval "
-        f"of its AUROC for '{group}' has no width; it does not mean certainty"
+        f"split {split}: {counted(len(alone), 'entity', 'entities')} left out, of entity types "
+        f"that only one group has: {', '.join(named)}{more}"
+    ]
+
+
+def unequal_types(units: pd.DataFrame, groups: tuple[str, str]) -> list[str]:
+    """That the groups are made up of types in different proportions, of those both have."""
+    first, second = groups
+    types = units["entity_type"].fillna("")
+    table = pd.crosstab(types, units["group"]).reindex(columns=list(groups), fill_value=0)
+    table = table[(table > 0).all(axis=1)]
+    if len(table) < 2:
+        return []
+    from scipy import stats
+
+    counts = table.to_numpy()
+    fractions = counts / counts.sum(axis=0)
+    difference = np.abs(fractions[:, 0] - fractions[:, 1])
+    p_value = float(stats.chi2_contingency(counts).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    if p_value >= LEVEL or difference.max() < _UNEQUAL:
+        return []
+    place = int(difference.argmax())
+    return [
+        f"entity types differ between the groups (p = {p_value:.2g}): "
+        f"{table.index[place] or 'no type'} is {fractions[place, 0]:.0%} of {first} and "
+        f"{fractions[place, 1]:.0%} of {second}; AUROC, separation and "
+        "tests compare within types, freq_ and mean_ do not"
     ]
 
 
@@ -93,20 +135,25 @@ def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: Den
     )
 
 
-def at_chance(metrics: Mapping[str, float | int | None], group: str) -> list[str]:
-    """That the held-out interval of a leading latent's AUROC covers 0.5."""
+def at_chance(metrics: Mapping[str, float | int | None], group: str, alpha: float) -> list[str]:
+    """That a leading latent is not above chance on the test split."""
     notes, seen = [], set()
     for kind, words in (("best", "the first selected"), ("strongest", "the strongest on train")):
         latent = metrics[f"contrast/{kind}_latent_{group}"]
+        auroc, p_value = (
+            metrics[f"contrast/{kind}_{name}_{group}_test"] for name in ("auroc", "p_value")
+        )
+        if latent is None or latent in seen or auroc is None or p_value is None:
+            continue
+        seen.add(latent)
+        if auroc > 0.5 and p_value <= alpha:
+            continue
         low, high = (
             metrics[f"contrast/{kind}_auroc_{group}_ci_{end}_test"] for end in ("low", "high")
         )
-        if latent in seen or above_chance(low) is not False:
-            continue
-        seen.add(latent)
-        auroc = metrics[f"contrast/{kind}_auroc_{group}_test"]
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         notes.append(
-            f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f} "
-            f"[{low:.3f}, {high:.3f}]{chance_words(low)}"
+            f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f}{interval} "
+            f"(not above chance on held-out entities; Holm-adjusted p = {p_value:.2g})"
         )
     return notes

@@ -1,4 +1,4 @@
-"""Tests and intervals for all latents at once, on sparse columns; zeros are ties.
+"""Rank tests for all latents at once, on sparse columns; zeros are ties.
 
 Values must not be negative (latent activations never are), so that what is not stored ranks lowest.
 """
@@ -14,8 +14,6 @@ FEW = 10
 """A latent active in fewer rows than this, and off in more, is tested exactly."""
 _NO_SKEW = 1.6e-5
 """A skewness below this is none: the gamma law's shape would exceed what is exact in float64."""
-_BOOTSTRAP_NUMBERS = 4_000_000
-"""Numbers held at once while bootstrapping, per array."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,9 @@ class RankTest:
     the permutation distribution's own skewness, the chance of the rarest of all arrangements
     (doubled), and, for latents with fewer than `FEW` active rows, Fisher's exact p-value of active
     against not (its smaller tail doubled)."""
+    variance: Float[np.ndarray, " n"]
+    """Estimated variance of `auroc` (DeLong, DeLong and Clarke-Pearson 1988), whatever the
+    groups."""
 
 
 class Ranked:
@@ -71,19 +72,47 @@ class Ranked:
             return np.full((self.n_latents, w_first.shape[1]), 0.5)
         of_first = np.add.reduceat(w_first[self.row], self.tie_start, axis=0)
         of_second = np.add.reduceat(w_second[self.row], self.tie_start, axis=0)
-        on_first, on_second = self._per_latent(of_first), self._per_latent(of_second)
-        zero_first, zero_second = n_first - on_first, n_second - on_second
-        cumulated = np.cumsum(of_second, axis=0) - of_second
-        base = np.zeros_like(on_second)
+        zero_first = n_first - self._per_latent(of_first)
+        zero_second = n_second - self._per_latent(of_second)
+        wins = self._per_latent(of_first * self._passed(of_second, zero_second))
+        return (wins + zero_first * zero_second / 2) / (n_first * n_second)
+
+    def _passed(self, of_tie: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """Rows of a group below a tie group and half of those in it, `[n_ties, ...]`.
+
+        `of_tie` counts the group's rows in each tie group and `zeros` its zeros in each latent.
+        """
+        cumulated = np.cumsum(of_tie, axis=0) - of_tie
+        base = np.zeros_like(zeros)
         base[self.filled] = cumulated[self.first_tie]
-        below = cumulated - base[self.tie_column] + zero_second[self.tie_column]
-        wins = self._per_latent(of_first * (below + of_second / 2)) + zero_first * zero_second / 2
-        return wins / (n_first * n_second)
+        return cumulated - base[self.tie_column] + zeros[self.tie_column] + of_tie / 2
 
     def observed(self) -> Float[np.ndarray, " n"]:
         """AUROC of every latent, of the rows as they are."""
         first = self.first.astype(np.float64)[:, None]
         return self.auroc(first, 1 - first)[:, 0]
+
+    def delong(self) -> Float[np.ndarray, " n"]:
+        """DeLong's variance of every latent's AUROC; a group of one row adds nothing to it."""
+        masks = (self.first, ~self.first)
+        n = [float(mask.sum()) for mask in masks]
+        counts = [
+            np.add.reduceat(mask[self.row].astype(float), self.tie_start)
+            if len(self.row)
+            else np.zeros(0)
+            for mask in masks
+        ]
+        zeros = [n[i] - self._per_latent(counts[i]) for i in (0, 1)]
+        total = np.zeros(self.n_latents)
+        for own, other in ((0, 1), (1, 0)):
+            # Share of the other group's rows that a row is above, ties as halves.
+            above = self._passed(counts[other], zeros[other]) / n[other]
+            at_zero = zeros[other] / 2 / n[other]
+            mean = self._per_latent(counts[own] * above) + zeros[own] * at_zero
+            square = self._per_latent(counts[own] * above**2) + zeros[own] * at_zero**2
+            spread = np.maximum(square - mean**2 / n[own], 0)
+            total += spread / (max(n[own] - 1, 1) * n[own])
+        return total
 
     def mann_whitney(self) -> RankTest:
         """AUROC and p-values of every latent."""
@@ -108,42 +137,13 @@ class Ranked:
             n_first=n1,
             n=n,
             auroc=self.observed(),
+            delong=self.delong(),
             variance=n1 * n2 / (n * max(n - 1, 1)) * squares,
             third=n1 * n2 * (n2 - n1) / (n * max(n - 1, 1) * max(n - 2, 1)) * cubes,
             active=active,
             active_first=np.bincount(
                 self.column[self.first[self.row]], minlength=self.n_latents
             ).astype(np.float64),
-        )
-
-    def bootstrap(
-        self, active: sparse.csr_array, n_resamples: int, seed: int, confidence: float = 0.95
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Percentile intervals over rows resampled within each group.
-
-        Returns `[2, n_latents]` for AUROC and `[2, n_latents]` for separation, the difference of
-        the shares of rows in `active` (0/1 `[n_rows, n_latents]`).
-        """
-        rng = np.random.default_rng(seed)
-        n1 = int(self.first.sum())
-        n2 = self.n_rows - n1
-        size = max(1, min(n_resamples, _BOOTSTRAP_NUMBERS // max(len(self.row), 1)))
-        aurocs, separations = [], []
-        done = 0
-        while done < n_resamples:
-            b = min(size, n_resamples - done)
-            w_first, w_second = np.zeros((self.n_rows, b)), np.zeros((self.n_rows, b))
-            w_first[self.first] = rng.multinomial(n1, np.full(n1, 1 / n1), size=b).T
-            w_second[~self.first] = rng.multinomial(n2, np.full(n2, 1 / n2), size=b).T
-            aurocs.append(self.auroc(w_first, w_second).astype(np.float32))
-            share = active.T @ (w_first / n1 - w_second / n2)
-            separations.append(np.asarray(share, dtype=np.float32))
-            done += b
-        tail = (1 - confidence) / 2
-        bounds = [tail, 1 - tail]
-        return (
-            np.quantile(np.concatenate(aurocs, axis=1), bounds, axis=1),
-            np.quantile(np.concatenate(separations, axis=1), bounds, axis=1),
         )
 
 
@@ -154,8 +154,10 @@ class _Moments:
     n_first: int
     n: int
     auroc: np.ndarray
+    delong: np.ndarray
+    """Estimated variance of the AUROC."""
     variance: np.ndarray
-    """Of U."""
+    """Of U, in permutations."""
     third: np.ndarray
     """Third central moment of U."""
     active: np.ndarray
@@ -214,7 +216,9 @@ def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTes
     w = np.asarray(weights) / max(weights)
     pairs = w * [m.n_pairs for m in moments]
     aurocs = np.stack([m.auroc for m in moments])
-    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(pairs / pairs.sum(), aurocs, 1)
+    shares = pairs / pairs.sum()
+    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(shares, aurocs, 1)
+    delong = np.tensordot(shares**2, np.stack([m.delong for m in moments]), 1)
     variance = sum(a**2 * m.variance for a, m in zip(w, moments, strict=True))
     third = sum(a**3 * m.third for a, m in zip(w, moments, strict=True))
     deviation = sum(p * (m.auroc - 0.5) for p, m in zip(pairs, moments, strict=True))
@@ -232,7 +236,7 @@ def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTes
     few = (active < FEW) & (active < sum(m.n for m in moments) - active)
     if few.any():
         p_value[few] = np.maximum(p_value[few], _fisher([_chosen(m, few) for m in moments]))
-    return RankTest(auroc, p_normal, p_value)
+    return RankTest(auroc, p_normal, p_value, delong)
 
 
 def _chosen(m: _Moments, few: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -297,14 +301,3 @@ def _pearson3_tail(z: np.ndarray, skew: np.ndarray) -> np.ndarray:
     x = np.maximum(shape + 2 * np.where(np.isfinite(z), z, 0.0) / bent, 0)
     tail = np.where(bent > 0, special.gammaincc(shape, x), special.gammainc(shape, x))
     return np.where(plain, special.ndtr(-z), tail)
-
-
-def welch_t(
-    mean1: np.ndarray, var1: np.ndarray, n1: int, mean2: np.ndarray, var2: np.ndarray, n2: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Welch's t and its two-sided p-value (Welch 1947); NaN where both variances are 0."""
-    a, b = var1 / n1, var2 / n2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = (mean1 - mean2) / np.sqrt(a + b)
-        df = (a + b) ** 2 / (a**2 / (n1 - 1) + b**2 / (n2 - 1))
-    return t, 2 * special.stdtr(df, -np.abs(t))

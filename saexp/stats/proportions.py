@@ -10,7 +10,13 @@ import numpy as np
 from jaxtyping import Float, Num
 from scipy import special
 
+MIN_GROUP = 10
+"""Groups with fewer units have no interval of an AUROC or a separation: at 8 against 8 an AUROC of
+0.99 of a latent that is inactive on most units is covered in 85 % of samples."""
 _BISECTIONS = 60
+_LEVEL = 0.05
+"""Of the one-sided Poisson limits next to 0 and 1."""
+_TINY = 1e-9
 
 
 class Interval(NamedTuple):
@@ -62,10 +68,62 @@ def difference_interval(
     a, b = wilson(k_first, n_first, confidence), wilson(k_second, n_second, confidence)
     first = np.asarray(k_first, float) / np.maximum(n_first, 1)
     second = np.asarray(k_second, float) / np.maximum(n_second, 1)
+    return _hybrid(first, a, second, b)
+
+
+def _hybrid(first: np.ndarray, a: Interval, second: np.ndarray, b: Interval) -> Interval:
+    """Limits of first - second from those of each, which are independent (Newcombe 1998a)."""
     difference = first - second
     below = np.hypot(first - a.low, b.high - second)
     above = np.hypot(a.high - first, second - b.low)
     return Interval(np.maximum(difference - below, -1.0), np.minimum(difference + above, 1.0))
+
+
+def separation_interval(
+    first: Float[np.ndarray, "..."],
+    second: Float[np.ndarray, "..."],
+    n_first: Num[np.ndarray, " n_strata"],
+    n_second: Num[np.ndarray, " n_strata"],
+    weights: Float[np.ndarray, " n_strata"],
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of first - second, means of units' values in [0, 1], averaged over strata.
+
+    `first` and `second` are sums over strata of weight times the stratum's mean, with weights that
+    sum to 1; n are numbers of units. Newcombe's hybrid (see `difference_interval`) of Wilson's
+    limits, each at the group's effective size 1 / sum(w^2 / n), which is n for one stratum, and
+    widened next to 0 and 1 as Brown, Cai and DasGupta do (2001, Statistical Science 16:101, section
+    4.1.1): without that, a separation of 0.99 is covered in 90 % of samples at n = 10. Variances
+    between strata and of values other than 0 and 1 are smaller than assumed, so the interval is
+    wider than necessary there. NaN where a group has fewer than `MIN_GROUP` units.
+    """
+    sizes = [1 / float((weights**2 / n).sum()) for n in (n_first, n_second)]
+    limits = [
+        _modified_wilson(rate, n, confidence)
+        for rate, n in zip((first, second), sizes, strict=True)
+    ]
+    found = _hybrid(first, limits[0], second, limits[1])
+    return _without_small_groups(found, n_first, n_second)
+
+
+def _modified_wilson(rate: Float[np.ndarray, "..."], n: float, confidence: float) -> Interval:
+    """Wilson's limits, those next to 0 and 1 replaced by Poisson limits where these are wider."""
+    low, high = wilson(rate * n, n, confidence)
+    few = 2 if n <= 50 else 3
+    ends = []
+    for share in (rate, 1 - rate):
+        poisson = special.gammaincinv(np.maximum(share * n, _TINY), _LEVEL) / n
+        near = (share > _TINY) & (share * n <= few * (1 + _TINY))
+        ends.append(np.where(near, poisson, 1.0))
+    return Interval(np.minimum(low, ends[0]), np.maximum(high, 1 - ends[1]))
+
+
+def _without_small_groups(
+    interval: Interval, n_first: Num[np.ndarray, "..."], n_second: Num[np.ndarray, "..."]
+) -> Interval:
+    if min(np.sum(n_first), np.sum(n_second)) >= MIN_GROUP:
+        return interval
+    return Interval(*(np.full_like(limit, np.nan) for limit in interval))
 
 
 def paired_difference_interval(
@@ -105,37 +163,59 @@ def auroc_interval(
     auroc: Float[np.ndarray, "..."] | float,
     n_first: int,
     n_second: int,
+    variance: Float[np.ndarray, "..."] | float = 0.0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of an AUROC from its value and the group sizes alone.
-
-    Solves |a - t| = z sqrt(V(t)) for t, with Hanley and McNeil's variance of exponential groups at
-    t and both n_first - 1 and n_second - 1 replaced by their mean (Newcombe 2006, Statistics in
-    Medicine 25:559, method 5). V is that of values without ties; ties make it smaller, so with
-    latents that are inactive on many rows the interval is too wide rather than too narrow.
+    """Interval of an AUROC by Newcombe's method 5; see `stratified_auroc_interval`.
 
     >>> low, high = auroc_interval(1.0, 10, 10)
     >>> round(float(low), 2), float(high)
     (0.79, 1.0)
     """
-    observed = np.asarray(auroc, float)
-    z = _z(confidence)
-    extra = (n_first + n_second) / 2 - 1
+    return stratified_auroc_interval(
+        auroc, np.array([n_first]), np.array([n_second]), np.ones(1), variance, confidence
+    )
 
-    def spread(t: np.ndarray) -> np.ndarray:
-        inner = 1 + extra * ((1 - t) / (2 - t) + t / (1 + t))
-        return z * np.sqrt(t * (1 - t) * inner / (n_first * n_second))
+
+def stratified_auroc_interval(
+    auroc: Float[np.ndarray, "..."] | float,
+    n_first: Num[np.ndarray, " n_strata"],
+    n_second: Num[np.ndarray, " n_strata"],
+    weights: Float[np.ndarray, " n_strata"],
+    variance: Float[np.ndarray, "..."] | float = 0.0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the weighted mean of the strata's AUROCs; the weights sum to 1.
+
+    Solves |a - t| = z sqrt(sum of w^2 V(t)) for t. V is Hanley and McNeil's variance of exponential
+    groups in each stratum, with both n_first - 1 and n_second - 1 replaced by their mean (Newcombe
+    2006, Statistics in Medicine 25:559, method 5). It is that of values without ties and with equal
+    spread: where the smaller group spreads more it is too small (10 against 200 units: 83 % are
+    covered). `variance` is DeLong's of the same estimate; where that is larger than V at a, V is
+    scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
+    """
+    observed = np.asarray(auroc, float)
+    z, per_pair = _z(confidence), weights**2 / (n_first * n_second)
+    plain = per_pair.sum()
+    shared = (per_pair * ((n_first + n_second) / 2 - 1)).sum()
+
+    def assumed(t: np.ndarray) -> np.ndarray:
+        return t * (1 - t) * (plain + shared * ((1 - t) / (2 - t) + t / (1 + t)))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(assumed(observed) > 0, variance / assumed(observed), 1.0)
+    z = z * np.sqrt(np.maximum(ratio, 1.0))
 
     def solve(outside: np.ndarray, sign: float) -> np.ndarray:
         # `inside` satisfies the inequality, `outside` does not (or is the end of the range).
         inside = observed.copy()
         for _ in range(_BISECTIONS):
             middle = (inside + outside) / 2
-            within = sign * (observed - middle) <= spread(middle)
+            within = sign * (observed - middle) <= z * np.sqrt(assumed(middle))
             inside = np.where(within, middle, inside)
             outside = np.where(within, outside, middle)
         return inside
 
     low = np.where(observed <= 0, 0.0, solve(np.zeros_like(observed), 1.0))
     high = np.where(observed >= 1, 1.0, solve(np.ones_like(observed), -1.0))
-    return Interval(low, high)
+    return _without_small_groups(Interval(low, high), n_first, n_second)

@@ -54,6 +54,21 @@ def test_a_split_with_too_few_entities(split: str, left: int, told: str) -> None
         contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
 
 
+def test_too_few_entities_of_shared_types() -> None:
+    units = ROWS.drop_duplicates("unit")
+    train = units[(units["split"] == "train") & (units["group"] == "unknown")]
+    other = train.loc[train["entity_type"] == "city", "unit"].tolist()[1:]
+    keep = ~(
+        ROWS["unit"].isin(other) | ((ROWS["entity_type"] == "movie") & (ROWS["group"] == "known"))
+    )
+    with pytest.raises(
+        DataError,
+        match=r"split train has 1 entity of group 'unknown' of the entity types that both groups "
+        r"have \(city\); a contrast needs at least 2: add rows, or change dataset.split",
+    ):
+        contrast(DENSE[keep.to_numpy()], ROWS[keep].reset_index(drop=True))
+
+
 def test_groups_of_no_row() -> None:
     with pytest.raises(
         DataError, match="split train has 0 entities of group 'a'; a contrast needs"
@@ -64,7 +79,7 @@ def test_groups_of_no_row() -> None:
 def test_two_entities_a_group_are_enough() -> None:
     kept = ROWS.groupby(["split", "group"])["unit"].transform(lambda u: u.isin(u.unique()[:2]))
     keep = kept.to_numpy(dtype=bool)
-    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True).assign(entity_type="city"))
     assert made.metrics["contrast/n_units_train"] == 4
     assert made.metrics["contrast/n_significant"] == 0
 
@@ -124,17 +139,18 @@ def test_groups_that_share_no_entity_type() -> None:
     assert not [c for c in table if c.startswith(("separation_city", "separation_movie"))]
     assert {KNOWN, UNKNOWN} <= set(table.index[table["selected"]])
     assert [note for note in made.notes if "higher train AUROC" not in note] == [
-        f"split {split}: known and unknown share no entity type, so min_separation and min_auroc "
-        "are over all entities"
+        f"split {split}: known and unknown share no entity type, so all entities are compared at "
+        "once and a difference between types counts as one between the groups; min_separation and "
+        "min_auroc are over all entities"
         for split in ("train", "test")
     ]
 
 
 def test_a_type_that_one_group_lacks_is_left_out_of_the_minimum() -> None:
     lone = (ROWS["group"] == "known") & (ROWS["unit"].str[-1] == "3")
-    table = contrast(
-        DENSE, ROWS.assign(entity_type=ROWS["entity_type"].mask(lone, "song")), n_bootstrap=0
-    ).tables["latents"]
+    table = contrast(DENSE, ROWS.assign(entity_type=ROWS["entity_type"].mask(lone, "song"))).tables[
+        "latents"
+    ]
     assert "separation_song" not in table
     both = table[["separation_city", "separation_movie"]].min(axis=1)
     np.testing.assert_allclose(table["min_separation"], both)
@@ -163,12 +179,10 @@ def test_without_background() -> None:
     inputs = AnalysisInputs(
         latents=Latents(sparse.csr_array(DENSE), ROWS), groups=("known", "unknown"), layer=0
     )
-    table = ContrastAnalyzer(AnalyzerConfig(name="contrast", n_bootstrap=0)).analyze(inputs)
+    table = ContrastAnalyzer(AnalyzerConfig(name="contrast")).analyze(inputs)
     made = table.tables["latents"]
     assert made["background_freq"].isna().all()
     assert made["selected"].sum() >= 3
-    assert "ci_low" not in made
-    assert table.metrics["contrast/best_auroc_known_ci_low"] is None
 
 
 def test_names_of_unequal_length_are_matched() -> None:
@@ -201,7 +215,7 @@ def test_how_often_and_how_strongly_must_agree() -> None:
     last = ROWS["unit"].str.split("-").str[-1].astype(int).to_numpy()
     dense[:, 0] = np.where(known, 1.0, np.where(last % 10 < 9, 5.0, 0.0)) + last * 1e-3
     dense[~known & (last % 10 == 9), 0] = 0
-    table = contrast(dense, ROWS, n_bootstrap=0).tables["latents"].set_index("latent")
+    table = contrast(dense, ROWS).tables["latents"].set_index("latent")
     row = table.loc[0]
     assert row["separation"] > 0
     assert row["auroc"] < 0.5
@@ -214,16 +228,16 @@ def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
     """Of 4 and 4 entities a perfect latent has p = 2/70, times the latents tested."""
     units = ROWS.drop_duplicates("unit")
     few = units.groupby(["split", "group", "entity_type"]).head(2).sort_values("unit")
-    small = few.reset_index(drop=True)
+    small = few.reset_index(drop=True).assign(entity_type="city")
     dense = np.ones((len(small), D_SAE), dtype=np.float32)
     dense[:, 0] = (small["group"] == "known").to_numpy()
-    notes = contrast(dense, small, n_bootstrap=0).notes
+    notes = contrast(dense, small).notes
     (told,) = [note for note in notes if "'known'" in note and "associated" in note]
     assert "; with 4 and 4 train entities none could: a latent that fires on all of one " in told
     p_value = float(told.partition("has p = ")[2].partition(",")[0])
     assert p_value == pytest.approx(2 / 70, rel=0.05)
     assert told.endswith(f"and {D_SAE} are tested")
-    quiet = contrast(np.ones_like(DENSE), ROWS, n_bootstrap=0).notes
+    quiet = contrast(np.ones_like(DENSE), ROWS).notes
     assert quiet and not any("none could" in note for note in quiet)
 
 
@@ -231,10 +245,10 @@ def test_better_latents_that_fire_on_any_text_are_named() -> None:
     """Left out of the selection by the background filter, not out of the reader's sight."""
 
     def told(dense: np.ndarray, **options: float) -> list[str]:
-        notes = contrast(dense, ROWS, n_bootstrap=0, **options).notes
+        notes = contrast(dense, ROWS, **options).notes
         return [note for note in notes if "of higher train AUROC" in note]
 
-    table = contrast(DENSE, ROWS, n_bootstrap=0).tables["latents"].set_index("latent")
+    table = contrast(DENSE, ROWS).tables["latents"].set_index("latent")
     assert told(DENSE) == [
         "1 latent of higher train AUROC for 'known' is left out, active on 9.8% or more of "
         "background tokens (analyzer.background_quantile=0.99, at least 0.02): "
@@ -247,13 +261,26 @@ def test_better_latents_that_fire_on_any_text_are_named() -> None:
     assert told(weaker) == []
 
 
-def test_an_interval_without_width_is_no_certainty() -> None:
+def test_perfect_separation_is_no_certainty() -> None:
     dense = np.zeros_like(DENSE)
     dense[:, 3] = (ROWS["group"] == "known").to_numpy()
-    made = contrast(dense, ROWS)
-    assert made.metrics["contrast/best_auroc_known_ci_low_test"] == 1.0
-    (told,) = [note for note in made.notes if "no width" in note]
-    n = ROWS.loc[ROWS["split"] == "test", "unit"].nunique()
-    assert told.startswith(f"latent 3 separates all {n} held-out units")
-    assert not any("no width" in note for note in contrast(DENSE, ROWS).notes)
-    assert not any("no width" in note for note in contrast(dense, ROWS, n_bootstrap=0).notes)
+    made = contrast(dense, ROWS).metrics
+    for name in ("auroc", "separation"):
+        assert made[f"contrast/best_{name}_known_test"] == 1
+        assert made[f"contrast/best_{name}_known_ci_high_test"] == 1
+        assert 0.8 < made[f"contrast/best_{name}_known_ci_low_test"] < 0.96  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("n", "has_interval"), [(9, False), (10, True)])
+def test_few_entities_have_no_interval(n: int, has_interval: bool) -> None:
+    """9 known test entities against 40 unknown."""
+    units = ROWS.loc[(ROWS["split"] == "test") & (ROWS["group"] == "known"), "unit"].unique()
+    keep = (~ROWS["unit"].isin(units[n:])).to_numpy()
+    made = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+    bounds = [f"{c}ci_{end}_test" for c in ("", "separation_") for end in ("low", "high")]
+    assert made.tables["latents"][bounds].notna().all(axis=None) == has_interval
+    assert made.tables["latents"]["ci_low"].notna().all()
+    metric = made.metrics["contrast/best_auroc_known_ci_low_test"]
+    assert (metric is not None) == has_interval
+    told = "split test: a group has 9 entities; intervals are not computed for fewer than 10"
+    assert (told in made.notes) == (not has_interval)

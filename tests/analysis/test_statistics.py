@@ -1,7 +1,6 @@
 """Tests on sparse columns equal scipy's, scikit-learn's and statsmodels' on dense ones."""
 
 import itertools
-import warnings
 
 import numpy as np
 import pytest
@@ -18,9 +17,7 @@ from saexp.analysis.statistics import (
     _pearson3_tail,
     stratified_rank_test,
     stratum_weights,
-    welch_t,
 )
-from saexp.latents.summary import moments
 from saexp.stats.multiplicity import benjamini_hochberg
 
 
@@ -285,18 +282,48 @@ def test_no_discoveries_where_there_are_none(n_first: int, n_second: int) -> Non
     assert (any_found["p_normal"] > 30) == (n_first != n_second)
 
 
-@pytest.mark.parametrize(("n_first", "n_second"), [(20, 20), (5, 60), (2, 2)])
-def test_welch_t(n_first: int, n_second: int) -> None:
-    rng = np.random.default_rng(0)
-    dense, first = random_columns(rng, n_first + n_second, 15), groups(rng, n_first, n_second)
-    dense[:, 3] = np.where(first, 4.0, dense[:, 3])
-    csr = sparse.csr_array(dense)
-    a, b = moments(csr, first), moments(csr, ~first)
-    t, p = welch_t(a.mean, a.variance, a.n, b.mean, b.variance, b.n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy on columns that do not vary
-        expected = stats.ttest_ind(dense[first], dense[~first], equal_var=False)
-    assert np.isnan(t[:2]).all()
-    varies = np.flatnonzero(a.variance + b.variance > 0)
-    np.testing.assert_allclose(t[varies], expected.statistic[varies], rtol=1e-7)
-    np.testing.assert_allclose(p[varies], expected.pvalue[varies], rtol=1e-7)
+@pytest.mark.parametrize(("n_first", "n_second"), [(30, 45), (8, 2), (1, 5)])
+def test_delongs_variance(n_first: int, n_second: int) -> None:
+    """From the matrix of comparisons, row by row and column by column."""
+    rng = np.random.default_rng([n_first, n_second])
+    dense = random_columns(rng, n_first + n_second, 20)
+    first = groups(rng, n_first, n_second)
+    found = Ranked(sparse.csr_array(dense), first).delong()
+    for latent, column in enumerate(dense.T):
+        a, b = column[first][:, None], column[~first]
+        wins = (a > b) + (a == b) / 2
+        expected = sum(
+            np.var(wins.mean(axis), ddof=min(1, n - 1)) / n
+            for axis, n in ((1, n_first), (0, n_second))
+        )
+        assert found[latent] == pytest.approx(expected, abs=1e-12)
+
+
+def test_variance_of_a_stratified_auroc_is_that_of_its_repetitions() -> None:
+    """DeLong's, on average over 2000 samples, against the variance of the 2000 estimates."""
+    rng = np.random.default_rng(5)
+    strata = np.repeat(["a", "b"], [40, 25])
+    first = np.concatenate([np.arange(40) < 12, np.arange(25) < 15])
+    values = np.exp(
+        rng.normal(np.where(first, 0.8, 0)[:, None], np.where(first, 2, 1)[:, None], (65, 2000))
+    )
+    found = stratified_rank_test(sparse.csr_array(values), first, strata)
+    assert found.variance.mean() == pytest.approx(found.auroc.var(), rel=0.08)
+
+
+@pytest.mark.parametrize("weights", ["first", "both"])
+def test_weights_are_copies_of_rows(weights: str) -> None:
+    """AUROC under weights is that of the data set with rows repeated as often."""
+    rng = np.random.default_rng(2)
+    dense = np.round(rng.gamma(2, 1, (30, 6))) * (rng.random((30, 6)) < 0.5)
+    first = np.arange(30) < 12
+    repeats = rng.integers(0, 4, 30)
+    if weights == "first":
+        repeats[~first] = 1
+    repeats[[0, 29]] = 1
+    ranked = Ranked(sparse.csr_array(dense), first)
+    w = repeats.astype(float)[:, None]
+    found = ranked.auroc(w * first[:, None], w * ~first[:, None])[:, 0]
+    rows = np.repeat(np.arange(30), repeats)
+    expected = [roc_auc_score(first[rows], column[rows]) for column in dense.T]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
