@@ -59,7 +59,8 @@ class Attribution:
         prompt is one. Columns group, latent, direct, gradient, activation, the three with `_ci_low`
         and `_ci_high` (95 %, `mean_interval`), n_active (prompts where it is active), n_prompts and
         n_units; one row per group and latent that is active in it, in order of |gradient|. A latent
-        active in fewer than `MIN_ACTIVE` units has no interval: the bootstrap misses too often there.
+        active in fewer than `MIN_ACTIVE` units has no interval: the bootstrap covers too little
+        there.
         """
         units = range(len(self.logit)) if units is None else units
         for what, given in (("groups", groups), ("units", units)):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int, Shaped
 from scipy import sparse
 
 from saexp.latents.encode import Latents
@@ -44,6 +45,22 @@ def observations(
     labels = latents.rows["group"].isin(groups) & latents.rows["split"].notna()
     chosen = labels.to_numpy(dtype=bool)
     rows, csr = latents.rows[chosen].reset_index(drop=True), latents.csr[chosen]
+    used, observed, notes = equally_observed(rows, groups, seed)
+    n_each = len(used) // max(len(np.unique(observed)), 1)
+    part = csr[used]
+    is_active = part.copy()
+    is_active.data = (part.data > THRESHOLD).astype(np.float64)
+    values, first_row = by_unit(part, observed[used])
+    active, _ = by_unit(is_active, observed[used])
+    active.data = np.rint(active.data * n_each) / n_each
+    units = rows.iloc[used[first_row]].reset_index(drop=True)
+    return Observations(values, active, units), notes
+
+
+def equally_observed(
+    rows: pd.DataFrame, groups: tuple[str, ...], seed: int
+) -> tuple[Int[np.ndarray, " n_used"], Shaped[np.ndarray, " n_rows"], list[str]]:
+    """(rows used, as many of every observation; observation of each row; notes)."""
     observed, n_both = _observed(rows)
     used = equal_rows(observed, seed)
     n_each = len(used) // max(len(np.unique(observed)), 1)
@@ -53,14 +70,7 @@ def observations(
             f"{counted(n_both, 'entity has', 'entities have')} rows of both groups; each counts "
             "once in either, though the two are not independent"
         )
-    part = csr[used]
-    is_active = part.copy()
-    is_active.data = (part.data > THRESHOLD).astype(np.float64)
-    values, first_row = by_unit(part, observed[used])
-    active, _ = by_unit(is_active, observed[used])
-    active.data = np.rint(active.data * n_each) / n_each
-    units = rows.iloc[used[first_row]].reset_index(drop=True)
-    return Observations(values, active, units), notes
+    return used, observed, notes
 
 
 def _row_notes(

@@ -155,7 +155,7 @@ class StatsAnalyzer:
         """L0 of the first group less that of the second, within types, and notes on the types."""
         of_first = np.repeat([True, False], [len(first.unit_l0), len(second.unit_l0)])
         types = np.concatenate([first.types, second.types])
-        weights = stratum_weights(of_first, types)
+        weights: dict[object, float] = stratum_weights(of_first, types)
         notes = _about_types(first, second, set(weights))
         if not weights:
             types, weights = np.full(len(types), ""), {"": 1.0}
@@ -256,7 +256,7 @@ def _about_types(first: _Group, second: _Group, shared: set[object]) -> list[str
             "between types counts as one between the groups"
         ]
     notes = []
-    alone = sum(int((~np.isin(g.types, list(shared))).sum()) for g in groups)
+    alone = sum(kind not in shared for g in groups for kind in g.types.tolist())
     if alone:
         notes.append(
             f"l0_difference leaves out {counted(alone, 'unit')} of entity types that only one "

@@ -50,7 +50,7 @@ def difference_of_means(
     The interval is NaN where a group has fewer than `MIN_N` units in all, or a stratum has fewer
     than 2 of one.
     """
-    counted = np.isin(strata, list(weights))
+    counted = np.array([stratum in weights for stratum in strata.tolist()], dtype=bool)
     values, first, strata = values[counted], np.asarray(first[counted], bool), strata[counted]
     cells = np.zeros(len(values), dtype=np.int64)
     factors = np.zeros(len(values))

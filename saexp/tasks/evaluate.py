@@ -170,7 +170,8 @@ def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float
         )
     )
     if (n := int(result.metrics["evaluation/n_units"] or 0)) < MIN_N:
-        what = counted(n, "text") if texts.units is None else counted(n, "entity", "entities")
+        whole = n == len(texts.tokens)
+        what = counted(n, "text") if whole else counted(n, "entity", "entities")
         result.notes.append(f"{what} alone, so no number has an interval; it takes {MIN_N}")
     result.tables["skips"] = skips_table(texts.skips)
     result.metrics |= {
