@@ -42,25 +42,27 @@ def observations(
     Each contributes as many rows as the one that has fewest, chosen by `seed`: with more rows a
     latent would be active on more of them, or vary less, whatever the group.
     """
-    labels = latents.rows["group"].isin(groups) & latents.rows["split"].notna()
-    chosen = labels.to_numpy(dtype=bool)
-    rows, csr = latents.rows[chosen].reset_index(drop=True), latents.csr[chosen]
-    used, observed, notes = equally_observed(rows, groups, seed)
+    used, observed, notes = equally_observed(latents.rows, groups, seed)
     n_each = len(used) // max(len(np.unique(observed)), 1)
-    part = csr[used]
+    part = latents.csr[used]
     is_active = part.copy()
     is_active.data = (part.data > THRESHOLD).astype(np.float64)
-    values, first_row = by_unit(part, observed[used])
-    active, _ = by_unit(is_active, observed[used])
+    values, first_row = by_unit(part, observed)
+    active, _ = by_unit(is_active, observed)
     active.data = np.rint(active.data * n_each) / n_each
-    units = rows.iloc[used[first_row]].reset_index(drop=True)
+    units = latents.rows.iloc[used[first_row]].reset_index(drop=True)
     return Observations(values, active, units), notes
 
 
 def equally_observed(
-    rows: pd.DataFrame, groups: tuple[str, ...], seed: int
-) -> tuple[Int[np.ndarray, " n_used"], Shaped[np.ndarray, " n_rows"], list[str]]:
-    """(rows used, as many of every observation; observation of each row; notes)."""
+    all_rows: pd.DataFrame, groups: tuple[str, ...], seed: int
+) -> tuple[Int[np.ndarray, " n_used"], Shaped[np.ndarray, " n_used"], list[str]]:
+    """(numbers of the rows used, as many of every observation; their observations; notes).
+
+    Rows are those of one of the groups and of any split.
+    """
+    chosen = np.flatnonzero(all_rows["group"].isin(groups) & all_rows["split"].notna())
+    rows = all_rows.iloc[chosen].reset_index(drop=True)
     observed, n_both = _observed(rows)
     used = equal_rows(observed, seed)
     n_each = len(used) // max(len(np.unique(observed)), 1)
@@ -70,7 +72,7 @@ def equally_observed(
             f"{counted(n_both, 'entity has', 'entities have')} rows of both groups; each counts "
             "once in either, though the two are not independent"
         )
-    return used, observed, notes
+    return chosen[used], observed[used], notes
 
 
 def _row_notes(

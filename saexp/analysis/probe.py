@@ -187,19 +187,17 @@ class ProbeAnalyzer:
     def _rows(
         self, inputs: AnalysisInputs, splits: Sequence[str], notes: list[str]
     ) -> list[np.ndarray]:
-        """Numbers of each split's rows, as many of every unit, but all for `within` and `unseen`.
+        """Numbers of each split's rows, as many of every unit as a contrast compares.
 
-        Those compare rows of one unit that differ in kind, so all are needed. The numbers judged
+        With `within` or `unseen` all rows: those compare rows of one unit that differ in kind. The numbers judged
         weight units equally in any case; what more rows of a unit change is the fit alone.
         """
         parts = [rows_of(inputs, split) for split in splits]
         if self.within or self.unseen is not None:
             return parts
-        numbers = np.concatenate(parts)
-        rows = inputs.latents.rows.iloc[numbers].reset_index(drop=True)
-        used, _, told = equally_observed(rows, inputs.groups, self.cfg.seed)
+        used, _, told = equally_observed(inputs.latents.rows, inputs.groups, self.cfg.seed)
         notes += told
-        return [np.intersect1d(part, numbers[used]) for part in parts]
+        return [np.intersect1d(part, used) for part in parts]
 
     def _some(self, train: np.ndarray, notes: list[str]) -> np.ndarray:
         if len(train) <= self.max_train:

@@ -155,7 +155,7 @@ class StatsAnalyzer:
         """L0 of the first group less that of the second, within types, and notes on the types."""
         of_first = np.repeat([True, False], [len(first.unit_l0), len(second.unit_l0)])
         types = np.concatenate([first.types, second.types])
-        weights: dict[object, float] = stratum_weights(of_first, types)
+        weights = stratum_weights(of_first, types)
         notes = _about_types(first, second, set(weights))
         if not weights:
             types, weights = np.full(len(types), ""), {"": 1.0}
@@ -247,7 +247,7 @@ def _few_units(groups: list[_Group]) -> list[str]:
     ]
 
 
-def _about_types(first: _Group, second: _Group, shared: set[object]) -> list[str]:
+def _about_types(first: _Group, second: _Group, shared: set[str]) -> list[str]:
     """What a difference of types means for the difference of the groups."""
     groups, names = (first, second), f"{first.name} and {second.name}"
     if not shared:
@@ -263,7 +263,7 @@ def _about_types(first: _Group, second: _Group, shared: set[object]) -> list[str
             "group has; the groups' own numbers do not"
         )
     parts = [{t: float((g.types == t).mean()) for t in shared} for g in groups]
-    worst = max(sorted(shared, key=str), key=lambda t: abs(parts[0][t] - parts[1][t]))
+    worst = max(sorted(shared), key=lambda t: abs(parts[0][t] - parts[1][t]))
     a, b = parts[0][worst], parts[1][worst]
     if abs(a - b) >= UNEQUAL:
         notes.append(

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from saexp import registry
+from saexp.analysis.observations import equally_observed
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
@@ -206,6 +207,9 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     def stream() -> StreamRows:
         acts = gathered.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
+        if groups:
+            used, _, _ = equally_observed(latents.rows, groups, cfg.analyzer.seed)
+            rows = np.intersect1d(rows, used)
         named = latents.rows.iloc[rows]
         return StreamRows(
             acts[torch.from_numpy(rows)].float().numpy(),

@@ -115,7 +115,7 @@ def test_a_difference_within_strata_by_hand() -> None:
     first = np.tile([True, True, False], 12)
     strata = np.array(["a"] * 12 + ["b"] * 18 + ["c"] * 6)
     values = RNG.normal(size=36)
-    weights: dict[object, float] = {"a": 0.25, "b": 0.75}
+    weights = {"a": 0.25, "b": 0.75}
     difference, low, high = difference_of_means(values, first, strata, weights, 0)
     expected = sum(
         weight * (values[(strata == s) & first].mean() - values[(strata == s) & ~first].mean())
@@ -132,7 +132,7 @@ def test_one_stratum_is_the_two_sample_bootstrap_t() -> None:
     first = np.arange(40) < 15
     values = RNG.gamma(2.0, size=40) + first
     _, low, high = difference_of_means(
-        values, first, np.zeros(40), {0.0: 1.0}, 5, n_resamples=20_000
+        values, first, np.array(["a"] * 40), {"a": 1.0}, 5, n_resamples=20_000
     )
     rng = np.random.default_rng(1)
     a, b = values[first], values[~first]
