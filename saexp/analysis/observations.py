@@ -61,7 +61,7 @@ def equally_observed(
 
     Rows are those of one of the groups and of any split.
     """
-    chosen = np.flatnonzero(all_rows["group"].isin(groups) & all_rows["split"].notna())
+    chosen = _labelled(all_rows, groups)
     rows = all_rows.iloc[chosen].reset_index(drop=True)
     observed, n_both = _observed(rows)
     used = equal_rows(observed, seed)
@@ -73,6 +73,15 @@ def equally_observed(
             "once in either, though the two are not independent"
         )
     return chosen[used], observed[used], notes
+
+
+def used_rows(rows: pd.DataFrame, groups: tuple[str, ...], seed: int) -> np.ndarray:
+    """Sorted indices of the rows that `observations` of all `rows` takes."""
+    return equally_observed(rows, groups, seed)[0]
+
+
+def _labelled(rows: pd.DataFrame, groups: tuple[str, ...]) -> np.ndarray:
+    return np.flatnonzero(rows["group"].isin(groups) & rows["split"].notna())
 
 
 def _row_notes(

@@ -189,8 +189,9 @@ class ProbeAnalyzer:
     ) -> list[np.ndarray]:
         """Numbers of each split's rows, as many of every unit as a contrast compares.
 
-        With `within` or `unseen` all rows: those compare rows of one unit that differ in kind. The numbers judged
-        weight units equally in any case; what more rows of a unit change is the fit alone.
+        With `within` or `unseen` all rows: those compare rows of one unit that differ in kind.
+        The numbers judged weight units equally in any case; more rows of a unit change the fit
+        alone, and no fit makes a held-out number of labels without meaning differ from chance.
         """
         parts = [rows_of(inputs, split) for split in splits]
         if self.within or self.unseen is not None:

@@ -100,25 +100,17 @@ def firing_counts(
 
 
 @torch.inference_mode()
-def unit_latents(store: ActivationStore, sae: SAE, rows: pd.DataFrame) -> Latents:
-    """Mean activations over the rows of each `unit`, one row a unit, with its first row's labels.
-
-    What `by_unit` makes of all rows' latents, without holding those: memory grows with the distinct
-    latents of each unit, not with the rows.
-    """
+def latents_at(
+    store: ActivationStore, sae: SAE, rows: pd.DataFrame, chosen: Int[np.ndarray, " k"]
+) -> Latents:
+    """Latents of the rows at the sorted indices `chosen`; memory grows with these alone."""
     assert len(rows) == store.n_rows, "rows table and store differ in length"
-    unit, _ = pd.factorize(rows["unit"])
-    n_units, sums = int(unit.max()) + 1, None
+    parts = [sparse.csr_array((0, sae.d_sae), dtype=np.float32)]
     for first, csr in _encoded(store, sae):
-        here = unit[first : first + len(csr.indptr) - 1]
-        ones = np.ones(len(here))
-        adding = sparse.csr_array((ones, (here, np.arange(len(here)))), (n_units, len(here)))
-        part = sparse.csr_array(adding @ csr)
-        sums = part if sums is None else sums + part
-    assert sums is not None, "a store has rows"
-    averaging = sparse.diags_array(1 / np.bincount(unit, minlength=n_units))
-    _, where = np.unique(unit, return_index=True)
-    return Latents(sparse.csr_array(averaging @ sums), rows.iloc[where].reset_index(drop=True))
+        inside = chosen[(chosen >= first) & (chosen < first + len(csr.indptr) - 1)]
+        parts.append(csr[inside - first])
+    stacked = sparse.csr_array(sparse.vstack(parts, format="csr"))
+    return Latents(stacked, rows.iloc[chosen].reset_index(drop=True))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Counts, means and moments of sparse latents per group, without a dense matrix."""
+"""Counts and means of sparse latents per group, without a dense matrix."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ class Moments:
     active: Int[np.ndarray, " d_sae"]
     """Rows where the latent is above `threshold`."""
     total: Float[np.ndarray, " d_sae"]
-    squares: Float[np.ndarray, " d_sae"]
     maximum: Float[np.ndarray, " d_sae"]
 
     @property
@@ -28,12 +27,6 @@ class Moments:
     def mean(self) -> Float[np.ndarray, " d_sae"]:
         """Mean over all rows, zeros included."""
         return self.total / max(self.n, 1)
-
-    @property
-    def variance(self) -> Float[np.ndarray, " d_sae"]:
-        """Unbiased variance over all rows."""
-        spread = self.squares - self.n * self.mean**2
-        return np.maximum(spread, 0) / max(self.n - 1, 1)
 
 
 def moments(
@@ -49,7 +42,6 @@ def moments(
         n=part.shape[0],
         active=np.bincount(part.indices[data > threshold], minlength=d_sae),
         total=_summed(part.indices, data, d_sae),
-        squares=_summed(part.indices, data**2, d_sae),
         maximum=maximum,
     )
 

@@ -8,9 +8,10 @@ import pandas as pd
 
 from saexp import registry
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.observations import used_rows
 from saexp.config import PositionsConfig, RunConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.examples import firing_counts, unit_latents
+from saexp.latents.examples import firing_counts, latents_at
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.gathering import Gathered, gather
@@ -125,8 +126,10 @@ def _contrast(
 ) -> pd.DataFrame:
     most = max(n, cfg.analyzer.top_k)
     analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
+    rows = at.placement.rows
+    used = used_rows(rows, at.examples.groups, analyzer.seed)
     inputs = AnalysisInputs(
-        latents=unit_latents(at.store, sae, at.placement.rows),
+        latents=latents_at(at.store, sae, rows, used),
         groups=at.examples.groups,
         layer=sae.hookpoint.layer,
         background=encoded_neutral(neutral, sae),

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from saexp import registry
-from saexp.analysis.observations import equally_observed
+from saexp.analysis.observations import used_rows
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
@@ -208,8 +208,7 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
         acts = gathered.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
         if groups:
-            used, _, _ = equally_observed(latents.rows, groups, cfg.analyzer.seed)
-            rows = np.intersect1d(rows, used)
+            rows = np.intersect1d(rows, used_rows(latents.rows, groups, cfg.analyzer.seed))
         named = latents.rows.iloc[rows]
         return StreamRows(
             acts[torch.from_numpy(rows)].float().numpy(),

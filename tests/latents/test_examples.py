@@ -13,8 +13,7 @@ from saexp.activations.store import ActivationStore
 from saexp.data.token_text import pieces
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.latents import encode
-from saexp.latents.examples import firing_counts, tally_store, unit_latents, values_at
-from saexp.latents.summary import by_unit
+from saexp.latents.examples import firing_counts, latents_at, tally_store, values_at
 from saexp.latents.tally import N_BINS, Tally, at_quantiles, best_of_each_text
 from saexp.latents.windows import Windows
 from saexp.models.hookpoints import Hookpoint
@@ -203,17 +202,16 @@ def test_counts_and_chosen_values_equal_dense_ones(
         np.testing.assert_allclose(found[latent], dense[rows, latent], rtol=1e-5, atol=1e-6)
 
 
-def test_means_of_units_are_those_of_all_rows_at_once(
+def test_latents_at_some_rows_are_those_of_all_rows(
     store: ActivationStore, auto: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * 10)
-    units = np.array([f"u{n % 23}" for n in range(N_ROWS)])
-    rows = pd.DataFrame({"unit": units, "row": np.arange(N_ROWS)})
-    latents, _ = encode.encode_store(store, auto, rows)
-    expected, where = by_unit(latents.csr, units)
-    found = unit_latents(store, auto, rows)
-    assert found.rows["row"].tolist() == where.tolist()
-    np.testing.assert_allclose(found.csr.toarray(), expected.toarray(), rtol=1e-6)
+    rows = pd.DataFrame({"row": np.arange(N_ROWS)})
+    every, _ = encode.encode_store(store, auto, rows)
+    for chosen in (np.array([0, 9, 10, 11, 150, N_ROWS - 1]), np.zeros(0, dtype=np.int64)):
+        found = latents_at(store, auto, rows, chosen)
+        assert found.rows["row"].tolist() == chosen.tolist()
+        np.testing.assert_allclose(found.csr.toarray(), every.csr[chosen].toarray(), rtol=1e-6)
 
 
 def test_examples_at_quantiles_are_the_nearest_in_rank_and_new() -> None:
