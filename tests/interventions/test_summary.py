@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from saexp.interventions.summary import Draws, chosen_coefficients, summarise, unmoved
-from saexp.paired import paired_difference
+from saexp.stats.paired import paired_difference
 
 N = 40
 

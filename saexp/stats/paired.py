@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from saexp.errors import DataError
+from saexp.stats.means import mean_interval
 
 _NUMBERS = 4_000_000
 """Numbers held at once while resampling, per array."""
@@ -30,7 +31,7 @@ class PairedDifference:
     mean_second: float
     difference: float
     ci_low: float
-    """Percentile bootstrap over units; NaN where there is but one."""
+    """Studentised bootstrap over units (`mean_interval`); NaN for fewer than 10."""
     ci_high: float
     p_value: float
     """Two-sided sign-flip permutation test of a mean difference of 0."""
@@ -56,19 +57,17 @@ def paired_difference(
     units: Sequence[object] | np.ndarray,
     *,
     n_permutations: int = 10_000,
-    n_bootstrap: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedDifference:
     """Mean over units of `second - first`, row by row paired.
 
     All 2^u sign flips are taken where they are no more than `n_permutations`; else p = (1 + those
-    as large) / (1 + n_permutations) over random ones (Phipson and Smyth 2010). The interval is the
-    percentile bootstrap, which is too narrow for fewer than about 20 units. Raises DataError for
+    as large) / (1 + n_permutations) over random ones (Phipson and Smyth 2010). Raises DataError for
     lengths that differ, no rows, and values that are not finite.
     """
     a, b = (_by_unit(_checked(v, units)[:, None], units)[:, 0] for v in (first, second))
-    return _paired(a, b, n_permutations, n_bootstrap, confidence, seed)
+    return _paired(a, b, n_permutations, confidence, seed)
 
 
 def paired_head_test(
@@ -78,7 +77,6 @@ def paired_head_test(
     n_permutations: int = 10_000,
     seed: int = 0,
     *,
-    n_bootstrap: int = 10_000,
     confidence: float = 0.95,
 ) -> PairedHeads:
     """`edited - original` of every head, and of their mean, over units.
@@ -92,7 +90,7 @@ def paired_head_test(
     if original.shape != edited.shape:
         raise DataError(f"{original.shape} original and {edited.shape} edited values: no pairs")
     a, b = (_by_unit(_checked(v, units), units) for v in (original, edited))
-    overall = _paired(a.mean(1), b.mean(1), n_permutations, n_bootstrap, confidence, seed)
+    overall = _paired(a.mean(1), b.mean(1), n_permutations, confidence, seed)
     differences = b - a
     size = np.sqrt((differences**2).mean(0))
     scaled = np.divide(differences, size, out=np.zeros_like(differences), where=size > 0)
@@ -142,7 +140,6 @@ def _paired(
     first: np.ndarray,
     second: np.ndarray,
     n_permutations: int,
-    n_bootstrap: int,
     confidence: float,
     seed: int,
 ) -> PairedDifference:
@@ -155,23 +152,14 @@ def _paired(
     for signs in _flips(n, 1, n_permutations, seed):
         as_large += int((np.abs(signs @ differences) / n >= limit).sum())
         total += len(signs)
-    low, high = np.nan, np.nan
-    if n > 1:
-        rng = np.random.default_rng([seed, 31])
-        step = max(1, _NUMBERS // n)
-        means = [
-            differences[rng.integers(n, size=(min(step, n_bootstrap - start), n))].mean(1)
-            for start in range(0, n_bootstrap, step)
-        ]
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = mean_interval(differences[:, None], seed, confidence=confidence)
     return PairedDifference(
         n_units=n,
         mean_first=float(first.mean()),
         mean_second=float(second.mean()),
         difference=mean,
-        ci_low=float(low),
-        ci_high=float(high),
+        ci_low=float(low[0]),
+        ci_high=float(high[0]),
         p_value=float(_p(as_large, total, _exact(n, n_permutations))),
     )
 
