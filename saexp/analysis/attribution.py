@@ -11,21 +11,28 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
 
 from saexp.context import progress
 from saexp.errors import DataError
 from saexp.latents.encode import CHUNK_BYTES
+from saexp.latents.summary import by_unit
 from saexp.models.context_length import check_positions
 from saexp.models.gradients import LogitGradient, logit_gradient
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.models.unembedding import ADDED, Unembedding
 from saexp.saes.base import SparseAutoencoder
-from saexp.stats.means import bootstrap_means
+from saexp.stats.means import mean_interval
 
 log = logging.getLogger(__name__)
+
+MIN_ACTIVE = 5
+"""Units in which a latent must be active for an interval of its mean effect."""
+_COLUMNS = 4096
+"""Latents made dense at once."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,14 @@ class Attribution:
     def table(
         self, groups: Sequence[str], units: Sequence[object] | None = None, seed: int = 0
     ) -> pd.DataFrame:
-        """Means over the prompts of each group, latents that are off counting as 0.
+        """Means over the units of each group, latents that are off counting as 0.
 
-        Columns group, latent, direct, gradient, activation, the three with `_ci_low` and `_ci_high`
-        (95 %, bootstrap over `units`, the prompts' entities; over prompts where not given; NaN for
-        a single unit), n_active (prompts where it is active), n_prompts and n_units; one row per
-        group and latent that is active in it, in order of |gradient|.
+        `units` are the prompts' entities, whose prompts are averaged first; without them every
+        prompt is one. Columns group, latent, direct, gradient, activation, the three with `_ci_low`
+        and `_ci_high` (95 %, `mean_interval`), n_active (prompts where it is active), n_prompts and
+        n_units; one row per group and latent that is active in it, in order of |gradient|. A latent
+        active in fewer than `MIN_ACTIVE` units has no interval: the bootstrap covers too little
+        there.
         """
         units = range(len(self.logit)) if units is None else units
         for what, given in (("groups", groups), ("units", units)):
@@ -66,21 +75,35 @@ class Attribution:
             n_active = np.bincount(on.indices, minlength=d_sae)
             latents = np.flatnonzero(n_active)
             columns: dict[str, Any] = {"group": group, "latent": latents}
-            mine = [units[i] for i in rows.tolist()]
+            mine = pd.factorize(np.array([units[i] for i in rows.tolist()], dtype=object))[0]
             for name in ("direct", "gradient", "activation"):
                 whole: sparse.csr_array | None = getattr(self, name)
                 mean = low = high = np.full(len(latents), np.nan)
                 if whole is not None:
-                    values = sparse.csr_array(whole[rows][:, latents])
-                    mean = np.asarray(values.sum(0)) / len(rows)
-                    low, high = bootstrap_means(values, mine, seed=seed)
+                    of_unit, _ = by_unit(sparse.csr_array(whole[rows][:, latents]), mine)
+                    mean = np.asarray(of_unit.mean(0))
+                    low, high = _intervals(of_unit, seed)
                 columns |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
             columns |= {"n_active": n_active[latents], "n_prompts": len(rows)}
-            columns["n_units"] = len(set(mine))
+            columns["n_units"] = len(np.unique(mine))
             part = pd.DataFrame(columns)
             order = np.argsort(-part["gradient"].abs().to_numpy(), kind="stable")
             parts.append(part.iloc[order])
         return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
+
+
+def _intervals(
+    of_unit: sparse.csr_array, seed: int
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Intervals of each latent's mean, `[n_units, k]` -> `[k]`; NaN for rare latents."""
+    columns = sparse.csc_array(of_unit)
+    n_active = np.diff(columns.indptr)
+    low, high = np.full((2, len(n_active)), np.nan)
+    some = np.flatnonzero(n_active >= MIN_ACTIVE)
+    for start in range(0, len(some), _COLUMNS):
+        part = some[start : start + _COLUMNS]
+        low[part], high[part] = mean_interval(columns[:, part].toarray(), seed)
+    return low, high
 
 
 @torch.inference_mode(False)

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
 from saexp.analysis.answers import Question, questions
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
-from saexp.analysis.resampling import UnitBootstrap
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.data.answer_tokens import answer_text, space_note
@@ -35,11 +34,15 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
+from saexp.stats.means import mean_interval
+from saexp.stats.proportions import paired_difference_interval, wilson
 
 log = logging.getLogger(__name__)
 
 Splice = Callable[[Tensor], dict[Hookpoint, EditFunction]]
 """Mask of ordinary tokens -> edits that put the reconstruction there."""
+Bounds = tuple[float | None, float | None]
+"""Limits of an interval, or nothing where there is none."""
 STATES = ("clean", "sae")
 MEASURES = ("rank", "logit", "probability", "logit_difference", "top1")
 _LOGIT_BYTES = 512 * 2**20
@@ -61,10 +64,12 @@ class CapabilityAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `capability/…`, tables `prompts`, `top_tokens`, `capability`, `unanswered`.
 
-        `rank` 1 is the likeliest token (1 + the number of tokens with a larger logit), `top1`
-        whether it is; `logit_difference` is answer less foil. Means over prompts, `change` is sae
-        less clean prompt by prompt, intervals by bootstrap over entities (over prompts that have
-        none). Raises DataError where no prompt has an answer that can be asked for.
+        `rank` 1 is the token with the largest logit (1 + the number of tokens with a larger one),
+        `top1` whether it is; `logit_difference` is answer less foil. Means over entities, an
+        entity's prompts averaged first (a prompt that has none is an entity by itself); `change` is
+        sae less clean prompt by prompt. 95 % intervals: Wilson's of rates, Newcombe's paired one of
+        their change, the studentised bootstrap of means, which needs 10 entities; none for a single
+        entity. Raises DataError where no prompt has an answer that can be asked for.
         """
         model, sae = inputs.model, inputs.sae
         assert model is not None and sae is not None, "capability needs the model and the SAE"
@@ -157,24 +162,51 @@ class CapabilityAnalyzer:
     def _summary(
         self, prompts: pd.DataFrame, units: np.ndarray
     ) -> tuple[dict[str, float | int | None], pd.DataFrame]:
-        bootstrap = UnitBootstrap(units, self.cfg.n_bootstrap, self.cfg.seed)
-        metrics: dict[str, float | int | None] = {"capability/n_prompts": len(prompts)}
+        codes = pd.factorize(units)[0]
+        metrics: dict[str, float | int | None] = {
+            "capability/n_prompts": len(prompts),
+            "capability/n_units": int(codes.max()) + 1,
+        }
         rows = []
         for measure in MEASURES:
-            of_state = {s: prompts[f"{measure}_{s}"].to_numpy(dtype=float) for s in STATES}
-            of_state["change"] = of_state["sae"] - of_state["clean"]
-            for state, values in of_state.items():
-                n = int(np.isfinite(values).sum())
-                if not n:
+            clean, sae = (prompts[f"{measure}_{s}"].astype(float) for s in STATES)
+            for state, values in (("clean", clean), ("sae", sae), ("change", sae - clean)):
+                of_unit = values.groupby(codes).mean().dropna().to_numpy()
+                if not len(of_unit):
                     continue
-                mean = float(np.nanmean(values))
-                low, high = bootstrap.mean(values)
+                if measure != "top1":
+                    bounds = self._of_mean(of_unit)
+                elif state == "change":
+                    bounds = _of_paired_rates(clean, sae, codes)
+                else:
+                    bounds = _of_rate(of_unit)
+                mean = float(of_unit.mean())
                 name = f"capability/{measure}_{state}"
-                metrics |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
-                rows.append((measure, state, n, mean, low, high))
-        columns = ["measure", "state", "n", "mean", "ci_low", "ci_high"]
+                metrics |= {name: mean, f"{name}_ci_low": bounds[0], f"{name}_ci_high": bounds[1]}
+                n_prompts = int(values.notna().sum())
+                rows.append((measure, state, n_prompts, len(of_unit), mean, *bounds))
+        columns = ["measure", "state", "n", "n_units", "mean", "ci_low", "ci_high"]
         table = pd.DataFrame(rows, columns=columns)
-        return metrics, table.astype({c: float for c in columns[3:]})
+        return metrics, table.astype({c: float for c in columns[4:]})
+
+    def _of_mean(self, of_unit: Float[np.ndarray, " n"]) -> Bounds:
+        low, high = mean_interval(of_unit[:, None], self.cfg.seed, n_resamples=self.cfg.n_bootstrap)
+        return (float(low[0]), float(high[0])) if np.isfinite(low[0]) else (None, None)
+
+
+def _of_rate(of_unit: Float[np.ndarray, " n"]) -> Bounds:
+    """Wilson's interval; the rates of units with several prompts vary no more than 0 and 1."""
+    if len(of_unit) < 2:
+        return None, None
+    low, high = wilson(of_unit.sum(), len(of_unit))
+    return float(low), float(high)
+
+
+def _of_paired_rates(clean: pd.Series, sae: pd.Series, codes: Int[np.ndarray, " n"]) -> Bounds:
+    """Newcombe's paired interval of the change, each unit counting once."""
+    outcomes = [sae * clean, sae * (1 - clean), (1 - sae) * clean, (1 - sae) * (1 - clean)]
+    counts = [float(outcome.groupby(codes).mean().sum()) for outcome in outcomes]
+    return (None, None) if len(np.unique(codes)) < 2 else paired_difference_interval(*counts)
 
 
 @torch.inference_mode()

@@ -1,17 +1,16 @@
-"""From an SAE's sums per text to its numbers, with bootstrap intervals over texts or entities.
+"""From an SAE's sums per text to its numbers, with intervals over texts or entities.
 
-Every number is a ratio of sums over positions, or made of such ratios; a text is drawn with all its
-positions, so that texts of any length and the likeness of neighbouring tokens are allowed for.
+Every number is one ratio of sums over positions; a text is resampled with all its positions, so
+that texts of any length and the dependence of neighbouring tokens are taken into account.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from saexp.analysis.evaluation import Evaluation
-from saexp.analysis.resampling import UnitBootstrap
+from saexp.stats.means import ratio_interval
 
 Numbers = dict[str, float | int | None]
 Sums = np.ndarray | np.floating | np.integer
@@ -19,44 +18,40 @@ ABLATIONS = {"zero": "", "mean": "_mean"}
 """What takes the stream's place -> ending of the scores that compare with it."""
 
 
-def ratios(sums: Mapping[str, Sums]) -> dict[str, Any]:
-    """Metric name -> value, from sums over positions (Evaluation.texts); NaN where undefined.
+def fractions(sums: Mapping[str, Sums]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric name -> (numerator, denominator), from sums over positions (Evaluation.texts).
 
-    Arrays of any one shape, so that many resamples are done at once. ce_loss_score =
-    (CE_ablated - CE_sae) / (CE_ablated - CE_clean), undefined where the ablation costs nothing;
-    kl_score = (KL_ablated - KL_sae) / KL_ablated; ablated by zeros, with the ending `_mean` by the
-    mean. ce_increase = CE_sae - CE_clean. Variance is around the mean of all texts.
+    Both are linear in the sums, which are arrays of any one shape: those of single texts add up to
+    those of all. ce_loss_score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); kl_score =
+    (KL_ablated - KL_sae) / KL_ablated; ablated by zeros, with the ending `_mean` by the mean.
+    ce_increase = CE_sae - CE_clean. Variance is around the mean of all texts.
     """
     s = {name: np.asarray(values, dtype=np.float64) for name, values in sums.items()}
     there = {name: ending for name, ending in ABLATIONS.items() if f"ce_{name}" in s}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ce = {k: s[f"ce_{k}"] / s["n_scored"] for k in ("clean", "sae", *there)}
-        kl = {k: s[f"kl_{k}"] / s["n_compared"] for k in ("sae", *there)}
-        found = {f"reconstruction/ce_{k}": v for k, v in ce.items()}
-        found |= {f"reconstruction/kl_{k}": v for k, v in kl.items()}
-        found["reconstruction/ce_increase"] = ce["sae"] - ce["clean"]
-        for name, ending in there.items():
-            lost = ce[name] - ce["clean"]
-            score = (ce[name] - ce["sae"]) / lost
-            found[f"reconstruction/ce_loss_score{ending}"] = np.where(lost > 0, score, np.nan)
-            score = (kl[name] - kl["sae"]) / kl[name]
-            found[f"reconstruction/kl_score{ending}"] = np.where(kl[name] > 0, score, np.nan)
-        n = s["n_spliced"]
-        found |= {
-            "reconstruction/explained_variance": 1 - s["error"] / s["spread"],
-            "reconstruction/explained_variance_legacy": s["legacy"] / n,
-            "reconstruction/explained_variance_all_positions": (
-                1 - s["error_of_all"] / s["spread_of_all"]
-            ),
-            "reconstruction/high_norm_variance_fraction": s["spread_high_norm"]
-            / s["spread_of_all"],
-            "reconstruction/mse": s["error"] / n,
-            "reconstruction/cosine": s["cosine"] / n,
-            "reconstruction/l2_ratio": s["ratio"] / n,
-            "reconstruction/relative_bias": s["output"] / s["product"],
-            "sparsity/l0": s["active"] / n,
-            "sparsity/mean_active": s["value"] / s["active"],
-        }
+    found = {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in ("clean", "sae")}
+    found |= {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in there}
+    found |= {f"reconstruction/kl_{k}": (s[f"kl_{k}"], s["n_compared"]) for k in ("sae", *there)}
+    found["reconstruction/ce_increase"] = (s["ce_sae"] - s["ce_clean"], s["n_scored"])
+    for name, ending in there.items():
+        ce, kl = s[f"ce_{name}"], s[f"kl_{name}"]
+        found[f"reconstruction/ce_loss_score{ending}"] = (ce - s["ce_sae"], ce - s["ce_clean"])
+        found[f"reconstruction/kl_score{ending}"] = (kl - s["kl_sae"], kl)
+    n, spread, spread_of_all = s["n_spliced"], s["spread"], s["spread_of_all"]
+    found |= {
+        "reconstruction/explained_variance": (spread - s["error"], spread),
+        "reconstruction/explained_variance_legacy": (s["legacy"], n),
+        "reconstruction/explained_variance_all_positions": (
+            spread_of_all - s["error_of_all"],
+            spread_of_all,
+        ),
+        "reconstruction/high_norm_variance_fraction": (s["spread_high_norm"], spread_of_all),
+        "reconstruction/mse": (s["error"], n),
+        "reconstruction/cosine": (s["cosine"], n),
+        "reconstruction/l2_ratio": (s["ratio"], n),
+        "reconstruction/relative_bias": (s["output"], s["product"]),
+        "sparsity/l0": (s["active"], n),
+        "sparsity/mean_active": (s["value"], s["active"]),
+    }
     return found
 
 
@@ -68,51 +63,39 @@ def numbers(
     *,
     units: Sequence[str] | None = None,
 ) -> Numbers:
-    """Every metric of one SAE, those of `ratios` with `_ci_low` and `_ci_high` (percentiles).
+    """Every metric of one SAE, those of `fractions` with `_ci_low` and `_ci_high`.
 
-    Texts of one of `units` (an entity, say) are drawn together; without them every text is drawn by
-    itself. The same seed draws the same texts for every SAE. A number that is not defined is NaN;
-    intervals are None for fewer than two units or without resamples.
+    Intervals are by the studentised bootstrap of the ratio (`ratio_interval`) over `units`, each
+    with the sums of its texts; without units every text is one. A score is NaN where the ablation
+    costs nothing, as is every number that is not defined. Intervals are None for fewer than `MIN_N`
+    units, without resamples, and for a number that has no spread.
     """
     table = evaluation.texts
-    values = {name: table[name].to_numpy(dtype=np.float64) for name in table.columns}
+    of_text = (
+        np.arange(len(table)) if units is None else pd.factorize(np.asarray(units, dtype=object))[0]
+    )
+    of_unit = table.groupby(of_text, sort=False).sum()
+    values = {str(name): of_unit[name].to_numpy(dtype=np.float64) for name in of_unit.columns}
+    parts = fractions(values)
+    above, below = (np.stack([pair[i] for pair in parts.values()], axis=1) for i in (0, 1))
+    low, high = ratio_interval(above, below, seed, n_resamples=n_bootstrap, confidence=confidence)
     found: Numbers = {}
-    of_text = np.arange(len(table)) if units is None else np.asarray(units, dtype=object)
-    intervals = _intervals(values, UnitBootstrap(of_text, n_bootstrap, seed), confidence)
-    for name, value in ratios({k: v.sum() for k, v in values.items()}).items():
-        low, high = intervals.get(name, (None, None))
-        number = float(value) if np.isfinite(value) else float("nan")
-        found |= {name: number, f"{name}_ci_low": low, f"{name}_ci_high": high}
+    for i, (name, (numerator, denominator)) in enumerate(parts.items()):
+        total = denominator.sum()
+        defined = total > 0 if "score" in name else total != 0
+        found[name] = float(numerator.sum() / total) if defined else float("nan")
+        for side, limit in (("low", low[i]), ("high", high[i])):
+            is_number = defined and np.isfinite(limit)
+            found[f"{name}_ci_{side}"] = float(limit) if is_number else None
     measured = evaluation.stream.result()
     for name in ("max_active", "dead_fraction", "n_positions"):
         found[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
     for name in ("explained_variance_median", "median_norm", "n_high_norm"):
         found[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
     found["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
+    found["evaluation/n_units"] = len(of_unit)
     found["evaluation/n_scored"] = int(values["n_scored"].sum())
     found["evaluation/n_compared"] = int(values["n_compared"].sum())
-    return found
-
-
-def _intervals(
-    values: Mapping[str, np.ndarray], bootstrap: UnitBootstrap, confidence: float
-) -> dict[str, tuple[float | None, float | None]]:
-    names = list(values)
-    stacked = np.stack([values[name] for name in names])
-    if not bootstrap.n_resamples or bootstrap.n_units < 2:
-        return {}
-    drawn: dict[str, list[np.ndarray]] = {}
-    for weights in bootstrap.draws():
-        sums = dict(zip(names, stacked @ bootstrap.rows(weights), strict=True))
-        for name, resampled in ratios(sums).items():
-            drawn.setdefault(name, []).append(resampled)
-    tail = (1 - confidence) / 2
-    found: dict[str, tuple[float | None, float | None]] = {}
-    for name, parts in drawn.items():
-        all_of = np.concatenate(parts)
-        finite = all_of[np.isfinite(all_of)]
-        low, high = np.quantile(finite, [tail, 1 - tail]) if len(finite) else (np.nan, np.nan)
-        found[name] = (float(low), float(high)) if len(finite) else (None, None)
     return found
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int, Shaped
 from scipy import sparse
 
 from saexp.latents.encode import Latents
@@ -44,8 +45,28 @@ def observations(
     Each contributes as many rows as the one that has fewest, chosen by `seed`: with more rows a
     latent would be active on more of them, or vary less, whatever the group.
     """
-    chosen = _labelled(latents.rows, groups)
-    rows, csr = latents.rows.iloc[chosen].reset_index(drop=True), latents.csr[chosen]
+    used, observed, notes = equally_observed(latents.rows, groups, seed)
+    n_each = len(used) // max(len(np.unique(observed)), 1)
+    part = latents.csr[used]
+    is_active = part.copy()
+    is_active.data = (part.data > THRESHOLD).astype(np.float64)
+    values, first_row = by_unit(part, observed)
+    active, _ = by_unit(is_active, observed)
+    active.data = np.rint(active.data * n_each) / n_each
+    rows = latents.rows.iloc[used].assign(observation=observed)
+    units = rows.iloc[first_row].reset_index(drop=True)
+    return Observations(values, active, units, rows.reset_index(drop=True)), notes
+
+
+def equally_observed(
+    all_rows: pd.DataFrame, groups: tuple[str, ...], seed: int
+) -> tuple[Int[np.ndarray, " n_used"], Shaped[np.ndarray, " n_used"], list[str]]:
+    """(numbers of the rows used, as many of every observation; their observations; notes).
+
+    Rows are those of one of the groups and of any split.
+    """
+    chosen = _labelled(all_rows, groups)
+    rows = all_rows.iloc[chosen].reset_index(drop=True)
     observed, n_both = _observed(rows)
     used = equal_rows(observed, seed)
     n_each = len(used) // max(len(np.unique(observed)), 1)
@@ -55,21 +76,12 @@ def observations(
             f"{counted(n_both, 'entity has', 'entities have')} rows of both groups; each counts "
             "once in either, though the two are not independent"
         )
-    part = csr[used]
-    is_active = part.copy()
-    is_active.data = (part.data > THRESHOLD).astype(np.float64)
-    values, first_row = by_unit(part, observed[used])
-    active, _ = by_unit(is_active, observed[used])
-    active.data = np.rint(active.data * n_each) / n_each
-    rows = rows.assign(observation=observed)
-    units = rows.iloc[used[first_row]].reset_index(drop=True)
-    return Observations(values, active, units, rows.iloc[used]), notes
+    return chosen[used], observed[used], notes
 
 
 def used_rows(rows: pd.DataFrame, groups: tuple[str, ...], seed: int) -> np.ndarray:
     """Sorted indices of the rows that `observations` of all `rows` takes."""
-    chosen = _labelled(rows, groups)
-    return chosen[equal_rows(_observed(rows.iloc[chosen])[0], seed)]
+    return equally_observed(rows, groups, seed)[0]
 
 
 def _labelled(rows: pd.DataFrame, groups: tuple[str, ...]) -> np.ndarray:

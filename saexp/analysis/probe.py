@@ -1,9 +1,11 @@
 """How well few latents tell two groups apart, beside a dense probe on the activations themselves.
 
 Sparse probing: logistic regression on the k latents with the largest |mean+ - mean-| (REFERENCE.md,
-section 3). All is fitted on the train split and judged on the test split, and where wanted on a
-second data set from elsewhere. A row is one position; rows of a unit stay together in
-cross-validation and in the bootstrap.
+section 3). That rule prefers latents with large activations: one that separates the groups
+perfectly at small values can be missed, so a note names the latent of best train AUROC where it is.
+All is fitted on the train split and judged on the test split, and where wanted on a second data set
+from elsewhere. A row is one position; every unit has as many, its rows stay together in
+cross-validation, and units are the sample size of intervals (see `saexp.analysis.judging`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +15,12 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.judging import MEASURES, WITHIN, Judge
+from saexp.analysis.observations import equally_observed
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.probe_fit import Fitting
 from saexp.analysis.probe_rows import Labelled, check_columns, column_names, labelled, rows_of
-from saexp.analysis.probing import MEASURES, WITHIN, Judge, Probe, roc
+from saexp.analysis.probing import Probe, roc
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.probes import MAX_TRAIN, STRENGTHS, limited
@@ -67,12 +71,13 @@ class ProbeAnalyzer:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
         Metrics without suffix are of the train split (`probe/sparse_5_auroc`), `_test` ones of the
-        test split, `_transfer` ones of the second data set. Probes: `sparse_<k>`; `dense`, logistic
-        on the stored activations; `mean_difference`, the projection on the difference of the
-        groups' mean activations, cut midway; `best_latent`, the latent of best train AUROC as it
-        is, cut where train accuracy is best; `surface`, what the text says without the model (see
-        `saexp.analysis.surface`), also as `contrast/surface_auroc_test`. The first group is the
-        positive one.
+        test split, `_transfer` ones of the second data set; the latter two have intervals (see
+        `Judge`). Probes: `sparse_<k>`; `dense`, logistic on the stored activations;
+        `mean_difference`, the projection on the difference of the groups' mean activations, cut
+        midway; `best_latent`, the latent of best train AUROC as it is, cut where train accuracy is
+        best; `majority`, which calls every row the group with more units on train; `surface`, what
+        the text says without the model (see `saexp.analysis.surface`), also as
+        `contrast/surface_auroc_test`. The first group is the positive one.
 
         With the option `within`, columns that say of which kind a row is, there are a probe
         `base_rate` that knows the kind only, `best_latent_within`, chosen by train AUROC over pairs
@@ -84,7 +89,8 @@ class ProbeAnalyzer:
         """
         self._check(inputs)
         notes: list[str] = []
-        train, test = self._some(rows_of(inputs, "train"), notes), rows_of(inputs, "test")
+        train, test = self._rows(inputs, ("train", "test"), notes)
+        train = self._some(train, notes)
         probes, latents = self.fitting.fit(inputs, train, notes)
         places = {"": (inputs, train), "_test": (inputs, test)}
         if transfer is not None:
@@ -109,6 +115,7 @@ class ProbeAnalyzer:
             notes.append(self._told_unseen(metrics, probes))
         metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
         metrics |= _surface_metrics(metrics)
+        notes += _missed(metrics, probes, latents)
         tables = {"probes": _typed(table), "probe_latents": latents}
         return TaskResult(metrics=metrics, tables={**tables, "roc": pd.concat(curves)}, notes=notes)
 
@@ -122,15 +129,17 @@ class ProbeAnalyzer:
         table: list[dict[str, object]],
     ) -> None:
         """Add what the probes do on these rows; a probe that is not in `scores` is left out."""
-        judge = Judge(labels, self.cfg.n_bootstrap if suffix else 0, self.cfg.seed)
+        judge = Judge(labels)
         metrics[f"probe/n_rows{suffix}"] = len(labels)
-        metrics[f"probe/n_units{suffix}"] = judge.bootstrap.n_units
+        metrics[f"probe/n_units{suffix}"] = judge.n_units
         apart = labels.judged_apart is not None
         for probe in (p for p in probes if p.name in scores):
             found = judge.measure(scores[probe.name], 0.0 if apart else probe.threshold)
+            if not suffix:
+                # The probe was fitted on these rows, so no interval is valid.
+                found = {name: found[name] for name in (*MEASURES, WITHIN) if name in found}
             for name, value in found.items():
-                if suffix or name in (*MEASURES, WITHIN):
-                    metrics[f"probe/{probe.name}_{name}{suffix}"] = value
+                metrics[f"probe/{probe.name}_{name}{suffix}"] = value
             about = {"probe": probe.name, "k": len(probe.latents) or pd.NA} if apart else None
             data = {"data": suffix[1:] or "train", "n_rows": len(labels)}
             table.append({**(about or _about(probe)), **data, **found})
@@ -177,6 +186,22 @@ class ProbeAnalyzer:
                     "rows, or change dataset.split"
                 )
 
+    def _rows(
+        self, inputs: AnalysisInputs, splits: Sequence[str], notes: list[str]
+    ) -> list[np.ndarray]:
+        """Numbers of each split's rows, as many of every unit as a contrast compares.
+
+        With `within` or `unseen` all rows: those compare rows of one unit that differ in kind.
+        The numbers judged weight units equally in any case; more rows of a unit change the fit
+        alone, and no fit makes a held-out number of labels without meaning differ from chance.
+        """
+        parts = [rows_of(inputs, split) for split in splits]
+        if self.within or self.unseen is not None:
+            return parts
+        used, _, told = equally_observed(inputs.latents.rows, inputs.groups, self.cfg.seed)
+        notes += told
+        return [np.intersect1d(part, used) for part in parts]
+
     def _some(self, train: np.ndarray, notes: list[str]) -> np.ndarray:
         if len(train) <= self.max_train:
             return train
@@ -218,6 +243,24 @@ def _surface_metrics(metrics: Mapping[str, float | int | None]) -> dict[str, flo
         for end in ("", "_ci_low", "_ci_high")
         if f"probe/surface_auroc{end}_test" in metrics
     }
+
+
+def _missed(
+    metrics: Mapping[str, float | int | None], probes: Sequence[Probe], latents: pd.DataFrame
+) -> list[str]:
+    """A note on a latent that alone separates the groups better on train than those selected."""
+    best = metrics["probe/best_latent_auroc"]
+    largest = max((p for p in probes if p.name.startswith("sparse_")), key=lambda p: len(p.latents))
+    alone = 0.5 + float((latents["auroc"] - 0.5).abs().max())
+    if best is None or metrics["probe/best_latent"] in largest.latents or best <= alone:
+        return []
+    n = len(largest.latents)
+    return [
+        f"latent {metrics['probe/best_latent']} has the best train AUROC, {best:.3f}, and is not "
+        f"among the {n} of {largest.name}, of which the best has {alone:.3f} ({best - alone:.3f} "
+        "less): sparse probes select the largest |mean+ - mean-|, which misses latents that "
+        "separate the groups at small values"
+    ]
 
 
 def _about(probe: Probe) -> dict[str, object]:

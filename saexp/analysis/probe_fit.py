@@ -14,6 +14,7 @@ from saexp.analysis.probing import (
     auroc_within,
     base_rate,
     latents_reader,
+    majority,
     mean_difference,
     read_acts,
     single_latent,
@@ -82,6 +83,7 @@ class Fitting:
         probes += [
             mean_difference(dense, rows),
             single_latent(values, rows, best, up=bool(aurocs[best] >= 0.5)),
+            majority(rows),
         ]
         if self.within:
             kinds = kinds_of(inputs.latents.rows.iloc[train], self.within)

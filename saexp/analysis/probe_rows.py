@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.data.positions import OWN_COLUMNS
@@ -29,6 +29,11 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """Rows of one unit in one group share the weight 1."""
+        observed = pd.factorize(self.units)[0] * 2 + self.first
+        return 1 / np.bincount(observed)[observed]
 
 
 def rows_of(inputs: AnalysisInputs, split: str | None) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Classifiers of two groups, fitted on train rows, and how well they do elsewhere.
+"""Classifiers of two groups, fitted on train rows.
 
-Shapes: n rows, d numbers a row, b bootstrap draws.
+Shapes: n rows, d numbers a row.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,12 @@ from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.probe_rows import Labelled, kind_names, labelled
-from saexp.analysis.resampling import Interval, UnitBootstrap
 from saexp.analysis.statistics import Ranked
 from saexp.analysis.surface import ReadText, fit_surface, read_texts, token_counts
 from saexp.probes import Fitted
 
 CHUNK = 8192
 """Rows scored at once."""
-MEASURES = ("auroc", "accuracy", "f1")
-WITHIN = "auroc_within"
-Numbers = dict[str, float | None]
 
 
 def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]) -> float:
@@ -152,80 +148,11 @@ def auroc_within(
     return won / pairs if pairs else np.full(n_latents, 0.5)
 
 
-class Judge:
-    """AUROC, accuracy and F1 (of the first group) on labelled rows, with bootstrap intervals.
-
-    Units are drawn with all their rows, within each group; one bootstrap for every probe, so that
-    their intervals are of the same draws.
-    """
-
-    def __init__(self, rows: Labelled, n_resamples: int, seed: int) -> None:
-        self.rows = rows
-        self.bootstrap = UnitBootstrap(rows.units, n_resamples, seed, rows.first)
-
-    def measure(self, scores: Float[np.ndarray, " n"], threshold: float) -> Numbers:
-        """`auroc`, `accuracy`, `f1`, each with `_ci_low` and `_ci_high`.
-
-        Where rows have kinds also `auroc_within`: over pairs of rows of one kind, every pair
-        counting once, so that what tells kinds apart does not help.
-        """
-        first = self.rows.first
-        called = scores > threshold
-        everyone = np.zeros(len(scores), dtype=np.int64)
-        apart = everyone if self.rows.judged_apart is None else self.rows.judged_apart
-
-        def accuracy(weights: np.ndarray) -> np.ndarray:
-            w = self.bootstrap.rows(weights)
-            return (called == first).astype(float) @ w / w.sum(0)
-
-        def f1(weights: np.ndarray) -> np.ndarray:
-            w = self.bootstrap.rows(weights)
-            hits = (called & first).astype(float) @ w
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return 2 * hits / (called.astype(float) @ w + first.astype(float) @ w)
-
-        statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-            "auroc": self._auroc(scores, apart),
-            "accuracy": accuracy,
-            "f1": f1,
-        }
-        if self.rows.kinds is not None:
-            statistics[WITHIN] = self._auroc(scores, self.rows.kinds)
-        found: Numbers = {}
-        whole = np.ones((self.bootstrap.n_units, 1))
-        for name, statistic in statistics.items():
-            interval: Interval = self.bootstrap.interval(statistic)
-            found[name] = float(statistic(whole)[0])
-            found[f"{name}_ci_low"], found[f"{name}_ci_high"] = interval
-        return found
-
-    def _auroc(
-        self, scores: Float[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
-    ) -> Callable[[np.ndarray], np.ndarray]:
-        """P(first > second) + P(equal)/2 over pairs of rows of one stratum; NaN without a pair."""
-        first = self.rows.first
-        parts = []
-        for stratum in np.unique(strata):
-            mine = np.flatnonzero(strata == stratum)
-            if first[mine].any() and not first[mine].all():
-                ranks = 1.0 + np.unique(scores[mine], return_inverse=True)[1]
-                ranked = Ranked(sparse.csr_array(ranks[:, None]), first[mine])
-                parts.append((mine, first[mine][:, None], ranked))
-
-        def statistic(weights: np.ndarray) -> np.ndarray:
-            w = self.bootstrap.rows(weights)
-            won, pairs = np.zeros(w.shape[1]), np.zeros(w.shape[1])
-            for mine, of_first, ranked in parts:
-                w_first, w_second = w[mine] * of_first, w[mine] * ~of_first
-                n = w_first.sum(0) * w_second.sum(0)
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    auroc = ranked.auroc(w_first, w_second)[0]
-                won += np.where(n > 0, auroc * n, 0)
-                pairs += n
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return won / pairs
-
-        return statistic
+def majority(rows: Labelled) -> Probe:
+    """Calls every row the group that has more units on train, the first where neither has."""
+    weights = rows.weights()
+    score = 1.0 if weights[rows.first].sum() >= weights[~rows.first].sum() else -1.0
+    return Probe("majority", lambda _, numbers: numbers, lambda x: np.full(len(x), score))
 
 
 def roc(scores: np.ndarray, first: Bool[np.ndarray, " n"], n_points: int = 201) -> np.ndarray:

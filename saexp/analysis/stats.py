@@ -1,23 +1,31 @@
-"""How sparse and how strong latents are in each group, and which fire most (REFERENCE: study E)."""
+"""How sparse and how strong latents are in each group, which are active most (REFERENCE: study E).
+
+Every unit (entity or text) of a group counts once: its positions are averaged first, so that no
+mean or frequency depends on how many positions each unit has.
+"""
 
 import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.options import read_options, whole
-from saexp.analysis.resampling import UnitBootstrap
+from saexp.analysis.statistics import stratum_weights
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.summary import Moments, moments
 from saexp.results import TaskResult
+from saexp.stats.means import MIN_N, difference_of_means, mean_interval
+from saexp.wording import counted
 
 EVERYTHING = "all"
 """Name of the one group of a data set without groups."""
+UNEQUAL = 0.1
+"""A difference in a type's fraction of either group below which no note is made."""
 Numbers = dict[str, float | int | None]
 
 
@@ -30,6 +38,15 @@ class _Group:
     l0: Float[np.ndarray, " n_rows"]
     """Active latents per position, of all rows."""
     about: Moments
+    """Counts and maxima over positions."""
+    frequency: Float[np.ndarray, " d_sae"]
+    """Fraction of a unit's positions at which a latent is active, averaged over units."""
+    total: Float[np.ndarray, " d_sae"]
+    """Mean activation over a unit's positions, averaged over units."""
+    unit_l0: Float[np.ndarray, " n_units"]
+    """Mean L0 of each unit's positions."""
+    types: Shaped[np.ndarray, " n_units"]
+    """Entity type of each unit, empty where it has none."""
     values: np.ndarray
     """Activations that are not zero."""
 
@@ -51,25 +68,27 @@ class StatsAnalyzer:
         """Metrics `stats/…` per group, tables `groups`, `counts`, `frequent`, `l0_histogram` and
         `value_histogram`.
 
-        L0 is the number of latents that are not zero at a position; its intervals are by bootstrap
-        over units. Describes all ordinary positions of all splits and selects nothing for a claim.
-        Works with one group or none (`all`), too. Raises DataError for a group without positions.
+        L0 is the number of latents that are not zero at a position, `mean_active` the mean of their
+        values. Means and frequencies are over units, a unit's positions averaged first; counts,
+        maxima and `dead_fraction` are over positions and depend on how many there are. Intervals
+        are 95 %, each by itself, by the studentised bootstrap over units; None for fewer than
+        `MIN_N` units. `l0_difference` is the first group's L0 less the second's within entity types
+        that both have, weighted as in van Elteren's test; over all units where they share none.
+        Describes all ordinary positions of all splits and selects nothing for a claim. Works with
+        one group or none (`all`), too. Raises DataError for a group without positions.
         """
         inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         groups = self._groups(inputs)
-        bootstrap = UnitBootstrap(
-            inputs.latents.rows["unit"].to_numpy(),
-            self.cfg.n_bootstrap,
-            self.cfg.seed,
-            np.select([g.chosen for g in groups], range(len(groups)), -1),
-        )
         metrics: Numbers = {}
         for group in groups:
-            metrics |= self._numbers(group, bootstrap)
+            metrics |= self._numbers(group)
+        notes = _few_units(groups)
         frequent = [_frequent(g, self.top_k) for g in groups]
         if len(groups) == 2:
             metrics |= _overlap(*(set(f["latent"]) for f in frequent))
-            metrics |= _difference(groups[0], groups[1], bootstrap)
+            found, about_types = self._difference(groups[0], groups[1])
+            metrics |= found
+            notes += about_types
         tables = {
             "groups": self._table(groups, metrics),
             "counts": _counts(groups),
@@ -79,7 +98,7 @@ class StatsAnalyzer:
         }
         for table in tables.values():
             table.insert(0, "layer", inputs.layer)
-        return TaskResult(metrics=metrics, tables=tables)
+        return TaskResult(metrics=metrics, tables=tables, notes=notes)
 
     def _groups(self, inputs: AnalysisInputs) -> list[_Group]:
         csr, rows = inputs.latents.csr, inputs.latents.rows
@@ -95,25 +114,62 @@ class StatsAnalyzer:
                     "see skips.parquet, or choose other positions="
                 )
             about = moments(csr, mine, threshold=0.0)
-            values = sparse.csr_array(csr[mine]).data
-            found.append(_Group(name, mine, l0, about, values))
+            part = sparse.csr_array(csr[mine])
+            of_row, units = pd.factorize(rows["unit"].to_numpy()[mine])
+            weights = 1 / np.bincount(of_row)[of_row] / len(units)
+            is_active = sparse.csr_array((part.data != 0, part.indices, part.indptr), part.shape)
+            first_row = np.unique(of_row, return_index=True)[1]
+            group = _Group(
+                name,
+                mine,
+                l0,
+                about,
+                frequency=is_active.T @ weights,
+                total=part.T @ weights,
+                unit_l0=np.bincount(of_row, l0[mine]) / np.bincount(of_row),
+                types=rows["entity_type"].fillna("").to_numpy(dtype=str)[mine][first_row],
+                values=part.data,
+            )
+            found.append(group)
         return found
 
-    def _numbers(self, group: _Group, bootstrap: UnitBootstrap) -> Numbers:
+    def _numbers(self, group: _Group) -> Numbers:
         silent = int((group.about.active == 0).sum())
-        l0, g = group.l0[group.chosen], group.name
-        low, high = bootstrap.mean(np.where(group.chosen, group.l0, np.nan))
+        g, l0 = group.name, float(group.unit_l0.mean())
+        low, high = mean_interval(
+            group.unit_l0[:, None], self.cfg.seed, n_resamples=self.cfg.n_bootstrap
+        )
         return {
             f"stats/n_positions_{g}": group.about.n,
-            f"stats/n_units_{g}": len(np.unique(bootstrap.of_row[group.chosen])),
-            f"stats/l0_{g}": float(l0.mean()),
-            f"stats/l0_{g}_ci_low": low,
-            f"stats/l0_{g}_ci_high": high,
-            f"stats/mean_active_{g}": float(group.values.mean()) if len(group.values) else None,
+            f"stats/n_units_{g}": len(group.unit_l0),
+            f"stats/l0_{g}": l0,
+            f"stats/l0_{g}_ci_low": _number(low[0]),
+            f"stats/l0_{g}_ci_high": _number(high[0]),
+            f"stats/mean_active_{g}": float(group.total.sum()) / l0 if l0 else None,
             f"stats/max_active_{g}": float(group.values.max()) if len(group.values) else None,
             f"stats/dead_fraction_{g}": silent / len(group.about.active),
             f"stats/n_dead_{g}": silent,
         }
+
+    def _difference(self, first: _Group, second: _Group) -> tuple[Numbers, list[str]]:
+        """L0 of the first group less that of the second, within types, and notes on the types."""
+        of_first = np.repeat([True, False], [len(first.unit_l0), len(second.unit_l0)])
+        types = np.concatenate([first.types, second.types])
+        weights = stratum_weights(of_first, types)
+        notes = _about_types(first, second, set(weights))
+        if not weights:
+            types, weights = np.full(len(types), ""), {"": 1.0}
+        value, low, high = difference_of_means(
+            np.concatenate([first.unit_l0, second.unit_l0]),
+            of_first,
+            types,
+            weights,
+            self.cfg.seed,
+            n_resamples=self.cfg.n_bootstrap,
+        )
+        name = "stats/l0_difference"
+        limits = {f"{name}_ci_low": _number(low), f"{name}_ci_high": _number(high)}
+        return {name: value, **limits}, notes
 
     def _table(self, groups: list[_Group], metrics: Numbers) -> pd.DataFrame:
         names = ("n_positions", "n_units", "l0", "mean_active", "max_active", "dead_fraction")
@@ -146,18 +202,19 @@ class StatsAnalyzer:
 
 
 def _frequent(group: _Group, top_k: int) -> pd.DataFrame:
-    """The latents that fire at most positions, ties by the lower index."""
-    active = group.about.active
+    """The latents with the highest frequency, ties by the lower index."""
+    active, frequency = group.about.active, group.frequency
     fired = np.flatnonzero(active)
-    top = fired[np.argsort(-active[fired], kind="stable")][:top_k]
+    # Frequencies that differ by rounding alone are equal.
+    top = fired[np.argsort(-frequency[fired].round(12), kind="stable")][:top_k]
     return pd.DataFrame(
         {
             "group": group.name,
             "rank": np.arange(1, len(top) + 1),
             "latent": top,
             "n_active": active[top],
-            "frequency": group.about.frequency[top],
-            "mean_active": group.about.total[top] / active[top],
+            "frequency": frequency[top],
+            "mean_active": group.total[top] / frequency[top],
         }
     )
 
@@ -177,33 +234,54 @@ def _overlap(first: set[int], second: set[int]) -> Numbers:
     }
 
 
-def _difference(first: _Group, second: _Group, bootstrap: UnitBootstrap) -> Numbers:
-    """L0 of the first group less that of the second, units drawn within each group."""
-    parts = []
-    for group in (first, second):
-        codes, n = bootstrap.of_row[group.chosen], bootstrap.n_units
-        sums = np.bincount(codes, weights=group.l0[group.chosen], minlength=n)
-        parts.append((sums, np.bincount(codes, minlength=n).astype(float)))
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            a, b = ((sums @ weights) / (counts @ weights) for sums, counts in parts)
-        return a - b
 
-    low, high = bootstrap.interval(statistic)
-    value = float(first.l0[first.chosen].mean() - second.l0[second.chosen].mean())
-    name = "stats/l0_difference"
-    return {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+def _few_units(groups: list[_Group]) -> list[str]:
+    few = [g for g in groups if len(g.unit_l0) < MIN_N]
+    return [
+        f"{g.name} has {counted(len(g.unit_l0), 'unit')}, so its L0 has no interval; it takes "
+        f"{MIN_N}"
+        for g in few
+    ]
+
+
+def _about_types(first: _Group, second: _Group, shared: set[str]) -> list[str]:
+    """What a difference of types means for the difference of the groups."""
+    groups, names = (first, second), f"{first.name} and {second.name}"
+    if not shared:
+        return [
+            f"{names} share no entity type, so l0_difference is over all units, and a difference "
+            "between types counts as one between the groups"
+        ]
+    notes = []
+    alone = sum(kind not in shared for g in groups for kind in g.types.tolist())
+    if alone:
+        notes.append(
+            f"l0_difference leaves out {counted(alone, 'unit')} of entity types that only one "
+            "group has; the groups' own numbers do not"
+        )
+    parts = [{t: float((g.types == t).mean()) for t in shared} for g in groups]
+    worst = max(sorted(shared), key=lambda t: abs(parts[0][t] - parts[1][t]))
+    a, b = parts[0][worst], parts[1][worst]
+    if abs(a - b) >= UNEQUAL:
+        notes.append(
+            f"{worst or 'no type'} is {a:.0%} of {first.name} and {b:.0%} of {second.name}: "
+            "l0_difference compares within entity types, the groups' own numbers, frequencies and "
+            "lists do not"
+        )
+    return notes
 
 
 def _counts(groups: list[_Group]) -> pd.DataFrame:
-    """Per latent that fired at all: at how many positions of each group it does."""
+    """Per latent that is active at all: at how many positions of each group, and its frequency."""
     fired = np.flatnonzero(np.sum([g.about.active for g in groups], axis=0))
     table = pd.DataFrame({"latent": fired})
     for group in groups:
         table[f"n_active_{group.name}"] = group.about.active[fired]
     for group in groups:
-        table[f"freq_{group.name}"] = group.about.frequency[fired]
+        table[f"freq_{group.name}"] = group.frequency[fired]
     if len(groups) == 2:
         a, b = (table[f"freq_{g.name}"] for g in groups)
         table["freq_difference"] = a - b

@@ -84,7 +84,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class StreamRows:
-    """Stored activations of a stream, with what each row is of."""
+    """Stored activations of a stream, as many rows of every unit, with what each row is of."""
 
     acts: Float[np.ndarray, "n d"]
     groups: Shaped[np.ndarray, " n"]

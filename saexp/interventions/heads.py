@@ -27,7 +27,7 @@ from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.models.weights import orthogonalized
-from saexp.paired import paired_head_test
+from saexp.stats.paired import paired_head_test
 
 _BATCH = 64
 _TOLD = ("group", "direction", "place")

@@ -10,10 +10,11 @@ from plotly.subplots import make_subplots
 from saexp.reports.analyses_parts import Section, Table, cell, shown, table_of, told
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
+from saexp.wording import counted
 
 STATES = {"clean": "the model as it is", "sae": "through the SAE"}
 _MEASURES = {
-    "rank": "rank of the answer (1 is the likeliest token)",
+    "rank": "rank of the answer (1 has the largest logit)",
     "top1": "share of prompts with the answer first",
     "logit": "logit of the answer",
     "probability": "probability of the answer",
@@ -64,7 +65,7 @@ def sentences(run: SavedRun) -> list[str]:
             f"'{row['answer_token']}' after '{_short(row['prompt'])}': rank {row['rank_clean']} "
             f"(logit {row['logit_clean']:.2f}, probability {row['probability_clean']:.3f}), "
             f"through the SAE rank {row['rank_sae']} (logit {row['logit_sae']:.2f}, probability "
-            f"{row['probability_sae']:.3f}); rank 1 is the likeliest token."
+            f"{row['probability_sae']:.3f}); rank 1 has the largest logit."
         ]
         if pd.notna(row["logit_difference_clean"]):
             lines.append(
@@ -74,8 +75,8 @@ def sentences(run: SavedRun) -> list[str]:
             )
         return lines
     lines = [
-        f"On {m['capability/n_prompts']:,} prompts the answer's first token is the likeliest on a "
-        f"share of {told(run, 'capability/top1_clean')}, through the SAE on "
+        f"On {_asked_of(run)} the answer's first token has the largest logit on a share of "
+        f"{told(run, 'capability/top1_clean')}, through the SAE on "
         f"{told(run, 'capability/top1_sae')} (change {told(run, 'capability/top1_change')}); "
         f"mean probability {told(run, 'capability/probability_clean')} -> "
         f"{told(run, 'capability/probability_sae')}."
@@ -91,6 +92,12 @@ def sentences(run: SavedRun) -> list[str]:
     return lines
 
 
+def _asked_of(run: SavedRun) -> str:
+    prompts, units = (int(run.metrics[f"capability/n_{of}"] or 0) for of in ("prompts", "units"))
+    of = "" if units == prompts else f" of {counted(units, 'entity', 'entities')}"
+    return f"{counted(prompts, 'prompt')}{of}"
+
+
 def sections(run: SavedRun) -> list[Section]:
     """On average, prompt by prompt, and the best tokens."""
     prompts, tops = table_of(run, "prompts"), table_of(run, "top_tokens")
@@ -99,8 +106,11 @@ def sections(run: SavedRun) -> list[Section]:
         found.append(
             Section(
                 "On average",
-                "Means over prompts with 95 % bootstrap intervals over entities (over prompts that "
-                "have none); change is through the SAE less without, prompt by prompt.",
+                "Means over entities (prompts that have none count as one each), an entity's "
+                "prompts averaged first; change is through the SAE less without, prompt by prompt. "
+                "95 % intervals over entities, each by itself: Wilson's for the share with the "
+                "answer first, Newcombe's paired interval for its change, the studentised "
+                "bootstrap for the others (none for fewer than 10 entities).",
                 figures=[("answers", "One point per prompt: without the SAE against with it.")],
                 tables=[_summary(run)],
             )
@@ -133,11 +143,15 @@ def _summary(run: SavedRun) -> Table:
     table = table_of(run, "capability")
     names = {**STATES, "change": "change"}
     rows = [
-        [_MEASURES[r["measure"]], names[r["state"]], *(cell(r[c]) for c in ("n", "mean"))]
+        [
+            _MEASURES[r["measure"]],
+            names[r["state"]],
+            *(cell(r[c]) for c in ("n", "n_units", "mean")),
+        ]
         + [cell(r["ci_low"]), cell(r["ci_high"])]
         for r in table.to_dict("records")
     ]
-    return Table(["measure", "", "prompts", "mean", "low", "high"], rows)
+    return Table(["measure", "", "prompts", "entities", "mean", "low", "high"], rows)
 
 
 def _list(row: Mapping[Any, Any], tops: pd.DataFrame) -> Table:

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 from saexp.reports.analyses_parts import Section, Table, cell, interval, shown, table_of
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
-from saexp.wording import chance_words
+from saexp.wording import chance_words, counted
 
 _DATA = {
     "train": "train split",
@@ -15,7 +15,14 @@ _DATA = {
     "unseen": "test split, kinds not trained on",
     "transfer": "second data set",
 }
-_MEASURES = {"auroc": "AUROC", "accuracy": "accuracy", "f1": "F1"}
+_MEASURES = {
+    "auroc": "AUROC",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+}
+_BASELINE = "majority"
+"""A probe that ranks nothing: its accuracy is what the others' is compared with."""
 _COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#E69F00", "#8a8f98")
 """Okabe and Ito's colours, safe for colour blindness."""
 
@@ -32,6 +39,7 @@ def name_of(probe: str) -> str:
         "best_latent_within": "best latent within kinds",
         "base_rate": "the kind of row alone",
         "surface": "surface baseline (text alone, no model)",
+        "majority": "always the larger group",
     }.get(probe, probe)
 
 
@@ -54,7 +62,8 @@ def figures(run: SavedRun) -> dict[str, go.Figure]:
 
 
 def sentences(run: SavedRun) -> list[str]:
-    """Held-out AUROC of every probe, and how it carries over."""
+    """Held-out AUROC of every probe, the best accuracy beside the baseline, and how it carries
+    over."""
     table = table_of(run, "probes")
     lines = []
     for data in ("test", "unseen", "transfer"):
@@ -66,14 +75,33 @@ def sentences(run: SavedRun) -> list[str]:
             f"{interval(r['auroc_ci_low'], r['auroc_ci_high'])}"
             f"{chance_words(r['auroc_ci_low'], run.unit_word)}"
             for r in mine.to_dict("records")
+            if r["probe"] != _BASELINE
         ]
-        n = run.metrics[f"probe/n_units_{data}"]
+        units, rows = (int(run.metrics[f"probe/n_{of}_{data}"] or 0) for of in ("units", "rows"))
         lines.append(
-            f"AUROC on the {_DATA[data]} ({mine['n_rows'].iloc[0]:,} rows, {n:,} units): "
+            f"AUROC on the {_DATA[data]} ({counted(units, 'unit')}, {counted(rows, 'row')}): "
             f"{'; '.join(parts)}."
         )
+        lines += _accuracy(mine)
     best = run.metrics["probe/best_latent"]
     return [*lines, f"The best latent by train AUROC is {best}."]
+
+
+def _accuracy(rows: pd.DataFrame) -> list[str]:
+    """The dense probe's accuracy beside that of always calling the larger group."""
+    found = rows.set_index("probe")
+    if not {"dense", _BASELINE} <= set(found.index):
+        return []
+    dense, always = found.loc["dense"], found.loc[_BASELINE]
+    accuracy, balanced = (
+        f"{dense[name]:.3f}{interval(dense[f'{name}_ci_low'], dense[f'{name}_ci_high'])}"
+        for name in ("accuracy", "balanced_accuracy")
+    )
+    return [
+        f"Accuracy of the probe on all of the stream there: {accuracy}, balanced {balanced}; "
+        f"always calling the larger group: {always['accuracy']:.3f}, balanced "
+        f"{always['balanced_accuracy']:.3f}."
+    ]
 
 
 def sections(run: SavedRun) -> list[Section]:
@@ -85,7 +113,10 @@ def sections(run: SavedRun) -> list[Section]:
     curved = [d for d in held_out if d in set(table_of(run, "roc")["data"])]
     tables = [_numbers(table[table["data"] == d], d) for d in (*held_out, "train")]
     captions = [(f"roc_{d}", f"ROC curves on the {_DATA[d]}.") for d in curved]
-    bars = "AUROC of each probe with 95 % bootstrap intervals over units, each drawn with its rows."
+    bars = (
+        "AUROC of each probe with 95 % intervals by Newcombe's method 5, units being the sample "
+        "size; each interval by itself, not corrected for the number of probes."
+    )
     columns = {
         "rank": "rank",
         "latent": "latent",
@@ -97,16 +128,22 @@ def sections(run: SavedRun) -> list[Section]:
     return [
         Section(
             "How well each probe does",
-            f"Accuracy and F1 (of {first}) at the cut fitted on train: log odds of 0 for logistic "
-            "probes, midway between the groups' means, best train accuracy for the single latent. "
-            "C is the inverse penalty that cross-validation within train chose.",
+            f"Accuracy, balanced accuracy and F1 (of {first}) at the cut fitted on train: log odds "
+            "of 0 for logistic probes, midway between the groups' means, best train accuracy for "
+            "the single latent. Every unit of a group counts once. 95 % intervals with units as "
+            "the sample size, too wide where a unit has several rows that differ: Newcombe's "
+            "method 5 for AUROC, Wilson's for accuracy and, through TP / (TP + FP + FN), for F1, "
+            "Newcombe's hybrid for balanced accuracy; none for fewer than 10 units of a group. C "
+            "is the inverse penalty that cross-validation over units within train chose.",
             figures=[("probes", bars), *captions],
             tables=tables,
         ),
         Section(
             "The latents chosen",
             "By the largest difference of the groups' means on train; the probe of k latents has "
-            "the first k. Weights are per standard deviation.",
+            "the first k. This rule prefers large activations and misses a latent that separates "
+            "the groups at small values; the best latent by train AUROC shows whether there is "
+            "one. Weights are per standard deviation.",
             tables=[shown(latents, columns=columns)],
         ),
     ]
@@ -132,7 +169,7 @@ def _probes(table: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     shown_data = ("test", "unseen", "transfer")
     for data, colour in zip(shown_data, (*GROUP_COLOURS, _COLOURS[1]), strict=True):
-        mine = table[table["data"] == data]
+        mine = table[(table["data"] == data) & (table["probe"] != _BASELINE)]
         if mine.empty:
             continue
         bars = {
@@ -163,6 +200,7 @@ def _roc(curves: pd.DataFrame, table: pd.DataFrame) -> go.Figure:
     figure.add_shape(
         type="line", x0=0, y0=0, x1=1, y1=1, line={"color": QUIET, "dash": "dot", "width": 1}
     )
+    curves = curves[curves["probe"] != _BASELINE]
     for number, (probe, part) in enumerate(curves.groupby("probe", sort=False)):
         figure.add_trace(
             go.Scatter(

@@ -26,6 +26,7 @@ _GROUPS = {
     "dead_fraction": "never active in N",
     "n_dead": "… latents",
 }
+_INTERVALS = "95 % intervals by the studentised bootstrap over units (none for fewer than 10)"
 _N_TOLD = 3
 """Layers told one by one; of more, the range."""
 
@@ -34,7 +35,8 @@ def asked(_: SavedRun) -> str:
     """What the run was to find out."""
     return (
         "How many latents are active at a position, how strongly, how many never are, and which "
-        "fire most, group by group? All positions of all splits; nothing is selected."
+        "are active most often, group by group? All positions of all splits, every unit (entity or "
+        "text) counting once; nothing is selected."
     )
 
 
@@ -89,11 +91,13 @@ def sections(run: SavedRun) -> list[Section]:
     counts = table_of(run, "counts")
     layers = layers_of(groups)
     columns = {**({"layer": "layer"} if len(layers) > 1 else {}), **_GROUPS}
-    over = [("l0_layers", "L0 over layers, with 95 % bootstrap intervals over units.")]
+    over = [("l0_layers", f"L0 over layers, with {_INTERVALS}.")]
     found = [
         Section(
             "Groups",
-            "L0: active latents at a position, with 95 % bootstrap intervals over units.",
+            f"L0: active latents at a position, a unit's positions averaged first, with "
+            f"{_INTERVALS}. Maximum and never active are over all positions and depend on how many "
+            "there are.",
             figures=over if len(layers) > 1 else [],
             tables=[shown(groups, columns=columns)],
         )
@@ -105,11 +109,12 @@ def sections(run: SavedRun) -> list[Section]:
         order = mine[active].sum(axis=1).sort_values(ascending=False, kind="stable").index
         lists = frequent[frequent["layer"] == layer]
         plots = [
-            (f"l0{end}", "Active latents per position, share of the group's positions."),
+            (f"l0{end}", "Active latents per position, fraction of the group's positions."),
             (f"values{end}", "Activations that are not zero; shares are logarithmic."),
         ]
         if len(active) == 2:
-            plots.append((f"frequencies{end}", "Share of positions on which each latent fires."))
+            caption = "Fraction of positions at which each latent is active, averaged over units."
+            plots.append((f"frequencies{end}", caption))
         found.append(
             Section(
                 f"Layer {layer}" if len(layers) > 1 else "Latents",
@@ -148,8 +153,8 @@ def _compared(run: SavedRun, names: list[str], end: str, where: str) -> str:
     frequent = table_of(run, "frequent")
     n = int(frequent.groupby(["layer", "group"]).size().max()) if len(frequent) else 0
     return (
-        f"{where}L0 of {names[0]} less {names[1]}: {value:.2f}{between}; of the {n} most frequent "
-        f"latents of each, {both} are the same."
+        f"{where}L0 of {names[0]} less {names[1]}, within entity types where both have them: "
+        f"{value:.2f}{between}; of the {n} most frequent latents of each, {both} are the same."
     )
 
 

@@ -14,8 +14,8 @@ from saexp.wording import sae_words
 
 CAPTIONS = {
     "losses": "Next-token loss of the model as it is, and with the SAE's reconstruction, the "
-    "stream's mean or zeros in place of the stream; 95 % bootstrap intervals over texts, or over "
-    "entities where texts have one.",
+    "stream's mean or zeros in place of the stream; 95 % intervals by the studentised "
+    "bootstrap over texts, or over entities where texts have one (none for fewer than 10).",
     "layers": "Share of the loss that ablating the stream costs which the reconstruction wins "
     "back: 1 is a perfect SAE, 0 one that is no better than the ablation.",
     "l0": "Number of active latents per position.",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -20,16 +21,16 @@ N_EXAMPLES = 3
 def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
     """Per entity type, attribute and what the data set calls the entity: shares of the answers.
 
-    `known_share` is the share of entities whose attribute is known, with its Wilson interval: one
-    entity is one observation. `greedy_correct`, `greedy_refusal`, `sample_correct` are shares of
-    answers.
+    `known_share` is the share of entities whose attribute is known, with its 95 % Wilson interval:
+    one entity is one observation, and a single one has no interval. `greedy_correct`,
+    `greedy_refusal`, `sample_correct` are shares of answers.
     """
     rows = []
     keys = ["entity_type", "attribute", "given_group"]
     for key, part in labels.groupby(keys, sort=False, dropna=False):
         n, known = len(part), int((part["n_correct"] >= min_correct).sum())
         sampled = [x for found in part["sample_labels"] for x in found]
-        low, high = wilson(known, n)
+        low, high = wilson(known, n) if n > 1 else (np.nan, np.nan)
         named = [k if isinstance(k, str) else "" for k in key]
         rows.append(
             {
@@ -117,10 +118,9 @@ def label_sentences(name: str, entities: pd.DataFrame, labels: pd.DataFrame) -> 
         if mine.empty:
             continue
         k, n = int((mine["group"] == "known").sum()), len(mine)
-        low, high = wilson(k, n)
         told.append(
-            f"{kind}: {k} of {n} that have answers are known, {k / n:.2f} [{low:.2f}, {high:.2f}]; "
-            f"greedy answers are right on {(part['greedy_label'] == 'correct').mean():.2f} of "
+            f"{kind}: {k} of {n} that have answers are known, {_rate(k, n)}; greedy "
+            f" answers are right on {(part['greedy_label'] == 'correct').mean():.2f} of "
             f"{len(part)} questions."
         )
     invented = labels[labels["truths"].map(len) == 0]
@@ -137,11 +137,18 @@ def memorized_sentences(name: str, table: pd.DataFrame, n_prompt: int, n_next: i
     """Share of texts continued exactly, with its interval."""
     n, k = len(table), int(table["perfect_match"].sum())
     none = int((table["matching_tokens"] == 0).sum())
-    low, high = wilson(k, n)
     return [
         f"{name}: {k} of {n} texts are continued exactly for {n_next} tokens after {n_prompt}, "
-        f"{k / n:.2f} [{low:.2f}, {high:.2f}]; {none} have no matching token."
+        f"{_rate(k, n)}; {none} have no matching token."
     ]
+
+
+def _rate(k: int, n: int) -> str:
+    """A fraction with its 95 % Wilson interval, which a single observation has not."""
+    if n < 2:
+        return f"{k / n:.2f}"
+    low, high = wilson(k, n)
+    return f"{k / n:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def write_label_report(folder: str | Path) -> Path:
@@ -223,7 +230,7 @@ def _tables(run: SavedRun) -> list[dict[str, Any]]:
     return [
         {"title": "Entities", "head": ["type", *GROUPS], "rows": counts},
         {
-            "title": "Answers by attribute",
+            "title": "Answers by attribute (95 % Wilson intervals over entities)",
             "head": [c.replace("_", " ") for c in attributes.columns],
             "rows": shares.to_numpy().tolist(),
         },

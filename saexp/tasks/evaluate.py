@@ -22,10 +22,12 @@ from saexp.reports.evaluation import (
 from saexp.reports.evaluation_figures import evaluation_figures
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.stats.means import MIN_N
 from saexp.tasks.bos import settle_bos, wish
 from saexp.tasks.evaluate_texts import Texts, read_texts
 from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +169,10 @@ def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float
             many_widths=len({str(c.width) for c in cells}) > 1,
         )
     )
-    if len(texts.tokens) == 1:
-        result.notes.append("one text alone, so no number has an interval")
+    if (n := int(result.metrics["evaluation/n_units"] or 0)) < MIN_N:
+        whole = n == len(texts.tokens)
+        what = counted(n, "text") if whole else counted(n, "entity", "entities")
+        result.notes.append(f"{what} alone, so no number has an interval; it takes {MIN_N}")
     result.tables["skips"] = skips_table(texts.skips)
     result.metrics |= {
         "evaluation/n_texts": len(texts.tokens),

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 
 from saexp import registry
+from saexp.analysis.observations import used_rows
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
@@ -231,6 +232,8 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
     def stream() -> StreamRows:
         acts = gathered.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
+        if groups:
+            rows = np.intersect1d(rows, used_rows(latents.rows, groups, cfg.analyzer.seed))
         named = latents.rows.iloc[rows]
         return StreamRows(
             acts[torch.from_numpy(rows)].float().numpy(),

@@ -3,18 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from scipy import sparse, stats
+from scipy import sparse
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from saexp.analysis import attribution
-from saexp.analysis.attribution import Attribution, attribute
+from saexp.analysis.attribution import MIN_ACTIVE, Attribution, attribute
 from saexp.errors import DataError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
+from saexp.stats.means import mean_interval
 from tests.random_models import (
     D_MODEL,
     N_LAYERS,
@@ -278,29 +279,56 @@ def test_the_table_of_groups():
         found.table(["a", "a", "b"], ["x"])
 
 
-def test_intervals_are_scipys_bootstrap_over_entities():
+def test_means_and_intervals_are_over_entities():
     rng = np.random.default_rng(1)
-    shape = (36, 5)
+    shape, rates = (60, 6), [0.9, 0.7, 0.5, 0.4, 0.3, 0.02]
     made = [
-        sparse.csr_array(rng.normal(0.4, 1.0, shape) * (rng.random(shape) < 0.6)) for _ in range(3)
+        sparse.csr_array(rng.normal(0.4, 1.0, shape) * (rng.random(shape) < rates))
+        for _ in range(3)
     ]
-    found = Attribution(made[0], made[1], made[2], np.zeros(36), [])
-    groups, units = ["a"] * 24 + ["b"] * 12, [f"entity {i // 2}" for i in range(36)]
-    table = found.table(groups, units).set_index(["group", "latent"])
+    for matrix in made[1:]:
+        matrix.data[:] = rng.normal(0.4, 1.0, matrix.nnz)
+    found = Attribution(made[0], made[1], made[2], np.zeros(60), [])
+    # Entities of one to three prompts; those of the second group are fewer than an interval needs.
+    sizes = [1, 2, 3] * 8 + [2] * 6
+    units = np.repeat([f"entity {i}" for i in range(30)], sizes)
+    groups = ["a"] * 48 + ["b"] * 12
+    table = found.table(groups, units.tolist()).set_index(["group", "latent"])
     for name, values in zip(("activation", "direct", "gradient"), made, strict=True):
-        for group, rows in (("a", slice(0, 24)), ("b", slice(24, 36))):
-            of_entity = values[rows].toarray().reshape(-1, 2, 5).mean(1)
-            for latent in range(5):
-                expected = stats.bootstrap(
-                    (of_entity[:, latent],), np.mean, method="percentile", n_resamples=9999, rng=0
-                ).confidence_interval
-                row = table.loc[(group, latent)]
-                bounds = [row[f"{name}_ci_low"], row[f"{name}_ci_high"]]
-                assert bounds == pytest.approx(list(expected), abs=0.05)
-                assert bounds[0] < row[name] < bounds[1]
-    assert table["n_units"].unique().tolist() == [12, 6]
-    alone = found.table(["a"] * 36, ["one entity"] * 36)
+        dense = values.toarray()
+        entities = np.stack([dense[units == f"entity {i}"].mean(0) for i in range(24)])
+        for latent in np.flatnonzero(dense[:48].any(0)):
+            row = table.loc[("a", latent)]
+            assert row[name] == pytest.approx(entities[:, latent].mean())
+            low, high = mean_interval(entities[:, [latent]], 0)
+            if (entities[:, latent] != 0).sum() < MIN_ACTIVE:
+                low = high = [np.nan]
+            bounds = [row[f"{name}_ci_low"], row[f"{name}_ci_high"]]
+            assert bounds == pytest.approx([low[0], high[0]], nan_ok=True)
+    assert table.loc["a", "gradient_ci_low"].notna().sum() >= 4
+    assert table.loc[("a", 5), "gradient_ci_low"] != table.loc[("a", 5), "gradient_ci_low"]
+    assert table["n_units"].unique().tolist() == [24, 6]
+    assert table.loc["b", "gradient_ci_low"].isna().all()
+    alone = found.table(["a"] * 60, ["one entity"] * 60)
     assert alone["gradient_ci_low"].isna().all()
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_skewed_effects_of_sometimes_inactive_latents_are_covered(n):
+    """Latents active in any fraction of the prompts, with skewed effects of either sign."""
+    covered = counted = 0
+    for seed in range(12):
+        rng = np.random.default_rng([seed, n])
+        rate, shift = rng.uniform(0, 0.8, 300), rng.normal(size=300)
+        values = (shift + rng.exponential(size=(n, 300)) - 1) * (rng.random((n, 300)) < rate)
+        matrix = sparse.csr_array(values)
+        table = Attribution(matrix, None, matrix, np.zeros(n), []).table(["a"] * n)
+        truth = (rate * shift)[table["latent"]]
+        there = table["gradient_ci_low"].notna()
+        inside = (table["gradient_ci_low"] <= truth) & (truth <= table["gradient_ci_high"])
+        covered, counted = covered + inside[there].sum(), counted + there.sum()
+    assert counted > 1200
+    assert covered / counted >= 0.92
 
 
 def test_no_latent_active():

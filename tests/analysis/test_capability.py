@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file
 from scipy import sparse
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import saexp
 from saexp.analysis.answers import questions
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.capability import CapabilityAnalyzer
+from saexp.analysis.capability import CapabilityAnalyzer, _of_paired_rates, _of_rate
 from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.errors import ConfigError, DataError
@@ -24,6 +25,8 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
+from saexp.stats.means import mean_interval
+from saexp.stats.proportions import paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
 
 TINY = Path(saexp.__file__).parent / "assets/tiny"
@@ -134,11 +137,20 @@ def test_means_and_intervals_are_of_the_prompts(model: LanguageModel, ioi: list[
         assert m[f"capability/{measure}_sae"] == pytest.approx(sae.mean())
         assert m[f"capability/{measure}_change"] == pytest.approx((sae - clean).mean())
     assert m["capability/top1_clean"] > 0.9
-    draws = np.random.default_rng(1).choice(prompts["logit_clean"], (4000, len(prompts))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    width = high - low
-    assert m["capability/logit_clean_ci_low"] == pytest.approx(low, abs=0.15 * width)
-    assert m["capability/logit_clean_ci_high"] == pytest.approx(high, abs=0.15 * width)
+    low, high = mean_interval(prompts["logit_clean"].to_numpy()[:, None], 0, n_resamples=400)
+    assert m["capability/logit_clean_ci_low"] == pytest.approx(low[0])
+    assert m["capability/logit_clean_ci_high"] == pytest.approx(high[0])
+    for state in ("clean", "sae"):
+        right = int(prompts[f"top1_{state}"].sum())
+        expected = scipy.stats.binomtest(right, len(prompts)).proportion_ci(method="wilson")
+        assert m[f"capability/top1_{state}_ci_low"] == pytest.approx(expected.low)
+        assert m[f"capability/top1_{state}_ci_high"] == pytest.approx(expected.high)
+    before, after = prompts["top1_clean"], prompts["top1_sae"]
+    pairs = [after & before, after & ~before, ~after & before, ~after & ~before]
+    low, high = paired_difference_interval(*(int(x.sum()) for x in pairs))
+    assert m["capability/top1_change_ci_low"] == pytest.approx(low)
+    assert m["capability/top1_change_ci_high"] == pytest.approx(high)
+    assert low < m["capability/top1_change"] < high
 
 
 def test_prompts_of_one_entity_are_drawn_together(model: LanguageModel, ioi: list[Example]) -> None:
@@ -147,10 +159,46 @@ def test_prompts_of_one_entity_are_drawn_together(model: LanguageModel, ioi: lis
     once = capability(model, shipped_sae(), some, n_bootstrap=300).metrics
     copies = [replace(e, id=f"{e.id} {i}") for i in range(5) for e in some]
     often = capability(model, shipped_sae(), copies, n_bootstrap=300).metrics
-    for name in ("logit_clean", "probability_sae", "logit_change"):
-        for end in ("ci_low", "ci_high"):
-            key = f"capability/{name}_{end}"
-            assert often[key] == pytest.approx(once[key], abs=1e-4)
+    for measure in ("logit", "probability", "top1"):
+        for name in ("clean", "sae", "change"):
+            for end in ("", "_ci_low", "_ci_high"):
+                key = f"capability/{measure}_{name}{end}"
+                assert often[key] == pytest.approx(once[key], abs=1e-4), key
+    assert (often["capability/n_prompts"], often["capability/n_units"]) == (100, 20)
+
+
+@pytest.mark.parametrize("n", [10, 30, 200])
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.97, 0.99])
+def test_rates_of_entities_with_several_prompts_are_covered(n: int, rate: float) -> None:
+    """Three prompts an entity; all of an entity's are alike in half of the entities."""
+    covered, changes, n_runs = 0, 0, 400
+    codes = np.repeat(np.arange(n), 3)
+    for seed in range(n_runs):
+        rng = np.random.default_rng([seed, n])
+        clean, sae = (
+            np.where(
+                np.repeat(rng.random(n) < 0.5, 3),
+                np.repeat(rng.random(n) < r, 3),
+                rng.random(3 * n) < r,
+            ).astype(float)
+            for r in (rate, rate - 0.1)
+        )
+        low, high = _of_rate(pd.Series(clean).groupby(codes).mean().to_numpy())
+        assert low is not None and high is not None and low < high
+        covered += low <= rate <= high
+        low, high = _of_paired_rates(pd.Series(clean), pd.Series(sae), codes)
+        assert low is not None and high is not None and low < high
+        changes += low <= -0.1 <= high
+    assert covered / n_runs >= 0.92
+    assert changes / n_runs >= 0.92
+
+
+def test_one_entity_has_no_interval() -> None:
+    assert _of_rate(np.array([0.5])) == (None, None)
+    assert _of_paired_rates(pd.Series([1.0, 0.0]), pd.Series([1.0, 1.0]), np.zeros(2, int)) == (
+        None,
+        None,
+    )
 
 
 def test_an_identity_sae_changes_nothing(model: LanguageModel, ioi: list[Example]) -> None:

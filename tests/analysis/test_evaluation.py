@@ -13,13 +13,14 @@ from saexp.analysis.evaluation import (
     can_be_scored,
     evaluate_saes,
 )
-from saexp.analysis.evaluation_numbers import densities, l0_table, numbers, ratios
+from saexp.analysis.evaluation_numbers import densities, l0_table, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
 from saexp.data.tokens import TokenizedText, tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
+from saexp.stats.means import ratio_interval
 from tests.latents.test_splice import perfect, sae
 from tests.random_models import (
     ARCHITECTURES,
@@ -183,6 +184,7 @@ def by_hand(
         "sparsity/dead_fraction": float((acts == 0).all(0).double().mean()),
         "sparsity/n_positions": len(x),
         "sparsity/n_dead": int((acts == 0).all(0).sum()),
+        "evaluation/n_units": len(texts),
         "evaluation/n_scored": int(total["n_scored"]),
         "evaluation/n_compared": int(total["n_compared"]),
     }
@@ -492,25 +494,24 @@ def test_histogram_and_densities_add_up() -> None:
     assert one.texts["n_spliced"].sum() == n
 
 
-def test_intervals_are_of_a_bootstrap_over_texts() -> None:
-    """As many texts are drawn with replacement, each with all its sums."""
+def test_intervals_are_of_the_ratios_of_sums_over_texts() -> None:
+    """Every number is its numerator over its denominator, summed; limits are `ratio_interval`'s."""
     texts = [TOKENS[i % len(TOKENS)] for i in range(40)]
     (one,) = evaluate_saes(random_lm("llama"), [sae()], texts)
-    got = numbers(one, 4000, 3)
-    assert got == numbers(one, 4000, 3)
-    rng = np.random.default_rng(11)
-    drawn: dict[str, list[float]] = {}
-    columns = {str(name): one.texts[name].to_numpy() for name in one.texts}
-    for _ in range(2000):
-        chosen = rng.integers(0, len(texts), len(texts))
-        sums = {name: values[chosen].sum() for name, values in columns.items()}
-        for name, value in ratios(sums).items():
-            drawn.setdefault(name, []).append(float(value))
-    for name in ("reconstruction/ce_sae", "reconstruction/kl_score", "sparsity/l0"):
-        low, high = np.quantile(drawn[name], [0.025, 0.975])
-        width = high - low
-        assert got[f"{name}_ci_low"] == pytest.approx(low, abs=0.12 * width)
-        assert got[f"{name}_ci_high"] == pytest.approx(high, abs=0.12 * width)
+    got = numbers(one, 2000, 3)
+    assert got == numbers(one, 2000, 3)
+    t = {str(name): one.texts[name].to_numpy() for name in one.texts}
+    expected = {
+        "reconstruction/ce_increase": (t["ce_sae"] - t["ce_clean"], t["n_scored"]),
+        "reconstruction/kl_score": (t["kl_zero"] - t["kl_sae"], t["kl_zero"]),
+        "reconstruction/explained_variance": (t["spread"] - t["error"], t["spread"]),
+        "sparsity/l0": (t["active"], t["n_spliced"]),
+    }
+    for name, (above, below) in expected.items():
+        low, high = ratio_interval(above[:, None].astype(float), below[:, None].astype(float), 3)
+        assert got[name] == pytest.approx(above.sum() / below.sum())
+        assert got[f"{name}_ci_low"] == pytest.approx(low[0])
+        assert got[f"{name}_ci_high"] == pytest.approx(high[0])
         assert got[f"{name}_ci_low"] <= got[name] <= got[f"{name}_ci_high"]
 
 
@@ -531,5 +532,6 @@ def test_texts_of_one_entity_are_drawn_together() -> None:
 def test_one_text_has_no_interval() -> None:
     (one,) = evaluate_saes(random_lm("llama"), [sae()], TOKENS[:1])
     got = numbers(one, 100, 0)
+    assert got["evaluation/n_units"] == 1
     assert got["reconstruction/ce_sae_ci_low"] is None
     assert got["reconstruction/ce_sae"] is not None

@@ -8,14 +8,24 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+    roc_curve,
+)
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.judging import Judge
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.analysis.probing import Judge, Labelled, roc, threshold_of_best_accuracy
+from saexp.analysis.probe_rows import Labelled
+from saexp.analysis.probing import roc, threshold_of_best_accuracy
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
@@ -27,8 +37,10 @@ STRENGTHS = [0.01, 1.0]
 
 
 def made(seed: int = 0, signal: float = 1.5) -> AnalysisInputs:
-    """Simulated latents, and a stream that holds the group along two of its numbers."""
-    rows = rows_table()
+    """Simulated latents, two rows an entity; a stream that holds the group along two numbers."""
+    one_each = rows_table().drop_duplicates("unit")
+    rows = one_each.loc[one_each.index.repeat(2)].sample(frac=1, random_state=1)
+    rows = rows.reset_index(drop=True)
     rows["text"] = [f"text {u}" for u in rows["unit"]]
     rows["entity"] = rows["unit"].astype("string")
     rng = np.random.default_rng([seed, 3])
@@ -209,12 +221,16 @@ def test_judging_against_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     first = rng.random(200) < 0.3
     scores = np.round(rng.normal(size=200) + first, 1)
-    judge = Judge(Labelled(first, np.arange(200).astype(object)), 0, 0)
-    found = judge.measure(scores, 0.4)
+    found = Judge(Labelled(first, np.arange(200).astype(object))).measure(scores, 0.4)
     assert found["auroc"] == pytest.approx(roc_auc_score(first, scores))
     assert found["accuracy"] == pytest.approx(accuracy_score(first, scores > 0.4))
     assert found["f1"] == pytest.approx(f1_score(first, scores > 0.4))
-    assert found["auroc_ci_low"] is None
+    expected = balanced_accuracy_score(first, scores > 0.4)
+    assert found["balanced_accuracy"] == pytest.approx(expected)
+    n_right = int(((scores > 0.4) == first).sum())
+    wilson = binomtest(n_right, 200).proportion_ci(method="wilson")
+    limits = found["accuracy_ci_low"], found["accuracy_ci_high"]
+    assert limits == pytest.approx((wilson.low, wilson.high))
     fpr, tpr, _ = roc_curve(first, scores, drop_intermediate=False)
     np.testing.assert_allclose(roc(scores, first), np.stack([fpr, tpr], axis=1))
     cuts = np.append(np.unique(scores), scores.min() - 1)
@@ -222,17 +238,17 @@ def test_judging_against_scikit_learn() -> None:
     assert ((scores > threshold_of_best_accuracy(scores, first)) == first).mean() == best
 
 
-def test_intervals_are_those_of_whole_units() -> None:
-    """With 20 rows to a unit that agree, intervals are as wide as those of the units."""
+def test_units_count_once_however_many_rows_they_have() -> None:
+    """One to forty equal rows a unit: numbers and intervals are those of one row each."""
     rng = np.random.default_rng(1)
-    first = np.arange(40) % 2 == 0
-    scores = rng.normal(size=40) + first
+    first, n = np.arange(40) % 2 == 0, rng.integers(1, 41, 40)
+    scores, kinds = rng.normal(size=40) + first, rng.integers(0, 3, 40)
     units = np.array([f"u{i}" for i in range(40)], dtype=object)
-    one = Judge(Labelled(first, units), 500, 0).measure(scores, 0.5)
-    many = Judge(Labelled(first.repeat(20), units.repeat(20)), 500, 0)
-    again = many.measure(scores.repeat(20), 0.5)
+    one = Judge(Labelled(first, units, kinds)).measure(scores, 0.5)
+    many = Judge(Labelled(first.repeat(n), units.repeat(n), kinds.repeat(n)))
+    again = many.measure(scores.repeat(n), 0.5)
     for name, value in one.items():
-        assert again[name] == pytest.approx(value, abs=0.02), name
+        assert again[name] == pytest.approx(value), name
     assert one["auroc_ci_high"] - one["auroc_ci_low"] > 0.15  # type: ignore[operator]
 
 
@@ -248,13 +264,13 @@ def test_large_train_splits_are_cut_and_it_is_said(inputs: AnalysisInputs) -> No
     result = probe(inputs, max_train=60, n_bootstrap=0)
     assert result.metrics["probe/n_rows"] == 60
     assert any("fitted on 60 of" in note for note in result.notes)
-    assert result.metrics["probe/dense_auroc_ci_low_test"] is None
 
 
 def test_more_latents_than_there_are(inputs: AnalysisInputs) -> None:
     result = probe(inputs, k=[2, 500], n_bootstrap=0)
     names = set(result.tables["probes"]["probe"])
-    assert names == {"sparse_2", "sparse_59", "dense", "mean_difference", "best_latent"}
+    alone = {"dense", "mean_difference", "best_latent", "majority"}
+    assert names == {"sparse_2", "sparse_59", *alone}
     assert any("only 59 latents differ" in note for note in result.notes)
 
 

@@ -9,9 +9,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.judging import Judge
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.analysis.probe_rows import Labelled
-from saexp.analysis.probing import Judge
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
@@ -60,13 +60,13 @@ def test_pairs_of_one_kind_by_hand() -> None:
     first[kinds == 3] = True
     scores = np.round(rng.normal(size=90) + first + kinds, 1)
     units = np.arange(90).astype(object)
-    found = Judge(Labelled(first, units, kinds), 300, 0).measure(scores, 0.0)
+    found = Judge(Labelled(first, units, kinds)).measure(scores, 0.0)
     assert found["auroc"] == pytest.approx(roc_auc_score(first, scores))
     assert found["auroc_within"] == pytest.approx(pairwise(scores, first, kinds))
     assert found["auroc_within_ci_low"] < found["auroc_within"] < found["auroc_within_ci_high"]  # type: ignore[operator]
-    apart = Judge(Labelled(first, units, kinds, kinds), 0, 0).measure(scores, 0.0)
+    apart = Judge(Labelled(first, units, kinds, kinds)).measure(scores, 0.0)
     assert apart["auroc"] == apart["auroc_within"] == found["auroc_within"]
-    alone = Judge(Labelled(first, units, np.arange(90)), 0, 0).measure(scores, 0.0)
+    alone = Judge(Labelled(first, units, np.arange(90))).measure(scores, 0.0)
     assert np.isnan(alone["auroc_within"])  # type: ignore[arg-type]
 
 

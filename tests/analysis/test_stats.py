@@ -11,6 +11,7 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
+from saexp.stats.means import MIN_N, mean_interval
 from tests.analysis.simulate import D_SAE, GROUPS, SILENT, activations, rows_table
 
 ROWS = rows_table()
@@ -31,6 +32,12 @@ def stats(
     )
 
 
+def of_units(values: np.ndarray, group: str | None = None) -> np.ndarray:
+    """Means over the rows of each unit of a group, a loop over units."""
+    rows = ROWS if group is None else ROWS[ROWS["group"] == group]
+    return np.array([values[rows.index[rows["unit"] == u]].mean(0) for u in rows["unit"].unique()])
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_numbers_of_a_group(group: str) -> None:
     result = stats()
@@ -38,8 +45,12 @@ def test_numbers_of_a_group(group: str) -> None:
     m = {k.removeprefix("stats/"): v for k, v in result.metrics.items()}
     assert m[f"n_positions_{group}"] == len(part)
     assert m[f"n_units_{group}"] == ROWS.loc[ROWS["group"] == group, "unit"].nunique()
-    assert m[f"l0_{group}"] == pytest.approx((part != 0).sum(1).mean())
-    assert m[f"mean_active_{group}"] == pytest.approx(part[part != 0].mean())
+    l0 = of_units((DENSE != 0).sum(1), group)
+    assert m[f"l0_{group}"] == pytest.approx(l0.mean())
+    low, high = mean_interval(l0[:, None], 0, n_resamples=200)
+    assert (m[f"l0_{group}_ci_low"], m[f"l0_{group}_ci_high"]) == pytest.approx((low[0], high[0]))
+    values = of_units(DENSE, group).mean(0).sum()
+    assert m[f"mean_active_{group}"] == pytest.approx(values / l0.mean())
     assert m[f"max_active_{group}"] == pytest.approx(part.max())
     assert m[f"dead_fraction_{group}"] == pytest.approx((part == 0).all(0).mean())
     assert m[f"n_dead_{group}"] == (part == 0).all(0).sum()
@@ -54,13 +65,13 @@ def test_lists_of_the_most_frequent_and_their_overlap() -> None:
     lists = {}
     for group in GROUPS:
         part = DENSE[(ROWS["group"] == group).to_numpy()]
-        active = (part != 0).sum(0)
-        order = sorted(range(D_SAE), key=lambda i: (-active[i], i))[:10]
+        active, frequency = (part != 0).sum(0), of_units(DENSE != 0, group).mean(0)
+        order = sorted(range(D_SAE), key=lambda i: (-frequency[i].round(12), i))[:10]
         mine = result.tables["frequent"].query("group == @group")
         assert mine["latent"].tolist() == order
         assert mine["n_active"].tolist() == active[order].tolist()
-        np.testing.assert_allclose(mine["frequency"], active[order] / len(part))
-        means = [part[part[:, i] != 0, i].mean() for i in order]
+        np.testing.assert_allclose(mine["frequency"], frequency[order])
+        means = of_units(DENSE, group).mean(0)[order] / frequency[order]
         np.testing.assert_allclose(mine["mean_active"], means, rtol=1e-5)
         lists[group] = set(order)
     both = lists["known"] & lists["unknown"]
@@ -78,6 +89,8 @@ def test_counts_of_every_latent_that_fired() -> None:
     for group in GROUPS:
         active = (DENSE[(ROWS["group"] == group).to_numpy()] != 0).sum(0)
         assert counts[f"n_active_{group}"].tolist() == active[counts["latent"]].tolist()
+        frequency = of_units(DENSE != 0, group).mean(0)[counts["latent"]]
+        np.testing.assert_allclose(counts[f"freq_{group}"], frequency)
     difference = counts["freq_known"] - counts["freq_unknown"]
     np.testing.assert_allclose(counts["freq_difference"], difference)
     assert (counts["layer"] == 4).all()
@@ -100,33 +113,83 @@ def test_histograms() -> None:
     assert values["n"].sum() == (DENSE != 0).sum()
 
 
-def test_intervals_are_those_of_whole_units() -> None:
-    """Two thousand draws by hand; rows of one unit come and go together."""
-    result = stats(n_bootstrap=2000)
-    rng = np.random.default_rng(5)
-    l0 = (DENSE != 0).sum(1)
-    means = {}
-    for group in GROUPS:
-        chosen = ROWS["group"] == group
-        units = [l0[i] for i in ROWS[chosen].groupby("unit").indices.values()]
-        units = [l0[chosen.to_numpy()][i] for i in ROWS[chosen].groupby("unit").indices.values()]
-        draws = rng.integers(len(units), size=(2000, len(units)))
-        means[group] = np.array([np.concatenate([units[i] for i in d]).mean() for d in draws])
-        low, high = np.quantile(means[group], [0.025, 0.975])
+def table_of(kinds: dict[str, tuple[int, int]], n_rows: tuple[int, int] = (1, 1)) -> pd.DataFrame:
+    """Units of each type, per group, and rows per unit of each group."""
+    rows = [
+        (f"{group}-{kind}-{i}", group, "train", kind)
+        for place, group in enumerate(GROUPS)
+        for kind, sizes in kinds.items()
+        for i in range(sizes[place])
+        for _ in range(n_rows[place])
+    ]
+    return pd.DataFrame(rows, columns=["unit", "group", "split", "entity_type"])
+
+
+def l0_of(values: np.ndarray) -> np.ndarray:
+    """Dense latents with so many active per row."""
+    return (np.arange(D_SAE) < values[:, None]).astype(np.float32)
+
+
+def test_a_difference_of_types_is_none_of_the_groups() -> None:
+    """Types 80/20 against 20/80, L0 6 higher in one of them: within types the groups are equal."""
+    rows = table_of({"city": (40, 10), "movie": (10, 40)})
+    city = (rows["entity_type"] == "city").to_numpy()
+    covered, plain, n_runs = 0, 0, 100
+    for seed in range(n_runs):
+        l0 = 5 + 6 * city + np.random.default_rng(seed).poisson(3, len(rows))
+        result = stats(l0_of(l0), rows)
         m = result.metrics
-        assert m[f"stats/l0_{group}_ci_low"] == pytest.approx(low, abs=0.1 * (high - low))
-        assert m[f"stats/l0_{group}_ci_high"] == pytest.approx(high, abs=0.1 * (high - low))
-    low, high = np.quantile(means["known"] - means["unknown"], [0.025, 0.975])
-    found = [result.metrics[f"stats/l0_difference_ci_{side}"] for side in ("low", "high")]
-    np.testing.assert_allclose(found, [low, high], atol=0.1 * (high - low))
+        covered += m["stats/l0_difference_ci_low"] <= 0 <= m["stats/l0_difference_ci_high"]
+        plain += m["stats/l0_known"] - m["stats/l0_unknown"] > 2
+        assert any("city is 80% of known and 20% of unknown" in note for note in result.notes)
+    assert covered >= 0.89 * n_runs, "95 expected; fewer than 89 has probability 0.004"
+    assert plain == n_runs
+
+
+def test_types_of_one_group_are_left_out_of_the_difference() -> None:
+    rows = table_of({"city": (20, 20), "song": (15, 0)})
+    song = (rows["entity_type"] == "song").to_numpy()
+    l0 = 5 + 9 * song + np.random.default_rng(0).poisson(3, len(rows))
+    result = stats(l0_of(l0), rows)
+    known = (rows["group"] == "known").to_numpy()
+    expected = l0[known & ~song].mean() - l0[~known].mean()
+    assert result.metrics["stats/l0_difference"] == pytest.approx(expected)
+    assert any("leaves out 15 units of entity types" in note for note in result.notes)
+    alone = stats(l0_of(l0), rows.assign(entity_type=rows["group"]))
+    expected = l0[known].mean() - l0[~known].mean()
+    assert alone.metrics["stats/l0_difference"] == pytest.approx(expected)
+    assert any("share no entity type" in note for note in alone.notes)
+
+
+def test_the_number_of_rows_of_a_unit_makes_no_difference() -> None:
+    """Units of one group have eight rows, of the other one; what a unit has is alike in both."""
+    rows = table_of({"city": (40, 40)}, (8, 1))
+    covered, n_runs = 0, 100
+    for seed in range(n_runs):
+        rng = np.random.default_rng(seed)
+        per_unit = pd.Series(rng.poisson(8, rows["unit"].nunique()), rows["unit"].unique())
+        l0 = np.minimum(rows["unit"].map(per_unit).to_numpy() + rng.poisson(2, len(rows)), D_SAE)
+        m = stats(l0_of(l0), rows).metrics
+        covered += m["stats/l0_difference_ci_low"] <= 0 <= m["stats/l0_difference_ci_high"]
+    assert covered >= 0.89 * n_runs
+
+
+def test_few_units_have_no_interval() -> None:
+    rows = table_of({"city": (MIN_N - 1, MIN_N)}, (3, 3))
+    result = stats(l0_of(np.random.default_rng(0).poisson(5, len(rows))), rows)
+    m = result.metrics
+    assert m["stats/l0_known_ci_low"] is None
+    assert m["stats/l0_difference_ci_low"] is None
+    assert m["stats/l0_unknown_ci_low"] < m["stats/l0_unknown"]  # type: ignore[operator]
+    assert "known has 9 units, so its L0 has no interval; it takes 10" in result.notes
 
 
 @pytest.mark.parametrize("groups", [(), ("known",)])
 def test_one_group_and_none(groups: tuple[str, ...]) -> None:
     result = stats(groups=groups)
     name = groups[0] if groups else "all"
-    part = DENSE[(ROWS["group"] == name).to_numpy()] if groups else DENSE
-    assert result.metrics[f"stats/l0_{name}"] == pytest.approx((part != 0).sum(1).mean())
+    l0 = of_units((DENSE != 0).sum(1), name if groups else None).mean()
+    assert result.metrics[f"stats/l0_{name}"] == pytest.approx(l0)
     assert "stats/n_frequent_in_both" not in result.metrics
     assert list(result.tables["counts"]) == ["layer", "latent", f"n_active_{name}", f"freq_{name}"]
 

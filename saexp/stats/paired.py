@@ -53,17 +53,16 @@ def paired_difference(
     units: Sequence[object] | np.ndarray,
     *,
     n_permutations: int = 10_000,
-    n_bootstrap: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedDifference:
     """Mean over units of `second - first`, row by row paired.
 
-    The p-value is `sign_flip_p_values`', the interval `mean_interval`'s with `n_bootstrap`
-    resamples. Raises DataError for lengths that differ, no rows, and values that are not finite.
+    The p-value is `sign_flip_p_values`', the interval `mean_interval`'s.
+    Raises DataError for lengths that differ, no rows, and values that are not finite.
     """
     a, b = (_by_unit(_checked(v, units)[:, None], units)[:, 0] for v in (first, second))
-    return _paired(a, b, n_permutations, n_bootstrap, confidence, seed)
+    return _paired(a, b, n_permutations, confidence, seed)
 
 
 def paired_head_test(
@@ -73,7 +72,6 @@ def paired_head_test(
     n_permutations: int = 10_000,
     seed: int = 0,
     *,
-    n_bootstrap: int = 10_000,
     confidence: float = 0.95,
 ) -> PairedHeads:
     """`edited - original` of every head, and of their mean, over units.
@@ -87,7 +85,7 @@ def paired_head_test(
     if original.shape != edited.shape:
         raise DataError(f"{original.shape} original and {edited.shape} edited values: no pairs")
     a, b = (_by_unit(_checked(v, units), units) for v in (original, edited))
-    overall = _paired(a.mean(1), b.mean(1), n_permutations, n_bootstrap, confidence, seed)
+    overall = _paired(a.mean(1), b.mean(1), n_permutations, confidence, seed)
     differences = b - a
     size = np.sqrt((differences**2).mean(0))
     scaled = np.divide(differences, size, out=np.zeros_like(differences), where=size > 0)
@@ -138,15 +136,12 @@ def _paired(
     first: np.ndarray,
     second: np.ndarray,
     n_permutations: int,
-    n_bootstrap: int,
     confidence: float,
     seed: int,
 ) -> PairedDifference:
     """From one value a unit."""
     differences = second - first
-    low, high = mean_interval(
-        differences[:, None], seed, n_resamples=n_bootstrap, confidence=confidence
-    )
+    low, high = mean_interval(differences[:, None], seed, confidence=confidence)
     return PairedDifference(
         n_units=len(differences),
         mean_first=float(first.mean()),
