@@ -23,6 +23,19 @@ def sae_words(about: Any) -> str:
     return f"{control}SAE of {about['d_sae']} latents"
 
 
+def p_value_words(p_value: float) -> str:
+    """ "= 0.012", or "< 0.001" where it is smaller."""
+    return f"= {p_value:.2g}" if p_value >= 0.001 else "< 0.001"
+
+
+def is_above_chance(auroc: float, p_value: float, alpha: float) -> bool:
+    """Whether an AUROC, in the direction chosen on the train split, is above 0.5 by its p-value.
+
+    `p_value` is two-sided, corrected for the number of latents of which it is said.
+    """
+    return auroc > 0.5 and p_value <= alpha
+
+
 def above_chance(low: float | None) -> bool | None:
     """Whether an AUROC's interval lies above 0.5 in the latent's direction; None without one."""
     return None if low is None or low != low else low > 0.5

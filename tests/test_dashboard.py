@@ -84,6 +84,7 @@ def test_the_best_are_what_the_contrast_selects(best: Made, cache: Path, tmp_pat
         low = row["ci_low_test"] if known else 1 - row["ci_high_test"]
         assert card["contrast"]["ci_low"] == pytest.approx(low)
         assert card["contrast"]["freq_known"] == row["freq_known_test"]
+        assert card["contrast"]["is_above_chance"] == (auroc > 0.5 and row["q_value_test"] <= 0.05)
 
 
 def test_named_latents_come_in_their_order_once(named: Made) -> None:

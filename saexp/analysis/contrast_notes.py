@@ -10,7 +10,7 @@ from saexp.analysis.density import DensityLimit
 from saexp.analysis.matching import LEVEL
 from saexp.analysis.statistics import stratified_rank_test
 from saexp.config import AnalyzerConfig
-from saexp.wording import counted
+from saexp.wording import counted, is_above_chance, p_value_words
 
 _NAMED = 3
 """Latents or types named in a note."""
@@ -146,7 +146,7 @@ def at_chance(metrics: Mapping[str, float | int | None], group: str, alpha: floa
         if latent is None or latent in seen or auroc is None or p_value is None:
             continue
         seen.add(latent)
-        if auroc > 0.5 and p_value <= alpha:
+        if is_above_chance(auroc, p_value, alpha):
             continue
         low, high = (
             metrics[f"contrast/{kind}_auroc_{group}_ci_{end}_test"] for end in ("low", "high")
@@ -154,6 +154,6 @@ def at_chance(metrics: Mapping[str, float | int | None], group: str, alpha: floa
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         notes.append(
             f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f}{interval} "
-            f"(not above chance on held-out entities; Holm-adjusted p = {p_value:.2g})"
+            f"(not above chance on held-out entities; Holm-adjusted p {p_value_words(p_value)})"
         )
     return notes

@@ -88,10 +88,10 @@ def _row_notes(
     ]
     means = per_unit.groupby("first")["size"].mean().reindex(list(groups)).dropna()
     if len(means) == len(groups) and means.max() > CONFOUNDED * means.min():
-        shown = " and ".join(f"{means[g]:.1f} of {g}" for g in groups)
+        shown = " and ".join(f"{g} {means[g]:.1f}" for g in groups)
         notes.append(
-            f"entities have on average {shown} rows: the number of rows depends on the group, and "
-            "whatever else depends on that number cannot be separated from the group"
+            f"mean number of rows per entity before that: {shown}; what depends on "
+            "that number cannot be separated from the group"
         )
     return notes
 

@@ -8,7 +8,7 @@ from saexp.reports.placebo import placebo_sentences
 from saexp.reports.power import found_nothing, power_sentences
 from saexp.reports.saved import SavedRun
 from saexp.reports.surface import above_surface, surface_sentences
-from saexp.wording import chance_words, sae_words
+from saexp.wording import is_above_chance, p_value_words, sae_words
 
 
 def headline(folder: str | Path) -> str:
@@ -31,13 +31,15 @@ def sentences(run: SavedRun) -> list[str]:
 
 def _setting(run: SavedRun) -> str:
     metrics, about = run.metrics, run.provenance
-    n = metrics["contrast/n_units_test"]
+    first, second = run.groups
+    of_group = [f"{metrics[f'contrast/n_units_{g}_test']} {g}" for g in run.groups]
     return (
         f"{about['model']['name']}, {about['sae']['hookpoint']}, {sae_words(about['sae'])}: "
-        f"{metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} latents "
-        f"that fired tell {run.groups[0]} from {run.groups[1]} "
-        f"(q <= {run.config['analyzer']['alpha']:g}, train split); "
-        f"numbers below are of {n} held-out {run.unit_word}."
+        f"{metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} active latents "
+        f"separate {first} from {second} (Benjamini-Hochberg q <= "
+        f"{run.config['analyzer']['alpha']:g} over them, train split); numbers below are of "
+        f"{metrics['contrast/n_units_test']} held-out {run.unit_word} ({', '.join(of_group)}), "
+        "p-values after Holm over the latents named."
     )
 
 
@@ -61,19 +63,23 @@ def _contrast(run: SavedRun, group: str) -> str:
 
 def _numbers(run: SavedRun, m: dict[str, Any], kind: str, group: str) -> str:
     """Held-out AUROC and separation of a leading latent, in the group's direction."""
+    auroc, p_value = (m[f"{kind}_{name}_{group}_test"] for name in ("auroc", "p_value"))
     low, high = m[f"{kind}_auroc_{group}_ci_low_test"], m[f"{kind}_auroc_{group}_ci_high_test"]
     interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-    told = (
-        f"AUROC {m[f'{kind}_auroc_{group}_test']:.3f}{interval}{chance_words(low, run.unit_word)}, "
+    p_words = f"p {p_value_words(p_value)}"
+    if not is_above_chance(auroc, p_value, run.config["analyzer"]["alpha"]):
+        p_words = f"not above chance on held-out {run.unit_word}, {p_words}"
+    words = (
+        f"AUROC {auroc:.3f}{interval} ({p_words}), "
         f"separation {m[f'{kind}_separation_{group}_test']:.2f}"
     )
     if len(run.entity_types) > 1:
-        told += (
+        words += (
             f"; smallest over {len(run.entity_types)} entity types: AUROC "
             f"{m[f'{kind}_min_auroc_{group}_test']:.3f}, separation "
             f"{m[f'{kind}_min_separation_{group}_test']:.2f}"
         )
-    return told
+    return words
 
 
 def training_sentence(run: SavedRun) -> str:

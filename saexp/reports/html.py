@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -17,14 +18,15 @@ from saexp.reports.finding import sentences
 from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.power import power_sentences
 from saexp.reports.saved import SavedRun
-from saexp.wording import above_chance, counted, sae_words
+from saexp.stats.multiplicity import holm
+from saexp.wording import counted, is_above_chance, sae_words
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_LATENTS, N_ROWS = 15, 8
 
 CAPTIONS = {
-    "frequencies": "Share of held-out entities on which each latent fires, by group. Latents that "
-    "tell the groups apart lie far from the dotted line.",
+    "frequencies": "Fraction of held-out entities (of their rows) on which each latent is active, "
+    "by group. Latents that separate the groups lie far from the dotted line.",
     "values": "Activations of the leading latents on held-out rows; the bar at 0 is where the "
     "latent is silent.",
     "types": "Separation of the leading latents for each entity type, held-out entities. A general "
@@ -195,7 +197,10 @@ def _selected(run: SavedRun, group: str) -> str:
     if len(run.selected(group)) > N_LATENTS:
         told += f", the first {N_LATENTS}"
     if at_chance := _at_chance(run, group):
-        told += f"; not above chance on held-out {run.unit_word}: {', '.join(at_chance)}"
+        told += (
+            f"; not above chance on held-out {run.unit_word} (Holm over the selected): "
+            f"{', '.join(at_chance)}"
+        )
     summary = run.effects_summary
     if summary is None:
         return told
@@ -212,13 +217,25 @@ def _selected(run: SavedRun, group: str) -> str:
 
 
 def _at_chance(run: SavedRun, group: str) -> list[str]:
-    """Selected latents whose interval of the held-out AUROC covers 0.5."""
-    chosen = run.selected(group)
-    if chosen.empty or "ci_low_test" not in chosen:
+    """Selected latents not above chance on the test split, after Holm over those of both groups."""
+    chosen = pd.concat([run.selected(g) for g in run.groups])
+    if chosen.empty:
         return []
-    low = chosen["ci_low_test"] if group == run.groups[0] else 1 - chosen["ci_high_test"]
-    lows = zip(chosen["latent"], low.astype(float), strict=True)
-    return [str(latent) for latent, low in lows if above_chance(low) is False]
+    own = np.where(chosen["direction"] == run.groups[0], 1, -1)
+    aurocs = 0.5 + own * (chosen["auroc_test"].to_numpy(dtype=float) - 0.5)
+    rows = zip(
+        chosen["latent"],
+        chosen["direction"],
+        aurocs,
+        holm(chosen["p_value_test"].to_numpy(dtype=float)),
+        strict=True,
+    )
+    alpha = run.config["analyzer"]["alpha"]
+    return [
+        str(latent)
+        for latent, direction, auroc, p_value in rows
+        if direction == group and not is_above_chance(auroc, p_value, alpha)
+    ]
 
 
 def _example_rows(run: SavedRun) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from saexp.models.loading import LanguageModel
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.gathering import Gathered, gather
 from saexp.tasks.shared import encoded_neutral
+from saexp.wording import is_above_chance
 
 
 @dataclass(frozen=True)
@@ -29,38 +30,42 @@ class Chosen:
     groups: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
-    def contrast_of(self, latent: int) -> dict[str, Any] | None:
-        """What the contrast says of it on the test split, in the latent's own direction.
+    def contrast_of(self, latent: int, alpha: float) -> dict[str, Any] | None:
+        """The contrast's numbers of it on the test split, in the latent's own direction.
 
-        None where there is no contrast, or the latent never fired in it.
+        `is_above_chance` is at level `alpha` of the test split's q-value. None where there is no
+        contrast, or the latent was never active in it.
         """
         if self.contrast is None:
             return None
-        mine = self.contrast[self.contrast["latent"] == latent]
-        if mine.empty:
+        rows = self.contrast[self.contrast["latent"] == latent]
+        if rows.empty:
             return None
-        row = mine.iloc[0]
+        row = rows.iloc[0]
         own = row["direction"] == self.groups[0]
-        low, high = row.get("ci_low_test"), row.get("ci_high_test")
+        low, high = row["ci_low_test"], row["ci_high_test"]
         auroc, separation = float(row["auroc_test"]), float(row["separation_test"])
         if not own:
             auroc, separation = 1 - auroc, -separation
-            low, high = (None if end is None else 1 - end for end in (high, low))
-        told: dict[str, Any] = {
+            low, high = 1 - high, 1 - low
+        q_value = float(row["q_value_test"])
+        numbers: dict[str, Any] = {
             "direction": str(row["direction"]),
             "selected": bool(row["selected"]),
             "auroc": auroc,
-            "ci_low": low,
-            "ci_high": high,
+            "ci_low": float(low),
+            "ci_high": float(high),
             "separation": separation,
             "min_separation": float(row["min_separation_test"]),
             "q_value": float(row["q_value"]),
+            "q_value_test": q_value,
+            "is_above_chance": is_above_chance(auroc, q_value, alpha),
             "background_freq": float(row["background_freq"]),
         }
         for group in self.groups:
-            told[f"freq_{group}"] = float(row[f"freq_{group}_test"])
-            told[f"mean_{group}"] = float(row[f"mean_{group}_test"])
-        return {k: None if pd.isna(v) else v for k, v in told.items()}
+            numbers[f"freq_{group}"] = float(row[f"freq_{group}_test"])
+            numbers[f"mean_{group}"] = float(row[f"mean_{group}_test"])
+        return {k: None if pd.isna(v) else v for k, v in numbers.items()}
 
 
 def choose(

@@ -78,7 +78,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             **examples[i],
             **tokens[i],
             **alike[i],
-            "contrast": chosen.contrast_of(latent),
+            "contrast": chosen.contrast_of(latent, cfg.analyzer.alpha),
             "neuronpedia": neuronpedia_url(sae, latent),
         }
         for i, latent in enumerate(chosen.latents)

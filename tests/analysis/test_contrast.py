@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+from statsmodels.stats.multitest import multipletests
 
 from saexp.analysis.statistics import FEW
 from saexp.results import TaskResult
@@ -251,6 +252,20 @@ def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: TaskResult
             assert metrics[f"best_min_auroc_{group}{suffix}"] == row[f"min_auroc{suffix}"]
     assert metrics["n_dropped_by_matching"] == 0
     assert metrics["token_count_p_value"] == 1
+
+
+def test_p_values_of_the_leading_latents_are_corrected_by_holm(
+    table: pd.DataFrame, result: TaskResult
+) -> None:
+    """Over the latents named, each once: ALWAYS, the strongest for known, is a third."""
+    plain = table.loc[[KNOWN, UNKNOWN, ALWAYS], "p_value_test"].to_numpy()
+    adjusted = multipletests(plain, method="holm")[1]
+    expected = dict(zip([KNOWN, UNKNOWN, ALWAYS], adjusted, strict=True))
+    for group, best, strongest in (("known", KNOWN, ALWAYS), ("unknown", UNKNOWN, UNKNOWN)):
+        for kind, latent in (("best", best), ("strongest", strongest)):
+            assert result.metrics[f"contrast/{kind}_latent_{group}"] == latent
+            found = result.metrics[f"contrast/{kind}_p_value_{group}_test"]
+            assert found == pytest.approx(expected[latent])
 
 
 def test_an_entity_of_both_groups_counts_in_each() -> None:

@@ -156,6 +156,48 @@ def test_a_type_that_one_group_lacks_is_left_out_of_the_minimum() -> None:
     np.testing.assert_allclose(table["min_separation"], both)
 
 
+def test_entities_of_a_type_that_one_group_lacks_are_in_no_number() -> None:
+    """As if their rows were not there, with a note that counts them."""
+    lone = (ROWS["group"] == "known") & ROWS["unit"].str.endswith(("-3", "-7"))
+    rows = ROWS.assign(entity_type=ROWS["entity_type"].mask(lone, "song"))
+    found = contrast(DENSE, rows)
+    keep = (~lone).to_numpy()
+    expected = contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
+    pd.testing.assert_frame_equal(found.tables["latents"], expected.tables["latents"])
+    n = {
+        split: rows[lone & (rows["split"] == split)]["unit"].nunique()
+        for split in ("train", "test")
+    }
+    for split, left_out in n.items():
+        assert (
+            f"split {split}: {left_out} entities left out, of entity types that only one group "
+            f"has: {left_out} of song (known)"
+        ) in found.notes
+
+
+def test_groups_of_types_in_other_proportions_are_in_a_note() -> None:
+    city = ROWS["entity_type"] == "city"
+    known = ROWS["group"] == "known"
+    last = ROWS["unit"].str.split("-").str[-1].astype(int)
+    keep = (known == city) | (last % 4 == 0)
+    part = ROWS[keep].reset_index(drop=True)
+    (note,) = [n for n in contrast(DENSE[keep], part).notes if "entity types differ" in n]
+    units = part.drop_duplicates("unit")
+    share = (units["entity_type"] == "city").groupby(units["group"]).mean()
+    assert f"city is {share['known']:.0%} of known and {share['unknown']:.0%} of unknown" in note
+    assert not any("entity types differ" in n for n in contrast(DENSE, ROWS).notes)
+
+
+def test_rows_without_a_type_are_a_type_of_their_own() -> None:
+    rows = ROWS.assign(entity_type=ROWS["entity_type"].where(ROWS["entity_type"] == "city"))
+    found, expected = contrast(DENSE, rows), contrast(DENSE, ROWS)
+    columns = ["auroc", "p_value", "separation", "min_auroc", "ci_low", "p_value_test"]
+    pd.testing.assert_frame_equal(
+        found.tables["latents"][columns], expected.tables["latents"][columns]
+    )
+    assert found.notes == expected.notes
+
+
 @pytest.mark.parametrize("missing", [None, ""])
 def test_without_entity_types(missing: str | None) -> None:
     made = contrast(DENSE, ROWS.assign(entity_type=missing))

@@ -11,12 +11,13 @@ from saexp.reports.saved import SavedRun
 from tests.reports.written import METRICS, contrast, latents, run, summary, write_json
 
 SETTING = (
-    "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 latents that fired tell known from "
-    "unknown (q <= 0.05, train split); numbers below are of 40 held-out entities."
+    "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 active latents separate known from "
+    "unknown (Benjamini-Hochberg q <= 0.05 over them, train split); numbers below are of 40 "
+    "held-out entities (18 known, 22 unknown), p-values after Holm over the latents named."
 )
 KNOWN = (
-    "known: latent 7 has AUROC 0.900 [0.870, 0.910], separation 0.45; smallest over 2 entity "
-    "types: AUROC 0.850, separation 0.40."
+    "known: latent 7 has AUROC 0.900 [0.870, 0.910] (p < 0.001), separation 0.45; smallest over 2 "
+    "entity types: AUROC 0.850, separation 0.40."
 )
 UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
@@ -51,15 +52,15 @@ def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> N
     table.drop(columns=[c for c in table if "city" in c]).to_parquet(tmp_path / "latents.parquet")
     pd.DataFrame({"entity": [None, None]}).to_parquet(tmp_path / "rows.parquet")
     setting, known, _ = sentences(SavedRun(tmp_path))
-    assert setting.endswith("of 40 held-out examples.")
-    assert known == "known: latent 7 has AUROC 0.900, separation 0.45."
+    assert "of 40 held-out examples (18 known, 22 unknown)" in setting
+    assert known == "known: latent 7 has AUROC 0.900 (p < 0.001), separation 0.45."
 
 
 def test_the_strongest_latent_stands_beside_the_most_selective_one(tmp_path: Path) -> None:
     """As in a run on a real model: the selected latent is at chance, a dense one is not."""
     run(tmp_path, causal=False)
-    best = contrast("known", 7, train=0.53, test=0.517)
-    strongest = contrast("known", 1098, train=0.72, test=0.701)
+    best = contrast("known", 7, train=0.53, test=0.517, p_value=0.31)
+    strongest = contrast("known", 1098, train=0.72, test=0.701, p_value=0.0042)
     beside = {k.replace("/best", "/strongest"): v for k, v in strongest.items()}
     beside |= {f"contrast/strongest_min_{n}_known_test": 0.1 for n in ("auroc", "separation")}
     about = {"contrast/strongest_background_freq_known": 0.0312}
@@ -68,10 +69,10 @@ def test_the_strongest_latent_stands_beside_the_most_selective_one(tmp_path: Pat
     _, known, _ = sentences(SavedRun(tmp_path))
     assert known == (
         "known: latent 7, the most selective, has AUROC 0.517 [0.487, 0.527] (not above chance on "
-        "held-out entities), separation 0.26; smallest over 2 entity types: AUROC 0.850, "
+        "held-out entities, p = 0.31), separation 0.26; smallest over 2 entity types: AUROC 0.850, "
         "separation 0.40. The strongest on the train split is latent 1098, active on 3.1% of "
-        "background tokens: AUROC 0.701 [0.671, 0.711], separation 0.35; smallest over 2 entity "
-        "types: AUROC 0.100, separation 0.10."
+        "background tokens: AUROC 0.701 [0.671, 0.711] (p = 0.0042), separation 0.35; smallest "
+        "over 2 entity types: AUROC 0.100, separation 0.10."
     )
     nothing = contrast("known", None)
     write_json(tmp_path / "metrics.json", {**METRICS, **nothing, **beside, **about, **unknown})

@@ -48,10 +48,16 @@ def cell(
 
 
 def contrast(
-    group: str, latent: int | None, *, train: Any = None, test: Any = None
+    group: str,
+    latent: int | None,
+    *,
+    train: Any = None,
+    test: Any = None,
+    p_value: float = 1e-5,
 ) -> dict[str, Any]:
     """A direction's metrics; intervals are 0.03 below to 0.01 above, separation is half."""
     key, found = "contrast/best", {f"contrast/best_latent_{group}": latent}
+    found[f"{key}_p_value_{group}_test"] = None if test is None else p_value
     for name, share in (("auroc", 1.0), ("separation", 0.5)):
         for suffix, value in (("", train), ("_test", test)):
             here = None if value is None else value * share
@@ -73,6 +79,7 @@ def effect(
 
 
 METRICS = {
+    **{"contrast/n_units_known_test": 18, "contrast/n_units_unknown_test": 22},
     **{"contrast/n_units_test": 40, "contrast/n_significant": 3, "contrast/n_tested": 90},
     **{"collection/n_rows": 80, "sparsity/l0": 12.5},
     **contrast("known", 7, train=0.95, test=0.9),
@@ -88,6 +95,7 @@ def latents() -> pd.DataFrame:
     table["selected"], table["direction"] = [True, True, False], ["known", "known", "unknown"]
     table["auroc_test"], table["min_auroc_test"] = [0.8, 0.9, 0.5], [0.7, 0.85, 0.5]
     table["ci_low_test"], table["ci_high_test"] = [0.7, 0.87, 0.4], [0.9, 0.91, 0.6]
+    table["p_value_test"] = [0.01, 1e-7, 1.0]
     table["q_value"], table["q_value_test"] = [0.01, 1e-9, 1.0], [0.02, 1e-6, 1.0]
     for group in ("known", "unknown"):
         table[f"freq_{group}_test"] = [0.5, 0.9, 0.1]
