@@ -29,6 +29,7 @@ from saexp.latents.summary import moments
 from saexp.results import TaskResult
 from saexp.stats.multiplicity import benjamini_hochberg, holm
 from saexp.stats.proportions import separation_interval, stratified_auroc_interval
+from saexp.wording import is_above_chance
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +132,10 @@ class ContrastAnalyzer:
         if leading.empty:
             return False
         tested = stratified_rank_test(test.csr[:, leading["latent"]], test.first, test.strata)
-        agrees = (tested.auroc > 0.5) == (leading["direction"] == groups[0])
-        return bool((agrees & (holm(tested.p_value) <= self.cfg.alpha)).any())
+        is_first = (leading["direction"] == groups[0]).to_numpy()
+        aurocs = np.where(is_first, tested.auroc, 1 - tested.auroc)
+        pairs = zip(aurocs.tolist(), holm(tested.p_value).tolist(), strict=True)
+        return any(is_above_chance(auroc, p, self.cfg.alpha) for auroc, p in pairs)
 
     def _led_by(
         self, table: pd.DataFrame, group: str, groups: tuple[str, ...]

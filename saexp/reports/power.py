@@ -1,6 +1,7 @@
 """What a run of its size could have found, in words."""
 
 from saexp.reports.saved import SavedRun
+from saexp.wording import is_above_chance
 
 
 def power_sentences(run: SavedRun) -> list[str]:
@@ -17,7 +18,9 @@ def found_nothing(run: SavedRun) -> bool:
             auroc, p_value = (
                 m.get(f"contrast/{kind}_{name}_{group}_test") for name in ("auroc", "p_value")
             )
-            if auroc is not None and p_value is not None and auroc > 0.5 and p_value <= alpha:
+            if auroc is None or p_value is None:
+                continue
+            if is_above_chance(auroc, p_value, alpha):
                 return False
     return True
 
@@ -39,17 +42,17 @@ def _contrast(run: SavedRun) -> list[str]:
 def _effects(run: SavedRun) -> list[str]:
     m = run.metrics
     change, n = m.get("power/rate_change"), m.get("power/rate_n")
-    told = []
+    words = []
     if change is not None and n is not None:
-        told.append(
+        words.append(
             f"With {n} {run.unit_word} a change of a rate by {change:.2f} or more from its "
             f"unsteered value of {m['power/rate_baseline']:.2f} is found in 80% of runs (level "
             "0.05, paired)."
         )
     floor = m.get("power/p_controls_floor")
     if floor is not None:
-        told.append(
+        words.append(
             f"p-values against controls are ranks and cannot be below {floor:.2g}, whatever the "
             "effect."
         )
-    return told
+    return words
