@@ -87,12 +87,12 @@ def test_the_finding_holds_on_held_out_entities(result: TaskResult) -> None:
         assert (m[f"contrast/best_auroc_{group}_test"] or 0) >= 0.95
         assert (m[f"contrast/best_min_auroc_{group}_test"] or 0) >= 0.9
     summary = result.tables["effects_summary"]
-    at = summary[(summary["coefficient"] == 0.6) & (summary["split"] == "test")]
+    at = summary[summary["chosen"]]
     steered = at[at["condition"] == "unknown_group"].iloc[0]
     controls = at[(at["of"] == "unknown_group") & (at["role"] == "control")]
     assert steered["refusal_change"] >= 0.7
-    assert len(controls) >= 10
-    assert controls["refusal"].max() < 0.1
+    assert steered["refusal_p_controls_holm"] <= 0.05
+    assert controls["refusal"].max() < steered["refusal"]
 
 
 def test_coefficient_zero_is_the_baseline_text_by_text(result: TaskResult) -> None:
