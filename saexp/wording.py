@@ -45,6 +45,16 @@ def is_above_chance(auroc: float, p_value: float, alpha: float) -> bool:
     return auroc > 0.5 and p_value <= alpha
 
 
+def at_chance_words(auroc: float, p_value: float | None, units: str = "entities") -> str:
+    """ " (not above chance on held-out entities)" for an AUROC that is not, at level 0.05.
+
+    `p_value` is as in `is_above_chance`; nothing is claimed without one.
+    """
+    if p_value is None or p_value != p_value or is_above_chance(auroc, p_value, 0.05):
+        return ""
+    return f" (not above chance on held-out {units})"
+
+
 def above_chance(low: float | None) -> bool | None:
     """Whether an AUROC's interval lies above 0.5 in the latent's direction; None without one."""
     return None if low is None or low != low else low > 0.5

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from saexp.analysis.probe_rows import Labelled
 from saexp.stats.proportions import (
     Interval,
+    auroc_p_value,
     separation_interval,
     stratified_auroc_interval,
     wilson,
@@ -42,24 +43,23 @@ class Judge:
         """Whether no unit has rows of both groups."""
 
     def measure(self, scores: Float[np.ndarray, " n"], threshold: float) -> Numbers:
-        """`MEASURES`, each with `_ci_low` and `_ci_high`; F1 is of the first group.
+        """`MEASURES`, each with `_ci_low` and `_ci_high`, and `auroc_p`; F1 is of the first group.
 
         Intervals are 95 %, None where there are too few units: AUROC by Newcombe's method 5,
         accuracy by Wilson's method, balanced accuracy by Newcombe's hybrid of those of both groups'
         rates, F1 by Wilson's method for TP / (TP + FP + FN), of which it is a monotone function.
-        Where rows have kinds also `auroc_within`: over pairs of rows of one kind, every pair of
-        units counting once, so that what separates kinds does not help.
+        `auroc_p` is the two-sided p-value of an AUROC of 0.5. Where rows have kinds also
+        `auroc_within`: over pairs of rows of one kind, every pair of units counting once, so that
+        what separates kinds does not help.
         """
         called = scores > threshold
         everyone = np.zeros(len(scores), dtype=np.int64)
         apart = everyone if self.rows.judged_apart is None else self.rows.judged_apart
-        found: dict[str, tuple[float, Interval]] = {
-            "auroc": self._auroc(scores, apart),
-            **self._at_threshold(called),
-        }
+        auroc, interval, p_value = self._auroc(scores, apart)
+        found = {"auroc": (auroc, interval), **self._at_threshold(called)}
         if self.rows.kinds is not None:
-            found[WITHIN] = self._auroc(scores, self.rows.kinds)
-        numbers: Numbers = {}
+            found[WITHIN] = self._auroc(scores, self.rows.kinds)[:2]
+        numbers: Numbers = {"auroc_p": p_value if np.isfinite(p_value) else None}
         for name, (value, (low, high)) in found.items():
             numbers[name] = value
             for side, limit in (("low", low), ("high", high)):
@@ -106,8 +106,11 @@ class Judge:
 
     def _auroc(
         self, scores: Float[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
-    ) -> tuple[float, Interval]:
-        """P(first > second) + P(equal)/2 over pairs of one stratum; NaN without a pair."""
+    ) -> tuple[float, Interval, float]:
+        """P(first > second) + P(equal)/2 over pairs of one stratum, its interval and p-value.
+
+        NaN without a pair.
+        """
         first, w = self.rows.first, self.weights
         sizes, aurocs, parts = [], [], []
         for stratum in np.unique(strata):
@@ -121,7 +124,7 @@ class Judge:
                 sizes.append(size)
                 parts.append((of_stratum, share - aurocs[-1], size))
         if not parts:
-            return float("nan"), _NONE
+            return float("nan"), _NONE, float("nan")
         n_first, n_second = np.array(sizes).T
         pairs = n_first * n_second / (n_first * n_second).sum()
         auroc = float(pairs @ aurocs)
@@ -137,7 +140,8 @@ class Judge:
         n = np.array([self.n_first, self.n_second])
         influence *= np.sqrt(n / np.maximum(n - 1, 1))[:, None]
         variance = float((influence.sum(0) ** 2).sum())
-        return auroc, stratified_auroc_interval(auroc, n_first, n_second, pairs, variance)
+        about = (auroc, n_first, n_second, pairs, variance)
+        return auroc, stratified_auroc_interval(*about), auroc_p_value(*about)
 
 
 def placements(

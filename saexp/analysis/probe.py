@@ -25,7 +25,8 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.probes import MAX_TRAIN, STRENGTHS, limited
 from saexp.results import TaskResult
-from saexp.wording import chance_words
+from saexp.stats.multiplicity import holm
+from saexp.wording import at_chance_words
 
 _DEFAULTS = {
     "k": [1, 2, 5, 20],
@@ -72,12 +73,13 @@ class ProbeAnalyzer:
 
         Metrics without suffix are of the train split (`probe/sparse_5_auroc`), `_test` ones of the
         test split, `_transfer` ones of the second data set; the latter two have intervals (see
-        `Judge`). Probes: `sparse_<k>`; `dense`, logistic on the stored activations;
-        `mean_difference`, the projection on the difference of the groups' mean activations, cut
-        midway; `best_latent`, the latent of best train AUROC as it is, cut where train accuracy is
-        best; `majority`, which calls every row the group with more units on train; `surface`, what
-        the text says without the model (see `saexp.analysis.surface`), also as
-        `contrast/surface_auroc_test`. The first group is the positive one.
+        `Judge`) and `…_auroc_p_holm`, the p-value of an AUROC of 0.5 after Holm over the probes.
+        Probes: `sparse_<k>`; `dense`, logistic on the stored activations; `mean_difference`, the
+        projection on the difference of the groups' mean activations, cut midway; `best_latent`, the
+        latent of best train AUROC as it is, cut where train accuracy is best; `majority`, which
+        calls every row the group with more units on train; `surface`, what the text says without
+        the model (see `saexp.analysis.surface`), also as `contrast/surface_auroc_test`. The first
+        group is the positive one.
 
         With the option `within`, columns that say of which kind a row is, there are a probe
         `base_rate` that knows the kind only, `best_latent_within`, chosen by train AUROC over pairs
@@ -133,8 +135,14 @@ class ProbeAnalyzer:
         metrics[f"probe/n_rows{suffix}"] = len(labels)
         metrics[f"probe/n_units{suffix}"] = judge.n_units
         apart = labels.judged_apart is not None
+        judged = {
+            p.name: judge.measure(scores[p.name], 0.0 if apart else p.threshold)
+            for p in probes
+            if p.name in scores
+        }
+        _adjust_p_values(judged)
         for probe in (p for p in probes if p.name in scores):
-            found = judge.measure(scores[probe.name], 0.0 if apart else probe.threshold)
+            found = judged[probe.name]
             if not suffix:
                 # The probe was fitted on these rows, so no interval is valid.
                 found = {name: found[name] for name in (*MEASURES, WITHIN) if name in found}
@@ -151,12 +159,12 @@ class ProbeAnalyzer:
         for probe in probes:
             numbers = [
                 metrics.get(f"probe/{probe.name}_auroc{end}_unseen")
-                for end in ("", "_ci_low", "_ci_high")
+                for end in ("", "_ci_low", "_ci_high", "_p_holm")
             ]
-            if isinstance(numbers[0], float):
-                low = numbers[1]
-                between = "" if low is None else f" [{low:.3f}, {numbers[2]:.3f}]"
-                told.append(f"{probe.name} {numbers[0]:.3f}{between}{chance_words(low)}")
+            if isinstance(numbers[0], float) and probe.name != "majority":
+                auroc, (low, high, p_value) = numbers[0], numbers[1:]
+                between = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+                told.append(f"{probe.name} {auroc:.3f}{between}{at_chance_words(auroc, p_value)}")
         return (
             f"AUROC on the test split's {metrics['probe/n_rows_unseen']} rows, each under probes "
             f"and latents chosen on other values of '{self.unseen}': {', '.join(told)}"
@@ -243,6 +251,17 @@ def _surface_metrics(metrics: Mapping[str, float | int | None]) -> dict[str, flo
         for end in ("", "_ci_low", "_ci_high")
         if f"probe/surface_auroc{end}_test" in metrics
     }
+
+
+def _adjust_p_values(judged: Mapping[str, dict[str, float | None]]) -> None:
+    """`auroc_p_holm` in place of `auroc_p`: Holm over the probes, without the majority baseline."""
+    p_values = {name: found.pop("auroc_p") for name, found in judged.items()}
+    tested = [name for name in judged if name != "majority"]
+    adjusted = holm(np.array([p_values[name] for name in tested], dtype=float))
+    for found in judged.values():
+        found["auroc_p_holm"] = None
+    for name, p_value in zip(tested, adjusted.tolist(), strict=True):
+        judged[name]["auroc_p_holm"] = None if np.isnan(p_value) else p_value
 
 
 def _missed(

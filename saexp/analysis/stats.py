@@ -6,6 +6,7 @@ mean or frequency depends on how many positions each unit has.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -155,7 +156,7 @@ class StatsAnalyzer:
         """L0 of the first group less that of the second, within types, and notes on the types."""
         of_first = np.repeat([True, False], [len(first.unit_l0), len(second.unit_l0)])
         types = np.concatenate([first.types, second.types])
-        weights = stratum_weights(of_first, types)
+        weights: dict[Any, float] = stratum_weights(of_first, types)
         notes = _about_types(first, second, set(weights))
         if not weights:
             types, weights = np.full(len(types), ""), {"": 1.0}
@@ -247,7 +248,7 @@ def _few_units(groups: list[_Group]) -> list[str]:
     ]
 
 
-def _about_types(first: _Group, second: _Group, shared: set[str]) -> list[str]:
+def _about_types(first: _Group, second: _Group, shared: set[Any]) -> list[str]:
     """What a difference of types means for the difference of the groups."""
     groups, names = (first, second), f"{first.name} and {second.name}"
     if not shared:

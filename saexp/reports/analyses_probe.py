@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 from saexp.reports.analyses_parts import Section, Table, cell, interval, shown, table_of
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
-from saexp.wording import chance_words, counted
+from saexp.wording import at_chance_words, counted
 
 _DATA = {
     "train": "train split",
@@ -73,7 +73,7 @@ def sentences(run: SavedRun) -> list[str]:
         parts = [
             f"{name_of(r['probe'])} {r['auroc']:.3f}"
             f"{interval(r['auroc_ci_low'], r['auroc_ci_high'])}"
-            f"{chance_words(r['auroc_ci_low'], run.unit_word)}"
+            f"{at_chance_words(r['auroc'], r['auroc_p_holm'], run.unit_word)}"
             for r in mine.to_dict("records")
             if r["probe"] != _BASELINE
         ]
@@ -115,7 +115,8 @@ def sections(run: SavedRun) -> list[Section]:
     captions = [(f"roc_{d}", f"ROC curves on the {_DATA[d]}.") for d in curved]
     bars = (
         "AUROC of each probe with 95 % intervals by Newcombe's method 5, units being the sample "
-        "size; each interval by itself, not corrected for the number of probes."
+        "size; each interval by itself. Whether a probe is above chance is decided by p-values "
+        "after Holm over the probes."
     )
     columns = {
         "rank": "rank",

@@ -1,6 +1,7 @@
 """Intervals of means and of ratios of sums: the studentised bootstrap over independent units."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -38,7 +39,7 @@ def difference_of_means(
     values: Float[np.ndarray, " n"],
     first: Shaped[np.ndarray, " n"],
     strata: Shaped[np.ndarray, " n"],
-    weights: Mapping[str, float],
+    weights: Mapping[Any, float],
     seed: int,
     *,
     n_resamples: int = N_RESAMPLES,

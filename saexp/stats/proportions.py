@@ -4,6 +4,7 @@ They stay inside their range and keep their coverage near 0 and 1, where the per
 has intervals of no width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -213,8 +214,50 @@ def stratified_auroc_interval(
     covered). `variance` is DeLong's of the same estimate; where that is larger than V at a, V is
     scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
     """
-    observed = np.asarray(auroc, float)
-    z, per_pair = _z(confidence), weights**2 / (n_first * n_second)
+    observed, z = np.asarray(auroc, float), _z(confidence)
+    error = _auroc_error(observed, n_first, n_second, weights, variance)
+
+    def solve(outside: np.ndarray, sign: float) -> np.ndarray:
+        # `inside` satisfies the inequality, `outside` does not (or is the end of the range).
+        inside = observed.copy()
+        for _ in range(_BISECTIONS):
+            middle = (inside + outside) / 2
+            within = sign * (observed - middle) <= z * error(middle)
+            inside = np.where(within, middle, inside)
+            outside = np.where(within, outside, middle)
+        return inside
+
+    low = np.where(observed <= 0, 0.0, solve(np.zeros_like(observed), 1.0))
+    high = np.where(observed >= 1, 1.0, solve(np.ones_like(observed), -1.0))
+    return _without_small_groups(Interval(low, high), n_first, n_second)
+
+
+def auroc_p_value(
+    auroc: float,
+    n_first: Num[np.ndarray, " n_strata"],
+    n_second: Num[np.ndarray, " n_strata"],
+    weights: Float[np.ndarray, " n_strata"],
+    variance: float = 0.0,
+) -> float:
+    """Two-sided p-value of an AUROC of 0.5, which agrees with `stratified_auroc_interval`.
+
+    An interval of confidence 1 - p has 0.5 at its limit. NaN for groups of fewer than `MIN_GROUP`.
+    """
+    if min(n_first.sum(), n_second.sum()) < MIN_GROUP:
+        return float("nan")
+    error = _auroc_error(np.array(auroc), n_first, n_second, weights, variance)
+    return float(2 * special.ndtr(-abs(auroc - 0.5) / error(np.array(0.5))))
+
+
+def _auroc_error(
+    observed: Float[np.ndarray, "..."],
+    n_first: Num[np.ndarray, " n_strata"],
+    n_second: Num[np.ndarray, " n_strata"],
+    weights: Float[np.ndarray, " n_strata"],
+    variance: Float[np.ndarray, "..."] | float,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The standard error of a weighted mean AUROC as a function of its true value."""
+    per_pair = weights**2 / (n_first * n_second)
     plain = per_pair.sum()
     shared = (per_pair * ((n_first + n_second) / 2 - 1)).sum()
 
@@ -223,18 +266,5 @@ def stratified_auroc_interval(
 
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(assumed(observed) > 0, variance / assumed(observed), 1.0)
-    z = z * np.sqrt(np.maximum(ratio, 1.0))
-
-    def solve(outside: np.ndarray, sign: float) -> np.ndarray:
-        # `inside` satisfies the inequality, `outside` does not (or is the end of the range).
-        inside = observed.copy()
-        for _ in range(_BISECTIONS):
-            middle = (inside + outside) / 2
-            within = sign * (observed - middle) <= z * np.sqrt(assumed(middle))
-            inside = np.where(within, middle, inside)
-            outside = np.where(within, outside, middle)
-        return inside
-
-    low = np.where(observed <= 0, 0.0, solve(np.zeros_like(observed), 1.0))
-    high = np.where(observed >= 1, 1.0, solve(np.ones_like(observed), -1.0))
-    return _without_small_groups(Interval(low, high), n_first, n_second)
+    scale = np.maximum(ratio, 1.0)
+    return lambda t: np.sqrt(scale * assumed(t))

@@ -60,7 +60,7 @@ def test_no_interval_for_few_units() -> None:
         assert found[name] is not None and found[f"{name}_ci_low"] is None
     alone = Judge(Labelled(np.arange(6) < 3, np.zeros(6, dtype=object)))
     found = alone.measure(np.arange(6.0), 2.5)
-    assert [v for k, v in found.items() if "_ci_" in k] == [None] * 8
+    assert [v for k, v in found.items() if "_ci_" in k or k == "auroc_p"] == [None] * 9
 
 
 @pytest.mark.parametrize("n", [10, 30, 200])
@@ -78,6 +78,26 @@ def test_an_auroc_is_covered(n: int, value: float, n_rows: int) -> None:
         low, high = limits(judge.measure(scores, 0.0), "auroc")
         covered += low <= value <= high
     assert covered / n_runs >= 0.92
+
+
+@pytest.mark.parametrize("n", [10, 30, 200])
+@pytest.mark.parametrize("n_rows", [1, 4])
+def test_p_values_of_scores_without_meaning(n: int, n_rows: int) -> None:
+    """At most about 5 % of 400 runs are below 0.05, whether rows of a unit agree or differ."""
+    first, units = labels(n, 2 * n, n_rows)
+    judge, n_runs = Judge(Labelled(first, units)), 400
+    for agree in (0.0, 1.0):
+        found = 0
+        for seed in range(n_runs):
+            rng = np.random.default_rng([seed, n])
+            scores = rng.normal(size=3 * n).repeat(n_rows) * agree
+            scores = scores + (1 - agree) * rng.normal(size=3 * n * n_rows)
+            p_value = judge.measure(scores, 0.0)["auroc_p"]
+            found += p_value is not None and p_value <= 0.05
+        # 34 or more of 400 at 5 % have probability 0.002.
+        assert found <= 33
+        if agree == 1.0 or n_rows == 1:
+            assert found >= 8
 
 
 @pytest.mark.parametrize("n", [10, 30, 200])

@@ -190,6 +190,73 @@ def test_intervals_of_shuffled_labels_cover_one_half(inputs: AnalysisInputs) -> 
     assert min(covered.values()) >= 5, covered
 
 
+def test_the_majority_and_holm_beside_the_probes(inputs: AnalysisInputs) -> None:
+    """A third of the known entities are left out of train, a half of test."""
+    rows = inputs.latents.rows
+    keep = (rows["group"] == "unknown") | ~rows["unit"].str.contains("[05]$")
+    keep &= (
+        (rows["split"] == "train")
+        | (rows["group"] == "unknown")
+        | ~rows["unit"].str[-1:].isin(["1", "3", "7", "9"])
+    )
+    assert inputs.acts is not None
+    mine = keep.to_numpy(dtype=bool)
+    some = Latents(sparse.csr_array(inputs.latents.csr[mine]), rows[mine].reset_index(drop=True))
+    result = probe(replace(inputs, latents=some, acts=inputs.acts[torch.tensor(mine)]))
+    m, table = result.metrics, result.tables["probes"].query("data == 'test'")
+    test = some.rows.query("split == 'test'")
+    share = float((test["group"] == "unknown").mean())
+    assert share > 0.6
+    assert m["probe/majority_accuracy_test"] == pytest.approx(share)
+    assert m["probe/majority_balanced_accuracy_test"] == 0.5
+    assert m["probe/majority_auroc_test"] == 0.5
+    assert m["probe/majority_auroc_p_holm_test"] is None
+    adjusted = table.set_index("probe")["auroc_p_holm"].drop("majority")
+    n_units = {g: test.loc[test["group"] == g, "unit"].nunique() for g in GROUPS}
+    p_values = []
+    for name in adjusted.index:
+        row = table[table["probe"] == name].iloc[0]
+        low = row["auroc_ci_low"]
+        p_values.append(adjusted[name])
+        assert (adjusted[name] <= 0.05) <= (low > 0.5), name
+    assert min(n_units.values()) >= 10
+    assert max(p_values) < 0.01
+    assert (adjusted >= 0).all()
+
+
+def test_entities_with_more_rows_contribute_as_many(inputs: AnalysisInputs) -> None:
+    rows = inputs.latents.rows
+    more = np.concatenate([np.arange(len(rows)), np.flatnonzero(rows["group"] == "known")])
+    repeated = Latents(sparse.csr_array(inputs.latents.csr[more]), rows.iloc[more])
+    repeated = Latents(repeated.csr, repeated.rows.reset_index(drop=True))
+    assert inputs.acts is not None
+    large = replace(inputs, latents=repeated, acts=inputs.acts[torch.from_numpy(more)])
+    result = probe(large)
+    for split in ("", "_test"):
+        assert (
+            result.metrics[f"probe/n_rows{split}"] == probe(inputs).metrics[f"probe/n_rows{split}"]
+        )
+    assert any("every entity contributes 2 rows" in note for note in result.notes)
+    assert any("known 4.0 and unknown 2.0; what depends on" in note for note in result.notes)
+    every = probe(large, within="entity_type").metrics
+    assert every["probe/n_rows_test"] > result.metrics["probe/n_rows_test"]  # type: ignore[operator]
+
+
+def test_a_quiet_latent_that_the_selection_misses_is_named(inputs: AnalysisInputs) -> None:
+    """A latent of small values that separates the groups perfectly."""
+    dense = inputs.latents.csr.todense().copy()
+    known = (inputs.latents.rows["group"] == "known").to_numpy()
+    dense[:, 50] = np.where(known, 1e-3, 0.0)
+    quiet = replace(inputs, latents=Latents(sparse.csr_array(dense), inputs.latents.rows))
+    result = probe(quiet)
+    (note,) = (n for n in result.notes if "latent 50 has the best train AUROC, 1.000" in n)
+    table = result.tables["probe_latents"]
+    best = 0.5 + (table["auroc"] - 0.5).abs().max()
+    assert f"not among the 3 of sparse_3, of which the best has {best:.3f}" in note
+    assert f"({1 - best:.3f} less)" in note
+    assert not any("best train AUROC" in n for n in probe(quiet, k=[59]).notes)
+
+
 def test_transfer_to_another_data_set(inputs: AnalysisInputs) -> None:
     other = made(seed=9)
     rows = other.latents.rows

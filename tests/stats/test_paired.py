@@ -59,6 +59,7 @@ def test_random_flips_are_near_scipys() -> None:
 
 @pytest.mark.parametrize("n", [25, 60])
 def test_the_interval_is_the_bootstrap_t_of_a_plain_loop(n: int) -> None:
+    """Up to the Monte Carlo error of quantiles of 2000 resamples."""
     first, second = pairs(n, 0.5)
     found = paired_difference(first, second, range(n))
     values = second - first
@@ -71,7 +72,7 @@ def test_the_interval_is_the_bootstrap_t_of_a_plain_loop(n: int) -> None:
         values.mean() - upper * stats.sem(values),
         values.mean() - lower * stats.sem(values),
     )
-    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.03)
+    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.05)
     narrow = paired_difference(first, second, range(n), confidence=0.5)
     assert found.ci_low < narrow.ci_low < found.difference < narrow.ci_high < found.ci_high
     few = paired_difference(first[:9], second[:9], range(9))

@@ -7,6 +7,7 @@ from scipy import stats
 from saexp.stats.proportions import (
     MIN_GROUP,
     auroc_interval,
+    auroc_p_value,
     difference_interval,
     separation_interval,
     stratified_auroc_interval,
@@ -73,3 +74,13 @@ def test_small_groups_have_no_interval() -> None:
         found = separation_interval(np.array([0.7]), np.array([0.2]), n[0], n[1], np.ones(1))
         assert np.isnan(found).all()
     assert np.isfinite(auroc_interval(1.0, MIN_GROUP, MIN_GROUP)).all()
+
+
+@pytest.mark.parametrize("auroc", [0.35, 0.6, 0.8])
+def test_a_p_value_is_where_the_interval_reaches_chance(auroc: float) -> None:
+    first, second, weights = np.array([8, 20]), np.array([12, 6]), np.array([0.3, 0.7])
+    for variance in (0.0, 0.03):
+        p_value = auroc_p_value(auroc, first, second, weights, variance)
+        found = stratified_auroc_interval(auroc, first, second, weights, variance, 1 - p_value)
+        assert min(abs(float(limit) - 0.5) for limit in found) < 1e-6
+    assert np.isnan(auroc_p_value(auroc, np.array([9]), np.array([90]), np.ones(1)))
