@@ -10,6 +10,8 @@ from effects import summary_of
 from numpy.typing import ArrayLike
 from scipy import special
 
+from saexp.analysis.paired_auroc import auroc_difference
+
 SIZES = (10, 30, 200)
 VALUES = (0.5, 0.8, 0.97, 0.99)
 Values = dict[str, float]
@@ -141,6 +143,25 @@ def mean(n: int, name: str) -> Callable[[np.random.Generator, int], Values]:
     def measure(_: np.random.Generator, n_runs: int) -> Values:
         summary = _summary(n, 1, n_runs)
         return covered(summary[f"{name}_ci_low"], summary[f"{name}_ci_high"], truth)
+
+    return measure
+
+
+def less_surface(n: int, value: float) -> Callable[[np.random.Generator, int], Values]:
+    """AUROC of a latent less 0.8, that of a baseline score with a correlation of 0.5."""
+
+    def measure(rng: np.random.Generator, n_runs: int) -> Values:
+        first = np.arange(2 * n) < n
+        shifts = np.sqrt(2) * special.ndtri([value, 0.8])
+        mixing = np.linalg.cholesky([[1, 0.5], [0.5, 1]])
+        limits = []
+        for _ in range(n_runs):
+            scores = rng.normal(0, 1, (2 * n, 2)) @ mixing.T + first[:, None] * shifts
+            own, other = scores.T
+            made = auroc_difference(own, other, first, np.full(2 * n, ""))
+            limits.append([float(made.interval.low), float(made.interval.high)])
+        low, high = np.array(limits).T
+        return covered(low, high, value - 0.8)
 
     return measure
 

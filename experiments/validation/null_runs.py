@@ -10,7 +10,7 @@ from effects import summary_of
 
 from saexp.interventions.claims import with_claims
 from saexp.interventions.summary import chosen_coefficients
-from saexp.reports.sweep import findings
+from saexp.reports.sweep_effects import effect_findings
 
 N_LATENTS = 200
 N_PROMPTS = 40
@@ -239,28 +239,27 @@ def sweep_bias(rng: np.random.Generator, n_runs: int) -> Values:
     """Mean of (highest rate less the true 0.20) in a sweep's sentence on 12 equal cells."""
     errors = []
     for _ in range(n_runs):
-        told = findings(sweep_cells(rng))
-        sentence = next(line for line in told if line.startswith("Acting on"))
-        rates = re.findall(r"\b0\.\d+(?= \(layer)", sentence)
+        (sentence,) = effect_findings(sweep_cells(rng))
+        rates = re.findall(r"-> (\d\.\d+)", sentence)
         errors.append(max(map(float, rates)) - 0.20)
     return {"value": float(np.mean(errors))}
 
 
 def sweep_cells(rng: np.random.Generator) -> pd.DataFrame:
-    """Twelve finished cells, each with 100 test prompts and the same true rate, 0.20."""
-    cells = [
-        {
-            "cell": i,
-            "status": "finished",
-            "error": None,
-            "folder": None,
-            "model": "tiny",
-            "layer": i,
-            "coefficient": "0.6",
-            "effect/refusal/unknown_group_at_0.6": rng.binomial(100, 0.2) / 100,
-            "effect/refusal/unknown_group_controls_min_at_0.6": 0.1,
-            "effect/refusal/unknown_group_controls_max_at_0.6": 0.3,
-        }
-        for i in range(12)
-    ]
-    return pd.DataFrame(cells)
+    """Effects of twelve cells with 40 train and 100 test prompts and the same true rate, 0.20."""
+    test = rng.binomial(100, 0.2, 12) / 100
+    cells = pd.DataFrame({"layer": range(12), "width": 256, "outcome": "refusal"})
+    return cells.assign(
+        direction="unknown",
+        coefficient=0.6,
+        chosen=True,
+        value=test,
+        change=test,
+        ci_low=np.nan,
+        ci_high=np.nan,
+        controls_min=0.1,
+        controls_max=0.3,
+        p_controls=0.5,
+        p_floor=0.01,
+        gap_train=rng.binomial(40, 0.2, 12) / 40 - 0.3,
+    )

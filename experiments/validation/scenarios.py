@@ -94,6 +94,10 @@ def _coverages() -> list[Scenario]:
             found[f"rate, 5 prompts an entity; {at}"] = coverage.rate(n, v, 5), 300
             found[f"change of a rate; {at}"] = coverage.change(n, v), 300
             found[f"change of a rate, 5 prompts an entity; {at}"] = coverage.change(n, v, 5), 300
+            found[f"AUROC less that of the surface baseline; {at}"] = (
+                coverage.less_surface(n, v),
+                300,
+            )
             found[f"probe AUROC; {at}"] = coverage.probe_auroc(n, v), 100
             if n < 200:
                 found[f"probe AUROC, 4 rows an entity; {at}"] = coverage.probe_auroc(n, v, 4), 100
