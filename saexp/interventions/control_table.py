@@ -95,15 +95,20 @@ def _achieved(mine: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
     return told
 
 
-def left_out_note(
-    main: Sequence[Condition], kinds: Sequence[Sequence[str]], cfg: InterventionConfig
-) -> list[str]:
-    """Kinds asked for that no main condition can have, as its edit adds no vector."""
+def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:
+    """A note on kinds asked for that no main condition can have; `kinds` are those of each."""
     had = {kind for some in kinds for kind in some}
-    lacking = [k for k in cfg.control_kinds if k not in had]
-    if not (main and had and lacking and cfg.n_controls):
+    lacking = [kind for kind in cfg.control_kinds if kind not in had]
+    if not had or not lacking:
         return []
+    reasons = []
+    if "frequency" in lacking:
+        reasons.append("what is changed are not latents")
+    if "random_kl" in lacking:
+        reasons.append("nothing is added that could be scaled to a KL")
+    if "random_norm" in lacking:
+        reasons.append("the change depends on the latents' own activations")
     return [
-        f"intervention={cfg.name} has no controls of kind {', '.join(lacking)}: its edits are not "
-        "vectors that could be replaced or scaled so"
+        f"intervention={cfg.name} has no controls of kind {', '.join(lacking)} here: "
+        f"{'; '.join(reasons)}"
     ]

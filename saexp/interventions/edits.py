@@ -22,7 +22,7 @@ class Steer(LatentIntervention):
     difference of means, as far as these latents make it up. Other directions have `raw` as their
     natural length (the difference of means; a probe's component of it; `denoised_difference`, its
     least-squares part in the span of the latents' decoder rows, which allows for rows that overlap
-    and for latents that speak for the other group, as the mix of latents does not).
+    and for latents selected for the other group, as the mix of latents does not).
     """
 
     vectors = True

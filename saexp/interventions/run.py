@@ -201,7 +201,8 @@ class CausalTest:
         table = control_table(conditions, self.coefficients, kl)
         result.tables["controls"] = table
         result.notes += control_notes(table, design.main, chosen, self.cfg)
-        result.notes += left_out_note(design.main, [design.kinds(c) for c in design.main], self.cfg)
+        kinds = [design.kinds(c) for c in design.main]
+        result.notes += left_out_note(kinds, self.cfg)
 
     def _jobs(
         self, conditions: Sequence[Condition], prompts: Prompts, *, with_baseline: bool

@@ -11,7 +11,7 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError
-from saexp.interventions.control_table import control_notes, control_table
+from saexp.interventions.control_table import control_notes, control_table, left_out_note
 from saexp.interventions.design import ControlDesign, main_conditions
 from saexp.interventions.edits import Clamp, Steer
 from saexp.interventions.facts import Condition, LatentFacts
@@ -213,6 +213,26 @@ def test_kinds_are_those_that_an_edit_can_have(
     assert per_kind == dict.fromkeys(kinds, 5 * len(design.main))
     none = designed(kind, **{**settings, "n_controls": 0})
     assert not none.curve() and not second_stage(none)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "note_text"),
+    [
+        (Steer, {}, None),
+        (Steer, {"directions": ["probe"]}, "frequency, disruption here: what is changed are not"),
+        (ProjectOut, {}, "disruption, random_kl here: nothing is added that could be scaled"),
+        (Scale, {}, "disruption, random_norm, random_kl here: nothing is added"),
+        (Scale, {"control_kinds": ["frequency"]}, None),
+        (SpliceIn, {}, None),
+    ],
+)
+def test_kinds_that_are_left_out_are_noted(
+    kind: type, settings: dict[str, Any], note_text: str | None
+) -> None:
+    design = designed(kind, **settings)
+    notes = left_out_note([design.kinds(c) for c in design.main], design.cfg)
+    assert len(notes) == (note_text is not None)
+    assert not note_text or f"has no controls of kind {note_text}" in notes[0]
 
 
 @pytest.mark.parametrize("kind", [ProjectOut, Orthogonalize])
