@@ -6,10 +6,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.stats.means import MIN_N
-from saexp.stats.multiplicity import holm
+from saexp.stats.multiplicity import ALPHA, holm
 from saexp.wording import counted
-
-ALPHA = 0.05
 
 
 def main_conditions(summary: pd.DataFrame, outcome: str) -> list[str]:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.config import InterventionConfig
-from saexp.interventions.controls import MIN_MATCHED
 from saexp.interventions.facts import Condition
+from saexp.stats.exchangeable import MIN_CONTROLS
 from saexp.wording import CONTROL_WORDS
 
 
@@ -90,8 +90,8 @@ def _achieved(mine: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
             told += (
                 f", {name} median {ratios.median():.2g} ({ratios.min():.2g} to {ratios.max():.2g})"
             )
-    if n < MIN_MATCHED:
-        told += f"; fewer than {MIN_MATCHED} matched, so the p-value does not use them"
+    if n < MIN_CONTROLS:
+        told += f"; fewer than {MIN_CONTROLS} matched, so the p-value does not use them"
     return told
 
 

@@ -20,7 +20,6 @@ from saexp.config.interventions import CONTROL_KINDS
 
 __all__ = [
     "CONTROL_KINDS",
-    "MIN_MATCHED",
     "OWN_GROUP",
     "ControlSet",
     "any_active",
@@ -29,8 +28,6 @@ __all__ = [
 
 OWN_GROUP = "own_group"
 """Control kind of patches alone: the activations of other prompts of the prompt's own group."""
-MIN_MATCHED = 19
-"""A kind is achieved where at least so many of its controls are matched: p can reach 0.05."""
 
 
 @dataclass(frozen=True)

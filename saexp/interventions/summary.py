@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from saexp.interventions.controls import CONTROL_KINDS, MIN_MATCHED
+from saexp.interventions.controls import CONTROL_KINDS
 from saexp.interventions.facts import Condition
-from saexp.stats.exchangeable import prediction_p_value, rank_p_value
+from saexp.stats.exchangeable import MIN_CONTROLS, prediction_p_value, rank_p_value
 from saexp.stats.means import MIN_N, mean_interval
 from saexp.stats.proportions import paired_change_interval, wilson
 from saexp.stats.sign_flips import sign_flip_p_values
@@ -45,7 +45,7 @@ def summarise(
       for rates, bootstrap-t for means) and `_p`, the sign-flip test of no change;
     - per kind of control `_n_<kind>` matched controls, and `_p_<kind>`, the rank p-value among
       them, two-sided;
-    - `_p_controls`, the largest of these over kinds that are achieved (have `MIN_MATCHED` matched
+    - `_p_controls`, the largest of these over kinds that are achieved (have `MIN_CONTROLS` matched
       controls): it is small only if the condition differs from every kind. `_p_controls_floor` is
       the smallest value that it can take. With `prediction_test` also `_p_prediction`, the largest
       p-value of the prediction t-test.
@@ -198,7 +198,7 @@ def _against_controls(
             others = change[rows][~np.isnan(change[rows])]
             made[f"_p_{kind}"][i] = rank_p_value(float(change[i]), others)
             made[f"_n_{kind}"][i] = len(others)
-            if len(others) >= MIN_MATCHED:
+            if len(others) >= MIN_CONTROLS:
                 achieved.append((made[f"_p_{kind}"][i], 1 / (len(others) + 1), others))
         if achieved:
             made["_p_controls"][i] = max(p for p, _, _ in achieved)

@@ -6,11 +6,10 @@ from typing import Any
 import pandas as pd
 
 from saexp.reports.saved import SavedRun
+from saexp.stats.exchangeable import MIN_CONTROLS
+from saexp.stats.multiplicity import ALPHA
 from saexp.wording import CONTROL_WORDS
 
-ALPHA = 0.05
-MIN_MATCHED = 19
-"""Matched controls that a kind needs for its p-value to be used."""
 _CALIPER = {
     "frequency": ("frequency_caliper", "frequency_ratio", " in activation frequency"),
     "disruption": ("kl_caliper", "kl_ratio", " in KL"),
@@ -34,7 +33,7 @@ class KindOfControl:
     @property
     def achieved(self) -> bool:
         """Whether enough are matched for the p-value to be used."""
-        return len(self.values) >= MIN_MATCHED
+        return len(self.values) >= MIN_CONTROLS
 
     @property
     def words(self) -> str:
@@ -162,7 +161,7 @@ def _unused(run: SavedRun, kind: KindOfControl) -> str:
     """Why a kind gives no p-value, with what it reached."""
     n, n_matched = len(kind.distances), int(kind.distances["matched"].sum())
     if kind.kind not in _CALIPER:
-        return f"{n_matched} {kind.words} ({kind.span}), fewer than the {MIN_MATCHED} needed"
+        return f"{n_matched} {kind.words} ({kind.span}), fewer than the {MIN_CONTROLS} needed"
     option, column, of = _CALIPER[kind.kind]
     caliper = float(run.config["intervention"].get(option) or 0)
     ratios = kind.distances[column].dropna()

@@ -15,12 +15,11 @@ from saexp.reports.cells import (
     read_plan,
     swept,
 )
-from saexp.reports.effect_controls import ALPHA
 from saexp.reports.html import write_page
 from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
 from saexp.reports.sweep_effects import effect_findings, effects_table
 from saexp.reports.sweep_figures import sweep_figures
-from saexp.stats.multiplicity import holm
+from saexp.stats.multiplicity import ALPHA, holm
 from saexp.wording import chance_words
 
 CAPTIONS = {

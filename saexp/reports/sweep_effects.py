@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 
 from saexp.reports.cells import cell_words, line_keys
-from saexp.reports.effect_controls import ALPHA, p_value
-from saexp.stats.multiplicity import holm
+from saexp.reports.effect_controls import p_value
+from saexp.stats.multiplicity import ALPHA, holm
 from saexp.wording import counted
 
 _MOST_LISTED = 6
 """Cells without train prompts that are listed one by one."""
-NUMBERS = ["value", "ci_low", "ci_high", "change", "controls_min", "controls_max"]
+NUMBERS = ["value", "ci_low", "ci_high", "n", "change", "controls_min", "controls_max"]
 NUMBERS += ["p_controls", "p_floor", "gap_train"]
 OF_AN_EFFECT = {"outcome", "direction", "coefficient", "chosen", *NUMBERS}
 
@@ -72,6 +72,7 @@ def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[
                     "value": row[outcome],
                     "ci_low": row[f"{outcome}_ci_low"],
                     "ci_high": row[f"{outcome}_ci_high"],
+                    "n": int(row[f"{outcome}_n"]),
                     "change": row[f"{outcome}_change"],
                     "controls_min": least.get(("test", *here), np.nan),
                     "controls_max": most.get(("test", *here), np.nan),
@@ -127,7 +128,7 @@ def _change(cell: pd.Series) -> str:
     before = "" if pd.isna(cell["change"]) else f"{cell['value'] - cell['change']:.2f} -> "
     low, high = cell["ci_low"], cell["ci_high"]
     interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
-    return f"{before}{cell['value']:.2f}{interval}"
+    return f"{before}{cell['value']:.2f}{interval} (n = {cell['n']})"
 
 
 def _tested(cell: pd.Series, n_tests: int) -> str:

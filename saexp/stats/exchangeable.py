@@ -4,6 +4,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
+MIN_CONTROLS = 19
+"""With fewer controls no rank p-value can reach 0.05."""
+
 
 def rank_p_value(own: float, controls: Float[np.ndarray, " k"]) -> float:
     """Two-sided rank p-value: (1 + number of controls at least as extreme) / (k + 1).

@@ -3,6 +3,9 @@
 import numpy as np
 from jaxtyping import Float
 
+ALPHA = 0.05
+"""Level at which effects, adjusted by `holm`, are called one."""
+
 
 def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Adjusted p-values that bound the chance of one false finding in the family (Holm 1979).

@@ -56,9 +56,9 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
         rows += effect("unknown", 2, value, 0.1, 0.4, train=train, p=p, chosen=True)
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
     assert findings(cells_table(tmp_path), tmp_path) == [
-        "Acting on 'unknown': refusal 0.30 -> 0.50 [0.40, 0.60] at layer 2, width 256, coefficient "
-        "2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 after Holm over 3 "
-        "cells; 2 of 3 cells differ from their controls."
+        "Acting on 'unknown': refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer 2, width 256, "
+        "coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 "
+        "after Holm over 3 cells; 2 of 3 cells differ from their controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
@@ -109,9 +109,9 @@ def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
         cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
     assert sentence == (
-        "Acting on 'known': refusal 0.30 -> 0.30 [0.20, 0.40] at layer 2, width 256, coefficient "
-        "1; 0.30 -> 0.60 [0.50, 0.70] at layer 2, width 256, coefficient 2; no cell has enough "
-        "matched controls for a p-value."
+        "Acting on 'known': refusal 0.30 -> 0.30 [0.20, 0.40] (n = 40) at layer 2, width 256, "
+        "coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, coefficient 2; "
+        "no cell has enough matched controls for a p-value."
     )
     for number in range(3, 9):
         rows = effect("known", number, 0.9, chosen=True)

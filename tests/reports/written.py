@@ -94,7 +94,7 @@ def effect(
     name = condition or f"{direction}_group"
     about = {"condition": name, "role": "single" if condition else "group", "of": name}
     about |= {"direction": direction, "coefficient": coefficient, "main": True, "split": "test"}
-    about |= {"group": "all", "chosen": chosen, "refusal_p_controls_floor": 0.01}
+    about |= {"refusal_n": 40, "group": "all", "chosen": chosen, "refusal_p_controls_floor": 0.01}
     about |= {"refusal_p_controls": float("nan") if p is None else p}
 
     def row(value: float, **more: Any) -> dict[str, Any]:
