@@ -171,7 +171,7 @@ def auroc_interval(
 
     >>> low, high = auroc_interval(1.0, 10, 10)
     >>> round(float(low), 2), float(high)
-    (0.79, 1.0)
+    (0.8, 1.0)
     """
     return stratified_auroc_interval(
         auroc, np.array([n_first]), np.array([n_second]), np.ones(1), variance, confidence
