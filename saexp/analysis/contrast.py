@@ -34,6 +34,9 @@ from saexp.wording import is_above_chance
 log = logging.getLogger(__name__)
 
 
+_WITHIN_TYPES = "AUROC, separation and tests compare within types, freq_ and mean_ do not"
+
+
 class ContrastAnalyzer:
     """Registry kind `analyzer`, name `contrast`."""
 
@@ -69,7 +72,11 @@ class ContrastAnalyzer:
         )
         observed = observed.where(matching.keep)
         dropped = int((~matching.keep).sum())
-        notes = [*matching.notes, *notes, *unequal_types(observed.units, (first, second))]
+        notes = [
+            *matching.notes,
+            *notes,
+            *unequal_types(observed.units, (first, second), _WITHIN_TYPES),
+        ]
         train, train_notes = split_of(observed, inputs.groups, "train", dropped)
         test, test_notes = split_of(observed, inputs.groups, "test", dropped)
         notes += [*train_notes, *test_notes]

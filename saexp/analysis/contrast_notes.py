@@ -85,8 +85,11 @@ def unshared(
     ]
 
 
-def unequal_types(units: pd.DataFrame, groups: tuple[str, str]) -> list[str]:
-    """That the groups are made up of types in different proportions, of those both have."""
+def unequal_types(units: pd.DataFrame, groups: tuple[str, str], what_follows: str) -> list[str]:
+    """That the groups are made up of types in different proportions, of those both have.
+
+    `what_follows` says in words which numbers that affects.
+    """
     first, second = groups
     types = units["entity_type"].fillna("")
     table = pd.crosstab(types, units["group"]).reindex(columns=list(groups), fill_value=0)
@@ -105,8 +108,7 @@ def unequal_types(units: pd.DataFrame, groups: tuple[str, str]) -> list[str]:
     return [
         f"entity types differ between the groups (p = {p_value:.2g}): "
         f"{table.index[place] or 'no type'} is {fractions[place, 0]:.0%} of {first} and "
-        f"{fractions[place, 1]:.0%} of {second}; AUROC, separation and "
-        "tests compare within types, freq_ and mean_ do not"
+        f"{fractions[place, 1]:.0%} of {second}; {what_follows}"
     ]
 
 

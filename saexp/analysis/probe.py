@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.contrast_notes import unequal_types
 from saexp.analysis.judging import MEASURES, WITHIN, Judge
 from saexp.analysis.observations import equally_observed
 from saexp.analysis.options import read_options, whole
@@ -36,6 +37,12 @@ _DEFAULTS = {
     "within": None,
     "unseen": None,
 }
+
+
+_TYPES = (
+    "a probe may use that: every AUROC is over pairs of all types; within types with "
+    "analyzer.options.within=entity_type"
+)
 
 
 class ProbeAnalyzer:
@@ -92,6 +99,10 @@ class ProbeAnalyzer:
         self._check(inputs)
         notes: list[str] = []
         train, test = self._rows(inputs, ("train", "test"), notes)
+        used = inputs.latents.rows.iloc[np.concatenate([train, test])]
+        units = used.drop_duplicates(["unit", "group"])
+        first, second = inputs.groups
+        notes += unequal_types(units, (first, second), _TYPES)
         train = self._some(train, notes)
         probes, latents = self.fitting.fit(inputs, train, notes)
         places = {"": (inputs, train), "_test": (inputs, test)}
@@ -258,8 +269,6 @@ def _adjust_p_values(judged: Mapping[str, dict[str, float | None]]) -> None:
     p_values = {name: found.pop("auroc_p") for name, found in judged.items()}
     tested = [name for name in judged if name != "majority"]
     adjusted = holm(np.array([p_values[name] for name in tested], dtype=float))
-    for found in judged.values():
-        found["auroc_p_holm"] = None
     for name, p_value in zip(tested, adjusted.tolist(), strict=True):
         judged[name]["auroc_p_holm"] = None if np.isnan(p_value) else p_value
 

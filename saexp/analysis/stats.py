@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.contrast_notes import unequal_types
 from saexp.analysis.options import read_options, whole
 from saexp.analysis.statistics import stratum_weights
 from saexp.config import AnalyzerConfig
@@ -25,8 +26,6 @@ from saexp.wording import counted
 
 EVERYTHING = "all"
 """Name of the one group of a data set without groups."""
-UNEQUAL = 0.1
-"""A difference in a type's fraction of either group below which no note is made."""
 Numbers = dict[str, float | int | None]
 
 
@@ -263,16 +262,14 @@ def _about_types(first: _Group, second: _Group, shared: set[Any]) -> list[str]:
             f"l0_difference leaves out {counted(alone, 'unit')} of entity types that only one "
             "group has; the groups' own numbers do not"
         )
-    parts = [{t: float((g.types == t).mean()) for t in shared} for g in groups]
-    worst = max(sorted(shared), key=lambda t: abs(parts[0][t] - parts[1][t]))
-    a, b = parts[0][worst], parts[1][worst]
-    if abs(a - b) >= UNEQUAL:
-        notes.append(
-            f"{worst or 'no type'} is {a:.0%} of {first.name} and {b:.0%} of {second.name}: "
-            "l0_difference compares within entity types, the groups' own numbers, frequencies and "
-            "lists do not"
-        )
-    return notes
+    units = pd.DataFrame(
+        {
+            "entity_type": np.concatenate([g.types for g in groups]),
+            "group": np.repeat([g.name for g in groups], [len(g.types) for g in groups]),
+        }
+    )
+    follows = "l0_difference compares within types, the groups' own numbers and lists do not"
+    return notes + unequal_types(units, (first.name, second.name), follows)
 
 
 def _counts(groups: list[_Group]) -> pd.DataFrame:

@@ -210,7 +210,7 @@ def test_the_majority_and_holm_beside_the_probes(inputs: AnalysisInputs) -> None
     assert m["probe/majority_accuracy_test"] == pytest.approx(share)
     assert m["probe/majority_balanced_accuracy_test"] == 0.5
     assert m["probe/majority_auroc_test"] == 0.5
-    assert m["probe/majority_auroc_p_holm_test"] is None
+    assert "probe/majority_auroc_p_holm_test" not in m
     adjusted = table.set_index("probe")["auroc_p_holm"].drop("majority")
     n_units = {g: test.loc[test["group"] == g, "unit"].nunique() for g in GROUPS}
     p_values = []
@@ -240,6 +240,18 @@ def test_entities_with_more_rows_contribute_as_many(inputs: AnalysisInputs) -> N
     assert any("known 4.0 and unknown 2.0; what depends on" in note for note in result.notes)
     every = probe(large, within="entity_type").metrics
     assert every["probe/n_rows_test"] > result.metrics["probe/n_rows_test"]  # type: ignore[operator]
+
+
+def test_types_in_unequal_proportions_are_noted(inputs: AnalysisInputs) -> None:
+    rows = inputs.latents.rows
+    left_out = (rows["group"] == "known") & (rows["entity_type"] == "city")
+    keep = ~(left_out & rows["unit"].str.contains("[2-9]$")).to_numpy(dtype=bool)
+    assert inputs.acts is not None
+    some = Latents(sparse.csr_array(inputs.latents.csr[keep]), rows[keep].reset_index(drop=True))
+    unequal = replace(inputs, latents=some, acts=inputs.acts[torch.tensor(keep)])
+    notes = [n for n in probe(unequal).notes if n.startswith("entity types differ between")]
+    assert len(notes) == 1 and "a probe may use that" in notes[0]
+    assert not any("entity types differ" in note for note in probe(inputs).notes)
 
 
 def test_a_quiet_latent_that_the_selection_misses_is_named(inputs: AnalysisInputs) -> None:

@@ -141,7 +141,10 @@ def test_a_difference_of_types_is_none_of_the_groups() -> None:
         m = result.metrics
         covered += m["stats/l0_difference_ci_low"] <= 0 <= m["stats/l0_difference_ci_high"]
         plain += m["stats/l0_known"] - m["stats/l0_unknown"] > 2
-        assert any("city is 80% of known and 20% of unknown" in note for note in result.notes)
+        assert any(
+            "city is 80% of known and 20% of unknown; l0_difference" in note
+            for note in result.notes
+        )
     assert covered >= 0.89 * n_runs, "95 expected; fewer than 89 has probability 0.004"
     assert plain == n_runs
 
