@@ -110,8 +110,10 @@ def _coverages(pairs: dict[str, Pair]) -> list[str]:
     ]
     order = list(dict.fromkeys(what for what, _ in cells))
     for what, n in sorted(cells, key=lambda key: (order.index(key[0]), int(key[1]))):
-        mine = cells[what, n]
-        shown = [mine.get("", "")] + [""] * 3 if "" in mine else [mine.get(v, "") for v in values]
+        by_value = cells[what, n]
+        shown = [by_value.get(v, "") for v in values]
+        if "" in by_value:
+            shown[0] = by_value[""]
         lines.append(f"| {what} | {n} | {' | '.join(shown)} |")
     return lines
 
