@@ -79,7 +79,7 @@ class InterventionConfig:
     n_prompts: int = 100
     """Prompts per group, from the test split (seeded choice)."""
     n_choice_prompts: int = 40
-    """Prompts per group from the train split, on which the coefficient told first is chosen."""
+    """Prompts per group from the train split, on which the reported coefficient is chosen."""
     max_new_tokens: int = 30
     """Longest generation in tokens."""
     temperature: float = 0.0

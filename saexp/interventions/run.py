@@ -304,8 +304,8 @@ class CausalTest:
         trained = "train" if (effects["split"] == "train").any() else "test"
         if trained == "test" and len(self.coefficients) > 1:
             notes.append(
-                "no train prompts to choose the coefficient on: the one told first was chosen on "
-                "the prompts it is reported for"
+                "no train prompts to choose the coefficient on: it was chosen on the test prompts "
+                "that it is reported for"
             )
         seen = _numeric(effects[effects["split"] == trained], self.kinds)
         first = next(iter(self.kinds))
