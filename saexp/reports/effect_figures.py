@@ -49,19 +49,19 @@ def dose_response(run: SavedRun, outcome: str) -> go.Figure:
     """Outcome against coefficient: conditions with intervals, and the band of their controls."""
     summary = run.summary
     assert summary is not None
-    told = run.main_conditions()
+    names = run.main_conditions()
     rate = run.is_rate(outcome)
-    columns = min(2, max(1, len(told)))
-    rows = max(1, -(-len(told) // columns))
+    columns = min(2, max(1, len(names)))
+    rows = max(1, -(-len(names) // columns))
     titles = []
-    for name in told:
+    for name in names:
         row = summary[summary["condition"] == name].iloc[0]
         titles.append(f"{what(row)}, on {prompts_of(row['group'])}")
     figure = make_subplots(
         cols=columns, rows=rows, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.16
     )
     seen: set[str] = set()
-    for number, name in enumerate(told):
+    for number, name in enumerate(names):
         panel = {"row": number // columns + 1, "col": number % columns + 1}
         _dose_panel(figure, run, outcome, name, panel, seen)
     unit = unit_words(run.config["intervention"])
@@ -150,7 +150,7 @@ def _dose_panel(
         same = summary[family]
     for condition, part in same.groupby("condition", sort=False):
         points = part.sort_values("coefficient")
-        told = condition == name
+        is_main = condition == name
         bars = {
             "type": "data",
             "symmetric": False,
@@ -164,10 +164,10 @@ def _dose_panel(
                 mode="lines+markers",
                 line={
                     "color": colour,
-                    "width": 3 if told else 1,
-                    "dash": None if told else "dot",
+                    "width": 3 if is_main else 1,
+                    "dash": None if is_main else "dot",
                 },
-                error_y=bars if told else None,
+                error_y=bars if is_main else None,
                 name=what(points.iloc[0]),
             ),
             **where,
@@ -176,15 +176,15 @@ def _dose_panel(
 
 def cost_curve(run: SavedRun, costs: pd.DataFrame) -> go.Figure:
     """KL on neutral text against coefficient, main conditions and the band of their controls."""
-    told = [c for c in run.main_conditions() if c in set(costs["condition"])]
+    names = [c for c in run.main_conditions() if c in set(costs["condition"])]
     figure = go.Figure()
-    controls = costs[(costs["role"] == "control") & costs["of"].isin(told)]
+    controls = costs[(costs["role"] == "control") & costs["of"].isin(names)]
     n_at = controls.groupby("condition")["coefficient"].transform("nunique")
     for kind in [k for k in CONTROL_WORDS if k in set(controls["control_kind"])]:
         curve = controls[(controls["control_kind"] == kind) & (n_at > 1)]
         if len(curve):
             figure.add_trace(_band(curve, "neutral_kl", kind, shown=True))
-    for number, name in enumerate(told):
+    for number, name in enumerate(names):
         part = costs[costs["condition"] == name].sort_values("coefficient")
         row = part.iloc[0]
         latents = row["role"] in ("group", "single")

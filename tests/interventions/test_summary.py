@@ -256,7 +256,7 @@ def test_metrics_hold_values_p_values_and_the_controls_range() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 1])
-def test_a_rate_that_nothing_moves_is_told(value: int) -> None:
+def test_a_rate_that_nothing_moves_is_noted(value: int) -> None:
     table = effects()
     assert unmoved(table, KINDS) == []
     table["refusal"] = pd.array([bool(value)] * len(table), dtype="boolean")
