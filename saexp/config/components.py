@@ -230,7 +230,7 @@ class AnalyzerConfig:
     alpha: float = 0.05
     """False discovery rate at which a latent counts as significant."""
     n_bootstrap: int = 1000
-    """Bootstrap resamples over entities."""
+    """Resamples of the studentised bootstrap over entities, of means (stats, capability)."""
     background_quantile: float = 0.99
     """Latents are not selected whose density on background tokens is at or above this quantile of
     the densities of all latents that are active there, and at or above 0.02."""

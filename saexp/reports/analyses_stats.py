@@ -13,6 +13,7 @@ from saexp.reports.analyses_parts import (
 )
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
+from saexp.wording import counted
 
 _GROUPS = {
     "group": "group",
@@ -78,7 +79,7 @@ def sentences(run: SavedRun) -> list[str]:
                 f"{where}{row['group']}: L0 {row['l0']:.2f}"
                 f"{interval if pd.notna(row['l0_ci_low']) else ''}, {strength}, "
                 f"{row['dead_fraction']:.0%} of the latents never active in {row['n_positions']:,} "
-                f"positions of {row['n_units']:,} units."
+                f"positions of {counted(row['n_units'], 'unit')}."
             )
         if len(mine) == 2:
             lines.append(_compared(run, list(mine["group"]), end, where))
