@@ -255,6 +255,7 @@ def sweep_cells(rng: np.random.Generator) -> pd.DataFrame:
         chosen=True,
         value=test,
         change=test,
+        n=100,
         ci_low=np.nan,
         ci_high=np.nan,
         controls_min=0.1,

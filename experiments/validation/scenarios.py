@@ -98,7 +98,7 @@ def _coverages() -> list[Scenario]:
                 coverage.less_surface(n, v),
                 300,
             )
-            found[f"probe AUROC; {at}"] = coverage.probe_auroc(n, v), 100
+            found[f"probe AUROC; {at}"] = coverage.probe_auroc(n, v), 50
             if n < 200:
                 found[f"probe AUROC, 4 rows an entity; {at}"] = coverage.probe_auroc(n, v, 4), 100
         found[f"rate that stays 0.03; n={n}"] = coverage.change(n, None), 300

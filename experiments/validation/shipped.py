@@ -25,8 +25,8 @@ def latents() -> Latents:
         cfg = saexp.compose(["model=tiny", "device=cpu", f"cache_dir={folder}"])
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
-        gathered = gather(cfg, model, [sae.hookpoint])
-        encoded, _ = encode_store(gathered.store, sae, gathered.placement.rows)
+        collected = gather(cfg, model, [sae.hookpoint])
+        encoded, _ = encode_store(collected.store, sae, collected.placement.rows)
         used = encoded.rows["split"].isin(["train", "test"]).to_numpy(dtype=bool)
         return Latents(encoded.csr[used], encoded.rows.loc[used, COLUMNS].reset_index(drop=True))
 

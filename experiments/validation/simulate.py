@@ -1,6 +1,6 @@
 """Error rates, biases and coverages of saexp's own inference, on data whose truth is known.
 
-    experiments/validation/run.sh                                  # all scenarios, about 5 minutes
+    experiments/validation/run.sh                                  # all scenarios, about 10 minutes
     python experiments/validation/simulate.py OUT.csv --quick      # a tenth of the runs
     python experiments/validation/simulate.py OUT.csv --only contrast
 

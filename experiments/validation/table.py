@@ -96,24 +96,32 @@ def _biases(pairs: dict[str, Pair], versions: list[str]) -> list[str]:
 
 
 def _coverages(pairs: dict[str, Pair]) -> list[str]:
-    """One line per quantity and n, a column per true value."""
+    """One line per quantity and n with a column per true value, then those of one true value."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for name, pair in pairs.items():
         what, at = name.split("; ")
         n = re.findall(r"n=(\d+)", at)[0]
         value = (re.findall(r"value=([\d.]+)", at) or [""])[0]
         cells.setdefault((what, n), {})[value] = " → ".join(map(_coverage, pair))
+    order = list(dict.fromkeys(what for what, _ in cells))
+    sizes = sorted({n for _, n in cells}, key=int)
     values = ["0.5", "0.8", "0.97", "0.99"]
     lines = [
         f"| Coverage of 95 % intervals | n | {' | '.join(f'true value {v}' for v in values)} |",
         "|---|---|---|---|---|---|",
     ]
-    order = list(dict.fromkeys(what for what, _ in cells))
-    for what, n in sorted(cells, key=lambda key: (order.index(key[0]), int(key[1]))):
-        mine = cells[what, n]
-        shown = [mine.get("", "")] + [""] * 3 if "" in mine else [mine.get(v, "") for v in values]
-        lines.append(f"| {what} | {n} | {' | '.join(shown)} |")
-    return lines
+    others = [
+        f"| Coverage of 95 % intervals | {' | '.join(f'n = {n}' for n in sizes)} |",
+        "|---" * 4 + "|",
+    ]
+    for what in order:
+        by_size = {n: cells[what, n] for n in sizes if (what, n) in cells}
+        if all("" in by_value for by_value in by_size.values()):
+            others.append(f"| {what} | {' | '.join(v[''] for v in by_size.values())} |")
+            continue
+        for n, by_value in by_size.items():
+            lines.append(f"| {what} | {n} | {' | '.join(by_value.get(v, '') for v in values)} |")
+    return [*lines, "", *others]
 
 
 def _coverage(row: Row | None) -> str:

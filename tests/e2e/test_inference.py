@@ -13,6 +13,7 @@ import pytest
 
 import saexp
 from saexp import registry
+from saexp.reports.finding import headline
 from saexp.results import TaskResult
 
 ALPHA = 0.05
@@ -56,13 +57,17 @@ def test_the_default_run_claims_the_effect_of_the_latents_for_unknown(default: T
     assert claims(default) == ["unknown_group"]
     row = main_rows(default).set_index("condition").loc["unknown_group"]
     assert row["refusal_change_ci_low"] > 0.5
+    assert default.path is not None
+    sentences = headline(default.path).splitlines()
+    assert any("'unknown'" in s and "rank p = 0.01" in s for s in sentences)
+    assert any("'known'" in s and "not distinguishable from its controls" in s for s in sentences)
 
 
 def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(default: TaskResult) -> None:
     """Recomputed from the rows of single prompts, by counting."""
     row = main_rows(default).set_index("condition").loc["unknown_group"]
     controls = default.tables["controls"]
-    mine = controls[
+    own_controls = controls[
         (controls["of"] == "unknown_group") & (controls["coefficient"] == row["coefficient"])
     ]
     effects = default.tables["effects"]
@@ -70,7 +75,7 @@ def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(default: T
     at = effects[effects["coefficient"] == row["coefficient"]]
     rates = at.groupby("condition")["refusal"].mean()
     p_values = {}
-    for kind, part in mine[mine["matched"]].groupby("control_kind"):
+    for kind, part in own_controls[own_controls["matched"]].groupby("control_kind"):
         if len(part) < 19:
             continue
         values = np.array([rates["unknown_group"], *rates[part["condition"].tolist()]])
