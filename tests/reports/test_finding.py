@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from saexp.errors import StoreError
+from saexp.reports.figures import run_figures
 from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
 from tests.reports.written import METRICS, contrast, controls, latents, run, summary, write_json
@@ -259,6 +260,18 @@ def test_selected_latents_are_by_rank_and_of_one_direction(tmp_path: Path) -> No
 
 def test_entity_types_are_those_with_a_separation_of_their_own(tmp_path: Path) -> None:
     assert SavedRun(run(tmp_path)).entity_types == ["player", "city"]
+
+
+def test_entity_types_are_those_of_the_test_split(tmp_path: Path) -> None:
+    run(tmp_path, causal=False)
+    latents().drop(columns="separation_city_test").to_parquet(tmp_path / "latents.parquet")
+    assert SavedRun(tmp_path).entity_types == ["player"]
+    latents().drop(columns="separation_city").to_parquet(tmp_path / "latents.parquet")
+    assert SavedRun(tmp_path).entity_types == ["player", "city"]
+    of_three = latents().assign(separation_song=0.1)
+    of_three.to_parquet(tmp_path / "latents.parquet")
+    assert "smallest over 2 entity types" in headline(tmp_path)
+    assert list(run_figures(tmp_path)["types"].data[0].x) == ["player", "city"]
 
 
 def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
