@@ -12,9 +12,10 @@ def contrast_power(
     """Metrics `power/auroc_train` and `power/auroc_test`: the smallest AUROC found in 80 % of runs.
 
     On the train split at `alpha` divided by the number of latents tested: Bonferroni's correction,
-    which is the bound that Benjamini and Hochberg's starts from; on the test split at `alpha` divided
-    by the number of leading latents (one where there is none), the bound that Holm's correction
-    over them starts from. Null, with a note, where even a perfect separation would not pass.
+    which is the bound that Benjamini and Hochberg's starts from; on the test split at `alpha`
+    divided by the number of leading latents (one where there is none), the bound that Holm's
+    correction over them starts from. Null, with a note, where even a perfect separation would not
+    pass.
     """
     result = TaskResult()
     levels = {
