@@ -241,8 +241,8 @@ class ContrastAnalyzer:
         same = np.sign(significant["auroc"] - 0.5) == np.sign(significant["auroc_test"] - 0.5)
         metrics: dict[str, float | int | None] = {
             "contrast/n_tested": int((table[[f"freq_{g}" for g in groups]] > 0).any(axis=1).sum()),
-            "contrast/n_units_train": len(train.units),
-            "contrast/n_units_test": len(test.units),
+            "contrast/n_units_train": int(train.units["unit"].nunique()),
+            "contrast/n_units_test": int(test.units["unit"].nunique()),
             **_sizes(groups, train, ""),
             **_sizes(groups, test, "_test"),
             "contrast/n_significant": len(significant),
