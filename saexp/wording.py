@@ -33,7 +33,9 @@ def sae_words(about: Any) -> str:
 
 
 def p_value_words(p_value: float) -> str:
-    """ "= 0.012", or "< 0.001" where it is smaller."""
+    """ "= 0.012", or "< 0.001" where it is smaller; "is not defined" of NaN."""
+    if p_value != p_value:
+        return "is not defined"
     return f"= {p_value:.2g}" if p_value >= 0.001 else "< 0.001"
 
 

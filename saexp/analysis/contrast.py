@@ -1,4 +1,4 @@
-"""Which latents tell two groups of entities apart: chosen on train, judged on test.
+"""Which latents separate two groups of entities: chosen on train, judged on test.
 
 The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
 f_unknown, the reverse for unknown, f the fraction of entities on which a latent is active (> 1e-6);

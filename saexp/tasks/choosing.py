@@ -130,7 +130,7 @@ def _contrast(
     cfg: RunConfig, sae: SparseAutoencoder, at: Gathered, neutral: Gathered, n: int
 ) -> pd.DataFrame:
     most = max(n, cfg.analyzer.top_k)
-    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
+    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, placebo=0, options={})
     rows = at.placement.rows
     used = used_rows(rows, at.examples.groups, analyzer.seed)
     inputs = AnalysisInputs(

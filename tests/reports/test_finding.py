@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -9,6 +10,7 @@ from saexp.errors import StoreError
 from saexp.reports.figures import run_figures
 from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
+from saexp.wording import is_above_chance, p_value_words
 from tests.reports.written import METRICS, contrast, controls, latents, run, summary, write_json
 
 SETTING = (
@@ -294,3 +296,12 @@ def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
     assert headline(tmp_path).splitlines()[-1] == FOUND
+
+
+@pytest.mark.parametrize(
+    ("p_value", "words"),
+    [(0.0123, "= 0.012"), (0.001, "= 0.001"), (9e-4, "< 0.001"), (np.nan, "is not defined")],
+)
+def test_a_p_value_that_is_not_defined_is_not_a_small_one(p_value: float, words: str) -> None:
+    assert p_value_words(p_value) == words
+    assert is_above_chance(0.9, p_value, 0.05) == (p_value <= 0.05)
