@@ -33,7 +33,9 @@ def sae_words(about: Any) -> str:
 
 
 def p_value_words(p_value: float) -> str:
-    """ "= 0.012", or "< 0.001" where it is smaller."""
+    """ "= 0.012", or "< 0.001" where it is smaller; "is not defined" of NaN."""
+    if p_value != p_value:
+        return "is not defined"
     return f"= {p_value:.2g}" if p_value >= 0.001 else "< 0.001"
 
 
@@ -53,16 +55,3 @@ def at_chance_words(auroc: float, p_value: float | None, units: str = "entities"
     if p_value is None or p_value != p_value or is_above_chance(auroc, p_value, 0.05):
         return ""
     return f" (not above chance on held-out {units})"
-
-
-def above_chance(low: float | None) -> bool | None:
-    """Whether an AUROC's interval lies above 0.5 in the latent's direction; None without one."""
-    return None if low is None or low != low else low > 0.5
-
-
-def chance_words(low: float | None, units: str = "entities") -> str:
-    """ " (not above chance on held-out entities)" for an AUROC whose interval covers 0.5.
-
-    `low` is the interval's lower end, in the direction that was chosen on the train split.
-    """
-    return "" if above_chance(low) is not False else f" (not above chance on held-out {units})"

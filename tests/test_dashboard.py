@@ -1,6 +1,7 @@
 """task=dashboard on the shipped model: what is chosen, and every number against a dense one."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,22 @@ def test_without_groups_the_most_frequent_are_shown_with_a_note(tmp_path: Path) 
     assert any("the data set has no groups" in n for n in made.result.notes)
     assert made.content["groups"] == ["all rows"]
     assert all(c["contrast"] is None for c in made.content["latents"])
+
+
+def test_rows_that_the_contrast_leaves_out_are_in_a_note(
+    tmp_path: Path, best: Made, cache: Path
+) -> None:
+    assert best.result.path is not None
+    rows = pd.read_parquet(best.result.path / "rows.parquet").drop_duplicates("unit")
+    rows = rows[["text", "entity", "group", "split", "entity_type"]]
+    again = rows[rows["group"] == "known"]
+    file = tmp_path / "rows.jsonl"
+    pd.concat([rows, again.assign(text="So " + again["text"])]).to_json(
+        file, orient="records", lines=True
+    )
+    made = make(tmp_path / "run", cache, "dataset=jsonl", f"dataset.path={file}", "latents=[3]")
+    (note,) = [n for n in made.result.notes if "every entity contributes 1 row" in n]
+    assert re.match(r"contrast at entity_last: \d+ of \d+ rows left out", note)
 
 
 def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(

@@ -262,6 +262,7 @@ def test_the_page_says_what_was_found(own):
         assert text in page
     about = json.loads((own.path / "provenance.json").read_text("utf-8"))
     assert about["finding"][0].startswith("tiny: of 32 entities (32 questions) 16 are known")
+    assert not any("  " in sentence for sentence in about["finding"])
 
 
 @pytest.mark.parametrize(

@@ -119,14 +119,15 @@ def test_a_control_sae_never_is_the_best_cell() -> None:
     cells = [("tiny", None, 0.55, 0.60), ("random", "random", 0.7, 0.58)]
     rows = [
         {**about, "sae": sae, "control": control, key: train, f"{key}_test": test}
-        | {f"{key}_ci_low_test": 0.51 if control is None else 0.48, f"{key}_ci_high_test": 0.65}
+        | {f"{key}_ci_low_test": 0.51, f"{key}_ci_high_test": 0.65}
+        | {"contrast/best_p_value_known_test": 0.04 if control is None else 0.06}
         for sae, control, train, test in cells
     ]
     (told,) = findings(pd.DataFrame(rows))
     assert told == (
         "known: best at layer 2, width 256, sae tiny (chosen on the train split): latent 3, "
         "held-out AUROC 0.600 [0.510, 0.650]; the best of the control SAEs (random), layer 2, "
-        "width 256, sae random: latent 3, held-out AUROC 0.580 [0.480, 0.650] (not above chance "
+        "width 256, sae random: latent 3, held-out AUROC 0.580 [0.510, 0.650] (not above chance "
         "on held-out entities)."
     )
     (alone,) = findings(pd.DataFrame(rows[1:]))

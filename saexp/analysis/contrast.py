@@ -1,4 +1,4 @@
-"""Which latents tell two groups of entities apart: chosen on train, judged on test.
+"""Which latents separate two groups of entities: chosen on train, judged on test.
 
 The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
 f_unknown, the reverse for unknown, f the fraction of entities on which a latent is active (> 1e-6);
@@ -9,6 +9,7 @@ within entity types.
 """
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -101,7 +102,8 @@ class ContrastAnalyzer:
         best = {g: metrics[f"contrast/best_latent_{g}"] for g in inputs.groups}
         result.merge(beside_surface(inputs, observed, train, test, best, self.cfg.seed))
         n_tested = int(metrics["contrast/n_tested"] or 0)
-        result.merge(contrast_power(train, test, n_tested, self.cfg.alpha))
+        n_leading = len(set(_leading_latents(metrics, inputs.groups).values()))
+        result.merge(contrast_power(train, test, n_tested, n_leading, self.cfg.alpha))
 
         def claims(train: Split, test: Split) -> bool:
             if (_tested(train, fired)[1] > self.cfg.alpha).all():
@@ -239,8 +241,8 @@ class ContrastAnalyzer:
         same = np.sign(significant["auroc"] - 0.5) == np.sign(significant["auroc_test"] - 0.5)
         metrics: dict[str, float | int | None] = {
             "contrast/n_tested": int((table[[f"freq_{g}" for g in groups]] > 0).any(axis=1).sum()),
-            "contrast/n_units_train": len(train.units),
-            "contrast/n_units_test": len(test.units),
+            "contrast/n_units_train": int(train.units["unit"].nunique()),
+            "contrast/n_units_test": int(test.units["unit"].nunique()),
             **_sizes(groups, train, ""),
             **_sizes(groups, test, "_test"),
             "contrast/n_significant": len(significant),
@@ -286,18 +288,25 @@ def _leaning(table: pd.DataFrame) -> np.ndarray:
     return np.where(separation != 0, separation, table["mean_difference"].to_numpy())
 
 
+def _leading_latents(
+    metrics: Mapping[str, float | int | None], groups: tuple[str, ...]
+) -> dict[str, int]:
+    """Names of metrics ("best_{}_known") of each leading latent -> latent, where there is one."""
+    names = [f"{kind}_{{}}_{group}" for group in groups for kind in ("best", "strongest")]
+    found = {name: metrics[f"contrast/{name.format('latent')}"] for name in names}
+    return {name: int(latent) for name, latent in found.items() if latent is not None}
+
+
 def _adjust_p_values(metrics: dict[str, float | int | None], groups: tuple[str, ...]) -> None:
     """Holm over the leading latents of both groups, each latent counted once."""
-    keys = [
-        (metrics[f"contrast/{kind}_latent_{group}"], f"contrast/{kind}_p_value_{group}_test")
-        for group in groups
-        for kind in ("best", "strongest")
-    ]
-    p_values = {latent: metrics[key] for latent, key in keys if latent is not None}
+    keys = {
+        f"contrast/{name.format('p_value')}_test": latent
+        for name, latent in _leading_latents(metrics, groups).items()
+    }
+    p_values = {latent: metrics[key] for key, latent in keys.items()}
     adjusted = holm(np.array(list(p_values.values()), dtype=float))
     of_latent = dict(zip(p_values, adjusted.tolist(), strict=True))
-    for latent, key in keys:
-        metrics[key] = None if latent is None else of_latent[latent]
+    metrics |= {key: of_latent[latent] for key, latent in keys.items()}
 
 
 def _leading(

@@ -46,7 +46,7 @@ def beside_surface(
             np.arange(len(units)) < len(train.first),
             token_counts(inputs.neutral_texts),
             seed,
-        )[len(train.first) :]
+        )
     except DataError as error:
         result.notes.append(f"no surface baseline ({_KEY}): {error}")
         return result

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from scipy import sparse, stats
+from scipy import sparse
 
+from saexp.analysis.judging import placements
 from saexp.analysis.statistics import stratified_rank_test, stratum_weights
 from saexp.stats.proportions import Interval, stratified_auroc_interval
 
@@ -87,19 +88,9 @@ def auroc_correlation(
         of_first = first[chosen]
         if min(of_first.sum(), (~of_first).sum()) < 2:
             continue
-        pair = np.stack([_placements(scores[chosen], of_first) for scores in (own, other)])
+        equal = np.ones(len(of_first))
+        pair = np.stack([placements(s[chosen], of_first, equal) for s in (own, other)])
         for group in (of_first, ~of_first):
             covariance += weight**2 * np.cov(pair[:, group]) / group.sum()
     scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
     return float(np.clip(covariance[0, 1] / scale, -1, 1)) if scale > 0 else 0.0
-
-
-def _placements(scores: np.ndarray, first: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Fraction of the other group that an observation is right of: below for the first group, above
-    for the second, ties half."""
-    ranks = stats.rankdata(scores)
-    placed = np.empty(len(scores))
-    n_first, n_second = int(first.sum()), int((~first).sum())
-    placed[first] = (ranks[first] - stats.rankdata(scores[first])) / n_second
-    placed[~first] = 1 - (ranks[~first] - stats.rankdata(scores[~first])) / n_first
-    return placed

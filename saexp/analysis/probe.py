@@ -1,4 +1,4 @@
-"""How well few latents tell two groups apart, beside a dense probe on the activations themselves.
+"""How well few latents separate two groups, beside a dense probe on the activations themselves.
 
 Sparse probing: logistic regression on the k latents with the largest |mean+ - mean-| (REFERENCE.md,
 section 3). That rule prefers latents with large activations: one that separates the groups
@@ -125,7 +125,7 @@ class ProbeAnalyzer:
             chosen, scores = self.fitting.unseen(inputs, train, test, self.unseen, notes)
             labels = labelled(inputs, chosen, self.within, self.unseen)
             self._judge(labels, scores, probes, "_unseen", metrics, table)
-            notes.append(self._told_unseen(metrics, probes))
+            notes.append(self._unseen_note(metrics, probes))
         metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
         metrics |= _surface_metrics(metrics)
         notes += _missed(metrics, probes, latents)
@@ -163,10 +163,10 @@ class ProbeAnalyzer:
             data = {"data": suffix[1:] or "train", "n_rows": len(labels)}
             table.append({**(about or _about(probe)), **data, **found})
 
-    def _told_unseen(
+    def _unseen_note(
         self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]
     ) -> str:
-        told = []
+        parts = []
         for probe in probes:
             numbers = [
                 metrics.get(f"probe/{probe.name}_auroc{end}_unseen")
@@ -175,16 +175,16 @@ class ProbeAnalyzer:
             if isinstance(numbers[0], float) and probe.name != "majority":
                 auroc, (low, high, p_value) = numbers[0], numbers[1:]
                 between = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-                told.append(f"{probe.name} {auroc:.3f}{between}{at_chance_words(auroc, p_value)}")
+                parts.append(f"{probe.name} {auroc:.3f}{between}{at_chance_words(auroc, p_value)}")
         return (
             f"AUROC on the test split's {metrics['probe/n_rows_unseen']} rows, each under probes "
-            f"and latents chosen on other values of '{self.unseen}': {', '.join(told)}"
+            f"and latents chosen on other values of '{self.unseen}': {', '.join(parts)}"
         )
 
     def _check(self, inputs: AnalysisInputs) -> None:
         if len(inputs.groups) != 2:
             raise DataError(
-                "a probe needs two groups to tell apart and the data set has none; give its rows a "
+                "a probe needs two groups to separate and the data set has none; give its rows a "
                 "'group', set dataset.group_rule, or type analyzer=stats"
             )
         inputs.check_splits()
@@ -217,8 +217,8 @@ class ProbeAnalyzer:
         parts = [rows_of(inputs, split) for split in splits]
         if self.within or self.unseen is not None:
             return parts
-        used, _, told = equally_observed(inputs.latents.rows, inputs.groups, self.cfg.seed)
-        notes += told
+        used, _, row_notes = equally_observed(inputs.latents.rows, inputs.groups, self.cfg.seed)
+        notes += row_notes
         return [np.intersect1d(part, used) for part in parts]
 
     def _some(self, train: np.ndarray, notes: list[str]) -> np.ndarray:

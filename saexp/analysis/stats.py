@@ -167,6 +167,12 @@ class StatsAnalyzer:
             self.cfg.seed,
             n_resamples=self.cfg.n_bootstrap,
         )
+        smallest = min(len(first.unit_l0), len(second.unit_l0))
+        if not np.isfinite(low) and smallest >= MIN_N and self.cfg.n_bootstrap:
+            notes.append(
+                "l0_difference has no interval: too few units of the types that both groups have "
+                f"({MIN_N} of each group in all, 2 in each type), or an L0 that does not vary"
+            )
         name = "stats/l0_difference"
         limits = {f"{name}_ci_low": _number(low), f"{name}_ci_high": _number(high)}
         return {name: value, **limits}, notes

@@ -28,6 +28,8 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Inverse L2 penalties that cross-validation chooses from."""
 MAX_TRAIN = 5000
 """Most rows it is fitted on."""
+CHUNK = 4096
+"""Rows scored at once: the n-grams of all rows at all positions may not fit in memory."""
 _MAX_FEATURES = 20_000
 """Most n-grams of a block, the most frequent on train."""
 _TOKENS, _CHARACTERS = range(1, 3), range(2, 5)
@@ -85,8 +87,12 @@ class SurfaceBaseline:
     fitted: "Fitted"
 
     def score(self, read: Sequence[ReadText]) -> Float[np.ndarray, " n"]:
-        """Log odds of the first group."""
-        return np.asarray(self.fitted.score(self.features(read)), dtype=np.float64)
+        """Log odds of the first group, a chunk of rows at a time."""
+        parts = [
+            np.asarray(self.fitted.score(self.features(read[i : i + CHUNK])), dtype=np.float64)
+            for i in range(0, len(read), CHUNK)
+        ]
+        return np.concatenate(parts)
 
 
 def fit_surface(
@@ -121,19 +127,21 @@ def observation_scores(
     train: Bool[np.ndarray, " n_units"],
     counts: Mapping[int, int],
     seed: int,
-) -> Float[np.ndarray, " n_units"]:
-    """Score of every observation, the mean over its rows; fitted on the rows of `train` ones.
+) -> Float[np.ndarray, " n_held_out"]:
+    """Score of every observation not in `train`, the mean over its rows; fitted on the rows of the
+    `train` ones.
 
     `of_row` is the number of each row's observation, `entities` what is never on both sides of a
     fold. Raises DataError as `fit_surface` does.
     """
-    rows = np.flatnonzero(train[of_row])
+    rows, others = np.flatnonzero(train[of_row]), np.flatnonzero(~train[of_row])
     units = of_row[rows]
     baseline = fit_surface(
         [read[i] for i in rows.tolist()], first[units], entities[units], counts, seed
     )
-    sums = np.bincount(of_row, weights=baseline.score(read), minlength=len(first))
-    return sums / np.bincount(of_row, minlength=len(first))
+    scores = baseline.score([read[i] for i in others.tolist()])
+    sums = np.bincount(of_row[others], weights=scores, minlength=len(first))
+    return (sums / np.maximum(np.bincount(of_row, minlength=len(first)), 1))[~train]
 
 
 class _Features:

@@ -252,7 +252,7 @@ class AnalyzerConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a component of your own."""
     seed: int = 0
-    """Seed of the bootstrap and of background tokens."""
+    """Seed of every random choice: rows, background tokens, folds, resamples, placebo."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:

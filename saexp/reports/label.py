@@ -120,7 +120,7 @@ def label_sentences(name: str, entities: pd.DataFrame, labels: pd.DataFrame) -> 
         k, n = int((mine["group"] == "known").sum()), len(mine)
         told.append(
             f"{kind}: {k} of {n} that have answers are known, {_rate(k, n)}; greedy "
-            f" answers are right on {(part['greedy_label'] == 'correct').mean():.2f} of "
+            f"answers are right on {(part['greedy_label'] == 'correct').mean():.2f} of "
             f"{len(part)} questions."
         )
     invented = labels[labels["truths"].map(len) == 0]

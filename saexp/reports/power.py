@@ -1,7 +1,7 @@
 """What a run of its size could have found, in words."""
 
 from saexp.reports.saved import SavedRun
-from saexp.wording import is_above_chance
+from saexp.wording import counted, is_above_chance
 
 
 def power_sentences(run: SavedRun) -> list[str]:
@@ -31,11 +31,13 @@ def _contrast(run: SavedRun) -> list[str]:
     if train is None or test is None:
         return []
     alpha = run.config["analyzer"]["alpha"]
+    leading = {m.get(f"contrast/{k}_latent_{g}") for k in ("best", "strongest") for g in run.groups}
+    n_leading = max(len(leading - {None}), 1)
     return [
         f"With these numbers of {run.unit_word} a latent is found on the train split in 80% of "
         f"runs if its AUROC is {train:.3f} or more (level {alpha:g}, Bonferroni over "
         f"{m['contrast/n_tested']} latents), and confirmed on the test split if it is {test:.3f} "
-        "or more."
+        f"or more (level {alpha:g}, Bonferroni over {counted(n_leading, 'latent')})."
     ]
 
 

@@ -85,11 +85,11 @@ class SavedRun:
 
     @property
     def entity_types(self) -> list[str]:
-        """Entity types with numbers of their own in the latent table."""
+        """Entity types that both groups have on the test split, each with a column of its own."""
         columns = [] if self.latents is None else self.latents.columns
-        found = [c.removeprefix("separation_") for c in columns if c.startswith("separation_")]
-        of_split = ("test", "ci_low", "ci_high", "ci_low_test", "ci_high_test")
-        return [t for t in found if t not in of_split and not t.endswith("_test")]
+        of_test = [c for c in columns if c.startswith("separation_") and c.endswith("_test")]
+        found = [c.removeprefix("separation_").removesuffix("_test") for c in of_test]
+        return [t for t in found if t not in ("test", "ci_low", "ci_high")]
 
     @property
     def unit_word(self) -> str:

@@ -20,7 +20,7 @@ from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_match
 from saexp.reports.sweep_effects import effect_findings, effects_table
 from saexp.reports.sweep_figures import sweep_figures
 from saexp.stats.multiplicity import ALPHA, holm
-from saexp.wording import chance_words
+from saexp.wording import at_chance_words
 
 CAPTIONS = {
     "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "
@@ -154,8 +154,9 @@ def _held_out(cell: pd.Series, group: str) -> str:
     key = f"contrast/best_auroc_{group}"
     latent = int(cell[f"contrast/best_latent_{group}"])
     told = f"{latent}, held-out AUROC {cell[f'{key}_test']:.3f}{_interval(cell, key)}"
-    low = cell.get(f"{key}_ci_low_test")
-    return told + chance_words(None if low is None or pd.isna(low) else float(low))
+    p_value = cell.get(f"contrast/best_p_value_{group}_test")
+    known = None if p_value is None or pd.isna(p_value) else float(p_value)
+    return told + at_chance_words(float(cell[f"{key}_test"]), known)
 
 
 def _interval(row: pd.Series, key: str) -> str:

@@ -12,6 +12,9 @@ N_RESAMPLES = 2000
 _NUMBERS = 4_000_000
 """Numbers held at once."""
 
+_ROUNDING = 1e-12
+"""Differences that are smaller, relative to the values, are due to rounding."""
+
 Limits = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 """Lower and upper limits."""
 
@@ -48,8 +51,8 @@ def difference_of_means(
 
     The difference is taken within every stratum in `weights` and averaged with these weights, which
     sum to 1; units of other strata do not count. Each group of each stratum is resampled by itself.
-    The interval is NaN where a group has fewer than `MIN_N` units in all, or a stratum has fewer
-    than 2 of one.
+    The interval is NaN where a group has fewer than `MIN_N` units in all, a stratum has fewer than
+    2 of one, or the values do not vary within any group of a stratum.
     """
     counted = np.array([stratum in weights for stratum in strata.tolist()], dtype=bool)
     values, first, strata = values[counted], np.asarray(first[counted], bool), strata[counted]
@@ -61,7 +64,12 @@ def difference_of_means(
             cells[of_cell] = 2 * number + side
             factors[of_cell] = sign * weight / max(of_cell.sum(), 1)
     difference = float(factors @ values)
-    if min(first.sum(), (~first).sum()) < MIN_N or np.bincount(cells).min() < 2:
+    largest = np.abs(values).max(initial=0.0)
+    if abs(difference) <= _ROUNDING * largest:
+        difference = 0.0
+    by_cell = [values[cells == cell] for cell in range(2 * len(weights))]
+    small = min(first.sum(), (~first).sum()) < MIN_N or min(map(len, by_cell)) < 2
+    if small or max(map(np.ptp, by_cell)) <= _ROUNDING * largest:
         return difference, float("nan"), float("nan")
     n = len(values)
     low, high = ratio_interval(

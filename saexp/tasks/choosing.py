@@ -8,11 +8,12 @@ import pandas as pd
 
 from saexp import registry
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.observations import used_rows
+from saexp.analysis.observations import equally_observed
 from saexp.config import PositionsConfig, RunConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.examples import firing_counts, latents_at
 from saexp.models.loading import LanguageModel
+from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.gathering import Gathered, gather
 from saexp.tasks.shared import encoded_neutral
@@ -92,13 +93,14 @@ def choose(
     if len(groups) == 2:
         at, where = _contrast_rows(cfg, model, sae, gathered)
         others = [n for n in at.examples.notes if n not in gathered.examples.notes]
-        notes = [f"contrast at {where}: {note}" for note in others]
         try:
-            table = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
+            made = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
+            table, others = made.tables["latents"], [*others, *made.notes]
         except DataError as error:
             if not isinstance(asked, list):
                 raise
-            notes += [f"no contrast is shown: {error}"]
+            notes = [f"no contrast is shown: {error}"]
+        notes = [*(f"contrast at {where}: {note}" for note in others), *notes]
     if isinstance(asked, list):
         return Chosen(asked, "as named", table, groups, notes)
     if table is not None:
@@ -128,15 +130,18 @@ def _contrast_rows(
 
 def _contrast(
     cfg: RunConfig, sae: SparseAutoencoder, at: Gathered, neutral: Gathered, n: int
-) -> pd.DataFrame:
+) -> TaskResult:
+    """As task=analyze makes it, without encoding the rows that it leaves out."""
     most = max(n, cfg.analyzer.top_k)
-    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, options={})
+    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, placebo=0, options={})
     rows = at.placement.rows
-    used = used_rows(rows, at.examples.groups, analyzer.seed)
+    used, _, notes = equally_observed(rows, at.examples.groups, analyzer.seed)
     inputs = AnalysisInputs(
         latents=latents_at(at.store, sae, rows, used),
         groups=at.examples.groups,
         layer=sae.hookpoint.layer,
         background=encoded_neutral(neutral, sae),
     )
-    return registry.build("analyzer", analyzer).analyze(inputs).tables["latents"]
+    made: TaskResult = registry.build("analyzer", analyzer).analyze(inputs)
+    made.notes = list(dict.fromkeys([*notes, *made.notes]))
+    return made

@@ -276,4 +276,7 @@ def test_an_entity_of_both_groups_counts_in_each() -> None:
     assert told and told[0].startswith(str(mixed["unit"].nunique()))
     parted = contrast(DENSE, ROWS)
     pd.testing.assert_frame_equal(made.tables["latents"], parted.tables["latents"])
+    for m, n in ((made.metrics, 60), (parted.metrics, 120)):
+        assert m["contrast/n_units_train"] == n
+        assert m["contrast/n_units_known"] == m["contrast/n_units_unknown"] == 60
     assert not any("rows of both groups" in note for note in parted.notes)

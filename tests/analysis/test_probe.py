@@ -354,7 +354,7 @@ def test_more_latents_than_there_are(inputs: AnalysisInputs) -> None:
 
 
 def test_what_cannot_be_probed(inputs: AnalysisInputs, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a probe needs two groups to tell apart"):
+    with pytest.raises(DataError, match="a probe needs two groups to separate"):
         probe(replace(inputs, groups=()))
     rows = inputs.latents.rows
     few = rows.assign(split=rows["split"].where(rows["group"] == "known", "val"))

@@ -187,6 +187,15 @@ def test_few_units_have_no_interval() -> None:
     assert "known has 9 units, so its L0 has no interval; it takes 10" in result.notes
 
 
+def test_an_l0_that_does_not_vary_has_no_interval_and_a_note() -> None:
+    """TopK SAEs have it at every position."""
+    result = stats(np.ones_like(DENSE))
+    assert result.metrics["stats/l0_difference"] == 0
+    assert result.metrics["stats/l0_difference_ci_low"] is None
+    assert [n for n in result.notes if n.startswith("l0_difference has no interval")]
+    assert not any("has no interval" in n for n in stats().notes)
+
+
 @pytest.mark.parametrize("groups", [(), ("known",)])
 def test_one_group_and_none(groups: tuple[str, ...]) -> None:
     result = stats(groups=groups)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from saexp.analysis import surface
 from saexp.analysis.surface import ReadText, fit_surface, read_texts, token_counts
 from saexp.errors import DataError
 from tests.analysis.surface_texts import BOS, names, placed, tokenized
@@ -149,6 +150,17 @@ def test_the_order_of_rows_has_no_influence() -> None:
     ]
     assert fits[0].fitted.c == fits[1].fitted.c
     np.testing.assert_array_equal(fits[0].score(new), fits[1].score(new))
+
+
+def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, first = two_alphabets(40)
+    read, units = read_of(rows), rows["unit"].to_numpy()
+    baseline = fit_surface(read, first, units, {}, 0)
+    at_once = baseline.score(read)
+    monkeypatch.setattr(surface, "CHUNK", 7)
+    np.testing.assert_allclose(baseline.score(read), at_once, rtol=1e-12)
 
 
 def test_too_few_units_to_cross_validate() -> None:

@@ -21,7 +21,7 @@ POWER = {"power/auroc_train": 0.71234, "power/auroc_test": 0.6}
 FOUND_POWER = (
     "With these numbers of entities a latent is found on the train split in 80% of runs if its "
     "AUROC is 0.712 or more (level 0.05, Bonferroni over 90 latents), and confirmed on the test "
-    "split if it is 0.600 or more."
+    "split if it is 0.600 or more (level 0.05, Bonferroni over 1 latent)."
 )
 
 

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from saexp.errors import StoreError
+from saexp.reports.figures import run_figures
 from saexp.reports.finding import headline, sentences
 from saexp.reports.saved import SavedRun
+from saexp.wording import is_above_chance, p_value_words
 from tests.reports.written import METRICS, contrast, controls, latents, run, summary, write_json
 
 SETTING = (
@@ -261,6 +264,18 @@ def test_entity_types_are_those_with_a_separation_of_their_own(tmp_path: Path) -
     assert SavedRun(run(tmp_path)).entity_types == ["player", "city"]
 
 
+def test_entity_types_are_those_of_the_test_split(tmp_path: Path) -> None:
+    run(tmp_path, causal=False)
+    latents().drop(columns="separation_city_test").to_parquet(tmp_path / "latents.parquet")
+    assert SavedRun(tmp_path).entity_types == ["player"]
+    latents().drop(columns="separation_city").to_parquet(tmp_path / "latents.parquet")
+    assert SavedRun(tmp_path).entity_types == ["player", "city"]
+    of_three = latents().assign(separation_song=0.1)
+    of_three.to_parquet(tmp_path / "latents.parquet")
+    assert "smallest over 2 entity types" in headline(tmp_path)
+    assert list(run_figures(tmp_path)["types"].data[0].x) == ["player", "city"]
+
+
 def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
     run(tmp_path)
     table = latents()
@@ -281,3 +296,12 @@ def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
     assert headline(tmp_path).splitlines()[-1] == FOUND
+
+
+@pytest.mark.parametrize(
+    ("p_value", "words"),
+    [(0.0123, "= 0.012"), (0.001, "= 0.001"), (9e-4, "< 0.001"), (np.nan, "is not defined")],
+)
+def test_a_p_value_that_is_not_defined_is_not_a_small_one(p_value: float, words: str) -> None:
+    assert p_value_words(p_value) == words
+    assert is_above_chance(0.9, p_value, 0.05) == (p_value <= 0.05)

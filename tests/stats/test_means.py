@@ -76,6 +76,19 @@ def test_what_has_no_interval() -> None:
         assert np.isnan(found).all()
 
 
+@pytest.mark.parametrize("gap", [0.0, 7.3])
+def test_a_difference_of_values_that_do_not_vary_has_no_interval(gap: float) -> None:
+    """As the L0 of a TopK SAE is at every position; rounding alone is neither spread nor effect."""
+    first, strata = np.arange(90) % 2 == 0, np.arange(90) // 30
+    weights = {0: 0.3, 1: 0.1, 2: 0.6}
+    values = np.full(90, 32.1) + gap * first
+    difference, low, high = difference_of_means(values, first, strata, weights, 0)
+    assert difference == (pytest.approx(gap) if gap else 0)
+    assert np.isnan([low, high]).all()
+    values[0] += 1
+    assert np.isfinite(difference_of_means(values, first, strata, weights, 0)).all()
+
+
 @pytest.mark.parametrize("n", [10, 30, 200])
 def test_ratios_over_clusters_are_covered(n: int) -> None:
     """Units of 1 to 5 rows whose skewed values share an effect of the unit; the true ratio is 1."""
