@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.reports.cells import cell_words, line_keys
-from saexp.reports.effect_controls import p_value
 from saexp.stats.multiplicity import ALPHA, holm
-from saexp.wording import counted
+from saexp.wording import counted, p_value_words
 
 _MOST_LISTED = 6
 """Cells without train prompts that are listed one by one."""
@@ -136,7 +135,7 @@ def _tested(cell: pd.Series, n_tests: int) -> str:
     if not pd.isna(cell["controls_min"]):
         found.append(f"controls {cell['controls_min']:.2f} to {cell['controls_max']:.2f}")
     if not pd.isna(cell["p_controls"]):
-        found.append(f"rank p {p_value(float(cell['p_controls']))}")
+        found.append(f"rank p {p_value_words(float(cell['p_controls']))}")
         if n_tests > 1:
             found.append(f"{cell['p_holm']:.2g} after Holm over {n_tests} cells")
     return "".join(f", {f}" for f in found)

@@ -21,7 +21,7 @@ def test_the_best_cell_is_chosen_by_train_and_told_by_test(tmp_path: Path) -> No
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     assert findings(cells_table(tmp_path)) == [
         "known: best at layer 2, width 256 (chosen on the train split): latent 20, held-out AUROC "
-        "0.700 [0.670, 0.710].",
+        "0.700 [0.670, 0.710]; the best latent is above chance in 3 of 3 cells (Holm over cells).",
         "unknown: no cell selects a latent.",
     ]
 
