@@ -299,7 +299,7 @@ def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, 
         controls = summary[summary["role"] == "control"]
         by = ["of", "group", "coefficient"]
         for (of, group, coefficient), part in controls.groupby(by, sort=False):
-            at = f"effect/{name}/{named(of, of, group)}_controls"
+            at = f"effect/{name}/{named(str(of), str(of), str(group))}_controls"
             metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
             metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
     return metrics
