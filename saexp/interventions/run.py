@@ -160,19 +160,20 @@ class CausalTest:
         """How many edited prompts there are to run, before the first of them."""
         n_tried = [sum(map(c.tried, range(len(self.coefficients)))) for c in at_every]
         first = sum(n * len(prompts.on(c.prompts)) for n, c in zip(n_tried, at_every, strict=True))
+        log.info("causal test: %d prompts at all coefficients", len(prompts.all()) + first)
         test = prompts.of_split("test")
         second = sum(
             len(design.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts))
             for c in design.main
         )
-        log.info(
-            "causal test: %d prompts, then at most %d for the %d controls of each kind "
-            "(intervention.n_controls; %d are the fewest for a p-value)",
-            len(prompts.all()) + first,
-            second if self.kinds else 0,
-            self.cfg.n_controls,
-            MIN_CONTROLS,
-        )
+        if self.kinds and second:
+            log.info(
+                "then at most %d at the coefficients chosen, with intervention.n_controls=%d of "
+                "each kind; fewer take less time, and a p-value needs %d",
+                second,
+                self.cfg.n_controls,
+                MIN_CONTROLS,
+            )
 
     def _measured(
         self,
