@@ -1,6 +1,7 @@
 """Runs with all kinds of control: their tables, their KL by hand, and what stays as it was."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,33 @@ def test_one_coefficient_needs_no_choice(cache: Path, tmp_path: Path) -> None:
     kept = pd.read_parquet(tmp_path / "controls.parquet")
     assert len(kept) == len(controls)
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+
+
+def test_the_size_of_both_stages_is_logged_beforehand(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
+    with caplog.at_level("INFO", logger="saexp"):
+        effects = run(cache, tmp_path, *words, "coefficient=[0,0.4,0.8]").tables["effects"]
+    logged = [r.getMessage() for r in caplog.records if r.name == "saexp.interventions.run"]
+    numbers = [
+        int(n) for message in logged for n in re.findall(r"(?<= )\d+(?= (?:prompts|at))", message)
+    ]
+    n_at = effects.groupby("condition")["coefficient"].transform("nunique")
+    is_second = (effects["role"] == "control") & (n_at == 1)
+    assert numbers[0] == (~is_second).sum()
+    assert is_second.sum() <= numbers[1] == 2 * 5 * len(KINDS) * N
+
+
+def test_without_an_outcome_per_prompt_there_is_no_second_stage(
+    cache: Path, tmp_path: Path
+) -> None:
+    words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
+    found = run(cache, tmp_path, *words, "intervention.outcomes=[attention]")
+    controls = found.tables["controls"]
+    assert set(controls["control_kind"]) == {"frequency", "random_norm"}
+    assert set(found.tables["attention_summary"]["control_kind"]) == {"", *controls["control_kind"]}
+    assert (controls.groupby(["of", "control_kind"])["condition"].nunique() <= N_CURVE).all()
 
 
 def test_notes_report_what_was_achieved(ran: Ran) -> None:

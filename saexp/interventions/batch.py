@@ -53,7 +53,7 @@ class StreamProgram:
 
     def __init__(self, n_rows: int, device: torch.device) -> None:
         self.device, self.n_rows = device, n_rows
-        self.added: dict[int, Tensor] = {}
+        self.added: list[tuple[int, Add]] = []
         self.moves, self.projections = _Padded(n_rows), _Padded(n_rows)
         self.sae: SparseAutoencoder | None = None
         self.reading, self.writing = _Numbered(), _Numbered()
@@ -66,8 +66,7 @@ class StreamProgram:
     def add(self, row: int, op: Any, sae: SparseAutoencoder | None) -> None:
         """Take in one operation of one row."""
         if isinstance(op, Add):
-            vector = op.vector.values * op.coefficient
-            self.added[row] = self.added[row] + vector if row in self.added else vector
+            self.added.append((row, op))
         elif isinstance(op, Move):
             self.sae = sae
             rule = RULES.index(op.rule)
@@ -96,9 +95,10 @@ class StreamProgram:
         """Turn what was taken in into tensors, once."""
         made, device = self.tensors, self.device
         if self.added:
-            vectors = torch.zeros(self.n_rows, d)
-            vectors[list(self.added)] = torch.stack(list(self.added.values()))
-            made["added"] = vectors.to(device)
+            rows = torch.tensor([row for row, _ in self.added])
+            gains = torch.tensor([op.coefficient for _, op in self.added])
+            steps = torch.stack([op.vector.values for _, op in self.added]) * gains[:, None]
+            made["added"] = torch.zeros(self.n_rows, d).index_add_(0, rows, steps).to(device)
         if self.moves:
             assert self.sae is not None
             made["moves"] = self.moves.tensors(device)

@@ -6,6 +6,7 @@
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,19 @@ class ResultCache:
             f"cannot use {self.path}: {error}; delete it or choose another cache_dir="
         )
 
+    @cached_property
+    def _start(self) -> Any:
+        """The digest's state after what all rows have in common."""
+        return hashlib.sha256(f"({self.prefix!r}, ".encode())
+
     def key(self, kind: str, row_key: tuple[Any, ...]) -> bytes:
-        """Digest of the row, of what is computed of it, and of everything else that fixes that."""
-        return hashlib.sha256(repr((self.prefix, kind, row_key)).encode()).digest()
+        """Digest of the row, of what is computed of it, and of everything else that fixes that.
+
+        That of `repr((prefix, kind, row_key))`.
+        """
+        digest = self._start.copy()
+        digest.update(f"{kind!r}, {row_key!r})".encode())
+        return digest.digest()
 
     def get(
         self, kind: str, row_keys: Iterable[tuple[Any, ...]]

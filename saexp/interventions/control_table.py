@@ -68,31 +68,31 @@ def control_notes(
         parts = []
         for condition in main:
             of = (table["of"] == condition.name) & (table["control_kind"] == kind)
-            mine = table[of & (table["coefficient"] == chosen.get(condition.name))]
-            if len(mine):
-                parts.append(f"{condition.name} {_achieved(mine, kind, cfg)}")
+            controls = table[of & (table["coefficient"] == chosen.get(condition.name))]
+            if len(controls):
+                parts.append(f"{condition.name} {_achieved(controls, kind, cfg)}")
         if parts:
             notes.append(f"controls, {words}: {'; '.join(parts)}")
     return notes
 
 
-def _achieved(mine: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
-    n = int(mine["matched"].sum())
-    asked = "" if len(mine) == cfg.n_controls else f" (of {cfg.n_controls} wanted)"
-    told = {
-        "frequency": f"{n} of {len(mine)}{asked} within a factor {cfg.frequency_caliper:g}",
-        "disruption": f"{n} of {len(mine)}{asked} within a factor {cfg.kl_caliper:g}",
-        "random_kl": f"{n} of {len(mine)}{asked} within a factor {cfg.kl_caliper:g}",
-    }.get(kind, f"{len(mine)}{asked}")
+def _achieved(controls: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
+    n = int(controls["matched"].sum())
+    asked = "" if len(controls) == cfg.n_controls else f" (of {cfg.n_controls} wanted)"
+    words = {
+        "frequency": f"{n} of {len(controls)}{asked} within a factor {cfg.frequency_caliper:g}",
+        "disruption": f"{n} of {len(controls)}{asked} within a factor {cfg.kl_caliper:g}",
+        "random_kl": f"{n} of {len(controls)}{asked} within a factor {cfg.kl_caliper:g}",
+    }.get(kind, f"{len(controls)}{asked}")
     for column, name in (("frequency_ratio", "frequency ratio"), ("kl_ratio", "KL ratio")):
-        ratios = mine[column].dropna()
+        ratios = controls[column].dropna()
         if len(ratios):
-            told += (
+            words += (
                 f", {name} median {ratios.median():.2g} ({ratios.min():.2g} to {ratios.max():.2g})"
             )
     if n < MIN_CONTROLS:
-        told += f"; fewer than {MIN_CONTROLS} matched, so the p-value does not use them"
-    return told
+        words += f"; fewer than {MIN_CONTROLS} matched, so the p-value does not use them"
+    return words
 
 
 def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:

@@ -146,8 +146,7 @@ def _chosen_number(
 
 def _usable(prompts: Prompts, condition: Condition) -> list[Placed]:
     found = []
-    mine = prompts.of_group.get(condition.prompts, [])
-    for prompt in prompts.all() if condition.prompts == "all" else mine:
+    for prompt in prompts.on(condition.prompts):
         if prompt.example.split == "test" and prompt.example.spans:
             found.append(prompt)
     return found

@@ -4,11 +4,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.results import TaskResult
-from saexp.stats.exchangeable import rank_p_value
+from saexp.stats.exchangeable import MIN_CONTROLS, rank_p_value
 from saexp.stats.placebo import claim_share
-
-MIN_MATCHED = 19
-"""A kind of control is achieved with at least so many matched ones."""
 
 
 def effect_share(
@@ -33,7 +30,7 @@ def effect_share(
                 change.reindex([(c, coefficient) for c in names]).dropna()
                 for _, names in own.groupby("control_kind", sort=False)["condition"]
             ]
-            p_values += _p_values([k for k in kinds if len(k) >= MIN_MATCHED])
+            p_values += _p_values([k for k in kinds if len(k) >= MIN_CONTROLS])
     if not p_values:
         return TaskResult()
     n_claims = int((np.array(p_values) <= alpha).sum())

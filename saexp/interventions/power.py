@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.results import TaskResult
+from saexp.stats.multiplicity import ALPHA
 from saexp.stats.power import detectable_change
-
-ALPHA = 0.05
 
 
 def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:

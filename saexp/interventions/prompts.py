@@ -37,6 +37,10 @@ class Prompts:
         """Every prompt, group by group."""
         return [p for placed in self.of_group.values() for p in placed]
 
+    def on(self, group: str) -> list[Placed]:
+        """Those that a condition on this group is tried on; `all`: every prompt."""
+        return self.all() if group == "all" else self.of_group.get(group, [])
+
     def of_split(self, split: str) -> "Prompts":
         """Those of one split; groups without any are left out."""
         found = {

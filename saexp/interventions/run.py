@@ -34,6 +34,7 @@ from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.identity import sae_identity
+from saexp.stats.exchangeable import MIN_CONTROLS
 
 log = logging.getLogger(__name__)
 
@@ -103,15 +104,12 @@ class CausalTest:
         design = ControlDesign(self.intervention, planned, self.coefficients, self.cfg)
         result = TaskResult(notes=[*notes, *prompts.notes()])
         at_every = [*design.own, *design.curve()]
+        self._log_size(design, at_every, prompts)
         parts = [self._measured(at_every, prompts, chosen, neutral, result, with_baseline=True)]
         strongest = max(self.coefficients, key=abs)
         best = self._choose(parts[0], result.notes)
         of_main = {c.name: best.get(c.name, strongest) for c in design.main}
-        with self._measuring(None) as (measurement, _):
-            further, kl = design.at_chosen(
-                of_main, lambda edits: measurement.neutral_kl(edits, neutral).mean(axis=1)
-            )
-            result.notes += [n for n in measurement.notes if n not in result.notes]
+        further, kl = self._further(design, of_main, neutral, result)
         tested = prompts.of_split("test")
         if further and tested.of_group:
             parts.append(self._measured(further, tested, chosen, neutral, result))
@@ -138,6 +136,44 @@ class CausalTest:
         if any(o.source == "heads" for o in self.outcomes):
             self._attention(result, at_every, prompts)
         return result
+
+    def _further(
+        self,
+        design: ControlDesign,
+        chosen: Mapping[str, float],
+        neutral: Sequence[str],
+        result: TaskResult,
+    ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
+        """The controls of the second stage, with KL; none without an outcome that they are for."""
+        if not self.kinds:
+            return [], {}
+        with self._measuring(None) as (measurement, _):
+            found = design.at_chosen(
+                chosen, lambda edits: measurement.neutral_kl(edits, neutral).mean(axis=1)
+            )
+            result.notes += [n for n in measurement.notes if n not in result.notes]
+        return found
+
+    def _log_size(
+        self, design: ControlDesign, at_every: Sequence[Condition], prompts: Prompts
+    ) -> None:
+        """How many edited prompts there are to run, before the first of them."""
+        n_tried = [sum(map(c.tried, range(len(self.coefficients)))) for c in at_every]
+        first = sum(n * len(prompts.on(c.prompts)) for n, c in zip(n_tried, at_every, strict=True))
+        log.info("causal test: %d prompts at all coefficients", len(prompts.all()) + first)
+        test = prompts.of_split("test")
+        second = sum(
+            len(design.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts))
+            for c in design.main
+        )
+        if self.kinds and second:
+            log.info(
+                "then at most %d at the coefficients chosen, with intervention.n_controls=%d of "
+                "each kind; fewer take less time, and a p-value needs %d",
+                second,
+                self.cfg.n_controls,
+                MIN_CONTROLS,
+            )
 
     def _measured(
         self,
@@ -219,12 +255,8 @@ class CausalTest:
                 edits=((),),
             )
             jobs += [Job(p.example, baseline, 0, 0.0) for p in placed]
-        everyone = prompts.all()
         for condition in conditions:
-            mine = prompts.of_group.get(condition.prompts, [])
-            if condition.prompts == "all":
-                mine = everyone
-            for prompt in mine:
+            for prompt in prompts.on(condition.prompts):
                 for at, coefficient in enumerate(self.coefficients):
                     if condition.ops(prompt.example.id, at) is not None:
                         jobs.append(Job(prompt.example, condition, at, coefficient))

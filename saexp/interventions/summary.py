@@ -244,7 +244,9 @@ def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict
         family = part[is_own | ((part["of"] == condition) & (part["role"] == "control"))]
         best = -np.inf
         for coefficient in sorted(part.loc[is_own, "coefficient"].unique(), key=abs):
-            sizes = family.loc[family["coefficient"] == coefficient, f"{outcome}_change"].abs()
+            at = family[family["coefficient"] == coefficient]
+            # A condition on the prompts of several groups has one change for each.
+            sizes = at[f"{outcome}_change"].abs().groupby(at["condition"]).max()
             first, second = (*sizes.nlargest(2), 0.0)[:2]
             if first - second > best + 1e-9:
                 best, found[str(condition)] = first - second, float(coefficient)
@@ -272,11 +274,21 @@ def with_strengths(
 
 
 def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
-    """Baselines, conditions at each coefficient with their p-value, and their controls' range."""
+    """Baselines, conditions at each coefficient with their p-value, and their controls' range.
+
+    A condition that is run on the prompts of several groups has its metrics for each, with
+    `_on_<group>` after its name.
+    """
     metrics: dict[str, float | int | None] = {}
+    n_groups = summary.groupby("of")["group"].nunique()
+
+    def named(condition: str, of: str, group: str) -> str:
+        return f"{condition}_on_{group}" if of and n_groups[of] > 1 else condition
+
     for name in outcomes:
         for row in summary.to_dict("records"):
-            stem, at = f"effect/{name}/{row['condition']}", f"at_{row['coefficient']:g}"
+            condition = named(row["condition"], row["of"], row["group"])
+            stem, at = f"effect/{name}/{condition}", f"at_{row['coefficient']:g}"
             if row["role"] == "baseline":
                 metrics[stem] = row[name]
             elif row["role"] != "control":
@@ -285,8 +297,9 @@ def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, 
                     if pd.notna(row[f"{name}_{p}"]):
                         metrics[f"{stem}_{p}_{at}"] = row[f"{name}_{p}"]
         controls = summary[summary["role"] == "control"]
-        for (of, coefficient), part in controls.groupby(["of", "coefficient"], sort=False):
-            at = f"effect/{name}/{of}_controls"
+        by = ["of", "group", "coefficient"]
+        for (of, group, coefficient), part in controls.groupby(by, sort=False):
+            at = f"effect/{name}/{named(str(of), str(of), str(group))}_controls"
             metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
             metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
     return metrics

@@ -8,7 +8,7 @@ import pandas as pd
 from saexp.reports.saved import SavedRun
 from saexp.stats.exchangeable import MIN_CONTROLS
 from saexp.stats.multiplicity import ALPHA
-from saexp.wording import CONTROL_WORDS
+from saexp.wording import CONTROL_WORDS, p_value_words
 
 _CALIPER = {
     "frequency": ("frequency_caliper", "frequency_ratio", " in activation frequency"),
@@ -56,17 +56,17 @@ class KindOfControl:
         return len(self.values) + 1 - round(self.p_value * (len(self.values) + 1))
 
 
-def kinds_of_control(
-    run: SavedRun, condition: str, coefficient: float, outcome: str
-) -> list[KindOfControl]:
-    """One entry per kind that the condition has at this coefficient, on the test split."""
+def kinds_of_control(run: SavedRun, row: Any, outcome: str) -> list[KindOfControl]:
+    """One entry per kind that a row of the summary has at its coefficient, on the same prompts."""
     summary, controls = run.summary, run.controls
     if summary is None or controls is None:
         return []
-    at = summary[summary["coefficient"] == coefficient]
-    row = at[at["condition"] == condition].iloc[0]
-    values = at[at["of"] == condition].set_index("condition")[outcome]
-    own = controls[(controls["of"] == condition) & (controls["coefficient"] == coefficient)]
+    same = (summary["coefficient"] == row["coefficient"]) & (summary["group"] == row["group"])
+    same &= summary["of"] == row["condition"]
+    values = summary[same].set_index("condition")[outcome]
+    own = controls[
+        (controls["of"] == row["condition"]) & (controls["coefficient"] == row["coefficient"])
+    ]
     made = []
     for kind in [k for k in CONTROL_WORDS if k in set(own["control_kind"])]:
         part = own[own["control_kind"] == kind]
@@ -97,17 +97,8 @@ def p_words(row: Any, outcome: str, n: int) -> str:
     """A rank p-value, and after Holm over the run's `n` tests."""
     p, holm = row[f"{outcome}_p_controls"], row.get(f"{outcome}_p_controls_holm")
     if holm is None or pd.isna(holm) or n < 2:
-        return f"rank p {p_value(float(p))}"
-    return f"rank p {p_value(float(p))}, {_number(float(holm))} after Holm over {n} tests"
-
-
-def p_value(value: float) -> str:
-    """ "= 0.02", or "< 0.001"."""
-    return f"= {_number(value)}" if value >= 0.001 else "< 0.001"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2g}" if value < 0.995 else "1"
+        return f"rank p {p_value_words(float(p))}"
+    return f"rank p {p_value_words(float(p))}, {float(holm):.2g} after Holm over {n} tests"
 
 
 def is_significant(row: Any, outcome: str) -> bool | None:
@@ -121,7 +112,7 @@ def is_significant(row: Any, outcome: str) -> bool | None:
 
 def verdict(run: SavedRun, row: Any, outcome: str) -> str:
     """How a condition compares with its controls, in a clause with the p-value."""
-    kinds = kinds_of_control(run, row["condition"], row["coefficient"], outcome)
+    kinds = kinds_of_control(run, row, outcome)
     used = [k for k in kinds if k.achieved and k.p_value is not None]
     if not kinds:
         return "no controls were run"
@@ -146,13 +137,13 @@ def verdict(run: SavedRun, row: Any, outcome: str) -> str:
 
 def control_words(run: SavedRun, row: Any, outcome: str) -> str:
     """The range of every kind of control, and why a kind is not used."""
-    kinds = kinds_of_control(run, row["condition"], row["coefficient"], outcome)
+    kinds = kinds_of_control(run, row, outcome)
     used = [k for k in kinds if k.achieved and k.p_value is not None]
     parts = [f"{len(k.values)} {k.words} ({k.span})" for k in used]
     clauses = [", ".join(parts)] if parts else []
     floor = row.get(f"{outcome}_p_controls_floor")
     if parts and floor is not None and row[f"{outcome}_p_controls"] <= floor + 1e-12:
-        clauses.append(f"the smallest p-value possible is {_number(float(floor))}")
+        clauses.append(f"the smallest p-value possible is {float(floor):.2g}")
     clauses += [_unused(run, k) for k in kinds if k not in used]
     return f" Controls: {'; '.join(clauses)}." if clauses else ""
 

@@ -74,6 +74,7 @@ def effect_tables(run: SavedRun) -> list[dict[str, Any]]:
         rows = []
         for row in summary[summary["role"] != "control"].to_dict("records"):
             same = (summary["of"] == row["condition"]) & (summary["role"] == "control")
+            same &= summary["group"] == row["group"]
             controls = summary.loc[same & (summary["coefficient"] == row["coefficient"]), outcome]
             span = f"{controls.min():.2f} to {controls.max():.2f}" if len(controls) else "–"
             cells = [row["condition"], str(row["latent"]).replace("+", ", "), row["group"]]
@@ -96,21 +97,21 @@ def effect_tables(run: SavedRun) -> list[dict[str, Any]]:
 
 def control_rows(run: SavedRun) -> dict[str, Any] | None:
     """Per main condition at its chosen coefficient: each kind of control, its distances, ranges."""
-    rows = []
-    for condition in run.main_conditions():
-        coefficient = run.chosen_coefficient(condition)
-        if coefficient is None:
-            continue
-        of_outcome = [kinds_of_control(run, condition, coefficient, o) for o in run.outcomes]
+    summary, rows = run.summary, []
+    if summary is None:
+        return None
+    for row in summary[summary["main"] & summary["chosen"]].to_dict("records"):
+        of_outcome = [kinds_of_control(run, row, o) for o in run.outcomes]
         for same in zip(*of_outcome, strict=True):
             distances = same[0].distances
-            cells: list[Any] = [condition, coefficient, CONTROL_WORDS[same[0].kind]]
+            cells: list[Any] = [row["condition"], row["group"], row["coefficient"]]
+            cells.append(CONTROL_WORDS[same[0].kind])
             cells += [len(distances), int(distances["matched"].sum())]
             cells += [_ratios(distances[f"{c}_ratio"]) for c in ("frequency", "norm", "kl")]
             for kind in same:
                 cells += [kind.span, kind.p_value]
             rows.append([*cells, "yes" if all(k.achieved for k in same) else "no"])
-    head = ["condition", "coefficient", "controls", "n", "matched"]
+    head = ["condition", "prompts", "coefficient", "controls", "n", "matched"]
     head += ["frequency ratio", "norm ratio", "KL ratio"]
     for outcome in run.outcomes:
         head += [f"{outcome}, range of matched", f"rank p, {outcome}"]

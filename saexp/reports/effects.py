@@ -1,5 +1,6 @@
 """What an intervention did, from its saved tables: sentences, tables and examples."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -8,13 +9,12 @@ from saexp.reports.effect_controls import (
     control_words,
     is_significant,
     n_tests,
-    p_value,
     p_words,
     verdict,
 )
 from saexp.reports.saved import SavedRun
 from saexp.stats.means import MIN_N as MIN_ENTITIES
-from saexp.wording import counted
+from saexp.wording import counted, p_value_words
 
 _UNITS = {
     "resid_norm": "x the stream's median norm",
@@ -112,30 +112,32 @@ def observed_on(run: SavedRun, row: Any, outcome: str) -> str:
 
 
 def effect_sentences(run: SavedRun) -> list[str]:
-    """One sentence per main condition: the first outcome in full, the others' numbers behind it."""
+    """One sentence per main condition and group of prompts that it is run on: the first outcome in
+    full, the others' numbers behind it."""
     sentences = []
     for condition in run.main_conditions() if run.outcomes else []:
         first, *others = run.outcomes
         coefficient = run.chosen_coefficient(condition)
         if coefficient is None:
-            sentence = _unchanged(run, condition, first)
-        else:
-            sentence = _effect(run, condition, coefficient, first)
-            sentence += "".join(_beside(run, condition, coefficient, o) for o in others)
-            sentence += _attention(run, condition)
-        details = "" if coefficient is None else _details(run, condition, coefficient, first)
-        sentences.append(f"{sentence}.{details}")
+            sentences.append(f"{_unchanged(run, condition, first)}.")
+            continue
+        for row, before in _rows(run, condition, coefficient):
+            sentence = _effect(run, row, before, first)
+            sentence += "".join(_beside(run, row, before, o) for o in others)
+            sentences.append(f"{sentence}{_attention(run, row)}.{_details(run, row, first)}")
     return sentences
 
 
-def _rows(run: SavedRun, condition: str, coefficient: float) -> tuple[pd.Series, pd.Series]:
-    """Of the summary: the condition's row, and that of its prompts unsteered."""
+def _rows(
+    run: SavedRun, condition: str, coefficient: float
+) -> Iterator[tuple[pd.Series, pd.Series]]:
+    """Of the summary, by group of prompts: the condition's row, and that of them unsteered."""
     summary = run.summary
     assert summary is not None
     at = (summary["condition"] == condition) & (summary["coefficient"] == coefficient)
-    row = summary[at].iloc[0]
-    start = (summary["role"] == "baseline") & (summary["group"] == row["group"])
-    return row, summary[start].iloc[0]
+    for _, row in summary[at].iterrows():
+        start = (summary["role"] == "baseline") & (summary["group"] == row["group"])
+        yield row, summary[start].iloc[0]
 
 
 def _change(row: pd.Series, before: pd.Series, outcome: str) -> str:
@@ -145,13 +147,12 @@ def _change(row: pd.Series, before: pd.Series, outcome: str) -> str:
     return f"{before[outcome]:.2f} -> {row[outcome]:.2f}{interval}"
 
 
-def _effect(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+def _effect(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> str:
     cfg = run.config["intervention"]
-    row, before = _rows(run, condition, coefficient)
     where, strength = "", ""
     if cfg["name"] != "orthogonalize":
         where = f" at {place_words(cfg['where'])}"
-        strength = f", coefficient {coefficient:g} {unit_words(cfg)}".rstrip()
+        strength = f", coefficient {row['coefficient']:g} {unit_words(cfg)}".rstrip()
     sentence = (
         f"{_doing(cfg, row)}{where}{strength}: {_words(outcome)} on "
         f"{observed_on(run, row, outcome)} {_change(row, before, outcome)}"
@@ -166,16 +167,14 @@ def _is_few(row: pd.Series, outcome: str) -> bool:
     return int(row[f"{outcome}_n"]) < MIN_ENTITIES
 
 
-def _details(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+def _details(run: SavedRun, row: pd.Series, outcome: str) -> str:
     """Sentences that follow: the controls of the first outcome, and the cost."""
-    row, _ = _rows(run, condition, coefficient)
     controls = "" if _is_few(row, outcome) else control_words(run, row, outcome)
-    return f"{controls}{_cost(run, condition, coefficient)}"
+    return f"{controls}{_cost(run, row['condition'], row['coefficient'])}"
 
 
-def _beside(run: SavedRun, condition: str, coefficient: float, outcome: str) -> str:
+def _beside(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> str:
     """Another outcome at the same coefficient: before, after, and how it compares."""
-    row, before = _rows(run, condition, coefficient)
     significant = is_significant(row, outcome)
     compared = ""
     if significant is not None:
@@ -184,15 +183,15 @@ def _beside(run: SavedRun, condition: str, coefficient: float, outcome: str) -> 
     return f"; {_words(outcome)} {_change(row, before, outcome)}{compared}"
 
 
-def _attention(run: SavedRun, condition: str) -> str:
+def _attention(run: SavedRun, effect: pd.Series) -> str:
     """Attention from the last token to the entity, where it was measured for the condition."""
-    table = run.table("attention_summary")
+    table, condition = run.table("attention_summary"), effect["condition"]
     if table is None or condition not in set(table["condition"]):
         return ""
     row = table[table["condition"] == condition].iloc[0]
     beside = []
     if row["n"] >= MIN_ENTITIES:
-        beside.append(f"p {p_value(float(row['p_value']))} against the unsteered prompts")
+        beside.append(f"p {p_value_words(float(row['p_value']))} against the unsteered prompts")
     controls = table.loc[(table["of"] == condition) & (table["role"] == "control"), "edited"]
     if len(controls):
         beside.append(f"{len(controls)} controls {controls.min():.3f} to {controls.max():.3f}")

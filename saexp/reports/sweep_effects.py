@@ -7,19 +7,18 @@ import numpy as np
 import pandas as pd
 
 from saexp.reports.cells import cell_words, line_keys
-from saexp.reports.effect_controls import p_value
 from saexp.stats.multiplicity import ALPHA, holm
-from saexp.wording import counted
+from saexp.wording import counted, p_value_words
 
 _MOST_LISTED = 6
 """Cells without train prompts that are listed one by one."""
 NUMBERS = ["value", "ci_low", "ci_high", "n", "change", "controls_min", "controls_max"]
 NUMBERS += ["p_controls", "p_floor", "gap_train"]
-OF_AN_EFFECT = {"outcome", "direction", "coefficient", "chosen", *NUMBERS}
+OF_AN_EFFECT = {"outcome", "direction", "prompts", "coefficient", "chosen", *NUMBERS}
 
 
 def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell, outcome, direction and coefficient, of the main latents of each direction.
+    """A row per cell, outcome, direction, group of prompts and coefficient, of the main latents.
 
     Values, intervals, p-values against controls and the matched controls' range are of the test
     split; `gap_train` is, on train prompts, the size of the change less that of the most extreme
@@ -35,7 +34,7 @@ def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
         controls = _read(folder / str(record["folder"]) / "controls.parquet")
         about = {k: record.get(k) for k in keys}
         rows += [about | row for row in _of_cell(summary, controls)]
-    columns = [*keys, "outcome", "direction", "coefficient", "chosen", *NUMBERS]
+    columns = [*keys, "outcome", "direction", "prompts", "coefficient", "chosen", *NUMBERS]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
 
 
@@ -50,10 +49,10 @@ def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[
     if controls is not None:
         matched = controls.loc[controls["matched"], "condition"]
         is_control &= summary["condition"].isin(matched)
-    by = ["split", "of", "coefficient"]
+    by = ["split", "group", "of", "coefficient"]
     main = summary[summary["main"] & summary["role"].isin(["group", "single"])]
     train = main[main["split"] == "train"]
-    of_train = list(zip(train["condition"], train["coefficient"], strict=True))
+    of_train = list(zip(train["group"], train["condition"], train["coefficient"], strict=True))
     rows = []
     for outcome in outcomes:
         of_controls = summary[is_control].groupby(by)[outcome]
@@ -62,11 +61,12 @@ def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[
         rivals = changes[is_control].groupby(by)["size"].max()
         sizes = dict(zip(of_train, train[f"{outcome}_change"].abs(), strict=True))
         for row in main[main["split"] == "test"].to_dict("records"):
-            here = (row["condition"], row["coefficient"])
+            here = (row["group"], row["condition"], row["coefficient"])
             rows.append(
                 {
                     "outcome": outcome,
                     "direction": row["direction"],
+                    "prompts": row["group"],
                     "coefficient": row["coefficient"],
                     "chosen": bool(row["chosen"]),
                     "value": row[outcome],
@@ -85,34 +85,46 @@ def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[
 
 
 def effect_findings(effects: pd.DataFrame) -> list[str]:
-    """A sentence per outcome and direction, on the cells at the coefficient that each chose."""
+    """A sentence per outcome, direction and group of prompts, on the cells at the coefficient that
+    each chose. The family of Holm's adjustment is all tests of these sentences."""
     chosen = effects[effects["chosen"].astype(bool) & effects["value"].notna()]
-    return [
-        _sentence(str(outcome), str(direction), part.reset_index(drop=True))
-        for (outcome, direction), part in chosen.groupby(["outcome", "direction"], sort=False)
-    ]
+    chosen = chosen.assign(p_holm=holm(chosen["p_controls"].to_numpy(dtype=float)))
+    n_tests = int(chosen["p_controls"].notna().sum())
+    sentences = []
+    for (outcome, direction, prompts), cells in by_effect(chosen):
+        words = f"{outcome.replace('_', ' ')}{f' on {prompts} prompts' if prompts else ''}"
+        sentence = _sentence(words, cells.reset_index(drop=True), n_tests)
+        sentences.append(f"Acting on '{direction}': {sentence}.")
+    return sentences
 
 
-def _sentence(outcome: str, direction: str, cells: pd.DataFrame) -> str:
+def by_effect(effects: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """((outcome, direction, group of prompts), rows); no group where a direction has one alone."""
+    n_groups = effects.groupby(["outcome", "direction"])["prompts"].transform("nunique")
+    named = effects["prompts"].where(n_groups > 1, "")
+    parts = effects.groupby(["outcome", "direction", named], sort=False)
+    return [((str(o), str(d), str(g)), part) for (o, d, g), part in parts]  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _sentence(words: str, cells: pd.DataFrame, n_tests: int) -> str:
     """The cell that stands out on train prompts with its test values; never the best test value."""
-    cells = cells.assign(p_holm=holm(cells["p_controls"].to_numpy(dtype=float)))
     about = [str(c) for c in cells if c not in OF_AN_EFFECT and c != "p_holm"]
     named = [c for c in about if cells[c].astype(str).nunique() > 1]
-    words, n = outcome.replace("_", " "), int(cells["p_controls"].notna().sum())
-    counts = _counts(cells, n)
+    counts = _counts(cells, n_tests)
     if cells["gap_train"].notna().any():
         best = cells.iloc[int(np.nanargmax(cells["gap_train"]))]
         return (
-            f"Acting on '{direction}': {words} {_change(best)} at {_named(best, named)}"
-            f"{' (chosen on train prompts)' if len(cells) > 1 else ''}{_tested(best, n)}{counts}."
+            f"{words} {_change(best)} at {_named(best, named)}"
+            f"{' (chosen on train prompts)' if len(cells) > 1 else ''}{_tested(best, n_tests)}"
+            f"{counts}"
         )
     if len(cells) > _MOST_LISTED:
         return (
-            f"Acting on '{direction}': {words} in {len(cells)} cells, none of which stands out "
-            f"by its train prompts, as there are none{counts}."
+            f"{words} in {len(cells)} cells, none of which stands out by its train prompts, as "
+            f"there are none{counts}"
         )
-    each = [f"{_change(c)} at {_named(c, named)}{_tested(c, n)}" for _, c in cells.iterrows()]
-    return f"Acting on '{direction}': {words} {'; '.join(each)}{counts}."
+    each = [f"{_change(c)} at {_named(c, named)}{_tested(c, n_tests)}" for _, c in cells.iterrows()]
+    return f"{words} {'; '.join(each)}{counts}"
 
 
 def _named(cell: pd.Series, named: list[str]) -> str:
@@ -136,15 +148,15 @@ def _tested(cell: pd.Series, n_tests: int) -> str:
     if not pd.isna(cell["controls_min"]):
         found.append(f"controls {cell['controls_min']:.2f} to {cell['controls_max']:.2f}")
     if not pd.isna(cell["p_controls"]):
-        found.append(f"rank p {p_value(float(cell['p_controls']))}")
+        found.append(f"rank p {p_value_words(float(cell['p_controls']))}")
         if n_tests > 1:
-            found.append(f"{cell['p_holm']:.2g} after Holm over {n_tests} cells")
+            found.append(f"{cell['p_holm']:.2g} after Holm over {n_tests} tests")
     return "".join(f", {f}" for f in found)
 
 
 def _counts(cells: pd.DataFrame, n_tests: int) -> str:
     """How many cells differ from their controls, and whether any could."""
-    if not n_tests:
+    if not cells["p_controls"].notna().any():
         return "; no cell has enough matched controls for a p-value"
     if len(cells) == 1:
         return ""

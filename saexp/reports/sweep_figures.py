@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from saexp.config import parse_width
 from saexp.reports.cells import groups_of, line_keys
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
-from saexp.reports.sweep_effects import OF_AN_EFFECT
+from saexp.reports.sweep_effects import OF_AN_EFFECT, by_effect
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _PANELS = {"auroc": "AUROC", "separation": "separation"}
@@ -166,8 +166,11 @@ def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
 
 def _effects(effects: pd.DataFrame) -> go.Figure:
     """Outcome over the coefficient, one line per layer and width; matched controls as a band."""
-    panels = list(effects.groupby(["outcome", "direction"], sort=False))
-    titles = [f"{outcome} when acting on '{direction}'" for (outcome, direction), _ in panels]
+    panels = by_effect(effects)
+    titles = [
+        f"{outcome} when acting on '{direction}'{f', {prompts} prompts' if prompts else ''}"
+        for (outcome, direction, prompts), _ in panels
+    ]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
     by = [n for n in effects.columns if n not in OF_AN_EFFECT]
     by = [n for n in by if effects[n].astype(str).nunique() > 1]

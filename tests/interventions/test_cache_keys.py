@@ -1,5 +1,6 @@
 """Keys of generations.sqlite: whatever changes a result changes its key, and nothing else does."""
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable
@@ -70,6 +71,13 @@ def test_parts_of_a_key_cannot_run_into_one_another(tmp_path: Path) -> None:
     one, other = (ResultCache(tmp_path, {"a": text}) for text in ("x", "x'), ('b', 'y"))
     assert one.key("k", ((1,),)) != other.key("k", ((1,),))
     assert one.key("k(1,)", ((2,),)) != one.key("k", ((1,), (2,)))
+
+
+def test_a_key_is_the_digest_of_all_its_parts(tmp_path: Path) -> None:
+    """Results that earlier versions of this code stored are found again."""
+    cache = ResultCache(tmp_path, {"model": "a"})
+    whole = repr((cache.prefix, "tokens 5", BASE.key)).encode()
+    assert cache.key("tokens 5", BASE.key) == hashlib.sha256(whole).digest()
 
 
 def change_weights(folder: Path) -> None:

@@ -237,6 +237,29 @@ def test_the_coefficient_with_the_largest_gap_to_its_controls_is_chosen(
     assert chosen_coefficients(written(changes), "logit", "test") == {}
 
 
+def test_a_condition_on_prompts_of_two_groups_is_no_rival_of_itself() -> None:
+    rows = written({("a", 1.0): 0.5, ("a", 2.0): 0.6, ("c", 1.0): 0.1, ("c", 2.0): 0.4})
+    other = rows.assign(group="h")
+    assert chosen_coefficients(pd.concat([rows, other]), "logit", "train") == {"a": 1.0}
+
+
+def test_metrics_of_a_condition_on_prompts_of_two_groups_are_apart() -> None:
+    table = effects()
+    names = table["condition"].replace("baseline_a", "baseline_h")
+    other = table.assign(group="h", condition=names, logit=table["logit"] + 5)
+    summary = summarise(pd.concat([table, other]), KINDS, controls=controls_of(table))
+    summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
+    test = summary[summary["split"] == "test"]
+    metrics = effect_metrics(test, list(KINDS))
+    for group in test["group"].unique():
+        part = test[test["group"] == group].set_index(["condition", "coefficient"])["logit"]
+        assert metrics[f"effect/logit/b_group_on_{group}_at_2"] == part["b_group", 2.0]
+        of_controls = part[[c.startswith("b_group_") for c, _ in part.index]]
+        most = of_controls[of_controls.index.get_level_values(1) == 2.0].max()
+        assert metrics[f"effect/logit/b_group_on_{group}_controls_max_at_2"] == most
+    assert {"effect/logit/baseline_a", "effect/logit/baseline_h"} <= set(metrics)
+
+
 def test_metrics_hold_values_p_values_and_the_controls_range() -> None:
     table = effects()
     summary = summarise(table, KINDS, controls=controls_of(table))

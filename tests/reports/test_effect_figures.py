@@ -9,6 +9,7 @@ import pytest
 from saexp.reports.effect_controls import kinds_of_control
 from saexp.reports.effect_figures import effect_figures
 from saexp.reports.effect_tables import control_rows, cost_table, effect_tables
+from saexp.reports.effects import effect_sentences
 from saexp.reports.saved import SavedRun
 from tests.reports.written import N_CONTROLS, controls, run, summary
 
@@ -27,6 +28,13 @@ def with_further(folder: Path) -> SavedRun:
     known = known.assign(matched=np.arange(30) < 20, frequency_ratio=0.5, kl_ratio=1.0)
     pd.concat([controls(), known]).to_parquet(folder / "controls.parquet")
     return SavedRun(folder)
+
+
+def at_chosen(saved: SavedRun) -> list[pd.Series]:
+    """Rows of the main condition at its chosen coefficient."""
+    assert saved.summary is not None
+    rows = saved.summary[saved.summary["main"] & saved.summary["chosen"]]
+    return [row for _, row in rows.iterrows()]
 
 
 def test_curve_controls_are_bands_and_all_at_the_chosen_coefficient_points(tmp_path: Path) -> None:
@@ -48,7 +56,7 @@ def test_curve_controls_are_bands_and_all_at_the_chosen_coefficient_points(tmp_p
 
 def test_kinds_of_control_have_the_matched_ones_numbers(tmp_path: Path) -> None:
     saved = with_further(tmp_path)
-    scaled, random = kinds_of_control(saved, "known_group", 0.6, "refusal")
+    scaled, random = kinds_of_control(saved, at_chosen(saved)[0], "refusal")
     assert (scaled.kind, len(scaled.distances), len(scaled.values)) == ("disruption", 30, 20)
     assert scaled.span == "0.50 to 0.69"
     assert (scaled.p_value, random.p_value) == (None, 0.02)
@@ -58,6 +66,7 @@ def test_kinds_of_control_have_the_matched_ones_numbers(tmp_path: Path) -> None:
     first = dict(zip(table["head"], table["rows"][0], strict=True))
     assert first == {
         "condition": "known_group",
+        "prompts": "unknown",
         "coefficient": 0.6,
         "controls": "latents scaled to equal KL",
         "n": 30,
@@ -69,6 +78,29 @@ def test_kinds_of_control_have_the_matched_ones_numbers(tmp_path: Path) -> None:
         "rank p, refusal": None,
         "in the p-value": "yes",
     }
+
+
+def test_controls_on_prompts_of_another_group_are_not_mixed_in(tmp_path: Path) -> None:
+    """Latents of no group are tried on all prompts, and so are their controls."""
+    folder = run(tmp_path)
+    rows = pd.read_parquet(folder / "effects_summary.parquet")
+    other = rows.assign(group="known", refusal=rows["refusal"] - 0.05)
+    other["condition"] = other["condition"].replace("baseline_unknown", "baseline_known")
+    pd.concat([rows, other]).to_parquet(folder / "effects_summary.parquet")
+    saved = SavedRun(folder)
+    found = [kinds_of_control(saved, row, "refusal")[0] for row in at_chosen(saved)]
+    assert [(k.span, len(k.values)) for k in found] == [
+        ("0.70 to 0.75", N_CONTROLS),
+        ("0.65 to 0.70", N_CONTROLS),
+    ]
+    table = control_rows(saved)
+    assert table is not None
+    assert [row[1] for row in table["rows"]] == ["unknown", "known"]
+    ranges = {(r[2], r[13]) for r in effect_tables(saved)[0]["rows"] if r[0] == "known_group"}
+    assert ranges >= {("unknown", "0.70 to 0.75"), ("known", "0.65 to 0.70")}
+    first, second = effect_sentences(saved)
+    assert "refusal on 20 unknown entities 0.80 -> 0.30" in first and "(0.70 to 0.75)" in first
+    assert "refusal on 20 known entities 0.75 -> 0.25" in second and "(0.65 to 0.70)" in second
 
 
 def test_conditions_beside_the_main_ones_are_marked_exploratory(tmp_path: Path) -> None:

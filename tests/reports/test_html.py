@@ -90,7 +90,7 @@ def test_the_tables_hold_the_runs_numbers(page: Path) -> None:
     # The kinds of control at the chosen coefficient: how many, matched, and their ratios.
     found = [re.sub("<[^>]+>", "", c) for c in re.findall(r"<td.*?</td>", effects[3])]
     assert found == [
-        *("known_group", "0.600", "random directions of equal norm", "49", "49"),
+        *("known_group", "unknown", "0.600", "random directions of equal norm", "49", "49"),
         *("–", "1 (1 to 1)", "0.5 (0.5 to 0.5)", "0.70 to 0.75", "0.020", "yes"),
     ]
     assert row_of(body, "no entity") == ["no entity", "2"]

@@ -58,7 +58,7 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
     assert findings(cells_table(tmp_path), tmp_path) == [
         "Acting on 'unknown': refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer 2, width 256, "
         "coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 "
-        "after Holm over 3 cells; 2 of 3 cells differ from their controls."
+        "after Holm over 3 tests; 2 of 3 cells differ from their controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
@@ -118,6 +118,31 @@ def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
         cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
     assert sentence.startswith("Acting on 'known': refusal in 8 cells, none of which stands out")
+
+
+def test_holm_is_over_the_cells_of_all_sentences(tmp_path: Path) -> None:
+    for number, p in enumerate((0.01, 0.02)):
+        rows = effect("known", 1, 0.6, p=p, chosen=True) + effect(
+            "unknown", 1, 0.5, p=p, chosen=True
+        )
+        cell(tmp_path, number, f"layer={number}", metrics={}, effects=rows)
+    for sentence in findings(cells_table(tmp_path), tmp_path):
+        assert "rank p = 0.01, 0.04 after Holm over 4 tests" in sentence
+        assert sentence.endswith("; 2 of 2 cells differ from their controls.")
+
+
+def test_prompts_of_two_groups_have_a_sentence_each(tmp_path: Path) -> None:
+    rows = effect("latents", 1, 0.6, 0.1, 0.2, train=0.3, p=0.01, chosen=True)
+    other = effect("latents", 1, 0.5, 0.3, 0.4, train=0.2, p=0.05, chosen=True)
+    rows += [row | {"group": "b"} for row in other]
+    cell(tmp_path, 0, "layer=1", metrics={}, effects=rows)
+    first, second = findings(cells_table(tmp_path), tmp_path)
+    assert first == (
+        "Acting on 'latents': refusal on all prompts 0.30 -> 0.60 [0.50, 0.70] (n = 40) at "
+        "layer 1, width 256, coefficient 1, controls 0.10 to 0.20, rank p = 0.01, 0.02 after Holm "
+        "over 2 tests."
+    )
+    assert "refusal on b prompts 0.30 -> 0.50" in second and "controls 0.30 to 0.40" in second
 
 
 def test_the_number_of_cells_above_chance_is_after_holm(tmp_path: Path) -> None:
