@@ -137,15 +137,16 @@ def paired_difference_interval(
     """Interval of p_first - p_second of pairs, from the counts of the four outcomes of a pair.
 
     The hybrid of `difference_interval` with the correlation of the two outcomes taken into account
-    (Newcombe 1998b, Statistics in Medicine 17:2635, method 10, with its continuity-corrected phi).
-    (-1, 1) without pairs.
+    (Newcombe 1998b, Statistics in Medicine 17:2635, method 10, with its continuity-corrected phi),
+    from limits that are wider next to 0 and 1 as in `stratified_difference_interval`. (-1, 1)
+    without pairs.
     """
     a, b, c, d = n_both, n_first_only, n_second_only, n_neither
     n = a + b + c + d
     if n == 0:
         return -1.0, 1.0
     first, second = (a + b) / n, (a + c) / n
-    one, two = wilson(a + b, n, confidence), wilson(a + c, n, confidence)
+    one, two = (_modified_wilson(np.asarray(rate), n, confidence) for rate in (first, second))
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     phi = 0.0
     if margins > 0:
