@@ -239,10 +239,11 @@ def test_without_an_outcome_per_prompt_there_is_no_second_stage(
 
 
 def test_notes_report_what_was_achieved(ran: Ran) -> None:
-    notes = [n for n in ran.result.notes if n.startswith("controls, ")]
-    assert len(notes) == 4
-    assert "frequency ratio median" in notes[0]
-    assert all("fewer than 19 matched" in n for n in notes)
+    table = ran.result.tables["controls"]
+    kind = table[(table["control_kind"] == "frequency") & (table["of"] == "unknown_143")]
+    matched = kind.drop_duplicates("condition")["matched"]
+    (note,) = [n for n in ran.result.notes if n.startswith("frequency-matched latents, within")]
+    assert f"unknown_143 {matched.sum()} of {len(matched)}" in note
 
 
 def test_kinds_that_an_edit_cannot_have_are_noted(cache: Path, tmp_path: Path) -> None:

@@ -62,37 +62,24 @@ def control_notes(
     chosen: Mapping[str, float],
     cfg: InterventionConfig,
 ) -> list[str]:
-    """A note per kind: how many controls of each main condition are matched, and how closely."""
+    """A note per kind that could not be matched for some main condition at its coefficient."""
     notes = []
-    for kind, words in CONTROL_WORDS.items():
+    calipers = {"frequency": cfg.frequency_caliper, "disruption": cfg.kl_caliper}
+    calipers["random_kl"] = cfg.kl_caliper
+    for kind, caliper in calipers.items():
         parts = []
         for condition in main:
             of = (table["of"] == condition.name) & (table["control_kind"] == kind)
-            controls = table[of & (table["coefficient"] == chosen.get(condition.name))]
-            if len(controls):
-                parts.append(f"{condition.name} {_achieved(controls, kind, cfg)}")
+            part = table[of & (table["coefficient"] == chosen.get(condition.name))]
+            n = int(part["matched"].sum())
+            if len(part) and n < min(MIN_CONTROLS, cfg.n_controls):
+                parts.append(f"{condition.name} {n} of {len(part)}")
         if parts:
-            notes.append(f"controls, {words}: {'; '.join(parts)}")
-    return notes
-
-
-def _achieved(controls: pd.DataFrame, kind: str, cfg: InterventionConfig) -> str:
-    n = int(controls["matched"].sum())
-    asked = "" if len(controls) == cfg.n_controls else f" (of {cfg.n_controls} wanted)"
-    words = {
-        "frequency": f"{n} of {len(controls)}{asked} within a factor {cfg.frequency_caliper:g}",
-        "disruption": f"{n} of {len(controls)}{asked} within a factor {cfg.kl_caliper:g}",
-        "random_kl": f"{n} of {len(controls)}{asked} within a factor {cfg.kl_caliper:g}",
-    }.get(kind, f"{len(controls)}{asked}")
-    for column, name in (("frequency_ratio", "frequency ratio"), ("kl_ratio", "KL ratio")):
-        ratios = controls[column].dropna()
-        if len(ratios):
-            words += (
-                f", {name} median {ratios.median():.2g} ({ratios.min():.2g} to {ratios.max():.2g})"
+            notes.append(
+                f"{CONTROL_WORDS[kind]}, within a factor of {caliper:g}: {', '.join(parts)}; a "
+                f"p-value uses a kind of control of which at least {MIN_CONTROLS} are matched"
             )
-    if n < MIN_CONTROLS:
-        words += f"; fewer than {MIN_CONTROLS} matched, so the p-value does not use them"
-    return words
+    return notes
 
 
 def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from saexp.config import InterventionConfig
 from saexp.directions import derived_seed, random_directions
 from saexp.interventions.controls import ControlSet, any_active, frequency_matched
-from saexp.interventions.facts import Condition, orthonormal
+from saexp.interventions.facts import Condition, direction_of_set, orthonormal
 from saexp.interventions.kl_matching import equal_kl_scales
 from saexp.interventions.ops import Add, Op, Project, Vector
 from saexp.interventions.planning import LatentIntervention
@@ -43,7 +43,8 @@ def main_conditions(conditions: Sequence[Condition]) -> list[Condition]:
     of_direction: dict[str, list[Condition]] = {}
     for condition in conditions:
         if condition.role in ("group", "single"):
-            of_direction.setdefault(condition.direction, []).append(condition)
+            key = direction_of_set(condition.direction)
+            of_direction.setdefault(key, []).append(condition)
     for some in of_direction.values():
         found.add(min(some, key=lambda c: c.role != "group").name)
     return [c for c in conditions if c.name in found]

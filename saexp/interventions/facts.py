@@ -82,6 +82,11 @@ class Condition:
         return self.edits[at] if self.edits else ()
 
 
+def direction_of_set(direction: str) -> str:
+    """The direction of a condition's set: a single latent of no group belongs to `latents`."""
+    return "latents" if direction == "latent" else direction
+
+
 @dataclass(frozen=True)
 class StreamRows:
     """Stored activations of a stream, as many rows of every unit, with what each row is of."""

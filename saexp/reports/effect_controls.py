@@ -85,12 +85,13 @@ def kinds_of_control(run: SavedRun, row: Any, outcome: str) -> list[KindOfContro
 
 
 def n_tests(run: SavedRun) -> int:
-    """Tests in the family of Holm's adjustment."""
+    """Tests that the p-values after Holm are corrected for."""
     summary = run.summary
     if summary is None:
         return 0
     columns = [f"{o}_p_controls_holm" for o in run.outcomes]
-    return int(summary[[c for c in columns if c in summary]].notna().sum().sum())
+    n = int(summary[[c for c in columns if c in summary]].notna().sum().sum())
+    return n * int(summary["n_choices"].iloc[0]) if "n_choices" in summary and n else n
 
 
 def p_words(row: Any, outcome: str, n: int) -> str:

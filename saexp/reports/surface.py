@@ -13,14 +13,23 @@ def surface_sentences(run: SavedRun) -> list[str]:
     auroc = run.metrics.get(_KEY)
     if auroc is None:
         return []
+    chance = "" if _is_above_chance(run.metrics) else ", not above chance"
     return [
         "The surface baseline (tokens and n-grams of the text, no model) has AUROC "
-        f"{auroc:.3f}{_interval(run.metrics, _KEY)}."
+        f"{auroc:.3f}{_interval(run.metrics, _KEY)}{chance}."
     ]
 
 
+def _is_above_chance(metrics: Metrics) -> bool:
+    low = metrics.get(f"{_KEY}_ci_low")
+    return low is not None and low > 0.5
+
+
 def above_surface(metrics: Metrics, group: str) -> str:
-    """ " It is 0.526 [0.47, 0.58] above the surface baseline.", or that it is not; "" without."""
+    """ " It is 0.526 [0.47, 0.58] above the surface baseline.", or that it is not; "" without.
+
+    Also "" above a baseline that is not above chance itself: how far would say nothing.
+    """
     key = f"contrast/best_minus_surface_{group}_test"
     difference, low = metrics.get(key), metrics.get(f"{key}_ci_low")
     if difference is None:
@@ -28,6 +37,8 @@ def above_surface(metrics: Metrics, group: str) -> str:
     interval = _interval(metrics, key)
     if low is None:
         return f" Its AUROC less the surface baseline's is {difference:+.3f}, without an interval."
+    if low > 0 and not _is_above_chance(metrics):
+        return ""
     if low > 0:
         return f" Its AUROC is {difference:.3f}{interval} above the surface baseline's."
     return (

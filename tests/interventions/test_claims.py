@@ -39,6 +39,28 @@ def test_groups_else_the_first_latent_and_other_directions_are_main() -> None:
     assert main_conditions(summary(), "refusal") == ["a_group", "b_7", "b_probe"]
 
 
+def test_single_latents_of_no_group_are_beside_the_group_of_all() -> None:
+    names = {"a_group": "latents", "a_3": "latent", "b_7": "latent", "b_8": "latent"}
+    table = summary()
+    table = table[table["condition"].isin([*names, "baseline"])]
+    table["direction"] = table["condition"].map(names).fillna("")
+    assert main_conditions(table, "refusal") == ["a_group"]
+    singles = table[table["condition"] != "a_group"]
+    assert main_conditions(singles, "refusal") == ["a_3"]
+
+
+def test_a_coefficient_chosen_on_the_test_prompts_is_corrected_for() -> None:
+    table = summary()
+    table["refusal_p_controls"] /= 10
+    table = table[table["split"] == "test"]
+    found = with_claims(table, ["refusal"], CHOSEN)
+    family = found[found["chosen"] & found["main"]]
+    expected = np.minimum(2 * holm(family["refusal_p_controls"].to_numpy()), 1)
+    assert family["refusal_p_controls_holm"].to_numpy() == pytest.approx(expected)
+    assert set(found["n_choices"]) == {2}
+    assert set(with_claims(summary(), ["refusal"], CHOSEN)["n_choices"]) == {1}
+
+
 def test_of_many_places_the_one_of_the_largest_change_on_train_is_main() -> None:
     table = summary()
     table = table[table["role"].isin(["baseline", "single"])].replace({"single": "place"})

@@ -42,7 +42,10 @@ def saved(folder: Path, *more: dict[str, Any]) -> SavedRun:
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        (difference(0.3, 0.2, 0.4), " Its AUROC is 0.300 [0.200, 0.400] above the surface "),
+        (
+            BASELINE | difference(0.3, 0.2, 0.4),
+            " Its AUROC is 0.300 [0.200, 0.400] above the surface ",
+        ),
         (difference(0.3, -0.01, 0.5), " It is not distinguishable from surface cues: its AUROC "),
         (difference(-0.1, -0.2, -0.05), " It is not distinguishable from surface cues: its AUROC "),
         (difference(0.3), " Its AUROC less the surface baseline's is +0.300, without an interval."),
@@ -51,6 +54,13 @@ def saved(folder: Path, *more: dict[str, Any]) -> SavedRun:
 def test_a_latent_beside_the_surface_baseline(numbers: dict[str, Any], words: str) -> None:
     assert above_surface(numbers, "known").startswith(words)
     assert above_surface(numbers, "unknown") == ""
+
+
+def test_how_far_a_latent_is_above_a_baseline_at_chance_is_left_out(tmp_path: Path) -> None:
+    at_chance = BASELINE | {"contrast/surface_auroc_test_ci_low": 0.4}
+    _, surface, known, _ = sentences(saved(tmp_path, at_chance, difference(0.3, 0.2, 0.4)))
+    assert surface.endswith("not above chance.")
+    assert "surface" not in known
 
 
 def test_the_baseline_stands_before_the_latents_that_are_compared_with_it(tmp_path: Path) -> None:
