@@ -62,6 +62,8 @@ class StreamProgram:
         self.splices: dict[int, Splice] = {}
         self.patches: dict[int, Patch] = {}
         self.tensors: dict[str, Any] = {}
+        self._kept: Tensor | None = None
+        """Rows that were kept before the tensors were built."""
 
     def add(self, row: int, op: Any, sae: SparseAutoencoder | None) -> None:
         """Take in one operation of one row."""
@@ -116,9 +118,20 @@ class StreamProgram:
                 [r in self.splices and self.splices[r].error for r in range(self.n_rows)]
             )
             made["splices"] = (gain.to(device), instead.to(device), error.to(device))
+        if self._kept is not None:
+            self._select(self._kept)
 
     def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only; patches are of the prompt and end with it."""
+        """Go on with these rows only; patches are of the prompt and end with it.
+
+        Where only generated tokens are changed, rows can end before anything was built.
+        """
+        if self.tensors:
+            self._select(chosen)
+        else:
+            self._kept = chosen if self._kept is None else self._kept[chosen]
+
+    def _select(self, chosen: Tensor) -> None:
         for name in ("added",):
             if name in self.tensors:
                 self.tensors[name] = self.tensors[name][chosen]

@@ -15,9 +15,9 @@ import numpy as np
 from saexp.errors import StoreError
 from saexp.models.loading import LanguageModel
 
-VERSION = 3
+VERSION = 4
 """Of what is stored; entries of other versions are not read. In 2, generated texts of short prompts
-could be wrong."""
+could be wrong, in 3 those with edits of generated tokens alone."""
 _LOOK_UP = 500
 """Keys per query, under SQLite's limit."""
 

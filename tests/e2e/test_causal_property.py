@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 import saexp
+from saexp.directions import random_directions
 from tests import random_models
 from tests.random_models import D_MODEL, random_hf
 from tests.saes.make import parameters, write_saelens
@@ -295,6 +296,23 @@ def span_of(row: dict[str, Any]) -> tuple[int, int] | None:
     return last_mention(row.get("prompt", row["text"]), row["entity"])
 
 
+def added(record: dict[str, Any], own: str, W_dec: torch.Tensor) -> torch.Tensor:
+    """What coefficient 1 of a condition adds; of a control, at its condition's norm."""
+    mine = W_dec[[int(latent) for latent in own.split("+")]]
+    if record["role"] != "control":
+        return mine.sum(0)
+    kind = record["control_kind"]
+    if kind.startswith("random"):
+        number = int(record["condition"].rsplit("_", 1)[1])
+        of = ("control", f"layer_{LAYER}.resid_post", record["of"])
+        direction = random_directions(number, D_MODEL, 0, *of)[-1]
+    else:
+        theirs = W_dec[[int(latent) for latent in record["latent"].split("+")]]
+        scale = mine.norm(dim=1) / theirs.norm(dim=1)
+        direction = scale @ theirs
+    return direction / direction.norm() * mine.sum(0).norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
 def test_the_causal_test_equals_a_plain_loop_of_generate(
@@ -354,7 +372,8 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
             f"cache_dir={tmp_path / 'cache'}",
         ]
     )
-    effects = saexp.run(cfg, tmp_path / "run").tables["effects"]
+    result = saexp.run(cfg, tmp_path / "run")
+    effects = result.tables["effects"]
     loop = PlainLoop(hf, tokenizer, scenario, weights["W_dec"])
     by_id = {row["id"]: row for row in rows}
     steerable = {
@@ -368,7 +387,7 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
     assert grouped & steerable <= set(baseline["example_id"])
     assert not baseline["example_id"].duplicated().any()
 
-    norms = weights["W_dec"].norm(dim=1)
+    controls = result.tables["controls"].set_index(["condition", "coefficient"])
     differing = 0
     for record in effects.to_dict("records"):
         row = by_id[record["example_id"]]
@@ -376,11 +395,11 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
         assert placed is not None
         ids, positions = placed
         delta = torch.zeros(D_MODEL)
-        if record["latent"]:
-            written = [int(latent) for latent in record["latent"].split("+")]
-            own = effects.loc[effects["condition"] == record["of"], "latent"].iloc[0].split("+")
-            scale = norms[[int(latent) for latent in own]] / norms[written]
-            delta = record["coefficient"] * scale @ weights["W_dec"][written]
+        if record["role"] != "baseline" and record["coefficient"]:
+            own = effects.loc[effects["condition"] == record["of"], "latent"].iloc[0]
+            at = record["condition"], record["coefficient"]
+            ratio = controls.loc[at, "norm_ratio"] if record["role"] == "control" else 1.0
+            delta = record["coefficient"] * ratio * added(record, own, weights["W_dec"])
         made = loop.generate(ids, delta, positions)
         expected = loop.text(made, len(ids))
         if record["generated_text"] != expected:

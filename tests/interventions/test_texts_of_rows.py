@@ -106,6 +106,27 @@ def test_guesses_longer_than_a_short_prompt_change_no_text(seed: int, batch_toke
     assert generate(model, rows, max_new_tokens=20, batch_tokens=batch_tokens) == texts
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_end_at_once_leave_the_others_their_edits(seed: int) -> None:
+    """Where only generated tokens are changed, nothing has been written when the first rows end."""
+    rng, model = np.random.default_rng(seed), LanguageModel.wrap(random_hf("llama"), tokenizer())
+    rows = [
+        Row(
+            tuple(int(t) for t in rng.integers(3, VOCABULARY, 9)),
+            (Add(AT, Vector(torch.tensor(rng.normal(size=D_MODEL)).float()), 3.0),),
+            (),
+            generated=True,
+        )
+        for _ in range(12)
+    ]
+    first = [by_plain_loop(model, row, 1)[0] for row in rows]
+    model.__dict__["eos_ids"] = tuple(set(first[::2]))
+    texts = [by_plain_loop(model, row, 6) for row in rows]
+    assert sum(not text for text in texts) >= 6
+    assert len({tuple(text) for text in texts}) >= 3
+    assert generate(model, rows, max_new_tokens=6, batch_tokens=1000) == texts
+
+
 @pytest.mark.parametrize("n_last", [1, 2, 4, 9, 30])
 def test_logits_are_those_of_each_row_s_last_tokens_counted_from_the_right(n_last: int) -> None:
     """Also where the batch is narrower than `n_last`."""
