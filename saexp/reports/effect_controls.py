@@ -120,8 +120,10 @@ def verdict(run: SavedRun, row: Any, outcome: str) -> str:
     if not used:
         return "too few matched controls for a p-value"
     p = p_words(row, outcome, n_tests(run))
-    if not is_significant(row, outcome):
+    if float(row[f"{outcome}_p_controls"]) > ALPHA:
         return f"not distinguishable from its controls ({p})"
+    if not is_significant(row, outcome):
+        p += ": not significant"
     start = row[outcome] - row[f"{outcome}_change"]
     less = all(abs(row[f"{outcome}_change"]) < (k.values - start).abs().median() for k in used)
     weaker = ", which change it more" if less else ""

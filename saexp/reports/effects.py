@@ -14,6 +14,7 @@ from saexp.reports.effect_controls import (
 )
 from saexp.reports.saved import SavedRun
 from saexp.stats.means import MIN_N as MIN_ENTITIES
+from saexp.stats.multiplicity import ALPHA
 from saexp.wording import counted, p_value_words
 
 _UNITS = {
@@ -178,8 +179,10 @@ def _beside(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> s
     significant = is_significant(row, outcome)
     compared = ""
     if significant is not None:
-        alike = "" if significant else "not distinguishable from its controls, "
-        compared = f" ({alike}{p_words(row, outcome, n_tests(run))})"
+        shown = "" if significant else ": not significant"
+        if float(row[f"{outcome}_p_controls"]) > ALPHA:
+            shown = ": not distinguishable from its controls"
+        compared = f" ({p_words(row, outcome, n_tests(run))}{shown})"
     return f"; {_words(outcome)} {_change(row, before, outcome)}{compared}"
 
 

@@ -132,9 +132,9 @@ def test_the_p_value_after_holm_decides(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "effects_summary.parquet")
     saved = change(tmp_path, outcomes=["refusal", "answered"])
     assert sentences(saved)[-1] == (
-        f"{STEERED}; not distinguishable from its controls (rank p = 0.02, 0.08 after Holm over 2 "
-        "tests); answered 0.80 -> 0.30 [0.20, 0.30] (rank p = 0.02, 0.04 after Holm over 2 tests)."
-        f"{CONTROLS}"
+        f"{STEERED}; below all its controls (rank p = 0.02, 0.08 after Holm over 2 tests: not "
+        "significant); answered 0.80 -> 0.30 [0.20, 0.30] (rank p = 0.02, 0.04 after Holm over 2 "
+        f"tests).{CONTROLS}"
     )
 
 
