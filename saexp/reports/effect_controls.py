@@ -160,4 +160,7 @@ def _unused(run: SavedRun, kind: KindOfControl) -> str:
     caliper = float(run.config["intervention"].get(option) or 0)
     ratios = kind.distances[column].dropna()
     median = f", median ratio {ratios.median():.2g}" if len(ratios) else ""
-    return f"{kind.words} not used, {n_matched} of {n} within a factor of {caliper:g}{of}{median}"
+    return (
+        f"{kind.words} not used, {n_matched} of {n} within a factor of {caliper:g}{of}{median} "
+        f"({MIN_CONTROLS} are needed)"
+    )

@@ -160,7 +160,7 @@ def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path:
     found = headline(tmp_path).splitlines()[-1]
     assert found == (
         f"{FOUND[:-1]}; sets of frequency-matched latents not used, 3 of 40 within a factor of 2 "
-        "in activation frequency, median ratio 4.1."
+        "in activation frequency, median ratio 4.1 (19 are needed)."
     )
     few = controls().assign(matched=controls()["condition"].isin(["control_0", "control_2"]))
     few.to_parquet(tmp_path / "controls.parquet")
