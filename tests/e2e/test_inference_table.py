@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "validation"
 
-KNOWN_SHORT = {"rate; n=10, value=0.99", "change of a rate; n=10, value=0.99"}
+KNOWN_SHORT = {"rate; n=10, value=0.99"}
 """Coverages below 0.92 that the docs explain."""
 
 
