@@ -8,7 +8,7 @@ from scipy import sparse
 
 from saexp.analysis.judging import placements
 from saexp.analysis.statistics import stratified_rank_test, stratum_weights
-from saexp.stats.proportions import Interval, stratified_auroc_interval
+from saexp.stats.proportions import Interval, mover, stratified_auroc_interval
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,9 @@ def auroc_difference(
 def difference_of_aurocs(own: Auroc, other: Auroc, correlation: float) -> Interval:
     """Interval of own - other from each AUROC with its interval, and their correlation.
 
-    MOVER, the method of variance estimates recovery (Zou 2007, Psychological Methods 12:399): keeps
-    the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
+    It keeps the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
     """
-    difference = own.value - other.value
-    (low, high), (low_other, high_other) = own.interval, other.interval
-    below, above = (
-        np.sqrt(np.maximum(x**2 - 2 * correlation * x * y + y**2, 0.0))
-        for x, y in (
-            (own.value - low, high_other - other.value),
-            (high - own.value, other.value - low_other),
-        )
-    )
-    return Interval(np.maximum(difference - below, -1.0), np.minimum(difference + above, 1.0))
+    return mover(own.value, own.interval, other.value, other.interval, correlation)
 
 
 def auroc_correlation(

@@ -69,14 +69,26 @@ def difference_interval(
     a, b = wilson(k_first, n_first, confidence), wilson(k_second, n_second, confidence)
     first = np.asarray(k_first, float) / np.maximum(n_first, 1)
     second = np.asarray(k_second, float) / np.maximum(n_second, 1)
-    return _hybrid(first, a, second, b)
+    return mover(first, a, second, b)
 
 
-def _hybrid(first: np.ndarray, a: Interval, second: np.ndarray, b: Interval) -> Interval:
-    """Limits of first - second from those of each, which are independent (Newcombe 1998a)."""
+def mover(
+    first: Float[np.ndarray, "..."] | float,
+    a: Interval,
+    second: Float[np.ndarray, "..."] | float,
+    b: Interval,
+    correlation: float = 0.0,
+) -> Interval:
+    """Interval of first - second from the limits of each and the correlation of the estimates.
+
+    The method of variance estimates recovery (Zou 2007, Psychological Methods 12:399), of which
+    Newcombe's hybrids are cases. Both quantities lie in [0, 1].
+    """
+    below, above = (
+        np.sqrt(np.maximum(x**2 - 2 * correlation * x * y + y**2, 0.0))
+        for x, y in ((first - a.low, b.high - second), (a.high - first, second - b.low))
+    )
     difference = first - second
-    below = np.hypot(first - a.low, b.high - second)
-    above = np.hypot(a.high - first, second - b.low)
     return Interval(np.maximum(difference - below, -1.0), np.minimum(difference + above, 1.0))
 
 
@@ -103,7 +115,7 @@ def separation_interval(
         _modified_wilson(rate, n, confidence)
         for rate, n in zip((first, second), sizes, strict=True)
     ]
-    found = _hybrid(first, limits[0], second, limits[1])
+    found = mover(first, limits[0], second, limits[1])
     return _without_small_groups(found, n_first, n_second)
 
 
@@ -153,12 +165,8 @@ def paired_difference_interval(
         excess = a * d - b * c
         corrected = max(excess - n / 2, 0.0) if excess > 0 else excess
         phi = corrected / np.sqrt(margins)
-    low_1, high_1 = first - float(one.low), float(one.high) - first
-    low_2, high_2 = second - float(two.low), float(two.high) - second
-    below = np.sqrt(max(low_1**2 - 2 * phi * low_1 * high_2 + high_2**2, 0.0))
-    above = np.sqrt(max(high_1**2 - 2 * phi * high_1 * low_2 + low_2**2, 0.0))
-    difference = first - second
-    return float(max(difference - below, -1.0)), float(min(difference + above, 1.0))
+    low, high = mover(first, one, second, two, phi)
+    return float(low), float(high)
 
 
 def paired_change_interval(
