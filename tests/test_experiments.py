@@ -15,9 +15,12 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     p.parent.name if p.stem == "run" else p.stem: p
     for p in sorted((ROOT / "experiments").glob("*/*.sh"))
-    if p.parent.name != "tiny_lm"
+    if p.parent.name not in ("tiny_lm", "validation")
 }
-"""A study's run.sh under the study's name, any other of its scripts under its own."""
+"""A study's run.sh under the study's name, any other of its scripts under its own.
+
+The simulations of `validation` run in tests/e2e/test_inference_table.py.
+"""
 SMALL = (
     "analyzer.n_bootstrap=10 intervention.n_prompts=8 intervention.n_choice_prompts=4 "
     "intervention.n_controls=1 intervention.max_new_tokens=6 intervention.top_k=1"

@@ -16,7 +16,7 @@ run() { "$python" -m saexp "$@"; }
   run -m $study layer="$layers" intervention=none analyzer.attribution=false hydra.sweep.dir="$out/layers"
   # Steering with all controls; answers, cost, attention, attribution. 12 effects are tested, so that a p-value of 1/250
   # is the smallest that can be significant with room to spare.
-  run $study layer="$layer" intervention.n_controls="${N_CONTROLS:-249}" hydra.run.dir="$out/steer"
+  run intervention.n_controls=249 $study layer="$layer" hydra.run.dir="$out/steer"
   # The same latents silenced on their own group's prompts; moved to the other group's values.
   run $study layer="$layer" intervention=ablate intervention.outcomes='[refusal,accuracy,answer_logit,neutral_kl]' \
     intervention.directions='[latents]' hydra.run.dir="$out/ablate"
