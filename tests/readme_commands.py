@@ -96,7 +96,7 @@ ELSEWHERE = {
         "tests/e2e/test_inference_table.py::test_a_quick_run_measures_and_goes_on_with_what_is_missing"
     ),
     "python -m saexp -m experiment=entity_recognition layer=0,1,2,3,4 intervention=none": _STUDY,
-    "python -m saexp experiment=entity_recognition layer=2": _STUDY,
+    "python -m saexp experiment=entity_recognition layer=2 intervention.n_controls=249": _STUDY,
     "python -m saexp experiment=entity_recognition layer=2 intervention=patch "
     "'intervention.directions=[latents]'": _STUDY,
     "python -m saexp experiment=entity_recognition layer=2 analyzer=probe intervention=none": (
