@@ -50,15 +50,15 @@ def attention_tables(
     the weights is compared with the model's own weights. Raises InterventionError where no prompt
     has an entity.
     """
-    told = [c for c in conditions if c.role in _TOLD]
-    told = told or [c for c in conditions if c.role == "single"]
+    reported = [c for c in conditions if c.role in _TOLD]
+    reported = reported or [c for c in conditions if c.role == "single"]
     heads: list[pd.DataFrame] = []
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float | int | None] = {}
     stored: dict[Any, np.ndarray] = {}
     family = [
         (c, m)
-        for m in told
+        for m in reported
         for c in conditions
         if m.name in (c.name, c.of) and c.tried(_chosen_number(m, chosen, coefficients))
     ]

@@ -83,22 +83,24 @@ def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]
     """Per direction the best cell and its effects (read from the `folder`); of trained SAEs, the
     range of their quality."""
     done = table[table["status"] == "finished"]
-    told = []
+    sentences = []
     if "train/n_steps" in done and len(done):
         explained = done["reconstruction/explained_variance"]
-        told.append(
+        sentences.append(
             f"{len(done)} SAEs trained: explained variance {explained.min():.3f} to "
             f"{explained.max():.3f}, L0 {done['sparsity/l0'].min():.1f} to "
             f"{done['sparsity/l0'].max():.1f} on held-out texts."
         )
     if "check/begins_with_bos" in done and done["check/begins_with_bos"].nunique() > 1:
-        told.append(
+        sentences.append(
             "In some cells texts begin with BOS and in others not, as their SAEs were trained "
             "(column check/begins_with_bos of sweep.parquet): compare those that are alike."
         )
     for group in groups_of(done):
-        told.append(_best_sentence(done, group))
-    return told + ([] if folder is None else effect_findings(effects_table(Path(folder), done)))
+        sentences.append(_best_sentence(done, group))
+    return sentences + (
+        [] if folder is None else effect_findings(effects_table(Path(folder), done))
+    )
 
 
 def _best_sentence(done: pd.DataFrame, group: str) -> str:
@@ -109,18 +111,18 @@ def _best_sentence(done: pd.DataFrame, group: str) -> str:
     if best is None and rival is None:
         return f"{group}: no cell selects a latent."
     named = swept(done)
-    told = "no cell with a trained SAE selects a latent" if best is None else ""
+    words = "no cell with a trained SAE selects a latent" if best is None else ""
     if best is not None:
-        told = (
+        words = (
             f"best at {cell_words(best, named)} (chosen on the train split): latent "
             f"{_held_out(best, group)}"
         )
     if rival is not None:
-        told += (
+        words += (
             f"; the best of the control SAEs ({rival[CONTROL]}), {cell_words(rival, named)}: "
             f"latent {_held_out(rival, group)}"
         )
-    return f"{group}: {told}{_n_above_chance(done[~is_control], group)}."
+    return f"{group}: {words}{_n_above_chance(done[~is_control], group)}."
 
 
 def _n_above_chance(cells: pd.DataFrame, group: str) -> str:
@@ -153,10 +155,10 @@ def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
 def _held_out(cell: pd.Series, group: str) -> str:
     key = f"contrast/best_auroc_{group}"
     latent = int(cell[f"contrast/best_latent_{group}"])
-    told = f"{latent}, held-out AUROC {cell[f'{key}_test']:.3f}{_interval(cell, key)}"
+    words = f"{latent}, held-out AUROC {cell[f'{key}_test']:.3f}{_interval(cell, key)}"
     p_value = cell.get(f"contrast/best_p_value_{group}_test")
     known = None if p_value is None or pd.isna(p_value) else float(p_value)
-    return told + at_chance_words(float(cell[f"{key}_test"]), known)
+    return words + at_chance_words(float(cell[f"{key}_test"]), known)
 
 
 def _interval(row: pd.Series, key: str) -> str:
