@@ -12,9 +12,9 @@ import torch
 
 import saexp
 from saexp.activations import cache
-from saexp.activations.files import locked
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
+from saexp.files import locked
 from saexp.models.hookpoints import Hookpoint
 from tests.reports.left import command
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from saexp.activations.files import cannot_write, show_bytes, try_lock
 from saexp.activations.joined import damaged_joined
 from saexp.activations.leases import USED, users
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, StoreError
+from saexp.files import cannot_write, show_bytes, try_lock
 from saexp.models.hookpoints import Hookpoint
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

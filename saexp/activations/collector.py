@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from saexp.activations.files import free_bytes, show_bytes, try_lock
 from saexp.activations.forward import TokenBudget, forward, units
 from saexp.activations.job import Ahead, ShardJob
 from saexp.activations.joined import drop_damaged
@@ -22,6 +21,7 @@ from saexp.config import StoreConfig
 from saexp.context import progress
 from saexp.data.positions import Placement
 from saexp.errors import ModelError, StoreError
+from saexp.files import free_bytes, show_bytes, try_lock
 from saexp.models.context_length import context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel, pick_dtype

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saexp.activations.files import cannot_write, intact, locked, write_atomically
+from saexp.activations.files import intact
+from saexp.files import cannot_write, locked, write_atomically
 
 
 def joined_name(entries: Mapping[str, Mapping[str, Any]]) -> str:

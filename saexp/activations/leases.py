@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from saexp.activations.files import locked, try_lock
 from saexp.errors import StoreError
+from saexp.files import locked, try_lock
 
 log = logging.getLogger(__name__)
 

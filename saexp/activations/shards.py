@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import cannot_write, put_in_place
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
+from saexp.files import cannot_write, put_in_place
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -17,19 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import (
-    intact,
-    locked,
-    read_manifest,
-    write_atomically,
-    write_json,
-)
+from saexp.activations.files import intact, read_manifest
 from saexp.activations.joined import join, join_elsewhere, joined_name
 from saexp.activations.leases import USED, Marked
 from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
+from saexp.files import locked, write_atomically, write_json
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)

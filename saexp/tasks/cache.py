@@ -8,10 +8,10 @@ import pandas as pd
 
 from saexp.activations import cache
 from saexp.activations.compare import differences, headline
-from saexp.activations.files import show_bytes
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
+from saexp.files import show_bytes
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 from saexp.tasks.saving import write_provenance, write_result

@@ -5,8 +5,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saexp.activations.files import try_lock
 from saexp.errors import StoreError
+from saexp.files import try_lock
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}

@@ -1,6 +1,7 @@
 """The files a run leaves: metrics, tables, provenance. The report renders from these alone."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
+from saexp.files import RUN_FOLDER, write_atomically, write_json
 from saexp.results import TaskResult
 
 _PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hydra-core")
@@ -64,9 +66,8 @@ def note_written(context: RunContext, names: Iterable[str]) -> None:
     if not context.began_writing:
         clear(folder, context.inputs)
         context.began_writing = True
-    temporary = folder / f"{_WRITTEN}.tmp"
-    _write_json(temporary, sorted({*_written(folder), *names}))
-    temporary.replace(folder / _WRITTEN)
+    listed = sorted({*_written(folder), *names})
+    write_json(folder / _WRITTEN, listed, option=RUN_FOLDER)
 
 
 def note_pages(context: RunContext, since: float) -> None:
@@ -93,9 +94,13 @@ def write_result(context: RunContext, result: TaskResult) -> None:
     """metrics.json and a parquet file per table; may be called again as a run goes on."""
     folder = context.folder
     note_written(context, ["metrics.json", *(f"{name}.parquet" for name in result.tables)])
-    _write_json(folder / "metrics.json", result.metrics)
+    write_json(folder / "metrics.json", result.metrics, option=RUN_FOLDER)
     for name, table in result.tables.items():
-        table.to_parquet(folder / f"{name}.parquet", index=False)
+        write_atomically(
+            folder / f"{name}.parquet",
+            functools.partial(table.to_parquet, index=False),
+            option=RUN_FOLDER,
+        )
 
 
 def skips_table(skips: list[Skip]) -> pd.DataFrame:
@@ -109,7 +114,7 @@ def write_provenance(
     """provenance.json: how the run came about."""
     note_written(context, ["provenance.json"])
     versions = {p: metadata.version(p) for p in _PACKAGES}
-    _write_json(
+    write_json(
         context.folder / "provenance.json",
         {
             "saexp_version": versions["saexp"],
@@ -129,9 +134,5 @@ def write_provenance(
             "skips": dict(Counter(s.reason for s in skips)),
             **about,
         },
+        option=RUN_FOLDER,
     )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")

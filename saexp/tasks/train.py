@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.activations.files import locked
 from saexp.activations.reader import ShuffledReader
 from saexp.config import RunConfig, parse_layers, parse_width
 from saexp.config.training import SAETrainerConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
+from saexp.files import locked
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.summary import moments
 from saexp.models.hookpoints import Hookpoint

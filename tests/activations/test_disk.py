@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from saexp.activations import collector
-from saexp.activations.files import show_bytes
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
+from saexp.files import show_bytes
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import (
     POSTS,
