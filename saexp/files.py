@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,9 +16,14 @@ from safetensors import SafetensorError
 
 from saexp.errors import StoreError
 
+log = logging.getLogger(__name__)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CACHE, RUN_FOLDER = "cache_dir=", "hydra.run.dir="
 """Settings that choose the folder of the cache, and of a run."""
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_reported: set[Path] = set()
+"""Cache directories of which `is_writable` has warned."""
 _ATTEMPTS = 3
 """How often a lock is tried whose folder another process takes away."""
 
@@ -61,6 +67,33 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def is_writable(cache_dir: str | Path) -> bool:
+    """Whether the cache directory can be written; False, and one warning per process, where it is
+    on a read-only file system or access is denied.
+
+    A file is made and removed there, because root passes `os.access`. A full disk counts as
+    writable: what is written next reports it. Raises StoreError for a path that is no folder.
+    """
+    folder = Path(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=".tmp-", dir=folder):
+            return True
+    except OSError as error:
+        if disk_is_full(error):
+            return True
+        if error.errno not in _READ_ONLY:
+            raise cannot_write(folder, error) from error
+        reason = error.strerror
+    if folder.absolute() not in _reported:
+        _reported.add(folder.absolute())
+        log.warning(
+            "cache_dir=%s cannot be written: what this run computes is not kept (%s)",
+            *(cache_dir, reason),
+        )
+    return False
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
