@@ -23,7 +23,7 @@ CACHE, RUN_FOLDER = "cache_dir=", "hydra.run.dir="
 """Settings that choose the folder of the cache, and of a run."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _reported: set[Path] = set()
-"""Cache directories of which `is_writable` has warned."""
+"""Cache directories of which `report_read_only` has warned."""
 _ATTEMPTS = 3
 """How often a lock is tried whose folder another process takes away."""
 
@@ -86,14 +86,19 @@ def is_writable(cache_dir: str | Path) -> bool:
             return True
         if error.errno not in _READ_ONLY:
             raise cannot_write(folder, error) from error
-        reason = error.strerror
-    if folder.absolute() not in _reported:
-        _reported.add(folder.absolute())
+        report_read_only(cache_dir, error.strerror)
+    return False
+
+
+def report_read_only(cache_dir: str | Path, reason: str) -> None:
+    """Warn that nothing can be kept in the cache directory, once per process."""
+    folder = Path(cache_dir).absolute()
+    if folder not in _reported:
+        _reported.add(folder)
         log.warning(
             "cache_dir=%s cannot be written: what this run computes is not kept (%s)",
             *(cache_dir, reason),
         )
-    return False
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Marks of the processes that use a store, so that pruning leaves it alone.
+"""Marks of the processes that use a store, so that pruning leaves it alone, or that compute rows.
 
 <store>/.users/<host>-<pid>-<random>.lock: its process holds it locked, so that the operating system
 frees it however that process ends. Marks are made and looked at under the store's `.create.lock`.
@@ -92,13 +92,25 @@ def users(store: Path) -> list[str]:
     """`pid 4711 on host` of each process that uses the store; marks of dead ones are removed."""
     found = []
     for path in sorted((store / FOLDER).glob("*.lock")):
-        host, pid, _ = path.stem.rsplit("-", 2)
-        if _is_held(path) or (host != _host() and _is_young(path)):
-            found.append(f"pid {pid} on {host}")
+        if is_alive(path):
+            found.append(process_of(path))
             continue
         with suppress(OSError):
             path.unlink(missing_ok=True)
     return found
+
+
+def process_of(mark: Path) -> str:
+    """`pid 4711 on host`: the process that left a mark."""
+    host, pid, _ = mark.stem.rsplit("-", 2)
+    return f"pid {pid} on {host}"
+
+
+def is_alive(mark: Path) -> bool:
+    """Whether the process that left a mark may still be running."""
+    if not mark.exists():
+        return False
+    return _is_held(mark) or (mark.stem.rsplit("-", 2)[0] != _host() and _is_young(mark))
 
 
 def _is_held(path: Path) -> bool:

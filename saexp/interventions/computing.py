@@ -1,7 +1,8 @@
 """Results of many rows: generations, logits, divergences; each row computed once, in batches."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from saexp.interventions.batch import SAEs
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.guessing import LOGIT_BYTES, Guessing
 from saexp.interventions.ops import Row
+from saexp.interventions.sharing import Compute, shared
 from saexp.models.context_length import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original
@@ -28,6 +30,7 @@ _MOST_TOKENS_CPU = 16384
 
 Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
 """What is kept of a row's logits at its last `n_last` tokens (float32)."""
+Batches = Generator[list[tuple[Row, np.ndarray]], None, None]
 
 
 def batch_tokens_for(model: LanguageModel, asked: int | str) -> int:
@@ -48,30 +51,48 @@ def _computed(
     what: str,
     kind: str,
     cache: ResultCache | None,
-    compute: Callable[[list[Row]], Iterator[list[tuple[Row, np.ndarray]]]],
+    compute: Compute[Row],
 ) -> list[np.ndarray]:
-    """One result per row: equal rows once, and not at all where the cache has them."""
+    """One result per row: equal rows once, and not at all where the cache has them or another
+    process computes them."""
     places: dict[tuple[Any, ...], int] = {}
     at = [places.setdefault(row.key, len(places)) for row in rows]
-    done = cache.get(kind, places) if cache is not None else {}
     first = dict(zip(reversed(at), reversed(rows), strict=True))
-    missing = [first[i] for key, i in places.items() if key not in done]
-    with progress(len(missing), what, "prompt") as bar:
-        for batch in compute(missing):
-            made = [(row.key, values) for row, values in batch]
-            done.update(made)
-            if cache is not None:
-                cache.put(kind, made)
-            bar.update(len(batch))
+    keys = [cache.key(kind, key) if cache else repr(i).encode() for key, i in places.items()]
+    results = cache.get(keys) if cache else {}
+    missing = {key: first[i] for i, key in enumerate(keys) if key not in results}
+    n_missing = n_computed = len(missing)
+    with progress(n_missing, what, "prompt") as bar:
+        if cache:
+            n_computed = 0
+            with closing(shared(cache, _by_prompt(missing), compute)) as batches:
+                for batch, computed_here in batches:
+                    results.update(batch)
+                    n_computed += len(batch) if computed_here else 0
+                    bar.update(len(batch))
+        else:
+            key_of = {id(row): key for key, row in missing.items()}
+            for part in compute(list(missing.values())):
+                results.update((key_of[id(row)], values) for row, values in part)
+                bar.update(len(part))
+    elsewhere = n_missing - n_computed
     log.info(
-        "%s: %d rows, %d computed, %d were stored",
+        "%s: %d rows, %d computed, %s%d were stored",
         what,
         len(rows),
-        len(missing),
-        len(places) - len(missing),
+        n_computed,
+        f"{elsewhere} by other processes, " if elsewhere else "",
+        len(places) - n_missing,
     )
-    results = [done[key] for key in places]
-    return [results[i] for i in at]
+    return [results[keys[i]] for i in at]
+
+
+def _by_prompt(rows: Mapping[bytes, Row]) -> dict[bytes, Row]:
+    """Rows of one prompt side by side, so that they are computed by one process."""
+    places: dict[tuple[int, ...], int] = {}
+    for row in rows.values():
+        places.setdefault(row.ids, len(places))
+    return dict(sorted(rows.items(), key=lambda item: places[item[1].ids]))
 
 
 def generate(
@@ -94,7 +115,7 @@ def generate(
     `max_new_tokens`.
     """
 
-    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+    def compute(missing: list[Row]) -> Batches:
         longest = max((len(row.ids) for row in missing), default=0)
         check_positions(model, longest, max_new_tokens, key)
         for batch in Guessing(model, saes or {}, max_new_tokens, batch_tokens).run(missing):
@@ -122,7 +143,7 @@ def read_logits(
     for a prompt that is longer than the model has positions.
     """
 
-    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+    def compute(missing: list[Row]) -> Batches:
         check_positions(model, max((len(row.ids) for row in missing), default=0))
         wanted = [1 if n_last is None else n_last(row) for row in missing]
         vocabulary = int(model.text_config.vocab_size)
@@ -151,7 +172,7 @@ def divergences(
     Every token but the first counts (the first is the BOS where the tokenizer has one).
     """
 
-    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+    def compute(missing: list[Row]) -> Batches:
         of_prompt: dict[tuple[int, ...], list[Row]] = {}
         for row in missing:
             of_prompt.setdefault(row.ids, []).append(row)
@@ -181,7 +202,7 @@ def weight_divergences(
 ) -> list[float]:
     """As `divergences`, of the model's weights as they are now from those inside `original()`."""
 
-    def compute(missing: list[Row]) -> Iterator[list[tuple[Row, np.ndarray]]]:
+    def compute(missing: list[Row]) -> Batches:
         longest = max((len(row.ids) for row in missing), default=1)
         most = _scored_at_once(model, longest, batch_tokens)
         for numbers in engine.in_batches(model, missing, None, batch_tokens, most):

@@ -1,7 +1,7 @@
 """Which latents are worth steering: their scores, and their attribution to answers."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from saexp.data.tokens import tokenize
 from saexp.errors import SAEError
 from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.prompts import choose_prompts, placed_prompts
+from saexp.interventions.sharing import shared
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED
@@ -126,17 +127,18 @@ def _kept(
     compute: Callable[[list[int]], np.ndarray],
 ) -> dict[int, float]:
     """A score by latent: from the cache, the missing ones computed."""
-    keys = {(latent,): latent for latent in latents}
-    found = cache.get(kind, keys) if cache else {}
-    if missing := [latent for key, latent in keys.items() if key not in found]:
-        made = [
-            ((latent,), np.array([value]))
-            for latent, value in zip(missing, compute(missing), strict=True)
-        ]
-        found |= dict(made)
-        if cache:
-            cache.put(kind, made)
-    return {latent: float(found[key][0]) for key, latent in keys.items()}
+    if cache is None:
+        return dict(zip(latents, compute(latents).tolist(), strict=True))
+
+    def batches(missing: list[int]) -> Generator[list[tuple[int, np.ndarray]], None, None]:
+        yield [(latent, np.array([v])) for latent, v in zip(missing, compute(missing), strict=True)]
+
+    keys = {cache.key(kind, (latent,)): latent for latent in latents}
+    results = cache.get(keys)
+    missing = {key: latent for key, latent in keys.items() if key not in results}
+    for batch in shared(cache, missing, batches):
+        results.update(batch.results)
+    return {latent: float(results[key][0]) for key, latent in keys.items()}
 
 
 def _neutral_prompts(cfg: RunConfig, model: LanguageModel) -> list[tuple[int, ...]]:

@@ -1,0 +1,266 @@
+"""Rows that several processes need are computed by one of them.
+
+Table `claims` of the results' database has a row for each process that computes or waits: its
+owner, named like the mark that it holds locked while it lives (`saexp.activations.leases`); the
+first 8 bytes of the key of each row that it computes, none while it waits; a number that grows with
+each batch; and the process that it asks for a part of its rows. A process claims all rows that
+nobody else has, so that one alone works as if there were no claims, and gives a part of what is
+left to those that ask. It holds no claim while it waits, so that no two wait for each other.
+"""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import UInt64
+
+from saexp.activations.leases import FOLDER, Lease, is_alive, process_of
+from saexp.errors import StoreError
+from saexp.interventions.cache import ResultCache
+from saexp.interventions.database import Connection, LockedError
+
+log = logging.getLogger(__name__)
+
+STALLED_SECONDS = 600.0
+"""The rows of a living process that has finished none for so long are free."""
+_POLL_SECONDS = 0.1
+_CHECK_SECONDS = 1.0
+"""How often a process' mark is looked at."""
+_READ_SECONDS = 2.0
+"""How often what others have finished is read while this process waits."""
+_LEAST_SECONDS = 1.0
+"""Rows that take less are not divided."""
+_MARK = re.compile(r"[\w.]+-\d+-[0-9a-f]+\.lock")
+
+T = TypeVar("T")
+Numbers = UInt64[np.ndarray, " n"]
+Compute = Callable[[list[T]], Generator[list[tuple[T, np.ndarray]], None, None]]
+"""Results of items, batch by batch in any order."""
+
+
+class Batch(NamedTuple):
+    """Results by key."""
+
+    results: list[tuple[bytes, np.ndarray]]
+    computed_here: bool
+
+
+def shared(
+    cache: ResultCache, items: Mapping[bytes, T], compute: Compute[T]
+) -> Generator[Batch, None, None]:
+    """Results of all items by key: computed here, or read where another process computes them.
+
+    None of them is stored, as far as `cache.get` has seen last. Items that are best computed
+    together, such as rows of one prompt, stand side by side.
+    """
+    left = dict(items)
+    claims = _Claims(cache)
+    try:
+        while left:
+            claims.take(list(left))
+            stored = cache.get(left) if claims.others_wrote else {}
+            for key in stored:
+                del left[key]
+            if stored:
+                yield Batch(list(stored.items()), computed_here=False)
+            if not claims.mine and left:
+                time.sleep(_POLL_SECONDS)
+            while todo := {key: left[key] for key in claims.mine if key in left}:
+                with closing(_batches(claims, todo, compute)) as batches:
+                    for results in batches:
+                        for key, _ in results:
+                            del left[key]
+                        yield Batch(results, computed_here=True)
+    finally:
+        claims.close()
+
+
+def _batches(
+    claims: "_Claims", todo: Mapping[bytes, T], compute: Compute[T]
+) -> Generator[list[tuple[bytes, np.ndarray]], None, None]:
+    """Compute and store batches, until all are done or fewer are claimed than are left."""
+    key_of = {id(item): key for key, item in todo.items()}
+    remaining = dict.fromkeys(todo)
+    began = time.monotonic()
+    with closing(compute(list(todo.values()))) as batches:
+        for batch in batches:
+            results = [(key_of[id(item)], values) for item, values in batch]
+            for key, _ in results:
+                del remaining[key]
+            claims.store(results, any_left=bool(remaining))
+            yield results
+            seconds_each = (time.monotonic() - began) / max(len(todo) - len(remaining), 1)
+            if claims.n_asking and len(remaining) * seconds_each >= _LEAST_SECONDS:
+                claims.divide(list(remaining))
+                if len(claims.mine) < len(remaining):
+                    return
+            if claims.lost:
+                return
+
+
+class _Other(NamedTuple):
+    """A process in the table of claims."""
+
+    owner: str
+    numbers: Numbers
+    asks: str
+
+
+class _Claims:
+    """This process' row in the table of claims, from the first `take` to `close`."""
+
+    def __init__(self, cache: ResultCache) -> None:
+        self.cache, self.folder = cache, cache.path.parent / FOLDER
+        self.mine: list[bytes] = []
+        """Keys of the rows to compute here."""
+        self.n_asking = 0
+        """Processes that ask for a part of them."""
+        self.lost = False
+        """Whether others have taken them, because this process seemed to stand still."""
+        self.others_wrote = False
+        """Whether others have written since results were read, at the last `take`."""
+        self._lease = Lease.take(cache.path.parent) if cache.database.writable else None
+        self._owner = self._lease.path.name if self._lease else ""
+        self._steps = 0
+        self._read_at = -math.inf
+        self._seen: dict[str, tuple[int, float]] = {}
+        """Of other processes: number of steps, and when that was first seen."""
+        self._looked_at: dict[str, float] = {}
+        """When the mark of another process was last seen to be held."""
+        self._waits = False
+
+    def take(self, keys: Sequence[bytes]) -> None:
+        """Claim those of `keys` that no living process has; where there are none, ask for some."""
+        self.lost, self.n_asking, self.mine = False, 0, list(keys)
+        self.others_wrote = False
+        if not self._owner:
+            return
+        with suppress(LockedError):
+            self.cache.database.write(lambda connection: self._take(connection, keys))
+
+    def _take(self, connection: Connection, keys: Sequence[bytes]) -> None:
+        others = self._living(connection)
+        numbers = _numbers(keys)
+        claimed = [np.isin(numbers, other.numbers) for other in others]
+        free = ~np.any(claimed, axis=0) if claimed else np.ones(len(keys), dtype=bool)
+        changed = self.cache.version(connection) != self.cache.read_version
+        if free.any():
+            owners = [other.owner for other in others]
+            # Those that were given rows, or that waited for a dead process, want some of these.
+            n_waiting = sum(not len(o.numbers) and o.asks not in owners for o in others)
+            self.mine = [key for key, is_free in zip(keys, free, strict=True) if is_free]
+            self.mine = self.mine[: math.ceil(len(self.mine) / (1 + n_waiting))]
+            self._list(connection, self.mine, "")
+            self._waits, self.others_wrote = False, changed
+            return
+        self.mine = []
+        # A process that was asked and has given none of these rows is asked again.
+        asked = others[int(np.argmax([part.sum() for part in claimed]))]
+        self._list(connection, [], asked.owner)
+        now = time.monotonic()
+        if not self._waits:
+            mark = self.folder / asked.owner
+            log.info("waiting for %s, which computes rows of this run", process_of(mark))
+            self._waits = True
+        if changed and now - self._read_at > _READ_SECONDS:
+            self._read_at, self.others_wrote = now, True
+
+    def _list(self, connection: Connection, keys: Sequence[bytes], asks: str) -> None:
+        """Write this process' row, unless it is there."""
+        row = (self._owner, _numbers(keys).tobytes(), asks)
+        same = "select 1 from claims where owner = ? and keys = ? and asks = ?"
+        if connection.execute(same, row).fetchall():
+            return
+        self._steps += 1
+        connection.execute(
+            "insert or replace into claims (owner, keys, asks, steps) values (?, ?, ?, ?)",
+            (*row, self._steps),
+        )
+
+    def store(self, results: Sequence[tuple[bytes, np.ndarray]], *, any_left: bool) -> None:
+        """Keep a batch; with the last of them the claim ends."""
+        if not self._owner:
+            self.cache.put(results)
+            return
+        self._steps += 1
+
+        def step(connection: Connection) -> None:
+            if not any_left:
+                connection.execute("delete from claims where owner = ?", (self._owner,))
+                return
+            update = "update claims set steps = ? where owner = ? and length(keys) > 0"
+            self.lost = not connection.execute(update, (self._steps, self._owner)).rowcount
+            asking = "select count(*) from claims where asks = ?"
+            (self.n_asking,) = connection.execute(asking, (self._owner,)).fetchone()
+
+        self.cache.put(results, step)
+
+    def divide(self, remaining: Sequence[bytes]) -> None:
+        """Keep a part of the rows that are left, and leave as large a part to each that asks."""
+
+        def step(connection: Connection) -> None:
+            asking = [o for o in self._living(connection) if o.asks == self._owner]
+            if asking:
+                self.mine = list(remaining[: math.ceil(len(remaining) / (1 + len(asking)))])
+                self._list(connection, self.mine, "")
+                update = "update claims set asks = '' where asks = ?"
+                connection.execute(update, (self._owner,))
+
+        self.mine = list(remaining)
+        with suppress(LockedError):
+            self.cache.database.write(step)
+
+    def close(self) -> None:
+        """Give up what is claimed, and take the mark away."""
+        if self._lease is None:
+            return
+        remove = "delete from claims where owner = ?"
+        with suppress(StoreError):
+            self.cache.database.write(lambda c: c.execute(remove, (self._owner,)).rowcount)
+        self._lease.release()
+
+    def _living(self, connection: Connection) -> list[_Other]:
+        """Other processes; the rows of those that have ended or stand still are removed."""
+        query = "select owner, keys, steps, asks from claims where owner != ?"
+        others = []
+        for owner, keys, steps, asks in connection.execute(query, (self._owner,)).fetchall():
+            is_row = isinstance(keys, bytes) and _MARK.fullmatch(str(owner)) is not None
+            if is_row and self._lives(owner) and not (keys and self._stands_still(owner, steps)):
+                numbers = np.frombuffer(keys[: len(keys) // 8 * 8], dtype=np.uint64)
+                others.append(_Other(owner, numbers, asks))
+            else:
+                connection.execute("delete from claims where owner = ?", (owner,))
+        return others
+
+    def _lives(self, owner: str) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at.get(owner, -math.inf) > _CHECK_SECONDS:
+            if not is_alive(self.folder / owner):
+                return False
+            self._looked_at[owner] = now
+        return True
+
+    def _stands_still(self, owner: str, steps: int) -> bool:
+        now = time.monotonic()
+        seen, since = self._seen.get(owner, (None, now))
+        if seen != steps:
+            self._seen[owner] = steps, now
+            return False
+        if now - since <= STALLED_SECONDS:
+            return False
+        log.warning(
+            "%s has finished no row for %.0f s; its rows are computed here",
+            *(process_of(Path(owner)), STALLED_SECONDS),
+        )
+        return True
+
+
+def _numbers(keys: Sequence[bytes]) -> Numbers:
+    """The first 8 bytes of each key."""
+    return np.frombuffer(b"".join(key[:8] for key in keys), dtype=np.uint64)
