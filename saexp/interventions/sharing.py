@@ -200,6 +200,8 @@ class _Claims:
             (self.n_asking,) = connection.execute(asking, (self._owner,)).fetchone()
 
         self.cache.put(results, step)
+        if self.lost:
+            self.mine = []
 
     def divide(self, remaining: Sequence[bytes]) -> None:
         """Keep a part of the rows that are left, and leave as large a part to each that asks."""

@@ -1,13 +1,14 @@
 """A generation is computed once; another row, model or SAE is another generation."""
 
 import hashlib
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from saexp.errors import StoreError
 from saexp.interventions import engine
 from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import generate
@@ -73,28 +74,34 @@ def test_what_an_interrupted_run_made_is_kept(
     monkeypatch.setattr(engine, "_generate_batch", third_fails)
     with pytest.raises(KeyboardInterrupt):
         run(rows(), ResultCache(tmp_path, {}))
-    kept = ResultCache(tmp_path, {}).get("tokens 5", [r.key for r in rows()])
-    assert 0 < len(kept) < len(rows())
+    cache = ResultCache(tmp_path, {})
+    stored = cache.get([cache.key("tokens 5", row.key) for row in rows()])
+    assert 0 < len(stored) < len(rows())
     monkeypatch.setattr(engine, "_generate_batch", real)
     assert run(rows(), ResultCache(tmp_path, {})) == run(rows(), None)
-
-
-def test_a_file_that_is_no_cache_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "generations.sqlite").write_text("not a database, but long enough to be one" * 9)
-    with pytest.raises(StoreError, match="generations.sqlite: .*; delete it or choose another"):
-        ResultCache(tmp_path, {})
 
 
 @pytest.mark.parametrize("version", range(1, 3))
 def test_results_of_earlier_versions_are_not_read(tmp_path: Path, version: int) -> None:
     """Written as those versions wrote them: their guessed texts could be wrong."""
     some, about = rows(), {"model": "a"}
-    cache = ResultCache(tmp_path, about)
     prefix = repr((version, sorted(about.items())))
-    with cache.file:
-        for row in some:
-            digest = hashlib.sha256(f"{prefix}tokens 5{row.key!r}".encode()).digest()
-            wrong = np.asarray([7.0] * 5, dtype="<f8").tobytes()
-            cache.file.execute("insert into results values (?, ?)", (digest, wrong))
-    assert cache.get("tokens 5", [r.key for r in some]) == {}
+    wrong = np.asarray([7.0] * 5)
+    keys = [hashlib.sha256(f"{prefix}tokens 5{row.key!r}".encode()).digest() for row in some]
+    cache = ResultCache(tmp_path, about)
+    cache.put([(key, wrong) for key in keys])
     assert run(some, cache) == run(some, None)
+
+
+def test_results_without_checksums_are_neither_read_nor_changed(tmp_path: Path) -> None:
+    """Table `results` of earlier releases."""
+    cache = ResultCache(tmp_path, {"model": "a"})
+    key = cache.key("tokens 5", rows()[0].key)
+    old = (key, np.asarray([7.0] * 5, dtype="<f8").tobytes())
+    with closing(sqlite3.connect(tmp_path / "generations.sqlite")) as file, file:
+        file.execute("create table results (key blob primary key, found blob)")
+        file.execute("insert into results values (?, ?)", old)
+    assert cache.get([key]) == {}
+    assert run(rows(), cache) == run(rows(), None)
+    with closing(sqlite3.connect(tmp_path / "generations.sqlite")) as file:
+        assert file.execute("select * from results").fetchall() == [old]
