@@ -111,6 +111,8 @@ class Database:
         if self._connection is not None and self.writable and self._identity != self._found():
             self.close()
         if self._connection is None:
+            # Where it cannot be opened, `_replace` must know which file is damaged.
+            self._identity = self._found()
             self._connection = self._opened() if self.writable else self._opened_to_read()
             self._identity = self._found()
         return self._connection
@@ -136,8 +138,6 @@ class Database:
             self._check_columns(connection)
         except BaseException:
             connection.close()
-            # `_replace` must know the file that is damaged.
-            self._identity = self._found()
             raise
         return connection
 
@@ -166,7 +166,7 @@ class Database:
                     connection.close()
                 reason = error
         if self.path.exists():
-            log.warning("%s cannot be read and not be rebuilt: %s", self.path, reason)
+            log.warning("%s cannot be read, nor rebuilt here: %s", self.path, reason)
         return self._memory()
 
     def _memory(self) -> Connection:
@@ -188,7 +188,7 @@ class Database:
         if self.writable:
             self._rebuild(damaged)
         else:
-            log.warning("%s is damaged and cannot be rebuilt: %s", self.path, error)
+            log.warning("%s is damaged and cannot be rebuilt here: %s", self.path, error)
             self._connection = self._memory()
 
     def rebuild(self) -> None:

@@ -34,6 +34,7 @@ _CHECK_SECONDS = 1.0
 """How often a process' mark is looked at."""
 _READ_SECONDS = 2.0
 """How often what others have finished is read while this process waits."""
+_REPORT_SECONDS = 5.0
 _LEAST_SECONDS = 1.0
 """Rows that take less are not divided."""
 _MARK = re.compile(r"[\w.]+-\d+-[0-9a-f]+\.lock")
@@ -133,7 +134,8 @@ class _Claims:
         """Of other processes: number of steps, and when that was first seen."""
         self._looked_at: dict[str, float] = {}
         """When the mark of another process was last seen to be held."""
-        self._waits = False
+        self._waits_since: float | None = None
+        self._waiting_reported = False
 
     def take(self, keys: Sequence[bytes]) -> None:
         """Claim those of `keys` that no living process has; where there are none, ask for some."""
@@ -157,19 +159,24 @@ class _Claims:
             self.mine = [key for key, is_free in zip(keys, free, strict=True) if is_free]
             self.mine = self.mine[: math.ceil(len(self.mine) / (1 + n_waiting))]
             self._list(connection, self.mine, "")
-            self._waits, self.others_wrote = False, changed
+            self._waits_since, self.others_wrote = None, changed
             return
         self.mine = []
         # A process that was asked and has given none of these rows is asked again.
         asked = others[int(np.argmax([part.sum() for part in claimed]))]
         self._list(connection, [], asked.owner)
+        self._report_waiting(asked.owner)
         now = time.monotonic()
-        if not self._waits:
-            mark = self.folder / asked.owner
-            log.info("waiting for %s, which computes rows of this run", process_of(mark))
-            self._waits = True
         if changed and now - self._read_at > _READ_SECONDS:
             self._read_at, self.others_wrote = now, True
+
+    def _report_waiting(self, owner: str) -> None:
+        """Once, where it takes long."""
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        if not self._waiting_reported and now - self._waits_since > _REPORT_SECONDS:
+            log.info("waiting for %s, which computes rows of this run", process_of(Path(owner)))
+            self._waiting_reported = True
 
     def _list(self, connection: Connection, keys: Sequence[bytes], asks: str) -> None:
         """Write this process' row, unless it is there."""
