@@ -33,7 +33,8 @@ _DAMAGED = (
     sqlite3.SQLITE_INTERNAL,
 )
 _READ_ONLY = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
-_MOST_REBUILT = 2
+_ATTEMPTS = 3
+"""How often the file is rebuilt or opened again for one action."""
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 T = TypeVar("T")
@@ -63,15 +64,17 @@ class Database:
 
     def read(self, action: Action[T]) -> T:
         """What `action` returns, of a database that is not damaged."""
-        n_rebuilt = 0
+        n_opened_again = 0
         while True:
             try:
                 return action(self._current())
             except sqlite3.Error as error:
+                n_opened_again += 1
+                if n_opened_again > _ATTEMPTS:
+                    raise self._error(error) from error
                 if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_DBMOVED:
                     self.close()
-                elif n_rebuilt < _MOST_REBUILT and self._is_damage(error):
-                    n_rebuilt += 1
+                elif self._is_damage(error):
                     self._replace(error)
                 elif self.writable and _code(error) in _READ_ONLY:
                     report_read_only(self.path.parent, str(error))
