@@ -1,4 +1,4 @@
-"""One attempt of each kind: a process killed, a file damaged, a full or read-only disk, runs at once.
+"""One attempt: a process killed, a file damaged, a full or read-only disk, identical runs at once.
 
 After every fault the same command is run again; its results must be those of an undisturbed run.
 """

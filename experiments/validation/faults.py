@@ -36,7 +36,16 @@ PAGE = ROOT / "docs" / "faults.md"
 MEASURED = Path(__file__).parent / "faults.csv"
 BEGIN = "<!-- begin: experiments/validation/faults.py -->"
 END = "<!-- end: experiments/validation/faults.py -->"
-COLUMNS = ("kind", "work", "attempts", "hits", "failures", "lost", "wrong", "seconds")
+COLUMNS: tuple[str, ...] = (
+    "kind",
+    "work",
+    "attempts",
+    "hits",
+    "failures",
+    "lost",
+    "wrong",
+    "seconds",
+)
 COUNTS = COLUMNS[2:7]
 Row = dict[str, Any]
 _SIGTERM_EVERY = 5
