@@ -25,9 +25,14 @@ def main() -> None:
 
 def with_table(page: str) -> str:
     """The page with the present table between its markers."""
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
+    return between(page, BEGIN, END, markdown())
+
+
+def between(page: str, begin: str, end: str, text: str) -> str:
+    """The page with a text between two markers, instead of the one that is there."""
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def markdown(folder: Path = FOLDER / "measured") -> str:

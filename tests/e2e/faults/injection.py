@@ -13,12 +13,13 @@ import re
 import runpy
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,8 +105,36 @@ def wrong_shape(path: Path, seed: int = 0) -> str:
     return f"replaced by {shape}"
 
 
-DAMAGES: tuple[Callable[[Path, int], str], ...] = (flip_byte, truncate, empty, delete, garbage)
-"""For every file; JSON files take `edit_json_number` and `wrong_shape` as well."""
+def edit_table_value(path: Path, seed: int = 0) -> str:
+    """Another number in a valid parquet file."""
+    table = pq.read_table(path)
+    rng = random.Random(seed)
+    numeric = [
+        (i, column)
+        for i, column in enumerate(table.columns)
+        if (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)) and len(column)
+    ]
+    if not numeric:
+        return truncate(path, seed)
+    at, column = rng.choice(numeric)
+    values, row = column.to_pylist(), rng.randrange(len(column))
+    before, values[row] = values[row], (values[row] or 0) + 1
+    field = table.schema.field(at)
+    pq.write_table(table.set_column(at, field, pa.array(values, field.type)), path)
+    return f"{field.name} of row {row}: {before} to {values[row]}"
+
+
+def edit_database_row(path: Path, seed: int = 0) -> str:
+    """Another byte in the value of one row of a valid SQLite file."""
+    rng = random.Random(seed)
+    with closing(sqlite3.connect(path)) as file:
+        rows = file.execute("select rowid, found from results order by rowid").fetchall()
+        rowid, content = rng.choice([row for row in rows if row[1]])
+        at = rng.randrange(len(content))
+        changed = content[:at] + bytes([content[at] ^ rng.randint(1, 255)]) + content[at + 1 :]
+        file.execute("update results set found = ? where rowid = ?", (changed, rowid))
+        file.commit()
+    return f"byte {at} of row {rowid} of {len(rows)}"
 
 
 # Disks
@@ -233,7 +262,11 @@ def digests_of_results(folder: Path) -> dict[str, str]:
     """
     digests = {}
     for path in sorted(folder.rglob("*")):
-        if content := _content(path):
+        try:
+            content = _content(path)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            content = f"unreadable: {error}".encode()
+        if content is not None:
             digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return digests
 
