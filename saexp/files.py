@@ -39,9 +39,12 @@ def show_bytes(n_bytes: int) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error of the operating system, or safetensors' text of one, says so."""
+    """Whether an error of the operating system says so, or what a library makes of one."""
     if isinstance(error, SafetensorError):
         return any(f"os error {number}" in str(error) for number in _FULL)
+    if isinstance(error, RuntimeError):
+        # torch.save, whose writer reports no number; other faults have shown when it was opened.
+        return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
     return isinstance(error, OSError) and error.errno in _FULL
 
 
@@ -98,15 +101,50 @@ def is_writable(cache_dir: str | Path) -> bool:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Sync a finished temporary file, rename it, and sync the folder's entry."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.chmod(0o644)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of entries, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
+    """Let `write` fill a temporary folder beside `path`, sync it, and rename it into place.
+
+    What was at `path` is replaced. Raises as `write_atomically`.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        write(temporary)
+        for file in [*sorted(temporary.rglob("*")), temporary]:
+            sync(file)
+        temporary.chmod(0o755)
+        if path.is_dir() and not path.is_symlink():
+            # A folder takes no other's place; one that is moved aside is never half there.
+            earlier = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+            path.replace(earlier)
+            temporary.replace(path)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not disk_is_full(error):
+            raise
+        raise cannot_write(path, error, option=option) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
