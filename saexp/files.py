@@ -19,8 +19,10 @@ from saexp.errors import StoreError
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CACHE, RUN_FOLDER = "cache_dir=", "hydra.run.dir="
-"""Settings that choose the folder of the cache, and of a run."""
+CACHE, RUN_FOLDER, SWEEP_FOLDER = "cache_dir=", "hydra.run.dir=", "hydra.sweep.dir="
+"""Settings that choose the folder of the cache, of a run, and of a sweep."""
+_LIMITS = (errno.EDQUOT, errno.EFBIG)
+"""Of these a limit of the user is the cause, not the disk."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _reported: set[Path] = set()
 """Cache directories of which `is_writable` has warned."""
@@ -55,14 +57,48 @@ def cannot_write(
 
     `option` is the setting that chooses another folder.
     """
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if getattr(error, "errno", None) in _LIMITS:
+        return StoreError(
+            f"cannot write {path}: {reason}; what was finished is kept: raise that limit and run "
+            f"the command again, or choose another {option}"
+        )
     if disk_is_full(error):
         needs = f" needs {show_bytes(n_bytes)}" if n_bytes else ""
         return StoreError(
             f"disk full: {path}{needs}, and {show_bytes(free_bytes(path))} are free; what was "
             f"finished is kept: make room and run the command again, or choose another {option}"
         )
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if option in (RUN_FOLDER, SWEEP_FOLDER) and not path.parent.is_dir():
+        return _removed(path.parent)
     return StoreError(f"cannot write {path}: {reason}; choose another {option}")
+
+
+def _removed(folder: Path) -> StoreError:
+    return StoreError(f"{folder} was removed while the run wrote to it; run the command again")
+
+
+def cannot_write_run(error: OSError, folder: Path) -> StoreError | None:
+    """The same for an error that was raised without a path, or by a library, while a run wrote to
+    its folder; None for an error of something else."""
+    named = Path(error.filename) if isinstance(error.filename, str) else None
+    if not folder.is_dir():
+        return _removed(folder)
+    if disk_is_full(error):
+        return cannot_write(named or folder, error, option=RUN_FOLDER)
+    if named is None or folder.absolute() not in named.absolute().parents:
+        return None
+    if error.errno not in (*_READ_ONLY, errno.ENOTDIR, errno.EEXIST):
+        return None
+    return cannot_write(named, error, option=RUN_FOLDER)
+
+
+def write_error(folder: Path, error: BaseException) -> None:
+    """error.txt of a run that failed. Where even that cannot be written, the error that the user
+    sees is the run's own."""
+    with suppress(StoreError):
+        text = f"{type(error).__name__}: {error}\n"
+        write_text(folder / "error.txt", text, option=RUN_FOLDER)
 
 
 def free_bytes(path: Path) -> int:
@@ -116,6 +152,12 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def _make_parent(path: Path, option: str) -> None:
+    # The folder of a run is made before the run: one that is missing now was removed by the user.
+    if option not in (RUN_FOLDER, SWEEP_FOLDER):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
     """Let `write` fill a temporary folder beside `path`, sync it, and rename it into place.
 
@@ -123,7 +165,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CAC
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path, option)
         temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
         write(temporary)
         for file in [*sorted(temporary.rglob("*")), temporary]:
@@ -155,7 +197,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path, option)
         handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -171,9 +213,14 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
 
 def write_text(path: Path, text: str, *, option: str = CACHE) -> None:
     """A text file in UTF-8, whole or not at all; raises as `write_atomically`."""
+    write_bytes(path, text.encode(), option=option)
+
+
+def write_bytes(path: Path, content: bytes, *, option: str = CACHE) -> None:
+    """A file of these bytes, whole or not at all; raises as `write_atomically`."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
     write_atomically(path, write, option=option)
 
@@ -185,6 +232,15 @@ def write_json(path: Path, content: Any, *, option: str = CACHE) -> None:
     """
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
     write_text(path, text + "\n", option=option)
+
+
+def write_table(path: Path, table: Any, *, option: str = CACHE) -> None:
+    """A data frame as a parquet file, whole or not at all; raises as `write_atomically`."""
+
+    def write(temporary: Path) -> None:
+        table.to_parquet(temporary, index=False)
+
+    write_atomically(path, write, option=option)
 
 
 def _lock(path: Path) -> FileLock:

@@ -24,7 +24,7 @@ from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
-from saexp.files import locked, write_atomically, write_json
+from saexp.files import locked, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,11 @@ class ActivationStore(Marked):
                     "shard_rows": shard_rows,
                     "hookpoints": {},
                 }
-                write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
+                write_table(folder / "rows.parquet", rows)
                 write_json(folder / "manifest.json", manifest)
             store = cls.open(folder)
             if not store._holds(rows):
-                write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
+                write_table(folder / "rows.parquet", rows)
             (folder / USED).touch()
             store._mark()
         return store

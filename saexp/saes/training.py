@@ -180,7 +180,7 @@ class Training:
             before = _shapes(_counters(self.trainer))
             self.trainer.load_trainer_state(folder)
             scaler: Any = self.trainer.activation_scaler
-            factors = [scaler.scaling_factor, getattr(scaler, "factor_out", None)]
+            factors = (scaler.scaling_factor, getattr(scaler, "factor_out", None))
             if not all(f is None or (_is_finite(f) and f > 0) for f in factors):
                 raise Damaged(f"activation_scaler.json: {factors}")
             if _shapes(_counters(self.trainer)) != before or not _fits(self.trainer.optimizer):
@@ -237,7 +237,7 @@ def _fits(optimizer: torch.optim.Optimizer) -> bool:
 def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Record]:
     """The records of a checkpoint; raises Damaged where its state is not that of this step."""
     state = read_object(folder / STATE)
-    records = state.get("records")
+    records: Any = state.get("records")
     if state.get("training") != training:
         raise Damaged(f"{STATE}: of another training")
     if type(state.get("step")) is not int or state["step"] != step or not 0 < step <= n_steps:
@@ -245,7 +245,7 @@ def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Re
     numbers = [v for r in records for v in r.values()] if _are_dicts(records) else [None]
     if not all(map(_is_finite, numbers)):
         raise Damaged(f"{STATE}: records")
-    return state["records"]
+    return records
 
 
 def _is_finite(value: Any) -> bool:
