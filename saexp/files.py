@@ -112,8 +112,8 @@ def is_writable(cache_dir: str | Path) -> bool:
     """Whether the cache directory can be written; False, and one warning per process, where it is
     on a read-only file system or access is denied.
 
-    A file is made and removed there, because root passes `os.access`. A full disk counts as
-    writable: what is written next reports it. Raises StoreError for a path that is no folder.
+    A file is made and removed there, because root passes `os.access`. Whatever else is wrong with
+    it (a full disk, a file instead of a folder) is reported by what is written there next.
     """
     folder = Path(cache_dir)
     try:
@@ -121,10 +121,8 @@ def is_writable(cache_dir: str | Path) -> bool:
         with tempfile.TemporaryFile(prefix=".tmp-", dir=folder):
             return True
     except OSError as error:
-        if disk_is_full(error):
-            return True
         if error.errno not in _READ_ONLY:
-            raise cannot_write(folder, error) from error
+            return True
         reason = error.strerror
     if folder.absolute() not in _reported:
         _reported.add(folder.absolute())

@@ -80,7 +80,7 @@ class ActivationStore(Marked):
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         if (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK):
             store = cls.open(folder)
-            store._rows = rows
+            store.show(rows)
             return store
         with locked(folder / ".create.lock"):
             with locked(folder / ".manifest.lock"):
@@ -122,6 +122,10 @@ class ActivationStore(Marked):
         if self._rows is not None:
             return self._rows
         return pd.read_parquet(self.path / "rows.parquet")
+
+    def show(self, rows: pd.DataFrame) -> None:
+        """Have `rows` as the rows table of this object, without writing it."""
+        self._rows = rows
 
     def _holds(self, rows: pd.DataFrame) -> bool:
         saved = self.saved_rows()
