@@ -145,7 +145,7 @@ def _run(
         check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
     except BaseException as error:
-        shown = (cannot_write_run(error, place) if isinstance(error, OSError) else None) or error
+        shown = cannot_write_run(error, place) or error
         write_error(place, shown)
         # What cannot be written now must not stand in front of the run's own error.
         with suppress(StoreError):

@@ -82,7 +82,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
         command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
         result = api.run(cfg, folder, command=command, sweep=sweep)
     except Exception as error:
-        told = _in_one_line(error)
+        told = _in_one_line(error) or cannot_write_run(error, folder)
         if told is None:
             raise
         if sweep:
@@ -181,7 +181,7 @@ def _guarded() -> None:
     except Exception as error:
         if (told := _in_one_line(error)) is not None:
             _fail(told, error)
-        if isinstance(error, OSError) and (told := cannot_write_run(error, _folder_of_process())):
+        if (told := _of_folder(error)) is not None:
             _fail(told, error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
@@ -212,12 +212,14 @@ def _keep(error: Exception) -> Path | None:
     return path
 
 
-def _folder_of_process() -> Path:
-    """The folder that Hydra was given for this process' run or sweep."""
+def _of_folder(error: Exception) -> StoreError | None:
+    """One line for what Hydra could not write in the folder of this process' run or sweep."""
     from saexp.tasks import sweep
     from saexp.tasks.holding import reserved
 
-    return sweep.running() or reserved() or Path.cwd()
+    if folder := sweep.running():
+        return cannot_write_run(error, folder, option=SWEEP_FOLDER)
+    return cannot_write_run(error, reserved() or Path.cwd())
 
 
 def _end_of_sweep() -> None:

@@ -44,6 +44,8 @@ def disk_is_full(error: BaseException) -> bool:
     """Whether an error of the operating system says so, or what a library makes of one."""
     if isinstance(error, SafetensorError):
         return any(f"os error {number}" in str(error) for number in _FULL)
+    if isinstance(error, shutil.Error):
+        return any(f"[Errno {number}]" in str(error) for number in _FULL)
     if isinstance(error, RuntimeError):
         # torch.save, whose writer reports no number; other faults have shown when it was opened.
         return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
@@ -78,19 +80,23 @@ def _removed(folder: Path) -> StoreError:
     return StoreError(f"{folder} was removed while the run wrote to it; run the command again")
 
 
-def cannot_write_run(error: OSError, folder: Path) -> StoreError | None:
+def cannot_write_run(
+    error: BaseException, folder: Path, *, option: str = RUN_FOLDER
+) -> StoreError | None:
     """The same for an error that was raised without a path, or by a library, while a run wrote to
     its folder; None for an error of something else."""
+    if not isinstance(error, OSError):
+        return None
     named = Path(error.filename) if isinstance(error.filename, str) else None
     if not folder.is_dir():
         return _removed(folder)
     if disk_is_full(error):
-        return cannot_write(named or folder, error, option=RUN_FOLDER)
+        return cannot_write(named or folder, error, option=option)
     if named is None or folder.absolute() not in named.absolute().parents:
         return None
     if error.errno not in (*_READ_ONLY, errno.ENOTDIR, errno.EEXIST):
         return None
-    return cannot_write(named, error, option=RUN_FOLDER)
+    return cannot_write(named, error, option=option)
 
 
 def write_error(folder: Path, error: BaseException) -> None:
