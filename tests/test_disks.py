@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from saexp.errors import StoreError
-from saexp.files import is_writable
+from saexp.files import is_writable, write_text
 from tests.disks import read_only
 
 
@@ -30,8 +30,10 @@ def test_a_read_only_cache_directory_is_reported_once_per_process(tmp_path, capl
 
 
 @pytest.mark.parametrize("below", ["", "below"])
-def test_a_file_as_cache_directory_is_an_error(tmp_path, below):
+def test_a_file_as_cache_directory_is_left_to_the_next_write(tmp_path, below, caplog):
     file = tmp_path / "file"
     file.touch()
+    assert is_writable(file / below)
     with pytest.raises(StoreError, match="cannot write .*choose another cache_dir="):
-        is_writable(file / below)
+        write_text(file / below / "name", "text")
+    assert not caplog.messages

@@ -21,6 +21,11 @@ def reserve(folder: Path) -> None:
     _reserved[folder.resolve()] = _take(folder)
 
 
+def reserved() -> Path | None:
+    """A folder that is reserved and that no run took over yet."""
+    return next(iter(_reserved), None)
+
+
 def release_all() -> None:
     """Let go what was reserved and no run took over."""
     while _reserved:

@@ -1,7 +1,6 @@
 """The files a run leaves: metrics, tables, provenance. The report renders from these alone."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
-from saexp.files import RUN_FOLDER, write_atomically, write_json
+from saexp.files import RUN_FOLDER, write_json, write_table
 from saexp.results import TaskResult
 
 _PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hydra-core")
@@ -96,11 +95,7 @@ def write_result(context: RunContext, result: TaskResult) -> None:
     note_written(context, ["metrics.json", *(f"{name}.parquet" for name in result.tables)])
     write_json(folder / "metrics.json", result.metrics, option=RUN_FOLDER)
     for name, table in result.tables.items():
-        write_atomically(
-            folder / f"{name}.parquet",
-            functools.partial(table.to_parquet, index=False),
-            option=RUN_FOLDER,
-        )
+        write_table(folder / f"{name}.parquet", table, option=RUN_FOLDER)
 
 
 def skips_table(skips: list[Skip]) -> pd.DataFrame:

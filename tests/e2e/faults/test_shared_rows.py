@@ -1,0 +1,75 @@
+"""Equal runs at once compute each row once, and one that is killed holds no other up."""
+
+import re
+import signal
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.injection import PATIENCE_SECONDS, Said, Started, digests_of_results, start
+
+WORDS = (
+    "tracker=none",
+    "intervention.n_controls=4",
+    "intervention.n_prompts=10",
+    "analyzer.n_bootstrap=0",
+)
+
+
+def started(cache_dir: Path, folder: Path) -> Started:
+    folder.mkdir(parents=True)
+    words = [*WORDS, f"cache_dir={cache_dir}", f"hydra.run.dir={folder / 'run'}"]
+    return start(words, folder, output=folder / "output")
+
+
+def n_computed(said: Said) -> int:
+    return sum(map(int, re.findall(r"rows, (\d+) computed", said.out + said.err)))
+
+
+def n_stored(cache_dir: Path) -> int:
+    with closing(sqlite3.connect(cache_dir / "generations.sqlite", timeout=60)) as file:
+        try:
+            return int(file.execute("select count(*) from checked_results").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
+    """Digests of the results of a run alone, and how many rows it computed."""
+    folder = tmp_path_factory.mktemp("alone")
+    said = started(folder / "cache", folder / "1").wait()
+    assert said.code == 0, said
+    return digests_of_results(folder / "1" / "run"), n_computed(said)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path, n):
+    wanted, n_rows = undisturbed
+    runs = [started(tmp_path / "cache", tmp_path / str(i)) for i in range(n)]
+    said = [run.wait() for run in runs]
+    assert [s.code for s in said] == [0] * n, said
+    for i in range(n):
+        assert digests_of_results(tmp_path / str(i) / "run") == wanted
+    assert sum(map(n_computed, said)) == n_rows
+
+
+def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
+    wanted, n_rows = undisturbed
+    cache = tmp_path / "cache"
+    runs = [started(cache, tmp_path / str(i)) for i in range(3)]
+    began = time.monotonic()
+    while not (cache / "generations.sqlite").exists() or n_stored(cache) < 500:
+        assert time.monotonic() - began < PATIENCE_SECONDS
+        time.sleep(0.02)
+    runs[0].process.kill()
+    n_before = n_stored(cache)
+    said = [run.wait() for run in runs]
+    assert [s.code for s in said] == [-signal.SIGKILL, 0, 0], said
+    for i in (1, 2):
+        assert digests_of_results(tmp_path / str(i) / "run") == wanted
+    # What the killed run has stored is not computed again, nor anything twice.
+    assert n_rows - n_before - 500 <= sum(map(n_computed, said)) <= n_rows
