@@ -243,14 +243,16 @@ class _Claims:
             if is_row and self._lives(owner) and not (keys and self._stands_still(owner, steps)):
                 numbers = np.frombuffer(keys[: len(keys) // 8 * 8], dtype=np.uint64)
                 others.append(_Other(owner, numbers, asks))
-            else:
-                connection.execute("delete from claims where owner = ?", (owner,))
+                continue
+            connection.execute("delete from claims where owner = ?", (owner,))
         return others
 
     def _lives(self, owner: str) -> bool:
         now = time.monotonic()
         if now - self._looked_at.get(owner, -math.inf) > _CHECK_SECONDS:
             if not is_alive(self.folder / owner):
+                with suppress(OSError):
+                    (self.folder / owner).unlink(missing_ok=True)
                 return False
             self._looked_at[owner] = now
         return True

@@ -1,8 +1,9 @@
 """The results database on disks that are full, read-only or locked, and while it is rebuilt."""
 
 import logging
+import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,28 @@ def test_rows_that_are_there_are_not_written_again(tmp_path: Path) -> None:
     cache.put(results())
     assert n_changes() == before
     cache.close()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_a_process_killed_while_it_wrote_had_stored_is_read(
+    tmp_path: Path, writable: bool
+) -> None:
+    """A journal is left that takes back what was half written."""
+    path = stored(tmp_path / "before")
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        writer.execute("pragma cache_size = 5")
+        writer.execute("begin")
+        writer.execute("update checked_results set value = zeroblob(800)")
+        files_of_it = [path, path.with_name(path.name + "-journal")]
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        for file in files_of_it:
+            shutil.copy(file, killed)
+        writer.execute("rollback")
+    assert (killed / path.name).read_bytes() != path.read_bytes()
+    with nullcontext() if writable else read_only(killed):
+        cache = ResultCache(killed, {})
+        found = cache.get(KEYS)
+        cache.close()
+    assert all(found[key].tolist() == values.tolist() for key, values in results() if key in found)
+    assert len(found) == N_ROWS if writable else 0 < len(found) < N_ROWS

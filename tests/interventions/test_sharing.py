@@ -70,6 +70,7 @@ def test_a_killed_process_is_not_waited_for(tmp_path: Path) -> None:
     computed = Processes(tmp_path, *[WHOLE] * 2).reports(2)
     assert sum(computed.values()) == N_ROWS - 10 * BATCH
     assert claims(tmp_path) == []
+    assert list((tmp_path / FOLDER).iterdir()) == [], "the killed process' mark is left"
 
 
 def test_rows_of_a_process_that_is_killed_meanwhile_are_computed_by_others(tmp_path: Path) -> None:

@@ -46,13 +46,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str
     return digests_of_results(folder / "1" / "run"), n_computed(said)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path, n):
+def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
     wanted, n_rows = undisturbed
-    runs = [started(tmp_path / "cache", tmp_path / str(i)) for i in range(n)]
+    runs = [started(tmp_path / "cache", tmp_path / str(i)) for i in range(2)]
     said = [run.wait() for run in runs]
-    assert [s.code for s in said] == [0] * n, said
-    for i in range(n):
+    assert [s.code for s in said] == [0, 0], said
+    for i in range(2):
         assert digests_of_results(tmp_path / str(i) / "run") == wanted
     assert sum(map(n_computed, said)) == n_rows
 
