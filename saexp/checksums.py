@@ -67,10 +67,10 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-    """Whether the checksum over the rest is there."""
+    """Whether there is a checksum over the rest."""
     return _SEAL in content
 
 
-def seal_is_broken(content: Mapping[str, Any]) -> bool:
-    """Whether there is a checksum over the rest, and the rest is not as it was then."""
-    return is_sealed(content) and sealed(content)[_SEAL] != content[_SEAL]
+def has_intact_seal(content: Mapping[str, Any]) -> bool:
+    """Whether there is a checksum over the rest, and the rest is as it was then."""
+    return is_sealed(content) and sealed(content)[_SEAL] == content[_SEAL]

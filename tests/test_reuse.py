@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import saexp
+from saexp.checksums import checksums
 from saexp.results import TaskResult
 from tests.reports.left import wandb_runs
 
@@ -52,7 +53,9 @@ def test_a_copy_claims_no_work_and_says_where_it_is_from(first: TaskResult, tmp_
     assert mine["notes"] == [*theirs["notes"], f"reused from {first.path}"] == again.notes
     assert mine["reused_from"] == str(first.path)
     assert (mine["tokens_forwarded"], mine["seconds"]) == (0, {})
-    same = theirs.keys() - {"notes", "tokens_forwarded", "seconds"}
+    assert mine["files"].keys() == theirs["files"].keys()
+    assert mine["files"] == checksums(tmp_path / "copy", mine["files"])
+    same = theirs.keys() - {"notes", "tokens_forwarded", "seconds", "files", "checksum"}
     assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
     copied, original = digests(tmp_path / "copy"), digests(first.path)
     for left_out in (*CHANGED, "tracker.jsonl"):

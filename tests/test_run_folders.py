@@ -13,10 +13,12 @@ import pytest
 import saexp
 from saexp.activations.cache import damaged, stores
 from saexp.cli import cell_folder
+from saexp.context import RunContext
 from saexp.errors import ModelError
 from saexp.results import TaskResult
 from saexp.tasks import finished
 from saexp.tasks.saving import clear
+from saexp.tracking import NullTracker
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -187,14 +189,17 @@ def test_a_run_whose_data_changed_meanwhile_is_not_reused(tmp_path: Path) -> Non
     data.write_text("{}")
     cfg = saexp.compose([f"dataset.path={data}", f"cache_dir={tmp_path}/cache"])
     key = finished.fingerprint(cfg)
-    for name in ("provenance.json", "metrics.json"):
+    names = ("provenance.json", "metrics.json", "report.html")
+    for name in names:
         (tmp_path / name).write_text("{}")
-    finished.record(cfg, tmp_path, key)
-    assert finished.find(cfg, key) == tmp_path.resolve()
+    context = RunContext(tmp_path, NullTracker(cfg.tracker), results=set(names))
+    finished.record(cfg, context, key)
+    earlier = finished.find(cfg, key)
+    assert earlier is not None and earlier.folder == tmp_path.resolve()
     data.write_text("{} {}")
     changed = finished.fingerprint(cfg)
     assert changed != key
-    finished.record(cfg, tmp_path, key)
+    finished.record(cfg, context, key)
     assert finished.find(cfg, changed) is None
 
 

@@ -51,6 +51,7 @@ def save_labels(
     for name, content in files.items():
         for place in (context.folder, folder):
             write_whole(place / name, content)
+    context.results.update(files)
     result.notes += [told.replace("{path}", str(folder / name)) for name, told in use.items()]
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context, result)

@@ -247,7 +247,7 @@ def test_a_run_that_compared_no_groups_says_so(tmp_path: Path) -> None:
 def test_a_folder_without_a_readable_run_is_one_line(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(StoreError, match=r"holds no finished run \(metrics\.json: ") as error:
+    with pytest.raises(StoreError, match=r"holds no finished run \(provenance\.json") as error:
         _ = SavedRun(tmp_path).metrics
     assert "\n" not in str(error.value)
 
