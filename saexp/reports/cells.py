@@ -55,8 +55,10 @@ def _typed(place: Path) -> list[str] | None:
     """The cell's overrides as Hydra wrote them; None where it was killed before, or the file is
     damaged."""
     try:
-        words = yaml.safe_load((place / ".hydra/overrides.yaml").read_text("utf-8")) or []
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        text = (place / ".hydra/overrides.yaml").read_text("utf-8")
+        words = yaml.safe_load(text)
+        whole = text.endswith("\n") and isinstance(words, list)
+        if not whole or not all(isinstance(word, str) for word in words):
             return None
         _split(words)
     except (OSError, ValueError, yaml.YAMLError, HydraException):
