@@ -105,3 +105,27 @@ def test_a_folder_that_another_run_wrote_over_is_not_reused(
     about = saved(tmp_path / "new", "provenance.json")
     assert about["config"]["layer"] == 1
     assert "reused_from" not in about
+
+
+TASKS = {
+    "analyze": ["intervention=none", "seed=1"],
+    "analyzer": ["analyzer=stats", "intervention=none"],
+    "dashboard": ["task=dashboard", "latents=[1,2]"],
+    "evaluate": ["task=evaluate"],
+    "label": ["task=label", "task.options.n_samples=0"],
+    "train": ["task=train", "width=64", "sae_trainer.n_samples=512", "sae_trainer.batch_size=64"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_file_that_a_task_leaves_is_listed_with_its_checksum(
+    task: str, first: TaskResult, tmp_path: Path
+) -> None:
+    run(cache_of(first), tmp_path / "run", *TASKS[task])
+    listed = saved(tmp_path / "run", "provenance.json")["files"]
+    left = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*")}
+    folders = {name for name in left if (tmp_path / "run" / name).is_dir()}
+    assert left - folders == {*listed, "provenance.json"}
+    assert listed == checksums(tmp_path / "run", listed)
+    again = run(cache_of(first), tmp_path / "again", *TASKS[task])
+    assert f"reused from {tmp_path / 'run'}" in again.notes

@@ -173,6 +173,47 @@ def test_no_file_that_the_config_names_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == {"rows.parquet"}
 
 
+NOT_ACCOUNTS = [
+    "",
+    "{",
+    "3",
+    "null",
+    '"notes.md"',
+    '{"notes.md": 1}',
+    "[3]",
+    '["../notes.md"]',
+    "[[]]",
+]
+
+
+@pytest.mark.parametrize("account", [*NOT_ACCOUNTS, '["sub"]', '["sub/notes.md"]'])
+def test_a_damaged_account_of_files_removes_nothing_of_the_users(
+    account: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("notes.md", "folder/notes.md", "folder/sub/notes.md")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a user's own")
+    (tmp_path / "folder/.written.json").write_text(account)
+    clear(tmp_path / "folder")
+    assert all(file.is_file() for file in files)
+    assert not (tmp_path / "folder/.written.json").exists()
+
+
+@pytest.mark.parametrize("account", [None, "", "[3]", "3"])
+def test_what_an_earlier_run_left_goes_where_the_account_of_it_is_damaged(
+    account: str | None, cache: Path, tmp_path: Path
+) -> None:
+    words = ["task=label", "task.options.n_samples=0", "intervention=none"]
+    run(cache, tmp_path, *words)
+    (tmp_path / "mine.parquet").write_text("a user's own")
+    file = tmp_path / ".written.json"
+    file.unlink() if account is None else file.write_text(account)
+    clear(tmp_path)
+    left = {"mine.parquet", "entities.jsonl", "answers.jsonl", "answers_all.jsonl"}
+    assert names(tmp_path) == left
+
+
 def test_a_page_of_ones_own_is_not_taken_for_the_runs(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "same").mkdir()
     (tmp_path / "same/report.html").write_text("mine")
