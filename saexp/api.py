@@ -1,7 +1,6 @@
 """saexp from Python: compose a config, run it, build one object, open a store."""
 
 import datetime
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
@@ -30,7 +28,7 @@ from saexp.plugins import load_plugins
 from saexp.results import TaskResult, check_result
 from saexp.tasks import finished
 from saexp.tasks.holding import holding
-from saexp.tasks.saving import note_pages
+from saexp.tasks.saving import note_pages, page_states
 from saexp.tasks.sweep import ahead
 from saexp.tracking import Tracker
 
@@ -125,9 +123,9 @@ def _run(
     key = finished.fingerprint(cfg)
     # What is to be verified is read again, not taken from a run that read it before.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
-        earlier = finished.find(cfg, key)
-        if earlier is not None:
-            return _reused(cfg, earlier, place, sweep)
+        earlier = finished.find(cfg, key, place)
+        if earlier is not None and finished.reuse(cfg, earlier, place, finished.inputs(cfg)):
+            return _reused(cfg, earlier.folder, place, sweep)
     _require_components(cfg)
     tracker = registry.build("tracker", cfg.tracker)
     context = RunContext(
@@ -138,6 +136,7 @@ def _run(
         ahead=ahead(cfg, sweep),
         inputs=finished.inputs(cfg),
     )
+    pages = page_states(place)
     # Before the task's imports: W&B inspects every module that is loaded by then.
     _start(tracker, cfg, place, sweep)
     try:
@@ -149,15 +148,15 @@ def _run(
         write_error(place, shown)
         # What cannot be written now must not stand in front of the run's own error.
         with suppress(StoreError):
-            note_pages(context, now.timestamp())
+            note_pages(context, pages)
         with suppress(StoreError):
             tracker.finish(1)
         if shown is error:
             raise
         raise shown from error
-    note_pages(context, now.timestamp())
+    note_pages(context, pages)
     tracker.finish(0)
-    finished.record(cfg, place, key)
+    finished.record(cfg, context, key)
     result.path = place
     return result
 
@@ -185,9 +184,8 @@ def _require_components(cfg: RunConfig) -> None:
 def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> TaskResult:
     """The results of a finished run; copied, they get a tracked run of their own."""
     log.info("reusing the finished run in %s", earlier)
-    finished.reuse(earlier, place, finished.inputs(cfg))
     result = read_result(place)
-    if earlier != place.resolve():
+    if earlier.resolve() != place.resolve():
         tracker = registry.build("tracker", cfg.tracker)
         _start(tracker, cfg, place, sweep)
         try:
@@ -233,11 +231,15 @@ def _track(tracker: Tracker, result: TaskResult) -> None:
 
 
 def read_result(folder: str | Path) -> TaskResult:
-    """The result of an earlier run, from its files."""
+    """The result of an earlier run, from its files.
+
+    Raises StoreError where a file is missing, damaged, or was changed since the run wrote it.
+    """
+    from saexp.reports.saved import SavedRun
+
     place = Path(folder)
-    metrics = json.loads((place / "metrics.json").read_text("utf-8"))
-    provenance = json.loads((place / "provenance.json").read_text("utf-8"))
-    tables = {p.stem: pd.read_parquet(p) for p in sorted(place.glob("*.parquet"))}
+    saved = SavedRun(place)
+    metrics, provenance, tables = dict(saved.metrics), saved.provenance, saved.tables()
     figures = {}
     if "evaluation" in tables:
         from saexp.reports.evaluation_figures import evaluation_figures
@@ -253,4 +255,4 @@ def read_result(folder: str | Path) -> TaskResult:
         from saexp.reports.figures import run_figures
 
         figures = run_figures(place)
-    return TaskResult(metrics, tables, figures, provenance["notes"], place)
+    return TaskResult(metrics, tables, figures, list(provenance["notes"]), place)

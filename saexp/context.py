@@ -74,6 +74,8 @@ class RunContext:
     """Files and folders that the config names, which are not the run's to remove."""
     began_writing: bool = False
     """Whether the folder holds this run's files, and no earlier run's any more."""
+    results: set[str] = field(default_factory=set)
+    """Paths below the folder of the files that the run leaves; their checksums are recorded."""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

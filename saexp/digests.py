@@ -65,12 +65,17 @@ def _state(path: Path) -> State:
 
 
 def _read_persisted() -> dict[str, tuple[State, str]]:
+    """What the file lists; nothing where its own checksum says that it is damaged, as a wrong
+    digest would name the content of other weights."""
     if _persisted is None:
         return {}
     try:
-        listed = json.loads(_persisted.read_text("utf-8"))
+        content = json.loads(_persisted.read_text("utf-8"))
+        listed = content["digests"]
+        if content["checksum"] != digest_of(listed):
+            return {}
         return {name: ((a, b, c, d), digest) for name, (a, b, c, d, digest) in listed.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
@@ -82,10 +87,11 @@ def _persist() -> None:
     listed = {
         name: [*state, digest] for name, (state, digest) in (_read_persisted() | large).items()
     }
+    content = {"digests": listed, "checksum": digest_of(listed)}
     temporary = _persisted.with_name(f".{_REMEMBERED}.{time.time_ns()}")
     with suppress(OSError):
         _persisted.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(_persisted)
 
 

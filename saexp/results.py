@@ -1,5 +1,6 @@
 """What a task or an analyzer hands on: numbers, tables, figures and remarks."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,18 @@ if TYPE_CHECKING:
 
 SWEEP_PLAN = "plan.json"
 """File in a sweep's folder: its cells, and the hookpoints they need together."""
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """plan.json, as the sweep wrote it before its first cell: `command`, `cells` and `passes`;
+    empty where there is none, or none that can be read."""
+    try:
+        plan = json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
+        sound = all(isinstance(cell, list) for cell in plan["cells"])
+        sound = sound and all(isinstance(word, str) for cell in plan["cells"] for word in cell)
+        return plan if sound and isinstance(plan.get("passes", {}), dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def check_result(found: Any, of: str) -> None:

@@ -56,6 +56,7 @@ def test_large_files_are_remembered_by_later_processes(
 ) -> None:
     monkeypatch.setattr(digests, "_PERSISTED_BYTES", 3)
     monkeypatch.setattr(digests, "_persisted", None)
+    monkeypatch.setattr(digests, "_known", {})
     digests.remember_in(tmp_path / "cache")
     file = tmp_path / "a"
     file.write_bytes(b"one")
@@ -66,10 +67,20 @@ def test_large_files_are_remembered_by_later_processes(
     monkeypatch.setattr(digests, "read_sha256", lambda p: read.append(p) or real(p))
     assert file_sha256(file) == of(b"one")
     assert read == []
+    persisted = tmp_path / "cache" / "digests.json"
+    sound = persisted.read_text()
+    other = sound.replace(of(b"one"), of(b"two"))
+    assert other != sound
+    shapes = ("{damaged", "", "[]", "3", "null", '{"digests": {}}', '{"digests": 3, "checksum": 3}')
+    for number, content in enumerate((*shapes, other, other.replace("checksum", "a"))):
+        monkeypatch.setattr(digests, "_known", {})
+        persisted.write_text(content)
+        assert file_sha256(file) == of(b"one")
+        assert len(read) == number + 1
+        assert persisted.read_text() == sound
+    persisted.write_bytes(b"\xff\xfe")
     monkeypatch.setattr(digests, "_known", {})
-    (tmp_path / "cache" / "digests.json").write_text("{damaged")
     assert file_sha256(file) == of(b"one")
-    assert len(read) == 1
 
 
 def test_only_names_that_are_hashes_stand_for_content(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import saexp
+from saexp.checksums import checksums
 from saexp.results import TaskResult
 from tests.reports.left import wandb_runs
 
@@ -52,7 +53,9 @@ def test_a_copy_claims_no_work_and_says_where_it_is_from(first: TaskResult, tmp_
     assert mine["notes"] == [*theirs["notes"], f"reused from {first.path}"] == again.notes
     assert mine["reused_from"] == str(first.path)
     assert (mine["tokens_forwarded"], mine["seconds"]) == (0, {})
-    same = theirs.keys() - {"notes", "tokens_forwarded", "seconds"}
+    assert mine["files"].keys() == theirs["files"].keys()
+    assert mine["files"] == checksums(tmp_path / "copy", mine["files"])
+    same = theirs.keys() - {"notes", "tokens_forwarded", "seconds", "files", "checksum"}
     assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
     copied, original = digests(tmp_path / "copy"), digests(first.path)
     for left_out in (*CHANGED, "tracker.jsonl"):
@@ -102,3 +105,27 @@ def test_a_folder_that_another_run_wrote_over_is_not_reused(
     about = saved(tmp_path / "new", "provenance.json")
     assert about["config"]["layer"] == 1
     assert "reused_from" not in about
+
+
+TASKS = {
+    "analyze": ["intervention=none", "seed=1"],
+    "analyzer": ["analyzer=stats", "intervention=none"],
+    "dashboard": ["task=dashboard", "latents=[1,2]"],
+    "evaluate": ["task=evaluate"],
+    "label": ["task=label", "task.options.n_samples=0"],
+    "train": ["task=train", "width=64", "sae_trainer.n_samples=512", "sae_trainer.batch_size=64"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_file_that_a_task_leaves_is_listed_with_its_checksum(
+    task: str, first: TaskResult, tmp_path: Path
+) -> None:
+    run(cache_of(first), tmp_path / "run", *TASKS[task])
+    listed = saved(tmp_path / "run", "provenance.json")["files"]
+    left = {p.relative_to(tmp_path / "run").as_posix() for p in (tmp_path / "run").rglob("*")}
+    folders = {name for name in left if (tmp_path / "run" / name).is_dir()}
+    assert left - folders == {*listed, "provenance.json"}
+    assert listed == checksums(tmp_path / "run", listed)
+    again = run(cache_of(first), tmp_path / "again", *TASKS[task])
+    assert f"reused from {tmp_path / 'run'}" in again.notes

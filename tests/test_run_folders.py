@@ -13,10 +13,12 @@ import pytest
 import saexp
 from saexp.activations.cache import damaged, stores
 from saexp.cli import cell_folder
+from saexp.context import RunContext
 from saexp.errors import ModelError
 from saexp.results import TaskResult
 from saexp.tasks import finished
 from saexp.tasks.saving import clear
+from saexp.tracking import NullTracker
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -171,6 +173,47 @@ def test_no_file_that_the_config_names_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == {"rows.parquet"}
 
 
+NOT_ACCOUNTS = [
+    "",
+    "{",
+    "3",
+    "null",
+    '"notes.md"',
+    '{"notes.md": 1}',
+    "[3]",
+    '["../notes.md"]',
+    "[[]]",
+]
+
+
+@pytest.mark.parametrize("account", [*NOT_ACCOUNTS, '["sub"]', '["sub/notes.md"]'])
+def test_a_damaged_account_of_files_removes_nothing_of_the_users(
+    account: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("notes.md", "folder/notes.md", "folder/sub/notes.md")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("a user's own")
+    (tmp_path / "folder/.written.json").write_text(account)
+    clear(tmp_path / "folder")
+    assert all(file.is_file() for file in files)
+    assert not (tmp_path / "folder/.written.json").exists()
+
+
+@pytest.mark.parametrize("account", [None, "", "[3]", "3"])
+def test_what_an_earlier_run_left_goes_where_the_account_of_it_is_damaged(
+    account: str | None, cache: Path, tmp_path: Path
+) -> None:
+    words = ["task=label", "task.options.n_samples=0", "intervention=none"]
+    run(cache, tmp_path, *words)
+    (tmp_path / "mine.parquet").write_text("a user's own")
+    file = tmp_path / ".written.json"
+    file.unlink() if account is None else file.write_text(account)
+    clear(tmp_path)
+    left = {"mine.parquet", "entities.jsonl", "answers.jsonl", "answers_all.jsonl"}
+    assert names(tmp_path) == left
+
+
 def test_a_page_of_ones_own_is_not_taken_for_the_runs(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "same").mkdir()
     (tmp_path / "same/report.html").write_text("mine")
@@ -187,14 +230,17 @@ def test_a_run_whose_data_changed_meanwhile_is_not_reused(tmp_path: Path) -> Non
     data.write_text("{}")
     cfg = saexp.compose([f"dataset.path={data}", f"cache_dir={tmp_path}/cache"])
     key = finished.fingerprint(cfg)
-    for name in ("provenance.json", "metrics.json"):
+    names = ("provenance.json", "metrics.json", "report.html")
+    for name in names:
         (tmp_path / name).write_text("{}")
-    finished.record(cfg, tmp_path, key)
-    assert finished.find(cfg, key) == tmp_path.resolve()
+    context = RunContext(tmp_path, NullTracker(cfg.tracker), results=set(names))
+    finished.record(cfg, context, key)
+    earlier = finished.find(cfg, key)
+    assert earlier is not None and earlier.folder == tmp_path.resolve()
     data.write_text("{} {}")
     changed = finished.fingerprint(cfg)
     assert changed != key
-    finished.record(cfg, tmp_path, key)
+    finished.record(cfg, context, key)
     assert finished.find(cfg, changed) is None
 
 

@@ -180,7 +180,12 @@ def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
     """Raise ConfigError for a file that another query fetched; one without a query is kept."""
     try:
         made_by = json.loads(beside.read_text("utf-8"))
+    except FileNotFoundError:
+        return
     except (OSError, ValueError):
+        made_by = None
+    if not isinstance(made_by, dict):
+        log.warning("%s is damaged: what fetched dataset.path=%s is not known", beside, file)
         return
     if made_by == query:
         return

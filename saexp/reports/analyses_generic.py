@@ -1,7 +1,5 @@
 """Page of an analyzer that is none of saexp's own: its numbers, tables and figures as they are."""
 
-import json
-
 import plotly.graph_objects as go
 import plotly.io
 
@@ -21,10 +19,7 @@ def asked(run: SavedRun) -> str:
 
 def figures(run: SavedRun) -> dict[str, go.Figure]:
     """The figures that were saved."""
-    file = run.folder / FIGURES
-    if not file.is_file():
-        return {}
-    saved = json.loads(file.read_text("utf-8"))
+    saved = run.object(FIGURES) or {}
     return {name: plotly.io.from_json(text) for name, text in saved.items()}
 
 

@@ -1,34 +1,32 @@
 """A sweep as its cells' folders tell it: one row per cell, finished or not."""
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
-from saexp.results import SWEEP_PLAN
+from saexp.errors import StoreError
+from saexp.reports.saved import PROVENANCE, SavedRun
+from saexp.results import read_plan
 
-STATES = ("finished", "failed", "stopped", "not run")
+STATES = ("finished", "failed", "damaged", "stopped", "not run")
 CONTROL = "control"
 """Column: which control a cell's SAE is (`random`); empty for a trained one."""
+PAGES = ("report.html", "dashboard.html")
+"""A cell's page, which is rendered from its other files."""
 _KEYS = ("model", "sae", "dataset", "sae_trainer", "layer", "width", "coefficient")
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json, as the sweep wrote it before its first cell; empty where there is none."""
-    try:
-        return json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def cells_table(folder: Path) -> pd.DataFrame:
     """A row per cell: number, folder, status, error, a column per override and per metric.
 
-    Status is one of `finished`, `failed` (with its error), `stopped` (killed midway), `not run`.
+    Status is one of `finished`, `failed` (with its error), `damaged` (a file of a finished cell is
+    missing or was changed, which `error` names), `stopped` (killed midway), `not run`.
     """
     rows: dict[int, dict[str, Any]] = {}
     planned: list[list[str]] = read_plan(folder).get("cells", [])
@@ -38,9 +36,9 @@ def cells_table(folder: Path) -> pd.DataFrame:
             continue
         number, typed = int(match[1]), _typed(place)
         # A folder that an earlier sweep left here is no cell of this one.
-        mine = planned[number : number + 1]
-        if not planned or mine and (typed is None or set(typed) == set(mine[0])):
-            rows[number] = _cell(place, number, typed or [])
+        own = planned[number] if number < len(planned) else None
+        if not planned or own is not None and (typed is None or set(typed) == set(own)):
+            rows[number] = _cell(place, number, typed or own or [])
     for number, overrides in enumerate(planned):
         if number not in rows:
             rows[number] = {
@@ -54,35 +52,48 @@ def cells_table(folder: Path) -> pd.DataFrame:
 
 
 def _typed(place: Path) -> list[str] | None:
-    """The cell's overrides as Hydra wrote them; None where it was killed before."""
-    file = place / ".hydra/overrides.yaml"
-    return (yaml.safe_load(file.read_text("utf-8")) or []) if file.is_file() else None
+    """The cell's overrides as Hydra wrote them; None where it was killed before, or the file is
+    damaged."""
+    try:
+        text = (place / ".hydra/overrides.yaml").read_text("utf-8")
+        words = yaml.safe_load(text)
+        whole = text.endswith("\n") and isinstance(words, list)
+        if not whole or not all(isinstance(word, str) for word in words):
+            return None
+        _split(words)
+    except (OSError, ValueError, yaml.YAMLError, HydraException):
+        return None
+    return words
 
 
 def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {"cell": number, "folder": place.name, "status": "stopped", "error": None}
     row |= _split(overrides)
-    provenance = _json(place / "provenance.json")
     if (place / "error.txt").is_file():
-        kind, _, text = (place / "error.txt").read_text("utf-8").strip().partition(":")
+        text = (place / "error.txt").read_text("utf-8", errors="replace")
+        kind, _, text = text.strip().partition(":")
         if kind != "KeyboardInterrupt":
             row |= {"status": "failed", "error": text.strip() or kind}
-    elif provenance.get("status") == "finished":
-        row["status"] = "finished"
-        config = provenance["config"]
-        for key in _KEYS:
-            value = config.get(key)
-            row.setdefault(key, value["name"] if isinstance(value, dict) else value)
-        row[CONTROL] = (provenance.get("sae") or {}).get("control")
-        row |= _json(place / "metrics.json")
+        return row
+    if not any((place / name).exists() for name in (PROVENANCE, *PAGES)):
+        return row
+    run = SavedRun(place)
+    try:
+        if run.provenance.get("status") == "finished":
+            run.check()
+            return {**row, "status": "finished", **_unnamed(run, row), **run.metrics}
+        # A cell that was killed midway has its config there.
+        _ = run.config
+    except StoreError as error:
+        row |= {"status": "damaged", "error": str(error)}
     return row
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _unnamed(run: SavedRun, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be swept and is no column of the row yet, as the cell's config has it."""
+    values = {key: run.config.get(key) for key in _KEYS if key not in row}
+    columns = {k: v["name"] if isinstance(v, dict) else v for k, v in values.items()}
+    return columns | {CONTROL: (run.provenance.get("sae") or {}).get("control")}
 
 
 def _split(overrides: list[str]) -> dict[str, Any]:

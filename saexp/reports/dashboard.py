@@ -15,11 +15,10 @@ DATA, PAGE = "dashboard.json", "dashboard.html"
 
 def read_dashboard(folder: str | Path) -> dict[str, Any]:
     """What the page shows. Raises StoreError where the folder holds none."""
-    file = Path(folder) / DATA
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder} holds no dashboard ({DATA}: {error})") from error
+    content = SavedRun(Path(folder)).object(DATA)
+    if content is None:
+        raise StoreError(f"{folder} holds no dashboard ({DATA} is missing)")
+    return content
 
 
 def write_dashboard(folder: str | Path) -> Path:

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
+from pyarrow import ArrowException
 
 from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
+from saexp.wording import brief
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
 """Files in a sweep's folder: the table that `task=analyze` cells are matched into, and notes."""
@@ -28,9 +30,21 @@ class Node(NamedTuple):
 
 def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     """The table (empty where no latents were matched) and what a reader must know."""
-    file, notes = folder / MATCHES, folder / MATCHES_NOTES
-    table = pd.read_parquet(file) if file.is_file() else pd.DataFrame()
-    return table, json.loads(notes.read_text("utf-8")) if notes.is_file() else []
+    notes: list[str] = []
+    table = pd.DataFrame()
+    try:
+        if (folder / MATCHES).is_file():
+            table = pd.read_parquet(folder / MATCHES)
+    except (OSError, ValueError, ArrowException) as error:
+        notes.append(
+            f"{MATCHES} is damaged, so that no matches are shown: {brief(str(error), 200)}"
+        )
+    try:
+        if (folder / MATCHES_NOTES).is_file():
+            notes += map(str, json.loads((folder / MATCHES_NOTES).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        notes.append(f"{MATCHES_NOTES} is damaged")
+    return table, notes
 
 
 def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:

@@ -1,5 +1,6 @@
 """A finished run as its files tell it; reports render from this alone, never from live objects."""
 
+import io
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,36 +8,123 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import ArrowException
 
+from saexp.checksums import checksum_of, difference, has_intact_seal, is_checksums, is_sealed
+from saexp.digests import file_sha256
 from saexp.errors import StoreError
+from saexp.wording import brief
+
+PROVENANCE = "provenance.json"
+_AGAIN = "run its command again, which computes what is damaged anew"
+
+
+class _Content(dict[str, Any]):
+    """An object of a JSON file, which reports a missing key in one line."""
+
+    def __init__(self, content: dict[str, Any], file: Path) -> None:
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise StoreError(f"{self.file} is damaged (it has no '{key}'); {_AGAIN}")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The files of one run's folder. Raises StoreError where it holds no run."""
+    """The files of one run's folder, each compared with its checksum where the run was finished.
+
+    Raises StoreError where the folder holds no run, or a file that is read is damaged.
+    """
 
     folder: Path
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _content(self, name: str) -> bytes | None:
+        """A file's content; None where the run left none of that name."""
+        file = self.folder / name
+        listed = None if name == PROVENANCE else self.listed
+        expected = listed.get(name) if listed else None
+        if expected is None and not file.is_file():
+            return None
         try:
-            return json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.folder} holds no finished run ({name}: {error})") from error
+            content = file.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read ({error.strerror}); {_AGAIN}") from error
+        if expected is not None and checksum_of(content) != expected:
+            raise StoreError(f"{file} was changed since the run wrote it; {_AGAIN}")
+        return content
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        """What a JSON file holds; None where the run left none of that name."""
+        content = self._content(name)
+        if content is None:
+            return None
+        file = self.folder / name
+        try:
+            found = json.loads(content, object_hook=lambda found: _Content(found, file))
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged ({error}); {_AGAIN}") from error
+        if not isinstance(found, dict):
+            raise StoreError(f"{file} is damaged (it is not an object); {_AGAIN}")
+        return found
+
+    def _needed(self, name: str) -> dict[str, Any]:
+        found = self.object(name)
+        if found is None:
+            raise StoreError(f"{self.folder} holds no finished run ({name} is missing)")
+        return found
 
     @cached_property
     def metrics(self) -> dict[str, float | int | None]:
         """metrics.json."""
-        return self._json("metrics.json")
+        found = self._needed("metrics.json")
+        for name, value in found.items():
+            if not isinstance(value, float | int | None):
+                file = self.folder / "metrics.json"
+                raise StoreError(f"{file} is damaged ({name} is not a number); {_AGAIN}")
+        return found
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """provenance.json."""
-        return self._json("provenance.json")
+        found = self._needed(PROVENANCE)
+        if is_sealed(found) and not has_intact_seal(found):
+            raise StoreError(
+                f"{self.folder / PROVENANCE} was changed since the run wrote it; {_AGAIN}"
+            )
+        return found
+
+    @cached_property
+    def listed(self) -> dict[str, Any] | None:
+        """Checksums of the run's files; None of a run that is not finished."""
+        files = self.provenance.get("files")
+        if files is not None and not is_checksums(files):
+            raise StoreError(f"{self.folder / PROVENANCE} is damaged ('files'); {_AGAIN}")
+        return files
 
     def table(self, name: str) -> pd.DataFrame | None:
         """A table, or None where the run left none of that name."""
-        file = self.folder / f"{name}.parquet"
-        return pd.read_parquet(file) if file.is_file() else None
+        content = self._content(f"{name}.parquet")
+        if content is None:
+            return None
+        try:
+            return pd.read_parquet(io.BytesIO(content))
+        except (OSError, ValueError, ArrowException) as error:
+            file = self.folder / f"{name}.parquet"
+            raise StoreError(f"{file} is damaged ({brief(str(error), 200)}); {_AGAIN}") from error
+
+    def check(self) -> None:
+        """Compare every file that the run left with its checksum."""
+        changed = difference(self.folder, self.listed or {}, file_sha256)
+        if changed is not None:
+            raise StoreError(f"{self.folder}: {changed}; {_AGAIN}")
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """All tables that the run left, by name."""
+        names = self.listed or [file.name for file in sorted(self.folder.glob("*.parquet"))]
+        stems = [Path(n).stem for n in names if Path(n).suffix == ".parquet"]
+        tables = {stem: self.table(stem) for stem in stems}
+        return {stem: table for stem, table in tables.items() if table is not None}
 
     @cached_property
     def latents(self) -> pd.DataFrame | None:
@@ -59,7 +147,10 @@ class SavedRun:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved config."""
-        return self.provenance["config"]
+        config = self.provenance["config"]
+        if not isinstance(config, dict):
+            raise StoreError(f"{self.folder / PROVENANCE} is damaged ('config'); {_AGAIN}")
+        return config
 
     @property
     def config_text(self) -> str:

@@ -9,17 +9,18 @@ import pandas as pd
 from saexp.files import SWEEP_FOLDER, write_table
 from saexp.reports.cells import (
     CONTROL,
+    PAGES,
     STATES,
     cell_words,
     cells_table,
     groups_of,
-    read_plan,
     swept,
 )
 from saexp.reports.html import write_page
 from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
 from saexp.reports.sweep_effects import effect_findings, effects_table
 from saexp.reports.sweep_figures import sweep_figures
+from saexp.results import read_plan
 from saexp.stats.multiplicity import ALPHA, holm
 from saexp.wording import at_chance_words
 
@@ -36,7 +37,6 @@ CAPTIONS = {
     "latent with several links to the right is split in the wider SAE. Coloured: selected there.",
     "flow_over_layer": "The same over layers: a latent that goes on keeps its direction.",
 }
-_PAGES = ("report.html", "dashboard.html")
 _SHOWN = {
     "contrast/n_significant": "significant latents",
     "collection/tokens_forwarded": "tokens forwarded",
@@ -183,7 +183,7 @@ def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, A
         values = [record[k] for k in [*keys, *columns]]
         page = None
         if record["status"] == "finished" and record["folder"]:
-            pages = [f"{record['folder']}/{name}" for name in _PAGES]
+            pages = [f"{record['folder']}/{name}" for name in PAGES]
             page = next((p for p in pages if (place / p).is_file()), None)
         rows.append(
             {
@@ -197,7 +197,8 @@ def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, A
 
 
 def _failed(table: pd.DataFrame) -> list[tuple[str, str]]:
-    failed = table[table["status"] == "failed"]
+    """What differs from other cells, and the error, of each cell that failed or is damaged."""
+    failed = table[table["status"].isin(["failed", "damaged"])]
     named = swept(table)
     return [
         (", ".join(f"{k}={r[k]}" for k in named) or f"cell {r['cell']}", str(r["error"]))

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from saexp.reports.cells import cell_words, line_keys
+from saexp.reports.saved import SavedRun
 from saexp.stats.multiplicity import ALPHA, holm
 from saexp.wording import counted, p_value_words
 
@@ -28,18 +29,14 @@ def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
     keys = list(dict.fromkeys(["model", "sae", "dataset", "layer", "width", *line_keys(done)]))
     rows: list[dict[str, Any]] = []
     for record in done.to_dict("records"):
-        summary = _read(folder / str(record["folder"]) / "effects_summary.parquet")
+        run = SavedRun(folder / str(record["folder"]))
+        summary, controls = run.effects_summary, run.controls
         if summary is None:
             continue
-        controls = _read(folder / str(record["folder"]) / "controls.parquet")
         about = {k: record.get(k) for k in keys}
         rows += [about | row for row in _of_cell(summary, controls)]
     columns = [*keys, "outcome", "direction", "prompts", "coefficient", "chosen", *NUMBERS]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(ignore_index=True)
-
-
-def _read(file: Path) -> pd.DataFrame | None:
-    return pd.read_parquet(file) if file.is_file() else None
 
 
 def _of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[str, Any]]:

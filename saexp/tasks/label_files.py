@@ -56,6 +56,7 @@ def save_labels(
         folder = labels_folder(cfg.cache_dir, {**determined_by, "files": content})
         for name, made in files.items():
             write_bytes(folder / name, _bytes(made))
+    context.results.update(files)
     result.notes += [told.replace("{path}", str(folder / name)) for name, told in use.items()]
     result.metrics = clean_metrics(result.metrics, result.notes)
     write_result(context, result)

@@ -5,7 +5,6 @@ SAE's, so the SAEs are loaded again, the last ones first: a sweep of one process
 Whatever cannot be loaded is left out with a note; the sweep's report is written all the same.
 """
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 from saexp.reports.cells import cells_table
 from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES
+from saexp.reports.saved import SavedRun
 from saexp.saes.base import SparseAutoencoder
 from saexp.tasks.loaded import language_model, sparse_autoencoder
 from saexp.wording import brief
@@ -103,26 +103,24 @@ def _cells(folder: Path) -> list[_Cell]:
     found: dict[tuple[str, ...], _Cell] = {}
     table = cells_table(folder)
     for row in table[table["status"] == "finished"].to_dict("records"):
-        place = folder / str(row["folder"])
-        if not all((place / f"{name}.parquet").is_file() for name in _NEEDED):
+        run = SavedRun(folder / str(row["folder"]))
+        if not all((run.folder / f"{name}.parquet").is_file() for name in _NEEDED):
             continue
-        about = json.loads((place / "provenance.json").read_text("utf-8"))
+        about = run.provenance
         names = [about["model"]["fingerprint"], about["sae"]["fingerprint"]]
         key = (*map(str, names), about["sae"]["hookpoint"])
-        if key not in found and (cell := _cell(place, int(row["cell"]), about)) is not None:
+        if key not in found and (cell := _cell(run, int(row["cell"]))) is not None:
             found[key] = cell
     return list(found.values()) if len(found) > 1 else []
 
 
-def _cell(place: Path, number: int, about: dict[str, Any]) -> _Cell | None:
-    activations = pd.read_parquet(place / "activations.parquet", columns=["latent", "value"])
-    if activations.empty:
+def _cell(run: SavedRun, number: int) -> _Cell | None:
+    activations, rows, latents = (run.table(name) for name in _NEEDED)
+    if activations is None or rows is None or latents is None or activations.empty:
         return None
-    names = ["example_id", "token_index", "text", "split"]
-    fires = firing(activations, pd.read_parquet(place / "rows.parquet", columns=names))
-    latents = pd.read_parquet(place / "latents.parquet").set_index("latent")
-    leading = latents.loc[fires.latents, ["direction", "rank"]].reset_index()
-    return _Cell(number, about, leading, fires)
+    fires = firing(activations, rows)
+    leading = latents.set_index("latent").loc[fires.latents, ["direction", "rank"]].reset_index()
+    return _Cell(number, run.provenance, leading, fires)
 
 
 def _loaded(cell: _Cell) -> SparseAutoencoder:

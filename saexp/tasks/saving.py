@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.checksums import has_intact_seal
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
@@ -39,7 +40,8 @@ def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int |
     return cleaned
 
 
-_WRITTEN = ".written.json"
+METRICS, PROVENANCE = "metrics.json", "provenance.json"
+WRITTEN = ".written.json"
 """Names of the files that a run left in a folder; the next one there removes them."""
 _PAGES = ("report.html", "dashboard.html", "dashboard.json", "figures.json")
 
@@ -50,9 +52,10 @@ def clear(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
     Only files that saexp wrote as a run's results go, and none of `keep`; labels, which later runs
     read, and a trained SAE stay until they are replaced.
     """
-    for name in _written(folder) | {_WRITTEN}:
-        if (folder / name).resolve() not in keep:
-            (folder / name).unlink(missing_ok=True)
+    for name in [*_written(folder), WRITTEN]:
+        file = folder / name
+        if file.resolve() not in keep and (file.is_file() or file.is_symlink()):
+            file.unlink()
 
 
 def note_written(context: RunContext, names: Iterable[str]) -> None:
@@ -66,34 +69,59 @@ def note_written(context: RunContext, names: Iterable[str]) -> None:
         clear(folder, context.inputs)
         context.began_writing = True
     listed = sorted({*_written(folder), *names})
-    write_json(folder / _WRITTEN, listed, option=RUN_FOLDER)
+    write_json(folder / WRITTEN, listed, option=RUN_FOLDER)
+    context.results |= {WRITTEN, *listed}
 
 
-def note_pages(context: RunContext, since: float) -> None:
-    """Remember the pages that this run wrote: those changed after `since` (seconds, epoch).
+PageStates = dict[str, tuple[int, int, int]]
+"""Name of a page -> time of change in ns, size and inode."""
+
+
+def page_states(folder: Path) -> PageStates:
+    """The pages of a folder, as they are now."""
+    states = {name: (folder / name).stat() for name in _PAGES if (folder / name).is_file()}
+    return {name: (s.st_mtime_ns, s.st_size, s.st_ino) for name, s in states.items()}
+
+
+def note_pages(context: RunContext, before: PageStates) -> None:
+    """Remember the pages that this run wrote: those that are not as they were `before` it.
 
     A task that leaves no results by `write_result` keeps its own account of its files.
     """
     if not context.began_writing:
         return
-    files = [context.folder / name for name in _PAGES]
-    mine = [f.name for f in files if f.is_file() and f.stat().st_mtime >= since]
-    if mine:
-        note_written(context, mine)
+    now = page_states(context.folder)
+    if changed := [name for name, state in now.items() if before.get(name) != state]:
+        note_written(context, changed)
 
 
 def _written(folder: Path) -> set[str]:
+    """Names that the account of a folder lists; where it is damaged, of what the provenance lists
+    those that are no labels or weights."""
     try:
-        return set(json.loads((folder / _WRITTEN).read_text("utf-8")))
+        names = json.loads((folder / WRITTEN).read_text("utf-8"))
+        if isinstance(names, list) and all(map(_is_plain, names)):
+            return set(names)
     except (OSError, ValueError):
+        pass
+    try:
+        about = json.loads((folder / PROVENANCE).read_text("utf-8"))
+        names = [PROVENANCE, *about["files"]] if has_intact_seal(about) else []
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
+    return {n for n in names if _is_plain(n) and Path(n).suffix in (".parquet", ".json", ".html")}
+
+
+def _is_plain(name: object) -> bool:
+    """Whether this is a name without a folder, so that nothing elsewhere is ever removed."""
+    return isinstance(name, str) and Path(name).name == name
 
 
 def write_result(context: RunContext, result: TaskResult) -> None:
     """metrics.json and a parquet file per table; may be called again as a run goes on."""
     folder = context.folder
-    note_written(context, ["metrics.json", *(f"{name}.parquet" for name in result.tables)])
-    write_json(folder / "metrics.json", result.metrics, option=RUN_FOLDER)
+    note_written(context, [METRICS, *(f"{name}.parquet" for name in result.tables)])
+    write_json(folder / METRICS, result.metrics, option=RUN_FOLDER)
     for name, table in result.tables.items():
         write_table(folder / f"{name}.parquet", table, option=RUN_FOLDER)
 
@@ -107,10 +135,10 @@ def write_provenance(
     context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
 ) -> None:
     """provenance.json: how the run came about."""
-    note_written(context, ["provenance.json"])
+    note_written(context, [PROVENANCE])
     versions = {p: metadata.version(p) for p in _PACKAGES}
     write_json(
-        context.folder / "provenance.json",
+        context.folder / PROVENANCE,
         {
             "saexp_version": versions["saexp"],
             "command": context.command,

@@ -24,7 +24,7 @@ from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, write_json
-from saexp.results import SWEEP_PLAN
+from saexp.results import SWEEP_PLAN, read_plan
 from saexp.tasks.holding import reserve
 
 log = logging.getLogger(__name__)
@@ -167,21 +167,23 @@ def texts_key(cfg: RunConfig) -> str:
 
 def swept_keys(sweep: Path) -> set[str]:
     """Keys that differ between the cells of this sweep; none where there is no plan."""
-    try:
-        cells = json.loads((sweep / SWEEP_PLAN).read_text("utf-8"))["cells"]
-        pairs = [{key_of(w): w for w in cell} for cell in cells]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()
+    pairs = [{key_of(w): w for w in cell} for cell in read_plan(sweep).get("cells", [])]
     keys = {key for cell in pairs for key in cell}
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
 
 def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
     """(layer, stream) that cells of this sweep need from this cell's texts; None: as the SAE's."""
-    if sweep is None or not (sweep / SWEEP_PLAN).is_file():
+    if sweep is None or not (sweep / SWEEP_PLAN).exists():
         return []
-    plan = json.loads((sweep / SWEEP_PLAN).read_text("utf-8"))
-    return [(int(layer), stream) for layer, stream in plan["passes"].get(texts_key(cfg), [])]
+    try:
+        hookpoints = read_plan(sweep)["passes"].get(texts_key(cfg), [])
+        return [(int(layer), stream) for layer, stream in hookpoints]
+    except (KeyError, TypeError, ValueError):
+        log.warning(
+            "%s is damaged: this cell collects its own hookpoints alone", sweep / SWEEP_PLAN
+        )
+        return []
 
 
 def running() -> Path | None:
@@ -230,11 +232,10 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
         return
     raw = yaml.safe_load(composed.read_text("utf-8"))
     tracker = registry.build("tracker", TrackerConfig(**raw["tracker"]))
-    plan = json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
     tracker.start(
         # W&B's own process may have begun in another folder.
         folder=folder.resolve(),
-        config={"command": plan["command"], "n_cells": len(table)},
+        config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
         name=f"sweep-{folder.name}",
         job_type="sweep",
         group=folder.name,

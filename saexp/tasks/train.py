@@ -70,6 +70,9 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
         for record in training.run(_reader([acts, *targets], trained, cfg)):
             context.tracker.metrics(record)
         folder = training.save(context.folder / "sae")
+    context.results.update(
+        f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
+    )
     seconds = time.perf_counter() - began
     with context.stage("measure"):
         sae = load_sae(folder).to(model.device)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saexp.api import read_result
 from saexp.errors import StoreError
 from saexp.reports.figures import run_figures
 from saexp.reports.finding import headline, sentences
@@ -247,8 +248,31 @@ def test_a_run_that_compared_no_groups_says_so(tmp_path: Path) -> None:
 def test_a_folder_without_a_readable_run_is_one_line(tmp_path: Path, content: str | None) -> None:
     if content:
         (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(StoreError, match=r"holds no finished run \(metrics\.json: ") as error:
+    with pytest.raises(StoreError, match=r"holds no finished run \(provenance\.json is missing"):
         _ = SavedRun(tmp_path).metrics
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "provenance.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '{"a": "b"}', "\xff"])
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, content: str) -> None:
+    file = run(tmp_path) / name
+    file.write_text(content, encoding="latin-1")
+    for read in (read_result, headline):
+        with pytest.raises(StoreError) as error:
+            read(tmp_path)
+        said = str(error.value)
+        assert said.startswith(f"{file} is damaged (")
+        assert said.endswith("; run its command again, which computes what is damaged anew")
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no table at all", bytes(500)])
+def test_a_damaged_table_is_one_line_that_names_it(tmp_path: Path, content: bytes) -> None:
+    file = run(tmp_path) / "latents.parquet"
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="is damaged") as error:
+        read_result(tmp_path)
+    assert str(error.value).startswith(f"{file} is damaged (")
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,261 @@
+"""Finished runs and sweeps with damaged files: computed again or reported, never taken over."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import saexp
+from saexp.api import read_result
+from saexp.config import RunConfig
+from saexp.errors import StoreError
+from saexp.reports.cells import cells_table
+from saexp.reports.sweep import write_sweep
+from saexp.tasks import finished
+from tests.e2e.faults.injection import (
+    DAMAGES,
+    command,
+    digests_of_results,
+    edit_json_number,
+    wrong_shape,
+)
+from tests.reports.left import body_of
+
+SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
+SMALL += ["analyzer.n_background=200"]
+SHAPES = ("[]", "3", "null", '{"a": 1}', '"text"')
+
+
+class Done(NamedTuple):
+    """A finished run, and the folder that it and its cache are in."""
+
+    root: Path
+    cfg: RunConfig
+    key: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "cache/finished" / f"{self.key}.json"
+
+    def files(self) -> list[Path]:
+        """All that decides whether it is reused."""
+        listed = json.loads((self.folder / "provenance.json").read_text("utf-8"))["files"]
+        return [*(self.folder / name for name in listed), self.folder / "provenance.json"]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    root = tmp_path_factory.mktemp("done")
+    cfg = saexp.compose([*SMALL, "resume=true", f"cache_dir={root}/cache"])
+    saexp.run(cfg, root / "run")
+    key = finished.fingerprint(cfg)
+    assert key is not None
+    return Done(root, cfg, key)
+
+
+@pytest.fixture
+def run(done: Done, tmp_path: Path) -> Iterator[Done]:
+    """The run, whose files are as they were when the test is over."""
+    for name in ("run", "cache/finished"):
+        shutil.copytree(done.root / name, tmp_path / "before" / name)
+    yield done
+    for name in ("run", "cache/finished"):
+        shutil.rmtree(done.root / name)
+        shutil.copytree(tmp_path / "before" / name, done.root / name)
+
+
+def damaged(path: Path) -> Iterator[str]:
+    """Every damage to a file, one after the other; afterwards the file is as it was."""
+    content = path.read_bytes()
+    of_json = (edit_json_number,) if path.suffix == ".json" else ()
+    for damage in (*DAMAGES, *of_json):
+        said = damage(path, 3)
+        if not path.is_file() or path.read_bytes() != content:
+            yield f"{path.name}: {said}"
+        path.write_bytes(content)
+    for shape in SHAPES if path.suffix == ".json" else ():
+        path.write_text(shape)
+        yield f"{path.name}: {shape}"
+    path.unlink()
+    path.mkdir()
+    yield f"{path.name}: a folder"
+    path.rmdir()
+    path.write_bytes(content)
+
+
+def test_a_run_is_not_reused_with_any_damage_to_any_file(
+    run: Done, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert {"metrics.json", "report.html", "latents.parquet"} <= {f.name for f in run.files()}
+    for file in (*run.files(), run.index):
+        for damage in damaged(file):
+            caplog.clear()
+            assert finished.find(run.cfg, run.key) is None, damage
+            if damage.endswith(f"{run.index.name}: deleted"):
+                assert caplog.messages == []
+                continue
+            (said,) = caplog.messages
+            assert file.name in said, damage
+            assert "is not reused: " in said
+            assert said.endswith("; computing it again")
+    caplog.clear()
+    found = finished.find(run.cfg, run.key)
+    assert found is not None and found.folder == run.folder
+    assert caplog.messages == []
+
+
+def test_a_list_of_files_that_lacks_one_is_not_believed(run: Done) -> None:
+    file = run.folder / "provenance.json"
+    about = json.loads(file.read_text("utf-8"))
+    for lacking in (("metrics.json",), ("report.html",), tuple(about["files"])):
+        files = {k: v for k, v in about["files"].items() if k not in lacking}
+        file.write_text(json.dumps(finished.sealed({**about, "files": files})))
+        finished._index(run.cfg, run.index, run.folder)
+        assert finished.find(run.cfg, run.key) is None, lacking
+    outside = {**about["files"], "../cache/x": about["files"]["metrics.json"]}
+    file.write_text(json.dumps(finished.sealed({**about, "files": outside})))
+    finished._index(run.cfg, run.index, run.folder)
+    assert finished.find(run.cfg, run.key) is None
+
+
+def test_a_damaged_run_is_computed_again_with_equal_results(run: Done, tmp_path: Path) -> None:
+    expected = digests_of_results(run.folder)
+    damages = itertools.cycle((*DAMAGES, edit_json_number, wrong_shape))
+    files = [run.folder / n for n in ("metrics.json", "provenance.json", "latents.parquet")]
+    for number, file in enumerate([*files, run.folder / "rows.parquet", run.index]):
+        content = file.read_bytes()
+        said = next(damages)(file, number)
+        again = saexp.run(run.cfg, tmp_path / f"again{number}")
+        assert not any(note.startswith("reused") for note in again.notes), said
+        assert digests_of_results(tmp_path / f"again{number}") == expected, said
+        file.write_bytes(content)
+        finished._index(run.cfg, run.index, run.folder)
+
+
+def test_a_damaged_run_is_computed_again_in_its_own_folder(run: Done) -> None:
+    expected = digests_of_results(run.folder)
+    edit_json_number(run.folder / "metrics.json", 1)
+    assert digests_of_results(run.folder) != expected
+    saexp.run(run.cfg, run.folder)
+    assert digests_of_results(run.folder) == expected
+    found = finished.find(run.cfg, run.key)
+    assert found is not None and found.folder == run.folder
+
+
+def test_reading_a_damaged_run_is_one_line_that_names_the_file(run: Done) -> None:
+    sound = read_result(run.folder)
+    for file in run.files():
+        if file.suffix not in (".json", ".parquet") or file.name.startswith("."):
+            continue
+        for damage in damaged(file):
+            with pytest.raises(StoreError) as error:
+                read_result(run.folder)
+            assert file.name in str(error.value), damage
+            assert "\n" not in str(error.value), damage
+    (run.folder / "a_users.parquet").write_text("no table")
+    again = read_result(run.folder)
+    assert again.metrics == sound.metrics
+    assert again.tables.keys() == sound.tables.keys()
+    assert finished.find(run.cfg, run.key) is not None
+
+
+def test_a_copy_is_as_good_as_the_run(run: Done, tmp_path: Path) -> None:
+    saexp.run(run.cfg, tmp_path / "copy")
+    own = finished.find(run.cfg, run.key, tmp_path / "copy")
+    assert own is not None and own.folder == tmp_path / "copy"
+    (run.folder / "rows.parquet").unlink()
+    other = saexp.run(run.cfg, tmp_path / "other")
+    assert f"reused from {tmp_path / 'copy'}" in other.notes
+    assert sum(note.startswith("reused from ") for note in other.notes) == 1
+    (tmp_path / "copy/metrics.json").write_text("{}")
+    shutil.rmtree(tmp_path / "other")
+    assert finished.find(run.cfg, run.key) is None
+
+
+def test_a_copy_that_was_interrupted_is_no_finished_run(
+    run: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = finished.find(run.cfg, run.key)
+    assert earlier is not None
+    real = finished.write_atomically
+    n_files = len(finished._results(run.folder))
+    for n in range(n_files):
+        written: list[Path] = []
+
+        def write(path: Path, *arguments: object, n: int = n, **options: object) -> None:
+            if len(written) == n:  # noqa: B023
+                raise KeyboardInterrupt
+            written.append(path)  # noqa: B023
+            real(path, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr(finished, "write_atomically", write)
+        with pytest.raises(KeyboardInterrupt):
+            finished.reuse(run.cfg, earlier, tmp_path / "copy")
+        assert not (tmp_path / "copy/provenance.json").exists()
+        assert finished.find(run.cfg, run.key, tmp_path / "copy") == earlier
+    monkeypatch.undo()
+    assert finished.reuse(run.cfg, earlier, tmp_path / "copy")
+    assert digests_of_results(tmp_path / "copy") == digests_of_results(run.folder)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cells of a sweep."""
+    root = tmp_path_factory.mktemp("swept")
+    words = ["-m", "layer=1,2", *SMALL, "cache_dir=cache", "hydra.sweep.dir=sweep"]
+    said = command(words, root)
+    assert said.code == 0, said.err
+    return root
+
+
+def test_a_sweep_with_a_damaged_cell_says_so_and_goes_on(swept: Path, tmp_path: Path) -> None:
+    sweep = Path(shutil.copytree(swept / "sweep", tmp_path / "sweep"))
+    (cell,) = sweep.glob("0_*")
+    sound, _ = write_sweep(sweep)
+    about = json.loads((cell / "provenance.json").read_text("utf-8"))
+    for name in (*about["files"], "provenance.json"):
+        for damage in damaged(cell / name):
+            table = cells_table(sweep)
+            assert table["status"].tolist() == ["damaged", "finished"], damage
+            assert name in table["error"][0], damage
+    edit_json_number(cell / "metrics.json")
+    write_sweep(sweep)
+    assert "metrics.json was changed since it was written" in body_of(sweep / "sweep.html")
+    shutil.copyfile(next((swept / "sweep").glob("0_*")) / "metrics.json", cell / "metrics.json")
+    for name in (".hydra/overrides.yaml", ".hydra/config.yaml"):
+        for damage in damaged(cell / name):
+            table = cells_table(sweep)
+            assert table["status"][1] == "finished", damage
+            assert table["status"][0] == "not run" or table.equals(sound), damage
+    for name in ("plan.json", "latent_matches.parquet", "latent_matches_notes.json"):
+        assert (sweep / name).is_file() or name.endswith("notes.json")
+        (sweep / name).touch()
+        for damage in itertools.islice(damaged(sweep / name), 3, None):
+            table, _ = write_sweep(sweep)
+            assert table["status"].tolist() == ["finished", "finished"], damage
+
+
+def test_a_sweep_with_damaged_cells_is_computed_again(swept: Path) -> None:
+    words = ["-m", "layer=1,2", *SMALL, "cache_dir=cache"]
+    expected = {cell.name: digests_of_results(cell) for cell in (swept / "sweep").glob("[01]_*")}
+    names = ("metrics.json", "provenance.json", "latents.parquet")
+    damages = (edit_json_number, wrong_shape, *DAMAGES)
+    for number, (name, damage) in enumerate(zip(names, damages, strict=False)):
+        sweep = "sweep" if number == 0 else f"sweep{number - 1}"
+        (cell,) = (swept / sweep).glob("0_*")
+        said = damage(cell / name, number)
+        again = command([*words, f"hydra.sweep.dir=sweep{number}"], swept)
+        assert again.code == 0 and "Traceback" not in again.err, said
+        assert "sweep: 2 cells: 2 finished" in again.out, said
+        assert again.err.count("is not reused: ") == 1, again.err
+        assert name in again.err
+        cells = (swept / f"sweep{number}").glob("[01]_*")
+        assert {c.name: digests_of_results(c) for c in cells} == expected, said
