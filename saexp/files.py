@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from saexp.errors import StoreError
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CACHE, RUN_FOLDER, SWEEP_FOLDER = "cache_dir=", "hydra.run.dir=", "hydra.sweep.dir="
-"""Settings that choose the folder of the cache, of a run, and of a sweep."""
+CACHE, SWEEP_FOLDER = "cache_dir=", "hydra.sweep.dir="
+RUN_FOLDER = "hydra.run.dir= (hydra.sweep.dir= of a sweep)"
+"""Settings that choose the folder of the cache, of a sweep, and of a run or a sweep's cell."""
 _LIMITS = (errno.EDQUOT, errno.EFBIG)
 """Of these a limit of the user is the cause, not the disk."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -42,14 +44,20 @@ def show_bytes(n_bytes: int) -> str:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error of the operating system says so, or what a library makes of one."""
-    if isinstance(error, SafetensorError):
-        return any(f"os error {number}" in str(error) for number in _FULL)
-    if isinstance(error, shutil.Error):
-        return any(f"[Errno {number}]" in str(error) for number in _FULL)
     if isinstance(error, RuntimeError):
         # torch.save, whose writer reports no number; other faults have shown when it was opened.
         return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    return isinstance(error, OSError) and error.errno in _FULL
+    return _number(error) in _FULL
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library has put it into a text."""
+    patterns = {SafetensorError: r"os error (\d+)", shutil.Error: r"\[Errno (\d+)\]"}
+    for kind, pattern in patterns.items():
+        if isinstance(error, kind):
+            match = re.search(pattern, str(error))
+            return int(match[1]) if match else None
+    return error.errno if isinstance(error, OSError) else None
 
 
 def cannot_write(
@@ -59,8 +67,9 @@ def cannot_write(
 
     `option` is the setting that chooses another folder.
     """
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if getattr(error, "errno", None) in _LIMITS:
+    number = _number(error)
+    reason = os.strerror(number) if number is not None else " ".join(str(error).split())
+    if number in _LIMITS:
         return StoreError(
             f"cannot write {path}: {reason}; what was finished is kept: raise that limit and run "
             f"the command again, or choose another {option}"
