@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.e2e.faults.injection import Said, digests_of_results, start
+from tests.e2e.faults.injection import Said, digests_of_results, results_table, start
 
 _ROWS = re.compile(r"\d+ rows, (\d+) computed, (\d+) were stored")
 _TOKENS = re.compile(r"collected \d+ rows, (\d+) tokens forwarded.*\((\w{24})\)")
@@ -120,6 +120,10 @@ class Bench:
 
     def of(self, name: str) -> Undisturbed:
         """The undisturbed run of a kind of work, run the first time that it is asked for."""
+        if not self.undisturbed:
+            # The server that processes are forked from takes its time to start.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            said_by(self.folder, ["--help"], self.output())
         if name not in self.undisturbed:
             self.undisturbed[name] = self._run_undisturbed(WORKS[name])
         return self.undisturbed[name]
@@ -247,8 +251,8 @@ def database_keys(cwd: Path) -> frozenset[bytes]:
     if not path.is_file():
         return frozenset()
     with closing(sqlite3.connect(path)) as file:
-        tables = file.execute("select name from sqlite_master where name = 'results'").fetchall()
-        rows = file.execute("select key from results").fetchall() if tables else []
+        table = results_table(file)
+        rows = file.execute(f"select key from {table}").fetchall() if table else []
     return frozenset(key for (key,) in rows)
 
 
