@@ -241,13 +241,16 @@ def start(
     return Started(process, output, time.monotonic())
 
 
-def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str], output: str) -> None:
+def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str | None], output: str) -> None:
     """What the forked process does."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    os.environ.update(env)
+    for variable, value in env.items():
+        os.environ.pop(variable, None)
+        if value is not None:
+            os.environ[variable] = value
     os.chdir(cwd)
     sys.argv = ["saexp", *words]
     runpy.run_module("saexp", run_name="__main__")
