@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from saexp import registry
+from saexp import registry, tracking
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
@@ -30,7 +30,7 @@ from saexp.tasks import finished
 from saexp.tasks.holding import holding
 from saexp.tasks.saving import note_pages, page_states
 from saexp.tasks.sweep import ahead
-from saexp.tracking import Tracker
+from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,8 @@ def _run(
         if earlier is not None and finished.reuse(cfg, earlier, place, finished.inputs(cfg)):
             return _reused(cfg, earlier.folder, place, sweep)
     _require_components(cfg)
-    tracker = registry.build("tracker", cfg.tracker)
+    # Before the task's imports: W&B inspects every module that is loaded by then.
+    tracker = _start(cfg, place, sweep)
     context = RunContext(
         folder=place,
         tracker=tracker,
@@ -137,8 +138,6 @@ def _run(
         inputs=finished.inputs(cfg),
     )
     pages = page_states(place)
-    # Before the task's imports: W&B inspects every module that is loaded by then.
-    _start(tracker, cfg, place, sweep)
     try:
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
@@ -149,14 +148,15 @@ def _run(
         # What cannot be written now must not stand in front of the run's own error.
         with suppress(StoreError):
             note_pages(context, pages)
-        with suppress(StoreError):
-            tracker.finish(1)
+        tracker.finish(1)
         if shown is error:
             raise
         raise shown from error
-    note_pages(context, pages)
-    tracker.finish(0)
-    finished.record(cfg, context, key)
+    try:
+        note_pages(context, pages)
+        finished.record(cfg, context, key)
+    finally:
+        tracker.finish(0)
     result.path = place
     return result
 
@@ -186,8 +186,7 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
     log.info("reusing the finished run in %s", earlier)
     result = read_result(place)
     if earlier.resolve() != place.resolve():
-        tracker = registry.build("tracker", cfg.tracker)
-        _start(tracker, cfg, place, sweep)
+        tracker = _start(cfg, place, sweep)
         try:
             _track(tracker, result)
         except BaseException:
@@ -197,8 +196,9 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
     return result
 
 
-def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) -> None:
-    tracker.start(
+def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
+    return tracking.start(
+        cfg.tracker,
         folder=place,
         config=asdict(cfg),
         name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
@@ -215,13 +215,18 @@ def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
     """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
-    tracker = registry.build("tracker", TrackerConfig(**config["tracker"]))
-    job_type = config["task"]["name"]
-    tracker.start(folder=place, config=config, name=name, job_type=job_type, group=sweep.name)
+    tracker = tracking.start(
+        TrackerConfig(**config["tracker"]),
+        folder=place,
+        config=config,
+        name=name,
+        job_type=config["task"]["name"],
+        group=sweep.name,
+    )
     tracker.finish(1)
 
 
-def _track(tracker: Tracker, result: TaskResult) -> None:
+def _track(tracker: Recorder, result: TaskResult) -> None:
     tracker.metrics(result.metrics)
     for name in ("latents", "effects_summary"):
         if name in result.tables:

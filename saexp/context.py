@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from saexp.tracking import Tracker
+from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunContext:
 
     folder: Path
     """Where the run's files go."""
-    tracker: Tracker
+    tracker: Recorder
     command: str = "python"
     """How the run was started, for provenance."""
     started: str = ""

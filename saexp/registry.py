@@ -92,7 +92,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "attention": "saexp.interventions.outcomes:Attention",
     },
     "tracker": {
-        "wandb": "saexp.tracking:WandbTracker",
+        "wandb": "saexp.wandb_tracker:WandbTracker",
         "jsonl": "saexp.tracking:JsonlTracker",
         "none": "saexp.tracking:NullTracker",
     },

@@ -1,15 +1,13 @@
-"""Where a run's metrics, tables and figures are sent. The only room that knows W&B."""
+"""Where a run's metrics, tables and figures are sent."""
 
 import json
 import logging
-import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from saexp import registry
 from saexp.config import TrackerConfig
-from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, cannot_write
 
 log = logging.getLogger(__name__)
@@ -17,20 +15,8 @@ log = logging.getLogger(__name__)
 Metrics = Mapping[str, float | int | None]
 
 
-class Tracker(Protocol):
-    """A sink for one run."""
-
-    def start(
-        self,
-        *,
-        folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        job_type: str,
-        group: str | None,
-    ) -> None:
-        """Open the run."""
-        ...
+class Recorder(Protocol):
+    """A sink for one open run."""
 
     def metrics(self, values: Metrics) -> None:
         """Record numbers."""
@@ -46,6 +32,22 @@ class Tracker(Protocol):
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
+        ...
+
+
+class Tracker(Recorder, Protocol):
+    """A sink for one run, to be opened."""
+
+    def start(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+    ) -> None:
+        """Open the run."""
         ...
 
 
@@ -104,86 +106,61 @@ class JsonlTracker(NullTracker):
             raise cannot_write(self.path, error, option=RUN_FOLDER) from error
 
 
-def has_key() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    files = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
-    return any(f and Path(f).is_file() and host in Path(f).read_text("utf-8") for f in files)
+class Guarded:
+    """A started tracker whose errors never reach the run: one warning, and the run goes on."""
 
-
-class WandbTracker(NullTracker):
-    """Weights & Biases; offline by itself where no key is set, never a prompt."""
-
-    def __init__(self, cfg: TrackerConfig) -> None:
-        super().__init__(cfg)
-        if cfg.mode not in (None, "online", "offline", "disabled"):
-            raise ConfigError(f"tracker.mode={cfg.mode}: choose online, offline or disabled")
-        import wandb
-
-        self.wandb: Any = wandb
-
-    def start(
-        self,
-        *,
-        folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        job_type: str,
-        group: str | None,
-    ) -> None:
-        """Open a W&B run in the run's folder."""
-        asked = self.cfg.mode or os.environ.get("WANDB_MODE")
-        if asked == "online" and not has_key():
-            typed = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
-            raise ConfigError(
-                f"{typed}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
-                "first, or type tracker.mode=offline"
-            )
-        mode = asked or ("online" if has_key() else "offline")
-        try:
-            self.run: Any = self.wandb.init(
-                project=self.cfg.project,
-                entity=self.cfg.entity,
-                group=self.cfg.group or group,
-                job_type=job_type,
-                name=name,
-                config=dict(config),
-                dir=str(folder),
-                mode=mode,
-                reinit="create_new",
-                settings=self.wandb.Settings(silent=True, console="off", x_disable_stats=True),
-            )
-        except (self.wandb.Error, ValueError) as error:
-            told = " ".join(str(error).split())[:240]
-            raise ConfigError(
-                f"tracker=wandb: W&B begins no run ({told}); fix that, or type "
-                "tracker.mode=offline or tracker=none"
-            ) from error
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+        self._warned = False
 
     def metrics(self, values: Metrics) -> None:
-        """Numbers go to the run's summary and history."""
-        sent = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
-        self.run.log(sent)
+        """Record numbers."""
+        self._attempt("metrics", lambda: self._tracker.metrics(values))
 
     def table(self, name: str, table: Any) -> None:
-        """A W&B table."""
-        # W&B takes pandas' own missing value for a type of its own; None it knows.
-        plain = table.astype(object).where(table.notna(), None)
-        # Rows as lists: from a DataFrame W&B looks every value up by itself, ten times slower.
-        made = self.wandb.Table(
-            columns=list(plain.columns),
-            data=plain.to_numpy().tolist(),
-            optional=table.isna().any().tolist(),
-            allow_mixed_types=True,
-        )
-        self.run.log({f"tables/{name}": made})
+        """Record a DataFrame."""
+        self._attempt(f"the table '{name}'", lambda: self._tracker.table(name, table))
 
     def figure(self, name: str, figure: Any) -> None:
-        """An interactive W&B figure."""
-        self.run.log({f"figures/{name}": self.wandb.Plotly(figure)})
+        """Record a plotly figure."""
+        self._attempt(f"the figure '{name}'", lambda: self._tracker.figure(name, figure))
 
     def finish(self, exit_code: int) -> None:
-        """Finish the run with its exit code."""
-        self.run.finish(exit_code=exit_code)
+        """Close the run; 0 is success."""
+        self._attempt("the end of the run", lambda: self._tracker.finish(exit_code))
+
+    def _attempt(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self._warned:
+                log.warning(
+                    "tracker=%s did not record %s (%s); the run and its files are complete "
+                    "without it",
+                    *(self._name, what, brief(error)),
+                )
+            self._warned = True
+
+
+def brief(error: BaseException) -> str:
+    """An error as one short line."""
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def start(
+    cfg: TrackerConfig,
+    *,
+    folder: Path,
+    config: Mapping[str, Any],
+    name: str,
+    job_type: str,
+    group: str | None,
+) -> Guarded:
+    """Open a run with the configured tracker.
+
+    Raises what the tracker raises here, before any work: a setting that the user can fix. Nothing
+    that it raises later does.
+    """
+    tracker: Tracker = registry.build("tracker", cfg)
+    tracker.start(folder=folder, config=config, name=name, job_type=job_type, group=group)
+    return Guarded(tracker, cfg.name)

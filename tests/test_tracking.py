@@ -11,7 +11,7 @@ import pytest
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build
-from saexp.tracking import has_key
+from saexp.wandb_tracker import has_key
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
 TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int64")})
@@ -91,6 +91,6 @@ def test_a_key_that_is_no_key_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "short")
     tracker = build("tracker", TrackerConfig(name="wandb", mode="online"))
-    with pytest.raises(ConfigError, match=r"^tracker=wandb: W&B begins no run \(") as error:
+    with pytest.raises(ConfigError, match=r"^tracker=wandb: W&B refuses the run \(") as error:
         tracker.start(folder=tmp_path, **ABOUT)
     assert "\n" not in str(error.value)

@@ -24,6 +24,7 @@ from fault_works import (
     rows_computed,
     tokens_forwarded,
 )
+from tests.e2e.faults.wandb_server import ERROR, GARBAGE, GOOD, HANG, REFUSE, wandb_server
 
 from tests.e2e.faults.injection import (
     Said,
@@ -58,6 +59,14 @@ DAMAGES: dict[str, tuple[Callable[[Path, int], str], tuple[str, ...]]] = {
     "edited row": (edit_database_row, (".sqlite",)),
 }
 """Name -> the damage, and the suffixes of the files that it is for (none: all)."""
+OUTAGES = (
+    *((mode, None) for mode in (REFUSE, HANG, ERROR, GARBAGE)),
+    *((GOOD, later) for later in (HANG, ERROR, GARBAGE)),
+)
+"""What a W&B server does at first, and what once a run has begun."""
+WITH_OUTAGES = ("labels", "evaluation", "training")
+_LONGEST_DELAY_SECONDS = 60
+"""Of a run whose W&B server fails; on an idle machine 10."""
 CHECKPOINTS, INDEX = "cache/training/", "cache/finished/"
 _RESULTS = (".json", ".parquet", ".html", ".jsonl", ".safetensors", ".csv")
 _TRIES = 5
@@ -278,6 +287,29 @@ def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
             failure = f"no warning: {_end(said.err)}"
         wrong = "" if failure else differences(whole.run, below(digests_of_results(cwd), "run"))
         return Outcome(True, detail, failure, wrong=wrong)
+
+
+# Outages
+
+
+def wandb_outage(bench: Bench, rng: random.Random, name: str) -> Outcome:
+    """A W&B server that is not there, hangs or fails, from the start or once the run has begun."""
+    work, whole = WORKS[name], bench.of(name)
+    cwd, (mode, later) = bench.fresh(work), rng.choice(OUTAGES)
+    detail = f"{later} after the start" if later else mode
+    with wandb_server(mode, later) as server:
+        env = {"WANDB_MODE": None, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+        began = time.monotonic()
+        said = bench.run(work, "tracker=wandb", env=env)
+        seconds = time.monotonic() - began
+    failure = failed(said)
+    if not failure and seconds > whole.seconds + _LONGEST_DELAY_SECONDS:
+        failure = f"{seconds:.0f} s instead of {whole.seconds:.0f}"
+    if not failure and "wandb sync" not in said.out + said.err:
+        failure = f"does not say how to upload the run: {_end(said.err)}"
+    run = below(digests_of_results(cwd), "run")
+    own = {path: digest for path, digest in run.items() if "wandb/" not in path}
+    return Outcome(True, detail, failure, wrong="" if failure else differences(whole.run, own))
 
 
 # Several at once

@@ -6,12 +6,12 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.e2e.faults.injection import Said, digests_of_results, start
+from tests.e2e.faults.injection import Said, digests_of_results, results_table, start
 
 _ROWS = re.compile(r"\d+ rows, (\d+) computed, (\d+) were stored")
 _TOKENS = re.compile(r"collected \d+ rows, (\d+) tokens forwarded.*\((\w{24})\)")
@@ -120,6 +120,10 @@ class Bench:
 
     def of(self, name: str) -> Undisturbed:
         """The undisturbed run of a kind of work, run the first time that it is asked for."""
+        if not self.undisturbed:
+            # The server that processes are forked from takes its time to start.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            start(["--help"], self.folder, output=self.output()).wait()
         if name not in self.undisturbed:
             self.undisturbed[name] = self._run_undisturbed(WORKS[name])
         return self.undisturbed[name]
@@ -151,10 +155,9 @@ class Bench:
     def cwd(self, work: Work) -> Path:
         return self.folder / work.name / "now"
 
-    def run(self, work: Work, *more: str, cwd: Path | None = None) -> Said:
-        """The command in the work's folder, to its end."""
-        folder = cwd or self.cwd(work)
-        return said_by(folder, work.command(*more), self.output())
+    def run(self, work: Work, *more: str, env: Mapping[str, str | None] | None = None) -> Said:
+        """The command in the work's folder, in a process of its own, to its end."""
+        return start(work.command(*more), self.cwd(work), env, self.output()).wait()
 
     def output(self) -> Path:
         """A new name for a folder of output, which is not kept beyond the next few."""
@@ -183,11 +186,6 @@ class Bench:
 def _steps(cwd: Path) -> int:
     steps = [int(p.name.removeprefix("step_")) for p in cwd.glob("cache/training/*/step_*")]
     return max(steps, default=0)
-
-
-def said_by(cwd: Path, words: Sequence[str], output: Path) -> Said:
-    """A command in a process of its own, to its end."""
-    return start(words, cwd, output=output).wait()
 
 
 def copy(state: Path, folder: Path, clear: Path | None = None) -> None:
@@ -247,8 +245,8 @@ def database_keys(cwd: Path) -> frozenset[bytes]:
     if not path.is_file():
         return frozenset()
     with closing(sqlite3.connect(path)) as file:
-        tables = file.execute("select name from sqlite_master where name = 'results'").fetchall()
-        rows = file.execute("select key from results").fetchall() if tables else []
+        table = results_table(file)
+        rows = file.execute(f"select key from {table}").fetchall() if table else []
     return frozenset(key for (key,) in rows)
 
 

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,7 @@ OTHERS: dict[str, tuple[Callable[..., Outcome], Sequence[str]]] = {
     "full disk": (attempts.full_disk, attempts.ON_SMALL_DISKS),
     "read-only cache": (attempts.read_only_cache, attempts.ON_SMALL_DISKS),
     "runs at once": (attempts.at_once, attempts.SHARED),
+    "W&B outage": (attempts.wandb_outage, attempts.WITH_OUTAGES),
 }
 """Kind -> what does it, and the kinds of work that it is done to."""
 
@@ -127,7 +129,9 @@ def campaign(bench: Bench, wanted: Sequence[Attempt], out: Path, seed: int) -> l
         _minutes(bench, missing),
     )
     for attempt in tqdm(missing, unit="attempt"):
-        row = {**_row(bench, attempt, seed), "seed": seed}
+        row = _row(bench, attempt, seed)
+        if row is None:
+            continue
         rows.append(row)
         with file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -157,18 +161,23 @@ def _minutes(bench: Bench, missing: Sequence[Attempt]) -> str:
     return f"{sum(1.5 * seconds[a.work] + 0.5 for a in missing) / 60:.1f} minutes"
 
 
-def _row(bench: Bench, attempt: Attempt, seed: int) -> Row:
-    """Make one attempt; a command that does not end counts as failed."""
+def _row(bench: Bench, attempt: Attempt, seed: int) -> Row | None:
+    """Make one attempt; a command that does not end counts as failed. None where the machine cannot
+    have such a fault."""
     rng = random.Random(f"{seed} {attempt.kind} {attempt.work} {attempt.number}")
     began = time.monotonic()
     try:
         outcome = attempt.make(bench, rng)
     except TimeoutError as error:
         outcome = Outcome(True, "", failure=str(error)[:400])
+    except pytest.skip.Exception as reason:
+        log.info("left out: %s, %s: %s", attempt.kind, attempt.work, reason)
+        return None
     return {
         "kind": attempt.kind,
         "work": attempt.work,
         "number": attempt.number,
+        "seed": seed,
         "hits": outcome.hit,
         "failures": outcome.failure,
         "lost": outcome.lost,

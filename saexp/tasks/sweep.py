@@ -224,15 +224,15 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     """One last run in the sweep's group that holds the table and the figures."""
     import yaml
 
-    from saexp import registry
+    from saexp import tracking
     from saexp.config import TrackerConfig
 
     composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
     if composed is None:
         return
     raw = yaml.safe_load(composed.read_text("utf-8"))
-    tracker = registry.build("tracker", TrackerConfig(**raw["tracker"]))
-    tracker.start(
+    tracker = tracking.start(
+        TrackerConfig(**raw["tracker"]),
         # W&B's own process may have begun in another folder.
         folder=folder.resolve(),
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},

@@ -125,16 +125,27 @@ def edit_table_value(path: Path, seed: int = 0) -> str:
 
 
 def edit_database_row(path: Path, seed: int = 0) -> str:
-    """Another byte in the value of one row of a valid SQLite file."""
+    """Another byte in the value of one row of a valid results database."""
     rng = random.Random(seed)
     with closing(sqlite3.connect(path)) as file:
-        rows = file.execute("select rowid, found from results order by rowid").fetchall()
+        table = results_table(file)
+        rows = file.execute(f"select rowid, value from {table} order by rowid").fetchall()
         rowid, content = rng.choice([row for row in rows if row[1]])
         at = rng.randrange(len(content))
         changed = content[:at] + bytes([content[at] ^ rng.randint(1, 255)]) + content[at + 1 :]
-        file.execute("update results set found = ? where rowid = ?", (changed, rowid))
+        file.execute(f"update {table} set value = ? where rowid = ?", (changed, rowid))
         file.commit()
     return f"byte {at} of row {rowid} of {len(rows)}"
+
+
+def results_table(file: sqlite3.Connection) -> str | None:
+    """Name of the table of a results database whose rows have a key and a value."""
+    names = file.execute("select name from sqlite_master where type = 'table'").fetchall()
+    for (name,) in names:
+        columns = {column[1] for column in file.execute(f"pragma table_info({name})")}
+        if {"key", "value"} <= columns:
+            return name
+    return None
 
 
 # Disks
@@ -230,13 +241,16 @@ def start(
     return Started(process, output, time.monotonic())
 
 
-def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str], output: str) -> None:
+def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str | None], output: str) -> None:
     """What the forked process does."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    os.environ.update(env)
+    for variable, value in env.items():
+        os.environ.pop(variable, None)
+        if value is not None:
+            os.environ[variable] = value
     os.chdir(cwd)
     sys.argv = ["saexp", *words]
     runpy.run_module("saexp", run_name="__main__")

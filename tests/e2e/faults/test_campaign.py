@@ -130,7 +130,7 @@ def _file(folder: Path, suffix: str) -> Path:
         pd.DataFrame({"name": ["a", "b"], "value": [0.5, 1.5]}).to_parquet(path)
     elif suffix == ".sqlite":
         with sqlite3.connect(path) as file:
-            file.execute("create table results (key blob primary key, found blob)")
+            file.execute("create table results (key blob primary key, value blob)")
             file.execute("insert into results values (x'01', x'0203')")
         file.close()
     else:
