@@ -14,7 +14,7 @@ from typing import Any
 
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
-from saexp.files import write_folder
+from saexp.files import remove_temporary, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ class Checkpoints:
 
         path = self.folder / f"step_{step:09d}"
         try:
-            for left in self.folder.glob(".tmp-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            remove_temporary(self.folder)
             write_folder(path, fill)
         except (StoreError, RuntimeError) as error:
             if not self._has_warned:
