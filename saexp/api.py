@@ -4,6 +4,7 @@ import datetime
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from saexp.config.run import without_plus
 from saexp.config.values import one_of
 from saexp.context import RunContext
 from saexp.digests import remember_in
+from saexp.errors import StoreError
+from saexp.files import cannot_write_run, write_error
 from saexp.plugins import load_plugins
 from saexp.results import TaskResult, check_result
 from saexp.tasks import finished
@@ -141,11 +144,17 @@ def _run(
         check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
     except BaseException as error:
-        (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
-        tracker.finish(1)
-        raise
-    finally:
-        note_pages(context, pages)
+        shown = cannot_write_run(error, place) or error
+        write_error(place, shown)
+        # What cannot be written now must not stand in front of the run's own error.
+        with suppress(StoreError):
+            note_pages(context, pages)
+        with suppress(StoreError):
+            tracker.finish(1)
+        if shown is error:
+            raise
+        raise shown from error
+    note_pages(context, pages)
     tracker.finish(0)
     finished.record(cfg, context, key)
     result.path = place

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import os
 import re
@@ -24,7 +23,8 @@ from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
 from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import without_plus
-from saexp.errors import SaexpError
+from saexp.errors import SaexpError, StoreError
+from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
 
 
@@ -41,9 +41,6 @@ def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None)
     safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
     # 255 bytes is what file systems take.
     return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
-
-
-_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
 
 
 _GARBAGE = (50_000, 20, 50)
@@ -85,7 +82,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
         command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
         result = api.run(cfg, folder, command=command, sweep=sweep)
     except Exception as error:
-        told = _in_one_line(error)
+        told = _in_one_line(error) or cannot_write_run(error, folder)
         if told is None:
             raise
         if sweep:
@@ -93,7 +90,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
             print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
-            (folder / "error.txt").write_text(f"{type(told).__name__}: {told}\n", encoding="utf-8")
+            write_error(folder, told)
         if told is error:
             raise
         raise told from error
@@ -184,8 +181,8 @@ def _guarded() -> None:
     except Exception as error:
         if (told := _in_one_line(error)) is not None:
             _fail(told, error)
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE and error.filename:
-            _fail(f"cannot write {error.filename}: {error.strerror}; choose another folder", error)
+        if (told := _of_folder(error)) is not None:
+            _fail(told, error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise
@@ -208,8 +205,21 @@ def _keep(error: Exception) -> Path | None:
     if folder is None:
         return None
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
-    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    try:
+        write_text(path, "".join(traceback.format_exception(error)), option=SWEEP_FOLDER)
+    except StoreError:
+        return None
     return path
+
+
+def _of_folder(error: Exception) -> StoreError | None:
+    """One line for what Hydra could not write in the folder of this process' run or sweep."""
+    from saexp.tasks import sweep
+    from saexp.tasks.holding import reserved
+
+    if folder := sweep.running():
+        return cannot_write_run(error, folder, option=SWEEP_FOLDER)
+    return cannot_write_run(error, reserved() or Path.cwd())
 
 
 def _end_of_sweep() -> None:
@@ -223,7 +233,10 @@ def _end_of_sweep() -> None:
 
 def _fail(message: str | SaexpError, cause: BaseException | None = None) -> NoReturn:
     """One line on stderr, behind the report of a sweep's other cells."""
-    _end_of_sweep()
+    try:
+        _end_of_sweep()
+    except StoreError as other:
+        print(f"no report of the sweep: {other}", file=sys.stderr)
     error = cause or (message if isinstance(message, SaexpError) else None)
     if _traceback_wanted and error is not None:
         traceback.print_exception(error)

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from saexp.errors import StoreError
 log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CACHE, RUN_FOLDER = "cache_dir=", "hydra.run.dir="
-"""Settings that choose the folder of the cache, and of a run."""
+CACHE, SWEEP_FOLDER = "cache_dir=", "hydra.sweep.dir="
+RUN_FOLDER = "hydra.run.dir= (hydra.sweep.dir= of a sweep)"
+"""Settings that choose the folder of the cache, of a sweep, and of a run or a sweep's cell."""
+_LIMITS = (errno.EDQUOT, errno.EFBIG)
+"""Of these a limit of the user is the cause, not the disk."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _reported: set[Path] = set()
 """Cache directories of which `is_writable` has warned."""
@@ -39,10 +43,21 @@ def show_bytes(n_bytes: int) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error of the operating system, or safetensors' text of one, says so."""
-    if isinstance(error, SafetensorError):
-        return any(f"os error {number}" in str(error) for number in _FULL)
-    return isinstance(error, OSError) and error.errno in _FULL
+    """Whether an error of the operating system says so, or what a library makes of one."""
+    if isinstance(error, RuntimeError):
+        # torch.save, whose writer reports no number; other faults have shown when it was opened.
+        return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return _number(error) in _FULL
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library has put it into a text."""
+    patterns = {SafetensorError: r"os error (\d+)", shutil.Error: r"\[Errno (\d+)\]"}
+    for kind, pattern in patterns.items():
+        if isinstance(error, kind):
+            match = re.search(pattern, str(error))
+            return int(match[1]) if match else None
+    return error.errno if isinstance(error, OSError) else None
 
 
 def cannot_write(
@@ -52,14 +67,53 @@ def cannot_write(
 
     `option` is the setting that chooses another folder.
     """
+    number = _number(error)
+    reason = os.strerror(number) if number is not None else " ".join(str(error).split())
+    if number in _LIMITS:
+        return StoreError(
+            f"cannot write {path}: {reason}; what was finished is kept: raise that limit and run "
+            f"the command again, or choose another {option}"
+        )
     if disk_is_full(error):
         needs = f" needs {show_bytes(n_bytes)}" if n_bytes else ""
         return StoreError(
             f"disk full: {path}{needs}, and {show_bytes(free_bytes(path))} are free; what was "
             f"finished is kept: make room and run the command again, or choose another {option}"
         )
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if option in (RUN_FOLDER, SWEEP_FOLDER) and not path.parent.is_dir():
+        return _removed(path.parent)
     return StoreError(f"cannot write {path}: {reason}; choose another {option}")
+
+
+def _removed(folder: Path) -> StoreError:
+    return StoreError(f"{folder} was removed while the run wrote to it; run the command again")
+
+
+def cannot_write_run(
+    error: BaseException, folder: Path, *, option: str = RUN_FOLDER
+) -> StoreError | None:
+    """The same for an error that was raised without a path, or by a library, while a run wrote to
+    its folder; None for an error of something else."""
+    if not isinstance(error, OSError):
+        return None
+    named = Path(error.filename) if isinstance(error.filename, str) else None
+    if not folder.is_dir():
+        return _removed(folder)
+    if disk_is_full(error):
+        return cannot_write(named or folder, error, option=option)
+    if named is None or folder.absolute() not in named.absolute().parents:
+        return None
+    if error.errno not in (*_READ_ONLY, errno.ENOTDIR, errno.EEXIST):
+        return None
+    return cannot_write(named, error, option=option)
+
+
+def write_error(folder: Path, error: BaseException) -> None:
+    """error.txt of a run that failed. Where even that cannot be written, the error that the user
+    sees is the run's own."""
+    with suppress(StoreError):
+        text = f"{type(error).__name__}: {error}\n"
+        write_text(folder / "error.txt", text, option=RUN_FOLDER)
 
 
 def free_bytes(path: Path) -> int:
@@ -73,8 +127,8 @@ def is_writable(cache_dir: str | Path) -> bool:
     """Whether the cache directory can be written; False, and one warning per process, where it is
     on a read-only file system or access is denied.
 
-    A file is made and removed there, because root passes `os.access`. A full disk counts as
-    writable: what is written next reports it. Raises StoreError for a path that is no folder.
+    A file is made and removed there, because root passes `os.access`. Whatever else is wrong with
+    it (a full disk, a file instead of a folder) is reported by what is written there next.
     """
     folder = Path(cache_dir)
     try:
@@ -82,10 +136,8 @@ def is_writable(cache_dir: str | Path) -> bool:
         with tempfile.TemporaryFile(prefix=".tmp-", dir=folder):
             return True
     except OSError as error:
-        if disk_is_full(error):
-            return True
         if error.errno not in _READ_ONLY:
-            raise cannot_write(folder, error) from error
+            return True
         reason = error.strerror
     if folder.absolute() not in _reported:
         _reported.add(folder.absolute())
@@ -98,15 +150,66 @@ def is_writable(cache_dir: str | Path) -> bool:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Sync a finished temporary file, rename it, and sync the folder's entry."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.chmod(0o644)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of entries, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left unfinished in a folder that no other process writes now."""
+    for left in folder.glob(".tmp-*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def _make_parent(path: Path, option: str) -> None:
+    # The folder of a run is made before the run: one that is missing now was removed by the user.
+    if option not in (RUN_FOLDER, SWEEP_FOLDER):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
+    """Let `write` fill a temporary folder beside `path`, sync it, and rename it into place.
+
+    What was at `path` is replaced. Raises as `write_atomically`.
+    """
+    temporary: Path | None = None
+    try:
+        _make_parent(path, option)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        write(temporary)
+        for file in [*sorted(temporary.rglob("*")), temporary]:
+            sync(file)
+        temporary.chmod(0o755)
+        if path.is_dir() and not path.is_symlink():
+            # A folder takes no other's place; one that is moved aside is never half there.
+            earlier = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+            path.replace(earlier)
+            temporary.replace(path)
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not disk_is_full(error):
+            raise
+        raise cannot_write(path, error, option=option) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
@@ -117,7 +220,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path, option)
         handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -133,9 +236,14 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
 
 def write_text(path: Path, text: str, *, option: str = CACHE) -> None:
     """A text file in UTF-8, whole or not at all; raises as `write_atomically`."""
+    write_bytes(path, text.encode(), option=option)
+
+
+def write_bytes(path: Path, content: bytes, *, option: str = CACHE) -> None:
+    """A file of these bytes, whole or not at all; raises as `write_atomically`."""
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
     write_atomically(path, write, option=option)
 
@@ -147,6 +255,15 @@ def write_json(path: Path, content: Any, *, option: str = CACHE) -> None:
     """
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False)
     write_text(path, text + "\n", option=option)
+
+
+def write_table(path: Path, table: Any, *, option: str = CACHE) -> None:
+    """A data frame as a parquet file, whole or not at all; raises as `write_atomically`."""
+
+    def write(temporary: Path) -> None:
+        table.to_parquet(temporary, index=False)
+
+    write_atomically(path, write, option=option)
 
 
 def _lock(path: Path) -> FileLock:

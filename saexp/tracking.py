@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
+from saexp.files import RUN_FOLDER, cannot_write
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,12 @@ class JsonlTracker(NullTracker):
         self._write("finish", {"exit_code": exit_code})
 
     def _write(self, event: str, content: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **content}, default=str) + "\n")
+        line = json.dumps({"event": event, **content}, default=str) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise cannot_write(self.path, error, option=RUN_FOLDER) from error
 
 
 def has_key() -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saexp.activations.elsewhere import temporary_cache, whole_store
 from saexp.activations.forward import TokenBudget, forward, units
 from saexp.activations.job import Ahead, ShardJob
 from saexp.activations.joined import drop_damaged
@@ -21,7 +23,7 @@ from saexp.config import StoreConfig
 from saexp.context import progress
 from saexp.data.positions import Placement
 from saexp.errors import ModelError, StoreError
-from saexp.files import free_bytes, show_bytes, try_lock
+from saexp.files import free_bytes, is_writable, show_bytes, try_lock
 from saexp.models.context_length import context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel, pick_dtype
@@ -99,12 +101,15 @@ def collect(
     part: Part | None = None,
     about: Mapping[str, Any] | None = None,
     verify: bool = False,
+    must_be_kept: bool = False,
 ) -> tuple[ActivationStore, CollectionStats]:
     """A store with these hookpoints at these positions; the model runs only for what is missing.
 
     Where it must run, the hookpoints `ahead` that are missing are stored in the same pass; one that
     cannot be (no such place, no room, NaN) is left out with a warning. With `part`, only that part
     of the shards is looked at. `verify` hashes shards of any size.
+    Where `cache_dir` cannot be written, what it lacks is collected in a temporary folder, unless it
+    `must_be_kept`.
     Raises ModelError for a layer the model lacks and a text it cannot hold, StoreError for NaN or
     Inf, a full disk, and a folder that cannot be written.
     """
@@ -115,12 +120,13 @@ def collect(
     dtype = model.dtype if cfg.dtype == "auto" else pick_dtype(cfg.dtype, model.device)
     n_rows = len(placement.rows)
     asked = min(cfg.shard_rows, -(-n_rows // part.n_shards)) if part else cfg.shard_rows
-    store = ActivationStore.create_or_open(
-        cache_dir,
-        ingredients(model, placement, max_length, dtype),
-        placement.rows,
-        shard_rows=asked,
-        about=about,
+    wanted = sorted({h.stored for h in hookpoints})
+    parts, store = ingredients(model, placement, max_length, dtype), None
+    if not must_be_kept and not is_writable(cache_dir):
+        store = whole_store(Path(cache_dir), parts, placement.rows, wanted, verify=verify)
+        cache_dir = cache_dir if store else temporary_cache(Path(cache_dir))
+    store = store or ActivationStore.create_or_open(
+        cache_dir, parts, placement.rows, shard_rows=asked, about=about
     )
     if store.shard_rows != asked:
         log.info(
@@ -128,11 +134,10 @@ def collect(
             *(store.path.name, store.shard_rows, asked),
         )
     store.verify = verify
-    if verify:
+    if verify and os.access(store.path, os.W_OK):
         drop_damaged(store.path, store.manifest)
     collection = _Collection(model, placement, store, dtype, cfg)
     mine = part.of(len(store.shard_bounds)) if part else list(range(len(store.shard_bounds)))
-    wanted = sorted({h.stored for h in hookpoints})
     collection.run(mine, wanted, sorted({h.stored for h in ahead} - set(wanted)))
     seconds = time.perf_counter() - began
     forwarded, padded = collection.forwarded, collection.padded

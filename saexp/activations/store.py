@@ -24,7 +24,7 @@ from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import ShardWriter
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
-from saexp.files import locked, write_atomically, write_json
+from saexp.files import locked, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class ActivationStore(Marked):
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         if (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK):
             store = cls.open(folder)
-            store._rows = rows
+            store.show(rows)
             return store
         with locked(folder / ".create.lock"):
             with locked(folder / ".manifest.lock"):
@@ -97,11 +97,11 @@ class ActivationStore(Marked):
                     "shard_rows": shard_rows,
                     "hookpoints": {},
                 }
-                write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
+                write_table(folder / "rows.parquet", rows)
                 write_json(folder / "manifest.json", manifest)
             store = cls.open(folder)
             if not store._holds(rows):
-                write_atomically(folder / "rows.parquet", lambda p: rows.to_parquet(p, index=False))
+                write_table(folder / "rows.parquet", rows)
             (folder / USED).touch()
             store._mark()
         return store
@@ -122,6 +122,10 @@ class ActivationStore(Marked):
         if self._rows is not None:
             return self._rows
         return pd.read_parquet(self.path / "rows.parquet")
+
+    def show(self, rows: pd.DataFrame) -> None:
+        """Have `rows` as the rows table of this object, without writing it."""
+        self._rows = rows
 
     def _holds(self, rows: pd.DataFrame) -> bool:
         saved = self.saved_rows()

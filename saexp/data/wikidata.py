@@ -20,6 +20,7 @@ from saexp.data.tables import check_characters, may_hold_surrogates
 from saexp.data.values import MissingValues
 from saexp.data.wikidata_query import ENDPOINT, fetch_entities, sparql
 from saexp.errors import ConfigError, DataError
+from saexp.files import write_json
 from saexp.registry import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -170,16 +171,9 @@ def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
         )
         log.info("fetched %d of type %s; %d without a name", len(some), entity_type, unnamed)
         found += some
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # The query first: a file without one counts as the user's own.
-        for path, content in ((beside, query), (file, found)):
-            partial = path.with_name(f"{path.name}.partial")
-            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-    except OSError as error:
-        raise DataError(f"dataset.path={file}: cannot be written ({error.strerror})") from error
+    # The query first: a file without one counts as the user's own.
+    for path, content in ((beside, query), (file, found)):
+        write_json(path, content, option="dataset.path=")
 
 
 def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from saexp.files import RUN_FOLDER, write_text
 from saexp.reports import (
     analyses_capability,
     analyses_generic,
@@ -60,7 +61,7 @@ def save_figures(folder: str | Path, figures: Mapping[str, go.Figure]) -> None:
     """Keep figures that an analyzer made itself, so that the page needs no live object."""
     if figures:
         texts = {name: figure.to_json() for name, figure in figures.items()}
-        (Path(folder) / FIGURES).write_text(json.dumps(texts), encoding="utf-8")
+        write_text(Path(folder) / FIGURES, json.dumps(texts), option=RUN_FOLDER)
 
 
 def analysis_figures(folder: str | Path) -> dict[str, go.Figure]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saexp.errors import StoreError
+from saexp.files import RUN_FOLDER, write_text
 from saexp.reports.fit import HEAD, fit_rows
 from saexp.reports.html import environment, provenance_rows
 from saexp.reports.saved import SavedRun
@@ -50,5 +51,5 @@ def write_dashboard(folder: str | Path) -> Path:
         )
     )
     path = Path(folder) / PAGE
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page, option=RUN_FOLDER)
     return path

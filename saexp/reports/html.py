@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from saexp.files import RUN_FOLDER, write_text
 from saexp.reports.effect_tables import attribution_tables, effect_content
 from saexp.reports.effects import place_words
 from saexp.reports.figures import colours, run_figures
@@ -65,7 +66,10 @@ def figure_json(figure: go.Figure) -> str:
 
 
 def write_page(path: Path, template: str, figures: Mapping[str, go.Figure], **content: Any) -> Path:
-    """Render a template with its figures and plotly itself inside; returns the path."""
+    """Render a template with its figures and plotly itself inside; returns the path.
+
+    Raises StoreError where it cannot be written.
+    """
     page = (
         environment()
         .get_template(template)
@@ -75,7 +79,7 @@ def write_page(path: Path, template: str, figures: Mapping[str, go.Figure], **co
             **content,
         )
     )
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page, option=RUN_FOLDER)
     return path
 
 

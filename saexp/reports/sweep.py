@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saexp.files import SWEEP_FOLDER, write_table
 from saexp.reports.cells import (
     CONTROL,
     PAGES,
@@ -51,7 +52,7 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make both files from what the cells left so far; returns the table and the figures."""
     place = Path(folder)
     table = cells_table(place)
-    table.to_parquet(place / "sweep.parquet", index=False)
+    write_table(place / "sweep.parquet", table, option=SWEEP_FOLDER)
     matches, notes = read_matches(place)
     flows = flow_figures(matches)
     effects = effects_table(place, table[table["status"] == "finished"])

@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from saexp.config.training import SAETrainerConfig
 from saexp.context import progress
 from saexp.directions import derived_seed
 from saexp.errors import SAEError
+from saexp.files import RUN_FOLDER, write_folder
+from saexp.saes.checkpoints import Checkpoints, Damaged, read_object
 from saexp.saes.training_classes import Place, training_sae
 
 __all__ = ["Place", "Reader", "Training"]
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 N_SCALE_BATCHES = 50
 """Batches that the input's mean norm is estimated from."""
+WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
+"""A checkpoint's files; sae-lens writes the last one, and the input's scaling beside it."""
 Record = dict[str, float | int]
 Reader = Callable[[int], Iterator[Tensor]]
 """Step -> batches from that step on: `[batch, d_in]`, a transcoder's `[batch, d_in + d_out]`."""
@@ -34,16 +37,29 @@ class Training:
     """One training; `run` yields a record every `log_every` steps and leaves checkpoints."""
 
     def __init__(
-        self, cfg: SAETrainerConfig, d_sae: int, place: Place, folder: Path, device: torch.device
+        self,
+        cfg: SAETrainerConfig,
+        d_sae: int,
+        place: Place,
+        folder: Path,
+        device: torch.device,
+        *,
+        writable: bool = True,
     ) -> None:
+        self.cfg, self.d_sae, self.place, self.device = cfg, d_sae, place, device
+        self.checkpoints = Checkpoints(folder, writable=writable)
+        self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
+        self._begin()
+
+    def _begin(self) -> None:
+        """New weights, a new optimizer, no step made."""
         from sae_lens.config import SAETrainerConfig as LensConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        self.cfg, self.place, self.folder = cfg, place, folder
-        self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
+        cfg, place, device = self.cfg, self.place, self.device
         # Not the seed alone: SAEs of two layers would start from the same directions.
         torch.manual_seed(derived_seed(cfg.seed, "training", place.hookpoint.name))
-        self.sae: Any = training_sae(cfg, d_sae, place, device, self.n_steps)
+        self.sae: Any = training_sae(cfg, self.d_sae, place, device, self.n_steps)
         self.trainer = SAETrainer(
             LensConfig(
                 total_training_samples=self.n_steps * cfg.batch_size,
@@ -71,7 +87,9 @@ class Training:
 
         Raises SAEError, naming the step, where the loss is no number.
         """
-        step = self._resume()
+        step = self.checkpoints.resume(self._load)
+        if step:
+            log.info("going on from step %d of %d", step, self.n_steps)
         if step == 0 and self.cfg.normalize_activations == "expected_average_only_in":
             self._estimate_scale(reader(0))
         batches = reader(step)
@@ -92,8 +110,9 @@ class Training:
                     rate = (step - first) * self.cfg.batch_size / (time.perf_counter() - began)
                     self.records.append(self._record(step, output))
                     yield {**self.records[-1], "train/samples_per_second": rate}
-                if step % self.cfg.checkpoint_every == 0 and step < self.n_steps:
-                    self._checkpoint(step)
+                # That of the last step too: nothing is trained again where the SAE cannot be saved.
+                if step % self.cfg.checkpoint_every == 0 or step == self.n_steps:
+                    self.checkpoints.write(step, self._write)
                 bar.update(1)
 
     def _estimate_scale(self, batches: Iterator[Tensor]) -> None:
@@ -135,37 +154,46 @@ class Training:
             "train/lr": numbers["details/current_learning_rate"],
         }
 
-    def _checkpoint(self, step: int) -> None:
-        """Written beside, renamed into place, the earlier one then removed."""
-        temporary = self.folder / ".tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_owned(self.sae.state_dict()), temporary / "weights.safetensors")
-        self.trainer.save_trainer_state(temporary)
-        (temporary / "state.json").write_text(
-            json.dumps({"step": step, "records": self.records}) + "\n", encoding="utf-8"
-        )
-        earlier = self._checkpoints()
-        temporary.replace(self.folder / f"step_{step:09d}")
-        for old in earlier:
-            shutil.rmtree(old, ignore_errors=True)
+    def _write(self, folder: Path) -> None:
+        """All of a checkpoint's files but its checksums."""
+        save_file(_owned(self.sae.state_dict()), folder / WEIGHTS)
+        self.trainer.save_trainer_state(folder)
+        state = {"training": self.checkpoints.folder.name, "step": self.trainer.n_training_steps}
+        text = json.dumps({**state, "records": self.records})
+        (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step_*") if (p / "state.json").is_file())
-
-    def _resume(self) -> int:
-        there = self._checkpoints()
-        if not there:
-            return 0
-        state = json.loads((there[-1] / "state.json").read_text("utf-8"))
-        self.sae.load_state_dict(load_file(there[-1] / "weights.safetensors"))
-        self.trainer.load_trainer_state(there[-1])
-        self.records = state["records"]
-        log.info("going on from step %d of %d", state["step"], self.n_steps)
-        return int(state["step"])
+    def _load(self, folder: Path, step: int) -> None:
+        """Go on from a checkpoint. Raises Damaged, or another exception, for one that does not hold
+        what this training wrote, and leaves the training at its beginning."""
+        try:
+            self.records = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
+            weights = load_file(folder / WEIGHTS)
+            if _shapes(weights) != _shapes(self.sae.state_dict()):
+                raise Damaged(f"{WEIGHTS}: of another shape")
+            if not all(w.isfinite().all() for w in weights.values()):
+                raise Damaged(f"{WEIGHTS}: NaN or Inf")
+            # What passes runs no code in sae-lens either, which may load without this.
+            state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+            if state["n_training_steps"] != step:
+                raise Damaged(f"{TRAINER_STATE}: of another step")
+            self.sae.load_state_dict(weights)
+            before = _shapes(_counters(self.trainer))
+            self.trainer.load_trainer_state(folder)
+            scaler: Any = self.trainer.activation_scaler
+            factors = (scaler.scaling_factor, getattr(scaler, "factor_out", None))
+            if not all(f is None or (_is_finite(f) and f > 0) for f in factors):
+                raise Damaged(f"activation_scaler.json: {factors}")
+            if _shapes(_counters(self.trainer)) != before or not _fits(self.trainer.optimizer):
+                raise Damaged(f"{TRAINER_STATE}: of another shape")
+        except Exception:
+            self._begin()
+            raise
 
     def save(self, folder: Path) -> Path:
-        """Fold the input scaling into the weights; write a SAELens folder for inference."""
+        """Fold the input scaling into the weights; write a SAELens folder for inference.
+
+        Raises StoreError where it cannot be written; the checkpoints stay.
+        """
         scaler: Any = self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
             if self.place.hookpoint_out is None:
@@ -174,9 +202,55 @@ class Training:
                 self.sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
             scaler.scaling_factor = None
         self.trainer.set_final_sae_metadata()
-        self.sae.save_inference_model(folder)
+        write_folder(folder, self.sae.save_inference_model, option=RUN_FOLDER)
         return folder
 
 
 def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _counters(trainer: Any) -> dict[str, Tensor]:
+    """The trainer's own tensors, one number per latent each."""
+    return {
+        "act_freq_scores": trainer.act_freq_scores,
+        "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
+    }
+
+
+def _fits(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each parameter's moving averages have its shape."""
+    averages = ("exp_avg", "exp_avg_sq")
+    return all(
+        optimizer.state[p][name].shape == p.shape
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for name in averages
+        if p in optimizer.state
+    )
+
+
+def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Record]:
+    """The records of a checkpoint; raises Damaged where its state is not that of this step."""
+    state = read_object(folder / STATE)
+    records: Any = state.get("records")
+    if state.get("training") != training:
+        raise Damaged(f"{STATE}: of another training")
+    if type(state.get("step")) is not int or state["step"] != step or not 0 < step <= n_steps:
+        raise Damaged(f"{STATE}: step")
+    numbers = [v for r in records for v in r.values()] if _are_dicts(records) else [None]
+    if not all(map(_is_finite, numbers)):
+        raise Damaged(f"{STATE}: records")
+    return records
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_dicts(records: Any) -> bool:
+    return isinstance(records, list) and all(isinstance(r, dict) for r in records)

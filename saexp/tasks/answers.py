@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +11,8 @@ from saexp.config import RunConfig
 from saexp.data.labels import Thresholds
 from saexp.data.matchers import Rules, canonical, type_key
 from saexp.data.templates import TEMPLATES, Templates
-from saexp.errors import ConfigError, StoreError
+from saexp.errors import ConfigError
+from saexp.files import write_text
 from saexp.interventions.cache import ResultCache, model_ingredients
 from saexp.interventions.computing import generate
 from saexp.interventions.ops import Row, Sampling
@@ -168,21 +168,5 @@ def labels_folder(cache_dir: str | Path, determined_by: Mapping[str, Any]) -> Pa
     """cache_dir/labels/<key>, made where it is not there; about.json says what the key means."""
     text = json.dumps(determined_by, sort_keys=True, ensure_ascii=False, default=str)
     folder = Path(cache_dir) / "labels" / hashlib.sha256(text.encode()).hexdigest()[:24]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            f"cannot make {folder}: {error.strerror}; choose another cache_dir="
-        ) from (error)
-    write_whole(folder / "about.json", text + "\n")
+    write_text(folder / "about.json", text + "\n")
     return folder
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """A file that is there whole or not at all. Raises StoreError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from error

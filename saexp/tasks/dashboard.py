@@ -10,6 +10,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
+from saexp.files import RUN_FOLDER, write_text
 from saexp.models.loading import LanguageModel
 from saexp.reports.dashboard import DATA, write_dashboard
 from saexp.results import TaskResult
@@ -97,7 +98,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
         "latents": made,
     }
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    (context.folder / DATA).write_text(text + "\n", encoding="utf-8")
+    write_text(context.folder / DATA, text + "\n", option=RUN_FOLDER)
     with context.stage("report"):
         write_dashboard(context.folder)
     return result

@@ -164,6 +164,7 @@ def _collected(
             "begins_with_bos": begins_with_bos(model),
         },
         verify=cfg.verify,
+        must_be_kept=cfg.task.name == "collect",
     )
     return Gathered(examples, placement, store, stats, cfg.positions.max_norm_ratio)
 

@@ -14,10 +14,11 @@ from saexp.data.examples import Example, Skip, assign_splits
 from saexp.data.labels import DROPPED, Question, pick
 from saexp.data.mentions import Span, find_mentions
 from saexp.data.prompts import Prompt
+from saexp.files import RUN_FOLDER, is_writable, write_bytes
 from saexp.models.loading import LanguageModel
 from saexp.reports.label import write_label_report
 from saexp.results import TaskResult
-from saexp.tasks.answers import labels_folder, write_whole
+from saexp.tasks.answers import labels_folder
 from saexp.tasks.loaded import about_model
 from saexp.tasks.saving import clean_metrics, write_provenance, write_result
 
@@ -44,13 +45,17 @@ def save_labels(
 
     The key is made of `determined_by` and of what is in the files: later runs read them by this
     path, so that other content never takes its place. `use` says per file how it is read;
-    `{path}` in it is the file's place in the cache.
+    `{path}` in it is the file's path in the cache, or in the run's folder where the cache cannot be
+    written.
     """
     content = {name: sha256(_bytes(made)).hexdigest() for name, made in files.items()}
-    folder = labels_folder(cfg.cache_dir, {**determined_by, "files": content})
-    for name, content in files.items():
-        for place in (context.folder, folder):
-            write_whole(place / name, content)
+    for name, made in files.items():
+        write_bytes(context.folder / name, _bytes(made), option=RUN_FOLDER)
+    folder = context.folder
+    if is_writable(cfg.cache_dir):
+        folder = labels_folder(cfg.cache_dir, {**determined_by, "files": content})
+        for name, made in files.items():
+            write_bytes(folder / name, _bytes(made))
     context.results.update(files)
     result.notes += [told.replace("{path}", str(folder / name)) for name, told in use.items()]
     result.metrics = clean_metrics(result.metrics, result.notes)

@@ -5,7 +5,6 @@ SAE's, so the SAEs are loaded again, the last ones first: a sweep of one process
 Whatever cannot be loaded is left out with a note; the sweep's report is written all the same.
 """
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from saexp.analysis.matching_latents import (
 )
 from saexp.config import ModelConfig, RunConfig, SAEConfig
 from saexp.errors import SAEError
+from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 from saexp.reports.cells import cells_table
 from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES
@@ -82,14 +82,14 @@ def match_cells(folder: Path) -> None:
         cells = _with_directions(_cells(folder), notes)
         found = _matches(cells, notes) if len(cells) > 1 else pd.DataFrame()
         if len(found):
-            found.to_parquet(folder / MATCHES, index=False)
+            write_table(folder / MATCHES, found, option=SWEEP_FOLDER)
             seconds = time.perf_counter() - began
             log.info("matched latents of %d SAEs, %.1f s", len(cells), seconds)
     except (Exception, KeyboardInterrupt) as error:
         # The table and the report of the sweep are what counts.
         notes.append(f"latents were not matched: {_told(error)}")
     if notes:
-        (folder / MATCHES_NOTES).write_text(json.dumps(notes) + "\n", encoding="utf-8")
+        write_json(folder / MATCHES_NOTES, notes, option=SWEEP_FOLDER)
         for note in notes:
             log.warning("%s", note)
 

@@ -1,7 +1,6 @@
 """The files a run leaves: metrics, tables, provenance. The report renders from these alone."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from saexp.checksums import has_intact_seal
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
-from saexp.files import RUN_FOLDER, write_atomically, write_json
+from saexp.files import RUN_FOLDER, write_json, write_table
 from saexp.results import TaskResult
 
 _PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hydra-core")
@@ -103,12 +102,12 @@ def _written(folder: Path) -> set[str]:
         names = json.loads((folder / WRITTEN).read_text("utf-8"))
         if isinstance(names, list) and all(map(_is_plain, names)):
             return set(names)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     try:
         about = json.loads((folder / PROVENANCE).read_text("utf-8"))
         names = [PROVENANCE, *about["files"]] if has_intact_seal(about) else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
     return {n for n in names if _is_plain(n) and Path(n).suffix in (".parquet", ".json", ".html")}
 
@@ -124,11 +123,7 @@ def write_result(context: RunContext, result: TaskResult) -> None:
     note_written(context, [METRICS, *(f"{name}.parquet" for name in result.tables)])
     write_json(folder / METRICS, result.metrics, option=RUN_FOLDER)
     for name, table in result.tables.items():
-        write_atomically(
-            folder / f"{name}.parquet",
-            functools.partial(table.to_parquet, index=False),
-            option=RUN_FOLDER,
-        )
+        write_table(folder / f"{name}.parquet", table, option=RUN_FOLDER)
 
 
 def skips_table(skips: list[Skip]) -> pd.DataFrame:

@@ -9,8 +9,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
 from saexp.errors import SaexpError, StoreError
+from saexp.files import SWEEP_FOLDER, write_json
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.tasks.holding import reserve
 
@@ -56,17 +57,21 @@ class SweepCallback(Callback):
             "cells": cells,
             "passes": _passes(cells),
         }
-        _sweep.mkdir(parents=True, exist_ok=True)
-        temporary = _sweep / f".{SWEEP_PLAN}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(_sweep / SWEEP_PLAN)
+        with _ending_the_process():
+            write_json(_sweep / SWEEP_PLAN, content, option=SWEEP_FOLDER)
 
 
 def _reserve(folder: Path) -> None:
-    try:
+    with _ending_the_process():
         reserve(folder)
+
+
+@contextmanager
+def _ending_the_process() -> Iterator[None]:
+    """One line and exit code 1: of a callback's Exception Hydra only warns, and goes on."""
+    try:
+        yield
     except StoreError as error:
-        # Of callbacks Hydra only warns of an Exception, and goes on.
         sys.stderr.write(f"saexp: {error}\n")
         raise SystemExit(1) from error
 

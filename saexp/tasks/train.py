@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +20,13 @@ from saexp.config import RunConfig, parse_layers, parse_width
 from saexp.config.training import SAETrainerConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
-from saexp.files import locked
+from saexp.files import is_writable, locked, try_lock
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.summary import moments
 from saexp.models.hookpoints import Hookpoint
 from saexp.reports.training import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
+from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
 from saexp.saes.training import Place, Reader, Training
 from saexp.saes.training_classes import TRANSCODERS, check_name
@@ -58,9 +60,13 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     if targets:
         place = replace(place, hookpoint_out=hookpoints[1], d_out=targets[0].shape[1])
     checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width, trained)
+    writable = is_writable(cfg.cache_dir)
+    lock = checkpoints.with_suffix(".lock")
     began = time.perf_counter()
-    with context.stage("train"), locked(checkpoints.with_suffix(".lock")):
-        training = Training(cfg.sae_trainer, width, place, checkpoints, model.device)
+    with context.stage("train"), locked(lock) if writable else nullcontext():
+        training = Training(
+            cfg.sae_trainer, width, place, checkpoints, model.device, writable=writable
+        )
         for record in training.run(_reader([acts, *targets], trained, cfg)):
             context.tracker.metrics(record)
         folder = training.save(context.folder / "sae")
@@ -117,7 +123,17 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("report"):
         result.figures = training_figures(context.folder)
         write_training_report(context.folder, result.figures)
+    if writable:
+        _remove(training.checkpoints, lock)
     return result
+
+
+def _remove(checkpoints: Checkpoints, lock: Path) -> None:
+    """Remove the checkpoints of a finished training, unless a process has begun the same one."""
+    held = try_lock(lock)
+    if held is not None:
+        checkpoints.remove()
+        held.release()
 
 
 def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:

@@ -44,6 +44,7 @@ def run(
     ahead: Sequence[Hookpoint] = (),
     part: Part | None = None,
     verify: bool = False,
+    must_be_kept: bool = False,
     **store: Any,
 ) -> tuple[ActivationStore, CollectionStats]:
     """Collect; other keyword arguments go into the store's config."""
@@ -57,6 +58,7 @@ def run(
         ahead=ahead,
         part=part,
         verify=verify,
+        must_be_kept=must_be_kept,
     )
 
 

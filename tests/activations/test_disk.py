@@ -3,15 +3,18 @@
 import logging
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import saexp
 from saexp.activations import collector
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import show_bytes
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import (
     POSTS,
@@ -22,6 +25,7 @@ from tests.activations.collecting import (
     placed,
     run,
 )
+from tests.disks import read_only
 from tests.random_models import random_hf, random_lm, save
 
 SHARD_ROWS = 9
@@ -141,19 +145,69 @@ def test_a_disk_that_fills_midway_keeps_what_was_finished(
     assert digests(store.path) == expected
 
 
-def test_a_cache_folder_that_cannot_be_written_is_one_clear_line(model, disk, tmp_path):
-    place, _ = disk
-    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     reasons = {
         tmp_path / "file" / "below": "Not a directory",
         Path("/proc/saexp"): "No such file or directory",
-        place: "Read-only file system",
     }
     for cache, reason in reasons.items():
         message = message_of(lambda cache=cache: run(model, cache))
         assert message.startswith(f"cannot write {cache}/activations/")
         assert message.endswith(f": {reason}; choose another cache_dir=")
+
+
+@pytest.mark.parametrize("state", ["whole", "a shard less", "damaged", "no rows table", "none"])
+def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
+    model, expected, tmp_path, caplog, state
+):
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    store.close()
+    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    if state == "none":
+        shutil.rmtree(store.path)
+    elif state == "no rows table":
+        (store.path / "rows.parquet").unlink()
+    elif state != "whole":
+        flip(shard) if state == "damaged" else shard.unlink()
+    before = digests(tmp_path)
+    with caplog.at_level(logging.WARNING), read_only(tmp_path):
+        again, new = run(model, tmp_path, shard_rows=SHARD_ROWS)
+        assert (again.path == store.path) == (state == "whole")
+        assert new.tokens_forwarded == (0 if state == "whole" else stats.tokens_forwarded)
+        values = [again.acts(h.layer).clone() for h in POSTS]
+        assert [m for m in caplog.messages if "cannot be written" in m] == [
+            f"cache_dir={tmp_path} cannot be written: what this run computes is not kept "
+            "(Read-only file system)"
+        ]
+        if state != "whole":
+            assert run(model, tmp_path)[1].tokens_forwarded == 0, "the process keeps what it has"
+        if state != "no rows table":
+            at = [Hookpoint(0, "mlp_out")]
+            message = message_of(lambda: run(model, tmp_path, at, must_be_kept=True))
+            assert message.endswith("Read-only file system; choose another cache_dir=")
+        assert digests(tmp_path) == before
+    assert digests(run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path) == expected
+    for at, acts in zip(POSTS, values, strict=True):
+        assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
+
+
+def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
+    code = (
+        "from pathlib import Path; import multiprocessing, sys\n"
+        "from saexp.activations.elsewhere import temporary_cache\n"
+        "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
+        "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
+        "fork = multiprocessing.get_context('fork').Process(target=int)\n"
+        "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
+        "print(folder); sys.exit(1)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("saexp-cache-")
+    assert not folder.exists()
 
 
 def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_path):

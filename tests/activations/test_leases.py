@@ -14,7 +14,6 @@ from saexp.activations import cache, leases
 from saexp.activations.leases import FOLDER, Lease, users
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
-from saexp.models.hookpoints import Hookpoint
 from tests.activations.collecting import POSTS, digests, run
 from tests.activations.test_disk import disk as disk  # a fixture
 from tests.random_models import random_lm
@@ -162,11 +161,3 @@ def test_other_labels_of_the_same_rows_need_not_be_written(model, read_only):
     store, _ = run(model, place, placement=placement)
     assert set(store.rows["group"]) == {"other"}
     assert set(saexp.open_store(stored.path).rows["group"]) == {"known", "unknown"}
-
-
-def test_what_a_read_only_store_lacks_is_one_line(model, read_only):
-    place, stored = read_only
-    with pytest.raises(StoreError) as error:
-        run(model, place, [Hookpoint(1, "mlp_out")])
-    assert str(error.value).startswith(f"cannot write {stored.path}")
-    assert str(error.value).endswith("Read-only file system; choose another cache_dir=")

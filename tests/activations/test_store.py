@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import saexp
-from saexp.activations.store import ActivationStore, store_key, write_atomically
+from saexp.activations.store import ActivationStore, store_key
 from saexp.config import ModelConfig
 from saexp.errors import ModelError, StoreError
+from saexp.files import write_atomically
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import MAX_LENGTH, POSTS, digests, n_tokens, placed, run

@@ -1,0 +1,89 @@
+"""A training that was interrupted ends with the weights of an undisturbed one."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.injection import (
+    DAMAGES,
+    command,
+    digests_of_results,
+    edit_json_number,
+    one_line,
+    small_disk,
+    wrong_shape,
+)
+
+WORDS = (
+    "task=train",
+    "layer=2",
+    "width=128",
+    "dataset.n_examples=40",
+    "sae_trainer.n_samples=10000",
+    "sae_trainer.batch_size=256",
+    "sae_trainer.checkpoint_every=15",
+    "tracker=none",
+)
+N_STEPS = 10000 // 256
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(cache with the checkpoints of a training whose SAE found no room, an undisturbed run)."""
+    place = tmp_path_factory.mktemp("stopped")
+    words = [*WORDS, f"cache_dir={place}/cache"]
+    assert command([*words, f"hydra.run.dir={place}/whole"], place).code == 0
+    assert not list((place / "cache" / "training").glob("*/*")), "removed after a training"
+    with small_disk(place / "disk", 64):
+        message = one_line(command([*words, f"hydra.run.dir={place}/disk/run"], place))
+    assert message.startswith(f"disk full: {place}/disk/run/sae, ")
+    assert "choose another hydra.run.dir=" in message
+    left = sorted(p.name for p in (place / "cache" / "training").glob("*/*"))
+    assert left == ["step_000000030", f"step_{N_STEPS:09d}"]
+    return place / "cache", place / "whole"
+
+
+FILES = ("weights.safetensors", "trainer_state.pt", "state.json", "checksums.json")
+
+
+@pytest.mark.parametrize(("file", "n_damaged"), [*((f, 1) for f in FILES), (FILES[0], 2)])
+def test_a_damaged_checkpoint_never_makes_another_sae(
+    stopped: tuple[Path, Path], tmp_path: Path, file: str, n_damaged: int
+) -> None:
+    cache, whole = stopped
+    extra = (edit_json_number, wrong_shape) if file.endswith(".json") else ()
+    # Of these some; tests/saes/test_checkpoints.py tries all.
+    for seed, damage in list(enumerate((*DAMAGES, *extra)))[::3]:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        shutil.copytree(cache, tmp_path / "cache")
+        steps = sorted((tmp_path / "cache" / "training").glob("*/step_*"), reverse=True)
+        for path in steps[:n_damaged]:
+            damage(path / file, seed)
+        words = [*WORDS, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{seed}"]
+        said = command(words, tmp_path)
+        assert said.code == 0, said.err
+        then = "going on from step 30" if n_damaged == 1 else "starting from the beginning"
+        reports = [line for line in said.err.splitlines() if " is damaged (" in line]
+        assert len(reports) == n_damaged, said.err
+        assert all(line.endswith(f"); {then}") for line in reports)
+        assert digests_of_results(tmp_path / str(seed)) == digests_of_results(whole)
+
+
+def test_a_cache_without_room_for_checkpoints_costs_nothing_else(
+    stopped: tuple[Path, Path], tmp_path: Path
+) -> None:
+    cache, whole = stopped
+    kilobytes = sum(f.stat().st_size for f in cache.rglob("*") if f.is_file()) // 1024
+    with small_disk(tmp_path / "disk", 4 * kilobytes) as disk:
+        shutil.copytree(cache / "activations", disk.path / "activations")
+        (disk.path / "ballast").touch()
+        free = shutil.disk_usage(disk.path).free
+        (disk.path / "ballast").write_bytes(bytes(free - 60_000))
+        words = [*WORDS, f"cache_dir={disk.path}", f"hydra.run.dir={tmp_path}/run"]
+        said = command(words, tmp_path)
+        assert said.code == 0, said.err
+        reports = [line for line in said.err.splitlines() if "could not be written" in line]
+        assert len(reports) == 1, said.err
+        assert "checkpoint at step 15 could not be written (disk full: " in reports[0]
+    assert digests_of_results(tmp_path / "run") == digests_of_results(whole)

@@ -1,0 +1,140 @@
+"""A run's folder that cannot be written, from any moment on: one line, and nothing is lost."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saexp
+from saexp import registry
+from saexp.errors import StoreError
+from saexp.tracking import NullTracker
+from tests.disks import read_only
+from tests.e2e.faults.injection import command, digests_of_results, one_line, small_disk
+
+SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "tracker=jsonl", "resume=false")
+TASKS = {
+    "analyze": ("intervention=none", *SMALL),
+    "dashboard": ("task=dashboard", "latents=[12,160]", *SMALL),
+    "label": ("task=label", *SMALL, "dataset.n_examples=8"),
+    "train": (
+        "task=train",
+        "layer=2",
+        "width=128",
+        "sae_trainer.n_samples=5000",
+        "sae_trainer.batch_size=256",
+        *SMALL,
+    ),
+    "sweep": ("-m", "layer=1,2", "intervention=none", *SMALL),
+}
+N_SIZES = 6
+ROOM = 64 * 1024
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def n_kilobytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) // 1024
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_disk_that_fills_at_any_stage_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
+    option = "hydra.sweep.dir=" if task == "sweep" else "hydra.run.dir="
+    words = [*TASKS[task], f"cache_dir={cache}"]
+    whole, folder = tmp_path / "whole", tmp_path / "disk" / "run"
+    said = command([*words, f"{option}{whole}"], tmp_path)
+    assert said.code == 0, said.err
+    total = n_kilobytes(whole)
+    sizes = [int(4 * (0.9 * total / 4) ** (n / (N_SIZES - 1))) for n in range(N_SIZES)]
+    messages = set()
+    with small_disk(tmp_path / "disk", 4) as disk:
+        for kilobytes in sizes:
+            shutil.rmtree(folder, ignore_errors=True)
+            disk.resize(kilobytes)
+            said = command([*words, f"{option}{folder}"], tmp_path)
+            message = one_line(said)
+            assert message.startswith(f"disk full: {folder}"), message
+            assert f"choose another {option}" in message or "hydra.sweep.dir= of a" in message
+            assert "Logging error" not in said.err
+            assert not list(disk.path.rglob(".tmp-*"))
+            messages.add(message.split(" ")[2])
+        assert len(messages) >= 3, messages
+        disk.resize(ROOM)
+        said = command([*words, f"{option}{folder}"], tmp_path)
+        assert said.code == 0, said.err
+        assert digests_of_results(folder) == digests_of_results(whole)
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """As `ulimit -f`, which stands for a quota too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("task", ["analyze", "train"])
+def test_a_limit_on_the_size_of_files_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
+    words = [*TASKS[task], f"cache_dir={cache}"]
+    assert command([*words, f"hydra.run.dir={tmp_path}/whole"], tmp_path).code == 0
+    with largest_file(30_000):
+        message = one_line(command([*words, f"hydra.run.dir={tmp_path}/run"], tmp_path))
+    assert message.startswith(f"cannot write {tmp_path}/run/")
+    assert "what was finished is kept: raise that limit and run the command again" in message
+    assert command([*words, f"hydra.run.dir={tmp_path}/run"], tmp_path).code == 0
+    assert digests_of_results(tmp_path / "run") == digests_of_results(tmp_path / "whole")
+
+
+class Removing(NullTracker):
+    """Removes the run's folder when it is given numbers for the first time, or before."""
+
+    at = "start"
+
+    def start(self, *, folder: Path, **_: Any) -> None:
+        self.folder = folder
+        self._remove("start")
+
+    def metrics(self, values: Any) -> None:  # noqa: ARG002
+        self._remove("metrics")
+
+    def _remove(self, at: str) -> None:
+        if at == self.at and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+
+
+@pytest.mark.parametrize(("task", "at"), [("analyze", "start"), ("train", "metrics")])
+def test_a_folder_that_is_removed_while_the_run_writes_to_it_is_one_line(
+    task: str, at: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.register("tracker", "removing")(Removing)
+    monkeypatch.setattr(Removing, "at", at)
+    folder = tmp_path / "run"
+    words = [w for w in TASKS[task] if w != "tracker=jsonl"]
+    words += ["tracker=none", "tracker.name=removing", f"cache_dir={cache}"]
+    expected = f"{folder} was removed while the run wrote to it; run the command again"
+    assert one_line(command([*words, f"hydra.run.dir={folder}"], tmp_path)) == expected
+    with pytest.raises(StoreError) as error:
+        # Another training than the one that left checkpoints.
+        saexp.run(saexp.compose([*words, "seed=1"]), folder)
+    assert str(error.value) == expected
+    assert not folder.exists(), "nothing is written to a new folder of that name"
+
+
+@pytest.mark.parametrize("task", ["analyze", "sweep"])
+def test_a_read_only_folder_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
+    option = "hydra.sweep.dir=" if task == "sweep" else "hydra.run.dir="
+    (tmp_path / "run").mkdir()
+    with read_only(tmp_path / "run"):
+        words = [*TASKS[task], f"cache_dir={cache}", f"{option}{tmp_path}/run"]
+        message = one_line(command(words, tmp_path))
+    assert message.startswith(f"cannot write the run's folder {tmp_path}/run")
