@@ -75,7 +75,7 @@ def _read_persisted() -> dict[str, tuple[State, str]]:
         if content["checksum"] != digest_of(listed):
             return {}
         return {name: ((a, b, c, d), digest) for name, (a, b, c, d, digest) in listed.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -170,6 +170,16 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed process left unfinished in a folder that no other process writes now."""
+    for left in folder.glob(".tmp-*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
 def _make_parent(path: Path, option: str) -> None:
     # The folder of a run is made before the run: one that is missing now was removed by the user.
     if option not in (RUN_FOLDER, SWEEP_FOLDER):

@@ -23,7 +23,7 @@ def read_plan(folder: Path) -> dict[str, Any]:
         sound = all(isinstance(cell, list) for cell in plan["cells"])
         sound = sound and all(isinstance(word, str) for cell in plan["cells"] for word in cell)
         return plan if sound and isinstance(plan.get("passes", {}), dict) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

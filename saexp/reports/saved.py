@@ -62,7 +62,7 @@ class SavedRun:
         file = self.folder / name
         try:
             found = json.loads(content, object_hook=lambda found: _Content(found, file))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreError(f"{file} is damaged ({error}); {_AGAIN}") from error
         if not isinstance(found, dict):
             raise StoreError(f"{file} is damaged (it is not an object); {_AGAIN}")

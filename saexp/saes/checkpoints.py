@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saexp.digests import read_sha256
+from saexp.checksums import checksums, difference, is_checksums
 from saexp.errors import StoreError
-from saexp.files import write_folder
+from saexp.files import remove_temporary, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +80,12 @@ class Checkpoints:
 
         def fill(temporary: Path) -> None:
             write(temporary)
-            files = sorted(p for p in temporary.iterdir() if p.is_file())
-            sums = {f.name: {"bytes": f.stat().st_size, "sha256": read_sha256(f)} for f in files}
+            sums = checksums(temporary, [file.name for file in temporary.iterdir()])
             (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
         path = self.folder / f"step_{step:09d}"
         try:
-            for left in self.folder.glob(".tmp-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            remove_temporary(self.folder)
             write_folder(path, fill)
         except (StoreError, RuntimeError) as error:
             if not self._has_warned:
@@ -108,18 +106,10 @@ class Checkpoints:
 def verify(path: Path) -> None:
     """Raise Damaged, naming the first file that is missing or not as it was written."""
     sums = read_object(path / CHECKSUMS)
-    if not sums:
-        raise Damaged(f"{CHECKSUMS}: empty")
-    for name, entry in sums.items():
-        file = path / Path(name).name
-        if not isinstance(entry, dict):
-            raise Damaged(f"{CHECKSUMS}: {name}")
-        if not file.is_file():
-            raise Damaged(f"{name}: missing")
-        if file.stat().st_size != entry.get("bytes"):
-            raise Damaged(f"{name}: size")
-        if read_sha256(file) != entry.get("sha256"):
-            raise Damaged(f"{name}: checksum")
+    if not sums or not is_checksums(sums):
+        raise Damaged(f"{CHECKSUMS} is not a list of checksums")
+    if changed := difference(path, sums):
+        raise Damaged(changed)
     for file in path.iterdir():
         if file.name not in sums and file.name != CHECKSUMS:
             raise Damaged(f"{file.name}: not in {CHECKSUMS}")

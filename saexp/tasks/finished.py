@@ -148,7 +148,7 @@ def _verified(cfg: RunConfig, entry: Path, key: str) -> Finished | None:
         exists = folder.is_dir()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _NotReusableError(f"a finished run is not reused: {entry} is damaged") from error
     if not exists:
         return None
@@ -162,7 +162,7 @@ def _verified(cfg: RunConfig, entry: Path, key: str) -> Finished | None:
         changed = f"{PROVENANCE} is missing"
     except OSError as error:
         changed = f"{PROVENANCE} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         changed = f"{PROVENANCE} is damaged, or of another run"
     else:
         if changed is None:

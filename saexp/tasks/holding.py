@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saexp.errors import StoreError
-from saexp.files import try_lock
+from saexp.files import remove_temporary, try_lock
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}
@@ -61,6 +61,7 @@ def _take(folder: Path) -> Any:
             f"another run is writing to {folder}; wait for it, or type another hydra.run.dir= "
             "(hydra.sweep.dir= of a sweep)"
         )
+    remove_temporary(folder)
     return lock
 
 

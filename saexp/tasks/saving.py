@@ -102,12 +102,12 @@ def _written(folder: Path) -> set[str]:
         names = json.loads((folder / WRITTEN).read_text("utf-8"))
         if isinstance(names, list) and all(map(_is_plain, names)):
             return set(names)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     try:
         about = json.loads((folder / PROVENANCE).read_text("utf-8"))
         names = [PROVENANCE, *about["files"]] if has_intact_seal(about) else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()
     return {n for n in names if _is_plain(n) and Path(n).suffix in (".parquet", ".json", ".html")}
 

@@ -20,7 +20,7 @@ SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "tracker=jsonl", "re
 TASKS = {
     "analyze": ("intervention=none", *SMALL),
     "dashboard": ("task=dashboard", "latents=[12,160]", *SMALL),
-    "label": ("task=label", *SMALL),
+    "label": ("task=label", *SMALL, "dataset.n_examples=8"),
     "train": (
         "task=train",
         "layer=2",
