@@ -25,6 +25,7 @@ from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import without_plus
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
+from saexp.log_file import report_once
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
 
 
@@ -72,6 +73,7 @@ def _job(raw: DictConfig) -> None:
 def _run(raw: DictConfig, about: HydraConf) -> None:
     sweep = Path(about.sweep.dir) if about.mode == RunMode.MULTIRUN else None
     folder = Path(about.runtime.output_dir)
+    report_once()
     (folder / "error.txt").unlink(missing_ok=True)
     try:
         cfg = to_run_config(raw)
@@ -217,6 +219,9 @@ def _of_folder(error: Exception) -> StoreError | None:
     from saexp.tasks import sweep
     from saexp.tasks.holding import reserved
 
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
+        # Of logging, which could not open the log file.
+        error = error.__cause__
     if folder := sweep.running():
         return cannot_write_run(error, folder, option=SWEEP_FOLDER)
     return cannot_write_run(error, reserved() or Path.cwd())

@@ -4,32 +4,26 @@ import logging
 import sys
 
 
-class LogFile(logging.FileHandler):
-    """Python's own handler, but a line that cannot be written is no traceback on stderr.
+def report_once(logger: logging.Logger | None = None) -> None:
+    """For lines that the log files of a logger (the root) cannot take, have one line on stderr.
 
-    The first such line is reported; those after it are written if there is room again.
+    Python prints a traceback for each. Lines after them are written if there is room again.
     """
+    for handler in (logger or logging.getLogger()).handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = _OneReport(handler)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __init__(self, filename: str, mode: str = "a", encoding: str | None = "utf-8") -> None:
-        super().__init__(filename, mode, encoding, delay=True)
-        self._has_reported = False
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        try:
-            super().emit(record)
-        except OSError as error:
-            self._report(error)
+class _OneReport:
+    """Stands in for a handler's `handleError`, which is called while the error is handled."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Called where the stream raises."""
+    def __init__(self, handler: logging.FileHandler) -> None:
+        self._handler, self._has_reported = handler, False
+
+    def __call__(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            self._report(error)
-        else:
-            super().handleError(record)
-
-    def _report(self, error: OSError) -> None:
-        if not self._has_reported:
+        if not isinstance(error, OSError):
+            logging.FileHandler.handleError(self._handler, record)
+        elif not self._has_reported:
             self._has_reported = True
-            sys.stderr.write(f"{self.baseFilename} lacks lines: {error.strerror}\n")
+            sys.stderr.write(f"{self._handler.baseFilename} lacks lines: {error.strerror}\n")

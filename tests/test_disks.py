@@ -16,7 +16,7 @@ from saexp.files import (
     write_folder,
     write_text,
 )
-from saexp.log_file import LogFile
+from saexp.log_file import report_once
 from saexp.tasks.holding import LOCK, holding
 from tests.disks import read_only
 from tests.e2e.faults.injection import small_disk
@@ -106,12 +106,16 @@ def test_the_cause_is_read_from_what_libraries_raise(tmp_path, error, reason):
 
 def test_a_log_file_on_a_full_disk_is_reported_once_and_goes_on(tmp_path, capsys):
     with small_disk(tmp_path / "disk", 8) as disk:
-        handler = LogFile(str(disk.path / "saexp.log"))
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger = logging.getLogger("tests.full_disk")
+        logger.setLevel(logging.INFO)
+        handler = logging.FileHandler(disk.path / "saexp.log")
+        logger.addHandler(handler)
+        report_once(logger)
         for n in range(200):
-            handler.emit(logging.LogRecord("x", 20, "", 0, f"{n} {'x' * 100}", None, None))
+            logger.info("%d %s", n, "x" * 100)
         disk.resize(64)
-        handler.emit(logging.LogRecord("x", 20, "", 0, "there is room again", None, None))
+        logger.info("there is room again")
+        logger.removeHandler(handler)
         handler.close()
         assert "there is room again" in (disk.path / "saexp.log").read_text()
     assert capsys.readouterr().err == (
