@@ -129,7 +129,7 @@ def is_writable(cache_dir: str | Path) -> bool:
     except OSError as error:
         if error.errno not in _READ_ONLY:
             return True
-        report_read_only(cache_dir, error.strerror)
+        report_read_only(cache_dir, str(error.strerror))
     return False
 
 
