@@ -111,16 +111,16 @@ class Database:
 
     def _current(self) -> Connection:
         """The connection, to the file that now has the path."""
-        if self._connection is not None and self.writable and self._identity != self._found():
+        if self._connection is not None and self.writable and self._identity != self._file_now():
             self.close()
         if self._connection is None:
             # Where it cannot be opened, `_replace` must know which file is damaged.
-            self._identity = self._found()
+            self._identity = self._file_now()
             self._connection = self._opened() if self.writable else self._opened_to_read()
-            self._identity = self._found()
+            self._identity = self._file_now()
         return self._connection
 
-    def _found(self) -> tuple[int, int] | None:
+    def _file_now(self) -> tuple[int, int] | None:
         try:
             about = os.stat(self.path)
         except OSError:
@@ -202,7 +202,7 @@ class Database:
 
     def _rebuild(self, damaged: tuple[int, int] | None) -> None:
         with locked(self.path.with_name(f".{self.path.name}.lock")):
-            if self._found() != damaged:
+            if self._file_now() != damaged:
                 return
             try:
                 rebuild(self.path)

@@ -70,9 +70,9 @@ def shared(
                 del left[key]
             if stored:
                 yield Batch(list(stored.items()), computed_here=False)
-            if not claims.mine and left:
+            if not claims.keys and left:
                 time.sleep(_POLL_SECONDS)
-            while todo := {key: left[key] for key in claims.mine if key in left}:
+            while todo := {key: left[key] for key in claims.keys if key in left}:
                 with closing(_batches(claims, todo, compute)) as batches:
                     for results in batches:
                         for key, _ in results:
@@ -96,13 +96,13 @@ def _batches(
                 del remaining[key]
             claims.store(results, any_left=bool(remaining))
             yield results
+            if claims.lost:
+                return
             seconds_each = (time.monotonic() - began) / max(len(todo) - len(remaining), 1)
             if claims.n_asking and len(remaining) * seconds_each >= _LEAST_SECONDS:
                 claims.divide(list(remaining))
-                if len(claims.mine) < len(remaining):
+                if len(claims.keys) < len(remaining):
                     return
-            if claims.lost:
-                return
 
 
 class _Other(NamedTuple):
@@ -118,7 +118,7 @@ class _Claims:
 
     def __init__(self, cache: ResultCache) -> None:
         self.cache, self.folder = cache, cache.path.parent / FOLDER
-        self.mine: list[bytes] = []
+        self.keys: list[bytes] = []
         """Keys of the rows to compute here."""
         self.n_asking = 0
         """Processes that ask for a part of them."""
@@ -139,7 +139,7 @@ class _Claims:
 
     def take(self, keys: Sequence[bytes]) -> None:
         """Claim those of `keys` that no living process has; where there are none, ask for some."""
-        self.lost, self.n_asking, self.mine = False, 0, list(keys)
+        self.lost, self.n_asking, self.keys = False, 0, list(keys)
         self.others_wrote = False
         if not self._owner:
             return
@@ -156,12 +156,12 @@ class _Claims:
             owners = [other.owner for other in others]
             # Those that were given rows, or that waited for a dead process, want some of these.
             n_waiting = sum(not len(o.numbers) and o.asks not in owners for o in others)
-            self.mine = [key for key, is_free in zip(keys, free, strict=True) if is_free]
-            self.mine = self.mine[: math.ceil(len(self.mine) / (1 + n_waiting))]
-            self._list(connection, self.mine, "")
+            self.keys = [key for key, is_free in zip(keys, free, strict=True) if is_free]
+            self.keys = self.keys[: math.ceil(len(self.keys) / (1 + n_waiting))]
+            self._list(connection, self.keys, "")
             self._waits_since, self.others_wrote = None, changed
             return
-        self.mine = []
+        self.keys = []
         # A process that was asked and has given none of these rows is asked again.
         asked = others[int(np.argmax([part.sum() for part in claimed]))]
         self._list(connection, [], asked.owner)
@@ -208,7 +208,7 @@ class _Claims:
 
         self.cache.put(results, step)
         if self.lost:
-            self.mine = []
+            self.keys = []
 
     def divide(self, remaining: Sequence[bytes]) -> None:
         """Keep a part of the rows that are left, and leave as large a part to each that asks."""
@@ -216,12 +216,12 @@ class _Claims:
         def step(connection: Connection) -> None:
             asking = [o for o in self._living(connection) if o.asks == self._owner]
             if asking:
-                self.mine = list(remaining[: math.ceil(len(remaining) / (1 + len(asking)))])
-                self._list(connection, self.mine, "")
+                self.keys = list(remaining[: math.ceil(len(remaining) / (1 + len(asking)))])
+                self._list(connection, self.keys, "")
                 update = "update claims set asks = '' where asks = ?"
                 connection.execute(update, (self._owner,))
 
-        self.mine = list(remaining)
+        self.keys = list(remaining)
         with suppress(LockedError):
             self.cache.database.write(step)
 

@@ -47,8 +47,8 @@ def damage(path: Path) -> None:
 def test_a_full_disk_is_one_line_that_never_says_to_delete(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 200) as disk:
         cache = ResultCache(disk.path, {})
-        kept = results(0, 50)
-        cache.put(kept)
+        first = results(0, 50)
+        cache.put(first)
         with pytest.raises(StoreError) as caught:
             cache.put(results(50, 1000))
         line = str(caught.value)
@@ -201,8 +201,8 @@ def test_a_damaged_row_is_reported_once_and_replaced(
         file.execute("update checked_results set value = zeroblob(800) where rowid in (5, 7)")
     with caplog.at_level(logging.WARNING):
         cache = ResultCache(tmp_path, {})
-        found = cache.get(KEYS)
-        assert len(found) == N_ROWS - 2
+        rows_read = cache.get(KEYS)
+        assert len(rows_read) == N_ROWS - 2
         assert len(cache.get(KEYS)) == N_ROWS - 2
         cache.put(results())
         assert {k: v.tolist() for k, v in cache.get(KEYS).items()} == {
@@ -245,7 +245,9 @@ def test_what_a_process_killed_while_it_wrote_had_stored_is_read(
     assert (killed / path.name).read_bytes() != path.read_bytes()
     with nullcontext() if writable else read_only(killed):
         cache = ResultCache(killed, {})
-        found = cache.get(KEYS)
+        rows_read = cache.get(KEYS)
         cache.close()
-    assert all(found[key].tolist() == values.tolist() for key, values in results() if key in found)
-    assert len(found) == N_ROWS if writable else 0 < len(found) < N_ROWS
+    assert all(
+        rows_read[key].tolist() == values.tolist() for key, values in results() if key in rows_read
+    )
+    assert len(rows_read) == N_ROWS if writable else 0 < len(rows_read) < N_ROWS

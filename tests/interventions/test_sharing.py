@@ -43,9 +43,9 @@ class Processes:
 
 def claims(cache_dir: Path) -> list[tuple[Any, ...]]:
     cache = ResultCache(cache_dir, {})
-    found = cache.database.read(lambda c: c.execute("select * from claims").fetchall())
+    rows = cache.database.read(lambda c: c.execute("select * from claims").fetchall())
     cache.close()
-    return found
+    return rows
 
 
 @pytest.mark.parametrize("n", [2, 3])

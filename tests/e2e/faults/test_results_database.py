@@ -227,6 +227,6 @@ def test_values_longer_than_a_page_can_be_read_from_a_damaged_file(tmp_path: Pat
     cache.close()
     damage_page(tmp_path / "generations.sqlite", 0)
     cache = ResultCache(tmp_path, {})
-    found = cache.get(values)
-    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in values.items()}
+    again = cache.get(values)
+    assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in values.items()}
     cache.close()
