@@ -414,7 +414,7 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config.yaml": "model_kind: x"}, "config.yaml lacks 'feature_input_hook'"),
+        ({"config.yaml": "model_kind: x"}, "config.yaml: 'feature_input_hook' is missing"),
         ({"config.yaml": "a: ["}, "is no YAML"),
         ({"W_dec_3": {"W_dec_3": torch.ones(4, 5)}}, r"W_dec_3 has shape \[4, 5\], not \[d_sae"),
         ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', absent here"),
