@@ -1,6 +1,7 @@
 """Values and types in SAE files, of every format: what is impossible is one line, never a use."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -461,6 +462,8 @@ class Hostile:
 def test_hostile_pickles_are_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "it ran"
     place = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={"bias": Hostile(proof)})
+    assert line_of(place).startswith(f"{place / 'ae.pt'} is no plain file of tensors (")
+    (place / "ae.pt").write_bytes(pickle.dumps(Hostile(proof)))
     assert line_of(place).startswith(f"{place / 'ae.pt'} is no plain file of tensors (")
     assert not proof.exists()
     np.savez(tmp_path / "params.npz", W_enc=np.array([Hostile(proof)], dtype=object))

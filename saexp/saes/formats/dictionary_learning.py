@@ -5,6 +5,7 @@
 
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,10 @@ def load_dictionary_learning(
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that is then refused, in one line.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
         raise SAEError(f"{file} is no plain file of tensors ({reason})") from error
