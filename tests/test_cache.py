@@ -90,7 +90,7 @@ def test_stores_are_in_the_order_of_their_last_use_and_opening_uses_one(tmp_path
     assert [s.path for s in cache.stores(tmp_path)] == [third.path, first.path, second.path]
     (third.path / USED).unlink()
     os.utime(third.path / "manifest.json", (1, 1))
-    assert cache.last_used(third) == 1
+    assert cache.last_used(third.path) == 1
 
 
 def flip(file: Path) -> None:
@@ -119,7 +119,7 @@ def test_verifying_names_every_damaged_shard_and_no_other(
 
 def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
     made = [store(tmp_path, t, days=d, width=5000) for t, d in (("a", 1), ("b", 9), ("c", 5))]
-    sizes = [cache.size(s) for s in made]
+    sizes = [cache.size(s.path) for s in made]
     room = f"{sum(sizes) * 0.99 / 1000}kB"
     pruned = cache.prune(tmp_path, max_size=room, max_age=None)
     assert (pruned.removed, pruned.kept) == ([made[1].path.name], {})
@@ -146,7 +146,7 @@ def test_pruning_by_age_drops_what_was_not_used_for_so_long(
 
 def test_both_limits_hold_together(tmp_path: Path) -> None:
     made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
-    size = f"{cache.size(made['a']) * 1.5 / 1000}kb"
+    size = f"{cache.size(made['a'].path) * 1.5 / 1000}kb"
     removed = cache.prune(tmp_path, max_size=size, max_age="1w").removed
     assert removed == [made["b"].path.name, made["c"].path.name]
 
@@ -215,7 +215,7 @@ def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
     assert re.search(r" kB +\d{4}-\d\d-\d\d \d\d:\d\d$", listed.out.splitlines()[1])
     assert "size" in listed.out.splitlines()[0]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["bytes"].tolist() == [
-        cache.size(s) for s in made
+        cache.size(s.path) for s in made
     ]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["key"].tolist() == [
         s.path.name for s in made
@@ -237,7 +237,8 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     assert last == (
         f"saexp: damaged: {made[1].path.name}: layer_0.resid_post/00001; run what needs them with "
         "verify=true, which computes them again; manifest.json cannot be read in "
-        f"outputs/cache/activations/{made[2].path.name}: delete that to collect it anew"
+        f"outputs/cache/activations/{made[2].path.name}: the command that made it makes it anew "
+        "from its shards"
     )
     for one in made:
         assert any(one.path.name in line for line in listed)

@@ -58,12 +58,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both streams of all blocks at the run's positions and at those of its neutral text."""
     folder = tmp_path_factory.mktemp("cache")
     place = write_saelens(
-        folder / "zero",
+        folder / "tiny",
         {"architecture": "transcoder", "metadata": HOOKS},
         {
-            "W_enc": torch.zeros(D, WIDTH),
+            "W_enc": torch.full((D, WIDTH), 1e-9),
             "b_enc": torch.full((WIDTH,), 1.0),
-            "W_dec": torch.zeros(WIDTH, D),
+            "W_dec": torch.full((WIDTH, D), 1e-9),
             "b_dec": torch.zeros(D),
         },
     )

@@ -11,35 +11,47 @@ from pathlib import Path
 
 import pandas as pd
 
+from saexp.activations.files import MANIFEST, remove_manifest
 from saexp.activations.joined import damaged_joined
 from saexp.activations.leases import USED, users
-from saexp.activations.store import ActivationStore
+from saexp.activations.rebuild import shard_files
+from saexp.activations.store import LOCKS, ActivationStore
 from saexp.errors import ConfigError, StoreError
-from saexp.files import cannot_write, show_bytes, try_lock
+from saexp.files import show_bytes, try_lock
 from saexp.models.hookpoints import Hookpoint
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
+def folders(cache_dir: str | Path) -> list[Path]:
+    """Every folder of a store, readable or not, the one used longest ago first."""
+    found = [
+        folder
+        for folder in Path(cache_dir).glob("activations/*")
+        if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
+    ]
+    return sorted(found, key=lambda folder: (last_used(folder), folder.name))
+
+
 def stores(cache_dir: str | Path) -> list[ActivationStore]:
     """Every readable store of the folder, the one used longest ago first."""
     found = []
-    for manifest in Path(cache_dir).glob("activations/*/manifest.json"):
+    for folder in folders(cache_dir):
         with suppress(StoreError):
-            found.append(ActivationStore.open(manifest.parent))
-    return sorted(found, key=last_used)
+            found.append(ActivationStore.open(folder))
+    return found
 
 
-def last_used(store: ActivationStore) -> float:
-    """Seconds since the epoch at which a run last used the store."""
-    mark = store.path / USED
-    return (mark if mark.is_file() else store.path / "manifest.json").stat().st_mtime
+def last_used(folder: Path) -> float:
+    """Seconds since the epoch at which a run last used the store of a folder."""
+    marks = [folder / USED, folder / MANIFEST, folder]
+    return next(mark for mark in marks if mark.exists()).stat().st_mtime
 
 
-def size(store: ActivationStore) -> int:
+def size(folder: Path) -> int:
     """Bytes of all its files."""
-    return sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file())
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def listing(cache_dir: str | Path) -> pd.DataFrame:
@@ -51,14 +63,14 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
         rows.append(
             {
                 "key": store.path.name,
-                "model": made_of["model"],
+                "model": made_of.get("model"),
                 "dataset": about.get("dataset"),
                 "positions": about.get("positions"),
                 "n_rows": store.n_rows,
-                "dtype": made_of["dtype"],
+                "dtype": made_of.get("dtype"),
                 "hookpoints": ", ".join(store.manifest["hookpoints"]),
-                "bytes": size(store),
-                "last_used": datetime.datetime.fromtimestamp(last_used(store)),
+                "bytes": size(store.path),
+                "last_used": datetime.datetime.fromtimestamp(last_used(store.path)),
             }
         )
     return pd.DataFrame(rows, columns=[*columns, "bytes", "last_used"])
@@ -84,14 +96,9 @@ def damaged(store: ActivationStore) -> list[str]:
 
 
 def unreadable(cache_dir: str | Path) -> list[Path]:
-    """Folders of stores whose manifest is damaged; nothing in them can be used."""
-    found = []
-    for manifest in sorted(Path(cache_dir).glob("activations/*/manifest.json")):
-        try:
-            ActivationStore.open(manifest.parent)
-        except StoreError:
-            found.append(manifest.parent)
-    return found
+    """Folders of stores whose manifest is missing or damaged, by name."""
+    readable = {store.path for store in stores(cache_dir)}
+    return sorted(folder for folder in folders(cache_dir) if folder not in readable)
 
 
 @dataclass(frozen=True)
@@ -116,22 +123,22 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
         raise ConfigError("action=prune needs a limit: type max_size=20GB or max_age=30d")
     n_bytes = None if max_size is None else _parse("max_size", max_size, _UNITS, "20GB")
     span = None if max_age is None else _parse("max_age", max_age, _SPANS, "30d")
-    there = stores(cache_dir)
-    sizes = {s.path: size(s) for s in there}
+    there = folders(cache_dir)
+    sizes = {folder: size(folder) for folder in there}
     total, removed, kept = sum(sizes.values()), [], {}
-    for store in there:
-        old = span is not None and time.time() - last_used(store) > span
+    for folder in there:
+        old = span is not None and time.time() - last_used(folder) > span
         if not old and (n_bytes is None or total <= n_bytes):
             continue
         try:
-            reason = _remove(store)
+            reason = _remove(folder)
         except StoreError as error:
             reason = str(error)
         if reason is None:
-            total -= sizes[store.path]
-            removed.append(store.path.name)
+            total -= sizes[folder]
+            removed.append(folder.name)
         else:
-            kept[store.path.name] = reason
+            kept[folder.name] = reason
     return Pruned(removed, kept, total)
 
 
@@ -145,23 +152,20 @@ def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float
     return float(match[1]) * units[match[2]]
 
 
-def _remove(store: ActivationStore) -> str | None:
+def _remove(folder: Path) -> str | None:
     """Remove a store that nobody uses; else say why it stays."""
     with ExitStack() as held:
         # Under this lock marks are made, so that none comes after they were looked at.
-        if not _hold(held, store.path / ".create.lock"):
+        if not _hold(held, folder / ".create.lock"):
             return "a process is opening it"
-        if reading := users(store.path):
+        if reading := users(folder):
             return f"in use by {', '.join(reading)}"
-        for index in range(len(store.shard_bounds)):
-            if not _hold(held, store.shard_lock(index)):
+        for lock in sorted((folder / LOCKS).glob("*.lock")):
+            if not _hold(held, lock):
                 return "a process is writing it"
-        try:
-            # Without its manifest it is no store any more, whatever happens next.
-            (store.path / "manifest.json").unlink()
-        except OSError as error:
-            raise cannot_write(store.path, error) from error
-        shutil.rmtree(store.path, ignore_errors=True)
+        # Without its manifest it is no store any more, whatever happens next.
+        remove_manifest(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     return None
 
 

@@ -2,14 +2,21 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saexp.digests import read_sha256
-from saexp.errors import StoreError
+from saexp.digests import digest_of, read_sha256
+from saexp.errors import ModelError, StoreError
+from saexp.files import cannot_write, write_json
+from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_CHECKSUM = "sha256"
+"""In a manifest: the digest of all else in it. Those of earlier versions have none."""
 
 
 def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
@@ -26,25 +33,99 @@ def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
     return True
 
 
-_MANIFEST = {"ingredients": dict, "n_rows": int, "shard_rows": int, "hookpoints": dict}
-"""What every store's manifest holds."""
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A store's manifest. Raises StoreError where there is none or it is damaged."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise StoreError(f"{folder} holds no activation store (no manifest.json)") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from error
-    held = manifest if isinstance(manifest, dict) else {}
-    lacking = [key for key, kind in _MANIFEST.items() if not isinstance(held.get(key), kind)]
-    if lacking:
-        raise _unreadable(path, f"no {', '.join(lacking)} in it")
-    return held
+        raise StoreError(f"{folder} holds no activation store (no {MANIFEST})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, " ".join(str(error).split())) from error
+    if not isinstance(manifest, dict):
+        raise _unreadable(path, "no JSON object")
+    if (problem := _problem(manifest)) is not None:
+        raise _unreadable(path, problem)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a manifest with its checksum, whole or not at all; returns what was written."""
+    content = {key: value for key, value in manifest.items() if key != _CHECKSUM}
+    sealed = {**content, _CHECKSUM: digest_of(content)}
+    if (folder / MANIFEST).is_dir():
+        remove_manifest(folder)
+    write_json(folder / MANIFEST, sealed)
+    return sealed
+
+
+def remove_manifest(folder: Path) -> None:
+    """Take a store's manifest away, whatever is in its place."""
+    path = folder / MANIFEST
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _unreadable(path: Path, reason: str) -> StoreError:
-    return StoreError(f"{path} cannot be read ({reason}); delete {path.parent} to collect anew")
+    return StoreError(
+        f"{path} cannot be read ({reason}); the command that made the store makes it anew from the "
+        "shards"
+    )
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What no manifest that was written by saexp has; None where there is nothing."""
+    expected = {"ingredients": dict, "hookpoints": dict}
+    lacking = [key for key, kind in expected.items() if not isinstance(manifest.get(key), kind)]
+    lacking += [key for key in ("n_rows", "shard_rows") if not _counts(manifest.get(key))]
+    if lacking:
+        return f"no {', '.join(lacking)} in it"
+    if not manifest["shard_rows"]:
+        return "shard_rows is 0"
+    if not isinstance(manifest.get("about", {}), dict):
+        return "about is no object"
+    if (problem := _problem_of_shards(manifest)) is not None:
+        return problem
+    joined = manifest.get("joined", {})
+    if not isinstance(joined, dict) or not all(
+        _is_entry(entry) and isinstance(entry.get("file"), str) and "/" not in entry["file"]
+        for entry in joined.values()
+    ):
+        return "joined has an entry without file, bytes or sha256"
+    content = {key: value for key, value in manifest.items() if key != _CHECKSUM}
+    if _CHECKSUM in manifest and manifest[_CHECKSUM] != digest_of(content):
+        return "checksum"
+    return None
+
+
+def _problem_of_shards(manifest: dict[str, Any]) -> str | None:
+    n_shards = -(-manifest["n_rows"] // manifest["shard_rows"])
+    for name, shards in manifest["hookpoints"].items():
+        try:
+            if Hookpoint.parse(name).name != name:
+                return f"'{name}' is no hookpoint's name"
+        except (ModelError, ValueError):
+            return f"'{name}' is no hookpoint's name"
+        if not isinstance(shards, dict):
+            return f"no shards in {name}"
+        for index, entry in shards.items():
+            if not (5 <= len(index) < 10 and index.isdecimal() and int(index) < n_shards):
+                return f"{name} has no shard '{index}'"
+            if not _is_entry(entry):
+                return f"{name}/{index} lacks bytes or sha256"
+    return None
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and _counts(entry.get("bytes"))
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def _counts(value: Any) -> bool:
+    """Whether it is an integer that is not negative; a boolean is none."""
+    return type(value) is int and value >= 0

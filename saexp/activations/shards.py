@@ -1,9 +1,11 @@
 """A shard under way: its rows go straight to a temporary file, in any order, at constant memory."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,61 @@ from saexp.errors import StoreError
 from saexp.files import cannot_write, put_in_place
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_UNKNOWN = "0" * 64
+"""In the place of a checksum, until there is one."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a shard's header says of it, beside the checksum of its values."""
+
+    store: str
+    """The store's key."""
+    hookpoint: str
+    index: int
+    shard_rows: int
+    """Of the store."""
+
+    @property
+    def name(self) -> str:
+        """`00003`, the shard's name."""
+        return f"{self.index:05d}"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """As safetensors has it."""
+        return {
+            "store": self.store,
+            "hookpoint": self.hookpoint,
+            "shard": self.name,
+            "shard_rows": str(self.shard_rows),
+        }
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> "Label":
+        """Raises LookupError, TypeError or ValueError for what is no shard's metadata."""
+        label = cls(
+            metadata["store"],
+            metadata["hookpoint"],
+            int(metadata["shard"]),
+            int(metadata["shard_rows"]),
+        )
+        if label.shard_rows < 1:
+            raise ValueError(f"shard_rows {label.shard_rows}")
+        return label
 
 
 class ShardWriter:
-    """Writes one `.safetensors` file with the tensor `acts`, row by row.
+    """Writes one `.safetensors` file with the tensor `acts`, row by row, and a label.
 
     Nothing is at `path` before `finish`. The temporary file's name follows from `path`, so that
     whoever holds the shard's lock next takes over what a killed process left.
     Raises StoreError where the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, path: Path, n_rows: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, n_rows: int, width: int, dtype: torch.dtype, label: Label
+    ) -> None:
         self.path = path
         self.row_bytes = width * dtype.itemsize
         self.dtype = dtype
@@ -35,15 +81,17 @@ class ShardWriter:
         self.temporary = path.with_name(f".tmp-{path.name}")
         self._written = np.zeros(n_rows, dtype=bool)
         about = {
+            "__metadata__": {**label.metadata, "sha256": _UNKNOWN},
             "acts": {
                 "dtype": _NAMES[dtype],
                 "shape": [n_rows, width],
                 "data_offsets": [0, self.n_bytes],
-            }
+            },
         }
         header = json.dumps(about, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         self._start = 8 + len(header)
+        self._checksum_at = 8 + header.index(_UNKNOWN.encode())
         self._file: int | None = None
         self._guarded(lambda: self._open(header))
 
@@ -94,6 +142,11 @@ class ShardWriter:
         return self._guarded(self._finish)
 
     def _finish(self) -> dict[str, Any]:
+        assert self._file is not None
+        with self.temporary.open("rb") as file:
+            file.seek(self._start)
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        os.pwrite(self._file, checksum.encode(), self._checksum_at)
         self._close()
         entry = {
             "n_rows": len(self._written),

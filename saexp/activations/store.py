@@ -17,14 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.files import intact, read_manifest
+from saexp.activations.files import intact, read_manifest, write_manifest
 from saexp.activations.joined import join, join_elsewhere, joined_name
 from saexp.activations.leases import USED, Marked
+from saexp.activations.rebuild import sound_manifest
 from saexp.activations.repeats import Repeats, StoredValues
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shards import Label, ShardWriter
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
-from saexp.files import locked, write_json, write_table
+from saexp.files import locked, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ VERSION = 1
 _HASH_ON_OPEN_BYTES = 64 * 2**20
 """Shards up to this size are hashed when a store is opened; larger ones have their size checked."""
 _CHUNK_ROWS = 8192
+LOCKS = ".locks"
+"""Folder of the shards' locks."""
 
 
 def store_key(ingredients: Mapping[str, Any]) -> str:
@@ -76,10 +79,20 @@ class ActivationStore(Marked):
         """The store of these ingredients; `rows` replaces a rows table whose labels differ.
 
         `shard_rows` holds for a new store only. `about` is for people: names beside the hashes.
+        A manifest that is lost or damaged is made anew from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
-        if (folder / "manifest.json").is_file() and not os.access(folder, os.W_OK):
-            store = cls.open(folder)
+        fresh = {
+            "version": VERSION,
+            "key": folder.name,
+            "ingredients": dict(ingredients),
+            "about": dict(about or {}),
+            "n_rows": len(rows),
+            "shard_rows": shard_rows,
+            "hookpoints": {},
+        }
+        if folder.is_dir() and not os.access(folder, os.W_OK):
+            store = cls(folder, sound_manifest(folder, fresh)[0])
             store.show(rows)
             return store
         with locked(folder / ".create.lock"):
@@ -87,21 +100,12 @@ class ActivationStore(Marked):
                 # Whoever holds both locks is the only one that writes here: left by a killed run.
                 for left in folder.glob(".tmp-*"):
                     left.unlink(missing_ok=True)
-            if not (folder / "manifest.json").is_file():
-                manifest = {
-                    "version": VERSION,
-                    "key": folder.name,
-                    "ingredients": dict(ingredients),
-                    "about": dict(about or {}),
-                    "n_rows": len(rows),
-                    "shard_rows": shard_rows,
-                    "hookpoints": {},
-                }
-                write_table(folder / "rows.parquet", rows)
-                write_json(folder / "manifest.json", manifest)
-            store = cls.open(folder)
-            if not store._holds(rows):
-                write_table(folder / "rows.parquet", rows)
+                manifest, is_new = sound_manifest(folder, fresh)
+                store = cls(folder, manifest)
+                if is_new or not store._holds(rows):
+                    write_table(folder / "rows.parquet", rows)
+                if is_new:
+                    store.manifest = write_manifest(folder, manifest)
             (folder / USED).touch()
             store._mark()
         return store
@@ -201,14 +205,20 @@ class ActivationStore(Marked):
 
     def shard_lock(self, index: int) -> Path:
         """Whoever holds this lock computes the shard, for all hookpoints."""
-        return self.path / ".locks" / f"{index:05d}.lock"
+        return self.path / LOCKS / f"{index:05d}.lock"
 
     def writer(
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A file for the rows that one shard keeps, to be filled and then entered."""
         n_rows = len(self.kept(index))
-        return ShardWriter(self._shard(hookpoint.stored, index), n_rows, width, dtype)
+        return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
+
+    def _writer(
+        self, hookpoint: Hookpoint, index: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> ShardWriter:
+        label = Label(self.path.name, hookpoint.name, index, self.shard_rows)
+        return ShardWriter(self._shard(hookpoint, index), *shape, dtype, label)
 
     def enter(self, index: int, entries: Mapping[Hookpoint, Mapping[str, Any]]) -> None:
         """List a finished shard's files in the manifest."""
@@ -228,15 +238,13 @@ class ActivationStore(Marked):
             # The same bytes whoever was first.
             listed = manifest["hookpoints"]
             manifest["hookpoints"] = {h: dict(sorted(listed[h].items())) for h in sorted(listed)}
-            write_json(self.path / "manifest.json", manifest)
-            self.manifest = manifest
+            self.manifest = write_manifest(self.path, manifest)
 
     def write_shard(
         self, hookpoint: Hookpoint, index: int, acts: Float[Tensor, "n_rows d_model"]
     ) -> None:
         """Write one shard, all its rows, whole or not at all, then enter it in the manifest."""
-        path, (n_rows, width) = self._shard(hookpoint.stored, index), acts.shape
-        writer = ShardWriter(path, n_rows, width, acts.dtype)
+        writer = self._writer(hookpoint.stored, index, (len(acts), acts.shape[1]), acts.dtype)
         writer.write(np.arange(len(acts)), acts)
         self.enter(index, {hookpoint: writer.finish()})
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from saexp.config import ModelConfig
 from saexp.data.examples import Example, Span
 from saexp.data.tokens import TokenizedText, tokenize
+from saexp.errors import ModelError
 
 _SENTINEL = "SaexpUserMessage7261"
 """A message that no template holds and none has a reason to change."""
@@ -67,8 +68,17 @@ def as_read(model: ChatModel, messages: Sequence[str]) -> list[Prompt]:
 
 
 def _frame(model: ChatModel) -> tuple[str, str]:
-    """What the chat template puts before and after a message; nothing where it repeats it."""
-    before, _, after = model.chat_text(_SENTINEL).partition(_SENTINEL)
+    """What the chat template puts before and after a message; nothing where it repeats it.
+
+    Raises ModelError where it leaves the message out: every prompt would be the same.
+    """
+    text = model.chat_text(_SENTINEL)
+    if _SENTINEL.lower() not in text.lower():
+        raise ModelError(
+            f"{model.cfg.name}: its chat template leaves out the user's message; set "
+            "model.chat=false"
+        )
+    before, _, after = text.partition(_SENTINEL)
     return ("", "") if _SENTINEL in after else (before, after)
 
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saexp.errors import InterventionError, ModelError
 from saexp.interventions.batch import BatchEdit, SAEs
 from saexp.interventions.ops import Row
 from saexp.models.hooks import edit as edit_streams
@@ -234,9 +235,28 @@ def _prefill(
             use_cache=use_cache or cache is not None,
             **_keeping(model, n_last),
         )
+    _check_finite(model, rows, out.logits[:, -1], generating=use_cache)
     return _Pass(
         out.logits[:, -n_last:], out.past_key_values, mask, positions[:, width - window :], change
     )
+
+
+def _check_finite(
+    model: LanguageModel, rows: Sequence[Row], logits: Float[Tensor, "b V"], *, generating: bool
+) -> None:
+    """Raise ModelError where logits after a prompt are NaN or infinite with nothing changed, and
+    InterventionError where an intervention makes them so and the argmax would hide it."""
+    # NaN is the largest to amax; a model may give some tokens -inf.
+    bad = (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist()
+    for row in (rows[i] for i in bad):
+        text = model.tokenizer.decode(row.ids)[-60:]
+        found = f"NaN or Inf in the logits of {model.name} after the prompt that ends '{text}'"
+        found = " ".join(f"{found}, in {str(model.dtype).removeprefix('torch.')}".split())
+        wider = "" if model.dtype == torch.float32 else "try dtype=float32, or "
+        if not row.active:
+            raise ModelError(f"{found}: {wider}look at the model's weights")
+        if generating:
+            raise InterventionError(f"{found}, under intervention: {wider}a smaller coefficient")
 
 
 @torch.inference_mode()

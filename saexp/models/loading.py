@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
@@ -22,9 +22,17 @@ from transformers.utils import logging as hf_logging
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
-from saexp.hub import hub, is_path, why_absent
+from saexp.hub import hub, is_path
+from saexp.models.chat import in_template
 from saexp.models.digests import tensors_sha256
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.model_files import (
+    check_depth,
+    check_sizes,
+    shards_in,
+    token_ids,
+    why_unreadable,
+)
 from saexp.models.rope import forget_lengths
 from saexp.models.stream_check import broken_streams, needs_check
 from saexp.models.structure import Site, find_blocks, find_site
@@ -35,8 +43,6 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("tiny", "tiny_control")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """What transformers looks for, in its order; either may be cut into shards, named by an index."""
-_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What transformers raises for files that are absent, out of reach, damaged or of another model."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,11 +116,13 @@ class LanguageModel:
         # The shipped files name every value and a plain tokenizer. The architecture's own classes
         # give the same and import all of transformers' modelling code, for 2 s of each run.
         self.plain = cfg.name in SHIPPED
+        check_depth(Path(self.source) / "config.json", self.name)
         self.config: Any = (
             PreTrainedConfig(**json.loads((Path(self.source) / "config.json").read_text("utf-8")))
             if self.plain
             else self._from_hub("AutoConfig", "config")
         )
+        check_sizes(self.text_config, self.name)
 
     @classmethod
     def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
@@ -135,15 +143,18 @@ class LanguageModel:
         """By transformers' class of that name, which it imports when it is first asked for."""
         read = getattr(transformers, kind).from_pretrained
         try:
-            with self._files():
+            with self._files(), warnings.catch_warnings():
+                # Of a pickle that is then refused, in one line.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 return read(
                     self.source,
                     revision=self.cfg.revision,
                     trust_remote_code=self.cfg.trust_remote_code,
                     **options,
                 )
-        except _UNLOADABLE as error:
-            raise self._cannot_load(what, why_absent(error)) from error
+        except Exception as error:
+            # Files that are absent, out of reach, damaged or of another model raise any kind.
+            raise self._cannot_load(what, why_unreadable(error)) from error
 
     def _files(self) -> AbstractContextManager[None]:
         """Where its files are read: a local folder needs no hub."""
@@ -248,18 +259,28 @@ class LanguageModel:
             if needs_check(self.hf, at.stream) and at in self.broken_streams:
                 raise ModelError(self.broken_streams[at])
 
-    @property
-    def _generation_config(self) -> Any:
-        """The generation config, from its file where weights were not read; None without one."""
-        if self._hf is not None:
-            return getattr(self._hf, "generation_config", None)
+    @cached_property
+    def _generation_file(self) -> Any:
+        """What generation_config.json holds; None without one. ModelError where it is damaged."""
+        name = "generation_config.json"
         try:
             with self._files():
                 return GenerationConfig.from_pretrained(
                     self.source, revision=self.cfg.revision or "main"
                 )
-        except OSError:
-            return None
+        except Exception as error:
+            # transformers raises OSError for a file that is absent, and from JSON's own error.
+            damaged = isinstance(error.__cause__ or error.__context__, ValueError)
+            if isinstance(error, OSError) and not damaged:
+                return None
+            raise self._cannot_load(name, why_unreadable(error)) from error
+
+    @property
+    def _generation_config(self) -> Any:
+        """The generation config; None without one. ModelError where its file is damaged."""
+        # transformers would go on without.
+        from_file = None if self.in_memory else self._generation_file
+        return from_file if self._hf is None else getattr(self._hf, "generation_config", None)
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -268,7 +289,7 @@ class LanguageModel:
         holders = [self.config, self._generation_config, self.tokenizer]
         for holder in holders:
             value = getattr(holder, "eos_token_id", None)
-            found.update([value] if isinstance(value, int) else value or [])
+            found.update(token_ids(value, "eos_token_id", self.name))
         return tuple(sorted(found))
 
     @property
@@ -289,8 +310,8 @@ class LanguageModel:
                     revision=self.cfg.revision,
                     _raise_exceptions_for_missing_entries=False,
                 )
-        except _UNLOADABLE as error:
-            raise self._cannot_load(name, why_absent(error)) from error
+        except Exception as error:
+            raise self._cannot_load(name, why_unreadable(error)) from error
         return Path(found) if found else None
 
     def _weights_files(self) -> list[Path]:
@@ -299,7 +320,10 @@ class LanguageModel:
             if whole := self._file(name):
                 return [whole]
             if index := self._file(f"{name}.index.json"):
-                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+                try:
+                    names = shards_in(index)
+                except (OSError, ValueError, RecursionError) as error:
+                    raise self._cannot_load("weights", why_unreadable(error)) from error
                 shards = {shard: self._file(shard) for shard in names}
                 if absent := [shard for shard, file in shards.items() if file is None]:
                     raise self._cannot_load("weights", f"no file named {absent[0]}")
@@ -309,7 +333,8 @@ class LanguageModel:
     def _code_files(self) -> list[Path]:
         """The modules that the config names, where a repository's own code may run."""
         named = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
-        modules = {str(v).rpartition("--")[2].partition(".")[0] for v in (named or {}).values()}
+        values = named.values() if isinstance(named, dict) else ()
+        modules = {str(v).rpartition("--")[2].partition(".")[0] for v in values}
         return [file for name in sorted(modules) if (file := self._file(f"{name}.py"))]
 
     @property
@@ -340,11 +365,7 @@ class LanguageModel:
 
     def chat_text(self, prompt: str) -> str:
         """The prompt in the tokenizer's chat template, as text that already holds any BOS."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ModelError(f"{self.name} has no chat template; set model.chat=false")
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        return in_template(self.tokenizer, prompt, self.name)
 
 
 def load_model(cfg: ModelConfig, **_: Any) -> LanguageModel:

@@ -60,8 +60,9 @@ class SparseAutoencoder(nn.Module):
 
     Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
     `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. All is computed in their
-    dtype. Raises SAEError for shapes that do not fit, parameters the architecture has no use for,
-    an unknown architecture, and where a scaling is used that lacks its factor.
+    dtype. Raises SAEError for shapes and types that do not fit, NaN and infinities, a matrix of
+    zeros, parameters the architecture has no use for, an unknown architecture, and where a scaling
+    is used that lacks its factor.
     """
 
     W_enc: Tensor
@@ -112,7 +113,8 @@ class SparseAutoencoder(nn.Module):
             norm_factor=norm_factor,
             centre=centre,
         )
-        check(parameters, options, str(self.metadata.get("name", "the SAE")))
+        name = str(self.metadata.get("name", "the SAE"))
+        check(parameters, options, name, str(self.metadata.get("path", name)))
         self.register_buffer("W_skip", None)
         for name, value in parameters.items():
             self.register_buffer(name, value)
@@ -241,7 +243,7 @@ class SparseAutoencoder(nn.Module):
         pre = self._pre(inputs, slice(None))
         assert self.k is not None
         if self.architecture == "topk":
-            top = pre.topk(min(self.k, self.d_sae), dim=-1, sorted=False)
+            top = pre.topk(self.k, dim=-1, sorted=False)
             return pre.zero_().scatter_(-1, top.indices, top.values.relu())
         groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
         best = groups.max(dim=-1, keepdim=True)

@@ -21,6 +21,7 @@ from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.catalogue import find, n_latents, show_width
 from saexp.saes.detect import load_sae_files
+from saexp.saes.parameters import check_values
 from saexp.saes.places import fill
 from saexp.saes.releases import format_of, neuronpedia_of
 
@@ -108,7 +109,7 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
     _check_place(sae.hookpoint, layer, stream, str(source))
     if sae.lacks_factor:
         raise _no_factor(str(source))
-    return sae.float()
+    return _converted(sae, sae.device, torch.float32)
 
 
 def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAutoencoder:
@@ -155,7 +156,20 @@ def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
     _set_factor(sae, cfg.norm_factor, name)
     dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    return sae.to(device=pick_device(cfg.device), dtype=dtype)
+    return _converted(sae, pick_device(cfg.device), dtype)
+
+
+def _converted(
+    sae: SparseAutoencoder, device: torch.device, dtype: torch.dtype
+) -> SparseAutoencoder:
+    """On the device and in the dtype. Raises SAEError where that holds smaller numbers only."""
+    largest = torch.finfo(sae.W_dec.dtype).max
+    sae.to(device=device, dtype=dtype)
+    if torch.finfo(dtype).max < largest:
+        short = str(dtype).removeprefix("torch.")
+        name = sae.metadata.get("path", sae.metadata.get("name", "the SAE"))
+        check_values(dict(sae.named_buffers()), f"{name} in {short}")
+    return sae
 
 
 def _no_factor(name: str) -> SAEError:

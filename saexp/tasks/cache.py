@@ -33,9 +33,9 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     compared: dict[str, pd.DataFrame] = {}
     damage = None
     if cfg.action == "verify":
-        bad, lost = cache.verify(cache.stores(cfg.cache_dir)), cache.unreadable(cfg.cache_dir)
+        lost = cache.unreadable(cfg.cache_dir)
+        bad = cache.verify(cache.stores(cfg.cache_dir))
         notes += [f"{key}: damaged {', '.join(files)}" for key, files in bad.items()]
-        notes += [f"{place.name}: damaged manifest.json" for place in lost]
         damage = _damage(bad, lost)
         notes += [] if damage else ["all sound"]
     elif cfg.action == "prune":
@@ -50,6 +50,10 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         compared["compared"] = pd.DataFrame({"difference": told})
         notes += [headline(first), headline(second), *told]
     table = cache.listing(cfg.cache_dir)
+    notes += [
+        f"{folder.name}: missing or damaged manifest.json, {show_bytes(cache.size(folder))}"
+        for folder in cache.unreadable(cfg.cache_dir)
+    ]
     if not compared:
         notes.insert(0, f"{len(table)} stores, {show_bytes(int(table['bytes'].sum()))}")
     result = TaskResult(
@@ -76,5 +80,8 @@ def _damage(bad: Mapping[str, Sequence[str]], lost: Sequence[Path]) -> str | Non
         )
     if lost:
         named = ", ".join(map(str, lost))
-        parts.append(f"manifest.json cannot be read in {named}: delete that to collect it anew")
+        parts.append(
+            f"manifest.json cannot be read in {named}: the command that made it makes it anew from "
+            "its shards"
+        )
     return "; ".join(parts) or None

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from saexp.activations.collector import Part
 from saexp.activations.forward import AUTO_BATCH_TOKENS, units
 from saexp.activations.job import finite_rows
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shards import Label, ShardWriter
 from saexp.data.positions import Placement
 from saexp.data.tokens import TokenizedText
 from saexp.errors import ModelError, StoreError
@@ -194,6 +195,9 @@ def test_a_single_text_too_large_for_the_memory_is_one_line_and_leaves_what_was_
     assert digests(store.path) == digests(whole.path)
 
 
+LABEL = Label("17e1", "layer_0.resid_post", 0, 100)
+
+
 @st.composite
 def writes(draw):
     """(values, rows of each write): a partition of the rows, shuffled."""
@@ -205,19 +209,22 @@ def writes(draw):
 
 
 @given(writes(), st.sampled_from(DTYPES), st.booleans())
-def test_a_shard_has_the_bytes_of_safetensors_whatever_the_writes(made, dtype, narrow):
+def test_a_shard_has_the_same_values_and_their_checksum_whatever_the_writes(made, dtype, narrow):
     acts, parts = made
     with tempfile.TemporaryDirectory() as folder:
-        path, reference = Path(folder) / "layer_0" / "00000.safetensors", Path(folder) / "reference"
-        writer = ShardWriter(path, *acts.shape, dtype)
+        path = Path(folder) / "layer_0" / "00000.safetensors"
+        writer = ShardWriter(path, *acts.shape, dtype, LABEL)
         for rows in parts:
             assert not path.exists()
             writer.write(rows.numpy(), acts[rows].to(dtype) if narrow else acts[rows])
         entry = writer.finish()
-        save_file({"acts": acts.to(dtype)}, reference)
         content = path.read_bytes()
-        assert content == reference.read_bytes()
+        values = acts.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        assert content.endswith(values)
         assert torch.equal(load_file(path)["acts"], acts.to(dtype))
+        with safe_open(path, framework="pt") as opened:
+            checksum = hashlib.sha256(values).hexdigest()
+            assert opened.metadata() == {**LABEL.metadata, "sha256": checksum}
         assert [p.name for p in path.parent.iterdir()] == [path.name]
     digest = hashlib.sha256(content).hexdigest()
     assert entry == {"n_rows": len(acts), "bytes": len(content), "sha256": digest}
@@ -229,7 +236,7 @@ def test_a_row_never_written_is_an_error_and_leaves_no_file(made, data):
     left_out = data.draw(st.integers(0, len(parts) - 1))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "00000.safetensors"
-        writer = ShardWriter(path, *acts.shape, torch.float32)
+        writer = ShardWriter(path, *acts.shape, torch.float32, LABEL)
         for number, rows in enumerate(parts):
             if number != left_out:
                 writer.write(rows.numpy(), acts[rows])

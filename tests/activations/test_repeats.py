@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from saexp.activations.collector import Part
 from saexp.activations.repeats import Repeats, StoredValues
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shards import Label, ShardWriter
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -62,7 +62,8 @@ def test_all_rows_are_read_wherever_they_are_kept(made, chunk_rows):
         files = [Path(folder) / f"{i:05d}.safetensors" for i in range(len(bounds))]
         for index, (file, (first, end)) in enumerate(zip(files, bounds, strict=True)):
             held = np.arange(first, end) if index in whole else repeats.kept(first, end)
-            writer = ShardWriter(file, len(held), 2 if len(held) else 0, torch.float32)
+            label = Label("17e1", "layer_0.resid_post", index, step)
+            writer = ShardWriter(file, len(held), 2 if len(held) else 0, torch.float32, label)
             if len(held):
                 writer.write(np.arange(len(held)), values[torch.from_numpy(held)])
             writer.finish()

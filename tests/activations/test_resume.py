@@ -79,7 +79,7 @@ def test_an_interruption_at_the_worst_moment_loses_one_shard(
 ):
     whole, _ = undisturbed
     early = moment == "before the shard is in place"
-    module, name = (shards, "put_in_place") if early else (store_module, "write_json")
+    module, name = (shards, "put_in_place") if early else (store_module, "write_manifest")
     real, calls = getattr(module, name), []
 
     def interrupted(*arguments):

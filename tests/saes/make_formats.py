@@ -20,6 +20,17 @@ GEMMA_CFG: dict[str, Any] = {
     "affine_connection": False,
     "type": "sae",
 }
+LLAMA_CFG: dict[str, Any] = {
+    "d_model": D_IN,
+    "hook_point_in": "blocks.3.hook_attn_out",
+    "hook_point_out": "blocks.3.hook_attn_out",
+    "act_fn": "topk",
+    "jump_relu_threshold": 0.7,
+    "norm_activation": "dataset-wise",
+    "dataset_average_activation_norm": {"in": 1.9, "out": 2.3},
+    "sparsity_include_decoder_norm": False,
+    "apply_decoder_bias_to_pre_encoder": True,
+}
 TRAINER: dict[str, Any] = {
     "layer": 3,
     "k": K,
@@ -132,6 +143,25 @@ def write_sparsify(
     }
     _save(folder, {n: t for n, t in tensors.items() if n != without}, "sae.safetensors")
     (folder / "cfg.json").write_text(json.dumps({**SPARSIFY_CFG, **changed}), encoding="utf-8")
+    return folder
+
+
+def write_llama(
+    folder: Path, p: dict[str, Tensor] | None = None, *, without: str | None = None, **changed: Any
+) -> Path:
+    """A Llama Scope folder; `without` leaves a tensor or a setting out."""
+    p = parameters("standard") if p is None else p
+    tensors = {
+        "encoder.weight": p["W_enc"].T,
+        "encoder.bias": p["b_enc"],
+        "decoder.weight": p["W_dec"].T,
+        "decoder.bias": p["b_dec"],
+    }
+    (folder / "checkpoints").mkdir(parents=True)
+    kept = {n: t.contiguous() for n, t in tensors.items() if n != without}
+    save_file(kept, folder / "checkpoints" / "final.safetensors")
+    cfg = {k: v for k, v in {**LLAMA_CFG, **changed}.items() if k != without}
+    (folder / "hyperparams.json").write_text(json.dumps(cfg), encoding="utf-8")
     return folder
 
 

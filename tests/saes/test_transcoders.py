@@ -414,8 +414,17 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config.yaml": "model_kind: x"}, "config.yaml lacks 'feature_input_hook'"),
+        ({"config.yaml": "model_kind: x"}, "config.yaml: 'feature_input_hook' is missing"),
         ({"config.yaml": "a: ["}, "is no YAML"),
+        ({"config.yaml": "- a"}, "config.yaml is no YAML mapping"),
+        (
+            {"config.yaml": "feature_input_hook: [3]\nfeature_output_hook: hook_mlp_out"},
+            r"config.yaml: feature_input_hook is \[3\], not text",
+        ),
+        (
+            {"W_dec_3": {"W_dec_3": torch.full((D_SAE, 2, D_IN), torch.inf)}},
+            "W_dec_3.safetensors: W_dec holds 960 Inf of 960 values",
+        ),
         ({"W_dec_3": {"W_dec_3": torch.ones(4, 5)}}, r"W_dec_3 has shape \[4, 5\], not \[d_sae"),
         ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', absent here"),
     ],

@@ -25,8 +25,8 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
         raise SAEError(f"{label} cannot be loaded ({why_absent(error)})") from error
     cfg, about = lens.cfg, lens.cfg.metadata.to_dict()
     hookpoint = lens_hookpoint(str(about.get("hook_name")), label, about.get("hf_hook_name"))
-    named = cfg.architecture()
-    hookpoint_out = saelens.transcoder_output(named, about, label)
+    named, options = cfg.architecture(), about.get("model_from_pretrained_kwargs") or {}
+    hookpoint_out = saelens.transcoder_output(named, about.get("hook_name_out"), label)
     return SparseAutoencoder(
         {n: p.detach().float().clone() for n, p in lens.named_parameters()},
         architecture=saelens.inference_architecture(named),
@@ -42,6 +42,8 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
         k=getattr(cfg, "k", None),
         apply_b_dec_to_input=cfg.apply_b_dec_to_input,
         normalize_activations=getattr(cfg, "normalize_activations", "none"),
-        centre=saelens.expects_centred(about, hookpoint_out or hookpoint),
+        centre=saelens.expects_centred(
+            options.get("center_writing_weights"), hookpoint_out or hookpoint
+        ),
         rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
     )

@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from saexp.errors import SAEError
+from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import lens_hookpoint, read_safetensors
+from saexp.saes.formats.files import (
+    Config,
+    check_matrices,
+    lens_hookpoint,
+    read_safetensors,
+    read_yaml,
+)
+from saexp.saes.parameters import check_values
 
 CONFIG = "config.yaml"
 
@@ -40,7 +47,8 @@ def weights(layer: int) -> tuple[str, str]:
 def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAutoencoder:
     """Raises SAEError where a file lacks something."""
     label = str(metadata.get("name", files.encoder))
-    cfg = _config(files.config, label)
+    cfg = read_yaml(files.config)
+    at, out = (_hookpoint(cfg, f"feature_{end}_hook", layer) for end in ("input", "output"))
     tensors = {**read_safetensors(files.encoder), **read_safetensors(files.decoder)}
     found: dict[str, Tensor] = {}
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
@@ -51,12 +59,11 @@ def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAuto
     if found["W_dec"].ndim != 3:
         shape = list(found["W_dec"].shape)
         raise SAEError(f"{label}: W_dec_{layer} has shape {shape}, not [d_sae, n_layers, d_model]")
+    check_matrices(found, ("W_enc",), label)
     found["W_enc"] = found["W_enc"].T.contiguous()
+    # Here, before layers are summed.
+    check_values(found, str(files.decoder))
     found["W_dec"] = found["W_dec"].sum(dim=1)
-    at, out = (
-        lens_hookpoint(f"blocks.{layer}.{cfg[f'feature_{end}_hook']}", f"{label}: {CONFIG}")
-        for end in ("input", "output")
-    )
     architecture = "jumprelu" if "threshold" in found else "standard"
     return SparseAutoencoder(
         found,
@@ -64,7 +71,7 @@ def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAuto
         hookpoint=at,
         hookpoint_out=out,
         metadata={
-            "model": cfg.get("model_name"),
+            "model": cfg.text("model_name"),
             **metadata,
             "format": "cross-layer transcoder, one layer",
             "architecture": architecture,
@@ -73,16 +80,6 @@ def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAuto
     )
 
 
-def _config(file: Path, label: str) -> dict[str, Any]:
-    try:
-        cfg = yaml.safe_load(file.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise SAEError(f"{label}: {file} is no YAML ({' '.join(str(error).split())})") from error
-    lacking = [
-        name
-        for name in ("feature_input_hook", "feature_output_hook")
-        if not isinstance(cfg, dict) or name not in cfg
-    ]
-    if lacking:
-        raise SAEError(f"{label}: {CONFIG} lacks '{lacking[0]}'")
-    return cfg
+def _hookpoint(cfg: Config, key: str, layer: int) -> Hookpoint:
+    name = cfg.needed(key, cfg.text(key))
+    return lens_hookpoint(f"blocks.{layer}.{name}", f"{cfg.file}: {key}")

@@ -5,6 +5,7 @@
 
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import check_raw_output, read_json
+from saexp.saes.formats.files import Config, check_matrices, check_raw_output, read_config
+from saexp.saes.parameters import check_type, check_values
 from saexp.wording import brief
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -95,34 +97,35 @@ def load_dictionary_learning(
     inverse, which changes activations but no reconstruction.
     """
     label = str(metadata.get("name", folder))
-    cfg = read_json(folder / CONFIG)
-    trainer, buffer = cfg.get("trainer"), cfg.get("buffer") or {}
-    if not isinstance(trainer, dict):
+    cfg = read_config(folder / CONFIG)
+    trainer, buffer = cfg.section("trainer"), cfg.section("buffer")
+    if not trainer.values:
         raise SAEError(f"{folder / CONFIG} has no 'trainer', which says what kind of SAE it is")
-    kind = trainer.get("dict_class")
-    if kind not in _CLASSES:
+    kind = trainer.text("dict_class")
+    if kind is None or kind not in _CLASSES:
         raise SAEError(
             f"{folder / CONFIG}: dict_class '{kind}' is not supported; "
             f"saexp reads {', '.join(_CLASSES)}"
         )
     about = _CLASSES[kind]
     hookpoint = _hookpoint(folder, trainer, stream, label)
-    if buffer.get("io", "out") != "out":
-        raise SAEError(
-            f"{label} was trained on io='{buffer['io']}' of its module; saexp reads 'out'"
-        )
-    check_raw_output(hookpoint, trainer.get("lm_name"), label)
+    if (io := buffer.text("io") or "out") != "out":
+        raise SAEError(f"{label} was trained on io='{io}' of its module; saexp reads 'out'")
+    model = trainer.text("lm_name")
+    check_raw_output(hookpoint, model, label)
     tensors = _tensors(folder / WEIGHTS)
     k = _k(trainer, tensors, label)
     parameters = _parameters(tensors, about, kind, label)
     if kind == "AutoEncoder":
+        # Here, before norms are divided by, and what is bad spreads.
+        check_values(parameters, str(folder / WEIGHTS))
         _to_unit_norm(parameters)
-    return SparseAutoencoder(
+    sae = SparseAutoencoder(
         parameters,
         architecture=about.architecture,
         hookpoint=hookpoint,
         metadata={
-            "model": trainer.get("lm_name"),
+            "model": model,
             **metadata,
             "format": f"dictionary_learning {kind}",
             "architecture": about.architecture,
@@ -130,16 +133,25 @@ def load_dictionary_learning(
         k=k,
         apply_b_dec_to_input=about.subtracts,
     )
+    trainer.check_sizes({"activation_dim": sae.d_in, "dict_size": sae.d_sae})
+    return sae
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a pickle that is then refused, in one line.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
         raise SAEError(f"{file} is no plain file of tensors ({reason})") from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in found.items()
+    ):
         raise SAEError(f"{file} is no plain file of tensors; it holds other objects too")
+    for name, tensor in found.items():
+        check_type(name, tensor, str(file))
     return found
 
 
@@ -149,6 +161,7 @@ def _parameters(
     for name in about.names:
         if name not in tensors:
             raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
+    check_matrices(tensors, [n for n in about.names if n.endswith("coder.weight")], label)
     parameters = {}
     for name, tensor in tensors.items():
         if name in about.names:
@@ -172,23 +185,36 @@ def _to_unit_norm(parameters: dict[str, Tensor]) -> None:
     parameters["b_enc"] = parameters["b_enc"] * norm
 
 
-def _k(trainer: dict[str, Any], tensors: dict[str, Tensor], label: str) -> int | None:
-    said = trainer.get("k")
-    held = int(tensors["k"]) if "k" in tensors and tensors["k"].numel() == 1 else None
-    if said is not None and held is not None and int(said) != held:
-        raise SAEError(f"{label}: its config says k={said}, its weights k={held}")
-    return held if said is None else int(said)
+def _k(trainer: Config, tensors: dict[str, Tensor], label: str) -> int | None:
+    given, held = trainer.integer("k"), None
+    if "k" in tensors and tensors["k"].numel() == 1:
+        number = float(tensors["k"])
+        if not (number >= 1 and number.is_integer()):
+            raise SAEError(f"{label}: k in its weights is {number:g}, not a positive integer")
+        held = int(number)
+    if given is not None and held is not None and given != held:
+        raise SAEError(f"{label}: its config says k={given}, its weights k={held}")
+    return held if given is None else given
 
 
-def _hookpoint(folder: Path, trainer: dict[str, Any], stream: str | None, label: str) -> Hookpoint:
+def _layer(trainer: Config) -> int | None:
+    """As an integer, or in digits."""
+    if isinstance(trainer.values.get("layer"), str):
+        digits = trainer.text("layer") or ""
+        if not re.fullmatch(r"[0-9]{1,9}", digits):
+            raise trainer.error("layer", "an integer of at least 0")
+        return int(digits)
+    return trainer.integer("layer", least=0)
+
+
+def _hookpoint(folder: Path, trainer: Config, stream: str | None, label: str) -> Hookpoint:
     """From submodule_name and layer, else from a folder such as resid_post_layer_12.
 
     Raises SAEError where they contradict each other or none names a stream.
     """
-    layer = str(trainer.get("layer"))
-    said = int(layer) if layer.isdigit() else None
-    name = trainer.get("submodule_name")
-    by_name = _place(str(name)) if name else None
+    layer = _layer(trainer)
+    name = trainer.text("submodule_name")
+    by_name = _place(name) if name else None
     folders = (_place(part) for part in reversed(folder.parts[-3:]))
     by_folder = next((p for p in folders if p and p[1] is not None), None)
     if name and by_name is None and stream is None:
@@ -198,10 +224,10 @@ def _hookpoint(folder: Path, trainer: dict[str, Any], stream: str | None, label:
         )
     places = [p for p in (by_name, by_folder) if p]
     streams = {s for s, _ in places} or ({stream} if stream else set())
-    layers = {n for n in (said, *(n for _, n in places)) if n is not None}
+    layers = {n for n in (layer, *(n for _, n in places)) if n is not None}
     if len(streams) > 1 or len(layers) > 1:
         raise SAEError(
-            f"{label}: its config says layer={said}, submodule_name={name}, its folder "
+            f"{label}: its config says layer={layer}, submodule_name={name}, its folder "
             f"{folder.parent.name}/{folder.name}; which of them is right?"
         )
     if not streams:

@@ -1,38 +1,148 @@
-"""Reading what several formats share: JSON configs, safetensors, names of other tools' hooks."""
+"""Reading what several formats share: configs, safetensors, names of other tools' hooks."""
 
 import json
 import re
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
+from saexp.saes.parameters import check_type
+from saexp.wording import brief
+
+_Value = TypeVar("_Value")
+_LARGEST = sys.float_info.max
+_LONGEST = 1000
+_UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, RuntimeError, AttributeError)
+"""What safetensors and torch raise for files that are damaged, or of types that torch lacks."""
 
 _BEHIND_THE_NORM = "pre_feedforward_layernorm.output"
 _MLP_IN = re.compile(r"blocks\.(\d+)\.(?:ln2\.hook_normalized|hook_mlp_in)")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises SAEError where it is damaged or none."""
+class Config:
+    """Settings of a config file, each read by name with its type.
+
+    `values` are the file's own. An absent setting and null give None. Each method raises SAEError,
+    one line with the file, the setting and what is expected, for a value of another type and for
+    one that is impossible.
+    """
+
+    def __init__(self, values: Mapping[str, Any], file: Path, within: str = "") -> None:
+        self.values, self.file, self.within = values, file, within
+
+    def error(self, key: str, expected: str) -> SAEError:
+        """For a setting whose value is not as expected."""
+        try:
+            shown = json.dumps(self.values.get(key))
+        except (TypeError, ValueError):
+            # YAML has dates and the like.
+            shown = ascii(self.values.get(key))
+        return SAEError(f"{self.file}: {self.within}{key} is {brief(shown, 40)}, not {expected}")
+
+    def needed(self, key: str, value: _Value | None) -> _Value:
+        """`value`, which was read as `key`. Raises SAEError where it is None."""
+        if value is None:
+            raise SAEError(f"{self.file}: '{self.within}{key}' is missing")
+        return value
+
+    def _read(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
+        value = self.values.get(key)
+        # A boolean is an int to Python.
+        if value is not None and type(value) not in kinds:
+            raise self.error(key, expected)
+        return value
+
+    def text(self, key: str) -> str | None:
+        """One line of text."""
+        value = self._read(key, (str,), "text")
+        if value is not None and not (value.isprintable() and len(value) <= _LONGEST):
+            raise self.error(key, f"one line of at most {_LONGEST} printable characters")
+        return value
+
+    def boolean(self, key: str, absent: bool | None = None) -> bool | None:
+        """`true` or `false`; `absent` where the file does not have the setting."""
+        if key not in self.values:
+            return absent
+        return self._read(key, (bool,), "true or false")
+
+    def integer(self, key: str, least: int = 1) -> int | None:
+        """An integer that is at least `least`."""
+        expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        value = self._read(key, (int,), expected)
+        if value is not None and value < least:
+            raise self.error(key, expected)
+        return value
+
+    def number(self, key: str, *, positive: bool = False) -> float | None:
+        """A finite number."""
+        expected = f"a {'positive ' if positive else ''}number"
+        value = self._read(key, (int, float), expected)
+        if value is None:
+            return None
+        if not -_LARGEST <= value <= _LARGEST or (positive and value <= 0):
+            raise self.error(key, expected)
+        return float(value)
+
+    def section(self, key: str) -> "Config":
+        """An object of settings, empty where it is absent."""
+        values = self._read(key, (dict,), "an object of settings")
+        return Config(values or {}, self.file, f"{self.within}{key}.")
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Raise SAEError where the config gives another size than the weights have."""
+        for key, size in sizes.items():
+            given = self.integer(key)
+            if given is not None and given != size:
+                raise self.error(key, f"{size} as in the weights")
+
+
+def read_config(file: Path) -> Config:
+    """The settings in a JSON file. Raises SAEError where it is damaged or holds something else."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise SAEError(f"{file} is no JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SAEError(f"{file} is no JSON ({brief(str(error), 120)})") from error
     if not isinstance(found, dict):
         raise SAEError(f"{file} is no JSON object")
-    return found
+    return Config(found, file)
+
+
+def read_yaml(file: Path) -> Config:
+    """The settings in a YAML file; raises as `read_config`."""
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise SAEError(f"{file} is no YAML ({brief(str(error), 120)})") from error
+    if not isinstance(found, dict):
+        raise SAEError(f"{file} is no YAML mapping")
+    return Config(found, file)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises SAEError where it is damaged."""
+    """All tensors of a file. Raises SAEError where it is damaged or one is of another type."""
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise SAEError(f"{file} is no safetensors file ({error})") from error
+        tensors = load_file(file)
+    except _UNREADABLE as error:
+        raise SAEError(f"{file} is no safetensors file ({brief(str(error), 120)})") from error
+    for name, tensor in tensors.items():
+        check_type(name, tensor, str(file))
+    return tensors
+
+
+def check_matrices(tensors: Mapping[str, Tensor], names: Iterable[str], label: str) -> None:
+    """Raise SAEError unless these tensors are there and have two axes each."""
+    for name in names:
+        if name in tensors and tensors[name].ndim != 2:
+            shape = list(tensors[name].shape)
+            raise SAEError(f"{label}: {name} has shape {shape}, not two axes")
 
 
 def lens_hookpoint(name: str, label: str, module: object = None) -> Hookpoint:

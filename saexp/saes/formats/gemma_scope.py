@@ -2,6 +2,7 @@
 
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.saelens import drop_unit_scaling
+from saexp.saes.parameters import check_type
+from saexp.wording import brief
 
 WEIGHTS = "params.npz"
 Ends = tuple[Hookpoint, Hookpoint | None]
 """(what it reads, what a transcoder predicts)."""
+_UNREADABLE = (
+    *(ValueError, OSError, EOFError, TypeError, LookupError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy, zipfile and torch raise for files that are damaged or hold other arrays."""
 _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
@@ -54,12 +62,18 @@ def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> Sparse
     hookpoint, hookpoint_out = ends
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            parameters = {n: torch.from_numpy(np.asarray(arrays[n], np.float32)) for n in arrays}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise SAEError(f"{file} is no npz file of plain arrays ({error})") from error
+            parameters = {n: torch.from_numpy(np.asarray(arrays[n])) for n in arrays}
+    except _UNREADABLE as error:
+        reason = brief(str(error), 120)
+        raise SAEError(f"{file} is no npz file of plain arrays ({reason})") from error
+    for name, tensor in parameters.items():
+        check_type(name, tensor, str(file))
+    parameters = {name: tensor.float() for name, tensor in parameters.items()}
     parameters = {f"W_{n[2:]}" if n.startswith("w_") else n: p for n, p in parameters.items()}
     drop_unit_scaling(parameters)
-    embedding = hookpoint.stream == "embed" and "b_dec" in parameters
+    # The number of values in b_dec, which is d_model, or what is wrong with it is reported later.
+    d_model = parameters["b_dec"].numel() if "b_dec" in parameters else 0
+    embedding = hookpoint.stream == "embed" and d_model > 0
     return SparseAutoencoder(
         parameters,
         architecture="jumprelu",
@@ -68,5 +82,5 @@ def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> Sparse
         metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
         apply_b_dec_to_input=False,
         normalize_activations="expected_average_only_in" if embedding else "none",
-        norm_factor=len(parameters["b_dec"]) ** -0.5 if embedding else None,
+        norm_factor=d_model**-0.5 if embedding else None,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import read_json, read_safetensors
+from saexp.saes.formats.files import Config, check_matrices, read_config, read_safetensors
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 _NAMES = {
@@ -60,25 +60,27 @@ def load_gemma_scope2(
     Raises SAEError where path and config contradict each other, and for cross-layer transcoders.
     """
     label = str(metadata.get("name", folder))
-    cfg = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    refuse_across_layers(" ".join([*folder.parts[-3:], str(cfg.get("type", ""))]), label)
-    if cfg.get("architecture", "jump_relu") not in ("jump_relu", "jumprelu"):
+    file = folder / CONFIG
+    cfg = read_config(file) if file.is_file() else Config({}, file)
+    refuse_across_layers(" ".join([*folder.parts[-3:], cfg.text("type") or ""]), label)
+    architecture = cfg.text("architecture") or "jump_relu"
+    if architecture not in ("jump_relu", "jumprelu"):
         raise SAEError(
-            f"{folder / CONFIG}: architecture '{cfg['architecture']}' is not supported; "
-            "Gemma Scope 2 is jump_relu"
+            f"{file}: architecture '{architecture}' is not supported; Gemma Scope 2 is jump_relu"
         )
     at, out = _ends(folder, cfg, label, given)
     parameters = _parameters(read_safetensors(folder / WEIGHTS), label)
-    if cfg.get("affine_connection") and "W_skip" not in parameters:
+    if cfg.boolean("affine_connection") and "W_skip" not in parameters:
         raise SAEError(f"{label}: its config says affine_connection, but '{_SKIP}' is absent")
-    expected_l0 = {"expected_l0": float(cfg["l0"])} if cfg.get("l0") else {}
+    l0 = cfg.number("l0")
+    expected_l0 = {"expected_l0": l0} if l0 else {}
     return SparseAutoencoder(
         parameters,
         architecture="jumprelu",
         hookpoint=at,
         hookpoint_out=out,
         metadata={
-            "model": cfg.get("model_name"),
+            "model": cfg.text("model_name"),
             **metadata,
             **expected_l0,
             "format": "Gemma Scope 2",
@@ -102,13 +104,14 @@ def _parameters(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     for name in _NAMES:
         if name not in tensors:
             raise SAEError(f"{label}: Gemma Scope 2 needs '{name}', absent here")
+    check_matrices(tensors, ("w_enc", "w_dec", _SKIP), label)
     found = {_NAMES.get(name, name): t.float() for name, t in tensors.items() if name != _SKIP}
     if _SKIP in tensors:
         found["W_skip"] = tensors[_SKIP].float().T.contiguous()
     return found
 
 
-def _ends(folder: Path, cfg: dict[str, Any], label: str, given: Hookpoint | None) -> Ends:
+def _ends(folder: Path, cfg: Config, label: str, given: Hookpoint | None) -> Ends:
     by_path = ends_by_path(folder.as_posix())
     by_config = _by_config(cfg, label)
     if by_path and by_config and by_path != by_config:
@@ -134,11 +137,12 @@ def ends_by_path(path: str) -> Ends | None:
     return Hookpoint(layer, stream), Hookpoint(layer, stream_out) if stream_out else None
 
 
-def _by_config(cfg: dict[str, Any], label: str) -> Ends | None:
-    if not cfg.get("hf_hook_point_in"):
+def _by_config(cfg: Config, label: str) -> Ends | None:
+    name = cfg.text("hf_hook_point_in")
+    if not name:
         return None
-    at = _by_module(str(cfg["hf_hook_point_in"]), label)
-    out = _by_module(str(cfg.get("hf_hook_point_out") or cfg["hf_hook_point_in"]), label)
+    at = _by_module(name, label)
+    out = _by_module(cfg.text("hf_hook_point_out") or name, label)
     return at, None if out == at else out
 
 

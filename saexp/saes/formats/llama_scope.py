@@ -6,16 +6,21 @@ unit-norm decoder rows. sae-lens compares it before the decoder's norm is taken 
 the same only where that norm is 1.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saexp.errors import ModelError, SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.errors import SAEError
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import read_safetensors
+from saexp.saes.formats.files import (
+    Config,
+    check_matrices,
+    lens_hookpoint,
+    read_config,
+    read_safetensors,
+)
+from saexp.saes.parameters import check_values
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -28,33 +33,35 @@ def is_llama_scope(folder: Path) -> bool:
 
 def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencoder:
     """Read one; feature activations are those of unit-norm directions in the model's own scale."""
-    label = metadata.get("name", str(folder))
+    label = str(metadata.get("name", folder))
     cfg = _config(folder)
+    d_model = cfg.needed("d_model", cfg.integer("d_model"))
+    threshold = cfg.needed("jump_relu_threshold", cfg.number("jump_relu_threshold"))
+    scale_in, scale_out = (_factor(cfg, d_model, end) for end in ("in", "out"))
+    name_in = cfg.needed("hook_point_in", cfg.text("hook_point_in"))
+    hookpoint = lens_hookpoint(name_in, f"{cfg.file}: hook_point_in")
+    if (name_out := cfg.text("hook_point_out") or name_in) != name_in:
+        raise SAEError(f"{label} writes to {name_out}: saexp reads no transcoders of this format")
     tensors = {n: t.float() for n, t in read_safetensors(folder / WEIGHTS).items()}
     for name in _NEEDED:
         if name not in tensors:
             raise SAEError(f"{label}: a Llama Scope SAE needs '{name}', absent here")
-    try:
-        hookpoint = Hookpoint.parse(str(cfg["hook_point_in"]))
-        scale_in, scale_out = (_factor(cfg, end) for end in ("in", "out"))
-        threshold = float(cfg["jump_relu_threshold"])
-    except ModelError as error:
-        raise SAEError(f"{folder / CONFIG}: hook_point_in: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise SAEError(f"{folder / CONFIG}: {error} is missing or cannot be read") from error
-    if cfg.get("hook_point_out", cfg["hook_point_in"]) != cfg["hook_point_in"]:
-        raise SAEError(
-            f"{label} writes to {cfg['hook_point_out']}: saexp reads no transcoders of this format"
-        )
+    # Here, before norms are divided by, and what is bad spreads.
+    check_values(tensors, str(folder / WEIGHTS))
+    check_matrices(tensors, ("encoder.weight", "decoder.weight"), label)
     weight_in, weight_out = tensors["encoder.weight"].T, tensors["decoder.weight"].T
     bias_in = tensors["encoder.bias"] / scale_in
     weight_out = weight_out * (scale_in / scale_out)
-    if cfg.get("sparsity_include_decoder_norm", True):
+    if cfg.boolean("sparsity_include_decoder_norm", absent=True):
         norm = weight_out.norm(dim=-1)
+        if not norm.shape == bias_in.shape == weight_in.shape[-1:]:
+            shapes = ", ".join(f"{n} {list(tensors[n].shape)}" for n in _NEEDED[:3])
+            raise SAEError(f"{label}: these shapes do not fit together: {shapes}")
+        # A decoder row of zeros is a dead latent's.
+        norm = norm.where(norm > 0, 1.0)
         weight_out = weight_out / norm[:, None]
         weight_in, bias_in = weight_in * norm, bias_in * norm
-    before = bool(cfg.get("apply_decoder_bias_to_pre_encoder", False))
-    return SparseAutoencoder(
+    sae = SparseAutoencoder(
         {
             "W_enc": weight_in.contiguous(),
             "b_enc": bias_in,
@@ -68,24 +75,25 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
             **metadata,
             "format": "Llama Scope",
             "architecture": "jumprelu",
-            "expected_norm": float(cfg["d_model"]) ** 0.5 / scale_in,
+            "expected_norm": d_model**0.5 / scale_in,
         },
-        apply_b_dec_to_input=before,
+        apply_b_dec_to_input=bool(cfg.boolean("apply_decoder_bias_to_pre_encoder")),
     )
+    cfg.check_sizes({"d_model": sae.d_in, "d_sae": sae.d_sae})
+    return sae
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        cfg = json.loads((folder / CONFIG).read_text("utf-8"))
-    except ValueError as error:
-        raise SAEError(f"{folder / CONFIG} is no JSON ({error})") from error
-    if cfg.get("act_fn", "jumprelu") not in ("jumprelu", "topk") or cfg.get("use_glu_encoder"):
-        raise SAEError(f"{folder / CONFIG}: only Llama Scope's JumpReLU SAEs are supported")
+def _config(folder: Path) -> Config:
+    cfg = read_config(folder / CONFIG)
+    act_fn = cfg.text("act_fn") or "jumprelu"
+    if act_fn not in ("jumprelu", "topk") or cfg.boolean("use_glu_encoder"):
+        raise SAEError(f"{cfg.file}: only Llama Scope's JumpReLU SAEs are supported")
+    if (cfg.text("norm_activation") or "dataset-wise") != "dataset-wise":
+        raise cfg.error("norm_activation", "dataset-wise")
     return cfg
 
 
-def _factor(cfg: dict[str, Any], end: str) -> float:
+def _factor(cfg: Config, d_model: int, end: str) -> float:
     """What training multiplied the stream by."""
-    if cfg.get("norm_activation", "dataset-wise") != "dataset-wise":
-        raise ValueError("norm_activation")
-    return float(cfg["d_model"]) ** 0.5 / float(cfg["dataset_average_activation_norm"][end])
+    norms = cfg.section("dataset_average_activation_norm")
+    return d_model**0.5 / norms.needed(end, norms.number(end, positive=True))

@@ -9,9 +9,17 @@ from torch import Tensor
 from saexp.errors import SAEError
 from saexp.models.hookpoints import NOT_ADDED, Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import lens_hookpoint, read_json, read_safetensors
+from saexp.saes.formats.files import (
+    Config,
+    check_matrices,
+    lens_hookpoint,
+    read_config,
+    read_safetensors,
+)
+from saexp.saes.parameters import check_values
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+_ROUNDING = 1e-3
 TRANSCODERS = {
     "transcoder": "standard",
     "skip_transcoder": "standard",
@@ -33,29 +41,33 @@ def load_saelens(
 
     The hookpoint comes from the config (`hook_name`, before 6.0 `hook_point`).
     """
-    cfg = read_json(folder / CONFIG)
-    cfg.update(overrides or {})
-    about = {**cfg, **(cfg.get("metadata") or {})}
-    hook_name = about.get("hook_name") or about.get("hook_point")
+    cfg = read_config(folder / CONFIG)
+    cfg = Config({**cfg.values, **(overrides or {})}, cfg.file)
+    about = Config({**cfg.values, **cfg.section("metadata").values}, cfg.file)
+    hook_name = about.text("hook_name") or about.text("hook_point")
     if not hook_name:
         raise SAEError(f"{folder / CONFIG} names no hook_name, so where it belongs is unknown")
     label = f"{folder / CONFIG}: hook_name"
-    hookpoint = lens_hookpoint(hook_name, label, about.get("hf_hook_name"))
-    named, k = _architecture(cfg, folder / CONFIG)
-    hookpoint_out = transcoder_output(named, about, f"{folder / CONFIG}")
+    hookpoint = lens_hookpoint(hook_name, label, about.text("hf_hook_name"))
+    named, k = _architecture(cfg)
+    hookpoint_out = transcoder_output(named, about.text("hook_name_out"), f"{folder / CONFIG}")
     architecture = inference_architecture(named)
     scaling, factor = _scaling(cfg, about)
     parameters = _parameters(folder / WEIGHTS)
     if "skip" in named and "W_skip" not in parameters:
         raise SAEError(f"{folder / WEIGHTS}: a {named} needs 'W_skip', absent here")
-    return SparseAutoencoder(
+    by_mean = expects_centred(
+        about.section("model_from_pretrained_kwargs").boolean("center_writing_weights"),
+        hookpoint_out or hookpoint,
+    )
+    sae = SparseAutoencoder(
         parameters,
         architecture=architecture,
         hookpoint=hookpoint,
         hookpoint_out=hookpoint_out,
         metadata={
-            "model": about.get("model_name"),
-            "neuronpedia_id": about.get("neuronpedia_id"),
+            "model": about.text("model_name"),
+            "neuronpedia_id": about.text("neuronpedia_id"),
             "prepend_bos": _prepend_bos(about),
             "frequencies": _beside(folder),
             **metadata,
@@ -63,25 +75,27 @@ def load_saelens(
             "architecture": named,
         },
         k=k,
-        apply_b_dec_to_input=bool(cfg.get("apply_b_dec_to_input", hookpoint_out is None)),
+        apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
         normalize_activations=scaling,
         norm_factor=factor,
-        centre=expects_centred(about, hookpoint_out or hookpoint),
-        rescale_acts_by_decoder_norm=architecture in ("topk", "batchtopk")
-        and bool(cfg.get("rescale_acts_by_decoder_norm", False)),
+        centre=by_mean,
+        rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
+        and architecture in ("topk", "batchtopk"),
     )
+    cfg.check_sizes({"d_in": sae.d_in, "d_sae": sae.d_sae})
+    return sae
 
 
-def _prepend_bos(about: dict[str, Any]) -> bool | None:
+def _prepend_bos(about: Config) -> bool | None:
     """Whether it was trained on texts that begin with BOS, None where the config does not say.
 
     A config before 6.0 that does not say means yes, as SAELens reads it.
     """
-    said = about.get("prepend_bos")
-    if said is None:
-        major = str(about.get("sae_lens_version") or "0").partition(".")[0]
-        return True if major.isdigit() and int(major) < 6 else None
-    return bool(said)
+    given = about.boolean("prepend_bos")
+    if given is None:
+        major = (about.text("sae_lens_version") or "0").partition(".")[0]
+        return True if major.isdecimal() and int(major) < 6 else None
+    return given
 
 
 def _beside(folder: Path) -> str | None:
@@ -95,8 +109,10 @@ def recorded_frequencies(file: str | Path) -> Tensor:
 
     Raises SAEError where the file holds no such list.
     """
-    found = list(read_safetensors(Path(file)).values())
-    if len(found) != 1 or found[0].ndim != 1:
+    tensors = read_safetensors(Path(file))
+    check_values(tensors, str(file))
+    found = list(tensors.values())
+    if len(found) != 1 or found[0].ndim != 1 or bool((found[0] > _ROUNDING).any()):
         raise SAEError(f"{file} holds no list of log10 frequencies, one per latent")
     return (10 ** found[0].double() - 1e-10).clamp(min=0, max=1)
 
@@ -104,6 +120,7 @@ def recorded_frequencies(file: str | Path) -> Tensor:
 def _parameters(file: Path) -> dict[str, Tensor]:
     """Tensors under the names SparseAutoencoder knows."""
     parameters = read_safetensors(file)
+    check_matrices(parameters, ("W_enc",), str(file))
     d_sae = parameters["W_enc"].shape[-1] if "W_enc" in parameters else 0
     if "log_threshold" in parameters:
         parameters["threshold"] = parameters.pop("log_threshold").exp()
@@ -118,15 +135,15 @@ def inference_architecture(named: str) -> str:
     return "batchtopk" if named == "matryoshka_batchtopk" else TRANSCODERS.get(named, named)
 
 
-def transcoder_output(named: str, about: dict[str, Any], label: str) -> Hookpoint | None:
+def transcoder_output(named: str, hook_name_out: str | None, label: str) -> Hookpoint | None:
     """What a transcoder predicts, None for an SAE. Raises SAEError where its config lacks it."""
     if named not in TRANSCODERS:
         return None
-    if not about.get("hook_name_out"):
+    if not hook_name_out:
         raise SAEError(
             f"{label} names no hook_name_out, so what the transcoder predicts is unknown"
         )
-    return lens_hookpoint(str(about["hook_name_out"]), f"{label}: hook_name_out")
+    return lens_hookpoint(hook_name_out, f"{label}: hook_name_out")
 
 
 def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
@@ -136,34 +153,39 @@ def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
         del parameters["scaling_factor"]
 
 
-def _scaling(cfg: dict[str, Any], about: dict[str, Any]) -> tuple[str, float | None]:
+def _scaling(cfg: Config, about: Config) -> tuple[str, float | None]:
     """(scaling, factor); before 6.0 a boolean said whether inputs are scaled by a factor.
 
     As in SAELens, a factor that a release is known by counts only where the config asks for it.
     """
-    scaling = cfg.get("normalize_activations") or "none"
-    scaling = "expected_average_only_in" if scaling is True else str(scaling)
-    factor = cfg.get("norm_scaling_factor", about.get("norm_scaling_factor"))
+    if isinstance(cfg.values.get("normalize_activations"), bool):
+        scaling = "expected_average_only_in" if cfg.boolean("normalize_activations") else "none"
+    else:
+        scaling = cfg.text("normalize_activations") or "none"
+    holder = cfg if "norm_scaling_factor" in cfg.values else about
+    factor = holder.number("norm_scaling_factor", positive=True)
     return scaling, factor if scaling == "expected_average_only_in" else None
 
 
-def expects_centred(about: dict[str, Any], hookpoint: Hookpoint) -> bool:
+def expects_centred(centred: bool | None, hookpoint: Hookpoint) -> bool:
     """Whether it was trained on TransformerLens' centred streams (each vector minus its mean)."""
-    options = about.get("model_from_pretrained_kwargs") or {}
-    writes = hookpoint.stream not in NOT_ADDED
-    return bool(options.get("center_writing_weights")) and writes
+    return bool(centred) and hookpoint.stream not in NOT_ADDED
 
 
-def _architecture(cfg: dict[str, Any], file: Path) -> tuple[str, int | None]:
+def _architecture(cfg: Config) -> tuple[str, int | None]:
     """(architecture, k): configs before 6.0 say topk by their activation function."""
-    architecture = cfg.get("architecture", "standard")
-    k = cfg.get("k")
-    activation = cfg.get("activation_fn_str", cfg.get("activation_fn")) or "relu"
+    architecture = cfg.text("architecture") or "standard"
+    named = "activation_fn" if "activation_fn_str" not in cfg.values else "activation_fn_str"
+    activation = cfg.text(named) or "relu"
     if activation not in ("relu", "topk"):
         raise SAEError(
-            f"{file}: activation_fn '{activation}' is not supported; saexp reads relu, topk"
+            f"{cfg.file}: activation_fn '{activation}' is not supported; saexp reads relu, topk"
         )
+    options = cfg.section("activation_fn_kwargs")
     if activation == "topk":
-        architecture = "topk"
-        k = k or (cfg.get("activation_fn_kwargs") or {}).get("k")
-    return architecture, int(k) if k else None
+        return "topk", cfg.integer("k") or options.integer("k")
+    if architecture == "topk":
+        return architecture, cfg.integer("k")
+    # BatchTopK's is a mean over tokens, and not used once there is a threshold.
+    cfg.number("k", positive=True)
+    return architecture, None

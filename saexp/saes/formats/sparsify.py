@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.base import SparseAutoencoder
-from saexp.saes.formats.files import check_raw_output, read_json, read_safetensors
+from saexp.saes.formats.files import check_matrices, check_raw_output, read_config, read_safetensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 RUN_CONFIG = "config.json"
@@ -33,10 +33,10 @@ def load_sparsify(
 ) -> SparseAutoencoder:
     """Read one; `given` is what the user says where the folder's name names no module."""
     label = str(metadata.get("name", folder))
-    cfg = read_json(folder / CONFIG)
-    if cfg.get("signed"):
+    cfg = read_config(folder / CONFIG)
+    if cfg.boolean("signed"):
         raise SAEError(f"{folder / CONFIG}: signed=true keeps negative latents; not supported")
-    activation = cfg.get("activation", "topk")
+    activation = cfg.text("activation") or "topk"
     if activation not in ("topk", "groupmax"):
         raise SAEError(
             f"{folder / CONFIG}: activation '{activation}' is not supported; "
@@ -50,18 +50,23 @@ def load_sparsify(
         )
     model = _model(folder)
     check_raw_output(hookpoint, model, label)
-    out = hookpoint if cfg.get("transcode") else None
+    out = hookpoint if cfg.boolean("transcode") else None
     if out is not None:
         hookpoint = _input_of(out, label)
-    return SparseAutoencoder(
-        _parameters(folder / WEIGHTS, label, skip=bool(cfg.get("skip_connection"))),
+    sae = SparseAutoencoder(
+        _parameters(folder / WEIGHTS, label, skip=bool(cfg.boolean("skip_connection"))),
         architecture=activation,
         hookpoint=hookpoint,
         hookpoint_out=out,
         metadata={"model": model, **metadata, "format": "sparsify", "architecture": activation},
-        k=int(cfg["k"]) if cfg.get("k") else None,
+        k=cfg.integer("k"),
         apply_b_dec_to_input=out is None,
     )
+    cfg.check_sizes({"d_in": sae.d_in})
+    # 0 stands for d_in times expansion_factor.
+    if cfg.integer("num_latents", least=0):
+        cfg.check_sizes({"num_latents": sae.d_sae})
+    return sae
 
 
 def _parameters(file: Path, label: str, *, skip: bool) -> dict[str, Tensor]:
@@ -69,6 +74,7 @@ def _parameters(file: Path, label: str, *, skip: bool) -> dict[str, Tensor]:
     for name in (*_NAMES, *(("W_skip",) if skip else ())):
         if name not in tensors:
             raise SAEError(f"{label}: a sparsify SAE needs '{name}', absent here")
+    check_matrices(tensors, ("encoder.weight",), label)
     found = {_NAMES.get(name, name): t.float() for name, t in tensors.items()}
     found["W_enc"] = found["W_enc"].T.contiguous()
     return found
@@ -100,5 +106,4 @@ def _input_of(out: Hookpoint, label: str) -> Hookpoint:
 
 def _model(folder: Path) -> str | None:
     file = _named(folder).parent / RUN_CONFIG
-    model = read_json(file).get("model") if file.is_file() else None
-    return model if isinstance(model, str) else None
+    return read_config(file).text("model") if file.is_file() else None
