@@ -26,6 +26,14 @@ from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import without_plus
 from saexp.errors import SaexpError
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
+from saexp.stopping import (
+    Stopping,
+    exit_code,
+    message,
+    raise_if_stopped,
+    stoppable,
+    stoppable_cell,
+)
 
 
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
@@ -63,7 +71,8 @@ _traceback_wanted = False
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
     if about.mode == RunMode.MULTIRUN:
-        _run(raw, about)
+        with stoppable_cell():
+            _run(raw, about)
         return
     # Raised here, Hydra would print a line of its own before ours.
     try:
@@ -164,7 +173,8 @@ def main() -> None:
     os.environ[FULL_ERROR] = "1"
     sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
-        _guarded()
+        with stoppable() as stopping:
+            _until_stopped(stopping)
     finally:
         from saexp.tasks.holding import release_all
 
@@ -175,13 +185,22 @@ def main() -> None:
             os.environ[FULL_ERROR] = before
 
 
+def _until_stopped(stopping: Stopping) -> None:
+    """The command, and one line where a signal ended it, whatever became of its exception."""
+    try:
+        _guarded()
+        raise_if_stopped()
+    except KeyboardInterrupt as error:
+        stopping.cleaning = True
+        _fail(message(error), error, exit_code(error))
+
+
 def _guarded() -> None:
     try:
         _job()
         _end_of_sweep()
-    except KeyboardInterrupt as error:
-        _fail("stopped; what was collected is kept, and the same command goes on from there", error)
     except Exception as error:
+        raise_if_stopped()
         if (told := _in_one_line(error)) is not None:
             _fail(told, error)
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE and error.filename:
@@ -221,11 +240,12 @@ def _end_of_sweep() -> None:
         print(told)
 
 
-def _fail(message: str | SaexpError, cause: BaseException | None = None) -> NoReturn:
+def _fail(message: str | SaexpError, cause: BaseException | None = None, code: int = 1) -> NoReturn:
     """One line on stderr, behind the report of a sweep's other cells."""
+    raise_if_stopped()
     _end_of_sweep()
     error = cause or (message if isinstance(message, SaexpError) else None)
     if _traceback_wanted and error is not None:
         traceback.print_exception(error)
     print(f"saexp: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)

@@ -10,6 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from saexp.results import SWEEP_PLAN
+from saexp.stopping import STOPS
 
 STATES = ("finished", "failed", "stopped", "not run")
 CONTROL = "control"
@@ -65,7 +66,7 @@ def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
     provenance = _json(place / "provenance.json")
     if (place / "error.txt").is_file():
         kind, _, text = (place / "error.txt").read_text("utf-8").strip().partition(":")
-        if kind != "KeyboardInterrupt":
+        if kind not in STOPS:
             row |= {"status": "failed", "error": text.strip() or kind}
     elif provenance.get("status") == "finished":
         row["status"] = "finished"
