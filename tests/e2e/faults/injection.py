@@ -1,0 +1,272 @@
+"""Faults to inject: damaged files, small disks, killed processes; and what a run left after them.
+
+A damage is `(path, seed) -> description`; the same seed does the same to the same file. Commands
+run in this process (`command`), or in forks of a server that has torch imported already (`start`).
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.reports import left
+
+PATIENCE_SECONDS = 300
+"""After which a process counts as one that hangs."""
+_PRELOADED = ("tests.e2e.faults.preloaded",)
+_SPENT = ("seconds", "tokens_forwarded")
+"""What a run took, which differs between equal runs."""
+
+
+class Said(NamedTuple):
+    """Exit code (negative: the signal that ended it) and output of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+# Damages
+
+
+def flip_byte(path: Path, seed: int = 0) -> str:
+    """Another value for one byte."""
+    content = bytearray(path.read_bytes())
+    if not content:
+        return garbage(path, seed)
+    rng = random.Random(seed)
+    at, mask = rng.randrange(len(content)), rng.randint(1, 255)
+    content[at] ^= mask
+    path.write_bytes(content)
+    return f"byte {at} of {len(content)} xor {mask}"
+
+
+def truncate(path: Path, seed: int = 0) -> str:
+    """Only a part of the file, from its beginning."""
+    content = path.read_bytes()
+    n = random.Random(seed).randrange(max(len(content), 1))
+    path.write_bytes(content[:n])
+    return f"cut to {n} of {len(content)} bytes"
+
+
+def empty(path: Path, seed: int = 0) -> str:  # noqa: ARG001
+    path.write_bytes(b"")
+    return "emptied"
+
+
+def delete(path: Path, seed: int = 0) -> str:  # noqa: ARG001
+    path.unlink()
+    return "deleted"
+
+
+def garbage(path: Path, seed: int = 0) -> str:
+    """Random bytes, as many as there were."""
+    n = max(path.stat().st_size, 64)
+    path.write_bytes(random.Random(seed).randbytes(n))
+    return f"{n} random bytes"
+
+
+def edit_json_number(path: Path, seed: int = 0) -> str:
+    """Another value for one number of a valid JSON file, which stays valid."""
+    text = path.read_text("utf-8")
+    numbers = list(re.finditer(r"(?<=[\s:\[,])-?\d+(\.\d+)?(?=[\s,\]}])", text))
+    if not numbers:
+        return wrong_shape(path, seed)
+    number = random.Random(seed).choice(numbers)
+    digit = str((int(number[0][-1]) + 1) % 10)
+    path.write_text(text[: number.end() - 1] + digit + text[number.end() :], "utf-8")
+    return f"{number[0]} at character {number.start()} to {number[0][:-1]}{digit}"
+
+
+def wrong_shape(path: Path, seed: int = 0) -> str:
+    """Valid JSON of another shape."""
+    shapes = ("[]", "{}", "null", "7", '"text"', '{"folder": 3}', "[[1, 2], {}]")
+    shape = random.Random(seed).choice(shapes)
+    path.write_text(shape, "utf-8")
+    return f"replaced by {shape}"
+
+
+DAMAGES: tuple[Callable[[Path, int], str], ...] = (flip_byte, truncate, empty, delete, garbage)
+"""For every file; JSON files take `edit_json_number` and `wrong_shape` as well."""
+
+
+# Disks
+
+
+class Disk(NamedTuple):
+    """A file system of its own."""
+
+    path: Path
+
+    def resize(self, kilobytes: int) -> None:
+        self._remount(f"size={kilobytes}k")
+
+    def read_only(self, yes: bool = True) -> None:
+        self._remount("ro" if yes else "rw")
+
+    def _remount(self, option: str) -> None:
+        words = ["mount", "-o", f"remount,{option}", str(self.path)]
+        subprocess.run(words, check=True, capture_output=True)
+
+
+@contextmanager
+def small_disk(path: Path, kilobytes: int) -> Iterator[Disk]:
+    """A tmpfs of so many kB at `path`; skips the test where none can be mounted."""
+    path.mkdir(parents=True, exist_ok=True)
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command")
+    words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield Disk(path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+# Commands
+
+
+def command(words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = None) -> Said:
+    """`python -m saexp` in this process; an exception counts as a traceback and exit code 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        try:
+            said = left.command(cwd, *words)
+        except Exception:
+            return Said(1, "", traceback.format_exc())
+    return Said(said.code, said.out, said.err)
+
+
+class Started(NamedTuple):
+    """`python -m saexp` in a process of its own, its output in files."""
+
+    process: BaseProcess
+    output: Path
+    began: float
+
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> Said:
+        """What it said in the end. Raises TimeoutError, and kills it, where it takes longer."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {seconds} s: {self.read()}")
+        return Said(self.process.exitcode, *self.read())
+
+    def read(self) -> tuple[str, str]:
+        out, err = (self.output / name for name in ("stdout", "stderr"))
+        return out.read_text("utf-8", "replace"), err.read_text("utf-8", "replace")
+
+
+def start(
+    words: Sequence[str],
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    output: Path | None = None,
+) -> Started:
+    """Begin a command in a fork of the server, with stdout and stderr as files of `output`.
+
+    `output` is a new folder beside `cwd` where it is not given.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    output = output or cwd.parent / f"{cwd.name}.said-{time.monotonic_ns()}"
+    output.mkdir(parents=True)
+    for name in ("stdout", "stderr"):
+        (output / name).touch()
+    arguments = (tuple(words), str(cwd), dict(env or {}), str(output))
+    process = context.Process(target=_run_words, args=arguments, daemon=True)
+    process.start()
+    return Started(process, output, time.monotonic())
+
+
+def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str], output: str) -> None:
+    """What the forked process does."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["saexp", *words]
+    runpy.run_module("saexp", run_name="__main__")
+
+
+def kill_after(started: Started, seconds: float, sig: int = signal.SIGKILL) -> bool:
+    """Send a signal so many seconds after the start; False where it had ended by then."""
+    started.process.join(max(0.0, started.began + seconds - time.monotonic()))
+    if started.process.exitcode is not None or started.process.pid is None:
+        return False
+    os.kill(started.process.pid, sig)
+    return True
+
+
+# Results
+
+
+def digests_of_results(folder: Path) -> dict[str, str]:
+    """Relative path -> digest of what must be equal between equal runs.
+
+    Metrics and the content of tables without seconds and tokens forwarded, and the bytes of labels
+    and weights.
+    """
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if content := _content(path):
+            digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return digests
+
+
+def _content(path: Path) -> bytes | None:
+    if not path.is_file() or path.name.startswith(".tmp-"):
+        return None
+    if path.name == "metrics.json":
+        metrics = json.loads(path.read_text("utf-8"))
+        lasting = {k: v for k, v in metrics.items() if k.rpartition("/")[2] not in _SPENT}
+        return json.dumps(lasting, sort_keys=True).encode()
+    if path.suffix == ".parquet":
+        return table_content(path)
+    if path.suffix == ".safetensors" or (path.suffix == ".jsonl" and path.name != "tracker.jsonl"):
+        return path.read_bytes()
+    return None
+
+
+def table_content(path: Path) -> bytes:
+    """Names, types and values of a table, without what describes the file that it is in."""
+    table = pq.read_table(path)
+    spent = [name for name in table.column_names if name.rpartition("/")[2] in _SPENT]
+    table = table.drop_columns(spent).replace_schema_metadata(None).combine_chunks()
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return stream.getvalue().to_pybytes()
+
+
+def one_line(said: Said, code: int = 1) -> str:
+    """The message after `saexp: `: exit code `code`, one such line, no traceback."""
+    assert said.code == code, said
+    assert "Traceback" not in said.err, said.err
+    lines = [line for line in said.err.splitlines() if line.startswith("saexp: ")]
+    assert len(lines) == 1, said.err
+    return lines[0].removeprefix("saexp: ")
