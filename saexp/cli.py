@@ -173,7 +173,7 @@ def main() -> None:
     os.environ[FULL_ERROR] = "1"
     sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
-        with stoppable() as stopping:
+        with stoppable(_cells_running) as stopping:
             _until_stopped(stopping)
     finally:
         from saexp.tasks.holding import release_all
@@ -229,6 +229,15 @@ def _keep(error: Exception) -> Path | None:
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return path
+
+
+def _cells_running() -> bool:
+    """Whether cells of this process's sweep are running in other processes."""
+    from saexp.tasks import sweep
+    from saexp.tasks.holding import LOCK
+
+    folder = sweep.running()
+    return folder is not None and any(folder.glob(f"*/{LOCK}"))
 
 
 def _end_of_sweep() -> None:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,20 +82,17 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
     Raises StoreError, in one line that names `option`, where the folder cannot be written or the
     disk is full.
     """
-    temporary: Path | None = None
+    # Its name is known before it is there, so that a signal in between leaves none.
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error, option=option) from error
     finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, option: str = CACHE) -> None:

@@ -12,18 +12,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_STOP_CELL = signal.SIGURG
+"""From the command to its workers. One that runs no cell ignores it, as every process does by
+default: of a worker that ends, joblib concludes that it crashed, and kills the others."""
 _TWICE_SECONDS = 1.0
 """`timeout` and some launchers send their signal to the process and to its group: what follows the
 first one within this time does not count as a second."""
-_WORKER_SECONDS = 5.0
+_WORKER_SECONDS = 6.0
 """How long workers have for their cleanup; SLURM kills after 30 s, docker after 10 s."""
-_AGAIN_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class Stopped(KeyboardInterrupt):
@@ -60,7 +63,9 @@ def _error(number: int) -> KeyboardInterrupt:
 class Stopping:
     """Handler of the signals that end this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers_busy: Callable[[], bool] | None = None) -> None:
+        self.workers_busy = workers_busy
+        """Whether worker processes of this one have anything to clean up."""
         self.error: KeyboardInterrupt | None = None
         """The first signal's exception; None as long as there is none."""
         self.cleaning = False
@@ -70,11 +75,11 @@ class Stopping:
         self._lost = False
         self._hook = sys.unraisablehook
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
         """Raise the signal's exception; at a second signal end at once."""
         if self.error is None:
             self._at, self._number, self.error = time.monotonic(), number, _error(number)
-            _stop_workers()
+            self._stop_workers()
         elif self._lost:
             self._lost = False
         elif time.monotonic() - self._at < _TWICE_SECONDS:
@@ -85,9 +90,7 @@ class Stopping:
 
     def _end_at_once(self, error: KeyboardInterrupt) -> NoReturn:
         for worker in multiprocessing.active_children():
-            # joblib's processes have no `kill`.
-            with contextlib.suppress(OSError):
-                os.kill(worker.pid or 0, signal.SIGKILL)
+            _send(worker.pid, signal.SIGKILL)
         # Whatever holds the buffer of sys.stderr may be what is interrupted.
         os.write(2, f"saexp: {message(error)}\n".encode())
         os._exit(exit_code(error))
@@ -101,22 +104,27 @@ class Stopping:
             main = threading.main_thread().ident
             assert main is not None
             self._lost = True
-            again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, self._number))
+            again = threading.Timer(_POLL_SECONDS, signal.pthread_kill, (main, self._number))
             again.daemon = True
             again.start()
 
+    def _stop_workers(self) -> None:
+        """Have this process's workers stop their cells; whoever started them then kills them."""
+        workers = multiprocessing.active_children()
+        if not workers or self.workers_busy is None:
+            return
+        for worker in workers:
+            _send(worker.pid, _STOP_CELL)
+        end = time.monotonic() + _WORKER_SECONDS
+        while self.workers_busy() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
 
-def _stop_workers() -> None:
-    """Ask this process's workers to end, and give them time to clean up.
 
-    Whoever started them (joblib) kills what is left.
-    """
-    workers = multiprocessing.active_children()
-    for worker in workers:
-        worker.terminate()
-    end = time.monotonic() + _WORKER_SECONDS
-    for worker in workers:
-        worker.join(max(0.0, end - time.monotonic()))
+def _send(process: int | None, number: int) -> None:
+    if process is not None:
+        # It may have ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 _current: Stopping | None = None
@@ -124,14 +132,16 @@ _current: Stopping | None = None
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Stopping]:
+def stoppable(
+    workers_busy: Callable[[], bool] | None = None, signals: Sequence[int] = _SIGNALS
+) -> Iterator[Stopping]:
     """Handle the signals inside; what handled them before does so again afterwards."""
     global _current
-    stopping = Stopping()
+    stopping = Stopping(workers_busy)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals}
     outer, hook = _current, sys.unraisablehook
     try:
         _current, sys.unraisablehook = stopping, stopping.not_raised
@@ -156,14 +166,14 @@ def raise_if_stopped() -> None:
 def stoppable_cell() -> Iterator[None]:
     """Handle the signals in a worker process of a launcher that leaves SIGTERM alone (joblib).
 
-    A cell that was stopped ends its worker, which would begin the next cell otherwise. Nothing
-    changes in the command's own process, and under submitit and Ray, which handle signals
-    themselves.
+    A worker whose cell was stopped begins no other one: it waits to be killed by the command, or
+    ends. Nothing changes in the command's own process, and under submitit and Ray, which handle
+    signals themselves.
     """
     if _current is not None or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    with stoppable() as stopping:
+    with stoppable(signals=(*_SIGNALS, _STOP_CELL)) as stopping:
         try:
             yield
         except KeyboardInterrupt as error:
@@ -171,4 +181,5 @@ def stoppable_cell() -> Iterator[None]:
                 raise
             sys.stdout.flush()
             sys.stderr.flush()
+            time.sleep(_WORKER_SECONDS)
             os._exit(exit_code(error))
