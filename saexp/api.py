@@ -15,6 +15,7 @@ from hydra import initialize_config_dir
 
 from saexp import registry
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
+from saexp.config.environment import as_typed, masked
 from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
@@ -142,7 +143,9 @@ def _run(
         check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
     except BaseException as error:
-        (place / "error.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        (place / "error.txt").write_text(
+            masked(f"{type(error).__name__}: {error}\n"), encoding="utf-8"
+        )
         tracker.finish(1)
         raise
     finally:
@@ -193,7 +196,7 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
 def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) -> None:
     tracker.start(
         folder=place,
-        config=asdict(cfg),
+        config=as_typed(asdict(cfg)),
         name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
@@ -203,14 +206,20 @@ def _start(tracker: Tracker, cfg: RunConfig, place: Path, sweep: Path | None) ->
 def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
     """A tracked run's name; of a control SAE it says so."""
     control = "_control" if loader == "random" else ""
-    return f"{model}-{sae}{control}-layer{layer}"
+    return masked(f"{model}-{sae}{control}-layer{layer}")
 
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
     """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
     tracker = registry.build("tracker", TrackerConfig(**config["tracker"]))
     job_type = config["task"]["name"]
-    tracker.start(folder=place, config=config, name=name, job_type=job_type, group=sweep.name)
+    tracker.start(
+        folder=place,
+        config=as_typed(config),
+        name=name,
+        job_type=job_type,
+        group=sweep.name,
+    )
     tracker.finish(1)
 
 

@@ -11,15 +11,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from saexp.config import register_schema, to_run_config
+from saexp.config import environment, register_schema, to_run_config
 from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
 from saexp.config.messages import key_of, of_composition, one_line
@@ -45,10 +45,17 @@ def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None)
     from saexp.tasks.sweep import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
-    ordered = sorted(map(str, overrides), key=lambda w: (key_of(w) not in swept, w))
+    ordered = sorted(_as_typed(overrides), key=lambda w: (key_of(w) not in swept, w))
     safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
     # 255 bytes is what file systems take.
     return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
+
+
+def _as_typed(overrides: Sequence[str]) -> list[str]:
+    """Overrides with their interpolations, which the items of a list of OmegaConf resolve."""
+    if isinstance(overrides, ListConfig):
+        overrides = cast(list[str], OmegaConf.to_container(overrides, resolve=False))
+    return [str(word) for word in overrides]
 
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENOSPC)
@@ -87,6 +94,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
     (folder / "error.txt").unlink(missing_ok=True)
     try:
         cfg = to_run_config(raw)
+        environment.mask_logs()
         if cfg.resume is None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
         from saexp import api
@@ -98,11 +106,12 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
         if told is None:
             raise
         if sweep:
-            overrides = ",".join(about.overrides.task)
+            overrides = ",".join(_as_typed(about.overrides.task))
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
-            print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
-            (folder / "error.txt").write_text(f"{type(told).__name__}: {told}\n", encoding="utf-8")
+            line = environment.masked(str(told))
+            print(f"cell {about.job.num} ({overrides}) failed: {line}", file=sys.stderr)
+            (folder / "error.txt").write_text(f"{type(told).__name__}: {line}\n", encoding="utf-8")
         if told is error:
             raise
         raise told from error
@@ -146,7 +155,7 @@ def _summary(result: Any, folder: Path) -> None:
         forwarded = result.metrics.get("collection/tokens_forwarded")
         print(f"{rows} rows; {forwarded} tokens forwarded")
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {environment.masked(note)}")
     shown = os.path.relpath(folder)
     print(f"report: {shown}/{page}" if page else f"folder: {shown}")
 
@@ -227,7 +236,8 @@ def _keep(error: Exception) -> Path | None:
     if folder is None:
         return None
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
-    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    text = environment.masked("".join(traceback.format_exception(error)))
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -256,5 +266,5 @@ def _fail(message: str | SaexpError, cause: BaseException | None = None, code: i
     error = cause or (message if isinstance(message, SaexpError) else None)
     if _traceback_wanted and error is not None:
         traceback.print_exception(error)
-    print(f"saexp: {message}", file=sys.stderr)
+    print(f"saexp: {environment.masked(str(message))}", file=sys.stderr)
     sys.exit(code)
