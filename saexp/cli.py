@@ -99,8 +99,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
         from saexp import api
 
-        command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
-        result = api.run(cfg, folder, command=command, sweep=sweep)
+        result = api.run(cfg, folder, command=_command(sweep), sweep=sweep)
     except Exception as error:
         told = _in_one_line(error)
         if told is None:
@@ -116,6 +115,14 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
             raise
         raise told from error
     _summary(result, folder)
+
+
+def _command(sweep: Path | None) -> str:
+    """What was typed; a job of a sweep may have other words in its process (submitit)."""
+    from saexp.reports.cells import read_plan
+
+    typed = read_plan(sweep).get("command") if sweep else None
+    return typed or f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
 
 
 def _in_one_line(error: Exception) -> SaexpError | None:

@@ -162,6 +162,8 @@ def test_a_cell_that_submitit_requeues_goes_on_and_the_sweep_finishes(tmp_path: 
     assert "sweep: 1 cells: 1 finished" in out.splitlines()
     (cell,) = tmp_path.glob("sweep/0_*")
     assert not (cell / "error.txt").exists()
+    about = json.loads((cell / "provenance.json").read_text())
+    assert about["command"].startswith("python -m saexp -m tracker=none")
     events = [json.loads(line) for line in (cell / "tracker.jsonl").read_text().splitlines()]
     assert [e["exit_code"] for e in events if e["event"] == "finish"] == [1, 0]
     assert json.loads((cell / "metrics.json").read_text())["collection/tokens_forwarded"] == 0
