@@ -103,10 +103,10 @@ def run(
     `sweep` is the folder of the sweep that the run is a cell of.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
-    load_plugins(cfg.plugins)
     now = datetime.datetime.now()
     place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
     with holding(place):
+        load_plugins(cfg.plugins)
         return _run(cfg, place, now, command, sweep)
 
 

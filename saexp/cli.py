@@ -78,7 +78,9 @@ _traceback_wanted = False
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
     if about.mode == RunMode.MULTIRUN:
-        with stoppable_cell():
+        from saexp.tasks.holding import reserved_cell
+
+        with stoppable_cell(), reserved_cell(Path(about.runtime.output_dir)):
             _run(raw, about)
         return
     # Raised here, Hydra would print a line of its own before ours.
