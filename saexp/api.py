@@ -14,6 +14,7 @@ from hydra import initialize_config_dir
 
 from saexp import registry, tracking
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
+from saexp.config.environment import as_typed, masked
 from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
@@ -103,10 +104,10 @@ def run(
     `sweep` is the folder of the sweep that the run is a cell of.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
-    load_plugins(cfg.plugins)
     now = datetime.datetime.now()
     place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
     with holding(place):
+        load_plugins(cfg.plugins)
         return _run(cfg, place, now, command, sweep)
 
 
@@ -144,7 +145,7 @@ def _run(
         _track(tracker, result)
     except BaseException as error:
         shown = cannot_write_run(error, place) or error
-        write_error(place, shown)
+        write_error(place, masked(f"{type(shown).__name__}: {shown}\n"))
         # What cannot be written now must not stand in front of the run's own error.
         with suppress(StoreError):
             note_pages(context, pages)
@@ -200,7 +201,7 @@ def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
     return tracking.start(
         cfg.tracker,
         folder=place,
-        config=asdict(cfg),
+        config=as_typed(asdict(cfg)),
         name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
@@ -210,7 +211,7 @@ def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
 def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
     """A tracked run's name; of a control SAE it says so."""
     control = "_control" if loader == "random" else ""
-    return f"{model}-{sae}{control}-layer{layer}"
+    return masked(f"{model}-{sae}{control}-layer{layer}")
 
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
@@ -218,7 +219,7 @@ def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -
     tracker = tracking.start(
         TrackerConfig(**config["tracker"]),
         folder=place,
-        config=config,
+        config=as_typed(config),
         name=name,
         job_type=config["task"]["name"],
         group=sweep.name,

@@ -10,15 +10,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from saexp.config import register_schema, to_run_config
+from saexp.config import environment, register_schema, to_run_config
 from saexp.config.folder import conf_folder
 from saexp.config.free_form import with_free_keys
 from saexp.config.messages import key_of, of_composition, one_line
@@ -27,6 +27,14 @@ from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.log_file import report_once
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
+from saexp.stopping import (
+    Stopping,
+    exit_code,
+    message,
+    raise_if_stopped,
+    stoppable,
+    stoppable_cell,
+)
 
 
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
@@ -38,10 +46,17 @@ def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None)
     from saexp.tasks.sweep import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
-    ordered = sorted(map(str, overrides), key=lambda w: (key_of(w) not in swept, w))
+    ordered = sorted(_as_typed(overrides), key=lambda w: (key_of(w) not in swept, w))
     safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
     # 255 bytes is what file systems take.
     return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
+
+
+def _as_typed(overrides: Sequence[str]) -> list[str]:
+    """Overrides with their interpolations, which the items of a list of OmegaConf resolve."""
+    if isinstance(overrides, ListConfig):
+        overrides = cast(list[str], OmegaConf.to_container(overrides, resolve=False))
+    return [str(word) for word in overrides]
 
 
 _GARBAGE = (50_000, 20, 50)
@@ -61,7 +76,10 @@ _traceback_wanted = False
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
     if about.mode == RunMode.MULTIRUN:
-        _run(raw, about)
+        from saexp.tasks.holding import reserved_cell
+
+        with stoppable_cell(), reserved_cell(Path(about.runtime.output_dir)):
+            _run(raw, about)
         return
     # Raised here, Hydra would print a line of its own before ours.
     try:
@@ -77,26 +95,35 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
     (folder / "error.txt").unlink(missing_ok=True)
     try:
         cfg = to_run_config(raw)
+        environment.mask_logs()
         if cfg.resume is None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
         from saexp import api
 
-        command = f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
-        result = api.run(cfg, folder, command=command, sweep=sweep)
+        result = api.run(cfg, folder, command=_command(sweep), sweep=sweep)
     except Exception as error:
         told = _in_one_line(error) or cannot_write_run(error, folder)
         if told is None:
             raise
         if sweep:
-            overrides = ",".join(about.overrides.task)
+            overrides = ",".join(_as_typed(about.overrides.task))
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
-            print(f"cell {about.job.num} ({overrides}) failed: {told}", file=sys.stderr)
-            write_error(folder, told)
+            line = environment.masked(str(told))
+            print(f"cell {about.job.num} ({overrides}) failed: {line}", file=sys.stderr)
+            write_error(folder, f"{type(told).__name__}: {line}\n")
         if told is error:
             raise
         raise told from error
     _summary(result, folder)
+
+
+def _command(sweep: Path | None) -> str:
+    """What was typed; a job of a sweep may have other words in its process (submitit)."""
+    from saexp.reports.cells import read_plan
+
+    typed = read_plan(sweep).get("command") if sweep else None
+    return typed or f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
 
 
 def _in_one_line(error: Exception) -> SaexpError | None:
@@ -136,7 +163,7 @@ def _summary(result: Any, folder: Path) -> None:
         forwarded = result.metrics.get("collection/tokens_forwarded")
         print(f"{rows} rows; {forwarded} tokens forwarded")
     for note in result.notes:
-        print(f"note: {note}")
+        print(f"note: {environment.masked(note)}")
     shown = os.path.relpath(folder)
     print(f"report: {shown}/{page}" if page else f"folder: {shown}")
 
@@ -163,7 +190,8 @@ def main() -> None:
     os.environ[FULL_ERROR] = "1"
     sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
-        _guarded()
+        with stoppable(_cells_running) as stopping:
+            _until_stopped(stopping)
     finally:
         from saexp.tasks.holding import release_all
 
@@ -174,13 +202,22 @@ def main() -> None:
             os.environ[FULL_ERROR] = before
 
 
+def _until_stopped(stopping: Stopping) -> None:
+    """The command, and one line where a signal ended it, whatever became of its exception."""
+    try:
+        _guarded()
+        raise_if_stopped()
+    except KeyboardInterrupt as error:
+        stopping.cleaning = True
+        _fail(message(error), error, exit_code(error))
+
+
 def _guarded() -> None:
     try:
         _job()
         _end_of_sweep()
-    except KeyboardInterrupt as error:
-        _fail("stopped; what was collected is kept, and the same command goes on from there", error)
     except Exception as error:
+        raise_if_stopped()
         if (told := _in_one_line(error)) is not None:
             _fail(told, error)
         if (told := _of_folder(error)) is not None:
@@ -207,8 +244,9 @@ def _keep(error: Exception) -> Path | None:
     if folder is None:
         return None
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
+    text = environment.masked("".join(traceback.format_exception(error)))
     try:
-        write_text(path, "".join(traceback.format_exception(error)), option=SWEEP_FOLDER)
+        write_text(path, text, option=SWEEP_FOLDER)
     except StoreError:
         return None
     return path
@@ -227,6 +265,15 @@ def _of_folder(error: Exception) -> StoreError | None:
     return cannot_write_run(error, reserved() or Path.cwd())
 
 
+def _cells_running() -> bool:
+    """Whether cells of this process's sweep are running in other processes."""
+    from saexp.tasks import sweep
+    from saexp.tasks.holding import LOCK
+
+    folder = sweep.running()
+    return folder is not None and any(folder.glob(f"*/{LOCK}"))
+
+
 def _end_of_sweep() -> None:
     """Where this was a sweep: its table and report, from whatever cells there are."""
     from saexp.tasks import sweep
@@ -236,8 +283,9 @@ def _end_of_sweep() -> None:
         print(told)
 
 
-def _fail(message: str | SaexpError, cause: BaseException | None = None) -> NoReturn:
+def _fail(message: str | SaexpError, cause: BaseException | None = None, code: int = 1) -> NoReturn:
     """One line on stderr, behind the report of a sweep's other cells."""
+    raise_if_stopped()
     try:
         _end_of_sweep()
     except StoreError as other:
@@ -245,5 +293,5 @@ def _fail(message: str | SaexpError, cause: BaseException | None = None) -> NoRe
     error = cause or (message if isinstance(message, SaexpError) else None)
     if _traceback_wanted and error is not None:
         traceback.print_exception(error)
-    print(f"saexp: {message}", file=sys.stderr)
-    sys.exit(1)
+    print(f"saexp: {environment.masked(str(message))}", file=sys.stderr)
+    sys.exit(code)

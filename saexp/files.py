@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -108,11 +109,10 @@ def cannot_write_run(
     return cannot_write(named, error, option=option)
 
 
-def write_error(folder: Path, error: BaseException) -> None:
+def write_error(folder: Path, text: str) -> None:
     """error.txt of a run that failed. Where even that cannot be written, the error that the user
     sees is the run's own."""
     with suppress(StoreError):
-        text = f"{type(error).__name__}: {error}\n"
         write_text(folder / "error.txt", text, option=RUN_FOLDER)
 
 
@@ -223,20 +223,17 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
     Raises StoreError, in one line that names `option`, where the folder cannot be written or the
     disk is full.
     """
-    temporary: Path | None = None
+    # Its name is known before it is there, so that a signal in between leaves none.
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
     try:
         _make_parent(path, option)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
         write(temporary)
         put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error, option=option) from error
     finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, option: str = CACHE) -> None:

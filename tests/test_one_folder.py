@@ -1,10 +1,13 @@
 """One run at a time writes to a folder; a run that died holds none."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 
 import saexp
 from saexp.errors import StoreError
-from saexp.tasks.holding import LOCK, holding
+from saexp.tasks.holding import LOCK, holding, reserved_cell
 from tests.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
@@ -92,3 +95,79 @@ def test_of_two_commands_at_once_one_runs_and_the_other_is_told(tmp_path: Path) 
             assert "Traceback" not in said
     assert (tmp_path / "one" / "metrics.json").is_file()
     assert (tmp_path / "one" / ".hydra" / "config.yaml").is_file()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != LOCK}
+
+
+def test_a_run_inside_of_a_running_sweep_is_one_line_and_touches_nothing(
+    tmp_path: Path,
+    holder: subprocess.Popen[str],  # noqa: ARG001
+) -> None:
+    said = command(tmp_path, "hydra.run.dir=busy/cell", *SMALL, "layer=1")
+    assert said.code == 1
+    assert said.err.startswith(f"saexp: another run is writing to {tmp_path}/busy; wait for it")
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "busy/cell").exists()
+
+
+def test_a_sweep_in_whose_folder_another_run_has_a_cell_is_one_line_and_touches_nothing(
+    tmp_path: Path,
+    holder: subprocess.Popen[str],  # noqa: ARG001
+) -> None:
+    (tmp_path / "busy/.hydra").mkdir()
+    (tmp_path / "busy/.hydra/config.yaml").write_text("of the first")
+    before = files_of(tmp_path)
+    said = command(tmp_path, "-m", "hydra.sweep.dir=.", "hydra.sweep.subdir=busy", *SMALL)
+    assert said.code == 1
+    assert said.err.startswith("saexp: another run is writing to busy; wait for it")
+    assert len(said.err.splitlines()) == 1
+    assert files_of(tmp_path) == before
+
+
+def test_a_cell_whose_folder_another_run_has_leaves_that_runs_files(
+    tmp_path: Path,
+    holder: subprocess.Popen[str],  # noqa: ARG001
+) -> None:
+    (tmp_path / "busy/error.txt").write_text("of the first")
+    with (
+        pytest.raises(StoreError, match="another run is writing to"),
+        reserved_cell(tmp_path / "busy"),
+    ):
+        raise AssertionError
+    assert (tmp_path / "busy/error.txt").read_text() == "of the first"
+
+
+def test_of_two_threads_one_has_the_folder(tmp_path: Path) -> None:
+    cfg = saexp.compose([*SMALL, "layer=1", "plugins=[no_such_module]"])
+    errors: list[Exception] = []
+
+    def second() -> None:
+        try:
+            saexp.run(cfg, tmp_path / "run")
+        except StoreError as error:
+            errors.append(error)
+
+    with holding(tmp_path / "run"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    # Before the plugin was looked for.
+    (error,) = errors
+    assert str(error).startswith("another run is writing to")
+
+
+def test_a_folder_on_a_file_system_without_locks_is_held_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with holding(tmp_path / "run"), pytest.raises(StoreError, match="another run is writing"):
+            holding(tmp_path / "run").__enter__()
+        with holding(tmp_path / "run"):
+            pass

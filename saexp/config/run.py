@@ -7,6 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from saexp.config import environment
 from saexp.config.components import (
     COLUMNS,
     AnalyzerConfig,
@@ -23,6 +24,8 @@ from saexp.config.training import SAETrainerConfig
 from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
+
+_NOTED = "from_environment"
 
 
 @dataclass(kw_only=True)
@@ -83,6 +86,14 @@ class RunConfig:
     """dashboard: latent indices, or top:20 (the run's own best)."""
     plugins: list[str] = field(default_factory=list)
     """Modules of your own to import first, whose components then can be named."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In another process, too, values from the environment are stored as they were typed.
+        return {**self.__dict__, _NOTED: environment.known()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        environment.add(state.pop(_NOTED))
+        self.__dict__.update(state)
 
     def __post_init__(self) -> None:
         parse_width(self.width)
@@ -147,6 +158,7 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     Raises ConfigError for a key that no dataclass has: Hydra takes any that `+` is in front of.
     """
     _refuse_unknown(cfg, RunConfig, "")
+    environment.remember(cfg)
     # Before the groups, which have it from here.
     at_least("seed", cfg.seed, 0)
     raw = OmegaConf.to_object(cfg)

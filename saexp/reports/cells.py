@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from saexp.errors import StoreError
 from saexp.reports.saved import PROVENANCE, SavedRun
 from saexp.results import read_plan
+from saexp.stopping import STOPS
 
 STATES = ("finished", "failed", "damaged", "stopped", "not run")
 CONTROL = "control"
@@ -72,7 +73,7 @@ def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
     if (place / "error.txt").is_file():
         text = (place / "error.txt").read_text("utf-8", errors="replace")
         kind, _, text = text.strip().partition(":")
-        if kind != "KeyboardInterrupt":
+        if kind not in STOPS:
             row |= {"status": "failed", "error": text.strip() or kind}
         return row
     if not any((place / name).exists() for name in (PROVENANCE, *PAGES)):

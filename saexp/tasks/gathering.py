@@ -10,6 +10,7 @@ from saexp.activations.collector import CollectionStats, Part, collect
 from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.config import DatasetConfig, PositionsConfig, RunConfig
+from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import Placement, place
@@ -159,8 +160,10 @@ def _collected(
             "positions": where.name,
             "n_texts": len(placement.texts),
             "n_tokens": sum(len(text) for text in placement.texts),
-            "dataset_settings": settings,
-            "positions_settings": _changed(where, PositionsConfig(), _OF_POSITIONS),
+            "dataset_settings": as_typed(settings, "dataset."),
+            "positions_settings": as_typed(
+                _changed(where, PositionsConfig(), _OF_POSITIONS), "positions."
+            ),
             "begins_with_bos": begins_with_bos(model),
         },
         verify=cfg.verify,

@@ -14,11 +14,31 @@ _reserved: dict[Path, Any] = {}
 
 
 def reserve(folder: Path) -> None:
-    """Take a folder for the run of this process that is about to begin.
+    """Take a folder for the run or the sweep of this process that is about to begin.
+
+    Raises StoreError where another run has it, it is inside of another sweep's folder, another run
+    has a folder in it, or it cannot be made.
+    """
+    nested = [folder.resolve().parent, *(lock.parent for lock in folder.glob(f"*/{LOCK}"))]
+    for other in nested:
+        if other not in _reserved and _is_held(other):
+            raise _busy(other)
+    _reserved[folder.resolve()] = _take(folder)
+
+
+@contextmanager
+def reserved_cell(folder: Path) -> Iterator[None]:
+    """Take a cell's folder, in that of its sweep, before anything in it is changed.
 
     Raises StoreError where another run has it, or it cannot be made.
     """
-    _reserved[folder.resolve()] = _take(folder)
+    place = folder.resolve()
+    _reserved[place] = _take(folder)
+    try:
+        yield
+    finally:
+        if place in _reserved:
+            _let_go(place, _reserved.pop(place))
 
 
 def reserved() -> Path | None:
@@ -57,12 +77,29 @@ def _take(folder: Path) -> Any:
     except StoreError as error:
         raise StoreError(f"cannot write the run's folder {folder}; choose another one") from error
     if lock is None:
-        raise StoreError(
-            f"another run is writing to {folder}; wait for it, or type another hydra.run.dir= "
-            "(hydra.sweep.dir= of a sweep)"
-        )
+        raise _busy(folder)
     remove_temporary(folder)
     return lock
+
+
+def _busy(folder: Path) -> StoreError:
+    return StoreError(
+        f"another run is writing to {folder}; wait for it, or type another hydra.run.dir= "
+        "(hydra.sweep.dir= of a sweep)"
+    )
+
+
+def _is_held(folder: Path) -> bool:
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        lock = try_lock(folder / LOCK)
+    except StoreError:
+        # A folder of somebody else, who left it.
+        return False
+    if lock is not None:
+        lock.release()
+    return lock is None
 
 
 def _let_go(folder: Path, lock: Any) -> None:

@@ -26,6 +26,7 @@ from saexp.analysis.matching_latents import (
     nearest_directions,
 )
 from saexp.config import ModelConfig, RunConfig, SAEConfig
+from saexp.config.environment import resolved
 from saexp.errors import SAEError
 from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
@@ -125,7 +126,7 @@ def _cell(run: SavedRun, number: int) -> _Cell | None:
 
 def _loaded(cell: _Cell) -> SparseAutoencoder:
     """The cell's SAE, checked as a run does; from this process's cache where it is there."""
-    config = dict(cell.about["config"])
+    config = resolved(cell.about["config"])
     plugins.load_plugins(config["plugins"])
     config["model"], config["sae"] = ModelConfig(**config["model"]), SAEConfig(**config["sae"])
     cfg = RunConfig(**config)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from saexp.checksums import has_intact_seal
 from saexp.config import RunConfig
+from saexp.config.environment import as_typed
 from saexp.context import RunContext
 from saexp.data.examples import Skip
 from saexp.files import RUN_FOLDER, write_json, write_table
@@ -134,7 +135,7 @@ def skips_table(skips: list[Skip]) -> pd.DataFrame:
 def write_provenance(
     context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
 ) -> None:
-    """provenance.json: how the run came about."""
+    """provenance.json: how the run came about; values from the environment as they were typed."""
     note_written(context, [PROVENANCE])
     versions = {p: metadata.version(p) for p in _PACKAGES}
     write_json(
@@ -142,7 +143,7 @@ def write_provenance(
         {
             "saexp_version": versions["saexp"],
             "command": context.command,
-            "config": dataclasses.asdict(cfg),
+            "config": as_typed(dataclasses.asdict(cfg)),
             "versions": {"python": platform.python_version(), **versions},
             "seed": cfg.seed,
             "machine": {
@@ -153,9 +154,9 @@ def write_provenance(
             },
             "seconds": {name: round(s, 3) for name, s in context.seconds.items()},
             "started": context.started,
-            "notes": notes,
+            "notes": as_typed(notes),
             "skips": dict(Counter(s.reason for s in skips)),
-            **about,
+            **as_typed(about),
         },
         option=RUN_FOLDER,
     )

@@ -194,22 +194,29 @@ def running() -> Path | None:
 def finish() -> str | None:
     """Table, report and last W&B run of the sweep of this process; what to print, None if none.
 
-    Works on whatever cells there are, so also after Ctrl-C.
+    Works on whatever cells there are, so also after Ctrl-C; a signal that comes while the table and
+    the report are written leaves the sweep to the next call.
     """
     global _sweep
-    folder, _sweep = _sweep, None
-    if folder is None or not any(folder.glob("*/.hydra")):
+    folder = _sweep
+    if folder is None:
         return None
-    from saexp.reports.sweep import findings, write_sweep
-    from saexp.tasks.matched import match_cells
-
-    match_cells(folder)
-    table, figures = write_sweep(folder)
+    try:
+        results = _written(folder) if any(folder.glob("*/.hydra")) else None
+    except Exception:
+        _sweep = None
+        raise
+    _sweep = None
+    if results is None:
+        return None
+    table, figures = results
     try:
         _track(folder, table, figures)
     except Exception as error:
         # The files are what counts; each cell that failed by its tracker has said so.
         log.warning("the sweep's own run could not be tracked: %s", " ".join(str(error).split()))
+    from saexp.reports.sweep import findings
+
     counts = table["status"].value_counts()
     states = ", ".join(f"{n} {state}" for state, n in counts.items())
     lines = [
@@ -218,6 +225,15 @@ def finish() -> str | None:
         f"report: {folder}/sweep.html",
     ]
     return "\n".join(lines)
+
+
+def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The sweep's table and figures, with its report written from them."""
+    from saexp.reports.sweep import write_sweep
+    from saexp.tasks.matched import match_cells
+
+    match_cells(folder)
+    return write_sweep(folder)
 
 
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:

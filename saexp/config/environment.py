@@ -1,0 +1,130 @@
+"""Values that a config takes from the environment by `${oc.env:NAME}`: a run uses them, and what it
+leaves on disk or sends to a tracker holds the interpolation as it was typed.
+
+Numbers and truth values are no secrets: reports compute with them, and they stay as they are.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+_SHORTEST = 8
+"""Characters of a value that is replaced wherever a text quotes it; a shorter one, such as `gpu`,
+only where it is the whole value of its setting."""
+
+_settings: dict[tuple[str, str], str] = {}
+"""(key, value) -> as typed, of all texts in configs composed so far; the last one counts."""
+_quotable: dict[str, str] = {}
+"""Value -> as typed, of values long enough to be replaced in texts."""
+
+Known = tuple[dict[tuple[str, str], str], dict[str, str]]
+
+
+def remember(cfg: DictConfig) -> None:
+    """Note which text values of a config depend on the environment, however indirectly."""
+    with _recording() as read:
+        _remember(cfg, "", read)
+
+
+def known() -> Known:
+    """All that was noted in this process, for another one."""
+    return dict(_settings), dict(_quotable)
+
+
+def add(noted: Known) -> None:
+    """Take over what another process noted."""
+    _settings.update(noted[0])
+    _quotable.update(noted[1])
+
+
+def resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """The config that a run left as typed, with the environment's values of now.
+
+    Raises OmegaConf's errors for a variable that is not set.
+    """
+    content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[dict[str, str]]:
+    """Variables that `oc.env` reads meanwhile, with their values (empty: the default was taken)."""
+    read: dict[str, str] = {}
+
+    def env(*arguments: Any) -> Any:
+        read[str(arguments[0])] = os.environ.get(str(arguments[0]), "")
+        return oc.env(*arguments)
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    try:
+        yield read
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _remember(cfg: DictConfig | ListConfig, prefix: str, read: dict[str, str]) -> None:
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    for key, typed in raw.items() if isinstance(raw, dict) else enumerate(raw or ()):
+        path = f"{prefix}{key}"
+        read.clear()
+        # What cannot be resolved is an error where the config is used.
+        with contextlib.suppress(OmegaConfBaseException):
+            value = None if typed == "???" else cfg[key]
+            if isinstance(value, DictConfig | ListConfig):
+                _remember(value, f"{path}.", read)
+            elif isinstance(value, str):
+                _settings[path, value] = typed if read else value
+                if read:
+                    _note_quotable(value, typed, read)
+
+
+def _note_quotable(value: str, typed: str, read: dict[str, str]) -> None:
+    texts = {**{v: f"${{oc.env:{name}}}" for name, v in read.items()}, value: typed}
+    _quotable.update({text: shown for text, shown in texts.items() if len(text) >= _SHORTEST})
+
+
+def as_typed(config: Any, prefix: str = "") -> Any:
+    """A config's content with the interpolations in place of values from the environment.
+
+    `prefix` is the key of `config` in the whole config, with a dot at its end.
+    """
+    if isinstance(config, dict):
+        return {key: _as_typed(value, f"{prefix}{key}") for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_as_typed(value, f"{prefix}{i}") for i, value in enumerate(config)]
+    return config
+
+
+def _as_typed(value: Any, path: str) -> Any:
+    value = str(value) if isinstance(value, Path) else value
+    if not isinstance(value, str):
+        return as_typed(value, f"{path}.")
+    typed = _settings.get((path, value))
+    return masked(value) if typed is None else typed
+
+
+def masked(text: str) -> str:
+    """A text with the interpolations in place of values from the environment that it quotes."""
+    for value in sorted(_quotable, key=len, reverse=True):
+        text = text.replace(value, _quotable[value])
+    return text
+
+
+def mask_logs() -> None:
+    """Mask what the log's handlers of this process write."""
+    if _quotable:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_mask_record)
+
+
+def _mask_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = masked(record.getMessage()), None
+    return True

@@ -1,0 +1,185 @@
+"""Signals that end a job raise an exception in its main thread, so that it cleans up as after an
+error: SIGTERM (SLURM, `docker stop`), SIGHUP (a terminal that was closed), and Ctrl-C.
+
+A handler that is there already is left in place: `nohup` ignores SIGHUP, and submitit requeues a
+job on SIGUSR1 or SIGUSR2.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
+_STOP_CELL = signal.SIGURG
+"""From the command to its workers. One that runs no cell ignores it, as every process does by
+default: of a worker that ends, joblib concludes that it crashed, and kills the others."""
+_TWICE_SECONDS = 1.0
+"""`timeout` and some launchers send their signal to the process and to its group: what follows the
+first one within this time does not count as a second."""
+_WORKER_SECONDS = 6.0
+"""How long workers have for their cleanup; SLURM kills after 30 s, docker after 10 s."""
+_POLL_SECONDS = 0.05
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end. As Ctrl-C it is not an Exception: nothing goes on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
+
+
+STOPS = (KeyboardInterrupt.__name__, Stopped.__name__, SystemExit.__name__)
+"""Names of the exceptions of a run that was stopped, not failed; submitit ends a job that it
+requeues by SystemExit."""
+
+
+def message(error: KeyboardInterrupt) -> str:
+    """What stopped the command, and what is left of it."""
+    by = f" by {error}" if isinstance(error, Stopped) else ""
+    return f"stopped{by}; what was collected is kept, and the same command goes on from there"
+
+
+def exit_code(error: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it; 1 after Ctrl-C."""
+    return 128 + error.number if isinstance(error, Stopped) else 1
+
+
+def _error(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
+
+
+class Stopping:
+    """Handler of the signals that end this process."""
+
+    def __init__(self, workers_busy: Callable[[], bool] | None = None) -> None:
+        self.workers_busy = workers_busy
+        """Whether worker processes of this one have anything to clean up."""
+        self.error: KeyboardInterrupt | None = None
+        """The first signal's exception; None as long as there is none."""
+        self.cleaning = False
+        """Whether the exception arrived at the top."""
+        self._number = 0
+        self._at = 0.0
+        self._lost = False
+        self._hook = sys.unraisablehook
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Raise the signal's exception; at a second signal end at once."""
+        if self.error is None:
+            self._at, self._number, self.error = time.monotonic(), number, _error(number)
+            self._stop_workers()
+        elif self._lost:
+            self._lost = False
+        elif time.monotonic() - self._at < _TWICE_SECONDS:
+            return
+        else:
+            self._end_at_once(self.error)
+        raise self.error
+
+    def _end_at_once(self, error: KeyboardInterrupt) -> NoReturn:
+        for worker in multiprocessing.active_children():
+            _send(worker.pid, signal.SIGKILL)
+        # Whatever holds the buffer of sys.stderr may be what is interrupted.
+        os.write(2, f"saexp: {message(error)}\n".encode())
+        os._exit(exit_code(error))
+
+    def not_raised(self, about: Any) -> None:
+        """`sys.unraisablehook`: the signal came inside a destructor or a callback, where Python
+        drops exceptions; it is sent again."""
+        if self.error is None or about.exc_value is not self.error:
+            self._hook(about)
+        elif not self.cleaning:
+            main = threading.main_thread().ident
+            assert main is not None
+            self._lost = True
+            again = threading.Timer(_POLL_SECONDS, signal.pthread_kill, (main, self._number))
+            again.daemon = True
+            again.start()
+
+    def _stop_workers(self) -> None:
+        """Have this process's workers stop their cells; whoever started them then kills them."""
+        workers = multiprocessing.active_children()
+        if not workers or self.workers_busy is None:
+            return
+        for worker in workers:
+            _send(worker.pid, _STOP_CELL)
+        end = time.monotonic() + _WORKER_SECONDS
+        while self.workers_busy() and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+
+def _send(process: int | None, number: int) -> None:
+    if process is not None:
+        # It may have ended.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+_current: Stopping | None = None
+"""The handler of this process, while there is one."""
+
+
+@contextlib.contextmanager
+def stoppable(
+    workers_busy: Callable[[], bool] | None = None, signals: Sequence[int] = _SIGNALS
+) -> Iterator[Stopping]:
+    """Handle the signals inside; what handled them before does so again afterwards."""
+    global _current
+    stopping = Stopping(workers_busy)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.getsignal(number) for number in signals}
+    outer, hook = _current, sys.unraisablehook
+    try:
+        _current, sys.unraisablehook = stopping, stopping.not_raised
+        for number, handler in before.items():
+            if handler in _DEFAULTS:
+                signal.signal(number, stopping)
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            if handler in _DEFAULTS:
+                signal.signal(number, handler)
+        _current, sys.unraisablehook = outer, hook
+
+
+def raise_if_stopped() -> None:
+    """Raise the signal's exception where other code caught it, or made another error of it."""
+    if _current is not None and _current.error is not None and not _current.cleaning:
+        raise _current.error
+
+
+@contextlib.contextmanager
+def stoppable_cell() -> Iterator[None]:
+    """Handle the signals in a worker process of a launcher that leaves SIGTERM alone (joblib).
+
+    A worker whose cell was stopped begins no other one: it waits to be killed by the command, or
+    ends. Nothing changes in the command's own process, and under submitit and Ray, which handle
+    signals themselves.
+    """
+    if _current is not None or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    with stoppable(signals=(*_SIGNALS, _STOP_CELL)) as stopping:
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if error is not stopping.error:
+                raise
+            sys.stdout.flush()
+            sys.stderr.flush()
+            time.sleep(_WORKER_SECONDS)
+            os._exit(exit_code(error))

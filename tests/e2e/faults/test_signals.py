@@ -1,0 +1,176 @@
+"""Commands stopped by a signal at any moment clean up, say one line, and go on when run again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.injection import (
+    PATIENCE_SECONDS,
+    Said,
+    digests_of_results,
+    kill_after,
+    one_line,
+    start,
+)
+from tests.reports.left import table_of
+
+SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
+SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
+SMALL += ["dataset.n_examples=40"]
+KEPT = "what was collected is kept, and the same command goes on from there"
+N_STOPS = 4
+
+
+def assert_nothing_is_left_open(folder: Path) -> None:
+    left = [p for name in (".tmp-*", ".running.lock") for p in folder.rglob(name)]
+    assert not left
+
+
+def run_to_the_end(words: Sequence[str], cwd: Path) -> Said:
+    said = start(words, cwd).wait()
+    assert said.code == 0, said.err[-2000:]
+    return said
+
+
+@pytest.mark.slow
+def test_sigterm_at_random_moments_of_a_run_costs_nothing_that_was_finished(tmp_path: Path) -> None:
+    words = [*SMALL, "layer=1", "hydra.run.dir=run"]
+    (alone := tmp_path / "alone").mkdir()
+    began = time.monotonic()
+    run_to_the_end(words, alone)
+    seconds, expected = time.monotonic() - began, digests_of_results(alone / "run")
+    rng, n_stopped = random.Random(0), 0
+    for n in range(N_STOPS):
+        (place := tmp_path / str(n)).mkdir()
+        started = start(words, place)
+        kill_after(started, seconds * (n + rng.random()) / N_STOPS, signal.SIGTERM)
+        said = started.wait()
+        if said.code:
+            assert one_line(said, 128 + signal.SIGTERM) == f"stopped by SIGTERM; {KEPT}"
+            n_stopped += 1
+        assert_nothing_is_left_open(place)
+        run_to_the_end(words, place)
+        assert digests_of_results(place / "run") == expected
+        assert not (place / "run/error.txt").exists()
+    assert n_stopped > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_sweep_has_its_page_and_goes_on_from_its_cells(
+    tmp_path: Path, by: signal.Signals
+) -> None:
+    words = ["-m", *SMALL, "layer=1", "intervention.n_prompts=4,300,5", "hydra.sweep.dir=sweep"]
+    words += ["intervention.max_new_tokens=30"]
+    started = start(words, tmp_path)
+    end = time.monotonic() + PATIENCE_SECONDS
+    # Written before the cell's long part.
+    while not list(tmp_path.glob("sweep/1_*/metrics.json")):
+        assert started.process.is_alive(), started.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    kill_after(started, 0, by)
+    assert one_line(started.wait(), 128 + by) == f"stopped by {by.name}; {KEPT}"
+    table = table_of(tmp_path / "sweep")
+    assert table["status"].tolist() == ["finished", "stopped", "not run"]
+    assert (tmp_path / "sweep/sweep.html").is_file()
+    assert_nothing_is_left_open(tmp_path)
+
+
+def processes_in(cwd: Path) -> set[int]:
+    """Processes that run in a folder, as their children do where they do not leave it."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if Path(os.readlink(place / "cwd")) == cwd and "Z" not in state(place):
+                found.add(int(place.name))
+        except OSError:
+            # It ended in between.
+            continue
+    return found
+
+
+def state(process: Path) -> str:
+    return (process / "stat").read_text("utf-8").rpartition(")")[2].split()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="processes are looked up in /proc")
+def test_a_stopped_joblib_sweep_leaves_no_worker_and_no_open_file(tmp_path: Path) -> None:
+    words = ["-m", *SMALL, "layer=1,2,3", "hydra.sweep.dir=sweep", "intervention.n_prompts=300"]
+    words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "saexp", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while len(list(tmp_path.glob("sweep/*/metrics.json"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert len(processes_in(tmp_path)) >= 3
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 143, err[-2000:]
+    assert err.splitlines()[-1] == f"saexp: stopped by SIGTERM; {KEPT}"
+    assert "Traceback" not in err
+    assert "sweep: 3 cells: 2 stopped, 1 not run" in out.splitlines()
+    assert (tmp_path / "sweep/sweep.html").is_file()
+    while left := processes_in(tmp_path):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+    assert_nothing_is_left_open(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_cell_that_submitit_requeues_goes_on_and_the_sweep_finishes(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", *SMALL, "layer=1", "hydra.sweep.dir=sweep", "intervention.n_prompts=60"]
+    words += ["hydra/launcher=submitit_local", "tracker=jsonl"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "saexp", *words],
+        cwd=tmp_path,
+        env={**os.environ, "SUBMITIT_PREEMPT_SIGNAL": "USR1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not list(tmp_path.glob("sweep/*/metrics.json")):
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        jobs = [p for p in processes_in(tmp_path) if "submitit.core._submit" in words_of(p)]
+        assert len(jobs) == 1
+        # SLURM's way to end a job; submitit, which requeues it, lets it pass.
+        os.kill(jobs[0], signal.SIGTERM)
+        os.kill(jobs[0], signal.SIGUSR1)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, err[-2000:]
+    assert "sweep: 1 cells: 1 finished" in out.splitlines()
+    (cell,) = tmp_path.glob("sweep/0_*")
+    assert not (cell / "error.txt").exists()
+    about = json.loads((cell / "provenance.json").read_text())
+    assert about["command"].startswith("python -m saexp -m tracker=none")
+    events = [json.loads(line) for line in (cell / "tracker.jsonl").read_text().splitlines()]
+    assert [e["exit_code"] for e in events if e["event"] == "finish"] == [1, 0]
+    assert json.loads((cell / "metrics.json").read_text())["collection/tokens_forwarded"] == 0
+    (log,) = tmp_path.glob("sweep/.submitit/*/*_0_log.err")
+    assert "Bypassing signal SIGTERM" in log.read_text()
+    assert_nothing_is_left_open(tmp_path)
+
+
+def words_of(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
