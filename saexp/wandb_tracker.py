@@ -82,6 +82,10 @@ class WandbTracker(NullTracker):
         self.online = False
         self.outage = False
         """Whether the run is offline only because the server did not answer."""
+        self._about: dict[str, Any] = {}
+        self._logged: list[_Content] = []
+        """Of an online run, what it takes to record it again offline."""
+        self._failure: Exception | None = None
 
     def start(
         self,
@@ -100,7 +104,7 @@ class WandbTracker(NullTracker):
                 f"{typed}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
                 "first, or type tracker.mode=offline"
             )
-        about = {
+        self._about = {
             "project": self.cfg.project,
             "entity": self.cfg.entity,
             "group": self.cfg.group or group,
@@ -112,10 +116,10 @@ class WandbTracker(NullTracker):
         }
         mode = asked or ("online" if has_key() else "offline")
         if mode != "online":
-            self._open(mode, about)
-        elif self._server() in _unreachable or not self._open_online(about):
+            self._open(mode)
+        elif self._server() in _unreachable or not self._open_online():
             self.outage = True
-            self._open("offline", about)
+            self._open("offline")
 
     def _server(self) -> str:
         return os.environ.get("WANDB_BASE_URL", "")
@@ -133,28 +137,28 @@ class WandbTracker(NullTracker):
         known = self.wandb.Settings.model_fields
         return self.wandb.Settings(**{k: v for k, v in values.items() if k in known})
 
-    def _open(self, mode: str, about: Mapping[str, Any]) -> None:
+    def _open(self, mode: str) -> None:
         """Open a run that needs no server."""
         try:
-            self.run = self.wandb.init(**about, mode=mode, settings=self._settings())
+            self.run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
         except (self.wandb.errors.UsageError, ValueError) as error:
             raise self._refusal(brief(error)) from error
         except Exception as error:
             log.warning("W&B records nothing of this run: %s", brief(error))
-            self._restart_if_ended()
 
-    def _open_online(self, about: Mapping[str, Any]) -> bool:
+    def _open_online(self) -> bool:
         """Open a run on the server; False, after one warning, where it does not answer.
 
         Raises ConfigError where the server refuses the key, the entity or the project.
         """
         authentication = self.wandb.errors.AuthenticationError
         try:
-            self.run = self.wandb.init(**about, mode="online", settings=self._settings())
+            self.run = self.wandb.init(**self._about, mode="online", settings=self._settings())
         except (authentication, self.wandb.errors.UsageError, ValueError) as error:
             raise self._refusal(brief(error)) from error
         except Exception as error:
-            status = None if "Timed out" in str(error) else self._status()
+            answered = isinstance(error, self.wandb.errors.CommError)
+            status = self._status() if answered and "Timed out" not in str(error) else None
             if status in (200, 401, 403):
                 answer = f"HTTP {status}: " if status != 200 else ""
                 raise self._refusal(f"{answer}{brief(error)}") from error
@@ -165,10 +169,11 @@ class WandbTracker(NullTracker):
                 reason,
             )
             self._give_up()
+            if not answered:
+                self._replace_service()
             return False
         self.online = True
-        # W&B would ask the server about each table in the thread that logs it, and wait.
-        self.run._settings.mode = "offline"
+        _log_artifacts_without_asking(self.run)
         return True
 
     def _refusal(self, reason: str) -> ConfigError:
@@ -204,81 +209,131 @@ class WandbTracker(NullTracker):
 
     def metrics(self, values: Metrics) -> None:
         """Numbers go to the run's summary and history."""
-        self._log({k: v for k, v in values.items() if v is not None and not math.isnan(v)})
+        known = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
+        self._log(lambda: known)
 
     def table(self, name: str, table: Any) -> None:
         """A W&B table."""
-        # W&B takes pandas' own missing value for a type of its own; None it knows.
-        plain = table.astype(object).where(table.notna(), None)
-        # Rows as lists: from a DataFrame W&B looks every value up by itself, ten times slower.
-        content = self.wandb.Table(
-            columns=list(plain.columns),
-            data=plain.to_numpy().tolist(),
-            optional=table.isna().any().tolist(),
-            allow_mixed_types=True,
-        )
-        self._log({f"tables/{name}": content})
+
+        def content() -> dict[str, Any]:
+            # W&B takes pandas' own missing value for a type of its own; None it knows.
+            plain = table.astype(object).where(table.notna(), None)
+            # Rows as lists: from a DataFrame W&B looks every value up, ten times slower.
+            converted = self.wandb.Table(
+                columns=list(plain.columns),
+                data=plain.to_numpy().tolist(),
+                optional=table.isna().any().tolist(),
+                allow_mixed_types=True,
+            )
+            return {f"tables/{name}": converted}
+
+        self._log(content)
 
     def figure(self, name: str, figure: Any) -> None:
         """An interactive W&B figure."""
-        self._log({f"figures/{name}": self.wandb.Plotly(figure)})
+        self._log(lambda: {f"figures/{name}": self.wandb.Plotly(figure)})
 
-    def _log(self, values: Mapping[str, Any]) -> None:
-        if self.run is not None:
+    def _log(self, content: "_Content") -> None:
+        if self.run is None:
+            return
+        if self.online:
+            self._logged.append(content)
+        if self._failure is not None:
+            return
+        values = content()
+        try:
             self.run.log(values)
+        except Exception as error:
+            if not (self.online and _service_ended()):
+                raise
+            self._failure = error
 
     def finish(self, exit_code: int) -> None:
         """Finish the run with its exit code; what could not be uploaded is left to wandb sync."""
-        run, self.run = self.run, None
-        if run is None:
+        if self.run is None:
             return
-        # Of a run that is not finished; W&B shows both paths below its own folder.
-        folder = os.path.relpath(Path(run.dir).parent)
-        limit = _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS) + _GRACE_SECONDS
-        bounded = self.online and limit > _GRACE_SECONDS
-        error = _within(limit if bounded else None, lambda: run.finish(exit_code=exit_code))
-        if error is not None:
-            log.warning(
-                "W&B did not take all of this run (%s); the run goes on, and all of it is in its "
-                "folder; to upload it type: wandb sync %s",
-                *(brief(error), folder),
-            )
-            if self.online:
-                self._give_up()
-            self._restart_if_ended()
-        elif self.outage:
-            log.warning(
-                "W&B: this run is recorded offline; to upload it type: wandb sync %s", folder
-            )
+        folder, limit = Path(self.run.dir).parent, None
+        if self.online and (seconds := _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)):
+            limit = seconds + _GRACE_SECONDS
+        error, ended_by_wandb = _within(limit, lambda: self.run.finish(exit_code=exit_code))
+        if error is None and not self.outage:
+            return
+        if error is None:
+            log.warning("W&B: this run is recorded offline; %s", _sync(folder))
+            return
+        if not self.online:
+            raise error
+        self._give_up()
+        if not (ended_by_wandb and self._failure is None):
+            folder = self._record_offline(exit_code)
+        log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
+
+    def _record_offline(self, exit_code: int) -> Path:
+        """Record an online run again, whose own file may lack what W&B's process still held."""
+        run, self.run = self.run, None
+        self._replace_service()
+        self._open("offline")
+        if self.run is None:
+            return Path(run.dir).parent
+        for content in self._logged:
+            # What W&B cannot show was reported when it was logged first.
+            with suppress(Exception):
+                self.run.log(content())
+        self.run.finish(exit_code=exit_code)
+        return Path(self.run.dir).parent
+
+    def _replace_service(self) -> None:
+        """Let W&B start a new process where its old one is gone."""
+        if _service_ended():
+            _within(_GRACE_SECONDS, self.wandb.teardown)
 
     def _give_up(self) -> None:
-        """Later runs of this process do not wait for the server, and neither does its end."""
+        """Later runs of this process do not wait for the server, and neither does its exit."""
         _unreachable.add(self._server())
         _limit_exit()
 
-    def _restart_if_ended(self) -> None:
-        """Let a later run have a new process of W&B where this one's has ended."""
-        process = _service()
-        if process is not None and process.poll() is not None:
-            _within(_GRACE_SECONDS, self.wandb.teardown)
+
+_Content = Callable[[], Mapping[str, Any]]
+"""Makes what a run logs at once; W&B's tables can be logged once only."""
 
 
-def _within(seconds: float | None, call: Callable[[], Any]) -> BaseException | None:
-    """Run `call`, at most so long: None, its error, or a TimeoutError while it still runs."""
-    errors: list[BaseException] = []
+def _sync(folder: Path) -> str:
+    return f"to upload it type: wandb sync {os.path.relpath(folder)}"
+
+
+def _log_artifacts_without_asking(run: Any) -> None:
+    """Leave a table's upload to W&B's process.
+
+    Online, W&B asks the server about each table in the thread that logs it, for up to 30 s.
+    """
+    log_artifact, settings = run.log_artifact, run._settings
+
+    def log_as_offline(*args: Any, **options: Any) -> Any:
+        mode, settings.mode = settings.mode, "offline"
+        try:
+            return log_artifact(*args, **options)
+        finally:
+            settings.mode = mode
+
+    run.log_artifact = log_as_offline
+
+
+def _within(seconds: float | None, call: Callable[[], Any]) -> tuple[Exception | None, bool]:
+    """The error of `call` (a TimeoutError after `seconds`), and whether the call has ended."""
+    errors: list[Exception] = []
 
     def attempt() -> None:
         try:
             call()
-        except BaseException as error:
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return TimeoutError(f"no answer within {seconds:g} s")
-    return errors[0] if errors else None
+        return TimeoutError(f"no answer within {seconds:g} s"), False
+    return (errors[0] if errors else None), True
 
 
 def _service() -> Any:
@@ -289,6 +344,15 @@ def _service() -> Any:
     for name in ("_singleton", "_connection", "_proc", "_process"):
         found = getattr(found, name, None)
     return found
+
+
+def _service_ended() -> bool:
+    """Whether W&B's process is gone, which a server's odd answers can do."""
+    process = _service()
+    try:
+        return process is not None and process.wait(_GRACE_SECONDS) is not None
+    except subprocess.TimeoutExpired:
+        return False
 
 
 @cache
@@ -314,5 +378,6 @@ def _limit_exit() -> None:
     @atexit.register
     def end() -> None:
         service.put(_service())
+        wandb.termsetup(wandb.Settings(silent=True), None)
         with suppress(BaseException):
             wandb.teardown()

@@ -1,0 +1,172 @@
+"""W&B that is set up but does not answer stops no run, fails none, and delays none for long."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.faults.injection import Said, digests_of_results, one_line
+from tests.e2e.faults.wandb_server import (
+    EMPTY,
+    ERROR,
+    GARBAGE,
+    GOOD,
+    HANG,
+    REFUSE,
+    UNAUTHORIZED,
+    Server,
+    wandb_server,
+)
+from tests.reports.left import _wandb_run
+
+SMALL = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+DELAY_SECONDS = 30
+"""10 s are promised on an idle machine."""
+OUTAGES = [(REFUSE, None), (HANG, None), (ERROR, None), (GARBAGE, None)]
+MIDWAY = [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
+"""W&B's own process ends by a panic where an answer is empty."""
+
+
+class Runs:
+    """Runs of `python -m saexp` that share a cache, and the results without a tracker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.n = folder, 0
+        began = time.monotonic()
+        _, expected = self.run({}, "tracker=none")
+        self.seconds, self.expected = time.monotonic() - began, digests_of_results(expected)
+
+    def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
+        self.n += 1
+        place = self.folder / f"run{self.n}"
+        place.mkdir()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        command = [sys.executable, "-m", "saexp", *words, *SMALL]
+        done = subprocess.run(
+            [*command, "cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"],
+            cwd=place,
+            env={**environment, **env},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        return Said(done.returncode, done.stdout, done.stderr), place
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("outages"))
+
+
+def environment(server: Server) -> dict[str, str]:
+    return {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+
+
+def recorded(place: Path) -> list[Path]:
+    return sorted(place.rglob("*run-*/*.wandb"))
+
+
+def hints(said: Said) -> list[str]:
+    return re.findall(r"wandb sync (\S+)", said.out + said.err)
+
+
+@pytest.mark.parametrize(("mode", "later"), [*OUTAGES, *MIDWAY])
+def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | None) -> None:
+    with wandb_server(mode, later) as server:
+        began = time.monotonic()
+        said, place = runs.run(environment(server), "tracker=wandb")
+        seconds = time.monotonic() - began
+    assert said.code == 0, said
+    assert "Traceback" not in said.out + said.err
+    assert seconds < runs.seconds + DELAY_SECONDS
+    results = digests_of_results(place)
+    assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
+    (hint,) = hints(said)
+    (file,) = (place / hint).glob("*.wandb")
+    about = _wandb_run(file)
+    assert about["exit_code"] == 0
+    assert any(key.startswith("tables/latents") for key in about["keys"])
+    answers = (said.out + said.err).count("W&B does not answer")
+    assert answers == (mode != GOOD)
+
+
+def test_a_server_that_answers_needs_no_hint(runs: Runs) -> None:
+    with wandb_server(GOOD) as server:
+        said, place = runs.run(environment(server), "tracker=wandb")
+    assert said.code == 0, said
+    assert not hints(said)
+    assert "saexp.wandb_tracker][WARNING" not in said.out + said.err
+    assert any("media/table/tables/latents" in path for path in server.requests)
+    assert _wandb_run(recorded(place)[0])["exit_code"] == 0
+
+
+def test_a_refused_key_is_one_line_before_any_work(runs: Runs) -> None:
+    with wandb_server(UNAUTHORIZED) as server:
+        said, place = runs.run(environment(server), "tracker=wandb")
+    message = one_line(said)
+    assert message.startswith(
+        "tracker=wandb: W&B refuses the run (HTTP 401: user is not logged in)"
+    )
+    assert not (place / "metrics.json").exists()
+
+
+def test_a_sweep_waits_for_an_unreachable_server_once(runs: Runs) -> None:
+    with wandb_server(HANG) as server:
+        said, place = runs.run(environment(server), "-m", "layer=0,1,2", "tracker=wandb")
+        n_asked = server.requests.count("/graphql")
+    assert said.code == 0, said
+    assert "3 finished" in said.out
+    assert (said.out + said.err).count("W&B does not answer") == 1
+    assert n_asked == 1
+    # Three cells and the sweep's own run.
+    offline = [f for f in recorded(place) if f.parent.name.startswith("offline-")]
+    assert len(offline) == len(set(hints(said))) == 4
+
+
+def test_offline_by_configuration_gives_no_hint(runs: Runs) -> None:
+    with wandb_server(HANG) as server:
+        words = ["tracker=wandb", "tracker.mode=offline"]
+        said, place = runs.run(environment(server), *words)
+    assert said.code == 0, said
+    assert server.requests == []
+    assert not hints(said)
+    assert len(recorded(place)) == 1
+
+
+LOGGING = """
+import sys, time
+from pathlib import Path
+import pandas as pd, plotly.graph_objects as go
+from saexp.config import TrackerConfig
+from saexp.tracking import start
+cfg, folder = TrackerConfig(name="wandb"), Path(sys.argv[1])
+run = start(cfg, folder=folder, config={}, name="n", job_type="train", group=None)
+began = time.monotonic()
+for step in range(2000):
+    run.metrics({"train/step": step})
+for n in range(3):
+    run.table(f"t{n}", pd.DataFrame({"latent": range(2000)}))
+    run.figure(f"f{n}", go.Figure(go.Scatter(x=[1], y=[n])))
+run.finish(0)
+print(time.monotonic() - began)
+"""
+
+
+def test_logging_never_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
+    with wandb_server(GOOD, HANG) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", LOGGING, str(tmp_path)],
+            env={**os.environ, "WANDB_MODE": "online", **environment(server)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < DELAY_SECONDS
+    offline = next(f for f in recorded(tmp_path) if f.parent.name.startswith("offline-"))
+    assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
