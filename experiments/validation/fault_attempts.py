@@ -24,7 +24,6 @@ from fault_works import (
     rows_computed,
     tokens_forwarded,
 )
-from tests.e2e.faults.wandb_server import ERROR, GARBAGE, GOOD, HANG, REFUSE, wandb_server
 
 from tests.e2e.faults.injection import (
     Said,
@@ -43,6 +42,7 @@ from tests.e2e.faults.injection import (
     truncate,
     wrong_shape,
 )
+from tests.e2e.faults.wandb_server import ERROR, GARBAGE, GOOD, HANG, REFUSE, wandb_server
 
 SHARED = ("steering", "collecting", "labels")
 """Kinds of work that identical commands at once divide among them."""
