@@ -273,7 +273,8 @@ def full_disk(bench: Bench, rng: random.Random, name: str) -> Outcome:
 def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
     """A cache folder that cannot be written, with everything in it or empty: computing goes on."""
     work, whole = WORKS[name], bench.of(name)
-    filled = rng.random() < 0.5
+    # Collecting has no other product than the cache, so it stops where it cannot write one.
+    filled = rng.random() < 0.5 or name == "collecting"
     cwd = bench.fresh(work)
     with small_disk(cwd / "cache", 2**16) as disk:
         if filled:

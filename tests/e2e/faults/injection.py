@@ -222,12 +222,13 @@ class Started(NamedTuple):
 def start(
     words: Sequence[str],
     cwd: Path,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     output: Path | None = None,
 ) -> Started:
     """Begin a command in a fork of the server, with stdout and stderr as files of `output`.
 
-    `output` is a new folder beside `cwd` where it is not given.
+    `output` is a new folder beside `cwd` where it is not given. Variables of `env` that are None
+    are removed.
     """
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
