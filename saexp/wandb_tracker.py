@@ -137,10 +137,16 @@ class WandbTracker(NullTracker):
         known = self.wandb.Settings.model_fields
         return self.wandb.Settings(**{k: v for k, v in values.items() if k in known})
 
+    def _init(self, mode: str) -> Any:
+        run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
+        # W&B notes what is imported later: an import would fail where its process is gone.
+        run._unregister_telemetry_import_hooks(run.id)
+        return run
+
     def _open(self, mode: str) -> None:
         """Open a run that needs no server."""
         try:
-            self.run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
+            self.run = self._init(mode)
         except (self.wandb.errors.UsageError, ValueError) as error:
             raise self._refusal(brief(error)) from error
         except Exception as error:
@@ -153,7 +159,7 @@ class WandbTracker(NullTracker):
         """
         authentication = self.wandb.errors.AuthenticationError
         try:
-            self.run = self.wandb.init(**self._about, mode="online", settings=self._settings())
+            self.run = self._init("online")
         except (authentication, self.wandb.errors.UsageError, ValueError) as error:
             raise self._refusal(brief(error)) from error
         except Exception as error:

@@ -11,6 +11,7 @@ import pytest
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build
+from saexp.tracking import Guarded, NullTracker
 from saexp.wandb_tracker import has_key
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
@@ -63,6 +64,37 @@ def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     assert has_key()
+
+
+def test_a_netrc_that_cannot_be_read_as_text_holds_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_bytes(b"\xff\xfe\x00\x80")
+    (tmp_path / ".netrc").mkdir()
+    assert not has_key()
+
+
+class _Broken(NullTracker):
+    """Fails at everything but its start."""
+
+    def metrics(self, values: object) -> None:
+        raise RuntimeError(f"no room for {values}")
+
+    def finish(self, exit_code: int) -> None:
+        raise OSError(f"no end with {exit_code}")
+
+
+def test_errors_of_a_started_tracker_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Guarded(_Broken(TrackerConfig(name="broken")), "broken")
+    tracker.metrics({"a": 1})
+    tracker.metrics({"a": 2})
+    tracker.table("latents", TABLE)
+    tracker.finish(0)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("tracker=broken did not record metrics (no room for {'a': 1}); the")
 
 
 def test_an_unknown_mode_is_refused() -> None:

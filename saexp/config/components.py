@@ -281,7 +281,7 @@ class TrackerConfig:
     group: str | None = None
     """W&B group; a sweep's folder name where not given."""
     mode: str | None = None
-    """online, offline or disabled; offline where no key is set."""
+    """online, offline or disabled; offline where no key is set or no server answers."""
 
 
 @dataclass(kw_only=True)
