@@ -26,12 +26,12 @@ _SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 def folders(cache_dir: str | Path) -> list[Path]:
     """Every folder of a store, readable or not, the one used longest ago first."""
-    found = [
+    there = [
         folder
         for folder in Path(cache_dir).glob("activations/*")
         if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
     ]
-    return sorted(found, key=lambda folder: (last_used(folder), folder.name))
+    return sorted(there, key=lambda folder: (last_used(folder), folder.name))
 
 
 def stores(cache_dir: str | Path) -> list[ActivationStore]:

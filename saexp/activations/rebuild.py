@@ -28,15 +28,15 @@ _CHUNK_BYTES = 2**22
 
 def shard_files(folder: Path) -> list[tuple[Hookpoint, Path]]:
     """Every file that is named as a shard of a hookpoint, in order."""
-    found = []
+    files = []
     for file in sorted(folder.glob("layer_*/*.safetensors")):
         try:
             hookpoint = Hookpoint.parse(file.parent.name)
         except (ModelError, ValueError):
             continue
         if file.stem.isdecimal() and file.is_file():
-            found.append((hookpoint, file))
-    return found
+            files.append((hookpoint, file))
+    return files
 
 
 def sound_manifest(folder: Path, fresh: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -65,9 +65,9 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
     files = shard_files(folder)
     proven = []
     for hookpoint, file in files:
-        found = _proven(file, folder.name, hookpoint)
-        if found is not None:
-            proven.append((hookpoint, file, *found))
+        proof = _proven(file, folder.name, hookpoint)
+        if proof is not None:
+            proven.append((hookpoint, file, *proof))
     # Of one store all are the same, unless it was made anew with other ones before.
     sizes = Counter(label.shard_rows for _, _, label, _ in proven)
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]

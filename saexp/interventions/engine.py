@@ -250,13 +250,13 @@ def _check_finite(
     bad = (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist()
     for row in (rows[i] for i in bad):
         text = model.tokenizer.decode(row.ids)[-60:]
-        found = f"NaN or Inf in the logits of {model.name} after the prompt that ends '{text}'"
-        found = " ".join(f"{found}, in {str(model.dtype).removeprefix('torch.')}".split())
+        problem = f"NaN or Inf in the logits of {model.name} after the prompt that ends '{text}'"
+        problem = " ".join(f"{problem}, in {str(model.dtype).removeprefix('torch.')}".split())
         wider = "" if model.dtype == torch.float32 else "try dtype=float32, or "
         if not row.active:
-            raise ModelError(f"{found}: {wider}look at the model's weights")
+            raise ModelError(f"{problem}: {wider}look at the model's weights")
         if generating:
-            raise InterventionError(f"{found}, under intervention: {wider}a smaller coefficient")
+            raise InterventionError(f"{problem}, under intervention: {wider}a smaller coefficient")
 
 
 @torch.inference_mode()

@@ -27,11 +27,11 @@ def why_unreadable(error: BaseException) -> str:
 def check_depth(config: Path, name: str) -> None:
     """Raise ModelError for a config.json that asks for more blocks than any model has."""
     try:
-        found = json.loads(config.read_text("utf-8"))
+        content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         # Reported when it is loaded.
         return
-    holders = [found, found.get("text_config")] if isinstance(found, dict) else []
+    holders = [content, content.get("text_config")] if isinstance(content, dict) else []
     for holder in (h for h in holders if isinstance(h, dict)):
         for key in _DEPTHS:
             value = holder.get(key)
@@ -54,8 +54,8 @@ def check_sizes(config: Any, name: str) -> None:
 
 def shards_in(index: Path) -> list[str]:
     """Names of the files that an index of weights lists. Raises ValueError where it is damaged."""
-    found = json.loads(index.read_text("utf-8"))
-    listed = found.get("weight_map") if isinstance(found, dict) else None
+    content = json.loads(index.read_text("utf-8"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index.name} has no weight_map")
     names = list(listed.values())

@@ -107,23 +107,23 @@ class Config:
 def read_config(file: Path) -> Config:
     """The settings in a JSON file. Raises SAEError where it is damaged or holds something else."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        values = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SAEError(f"{file} is no JSON ({brief(str(error), 120)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise SAEError(f"{file} is no JSON object")
-    return Config(found, file)
+    return Config(values, file)
 
 
 def read_yaml(file: Path) -> Config:
     """The settings in a YAML file; raises as `read_config`."""
     try:
-        found = yaml.safe_load(file.read_text("utf-8"))
+        values = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SAEError(f"{file} is no YAML ({brief(str(error), 120)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise SAEError(f"{file} is no YAML mapping")
-    return Config(found, file)
+    return Config(values, file)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
