@@ -5,6 +5,7 @@ Numbers and truth values are no secrets: reports compute with them, and they sta
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -49,7 +50,9 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises OmegaConf's errors for a variable that is not set.
     """
-    content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    # OmegaConf takes no subclass of dict, which a saved run's content is.
+    plain = json.loads(json.dumps(config))
+    content = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
