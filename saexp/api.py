@@ -143,6 +143,8 @@ def _run(
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
+        note_pages(context, pages)
+        finished.record(cfg, context, key)
     except BaseException as error:
         shown = cannot_write_run(error, place) or error
         write_error(place, masked(f"{type(shown).__name__}: {shown}\n"))
@@ -153,11 +155,7 @@ def _run(
         if shown is error:
             raise
         raise shown from error
-    try:
-        note_pages(context, pages)
-        finished.record(cfg, context, key)
-    finally:
-        tracker.finish(0)
+    tracker.finish(0)
     result.path = place
     return result
 
