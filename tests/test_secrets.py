@@ -105,6 +105,17 @@ def test_cells_whose_sae_comes_from_the_environment_are_matched(
     assert (folder / "sweep/latent_matches.parquet").is_file(), said.err[-2000:]
 
 
+def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEXP_TEST_PROJECT", "of-the-group")
+    words = ["-m", *SMALL, "tracker=wandb", "hydra.sweep.dir=sweep"]
+    said = command(folder, *words, "tracker.project=${oc.env:SAEXP_TEST_PROJECT}")
+    assert said.code == 0, said.err[-2000:]
+    (own,) = folder.glob("sweep/wandb/offline-run-*/*.wandb")
+    assert b"of-the-group" in own.read_bytes()
+
+
 def test_the_fingerprint_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     word = "+dataset.options.token=${oc.env:SAEXP_TEST_SECRET}"
     first = fingerprint(saexp.compose([word]))

@@ -102,7 +102,7 @@ class _Damaging(JsonlTracker):
     """Damages the run's provenance, as a disk may, before the run is recorded."""
 
     def metrics(self, values: object) -> None:
-        self.path.with_name("provenance.json").write_text("{")
+        self.path.with_name("provenance.json").write_text(f"{{{values}")
 
 
 def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> None:
