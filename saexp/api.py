@@ -3,6 +3,7 @@
 import datetime
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,6 +36,9 @@ from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 
+_composing = threading.Lock()
+"""Hydra composes one config at a time in a process."""
+
 _ALWAYS_RUN = ("collect", "cache")
 """Tasks whose product is the cache: whether there is anything to do, the cache itself tells."""
 
@@ -50,7 +54,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     register_schema()
     words = list(map(without_plus, overrides))
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        with _composing, initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
             words = with_free_keys(words)
             return to_run_config(hydra_compose("config", overrides=words))
     except Exception as error:
@@ -143,6 +147,8 @@ def _run(
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
         _track(tracker, result)
+        note_pages(context, pages)
+        finished.record(cfg, context, key)
     except BaseException as error:
         shown = cannot_write_run(error, place) or error
         write_error(place, masked(f"{type(shown).__name__}: {shown}\n"))
@@ -153,11 +159,7 @@ def _run(
         if shown is error:
             raise
         raise shown from error
-    try:
-        note_pages(context, pages)
-        finished.record(cfg, context, key)
-    finally:
-        tracker.finish(0)
+    tracker.finish(0)
     result.path = place
     return result
 

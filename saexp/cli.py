@@ -92,6 +92,8 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
     sweep = Path(about.sweep.dir) if about.mode == RunMode.MULTIRUN else None
     folder = Path(about.runtime.output_dir)
     report_once()
+    # Hydra may drop the exception of a signal that comes while it composes.
+    raise_if_stopped()
     (folder / "error.txt").unlink(missing_ok=True)
     try:
         cfg = to_run_config(raw)

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from saexp.stopping import raise_if_stopped
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,11 @@ class RunContext:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage and log a line when it is done."""
+        """Time a stage and log a line when it is done.
+
+        None begins after a signal to stop, whatever became of the exception that the signal raised.
+        """
+        raise_if_stopped()
         began = time.perf_counter()
         try:
             yield

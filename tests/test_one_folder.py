@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 import saexp
 from saexp.errors import StoreError
 from saexp.tasks.holding import LOCK, holding, reserved_cell
+from saexp.tasks.sweep import running
 from tests.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
@@ -171,3 +173,20 @@ def test_a_folder_on_a_file_system_without_locks_is_held_all_the_same(
             holding(tmp_path / "run").__enter__()
         with holding(tmp_path / "run"):
             pass
+
+
+def test_configs_are_composed_in_several_threads() -> None:
+    with ThreadPoolExecutor(4) as threads:
+        layers = list(threads.map(lambda n: saexp.compose([f"layer={n % 5}"]).layer, range(12)))
+    assert layers == [n % 5 for n in range(12)]
+
+
+def test_a_sweep_that_cannot_begin_is_none_of_the_next_command(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sweep/plan.json/in_the_way").mkdir(parents=True)
+    (tmp_path / "sweep/0_of_an_earlier_sweep/.hydra").mkdir(parents=True)
+    said = command(tmp_path, "-m", "layer=1,2", "tracker=none", "hydra.sweep.dir=sweep")
+    assert said.code == 1
+    assert "plan.json: Is a directory" in said.err
+    assert running() is None

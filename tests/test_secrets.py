@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,14 @@ TOKENS = [
     "+dataset.options.short=${oc.env:SAEXP_TEST_SHORT}",
     "+dataset.options.deep={a: ['${oc.decode:${oc.env:SAEXP_TEST_SECRET}}']}",
     "+dataset.options.again='x-${dataset.options.token}'",
+    "+dataset.options.whole='${oc.decode:${oc.env:SAEXP_TEST_WHOLE}}'",
 ]
 TYPED = {
     "token": "${oc.env:SAEXP_TEST_SECRET}",
     "short": "${oc.env:SAEXP_TEST_SHORT}",
     "deep": {"a": ["${oc.decode:${oc.env:SAEXP_TEST_SECRET}}"]},
     "again": "x-${dataset.options.token}",
+    "whole": "${oc.decode:${oc.env:SAEXP_TEST_WHOLE}}",
 }
 
 
@@ -44,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             file.write(json.dumps({**row, "group": ("known", "unknown")[i % 2]}) + "\n")
     monkeypatch.setenv("SAEXP_TEST_SECRET", SECRET)
     monkeypatch.setenv("SAEXP_TEST_SHORT", SHORT)
+    monkeypatch.setenv("SAEXP_TEST_WHOLE", f"{{a: {SECRET}, b: [{SHORT}]}}")
     monkeypatch.setenv("SAEXP_TEST_FOLDER", str(data))
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "work").mkdir()
@@ -101,6 +105,17 @@ def test_cells_whose_sae_comes_from_the_environment_are_matched(
     assert (folder / "sweep/latent_matches.parquet").is_file(), said.err[-2000:]
 
 
+def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEXP_TEST_PROJECT", "of-the-group")
+    words = ["-m", *SMALL, "tracker=wandb", "hydra.sweep.dir=sweep"]
+    said = command(folder, *words, "tracker.project=${oc.env:SAEXP_TEST_PROJECT}")
+    assert said.code == 0, said.err[-2000:]
+    (own,) = folder.glob("sweep/wandb/offline-run-*/*.wandb")
+    assert b"of-the-group" in own.read_bytes()
+
+
 def test_the_fingerprint_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     word = "+dataset.options.token=${oc.env:SAEXP_TEST_SECRET}"
     first = fingerprint(saexp.compose([word]))
@@ -156,3 +171,46 @@ def test_numbers_and_short_words_of_the_environment_change_no_other_text(
     assert stored["analyzer"]["alpha"] == 0.01
     assert stored["sae"]["name"] == "tiny"
     assert masked("a tiny model") == "a tiny model"
+
+
+CHOICES = {
+    "analyzer.name": "top_features",
+    "analyzer.options.by": "frequency",
+    "intervention.name": "steer",
+    "intervention.outcomes.0": "neutral_kl",
+    "dataset.groups.0": "well_known",
+    "sae.stream": "resid_post",
+}
+
+
+def test_names_that_reports_look_up_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in CHOICES.items():
+        monkeypatch.setenv(f"SAEXP_{key.replace('.', '_')}", value)
+    typed = {key: f"${{oc.env:SAEXP_{key.replace('.', '_')}}}" for key in CHOICES}
+    words = ["analyzer=top_features"]
+    words += [f"{k[:-2]}=['{v}']" if k.endswith(".0") else f"{k}={v}" for k, v in typed.items()]
+    cfg = saexp.compose(words)
+    stored = as_typed(asdict(cfg))
+    for key, value in CHOICES.items():
+        found: Any = stored
+        for part in key.split("."):
+            found = found[int(part) if part == "0" else part]
+        assert found == value
+    assert masked("layer_2.resid_post") == "layer_2.resid_post"
+
+
+def test_a_message_quotes_the_setting_and_not_one_that_repeats_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SAEXP_TEST_MODEL", "models/of-nobody-else")
+    saexp.compose(["model.name=${oc.env:SAEXP_TEST_MODEL}"])
+    assert masked("no models/of-nobody-else") == "no ${oc.env:SAEXP_TEST_MODEL}"
+
+
+def test_a_report_has_the_columns_that_the_environment_chose(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEXP_TEST_BY", "frequency")
+    words = ["analyzer=top_features", "analyzer.options.by=${oc.env:SAEXP_TEST_BY}"]
+    said = command(folder, *SMALL, *words, "tracker=none", "hydra.run.dir=run")
+    assert said.code == 0, said.err[-2000:]

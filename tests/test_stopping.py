@@ -8,11 +8,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from saexp.config import TrackerConfig
+from saexp.context import RunContext
 from saexp.stopping import Stopped, exit_code, message, raise_if_stopped, stoppable
+from saexp.tracking import NullTracker
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -104,6 +109,16 @@ class _Slow:
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         wait()
+
+
+def test_no_stage_begins_after_a_signal_whose_exception_was_dropped(tmp_path: Path) -> None:
+    context = RunContext(tmp_path, NullTracker(TrackerConfig(name="none")))
+    with stoppable():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped), context.stage("collect"):
+            pytest.fail("the stage began")
+    assert context.seconds == {}
 
 
 def test_a_signal_inside_a_destructor_is_not_lost() -> None:

@@ -8,10 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+import saexp
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
-from saexp.registry import build
-from saexp.tracking import Guarded, NullTracker
+from saexp.registry import build, register
+from saexp.tracking import Guarded, JsonlTracker, NullTracker
 from saexp.wandb_tracker import has_key
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
@@ -95,6 +96,24 @@ def test_errors_of_a_started_tracker_are_one_warning(caplog: pytest.LogCaptureFi
     tracker.finish(0)
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("tracker=broken did not record metrics (no room for {'a': 1}); the")
+
+
+class _Damaging(JsonlTracker):
+    """Damages the run's provenance, as a disk may, before the run is recorded."""
+
+    def metrics(self, values: object) -> None:
+        self.path.with_name("provenance.json").write_text(f"{{{values}")
+
+
+def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> None:
+    register("tracker", "damaging")(_Damaging)
+    words = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+    words += ["tracker=jsonl", "tracker.name=damaging", f"cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(ValueError, match="Expecting"):
+        saexp.run(saexp.compose(words), tmp_path / "run")
+    events = (tmp_path / "run/tracker.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(events[-1]) == {"event": "finish", "exit_code": 1}
+    assert (tmp_path / "run/error.txt").read_text("utf-8").startswith("JSONDecodeError: ")
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -1,12 +1,15 @@
 """Values that a config takes from the environment by `${oc.env:NAME}`: a run uses them, and what it
 leaves on disk or sends to a tracker holds the interpolation as it was typed.
 
-Numbers and truth values are no secrets: reports compute with them, and they stay as they are.
+Numbers and truth values are no secrets: reports compute with them, and they stay as they are. The
+same holds for settings that choose one of several names, by which reports find columns and words.
 """
 
 import contextlib
+import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,16 @@ _SHORTEST = 8
 """Characters of a value that is replaced wherever a text quotes it; a shorter one, such as `gpu`,
 only where it is the whole value of its setting."""
 
+_CHOICES = re.compile(
+    r"(task|dataset|positions|analyzer|intervention|sae_trainer|tracker)\.name"
+    r"|intervention\.(?!where_options).+|task\.streams.*|sae\.stream|analyzer\.options\.by"
+    r"|dataset\.(groups|entity_types).*|((model|sae|store)\.)?(device|dtype)"
+)
+"""Settings whose values are names that reports look up."""
+
 _settings: dict[tuple[str, str], str] = {}
-"""(key, value) -> as typed, of all texts in configs composed so far; the last one counts."""
+"""(key, value) -> as typed, of all texts in configs composed so far, and of lists and mappings that
+come from the environment as a whole (as JSON); the last one counts."""
 _quotable: dict[str, str] = {}
 """Value -> as typed, of values long enough to be replaced in texts."""
 
@@ -49,7 +60,9 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises OmegaConf's errors for a variable that is not set.
     """
-    content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    # OmegaConf takes no subclass of dict, which a saved run's content is.
+    plain = json.loads(json.dumps(config))
+    content = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -79,16 +92,37 @@ def _remember(cfg: DictConfig | ListConfig, prefix: str, read: dict[str, str]) -
         with contextlib.suppress(OmegaConfBaseException):
             value = None if typed == "???" else cfg[key]
             if isinstance(value, DictConfig | ListConfig):
-                _remember(value, f"{path}.", read)
+                if not read:
+                    _remember(value, f"{path}.", read)
+                    continue
+                # By `oc.decode`: its parts are in no place of their own, as typed.
+                value = OmegaConf.to_container(value, resolve=True)
+            if isinstance(value, str | dict | list) and read and not _CHOICES.fullmatch(path):
+                _settings[path, _text(value)] = typed
+                _note_quotable(value, typed, read)
             elif isinstance(value, str):
-                _settings[path, value] = typed if read else value
-                if read:
-                    _note_quotable(value, typed, read)
+                _settings[path, value] = value
 
 
-def _note_quotable(value: str, typed: str, read: dict[str, str]) -> None:
-    texts = {**{v: f"${{oc.env:{name}}}" for name, v in read.items()}, value: typed}
-    _quotable.update({text: shown for text, shown in texts.items() if len(text) >= _SHORTEST})
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _note_quotable(value: Any, typed: str, read: dict[str, str]) -> None:
+    texts = {text: f"${{oc.env:{name}}}" for name, text in read.items()}
+    texts |= dict.fromkeys(_texts_in(value), typed)
+    for text, shown in texts.items():
+        # A setting that repeats another one would be shown as `${model.name}`.
+        if len(text) >= _SHORTEST and ("oc.env" in shown or text not in _quotable):
+            _quotable[text] = shown
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
 
 
 def as_typed(config: Any, prefix: str = "") -> Any:
@@ -105,10 +139,12 @@ def as_typed(config: Any, prefix: str = "") -> Any:
 
 def _as_typed(value: Any, path: str) -> Any:
     value = str(value) if isinstance(value, Path) else value
-    if not isinstance(value, str):
-        return as_typed(value, f"{path}.")
-    typed = _settings.get((path, value))
-    return masked(value) if typed is None else typed
+    if not isinstance(value, str | dict | list | tuple):
+        return value
+    typed = _settings.get((path, _text(value)))
+    if isinstance(value, str):
+        return masked(value) if typed is None else typed
+    return as_typed(value, f"{path}.") if typed is None else typed
 
 
 def masked(text: str) -> str:

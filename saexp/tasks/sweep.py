@@ -69,9 +69,12 @@ def _reserve(folder: Path) -> None:
 @contextmanager
 def _ending_the_process() -> Iterator[None]:
     """One line and exit code 1: of a callback's Exception Hydra only warns, and goes on."""
+    global _sweep
     try:
         yield
     except StoreError as error:
+        # What this process runs next is not taken for the sweep that could not begin.
+        _sweep = None
         sys.stderr.write(f"saexp: {error}\n")
         raise SystemExit(1) from error
 
@@ -238,17 +241,15 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     """One last run in the sweep's group that holds the table and the figures."""
-    import yaml
-
     from saexp import tracking
     from saexp.config import TrackerConfig
 
     composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
     if composed is None:
         return
-    raw = yaml.safe_load(composed.read_text("utf-8"))
+    settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
     tracker = tracking.start(
-        TrackerConfig(**raw["tracker"]),
+        TrackerConfig(**settings),
         # W&B's own process may have begun in another folder.
         folder=folder.resolve(),
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
