@@ -213,6 +213,25 @@ def test_a_damaged_row_is_reported_once_and_replaced(
     assert "2 of 300 rows damaged (wrong checksum)" in record.getMessage()
 
 
+@pytest.mark.parametrize("cause", ["read-only", "locked"])
+def test_damaged_rows_that_cannot_be_removed_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    path = stored(tmp_path)
+    keys = [key for key, _ in results()]
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("update checked_results set value = x'00' where key = ?", (keys[0],))
+    monkeypatch.setattr(database, "TIMEOUT_SECONDS", 0.1)
+    with closing(ResultCache(tmp_path, {})) as cache, closing(sqlite3.connect(path)) as other:
+        if cause == "locked":
+            other.execute("begin immediate")
+        else:
+            cache.database.writable = False
+        assert [len(cache.get(keys)) for _ in range(3)] == [N_ROWS - 1] * 3
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == f"{path} has damaged rows; they are computed again"
+
+
 def test_rows_that_are_there_are_not_written_again(tmp_path: Path) -> None:
     stored(tmp_path)
     cache = ResultCache(tmp_path, {})
