@@ -20,18 +20,31 @@ _CHECKSUM, _CHECKED = "sha256", "checked"
 written. Those of earlier versions have neither."""
 
 
-def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
-    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not.
+def intact(
+    file: Path, entry: Mapping[str, Any], *, hashed: bool, reported: set[str] | None = None
+) -> bool:
+    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not,
+    unless that is in `reported`.
 
     The checksum is looked at only where `hashed`.
     """
-    if not file.is_file() or file.stat().st_size != entry["bytes"]:
-        log.warning("%s is missing or truncated and counts as not collected", file)
-        return False
-    if hashed and read_sha256(file) != entry["sha256"]:
-        log.warning("%s is damaged (checksum) and counts as not collected", file)
-        return False
-    return True
+    try:
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            problem = "is missing or truncated"
+        elif hashed and read_sha256(file) != entry["sha256"]:
+            problem = "is damaged (checksum)"
+        else:
+            # One that is not hashed must be readable, too.
+            file.open("rb").close()
+            return True
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    line = f"{file} {problem} and counts as not collected"
+    if reported is None or line not in reported:
+        log.warning("%s", line)
+    if reported is not None:
+        reported.add(line)
+    return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
