@@ -14,7 +14,7 @@ from saexp import files
 from saexp.errors import StoreError
 from saexp.interventions import database
 from saexp.interventions.cache import ResultCache
-from tests.disks import read_only
+from tests.disks import obeying_permissions, read_only
 from tests.e2e.faults.injection import small_disk
 from tests.interventions.sharing_child import PATIENCE_SECONDS, server
 
@@ -101,6 +101,17 @@ def test_without_a_database_in_a_read_only_folder_nothing_is_stored(tmp_path: Pa
         assert cache.get(KEYS) == {}
         cache.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_folder_that_may_not_be_entered_nothing_is_stored(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "cache").parent
+    folder.chmod(0)
+    try:
+        with obeying_permissions(), closing(ResultCache(folder, {})) as cache:
+            cache.put(results())
+            assert cache.get(KEYS) == {}
+    finally:
+        folder.chmod(0o755)
 
 
 def test_a_disk_that_becomes_read_only_is_reported_once(
