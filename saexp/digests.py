@@ -91,8 +91,11 @@ def _persist() -> None:
     temporary = _persisted.with_name(f".{_REMEMBERED}.{time.time_ns()}")
     with suppress(OSError):
         _persisted.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(_persisted)
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(_persisted)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def content_name(path: Path) -> str:

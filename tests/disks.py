@@ -1,5 +1,6 @@
 """File systems of tests: read-only ones."""
 
+import ctypes
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,29 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+_CAPABILITY_VERSION = 0x20080522
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1 << 1, 1 << 2
+
+
+@contextmanager
+def obeying_permissions() -> Iterator[None]:
+    """Let permissions of files hold for root too, in this thread and those that it starts.
+
+    The test is skipped where Linux' calls for it are absent.
+    """
+    if not hasattr(ctypes.CDLL(None), "capset"):
+        pytest.skip("needs capset")
+    libc = ctypes.CDLL(None)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    # Effective, permitted and inheritable ones, the lower 32 first.
+    held = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, held) == 0
+    fewer = (ctypes.c_uint32 * 6)(*held)
+    fewer[0] &= ~(_DAC_OVERRIDE | _DAC_READ_SEARCH)
+    assert libc.capset(header, fewer) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0

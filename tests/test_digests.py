@@ -81,6 +81,12 @@ def test_large_files_are_remembered_by_later_processes(
     persisted.write_bytes(b"\xff\xfe")
     monkeypatch.setattr(digests, "_known", {})
     assert file_sha256(file) == of(b"one")
+    # What cannot be put in place leaves nothing behind.
+    persisted.unlink()
+    persisted.mkdir()
+    monkeypatch.setattr(digests, "_known", {})
+    assert file_sha256(file) == of(b"one")
+    assert list(persisted.parent.iterdir()) == [persisted]
 
 
 def test_only_names_that_are_hashes_stand_for_content(tmp_path: Path) -> None:

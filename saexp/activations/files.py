@@ -15,22 +15,36 @@ from saexp.models.hookpoints import Hookpoint
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_CHECKSUM = "sha256"
-"""In a manifest: the digest of all else in it. Those of earlier versions have none."""
+_CHECKSUM, _CHECKED = "sha256", "checked"
+"""In a manifest: the digest of what `_checked` returns, and the shards that were listed when it was
+written. Those of earlier versions have neither."""
 
 
-def intact(file: Path, entry: Mapping[str, Any], *, hashed: bool) -> bool:
-    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not.
+def intact(
+    file: Path, entry: Mapping[str, Any], *, hashed: bool, reported: set[str] | None = None
+) -> bool:
+    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not,
+    unless that is in `reported`.
 
     The checksum is looked at only where `hashed`.
     """
-    if not file.is_file() or file.stat().st_size != entry["bytes"]:
-        log.warning("%s is missing or truncated and counts as not collected", file)
-        return False
-    if hashed and read_sha256(file) != entry["sha256"]:
-        log.warning("%s is damaged (checksum) and counts as not collected", file)
-        return False
-    return True
+    try:
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            problem = "is missing or truncated"
+        elif hashed and read_sha256(file) != entry["sha256"]:
+            problem = "is damaged (checksum)"
+        else:
+            # One that is not hashed must be readable, too.
+            file.open("rb").close()
+            return True
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    line = f"{file} {problem} and counts as not collected"
+    if reported is None or line not in reported:
+        log.warning("%s", line)
+    if reported is not None:
+        reported.add(line)
+    return False
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -51,8 +65,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write a manifest with its checksum, whole or not at all; returns what was written."""
-    content = {key: value for key, value in manifest.items() if key != _CHECKSUM}
-    sealed = {**content, _CHECKSUM: digest_of(content)}
+    listed = {name: sorted(shards) for name, shards in manifest["hookpoints"].items()}
+    content = {**manifest, _CHECKED: listed}
+    sealed = {**content, _CHECKSUM: digest_of(_checked(content))}
     if (folder / MANIFEST).is_dir():
         remove_manifest(folder)
     write_json(folder / MANIFEST, sealed)
@@ -94,10 +109,31 @@ def _problem(manifest: dict[str, Any]) -> str | None:
         for entry in joined.values()
     ):
         return "joined has an entry without file, bytes or sha256"
-    content = {key: value for key, value in manifest.items() if key != _CHECKSUM}
-    if _CHECKSUM in manifest and manifest[_CHECKSUM] != digest_of(content):
-        return "checksum"
-    return None
+    return None if _has_right_checksum(manifest) else "checksum"
+
+
+def _checked(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest's checksum is of.
+
+    Left out is what an earlier version of saexp, which knows of no checksum, may add to it: entries
+    of further shards and of joined files, which are compared with the files.
+    """
+    content = {k: v for k, v in manifest.items() if k not in (_CHECKSUM, "joined")}
+    content["hookpoints"] = {
+        name: {shard: manifest["hookpoints"][name][shard] for shard in shards}
+        for name, shards in manifest[_CHECKED].items()
+    }
+    return content
+
+
+def _has_right_checksum(manifest: Mapping[str, Any]) -> bool:
+    """Also where it has none, as those of earlier versions."""
+    if _CHECKSUM not in manifest and _CHECKED not in manifest:
+        return True
+    try:
+        return manifest.get(_CHECKSUM) == digest_of(_checked(manifest))
+    except (LookupError, TypeError, AttributeError):
+        return False
 
 
 def _problem_of_shards(manifest: dict[str, Any]) -> str | None:

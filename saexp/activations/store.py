@@ -25,7 +25,7 @@ from saexp.activations.repeats import Repeats, StoredValues
 from saexp.activations.shards import Label, ShardWriter
 from saexp.digests import read_sha256
 from saexp.errors import StoreError
-from saexp.files import locked, write_table
+from saexp.files import CACHE, locked, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class ActivationStore(Marked):
         self.manifest = manifest
         self.verify = verify
         self._sound: set[tuple[str, int, str]] = set()
+        self._reported: set[str] = set()
+        """What was said of files that are not sound."""
         self._rows: pd.DataFrame | None = None
         self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
@@ -91,6 +93,16 @@ class ActivationStore(Marked):
             "shard_rows": shard_rows,
             "hookpoints": {},
         }
+        for place in (folder.parent, folder):
+            try:
+                # Both permissions are needed: to list it, and to enter it.
+                os.scandir(place).close()
+                os.stat(place / "rows.parquet")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                reason = f"{place} cannot be read ({error.strerror})"
+                raise StoreError(f"{reason}; choose another {CACHE}") from error
         if folder.is_dir() and not os.access(folder, os.W_OK):
             store = cls(folder, sound_manifest(folder, fresh)[0])
             store.show(rows)
@@ -184,7 +196,7 @@ class ActivationStore(Marked):
 
     def _intact(self, file: Path, entry: Mapping[str, Any]) -> bool:
         hashed = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
-        return intact(file, entry, hashed=hashed)
+        return intact(file, entry, hashed=hashed, reported=self._reported)
 
     def missing(
         self, hookpoints: Sequence[Hookpoint], shards: Sequence[int] | None = None

@@ -6,6 +6,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class ResultCache:
         """That of the database when `get` last read it."""
         self._unwritten: list[tuple[bytes, bytes, bytes]] = []
         """Rows that could not be written because the file was locked."""
+        self._damage_reported = False
+        """Whether damaged rows that cannot be removed were reported."""
 
     @cached_property
     def _start(self) -> Any:
@@ -114,9 +117,13 @@ class ResultCache:
             connection.executemany(f"delete from {TABLE} where rowid = ?", damaged)
             return len(damaged), len(sound)
 
-        n_damaged, n_rows = self.database.write(remove) or (0, 0)
+        n_damaged = n_rows = 0
+        with suppress(LockedError):
+            n_damaged, n_rows = self.database.write(remove) or (0, 0)
         if not n_rows:
-            log.warning("%s has damaged rows; they are computed again", self.path)
+            if not self._damage_reported:
+                log.warning("%s has damaged rows; they are computed again", self.path)
+            self._damage_reported = True
         elif n_damaged:
             log.warning(
                 "%s: %d of %s damaged (wrong checksum); what this run needs of them is computed "

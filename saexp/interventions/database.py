@@ -168,7 +168,8 @@ class Database:
                 if connection is not None:
                     connection.close()
                 reason = error
-        if self.path.exists():
+        # Not the path's own method, which raises in a folder that may not be entered.
+        if os.path.exists(self.path):
             log.warning("%s cannot be read, nor rebuilt here: %s", self.path, reason)
         return self._memory()
 
@@ -179,7 +180,7 @@ class Database:
         return connection
 
     def _is_damage(self, error: sqlite3.Error) -> bool:
-        if _code(error) in _DAMAGED or self.path.is_dir():
+        if _code(error) in _DAMAGED or os.path.isdir(self.path):
             return True
         # While it is opened: tables of other columns.
         return self._connection is None and _code(error) == sqlite3.SQLITE_ERROR

@@ -235,19 +235,19 @@ def _prefill(
             use_cache=use_cache or cache is not None,
             **_keeping(model, n_last),
         )
-    _check_finite(model, rows, out.logits[:, -1], generating=use_cache)
+    # NaN is the largest to amax; a model may give some tokens -inf.
+    _check_finite(model, rows, out.logits[:, -1].amax(-1), generating=use_cache)
     return _Pass(
         out.logits[:, -n_last:], out.past_key_values, mask, positions[:, width - window :], change
     )
 
 
 def _check_finite(
-    model: LanguageModel, rows: Sequence[Row], logits: Float[Tensor, "b V"], *, generating: bool
+    model: LanguageModel, rows: Sequence[Row], highest: Float[Tensor, " b"], *, generating: bool
 ) -> None:
-    """Raise ModelError where logits after a prompt are NaN or infinite with nothing changed, and
-    InterventionError where an intervention makes them so and the argmax would hide it."""
-    # NaN is the largest to amax; a model may give some tokens -inf.
-    bad = (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist()
+    """Raise ModelError where a row's highest logit is NaN or infinite with nothing changed, and
+    InterventionError where an intervention makes it so and the argmax would hide it."""
+    bad = (~highest.isfinite()).nonzero()[:, 0].tolist()
     for row in (rows[i] for i in bad):
         text = model.tokenizer.decode(row.ids)[-60:]
         problem = f"NaN or Inf in the logits of {model.name} after the prompt that ends '{text}'"
@@ -321,8 +321,10 @@ def greedy_tokens(
     """
     for row, n in zip(rows, n_last, strict=True):
         assert 1 <= n <= len(row.ids), f"{n} tokens asked of a row of {len(row.ids)}"
-    found = last_logits(model, rows, saes, max(n_last)).argmax(-1).tolist()
-    return [tokens[-n:] for tokens, n in zip(found, n_last, strict=True)]
+    highest, found = last_logits(model, rows, saes, max(n_last)).max(-1)
+    for row, values, n in zip(rows, highest, n_last, strict=True):
+        _check_finite(model, [row] * n, values[-n:], generating=True)
+    return [tokens[-n:] for tokens, n in zip(found.tolist(), n_last, strict=True)]
 
 
 @torch.inference_mode()
@@ -407,4 +409,7 @@ def _decode(
                 **keep_one,
             )
         cache, logits = out.past_key_values, out.logits[:, -1]
+        unfinished = [rows[i] for i in alive[~finished].tolist()]
+        highest = logits.amax(-1)[(~finished).to(model.device)]
+        _check_finite(model, unfinished, highest, generating=True)
     return [row[row >= 0].tolist() for row in said]

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 STALLED_SECONDS = 600.0
 """The rows of a living process that has finished none for so long are free."""
+SILENT_SECONDS = 30.0
+"""A waiting process that has not written for so long gets no rows; one that lives writes again."""
+_SIGN_SECONDS = 5.0
+"""How often a process that waits shows that it lives, as marks of other hosts may not show it."""
 _POLL_SECONDS = 0.1
 _CHECK_SECONDS = 1.0
 """How often a process' mark is looked at."""
@@ -129,7 +133,7 @@ class _Claims:
         self._lease = Lease.take(cache.path.parent) if cache.database.writable else None
         self._owner = self._lease.path.name if self._lease else ""
         self._steps = 0
-        self._read_at = -math.inf
+        self._read_at = self._listed_at = -math.inf
         self._seen: dict[str, tuple[int, float]] = {}
         """Of other processes: number of steps, and when that was first seen."""
         self._looked_at: dict[str, float] = {}
@@ -179,11 +183,13 @@ class _Claims:
             self._waiting_reported = True
 
     def _list(self, connection: Connection, keys: Sequence[bytes], asks: str) -> None:
-        """Write this process' row, unless it is there."""
+        """Write this process' row, unless it is there and new enough."""
         row = (self._owner, _numbers(keys).tobytes(), asks)
         same = "select 1 from claims where owner = ? and keys = ? and asks = ?"
-        if connection.execute(same, row).fetchall():
+        is_new = time.monotonic() - self._listed_at < _SIGN_SECONDS
+        if is_new and connection.execute(same, row).fetchall():
             return
+        self._listed_at = time.monotonic()
         self._steps += 1
         connection.execute(
             "insert or replace into claims (owner, keys, asks, steps) values (?, ?, ?, ?)",
@@ -240,7 +246,8 @@ class _Claims:
         others = []
         for owner, keys, steps, asks in connection.execute(query, (self._owner,)).fetchall():
             is_row = isinstance(keys, bytes) and _MARK.fullmatch(str(owner)) is not None
-            if is_row and self._lives(owner) and not (keys and self._stands_still(owner, steps)):
+            computes = bool(keys)
+            if is_row and self._lives(owner) and not self._stands_still(owner, steps, computes):
                 numbers = np.frombuffer(keys[: len(keys) // 8 * 8], dtype=np.uint64)
                 others.append(_Other(owner, numbers, asks))
                 continue
@@ -257,18 +264,20 @@ class _Claims:
             self._looked_at[owner] = now
         return True
 
-    def _stands_still(self, owner: str, steps: int) -> bool:
+    def _stands_still(self, owner: str, steps: int, computes: bool) -> bool:
+        limit = STALLED_SECONDS if computes else SILENT_SECONDS
         now = time.monotonic()
         seen, since = self._seen.get(owner, (None, now))
         if seen != steps:
             self._seen[owner] = steps, now
             return False
-        if now - since <= STALLED_SECONDS:
+        if now - since <= limit:
             return False
-        log.warning(
-            "%s has finished no row for %.0f s; its rows are computed here",
-            *(process_of(Path(owner)), STALLED_SECONDS),
-        )
+        if computes:
+            log.warning(
+                "%s has finished no row for %.0f s; its rows are computed here",
+                *(process_of(Path(owner)), limit),
+            )
         return True
 
 

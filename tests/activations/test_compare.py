@@ -107,7 +107,7 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
     # As a store of an earlier version has it.
     for name in ("dataset_settings", "positions_settings", "begins_with_bos"):
         del opened.manifest["about"][name]
-    del opened.manifest["sha256"]
+    del opened.manifest["sha256"], opened.manifest["checked"]
     (opened.path / "manifest.json").write_text(json.dumps(opened.manifest), encoding="utf-8")
     assert told(random, last) == [
         "positions: random, n=2, 6 rows (positions) and last, 3 rows (positions)"

@@ -25,7 +25,7 @@ from tests.activations.collecting import (
     placed,
     run,
 )
-from tests.disks import read_only
+from tests.disks import obeying_permissions, read_only
 from tests.random_models import random_hf, random_lm, save
 
 SHARD_ROWS = 9
@@ -215,3 +215,31 @@ def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_pa
     (store.path / "layer_1.resid_post").write_text("not a folder")
     message = message_of(lambda: run(model, tmp_path))
     assert message.startswith(f"cannot write {store.path}/layer_1.resid_post/00000.safetensors: ")
+
+
+def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, tmp_path, caplog):
+    store, _ = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    shard.chmod(0)
+    with caplog.at_level(logging.WARNING), obeying_permissions():
+        again, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert stats.tokens_forwarded > 0
+    assert caplog.messages == [
+        f"{shard} cannot be read (Permission denied) and counts as not collected"
+    ]
+    assert digests(again.path) == expected
+
+
+@pytest.mark.parametrize("place", [".", "..", "layer_1.resid_post"])
+def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, tmp_path, place):
+    folder = run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path / place
+    folder.chmod(0)
+    try:
+        with obeying_permissions():
+            message = message_of(lambda: run(model, tmp_path, shard_rows=SHARD_ROWS))
+    finally:
+        folder.chmod(0o755)
+    assert str(folder.resolve()) in message
+    assert message.endswith("Permission denied; choose another cache_dir=") or message.endswith(
+        "cannot be read (Permission denied); choose another cache_dir="
+    )

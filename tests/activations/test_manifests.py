@@ -106,6 +106,14 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "ingredients of another": change(lambda m: m["ingredients"].update(model="other")),
     "ingredients of a number": change(lambda m: m.update(ingredients=3)),
     "checksum": change(lambda m: m.update(sha256="0" * 64)),
+    "no checksum": change(lambda m: m.pop("sha256")),
+    "an entry that is lost": change(lambda m: m["hookpoints"][POST].pop("00000")),
+    "another checksum of a shard": change(
+        lambda m: m["hookpoints"][POST]["00000"].update(sha256="0" * 64)
+    ),
+    "a list of checked shards": change(lambda m: m.update(checked=[1])),
+    "a number of checked shards": change(lambda m: m.update(checked={POST: 3})),
+    "checked shards of a list": change(lambda m: m.update(checked={POST: [[]]})),
 }
 EVERY = pytest.mark.parametrize("damage", DAMAGES)
 
@@ -189,7 +197,19 @@ def test_a_shard_of_another_store_is_not_taken_over(
 def test_a_manifest_of_an_earlier_version_has_no_checksum(
     folder: Path, model: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change(lambda m: m.pop("sha256"))(folder / "manifest.json")
+    change(lambda m: (m.pop("sha256"), m.pop("checked")))(folder / "manifest.json")
+    _, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
+
+
+def test_an_earlier_version_may_add_shards(
+    folder: Path, model: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = read_manifest(folder)
+    added = whole["hookpoints"].pop(POST)
+    write_manifest(folder, whole)
+    change(lambda m: m["hookpoints"].update({POST: added}))(folder / "manifest.json")
+    change(lambda m: m.update(joined={}))(folder / "manifest.json")
     _, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
     assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
 

@@ -14,7 +14,7 @@ from saexp import files
 from saexp.errors import StoreError
 from saexp.interventions import database
 from saexp.interventions.cache import ResultCache
-from tests.disks import read_only
+from tests.disks import obeying_permissions, read_only
 from tests.e2e.faults.injection import small_disk
 from tests.interventions.sharing_child import PATIENCE_SECONDS, server
 
@@ -101,6 +101,17 @@ def test_without_a_database_in_a_read_only_folder_nothing_is_stored(tmp_path: Pa
         assert cache.get(KEYS) == {}
         cache.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_folder_that_may_not_be_entered_nothing_is_stored(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "cache").parent
+    folder.chmod(0)
+    try:
+        with obeying_permissions(), closing(ResultCache(folder, {})) as cache:
+            cache.put(results())
+            assert cache.get(KEYS) == {}
+    finally:
+        folder.chmod(0o755)
 
 
 def test_a_disk_that_becomes_read_only_is_reported_once(
@@ -211,6 +222,25 @@ def test_a_damaged_row_is_reported_once_and_replaced(
         cache.close()
     (record,) = caplog.records
     assert "2 of 300 rows damaged (wrong checksum)" in record.getMessage()
+
+
+@pytest.mark.parametrize("cause", ["read-only", "locked"])
+def test_damaged_rows_that_cannot_be_removed_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    path = stored(tmp_path)
+    keys = [key for key, _ in results()]
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("update checked_results set value = x'00' where key = ?", (keys[0],))
+    monkeypatch.setattr(database, "TIMEOUT_SECONDS", 0.1)
+    with closing(ResultCache(tmp_path, {})) as cache, closing(sqlite3.connect(path)) as other:
+        if cause == "locked":
+            other.execute("begin immediate")
+        else:
+            cache.database.writable = False
+        assert [len(cache.get(keys)) for _ in range(3)] == [N_ROWS - 1] * 3
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line == f"{path} has damaged rows; they are computed again"
 
 
 def test_rows_that_are_there_are_not_written_again(tmp_path: Path) -> None:

@@ -123,6 +123,37 @@ def test_an_error_gives_up_what_is_claimed(tmp_path: Path, error: BaseException)
     cache.close()
 
 
+def waiting_elsewhere(cache: ResultCache) -> str:
+    """A killed process of another host, which asked for rows; its mark counts for a day."""
+    owner = "otherhost-12-00ab.lock"
+    (cache.path.parent / FOLDER).mkdir()
+    (cache.path.parent / FOLDER / owner).touch()
+    insert = "insert into claims values (?, x'', 3, 'host-1-00cd.lock')"
+    cache.database.write(lambda c: c.execute(insert, (owner,)) and None)
+    return owner
+
+
+@pytest.mark.parametrize("silent_seconds", [0.0, 60.0])
+def test_a_process_that_waits_gets_rows_only_while_it_shows_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_seconds: float
+) -> None:
+    monkeypatch.setattr("saexp.interventions.sharing.SILENT_SECONDS", silent_seconds)
+    cache = ResultCache(tmp_path, {})
+    owner = waiting_elsewhere(cache)
+    items = {cache.key("row", (n,)): n for n in range(64)}
+    sizes = []
+
+    def compute(numbers: list[int]) -> Generator[list[tuple[int, np.ndarray]], None, None]:
+        sizes.append(len(numbers))
+        yield [(n, np.ones(1)) for n in numbers]
+
+    assert sum(len(batch.results) for batch in shared(cache, items, compute)) == 64
+    # Rows that it is left are taken in the end, too.
+    assert sizes == ([32, 32] if not silent_seconds else [32, 16, 8, 4, 2, 1, 1])
+    assert [row[0] for row in claims(tmp_path)] == ([owner] if silent_seconds else [])
+    cache.close()
+
+
 def test_damaged_claims_hold_nobody_up(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path, {})
     (tmp_path / "victim").write_text("content")

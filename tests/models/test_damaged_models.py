@@ -14,7 +14,7 @@ from saexp.config import ModelConfig
 from saexp.data.prompts import as_read
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.computing import generate
-from saexp.interventions.engine import last_logits
+from saexp.interventions.engine import greedy_tokens, last_logits
 from saexp.interventions.ops import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -250,3 +250,15 @@ def test_an_intervention_that_overflows_is_reported_where_the_argmax_hides_it() 
     assert bool(last_logits(model, rows)[1].isnan().any())
     with pytest.raises(InterventionError, match="in float32, under intervention: a smaller coeff"):
         generate(model, rows, max_new_tokens=2, batch_tokens=100)
+
+
+def test_an_overflow_that_begins_with_generated_tokens_is_reported() -> None:
+    model, ids = random_lm("llama"), tuple(tokenizer()("The player Fenlet").input_ids)
+    much = Add(Hookpoint(1, "resid_post"), Vector(torch.full((D_MODEL,), 3e38)), 1e3)
+    row = Row(ids, (much,), generated=True)
+    message = "Fenlet', in float32, under intervention: a smaller coefficient"
+    with pytest.raises(InterventionError, match=message):
+        generate(model, [row], max_new_tokens=2, batch_tokens=100)
+    # Where a guess of its text is checked, too.
+    with pytest.raises(InterventionError, match="under intervention"):
+        greedy_tokens(model, [row.followed_by([5, 6])], {}, [2])
