@@ -45,9 +45,10 @@ COLUMNS: tuple[str, ...] = (
     "failures",
     "lost",
     "wrong",
+    "rounded",
     "seconds",
 )
-COUNTS = COLUMNS[2:8]
+COUNTS = COLUMNS[2:-1]
 BAD = ("failures", "lost", "wrong")
 Row = dict[str, Any]
 _SIGTERM_EVERY = 5
