@@ -18,7 +18,6 @@ from fault_works import (
     Bench,
     Finished,
     Undisturbed,
-    below,
     finished,
     lasting,
     rows_computed,
@@ -33,6 +32,7 @@ from tests.e2e.faults.injection import (
     edit_json_number,
     edit_table_value,
     empty,
+    equal_up_to_rounding,
     flip_byte,
     garbage,
     kill_after,
@@ -86,7 +86,9 @@ class Outcome:
     lost: str = ""
     """What was finished before was computed again."""
     wrong: str = ""
-    """Results differ from undisturbed ones and nothing says so."""
+    """Results differ from undisturbed ones."""
+    rounded: str = ""
+    """Numbers differ in their last digits, as rows were computed again in another batch."""
 
 
 def failed(said: Said, code: int = 0) -> str:
@@ -110,10 +112,27 @@ def _end(text: str) -> str:
     return " | ".join(lines[-3:])[-400:]
 
 
-def differences(expected: dict[str, str], there: dict[str, str]) -> str:
-    """Names of the files whose content is not as expected."""
-    names = sorted(n for n in {*expected, *there} if expected.get(n) != there.get(n))
-    return f"differ: {', '.join(names[:4])}" if names else ""
+def compared(whole: Undisturbed, cwd: Path, run: str | None = None) -> dict[str, str]:
+    """`wrong` and `rounded` of an outcome: files that are not as an undisturbed run leaves them.
+
+    All of them, or those of the folder `run` alone.
+    """
+    there, expected = lasting(digests_of_results(cwd)), whole.digests
+    if run is not None:
+        there = {k: v for k, v in there.items() if k.startswith(f"{run}/")}
+        expected = {
+            f"{run}/{k.removeprefix('run/')}": v
+            for k, v in expected.items()
+            if k.startswith("run/")
+        }
+    wrong, rounded = [], []
+    for name in sorted({*expected, *there}):
+        if expected.get(name) != there.get(name):
+            folder, _, rest = name.partition("/")
+            undisturbed = whole.state / ("run" if folder == run else folder) / rest
+            equal = equal_up_to_rounding(undisturbed, cwd / name)
+            (rounded if equal else wrong).append(name)
+    return {"wrong": ", ".join(wrong[:4]), "rounded": ", ".join(rounded[:4])}
 
 
 # Kills
@@ -146,9 +165,8 @@ def kill(bench: Bench, rng: random.Random, name: str, sig: signal.Signals) -> Ou
     again = bench.run(work)
     if failure := failure or failed(again):
         return Outcome(True, detail, failure)
-    there = lasting(digests_of_results(cwd))
     lost = computed_again(before, cwd, whole, again)
-    return Outcome(True, detail, lost=lost, wrong=differences(whole.digests, there))
+    return Outcome(True, detail, lost=lost, **compared(whole, cwd))
 
 
 def computed_again(before: Finished, cwd: Path, whole: Undisturbed, again: Said) -> str:
@@ -233,11 +251,11 @@ def damage(bench: Bench, rng: random.Random, what: Damage) -> Outcome:
     detail = f"{what.path}: {done}"
     if failure := failed(said):
         return Outcome(True, detail, failure)
-    wrong = differences(whole.run, below(digests_of_results(cwd), "run"))
-    if not wrong and what.path.startswith("run/") and _is_result(file):
+    found = compared(whole, cwd, "run")
+    if not found["wrong"] and what.path.startswith("run/") and _is_result(file):
         content = file.read_bytes() if file.is_file() else b""
-        wrong = f"{what.path} is still damaged" if content == damaged else ""
-    return Outcome(True, detail, wrong=wrong)
+        found["wrong"] = f"{what.path} is still damaged" if content == damaged else ""
+    return Outcome(True, detail, **found)
 
 
 def _is_result(file: Path) -> bool:
@@ -266,8 +284,7 @@ def full_disk(bench: Bench, rng: random.Random, name: str) -> Outcome:
         if failure:
             return Outcome(True, detail, failure)
         lost = computed_again(before, cwd, whole, again)
-        there = lasting(digests_of_results(cwd))
-        return Outcome(said.code != 0, detail, lost=lost, wrong=differences(whole.digests, there))
+        return Outcome(said.code != 0, detail, lost=lost, **compared(whole, cwd))
 
 
 def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
@@ -286,8 +303,8 @@ def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
         failure = failed(said)
         if not (filled or failure or "cannot be written" in said.err):
             failure = f"no warning: {_end(said.err)}"
-        wrong = "" if failure else differences(whole.run, below(digests_of_results(cwd), "run"))
-        return Outcome(True, detail, failure, wrong=wrong)
+        found = {} if failure else compared(whole, cwd, "run")
+        return Outcome(True, detail, failure, **found)
 
 
 # Outages
@@ -308,9 +325,7 @@ def wandb_outage(bench: Bench, rng: random.Random, name: str) -> Outcome:
         failure = f"{seconds:.0f} s instead of {whole.seconds:.0f}"
     if not failure and "wandb sync" not in said.out + said.err:
         failure = f"does not say how to upload the run: {_end(said.err)}"
-    run = below(digests_of_results(cwd), "run")
-    own = {path: digest for path, digest in run.items() if "wandb/" not in path}
-    return Outcome(True, detail, failure, wrong="" if failure else differences(whole.run, own))
+    return Outcome(True, detail, failure, **({} if failure else compared(whole, cwd, "run")))
 
 
 # Several at once
@@ -326,11 +341,11 @@ def at_once(bench: Bench, rng: random.Random, name: str) -> Outcome:
     detail = f"{n} processes"
     if failure := next(filter(None, map(failed, said)), ""):
         return Outcome(True, detail, failure)
-    digests = digests_of_results(cwd)
-    wrong = next(filter(None, (differences(whole.run, below(digests, r)) for r in runs)), "")
+    found = [compared(whole, cwd, run) for run in runs]
+    combined = {key: ", ".join(filter(None, (f[key] for f in found))) for key in found[0]}
     rows, needed = sum(map(rows_computed, said)), rows_computed(whole.said)
     tokens = sum(sum(tokens_forwarded(s).values()) for s in said)
     needed_tokens = sum(tokens_forwarded(whole.said).values())
     lost = [f"{rows} rows computed for {needed}"] if rows > needed else []
     lost += [f"{tokens} tokens forwarded for {needed_tokens}"] if tokens > needed_tokens else []
-    return Outcome(True, detail, lost="; ".join(lost), wrong=wrong)
+    return Outcome(True, detail, lost="; ".join(lost), **combined)

@@ -92,21 +92,11 @@ class Undisturbed:
     digests: dict[str, str]
     said: Said
 
-    @property
-    def run(self) -> dict[str, str]:
-        """Digests of the run's own files, relative to its folder."""
-        return below(self.digests, "run")
-
-
-def below(digests: dict[str, str], folder: str) -> dict[str, str]:
-    """Digests of the files below a folder, relative to it."""
-    prefix = f"{folder}/"
-    return {k.removeprefix(prefix): v for k, v in digests.items() if k.startswith(prefix)}
-
 
 def lasting(digests: dict[str, str]) -> dict[str, str]:
-    """Without checkpoints, which a finished training needs no more."""
-    return {k: v for k, v in digests.items() if not k.startswith("cache/training/")}
+    """Without checkpoints, which a finished training needs no more, and files of W&B."""
+    left_out = ("cache/training/", "run/wandb/")
+    return {k: v for k, v in digests.items() if not k.startswith(left_out)}
 
 
 @dataclass

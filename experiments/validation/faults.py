@@ -45,9 +45,11 @@ COLUMNS: tuple[str, ...] = (
     "failures",
     "lost",
     "wrong",
+    "rounded",
     "seconds",
 )
-COUNTS = COLUMNS[2:7]
+COUNTS = COLUMNS[2:-1]
+BAD = ("failures", "lost", "wrong")
 Row = dict[str, Any]
 _SIGTERM_EVERY = 5
 """Of so many signals one is SIGTERM, the others SIGKILL."""
@@ -135,7 +137,7 @@ def campaign(bench: Bench, wanted: Sequence[Attempt], out: Path, seed: int) -> l
         rows.append(row)
         with file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if any(row[name] for name in COUNTS[2:]):
+        if any(row[name] for name in BAD):
             log.info("%s", json.dumps(row, ensure_ascii=False))
     write(out / "faults.csv", count(rows))
     return rows
@@ -182,6 +184,7 @@ def _row(bench: Bench, attempt: Attempt, seed: int) -> Row | None:
         "failures": outcome.failure,
         "lost": outcome.lost,
         "wrong": outcome.wrong,
+        "rounded": outcome.rounded,
         "detail": outcome.detail,
         "seconds": round(time.monotonic() - began, 2),
     }

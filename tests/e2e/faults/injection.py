@@ -24,6 +24,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -290,9 +291,7 @@ def _content(path: Path) -> bytes | None:
     if not path.is_file() or path.name.startswith(".tmp-"):
         return None
     if path.name == "metrics.json":
-        metrics = json.loads(path.read_text("utf-8"))
-        lasting = {k: v for k, v in metrics.items() if k.rpartition("/")[2] not in _SPENT}
-        return json.dumps(lasting, sort_keys=True).encode()
+        return json.dumps(_lasting_metrics(path), sort_keys=True).encode()
     if path.suffix == ".parquet":
         return table_content(path)
     if path.suffix == ".safetensors" or (path.suffix == ".jsonl" and path.name != "tracker.jsonl"):
@@ -302,13 +301,39 @@ def _content(path: Path) -> bytes | None:
 
 def table_content(path: Path) -> bytes:
     """Names, types and values of a table, without what describes the file that it is in."""
-    table = pq.read_table(path)
-    spent = [name for name in table.column_names if name.rpartition("/")[2] in _SPENT]
-    table = table.drop_columns(spent).replace_schema_metadata(None).combine_chunks()
+    table = _lasting_table(path).replace_schema_metadata(None).combine_chunks()
     stream = pa.BufferOutputStream()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
     return stream.getvalue().to_pybytes()
+
+
+def _lasting_metrics(path: Path) -> dict[str, Any]:
+    metrics = json.loads(path.read_text("utf-8"))
+    return {k: v for k, v in metrics.items() if k.rpartition("/")[2] not in _SPENT}
+
+
+def _lasting_table(path: Path) -> pa.Table:
+    table = pq.read_table(path)
+    spent = [name for name in table.column_names if name.rpartition("/")[2] in _SPENT]
+    return table.drop_columns(spent)
+
+
+def equal_up_to_rounding(one: Path, other: Path) -> bool:
+    """Whether two tables, or two files of metrics, differ in the last digits of floats alone."""
+    if not (one.is_file() and other.is_file()):
+        return False
+    if one.name == "metrics.json":
+        frames = [pd.DataFrame([_lasting_metrics(path)]) for path in (one, other)]
+    elif one.suffix == ".parquet":
+        frames = [_lasting_table(path).to_pandas() for path in (one, other)]
+    else:
+        return False
+    try:
+        pd.testing.assert_frame_equal(*frames, rtol=1e-5, atol=1e-8)
+    except AssertionError:
+        return False
+    return True
 
 
 def one_line(said: Said, code: int = 1) -> str:
