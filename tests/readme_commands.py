@@ -95,6 +95,9 @@ ELSEWHERE = {
     "experiments/validation/run.sh": (
         "tests/e2e/test_inference_table.py::test_a_quick_run_measures_and_goes_on_with_what_is_missing"
     ),
+    "python experiments/validation/faults.py --kills 100 --damages 200 --out outputs/faults": (
+        "tests/e2e/faults/test_campaign.py::test_a_few_attempts_of_every_kind_lose_nothing_and_change_nothing"
+    ),
     "python -m saexp -m experiment=entity_recognition layer=0,1,2,3,4 intervention=none": _STUDY,
     "python -m saexp experiment=entity_recognition layer=2 intervention.n_controls=249": _STUDY,
     "python -m saexp experiment=entity_recognition layer=2 intervention=patch "

@@ -14,7 +14,7 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.digests import digest_of, read_sha256
 from saexp.errors import StoreError
-from saexp.files import RUN_FOLDER, is_writable, write_atomically, write_json
+from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
 from saexp.tasks.contents import (
     code_content,
     data_content,
@@ -207,6 +207,7 @@ def reuse(
     clear(folder, keep)
     # The list of files comes first, so that the next run in this folder removes half a copy.
     for name in sorted(_results(earlier.folder), key=lambda name: name != WRITTEN):
+        _make_subfolder(folder, name)
         copy = functools.partial(_copy, earlier.folder / name)
         write_atomically(folder / name, copy, option=RUN_FOLDER)
     listed = earlier.provenance["files"]
@@ -228,6 +229,17 @@ def reuse(
     write_json(folder / PROVENANCE, sealed(about), option=RUN_FOLDER)
     _index(cfg, _entry(cfg, about["fingerprint"], folder), folder)
     return True
+
+
+def _make_subfolder(folder: Path, name: str) -> None:
+    """The folder of a file such as `sae/cfg.json`, in that of a run."""
+    place = (folder / name).parent
+    if place == folder or not folder.is_dir():
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(place, error, option=RUN_FOLDER) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -104,6 +104,10 @@ def wrong_shape(path: Path, seed: int = 0) -> str:
     shape = random.Random(seed).choice(shapes)
     path.write_text(shape, "utf-8")
     return f"replaced by {shape}"
+
+
+DAMAGES: tuple[Callable[[Path, int], str], ...] = (flip_byte, truncate, empty, delete, garbage)
+"""For every file; JSON files take `edit_json_number` and `wrong_shape` as well."""
 
 
 def edit_table_value(path: Path, seed: int = 0) -> str:
@@ -245,6 +249,8 @@ def start(
 
 def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str | None], output: str) -> None:
     """What the forked process does."""
+    # Ignored where the tests were started with nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
