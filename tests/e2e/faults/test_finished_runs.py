@@ -185,6 +185,8 @@ def test_a_copy_that_was_interrupted_is_no_finished_run(
 ) -> None:
     earlier = finished.find(run.cfg, run.key)
     assert earlier is not None
+    # A run holds its folder before it copies.
+    (tmp_path / "copy").mkdir()
     real = finished.write_atomically
     n_files = len(finished._results(run.folder))
     for n in range(n_files):
