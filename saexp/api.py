@@ -13,26 +13,25 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from saexp import registry, tracking
+from saexp import registry
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.environment import as_typed, masked
-from saexp.config.folder import conf_folder
-from saexp.config.free_form import with_free_keys
 from saexp.config.interventions import PLACES
 from saexp.config.messages import of_composition, one_line
-from saexp.config.run import without_plus
+from saexp.config.run import conf_folder, with_free_keys, without_plus
 from saexp.config.values import one_of
 from saexp.context import RunContext
 from saexp.digests import remember_in
 from saexp.errors import StoreError
 from saexp.files import cannot_write_run, write_error
+from saexp.pipeline import finished
+from saexp.pipeline.run_folder import holding
+from saexp.pipeline.saving import note_pages, page_states
 from saexp.plugins import load_plugins
 from saexp.results import TaskResult, check_result
-from saexp.tasks import finished
-from saexp.tasks.holding import holding
-from saexp.tasks.saving import note_pages, page_states
-from saexp.tasks.sweep import ahead
-from saexp.tracking import Recorder
+from saexp.sweeps.planning import ahead
+from saexp.tracking import trackers
+from saexp.tracking.trackers import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +76,16 @@ def load_sae(source: str | Path, layer: int | None = None, stream: str | None = 
 
 def neuronpedia_url(sae: Any, latent: int) -> str | None:
     """Neuronpedia's page of a latent, by the catalogue's id; None where it has none."""
-    from saexp.saes import neuronpedia
+    from saexp.saes import catalogue
 
-    return neuronpedia.neuronpedia_url(sae, latent)
+    return catalogue.neuronpedia_url(sae, latent)
 
 
 def neuronpedia_list(sae: Any, latents: Sequence[int]) -> str | None:
     """Neuronpedia's list of several latents; None where the catalogue has no id for the SAE."""
-    from saexp.saes import neuronpedia
+    from saexp.saes import catalogue
 
-    return neuronpedia.neuronpedia_list(sae, latents)
+    return catalogue.neuronpedia_list(sae, latents)
 
 
 def open_store(path: str | Path) -> Any:
@@ -128,7 +127,7 @@ def _run(
     key = finished.fingerprint(cfg)
     # What is to be verified is read again, not taken from a run that read it before.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
-        earlier = finished.find(cfg, key, place)
+        earlier = finished.find_finished(cfg, key, place)
         if earlier is not None and finished.reuse(cfg, earlier, place, finished.inputs(cfg)):
             return _reused(cfg, earlier.folder, place, sweep)
     _require_components(cfg)
@@ -200,7 +199,7 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
 
 
 def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
-    return tracking.start(
+    return trackers.start(
         cfg.tracker,
         folder=place,
         config=as_typed(asdict(cfg)),
@@ -218,7 +217,7 @@ def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
     """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
-    tracker = tracking.start(
+    tracker = trackers.start(
         TrackerConfig(**config["tracker"]),
         folder=place,
         config=as_typed(config),
@@ -250,7 +249,7 @@ def read_result(folder: str | Path) -> TaskResult:
     metrics, provenance, tables = dict(saved.metrics), saved.provenance, saved.tables()
     figures = {}
     if "evaluation" in tables:
-        from saexp.reports.evaluation_figures import evaluation_figures
+        from saexp.reports.evaluation import evaluation_figures
 
         figures = evaluation_figures(place)
     elif provenance["config"]["task"]["name"] != "analyze":

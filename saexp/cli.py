@@ -1,8 +1,9 @@
-"""The command line: compose with Hydra, run, say in a few lines what came out."""
+"""The command line: compose with Hydra, run, print the result in a few lines."""
 
 import contextlib
 import dataclasses
 import gc
+import logging
 import os
 import re
 import shlex
@@ -19,13 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from saexp.config import environment, register_schema, to_run_config
-from saexp.config.folder import conf_folder
-from saexp.config.free_form import with_free_keys
 from saexp.config.messages import key_of, of_composition, one_line
-from saexp.config.run import without_plus
+from saexp.config.run import conf_folder, with_free_keys, without_plus
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
-from saexp.log_file import report_once
 from saexp.plugins import FULL_ERROR, explained, wants_traceback
 from saexp.stopping import (
     Stopping,
@@ -37,13 +35,38 @@ from saexp.stopping import (
 )
 
 
+def report_once(logger: logging.Logger | None = None) -> None:
+    """For lines that the log files of a logger (the root) cannot take, have one line on stderr.
+
+    Python prints a traceback for each. Lines after them are written if there is room again.
+    """
+    for handler in (logger or logging.getLogger()).handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = _OneReport(handler)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _OneReport:
+    """Stands in for a handler's `handleError`, which is called while the error is handled."""
+
+    def __init__(self, handler: logging.FileHandler) -> None:
+        self._handler, self._has_reported = handler, False
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            logging.FileHandler.handleError(self._handler, record)
+        elif not self._has_reported:
+            self._has_reported = True
+            sys.stderr.write(f"{self._handler.baseFilename} lacks lines: {error.strerror}\n")
+
+
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
     """Folder of a sweep's cell: its number and overrides, safe as one path component.
 
     What differs between the cells of the sweep (the folder `sweep`) comes first: it must not fall
     to the 120 bytes that a name may have.
     """
-    from saexp.tasks.sweep import swept_keys
+    from saexp.sweeps.planning import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
     ordered = sorted(_as_typed(overrides), key=lambda w: (key_of(w) not in swept, w))
@@ -76,7 +99,7 @@ _traceback_wanted = False
 def _job(raw: DictConfig) -> None:
     about = HydraConfig.get()
     if about.mode == RunMode.MULTIRUN:
-        from saexp.tasks.holding import reserved_cell
+        from saexp.pipeline.run_folder import reserved_cell
 
         with stoppable_cell(), reserved_cell(Path(about.runtime.output_dir)):
             _run(raw, about)
@@ -122,7 +145,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
 def _command(sweep: Path | None) -> str:
     """What was typed; a job of a sweep may have other words in its process (submitit)."""
-    from saexp.reports.cells import read_plan
+    from saexp.reports.saved import read_plan
 
     typed = read_plan(sweep).get("command") if sweep else None
     return typed or f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
@@ -157,7 +180,7 @@ def _summary(result: Any, folder: Path) -> None:
         print(headline(folder))
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
-            from saexp.activations.cache import for_reading
+            from saexp.activations.stores import for_reading
 
             print(for_reading(result.tables["stores"]))
     else:
@@ -195,7 +218,7 @@ def main() -> None:
         with stoppable(_cells_running) as stopping:
             _until_stopped(stopping)
     finally:
-        from saexp.tasks.holding import release_all
+        from saexp.pipeline.run_folder import release_all
 
         release_all()
         if before is None:
@@ -240,9 +263,9 @@ def _guarded() -> None:
 
 def _keep(error: Exception) -> Path | None:
     """A launcher's error with its trace, as a file of the sweep's folder."""
-    from saexp.tasks import sweep
+    from saexp.sweeps import planning
 
-    folder = sweep.running()
+    folder = planning.running()
     if folder is None:
         return None
     path = Path(os.path.relpath(folder)) / "launcher_error.txt"
@@ -256,31 +279,31 @@ def _keep(error: Exception) -> Path | None:
 
 def _of_folder(error: Exception) -> StoreError | None:
     """One line for what Hydra could not write in the folder of this process' run or sweep."""
-    from saexp.tasks import sweep
-    from saexp.tasks.holding import reserved
+    from saexp.pipeline.run_folder import reserved
+    from saexp.sweeps import planning
 
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
         # Of logging, which could not open the log file.
         error = error.__cause__
-    if folder := sweep.running():
+    if folder := planning.running():
         return cannot_write_run(error, folder, option=SWEEP_FOLDER)
     return cannot_write_run(error, reserved() or Path.cwd())
 
 
 def _cells_running() -> bool:
     """Whether cells of this process's sweep are running in other processes."""
-    from saexp.tasks import sweep
-    from saexp.tasks.holding import LOCK
+    from saexp.pipeline.run_folder import LOCK
+    from saexp.sweeps import planning
 
-    folder = sweep.running()
+    folder = planning.running()
     return folder is not None and any(folder.glob(f"*/{LOCK}"))
 
 
 def _end_of_sweep() -> None:
     """Where this was a sweep: its table and report, from whatever cells there are."""
-    from saexp.tasks import sweep
+    from saexp.sweeps import planning
 
-    told = sweep.finish()
+    told = planning.finish()
     if told:
         print(told)
 

@@ -43,7 +43,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "memorization": "saexp.data.datasets:memorization",
         "hf": "saexp.data.datasets:hf",
         "prompt": "saexp.data.datasets:prompt",
-        "wikidata": "saexp.data.wikidata:wikidata",
+        "wikidata": "saexp.labeling.wikidata:wikidata",
     },
     "positions": {
         "entity_last": "saexp.data.positions:EntityLast",
@@ -60,7 +60,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     },
     "analyzer": {
         "contrast": "saexp.analysis.contrast:ContrastAnalyzer",
-        "stats": "saexp.analysis.stats:StatsAnalyzer",
+        "stats": "saexp.analysis.group_statistics:StatsAnalyzer",
         "top_features": "saexp.analysis.top_features:TopFeaturesAnalyzer",
         "probe": "saexp.analysis.probe:ProbeAnalyzer",
         "capability": "saexp.analysis.capability:CapabilityAnalyzer",
@@ -68,12 +68,12 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "intervention": {
         "steer": "saexp.interventions.edits:Steer",
         "clamp": "saexp.interventions.edits:Clamp",
-        "scale": "saexp.interventions.removing:Scale",
-        "ablate": "saexp.interventions.removing:Ablate",
-        "project_out": "saexp.interventions.removing:ProjectOut",
-        "orthogonalize": "saexp.interventions.removing:Orthogonalize",
-        "splice": "saexp.interventions.patching:SpliceIn",
-        "patch": "saexp.interventions.patching:PatchFrom",
+        "scale": "saexp.interventions.edits:Scale",
+        "ablate": "saexp.interventions.edits:Ablate",
+        "project_out": "saexp.interventions.edits:ProjectOut",
+        "orthogonalize": "saexp.interventions.edits:Orthogonalize",
+        "splice": "saexp.interventions.edits:SpliceIn",
+        "patch": "saexp.interventions.edits:PatchFrom",
     },
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",
@@ -92,9 +92,9 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "attention": "saexp.interventions.outcomes:Attention",
     },
     "tracker": {
-        "wandb": "saexp.wandb_tracker:WandbTracker",
-        "jsonl": "saexp.tracking:JsonlTracker",
-        "none": "saexp.tracking:NullTracker",
+        "wandb": "saexp.tracking.wandb:WandbTracker",
+        "jsonl": "saexp.tracking.trackers:JsonlTracker",
+        "none": "saexp.tracking.trackers:NullTracker",
     },
 }
 

@@ -167,7 +167,7 @@ def test_a_cluster_job_that_was_lost(
         "trace: … MemoryError: no room); what was finished is kept, and the same command computes "
         "the rest"
     )
-    monkeypatch.setattr("saexp.tasks.sweep._sweep", tmp_path / "sweep")
+    monkeypatch.setattr("saexp.sweeps.planning._sweep", tmp_path / "sweep")
     (tmp_path / "sweep").mkdir()
     said = refused("-m", "layer=1,2")
     assert "MemoryError: no room; all of it in " in said

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import cache
+from saexp.activations import stores
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.files import locked
@@ -61,7 +61,7 @@ def test_the_listing_says_of_each_store_what_it_is_of(tmp_path: Path) -> None:
     made = [store(tmp_path, "a", days=1), store(tmp_path, "b", days=3, model="other")]
     (tmp_path / "activations/0_damaged").mkdir()
     (tmp_path / "activations/0_damaged/manifest.json").write_text("{")
-    table = cache.listing(tmp_path).set_index("key")
+    table = stores.listing(tmp_path).set_index("key")
     assert table.index.tolist() == [made[1].path.name, made[0].path.name]
     row = table.loc[made[1].path.name]
     assert row[["model", "dataset", "positions", "n_rows", "dtype"]].tolist() == [
@@ -75,22 +75,22 @@ def test_the_listing_says_of_each_store_what_it_is_of(tmp_path: Path) -> None:
 
 
 def test_an_empty_cache_has_a_listing_without_rows(tmp_path: Path) -> None:
-    table = cache.listing(tmp_path / "none")
+    table = stores.listing(tmp_path / "none")
     assert len(table) == 0
     assert {"key", "bytes", "last_used"} <= set(table)
 
 
 def test_stores_are_in_the_order_of_their_last_use_and_opening_uses_one(tmp_path: Path) -> None:
     first, second, third = (store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5)))
-    assert [s.path for s in cache.stores(tmp_path)] == [second.path, third.path, first.path]
+    assert [s.path for s in stores.stores(tmp_path)] == [second.path, third.path, first.path]
     again = ActivationStore.create_or_open(
         tmp_path, second.manifest["ingredients"], second.rows, shard_rows=4
     )
     assert again.path == second.path
-    assert [s.path for s in cache.stores(tmp_path)] == [third.path, first.path, second.path]
+    assert [s.path for s in stores.stores(tmp_path)] == [third.path, first.path, second.path]
     (third.path / USED).unlink()
     os.utime(third.path / "manifest.json", (1, 1))
-    assert cache.last_used(third.path) == 1
+    assert stores.last_used(third.path) == 1
 
 
 def flip(file: Path) -> None:
@@ -105,13 +105,13 @@ def test_verifying_names_every_damaged_shard_and_no_other(
     # Large shards are not hashed when a store is opened.
     monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", 1)
     sound, made = store(tmp_path, "a"), store(tmp_path, "b")
-    assert cache.damaged(made) == []
+    assert stores.damaged(made) == []
     flip(made.path / "layer_1.resid_post/00001.safetensors")
     assert ActivationStore.open(made.path).missing(POSTS) == {}
-    assert cache.damaged(made) == ["layer_1.resid_post/00001"]
+    assert stores.damaged(made) == ["layer_1.resid_post/00001"]
     (made.path / "layer_0.resid_post/00000.safetensors").unlink()
     (sound.path / "rows.parquet").write_bytes(b"PAR1")
-    assert cache.verify([sound, made]) == {
+    assert stores.verify([sound, made]) == {
         sound.path.name: ["rows.parquet"],
         made.path.name: ["layer_0.resid_post/00000", "layer_1.resid_post/00001"],
     }
@@ -119,14 +119,14 @@ def test_verifying_names_every_damaged_shard_and_no_other(
 
 def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
     made = [store(tmp_path, t, days=d, width=5000) for t, d in (("a", 1), ("b", 9), ("c", 5))]
-    sizes = [cache.size(s.path) for s in made]
+    sizes = [stores.size(s.path) for s in made]
     room = f"{sum(sizes) * 0.99 / 1000}kB"
-    pruned = cache.prune(tmp_path, max_size=room, max_age=None)
+    pruned = stores.prune(tmp_path, max_size=room, max_age=None)
     assert (pruned.removed, pruned.kept) == ([made[1].path.name], {})
     assert pruned.n_bytes == sizes[0] + sizes[2]
     assert not made[1].path.exists()
-    assert cache.prune(tmp_path, max_size=room, max_age=None).removed == []
-    assert cache.prune(tmp_path, max_size="0 GB", max_age=None) == cache.Pruned(
+    assert stores.prune(tmp_path, max_size=room, max_age=None).removed == []
+    assert stores.prune(tmp_path, max_size="0 GB", max_age=None) == stores.Pruned(
         [made[2].path.name, made[0].path.name], {}, 0
     )
     assert keys(tmp_path) == set()
@@ -139,26 +139,26 @@ def test_pruning_by_age_drops_what_was_not_used_for_so_long(
     tmp_path: Path, max_age: str, left: str
 ) -> None:
     made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
-    removed = cache.prune(tmp_path, max_size=None, max_age=max_age).removed
+    removed = stores.prune(tmp_path, max_size=None, max_age=max_age).removed
     assert keys(tmp_path) == {made[t].path.name for t in left}
     assert set(removed) == {made[t].path.name for t in "abc" if t not in left}
 
 
 def test_both_limits_hold_together(tmp_path: Path) -> None:
     made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
-    size = f"{cache.size(made['a'].path) * 1.5 / 1000}kb"
-    removed = cache.prune(tmp_path, max_size=size, max_age="1w").removed
+    size = f"{stores.size(made['a'].path) * 1.5 / 1000}kb"
+    removed = stores.prune(tmp_path, max_size=size, max_age="1w").removed
     assert removed == [made["b"].path.name, made["c"].path.name]
 
 
 def test_a_store_that_a_process_works_on_stays(tmp_path: Path) -> None:
     busy, idle = store(tmp_path, "a", days=9), store(tmp_path, "b", days=8)
     with locked(busy.shard_lock(1)):
-        pruned = cache.prune(tmp_path, max_size=None, max_age="1d")
+        pruned = stores.prune(tmp_path, max_size=None, max_age="1d")
     assert pruned.removed == [idle.path.name]
     assert pruned.kept == {busy.path.name: "a process is writing it"}
     assert ActivationStore.open(busy.path).hookpoints == POSTS
-    assert cache.prune(tmp_path, max_size=None, max_age="1d").removed == [busy.path.name]
+    assert stores.prune(tmp_path, max_size=None, max_age="1d").removed == [busy.path.name]
 
 
 UNREADABLE = [("max_size", "20 apples"), ("max_size", "20"), ("max_size", "GB"), ("max_size", "")]
@@ -174,33 +174,33 @@ def test_a_limit_that_cannot_be_read_is_one_line_and_removes_nothing(
     limits: dict[str, Any] = {"max_size": None, "max_age": None, key: text}
     units = "kb, mb, gb, tb" if key == "max_size" else "h, d, w"
     example = "20GB" if key == "max_size" else "30d"
-    assert line_of(lambda: cache.prune(tmp_path, **limits)) == (
+    assert line_of(lambda: stores.prune(tmp_path, **limits)) == (
         f"{key}={text} cannot be read; type a number with one of {units}, such as {key}={example}"
     )
     assert made.path.is_dir()
 
 
 def test_no_limit_is_one_line(tmp_path: Path) -> None:
-    assert line_of(lambda: cache.prune(tmp_path, max_size=None, max_age=None)) == (
+    assert line_of(lambda: stores.prune(tmp_path, max_size=None, max_age=None)) == (
         "action=prune needs a limit: type max_size=20GB or max_age=30d"
     )
 
 
 def test_a_store_is_found_by_the_beginning_of_its_key(tmp_path: Path) -> None:
-    assert line_of(lambda: cache.find(tmp_path, "ab")) == (
+    assert line_of(lambda: stores.find(tmp_path, "ab")) == (
         f"stores: ab: no store begins so; {tmp_path} holds none"
     )
     # With 17 keys two begin with the same digit.
     names = sorted(store(tmp_path, str(n), days=-n).path.name for n in range(17))
     a, b = next((a, b) for a, b in zip(names, names[1:], strict=False) if a[0] == b[0])
     shared = os.path.commonprefix([a, b])
-    assert cache.find(tmp_path, a[: len(shared) + 1]).path.name == a
-    assert cache.find(tmp_path, b).path.name == b
+    assert stores.find(tmp_path, a[: len(shared) + 1]).path.name == a
+    assert stores.find(tmp_path, b).path.name == b
     n = sum(name.startswith(shared) for name in names)
-    assert line_of(lambda: cache.find(tmp_path, shared)).startswith(
+    assert line_of(lambda: stores.find(tmp_path, shared)).startswith(
         f"stores: {shared}: {n} stores begin so; {tmp_path} holds "
     )
-    message = line_of(lambda: cache.find(tmp_path, "nokey"))
+    message = line_of(lambda: stores.find(tmp_path, "nokey"))
     assert message.startswith("stores: nokey: no store begins so; ")
     assert all(name in message for name in names)
 
@@ -215,7 +215,7 @@ def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
     assert re.search(r" kB +\d{4}-\d\d-\d\d \d\d:\d\d$", listed.out.splitlines()[1])
     assert "size" in listed.out.splitlines()[0]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["bytes"].tolist() == [
-        cache.size(s.path) for s in made
+        stores.size(s.path) for s in made
     ]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["key"].tolist() == [
         s.path.name for s in made

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import saexp
 from saexp.data.datasets import background_texts
-from saexp.data.tokens import TokenizedText, tokenize
-from saexp.directions import random_directions
+from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
+from saexp.stats.random_directions import random_directions
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
 SMALL += ["intervention.n_prompts=5", "intervention.n_choice_prompts=3", "intervention.n_neutral=3"]

@@ -17,9 +17,9 @@ from saexp.config import SAEConfig
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.loading import random_sae
-from saexp.tasks import cards
+from saexp.saes.sae import SparseAutoencoder
+from saexp.tasks import latent_cards
 from saexp.tasks.dashboard import parse_latents
 from tests.random_models import D_MODEL, N_LAYERS, random_lm
 
@@ -187,7 +187,9 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
     sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
     notes: list[str] = []
-    found, treated = cards.tokens([5, 40], sae, model, cards.Options(n_tokens=7), notes)
+    found, treated = latent_cards.tokens(
+        [5, 40], sae, model, latent_cards.Options(n_tokens=7), notes
+    )
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)
@@ -202,7 +204,7 @@ def test_a_direction_that_is_not_written_to_the_stream_promotes_nothing() -> Non
     model, notes = random_lm("gpt2"), list[str]()
     about = {"name": "r", "loader": "random", "layer": 1, "stream": "attn_z", "device": "cpu"}
     sae = random_sae(SAEConfig(**about, d_in=D_MODEL, width=64))
-    assert cards.tokens([5], sae, model, cards.Options(), notes) == ([{}], None)
+    assert latent_cards.tokens([5], sae, model, latent_cards.Options(), notes) == ([{}], None)
     assert notes == [
         "promoted tokens are not shown: attn_z is not what the residual stream is made of"
     ]

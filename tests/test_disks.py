@@ -7,6 +7,7 @@ import shutil
 import pytest
 from safetensors import SafetensorError
 
+from saexp.cli import report_once
 from saexp.errors import StoreError
 from saexp.files import (
     RUN_FOLDER,
@@ -16,8 +17,7 @@ from saexp.files import (
     write_folder,
     write_text,
 )
-from saexp.log_file import report_once
-from saexp.tasks.holding import LOCK, holding
+from saexp.pipeline.run_folder import LOCK, holding
 from tests.disks import read_only
 from tests.e2e.faults.injection import small_disk
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import saexp
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.errors import SaexpError
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult

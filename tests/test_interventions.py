@@ -11,8 +11,8 @@ import torch
 
 import saexp
 from saexp.errors import SaexpError
-from saexp.interventions.guessing import Guessing
-from saexp.interventions.ops import Row
+from saexp.interventions.computing import Guessing
+from saexp.interventions.operations import Row
 from saexp.results import TaskResult
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
@@ -149,7 +149,7 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
 
 
 def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: Path) -> None:
-    from saexp.tasks.loaded import language_model
+    from saexp.pipeline.objects import language_model
 
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "intervention=orthogonalize"])
     model = language_model(cfg)

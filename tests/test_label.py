@@ -12,12 +12,12 @@ import saexp
 from saexp.config import DatasetConfig
 from saexp.data.examples import Example
 from saexp.data.tables import read_rows, to_examples
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
-from saexp.interventions import engine
+from saexp.interventions import generation
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
-from saexp.tasks.answers import Options, answers
+from saexp.tasks.label_files import Options, answers
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
 
@@ -85,7 +85,7 @@ def test_splits_are_of_entities_seeded_and_alike_in_each_group(cache, tmp_path, 
 
 
 def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypatch, own):
-    real, batches = engine._generate_batch, []
+    real, batches = generation._generate_batch, []
 
     def dying(*args):
         batches.append(len(args[1]))
@@ -95,13 +95,15 @@ def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypat
 
     words = ["task.options.batch_tokens=1500"]
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_generate_batch", dying)
+        patch.setattr(generation, "_generate_batch", dying)
         with pytest.raises(KeyboardInterrupt):
             labelled(tmp_path / "cache", tmp_path / "killed", *words)
     done = sum(batches[:2])
     batches.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a))
+        patch.setattr(
+            generation, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a)
+        )
         again = labelled(tmp_path / "cache", tmp_path / "again", *words)
         assert sum(batches) == 4 * 2 * 4 * 5 - done
         batches.clear()

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.config.free_form import with_free_keys
+from saexp.config.run import with_free_keys
 from saexp.errors import DataError
 
 ROOT = Path(__file__).parent.parent

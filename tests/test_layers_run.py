@@ -11,7 +11,7 @@ import pytest
 import saexp
 from saexp.errors import SaexpError
 from saexp.interventions import run as causal
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.results_cache import ResultCache
 from saexp.results import TaskResult
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=8", "sae.check=off"]

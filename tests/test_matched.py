@@ -13,10 +13,11 @@ from sklearn.metrics import matthews_corrcoef
 from torch.nn import functional
 
 import saexp
+from saexp.pipeline import objects
 from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES, adjacent, read_matches
 from saexp.reports.sweep import write_sweep
-from saexp.saes.base import SparseAutoencoder
-from saexp.tasks import loaded, matched
+from saexp.saes.sae import SparseAutoencoder
+from saexp.sweeps import latent_matching
 from tests.reports.left import page_of
 
 CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
@@ -34,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), place)
         (place / ".hydra").mkdir()
         (place / ".hydra/overrides.yaml").write_text(json.dumps(words))
-    matched.match_cells(folder)
+    latent_matching.match_cells(folder)
     return folder
 
 
@@ -109,21 +110,21 @@ def test_the_page_shows_the_flows_and_the_table(sweep: Path) -> None:
 def break_load(
     monkeypatch: pytest.MonkeyPatch, bad: Callable[[int, int], bool], error: BaseException
 ) -> None:
-    whole = loaded.sparse_autoencoder
+    whole = objects.sparse_autoencoder
 
     def load_or_not(cfg, model):
         if bad(cfg.layer, cfg.width):
             raise error
         return whole(cfg, model)
 
-    monkeypatch.setattr(matched, "sparse_autoencoder", load_or_not)
+    monkeypatch.setattr(latent_matching, "sparse_autoencoder", load_or_not)
 
 
 def test_an_sae_that_cannot_be_loaded_is_a_note_and_the_others_are_matched(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda layer, _: layer == 3, OSError("the disk is gone"))
-    matched.match_cells(sweep)
+    latent_matching.match_cells(sweep)
     matches, notes = read_matches(sweep)
     assert notes == ["latents of layer 3, width 256 were not matched: the disk is gone"]
     assert set(matches["from_cell"]) == {1, 2}
@@ -138,7 +139,7 @@ def test_the_report_is_written_though_nothing_can_be_matched(
     sweep: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda *_: True, error)
-    matched.match_cells(sweep)
+    latent_matching.match_cells(sweep)
     assert not (sweep / MATCHES).exists()
     assert json.loads((sweep / MATCHES_NOTES).read_text("utf-8"))
     table, figures = write_sweep(sweep)
@@ -150,9 +151,9 @@ def test_the_report_is_written_though_nothing_can_be_matched(
 def test_one_sae_and_no_sweep_leave_nothing(sweep: Path, tmp_path: Path) -> None:
     for cell in (0, 1):
         shutil.rmtree(sweep / f"{cell}_cell")
-    matched.match_cells(sweep)
+    latent_matching.match_cells(sweep)
     (tmp_path / "empty").mkdir()
-    matched.match_cells(tmp_path / "empty")
+    latent_matching.match_cells(tmp_path / "empty")
     for folder in (sweep, tmp_path / "empty"):
         assert not (folder / MATCHES).exists()
         assert not (folder / MATCHES_NOTES).exists()
@@ -163,7 +164,7 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
     del about["sae"]
     (sweep / "0_cell/provenance.json").write_text(json.dumps(about))
     (sweep / "0_cell/activations.parquet").unlink()
-    matched.match_cells(sweep)
+    latent_matching.match_cells(sweep)
     matches, notes = read_matches(sweep)
     assert set(matches["from_cell"]) == {1, 2}
     assert notes == []
@@ -171,6 +172,6 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
 
 def test_an_older_table_is_not_left_behind(sweep: Path) -> None:
     (sweep / MATCHES_NOTES).write_text('["old"]')
-    matched.match_cells(sweep)
+    latent_matching.match_cells(sweep)
     assert read_matches(sweep)[1] == []
     assert torch.is_grad_enabled()

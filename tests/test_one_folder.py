@@ -16,15 +16,15 @@ import pytest
 
 import saexp
 from saexp.errors import StoreError
-from saexp.tasks.holding import LOCK, holding, reserved_cell
-from saexp.tasks.sweep import running
+from saexp.pipeline.run_folder import LOCK, holding, reserved_cell
+from saexp.sweeps.planning import running
 from tests.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
 HOLD = """
 import sys, time
 from pathlib import Path
-from saexp.tasks.holding import holding
+from saexp.pipeline.run_folder import holding
 with holding(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

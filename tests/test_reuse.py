@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import saexp
-from saexp.checksums import checksums
+from saexp.digests import checksums
 from saexp.results import TaskResult
 from tests.reports.left import wandb_runs
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.config import RunConfig
-from saexp.tasks import finished
+from saexp.pipeline import finished
 from tests.random_models import random_hf, saved_lm
 from tests.reports.left import command
 
@@ -113,7 +113,7 @@ def test_an_sae_out_of_reach_is_no_content(saes: Path) -> None:
     assert finished.fingerprint(local(saes, "task=label")) is not None
     # Of a plugin's task it is not known whether it reads the SAE.
     assert finished.fingerprint(local(saes, "task.name=mine")) is None
-    assert finished.find(local(saes), None) is None
+    assert finished.find_finished(local(saes), None) is None
 
 
 SETTINGS = [
@@ -198,7 +198,7 @@ def test_a_hub_model_whose_main_moved_is_run_again(hub: Path, tmp_path: Path) ->
 
 def test_an_sae_replaced_between_two_runs_of_one_process_is_loaded_again(saes: Path) -> None:
     def bias() -> float:
-        from saexp.tasks.loaded import language_model, sparse_autoencoder
+        from saexp.pipeline.objects import language_model, sparse_autoencoder
 
         cfg = saexp.compose(["sae=local", f"sae.path={saes}/mysae1", "layer=1", "width=null"])
         return float(sparse_autoencoder(cfg, language_model(cfg)).b_enc[0])

@@ -122,7 +122,7 @@ def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model generated")
 
-    monkeypatch.setattr("saexp.interventions.engine._generate_batch", never)
+    monkeypatch.setattr("saexp.interventions.generation._generate_batch", never)
     cfg = saexp.compose(["tracker=none", f"cache_dir={folder}/cache", *OVERLAY])
     again = saexp.run(cfg, folder / "second")
     assert again.metrics["collection/tokens_forwarded"] == 0

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import saexp
-from saexp.activations.cache import damaged, stores
+from saexp.activations.stores import damaged, stores
 from saexp.cli import cell_folder
 from saexp.context import RunContext
 from saexp.errors import ModelError
+from saexp.pipeline import finished
+from saexp.pipeline.saving import clear
 from saexp.results import TaskResult
-from saexp.tasks import finished
-from saexp.tasks.saving import clear
-from saexp.tracking import NullTracker
+from saexp.tracking.trackers import NullTracker
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -103,7 +103,7 @@ PLUGIN = """
 from saexp.registry import register
 from saexp.results import TaskResult
 from saexp.tasks import finished
-from saexp.tasks.saving import clear
+from saexp.pipeline.saving import clear
 
 @register("analyzer", "constant")
 class Constant:
@@ -235,13 +235,13 @@ def test_a_run_whose_data_changed_meanwhile_is_not_reused(tmp_path: Path) -> Non
         (tmp_path / name).write_text("{}")
     context = RunContext(tmp_path, NullTracker(cfg.tracker), results=set(names))
     finished.record(cfg, context, key)
-    earlier = finished.find(cfg, key)
+    earlier = finished.find_finished(cfg, key)
     assert earlier is not None and earlier.folder == tmp_path.resolve()
     data.write_text("{} {}")
     changed = finished.fingerprint(cfg)
     assert changed != key
     finished.record(cfg, context, key)
-    assert finished.find(cfg, changed) is None
+    assert finished.find_finished(cfg, changed) is None
 
 
 def test_a_plugin_without_a_file_has_a_fingerprint() -> None:

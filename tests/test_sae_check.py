@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.errors import SAEError
+from saexp.pipeline.validation import fits_here
 from saexp.saes.loading import ASSETS
-from saexp.tasks.checking import fits_here
 from tests.saes.conftest import hub_cache  # noqa: F401
 from tests.saes.make import publish
 

@@ -12,7 +12,7 @@ import pytest
 
 import saexp
 from saexp.config.environment import as_typed, masked, resolved
-from saexp.tasks.finished import fingerprint
+from saexp.pipeline.finished import fingerprint
 from tests.reports.left import Said, command, page_of
 
 SECRET = "swordfish-hunter2-9f3"

@@ -10,8 +10,8 @@ from scipy import sparse
 
 import saexp
 from saexp.analysis.contrast import ContrastAnalyzer
+from saexp.pipeline import objects
 from saexp.results import TaskResult
-from saexp.tasks import shared
 from tests.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
@@ -27,8 +27,8 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    shared.forget()
-    counted, encode, contrast = Calls(), shared.encode_store, ContrastAnalyzer.analyze
+    objects.forget()
+    counted, encode, contrast = Calls(), objects.encode_store, ContrastAnalyzer.analyze
 
     def encode_store(*arguments: Any) -> Any:
         counted.encoded += 1
@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         counted.contrasted += 1
         return contrast(*arguments)
 
-    monkeypatch.setattr(shared, "encode_store", encode_store)
+    monkeypatch.setattr(objects, "encode_store", encode_store)
     monkeypatch.setattr(ContrastAnalyzer, "analyze", analyze)
     return counted
 
@@ -72,7 +72,7 @@ def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_
     assert len(table) == 3
     names = [c for c in table if c.startswith(("contrast/", "sparsity/", "reconstruction/"))]
     assert all(table[name].nunique(dropna=False) == 1 for name in names)
-    shared.forget()
+    objects.forget()
     alone = run(tmp_path / "outputs/cache", tmp_path / "alone", "coefficient=0.6")
     row = table[table["coefficient"] == 0.6].iloc[0]
     for name, value in alone.metrics.items():
@@ -85,7 +85,7 @@ def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Pa
     first = run(cache, tmp_path / "1", *words)
     kept = run(cache, tmp_path / "2", *words)
     assert (calls.encoded, calls.contrasted) == (2, 1)
-    shared.forget()
+    objects.forget()
     fresh = run(cache, tmp_path / "3", *words)
     assert (calls.encoded, calls.contrasted) == (4, 2)
     assert_same(first, kept)
@@ -117,8 +117,8 @@ def test_only_what_does_not_matter_is_left_out(
 def test_the_kept_is_bounded_and_the_least_used_goes_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shared, "KEPT_BYTES", 100)
-    shelf = shared.Shelf()
+    monkeypatch.setattr(objects, "KEPT_BYTES", 100)
+    shelf = objects.Shelf()
     shelf.put("a", 1, 40)
     shelf.put("b", 2, 40)
     assert shelf.get("a") == 1
@@ -145,9 +145,11 @@ def test_a_result_that_is_changed_does_not_change_what_is_kept(cache: Path, tmp_
 
 def test_rows_of_lists_have_a_key_of_their_own() -> None:
     rows = [pd.DataFrame({"a": [[1], [n]]}) for n in (2, 2, 3)]
-    keys = [shared._rows_key(r) for r in rows]
+    keys = [objects._rows_key(r) for r in rows]
     assert keys[0] == keys[1] != keys[2]
-    assert shared._rows_key(pd.DataFrame({"a": [1]})) != shared._rows_key(pd.DataFrame({"b": [1]}))
+    assert objects._rows_key(pd.DataFrame({"a": [1]})) != objects._rows_key(
+        pd.DataFrame({"b": [1]})
+    )
 
 
 def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
@@ -162,7 +164,7 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
         found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
         inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
         analyzer = saexp.build("analyzer", cfg.analyzer)
-        return shared._result_key(analyzer, cfg.analyzer, inputs)
+        return objects._result_key(analyzer, cfg.analyzer, inputs)
 
     keys = [key(), key("dtype=bfloat16"), key("model.chat=true"), key(bos=False), key(latents="b")]
     assert None not in keys
@@ -173,4 +175,4 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
         latents=Latents(sparse.csr_array((0, 4)), pd.DataFrame(), "a"), groups=(), layer=1
     )
     cfg = saexp.compose([]).analyzer
-    assert shared._result_key(typed(cfg), cfg, found) is None
+    assert objects._result_key(typed(cfg), cfg, found) is None

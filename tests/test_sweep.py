@@ -17,8 +17,8 @@ from hydra import initialize_config_dir
 import saexp
 from saexp.cli import cell_folder
 from saexp.config import register_schema
-from saexp.config.folder import conf_folder
-from saexp.tasks.sweep import _passes, texts_key
+from saexp.config.run import conf_folder
+from saexp.sweeps.planning import _passes, texts_key
 from tests.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
 from tests.reports.left import assert_links_lead_to_reports as assert_links
 

@@ -8,10 +8,10 @@ import pandas as pd
 from hydra import initialize_config_dir
 
 from saexp.config import register_schema
-from saexp.config.folder import conf_folder
+from saexp.config.run import conf_folder
 from saexp.models.loading import ASSETS
 from saexp.reports.sweep import findings
-from saexp.tasks.sweep import _passes
+from saexp.sweeps.planning import _passes
 from tests.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]

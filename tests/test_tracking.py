@@ -12,8 +12,8 @@ import saexp
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
-from saexp.tracking import Guarded, JsonlTracker, NullTracker
-from saexp.wandb_tracker import has_key
+from saexp.tracking.trackers import Guarded, JsonlTracker, NullTracker
+from saexp.tracking.wandb import has_key
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
 TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int64")})

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import saexp
-from saexp.config.training import SAETrainerConfig
+from saexp.config.components import SAETrainerConfig
 from saexp.errors import ConfigError, SAEError
-from saexp.saes import training as module
+from saexp.saes.training import training as module
 from saexp.tasks.train import off_target
 
 WORDS = [

@@ -121,7 +121,7 @@ def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) ->
 
 
 def test_cells_ahead_want_both_streams() -> None:
-    from saexp.tasks.gathering import _planned
+    from saexp.pipeline.collect import _planned
 
     class Four:
         n_layers = 4

@@ -14,7 +14,7 @@ from saexp import registry
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import CUT, NO_SPAN, place
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
 from tests.random_models import tokenizer
 

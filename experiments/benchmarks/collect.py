@@ -36,7 +36,7 @@ from saexp.activations.forward import TokenBudget, batches, units
 from saexp.config import PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Placement, place
-from saexp.data.tokens import TokenizedText
+from saexp.data.tokenization import TokenizedText
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids
 from saexp.models.loading import LanguageModel, pick_device, pick_dtype

@@ -29,7 +29,7 @@ from torch import Tensor
 from saexp.latents.encode import CHUNK_BYTES, encode_rows
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import pick_device
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 
 AT = Hookpoint(0, "resid_post")
 K = 32

@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saexp.interventions.computing import generate
-from saexp.interventions.ops import Row
+from saexp.interventions.operations import Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.loading import load_sae
+from saexp.saes.sae import SparseAutoencoder
 
 log = logging.getLogger("measure")
 

@@ -8,9 +8,9 @@ import pandas as pd
 import worlds
 from effects import summary_of
 
-from saexp.interventions.claims import with_claims
+from saexp.interventions.design import with_claims
 from saexp.interventions.summary import chosen_coefficients
-from saexp.reports.sweep_effects import effect_findings
+from saexp.reports.sweep_figures import effect_findings
 
 N_LATENTS = 200
 N_PROMPTS = 40

@@ -18,13 +18,12 @@ from torch import Tensor
 from saexp.context import progress
 from saexp.errors import DataError
 from saexp.latents.encode import CHUNK_BYTES
-from saexp.latents.summary import by_unit
-from saexp.models.context_length import check_positions
-from saexp.models.gradients import LogitGradient, logit_gradient
+from saexp.latents.statistics import by_unit
+from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
-from saexp.models.unembedding import ADDED, Unembedding
-from saexp.saes.base import SparseAutoencoder
+from saexp.models.unembedding import ADDED, LogitGradient, Unembedding, logit_gradient
+from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.means import mean_interval
 
 log = logging.getLogger(__name__)

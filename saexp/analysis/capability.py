@@ -1,16 +1,11 @@
-"""What a model answers, and what it still answers through the SAE's reconstruction.
-
-Per prompt: rank, logit and probability of the answer's first token, its logit less that of a wrong
-answer (the foil), and the best tokens, each before (`_clean`) and after (`_sae`) the stream at the
-SAE's hookpoint is replaced by its reconstruction. Special tokens and high-norm positions
-(`activations.norms`) keep their own activations.
-"""
+"""What a model answers, and what it still answers through the SAE's reconstruction."""
 
 import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,16 +15,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.answers import Question, questions
-from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.options import read_options, whole
+from saexp.analysis.base import AnalysisInputs, read_options, whole
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
-from saexp.data.answer_tokens import answer_text, space_note
-from saexp.data.token_text import token_texts
+from saexp.data.examples import Example, Skip
+from saexp.data.positions import Unplaced
+from saexp.data.prompts import (
+    answer_text,
+    answer_token,
+    as_read,
+    foil_of,
+    in_template,
+    space_note,
+    tokenize_prompts,
+)
+from saexp.data.tokenization import TokenizedText, token_texts
 from saexp.errors import DataError
-from saexp.latents.splice import spliced
-from saexp.models.context_length import check_positions
+from saexp.latents.encode import spliced
+from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -38,6 +41,61 @@ from saexp.stats.means import mean_interval
 from saexp.stats.proportions import paired_difference_interval, wilson
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt, and the tokens that are compared after it."""
+
+    example: Example
+    """With the prompt that the model reads, in the chat template where it has one set, as text."""
+    tokens: TokenizedText
+    answer_id: int
+    foil_id: int | None
+    foil_reason: str | None = None
+    """Why a foil that the data has is not used."""
+
+
+def questions(
+    examples: Sequence[Example], model: LanguageModel, max_length: int
+) -> tuple[list[Question], list[Skip]]:
+    """Every example that can be asked, and why the others can't; the first answer counts."""
+    own, skips = [], []
+    for example in examples:
+        if example.answers:
+            own.append(example.as_prompt())
+        else:
+            skips.append(Skip(example.id, "no answer"))
+    prompts = as_read(model, [e.text for e in own])
+    found = []
+    for example, prompt, tokens in zip(
+        own, prompts, tokenize_prompts(model, prompts, max_length), strict=True
+    ):
+        read = in_template(example, prompt) if model.cfg.chat else example
+        try:
+            if tokens.truncated:
+                raise Unplaced(f"prompt longer than {max_length} tokens")
+            answer_id = answer_token(model.tokenizer, read, read.answers[0])
+        except Unplaced as reason:
+            skips.append(Skip(example.id, str(reason)))
+            continue
+        found.append(Question(read, tokens, answer_id, *_foil(model, read, answer_id)))
+    return found, skips
+
+
+def _foil(model: LanguageModel, read: Example, answer_id: int) -> tuple[int | None, str | None]:
+    """The foil's first token, or why there is none."""
+    foil = foil_of(read)
+    if foil is None:
+        return None, None
+    try:
+        foil_id = answer_token(model.tokenizer, read, foil, "foil")
+    except Unplaced as reason:
+        return None, str(reason)
+    if foil_id == answer_id:
+        return None, "foil begins with the answer's first token"
+    return foil_id, None
+
 
 Splice = Callable[[Tensor], dict[Hookpoint, EditFunction]]
 """Mask of ordinary tokens -> edits that put the reconstruction there."""

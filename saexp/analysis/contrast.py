@@ -1,12 +1,4 @@
-"""Which latents separate two groups of entities: chosen on train, judged on test.
-
-The study of Ferrando et al. 2024 (arXiv 2411.14257, section 4): separation of known = f_known -
-f_unknown, the reverse for unknown, f the fraction of entities on which a latent is active (> 1e-6);
-a general latent has a high minimum over the entity types. On top: tests, correction, intervals,
-held-out entities; and beside the most selective latent of each group the strongest one, which may
-be active on any text. One observation is one entity (see `observations`); groups are compared
-within entity types.
-"""
+"""Which latents separate two groups of entities: selected on train, judged on test."""
 
 import logging
 from collections.abc import Mapping
@@ -15,24 +7,97 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.contrast_notes import at_chance, louder, unequal_types, why_none
-from saexp.analysis.contrast_surface import beside_surface
-from saexp.analysis.density import DensityLimit, density_limit
-from saexp.analysis.matching import match_token_counts
-from saexp.analysis.observations import THRESHOLD, observations
-from saexp.analysis.placebo import placebo_labels, placebo_latents
-from saexp.analysis.power import contrast_power
-from saexp.analysis.statistics import Ranked, RankTest, stratified_rank_test
-from saexp.analysis.strata import Split, StratumMeans, column_means, difference, split_of
+from saexp.analysis.classifier_metrics import Auroc, auroc_difference, auroc_of
+from saexp.analysis.contrast_checks import contrast_power, placebo_labels, placebo_latents
+from saexp.analysis.contrast_notes import (
+    DensityLimit,
+    at_chance,
+    density_limit,
+    louder,
+    match_token_counts,
+    unequal_types,
+    why_none,
+)
+from saexp.analysis.observations import (
+    THRESHOLD,
+    Observations,
+    Split,
+    StratumMeans,
+    column_means,
+    difference,
+    observations,
+    split_of,
+)
+from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
-from saexp.latents.summary import moments
+from saexp.latents.statistics import moments
 from saexp.results import TaskResult
-from saexp.stats.multiplicity import benjamini_hochberg, holm
+from saexp.stats.power import benjamini_hochberg, holm
 from saexp.stats.proportions import separation_interval, stratified_auroc_interval
+from saexp.stats.rank_tests import Ranked, RankTest, stratified_rank_test
 from saexp.wording import is_above_chance
 
 log = logging.getLogger(__name__)
+
+
+_KEY = "contrast/surface_auroc_test"
+
+
+def beside_surface(
+    inputs: AnalysisInputs,
+    observed: Observations,
+    train: Split,
+    test: Split,
+    best: Mapping[str, float | int | None],
+    seed: int,
+) -> TaskResult:
+    """Metrics `contrast/surface_auroc_test` and `contrast/best_minus_surface_<g>_test`.
+
+    `best` is the first selected latent of each group; its AUROC is taken in the group's direction.
+    Each metric has `_ci_low` and `_ci_high`. Nothing without texts; null, with a note, where the
+    train split is too small for cross-validation.
+    """
+    if not inputs.texts:
+        return TaskResult()
+    names = [_KEY, *(f"contrast/best_minus_surface_{group}_test" for group in best)]
+    result = TaskResult(metrics=dict.fromkeys(_with_limits(names)))
+    units = pd.concat([train.units, test.units], ignore_index=True)
+    number = pd.Series(range(len(units)), index=units["observation"])
+    rows = observed.rows[observed.rows["observation"].isin(number.index)]
+    try:
+        scores = observation_scores(
+            read_texts(rows, inputs.texts),
+            number[rows["observation"]].to_numpy(dtype=np.int64),
+            units["unit"].to_numpy(dtype=object),
+            np.append(train.first, test.first),
+            np.arange(len(units)) < len(train.first),
+            token_counts(inputs.neutral_texts),
+            seed,
+        )
+    except DataError as error:
+        result.notes.append(f"no surface baseline ({_KEY}): {error}")
+        return result
+    result.metrics |= _numbers(_KEY, auroc_of(scores, test.first, test.strata))
+    for group, latent in best.items():
+        if latent is None:
+            continue
+        is_first = group == inputs.groups[0]
+        values = test.csr[:, [int(latent)]].toarray()[:, 0].astype(np.float64)
+        member, other = (test.first, scores) if is_first else (~test.first, -scores)
+        made = auroc_difference(values, other, member, test.strata)
+        result.metrics |= _numbers(f"contrast/best_minus_surface_{group}_test", made)
+    return result
+
+
+def _with_limits(names: list[str]) -> list[str]:
+    return [f"{name}{end}" for name in names for end in ("", "_ci_low", "_ci_high")]
+
+
+def _numbers(name: str, auroc: Auroc) -> dict[str, float | int | None]:
+    values = (auroc.value, float(auroc.interval.low), float(auroc.interval.high))
+    found = zip(_with_limits([name]), values, strict=True)
+    return {key: None if np.isnan(value) else value for key, value in found}
 
 
 _WITHIN_TYPES = "AUROC, separation and tests compare within types, freq_ and mean_ do not"

@@ -20,22 +20,24 @@ from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
 from saexp.activations.norms import high_norm_notes
-from saexp.analysis.evaluation_norms import HighNorm, Means, Streams, values_at
 from saexp.analysis.evaluation_passes import (
     Batch,
     Clean,
+    HighNorm,
+    Means,
     Passes,
+    Streams,
     Where,
     make_batch,
     resumes_from,
+    values_at,
 )
 from saexp.context import progress
-from saexp.data.tokens import TokenizedText
+from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.latents.encode import CHUNK_BYTES, StreamMetrics
-from saexp.latents.splice import replaced
+from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replaced
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 
 _GIB = 2**30
 LOGIT_BYTES = {"cuda": _GIB // 2, "cpu": 2**24}

@@ -5,7 +5,8 @@ section 3). That rule prefers latents with large activations: one that separates
 perfectly at small values can be missed, so a note names the latent of best train AUROC where it is.
 All is fitted on the train split and judged on the test split, and where wanted on a second data set
 from elsewhere. A row is one position; every unit has as many, its rows stay together in
-cross-validation, and units are the sample size of intervals (see `saexp.analysis.judging`).
+cross-validation, and units are the sample size of intervals (see
+`saexp.analysis.classifier_metrics`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,19 +15,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.classifier_metrics import MEASURES, WITHIN, Judge
+from saexp.analysis.classifiers import (
+    Fitting,
+    Labelled,
+    Probe,
+    check_columns,
+    column_names,
+    labelled,
+    roc,
+    rows_of,
+)
 from saexp.analysis.contrast_notes import unequal_types
-from saexp.analysis.judging import MEASURES, WITHIN, Judge
 from saexp.analysis.observations import equally_observed
-from saexp.analysis.options import read_options, whole
-from saexp.analysis.probe_fit import Fitting
-from saexp.analysis.probe_rows import Labelled, check_columns, column_names, labelled, rows_of
-from saexp.analysis.probing import Probe, roc
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
-from saexp.probes import MAX_TRAIN, STRENGTHS, limited
 from saexp.results import TaskResult
-from saexp.stats.multiplicity import holm
+from saexp.stats.logistic_probe import MAX_TRAIN, STRENGTHS, limited
+from saexp.stats.power import holm
 from saexp.wording import at_chance_words
 
 _DEFAULTS = {
@@ -85,8 +92,8 @@ class ProbeAnalyzer:
         projection on the difference of the groups' mean activations, cut midway; `best_latent`, the
         latent of best train AUROC as it is, cut where train accuracy is best; `majority`, which
         calls every row the group with more units on train; `surface`, what the text says without
-        the model (see `saexp.analysis.surface`), also as `contrast/surface_auroc_test`. The first
-        group is the positive one.
+        the model (see `saexp.analysis.surface_baseline`), also as
+        `contrast/surface_auroc_test`. The first group is the positive one.
 
         With the option `within`, columns that say of which kind a row is, there are a probe
         `base_rate` that knows the kind only, `best_latent_within`, chosen by train AUROC over pairs

@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.options import read_options, whole
+from saexp.analysis.base import AnalysisInputs, read_options, whole
 from saexp.config import AnalyzerConfig
-from saexp.data.token_text import pieces
+from saexp.data.tokenization import pieces
 from saexp.errors import ConfigError
-from saexp.latents.summary import moments
+from saexp.latents.statistics import moments
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 

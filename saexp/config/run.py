@@ -1,7 +1,9 @@
-"""A whole run's config, its registration with Hydra, and the way from raw config to dataclasses."""
+"""The config of a whole run, its registration with Hydra, and the conversion to dataclasses."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,12 +17,12 @@ from saexp.config.components import (
     ModelConfig,
     PositionsConfig,
     SAEConfig,
+    SAETrainerConfig,
     StoreConfig,
     TaskConfig,
     TrackerConfig,
 )
 from saexp.config.interventions import InterventionConfig
-from saexp.config.training import SAETrainerConfig
 from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
@@ -164,3 +166,35 @@ def to_run_config(cfg: DictConfig) -> RunConfig:
     raw = OmegaConf.to_object(cfg)
     assert isinstance(raw, RunConfig)
     return raw
+
+
+def conf_folder() -> Path:
+    """Absolute path of `conf/`."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+_FREE = re.compile(r"\+{0,2}(task\.options\.(rules|templates)\.[^=]+)=(.*)", re.DOTALL)
+
+
+def with_free_keys(overrides: Sequence[str]) -> list[str]:
+    """The overrides, so that Hydra takes new keys of free-form options without a `+`.
+
+    A template that is a plain text is quoted for Hydra, which would refuse its braces:
+
+    >>> with_free_keys(["task.options.templates.book.creator=Who wrote {entity}?"])
+    ['++task.options.templates.book.creator="Who wrote {entity}?"']
+    """
+    return [_with_free_key(override) for override in overrides]
+
+
+def _with_free_key(override: str) -> str:
+    match = _FREE.fullmatch(override)
+    if not match:
+        return override
+    key, group, value = match.groups()
+    plain = value.lstrip().startswith("{entity}") or value.lstrip()[:1] not in ("'", '"', "[", "{")
+    if group == "templates" and "{" in value and plain:
+        value = '"' + value.replace('"', r"\"") + '"'
+    return f"++{key}={value}"

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from saexp import registry
 from saexp.config import DatasetConfig
 from saexp.data.examples import (
     Example,
     ExampleSet,
+    MissingValues,
     Skip,
     assign_splits,
     choose,
     infer_groups,
     skip_notes,
 )
-from saexp.data.lines import text_lines
-from saexp.data.tables import read_rows, to_examples
-from saexp.data.values import MissingValues
+from saexp.data.tables import read_rows, text_lines, to_examples
 from saexp.errors import ConfigError, DataError
 from saexp.hub import hub as reaching_hub
 from saexp.hub import is_path, why_absent
@@ -94,9 +94,7 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     format, which is read as dataset=wikidata reads it.
     """
     if cfg.path is not None and Path(cfg.path).suffix == ".json":
-        from saexp.data.wikidata import wikidata
-
-        return wikidata(cfg)
+        return registry.resolve("dataset", "wikidata")(cfg)
     if cfg.path is not None:
         return _from_file(cfg, cfg.path, "jsonl")
     if cfg.model_name in SHIPPED_MODELS:

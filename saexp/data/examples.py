@@ -1,6 +1,14 @@
-"""Examples: texts with a group, character spans, answers and a split."""
+"""Examples (texts with a group, spans, answers and a split), mentions of entities, and cells."""
 
+import ast
+import io
+import json
+import math
+import numbers
+import re
+import tokenize
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,9 +16,80 @@ from typing import Any
 
 import numpy as np
 
-from saexp.data.mentions import Span, find_mentions
+from saexp.config.components import MISSING_VALUES
 from saexp.errors import DataError
 from saexp.wording import counted
+
+Span = tuple[int, int]
+"""[start, end) in characters."""
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Burmese, Khmer, Japanese, Chinese and Korean characters: such text puts no space
+between words (or, in Korean, between a word and its particle)."""
+
+
+def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:
+    """Spans of `wanted` in `text`, in order; empty where it does not occur.
+
+    Mentions at word boundaries are preferred: "Art" in "Arthur's Art" is the second one only.
+    Where no mention is at word boundaries, every mention counts. Text and string may differ in
+    Unicode normalisation (NFC or NFD); the spans are always those of `text` as given.
+
+    >>> find_mentions("Arthur's Art", "Art")
+    ((9, 12),)
+    """
+    for form in dict.fromkeys(
+        (wanted, unicodedata.normalize("NFC", wanted), unicodedata.normalize("NFD", wanted))
+    ):
+        spans = [match.span() for match in re.finditer(re.escape(form), text)] if form else []
+        whole = [(start, end) for start, end in spans if _is_whole(text, start, end)]
+        if spans:
+            return tuple(whole or spans)
+    return ()
+
+
+def look_alike(text: str, wanted: str) -> bool:
+    """Whether a string that does not occur in `text` may seem to the eye to stand there.
+
+    Compared without case, compatibility forms, invisible characters and kinds of white space; four
+    in five characters must agree, as other alphabets have letters of the same shape.
+    """
+    if text.isascii() and wanted.isascii():
+        return False
+    text, wanted = _plain(text), _plain(wanted)
+    windows = (text[i : i + len(wanted)] for i in range(len(text) - len(wanted) + 1))
+    same = (sum(a == b for a, b in zip(w, wanted, strict=True)) for w in windows)
+    return bool(wanted) and max(same, default=0) >= 0.8 * len(wanted)
+
+
+def _plain(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(
+        " " if c.isspace() else c for c in folded if unicodedata.category(c) not in ("Cf", "Mn")
+    )
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    return not _is_inside_word(text, start) and not _is_inside_word(text, end)
+
+
+def _is_inside_word(text: str, index: int) -> bool:
+    """Whether a word continues across the boundary before `text[index]`."""
+    if not 0 < index < len(text):
+        return False
+    before, after = text[index - 1], text[index]
+    if unicodedata.combining(after):
+        return True
+    if UNSPACED.match(before) or UNSPACED.match(after):
+        return False
+    return _is_word(before) and _is_word(after)
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.combining(character) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,3 +248,112 @@ def assign_splits(
                 int(np.searchsorted(bounds, share).clip(max=len(names) - 1))
             ]
     return [replace(e, split=e.split or of_unit[e.unit]) for e in examples]
+
+
+class MissingValues:
+    """Decides which values of a table are missing, and counts them by column.
+
+    null, NaN and the empty string always are; of other values, the given texts and numbers that
+    are equal to one of them (by default the texts that `pandas.read_csv` treats as missing).
+    """
+
+    def __init__(self, texts: Sequence[str | int | float] = MISSING_VALUES) -> None:
+        self.texts = {"", *map(str, texts)}
+        self.numbers = {value for text in self.texts if (value := _finite(text)) is not None}
+        self.counts: Counter[str] = Counter()
+        """Column -> rows where it is missing, wholly or in part."""
+        self.spellings: dict[str, None] = {}
+        """Texts, other than the empty one, that were met as missing values."""
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return value in self.texts
+        if isinstance(value, numbers.Number) and not isinstance(value, bool):
+            return value != value or value in self.numbers
+        return value is None
+
+    def cleaned(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with None for each missing value, inside lists and mappings too; counts them."""
+        done = {}
+        for column, value in row.items():
+            done[column], n_missing = self._clean(value)
+            if n_missing:
+                self.counts[column] += 1
+        return done
+
+    def _clean(self, value: Any) -> tuple[Any, int]:
+        if isinstance(value, Mapping):
+            items = {k: self._clean(v) for k, v in value.items()}
+            return {k: v for k, (v, _) in items.items()}, sum(n for _, n in items.values())
+        if isinstance(value, list | tuple):
+            cells = [self._clean(v) for v in value]
+            return [v for v, _ in cells], sum(n for _, n in cells)
+        if value not in self:
+            return value, 0
+        if isinstance(value, str) and value:
+            self.spellings[value] = None
+        return None, 1
+
+    def notes(self, n_rows: int) -> list[str]:
+        """One line with the counts by column; nothing where no value is missing."""
+        if not self.counts:
+            return []
+        columns = ", ".join(f"'{column}' {n:,}" for column, n in self.counts.items())
+        note = f"missing values in {n_rows:,} rows, by column: {columns}"
+        if self.spellings:
+            texts = ", ".join(f'"{text}"' for text in self.spellings)
+            note += (
+                f" (of texts, {texts}; dataset.missing_values sets which texts count as missing)"
+            )
+        return [note]
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def as_list(text: str, opening: str = "[") -> list[Any] | None:
+    """The list that a cell holds in JSON or Python form; None where it holds another text.
+
+    `opening` are the brackets that a list may begin with. Raises ValueError for a printed NumPy
+    array, whose items are not separated.
+
+    >>> as_list("['Estia.', 'Estia']")
+    ['Estia.', 'Estia']
+    """
+    text = text.strip()
+    if not text or text[0] not in opening:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = _python_value(text)
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def _python_value(text: str) -> Any:
+    """What a Python literal says, `nan` included; None where it is none."""
+    try:
+        with warnings.catch_warnings():
+            # Unknown escapes in a string literal.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, mode="eval")
+        value = ast.literal_eval(_NaN().visit(tree))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    if any(a == b == tokenize.STRING for a, b in zip(kinds, kinds[1:], strict=False)):
+        raise ValueError("holds a printed NumPy array; write its items as a JSON list")
+    return value
+
+
+class _NaN(ast.NodeTransformer):
+    """Puts the number in place of the name `nan`, as which Python prints it."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(float("nan")) if node.id == "nan" else node

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 
 from saexp.config import PositionsConfig
-from saexp.data.examples import Example, Skip, Span
-from saexp.data.mentions import find_mentions
-from saexp.data.tokens import TokenizedText, in_message, span_to_tokens
+from saexp.data.examples import Example, Skip, Span, find_mentions
+from saexp.data.tokenization import TokenizedText, in_message, span_to_tokens
 from saexp.errors import ConfigError, DataError
 
 OWN_COLUMNS = (

@@ -1,4 +1,4 @@
-"""Rows of JSONL and CSV files, with the line each came from, turned into examples."""
+"""Rows of JSONL and CSV files, with their line numbers, turned into examples."""
 
 import csv as csv_module
 import difflib
@@ -7,18 +7,48 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from saexp.config import DatasetConfig
 from saexp.config.components import COLUMNS as FIELDS
-from saexp.data.examples import Example, Span
-from saexp.data.lines import open_text
-from saexp.data.mentions import find_mentions, look_alike
-from saexp.data.values import MissingValues, as_list
+from saexp.data.examples import Example, MissingValues, Span, as_list, find_mentions, look_alike
 from saexp.errors import ConfigError, DataError
 from saexp.wording import counted
+
+
+@contextmanager
+def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
+    r"""A UTF-8 file, opened for reading without its byte order mark.
+
+    Iterating gives lines as Python's universal newlines do: only "\n", "\r\n" and "\r" end one,
+    not the other characters at which `str.splitlines` cuts (U+2028, NEL, form feed and so on).
+    `newline` is that of `open`. Raises DataError, with the position of the first byte that does not
+    fit, where the file is not UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline=newline) as opened:
+            yield opened
+    except UnicodeDecodeError as error:
+        # The error's own position counts from the beginning of a block of the file.
+        raise DataError(f"{file}: is not UTF-8 text (byte {_first_bad_byte(file)})") from error
+
+
+def _first_bad_byte(file: Path) -> int:
+    try:
+        file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+def text_lines(file: Path) -> list[str]:
+    """Lines of a text file without their ends; white space and blank lines as they are."""
+    with open_text(file) as lines:
+        return [line.removesuffix("\n") for line in lines]
+
 
 SPLITS = ("train", "val", "test")
 

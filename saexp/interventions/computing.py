@@ -1,8 +1,9 @@
-"""Results of many rows: generations, logits, divergences; each row computed once, in batches."""
+"""Results of many rows, each computed once in batches."""
 
 import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,131 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.context import progress
-from saexp.interventions import engine
-from saexp.interventions.batch import SAEs
-from saexp.interventions.cache import ResultCache
-from saexp.interventions.guessing import LOGIT_BYTES, Guessing
-from saexp.interventions.ops import Row
+from saexp.interventions import generation
+from saexp.interventions.batching import SAEs
+from saexp.interventions.operations import Row
+from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.sharing import Compute, shared
-from saexp.models.context_length import check_positions
+from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Original
+from saexp.models.rope import changes_while_generating, depends_on_length
+from saexp.models.weight_editing import Original
 
 log = logging.getLogger(__name__)
+
+
+LOGIT_BYTES = 512 * 2**20
+"""Largest tensor of logits."""
+_WORTH = 0.25
+"""Guessing ends once a smaller share of the tokens run for it told what a row says."""
+
+Family = tuple[tuple[int, ...], tuple[int, ...]]
+"""A prompt and how its continuation begins."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A row and the tokens that it is known to begin with."""
+
+    row: Row
+    known: tuple[int, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        return self.row.ids, self.known
+
+    def continued(self, guess: Sequence[int] = ()) -> Row:
+        """The row with what it is known, and guessed, to say as the end of its prompt."""
+        return self.row.followed_by((*self.known, *guess))
+
+
+class Guessing:
+    """Continuations of rows under one model, see the module."""
+
+    def __init__(
+        self, model: LanguageModel, saes: SAEs, max_new_tokens: int, batch_tokens: int
+    ) -> None:
+        self.model, self.saes = model, saes
+        self.most, self.batch_tokens = max_new_tokens, batch_tokens
+        self.n_run = self.n_learned = 0
+        self.by_length = depends_on_length(model.text_config)
+
+    def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[Row, list[int]]]]:
+        """Rows and their new tokens, without the end token, batch by batch as they are finished."""
+        for batch in self._generate([_Begun(row) for row in rows if not self._guessable(row)]):
+            yield [(begun.row, tokens) for begun, tokens in batch]
+        pending = [_Begun(row) for row in rows if self._guessable(row)]
+        guesses: dict[Family, list[int]] = {}
+        while pending:
+            leaders = list({begun.family: begun for begun in reversed(pending)}.values())
+            if 2 * len(leaders) > len(pending) or not self._is_worth_it():
+                leaders = pending
+            for batch in self._generate(leaders):
+                guesses |= {b.family: tokens[len(b.known) :] for b, tokens in batch}
+                yield [(begun.row, tokens) for begun, tokens in batch]
+            led = set(map(id, leaders))
+            followers = [begun for begun in pending if id(begun) not in led]
+            pending = []
+            for finished, others in self._check(followers, guesses):
+                yield finished
+                pending += others
+
+    def _guessable(self, row: Row) -> bool:
+        """Whether it is greedy, and rotated in one pass over all its tokens as at each step."""
+        config, n_new = self.model.text_config, self.most
+        if row.sample is not None or not self.by_length:
+            return row.sample is None
+        return not changes_while_generating(config, len(row.ids), n_new)
+
+    def _is_worth_it(self) -> bool:
+        return self.n_learned >= _WORTH * self.n_run
+
+    def _generate(self, begun: Sequence[_Begun]) -> Iterator[list[tuple[_Begun, list[int]]]]:
+        """Token by token."""
+        rows = [b.continued() for b in begun]
+        left = [self.most - len(b.known) for b in begun]
+        for batch in generation.in_batches(self.model, rows, left, self.batch_tokens):
+            limits = [left[i] for i in batch]
+            found = generation._generate_batch(
+                self.model, [rows[i] for i in batch], self.saes, limits
+            )
+            yield [
+                (begun[i], [*begun[i].known, *tokens])
+                for i, tokens in zip(batch, found, strict=True)
+            ]
+
+    def _check(
+        self, pending: Sequence[_Begun], guesses: Mapping[Family, Sequence[int]]
+    ) -> Iterator[tuple[list[tuple[Row, list[int]]], list[_Begun]]]:
+        """Those that a guess finishes, and the others with what they are then known to say."""
+        guessed = [guesses[b.family][: self.most - len(b.known) - 1] for b in pending]
+        rows = [b.continued(guess) for b, guess in zip(pending, guessed, strict=True)]
+        longest = max(map(len, guessed), default=0) + 1
+        of_row = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
+        most = LOGIT_BYTES // of_row
+        for batch in generation.in_batches(self.model, rows, None, self.batch_tokens, most):
+            if not self._is_worth_it():
+                yield [], [pending[i] for i in batch]
+                continue
+            chosen, n_last = [rows[i] for i in batch], [len(guessed[i]) + 1 for i in batch]
+            found = generation.greedy_tokens(self.model, chosen, self.saes, n_last)
+            finished: list[tuple[Row, list[int]]] = []
+            others: list[_Begun] = []
+            for i, own in zip(batch, found, strict=True):
+                row, known = pending[i].row, pending[i].known
+                pairs = zip(guessed[i], own[:-1], strict=True)
+                right = next((n for n, (a, b) in enumerate(pairs) if a != b), len(guessed[i]))
+                self.n_run += len(guessed[i]) + 1
+                self.n_learned += right + 1
+                known = (*known, *own[: right + 1])
+                if known[-1] in self.model.eos_ids:
+                    finished.append((row, list(known[:-1])))
+                elif len(known) == self.most:
+                    finished.append((row, list(known)))
+                else:
+                    others.append(_Begun(row, known))
+            yield finished, others
+
 
 _CACHE_BYTES = 2 * 2**30
 """Largest KV cache of a batch, where `batch_tokens` is auto."""
@@ -148,9 +263,9 @@ def read_logits(
         wanted = [1 if n_last is None else n_last(row) for row in missing]
         vocabulary = int(model.text_config.vocab_size)
         most = LOGIT_BYTES // (4 * max(wanted, default=1) * vocabulary)
-        for batch in engine.in_batches(model, missing, None, batch_tokens, most):
+        for batch in generation.in_batches(model, missing, None, batch_tokens, most):
             mine, lasts = [missing[i] for i in batch], [wanted[i] for i in batch]
-            logits = engine.last_logits(model, mine, saes, max(lasts))
+            logits = generation.last_logits(model, mine, saes, max(lasts))
             yield [
                 (row, np.asarray(reader(row, x[-n:].float()), dtype=np.float64))
                 for row, x, n in zip(mine, logits, lasts, strict=True)
@@ -181,7 +296,7 @@ def divergences(
             for start in range(0, len(same), size):
                 batch = same[start : start + size]
                 n = max(len(ids) - 1, 1)
-                logits = engine.last_logits(model, [Row(ids), *batch], saes, n)
+                logits = generation.last_logits(model, [Row(ids), *batch], saes, n)
                 logs = logits.float().log_softmax(-1)
                 yield [
                     (row, np.asarray([max(float(x), 0.0)]))
@@ -205,12 +320,12 @@ def weight_divergences(
     def compute(missing: list[Row]) -> Batches:
         longest = max((len(row.ids) for row in missing), default=1)
         most = _scored_at_once(model, longest, batch_tokens)
-        for numbers in engine.in_batches(model, missing, None, batch_tokens, most):
+        for numbers in generation.in_batches(model, missing, None, batch_tokens, most):
             batch = [missing[i] for i in numbers]
             n = max(max(len(row.ids) for row in batch) - 1, 1)
-            edited = engine.last_logits(model, batch, None, n)
+            edited = generation.last_logits(model, batch, None, n)
             with original():
-                plain = engine.last_logits(model, batch, None, n)
+                plain = generation.last_logits(model, batch, None, n)
             made = []
             for row, before, after in zip(batch, plain, edited, strict=True):
                 mine = slice(-max(len(row.ids) - 1, 1), None)

@@ -1,30 +1,19 @@
-"""Latents that a condition is compared with: of like activation frequency, or any active ones.
-
-The null hypothesis of a comparison is that the condition's latents are exchangeable with its
-candidates: being selected for the direction makes no difference to what a latent does. Candidates
-are therefore all latents that are active on the train split, significant ones and those selected
-for the opposite direction among them, except the condition's own and the others selected (or
-listed) for the same direction, which are under the same hypothesis as its own.
-"""
+"""Matched controls: latents of equal frequency, and edits of equal KL on neutral text."""
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from saexp.config.interventions import CONTROL_KINDS
-
-__all__ = [
-    "CONTROL_KINDS",
-    "OWN_GROUP",
-    "ControlSet",
-    "any_active",
-    "frequency_matched",
-]
+from saexp.config import InterventionConfig
+from saexp.interventions.latent_values import Condition
+from saexp.results import TaskResult
+from saexp.stats.permutation import MIN_CONTROLS, claim_share, rank_p_value
+from saexp.wording import CONTROL_WORDS
 
 OWN_GROUP = "own_group"
 """Control kind of patches alone: the activations of other prompts of the prompt's own group."""
@@ -135,3 +124,234 @@ def _one_of_each(orders: Sequence[Int[np.ndarray, " n"]], n: int) -> list[tuple[
             members.append(usable)
         chosen.append(tuple(members))
     return chosen
+
+
+_MOST_ROUNDS = 8
+"""Times that edits are measured, those within the caliper no more."""
+_LARGEST_STEP = math.log(6)
+"""Of one round, in log scale."""
+_LARGEST_SCALE = math.log(1000)
+_FLAT = 0.25
+"""Smallest slope of log KL against log scale that a step trusts; near 0 KL grows as its square."""
+
+_N_FIRST = 6
+"""Edits of a kind whose scales are found first, to start the others near theirs."""
+
+Measure = Callable[[Sequence[int], Sequence[float]], Float[np.ndarray, " m"]]
+"""(indices of edits, scales) -> KL of each."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Per edit the scale whose KL came nearest to its target."""
+
+    scales: Float[np.ndarray, " n"]
+    kl: Float[np.ndarray, " n"]
+    matched: Bool[np.ndarray, " n"]
+    """Whether KL and target differ by at most the caliper's factor."""
+
+
+def equal_kl_scales(
+    measure: Measure,
+    target: Float[np.ndarray, " n"],
+    caliper: float,
+    alike: Sequence[Hashable] = (),
+) -> Scales:
+    """Scales at which the KL of each of n edits is its target, within a factor `caliper`.
+
+    `measure(which, scales)` is the KL of some edits, by index. All edits that are not matched yet
+    are measured together: first at scale 1, then where the secant of log KL against log scale
+    (slope 2 at first, as for small edits) meets the target, inside the bracket found so far. Of
+    edits that are `alike` (equal values), the first few come first, and the others start from their
+    median scale and slope. An edit whose target is 0, or that does not reach it, stays unmatched.
+    """
+    search = _Search(measure, target, caliper)
+    families: dict[Hashable, list[int]] = {}
+    for i in np.flatnonzero(np.isfinite(search.goal)).tolist():
+        families.setdefault(alike[i] if alike else i, []).append(i)
+    search.run([i for some in families.values() for i in some[:_N_FIRST]])
+    for some in families.values():
+        search.start_from(some[:_N_FIRST], some[_N_FIRST:])
+    search.run([i for some in families.values() for i in some[_N_FIRST:]])
+    return Scales(np.exp(search.best_at), search.best_kl, search.best_gap <= math.log(caliper))
+
+
+class _Search:
+    """The state of every edit's search; positions and goals are logarithms."""
+
+    def __init__(self, measure: Measure, target: Float[np.ndarray, " n"], caliper: float) -> None:
+        n = len(target)
+        self.measure, self.within = measure, math.log(caliper)
+        with np.errstate(divide="ignore"):
+            self.goal = np.log(target)
+        self.at, self.slope = np.zeros(n), np.full(n, 2.0)
+        self.low, self.high = np.full(n, -_LARGEST_SCALE), np.full(n, _LARGEST_SCALE)
+        self.last_at, self.last_log = np.full(n, np.nan), np.full(n, np.nan)
+        self.best_at, self.best_kl = np.zeros(n), np.full(n, np.nan)
+        self.best_gap = np.full(n, np.inf)
+
+    def start_from(self, first: Sequence[int], others: Sequence[int]) -> None:
+        """Let others begin where the first ended."""
+        if others:
+            self.at[others] = np.median(self.best_at[first])
+            self.slope[others] = np.median(self.slope[first])
+
+    def run(self, which: Sequence[int]) -> None:
+        """Measure edits until each is matched, at most _MOST_ROUNDS times."""
+        for _ in range(_MOST_ROUNDS):
+            if not which:
+                return
+            kl = self.measure(which, np.exp(self.at[which]).tolist())
+            for i, value in zip(which, kl.tolist(), strict=True):
+                self._take(i, value)
+            which = [i for i in which if self.best_gap[i] > self.within]
+
+    def _take(self, i: int, kl: float) -> None:
+        """Note a measured value, and where the edit is measured next."""
+        at, here = self.at[i], math.log(max(kl, 1e-12))
+        gap = here - self.goal[i]
+        if abs(gap) < self.best_gap[i]:
+            self.best_at[i], self.best_kl[i], self.best_gap[i] = at, kl, abs(gap)
+        if gap < 0:
+            self.low[i] = max(self.low[i], at)
+        else:
+            self.high[i] = min(self.high[i], at)
+        if abs(at - self.last_at[i]) > 1e-9:
+            slope = (here - self.last_log[i]) / (at - self.last_at[i])
+            self.slope[i] = max(slope, _FLAT)
+        self.last_at[i], self.last_log[i] = at, here
+        wanted = at + float(np.clip(-gap / self.slope[i], -_LARGEST_STEP, _LARGEST_STEP))
+        if not self.low[i] < wanted < self.high[i]:
+            wanted = (self.low[i] + self.high[i]) / 2
+        self.at[i] = wanted
+
+
+def control_table(
+    conditions: Sequence[Condition],
+    coefficients: Sequence[float],
+    kl: Mapping[tuple[str, float], float],
+) -> pd.DataFrame:
+    """One row per control and coefficient but 0, where a control is the baseline.
+
+    Columns of, condition, control_kind, coefficient (its condition's, also where the control is
+    scaled), latents, frequency_ratio, norm_ratio (added norm; NaN where it depends on the prompt),
+    kl, kl_own, kl_ratio (per token of neutral text; NaN where not measured), matched. `kl` is by
+    (condition, coefficient).
+    """
+    own = {c.name: c for c in conditions if c.role != "control"}
+    rows = [
+        {
+            "of": c.of,
+            "condition": c.name,
+            "control_kind": c.control_kind,
+            "coefficient": coefficient,
+            "latents": c.label,
+            "frequency_ratio": c.frequency_ratio,
+            "norm_ratio": _norm_ratio(c, own[c.of], k),
+            "kl": kl.get((c.name, coefficient), np.nan),
+            "kl_own": kl.get((c.of, coefficient), np.nan),
+            "matched": c.matched,
+        }
+        for c in conditions
+        for k, coefficient in enumerate(coefficients)
+        if c.role == "control" and c.tried(k) and coefficient
+    ]
+    names = ["of", "condition", "control_kind", "coefficient", "latents", "frequency_ratio"]
+    names += ["norm_ratio", "kl", "kl_own", "matched"]
+    table = pd.DataFrame(rows, columns=names)
+    ratio = table["kl"] / table["kl_own"].where(table["kl_own"] > 0)
+    table.insert(names.index("matched"), "kl_ratio", ratio.astype(float))
+    return table
+
+
+def _norm_ratio(control: Condition, own: Condition, k: int) -> float:
+    lengths = [c.strengths[k].get("length") if c.strengths else None for c in (control, own)]
+    if lengths[0] is None or not lengths[1]:
+        return control.norm_ratio
+    return lengths[0] / lengths[1]
+
+
+def control_notes(
+    table: pd.DataFrame,
+    main: Sequence[Condition],
+    chosen: Mapping[str, float],
+    cfg: InterventionConfig,
+) -> list[str]:
+    """A note per kind that could not be matched for some main condition at its coefficient."""
+    notes = []
+    calipers = {"frequency": cfg.frequency_caliper, "disruption": cfg.kl_caliper}
+    calipers["random_kl"] = cfg.kl_caliper
+    for kind, caliper in calipers.items():
+        parts = []
+        for condition in main:
+            of = (table["of"] == condition.name) & (table["control_kind"] == kind)
+            part = table[of & (table["coefficient"] == chosen.get(condition.name))]
+            n = int(part["matched"].sum())
+            if len(part) and n < min(MIN_CONTROLS, cfg.n_controls):
+                parts.append(f"{condition.name} {n} of {len(part)}")
+        if parts:
+            notes.append(
+                f"{CONTROL_WORDS[kind]}, within a factor of {caliper:g}: {', '.join(parts)}; a "
+                f"p-value uses a kind of control of which at least {MIN_CONTROLS} are matched"
+            )
+    return notes
+
+
+def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:
+    """A note on kinds asked for that no main condition can have; `kinds` are those of each."""
+    had = {kind for some in kinds for kind in some}
+    lacking = [kind for kind in cfg.control_kinds if kind not in had]
+    if not had or not lacking:
+        return []
+    reasons = []
+    if "frequency" in lacking:
+        reasons.append("what is changed are not latents")
+    if "random_kl" in lacking:
+        reasons.append("nothing is added that could be scaled to a KL")
+    if "random_norm" in lacking:
+        reasons.append("the change depends on the latents' own activations")
+    return [
+        f"intervention={cfg.name} has no controls of kind {', '.join(lacking)} here: "
+        f"{'; '.join(reasons)}"
+    ]
+
+
+def effect_share(
+    summary: pd.DataFrame, controls: pd.DataFrame, outcome: str, alpha: float
+) -> TaskResult:
+    """Metric `placebo/effect_share`: controls for which an effect on `outcome` would be reported.
+
+    Each matched control of an achieved kind takes the place of the latent: its p-value is, as the
+    latent's, the largest over achieved kinds of its rank among the kind's controls, itself left
+    out. At each condition's chosen coefficient, on test prompts. `summary` and `controls` are the
+    tables `effects_summary` and `controls`. Nothing where no kind is achieved.
+    """
+    tested = summary[(summary["split"] == "test") & summary[f"{outcome}_change"].notna()]
+    matched = controls[controls["matched"].astype(bool)]
+    p_values: list[float] = []
+    for _, prompts in tested.groupby("group", sort=False, dropna=False):
+        change = prompts.set_index(["condition", "coefficient"])[f"{outcome}_change"]
+        chosen = prompts[prompts["chosen"].astype(bool) & (prompts["role"] != "control")]
+        for condition, coefficient in zip(chosen["condition"], chosen["coefficient"], strict=True):
+            own = matched[(matched["of"] == condition) & (matched["coefficient"] == coefficient)]
+            kinds = [
+                change.reindex([(c, coefficient) for c in names]).dropna()
+                for _, names in own.groupby("control_kind", sort=False)["condition"]
+            ]
+            p_values += _p_values([k for k in kinds if len(k) >= MIN_CONTROLS])
+    if not p_values:
+        return TaskResult()
+    n_claims = int((np.array(p_values) <= alpha).sum())
+    return TaskResult(metrics=claim_share("placebo/effect_share", n_claims, len(p_values)))
+
+
+def _p_values(achieved: list[pd.Series]) -> list[float]:
+    """Of every control: the largest over kinds."""
+    return [
+        max(
+            rank_p_value(float(own), kind.drop(name, errors="ignore").to_numpy(dtype=float))
+            for kind in achieved
+        )
+        for values in achieved
+        for name, own in values.items()
+    ]

@@ -1,36 +1,24 @@
-"""The controls of each condition: what they are made of, and at which stage they run.
-
-Stage 1: every condition at every coefficient with `n_curve_controls` controls of the kinds that
-need no measurement: `frequency`, and `random_norm` but for the single latents beside a group, which
-are exploratory. Stage 2: the main conditions at the coefficient that was chosen on train prompts,
-on test prompts, with `n_controls` controls of every kind.
-
-Which kinds there are depends on what an intervention writes:
-
-- vectors that are added (steer): all four for latents; `random_norm` and `random_kl` for other
-  directions.
-- directions that are removed (project_out, orthogonalize): `frequency` for latents, and
-  `random_norm`, as many random directions (an orthonormal basis of them: their norm does not
-  matter). A removal has no scale that could be matched to a KL.
-- latents' own activations (scale, ablate) and displacements (clamp): `frequency` alone.
-- patch and splice make their own controls, `own_group` and `random_norm`.
-"""
+"""The controls and tests of each condition."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.directions import derived_seed, random_directions
-from saexp.interventions.controls import ControlSet, any_active, frequency_matched
-from saexp.interventions.facts import Condition, direction_of_set, orthonormal
-from saexp.interventions.kl_matching import equal_kl_scales
-from saexp.interventions.ops import Add, Op, Project, Vector
-from saexp.interventions.planning import LatentIntervention
+from saexp.interventions.conditions import LatentIntervention
+from saexp.interventions.controls import ControlSet, any_active, equal_kl_scales, frequency_matched
+from saexp.interventions.latent_values import Condition, direction_of_set, orthonormal
+from saexp.interventions.operations import Add, Op, Project, Vector
+from saexp.results import TaskResult
+from saexp.stats.means import MIN_N
+from saexp.stats.power import ALPHA, detectable_change, holm
+from saexp.stats.random_directions import derived_seed, random_directions
+from saexp.wording import counted
 
 NeutralKL = Callable[[Sequence[tuple[Op, ...]]], Float[np.ndarray, " n"]]
 """Edits -> KL per token of neutral text of each."""
@@ -318,3 +306,139 @@ def _with_vector(op: Op, instead: Mapping[str, Vector]) -> Op:
 def _scaled(op: Op, factor: float) -> Op:
     """An addition, so much longer."""
     return replace(op, coefficient=op.coefficient * factor)
+
+
+def summarised_conditions(summary: pd.DataFrame, outcome: str) -> list[str]:
+    """Conditions that a run's sentences are about.
+
+    Per direction its latents together (else the first alone), and its other directions; of many
+    places the one of the largest change on train prompts (test prompts where there are none).
+    Single latents beside a group are exploratory.
+    """
+    names: list[str] = []
+    own = summary[~summary["role"].isin(["baseline", "control"])]
+    for _, part in own.groupby(own["direction"].map(direction_of_set), sort=False):
+        of_role = {r: list(p["condition"].unique()) for r, p in part.groupby("role")}
+        names += (of_role.get("group") or of_role.get("single") or [])[:1]
+        names += of_role.get("direction", [])
+        places = of_role.get("place", [])
+        names += [_strongest(summary, places, outcome)] if len(places) > 1 else places
+    return names
+
+
+def _strongest(summary: pd.DataFrame, conditions: Sequence[str], outcome: str) -> str:
+    where = summary["split"] == ("train" if (summary["split"] == "train").any() else "test")
+    part = summary[where & summary["condition"].isin(conditions)]
+    sizes = part[f"{outcome}_change"].abs().sort_values(ascending=False, kind="stable")
+    return str(part.loc[sizes.index[0], "condition"])
+
+
+def with_claims(
+    summary: pd.DataFrame, outcomes: Sequence[str], chosen: Mapping[str, float]
+) -> pd.DataFrame:
+    """With columns `chosen`, `main`, `n_choices`, and per outcome `_p_controls_holm`.
+
+    `chosen` marks rows of the test split at the coefficient chosen for their condition, its
+    controls included. The family of Holm's adjustment is the run's main conditions times its
+    outcomes, each at the chosen coefficient on the test split; elsewhere it is NaN. Where the
+    coefficient was chosen among several on the test prompts themselves, for want of train prompts,
+    it is multiplied by their number (Bonferroni).
+    """
+    main = summarised_conditions(summary, outcomes[0])
+    marked = np.array(
+        [
+            r["split"] == "test" and chosen.get(r["of"] or r["condition"]) == r["coefficient"]
+            for r in summary.to_dict("records")
+        ],
+        dtype=bool,
+    )
+    is_main = summary["condition"].isin(main).to_numpy()
+    family = np.flatnonzero(marked & is_main)
+    p_values = summary[[f"{o}_p_controls" for o in outcomes]].to_numpy(dtype=float)
+    adjusted = np.full_like(p_values, np.nan)
+    corrected = holm(p_values[family].ravel()).reshape(len(family), len(outcomes))
+    adjusted[family] = np.minimum(corrected * n_choices(summary), 1)
+    columns = {f"{o}_p_controls_holm": adjusted[:, i] for i, o in enumerate(outcomes)}
+    about = {"chosen": marked, "main": is_main, "n_choices": n_choices(summary), **columns}
+    return pd.concat([summary, pd.DataFrame(about, index=summary.index)], axis=1)
+
+
+def n_choices(summary: pd.DataFrame) -> int:
+    """Coefficients that the reported one was chosen among on test prompts, else 1."""
+    if (summary["split"] == "train").any():
+        return 1
+    coefficients = summary.loc[summary["role"] != "baseline", "coefficient"]
+    return max(1, int(coefficients[coefficients != 0].nunique()))
+
+
+def claim_notes(summary: pd.DataFrame, outcomes: Sequence[str]) -> list[str]:
+    """Where entities or controls are too few for any effect to be shown."""
+    test = summary[summary["split"] == "test"]
+    notes = []
+    for row in test[test["role"] == "baseline"].to_dict("records"):
+        n = max(int(row[f"{o}_n"]) for o in outcomes)
+        if n < MIN_N:
+            prompts = "" if row["group"] == "all" else f" of group {row['group']}"
+            notes.append(
+                f"{counted(n, 'entity', 'entities')}{prompts} on the test split: effects on fewer "
+                f"than {MIN_N} are reported without interval and p-value; add rows, or raise "
+                "intervention.n_prompts"
+            )
+    family = test[test["chosen"] & test["main"]]
+    floors = family[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
+    floors = floors[~np.isnan(floors)]
+    n_tests = len(floors) * n_choices(summary)
+    if len(floors) and floors.min() * n_tests > ALPHA:
+        notes.append(
+            f"no effect can be significant: with {round(1 / floors.min()) - 1} controls the "
+            f"smallest p-value is {floors.min():.2g}, after Holm over "
+            f"{counted(n_tests, 'test')} {min(1.0, floors.min() * n_tests):.2g}; raise "
+            "intervention.n_controls, or test fewer outcomes"
+        )
+    return notes
+
+
+def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
+    """Metrics `power/rate_change` and `power/p_controls_floor`, from the tables of that name.
+
+    `power/rate_change` is the smallest change of the first rate that the paired test over entities
+    finds in 80 % of runs: from the unsteered rate on test prompts (`power/rate_baseline`), with as
+    many entities (`power/rate_n`), of the group of prompts for which it is largest. Null, with a
+    note, where no change would be found. `power/p_controls_floor` is the smallest value that the
+    rank p-values against controls can take. Nothing without rates or without controls.
+    """
+    result = TaskResult()
+    rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
+    tested = summary[summary["split"] == "test"]
+    ending = "_p_controls"
+    outcomes = [c.removesuffix(ending) for c in map(str, tested) if c.endswith(ending)]
+    rate = next((o for o in outcomes if o in rates), None)
+    if rate is not None:
+        _rate(tested[tested["role"] == "baseline"], rate, result)
+    floors = tested[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
+    if np.isfinite(floors).any():
+        result.metrics["power/p_controls_floor"] = float(np.nanmax(floors))
+    return result
+
+
+def _rate(baselines: pd.DataFrame, rate: str, result: TaskResult) -> None:
+    worst: tuple[float, float, int] | None = None
+    for row in baselines[baselines[rate].notna()].to_dict("records"):
+        start, n = float(row[rate]), int(row[f"{rate}_n"])
+        change = detectable_change(n, start, ALPHA)
+        size = float("inf") if change is None else abs(change)
+        if worst is None or size > worst[0]:
+            worst = size, start, n
+    if worst is None:
+        return
+    size, start, n = worst
+    result.metrics |= {
+        "power/rate_change": None if np.isinf(size) else size,
+        "power/rate_baseline": start,
+        "power/rate_n": n,
+    }
+    if np.isinf(size):
+        result.notes.append(
+            f"no change of {rate.replace('_', ' ')} from {start:.2f} is found in 80% of runs with "
+            f"{n} entities (power/rate_change)"
+        )

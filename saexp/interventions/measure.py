@@ -10,19 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.data.answer_tokens import space_note
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
-from saexp.data.tokens import TokenizedText, tokenize
-from saexp.interventions.batch import SAEs
-from saexp.interventions.cache import ResultCache
+from saexp.data.prompts import space_note
+from saexp.data.tokenization import TokenizedText, tokenize
+from saexp.interventions.batching import SAEs
 from saexp.interventions.computing import batch_tokens_for, divergences, generate, read_logits
-from saexp.interventions.facts import Condition
-from saexp.interventions.ops import Op, Row, Sampling
+from saexp.interventions.conditions import Placed, Prompts, placed_prompts
+from saexp.interventions.latent_values import Condition
+from saexp.interventions.operations import Op, Row, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
-from saexp.interventions.prompts import Placed, Prompts, placed_prompts
+from saexp.interventions.results_cache import ResultCache
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Original
+from saexp.models.weight_editing import Original
 from saexp.wording import counted
 
 _NEUTRAL_TOKENS = 48

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saexp.data.answer_tokens import answer_token, foil_of
 from saexp.data.examples import Example
-from saexp.data.lines import text_lines
-from saexp.data.matchers import is_correct
 from saexp.data.positions import Unplaced
+from saexp.data.prompts import answer_token, foil_of
+from saexp.data.tables import text_lines
 from saexp.digests import code_digest
+from saexp.labeling.matchers import is_correct
 
 PATTERNS = Path(__file__).parent.parent / "assets" / "refusal_patterns.txt"
 KNOWS = "Are you sure you know the {entity_type} {entity}? Answer yes or no."

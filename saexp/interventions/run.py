@@ -12,14 +12,14 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
-from saexp.interventions.cache import ResultCache, model_ingredients
-from saexp.interventions.claims import claim_notes, with_claims
-from saexp.interventions.control_table import control_notes, control_table, left_out_note
-from saexp.interventions.design import ControlDesign
-from saexp.interventions.facts import Condition, LatentFacts
+from saexp.interventions.conditions import Prompts, choose_prompts, placed_prompts
+from saexp.interventions.controls import control_notes, control_table, left_out_note
+from saexp.interventions.design import ControlDesign, claim_notes, with_claims
+from saexp.interventions.latent_values import Condition, LatentFacts
 from saexp.interventions.measure import Job, Measurement
-from saexp.interventions.ops import Vector
-from saexp.interventions.prompts import Prompts, choose_prompts, placed_prompts
+from saexp.interventions.operations import Vector
+from saexp.interventions.results_cache import ResultCache, model_ingredients
+from saexp.interventions.side_effects import weight_costs
 from saexp.interventions.summary import (
     chosen_coefficients,
     effect_metrics,
@@ -27,14 +27,13 @@ from saexp.interventions.summary import (
     unmoved,
     with_strengths,
 )
-from saexp.interventions.weight_costs import weight_costs
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Original, orthogonalized
+from saexp.models.weight_editing import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
-from saexp.saes.identity import sae_identity
-from saexp.stats.exchangeable import MIN_CONTROLS
+from saexp.saes.loading import sae_identity
+from saexp.saes.sae import SparseAutoencoder
+from saexp.stats.permutation import MIN_CONTROLS
 
 log = logging.getLogger(__name__)
 
@@ -347,7 +346,7 @@ class CausalTest:
     def _attention(
         self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
     ) -> None:
-        from saexp.interventions.heads import attention_tables
+        from saexp.interventions.side_effects import attention_tables
 
         summary = result.tables.get("effects_summary")
         chosen = (

@@ -1,8 +1,4 @@
-"""Rows of a damaged database that can still be read, and a new database with them.
-
-Every row carries a checksum, so that rows are looked for in the file's bytes, whatever state its
-pages are in, and those whose checksum is right are copied.
-"""
+"""Sound rows of a damaged results database, found in its bytes."""
 
 import hashlib
 import logging
@@ -19,6 +15,7 @@ from typing import Any
 from saexp.wording import counted
 
 log = logging.getLogger(__name__)
+
 
 TABLE = "checked_results"
 SCHEMA = (

@@ -1,7 +1,7 @@
 """Rows that several processes need are computed by one of them.
 
 Table `claims` of the results' database has a row for each process that computes or waits: its
-owner, named like the mark that it holds locked while it lives (`saexp.activations.leases`); the
+owner, named like the mark that it holds locked while it lives (`saexp.files`); the
 first 8 bytes of the key of each row that it computes, none while it waits; a number that grows with
 each batch; and the process that it asks for a part of its rows. A process claims all rows that
 nobody else has, so that one alone works as if there were no claims, and gives a part of what is
@@ -20,10 +20,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import UInt64
 
-from saexp.activations.leases import FOLDER, Lease, is_alive, process_of
 from saexp.errors import StoreError
-from saexp.interventions.cache import ResultCache
-from saexp.interventions.database import Connection, LockedError
+from saexp.files import FOLDER, Lease, is_alive, process_of
+from saexp.interventions.results_cache import Connection, LockedError, ResultCache
 
 log = logging.getLogger(__name__)
 

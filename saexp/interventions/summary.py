@@ -13,12 +13,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from saexp.interventions.controls import CONTROL_KINDS
-from saexp.interventions.facts import Condition
-from saexp.stats.exchangeable import MIN_CONTROLS, prediction_p_value, rank_p_value
+from saexp.config.interventions import CONTROL_KINDS
+from saexp.interventions.latent_values import Condition
 from saexp.stats.means import MIN_N, mean_interval
+from saexp.stats.permutation import (
+    MIN_CONTROLS,
+    prediction_p_value,
+    rank_p_value,
+    sign_flip_p_values,
+)
 from saexp.stats.proportions import paired_change_interval, wilson
-from saexp.stats.sign_flips import sign_flip_p_values
 
 N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]

@@ -1,15 +1,16 @@
-"""A Hugging Face causal LM behind one small face; weights are read when first needed."""
+"""A Hugging Face causal language model with its tokenizer; weights are read on first use."""
 
 import hashlib
 import json
 import logging
+import pickle
 import re
 import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -22,22 +23,116 @@ from transformers.utils import logging as hf_logging
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
-from saexp.hub import hub, is_path
-from saexp.models.chat import in_template
-from saexp.models.digests import tensors_sha256
+from saexp.hub import hub, is_path, why_absent
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.model_files import (
-    check_depth,
-    check_sizes,
-    shards_in,
-    token_ids,
-    why_unreadable,
-)
 from saexp.models.rope import forget_lengths
-from saexp.models.stream_check import broken_streams, needs_check
-from saexp.models.structure import Site, find_blocks, find_site
+from saexp.models.structure import Site, broken_streams, find_blocks, find_site, needs_check
+from saexp.wording import brief
 
 log = logging.getLogger(__name__)
+
+
+_MOST_LAYERS = 10_000
+"""More blocks would fill the memory before any weight is read."""
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_PLAIN = (OSError, ValueError, RuntimeError)
+"""Errors whose text says what is wrong."""
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Why something of a model cannot be loaded, from what transformers or torch raised."""
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        # torch's own text advises to open it all the same.
+        return "a pickle that is damaged or holds more than tensors, so it is not opened"
+    reason = why_absent(error)
+    return reason if isinstance(error, _PLAIN) and reason else f"{type(error).__name__}: {reason}"
+
+
+def check_depth(config: Path, name: str) -> None:
+    """Raise ModelError for a config.json that asks for more blocks than any model has."""
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        # Reported when it is loaded.
+        return
+    holders = [content, content.get("text_config")] if isinstance(content, dict) else []
+    for holder in (h for h in holders if isinstance(h, dict)):
+        for key in _DEPTHS:
+            value = holder.get(key)
+            if isinstance(value, int | float) and value > _MOST_LAYERS:
+                raise ModelError(
+                    f"model.name={name}: its config has {key}={value}; saexp loads models of up "
+                    f"to {_MOST_LAYERS:,} layers"
+                )
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Raise ModelError for a config without blocks or width, or of other types."""
+    for key in ("num_hidden_layers", "hidden_size"):
+        value = getattr(config, key, None)
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"model.name={name}: its config has {key}={value!r}, not a positive integer"
+            )
+
+
+def shards_in(index: Path) -> list[str]:
+    """Names of the files that an index of weights lists. Raises ValueError where it is damaged."""
+    content = json.loads(index.read_text("utf-8"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index.name} has no weight_map")
+    names = list(listed.values())
+    for name in names:
+        inside = isinstance(name, str) and ".." not in PurePosixPath(name).parts
+        if not inside or PurePosixPath(name).is_absolute():
+            raise ValueError(f"{index.name} names the file {name!r}")
+    return sorted(set(names))
+
+
+def token_ids(value: Any, key: str, name: str) -> list[int]:
+    """One id, several or none, as a list. Raises ModelError for anything else."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"model.name={name}: its {key} is {value!r}, not a token id or a list")
+    return list(ids)
+
+
+def in_template(tokenizer: Any, message: str, name: str) -> str:
+    """The message as a user's, followed by what begins the answer.
+
+    Raises ModelError, beginning with the model's `name`, where there is no template or it fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(f"{name} has no chat template; set model.chat=false")
+    messages = [{"role": "user", "content": message}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # Whatever a program can raise.
+        reason = brief(f"{type(error).__name__}: {error}", 160)
+        raise ModelError(
+            f"{name}: its chat template fails ({reason}); set model.chat=false"
+        ) from error
+    if not isinstance(text, str):
+        raise ModelError(f"{name}: its chat template gives no text; set model.chat=false")
+    return text
+
+
+def tensors_sha256(hf: Any) -> str:
+    """Hex digest of a model's config and weights as they are now."""
+    return state_sha256(hf, repr(hf.config.to_dict()))
+
+
+def state_sha256(module: nn.Module, config: str = "") -> str:
+    """Hex digest of a module's parameters and buffers as they are now, after its config."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("tiny", "tiny_control")

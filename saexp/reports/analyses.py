@@ -16,15 +16,14 @@ from saexp.reports import (
     analyses_stats,
     analyses_top_features,
 )
-from saexp.reports.analyses_generic import FIGURES
-from saexp.reports.analyses_parts import Table, cell
+from saexp.reports.analyses_generic import FIGURES, Table, cell
 from saexp.reports.effect_figures import effect_figures
 from saexp.reports.effect_tables import effect_content
 from saexp.reports.effects import effect_sentences
-from saexp.reports.fit import HEAD, fit_rows
+from saexp.reports.finding import HEAD, fit_rows
 from saexp.reports.html import provenance_rows, write_page
-from saexp.reports.look import GROUP_COLOURS
 from saexp.reports.saved import SavedRun
+from saexp.reports.style import GROUP_COLOURS
 from saexp.wording import sae_words
 
 _PAGES: dict[str, ModuleType] = {

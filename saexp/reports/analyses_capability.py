@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saexp.reports.analyses_parts import Section, Table, cell, shown, table_of, told
+from saexp.reports.analyses_generic import Section, Table, cell, shown, table_of, told
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
 from saexp.wording import counted

@@ -3,14 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from saexp.reports.analyses_parts import (
-    Section,
-    Table,
-    layers_of,
-    shown,
-    suffix,
-    table_of,
-)
+from saexp.reports.analyses_generic import Section, Table, layers_of, shown, suffix, table_of
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
 from saexp.wording import counted

@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from saexp.reports.analyses_parts import Section, Strip, layers_of, shown, table_of
+from saexp.reports.analyses_generic import Section, Strip, layers_of, shown, table_of
 from saexp.reports.figures import style
 from saexp.reports.saved import SavedRun
 

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.reports.effects import prompts_of, unit_words, what
-from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
 from saexp.reports.saved import SavedRun
+from saexp.reports.style import GROUP_COLOURS, QUIET, see_through, style
 from saexp.wording import CONTROL_WORDS
 
 _OTHER = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00")

@@ -4,8 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.reports.effect_controls import kinds_of_control, n_tests
-from saexp.reports.effects import unit_words, what
+from saexp.reports.effects import kinds_of_control, n_tests, unit_words, what
 from saexp.reports.saved import SavedRun
 from saexp.wording import CONTROL_WORDS, counted
 

@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.reports.effect_figures import effect_figures
-from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
 from saexp.reports.saved import SavedRun
+from saexp.reports.style import GROUP_COLOURS, QUIET, see_through, style
 
 N_HISTOGRAMS = 2
 """Latents per direction whose values are drawn."""

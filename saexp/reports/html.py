@@ -1,5 +1,6 @@
-"""report.html: one self-contained page, rendered from a run's saved files."""
+"""Self-contained pages rendered from a run's saved files."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +12,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports.effect_tables import attribution_tables, effect_content
 from saexp.reports.effects import place_words
 from saexp.reports.figures import colours, run_figures
-from saexp.reports.finding import sentences
-from saexp.reports.fit import HEAD, fit_rows
-from saexp.reports.power import power_sentences
+from saexp.reports.finding import HEAD, fit_rows, power_sentences, sentences
 from saexp.reports.saved import SavedRun
-from saexp.stats.multiplicity import holm
+from saexp.stats.power import holm
 from saexp.wording import counted, is_above_chance, sae_words
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -279,3 +279,48 @@ def provenance_rows(run: SavedRun) -> list[tuple[str, str]]:
         ("seconds", seconds),
         ("versions", versions),
     ]
+
+
+DATA, PAGE = "dashboard.json", "dashboard.html"
+
+
+def read_dashboard(folder: str | Path) -> dict[str, Any]:
+    """What the page shows. Raises StoreError where the folder holds none."""
+    content = SavedRun(Path(folder)).object(DATA)
+    if content is None:
+        raise StoreError(f"{folder} holds no dashboard ({DATA} is missing)")
+    return content
+
+
+def write_dashboard(folder: str | Path) -> Path:
+    """Render the page from the folder's files; returns its path.
+
+    Histograms are drawn by the page itself, so plotly is not in it. Nothing is loaded from
+    elsewhere; Neuronpedia's own view of a latent is, once a reader opens it.
+    """
+    run, content = SavedRun(Path(folder)), read_dashboard(folder)
+    about = run.provenance
+    short = about["model"]["name"].rpartition("/")[2]
+    page = (
+        environment()
+        .get_template("dashboard.html")
+        .render(
+            title=f"{len(content['latents'])} latents: {short}, {about['sae']['hookpoint']}",
+            finding=about["finding"],
+            notes=about["notes"],
+            norm=content["norm"],
+            n_rows=content["n_rows"],
+            n_sample=content["n_sample"],
+            positions=content["positions"].replace("_", " "),
+            neuronpedia_list=content["neuronpedia_list"],
+            # '<' is escaped so that no text can end the script.
+            data=json.dumps(content, ensure_ascii=False).replace("<", "\\u003c"),
+            fit_head=HEAD,
+            fit=fit_rows(run),
+            provenance=provenance_rows(run),
+            config=run.config_text,
+        )
+    )
+    path = Path(folder) / PAGE
+    write_text(path, page, option=RUN_FOLDER)
+    return path

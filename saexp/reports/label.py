@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from saexp.data.matchers import PAPER, Rules, type_key
+from saexp.labeling.matchers import PAPER, Rules, type_key
 from saexp.reports.html import write_page
-from saexp.reports.look import GROUP_COLOURS, QUIET, style
 from saexp.reports.saved import SavedRun
+from saexp.reports.style import GROUP_COLOURS, QUIET, style
 from saexp.stats.proportions import wilson
 
 GROUPS = ("known", "unknown", "dropped")

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pyarrow import ArrowException
 
-from saexp.reports.look import GROUP_COLOURS, QUIET, see_through, style
+from saexp.reports.style import GROUP_COLOURS, QUIET, see_through, style
 from saexp.wording import brief
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"

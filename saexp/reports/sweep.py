@@ -7,21 +7,12 @@ import numpy as np
 import pandas as pd
 
 from saexp.files import SWEEP_FOLDER, write_table
-from saexp.reports.cells import (
-    CONTROL,
-    PAGES,
-    STATES,
-    cell_words,
-    cells_table,
-    groups_of,
-    swept,
-)
 from saexp.reports.html import write_page
 from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
-from saexp.reports.sweep_effects import effect_findings, effects_table
-from saexp.reports.sweep_figures import sweep_figures
+from saexp.reports.saved import CONTROL, PAGES, STATES, cell_words, cells_table, groups_of, swept
+from saexp.reports.sweep_figures import effect_findings, effects_table, sweep_figures
 from saexp.results import read_plan
-from saexp.stats.multiplicity import ALPHA, holm
+from saexp.stats.power import ALPHA, holm
 from saexp.wording import at_chance_words
 
 CAPTIONS = {

@@ -9,19 +9,17 @@ from typing import Any
 from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.catalogue import Entry
 from saexp.saes.formats import (
-    by_sae_lens,
-    cross_layer,
     dictionary_learning,
     gemma_scope,
     gemma_scope2,
     llama_scope,
+    sae_lens_loader,
     saelens,
 )
-from saexp.saes.formats.files import lens_hookpoint
-from saexp.saes.hub import about, download, present
+from saexp.saes.formats.files import about, download, lens_hookpoint, present
+from saexp.saes.sae import SparseAutoencoder
 
 Metadata = dict[str, Any]
 Ends = tuple[Hookpoint, Hookpoint | None]
@@ -107,12 +105,12 @@ def _dictionary_learning(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
 def _cross_layer(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
     """One layer of a cross-layer transcoder; the catalogue's path is the layer."""
     layer = int(entry.path)
-    config = download(entry.repo, cross_layer.CONFIG)
-    encoder, decoder = (download(entry.repo, name) for name in cross_layer.weights(layer))
-    files = cross_layer.Files(config, encoder, decoder)
+    config = download(entry.repo, sae_lens_loader.CONFIG)
+    encoder, decoder = (download(entry.repo, name) for name in sae_lens_loader.weights(layer))
+    files = sae_lens_loader.Files(config, encoder, decoder)
     known = about(encoder, config)
     known["fingerprint"] = digest_of(content_name(encoder), content_name(decoder))
-    return cross_layer.load_layer(files, layer, {**metadata, **known})
+    return sae_lens_loader.load_layer(files, layer, {**metadata, **known})
 
 
 def _named(entry: Entry) -> Ends:
@@ -162,7 +160,7 @@ def _gemma_scope2_ends(entry: Entry) -> Ends:
     return ends
 
 
-_BY_SAE_LENS = by_sae_lens.load_by_sae_lens
+_BY_SAE_LENS = sae_lens_loader.load_by_sae_lens
 FORMATS: dict[str | None, Format] = {
     None: Format(_saelens, _named),
     "sae_lens": Format(_saelens, _named),

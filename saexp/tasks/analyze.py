@@ -12,20 +12,39 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
+from saexp.pipeline.collect import Gathered, gather, gather_background, settle_bos
+from saexp.pipeline.intervene import (
+    AtLayer,
+    all_of,
+    at_layers,
+    check_steerable,
+    intervene,
+    saes_by_layer,
+)
+from saexp.pipeline.latent_scores import add_scores, attribution
+from saexp.pipeline.objects import (
+    CONTRASTED,
+    about_model,
+    analysed,
+    encoded,
+    encoded_neutral,
+    high_norm_notes,
+    language_model,
+    sparse_autoencoder,
+)
+from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.validation import (
+    check_sae,
+    fits_here,
+    neighbours,
+    settle_factor,
+    with_neighbours,
+)
 from saexp.reports.figures import run_figures
 from saexp.reports.html import write_report
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
-from saexp.tasks.bos import settle_bos
-from saexp.tasks.by_layer import AtLayer, all_of, at_layers, saes_by_layer
-from saexp.tasks.checking import check_sae, fits_here, neighbours, settle_factor, with_neighbours
+from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks.describe import describe
-from saexp.tasks.gathering import Gathered, gather, gather_background
-from saexp.tasks.loaded import about_model, language_model, sparse_autoencoder
-from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-from saexp.tasks.shared import CONTRASTED, analysed, encoded, encoded_neutral, high_norm_notes
-from saexp.tasks.steering import check_steerable, intervene
-from saexp.tasks.worth import add_scores, attribution
 
 N_SHOWN = 4
 """Selected latents per direction whose values go into activations.parquet."""

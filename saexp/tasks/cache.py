@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from saexp.activations import cache
-from saexp.activations.compare import differences, headline
+from saexp.activations import stores
+from saexp.activations.stores import differences, headline
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
+from saexp.pipeline.saving import write_provenance, write_result
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
-from saexp.tasks.saving import write_provenance, write_result
 
 log = logging.getLogger(__name__)
 
@@ -33,26 +33,26 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     compared: dict[str, pd.DataFrame] = {}
     damage = None
     if cfg.action == "verify":
-        lost = cache.unreadable(cfg.cache_dir)
-        bad = cache.verify(cache.stores(cfg.cache_dir))
+        lost = stores.unreadable(cfg.cache_dir)
+        bad = stores.verify(stores.stores(cfg.cache_dir))
         notes += [f"{key}: damaged {', '.join(files)}" for key, files in bad.items()]
         damage = _damage(bad, lost)
         notes += [] if damage else ["all sound"]
     elif cfg.action == "prune":
-        pruned = cache.prune(cfg.cache_dir, max_size=cfg.max_size, max_age=cfg.max_age)
+        pruned = stores.prune(cfg.cache_dir, max_size=cfg.max_size, max_age=cfg.max_age)
         notes.append(f"removed {', '.join(pruned.removed) or 'nothing'}")
         notes += [f"{key} stays: {reason}" for key, reason in pruned.kept.items()]
     elif cfg.action == "compare":
         if len(cfg.stores) != 2:
             raise ConfigError("""action=compare takes two keys; type 'stores=["17e1","9e9a"]'""")
-        first, second = (cache.find(cfg.cache_dir, key) for key in cfg.stores)
+        first, second = (stores.find(cfg.cache_dir, key) for key in cfg.stores)
         told = differences(first, second) or ["the same ingredients"]
         compared["compared"] = pd.DataFrame({"difference": told})
         notes += [headline(first), headline(second), *told]
-    table = cache.listing(cfg.cache_dir)
+    table = stores.listing(cfg.cache_dir)
     notes += [
-        f"{folder.name}: missing or damaged manifest.json, {show_bytes(cache.size(folder))}"
-        for folder in cache.unreadable(cfg.cache_dir)
+        f"{folder.name}: missing or damaged manifest.json, {show_bytes(stores.size(folder))}"
+        for folder in stores.unreadable(cfg.cache_dir)
     ]
     if not compared:
         notes.insert(0, f"{len(table)} stores, {show_bytes(int(table['bytes'].sum()))}")
@@ -64,7 +64,7 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     write_result(context, result)
     write_provenance(context, cfg, notes, [])
     if damage is not None:
-        for line in [*cache.for_reading(table).splitlines(), *notes]:
+        for line in [*stores.for_reading(table).splitlines(), *notes]:
             log.info("%s", line)
         raise StoreError(damage)
     return result

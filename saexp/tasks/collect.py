@@ -6,10 +6,10 @@ from saexp.config import RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
+from saexp.pipeline.collect import gather
+from saexp.pipeline.objects import about_model, language_model
+from saexp.pipeline.saving import skips_table, write_provenance, write_result
 from saexp.results import TaskResult
-from saexp.tasks.gathering import gather
-from saexp.tasks.loaded import about_model, language_model
-from saexp.tasks.saving import skips_table, write_provenance, write_result
 
 
 def collect(cfg: RunConfig, context: RunContext) -> TaskResult:

@@ -15,17 +15,32 @@ from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.pipeline.collect import Gathered, Wish, gather, gather_background, settle_bos, wish
+from saexp.pipeline.intervene import (
+    AtLayer,
+    all_of,
+    at_layers,
+    check_steerable,
+    intervene,
+    saes_by_layer,
+    selects,
+)
+from saexp.pipeline.objects import (
+    ANALYSED,
+    DESCRIBED,
+    about_model,
+    encoded,
+    encoded_neutral,
+    high_norm_notes,
+    language_model,
+    per_layer,
+    sparse_autoencoder,
+)
+from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.reports.analyses import analysis_figures, findings, save_figures, write_analysis_report
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
-from saexp.tasks.bos import Wish, settle_bos, wish
-from saexp.tasks.by_layer import AtLayer, all_of, at_layers, saes_by_layer
-from saexp.tasks.checking import check_sae, neighbours, settle_factor, with_neighbours
-from saexp.tasks.gathering import Gathered, gather, gather_background
-from saexp.tasks.loaded import about_model, language_model, per_layer, sparse_autoencoder
-from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
-from saexp.tasks.shared import ANALYSED, DESCRIBED, encoded, encoded_neutral, high_norm_notes
-from saexp.tasks.steering import check_steerable, intervene, selects
+from saexp.saes.sae import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 

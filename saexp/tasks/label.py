@@ -12,11 +12,19 @@ from saexp import registry
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip, skip_notes
-from saexp.data.labels import Question, entity_groups, label_answer, questions, repeats_question
 from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
+from saexp.labeling.questions import (
+    Question,
+    entity_groups,
+    label_answer,
+    questions,
+    repeats_question,
+)
 from saexp.models.loading import LanguageModel
+from saexp.pipeline.objects import language_model
+from saexp.pipeline.saving import skips_table
 from saexp.reports.label import (
     attribute_table,
     label_sentences,
@@ -24,18 +32,18 @@ from saexp.reports.label import (
     rules_table,
 )
 from saexp.results import TaskResult
-from saexp.tasks.answers import Answers, Options, answers
 from saexp.tasks.label_files import (
     GROUP_OF,
+    Answers,
     Asked,
+    Options,
     answer_rows,
+    answers,
     entity_rows,
     json_lines,
     save_labels,
 )
-from saexp.tasks.loaded import language_model
-from saexp.tasks.memorized import memorized
-from saexp.tasks.saving import skips_table
+from saexp.tasks.memorization import memorized
 
 
 def label(cfg: RunConfig, context: RunContext) -> TaskResult:

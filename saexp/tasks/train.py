@@ -17,23 +17,21 @@ from torch import Tensor
 
 from saexp.activations.reader import ShuffledReader
 from saexp.config import RunConfig, parse_layers, parse_width
-from saexp.config.training import SAETrainerConfig
+from saexp.config.components import SAETrainerConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.files import is_writable, locked, try_lock
 from saexp.latents.encode import Latents, encode_rows
-from saexp.latents.summary import moments
+from saexp.latents.statistics import moments
 from saexp.models.hookpoints import Hookpoint
+from saexp.pipeline.collect import Gathered, begins_with_bos, gather
+from saexp.pipeline.objects import language_model
+from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
 from saexp.reports.training import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
-from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
-from saexp.saes.training import Place, Reader, Training
-from saexp.saes.training_classes import TRANSCODERS, check_name
-from saexp.tasks.bos import begins_with_bos
-from saexp.tasks.gathering import Gathered, gather
-from saexp.tasks.loaded import language_model
-from saexp.tasks.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.saes.training.architectures import TRANSCODERS, check_name
+from saexp.saes.training.training import Checkpoints, Place, Reader, Training
 
 N_MEASURED = 65_536
 """Held-out positions that are measured, at most."""

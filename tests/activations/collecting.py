@@ -11,7 +11,7 @@ from saexp.activations.store import ActivationStore
 from saexp.config import PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Placement, place
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, tokenizer

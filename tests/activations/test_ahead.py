@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from saexp.activations import collector
-from saexp.activations.cache import damaged, stores, unreadable, verify
 from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore
+from saexp.activations.stores import damaged, stores, unreadable, verify
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.tasks.gathering import _planned
+from saexp.pipeline.collect import _planned
 from tests.activations.collecting import POSTS, digests, run
 from tests.random_models import random_hf, random_lm, tokenizer
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.activations import cache
-from saexp.activations.compare import differences, headline
+from saexp.activations import stores
 from saexp.activations.store import ActivationStore
+from saexp.activations.stores import differences, headline
 from tests.reports.left import command
 from tests.test_cache import store
 
@@ -62,9 +62,9 @@ def test_what_the_texts_have_in_common(tmp_path: Path, second: list[str], said: 
 def collected(folder: Path, *words: str) -> str:
     """Key of the store that task=collect makes."""
     base = ["task=collect", "layer=1", "tracker=none", f"cache_dir={folder}/cache"]
-    before = {s.path.name for s in cache.stores(folder / "cache")}
+    before = {s.path.name for s in stores.stores(folder / "cache")}
     saexp.run(saexp.compose([*base, *words]), folder / "run")
-    return ({s.path.name for s in cache.stores(folder / "cache")} - before).pop()
+    return ({s.path.name for s in stores.stores(folder / "cache")} - before).pop()
 
 
 def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
     line = collected(tmp_path, "dataset=text", "dataset.text=The player", "positions=last")
 
     def told(*keys: str) -> list[str]:
-        both = [cache.find(tmp_path / "cache", key) for key in keys]
+        both = [stores.find(tmp_path / "cache", key) for key in keys]
         digests = {
             name: [s.manifest["ingredients"][name][:8] for s in both]
             for name in ("texts", "positions")
@@ -102,7 +102,7 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
         f"texts: jsonl, {path}, 3 texts (texts) and text, text=The player, 1 text (texts); "
         "0 texts in both"
     )
-    opened = cache.find(tmp_path / "cache", last)
+    opened = stores.find(tmp_path / "cache", last)
     assert headline(opened) == f"{last}: tiny, jsonl, last, 3 rows, float32, layer_1.resid_post"
     # As a store of an earlier version has it.
     for name in ("dataset_settings", "positions_settings", "begins_with_bos"):
@@ -121,7 +121,7 @@ def test_the_names_are_no_part_of_the_key(tmp_path: Path) -> None:
     words = ["dataset=jsonl", f"dataset.path={file}", "positions=last", "positions.seed=3"]
     words += ["task=collect", "layer=1", "tracker=none", f"cache_dir={tmp_path}/cache"]
     found = saexp.run(saexp.compose(words), tmp_path / "run").metrics
-    (made,) = cache.stores(tmp_path / "cache")
+    (made,) = stores.stores(tmp_path / "cache")
     assert found["collection/tokens_forwarded"] == 0
     assert made.path.name == key
     assert made.manifest["about"]["dataset"] == "text"

@@ -195,7 +195,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
 def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
     code = (
         "from pathlib import Path; import multiprocessing, sys\n"
-        "from saexp.activations.elsewhere import temporary_cache\n"
+        "from saexp.activations.collector import temporary_cache\n"
         "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
         "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
         "fork = multiprocessing.get_context('fork').Process(target=int)\n"

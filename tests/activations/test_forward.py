@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from saexp.activations.collector import Part
+from saexp.activations.collector import Part, finite_rows
 from saexp.activations.forward import AUTO_BATCH_TOKENS, units
-from saexp.activations.job import finite_rows
 from saexp.activations.shards import Label, ShardWriter
 from saexp.data.positions import Placement
-from saexp.data.tokens import TokenizedText
+from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import cache, leases
-from saexp.activations.leases import FOLDER, Lease, users
+from saexp import files
+from saexp.activations import stores
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
+from saexp.files import FOLDER, Lease, users
 from tests.activations.collecting import POSTS, digests, run
 from tests.activations.test_disk import disk as disk  # a fixture
 from tests.random_models import random_lm
@@ -56,12 +57,12 @@ def reader(stored) -> Iterator[subprocess.Popen[str]]:
     child.stdout.close()
 
 
-def pruned(stored: ActivationStore) -> cache.Pruned:
-    return cache.prune(stored.path.parents[1], max_size="0GB", max_age=None)
+def pruned(stored: ActivationStore) -> stores.Pruned:
+    return stores.prune(stored.path.parents[1], max_size="0GB", max_age=None)
 
 
 def test_a_store_that_another_process_reads_stays_until_that_is_killed(stored, reader):
-    who = f"pid {reader.pid} on {leases._host()}"
+    who = f"pid {reader.pid} on {files._host()}"
     assert pruned(stored).kept == {stored.path.name: f"in use by {who}"}
     assert ActivationStore.open(stored.path, verify=True).missing(POSTS) == {}
     reader.send_signal(signal.SIGKILL)
@@ -81,7 +82,7 @@ def test_what_opens_a_store_keeps_it_until_it_is_closed_or_gone(model, stored):
         assert users(stored.path) == []
         use(store)
         use(store)
-        assert users(stored.path) == [f"pid {os.getpid()} on {leases._host()}"]
+        assert users(stored.path) == [f"pid {os.getpid()} on {files._host()}"]
         store.close()
         store.close()
         assert list((stored.path / FOLDER).iterdir()) == []
@@ -94,7 +95,7 @@ def test_what_opens_a_store_keeps_it_until_it_is_closed_or_gone(model, stored):
 def test_a_dead_process_mark_is_cleared_and_a_reused_pid_does_not_matter(stored):
     lease = Lease.take(stored.path)
     assert lease is not None
-    dead = lease.path.with_name(f"{leases._host()}-{os.getpid()}-0badc0de.lock")
+    dead = lease.path.with_name(f"{files._host()}-{os.getpid()}-0badc0de.lock")
     dead.touch()
     assert len(users(stored.path)) == 1
     assert not dead.exists()
@@ -107,7 +108,7 @@ def test_a_mark_of_another_host_counts_for_a_day(stored):
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
     assert pruned(stored).kept == {stored.path.name: "in use by pid 12 on elsewhere"}
-    old = mark.stat().st_mtime - leases.TRUST_SECONDS
+    old = mark.stat().st_mtime - files.TRUST_SECONDS
     os.utime(mark, (old, old))
     assert pruned(stored).removed == [stored.path.name]
 

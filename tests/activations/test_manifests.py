@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from saexp.activations import cache
-from saexp.activations.files import read_manifest, write_manifest
-from saexp.activations.leases import USED
+from saexp.activations import stores
+from saexp.activations.shards import read_manifest, write_manifest
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
+from saexp.files import USED
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import POSTS, digests, run
 from tests.random_models import random_hf, random_lm, tokenizer
@@ -150,11 +150,11 @@ def test_it_is_made_anew_with_every_shard(
 @EVERY
 def test_listing_verifying_and_pruning_go_on(damage: str, folder: Path, tmp_path: Path) -> None:
     DAMAGES[damage](folder / "manifest.json")
-    table, lost = cache.listing(tmp_path), cache.unreadable(tmp_path)
+    table, lost = stores.listing(tmp_path), stores.unreadable(tmp_path)
     assert len(table) + len(lost) == 1
-    cache.verify(cache.stores(tmp_path))
+    stores.verify(stores.stores(tmp_path))
     os.utime(folder / USED, (1, 1))
-    assert cache.prune(tmp_path, max_size=None, max_age="1d").removed == [folder.name]
+    assert stores.prune(tmp_path, max_size=None, max_age="1d").removed == [folder.name]
     assert not folder.exists()
 
 

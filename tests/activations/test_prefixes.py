@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.forward import TokenBudget, forward, units
-from saexp.activations.prefixes import Group, empty_past, groups, settle
+from saexp.activations.forward import Group, TokenBudget, empty_past, forward, groups, settle, units
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.activations.collecting import POSTS, digests, placed, run

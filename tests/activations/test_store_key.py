@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saexp.activations.collector import ingredients
-from saexp.activations.joined import joined_name
+from saexp.activations.reader import joined_name
 from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import All, place
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.models.loading import LanguageModel
 from tests.random_models import saved_lm
 

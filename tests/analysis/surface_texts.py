@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from saexp.data.tokens import TokenizedText
+from saexp.data.tokenization import TokenizedText
 
 BOS = 1
 

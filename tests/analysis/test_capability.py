@@ -14,9 +14,8 @@ from scipy import sparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
-from saexp.analysis.answers import questions
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.capability import CapabilityAnalyzer, _of_paired_rates, _of_rate
+from saexp.analysis.capability import CapabilityAnalyzer, _of_paired_rates, _of_rate, questions
 from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.errors import ConfigError, DataError
@@ -24,7 +23,7 @@ from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.means import mean_interval
 from saexp.stats.proportions import paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer

@@ -7,8 +7,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
-from saexp.analysis.statistics import FEW
 from saexp.results import TaskResult
+from saexp.stats.rank_tests import FEW
 from tests.analysis.simulate import (
     ALWAYS,
     D_SAE,

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.power import contrast_power
-from saexp.analysis.strata import Split
+from saexp.analysis.contrast_checks import contrast_power
+from saexp.analysis.observations import Split
 from saexp.stats.power import detectable_auroc
 from tests.analysis.simulate import D_SAE, GROUPS, activations, contrast, rows_table
 

@@ -9,15 +9,13 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.contrast import ContrastAnalyzer
-from saexp.analysis.contrast_surface import beside_surface
-from saexp.analysis.observations import observations
-from saexp.analysis.statistics import stratum_weights
-from saexp.analysis.strata import split_of
-from saexp.analysis.surface import fit_surface, read_texts
+from saexp.analysis.contrast import ContrastAnalyzer, beside_surface
+from saexp.analysis.observations import observations, split_of
+from saexp.analysis.surface_baseline import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
+from saexp.stats.rank_tests import stratum_weights
 from tests.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
 from tests.analysis.surface_texts import names, placed
 

@@ -13,13 +13,13 @@ from saexp.analysis.evaluation import (
     can_be_scored,
     evaluate_saes,
 )
-from saexp.analysis.evaluation_numbers import densities, l0_table, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.analysis.evaluation_tables import densities, l0_table, numbers
+from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.means import ratio_interval
 from tests.latents.test_splice import perfect, sae
 from tests.random_models import (

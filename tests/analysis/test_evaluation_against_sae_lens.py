@@ -14,9 +14,9 @@ import torch
 
 import saexp
 from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes
-from saexp.analysis.evaluation_numbers import densities, numbers
 from saexp.analysis.evaluation_passes import Where
-from saexp.data.tokens import TokenizedText
+from saexp.analysis.evaluation_tables import densities, numbers
+from saexp.data.tokenization import TokenizedText
 
 ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"
 LAYER, N_TEXTS, N_TOKENS = 1, 12, 64

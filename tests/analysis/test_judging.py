@@ -5,8 +5,8 @@ import pytest
 from scipy import special
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.judging import Judge, placements
-from saexp.analysis.probe_rows import Labelled
+from saexp.analysis.classifier_metrics import Judge, placements
+from saexp.analysis.classifiers import Labelled
 
 RATES = [0.5, 0.8, 0.97, 0.99]
 

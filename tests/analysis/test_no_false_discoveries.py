@@ -11,9 +11,9 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents, encode_store
+from saexp.pipeline.collect import gather
+from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import TaskResult
-from saexp.tasks.gathering import gather
-from saexp.tasks.loaded import language_model, sparse_autoencoder
 
 GROUPS = ("known", "unknown")
 COLUMNS = ["unit", "group", "split", "entity_type", "n_entity_tokens"]

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.placebo import permuted, placebo_labels, placebo_latents
-from saexp.analysis.statistics import stratified_rank_test
-from saexp.analysis.strata import Split
+from saexp.analysis.contrast_checks import permuted, placebo_labels, placebo_latents
+from saexp.analysis.observations import Split
 from saexp.stats.proportions import wilson
+from saexp.stats.rank_tests import stratified_rank_test
 from tests.analysis.simulate import activations, contrast, rows_table
 
 LEVEL = 0.05

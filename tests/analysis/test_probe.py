@@ -22,10 +22,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.judging import Judge
+from saexp.analysis.classifier_metrics import Judge
+from saexp.analysis.classifiers import Labelled, roc, threshold_of_best_accuracy
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.analysis.probe_rows import Labelled
-from saexp.analysis.probing import roc, threshold_of_best_accuracy
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
@@ -332,7 +331,7 @@ def test_units_count_once_however_many_rows_they_have() -> None:
 
 
 def test_a_unit_is_never_on_both_sides(inputs: AnalysisInputs) -> None:
-    from saexp.probes import folds
+    from saexp.stats.logistic_probe import folds
 
     _, y, units = parts(inputs, "train")
     for train, validation in folds(y, units, 0):

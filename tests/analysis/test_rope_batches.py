@@ -7,9 +7,9 @@ import torch
 from saexp.activations.forward import TokenBudget, batches
 from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes
-from saexp.data.tokens import TokenizedText
+from saexp.data.tokenization import TokenizedText
 from saexp.models.rope import rope_regime
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.interventions.test_engine import made_sae
 from tests.random_models import VOCABULARY
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm

@@ -6,12 +6,12 @@ import pytest
 import torch
 from scipy import sparse
 
-from saexp.analysis.scores import input_scores, logit_lens_tokens, output_scores
+from saexp.analysis.latent_scores import input_scores, logit_lens_tokens, output_scores
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm, tokenizer
 from tests.saes import make
 

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.statistics import (
+from saexp.stats.power import benjamini_hochberg
+from saexp.stats.rank_tests import (
     FEW,
     Ranked,
     _fisher,
@@ -18,7 +19,6 @@ from saexp.analysis.statistics import (
     stratified_rank_test,
     stratum_weights,
 )
-from saexp.stats.multiplicity import benjamini_hochberg
 
 
 def random_columns(rng: np.random.Generator, n_rows: int, n_latents: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.stats import StatsAnalyzer
+from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.analysis.surface import fit_surface, read_texts, token_counts
+from saexp.analysis.surface_baseline import fit_surface, read_texts, token_counts
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult

@@ -11,12 +11,12 @@ import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.top_features import TopFeaturesAnalyzer
 from saexp.config import AnalyzerConfig
-from saexp.data.token_text import token_texts
+from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
+from saexp.pipeline.collect import gather
+from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import TaskResult
-from saexp.tasks.gathering import gather
-from saexp.tasks.loaded import language_model, sparse_autoencoder
 
 TEXTS = ["The player Fenlet Baszad scored twice.", "When Laura went to the shops, Tom slept."]
 

@@ -8,8 +8,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import saexp
-from saexp.config.folder import conf_folder
 from saexp.config.messages import one_line
+from saexp.config.run import conf_folder
 from saexp.errors import ConfigError
 from saexp.tasks.cache import ACTIONS
 from tests.reports.left import command

@@ -4,7 +4,7 @@ import pytest
 
 import saexp
 from saexp.config import parse_coefficients, parse_layers, parse_width
-from saexp.config.folder import conf_folder
+from saexp.config.run import conf_folder
 from saexp.errors import ConfigError
 
 GROUPS = (

@@ -8,14 +8,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from saexp import registry
-from saexp.analysis.answers import questions
+from saexp.analysis.capability import questions
 from saexp.config import DatasetConfig, InterventionConfig
-from saexp.data.answer_tokens import answer_text, answer_token, foil_of, space_note
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
+from saexp.data.prompts import answer_text, answer_token, foil_of, space_note
 from saexp.errors import ConfigError
+from saexp.interventions.conditions import placed_prompts
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, LogitDifference
-from saexp.interventions.prompts import placed_prompts
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_lm, tokenizer
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 from tokenizers import processors
 
-from saexp.data.tokens import adds_bos, tokenize
+from saexp.data.tokenization import adds_bos, tokenize
 from saexp.errors import DataError
 from tests.data.test_tokens import WithoutOffsets
 from tests.random_models import TEXTS, tokenizer

@@ -8,7 +8,10 @@ import pytest
 from saexp.config import DatasetConfig
 from saexp.data.datasets import ENTITY_TYPES, entities
 from saexp.data.examples import Example
-from saexp.data.labels import (
+from saexp.errors import ConfigError, DataError
+from saexp.labeling.matchers import Rules
+from saexp.labeling.questions import (
+    TEMPLATES,
     Question,
     Thresholds,
     entity_groups,
@@ -18,9 +21,6 @@ from saexp.data.labels import (
     read_attributes,
     truths_of,
 )
-from saexp.data.matchers import Rules
-from saexp.data.templates import TEMPLATES
-from saexp.errors import ConfigError, DataError
 
 
 def example(entity="Pulp Fiction", kind="movie", attributes=None, **more) -> Example:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.fuzz import token_set_ratio
 
-from saexp.data.matchers import PAPER, Rules, canonical, is_correct, words
-from saexp.data.quantities import amount, coordinates, quantities, year
 from saexp.errors import ConfigError
+from saexp.labeling.matchers import PAPER, Rules, canonical, is_correct, words
+from saexp.labeling.quantities import amount, coordinates, quantities, year
 
 
 def common_subsequence(a: str, b: str) -> int:

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.data.number_words import with_digits
-from saexp.data.quantities import amounts, years
+from saexp.labeling.quantities import amounts, with_digits, years
 
 ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),

@@ -9,7 +9,7 @@ from saexp import registry
 from saexp.config import DatasetConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import OWN_COLUMNS, place
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
 from tests.random_models import tokenizer
 

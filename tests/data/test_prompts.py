@@ -13,10 +13,10 @@ from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, Unplaced, place
 from saexp.data.prompts import CHANGED, as_read, tokenize_prompts, tokenize_texts
-from saexp.data.tokens import span_to_tokens, tokenize
-from saexp.interventions.prompts import placed_prompts
+from saexp.data.tokenization import span_to_tokens, tokenize
+from saexp.interventions.conditions import placed_prompts
+from saexp.pipeline.collect import settle_bos
 from saexp.registry import build
-from saexp.tasks.bos import settle_bos
 from tests.chat_tokenizers import (
     base_tokenizers,
     changing_tokenizers,

@@ -10,9 +10,9 @@ import pytest
 from saexp.config import DatasetConfig
 from saexp.data.datasets import csv, jsonl
 from saexp.data.examples import Example
-from saexp.data.labels import questions
 from saexp.data.tables import read_rows, rule, to_examples
 from saexp.errors import ConfigError, DataError, SaexpError
+from saexp.labeling.questions import questions
 
 TWO = [
     {"text": "The player Bo Li", "entity": "Bo Li", "group": "known"},

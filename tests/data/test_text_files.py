@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from saexp import registry
 from saexp.config import DatasetConfig
 from saexp.data.datasets import background_texts
-from saexp.data.lines import text_lines
-from saexp.data.wikidata import read_published
+from saexp.data.tables import text_lines
 from saexp.errors import DataError
+from saexp.labeling.wikidata import read_published
 
 NO_ENDS = ["\u2028", "\u2029", "\u0085", "\f", "\v", "\x1c", "\x1d", "\x1e"]
 """Where str.splitlines cuts and a text file does not end a line."""

@@ -16,8 +16,7 @@ from saexp.analysis.top_features import TopFeaturesAnalyzer
 from saexp.config import AnalyzerConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import place
-from saexp.data.token_text import pieces, token_texts
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import pieces, token_texts, tokenize
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
 from saexp.registry import build

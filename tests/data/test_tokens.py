@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saexp.data.tokens import span_to_tokens, tokenize
+from saexp.data.tokenization import span_to_tokens, tokenize
 from saexp.errors import DataError
 from tests.random_models import TEXTS, tokenizer
 

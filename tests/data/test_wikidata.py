@@ -11,10 +11,17 @@ import pytest
 
 from saexp import registry
 from saexp.config import DatasetConfig
-from saexp.data.labels import questions
-from saexp.data.wikidata import read_published, wikidata
-from saexp.data.wikidata_query import KINDS, ask, fetch_entities, sparql, to_entities
 from saexp.errors import ConfigError, DataError, SaexpError
+from saexp.labeling.questions import questions
+from saexp.labeling.wikidata import (
+    KINDS,
+    ask,
+    fetch_entities,
+    read_published,
+    sparql,
+    to_entities,
+    wikidata,
+)
 
 ENTITIES = [
     {

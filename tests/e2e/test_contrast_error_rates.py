@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from saexp.analysis.statistics import Ranked
+from saexp.stats.rank_tests import Ranked
 from tests.analysis.simulate import D_SAE, GROUPS, contrast
 
 N_RUNS = 100

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse, special
 
-from saexp.analysis.statistics import stratified_rank_test, stratum_weights
 from saexp.stats.proportions import separation_interval, stratified_auroc_interval
+from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
 
 N_SAMPLES = 3000
 VALUES = [0.5, 0.8, 0.97, 0.99]

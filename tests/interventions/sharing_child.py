@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saexp.interventions import sharing
-from saexp.interventions.cache import ResultCache
+from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.sharing import shared
 
 PATIENCE_SECONDS = 120

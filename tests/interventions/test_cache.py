@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions import engine
-from saexp.interventions.cache import ResultCache
+from saexp.interventions import generation
 from saexp.interventions.computing import generate
-from saexp.interventions.ops import Add, Row, Vector
+from saexp.interventions.operations import Add, Row, Vector
+from saexp.interventions.results_cache import ResultCache
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 AT = Hookpoint(1, "resid_post")
@@ -51,7 +51,7 @@ def test_the_second_time_nothing_is_generated_and_tokens_are_equal(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(engine, "_generate_batch", never)
+    monkeypatch.setattr(generation, "_generate_batch", never)
     assert run(rows(), ResultCache(tmp_path, {"model": "a"})) == wanted
     with pytest.raises(AssertionError, match="the model ran"):
         run(rows(), ResultCache(tmp_path, {"model": "b"}))
@@ -63,7 +63,7 @@ def test_the_second_time_nothing_is_generated_and_tokens_are_equal(
 def test_what_an_interrupted_run_made_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = engine._generate_batch, []
+    real, calls = generation._generate_batch, []
 
     def third_fails(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -71,13 +71,13 @@ def test_what_an_interrupted_run_made_is_kept(
             raise KeyboardInterrupt
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine, "_generate_batch", third_fails)
+    monkeypatch.setattr(generation, "_generate_batch", third_fails)
     with pytest.raises(KeyboardInterrupt):
         run(rows(), ResultCache(tmp_path, {}))
     cache = ResultCache(tmp_path, {})
     stored = cache.get([cache.key("tokens 5", row.key) for row in rows()])
     assert 0 < len(stored) < len(rows())
-    monkeypatch.setattr(engine, "_generate_batch", real)
+    monkeypatch.setattr(generation, "_generate_batch", real)
     assert run(rows(), ResultCache(tmp_path, {})) == run(rows(), None)
 
 

@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 import saexp
 from saexp.config import InterventionConfig, ModelConfig
 from saexp.data.examples import Example
-from saexp.data.tokens import tokenize
-from saexp.interventions.cache import ResultCache, model_ingredients
-from saexp.interventions.facts import Condition
-from saexp.interventions.heads import _measured
-from saexp.interventions.ops import Add, Patch, Row, Sampling, Vector
+from saexp.data.tokenization import tokenize
+from saexp.interventions.conditions import Placed, Prompts
+from saexp.interventions.latent_values import Condition
+from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
-from saexp.interventions.prompts import Placed, Prompts
+from saexp.interventions.results_cache import ResultCache, model_ingredients
+from saexp.interventions.side_effects import _measured
 from saexp.models.attention import attention_to
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.identity import sae_identity
+from saexp.saes.loading import sae_identity
 from tests.random_models import TEXTS, random_lm, saved_lm
 
 AT = Hookpoint(1, "resid_post")
@@ -239,7 +239,7 @@ def test_attention_to_two_entities_of_one_prompt_is_measured_for_each() -> None:
 
 
 def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
-    from saexp.interventions.heads import attention_tables
+    from saexp.interventions.side_effects import attention_tables
 
     model, text = random_lm("llama"), "ab cd ef gh"
     (tokens,) = tokenize([text], model.tokenizer, 20)

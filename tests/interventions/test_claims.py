@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.claims import claim_notes, main_conditions, with_claims
-from saexp.stats.multiplicity import holm
+from saexp.interventions.design import claim_notes, summarised_conditions, with_claims
+from saexp.stats.power import holm
 
 OUTCOMES = ["refusal", "logit"]
 
@@ -36,7 +36,7 @@ CHOSEN = {"a_group": 1.0, "a_3": 2.0, "b_7": 2.0, "b_8": 1.0, "b_probe": 1.0}
 
 
 def test_groups_else_the_first_latent_and_other_directions_are_main() -> None:
-    assert main_conditions(summary(), "refusal") == ["a_group", "b_7", "b_probe"]
+    assert summarised_conditions(summary(), "refusal") == ["a_group", "b_7", "b_probe"]
 
 
 def test_single_latents_of_no_group_are_beside_the_group_of_all() -> None:
@@ -44,9 +44,9 @@ def test_single_latents_of_no_group_are_beside_the_group_of_all() -> None:
     table = summary()
     table = table[table["condition"].isin([*names, "baseline"])]
     table["direction"] = table["condition"].map(names).fillna("")
-    assert main_conditions(table, "refusal") == ["a_group"]
+    assert summarised_conditions(table, "refusal") == ["a_group"]
     singles = table[table["condition"] != "a_group"]
-    assert main_conditions(singles, "refusal") == ["a_3"]
+    assert summarised_conditions(singles, "refusal") == ["a_3"]
 
 
 def test_a_coefficient_chosen_on_the_test_prompts_is_corrected_for() -> None:
@@ -67,8 +67,8 @@ def test_of_many_places_the_one_of_the_largest_change_on_train_is_main() -> None
     at = (table["condition"] == "b_7") & (table["split"] == "train") & (table["coefficient"] == 2)
     table.loc[at, "refusal_change"] = -3.0
     table.loc[(table["condition"] == "b_8") & (table["split"] == "test"), "refusal_change"] = 9.0
-    assert main_conditions(table, "refusal") == ["a_3", "b_7"]
-    assert main_conditions(table[table["split"] == "test"], "refusal") == ["a_3", "b_8"]
+    assert summarised_conditions(table, "refusal") == ["a_3", "b_7"]
+    assert summarised_conditions(table[table["split"] == "test"], "refusal") == ["a_3", "b_8"]
 
 
 def test_holm_is_over_main_conditions_times_outcomes_at_the_chosen_coefficient() -> None:

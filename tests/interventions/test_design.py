@@ -11,14 +11,20 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError
-from saexp.interventions.control_table import control_notes, control_table, left_out_note
+from saexp.interventions.conditions import Prompts
+from saexp.interventions.controls import control_notes, control_table, left_out_note
 from saexp.interventions.design import ControlDesign, main_conditions
-from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.facts import Condition, LatentFacts
-from saexp.interventions.ops import Add, Op, Project
-from saexp.interventions.patching import SpliceIn
-from saexp.interventions.prompts import Prompts
-from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
+from saexp.interventions.edits import (
+    Ablate,
+    Clamp,
+    Orthogonalize,
+    ProjectOut,
+    Scale,
+    SpliceIn,
+    Steer,
+)
+from saexp.interventions.latent_values import Condition, LatentFacts
+from saexp.interventions.operations import Add, Op, Project
 from tests.interventions.test_edits import facts
 from tests.random_models import random_lm
 

@@ -12,19 +12,25 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.conditions import Prompts
 from saexp.interventions.design import ControlDesign
-from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.facts import (
+from saexp.interventions.edits import (
+    Ablate,
+    Clamp,
+    Orthogonalize,
+    ProjectOut,
+    Scale,
+    SpliceIn,
+    Steer,
+)
+from saexp.interventions.latent_values import (
     Condition,
     LatentFacts,
     StreamRows,
     denoised,
     orthonormal,
 )
-from saexp.interventions.ops import Add, Move, Project
-from saexp.interventions.patching import SpliceIn
-from saexp.interventions.prompts import Prompts
-from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
+from saexp.interventions.operations import Add, Move, Project
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import random_lm
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.placebo import effect_share
-from saexp.interventions.power import effect_power
+from saexp.interventions.controls import effect_share
+from saexp.interventions.design import effect_power
 from saexp.stats.power import detectable_change
 from saexp.stats.proportions import wilson
 

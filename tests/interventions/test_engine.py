@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from saexp.interventions.computing import divergences, generate, read_logits
-from saexp.interventions.engine import last_logits
-from saexp.interventions.facts import orthonormal
-from saexp.interventions.ops import Add, Move, Op, Patch, Project, Row, Sampling, Splice, Vector
+from saexp.interventions.generation import last_logits
+from saexp.interventions.latent_values import orthonormal
+from saexp.interventions.operations import (
+    Add,
+    Move,
+    Op,
+    Patch,
+    Project,
+    Row,
+    Sampling,
+    Splice,
+    Vector,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, TEXTS, hooks_left, random_hf, random_lm, tokenizer
 
 AT = Hookpoint(1, "resid_post")

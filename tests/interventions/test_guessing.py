@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from saexp.interventions import engine, guessing
-from saexp.interventions.computing import generate
-from saexp.interventions.guessing import Guessing
-from saexp.interventions.ops import Add, Move, Patch, Row, Sampling, Splice, Vector
+from saexp.interventions import computing, generation
+from saexp.interventions.computing import Guessing, generate
+from saexp.interventions.operations import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.interventions.test_engine import AT, add, made_sae, prompts
 from tests.random_models import D_MODEL, STORED, random_hf, random_lm, tokenizer
 
@@ -38,7 +37,7 @@ def grid(model: LanguageModel, sae: SparseAutoencoder) -> list[Row]:
 
 
 def alone(model: LanguageModel, row: Row, sae: SparseAutoencoder) -> list[int]:
-    return engine._generate_batch(model, [row], {AT: sae}, [N_NEW])[0]
+    return generation._generate_batch(model, [row], {AT: sae}, [N_NEW])[0]
 
 
 @pytest.mark.parametrize("architecture", STORED)
@@ -56,8 +55,8 @@ def test_each_row_says_what_it_says_alone(architecture: str) -> None:
 def test_guessing_may_go_on_or_end(monkeypatch: pytest.MonkeyPatch, worth: float) -> None:
     model, sae = random_lm("llama"), made_sae()
     rows = grid(model, sae)
-    monkeypatch.setattr(guessing, "_WORTH", worth)
-    monkeypatch.setattr(guessing, "LOGIT_BYTES", 100_000)
+    monkeypatch.setattr(computing, "_WORTH", worth)
+    monkeypatch.setattr(computing, "LOGIT_BYTES", 100_000)
     found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
     assert found == [alone(model, row, sae) for row in rows]
 
@@ -92,19 +91,19 @@ def test_few_rows_are_generated_token_by_token(monkeypatch: pytest.MonkeyPatch) 
     model, sae = random_lm("llama"), made_sae()
     some = prompts(model)[:3]
     rows = [Row(i, add(sae, (n,), 1e-6), (1,)) for n in range(20) for i in some]
-    real, generated = engine._generate_batch, []
+    real, generated = generation._generate_batch, []
 
     def counted(lm: LanguageModel, batch: list[Row], *rest: Any) -> list[list[int]]:
         generated.extend(batch)
         return real(lm, batch, *rest)
 
-    monkeypatch.setattr(engine, "_generate_batch", counted)
+    monkeypatch.setattr(generation, "_generate_batch", counted)
     made = Guessing(model, {AT: sae}, N_NEW, 10_000)
     found = {row.key: tokens for batch in made.run(rows) for row, tokens in batch}
     assert len(generated) == 3
     assert made.n_learned == made.n_run > 0
     assert len(found) == 60
-    monkeypatch.setattr(engine, "_generate_batch", real)
+    monkeypatch.setattr(generation, "_generate_batch", real)
     assert all(found[row.key] == alone(model, row, sae) for row in rows)
 
 
@@ -114,7 +113,7 @@ def test_rows_of_prompts_of_their_own_are_not_guessed(monkeypatch: pytest.Monkey
     def never(*_: object) -> None:
         raise AssertionError("something was guessed")
 
-    monkeypatch.setattr(engine, "greedy_tokens", never)
+    monkeypatch.setattr(generation, "greedy_tokens", never)
     rows = [Row(i) for i in prompts(model)]
     assert len(generate(model, rows, max_new_tokens=3, batch_tokens=1000)) == len(rows)
 
@@ -142,7 +141,7 @@ def test_a_transcoder_s_rows_guess_too() -> None:
         for generated in (True, False)
     ]
     found = generate(model, rows, {source: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
-    wanted = [engine._generate_batch(model, [row], {source: sae}, [N_NEW])[0] for row in rows]
+    wanted = [generation._generate_batch(model, [row], {source: sae}, [N_NEW])[0] for row in rows]
     assert found == wanted
 
 

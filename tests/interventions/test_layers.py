@@ -12,17 +12,15 @@ from torch import Tensor
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.conditions import Prompts
 from saexp.interventions.design import ControlDesign
-from saexp.interventions.edits import Clamp, Steer
-from saexp.interventions.engine import last_logits
-from saexp.interventions.facts import Condition, LatentFacts, orthonormal
-from saexp.interventions.layered import spans
-from saexp.interventions.ops import Add, Move, Project, Row
-from saexp.interventions.prompts import Prompts
-from saexp.interventions.removing import Ablate, Orthogonalize, ProjectOut, Scale
+from saexp.interventions.edits import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.generation import last_logits
+from saexp.interventions.latent_values import Condition, LatentFacts, orthonormal, spans
+from saexp.interventions.operations import Add, Move, Project, Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 D_SAE = 48

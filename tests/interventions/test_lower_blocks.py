@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from saexp.interventions.computing import generate
-from saexp.interventions.engine import greedy_tokens, last_logits
-from saexp.interventions.ops import Add, Patch, Row, Vector
+from saexp.interventions.generation import greedy_tokens, last_logits
+from saexp.interventions.operations import Add, Patch, Row, Vector
+from saexp.models.forward import after_blocks, can_skip, may_skip
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.skipping import after_blocks, can_skip, may_skip
 from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm, tokenizer
 
 UNTOUCHED = {

@@ -15,14 +15,14 @@ from sklearn.preprocessing import StandardScaler
 
 import saexp
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.analysis.probe_rows import rows_of
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
-from saexp.interventions.facts import LatentFacts, StreamRows
+from saexp.interventions.latent_values import LatentFacts, StreamRows
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
-from saexp.probes import STRENGTHS
+from saexp.stats.logistic_probe import STRENGTHS
 
 N_UNITS, PER_UNIT, D = 60, 8, 40
 GROUPS = ("known", "unknown")

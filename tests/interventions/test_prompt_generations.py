@@ -10,8 +10,8 @@ from tokenizers import processors
 from saexp.config import InterventionConfig
 from saexp.data.examples import Example
 from saexp.interventions.computing import generate
-from saexp.interventions.ops import Row
-from saexp.interventions.prompts import placed_prompts
+from saexp.interventions.conditions import placed_prompts
+from saexp.interventions.operations import Row
 from tests.chat_tokenizers import CHATML, with_tokenizer
 from tests.random_models import TEXTS, tokenizer
 

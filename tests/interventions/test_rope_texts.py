@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saexp.interventions.computing import generate, read_logits
-from saexp.interventions.ops import Add, Patch, Row, Sampling, Vector
+from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.interventions.plain_loop import Hooked, plain_generate
 from tests.random_models import D_MODEL, VOCABULARY

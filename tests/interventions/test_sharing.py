@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saexp.activations.leases import FOLDER, Lease
 from saexp.errors import StoreError
-from saexp.interventions.cache import ResultCache
+from saexp.files import FOLDER, Lease
+from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.sharing import shared
 from tests.interventions.sharing_child import BATCH, PATIENCE_SECONDS, Work, server, work
 

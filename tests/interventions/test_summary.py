@@ -12,8 +12,7 @@ from saexp.interventions.summary import (
     summarise,
     unmoved,
 )
-from saexp.stats.exchangeable import prediction_p_value, rank_p_value
-from saexp.stats.paired import paired_difference
+from saexp.stats.permutation import paired_difference, prediction_p_value, rank_p_value
 from saexp.stats.proportions import paired_difference_interval
 
 N = 40

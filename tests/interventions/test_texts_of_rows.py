@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions import guessing
+from saexp.interventions import computing
 from saexp.interventions.computing import generate
-from saexp.interventions.engine import greedy_tokens, last_logits
-from saexp.interventions.ops import Add, Row, Vector
+from saexp.interventions.generation import greedy_tokens, last_logits
+from saexp.interventions.operations import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.interventions.plain_loop import Hooked, plain_generate
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_texts_equal_a_plain_loop_for_any_prompt_length_and_batch_size(
     case: Case, batch_size: int, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guessing, "LOGIT_BYTES", logit_bytes)
+    monkeypatch.setattr(computing, "LOGIT_BYTES", logit_bytes)
     found = generate(
         case.model,
         case.rows,

@@ -14,13 +14,13 @@ import saexp
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example
 from saexp.data.positions import entity_tokens
-from saexp.data.tokens import tokenize
+from saexp.data.tokenization import tokenize
 from saexp.interventions.computing import weight_divergences
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import orthogonalized
+from saexp.models.weight_editing import orthogonalized
 from saexp.results import TaskResult
-from saexp.saes.base import SparseAutoencoder
-from saexp.stats.paired import paired_head_test
+from saexp.saes.sae import SparseAutoencoder
+from saexp.stats.permutation import paired_head_test
 from tests.random_models import D_MODEL, POST_NORMS, STORED, TEXTS, random_lm
 
 DIRECTIONS = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(6))

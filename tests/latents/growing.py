@@ -10,9 +10,9 @@ import torch
 
 from saexp.latents import encode
 from saexp.latents.examples import tally_store, values_at
-from saexp.latents.tally import Tally
+from saexp.latents.statistics import Tally
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.latents.test_encode import store_of
 
 D_IN, D_SAE = 64, 2048

@@ -14,7 +14,7 @@ from saexp.activations.store import ActivationStore
 from saexp.latents import encode
 from saexp.latents.encode import StreamMetrics, encode_store
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.saes.make import D_IN, D_SAE, points, sae
 
 N_ROWS = 103

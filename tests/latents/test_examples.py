@@ -10,14 +10,12 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
-from saexp.data.token_text import pieces
-from saexp.data.tokens import TokenizedText, tokenize
+from saexp.data.tokenization import TokenizedText, pieces, tokenize
 from saexp.latents import encode
-from saexp.latents.examples import firing_counts, latents_at, tally_store, values_at
-from saexp.latents.tally import N_BINS, Tally, at_quantiles, best_of_each_text
-from saexp.latents.windows import Windows
+from saexp.latents.examples import Windows, firing_counts, latents_at, tally_store, values_at
+from saexp.latents.statistics import N_BINS, Tally, at_quantiles, best_of_each_text
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.activations import child
 from tests.activations.test_faults import end, start
 from tests.latents.growing import tally_much

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.latents.splice import replaced, spliced
+from saexp.latents.encode import replaced, spliced
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import ARCHITECTURES, D_MODEL, VOCABULARY, random_hf, random_lm
 from tests.saes.make import parameters
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import sparse
 
-from saexp.latents.summary import active_quantile, by_unit, equal_rows, moments
+from saexp.latents.statistics import active_quantile, by_unit, equal_rows, moments
 
 VALUES = st.sampled_from([0.0, 0.0, 0.0, 1e-7, 0.5, 1.0, 2.25, 1000.0])
 DENSE = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=VALUES)

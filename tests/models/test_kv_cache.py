@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from saexp.models.forward import with_room
 from saexp.models.hooks import position_ids
-from saexp.models.kv_cache import with_room
 from tests.random_models import STORED, VOCABULARY, random_lm
 
 IDS = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))

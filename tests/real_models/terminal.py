@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from saexp.cli import main
 from saexp.data.datasets import ASSETS
-from saexp.tasks import loaded, shared
+from saexp.pipeline import objects
 from tests.saes.make import COMMIT
 
 ROOT = Path(__file__).parents[2]
@@ -156,9 +156,9 @@ class Terminal:
 
 def forget() -> None:
     """Let the models, SAEs and results go that this process keeps."""
-    for kept in loaded._loaded.values():
+    for kept in objects._loaded.values():
         kept.clear()
-    shared.forget()
+    objects.forget()
 
 
 def told_by(readme: str, *having: str) -> list[str]:

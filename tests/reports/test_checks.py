@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-from saexp.reports.finding import sentences
+from saexp.reports.finding import above_surface, found_nothing, power_sentences, sentences
 from saexp.reports.html import write_report
-from saexp.reports.power import found_nothing, power_sentences
 from saexp.reports.saved import SavedRun
-from saexp.reports.surface import above_surface
 from tests.reports.written import METRICS, run, write_json
 
 BASELINE = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from saexp.errors import StoreError
-from saexp.reports.dashboard import read_dashboard, write_dashboard
+from saexp.reports.html import read_dashboard, write_dashboard
 from tests.reports.browser import dom, needs_chromium
 from tests.reports.left import body_of
 from tests.reports.written import NASTY, run, write_json

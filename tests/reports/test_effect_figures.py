@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.effect_controls import kinds_of_control
 from saexp.reports.effect_figures import effect_figures
 from saexp.reports.effect_tables import control_rows, cost_table, effect_tables
-from saexp.reports.effects import effect_sentences
+from saexp.reports.effects import effect_sentences, kinds_of_control
 from saexp.reports.saved import SavedRun
 from tests.reports.written import N_CONTROLS, controls, run, summary
 

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.cells import cells_table
-from saexp.reports.sweep_effects import effects_table
-from saexp.reports.sweep_figures import sweep_figures
+from saexp.reports.saved import cells_table
+from saexp.reports.sweep_figures import effects_table, sweep_figures
 from tests.reports.written import cell, contrast, effect
 
 

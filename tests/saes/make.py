@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 
 D_IN, D_SAE, K = 12, 40, 5
 D_OUT = 9

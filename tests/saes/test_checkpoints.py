@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saexp.config.training import SAETrainerConfig
+from saexp.config.components import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.checkpoints import CHECKSUMS
-from saexp.saes.training import Place, Training
+from saexp.saes.training.training import CHECKSUMS, Place, Training
 
 D_IN, D_SAE, BATCH = 8, 32, 16
 PLACE = Place("random", Hookpoint(0, "resid_post"), D_IN, 16)

@@ -13,8 +13,8 @@ from saexp.config import SAEConfig
 from saexp.errors import ConfigError, ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.loading import check_fits
+from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.saes.make import D_IN, HOOK_NAME, parameters, sae, write_npz, write_saelens
 

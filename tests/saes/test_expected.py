@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from saexp.errors import SAEError
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.catalogue import catalogue, entries
-from saexp.saes.check import Fit, check_fit
-from saexp.saes.expected import Compared
 from saexp.saes.formats.saelens import recorded_frequencies
 from saexp.saes.loading import load_sae
+from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.validation import Compared, Fit, check_fit
 from tests.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, points, sae, write_saelens
 
 N = 600

@@ -11,7 +11,7 @@ from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.base import ARCHITECTURES, SAE
+from saexp.saes.sae import ARCHITECTURES, SAE
 from tests.saes.make import D_IN, D_SAE, K, points, sae
 
 OPTIONS: list[dict[str, Any]] = [

@@ -10,10 +10,15 @@ import pytest
 
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
-from saexp.saes.base import SparseAutoencoder
-from saexp.saes.catalogue import catalogue, entries
+from saexp.saes.catalogue import (
+    catalogue,
+    entries,
+    neuronpedia_id,
+    neuronpedia_list,
+    neuronpedia_url,
+)
 from saexp.saes.loading import random_sae
-from saexp.saes.neuronpedia import neuronpedia_id, neuronpedia_list, neuronpedia_url
+from saexp.saes.sae import SparseAutoencoder
 
 
 def sae_with(identity: Any) -> SparseAutoencoder:

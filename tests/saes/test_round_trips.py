@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.config.training import SAETrainerConfig
+from saexp.config.components import SAETrainerConfig
 from saexp.models.hookpoints import STREAMS, Hookpoint
-from saexp.saes.training import Place, Training
-from saexp.saes.training_classes import ARCHITECTURES, SAES, TRANSCODERS
+from saexp.saes.training.architectures import ARCHITECTURES, SAES, TRANSCODERS
+from saexp.saes.training.training import Place, Training
 from tests.saes.make import D_IN, D_SAE, K, parameters, points
 
 D_OUT, BATCH, MODEL = 9, 32, "someone/their-model"

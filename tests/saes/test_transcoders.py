@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
-from saexp.interventions.batch import BatchEdit
-from saexp.interventions.ops import Move, Row
-from saexp.latents.splice import spliced
+from saexp.interventions.batching import BatchEdit
+from saexp.interventions.operations import Move, Row
+from saexp.latents.encode import spliced
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
-from saexp.saes.base import ARCHITECTURES, SparseAutoencoder
 from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.loading import check_fits
+from saexp.saes.sae import ARCHITECTURES, SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.saes.make import (
     D_IN,
@@ -402,7 +402,7 @@ def test_one_layer_of_a_cross_layer_transcoder(
     assert ours.hookpoints == [Hookpoint(3, "resid_mid"), Hookpoint(3, "mlp_out")]
     with pytest.raises(SAEError, match="one layer of a cross-layer transcoder: its latents and di"):
         ours.check_reconstructs()
-    from saexp.saes.check import check_fit
+    from saexp.saes.validation import check_fit
 
     fit = check_fit(ours, x, torch.zeros(30, dtype=torch.bool), {}, points(30, D_IN))
     assert [p for p in fit.problems if "reconstruction say nothing" in p] == fit.problems[:1]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from saexp.stats.exchangeable import prediction_p_value, rank_p_value
 from saexp.stats.means import MIN_N, mean_interval
+from saexp.stats.permutation import prediction_p_value, rank_p_value
 from saexp.stats.proportions import (
     auroc_interval,
     difference_interval,

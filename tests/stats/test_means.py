@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from saexp.analysis.statistics import stratum_weights
 from saexp.stats import means
 from saexp.stats.means import MIN_N, difference_of_means, mean_interval, ratio_interval
+from saexp.stats.rank_tests import stratum_weights
 
 RNG = np.random.default_rng(4)
 SIZES = RNG.integers(1, 7, 25).astype(float)

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from saexp.errors import DataError
-from saexp.stats.paired import paired_difference, paired_head_test
+from saexp.stats.permutation import paired_difference, paired_head_test
 
 
 def pairs(n: int, shift: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp.analysis.statistics import stratified_rank_test
 from saexp.stats.power import detectable_auroc, detectable_change
+from saexp.stats.rank_tests import stratified_rank_test
 
 RUNS = 400
 SIZES = [[(15, 15)], [(30, 60)], [(100, 100)], [(30, 30), (40, 20), (10, 25)]]

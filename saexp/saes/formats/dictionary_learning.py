@@ -15,9 +15,8 @@ from torch import Tensor
 
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import Config, check_matrices, check_raw_output, read_config
-from saexp.saes.parameters import check_type, check_values
+from saexp.saes.sae import SparseAutoencoder, check_type, check_values
 from saexp.wording import brief
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"

@@ -1,4 +1,4 @@
-"""Reading what several formats share: configs, safetensors, names of other tools' hooks."""
+"""Reading files of SAEs: from the hub, JSON configs, safetensors, names of other tools' hooks."""
 
 import json
 import re
@@ -8,14 +8,47 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saexp.digests import content_name
 from saexp.errors import ModelError, SAEError
+from saexp.hub import hub, why_absent
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.parameters import check_type
+from saexp.saes.sae import check_type
 from saexp.wording import brief
+
+
+def download(repo: str, path: str) -> Path:
+    """A file of a hub repository, from the cache where it is there."""
+    try:
+        with hub():
+            return Path(hf_hub_download(repo, path))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise SAEError(
+            f"{repo}/{path} is neither cached nor in reach ({why_absent(error)}); go online "
+            "once, or point HF_HOME to a cache that holds it"
+        ) from error
+
+
+def present(repo: str, path: str) -> Path | None:
+    """A file of a hub repository, None where it is neither there nor in reach."""
+    try:
+        return download(repo, path)
+    except SAEError:
+        return None
+
+
+def about(file: Path, config: Path | None = None) -> dict[str, Any]:
+    """Path and fingerprint of the weights, and the fingerprint of the config beside them."""
+    known = {"path": str(file), "fingerprint": content_name(file)}
+    if config is not None and config.is_file():
+        known["config_fingerprint"] = content_name(config)
+    return known
+
 
 _Value = TypeVar("_Value")
 _LARGEST = sys.float_info.max

@@ -11,9 +11,8 @@ import torch
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.saelens import drop_unit_scaling
-from saexp.saes.parameters import check_type
+from saexp.saes.sae import SparseAutoencoder, check_type
 from saexp.wording import brief
 
 WEIGHTS = "params.npz"

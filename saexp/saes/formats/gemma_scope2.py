@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import Config, check_matrices, read_config, read_safetensors
+from saexp.saes.sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 _NAMES = {

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from saexp.errors import SAEError
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import (
     Config,
     check_matrices,
@@ -20,7 +19,7 @@ from saexp.saes.formats.files import (
     read_config,
     read_safetensors,
 )
-from saexp.saes.parameters import check_values
+from saexp.saes.sae import SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import NOT_ADDED, Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import (
     Config,
     check_matrices,
@@ -16,7 +15,7 @@ from saexp.saes.formats.files import (
     read_config,
     read_safetensors,
 )
-from saexp.saes.parameters import check_values
+from saexp.saes.sae import SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _ROUNDING = 1e-3

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
 from saexp.saes.formats.files import check_matrices, check_raw_output, read_config, read_safetensors
+from saexp.saes.sae import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 RUN_CONFIG = "config.json"

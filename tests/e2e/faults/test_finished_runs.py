@@ -13,9 +13,9 @@ import saexp
 from saexp.api import read_result
 from saexp.config import RunConfig
 from saexp.errors import StoreError
-from saexp.reports.cells import cells_table
+from saexp.pipeline import finished
+from saexp.reports.saved import cells_table
 from saexp.reports.sweep import write_sweep
-from saexp.tasks import finished
 from tests.e2e.faults.injection import (
     DAMAGES,
     command,
@@ -98,7 +98,7 @@ def test_a_run_is_not_reused_with_any_damage_to_any_file(
     for file in (*run.files(), run.index):
         for damage in damaged(file):
             caplog.clear()
-            assert finished.find(run.cfg, run.key) is None, damage
+            assert finished.find_finished(run.cfg, run.key) is None, damage
             if damage.endswith(f"{run.index.name}: deleted"):
                 assert caplog.messages == []
                 continue
@@ -107,7 +107,7 @@ def test_a_run_is_not_reused_with_any_damage_to_any_file(
             assert "is not reused: " in said
             assert said.endswith("; computing it again")
     caplog.clear()
-    found = finished.find(run.cfg, run.key)
+    found = finished.find_finished(run.cfg, run.key)
     assert found is not None and found.folder == run.folder
     assert caplog.messages == []
 
@@ -119,11 +119,11 @@ def test_a_list_of_files_that_lacks_one_is_not_believed(run: Done) -> None:
         files = {k: v for k, v in about["files"].items() if k not in lacking}
         file.write_text(json.dumps(finished.sealed({**about, "files": files})))
         finished._index(run.cfg, run.index, run.folder)
-        assert finished.find(run.cfg, run.key) is None, lacking
+        assert finished.find_finished(run.cfg, run.key) is None, lacking
     outside = {**about["files"], "../cache/x": about["files"]["metrics.json"]}
     file.write_text(json.dumps(finished.sealed({**about, "files": outside})))
     finished._index(run.cfg, run.index, run.folder)
-    assert finished.find(run.cfg, run.key) is None
+    assert finished.find_finished(run.cfg, run.key) is None
 
 
 def test_a_damaged_run_is_computed_again_with_equal_results(run: Done, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_damaged_run_is_computed_again_in_its_own_folder(run: Done) -> None:
     assert digests_of_results(run.folder) != expected
     saexp.run(run.cfg, run.folder)
     assert digests_of_results(run.folder) == expected
-    found = finished.find(run.cfg, run.key)
+    found = finished.find_finished(run.cfg, run.key)
     assert found is not None and found.folder == run.folder
 
 
@@ -164,12 +164,12 @@ def test_reading_a_damaged_run_is_one_line_that_names_the_file(run: Done) -> Non
     again = read_result(run.folder)
     assert again.metrics == sound.metrics
     assert again.tables.keys() == sound.tables.keys()
-    assert finished.find(run.cfg, run.key) is not None
+    assert finished.find_finished(run.cfg, run.key) is not None
 
 
 def test_a_copy_is_as_good_as_the_run(run: Done, tmp_path: Path) -> None:
     saexp.run(run.cfg, tmp_path / "copy")
-    own = finished.find(run.cfg, run.key, tmp_path / "copy")
+    own = finished.find_finished(run.cfg, run.key, tmp_path / "copy")
     assert own is not None and own.folder == tmp_path / "copy"
     (run.folder / "rows.parquet").unlink()
     other = saexp.run(run.cfg, tmp_path / "other")
@@ -177,13 +177,13 @@ def test_a_copy_is_as_good_as_the_run(run: Done, tmp_path: Path) -> None:
     assert sum(note.startswith("reused from ") for note in other.notes) == 1
     (tmp_path / "copy/metrics.json").write_text("{}")
     shutil.rmtree(tmp_path / "other")
-    assert finished.find(run.cfg, run.key) is None
+    assert finished.find_finished(run.cfg, run.key) is None
 
 
 def test_a_copy_that_was_interrupted_is_no_finished_run(
     run: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier = finished.find(run.cfg, run.key)
+    earlier = finished.find_finished(run.cfg, run.key)
     assert earlier is not None
     # A run holds its folder before it copies.
     (tmp_path / "copy").mkdir()
@@ -202,7 +202,7 @@ def test_a_copy_that_was_interrupted_is_no_finished_run(
         with pytest.raises(KeyboardInterrupt):
             finished.reuse(run.cfg, earlier, tmp_path / "copy")
         assert not (tmp_path / "copy/provenance.json").exists()
-        assert finished.find(run.cfg, run.key, tmp_path / "copy") == earlier
+        assert finished.find_finished(run.cfg, run.key, tmp_path / "copy") == earlier
     monkeypatch.undo()
     assert finished.reuse(run.cfg, earlier, tmp_path / "copy")
     assert digests_of_results(tmp_path / "copy") == digests_of_results(run.folder)

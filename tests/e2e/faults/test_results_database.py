@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from saexp.interventions.cache import ResultCache
 from saexp.interventions.computing import generate
-from saexp.interventions.ops import Add, Row, Vector
+from saexp.interventions.operations import Add, Row, Vector
+from saexp.interventions.results_cache import ResultCache
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.base import SparseAutoencoder
+from saexp.saes.sae import SparseAutoencoder
 from tests.e2e.faults.injection import empty, flip_byte, garbage, truncate
 from tests.random_models import D_MODEL, TEXTS, random_lm
 

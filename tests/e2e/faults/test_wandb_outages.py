@@ -100,7 +100,7 @@ def test_a_server_that_answers_needs_no_hint(runs: Runs) -> None:
         said, place = runs.run(environment(server), "tracker=wandb")
     assert said.code == 0, said
     assert not hints(said)
-    assert "saexp.wandb_tracker][WARNING" not in said.out + said.err
+    assert "saexp.tracking.wandb][WARNING" not in said.out + said.err
     assert any("media/table/tables/latents" in path for path in server.requests)
     assert _wandb_run(recorded(place)[0])["exit_code"] == 0
 
@@ -143,7 +143,7 @@ import sys, time
 from pathlib import Path
 import pandas as pd, plotly.graph_objects as go
 from saexp.config import TrackerConfig
-from saexp.tracking import start
+from saexp.tracking.trackers import start
 cfg, folder = TrackerConfig(name="wandb"), Path(sys.argv[1])
 run = start(cfg, folder=folder, config={}, name="n", job_type="train", group=None)
 began = time.monotonic()

@@ -1,0 +1,277 @@
+"""All stores of a cache directory: listing, verifying, comparing and pruning."""
+
+import datetime
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saexp.activations.reader import damaged_joined
+from saexp.activations.shards import MANIFEST, remove_manifest
+from saexp.activations.store import LOCKS, ActivationStore, shard_files
+from saexp.errors import ConfigError, StoreError
+from saexp.files import USED, show_bytes, try_lock, users
+from saexp.models.hookpoints import Hookpoint
+from saexp.wording import counted
+
+_SHOWN = 8
+"""Hex digits shown of a hash."""
+_TOLD = 60
+"""Characters shown of a setting."""
+
+
+def headline(store: ActivationStore) -> str:
+    """One line on what a store holds."""
+    about, made_of = store.manifest.get("about", {}), store.manifest["ingredients"]
+    parts = [made_of.get("model"), about.get("dataset"), about.get("positions")]
+    parts += [counted(store.n_rows, "row"), made_of.get("dtype"), *store.manifest["hookpoints"]]
+    return f"{store.path.name}: {', '.join(str(part) for part in parts if part)}"
+
+
+def differences(first: ActivationStore, second: ActivationStore) -> list[str]:
+    """A line per ingredient of the key that differs; hashes stand behind the names they are of."""
+    a, b = first.manifest["ingredients"], second.manifest["ingredients"]
+    lines = []
+    for name in sorted({*a, *b}):
+        if a.get(name) == b.get(name):
+            continue
+        if name in _NAMED and name in a and name in b:
+            one, two = (_NAMED[name](s, o) for s, o in ((first, second), (second, first)))
+            line = f"{name}: {one} ({_short(a[name])}) and {two} ({_short(b[name])})"
+            lines.append(line + (_common(first, second) if name == "texts" else ""))
+        else:
+            lines.append(f"{name}: {json.dumps(a.get(name))} and {json.dumps(b.get(name))}")
+    return lines
+
+
+def _short(digest: Any) -> str:
+    return str(digest)[:_SHOWN]
+
+
+def _model(store: ActivationStore, _: ActivationStore) -> str:
+    return str(store.manifest["ingredients"].get("model"))
+
+
+def _texts(store: ActivationStore, other: ActivationStore) -> str:
+    about = store.manifest.get("about", {})
+    settings = _settings(store, other, "dataset_settings")
+    n, bos = about.get("n_texts"), about.get("begins_with_bos")
+    if n is not None:
+        settings.append(counted(n, "text"))
+    if bos is not None and bos != other.manifest.get("about", {}).get("begins_with_bos", bos):
+        settings.append(f"{'with' if bos else 'without'} BOS in front")
+    return ", ".join([str(about.get("dataset", "unnamed")), *settings])
+
+
+def _positions(store: ActivationStore, other: ActivationStore) -> str:
+    name = str(store.manifest.get("about", {}).get("positions", "unnamed"))
+    settings = _settings(store, other, "positions_settings")
+    return ", ".join([name, *settings, counted(store.n_rows, "row")])
+
+
+def _settings(store: ActivationStore, other: ActivationStore, kind: str) -> list[str]:
+    """What was set otherwise than in the other store, as `key=value`."""
+    mine, theirs = (s.manifest.get("about", {}).get(kind, {}) for s in (store, other))
+    told = {k: str(v) for k, v in mine.items() if k not in theirs or theirs[k] != v}
+    return [f"{k}={v if len(v) <= _TOLD else v[:_TOLD] + '…'}" for k, v in told.items()]
+
+
+_NAMED: Mapping[str, Callable[[ActivationStore, ActivationStore], str]] = {
+    "texts": _texts,
+    "positions": _positions,
+    "weights": _model,
+    "tokenizer": _model,
+}
+"""Ingredients that are hashes -> (store, the other one) -> what the hash is of."""
+
+
+def _common(first: ActivationStore, second: ActivationStore) -> str:
+    """What the two stores' texts have in common; nothing where a rows table does not tell."""
+    tables = [s.saved_rows(["text"]) for s in (first, second)]
+    if any(rows is None for rows in tables):
+        return ""
+    one, two = (list(dict.fromkeys(rows["text"])) for rows in tables if rows is not None)
+    if one == two:
+        return "; the same texts, other tokens"
+    if set(one) == set(two):
+        return "; the same texts in another order"
+    return f"; {counted(len(set(one) & set(two)), 'text')} in both"
+
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+def folders(cache_dir: str | Path) -> list[Path]:
+    """Every folder of a store, readable or not, the one used longest ago first."""
+    there = [
+        folder
+        for folder in Path(cache_dir).glob("activations/*")
+        if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
+    ]
+    return sorted(there, key=lambda folder: (last_used(folder), folder.name))
+
+
+def stores(cache_dir: str | Path) -> list[ActivationStore]:
+    """Every readable store of the folder, the one used longest ago first."""
+    found = []
+    for folder in folders(cache_dir):
+        with suppress(StoreError):
+            found.append(ActivationStore.open(folder))
+    return found
+
+
+def last_used(folder: Path) -> float:
+    """Seconds since the epoch at which a run last used the store of a folder."""
+    marks = [folder / USED, folder / MANIFEST, folder]
+    return next(mark for mark in marks if mark.exists()).stat().st_mtime
+
+
+def size(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def listing(cache_dir: str | Path) -> pd.DataFrame:
+    """A row per store: key, model, dataset, positions, n_rows, hookpoints, bytes, last_used."""
+    columns = ["key", "model", "dataset", "positions", "n_rows", "dtype", "hookpoints"]
+    rows = []
+    for store in stores(cache_dir):
+        about, made_of = store.manifest.get("about", {}), store.manifest["ingredients"]
+        rows.append(
+            {
+                "key": store.path.name,
+                "model": made_of.get("model"),
+                "dataset": about.get("dataset"),
+                "positions": about.get("positions"),
+                "n_rows": store.n_rows,
+                "dtype": made_of.get("dtype"),
+                "hookpoints": ", ".join(store.manifest["hookpoints"]),
+                "bytes": size(store.path),
+                "last_used": datetime.datetime.fromtimestamp(last_used(store.path)),
+            }
+        )
+    return pd.DataFrame(rows, columns=[*columns, "bytes", "last_used"])
+
+
+def for_reading(table: pd.DataFrame) -> str:
+    """A listing as text: sizes with their unit, times to the minute."""
+    shown = table.rename(columns={"bytes": "size"})
+    shown["size"] = [show_bytes(n) for n in table["bytes"]]
+    shown["last_used"] = [f"{at:%Y-%m-%d %H:%M}" for at in table["last_used"]]
+    return shown.to_string(index=False)
+
+
+def damaged(store: ActivationStore) -> list[str]:
+    """What is not as it was written, `<hookpoint>/<shard>` for each listed shard, and
+    `<hookpoint>/joined` for the file that joins a hookpoint's shards; hashes all."""
+    looked = ActivationStore.open(store.path, verify=True)
+    found = ["rows.parquet"] if looked.saved_rows() is None else []
+    for name, shards in looked.manifest["hookpoints"].items():
+        at = [Hookpoint.parse(name)]
+        found += [f"{name}/{shard}" for shard in shards if looked.missing(at, [int(shard)])]
+    return found + [f"{name}/joined" for name in damaged_joined(store.path, looked.manifest)]
+
+
+def unreadable(cache_dir: str | Path) -> list[Path]:
+    """Folders of stores whose manifest is missing or damaged, by name."""
+    readable = {store.path for store in stores(cache_dir)}
+    return sorted(folder for folder in folders(cache_dir) if folder not in readable)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning did."""
+
+    removed: list[str]
+    """Keys of the stores removed."""
+    kept: dict[str, str]
+    """Key -> why, of the stores that the limits would have removed."""
+    n_bytes: int
+    """Bytes of what is left."""
+
+
+def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -> Pruned:
+    """Remove stores not used for `max_age`, then those used longest ago until `max_size` is met.
+
+    A store that a process reads or writes stays, and so does one that cannot be written. Raises
+    ConfigError where no limit is given or one is no size or span.
+    """
+    if max_size is None and max_age is None:
+        raise ConfigError("action=prune needs a limit: type max_size=20GB or max_age=30d")
+    n_bytes = None if max_size is None else _parse("max_size", max_size, _UNITS, "20GB")
+    span = None if max_age is None else _parse("max_age", max_age, _SPANS, "30d")
+    there = folders(cache_dir)
+    sizes = {folder: size(folder) for folder in there}
+    total, removed, kept = sum(sizes.values()), [], {}
+    for folder in there:
+        old = span is not None and time.time() - last_used(folder) > span
+        if not old and (n_bytes is None or total <= n_bytes):
+            continue
+        try:
+            reason = _remove(folder)
+        except StoreError as error:
+            reason = str(error)
+        if reason is None:
+            total -= sizes[folder]
+            removed.append(folder.name)
+        else:
+            kept[folder.name] = reason
+    return Pruned(removed, kept, total)
+
+
+def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(text).lower())
+    if not match or match[2] not in units:
+        raise ConfigError(
+            f"{key}={text} cannot be read; type a number with one of {', '.join(units)}, "
+            f"such as {key}={example}"
+        )
+    return float(match[1]) * units[match[2]]
+
+
+def _remove(folder: Path) -> str | None:
+    """Remove a store that nobody uses; else say why it stays."""
+    with ExitStack() as held:
+        # Under this lock marks are made, so that none comes after they were looked at.
+        if not _hold(held, folder / ".create.lock"):
+            return "a process is opening it"
+        if reading := users(folder):
+            return f"in use by {', '.join(reading)}"
+        for lock in sorted((folder / LOCKS).glob("*.lock")):
+            if not _hold(held, lock):
+                return "a process is writing it"
+        # Without its manifest it is no store any more, whatever happens next.
+        remove_manifest(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _hold(held: ExitStack, path: Path) -> bool:
+    lock = try_lock(path)
+    if lock is not None:
+        held.callback(lock.release)
+    return lock is not None
+
+
+def find(cache_dir: str | Path, key: str) -> ActivationStore:
+    """The one store whose key begins so. Raises ConfigError where none or several do."""
+    keys = {s.path.name: s for s in stores(cache_dir)}
+    found = [name for name in keys if name.startswith(str(key))]
+    if len(found) != 1:
+        told = f"{len(found)} stores begin so" if found else "no store begins so"
+        raise ConfigError(f"stores: {key}: {told}; {cache_dir} holds {', '.join(keys) or 'none'}")
+    return keys[found[0]]
+
+
+def verify(chosen: Sequence[ActivationStore]) -> dict[str, list[str]]:
+    """Store's key -> its damaged shards, sound stores left out."""
+    found = {store.path.name: damaged(store) for store in chosen}
+    return {key: shards for key, shards in found.items() if shards}

@@ -1,0 +1,227 @@
+"""Input and output scores: whether a latent is about what the model reads or writes."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from saexp.context import progress
+from saexp.errors import SAEError
+from saexp.models.hooks import edit, position_ids, run_truncated
+from saexp.models.loading import LanguageModel
+from saexp.models.unembedding import ADDED, Unembedding, only_at, right_padded
+from saexp.saes.sae import SparseAutoencoder
+
+log = logging.getLogger(__name__)
+
+
+TOP_TOKENS = 20
+"""Logit-lens tokens of a latent, k of the paper."""
+TOP_EXAMPLES = 100
+"""Strongest examples of a latent that count."""
+FEWEST_EXAMPLES = 10
+"""A latent with fewer has no input score."""
+AMPLIFICATION = 10.0
+"""Times the largest activation of any latent at the position, s of the paper."""
+_NUMBERS = 32 * 2**20
+
+
+def logit_lens_tokens(
+    sae: SparseAutoencoder, model: LanguageModel, latents: Sequence[int], k: int = TOP_TOKENS
+) -> Int[Tensor, "n k"]:
+    """Tokens that each latent's decoder direction raises most, best first.
+
+    W_U (gain * C w), with the final norm's gain and centring C. The norm's bias is left out: it is
+    no latent's own, and on models with LayerNorm would put the same tokens first everywhere. Raises
+    SAEError for SAEs that write to a stream which is not added to the residual stream.
+    """
+    _check(sae, latents)
+    lens = Unembedding(model)
+    step = max(1, _NUMBERS // max(len(lens.weight), sae.d_out))
+    parts = [
+        lens.top_tokens(sae.directions(latents[start : start + step]), k)
+        for start in range(0, len(latents), step)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, k, dtype=torch.long)
+
+
+def input_scores(
+    sae: SparseAutoencoder,
+    model: LanguageModel,
+    csr: sparse.csr_array,
+    token_ids: Int[np.ndarray, " n_rows"],
+    latents: Sequence[int],
+    k: int = TOP_TOKENS,
+    *,
+    text_ids: Int[np.ndarray, " n_rows"] | None = None,
+    n_examples: int = TOP_EXAMPLES,
+) -> pd.DataFrame:
+    """Columns latent, input_score, n_examples; one row per latent, in the order given.
+
+    S_in = (number of a latent's strongest examples whose token is among its top k logit-lens
+    tokens) / (number of its examples). An example is the token with the latent's largest activation
+    in one text, told by `text_ids`; without them every row of `csr` (`[n_rows, d_sae]`) is one. The
+    strongest `n_examples` count, ties by row. The published code compares tokens by their string,
+    encoded anew; here they are compared by id. A latent with fewer than FEWEST_EXAMPLES active
+    examples has score NaN. Raises SAEError as `logit_lens_tokens`.
+    """
+    tokens = logit_lens_tokens(sae, model, latents, k).numpy()
+    columns = sparse.csc_array(csr[:, np.asarray(latents, dtype=np.int64)])
+    scores = np.full(len(latents), np.nan)
+    counts = np.zeros(len(latents), dtype=np.int64)
+    for i in range(len(latents)):
+        of = slice(columns.indptr[i], columns.indptr[i + 1])
+        on = columns.data[of] > 0
+        rows = columns.indices[of][on]
+        rows = rows[np.lexsort((rows, np.negative(columns.data[of][on])))]
+        if text_ids is not None:
+            rows = rows[np.sort(np.unique(text_ids[rows], return_index=True)[1])]
+        rows = rows[:n_examples]
+        counts[i] = len(rows)
+        if len(rows) >= FEWEST_EXAMPLES:
+            scores[i] = np.isin(token_ids[rows], tokens[i]).mean()
+    few = int(np.isnan(scores).sum())
+    if few:
+        log.info(
+            "input score: %d of %d latents have fewer than %d examples",
+            few,
+            len(latents),
+            FEWEST_EXAMPLES,
+        )
+    return pd.DataFrame({"latent": list(latents), "input_score": scores, "n_examples": counts})
+
+
+@torch.inference_mode()
+def output_scores(
+    sae: SparseAutoencoder,
+    model: LanguageModel,
+    latents: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    coefficient: float | int = AMPLIFICATION,
+    k: int = TOP_TOKENS,
+    *,
+    batch_tokens: int = 2048,
+) -> pd.DataFrame:
+    """Columns latent, output_score, output_score_clean, top_token, top_rank, top_probability.
+
+    Each latent is amplified at the last token of neutral prompts (token ids; the paper's one prompt
+    is "From my experience,"): a + coefficient * m, with m the largest activation of any latent
+    there and the reconstruction error kept, so x + coefficient * m * w. Then, over its top k
+    logit-lens tokens v,
+
+    S_out = (1 - min_v rank(v) / |V|) * max_v P(v),
+
+    with the rank (0 is first) and probability of the next token. From 0 to 1; about 0 where the
+    latent does not make its own tokens likely. The mean over prompts is given: the paper has one.
+    The score is of the amplified pass alone, as published; `output_score_clean` is the same of the
+    unchanged pass, so their difference is what the intervention did. `top_token` is the likeliest
+    of the latent's tokens on the first prompt, `top_rank` and `top_probability` its own, amplified.
+
+    One forward pass per latent and prompt, in batches of `batch_tokens` tokens. Raises SAEError as
+    `logit_lens_tokens`, and where no latent is active at a prompt's last token (m would be 0).
+    """
+    lens = logit_lens_tokens(sae, model, latents, k).to(model.device)
+    if not prompts or not all(prompts):
+        raise SAEError("output scores need one or more neutral prompts that are not empty")
+    writes = sae.hookpoint_out or sae.hookpoint
+    total = torch.zeros(len(latents), 2, dtype=torch.float64)
+    of_first: list[Tensor] = []
+    with progress(len(latents) * len(prompts), "output scores", "pass") as bar:
+        for number, prompt in enumerate(prompts):
+            ids, mask = right_padded([tuple(prompt)], model.pad_id, model.device)
+            where = torch.tensor([len(prompt) - 1])
+            x = run_truncated(model, ids, mask, [sae.hookpoint], (torch.zeros_like(where), where))[
+                sae.hookpoint
+            ]
+            largest, scale = _largest(sae, x, number), float(sae.row_scale(x.to(sae.device)))
+            clean = _next_token(model, ids, mask, where)
+            total[:, 1] += _score(clean.expand(len(latents), -1), lens)[0]
+            step = max(1, batch_tokens // len(prompt))
+            for start in range(0, len(latents), step):
+                chosen = latents[start : start + step]
+                added = coefficient * largest * scale * sae.directions(chosen)
+                n = len(chosen)
+
+                def amplify(stream: Tensor, added: Tensor = added, where: Tensor = where) -> Tensor:
+                    new = stream.clone()
+                    at = where.to(stream.device)
+                    moved = new[:, at].float() + added[:, None].to(stream.device)
+                    new[:, at] = moved.to(stream.dtype)
+                    return new
+
+                with edit(model, {writes: amplify}):
+                    logits = _next_token(
+                        model, ids.expand(n, -1), mask.expand(n, -1), where.expand(n)
+                    )
+                scores, token, rank, p = _score(logits, lens[start : start + step])
+                total[start : start + step, 0] += scores
+                if number == 0:
+                    of_first.append(torch.stack([token.double(), rank.double(), p], dim=1))
+                bar.update(n)
+    mean = (total / len(prompts)).numpy()
+    first = torch.cat(of_first).numpy() if of_first else np.zeros((0, 3))
+    return pd.DataFrame(
+        {
+            "latent": list(latents),
+            "output_score": mean[:, 0],
+            "output_score_clean": mean[:, 1],
+            "top_token": first[:, 0].astype(np.int64),
+            "top_rank": first[:, 1].astype(np.int64),
+            "top_probability": first[:, 2],
+        }
+    )
+
+
+def _check(sae: SparseAutoencoder, latents: Sequence[int]) -> None:
+    name = sae.metadata.get("name", "the SAE")
+    stream = (sae.hookpoint_out or sae.hookpoint).stream
+    if stream not in ADDED:
+        raise SAEError(
+            f"{name} writes to {stream}, which is not added to the residual stream, so its latents "
+            "have no logit lens"
+        )
+    outside = [f for f in latents if not 0 <= f < sae.d_sae]
+    if outside:
+        raise SAEError(f"latent {outside[0]}, but {name} has latents 0-{sae.d_sae - 1}")
+
+
+def _largest(sae: SparseAutoencoder, x: Tensor, number: int) -> float:
+    largest = float(sae.encode(x.to(sae.device)).max())
+    if largest <= 0:
+        raise SAEError(
+            f"no latent is active at the last token of neutral prompt {number}, so there is no "
+            "activation to amplify by; choose another prompt"
+        )
+    return largest
+
+
+def _next_token(model: LanguageModel, ids: Tensor, mask: Tensor, last: Tensor) -> Tensor:
+    """Logits after each row's last token, `[n, v]`."""
+    with only_at(model, last):
+        out = model.hf(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            use_cache=False,
+        )
+    return out.logits[:, 0]
+
+
+def _score(
+    logits: Float[Tensor, "n v"], tokens: Int[Tensor, "n k"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row: S_out, and token, rank and probability of its likeliest token; on the CPU.
+
+    The token of the best rank is that of the largest probability.
+    """
+    wide = logits.float()
+    best, which = wide.gather(1, tokens).max(dim=1)
+    rank = (wide > best[:, None]).sum(1)
+    probability = (best - wide.logsumexp(1)).exp().double().cpu()
+    rank, token = rank.cpu(), tokens.gather(1, which[:, None])[:, 0].cpu()
+    return (1 - rank.double() / wide.shape[1]) * probability, token, rank, probability

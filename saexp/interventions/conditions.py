@@ -1,0 +1,388 @@
+"""The conditions of an intervention and the prompts it runs on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saexp import registry
+from saexp.config import InterventionConfig, PositionsConfig
+from saexp.config.interventions import SELECTED
+from saexp.data.examples import Example
+from saexp.data.positions import Candidate, Unplaced, entity_tokens, selected
+from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
+from saexp.data.tokenization import TokenizedText
+from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.latent_values import (
+    Condition,
+    LatentFacts,
+    LatentSet,
+    Sets,
+    layered_sets,
+    stream_direction,
+)
+from saexp.interventions.operations import Op
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+
+_ANYWHERE = ("all", "prompt", "last", "generated")
+"""Values of `intervention.where` that do not depend on where the user's message is."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A prompt, its tokens, and those that are changed."""
+
+    example: Example
+    tokens: TokenizedText
+    positions: tuple[int, ...]
+
+
+@dataclass
+class Prompts:
+    """Prompts by group, and why others are left out."""
+
+    of_group: dict[str, list[Placed]] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def all(self) -> list[Placed]:
+        """Every prompt, group by group."""
+        return [p for placed in self.of_group.values() for p in placed]
+
+    def on(self, group: str) -> list[Placed]:
+        """Those that a condition on this group is tried on; `all`: every prompt."""
+        return self.all() if group == "all" else self.of_group.get(group, [])
+
+    def of_split(self, split: str) -> "Prompts":
+        """Those of one split; groups without any are left out."""
+        found = {
+            group: [p for p in placed if p.example.split == split]
+            for group, placed in self.of_group.items()
+        }
+        return Prompts({group: placed for group, placed in found.items() if placed})
+
+    def notes(self, what: str = "prompts not steered") -> list[str]:
+        """One line per reason."""
+        return [f"{n} {what}: {why}" for why, n in sorted(self.reasons.items())]
+
+
+def edited_positions(
+    cfg: InterventionConfig, example: Example, tokens: TokenizedText, seed: int = 0
+) -> tuple[int, ...]:
+    """Prompt tokens that `intervention.where` stands for.
+
+    A place of its own (PLACES in the config) or any positions option, whose settings are in
+    `intervention.where_options`. Raises Unplaced where the prompt has none.
+    """
+    where = cfg.where
+    ordinary = [i for i, special in enumerate(tokens.special) if not special]
+    if where in ("all", "prompt"):
+        return tuple(ordinary)
+    if where == "last":
+        return (len(tokens) - 1,)
+    if where == "generated":
+        return ()
+    if where in ("entity", "entity_last", "entity_to_end"):
+        entity = entity_tokens(example, tokens)
+        if where == "entity":
+            return tuple(entity)
+        return (entity[-1],) if where == "entity_last" else tuple(range(entity[-1], len(tokens)))
+    positions = registry.build("positions", PositionsConfig(name=where, **cfg.where_options))
+    return tuple(selected(positions, Candidate(example, tokens, np.random.default_rng(seed))))
+
+
+def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
+    """At most `n` examples per group, spread evenly over entity types, a seeded choice."""
+    rng = np.random.default_rng([seed, 31])
+    chosen: list[Example] = []
+    for group in sorted({str(e.group) for e in examples}):
+        of_type: dict[str, list[Example]] = {}
+        for index in rng.permutation(len(examples)):
+            example = examples[index]
+            if str(example.group) == group:
+                of_type.setdefault(str(example.entity_type), []).append(example)
+        queues = [of_type[t] for t in sorted(of_type)]
+        turn = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
+        chosen += turn[:n]
+    return chosen
+
+
+def placed_prompts(
+    examples: Sequence[Example],
+    model: LanguageModel,
+    cfg: InterventionConfig,
+    max_length: int,
+    ask: Callable[[Example], Example] | None = None,
+) -> Prompts:
+    """Prompts in the model's chat template where it has one, tokenised, with their positions.
+
+    `ask` makes the prompt from an example; its own prompt otherwise. What cannot be placed is
+    counted in `reasons`.
+    """
+    found = Prompts()
+    asked: list[Example] = []
+    for example in examples:
+        try:
+            asked.append(ask(example) if ask else example.as_prompt())
+        except Unplaced as reason:
+            found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
+    prompts = as_read(model, [e.text for e in asked])
+    tokenized = tokenize_prompts(model, prompts, max_length)
+    for number, (own, prompt, tokens) in enumerate(zip(asked, prompts, tokenized, strict=True)):
+        try:
+            if tokens.truncated:
+                raise Unplaced("prompt longer than dataset.max_length")
+            if prompt.message is None and cfg.where not in _ANYWHERE:
+                raise Unplaced(CHANGED)
+            example = in_template(own, prompt) if model.cfg.chat else own
+            places = edited_positions(cfg, example, tokens, cfg.seed + number)
+        except Unplaced as reason:
+            found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
+            continue
+        found.of_group.setdefault(str(example.group), []).append(Placed(example, tokens, places))
+    return found
+
+
+class LatentIntervention(ABC):
+    """Base: which latents and directions, how they are written, and the order of conditions."""
+
+    own_prompts = False
+    """Whether a direction's latents are tried on that group's own prompts."""
+    vectors = False
+    """Whether it can use directions that are no latents."""
+
+    def __init__(self, cfg: InterventionConfig) -> None:
+        self.cfg = cfg
+        others = [d for d in cfg.directions if d != "latents"]
+        if others and not self.vectors:
+            raise ConfigError(
+                f"intervention={cfg.name} changes latents, and "
+                f"intervention.directions={cfg.directions} names '{others[0]}', which is none; "
+                "type intervention=steer, project_out or orthogonalize"
+            )
+        if cfg.layers is not None and not self.vectors and not cfg.by_layer:
+            raise ConfigError(
+                f"intervention={cfg.name} works at the SAE's own layer; leave out "
+                "intervention.layers, or type intervention.latents=selected_per_layer for the "
+                "latents of each layer's SAE"
+            )
+
+    def plan(
+        self,
+        facts: LatentFacts,
+        coefficients: Sequence[float],
+        prompts: Prompts,  # noqa: ARG002
+        model: LanguageModel,  # noqa: ARG002
+    ) -> tuple[list[Condition], list[str]]:
+        """All conditions but their controls, and notes for the report."""
+        conditions: list[Condition] = []
+        notes: list[str] = []
+        for chosen in self._latent_sets(facts, notes):
+            conditions.append(self._of_latents(chosen, coefficients, notes))
+        for kind in self.cfg.directions:
+            if kind != "latents":
+                conditions += self._of_vectors(kind, facts, coefficients, notes)
+        return conditions, list(dict.fromkeys(notes))
+
+    def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
+        """Directions taken out of the model's weights, where the intervention does that."""
+        return None
+
+    def _latent_sets(self, facts: LatentFacts, notes: list[str]) -> list[LatentSet]:
+        if "latents" not in self.cfg.directions:
+            return []
+        if facts.layers:
+            sets = {n: (f, self._sets(f)) for n, f in facts.layers.items()}
+            found, lacking = layered_sets(sets)
+            notes += lacking
+            return found
+        return [
+            LatentSet(
+                f"{direction}_{role if role == 'group' else latents[0]}",
+                direction,
+                of_group,
+                role,
+                ((facts, latents),),
+            )
+            for direction, of_group, role, latents in self._sets(facts)
+        ]
+
+    def _of_latents(
+        self, chosen: LatentSet, coefficients: Sequence[float], notes: list[str]
+    ) -> Condition:
+        """A set of latents, of one SAE or of several."""
+        for facts, latents in chosen.parts:
+            at = f"{facts.hookpoint.name}: " if chosen.layered else ""
+            notes += [f"{at}{note}" for note in _inactive(facts, latents)]
+        condition = Condition(
+            name=chosen.name,
+            role=chosen.role,
+            direction=chosen.direction,
+            prompts=chosen.prompts,
+            latents=(),
+            of=chosen.name,
+            edits=(),
+            layers=chosen.layers,
+            written=chosen.written,
+            parts=chosen.parts,
+        )
+        return self.written_along(condition, [own for _, own in chosen.parts], coefficients)
+
+    def written_along(
+        self,
+        condition: Condition,
+        write: Sequence[tuple[int, ...]],
+        coefficients: Sequence[float],
+    ) -> Condition:
+        """A condition on latents with its edit made along those of `write`, per SAE: its own, or
+        control latents; nothing at coefficients at which it is not tried."""
+        parts = [
+            (
+                facts,
+                latents,
+                [
+                    self.edit(own, latents, condition.prompts, c, facts)
+                    if condition.tried(k)
+                    else ()
+                    for k, c in enumerate(coefficients)
+                ],
+            )
+            for (facts, own), latents in zip(condition.parts, write, strict=True)
+        ]
+        directions = torch.cat([f.directions(w).float().cpu() for f, w, _ in parts])
+        return replace(
+            condition,
+            latents=tuple(latent for w in write for latent in w),
+            edits=tuple(
+                tuple(op for *_, edits in parts for op in edits[k])
+                for k in range(len(coefficients))
+            ),
+            strengths=tuple(
+                _together(
+                    [self.strength(edits[k], w, f) if edits[k] else {} for f, w, edits in parts]
+                )
+                for k in range(len(coefficients))
+            ),
+            weights=self.weights(directions, parts[0][0]),
+        )
+
+    def _of_vectors(
+        self, kind: str, facts: LatentFacts, coefficients: Sequence[float], notes: list[str]
+    ) -> list[Condition]:
+        """A direction of the stream itself, towards each group."""
+        made = []
+        latents: tuple[int, ...] = ()
+        if kind == "denoised_difference":
+            latents = tuple(self._chosen(facts)["latent"].tolist())
+        for towards in facts.groups:
+            direction, about = stream_direction(kind, towards, facts, latents, self.cfg)
+            notes += about
+            if direction is None:
+                continue
+            edits = tuple(self.write(direction.vector, c, facts) for c in coefficients)
+            condition = Condition(
+                name=f"{towards}_{kind}",
+                role="direction",
+                direction=towards,
+                prompts=towards if self.own_prompts else facts.other(towards),
+                latents=direction.latents,
+                of=f"{towards}_{kind}",
+                edits=edits,
+                strengths=tuple({**self.strength(e, (), facts), **direction.about} for e in edits),
+                weights=self.weights(direction.vector[None], facts),
+            )
+            made.append(condition)
+        return made
+
+    def write(
+        self,
+        vector: Tensor,  # noqa: ARG002
+        coefficient: float,  # noqa: ARG002
+        facts: LatentFacts,  # noqa: ARG002
+    ) -> tuple[Op, ...]:
+        """Operations for a direction of the stream; kinds with `vectors` define it."""
+        raise InterventionError(f"intervention={self.cfg.name} writes no directions but latents'")
+
+    @abstractmethod
+    def edit(
+        self,
+        latents: tuple[int, ...],
+        write: tuple[int, ...],
+        prompts: str,
+        coefficient: float,
+        facts: LatentFacts,
+    ) -> tuple[Op, ...]:
+        """For `latents`, written along the directions of `write`: themselves or control latents."""
+
+    def strength(
+        self,
+        ops: tuple[Op, ...],  # noqa: ARG002
+        latents: tuple[int, ...],  # noqa: ARG002
+        facts: LatentFacts,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """What a coefficient is in every unit, where that does not depend on the prompt."""
+        return {}
+
+    def _chosen(self, facts: LatentFacts) -> pd.DataFrame:
+        table = facts.table
+        asked = self.cfg.latents_at(facts.hookpoint.layer)
+        if asked == SELECTED:
+            chosen = table[table["selected"]].sort_values("rank", kind="stable")
+            return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
+        facts.check(asked)
+        return table[table["latent"].isin(asked)]
+
+    def _sets(self, facts: LatentFacts) -> Sets:
+        """Each direction's latents go on one group's prompts: singly, and as a group.
+
+        Without two groups, or a contrast between them, every latent goes on all prompts; so does
+        each latent selected for neither group, one at a time.
+        """
+        chosen = self._chosen(facts)
+        if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():
+            latents = tuple(chosen["latent"].tolist())
+            group = [("latents", "all", "group", latents)] if len(latents) > 1 else []
+            return [*group, *(("latent", "all", "single", (f,)) for f in latents)]
+        sets: Sets = []
+        for direction in facts.groups:
+            latents = chosen.loc[chosen["direction"] == direction, "latent"].tolist()
+            prompts = direction if self.own_prompts else facts.other(direction)
+            if len(latents) > 1:
+                sets.append((direction, prompts, "group", tuple(latents)))
+            sets += [(direction, prompts, "single", (f,)) for f in latents]
+        others = chosen.loc[~chosen["direction"].isin(facts.groups), "latent"].tolist()
+        return [*sets, *(("latent", "all", "single", (f,)) for f in others)]
+
+    def _places(self, facts: LatentFacts) -> list[Hookpoint]:
+        """Where vectors are written: the SAE's own stream, at every layer asked for."""
+        layers = None if self.cfg.by_layer else self.cfg.layers
+        if layers is None:
+            return [facts.written]
+        numbers = range(facts.n_layers) if layers == "all" else layers
+        return [Hookpoint(int(n), facts.written.stream) for n in numbers]
+
+
+def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
+    """What to know of latents that are active nowhere."""
+    return [
+        f"latent {f} is never active on the train split: only its decoder direction is known; "
+        "operations that move its own activation change nothing where it is inactive on the "
+        "prompts too, and frequency-matched controls are the most rarely active latents"
+        for f, frequency in zip(latents, facts.numbers(latents, "frequency"), strict=True)
+        if frequency == 0
+    ]
+
+
+def _together(strengths: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several layers, what is added in all, and that over each layer's median norm, summed."""
+    if len(strengths) == 1:
+        return strengths[0]
+    return {
+        unit: sum(s[unit] for s in strengths)
+        for unit in ("length", "resid_norm")
+        if all(unit in s for s in strengths)
+    }

@@ -1,0 +1,408 @@
+"""Forward passes and generation in which every row has its own operations."""
+
+import copy
+import hashlib
+import inspect
+import logging
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saexp.errors import InterventionError, ModelError
+from saexp.interventions.batching import BatchEdit, SAEs
+from saexp.interventions.operations import Row
+from saexp.models.forward import after_blocks, can_skip, is_plain, may_skip, skipping, with_room
+from saexp.models.hooks import edit as edit_streams
+from saexp.models.hooks import position_ids
+from saexp.models.loading import LanguageModel
+from saexp.models.rope import (
+    alike,
+    changes_while_generating,
+    depends_on_length,
+    generation_regime,
+    recomputes_beyond,
+    rope_regime,
+)
+
+log = logging.getLogger(__name__)
+
+
+_DROP_SHARE = 0.25
+"""Finished rows leave the batch once they are this share of it."""
+_SHARE_FROM = 0.15
+"""Prompts are shared where that saves this share of a batch's tokens."""
+
+
+def padded(
+    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Left-padded ids and their mask."""
+    width = max(map(len, ids))
+    out = np.full((len(ids), width), pad_id, dtype=np.int64)
+    lengths = np.fromiter(map(len, ids), dtype=np.int64)
+    mask = np.arange(width) >= width - lengths[:, None]
+    out[mask] = np.fromiter((t for row in ids for t in row), dtype=np.int64)
+    return torch.from_numpy(out).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+
+
+def in_batches(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    extra: Sequence[int] | None,
+    batch_tokens: int,
+    most: int = 2**31,
+) -> list[list[int]]:
+    """Rows by index, those of one prompt side by side, long ones first: at most `batch_tokens`
+    with padding and `extra` new tokens of each, and at most `most` rows, a batch (one at least).
+
+    Rows of a batch have the same rotary frequencies at every step.
+    """
+    new = [1] * len(rows) if extra is None else extra
+    config = model.text_config
+    keys: list[Hashable] = [()] * len(rows)
+    if depends_on_length(config):
+        keys = [generation_regime(config, len(r.ids), n) for r, n in zip(rows, new, strict=True)]
+    batches = []
+    for part in alike(keys):
+        order = sorted(part, key=lambda i: (-len(rows[i].ids), rows[i].ids))
+        room, start = max((extra[i] for i in part), default=0) if extra else 0, 0
+        while start < len(order):
+            longest = len(rows[order[start]].ids) + room
+            size = max(1, min(batch_tokens // longest, most))
+            batches.append(order[start : start + size])
+            start += size
+    return batches
+
+
+def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
+    """Option that keeps the LM head to the last n positions, where the model has it.
+
+    With shared keys and values Gemma 4 cuts the stream itself to these positions.
+    """
+    return {"logits_to_keep": n} if _keeps(type(model.hf)) and not _shares_kv(model) else {}
+
+
+def _shares_kv(model: LanguageModel) -> bool:
+    """Whether later blocks read keys and values of earlier ones."""
+    return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
+
+
+@lru_cache
+def _keeps(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
+@dataclass
+class _Pass:
+    """What a pass over a batch's prompts leaves."""
+
+    logits: Float[Tensor, "b n V"]
+    cache: Any
+    mask: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b w"]
+    change: BatchEdit
+
+
+def _window(rows: Sequence[Row], width: int, n_last: int) -> int:
+    """Tokens from the end that must be run for each row by itself."""
+    changed = max(len(r.ids) - r.first_changed for r in rows)
+    return min(width, max(1, n_last, changed))
+
+
+@dataclass
+class _Inputs:
+    """A batch's prompts from token `start` on, the ones before it being in a cache or none."""
+
+    ids: Int[Tensor, "b t"]
+    mask: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    start: int
+
+    def of(self, rows: Any) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.ids[rows, self.start :],
+            "attention_mask": self.mask[rows],
+            "position_ids": self.positions[rows, self.start :],
+        }
+
+
+def _lower_blocks(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    run: _Inputs,
+    change: BatchEdit,
+    cache: Any,
+    of_prefix: Sequence[int],
+) -> AbstractContextManager[None] | None:
+    """Run the blocks that nothing is changed in, once for rows with the same prompt.
+
+    A context in which the model goes on from there, with `cache` of prefixes below and of rows
+    above; None where too little would be saved.
+    """
+    n_blocks = change.n_untouched(model.n_layers) if may_skip(model) else 0
+    numbers: dict[tuple[int, ...], int] = {}
+    of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
+    share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
+    if share <= _SHARE_FROM or _shares_kv(model):
+        return None
+    at: dict[int, int] = {}
+    for i, number in enumerate(of_row):
+        at.setdefault(number, i)
+    firsts = torch.tensor(list(at.values()), device=model.device)
+    below = None
+    if cache is not None:
+        below = copy.copy(cache)
+        below.layers = [copy.copy(layer) for layer in cache.layers]
+        prefixes = torch.tensor([of_prefix[i] for i in at.values()])
+        _choose(below.layers[:n_blocks], prefixes)
+    output = after_blocks(
+        model,
+        n_blocks,
+        **run.of(firsts),
+        past_key_values=below,
+        use_cache=below is not None,
+        **_keeping(model, 1),
+    )
+    if not can_skip(model, output):
+        return None
+    if cache is not None:
+        _choose(cache.layers[n_blocks:], torch.tensor(list(of_prefix)))
+    return skipping(model, n_blocks, output, torch.tensor(of_row))
+
+
+def _choose(layers: Sequence[Any], chosen: Int[Tensor, " n"]) -> None:
+    for layer in layers:
+        layer.reorder_cache(chosen)
+
+
+def _same_frequencies(model: LanguageModel, rows: Sequence[Row], window: int) -> bool:
+    """Whether prompts without their last `window` tokens have the frequencies of whole ones."""
+    config = model.text_config
+    return all(
+        rope_regime(config, n - window) == rope_regime(config, n)
+        for n in {len(row.ids) for row in rows}
+    )
+
+
+def _prefill(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
+) -> _Pass:
+    """Run the prompts with their operations; logits of each row's last `n_last` tokens."""
+    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
+    width = ids.shape[1]
+    change = BatchEdit(rows, width, saes, model.device)
+    model.check_streams(h.stored for h in (*change.programs, *change.sources.values()))
+    positions = position_ids(mask)
+    window = _window(rows, width, n_last)
+    numbers: dict[tuple[int, ...], int] = {}
+    of_row = [numbers.setdefault(r.ids[:-window], len(numbers)) for r in rows]
+    saved = (len(rows) - len(numbers)) * (width - window)
+    cache = None
+    if saved > _SHARE_FROM * len(rows) * width and _same_frequencies(model, rows, window):
+        firsts = torch.tensor([of_row.index(n) for n in range(len(numbers))], device=model.device)
+        shared = model.hf(
+            input_ids=ids[firsts, :-window],
+            attention_mask=mask[firsts, :-window],
+            position_ids=positions[firsts, :-window],
+            use_cache=True,
+            **_keeping(model, 1),
+        )
+        cache = shared.past_key_values if is_plain(shared.past_key_values) else None
+    if cache is None:
+        window = width
+    run = _Inputs(ids, mask, positions, width - window)
+    lower = None if use_cache else _lower_blocks(model, rows, run, change, cache, of_row)
+    if lower is None and cache is not None:
+        cache.reorder_cache(torch.tensor(of_row))
+    with lower or nullcontext(), edit_streams(model, change.functions(window)):
+        out = model.hf(
+            **run.of(slice(None)),
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+            **_keeping(model, n_last),
+        )
+    # NaN is the largest to amax; a model may give some tokens -inf.
+    _check_finite(model, rows, out.logits[:, -1].amax(-1), generating=use_cache)
+    return _Pass(
+        out.logits[:, -n_last:], out.past_key_values, mask, positions[:, width - window :], change
+    )
+
+
+def _check_finite(
+    model: LanguageModel, rows: Sequence[Row], highest: Float[Tensor, " b"], *, generating: bool
+) -> None:
+    """Raise ModelError where a row's highest logit is NaN or infinite with nothing changed, and
+    InterventionError where an intervention makes it so and the argmax would hide it."""
+    bad = (~highest.isfinite()).nonzero()[:, 0].tolist()
+    for row in (rows[i] for i in bad):
+        text = model.tokenizer.decode(row.ids)[-60:]
+        problem = f"NaN or Inf in the logits of {model.name} after the prompt that ends '{text}'"
+        problem = " ".join(f"{problem}, in {str(model.dtype).removeprefix('torch.')}".split())
+        wider = "" if model.dtype == torch.float32 else "try dtype=float32, or "
+        if not row.active:
+            raise ModelError(f"{problem}: {wider}look at the model's weights")
+        if generating:
+            raise InterventionError(f"{problem}, under intervention: {wider}a smaller coefficient")
+
+
+@torch.inference_mode()
+def last_logits(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs | None = None, n_last: int = 1
+) -> Float[Tensor, "b n V"]:
+    """Logits after each prompt's last `n_last` tokens, all rows in one batch.
+
+    n is the smaller of `n_last` and the longest prompt's length. Rows end together:
+    `logits[i, -k]` follows the k-th token from row i's end, so index from the right. What
+    stands left of a shorter row's first token is of padding and has no meaning.
+    """
+    return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
+
+
+class _Drawing:
+    """Tokens from logits: the likeliest, or a draw that depends on nothing but the row."""
+
+    def __init__(self, rows: Sequence[Row], steps: int, device: torch.device) -> None:
+        self.device = device
+        self.temperature = torch.tensor(
+            [r.sample.temperature if r.sample else 1.0 for r in rows], device=device
+        )
+        self.sampled = torch.tensor([r.sample is not None for r in rows], device=device)
+        uniform = np.zeros((len(rows), steps))
+        for i, row in enumerate(rows):
+            if row.sample is not None:
+                digest = hashlib.sha256(repr(row.key).encode()).digest()
+                generator = np.random.default_rng(list(digest))
+                uniform[i] = generator.random(steps)
+        self.uniform = torch.from_numpy(uniform).to(device)
+
+    def rest(self, rows: Sequence[int], first_step: int) -> "_Drawing":
+        """For these rows alone, from that step on."""
+        rest, chosen = copy.copy(self), torch.tensor(rows, device=self.device)
+        rest.temperature, rest.sampled = self.temperature[chosen], self.sampled[chosen]
+        rest.uniform = self.uniform[chosen, first_step:]
+        return rest
+
+    def draw(self, logits: Float[Tensor, "b V"], step: int, alive: Tensor) -> Int[Tensor, " b"]:
+        """One token per row that is alive."""
+        alive = alive.to(self.device)
+        likeliest = logits.argmax(-1)
+        sampled = self.sampled[alive]
+        if not bool(sampled.any()):
+            return likeliest
+        scaled = logits[sampled].float() / self.temperature[alive][sampled, None]
+        heaped = scaled.softmax(-1).double().cumsum(-1)
+        level = self.uniform[alive, step][sampled, None] * heaped[:, -1:]
+        drawn = torch.searchsorted(heaped, level)[:, 0].clamp(max=logits.shape[-1] - 1)
+        likeliest[sampled] = drawn
+        return likeliest
+
+
+@torch.inference_mode()
+def greedy_tokens(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: Sequence[int]
+) -> list[list[int]]:
+    """The greedy token after each of row i's last `n_last[i]` tokens, in order.
+
+    A row is asked for at most as many as it has tokens.
+    """
+    for row, n in zip(rows, n_last, strict=True):
+        assert 1 <= n <= len(row.ids), f"{n} tokens asked of a row of {len(row.ids)}"
+    highest, found = last_logits(model, rows, saes, max(n_last)).max(-1)
+    for row, values, n in zip(rows, highest, n_last, strict=True):
+        _check_finite(model, [row] * n, values[-n:], generating=True)
+    return [tokens[-n:] for tokens, n in zip(found.tolist(), n_last, strict=True)]
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: LanguageModel, rows: Sequence[Row], saes: SAEs, limits: Sequence[int]
+) -> list[list[int]]:
+    """New tokens of each row, at most its limit, without the end token; all rows in one batch."""
+    drawing = _Drawing(rows, max(limits), model.device)
+    said: list[list[int]] = [[] for _ in rows]
+    alive = list(range(len(rows)))
+    for stop in _stops(model, rows, max(limits)):
+        left = [min(limits[i], stop) - len(said[i]) for i in alive]
+        found = _decode(model, [rows[i].followed_by(said[i]) for i in alive], saes, left, drawing)
+        for i, tokens in zip(alive, found, strict=True):
+            said[i] += tokens
+        # A row that has fewer tokens has come to its end.
+        going_on = [k for k, i in enumerate(alive) if len(said[i]) == stop < limits[i]]
+        if not going_on:
+            break
+        drawing = drawing.rest(going_on, max(left))
+        alive = [alive[k] for k in going_on]
+    return said
+
+
+def _stops(model: LanguageModel, rows: Sequence[Row], n_steps: int) -> list[int]:
+    """New tokens after which the keys are computed anew, and at last `n_steps`.
+
+    Rows whose frequencies change meanwhile are equally long (`in_batches`).
+    """
+    n = len(rows[0].ids)
+    if not changes_while_generating(model.text_config, n, n_steps):
+        return [n_steps]
+    context = recomputes_beyond(model.hf, model.text_config)
+    if context is None or not n <= context < n + n_steps - 1:
+        return [n_steps]
+    return [context - n + 1, n_steps]
+
+
+def _decode(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs,
+    limits: Sequence[int],
+    drawing: _Drawing,
+) -> list[list[int]]:
+    """Token by token, with the keys of all before in a cache."""
+    eos = torch.tensor(model.eos_ids, device=model.device)
+    n_steps = max(limits)
+    said = np.full((len(rows), n_steps), -1)
+    alive, most = torch.arange(len(rows)), torch.tensor(limits)
+    finished = most < 1
+    state = _prefill(model, rows, saes, 1, use_cache=True)
+    cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
+    logits = state.logits[:, -1]
+    keep_one = _keeping(model, 1)
+    # A finished row that is carried along would grow beyond its length, and decide on frequencies.
+    drop_share = 0.0 if depends_on_length(model.text_config) else _DROP_SHARE
+    for step in range(n_steps):
+        following = drawing.draw(logits, step, alive)
+        finished |= torch.isin(following, eos).cpu()
+        said[alive[~finished].numpy(), step] = following.cpu()[~finished].numpy()
+        finished |= most[alive] <= step + 1
+        if bool(finished.all()):
+            break
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        inputs = following[:, None]
+        if bool(finished.any()) and float(finished.double().mean()) >= drop_share:
+            chosen = (~finished).nonzero()[:, 0]
+            on_device = chosen.to(model.device)
+            cache.reorder_cache(chosen)
+            inputs, mask, positions = inputs[on_device], mask[on_device], positions[on_device]
+            state.change.keep(on_device)
+            alive, finished = alive[chosen], finished[chosen]
+        with edit_streams(model, state.change.functions(None)):
+            out = model.hf(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **keep_one,
+            )
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        unfinished = [rows[i] for i in alive[~finished].tolist()]
+        highest = logits.amax(-1)[(~finished).to(model.device)]
+        _check_finite(model, unfinished, highest, generating=True)
+    return [row[row >= 0].tolist() for row in said]

@@ -1,0 +1,211 @@
+"""Partial forward passes: lower blocks computed once, and key-value caches with room to grow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from saexp.errors import ModelError
+from saexp.models.loading import LanguageModel
+from saexp.models.rope import is_dynamic
+
+_OFFSET = 2
+"""OPT's table has two rows more than positions."""
+
+
+def context_limit(model: LanguageModel) -> int | None:
+    """Tokens that the model is made for, by its config; None where that has no end.
+
+    Dynamic NTK is there for texts beyond what its config calls the maximum.
+    """
+    about = model.text_config
+    limit = getattr(about, "max_position_embeddings", None)
+    return None if limit is None or is_dynamic(about) else int(limit)
+
+
+def position_limit(model: LanguageModel) -> int | None:
+    """Positions of a model that looks them up in a table (GPT-2, OPT, GPT-J); None for others.
+
+    Rotary models read longer texts than they were made for, if badly; a table has no more rows.
+    """
+    about = model.text_config
+    limit = getattr(about, "max_position_embeddings", None)
+    # What a config says of rotary embeddings spares reading the weights.
+    if limit is None or getattr(about, "rope_parameters", None):
+        return None
+    token: Any = model.hf.get_input_embeddings()
+    for module in model.hf.modules():
+        is_other = isinstance(module, nn.Embedding) and module is not token
+        if is_other and limit <= module.num_embeddings <= limit + _OFFSET:
+            return int(limit)
+        table = getattr(module, "embed_positions", None)
+        if not isinstance(table, nn.Module) and table is not None and len(table) == limit:
+            return int(limit)
+    return None
+
+
+def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str = "") -> None:
+    """Raise ModelError where a prompt of `longest` tokens and `n_new` generated ones are more than
+    the model has positions. `key` sets the number of new tokens.
+
+    `longest` is 0 where nothing is to be run; the model is not loaded then.
+    """
+    limit = position_limit(model) if longest else None
+    if limit is None or longest + n_new <= limit:
+        return
+    short = model.name.rpartition("/")[2]
+    if not n_new:
+        raise ModelError(
+            f"a prompt is {longest} tokens long, but {short} has {limit} positions; "
+            f"type dataset.max_length={limit}, or shorten the prompt"
+        )
+    fewer = f"{key}={limit - longest}, or " if limit > longest else ""
+    shorter = f"dataset.max_length={limit - n_new}, which leaves longer prompts out"
+    instead = fewer + (shorter if limit > n_new else f"a smaller {key}")
+    raise ModelError(
+        f"a prompt of {longest} tokens and {n_new} new ones do not fit into the {limit} positions "
+        f"of {short}; type {instead}"
+    )
+
+
+class _Stop(Exception):
+    """Ends a forward pass after the last block wanted."""
+
+
+def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
+    """What block `n_blocks - 1` gives for the model's `inputs`; no later block and no LM head runs.
+
+    As the block returns it: the stream `[b, t, d]`, or a tuple that begins with it.
+    """
+    found: list[Any] = []
+
+    def stop(_m: Any, _a: Any, output: Any) -> None:
+        found.append(output)
+        raise _Stop
+
+    handle = model.blocks[n_blocks - 1].register_forward_hook(stop)
+    try:
+        model.hf(**inputs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def skipping(
+    model: LanguageModel, n_blocks: int, output: Any, of_row: Int[Tensor, " b"]
+) -> Iterator[None]:
+    """Forward passes in which the first `n_blocks` blocks don't run.
+
+    The last of them gives `output` instead (of `after_blocks`), row `of_row[i]` of it as row i;
+    hooks on its output are called as ever.
+    """
+    whole = output if isinstance(output, tuple) else (output,)
+    stream = whole[0][of_row.to(whole[0].device)]
+
+    def like(values: Any) -> Any:
+        return (values, *whole[1:]) if isinstance(output, tuple) else values
+
+    def passing(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return like(hidden_states)
+
+    def giving(*_args: Any, **_kwargs: Any) -> Any:
+        return like(stream)
+
+    blocks: list[Any] = list(model.blocks[:n_blocks])
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks[:-1]:
+            block.forward = passing
+        blocks[-1].forward = giving
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def may_skip(model: LanguageModel) -> bool:
+    """Whether blocks can be left out: each runs once, and none was seen to give what can't be kept.
+
+    A module that stands at two places would be replaced at both.
+    """
+    return model.skippable and len(set(map(id, model.blocks))) == model.n_layers
+
+
+def can_skip(model: LanguageModel, output: Any) -> bool:
+    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of.
+
+    Where it is not, the model is remembered as one whose blocks can't be left out.
+    """
+    stream, *rest = output if isinstance(output, tuple) else (output,)
+    is_stream = isinstance(stream, Tensor) and stream.dim() == 3
+    model.skippable = is_stream and not any(isinstance(x, Tensor) for x in rest)
+    return model.skippable
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers
+    )
+
+
+def with_room(cache: Any, n_tokens: int) -> Any:
+    """The cache, whose layers write the next `n_tokens` in place instead of copying what they hold.
+
+    transformers' own layers copy all keys and values for every token. Layers of other kinds, and
+    sliding windows that would fill up meanwhile, are left as they are.
+    """
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            continue
+        window = getattr(layer, "sliding_window", None)
+        if window is None or layer.get_seq_length() + n_tokens < window:
+            cache.layers[i] = _Roomy(layer, n_tokens)
+    return cache
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values are the front part of larger tensors."""
+
+    def __init__(self, layer: DynamicLayer, n_tokens: int) -> None:
+        super().__init__()
+        self.is_sliding, self.is_initialized = layer.is_sliding, True
+        self.dtype, self.device = layer.dtype, layer.device
+        self.keys, self.values = layer.keys, layer.values
+        self.n_tokens = n_tokens
+        self.whole: dict[str, Tensor] = {}
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """All that is held, `[b, heads, t, d]`, the new ones last."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self._extended("keys", self.keys, key_states)
+        self.values = self._extended("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _extended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
+        start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+        whole = self.whole.get(name)
+        # Rows that were chosen, or reordered, are no longer the front part of it.
+        same = whole is not None and held.data_ptr() == whole.data_ptr()
+        if whole is None or not same or end > whole.shape[-2] or len(held) != len(whole):
+            whole = held.new_empty((*held.shape[:2], end + self.n_tokens, held.shape[-1]))
+            whole[:, :, :start] = held
+            self.whole[name] = whole
+        whole[:, :, start:end] = new
+        return whole[:, :, :end]

@@ -1,0 +1,454 @@
+"""Finished runs, known by the content of everything they read."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saexp import plugins
+from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers
+from saexp.context import RunContext
+from saexp.digests import (
+    checksum_of,
+    checksums,
+    content_name,
+    contents,
+    difference,
+    digest_of,
+    file_sha256,
+    is_checksums,
+    read_sha256,
+    sealed,
+)
+from saexp.errors import SaexpError, StoreError
+from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
+from saexp.hub import snapshot
+from saexp.pipeline.run_folder import LOCK
+from saexp.pipeline.saving import METRICS, PROVENANCE, WRITTEN, clear
+from saexp.saes.catalogue import fill, find
+
+log = logging.getLogger(__name__)
+
+
+PACKAGE = Path(__file__).parent.parent
+ASSETS = PACKAGE / "assets"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""Kinds of weights files, in the order in which one is preferred to the next."""
+_NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
+_READS_NO_SAE = ("cache", "collect", "label", "train")
+"""Shipped tasks for which `sae` does not matter; a custom task may read it."""
+_VERSIONS = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy")
+
+Content = list[tuple[str, str]]
+"""(name, digest of what is under it)."""
+
+
+def model_content(cfg: ModelConfig) -> Content | None:
+    """Of a model's files; of a hub repository its commit too. None where they are out of reach.
+
+    In a folder those files count that a model is loaded from: no folders, and of several kinds of
+    weights the preferred one.
+    """
+    shipped = ASSETS / cfg.name / "model"
+    place = shipped if shipped.is_dir() else Path(cfg.name)
+    if place.is_file():
+        return contents(place)
+    commit: Content = []
+    if not place.is_dir():
+        cached = snapshot(cfg.name, cfg.revision)
+        if cached is None:
+            return None if cfg.loader == "hf" else []
+        place, commit = cached, [("commit", cached.name)]
+    files = [f for f in sorted(place.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    kinds = [kind for kind in _WEIGHTS if any(f.suffix == kind for f in files)]
+    if not kinds:
+        return None if cfg.loader == "hf" else commit
+    unread = {*_WEIGHTS, *_NOT_READ} - {kinds[0]}
+    if commit:
+        # The commit stands for the small files, some of which come only while the run goes on.
+        files = [f for f in files if f.suffix == kinds[0]]
+    return commit + [(f.name, content_name(f)) for f in files if f.suffix not in unread]
+
+
+def sae_content(cfg: SAEConfig) -> Content | None:
+    """Of an SAE's files; None where they are out of reach. Nothing for one made of its config."""
+    if cfg.loader == "release":
+        return _of_release(cfg)
+    if cfg.loader != "path":
+        return contents(Path(cfg.path)) if cfg.path and Path(cfg.path).exists() else []
+    try:
+        place = fill(cfg)
+    except SaexpError:
+        return None
+    if place.exists():
+        return _beside(place) + (contents(place) if place.is_dir() else [])
+    if place.is_absolute() or len(place.parts) < 2 or place.parts[0].startswith("."):
+        return None
+    return _in_repository("/".join(place.parts[:2]), "/".join(place.parts[2:]))
+
+
+def _beside(place: Path) -> Content:
+    """Of a file the small files of its folder that may be its config, and itself; of either a run's
+    config above."""
+    above = [place.parent / "config.json", place.parent.parent / "config.json"]
+    files = [place, *place.parent.glob("*.json")] if place.is_file() else []
+    return [(f.name, content_name(f)) for f in sorted({*files, *above}) if f.is_file()]
+
+
+def _of_release(cfg: SAEConfig) -> Content | None:
+    try:
+        entry = find(cfg)
+    except SaexpError:
+        return None
+    return _in_repository(entry.repo, entry.path)
+
+
+def _in_repository(repo: str, path: str) -> Content | None:
+    cached = snapshot(repo)
+    if cached is None:
+        return None
+    if path and (cached / path).exists():
+        return contents(cached / path)
+    # A layout of its own: the commit stands for all of it.
+    return [("commit", cached.name)]
+
+
+def saes_content(cfg: RunConfig) -> list[Content] | None:
+    """Of every SAE that a run may read, None where one of them is out of reach."""
+    found = []
+    for cell in _cells(cfg):
+        content = sae_content(cell)
+        if content is None and cfg.task.name not in _READS_NO_SAE:
+            return None
+        found.append(content or [])
+    return found
+
+
+def _cells(cfg: RunConfig) -> Iterator[SAEConfig]:
+    """The run's SAE, or those of its layers and widths, and those whose latents are changed too."""
+    layers = parse_layers(cfg.layer) if isinstance(cfg.layer, list) else [cfg.sae.layer]
+    widths = cfg.task.options.get("widths") or [cfg.sae.width]
+    for layer in layers:
+        for width in widths if isinstance(widths, list) else [widths]:
+            yield dataclasses.replace(cfg.sae, layer=layer, width=width)
+    about = cfg.intervention
+    if cfg.task.name != "analyze" or about.name == "none" or not about.by_layer:
+        return
+    cells = (dataclasses.replace(cfg.sae, layer=n) for n in about.latent_layers(_MOST_LAYERS))
+    every = about.layers == "all"
+    yield from (cell for cell in cells if not every or sae_content(cell) is not None)
+
+
+_MOST_LAYERS = 256
+"""More than any model has; of `all` layers those count that have an SAE."""
+
+
+def data_content(cfg: RunConfig) -> list[Content] | None:
+    """Of the data set, the neutral text, and every file that a setting names; None for a data set
+    of the hub that is out of reach."""
+    transfer = cfg.analyzer.options.get("transfer")
+    found = []
+    for path in (cfg.dataset.path, cfg.dataset.background, transfer):
+        if path and Path(path).exists():
+            found.append([(str(path), ""), *contents(Path(path))])
+        elif path and path == cfg.dataset.path and cfg.dataset.name == "hf":
+            cached = snapshot(str(path), kind="dataset")
+            if cached is None:
+                return None
+            found.append([("commit", cached.name)])
+    config = dataclasses.asdict(cfg)
+    for name in ("model", "sae", "tracker", "cache_dir"):
+        config.pop(name)
+    named = {s for s in _strings(config) if len(s) < 1024 and "\0" not in s and _is_file(s)}
+    return [*found, *(contents(Path(s)) for s in sorted(named))]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
+
+
+_plugins: dict[str, list[list[str]]] = {}
+"""Plugin -> content of its files when this process first looked, which is what it imported."""
+
+
+def plugins_content(cfg: RunConfig) -> list[list[list[str]]]:
+    """Of plugins: their modules, and those of the user's own that came with them."""
+    for module in (*plugins.entry_point_modules(), *cfg.plugins):
+        if module not in _plugins:
+            files = plugins.plugin_files(module)
+            _plugins[module] = [[str(f), file_sha256(f)] for f in files if f.is_file()]
+    return [_plugins[m] for m in (*plugins.entry_point_modules(), *cfg.plugins)]
+
+
+@cache
+def code_content() -> list[list[str]]:
+    """Of saexp's own code and shipped texts, and versions of what it computes with."""
+    shipped = [f for f in ASSETS.rglob("*") if f.suffix in (".jsonl", ".csv", ".txt")]
+    files = sorted([*PACKAGE.rglob("*.py"), *shipped])
+    made = [[f.relative_to(PACKAGE).as_posix(), file_sha256(f)] for f in files]
+    return made + [[name, _version(name)] for name in _VERSIONS]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+VERSION = 3
+"""Of what fingerprints are made of; a run of another version is not found."""
+_NO_MATTER = ("resume", "cache_dir", "tracker", "verify")
+
+
+def fingerprint(cfg: RunConfig) -> str | None:
+    """Digest of the resolved config and of the content of all that it names: model, SAEs, data,
+    plugins, and saexp's own code.
+
+    None where weights or data are out of reach, so that nothing is known of their content.
+    """
+    model = [] if cfg.task.name == "cache" else model_content(cfg.model)
+    saes, data = saes_content(cfg), data_content(cfg)
+    if model is None or saes is None or data is None:
+        return None
+    config = dataclasses.asdict(cfg)
+    for key in _NO_MATTER:
+        config.pop(key)
+    code = [code_content(), plugins_content(cfg)]
+    return digest_of(VERSION, config, model, saes, data, code)[:24]
+
+
+def _named(cfg: RunConfig) -> list[str | None]:
+    """Local files and folders that a config may name."""
+    transfer = cfg.analyzer.options.get("transfer")
+    return [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name, transfer]
+
+
+def inputs(cfg: RunConfig) -> frozenset[Path]:
+    """Those that there are; no run may remove one that it reads."""
+    return frozenset(Path(p).resolve() for p in _named(cfg) if p and Path(p).exists())
+
+
+def _entry(cfg: RunConfig, key: str, copy: Path | None = None) -> Path:
+    """Index file of a run; a copy of its results in another folder has one of its own."""
+    name = key if copy is None else f"{key}-{digest_of(str(copy.resolve()))[:16]}"
+    return Path(cfg.cache_dir) / "finished" / f"{name}.json"
+
+
+def record(cfg: RunConfig, context: RunContext, key: str | None) -> None:
+    """Note that a run ended well: in its provenance, with checksums of the files that it left, and
+    in the cache's index, with the checksum of the provenance.
+
+    `key` is the fingerprint when the run began; where it is another by now, the run is not reused.
+    None where something was out of reach then: what the run itself fetched counts.
+    """
+    now = fingerprint(cfg)
+    key = key or now
+    file = context.folder / PROVENANCE
+    if file.is_file():
+        about = {"status": "finished", "fingerprint": key, **json.loads(file.read_text("utf-8"))}
+        about["files"] = checksums(context.folder, context.results - {PROVENANCE})
+        write_json(file, sealed(about), option=RUN_FOLDER)
+    if key is None:
+        log.info("resume=true will run this anew: the content of what it read is not known")
+    elif now != key:
+        log.warning("a file that the config names changed meanwhile: resume=true will run it anew")
+    elif file.is_file():
+        _index(cfg, _entry(cfg, key), context.folder)
+        with suppress(OSError):
+            _entry(cfg, key, context.folder).unlink(missing_ok=True)
+
+
+def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
+    """Let later runs find this folder."""
+    about = {"folder": str(folder.resolve()), "provenance": read_sha256(folder / PROVENANCE)}
+    try:
+        if is_writable(cfg.cache_dir):
+            write_json(entry, about)
+    except StoreError as error:
+        log.warning("resume=true will not find this run: %s", error)
+
+
+class Finished(NamedTuple):
+    """A finished run whose files are as it left them."""
+
+    folder: Path
+    provenance: dict[str, Any]
+
+
+class _NotReusableError(Exception):
+    """Why a finished run is not reused, naming the file."""
+
+
+def find_finished(cfg: RunConfig, key: str | None, place: Path | None = None) -> Finished | None:
+    """A finished run of this fingerprint, all of whose files are as it left them.
+
+    A copy in the folder `place` comes first, then the run itself, then other copies. One warning
+    names what is missing or was changed; a run whose folder was removed is not mentioned.
+    """
+    if key is None:
+        return None
+    own = [] if place is None else [_entry(cfg, key, place)]
+    copies = sorted(_entry(cfg, key).parent.glob(f"{key}-*.json"))
+    reasons: list[str] = []
+    for entry in dict.fromkeys([*own, _entry(cfg, key), *copies]):
+        try:
+            earlier = _verified(cfg, entry, key)
+        except _NotReusableError as error:
+            reasons.append(str(error))
+            continue
+        if earlier is not None:
+            if reasons:
+                log.warning("%s; reusing the one in %s", reasons[0], earlier.folder)
+            return earlier
+    if reasons:
+        log.warning("%s; computing it again", reasons[0])
+    return None
+
+
+def _verified(cfg: RunConfig, entry: Path, key: str) -> Finished | None:
+    """The run that an index file names; None where there is no such file, or no folder any more.
+
+    Raises _NotReusableError.
+    """
+    try:
+        index = json.loads(entry.read_text("utf-8"))
+        folder, known = Path(index["folder"]), str(index["provenance"])
+        exists = folder.is_dir()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _NotReusableError(f"a finished run is not reused: {entry} is damaged") from error
+    if not exists:
+        return None
+    try:
+        content = (folder / PROVENANCE).read_bytes()
+        about = _provenance(cfg, content, key)
+        changed = difference(folder, about["files"])
+        if checksum_of(content)["sha256"] != known:
+            changed = f"{PROVENANCE} was changed since it was written"
+    except FileNotFoundError:
+        changed = f"{PROVENANCE} is missing"
+    except OSError as error:
+        changed = f"{PROVENANCE} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        changed = f"{PROVENANCE} is damaged, or of another run"
+    else:
+        if changed is None:
+            return Finished(folder, about)
+    raise _NotReusableError(f"the finished run in {folder} is not reused: {changed}")
+
+
+_PAGE_OF = {
+    **dict.fromkeys(("analyze", "evaluate", "label", "train"), "report.html"),
+    "dashboard": "dashboard.html",
+}
+"""Task -> page that it leaves."""
+
+
+def _provenance(cfg: RunConfig, content: bytes, key: str) -> dict[str, Any]:
+    """What a finished run of this fingerprint wrote of itself.
+
+    Raises ValueError, KeyError or TypeError where it is not such a run's, or where it does not list
+    the files that every run of the task leaves.
+    """
+    about = json.loads(content)
+    if about["status"] != "finished" or about["fingerprint"] != key:
+        raise ValueError("another run")
+    needed = {METRICS, _PAGE_OF.get(cfg.task.name, METRICS)}
+    if not is_checksums(about["files"]) or not needed <= about["files"].keys():
+        raise ValueError("files are not listed")
+    return about
+
+
+def reuse(
+    cfg: RunConfig, earlier: Finished, folder: Path, keep: frozenset[Path] = frozenset()
+) -> bool:
+    """Copy a finished run's results; what they took was spent by that run, so none is claimed.
+
+    `collection/tokens_forwarded` and every metric `…/seconds` become 0, provenance.json says where
+    the copy is from, and all else stays as it is. Nothing is done where `folder` is that run's own.
+    provenance.json comes last, so that an incomplete copy is never taken for a finished run. False,
+    with a warning, where a file changed meanwhile.
+    """
+    if earlier.folder.resolve() == folder.resolve():
+        return True
+    clear(folder, keep)
+    # The list of files comes first, so that the next run in this folder removes half a copy.
+    for name in sorted(_results(earlier.folder), key=lambda name: name != WRITTEN):
+        _make_subfolder(folder, name)
+        copy = functools.partial(_copy, earlier.folder / name)
+        write_atomically(folder / name, copy, option=RUN_FOLDER)
+    listed = earlier.provenance["files"]
+    if changed := difference(folder, listed):
+        log.warning(
+            "the finished run in %s is not reused: %s; computing it again",
+            *(earlier.folder, changed),
+        )
+        return False
+    metrics = json.loads((folder / METRICS).read_text("utf-8"))
+    spent = [k for k in metrics if k.rpartition("/")[2] in ("seconds", "tokens_forwarded")]
+    write_json(folder / METRICS, {**metrics, **dict.fromkeys(spent, 0)}, option=RUN_FOLDER)
+    about = {**earlier.provenance, "files": listed | checksums(folder, [METRICS])}
+    notes = [note for note in about["notes"] if not note.startswith(_REUSED_FROM)]
+    about["notes"] = [*notes, f"{_REUSED_FROM}{earlier.folder}"]
+    about |= {"reused_from": str(earlier.folder), "seconds": {}}
+    if "tokens_forwarded" in about:
+        about["tokens_forwarded"] = 0
+    write_json(folder / PROVENANCE, sealed(about), option=RUN_FOLDER)
+    _index(cfg, _entry(cfg, about["fingerprint"], folder), folder)
+    return True
+
+
+def _make_subfolder(folder: Path, name: str) -> None:
+    """The folder of a file such as `sae/cfg.json`, in that of a run."""
+    place = (folder / name).parent
+    if place == folder or not folder.is_dir():
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(place, error, option=RUN_FOLDER) from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+_REUSED_FROM = "reused from "
+"""How the note of a copy begins."""
+_OWN = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
+"""What belongs to the earlier run alone; a tracker makes its own again."""
+
+
+def _results(folder: Path) -> list[str]:
+    """Paths of what is copied, without provenance.json."""
+    files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return [
+        file.as_posix()
+        for file in files
+        if file.parts[0] not in (*_OWN, PROVENANCE)
+        and file.suffix != ".log"
+        and not file.name.startswith(".tmp-")
+    ]

@@ -1,0 +1,444 @@
+"""Sparse autoencoders and transcoders for inference, and what their parameters must satisfy."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from saexp.errors import SAEError
+from saexp.models.hookpoints import Hookpoint
+from saexp.wording import counted
+
+NEEDED = {
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "topk": ("b_enc",),
+    "batchtopk": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+    "groupmax": ("b_enc",),
+}
+"""Architecture -> its parameters of shape `[d_sae]`."""
+ARCHITECTURES = tuple(NEEDED)
+COMPETING = ("topk", "groupmax")
+"""Architectures in which one latent's activation depends on the others'."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be stored as."""
+_COUNTS = ("k", "group_sizes")
+"""Tensors of integers that some formats keep beside the weights."""
+NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the parameters are used; the fields are those of SparseAutoencoder."""
+
+    architecture: str
+    k: int | None
+    transcoder: bool
+    apply_b_dec_to_input: bool
+    normalize_activations: str
+    norm_factor: float | None
+    centre: bool
+
+
+def check(parameters: dict[str, Tensor], options: Options, label: str, file: str) -> None:
+    """Raise SAEError for what is missing, unused, of another type, does not fit or has no use.
+
+    The line begins with `label`, or, where it is about a tensor's type or values, with `file`.
+    """
+    _check_names(parameters, options, label)
+    for name, tensor in parameters.items():
+        check_type(name, tensor, file)
+    _check_shapes(parameters, options, label)
+    _check_options(parameters, options, label)
+    check_values(parameters, file)
+
+
+def check_type(name: str, tensor: Tensor, file: str) -> None:
+    """Raise SAEError for a tensor that holds no floating-point numbers of at least 16 bits."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise SAEError(f"{file}: {name} is sparse or quantized, not a plain tensor")
+    counts = name in _COUNTS and not tensor.is_floating_point() and not tensor.is_complex()
+    if tensor.dtype not in DTYPES and not counts:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise SAEError(f"{file}: {name} is stored as {dtype}; saexp reads {accepted}")
+
+
+def check_values(parameters: Mapping[str, Tensor], file: str) -> None:
+    """Raise SAEError for NaN and infinities, and for an encoder or decoder that is all zeros."""
+    for name, tensor in parameters.items():
+        # One pass: NaN and infinities stay in a sum, which may overflow without them too.
+        total = float(tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+        if not math.isfinite(total):
+            _check_finite(name, tensor, file)
+        if total == 0 and name in ("W_enc", "W_dec") and not bool(tensor.any()):
+            raise SAEError(f"{file}: all {tensor.numel():,} values of {name} are 0")
+
+
+def _check_finite(name: str, tensor: Tensor, file: str) -> None:
+    n_nan, n_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    bad = [f"{n:,} {what}" for n, what in ((n_nan, "NaN"), (n_inf, "Inf")) if n]
+    if bad:
+        raise SAEError(
+            f"{file}: {name} holds {' and '.join(bad)} of {counted(tensor.numel(), 'value')}"
+        )
+
+
+def _check_names(parameters: dict[str, Tensor], options: Options, label: str) -> None:
+    architecture = options.architecture
+    if architecture not in NEEDED:
+        raise SAEError(
+            f"{label}: architecture '{architecture}' is not supported; "
+            f"saexp reads {', '.join(ARCHITECTURES)}"
+        )
+    kind = f"{architecture} {'transcoder' if options.transcoder else 'SAE'}"
+    needed = {"W_enc", "W_dec", "b_dec", *NEEDED[architecture]}
+    for name in ("W_enc", "W_dec", "b_dec", *NEEDED[architecture]):
+        if name not in parameters:
+            raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
+    known = needed | ({"W_skip"} if options.transcoder else set())
+    unused = sorted(parameters.keys() - known)
+    if unused:
+        raise SAEError(
+            f"{label}: its files hold '{unused[0]}', which saexp cannot apply in a {kind}"
+        )
+
+
+def _check_shapes(parameters: dict[str, Tensor], options: Options, label: str) -> None:
+    for name, axes in (("W_enc", "[d_in, d_sae]"), ("W_dec", "[d_sae, d_out]")):
+        if parameters[name].ndim != 2:
+            found = list(parameters[name].shape)
+            raise SAEError(f"{label}: {name} has shape {found}, not {axes}")
+    for name in ("W_enc", "W_dec"):
+        if not parameters[name].numel():
+            raise SAEError(f"{label}: {name} has shape {list(parameters[name].shape)}: no values")
+    d_in, d_sae = parameters["W_enc"].shape
+    d_out = parameters["W_dec"].shape[1] if options.transcoder else d_in
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    shapes |= dict.fromkeys(NEEDED[options.architecture], (d_sae,))
+    if "W_skip" in parameters:
+        shapes["W_skip"] = (d_out, d_in)
+    for name, shape in shapes.items():
+        if tuple(parameters[name].shape) != shape:
+            found = list(parameters[name].shape)
+            raise SAEError(f"{label}: {name} has shape {found}, not {list(shape)}")
+
+
+def _check_options(parameters: dict[str, Tensor], options: Options, label: str) -> None:
+    d_sae = parameters["W_enc"].shape[1]
+    if options.architecture in COMPETING and not options.k:
+        raise SAEError(f"{label}: a {options.architecture} SAE needs k, which its config lacks")
+    if options.k is not None and not 0 <= options.k <= d_sae:
+        raise SAEError(f"{label}: k={options.k} is not between 1 and its {d_sae} latents")
+    factor = options.norm_factor
+    if factor is not None and not 0 < factor < math.inf:
+        raise SAEError(f"{label}: its inputs' scaling factor is {factor:g}, not a positive number")
+    if options.architecture == "groupmax" and d_sae % (options.k or 1):
+        raise SAEError(f"{label}: {d_sae} latents do not make k={options.k} groups of equal size")
+    scaling = options.normalize_activations
+    if scaling not in NORMALIZATIONS:
+        raise SAEError(
+            f"{label}: input scaling '{scaling}' is not supported; "
+            f"saexp knows {', '.join(NORMALIZATIONS)}"
+        )
+    if not options.transcoder:
+        return
+    if options.apply_b_dec_to_input:
+        raise SAEError(
+            f"{label}: a transcoder's b_dec belongs to its output; its config subtracts it from "
+            "the input"
+        )
+    if scaling != "none" or options.centre:
+        what = "centred streams" if options.centre else f"input scaling '{scaling}'"
+        raise SAEError(f"{label}: {what} is not supported for transcoders")
+
+
+_EPS = 1e-5
+
+
+@runtime_checkable
+class SAE(Protocol):
+    """What the rest of saexp needs of a sparse autoencoder."""
+
+    d_in: int
+    d_sae: int
+    hookpoint: Hookpoint
+    metadata: dict[str, Any]
+    W_dec: Tensor
+    """`[d_sae, d_in]`, a transcoder's `[d_sae, d_out]`."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """`[..., d_in]` -> `[..., d_sae]`."""
+        ...
+
+    def decode(self, feature_acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """`[..., d_sae]` -> `[..., d_in]` (a transcoder's d_out), in the model's own scale."""
+        ...
+
+    def encode_latents(self, x: Tensor, latents: Sequence[int]) -> Tensor:
+        """`[..., d_in]` -> `[..., n]`, these latents only."""
+        ...
+
+
+class SparseAutoencoder(nn.Module):
+    """standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold), gated or groupmax.
+
+    groupmax keeps the largest latent of each of `k` groups of neighbours.
+
+    With `hookpoint_out` it is a transcoder: it reads `hookpoint`, `decode` predicts `hookpoint_out`
+    and adds `W_skip [d_out, d_in]` times the input where there is one. Its inputs are not scaled.
+
+    Input scaling is inside `encode` and `decode`: none; `expected_average_only_in`, x times a fixed
+    factor; `constant_norm_rescale`, x to norm sqrt(d_in); `layer_norm`, x to mean 0 and standard
+    deviation 1. The last two depend on the row, so `decode` then needs the input `x` as well, and
+    so does `centre`, which subtracts each vector's mean first.
+
+    Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
+    `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. All is computed in their
+    dtype. Raises SAEError for shapes and types that do not fit, NaN and infinities, a matrix of
+    zeros, parameters the architecture has no use for, an unknown architecture, and where a scaling
+    is used that lacks its factor.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    W_skip: Tensor | None
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        *,
+        architecture: str,
+        hookpoint: Hookpoint,
+        hookpoint_out: Hookpoint | None = None,
+        metadata: dict[str, Any] | None = None,
+        k: int | None = None,
+        apply_b_dec_to_input: bool | None = None,
+        normalize_activations: str = "none",
+        norm_factor: float | None = None,
+        rescale_acts_by_decoder_norm: bool = False,
+        centre: bool = False,
+    ) -> None:
+        """`apply_b_dec_to_input` where not given: an SAE does, a transcoder does not."""
+        super().__init__()
+        self.architecture = architecture
+        self.hookpoint = hookpoint
+        self.hookpoint_out = hookpoint_out
+        self.metadata: dict[str, Any] = metadata or {}
+        self.k = k
+        if apply_b_dec_to_input is None:
+            apply_b_dec_to_input = hookpoint_out is None
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.normalize_activations = normalize_activations
+        self.norm_factor = norm_factor
+        self.centre = centre
+        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
+        options = Options(
+            architecture=architecture,
+            k=k,
+            transcoder=hookpoint_out is not None,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            normalize_activations=normalize_activations,
+            norm_factor=norm_factor,
+            centre=centre,
+        )
+        name = str(self.metadata.get("name", "the SAE"))
+        check(parameters, options, name, str(self.metadata.get("path", name)))
+        self.register_buffer("W_skip", None)
+        for name, value in parameters.items():
+            self.register_buffer(name, value)
+        self.d_in, self.d_sae = self.W_enc.shape
+        self.d_out = self.W_dec.shape[1]
+
+    def extra_repr(self) -> str:
+        """What a notebook shows of it."""
+        at = self.hookpoint.name
+        if self.hookpoint_out is not None:
+            at = f"{at} to {self.hookpoint_out.name}"
+        return (
+            f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
+            f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
+            f"normalize_activations={self.normalize_activations}"
+        )
+
+    @property
+    def hookpoints(self) -> list[Hookpoint]:
+        """What must be collected for it: what it reads, and what a transcoder predicts."""
+        return [h for h in (self.hookpoint, self.hookpoint_out) if h is not None]
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it predicts another stream than the one it reads."""
+        return self.hookpoint_out is not None
+
+    def check_reconstructs(self) -> None:
+        """Raise SAEError for one layer of a cross-layer transcoder: its latents write to other
+        layers too, so what `decode` gives is no reconstruction of `hookpoint_out`."""
+        if self.metadata.get("reconstructs", True):
+            return
+        raise SAEError(
+            f"{self.metadata.get('name', 'the SAE')} is one layer of a cross-layer transcoder: its "
+            "latents and directions can be analysed and steered, but it reconstructs no stream"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def lacks_factor(self) -> bool:
+        """Whether its inputs are scaled by a factor that is not known (yet)."""
+        scaled = self.normalize_activations == "expected_average_only_in"
+        return scaled and self.norm_factor is None
+
+    def _factor(self) -> float:
+        if self.norm_factor is None:
+            raise SAEError(
+                f"{self.metadata.get('name', 'the SAE')}: its inputs are scaled by a factor that "
+                "its files do not give; type sae.norm_factor=<number> (task=analyze takes estimate "
+                "too)"
+            )
+        return self.norm_factor
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """(scaled x, scale, shift) with x = scaled * scale + shift."""
+        if self.normalize_activations == "none":
+            return x, 1.0, 0.0
+        if self.normalize_activations == "expected_average_only_in":
+            factor = self._factor()
+            return x * factor, 1 / factor, 0.0
+        if self.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            return x / scale, scale, 0.0
+        shift = x.mean(dim=-1, keepdim=True)
+        scale = x.std(dim=-1, keepdim=True)
+        return (x - shift) / (scale + _EPS), scale, shift
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """`[..., heads, d_head]` becomes `[..., d_in]` for SAEs on attention heads' outputs."""
+        if x.shape[-1] == self.d_in:
+            return x
+        by_head = self.hookpoint.stream == "attn_z" and x.ndim >= 2
+        if by_head and x.shape[-1] * x.shape[-2] == self.d_in:
+            return rearrange(x, "... heads d_head -> ... (heads d_head)")
+        raise SAEError(
+            f"the SAE reads vectors of {self.d_in} numbers and was given {x.shape[-1]}; "
+            "is it an SAE of this model and hookpoint?"
+        )
+
+    def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(vectors in the SAE's dtype, mean that was subtracted)."""
+        flat = self._flat(x).to(self.W_enc.dtype)
+        mean = flat.mean(dim=-1, keepdim=True) if self.centre else 0.0
+        return flat - mean if self.centre else flat, mean
+
+    def _input(self, x: Tensor) -> Tensor:
+        scaled = self._scaled(self._vectors(x)[0])[0]
+        return scaled - self.b_dec if self.apply_b_dec_to_input else scaled
+
+    def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
+        if self.architecture == "gated":
+            # (x W) exp(r) for x (W exp(r)), so that there is one product and no second encoder.
+            pre = x @ self.W_enc[:, chosen]
+            silent = pre <= -self.b_gate[chosen]
+            magnitude = torch.addcmul(self.b_mag[chosen], pre, self.r_mag[chosen].exp())
+            return magnitude.masked_fill_(silent, 0).relu_()
+        pre = self._pre(x, chosen)
+        if self.architecture == "standard":
+            return pre.relu_()
+        # In place of relu(pre) where pre is above the threshold, 0 elsewhere.
+        return pre.masked_fill_(pre <= self.threshold[chosen].clamp(min=0), 0)
+
+    def _pre(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
+        """Latents' values before their activation function, in a tensor of their own."""
+        pre = functional.linear(x, self.W_enc[:, chosen].T, self.b_enc[chosen])
+        if self.rescale_acts_by_decoder_norm:
+            pre.mul_(self.W_dec[chosen].norm(dim=-1))
+        return pre
+
+    def row_scale(self, x: Float[Tensor, "... d_in"]) -> Tensor | float:
+        """What `directions` is to be multiplied by at these inputs, `[..., 1]`; 1 for most SAEs."""
+        if self.normalize_activations in ("none", "expected_average_only_in"):
+            return 1.0
+        return self._scaled(self._vectors(x)[0])[1]
+
+    def encode(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... d_sae"]:
+        """Activations of the latents for `[..., d_in]` (or `[..., heads, d_head]`)."""
+        inputs = self._input(x)
+        if self.architecture not in COMPETING:
+            return self._activate(inputs, slice(None))
+        pre = self._pre(inputs, slice(None))
+        assert self.k is not None
+        if self.architecture == "topk":
+            top = pre.topk(self.k, dim=-1, sorted=False)
+            return pre.zero_().scatter_(-1, top.indices, top.values.relu())
+        groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
+        best = groups.max(dim=-1, keepdim=True)
+        kept = groups.zero_().scatter_(-1, best.indices, best.values.relu())
+        return rearrange(kept, "... k members -> ... (k members)")
+
+    def encode_latents(
+        self, x: Float[Tensor, "..."], latents: Sequence[int]
+    ) -> Float[Tensor, "... n"]:
+        """These latents' activations; touches their encoder columns only, unless they compete."""
+        chosen = torch.as_tensor(latents, device=self.device)
+        if self.architecture in COMPETING:
+            return self.encode(x)[..., chosen]
+        return self._activate(self._input(x), chosen)
+
+    def decode(
+        self, feature_acts: Float[Tensor, "... d_sae"], x: Tensor | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """Reconstruction in the model's own scale; a transcoder's prediction of `hookpoint_out`.
+
+        `x`, the encoded input, is needed where the scaling depends on it or a skip connection reads
+        it; else it is ignored.
+        """
+        acts = feature_acts.to(self.W_dec.dtype)
+        if self.rescale_acts_by_decoder_norm:
+            acts = acts / self.W_dec.norm(dim=-1)
+        out = acts @ self.W_dec + self.b_dec
+        fixed = self.normalize_activations in ("none", "expected_average_only_in")
+        if fixed and not self.centre and self.W_skip is None:
+            return out * self._scaled(self.b_dec)[1]
+        if x is None:
+            does = "scales or centres each input by itself"
+            if self.W_skip is not None:
+                does = "has a skip connection"
+            raise SAEError(
+                f"{self.metadata.get('name', 'the SAE')} {does}; "
+                "decode(feature_acts, x) needs the input too"
+            )
+        vectors, mean = self._vectors(x)
+        if self.W_skip is not None:
+            return out + vectors @ self.W_skip.T
+        _, scale, shift = self._scaled(vectors)
+        return out * scale + shift + mean
+
+    def directions(self, latents: Sequence[int]) -> Float[Tensor, "n d_out"]:
+        """What one unit of each latent adds to the stream it writes, in the model's own scale.
+
+        Where the scaling depends on the row, `decode` adds this times the row's own scale.
+        """
+        chosen = torch.as_tensor(latents, device=self.device)
+        rows = self.W_dec[chosen]
+        if self.rescale_acts_by_decoder_norm:
+            rows = rows / rows.norm(dim=-1, keepdim=True)
+        if self.normalize_activations == "expected_average_only_in":
+            rows = rows / self._factor()
+        return rows

@@ -1,0 +1,385 @@
+"""Weights & Biases as a tracker; offline where no server answers."""
+
+import atexit
+import base64
+import logging
+import math
+import os
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from saexp.config import TrackerConfig
+from saexp.errors import ConfigError
+from saexp.tracking.trackers import Metrics, NullTracker, brief
+
+log = logging.getLogger(__name__)
+
+
+_INIT_SECONDS, _FINISH_SECONDS = 4.0, 4.0
+"""How long a run waits for the server at its start and at its end; WANDB_INIT_TIMEOUT and
+WANDB_FINISH_TIMEOUT replace them."""
+_GRACE_SECONDS = 1.0
+"""How long W&B's own process may take beyond that, and to end."""
+
+_unreachable: set[str] = set()
+"""Servers (base URLs) that did not answer a run of this process; later runs do not wait again."""
+
+
+def has_key() -> bool:
+    """Whether W&B could log in without asking: a key in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    files = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    return any(f and host.encode() in _content(Path(f)) for f in files)
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes; none where it is absent or cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _seconds(name: str, default: float) -> float:
+    """A limit from the environment, in seconds."""
+    value = os.environ.get(name) or default
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(
+            f"{name}={value} is not a number of seconds; type one such as 60"
+        ) from None
+
+
+class WandbTracker(NullTracker):
+    """Weights & Biases; offline by itself where no key is set or no server answers, no prompt."""
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        super().__init__(cfg)
+        if cfg.mode not in (None, "online", "offline", "disabled"):
+            raise ConfigError(f"tracker.mode={cfg.mode}: choose online, offline or disabled")
+        # W&B's own telemetry waits 20 s at exit for a server that hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self.wandb: Any = wandb
+        self.run: Any = None
+        self.online = False
+        self.outage = False
+        """Whether the run is offline only because the server did not answer."""
+        self._about: dict[str, Any] = {}
+        self._logged: list[_Content] = []
+        """Of an online run, what it takes to record it again offline."""
+        self._failure: Exception | None = None
+
+    def start(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+    ) -> None:
+        """Open a W&B run in the run's folder; offline where the server does not answer."""
+        asked = self.cfg.mode or os.environ.get("WANDB_MODE")
+        if asked == "online" and not has_key():
+            typed = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
+            raise ConfigError(
+                f"{typed}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
+                "first, or type tracker.mode=offline"
+            )
+        self._about = {
+            "project": self.cfg.project,
+            "entity": self.cfg.entity,
+            "group": self.cfg.group or group,
+            "job_type": job_type,
+            "name": name,
+            "config": dict(config),
+            "dir": str(folder),
+            "reinit": "create_new",
+        }
+        mode = asked or ("online" if has_key() else "offline")
+        if mode != "online":
+            self._open(mode)
+        elif self._server() in _unreachable or not self._open_online():
+            self.outage = True
+            self._open("offline")
+
+    def _server(self) -> str:
+        return os.environ.get("WANDB_BASE_URL", "")
+
+    def _settings(self) -> Any:
+        """Quiet, and with short waits where this version of wandb knows them."""
+        values = {
+            "silent": True,
+            "console": "off",
+            "x_disable_stats": True,
+            "init_timeout": _seconds("WANDB_INIT_TIMEOUT", _INIT_SECONDS),
+            "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS),
+            "finish_timeout_raises": True,
+        }
+        known = self.wandb.Settings.model_fields
+        return self.wandb.Settings(**{k: v for k, v in values.items() if k in known})
+
+    def _init(self, mode: str) -> Any:
+        run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
+        # W&B notes what is imported later: an import would fail where its process is gone.
+        run._unregister_telemetry_import_hooks(run.id)
+        return run
+
+    def _open(self, mode: str) -> None:
+        """Open a run that needs no server."""
+        try:
+            self.run = self._init(mode)
+        except (self.wandb.errors.UsageError, ValueError) as error:
+            raise self._refusal(brief(error)) from error
+        except Exception as error:
+            log.warning("W&B records nothing of this run: %s", brief(error))
+
+    def _open_online(self) -> bool:
+        """Open a run on the server; False, after one warning, where it does not answer.
+
+        Raises ConfigError where the server refuses the key, the entity or the project.
+        """
+        authentication = self.wandb.errors.AuthenticationError
+        try:
+            self.run = self._init("online")
+        except (authentication, self.wandb.errors.UsageError, ValueError) as error:
+            raise self._refusal(brief(error)) from error
+        except Exception as error:
+            answered = isinstance(error, self.wandb.errors.CommError)
+            status = self._status() if answered and "Timed out" not in str(error) else None
+            if status in (200, 401, 403):
+                answer = f"HTTP {status}: " if status != 200 else ""
+                raise self._refusal(f"{answer}{brief(error)}") from error
+            reason = brief(error).partition(" Consider increasing")[0]
+            log.warning(
+                "W&B does not answer (%s): this run and later ones of this process are recorded "
+                "offline",
+                reason,
+            )
+            self._give_up()
+            if not answered:
+                self._replace_service()
+            return False
+        self.online = True
+        _log_artifacts_without_asking(self.run)
+        return True
+
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"tracker=wandb: W&B refuses the run ({reason}); check the key (WANDB_API_KEY, wandb "
+            "login), tracker.entity and tracker.project, or type tracker.mode=offline or "
+            "tracker=none"
+        )
+
+    def _status(self) -> int | None:
+        """HTTP status of the server's answer to who the key belongs to; None without an answer."""
+        settings = self.wandb.setup().settings
+        key = base64.b64encode(f"api:{settings.api_key}".encode()).decode()
+        request = urllib.request.Request(
+            f"{settings.base_url}/graphql",
+            data=b'{"query": "query Viewer {viewer {id}}"}',
+            headers={"Authorization": f"Basic {key}", "Content-Type": "application/json"},
+        )
+        statuses: list[int] = []
+
+        def ask() -> None:
+            try:
+                with urllib.request.urlopen(request, timeout=_INIT_SECONDS) as answer:
+                    statuses.append(answer.status)
+            except urllib.error.HTTPError as error:
+                statuses.append(error.code)
+                error.close()
+            except (OSError, HTTPException, ValueError) as error:
+                log.debug("no answer of %s: %s", settings.base_url, error)
+
+        _within(_INIT_SECONDS, ask)
+        return statuses[0] if statuses else None
+
+    def metrics(self, values: Metrics) -> None:
+        """Numbers go to the run's summary and history."""
+        known = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
+        self._log(lambda: known)
+
+    def table(self, name: str, table: Any) -> None:
+        """A W&B table."""
+
+        def content() -> dict[str, Any]:
+            # W&B takes pandas' own missing value for a type of its own; None it knows.
+            plain = table.astype(object).where(table.notna(), None)
+            # Rows as lists: from a DataFrame W&B looks every value up, ten times slower.
+            converted = self.wandb.Table(
+                columns=list(plain.columns),
+                data=plain.to_numpy().tolist(),
+                optional=table.isna().any().tolist(),
+                allow_mixed_types=True,
+            )
+            return {f"tables/{name}": converted}
+
+        self._log(content)
+
+    def figure(self, name: str, figure: Any) -> None:
+        """An interactive W&B figure."""
+        self._log(lambda: {f"figures/{name}": self.wandb.Plotly(figure)})
+
+    def _log(self, content: "_Content") -> None:
+        if self.run is None:
+            return
+        if self.online:
+            self._logged.append(content)
+        if self._failure is not None:
+            return
+        values = content()
+        try:
+            self.run.log(values)
+        except Exception as error:
+            if not (self.online and _service_ended()):
+                raise
+            self._failure = error
+
+    def finish(self, exit_code: int) -> None:
+        """Finish the run with its exit code; what could not be uploaded is left to wandb sync."""
+        if self.run is None:
+            return
+        folder, limit = Path(self.run.dir).parent, None
+        if self.online and (seconds := _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)):
+            limit = seconds + _GRACE_SECONDS
+        error, ended_by_wandb = _within(limit, lambda: self.run.finish(exit_code=exit_code))
+        if error is None and not self.outage:
+            return
+        if error is None:
+            log.warning("W&B: this run is recorded offline; %s", _sync(folder))
+            return
+        if not self.online:
+            raise error
+        self._give_up()
+        if not (ended_by_wandb and self._failure is None):
+            folder = self._record_offline(exit_code)
+        log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
+
+    def _record_offline(self, exit_code: int) -> Path:
+        """Record an online run again, whose own file may lack what W&B's process still held."""
+        run, self.run = self.run, None
+        self._replace_service()
+        self._open("offline")
+        if self.run is None:
+            return Path(run.dir).parent
+        for content in self._logged:
+            # What W&B cannot show was reported when it was logged first.
+            with suppress(Exception):
+                self.run.log(content())
+        self.run.finish(exit_code=exit_code)
+        return Path(self.run.dir).parent
+
+    def _replace_service(self) -> None:
+        """Let W&B start a new process where its old one is gone."""
+        if _service_ended():
+            _within(_GRACE_SECONDS, self.wandb.teardown)
+
+    def _give_up(self) -> None:
+        """Later runs of this process do not wait for the server, and neither does its exit."""
+        _unreachable.add(self._server())
+        _limit_exit()
+
+
+_Content = Callable[[], Mapping[str, Any]]
+"""Makes what a run logs at once; W&B's tables can be logged once only."""
+
+
+def _sync(folder: Path) -> str:
+    return f"to upload it type: wandb sync {os.path.relpath(folder)}"
+
+
+def _log_artifacts_without_asking(run: Any) -> None:
+    """Leave a table's upload to W&B's process.
+
+    Online, W&B asks the server about each table in the thread that logs it, for up to 30 s.
+    """
+    log_artifact, settings = run.log_artifact, run._settings
+
+    def log_as_offline(*args: Any, **options: Any) -> Any:
+        mode, settings.mode = settings.mode, "offline"
+        try:
+            return log_artifact(*args, **options)
+        finally:
+            settings.mode = mode
+
+    run.log_artifact = log_as_offline
+
+
+def _within(seconds: float | None, call: Callable[[], Any]) -> tuple[Exception | None, bool]:
+    """The error of `call` (a TimeoutError after `seconds`), and whether the call has ended."""
+    errors: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return TimeoutError(f"no answer within {seconds:g} s"), False
+    return (errors[0] if errors else None), True
+
+
+def _service() -> Any:
+    """The process of W&B that this one started, as a Popen object; None where there is none."""
+    from wandb.sdk import wandb_setup
+
+    found: Any = wandb_setup
+    for name in ("_singleton", "_connection", "_proc", "_process"):
+        found = getattr(found, name, None)
+    return found
+
+
+def _service_ended() -> bool:
+    """Whether W&B's process is gone, which a server's odd answers can do."""
+    process = _service()
+    try:
+        return process is not None and process.wait(_GRACE_SECONDS) is not None
+    except subprocess.TimeoutExpired:
+        return False
+
+
+@cache
+def _limit_exit() -> None:
+    """Let this process end a moment after its work, though W&B's still waits for a server."""
+    import wandb
+
+    service: SimpleQueue[Any] = SimpleQueue()
+
+    def watch() -> None:
+        process = service.get()
+        if process is None:
+            return
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    # Started now: no thread starts once Python ends.
+    threading.Thread(target=watch, daemon=True).start()
+
+    # Last registered, first called: before the hook of W&B, which waits without a limit.
+    @atexit.register
+    def end() -> None:
+        service.put(_service())
+        wandb.termsetup(wandb.Settings(silent=True), None)
+        with suppress(BaseException):
+            wandb.teardown()
