@@ -112,7 +112,7 @@ class Example:
     """The user's message as given, where `prompt` is a chat template's output."""
     answers: tuple[str, ...] = ()
     answer_space: str = "auto"
-    """How an answer follows the prompt, see `data.answer_tokens` (config: dataset.answer_space)."""
+    """How an answer follows the prompt, see `data.prompts` (config: dataset.answer_space)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The file's other columns."""
 

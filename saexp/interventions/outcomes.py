@@ -56,7 +56,7 @@ class Refusal:
 
 
 class Accuracy:
-    """Whether the generation gives a right answer, by the matchers of `data.matchers`."""
+    """Whether the generation gives a right answer, by the matchers of `labeling.matchers`."""
 
     name, kind, source = "accuracy", "rate", "text"
 

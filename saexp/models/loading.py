@@ -187,15 +187,15 @@ def _source(name: str) -> str:
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
-    `prepend_bos` is how its texts are to be tokenised (`data.tokens.tokenize`); a run settles it by
-    its SAEs (`tasks.bos`).
+    `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run settles it by
+    its SAEs (`pipeline.collect`).
     """
 
     prepend_bos: bool | None
     skippable = True
-    """False once a block gave something beside the stream (`models.skipping`)."""
+    """False once a block gave something beside the stream (`models.forward`)."""
     shares_prefixes = True
-    """False once a text behind a shared beginning had other values (`activations.prefixes`)."""
+    """False once a text behind a shared beginning had other values (`activations.forward`)."""
     prefixes_compared = 0
     """Blocks up to which such values were compared."""
 
