@@ -187,8 +187,8 @@ def _source(name: str) -> str:
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
-    `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run settles it by
-    its SAEs (`pipeline.collect`).
+    `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run takes
+    it from its SAEs (`pipeline.collect`).
     """
 
     prepend_bos: bool | None
