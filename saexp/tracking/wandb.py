@@ -1,4 +1,10 @@
-"""Weights & Biases as a tracker; offline where no server answers."""
+"""Weights & Biases as a tracker. The only module that imports wandb.
+
+An outage of the server never stops a run and delays it by at most 10 s: starting a run online
+waits a few seconds, and its end waits for the upload only as long as the server answers. Otherwise
+the run is recorded offline, and the upload is left to `wandb sync`, which finds everything in the
+run's folder.
+"""
 
 import atexit
 import base64
@@ -7,6 +13,7 @@ import math
 import os
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -23,10 +30,13 @@ from saexp.tracking.trackers import Metrics, NullTracker, brief
 
 log = logging.getLogger(__name__)
 
-
-_INIT_SECONDS, _FINISH_SECONDS = 4.0, 4.0
-"""How long a run waits for the server at its start and at its end; WANDB_INIT_TIMEOUT and
-WANDB_FINISH_TIMEOUT replace them."""
+_INIT_SECONDS = 4.0
+"""How long a run waits for the server at its start; WANDB_INIT_TIMEOUT replaces it."""
+_UPLOAD_SECONDS = 300.0
+"""How long the end of a run waits for an upload to a server that answers; WANDB_FINISH_TIMEOUT
+replaces it, and 0 means without a limit."""
+_CHECK_SECONDS, _ANSWER_SECONDS = 4.0, 2.0
+"""How often the end of a run asks whether the server still answers, and how long that may take."""
 _GRACE_SECONDS = 1.0
 """How long W&B's own process may take beyond that, and to end."""
 
@@ -127,7 +137,7 @@ class WandbTracker(NullTracker):
             "console": "off",
             "x_disable_stats": True,
             "init_timeout": _seconds("WANDB_INIT_TIMEOUT", _INIT_SECONDS),
-            "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS),
+            "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", _UPLOAD_SECONDS),
             "finish_timeout_raises": True,
         }
         known = self.wandb.Settings.model_fields
@@ -160,7 +170,8 @@ class WandbTracker(NullTracker):
             raise self._refusal(brief(error)) from error
         except Exception as error:
             answered = isinstance(error, self.wandb.errors.CommError)
-            status = self._status() if answered and "Timed out" not in str(error) else None
+            timed_out = not answered or "Timed out" in str(error)
+            status = None if timed_out else self._answer(_INIT_SECONDS)[0]
             if status in (200, 401, 403):
                 answer = f"HTTP {status}: " if status != 200 else ""
                 raise self._refusal(f"{answer}{brief(error)}") from error
@@ -185,8 +196,8 @@ class WandbTracker(NullTracker):
             "tracker=none"
         )
 
-    def _status(self) -> int | None:
-        """HTTP status of the server's answer to who the key belongs to; None without an answer."""
+    def _answer(self, seconds: float) -> tuple[int | None, bytes]:
+        """Status and body of the server's answer to whose the key is; None without an answer."""
         settings = self.wandb.setup().settings
         key = base64.b64encode(f"api:{settings.api_key}".encode()).decode()
         request = urllib.request.Request(
@@ -194,20 +205,20 @@ class WandbTracker(NullTracker):
             data=b'{"query": "query Viewer {viewer {id}}"}',
             headers={"Authorization": f"Basic {key}", "Content-Type": "application/json"},
         )
-        statuses: list[int] = []
+        answers: list[tuple[int, bytes]] = []
 
         def ask() -> None:
             try:
-                with urllib.request.urlopen(request, timeout=_INIT_SECONDS) as answer:
-                    statuses.append(answer.status)
+                with urllib.request.urlopen(request, timeout=seconds) as answer:
+                    answers.append((answer.status, answer.read()))
             except urllib.error.HTTPError as error:
-                statuses.append(error.code)
+                answers.append((error.code, b""))
                 error.close()
             except (OSError, HTTPException, ValueError) as error:
                 log.debug("no answer of %s: %s", settings.base_url, error)
 
-        _within(_INIT_SECONDS, ask)
-        return statuses[0] if statuses else None
+        _within(seconds, ask)
+        return answers[0] if answers else (None, b"")
 
     def metrics(self, values: Metrics) -> None:
         """Numbers go to the run's summary and history."""
@@ -254,10 +265,15 @@ class WandbTracker(NullTracker):
         """Finish the run with its exit code; what could not be uploaded is left to wandb sync."""
         if self.run is None:
             return
-        folder, limit = Path(self.run.dir).parent, None
-        if self.online and (seconds := _seconds("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)):
-            limit = seconds + _GRACE_SECONDS
-        error, ended_by_wandb = _within(limit, lambda: self.run.finish(exit_code=exit_code))
+        folder = Path(self.run.dir).parent
+        run = _Call(lambda: self.run.finish(exit_code=exit_code))
+        if self.online:
+            limit = _seconds("WANDB_FINISH_TIMEOUT", _UPLOAD_SECONDS) or math.inf
+            # A run that was stopped has no time: SLURM kills 30 s after its signal.
+            self._wait_for_upload(run, min(limit, _CHECK_SECONDS) if exit_code else limit)
+        else:
+            run.join(None)
+        error, ended_by_wandb = run.result()
         if error is None and not self.outage:
             return
         if error is None:
@@ -269,6 +285,19 @@ class WandbTracker(NullTracker):
         if not (ended_by_wandb and self._failure is None):
             folder = self._record_offline(exit_code)
         log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
+
+    def _wait_for_upload(self, finish: "_Call", limit: float) -> None:
+        """Until the upload has ended, at most `limit` seconds and while the server answers."""
+        end, reported = time.monotonic() + limit, False
+        while not finish.join(min(_CHECK_SECONDS, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                return
+            status, body = self._answer(_ANSWER_SECONDS)
+            if status != 200 or b'"viewer"' not in body:
+                return
+            if not reported:
+                log.info("W&B is still uploading this run")
+            reported = True
 
     def _record_offline(self, exit_code: int) -> Path:
         """Record an online run again, whose own file may lack what W&B's process still held."""
@@ -320,22 +349,38 @@ def _log_artifacts_without_asking(run: Any) -> None:
     run.log_artifact = log_as_offline
 
 
-def _within(seconds: float | None, call: Callable[[], Any]) -> tuple[Exception | None, bool]:
-    """The error of `call` (a TimeoutError after `seconds`), and whether the call has ended."""
-    errors: list[Exception] = []
+class _Call:
+    """A call in a thread of its own, which is abandoned where it takes too long."""
 
-    def attempt() -> None:
-        try:
-            call()
-        except Exception as error:
-            errors.append(error)
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._errors: list[Exception] = []
+        self._began = time.monotonic()
 
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        return TimeoutError(f"no answer within {seconds:g} s"), False
-    return (errors[0] if errors else None), True
+        def attempt() -> None:
+            try:
+                call()
+            except Exception as error:
+                self._errors.append(error)
+
+        self._thread = threading.Thread(target=attempt, daemon=True)
+        self._thread.start()
+
+    def join(self, seconds: float | None) -> bool:
+        """Wait for so long; whether the call has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> tuple[Exception | None, bool]:
+        """The call's error (a TimeoutError where it still runs), and whether it has ended."""
+        if self._thread.is_alive():
+            seconds = time.monotonic() - self._began
+            return TimeoutError(f"no answer within {seconds:.0f} s"), False
+        return (self._errors[0] if self._errors else None), True
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> None:
+    """Call, and go on after so many seconds at the latest."""
+    _Call(call).join(seconds)
 
 
 def _service() -> Any:

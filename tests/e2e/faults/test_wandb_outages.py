@@ -18,6 +18,7 @@ from tests.e2e.faults.wandb_server import (
     GOOD,
     HANG,
     REFUSE,
+    SLOW,
     UNAUTHORIZED,
     Server,
     wandb_server,
@@ -95,8 +96,10 @@ def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | Non
     assert answers == (mode != GOOD)
 
 
-def test_a_server_that_answers_needs_no_hint(runs: Runs) -> None:
-    with wandb_server(GOOD) as server:
+@pytest.mark.parametrize("mode", [GOOD, SLOW])
+def test_a_server_that_answers_needs_no_hint(runs: Runs, mode: str) -> None:
+    """However long the upload takes."""
+    with wandb_server(mode) as server:
         said, place = runs.run(environment(server), "tracker=wandb")
     assert said.code == 0, said
     assert not hints(said)

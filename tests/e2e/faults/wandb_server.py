@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 GOOD, REFUSE, HANG, ERROR = "good", "refuse", "hang", "error"
-UNAUTHORIZED, GARBAGE, EMPTY = "unauthorized", "garbage", "empty"
+UNAUTHORIZED, GARBAGE, EMPTY, SLOW = "unauthorized", "garbage", "empty", "slow"
+SLOW_SECONDS = 7.0
+"""How long a slow server takes for a file; it answers queries at once."""
 
 
 class Server(ThreadingHTTPServer):
@@ -49,8 +51,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif mode == EMPTY:
             self._send(200, {"data": {}})
         else:
-            self._send(200, self._answer(json.loads(body)) if self.path == "/graphql" else {})
-        self.close_connection = mode != GOOD
+            is_query = self.path == "/graphql"
+            if mode == SLOW and not is_query:
+                self.server.stopped.wait(SLOW_SECONDS)
+            self._send(200, self._answer(json.loads(body)) if is_query else {})
+        self.close_connection = mode not in (GOOD, SLOW)
 
     do_GET = do_PUT = do_POST
 
