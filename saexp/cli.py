@@ -127,19 +127,19 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
         result = api.run(cfg, folder, command=_command(sweep), sweep=sweep)
     except Exception as error:
-        told = _in_one_line(error) or cannot_write_run(error, folder)
-        if told is None:
+        failure = _in_one_line(error) or cannot_write_run(error, folder)
+        if failure is None:
             raise
         if sweep:
             overrides = ",".join(_as_typed(about.overrides.task))
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
-            line = environment.masked(str(told))
+            line = environment.masked(str(failure))
             print(f"cell {about.job.num} ({overrides}) failed: {line}", file=sys.stderr)
-            write_error(folder, f"{type(told).__name__}: {line}\n")
-        if told is error:
+            write_error(folder, f"{type(failure).__name__}: {line}\n")
+        if failure is error:
             raise
-        raise told from error
+        raise failure from error
     _summary(result, folder)
 
 
@@ -162,7 +162,7 @@ def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     """A failed run in the sweep's group for a cell that ended before its tracker began."""
     from saexp import api
 
-    # The cell's own error is what is told; its tracker may be what is wrong with it.
+    # The cell's own error is what is reported; its tracker may be what is wrong with it.
     with contextlib.suppress(Exception):
         about: Any = OmegaConf.to_container(raw, resolve=True)
         sae = about["sae"]
@@ -243,10 +243,10 @@ def _guarded() -> None:
         _end_of_sweep()
     except Exception as error:
         raise_if_stopped()
-        if (told := _in_one_line(error)) is not None:
-            _fail(told, error)
-        if (told := _of_folder(error)) is not None:
-            _fail(told, error)
+        if (failure := _in_one_line(error)) is not None:
+            _fail(failure, error)
+        if (failure := _of_folder(error)) is not None:
+            _fail(failure, error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise
@@ -303,9 +303,9 @@ def _end_of_sweep() -> None:
     """Where this was a sweep: its table and report, from whatever cells there are."""
     from saexp.sweeps import planning
 
-    told = planning.finish()
-    if told:
-        print(told)
+    summary = planning.finish()
+    if summary:
+        print(summary)
 
 
 def _fail(message: str | SaexpError, cause: BaseException | None = None, code: int = 1) -> NoReturn:

@@ -37,6 +37,8 @@ _UPLOAD_SECONDS = 300.0
 replaces it, and 0 means without a limit."""
 _CHECK_SECONDS, _ANSWER_SECONDS = 4.0, 2.0
 """How often the end of a run asks whether the server still answers, and how long that may take."""
+_RECORD_SECONDS = 5.0
+"""How long recording a run again may take."""
 _GRACE_SECONDS = 1.0
 """How long W&B's own process may take beyond that, and to end."""
 
@@ -283,7 +285,11 @@ class WandbTracker(NullTracker):
             raise error
         self._give_up()
         if not (ended_by_wandb and self._failure is None):
-            folder = self._record_offline(exit_code)
+            again = _Call(lambda: self._record_offline(exit_code))
+            if not again.join(_RECORD_SECONDS) or self.run is None:
+                log.warning("W&B records only a part of this run (%s)", brief(error))
+                return
+            folder = Path(self.run.dir).parent
         log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
 
     def _wait_for_upload(self, finish: "_Call", limit: float) -> None:
@@ -299,19 +305,21 @@ class WandbTracker(NullTracker):
                 log.info("W&B is still uploading this run")
             reported = True
 
-    def _record_offline(self, exit_code: int) -> Path:
+    def _record_offline(self, exit_code: int) -> None:
         """Record an online run again, whose own file may lack what W&B's process still held."""
-        run, self.run = self.run, None
+        self.run = None
+        if (process := _service()) is not None:
+            # It may wait for the server without an end, and this run's end with it.
+            process.kill()
         self._replace_service()
         self._open("offline")
         if self.run is None:
-            return Path(run.dir).parent
+            return
         for content in self._logged:
             # What W&B cannot show was reported when it was logged first.
             with suppress(Exception):
                 self.run.log(content())
         self.run.finish(exit_code=exit_code)
-        return Path(self.run.dir).parent
 
     def _replace_service(self) -> None:
         """Let W&B start a new process where its old one is gone."""

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults.injection import PATIENCE_SECONDS, Said, Started, digests_of_results, start
+from tests.e2e.faults.injection import (
+    PATIENCE_SECONDS,
+    Said,
+    Started,
+    digests_of_results,
+    equal_up_to_rounding,
+    start,
+)
 
 WORDS = (
     "tracker=none",
@@ -38,12 +45,21 @@ def n_stored(cache_dir: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], int]:
-    """Digests of the results of a run alone, and how many rows it computed."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of a run alone, and how many rows it computed."""
     folder = tmp_path_factory.mktemp("alone")
     said = started(folder / "cache", folder / "1").wait()
     assert said.code == 0, said
-    return digests_of_results(folder / "1" / "run"), n_computed(said)
+    return folder / "1" / "run", n_computed(said)
+
+
+def assert_equal_results(folder: Path, wanted: Path) -> None:
+    """Shared rows are computed in other batches, which changes scores of latents by rounding."""
+    results, expected = digests_of_results(folder), digests_of_results(wanted)
+    assert results.keys() == expected.keys()
+    for name in results:
+        same = results[name] == expected[name]
+        assert same or equal_up_to_rounding(folder / name, wanted / name), name
 
 
 def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
@@ -52,7 +68,7 @@ def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
     said = [run.wait() for run in runs]
     assert [s.code for s in said] == [0, 0], said
     for i in range(2):
-        assert digests_of_results(tmp_path / str(i) / "run") == wanted
+        assert_equal_results(tmp_path / str(i) / "run", wanted)
     assert sum(map(n_computed, said)) == n_rows
 
 
@@ -69,6 +85,6 @@ def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
     said = [run.wait() for run in runs]
     assert [s.code for s in said] == [-signal.SIGKILL, 0, 0], said
     for i in (1, 2):
-        assert digests_of_results(tmp_path / str(i) / "run") == wanted
+        assert_equal_results(tmp_path / str(i) / "run", wanted)
     # What the killed run has stored is not computed again, nor anything twice.
     assert n_rows - n_before - 500 <= sum(map(n_computed, said)) <= n_rows
