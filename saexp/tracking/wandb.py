@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -21,7 +22,6 @@ from contextlib import suppress
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from saexp.config import TrackerConfig
@@ -41,9 +41,13 @@ _RECORD_SECONDS = 5.0
 """How long recording a run again may take."""
 _GRACE_SECONDS = 1.0
 """How long W&B's own process may take beyond that, and to end."""
+_EXIT_SECONDS = 5.0
+"""How long the end of this process may take beyond that after an outage."""
 
 _unreachable: set[str] = set()
 """Servers (base URLs) that did not answer a run of this process; later runs do not wait again."""
+_exit_codes: list[int] = []
+"""How the runs of this process ended."""
 
 
 def has_key() -> bool:
@@ -265,6 +269,7 @@ class WandbTracker(NullTracker):
 
     def finish(self, exit_code: int) -> None:
         """Finish the run with its exit code; what could not be uploaded is left to wandb sync."""
+        _exit_codes.append(exit_code)
         if self.run is None:
             return
         folder = Path(self.run.dir).parent
@@ -412,27 +417,54 @@ def _service_ended() -> bool:
 
 @cache
 def _limit_exit() -> None:
-    """Let this process end a moment after its work, though W&B's still waits for a server."""
+    """Let this process end a moment after its work, whatever W&B still waits for."""
     import wandb
 
-    service: SimpleQueue[Any] = SimpleQueue()
-
     def watch() -> None:
-        process = service.get()
-        if process is None:
-            return
-        try:
-            process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        threading.main_thread().join()
+        process, others = _service(), _threads_outside_wandb()
+        for thread in others:
+            thread.join()
+        if process is not None:
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        # A call that was abandoned can wait for an answer of a process that is gone.
+        time.sleep(_EXIT_SECONDS)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_status())
 
     # Started now: no thread starts once Python ends.
     threading.Thread(target=watch, daemon=True).start()
 
-    # Last registered, first called: before the hook of W&B, which waits without a limit.
     @atexit.register
     def end() -> None:
-        service.put(_service())
         wandb.termsetup(wandb.Settings(silent=True), None)
         with suppress(BaseException):
             wandb.teardown()
+
+
+def _threads_outside_wandb() -> list[threading.Thread]:
+    """The threads other than W&B's that Python waits for before it ends."""
+    frames = sys._current_frames()
+
+    def in_wandb(thread: threading.Thread) -> bool:
+        frame = frames.get(thread.ident or 0)
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("wandb."):
+                return True
+            frame = frame.f_back
+        return False
+
+    waited_for = [
+        t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()
+    ]
+    return [thread for thread in waited_for if not in_wandb(thread)]
+
+
+def _status() -> int:
+    """The exit status of this process: of its runs, or 1 after an error that ended it."""
+    return 1 if hasattr(sys, "last_value") else max(_exit_codes, default=0)

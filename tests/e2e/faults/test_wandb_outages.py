@@ -173,3 +173,36 @@ def test_logging_never_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
     assert float(done.stdout.split()[-1]) < DELAY_SECONDS
     offline = next(f for f in recorded(tmp_path) if f.parent.name.startswith("offline-"))
     assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
+
+
+WAITING = """
+# As a call of W&B that is never answered: Python would wait for it without an end.
+import threading
+space = {"__name__": "wandb.waiting", "threading": threading}
+exec("def wait(): threading.Event().wait()", space)
+threading.Thread(target=space["wait"]).start()
+"""
+WORKING = """
+def work():
+    time.sleep(10)
+    print("worked", flush=True)
+threading.Thread(target=work).start()
+"""
+
+
+@pytest.mark.parametrize(("code", "more"), [(0, ""), (3, ""), (0, WORKING)])
+def test_a_call_of_wandb_that_never_ends_does_not_keep_the_process(
+    tmp_path: Path, code: int, more: str
+) -> None:
+    """Threads of the user's own end first."""
+    script = LOGGING.replace("finish(0)", f"finish({code})") + WAITING + more
+    with wandb_server(GOOD, HANG) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env={**os.environ, "WANDB_MODE": "online", **environment(server)},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == code, done.stderr
+    assert ("worked" in done.stdout) == bool(more)
