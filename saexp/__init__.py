@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         open_store,
         run,
     )
+    from saexp.interactive.edits import ablate, edit, steer
     from saexp.interactive.latents import encode, load_sae, top_latents
     from saexp.interactive.model import load_model
     from saexp.results import TaskResult as Result
@@ -28,7 +29,10 @@ _MODULE_OF = {
     "compose": "saexp.api",
     "load_model": "saexp.interactive.model",
     "load_sae": "saexp.interactive.latents",
+    "ablate": "saexp.interactive.edits",
+    "edit": "saexp.interactive.edits",
     "encode": "saexp.interactive.latents",
+    "steer": "saexp.interactive.edits",
     "top_latents": "saexp.interactive.latents",
     "neuronpedia_list": "saexp.api",
     "neuronpedia_url": "saexp.api",
@@ -41,8 +45,10 @@ _NAME_IN_MODULE = {"Result": "TaskResult"}
 
 __all__ = [
     "Result",
+    "ablate",
     "build",
     "compose",
+    "edit",
     "encode",
     "load_model",
     "load_sae",
@@ -51,6 +57,7 @@ __all__ = [
     "open_store",
     "register",
     "run",
+    "steer",
     "top_latents",
 ]
 

@@ -144,7 +144,7 @@ def top_latents(
     for i, row in enumerate(latents.rows.itertuples()):
         here = slice(csr.indptr[i], csr.indptr[i + 1])
         values, ids = csr.data[here], csr.indices[here]
-        order = np.lexsort((ids, -np.asarray(values)))[:k]
+        order = np.lexsort((ids, np.negative(values)))[:k]
         parts.append(
             pd.DataFrame(
                 {

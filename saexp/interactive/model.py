@@ -99,6 +99,8 @@ class InteractiveModel(LanguageModel):
 
     active_edits: tuple[ActiveEdit, ...] = ()
     """In the order in which they are applied."""
+    suspended = False
+    """Whether the functions of `saexp.edit` leave their streams as they are."""
 
     @cached_property
     def median_norms(self) -> dict[Hookpoint, float]:
@@ -125,14 +127,17 @@ class InteractiveModel(LanguageModel):
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
-        """Suspend the edits of `saexp.steer` and `saexp.ablate` while the context is open."""
-        edits, self.active_edits = self.active_edits, ()
+        """Suspend all open edits while the context is open."""
+        edits, suspended = self.active_edits, self.suspended
+        self.active_edits, self.suspended = (), True
         try:
             yield
         finally:
-            self.active_edits = edits
+            self.active_edits, self.suspended = edits, suspended
 
-    def prompts(self, texts: Sequence[str], chat: bool | None = None) -> list[Prompt]:
+    def prompts(
+        self, texts: Sequence[str], chat: bool | None = None, max_length: int = _UNLIMITED
+    ) -> list[Prompt]:
         """Tokenize texts. Raises DataError for a text without tokens or that is not a string."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -142,7 +147,7 @@ class InteractiveModel(LanguageModel):
         reading = _Reading(self, ModelConfig(**values), self.cfg.prepend_bos)
         framed = as_read(reading, texts)
         found = []
-        tokenized = tokenize_prompts(reading, framed, _UNLIMITED)
+        tokenized = tokenize_prompts(reading, framed, max_length)
         for i, (text, prompt, tokens) in enumerate(zip(texts, framed, tokenized, strict=True)):
             if not tokens.ids:
                 raise DataError(f"text {i} has no tokens; give a text that is not empty")
@@ -342,11 +347,13 @@ class InteractiveModel(LanguageModel):
         return {at: sae for edit in self.active_edits for at, sae in edit.saes.items()}
 
 
-def token_indices(prompt: Prompt, positions: str | Sequence[int]) -> list[int]:
+def token_indices(prompt: Prompt, positions: str | Sequence[int] | PositionsConfig) -> list[int]:
     """Indices of the chosen tokens of a prompt. Raises DataError where it has none of them."""
     if positions == "all":
         return list(range(len(prompt.tokens)))
-    if isinstance(positions, str):
+    if isinstance(positions, PositionsConfig):
+        cfg = positions
+    elif isinstance(positions, str):
         cfg = PositionsConfig(name=positions)
     else:
         cfg = PositionsConfig(name="indices", indices=list(positions), include_special=True)
