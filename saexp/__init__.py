@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         open_store,
         run,
     )
+    from saexp.interactive.contrast import contrast
     from saexp.interactive.edits import ablate, edit, steer
     from saexp.interactive.latents import encode, load_sae, top_latents
     from saexp.interactive.model import load_model
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "Result": "saexp.results",
     "build": "saexp.api",
     "compose": "saexp.api",
+    "contrast": "saexp.interactive.contrast",
     "load_model": "saexp.interactive.model",
     "load_sae": "saexp.interactive.latents",
     "ablate": "saexp.interactive.edits",
@@ -48,6 +50,7 @@ __all__ = [
     "ablate",
     "build",
     "compose",
+    "contrast",
     "edit",
     "encode",
     "load_model",
