@@ -235,3 +235,36 @@ def test_errors_name_what_to_type(llama: InteractiveModel, sae: SparseAutoencode
         pass
     with pytest.raises(DataError, match="text 0"), saexp.ablate(llama, sae, 1, where="entity_last"):
         llama.logits("a")
+
+
+@torch.inference_mode()
+def test_a_transcoder_is_read_at_its_input_and_written_at_its_output(
+    llama: InteractiveModel,
+) -> None:
+    read, written = Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")
+    base = made_sae()
+    parameters = {name: getattr(base, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    sae = SparseAutoencoder(
+        parameters, architecture="standard", hookpoint=read, hookpoint_out=written
+    )
+    x = llama.activations(SHORT[0], 1, stream="mlp_in")
+    y = llama.activations(SHORT[0], 1, stream="mlp_out")
+    close(saexp.encode(llama, sae, SHORT[0]).dense(), sae.encode(x))
+    with saexp.steer(llama, sae, 4, 2.0, "raw"):
+        steered = llama.activations(SHORT[0], 1, stream="mlp_out")
+    close(steered[1:], y[1:] + 2 * sae.directions([4]))
+    with saexp.ablate(llama, sae, 4):
+        ablated = llama.activations(SHORT[0], 1, stream="mlp_out")
+    close(ablated[1:], (y - sae.encode(x)[:, [4]] @ sae.W_dec[[4]])[1:])
+
+
+def test_units_of_activation_are_measured_on_neutral_text() -> None:
+    tiny, sae = saexp.load_model("tiny", device="cpu"), saexp.load_sae("tiny", 2, device="cpu")
+    text = "The player scored twice."
+    latent = int(saexp.top_latents(tiny, sae, text, k=1, positions="last")["latent"].iloc[0])
+    before = tiny.activations(text, 2)[-1]
+    with saexp.steer(tiny, sae, latent, 1.0, "max_act"):
+        largest = (tiny.activations(text, 2)[-1] - before).norm()
+    with saexp.steer(tiny, sae, latent, 1.0, "p99_act"):
+        high = (tiny.activations(text, 2)[-1] - before).norm()
+    assert 0 < high <= largest
