@@ -1,8 +1,10 @@
 """Sparse-autoencoder experiments on language models: from prompts to a checked, causal result.
 
-Nothing heavy is imported before it is used; see `saexp.api` for what these names do.
+Nothing heavy is imported before it is used: the names below are read from their modules on first
+access.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from saexp.registry import register
@@ -11,29 +13,64 @@ if TYPE_CHECKING:
     from saexp.api import (
         build,
         compose,
-        load_sae,
         neuronpedia_list,
         neuronpedia_url,
         open_store,
         run,
     )
+    from saexp.interactive.contrast import contrast
+    from saexp.interactive.edits import ablate, edit, steer
+    from saexp.interactive.latents import encode, load_sae, top_latents
+    from saexp.interactive.model import load_model
+    from saexp.results import TaskResult as Result
+
+_MODULE_OF = {
+    "Result": "saexp.results",
+    "build": "saexp.api",
+    "compose": "saexp.api",
+    "contrast": "saexp.interactive.contrast",
+    "load_model": "saexp.interactive.model",
+    "load_sae": "saexp.interactive.latents",
+    "ablate": "saexp.interactive.edits",
+    "edit": "saexp.interactive.edits",
+    "encode": "saexp.interactive.latents",
+    "steer": "saexp.interactive.edits",
+    "top_latents": "saexp.interactive.latents",
+    "neuronpedia_list": "saexp.api",
+    "neuronpedia_url": "saexp.api",
+    "open_store": "saexp.api",
+    "run": "saexp.api",
+}
+"""Public name -> the module that defines it."""
+
+_NAME_IN_MODULE = {"Result": "TaskResult"}
 
 __all__ = [
+    "Result",
+    "ablate",
     "build",
     "compose",
+    "contrast",
+    "edit",
+    "encode",
+    "load_model",
     "load_sae",
     "neuronpedia_list",
     "neuronpedia_url",
     "open_store",
     "register",
     "run",
+    "steer",
+    "top_latents",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Look public names up in saexp.api on first use."""
-    if name in __all__:
-        from saexp import api
+    """Import a public name on first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'saexp' has no attribute '{name}'")
+    return getattr(import_module(_MODULE_OF[name]), _NAME_IN_MODULE.get(name, name))
 
-        return getattr(api, name)
-    raise AttributeError(f"module 'saexp' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

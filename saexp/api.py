@@ -67,13 +67,6 @@ def build(kind: str, cfg: Any, **runtime: Any) -> Any:
     return registry.build(kind, cfg, **runtime)
 
 
-def load_sae(source: str | Path, layer: int | None = None, stream: str | None = None) -> Any:
-    """An SAE of any supported format from a folder, file or hub repository, format detected."""
-    from saexp.saes.loading import load_sae as load
-
-    return load(source, layer, stream)
-
-
 def neuronpedia_url(sae: Any, latent: int) -> str | None:
     """Neuronpedia's page of a latent, by the catalogue's id; None where it has none."""
     from saexp.saes import catalogue

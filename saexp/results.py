@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saexp.errors import ConfigError
+from saexp.wording import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,15 @@ class TaskResult:
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "metrics": len(self.metrics),
+            **{f"tables[{name!r}]": f"{len(table)} rows" for name, table in self.tables.items()},
+            "figures": ", ".join(self.figures) or "none",
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
+        return html_table(f"Result in {self.path or 'memory'}", rows)
 
     def merge(self, other: "TaskResult") -> None:
         """Take in another result; a name both have is a programming error."""

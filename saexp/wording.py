@@ -1,5 +1,7 @@
 """Words of messages and reports."""
 
+from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 CONTROL_WORDS = {
@@ -23,6 +25,16 @@ def brief(text: str, length: int) -> str:
     if len(line) <= length:
         return line
     return line[: length - 1].rpartition(" ")[0].rstrip(".,;:") + " …"
+
+
+def html_table(title: str, rows: Mapping[str, Any]) -> str:
+    """A title and a table of two columns, name and value, as a notebook shows it."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{escape(str(name))}</th>"
+        f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<div><b>{escape(title)}</b><table>{cells}</table></div>"
 
 
 def sae_words(about: Any) -> str:

@@ -226,14 +226,22 @@ class BatchEdit:
         self.at_prompt[changed] = True
         self.at_prompt = self.at_prompt.to(device)
         self.at_generated = self.at_generated.to(device)
-        self._built = False
+        self.then: BatchEdit | None = None
+        if any(row.then for row in rows):
+            further = [row.then or Row(row.ids) for row in rows]
+            self.then = BatchEdit(further, width, saes, device)
+
+    @property
+    def streams(self) -> list[Hookpoint]:
+        """Streams that are read or changed."""
+        own = [h.stored for h in (*self.programs, *self.sources.values())]
+        return own if self.then is None else [*own, *self.then.streams]
 
     def n_untouched(self, n_layers: int) -> int:
         """Blocks from the first on in whose streams, and outputs but the last's, nothing is read
         or changed."""
-        streams = [h.stored for h in (*self.programs, *self.sources.values())]
         lowest = (
-            0 if h.stream == "embed" else h.layer + (h.stream == "resid_post") for h in streams
+            0 if h.stream == "embed" else h.layer + (h.stream == "resid_post") for h in self.streams
         )
         return min(lowest, default=n_layers)
 
@@ -242,12 +250,21 @@ class BatchEdit:
         self.at_prompt, self.at_generated = self.at_prompt[chosen], self.at_generated[chosen]
         for program in self.programs.values():
             program.keep(chosen)
+        if self.then is not None:
+            self.then.keep(chosen)
 
     def functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
         """Edits of a pass over the prompt's last `window` tokens; None: over one generated token.
 
         A stream in which nothing is changed has no function, so it keeps every bit.
         """
+        made = self._own_functions(window)
+        further = {} if self.then is None else self.then.functions(window)
+        for at, function in further.items():
+            made[at] = _composed(made[at], function) if at in made else function
+        return made
+
+    def _own_functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
         mask = self.at_generated[:, None]
         if window is not None:
             mask = self.at_prompt[:, self.at_prompt.shape[1] - window :]
@@ -263,6 +280,10 @@ class BatchEdit:
                 made[source] = _remember(seen, source)
             made[at] = _writer(program, where, seen, source, prompt=window is not None)
         return made
+
+
+def _composed(first: EditFunction, second: EditFunction) -> EditFunction:
+    return lambda stream: second(first(stream))
 
 
 def _remember(seen: dict[Hookpoint, Tensor], at: Hookpoint) -> EditFunction:

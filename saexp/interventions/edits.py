@@ -1,7 +1,6 @@
 """The interventions: steer, clamp, scale, ablate, project out, orthogonalize, splice, patch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +11,11 @@ from saexp.config import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.conditions import LatentIntervention, Placed, Prompts
 from saexp.interventions.controls import OWN_GROUP
-from saexp.interventions.generation import padded
+from saexp.interventions.generation import read_streams
 from saexp.interventions.latent_values import Condition, LatentFacts, Sets, orthonormal
-from saexp.interventions.operations import Add, Move, Op, Patch, Project, Splice, Vector
+from saexp.interventions.operations import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.stats.random_directions import random_directions
@@ -466,14 +464,9 @@ def _captured(
     check_positions(model, max(lengths, default=0))
     for part in by_regime(model.text_config, lengths, _BATCH):
         batch = [usable[i] for i in part]
-        ids, mask = padded([p.tokens.ids for p in batch], model.pad_id, model.device)
-        rows = [i for i, p in enumerate(batch) for _ in p.positions]
-        width = ids.shape[1]
-        places = [width - len(p.tokens) + k for p in batch for k in p.positions]
-        where: Any = (torch.tensor(rows), torch.tensor(places))
-        values = run_truncated(model, ids, mask, hookpoints, where)
-        for hookpoint, tensor in values.items():
-            parts: tuple[Tensor, ...] = tensor.float().split([len(p.positions) for p in batch])
+        rows = [Row(p.tokens.ids) for p in batch]
+        values = read_streams(model, rows, {}, hookpoints, [p.positions for p in batch])
+        for hookpoint, parts in values.items():
             for prompt, acts in zip(batch, parts, strict=True):
                 found[hookpoint][prompt.example.id] = Vector(acts)
     return found

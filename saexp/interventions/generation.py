@@ -19,8 +19,9 @@ from saexp.errors import InterventionError, ModelError
 from saexp.interventions.batching import BatchEdit, SAEs
 from saexp.interventions.operations import Row
 from saexp.models.forward import after_blocks, can_skip, is_plain, may_skip, skipping, with_room
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
-from saexp.models.hooks import position_ids
+from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import (
     alike,
@@ -198,7 +199,7 @@ def _prefill(
     ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
-    model.check_streams(h.stored for h in (*change.programs, *change.sources.values()))
+    model.check_streams(change.streams)
     positions = position_ids(mask)
     window = _window(rows, width, n_last)
     numbers: dict[tuple[int, ...], int] = {}
@@ -263,6 +264,35 @@ def last_logits(
     stands left of a shorter row's first token is of padding and has no meaning.
     """
     return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
+
+
+@torch.inference_mode()
+def read_streams(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs,
+    hookpoints: Sequence[Hookpoint],
+    positions: Sequence[Sequence[int]],
+) -> dict[Hookpoint, list[Float[Tensor, "n d"]]]:
+    """Streams at row i's prompt tokens `positions[i]`, with its operations; all rows in one batch.
+
+    No block after the deepest hookpoint runs.
+    """
+    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
+    width = ids.shape[1]
+    change = BatchEdit(rows, width, saes, model.device)
+    model.check_streams(change.streams)
+    row_of = [i for i, chosen in enumerate(positions) for _ in chosen]
+    tokens = [
+        width - len(row.ids) + p
+        for row, chosen in zip(rows, positions, strict=True)
+        for p in chosen
+    ]
+    where = (torch.tensor(row_of, dtype=torch.long), torch.tensor(tokens, dtype=torch.long))
+    with edit_streams(model, change.functions(width)):
+        values = run_truncated(model, ids, mask, hookpoints, where)
+    sizes = [len(chosen) for chosen in positions]
+    return {at: list(tensor.split(sizes)) for at, tensor in values.items()}
 
 
 class _Drawing:

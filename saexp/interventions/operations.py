@@ -129,6 +129,9 @@ class Row:
     """None: greedy."""
     about: tuple[Any, ...] = ()
     """What else its reading depends on, such as the tokens compared."""
+    then: "Row | None" = None
+    """Further changes of the same prompt, which read the streams as the changes of this row leave
+    them; both are active."""
 
     @cached_property
     def active(self) -> tuple[Op, ...]:
@@ -142,12 +145,14 @@ class Row:
         start = len(self.ids)
         changed = range(start, start + len(tokens)) if self.generated else ()
         positions = (*self.positions, *changed)
-        return replace(self, ids=(*self.ids, *tokens), positions=positions)
+        then = None if self.then is None else self.then.followed_by(tokens)
+        return replace(self, ids=(*self.ids, *tokens), positions=positions, then=then)
 
     @property
     def first_changed(self) -> int:
         """Index of the first changed prompt token; all before it are as without the operations."""
-        return min(self.positions) if self.active and self.positions else len(self.ids)
+        own = min(self.positions) if self.active and self.positions else len(self.ids)
+        return own if self.then is None else min(own, self.then.first_changed)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -155,4 +160,5 @@ class Row:
         if not self.active:
             return (self.ids, self.sample, self.about)
         changed = (self.active, self.positions, self.generated)
-        return (self.ids, self.sample, self.about, *changed)
+        further = () if self.then is None else (self.then.key,)
+        return (self.ids, self.sample, self.about, *changed, *further)

@@ -47,6 +47,10 @@ class Latents:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def dense(self) -> Float[Tensor, "n_rows d_sae"]:
+        """All activations as a float32 tensor on the CPU."""
+        return torch.from_numpy(self.csr.toarray())
+
     def where(self, chosen: Bool[np.ndarray, " n_rows"]) -> "Latents":
         """The chosen rows; itself where those are all."""
         if chosen.all():

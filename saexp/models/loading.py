@@ -27,7 +27,7 @@ from saexp.hub import hub, is_path, why_absent
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import forget_lengths
 from saexp.models.structure import Site, broken_streams, find_blocks, find_site, needs_check
-from saexp.wording import brief
+from saexp.wording import brief, html_table
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +269,24 @@ class LanguageModel:
         # Llama 3's config asks for a clean-up that transformers warns of and leaves undone.
         kind = "PreTrainedTokenizerFast" if self.plain else "AutoTokenizer"
         return self._from_hub(kind, "tokenizer", clean_up_tokenization_spaces=False)
+
+    def __repr__(self) -> str:
+        """Name, sizes, and where it is."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({self.name!r}, n_layers={self.n_layers}, "
+            f"d_model={self.d_model}, device='{self.device}', dtype={kind})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "layers": self.n_layers,
+            "d_model": self.d_model,
+            "vocabulary": self.text_config.vocab_size,
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        return html_table(self.name, rows)
 
     @property
     def loaded(self) -> bool:

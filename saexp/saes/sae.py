@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.wording import counted
+from saexp.wording import counted, html_table
 
 NEEDED = {
     "standard": ("b_enc",),
@@ -273,6 +273,18 @@ class SparseAutoencoder(nn.Module):
             f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
             f"normalize_activations={self.normalize_activations}"
         )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "architecture": self.architecture,
+            "reads": self.hookpoint.name,
+            **({"predicts": self.hookpoint_out.name} if self.hookpoint_out else {}),
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            "input scaling": self.normalize_activations,
+        }
+        return html_table(str(self.metadata.get("name", "sparse autoencoder")), rows)
 
     @property
     def hookpoints(self) -> list[Hookpoint]:

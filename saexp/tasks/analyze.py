@@ -57,6 +57,14 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("load"):
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
+    return contrast_with(cfg, context, model, sae)
+
+
+def contrast_with(
+    cfg: RunConfig, context: RunContext, model: LanguageModel, sae: SparseAutoencoder
+) -> TaskResult:
+    """The path of a run with analyzer=contrast, for a model and an SAE that are loaded already."""
+    with context.stage("load"):
         saes = saes_by_layer(cfg, model, sae)
         every = all_of(sae, saes)
         settled = settle_bos(cfg, model, every)
