@@ -18,9 +18,8 @@ if TYPE_CHECKING:
         open_store,
         run,
     )
-    from saexp.interactive.contrast import contrast
     from saexp.interactive.edits import ablate, edit, steer
-    from saexp.interactive.latents import encode, load_sae, top_latents
+    from saexp.interactive.latents import contrast, encode, load_sae, top_latents
     from saexp.interactive.model import load_model
     from saexp.results import TaskResult as Result
 
@@ -28,7 +27,7 @@ _MODULE_OF = {
     "Result": "saexp.results",
     "build": "saexp.api",
     "compose": "saexp.api",
-    "contrast": "saexp.interactive.contrast",
+    "contrast": "saexp.interactive.latents",
     "load_model": "saexp.interactive.model",
     "load_sae": "saexp.interactive.latents",
     "ablate": "saexp.interactive.edits",

@@ -13,25 +13,22 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
-from saexp import registry
+from saexp import registry, tracking
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
-from saexp.config.environment import as_typed, masked
+from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.interventions import PLACES
 from saexp.config.messages import of_composition, one_line
 from saexp.config.run import conf_folder, with_free_keys, without_plus
-from saexp.config.values import one_of
 from saexp.context import RunContext
 from saexp.digests import remember_in
 from saexp.errors import StoreError
 from saexp.files import cannot_write_run, write_error
 from saexp.pipeline import finished
-from saexp.pipeline.run_folder import holding
-from saexp.pipeline.saving import note_pages, page_states
-from saexp.plugins import load_plugins
+from saexp.pipeline.run_folder import holding, note_pages, page_states
+from saexp.registry import load_plugins
 from saexp.results import TaskResult, check_result
 from saexp.sweeps.planning import ahead
-from saexp.tracking import trackers
-from saexp.tracking.trackers import Recorder
+from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +189,7 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
 
 
 def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
-    return trackers.start(
+    return tracking.start(
         cfg.tracker,
         folder=place,
         config=as_typed(asdict(cfg)),
@@ -210,7 +207,7 @@ def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
 
 def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
     """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
-    tracker = trackers.start(
+    tracker = tracking.start(
         TrackerConfig(**config["tracker"]),
         folder=place,
         config=as_typed(config),

@@ -24,7 +24,7 @@ from saexp.config.messages import key_of, of_composition, one_line
 from saexp.config.run import conf_folder, with_free_keys, without_plus
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
-from saexp.plugins import FULL_ERROR, explained, wants_traceback
+from saexp.registry import FULL_ERROR, explained, wants_traceback
 from saexp.stopping import (
     Stopping,
     exit_code,

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from saexp.stopping import raise_if_stopped
-from saexp.tracking.trackers import Recorder
+from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 

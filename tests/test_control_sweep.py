@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from saexp.reports.latent_flow import read_matches
 from saexp.reports.saved import SavedRun
+from saexp.reports.sweep import read_matches
 from tests.reports.left import Said, command, page_of, table_of
 
 WORDS = ["sae=random", "width=512", "tracker=jsonl", "intervention=none", "hydra.sweep.dir=sweep"]

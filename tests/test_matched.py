@@ -14,8 +14,7 @@ from torch.nn import functional
 
 import saexp
 from saexp.pipeline import objects
-from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES, adjacent, read_matches
-from saexp.reports.sweep import write_sweep
+from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
 from saexp.saes.sae import SparseAutoencoder
 from saexp.sweeps import latent_matching
 from tests.reports.left import page_of

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import saexp
-from saexp import plugins, registry
-from saexp.plugins import PluginError
+from saexp import registry
+from saexp.registry import PluginError
 from tests.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
@@ -74,7 +74,7 @@ def line_of(text: str) -> int:
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules of one test are no other's."""
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(plugins, "_files", {})
+    monkeypatch.setattr(registry, "_files", {})
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield

@@ -16,9 +16,9 @@ from saexp.cli import cell_folder
 from saexp.context import RunContext
 from saexp.errors import ModelError
 from saexp.pipeline import finished
-from saexp.pipeline.saving import clear
+from saexp.pipeline.run_folder import clear
 from saexp.results import TaskResult
-from saexp.tracking.trackers import NullTracker
+from saexp.tracking import NullTracker
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -103,7 +103,7 @@ PLUGIN = """
 from saexp.registry import register
 from saexp.results import TaskResult
 from saexp.tasks import finished
-from saexp.pipeline.saving import clear
+from saexp.pipeline.run_folder import clear
 
 @register("analyzer", "constant")
 class Constant:

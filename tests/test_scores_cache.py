@@ -13,7 +13,7 @@ from saexp.analysis.latent_scores import logit_lens_tokens
 from saexp.data.tokenization import tokenize
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
-from saexp.pipeline import latent_scores
+from saexp.pipeline import validation
 
 ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=40", "analyzer.n_bootstrap=0"]
@@ -29,7 +29,7 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    counted, reading, writing = Calls(), latent_scores.input_scores, latent_scores.output_scores
+    counted, reading, writing = Calls(), validation.input_scores, validation.output_scores
 
     def read(*given: object, **options: object) -> pd.DataFrame:
         counted.read += 1
@@ -39,8 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         counted.written += 1
         return writing(*given, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(latent_scores, "input_scores", read)
-    monkeypatch.setattr(latent_scores, "output_scores", write)
+    monkeypatch.setattr(validation, "input_scores", read)
+    monkeypatch.setattr(validation, "output_scores", write)
     return counted
 
 
@@ -94,7 +94,7 @@ def test_the_same_places_of_other_texts_are_other_rows(tmp_path: Path, told: str
     cfg = saexp.compose([f"cache_dir={tmp_path}/cache", "layer=2"])
     model = LanguageModel(cfg.model)
     sae = saexp.build("sae", cfg.sae, d_in=model.d_model)
-    (own,) = logit_lens_tokens(sae, model, [7], latent_scores.TOP_TOKENS).tolist()
+    (own,) = logit_lens_tokens(sae, model, [7], validation.TOP_TOKENS).tolist()
     others = [t for t in range(300) if t not in own][: len(own)]
     csr = sparse.lil_array((len(own), sae.d_sae), dtype=np.float32)
     csr[:, [7]] = 1.0
@@ -103,7 +103,7 @@ def test_the_same_places_of_other_texts_are_other_rows(tmp_path: Path, told: str
         table = pd.DataFrame({"latent": [7], "selected": [True]})
         key = str(score) if told == "the store" else "the same store"
         latents = Latents(csr.tocsr(), rows)
-        assert latent_scores.add_scores(cfg, table, model, sae, latents, key) == []
+        assert validation.add_scores(cfg, table, model, sae, latents, key) == []
         assert table["input_score"].tolist() == [score]
 
 

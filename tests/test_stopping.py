@@ -17,7 +17,7 @@ import pytest
 from saexp.config import TrackerConfig
 from saexp.context import RunContext
 from saexp.stopping import Stopped, exit_code, message, raise_if_stopped, stoppable
-from saexp.tracking.trackers import NullTracker
+from saexp.tracking import NullTracker
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -12,7 +12,7 @@ import saexp
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
-from saexp.tracking.trackers import Guarded, JsonlTracker, NullTracker
+from saexp.tracking import Guarded, JsonlTracker, NullTracker
 from saexp.tracking.wandb import has_key
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}

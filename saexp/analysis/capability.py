@@ -37,8 +37,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.stats.means import mean_interval
-from saexp.stats.proportions import paired_difference_interval, wilson
+from saexp.stats.intervals import mean_interval, paired_difference_interval, wilson
 
 log = logging.getLogger(__name__)
 

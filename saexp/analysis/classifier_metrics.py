@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
 from saexp.analysis.classifiers import Labelled
-from saexp.stats.proportions import (
+from saexp.stats.intervals import (
     Interval,
     auroc_p_value,
     mover,

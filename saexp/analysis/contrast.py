@@ -33,8 +33,8 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import TaskResult
+from saexp.stats.intervals import separation_interval, stratified_auroc_interval
 from saexp.stats.power import benjamini_hochberg, holm
-from saexp.stats.proportions import separation_interval, stratified_auroc_interval
 from saexp.stats.rank_tests import Ranked, RankTest, stratified_rank_test
 from saexp.wording import is_above_chance
 
@@ -118,7 +118,7 @@ class ContrastAnalyzer:
         second)) are means over types with van Elteren's weights, `p_value` is his test (see
         RankTest), `q_value` that after Benjamini-Hochberg over every latent active in the split, 1
         for the others. `ci_low`, `ci_high` are Newcombe's method 5 for `auroc`, `separation_ci_…`
-        his hybrid (see saexp.stats.proportions), NaN for groups of fewer than MIN_GROUP units.
+        his hybrid (see saexp.stats.intervals), NaN for groups of fewer than MIN_GROUP units.
         `direction` is the group that a latent is associated with, in which `min_separation` and
         `min_auroc` are the smallest over the types, or overall where the groups share none.
         Units of types that only one group has are left out. `best_p_value_<g>_test` and

@@ -11,7 +11,7 @@ from saexp.analysis.evaluation import Evaluation
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.validation import POOR
-from saexp.stats.means import ratio_interval
+from saexp.stats.intervals import ratio_interval
 
 Numbers = dict[str, float | int | None]
 Sums = np.ndarray | np.floating | np.integer

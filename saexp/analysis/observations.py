@@ -11,7 +11,7 @@ from saexp.analysis.contrast_notes import unshared
 from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.latents.statistics import by_unit, equal_rows
-from saexp.stats.proportions import MIN_GROUP
+from saexp.stats.intervals import MIN_GROUP
 from saexp.stats.rank_tests import stratum_weights
 from saexp.wording import brief, counted
 

@@ -10,9 +10,9 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
+from saexp.config.environment import parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
-from saexp.config.values import parse_coefficients, parse_layers, parse_width
 
 __all__ = [
     "AnalyzerConfig",

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from saexp.config.values import at_least, one_of, parse_coefficients, parse_layers
+from saexp.config.environment import at_least, one_of, parse_coefficients, parse_layers
 from saexp.errors import ConfigError
 
 PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "generated")

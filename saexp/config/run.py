@@ -22,8 +22,8 @@ from saexp.config.components import (
     TaskConfig,
     TrackerConfig,
 )
+from saexp.config.environment import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
-from saexp.config.values import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 

@@ -14,8 +14,8 @@ import torch
 
 from saexp.activations.norms import norm_limit
 from saexp.config import DatasetConfig, InterventionConfig, PositionsConfig
+from saexp.config.environment import one_of
 from saexp.config.interventions import PLACES, UNITS
-from saexp.config.values import one_of
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, InterventionError
 from saexp.interactive.model import ActiveEdit, InteractiveModel, Prompt, token_indices

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.interventions import generation
-from saexp.interventions.batching import SAEs
-from saexp.interventions.operations import Row
+from saexp.interventions.batching import Row, SAEs
 from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.sharing import Compute, shared
 from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import changes_while_generating, depends_on_length
-from saexp.models.weight_editing import Original
+from saexp.models.weights import Original
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from saexp.data.positions import Candidate, Unplaced, entity_tokens, selected
 from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.batching import Op
 from saexp.interventions.latent_values import (
     Condition,
     LatentFacts,
@@ -25,7 +26,6 @@ from saexp.interventions.latent_values import (
     layered_sets,
     stream_direction,
 )
-from saexp.interventions.operations import Op
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 

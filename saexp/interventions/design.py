@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
+from saexp.interventions.batching import Add, Op, Project, Vector
 from saexp.interventions.conditions import LatentIntervention
 from saexp.interventions.controls import ControlSet, any_active, equal_kl_scales, frequency_matched
 from saexp.interventions.latent_values import Condition, direction_of_set, orthonormal
-from saexp.interventions.operations import Add, Op, Project, Vector
 from saexp.results import TaskResult
-from saexp.stats.means import MIN_N
+from saexp.stats.intervals import MIN_N
+from saexp.stats.permutation import derived_seed, random_directions
 from saexp.stats.power import ALPHA, detectable_change, holm
-from saexp.stats.random_directions import derived_seed, random_directions
 from saexp.wording import counted
 
 NeutralKL = Callable[[Sequence[tuple[Op, ...]]], Float[np.ndarray, " n"]]

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.batching import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.interventions.conditions import LatentIntervention, Placed, Prompts
 from saexp.interventions.controls import OWN_GROUP
 from saexp.interventions.generation import read_streams
 from saexp.interventions.latent_values import Condition, LatentFacts, Sets, orthonormal
-from saexp.interventions.operations import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
-from saexp.stats.random_directions import random_directions
+from saexp.stats.permutation import random_directions
 
 
 class Steer(LatentIntervention):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
-from saexp.interventions.operations import Op
+from saexp.interventions.batching import Op
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.random_directions import random_directions
+from saexp.stats.permutation import random_directions
 
 if TYPE_CHECKING:
     from saexp.stats.logistic_probe import Fitted

@@ -12,14 +12,13 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
+from saexp.interventions.batching import Vector
 from saexp.interventions.conditions import Prompts, choose_prompts, placed_prompts
 from saexp.interventions.controls import control_notes, control_table, left_out_note
 from saexp.interventions.design import ControlDesign, claim_notes, with_claims
 from saexp.interventions.latent_values import Condition, LatentFacts
-from saexp.interventions.measure import Job, Measurement
-from saexp.interventions.operations import Vector
+from saexp.interventions.measure import Job, Measurement, weight_costs
 from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.interventions.side_effects import weight_costs
 from saexp.interventions.summary import (
     chosen_coefficients,
     effect_metrics,
@@ -28,7 +27,7 @@ from saexp.interventions.summary import (
     with_strengths,
 )
 from saexp.models.loading import LanguageModel
-from saexp.models.weight_editing import Original, orthogonalized
+from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.loading import sae_identity
@@ -346,7 +345,7 @@ class CausalTest:
     def _attention(
         self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
     ) -> None:
-        from saexp.interventions.side_effects import attention_tables
+        from saexp.interventions.measure import attention_tables
 
         summary = result.tables.get("effects_summary")
         chosen = (

@@ -15,14 +15,13 @@ from jaxtyping import Float
 
 from saexp.config.interventions import CONTROL_KINDS
 from saexp.interventions.latent_values import Condition
-from saexp.stats.means import MIN_N, mean_interval
+from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.permutation import (
     MIN_CONTROLS,
     prediction_p_value,
     rank_p_value,
     sign_flip_p_values,
 )
-from saexp.stats.proportions import paired_change_interval, wilson
 
 N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saexp import plugins
+from saexp import registry
 from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers
 from saexp.context import RunContext
 from saexp.digests import (
@@ -30,8 +30,7 @@ from saexp.digests import (
 from saexp.errors import SaexpError, StoreError
 from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
 from saexp.hub import snapshot
-from saexp.pipeline.run_folder import LOCK
-from saexp.pipeline.saving import METRICS, PROVENANCE, WRITTEN, clear
+from saexp.pipeline.run_folder import LOCK, METRICS, PROVENANCE, WRITTEN, clear
 from saexp.saes.catalogue import fill, find
 
 log = logging.getLogger(__name__)
@@ -194,11 +193,11 @@ _plugins: dict[str, list[list[str]]] = {}
 
 def plugins_content(cfg: RunConfig) -> list[list[list[str]]]:
     """Of plugins: their modules, and those of the user's own that came with them."""
-    for module in (*plugins.entry_point_modules(), *cfg.plugins):
+    for module in (*registry.entry_point_modules(), *cfg.plugins):
         if module not in _plugins:
-            files = plugins.plugin_files(module)
+            files = registry.plugin_files(module)
             _plugins[module] = [[str(f), file_sha256(f)] for f in files if f.is_file()]
-    return [_plugins[m] for m in (*plugins.entry_point_modules(), *cfg.plugins)]
+    return [_plugins[m] for m in (*registry.entry_point_modules(), *cfg.plugins)]
 
 
 @cache

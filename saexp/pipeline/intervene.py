@@ -27,7 +27,6 @@ from saexp.latents.statistics import active_quantile, moments
 from saexp.models.forward import check_positions, position_limit
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import Gathered
-from saexp.pipeline.latent_scores import add_scores
 from saexp.pipeline.objects import (
     CONTRASTED,
     analysed,
@@ -36,7 +35,7 @@ from saexp.pipeline.objects import (
     high_norm_notes,
     sparse_autoencoder,
 )
-from saexp.pipeline.validation import check_sae, settle_factor
+from saexp.pipeline.validation import add_scores, check_sae, settle_factor
 from saexp.registry import resolve
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder

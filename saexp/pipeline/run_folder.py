@@ -1,12 +1,27 @@
-"""The folder of a run belongs to one process at a time."""
+"""The folder of a run: it belongs to one process at a time, and its files."""
 
-from collections.abc import Iterator
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from saexp.config import RunConfig
+from saexp.config.environment import as_typed
+from saexp.context import RunContext
+from saexp.data.examples import Skip
+from saexp.digests import has_intact_seal
 from saexp.errors import StoreError
-from saexp.files import remove_temporary, try_lock
+from saexp.files import RUN_FOLDER, remove_temporary, try_lock, write_json, write_table
+from saexp.results import TaskResult
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}
@@ -107,3 +122,144 @@ def _let_go(folder: Path, lock: Any) -> None:
     with suppress(OSError):
         (folder / LOCK).unlink(missing_ok=True)
     lock.release()
+
+
+_PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hydra-core")
+Metrics = Mapping[str, float | int | None]
+
+
+def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int | None]:
+    """NaN and infinities become null and are named in a note, many in one."""
+    cleaned: dict[str, float | int | None] = {}
+    lost = []
+    for name, value in metrics.items():
+        bad = value is not None and not math.isfinite(value)
+        if bad:
+            lost.append(name)
+        plain = value if value is None or isinstance(value, int) else float(value)
+        cleaned[name] = None if bad else plain
+    if lost:
+        many = f"{len(lost)} numbers could not be computed: " if len(lost) > 1 else ""
+        notes.append(many + ", ".join(lost) + ("" if many else " could not be computed"))
+    return cleaned
+
+
+METRICS, PROVENANCE = "metrics.json", "provenance.json"
+WRITTEN = ".written.json"
+"""Names of the files that a run left in a folder; the next one there removes them."""
+_PAGES = ("report.html", "dashboard.html", "dashboard.json", "figures.json")
+
+
+def clear(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
+    """Remove what an earlier run left in this folder, lest it be taken for this one's.
+
+    Only files that saexp wrote as a run's results go, and none of `keep`; labels, which later runs
+    read, and a trained SAE stay until they are replaced.
+    """
+    for name in [*_written(folder), WRITTEN]:
+        file = folder / name
+        if file.resolve() not in keep and (file.is_file() or file.is_symlink()):
+            file.unlink()
+
+
+def note_written(context: RunContext, names: Iterable[str]) -> None:
+    """Remember files of the folder as this run's results, before they are written.
+
+    The first time, what an earlier run left there goes: not sooner, so that a run that cannot begin
+    costs nobody theirs.
+    """
+    folder = context.folder
+    if not context.began_writing:
+        clear(folder, context.inputs)
+        context.began_writing = True
+    listed = sorted({*_written(folder), *names})
+    write_json(folder / WRITTEN, listed, option=RUN_FOLDER)
+    context.results |= {WRITTEN, *listed}
+
+
+PageStates = dict[str, tuple[int, int, int]]
+"""Name of a page -> time of change in ns, size and inode."""
+
+
+def page_states(folder: Path) -> PageStates:
+    """The pages of a folder, as they are now."""
+    states = {name: (folder / name).stat() for name in _PAGES if (folder / name).is_file()}
+    return {name: (s.st_mtime_ns, s.st_size, s.st_ino) for name, s in states.items()}
+
+
+def note_pages(context: RunContext, before: PageStates) -> None:
+    """Remember the pages that this run wrote: those that are not as they were `before` it.
+
+    A task that leaves no results by `write_result` keeps its own account of its files.
+    """
+    if not context.began_writing:
+        return
+    now = page_states(context.folder)
+    if changed := [name for name, state in now.items() if before.get(name) != state]:
+        note_written(context, changed)
+
+
+def _written(folder: Path) -> set[str]:
+    """Names that the account of a folder lists; where it is damaged, of what the provenance lists
+    those that are no labels or weights."""
+    try:
+        names = json.loads((folder / WRITTEN).read_text("utf-8"))
+        if isinstance(names, list) and all(map(_is_plain, names)):
+            return set(names)
+    except (OSError, ValueError, RecursionError):
+        pass
+    try:
+        about = json.loads((folder / PROVENANCE).read_text("utf-8"))
+        names = [PROVENANCE, *about["files"]] if has_intact_seal(about) else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+    return {n for n in names if _is_plain(n) and Path(n).suffix in (".parquet", ".json", ".html")}
+
+
+def _is_plain(name: object) -> bool:
+    """Whether this is a name without a folder, so that nothing elsewhere is ever removed."""
+    return isinstance(name, str) and Path(name).name == name
+
+
+def write_result(context: RunContext, result: TaskResult) -> None:
+    """metrics.json and a parquet file per table; may be called again as a run goes on."""
+    folder = context.folder
+    note_written(context, [METRICS, *(f"{name}.parquet" for name in result.tables)])
+    write_json(folder / METRICS, result.metrics, option=RUN_FOLDER)
+    for name, table in result.tables.items():
+        write_table(folder / f"{name}.parquet", table, option=RUN_FOLDER)
+
+
+def skips_table(skips: list[Skip]) -> pd.DataFrame:
+    """One row per example that could not be used."""
+    return pd.DataFrame([dataclasses.asdict(s) for s in skips], columns=["example_id", "reason"])
+
+
+def write_provenance(
+    context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
+) -> None:
+    """provenance.json: how the run came about; values from the environment as they were typed."""
+    note_written(context, [PROVENANCE])
+    versions = {p: metadata.version(p) for p in _PACKAGES}
+    write_json(
+        context.folder / PROVENANCE,
+        {
+            "saexp_version": versions["saexp"],
+            "command": context.command,
+            "config": as_typed(dataclasses.asdict(cfg)),
+            "versions": {"python": platform.python_version(), **versions},
+            "seed": cfg.seed,
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.machine(),
+                "cores": os.cpu_count(),
+                "device": about.pop("device", None),
+            },
+            "seconds": {name: round(s, 3) for name, s in context.seconds.items()},
+            "started": context.started,
+            "notes": as_typed(notes),
+            "skips": dict(Counter(s.reason for s in skips)),
+            **as_typed(about),
+        },
+        option=RUN_FOLDER,
+    )

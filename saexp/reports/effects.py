@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saexp.reports.saved import SavedRun
-from saexp.stats.means import MIN_N as MIN_ENTITIES
+from saexp.stats.intervals import MIN_N as MIN_ENTITIES
 from saexp.stats.permutation import MIN_CONTROLS
 from saexp.stats.power import ALPHA
 from saexp.wording import CONTROL_WORDS, counted, p_value_words

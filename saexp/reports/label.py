@@ -11,7 +11,7 @@ from saexp.labeling.matchers import PAPER, Rules, type_key
 from saexp.reports.html import write_page
 from saexp.reports.saved import SavedRun
 from saexp.reports.style import GROUP_COLOURS, QUIET, style
-from saexp.stats.proportions import wilson
+from saexp.stats.intervals import wilson
 
 GROUPS = ("known", "unknown", "dropped")
 N_EXAMPLES = 3

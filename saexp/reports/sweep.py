@@ -1,19 +1,237 @@
-"""sweep.html and sweep.parquet: what a sweep's cells found, side by side, failed ones included."""
+"""sweep.html: the table of a sweep, its curves, and latents matched between its SAEs."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+from pyarrow import ArrowException
 
 from saexp.files import SWEEP_FOLDER, write_table
 from saexp.reports.html import write_page
-from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, read_matches, splits
 from saexp.reports.saved import CONTROL, PAGES, STATES, cell_words, cells_table, groups_of, swept
+from saexp.reports.style import GROUP_COLOURS, QUIET, see_through, style
 from saexp.reports.sweep_figures import effect_findings, effects_table, sweep_figures
 from saexp.results import read_plan
 from saexp.stats.power import ALPHA, holm
-from saexp.wording import at_chance_words
+from saexp.wording import at_chance_words, brief
+
+MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
+"""Files in a sweep's folder: the table that `task=analyze` cells are matched into, and notes."""
+N_PANELS, N_ROWS = 6, 200
+HEAD = [
+    *["from layer", "from width", "latent", "for", "to layer", "to width", "nearest latent"],
+    *["selected there for", "cosine", "by chance", "fires most together with", "phi", "Jaccard"],
+    "shared rows",
+]
+
+
+class Node(NamedTuple):
+    """A latent of one SAE."""
+
+    cell: int
+    latent: int
+
+
+def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The table (empty where no latents were matched) and what a reader must know."""
+    notes: list[str] = []
+    table = pd.DataFrame()
+    try:
+        if (folder / MATCHES).is_file():
+            table = pd.read_parquet(folder / MATCHES)
+    except (OSError, ValueError, ArrowException) as error:
+        notes.append(
+            f"{MATCHES} is damaged, so that no matches are shown: {brief(str(error), 200)}"
+        )
+    try:
+        if (folder / MATCHES_NOTES).is_file():
+            notes += map(str, json.loads((folder / MATCHES_NOTES).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        notes.append(f"{MATCHES_NOTES} is damaged")
+    return table, notes
+
+
+def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:
+    """`flow_over_width` and `flow_over_layer`: those that the sweep has at least two SAEs for."""
+    figures: dict[str, go.Figure] = {}
+    for axis in ("width", "layer"):
+        chains = _chains(matches, axis)[:N_PANELS]
+        if chains:
+            figures[f"flow_over_{axis}"] = _flow(matches, axis, chains)
+    return figures
+
+
+def _saes(matches: pd.DataFrame) -> pd.DataFrame:
+    """A row per SAE that stands at either end."""
+    names = ["cell", "model", "sae", "layer", "width", "d_sae"]
+    ends = [
+        matches[[f"{end}_{n}" for n in names]].set_axis(names, axis=1) for end in ("from", "to")
+    ]
+    return pd.concat(ends).drop_duplicates("cell")
+
+
+def _chains(matches: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
+    """SAEs that differ in nothing else, in order along the axis; two or more each."""
+    if matches.empty:
+        return []
+    fixed, by = ("layer", "d_sae") if axis == "width" else ("width", "layer")
+    groups = _saes(matches).groupby(["model", "sae", fixed], sort=True)
+    ordered = [part.sort_values(by).drop_duplicates(by) for _, part in groups]
+    return [part for part in ordered if len(part) > 1]
+
+
+def adjacent(matches: pd.DataFrame) -> pd.DataFrame:
+    """Rows between neighbours on either axis, both ways."""
+    pairs: set[tuple[int, int]] = set()
+    for axis in ("width", "layer"):
+        for chain in _chains(matches, axis):
+            cells = chain["cell"].tolist()
+            pairs.update(zip(cells[:-1], cells[1:], strict=True))
+    if not pairs:
+        return matches.head(0)
+    ends = zip(matches["from_cell"], matches["to_cell"], strict=True)
+    return matches[[(a, b) in pairs or (b, a) in pairs for a, b in ends]]
+
+
+def _links(matches: pd.DataFrame, left: int, right: int) -> dict[tuple[Node, Node], pd.Series]:
+    """Pairs of neighbours' latents, either of which is the other's nearest beyond chance."""
+    found: dict[tuple[Node, Node], pd.Series] = {}
+    beyond = matches[matches["cosine"] > matches["cosine_by_chance"]]
+    for _, row in beyond.iterrows():
+        own = Node(int(row["from_cell"]), int(row["latent"]))
+        other = Node(int(row["to_cell"]), int(row["nearest"]))
+        if (own.cell, other.cell) == (left, right):
+            found[own, other] = row
+        elif (own.cell, other.cell) == (right, left):
+            found.setdefault((other, own), row)
+    return found
+
+
+def _flow(matches: pd.DataFrame, axis: str, chains: list[pd.DataFrame]) -> go.Figure:
+    """A panel per chain, a column per SAE; links are as thick as their cosine."""
+    figure = go.Figure()
+    speaks = _directions(matches)
+    groups = list(dict.fromkeys(matches["direction"]))
+    colours: dict[str, str] = dict(zip(groups, GROUP_COLOURS, strict=False))
+    tall = 0
+    for number, chain in enumerate(chains):
+        top, bottom = 1 - number / len(chains), 1 - (number + 1) / len(chains)
+        gap = 0.06 if len(chains) > 1 else 0.04
+        trace, most = _panel(matches, chain, speaks, colours)
+        trace.domain = {"x": [0, 1], "y": [bottom, top - gap]}
+        figure.add_trace(trace)
+        tall = max(tall, most)
+        fixed = "layer" if axis == "width" else "width"
+        for place, sae in enumerate(chain.to_dict("records")):
+            figure.add_annotation(
+                x=place / (len(chain) - 1),
+                y=top - gap + 0.005,
+                xref="paper",
+                yref="paper",
+                text=f"{axis} {sae[axis]} ({fixed} {sae[fixed]})",
+                showarrow=False,
+                yanchor="bottom",
+                xanchor=("left", "center", "right")[(place > 0) + (place == len(chain) - 1)],
+            )
+    return style(figure, 60 + len(chains) * max(220, 24 * tall))
+
+
+def _directions(matches: pd.DataFrame) -> dict[Node, str]:
+    """Leading latents -> the group they are selected for."""
+    rows = zip(matches["from_cell"], matches["latent"], matches["direction"], strict=True)
+    return {Node(int(cell), int(latent)): str(group) for cell, latent, group in rows}
+
+
+def _panel(
+    matches: pd.DataFrame, chain: pd.DataFrame, speaks: dict[Node, str], colours: dict[str, str]
+) -> tuple[go.Sankey, int]:
+    """(a Sankey of one chain, the number of nodes in its fullest column)."""
+    cells = [int(c) for c in chain["cell"]]
+    links: dict[tuple[Node, Node], pd.Series] = {}
+    for left, right in zip(cells[:-1], cells[1:], strict=True):
+        links |= _links(matches, left, right)
+    columns: dict[int, list[Node]] = {c: [] for c in cells}
+    for node in dict.fromkeys(node for pair in links for node in pair):
+        columns[node.cell].append(node)
+    height: dict[Node, float] = {}
+    for cell in cells:
+        inward = {n: [height[a] for a, b in links if b == n and a in height] for n in columns[cell]}
+        mean = {n: sum(hs) / len(hs) if hs else 0.5 for n, hs in inward.items()}
+        ordered = sorted(columns[cell], key=lambda n: (mean[n], speaks.get(n, "~"), n.latent))
+        columns[cell] = ordered
+        height |= {n: (i + 0.5) / len(ordered) for i, n in enumerate(ordered)}
+    nodes = [n for cell in cells for n in columns[cell]]
+    index = {n: i for i, n in enumerate(nodes)}
+    trace = go.Sankey(
+        arrangement="fixed",
+        node={
+            "label": [str(n.latent) for n in nodes],
+            "color": [colours.get(speaks.get(n, ""), QUIET) for n in nodes],
+            # Plotly takes a place of 0 for none.
+            "x": [_within(cells.index(n.cell) / (len(cells) - 1)) for n in nodes],
+            "y": [_within(height[n]) for n in nodes],
+            "pad": 12,
+            "thickness": 14,
+            "customdata": [f"selected for {speaks[n]}" if n in speaks else "" for n in nodes],
+            "hovertemplate": "latent %{label} %{customdata}<extra></extra>",
+        },
+        link={
+            "source": [index[a] for a, _ in links],
+            "target": [index[b] for _, b in links],
+            "value": [float(row["cosine"]) for row in links.values()],
+            "color": [
+                see_through(colours.get(speaks.get(a, speaks.get(b, "")), QUIET), 0.35)
+                for a, b in links
+            ],
+            "customdata": [float(row["cosine"]) for row in links.values()],
+            "hovertemplate": "%{source.label} and %{target.label}: cosine %{customdata:.3f}"
+            "<extra></extra>",
+        },
+    )
+    return trace, max((len(c) for c in columns.values()), default=0)
+
+
+def _within(share: float) -> float:
+    return min(max(share, 0.001), 0.999)
+
+
+def match_rows(matches: pd.DataFrame) -> list[list[Any]]:
+    """Cells of the page's table, under HEAD: neighbours only, the most alike first."""
+    if matches.empty:
+        return []
+    columns = ["from_layer", "from_width", "latent", "direction", "to_layer", "to_width"]
+    columns += ["nearest", "nearest_direction", "cosine", "cosine_by_chance"]
+    columns += ["cofiring", "phi", "jaccard", "n_rows"]
+    shown = adjacent(matches).sort_values("cosine", ascending=False, kind="stable").head(N_ROWS)
+    rows = shown[columns].astype(object)
+    rows["cofiring"] = [None if pd.isna(v) else int(v) for v in rows["cofiring"]]
+    return rows.where(rows.notna(), None).to_numpy().tolist()
+
+
+def splits(matches: pd.DataFrame) -> list[str]:
+    """A sentence per latent that is nearest, beyond chance, to several of the next wider SAE."""
+    told = []
+    for chain in _chains(matches, "width"):
+        cells = chain["cell"].tolist()
+        for narrow, wide in zip(cells[:-1], cells[1:], strict=True):
+            mine = matches[(matches["from_cell"] == wide) & (matches["to_cell"] == narrow)]
+            mine = mine[mine["cosine"] > mine["cosine_by_chance"]]
+            for nearest, part in mine.groupby("nearest"):
+                if len(part) < 2:
+                    continue
+                row = part.iloc[0]
+                each = ", ".join(
+                    f"{r['latent']} ({r['cosine']:.2f})" for r in part.to_dict("records")
+                )
+                told.append(
+                    f"Layer {row['to_layer']}: latent {nearest} of width {row['to_width']} is the "
+                    f"nearest of {len(part)} leading latents of width {row['from_width']}: {each}."
+                )
+    return told
+
 
 CAPTIONS = {
     "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "

@@ -29,7 +29,7 @@ from saexp.saes.formats import (
 from saexp.saes.formats.files import about, download, present
 from saexp.saes.releases import format_of, neuronpedia_of
 from saexp.saes.sae import SparseAutoencoder, check_values
-from saexp.stats.random_directions import random_directions
+from saexp.stats.permutation import random_directions
 
 
 def sae_identity(sae: Any) -> str | None:

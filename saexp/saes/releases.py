@@ -10,14 +10,7 @@ from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.catalogue import Entry
-from saexp.saes.formats import (
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope2,
-    llama_scope,
-    sae_lens_loader,
-    saelens,
-)
+from saexp.saes.formats import dictionary_learning, gemma_scope, gemma_scope2, llama_scope, saelens
 from saexp.saes.formats.files import about, download, lens_hookpoint, present
 from saexp.saes.sae import SparseAutoencoder
 
@@ -105,12 +98,12 @@ def _dictionary_learning(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
 def _cross_layer(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
     """One layer of a cross-layer transcoder; the catalogue's path is the layer."""
     layer = int(entry.path)
-    config = download(entry.repo, sae_lens_loader.CONFIG)
-    encoder, decoder = (download(entry.repo, name) for name in sae_lens_loader.weights(layer))
-    files = sae_lens_loader.Files(config, encoder, decoder)
+    config = download(entry.repo, saelens.CONFIG)
+    encoder, decoder = (download(entry.repo, name) for name in saelens.weights(layer))
+    files = saelens.Files(config, encoder, decoder)
     known = about(encoder, config)
     known["fingerprint"] = digest_of(content_name(encoder), content_name(decoder))
-    return sae_lens_loader.load_layer(files, layer, {**metadata, **known})
+    return saelens.load_layer(files, layer, {**metadata, **known})
 
 
 def _named(entry: Entry) -> Ends:
@@ -160,7 +153,7 @@ def _gemma_scope2_ends(entry: Entry) -> Ends:
     return ends
 
 
-_BY_SAE_LENS = sae_lens_loader.load_by_sae_lens
+_BY_SAE_LENS = saelens.load_by_sae_lens
 FORMATS: dict[str | None, Format] = {
     None: Format(_saelens, _named),
     "sae_lens": Format(_saelens, _named),

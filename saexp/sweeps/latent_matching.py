@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from saexp import plugins
-from saexp.analysis.latent_matching import (
+from saexp import registry
+from saexp.analysis.latent_scores import (
     Cofiring,
     Firing,
     cofiring,
@@ -26,8 +26,8 @@ from saexp.errors import SAEError
 from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
-from saexp.reports.latent_flow import MATCHES, MATCHES_NOTES
 from saexp.reports.saved import SavedRun, cells_table
+from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.saes.sae import SparseAutoencoder
 from saexp.wording import brief
 
@@ -122,7 +122,7 @@ def _cell(run: SavedRun, number: int) -> _Cell | None:
 def _loaded(cell: _Cell) -> SparseAutoencoder:
     """The cell's SAE, checked as a run does; from this process's cache where it is there."""
     config = resolved(cell.about["config"])
-    plugins.load_plugins(config["plugins"])
+    registry.load_plugins(config["plugins"])
     config["model"], config["sae"] = ModelConfig(**config["model"]), SAEConfig(**config["sae"])
     cfg = RunConfig(**config)
     return sparse_autoencoder(cfg, language_model(cfg))

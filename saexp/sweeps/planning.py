@@ -238,14 +238,14 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     """One last run in the sweep's group that holds the table and the figures."""
+    from saexp import tracking
     from saexp.config import TrackerConfig
-    from saexp.tracking import trackers
 
     composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
     if composed is None:
         return
     settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
-    tracker = trackers.start(
+    tracker = tracking.start(
         TrackerConfig(**settings),
         # W&B's own process may have begun in another folder.
         folder=folder.resolve(),

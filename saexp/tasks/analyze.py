@@ -21,7 +21,6 @@ from saexp.pipeline.intervene import (
     intervene,
     saes_by_layer,
 )
-from saexp.pipeline.latent_scores import add_scores, attribution
 from saexp.pipeline.objects import (
     CONTRASTED,
     about_model,
@@ -32,8 +31,10 @@ from saexp.pipeline.objects import (
     language_model,
     sparse_autoencoder,
 )
-from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.pipeline.validation import (
+    add_scores,
+    attribution,
     check_sae,
     fits_here,
     neighbours,

@@ -12,7 +12,7 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
-from saexp.pipeline.saving import write_provenance, write_result
+from saexp.pipeline.run_folder import write_provenance, write_result
 from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 

@@ -8,7 +8,7 @@ from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.collect import gather
 from saexp.pipeline.objects import about_model, language_model
-from saexp.pipeline.saving import skips_table, write_provenance, write_result
+from saexp.pipeline.run_folder import skips_table, write_provenance, write_result
 from saexp.results import TaskResult
 
 

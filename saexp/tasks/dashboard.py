@@ -25,7 +25,7 @@ from saexp.pipeline.objects import (
     language_model,
     sparse_autoencoder,
 )
-from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.reports.html import DATA, write_dashboard
 from saexp.results import TaskResult

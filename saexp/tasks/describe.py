@@ -36,7 +36,7 @@ from saexp.pipeline.objects import (
     per_layer,
     sparse_autoencoder,
 )
-from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
 from saexp.reports.analyses import analysis_figures, findings, save_figures, write_analysis_report
 from saexp.results import TaskResult

@@ -24,7 +24,7 @@ from saexp.models.forward import context_limit
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import settle_bos, skip_notes, wish
 from saexp.pipeline.objects import about_model, language_model, per_layer, sparse_autoencoder
-from saexp.pipeline.saving import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.registry import did_you_mean
 from saexp.reports.evaluation import (
     evaluation_figures,
@@ -33,7 +33,7 @@ from saexp.reports.evaluation import (
 )
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.means import MIN_N
+from saexp.stats.intervals import MIN_N
 from saexp.wording import counted
 
 log = logging.getLogger(__name__)

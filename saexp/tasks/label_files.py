@@ -16,14 +16,14 @@ from saexp.data.examples import Example, Skip, Span, assign_splits, find_mention
 from saexp.data.prompts import Prompt
 from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
+from saexp.interventions.batching import Row, Sampling
 from saexp.interventions.computing import generate
-from saexp.interventions.operations import Row, Sampling
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.labeling.matchers import Rules, canonical, type_key
 from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.objects import about_model
-from saexp.pipeline.saving import clean_metrics, write_provenance, write_result
+from saexp.pipeline.run_folder import clean_metrics, write_provenance, write_result
 from saexp.registry import did_you_mean
 from saexp.reports.label import write_label_report
 from saexp.results import TaskResult

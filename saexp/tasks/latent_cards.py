@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.analysis.latent_matching import nearest_directions
+from saexp.analysis.latent_scores import nearest_directions
 from saexp.config import RunConfig
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError, ModelError
 from saexp.latents.examples import Window, Windows, tally_store, values_at
 from saexp.latents.statistics import Tally, at_quantiles
 from saexp.models.loading import LanguageModel
-from saexp.models.unembedding import ADDED, Unembedding
+from saexp.models.weights import ADDED, Unembedding
 from saexp.pipeline.collect import Gathered
 from saexp.registry import did_you_mean
 from saexp.saes.sae import SparseAutoencoder

@@ -1,0 +1,167 @@
+"""Trackers: where a run's metrics, tables and figures are recorded."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from saexp import registry
+from saexp.config import TrackerConfig
+from saexp.files import RUN_FOLDER, cannot_write
+
+log = logging.getLogger(__name__)
+
+
+Metrics = Mapping[str, float | int | None]
+
+
+class Recorder(Protocol):
+    """A sink for one open run."""
+
+    def metrics(self, values: Metrics) -> None:
+        """Record numbers."""
+        ...
+
+    def table(self, name: str, table: Any) -> None:
+        """Record a DataFrame."""
+        ...
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a plotly figure."""
+        ...
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; 0 is success."""
+        ...
+
+
+class Tracker(Recorder, Protocol):
+    """A sink for one run, to be opened."""
+
+    def start(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+    ) -> None:
+        """Open the run."""
+        ...
+
+
+class NullTracker:
+    """Sends nothing anywhere."""
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        self.cfg = cfg
+
+    def start(self, **_: Any) -> None:
+        """Nothing to open."""
+
+    def metrics(self, values: Metrics) -> None:
+        """Nothing recorded."""
+
+    def table(self, name: str, table: Any) -> None:
+        """Nothing recorded."""
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Nothing recorded."""
+
+    def finish(self, exit_code: int) -> None:
+        """Nothing to close."""
+
+
+class JsonlTracker(NullTracker):
+    """Appends one JSON object per event to `tracker.jsonl` in the run's folder."""
+
+    def start(self, *, folder: Path, **about: Any) -> None:
+        """Open the file and write config, name, group and job type."""
+        self.path = folder / "tracker.jsonl"
+        self._write("start", about)
+
+    def metrics(self, values: Metrics) -> None:
+        """One line with all numbers."""
+        self._write("metrics", dict(values))
+
+    def table(self, name: str, table: Any) -> None:
+        """One line with the table's name, columns and row count."""
+        self._write("table", {"name": name, "columns": list(table.columns), "n_rows": len(table)})
+
+    def figure(self, name: str, figure: Any) -> None:
+        """One line with the figure as plotly JSON."""
+        self._write("figure", {"name": name, "figure": json.loads(figure.to_json())})
+
+    def finish(self, exit_code: int) -> None:
+        """Write the exit code."""
+        self._write("finish", {"exit_code": exit_code})
+
+    def _write(self, event: str, content: Mapping[str, Any]) -> None:
+        line = json.dumps({"event": event, **content}, default=str) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise cannot_write(self.path, error, option=RUN_FOLDER) from error
+
+
+class Guarded:
+    """A started tracker whose errors never reach the run: one warning, and the run goes on."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+        self._warned = False
+
+    def metrics(self, values: Metrics) -> None:
+        """Record numbers."""
+        self._attempt("metrics", lambda: self._tracker.metrics(values))
+
+    def table(self, name: str, table: Any) -> None:
+        """Record a DataFrame."""
+        self._attempt(f"the table '{name}'", lambda: self._tracker.table(name, table))
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a plotly figure."""
+        self._attempt(f"the figure '{name}'", lambda: self._tracker.figure(name, figure))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; 0 is success."""
+        self._attempt("the end of the run", lambda: self._tracker.finish(exit_code))
+
+    def _attempt(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self._warned:
+                log.warning(
+                    "tracker=%s did not record %s (%s); the run and its files are complete "
+                    "without it",
+                    *(self._name, what, brief(error)),
+                )
+            self._warned = True
+
+
+def brief(error: BaseException) -> str:
+    """An error as one short line."""
+    return " ".join(str(error).split())[:240] or type(error).__name__
+
+
+def start(
+    cfg: TrackerConfig,
+    *,
+    folder: Path,
+    config: Mapping[str, Any],
+    name: str,
+    job_type: str,
+    group: str | None,
+) -> Guarded:
+    """Open a run with the configured tracker.
+
+    Raises what the tracker raises here, before any work: a setting that the user can fix. Nothing
+    that it raises later does.
+    """
+    tracker: Tracker = registry.build("tracker", cfg)
+    tracker.start(folder=folder, config=config, name=name, job_type=job_type, group=group)
+    return Guarded(tracker, cfg.name)

@@ -26,7 +26,7 @@ from typing import Any
 
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
-from saexp.tracking.trackers import Metrics, NullTracker, brief
+from saexp.tracking import Metrics, NullTracker, brief
 
 log = logging.getLogger(__name__)
 

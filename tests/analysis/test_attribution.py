@@ -15,7 +15,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.means import mean_interval
+from saexp.stats.intervals import mean_interval
 from tests.random_models import (
     D_MODEL,
     N_LAYERS,

@@ -24,8 +24,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.means import mean_interval
-from saexp.stats.proportions import paired_difference_interval
+from saexp.stats.intervals import mean_interval, paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
 
 TINY = Path(saexp.__file__).parent / "assets/tiny"

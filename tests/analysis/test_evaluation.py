@@ -20,7 +20,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.means import ratio_interval
+from saexp.stats.intervals import ratio_interval
 from tests.latents.test_splice import perfect, sae
 from tests.random_models import (
     ARCHITECTURES,

@@ -10,8 +10,8 @@ from scipy.spatial.distance import cdist, jaccard
 from sklearn.metrics import matthews_corrcoef
 
 import saexp
-from saexp.analysis import latent_matching
-from saexp.analysis.latent_matching import (
+from saexp.analysis import latent_scores
+from saexp.analysis.latent_scores import (
     Firing,
     cofiring,
     cosine_by_chance,
@@ -31,7 +31,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_nearest_are_those_of_scipys_cosines(
     chunk: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_matching, "_CHUNK_BYTES", 4 * D * chunk)
+    monkeypatch.setattr(latent_scores, "_CHUNK_BYTES", 4 * D * chunk)
     directions, decoder = noise(N, D), noise(D_SAE, D, seed=1) * 3
     cosines = 1 - cdist(directions.double().numpy(), decoder.double().numpy(), "cosine")
     found = nearest_directions(directions, decoder, k)
@@ -42,7 +42,7 @@ def test_the_nearest_are_those_of_scipys_cosines(
 
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_a_latent_is_not_its_own_neighbour(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_matching, "_CHUNK_BYTES", 4 * D * chunk)
+    monkeypatch.setattr(latent_scores, "_CHUNK_BYTES", 4 * D * chunk)
     decoder = noise(D_SAE, D)
     own = np.array([4, 89, 0])
     with_itself = nearest_directions(decoder[own], decoder, 3)

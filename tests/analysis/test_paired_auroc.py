@@ -11,7 +11,7 @@ from saexp.analysis.classifier_metrics import (
     auroc_of,
     difference_of_aurocs,
 )
-from saexp.stats.proportions import Interval, auroc_interval
+from saexp.stats.intervals import Interval, auroc_interval
 from saexp.stats.rank_tests import stratum_weights
 
 FIRST = np.arange(30) < 12

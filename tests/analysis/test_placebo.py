@@ -7,7 +7,7 @@ from scipy import sparse
 
 from saexp.analysis.contrast_checks import permuted, placebo_labels, placebo_latents
 from saexp.analysis.observations import Split
-from saexp.stats.proportions import wilson
+from saexp.stats.intervals import wilson
 from saexp.stats.rank_tests import stratified_rank_test
 from tests.analysis.simulate import activations, contrast, rows_table
 

@@ -11,7 +11,7 @@ from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
-from saexp.stats.means import MIN_N, mean_interval
+from saexp.stats.intervals import MIN_N, mean_interval
 from tests.analysis.simulate import D_SAE, GROUPS, SILENT, activations, rows_table
 
 ROWS = rows_table()

@@ -9,7 +9,7 @@ import torch
 
 import saexp
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.top_features import TopFeaturesAnalyzer
+from saexp.analysis.group_statistics import TopFeaturesAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError

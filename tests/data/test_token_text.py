@@ -12,7 +12,7 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.top_features import TopFeaturesAnalyzer
+from saexp.analysis.group_statistics import TopFeaturesAnalyzer
 from saexp.config import AnalyzerConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import place

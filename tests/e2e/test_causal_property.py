@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 import saexp
-from saexp.stats.random_directions import random_directions
+from saexp.stats.permutation import random_directions
 from tests import random_models
 from tests.random_models import D_MODEL, random_hf
 from tests.saes.make import parameters, write_saelens

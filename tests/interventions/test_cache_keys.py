@@ -17,12 +17,12 @@ import saexp
 from saexp.config import InterventionConfig, ModelConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
+from saexp.interventions.batching import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.conditions import Placed, Prompts
 from saexp.interventions.latent_values import Condition
-from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
+from saexp.interventions.measure import _measured
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.interventions.side_effects import _measured
 from saexp.models.attention import attention_to
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -239,7 +239,7 @@ def test_attention_to_two_entities_of_one_prompt_is_measured_for_each() -> None:
 
 
 def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
-    from saexp.interventions.side_effects import attention_tables
+    from saexp.interventions.measure import attention_tables
 
     model, text = random_lm("llama"), "ab cd ef gh"
     (tokens,) = tokenize([text], model.tokenizer, 20)

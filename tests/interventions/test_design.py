@@ -11,6 +11,7 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError
+from saexp.interventions.batching import Add, Op, Project
 from saexp.interventions.conditions import Prompts
 from saexp.interventions.controls import control_notes, control_table, left_out_note
 from saexp.interventions.design import ControlDesign, main_conditions
@@ -24,7 +25,6 @@ from saexp.interventions.edits import (
     Steer,
 )
 from saexp.interventions.latent_values import Condition, LatentFacts
-from saexp.interventions.operations import Add, Op, Project
 from tests.interventions.test_edits import facts
 from tests.random_models import random_lm
 

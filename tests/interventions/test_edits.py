@@ -12,6 +12,7 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions.batching import Add, Move, Project
 from saexp.interventions.conditions import Prompts
 from saexp.interventions.design import ControlDesign
 from saexp.interventions.edits import (
@@ -30,7 +31,6 @@ from saexp.interventions.latent_values import (
     denoised,
     orthonormal,
 )
-from saexp.interventions.operations import Add, Move, Project
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import random_lm
 

@@ -6,8 +6,8 @@ import pytest
 
 from saexp.interventions.controls import effect_share
 from saexp.interventions.design import effect_power
+from saexp.stats.intervals import wilson
 from saexp.stats.power import detectable_change
-from saexp.stats.proportions import wilson
 
 KINDS = {"frequency": 99, "random_norm": 39}
 

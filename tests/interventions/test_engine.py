@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.computing import divergences, generate, read_logits
-from saexp.interventions.generation import last_logits
-from saexp.interventions.latent_values import orthonormal
-from saexp.interventions.operations import (
+from saexp.interventions.batching import (
     Add,
     Move,
     Op,
@@ -20,6 +17,9 @@ from saexp.interventions.operations import (
     Splice,
     Vector,
 )
+from saexp.interventions.computing import divergences, generate, read_logits
+from saexp.interventions.generation import last_logits
+from saexp.interventions.latent_values import orthonormal
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel

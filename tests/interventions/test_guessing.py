@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from saexp.interventions import computing, generation
+from saexp.interventions.batching import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.interventions.computing import Guessing, generate
-from saexp.interventions.operations import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder

@@ -12,8 +12,8 @@ from saexp.interventions.summary import (
     summarise,
     unmoved,
 )
+from saexp.stats.intervals import paired_difference_interval
 from saexp.stats.permutation import paired_difference, prediction_p_value, rank_p_value
-from saexp.stats.proportions import paired_difference_interval
 
 N = 40
 KINDS = {"refusal": "rate", "logit": "mean"}

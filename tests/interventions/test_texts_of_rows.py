@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from saexp.interventions import computing
+from saexp.interventions.batching import Add, Row, Vector
 from saexp.interventions.computing import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
-from saexp.interventions.operations import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.interventions.plain_loop import Hooked, plain_generate

@@ -17,7 +17,7 @@ from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.interventions.computing import weight_divergences
 from saexp.models.loading import LanguageModel
-from saexp.models.weight_editing import orthogonalized
+from saexp.models.weights import orthogonalized
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.permutation import paired_head_test

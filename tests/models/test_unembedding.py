@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models import unembedding
+from saexp.models import weights
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.unembedding import Unembedding, only_at, right_padded
+from saexp.models.weights import Unembedding, only_at, right_padded
 from tests.random_models import ARCHITECTURES, D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(6))
@@ -54,7 +54,7 @@ def test_norms_whose_weights_were_never_trained_and_half_precision(architecture,
 @pytest.mark.parametrize("numbers", [1, 700, 10**6])
 @torch.no_grad()
 def test_top_tokens(architecture, numbers, monkeypatch):
-    monkeypatch.setattr(unembedding, "_NUMBERS", numbers)
+    monkeypatch.setattr(weights, "_NUMBERS", numbers)
     end = Unembedding(random_lm(architecture))
     directions = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(1))
     everything = directions @ end.readout(torch.arange(VOCABULARY)).T

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.latent_flow import HEAD, flow_figures, match_rows, splits
 from saexp.reports.saved import cells_table
-from saexp.reports.sweep import findings, write_sweep
+from saexp.reports.sweep import HEAD, findings, flow_figures, match_rows, splits, write_sweep
 from tests.reports.left import assert_links_lead_to_reports, page_of
 from tests.reports.written import NASTY, cell, contrast, effect, write_json
 

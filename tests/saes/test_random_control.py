@@ -13,7 +13,7 @@ from saexp.config.components import SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.loading import random_sae
 from saexp.saes.training.training import Place, Training
-from saexp.stats.random_directions import random_directions
+from saexp.stats.permutation import random_directions
 
 D, WIDTH = 256, 384
 BASE = SAEConfig(name="random", loader="random", layer=2, d_in=D, width=WIDTH, device="cpu")

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from saexp.stats.means import MIN_N, mean_interval
-from saexp.stats.permutation import prediction_p_value, rank_p_value
-from saexp.stats.proportions import (
+from saexp.stats.intervals import (
+    MIN_N,
     auroc_interval,
     difference_interval,
+    mean_interval,
     paired_difference_interval,
     wilson,
 )
+from saexp.stats.permutation import prediction_p_value, rank_p_value
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (10, 10), (47, 200)])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saexp.stats import means
-from saexp.stats.means import MIN_N, difference_of_means, mean_interval, ratio_interval
+from saexp.stats import intervals
+from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
 from saexp.stats.rank_tests import stratum_weights
 
 RNG = np.random.default_rng(4)
@@ -39,7 +39,7 @@ def plain_loop(
 def test_a_ratio_equals_a_plain_loop(n_cells: int) -> None:
     cells = np.arange(25) % n_cells
     members = [np.flatnonzero(cells == c) for c in range(n_cells)]
-    drawn = means._draws(members, 300, np.random.default_rng([7, 53, 25]))
+    drawn = intervals._draws(members, 300, np.random.default_rng([7, 53, 25]))
     for part in members:
         assert (drawn[:, part].sum(1) == len(part)).all()
     expected = plain_loop(SUMS, SIZES, drawn, cells)
@@ -60,7 +60,7 @@ def test_a_mean_is_the_ratio_to_the_number_of_units() -> None:
 def test_chunks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = RNG.gamma(1.0, size=(40, 7))
     expected = mean_interval(values, 0)
-    monkeypatch.setattr(means, "_NUMBERS", 1)
+    monkeypatch.setattr(intervals, "_NUMBERS", 1)
     np.testing.assert_allclose(mean_interval(values, 0), expected)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.proportions import paired_change_interval, paired_difference_interval
+from saexp.stats.intervals import paired_change_interval, paired_difference_interval
 
 RATES = [(0.5, 0.5), (0.5, 0.8), (0.8, 0.97), (0.97, 0.99), (0.99, 0.99), (0.0, 0.97)]
 

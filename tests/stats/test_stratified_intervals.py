@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.proportions import (
+from saexp.stats.intervals import (
     MIN_GROUP,
     auroc_interval,
     auroc_p_value,

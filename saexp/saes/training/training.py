@@ -20,7 +20,7 @@ from saexp.digests import checksums, difference, is_checksums
 from saexp.errors import SAEError, StoreError
 from saexp.files import RUN_FOLDER, remove_temporary, write_folder
 from saexp.saes.training.architectures import Place, training_sae
-from saexp.stats.random_directions import derived_seed
+from saexp.stats.permutation import derived_seed
 
 log = logging.getLogger(__name__)
 

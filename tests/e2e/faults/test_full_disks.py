@@ -12,7 +12,7 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.errors import StoreError
-from saexp.tracking.trackers import NullTracker
+from saexp.tracking import NullTracker
 from tests.disks import read_only
 from tests.e2e.faults.injection import command, digests_of_results, one_line, small_disk
 

@@ -146,7 +146,7 @@ import sys, time
 from pathlib import Path
 import pandas as pd, plotly.graph_objects as go
 from saexp.config import TrackerConfig
-from saexp.tracking.trackers import start
+from saexp.tracking import start
 cfg, folder = TrackerConfig(name="wandb"), Path(sys.argv[1])
 run = start(cfg, folder=folder, config={}, name="n", job_type="train", group=None)
 began = time.monotonic()
