@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from saexp.saes.catalogue import Entry, entries
 from tests.hub_tokenizers import gemma_2, gpt_2, gpt_neox, llama_3
-from tests.saes.make import publish
+from tests.unit.saes.make import publish
 
 GEMMA_SCOPE = "gemma-scope-2b-pt-res-canonical"
 SHARD = "10MB"

@@ -54,32 +54,32 @@ RUN = {
 }
 """Command -> words added to it; run by test_readme.py, all with one cache."""
 
-_STUDY = "tests/test_experiments.py::test_every_command_of_a_study_runs"
+_STUDY = "tests/e2e/test_experiments.py::test_every_command_of_a_study_runs"
 _GEMMA, _GPT2, _LLAMA, _PYTHIA = (
-    f"tests/real_models/test_{name}.py::" for name in ("gemma", "gpt2", "llama", "pythia")
+    f"tests/e2e/real_models/test_{name}.py::" for name in ("gemma", "gpt2", "llama", "pythia")
 )
 ELSEWHERE = {
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
-        "tests/test_mission.py::test_the_missions_own_command"
+        "tests/e2e/test_mission.py::test_the_missions_own_command"
     ),
     "python -m saexp -m layer=0,1,2 coefficient=0,0.6": (
-        "tests/test_run.py::test_a_sweep_goes_on_past_a_failing_cell"
+        "tests/e2e/test_run.py::test_a_sweep_goes_on_past_a_failing_cell"
     ),
     "python -m saexp -m task=train layer=1,3 width=256 sae_trainer=topk,batchtopk,jumprelu": (
-        "tests/test_train.py::test_all_variants_come_from_one_collection"
+        "tests/e2e/test_train.py::test_all_variants_come_from_one_collection"
     ),
     "python -m saexp -m layer=0,1,2,3,4 width=256,512 coefficient=0,0.3,0.6": (
-        "tests/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
+        "tests/e2e/test_sweep.py::test_the_table_is_what_the_cells_folders_hold"
     ),
     "python -m saexp -m hydra/launcher=joblib hydra.launcher.n_jobs=4 layer=0,1,2,3,4": (
-        "tests/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
+        "tests/e2e/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
     ),
     "python -m saexp -m task=collect 'layer=[9,20,31]' 'shard=range(0,8)' n_shards=8 "
     "hydra/launcher=joblib hydra.launcher.n_jobs=8": (
-        "tests/test_sweep.py::test_shards_made_by_several_cells_are_one_store"
+        "tests/e2e/test_sweep.py::test_shards_made_by_several_cells_are_one_store"
     ),
     'python -m saexp task=cache action=compare \'stores=["17e1","9e9a"]\'': (
-        "tests/activations/test_compare.py::test_task_cache_prints_the_comparison_alone"
+        "tests/unit/activations/test_compare.py::test_task_cache_prints_the_comparison_alone"
     ),
     **{
         f"experiments/{study}/run.sh": _STUDY
@@ -106,7 +106,7 @@ ELSEWHERE = {
         _STUDY
     ),
     "python -m saexp task=label model=tiny": (
-        "tests/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
+        "tests/e2e/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
     ),
     "python -m saexp model=gpt2 sae=gpt2_jb layer=8 dataset=jsonl dataset.path=my.jsonl": (
         f"{_GPT2}test_a_data_set_of_ones_own"
@@ -116,7 +116,7 @@ ELSEWHERE = {
     "python -m saexp task=train layer=2 width=256 sae_trainer=batchtopk_transcoder "
     "'task.streams=[mlp_in,mlp_out]' sae_trainer.n_samples=400000 dataset=text "
     "dataset.path=saexp/assets/tiny/background.txt": (
-        "tests/test_train_transcoders.py::test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees"
+        "tests/e2e/test_train_transcoders.py::test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees"
     ),
     "python -m saexp experiment=train_from_scratch dataset.path=texts.txt": (
         f"{_PYTHIA}test_an_sae_from_nothing"

@@ -24,7 +24,7 @@ import saexp
 from saexp.stats.permutation import random_directions
 from tests import random_models
 from tests.random_models import D_MODEL, random_hf
-from tests.saes.make import parameters, write_saelens
+from tests.unit.saes.make import parameters, write_saelens
 
 LAYER, D_SAE, NEW_TOKENS = 1, 24, 6
 LATENTS = (3, 11)

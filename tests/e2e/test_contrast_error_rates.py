@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse, stats
 
 from saexp.stats.rank_tests import Ranked
-from tests.analysis.simulate import D_SAE, GROUPS, contrast
+from tests.unit.analysis.simulate import D_SAE, GROUPS, contrast
 
 N_RUNS = 100
 LEVEL = 0.05

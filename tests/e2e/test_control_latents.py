@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saexp.stats.permutation import rank_p_value
-from tests.interventions.test_controls import matched, table
+from tests.unit.interventions.test_controls import matched, table
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.reports import left
+from tests.unit.reports import left
 
 PATIENCE_SECONDS = 300
 """After which a process counts as one that hangs."""

@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_never_makes_another_sae(
 ) -> None:
     cache, whole = stopped
     extra = (edit_json_number, wrong_shape) if file.endswith(".json") else ()
-    # Of these some; tests/saes/test_checkpoints.py tries all.
+    # Of these some; tests/unit/saes/test_checkpoints.py tries all.
     for seed, damage in list(enumerate((*DAMAGES, *extra)))[::3]:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         shutil.copytree(cache, tmp_path / "cache")

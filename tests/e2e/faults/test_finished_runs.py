@@ -23,7 +23,7 @@ from tests.e2e.faults.injection import (
     edit_json_number,
     wrong_shape,
 )
-from tests.reports.left import body_of
+from tests.unit.reports.left import body_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
 SMALL += ["analyzer.n_background=200"]

@@ -20,7 +20,7 @@ from tests.e2e.faults.injection import (
     one_line,
     start,
 )
-from tests.reports.left import table_of
+from tests.unit.reports.left import table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]

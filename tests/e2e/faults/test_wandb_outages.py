@@ -23,7 +23,7 @@ from tests.e2e.faults.wandb_server import (
     Server,
     wandb_server,
 )
-from tests.reports.left import _wandb_run
+from tests.unit.reports.left import _wandb_run
 
 SMALL = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
 DELAY_SECONDS = 30

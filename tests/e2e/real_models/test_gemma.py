@@ -1,0 +1,141 @@
+"""Gemma 2 2B with Gemma Scope: a sweep, a prompt's features, entity recognition, labels."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.real_models.terminal import Run, Terminal, check_effects, check_tokens, few, forget
+from tests.e2e.real_models.terminal import told_by as told
+from tests.hub_caches import GEMMA_SCOPE, add_gemma_scope, repository, save_gemma_2
+
+pytestmark = pytest.mark.slow
+
+BASE, CHAT = "google/gemma-2-2b", "google/gemma-2-2b-it"
+BOS = 2
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    user = Terminal(tmp_path_factory.mktemp("gemma"))
+    for name in (BASE, CHAT):
+        with repository(user.home, name) as files:
+            save_gemma_2(files, chat=name == CHAT)
+    add_gemma_scope(user.home, *((layer, 16) for layer in (5, 9, 12, 13, 15, 20)))
+    yield user
+    forget()
+
+
+@pytest.fixture(autouse=True)
+def nothing_read(user: Terminal) -> None:
+    user.read.clear()
+
+
+def test_a_sweep_of_layers_and_widths_reads_the_texts_once(user: Terminal) -> None:
+    words = "python -m saexp -m model=gemma2b sae=gemmascope layer=12,13 width=16k,65k"
+    add_gemma_scope(user.home, (12, 65), (13, 65))
+    sweep = user.run("sweep", words, *few())
+    table = sweep.table("sweep")
+    assert table["status"].tolist() == ["finished"] * 4
+    first, *later = table["collection/tokens_forwarded"]
+    assert first > 0 and later == [0, 0, 0]
+    for cell in table.to_dict("records"):
+        run = Run(sweep.folder / cell["folder"])
+        sae, thousands = run.about["sae"], cell["width"]
+        assert sae["hookpoint"] == f"layer_{cell['layer']}.resid_post"
+        assert sae["id"] == f"layer_{cell['layer']}/width_{thousands}/canonical"
+        assert sae["d_sae"] == {"16k": 2**14, "65k": 2**16}[thousands]
+        assert 10 < run.metrics["sparsity/l0"] < 600
+        check_tokens(run, user.tokenizer(BASE), n_bos=1)
+    assert user.most(BOS) == 1
+    assert (sweep.folder / "sweep.html").is_file()
+    assert set(user.run("again", words, *few()).table("sweep")["status"]) == {"finished"}
+
+
+def test_the_features_of_a_prompt_at_three_layers(user: Terminal) -> None:
+    text = "When John and Mary went to the shops, John gave the bag to Mary."
+    words = told("experiments/prompt_features/README.md", "model=gemma2b")
+    run = user.run("features", [w.replace("…", text) for w in words], *few())
+    check_tokens(run, user.tokenizer(BASE), n_bos=1)
+    assert set(run.table("rows")["text"]) == {text}
+    n_tokens = len(user.tokenizer(BASE)(text)["input_ids"])
+    assert run.table("rows")["token_index"].tolist() == list(range(1, n_tokens))
+    table = run.table("top_features")
+    assert table["layer"].unique().tolist() == [5, 12, 20]
+    assert (table.groupby("layer").size() == 10).all()
+    assert [s["hookpoint"] for s in run.about["saes"]] == [
+        f"layer_{layer}.resid_post" for layer in (5, 12, 20)
+    ]
+    assert user.most(BOS) == 1
+
+
+def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
+    words = told("experiments/entity_recognition/README.md", "MODEL=", "gemma2b_it", "run.sh")
+    layers = user.script(words, few())[0]
+    said = user.type(layers)
+    assert said.code == 0, said.err[-2000:]
+    table = Run(user.folder / "runs/layers").table("sweep")
+    assert table["status"].tolist() == ["finished"] * 4
+    assert (table["collection/tokens_forwarded"] > 0).tolist() == [True, False, False, False]
+    cell = table.set_index("layer").loc[13, "folder"]
+    latents = Run(user.folder / "runs/layers" / str(cell)).table("latents")
+    often = latents.assign(n=latents["freq_known"] + latents["freq_unknown"]).nlargest(2, "n")
+    # A random model knows nothing, so nothing is selected.
+    named = f"intervention.latents=[{','.join(map(str, often['latent']))}]"
+    for command in user.script(words, [*few(), named])[1:]:
+        said = user.type(command)
+        assert said.code == 0, f"{command}: {said.err[-2000:]}"
+    assert user.most(BOS) == 1
+    runs = {p.name: Run(p) for p in (user.folder / "runs").iterdir() if p.name != "layers"}
+    assert {*runs} == {"steer", "ablate", "clamp", "patch", "orthogonalize", "probe"}
+    for run in runs.values():
+        assert run.about["sae"]["hookpoint"] == "layer_13.resid_post"
+        assert run.about["sae"]["release"] == GEMMA_SCOPE
+        assert run.about["model"]["name"] == CHAT
+        assert run.metrics["collection/tokens_forwarded"] == 0
+        assert (run.folder / "report.html").is_file()
+        check_tokens(run, user.tokenizer(CHAT), n_bos=1)
+    effects = check_effects(runs["steer"], [0.0, 0.3, 0.6, 0.9])
+    assert effects["prompt"].str.startswith("<bos><start_of_turn>user\n").all()
+    assert effects["prompt"].str.endswith("<end_of_turn>\n<start_of_turn>model\n").all()
+    assert (effects["prompt"].str.count("<bos>") == 1).all()
+    outcomes = ("refusal", "accuracy", "answer_logit")
+    assert {f"effect/{o}/baseline_known" for o in outcomes} <= {*runs["steer"].metrics}
+    for name in ("attention", "attribution", "costs", "effects_summary"):
+        assert len(runs["steer"].table(name))
+    patched = check_effects(runs["patch"], [0.0, 1.0])
+    assert patched["condition"].str.contains("_patch_resid_post_25").any()
+
+
+def test_entity_recognition_on_the_base_model(user: Terminal) -> None:
+    words = "python -m saexp experiment=entity_recognition model=gemma2b sae=gemmascope layer=12"
+    latents = user.run("layer 12", words, *few(), "intervention=none").table("latents")
+    named = f"intervention.latents=[{latents.nlargest(1, 'freq_known')['latent'].item()}]"
+    run = user.run("base", words, *few(), named)
+    effects = check_effects(run, [0.0, 0.3, 0.6, 0.9])
+    assert not effects["prompt"].str.contains("<bos>|<start_of_turn>").any()
+    assert user.most(BOS) == 1
+    check_tokens(run, user.tokenizer(BASE), n_bos=1)
+    user.read.clear()
+    again = user.run("base again", words, *few(), named)
+    assert again.metrics["collection/tokens_forwarded"] == 0
+    assert again.table("effects")["generated_text"].equals(effects["generated_text"])
+
+
+def test_labels_from_the_chat_model(user: Terminal) -> None:
+    words = "python -m saexp task=label model=gemma2b_it"
+    fewer = ("dataset.n_examples=1", "task.options.n_samples=3", "task.options.max_new_tokens=3")
+    run = user.run("label", words, *fewer)
+    table = run.table("labels")
+    assert set(table["entity_type"]) == {"player", "movie", "city", "song"}
+    assert len(table) > 20 and (table["samples"].map(len) == 3).all()
+    assert set(table["given_group"]) == {"known", "unknown"}
+    assert run.metrics["label/n_questions"] == len(table)
+    rows = (run.folder / "entities.jsonl").read_text("utf-8").splitlines()
+    assert len(rows) == run.metrics["label/n_known"] + run.metrics["label/n_unknown"]
+    assert {"text", "entity", "group", "split", "prompt"} <= {*json.loads(rows[0])}
+    assert user.most(BOS) == 1
+    user.read.clear()
+    again = user.run("label again", words, *fewer)
+    assert user.read == []
+    assert again.table("labels").equals(table)

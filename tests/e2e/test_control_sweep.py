@@ -1,0 +1,44 @@
+"""A sweep of control SAEs: nothing continues from layer to layer, and all says what they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from saexp.reports.saved import SavedRun
+from saexp.reports.sweep import read_matches
+from tests.unit.reports.left import Said, command, page_of, table_of
+
+WORDS = ["sae=random", "width=512", "tracker=jsonl", "intervention=none", "hydra.sweep.dir=sweep"]
+WORDS += ["analyzer.n_bootstrap=50", "analyzer.n_background=500", "analyzer.scores=false"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    said = command(tmp_path_factory.mktemp("controls"), "-m", "layer=0,1,2", *WORDS)
+    assert said.code == 0, said.err[-2000:]
+    return said
+
+
+def cells(swept: Said) -> list[Path]:
+    return [swept.sweep / folder for folder in table_of(swept.sweep)["folder"]]
+
+
+def test_no_latent_of_a_control_goes_on_in_the_next_layer(swept: Said) -> None:
+    matches, _ = read_matches(swept.sweep)
+    assert len(matches) > 0
+    assert (matches["cosine"] < matches["cosine_by_chance"]).all()
+
+
+def test_finding_title_and_run_name_say_that_it_is_a_control(swept: Said) -> None:
+    for layer, place in enumerate(cells(swept)):
+        assert SavedRun(place).provenance["sae"]["control"] == "random"
+        page = (place / "report.html").read_text("utf-8")
+        assert f"layer_{layer}.resid_post, random control SAE of 512 latents</title>" in page
+        assert f"tiny, layer_{layer}.resid_post, random control SAE of 512 latents: " in page
+        start = json.loads((place / "tracker.jsonl").read_text("utf-8").splitlines()[0])
+        assert start["name"] == f"tiny-random_control-layer{layer}"
+    assert set(table_of(swept.sweep)["control"]) == {"random"}
+    assert "no cell with a trained SAE selects a latent; the best of the control SAEs" in page_of(
+        swept.sweep
+    )

@@ -1,0 +1,106 @@
+"""Every study's run.sh, command by command in this process, under a small overlay."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saexp.cli import main
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {
+    p.parent.name if p.stem == "run" else p.stem: p
+    for p in sorted((ROOT / "experiments").glob("*/*.sh"))
+    if p.parent.name not in ("tiny_lm", "validation")
+}
+"""A study's run.sh under the study's name, any other of its scripts under its own.
+
+The simulations of `validation` run in tests/e2e/test_inference_table.py.
+"""
+SMALL = (
+    "analyzer.n_bootstrap=10 intervention.n_prompts=8 intervention.n_choice_prompts=4 "
+    "intervention.n_controls=1 intervention.max_new_tokens=6 intervention.top_k=1"
+)
+OVERLAY = {
+    "entity_recognition": SMALL,
+    "memorization": SMALL,
+    "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6",
+    "sae_quality": "task.options.n_texts=12",
+    "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
+    "uncertainty": "analyzer.n_bootstrap=10",
+}
+"""Words added to every command; `sae_quality` has its own per command."""
+
+
+def commands(study: str, out: Path, cache: Path) -> list[list[str]]:
+    """What run.sh would run, told by a stand-in for Python."""
+    told = out / "commands"
+    stand_in = out / "python"
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {told}\necho == >> {told}\n')
+    stand_in.chmod(0o755)
+    extra = f"{OVERLAY[study]} cache_dir={cache}"
+    env = {**os.environ, "PYTHON": str(stand_in), "OUT": str(out / "runs"), "EXTRA": extra}
+    subprocess.run(["bash", str(SCRIPTS[study])], env=env, check=True)
+    return [c.strip().splitlines() for c in told.read_text().split("==\n") if c.strip()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def typed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words[:2] == ["-m", "saexp"]
+    monkeypatch.setattr(sys, "argv", ["saexp", *words[2:]])
+    main()
+
+
+@pytest.mark.parametrize("study", SCRIPTS)
+def test_every_command_of_a_study_runs(
+    study: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = commands(study, tmp_path, cache)
+    assert made
+    monkeypatch.chdir(tmp_path)
+    for words in made:
+        if (
+            any("task.options.n_texts" in w for w in words)
+            and "experiment=sae_quality" not in words
+        ):
+            words = [w for w in words if "task.options" not in w]
+        typed(words, monkeypatch)
+    pages = [*(tmp_path / "runs").rglob("*.html")]
+    assert len(pages) >= len(made)
+    assert not list((tmp_path / "runs").rglob("error.txt"))
+
+
+def test_the_notebook_runs_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "experiments/prompt_features/prompt_features.ipynb"
+    cells = json.loads(file.read_text("utf-8"))["cells"]
+    assert len(cells) == 10
+    shown: list[object] = []
+    space: dict[str, object] = {"display": shown.append}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), file.name, "exec"), space)
+    (effects,) = shown
+    assert set(effects["coefficient"]) == {0.0, 0.5, 1.0}  # type: ignore[index]
+
+
+def test_readmes_name_commands_that_compose() -> None:
+    """Every `python -m saexp` line of the studies' READMEs has keys and options that exist."""
+    import saexp
+
+    for readme in sorted((ROOT / "experiments").glob("*/README.md")):
+        for line in readme.read_text("utf-8").splitlines():
+            words = line.strip().split(" #")[0]
+            if not words.startswith("python -m saexp ") or "\\" in words:
+                continue
+            typed_words = [w for w in shlex.split(words)[3:] if w not in ("-m",)]
+            plain = [w for w in typed_words if "," not in w.partition("=")[2] or "[" in w]
+            saexp.compose(plain)

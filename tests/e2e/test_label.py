@@ -1,0 +1,574 @@
+"""task=label on real small models: labels, files, splits, resuming, chat, memorised texts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import saexp
+from saexp.config import DatasetConfig
+from saexp.data.examples import Example
+from saexp.data.tables import read_rows, to_examples
+from saexp.data.tokenization import tokenize
+from saexp.errors import ConfigError, DataError
+from saexp.interventions import generation
+from saexp.models.loading import LanguageModel
+from saexp.tasks import label as module
+from saexp.tasks.label_files import Options, answers
+from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
+from tests.random_models import random_hf, random_lm, tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def labelled(cache: Path, folder: Path, *words: str):
+    words = ("task=label", "dataset.n_examples=4", f"cache_dir={cache}", *words)
+    return saexp.run(saexp.compose([*words, "task.options.n_samples=4"]), folder)
+
+
+@pytest.fixture(scope="module")
+def own(cache, tmp_path_factory):
+    return labelled(cache, tmp_path_factory.mktemp("own"))
+
+
+def entity_rows(folder: Path) -> list[dict]:
+    return [json.loads(x) for x in (folder / "entities.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_shipped_model_knows_what_it_was_trained_on(own):
+    table = own.tables["labels"]
+    assert len(table) == 4 * 2 * 4
+    by = table.groupby("given_group")["greedy_label"].value_counts()
+    assert by["known"].to_dict() == {"correct": 16}
+    assert by["unknown"]["refusal"] >= 12
+    assert "correct" not in by["unknown"]
+    groups = pd.Series([r["group"] for r in entity_rows(own.path)])
+    given = table.drop_duplicates("entity")["given_group"].to_list()
+    assert groups.to_list() == given
+    assert own.metrics["label/n_known"] == own.metrics["label/n_unknown"] == 16
+    assert own.metrics["label/greedy_accuracy"] == 1.0
+    assert any("16 questions whose answer in the data is a refusal" in n for n in own.notes)
+    assert any("min_known=2" in n for n in own.notes)
+
+
+def test_the_files_are_read_by_dataset_jsonl(own, cache):
+    about = json.loads((own.path / "provenance.json").read_text("utf-8"))["labels"]
+    kept = Path(about["path"])
+    assert kept.parent == cache / "labels" and kept.name == about["key"]
+    for name in ("entities.jsonl", "labels.parquet"):
+        assert (kept / name).read_bytes() == (own.path / name).read_bytes()
+    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{kept / "entities.jsonl"}"'])
+    got = saexp.build("dataset", cfg.dataset)
+    assert set(got.groups) == {"known", "unknown"}
+    assert [e.split for e in got.examples] == [r["split"] for r in entity_rows(own.path)]
+    assert all(e.text[slice(*e.spans[0])] == e.entity for e in got.examples)
+    assert all(e.entity in e.prompt for e in got.examples)
+
+
+def test_splits_are_of_entities_seeded_and_alike_in_each_group(cache, tmp_path, own):
+    again = labelled(cache, tmp_path / "again")
+    assert (again.path / "entities.jsonl").read_text() == (own.path / "entities.jsonl").read_text()
+    other = labelled(cache, tmp_path / "other", "dataset.seed=1")
+    splits = [[r["split"] for r in entity_rows(r.path)] for r in (own, other)]
+    assert splits[0] != splits[1]
+    table = pd.DataFrame(entity_rows(own.path))
+    counts = table.groupby(["group", "entity_type"])["split"].value_counts().unstack()
+    assert (counts["train"] == 2).all() and (counts["test"] == 2).all()
+
+
+def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypatch, own):
+    real, batches = generation._generate_batch, []
+
+    def dying(*args):
+        batches.append(len(args[1]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    words = ["task.options.batch_tokens=1500"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_generate_batch", dying)
+        with pytest.raises(KeyboardInterrupt):
+            labelled(tmp_path / "cache", tmp_path / "killed", *words)
+    done = sum(batches[:2])
+    batches.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            generation, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a)
+        )
+        again = labelled(tmp_path / "cache", tmp_path / "again", *words)
+        assert sum(batches) == 4 * 2 * 4 * 5 - done
+        batches.clear()
+        labelled(tmp_path / "cache", tmp_path / "third", "task.options.min_correct=2")
+        assert batches == []
+    pd.testing.assert_frame_equal(again.tables["labels"], own.tables["labels"])
+
+
+def test_answers_are_what_the_model_gives_by_a_plain_loop(tmp_path):
+    model = random_lm("llama")
+    prompts = [(5, 6, 7, 8), (9, 10), (5, 6, 7, 8)]
+    settings = {"n_samples": 300, "temperature": 1.0, "max_new_tokens": 3, "batch_tokens": 4096}
+    got = answers(model, prompts, tmp_path, seed=0, **settings)
+    for ids, answer in zip(prompts, got, strict=True):
+        made = list(ids)
+        for _ in range(3):
+            with torch.inference_mode():
+                following = int(model.hf(torch.tensor([made])).logits[0, -1].argmax())
+            if following in model.eos_ids:
+                break
+            made.append(following)
+        assert list(answer.greedy) == made[len(ids) :]
+    assert got[0] == got[2]
+    with torch.inference_mode():
+        logits = model.hf(torch.tensor([prompts[0]])).logits[0, -1].double()
+    wanted = logits.softmax(-1).numpy()
+    firsts = [s[0] for s in got[0].samples if s]
+    found = np.bincount(firsts, minlength=len(wanted)) / len(got[0].samples)
+    assert abs(found - wanted).max() < 4 * np.sqrt(wanted.max() / 300)
+    assert len(set(got[0].samples)) > 100
+    other = answers(model, prompts[:1], tmp_path, seed=1, **settings)
+    assert other[0].greedy == got[0].greedy
+    assert other[0].samples != got[0].samples
+
+
+WORDS = {
+    "player": ("Fenlet Baszad", {"birthplace": "Oslo, Norway", "birth_year": 1990}),
+    "city": ("Marta", {"country": "Norway", "coordinates": [60.0, 10.0], "mayor": "x"}),
+}
+
+
+@pytest.fixture()
+def attributed(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {
+            "text": f"The {kind} {name}",
+            "entity": name,
+            "entity_type": kind,
+            "attributes": [{"attribute_type": a, "attribute_value": v} for a, v in facts.items()],
+        }
+        for kind, (name, facts) in WORDS.items()
+    ]
+    rows.append({"text": "The city Uvo", "entity": "Uvo", "entity_type": "city"})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return ["dataset=jsonl", f'dataset.path="{file}"']
+
+
+def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
+    run = labelled(cache, tmp_path / "run", *attributed)
+    table = run.tables["labels"]
+    assert table[["entity", "attribute"]].to_numpy().tolist() == [
+        ["Fenlet Baszad", "birthplace"],
+        ["Fenlet Baszad", "birth_year"],
+        ["Marta", "country"],
+        ["Marta", "coordinates"],
+        ["Uvo", "country"],
+        ["Uvo", "coordinates"],
+    ]
+    assert table["prompt"][0] == (
+        "In which city was the player Fenlet Baszad born? "
+        "The player Fenlet Baszad was born in the city of"
+    )
+    assert table["truths"].map(list).tolist()[0] == ["Oslo, Norway", "Oslo"]
+    assert table["truths"].map(len).tolist() == [2, 1, 1, 1, 0, 0]
+    assert any(n.startswith("1 not asked: no template for city mayor; ") for n in run.notes)
+    plain = labelled(cache, tmp_path / "plain", *attributed, "task.options.form=question")
+    assert plain.tables["labels"]["prompt"][0] == "In which city was the player Fenlet Baszad born?"
+    assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
+
+
+def test_templates_and_rules_of_ones_own(cache, tmp_path, attributed):
+    words = [
+        '+task.options.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
+        "+task.options.rules.city.mayor.kind=name",
+    ]
+    run = labelled(cache, tmp_path / "run", *attributed, *words)
+    asked = run.tables["labels"]
+    mine = asked[asked["attribute"] == "mayor"]
+    assert mine["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
+
+
+def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
+    model = LanguageModel.wrap(random_lm("llama").hf, tokenizer(chat=True))
+    model.cfg.chat = True
+    facts = {"attributes": {"country": "Norway"}}
+    example = Example(
+        id="1", text="The city Marta", entity="Marta", entity_type="city", extra=facts
+    )
+    made, _ = module.questions([example])
+    question = "In which country is the city of Marta?"
+    for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
+        asked, ids, skips = module._memorization_prompts(made, model, Options(form=form), 200)
+        assert skips == []
+        assert [(text, read.text) for _, text, read in asked] == [
+            (question, model.chat_text(question) + begun)
+        ]
+        assert ids[0].count(model.tokenizer.bos_token_id) == 1
+        assert ids[0][0] == model.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("of", list(chat_tokenizers()))
+@pytest.mark.parametrize("form", ["auto", "begun"])
+def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
+    """Whatever BOS the tokenizer adds to a text, and without the EOS it appends."""
+    model = with_tokenizer(chat_tokenizers()[of], chat=True)
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, read)], [ids], _ = module._memorization_prompts(made, model, Options(form=form), 400)
+    messages = [{"role": "user", "content": text}]
+    templated = model.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    begun = "The city of Marta is in the country of" if form == "begun" else ""
+    assert read.text == templated + begun
+    assert list(ids) == list(model.tokenizer(read.text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("of", list(base_tokenizers()))
+def test_base_prompts_have_no_eos_behind_them(of):
+    model = with_tokenizer(base_tokenizers()[of])
+    facts = {"attributes": {"country": "Norway"}}
+    made, _ = module.questions(
+        [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
+    )
+    [(_, text, _)], [ids], _ = module._memorization_prompts(
+        made, model, Options(form="question"), 400
+    )
+    own = list(model.tokenizer(text)["input_ids"])
+    assert list(ids) == (own[:-1] if "eos" in of else own)
+
+
+def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
+    run = labelled(cache, tmp_path / "run", *attributed, "dataset.max_length=40")
+    skips = run.tables["skips"]
+    assert skips["example_id"].tolist() == ["city/Marta/coordinates", "city/Uvo/coordinates"]
+    assert set(skips["reason"]) == {"prompt longer than dataset.max_length"}
+    n = len(run.tables["labels"]) + 2
+    told = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
+    assert told in run.notes
+    with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
+        labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
+
+
+def test_the_page_says_what_was_found(own):
+    page = (own.path / "report.html").read_text("utf-8")
+    for text in ("16 are known, 16 unknown, 0 neither", "Answers by attribute", "fig-counts"):
+        assert text in page
+    about = json.loads((own.path / "provenance.json").read_text("utf-8"))
+    assert about["finding"][0].startswith("tiny: of 32 entities (32 questions) 16 are known")
+    assert not any("  " in sentence for sentence in about["finding"])
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("+task.options.n_sample=3", "n_sample=3 is no option of label; did you mean n_samples"),
+        ("task.options.max_new_tokens=0", "max_new_tokens=0 is no whole number of at least 1"),
+        ("task.options.batch_tokens=null", "batch_tokens=None is no whole number of at least 1"),
+        ("task.options.temperature=0", "temperature=0 is no number above 0"),
+        ("task.options.form=quest", "task.options.form=quest: did you mean question?"),
+        ("task.options.cut_at_line=3", "cut_at_line=3: type true or false"),
+        ("task.options.min_correct=9", "min_correct=9 is more than n_samples=4"),
+        ("task.options.rules=3", "task.options.rules=3: write"),
+        ("+task.options.rules.movie.genre.kind=x", "rules.movie.genre.kind=x: use one of"),
+        ("+task.options.templates.city.a=3", "templates.city.a: write a question, or [question"),
+        ("+task.options.templates.city.a=x", "templates.city.a: every text needs {entity}"),
+        ('+task.options.templates.city.a=["x","{entity}"]', "templates.city.a: every text needs"),
+        ("task.options.before=3", "task.options.before=3 is no text"),
+        ("task.options.max_unknown=2", "0 <= max_unknown < min_known"),
+    ],
+)
+def test_options_that_are_none_are_one_line(cache, tmp_path, word, part):
+    with pytest.raises(ConfigError) as caught:
+        labelled(cache, tmp_path, word)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_prompts_where_there_are_attributes(cache, tmp_path, attributed):
+    with pytest.raises(DataError, match="but the data set has attributes to ask for"):
+        labelled(cache, tmp_path, *attributed, "task.options.form=own")
+
+
+# --- right and wrong answers
+
+
+def answer_rows(folder: Path, name: str = "answers") -> list[dict]:
+    return [json.loads(x) for x in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def worded(cache, tmp_path_factory):
+    """The shipped model's facts asked in two ways that it was not trained on."""
+    file = ROOT / "experiments/entity_recognition/facts.jsonl"
+    words = [f'dataset.path="{file}"', "dataset.n_examples=12", f"cache_dir={cache}"]
+    return {
+        way: saexp.run(
+            saexp.compose([f"experiment=uncertainty_{way}", *words]),
+            tmp_path_factory.mktemp(way),
+        )
+        for way in ("words", "statements")
+    }
+
+
+def test_the_facts_are_those_of_the_shipped_entities():
+    file = ROOT / "experiments/entity_recognition/facts.jsonl"
+    facts = {
+        (r["entity_type"], r["entity"]): set(r["attributes"].values())
+        for r in map(json.loads, file.read_text("utf-8").splitlines())
+    }
+    shipped = saexp.build("dataset", saexp.compose([]).dataset).examples
+    known = [e for e in shipped if e.group == "known"]
+    assert len(known) == len(facts)
+    assert all(e.answers[0].strip(" .") in facts[e.entity_type, e.entity] for e in known)
+
+
+@pytest.mark.parametrize("way", ["words", "statements"])
+def test_every_question_is_a_row_by_what_was_answered(worded, way):
+    run, of = worded[way], {"correct": "correct", "error": "incorrect", "refusal": "refused"}
+    table, rows = run.tables["labels"], answer_rows(run.path, "answers_all")
+    assert [r["group"] for r in rows] == table["greedy_label"].map(of).tolist()
+    assert [r["text"] for r in rows] == [r["prompt"] for r in rows] == table["prompt"].tolist()
+    assert all(r["text"].startswith("The old man walked") for r in rows)
+    right = [r["greedy"].strip().startswith(r["answer"][0]) for r in rows]
+    assert (
+        np.mean([a == (r["group"] == "correct") for a, r in zip(right, rows, strict=True)]) > 0.97
+    )
+    assert 0.4 < np.mean(right) < 0.9
+    one = answer_rows(run.path)
+    assert len(one) == len({r["entity"] for r in one}) == 48
+    assert all(r in rows for r in one)
+    for group in ("correct", "incorrect", "refused"):
+        assert run.metrics[f"label/n_{group}"] == sum(r["group"] == group for r in one)
+    assert any(f"{run.metrics['label/n_incorrect']} wrong" in x for x in finding(run))
+
+
+def finding(run) -> list[str]:
+    return json.loads((run.path / "provenance.json").read_text("utf-8"))["finding"]
+
+
+def test_question_and_split_do_not_depend_on_the_answers(worded):
+    first, second = (answer_rows(worded[way].path) for way in ("words", "statements"))
+    assert [r["group"] for r in first] != [r["group"] for r in second]
+    for name in ("id", "split", "attribute"):
+        assert [r[name] for r in first] == [r[name] for r in second]
+    split_of = {r["entity"]: r["split"] for r in first}
+    every = answer_rows(worded["words"].path, "answers_all")
+    assert all(r["split"] == split_of[r["entity"]] for r in every)
+    counts = pd.DataFrame(first).groupby("entity_type")["split"].value_counts().unstack()
+    assert (counts["train"] == 6).all()
+
+
+def test_answers_are_contrasted_where_they_begin(worded, cache, tmp_path):
+    file = worded["words"].path / "answers.jsonl"
+    words = ["experiment=uncertainty", f'dataset.path="{file}"', f"cache_dir={cache}"]
+    small = ["tracker=none", "analyzer.n_bootstrap=10", "analyzer.n_background=200", "layer=2"]
+    run = saexp.run(saexp.compose([*words, *small]), tmp_path)
+    rows = run.tables["rows"]
+    assert set(rows["group"]) == {"correct", "incorrect"}
+    assert set(rows["token"]) == {":"}
+    assert len(rows) == len([r for r in answer_rows(file.parent) if r["group"] != "refused"])
+    assert (rows["unit"].value_counts() == 1).all()
+
+
+def test_own_prompts_have_rows_too(own):
+    rows = answer_rows(own.path)
+    assert {r["group"] for r in rows} == {"correct"}
+    assert len(rows) == own.metrics["label/n_correct"] == 16
+    assert own.metrics["label/n_incorrect"] == own.metrics["label/n_refused"] == 0
+
+
+def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
+    hf = random_hf("llama")
+    hf.save_pretrained(tmp_path / "model")
+    tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    file = tmp_path / "mine.jsonl"
+    facts = {"country": "Norway", "population": 5}
+    row = {"text": "The city Uvo", "entity": "Uvo", "entity_type": "city", "attributes": facts}
+    file.write_text(json.dumps(row))
+    words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
+    words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
+    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2", "task.options.before=So"]
+    run = saexp.run(saexp.compose(words), tmp_path / "run")
+    rows = answer_rows(run.path, "answers_all")
+    assert len(rows) == 2 and len(answer_rows(run.path)) == 1
+    read = tokenizer(chat=True)
+    for row in rows:
+        assert row["prompt"].startswith("So")
+        assert row["text"] == f"<bos>user: {row['prompt']}\nmodel:"
+        assert "span" not in row
+        (tokens,) = tokenize([row["text"]], read, 200)
+        assert tokens.ids.count(read.bos_token_id) == 1
+        assert read.decode(tokens.ids[-1:]) == ":"
+
+
+@pytest.mark.parametrize("form", ["question", "begun"])
+@pytest.mark.parametrize("entity", ["model", "user", "Uvo"])
+def test_in_chat_the_entity_s_mention_is_not_the_template_s(cache, tmp_path, entity, form):
+    random_hf("llama").save_pretrained(tmp_path / "model")
+    tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    file = tmp_path / "mine.jsonl"
+    row = {"text": f"The city {entity}", "entity": entity, "entity_type": "city"}
+    file.write_text(json.dumps({**row, "attributes": {"country": "Norway"}}))
+    words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
+    words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
+    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2"]
+    run = saexp.run(saexp.compose([*words, f"task.options.form={form}"]), tmp_path / "run")
+    rows = read_rows(str(run.path / "answers.jsonl"), "jsonl")
+    ((read,), _) = to_examples(rows, DatasetConfig(name="jsonl"), "answers.jsonl")
+    before, _, after = read.text.rpartition(entity if form == "begun" else f"city of {entity}?")
+    start = len(before) if form == "begun" else len(before) + len("city of ")
+    assert read.entity == entity
+    assert read.spans[-1] == (start, start + len(entity))
+    assert after
+
+
+def test_an_attribute_by_another_name_is_asked_in_its_own_words(cache, tmp_path):
+    """Files say team, the rules teams: the template typed for either is the one used."""
+    file = tmp_path / "mine.jsonl"
+    facts = {"team": "Hawks"}
+    row = {"text": "The player Uvo", "entity": "Uvo", "entity_type": "player", "attributes": facts}
+    file.write_text(json.dumps(row))
+    words = ["dataset=jsonl", f'dataset.path="{file}"']
+    run = labelled(
+        cache, tmp_path, *words, "+task.options.templates.player.team='Whose is {entity}'"
+    )
+    assert run.tables["labels"]["prompt"].tolist() == ["Whose is Uvo"]
+
+
+# --- memorised texts
+
+
+@pytest.fixture(scope="module")
+def passages(cache, tmp_path_factory):
+    words = ["task=label", "dataset=memorization", f"cache_dir={cache}"]
+    return saexp.run(saexp.compose(words), tmp_path_factory.mktemp("passages"))
+
+
+def test_the_shipped_model_goes_on_with_its_passages(passages):
+    table = passages.tables["memorization"]
+    shipped = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv")
+    whole = (shipped["input_text"] + shipped["generated_continuation_text"]).tolist()
+    perfect = dict(zip(whole, shipped["perfect_match"], strict=True))
+    assert passages.metrics["memorized/n_texts"] > 80
+    found = {True: [], False: []}
+    for row in table.itertuples():
+        (text,) = {t for t in whole if t.startswith(row.input_text)} or {None}
+        found[bool(perfect[text])].append(bool(row.perfect_match))
+        if row.perfect_match:
+            assert text.startswith(row.input_text + row.generated_continuation_text)
+            assert row.matching_tokens == 18
+    assert np.mean(found[True]) == 1.0
+    assert np.mean(found[False]) < 0.1
+
+
+def test_the_csv_is_read_by_dataset_memorization(passages):
+    about = json.loads((passages.path / "provenance.json").read_text("utf-8"))["labels"]
+    file = Path(about["path"]) / "memorization.csv"
+    assert file.read_bytes() == (passages.path / "memorization.csv").read_bytes()
+    assert file.read_text("utf-8").splitlines()[0] == (
+        "input_text,generated_continuation_text,perfect_match,matching_tokens"
+    )
+    cfg = saexp.compose(["dataset=memorization", f'dataset.path="{file}"'])
+    got = saexp.build("dataset", cfg.dataset)
+    sizes = pd.Series([e.group for e in got.examples]).value_counts()
+    assert sizes["memorized"] == passages.metrics["memorized/n_perfect"]
+    assert sizes["not_memorized"] == passages.metrics["memorized/n_none"]
+    page = (passages.path / "report.html").read_text("utf-8")
+    assert "texts are continued exactly for 18 tokens after 20" in page
+
+
+def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
+    model = LanguageModel(saexp.compose(["model=tiny"]).model)
+    row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
+    whole = row["input_text"] + row["generated_continuation_text"]
+    tokens = tokenize([whole], model.tokenizer, 512)[0]
+    # The text as it was, then one whose 6th token after the prompt is another.
+    cut = tokens.offsets[1 + 20 + 5][0]
+    file = tmp_path / "texts.txt"
+    file.write_text(f"{whole}\n{whole[:cut]}{' the' * 20}\ntoo short\n{whole}\n")
+    words = ["task=label", "dataset=memorization", f"cache_dir={cache}", "task.options.n_samples=0"]
+    words += ["task.options.prompt_tokens=20", "task.options.continuation_tokens=10"]
+    run = saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "run")
+    table = run.tables["memorization"]
+    assert table["matching_tokens"].tolist() == [10, 5]
+    assert table["perfect_match"].tolist() == [True, False]
+    assert run.tables["skips"]["reason"].tolist() == ["fewer than 30 tokens"]
+    n = len(table) + 1
+    assert run.notes[0] == f"1 of {n} texts was skipped: fewer than 30 tokens (1)"
+    words = [w.replace("=20", "=200") for w in words]
+    with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
+        saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")
+
+
+def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
+    """Texts that begin alike and go on differently have the same prompts."""
+    lines = (ROOT / "saexp/assets/tiny/background.txt").read_text("utf-8").splitlines()
+    text = " ".join(lines[:4])
+    places = []
+    for number, end in enumerate(("", "", " and so on, as it was")):
+        cut = text[: len(text) // 2]
+        (tmp_path / "texts.txt").write_text(f"{cut if end else text}{end} {lines[9]}\n")
+        words = ["task=label", "dataset=memorization", f"dataset.path={tmp_path}/texts.txt"]
+        words += ["task.options.prompt_tokens=4", "task.options.continuation_tokens=24"]
+        words += [f"cache_dir={tmp_path}/cache", "tracker=none"]
+        result = saexp.run(saexp.compose(words), tmp_path / str(number))
+        about = json.loads((result.path / "provenance.json").read_text("utf-8"))["labels"]
+        content = (Path(about["path"]) / "memorization.csv").read_bytes()
+        assert content == (result.path / "memorization.csv").read_bytes()
+        places.append((about["path"], content))
+    assert places[0] == places[1]
+    assert (places[0][0] == places[2][0]) == (places[0][1] == places[2][1])
+
+
+def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, tmp_path):
+    """A model that ends there: its end token is what it would go on with."""
+    line = "the cat sat on the mat and ran to the dog by the old house near the lake"
+    words = line.split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(4)]
+    hf, read, folder = random_hf("llama"), tokenizer(), tmp_path / "model"
+    n_prompt = 6
+    ids = [t.ids for t in tokenize(texts, read, 64, prepend_bos=True)]
+    first = next(i for i, n in enumerate(ids[0]) if n not in read.all_special_ids)
+    with torch.inference_mode():
+        end = int(hf(torch.tensor([ids[0][: first + n_prompt]])).logits[0, -1].argmax())
+    hf.generation_config.eos_token_id = hf.config.eos_token_id = end
+    hf.save_pretrained(folder)
+    read.save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    common = ["dataset=memorization", "model=hf", f'model.name="{folder}"', "device=cpu"]
+    options = [f"task.options.prompt_tokens={n_prompt}", "task.options.continuation_tokens=4"]
+    cfg = saexp.compose(
+        [*common, "task=label", f"cache_dir={cache}", *options]
+        + ["model.prepend_bos=true", f'dataset.path="{tmp_path / "texts.txt"}"']
+    )
+    run = saexp.run(cfg, tmp_path / "run")
+    table = run.tables["memorization"]
+    n = run.metrics["memorized/n_empty"]
+    assert n == (table["generated_continuation_text"] == "").sum() >= 1
+    assert n < len(table) == 4
+    assert any("continuation is empty" in note for note in run.notes)
+    file = run.path / "memorization.csv"
+    written = pd.read_csv(file, keep_default_na=False)
+    assert written["generated_continuation_text"].tolist() == (
+        table["generated_continuation_text"].tolist()
+    )
+    # A row of each group, as two are needed.
+    file.write_text(file.read_text("utf-8") + "a,b,True,4\r\n", encoding="utf-8")
+    got = saexp.build("dataset", saexp.compose([*common, f'dataset.path="{file}"']).dataset)
+    assert all(e.answers[0] for e in got.examples)
+    n_none = int((table["matching_tokens"] == 0).sum())
+    groups = pd.Series([e.group for e in got.examples]).value_counts()
+    assert groups["not_memorized"] == n_none - n
+    told = [note for note in got.notes if "skipped: generated_continuation_text is empty" in note]
+    assert len(told) == 1 and told[0].startswith(f"{n} of 5 rows")

@@ -1,0 +1,145 @@
+"""task=label on published entity files of types without templates, typed in a real shell."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import saexp
+from saexp.config.run import with_free_keys
+from saexp.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+BOOKS = [
+    {
+        "entity": name,
+        "entity_type": "book",
+        "attributes": [
+            {"attribute_type": "creator", "attribute_value": creator},
+            {"attribute_type": "length", "attribute_value": length},
+        ],
+    }
+    for name, creator, length in (
+        ("Moby-Dick", ["Herman Melville"], 635),
+        ("Emma", "Jane Austen", 474),
+    )
+]
+SHORT = ("task=label", "task.options.n_samples=0", "task.options.max_new_tokens=2")
+
+
+@pytest.fixture()
+def books(tmp_path: Path) -> Path:
+    file = tmp_path / "book.json"
+    file.write_text(json.dumps(BOOKS), encoding="utf-8")
+    return file
+
+
+def in_shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """The result of a command line as it is typed in bash."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+
+
+def told(folder: Path, *words: str) -> str:
+    """The one line on stderr of a run that is refused."""
+    base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
+    run = in_shell(folder, f"{base} {' '.join(words)}")
+    assert run.returncode == 1, run.stderr
+    (line,) = (x for x in run.stderr.splitlines() if x.startswith("saexp: "))
+    return line
+
+
+@pytest.mark.slow
+def test_the_message_names_the_command_line_that_works(books: Path):
+    """What the message says to type is typed, by a shell."""
+    line = told(books.parent, f"dataset.path={books.name}")
+    expected = "\"task.options.templates.book.creator='What is the creator of the book {entity}?'\""
+    assert f"no template for book creator; to ask for it, type {expected}" in line
+    base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
+    run = in_shell(
+        books.parent,
+        f"{base} dataset.path={books.name} {expected} "
+        "task.options.templates.book.length='How many pages does the book {entity} have?' "
+        "task.options.rules.book.creator.kind=name task.options.rules.book.length.tolerance=20 "
+        "hydra.run.dir=run cache_dir=cache",
+    )
+    assert run.returncode == 0, run.stderr
+    table = pd.read_parquet(books.parent / "run" / "labels.parquet")
+    assert table["prompt"].tolist() == [
+        text
+        for name in ("Moby-Dick", "Emma")
+        for text in (
+            f"What is the creator of the book {name}?",
+            f"How many pages does the book {name} have?",
+        )
+    ]
+    rules = pd.read_parquet(books.parent / "run" / "rules.parquet").set_index("attribute")
+    assert rules["kind"].to_dict() == {"creator": "name", "length": "text"}
+    assert rules["tolerance"]["length"] == 20
+    page = (books.parent / "run" / "report.html").read_text("utf-8")
+    assert "How answers are judged" in page
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Who wrote the book {entity}?",
+        "'Who wrote the book {entity}?'",
+        '"Who wrote the book {entity}?"',
+        '["Who wrote the book {entity}?"]',
+    ],
+)
+def test_a_template_may_be_typed_with_or_without_quotes_and_plus(sign: str, value: str):
+    key = "task.options.templates.book.creator"
+    cfg = saexp.compose([*SHORT, f"{sign}{key}={value}"])
+    typed = cfg.task.options["templates"]["book"]["creator"]
+    assert [typed] in (["Who wrote the book {entity}?"], [["Who wrote the book {entity}?"]])
+
+
+def test_a_template_may_begin_with_the_entity():
+    cfg = saexp.compose([*SHORT, "task.options.templates.book.creator={entity} was written by"])
+    assert cfg.task.options["templates"]["book"]["creator"] == "{entity} was written by"
+
+
+def test_other_overrides_stay_as_they_are():
+    words = ["layer=2", "+task.options.n_samples=3", "task.options.rules={}", "-m", "a={b}"]
+    assert with_free_keys(words) == words
+
+
+@pytest.mark.parametrize("dataset", ["wikidata", "entities"])
+def test_published_entities_can_be_asked_from_any_dataset(books: Path, tmp_path: Path, dataset):
+    words = [*SHORT, f"dataset={dataset}", f'dataset.path="{books}"', f"cache_dir={tmp_path}"]
+    templates = ["task.options.templates.Book.Creator=Who wrote the book {entity}?"]
+    run = saexp.run(saexp.compose([*words, *templates]), tmp_path / "run")
+    table = run.tables["labels"]
+    assert table["attribute"].tolist() == ["creator", "creator"]
+    assert [list(t) for t in table["truths"]] == [["Herman Melville"], ["Jane Austen"]]
+    assert sum("no template for book length" in note for note in run.notes) == 1
+    with pytest.raises(DataError, match="nothing can be asked: no template for book") as caught:
+        saexp.run(saexp.compose(words), tmp_path / "none")
+    assert "\n" not in str(caught.value)
+
+
+def test_entity_types_of_several_words_are_typed_with_underscores(tmp_path: Path):
+    file = tmp_path / "games.json"
+    pairs = [{"attribute_type": "location", "attribute_value": ["Oslo", "Rome"]}]
+    file.write_text(
+        json.dumps([{"entity": "Uvo", "entity_type": "Video game", "attributes": pairs}])
+    )
+    words = [*SHORT, "dataset=wikidata", f'dataset.path="{file}"', f"cache_dir={tmp_path}"]
+    with pytest.raises(DataError) as caught:
+        saexp.run(saexp.compose(words), tmp_path / "none")
+    (typed,) = shlex.split(str(caught.value).partition("type ")[2])
+    assert typed.startswith("task.options.templates.video_game.location=")
+    run = saexp.run(saexp.compose([*words, typed]), tmp_path / "run")
+    table = run.tables["labels"]
+    assert table["prompt"].tolist() == ["What is the location of the video game Uvo?"]
+    assert list(table["truths"][0]) == ["Oslo", "Rome"]

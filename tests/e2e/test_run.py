@@ -1,0 +1,225 @@
+"""The whole main job on the shipped model: its files, its finding, its second run, a sweep."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import saexp
+from saexp.cli import main
+from saexp.results import TaskResult
+
+OVERLAY = ["intervention.n_prompts=32", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
+FILES = ("metrics.json", "latents.parquet", "rows.parquet", "effects.parquet")
+FILES += ("report.html", "provenance.json")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> TaskResult:
+    cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY])
+    return saexp.run(cfg, folder / "first", command="a test")
+
+
+def test_files_of_the_contract(result: TaskResult) -> None:
+    assert result.path is not None
+    for name in FILES:
+        assert (result.path / name).stat().st_size > 0, name
+
+
+def test_columns_of_the_contract(result: TaskResult) -> None:
+    assert result.path is not None
+    latents = pd.read_parquet(result.path / "latents.parquet")
+    wanted = ["latent", "layer", "separation", "auroc", "p_value", "q_value", "ci_low", "ci_high"]
+    wanted += ["background_freq", "selected"]
+    for group in ("known", "unknown"):
+        wanted += [f"{c}_{group}" for c in ("n", "freq", "mean")]
+        wanted += [f"{c}_{group}_test" for c in ("n", "freq", "mean")]
+    wanted += [f"{c}_test" for c in ("separation", "auroc", "p_value", "q_value", "ci_low")]
+    assert set(wanted) <= set(latents.columns)
+    rows = pd.read_parquet(result.path / "rows.parquet")
+    wanted = ["row", "example_id", "group", "split", "entity_type", "text", "token_index"]
+    assert {*wanted, "token_id", "token"} <= set(rows.columns)
+    effects = pd.read_parquet(result.path / "effects.parquet")
+    assert {"condition", "latent", "coefficient", "refusal", "generated_text"} <= set(effects)
+
+
+def test_metrics_are_flat_numbers_with_the_contracts_names(result: TaskResult) -> None:
+    assert result.path is not None
+    metrics = json.loads((result.path / "metrics.json").read_text())
+    assert all(v is None or isinstance(v, int | float) for v in metrics.values())
+    names = [f"collection/{n}" for n in ("n_rows", "n_skipped", "tokens_forwarded", "seconds")]
+    names += [f"sparsity/{n}" for n in ("l0", "mean_active", "max_active", "dead_fraction")]
+    names += [
+        f"reconstruction/{n}"
+        for n in ("explained_variance", "explained_variance_legacy", "mse", "cosine", "l2_ratio")
+    ]
+    for group in ("known", "unknown"):
+        names += [f"contrast/best_{n}_{group}" for n in ("separation", "auroc")]
+        names += [f"contrast/best_{n}_{group}_test" for n in ("separation", "auroc")]
+    assert set(names) | {"contrast/n_significant"} <= set(metrics)
+    assert metrics["collection/n_rows"] == 960
+    assert metrics["collection/tokens_forwarded"] > 0
+    for name, value in metrics.items():
+        assert value is not None or any(name in note for note in result.notes), name
+
+
+def test_rows_name_tokens_that_stand_there(result: TaskResult) -> None:
+    model = saexp.build("model", saexp.compose([]).model)
+    for row in result.tables["rows"].sample(40, random_state=0).to_dict("records"):
+        ids = model.tokenizer(row["text"])["input_ids"]
+        assert ids[row["token_index"]] == row["token_id"]
+        assert row["text"].endswith(model.tokenizer.decode([row["token_id"]]))
+
+
+def test_the_finding_holds_on_held_out_entities(result: TaskResult) -> None:
+    m = result.metrics
+    for group in ("known", "unknown"):
+        assert (m[f"contrast/best_auroc_{group}_test"] or 0) >= 0.95
+        assert (m[f"contrast/best_min_auroc_{group}_test"] or 0) >= 0.9
+    summary = result.tables["effects_summary"]
+    at = summary[summary["chosen"]]
+    steered = at[at["condition"] == "unknown_group"].iloc[0]
+    controls = at[(at["of"] == "unknown_group") & (at["role"] == "control")]
+    assert steered["refusal_change"] >= 0.7
+    assert steered["refusal_p_controls_holm"] <= 0.05
+    assert controls["refusal"].max() < steered["refusal"]
+
+
+def test_coefficient_zero_is_the_baseline_text_by_text(result: TaskResult) -> None:
+    effects = result.tables["effects"]
+    base = effects[effects["role"] == "baseline"].set_index("example_id")["generated_text"]
+    zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
+    assert len(zero) > 100
+    assert (zero["generated_text"] == base.loc[zero["example_id"]].to_numpy()).all()
+
+
+@pytest.mark.usefixtures("result")
+def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
+    cfg = saexp.compose(
+        ["tracker=none", f"cache_dir={folder}/cache", "intervention=clamp", "coefficient=[0,1.5]"]
+        + ["intervention.n_prompts=32", "analyzer.n_bootstrap=0", "intervention.n_controls=4"]
+    )
+    summary = saexp.run(cfg, folder / "clamp").tables["effects_summary"]
+    at = summary[(summary["coefficient"] == 1.5) & (summary["split"] == "test")]
+    moved = at[at["condition"] == "known_group"].iloc[0]
+    assert moved["refusal_change"] <= -0.5
+    assert at.loc[at["of"] == "known_group", "refusal_change"].drop(moved.name).min() > -0.1
+
+
+def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
+    folder: Path, result: TaskResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the model generated")
+
+    monkeypatch.setattr("saexp.interventions.generation._generate_batch", never)
+    cfg = saexp.compose(["tracker=none", f"cache_dir={folder}/cache", *OVERLAY])
+    again = saexp.run(cfg, folder / "second")
+    assert again.metrics["collection/tokens_forwarded"] == 0
+    pd.testing.assert_frame_equal(again.tables["effects"], result.tables["effects"])
+    pd.testing.assert_frame_equal(again.tables["latents"], result.tables["latents"])
+
+
+def test_the_report_stands_alone(result: TaskResult) -> None:
+    assert result.path is not None
+    page = (result.path / "report.html").read_text("utf-8")
+    body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", body)
+    assert "held-out entities" in body
+    assert "matched controls" in body
+    assert page.count("Plotly.newPlot(place") == 1
+    for name in result.figures:
+        assert f'id="fig-{name}"' in body
+
+
+@pytest.mark.usefixtures("result")
+def test_a_finished_run_is_reused_on_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it ran again")
+
+    cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY, "resume=true"])
+    monkeypatch.setattr("saexp.tasks.analyze.gather", never)
+    again = saexp.run(cfg, folder / "resumed")
+    saved = json.loads((folder / "resumed/metrics.json").read_text())
+    assert again.metrics == saved
+    assert (folder / "resumed/report.html").is_file()
+    assert len(again.tables["effects"]) > 1000
+
+
+def test_nothing_is_steered_where_nothing_is_significant(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = Path(__file__).parents[2] / "saexp/assets/tiny/entities.jsonl"
+    rows = [json.loads(x) for x in source.read_text("utf-8").splitlines()][:60]
+    for row in rows:
+        row["group"] = str(rng.choice(["a", "b"]))
+    path = tmp_path / "shuffled.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    cfg = saexp.compose(
+        ["tracker=none", f"cache_dir={folder}/cache", "dataset=jsonl", f"dataset.path={path}"]
+        + ["analyzer.n_bootstrap=20"]
+    )
+    result = saexp.run(cfg, tmp_path / "run")
+    assert result.metrics["contrast/n_significant"] == 0
+    assert any("nothing was steered" in note for note in result.notes)
+    assert "No latent for" in (tmp_path / "run/report.html").read_text("utf-8")
+
+
+def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:
+    from tests.random_models import random_hf, save
+
+    save(random_hf("llama"), tmp_path / "model")
+    cfg = saexp.compose(
+        ["model=hf", f"model.name={tmp_path / 'model'}", "layer=1", "sae=random", "width=128"]
+        + ["tracker=none", f"cache_dir={tmp_path}/cache", "analyzer.n_bootstrap=0"]
+        + ["dataset.max_length=60", "intervention.n_prompts=2", "intervention.max_new_tokens=2"]
+    )
+    result = saexp.run(cfg, tmp_path / "run")
+    rows = result.tables["rows"]
+    assert set(rows["group"]) == {"known", "unknown"}
+    assert set(rows["entity_type"]) == {"player", "movie", "city", "song"}
+
+
+def test_a_sweep_goes_on_past_a_failing_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "layer=0,9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
+    words += ["intervention.n_controls=1", "intervention.max_new_tokens=3"]
+    words += ["analyzer.n_bootstrap=0"]
+    monkeypatch.setattr(sys, "argv", ["saexp", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert "layer=9, but tiny has layers 0-4; try layer=4" in said
+    assert "Traceback" not in said
+    cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
+    assert len(cells) == 6
+    done = [c.name for c in cells if (c / "report.html").is_file()]
+    assert len(done) == 4
+    assert all("layer=9" not in name for name in done)
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['saexp', '--help']\n"
+        "from saexp.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'sae_lens', 'pandas', 'wandb'} & set(sys.modules)\n"
+        "    print('HEAVY', sorted(heavy))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in out.stdout
+    for word in ("layer ", "width ", "coefficient ", "gemmascope", "entity_last", "tiny_control"):
+        assert word in out.stdout
+    assert out.stdout.count("python -m saexp") >= 5

@@ -1,0 +1,178 @@
+"""Cells of one process that differ in their intervention alone: encoded and contrasted once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import saexp
+from saexp.analysis.contrast import ContrastAnalyzer
+from saexp.pipeline import objects
+from saexp.results import TaskResult
+from tests.unit.reports.left import command, table_of
+
+SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
+SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=300"]
+SMALL += ["dataset.n_examples=40"]
+
+
+class Calls:
+    """How often the real functions ran."""
+
+    encoded = contrasted = 0
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    objects.forget()
+    counted, encode, contrast = Calls(), objects.encode_store, ContrastAnalyzer.analyze
+
+    def encode_store(*arguments: Any) -> Any:
+        counted.encoded += 1
+        return encode(*arguments)
+
+    def analyze(*arguments: Any) -> TaskResult:
+        counted.contrasted += 1
+        return contrast(*arguments)
+
+    monkeypatch.setattr(objects, "encode_store", encode_store)
+    monkeypatch.setattr(ContrastAnalyzer, "analyze", analyze)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+
+
+def assert_same(one: TaskResult, other: TaskResult) -> None:
+    spent = {"collection/tokens_forwarded", "collection/seconds"}
+    assert {k: v for k, v in one.metrics.items() if k not in spent} == pytest.approx(
+        {k: v for k, v in other.metrics.items() if k not in spent}, nan_ok=True
+    )
+    assert one.tables.keys() == other.tables.keys()
+    for name, table in one.tables.items():
+        pd.testing.assert_frame_equal(table, other.tables[name])
+    assert one.notes == other.notes
+
+
+def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_path: Path) -> None:
+    said = command(tmp_path, "-m", "coefficient=0,0.3,0.6", *SMALL, "hydra.sweep.dir=sweep")
+    assert said.code == 0, said.err[-2000:]
+    # The run's own positions and those of neutral text.
+    assert (calls.encoded, calls.contrasted) == (2, 1)
+    table = table_of(said.sweep)
+    assert len(table) == 3
+    names = [c for c in table if c.startswith(("contrast/", "sparsity/", "reconstruction/"))]
+    assert all(table[name].nunique(dropna=False) == 1 for name in names)
+    objects.forget()
+    alone = run(tmp_path / "outputs/cache", tmp_path / "alone", "coefficient=0.6")
+    row = table[table["coefficient"] == 0.6].iloc[0]
+    for name, value in alone.metrics.items():
+        if not name.startswith("collection/"):
+            assert pd.isna(row[name]) if value is None else row[name] == value, name
+
+
+def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Path) -> None:
+    words = ["coefficient=0.3"]
+    first = run(cache, tmp_path / "1", *words)
+    kept = run(cache, tmp_path / "2", *words)
+    assert (calls.encoded, calls.contrasted) == (2, 1)
+    objects.forget()
+    fresh = run(cache, tmp_path / "3", *words)
+    assert (calls.encoded, calls.contrasted) == (4, 2)
+    assert_same(first, kept)
+    assert_same(kept, fresh)
+
+
+@pytest.mark.parametrize(
+    ("word", "encoded", "contrasted"),
+    [
+        ("intervention=clamp", 0, 0),
+        ("analyzer.alpha=0.01", 0, 1),
+        ("analyzer.n_bootstrap=20", 0, 1),
+        ("layer=2", 2, 1),
+        ("width=512", 2, 1),
+        ("dataset.entity_types=[city]", 1, 1),
+        ("seed=1", 2, 1),
+    ],
+)
+def test_only_what_does_not_matter_is_left_out(
+    calls: Calls, cache: Path, tmp_path: Path, word: str, encoded: int, contrasted: int
+) -> None:
+    run(cache, tmp_path / "1", "layer=1", "intervention=none")
+    before = calls.encoded, calls.contrasted
+    words = [w for w in ("layer=1", "intervention=none") if w.split("=")[0] != word.split("=")[0]]
+    run(cache, tmp_path / "2", *words, word)
+    assert (calls.encoded - before[0], calls.contrasted - before[1]) == (encoded, contrasted)
+
+
+def test_the_kept_is_bounded_and_the_least_used_goes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(objects, "KEPT_BYTES", 100)
+    shelf = objects.Shelf()
+    shelf.put("a", 1, 40)
+    shelf.put("b", 2, 40)
+    assert shelf.get("a") == 1
+    shelf.put("c", 3, 50)
+    assert [shelf.get(k) for k in "abc"] == [1, None, 3]
+    shelf.put("large", 4, 101)
+    shelf.put(None, 5, 1)
+    assert (shelf.get("large"), shelf.get(None), shelf.n_bytes) == (None, None, 90)
+    shelf.put("a", 6, 1)
+    assert (shelf.get("a"), shelf.n_bytes) == (6, 51)
+
+
+@pytest.mark.usefixtures("calls")
+def test_a_result_that_is_changed_does_not_change_what_is_kept(cache: Path, tmp_path: Path) -> None:
+    words = ["intervention=none"]
+    first = run(cache, tmp_path / "1", *words)
+    expected = first.tables["latents"].copy()
+    first.tables["latents"]["auroc"] = np.nan
+    first.metrics.clear()
+    again = run(cache, tmp_path / "2", *words)
+    pd.testing.assert_frame_equal(again.tables["latents"], expected)
+    assert again.metrics
+
+
+def test_rows_of_lists_have_a_key_of_their_own() -> None:
+    rows = [pd.DataFrame({"a": [[1], [n]]}) for n in (2, 2, 3)]
+    keys = [objects._rows_key(r) for r in rows]
+    assert keys[0] == keys[1] != keys[2]
+    assert objects._rows_key(pd.DataFrame({"a": [1]})) != objects._rows_key(
+        pd.DataFrame({"b": [1]})
+    )
+
+
+def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
+    from saexp.analysis.base import AnalysisInputs
+    from saexp.latents.encode import Latents
+    from saexp.models.loading import LanguageModel
+
+    def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:
+        cfg = saexp.compose(words)
+        model = LanguageModel(cfg.model)
+        model.prepend_bos = bos
+        found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
+        inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
+        analyzer = saexp.build("analyzer", cfg.analyzer)
+        return objects._result_key(analyzer, cfg.analyzer, inputs)
+
+    keys = [key(), key("dtype=bfloat16"), key("model.chat=true"), key(bos=False), key(latents="b")]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert key("tracker=none", "store.batch_tokens=9") == keys[0]
+    typed = type("Typed", (ContrastAnalyzer,), {"__module__": "typed_into_a_notebook"})
+    found = AnalysisInputs(
+        latents=Latents(sparse.csr_array((0, 4)), pd.DataFrame(), "a"), groups=(), layer=1
+    )
+    cfg = saexp.compose([]).analyzer
+    assert objects._result_key(typed(cfg), cfg, found) is None

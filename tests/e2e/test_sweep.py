@@ -1,0 +1,280 @@
+"""Sweeps from the command line: one pass over the texts, one table and page at the end."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hydra import initialize_config_dir
+
+import saexp
+from saexp.cli import cell_folder
+from saexp.config import register_schema
+from saexp.config.run import conf_folder
+from saexp.sweeps.planning import _passes, texts_key
+from tests.unit.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
+from tests.unit.reports.left import assert_links_lead_to_reports as assert_links
+
+SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
+SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
+SMALL += ["dataset.n_examples=40", "hydra.sweep.dir=sweep"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    words = ["-m", "layer=0,1,2,3", "width=256,512", "coefficient=0,0.3,0.6", *SMALL]
+    said = command(tmp_path_factory.mktemp("grid"), *words)
+    assert said.code == 0, said.err[-2000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Tokens that one cell by itself forwards."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = [w for w in SMALL if not w.startswith("hydra")]
+    cfg = saexp.compose([*words, "intervention=none", f"cache_dir={folder}/cache"])
+    return saexp.run(cfg, folder / "run").metrics["collection/tokens_forwarded"] or 0
+
+
+def test_a_sweep_forwards_no_more_than_one_of_its_cells_alone(swept: Said, alone: int) -> None:
+    assert table_of(swept.sweep)["collection/tokens_forwarded"].sum() == alone > 0
+
+
+def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
+    table = table_of(swept.sweep)
+    assert len(table) == 24
+    assert set(table["status"]) == {"finished"}
+    grid = set(zip(table["layer"], table["width"], table["coefficient"], strict=True))
+    assert grid == {(a, b, c) for a in range(4) for b in (256, 512) for c in (0, 0.3, 0.6)}
+    for row in table.to_dict("records"):
+        about = json.loads((swept.sweep / row["folder"] / "provenance.json").read_text())
+        assert all(row[k] == about["config"][k] for k in ("layer", "width", "coefficient"))
+        for name, value in metrics_of(swept.sweep / row["folder"]).items():
+            assert pd.isna(row[name]) if value is None else row[name] == value, name
+
+
+def test_the_page_leads_to_every_cells_report_and_is_named_last(swept: Said) -> None:
+    assert_links(swept.sweep, 24)
+    *_, counted, where = swept.out.splitlines()
+    assert counted == "sweep: 24 cells: 24 finished"
+    assert where == "report: sweep/sweep.html"
+
+
+def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
+    plan = json.loads((swept.sweep / "plan.json").read_text())
+    assert len(plan["cells"]) == 24
+    (together,) = plan["passes"].values()
+    assert all([layer, None] in together for layer in range(4))
+
+
+GRID = ["layer=1,2", "width=512", "coefficient=0.6", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def by_joblib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("joblib")
+    words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *GRID]
+    run = [sys.executable, "-m", "saexp", *words]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_joblib_finds_what_the_basic_launcher_finds(swept: Said, by_joblib: Path) -> None:
+    cells = table_of(by_joblib / "sweep").set_index(["layer", "width"])
+    same = table_of(swept.sweep)
+    same = same[same["coefficient"] == 0.6].set_index(["layer", "width"]).loc[cells.index]
+    names = [c for c in cells if c.startswith(("contrast/", "effect/", "sparsity/"))]
+    assert len(cells) == 2
+    assert len(names) > 60
+    pd.testing.assert_frame_equal(cells[names], same[names], check_dtype=False)
+
+
+def test_joblibs_workers_forward_every_text_once_in_total(by_joblib: Path, alone: int) -> None:
+    assert table_of(by_joblib / "sweep")["collection/tokens_forwarded"].sum() == alone > 0
+
+
+def test_the_same_sweep_again_computes_nothing_and_is_whole(
+    by_joblib: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it ran again")
+
+    monkeypatch.setattr("saexp.tasks.analyze.gather", never)
+    again = command(by_joblib, "-m", *GRID, "hydra.sweep.dir=again")
+    assert again.code == 0, again.err[-2000:]
+    assert again.err.count("reusing the finished run") == 2
+    first, second = by_joblib / "sweep", by_joblib / "again"
+    spent = ["collection/tokens_forwarded", "collection/seconds"]
+    for cell in sorted(p.name for p in first.glob("[0-9]*_*")):
+        assert metrics_of(second / cell) == {**metrics_of(first / cell), **dict.fromkeys(spent, 0)}
+    assert_links(second, 2)
+    table = table_of(second)
+    assert table.drop(columns=spent).equals(table_of(first)[table.columns].drop(columns=spent))
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    """Two cells, the first one fails; each with a W&B run, offline."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        folder = tmp_path_factory.mktemp("failing")
+        return command(folder, "-m", "layer=9,2", *SMALL, "tracker=wandb")
+
+
+def test_a_failing_cell_fails_the_sweep_after_the_others(failing: Said) -> None:
+    assert failing.code == 1
+    table = table_of(failing.sweep).set_index("layer")
+    assert table["status"].to_dict() == {9: "failed", 2: "finished"}
+    why = "layer=9, but tiny has layers 0-4; try layer=4"
+    assert table.loc[9, "error"] == why
+    assert why in page_of(failing.sweep)
+    assert_links(failing.sweep, 1)
+    error = failing.sweep / table.loc[9, "folder"] / "error.txt"
+    assert error.read_text("utf-8") == f"ModelError: {why}\n"
+    assert "sweep: 2 cells: 1 failed, 1 finished" in failing.out.splitlines()
+    assert failing.err.splitlines()[-1] == f"saexp: {why}"
+    assert "Traceback" not in failing.err
+
+
+def test_the_page_names_what_was_swept_and_nothing_else(failing: Said) -> None:
+    assert "<h1>Sweep over layer</h1>" in page_of(failing.sweep)
+
+
+def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: Said) -> None:
+    runs = wandb_runs(failing.sweep)
+    assert [(r["job_type"], r["exit_code"]) for r in runs] == [
+        ("analyze", 1),
+        ("analyze", 0),
+        ("sweep", 0),
+    ]
+    assert {r["group"] for r in runs} == {"sweep"}
+    holding = [any(k.startswith("tables/sweep/") for k in r["keys"]) for r in runs]
+    assert holding == [False, False, True]
+    assert "contrast/best_auroc_known_test" in runs[1]["keys"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Said:
+    """Three cells, the second one long: Ctrl-C while it generates."""
+    folder = tmp_path_factory.mktemp("stopped")
+    words = ["-m", *SMALL, "intervention.n_prompts=4,300,5", "intervention.max_new_tokens=30"]
+    # A shell's background job may have been started with SIGINT ignored.
+    start = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "runpy.run_module('saexp', run_name='__main__')"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", start, *words], cwd=folder, **pipes) as process:
+        end = time.monotonic() + 100
+        # Written before the cell's long part.
+        while not list(folder.glob("sweep/1_*/metrics.json")) and process.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    return Said(process.returncode, out, err, folder / "sweep")
+
+
+def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(stopped: Said) -> None:
+    assert stopped.code == 1
+    said = "saexp: stopped; what was collected is kept, and the same command goes on from there"
+    assert stopped.err.splitlines()[-1] == said
+    assert "Traceback" not in stopped.err
+    table = table_of(stopped.sweep)
+    assert table["intervention.n_prompts"].tolist() == [4, 300, 5]
+    assert (table["status"][0], table["status"][2]) == ("finished", "not run")
+    assert_links(stopped.sweep, 1)
+
+
+def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
+    assert table_of(stopped.sweep)["status"].tolist() == ["finished", "stopped", "not run"]
+    assert "sweep: 3 cells: 1 finished, 1 stopped, 1 not run" in stopped.out.splitlines()
+    for state in ("finished", "stopped", "not run"):
+        assert f"<b>1</b><span>cells {state}</span>" in page_of(stopped.sweep)
+
+
+def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
+    words = ["task=collect", "layer=[0,3]", "tracker=none"]
+    said = command(tmp_path, "-m", *words, "shard=0,1,2", "n_shards=3", "hydra.sweep.dir=sweep")
+    assert said.code == 0, said.err[-2000:]
+    (parts,) = (saexp.open_store(p) for p in (tmp_path / "outputs/cache/activations").iterdir())
+    cfg = saexp.compose([*words, f"cache_dir={tmp_path}/alone"])
+    result = saexp.run(cfg, tmp_path / "run")
+    (alone,) = (saexp.open_store(p) for p in (tmp_path / "alone/activations").iterdir())
+    assert (parts.path.name, len(parts.shard_bounds)) == (alone.path.name, 3)
+    assert parts.rows.equals(alone.rows)
+    for layer in (0, 3):
+        torch.testing.assert_close(parts.acts(layer), alone.acts(layer), atol=1e-5, rtol=0)
+    forwarded = table_of(said.sweep)["collection/tokens_forwarded"]
+    assert (forwarded > 0).all()
+    assert forwarded.sum() == result.metrics["collection/tokens_forwarded"]
+
+
+def test_a_shard_beyond_the_last_is_one_line(tmp_path: Path) -> None:
+    said = command(tmp_path, "task=collect", "shard=3", "n_shards=3", "tracker=none")
+    assert said.code == 1
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "saexp: shard=3 is not below n_shards=3; type shard=<0 to 2> or a larger n_shards="
+    ]
+
+
+def planned(*cells: Sequence[str]) -> dict[str, list[list[Any]]]:
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        return _passes([list(cell) for cell in cells])
+
+
+def test_cells_that_differ_in_what_is_read_off_share_a_pass() -> None:
+    cells = [[f"layer={n}", f"width={w}", "coefficient=1"] for n in (0, 2) for w in (256, 512)]
+    cells += [["layer=4", "intervention=clamp"], ["layer=4", "analyzer.alpha=0.1"]]
+    found = planned(*cells)
+    assert list(found) == [texts_key(saexp.compose([]))]
+    assert all([layer, None] in found[texts_key(saexp.compose([]))] for layer in (0, 2, 4))
+
+
+@pytest.mark.parametrize(
+    "word", ["dataset=ioi", "positions=last", "model=tiny_control", "dataset.max_length=40"]
+)
+def test_cells_with_other_texts_or_positions_have_a_pass_of_their_own(word: str) -> None:
+    found = planned(["layer=0"], ["layer=4", word])
+    keys = [texts_key(saexp.compose(words)) for words in ([], [word])]
+    assert list(found) == keys
+    assert [[0, None] in found[k] for k in keys] == [True, False]
+    assert [[4, None] in found[k] for k in keys] == [False, True]
+
+
+def test_every_stream_and_layer_of_collecting_cells_is_planned() -> None:
+    words = ["task=collect", "task.streams=[resid_post,mlp_out]"]
+    (found,) = planned([*words, "layer=[0,1]"], ["layer=3"], [*words, "layer=1"]).values()
+    wanted = [[n, s] for n in (0, 1) for s in ("resid_post", "mlp_out")]
+    assert all(h in found for h in [*wanted, [3, None]])
+    assert [3, "mlp_out"] not in found
+
+
+def test_cells_that_cannot_be_composed_are_left_out_of_the_plan() -> None:
+    (found,) = planned(["layer=first"], ["model=nosuch"], ["nokey=1"], ["layer=3"]).values()
+    assert [3, None] in found
+
+
+def test_a_release_known_by_its_id_is_planned_at_the_layer_of_its_catalogue_entry() -> None:
+    words = ["sae=gpt2_jb", "sae.id=blocks.5.hook_resid_pre", "layer=null"]
+    (found,) = planned(["model=gpt2", *words]).values()
+    assert [5, None] in found
+
+
+def test_a_sweep_whose_tracker_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    said = command(tmp_path, "-m", "layer=0,1", *SMALL, "tracker=wandb", "tracker.mode=sometimes")
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith("saexp: tracker.mode=sometimes: choose online")
+
+
+def test_a_cells_folder_can_be_made_whatever_was_typed(tmp_path: Path) -> None:
+    (tmp_path / cell_folder(3, ["layer=1", f"dataset.path={'データ' * 40}"])).mkdir()

@@ -1,0 +1,136 @@
+"""Sweeps whose cells need more than their layer says, fail early, or differ in other keys."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import initialize_config_dir
+
+from saexp.config import register_schema
+from saexp.config.run import conf_folder
+from saexp.models.loading import ASSETS
+from saexp.reports.sweep import findings
+from saexp.sweeps.planning import _passes
+from tests.unit.reports.left import command, table_of, wandb_runs
+
+SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
+SMALL += ["analyzer.n_background=200", "dataset.n_examples=20", "hydra.sweep.dir=sweep"]
+SAES = [str(ASSETS / f"tiny/sae/layer_{n}/width_256") for n in (1, 3)]
+
+
+def planned(*cells: Sequence[str]) -> list[list[Any]]:
+    register_schema()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        (found,) = _passes([list(cell) for cell in cells]).values()
+    return found
+
+
+def test_saes_of_ones_own_are_planned_where_their_files_say_that_they_read() -> None:
+    cells = [["sae=local", f"sae.path='{path}'", "layer=null"] for path in SAES]
+    assert planned(*cells) == [[1, "resid_post"], [3, "resid_post"]]
+    # A cell with a list of layers is planned by those; its SAE is read by the cell.
+    listed = ["sae=local", f"sae.path='{SAES[0]}'", "layer=[0,4]"]
+    assert [0, None] in planned(*cells, listed)
+    # Beyond reach from here, the layer that the cell names is what is known.
+    far = ["sae=local", "sae.path=nowhere", "layer=2"]
+    assert sorted(planned(*cells, far), key=str) == [
+        [1, "resid_post"],
+        [2, None],
+        [3, "resid_post"],
+    ]
+
+
+def test_a_sweep_over_saes_of_ones_own_is_one_pass(tmp_path: Path) -> None:
+    paths = ",".join(f"'{path}'" for path in SAES)
+    said = command(tmp_path, "-m", "sae=local", f"sae.path={paths}", "layer=null", *SMALL)
+    assert said.code == 0, said.err[-2000:]
+    forwarded = table_of(said.sweep)["collection/tokens_forwarded"].tolist()
+    assert forwarded[0] > 0
+    assert forwarded[1:] == [0]
+
+
+def test_layers_whose_latents_an_intervention_changes_are_planned() -> None:
+    words = ["layer=2", "intervention.latents=selected_per_layer"]
+    cells = [[*words, f"intervention.layers=[{a},{b}]"] for a, b in ((1, 2), (2, 3))]
+    assert [h for h in planned(*cells) if h[1] is None] == [[n, None] for n in (1, 2, 3)]
+    every = [*words, "intervention.layers=all"]
+    assert [h[0] for h in planned(every)] == list(range(5))
+    named = ["layer=2", "intervention=clamp", "intervention.values=[1,1]"]
+    assert [h[0] for h in planned([*named, "intervention.latents={0:[3],4:[5]}"])] == [0, 2, 4]
+
+
+def test_a_cell_that_cannot_begin_is_a_failed_run_in_wandb_too(tmp_path: Path) -> None:
+    words = [w for w in SMALL if not w.startswith("tracker")]
+    tracker = ["tracker=wandb", "tracker.mode=offline"]
+    said = command(tmp_path, "-m", "layer=foo,1", *words, *tracker)
+    assert said.code == 1
+    assert table_of(said.sweep)["status"].tolist() == ["failed", "finished"]
+    runs = wandb_runs(tmp_path)
+    assert sorted((r["job_type"], r["exit_code"]) for r in runs) == [
+        ("analyze", 0),
+        ("analyze", 1),
+        ("sweep", 0),
+    ]
+    assert {r["group"] for r in runs} == {"sweep"}
+
+
+def test_one_cells_impossible_stream_fails_no_other(tmp_path: Path) -> None:
+    streams = "task.streams=[resid_post],[foo],[resid_mid]"
+    said = command(tmp_path, "-m", "task=collect", "layer=1", streams, *SMALL)
+    table = table_of(said.sweep)
+    assert table["status"].tolist() == ["finished", "failed", "finished"]
+    assert "no stream 'foo'" in table["error"][1]
+    assert table["collection/tokens_forwarded"].dropna().tolist()[1:] == [0]
+
+
+def test_no_stream_at_all_is_one_line(tmp_path: Path) -> None:
+    said = command(tmp_path, "task=collect", "layer=1", "task.streams=[]")
+    assert said.code == 1
+    assert said.err.splitlines()[-1] == (
+        "saexp: task.streams=[] names no stream; type task.streams=[resid_post]"
+    )
+
+
+def test_the_best_cell_is_named_by_all_that_was_swept() -> None:
+    about = {"status": "finished", "layer": 2, "width": 256, "contrast/best_latent_known": 3}
+    rows = [
+        {
+            **about,
+            "model": model,
+            "contrast/best_auroc_known": auroc,
+            "contrast/best_auroc_known_test": auroc,
+        }
+        for model, auroc in (("tiny", 0.9), ("tiny_control", 0.7))
+    ]
+    (told,) = findings(pd.DataFrame(rows))
+    assert told == (
+        "known: best at layer 2, width 256, model tiny (chosen on the train split): latent 3, "
+        "held-out AUROC 0.900."
+    )
+    (told,) = findings(pd.DataFrame(rows[:1]))
+    assert told.startswith("known: best at layer 2, width 256 (chosen")
+
+
+def test_a_control_sae_never_is_the_best_cell() -> None:
+    """Though it has the higher AUROC, which is at chance: it stands beside the trained one."""
+    about = {"status": "finished", "layer": 2, "width": 256, "contrast/best_latent_known": 3}
+    key = "contrast/best_auroc_known"
+    cells = [("tiny", None, 0.55, 0.60), ("random", "random", 0.7, 0.58)]
+    rows = [
+        {**about, "sae": sae, "control": control, key: train, f"{key}_test": test}
+        | {f"{key}_ci_low_test": 0.51, f"{key}_ci_high_test": 0.65}
+        | {"contrast/best_p_value_known_test": 0.04 if control is None else 0.06}
+        for sae, control, train, test in cells
+    ]
+    (told,) = findings(pd.DataFrame(rows))
+    assert told == (
+        "known: best at layer 2, width 256, sae tiny (chosen on the train split): latent 3, "
+        "held-out AUROC 0.600 [0.510, 0.650]; the best of the control SAEs (random), layer 2, "
+        "width 256, sae random: latent 3, held-out AUROC 0.580 [0.510, 0.650] (not above chance "
+        "on held-out entities)."
+    )
+    (alone,) = findings(pd.DataFrame(rows[1:]))
+    assert alone.startswith("known: no cell with a trained SAE selects a latent; the best of the")
+    (unset,) = findings(pd.DataFrame([{**rows[0], "layer": [1, 2], "width": None}]))
+    assert unset.startswith("known: best at layer [1, 2] (chosen on the train split)")

@@ -1,0 +1,136 @@
+"""Runs with a transcoder: it reads one stream, and its metrics compare with the other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import saexp
+from saexp.activations.store import ActivationStore
+from saexp.models.hookpoints import Hookpoint
+from saexp.results import TaskResult
+from tests.unit.saes.make import write_saelens
+
+LAYER, WIDTH, D = 1, 256, 128
+HOOKS = {
+    "hook_name": f"blocks.{LAYER}.mlp.hook_in",
+    "hook_name_out": f"blocks.{LAYER}.hook_mlp_out",
+    "model_name": "saexp/tiny",
+}
+WORDS = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
+WORDS += ["analyzer.n_background=500", "sae=local", f"layer={LAYER}"]
+
+
+def stores(folder: Path) -> dict[str, ActivationStore]:
+    """By the name of their data set."""
+    found = [saexp.open_store(p.parent) for p in folder.glob("activations/*/manifest.json")]
+    return {
+        "neutral" if s.manifest["about"]["dataset"] == "background" else "own": s for s in found
+    }
+
+
+def streams(store: ActivationStore) -> tuple[Tensor, Tensor]:
+    return store.acts(LAYER, "mlp_in").float(), store.acts(LAYER, "mlp_out").float()
+
+
+def skip_transcoder(folder: Path, x: Tensor, y: Tensor, wrong: int = 0) -> Path:
+    """Random latents; the skip connection is the least-squares map from x to y less theirs."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "W_enc": torch.randn(D, WIDTH, generator=generator) / D**0.5,
+        "b_enc": torch.full((WIDTH,), -0.5),
+        "W_dec": torch.randn(WIDTH, D, generator=generator) / WIDTH,
+    }
+    acts = (x @ weights["W_enc"] + weights["b_enc"]).relu()
+    ones = torch.ones(len(x), 1)
+    left = y - acts @ weights["W_dec"]
+    solved = torch.linalg.lstsq(torch.cat([x, ones], 1).double(), left.double()).solution.float()
+    weights |= {"W_skip": solved[:-1].T.contiguous(), "b_dec": solved[-1]}
+    hooks = {k: v.replace(f".{LAYER}.", f".{LAYER + wrong}.") for k, v in HOOKS.items()}
+    return write_saelens(folder, {"architecture": "skip_transcoder", "metadata": hooks}, weights)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both streams of all blocks at the run's positions and at those of its neutral text."""
+    folder = tmp_path_factory.mktemp("cache")
+    place = write_saelens(
+        folder / "tiny",
+        {"architecture": "transcoder", "metadata": HOOKS},
+        {
+            "W_enc": torch.full((D, WIDTH), 1e-9),
+            "b_enc": torch.full((WIDTH,), 1.0),
+            "W_dec": torch.full((WIDTH, D), 1e-9),
+            "b_dec": torch.zeros(D),
+        },
+    )
+    run(folder, folder / "run", place)
+    return folder
+
+
+def run(cache: Path, folder: Path, place: Path, *words: str) -> TaskResult:
+    cfg = saexp.compose([*WORDS, f"sae.path={place}", f"cache_dir={cache}", *words])
+    return saexp.run(cfg, folder)
+
+
+def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, tmp_path: Path) -> None:
+    found = stores(cache)
+    place = skip_transcoder(tmp_path / "sae", *streams(found["neutral"]))
+    result = run(cache, tmp_path / "run", place)
+    assert result.metrics["collection/tokens_forwarded"] == 0
+    made, (x, y) = saexp.load_sae(place), streams(found["own"])
+    acts = made.encode(x)
+    error = (made.decode(acts, x) - y).double().square().sum(-1)
+    spread = (y.double() - y.double().mean(0)).square().sum(-1)
+    metrics = result.metrics
+    assert metrics["reconstruction/explained_variance"] == pytest.approx(
+        1 - float(error.sum() / spread.sum()), abs=1e-6
+    )
+    assert metrics["reconstruction/mse"] == pytest.approx(float(error.mean()), rel=1e-5)
+    assert metrics["sparsity/l0"] == pytest.approx(float((acts != 0).sum(-1).double().mean()))
+    assert (tmp_path / "run/report.html").is_file()
+    about = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))
+    assert about["sae"]["hookpoint"] == f"layer_{LAYER}.mlp_in"
+    assert about["sae"]["hookpoint_out"] == f"layer_{LAYER}.mlp_out"
+
+
+def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -> None:
+    """Fitted to neutral text it fits there; one block off, the right block is named."""
+    x, y = streams(stores(cache)["neutral"])
+    assert not torch.allclose(x, y)
+    fits = run(cache, tmp_path / "fits", skip_transcoder(tmp_path / "a", x, y))
+    assert fits.metrics["check/explained_variance"] > 0.4
+    # At the positions analysed it explains little, which is told; its reading is not in doubt.
+    assert not any("on neutral text, " in n or "looks trained" in n for n in fits.notes)
+    place = skip_transcoder(tmp_path / "b", x, y, wrong=1)
+    wrong = run(cache, tmp_path / "wrong", place, f"layer={LAYER + 1}")
+    (told,) = [n for n in wrong.notes if "of the variance" in n]
+    assert f"at layer_{LAYER + 1}.mlp_out on neutral text" in told
+    assert f"at layer_{LAYER}.mlp_in: it looks trained on that layer" in told
+
+
+def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) -> None:
+    place = skip_transcoder(tmp_path / "sae", *streams(stores(cache)["neutral"]))
+    contrast = run(cache, tmp_path / "contrast", place).metrics
+    stats = run(cache, tmp_path / "stats", place, "analyzer=stats").metrics
+    name = "reconstruction/explained_variance"
+    assert stats[name] == contrast[name]
+
+
+def test_cells_ahead_want_both_streams() -> None:
+    from saexp.pipeline.collect import _planned
+
+    class Four:
+        n_layers = 4
+
+    model: Any = Four()
+    both = [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
+    near = [Hookpoint(2, "mlp_in"), Hookpoint(2, "mlp_out")]
+    planned = _planned(model, [*both, *near], [(3, None), (0, "resid_post"), (9, None)])
+    assert planned == [
+        *(Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out")),
+        Hookpoint(0, "resid_post"),
+    ]

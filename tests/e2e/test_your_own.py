@@ -1,0 +1,79 @@
+"""Adding a component of one's own, as the README tells it: a package, a YAML file, a command."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saexp.cli import main
+from tests.readme_commands import ROOT, blocks
+
+(PACKAGE,) = (
+    content
+    for kind, content in blocks((ROOT / "README.md").read_text("utf-8"))
+    if kind == "python" and "@saexp.register" in content
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_saexp.py").write_text(PACKAGE, encoding="utf-8")
+    conf = tmp_path / "my_conf"
+    for group, name in (("analyzer", "loudest"), ("dataset", "colours")):
+        (conf / group).mkdir(parents=True)
+        (conf / group / f"{name}.yaml").write_text(f"name: {name}\n", encoding="utf-8")
+    (conf / "intervention").mkdir()
+    (conf / "intervention" / "backwards.yaml").write_text(
+        "name: backwards\noutcomes: [shouting]\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, place: Path, name: str, *words: str) -> Path:
+    folder = place / name
+    always = ["--config-dir", "my_conf", "plugins=[my_saexp]", "tracker=none", "cache_dir=cache"]
+    monkeypatch.setattr(sys, "argv", ["saexp", *always, f"hydra.run.dir={folder}", *words])
+    main()
+    return folder
+
+
+def test_a_package_of_one_s_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = typed(monkeypatch, place, "1", "analyzer=loudest", "dataset=colours")
+    metrics = json.loads((found / "metrics.json").read_text())
+    table = pd.read_parquet(found / "loudest.parquet")
+    assert metrics["loudest/latent"] == table["latent"].iloc[0]
+    assert "loudest" in (found / "report.html").read_text("utf-8")
+    best = int(table["latent"].iloc[0])
+    words = ["analyzer=loudest", "dataset=colours", "intervention=backwards"]
+    words += [f"intervention.latents=[{best}]", "coefficient=[0,1]", "intervention.n_controls=1"]
+    found = typed(monkeypatch, place, "2", *words)
+    effects = pd.read_parquet(found / "effects.parquet")
+    assert {"shouting", "generated_text"} <= set(effects.columns)
+    assert set(effects["coefficient"]) == {0.0, 1.0}
+    assert "report: 2/report.html" in capsys.readouterr().out
+
+
+def test_a_model_and_an_sae_of_one_s_own_need_no_code(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tests.random_models import D_MODEL, random_hf, save
+    from tests.unit.saes.make import write_saelens
+
+    save(random_hf("qwen2"), place / "model")
+    tensors = {"W_enc": torch.randn(D_MODEL, 40), "W_dec": torch.randn(40, D_MODEL)}
+    tensors |= {"b_enc": torch.zeros(40), "b_dec": torch.zeros(D_MODEL)}
+    about = {"architecture": "standard", "d_in": D_MODEL, "d_sae": 40, "dtype": "float32"}
+    about["metadata"] = {"hook_name": "blocks.1.hook_resid_post"}
+    write_saelens(place / "sae", about, tensors)
+    words = ["model=hf", "model.name=model", "sae=local", "sae.path=sae", "layer=1"]
+    words += ["dataset=colours", "analyzer=loudest", "sae.check=off"]
+    words += ["dataset.max_length=60"]
+    assert (typed(monkeypatch, place, "3", *words) / "report.html").is_file()

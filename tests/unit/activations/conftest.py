@@ -1,0 +1,21 @@
+"""A saved model, and what an undisturbed collection of it leaves."""
+
+import pytest
+
+from tests.random_models import random_hf, save
+from tests.unit.activations.child import load
+from tests.unit.activations.collecting import digests, run_in_shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    save(random_hf("llama"), place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """(digests, tokens) of a collection that nothing happened to."""
+    store, stats = run_in_shards(load(folder), tmp_path_factory.mktemp("whole"))
+    return digests(store.path), stats.tokens_forwarded

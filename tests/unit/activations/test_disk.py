@@ -1,0 +1,244 @@
+"""Disks that are full, damaged or cannot be written: one clear line, and no wrong value."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import saexp
+from saexp.activations import collector
+from saexp.activations.store import ActivationStore
+from saexp.errors import StoreError
+from saexp.files import show_bytes
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+from tests.disks import obeying_permissions, read_only
+from tests.random_models import random_hf, random_lm, save
+from tests.unit.activations.collecting import (
+    POSTS,
+    digests,
+    digests_in,
+    n_shard_files,
+    n_sound,
+    placed,
+    run,
+)
+
+SHARD_ROWS = 9
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_lm("llama")
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory):
+    """Digests of a collection that nothing happened to."""
+    return digests(run(model, tmp_path_factory.mktemp("whole"), shard_rows=SHARD_ROWS)[0].path)
+
+
+def message_of(make) -> str:
+    with pytest.raises(StoreError) as error:
+        make()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def flip(file):
+    with file.open("r+b") as opened:
+        opened.seek(-5, 2)
+        (byte,) = opened.read(1)
+        opened.seek(-5, 2)
+        opened.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", ["shard", "joined"])
+def test_a_flipped_byte_is_noticed_named_and_computed_again(
+    model, tmp_path, monkeypatch, caplog, kind, large
+):
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    acts, before = store.acts(1).clone(), digests_in(tmp_path)
+    (joined,) = (store.path / "layer_1.resid_post").glob("joined-*.bin")
+    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    damaged = shard if kind == "shard" else joined
+    flip(damaged)
+    if large:
+        monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", 10)
+        assert run(model, tmp_path)[1].tokens_forwarded == 0, "only verify looks at large files"
+    with caplog.at_level(logging.WARNING):
+        again, new = run(model, tmp_path, verify=large)
+        assert torch.equal(again.acts(1), acts)
+    assert f"{damaged} is damaged (checksum) and counts as not collected" in caplog.messages
+    assert (0 < new.tokens_forwarded < stats.tokens_forwarded) == (kind == "shard")
+    assert digests_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_of_two_equal_shards_the_damaged_one_is_noticed(model, tmp_path, damage):
+    text = "The same text is in two shards."
+    store, _ = run(model, tmp_path, placement=placed([text] * 2, "last"), shard_rows=1)
+    damage(store.path / "layer_1.resid_post" / "00001.safetensors")
+    assert ActivationStore.open(store.path).missing(POSTS) == {1: [POSTS[1]]}
+
+
+@pytest.fixture()
+def disk(tmp_path):
+    """(an empty folder, a function that makes it a file system of so many kB)."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def sized(kilobytes, first=False):
+        options = f"{'' if first else 'remount,'}size={kilobytes}k"
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
+            capture_output=True,
+            text=True,
+        )
+
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command")
+    if (done := sized(64, first=True)).returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield place, sized
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_too_small_a_disk_is_said_before_anything_is_forwarded(disk, tmp_path):
+    place, sized = disk
+    sized(40)
+    model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
+    message = message_of(lambda: run(model, place, shard_rows=SHARD_ROWS))
+    (store,) = (place / "activations").iterdir()
+    needs = show_bytes(len(placed().rows) * len(POSTS) * model.d_model * 4)
+    assert message == (
+        f"disk full: the activations need {needs}, and "
+        f"{show_bytes(shutil.disk_usage(place).free)} are free at {store}; what was finished is "
+        "kept: make room and run the command again, or choose another cache_dir="
+    )
+    assert not model.loaded
+
+
+# From a disk too small for the rows table to one that takes most shards.
+@pytest.mark.parametrize("kilobytes", [4, 12, 20, 28, 52, 68, 100, 148, 180])
+def test_a_disk_that_fills_midway_keeps_what_was_finished(
+    model, expected, disk, monkeypatch, kilobytes
+):
+    place, sized = disk
+    sized(kilobytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(collector, "free_bytes", lambda _: 10**18)
+        message = message_of(lambda: run(model, place, shard_rows=SHARD_ROWS))
+    assert message.startswith(f"disk full: {place}/activations/")
+    assert message.endswith("run the command again, or choose another cache_dir=")
+    n_listed = n_sound(place, expected)
+    assert n_listed < n_shard_files(expected)
+    assert n_listed > 0 or kilobytes < 60
+    assert not list(place.rglob(".tmp-*"))
+    sized(1024)
+    store, _ = run(model, place, shard_rows=SHARD_ROWS)
+    assert digests(store.path) == expected
+
+
+def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    reasons = {
+        tmp_path / "file" / "below": "Not a directory",
+        Path("/proc/saexp"): "No such file or directory",
+    }
+    for cache, reason in reasons.items():
+        message = message_of(lambda cache=cache: run(model, cache))
+        assert message.startswith(f"cannot write {cache}/activations/")
+        assert message.endswith(f": {reason}; choose another cache_dir=")
+
+
+@pytest.mark.parametrize("state", ["whole", "a shard less", "damaged", "no rows table", "none"])
+def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
+    model, expected, tmp_path, caplog, state
+):
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    store.close()
+    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    if state == "none":
+        shutil.rmtree(store.path)
+    elif state == "no rows table":
+        (store.path / "rows.parquet").unlink()
+    elif state != "whole":
+        flip(shard) if state == "damaged" else shard.unlink()
+    before = digests(tmp_path)
+    with caplog.at_level(logging.WARNING), read_only(tmp_path):
+        again, new = run(model, tmp_path, shard_rows=SHARD_ROWS)
+        assert (again.path == store.path) == (state == "whole")
+        assert new.tokens_forwarded == (0 if state == "whole" else stats.tokens_forwarded)
+        values = [again.acts(h.layer).clone() for h in POSTS]
+        assert [m for m in caplog.messages if "cannot be written" in m] == [
+            f"cache_dir={tmp_path} cannot be written: what this run computes is not kept "
+            "(Read-only file system)"
+        ]
+        if state != "whole":
+            assert run(model, tmp_path)[1].tokens_forwarded == 0, "the process keeps what it has"
+        if state != "no rows table":
+            at = [Hookpoint(0, "mlp_out")]
+            message = message_of(lambda: run(model, tmp_path, at, must_be_kept=True))
+            assert message.endswith("Read-only file system; choose another cache_dir=")
+        assert digests(tmp_path) == before
+    assert digests(run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path) == expected
+    for at, acts in zip(POSTS, values, strict=True):
+        assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
+
+
+def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
+    code = (
+        "from pathlib import Path; import multiprocessing, sys\n"
+        "from saexp.activations.collector import temporary_cache\n"
+        "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
+        "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
+        "fork = multiprocessing.get_context('fork').Process(target=int)\n"
+        "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
+        "print(folder); sys.exit(1)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("saexp-cache-")
+    assert not folder.exists()
+
+
+def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_path):
+    store, _ = run(model, tmp_path, POSTS[:1])
+    (store.path / "layer_1.resid_post").write_text("not a folder")
+    message = message_of(lambda: run(model, tmp_path))
+    assert message.startswith(f"cannot write {store.path}/layer_1.resid_post/00000.safetensors: ")
+
+
+def test_a_shard_that_may_not_be_read_is_collected_again(model, expected, tmp_path, caplog):
+    store, _ = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    shard = store.path / "layer_1.resid_post" / "00002.safetensors"
+    shard.chmod(0)
+    with caplog.at_level(logging.WARNING), obeying_permissions():
+        again, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert stats.tokens_forwarded > 0
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warnings == [f"{shard} cannot be read (Permission denied) and counts as not collected"]
+    assert digests(again.path) == expected
+
+
+@pytest.mark.parametrize("place", [".", "..", "layer_1.resid_post"])
+def test_a_folder_of_the_cache_that_may_not_be_read_is_one_line(model, tmp_path, place):
+    folder = run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path / place
+    folder.chmod(0)
+    try:
+        with obeying_permissions():
+            message = message_of(lambda: run(model, tmp_path, shard_rows=SHARD_ROWS))
+    finally:
+        folder.chmod(0o755)
+    assert str(folder.resolve()) in message
+    assert message.endswith("Permission denied; choose another cache_dir=") or message.endswith(
+        "cannot be read (Permission denied); choose another cache_dir="
+    )

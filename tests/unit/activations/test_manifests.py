@@ -1,0 +1,250 @@
+"""A manifest that is lost or damaged is made anew from the shards, which prove themselves."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from saexp.activations import stores
+from saexp.activations.shards import read_manifest, write_manifest
+from saexp.activations.store import ActivationStore
+from saexp.errors import StoreError
+from saexp.files import USED
+from saexp.models.loading import LanguageModel
+from tests.random_models import random_hf, random_lm, tokenizer
+from tests.unit.activations.collecting import POSTS, digests, run
+
+SHARD_ROWS = 20
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return random_lm("llama")
+
+
+@pytest.fixture(scope="module")
+def collected(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache_dir = tmp_path_factory.mktemp("collected")
+    run(model, cache_dir, shard_rows=SHARD_ROWS)
+    return cache_dir
+
+
+@pytest.fixture()
+def folder(collected: Path, tmp_path: Path) -> Path:
+    """A store's folder, in `tmp_path`."""
+    shutil.copytree(collected, tmp_path, dirs_exist_ok=True)
+    (found,) = (tmp_path / "activations").iterdir()
+    return found
+
+
+def n_shards(folder: Path) -> int:
+    return len(list(folder.glob("layer_*/*.safetensors")))
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def write(content: bytes) -> Callable[[Path], Any]:
+    return lambda file: file.write_bytes(content)
+
+
+def to_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+    (file / "something").write_text("x")
+
+
+def change(do: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(file: Path) -> None:
+        manifest = json.loads(file.read_text())
+        do(manifest)
+        file.write_text(json.dumps(manifest))
+
+    return damage
+
+
+POST = POSTS[1].name
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "missing": Path.unlink,
+    "empty": write(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:200]),
+    "not UTF-8": write(b"\xff\xfe\x00{"),
+    "list": write(b"[]"),
+    "null": write(b"null"),
+    "deep": write(b"[" * 100_000),
+    "no settings": write(b"{}"),
+    "folder": to_folder,
+    "a number for shards": change(lambda m: m["hookpoints"].update({POST: 3})),
+    "an entry without checksum": change(lambda m: m["hookpoints"][POST]["00000"].pop("sha256")),
+    "an entry without bytes": change(lambda m: m["hookpoints"][POST]["00000"].pop("bytes")),
+    "an entry of text": change(lambda m: m["hookpoints"][POST].update({"00000": "x"})),
+    "a shard that cannot be": change(lambda m: m["hookpoints"][POST].update({"00099": {}})),
+    "a shard's name": change(lambda m: m["hookpoints"][POST].update({"../x": {}})),
+    "a hookpoint's name": change(lambda m: m["hookpoints"].update({"../../x": {}})),
+    "negative rows": change(lambda m: m.update(n_rows=-1)),
+    "rows of another store": change(lambda m: m.update(n_rows=m["n_rows"] + 1)),
+    "rows of true": change(lambda m: m.update(n_rows=True)),
+    "shards of no rows": change(lambda m: m.update(shard_rows=0)),
+    "shards of other rows": change(lambda m: m.update(shard_rows=SHARD_ROWS + 1)),
+    "NaN": change(lambda m: m.update(shard_rows=float("nan"))),
+    "a list of joined": change(lambda m: m.update(joined=[1])),
+    "joined of a number": change(lambda m: m.update(joined={POST: 3})),
+    "joined elsewhere": change(
+        lambda m: m.update(joined={POST: {"file": "../x", "bytes": 1, "sha256": ""}})
+    ),
+    "about": change(lambda m: m.update(about=[])),
+    "ingredients of another": change(lambda m: m["ingredients"].update(model="other")),
+    "ingredients of a number": change(lambda m: m.update(ingredients=3)),
+    "checksum": change(lambda m: m.update(sha256="0" * 64)),
+    "no checksum": change(lambda m: m.pop("sha256")),
+    "an entry that is lost": change(lambda m: m["hookpoints"][POST].pop("00000")),
+    "another checksum of a shard": change(
+        lambda m: m["hookpoints"][POST]["00000"].update(sha256="0" * 64)
+    ),
+    "a list of checked shards": change(lambda m: m.update(checked=[1])),
+    "a number of checked shards": change(lambda m: m.update(checked={POST: 3})),
+    "checked shards of a list": change(lambda m: m.update(checked={POST: [[]]})),
+}
+EVERY = pytest.mark.parametrize("damage", DAMAGES)
+
+
+@EVERY
+def test_it_is_made_anew_with_every_shard(
+    damage: str,
+    folder: Path,
+    model: LanguageModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = digests(folder)
+    DAMAGES[damage](folder / "manifest.json")
+    with pytest.raises(StoreError) as error:
+        # What is another store's is seen by those alone who know which it should be.
+        read_manifest(folder)
+        raise StoreError("another store's")
+    assert "\n" not in str(error.value)
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS + 5)
+    assert stats.tokens_forwarded == 0
+    n = n_shards(folder)
+    (line,) = warnings(caplog)
+    assert line.endswith(
+        f"and is made anew from the shards: {n} shards kept, 0 collected again where needed"
+    )
+    assert str(folder / "manifest.json") in line
+    assert digests(store.path) == before
+    caplog.clear()
+    run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert warnings(caplog) == []
+
+
+@EVERY
+def test_listing_verifying_and_pruning_go_on(damage: str, folder: Path, tmp_path: Path) -> None:
+    DAMAGES[damage](folder / "manifest.json")
+    table, lost = stores.listing(tmp_path), stores.unreadable(tmp_path)
+    assert len(table) + len(lost) == 1
+    stores.verify(stores.stores(tmp_path))
+    os.utime(folder / USED, (1, 1))
+    assert stores.prune(tmp_path, max_size=None, max_age="1d").removed == [folder.name]
+    assert not folder.exists()
+
+
+def test_shards_that_prove_nothing_are_collected_again(
+    folder: Path,
+    model: LanguageModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before, n = digests(folder), n_shards(folder)
+    (folder / "manifest.json").unlink()
+    shards = sorted(folder.glob("layer_*/*.safetensors"))
+    # As an earlier version wrote it, without a label; one value changed; cut off; of another place.
+    save_file(load_file(shards[0]), shards[0])
+    content = bytearray(shards[1].read_bytes())
+    content[-2] ^= 1
+    shards[1].write_bytes(content)
+    shards[2].write_bytes(shards[2].read_bytes()[:-4])
+    other = folder / POSTS[2].name / shards[0].name
+    shutil.copy(folder / POSTS[1].name / shards[0].name, other)
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert stats.tokens_forwarded > 0
+    assert f"{n - 4} shards kept, 4 collected again" in warnings(caplog)[0]
+    assert digests(store.path) == before
+
+
+def test_a_shard_of_another_store_is_not_taken_over(
+    folder: Path, model: LanguageModel, tmp_path: Path
+) -> None:
+    stranger = LanguageModel.wrap(random_hf("llama", seed=1), tokenizer(), name="random-llama")
+    other, _ = run(stranger, tmp_path / "other", shard_rows=SHARD_ROWS)
+    expected = ActivationStore.open(folder).acts(0).clone()
+    name = f"{POSTS[0].name}/00000.safetensors"
+    shutil.copy(other.path / name, folder / name)
+    (folder / "manifest.json").unlink()
+    store, _ = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert torch.equal(store.acts(0), expected)
+
+
+def test_a_manifest_of_an_earlier_version_has_no_checksum(
+    folder: Path, model: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(lambda m: (m.pop("sha256"), m.pop("checked")))(folder / "manifest.json")
+    _, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
+
+
+def test_an_earlier_version_may_add_shards(
+    folder: Path, model: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = read_manifest(folder)
+    added = whole["hookpoints"].pop(POST)
+    write_manifest(folder, whole)
+    change(lambda m: m["hookpoints"].update({POST: added}))(folder / "manifest.json")
+    change(lambda m: m.update(joined={}))(folder / "manifest.json")
+    _, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
+    assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
+
+
+def test_any_other_value_in_it_is_noticed(folder: Path) -> None:
+    whole = read_manifest(folder)
+    for key, value in (("about", {"dataset": "x"}), ("shard_rows", 7), ("key", "x")):
+        write_manifest(folder, whole)
+        assert read_manifest(folder) == whole
+        change(lambda m, key=key, value=value: m.update({key: value}))(folder / "manifest.json")
+        with pytest.raises(StoreError, match=r"manifest.json cannot be read \((checksum|layer)"):
+            read_manifest(folder)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_and_other_values_are_an_error_in_one_line(
+    data: st.DataObject, collected: Path, tmp_path: Path
+) -> None:
+    (source,) = collected.glob("activations/*/manifest.json")
+    content = bytearray(source.read_bytes())
+    if data.draw(st.booleans()):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    else:
+        manifest = json.loads(content)
+        holder = data.draw(st.sampled_from([manifest, manifest["hookpoints"][POST]["00000"]]))
+        value = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+        key = data.draw(st.sampled_from(sorted(holder)))
+        holder[key] = data.draw(value | st.lists(value, max_size=2))
+        content = bytearray(json.dumps(manifest).encode())
+    (tmp_path / "manifest.json").write_bytes(content)
+    try:
+        found = read_manifest(tmp_path)
+    except StoreError as error:
+        assert "\n" not in str(error)
+    else:
+        # White space, say.
+        assert found == json.loads(source.read_bytes())

@@ -1,0 +1,155 @@
+"""The surface baseline beside the contrast: on its observations, strata and definition of AUROC."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.contrast import ContrastAnalyzer, beside_surface
+from saexp.analysis.observations import observations, split_of
+from saexp.analysis.surface_baseline import fit_surface, read_texts
+from saexp.config import AnalyzerConfig
+from saexp.latents.encode import Latents
+from saexp.results import TaskResult
+from saexp.stats.rank_tests import stratum_weights
+from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
+from tests.unit.analysis.surface_texts import names, placed
+
+TEMPLATES = ("In a word: {} is", "We call it {} and", "So far {} has")
+SURFACE = "contrast/surface_auroc_test"
+
+
+def made(second: str = "abcdefij", *, entities: bool = True) -> AnalysisInputs:
+    """Entities of one to three rows, each in a template of its own; names of equal length, those
+    of the second group of other letters."""
+    table = rows_table()
+    units = table.drop_duplicates("unit").reset_index(drop=True)
+    letters = {"known": "abcdefgh", "unknown": second}
+    drawn = [names(1, letters[g], i)[0] for i, g in enumerate(units["group"])]
+    of_unit = dict(zip(units["unit"], drawn, strict=True))
+    repeat = table.groupby("unit").cumcount()
+    where = pd.concat(
+        [placed([of_unit[u]], TEMPLATES[k]) for u, k in zip(table["unit"], repeat, strict=True)]
+    ).reset_index(drop=True)
+    entity = where["entity"] if entities else pd.NA
+    rows = table.assign(text_id=where.index, token_index=where["token_index"], entity=entity)
+    return AnalysisInputs(
+        latents=Latents(sparse.csr_array(activations(rows)), rows),
+        groups=GROUPS,
+        layer=4,
+        texts=where["tokens"].tolist(),
+    )
+
+
+def contrast(inputs: AnalysisInputs, **options: object) -> TaskResult:
+    cfg = AnalyzerConfig(name="contrast", **options)  # type: ignore[arg-type]
+    return ContrastAnalyzer(cfg).analyze(inputs)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> AnalysisInputs:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def result(inputs: AnalysisInputs) -> TaskResult:
+    return contrast(inputs)
+
+
+def one_row_each(inputs: AnalysisInputs) -> AnalysisInputs:
+    rows = inputs.latents.rows
+    keep = ~rows["unit"].duplicated().to_numpy()
+    part = Latents(inputs.latents.csr[keep], rows[keep].reset_index(drop=True))
+    return replace(inputs, latents=part)
+
+
+def test_its_auroc_is_the_weighted_mean_over_types_of_sklearns(inputs: AnalysisInputs) -> None:
+    """By hand, on data of one row an entity."""
+    single = one_row_each(inputs)
+    found = contrast(single).metrics
+    rows = single.latents.rows
+    read, first = read_texts(rows, single.texts), (rows["group"] == "known").to_numpy()
+    train, test = (np.flatnonzero(rows["split"] == s) for s in ("train", "test"))
+    units = rows["unit"].to_numpy()
+    fitted = fit_surface([read[i] for i in train], first[train], units[train], {}, 0)
+    scores = fitted.score([read[i] for i in test])
+    types = rows["entity_type"].to_numpy()[test]
+    weights = stratum_weights(first[test], types)
+    assert set(weights) == set(TYPES)
+    aurocs = {t: roc_auc_score(first[test][types == t], scores[types == t]) for t in TYPES}
+    assert found[SURFACE] == pytest.approx(sum(weights[t] * aurocs[t] for t in TYPES))
+    assert 0.6 < found[SURFACE] < 1
+    assert found[f"{SURFACE}_ci_low"] < found[SURFACE] < found[f"{SURFACE}_ci_high"]
+    for group in GROUPS:
+        difference = found[f"contrast/best_auroc_{group}_test"] - found[SURFACE]
+        key = f"contrast/best_minus_surface_{group}_test"
+        assert found[key] == pytest.approx(difference)
+        assert found[f"{key}_ci_low"] < difference < found[f"{key}_ci_high"]
+
+
+def test_names_of_equal_length_and_other_tokens_are_surface_cues() -> None:
+    """What a latent knows of them cannot be distinguished from what the names' letters say."""
+    found = contrast(made("ijklmnop")).metrics
+    assert found[SURFACE] > 0.97
+    assert found["contrast/best_minus_surface_known_test_ci_low"] < 0
+
+
+def test_names_of_the_same_letters_are_not_surface_cues() -> None:
+    found = contrast(made("abcdefgh")).metrics
+    assert found[f"{SURFACE}_ci_low"] < 0.5 < found[f"{SURFACE}_ci_high"]
+    assert found["contrast/best_minus_surface_known_test_ci_low"] > 0.2
+
+
+def test_plain_texts_without_entities() -> None:
+    assert contrast(made("ijklmnop", entities=False)).metrics[SURFACE] > 0.9
+
+
+def test_labels_of_the_test_split_do_not_enter_the_fit(
+    inputs: AnalysisInputs, result: TaskResult
+) -> None:
+    """With all of its labels exchanged the test split's AUROC is one less what it was."""
+    rows = inputs.latents.rows
+    other = rows["group"].map({"known": "unknown", "unknown": "known"})
+    changed = rows.assign(group=rows["group"].where(rows["split"] != "test", other))
+    again = contrast(replace(inputs, latents=Latents(inputs.latents.csr, changed)))
+    assert again.metrics[SURFACE] == pytest.approx(1 - result.metrics[SURFACE])
+
+
+def test_the_order_of_rows_has_no_influence(inputs: AnalysisInputs) -> None:
+    single = one_row_each(inputs)
+    order = np.random.default_rng(0).permutation(len(single.latents.rows))
+    part = Latents(
+        single.latents.csr[order], single.latents.rows.iloc[order].reset_index(drop=True)
+    )
+    one, two = (contrast(i).metrics for i in (single, replace(single, latents=part)))
+    keys = [k for k in one if "surface" in k]
+    assert len(keys) == 9
+    assert {k: one[k] for k in keys} == pytest.approx({k: two[k] for k in keys})
+
+
+def test_where_cross_validation_is_impossible_a_note_says_so(inputs: AnalysisInputs) -> None:
+    observed, _ = observations(inputs.latents, GROUPS, 0)
+    train, test = (split_of(observed, GROUPS, name, 0)[0] for name in ("train", "test"))
+    one = replace(train, units=train.units.assign(unit="the same"))
+    found = beside_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
+    assert set(found.metrics.values()) == {None}
+    assert len(found.metrics) == 6
+    (note,) = found.notes
+    assert note.startswith(f"no surface baseline ({SURFACE}): 1 units of the smaller group")
+
+
+def test_without_texts_there_is_none(inputs: AnalysisInputs) -> None:
+    assert not [k for k in contrast(replace(inputs, texts=())).metrics if "surface" in k]
+
+
+def test_without_a_selected_latent_there_is_nothing_to_compare(inputs: AnalysisInputs) -> None:
+    dense = np.zeros((len(inputs.latents.rows), 3), dtype=np.float32)
+    dense[:, 0] = 1
+    nothing = Latents(sparse.csr_array(dense), inputs.latents.rows)
+    found = contrast(replace(inputs, latents=nothing)).metrics
+    assert found[SURFACE] is not None
+    assert found["contrast/best_minus_surface_known_test"] is None

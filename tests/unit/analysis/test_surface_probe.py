@@ -1,0 +1,106 @@
+"""The surface baseline beside the probes: on the same rows, fitted on train alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.probe import ProbeAnalyzer
+from saexp.analysis.surface_baseline import fit_surface, read_texts, token_counts
+from saexp.config import AnalyzerConfig
+from saexp.latents.encode import Latents
+from saexp.results import TaskResult
+from tests.unit.analysis.simulate import GROUPS, activations, rows_table
+from tests.unit.analysis.surface_texts import names, placed, tokenized
+
+
+def made() -> AnalysisInputs:
+    """Groups whose names have partly other letters, in one template."""
+    table = rows_table()
+    units = table["unit"].unique()
+    group = table.drop_duplicates("unit").set_index("unit")["group"]
+    letters = {"known": "abcdefgh", "unknown": "abcdefij"}
+    entity = {u: names(1, letters[group[u]], i)[0] for i, u in enumerate(units)}
+    where = placed([entity[u] for u in table["unit"]])
+    columns = {c: where[c] for c in ("text_id", "token_index", "entity")}
+    rows = table.assign(**columns, text=[t.text for t in where["tokens"]])
+    return AnalysisInputs(
+        latents=Latents(sparse.csr_array(activations(rows)), rows),
+        groups=GROUPS,
+        layer=4,
+        acts=torch.randn(len(rows), 4, generator=torch.Generator().manual_seed(0)),
+        texts=where["tokens"].tolist(),
+        neutral_texts=[tokenized("abcdabcd"), tokenized("ijkl")],
+    )
+
+
+def probe(inputs: AnalysisInputs) -> TaskResult:
+    cfg = AnalyzerConfig(name="probe", n_bootstrap=40, options={"k": [1], "strengths": [1.0]})
+    return ProbeAnalyzer(cfg).analyze(inputs)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> AnalysisInputs:
+    return made()
+
+
+@pytest.fixture(scope="module")
+def result(inputs: AnalysisInputs) -> TaskResult:
+    return probe(inputs)
+
+
+def row_of(result: TaskResult, data: str) -> pd.Series:
+    table = result.tables["probes"]
+    return table[(table["probe"] == "surface") & (table["data"] == data)].iloc[0]
+
+
+def test_its_numbers_are_those_of_the_baseline_fitted_by_itself(
+    inputs: AnalysisInputs, result: TaskResult
+) -> None:
+    rows = inputs.latents.rows
+    read, first = read_texts(rows, inputs.texts), (rows["group"] == "known").to_numpy()
+    train, test = (np.flatnonzero(rows["split"] == s) for s in ("train", "test"))
+    units = rows["unit"].to_numpy()
+    counts = token_counts(inputs.neutral_texts)
+    fitted = fit_surface([read[i] for i in train], first[train], units[train], counts, 0)
+    auroc = roc_auc_score(first[test], fitted.score([read[i] for i in test]))
+    assert 0.6 < auroc < 1
+    assert result.metrics["probe/surface_auroc_test"] == pytest.approx(auroc)
+    assert row_of(result, "test")["auroc"] == pytest.approx(auroc)
+    assert row_of(result, "test")["c"] == fitted.fitted.c
+
+
+def test_it_has_the_name_that_it_has_in_a_contrast(result: TaskResult) -> None:
+    m = result.metrics
+    assert m["contrast/surface_auroc_test"] == m["probe/surface_auroc_test"]
+    for end in ("low", "high"):
+        name = f"surface_auroc_ci_{end}_test"
+        assert m[f"contrast/surface_auroc_test_ci_{end}"] == m[f"probe/{name}"] is not None
+
+
+def test_labels_of_the_test_split_do_not_enter_the_fit(
+    inputs: AnalysisInputs, result: TaskResult
+) -> None:
+    rows = inputs.latents.rows
+    test = (rows["split"] == "test").to_numpy()
+    units = rows["unit"][test].unique()
+    swapped = dict(zip(units, np.random.default_rng(0).random(len(units)) < 0.5, strict=True))
+    other = rows["group"].map({"known": "unknown", "unknown": "known"})
+    labels = rows["group"].where(~rows["unit"].map(swapped).fillna(False).astype(bool), other)
+    changed = replace(inputs, latents=Latents(inputs.latents.csr, rows.assign(group=labels)))
+    again = probe(changed)
+    pd.testing.assert_series_equal(
+        row_of(again, "train").dropna(), row_of(result, "train").dropna()
+    )
+    assert row_of(again, "test")["auroc"] != row_of(result, "test")["auroc"]
+
+
+def test_without_texts_there_is_none(inputs: AnalysisInputs) -> None:
+    without = probe(replace(inputs, texts=()))
+    assert "surface" not in set(without.tables["probes"]["probe"])
+    assert "contrast/surface_auroc_test" not in without.metrics

@@ -1,0 +1,157 @@
+"""Rows that guess each other's text say what each says alone, and take fewer passes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from saexp.interventions import computing, generation
+from saexp.interventions.batching import Add, Move, Patch, Row, Sampling, Splice, Vector
+from saexp.interventions.computing import Guessing, generate
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+from saexp.saes.sae import SparseAutoencoder
+from tests.random_models import D_MODEL, STORED, random_hf, random_lm, tokenizer
+from tests.unit.interventions.test_engine import AT, add, made_sae, prompts
+
+N_NEW = 7
+
+
+def grid(model: LanguageModel, sae: SparseAutoencoder) -> list[Row]:
+    """Strong and weak edits of every kind, of prompts that many rows have and of one that has one.
+
+    Edits of generated tokens, patches and samples are among them.
+    """
+    rows = []
+    for ids in prompts(model)[:3]:
+        for latent in (1, 9):
+            for c in (0.0, 0.5, 4.0):
+                rows.append(Row(ids, add(sae, (latent,), c), (1, 3)))
+                rows.append(Row(ids, add(sae, (latent,), c), (2,), True))
+        rows.append(Row(ids, (Move(AT, (7,), (7,), (2.5,), 1.0),), (), True))
+        rows.append(Row(ids, (Splice(AT, 1.0),), (2, 3), True))
+        patch = Patch(AT, Vector(torch.ones(2, D_MODEL)), 1.0)
+        rows += [Row(ids, (patch,), (1, 2)), Row(ids, (patch,), (1, 2), True)]
+        rows += [Row(ids, sample=Sampling(1.0, seed)) for seed in range(3)]
+    return [*rows, Row(prompts(model)[3], add(sae, (2,), 3.0), (1,))]
+
+
+def alone(model: LanguageModel, row: Row, sae: SparseAutoencoder) -> list[int]:
+    return generation._generate_batch(model, [row], {AT: sae}, [N_NEW])[0]
+
+
+@pytest.mark.parametrize("architecture", STORED)
+def test_each_row_says_what_it_says_alone(architecture: str) -> None:
+    model, sae = random_lm(architecture), made_sae()
+    rows = grid(model, sae)
+    wanted = [alone(model, row, sae) for row in rows]
+    assert len(set(map(tuple, wanted))) > 10
+    for batch_tokens in (10_000, 90):
+        found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=batch_tokens)
+        assert found == wanted
+
+
+@pytest.mark.parametrize("worth", [-1.0, 2.0])
+def test_guessing_may_go_on_or_end(monkeypatch: pytest.MonkeyPatch, worth: float) -> None:
+    model, sae = random_lm("llama"), made_sae()
+    rows = grid(model, sae)
+    monkeypatch.setattr(computing, "_WORTH", worth)
+    monkeypatch.setattr(computing, "LOGIT_BYTES", 100_000)
+    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
+    assert found == [alone(model, row, sae) for row in rows]
+
+
+def test_rows_end_where_the_model_ends_them() -> None:
+    """Texts that end at the end token, before the limit, in guesses right and wrong."""
+    model, sae = LanguageModel.wrap(random_hf("llama"), tokenizer()), made_sae()
+    rows = grid(model, sae)
+    free = [alone(model, row, sae) for row in rows]
+    model.__dict__["eos_ids"] = (free[0][2], free[2][4], free[-1][0])
+    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
+    cut = []
+    for row, tokens in zip(rows, free, strict=True):
+        ends = [i for i, t in enumerate(tokens) if t in model.eos_ids]
+        if row.sample is None:
+            cut.append(tokens[: ends[0]] if ends else tokens)
+        else:
+            cut.append(alone(model, row, sae))
+    assert found == cut
+    assert len({len(tokens) for tokens in found}) > 3
+
+
+def test_a_single_new_token() -> None:
+    model, sae = random_lm("gpt2"), made_sae()
+    rows = grid(model, sae)
+    found = generate(model, rows, {AT: sae}, max_new_tokens=1, batch_tokens=10_000)
+    assert found == [alone(model, row, sae)[:1] for row in rows]
+
+
+def test_few_rows_are_generated_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weak edits that change no token: one row a prompt is generated, the others are checked."""
+    model, sae = random_lm("llama"), made_sae()
+    some = prompts(model)[:3]
+    rows = [Row(i, add(sae, (n,), 1e-6), (1,)) for n in range(20) for i in some]
+    real, generated = generation._generate_batch, []
+
+    def counted(lm: LanguageModel, batch: list[Row], *rest: Any) -> list[list[int]]:
+        generated.extend(batch)
+        return real(lm, batch, *rest)
+
+    monkeypatch.setattr(generation, "_generate_batch", counted)
+    made = Guessing(model, {AT: sae}, N_NEW, 10_000)
+    found = {row.key: tokens for batch in made.run(rows) for row, tokens in batch}
+    assert len(generated) == 3
+    assert made.n_learned == made.n_run > 0
+    assert len(found) == 60
+    monkeypatch.setattr(generation, "_generate_batch", real)
+    assert all(found[row.key] == alone(model, row, sae) for row in rows)
+
+
+def test_rows_of_prompts_of_their_own_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_lm("llama")
+
+    def never(*_: object) -> None:
+        raise AssertionError("something was guessed")
+
+    monkeypatch.setattr(generation, "greedy_tokens", never)
+    rows = [Row(i) for i in prompts(model)]
+    assert len(generate(model, rows, max_new_tokens=3, batch_tokens=1000)) == len(rows)
+
+
+def test_a_transcoder_s_rows_guess_too() -> None:
+    model = random_lm("llama")
+    generator = torch.Generator().manual_seed(5)
+    source = Hookpoint(1, "mlp_in")
+    sae = SparseAutoencoder(
+        {
+            "W_enc": torch.randn(D_MODEL, 48, generator=generator),
+            "W_dec": torch.randn(48, D_MODEL, generator=generator),
+            "b_enc": torch.zeros(48),
+            "b_dec": torch.zeros(D_MODEL),
+        },
+        architecture="standard",
+        hookpoint=source,
+        hookpoint_out=Hookpoint(1, "mlp_out"),
+    )
+    rows = [
+        Row(ids, (Move(source, (n,), (n,), (c,), 1.0),), (1, 2), generated)
+        for ids in prompts(model)[:2]
+        for n in range(4)
+        for c in (0.1, 3.0)
+        for generated in (True, False)
+    ]
+    found = generate(model, rows, {source: sae}, max_new_tokens=N_NEW, batch_tokens=10_000)
+    wanted = [generation._generate_batch(model, [row], {source: sae}, [N_NEW])[0] for row in rows]
+    assert found == wanted
+
+
+def test_a_grid_of_added_vectors_as_the_benchmark_has_it() -> None:
+    model, sae = random_lm("qwen2"), made_sae()
+    rows = [
+        Row(ids, (Add(AT, Vector(sae.W_dec[n]), c),), (len(ids) - 2,))
+        for n in range(2)
+        for c in (0.0, 0.3, 3.0)
+        for ids in prompts(model)
+    ]
+    found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=400)
+    assert found == [alone(model, row, sae) for row in rows]

@@ -1,0 +1,120 @@
+"""What all pages share, in a real browser: tables that sort, figures whose data can be saved."""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from saexp.reports.html import write_page
+from tests.unit.reports.browser import dom, needs_chromium
+from tests.unit.reports.left import body_of
+from tests.unit.reports.written import NASTY
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+
+X = np.array([1.5, 2.5, 4.0])
+ROWS = [["b", 10, None], ["a", 9, 0.5], ["c", None, 1e-9]]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """The sweep's template with figures of every kind that reports draw."""
+    line = go.Scatter(x=X, y=X * 2, name="a line", error_y={"array": X / 10, "arrayminus": X / 5})
+    points = go.Scatter(x=["p", "q"], y=np.array([1, 2]), customdata=np.array([[7, 8.5], [9, 0.5]]))
+    heat = go.Heatmap(x=[0, 1], y=["low", "high"], z=np.array([[0.1, 0.2], [0.3, np.nan]]))
+    links = {"source": [0, 0], "target": [1, 2], "value": [0.9, 0.8]}
+    figures = {
+        "lines": go.Figure([line, points]),
+        "heat": go.Figure(heat),
+        "flow": go.Figure(go.Sankey(node={"label": ["7", "1", NASTY]}, link=links)),
+    }
+    write_page(
+        tmp_path / "page.html",
+        "sweep.html",
+        figures,
+        title="A page",
+        command=None,
+        counts=[],
+        finding=[],
+        notes=[],
+        captions=dict.fromkeys(figures, "as drawn"),
+        head=["cell", "status"],
+        rows=[],
+        failed=[],
+        flows=[],
+        match_head=["name", "size", "share"],
+        matches=ROWS,
+        splits=[],
+    )
+    return tmp_path / "page.html"
+
+
+def evaluated(page: Path, expression: str) -> Any:
+    """A value that the page's scripts give."""
+    asked = page.with_name("asked.html")
+    script = "<script>document.body.dataset.said = JSON.stringify((() => { %s })());</script>"
+    asked.write_text(page.read_text("utf-8") + script % expression, encoding="utf-8")
+    found = re.search(r'data-said="(.*?)"[ >]', dom(asked, page.parent))
+    assert found is not None
+    return json.loads(html.unescape(found[1]))
+
+
+def test_the_data_of_a_figure_are_what_it_was_made_of(page: Path) -> None:
+    lines, heat, flow = evaluated(page, "return Object.values(figures).map(points);")
+    assert lines[:3] == [
+        {"trace": "a line", "x": x, "y": 2 * x, "error_up": x / 10, "error_down": x / 5} for x in X
+    ]
+    assert lines[3:] == [
+        {"trace": "trace 2", "x": "p", "y": 1, "customdata_1": 7, "customdata_2": 8.5},
+        {"trace": "trace 2", "x": "q", "y": 2, "customdata_1": 9, "customdata_2": 0.5},
+    ]
+    assert [(p["x"], p["y"], p["z"]) for p in heat] == [
+        (0, "low", 0.1),
+        (1, "low", 0.2),
+        (0, "high", 0.3),
+        (1, "high", None),
+    ]
+    assert flow == [
+        {"trace": "trace 1", "from": "7", "to": "1", "value": 0.9},
+        {"trace": "trace 1", "from": "7", "to": NASTY, "value": 0.8},
+    ]
+
+
+def test_csv_is_quoted_where_it_must_be(page: Path) -> None:
+    table = 'csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }])'
+    assert evaluated(page, f"return {table};") == 'a,b,c\r\n"x,y",,\r\n,"say ""no""",1.5\r\n'
+
+
+def test_every_figure_is_drawn_and_has_its_buttons(page: Path) -> None:
+    assert body_of(page).count('<div class="plot" id="fig-') == 3
+    drawn = dom(page, page.parent)
+    assert drawn.count('class="saving"') == 3
+    assert "main-svg" in drawn
+    assert page.read_text("utf-8").count("plotly.js v") == 1
+
+
+def test_a_table_sorts_by_a_click_and_says_so(page: Path) -> None:
+    click = """const table = document.querySelectorAll("table.sort")[1], told = [];
+    const heads = table.querySelectorAll("th");
+    for (const column of [1, 1, 0, 2]) {
+      heads[column].querySelector("button").click();
+      told.push([[...table.tBodies[0].rows].map(row => row.cells[0].textContent).join(""),
+        ...[...heads].map(h => h.getAttribute("aria-sort"))]);
+    }
+    return told;"""
+    assert evaluated(page, click) == [
+        ["abc", "none", "ascending", "none"],
+        ["bac", "none", "descending", "none"],
+        ["abc", "ascending", "none", "none"],
+        ["cab", "none", "none", "ascending"],
+    ]
+
+
+def test_no_figure_offers_to_send_its_data_anywhere(page: Path) -> None:
+    assert evaluated(page, "return config.showSendToCloud;") is False
+    assert "sendChartToCloud" not in dom(page, page.parent).split("</script>")[-1]
