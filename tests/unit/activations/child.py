@@ -1,6 +1,6 @@
 """A collection in a process of its own, to be killed or raced.
 
-`python -m tests.unit.activations.child` with the arguments: model folder, cache folder, forward passes before SIGKILL (0: none), ready file, go file
+Arguments: model folder, cache folder, forward passes before SIGKILL (0: none), ready file, go file
 The functions above `main` are run in forks of a server that has torch imported already.
 """
 
