@@ -1,4 +1,4 @@
-"""Shape checking is switched on here and only here: jaxtyping's shapes with beartype's types."""
+"""Settings of all tests: no network, one thread per process, seeded examples of hypothesis."""
 
 import os
 
@@ -6,14 +6,37 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
-
-CHECKED = ("models", "data", "activations", "saes", "latents", "analysis", "interventions")
-install_import_hook([f"saexp.{room}" for room in CHECKED], "beartype.beartype")
 
 # Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
 torch.set_num_threads(1)
 settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
 settings.load_profile("saexp")
+
+LONG = (
+    "faults/test_campaign",
+    "real_models/test_gemma",
+    "test_inference",
+    "test_experiments",
+    "faults/test_signals",
+    "faults/test_wandb_outages",
+    "test_rank_tests",
+    "test_contrast_error_rates",
+    "test_sweep",
+    "test_run",
+    "faults/test_full_disks",
+    "faults/test_finished_runs",
+    "faults/test_shared_rows",
+    "test_interval_coverage",
+    "test_label",
+    "test_mission",
+)
+"""Files that take longest, started first so that no worker waits for the last of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within a file stays."""
+    rank = {f"tests/e2e/{name}.py": n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))

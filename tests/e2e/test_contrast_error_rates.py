@@ -14,7 +14,7 @@ from scipy import sparse, stats
 from saexp.stats.rank_tests import Ranked
 from tests.unit.analysis.simulate import D_SAE, GROUPS, contrast
 
-N_RUNS = 100
+N_RUNS = 60
 LEVEL = 0.05
 
 Design = tuple[np.ndarray, pd.DataFrame]

@@ -129,14 +129,14 @@ def labels_permuted(file: Path, seed: int) -> None:
 def test_placebo_labels_give_no_claim(cache: Path, tmp_path: Path) -> None:
     """Each of the seeded permutations finds anything with probability at most 0.05."""
     found = []
-    for seed in range(4):
+    for seed in range(3):
         file = tmp_path / f"placebo_{seed}.jsonl"
         labels_permuted(file, seed)
         words = ["dataset=jsonl", f"dataset.path={file}", *QUICK]
         result = run(cache, tmp_path / f"run_{seed}", *words)
         assert claims(result) == []
         found.append(result.metrics["contrast/n_significant"] != 0)
-    # P(2 or more of 4) is 0.014 at the nominal rate.
+    # P(2 or more of 3) is 0.007 at the nominal rate.
     assert sum(found) <= 1
 
 
@@ -146,13 +146,13 @@ def test_placebo_latents_pass_no_more_often_than_the_nominal_rate(
     """Active latents that the contrast did not select, drawn by seed, each in a run of its own."""
     table = default.tables["latents"]
     drawn_from = table[~table["selected"] & (table["freq_known"] + table["freq_unknown"] > 0)]
-    latents = np.random.default_rng(18).choice(drawn_from["latent"].to_numpy(), 8, replace=False)
+    latents = np.random.default_rng(18).choice(drawn_from["latent"].to_numpy(), 5, replace=False)
     tested = passed = 0
     for latent in latents.tolist():
         words = [f"intervention.latents=[{latent}]", *QUICK]
         rows = main_rows(run(cache, tmp_path / f"run_{latent}", *words))
         tested += len(rows) > 0
         passed += bool((rows["refusal_p_controls_holm"] <= ALPHA).any())
-    assert tested >= 6
-    # P(3 or more of 8) is 0.006 at the nominal rate.
-    assert passed <= 2
+    assert tested >= 4
+    # P(2 or more of 5) is 0.023 at the nominal rate.
+    assert passed <= 1

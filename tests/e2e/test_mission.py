@@ -22,6 +22,7 @@ def test_the_missions_own_command(tmp_path: Path) -> None:
     # The command as it stands; what follows only keeps a random model from generating for long.
     command += ["intervention.max_new_tokens=2", "intervention.n_prompts=2"]
     command += ["intervention.n_choice_prompts=2", "intervention.n_neutral=1"]
+    command += ["intervention.n_controls=5"]
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env.pop("HF_HUB_CACHE", None)
     done = subprocess.run(

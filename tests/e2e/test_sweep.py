@@ -29,7 +29,7 @@ SMALL += ["dataset.n_examples=40", "hydra.sweep.dir=sweep"]
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Said:
-    words = ["-m", "layer=0,1,2,3", "width=256,512", "coefficient=0,0.3,0.6", *SMALL]
+    words = ["-m", "layer=0,2", "width=256,512", "coefficient=0,0.6", *SMALL]
     said = command(tmp_path_factory.mktemp("grid"), *words)
     assert said.code == 0, said.err[-2000:]
     return said
@@ -50,10 +50,10 @@ def test_a_sweep_forwards_no_more_than_one_of_its_cells_alone(swept: Said, alone
 
 def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
     table = table_of(swept.sweep)
-    assert len(table) == 24
+    assert len(table) == 8
     assert set(table["status"]) == {"finished"}
     grid = set(zip(table["layer"], table["width"], table["coefficient"], strict=True))
-    assert grid == {(a, b, c) for a in range(4) for b in (256, 512) for c in (0, 0.3, 0.6)}
+    assert grid == {(a, b, c) for a in (0, 2) for b in (256, 512) for c in (0, 0.6)}
     for row in table.to_dict("records"):
         about = json.loads((swept.sweep / row["folder"] / "provenance.json").read_text())
         assert all(row[k] == about["config"][k] for k in ("layer", "width", "coefficient"))
@@ -62,20 +62,20 @@ def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
 
 
 def test_the_page_leads_to_every_cells_report_and_is_named_last(swept: Said) -> None:
-    assert_links(swept.sweep, 24)
+    assert_links(swept.sweep, 8)
     *_, counted, where = swept.out.splitlines()
-    assert counted == "sweep: 24 cells: 24 finished"
+    assert counted == "sweep: 8 cells: 8 finished"
     assert where == "report: sweep/sweep.html"
 
 
 def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
     plan = json.loads((swept.sweep / "plan.json").read_text())
-    assert len(plan["cells"]) == 24
+    assert len(plan["cells"]) == 8
     (together,) = plan["passes"].values()
     assert all([layer, None] in together for layer in range(4))
 
 
-GRID = ["layer=1,2", "width=512", "coefficient=0.6", *SMALL]
+GRID = ["layer=0,2", "width=512", "coefficient=0.6", *SMALL]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tests.e2e.faults import injection
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "experiments" / "validation"
-N_KILLS, N_DAMAGES, N_OTHERS = 6, 20, 1
+N_KILLS, N_DAMAGES, N_OTHERS = 3, 10, 1
 
 
 @pytest.fixture(scope="module")

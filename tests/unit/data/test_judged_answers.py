@@ -51,9 +51,17 @@ def test_the_sample_is_large_and_holds_every_verdict():
     assert len({row["case"] for row in SAMPLE}) == len(SAMPLE)
 
 
-def of_shipped_entities() -> list[Question]:
+@pytest.fixture(scope="module")
+def shipped_questions() -> list[Question]:
+    """Every third question about the shipped entities, and all of rare attributes."""
     examples = entities(DatasetConfig(name="entities")).examples
-    return [question for question in questions(examples)[0] if question.truths]
+    asked_about = [question for question in questions(examples)[0] if question.truths]
+    counts = Counter((q.entity_type, q.attribute) for q in asked_about)
+    return [
+        question
+        for n, question in enumerate(asked_about)
+        if n % 5 == 0 or counts[question.entity_type, question.attribute] < 20
+    ]
 
 
 def verdict_of(answer: str, question: Question) -> str:
@@ -80,9 +88,11 @@ def verdict_of(answer: str, question: Question) -> str:
         ("{beginning} Xyzzy. No, wait, it was {truth}.", True),
     ],
 )
-def test_every_shipped_question_is_judged_alike_in_every_form_of_answer(form: str, right: bool):
+def test_every_shipped_question_is_judged_alike_in_every_form_of_answer(
+    shipped_questions: list[Question], form: str, right: bool
+):
     """Stated answers are right; echoes, denials, alternatives, questions, retractions are not."""
-    for question in of_shipped_entities():
+    for question in shipped_questions:
         judged = replace(question, beginning="")
         for truth in question.truths:
             if question.attribute == "coordinates" and "{truth}" in form:
