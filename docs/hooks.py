@@ -45,6 +45,7 @@ API_TYPES = (
 """Types that the public functions take and return, and that plugins use."""
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
@@ -140,24 +141,37 @@ def _exists(path: str) -> bool:
 
 
 def moved(source: Path, path: str) -> str:
-    """A Markdown file of the repository as page `path`, its relative links adapted.
+    """A Markdown file of the repository as page `path`, its links adapted."""
+    return with_page_links(source.read_text("utf-8"), source, path)
 
-    Links to pages of the site stay links; links to other files of the repository become their path.
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Adapt the links of pages that are files in docs/."""
+    source = ROOT / "docs" / page.file.src_uri
+    return with_page_links(markdown, source, page.file.src_uri) if source.is_file() else markdown
+
+
+def with_page_links(text: str, source: Path, path: str) -> str:
+    """The text of a file as page `path`: relative links lead to the pages that files become.
+
+    Links to files that become no page are replaced by the path of the file.
     """
 
     def adapted(match: re.Match[str]) -> str:
-        image, text, target = match.groups()
+        image, label, target = match.groups()
         if re.match(r"[a-z]+:|#", target):
             return match[0]
         file, _, anchor = target.partition("#")
-        page = page_of((source.parent / file).resolve())
+        linked = (source.parent / file).resolve()
+        page = page_of(linked)
         if page is None:
-            name = posixpath.relpath((source.parent / file).resolve(), ROOT)
-            return f"{text} (`{name}`)"
+            return f"{label} (`{linked.relative_to(ROOT).as_posix()}`)"
         relative = posixpath.relpath(page, posixpath.dirname(path) or ".")
-        return f"{image}[{text}]({relative}{'#' + anchor if anchor else ''})"
+        return f"{image}[{label}]({relative}{'#' + anchor if anchor else ''})"
 
-    return _LINK.sub(adapted, source.read_text("utf-8"))
+    parts = _FENCE.split(text)
+    parts[::2] = [_LINK.sub(adapted, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def page_of(file: Path) -> str | None:

@@ -36,16 +36,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
 
 
-def source_of(path: Path) -> Path:
-    """The file that a generated page below docs/ is made from; other paths as they are."""
-    docs = ROOT / "docs"
-    if path.is_relative_to(docs / "studies") and path.name != "index.md":
-        return ROOT / "experiments" / path.stem / "README.md"
-    if path.is_relative_to(docs / "notebooks"):
-        return path.with_suffix(".ipynb")
-    return ROOT / "CHANGELOG.md" if path == docs / "changelog.md" else path
-
-
 @pytest.mark.parametrize("page", LINKING)
 def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text("utf-8"), flags=re.M | re.DOTALL)
@@ -55,10 +45,8 @@ def test_links_lead_to_files_and_headings_that_exist(page: str) -> None:
         if re.match(r"[a-z]+:", target):
             continue
         path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
-        if path.is_relative_to(ROOT / "docs"):
-            if path.relative_to(ROOT / "docs").as_posix() in GENERATED - {"changelog.md"}:
-                continue
-            path = source_of(path)
+        if path in {ROOT / "docs" / page for page in GENERATED}:
+            continue
         if not path.exists() or (anchor and anchor not in anchors(path)):
             broken.append(target)
     assert not broken
