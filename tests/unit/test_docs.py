@@ -101,6 +101,18 @@ def test_every_setting_has_a_docstring_and_every_option_a_comment() -> None:
             assert not undescribed, f"conf/{group.name}: begin these files with a comment"
 
 
+def test_the_changelog_lists_every_renamed_metric_and_column() -> None:
+    renamed = json.loads((ROOT / "experiments/validation/renamed.json").read_text("utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    rows = [
+        f"| {kind.removesuffix('s')} | `{before}` | `{after}` |"
+        for kind, names in renamed.items()
+        for before, after in names.items()
+    ]
+    missing = [row for row in rows if row not in changes]
+    assert not missing, "add these rows to the table of renamed names:\n" + "\n".join(missing)
+
+
 def test_public_names_and_moved_links_of_generated_pages() -> None:
     assert hooks.public_names() == saexp.__all__
     page = hooks.moved(ROOT / "experiments/validation/README.md", "studies/validation.md")
