@@ -64,7 +64,7 @@ def _title(notebook: Path) -> str:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to the site."""
-    from mkdocs.structure.files import File
+    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
 
     for path, content in generated_pages().items():
         files.append(File.generated(config, path, content=content))
