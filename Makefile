@@ -1,17 +1,21 @@
-# make run [ARGS="..."]: one run, set up first where needed. make test: everything that must hold.
+# make run [ARGS="..."]: one run, after the set-up if that is missing.
+# make check: format, lint, types, import layers and unit tests. make test: the same with the whole test suite.
+# make docs: the documentation site, in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What a user puts beside it is none of lint's business.
-OURS := saexp experiments tests
+# Files that a user adds beside these folders are not linted.
+OURS := saexp experiments tests docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test format lint types layers pytest wheel clean
+.PHONY: run test check format lint types layers unit pytest docs wheel clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m saexp $(ARGS)
 
 test: lint types layers pytest
+
+check: lint types layers unit
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,11 +41,17 @@ types: $(VENV)/.installed-dev
 layers: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
+unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+
 pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir site
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache

@@ -1,11 +1,23 @@
-"""The commands that README, the studies' READMEs and --help name, and where each of them is run."""
+"""The commands in README, the studies' READMEs, the documentation and --help, and their tests.
+
+Every command of README, of a study or of --help is in one of three tables: `RUN` (run by
+tests/e2e/test_readme.py), `ELSEWHERE` (run by another test) or `NOT_HERE` (not run; with the
+reason).
+A `python -m saexp` command of a documentation page can be in a table too; if it is not, its
+configuration is composed by tests/unit/test_docs.py.
+"""
 
 import re
 import shlex
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md")))
+DOCS = tuple(sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
+SAEXP = "python -m saexp"
 
 SMALL = (
     "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=500 "
@@ -203,6 +215,25 @@ def commands(text: str) -> list[str]:
             joined = re.sub(r"\\\n\s*", " ", content)
             found += [plain(line) for line in joined.splitlines() if line.strip()]
     return [command for command in found if command]
+
+
+def fenced_commands(text: str) -> list[str]:
+    """Every command of a documentation page, whose commands are in fences called bash."""
+    fences = [content for kind, content in blocks(text) if kind == "bash"]
+    return commands("".join(f"```bash\n{content}```\n" for content in fences))
+
+
+def in_tables() -> set[str]:
+    """Every command that one of the tables has, in one way of quoting."""
+    return {plain(typed) for table in (RUN, ELSEWHERE, NOT_HERE) for typed in table}
+
+
+def composed_overrides(typed: str) -> list[list[str]]:
+    """Overrides of the first and last cell of a command; without Hydra's own keys."""
+    words = [w for w in shlex.split(typed)[3:] if w[0] != "-" and "hydra" not in w.split("=")[0]]
+    parsed = OverridesParser.create().parse_overrides(words)
+    cells = BasicSweeper.split_arguments(parsed, None)[0]
+    return [cells[0], cells[-1]]
 
 
 def of_help(template: str) -> list[str]:

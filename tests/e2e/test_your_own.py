@@ -1,4 +1,4 @@
-"""Adding a component of one's own, as the README tells it: a package, a YAML file, a command."""
+"""The plugin of the documentation: a module, a YAML file, a command."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from tests.readme_commands import ROOT, blocks
 
 (PACKAGE,) = (
     content
-    for kind, content in blocks((ROOT / "README.md").read_text("utf-8"))
+    for kind, content in blocks((ROOT / "docs/guides/plugins.md").read_text("utf-8"))
     if kind == "python" and "@saexp.register" in content
 )
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from saexp.cli import main
 from saexp.data.datasets import ASSETS
 from saexp.pipeline import objects
+from tests.readme_commands import commands, fenced_commands
 from tests.unit.saes.make import COMMIT
 
 ROOT = Path(__file__).parents[3]
@@ -161,12 +162,12 @@ def forget() -> None:
     objects.forget()
 
 
-def told_by(readme: str, *having: str) -> list[str]:
-    """The words of the one command of a README that has all these in it."""
-    text = (ROOT / readme).read_text("utf-8").replace("\\\n", " ")
-    lines = [x for x in text.splitlines() if x.startswith("    ") and all(h in x for h in having)]
-    found = [shlex.split(line, comments=True) for line in lines]
-    assert len(found) == 1, f"{readme} has {len(found)} commands with {', '.join(having)}"
+def told_by(page: str, *having: str) -> list[str]:
+    """The words of the one command of a page that contains all of these."""
+    read = fenced_commands if page.startswith("docs/") else commands
+    listed = read((ROOT / page).read_text("utf-8"))
+    found = [shlex.split(c) for c in listed if all(h in c for h in having)]
+    assert len(found) == 1, f"{page} has {len(found)} commands with {', '.join(having)}"
     return found[0]
 
 

@@ -53,7 +53,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     forget()
 
 
-@pytest.mark.parametrize("readme", ["README.md", "experiments/sae_quality/README.md"])
+@pytest.mark.parametrize(
+    "readme", ["docs/guides/judging-saes.md", "experiments/sae_quality/README.md"]
+)
 def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
     words = told_by(readme, "experiment=sae_quality", "gpt2_jb")
     fewer = ("tracker=none", "task.options.n_texts=6", "task.options.n_bootstrap=10")
@@ -75,7 +77,7 @@ def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
 
 
 def test_a_capability(user: Terminal) -> None:
-    words = told_by("README.md", "analyzer=capability", "dataset=ioi")
+    words = told_by("docs/guides/judging-saes.md", "analyzer=capability", "dataset=ioi")
     more = ("model=gpt2", "sae=gpt2_jb", "layer=8", "intervention=none")
     run = user.run("capability", words, *more, *few(n_examples=8))
     prompts = run.table("prompts")
@@ -85,7 +87,9 @@ def test_a_capability(user: Terminal) -> None:
 
 
 def test_a_data_set_of_ones_own(user: Terminal) -> None:
-    words = told_by("README.md", "model=gpt2", "dataset=jsonl", "dataset.path=my.jsonl")
+    words = told_by(
+        "docs/guides/own-data.md", "model=gpt2", "dataset=jsonl", "dataset.path=my.jsonl"
+    )
     run = user.run("own", words, *few(n_examples=14))
     assert run.about["sae"]["hookpoint"] == "layer_8.resid_pre"
     assert run.about["groups"] == ["kitchen", "garden"]

@@ -41,7 +41,7 @@ def check_trained(user: Terminal, run: Run) -> None:
 
 
 def test_an_sae_from_nothing(user: Terminal) -> None:
-    words = told_by("README.md", "experiment=train_from_scratch")
+    words = told_by("docs/guides/training.md", "experiment=train_from_scratch")
     run = user.run("scratch", words, *FEW)
     check_trained(user, run)
     assert run.about["config"]["sae_trainer"]["options"]["l1_coefficient"] == 5e-4
