@@ -28,7 +28,7 @@ from saexp.saes.formats import (
 )
 from saexp.saes.formats.files import about, download, present
 from saexp.saes.releases import format_of, neuronpedia_of
-from saexp.saes.sae import SparseAutoencoder, check_values
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.permutation import random_directions
 
 
@@ -45,7 +45,7 @@ def sae_identity(sae: Any) -> str | None:
     settings = {
         name: repr(value)
         for name, value in vars(sae).items()
-        if not name.startswith("_") and isinstance(value, str | int | float | None)
+        if not name.startswith("_") and isinstance(value, str | int | float | SAESettings | None)
     }
     streams = [str(sae.hookpoint), str(getattr(sae, "hookpoint_out", None))]
     config = sae.metadata.get("config_fingerprint")
@@ -212,7 +212,7 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
     sae = form.read(entry, metadata)
     if "fingerprint" not in sae.metadata:
-        sae.metadata["fingerprint"] = state_sha256(sae)
+        sae = sae.with_metadata(fingerprint=state_sha256(sae))
     return _finish(sae, cfg)
 
 
@@ -299,9 +299,7 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
             "b_enc": torch.zeros(width),
             "b_dec": torch.zeros(size),
         },
-        architecture="topk",
-        k=k,
-        hookpoint=hookpoint,
+        SAESettings(architecture="topk", k=k, hookpoint=hookpoint),
         metadata={
             "name": f"random control, {hookpoint.name}, width {width}, seed {cfg.seed}",
             "control": "random",
@@ -320,7 +318,7 @@ def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
-    _set_factor(sae, cfg.norm_factor, name)
+    sae = _with_factor(sae, cfg.norm_factor, name)
     dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     return _converted(sae, pick_device(cfg.device), dtype)
 
@@ -345,15 +343,15 @@ def _no_factor(name: str) -> SAEError:
     )
 
 
-def _set_factor(sae: SparseAutoencoder, asked: Any, name: str) -> None:
-    """Scale the inputs as asked; `estimate` leaves the factor to `estimate_factor`.
+def _with_factor(sae: SparseAutoencoder, asked: Any, name: str) -> SparseAutoencoder:
+    """The SAE with the requested scaling; `estimate` leaves the factor to `estimate_factor`.
 
-    Raises SAEError where the files contradict what is asked, or need a factor and lack it.
+    Raises SAEError where the files contradict the request, or need a factor and lack it.
     """
     if asked is None:
         if sae.lacks_factor:
             raise _no_factor(name)
-        return
+        return sae
     if sae.is_transcoder or sae.normalize_activations not in ("none", _FIXED):
         raise SAEError(
             f"sae.norm_factor={asked}, but the inputs of {name} are not scaled by one factor; "
@@ -364,15 +362,15 @@ def _set_factor(sae: SparseAutoencoder, asked: Any, name: str) -> None:
         raise SAEError(
             f"sae.norm_factor={asked}, but the files of {name} say {given:g}; leave it out"
         )
-    sae.metadata["norm_factor_by"] = "estimate" if asked == ESTIMATE else "sae.norm_factor"
-    sae.normalize_activations = _FIXED
-    sae.norm_factor = None if asked == ESTIMATE else float(asked)
+    if asked == ESTIMATE:
+        return sae.with_factor(None).with_metadata(norm_factor_by="estimate")
+    return sae.with_factor(float(asked)).with_metadata(norm_factor_by="sae.norm_factor")
 
 
 @torch.inference_mode()
 def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"]]) -> float:
-    """Set the factor that brings the rows' mean norm to sqrt(d_in), as sae-lens and Anthropic's
-    training do (Conerly et al. 2024, Circuits Updates April), and return it.
+    """The factor that brings the rows' mean norm to sqrt(d_in), as in the training of sae-lens and
+    Anthropic (Conerly et al. 2024, Circuits Updates April).
 
     Raises SAEError where every row is zero.
     """
@@ -382,9 +380,7 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
         n += len(acts)
     if not total:
         raise SAEError("sae.norm_factor=estimate: every activation is zero; give it as a number")
-    sae.norm_factor = sae.d_in**0.5 * n / total
-    sae.metadata["norm_factor"] = sae.norm_factor
-    return sae.norm_factor
+    return sae.d_in**0.5 * n / total
 
 
 def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:

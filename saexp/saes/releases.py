@@ -98,7 +98,7 @@ def _dictionary_learning(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
 def _cross_layer(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
     """One layer of a cross-layer transcoder; the catalogue's path is the layer."""
     layer = int(entry.path)
-    config = download(entry.repo, saelens.CONFIG)
+    config = download(entry.repo, saelens.CONFIG_BY_LOADER)
     encoder, decoder = (download(entry.repo, name) for name in saelens.weights(layer))
     files = saelens.Files(config, encoder, decoder)
     known = about(encoder, config)

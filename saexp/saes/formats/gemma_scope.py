@@ -12,7 +12,7 @@ import torch
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.formats.saelens import drop_unit_scaling
-from saexp.saes.sae import SparseAutoencoder, check_type
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type
 from saexp.wording import brief
 
 WEIGHTS = "params.npz"
@@ -75,11 +75,13 @@ def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> Sparse
     embedding = hookpoint.stream == "embed" and d_model > 0
     return SparseAutoencoder(
         parameters,
-        architecture="jumprelu",
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture="jumprelu",
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            apply_b_dec_to_input=False,
+            normalize_activations="expected_average_only_in" if embedding else "none",
+            norm_factor=d_model**-0.5 if embedding else None,
+        ),
         metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
-        apply_b_dec_to_input=False,
-        normalize_activations="expected_average_only_in" if embedding else "none",
-        norm_factor=d_model**-0.5 if embedding else None,
     )

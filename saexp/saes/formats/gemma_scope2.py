@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.formats.files import Config, check_matrices, read_config, read_safetensors
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 
 CONFIG, WEIGHTS = "config.json", "params.safetensors"
 _NAMES = {
@@ -76,9 +76,9 @@ def load_gemma_scope2(
     expected_l0 = {"expected_l0": l0} if l0 else {}
     return SparseAutoencoder(
         parameters,
-        architecture="jumprelu",
-        hookpoint=at,
-        hookpoint_out=out,
+        SAESettings(
+            architecture="jumprelu", hookpoint=at, hookpoint_out=out, apply_b_dec_to_input=False
+        ),
         metadata={
             "model": cfg.text("model_name"),
             **metadata,
@@ -86,7 +86,6 @@ def load_gemma_scope2(
             "format": "Gemma Scope 2",
             "architecture": "jumprelu",
         },
-        apply_b_dec_to_input=False,
     )
 
 

@@ -20,7 +20,7 @@ from saexp.saes.formats.files import (
     read_safetensors,
     read_yaml,
 )
-from saexp.saes.sae import SparseAutoencoder, check_values
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _ROUNDING = 1e-3
@@ -66,9 +66,18 @@ def load_saelens(
     )
     sae = SparseAutoencoder(
         parameters,
-        architecture=architecture,
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture=architecture,
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            k=k,
+            apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
+            normalize_activations=scaling,
+            norm_factor=factor,
+            centre=by_mean,
+            rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
+            and architecture in ("topk", "batchtopk"),
+        ),
         metadata={
             "model": about.text("model_name"),
             "neuronpedia_id": about.text("neuronpedia_id"),
@@ -78,13 +87,6 @@ def load_saelens(
             "format": "SAELens",
             "architecture": named,
         },
-        k=k,
-        apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
-        normalize_activations=scaling,
-        norm_factor=factor,
-        centre=by_mean,
-        rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
-        and architecture in ("topk", "batchtopk"),
     )
     cfg.check_sizes({"d_in": sae.d_in, "d_sae": sae.d_sae})
     return sae
@@ -213,9 +215,18 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
     hookpoint_out = transcoder_output(named, about.get("hook_name_out"), label)
     return SparseAutoencoder(
         {n: p.detach().float().clone() for n, p in lens.named_parameters()},
-        architecture=inference_architecture(named),
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture=inference_architecture(named),
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            k=getattr(cfg, "k", None),
+            apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+            normalize_activations=getattr(cfg, "normalize_activations", "none"),
+            centre=expects_centred(
+                options.get("center_writing_weights"), hookpoint_out or hookpoint
+            ),
+            rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
+        ),
         metadata={
             "model": about.get("model_name"),
             "prepend_bos": about.get("prepend_bos"),
@@ -223,11 +234,6 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
             "format": "sae-lens loader",
             "architecture": named,
         },
-        k=getattr(cfg, "k", None),
-        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
-        normalize_activations=getattr(cfg, "normalize_activations", "none"),
-        centre=expects_centred(options.get("center_writing_weights"), hookpoint_out or hookpoint),
-        rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
     )
 
 
@@ -271,9 +277,7 @@ def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAuto
     architecture = "jumprelu" if "threshold" in found else "standard"
     return SparseAutoencoder(
         found,
-        architecture=architecture,
-        hookpoint=at,
-        hookpoint_out=out,
+        SAESettings(architecture=architecture, hookpoint=at, hookpoint_out=out),
         metadata={
             "model": cfg.text("model_name"),
             **metadata,
