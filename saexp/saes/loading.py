@@ -17,17 +17,22 @@ from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device, state_sha256
-from saexp.saes.catalogue import fill, find, n_latents, show_width
+from saexp.saes.catalogue import (
+    fill,
+    find,
+    format_of,
+    n_latents,
+    neuronpedia_of,
+    show_width,
+)
 from saexp.saes.formats import (
     dictionary_learning,
     gemma_scope,
-    gemma_scope2,
     llama_scope,
     saelens,
     sparsify,
 )
-from saexp.saes.formats.files import about, download, present
-from saexp.saes.releases import format_of, neuronpedia_of
+from saexp.saes.formats.files import Streams, about, download, present
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.permutation import random_directions
 
@@ -58,7 +63,7 @@ _IN_REPOS = (
     (saelens.CONFIG, saelens.WEIGHTS),
     (sparsify.CONFIG, sparsify.WEIGHTS),
     (llama_scope.CONFIG, llama_scope.WEIGHTS),
-    (gemma_scope2.CONFIG, gemma_scope2.WEIGHTS),
+    (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2),
     (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 )
 """(config, weights) of the formats that are folders with a config."""
@@ -77,7 +82,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         if len(parts) < 2 or is_path(str(place)):
             raise SAEError(f"sae.path={place}: no such folder or file")
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-    if place.name in (gemma_scope2.WEIGHTS, saelens.WEIGHTS, sparsify.WEIGHTS):
+    if place.name in (gemma_scope.WEIGHTS_2, saelens.WEIGHTS, sparsify.WEIGHTS):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
     if found is not None:
@@ -105,8 +110,12 @@ def _read_folder(
         return sparsify.load_sparsify(folder, facts(sparsify), given)
     if llama_scope.is_llama_scope(folder):
         return llama_scope.load_llama_scope(folder, facts(llama_scope))
-    if gemma_scope2.is_gemma_scope2(folder):
-        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2), given)
+    if gemma_scope.is_gemma_scope2(folder):
+        return gemma_scope.load_gemma_scope2(
+            folder,
+            {"name": name, **about(folder / gemma_scope.WEIGHTS_2, folder / gemma_scope.CONFIG_2)},
+            given,
+        )
     if dictionary_learning.is_dictionary_learning(folder):
         return dictionary_learning.load_dictionary_learning(
             folder, facts(dictionary_learning), stream
@@ -120,22 +129,22 @@ def _unknown(place: Path) -> SAEError:
     if pickled:
         return SAEError(f"{place} holds only a pickle file ({pickled[0]}), {_DANGER}")
     if any(name.startswith("params_layer_") for name in inside):
-        gemma_scope2.refuse_across_layers("clt", str(place))
+        gemma_scope.refuse_across_layers("clt", str(place))
     return SAEError(
         f"sae.path={place} is no SAE saexp knows: expected {saelens.CONFIG} with "
         f"{saelens.WEIGHTS}, {llama_scope.CONFIG} with {llama_scope.WEIGHTS}, or "
         f"{gemma_scope.WEIGHTS}; or {sparsify.CONFIG} with {sparsify.WEIGHTS}, or "
-        f"{gemma_scope2.CONFIG} with {gemma_scope2.WEIGHTS} or {dictionary_learning.WEIGHTS}"
+        f"{gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or {dictionary_learning.WEIGHTS}"
     )
 
 
 def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAutoencoder:
     prefix = f"{path}/" if path else ""
     name = f"{repo}/{path}".rstrip("/")
-    gemma_scope2.refuse_across_layers(name, name)
-    if path.endswith(".npz") or gemma_scope.is_gemma_scope(repo):
+    gemma_scope.refuse_across_layers(name, name)
+    if path.endswith(".npz") or gemma_scope.is_gemma_scope_repo(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
-        ends = gemma_scope.ends_of(repo, path)
+        ends = gemma_scope.streams_of(repo, path)
         file = download(repo, inner)
         return gemma_scope.load_gemma_scope(file, ends, {"name": name, **about(file)})
     lacking = []
@@ -152,9 +161,9 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
             present(repo, f"{prefix}{saelens.SPARSITY}")
         folder = file.parents[len(Path(weights).parts) - 1]
         return load_sae_files(folder, stream, layer, name)
-    if gemma_scope2.is_in(repo):
+    if gemma_scope.is_gemma_scope2_repo(repo):
         return load_sae_files(
-            download(repo, f"{prefix}{gemma_scope2.WEIGHTS}").parent, stream, layer, name
+            download(repo, f"{prefix}{gemma_scope.WEIGHTS_2}").parent, stream, layer, name
         )
     # Neither is there, or it would have been read; the error says which and why.
     try:
@@ -180,10 +189,10 @@ def _given(stream: str | None, layer: Any) -> Hookpoint | None:
     return Hookpoint(parse_layers(layer)[0], stream)
 
 
-def _npz_ends(file: Path, stream: str | None, layer: Any) -> gemma_scope.Ends:
+def _npz_ends(file: Path, stream: str | None, layer: Any) -> Streams:
     """From the path, else from the user's words."""
     try:
-        return gemma_scope.ends_of(str(file.parent), str(file.parent))
+        return gemma_scope.streams_of(str(file.parent), str(file.parent))
     except SAEError:
         given = _given(stream, layer)
         if given is None:
@@ -209,7 +218,7 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     }
     form = format_of(entry)
     # Before anything is downloaded.
-    _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
+    _check_place(form.streams(entry)[0], cfg.layer, cfg.stream, metadata["name"])
     sae = form.read(entry, metadata)
     if "fingerprint" not in sae.metadata:
         sae = sae.with_metadata(fingerprint=state_sha256(sae))
@@ -352,12 +361,12 @@ def _with_factor(sae: SparseAutoencoder, asked: Any, name: str) -> SparseAutoenc
         if sae.lacks_factor:
             raise _no_factor(name)
         return sae
-    if sae.is_transcoder or sae.normalize_activations not in ("none", _FIXED):
+    if sae.is_transcoder or sae.settings.normalize_activations not in ("none", _FIXED):
         raise SAEError(
             f"sae.norm_factor={asked}, but the inputs of {name} are not scaled by one factor; "
             "leave it out"
         )
-    given = sae.norm_factor
+    given = sae.settings.norm_factor
     if given is not None and (asked == ESTIMATE or not math.isclose(given, asked, rel_tol=1e-6)):
         raise SAEError(
             f"sae.norm_factor={asked}, but the files of {name} say {given:g}; leave it out"

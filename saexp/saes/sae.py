@@ -186,10 +186,18 @@ class SAE(Protocol):
 
     d_in: int
     d_sae: int
-    hookpoint: Hookpoint
-    metadata: Mapping[str, Any]
     W_dec: Tensor
     """`[d_sae, d_in]`, a transcoder's `[d_sae, d_out]`."""
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """The stream that it reads."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Name, path, fingerprint and what else its files say."""
+        ...
 
     def encode(self, x: Tensor) -> Tensor:
         """`[..., d_in]` -> `[..., d_sae]`."""
@@ -268,36 +276,6 @@ class SparseAutoencoder(nn.Module):
         """The stream that a transcoder predicts; None for an SAE."""
         return self.settings.hookpoint_out
 
-    @property
-    def k(self) -> int | None:
-        """Number of active latents of topk, number of groups of groupmax."""
-        return self.settings.k
-
-    @property
-    def apply_b_dec_to_input(self) -> bool:
-        """Whether b_dec is subtracted from the input."""
-        return bool(self.settings.apply_b_dec_to_input)
-
-    @property
-    def normalize_activations(self) -> str:
-        """How inputs are scaled, one of `NORMALIZATIONS`."""
-        return self.settings.normalize_activations
-
-    @property
-    def norm_factor(self) -> float | None:
-        """The factor of `expected_average_only_in`; None where it is not known yet."""
-        return self.settings.norm_factor
-
-    @property
-    def rescale_acts_by_decoder_norm(self) -> bool:
-        """Whether activations are multiplied by the norm of their decoder rows."""
-        return self.settings.rescale_acts_by_decoder_norm
-
-    @property
-    def centre(self) -> bool:
-        """Whether each input vector's mean is subtracted first."""
-        return self.settings.centre
-
     def with_metadata(self, **metadata: Any) -> "SparseAutoencoder":
         """The same SAE, sharing its weights, with these entries of `metadata` set."""
         return self._with(self.settings, metadata)
@@ -333,7 +311,7 @@ class SparseAutoencoder(nn.Module):
         return (
             f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
             f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
-            f"normalize_activations={self.normalize_activations}"
+            f"normalize_activations={self.settings.normalize_activations}"
         )
 
     def _repr_html_(self) -> str:
@@ -344,7 +322,7 @@ class SparseAutoencoder(nn.Module):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            "input scaling": self.normalize_activations,
+            "input scaling": self.settings.normalize_activations,
         }
         return html_table(str(self.metadata.get("name", "sparse autoencoder")), rows)
 
@@ -376,26 +354,26 @@ class SparseAutoencoder(nn.Module):
     @property
     def lacks_factor(self) -> bool:
         """Whether its inputs are scaled by a factor that is not known (yet)."""
-        scaled = self.normalize_activations == "expected_average_only_in"
-        return scaled and self.norm_factor is None
+        scaled = self.settings.normalize_activations == "expected_average_only_in"
+        return scaled and self.settings.norm_factor is None
 
     def _factor(self) -> float:
-        if self.norm_factor is None:
+        if self.settings.norm_factor is None:
             raise SAEError(
                 f"{self.name}: its inputs are scaled by a factor that "
                 "its files do not give; type sae.norm_factor=<number> (task=analyze takes estimate "
                 "too)"
             )
-        return self.norm_factor
+        return self.settings.norm_factor
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """(scaled x, scale, shift) with x = scaled * scale + shift."""
-        if self.normalize_activations == "none":
+        if self.settings.normalize_activations == "none":
             return x, 1.0, 0.0
-        if self.normalize_activations == "expected_average_only_in":
+        if self.settings.normalize_activations == "expected_average_only_in":
             factor = self._factor()
             return x * factor, 1 / factor, 0.0
-        if self.normalize_activations == "constant_norm_rescale":
+        if self.settings.normalize_activations == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / scale, scale, 0.0
         shift = x.mean(dim=-1, keepdim=True)
@@ -417,12 +395,12 @@ class SparseAutoencoder(nn.Module):
     def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """(vectors in the SAE's dtype, mean that was subtracted)."""
         flat = self._flat(x).to(self.W_enc.dtype)
-        mean = flat.mean(dim=-1, keepdim=True) if self.centre else 0.0
-        return flat - mean if self.centre else flat, mean
+        mean = flat.mean(dim=-1, keepdim=True) if self.settings.centre else 0.0
+        return flat - mean if self.settings.centre else flat, mean
 
     def _input(self, x: Tensor) -> Tensor:
         scaled = self._scaled(self._vectors(x)[0])[0]
-        return scaled - self.b_dec if self.apply_b_dec_to_input else scaled
+        return scaled - self.b_dec if self.settings.apply_b_dec_to_input else scaled
 
     def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
@@ -441,13 +419,13 @@ class SparseAutoencoder(nn.Module):
     def _pre(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Latents' values before their activation function, in a tensor of their own."""
         pre = functional.linear(x, self.W_enc[:, chosen].T, self.b_enc[chosen])
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             pre.mul_(self.W_dec[chosen].norm(dim=-1))
         return pre
 
     def row_scale(self, x: Float[Tensor, "... d_in"]) -> Tensor | float:
         """What `directions` is to be multiplied by at these inputs, `[..., 1]`; 1 for most SAEs."""
-        if self.normalize_activations in ("none", "expected_average_only_in"):
+        if self.settings.normalize_activations in ("none", "expected_average_only_in"):
             return 1.0
         return self._scaled(self._vectors(x)[0])[1]
 
@@ -457,11 +435,11 @@ class SparseAutoencoder(nn.Module):
         if self.architecture not in COMPETING:
             return self._activate(inputs, slice(None))
         pre = self._pre(inputs, slice(None))
-        assert self.k is not None
+        assert self.settings.k is not None
         if self.architecture == "topk":
-            top = pre.topk(self.k, dim=-1, sorted=False)
+            top = pre.topk(self.settings.k, dim=-1, sorted=False)
             return pre.zero_().scatter_(-1, top.indices, top.values.relu())
-        groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
+        groups = rearrange(pre, "... (k members) -> ... k members", k=self.settings.k)
         best = groups.max(dim=-1, keepdim=True)
         kept = groups.zero_().scatter_(-1, best.indices, best.values.relu())
         return rearrange(kept, "... k members -> ... (k members)")
@@ -484,11 +462,11 @@ class SparseAutoencoder(nn.Module):
         it; else it is ignored.
         """
         acts = feature_acts.to(self.W_dec.dtype)
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             acts = acts / self.W_dec.norm(dim=-1)
         out = acts @ self.W_dec + self.b_dec
-        fixed = self.normalize_activations in ("none", "expected_average_only_in")
-        if fixed and not self.centre and self.W_skip is None:
+        fixed = self.settings.normalize_activations in ("none", "expected_average_only_in")
+        if fixed and not self.settings.centre and self.W_skip is None:
             return out * self._scaled(self.b_dec)[1]
         if x is None:
             does = "scales or centres each input by itself"
@@ -508,8 +486,8 @@ class SparseAutoencoder(nn.Module):
         """
         chosen = torch.as_tensor(latents, device=self.device)
         rows = self.W_dec[chosen]
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             rows = rows / rows.norm(dim=-1, keepdim=True)
-        if self.normalize_activations == "expected_average_only_in":
+        if self.settings.normalize_activations == "expected_average_only_in":
             rows = rows / self._factor()
         return rows

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.hub import hub, why_absent
 from saexp.models.hookpoints import NOT_ADDED, Hookpoint
-from saexp.saes.catalogue import Entry
 from saexp.saes.formats.files import (
     Config,
     check_matrices,
+    drop_unit_scaling,
     lens_hookpoint,
     read_config,
     read_safetensors,
@@ -152,13 +151,6 @@ def transcoder_output(named: str, hook_name_out: str | None, label: str) -> Hook
     return lens_hookpoint(hook_name_out, f"{label}: hook_name_out")
 
 
-def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
-    """Old files hold a `scaling_factor` of ones that nothing uses; any other stays, an error."""
-    factor = parameters.get("scaling_factor")
-    if factor is not None and torch.equal(factor, torch.ones_like(factor)):
-        del parameters["scaling_factor"]
-
-
 def _scaling(cfg: Config, about: Config) -> tuple[str, float | None]:
     """(scaling, factor); before 6.0 a boolean said whether inputs are scaled by a factor.
 
@@ -197,16 +189,16 @@ def _architecture(cfg: Config) -> tuple[str, int | None]:
     return architecture, None
 
 
-def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """An SAE or transcoder of sae-lens' catalogue."""
+def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseAutoencoder:
+    """Load an SAE or transcoder of the catalogue with sae-lens' own loader."""
     from sae_lens import SAE as LensSAE
 
-    label = f"{entry.release}/{entry.id}"
+    label = f"{release}/{id}"
     try:
         with hub(), warnings.catch_warnings():
             # Advice on loading the model with TransformerLens, which saexp does not use.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pre")
-            lens = LensSAE.from_pretrained(entry.release, entry.id, device="cpu")
+            lens = LensSAE.from_pretrained(release, id, device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SAEError(f"{label} cannot be loaded ({why_absent(error)})") from error
     cfg, about = lens.cfg, lens.cfg.metadata.to_dict()

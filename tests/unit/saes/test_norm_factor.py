@@ -59,11 +59,11 @@ def test_it_is_estimated_to_norm_sqrt_d_in(tmp_path: Path) -> None:
     factor = estimate_factor(made, [x[:20], x[20:]])
     assert factor == pytest.approx(float(D_IN**0.5 / x.norm(dim=-1).mean()))
     scaled = made.with_factor(factor)
-    assert scaled.norm_factor == factor == scaled.metadata["norm_factor"]
+    assert scaled.settings.norm_factor == factor == scaled.metadata["norm_factor"]
     assert made.lacks_factor and "norm_factor" not in made.metadata
     assert scaled.W_dec is made.W_dec
     with pytest.raises(AttributeError):
-        made.norm_factor = factor
+        made.hookpoint = made.hookpoint
     with pytest.raises(SAEError, match="not a positive number"):
         made.with_factor(0.0)
     assert float((x * factor).norm(dim=-1).mean()) == pytest.approx(D_IN**0.5)

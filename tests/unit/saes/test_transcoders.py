@@ -264,7 +264,7 @@ def test_qwen_scope_read_by_sae_lens(
     torch.testing.assert_close(ours.encode(x).double(), acts, rtol=1e-4, atol=1e-4)
     made_of = acts @ p["W_dec"].double() + p["b_dec"].double()
     torch.testing.assert_close(ours.decode(acts.float()).double(), made_of, rtol=1e-4, atol=1e-3)
-    assert (ours.hookpoint, ours.k) == (Hookpoint(3, "resid_post"), 50)
+    assert (ours.hookpoint, ours.settings.k) == (Hookpoint(3, "resid_post"), 50)
     assert ours.metadata["model"] == "Qwen/Qwen3.5-2B-Base"
 
 
