@@ -29,7 +29,7 @@ from torch import Tensor
 from saexp.latents.encode import CHUNK_BYTES, encode_rows
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import pick_device
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 
 AT = Hookpoint(0, "resid_post")
 K = 32
@@ -60,7 +60,7 @@ def parameters(architecture: str, d_in: int, d_sae: int, device: torch.device) -
 def ours(architecture: str, given: dict[str, Tensor]) -> SparseAutoencoder:
     """saexp's."""
     k = K if architecture == "topk" else None
-    return SparseAutoencoder(given, architecture=architecture, hookpoint=AT, k=k)
+    return SparseAutoencoder(given, SAESettings(architecture=architecture, hookpoint=AT, k=k))
 
 
 def theirs(architecture: str, given: dict[str, Tensor]) -> Any:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -171,7 +172,9 @@ def _source(name: str) -> str:
     if place.is_dir():
         return str(place)
     if place.is_file():
-        raise ModelError(f"model.name={name} is a file; type the folder of the model that it is of")
+        if place.suffix == ".gguf":
+            return str(place.parent)
+        raise ModelError(f"model.name={name} is a file; type the model's folder, or a GGUF file")
     if is_path(name) or name.count("/") > 1:
         raise ModelError(
             f"model.name={name}: no such folder; type a folder with a model's config.json, or a "
@@ -182,6 +185,23 @@ def _source(name: str) -> str:
             f"model.name={name} is neither a folder here nor a hub id such as google/gemma-2-2b"
         )
     return name
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that `model.name` is; None for any other model.
+
+    Raises ModelError where a package that reads it is missing.
+    """
+    place = Path(name).expanduser()
+    if place.suffix != ".gguf" or not place.is_file():
+        return None
+    absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if absent:
+        raise ModelError(
+            f"model.name={name} is a GGUF file, which needs the package {absent[0]}; "
+            "type: pip install 'saexp[gguf]'"
+        )
+    return place
 
 
 class LanguageModel:
@@ -196,6 +216,8 @@ class LanguageModel:
     """False once a block gave something beside the stream (`models.forward`)."""
     shares_prefixes = True
     """False once a text behind a shared beginning had other values (`activations.forward`)."""
+    gguf_file: Path | None = None
+    """The file that holds config, tokenizer and weights, where that is one GGUF file."""
     prefixes_compared = 0
     """Blocks up to which such values were compared."""
 
@@ -203,6 +225,7 @@ class LanguageModel:
         self.cfg = cfg
         self.name = cfg.name
         self.source = _source(cfg.name)
+        self.gguf_file = _gguf_file(cfg.name)
         self.device = pick_device(cfg.device)
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
@@ -211,7 +234,8 @@ class LanguageModel:
         # The shipped files name every value and a plain tokenizer. The architecture's own classes
         # give the same and import all of transformers' modelling code, for 2 s of each run.
         self.plain = cfg.name in SHIPPED
-        check_depth(Path(self.source) / "config.json", self.name)
+        if self.gguf_file is None:
+            check_depth(Path(self.source) / "config.json", self.name)
         self.config: Any = (
             PreTrainedConfig(**json.loads((Path(self.source) / "config.json").read_text("utf-8")))
             if self.plain
@@ -237,6 +261,8 @@ class LanguageModel:
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """By transformers' class of that name, which it imports when it is first asked for."""
         read = getattr(transformers, kind).from_pretrained
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file.name
         try:
             with self._files(), warnings.catch_warnings():
                 # Of a pickle that is then refused, in one line.
@@ -392,7 +418,7 @@ class LanguageModel:
     def _generation_config(self) -> Any:
         """The generation config; None without one. ModelError where its file is damaged."""
         # transformers would go on without.
-        from_file = None if self.in_memory else self._generation_file
+        from_file = None if self.in_memory or self.gguf_file else self._generation_file
         return from_file if self._hf is None else getattr(self._hf, "generation_config", None)
 
     @cached_property
@@ -462,6 +488,8 @@ class LanguageModel:
 
     @cached_property
     def _files_fingerprint(self) -> str:
+        if self.gguf_file is not None:
+            return content_name(self.gguf_file)
         config = self._file("config.json")
         assert config is not None, "a config was loaded"
         digest = hashlib.sha256(f"config.json:{file_sha256(config)}\n".encode())

@@ -103,11 +103,11 @@ def at_layers(
     """
     found: dict[int, AtLayer] = {}
     result = TaskResult()
-    for layer, sae in saes.items():
-        if sae is own.sae:
+    for layer, loaded in saes.items():
+        if loaded is own.sae:
             found[layer] = own
             continue
-        notes = settle_factor(cfg, sae, neutral)
+        sae, notes = settle_factor(cfg, loaded, neutral)
         notes += check_sae(cfg, sae, model, gathered, neutral).notes
         latents, _ = encoded(gathered, sae)
         notes += high_norm_notes(gathered, sae, CONTRASTED)

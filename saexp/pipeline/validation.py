@@ -63,20 +63,22 @@ def _shifted(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> li
     ]
 
 
-def settle_factor(cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered) -> list[str]:
+def settle_factor(
+    cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered
+) -> tuple[SparseAutoencoder, list[str]]:
     """Estimate the scaling of the SAE's inputs from neutral text, where the run asks for that.
 
-    Returns the notes that say so; nothing may be encoded before.
+    Returns the SAE to encode with, and notes that report the estimate.
     """
     if cfg.sae.norm_factor != ESTIMATE:
-        return []
+        return sae, []
     ordinary = neutral.ordinary(sae.hookpoints).mask
     chunks = (
         acts[torch.from_numpy(ordinary[n : n + len(acts)])]
         for n, acts in neutral.store.chunks(sae.hookpoint, 8192)
     )
     factor = estimate_factor(sae, chunks)
-    return [
+    return sae.with_factor(factor), [
         f"sae.norm_factor={factor:.6g} was estimated from {int(ordinary.sum())} ordinary positions "
         f"of neutral text at {sae.hookpoint.name}: its files do not give it"
     ]

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,8 +14,12 @@ from urllib.parse import quote
 import yaml
 
 from saexp.config import SAEConfig, parse_layers, parse_width
+from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
-from saexp.saes.sae import SAE
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.formats import dictionary_learning, gemma_scope, llama_scope, saelens
+from saexp.saes.formats.files import Streams, about, download, lens_hookpoint, present
+from saexp.saes.sae import SAE, SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +256,166 @@ def fill(cfg: SAEConfig) -> Path:
         raise SAEError(
             f"sae.path={cfg.path}: {{…}} may hold {', '.join(names)} alone; write a brace twice"
         ) from error
+
+
+Metadata = dict[str, Any]
+_LLAMA_SCOPE = {"r": "resid_post", "a": "attn_out", "m": "mlp_out"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One `conversion_func` of the catalogue."""
+
+    read: Callable[[Entry, Metadata], SparseAutoencoder]
+    """Downloads what it needs; the metadata are what the catalogue says."""
+    streams: Callable[[Entry], Streams]
+    """Needs no file."""
+
+
+def format_of(entry: Entry) -> Format:
+    """Raises SAEError for a format that saexp does not read."""
+    if entry.loader not in FORMATS:
+        readable = ", ".join(sorted(filter(None, FORMATS)))
+        raise SAEError(
+            f"{entry.release}/{entry.id} has the format '{entry.loader}', which is not supported; "
+            f"saexp reads {readable}"
+        )
+    return FORMATS[entry.loader]
+
+
+def neuronpedia_of(entry: Entry) -> str | None:
+    """The catalogue's Neuronpedia id; None where it names another layer than the SAE's.
+
+    What block 11 of 12 gives is layer 12 there.
+    """
+    named = re.search(r"/(\d+)-", entry.neuronpedia or "")
+    at = format_of(entry).streams(entry)[0]
+    layers = (at.layer, at.layer + 1) if at.stream == "resid_post" else (at.layer,)
+    return None if named and int(named[1]) not in layers else entry.neuronpedia
+
+
+def _folder(
+    entry: Entry, metadata: Metadata, files: tuple[str, str], *, needs_config: bool = True
+) -> Path:
+    """The entry's folder in the hub's cache, with (config, weights)."""
+    config, weights = files
+    get = download if needs_config else present
+    get(entry.repo, f"{entry.path}/{config}")
+    file = download(entry.repo, f"{entry.path}/{weights}")
+    place = file.parents[len(Path(weights).parts) - 1]
+    metadata.update(about(file, place / config))
+    return place
+
+
+def _gemma_scope(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    path = entry.path if entry.path.endswith(".npz") else f"{entry.path}/{gemma_scope.WEIGHTS}"
+    file = download(entry.repo, path)
+    streams = gemma_scope.streams_of(entry.repo, entry.path)
+    return gemma_scope.load_gemma_scope(file, streams, {**metadata, **about(file)})
+
+
+def _gemma_scope2(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    gemma_scope.refuse_across_layers(entry.path, metadata["name"])
+    files = (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2)
+    place = _folder(entry, metadata, files, needs_config=False)
+    return gemma_scope.load_gemma_scope2(place, metadata)
+
+
+def _saelens(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    present(entry.repo, f"{entry.path}/{saelens.SPARSITY}")
+    place = _folder(entry, metadata, (saelens.CONFIG, saelens.WEIGHTS))
+    return saelens.load_saelens(place, metadata, entry.overrides)
+
+
+def _llama_scope(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    place = _folder(entry, metadata, (llama_scope.CONFIG, llama_scope.WEIGHTS))
+    return llama_scope.load_llama_scope(place, metadata)
+
+
+def _dictionary_learning(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    files = (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)
+    return dictionary_learning.load_dictionary_learning(_folder(entry, metadata, files), metadata)
+
+
+def _cross_layer(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    """One layer of a cross-layer transcoder; the catalogue's path is the layer."""
+    layer = int(entry.path)
+    config = download(entry.repo, saelens.CONFIG_BY_LOADER)
+    encoder, decoder = (download(entry.repo, name) for name in saelens.weights(layer))
+    files = saelens.Files(config, encoder, decoder)
+    known = about(encoder, config)
+    known["fingerprint"] = digest_of(content_name(encoder), content_name(decoder))
+    return saelens.load_layer(files, layer, {**metadata, **known})
+
+
+def _named(entry: Entry) -> Streams:
+    """Ids are TransformerLens' names, some with a trainer or a variant behind."""
+    match = re.match(r"blocks\.\d+\.(?:attn\.)?hook_[a-z]+(?:_(?:pre|mid|post|out))?", entry.id)
+    name = (match[0] if match else entry.id).replace(".hook_z", ".attn.hook_z")
+    return lens_hookpoint(name.replace(".attn.attn.", ".attn."), entry.id), None
+
+
+def _trainer(entry: Entry) -> Streams:
+    """`resid_post_layer_7/trainer_1` in the path, of SAEs of dictionary_learning."""
+    match = re.search(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", entry.path)
+    if match is None:
+        raise SAEError(f"{entry.release}/{entry.id} does not say its layer and stream")
+    return Hookpoint(int(match[2]), match[1]), None
+
+
+def _of_layer(stream: str, stream_out: str | None = None) -> Callable[[Entry], Streams]:
+    """All of a format belong to these streams, of the layer that the id says."""
+
+    def streams(entry: Entry) -> Streams:
+        match = re.search(r"(?:^|[a-z_])(\d+)$", entry.id)
+        if match is None:
+            raise SAEError(f"{entry.release}/{entry.id} does not say its layer")
+        layer = int(match[1])
+        return Hookpoint(layer, stream), Hookpoint(layer, stream_out) if stream_out else None
+
+    return streams
+
+
+def _llama_scope_streams(entry: Entry) -> Streams:
+    """`l12r_8x`, `l12r_800m_slimpajama`."""
+    match = re.match(r"l(\d+)([ram])_", entry.id)
+    if match is None:
+        raise SAEError(f"{entry.release}/{entry.id} does not say its layer and stream")
+    return Hookpoint(int(match[1]), _LLAMA_SCOPE[match[2]]), None
+
+
+def _gemma_scope_streams(entry: Entry) -> Streams:
+    return gemma_scope.streams_of(entry.repo, entry.path)
+
+
+def _gemma_scope2_streams(entry: Entry) -> Streams:
+    streams = gemma_scope.streams2_of(entry.path)
+    if streams is None:
+        raise SAEError(f"{entry.release}/{entry.id} does not say its layer and stream")
+    return streams
+
+
+def _by_sae_lens(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
+    return saelens.load_by_sae_lens(entry.release, entry.id, metadata)
+
+
+FORMATS: dict[str | None, Format] = {
+    None: Format(_saelens, _named),
+    "sae_lens": Format(_saelens, _named),
+    "gemma_2": Format(_gemma_scope, _gemma_scope_streams),
+    "gemma_2_transcoder": Format(_gemma_scope, _gemma_scope_streams),
+    "gemma_3": Format(_gemma_scope2, _gemma_scope2_streams),
+    "llama_scope": Format(_llama_scope, _llama_scope_streams),
+    "llama_scope_r1_distill": Format(_by_sae_lens, _llama_scope_streams),
+    "dictionary_learning_1": Format(_dictionary_learning, _trainer),
+    "mwhanna_transcoder": Format(_by_sae_lens, _of_layer("mlp_in", "mlp_out")),
+    "mntss_clt_layer_transcoder": Format(_cross_layer, _of_layer("resid_mid", "mlp_out")),
+    "connor_rob_hook_z": Format(_by_sae_lens, _named),
+    "deepseek_r1": Format(_by_sae_lens, _named),
+    "goodfire": Format(_by_sae_lens, _of_layer("resid_post")),
+    "qwen_scope": Format(_by_sae_lens, _of_layer("resid_post")),
+}
+"""`conversion_func` in the catalogue -> the format."""
 
 
 SITE = "https://neuronpedia.org"

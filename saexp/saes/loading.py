@@ -17,18 +17,23 @@ from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device, state_sha256
-from saexp.saes.catalogue import fill, find, n_latents, show_width
+from saexp.saes.catalogue import (
+    fill,
+    find,
+    format_of,
+    n_latents,
+    neuronpedia_of,
+    show_width,
+)
 from saexp.saes.formats import (
     dictionary_learning,
     gemma_scope,
-    gemma_scope2,
     llama_scope,
     saelens,
     sparsify,
 )
-from saexp.saes.formats.files import about, download, present
-from saexp.saes.releases import format_of, neuronpedia_of
-from saexp.saes.sae import SparseAutoencoder, check_values
+from saexp.saes.formats.files import Streams, about, download, present
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.permutation import random_directions
 
 
@@ -45,7 +50,7 @@ def sae_identity(sae: Any) -> str | None:
     settings = {
         name: repr(value)
         for name, value in vars(sae).items()
-        if not name.startswith("_") and isinstance(value, str | int | float | None)
+        if not name.startswith("_") and isinstance(value, str | int | float | SAESettings | None)
     }
     streams = [str(sae.hookpoint), str(getattr(sae, "hookpoint_out", None))]
     config = sae.metadata.get("config_fingerprint")
@@ -58,7 +63,7 @@ _IN_REPOS = (
     (saelens.CONFIG, saelens.WEIGHTS),
     (sparsify.CONFIG, sparsify.WEIGHTS),
     (llama_scope.CONFIG, llama_scope.WEIGHTS),
-    (gemma_scope2.CONFIG, gemma_scope2.WEIGHTS),
+    (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2),
     (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 )
 """(config, weights) of the formats that are folders with a config."""
@@ -77,7 +82,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         if len(parts) < 2 or is_path(str(place)):
             raise SAEError(f"sae.path={place}: no such folder or file")
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-    if place.name in (gemma_scope2.WEIGHTS, saelens.WEIGHTS, sparsify.WEIGHTS):
+    if place.name in (gemma_scope.WEIGHTS_2, saelens.WEIGHTS, sparsify.WEIGHTS):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
     if found is not None:
@@ -105,8 +110,12 @@ def _read_folder(
         return sparsify.load_sparsify(folder, facts(sparsify), given)
     if llama_scope.is_llama_scope(folder):
         return llama_scope.load_llama_scope(folder, facts(llama_scope))
-    if gemma_scope2.is_gemma_scope2(folder):
-        return gemma_scope2.load_gemma_scope2(folder, facts(gemma_scope2), given)
+    if gemma_scope.is_gemma_scope2(folder):
+        return gemma_scope.load_gemma_scope2(
+            folder,
+            {"name": name, **about(folder / gemma_scope.WEIGHTS_2, folder / gemma_scope.CONFIG_2)},
+            given,
+        )
     if dictionary_learning.is_dictionary_learning(folder):
         return dictionary_learning.load_dictionary_learning(
             folder, facts(dictionary_learning), stream
@@ -120,22 +129,22 @@ def _unknown(place: Path) -> SAEError:
     if pickled:
         return SAEError(f"{place} holds only a pickle file ({pickled[0]}), {_DANGER}")
     if any(name.startswith("params_layer_") for name in inside):
-        gemma_scope2.refuse_across_layers("clt", str(place))
+        gemma_scope.refuse_across_layers("clt", str(place))
     return SAEError(
         f"sae.path={place} is no SAE saexp knows: expected {saelens.CONFIG} with "
         f"{saelens.WEIGHTS}, {llama_scope.CONFIG} with {llama_scope.WEIGHTS}, or "
         f"{gemma_scope.WEIGHTS}; or {sparsify.CONFIG} with {sparsify.WEIGHTS}, or "
-        f"{gemma_scope2.CONFIG} with {gemma_scope2.WEIGHTS} or {dictionary_learning.WEIGHTS}"
+        f"{gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or {dictionary_learning.WEIGHTS}"
     )
 
 
 def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAutoencoder:
     prefix = f"{path}/" if path else ""
     name = f"{repo}/{path}".rstrip("/")
-    gemma_scope2.refuse_across_layers(name, name)
-    if path.endswith(".npz") or gemma_scope.is_gemma_scope(repo):
+    gemma_scope.refuse_across_layers(name, name)
+    if path.endswith(".npz") or gemma_scope.is_gemma_scope_repo(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
-        ends = gemma_scope.ends_of(repo, path)
+        ends = gemma_scope.streams_of(repo, path)
         file = download(repo, inner)
         return gemma_scope.load_gemma_scope(file, ends, {"name": name, **about(file)})
     lacking = []
@@ -152,9 +161,9 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
             present(repo, f"{prefix}{saelens.SPARSITY}")
         folder = file.parents[len(Path(weights).parts) - 1]
         return load_sae_files(folder, stream, layer, name)
-    if gemma_scope2.is_in(repo):
+    if gemma_scope.is_gemma_scope2_repo(repo):
         return load_sae_files(
-            download(repo, f"{prefix}{gemma_scope2.WEIGHTS}").parent, stream, layer, name
+            download(repo, f"{prefix}{gemma_scope.WEIGHTS_2}").parent, stream, layer, name
         )
     # Neither is there, or it would have been read; the error says which and why.
     try:
@@ -180,10 +189,10 @@ def _given(stream: str | None, layer: Any) -> Hookpoint | None:
     return Hookpoint(parse_layers(layer)[0], stream)
 
 
-def _npz_ends(file: Path, stream: str | None, layer: Any) -> gemma_scope.Ends:
+def _npz_ends(file: Path, stream: str | None, layer: Any) -> Streams:
     """From the path, else from the user's words."""
     try:
-        return gemma_scope.ends_of(str(file.parent), str(file.parent))
+        return gemma_scope.streams_of(str(file.parent), str(file.parent))
     except SAEError:
         given = _given(stream, layer)
         if given is None:
@@ -209,10 +218,10 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     }
     form = format_of(entry)
     # Before anything is downloaded.
-    _check_place(form.ends(entry)[0], cfg.layer, cfg.stream, metadata["name"])
+    _check_place(form.streams(entry)[0], cfg.layer, cfg.stream, metadata["name"])
     sae = form.read(entry, metadata)
     if "fingerprint" not in sae.metadata:
-        sae.metadata["fingerprint"] = state_sha256(sae)
+        sae = sae.with_metadata(fingerprint=state_sha256(sae))
     return _finish(sae, cfg)
 
 
@@ -299,9 +308,7 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
             "b_enc": torch.zeros(width),
             "b_dec": torch.zeros(size),
         },
-        architecture="topk",
-        k=k,
-        hookpoint=hookpoint,
+        SAESettings(architecture="topk", k=k, hookpoint=hookpoint),
         metadata={
             "name": f"random control, {hookpoint.name}, width {width}, seed {cfg.seed}",
             "control": "random",
@@ -320,7 +327,7 @@ def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
-    _set_factor(sae, cfg.norm_factor, name)
+    sae = _with_factor(sae, cfg.norm_factor, name)
     dtype = torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     return _converted(sae, pick_device(cfg.device), dtype)
 
@@ -345,34 +352,34 @@ def _no_factor(name: str) -> SAEError:
     )
 
 
-def _set_factor(sae: SparseAutoencoder, asked: Any, name: str) -> None:
-    """Scale the inputs as asked; `estimate` leaves the factor to `estimate_factor`.
+def _with_factor(sae: SparseAutoencoder, asked: Any, name: str) -> SparseAutoencoder:
+    """The SAE with the requested scaling; `estimate` leaves the factor to `estimate_factor`.
 
-    Raises SAEError where the files contradict what is asked, or need a factor and lack it.
+    Raises SAEError where the files contradict the request, or need a factor and lack it.
     """
     if asked is None:
         if sae.lacks_factor:
             raise _no_factor(name)
-        return
-    if sae.is_transcoder or sae.normalize_activations not in ("none", _FIXED):
+        return sae
+    if sae.is_transcoder or sae.settings.normalize_activations not in ("none", _FIXED):
         raise SAEError(
             f"sae.norm_factor={asked}, but the inputs of {name} are not scaled by one factor; "
             "leave it out"
         )
-    given = sae.norm_factor
+    given = sae.settings.norm_factor
     if given is not None and (asked == ESTIMATE or not math.isclose(given, asked, rel_tol=1e-6)):
         raise SAEError(
             f"sae.norm_factor={asked}, but the files of {name} say {given:g}; leave it out"
         )
-    sae.metadata["norm_factor_by"] = "estimate" if asked == ESTIMATE else "sae.norm_factor"
-    sae.normalize_activations = _FIXED
-    sae.norm_factor = None if asked == ESTIMATE else float(asked)
+    if asked == ESTIMATE:
+        return sae.with_factor(None).with_metadata(norm_factor_by="estimate")
+    return sae.with_factor(float(asked)).with_metadata(norm_factor_by="sae.norm_factor")
 
 
 @torch.inference_mode()
 def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"]]) -> float:
-    """Set the factor that brings the rows' mean norm to sqrt(d_in), as sae-lens and Anthropic's
-    training do (Conerly et al. 2024, Circuits Updates April), and return it.
+    """The factor that brings the rows' mean norm to sqrt(d_in), as in the training of sae-lens and
+    Anthropic (Conerly et al. 2024, Circuits Updates April).
 
     Raises SAEError where every row is zero.
     """
@@ -382,9 +389,7 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
         n += len(acts)
     if not total:
         raise SAEError("sae.norm_factor=estimate: every activation is zero; give it as a number")
-    sae.norm_factor = sae.d_in**0.5 * n / total
-    sae.metadata["norm_factor"] = sae.norm_factor
-    return sae.norm_factor
+    return sae.d_in**0.5 * n / total
 
 
 def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:

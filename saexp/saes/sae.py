@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,28 +36,44 @@ NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How the parameters are used; the fields are those of SparseAutoencoder."""
+class SAESettings:
+    """What an SAE computes from its parameters, and where in the model it belongs."""
 
     architecture: str
-    k: int | None
-    transcoder: bool
-    apply_b_dec_to_input: bool
-    normalize_activations: str
-    norm_factor: float | None
-    centre: bool
+    """One of `ARCHITECTURES`."""
+    hookpoint: Hookpoint
+    """The stream that is encoded."""
+    hookpoint_out: Hookpoint | None = None
+    """The stream that a transcoder predicts; None for an SAE, which reconstructs `hookpoint`."""
+    k: int | None = None
+    """Number of active latents of topk, number of groups of groupmax."""
+    apply_b_dec_to_input: bool | None = None
+    """Whether b_dec is subtracted from the input; None: yes for an SAE, no for a transcoder."""
+    normalize_activations: str = "none"
+    """How inputs are scaled, one of `NORMALIZATIONS`."""
+    norm_factor: float | None = None
+    """The factor of `expected_average_only_in`; None where it is not known yet."""
+    rescale_acts_by_decoder_norm: bool = False
+    """Whether activations are multiplied by the norm of their decoder rows."""
+    centre: bool = False
+    """Whether each input vector's mean is subtracted first."""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether another stream is predicted than the one that is read."""
+        return self.hookpoint_out is not None
 
 
-def check(parameters: dict[str, Tensor], options: Options, label: str, file: str) -> None:
+def check(parameters: Mapping[str, Tensor], settings: SAESettings, label: str, file: str) -> None:
     """Raise SAEError for what is missing, unused, of another type, does not fit or has no use.
 
     The line begins with `label`, or, where it is about a tensor's type or values, with `file`.
     """
-    _check_names(parameters, options, label)
+    _check_names(parameters, settings, label)
     for name, tensor in parameters.items():
         check_type(name, tensor, file)
-    _check_shapes(parameters, options, label)
-    _check_options(parameters, options, label)
+    _check_shapes(parameters, settings, label)
+    _check_options(parameters, settings, label)
     check_values(parameters, file)
 
 
@@ -91,19 +108,19 @@ def _check_finite(name: str, tensor: Tensor, file: str) -> None:
         )
 
 
-def _check_names(parameters: dict[str, Tensor], options: Options, label: str) -> None:
-    architecture = options.architecture
+def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
+    architecture = settings.architecture
     if architecture not in NEEDED:
         raise SAEError(
             f"{label}: architecture '{architecture}' is not supported; "
             f"saexp reads {', '.join(ARCHITECTURES)}"
         )
-    kind = f"{architecture} {'transcoder' if options.transcoder else 'SAE'}"
+    kind = f"{architecture} {'transcoder' if settings.is_transcoder else 'SAE'}"
     needed = {"W_enc", "W_dec", "b_dec", *NEEDED[architecture]}
     for name in ("W_enc", "W_dec", "b_dec", *NEEDED[architecture]):
         if name not in parameters:
             raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
-    known = needed | ({"W_skip"} if options.transcoder else set())
+    known = needed | ({"W_skip"} if settings.is_transcoder else set())
     unused = sorted(parameters.keys() - known)
     if unused:
         raise SAEError(
@@ -111,7 +128,7 @@ def _check_names(parameters: dict[str, Tensor], options: Options, label: str) ->
         )
 
 
-def _check_shapes(parameters: dict[str, Tensor], options: Options, label: str) -> None:
+def _check_shapes(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     for name, axes in (("W_enc", "[d_in, d_sae]"), ("W_dec", "[d_sae, d_out]")):
         if parameters[name].ndim != 2:
             found = list(parameters[name].shape)
@@ -120,9 +137,9 @@ def _check_shapes(parameters: dict[str, Tensor], options: Options, label: str) -
         if not parameters[name].numel():
             raise SAEError(f"{label}: {name} has shape {list(parameters[name].shape)}: no values")
     d_in, d_sae = parameters["W_enc"].shape
-    d_out = parameters["W_dec"].shape[1] if options.transcoder else d_in
+    d_out = parameters["W_dec"].shape[1] if settings.is_transcoder else d_in
     shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    shapes |= dict.fromkeys(NEEDED[options.architecture], (d_sae,))
+    shapes |= dict.fromkeys(NEEDED[settings.architecture], (d_sae,))
     if "W_skip" in parameters:
         shapes["W_skip"] = (d_out, d_in)
     for name, shape in shapes.items():
@@ -131,32 +148,32 @@ def _check_shapes(parameters: dict[str, Tensor], options: Options, label: str) -
             raise SAEError(f"{label}: {name} has shape {found}, not {list(shape)}")
 
 
-def _check_options(parameters: dict[str, Tensor], options: Options, label: str) -> None:
+def _check_options(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     d_sae = parameters["W_enc"].shape[1]
-    if options.architecture in COMPETING and not options.k:
-        raise SAEError(f"{label}: a {options.architecture} SAE needs k, which its config lacks")
-    if options.k is not None and not 0 <= options.k <= d_sae:
-        raise SAEError(f"{label}: k={options.k} is not between 1 and its {d_sae} latents")
-    factor = options.norm_factor
+    if settings.architecture in COMPETING and not settings.k:
+        raise SAEError(f"{label}: a {settings.architecture} SAE needs k, which its config lacks")
+    if settings.k is not None and not 0 <= settings.k <= d_sae:
+        raise SAEError(f"{label}: k={settings.k} is not between 1 and its {d_sae} latents")
+    factor = settings.norm_factor
     if factor is not None and not 0 < factor < math.inf:
         raise SAEError(f"{label}: its inputs' scaling factor is {factor:g}, not a positive number")
-    if options.architecture == "groupmax" and d_sae % (options.k or 1):
-        raise SAEError(f"{label}: {d_sae} latents do not make k={options.k} groups of equal size")
-    scaling = options.normalize_activations
+    if settings.architecture == "groupmax" and d_sae % (settings.k or 1):
+        raise SAEError(f"{label}: {d_sae} latents do not make k={settings.k} groups of equal size")
+    scaling = settings.normalize_activations
     if scaling not in NORMALIZATIONS:
         raise SAEError(
             f"{label}: input scaling '{scaling}' is not supported; "
             f"saexp knows {', '.join(NORMALIZATIONS)}"
         )
-    if not options.transcoder:
+    if not settings.is_transcoder:
         return
-    if options.apply_b_dec_to_input:
+    if settings.apply_b_dec_to_input:
         raise SAEError(
             f"{label}: a transcoder's b_dec belongs to its output; its config subtracts it from "
             "the input"
         )
-    if scaling != "none" or options.centre:
-        what = "centred streams" if options.centre else f"input scaling '{scaling}'"
+    if scaling != "none" or settings.centre:
+        what = "centred streams" if settings.centre else f"input scaling '{scaling}'"
         raise SAEError(f"{label}: {what} is not supported for transcoders")
 
 
@@ -169,10 +186,18 @@ class SAE(Protocol):
 
     d_in: int
     d_sae: int
-    hookpoint: Hookpoint
-    metadata: dict[str, Any]
     W_dec: Tensor
     """`[d_sae, d_in]`, a transcoder's `[d_sae, d_out]`."""
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """The stream that it reads."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Name, path, fingerprint and what else its files say."""
+        ...
 
     def encode(self, x: Tensor) -> Tensor:
         """`[..., d_in]` -> `[..., d_sae]`."""
@@ -219,49 +244,64 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(
         self,
-        parameters: dict[str, Tensor],
-        *,
-        architecture: str,
-        hookpoint: Hookpoint,
-        hookpoint_out: Hookpoint | None = None,
-        metadata: dict[str, Any] | None = None,
-        k: int | None = None,
-        apply_b_dec_to_input: bool | None = None,
-        normalize_activations: str = "none",
-        norm_factor: float | None = None,
-        rescale_acts_by_decoder_norm: bool = False,
-        centre: bool = False,
+        parameters: Mapping[str, Tensor],
+        settings: SAESettings,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """`apply_b_dec_to_input` where not given: an SAE does, a transcoder does not."""
         super().__init__()
-        self.architecture = architecture
-        self.hookpoint = hookpoint
-        self.hookpoint_out = hookpoint_out
-        self.metadata: dict[str, Any] = metadata or {}
-        self.k = k
-        if apply_b_dec_to_input is None:
-            apply_b_dec_to_input = hookpoint_out is None
-        self.apply_b_dec_to_input = apply_b_dec_to_input
-        self.normalize_activations = normalize_activations
-        self.norm_factor = norm_factor
-        self.centre = centre
-        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
-        options = Options(
-            architecture=architecture,
-            k=k,
-            transcoder=hookpoint_out is not None,
-            apply_b_dec_to_input=apply_b_dec_to_input,
-            normalize_activations=normalize_activations,
-            norm_factor=norm_factor,
-            centre=centre,
-        )
+        if settings.apply_b_dec_to_input is None:
+            settings = replace(settings, apply_b_dec_to_input=not settings.is_transcoder)
+        self.settings = settings
+        self.metadata: Mapping[str, Any] = dict(metadata or {})
         name = str(self.metadata.get("name", "the SAE"))
-        check(parameters, options, name, str(self.metadata.get("path", name)))
+        check(parameters, settings, name, str(self.metadata.get("path", name)))
         self.register_buffer("W_skip", None)
         for name, value in parameters.items():
             self.register_buffer(name, value)
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
+
+    @property
+    def architecture(self) -> str:
+        """One of `ARCHITECTURES`."""
+        return self.settings.architecture
+
+    @property
+    def hookpoint(self) -> Hookpoint:
+        """The stream that is encoded."""
+        return self.settings.hookpoint
+
+    @property
+    def hookpoint_out(self) -> Hookpoint | None:
+        """The stream that a transcoder predicts; None for an SAE."""
+        return self.settings.hookpoint_out
+
+    def with_metadata(self, **metadata: Any) -> "SparseAutoencoder":
+        """The same SAE, sharing its weights, with these entries of `metadata` set."""
+        return self._with(self.settings, metadata)
+
+    def with_factor(self, factor: float | None) -> "SparseAutoencoder":
+        """The same SAE, sharing its weights, with inputs multiplied by `factor`.
+
+        None stands for a factor that is not known yet. Raises SAEError unless it is positive.
+        """
+        settings = replace(
+            self.settings, normalize_activations="expected_average_only_in", norm_factor=factor
+        )
+        _check_options(dict(self.named_buffers()), settings, self.name)
+        return self._with(settings, {} if factor is None else {"norm_factor": factor})
+
+    def _with(self, settings: SAESettings, metadata: Mapping[str, Any]) -> "SparseAutoencoder":
+        new = copy(self)
+        # A shallow copy of a module shares the dictionary that holds its tensors.
+        new._buffers = dict(self._buffers)
+        new.settings, new.metadata = settings, {**self.metadata, **metadata}
+        return new
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.metadata.get("name", "the SAE"))
 
     def extra_repr(self) -> str:
         """What a notebook shows of it."""
@@ -271,7 +311,7 @@ class SparseAutoencoder(nn.Module):
         return (
             f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
             f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
-            f"normalize_activations={self.normalize_activations}"
+            f"normalize_activations={self.settings.normalize_activations}"
         )
 
     def _repr_html_(self) -> str:
@@ -282,7 +322,7 @@ class SparseAutoencoder(nn.Module):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            "input scaling": self.normalize_activations,
+            "input scaling": self.settings.normalize_activations,
         }
         return html_table(str(self.metadata.get("name", "sparse autoencoder")), rows)
 
@@ -302,7 +342,7 @@ class SparseAutoencoder(nn.Module):
         if self.metadata.get("reconstructs", True):
             return
         raise SAEError(
-            f"{self.metadata.get('name', 'the SAE')} is one layer of a cross-layer transcoder: its "
+            f"{self.name} is one layer of a cross-layer transcoder: its "
             "latents and directions can be analysed and steered, but it reconstructs no stream"
         )
 
@@ -314,26 +354,26 @@ class SparseAutoencoder(nn.Module):
     @property
     def lacks_factor(self) -> bool:
         """Whether its inputs are scaled by a factor that is not known (yet)."""
-        scaled = self.normalize_activations == "expected_average_only_in"
-        return scaled and self.norm_factor is None
+        scaled = self.settings.normalize_activations == "expected_average_only_in"
+        return scaled and self.settings.norm_factor is None
 
     def _factor(self) -> float:
-        if self.norm_factor is None:
+        if self.settings.norm_factor is None:
             raise SAEError(
-                f"{self.metadata.get('name', 'the SAE')}: its inputs are scaled by a factor that "
+                f"{self.name}: its inputs are scaled by a factor that "
                 "its files do not give; type sae.norm_factor=<number> (task=analyze takes estimate "
                 "too)"
             )
-        return self.norm_factor
+        return self.settings.norm_factor
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """(scaled x, scale, shift) with x = scaled * scale + shift."""
-        if self.normalize_activations == "none":
+        if self.settings.normalize_activations == "none":
             return x, 1.0, 0.0
-        if self.normalize_activations == "expected_average_only_in":
+        if self.settings.normalize_activations == "expected_average_only_in":
             factor = self._factor()
             return x * factor, 1 / factor, 0.0
-        if self.normalize_activations == "constant_norm_rescale":
+        if self.settings.normalize_activations == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / scale, scale, 0.0
         shift = x.mean(dim=-1, keepdim=True)
@@ -355,12 +395,12 @@ class SparseAutoencoder(nn.Module):
     def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """(vectors in the SAE's dtype, mean that was subtracted)."""
         flat = self._flat(x).to(self.W_enc.dtype)
-        mean = flat.mean(dim=-1, keepdim=True) if self.centre else 0.0
-        return flat - mean if self.centre else flat, mean
+        mean = flat.mean(dim=-1, keepdim=True) if self.settings.centre else 0.0
+        return flat - mean if self.settings.centre else flat, mean
 
     def _input(self, x: Tensor) -> Tensor:
         scaled = self._scaled(self._vectors(x)[0])[0]
-        return scaled - self.b_dec if self.apply_b_dec_to_input else scaled
+        return scaled - self.b_dec if self.settings.apply_b_dec_to_input else scaled
 
     def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
@@ -379,13 +419,13 @@ class SparseAutoencoder(nn.Module):
     def _pre(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
         """Latents' values before their activation function, in a tensor of their own."""
         pre = functional.linear(x, self.W_enc[:, chosen].T, self.b_enc[chosen])
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             pre.mul_(self.W_dec[chosen].norm(dim=-1))
         return pre
 
     def row_scale(self, x: Float[Tensor, "... d_in"]) -> Tensor | float:
         """What `directions` is to be multiplied by at these inputs, `[..., 1]`; 1 for most SAEs."""
-        if self.normalize_activations in ("none", "expected_average_only_in"):
+        if self.settings.normalize_activations in ("none", "expected_average_only_in"):
             return 1.0
         return self._scaled(self._vectors(x)[0])[1]
 
@@ -395,11 +435,11 @@ class SparseAutoencoder(nn.Module):
         if self.architecture not in COMPETING:
             return self._activate(inputs, slice(None))
         pre = self._pre(inputs, slice(None))
-        assert self.k is not None
+        assert self.settings.k is not None
         if self.architecture == "topk":
-            top = pre.topk(self.k, dim=-1, sorted=False)
+            top = pre.topk(self.settings.k, dim=-1, sorted=False)
             return pre.zero_().scatter_(-1, top.indices, top.values.relu())
-        groups = rearrange(pre, "... (k members) -> ... k members", k=self.k)
+        groups = rearrange(pre, "... (k members) -> ... k members", k=self.settings.k)
         best = groups.max(dim=-1, keepdim=True)
         kept = groups.zero_().scatter_(-1, best.indices, best.values.relu())
         return rearrange(kept, "... k members -> ... (k members)")
@@ -422,20 +462,17 @@ class SparseAutoencoder(nn.Module):
         it; else it is ignored.
         """
         acts = feature_acts.to(self.W_dec.dtype)
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             acts = acts / self.W_dec.norm(dim=-1)
         out = acts @ self.W_dec + self.b_dec
-        fixed = self.normalize_activations in ("none", "expected_average_only_in")
-        if fixed and not self.centre and self.W_skip is None:
+        fixed = self.settings.normalize_activations in ("none", "expected_average_only_in")
+        if fixed and not self.settings.centre and self.W_skip is None:
             return out * self._scaled(self.b_dec)[1]
         if x is None:
             does = "scales or centres each input by itself"
             if self.W_skip is not None:
                 does = "has a skip connection"
-            raise SAEError(
-                f"{self.metadata.get('name', 'the SAE')} {does}; "
-                "decode(feature_acts, x) needs the input too"
-            )
+            raise SAEError(f"{self.name} {does}; decode(feature_acts, x) needs the input too")
         vectors, mean = self._vectors(x)
         if self.W_skip is not None:
             return out + vectors @ self.W_skip.T
@@ -449,8 +486,8 @@ class SparseAutoencoder(nn.Module):
         """
         chosen = torch.as_tensor(latents, device=self.device)
         rows = self.W_dec[chosen]
-        if self.rescale_acts_by_decoder_norm:
+        if self.settings.rescale_acts_by_decoder_norm:
             rows = rows / rows.norm(dim=-1, keepdim=True)
-        if self.normalize_activations == "expected_average_only_in":
+        if self.settings.normalize_activations == "expected_average_only_in":
             rows = rows / self._factor()
         return rows

@@ -74,7 +74,7 @@ def measured(
     """The numbers that expectations are about."""
     aim, made = target.double(), reconstruction.double()
     error, spread = (aim - made).square().sum(-1), (aim - aim.mean(0)).square().sum(-1)
-    read = x - x.mean(-1, keepdim=True) if sae.centre else x
+    read = x - x.mean(-1, keepdim=True) if sae.settings.centre else x
     on = features != 0
     return Seen(
         n=len(x),
@@ -168,11 +168,14 @@ def _expected_norm(sae: SparseAutoencoder) -> float | None:
     """The mean norm that its input scaling was made for; None where none is said."""
     if said := sae.metadata.get("expected_norm"):
         return float(said)
-    if sae.normalize_activations != "expected_average_only_in" or sae.norm_factor is None:
+    if (
+        sae.settings.normalize_activations != "expected_average_only_in"
+        or sae.settings.norm_factor is None
+    ):
         return None
     if sae.metadata.get("norm_factor_by") == "estimate":
         return None
-    return sae.d_in**0.5 / sae.norm_factor
+    return sae.d_in**0.5 / sae.settings.norm_factor
 
 
 def _norm(sae: SparseAutoencoder, seen: Seen) -> Compared:
@@ -263,12 +266,12 @@ def check_fit(
     if sae.is_transcoder:
         told = [*_problems(sae, own, others), *problems(found)]
         return Fit(l0, own, others, told, seen, found)
-    if sae.normalize_activations == "none":
+    if sae.settings.normalize_activations == "none":
         factor = sae.d_in**0.5 / float(x.norm(dim=-1).mean())
         others["scaled to norm sqrt(d_in)"] = _changed(
             sae, x, lambda v: v * factor, lambda v: v / factor
         )
-    if not sae.centre:
+    if not sae.settings.centre:
         mean = x.mean(-1, keepdim=True)
         others["centred"] = _changed(sae, x, lambda v: v - mean, lambda v: v + mean)
     told = [*_problems(sae, own, others), *problems(found)]

@@ -82,7 +82,10 @@ def contrast_with(
         )
     with context.stage("encode"):
         gathered = replace(gathered, neutral=neutral)
-        notes = settle_factor(cfg, sae, neutral)
+        loaded = sae
+        sae, notes = settle_factor(cfg, loaded, neutral)
+        saes = {n: sae if s is loaded else s for n, s in saes.items()}
+        every = all_of(sae, saes)
         latents, stream_metrics = encoded(gathered, sae)
         background = encoded_neutral(neutral, sae)
         notes += high_norm_notes(gathered, sae, CONTRASTED)
@@ -128,6 +131,7 @@ def contrast_with(
         with context.stage("intervene"):
             own = AtLayer(sae, latents, table)
             layered, found = at_layers(cfg, saes, own, gathered, neutral, model)
+            every = all_of(sae, {n: at.sae for n, at in layered.items()})
             result.merge(found)
             result.merge(intervene(cfg, latents, table, gathered, model, sae, layered))
     _save(cfg, context, result, gathered, model, every, forwarded)

@@ -193,7 +193,8 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
             with_neighbours(cfg, context.ahead),
         )
     gathered = replace(gathered, neutral=neutral)
-    notes = [*gathered.examples.notes, *neutral.examples.notes, *settle_factor(cfg, sae, neutral)]
+    sae, estimated = settle_factor(cfg, sae, neutral)
+    notes = [*gathered.examples.notes, *neutral.examples.notes, *estimated]
     notes += high_norm_notes(gathered, sae, "the dashboard's examples and numbers leave them out")
     result = TaskResult(metrics=gathered.metrics, notes=notes)
     result.merge(settled)

@@ -90,7 +90,9 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
     parts, saes = [], []
     for cell in cells:
         sae = sparse_autoencoder(cell, model)
+        sae, estimated = settle_factor(cell, sae, neutral)
         part = _one_layer(cell, context, analyzer, model, sae, gathered, neutral, second)
+        part.notes = [*estimated, *part.notes]
         if len(cells) > 1:
             ending = f"_layer_{sae.hookpoint.layer}"
             part.metrics = {k + ending: v for k, v in part.metrics.items()}
@@ -208,12 +210,11 @@ def _one_layer(
     second: Gathered | None,
 ) -> TaskResult:
     with context.stage("encode"):
-        notes = settle_factor(cfg, sae, neutral)
         background = encoded_neutral(neutral, sae)
         inputs, metrics = _inputs(cfg, analyzer, model, sae, gathered)
         inputs.background, inputs.neutral_texts = background, neutral.placement.texts
         only = getattr(analyzer, "ordinary_only", False)
-        notes += high_norm_notes(gathered, sae, DESCRIBED if only else ANALYSED)
+        notes = high_norm_notes(gathered, sae, DESCRIBED if only else ANALYSED)
         more = {}
         if second is not None:
             other, _ = _inputs(cfg, analyzer, model, sae, second)

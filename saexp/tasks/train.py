@@ -30,8 +30,8 @@ from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenan
 from saexp.reports.training import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
 from saexp.saes.loading import load_sae
-from saexp.saes.training.architectures import TRANSCODERS, check_name
-from saexp.saes.training.training import Checkpoints, Place, Reader, Training
+from saexp.saes.training import Checkpoints, Place, Reader, Training
+from saexp.saes.training_architectures import TRANSCODERS, check_name
 
 N_MEASURED = 65_536
 """Held-out positions that are measured, at most."""

@@ -14,7 +14,7 @@ import torch
 import saexp
 from saexp.config.components import SAETrainerConfig
 from saexp.errors import ConfigError, SAEError
-from saexp.saes.training import training as module
+from saexp.saes import training as module
 from saexp.tasks.train import off_target
 
 WORDS = [

@@ -17,8 +17,8 @@ from saexp.errors import ConfigError, ModelError
 from saexp.models.loading import ASSETS
 from saexp.reports.finding import headline
 from saexp.results import TaskResult
-from saexp.saes.training import training as module
-from saexp.saes.training.architectures import TRANSCODERS
+from saexp.saes import training as module
+from saexp.saes.training_architectures import TRANSCODERS
 
 WORDS = [
     "task=train",

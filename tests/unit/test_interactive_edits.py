@@ -12,7 +12,7 @@ from saexp.errors import ConfigError, DataError, InterventionError, ModelError, 
 from saexp.interactive.edits import median_norm
 from saexp.interactive.model import InteractiveModel
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer
 from tests.unit.interventions.test_engine import made_sae
 
@@ -245,7 +245,7 @@ def test_a_transcoder_is_read_at_its_input_and_written_at_its_output(
     base = made_sae()
     parameters = {name: getattr(base, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     sae = SparseAutoencoder(
-        parameters, architecture="standard", hookpoint=read, hookpoint_out=written
+        parameters, SAESettings(architecture="standard", hookpoint=read, hookpoint_out=written)
     )
     x = llama.activations(SHORT[0], 1, stream="mlp_in")
     y = llama.activations(SHORT[0], 1, stream="mlp_out")

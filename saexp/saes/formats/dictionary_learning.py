@@ -16,7 +16,7 @@ from torch import Tensor
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.formats.files import Config, check_matrices, check_raw_output, read_config
-from saexp.saes.sae import SparseAutoencoder, check_type, check_values
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type, check_values
 from saexp.wording import brief
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -121,16 +121,18 @@ def load_dictionary_learning(
         _to_unit_norm(parameters)
     sae = SparseAutoencoder(
         parameters,
-        architecture=about.architecture,
-        hookpoint=hookpoint,
+        SAESettings(
+            architecture=about.architecture,
+            hookpoint=hookpoint,
+            k=k,
+            apply_b_dec_to_input=about.subtracts,
+        ),
         metadata={
             "model": model,
             **metadata,
             "format": f"dictionary_learning {kind}",
             "architecture": about.architecture,
         },
-        k=k,
-        apply_b_dec_to_input=about.subtracts,
     )
     trainer.check_sizes({"activation_dim": sae.d_in, "dict_size": sae.d_sae})
     return sae

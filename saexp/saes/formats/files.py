@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -50,6 +51,8 @@ def about(file: Path, config: Path | None = None) -> dict[str, Any]:
     return known
 
 
+Streams = tuple[Hookpoint, Hookpoint | None]
+"""(the stream that is read, the stream that a transcoder predicts)."""
 _Value = TypeVar("_Value")
 _LARGEST = sys.float_info.max
 _LONGEST = 1000
@@ -205,3 +208,10 @@ def check_raw_output(hookpoint: Hookpoint, model: str | None, label: str) -> Non
             f"{label} was trained on what the module of {hookpoint.name} returns, but {model} "
             "norms that once more; saexp collects it after that norm only"
         )
+
+
+def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
+    """Old files hold a `scaling_factor` of ones that nothing uses; any other stays, an error."""
+    factor = parameters.get("scaling_factor")
+    if factor is not None and torch.equal(factor, torch.ones_like(factor)):
+        del parameters["scaling_factor"]

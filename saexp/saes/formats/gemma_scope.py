@@ -1,4 +1,9 @@
-"""Gemma Scope `params.npz` files: everything but the weights is in the path."""
+"""Gemma Scope and Gemma Scope 2 (Google DeepMind): JumpReLU SAEs and transcoders.
+
+Gemma Scope is one `params.npz`, whose layer and stream are in its path alone. Gemma Scope 2 is a
+folder with `config.json` and `params.safetensors`; layer and stream are in the folder's name,
+`resid_post/layer_12_width_16k_l0_medium`, and usually in the config too.
+"""
 
 import re
 import zipfile
@@ -8,16 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.formats.saelens import drop_unit_scaling
-from saexp.saes.sae import SparseAutoencoder, check_type
+from saexp.saes.formats.files import (
+    Config,
+    Streams,
+    check_matrices,
+    drop_unit_scaling,
+    read_config,
+    read_safetensors,
+)
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type
 from saexp.wording import brief
 
 WEIGHTS = "params.npz"
-Ends = tuple[Hookpoint, Hookpoint | None]
-"""(what it reads, what a transcoder predicts)."""
 _UNREADABLE = (
     *(ValueError, OSError, EOFError, TypeError, LookupError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error),
@@ -26,12 +37,12 @@ _UNREADABLE = (
 _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
-def is_gemma_scope(repo: str) -> bool:
+def is_gemma_scope_repo(repo: str) -> bool:
     """Whether the repository is one of these, and not of Gemma Scope 2."""
     return "gemma-scope" in repo and not re.search(r"gemma-scope-2-\d", repo)
 
 
-def ends_of(repo: str, path: str) -> Ends:
+def streams_of(repo: str, path: str) -> Streams:
     """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…
 
     Transcoders were trained with the norm's gain folded into the MLP, so they read the norm's
@@ -52,13 +63,13 @@ def ends_of(repo: str, path: str) -> Ends:
     return Hookpoint(at, _STREAMS[stream[1]]), None
 
 
-def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> SparseAutoencoder:
+def load_gemma_scope(file: Path, streams: Streams, metadata: dict[str, Any]) -> SparseAutoencoder:
     """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input.
 
     SAEs of the embedding were trained on its rows as they are in the weights; block 0 reads them
     times sqrt(d_model).
     """
-    hookpoint, hookpoint_out = ends
+    hookpoint, hookpoint_out = streams
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             parameters = {n: torch.from_numpy(np.asarray(arrays[n])) for n in arrays}
@@ -75,11 +86,153 @@ def load_gemma_scope(file: Path, ends: Ends, metadata: dict[str, Any]) -> Sparse
     embedding = hookpoint.stream == "embed" and d_model > 0
     return SparseAutoencoder(
         parameters,
-        architecture="jumprelu",
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture="jumprelu",
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            apply_b_dec_to_input=False,
+            normalize_activations="expected_average_only_in" if embedding else "none",
+            norm_factor=d_model**-0.5 if embedding else None,
+        ),
         metadata={**metadata, "format": "Gemma Scope", "architecture": "jumprelu"},
-        apply_b_dec_to_input=False,
-        normalize_activations="expected_average_only_in" if embedding else "none",
-        norm_factor=d_model**-0.5 if embedding else None,
     )
+
+
+CONFIG_2, WEIGHTS_2 = "config.json", "params.safetensors"
+"""Files of a Gemma Scope 2 folder."""
+_NAMES = {
+    "w_enc": "W_enc",
+    "w_dec": "W_dec",
+    "b_enc": "b_enc",
+    "b_dec": "b_dec",
+    "threshold": "threshold",
+}
+_SKIP = "affine_skip_connection"
+_SITES = {
+    "resid_post": ("resid_post", None),
+    "attn_out": ("attn_z", None),
+    "mlp_out": ("mlp_out", None),
+    "transcoder": ("mlp_in", "mlp_out"),
+}
+_MODULES = {
+    "output": "resid_post",
+    "self_attn.o_proj.input": "attn_z",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_out",
+}
+_ACROSS = {"clt": "a cross-layer transcoder", "crosscoder": "a crosscoder"}
+
+
+def is_gemma_scope2(folder: Path) -> bool:
+    """Whether the folder looks like one; some on the hub have no config."""
+    return (folder / WEIGHTS_2).is_file()
+
+
+def is_gemma_scope2_repo(repo: str) -> bool:
+    """Whether the repository is one of Google's."""
+    return re.search(r"gemma-scope-2-\d", repo) is not None
+
+
+def load_gemma_scope2(
+    folder: Path, metadata: dict[str, Any], given: Hookpoint | None = None
+) -> SparseAutoencoder:
+    """Read one; `given` is what the user says where neither the path nor the config does.
+
+    Raises SAEError where path and config contradict each other, and for cross-layer transcoders.
+    """
+    label = str(metadata.get("name", folder))
+    file = folder / CONFIG_2
+    cfg = read_config(file) if file.is_file() else Config({}, file)
+    refuse_across_layers(" ".join([*folder.parts[-3:], cfg.text("type") or ""]), label)
+    architecture = cfg.text("architecture") or "jump_relu"
+    if architecture not in ("jump_relu", "jumprelu"):
+        raise SAEError(
+            f"{file}: architecture '{architecture}' is not supported; Gemma Scope 2 is jump_relu"
+        )
+    at, out = _streams2(folder, cfg, label, given)
+    parameters = _parameters2(read_safetensors(folder / WEIGHTS_2), label)
+    if cfg.boolean("affine_connection") and "W_skip" not in parameters:
+        raise SAEError(f"{label}: its config says affine_connection, but '{_SKIP}' is absent")
+    l0 = cfg.number("l0")
+    expected_l0 = {"expected_l0": l0} if l0 else {}
+    return SparseAutoencoder(
+        parameters,
+        SAESettings(
+            architecture="jumprelu", hookpoint=at, hookpoint_out=out, apply_b_dec_to_input=False
+        ),
+        metadata={
+            "model": cfg.text("model_name"),
+            **metadata,
+            **expected_l0,
+            "format": "Gemma Scope 2",
+            "architecture": "jumprelu",
+        },
+    )
+
+
+def refuse_across_layers(words: str, label: str) -> None:
+    """Raise SAEError for a folder or type of a coder that spans layers."""
+    for word, what in _ACROSS.items():
+        if re.search(rf"(?:^|[/ _.-]){word}s?(?:$|[/ _.-])", words):
+            raise SAEError(
+                f"{label} is {what}, which is not supported; "
+                "saexp reads SAEs and transcoders of one layer"
+            )
+
+
+def _parameters2(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
+    for name in _NAMES:
+        if name not in tensors:
+            raise SAEError(f"{label}: Gemma Scope 2 needs '{name}', absent here")
+    check_matrices(tensors, ("w_enc", "w_dec", _SKIP), label)
+    found = {_NAMES.get(name, name): t.float() for name, t in tensors.items() if name != _SKIP}
+    if _SKIP in tensors:
+        found["W_skip"] = tensors[_SKIP].float().T.contiguous()
+    return found
+
+
+def _streams2(folder: Path, cfg: Config, label: str, given: Hookpoint | None) -> Streams:
+    in_path = streams2_of(folder.as_posix())
+    by_config = _streams_in_config(cfg, label)
+    if in_path and by_config and in_path != by_config:
+        raise SAEError(
+            f"{label}: its path says {_arrow(in_path)}, its config {_arrow(by_config)}; "
+            "which of them is right?"
+        )
+    found = in_path or by_config or ((given, None) if given else None)
+    if found is None:
+        raise SAEError(
+            f"{label} does not say its layer and stream; set layer= and sae.stream=resid_post"
+        )
+    return found
+
+
+def streams2_of(path: str) -> Streams | None:
+    """From `resid_post/layer_12_width_16k_l0_medium`; None where it says nothing."""
+    site = re.search(rf"(?:^|/)({'|'.join(_SITES)})(?:_all)?/layer_(\d+)(?:_|$)", path)
+    if not site:
+        return None
+    stream, stream_out = _SITES[site[1]]
+    layer = int(site[2])
+    return Hookpoint(layer, stream), Hookpoint(layer, stream_out) if stream_out else None
+
+
+def _streams_in_config(cfg: Config, label: str) -> Streams | None:
+    name = cfg.text("hf_hook_point_in")
+    if not name:
+        return None
+    at = _stream_of_module(name, label)
+    out = _stream_of_module(cfg.text("hf_hook_point_out") or name, label)
+    return at, None if out == at else out
+
+
+def _stream_of_module(name: str, label: str) -> Hookpoint:
+    module = re.search(r"(?:^|\.)layers\.(\d+)\.([\w.]+)$", name)
+    if not module or module[2] not in _MODULES:
+        raise SAEError(f"{label}: its config names '{name}', which is no hookpoint saexp knows")
+    return Hookpoint(int(module[1]), _MODULES[module[2]])
+
+
+def _arrow(ends: Streams) -> str:
+    at, out = ends
+    return at.name if out is None else f"{at.name} to {out.name}"

@@ -19,7 +19,7 @@ from saexp.saes.formats.files import (
     read_config,
     read_safetensors,
 )
-from saexp.saes.sae import SparseAutoencoder, check_values
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -68,15 +68,17 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
             "b_dec": tensors["decoder.bias"] / scale_out,
             "threshold": torch.full_like(bias_in, threshold),
         },
-        architecture="jumprelu",
-        hookpoint=hookpoint,
+        SAESettings(
+            architecture="jumprelu",
+            hookpoint=hookpoint,
+            apply_b_dec_to_input=bool(cfg.boolean("apply_decoder_bias_to_pre_encoder")),
+        ),
         metadata={
             **metadata,
             "format": "Llama Scope",
             "architecture": "jumprelu",
             "expected_norm": d_model**0.5 / scale_in,
         },
-        apply_b_dec_to_input=bool(cfg.boolean("apply_decoder_bias_to_pre_encoder")),
     )
     cfg.check_sizes({"d_model": sae.d_in, "d_sae": sae.d_sae})
     return sae

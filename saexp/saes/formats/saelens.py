@@ -5,22 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.hub import hub, why_absent
 from saexp.models.hookpoints import NOT_ADDED, Hookpoint
-from saexp.saes.catalogue import Entry
 from saexp.saes.formats.files import (
     Config,
     check_matrices,
+    drop_unit_scaling,
     lens_hookpoint,
     read_config,
     read_safetensors,
     read_yaml,
 )
-from saexp.saes.sae import SparseAutoencoder, check_values
+from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _ROUNDING = 1e-3
@@ -66,9 +65,18 @@ def load_saelens(
     )
     sae = SparseAutoencoder(
         parameters,
-        architecture=architecture,
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture=architecture,
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            k=k,
+            apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
+            normalize_activations=scaling,
+            norm_factor=factor,
+            centre=by_mean,
+            rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
+            and architecture in ("topk", "batchtopk"),
+        ),
         metadata={
             "model": about.text("model_name"),
             "neuronpedia_id": about.text("neuronpedia_id"),
@@ -78,13 +86,6 @@ def load_saelens(
             "format": "SAELens",
             "architecture": named,
         },
-        k=k,
-        apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
-        normalize_activations=scaling,
-        norm_factor=factor,
-        centre=by_mean,
-        rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
-        and architecture in ("topk", "batchtopk"),
     )
     cfg.check_sizes({"d_in": sae.d_in, "d_sae": sae.d_sae})
     return sae
@@ -150,13 +151,6 @@ def transcoder_output(named: str, hook_name_out: str | None, label: str) -> Hook
     return lens_hookpoint(hook_name_out, f"{label}: hook_name_out")
 
 
-def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
-    """Old files hold a `scaling_factor` of ones that nothing uses; any other stays, an error."""
-    factor = parameters.get("scaling_factor")
-    if factor is not None and torch.equal(factor, torch.ones_like(factor)):
-        del parameters["scaling_factor"]
-
-
 def _scaling(cfg: Config, about: Config) -> tuple[str, float | None]:
     """(scaling, factor); before 6.0 a boolean said whether inputs are scaled by a factor.
 
@@ -195,16 +189,16 @@ def _architecture(cfg: Config) -> tuple[str, int | None]:
     return architecture, None
 
 
-def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """An SAE or transcoder of sae-lens' catalogue."""
+def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseAutoencoder:
+    """Load an SAE or transcoder of the catalogue with sae-lens' own loader."""
     from sae_lens import SAE as LensSAE
 
-    label = f"{entry.release}/{entry.id}"
+    label = f"{release}/{id}"
     try:
         with hub(), warnings.catch_warnings():
             # Advice on loading the model with TransformerLens, which saexp does not use.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pre")
-            lens = LensSAE.from_pretrained(entry.release, entry.id, device="cpu")
+            lens = LensSAE.from_pretrained(release, id, device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SAEError(f"{label} cannot be loaded ({why_absent(error)})") from error
     cfg, about = lens.cfg, lens.cfg.metadata.to_dict()
@@ -213,9 +207,18 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
     hookpoint_out = transcoder_output(named, about.get("hook_name_out"), label)
     return SparseAutoencoder(
         {n: p.detach().float().clone() for n, p in lens.named_parameters()},
-        architecture=inference_architecture(named),
-        hookpoint=hookpoint,
-        hookpoint_out=hookpoint_out,
+        SAESettings(
+            architecture=inference_architecture(named),
+            hookpoint=hookpoint,
+            hookpoint_out=hookpoint_out,
+            k=getattr(cfg, "k", None),
+            apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+            normalize_activations=getattr(cfg, "normalize_activations", "none"),
+            centre=expects_centred(
+                options.get("center_writing_weights"), hookpoint_out or hookpoint
+            ),
+            rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
+        ),
         metadata={
             "model": about.get("model_name"),
             "prepend_bos": about.get("prepend_bos"),
@@ -223,11 +226,6 @@ def load_by_sae_lens(entry: Entry, metadata: dict[str, Any]) -> SparseAutoencode
             "format": "sae-lens loader",
             "architecture": named,
         },
-        k=getattr(cfg, "k", None),
-        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
-        normalize_activations=getattr(cfg, "normalize_activations", "none"),
-        centre=expects_centred(options.get("center_writing_weights"), hookpoint_out or hookpoint),
-        rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
     )
 
 
@@ -271,9 +269,7 @@ def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAuto
     architecture = "jumprelu" if "threshold" in found else "standard"
     return SparseAutoencoder(
         found,
-        architecture=architecture,
-        hookpoint=at,
-        hookpoint_out=out,
+        SAESettings(architecture=architecture, hookpoint=at, hookpoint_out=out),
         metadata={
             "model": cfg.text("model_name"),
             **metadata,

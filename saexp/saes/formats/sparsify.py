@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.errors import ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.formats.files import check_matrices, check_raw_output, read_config, read_safetensors
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 RUN_CONFIG = "config.json"
@@ -55,12 +55,14 @@ def load_sparsify(
         hookpoint = _input_of(out, label)
     sae = SparseAutoencoder(
         _parameters(folder / WEIGHTS, label, skip=bool(cfg.boolean("skip_connection"))),
-        architecture=activation,
-        hookpoint=hookpoint,
-        hookpoint_out=out,
+        SAESettings(
+            architecture=activation,
+            hookpoint=hookpoint,
+            hookpoint_out=out,
+            k=cfg.integer("k"),
+            apply_b_dec_to_input=out is None,
+        ),
         metadata={"model": model, **metadata, "format": "sparsify", "architecture": activation},
-        k=cfg.integer("k"),
-        apply_b_dec_to_input=out is None,
     )
     cfg.check_sizes({"d_in": sae.d_in})
     # 0 stands for d_in times expansion_factor.

@@ -16,7 +16,7 @@ from saexp.interventions.batching import Add, Row, Vector
 from saexp.interventions.computing import generate
 from saexp.interventions.results_cache import ResultCache
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.e2e.faults.injection import empty, flip_byte, garbage, truncate
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
@@ -39,7 +39,7 @@ def generated(cache_dir: Path | None, caplog: pytest.LogCaptureFixture) -> tuple
     caplog.clear()
     eye, zeros = torch.eye(D_MODEL), torch.zeros(D_MODEL)
     weights = {"W_enc": eye, "W_dec": eye, "b_enc": zeros, "b_dec": zeros}
-    sae = SparseAutoencoder(weights, architecture="standard", hookpoint=AT)
+    sae = SparseAutoencoder(weights, SAESettings(architecture="standard", hookpoint=AT))
     cache = ResultCache(cache_dir, {"model": "a"}) if cache_dir else None
     with caplog.at_level(logging.INFO):
         texts = generate(

@@ -14,7 +14,7 @@ from saexp.errors import DataError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import mean_interval
 from tests.random_models import (
     D_MODEL,
@@ -41,7 +41,9 @@ ANSWERS, FOILS = [5, 7, 300, 11], [6, 100, 8, 12]
 
 def make_sae(hookpoint, d_in=D_MODEL, architecture="standard", **options) -> SparseAutoencoder:
     found = make.parameters(architecture, d_in)
-    return SparseAutoencoder(found, architecture=architecture, hookpoint=hookpoint, **options)
+    return SparseAutoencoder(
+        found, SAESettings(architecture=architecture, hookpoint=hookpoint, **options)
+    )
 
 
 def double(architecture, **options):
@@ -214,7 +216,7 @@ def test_a_transcoders_latents_act_where_it_writes():
     made = {**make.parameters("standard", D_MODEL, d_out=D_MODEL)}
     reads, writes = Hookpoint(2, "mlp_in"), Hookpoint(2, "mlp_out")
     sae = SparseAutoencoder(
-        made, architecture="standard", hookpoint=reads, hookpoint_out=writes
+        made, SAESettings(architecture="standard", hookpoint=reads, hookpoint_out=writes)
     ).double()
     found = attribute(model, sae, PROMPTS, ENDS, ANSWERS, FOILS)
     values, _ = stream_of(model, PROMPTS[1], reads)

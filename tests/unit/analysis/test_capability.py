@@ -23,7 +23,7 @@ from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import mean_interval, paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
 
@@ -47,8 +47,7 @@ def identity(d: int, layer: int) -> SparseAutoencoder:
     parameters = {"W_enc": torch.cat([eye, -eye], dim=1), "W_dec": torch.cat([eye, -eye])}
     return SparseAutoencoder(
         {**parameters, "b_enc": torch.zeros(2 * d), "b_dec": torch.zeros(d)},
-        architecture="standard",
-        hookpoint=Hookpoint(layer, "resid_post"),
+        SAESettings(architecture="standard", hookpoint=Hookpoint(layer, "resid_post")),
     )
 
 

@@ -19,7 +19,7 @@ from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import ratio_interval
 from tests.random_models import (
     ARCHITECTURES,
@@ -53,9 +53,11 @@ def with_special_inside(text: TokenizedText) -> TokenizedText:
 def transcoder(layer: int = 1, stream: str = "mlp_in") -> SparseAutoencoder:
     return SparseAutoencoder(
         {**parameters("jumprelu", D_MODEL, 50), "W_skip": torch.eye(D_MODEL) / 3},
-        architecture="jumprelu",
-        hookpoint=Hookpoint(layer, stream),
-        hookpoint_out=Hookpoint(layer, "mlp_out"),
+        SAESettings(
+            architecture="jumprelu",
+            hookpoint=Hookpoint(layer, stream),
+            hookpoint_out=Hookpoint(layer, "mlp_out"),
+        ),
     )
 
 
@@ -259,7 +261,7 @@ def test_every_stream(architecture: str, at: Hookpoint) -> None:
 def test_heads_of_attention() -> None:
     model, at = random_lm("llama"), Hookpoint(1, "attn_z")
     made = SparseAutoencoder(
-        parameters("standard", D_MODEL, 40), architecture="standard", hookpoint=at
+        parameters("standard", D_MODEL, 40), SAESettings(architecture="standard", hookpoint=at)
     )
     (one,) = evaluate_saes(model, [made], TOKENS)
     assert_equal_by_hand(one, model, made, TOKENS)

@@ -11,7 +11,7 @@ from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm, tokenizer
 from tests.unit.saes import make
 
@@ -22,7 +22,9 @@ FIVE = pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "ge
 
 def make_sae(hookpoint=LAST, **options) -> SparseAutoencoder:
     found = make.parameters("standard", D_MODEL)
-    return SparseAutoencoder(found, architecture="standard", hookpoint=hookpoint, **options)
+    return SparseAutoencoder(
+        found, SAESettings(architecture="standard", hookpoint=hookpoint, **options)
+    )
 
 
 def lens_by_hand(model, direction):
@@ -58,7 +60,7 @@ def planted(architecture="llama", token=123):
     found["W_dec"][1] = other - (other @ own) * own / own.square().sum()
     found["W_dec"][:2] /= found["W_dec"][:2].norm(dim=1, keepdim=True)
     found["b_enc"][2] = 50
-    return model, SparseAutoencoder(found, architecture="standard", hookpoint=LAST)
+    return model, SparseAutoencoder(found, SAESettings(architecture="standard", hookpoint=LAST))
 
 
 def test_a_planted_output_latent_has_a_high_score_and_a_random_one_a_low_score():
@@ -180,9 +182,11 @@ def test_a_transcoder_is_read_and_written_at_its_own_places():
     made = make.parameters("standard", D_MODEL, d_out=D_MODEL)
     sae = SparseAutoencoder(
         made,
-        architecture="standard",
-        hookpoint=Hookpoint(1, "mlp_in"),
-        hookpoint_out=Hookpoint(1, "mlp_out"),
+        SAESettings(
+            architecture="standard",
+            hookpoint=Hookpoint(1, "mlp_in"),
+            hookpoint_out=Hookpoint(1, "mlp_out"),
+        ),
     )
     found = output_scores(sae, model, [0, 1, 2], PROMPTS)
     assert found["output_score"].between(0, 1).all()

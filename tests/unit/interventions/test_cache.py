@@ -14,7 +14,7 @@ from saexp.interventions.batching import Add, Row, Vector
 from saexp.interventions.computing import generate
 from saexp.interventions.results_cache import ResultCache
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 AT = Hookpoint(1, "resid_post")
@@ -25,8 +25,7 @@ def sae() -> SparseAutoencoder:
     zeros = torch.zeros(D_MODEL)
     return SparseAutoencoder(
         {"W_enc": decoder, "W_dec": decoder, "b_enc": zeros, "b_dec": zeros},
-        architecture="standard",
-        hookpoint=AT,
+        SAESettings(architecture="standard", hookpoint=AT),
     )
 
 

@@ -23,7 +23,7 @@ from saexp.interventions.latent_values import orthonormal
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, TEXTS, hooks_left, random_hf, random_lm, tokenizer
 
 AT = Hookpoint(1, "resid_post")
@@ -52,9 +52,7 @@ def made_sae(**options: object) -> SparseAutoencoder:
             "b_enc": torch.zeros(D_SAE),
             "b_dec": torch.zeros(D_MODEL),
         },
-        architecture="standard",
-        hookpoint=AT,
-        **options,  # type: ignore[arg-type]
+        SAESettings(architecture="standard", hookpoint=AT, **options),
     )
 
 
@@ -301,9 +299,7 @@ def test_a_transcoder_reads_one_stream_and_is_written_to_another() -> None:
             "b_enc": torch.zeros(D_SAE),
             "b_dec": torch.zeros(D_MODEL),
         },
-        architecture="standard",
-        hookpoint=source,
-        hookpoint_out=target,
+        SAESettings(architecture="standard", hookpoint=source, hookpoint_out=target),
     )
     ids = prompts(model)[0]
     read, written = streams(model, ids, source), streams(model, ids, target)

@@ -10,7 +10,7 @@ from saexp.interventions.batching import Add, Move, Patch, Row, Sampling, Splice
 from saexp.interventions.computing import Guessing, generate
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, random_hf, random_lm, tokenizer
 from tests.unit.interventions.test_engine import AT, add, made_sae, prompts
 
@@ -129,9 +129,9 @@ def test_a_transcoder_s_rows_guess_too() -> None:
             "b_enc": torch.zeros(48),
             "b_dec": torch.zeros(D_MODEL),
         },
-        architecture="standard",
-        hookpoint=source,
-        hookpoint_out=Hookpoint(1, "mlp_out"),
+        SAESettings(
+            architecture="standard", hookpoint=source, hookpoint_out=Hookpoint(1, "mlp_out")
+        ),
     )
     rows = [
         Row(ids, (Move(source, (n,), (n,), (c,), 1.0),), (1, 2), generated)

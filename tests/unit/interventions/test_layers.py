@@ -20,7 +20,7 @@ from saexp.interventions.generation import last_logits
 from saexp.interventions.latent_values import Condition, LatentFacts, orthonormal, spans
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 D_SAE = 48
@@ -42,10 +42,12 @@ def made_sae(layer: int, kind: str = "standard") -> SparseAutoencoder:
             "b_enc": torch.full((D_SAE,), 0.3),
             "b_dec": torch.zeros(D_MODEL),
         },
-        architecture="topk" if kind == "topk" else "standard",
-        k=12 if kind == "topk" else None,
-        hookpoint=Hookpoint(layer, "mlp_in" if transcoder else "resid_post"),
-        hookpoint_out=Hookpoint(layer, "mlp_out") if transcoder else None,
+        SAESettings(
+            architecture="topk" if kind == "topk" else "standard",
+            k=12 if kind == "topk" else None,
+            hookpoint=Hookpoint(layer, "mlp_in" if transcoder else "resid_post"),
+            hookpoint_out=Hookpoint(layer, "mlp_out") if transcoder else None,
+        ),
     )
 
 

@@ -12,7 +12,7 @@ from saexp.latents import encode
 from saexp.latents.examples import tally_store, values_at
 from saexp.latents.statistics import Tally
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.unit.latents.test_encode import store_of
 
 D_IN, D_SAE = 64, 2048
@@ -31,8 +31,7 @@ def tally_much(folder: Path, n_rows: int, said: Any) -> None:
             "b_enc": torch.zeros(D_SAE),
             "b_dec": torch.zeros(D_IN),
         },
-        architecture="standard",
-        hookpoint=Hookpoint(0, "resid_post"),
+        SAESettings(architecture="standard", hookpoint=Hookpoint(0, "resid_post")),
     )
     acts = torch.randn(n_rows, D_IN, generator=generator)
     store = store_of(folder, acts, Hookpoint(0, "resid_post"), 4096)

@@ -8,7 +8,7 @@ from saexp.latents.encode import replaced, spliced
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import ARCHITECTURES, D_MODEL, VOCABULARY, random_hf, random_lm
 from tests.unit.saes.make import parameters
 
@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 def sae(architecture: str = "jumprelu", at: Hookpoint = AT, **options) -> SparseAutoencoder:
     made = parameters(architecture, D_MODEL, D_SAE)
     made["W_dec"] /= 20
-    return SparseAutoencoder(made, architecture=architecture, hookpoint=at, **options)
+    return SparseAutoencoder(made, SAESettings(architecture=architecture, hookpoint=at, **options))
 
 
 def perfect(at: Hookpoint = AT) -> SparseAutoencoder:
@@ -34,7 +34,7 @@ def perfect(at: Hookpoint = AT) -> SparseAutoencoder:
         "b_enc": torch.zeros(2 * D_MODEL),
         "b_dec": torch.zeros(D_MODEL),
     }
-    return SparseAutoencoder(made, architecture="standard", hookpoint=at)
+    return SparseAutoencoder(made, SAESettings(architecture="standard", hookpoint=at))
 
 
 @torch.no_grad()
@@ -134,9 +134,7 @@ def test_a_transcoder_reads_one_stream_and_writes_another(error: bool) -> None:
     into, out = Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")
     made = SparseAutoencoder(
         {**parameters("standard", D_MODEL, D_SAE), "W_skip": torch.eye(D_MODEL) / 3},
-        architecture="standard",
-        hookpoint=into,
-        hookpoint_out=out,
+        SAESettings(architecture="standard", hookpoint=into, hookpoint_out=out),
     )
     with capture(model, [into, out]) as before:
         logits(model)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 
 D_IN, D_SAE, K = 12, 40, 5
 D_OUT = 9
@@ -49,7 +49,9 @@ def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
     if architecture in ("topk", "groupmax"):
         options.setdefault("k", K)
     options.setdefault("hookpoint", Hookpoint(3, "resid_post"))
-    return SparseAutoencoder(parameters(architecture), architecture=architecture, **options)
+    metadata = options.pop("metadata", None)
+    settings = SAESettings(architecture=architecture, **options)
+    return SparseAutoencoder(parameters(architecture), settings, metadata)
 
 
 def transcoder(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
@@ -59,7 +61,8 @@ def transcoder(architecture: str = "standard", **options: Any) -> SparseAutoenco
     made = {**parameters(architecture, d_out=D_OUT), "W_skip": skip()}
     options.setdefault("hookpoint", Hookpoint(3, "mlp_in"))
     options.setdefault("hookpoint_out", Hookpoint(3, "mlp_out"))
-    return SparseAutoencoder(made, architecture=architecture, **options)
+    metadata = options.pop("metadata", None)
+    return SparseAutoencoder(made, SAESettings(architecture=architecture, **options), metadata)
 
 
 def skip(d_in: int = D_IN, d_out: int = D_OUT) -> Tensor:

@@ -119,7 +119,7 @@ def test_trained_by_sae_lens(
     ours = saexp.load_sae(tmp_path / kind)
     # A BatchTopK inference file has the norms folded in, which leaves the activations as they are.
     folded = architecture == "batchtopk" and kind == "save_inference_model"
-    assert ours.rescale_acts_by_decoder_norm == (rescale and not folded)
+    assert ours.settings.rescale_acts_by_decoder_norm == (rescale and not folded)
     assert_same(ours, theirs, x)
 
 

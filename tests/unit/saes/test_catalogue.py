@@ -12,9 +12,17 @@ from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.catalogue import catalogue, entries, find, n_latents, show_width
-from saexp.saes.formats.gemma_scope import ends_of
-from saexp.saes.releases import FORMATS, format_of, neuronpedia_of
+from saexp.saes.catalogue import (
+    FORMATS,
+    catalogue,
+    entries,
+    find,
+    format_of,
+    n_latents,
+    neuronpedia_of,
+    show_width,
+)
+from saexp.saes.formats.gemma_scope import streams_of
 
 
 def chosen(*words: str) -> tuple[str, str]:
@@ -54,7 +62,7 @@ def test_entries_are_those_of_sae_lens_own_reader() -> None:
     assert entry.path.startswith("layer_12/width_16k/average_l0_")
     assert (entry.repo, entry.loader) == ("google/gemma-scope-2b-pt-res", "gemma_2")
     assert entry.neuronpedia == "gemma-2-2b/12-gemmascope-res-16k"
-    assert ends_of(entry.repo, entry.path) == (Hookpoint(12, "resid_post"), None)
+    assert streams_of(entry.repo, entry.path) == (Hookpoint(12, "resid_post"), None)
 
 
 UNREADABLE = {
@@ -87,7 +95,7 @@ def test_every_sae_of_the_catalogue_has_a_reader_and_a_hookpoint() -> None:
                 continue
             form = format_of(entry)
             assert callable(form.read)
-            at, out = form.ends(entry)
+            at, out = form.streams(entry)
             assert (at.stream == "embed") or at.layer == entry.layer, entry
             assert out is None or (out.layer, out.stream) == (at.layer, "mlp_out"), entry
             assert (out is not None) == any(w in release for w in ("transcoder", "clt")), entry
@@ -124,7 +132,7 @@ def test_hookpoints_are_those_of_sae_lens_own_readers(lens: ModuleType) -> None:
         if (getter := own.get(about.get("conversion_func"))) is None:
             continue
         for entry in entries(release):
-            at, out = format_of(entry).ends(entry)
+            at, out = format_of(entry).streams(entry)
             if at.stream == "embed":
                 continue
             cfg: Any = getter(entry.repo, entry.path, "cpu")

@@ -18,7 +18,7 @@ from torch import Tensor
 from saexp.config.components import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training.training import CHECKSUMS, Place, Training
+from saexp.saes.training import CHECKSUMS, Place, Training
 
 D_IN, D_SAE, BATCH = 8, 32, 16
 PLACE = Place("random", Hookpoint(0, "resid_post"), D_IN, 16)

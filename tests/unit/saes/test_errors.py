@@ -14,7 +14,7 @@ from saexp.errors import ConfigError, ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
 from saexp.saes.loading import check_fits
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.unit.saes.make import D_IN, HOOK_NAME, parameters, sae, write_npz, write_saelens
 
@@ -87,7 +87,7 @@ def test_weights_that_do_not_fit(
     made = {k: v for k, v in (parameters(architecture) | changed).items() if v is not None}
     options = {"architecture": architecture, **options}
     with pytest.raises(SAEError, match=message):
-        SparseAutoencoder(made, hookpoint=AT, metadata={"name": "mine"}, **options)
+        SparseAutoencoder(made, SAESettings(hookpoint=AT, **options), metadata={"name": "mine"})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from saexp.errors import SAEError
 from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.formats.saelens import recorded_frequencies
 from saexp.saes.loading import load_sae
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.saes.validation import Compared, Fit, check_fit
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, points, sae, write_saelens
 
@@ -102,7 +102,7 @@ def half_silent() -> SparseAutoencoder:
     """Its first half never fires."""
     p = parameters("standard")
     p["b_enc"][: D_SAE // 2] = -1e4
-    return SparseAutoencoder(p, architecture="standard", hookpoint=sae().hookpoint)
+    return SparseAutoencoder(p, SAESettings(architecture="standard", hookpoint=sae().hookpoint))
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_a_catalogue_factor_counts_as_in_sae_lens(
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x), theirs.encode(x))
         torch.testing.assert_close(ours.decode(ours.encode(x)), theirs(x))
-    assert (ours.norm_factor is not None) == asks
+    assert (ours.settings.norm_factor is not None) == asks
 
 
 def test_formats_that_sae_lens_reads(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> None:
@@ -222,7 +222,7 @@ def test_formats_that_sae_lens_reads(lens: ModuleType, tmp_path: Path, hub_cache
     ours = build("sae", SAEConfig(name="d", loader="release", release=name, id=sae_id))
     theirs = lens.SAE.from_pretrained(name, sae_id)
     x = points(6, 12)
-    assert (ours.architecture, ours.k) == ("topk", 5)
+    assert (ours.architecture, ours.settings.k) == ("topk", 5)
     assert ours.hookpoint == Hookpoint(3, "resid_post")
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x), theirs.encode(x))

@@ -129,7 +129,7 @@ def test_random_control() -> None:
     made = build("sae", cfg, d_in=D_IN)
     again = build("sae", cfg, d_in=D_IN)
     other = build("sae", SAEConfig(name="r", loader="random", layer=2, width="1k"), d_in=D_IN)
-    assert (made.d_in, made.d_sae, made.k) == (D_IN, 1024, 32)
+    assert (made.d_in, made.d_sae, made.settings.k) == (D_IN, 1024, 32)
     assert made.hookpoint == Hookpoint(2, "resid_post")
     torch.testing.assert_close(made.W_dec.norm(dim=-1), torch.ones(1024))
     assert torch.equal(made.W_dec, again.W_dec)

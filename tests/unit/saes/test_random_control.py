@@ -12,7 +12,7 @@ from saexp.config import SAEConfig
 from saexp.config.components import SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.loading import random_sae
-from saexp.saes.training.training import Place, Training
+from saexp.saes.training import Place, Training
 from saexp.stats.permutation import random_directions
 
 D, WIDTH = 256, 384

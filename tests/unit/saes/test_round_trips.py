@@ -12,8 +12,8 @@ from torch import Tensor
 import saexp
 from saexp.config.components import SAETrainerConfig
 from saexp.models.hookpoints import STREAMS, Hookpoint
-from saexp.saes.training.architectures import ARCHITECTURES, SAES, TRANSCODERS
-from saexp.saes.training.training import Place, Training
+from saexp.saes.training import Place, Training
+from saexp.saes.training_architectures import ARCHITECTURES, SAES, TRANSCODERS
 from tests.unit.saes.make import D_IN, D_SAE, K, parameters, points
 
 D_OUT, BATCH, MODEL = 9, 32, "someone/their-model"
@@ -69,7 +69,7 @@ def test_saved_by_saexp(lens: ModuleType, tmp_path: Path, name: str, scaling: st
     assert (about.model_name, about.context_size) == (MODEL, 77)
     assert about.prepend_bos == place.prepend_bos
     assert (theirs.cfg.d_in, theirs.cfg.d_sae, theirs.cfg.dtype) == (D_IN, D_SAE, "float32")
-    assert theirs.cfg.normalize_activations == ours.normalize_activations == "none"
+    assert theirs.cfg.normalize_activations == ours.settings.normalize_activations == "none"
     assert (ours.hookpoint, ours.hookpoint_out) == (place.hookpoint, place.hookpoint_out)
     assert (ours.metadata["model"], ours.metadata["prepend_bos"]) == (MODEL, place.prepend_bos)
     x = 3 + 5 * points(40, D_IN)
@@ -128,7 +128,7 @@ def test_saved_by_sae_lens(
     theirs.save_model(tmp_path)
     ours = saexp.load_sae(tmp_path)
     assert ours.hookpoint.stored == at.stored
-    assert ours.normalize_activations == cfg.normalize_activations
+    assert ours.settings.normalize_activations == cfg.normalize_activations
     assert (ours.metadata["model"], ours.metadata["prepend_bos"]) == (MODEL, prepend_bos)
     assert ours.W_enc.dtype == torch.float32
     for parameter, value in theirs.named_parameters():

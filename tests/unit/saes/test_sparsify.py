@@ -183,7 +183,7 @@ def test_hub(tmp_path: Path, hub_cache: Path) -> None:
     (run / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
     publish(hub_cache, repo, run)
     sae = saexp.load_sae(f"{repo}/layers.3.mlp")
-    assert (sae.hookpoint, sae.k) == (Hookpoint(3, "mlp_out"), K)
+    assert (sae.hookpoint, sae.settings.k) == (Hookpoint(3, "mlp_out"), K)
     assert (sae.metadata["format"], sae.metadata["model"]) == ("sparsify", "EleutherAI/pythia-70m")
     assert sae.metadata["fingerprint"] == Path(sae.metadata["path"]).resolve().name
     with pytest.raises(

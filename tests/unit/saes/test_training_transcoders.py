@@ -12,7 +12,7 @@ import saexp
 from saexp.config.components import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training.architectures import TRANSCODERS, Place, training_sae
+from saexp.saes.training_architectures import TRANSCODERS, Place, training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_OUT, D_SAE, points
 
@@ -149,7 +149,7 @@ def test_saved_it_reads_and_predicts_the_streams_own_scale(
 
 
 def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: Path) -> None:
-    from saexp.saes.training.architectures import PairScaler
+    from saexp.saes.training_architectures import PairScaler
 
     x, y = pairs(5)
     scaler = PairScaler(d_in=D_IN)

@@ -19,7 +19,7 @@ from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
 from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.loading import check_fits
-from saexp.saes.sae import ARCHITECTURES, SparseAutoencoder
+from saexp.saes.sae import ARCHITECTURES, SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.unit.saes.make import (
     D_IN,
@@ -78,7 +78,8 @@ def test_identities(architecture: str) -> None:
 
 def test_without_a_skip_connection_the_input_is_not_needed() -> None:
     p = parameters("standard", d_out=D_OUT)
-    made = type(sae())(p, architecture="standard", hookpoint=IN, hookpoint_out=OUT)
+    settings = SAESettings(architecture="standard", hookpoint=IN, hookpoint_out=OUT)
+    made = SparseAutoencoder(p, settings)
     acts = made.encode(points(5, D_IN))
     torch.testing.assert_close(made.decode(acts), acts @ p["W_dec"] + p["b_dec"])
     assert made.W_skip is None
@@ -111,13 +112,10 @@ def test_without_a_skip_connection_the_input_is_not_needed() -> None:
 def test_what_does_not_fit(options: dict[str, Any], changed: dict[str, Any], message: str) -> None:
     found = {**parameters("standard", d_out=D_OUT), **changed}
     with pytest.raises(SAEError, match=message):
-        type(sae())(
+        SparseAutoencoder(
             found,
-            architecture="standard",
-            hookpoint=IN,
-            hookpoint_out=OUT,
+            SAESettings(architecture="standard", hookpoint=IN, hookpoint_out=OUT, **options),
             metadata={"name": "mine"},
-            **options,
         )
 
 
@@ -266,7 +264,7 @@ def test_qwen_scope_read_by_sae_lens(
     torch.testing.assert_close(ours.encode(x).double(), acts, rtol=1e-4, atol=1e-4)
     made_of = acts @ p["W_dec"].double() + p["b_dec"].double()
     torch.testing.assert_close(ours.decode(acts.float()).double(), made_of, rtol=1e-4, atol=1e-3)
-    assert (ours.hookpoint, ours.k) == (Hookpoint(3, "resid_post"), 50)
+    assert (ours.hookpoint, ours.settings.k) == (Hookpoint(3, "resid_post"), 50)
     assert ours.metadata["model"] == "Qwen/Qwen3.5-2B-Base"
 
 
@@ -457,9 +455,11 @@ def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
 def test_of_another_models_size(d_in: int, d_out: int, what: str) -> None:
     made = SparseAutoencoder(
         parameters("standard", d_in=d_in, d_out=d_out),
-        architecture="standard",
-        hookpoint=Hookpoint(1, "mlp_in"),
-        hookpoint_out=Hookpoint(1, "mlp_out"),
+        SAESettings(
+            architecture="standard",
+            hookpoint=Hookpoint(1, "mlp_in"),
+            hookpoint_out=Hookpoint(1, "mlp_out"),
+        ),
         metadata={"name": "mine"},
     )
     assert made.hookpoints == [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
@@ -472,9 +472,11 @@ def test_of_another_models_size(d_in: int, d_out: int, what: str) -> None:
 def test_of_a_layer_the_model_lacks() -> None:
     made = SparseAutoencoder(
         parameters("standard", d_in=D_MODEL, d_out=D_MODEL),
-        architecture="standard",
-        hookpoint=Hookpoint(1, "mlp_in"),
-        hookpoint_out=Hookpoint(30, "mlp_out"),
+        SAESettings(
+            architecture="standard",
+            hookpoint=Hookpoint(1, "mlp_in"),
+            hookpoint_out=Hookpoint(30, "mlp_out"),
+        ),
     )
     with pytest.raises(ModelError, match="layer=30"):
         check_fits(made, random_lm("llama"))

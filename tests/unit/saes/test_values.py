@@ -16,7 +16,7 @@ from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.registry import build
 from saexp.saes.formats.saelens import recorded_frequencies
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.unit.saes.every_format import EVERY, FORMATS, change, line_of, sound_saelens, void
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, sae, write_saelens
 from tests.unit.saes.make_formats import dictionary, write_dictionary, write_llama
@@ -110,10 +110,10 @@ def test_floats_of_other_sizes_are_read(dtype: torch.dtype, tmp_path: Path) -> N
 def test_sums_that_overflow_are_no_infinities() -> None:
     p = parameters("standard")
     p["b_enc"] = torch.full((D_SAE,), 3e38)
-    made = SparseAutoencoder(p, architecture="standard", hookpoint=sae().hookpoint)
+    made = SparseAutoencoder(p, SAESettings(architecture="standard", hookpoint=sae().hookpoint))
     assert float(made.b_enc.max()) < torch.inf
     p["b_enc"] = torch.full((D_SAE,), 6e4, dtype=torch.float16)
-    SparseAutoencoder(p, architecture="standard", hookpoint=sae().hookpoint)
+    SparseAutoencoder(p, SAESettings(architecture="standard", hookpoint=sae().hookpoint))
 
 
 def test_numbers_that_the_dtype_asked_for_does_not_hold(tmp_path: Path) -> None:

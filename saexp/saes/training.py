@@ -19,7 +19,7 @@ from saexp.context import progress
 from saexp.digests import checksums, difference, is_checksums
 from saexp.errors import SAEError, StoreError
 from saexp.files import RUN_FOLDER, remove_temporary, write_folder
-from saexp.saes.training.architectures import Place, training_sae
+from saexp.saes.training_architectures import Place, training_sae
 from saexp.stats.permutation import derived_seed
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Training:
             iter(()),
         )
         if place.hookpoint_out is not None:
-            from saexp.saes.training.architectures import PairScaler
+            from saexp.saes.training_architectures import PairScaler
 
             self.trainer.activation_scaler = PairScaler(d_in=place.d_in)
         self.sae.to(device)
