@@ -218,6 +218,7 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
         fit_head=SAE_CHECK_HEAD,
         fit=sae_check_rows(run),
         sections=page.sections(run),
+        is_contrast=page is CONTRAST,
         **effect_content(run),
     )
 

@@ -58,8 +58,8 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
     assert findings(cells_table(tmp_path), tmp_path) == [
         "Adding 'unknown' latents to prompts: refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer "
-        "2, width 256, coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 "
-        "after Holm over 3 tests; 2 of 3 cells differ from their controls."
+        "2, width 256, coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = "
+        "0.02, 0.04 after Holm over 3 tests; 2 of 3 cells differ from their controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
@@ -111,8 +111,8 @@ def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
     assert sentence == (
         "Adding 'known' latents to prompts: refusal 0.30 -> 0.30 [0.20, 0.40] (n = 40) at layer "
-        "2, width 256, coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, coefficient 2; "
-        "no cell has enough matched controls for a p-value."
+        "2, width 256, coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, "
+        "coefficient 2; no cell has enough matched controls for a p-value."
     )
     for number in range(3, 9):
         rows = effect("known", number, 0.9, chosen=True)
