@@ -239,17 +239,13 @@ def read_result(folder: str | Path) -> TaskResult:
     metrics, provenance, tables = dict(saved.metrics), saved.provenance, saved.tables()
     figures = {}
     if "evaluation" in tables:
-        from saexp.reports.evaluation import evaluation_figures
+        from saexp.reports.sae_quality import evaluation_figures
 
         figures = evaluation_figures(place)
     elif provenance["config"]["task"]["name"] != "analyze":
         pass
-    elif provenance["config"]["analyzer"]["name"] != "contrast":
-        from saexp.reports.analyses import analysis_figures
+    else:
+        from saexp.reports.analysis import report_figures
 
-        figures = analysis_figures(place)
-    elif "latents" in tables:
-        from saexp.reports.figures import run_figures
-
-        figures = run_figures(place)
+        figures = report_figures(place)
     return TaskResult(metrics, tables, figures, list(provenance["notes"]), place)

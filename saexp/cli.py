@@ -175,7 +175,7 @@ def _summary(result: Any, folder: Path) -> None:
     pages = ("report.html", "dashboard.html")
     page = next((name for name in pages if (folder / name).is_file()), None)
     if page is not None:
-        from saexp.reports.finding import headline
+        from saexp.reports.analysis import headline
 
         print(headline(folder))
     elif "stores" in result.tables:

@@ -1,4 +1,4 @@
-"""What an intervention did and how its controls are matched, in sentences and tables."""
+"""What an intervention changed and how it compares with its controls, in sentences."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.reports.page import interval_words
 from saexp.reports.saved import SavedRun
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES
 from saexp.stats.permutation import MIN_CONTROLS
@@ -24,28 +25,28 @@ class KindOfControl:
     """The controls of one kind of a condition at one coefficient, for one outcome."""
 
     kind: str
-    several: bool
+    are_sets: bool
     """Whether a control is a set of latents."""
     distances: pd.DataFrame
     """Their rows of the table `controls`."""
     values: pd.Series
-    """The outcome of the matched ones."""
+    """The outcome under each matched control."""
     p_value: float | None
 
     @property
     def achieved(self) -> bool:
-        """Whether enough are matched for the p-value to be used."""
+        """Whether enough controls are matched for a p-value."""
         return len(self.values) >= MIN_CONTROLS
 
     @property
     def words(self) -> str:
         """The kind, in words that follow a number."""
-        sets = "sets of " if self.several and self.kind in ("frequency", "disruption") else ""
+        sets = "sets of " if self.are_sets and self.kind in ("frequency", "disruption") else ""
         return f"{sets}{CONTROL_WORDS.get(self.kind, self.kind.replace('_', ' '))}"
 
     @property
     def span(self) -> str:
-        """The range of the outcome."""
+        """The range of the outcome over the matched controls."""
         if self.values.empty:
             return "–"
         ends = dict.fromkeys([f"{self.values.min():.2f}", f"{self.values.max():.2f}"])
@@ -59,35 +60,35 @@ class KindOfControl:
 
 
 def kinds_of_control(run: SavedRun, row: Any, outcome: str) -> list[KindOfControl]:
-    """One entry per kind that a row of the summary has at its coefficient, on the same prompts."""
+    """The kinds that a row of the summary has at its coefficient, on the same prompts."""
     summary, controls = run.summary, run.controls
     if summary is None or controls is None:
         return []
     same = (summary["coefficient"] == row["coefficient"]) & (summary["group"] == row["group"])
     same &= summary["of"] == row["condition"]
     values = summary[same].set_index("condition")[outcome]
-    own = controls[
+    of_row = controls[
         (controls["of"] == row["condition"]) & (controls["coefficient"] == row["coefficient"])
     ]
-    made = []
-    for kind in [k for k in CONTROL_WORDS if k in set(own["control_kind"])]:
-        part = own[own["control_kind"] == kind]
+    kinds = []
+    for kind in [k for k in CONTROL_WORDS if k in set(of_row["control_kind"])]:
+        part = of_row[of_row["control_kind"] == kind]
         matched = [c for c in part.loc[part["matched"], "condition"] if c in values.index]
         p = row.get(f"{outcome}_p_{kind}")
-        made.append(
+        kinds.append(
             KindOfControl(
                 kind=kind,
-                several="+" in str(row["latent"]),
+                are_sets="+" in str(row["latent"]),
                 distances=part,
                 values=values.loc[matched].dropna(),
                 p_value=None if p is None or pd.isna(p) else float(p),
             )
         )
-    return made
+    return kinds
 
 
 def n_tests(run: SavedRun) -> int:
-    """Tests that the p-values after Holm are corrected for."""
+    """The number of tests that Holm's adjustment corrects for."""
     summary = run.summary
     if summary is None:
         return 0
@@ -97,7 +98,7 @@ def n_tests(run: SavedRun) -> int:
 
 
 def p_words(row: Any, outcome: str, n: int) -> str:
-    """A rank p-value, and after Holm over the run's `n` tests."""
+    """A rank p-value, and its value after Holm over the run's `n` tests."""
     p, holm = row[f"{outcome}_p_controls"], row.get(f"{outcome}_p_controls_holm")
     if holm is None or pd.isna(holm) or n < 2:
         return f"rank p {p_value_words(float(p))}"
@@ -114,7 +115,7 @@ def is_significant(row: Any, outcome: str) -> bool | None:
 
 
 def verdict(run: SavedRun, row: Any, outcome: str) -> str:
-    """How a condition compares with its controls, in a clause with the p-value."""
+    """How a condition compares with its controls, as a clause with the p-value."""
     kinds = kinds_of_control(run, row, outcome)
     used = [k for k in kinds if k.achieved and k.p_value is not None]
     if not kinds:
@@ -126,8 +127,8 @@ def verdict(run: SavedRun, row: Any, outcome: str) -> str:
         return f"not distinguishable from its controls ({p})"
     if not is_significant(row, outcome):
         p += ": not significant"
-    start = row[outcome] - row[f"{outcome}_change"]
-    less = all(abs(row[f"{outcome}_change"]) < (k.values - start).abs().median() for k in used)
+    before = row[outcome] - row[f"{outcome}_change"]
+    less = all(abs(row[f"{outcome}_change"]) < (k.values - before).abs().median() for k in used)
     weaker = ", which change it more" if less else ""
     if all(row[outcome] > k.values.max() for k in used):
         return f"above all its controls{weaker} ({p})"
@@ -141,7 +142,7 @@ def verdict(run: SavedRun, row: Any, outcome: str) -> str:
 
 
 def control_words(run: SavedRun, row: Any, outcome: str) -> str:
-    """The range of every kind of control, and why a kind is not used."""
+    """The range under every kind of control, and why a kind is not used."""
     kinds = kinds_of_control(run, row, outcome)
     used = [k for k in kinds if k.achieved and k.p_value is not None]
     parts = [f"{len(k.values)} {k.words} ({k.span})" for k in used]
@@ -154,46 +155,77 @@ def control_words(run: SavedRun, row: Any, outcome: str) -> str:
 
 
 def _unused(run: SavedRun, kind: KindOfControl) -> str:
-    """Why a kind gives no p-value, with what it reached."""
+    """Why a kind of control gives no p-value."""
     n, n_matched = len(kind.distances), int(kind.distances["matched"].sum())
     if kind.kind not in _CALIPER:
         return f"{n_matched} {kind.words} ({kind.span}), fewer than the {MIN_CONTROLS} needed"
     option, column, of = _CALIPER[kind.kind]
     caliper = float(run.config["intervention"].get(option) or 0)
     ratios = kind.distances[column].dropna()
-    median = f", median ratio {ratios.median():.2g}" if len(ratios) else ""
+    median = f"median ratio {ratios.median():.2g}; " if len(ratios) else ""
     return (
-        f"{kind.words} not used, {n_matched} of {n} within a factor of {caliper:g}{of}{median} "
-        f"({MIN_CONTROLS} are needed)"
+        f"{kind.words} are not used, as only {n_matched} of {n} are within a factor of {caliper:g}"
+        f"{of} ({median}{MIN_CONTROLS} are needed)"
     )
 
 
+def control_rows(run: SavedRun) -> dict[str, Any] | None:
+    """Each kind of control of the main conditions at their chosen coefficient, how closely it is
+    matched, and the range of every outcome."""
+    summary, rows = run.summary, []
+    if summary is None:
+        return None
+    for row in summary[summary["main"] & summary["chosen"]].to_dict("records"):
+        by_outcome = [kinds_of_control(run, row, o) for o in run.outcomes]
+        for kinds in zip(*by_outcome, strict=True):
+            distances = kinds[0].distances
+            cells: list[Any] = [row["condition"], row["group"], row["coefficient"]]
+            cells.append(CONTROL_WORDS[kinds[0].kind])
+            cells += [len(distances), int(distances["matched"].sum())]
+            cells += [_ratios(distances[f"{c}_ratio"]) for c in ("frequency", "norm", "kl")]
+            for kind in kinds:
+                cells += [kind.span, kind.p_value]
+            rows.append([*cells, "yes" if all(k.achieved for k in kinds) else "no"])
+    head = ["condition", "prompts", "coefficient", "controls", "n", "matched"]
+    head += ["frequency ratio", "norm ratio", "KL ratio"]
+    for outcome in run.outcomes:
+        head += [f"{outcome}, range of matched", f"rank p, {outcome}"]
+    return {"head": [*head, "in the p-value"], "rows": rows} if rows else None
+
+
+def _ratios(values: pd.Series) -> str:
+    """The median and the range."""
+    values = values.dropna()
+    if values.empty:
+        return "–"
+    return f"{values.median():.2g} ({values.min():.2g} to {values.max():.2g})"
+
+
 _UNITS = {
-    "resid_norm": "x the stream's median norm",
-    "max_act": "x the latents' maximum activation",
-    "p99_act": "x the latents' 99th percentile",
-    "raw": "x the direction as it is",
+    "resid_norm": "× the stream's median norm",
+    "max_act": "× the latents' maximum activation",
+    "p99_act": "× the latents' 99th percentile",
+    "raw": "× the unscaled direction",
     "clamp": "of the way",
-    "scale": "x the latents' own value, added",
+    "scale": "× the latents' activation, added",
     "ablate": "of the way to zero",
     "project_out": "of the component",
     "splice": "of the way to the reconstruction",
-    "patch": "of the way to the pair's activation",
-    "orthogonalize": "(1: directions taken out)",
+    "patch": "of the way to the paired prompt's activation",
+    "orthogonalize": "(1: the directions are removed)",
 }
-VERBS = {
-    "steer": "adding",
-    "clamp": "moving",
-    "scale": "scaling",
-    "ablate": "silencing",
-    "project_out": "removing from the stream",
-    "splice": "splicing in",
-    "patch": "patching",
-    "orthogonalize": "taking out of the weights",
+_ACTIONS = {
+    "steer": ("adding", "to"),
+    "clamp": ("moving", "on"),
+    "scale": ("scaling", "on"),
+    "ablate": ("ablating", "on"),
+    "project_out": ("projecting out", "on"),
+    "splice": ("splicing in", "on"),
+    "patch": ("patching", "into"),
+    "orthogonalize": ("orthogonalizing the weights against", "on"),
 }
-
-
-PLACES = {
+"""Intervention -> (its verb, the preposition before the prompts)."""
+_POSITIONS = {
     "all": "every token",
     "prompt": "the prompt's tokens",
     "generated": "the generated tokens",
@@ -205,56 +237,70 @@ PLACES = {
     "after_entity": "the token after the entity",
     "continuation": "the continuation's tokens",
 }
-"""Where something is read or written, in words."""
 
 
-def place_words(where: str) -> str:
-    """Positions in words; those without words of their own by name."""
-    return PLACES.get(where, f"positions {where.replace('_', ' ')}")
+def position_words(where: str) -> str:
+    """Positions in words, or their name if there are no words for it."""
+    return _POSITIONS.get(where, f"positions {where.replace('_', ' ')}")
 
 
 def unit_words(cfg: dict[str, Any]) -> str:
-    """An intervention's coefficient unit as words that follow the number."""
+    """The unit of an intervention's coefficient, as words that follow the number."""
     name = str(cfg["name"])
     return _UNITS.get(str(cfg["unit"]) if name == "steer" else name, "")
 
 
-def verb(cfg: dict[str, Any]) -> str:
-    """What an intervention does, in words that go before what it changes."""
-    return VERBS.get(str(cfg["name"]), f"{cfg['name']} on")
+def coefficient_title(cfg: dict[str, Any]) -> str:
+    """Title of an axis that shows coefficients."""
+    unit = unit_words(cfg)
+    return f"coefficient ({unit})" if unit else "coefficient"
 
 
-def what(row: Any, with_direction: bool = True, *, towards: bool = False) -> str:
-    """What a condition changes, in words: its latents, direction or place.
+def target_words(row: Any, *, towards: bool = False) -> str:
+    """What a condition changes: its latents, its direction or the patched activation.
 
-    Latents are `towards` a group rather than for it where those of both groups are moved there.
+    `towards` is for interventions that move latents to their values on a group.
     """
     latents = str(row["latent"])
     if row["role"] in ("single", "group"):
-        number = len(latents.split("+"))
-        named = f"latent {latents}" if number == 1 else f"{number} latents"
+        n = len(latents.split("+"))
         layers = sorted({int(x.partition(":")[0]) for x in latents.split("+") if ":" in x})
-        if len(layers) > 1:
-            named += f" of layers {', '.join(map(str, layers))}"
-        shown = with_direction and row["direction"] not in ("latent", "latents")
-        return f"{named} {'towards' if towards else 'for'} '{row['direction']}'" if shown else named
+        of_layers = f" of layers {', '.join(map(str, layers))}" if len(layers) > 1 else ""
+        if row["direction"] in ("latent", "latents"):
+            return f"latent {latents}" if n == 1 else f"{n} latents{of_layers}"
+        if towards:
+            selected = f"latent {latents}" if n == 1 else f"{n} latents{of_layers}"
+            return f"{selected} towards '{row['direction']}'"
+        if n == 1:
+            return f"the '{row['direction']}' latent {latents}"
+        return f"the {n} '{row['direction']}' latents{of_layers}"
     name = str(row["condition"]).removeprefix(f"{row['direction']}_")
     if name == "splice":
         return "the reconstruction"
     if name.startswith("patch_"):
-        place = name.removeprefix("patch_")
-        return f"{place} from {row['direction']} prompts" if with_direction else place
-    named = f"the {name.replace('_', ' ')} direction"
-    return f"{named} towards '{row['direction']}'" if with_direction else named
+        return f"{name.removeprefix('patch_')} from {row['direction']} prompts"
+    return f"the {name.replace('_', ' ')} direction towards '{row['direction']}'"
+
+
+def action_words(cfg: dict[str, Any], row: Any) -> str:
+    """What an intervention does: "adding the 2 'unknown' latents to known prompts"."""
+    verb, preposition = _ACTIONS.get(str(cfg["name"]), (f"{cfg['name']} of", "on"))
+    target = target_words(row, towards=cfg["name"] == "clamp")
+    return f"{verb} {target} {preposition} {prompts_of(row['group'])}"
+
+
+def capitalized(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
 
 
 def prompts_of(group: str) -> str:
-    """The prompts of a group in words; of a data set without groups, just prompts."""
+    """The prompts of a group; just "prompts" if the data set has no groups."""
     return "prompts" if group == "all" else f"{group} prompts"
 
 
 def observed_on(run: SavedRun, row: Any, outcome: str) -> str:
-    """What a number is the mean over: "20 known entities (100 prompts)"."""
+    """What a value is the mean over: "20 known entities (100 prompts)"."""
     group = "" if row["group"] == "all" else f"{row['group']} "
     n, n_prompts = int(row[f"{outcome}_n"]), int(row[f"{outcome}_n_prompts"])
     if run.unit_word != "entities":
@@ -263,9 +309,40 @@ def observed_on(run: SavedRun, row: Any, outcome: str) -> str:
     return f"{counted(n, f'{group}entity', f'{group}entities')}{beside}"
 
 
+def main_rows(run: SavedRun) -> Iterator[tuple[pd.Series, pd.Series]]:
+    """Per main condition and group of prompts, at the coefficient chosen on the train split: its
+    row of the summary, and that of the same prompts without intervention."""
+    for condition in run.main_conditions() if run.outcomes else []:
+        coefficient = run.chosen_coefficient(condition)
+        if coefficient is not None:
+            yield from _rows(run, condition, coefficient)
+
+
+def effect_clause(run: SavedRun, row: pd.Series, before: pd.Series) -> str:
+    """The effect on the first outcome, as a clause: "adding the 2 'unknown' latents to known
+    prompts raises the refusal rate from 0.00 to 0.97 [0.92, 0.99], above all its controls"."""
+    outcome = run.outcomes[0]
+    name = f"the {_words(outcome)}{' rate' if run.is_rate(outcome) else ''}"
+    action = action_words(run.config["intervention"], row)
+    interval = interval_words(row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"], 2)
+    change = f"from {before[outcome]:.2f} to {row[outcome]:.2f}{interval}"
+    if f"{before[outcome]:.2f}" == f"{row[outcome]:.2f}":
+        verb, change = "leaves", f"at {row[outcome]:.2f}{interval}"
+    elif not is_significant(row, outcome):
+        verb = "changes"
+    else:
+        verb = "raises" if row[outcome] > before[outcome] else "lowers"
+    if _is_few(row, outcome):
+        return (
+            f"{action} {verb} {name} {change} (too few entities for an interval or a test against "
+            "controls)"
+        )
+    return f"{action} {verb} {name} {change}, {verdict(run, row, outcome)}"
+
+
 def effect_sentences(run: SavedRun) -> list[str]:
-    """One sentence per main condition and group of prompts that it is run on: the first outcome in
-    full, the others' numbers behind it."""
+    """One sentence per main condition and group of prompts: the first outcome in full, the numbers
+    of the others after it."""
     sentences = []
     for condition in run.main_conditions() if run.outcomes else []:
         first, *others = run.outcomes
@@ -275,7 +352,7 @@ def effect_sentences(run: SavedRun) -> list[str]:
             continue
         for row, before in _rows(run, condition, coefficient):
             sentence = _effect(run, row, before, first)
-            sentence += "".join(_beside(run, row, before, o) for o in others)
+            sentence += "".join(_further(run, row, before, o) for o in others)
             sentences.append(f"{sentence}{_attention(run, row)}.{_details(run, row, first)}")
     return sentences
 
@@ -283,30 +360,29 @@ def effect_sentences(run: SavedRun) -> list[str]:
 def _rows(
     run: SavedRun, condition: str, coefficient: float
 ) -> Iterator[tuple[pd.Series, pd.Series]]:
-    """Of the summary, by group of prompts: the condition's row, and that of them unsteered."""
+    """Per group of prompts the condition's row of the summary and the baseline's."""
     summary = run.summary
     assert summary is not None
     at = (summary["condition"] == condition) & (summary["coefficient"] == coefficient)
     for _, row in summary[at].iterrows():
-        start = (summary["role"] == "baseline") & (summary["group"] == row["group"])
-        yield row, summary[start].iloc[0]
+        is_baseline = (summary["role"] == "baseline") & (summary["group"] == row["group"])
+        yield row, summary[is_baseline].iloc[0]
 
 
 def _change(row: pd.Series, before: pd.Series, outcome: str) -> str:
-    """ "0.00 -> 0.97 [0.92, 0.99]", without an interval where there is none."""
-    low, high = row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"]
-    interval = "" if pd.isna(low) else f" [{low:.2f}, {high:.2f}]"
+    """ "0.00 -> 0.97 [0.92, 0.99]"."""
+    interval = interval_words(row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"], 2)
     return f"{before[outcome]:.2f} -> {row[outcome]:.2f}{interval}"
 
 
 def _effect(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> str:
     cfg = run.config["intervention"]
-    where, strength = "", ""
+    where, coefficient = "", ""
     if cfg["name"] != "orthogonalize":
-        where = f" at {place_words(cfg['where'])}"
-        strength = f", coefficient {row['coefficient']:g} {unit_words(cfg)}".rstrip()
+        where = f" at {position_words(cfg['where'])}"
+        coefficient = f", coefficient {row['coefficient']:g} {unit_words(cfg)}".rstrip()
     sentence = (
-        f"{_doing(cfg, row)}{where}{strength}: {_words(outcome)} on "
+        f"{capitalized(action_words(cfg, row))}{where}{coefficient}: {_words(outcome)} on "
         f"{observed_on(run, row, outcome)} {_change(row, before, outcome)}"
     )
     if _is_few(row, outcome):
@@ -315,64 +391,62 @@ def _effect(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> s
 
 
 def _is_few(row: pd.Series, outcome: str) -> bool:
-    """Whether intervals and p-values are left out because there are few entities."""
+    """Whether there are too few entities for intervals and p-values."""
     return int(row[f"{outcome}_n"]) < MIN_ENTITIES
 
 
 def _details(run: SavedRun, row: pd.Series, outcome: str) -> str:
-    """Sentences that follow: the controls of the first outcome, and the cost."""
+    """Sentences on the controls of the first outcome and on the cost."""
     controls = "" if _is_few(row, outcome) else control_words(run, row, outcome)
     return f"{controls}{_cost(run, row['condition'], row['coefficient'])}"
 
 
-def _beside(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> str:
-    """Another outcome at the same coefficient: before, after, and how it compares."""
+def _further(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> str:
+    """Another outcome at the same coefficient: before, after, and against controls."""
     significant = is_significant(row, outcome)
     compared = ""
     if significant is not None:
-        shown = "" if significant else ": not significant"
+        conclusion = "" if significant else ": not significant"
         if float(row[f"{outcome}_p_controls"]) > ALPHA:
-            shown = ": not distinguishable from its controls"
-        compared = f" ({p_words(row, outcome, n_tests(run))}{shown})"
+            conclusion = ": not distinguishable from its controls"
+        compared = f" ({p_words(row, outcome, n_tests(run))}{conclusion})"
     return f"; {_words(outcome)} {_change(row, before, outcome)}{compared}"
 
 
 def _attention(run: SavedRun, effect: pd.Series) -> str:
-    """Attention from the last token to the entity, where it was measured for the condition."""
+    """Attention from the last token to the entity, if it was measured for the condition."""
     table, condition = run.table("attention_summary"), effect["condition"]
     if table is None or condition not in set(table["condition"]):
         return ""
     row = table[table["condition"] == condition].iloc[0]
-    beside = []
+    comparisons = []
     if row["n"] >= MIN_ENTITIES:
-        beside.append(f"p {p_value_words(float(row['p_value']))} against the unsteered prompts")
+        comparisons.append(
+            f"p {p_value_words(float(row['p_value']))} against the unsteered prompts"
+        )
     controls = table.loc[(table["of"] == condition) & (table["role"] == "control"), "edited"]
     if len(controls):
-        beside.append(f"{len(controls)} controls {controls.min():.3f} to {controls.max():.3f}")
-    compared = f" ({'; '.join(beside)})" if beside else ""
+        comparisons.append(f"{len(controls)} controls {controls.min():.3f} to {controls.max():.3f}")
+    compared = f" ({'; '.join(comparisons)})" if comparisons else ""
     return (
         f"; attention from the last token to the entity {row['original']:.3f} -> "
         f"{row['edited']:.3f}{compared}"
     )
 
 
-def _doing(cfg: dict[str, Any], row: Any) -> str:
-    return f"{verb(cfg)} {what(row, towards=cfg['name'] == 'clamp')}"
-
-
 def _unchanged(run: SavedRun, condition: str, outcome: str) -> str:
-    """A condition without a chosen coefficient: nothing was changed, or nothing measured."""
+    """A condition without a chosen coefficient: nothing was changed, or nothing was measured."""
     summary = run.summary
     assert summary is not None
-    own = summary[summary["condition"] == condition]
-    row, done = own.iloc[0], _doing(run.config["intervention"], own.iloc[0])
-    prompts = prompts_of(row["group"])
-    if (own["coefficient"] == 0).all():
+    rows = summary[summary["condition"] == condition]
+    row = rows.iloc[0]
+    action = capitalized(action_words(run.config["intervention"], row))
+    if (rows["coefficient"] == 0).all():
         return (
-            f"{done} was run at coefficient 0 alone, which changes nothing: {_words(outcome)} of "
-            f"{prompts} stays {row[outcome]:.2f}"
+            f"{action} was run only at coefficient 0, which changes nothing: {_words(outcome)} "
+            f"stays {row[outcome]:.2f}"
         )
-    return f"{done}: {_words(outcome)} could be measured on none of the {prompts}"
+    return f"{action}: {_words(outcome)} could not be measured on any prompt"
 
 
 def _words(outcome: str) -> str:
@@ -386,14 +460,14 @@ def _cost(run: SavedRun, condition: str, coefficient: float) -> str:
     row = costs[(costs["condition"] == condition) & (costs["coefficient"] == coefficient)]
     if row.empty:
         return ""
-    others = costs[(costs["of"] == condition) & (costs["role"] == "control")]
-    others = others[others["coefficient"] == coefficient]
-    # Those that are scaled to equal KL have it by construction.
-    others = others[~others["control_kind"].isin(["disruption", "random_kl"])]["neutral_kl"]
-    steered = run.config["intervention"]["name"] == "steer"
-    which = "controls of equal norm" if steered else "controls"
-    beside = f", {which} {others.min():.2f} to {others.max():.2f}" if len(others) else ""
-    weights = run.config["intervention"]["name"] == "orthogonalize"
-    how = "under the edited weights" if weights else "edited at every token"
+    controls = costs[(costs["of"] == condition) & (costs["role"] == "control")]
+    controls = controls[controls["coefficient"] == coefficient]
+    # Controls that are scaled to equal KL have the same cost by construction.
+    is_scaled = controls["control_kind"].isin(["disruption", "random_kl"])
+    kl = controls.loc[~is_scaled, "neutral_kl"]
+    name = run.config["intervention"]["name"]
+    kind = "controls of equal norm" if name == "steer" else "controls"
+    compared = f" ({kind}: {kl.min():.2f} to {kl.max():.2f})" if len(kl) else ""
+    how = "with the edited weights" if name == "orthogonalize" else "with the edit at every token"
     value = f"{row['neutral_kl'].iloc[0]:.2f}"
-    return f" KL per token of neutral text {how}: {value} nats{beside}."
+    return f" KL divergence on neutral text {how}: {value} nats per token{compared}."

@@ -1,4 +1,4 @@
-"""What task=label tells: tables per type and attribute, sentences, and its page."""
+"""Tables, sentences and page of task=label."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saexp.labeling.matchers import PAPER, Rules, type_key
-from saexp.reports.html import write_page
+from saexp.reports.page import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
 from saexp.reports.saved import SavedRun
-from saexp.reports.style import GROUP_COLOURS, QUIET, style
 from saexp.stats.intervals import wilson
+from saexp.wording import counted
 
 GROUPS = ("known", "unknown", "dropped")
 N_EXAMPLES = 3
@@ -19,22 +19,22 @@ N_EXAMPLES = 3
 
 
 def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
-    """Per entity type, attribute and what the data set calls the entity: shares of the answers.
+    """Fractions of the answers per entity type, attribute and group given by the data set.
 
-    `known_share` is the share of entities whose attribute is known, with its 95 % Wilson interval:
-    one entity is one observation, and a single one has no interval. `greedy_correct`,
-    `greedy_refusal`, `sample_correct` are shares of answers.
+    `known_share` is the fraction of entities whose attribute is known, with its 95 % Wilson
+    interval: one entity is one observation, and a single one has no interval. `greedy_correct`,
+    `greedy_refusal` and `sample_correct` are fractions of answers.
     """
     rows = []
     keys = ["entity_type", "attribute", "given_group"]
     for key, part in labels.groupby(keys, sort=False, dropna=False):
         n, known = len(part), int((part["n_correct"] >= min_correct).sum())
-        sampled = [x for found in part["sample_labels"] for x in found]
+        sampled = [label for labels in part["sample_labels"] for label in labels]
         low, high = wilson(known, n) if n > 1 else (np.nan, np.nan)
-        named = [k if isinstance(k, str) else "" for k in key]
+        names = [k if isinstance(k, str) else "" for k in key]
         rows.append(
             {
-                **dict(zip(keys, named, strict=True)),
+                **dict(zip(keys, names, strict=True)),
                 "n": n,
                 "with_answer": int((part["truths"].map(len) > 0).sum()),
                 "known_share": known / n,
@@ -49,10 +49,10 @@ def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
 
 
 def rules_table(labels: pd.DataFrame, rules: Rules) -> pd.DataFrame:
-    """How the answers on every attribute asked for are judged, with the paper's tolerance.
+    """How the answers about every attribute are judged.
 
-    `tolerance` is in the attribute's own unit, `share` of the true value, `ratio` the likeness of
-    names that must be exceeded; `paper_tolerance` is that of Ferrando et al. 2024.
+    `tolerance` is in the attribute's unit, `share` is relative to the true value, `ratio` is the
+    similarity that names must exceed; `paper_tolerance` is the tolerance of Ferrando et al. 2024.
     """
     rows = []
     for (kind, attribute), _ in labels.groupby(["entity_type", "attribute"], sort=False):
@@ -75,7 +75,7 @@ def rules_table(labels: pd.DataFrame, rules: Rules) -> pd.DataFrame:
 
 
 def rule_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of `rules_table` as plain mappings, each with the limits that its rule has."""
+    """The rows of `rules_table` as mappings without missing values."""
     return [
         {str(name): value for name, value in row.items() if not pd.isna(value)}
         for row in table.to_dict("records")
@@ -86,65 +86,66 @@ _LIMITS = ("tolerance", "share", "ratio", "paper_tolerance")
 
 
 def _rule_rows(table: pd.DataFrame) -> list[list[Any]]:
-    """Rows of the page's table: what counts as right, and what to type for the paper's."""
+    """Rows of the page's table: what counts as correct, and how to get the paper's tolerance."""
     rows = []
     for row in table.to_dict("records"):
-        within = {
+        criterion = {
             "year": f"within {row['tolerance']:g}" if row["tolerance"] else "exact",
             "number": f"within {row['tolerance']:g}, or {100 * row['share']:g}%",
             "coordinates": f"within {row['tolerance']:g} degrees",
-            "name": f"whole name, likeness above {row['ratio']:g}",
-            "genre": "its words",
-            "text": f"its words, or likeness above {row['ratio']:g}; a number exactly",
+            "name": f"whole name, similarity above {row['ratio']:g}",
+            "genre": "contains its words",
+            "text": f"contains its words, or similarity above {row['ratio']:g}; numbers exactly",
         }[row["kind"]]
         key = f"task.options.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
         paper = row["paper_tolerance"]
-        typed = "" if pd.isna(paper) else f"within {paper:g}: type {key}={paper:g}"
-        rows.append([row["entity_type"], row["attribute"], row["kind"], within, typed])
+        of_paper = "" if pd.isna(paper) else f"within {paper:g} ({key}={paper:g})"
+        rows.append([row["entity_type"], row["attribute"], row["kind"], criterion, of_paper])
     return rows
 
 
 def label_sentences(name: str, entities: pd.DataFrame, labels: pd.DataFrame) -> list[str]:
-    """How many are known, and how often a greedy answer is right, per entity."""
+    """How many entities are known, and how often a greedy answer is correct, per entity type."""
     counts = {g: int((entities["group"] == g).sum()) for g in GROUPS}
-    told = [
-        f"{name}: of {len(entities):,} entities ({len(labels):,} questions) {counts['known']:,} "
-        f"are known, {counts['unknown']:,} unknown, {counts['dropped']:,} neither and dropped."
+    sentences = [
+        f"{name} knows {counts['known']:,} of {counted(len(entities), 'entity', 'entities')}, does "
+        f"not know {counts['unknown']:,}, and {counts['dropped']:,} are neither and dropped "
+        f"({counted(len(labels), 'question')})."
     ]
-    real = labels[labels["truths"].map(len) > 0]
-    for kind, part in real.groupby("entity_type", sort=False, dropna=False):
+    with_answer = labels[labels["truths"].map(len) > 0]
+    for kind, part in with_answer.groupby("entity_type", sort=False, dropna=False):
         names = set(part["entity"])
-        mine = entities[(entities["entity_type"] == kind) & entities["entity"].isin(names)]
-        if mine.empty:
+        of_kind = entities[(entities["entity_type"] == kind) & entities["entity"].isin(names)]
+        if of_kind.empty:
             continue
-        k, n = int((mine["group"] == "known").sum()), len(mine)
-        told.append(
-            f"{kind}: {k} of {n} that have answers are known, {_rate(k, n)}; greedy "
-            f"answers are right on {(part['greedy_label'] == 'correct').mean():.2f} of "
-            f"{len(part)} questions."
+        k, n = int((of_kind["group"] == "known").sum()), len(of_kind)
+        sentences.append(
+            f"{kind}: {k} of {counted(n, 'entity', 'entities')} with a true answer are known, "
+            f"{_rate(k, n)}; greedy answers are correct on a fraction "
+            f"{(part['greedy_label'] == 'correct').mean():.2f} of {counted(len(part), 'question')}."
         )
     invented = labels[labels["truths"].map(len) == 0]
     if len(invented):
-        share = (invented["greedy_label"] == "refusal").mean()
-        told.append(
-            f"{invented['entity'].nunique()} names have no true answer: {share:.2f} of the greedy "
-            f"answers about them are refusals, the others are made up."
+        refused = (invented["greedy_label"] == "refusal").mean()
+        sentences.append(
+            f"{counted(invented['entity'].nunique(), 'name')} have no true answer: {refused:.2f} "
+            "of the greedy answers about them are refusals, the others are made up."
         )
-    return told
+    return sentences
 
 
 def memorized_sentences(name: str, table: pd.DataFrame, n_prompt: int, n_next: int) -> list[str]:
-    """Share of texts continued exactly, with its interval."""
+    """The fraction of texts continued exactly, with its interval."""
     n, k = len(table), int(table["perfect_match"].sum())
     none = int((table["matching_tokens"] == 0).sum())
     return [
-        f"{name}: {k} of {n} texts are continued exactly for {n_next} tokens after {n_prompt}, "
-        f"{_rate(k, n)}; {none} have no matching token."
+        f"{name} continues {k} of {counted(n, 'text')} exactly for {counted(n_next, 'token')} "
+        f"after {n_prompt}, {_rate(k, n)}; {none} have no matching token."
     ]
 
 
 def _rate(k: int, n: int) -> str:
-    """A fraction with its 95 % Wilson interval, which a single observation has not."""
+    """A fraction with its 95 % Wilson interval, which a single observation does not have."""
     if n < 2:
         return f"{k / n:.2f}"
     low, high = wilson(k, n)
@@ -155,25 +156,21 @@ def write_label_report(folder: str | Path) -> Path:
     """Render report.html from the folder's files; returns its path."""
     run = SavedRun(Path(folder))
     passages = run.table("memorization")
-    figures = {"counts": _passages_figure(passages) if passages is not None else _figure(run)}
-    caption = (
-        "Texts by the number of leading tokens that agree."
-        if passages is not None
-        else "Entities by their group and type."
-    )
-    what = "memorised texts" if passages is not None else "known and unknown entities"
-    return write_page(
-        Path(folder) / "report.html",
+    if passages is not None:
+        subject, figure, tables = "Memorised texts", _passages_figure(passages), _passages(passages)
+        caption = "Number of texts by the number of leading tokens that match."
+    else:
+        subject, figure, tables = "Known and unknown entities", _figure(run), _tables(run)
+        caption = "Number of entities by type and group."
+    sentence, *others = run.provenance["finding"]
+    return write_run_page(
+        run,
         "label.html",
-        figures,
-        title=f"{what.capitalize()}: {run.provenance['model']['name'].rpartition('/')[2]}",
-        finding=run.provenance["finding"],
-        notes=run.provenance["notes"],
-        caption=caption,
-        tables=_passage_tables(passages) if passages is not None else _tables(run),
-        skips=run.provenance["skips"],
-        provenance=_provenance(run),
-        config=run.config_text,
+        {"counts": figure},
+        title=f"{subject}: {run.provenance['model']['name'].rpartition('/')[2]}",
+        findings=[Finding(sentence, [("counts", caption)])],
+        sentences=others,
+        tables=tables,
     )
 
 
@@ -194,7 +191,8 @@ def _figure(run: SavedRun) -> go.Figure:
             )
         )
     figure.update_layout(barmode="stack")
-    figure.update_yaxes(title_text="entities")
+    figure.update_xaxes(title="entity type")
+    figure.update_yaxes(title="number of entities")
     return style(figure, 320)
 
 
@@ -202,12 +200,12 @@ def _passages_figure(table: pd.DataFrame) -> go.Figure:
     counts = table["matching_tokens"].value_counts().sort_index()
     bars = go.Bar(x=counts.index.tolist(), y=counts.tolist(), marker={"color": GROUP_COLOURS[0]})
     figure = go.Figure(bars)
-    figure.update_xaxes(title_text="leading tokens that agree")
-    figure.update_yaxes(title_text="texts")
+    figure.update_xaxes(title="leading tokens that match")
+    figure.update_yaxes(title="number of texts")
     return style(figure, 320)
 
 
-def _tables(run: SavedRun) -> list[dict[str, Any]]:
+def _tables(run: SavedRun) -> list[Table]:
     entities, attributes, labels = (run.table(n) for n in ("entities", "attributes", "labels"))
     rules = run.table("rules")
     assert entities is not None and attributes is not None and labels is not None
@@ -217,59 +215,30 @@ def _tables(run: SavedRun) -> list[dict[str, Any]]:
         [k, *(int(((kinds == k) & (entities["group"] == g)).sum()) for g in GROUPS)]
         for k in dict.fromkeys(kinds)
     ]
-    shares = attributes.astype(object).where(attributes.notna(), None)
-    shown = []
-    keys = ["entity_type", "attribute"]
-    for _, part in labels.groupby(keys, sort=False, dropna=False):
+    fractions = attributes.astype(object).where(attributes.notna(), None)
+    examples = []
+    for _, part in labels.groupby(["entity_type", "attribute"], sort=False, dropna=False):
         for row in part.head(N_EXAMPLES).to_dict("records"):
             truths = "; ".join(map(str, row["truths"])) or "(there is none)"
             n = len(row["sample_labels"])
             samples = f"{row['n_correct']} of {n}" if n else "none"
-            cells = [row["prompt"], truths, row["greedy"], row["greedy_label"], samples]
-            shown.append(cells)
+            examples.append([row["prompt"], truths, row["greedy"], row["greedy_label"], samples])
+    columns = [c.replace("_", " ").replace("share", "fraction") for c in attributes.columns]
+    title = "Answers by attribute (fractions with 95 % Wilson intervals over entities)"
+    example_head = ["prompt", "true answers", "greedy answer", "label", "correct samples"]
+    rule_head = ["type", "attribute", "judged as", "correct if", "in Ferrando et al. 2024"]
     return [
-        {"title": "Entities", "head": ["type", *GROUPS], "rows": counts},
-        {
-            "title": "Answers by attribute (95 % Wilson intervals over entities)",
-            "head": [c.replace("_", " ") for c in attributes.columns],
-            "rows": shares.to_numpy().tolist(),
-        },
-        {
-            "title": "Examples",
-            "head": ["prompt", "true answers", "greedy answer", "label", "right samples"],
-            "rows": shown,
-        },
-        {
-            "title": "How answers are judged",
-            "head": ["type", "attribute", "judged as", "right", "in Ferrando et al. 2024"],
-            "rows": _rule_rows(rules),
-        },
+        Table(["type", *GROUPS], counts, "Entities"),
+        Table(columns, fractions.to_numpy().tolist(), title),
+        Table(example_head, examples, "Examples"),
+        Table(rule_head, _rule_rows(rules), "How answers are judged"),
     ]
 
 
-def _passage_tables(table: pd.DataFrame) -> list[dict[str, Any]]:
-    some = pd.concat(
-        [table[table["perfect_match"]].head(5), table[~table["perfect_match"]].head(5)]
-    )
-    rows = [
-        [r["input_text"], r["generated_continuation_text"], r["matching_tokens"]]
-        for r in some.to_dict("records")
-    ]
-    head = ["prompt", "greedy continuation", "leading tokens that agree"]
-    return [{"title": "Examples", "head": head, "rows": rows}]
-
-
-def _provenance(run: SavedRun) -> list[tuple[str, str]]:
-    about = run.provenance
-    model, machine = about["model"], about["machine"]
-    return [
-        ("command", about["command"]),
-        ("started", about["started"]),
-        ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
-        ("model weights", model["fingerprint"]),
-        ("labels", about["labels"]["key"]),
-        ("seed", str(about["seed"])),
-        ("machine", f"{machine['system']}, {machine['cores']} cores, {machine['device']}"),
-        ("seconds", ", ".join(f"{k} {v:.1f} s" for k, v in about["seconds"].items())),
-        ("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())),
-    ]
+def _passages(table: pd.DataFrame) -> list[Table]:
+    matches = table["perfect_match"]
+    some = pd.concat([table[matches].head(5), table[~matches].head(5)])
+    columns = ["input_text", "generated_continuation_text", "matching_tokens"]
+    rows = [[cell(v) for v in row] for row in some[columns].to_numpy()]
+    head = ["prompt", "greedy continuation", "leading tokens that match"]
+    return [Table(head, rows, "Examples")]

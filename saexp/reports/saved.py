@@ -29,7 +29,7 @@ from saexp.stopping import STOPS
 from saexp.wording import brief
 
 PROVENANCE = "provenance.json"
-_AGAIN = "run its command again, which computes what is damaged anew"
+_AGAIN = "run its command again, which recomputes what is damaged"
 
 
 class _Content(dict[str, Any]):
@@ -45,18 +45,18 @@ class _Content(dict[str, Any]):
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The files of one run's folder, each compared with its checksum where the run was finished.
+    """The files of one run's folder; those of a finished run are compared with their checksums.
 
-    Raises StoreError where the folder holds no run, or a file that is read is damaged.
+    Raises StoreError if the folder holds no run, or a file that is read is damaged.
     """
 
     folder: Path
 
     def _content(self, name: str) -> bytes | None:
-        """A file's content; None where the run left none of that name."""
+        """A file's content; None if the run left no file of that name."""
         file = self.folder / name
-        listed = None if name == PROVENANCE else self.listed
-        expected = listed.get(name) if listed else None
+        checksums = None if name == PROVENANCE else self.checksums
+        expected = checksums.get(name) if checksums else None
         if expected is None and not file.is_file():
             return None
         try:
@@ -68,55 +68,55 @@ class SavedRun:
         return content
 
     def object(self, name: str) -> dict[str, Any] | None:
-        """What a JSON file holds; None where the run left none of that name."""
+        """Content of a JSON file; None if the run left no file of that name."""
         content = self._content(name)
         if content is None:
             return None
         file = self.folder / name
         try:
-            found = json.loads(content, object_hook=lambda found: _Content(found, file))
+            parsed = json.loads(content, object_hook=lambda values: _Content(values, file))
         except (ValueError, RecursionError) as error:
             raise StoreError(f"{file} is damaged ({error}); {_AGAIN}") from error
-        if not isinstance(found, dict):
+        if not isinstance(parsed, dict):
             raise StoreError(f"{file} is damaged (it is not an object); {_AGAIN}")
-        return found
+        return parsed
 
-    def _needed(self, name: str) -> dict[str, Any]:
-        found = self.object(name)
-        if found is None:
+    def _required(self, name: str) -> dict[str, Any]:
+        content = self.object(name)
+        if content is None:
             raise StoreError(f"{self.folder} holds no finished run ({name} is missing)")
-        return found
+        return content
 
     @cached_property
     def metrics(self) -> dict[str, float | int | None]:
         """metrics.json."""
-        found = self._needed("metrics.json")
-        for name, value in found.items():
+        metrics = self._required("metrics.json")
+        for name, value in metrics.items():
             if not isinstance(value, float | int | None):
                 file = self.folder / "metrics.json"
                 raise StoreError(f"{file} is damaged ({name} is not a number); {_AGAIN}")
-        return found
+        return metrics
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """provenance.json."""
-        found = self._needed(PROVENANCE)
-        if is_sealed(found) and not has_intact_seal(found):
+        provenance = self._required(PROVENANCE)
+        if is_sealed(provenance) and not has_intact_seal(provenance):
             raise StoreError(
                 f"{self.folder / PROVENANCE} was changed since the run wrote it; {_AGAIN}"
             )
-        return found
+        return provenance
 
     @cached_property
-    def listed(self) -> dict[str, Any] | None:
-        """Checksums of the run's files; None of a run that is not finished."""
+    def checksums(self) -> dict[str, Any] | None:
+        """File name -> checksum; None for a run that is not finished."""
         files = self.provenance.get("files")
         if files is not None and not is_checksums(files):
             raise StoreError(f"{self.folder / PROVENANCE} is damaged ('files'); {_AGAIN}")
         return files
 
     def table(self, name: str) -> pd.DataFrame | None:
-        """A table, or None where the run left none of that name."""
+        """A table, or None if the run left none of that name."""
         content = self._content(f"{name}.parquet")
         if content is None:
             return None
@@ -127,14 +127,14 @@ class SavedRun:
             raise StoreError(f"{file} is damaged ({brief(str(error), 200)}); {_AGAIN}") from error
 
     def check(self) -> None:
-        """Compare every file that the run left with its checksum."""
-        changed = difference(self.folder, self.listed or {}, file_sha256)
+        """Compare every file of the run with its checksum. Raises StoreError if one differs."""
+        changed = difference(self.folder, self.checksums or {}, file_sha256)
         if changed is not None:
             raise StoreError(f"{self.folder}: {changed}; {_AGAIN}")
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """All tables that the run left, by name."""
-        names = self.listed or [file.name for file in sorted(self.folder.glob("*.parquet"))]
+        """Name -> table, all tables of the run."""
+        names = self.checksums or [file.name for file in sorted(self.folder.glob("*.parquet"))]
         stems = [Path(n).stem for n in names if Path(n).suffix == ".parquet"]
         tables = {stem: self.table(stem) for stem in stems}
         return {stem: table for stem, table in tables.items() if table is not None}
@@ -151,7 +151,7 @@ class SavedRun:
 
     @cached_property
     def summary(self) -> pd.DataFrame | None:
-        """Effects on the test split, which claims rest on."""
+        """Effects on the test split, which all claims rest on."""
         table = self.effects_summary
         if table is None or "split" not in table:
             return table
@@ -164,6 +164,12 @@ class SavedRun:
         if not isinstance(config, dict):
             raise StoreError(f"{self.folder / PROVENANCE} is damaged ('config'); {_AGAIN}")
         return config
+
+    def analyzer_option(self, name: str, default: Any) -> Any:
+        """An option of the analyzer; older runs have it under `options`."""
+        analyzer = self.config["analyzer"]
+        value = analyzer.get(name, (analyzer.get("options") or {}).get(name))
+        return default if value is None else value
 
     @property
     def config_text(self) -> str:
@@ -178,7 +184,7 @@ class SavedRun:
 
     @property
     def outcomes(self) -> list[str]:
-        """Outcomes with a number per prompt, in the order asked for."""
+        """Outcomes with a number per prompt, in the order of the config."""
         columns = [] if self.summary is None else self.summary.columns
         return [o for o in self.config["intervention"]["outcomes"] if o in columns]
 
@@ -189,26 +195,26 @@ class SavedRun:
 
     @property
     def entity_types(self) -> list[str]:
-        """Entity types that both groups have on the test split, each with a column of its own."""
+        """Entity types that both groups have on the test split."""
         columns = [] if self.latents is None else self.latents.columns
         of_test = [c for c in columns if c.startswith("separation_") and c.endswith("_test")]
-        found = [c.removeprefix("separation_").removesuffix("_test") for c in of_test]
-        return [t for t in found if t not in ("test", "ci_low", "ci_high")]
+        types = [c.removeprefix("separation_").removesuffix("_test") for c in of_test]
+        return [t for t in types if t not in ("test", "ci_low", "ci_high")]
 
     @property
     def unit_word(self) -> str:
-        """What one observation is: an entity, or an example where the data has none."""
+        """What one observation is: an entity, or an example if the data has no entities."""
         rows = self.table("rows")
-        named = rows is not None and bool(rows["entity"].notna().any())
-        return "entities" if named else "examples"
+        has_entities = rows is not None and bool(rows["entity"].notna().any())
+        return "entities" if has_entities else "examples"
 
     def selected(self, direction: str) -> pd.DataFrame:
         """Selected latents of a direction, best first."""
         table = self.latents
         if table is None:
             return pd.DataFrame()
-        mine = table[table["selected"] & (table["direction"] == direction)]
-        return mine.sort_values("rank", kind="stable")
+        rows = table[table["selected"] & (table["direction"] == direction)]
+        return rows.sort_values("rank", kind="stable")
 
     @cached_property
     def controls(self) -> pd.DataFrame | None:
@@ -223,7 +229,7 @@ class SavedRun:
         return list(summary.loc[summary["main"], "condition"].unique())
 
     def chosen_coefficient(self, condition: str) -> float | None:
-        """The one chosen on train prompts; None where none but 0 was run or measured."""
+        """The coefficient chosen on train prompts; None if only 0 was run or measured."""
         summary = self.summary
         assert summary is not None
         chosen = summary[(summary["condition"] == condition) & summary["chosen"]]
@@ -232,9 +238,9 @@ class SavedRun:
 
 STATES = ("finished", "failed", "damaged", "stopped", "not run")
 CONTROL = "control"
-"""Column: which control a cell's SAE is (`random`); empty for a trained one."""
+"""Column with the kind of control that a cell's SAE is (`random`); empty for a trained SAE."""
 PAGES = ("report.html", "dashboard.html")
-"""A cell's page, which is rendered from its other files."""
+"""Pages of a cell; a cell has at most one."""
 _KEYS = ("model", "sae", "dataset", "sae_trainer", "layer", "width", "coefficient")
 
 
@@ -242,19 +248,20 @@ def cells_table(folder: Path) -> pd.DataFrame:
     """A row per cell: number, folder, status, error, a column per override and per metric.
 
     Status is one of `finished`, `failed` (with its error), `damaged` (a file of a finished cell is
-    missing or was changed, which `error` names), `stopped` (killed midway), `not run`.
+    missing or was changed, see `error`), `stopped` (killed midway), `not run`.
     """
     rows: dict[int, dict[str, Any]] = {}
     planned: list[list[str]] = read_plan(folder).get("cells", [])
-    for place in sorted(folder.iterdir()):
-        match = re.match(r"(\d+)_?", place.name)
-        if not place.is_dir() or not match or not (place / ".hydra").is_dir():
+    for subfolder in sorted(folder.iterdir()):
+        match = re.match(r"(\d+)_?", subfolder.name)
+        if not subfolder.is_dir() or not match or not (subfolder / ".hydra").is_dir():
             continue
-        number, typed = int(match[1]), _typed(place)
-        # A folder that an earlier sweep left here is no cell of this one.
-        own = planned[number] if number < len(planned) else None
-        if not planned or own is not None and (typed is None or set(typed) == set(own)):
-            rows[number] = _cell(place, number, typed or own or [])
+        number, overrides = int(match[1]), _overrides(subfolder)
+        # A folder that an earlier sweep left here is not a cell of this one.
+        expected = planned[number] if number < len(planned) else None
+        is_cell = expected is not None and (overrides is None or set(overrides) == set(expected))
+        if not planned or is_cell:
+            rows[number] = _cell(subfolder, number, overrides or expected or [])
     for number, overrides in enumerate(planned):
         if number not in rows:
             rows[number] = {
@@ -267,37 +274,36 @@ def cells_table(folder: Path) -> pd.DataFrame:
     return _table([rows[n] for n in sorted(rows)])
 
 
-def _typed(place: Path) -> list[str] | None:
-    """The cell's overrides as Hydra wrote them; None where it was killed before, or the file is
-    damaged."""
+def _overrides(folder: Path) -> list[str] | None:
+    """The cell's overrides as Hydra wrote them; None if they are missing or the file is damaged."""
     try:
-        text = (place / ".hydra/overrides.yaml").read_text("utf-8")
-        words = yaml.safe_load(text)
-        whole = text.endswith("\n") and isinstance(words, list)
-        if not whole or not all(isinstance(word, str) for word in words):
+        text = (folder / ".hydra/overrides.yaml").read_text("utf-8")
+        overrides = yaml.safe_load(text)
+        is_complete = text.endswith("\n") and isinstance(overrides, list)
+        if not is_complete or not all(isinstance(word, str) for word in overrides):
             return None
-        _split(words)
+        _split(overrides)
     except (OSError, ValueError, yaml.YAMLError, HydraException):
         return None
-    return words
+    return overrides
 
 
-def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"cell": number, "folder": place.name, "status": "stopped", "error": None}
-    row |= _split(overrides)
-    if (place / "error.txt").is_file():
-        text = (place / "error.txt").read_text("utf-8", errors="replace")
+def _cell(folder: Path, number: int, overrides: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"cell": number, "folder": folder.name, "status": "stopped"}
+    row |= {"error": None, **_split(overrides)}
+    if (folder / "error.txt").is_file():
+        text = (folder / "error.txt").read_text("utf-8", errors="replace")
         kind, _, text = text.strip().partition(":")
         if kind not in STOPS:
             row |= {"status": "failed", "error": text.strip() or kind}
         return row
-    if not any((place / name).exists() for name in (PROVENANCE, *PAGES)):
+    if not any((folder / name).exists() for name in (PROVENANCE, *PAGES)):
         return row
-    run = SavedRun(place)
+    run = SavedRun(folder)
     try:
         if run.provenance.get("status") == "finished":
             run.check()
-            return {**row, "status": "finished", **_unnamed(run, row), **run.metrics}
+            return {**row, "status": "finished", **_config_values(run, row), **run.metrics}
         # A cell that was killed midway has its config there.
         _ = run.config
     except StoreError as error:
@@ -305,8 +311,8 @@ def _cell(place: Path, number: int, overrides: list[str]) -> dict[str, Any]:
     return row
 
 
-def _unnamed(run: SavedRun, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be swept and is no column of the row yet, as the cell's config has it."""
+def _config_values(run: SavedRun, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's values of the keys that are often swept and that the row does not have yet."""
     values = {key: run.config.get(key) for key in _KEYS if key not in row}
     columns = {k: v["name"] if isinstance(v, dict) else v for k, v in values.items()}
     return columns | {CONTROL: (run.provenance.get("sae") or {}).get("control")}
@@ -325,22 +331,22 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _column(values: list[Any]) -> pd.Series:
-    """A type that parquet takes and that does not turn 256 into 256.0; mixed kinds become text."""
-    kinds = {type(v) for v in values if v is not None}
-    gaps = None in values
-    if kinds == {int}:
-        return pd.Series(values, dtype="Int64" if gaps else "int64")
-    if kinds and kinds <= {int, float}:
+    """A column that parquet can store and that keeps integers; mixed types become text."""
+    types = {type(v) for v in values if v is not None}
+    has_missing = None in values
+    if types == {int}:
+        return pd.Series(values, dtype="Int64" if has_missing else "int64")
+    if types and types <= {int, float}:
         return pd.Series(values, dtype="float64")
-    if kinds == {bool}:
-        return pd.Series(values, dtype="boolean" if gaps else "bool")
+    if types == {bool}:
+        return pd.Series(values, dtype="boolean" if has_missing else "bool")
     return pd.Series([None if v is None else str(v) for v in values], dtype=object)
 
 
 def swept(table: pd.DataFrame) -> list[str]:
     """The overrides whose value differs between cells, in the order of the columns."""
-    known = {"cell", "folder", "status", "error", CONTROL}
-    names = [c for c in table.columns if c not in known and "/" not in str(c)]
+    not_swept = {"cell", "folder", "status", "error", CONTROL}
+    names = [c for c in table.columns if c not in not_swept and "/" not in str(c)]
     return [c for c in names if table[c].dropna().astype(str).nunique() > 1]
 
 
@@ -351,14 +357,14 @@ def groups_of(table: pd.DataFrame) -> list[str]:
 
 
 def line_keys(done: pd.DataFrame) -> list[str]:
-    """What separates lines beside layer and width: whatever else was swept but the coefficient."""
-    besides = ("layer", "width", "coefficient")
-    return [k for k in swept(done) if k not in besides and not k.startswith("intervention")]
+    """The swept overrides that separate curves: all but layer, width and the coefficient."""
+    axes = ("layer", "width", "coefficient")
+    return [k for k in swept(done) if k not in axes and not k.startswith("intervention")]
 
 
-def cell_words(row: pd.Series, named: list[str]) -> str:
-    """Layer, width where it is set, and what else of `named` differs between cells."""
-    others = [k for k in named if k not in ("layer", "width", "coefficient")]
-    # A list of layers is no scalar, and never missing.
-    shown = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
-    return ", ".join(f"{k} {row[k]}" for k in shown)
+def cell_words(row: pd.Series, keys: list[str]) -> str:
+    """Layer, width if it is set, and the values of the other `keys`."""
+    others = [k for k in keys if k not in ("layer", "width", "coefficient")]
+    # pd.isna of a list of layers is an array.
+    present = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
+    return ", ".join(f"{k} {row[k]}" for k in present)

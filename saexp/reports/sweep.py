@@ -1,4 +1,4 @@
-"""sweep.html: the table of a sweep, its curves, and latents matched between its SAEs."""
+"""sweep.html: the findings of a sweep, its cells, and latents matched between its SAEs."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,33 @@ import plotly.graph_objects as go
 from pyarrow import ArrowException
 
 from saexp.files import SWEEP_FOLDER, write_table
-from saexp.reports.html import write_page
+from saexp.reports.page import (
+    GROUP_COLOURS,
+    QUIET,
+    Finding,
+    interval_words,
+    style,
+    translucent,
+    write_page,
+)
 from saexp.reports.saved import CONTROL, PAGES, STATES, cell_words, cells_table, groups_of, swept
-from saexp.reports.style import GROUP_COLOURS, QUIET, see_through, style
-from saexp.reports.sweep_figures import effect_findings, effects_table, sweep_figures
+from saexp.reports.sweep_figures import (
+    effect_findings,
+    effects_table,
+    missing_words,
+    sweep_figures,
+)
 from saexp.results import read_plan
 from saexp.stats.power import ALPHA, holm
-from saexp.wording import at_chance_words, brief
+from saexp.wording import at_chance_words, brief, counted
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
-"""Files in a sweep's folder: the table that `task=analyze` cells are matched into, and notes."""
+"""Files in a sweep's folder: latents matched between its SAEs, and notes on them."""
 N_PANELS, N_ROWS = 6, 200
 HEAD = [
-    *["from layer", "from width", "latent", "for", "to layer", "to width", "nearest latent"],
-    *["selected there for", "cosine", "by chance", "fires most together with", "phi", "Jaccard"],
-    "shared rows",
+    *["from layer", "from width", "latent", "selected for", "to layer", "to width"],
+    *["nearest latent", "which is selected for", "cosine", "cosine by chance"],
+    *["most often co-active with", "phi", "Jaccard", "shared rows"],
 ]
 
 
@@ -36,7 +48,7 @@ class Node(NamedTuple):
 
 
 def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The table (empty where no latents were matched) and what a reader must know."""
+    """The table (empty if no latents were matched) and notes on it."""
     notes: list[str] = []
     table = pd.DataFrame()
     try:
@@ -44,7 +56,7 @@ def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
             table = pd.read_parquet(folder / MATCHES)
     except (OSError, ValueError, ArrowException) as error:
         notes.append(
-            f"{MATCHES} is damaged, so that no matches are shown: {brief(str(error), 200)}"
+            f"{MATCHES} is damaged and its matches are not shown: {brief(str(error), 200)}"
         )
     try:
         if (folder / MATCHES_NOTES).is_file():
@@ -55,7 +67,7 @@ def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:
-    """`flow_over_width` and `flow_over_layer`: those that the sweep has at least two SAEs for."""
+    """`flow_over_width` and `flow_over_layer`, those that the sweep has at least two SAEs for."""
     figures: dict[str, go.Figure] = {}
     for axis in ("width", "layer"):
         chains = _chains(matches, axis)[:N_PANELS]
@@ -65,7 +77,7 @@ def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:
 
 
 def _saes(matches: pd.DataFrame) -> pd.DataFrame:
-    """A row per SAE that stands at either end."""
+    """A row per SAE."""
     names = ["cell", "model", "sae", "layer", "width", "d_sae"]
     ends = [
         matches[[f"{end}_{n}" for n in names]].set_axis(names, axis=1) for end in ("from", "to")
@@ -74,7 +86,7 @@ def _saes(matches: pd.DataFrame) -> pd.DataFrame:
 
 
 def _chains(matches: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
-    """SAEs that differ in nothing else, in order along the axis; two or more each."""
+    """Series of two or more SAEs that differ only along the axis, in order."""
     if matches.empty:
         return []
     fixed, by = ("layer", "d_sae") if axis == "width" else ("width", "layer")
@@ -84,7 +96,7 @@ def _chains(matches: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
 
 
 def adjacent(matches: pd.DataFrame) -> pd.DataFrame:
-    """Rows between neighbours on either axis, both ways."""
+    """Matches between neighbours on either axis, in both directions."""
     pairs: set[tuple[int, int]] = set()
     for axis in ("width", "layer"):
         for chain in _chains(matches, axis):
@@ -97,46 +109,46 @@ def adjacent(matches: pd.DataFrame) -> pd.DataFrame:
 
 
 def _links(matches: pd.DataFrame, left: int, right: int) -> dict[tuple[Node, Node], pd.Series]:
-    """Pairs of neighbours' latents, either of which is the other's nearest beyond chance."""
-    found: dict[tuple[Node, Node], pd.Series] = {}
-    beyond = matches[matches["cosine"] > matches["cosine_by_chance"]]
-    for _, row in beyond.iterrows():
-        own = Node(int(row["from_cell"]), int(row["latent"]))
-        other = Node(int(row["to_cell"]), int(row["nearest"]))
-        if (own.cell, other.cell) == (left, right):
-            found[own, other] = row
-        elif (own.cell, other.cell) == (right, left):
-            found.setdefault((other, own), row)
-    return found
+    """Pairs of latents of two SAEs, one of which is nearest to the other, above chance."""
+    links: dict[tuple[Node, Node], pd.Series] = {}
+    above_chance = matches[matches["cosine"] > matches["cosine_by_chance"]]
+    for _, row in above_chance.iterrows():
+        source = Node(int(row["from_cell"]), int(row["latent"]))
+        target = Node(int(row["to_cell"]), int(row["nearest"]))
+        if (source.cell, target.cell) == (left, right):
+            links[source, target] = row
+        elif (source.cell, target.cell) == (right, left):
+            links.setdefault((target, source), row)
+    return links
 
 
 def _flow(matches: pd.DataFrame, axis: str, chains: list[pd.DataFrame]) -> go.Figure:
     """A panel per chain, a column per SAE; links are as thick as their cosine."""
     figure = go.Figure()
-    speaks = _directions(matches)
+    directions = _directions(matches)
     groups = list(dict.fromkeys(matches["direction"]))
     colours: dict[str, str] = dict(zip(groups, GROUP_COLOURS, strict=False))
-    tall = 0
-    for number, chain in enumerate(chains):
-        top, bottom = 1 - number / len(chains), 1 - (number + 1) / len(chains)
+    n_nodes = 0
+    for index, chain in enumerate(chains):
+        top, bottom = 1 - index / len(chains), 1 - (index + 1) / len(chains)
         gap = 0.06 if len(chains) > 1 else 0.04
-        trace, most = _panel(matches, chain, speaks, colours)
+        trace, n_in_column = _panel(matches, chain, directions, colours)
         trace.domain = {"x": [0, 1], "y": [bottom, top - gap]}
         figure.add_trace(trace)
-        tall = max(tall, most)
+        n_nodes = max(n_nodes, n_in_column)
         fixed = "layer" if axis == "width" else "width"
-        for place, sae in enumerate(chain.to_dict("records")):
+        for column, sae in enumerate(chain.to_dict("records")):
             figure.add_annotation(
-                x=place / (len(chain) - 1),
+                x=column / (len(chain) - 1),
                 y=top - gap + 0.005,
                 xref="paper",
                 yref="paper",
                 text=f"{axis} {sae[axis]} ({fixed} {sae[fixed]})",
                 showarrow=False,
                 yanchor="bottom",
-                xanchor=("left", "center", "right")[(place > 0) + (place == len(chain) - 1)],
+                xanchor=("left", "center", "right")[(column > 0) + (column == len(chain) - 1)],
             )
-    return style(figure, 60 + len(chains) * max(220, 24 * tall))
+    return style(figure, 60 + len(chains) * max(220, 24 * n_nodes))
 
 
 def _directions(matches: pd.DataFrame) -> dict[Node, str]:
@@ -146,7 +158,7 @@ def _directions(matches: pd.DataFrame) -> dict[Node, str]:
 
 
 def _panel(
-    matches: pd.DataFrame, chain: pd.DataFrame, speaks: dict[Node, str], colours: dict[str, str]
+    matches: pd.DataFrame, chain: pd.DataFrame, directions: dict[Node, str], colours: dict[str, str]
 ) -> tuple[go.Sankey, int]:
     """(a Sankey of one chain, the number of nodes in its fullest column)."""
     cells = [int(c) for c in chain["cell"]]
@@ -160,7 +172,7 @@ def _panel(
     for cell in cells:
         inward = {n: [height[a] for a, b in links if b == n and a in height] for n in columns[cell]}
         mean = {n: sum(hs) / len(hs) if hs else 0.5 for n, hs in inward.items()}
-        ordered = sorted(columns[cell], key=lambda n: (mean[n], speaks.get(n, "~"), n.latent))
+        ordered = sorted(columns[cell], key=lambda n: (mean[n], directions.get(n, "~"), n.latent))
         columns[cell] = ordered
         height |= {n: (i + 0.5) / len(ordered) for i, n in enumerate(ordered)}
     nodes = [n for cell in cells for n in columns[cell]]
@@ -169,13 +181,15 @@ def _panel(
         arrangement="fixed",
         node={
             "label": [str(n.latent) for n in nodes],
-            "color": [colours.get(speaks.get(n, ""), QUIET) for n in nodes],
-            # Plotly takes a place of 0 for none.
-            "x": [_within(cells.index(n.cell) / (len(cells) - 1)) for n in nodes],
-            "y": [_within(height[n]) for n in nodes],
+            "color": [colours.get(directions.get(n, ""), QUIET) for n in nodes],
+            # Plotly treats a coordinate of 0 as missing.
+            "x": [_inside(cells.index(n.cell) / (len(cells) - 1)) for n in nodes],
+            "y": [_inside(height[n]) for n in nodes],
             "pad": 12,
             "thickness": 14,
-            "customdata": [f"selected for {speaks[n]}" if n in speaks else "" for n in nodes],
+            "customdata": [
+                f"selected for {directions[n]}" if n in directions else "" for n in nodes
+            ],
             "hovertemplate": "latent %{label} %{customdata}<extra></extra>",
         },
         link={
@@ -183,7 +197,7 @@ def _panel(
             "target": [index[b] for _, b in links],
             "value": [float(row["cosine"]) for row in links.values()],
             "color": [
-                see_through(colours.get(speaks.get(a, speaks.get(b, "")), QUIET), 0.35)
+                translucent(colours.get(directions.get(a, directions.get(b, "")), QUIET), 0.35)
                 for a, b in links
             ],
             "customdata": [float(row["cosine"]) for row in links.values()],
@@ -194,12 +208,12 @@ def _panel(
     return trace, max((len(c) for c in columns.values()), default=0)
 
 
-def _within(share: float) -> float:
-    return min(max(share, 0.001), 0.999)
+def _inside(fraction: float) -> float:
+    return min(max(fraction, 0.001), 0.999)
 
 
 def match_rows(matches: pd.DataFrame) -> list[list[Any]]:
-    """Cells of the page's table, under HEAD: neighbours only, the most alike first."""
+    """Rows of the page's table under HEAD: neighbours only, the most similar first."""
     if matches.empty:
         return []
     columns = ["from_layer", "from_width", "latent", "direction", "to_layer", "to_width"]
@@ -212,71 +226,78 @@ def match_rows(matches: pd.DataFrame) -> list[list[Any]]:
 
 
 def splits(matches: pd.DataFrame) -> list[str]:
-    """A sentence per latent that is nearest, beyond chance, to several of the next wider SAE."""
-    told = []
+    """A sentence per latent that is nearest, above chance, to several of the next wider SAE."""
+    sentences = []
     for chain in _chains(matches, "width"):
         cells = chain["cell"].tolist()
         for narrow, wide in zip(cells[:-1], cells[1:], strict=True):
-            mine = matches[(matches["from_cell"] == wide) & (matches["to_cell"] == narrow)]
-            mine = mine[mine["cosine"] > mine["cosine_by_chance"]]
-            for nearest, part in mine.groupby("nearest"):
+            pairs = matches[(matches["from_cell"] == wide) & (matches["to_cell"] == narrow)]
+            pairs = pairs[pairs["cosine"] > pairs["cosine_by_chance"]]
+            for nearest, part in pairs.groupby("nearest"):
                 if len(part) < 2:
                     continue
                 row = part.iloc[0]
                 each = ", ".join(
                     f"{r['latent']} ({r['cosine']:.2f})" for r in part.to_dict("records")
                 )
-                told.append(
+                sentences.append(
                     f"Layer {row['to_layer']}: latent {nearest} of width {row['to_width']} is the "
                     f"nearest of {len(part)} leading latents of width {row['from_width']}: {each}."
                 )
-    return told
+    return sentences
 
 
 CAPTIONS = {
-    "over_layers": "Best latent per direction at each layer: held-out AUROC and separation with "
-    "95 % intervals over entities. The latent is chosen on the train split.",
-    "over_width": "The same over the SAE's width.",
+    "over_layers": "Held-out AUROC (0.5 is chance) and separation of the best latent per direction "
+    "at each layer, with 95 % intervals over entities. The latent is chosen on the train split.",
+    "over_width": "Held-out AUROC (0.5 is chance) and separation of the best latent per direction "
+    "at each SAE width, with 95 % intervals over entities.",
     "heat_map": "Held-out AUROC of the best latent per direction.",
-    "pareto": "Trained SAEs on held-out texts: explained variance against L0.",
-    "over_coefficient": "Outcome when the selected latents are acted on, over the coefficient, "
-    "with 95 % intervals over entities; bands span the matched controls.",
-    "flow_over_width": "The leading selected latents of each SAE and their nearest in its "
-    "neighbours over the width, by decoder cosine (thickness), where it is larger than chance. A "
-    "latent with several links to the right is split in the wider SAE. Coloured: selected there.",
-    "flow_over_layer": "The same over layers: a latent that goes on keeps its direction.",
+    "pareto": "Trained SAEs on held-out texts: explained variance against L0; up and left is "
+    "better.",
+    "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
+    "over entities; bands span the matched controls.",
+    "flow_over_width": "The leading selected latents of each SAE and their nearest neighbours in "
+    "the next width, by decoder cosine (the thickness of a link), if it is above chance. A latent "
+    "with several links to the right is split in the wider SAE. Coloured latents are selected.",
+    "flow_over_layer": "The leading selected latents of each SAE and their nearest neighbours in "
+    "the next layer: a latent with a link keeps its direction.",
 }
-_SHOWN = {
+_COLUMNS = {
     "contrast/n_significant": "significant latents",
     "collection/tokens_forwarded": "tokens forwarded",
 }
 _TRAINED = {
     "sparsity/l0": "L0",
     "reconstruction/explained_variance": "explained variance",
-    "sparsity/dead_fraction": "silent latents",
+    "sparsity/dead_fraction": "fraction of dead latents",
 }
 
 
 def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Make both files from what the cells left so far; returns the table and the figures."""
-    place = Path(folder)
-    table = cells_table(place)
-    write_table(place / "sweep.parquet", table, option=SWEEP_FOLDER)
-    matches, notes = read_matches(place)
+    """Write sweep.parquet and sweep.html from the cells' files; returns the table and figures."""
+    path = Path(folder)
+    table = cells_table(path)
+    write_table(path / "sweep.parquet", table, option=SWEEP_FOLDER)
+    matches, notes = read_matches(path)
     flows = flow_figures(matches)
-    effects = effects_table(place, table[table["status"] == "finished"])
-    figures = sweep_figures(table, effects) | flows
+    effects = effects_table(path, table[table["status"] == "finished"])
+    figures = sweep_figures(table, effects)
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
-    head, rows = _rows(place, table)
+    head, rows = _rows(path, table)
+    first = _first_screen(table, effects, figures)
     write_page(
-        place / "sweep.html",
+        path / "sweep.html",
         "sweep.html",
-        figures,
+        figures | flows,
         title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
-        command=read_plan(place).get("command"),
+        command=read_plan(path).get("command"),
         counts=[(s, n) for s, n in counts if n],
-        finding=findings(table, place),
+        findings=first,
+        sentences=findings(table, path),
+        missing=missing_words(table, effects) if figures else [],
         captions=CAPTIONS,
+        further=[n for n in figures if not any(n in dict(f.figures) for f in first)],
         head=head,
         rows=rows,
         failed=_failed(table),
@@ -286,25 +307,41 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         splits=splits(matches),
         notes=notes,
     )
-    return table, figures
+    return table, figures | flows
+
+
+def _first_screen(
+    table: pd.DataFrame, effects: pd.DataFrame, figures: dict[str, go.Figure]
+) -> list[Finding]:
+    """The best cells beside their curves, and the effects of interventions beside theirs."""
+    best, effect = findings(table), effect_findings(effects, is_brief=True)
+    heroes = [
+        (best, ("over_layers", "over_width", "pareto")),
+        (effect, ("over_coefficient",)),
+    ]
+    return [
+        Finding("\n".join(sentences), [(n, CAPTIONS[n]) for n in names if n in figures][:1])
+        for sentences, names in heroes
+        if sentences
+    ]
 
 
 def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]:
-    """Per direction the best cell and its effects (read from the `folder`); of trained SAEs, the
-    range of their quality."""
+    """Per direction the best cell, then the effects of interventions (read from the `folder`); of
+    trained SAEs the range of their quality."""
     done = table[table["status"] == "finished"]
     sentences = []
     if "train/n_steps" in done and len(done):
         explained = done["reconstruction/explained_variance"]
         sentences.append(
-            f"{len(done)} SAEs trained: explained variance {explained.min():.3f} to "
-            f"{explained.max():.3f}, L0 {done['sparsity/l0'].min():.1f} to "
+            f"{counted(len(done), 'trained SAE')}: explained variance {explained.min():.3f} to "
+            f"{explained.max():.3f} and L0 {done['sparsity/l0'].min():.1f} to "
             f"{done['sparsity/l0'].max():.1f} on held-out texts."
         )
     if "check/begins_with_bos" in done and done["check/begins_with_bos"].nunique() > 1:
         sentences.append(
-            "In some cells texts begin with BOS and in others not, as their SAEs were trained "
-            "(column check/begins_with_bos of sweep.parquet): compare those that are alike."
+            "Texts start with BOS in some cells and not in others, as their SAEs were trained "
+            "(column check/begins_with_bos of sweep.parquet): compare cells that agree."
         )
     for group in groups_of(done):
         sentences.append(_best_sentence(done, group))
@@ -314,29 +351,29 @@ def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]
 
 
 def _best_sentence(done: pd.DataFrame, group: str) -> str:
-    """The best cell of a direction; control SAEs don't compete but stand beside it."""
+    """The best cell of a direction, and the best one with a control SAE."""
     is_control = done[CONTROL].notna() if CONTROL in done else pd.Series(False, index=done.index)
     best = _best_cell(done[~is_control], group)
-    rival = _best_cell(done[is_control], group)
-    if best is None and rival is None:
+    control = _best_cell(done[is_control], group)
+    if best is None and control is None:
         return f"{group}: no cell selects a latent."
-    named = swept(done)
+    keys = swept(done)
     words = "no cell with a trained SAE selects a latent" if best is None else ""
     if best is not None:
         words = (
-            f"best at {cell_words(best, named)} (chosen on the train split): latent "
-            f"{_held_out(best, group)}"
+            f"the best latent is {_held_out(best, group)} at {cell_words(best, keys)} (chosen on "
+            "the train split)"
         )
-    if rival is not None:
+    if control is not None:
         words += (
-            f"; the best of the control SAEs ({rival[CONTROL]}), {cell_words(rival, named)}: "
-            f"latent {_held_out(rival, group)}"
+            f"; the best latent of the control SAEs ({control[CONTROL]}) is "
+            f"{_held_out(control, group)} at {cell_words(control, keys)}"
         )
     return f"{group}: {words}{_n_above_chance(done[~is_control], group)}."
 
 
 def _n_above_chance(cells: pd.DataFrame, group: str) -> str:
-    """In how many cells the best latent is above chance on the test split, after Holm."""
+    """The number of cells whose best latent is above chance on the test split, after Holm."""
     names = [f"contrast/best_{n}_{group}_test" for n in ("p_value", "auroc")]
     if not set(names) <= set(cells):
         return ""
@@ -350,9 +387,9 @@ def _n_above_chance(cells: pd.DataFrame, group: str) -> str:
 
 
 def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
-    """Chosen by the train split's AUROC, so that the number reported is not the luckiest one.
+    """The cell with the highest AUROC on the train split, ties by the separation.
 
-    Of cells that separate the groups as well the one with the largest separation.
+    Choosing on the train split keeps the reported test value unbiased.
     """
     key = f"contrast/best_auroc_{group}"
     if f"{key}_test" not in cells or not cells[f"{key}_test"].notna().any():
@@ -364,22 +401,18 @@ def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
 
 def _held_out(cell: pd.Series, group: str) -> str:
     key = f"contrast/best_auroc_{group}"
-    latent = int(cell[f"contrast/best_latent_{group}"])
-    words = f"{latent}, held-out AUROC {cell[f'{key}_test']:.3f}{_interval(cell, key)}"
+    latent, auroc = int(cell[f"contrast/best_latent_{group}"]), cell[f"{key}_test"]
+    low, high = (cell.get(f"{key}_ci_{end}_test") for end in ("low", "high"))
     p_value = cell.get(f"contrast/best_p_value_{group}_test")
     known = None if p_value is None or pd.isna(p_value) else float(p_value)
-    return words + at_chance_words(float(cell[f"{key}_test"]), known)
+    at_chance = at_chance_words(float(auroc), known)
+    return f"{latent} with held-out AUROC {auroc:.3f}{interval_words(low, high)}{at_chance}"
 
 
-def _interval(row: pd.Series, key: str) -> str:
-    low, high = row.get(f"{key}_ci_low_test"), row.get(f"{key}_ci_high_test")
-    return "" if pd.isna(low) or pd.isna(high) else f" [{low:.3f}, {high:.3f}]"
-
-
-def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
-    """The table shown: what was swept, the status, and the leading numbers per direction."""
+def _rows(folder: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
+    """Head and rows of the table of cells: overrides, status, and the numbers per direction."""
     keys = swept(table) or [k for k in ("layer", "width") if k in table]
-    columns = dict(_SHOWN)
+    columns = dict(_COLUMNS)
     if "train/n_steps" in table:
         columns |= _TRAINED
     for group in groups_of(table):
@@ -393,7 +426,7 @@ def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, A
         page = None
         if record["status"] == "finished" and record["folder"]:
             pages = [f"{record['folder']}/{name}" for name in PAGES]
-            page = next((p for p in pages if (place / p).is_file()), None)
+            page = next((p for p in pages if (folder / p).is_file()), None)
         rows.append(
             {
                 "cell": int(record["cell"]),
@@ -406,10 +439,10 @@ def _rows(place: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, A
 
 
 def _failed(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """What differs from other cells, and the error, of each cell that failed or is damaged."""
+    """(overrides, error) of each cell that failed or is damaged."""
     failed = table[table["status"].isin(["failed", "damaged"])]
-    named = swept(table)
+    keys = swept(table)
     return [
-        (", ".join(f"{k}={r[k]}" for k in named) or f"cell {r['cell']}", str(r["error"]))
+        (", ".join(f"{k}={r[k]}" for k in keys) or f"cell {r['cell']}", str(r["error"]))
         for r in failed.to_dict("records")
     ]

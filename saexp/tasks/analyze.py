@@ -41,8 +41,7 @@ from saexp.pipeline.validation import (
     settle_factor,
     with_neighbours,
 )
-from saexp.reports.figures import run_figures
-from saexp.reports.html import write_report
+from saexp.reports.analysis import report_figures, write_report
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks.describe import describe
@@ -136,7 +135,7 @@ def contrast_with(
             result.merge(intervene(cfg, latents, table, gathered, model, sae, layered))
     _save(cfg, context, result, gathered, model, every, forwarded)
     with context.stage("report"):
-        result.figures = run_figures(context.folder)
+        result.figures = report_figures(context.folder)
         write_report(context.folder, result.figures)
     return result
 

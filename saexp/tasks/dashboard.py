@@ -27,7 +27,7 @@ from saexp.pipeline.objects import (
 )
 from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
-from saexp.reports.html import DATA, write_dashboard
+from saexp.reports.latents import DATA, write_dashboard
 from saexp.results import TaskResult
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.saes.sae import SparseAutoencoder

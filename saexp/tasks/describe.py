@@ -38,7 +38,7 @@ from saexp.pipeline.objects import (
 )
 from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
-from saexp.reports.analyses import analysis_figures, findings, save_figures, write_analysis_report
+from saexp.reports.analysis import findings, report_figures, save_figures, write_report
 from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
 
@@ -127,8 +127,8 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
         # From the files just written, so that the page can be made again from them alone.
         about["finding"] = findings(context.folder)
         write_provenance(context, cfg, result.notes, skips, **about)
-        result.figures = analysis_figures(context.folder)
-        write_analysis_report(context.folder, result.figures)
+        result.figures = report_figures(context.folder)
+        write_report(context.folder, result.figures)
     return result
 
 

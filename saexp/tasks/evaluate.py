@@ -26,7 +26,7 @@ from saexp.pipeline.collect import settle_bos, skip_notes, wish
 from saexp.pipeline.objects import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
 from saexp.registry import did_you_mean
-from saexp.reports.evaluation import (
+from saexp.reports.sae_quality import (
     evaluation_figures,
     evaluation_sentences,
     write_evaluation_report,

@@ -27,7 +27,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.collect import Gathered, begins_with_bos, gather
 from saexp.pipeline.objects import language_model
 from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
-from saexp.reports.training import training_figures, transcoder_sentence, write_training_report
+from saexp.reports.sae_quality import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
 from saexp.saes.loading import load_sae
 from saexp.saes.training import Checkpoints, Place, Reader, Training

@@ -15,7 +15,7 @@ from saexp import registry
 from saexp.analysis.base import AnalysisInputs
 from saexp.cli import main
 from saexp.errors import ConfigError, DataError, ModelError
-from saexp.reports.analyses import analysis_figures, findings, write_analysis_report
+from saexp.reports.analysis import findings, report_figures, write_report
 from saexp.results import TaskResult
 
 PROMPT = "When Laura and Irene went to the library, Irene gave the ring to"
@@ -98,11 +98,11 @@ def test_the_page_is_made_from_the_files_alone(done: tuple[str, TaskResult]) -> 
     folder = result.path
     assert folder is not None
     before = (folder / "report.html").read_text("utf-8")
-    again = analysis_figures(folder)
+    again = report_figures(folder)
     assert {n: f.to_json() for n, f in again.items()} == {
         n: f.to_json() for n, f in result.figures.items()
     }
-    write_analysis_report(folder)
+    write_report(folder)
     assert (folder / "report.html").read_text("utf-8") == before
 
 
@@ -231,7 +231,7 @@ def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
     body = page_of(tmp_path / "run")
     assert "a note of mine" in body and 'id="fig-my norms"' in body
     assert "first 200 of 960" in body and "&lt;b&gt;" in body
-    again = analysis_figures(tmp_path / "run")["my norms"]
+    again = report_figures(tmp_path / "run")["my norms"]
     original = go.Figure(go.Histogram(x=result.tables["norms"]["norm"].to_numpy()))
     mine = again.data[0].to_plotly_json()
     assert mine == json.loads(original.to_json() or "")["data"][0]

@@ -13,7 +13,7 @@ import pytest
 
 import saexp
 from saexp import registry
-from saexp.reports.finding import headline
+from saexp.reports.analysis import headline
 from saexp.results import TaskResult
 
 ALPHA = 0.05

@@ -105,11 +105,11 @@ def test_the_best_cell_is_named_by_all_that_was_swept() -> None:
     ]
     (told,) = findings(pd.DataFrame(rows))
     assert told == (
-        "known: best at layer 2, width 256, model tiny (chosen on the train split): latent 3, "
-        "held-out AUROC 0.900."
+        "known: the best latent is 3 with held-out AUROC 0.900 at layer 2, width 256, model tiny "
+        "(chosen on the train split)."
     )
     (told,) = findings(pd.DataFrame(rows[:1]))
-    assert told.startswith("known: best at layer 2, width 256 (chosen")
+    assert told.endswith(" at layer 2, width 256 (chosen on the train split).")
 
 
 def test_a_control_sae_never_is_the_best_cell() -> None:
@@ -125,12 +125,14 @@ def test_a_control_sae_never_is_the_best_cell() -> None:
     ]
     (told,) = findings(pd.DataFrame(rows))
     assert told == (
-        "known: best at layer 2, width 256, sae tiny (chosen on the train split): latent 3, "
-        "held-out AUROC 0.600 [0.510, 0.650]; the best of the control SAEs (random), layer 2, "
-        "width 256, sae random: latent 3, held-out AUROC 0.580 [0.510, 0.650] (not above chance "
-        "on held-out entities)."
+        "known: the best latent is 3 with held-out AUROC 0.600 [0.510, 0.650] at layer 2, width "
+        "256, sae tiny (chosen on the train split); the best latent of the control SAEs (random) "
+        "is 3 with held-out AUROC 0.580 [0.510, 0.650] (not above chance on held-out entities) at "
+        "layer 2, width 256, sae random."
     )
     (alone,) = findings(pd.DataFrame(rows[1:]))
-    assert alone.startswith("known: no cell with a trained SAE selects a latent; the best of the")
+    assert alone.startswith(
+        "known: no cell with a trained SAE selects a latent; the best latent of"
+    )
     (unset,) = findings(pd.DataFrame([{**rows[0], "layer": [1, 2], "width": None}]))
-    assert unset.startswith("known: best at layer [1, 2] (chosen on the train split)")
+    assert " at layer [1, 2] (chosen on the train split)" in unset

@@ -15,7 +15,7 @@ import saexp
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.models.loading import ASSETS
-from saexp.reports.finding import headline
+from saexp.reports.analysis import headline
 from saexp.results import TaskResult
 from saexp.saes import training as module
 from saexp.saes.training_architectures import TRANSCODERS

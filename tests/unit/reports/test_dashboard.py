@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from saexp.errors import StoreError
-from saexp.reports.html import read_dashboard, write_dashboard
+from saexp.reports.latents import read_dashboard, write_dashboard
 from tests.unit.reports.browser import dom, needs_chromium
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY, run, write_json
@@ -107,9 +107,9 @@ def test_a_folder_without_the_file_is_told_so(tmp_path: Path) -> None:
 @needs_chromium
 @pytest.mark.slow
 def test_a_browser_draws_it_from_the_file_in_under_two_seconds(tmp_path: Path) -> None:
-    silent = card(3, n_active=0, density=0.0, mean_active=None, max=0.0, top=[], quantiles=[])
-    silent["histogram"] = {"width": 0.0, "counts": [[], []]}
-    cards = [*(card(i) for i in range(49)), silent | {"latent": 900}]
+    inactive = card(3, n_active=0, density=0.0, mean_active=None, max=0.0, top=[], quantiles=[])
+    inactive["histogram"] = {"width": 0.0, "counts": [[], []]}
+    cards = [*(card(i) for i in range(49)), inactive | {"latent": 900}]
     page = written(tmp_path, cards)
     timed = tmp_path / "timed.html"
     timed.write_text(page.read_text("utf-8") + TIMING)
@@ -122,10 +122,10 @@ def test_a_browser_draws_it_from_the_file_in_under_two_seconds(tmp_path: Path) -
     assert drawn.count('class="text"') == 20
     assert "<rect" in drawn
     assert "<iframe" not in drawn
-    assert 'title="not looked at"' in drawn
+    assert 'title="not analysed"' in drawn
     last = page.with_name("last.html")
     last.write_text(page.read_text("utf-8").replace("list();\nfromHash();", "go(900);list();"))
-    assert "Never fires here." in dom(last, tmp_path)
+    assert "Never active here." in dom(last, tmp_path)
 
 
 KEYS = """<script>

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.effect_figures import effect_figures
-from saexp.reports.effect_tables import control_rows, cost_table, effect_tables
-from saexp.reports.effects import effect_sentences, kinds_of_control
+from saexp.reports.effect_section import cost_table, effect_figures, effect_tables
+from saexp.reports.effects import control_rows, effect_sentences, kinds_of_control
 from saexp.reports.saved import SavedRun
 from tests.unit.reports.written import N_CONTROLS, controls, run, summary
 

@@ -1,4 +1,4 @@
-"""What is told of a run, word by word, from folders written by hand."""
+"""The sentences of a run, word by word, from folders written by hand."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import pytest
 
 from saexp.api import read_result
 from saexp.errors import StoreError
-from saexp.reports.figures import run_figures
-from saexp.reports.finding import headline, sentences
+from saexp.reports.analysis import findings, headline, report_figures
+from saexp.reports.finding import contrast_sentences
 from saexp.reports.saved import SavedRun
 from saexp.wording import is_above_chance, p_value_words
 from tests.unit.reports.written import (
@@ -24,17 +24,23 @@ from tests.unit.reports.written import (
 
 SETTING = (
     "org/tiny, layer_2.resid_post, SAE of 256 latents: 3 of 90 active latents separate known from "
-    "unknown (Benjamini-Hochberg q <= 0.05 over them, train split); numbers below are of 40 "
-    "held-out entities (18 known, 22 unknown), p-values after Holm over the latents named."
+    "unknown on the train split (Benjamini-Hochberg q <= 0.05). The numbers below are measured on "
+    "40 held-out entities (18 known, 22 unknown); p-values are Holm-adjusted over the latents "
+    "reported here."
 )
+KNOWN_FINDING = (
+    "Latent 7 distinguishes known from unknown entities on held-out data (AUROC 0.900 [0.870, "
+    "0.910])"
+)
+UNKNOWN_FINDING = "No latent is selected for 'unknown'."
 KNOWN = (
     "known: latent 7 has AUROC 0.900 [0.870, 0.910] (p < 0.001), separation 0.45; smallest over 2 "
     "entity types: AUROC 0.850, separation 0.40."
 )
 UNKNOWN = "No latent for 'unknown' is selected."
 STEERED = (
-    "adding 2 latents for 'known' at the entity's last token, coefficient 0.6 x the stream's "
-    "median norm: refusal on 20 unknown entities 0.80 -> 0.30 [0.20, 0.30]"
+    "Adding the 2 'known' latents to unknown prompts at the entity's last token, coefficient 0.6 × "
+    "the stream's median norm: refusal on 20 unknown entities 0.80 -> 0.30 [0.20, 0.30]"
 )
 TESTED = "; below all its controls (rank p = 0.02)"
 CONTROLS = (
@@ -52,13 +58,24 @@ def change(folder: Path, **settings: object) -> SavedRun:
     return SavedRun(folder)
 
 
-def test_the_headline_is_the_setting_each_direction_and_each_effect(tmp_path: Path) -> None:
-    told = headline(run(tmp_path)).splitlines()
-    assert told == [SETTING, KNOWN, UNKNOWN, FOUND]
+def sentences(run: SavedRun) -> list[str]:
+    """Those behind the findings."""
+    return contrast_sentences(SavedRun(run.folder))
+
+
+def test_the_headline_is_a_sentence_per_direction_and_the_setting(tmp_path: Path) -> None:
+    known = (
+        f"{KNOWN_FINDING}, and adding the 2 'known' latents to unknown prompts lowers the refusal "
+        "rate from 0.80 to 0.30 [0.20, 0.30], below all its controls (rank p = 0.02)."
+    )
+    assert headline(run(tmp_path)).splitlines() == [known, UNKNOWN_FINDING, SETTING]
+    assert findings(tmp_path) == [known, UNKNOWN_FINDING, SETTING, KNOWN, UNKNOWN, FOUND]
 
 
 def test_without_a_causal_test_nothing_is_told_of_effects(tmp_path: Path) -> None:
-    assert headline(run(tmp_path, causal=False)).splitlines() == [SETTING, KNOWN, UNKNOWN]
+    lines = [f"{KNOWN_FINDING}.", UNKNOWN_FINDING, SETTING]
+    assert headline(run(tmp_path, causal=False)).splitlines() == lines
+    assert sentences(SavedRun(tmp_path)) == [SETTING, KNOWN, UNKNOWN]
 
 
 def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> None:
@@ -69,7 +86,7 @@ def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> N
     table.drop(columns=[c for c in table if "city" in c]).to_parquet(tmp_path / "latents.parquet")
     pd.DataFrame({"entity": [None, None]}).to_parquet(tmp_path / "rows.parquet")
     setting, known, _ = sentences(SavedRun(tmp_path))
-    assert "of 40 held-out examples (18 known, 22 unknown)" in setting
+    assert "on 40 held-out examples (18 known, 22 unknown)" in setting
     assert known == "known: latent 7 has AUROC 0.900 (p < 0.001), separation 0.45."
 
 
@@ -113,13 +130,13 @@ def edited(folder: Path, **columns: object) -> str:
         table.loc[at, name] = value
     run(folder)
     table.to_parquet(folder / "effects_summary.parquet")
-    return headline(folder).splitlines()[-1]
+    return contrast_sentences(SavedRun(folder))[-1]
 
 
 def test_without_controls_that_is_stated(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "controls.parquet").unlink()
-    assert headline(tmp_path).splitlines()[-1] == f"{STEERED}; no controls were run."
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == f"{STEERED}; no controls were run."
 
 
 def test_an_effect_within_its_controls_is_not_called_one(tmp_path: Path) -> None:
@@ -166,14 +183,14 @@ def test_kinds_that_are_not_achieved_are_reported_with_their_distances(tmp_path:
     further = further.assign(control_kind="frequency", coefficient=0.6, frequency_ratio=4.1)
     further = further.assign(norm_ratio=1.0, kl_ratio=0.5, matched=further.index < 3)
     pd.concat([controls(), further]).to_parquet(tmp_path / "controls.parquet")
-    found = headline(tmp_path).splitlines()[-1]
+    found = contrast_sentences(SavedRun(tmp_path))[-1]
     assert found == (
-        f"{FOUND[:-1]}; sets of frequency-matched latents not used, 3 of 40 within a factor of 2 "
-        "in activation frequency, median ratio 4.1 (19 are needed)."
+        f"{FOUND[:-1]}; sets of frequency-matched latents are not used, as only 3 of 40 are within "
+        "a factor of 2 in activation frequency (median ratio 4.1; 19 are needed)."
     )
     few = controls().assign(matched=controls()["condition"].isin(["control_0", "control_2"]))
     few.to_parquet(tmp_path / "controls.parquet")
-    assert headline(tmp_path).splitlines()[-1] == (
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == (
         f"{STEERED}; too few matched controls for a p-value. Controls: 2 random directions of "
         "equal norm (0.70), fewer than the 19 needed."
     )
@@ -197,10 +214,10 @@ def test_what_it_costs_is_stated_beside_the_controls_cost(tmp_path: Path) -> Non
     columns = ["condition", "role", "control_kind", "of", "coefficient", "neutral_kl"]
     pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "costs.parquet")
     cost = (
-        " KL per token of neutral text edited at every token: 0.25 nats, controls of equal norm "
-        "0.10 to 0.20."
+        " KL divergence on neutral text with the edit at every token: 0.25 nats per token "
+        "(controls of equal norm: 0.10 to 0.20)."
     )
-    assert headline(tmp_path).splitlines()[-1] == f"{FOUND}{cost}"
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == f"{FOUND}{cost}"
 
 
 def test_an_effect_that_could_not_be_measured_is_said_to_be_none(tmp_path: Path) -> None:
@@ -208,8 +225,9 @@ def test_an_effect_that_could_not_be_measured_is_said_to_be_none(tmp_path: Path)
     table = summary().assign(chosen=False)
     table.loc[table["condition"] == "known_group", "refusal"] = float("nan")
     table.to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == (
-        "adding 2 latents for 'known': refusal could be measured on none of the unknown prompts."
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == (
+        "Adding the 2 'known' latents to unknown prompts: refusal could not be measured on any "
+        "prompt."
     )
 
 
@@ -217,17 +235,18 @@ def test_coefficient_0_alone_is_told_as_the_check_it_is(tmp_path: Path) -> None:
     run(tmp_path)
     table = summary()
     table[table["coefficient"] == 0].to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == (
-        "adding 2 latents for 'known' was run at coefficient 0 alone, which changes nothing: "
-        "refusal of unknown prompts stays 0.80."
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == (
+        "Adding the 2 'known' latents to unknown prompts was run only at coefficient 0, which "
+        "changes nothing: refusal stays 0.80."
     )
 
 
 def test_a_unit_without_words_leaves_no_gap(tmp_path: Path) -> None:
     run(tmp_path)
-    told = sentences(change(tmp_path, name="mine"))[-1]
-    assert told.startswith(
-        "mine on 2 latents for 'known' at the entity's last token, coefficient 0.6: refusal on"
+    sentence = sentences(change(tmp_path, name="mine"))[-1]
+    assert sentence.startswith(
+        "Mine of the 2 'known' latents on unknown prompts at the entity's last token, coefficient "
+        "0.6: refusal on"
     )
 
 
@@ -238,11 +257,11 @@ def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path)
     table = table.assign(main=table["role"] == "single")
     table.to_parquet(tmp_path / "effects_summary.parquet")
     assert sentences(change(tmp_path, name="clamp", unit="raw"))[-1].startswith(
-        "moving latent 7 towards 'known' at the entity's last token, coefficient 0.6 of the way: "
-        "refusal on 20 unknown entities 0.80 -> 0.50"
+        "Moving latent 7 towards 'known' on unknown prompts at the entity's last token, "
+        "coefficient 0.6 of the way: refusal on 20 unknown entities 0.80 -> 0.50"
     )
     assert (
-        "coefficient 0.6 x the direction as it is:"
+        "coefficient 0.6 × the unscaled direction:"
         in sentences(change(tmp_path, name="steer", unit="raw"))[-1]
     )
 
@@ -270,7 +289,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, con
             read(tmp_path)
         said = str(error.value)
         assert said.startswith(f"{file} is damaged (")
-        assert said.endswith("; run its command again, which computes what is damaged anew")
+        assert said.endswith("; run its command again, which recomputes what is damaged")
         assert "\n" not in said
 
 
@@ -304,8 +323,8 @@ def test_entity_types_are_those_of_the_test_split(tmp_path: Path) -> None:
     assert SavedRun(tmp_path).entity_types == ["player", "city"]
     of_three = latents().assign(separation_song=0.1)
     of_three.to_parquet(tmp_path / "latents.parquet")
-    assert "smallest over 2 entity types" in headline(tmp_path)
-    assert list(run_figures(tmp_path)["types"].data[0].x) == ["player", "city"]
+    assert "smallest over 2 entity types" in sentences(SavedRun(tmp_path))[1]
+    assert list(report_figures(tmp_path)["types"].data[0].x) == ["player", "city"]
 
 
 def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
@@ -327,7 +346,7 @@ def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
     run(tmp_path)
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")
-    assert headline(tmp_path).splitlines()[-1] == FOUND
+    assert contrast_sentences(SavedRun(tmp_path))[-1] == FOUND
 
 
 @pytest.mark.parametrize(

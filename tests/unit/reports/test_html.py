@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.html import figure_json, number, write_report
+from saexp.reports.analysis import write_report
+from saexp.reports.page import figure_json, number
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY, run
 
@@ -109,5 +110,5 @@ def test_the_second_groups_auroc_is_shown_in_its_own_direction(tmp_path: Path) -
     table.to_parquet(tmp_path / "latents.parquet")
     body = body_of(write_report(tmp_path))
     assert row_of(body, "7")[2:5] == ["0.800", "0.700", "0.850"]
-    assert "No causal test was run." in body
-    assert "<p>None passes.</p>" in body
+    assert "No intervention was run." in body
+    assert "<p>None.</p>" in body

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from saexp.reports.html import write_page
+from saexp.reports.page import write_page
 from tests.unit.reports.browser import dom, needs_chromium
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY
@@ -40,13 +40,16 @@ def page(tmp_path: Path) -> Path:
         title="A page",
         command=None,
         counts=[],
-        finding=[],
+        findings=[],
+        sentences=[],
+        further=["lines", "heat"],
+        missing=[],
         notes=[],
         captions=dict.fromkeys(figures, "as drawn"),
         head=["cell", "status"],
         rows=[],
         failed=[],
-        flows=[],
+        flows=["flow"],
         match_head=["name", "size", "share"],
         matches=ROWS,
         splits=[],

@@ -246,4 +246,4 @@ def test_outcomes_and_the_band_of_controls_are_the_tables(tmp_path: Path) -> Non
     assert np.allclose(line.y, [-0.7, 0, 0.35])
     assert list(band.x) == [-1, 0, 0.5, 0.5, 0, -1]
     assert np.allclose(band.y, [-0.05, 0, 0.05, 0.025, 0, -0.1])
-    assert figure.layout.annotations[0].text == "refusal when acting on 'unknown'"
+    assert figure.layout.annotations[0].text == "Adding 'unknown' latents to<br>prompts"

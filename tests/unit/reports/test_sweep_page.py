@@ -19,8 +19,9 @@ def test_the_best_cell_is_chosen_by_train_and_told_by_test(tmp_path: Path) -> No
         metrics = contrast("known", layer * 10, train=train, test=test) | contrast("unknown", None)
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     assert findings(cells_table(tmp_path)) == [
-        "known: best at layer 2, width 256 (chosen on the train split): latent 20, held-out AUROC "
-        "0.700 [0.670, 0.710]; the best latent is above chance in 3 of 3 cells (Holm over cells).",
+        "known: the best latent is 20 with held-out AUROC 0.700 [0.670, 0.710] at layer 2, width "
+        "256 (chosen on the train split); the best latent is above chance in 3 of 3 cells (Holm "
+        "over cells).",
         "unknown: no cell selects a latent.",
     ]
 
@@ -31,20 +32,21 @@ def test_of_cells_that_tell_the_groups_apart_as_well_the_wider_gap_is_taken(tmp_
         metrics |= {"contrast/best_separation_known": separation}
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     (told,) = findings(cells_table(tmp_path))
-    assert "best at layer 2, width 256 (chosen on the train split): latent 20" in told
+    assert "the best latent is 20 with" in told
+    assert "at layer 2, width 256 (chosen on the train split)" in told
 
 
 def test_a_width_is_told_as_it_is_beside_cells_that_failed(tmp_path: Path) -> None:
     cell(tmp_path, 0, "layer=9", error="ModelError: no\n")
     cell(tmp_path, 1, "layer=2", metrics=contrast("known", 4, train=0.9, test=0.8))
-    assert "best at layer 2, width 256 (" in findings(cells_table(tmp_path))[0]
+    assert " at layer 2, width 256 (" in findings(cells_table(tmp_path))[0]
 
 
 def test_cells_without_a_bootstrap_are_told_without_an_interval(tmp_path: Path) -> None:
     metrics = contrast("known", 4, train=0.9, test=0.8)
     cell(tmp_path, 0, metrics={k: None if "_ci_" in k else v for k, v in metrics.items()})
     (told,) = findings(cells_table(tmp_path))
-    assert told.endswith("latent 4, held-out AUROC 0.800.")
+    assert "4 with held-out AUROC 0.800 at " in told
 
 
 def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_path: Path) -> None:
@@ -55,9 +57,9 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
         rows += effect("unknown", 2, value, 0.1, 0.4, train=train, p=p, chosen=True)
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
     assert findings(cells_table(tmp_path), tmp_path) == [
-        "Acting on 'unknown': refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer 2, width 256, "
-        "coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = 0.02, 0.04 "
-        "after Holm over 3 tests; 2 of 3 cells differ from their controls."
+        "Adding 'unknown' latents to prompts: refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer "
+        "2, width 256, coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = "
+        "0.02, 0.04 after Holm over 3 tests; 2 of 3 cells differ from their controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
@@ -108,15 +110,15 @@ def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
         cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
     assert sentence == (
-        "Acting on 'known': refusal 0.30 -> 0.30 [0.20, 0.40] (n = 40) at layer 2, width 256, "
-        "coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, coefficient 2; "
-        "no cell has enough matched controls for a p-value."
+        "Adding 'known' latents to prompts: refusal 0.30 -> 0.30 [0.20, 0.40] (n = 40) at layer "
+        "2, width 256, coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, "
+        "coefficient 2; no cell has enough matched controls for a p-value."
     )
     for number in range(3, 9):
         rows = effect("known", number, 0.9, chosen=True)
         cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
-    assert sentence.startswith("Acting on 'known': refusal in 8 cells, none of which stands out")
+    assert sentence.startswith("Adding 'known' latents to prompts: refusal was measured in 8 cells")
 
 
 def test_holm_is_over_the_cells_of_all_sentences(tmp_path: Path) -> None:
@@ -137,11 +139,14 @@ def test_prompts_of_two_groups_have_a_sentence_each(tmp_path: Path) -> None:
     cell(tmp_path, 0, "layer=1", metrics={}, effects=rows)
     first, second = findings(cells_table(tmp_path), tmp_path)
     assert first == (
-        "Acting on 'latents': refusal on all prompts 0.30 -> 0.60 [0.50, 0.70] (n = 40) at "
+        "Adding the latents to prompts: refusal 0.30 -> 0.60 [0.50, 0.70] (n = 40) at "
         "layer 1, width 256, coefficient 1, controls 0.10 to 0.20, rank p = 0.01, 0.02 after Holm "
         "over 2 tests."
     )
-    assert "refusal on b prompts 0.30 -> 0.50" in second and "controls 0.30 to 0.40" in second
+    assert (
+        second.startswith("Adding the latents to b prompts: refusal 0.30 -> 0.50")
+        and "controls 0.30 to 0.40" in second
+    )
 
 
 def test_the_number_of_cells_above_chance_is_after_holm(tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ def test_text_of_errors_and_commands_is_never_markup(sweep: Path) -> None:
 def test_the_page_counts_every_state_and_lists_every_cell(sweep: Path) -> None:
     body = page_of(sweep)
     for state in ("finished", "failed", "stopped", "not run"):
-        assert f"<b>1</b><span>cells {state}</span>" in body
+        assert f"<b>1</b><span>cell {state}</span>" in body
         assert f"<td>{state}</td>" in body
     assert "<td>layer=9" in body
     assert '<td class="n" data-v="0.8">0.800</td>' in body

@@ -13,6 +13,7 @@ CONFIG = {
     "model": {"name": "tiny"},
     "sae": {"name": "tiny"},
     "dataset": {"name": "entities"},
+    "intervention": {"name": "steer"},
     "layer": 2,
     "width": 256,
     "coefficient": [0.0, 0.5],
@@ -202,7 +203,7 @@ def run(folder: Path, *, causal: bool = True, notes: tuple[str, ...] = ()) -> Pa
     config = {
         **CONFIG,
         "positions": {"name": "entity_last"},
-        "analyzer": {"alpha": 0.05},
+        "analyzer": {"name": "contrast", "alpha": 0.05},
         "intervention": {
             "name": "steer" if causal else "none",
             "unit": "resid_norm",

@@ -1,0 +1,381 @@
+"""Page of analyzer=contrast: the latents that separate two groups, and what changing them does."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from saexp.reports.effects import position_words
+from saexp.reports.finding import contrast_findings, contrast_sentences, power_sentences
+from saexp.reports.page import (
+    GROUP_COLOURS,
+    QUIET,
+    AnalyzerPage,
+    Section,
+    Table,
+    cell,
+    frequency_scatter,
+    style,
+    translucent,
+)
+from saexp.reports.saved import SavedRun
+from saexp.stats.power import holm
+from saexp.wording import counted, is_above_chance
+
+N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
+N_HISTOGRAMS = 2
+"""Latents per direction whose activations are drawn."""
+_N_BINS = 30
+_ATTRIBUTED = [f"{n}{end}" for n in ("direct", "gradient") for end in ("", "_ci_low", "_ci_high")]
+
+
+def _question(run: SavedRun) -> str:
+    cfg, about = run.config, run.provenance
+    if run.latents is None:
+        return "Which latents separate the groups?"
+    first, second = run.groups
+    intervention = cfg["intervention"]
+    question = (
+        f"Which latents of the SAE {about['sae'].get('name', cfg['sae']['name'])} distinguish "
+        f"{first} from {second} in the data set '{about['dataset']['name']}' "
+        f"({counted(about['dataset']['n_examples'], 'example')}), at "
+        f"{position_words(cfg['positions']['name'])}?"
+    )
+    if intervention["name"] == "none":
+        return question
+    outcomes = ", ".join(intervention["outcomes"]).replace("_", " ")
+    where = ""
+    if intervention["name"] != "orthogonalize":
+        where = f" at {position_words(intervention['where'])}"
+    return (
+        f"{question} And does changing them change what the model does? Tested with the "
+        f"intervention {intervention['name'].replace('_', ' ')}{where}; measured: {outcomes}."
+    )
+
+
+def _colours(run: SavedRun) -> dict[str, str]:
+    return dict(zip(run.groups, GROUP_COLOURS, strict=True))
+
+
+def _figures(run: SavedRun) -> dict[str, go.Figure]:
+    """`frequencies`, per direction `latent_of_<group>`, `values`, `types`; those with data."""
+    if run.latents is None:
+        return {}
+    figures = {"frequencies": _frequencies(run)}
+    activations = run.table("activations")
+    if activations is not None and len(activations):
+        saved = set(activations["latent"])
+        leading = {g: [f for f in run.selected(g)["latent"] if f in saved] for g in run.groups}
+        panels = [(g, f) for g in run.groups for f in leading[g][:N_HISTOGRAMS]]
+        for group in run.groups:
+            if leading[group]:
+                name, first = f"latent_of_{group}", leading[group][:1]
+                figures[name] = _activation_histograms(run, activations, [(group, first[0])])
+        figures["values"] = _activation_histograms(run, activations, panels)
+    if len(run.entity_types) > 1 and bool(run.latents["selected"].any()):
+        figures["types"] = _by_type(run)
+    return figures
+
+
+def _frequencies(run: SavedRun) -> go.Figure:
+    """How often each latent is active on held-out entities of the two groups."""
+    assert run.latents is not None
+    first, second = run.groups
+    rest = run.latents[~run.latents["selected"]]
+    series = [("not selected", rest, QUIET, False)]
+    series += [(f"selected for {g}", run.selected(g), c, True) for g, c in _colours(run).items()]
+    names = (f"{second} {run.unit_word} (test)", f"{first} {run.unit_word} (test)")
+    return frequency_scatter(series, f"freq_{second}_test", f"freq_{first}_test", names)
+
+
+def _activation_histograms(
+    run: SavedRun, activations: pd.DataFrame, panels: list[tuple[str, int]]
+) -> go.Figure:
+    """Activations of latents on held-out rows of each group, a panel per (direction, latent).
+
+    Active rows are counted on the left axis; the bars marked "inactive" on the right one, as they
+    would hide the others.
+    """
+    n_columns = min(2, max(1, len(panels)))
+    n_rows = max(1, -(-len(panels) // n_columns))
+    figure = make_subplots(
+        cols=n_columns,
+        rows=n_rows,
+        subplot_titles=[f"latent {f} (selected for {g})" for g, f in panels],
+        vertical_spacing=0.22,
+        horizontal_spacing=0.18,
+        specs=[[{"secondary_y": True}] * n_columns] * n_rows,
+    )
+    test = activations[activations["split"] == "test"]
+    for index, (_, latent) in enumerate(panels):
+        panel: dict[str, Any] = {"row": index // n_columns + 1, "col": index % n_columns + 1}
+        rows = test[test["latent"] == latent]
+        top = float(rows["value"].max()) or 1.0
+        edges = np.linspace(min(0.0, float(rows["value"].min())), top, _N_BINS + 1)
+        for number, (group, colour) in enumerate(_colours(run).items()):
+            values = rows.loc[rows["group"] == group, "value"]
+            counts = np.histogram(values[values != 0], bins=edges)[0]
+            bars: dict[str, Any] = {
+                "name": group,
+                "legendgroup": group,
+                "marker": {"color": translucent(colour, 0.65)},
+            }
+            figure.add_trace(
+                go.Bar(
+                    x=(edges[:-1] + edges[1:]) / 2,
+                    y=counts / max(len(values), 1),
+                    width=np.diff(edges),
+                    showlegend=index == 0,
+                    hovertemplate=f"{group}, %{{x:.3g}}: %{{y:.1%}} of rows<extra></extra>",
+                    **bars,
+                ),
+                **panel,
+            )
+            figure.add_trace(
+                go.Bar(
+                    x=[edges[0] - (0.13 - 0.06 * number) * top],
+                    y=[(values == 0).mean() if len(values) else 0.0],
+                    width=[0.055 * top],
+                    showlegend=False,
+                    hovertemplate=f"{group}, inactive: %{{y:.1%}} of rows<extra></extra>",
+                    **bars,
+                ),
+                **panel,
+                secondary_y=True,
+            )
+        ticks = _ticks(top)
+        figure.update_xaxes(
+            tickvals=[edges[0] - 0.1 * top, *ticks],
+            ticktext=["inactive", *(f"{t:g}" for t in ticks)],
+            **panel,
+        )
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(title="activation")
+    figure.update_yaxes(title="fraction of rows, active", secondary_y=False)
+    style(figure, 330 if len(panels) < 2 else 300 * n_rows + 60, legend_below=True)
+    figure.update_yaxes(
+        title="fraction inactive",
+        range=[0, 1.02],
+        tickmode="array",
+        tickvals=[0, 0.5, 1],
+        showgrid=False,
+        secondary_y=True,
+    )
+    return figure.update_layout(margin={"r": 60, "b": 90})
+
+
+def _ticks(top: float) -> list[float]:
+    """Three to five round numbers up to `top`, without 0."""
+    power = 10.0 ** np.floor(np.log10(top / 3))
+    step = next(s * power for s in (1, 2, 5, 10) if top / (s * power) < 5.5)
+    return [float(f"{step * i:.6g}") for i in range(1, int(top / step) + 1)]
+
+
+def _by_type(run: SavedRun) -> go.Figure:
+    """Separation of the leading latents per entity type, on held-out entities."""
+    figure = go.Figure()
+    first, second = run.groups
+    for group, colour in _colours(run).items():
+        for index, (_, row) in enumerate(run.selected(group).head(4).iterrows()):
+            # The table holds each type's separation in the latent's own direction.
+            heights = [row[f"separation_{t}_test"] for t in run.entity_types]
+            figure.add_trace(
+                go.Bar(
+                    x=run.entity_types,
+                    y=heights,
+                    name=f"{group}: latent {row['latent']}",
+                    marker={"color": translucent(colour, 1 - 0.2 * index)},
+                )
+            )
+    figure.update_xaxes(title="entity type")
+    figure.update_yaxes(
+        title=f"separation in the latent's direction<br>({first} against {second})",
+        range=[-0.1, 1.02],
+    )
+    figure.update_layout(barmode="group")
+    return style(figure, 420, legend_below=True)
+
+
+def _sections(run: SavedRun) -> list[Section]:
+    if run.latents is None:
+        return []
+    units = run.unit_word
+    separation = Section(
+        "Latents that separate the groups",
+        "Latents are selected on the train split; all numbers are from the test split, in each "
+        "latent's own direction. AUROC (0.5 is chance, 1 perfect), its 95 % interval (low, high; "
+        f"Newcombe's method 5) and the separation compare {units} of the same type. Separation is "
+        f"the fraction of {units} of its group on which a latent is active minus that of the "
+        "other group. q is Benjamini-Hochberg over every active latent of this run; background is "
+        "the fraction of neutral tokens on which the latent is active. All latents are in "
+        "latents.parquet.",
+        figures=[
+            (
+                "frequencies",
+                f"Fraction of held-out {units} on which each latent is active, by group, on "
+                "logarithmic axes; numbers are those of the selected latents. Latents that "
+                "separate the groups are far from the dotted line.",
+            )
+        ],
+        tables=[_latent_table(run, group) for group in run.groups],
+    )
+    details = [
+        (
+            "values",
+            "Activations of the leading latents on held-out rows, as a fraction of each group's "
+            "rows. Rows where the latent is inactive are counted by the bars at the left, on the "
+            "axis at the right.",
+        ),
+        (
+            "types",
+            f"Separation of the leading latents per entity type, held-out {units}. A general "
+            "latent separates all types.",
+        ),
+    ]
+    has_values = run.table("activations") is not None and bool(len(run.table("activations")))  # pyright: ignore[reportArgumentType]
+    has_types = len(run.entity_types) > 1 and bool(run.latents["selected"].any())
+    drawn = [d for d, is_drawn in zip(details, (has_values, has_types), strict=True) if is_drawn]
+    sections = [separation]
+    examples = _example_tables(run)
+    if drawn or examples:
+        title = "Activations of the leading latents"
+        sections.append(Section(title, figures=drawn, tables=examples))
+    tables = _attribution_tables(run)
+    if tables:
+        text = (
+            "Mean effect over held-out prompts on the logit of the answer's first token. Direct: "
+            "through the final norm and the unembedding alone. Gradient: to first order through "
+            "the rest of the model. Measured: the change of that logit in the intervention at the "
+            "largest coefficient, if there was one. Intervals are 95 %, bootstrap over entities."
+        )
+        sections.append(Section("Attribution to the answer", text, tables=tables))
+    power = power_sentences(run)
+    if power:
+        title = "What this run could have detected"
+        sections.append(Section(title, " ".join(power)))
+    return sections
+
+
+def _latent_table(run: SavedRun, group: str) -> Table:
+    """The selected latents of a direction with their numbers on the test split."""
+    selected = run.selected(group).head(N_LATENTS)
+    scores = [c for c in ("input_score", "output_score") if c in selected]
+    rows = []
+    for row in selected.to_dict("records"):
+        auroc, low, high = (row.get(c) for c in ("auroc_test", "ci_low_test", "ci_high_test"))
+        if group != run.groups[0]:
+            auroc = 1 - row["auroc_test"]
+            low, high = (None if x is None else 1 - x for x in (high, low))
+        cells = [row["latent"], row["layer"], auroc, low, high, row["min_auroc_test"]]
+        cells += [row[f"freq_{g}_test"] for g in run.groups]
+        cells += [row[f"mean_{g}_test"] for g in run.groups]
+        cells += [row["min_separation_test"], row["q_value"], row["q_value_test"]]
+        cells.append(row["background_freq"])
+        rows.append([cell(v) for v in [*cells, *(row[c] for c in scores)]])
+    head = ["latent", "layer", "AUROC", "low", "high", "min AUROC over types"]
+    head += [f"active on {g}" for g in run.groups] + [f"mean on {g}" for g in run.groups]
+    head += ["min separation over types", "q train", "q test", "background"]
+    head += [c.replace("_", " ") for c in scores]
+    return Table(head, rows, _selected_words(run, group), group=group)
+
+
+def _selected_words(run: SavedRun, group: str) -> str:
+    """How many latents are selected, which are at chance, and which the interventions change."""
+    n = len(run.selected(group))
+    words = counted(n, "selected latent")
+    if n and n == run.config["analyzer"].get("top_k"):
+        words += " (the most that analyzer.top_k allows)"
+    if n > N_LATENTS:
+        words += f", the first {N_LATENTS}"
+    if at_chance := _at_chance(run, group):
+        words += (
+            f"; not above chance on held-out {run.unit_word} (Holm over the selected): "
+            f"{', '.join(at_chance)}"
+        )
+    summary = run.effects_summary
+    if summary is None:
+        return words
+    is_changed = (summary["direction"] == group) & summary["role"].isin(["single", "group"])
+    # In runs of several layers a latent is written with its layer.
+    changed = {
+        name for label in summary.loc[is_changed, "latent"].astype(str) for name in label.split("+")
+    }
+    in_interventions = [
+        str(row["latent"])
+        for row in run.selected(group).to_dict("records")
+        if {str(row["latent"]), f"{row['layer']}:{row['latent']}"} & changed
+    ]
+    if in_interventions:
+        words += f"; used in the interventions: {', '.join(in_interventions)}"
+    return words
+
+
+def _at_chance(run: SavedRun, group: str) -> list[str]:
+    """Selected latents not above chance on the test split, after Holm over those of both groups."""
+    selected = pd.concat([run.selected(g) for g in run.groups])
+    if selected.empty:
+        return []
+    sign = np.where(selected["direction"] == run.groups[0], 1, -1)
+    aurocs = 0.5 + sign * (selected["auroc_test"].to_numpy(dtype=float) - 0.5)
+    rows = zip(
+        selected["latent"],
+        selected["direction"],
+        aurocs,
+        holm(selected["p_value_test"].to_numpy(dtype=float)),
+        strict=True,
+    )
+    alpha = run.config["analyzer"]["alpha"]
+    return [
+        str(latent)
+        for latent, direction, auroc, p_value in rows
+        if direction == group and not is_above_chance(auroc, p_value, alpha)
+    ]
+
+
+def _example_tables(run: SavedRun) -> list[Table]:
+    """Held-out texts with the largest activations of the first latent of each direction."""
+    activations = run.table("activations")
+    if activations is None or not len(activations):
+        return []
+    tables = []
+    for group in run.groups:
+        selected = run.selected(group)
+        if selected.empty:
+            continue
+        latent = int(selected.iloc[0]["latent"])
+        rows = activations[(activations["latent"] == latent) & (activations["split"] == "test")]
+        top = rows.sort_values("value", ascending=False, kind="stable").head(N_EXAMPLES)
+        examples = [[cell(v) for v in row] for row in top[["text", "group", "value"]].to_numpy()]
+        title = f"Held-out texts with the largest activations of latent {latent} (for {group})"
+        tables.append(Table(["text", "group", "activation"], examples, title, folded=True))
+    return tables
+
+
+def _attribution_tables(run: SavedRun) -> list[Table]:
+    """Per group the latents with the largest gradient attribution, with their measured effect."""
+    table, summary = run.table("attribution"), run.summary
+    if table is None:
+        return []
+    measured: dict[tuple[str, str], float] = {}
+    if summary is not None and "answer_logit_change" in summary:
+        singles = summary[(summary["role"] == "single") & (summary["coefficient"] != 0)]
+        for row in singles.sort_values("coefficient", key=abs).to_dict("records"):
+            measured[str(row["group"]), str(row["latent"])] = row["answer_logit_change"]
+    head = ["latent", "direct", "low (95 %)", "high (95 %)", "gradient", "low (95 %)"]
+    head += ["high (95 %)", "mean activation", "prompts where active"]
+    head += ["measured, largest coefficient"]
+    tables = []
+    for group, part in table.groupby("group", sort=False):
+        rows = [
+            [cell(r["latent"]), *(cell(r.get(c)) for c in _ATTRIBUTED)]
+            + [cell(r["activation"]), cell(r["n_active"])]
+            + [cell(measured.get((str(group), str(r["latent"]))))]
+            for r in part.head(N_ATTRIBUTED).to_dict("records")
+        ]
+        tables.append(Table(head, rows, f"{group} prompts", folded=bool(tables)))
+    return tables
+
+
+CONTRAST = AnalyzerPage(_question, contrast_findings, contrast_sentences, _figures, _sections)
