@@ -7,15 +7,14 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.classifier_metrics import Auroc, auroc_difference, auroc_of
-from saexp.analysis.contrast_checks import contrast_power, placebo_labels, placebo_latents
-from saexp.analysis.contrast_notes import (
+from saexp.analysis.contrast_checks import (
     DensityLimit,
     at_chance,
+    contrast_power,
     density_limit,
     louder,
-    match_token_counts,
-    unequal_types,
+    placebo_labels,
+    placebo_latents,
     why_none,
 )
 from saexp.analysis.observations import (
@@ -25,17 +24,26 @@ from saexp.analysis.observations import (
     StratumMeans,
     column_means,
     difference,
+    match_token_counts,
     observations,
     split_of,
+    unequal_types,
 )
 from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import TaskResult
-from saexp.stats.intervals import separation_interval, stratified_auroc_interval
+from saexp.stats.intervals import auroc_interval, separation_interval
 from saexp.stats.power import benjamini_hochberg, holm
-from saexp.stats.rank_tests import Ranked, RankTest, stratified_rank_test
+from saexp.stats.rank_tests import (
+    Auroc,
+    Ranked,
+    RankTest,
+    auroc_difference,
+    auroc_of,
+    stratified_rank_test,
+)
 from saexp.wording import is_above_chance
 
 log = logging.getLogger(__name__)
@@ -239,7 +247,7 @@ class ContrastAnalyzer:
         test, q_values = _tested(split, fired)
         columns |= {"auroc": test.auroc, "p_value": test.p_value, "q_value": q_values}
         n_first, n_second, weights = means.n_first, means.n_second, means.weights
-        auroc = stratified_auroc_interval(test.auroc, n_first, n_second, weights, test.variance)
+        auroc = auroc_interval(test.auroc, n_first, n_second, weights, test.variance)
         columns |= {"ci_low": auroc.low, "ci_high": auroc.high}
         first, second = np.clip(frequencies, 0, 1)
         separation = separation_interval(first, second, n_first, n_second, weights)

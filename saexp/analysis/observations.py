@@ -7,12 +7,11 @@ import pandas as pd
 from jaxtyping import Int, Shaped
 from scipy import sparse
 
-from saexp.analysis.contrast_notes import unshared
 from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.latents.statistics import by_unit, equal_rows
 from saexp.stats.intervals import MIN_GROUP
-from saexp.stats.rank_tests import stratum_weights
+from saexp.stats.rank_tests import Ranked, stratum_weights
 from saexp.wording import brief, counted
 
 THRESHOLD = 1e-6
@@ -119,6 +118,137 @@ def _observed(rows: pd.DataFrame) -> tuple[np.ndarray, int]:
         return rows["unit"].to_numpy(), 0
     parted = rows["unit"].astype(str).where(~both, rows["unit"].astype(str) + "\n" + rows["group"])
     return parted.to_numpy(), int(rows.loc[both, "unit"].nunique())
+
+
+LEVEL = 0.05
+"""p-value below which token counts count as different."""
+
+_EXACT = 8
+"""Where the smaller group has no more, and no tie, the normal approximation is not good enough."""
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Units kept, and what was found."""
+
+    keep: np.ndarray
+    """Boolean per unit."""
+    p_value: float | None
+    """Mann-Whitney on token counts, the smallest over entity types times their number; None where
+    counts are not known."""
+    notes: list[str]
+
+
+def match_token_counts(
+    units: pd.DataFrame, groups: tuple[str, str], seed: int, *, resample: bool
+) -> Matching:
+    """Compare token counts within entity types; keep equally many per (type, split, count).
+
+    Resampling drops, by a seeded choice, units of the group that has more in a stratum. Where no
+    stratum has both groups, nothing is dropped and a note says that length is not controlled.
+    """
+    keep = np.ones(len(units), dtype=bool)
+    counts = units["n_entity_tokens"]
+    if counts.isna().any():
+        return Matching(keep, None, [])
+    p_values = []
+    for _, part in units.groupby(units["entity_type"].fillna("")):
+        a, b = (part.loc[part["group"] == g, "n_entity_tokens"].astype(float) for g in groups)
+        if len(a) and len(b):
+            p_values.append(_mann_whitney(a.to_numpy(), b.to_numpy()))
+    if not p_values:
+        return Matching(keep, None, [])
+    p_value = min(1.0, min(p_values) * len(p_values))
+    if p_value >= LEVEL:
+        return Matching(keep, p_value, [])
+    found = f"token counts of {groups[0]} and {groups[1]} differ (p = {p_value:.2g})"
+    if not resample:
+        return Matching(keep, p_value, [f"{found} and were not matched (analyzer.match_tokens)"])
+    rng = np.random.default_rng([seed, 23])
+    keep[:] = False
+    strata = [units[c].astype("string").fillna("") for c in ("entity_type", "split")]
+    for _, places in units.groupby([*strata, counts.astype(int)]).indices.items():
+        of_group = [places[(units["group"].to_numpy()[places] == g)] for g in groups]
+        n = min(map(len, of_group))
+        for members in of_group:
+            keep[rng.permutation(members)[:n]] = True
+    if not keep.any():
+        keep[:] = True
+        note = f"{found} and do not overlap, so this contrast cannot tell recognition from length"
+        return Matching(keep, p_value, [note])
+    dropped = int((~keep).sum())
+    return Matching(keep, p_value, [f"{found}: {dropped} of {len(keep)} dropped to match them"])
+
+
+def _mann_whitney(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided p-value of counts, with ties; exact for a few counts that all differ."""
+    both = np.concatenate([a, b])
+    if min(len(a), len(b)) <= _EXACT and len(np.unique(both)) == len(both):
+        from scipy import stats
+
+        return float(stats.mannwhitneyu(a, b, method="exact").pvalue)
+    first = np.arange(len(both)) < len(a)
+    # Every count is above 0, the value that is not stored.
+    return float(Ranked(sparse.csr_array(both[:, None]), first).mann_whitney().p_normal[0])
+
+
+_NAMED = 3
+"""Latents or types named in a note."""
+_UNEQUAL = 0.1
+"""A difference in a type's fraction of either group below which no note is made."""
+
+
+def unshared(
+    units: pd.DataFrame, shared: list[str], groups: tuple[str, ...], split: str
+) -> list[str]:
+    """Units of a split left out because one group alone has their type, or that none is shared."""
+    first, second = groups
+    types = units["entity_type"].fillna("")
+    if not shared:
+        return [
+            f"split {split}: {first} and {second} share no entity type, so all entities are "
+            "compared at once and a difference between types counts as one between the groups; "
+            "min_separation and min_auroc are over all entities"
+        ]
+    alone = units[~types.isin(shared)]
+    if alone.empty:
+        return []
+    pairs = alone.assign(entity_type=types[alone.index].replace("", "no type"))
+    counts = pairs.groupby(["entity_type", "group"], sort=True).size()
+    keys = counts.index.to_frame(index=False).assign(n=counts.to_numpy()).head(_NAMED)
+    named = [f"{r['n']} of {r['entity_type']} ({r['group']})" for r in keys.to_dict("records")]
+    more = f" and {len(counts) - _NAMED} more types" if len(counts) > _NAMED else ""
+    return [
+        f"split {split}: {counted(len(alone), 'entity', 'entities')} left out, of entity types "
+        f"that only one group has: {', '.join(named)}{more}"
+    ]
+
+
+def unequal_types(units: pd.DataFrame, groups: tuple[str, str], what_follows: str) -> list[str]:
+    """That the groups are made up of types in different proportions, of those both have.
+
+    `what_follows` says in words which numbers that affects.
+    """
+    first, second = groups
+    types = units["entity_type"].fillna("")
+    table = pd.crosstab(types, units["group"]).reindex(columns=list(groups), fill_value=0)
+    table = table[(table > 0).all(axis=1)]
+    if len(table) < 2:
+        return []
+    from scipy import stats
+
+    counts = table.to_numpy()
+    fractions = counts / counts.sum(axis=0)
+    difference = np.abs(fractions[:, 0] - fractions[:, 1])
+    p_value = float(stats.chi2_contingency(counts).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    if p_value >= LEVEL or difference.max() < _UNEQUAL:
+        return []
+    place = int(difference.argmax())
+    return [
+        f"entity types differ between the groups (p = {p_value:.2g}): "
+        f"{table.index[place] or 'no type'} is {fractions[place, 0]:.0%} of {first} and "
+        f"{fractions[place, 1]:.0%} of {second}; {what_follows}"
+    ]
 
 
 _DIGITS = 12

@@ -178,6 +178,7 @@ _BISECTIONS = 60
 _LEVEL = 0.05
 """Of the one-sided Poisson limits next to 0 and 1."""
 _TINY = 1e-9
+_ONE_STRATUM = np.ones(1)
 
 
 class Interval(NamedTuple):
@@ -214,24 +215,6 @@ def wilson(
     return Interval(np.where(n > 0, low, 0.0)[()], np.where(n > 0, high, 1.0)[()])
 
 
-def difference_interval(
-    k_first: Num[np.ndarray, "..."] | float,
-    n_first: Num[np.ndarray, "..."] | float,
-    k_second: Num[np.ndarray, "..."] | float,
-    n_second: Num[np.ndarray, "..."] | float,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of p_first - p_second of independent samples.
-
-    Newcombe's hybrid of the two Wilson intervals (Newcombe 1998a, Statistics in Medicine 17:873,
-    method 10).
-    """
-    a, b = wilson(k_first, n_first, confidence), wilson(k_second, n_second, confidence)
-    first = np.asarray(k_first, float) / np.maximum(n_first, 1)
-    second = np.asarray(k_second, float) / np.maximum(n_second, 1)
-    return mover(first, a, second, b)
-
-
 def mover(
     first: Float[np.ndarray, "..."] | float,
     a: Interval,
@@ -263,7 +246,7 @@ def separation_interval(
     """Interval of first - second, means of units' values in [0, 1], averaged over strata.
 
     `first` and `second` are sums over strata of weight times the stratum's mean, with weights that
-    sum to 1; n are numbers of units. Newcombe's hybrid (see `difference_interval`) of Wilson's
+    sum to 1; n are numbers of units. Newcombe's hybrid (`mover`) of Wilson's
     limits, each at the group's effective size 1 / sum(w^2 / n), which is n for one stratum, and
     widened next to 0 and 1 as Brown, Cai and DasGupta do (2001, Statistical Science 16:101, section
     4.1.1): without that, a separation of 0.99 is covered in 90 % of samples at n = 10. Variances
@@ -308,9 +291,9 @@ def paired_difference_interval(
 ) -> tuple[float, float]:
     """Interval of p_first - p_second of pairs, from the counts of the four outcomes of a pair.
 
-    The hybrid of `difference_interval` with the correlation of the two outcomes taken into account
+    Newcombe's hybrid (`mover`) with the correlation of the two outcomes taken into account
     (Newcombe 1998b, Statistics in Medicine 17:2635, method 10, with its continuity-corrected phi),
-    from limits that are wider next to 0 and 1 as in `stratified_difference_interval`. (-1, 1)
+    from limits that are wider next to 0 and 1 as in `separation_interval`. (-1, 1)
     without pairs.
     """
     a, b, c, d = n_both, n_first_only, n_second_only, n_neither
@@ -350,39 +333,26 @@ def paired_change_interval(
 
 def auroc_interval(
     auroc: Float[np.ndarray, "..."] | float,
-    n_first: int,
-    n_second: int,
+    n_first: Num[np.ndarray, " n_strata"] | int,
+    n_second: Num[np.ndarray, " n_strata"] | int,
+    weights: Float[np.ndarray, " n_strata"] = _ONE_STRATUM,
     variance: Float[np.ndarray, "..."] | float = 0.0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of an AUROC by Newcombe's method 5; see `stratified_auroc_interval`.
+    """Interval of an AUROC, or of the mean of the strata's AUROCs with weights that sum to 1.
+
+    Solves |a - t| = z sqrt(sum of w^2 V(t)) for t. V is Hanley and McNeil's variance of exponential
+    groups in each stratum, with both n_first - 1 and n_second - 1 replaced by their mean (Newcombe
+    2006, Statistics in Medicine 25:559, method 5). It assumes values without ties and with equal
+    spread, and is too small where the smaller group spreads more (10 against 200 units: 83% of
+    intervals cover). `variance` is DeLong's variance of the same estimate; where it is larger than
+    V at a, V is scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
 
     >>> low, high = auroc_interval(1.0, 10, 10)
     >>> round(float(low), 2), float(high)
     (0.8, 1.0)
     """
-    return stratified_auroc_interval(
-        auroc, np.array([n_first]), np.array([n_second]), np.ones(1), variance, confidence
-    )
-
-
-def stratified_auroc_interval(
-    auroc: Float[np.ndarray, "..."] | float,
-    n_first: Num[np.ndarray, " n_strata"],
-    n_second: Num[np.ndarray, " n_strata"],
-    weights: Float[np.ndarray, " n_strata"],
-    variance: Float[np.ndarray, "..."] | float = 0.0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of the weighted mean of the strata's AUROCs; the weights sum to 1.
-
-    Solves |a - t| = z sqrt(sum of w^2 V(t)) for t. V is Hanley and McNeil's variance of exponential
-    groups in each stratum, with both n_first - 1 and n_second - 1 replaced by their mean (Newcombe
-    2006, Statistics in Medicine 25:559, method 5). It is that of values without ties and with equal
-    spread: where the smaller group spreads more it is too small (10 against 200 units: 83 % are
-    covered). `variance` is DeLong's of the same estimate; where that is larger than V at a, V is
-    scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
-    """
+    n_first, n_second = np.atleast_1d(n_first), np.atleast_1d(n_second)
     observed, z = np.asarray(auroc, float), _z(confidence)
     error = _auroc_error(observed, n_first, n_second, weights, variance)
 
@@ -408,7 +378,7 @@ def auroc_p_value(
     weights: Float[np.ndarray, " n_strata"],
     variance: float = 0.0,
 ) -> float:
-    """Two-sided p-value of an AUROC of 0.5, which agrees with `stratified_auroc_interval`.
+    """Two-sided p-value of an AUROC of 0.5, which agrees with `auroc_interval`.
 
     An interval of confidence 1 - p has 0.5 at its limit. NaN for groups of fewer than `MIN_GROUP`.
     """

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
 
+from saexp.stats.rank_tests import log_choose
+
 POWER = 0.8
 _MOST = 1 - 1e-9
 
@@ -29,7 +31,7 @@ def detectable_auroc(
     # Half a step of U; of strata that differ in weight, their mean step by share of the variance.
     step = (w * null).sum() / null.sum() / 2
     critical = (-special.ndtri(alpha / 2) * np.sqrt(null.sum()) + step) / pairs.sum()
-    rarest = 2 * np.exp(-sum(_log_choose(a + b, a) for a, b in sizes))
+    rarest = 2 * np.exp(-sum(log_choose(a + b, a) for a, b in sizes))
     if critical >= 0.5 or rarest > alpha:
         return None
 
@@ -45,10 +47,6 @@ def _variance(auroc: float, n1: np.ndarray, n2: np.ndarray) -> np.ndarray:
     square = auroc**2
     inner = auroc - square + (n1 - 1) * (first - square) + (n2 - 1) * (second - square)
     return inner / (n1 * n2)
-
-
-def _log_choose(n: float, k: float) -> float:
-    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
 
 
 def detectable_change(n: int, baseline: float, alpha: float, power: float = POWER) -> float | None:
@@ -120,9 +118,4 @@ def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Adjusted p-values that bound the false discovery rate (Benjamini and Hochberg 1995)."""
-    n = len(p_values)
-    order = np.argsort(p_values)[::-1]
-    scaled = p_values[order] * n / np.arange(n, 0, -1)
-    adjusted = np.empty(n)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
-    return adjusted
+    return stats.false_discovery_control(p_values, method="bh")

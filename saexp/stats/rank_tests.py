@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from scipy import sparse, special
+from scipy import sparse, special, stats
+
+from saexp.stats.intervals import Interval, auroc_interval, mover
 
 FEW = 10
 """A latent active in fewer rows than this, and off in more, is tested exactly."""
-_NO_SKEW = 1.6e-5
-"""A skewness below this is none: the gamma law's shape would exceed what is exact in float64."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,10 @@ def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTes
         z = np.where(variance > 0, (np.abs(deviation) - correction) / np.sqrt(variance), -np.inf)
         skew = np.where(variance > 0, np.sign(deviation) * third / variance**1.5, 0.0)
     p_normal = np.clip(2 * special.ndtr(-z), 0, 1)
-    skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
-    rarest = 2 * np.exp(-sum(_log_choose(m.n, m.n_first) for m in moments))
+    finite = np.isfinite(z)
+    tail = stats.pearson3.sf(np.where(finite, z, 0.0), skew)
+    skewed = np.where(finite, 2 * tail, 1.0)
+    rarest = 2 * np.exp(-sum(log_choose(m.n, m.n_first) for m in moments))
     p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
     active = np.sum([m.active for m in moments], axis=0)
     few = (active < FEW) & (active < sum(m.n for m in moments) - active)
@@ -251,26 +253,12 @@ def _fisher(
     on_first = sum(s[0] for s in strata)
     chance: np.ndarray | None = None
     for _, active, n_first, n in strata:
-        mine = _hypergeometric(active, n_first, n)
-        chance = mine if chance is None else _convolved(chance, mine)
+        of_stratum = stats.hypergeom.pmf(np.arange(FEW)[:, None], n, active, n_first)
+        chance = of_stratum if chance is None else _convolved(chance, of_stratum)
     assert chance is not None
     k = np.arange(FEW)[:, None]
     below, above = (np.where(part, chance, 0).sum(0) for part in (k <= on_first, k >= on_first))
     return np.minimum(1, 2 * np.minimum(below, above))
-
-
-def _hypergeometric(active: np.ndarray, n_first: int, n: int) -> Float[np.ndarray, "k n_latents"]:
-    """P(k of the active rows are in the first group), k from 0 to FEW - 1."""
-    k = np.arange(FEW)[:, None]
-    rest = np.maximum(active - k, 0)
-    chance = np.exp(
-        _log_choose(active, np.minimum(k, active))
-        + _log_choose(n - active, np.clip(n_first - k, 0, n - active))
-        - _log_choose(n, n_first)
-    )
-    # A count is possible while neither it nor what it leaves to the second group is too large.
-    chance[(k > active) | (k > n_first) | (rest > n - n_first)] = 0
-    return chance
 
 
 def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -281,20 +269,99 @@ def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return out
 
 
-def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray | np.float64:
+def log_choose(n: int, k: int) -> float:
     """Logarithm of the binomial coefficient, 0 <= k <= n."""
-    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(np.subtract(n, k) + 1)
+    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
 
 
-def _pearson3_tail(z: np.ndarray, skew: np.ndarray) -> np.ndarray:
-    """P(X > z) of the Pearson type III law with mean 0, variance 1 and this skewness.
+def placements(
+    scores: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"]:
+    """Of each row, the weighted fraction of the other group's rows in the right order with it.
 
-    A gamma law of shape 4/skew^2, shifted and scaled (Johnson, Kotz and Balakrishnan 1994, chapter
-    17); mirrored where the skewness is negative, normal where it vanishes.
+    Equal scores count half. The weighted mean over either group is the AUROC.
     """
-    plain = np.abs(skew) < _NO_SKEW
-    bent = np.where(plain, 1.0, skew)
-    shape = 4 / bent**2
-    x = np.maximum(shape + 2 * np.where(np.isfinite(z), z, 0.0) / bent, 0)
-    tail = np.where(bent > 0, special.gammaincc(shape, x), special.gammainc(shape, x))
-    return np.where(plain, special.ndtr(-z), tail)
+    _, inverse = np.unique(scores, return_inverse=True)
+    found = np.empty(len(scores))
+    for mine, sign in ((first, 1.0), (~first, -1.0)):
+        of_other = np.bincount(inverse[~mine], weights[~mine], minlength=inverse.max() + 1)
+        below = (np.cumsum(of_other) - of_other / 2) / of_other.sum()
+        found[mine] = below[inverse[mine]] if sign > 0 else 1 - below[inverse[mine]]
+    return found
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """P(first > second) + P(equal)/2, the mean over strata by van Elteren's weights."""
+
+    value: float
+    interval: Interval
+    """Newcombe's method 5; NaN for small groups (see `auroc_interval`)."""
+
+
+def auroc_of(
+    scores: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> Auroc:
+    """AUROC of one score of any sign, as the contrast takes it."""
+    ranks = 1.0 + np.unique(scores, return_inverse=True)[1]
+    test = stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata)
+    weights = stratum_weights(first, strata)
+    chosen = [strata == name for name in weights]
+    interval = auroc_interval(
+        float(test.auroc[0]),
+        np.array([(first & c).sum() for c in chosen]),
+        np.array([(~first & c).sum() for c in chosen]),
+        np.array(list(weights.values())),
+        float(test.variance[0]),
+    )
+    return Auroc(float(test.auroc[0]), interval)
+
+
+def auroc_difference(
+    own: Float[np.ndarray, " n"],
+    other: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> Auroc:
+    """AUROC of `own` less that of `other` with its interval; NaN limits for small groups."""
+    a, b = (auroc_of(scores, first, strata) for scores in (own, other))
+    correlation = auroc_correlation(own, other, first, strata)
+    return Auroc(a.value - b.value, difference_of_aurocs(a, b, correlation))
+
+
+def difference_of_aurocs(own: Auroc, other: Auroc, correlation: float) -> Interval:
+    """Interval of own - other from each AUROC with its interval, and their correlation.
+
+    It keeps the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
+    """
+    return mover(own.value, own.interval, other.value, other.interval, correlation)
+
+
+def auroc_correlation(
+    own: Float[np.ndarray, " n"],
+    other: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> float:
+    """Correlation of two AUROCs of the same observations.
+
+    From the placements of each observation among the other group (DeLong, DeLong and Clarke-Pearson
+    1988, Biometrics 44:837), their covariances summed over strata by the squared weights. 0 where a
+    variance is 0 or a group of a stratum has one observation.
+    """
+    covariance = np.zeros((2, 2))
+    for stratum, weight in stratum_weights(first, strata).items():
+        chosen = strata == stratum
+        of_first = first[chosen]
+        if min(of_first.sum(), (~of_first).sum()) < 2:
+            continue
+        equal = np.ones(len(of_first))
+        pair = np.stack([placements(s[chosen], of_first, equal) for s in (own, other)])
+        for group in (of_first, ~of_first):
+            covariance += weight**2 * np.cov(pair[:, group]) / group.sum()
+    scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
+    return float(np.clip(covariance[0, 1] / scale, -1, 1)) if scale > 0 else 0.0
