@@ -1,4 +1,4 @@
-"""Power of a contrast, and its placebo trials."""
+"""Checks of a contrast: power, placebo trials, the density limit, and notes on the selection."""
 
 import logging
 import time
@@ -25,13 +25,12 @@ log = logging.getLogger(__name__)
 def contrast_power(
     train: Split, test: Split, n_tested: int, n_leading: int, alpha: float
 ) -> TaskResult:
-    """Metrics `power/auroc_train` and `power/auroc_test`: the smallest AUROC found in 80 % of runs.
+    """Metrics `power/auroc_<split>`: the smallest AUROC that is detected with a power of 80%.
 
-    On the train split at `alpha` divided by the number of latents tested: Bonferroni's correction,
-    which is the bound that Benjamini and Hochberg's starts from; on the test split at `alpha`
-    divided by the number of leading latents (one where there is none), the bound that Holm's
-    correction over them starts from. Null, with a note, where even a perfect separation would not
-    pass.
+    The level on the train split is `alpha` divided by the number of latents tested (Bonferroni's
+    correction, with which Benjamini and Hochberg's method starts); on the test split it is `alpha`
+    divided by the number of leading latents (or by 1), with which Holm's method starts. Null, with
+    a note, where even a perfect separation would not be significant.
     """
     result = TaskResult()
     levels = {
@@ -43,8 +42,8 @@ def contrast_power(
         result.metrics[f"power/auroc_{name}"] = auroc
         if auroc is None:
             result.notes.append(
-                f"split {name} is too small to find any latent (power/auroc_{name}): even one that "
-                f"separates the groups perfectly has p > {level:.2g}"
+                f"split {name} is too small to detect any latent (power/auroc_{name}): even a "
+                f"latent that separates the groups perfectly would have p > {level:.2g}"
             )
     return result
 
@@ -58,22 +57,23 @@ def _sizes(split: Split) -> list[tuple[int, int]]:
 
 
 Claims = Callable[[Split, Split], bool]
-"""Whether the contrast of these train and test units reports a latent above chance."""
+"""(train, test) -> whether the contrast reports a latent above chance."""
 
 
 def placebo_labels(claims: Claims, train: Split, test: Split, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/label_share`: permutations of the group labels in which a claim is made.
+    """Metric `placebo/label_share`: fraction of label permutations with which a claim is made.
 
-    Labels are permuted over observations within entity type and split, so that group sizes stay.
+    Labels are permuted over observations of the same entity type and split, so that group sizes
+    do not change.
     """
     rng = np.random.default_rng([seed, 61])
-    n_claims, began = 0, time.perf_counter()
+    n_claims, start = 0, time.perf_counter()
     with progress(n, "contrast with permuted labels", "permutation") as bar:
-        for done in range(n):
+        for n_done in range(n):
             n_claims += claims(*(permuted(split, rng) for split in (train, test)))
-            if not done:
-                seconds = (time.perf_counter() - began) * n
-                log.info("contrast with %d permutations of the labels: about %.0f s", n, seconds)
+            if not n_done:
+                seconds = (time.perf_counter() - start) * n
+                log.info("%d contrasts with permuted labels will take about %.0f s", n, seconds)
             bar.update(1)
     return TaskResult(metrics=claim_share("placebo/label_share", n_claims, n))
 
@@ -88,47 +88,46 @@ def permuted(split: Split, rng: np.random.Generator) -> Split:
 
 
 def placebo_latents(table: pd.DataFrame, alpha: float, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/latent_share`: latents drawn at random for which the claim would be made.
+    """Metric `placebo/latent_share`: fraction of random latents for which a claim is made.
 
-    Of those active in the train split, all where they are no more than `n`. The claim is that on
-    the test split the latent separates the groups, p <= `alpha`, in the direction of the train
-    split.
+    `n` latents are drawn from those active in the train split (all of them where they are fewer).
+    The claim is that the latent separates the groups on the test split with p <= `alpha`, in the
+    same direction as on the train split.
     """
     active = np.flatnonzero(table["auroc"] != 0.5)
-    drawn = np.random.default_rng([seed, 67]).permutation(active)[:n]
-    some = table.iloc[drawn]
-    same = np.sign(some["auroc"] - 0.5) == np.sign(some["auroc_test"] - 0.5)
-    n_claims = int((same & (some["p_value_test"] <= alpha)).sum())
-    return TaskResult(metrics=claim_share("placebo/latent_share", n_claims, len(some)))
+    drawn = table.iloc[np.random.default_rng([seed, 67]).permutation(active)[:n]]
+    same = np.sign(drawn["auroc"] - 0.5) == np.sign(drawn["auroc_test"] - 0.5)
+    n_claims = int((same & (drawn["p_value_test"] <= alpha)).sum())
+    return TaskResult(metrics=claim_share("placebo/latent_share", n_claims, len(drawn)))
 
 
-PAPER = 0.02
-"""The limit of Ferrando et al. 2024, for SAEs of 16k latents of which about 80 are active."""
+PAPER_LIMIT = 0.02
+"""Limit of Ferrando et al. 2024, for SAEs of 16k latents of which about 80 are active."""
 
 
 @dataclass(frozen=True)
 class DensityLimit:
-    """Latents of this density on background tokens or a larger one are not selected."""
+    """Latents with this density on background tokens, or a larger one, are not selected."""
 
     value: float | None
-    """None without background tokens: every latent passes."""
-    how: str
-    """The options that made it, for notes."""
+    """Fraction of background tokens; None without background tokens: every latent passes."""
+    source: str
+    """The options that determine the limit, for notes."""
 
     def exceeded(self, densities: pd.Series) -> pd.Series:
-        """Which densities are too large; an unknown one is not."""
+        """Which densities are too large; unknown densities (NaN) are not."""
         return densities >= (np.inf if self.value is None else self.value)
 
 
 def density_limit(densities: Float[np.ndarray, " d_sae"], cfg: AnalyzerConfig) -> DensityLimit:
-    """From the densities of all latents of an SAE on background tokens.
+    """The limit for an SAE, from the densities of all its latents on background tokens.
 
     A fixed density means different things for different SAEs: the mean density is L0 / d_sae, 0.5%
-    for 80 of 16 384, 0.8% for 32 of 4096 and 5% for 12 of 256 latents, and densities are heavy-
-    tailed: the few densest latents are active on any text. So the limit is the
-    `background_quantile` of the densities of the latents that are active at all on background
-    tokens (dead ones would lower it), but never below the 2% of the paper, which SAEs of many
-    latents would otherwise fall short of. `background_max` is an absolute limit instead.
+    for 80 of 16 384, 0.8% for 32 of 4096 and 5% for 12 of 256 latents. Densities are also heavy-
+    tailed: the few densest latents are active on any text. The limit is therefore the
+    `background_quantile` of the densities of those latents that are active on background tokens
+    (dead latents would lower it), and at least 2% as in the paper, below which the quantile falls
+    for wide SAEs. `background_max` sets an absolute limit instead.
     """
     live = densities[densities > 0]
     if cfg.background_max is not None:
@@ -136,12 +135,12 @@ def density_limit(densities: Float[np.ndarray, " d_sae"], cfg: AnalyzerConfig) -
     if np.isnan(densities).all():
         return DensityLimit(None, "no background tokens")
     quantile = float(np.quantile(live, cfg.background_quantile)) if len(live) else 0.0
-    how = f"analyzer.background_quantile={cfg.background_quantile:g}, at least {PAPER:g}"
-    return DensityLimit(max(quantile, PAPER), how)
+    source = f"analyzer.background_quantile={cfg.background_quantile:g}, at least {PAPER_LIMIT:g}"
+    return DensityLimit(max(quantile, PAPER_LIMIT), source)
 
 
-_NAMED = 3
-"""Latents named in a note."""
+_N_LISTED = 3
+"""Latents listed in a note."""
 
 
 def why_none(
@@ -152,66 +151,69 @@ def why_none(
     limit: DensityLimit,
     cfg: AnalyzerConfig,
 ) -> str:
-    """Why no latent is selected for a group; `labels` are (whether of the first group, stratum) of
-    the train units."""
-    mine = significant[significant["direction"] == group]
-    if mine.empty:
+    """Note on why no latent is selected for a group.
+
+    `labels` are, per train unit, whether it belongs to the first group and its stratum.
+    """
+    of_group = significant[significant["direction"] == group]
+    if of_group.empty:
         note = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
         return note + _no_power(*labels, n_tested, cfg.alpha)
-    loud = int(limit.exceeded(mine["background_freq"]).sum())
-    left_out = ""
+    n_dense = int(limit.exceeded(of_group["background_freq"]).sum())
+    dense = ""
     if limit.value is not None:
-        left_out = (
-            f"{counted(loud, 'is', 'are')} active on {limit.value:.1%} or more of background "
-            f"tokens ({limit.how}), "
+        dense = (
+            f"{counted(n_dense, 'is', 'are')} active on at least {limit.value:.1%} of background "
+            f"tokens ({limit.source}), and "
         )
+    n_other = len(of_group) - n_dense
     return (
-        f"none of {counted(len(mine), 'significant latent')} for '{group}' is selected: {left_out}"
-        f"{counted(len(mine) - loud, 'points', 'point')} the other way for some entity type or in "
-        "their ranks"
+        f"none of {counted(len(of_group), 'significant latent')} for '{group}' is selected: "
+        f"{dense}{counted(n_other, 'points', 'point')} to the other group for some entity type or "
+        "by the rank test"
     )
 
 
 def _no_power(first: np.ndarray, strata: np.ndarray, n_tested: int, alpha: float) -> str:
-    """That a latent which fires on all of one group and none of the other would not pass alone."""
+    """Says that even a latent active on all of one group only would not be significant."""
     perfect = sparse.csr_array(first.astype(np.float64)[:, None])
     p_value = float(stratified_rank_test(perfect, first, strata).p_value[0])
     if p_value * n_tested <= alpha:
         return ""
     n = int(first.sum())
     return (
-        f"; with {n} and {len(first) - n} train entities none could: a latent that fires on all of "
-        f"one group only has p = {p_value:.2g}, and {n_tested} are tested"
+        f"; with {n} and {len(first) - n} train entities none could be: a latent that is active on "
+        f"all entities of one group only has p = {p_value:.2g}, and {n_tested} latents are tested"
     )
 
 
-def louder(significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: DensityLimit) -> str:
-    """Latents that separate the groups better than the best one selected, but are too dense.
-
-    Empty where there are none. Numbers are of the train split, in the group's own direction.
-    """
-    mine = significant[
+def too_dense(
+    significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: DensityLimit
+) -> list[str]:
+    """A note on latents that separate the groups better than the best selected one (`best`, one
+    row) but exceed the density limit. AUROCs are of the train split, in the group's direction."""
+    dense = significant[
         (significant["direction"] == group) & limit.exceeded(significant["background_freq"])
     ]
-    mine = mine.assign(strength=(mine["auroc"] - 0.5).abs())
-    bar = 0.0 if best.empty else abs(float(best["auroc"].iloc[0]) - 0.5)
-    mine = mine[mine["strength"] > bar].sort_values("strength", ascending=False)
-    if best.empty or mine.empty or limit.value is None:
-        return ""
-    named = ", ".join(
+    dense = dense.assign(strength=(dense["auroc"] - 0.5).abs())
+    strength_of_best = abs(float(best["auroc"].iloc[0]) - 0.5)
+    dense = dense[dense["strength"] > strength_of_best].sort_values("strength", ascending=False)
+    if dense.empty or limit.value is None:
+        return []
+    listed = ", ".join(
         f"{row['latent']} ({0.5 + row['strength']:.3f})"
-        for row in mine.head(_NAMED).to_dict("records")
+        for row in dense.head(_N_LISTED).to_dict("records")
     )
-    more = f" and {len(mine) - _NAMED} more" if len(mine) > _NAMED else ""
-    return (
-        f"{counted(len(mine), 'latent')} of higher train AUROC for '{group}' "
-        f"{'is' if len(mine) == 1 else 'are'} left out, active on {limit.value:.1%} or more of "
-        f"background tokens ({limit.how}): {named}{more}"
-    )
+    more = f" and {len(dense) - _N_LISTED} more" if len(dense) > _N_LISTED else ""
+    return [
+        f"{counted(len(dense), 'latent')} with a higher train AUROC for '{group}' "
+        f"{'is' if len(dense) == 1 else 'are'} not selected because of being active on at least "
+        f"{limit.value:.1%} of background tokens ({limit.source}): {listed}{more}"
+    ]
 
 
 def at_chance(metrics: Mapping[str, float | int | None], group: str, alpha: float) -> list[str]:
-    """That a leading latent is not above chance on the test split."""
+    """Notes on the leading latents of a group that are not above chance on the test split."""
     notes, seen = [], set()
     for kind, words in (("best", "the first selected"), ("strongest", "the strongest on train")):
         latent = metrics[f"contrast/{kind}_latent_{group}"]
