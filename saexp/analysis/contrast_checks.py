@@ -1,19 +1,23 @@
-"""Power of a contrast, and its placebo trials."""
+"""Checks of a contrast: power, placebo trials, the density limit, and notes on the selection."""
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy import sparse
 
 from saexp.analysis.observations import Split
+from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.results import TaskResult
 from saexp.stats.permutation import claim_share
 from saexp.stats.power import detectable_auroc
-from saexp.stats.rank_tests import stratum_weights
+from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
+from saexp.wording import counted, is_above_chance, p_value_words
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +25,12 @@ log = logging.getLogger(__name__)
 def contrast_power(
     train: Split, test: Split, n_tested: int, n_leading: int, alpha: float
 ) -> TaskResult:
-    """Metrics `power/auroc_train` and `power/auroc_test`: the smallest AUROC found in 80 % of runs.
+    """Metrics `power/auroc_<split>`: the smallest AUROC that is detected with a power of 80%.
 
-    On the train split at `alpha` divided by the number of latents tested: Bonferroni's correction,
-    which is the bound that Benjamini and Hochberg's starts from; on the test split at `alpha`
-    divided by the number of leading latents (one where there is none), the bound that Holm's
-    correction over them starts from. Null, with a note, where even a perfect separation would not
-    pass.
+    The level on the train split is `alpha` divided by the number of latents tested (Bonferroni's
+    correction, with which Benjamini and Hochberg's method starts); on the test split it is `alpha`
+    divided by the number of leading latents (or by 1), with which Holm's method starts. Null, with
+    a note, where even a perfect separation would not be significant.
     """
     result = TaskResult()
     levels = {
@@ -39,8 +42,8 @@ def contrast_power(
         result.metrics[f"power/auroc_{name}"] = auroc
         if auroc is None:
             result.notes.append(
-                f"split {name} is too small to find any latent (power/auroc_{name}): even one that "
-                f"separates the groups perfectly has p > {level:.2g}"
+                f"split {name} is too small to detect any latent (power/auroc_{name}): even a "
+                f"latent that separates the groups perfectly would have p > {level:.2g}"
             )
     return result
 
@@ -54,22 +57,23 @@ def _sizes(split: Split) -> list[tuple[int, int]]:
 
 
 Claims = Callable[[Split, Split], bool]
-"""Whether the contrast of these train and test units reports a latent above chance."""
+"""(train, test) -> whether the contrast reports a latent above chance."""
 
 
 def placebo_labels(claims: Claims, train: Split, test: Split, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/label_share`: permutations of the group labels in which a claim is made.
+    """Metric `placebo/label_share`: fraction of label permutations with which a claim is made.
 
-    Labels are permuted over observations within entity type and split, so that group sizes stay.
+    Labels are permuted over observations of the same entity type and split, so that group sizes
+    do not change.
     """
     rng = np.random.default_rng([seed, 61])
-    n_claims, began = 0, time.perf_counter()
+    n_claims, start = 0, time.perf_counter()
     with progress(n, "contrast with permuted labels", "permutation") as bar:
-        for done in range(n):
+        for n_done in range(n):
             n_claims += claims(*(permuted(split, rng) for split in (train, test)))
-            if not done:
-                seconds = (time.perf_counter() - began) * n
-                log.info("contrast with %d permutations of the labels: about %.0f s", n, seconds)
+            if not n_done:
+                seconds = (time.perf_counter() - start) * n
+                log.info("%d contrasts with permuted labels will take about %.0f s", n, seconds)
             bar.update(1)
     return TaskResult(metrics=claim_share("placebo/label_share", n_claims, n))
 
@@ -84,15 +88,149 @@ def permuted(split: Split, rng: np.random.Generator) -> Split:
 
 
 def placebo_latents(table: pd.DataFrame, alpha: float, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/latent_share`: latents drawn at random for which the claim would be made.
+    """Metric `placebo/latent_share`: fraction of random latents for which a claim is made.
 
-    Of those active in the train split, all where they are no more than `n`. The claim is that on
-    the test split the latent separates the groups, p <= `alpha`, in the direction of the train
-    split.
+    `n` latents are drawn from those active in the train split (all of them where they are fewer).
+    The claim is that the latent separates the groups on the test split with p <= `alpha`, in the
+    same direction as on the train split.
     """
     active = np.flatnonzero(table["auroc"] != 0.5)
-    drawn = np.random.default_rng([seed, 67]).permutation(active)[:n]
-    some = table.iloc[drawn]
-    same = np.sign(some["auroc"] - 0.5) == np.sign(some["auroc_test"] - 0.5)
-    n_claims = int((same & (some["p_value_test"] <= alpha)).sum())
-    return TaskResult(metrics=claim_share("placebo/latent_share", n_claims, len(some)))
+    drawn = table.iloc[np.random.default_rng([seed, 67]).permutation(active)[:n]]
+    same = np.sign(drawn["auroc"] - 0.5) == np.sign(drawn["auroc_test"] - 0.5)
+    n_claims = int((same & (drawn["p_value_test"] <= alpha)).sum())
+    return TaskResult(metrics=claim_share("placebo/latent_share", n_claims, len(drawn)))
+
+
+PAPER_LIMIT = 0.02
+"""Limit of Ferrando et al. 2024, for SAEs of 16k latents of which about 80 are active."""
+
+
+@dataclass(frozen=True)
+class DensityLimit:
+    """Latents with this density on background tokens, or a larger one, are not selected."""
+
+    value: float | None
+    """Fraction of background tokens; None without background tokens: every latent passes."""
+    source: str
+    """The options that determine the limit, for notes."""
+
+    def exceeded(self, densities: pd.Series) -> pd.Series:
+        """Which densities are too large; unknown densities (NaN) are not."""
+        return densities >= (np.inf if self.value is None else self.value)
+
+
+def density_limit(densities: Float[np.ndarray, " d_sae"], cfg: AnalyzerConfig) -> DensityLimit:
+    """The limit for an SAE, from the densities of all its latents on background tokens.
+
+    A fixed density means different things for different SAEs: the mean density is L0 / d_sae, 0.5%
+    for 80 of 16 384, 0.8% for 32 of 4096 and 5% for 12 of 256 latents. Densities are also heavy-
+    tailed: the few densest latents are active on any text. The limit is therefore the
+    `background_quantile` of the densities of those latents that are active on background tokens
+    (dead latents would lower it), and at least 2% as in the paper, below which the quantile falls
+    for wide SAEs. `background_max` sets an absolute limit instead.
+    """
+    live = densities[densities > 0]
+    if cfg.background_max is not None:
+        return DensityLimit(cfg.background_max, f"analyzer.background_max={cfg.background_max:g}")
+    if np.isnan(densities).all():
+        return DensityLimit(None, "no background tokens")
+    quantile = float(np.quantile(live, cfg.background_quantile)) if len(live) else 0.0
+    source = f"analyzer.background_quantile={cfg.background_quantile:g}, at least {PAPER_LIMIT:g}"
+    return DensityLimit(max(quantile, PAPER_LIMIT), source)
+
+
+_N_LISTED = 3
+"""Latents listed in a note."""
+
+
+def why_none(
+    significant: pd.DataFrame,
+    group: str,
+    labels: tuple[np.ndarray, np.ndarray],
+    n_tested: int,
+    limit: DensityLimit,
+    cfg: AnalyzerConfig,
+) -> str:
+    """Note on why no latent is selected for a group.
+
+    `labels` are, per train unit, whether it belongs to the first group and its stratum.
+    """
+    of_group = significant[significant["direction"] == group]
+    if of_group.empty:
+        note = f"no latent is associated with '{group}' at a q-value <= {cfg.alpha:g}"
+        return note + _no_power(*labels, n_tested, cfg.alpha)
+    n_dense = int(limit.exceeded(of_group["background_freq"]).sum())
+    dense = ""
+    if limit.value is not None:
+        dense = (
+            f"{counted(n_dense, 'is', 'are')} active on at least {limit.value:.1%} of background "
+            f"tokens ({limit.source}), and "
+        )
+    n_other = len(of_group) - n_dense
+    return (
+        f"none of {counted(len(of_group), 'significant latent')} for '{group}' is selected: "
+        f"{dense}{counted(n_other, 'points', 'point')} to the other group for some entity type or "
+        "by the rank test"
+    )
+
+
+def _no_power(first: np.ndarray, strata: np.ndarray, n_tested: int, alpha: float) -> str:
+    """Says that even a latent active on all of one group only would not be significant."""
+    perfect = sparse.csr_array(first.astype(np.float64)[:, None])
+    p_value = float(stratified_rank_test(perfect, first, strata).p_value[0])
+    if p_value * n_tested <= alpha:
+        return ""
+    n = int(first.sum())
+    return (
+        f"; with {n} and {len(first) - n} train entities none could be: a latent that is active on "
+        f"all entities of one group only has p = {p_value:.2g}, and {n_tested} latents are tested"
+    )
+
+
+def too_dense(
+    significant: pd.DataFrame, best: pd.DataFrame, group: str, limit: DensityLimit
+) -> list[str]:
+    """A note on latents that separate the groups better than the best selected one (`best`, one
+    row) but exceed the density limit. AUROCs are of the train split, in the group's direction."""
+    dense = significant[
+        (significant["direction"] == group) & limit.exceeded(significant["background_freq"])
+    ]
+    dense = dense.assign(strength=(dense["auroc"] - 0.5).abs())
+    strength_of_best = abs(float(best["auroc"].iloc[0]) - 0.5)
+    dense = dense[dense["strength"] > strength_of_best].sort_values("strength", ascending=False)
+    if dense.empty or limit.value is None:
+        return []
+    listed = ", ".join(
+        f"{row['latent']} ({0.5 + row['strength']:.3f})"
+        for row in dense.head(_N_LISTED).to_dict("records")
+    )
+    more = f" and {len(dense) - _N_LISTED} more" if len(dense) > _N_LISTED else ""
+    return [
+        f"{counted(len(dense), 'latent')} with a higher train AUROC for '{group}' "
+        f"{'is' if len(dense) == 1 else 'are'} not selected because of being active on at least "
+        f"{limit.value:.1%} of background tokens ({limit.source}): {listed}{more}"
+    ]
+
+
+def at_chance(metrics: Mapping[str, float | int | None], group: str, alpha: float) -> list[str]:
+    """Notes on the leading latents of a group that are not above chance on the test split."""
+    notes, seen = [], set()
+    for kind, words in (("best", "the first selected"), ("strongest", "the strongest on train")):
+        latent = metrics[f"contrast/{kind}_latent_{group}"]
+        auroc, p_value = (
+            metrics[f"contrast/{kind}_{name}_{group}_test"] for name in ("auroc", "p_value")
+        )
+        if latent is None or latent in seen or auroc is None or p_value is None:
+            continue
+        seen.add(latent)
+        if is_above_chance(auroc, p_value, alpha):
+            continue
+        low, high = (
+            metrics[f"contrast/{kind}_auroc_{group}_ci_{end}_test"] for end in ("low", "high")
+        )
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        notes.append(
+            f"latent {latent}, {words} for '{group}', has AUROC {auroc:.3f}{interval} "
+            f"(not above chance on held-out entities; Holm-adjusted p {p_value_words(p_value)})"
+        )
+    return notes

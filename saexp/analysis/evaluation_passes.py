@@ -1,7 +1,7 @@
-"""Forward passes of an evaluation: one clean pass, and passes resumed at a changed stream."""
+"""Forward passes of an evaluation: clean passes, and passes resumed at a changed stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from saexp.activations.norms import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
+from saexp.models.forward import skipping
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, capture, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -20,33 +21,33 @@ from saexp.models.loading import LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Which tokens are changed and which predictions are looked at; padding never is."""
+    """Which tokens are replaced and which predictions are scored; padding never is."""
 
     splice_special: bool = False
-    """Put reconstructions (and measure L0, explained variance …) at special tokens too."""
+    """Also splice (and measure L0, explained variance and so on) at special tokens."""
     ablate_special: bool = False
-    """Put zeros and means at special tokens too."""
+    """Also ablate at special tokens."""
     score_special: bool = False
-    """Look at predictions made at special tokens, and of special tokens, too."""
+    """Also score predictions at special tokens and of special tokens."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded texts, on the model's device; masks are on it too."""
+    """Padded texts and masks, on the model's device."""
 
     texts: Int[Tensor, " b"]
-    """Which texts, on the CPU."""
+    """Indices of the texts, on the CPU."""
     ids: Int[Tensor, "b t"]
     mask: Int[Tensor, "b t"]
     spliced: Bool[Tensor, "b t"]
     ablated: Bool[Tensor, "b t"]
     compared: Bool[Tensor, "b t"]
-    """Where a prediction is made that is looked at."""
+    """Positions whose predictions are compared with those of the clean pass."""
     targets: Int[Tensor, " n"]
-    """The token that follows each compared position; -1 where none is scored."""
+    """The token after each compared position; -1 where the loss is not scored."""
 
     def first(self) -> "Batch":
-        """Its first text alone."""
+        """A batch of its first text only."""
         return Batch(
             texts=self.texts[:1],
             ids=self.ids[:1],
@@ -58,7 +59,7 @@ class Batch:
         )
 
     def texts_of(self, where: Bool[Tensor, "b t"]) -> Int[Tensor, " m"]:
-        """The text of each true position, row by row, on the CPU."""
+        """Text index of each position where the mask is true, row by row, on the CPU."""
         return self.texts[where.nonzero()[:, 0].cpu()]
 
 
@@ -71,7 +72,7 @@ def make_batch(
     device: torch.device,
     padding_side: str = "right",
 ) -> Batch:
-    """The chosen texts side by side."""
+    """Pad the chosen texts into one batch."""
     width = max(len(texts[i]) for i in chosen)
     shape = (len(chosen), width)
     ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
@@ -83,41 +84,41 @@ def make_batch(
         ids[row, inside] = torch.tensor(text.ids)
         mask[row, inside] = 1
         special[row, inside] = torch.tensor(text.special)
-    there = mask.bool()
-    ordinary = there & ~special
-    counted = there if where.score_special else ordinary
-    follows = torch.zeros_like(counted)
-    follows[:, :-1] = counted[:, 1:]
+    is_token = mask.bool()
+    ordinary = is_token & ~special
+    compared = is_token if where.score_special else ordinary
+    next_compared = torch.zeros_like(compared)
+    next_compared[:, :-1] = compared[:, 1:]
     targets = torch.full(shape, -1)
     targets[:, :-1] = ids[:, 1:]
-    targets[~follows] = -1
+    targets[~next_compared] = -1
     return Batch(
         texts=torch.tensor(list(chosen)),
         ids=ids.to(device),
         mask=mask.to(device),
-        spliced=(there if where.splice_special else ordinary).to(device),
-        ablated=(there if where.ablate_special else ordinary).to(device),
-        compared=counted.to(device),
-        targets=targets[counted].to(device),
+        spliced=(is_token if where.splice_special else ordinary).to(device),
+        ablated=(is_token if where.ablate_special else ordinary).to(device),
+        compared=compared.to(device),
+        targets=targets[compared].to(device),
     )
 
 
 @dataclass(frozen=True)
 class Clean:
-    """What the unchanged model computed for one batch."""
+    """Result of the unchanged model on one batch."""
 
     streams: dict[Hookpoint, Float[Tensor, "b t _"]]
     hidden: Float[Tensor, "n d"]
-    """What the LM head reads at the compared positions."""
+    """Input of the LM head at the compared positions."""
 
     @property
     def n_bytes(self) -> int:
-        """Memory it takes."""
+        """Memory of all tensors."""
         return sum(t.nbytes for t in (*self.streams.values(), self.hidden))
 
 
 def resumes_from(at: Hookpoint) -> Hookpoint | None:
-    """The block output from which a pass that changes stream `at` can go on; None: from the ids."""
+    """The block output at which a pass with an edit of stream `at` can start; None: at the ids."""
     stored = at.stored
     if stored.stream == "resid_post":
         return stored
@@ -134,40 +135,41 @@ class Passes:
         if self.head is None:
             raise ModelError(f"{model.name} has no LM head, so it predicts no next token")
         self.can_resume: dict[Hookpoint, bool] = {}
-        """Where resuming was tried, whether it gave what the whole pass gives."""
+        """Whether resuming there reproduces the whole pass, for the streams compared so far."""
         self._sizes: dict[int, int | None] = {}
+        """Length of the tuple that each block returns; None where it returns a tensor."""
 
     def clean(self, batch: Batch, wanted: Sequence[Hookpoint]) -> Clean:
-        """One whole pass; the streams are those wanted, by their `stored` names."""
-        with self._watching(), capture(self.model, list(wanted)) as streams:
+        """One whole pass; `wanted` streams are captured under their `stored` names."""
+        with self._recording_outputs(), capture(self.model, list(wanted)) as streams:
             hidden = self._run(batch)
         return Clean(dict(streams), hidden)
 
     def changed(
         self, batch: Batch, clean: Clean, at: Hookpoint, function: EditFunction
     ) -> Float[Tensor, "n d"]:
-        """What the LM head reads once `function` has changed stream `at`.
+        """Input of the LM head when `function` edits stream `at`.
 
-        Before the first use at a stream, a pass resumed there without a change is compared, on one
-        text, with a whole one; where they differ (a model that carries more than the residual
-        stream from block to block) whole passes are run instead, and `can_resume` says so.
+        Before the first use of a stream, a pass resumed there without an edit is compared with a
+        whole pass on one text. Where they differ, because the model passes more than the residual
+        stream from block to block, whole passes are run instead, as recorded in `can_resume`.
         """
         at = at.stored
         if at not in self.can_resume:
             self.model.check_streams([at])
-            self.can_resume[at] = self._try(batch.first(), at)
+            self.can_resume[at] = self._resumes_exactly(batch.first(), at)
         if self.can_resume[at]:
             return self._resumed(batch, clean, at, function)
         with edit(self.model, {at: function}):
             return self._run(batch)
 
-    def _try(self, batch: Batch, at: Hookpoint) -> bool:
+    def _resumes_exactly(self, batch: Batch, at: Hookpoint) -> bool:
         start = resumes_from(at)
         if start is None:
             return False
         clean = self.clean(batch, [start])
-        again = self._resumed(batch, clean, at, lambda stream: stream)
-        difference = (again - clean.hidden).float().abs().max()
+        resumed = self._resumed(batch, clean, at, lambda stream: stream)
+        difference = (resumed - clean.hidden).float().abs().max()
         return bool(difference <= 1e-3 * clean.hidden.float().abs().max())
 
     def _resumed(
@@ -177,19 +179,22 @@ class Passes:
         assert start is not None, f"nothing to resume from at {at.name}"
         values = clean.streams[start]
         if at == start:
-            with self._handing_on(start.layer, function(values)):
+            with self._resuming_after(start.layer, function(values)):
                 return self._run(batch)
-        with self._handing_on(start.layer, values), edit(self.model, {at: function}):
+        with self._resuming_after(start.layer, values), edit(self.model, {at: function}):
             return self._run(batch)
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
-        """Logits, float32, with all that the model does to them after its LM head."""
+        """Logits in float32, including what the model does after its LM head (such as a softcap).
+
+        The model runs on one token, with the input of its LM head replaced by `hidden`.
+        """
         device, last = self.model.device, self.model.n_layers - 1
         one = torch.tensor([[self.model.pad_id]], device=device)
-        nothing = hidden.new_zeros(1, 1, self.model.d_model)
+        zeros = hidden.new_zeros(1, 1, self.model.d_model)
         handle = self.head.register_forward_pre_hook(lambda _m, args: (hidden[None], *args[1:]))
         try:
-            with self._handing_on(last, nothing):
+            with self._resuming_after(last, zeros):
                 out = self.model.hf(
                     input_ids=one,
                     attention_mask=torch.ones_like(one),
@@ -201,11 +206,11 @@ class Passes:
         return out.logits[0].float()
 
     def _run(self, batch: Batch) -> Float[Tensor, "n d"]:
-        found: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def at_head(_module: Any, args: Any) -> Any:
-            found.append(args[0][batch.compared.to(args[0].device)])
-            # The model's own logits are not needed: one position's are made and dropped.
+            inputs.append(args[0][batch.compared.to(args[0].device)])
+            # The logits of this pass are not used, so they are computed at one position only.
             return (args[0][:1, :1], *args[1:])
 
         handle = self.head.register_forward_pre_hook(at_head)
@@ -218,99 +223,85 @@ class Passes:
             )
         finally:
             handle.remove()
-        if not found:
+        if not inputs:
             raise ModelError(f"{self.model.name} did not run its LM head, so nothing can be scored")
-        return found[-1]
+        return inputs[-1]
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Note, once, whether blocks give a tensor or a tuple, and of what length."""
+    def _recording_outputs(self) -> Iterator[None]:
+        """Record, once, whether each block returns a tensor or a tuple, and its length."""
         handles = []
 
-        def note(index: int) -> Any:
+        def record(index: int) -> Any:
             def on_output(_module: Any, _args: Any, output: Any) -> None:
                 self._sizes[index] = None if isinstance(output, Tensor) else len(output)
 
             return on_output
 
         if not self._sizes:
-            handles = [b.register_forward_hook(note(i)) for i, b in enumerate(self.model.blocks)]
+            handles = [b.register_forward_hook(record(i)) for i, b in enumerate(self.model.blocks)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def _handing_on(self, last: int, values: Tensor) -> Iterator[None]:
-        """Blocks up to `last` compute nothing and give `values`."""
-        before: list[tuple[Any, Any]] = []
-        try:
-            for index, block in enumerate(self.model.blocks):
-                if index > last:
-                    break
-                size = self._sizes[index]
-                output = values if size is None else (values, *[None] * (size - 1))
-                # accelerate puts a forward of its own on modules that it spreads over devices.
-                before.append((block, block.__dict__.get("forward")))
-                block.forward = lambda *_args, _output=output, **_options: _output
-            yield
-        finally:
-            for block, own in before:
-                del block.forward
-                if own is not None:
-                    block.forward = own
+    def _resuming_after(self, layer: int, values: Float[Tensor, "b t d"]) -> AbstractContextManager:
+        """Forward passes in which blocks up to `layer` do not run and the last returns `values`."""
+        size = self._sizes[layer]
+        output = values if size is None else (values, *[None] * (size - 1))
+        return skipping(self.model, layer + 1, output, torch.arange(len(values)))
 
 
 Streams = tuple[Hookpoint, ...]
-"""Streams that an SAE reads, and a transcoder predicts, by their stored names."""
+"""Streams that an SAE reads and, for a transcoder, predicts, under their stored names."""
 
 
 @dataclass(frozen=True)
 class Means:
-    """Means of what an SAE reconstructs, over positions."""
+    """Means over positions of the stream that an SAE reconstructs."""
 
     ordinary: Float[Tensor, " d"]
     of_all: Float[Tensor, " d"] | None
-    """With high-norm positions; None where there are none."""
+    """Including high-norm positions; None where there are none."""
 
 
 class HighNorm:
-    """Which of the positions to be spliced have high norms; `add` each batch, then `resolve`.
+    """High-norm positions among those to be spliced: call `add` for each batch, then `resolve`.
 
-    The median is over all positions of all texts that may be spliced, so that it does not depend
-    on batches. A position of high norm at any of an SAE's streams is one for that SAE.
+    The median norm is over the positions of all texts, so it does not depend on batches. A position
+    with a high norm in one of the streams of an SAE is excluded for this SAE.
     """
 
     def __init__(self, places: Sequence[Streams], max_norm_ratio: float | None) -> None:
         self.places, self.max_norm_ratio = places, max_norm_ratio
         self.masks: dict[Streams, list[Bool[Tensor, " n"]]] = {}
-        """Per SAE's streams and batch, which positions to be spliced are ordinary; on the CPU."""
+        """Per streams and batch, which positions to be spliced are ordinary; on the CPU."""
         self._norms: dict[Hookpoint, list[np.ndarray]] = {h: [] for p in places for h in p}
         self._totals: dict[Hookpoint, Tensor] = {}
 
     def add(self, batch: Batch, streams: Mapping[Hookpoint, Tensor]) -> None:
-        """Take in the streams of one batch."""
+        """Add the streams of one batch."""
         for hookpoint, norms in self._norms.items():
             x = values_at(streams[hookpoint], batch.spliced).cpu().double()
             norms.append(x.norm(dim=-1).numpy())
             self._totals[hookpoint] = self._totals.get(hookpoint, 0) + x.sum(0)
 
     def resolve(self) -> None:
-        """Find the high-norm positions, once every batch was added."""
+        """Determine the high-norm positions after all batches were added."""
         for place in self.places:
             norms = {h: np.concatenate(self._norms[h]) for h in place}
             limits = {h: norm_limit(values, self.max_norm_ratio) for h, values in norms.items()}
             sizes = [len(part) for part in self._norms[place[0]]]
-            kept = torch.from_numpy(ordinary_rows(norms, limits))
-            self.masks[place] = list(kept.split(sizes))
+            ordinary = torch.from_numpy(ordinary_rows(norms, limits))
+            self.masks[place] = list(ordinary.split(sizes))
 
     def n_excluded(self, place: Streams) -> int:
         """Number of high-norm positions."""
         return sum(int((~mask).sum()) for mask in self.masks[place])
 
     def ordinary(self, place: Streams, number: int, batch: Batch) -> Bool[Tensor, "b t"]:
-        """The batch's `spliced` without high-norm positions."""
+        """Mask of the batch's positions to be spliced, without high-norm positions."""
         return batch.spliced.masked_scatter(
             batch.spliced, self.masks[place][number].to(batch.spliced.device)
         )
@@ -318,8 +309,8 @@ class HighNorm:
     def means(
         self, again: Iterator[tuple[Batch, Mapping[Hookpoint, Tensor]]]
     ) -> dict[Streams, Means]:
-        """Means of each place's last stream; `again` gives all batches' streams once more, and is
-        read only where there are high-norm positions."""
+        """Means of the reconstructed stream of each place. `again` yields the streams of all batches
+        a second time; it is consumed only where there are high-norm positions."""
         n = sum(map(len, next(iter(self._norms.values()))))
         of_all = {p: self._totals[p[-1]] / n for p in self.places}
         high = [p for p in self.places if self.n_excluded(p)]
@@ -337,5 +328,5 @@ class HighNorm:
 
 
 def values_at(stream: Float[Tensor, "b t d"], where: Bool[Tensor, "b t"]) -> Float[Tensor, "n d"]:
-    """The stream at the true positions, row by row."""
+    """The stream at the positions where the mask is true, row by row."""
     return stream[where.to(stream.device)]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs, read_options, whole
-from saexp.analysis.contrast_notes import unequal_types
+from saexp.analysis.observations import unequal_types
 from saexp.config import AnalyzerConfig
 from saexp.data.tokenization import pieces
 from saexp.errors import ConfigError, DataError

@@ -23,12 +23,17 @@ from saexp.wording import counted
 Span = tuple[int, int]
 """[start, end) in characters."""
 
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff"
-    "\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+_UNSPACED_RANGES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-"""Thai, Lao, Burmese, Khmer, Japanese, Chinese and Korean characters: such text puts no space
-between words (or, in Korean, between a word and its particle)."""
+_HANGUL_RANGES = "\u3130-\u318f\uac00-\ud7af"
+UNSPACED_SCRIPT = re.compile(f"[{_UNSPACED_RANGES}]")
+"""A character of a script without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer,
+Japanese and Chinese."""
+UNSPACED = re.compile(f"[{_UNSPACED_RANGES}{_HANGUL_RANGES}]")
+"""A character that may be followed by another word without a space: those of `UNSPACED_SCRIPT`, and
+Korean, which puts spaces between words but not between a word and its particle."""
 
 
 def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:

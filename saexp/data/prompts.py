@@ -1,13 +1,12 @@
 """Prompts as token ids, in a chat template where one is set, and the first token of an answer."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from saexp.config import ModelConfig
-from saexp.data.examples import Example, Span
+from saexp.data.examples import UNSPACED_SCRIPT, Example, Span
 from saexp.data.positions import Unplaced
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import ModelError
@@ -149,12 +148,6 @@ def tokenize_prompts(
 
 _CLOSING = ",.;:?!)]\u201d\u2026"
 """Marks that are followed by a space: quotation marks and brackets that open are not."""
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
-)
-"""Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese: no space between words. (Korean puts
-one between words, if not before particles, and answers are words.)"""
 
 
 def foil_of(example: Example) -> str | None:
@@ -189,7 +182,8 @@ def answer_text(example: Example, answer: str) -> str:
 
 
 def _belongs_between(before: str, after: str) -> bool:
-    if _UNSPACED.match(before) or _UNSPACED.match(after):
+    # Korean puts a space before an answer, which is a word.
+    if UNSPACED_SCRIPT.match(before) or UNSPACED_SCRIPT.match(after):
         return False
     if before.isdecimal() and after.isdecimal():
         return False

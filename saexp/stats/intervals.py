@@ -8,13 +8,13 @@ from jaxtyping import Float, Int, Num, Shaped
 from scipy import special
 
 MIN_N = 10
-"""Fewer values have no interval: none of the methods in use covers a skewed mean there."""
+"""Smallest sample with an interval: for fewer values no method covers the mean of skewed data."""
 N_RESAMPLES = 2000
-_NUMBERS = 4_000_000
-"""Numbers held at once."""
+_CHUNK_VALUES = 4_000_000
+"""Values of one chunk of resamples."""
 
 _ROUNDING = 1e-12
-"""Differences that are smaller, relative to the values, are due to rounding."""
+"""Relative differences below this are attributed to rounding."""
 
 Limits = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 """Lower and upper limits."""
@@ -30,10 +30,10 @@ def mean_interval(
     """Bootstrap-t intervals of each column's mean (Efron and Tibshirani 1993, section 12.5).
 
     Rows are independent units. All columns share the resamples. NaN for fewer than `MIN_N` rows and
-    for a column whose values are all equal: its spread is unknown, not zero. At n = 10 it covers
-    the mean of exponential values in 94 % and of log-normal ones (sigma 1) in 91 % of samples,
-    where percentile intervals reach 87 and 81 %. A column that is 0 in most rows is covered in
-    84 to 90 % while about 2 rows are not 0, and in 93 % or more from about 5 on.
+    for columns whose values are all equal: their spread is unknown, not zero. At n = 10 the
+    coverage is 94% for exponential values and 91% for log-normal ones (sigma 1), where percentile
+    intervals reach 87% and 81%. For a column that is 0 in most rows it is 84% to 90% with about 2
+    nonzero rows, and at least 93% from about 5 nonzero rows on.
     """
     ones = np.ones((len(values), 1))
     return ratio_interval(values, ones, seed, n_resamples=n_resamples, confidence=confidence)
@@ -48,29 +48,29 @@ def difference_of_means(
     *,
     n_resamples: int = N_RESAMPLES,
 ) -> tuple[float, float, float]:
-    """Mean of the first group less that of the second, and its 95 % bootstrap-t interval.
+    """Mean of the first group minus that of the second: (difference, 95% bootstrap-t limits).
 
-    The difference is taken within every stratum in `weights` and averaged with these weights, which
-    sum to 1; units of other strata do not count. Each group of each stratum is resampled by itself.
-    The interval is NaN where a group has fewer than `MIN_N` units in all, a stratum has fewer than
-    2 of one, or the values do not vary within any group of a stratum.
+    The difference is taken within each stratum in `weights` and averaged with these weights, which
+    sum to 1; units of other strata are ignored. Each group of each stratum is resampled separately.
+    The interval is NaN where a group has fewer than `MIN_N` units, a stratum has fewer than 2 units
+    of a group, or the values do not vary within any group of a stratum.
     """
-    counted = np.array([stratum in weights for stratum in strata.tolist()], dtype=bool)
-    values, first, strata = values[counted], np.asarray(first[counted], bool), strata[counted]
+    used = np.array([stratum in weights for stratum in strata.tolist()], dtype=bool)
+    values, first, strata = values[used], np.asarray(first[used], bool), strata[used]
     cells = np.zeros(len(values), dtype=np.int64)
     factors = np.zeros(len(values))
-    for number, (name, weight) in enumerate(weights.items()):
+    for index, (name, weight) in enumerate(weights.items()):
         for side, sign in ((True, 1.0), (False, -1.0)):
             of_cell = (strata == name) & (first == side)
-            cells[of_cell] = 2 * number + side
+            cells[of_cell] = 2 * index + side
             factors[of_cell] = sign * weight / max(of_cell.sum(), 1)
     difference = float(factors @ values)
     largest = np.abs(values).max(initial=0.0)
     if abs(difference) <= _ROUNDING * largest:
         difference = 0.0
     by_cell = [values[cells == cell] for cell in range(2 * len(weights))]
-    small = min(first.sum(), (~first).sum()) < MIN_N or min(map(len, by_cell)) < 2
-    if small or max(map(np.ptp, by_cell)) <= _ROUNDING * largest:
+    too_small = min(first.sum(), (~first).sum()) < MIN_N or min(map(len, by_cell)) < 2
+    if too_small or max(map(np.ptp, by_cell)) <= _ROUNDING * largest:
         return difference, float("nan"), float("nan")
     n = len(values)
     low, high = ratio_interval(
@@ -94,12 +94,13 @@ def ratio_interval(
 ) -> Limits:
     """Bootstrap-t intervals of each column's sum of numerators over sum of denominators.
 
-    Rows are independent units, each with its sums over dependent rows (a text's tokens), so that
-    this is a cluster bootstrap. The standard error of ratio R, of the sample and of each resample,
-    is that of the linearised ratio, from the residuals numerator - R denominator (Davison and
-    Hinkley 1997, sections 2.7.2 and 3.8). Units of one of `cells` are resampled among themselves.
-    NaN for fewer than `MIN_N` rows, without resamples, where all residuals are 0, and where the
-    denominators' sum is 0 in the sample, or 0 or of the other sign in 5 % of the resamples.
+    Rows are independent units, each holding the sums over its dependent rows (such as the tokens of
+    a text), so this is a cluster bootstrap. The standard error of a ratio R, in the sample and in
+    each resample, is that of the linearised ratio, computed from the residuals
+    numerator - R denominator (Davison and Hinkley 1997, sections 2.7.2 and 3.8). Units are
+    resampled within their cell. NaN for fewer than `MIN_N` rows, without resamples, where all
+    residuals are 0, and where the sum of the denominators is 0 in the sample, or is 0 or changes
+    its sign in at least 5% of the resamples.
     """
     n, n_columns = numerators.shape
     low, high = np.full(n_columns, np.nan), np.full(n_columns, np.nan)
@@ -108,63 +109,63 @@ def ratio_interval(
         return low, high
     cells = np.zeros(n, dtype=np.int64) if cells is None else cells
     members = [np.flatnonzero(cells == cell) for cell in np.unique(cells)]
-    drawn = _draws(members, n_resamples, np.random.default_rng([seed, 53, n]))
+    counts = _resample_counts(members, n_resamples, np.random.default_rng([seed, 53, n]))
     varies = numerators.max(0) > numerators.min(0)
     varies = varies | (denominators.max(0) > denominators.min(0))
     usable = np.flatnonzero(varies & (total != 0) & np.isfinite(numerators.sum(0)))
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    step = max(1, _NUMBERS // n_resamples)
+    step = max(1, _CHUNK_VALUES // n_resamples)
     for start in range(0, len(usable), step):
-        some = usable[start : start + step]
-        x = denominators if denominators.shape[1] == 1 else denominators[:, some]
-        ratio = numerators[:, some].sum(0) / total[some]
-        residuals = numerators[:, some] - ratio * x
-        error = np.sqrt(_variance(np.ones((1, n)), residuals, members)[0]) / np.abs(total[some])
-        sums = drawn @ x
-        sums = np.where(sums * total[some] > 0, sums, np.nan)
-        shift = drawn @ residuals / sums
-        # A shift by the same number everywhere changes no variance.
-        moved = None if x.shape[1] == 1 and np.ptp(x) == 0 else (x, shift)
-        errors = np.sqrt(_variance(drawn, residuals, members, moved)) / np.abs(sums)
-        # A resample of equal residuals has no t; it is left out.
+        columns = usable[start : start + step]
+        x = denominators if denominators.shape[1] == 1 else denominators[:, columns]
+        ratio = numerators[:, columns].sum(0) / total[columns]
+        residuals = numerators[:, columns] - ratio * x
+        error = np.sqrt(_variance(np.ones((1, n)), residuals, members)[0]) / np.abs(total[columns])
+        sums = counts @ x
+        sums = np.where(sums * total[columns] > 0, sums, np.nan)
+        shift = counts @ residuals / sums
+        # Subtracting the same number from all residuals does not change their variance.
+        correction = None if x.shape[1] == 1 and np.ptp(x) == 0 else (x, shift)
+        errors = np.sqrt(_variance(counts, residuals, members, correction)) / np.abs(sums)
+        # A resample in which all residuals are equal has no t statistic and is left out.
         t = shift / np.where(errors > 1e-6 * error, errors, np.nan)
         defined = (np.isfinite(sums).mean(0) > 0.95) & (error > 1e-12 * np.abs(ratio))
         defined = defined & np.isfinite(t).any(0)
         with np.errstate(invalid="ignore"):
             upper, lower = np.nanquantile(np.where(defined, t, 0.0), tails, axis=0)
-        low[some] = np.where(defined, ratio - lower * error, np.nan)
-        high[some] = np.where(defined, ratio - upper * error, np.nan)
+        low[columns] = np.where(defined, ratio - lower * error, np.nan)
+        high[columns] = np.where(defined, ratio - upper * error, np.nan)
     return low, high
 
 
-def _draws(
+def _resample_counts(
     members: Sequence[Int[np.ndarray, " m"]], n_resamples: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "b n"]:
-    """How often each unit is drawn, its cell's number of units kept."""
-    drawn = np.zeros((n_resamples, sum(map(len, members))))
+    """How often each unit is drawn in each resample; the size of every cell is kept."""
+    counts = np.zeros((n_resamples, sum(map(len, members))))
     for units in members:
         m = len(units)
-        drawn[:, units] = rng.multinomial(m, np.full(m, 1 / m), size=n_resamples)
-    return drawn
+        counts[:, units] = rng.multinomial(m, np.full(m, 1 / m), size=n_resamples)
+    return counts
 
 
 def _variance(
-    drawn: Float[np.ndarray, "b n"],
+    counts: Float[np.ndarray, "b n"],
     residuals: Float[np.ndarray, "n k"],
     members: Sequence[Int[np.ndarray, " m"]],
-    moved: tuple[Float[np.ndarray, "n j"], Float[np.ndarray, "b k"]] | None = None,
+    correction: tuple[Float[np.ndarray, "n j"], Float[np.ndarray, "b k"]] | None = None,
 ) -> Float[np.ndarray, "b k"]:
-    """Variance of the sum of residuals over each resample, cells being independent.
+    """Variance of the sum of residuals in each resample; cells are independent.
 
-    `moved` is (x, shift): the residuals are those less shift * x.
+    With `correction` (x, shift), the residuals are `residuals` - shift * x.
     """
-    variance = np.zeros((len(drawn), residuals.shape[1]))
+    variance = np.zeros((len(counts), residuals.shape[1]))
     for units in members:
         m = len(units)
-        d, e = drawn[:, units], residuals[units]
+        d, e = counts[:, units], residuals[units]
         squares, total = d @ e**2, d @ e
-        if moved is not None:
-            x, shift = moved[0][units], moved[1]
+        if correction is not None:
+            x, shift = correction[0][units], correction[1]
             squares += shift**2 * (d @ x**2) - 2 * shift * (d @ (e * x))
             total -= shift * (d @ x)
         variance += (squares - total**2 / m) * (m / max(m - 1, 1))
@@ -172,12 +173,13 @@ def _variance(
 
 
 MIN_GROUP = 10
-"""Groups with fewer units have no interval of an AUROC or a separation: at 8 against 8 an AUROC of
-0.99 of a latent that is inactive on most units is covered in 85 % of samples."""
+"""Smallest group with an interval of an AUROC or a separation: at 8 against 8 units the coverage is
+only 85% for an AUROC of 0.99 of a latent that is inactive on most units."""
 _BISECTIONS = 60
 _LEVEL = 0.05
-"""Of the one-sided Poisson limits next to 0 and 1."""
+"""Level of the one-sided Poisson limits near 0 and 1."""
 _TINY = 1e-9
+_ONE_STRATUM = np.ones(1)
 
 
 class Interval(NamedTuple):
@@ -208,28 +210,10 @@ def wilson(
     middle = (rate + square / (2 * size)) / (1 + square / size)
     half = np.sqrt(square) / (1 + square / size)
     half = half * np.sqrt(rate * (1 - rate) / size + square / (4 * size**2))
-    # The rate itself is inside, also where rounding at 0 and 1 would leave it out.
+    # Include the rate itself, which rounding at 0 and 1 could leave out.
     low = np.clip(np.minimum(rate, middle - half), 0, 1)
     high = np.clip(np.maximum(rate, middle + half), 0, 1)
     return Interval(np.where(n > 0, low, 0.0)[()], np.where(n > 0, high, 1.0)[()])
-
-
-def difference_interval(
-    k_first: Num[np.ndarray, "..."] | float,
-    n_first: Num[np.ndarray, "..."] | float,
-    k_second: Num[np.ndarray, "..."] | float,
-    n_second: Num[np.ndarray, "..."] | float,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of p_first - p_second of independent samples.
-
-    Newcombe's hybrid of the two Wilson intervals (Newcombe 1998a, Statistics in Medicine 17:873,
-    method 10).
-    """
-    a, b = wilson(k_first, n_first, confidence), wilson(k_second, n_second, confidence)
-    first = np.asarray(k_first, float) / np.maximum(n_first, 1)
-    second = np.asarray(k_second, float) / np.maximum(n_second, 1)
-    return mover(first, a, second, b)
 
 
 def mover(
@@ -239,10 +223,11 @@ def mover(
     b: Interval,
     correlation: float = 0.0,
 ) -> Interval:
-    """Interval of first - second from the limits of each and the correlation of the estimates.
+    """Interval of first - second from the interval of each and the correlation of the estimates.
 
-    The method of variance estimates recovery (Zou 2007, Psychological Methods 12:399), of which
-    Newcombe's hybrids are cases. Both quantities lie in [0, 1].
+    This is the method of variance estimates recovery (MOVER: Zou 2007, Psychological Methods
+    12:399). With Wilson intervals it is Newcombe's hybrid interval of a difference of proportions
+    (1998a, Statistics in Medicine 17:873, method 10). Both quantities lie in [0, 1].
     """
     below, above = (
         np.sqrt(np.maximum(x**2 - 2 * correlation * x * y + y**2, 0.0))
@@ -260,33 +245,33 @@ def separation_interval(
     weights: Float[np.ndarray, " n_strata"],
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of first - second, means of units' values in [0, 1], averaged over strata.
+    """Interval of first - second, two means over units with values in [0, 1] and over strata.
 
-    `first` and `second` are sums over strata of weight times the stratum's mean, with weights that
-    sum to 1; n are numbers of units. Newcombe's hybrid (see `difference_interval`) of Wilson's
-    limits, each at the group's effective size 1 / sum(w^2 / n), which is n for one stratum, and
-    widened next to 0 and 1 as Brown, Cai and DasGupta do (2001, Statistical Science 16:101, section
-    4.1.1): without that, a separation of 0.99 is covered in 90 % of samples at n = 10. Variances
-    between strata and of values other than 0 and 1 are smaller than assumed, so the interval is
-    wider than necessary there. NaN where a group has fewer than `MIN_GROUP` units.
+    `first` and `second` are weighted means over the strata, with weights that sum to 1; `n_first`
+    and `n_second` are numbers of units. Newcombe's hybrid (`mover`) of Wilson limits, each at the
+    effective size 1 / sum(w^2 / n) of the group, which is n for one stratum. The limits are widened
+    near 0 and 1 as by Brown, Cai and DasGupta (2001, Statistical Science 16:101, section 4.1.1);
+    otherwise the coverage of a separation of 0.99 would be 90% at n = 10. With several strata, and
+    for values other than 0 and 1, the variance is smaller than assumed and the interval wider than
+    necessary. NaN where a group has fewer than `MIN_GROUP` units.
     """
     sizes = [1 / float((weights**2 / n).sum()) for n in (n_first, n_second)]
     limits = [
         _modified_wilson(rate, n, confidence)
         for rate, n in zip((first, second), sizes, strict=True)
     ]
-    found = mover(first, limits[0], second, limits[1])
-    return _without_small_groups(found, n_first, n_second)
+    interval = mover(first, limits[0], second, limits[1])
+    return _without_small_groups(interval, n_first, n_second)
 
 
 def _modified_wilson(rate: Float[np.ndarray, "..."], n: float, confidence: float) -> Interval:
-    """Wilson's limits, those next to 0 and 1 replaced by Poisson limits where these are wider."""
+    """Wilson limits, near 0 and 1 replaced by Poisson limits where these are wider."""
     low, high = wilson(rate * n, n, confidence)
-    few = 2 if n <= 50 else 3
+    max_count = 2 if n <= 50 else 3
     ends = []
-    for share in (rate, 1 - rate):
-        poisson = special.gammaincinv(np.maximum(share * n, _TINY), _LEVEL) / n
-        near = (share > _TINY) & (share * n <= few * (1 + _TINY))
+    for fraction in (rate, 1 - rate):
+        poisson = special.gammaincinv(np.maximum(fraction * n, _TINY), _LEVEL) / n
+        near = (fraction > _TINY) & (fraction * n <= max_count * (1 + _TINY))
         ends.append(np.where(near, poisson, 1.0))
     return Interval(np.minimum(low, ends[0]), np.maximum(high, 1 - ends[1]))
 
@@ -306,12 +291,11 @@ def paired_difference_interval(
     n_neither: float,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of p_first - p_second of pairs, from the counts of the four outcomes of a pair.
+    """Interval of p_first - p_second in paired data, from the counts of the four outcomes.
 
-    The hybrid of `difference_interval` with the correlation of the two outcomes taken into account
-    (Newcombe 1998b, Statistics in Medicine 17:2635, method 10, with its continuity-corrected phi),
-    from limits that are wider next to 0 and 1 as in `stratified_difference_interval`. (-1, 1)
-    without pairs.
+    Newcombe's hybrid (`mover`) with the correlation of the two outcomes (1998b, Statistics in
+    Medicine 17:2635, method 10, with continuity-corrected phi), from limits that are widened near
+    0 and 1 as in `separation_interval`. (-1, 1) without pairs.
     """
     a, b, c, d = n_both, n_first_only, n_second_only, n_neither
     n = a + b + c + d
@@ -332,11 +316,11 @@ def paired_difference_interval(
 def paired_change_interval(
     before: Float[np.ndarray, " n"], after: Float[np.ndarray, " n"], confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of mean(after) - mean(before), one pair of values in [0, 1] per unit.
+    """Interval of mean(after) - mean(before), with one pair of values in [0, 1] per unit.
 
-    Of outcomes 0 and 1 it is `paired_difference_interval`. A fraction (the mean of several
-    prompts) is counted as so much of a 1: as v^2 <= v, the variance that the counts imply is at
-    least that of the values, so the interval is then too wide rather than too narrow.
+    For outcomes 0 and 1 it equals `paired_difference_interval`. Fractions (means over several
+    prompts) are added to the counts as fractions of a 1: because v^2 <= v, the variance implied by
+    the counts is at least that of the values, so the interval is too wide rather than too narrow.
 
     >>> low, high = paired_change_interval(np.zeros(10), np.ones(10))
     >>> round(low, 2), high
@@ -350,39 +334,26 @@ def paired_change_interval(
 
 def auroc_interval(
     auroc: Float[np.ndarray, "..."] | float,
-    n_first: int,
-    n_second: int,
+    n_first: Num[np.ndarray, " n_strata"] | int,
+    n_second: Num[np.ndarray, " n_strata"] | int,
+    weights: Float[np.ndarray, " n_strata"] = _ONE_STRATUM,
     variance: Float[np.ndarray, "..."] | float = 0.0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of an AUROC by Newcombe's method 5; see `stratified_auroc_interval`.
+    """Interval of an AUROC, or of the mean of the strata's AUROCs with weights that sum to 1.
+
+    Solves |a - t| = z sqrt(sum of w^2 V(t)) for t. V is Hanley and McNeil's variance of exponential
+    groups in each stratum, with both n_first - 1 and n_second - 1 replaced by their mean (Newcombe
+    2006, Statistics in Medicine 25:559, method 5). It assumes values without ties and with equal
+    spread, and is too small where the smaller group spreads more (10 against 200 units: 83% of
+    intervals cover). `variance` is DeLong's variance of the same estimate; where it is larger than
+    V at a, V is scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
 
     >>> low, high = auroc_interval(1.0, 10, 10)
     >>> round(float(low), 2), float(high)
     (0.8, 1.0)
     """
-    return stratified_auroc_interval(
-        auroc, np.array([n_first]), np.array([n_second]), np.ones(1), variance, confidence
-    )
-
-
-def stratified_auroc_interval(
-    auroc: Float[np.ndarray, "..."] | float,
-    n_first: Num[np.ndarray, " n_strata"],
-    n_second: Num[np.ndarray, " n_strata"],
-    weights: Float[np.ndarray, " n_strata"],
-    variance: Float[np.ndarray, "..."] | float = 0.0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of the weighted mean of the strata's AUROCs; the weights sum to 1.
-
-    Solves |a - t| = z sqrt(sum of w^2 V(t)) for t. V is Hanley and McNeil's variance of exponential
-    groups in each stratum, with both n_first - 1 and n_second - 1 replaced by their mean (Newcombe
-    2006, Statistics in Medicine 25:559, method 5). It is that of values without ties and with equal
-    spread: where the smaller group spreads more it is too small (10 against 200 units: 83 % are
-    covered). `variance` is DeLong's of the same estimate; where that is larger than V at a, V is
-    scaled up to it. NaN where a group has fewer than `MIN_GROUP` units.
-    """
+    n_first, n_second = np.atleast_1d(n_first), np.atleast_1d(n_second)
     observed, z = np.asarray(auroc, float), _z(confidence)
     error = _auroc_error(observed, n_first, n_second, weights, variance)
 
@@ -408,9 +379,8 @@ def auroc_p_value(
     weights: Float[np.ndarray, " n_strata"],
     variance: float = 0.0,
 ) -> float:
-    """Two-sided p-value of an AUROC of 0.5, which agrees with `stratified_auroc_interval`.
-
-    An interval of confidence 1 - p has 0.5 at its limit. NaN for groups of fewer than `MIN_GROUP`.
+    """Two-sided p-value of the hypothesis that an AUROC is 0.5, consistent with `auroc_interval`:
+    the interval with confidence 1 - p has 0.5 as a limit. NaN for groups of fewer than `MIN_GROUP`.
     """
     if min(n_first.sum(), n_second.sum()) < MIN_GROUP:
         return float("nan")
@@ -425,7 +395,7 @@ def _auroc_error(
     weights: Float[np.ndarray, " n_strata"],
     variance: Float[np.ndarray, "..."] | float,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The standard error of a weighted mean AUROC as a function of its true value."""
+    """Standard error of a weighted mean of AUROCs, as a function of the true value."""
     per_pair = weights**2 / (n_first * n_second)
     plain = per_pair.sum()
     shared = (per_pair * ((n_first + n_second) / 2 - 1)).sum()

@@ -1,4 +1,4 @@
-"""A logistic probe of two groups; its penalty is chosen by cross-validation over entities."""
+"""Logistic regression of two groups, with the penalty chosen by cross-validation over units."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from saexp.errors import DataError
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Inverse L2 penalties that cross-validation chooses from by default."""
+"""Default inverse L2 penalties among which cross-validation chooses."""
 MAX_TRAIN = 20_000
-"""Most rows a probe is fitted on by default."""
+"""Default limit on the number of rows that a probe is fitted on."""
 MAX_ITERATIONS = 2000
 N_FOLDS = 5
 
@@ -28,24 +28,24 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A linear probe; a row is called the first group where its score is above 0."""
+    """A linear probe; rows with a score above 0 are classified as the first group."""
 
     score: Callable[[Any], np.ndarray]
-    """`[n, d]`, sparse where the inputs were -> `[n]`."""
+    """`[n, d]` (sparse if the training inputs were sparse) -> `[n]`."""
     weights: np.ndarray
-    """`[d]`, per standard deviation of each input on train."""
+    """`[d]`, per standard deviation of each input on the train rows."""
     direction: np.ndarray
-    """`[d]`, per unit of each input: the score's gradient."""
+    """`[d]`, per unit of each input: the gradient of the score."""
     c: float
-    """Inverse strength of the L2 penalty that cross-validation chose."""
+    """Inverse L2 penalty chosen by cross-validation."""
     cv_log_loss: float
     converged: bool
 
 
 def folds(first: Bool[np.ndarray, " n"], units: Shaped[np.ndarray, " n"], seed: int) -> Folds:
-    """Up to N_FOLDS (train, validation) index pairs; a unit is never on both sides.
+    """Up to N_FOLDS pairs of (train, validation) indices; all rows of a unit are on one side.
 
-    Raises DataError where not even two folds have both groups on both sides.
+    Raises DataError where even two folds would not have both groups on both sides.
     """
     fewest = min(len(np.unique(units[first == g])) for g in (True, False))
     for n in range(min(N_FOLDS, fewest), 1, -1):
@@ -54,8 +54,8 @@ def folds(first: Bool[np.ndarray, " n"], units: Shaped[np.ndarray, " n"], seed: 
         if all(len(np.unique(first[i])) == 2 for pair in pairs for i in pair):
             return pairs
     raise DataError(
-        f"{fewest} units of the smaller group on the train split are too few to cross-validate a "
-        "probe; add rows, or change dataset.split"
+        "too few units to cross-validate a probe: the smaller group has "
+        f"{fewest} on the train split; add rows, or change dataset.split"
     )
 
 
@@ -67,10 +67,10 @@ def fit_logistic(
     *,
     standardise: bool = True,
 ) -> Fitted:
-    """Logistic regression with an L2 penalty, on standardised inputs or, with `standardise=False`,
-    on inputs as they are (sparse ones stay sparse).
+    """Logistic regression with an L2 penalty.
 
-    Its strength is the one with the smallest log loss on the validation sides of `pairs`.
+    Inputs are standardised unless `standardise` is false, in which case sparse inputs stay sparse.
+    The penalty is the one with the smallest log loss on the validation sides of `pairs`.
     """
     scaler = StandardScaler(with_mean=standardise, with_std=standardise)
     pipeline = make_pipeline(scaler, LogisticRegression(max_iter=MAX_ITERATIONS))
@@ -84,7 +84,7 @@ def fit_logistic(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         search.fit(x, first)
-    slow = any(issubclass(w.category, ConvergenceWarning) for w in caught)
+    warned = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     best: Any = search.best_estimator_
     weights = best[-1].coef_[0]
     return Fitted(
@@ -93,12 +93,12 @@ def fit_logistic(
         direction=weights if best[0].scale_ is None else weights / best[0].scale_,
         c=float(search.best_params_["logisticregression__C"]),
         cv_log_loss=-float(search.best_score_),
-        converged=not slow,
+        converged=not warned,
     )
 
 
 def limited(rows: Int[np.ndarray, " n"], most: int, seed: int) -> Int[np.ndarray, " m"]:
-    """`rows`, or a seeded choice of `most` of them in their order where there are more."""
+    """`rows`, or a random sample of `most` of them, in order, where there are more."""
     if len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng([seed, 23]).choice(rows, most, replace=False))

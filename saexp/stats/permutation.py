@@ -14,78 +14,78 @@ from saexp.errors import DataError
 from saexp.stats.intervals import mean_interval, wilson
 
 
-def derived_seed(seed: int, *of: object) -> int:
-    """A seed for one purpose: it depends on all of `of`, a layer or a stream among them."""
-    digest = hashlib.sha256(repr((seed, *of)).encode()).digest()
+def derived_seed(seed: int, *purpose: object) -> int:
+    """A seed for one purpose, such as ("controls", layer, stream); equal for equal arguments."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def random_directions(n: int, d: int, seed: int, *of: object) -> Float[Tensor, "n d"]:
-    """Unit vectors, uniform on the sphere; unrelated where `seed` or anything in `of` differs.
+def random_directions(n: int, d: int, seed: int, *purpose: object) -> Float[Tensor, "n d"]:
+    """Unit vectors, uniform on the sphere, float32 on the CPU and so equal on every device.
 
-    `of` holds what the directions belong to, such as the stream's name, so that controls of two
-    layers share nothing. Drawn on the CPU in float32: equal on every device, and the first rows
-    are the same for any `n`.
+    Directions are independent where `seed` or `purpose` (such as the name of the stream) differ, so
+    that controls at two layers are unrelated. The first rows are the same for any `n`.
 
     >>> random_directions(2, 64, 0, "layer_1.resid_post").norm(dim=-1)
     tensor([1., 1.])
     """
-    generator = torch.Generator().manual_seed(derived_seed(seed, d, *of))
+    generator = torch.Generator().manual_seed(derived_seed(seed, d, *purpose))
     rows = [torch.randn(d, generator=generator) for _ in range(n)]
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1) if n else torch.empty(0, d)
 
 
 MIN_CONTROLS = 19
-"""With fewer controls no rank p-value can reach 0.05."""
+"""Smallest number of controls with which a rank p-value can reach 0.05."""
 
 
-def rank_p_value(own: float, controls: Float[np.ndarray, " k"]) -> float:
-    """Two-sided rank p-value: (1 + number of controls at least as extreme) / (k + 1).
+def rank_p_value(value: float, controls: Float[np.ndarray, " k"]) -> float:
+    """Two-sided rank p-value of `value`: (1 + number of controls as extreme) / (k + 1).
 
-    Extreme is far from the median of all k + 1 values, which treats them alike, so that the p-value
-    is valid whatever their distribution (Phipson and Smyth 2010). It is never below 1 / (k + 1),
-    and NaN without controls.
+    Extremeness is the distance from the median of all k + 1 values. It treats the value and the
+    controls alike, so the p-value is valid for any distribution (Phipson and Smyth 2010). It is at
+    least 1 / (k + 1), and NaN without controls.
 
     >>> rank_p_value(0.9, np.array([0.1, 0.0, -0.1, 0.05]))
     0.2
     """
     if not len(controls):
         return float("nan")
-    values = np.append(controls, own)
+    values = np.append(controls, value)
     distance = np.abs(values - np.median(values))
-    # Distances that differ by rounding alone are equal.
+    # The tolerance makes distances equal that differ only by rounding.
     as_extreme = distance[:-1] >= distance[-1] - 1e-12
     return float((1 + as_extreme.sum()) / len(values))
 
 
-def prediction_p_value(own: float, controls: Float[np.ndarray, " k"]) -> float:
-    """Two-sided p-value of one more draw from the controls' distribution, taken as normal.
+def prediction_p_value(value: float, controls: Float[np.ndarray, " k"]) -> float:
+    """Two-sided p-value of `value` as another draw from the normal distribution of the controls.
 
-    t = (own - mean) / (s sqrt(1 + 1/k)) with k - 1 degrees of freedom (Crawford and Howell 1998).
+    t = (value - mean) / (s sqrt(1 + 1/k)) with k - 1 degrees of freedom (Crawford and Howell 1998).
     NaN for fewer than 3 controls, or controls that are all equal.
     """
     k = len(controls)
     spread = float(controls.std(ddof=1)) if k > 2 else 0.0
     if spread <= 0:
         return float("nan")
-    t = (own - controls.mean()) / (spread * np.sqrt(1 + 1 / k))
+    t = (value - controls.mean()) / (spread * np.sqrt(1 + 1 / k))
     return float(2 * special.stdtr(k - 1, -abs(t)))
 
 
 N_FLIPS = 10_000
 ROUNDING = 1e-12
-"""Statistics that differ by less, on the scale of one unit's difference, are equal."""
-_NUMBERS = 4_000_000
-"""Numbers held at once."""
+"""Statistics that differ by less, relative to the mean absolute difference, count as equal."""
+_CHUNK_VALUES = 4_000_000
+"""Values of one chunk of flips."""
 
 
 def sign_flip_p_values(
     differences: Float[np.ndarray, "n k"], seed: int, n_flips: int = N_FLIPS
 ) -> Float[np.ndarray, " k"]:
-    """Two-sided p-value of each column's mean being 0 (Fisher 1935); rows are independent units.
+    """Two-sided sign-flip test that each column's mean is 0 (Fisher 1935); rows are units.
 
-    All 2^n sign flips are taken where they are no more than `n_flips`; else p = (1 + those as
-    large) / (1 + n_flips) over random ones (Phipson and Smyth 2010), which all columns share.
+    All 2^n sign flips are enumerated where there are at most `n_flips` of them. Otherwise random
+    flips, the same for all columns, give p = (1 + number with as large a statistic) / (1 + n_flips)
+    (Phipson and Smyth 2010).
     """
     n, n_columns = differences.shape
     limit = np.abs(differences.mean(0)) - ROUNDING * np.abs(differences).mean(0)
@@ -97,18 +97,20 @@ def sign_flip_p_values(
 
 
 def flip_p_values(
-    as_large: Float[np.ndarray, " k"], n_made: int, n_units: int, n_flips: int
+    as_large: Float[np.ndarray, " k"], n_evaluated: int, n_units: int, n_flips: int
 ) -> Float[np.ndarray, " k"]:
-    """From counts of flips with a statistic as large as the observed one, out of `n_made`."""
-    return as_large / n_made if _all(n_units, n_flips) else (1 + as_large) / (1 + n_made)
+    """p-values from how many of `n_evaluated` flips have a statistic as large as the observed."""
+    if _is_exhaustive(n_units, n_flips):
+        return as_large / n_evaluated
+    return (1 + as_large) / (1 + n_evaluated)
 
 
 def flips(
     n_units: int, n_columns: int, n_flips: int, seed: int
 ) -> Iterator[Float[np.ndarray, "m n_units"]]:
-    """Signs, all of them or random ones, as many at once as memory allows."""
-    step = max(1, _NUMBERS // max(n_units, n_columns))
-    if _all(n_units, n_flips):
+    """Chunks of sign flips: all of them, or `n_flips` random ones where there are more."""
+    step = max(1, _CHUNK_VALUES // max(n_units, n_columns))
+    if _is_exhaustive(n_units, n_flips):
         bits = np.arange(n_units)
         for start in range(0, 2**n_units, step):
             numbers = np.arange(start, min(start + step, 2**n_units))[:, None]
@@ -120,20 +122,20 @@ def flips(
         yield rng.integers(2, size=(m, n_units), dtype=np.int8) * 2.0 - 1
 
 
-def _all(n_units: int, n_flips: int) -> bool:
+def _is_exhaustive(n_units: int, n_flips: int) -> bool:
     return n_units < 63 and 2**n_units <= n_flips
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Second minus first, averaged over units."""
+    """Mean over units of second - first, with its interval and test."""
 
     n_units: int
     mean_first: float
     mean_second: float
     difference: float
     ci_low: float
-    """Bootstrap-t over units; NaN for fewer than 10 units and where all differences are equal."""
+    """Bootstrap-t over units; NaN for fewer than 10 units or where all differences are equal."""
     ci_high: float
     p_value: float
     """Two-sided sign-flip permutation test of a mean difference of 0."""
@@ -141,16 +143,16 @@ class PairedDifference:
 
 @dataclass(frozen=True)
 class PairedHeads:
-    """What `paired_head_test` found."""
+    """Differences of attention heads, and their tests."""
 
     overall: PairedDifference
     """Of the mean over all heads."""
     difference: Float[np.ndarray, " h"]
     """Mean over units."""
     p_value: Float[np.ndarray, " h"]
-    """Sign-flip test of each head by itself."""
+    """Sign-flip test of each head, uncorrected."""
     p_corrected: Float[np.ndarray, " h"]
-    """Corrected for all heads: the chance of one false finding among them is bounded."""
+    """Corrected for testing all heads (familywise error rate)."""
 
 
 def paired_difference(
@@ -162,10 +164,10 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedDifference:
-    """Mean over units of `second - first`, row by row paired.
+    """Mean over units of `second - first`, whose rows are paired; rows of a unit are averaged.
 
-    The p-value is `sign_flip_p_values`', the interval `mean_interval`'s.
-    Raises DataError for lengths that differ, no rows, and values that are not finite.
+    See `sign_flip_p_values` for the p-value and `mean_interval` for the interval. Raises DataError
+    for unequal lengths, no rows, and values that are not finite.
     """
     a, b = (_by_unit(_checked(v, units)[:, None], units)[:, 0] for v in (first, second))
     return _paired(a, b, n_permutations, confidence, seed)
@@ -180,16 +182,16 @@ def paired_head_test(
     *,
     confidence: float = 0.95,
 ) -> PairedHeads:
-    """`edited - original` of every head, and of their mean, over units.
+    """Test `edited - original` of every head, and of the mean over heads; units are independent.
 
-    Per head the statistic is the mean over the root mean square of the units' differences, which
-    rises with Student's t and is on one scale for all heads. Corrected p-values are Westfall and
-    Young's step-down maxT (1993, algorithm 4.1): each flip turns all heads of a unit together, so
-    the correlation of heads is kept; they bound the familywise error whichever heads changed.
-    Raises as `paired_difference`.
+    The statistic of a head is the mean divided by the root mean square of the units' differences,
+    which increases with Student's t and is on the same scale for all heads. Corrected p-values use
+    Westfall and Young's step-down maxT method (1993, algorithm 4.1): each flip applies to all heads
+    of a unit, which preserves the correlation of heads. They control the familywise error rate
+    whichever heads changed. Raises DataError as `paired_difference` does.
     """
     if original.shape != edited.shape:
-        raise DataError(f"{original.shape} original and {edited.shape} edited values: no pairs")
+        raise DataError(f"shapes {original.shape} and {edited.shape} of paired values differ")
     a, b = (_by_unit(_checked(v, units), units) for v in (original, edited))
     overall = _paired(a.mean(1), b.mean(1), n_permutations, confidence, seed)
     differences = b - a
@@ -199,20 +201,20 @@ def paired_head_test(
     order = np.argsort(-observed, kind="stable")
     ranked = observed[order]
     limit = ranked - ROUNDING
-    alone = np.zeros(len(order))
-    largest = np.zeros(len(order))
+    n_single = np.zeros(len(order))
+    n_largest = np.zeros(len(order))
     total = 0
     for signs in flips(len(scaled), len(order), n_permutations, seed):
         flipped = np.abs(signs @ scaled[:, order]) / len(scaled)
-        alone += (flipped >= limit).sum(0)
-        # The largest among each head and those that changed less.
-        rest = np.maximum.accumulate(flipped[:, ::-1], axis=1)[:, ::-1]
-        largest += (rest >= limit).sum(0)
+        n_single += (flipped >= limit).sum(0)
+        # Maximum over each head and the heads with a smaller observed statistic.
+        maxima = np.maximum.accumulate(flipped[:, ::-1], axis=1)[:, ::-1]
+        n_largest += (maxima >= limit).sum(0)
         total += len(signs)
     p_value, corrected = np.empty(len(order)), np.empty(len(order))
-    p_value[order] = flip_p_values(alone, total, len(scaled), n_permutations)
+    p_value[order] = flip_p_values(n_single, total, len(scaled), n_permutations)
     corrected[order] = np.maximum.accumulate(
-        flip_p_values(largest, total, len(scaled), n_permutations)
+        flip_p_values(n_largest, total, len(scaled), n_permutations)
     )
     return PairedHeads(overall, differences.mean(0), p_value, corrected)
 
@@ -220,20 +222,20 @@ def paired_head_test(
 def _checked(values: np.ndarray, units: Sequence[object] | np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if len(values) != len(units):
-        raise DataError(f"{len(values)} values for {len(units)} units; give one unit a row")
+        raise DataError(f"{len(values)} values for {len(units)} units; pass one unit per row")
     if not values.size:
-        raise DataError("no pairs to compare: the data set left no row")
+        raise DataError("there are no pairs to compare: no row of the data set is left")
     if not np.isfinite(values).all():
         row = int(np.argwhere(~np.isfinite(values))[0, 0])
-        raise DataError(f"row {row} has a value that is not a finite number; leave it out")
+        raise DataError(f"row {row} has a value that is not finite; leave this row out")
     return values
 
 
 def _by_unit(values: np.ndarray, units: Sequence[object] | np.ndarray) -> np.ndarray:
     """`[n, h]` -> means `[u, h]`, units in order of first appearance."""
-    place: dict[object, int] = {}
-    of_row = np.array([place.setdefault(unit, len(place)) for unit in units])
-    sums = np.zeros((len(place), values.shape[1]))
+    index: dict[object, int] = {}
+    of_row = np.array([index.setdefault(unit, len(index)) for unit in units])
+    sums = np.zeros((len(index), values.shape[1]))
     np.add.at(sums, of_row, values)
     return sums / np.bincount(of_row)[:, None]
 
@@ -245,7 +247,7 @@ def _paired(
     confidence: float,
     seed: int,
 ) -> PairedDifference:
-    """From one value a unit."""
+    """The paired difference of one value per unit."""
     differences = second - first
     low, high = mean_interval(differences[:, None], seed, confidence=confidence)
     return PairedDifference(
@@ -260,7 +262,7 @@ def _paired(
 
 
 def claim_share(name: str, n_claims: int, n: int) -> dict[str, float | int | None]:
-    """Metric `name`, n_claims / n, with `_n` and its Wilson interval; null where n is 0."""
+    """Metric `name` = n_claims / n with its Wilson interval, and `<name>_n`; null where n is 0."""
     low, high = wilson(n_claims, n)
     values = (n_claims / n, float(low), float(high)) if n else (None, None, None)
     names = (name, f"{name}_ci_low", f"{name}_ci_high")

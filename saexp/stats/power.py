@@ -1,10 +1,12 @@
-"""Multiple testing, and what a sample of this size could have detected."""
+"""Corrections for multiple testing, and the smallest effects that a sample can detect."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
+
+from saexp.stats.rank_tests import log_choose
 
 POWER = 0.8
 _MOST = 1 - 1e-9
@@ -15,21 +17,22 @@ def detectable_auroc(
 ) -> float | None:
     """Smallest AUROC above 0.5 that van Elteren's two-sided test detects with this power.
 
-    `sizes` are the two groups' observations in each stratum, with at least one of both; one stratum
-    is the Mann-Whitney test. The variance under no effect is that of U without ties (Noether 1987,
-    Journal of the American Statistical Association 82:645), under the effect Hanley and McNeil's
-    (1982, Radiology 143:29), which is smaller. Ties, which latents that are rarely active have many
-    of, make both smaller, so for those a smaller AUROC is detectable. None where even a perfect
-    separation would not pass.
+    `sizes` are the numbers of observations of both groups (each at least 1) in every stratum; with
+    one stratum the test is Mann and Whitney's. The variance under the null hypothesis is that of U
+    without ties (Noether 1987, Journal of the American Statistical Association 82:645), under the
+    alternative Hanley and McNeil's (1982, Radiology 143:29), which is smaller. Ties reduce both, so
+    a smaller AUROC is detectable for latents that are rarely active. None where even a perfect
+    separation would not be significant.
     """
     n1, n2 = np.array(sizes, dtype=float).T
     w = 1 / (n1 + n2 + 1)
     pairs = w * n1 * n2
     null = w**2 * n1 * n2 * (n1 + n2 + 1) / 12
-    # Half a step of U; of strata that differ in weight, their mean step by share of the variance.
+    # Continuity correction: half a step of U. Where strata differ in weight, steps are averaged
+    # with their contributions to the variance.
     step = (w * null).sum() / null.sum() / 2
     critical = (-special.ndtri(alpha / 2) * np.sqrt(null.sum()) + step) / pairs.sum()
-    rarest = 2 * np.exp(-sum(_log_choose(a + b, a) for a, b in sizes))
+    rarest = 2 * np.exp(-sum(log_choose(a + b, a) for a, b in sizes))
     if critical >= 0.5 or rarest > alpha:
         return None
 
@@ -47,19 +50,15 @@ def _variance(auroc: float, n1: np.ndarray, n2: np.ndarray) -> np.ndarray:
     return inner / (n1 * n2)
 
 
-def _log_choose(n: float, k: float) -> float:
-    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
-
-
 def detectable_change(n: int, baseline: float, alpha: float, power: float = POWER) -> float | None:
     """Smallest change of a rate from `baseline` that a paired test of n units detects.
 
-    Exact: the number of units that change is binomial, with the two outcomes of a unit taken as
-    independent (more change than with outcomes that agree, so this is the conservative case: Connor
-    1987, Biometrics 43:207); given that number the test is the exact McNemar test, which equals the
-    sign-flip test of 0/1 outcomes. Positive for an increase, which is what is looked for from a
-    baseline up to a half, negative for a decrease from a higher one. None where no change would be
-    detected.
+    The calculation is exact. The number of units that change is binomial, assuming that the two
+    outcomes of a unit are independent, which is conservative because more units change than with
+    correlated outcomes (Connor 1987, Biometrics 43:207). Given this number, the test is McNemar's
+    exact test, which equals the sign-flip test of 0/1 outcomes. The change is an increase (above 0)
+    from a baseline of at most 0.5 and a decrease (below 0) from a higher one. None where no change
+    can be detected.
     """
     sign = 1 if baseline <= 0.5 else -1
     low = min(baseline, 1 - baseline)
@@ -75,10 +74,9 @@ def detectable_change(n: int, baseline: float, alpha: float, power: float = POWE
 
 
 def paired_power(n: int, rate: float, change: float, smallest: np.ndarray) -> float:
-    """Probability that the exact McNemar test finds an increase of the rate by `change`.
+    """Probability that McNemar's exact test detects an increase of the rate by `change`.
 
-    `smallest` is per number of units that change the smallest number of increases that is
-    significant.
+    `smallest[m]` is the smallest significant number of increases among m units that change.
     """
     up, down = (rate + change) * (1 - rate), rate * (1 - rate - change)
     changed = np.arange(n + 1)
@@ -88,8 +86,8 @@ def paired_power(n: int, rate: float, change: float, smallest: np.ndarray) -> fl
 
 
 def _smallest_majority(n: int, alpha: float) -> np.ndarray:
-    """`[n + 1]`: per number m of changes, the smallest number of increases with p <= alpha; m + 1
-    where none has."""
+    """`[n + 1]`: for each number m of changes, the smallest number of increases with p <= alpha, or
+    m + 1 where there is none."""
     m = np.arange(n + 1)
     # P(X >= k) = sf(k - 1) <= alpha / 2; k = m - (largest j with P(X <= j) <= alpha / 2).
     j = stats.binom.ppf(alpha / 2, m, 0.5)
@@ -98,13 +96,13 @@ def _smallest_majority(n: int, alpha: float) -> np.ndarray:
 
 
 ALPHA = 0.05
-"""Level at which effects, adjusted by `holm`, are called one."""
+"""Significance level of effects, for p-values adjusted by `holm`."""
 
 
 def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values that bound the chance of one false finding in the family (Holm 1979).
+    """Adjusted p-values that control the familywise error rate (Holm 1979).
 
-    Valid however the tests depend on each other. NaN stays NaN and is not counted as a test.
+    Valid for any dependence between the tests. NaN stays NaN and does not count as a test.
 
     >>> holm(np.array([0.01, 0.04, np.nan])).tolist()
     [0.02, 0.04, nan]
@@ -119,10 +117,5 @@ def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values that bound the false discovery rate (Benjamini and Hochberg 1995)."""
-    n = len(p_values)
-    order = np.argsort(p_values)[::-1]
-    scaled = p_values[order] * n / np.arange(n, 0, -1)
-    adjusted = np.empty(n)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
-    return adjusted
+    """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p_values, method="bh")

@@ -1,39 +1,39 @@
-"""Rank tests for all latents at once on sparse columns, where zeros are ties."""
+"""Rank tests and AUROCs of all latents at once, from sparse columns whose zeros are ties."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from scipy import sparse, special
+from scipy import sparse, special, stats
+
+from saexp.stats.intervals import Interval, auroc_interval, mover
 
 FEW = 10
-"""A latent active in fewer rows than this, and off in more, is tested exactly."""
-_NO_SKEW = 1.6e-5
-"""A skewness below this is none: the gamma law's shape would exceed what is exact in float64."""
+"""Latents active in fewer rows than this (and inactive in more) are tested exactly."""
 
 
 @dataclass(frozen=True)
 class RankTest:
-    """Per latent, `[n_latents]`."""
+    """Test results, one per latent."""
 
     auroc: Float[np.ndarray, " n"]
     """P(first > second) + P(equal)/2."""
     p_normal: Float[np.ndarray, " n"]
     """Two-sided Mann-Whitney U, normal approximation with tie and continuity correction."""
     p_value: Float[np.ndarray, " n"]
-    """`p_normal`, raised where that approximation is too small: by orders of magnitude for rare
-    latents when groups are unequal. It is at least the tail of the Pearson type III curve that has
-    the permutation distribution's own skewness, the chance of the rarest of all arrangements
-    (doubled), and, for latents with fewer than `FEW` active rows, Fisher's exact p-value of active
-    against not (its smaller tail doubled)."""
+    """`p_normal`, raised where the normal approximation is too small (by orders of magnitude for
+    rare latents and unequal groups). It is at least the tail of the Pearson type III distribution
+    with the skewness of the permutation distribution, at least twice the probability of the rarest
+    arrangement and, for latents with fewer than `FEW` active rows, at least the p-value of Fisher's
+    exact test of active against inactive (the smaller tail doubled)."""
     variance: Float[np.ndarray, " n"]
-    """Estimated variance of `auroc` (DeLong, DeLong and Clarke-Pearson 1988), whatever the
-    groups."""
+    """Estimated variance of `auroc` under the alternative (DeLong, DeLong and Clarke-Pearson
+    1988)."""
 
 
 class Ranked:
-    """Stored entries sorted by (latent, value), with their ties; made once per set of rows."""
+    """Nonzero entries sorted by latent and value, with their ties, for tests on one set of rows."""
 
     def __init__(self, values: sparse.csr_array, first: Bool[np.ndarray, " n_rows"]) -> None:
         csc = sparse.csc_array(values)
@@ -46,13 +46,12 @@ class Ranked:
         order = np.lexsort((csc.data, column))
         self.column, self.row = column[order], csc.indices[order]
         data = csc.data[order]
-        new = np.ones(len(data), dtype=bool)
-        new[1:] = (data[1:] != data[:-1]) | (self.column[1:] != self.column[:-1])
-        self.tie_start = np.flatnonzero(new)
-        """First entry of each group of equal values in one latent."""
+        starts_tie = np.ones(len(data), dtype=bool)
+        starts_tie[1:] = (data[1:] != data[:-1]) | (self.column[1:] != self.column[:-1])
+        self.tie_start = np.flatnonzero(starts_tie)
+        """First entry of each group of equal values of a latent."""
         self.tie_column = self.column[self.tie_start]
-        filled = np.unique(self.tie_column, return_index=True)
-        self.filled, self.first_tie = filled
+        self.filled, self.first_tie = np.unique(self.tie_column, return_index=True)
         """Latents with entries, and the first tie group of each."""
 
     def _per_latent(self, of_tie: np.ndarray) -> np.ndarray:
@@ -63,7 +62,7 @@ class Ranked:
         return out
 
     def auroc(self, w_first: np.ndarray, w_second: np.ndarray) -> np.ndarray:
-        """AUROC with row weights `[n_rows, B]`: `[n_latents, B]`."""
+        """AUROC `[n_latents, B]` with the row weights `[n_rows, B]` of each group."""
         n_first, n_second = w_first.sum(0), w_second.sum(0)
         if not len(self.row):
             return np.full((self.n_latents, w_first.shape[1]), 0.5)
@@ -71,13 +70,13 @@ class Ranked:
         of_second = np.add.reduceat(w_second[self.row], self.tie_start, axis=0)
         zero_first = n_first - self._per_latent(of_first)
         zero_second = n_second - self._per_latent(of_second)
-        wins = self._per_latent(of_first * self._passed(of_second, zero_second))
+        wins = self._per_latent(of_first * self._n_below(of_second, zero_second))
         return (wins + zero_first * zero_second / 2) / (n_first * n_second)
 
-    def _passed(self, of_tie: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-        """Rows of a group below a tie group and half of those in it, `[n_ties, ...]`.
+    def _n_below(self, of_tie: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """Number of a group's rows below each tie group, plus half of those in it `[n_ties, ...]`.
 
-        `of_tie` counts the group's rows in each tie group and `zeros` its zeros in each latent.
+        `of_tie` counts the group's rows in each tie group, `zeros` those with value 0 per latent.
         """
         cumulated = np.cumsum(of_tie, axis=0) - of_tie
         base = np.zeros_like(zeros)
@@ -85,12 +84,12 @@ class Ranked:
         return cumulated - base[self.tie_column] + zeros[self.tie_column] + of_tie / 2
 
     def observed(self) -> Float[np.ndarray, " n"]:
-        """AUROC of every latent, of the rows as they are."""
+        """AUROC of every latent, with every row counted once."""
         first = self.first.astype(np.float64)[:, None]
         return self.auroc(first, 1 - first)[:, 0]
 
     def delong(self) -> Float[np.ndarray, " n"]:
-        """DeLong's variance of every latent's AUROC; a group of one row adds nothing to it."""
+        """DeLong's variance of every latent's AUROC; a group of one row contributes 0."""
         masks = (self.first, ~self.first)
         n = [float(mask.sum()) for mask in masks]
         counts = [
@@ -101,22 +100,22 @@ class Ranked:
         ]
         zeros = [n[i] - self._per_latent(counts[i]) for i in (0, 1)]
         total = np.zeros(self.n_latents)
-        for own, other in ((0, 1), (1, 0)):
-            # Share of the other group's rows that a row is above, ties as halves.
-            above = self._passed(counts[other], zeros[other]) / n[other]
+        for group, other in ((0, 1), (1, 0)):
+            # Fraction of the other group's rows below a row, ties counted as halves.
+            above = self._n_below(counts[other], zeros[other]) / n[other]
             at_zero = zeros[other] / 2 / n[other]
-            mean = self._per_latent(counts[own] * above) + zeros[own] * at_zero
-            square = self._per_latent(counts[own] * above**2) + zeros[own] * at_zero**2
-            spread = np.maximum(square - mean**2 / n[own], 0)
-            total += spread / (max(n[own] - 1, 1) * n[own])
+            mean = self._per_latent(counts[group] * above) + zeros[group] * at_zero
+            square = self._per_latent(counts[group] * above**2) + zeros[group] * at_zero**2
+            spread = np.maximum(square - mean**2 / n[group], 0)
+            total += spread / (max(n[group] - 1, 1) * n[group])
         return total
 
     def mann_whitney(self) -> RankTest:
         """AUROC and p-values of every latent."""
-        return _rank_test([self._moments()], [1.0])
+        return _rank_test([self.moments()], [1.0])
 
-    def _moments(self) -> "_Moments":
-        """Of the permutation distribution of U, the count of pairs in which the first is larger."""
+    def moments(self) -> "UMoments":
+        """Moments of the permutation distribution of U, the number of pairs with first > second."""
         n1 = int(self.first.sum())
         n2 = self.n_rows - n1
         n = n1 + n2
@@ -126,11 +125,11 @@ class Ranked:
         before = np.cumsum(sizes) - sizes
         base = np.zeros(self.n_latents)
         base[self.filled] = before[self.first_tie]
-        # Midranks less their mean; the zeros are one group of ties below all others.
+        # Midranks minus their mean; zeros are one group of ties below all others.
         rank = zeros[self.tie_column] + before - base[self.tie_column] + (sizes - n) / 2
         squares = self._per_latent(sizes * rank**2) + zeros * (active / 2) ** 2
         cubes = self._per_latent(sizes * rank**3) - zeros * (active / 2) ** 3
-        return _Moments(
+        return UMoments(
             n_first=n1,
             n=n,
             auroc=self.observed(),
@@ -145,8 +144,8 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """Per latent, `[n_latents]`, in one stratum."""
+class UMoments:
+    """Mann-Whitney's U in one stratum, arrays `[n_latents]`."""
 
     n_first: int
     n: int
@@ -154,13 +153,13 @@ class _Moments:
     delong: np.ndarray
     """Estimated variance of the AUROC."""
     variance: np.ndarray
-    """Of U, in permutations."""
+    """Variance of U over permutations of the labels."""
     third: np.ndarray
-    """Third central moment of U."""
+    """Third central moment of U over permutations."""
     active: np.ndarray
-    """Rows with a value above 0."""
+    """Number of rows with a value above 0."""
     active_first: np.ndarray
-    """Those of the first group."""
+    """Number of those rows in the first group."""
 
     @property
     def n_pairs(self) -> int:
@@ -174,17 +173,17 @@ def stratified_rank_test(
 ) -> RankTest:
     """Van Elteren's test (1960): Mann-Whitney within strata, combined with weights 1 / (n + 1).
 
-    A stratum in which a group has no row has no say. The AUROC is the mean over strata weighted as
-    the test weights them, n_first n_second / (n + 1); p-values are corrected as in RankTest, with
-    the exact test of active against inactive made within strata. One stratum gives `mann_whitney`.
-    Raises ValueError where no stratum has rows of both groups.
+    Strata without rows of both groups are ignored. The AUROC is the mean over strata with the
+    test's weights n_first n_second / (n + 1). p-values are corrected as in RankTest, with the exact
+    test of active against inactive conditional on the strata. With one stratum the result is that
+    of `mann_whitney`. Raises ValueError where no stratum has rows of both groups.
     """
     moments, weights = [], []
     for name in dict.fromkeys(strata.tolist()):
         chosen = strata == name
         of_first = first[chosen]
         if of_first.any() and not of_first.all():
-            moments.append(Ranked(values[chosen], of_first)._moments())
+            moments.append(Ranked(values[chosen], of_first).moments())
             weights.append(1 / (len(of_first) + 1))
     if not moments:
         raise ValueError("no stratum has rows of both groups")
@@ -194,22 +193,22 @@ def stratified_rank_test(
 def stratum_weights(
     first: Bool[np.ndarray, " n_rows"], strata: Shaped[np.ndarray, " n_rows"]
 ) -> dict[object, float]:
-    """Weight of each stratum in van Elteren's test, n_first n_second / (n + 1), summing to 1.
+    """Weights of the strata in van Elteren's test, proportional to n_first n_second / (n + 1).
 
-    Strata in which a group has no row are left out.
+    They sum to 1. Strata without rows of both groups are left out.
     """
-    found = {}
+    weights = {}
     for name in dict.fromkeys(strata.tolist()):
         of_first = first[strata == name]
         n, n_first = len(of_first), int(of_first.sum())
         if 0 < n_first < n:
-            found[name] = n_first * (n - n_first) / (n + 1)
-    total = sum(found.values())
-    return {name: weight / total for name, weight in found.items()}
+            weights[name] = n_first * (n - n_first) / (n + 1)
+    total = sum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
 
 
-def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTest:
-    """From strata: the weighted sum of their U, which are independent."""
+def _rank_test(moments: Sequence[UMoments], weights: Sequence[float]) -> RankTest:
+    """Test of the weighted sum of the strata's U statistics, which are independent."""
     w = np.asarray(weights) / max(weights)
     pairs = w * [m.n_pairs for m in moments]
     aurocs = np.stack([m.auroc for m in moments])
@@ -221,23 +220,23 @@ def _rank_test(moments: Sequence[_Moments], weights: Sequence[float]) -> RankTes
     deviation = sum(p * (m.auroc - 0.5) for p, m in zip(pairs, moments, strict=True))
     steps = sum(a**3 * m.variance for a, m in zip(w, moments, strict=True))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Half a step of U, where strata differ in weight their mean step by share of the variance.
+        # Half a step of U. Where strata differ in weight, steps are averaged with their
+        # contributions to the variance.
         correction = steps / variance / 2
         z = np.where(variance > 0, (np.abs(deviation) - correction) / np.sqrt(variance), -np.inf)
         skew = np.where(variance > 0, np.sign(deviation) * third / variance**1.5, 0.0)
     p_normal = np.clip(2 * special.ndtr(-z), 0, 1)
-    skewed = np.where(np.isfinite(z), 2 * _pearson3_tail(z, skew), 1.0)
-    rarest = 2 * np.exp(-sum(_log_choose(m.n, m.n_first) for m in moments))
+    finite = np.isfinite(z)
+    tail = stats.pearson3.sf(np.where(finite, z, 0.0), skew)
+    skewed = np.where(finite, 2 * tail, 1.0)
+    rarest = 2 * np.exp(-sum(log_choose(m.n, m.n_first) for m in moments))
     p_value = np.maximum(p_normal, np.minimum(np.maximum(skewed, rarest), 1))
     active = np.sum([m.active for m in moments], axis=0)
     few = (active < FEW) & (active < sum(m.n for m in moments) - active)
     if few.any():
-        p_value[few] = np.maximum(p_value[few], _fisher([_chosen(m, few) for m in moments]))
+        strata = [(m.active_first[few], m.active[few], m.n_first, m.n) for m in moments]
+        p_value[few] = np.maximum(p_value[few], _fisher(strata))
     return RankTest(auroc, p_normal, p_value, delong)
-
-
-def _chosen(m: _Moments, few: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, int]:
-    return m.active_first[few], m.active[few], m.n_first, m.n
 
 
 def _fisher(
@@ -245,56 +244,123 @@ def _fisher(
 ) -> Float[np.ndarray, " n_latents"]:
     """Fisher's exact test, two-sided (the smaller tail doubled), conditional on each stratum.
 
-    A stratum is (active rows of the first group, active rows, rows of the first group, rows); the
-    statistic is the number of active rows of the first group in all strata.
+    A stratum is (active rows of the first group, active rows, rows of the first group, rows). The
+    statistic is the number of active rows of the first group over all strata.
     """
-    on_first = sum(s[0] for s in strata)
-    chance: np.ndarray | None = None
+    active_first = sum(s[0] for s in strata)
+    probability: np.ndarray | None = None
     for _, active, n_first, n in strata:
-        mine = _hypergeometric(active, n_first, n)
-        chance = mine if chance is None else _convolved(chance, mine)
-    assert chance is not None
+        of_stratum = stats.hypergeom.pmf(np.arange(FEW)[:, None], n, active, n_first)
+        probability = of_stratum if probability is None else _convolved(probability, of_stratum)
+    assert probability is not None
     k = np.arange(FEW)[:, None]
-    below, above = (np.where(part, chance, 0).sum(0) for part in (k <= on_first, k >= on_first))
+    tails = (k <= active_first, k >= active_first)
+    below, above = (np.where(tail, probability, 0).sum(0) for tail in tails)
     return np.minimum(1, 2 * np.minimum(below, above))
 
 
-def _hypergeometric(active: np.ndarray, n_first: int, n: int) -> Float[np.ndarray, "k n_latents"]:
-    """P(k of the active rows are in the first group), k from 0 to FEW - 1."""
-    k = np.arange(FEW)[:, None]
-    rest = np.maximum(active - k, 0)
-    chance = np.exp(
-        _log_choose(active, np.minimum(k, active))
-        + _log_choose(n - active, np.clip(n_first - k, 0, n - active))
-        - _log_choose(n, n_first)
-    )
-    # A count is possible while neither it nor what it leaves to the second group is too large.
-    chance[(k > active) | (k > n_first) | (rest > n - n_first)] = 0
-    return chance
-
-
 def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Distribution of the sum of two independent counts, cut at FEW."""
+    """Distribution of the sum of two independent counts, truncated at FEW."""
     out = np.zeros_like(first)
     for k in range(len(first)):
         out[k:] += first[k] * second[: len(second) - k]
     return out
 
 
-def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray | np.float64:
+def log_choose(n: int, k: int) -> float:
     """Logarithm of the binomial coefficient, 0 <= k <= n."""
-    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(np.subtract(n, k) + 1)
+    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
 
 
-def _pearson3_tail(z: np.ndarray, skew: np.ndarray) -> np.ndarray:
-    """P(X > z) of the Pearson type III law with mean 0, variance 1 and this skewness.
+def placements(
+    scores: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"]:
+    """For each row, the weighted fraction of the other group's rows that it is ordered correctly
+    with (first above second); equal scores count half.
 
-    A gamma law of shape 4/skew^2, shifted and scaled (Johnson, Kotz and Balakrishnan 1994, chapter
-    17); mirrored where the skewness is negative, normal where it vanishes.
+    The weighted mean over either group is the AUROC.
     """
-    plain = np.abs(skew) < _NO_SKEW
-    bent = np.where(plain, 1.0, skew)
-    shape = 4 / bent**2
-    x = np.maximum(shape + 2 * np.where(np.isfinite(z), z, 0.0) / bent, 0)
-    tail = np.where(bent > 0, special.gammaincc(shape, x), special.gammainc(shape, x))
-    return np.where(plain, special.ndtr(-z), tail)
+    _, inverse = np.unique(scores, return_inverse=True)
+    fractions = np.empty(len(scores))
+    for group, sign in ((first, 1.0), (~first, -1.0)):
+        of_other = np.bincount(inverse[~group], weights[~group], minlength=inverse.max() + 1)
+        below = (np.cumsum(of_other) - of_other / 2) / of_other.sum()
+        fractions[group] = below[inverse[group]] if sign > 0 else 1 - below[inverse[group]]
+    return fractions
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """P(first > second) + P(equal)/2, averaged over strata with van Elteren's weights."""
+
+    value: float
+    interval: Interval
+    """Newcombe's method 5; NaN for small groups (see `auroc_interval`)."""
+
+
+def auroc_of(
+    scores: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> Auroc:
+    """AUROC of one score, which may be negative, with its interval."""
+    ranks = stats.rankdata(scores, method="dense").astype(np.float64)
+    test = stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata)
+    weights = stratum_weights(first, strata)
+    chosen = [strata == name for name in weights]
+    interval = auroc_interval(
+        float(test.auroc[0]),
+        np.array([(first & c).sum() for c in chosen]),
+        np.array([(~first & c).sum() for c in chosen]),
+        np.array(list(weights.values())),
+        float(test.variance[0]),
+    )
+    return Auroc(float(test.auroc[0]), interval)
+
+
+def auroc_difference(
+    scores: Float[np.ndarray, " n"],
+    other: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> Auroc:
+    """AUROC of `scores` minus that of `other`, with its interval; NaN limits for small groups."""
+    a, b = (auroc_of(s, first, strata) for s in (scores, other))
+    correlation = auroc_correlation(scores, other, first, strata)
+    return Auroc(a.value - b.value, difference_of_aurocs(a, b, correlation))
+
+
+def difference_of_aurocs(first: Auroc, second: Auroc, correlation: float) -> Interval:
+    """Interval of first - second from the interval of each AUROC and their correlation.
+
+    It preserves the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
+    """
+    return mover(first.value, first.interval, second.value, second.interval, correlation)
+
+
+def auroc_correlation(
+    scores: Float[np.ndarray, " n"],
+    other: Float[np.ndarray, " n"],
+    first: Bool[np.ndarray, " n"],
+    strata: Shaped[np.ndarray, " n"],
+) -> float:
+    """Correlation of the AUROCs of two scores of the same observations.
+
+    Computed from the covariance of the observations' placements in the other group (DeLong, DeLong
+    and Clarke-Pearson 1988, Biometrics 44:837), summed over strata with the squared weights. 0
+    where a variance is 0. Strata with a single observation of a group are ignored.
+    """
+    covariance = np.zeros((2, 2))
+    for stratum, weight in stratum_weights(first, strata).items():
+        chosen = strata == stratum
+        of_first = first[chosen]
+        if min(of_first.sum(), (~of_first).sum()) < 2:
+            continue
+        equal = np.ones(len(of_first))
+        pair = np.stack([placements(s[chosen], of_first, equal) for s in (scores, other)])
+        for group in (of_first, ~of_first):
+            covariance += weight**2 * np.cov(pair[:, group]) / group.sum()
+    scale = np.sqrt(covariance[0, 0] * covariance[1, 1])
+    return float(np.clip(covariance[0, 1] / scale, -1, 1)) if scale > 0 else 0.0

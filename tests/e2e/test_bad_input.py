@@ -76,7 +76,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["dataset=ioi"], "no position could be placed in 200 texts: no entity span"),
         (
             ["dataset=ioi", "positions=last", "intervention=none"],
-            "has no two groups to contrast",
+            "a contrast needs two groups",
         ),
         (["layer=[0,1]"], "layer=[0, 1]: task=analyze takes one layer; sweep with -m layer=0,1"),
         (["layer=[0,1"], "is no key=value that can be read"),

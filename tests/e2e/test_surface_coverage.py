@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.analysis.classifier_metrics import auroc_difference
+from saexp.stats.rank_tests import auroc_difference
 
 RUNS = 300
 VALUES = [(0.5, 0.5), (0.8, 0.8), (0.97, 0.8), (0.97, 0.97), (0.99, 0.5), (0.99, 0.97)]

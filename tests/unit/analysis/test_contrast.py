@@ -76,7 +76,7 @@ def test_planted_latents_are_found(table: pd.DataFrame, result: TaskResult) -> N
     assert result.metrics["contrast/n_significant"] == 5
     assert result.metrics["contrast/n_significant_test"] == 5
     (note,) = result.notes
-    assert note.startswith("1 latent of higher train AUROC for 'known' is left out")
+    assert note.startswith("1 latent with a higher train AUROC for 'known' is not selected")
 
 
 def test_why_the_others_are_not_selected(table: pd.DataFrame) -> None:

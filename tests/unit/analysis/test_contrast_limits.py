@@ -23,8 +23,8 @@ DENSE = activations(ROWS)
 def test_no_two_groups(groups: tuple[str, ...]) -> None:
     with pytest.raises(
         DataError,
-        match="the data set has no two groups to contrast; give its rows a 'group', set "
-        "dataset.group_rule, or type task=collect",
+        match=f"a contrast needs two groups, but the data set has {len(groups)}; give its rows a "
+        "'group', set dataset.group_rule, or type analyzer=stats",
     ):
         contrast(DENSE, ROWS, groups=groups)
 
@@ -139,9 +139,9 @@ def test_groups_that_share_no_entity_type() -> None:
     assert not [c for c in table if c.startswith(("separation_city", "separation_movie"))]
     assert {KNOWN, UNKNOWN} <= set(table.index[table["selected"]])
     assert [note for note in made.notes if "higher train AUROC" not in note] == [
-        f"split {split}: known and unknown share no entity type, so all entities are compared at "
-        "once and a difference between types counts as one between the groups; min_separation and "
-        "min_auroc are over all entities"
+        f"split {split}: known and unknown have no entity type in common, so all entities are "
+        "compared together and differences between types count as differences between the groups; "
+        "min_separation and min_auroc are computed over all entities"
         for split in ("train", "test")
     ]
 
@@ -170,8 +170,8 @@ def test_entities_of_a_type_that_one_group_lacks_are_in_no_number() -> None:
     }
     for split, left_out in n.items():
         assert (
-            f"split {split}: {left_out} entities left out, of entity types that only one group "
-            f"has: {left_out} of song (known)"
+            f"split {split}: {left_out} entities left out because only one group has their entity "
+            f"type: {left_out} of song (known)"
         ) in found.notes
 
 
@@ -242,7 +242,7 @@ def test_names_of_unequal_length_are_matched() -> None:
     assert isinstance(dropped, int)
     assert 0 < dropped < len(units) / 2
     assert made.metrics["contrast/token_count_p_value"] < 0.05  # type: ignore[operator]
-    assert made.notes[0].endswith(f"{dropped} of {len(units)} dropped to match them")
+    assert made.notes[0].endswith(f"{dropped} of {len(units)} entities were dropped to match them")
     table = made.tables["latents"]
     assert (table["n_known"] == table["n_unknown"]).all()
     kept = contrast(DENSE, rows, match_tokens=False)
@@ -274,11 +274,11 @@ def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
     dense = np.ones((len(small), D_SAE), dtype=np.float32)
     dense[:, 0] = (small["group"] == "known").to_numpy()
     notes = contrast(dense, small).notes
-    (told,) = [note for note in notes if "'known'" in note and "associated" in note]
-    assert "; with 4 and 4 train entities none could: a latent that fires on all of one " in told
-    p_value = float(told.partition("has p = ")[2].partition(",")[0])
+    (note,) = [note for note in notes if "'known'" in note and "associated" in note]
+    assert "; with 4 and 4 train entities none could be: a latent that is active on all " in note
+    p_value = float(note.partition("has p = ")[2].partition(",")[0])
     assert p_value == pytest.approx(2 / 70, rel=0.05)
-    assert told.endswith(f"and {D_SAE} are tested")
+    assert note.endswith(f"and {D_SAE} latents are tested")
     quiet = contrast(np.ones_like(DENSE), ROWS).notes
     assert quiet and not any("none could" in note for note in quiet)
 
@@ -286,21 +286,21 @@ def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
 def test_better_latents_that_fire_on_any_text_are_named() -> None:
     """Left out of the selection by the background filter, not out of the reader's sight."""
 
-    def told(dense: np.ndarray, **options: float) -> list[str]:
+    def density_notes(dense: np.ndarray, **options: float) -> list[str]:
         notes = contrast(dense, ROWS, **options).notes
-        return [note for note in notes if "of higher train AUROC" in note]
+        return [note for note in notes if "a higher train AUROC" in note]
 
     table = contrast(DENSE, ROWS).tables["latents"].set_index("latent")
-    assert told(DENSE) == [
-        "1 latent of higher train AUROC for 'known' is left out, active on 9.8% or more of "
-        "background tokens (analyzer.background_quantile=0.99, at least 0.02): "
+    assert density_notes(DENSE) == [
+        "1 latent with a higher train AUROC for 'known' is not selected because of being active on "
+        "at least 9.8% of background tokens (analyzer.background_quantile=0.99, at least 0.02): "
         f"{LOUD} ({table.loc[LOUD, 'auroc']:.3f})"
     ]
     assert table.loc[LOUD, "auroc"] > table.loc[KNOWN, "auroc"]
-    assert told(DENSE, background_max=0.5) == []
+    assert density_notes(DENSE, background_max=0.5) == []
     weaker = DENSE.copy()
     weaker[:, LOUD] = 0
-    assert told(weaker) == []
+    assert density_notes(weaker) == []
 
 
 def test_perfect_separation_is_no_certainty() -> None:
@@ -324,5 +324,5 @@ def test_few_entities_have_no_interval(n: int, has_interval: bool) -> None:
     assert made.tables["latents"]["ci_low"].notna().all()
     metric = made.metrics["contrast/best_auroc_known_ci_low_test"]
     assert (metric is not None) == has_interval
-    told = "split test: a group has 9 entities; intervals are not computed for fewer than 10"
-    assert (told in made.notes) == (not has_interval)
+    note = "split test: a group has only 9 entities; intervals need at least 10"
+    assert (note in made.notes) == (not has_interval)

@@ -42,5 +42,5 @@ def test_where_nothing_could_be_found_a_note_says_so() -> None:
     split = units(first, np.zeros(8))
     found = contrast_power(split, split, 1000, 0, 0.05)
     assert found.metrics["power/auroc_train"] is None
-    assert found.notes[0].startswith("split train is too small to find any latent")
+    assert found.notes[0].startswith("split train is too small to detect any latent")
     assert "p > 5e-05" in found.notes[0]

@@ -9,7 +9,7 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.contrast import ContrastAnalyzer, beside_surface
+from saexp.analysis.contrast import ContrastAnalyzer, compare_with_surface
 from saexp.analysis.observations import observations, split_of
 from saexp.analysis.surface_baseline import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
@@ -135,11 +135,11 @@ def test_where_cross_validation_is_impossible_a_note_says_so(inputs: AnalysisInp
     observed, _ = observations(inputs.latents, GROUPS, 0)
     train, test = (split_of(observed, GROUPS, name, 0)[0] for name in ("train", "test"))
     one = replace(train, units=train.units.assign(unit="the same"))
-    found = beside_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
+    found = compare_with_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
     assert set(found.metrics.values()) == {None}
     assert len(found.metrics) == 6
     (note,) = found.notes
-    assert note.startswith(f"no surface baseline ({SURFACE}): 1 units of the smaller group")
+    assert note.startswith(f"the surface baseline ({SURFACE}) was not fitted: too few units")
 
 
 def test_without_texts_there_is_none(inputs: AnalysisInputs) -> None:

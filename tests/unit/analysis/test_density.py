@@ -7,7 +7,7 @@ from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
-from saexp.analysis.contrast_notes import density_limit
+from saexp.analysis.contrast_checks import density_limit
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents

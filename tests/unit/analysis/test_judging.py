@@ -5,8 +5,9 @@ import pytest
 from scipy import special
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.classifier_metrics import Judge, placements
 from saexp.analysis.classifiers import Labelled
+from saexp.analysis.probe import Judge
+from saexp.stats.rank_tests import placements
 
 RATES = [0.5, 0.8, 0.97, 0.99]
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.analysis.contrast_notes import match_token_counts
+from saexp.analysis.observations import match_token_counts
 
 GROUPS = ("known", "unknown")
 
@@ -69,7 +69,7 @@ def test_unequal_counts_are_made_equal_in_every_stratum() -> None:
     dropped = int((~found.keep).sum())
     [note] = found.notes
     assert note.startswith("token counts of known and unknown differ (p = ")
-    assert note.endswith(f"{dropped} of 240 dropped to match them")
+    assert note.endswith(f"{dropped} of 240 entities were dropped to match them")
     strata = ["entity_type", "split", "n_entity_tokens"]
     sizes = table.groupby([*strata, "group"]).size().unstack(fill_value=0)
     kept = table[found.keep].groupby([*strata, "group"]).size().unstack(fill_value=0)
@@ -92,7 +92,7 @@ def test_not_matched_when_not_wanted() -> None:
     found = match_token_counts(units(3, 1, 2.5), GROUPS, 0, resample=False)
     assert found.keep.all()
     [note] = found.notes
-    assert note.endswith("and were not matched (analyzer.match_tokens)")
+    assert note.endswith("and were not matched (analyzer.match_tokens=false)")
 
 
 def test_counts_that_never_meet() -> None:
@@ -102,7 +102,9 @@ def test_counts_that_never_meet() -> None:
     found = match_token_counts(table, GROUPS, 0, resample=True)
     assert found.keep.all()
     [note] = found.notes
-    assert note.endswith("and do not overlap, so this contrast cannot tell recognition from length")
+    assert note.endswith(
+        "and do not overlap, so this contrast cannot separate recognition from the length of names"
+    )
 
 
 @pytest.mark.parametrize("case", ["counts missing", "types disjoint"])

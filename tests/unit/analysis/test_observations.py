@@ -42,10 +42,10 @@ def test_every_observation_has_as_many_rows_as_the_one_with_fewest() -> None:
         ["c", "unknown"],
     ]
     assert notes == [
-        "1 of 9 rows left out: every entity contributes 2 rows (chosen by seed), as many as the "
-        "entity that has fewest",
-        "1 entity has rows of both groups; each counts once in either, though the two are not "
-        "independent",
+        "1 of 9 rows left out: every entity contributes 2 rows (drawn at random), as many as the "
+        "entity with the fewest rows",
+        "1 entity has rows of both groups: these count once in each group, although the two "
+        "observations are not independent",
     ]
     used = used_rows(ROWS, GROUPS, seed=0)
     assert len(used) == 8
@@ -83,6 +83,8 @@ def test_repeats_that_depend_on_the_group_are_in_a_note() -> None:
     one = [(f"u{i}", "unknown", "train") for i in range(3)]
     _, notes = observations(latents(table(*four, *one)), GROUPS, seed=0)
     (note,) = [n for n in notes if "mean number" in n]
-    assert note.startswith("mean number of rows per entity before that: known 4.0 and unknown 1.0;")
+    assert note.startswith(
+        "before that, the mean number of rows per entity was 4.0 (known) and 1.0 (unknown);"
+    )
     _, notes = observations(latents(table(*four[:8], *four[:8])), GROUPS, seed=0)
     assert not any("mean number" in n for n in notes)

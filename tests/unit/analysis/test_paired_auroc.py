@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.classifier_metrics import (
+from saexp.stats.intervals import Interval, auroc_interval
+from saexp.stats.rank_tests import (
     Auroc,
     auroc_correlation,
     auroc_difference,
     auroc_of,
     difference_of_aurocs,
+    stratum_weights,
 )
-from saexp.stats.intervals import Interval, auroc_interval
-from saexp.stats.rank_tests import stratum_weights
 
 FIRST = np.arange(30) < 12
 ONE = np.zeros(30, dtype=int)

@@ -22,9 +22,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.classifier_metrics import Judge
 from saexp.analysis.classifiers import Labelled, roc, threshold_of_best_accuracy
-from saexp.analysis.probe import ProbeAnalyzer
+from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents

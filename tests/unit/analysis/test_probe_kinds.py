@@ -9,9 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.classifier_metrics import Judge
 from saexp.analysis.classifiers import Labelled
-from saexp.analysis.probe import ProbeAnalyzer
+from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents

@@ -7,8 +7,8 @@ from scipy import special, stats
 from saexp.stats.intervals import (
     MIN_N,
     auroc_interval,
-    difference_interval,
     mean_interval,
+    mover,
     paired_difference_interval,
     wilson,
 )
@@ -32,11 +32,13 @@ def test_wilson_is_scipys(k: int, n: int) -> None:
         ((5, 56, 0, 29), -0.0381, 0.1926),
     ],
 )
-def test_difference_interval_as_published(
+def test_newcombes_hybrid_of_wilson_limits_is_as_published(
     counts: tuple[int, int, int, int], low: float, high: float
 ) -> None:
     """Newcombe 1998a, table II, method 10."""
-    found = difference_interval(*counts)
+    k_first, n_first, k_second, n_second = counts
+    limits = wilson(k_first, n_first), wilson(k_second, n_second)
+    found = mover(k_first / n_first, limits[0], k_second / n_second, limits[1])
     assert float(found.low) == pytest.approx(low, abs=6e-5)
     assert float(found.high) == pytest.approx(high, abs=6e-5)
 
@@ -44,7 +46,7 @@ def test_difference_interval_as_published(
 def test_paired_difference_of_independent_outcomes_is_the_hybrid() -> None:
     """phi is 0 where a d = b c."""
     found = paired_difference_interval(18, 12, 12, 8)
-    expected = difference_interval(30, 50, 30, 50)
+    expected = mover(0.6, wilson(30, 50), 0.6, wilson(30, 50))
     assert found == pytest.approx((float(expected.low), float(expected.high)), abs=1e-12)
 
 

@@ -39,7 +39,7 @@ def plain_loop(
 def test_a_ratio_equals_a_plain_loop(n_cells: int) -> None:
     cells = np.arange(25) % n_cells
     members = [np.flatnonzero(cells == c) for c in range(n_cells)]
-    drawn = intervals._draws(members, 300, np.random.default_rng([7, 53, 25]))
+    drawn = intervals._resample_counts(members, 300, np.random.default_rng([7, 53, 25]))
     for part in members:
         assert (drawn[:, part].sum(1) == len(part)).all()
     expected = plain_loop(SUMS, SIZES, drawn, cells)
@@ -60,7 +60,7 @@ def test_a_mean_is_the_ratio_to_the_number_of_units() -> None:
 def test_chunks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = RNG.gamma(1.0, size=(40, 7))
     expected = mean_interval(values, 0)
-    monkeypatch.setattr(intervals, "_NUMBERS", 1)
+    monkeypatch.setattr(intervals, "_CHUNK_VALUES", 1)
     np.testing.assert_allclose(mean_interval(values, 0), expected)
 
 

@@ -8,15 +8,15 @@ from saexp.stats.intervals import (
     MIN_GROUP,
     auroc_interval,
     auroc_p_value,
-    difference_interval,
+    mover,
     separation_interval,
-    stratified_auroc_interval,
+    wilson,
 )
 
 
 def test_one_stratum_is_newcombes_method_5() -> None:
     values = np.array([0.0, 0.2, 0.5, 0.93, 1.0])
-    found = stratified_auroc_interval(values, np.array([30]), np.array([50]), np.ones(1))
+    found = auroc_interval(values, np.array([30]), np.array([50]), np.ones(1))
     np.testing.assert_array_equal(found, auroc_interval(values, 30, 50))
 
 
@@ -25,7 +25,7 @@ def test_the_stratified_interval_solves_its_equation() -> None:
     first, second, weights = np.array([8, 20, 5]), np.array([12, 6, 30]), np.array([0.3, 0.5, 0.2])
     values = np.array([0.2, 0.5, 0.93])
     z = stats.norm.isf(0.025)
-    for limit in stratified_auroc_interval(values, first, second, weights):
+    for limit in auroc_interval(values, first, second, weights):
         variance = 0.0
         for m, n, w in zip(first, second, weights, strict=True):
             q1, q2 = limit / (2 - limit), 2 * limit**2 / (1 + limit)
@@ -46,7 +46,7 @@ def test_a_separation_far_from_0_and_1_is_newcombes_hybrid() -> None:
     one = np.ones(1)
     sizes = np.array([70]), np.array([80])
     found = separation_interval(np.array([0.8]), np.array([0.6]), *sizes, one)
-    expected = difference_interval(56, 70, 48, 80)
+    expected = mover(0.8, wilson(56, 70), 0.6, wilson(48, 80))
     np.testing.assert_allclose(np.ravel(found), np.ravel(expected))
     # Equal strata with equal weights count as one sample of all units.
     halves = np.array([35, 35]), np.array([40, 40])
@@ -61,9 +61,9 @@ def test_next_to_0_the_limit_is_the_poisson_one() -> None:
         none, np.array([0.1]), np.array([10]), np.array([10]), np.ones(1)
     )
     assert float(high[0]) == pytest.approx(0.9 + 0.1 + np.log(0.95) / 10)
-    wilson = stats.binomtest(1, 10).proportion_ci(method="wilson")
+    one = stats.binomtest(1, 10).proportion_ci(method="wilson")
     ten = stats.binomtest(10, 10).proportion_ci(method="wilson")
-    below = np.hypot(1 - ten.low, wilson.high - 0.1)
+    below = np.hypot(1 - ten.low, one.high - 0.1)
     assert float(low[0]) == pytest.approx(0.9 - below)
 
 
@@ -81,6 +81,6 @@ def test_a_p_value_is_where_the_interval_reaches_chance(auroc: float) -> None:
     first, second, weights = np.array([8, 20]), np.array([12, 6]), np.array([0.3, 0.7])
     for variance in (0.0, 0.03):
         p_value = auroc_p_value(auroc, first, second, weights, variance)
-        found = stratified_auroc_interval(auroc, first, second, weights, variance, 1 - p_value)
+        found = auroc_interval(auroc, first, second, weights, variance, 1 - p_value)
         assert min(abs(float(limit) - 0.5) for limit in found) < 1e-6
     assert np.isnan(auroc_p_value(auroc, np.array([9]), np.array([90]), np.ones(1)))
