@@ -64,6 +64,12 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "substring": "saexp.data.positions:Substring",
         "continuation": "saexp.data.positions:Continuation",
     },
+    "collector": {
+        "hf": "saexp.activations.collector:HuggingFaceCollector",
+        "imported": "saexp.activations.imported:ImportedCollector",
+        "transformer_lens": "saexp.activations.backends:TransformerLensCollector",
+        "nnsight": "saexp.activations.backends:NnsightCollector",
+    },
     "analyzer": {
         "contrast": "saexp.analysis.contrast:ContrastAnalyzer",
         "stats": "saexp.analysis.group_statistics:StatsAnalyzer",

@@ -31,9 +31,10 @@ import torch
 from peers import PEERS, Batch, padded
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from saexp.activations.collector import collect
+from saexp.activations.collection import collect
+from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
 from saexp.activations.forward import TokenBudget, batches, units
-from saexp.config import PositionsConfig, StoreConfig
+from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Placement, place
 from saexp.data.tokenization import TokenizedText
@@ -147,14 +148,14 @@ def saexp_way(given: Setting) -> Callable[[], None]:
 
     def run() -> None:
         folder = tempfile.mkdtemp()
-        collect(
-            given.model,
-            given.placement,
-            [Hookpoint(given.layer, "resid_post")],
-            cache_dir=folder,
-            cfg=StoreConfig(),
+        request = CollectionRequest(
+            positions=given.placement,
+            hookpoints=[Hookpoint(given.layer, "resid_post")],
             max_length=4096,
         )
+        cfg = CollectorConfig(name="hf")
+        collector = HuggingFaceCollector(cfg, model=given.model, store=StoreConfig())
+        collect(collector, request, cache_dir=folder)
         _sync(given.model.device)
         shutil.rmtree(folder)
 

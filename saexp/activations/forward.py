@@ -215,6 +215,50 @@ class Batch:
     n_padding: int
 
 
+@dataclass(frozen=True)
+class PaddedUnits:
+    """Units as one right-padded batch."""
+
+    ids: Int[Tensor, "b t"]
+    """Without the tokens of a shared prefix."""
+    mask: Int[Tensor, "b prefix_and_t"]
+    at: Int[Tensor, "2 n"]
+    """(row of `ids`, index into it) of each position that is read."""
+    rows: np.ndarray
+    text_ids: np.ndarray
+
+    def batch(self, host: dict[Hookpoint, Callable[[], Tensor]]) -> Batch:
+        """The batch of these positions with its values."""
+        n_tokens = int(self.mask[:, -self.ids.shape[1] :].sum())
+        return Batch(self.rows, self.text_ids, host, n_tokens, self.ids.numel() - n_tokens)
+
+
+def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
+    """Pad units on the right; the first `n_past` tokens, shared by all, are in the mask alone."""
+    longest = max(len(unit.ids) for unit in chosen)
+    ids = np.full((len(chosen), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for number, unit in enumerate(chosen):
+        ids[number, : len(unit.ids)] = unit.ids
+        mask[number, : len(unit.ids)] = 1
+    flat = np.asarray(
+        [
+            (n, token - n_past, row, text)
+            for n, unit in enumerate(chosen)
+            for row, token, text in unit.rows
+            if token >= n_past
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 4)
+    return PaddedUnits(
+        torch.from_numpy(ids[:, n_past:]),
+        torch.from_numpy(mask),
+        torch.from_numpy(flat[:, :2].T.copy()),
+        flat[:, 2],
+        flat[:, 3],
+    )
+
+
 def units(placement: Placement, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
     """What must be forwarded for these rows, the ones that a shard's file holds in this order.
 
@@ -387,38 +431,23 @@ class _Forward:
     ) -> Batch | None:
         """One batch, behind `past` or into an empty cache; None where memory did not suffice."""
         n_past = len(past.ids) if past else 0
-        longest = max(len(unit.ids) for unit in chosen)
-        ids = np.full((len(chosen), longest), self.model.pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for number, unit in enumerate(chosen):
-            ids[number, : len(unit.ids)] = unit.ids
-            mask[number, : len(unit.ids)] = 1
-        flat = np.asarray(
-            [
-                (n, token - n_past, row, text)
-                for n, unit in enumerate(chosen)
-                for row, token, text in unit.rows
-                if token >= n_past
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 4)
+        padded = pad(chosen, self.model.pad_id, n_past)
         device = self.model.device
         try:
-            places = torch.from_numpy(flat[:, :2].T.copy()).to(device)
+            # Moved once, not at every hook, where the device would be waited for.
+            at = padded.at.to(device)
             values = run_truncated(
                 self.model,
-                torch.from_numpy(ids[:, n_past:]).to(device),
-                torch.from_numpy(mask).to(device),
+                padded.ids.to(device),
+                padded.mask.to(device),
                 self.hookpoints,
-                # Moved once, not at every hook, where the device would be waited for.
-                (places[0], places[1]),
+                (at[0], at[1]),
                 cache=past.rows(len(chosen)) if past else into,
             )
             host = {hookpoint: self.copies.start(v) for hookpoint, v in values.items()}
         except torch.OutOfMemoryError:
             return None
-        n_tokens, n_run = int(mask[:, n_past:].sum()), mask[:, n_past:].size
-        return Batch(flat[:, 2], flat[:, 3], host, n_tokens, n_run - n_tokens)
+        return padded.batch(host)
 
 
 class HostCopies:

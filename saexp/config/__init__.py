@@ -2,7 +2,9 @@
 
 from saexp.config.components import (
     AnalyzerConfig,
+    CollectorConfig,
     DatasetConfig,
+    ImportedConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
@@ -16,7 +18,9 @@ from saexp.config.run import RunConfig, register_schema, to_run_config
 
 __all__ = [
     "AnalyzerConfig",
+    "CollectorConfig",
     "DatasetConfig",
+    "ImportedConfig",
     "InterventionConfig",
     "ModelConfig",
     "PositionsConfig",

@@ -301,6 +301,51 @@ class TaskConfig:
 
 
 @dataclass(kw_only=True)
+class CollectorConfig:
+    """Where activations come from."""
+
+    name: str = MISSING
+    """Registry name: hf, imported, transformer_lens or nnsight."""
+
+
+FORMATS = ("auto", "memmap", "npy", "npz", "safetensors", "saelens")
+
+
+@dataclass(kw_only=True)
+class ImportedConfig(CollectorConfig):
+    """Activations that another tool wrote (`collector=imported`)."""
+
+    path: str | None = None
+    """File or folder with the activations of the data set."""
+    neutral_path: str | None = None
+    """The same for the neutral text (`dataset.background`); without it the background filter and
+    the SAE's check have nothing to read, unless the model's weights are there to compute it."""
+    format: str = "auto"
+    """memmap (a folder with `acts.dat` and perhaps `ids.dat`), npy, npz, safetensors (a folder) or
+    saelens (a cached-activation dataset); auto recognises each."""
+    shape: list[int] | None = None
+    """memmap: shape of `acts.dat`, `[n, n_layers, n_positions, d_model]`, float32."""
+    layers: list[int] | None = None
+    """Blocks along the layer axis, 0-based; all from 0 where not given. An array without a layer
+    axis has one block."""
+    stream: str = "resid_post"
+    """Stream of arrays that are not called after a hookpoint; `resid_pre` for block inputs."""
+    ids_dtype: str = "int32"
+    """memmap: dtype of `ids.dat`, int32, int64 or float32."""
+
+    def __post_init__(self) -> None:
+        one_of("collector.format", self.format, FORMATS)
+        one_of("collector.ids_dtype", self.ids_dtype, ("int32", "int64", "float32"))
+        if self.shape is not None and len(self.shape) not in (3, 4):
+            raise ConfigError(
+                f"collector.shape={list(self.shape)} must have four numbers; type "
+                "'collector.shape=[n,n_layers,n_positions,d_model]'"
+            )
+        for n in self.layers or ():
+            at_least("collector.layers", n, 0)
+
+
+@dataclass(kw_only=True)
 class StoreConfig:
     """How activations are collected and kept."""
 

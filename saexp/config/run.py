@@ -13,7 +13,9 @@ from saexp.config import environment
 from saexp.config.components import (
     COLUMNS,
     AnalyzerConfig,
+    CollectorConfig,
     DatasetConfig,
+    ImportedConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
@@ -44,6 +46,8 @@ class RunConfig:
     """Texts."""
     positions: PositionsConfig = MISSING
     """Tokens analysed."""
+    collector: CollectorConfig = MISSING
+    """Source of the activations."""
     analyzer: AnalyzerConfig = MISSING
     """Comparison of latents."""
     intervention: InterventionConfig = MISSING
@@ -117,7 +121,8 @@ def _refuse_unknown(cfg: DictConfig, schema: type, prefix: str) -> None:
         if name not in known:
             near = near_keys(name, prefix)
             raise ConfigError(f"no key '{prefix}{name}', with or without +; {near}")
-        kind = known[name]
+        # A component's own options are the fields of a subclass.
+        kind = OmegaConf.get_type(cfg, name) or known[name]
         if isinstance(kind, type) and is_dataclass(kind) and not OmegaConf.is_missing(cfg, name):
             _refuse_unknown(cfg[name], kind, f"{prefix}{name}.")
 
@@ -145,13 +150,24 @@ def known_keys() -> list[str]:
     for field_ in fields(RunConfig):
         keys.append(field_.name)
         if is_dataclass(field_.type):
-            keys += [f"{field_.name}.{f.name}" for f in fields(field_.type)]
-    return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]
+            kinds = [field_.type, *_COMPONENTS.get(field_.name, {}).values()]
+            keys += [f"{field_.name}.{f.name}" for kind in kinds for f in fields(kind)]
+    return [*dict.fromkeys(keys), *(f"dataset.columns.{name}" for name in COLUMNS)]
+
+
+_COMPONENTS: dict[str, dict[str, type]] = {"collector": {"imported": ImportedConfig}}
+"""Group -> option -> dataclass of an option with fields of its own."""
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra as `base_run`, which `conf/config.yaml` starts from."""
+    """Make the schema known to Hydra as `base_run`, which `conf/config.yaml` starts from.
+
+    The dataclass of an option with fields of its own is `base_<option>` in its group.
+    """
     ConfigStore.instance().store(name="base_run", node=RunConfig)
+    for group, options in _COMPONENTS.items():
+        for name, schema in options.items():
+            ConfigStore.instance().store(group=group, name=f"base_{name}", node=schema)
 
 
 def to_run_config(cfg: DictConfig) -> RunConfig:

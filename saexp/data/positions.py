@@ -5,7 +5,7 @@ Indices count the unpadded token ids, special tokens included.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -258,9 +258,9 @@ def selected(positions: Any, at: Candidate) -> list[int]:
     return chosen
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """Every position wanted, row by row, and the texts they stand in."""
+    """The analysed positions, one row each, and their texts."""
 
     rows: pd.DataFrame
     """OWN_COLUMNS, then the file's other columns."""
@@ -269,6 +269,10 @@ class Placement:
     skips: list[Skip]
     n_cut: int = 0
     """Texts that were cut at the maximum length and are read as far as they go."""
+    n_examples: int = 0
+    """Examples of the data set, skipped ones included."""
+    example_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """`[n_rows]`: index of each row's example in the data set."""
 
 
 def place(
@@ -292,6 +296,7 @@ def place(
     texts: dict[str, int] = {}
     kept: list[TokenizedText] = []
     skips: list[Skip] = []
+    example_index: list[int] = []
     for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
         try:
             if truncation == "skip" and moved(tokens):
@@ -309,6 +314,7 @@ def place(
             kept.append(tokens)
         n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else 0
         for index in indices:
+            example_index.append(number)
             rows.append(
                 {
                     "row": len(rows),
@@ -344,7 +350,9 @@ def place(
     table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
     for column in table.columns[len(OWN_COLUMNS) :]:
         table[column] = _one_type(table[column])
-    return Placement(table, kept, skips, len(read_to_the_cut))
+    return Placement(
+        table, kept, skips, len(read_to_the_cut), len(examples), np.asarray(example_index)
+    )
 
 
 def _free_name(column: str) -> str:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from saexp import registry
-from saexp.activations.collector import CollectionStats, Part, collect
+from saexp.activations.collection import collect
+from saexp.activations.collector import CollectionRequest, CollectionStats, Part
 from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
-from saexp.config import DatasetConfig, PositionsConfig, RunConfig
+from saexp.config import CollectorConfig, DatasetConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
@@ -247,6 +248,7 @@ def _collected(
     settings: Mapping[str, Any],
     ahead: Ahead = (),
     part: Part | None = None,
+    collector: CollectorConfig | None = None,
 ) -> Gathered:
     data = cfg.dataset
     positions = registry.build("positions", where)
@@ -256,15 +258,12 @@ def _collected(
     )
     notes = [*examples.notes, *cut_notes(placement, examples.name, data.max_length)]
     examples = replace(examples, notes=notes)
-    store, stats = collect(
-        model,
-        placement,
-        hookpoints,
-        cache_dir=cfg.cache_dir,
-        cfg=cfg.store,
+    request = CollectionRequest(
+        positions=placement,
+        hookpoints=hookpoints,
         max_length=data.max_length,
         n_skipped=len(placement.skips),
-        ahead=_planned(model, hookpoints, ahead),
+        prefetch=_planned(model, hookpoints, ahead),
         part=part,
         about={
             "dataset": examples.name,
@@ -277,8 +276,13 @@ def _collected(
             ),
             "begins_with_bos": begins_with_bos(model),
         },
+    )
+    store, stats = collect(
+        registry.build("collector", collector or cfg.collector, model=model, store=cfg.store),
+        request,
+        cache_dir=cfg.cache_dir,
         verify=cfg.verify,
-        must_be_kept=cfg.task.name == "collect",
+        must_persist=cfg.task.name == "collect",
     )
     return Gathered(examples, placement, store, stats, cfg.positions.max_norm_ratio)
 

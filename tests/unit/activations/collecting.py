@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from saexp import registry
-from saexp.activations.collector import CollectionStats, Part, collect
+from saexp.activations.collection import collect
+from saexp.activations.collector import (
+    CollectionRequest,
+    CollectionStats,
+    HuggingFaceCollector,
+    Part,
+)
 from saexp.activations.store import ActivationStore
-from saexp.config import PositionsConfig, StoreConfig
+from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Placement, place
 from saexp.data.tokenization import tokenize
@@ -41,24 +47,28 @@ def run(
     hookpoints: Sequence[Hookpoint] = POSTS,
     placement: Placement | None = None,
     max_length: int = MAX_LENGTH,
-    ahead: Sequence[Hookpoint] = (),
+    prefetch: Sequence[Hookpoint] = (),
     part: Part | None = None,
     verify: bool = False,
-    must_be_kept: bool = False,
+    must_persist: bool = False,
+    n_skipped: int = 0,
     **store: Any,
 ) -> tuple[ActivationStore, CollectionStats]:
     """Collect; other keyword arguments go into the store's config."""
-    return collect(
-        model,
-        placement if placement is not None else placed(),
-        hookpoints,
-        cache_dir=cache_dir,
-        cfg=StoreConfig(**store),
+    request = CollectionRequest(
+        positions=placement if placement is not None else placed(),
+        hookpoints=hookpoints,
         max_length=max_length,
-        ahead=ahead,
+        prefetch=prefetch,
         part=part,
+        n_skipped=n_skipped,
+    )
+    return collect(
+        HuggingFaceCollector(CollectorConfig(name="hf"), model=model, store=StoreConfig(**store)),
+        request,
+        cache_dir=cache_dir,
         verify=verify,
-        must_be_kept=must_be_kept,
+        must_persist=must_persist,
     )
 
 

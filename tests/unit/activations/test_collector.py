@@ -7,14 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.collector import collect
 from saexp.activations.forward import TokenBudget, batches
 from saexp.config import ModelConfig, StoreConfig
 from saexp.errors import ConfigError, ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import STORED, TEXTS, random_hf, random_lm, save, tokenizer
-from tests.unit.activations.collecting import MAX_LENGTH, POSTS, n_tokens, placed, run
+from tests.unit.activations.collecting import POSTS, n_tokens, placed, run
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 EMBED = Hookpoint(0, "embed")
@@ -146,15 +145,7 @@ def test_one_more_hookpoint_runs_the_model_for_that_one_only(tmp_path):
 
 
 def test_skips_are_counted_beside(tmp_path):
-    _, stats = collect(
-        random_lm("gpt2"),
-        placed(),
-        POSTS,
-        cache_dir=tmp_path,
-        cfg=StoreConfig(),
-        max_length=MAX_LENGTH,
-        n_skipped=7,
-    )
+    _, stats = run(random_lm("gpt2"), tmp_path, n_skipped=7)
     assert stats.n_skipped == 7
 
 
@@ -203,7 +194,7 @@ def test_nan_names_the_text_and_the_hookpoint(bad, tmp_path):
         run(model, tmp_path, POSTS[1:2], batch_tokens=75)
     assert str(error.value) == (
         f"NaN or Inf at layer_1.resid_post in the text '{TEXTS[2][:60]}', in float32: "
-        "look at the model's weights, or leave it out"
+        "look at the model's weights, or leave the text out"
     )
     good = placed([t for t in TEXTS if t != TEXTS[2]])
     assert run(model, tmp_path, POSTS, good)[1].n_rows > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import collector
+from saexp.activations import collection
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import show_bytes
@@ -118,8 +118,8 @@ def test_too_small_a_disk_is_said_before_anything_is_forwarded(disk, tmp_path):
     needs = show_bytes(len(placed().rows) * len(POSTS) * model.d_model * 4)
     assert message == (
         f"disk full: the activations need {needs}, and "
-        f"{show_bytes(shutil.disk_usage(place).free)} are free at {store}; what was finished is "
-        "kept: make room and run the command again, or choose another cache_dir="
+        f"{show_bytes(shutil.disk_usage(place).free)} are free at {store}; finished shards are "
+        "kept: free some space and run the command again, or choose another cache_dir="
     )
     assert not model.loaded
 
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_midway_keeps_what_was_finished(
     place, sized = disk
     sized(kilobytes)
     with monkeypatch.context() as patch:
-        patch.setattr(collector, "free_bytes", lambda _: 10**18)
+        patch.setattr(collection, "free_bytes", lambda _: 10**18)
         message = message_of(lambda: run(model, place, shard_rows=SHARD_ROWS))
     assert message.startswith(f"disk full: {place}/activations/")
     assert message.endswith("run the command again, or choose another cache_dir=")
@@ -184,7 +184,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
             assert run(model, tmp_path)[1].tokens_forwarded == 0, "the process keeps what it has"
         if state != "no rows table":
             at = [Hookpoint(0, "mlp_out")]
-            message = message_of(lambda: run(model, tmp_path, at, must_be_kept=True))
+            message = message_of(lambda: run(model, tmp_path, at, must_persist=True))
             assert message.endswith("Read-only file system; choose another cache_dir=")
         assert digests(tmp_path) == before
     assert digests(run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path) == expected
@@ -195,7 +195,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
 def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
     code = (
         "from pathlib import Path; import multiprocessing, sys\n"
-        "from saexp.activations.collector import temporary_cache\n"
+        "from saexp.activations.collection import temporary_cache\n"
         "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
         "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
         "fork = multiprocessing.get_context('fork').Process(target=int)\n"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from saexp.activations.collector import Part, finite_rows
+from saexp.activations.collection import finite_rows
+from saexp.activations.collector import Part
 from saexp.activations.forward import AUTO_BATCH_TOKENS, units
 from saexp.activations.shards import Label, ShardWriter
 from saexp.data.positions import Placement
@@ -109,7 +110,7 @@ def test_parts_in_any_order_make_the_store_of_one_process(n_parts, shard_rows, t
 def test_hookpoints_ahead_are_stored_in_the_same_pass_and_cost_none_of_their_own(tmp_path):
     model = random_lm("qwen2")
     ahead, apart = [POSTS[0], Hookpoint(1, "mlp_out"), POSTS[2]], tmp_path / "apart"
-    store, stats = run(model, tmp_path, POSTS[1:2], ahead=ahead, shard_rows=9)
+    store, stats = run(model, tmp_path, POSTS[1:2], prefetch=ahead, shard_rows=9)
     _, alone = run(model, apart, POSTS[1:2], shard_rows=9)
     assert stats.tokens_forwarded == alone.tokens_forwarded > 0
     assert store.hookpoints == sorted([POSTS[1], *ahead])
@@ -123,10 +124,10 @@ def test_hookpoints_ahead_are_stored_in_the_same_pass_and_cost_none_of_their_own
 def test_nothing_is_forwarded_where_only_hookpoints_ahead_are_missing(tmp_path):
     model = random_lm("llama")
     run(model, tmp_path, POSTS[:1], shard_rows=9)
-    store, stats = run(model, tmp_path, POSTS[:1], ahead=POSTS[1:], shard_rows=9)
+    store, stats = run(model, tmp_path, POSTS[:1], prefetch=POSTS[1:], shard_rows=9)
     assert (stats.tokens_forwarded, store.hookpoints) == (0, POSTS[:1])
     (store.path / POSTS[0].name / "00003.safetensors").unlink()
-    store, stats = run(model, tmp_path, POSTS[:1], ahead=POSTS[1:], shard_rows=9)
+    store, stats = run(model, tmp_path, POSTS[:1], prefetch=POSTS[1:], shard_rows=9)
     assert stats.tokens_forwarded > 0
     assert {h: list(s) for h, s in store.manifest["hookpoints"].items() if h != POSTS[0].name} == {
         h.name: ["00003"] for h in POSTS[1:]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from saexp.activations import collector
+from saexp.activations import collection
 from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore
 from saexp.activations.stores import damaged, stores, unreadable, verify
@@ -29,9 +29,11 @@ def spoiled(layer):
 
 def test_infinities_ahead_are_left_to_the_run_that_wants_them(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        store, stats = run(spoiled(1), tmp_path, POSTS[:1], ahead=POSTS[1:], shard_rows=SHARD_ROWS)
+        store, stats = run(
+            spoiled(1), tmp_path, POSTS[:1], prefetch=POSTS[1:], shard_rows=SHARD_ROWS
+        )
     assert [m.partition(": ")[0] for m in caplog.messages] == [
-        f"{h.name} is not stored on the way" for h in POSTS[1:]
+        f"{h.name} is not prefetched" for h in POSTS[1:]
     ]
     assert store.hookpoints == POSTS[:1]
     assert set(store.manifest["hookpoints"]) == {POSTS[0].name}
@@ -46,7 +48,7 @@ def test_infinities_ahead_are_left_to_the_run_that_wants_them(tmp_path, caplog):
 def test_a_place_that_the_model_lacks_is_left_to_the_run_that_names_it(tmp_path, caplog):
     ahead = [Hookpoint(1, "resid_mid"), POSTS[1], Hookpoint(7, "mlp_out")]
     with caplog.at_level(logging.WARNING):
-        store, _ = run(random_lm("gpt_neox"), tmp_path, POSTS[:1], ahead=ahead)
+        store, _ = run(random_lm("gpt_neox"), tmp_path, POSTS[:1], prefetch=ahead)
     assert store.hookpoints == POSTS[:2]
     assert [m.split(" ")[0] for m in caplog.messages] == ["layer_1.resid_mid", "layer_7.mlp_out"]
 
@@ -60,10 +62,10 @@ def test_without_room_for_what_is_ahead_what_is_wanted_is_stored(tmp_path, caplo
     model = random_lm("llama")
     whole, _ = run(model, tmp_path / "whole", POSTS[:1])
     n_bytes = whole.n_rows * model.d_model * 4
-    monkeypatch.setattr(collector, "free_bytes", lambda _: 2 * n_bytes)
+    monkeypatch.setattr(collection, "free_bytes", lambda _: 2 * n_bytes)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        store, _ = run(model, tmp_path / "tight", POSTS[:1], ahead=POSTS[1:])
+        store, _ = run(model, tmp_path / "tight", POSTS[:1], prefetch=POSTS[1:])
     assert store.hookpoints == POSTS[:1]
     assert len(caplog.messages) == 2
     assert all("are free" in m for m in caplog.messages)
@@ -122,9 +124,9 @@ def test_what_cannot_be_written_ahead_does_not_stop_the_run(call, tmp_path, capl
     monkeypatch.setattr(ShardWriter, call, full)
     with caplog.at_level(logging.WARNING):
         store, _ = run(
-            random_lm("llama"), tmp_path, POSTS[:1], ahead=POSTS[1:], shard_rows=SHARD_ROWS
+            random_lm("llama"), tmp_path, POSTS[:1], prefetch=POSTS[1:], shard_rows=SHARD_ROWS
         )
-    assert caplog.messages == [f"{POSTS[1].name} is not stored on the way: disk full"]
+    assert caplog.messages == [f"{POSTS[1].name} is not prefetched: disk full"]
     assert store.hookpoints == [POSTS[0], POSTS[2]]
     assert not list(store.path.rglob(".tmp-*"))
     with pytest.raises(StoreError, match="disk full"):
