@@ -28,9 +28,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import saexp
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
-from saexp.interventions.batching import Add, BatchEdit, Row, Vector
-from saexp.interventions.computing import batch_tokens_for, generate
+from saexp.interventions.batching import batch_tokens_for, generate
 from saexp.interventions.generation import padded
+from saexp.interventions.operations import Add, BatchEdit, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel, pick_device, pick_dtype

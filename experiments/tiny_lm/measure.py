@@ -21,8 +21,8 @@ from tokenizer import make_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saexp.interventions.batching import Row
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
+from saexp.interventions.operations import Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.models.loading import LanguageModel

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from saexp.interventions.summary import summarise
+from saexp.interventions.effects import summarise
 
 
 def summary_of(effects: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:

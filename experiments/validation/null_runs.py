@@ -8,8 +8,7 @@ import pandas as pd
 import worlds
 from effects import summary_of
 
-from saexp.interventions.design import with_claims
-from saexp.interventions.summary import chosen_coefficients
+from saexp.interventions.effects import chosen_coefficients, with_claims
 from saexp.reports.sweep_figures import effect_findings
 
 N_LATENTS = 200

@@ -71,7 +71,7 @@ class InterventionConfig:
     control_kinds: list[str] = field(default_factory=lambda: list(CONTROL_KINDS))
     """What is compared with: frequency (latents of like activation frequency), disruption (latents
     scaled to equal KL on neutral text), random_norm and random_kl (random directions of equal norm,
-    of equal KL); those that the intervention can have (see saexp/interventions/design.py)."""
+    of equal KL); those that the intervention can have (see saexp/interventions/controls.py)."""
     frequency_caliper: float = 2.0
     """Largest factor between the activation frequencies of a latent and its control."""
     kl_caliper: float = 1.1

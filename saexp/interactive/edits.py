@@ -1,7 +1,7 @@
 """Context managers that steer, ablate or edit a model while they are open.
 
 `steer` and `ablate` make the operations that the interventions of a run make
-(`interventions.edits`), so the same coefficient means the same in a notebook and in a run.
+(`interventions.steering`), so the same coefficient means the same in a notebook and in a run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ from saexp.config.interventions import PLACES, UNITS
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, InterventionError
 from saexp.interactive.model import ActiveEdit, InteractiveModel, Prompt, token_indices
-from saexp.interventions.edits import Ablate, Steer
-from saexp.interventions.latent_values import LatentFacts
+from saexp.interventions.directions import LatentFacts
+from saexp.interventions.steering import Ablate, Steer
 from saexp.latents.encode import encode_rows
 from saexp.latents.statistics import active_quantile
 from saexp.models.hookpoints import Hookpoint

@@ -24,10 +24,10 @@ from saexp.data.positions import Candidate, Unplaced, selected
 from saexp.data.prompts import as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ConfigError, DataError, InterventionError
-from saexp.interventions.batching import Op, Row, Sampling
-from saexp.interventions.computing import batch_tokens_for, generate, read_logits
+from saexp.interventions.batching import batch_tokens_for, generate, read_logits
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
+from saexp.interventions.operations import Op, Row, Sampling
 from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

@@ -1,473 +1,343 @@
-"""Operations on a stream, and those of a batch of rows as one function per stream."""
+"""Results of many rows, each computed once in batches."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import EditFunction
-from saexp.saes.sae import SparseAutoencoder
+from saexp.context import progress
+from saexp.interventions import generation
+from saexp.interventions.operations import Row, SAEs
+from saexp.interventions.results_cache import Compute, ResultCache, shared
+from saexp.models.forward import check_positions
+from saexp.models.loading import LanguageModel
+from saexp.models.rope import changes_while_generating, depends_on_length
+from saexp.models.weights import Original
 
-RULES = ("always", "active", "at_least")
-"""When a latent is moved to its target: always, only where it fires, or only where it is below."""
-
-
-class Vector:
-    """Numbers that are equal, and hash alike, where all of them are."""
-
-    __slots__ = ("digest", "values")
-
-    def __init__(self, values: Float[Tensor, "..."]) -> None:
-        self.values = values.detach().float().cpu().contiguous()
-        content = self.values.numpy().tobytes()
-        shape = repr(tuple(self.values.shape)).encode()
-        self.digest = hashlib.sha256(shape + content).hexdigest()[:32]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vector) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        return f"Vector({self.digest})"
+log = logging.getLogger(__name__)
+LOGIT_BYTES = 512 * 2**20
+"""Largest tensor of logits."""
+_WORTH = 0.25
+"""Guessing ends once a smaller share of the tokens run for it told what a row says."""
+Family = tuple[tuple[int, ...], tuple[int, ...]]
+"""A prompt and how its continuation begins."""
 
 
 @dataclass(frozen=True)
-class Add:
-    """x + coefficient * vector, at the hookpoint that is written."""
+class _Begun:
+    """A row and the tokens that it is known to begin with."""
 
-    hookpoint: Hookpoint
-    vector: Vector
-    """`[d]`."""
-    coefficient: float
-
-
-@dataclass(frozen=True)
-class Move:
-    """x + coefficient * sum_i (targets[i] - a(read[i])) * direction(write[i]).
-
-    a is a latent's own value at that position, so the reconstruction error is kept; coefficient 1
-    puts each latent at its target. Target 0 is ablation; coefficient 1 - s with target 0 scales by
-    s. `rule` says where: see RULES.
-    """
-
-    hookpoint: Hookpoint
-    """What the SAE reads; a transcoder's directions are written at its `hookpoint_out`."""
-    read: tuple[int, ...]
-    write: tuple[int, ...]
-    targets: tuple[float, ...]
-    coefficient: float
-    rule: str = "always"
-
-
-@dataclass(frozen=True)
-class Project:
-    """x + coefficient * (target - B x) B for orthonormal rows B: coefficient 1 removes B's span."""
-
-    hookpoint: Hookpoint
-    basis: Vector
-    """`[k, d]`, orthonormal rows."""
-    coefficient: float
-    targets: tuple[float, ...] = ()
-    """`[k]`: components wanted; zeros where not given."""
-
-
-@dataclass(frozen=True)
-class Splice:
-    """The SAE's reconstruction in place of the activation: x + coefficient * (x^ - x).
-
-    With `error` what is missed is added back and nothing changes but rounding. With `instead`, a
-    unit vector `[d]`, a step of the same length is taken that way instead: the control.
-    """
-
-    hookpoint: Hookpoint
-    coefficient: float
-    error: bool = False
-    instead: Vector | None = None
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Values from another run in place of the activation: x + coefficient * (values - x)."""
-
-    hookpoint: Hookpoint
-    values: Vector
-    """`[n, d]`, one per changed prompt token of the row, in order; none for generated tokens."""
-    coefficient: float
-    columns: tuple[int, int] | None = None
-    """[start, end) of the stream that is replaced, such as one head's part of attn_z."""
-
-
-Op = Add | Move | Project | Splice | Patch
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Draw tokens instead of taking the likeliest one."""
-
-    temperature: float
-    seed: int
-    """Rows that differ in it are different samples."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt, and what is done to it."""
-
-    ids: tuple[int, ...]
-    """Prompt tokens, special ones included."""
-    ops: tuple[Op, ...] = ()
-    positions: tuple[int, ...] = ()
-    """Prompt tokens that are changed, absolute and in order."""
-    generated: bool = False
-    """Whether generated tokens are changed too."""
-    sample: Sampling | None = None
-    """None: greedy."""
-    about: tuple[Any, ...] = ()
-    """What else its reading depends on, such as the tokens compared."""
-    then: "Row | None" = None
-    """Further changes of the same prompt, which read the streams as the changes of this row leave
-    them; both are active."""
-
-    @cached_property
-    def active(self) -> tuple[Op, ...]:
-        """Operations that do something; none where no token is changed."""
-        if not self.positions and not self.generated:
-            return ()
-        return tuple(op for op in self.ops if op.coefficient != 0)
-
-    def followed_by(self, tokens: Sequence[int]) -> "Row":
-        """With generated tokens as the end of its prompt, changed where generated ones are."""
-        start = len(self.ids)
-        changed = range(start, start + len(tokens)) if self.generated else ()
-        positions = (*self.positions, *changed)
-        then = None if self.then is None else self.then.followed_by(tokens)
-        return replace(self, ids=(*self.ids, *tokens), positions=positions, then=then)
+    row: Row
+    known: tuple[int, ...] = ()
 
     @property
-    def first_changed(self) -> int:
-        """Index of the first changed prompt token; all before it are as without the operations."""
-        own = min(self.positions) if self.active and self.positions else len(self.ids)
-        return own if self.then is None else min(own, self.then.first_changed)
+    def family(self) -> Family:
+        return self.row.ids, self.known
 
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Rows with one key have one result: no operation and coefficient 0 are the same."""
-        if not self.active:
-            return (self.ids, self.sample, self.about)
-        changed = (self.active, self.positions, self.generated)
-        further = () if self.then is None else (self.then.key,)
-        return (self.ids, self.sample, self.about, *changed, *further)
+    def continued(self, guess: Sequence[int] = ()) -> Row:
+        """The row with what it is known, and guessed, to say as the end of its prompt."""
+        return self.row.followed_by((*self.known, *guess))
 
 
-SAEs = Mapping[Hookpoint, SparseAutoencoder]
-"""SAEs by the hookpoint that they read."""
+class Guessing:
+    """Continuations of rows under one model, see the module."""
 
+    def __init__(
+        self, model: LanguageModel, saes: SAEs, max_new_tokens: int, batch_tokens: int
+    ) -> None:
+        self.model, self.saes = model, saes
+        self.most, self.batch_tokens = max_new_tokens, batch_tokens
+        self.n_run = self.n_learned = 0
+        self.by_length = depends_on_length(model.text_config)
 
-class _Padded:
-    """Per row a list of (column, gain, target, rule), as tensors `[b, k]`; padding has gain 0."""
+    def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[Row, list[int]]]]:
+        """Rows and their new tokens, without the end token, batch by batch as they are finished."""
+        for batch in self._generate([_Begun(row) for row in rows if not self._guessable(row)]):
+            yield [(begun.row, tokens) for begun, tokens in batch]
+        pending = [_Begun(row) for row in rows if self._guessable(row)]
+        guesses: dict[Family, list[int]] = {}
+        while pending:
+            leaders = list({begun.family: begun for begun in reversed(pending)}.values())
+            if 2 * len(leaders) > len(pending) or not self._is_worth_it():
+                leaders = pending
+            for batch in self._generate(leaders):
+                guesses |= {b.family: tokens[len(b.known) :] for b, tokens in batch}
+                yield [(begun.row, tokens) for begun, tokens in batch]
+            led = set(map(id, leaders))
+            followers = [begun for begun in pending if id(begun) not in led]
+            pending = []
+            for finished, others in self._check(followers, guesses):
+                yield finished
+                pending += others
 
-    def __init__(self, n_rows: int) -> None:
-        self.entries: list[list[tuple[int, int, float, float, int]]] = [[] for _ in range(n_rows)]
+    def _guessable(self, row: Row) -> bool:
+        """Whether it is greedy, and rotated in one pass over all its tokens as at each step."""
+        config, n_new = self.model.text_config, self.most
+        if row.sample is not None or not self.by_length:
+            return row.sample is None
+        return not changes_while_generating(config, len(row.ids), n_new)
 
-    def __bool__(self) -> bool:
-        return any(self.entries)
+    def _is_worth_it(self) -> bool:
+        return self.n_learned >= _WORTH * self.n_run
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(read, write, gain, target, rule), each `[b, k]`."""
-        k = max(len(e) for e in self.entries)
-        padded = [[*e, *[(0, 0, 0.0, 0.0, 0)] * (k - len(e))] for e in self.entries]
-        kinds = (torch.long, torch.long, torch.float, torch.float, torch.long)
-        return tuple(  # pyright: ignore[reportReturnType]
-            torch.tensor([[x[i] for x in row] for row in padded], dtype=kind, device=device)
-            for i, kind in enumerate(kinds)
-        )
-
-
-class _Numbered(dict[Any, int]):
-    """Distinct things in the order they came."""
-
-    def number(self, thing: Any) -> int:
-        return self.setdefault(thing, len(self))
-
-
-class StreamProgram:
-    """Everything that a batch does to one stream."""
-
-    def __init__(self, n_rows: int, device: torch.device) -> None:
-        self.device, self.n_rows = device, n_rows
-        self.added: list[tuple[int, Add]] = []
-        self.moves, self.projections = _Padded(n_rows), _Padded(n_rows)
-        self.sae: SparseAutoencoder | None = None
-        self.reading, self.writing = _Numbered(), _Numbered()
-        self.basis: list[Tensor] = []
-        self.basis_numbers: dict[str, int] = {}
-        self.splices: dict[int, Splice] = {}
-        self.patches: dict[int, Patch] = {}
-        self.tensors: dict[str, Any] = {}
-        self._kept: Tensor | None = None
-        """Rows that were kept before the tensors were built."""
-
-    def add(self, row: int, op: Any, sae: SparseAutoencoder | None) -> None:
-        """Take in one operation of one row."""
-        if isinstance(op, Add):
-            self.added.append((row, op))
-        elif isinstance(op, Move):
-            self.sae = sae
-            rule = RULES.index(op.rule)
-            for read, write, target in zip(op.read, op.write, op.targets, strict=True):
-                columns = (self.reading.number(read), self.writing.number(write))
-                self.moves.entries[row].append((*columns, op.coefficient, target, rule))
-        elif isinstance(op, Project):
-            start = self.basis_numbers.get(op.basis.digest)
-            if start is None:
-                start = sum(map(len, self.basis))
-                self.basis_numbers[op.basis.digest] = start
-                self.basis.append(op.basis.values)
-            targets = op.targets or (0.0,) * len(op.basis.values)
-            self.projections.entries[row] += [
-                (start + i, start + i, op.coefficient, t, 0) for i, t in enumerate(targets)
-            ]
-        elif isinstance(op, Splice):
-            if sae is not None and not op.error:
-                sae.check_reconstructs()
-            self.sae = sae
-            self.splices[row] = op
-        else:
-            self.patches[row] = op
-
-    def build(self, d: int) -> None:
-        """Turn what was taken in into tensors, once."""
-        made, device = self.tensors, self.device
-        if self.added:
-            rows = torch.tensor([row for row, _ in self.added])
-            gains = torch.tensor([op.coefficient for _, op in self.added])
-            steps = torch.stack([op.vector.values for _, op in self.added]) * gains[:, None]
-            made["added"] = torch.zeros(self.n_rows, d).index_add_(0, rows, steps).to(device)
-        if self.moves:
-            assert self.sae is not None
-            made["moves"] = self.moves.tensors(device)
-            made["directions"] = self.sae.directions(list(self.writing)).float().to(device)
-        if self.projections:
-            made["projections"] = self.projections.tensors(device)
-            made["basis"] = torch.cat(self.basis).to(device)
-        if self.splices:
-            gain, instead = torch.zeros(self.n_rows), torch.zeros(self.n_rows, d)
-            for row, op in self.splices.items():
-                gain[row] = op.coefficient
-                if op.instead is not None:
-                    instead[row] = op.instead.values
-            error = torch.tensor(
-                [r in self.splices and self.splices[r].error for r in range(self.n_rows)]
+    def _generate(self, begun: Sequence[_Begun]) -> Iterator[list[tuple[_Begun, list[int]]]]:
+        """Token by token."""
+        rows = [b.continued() for b in begun]
+        left = [self.most - len(b.known) for b in begun]
+        for batch in generation.in_batches(self.model, rows, left, self.batch_tokens):
+            limits = [left[i] for i in batch]
+            found = generation._generate_batch(
+                self.model, [rows[i] for i in batch], self.saes, limits
             )
-            made["splices"] = (gain.to(device), instead.to(device), error.to(device))
-        if self._kept is not None:
-            self._select(self._kept)
+            yield [
+                (begun[i], [*begun[i].known, *tokens])
+                for i, tokens in zip(batch, found, strict=True)
+            ]
 
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only; patches are of the prompt and end with it.
-
-        Where only generated tokens are changed, rows can end before anything was built.
-        """
-        if self.tensors:
-            self._select(chosen)
-        else:
-            self._kept = chosen if self._kept is None else self._kept[chosen]
-
-    def _select(self, chosen: Tensor) -> None:
-        for name in ("added",):
-            if name in self.tensors:
-                self.tensors[name] = self.tensors[name][chosen]
-        for name in ("moves", "projections", "splices"):
-            if name in self.tensors:
-                self.tensors[name] = tuple(t[chosen] for t in self.tensors[name])
-
-    def change(
-        self, old: Float[Tensor, "n d"], source: Float[Tensor, "n d_in"], row_of: Tensor
-    ) -> Float[Tensor, "n d"]:
-        """New values of `n` positions, `row_of` their rows; `source` is what the SAE reads there.
-
-        All operations of a row read the values before any of them, and their changes add up.
-        """
-        made, new = self.tensors, old
-        if "added" in made:
-            new = new + made["added"][row_of]
-        if "moves" in made:
-            new = new + self._moved(source, row_of)
-        if "projections" in made:
-            read, write, gain, target, _ = (t[row_of] for t in made["projections"])
-            component = (old @ made["basis"].T).gather(1, read)
-            steps = torch.zeros(len(old), len(made["basis"]), device=old.device)
-            steps.scatter_add_(1, write, gain * (target - component))
-            new = new + steps @ made["basis"]
-        if "splices" in made:
-            new = self._spliced(old, new, source, row_of)
-        return new
-
-    def _moved(self, source: Float[Tensor, "n d_in"], row_of: Tensor) -> Float[Tensor, "n d"]:
-        assert self.sae is not None
-        read, write, gain, target, rule = (t[row_of] for t in self.tensors["moves"])
-        acts = self.sae.encode_latents(source, list(self.reading)).float().gather(1, read)
-        gap = target - acts
-        gap = torch.where((rule == 1) & (acts <= 0), 0.0, gap)
-        gap = torch.where(rule == 2, gap.clamp(min=0), gap)
-        directions = self.tensors["directions"]
-        steps = torch.zeros(len(source), len(directions), device=source.device)
-        steps.scatter_add_(1, write, gain * gap)
-        return (steps @ directions) * self.sae.row_scale(source)
-
-    def _spliced(self, old: Tensor, new: Tensor, source: Tensor, row_of: Tensor) -> Tensor:
-        assert self.sae is not None
-        gain, instead, error = (t[row_of] for t in self.tensors["splices"])
-        mine = (gain != 0).nonzero()[:, 0]
-        x = source[mine]
-        made = self.sae.decode(self.sae.encode(x), x).float().to(old.device)
-        before = old[mine]
-        step = (made - before).norm(dim=-1, keepdim=True) * instead[mine]
-        made = torch.where(instead[mine].any(-1, keepdim=True), before + step, made)
-        made = torch.where(error[mine, None], made + (before - made), made)
-        new = new.clone()
-        new[mine] = new[mine] - before + torch.lerp(before, made, gain[mine, None])
-        return new
-
-    def patched(self, new: Tensor, row_of: Tensor) -> Tensor:
-        """Put patches in; `new` holds all the rows' positions in order."""
-        new = new.clone()
-        for row, op in self.patches.items():
-            # Generated tokens that a row is continued with come after those of its prompt.
-            mine = (row_of == row).nonzero()[: len(op.values.values), 0]
-            start, end = op.columns or (0, new.shape[1])
-            values = op.values.values.to(new.device)[:, start:end]
-            old = new[mine]
-            old[:, start:end] = torch.lerp(old[:, start:end], values, op.coefficient)
-            new[mine] = old
-        return new
-
-
-class BatchEdit:
-    """The rows of a batch, left-padded to `width` prompt tokens."""
-
-    def __init__(self, rows: Sequence[Row], width: int, saes: SAEs, device: torch.device) -> None:
-        self.at_prompt = torch.zeros(len(rows), width, dtype=torch.bool)
-        self.at_generated = torch.zeros(len(rows), dtype=torch.bool)
-        changed: tuple[list[int], list[int]] = ([], [])
-        self.programs: dict[Hookpoint, StreamProgram] = {}
-        self.sources: dict[Hookpoint, Hookpoint] = {}
-        for i, row in enumerate(rows):
-            active = row.active
-            if not active:
+    def _check(
+        self, pending: Sequence[_Begun], guesses: Mapping[Family, Sequence[int]]
+    ) -> Iterator[tuple[list[tuple[Row, list[int]]], list[_Begun]]]:
+        """Those that a guess finishes, and the others with what they are then known to say."""
+        guessed = [guesses[b.family][: self.most - len(b.known) - 1] for b in pending]
+        rows = [b.continued(guess) for b, guess in zip(pending, guessed, strict=True)]
+        longest = max(map(len, guessed), default=0) + 1
+        of_row = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
+        most = LOGIT_BYTES // of_row
+        for batch in generation.in_batches(self.model, rows, None, self.batch_tokens, most):
+            if not self._is_worth_it():
+                yield [], [pending[i] for i in batch]
                 continue
-            start = width - len(row.ids)
-            changed[0].extend([i] * len(row.positions))
-            changed[1].extend([start + p for p in row.positions])
-            if row.generated:
-                self.at_generated[i] = True
-            for op in active:
-                sae = saes.get(op.hookpoint)
-                at = op.hookpoint
-                if isinstance(op, Move | Splice) and sae is not None and sae.hookpoint_out:
-                    at = sae.hookpoint_out
-                    self.sources[at] = op.hookpoint
-                if at not in self.programs:
-                    self.programs[at] = StreamProgram(len(rows), device)
-                self.programs[at].add(i, op, sae)
-        self.at_prompt[changed] = True
-        self.at_prompt = self.at_prompt.to(device)
-        self.at_generated = self.at_generated.to(device)
-        self.then: BatchEdit | None = None
-        if any(row.then for row in rows):
-            further = [row.then or Row(row.ids) for row in rows]
-            self.then = BatchEdit(further, width, saes, device)
-
-    @property
-    def streams(self) -> list[Hookpoint]:
-        """Streams that are read or changed."""
-        own = [h.stored for h in (*self.programs, *self.sources.values())]
-        return own if self.then is None else [*own, *self.then.streams]
-
-    def n_untouched(self, n_layers: int) -> int:
-        """Blocks from the first on in whose streams, and outputs but the last's, nothing is read
-        or changed."""
-        lowest = (
-            0 if h.stream == "embed" else h.layer + (h.stream == "resid_post") for h in self.streams
-        )
-        return min(lowest, default=n_layers)
-
-    def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only (after the prompt)."""
-        self.at_prompt, self.at_generated = self.at_prompt[chosen], self.at_generated[chosen]
-        for program in self.programs.values():
-            program.keep(chosen)
-        if self.then is not None:
-            self.then.keep(chosen)
-
-    def functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
-        """Edits of a pass over the prompt's last `window` tokens; None: over one generated token.
-
-        A stream in which nothing is changed has no function, so it keeps every bit.
-        """
-        made = self._own_functions(window)
-        further = {} if self.then is None else self.then.functions(window)
-        for at, function in further.items():
-            made[at] = _composed(made[at], function) if at in made else function
-        return made
-
-    def _own_functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
-        mask = self.at_generated[:, None]
-        if window is not None:
-            mask = self.at_prompt[:, self.at_prompt.shape[1] - window :]
-        if not self.programs or not bool(mask.any()):
-            return {}
-        made: dict[Hookpoint, EditFunction] = {}
-        row_of, token_of = mask.nonzero(as_tuple=True)
-        where = (row_of, token_of)
-        seen: dict[Hookpoint, Tensor] = {}
-        for at, program in self.programs.items():
-            source = self.sources.get(at)
-            if source is not None:
-                made[source] = _remember(seen, source)
-            made[at] = _writer(program, where, seen, source, prompt=window is not None)
-        return made
+            chosen, n_last = [rows[i] for i in batch], [len(guessed[i]) + 1 for i in batch]
+            found = generation.greedy_tokens(self.model, chosen, self.saes, n_last)
+            finished: list[tuple[Row, list[int]]] = []
+            others: list[_Begun] = []
+            for i, own in zip(batch, found, strict=True):
+                row, known = pending[i].row, pending[i].known
+                pairs = zip(guessed[i], own[:-1], strict=True)
+                right = next((n for n, (a, b) in enumerate(pairs) if a != b), len(guessed[i]))
+                self.n_run += len(guessed[i]) + 1
+                self.n_learned += right + 1
+                known = (*known, *own[: right + 1])
+                if known[-1] in self.model.eos_ids:
+                    finished.append((row, list(known[:-1])))
+                elif len(known) == self.most:
+                    finished.append((row, list(known)))
+                else:
+                    others.append(_Begun(row, known))
+            yield finished, others
 
 
-def _composed(first: EditFunction, second: EditFunction) -> EditFunction:
-    return lambda stream: second(first(stream))
+_CACHE_BYTES = 2 * 2**30
+"""Largest KV cache of a batch, where `batch_tokens` is auto."""
+_MOST_TOKENS = 65536
+_MOST_TOKENS_CPU = 16384
+"""Larger batches leave its caches, and take longer."""
+Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
+"""What is kept of a row's logits at its last `n_last` tokens (float32)."""
+Batches = Generator[list[tuple[Row, np.ndarray]], None, None]
 
 
-def _remember(seen: dict[Hookpoint, Tensor], at: Hookpoint) -> EditFunction:
-    def read(stream: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        seen[at] = stream
-        return stream
+def batch_tokens_for(model: LanguageModel, asked: int | str) -> int:
+    """`asked`, or for `auto` as many tokens as keep the KV cache within _CACHE_BYTES, at most
+    _MOST_TOKENS."""
+    if asked != "auto":
+        return int(asked)
+    about = model.text_config
+    n_heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
+    size = getattr(about, "head_dim", None) or model.d_model // about.num_attention_heads
+    per_token = 2 * model.n_layers * int(n_heads) * int(size) * model.dtype.itemsize
+    most = _MOST_TOKENS_CPU if model.device.type == "cpu" else _MOST_TOKENS
+    return max(1024, min(most, _CACHE_BYTES // per_token))
 
-    return read
+
+def _computed(
+    rows: Sequence[Row],
+    what: str,
+    kind: str,
+    cache: ResultCache | None,
+    compute: Compute[Row],
+) -> list[np.ndarray]:
+    """One result per row: equal rows once, and not at all where the cache has them or another
+    process computes them."""
+    places: dict[tuple[Any, ...], int] = {}
+    at = [places.setdefault(row.key, len(places)) for row in rows]
+    first = dict(zip(reversed(at), reversed(rows), strict=True))
+    keys = [cache.key(kind, key) if cache else repr(i).encode() for key, i in places.items()]
+    results = cache.get(keys) if cache else {}
+    missing = {key: first[i] for i, key in enumerate(keys) if key not in results}
+    n_missing = n_computed = len(missing)
+    with progress(n_missing, what, "prompt") as bar:
+        if cache:
+            n_computed = 0
+            with closing(shared(cache, _by_prompt(missing), compute)) as batches:
+                for batch, computed_here in batches:
+                    results.update(batch)
+                    n_computed += len(batch) if computed_here else 0
+                    bar.update(len(batch))
+        else:
+            key_of = {id(row): key for key, row in missing.items()}
+            for part in compute(list(missing.values())):
+                results.update((key_of[id(row)], values) for row, values in part)
+                bar.update(len(part))
+    elsewhere = n_missing - n_computed
+    log.info(
+        "%s: %d rows, %d computed, %s%d were stored",
+        what,
+        len(rows),
+        n_computed,
+        f"{elsewhere} by other processes, " if elsewhere else "",
+        len(places) - n_missing,
+    )
+    return [results[keys[i]] for i in at]
 
 
-def _writer(
-    program: StreamProgram,
-    where: tuple[Tensor, Tensor],
-    seen: dict[Hookpoint, Tensor],
-    source: Hookpoint | None,
+def _by_prompt(rows: Mapping[bytes, Row]) -> dict[bytes, Row]:
+    """Rows of one prompt side by side, so that they are computed by one process."""
+    places: dict[tuple[int, ...], int] = {}
+    for row in rows.values():
+        places.setdefault(row.ids, len(places))
+    return dict(sorted(rows.items(), key=lambda item: places[item[1].ids]))
+
+
+def generate(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs | None = None,
     *,
-    prompt: bool,
-) -> EditFunction:
-    def write(stream: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        row_of, token_of = (w.to(stream.device) for w in where)
-        if not program.tensors:
-            program.build(stream.shape[-1])
-        old = stream[row_of, token_of].float()
-        read = old if source is None else seen.pop(source)[row_of, token_of].float()
-        values = program.change(old, read, row_of)
-        if prompt and program.patches:
-            values = program.patched(values, row_of)
-        new = stream.clone()
-        new[row_of, token_of] = values.to(stream.dtype)
-        return new
+    max_new_tokens: int,
+    batch_tokens: int,
+    cache: ResultCache | None = None,
+    what: str = "generating",
+    key: str = "max_new_tokens",
+) -> list[list[int]]:
+    """Continuations (new tokens, without the end token), in the order of `rows`.
 
-    return write
+    Greedy, or sampled where a row says so. Equal rows are computed once, and not at all where the
+    cache has them; batches hold prompts of similar length, at most `batch_tokens` tokens with
+    padding and what is generated. Greedy rows of one prompt guess each other's text.
+    Raises ModelError where a row outgrows the model's positions; `key` is the option that sets
+    `max_new_tokens`.
+    """
+
+    def compute(missing: list[Row]) -> Batches:
+        longest = max((len(row.ids) for row in missing), default=0)
+        check_positions(model, longest, max_new_tokens, key)
+        for batch in Guessing(model, saes or {}, max_new_tokens, batch_tokens).run(missing):
+            yield [(row, np.asarray(tokens, dtype=np.float64)) for row, tokens in batch]
+
+    found = _computed(rows, what, f"tokens {max_new_tokens}", cache, compute)
+    return [values.astype(np.int64).tolist() for values in found]
+
+
+def read_logits(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs | None,
+    reader: Reader,
+    *,
+    kind: str,
+    batch_tokens: int,
+    n_last: Callable[[Row], int] | None = None,
+    cache: ResultCache | None = None,
+    what: str = "scoring",
+) -> list[np.ndarray]:
+    """`reader(row, logits)` of every row, in order; `kind` names the reader in the cache.
+
+    The logits are of the row's last `n_last` prompt tokens (1 where not given). Raises ModelError
+    for a prompt that is longer than the model has positions.
+    """
+
+    def compute(missing: list[Row]) -> Batches:
+        check_positions(model, max((len(row.ids) for row in missing), default=0))
+        wanted = [1 if n_last is None else n_last(row) for row in missing]
+        vocabulary = int(model.text_config.vocab_size)
+        most = LOGIT_BYTES // (4 * max(wanted, default=1) * vocabulary)
+        for batch in generation.in_batches(model, missing, None, batch_tokens, most):
+            mine, lasts = [missing[i] for i in batch], [wanted[i] for i in batch]
+            logits = generation.last_logits(model, mine, saes, max(lasts))
+            yield [
+                (row, np.asarray(reader(row, x[-n:].float()), dtype=np.float64))
+                for row, x, n in zip(mine, logits, lasts, strict=True)
+            ]
+
+    return _computed(rows, what, kind, cache, compute)
+
+
+def divergences(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs | None,
+    *,
+    batch_tokens: int,
+    cache: ResultCache | None = None,
+) -> list[float]:
+    """Mean over a prompt's tokens of KL(unedited || edited), nats, per row.
+
+    Every token but the first counts (the first is the BOS where the tokenizer has one).
+    """
+
+    def compute(missing: list[Row]) -> Batches:
+        of_prompt: dict[tuple[int, ...], list[Row]] = {}
+        for row in missing:
+            of_prompt.setdefault(row.ids, []).append(row)
+        for ids, same in of_prompt.items():
+            size = max(1, _scored_at_once(model, len(ids), batch_tokens) - 1)
+            for start in range(0, len(same), size):
+                batch = same[start : start + size]
+                n = max(len(ids) - 1, 1)
+                logits = generation.last_logits(model, [Row(ids), *batch], saes, n)
+                logs = logits.float().log_softmax(-1)
+                yield [
+                    (row, np.asarray([max(float(x), 0.0)]))
+                    for row, x in zip(batch, _kl(logs[:1], logs[1:]).mean(-1), strict=True)
+                ]
+
+    found = _computed(rows, "cost on neutral text", "kl", cache, compute)
+    return [float(v[0]) for v in found]
+
+
+def weight_divergences(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    original: Original,
+    *,
+    batch_tokens: int,
+    cache: ResultCache | None = None,
+) -> list[float]:
+    """As `divergences`, of the model's weights as they are now from those inside `original()`."""
+
+    def compute(missing: list[Row]) -> Batches:
+        longest = max((len(row.ids) for row in missing), default=1)
+        most = _scored_at_once(model, longest, batch_tokens)
+        for numbers in generation.in_batches(model, missing, None, batch_tokens, most):
+            batch = [missing[i] for i in numbers]
+            n = max(max(len(row.ids) for row in batch) - 1, 1)
+            edited = generation.last_logits(model, batch, None, n)
+            with original():
+                plain = generation.last_logits(model, batch, None, n)
+            made = []
+            for row, before, after in zip(batch, plain, edited, strict=True):
+                mine = slice(-max(len(row.ids) - 1, 1), None)
+                logs = (x[mine].float().log_softmax(-1) for x in (before, after))
+                made.append((row, np.asarray([max(float(_kl(*logs).mean()), 0.0)])))
+            yield made
+
+    rows = [Row(tuple(ids)) for ids in prompts]
+    found = _computed(rows, "cost of the weights", "kl of weights", cache, compute)
+    return [float(v[0]) for v in found]
+
+
+def _scored_at_once(model: LanguageModel, n_tokens: int, batch_tokens: int) -> int:
+    """Prompts of so many tokens whose logits, probabilities and their product fit in memory."""
+    vocabulary = int(model.text_config.vocab_size)
+    return min(batch_tokens // n_tokens, LOGIT_BYTES // (12 * n_tokens * vocabulary))
+
+
+def _kl(before: Float[Tensor, "... V"], after: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    """KL(before || after) of log-probabilities, nats."""
+    return (before.exp() * (before - after)).sum(-1)

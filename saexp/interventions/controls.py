@@ -1,229 +1,322 @@
-"""Matched controls: latents of equal frequency, and edits of equal KL on neutral text."""
+"""The controls of each condition, and tables and notes about them."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
+from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.interventions.latent_values import Condition
+from saexp.interventions.conditions import Condition, LatentIntervention, direction_of_set
+from saexp.interventions.control_matching import (
+    ControlSet,
+    any_active,
+    equal_kl_scales,
+    frequency_matched,
+)
+from saexp.interventions.directions import orthonormal
+from saexp.interventions.operations import Add, Op, Project, Vector
 from saexp.results import TaskResult
-from saexp.stats.permutation import MIN_CONTROLS, claim_share, rank_p_value
+from saexp.stats.permutation import (
+    MIN_CONTROLS,
+    claim_share,
+    derived_seed,
+    random_directions,
+    rank_p_value,
+)
 from saexp.wording import CONTROL_WORDS
 
 OWN_GROUP = "own_group"
 """Control kind of patches alone: the activations of other prompts of the prompt's own group."""
+NeutralKL = Callable[[Sequence[tuple[Op, ...]]], Float[np.ndarray, " n"]]
+"""Edits -> KL per token of neutral text of each."""
 
 
-@dataclass(frozen=True)
-class ControlSet:
-    """As many latents as the condition has, one for each."""
+def main_conditions(conditions: Sequence[Condition]) -> list[Condition]:
+    """Those that a run's sentences are about: per direction its latents together (else the first
+    single one), every other direction, and every place."""
+    found = {c.name for c in conditions if c.role in ("direction", "place")}
+    of_direction: dict[str, list[Condition]] = {}
+    for condition in conditions:
+        if condition.role in ("group", "single"):
+            key = direction_of_set(condition.direction)
+            of_direction.setdefault(key, []).append(condition)
+    for some in of_direction.values():
+        found.add(min(some, key=lambda c: c.role != "group").name)
+    return [c for c in conditions if c.name in found]
 
-    latents: tuple[int, ...]
-    frequency_ratio: float
-    """Control over own frequency, the geometric mean over members; NaN for an inactive own one."""
-    matched: bool
-    """Whether every member is within the caliper."""
 
-
-class _Candidates:
-    """Distances of candidates from each latent of a set, `[k, n]`, in log frequency."""
+class ControlDesign:
+    """Controls of all conditions of a causal test."""
 
     def __init__(
-        self, table: pd.DataFrame, latents: tuple[int, ...], avoid: Collection[int]
+        self,
+        intervention: object,
+        planned: Sequence[Condition],
+        coefficients: Sequence[float],
+        cfg: InterventionConfig,
     ) -> None:
-        usable = (table["frequency"] > 0) & ~table["latent"].isin([*latents, *avoid])
-        self.latents: Int[np.ndarray, " n"] = table.loc[usable, "latent"].to_numpy(dtype=np.int64)
-        frequency = table.loc[usable, "frequency"].to_numpy(dtype=float)
-        own = table.set_index("latent").loc[list(latents), "frequency"].to_numpy(dtype=float)
-        self.log_ratios: Float[np.ndarray, "k n"] = np.log(frequency) - np.log(
-            own.clip(min=1e-12)
-        ).reshape(-1, 1)
-        self.own_active = bool((own > 0).all())
+        """`planned` are the conditions, among them controls that the intervention made itself."""
+        self.intervention, self.coefficients, self.cfg = intervention, coefficients, cfg
+        self.own = [c for c in planned if c.role != "control"]
+        self.given = [c for c in planned if c.role == "control"]
+        self.main = main_conditions(self.own)
+        self.n_curve = min(cfg.n_curve_controls, cfg.n_controls)
+        self._sets: dict[tuple[str, str], list[tuple[ControlSet, ...]]] = {}
+        uses: dict[str, Counter[int]] = {}
+        for condition in self.own if cfg.n_controls else []:
+            for kind in ("frequency", "disruption"):
+                if kind in self.kinds(condition):
+                    self._sets[condition.name, kind] = self._select(condition, kind, uses)
 
-    def control_set(self, members: Sequence[int], caliper: float) -> ControlSet:
-        """The set of these candidates, one for each latent in order."""
-        logs = self.log_ratios[range(len(members)), list(members)]
-        return ControlSet(
-            latents=tuple(int(self.latents[i]) for i in members),
-            frequency_ratio=float(np.exp(logs.mean())) if self.own_active else float("nan"),
-            matched=bool((np.abs(logs) <= math.log(caliper) + 1e-9).all()),
+    def kinds(self, condition: Condition) -> list[str]:
+        """Kinds of control that a condition can have, of those asked for."""
+        if not isinstance(self.intervention, LatentIntervention) or not self.cfg.n_controls:
+            return []
+        ops = [op for edit in condition.edits for op in edit]
+        adds = bool(ops) and all(isinstance(op, Add) for op in ops)
+        removes = condition.weights is not None or (
+            bool(ops) and all(isinstance(op, Project) for op in ops)
         )
+        possible = {
+            "frequency": bool(condition.parts),
+            "disruption": bool(condition.parts) and adds,
+            "random_norm": adds or removes,
+            "random_kl": adds,
+        }
+        return [kind for kind in self.cfg.control_kinds if possible[kind]]
+
+    def curve(self) -> list[Condition]:
+        """Stage 1: controls at every coefficient, random directions at all but 0 and not for the
+        single latents beside a group, which are exploratory."""
+        numbers = range(1, self.n_curve + 1)
+        changing = tuple(k for k, c in enumerate(self.coefficients) if c)
+        made = [c for c in self.given if c.number <= self.n_curve]
+        for own in self.own:
+            made += self._on_latents(own, "frequency", numbers, None)
+            if self._is_main(own) or own.role == "group":
+                made += self._random(own, "random_norm", numbers, changing)
+        return made
+
+    def at_chosen(
+        self, chosen: Mapping[str, float], neutral_kl: NeutralKL
+    ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
+        """Stage 2: the remaining controls of the main conditions, each at its chosen coefficient.
+
+        Beside them the KL per token of neutral text by (condition, coefficient), of those that
+        were measured.
+        """
+        rest = range(self.n_curve + 1, self.cfg.n_controls + 1)
+        everyone = range(1, self.cfg.n_controls + 1)
+        made: list[Condition] = []
+        scaled: list[tuple[Condition, Condition]] = []
+        for own in self.main:
+            if not chosen[own.name]:
+                continue
+            at = (list(self.coefficients).index(chosen[own.name]),)
+            made += [
+                replace(c, at=at)
+                for c in self.given
+                if c.of == own.name and c.number > self.n_curve
+            ]
+            made += self._on_latents(own, "frequency", rest, at)
+            made += self._random(own, "random_norm", rest, at)
+            of_kl = self._on_latents(own, "disruption", everyone, at)
+            of_kl += self._random(own, "random_kl", everyone, at)
+            scaled += [(own, control) for control in of_kl]
+        at_equal_kl, kl = self._at_equal_kl(scaled, neutral_kl)
+        return made + at_equal_kl, kl
+
+    def _is_main(self, condition: Condition) -> bool:
+        return any(condition.name == c.name for c in self.main)
+
+    def _select(
+        self, condition: Condition, kind: str, uses: dict[str, Counter[int]]
+    ) -> list[tuple[ControlSet, ...]]:
+        """Sets of control latents, matched within each SAE; as many as that with fewest has."""
+        n = self.cfg.n_controls if self._is_main(condition) else self.n_curve
+        of_part = []
+        for facts, latents in condition.parts:
+            at = facts.hookpoint.name
+            seed = derived_seed(self.cfg.seed, "controls", kind, at, condition.name)
+            avoid = self._same_hypothesis(condition, at)
+            if kind == "frequency":
+                sets = frequency_matched(
+                    facts.table,
+                    latents,
+                    n,
+                    n_least=self.n_curve,
+                    caliper=self.cfg.frequency_caliper,
+                    seed=seed,
+                    avoid=avoid,
+                    uses=uses.setdefault(at, Counter()),
+                )
+            else:
+                sets = any_active(facts.table, latents, n, seed=seed, avoid=avoid)
+            of_part.append(sets)
+        return list(zip(*of_part, strict=False))
+
+    def _same_hypothesis(self, condition: Condition, at: str) -> set[int]:
+        """Latents of an SAE that are selected or changed for the condition's direction."""
+        found: set[int] = set()
+        for other in self.own:
+            for facts, latents in other.parts:
+                if facts.hookpoint.name != at or other.direction != condition.direction:
+                    continue
+                table = facts.table
+                same = table["selected"] & (table["direction"] == condition.direction)
+                found |= {*latents, *table.loc[same, "latent"].tolist()}
+        return found
+
+    def _on_latents(
+        self, own: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
+    ) -> list[Condition]:
+        """The edit made along control latents."""
+        if kind not in self.kinds(own):
+            return []
+        assert isinstance(self.intervention, LatentIntervention)
+        sets, made = self._sets[own.name, kind], []
+        for number in numbers:
+            if number > len(sets):
+                break
+            parts = sets[number - 1]
+            control = replace(_control(own, kind, number, at), parts=own.parts)
+            control = self.intervention.written_along(
+                control, [p.latents for p in parts], self.coefficients
+            )
+            sizes = [len(p.latents) for p in parts]
+            logs = np.log([p.frequency_ratio for p in parts])
+            made.append(
+                replace(
+                    control,
+                    parts=(),
+                    frequency_ratio=float(np.exp(np.average(logs, weights=sizes))),
+                    matched=all(p.matched for p in parts),
+                )
+            )
+        return made
+
+    def _random(
+        self, own: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
+    ) -> list[Condition]:
+        """The edit with random directions in place of its vectors; the first are alike in both
+        kinds, which differ in scale."""
+        numbers = list(numbers)
+        if kind not in self.kinds(own) or not numbers:
+            return []
+        noise = _random_vectors(own, max(numbers), self.cfg.seed)
+        made = []
+        for number in numbers:
+            instead = noise[number - 1]
+            control = _control(own, kind, number, at)
+            edits = tuple(
+                tuple(_with_vector(op, instead) for op in ops) if control.tried(k) else ()
+                for k, ops in enumerate(own.edits)
+            )
+            weights = own.weights
+            made.append(
+                replace(
+                    control,
+                    latents=(),
+                    layers=(),
+                    edits=edits,
+                    strengths=tuple(
+                        {u: s[u] for u in ("length", "resid_norm") if u in s} for s in own.strengths
+                    ),
+                    weights=None if weights is None else instead[Vector(weights).digest].values,
+                )
+            )
+        return made
+
+    def _at_equal_kl(
+        self, pairs: Sequence[tuple[Condition, Condition]], neutral_kl: NeutralKL
+    ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
+        """Controls scaled to the KL of their conditions (in pairs with them)."""
+        if not pairs:
+            return [], {}
+        at = [c.at[0] if c.at else 0 for _, c in pairs]
+        unlike = {own.name: own.edits[k] for (own, _), k in zip(pairs, at, strict=True)}
+        own_kl = dict(zip(unlike, neutral_kl(list(unlike.values())), strict=True))
+        target = np.array([own_kl[own.name] for own, _ in pairs])
+
+        def measure(which: Sequence[int], scales: Sequence[float]) -> Float[np.ndarray, " n"]:
+            return neutral_kl(
+                [
+                    tuple(_scaled(op, s) for op in pairs[i][1].edits[at[i]])
+                    for i, s in zip(which, scales, strict=True)
+                ]
+            )
+
+        alike = [(own.name, control.control_kind) for own, control in pairs]
+        found = equal_kl_scales(measure, target, self.cfg.kl_caliper, alike)
+        made, kl = [], {}
+        for (own, control), k, scale, value, matched in zip(
+            pairs, at, found.scales, found.kl, found.matched, strict=True
+        ):
+            edit = tuple(_scaled(op, float(scale)) for op in control.edits[k])
+            edits = tuple(edit if i == k else () for i in range(len(control.edits)))
+            strengths = tuple(
+                {u: v * float(scale) for u, v in s.items()} if i == k else {}
+                for i, s in enumerate(control.strengths)
+            )
+            made.append(replace(control, edits=edits, strengths=strengths, matched=bool(matched)))
+            kl[control.name, self.coefficients[k]] = float(value)
+            kl[own.name, self.coefficients[k]] = float(own_kl[own.name])
+        return made, kl
 
 
-def frequency_matched(
-    table: pd.DataFrame,
-    latents: tuple[int, ...],
-    n: int,
-    *,
-    n_least: int,
-    caliper: float,
-    seed: int,
-    avoid: Collection[int] = (),
-    uses: Counter[int] | None = None,
-) -> list[ControlSet]:
-    """At most `n` sets whose members' frequencies are within a factor `caliper` of the latents'.
+def _control(own: Condition, kind: str, number: int, at: tuple[int, ...] | None) -> Condition:
+    return replace(
+        own,
+        name=f"{own.name}_{kind}_{number:02d}",
+        role="control",
+        of=own.name,
+        parts=(),
+        control_kind=kind,
+        number=number,
+        at=at,
+    )
 
-    Inside the caliper, candidates that fewest conditions have used (`uses`, which is updated) come
-    first, nearest ones for a single latent, in random order for several. Where the caliper has
-    fewer than `n_least`, the nearest outside complete these, with `matched` false. `table` has
-    latent and frequency. Decoder norms play no part: what is added is brought to equal norm.
+
+def _random_vectors(own: Condition, n: int, seed: int) -> list[dict[str, Vector]]:
+    """For each of `n` controls what stands in place of each vector or basis, by its digest.
+
+    Added vectors keep their norm; bases and the weights' directions become orthonormal random ones
+    of the same rank. A vector that is written at several layers is replaced by one and the same.
     """
-    found = _Candidates(table, latents, avoid)
-    distance = np.abs(found.log_ratios)
-    inside = distance <= math.log(caliper) + 1e-9
-    used = np.array([(uses or {}).get(int(f), 0) for f in found.latents])
-    ties = np.random.default_rng(seed).random(distance.shape)
-    near = distance if len(latents) == 1 else np.where(inside, 0.0, distance)
-    orders = [
-        np.lexsort((tie, d, np.where(i, used, 0), ~i))
-        for tie, d, i in zip(ties, near, inside, strict=True)
-    ]
-    sets = [found.control_set(m, caliper) for m in _one_of_each(orders, n)]
-    matched = [s for s in sets if s.matched]
-    others = [s for s in sets if not s.matched]
-    if uses is not None:
-        uses.update(f for s in matched for f in s.latents)
-    return matched + others[: max(n_least - len(matched), 0)]
+    vectors: dict[str, tuple[str, Tensor, bool]] = {}
+    for op in (op for ops in own.edits for op in ops):
+        if isinstance(op, Add):
+            vectors.setdefault(op.vector.digest, (op.hookpoint.name, op.vector.values, True))
+        elif isinstance(op, Project):
+            vectors.setdefault(op.basis.digest, (op.hookpoint.name, op.basis.values, False))
+    if own.weights is not None:
+        vectors.setdefault(Vector(own.weights).digest, ("weights", own.weights, False))
+    made: list[dict[str, Vector]] = [{} for _ in range(n)]
+    for digest, (at, values, added) in vectors.items():
+        rows = values.reshape(-1, values.shape[-1])
+        noise = random_directions(
+            n * len(rows), rows.shape[-1], seed, "control", at, own.name
+        ).reshape(n, *rows.shape)
+        for number, directions in enumerate(noise):
+            vector = directions[0] * rows[0].norm() if added else orthonormal(directions)
+            made[number][digest] = Vector(vector)
+    return made
 
 
-def any_active(
-    table: pd.DataFrame,
-    latents: tuple[int, ...],
-    n: int,
-    *,
-    seed: int,
-    avoid: Collection[int] = (),
-) -> list[ControlSet]:
-    """At most `n` sets of candidates of any frequency, a seeded choice."""
-    found = _Candidates(table, latents, avoid)
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(found.latents)) for _ in latents]
-    return [found.control_set(m, math.inf) for m in _one_of_each(orders, n)]
+def _with_vector(op: Op, instead: Mapping[str, Vector]) -> Op:
+    if isinstance(op, Add):
+        return replace(op, vector=instead[op.vector.digest])
+    assert isinstance(op, Project)
+    return replace(op, basis=instead[op.basis.digest])
 
 
-def _one_of_each(orders: Sequence[Int[np.ndarray, " n"]], n: int) -> list[tuple[int, ...]]:
-    """At most `n` sets of different candidates, one from each order, the first ones first.
-
-    No candidate is twice in the same position: else as many sets as share the member that
-    dominates the mix would count as so many independent comparisons.
-    """
-    queues = [order.tolist() for order in orders]
-    chosen: list[tuple[int, ...]] = []
-    while len(chosen) < n:
-        members: list[int] = []
-        for queue in queues:
-            usable = next((i for i in queue if i not in members), None)
-            if usable is None:
-                return chosen
-            queue.remove(usable)
-            members.append(usable)
-        chosen.append(tuple(members))
-    return chosen
-
-
-_MOST_ROUNDS = 8
-"""Times that edits are measured, those within the caliper no more."""
-_LARGEST_STEP = math.log(6)
-"""Of one round, in log scale."""
-_LARGEST_SCALE = math.log(1000)
-_FLAT = 0.25
-"""Smallest slope of log KL against log scale that a step trusts; near 0 KL grows as its square."""
-
-_N_FIRST = 6
-"""Edits of a kind whose scales are found first, to start the others near theirs."""
-
-Measure = Callable[[Sequence[int], Sequence[float]], Float[np.ndarray, " m"]]
-"""(indices of edits, scales) -> KL of each."""
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Per edit the scale whose KL came nearest to its target."""
-
-    scales: Float[np.ndarray, " n"]
-    kl: Float[np.ndarray, " n"]
-    matched: Bool[np.ndarray, " n"]
-    """Whether KL and target differ by at most the caliper's factor."""
-
-
-def equal_kl_scales(
-    measure: Measure,
-    target: Float[np.ndarray, " n"],
-    caliper: float,
-    alike: Sequence[Hashable] = (),
-) -> Scales:
-    """Scales at which the KL of each of n edits is its target, within a factor `caliper`.
-
-    `measure(which, scales)` is the KL of some edits, by index. All edits that are not matched yet
-    are measured together: first at scale 1, then where the secant of log KL against log scale
-    (slope 2 at first, as for small edits) meets the target, inside the bracket found so far. Of
-    edits that are `alike` (equal values), the first few come first, and the others start from their
-    median scale and slope. An edit whose target is 0, or that does not reach it, stays unmatched.
-    """
-    search = _Search(measure, target, caliper)
-    families: dict[Hashable, list[int]] = {}
-    for i in np.flatnonzero(np.isfinite(search.goal)).tolist():
-        families.setdefault(alike[i] if alike else i, []).append(i)
-    search.run([i for some in families.values() for i in some[:_N_FIRST]])
-    for some in families.values():
-        search.start_from(some[:_N_FIRST], some[_N_FIRST:])
-    search.run([i for some in families.values() for i in some[_N_FIRST:]])
-    return Scales(np.exp(search.best_at), search.best_kl, search.best_gap <= math.log(caliper))
-
-
-class _Search:
-    """The state of every edit's search; positions and goals are logarithms."""
-
-    def __init__(self, measure: Measure, target: Float[np.ndarray, " n"], caliper: float) -> None:
-        n = len(target)
-        self.measure, self.within = measure, math.log(caliper)
-        with np.errstate(divide="ignore"):
-            self.goal = np.log(target)
-        self.at, self.slope = np.zeros(n), np.full(n, 2.0)
-        self.low, self.high = np.full(n, -_LARGEST_SCALE), np.full(n, _LARGEST_SCALE)
-        self.last_at, self.last_log = np.full(n, np.nan), np.full(n, np.nan)
-        self.best_at, self.best_kl = np.zeros(n), np.full(n, np.nan)
-        self.best_gap = np.full(n, np.inf)
-
-    def start_from(self, first: Sequence[int], others: Sequence[int]) -> None:
-        """Let others begin where the first ended."""
-        if others:
-            self.at[others] = np.median(self.best_at[first])
-            self.slope[others] = np.median(self.slope[first])
-
-    def run(self, which: Sequence[int]) -> None:
-        """Measure edits until each is matched, at most _MOST_ROUNDS times."""
-        for _ in range(_MOST_ROUNDS):
-            if not which:
-                return
-            kl = self.measure(which, np.exp(self.at[which]).tolist())
-            for i, value in zip(which, kl.tolist(), strict=True):
-                self._take(i, value)
-            which = [i for i in which if self.best_gap[i] > self.within]
-
-    def _take(self, i: int, kl: float) -> None:
-        """Note a measured value, and where the edit is measured next."""
-        at, here = self.at[i], math.log(max(kl, 1e-12))
-        gap = here - self.goal[i]
-        if abs(gap) < self.best_gap[i]:
-            self.best_at[i], self.best_kl[i], self.best_gap[i] = at, kl, abs(gap)
-        if gap < 0:
-            self.low[i] = max(self.low[i], at)
-        else:
-            self.high[i] = min(self.high[i], at)
-        if abs(at - self.last_at[i]) > 1e-9:
-            slope = (here - self.last_log[i]) / (at - self.last_at[i])
-            self.slope[i] = max(slope, _FLAT)
-        self.last_at[i], self.last_log[i] = at, here
-        wanted = at + float(np.clip(-gap / self.slope[i], -_LARGEST_STEP, _LARGEST_STEP))
-        if not self.low[i] < wanted < self.high[i]:
-            wanted = (self.low[i] + self.high[i]) / 2
-        self.at[i] = wanted
+def _scaled(op: Op, factor: float) -> Op:
+    """An addition, so much longer."""
+    return replace(op, coefficient=op.coefficient * factor)
 
 
 def control_table(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.errors import InterventionError, ModelError
-from saexp.interventions.batching import BatchEdit, Row, SAEs
+from saexp.interventions.operations import BatchEdit, Row, SAEs
 from saexp.models.forward import after_blocks, can_skip, is_plain, may_skip, skipping, with_room
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams

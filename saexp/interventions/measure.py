@@ -18,17 +18,16 @@ from saexp.data.positions import Unplaced, entity_tokens
 from saexp.data.prompts import space_note
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import InterventionError
-from saexp.interventions.batching import BatchEdit, Op, Row, SAEs, Sampling
-from saexp.interventions.computing import (
+from saexp.interventions.batching import (
     batch_tokens_for,
     divergences,
     generate,
     read_logits,
     weight_divergences,
 )
-from saexp.interventions.conditions import Placed, Prompts, placed_prompts
+from saexp.interventions.conditions import Condition, Placed, Prompts, placed_prompts
 from saexp.interventions.generation import padded
-from saexp.interventions.latent_values import Condition
+from saexp.interventions.operations import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.results_cache import ResultCache
 from saexp.models.attention import attention_to

@@ -1,238 +1,44 @@
-"""Results of rows on disk, each under what determines it."""
+"""Results of rows on disk, each under what determines it, and the sharing of rows by processes.
 
-import errno
+Rows that several processes need are computed by one of them. Table `claims` of the database has one
+row per process that computes or waits: its owner, named like the lock file that the process holds
+while it lives (`saexp.files`); the first 8 bytes of the key of every row that it computes, none
+while it waits; a number that grows with every batch; and the process that it asks for a part of
+its rows. A process claims all rows that no other process has claimed, so a single process works as
+if there were no claims, and it gives a part of the remaining rows to processes that ask. A process
+that waits holds no claim, so no two processes wait for each other.
+"""
+
 import hashlib
 import logging
-import os
-import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import math
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import UInt64
 
 from saexp.errors import StoreError
-from saexp.files import CACHE, cannot_write, free_bytes, is_writable, locked, report_read_only
-from saexp.interventions.salvage import PAGE_BYTES, SCHEMA, TABLE, checksum, is_sound, rebuild
+from saexp.files import FOLDER, Lease, is_alive, process_of
+from saexp.interventions.results_database import (
+    TABLE,
+    Connection,
+    Database,
+    LockedError,
+    checksum,
+    is_sound,
+)
 from saexp.models.loading import LanguageModel
 from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
-
-TIMEOUT_SECONDS = 60.0
-"""How long a lock of another process is waited for."""
-_LEAST_FREE_BYTES = 65536
-"""An I/O error where less is free is one of a full disk."""
-_DAMAGED = (
-    sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_NOTADB,
-    sqlite3.SQLITE_FORMAT,
-    sqlite3.SQLITE_TOOBIG,
-    sqlite3.SQLITE_MISMATCH,
-    sqlite3.SQLITE_INTERNAL,
-)
-_READ_ONLY = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
-_ATTEMPTS = 3
-"""How often the file is rebuilt or opened again for one action."""
-_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
 T = TypeVar("T")
-Connection = sqlite3.Connection
-Action = Callable[[Connection], T]
-"""Reads or writes; done again where the file was replaced meanwhile."""
-
-
-class LockedError(StoreError):
-    """Another process has held the database locked for TIMEOUT_SECONDS."""
-
-
-def _code(error: sqlite3.Error) -> int:
-    """The primary result code; 0 of errors that the sqlite3 module raises itself."""
-    return (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
-
-
-class Database:
-    """A connection to the file. Methods raise StoreError, in one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.writable = is_writable(path.parent)
-        self._connection: Connection | None = None
-        self._identity: tuple[int, int] | None = None
-        self.read(lambda _: None)
-
-    def read(self, action: Action[T]) -> T:
-        """What `action` returns, of a database that is not damaged."""
-        n_opened_again = 0
-        while True:
-            try:
-                return action(self._current())
-            except sqlite3.Error as error:
-                n_opened_again += 1
-                if n_opened_again > _ATTEMPTS:
-                    raise self._error(error) from error
-                if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_DBMOVED:
-                    self.close()
-                elif self._is_damage(error):
-                    self._replace(error)
-                elif self.writable and _code(error) in _READ_ONLY:
-                    report_read_only(self.path.parent, str(error))
-                    self.writable = False
-                    self.close()
-                else:
-                    raise self._error(error) from error
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
-
-    def write(self, action: Action[T]) -> T | None:
-        """As `read`, in a transaction; None, and nothing done, where it cannot be written."""
-
-        def transaction(connection: Connection) -> T | None:
-            if not self.writable:
-                return None
-            connection.execute("begin immediate")
-            try:
-                result = action(connection)
-                connection.execute("commit")
-            except BaseException:
-                with suppress(sqlite3.Error):
-                    connection.rollback()
-                raise
-            return result
-
-        return self.read(transaction) if self.writable else None
-
-    def close(self) -> None:
-        """Close the file; the next use opens it again."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def _current(self) -> Connection:
-        """The connection, to the file that now has the path."""
-        if self._connection is not None and self.writable and self._identity != self._file_now():
-            self.close()
-        if self._connection is None:
-            # Where it cannot be opened, `_replace` must know which file is damaged.
-            self._identity = self._file_now()
-            self._connection = self._opened() if self.writable else self._opened_to_read()
-            self._identity = self._file_now()
-        return self._connection
-
-    def _file_now(self) -> tuple[int, int] | None:
-        try:
-            about = os.stat(self.path)
-        except OSError:
-            return None
-        return about.st_dev, about.st_ino
-
-    def _opened(self) -> Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path, timeout=TIMEOUT_SECONDS, isolation_level=None)
-        try:
-            # Damaged text must not fail to be decoded.
-            connection.text_factory = lambda content: content.decode(errors="replace")
-            # Full synchronisation takes a tenth of a run with many small batches.
-            connection.execute("pragma synchronous=normal")
-            connection.execute(f"pragma page_size={PAGE_BYTES}")
-            for statement in SCHEMA:
-                connection.execute(statement)
-            self._check_columns(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _check_columns(self, connection: Connection) -> None:
-        """Raises sqlite3.Error where a table has other columns."""
-        connection.execute(f"select key, value, checksum from {TABLE} limit 1").fetchall()
-        connection.execute("select owner, keys, steps, asks from claims limit 1").fetchall()
-
-    def _opened_to_read(self) -> Connection:
-        """Without the locks and journals that a read-only folder may not allow.
-
-        Rows that are changed meanwhile have wrong checksums.
-        """
-        for options in ("mode=ro", "mode=ro&immutable=1"):
-            uri = f"file:{quote(str(self.path.absolute()))}?{options}"
-            connection = None
-            try:
-                connection = sqlite3.connect(
-                    uri, uri=True, timeout=TIMEOUT_SECONDS, isolation_level=None
-                )
-                connection.text_factory = lambda content: content.decode(errors="replace")
-                connection.execute(f"select key, value, checksum from {TABLE} limit 1").fetchall()
-                return connection
-            except sqlite3.Error as error:
-                if connection is not None:
-                    connection.close()
-                reason = error
-        # Not the path's own method, which raises in a folder that may not be entered.
-        if os.path.exists(self.path):
-            log.warning("%s cannot be read, nor rebuilt here: %s", self.path, reason)
-        return self._memory()
-
-    def _memory(self) -> Connection:
-        connection = sqlite3.connect(":memory:", isolation_level=None)
-        for statement in SCHEMA:
-            connection.execute(statement)
-        return connection
-
-    def _is_damage(self, error: sqlite3.Error) -> bool:
-        if _code(error) in _DAMAGED or os.path.isdir(self.path):
-            return True
-        # While it is opened: tables of other columns.
-        return self._connection is None and _code(error) == sqlite3.SQLITE_ERROR
-
-    def _replace(self, error: sqlite3.Error) -> None:
-        """Rebuild a damaged file, unless another process has done so."""
-        damaged = self._identity
-        self.close()
-        if self.writable:
-            self._rebuild(damaged)
-        else:
-            log.warning("%s is damaged and cannot be rebuilt here: %s", self.path, error)
-            self._connection = self._memory()
-
-    def rebuild(self) -> None:
-        """Begin a new file with the rows that can be read."""
-        damaged = self._identity
-        self.close()
-        self._rebuild(damaged)
-
-    def _rebuild(self, damaged: tuple[int, int] | None) -> None:
-        with locked(self.path.with_name(f".{self.path.name}.lock")):
-            if self._file_now() != damaged:
-                return
-            try:
-                rebuild(self.path)
-            except sqlite3.Error as error:
-                raise self._error(error) from error
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
-
-    def wait_less(self) -> None:
-        """Wait for locks of other processes for a second only, from now on."""
-        if self._connection is not None:
-            self._connection.execute("pragma busy_timeout = 1000")
-
-    def _error(self, error: sqlite3.Error) -> StoreError:
-        code = _code(error)
-        full = code == sqlite3.SQLITE_IOERR and free_bytes(self.path.parent) < _LEAST_FREE_BYTES
-        if code == sqlite3.SQLITE_FULL or full:
-            return cannot_write(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        if code in _BUSY:
-            return LockedError(
-                f"{self.path} has been locked by another process for {TIMEOUT_SECONDS:.0f} s: wait "
-                f"for that process or end it, or choose another {CACHE}"
-            )
-        return StoreError(f"cannot use {self.path}: {error}; choose another {CACHE}")
-
-
 VERSION = 4
 """Of what is stored; entries of other versions are not read. In 2, generated texts of short prompts
 could be wrong, in 3 those with edits of generated tokens alone."""
@@ -244,7 +50,6 @@ on conflict (key) do update set value = excluded.value, checksum = excluded.chec
 where value is not excluded.value or checksum is not excluded.checksum
 """
 """Rows that are there already are not written again."""
-
 Version = tuple[int, int]
 
 
@@ -384,3 +189,260 @@ class ResultCache:
             n_rows = counted(len(self._unwritten), "row")
             log.warning("%s: %s not kept, the file is locked", self.path, n_rows)
         self.database.close()
+
+
+STALLED_SECONDS = 600.0
+"""The rows of a living process that has finished none for so long are free."""
+SILENT_SECONDS = 30.0
+"""A waiting process that has not written for so long gets no rows; one that lives writes again."""
+_SIGN_SECONDS = 5.0
+"""How often a process that waits shows that it lives, as marks of other hosts may not show it."""
+_POLL_SECONDS = 0.1
+_CHECK_SECONDS = 1.0
+"""How often a process' mark is looked at."""
+_READ_SECONDS = 2.0
+"""How often what others have finished is read while this process waits."""
+_REPORT_SECONDS = 5.0
+_LEAST_SECONDS = 1.0
+"""Rows that take less are not divided."""
+_MARK = re.compile(r"[\w.]+-\d+-[0-9a-f]+\.lock")
+Numbers = UInt64[np.ndarray, " n"]
+Compute = Callable[[list[T]], Generator[list[tuple[T, np.ndarray]], None, None]]
+"""Results of items, batch by batch in any order."""
+
+
+class Batch(NamedTuple):
+    """Results by key."""
+
+    results: list[tuple[bytes, np.ndarray]]
+    computed_here: bool
+
+
+def shared(
+    cache: ResultCache, items: Mapping[bytes, T], compute: Compute[T]
+) -> Generator[Batch, None, None]:
+    """Results of all items by key: computed here, or read where another process computes them.
+
+    None of them is stored, as far as `cache.get` has seen last. Items that are best computed
+    together, such as rows of one prompt, stand side by side.
+    """
+    left = dict(items)
+    claims = _Claims(cache)
+    try:
+        while left:
+            claims.take(list(left))
+            stored = cache.get(left) if claims.others_wrote else {}
+            for key in stored:
+                del left[key]
+            if stored:
+                yield Batch(list(stored.items()), computed_here=False)
+            if not claims.keys and left:
+                time.sleep(_POLL_SECONDS)
+            while todo := {key: left[key] for key in claims.keys if key in left}:
+                with closing(_batches(claims, todo, compute)) as batches:
+                    for results in batches:
+                        for key, _ in results:
+                            del left[key]
+                        yield Batch(results, computed_here=True)
+    finally:
+        claims.close()
+
+
+def _batches(
+    claims: "_Claims", todo: Mapping[bytes, T], compute: Compute[T]
+) -> Generator[list[tuple[bytes, np.ndarray]], None, None]:
+    """Compute and store batches, until all are done or fewer are claimed than are left."""
+    key_of = {id(item): key for key, item in todo.items()}
+    remaining = dict.fromkeys(todo)
+    began = time.monotonic()
+    with closing(compute(list(todo.values()))) as batches:
+        for batch in batches:
+            results = [(key_of[id(item)], values) for item, values in batch]
+            for key, _ in results:
+                del remaining[key]
+            claims.store(results, any_left=bool(remaining))
+            yield results
+            if claims.lost:
+                return
+            seconds_each = (time.monotonic() - began) / max(len(todo) - len(remaining), 1)
+            if claims.n_asking and len(remaining) * seconds_each >= _LEAST_SECONDS:
+                claims.divide(list(remaining))
+                if len(claims.keys) < len(remaining):
+                    return
+
+
+class _Other(NamedTuple):
+    """A process in the table of claims."""
+
+    owner: str
+    numbers: Numbers
+    asks: str
+
+
+class _Claims:
+    """This process' row in the table of claims, from the first `take` to `close`."""
+
+    def __init__(self, cache: ResultCache) -> None:
+        self.cache, self.folder = cache, cache.path.parent / FOLDER
+        self.keys: list[bytes] = []
+        """Keys of the rows to compute here."""
+        self.n_asking = 0
+        """Processes that ask for a part of them."""
+        self.lost = False
+        """Whether others have taken them, because this process seemed to stand still."""
+        self.others_wrote = False
+        """Whether others have written since results were read, at the last `take`."""
+        self._lease = Lease.take(cache.path.parent) if cache.database.writable else None
+        self._owner = self._lease.path.name if self._lease else ""
+        self._steps = 0
+        self._read_at = self._listed_at = -math.inf
+        self._seen: dict[str, tuple[int, float]] = {}
+        """Of other processes: number of steps, and when that was first seen."""
+        self._looked_at: dict[str, float] = {}
+        """When the mark of another process was last seen to be held."""
+        self._waits_since: float | None = None
+        self._waiting_reported = False
+
+    def take(self, keys: Sequence[bytes]) -> None:
+        """Claim those of `keys` that no living process has; where there are none, ask for some."""
+        self.lost, self.n_asking, self.keys = False, 0, list(keys)
+        self.others_wrote = False
+        if not self._owner:
+            return
+        with suppress(LockedError):
+            self.cache.database.write(lambda connection: self._take(connection, keys))
+
+    def _take(self, connection: Connection, keys: Sequence[bytes]) -> None:
+        others = self._living(connection)
+        numbers = _numbers(keys)
+        claimed = [np.isin(numbers, other.numbers) for other in others]
+        free = ~np.any(claimed, axis=0) if claimed else np.ones(len(keys), dtype=bool)
+        changed = self.cache.version(connection) != self.cache.read_version
+        if free.any():
+            owners = [other.owner for other in others]
+            # Those that were given rows, or that waited for a dead process, want some of these.
+            n_waiting = sum(not len(o.numbers) and o.asks not in owners for o in others)
+            self.keys = [key for key, is_free in zip(keys, free, strict=True) if is_free]
+            self.keys = self.keys[: math.ceil(len(self.keys) / (1 + n_waiting))]
+            self._list(connection, self.keys, "")
+            self._waits_since, self.others_wrote = None, changed
+            return
+        self.keys = []
+        # A process that was asked and has given none of these rows is asked again.
+        asked = others[int(np.argmax([part.sum() for part in claimed]))]
+        self._list(connection, [], asked.owner)
+        self._report_waiting(asked.owner)
+        now = time.monotonic()
+        if changed and now - self._read_at > _READ_SECONDS:
+            self._read_at, self.others_wrote = now, True
+
+    def _report_waiting(self, owner: str) -> None:
+        """Once, where it takes long."""
+        now = time.monotonic()
+        self._waits_since = self._waits_since or now
+        if not self._waiting_reported and now - self._waits_since > _REPORT_SECONDS:
+            log.info("waiting for %s, which computes rows of this run", process_of(Path(owner)))
+            self._waiting_reported = True
+
+    def _list(self, connection: Connection, keys: Sequence[bytes], asks: str) -> None:
+        """Write this process' row, unless it is there and new enough."""
+        row = (self._owner, _numbers(keys).tobytes(), asks)
+        same = "select 1 from claims where owner = ? and keys = ? and asks = ?"
+        is_new = time.monotonic() - self._listed_at < _SIGN_SECONDS
+        if is_new and connection.execute(same, row).fetchall():
+            return
+        self._listed_at = time.monotonic()
+        self._steps += 1
+        connection.execute(
+            "insert or replace into claims (owner, keys, asks, steps) values (?, ?, ?, ?)",
+            (*row, self._steps),
+        )
+
+    def store(self, results: Sequence[tuple[bytes, np.ndarray]], *, any_left: bool) -> None:
+        """Keep a batch; with the last of them the claim ends."""
+        if not self._owner:
+            self.cache.put(results)
+            return
+        self._steps += 1
+
+        def step(connection: Connection) -> None:
+            if not any_left:
+                connection.execute("delete from claims where owner = ?", (self._owner,))
+                return
+            update = "update claims set steps = ? where owner = ? and length(keys) > 0"
+            self.lost = not connection.execute(update, (self._steps, self._owner)).rowcount
+            asking = "select count(*) from claims where asks = ?"
+            (self.n_asking,) = connection.execute(asking, (self._owner,)).fetchone()
+
+        self.cache.put(results, step)
+        if self.lost:
+            self.keys = []
+
+    def divide(self, remaining: Sequence[bytes]) -> None:
+        """Keep a part of the rows that are left, and leave as large a part to each that asks."""
+
+        def step(connection: Connection) -> None:
+            asking = [o for o in self._living(connection) if o.asks == self._owner]
+            if asking:
+                self.keys = list(remaining[: math.ceil(len(remaining) / (1 + len(asking)))])
+                self._list(connection, self.keys, "")
+                update = "update claims set asks = '' where asks = ?"
+                connection.execute(update, (self._owner,))
+
+        self.keys = list(remaining)
+        with suppress(LockedError):
+            self.cache.database.write(step)
+
+    def close(self) -> None:
+        """Give up what is claimed, and take the mark away."""
+        if self._lease is None:
+            return
+        remove = "delete from claims where owner = ?"
+        with suppress(StoreError):
+            self.cache.database.write(lambda c: c.execute(remove, (self._owner,)).rowcount)
+        self._lease.release()
+
+    def _living(self, connection: Connection) -> list[_Other]:
+        """Other processes; the rows of those that have ended or stand still are removed."""
+        query = "select owner, keys, steps, asks from claims where owner != ?"
+        others = []
+        for owner, keys, steps, asks in connection.execute(query, (self._owner,)).fetchall():
+            is_row = isinstance(keys, bytes) and _MARK.fullmatch(str(owner)) is not None
+            computes = bool(keys)
+            if is_row and self._lives(owner) and not self._stands_still(owner, steps, computes):
+                numbers = np.frombuffer(keys[: len(keys) // 8 * 8], dtype=np.uint64)
+                others.append(_Other(owner, numbers, asks))
+                continue
+            connection.execute("delete from claims where owner = ?", (owner,))
+        return others
+
+    def _lives(self, owner: str) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at.get(owner, -math.inf) > _CHECK_SECONDS:
+            if not is_alive(self.folder / owner):
+                with suppress(OSError):
+                    (self.folder / owner).unlink(missing_ok=True)
+                return False
+            self._looked_at[owner] = now
+        return True
+
+    def _stands_still(self, owner: str, steps: int, computes: bool) -> bool:
+        limit = STALLED_SECONDS if computes else SILENT_SECONDS
+        now = time.monotonic()
+        seen, since = self._seen.get(owner, (None, now))
+        if seen != steps:
+            self._seen[owner] = steps, now
+            return False
+        if now - since <= limit:
+            return False
+        if computes:
+            log.warning(
+                "%s has finished no row for %.0f s; its rows are computed here",
+                *(process_of(Path(owner)), limit),
+            )
+        return True
+
+
+def _numbers(keys: Sequence[bytes]) -> Numbers:
+    """The first 8 bytes of each key."""
+    return np.frombuffer(b"".join(key[:8] for key in keys), dtype=np.uint64)

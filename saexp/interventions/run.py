@@ -12,20 +12,21 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
-from saexp.interventions.batching import Vector
-from saexp.interventions.conditions import Prompts, choose_prompts, placed_prompts
-from saexp.interventions.controls import control_notes, control_table, left_out_note
-from saexp.interventions.design import ControlDesign, claim_notes, with_claims
-from saexp.interventions.latent_values import Condition, LatentFacts
-from saexp.interventions.measure import Job, Measurement, weight_costs
-from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.interventions.summary import (
+from saexp.interventions.conditions import Condition, Prompts, choose_prompts, placed_prompts
+from saexp.interventions.controls import ControlDesign, control_notes, control_table, left_out_note
+from saexp.interventions.directions import LatentFacts
+from saexp.interventions.effects import (
     chosen_coefficients,
+    claim_notes,
     effect_metrics,
     summarise,
     unmoved,
+    with_claims,
     with_strengths,
 )
+from saexp.interventions.measure import Job, Measurement, weight_costs
+from saexp.interventions.operations import Vector
+from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve

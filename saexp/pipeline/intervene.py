@@ -19,8 +19,8 @@ from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError, SAEError
 from saexp.interventions.conditions import placed_prompts
 from saexp.interventions.controls import effect_share
-from saexp.interventions.design import effect_power
-from saexp.interventions.latent_values import LatentFacts, StreamRows
+from saexp.interventions.directions import LatentFacts, StreamRows
+from saexp.interventions.effects import effect_power
 from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
 from saexp.latents.statistics import active_quantile, moments

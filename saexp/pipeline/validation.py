@@ -25,8 +25,7 @@ from saexp.data.prompts import answer_token, space_note
 from saexp.data.tokenization import tokenize
 from saexp.errors import SAEError
 from saexp.interventions.conditions import choose_prompts, placed_prompts
-from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.interventions.sharing import shared
+from saexp.interventions.results_cache import ResultCache, model_ingredients, shared
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

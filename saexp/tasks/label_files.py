@@ -16,8 +16,8 @@ from saexp.data.examples import Example, Skip, Span, assign_splits, find_mention
 from saexp.data.prompts import Prompt
 from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
-from saexp.interventions.batching import Row, Sampling
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
+from saexp.interventions.operations import Row, Sampling
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.labeling.matchers import Rules, canonical, type_key
 from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick

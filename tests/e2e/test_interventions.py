@@ -11,8 +11,8 @@ import torch
 
 import saexp
 from saexp.errors import SaexpError
-from saexp.interventions.batching import Row
-from saexp.interventions.computing import Guessing
+from saexp.interventions.batching import Guessing
+from saexp.interventions.operations import Row
 from saexp.results import TaskResult
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.summary import chosen_coefficients, summarise
+from saexp.interventions.effects import chosen_coefficients, summarise
 
 COEFFICIENTS = (0.3, 0.6, 0.9)
 N_CURVE = 10

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from saexp.interventions.batching import Add, Row, Vector
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
+from saexp.interventions.operations import Add, Row, Vector
 from saexp.interventions.results_cache import ResultCache
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SAESettings, SparseAutoencoder

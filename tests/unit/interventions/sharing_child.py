@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saexp.interventions import sharing
-from saexp.interventions.results_cache import ResultCache
-from saexp.interventions.sharing import shared
+from saexp.interventions import results_cache
+from saexp.interventions.results_cache import ResultCache, shared
 
 PATIENCE_SECONDS = 120
 BATCH = 5
@@ -48,7 +47,7 @@ def expected(number: int) -> list[float]:
 
 def work(cache_dir: Path, about: Work, said: Any) -> None:
     """Says its process id, how many rows it computed, and whether all results are right."""
-    sharing.STALLED_SECONDS = about.stalled_seconds
+    results_cache.STALLED_SECONDS = about.stalled_seconds
     n_batches = 0
 
     def compute(numbers: list[int]) -> Generator[list[tuple[int, np.ndarray]], None, None]:

@@ -17,10 +17,9 @@ import saexp
 from saexp.config import InterventionConfig, ModelConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
-from saexp.interventions.batching import Add, Patch, Row, Sampling, Vector
-from saexp.interventions.conditions import Placed, Prompts
-from saexp.interventions.latent_values import Condition
+from saexp.interventions.conditions import Condition, Placed, Prompts
 from saexp.interventions.measure import _measured
+from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.models.attention import attention_to

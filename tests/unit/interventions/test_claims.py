@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.design import claim_notes, summarised_conditions, with_claims
+from saexp.interventions.effects import claim_notes, summarised_conditions, with_claims
 from saexp.stats.power import holm
 
 OUTCOMES = ["refusal", "logit"]

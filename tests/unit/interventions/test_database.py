@@ -12,7 +12,7 @@ import pytest
 
 from saexp import files
 from saexp.errors import StoreError
-from saexp.interventions import results_cache
+from saexp.interventions import results_database
 from saexp.interventions.results_cache import ResultCache
 from tests.disks import obeying_permissions, read_only
 from tests.e2e.faults.injection import small_disk
@@ -135,7 +135,7 @@ def test_a_disk_that_becomes_read_only_is_reported_once(
 def test_while_another_process_has_it_locked_results_are_kept_in_memory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results_cache, "TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(results_database, "TIMEOUT_SECONDS", 0.1)
     path = stored(tmp_path)
     cache, lasting = ResultCache(tmp_path, {}), ResultCache(tmp_path, {})
     more = results(N_ROWS, N_ROWS + 20)
@@ -232,7 +232,7 @@ def test_damaged_rows_that_cannot_be_removed_are_reported_once(
     keys = [key for key, _ in results()]
     with closing(sqlite3.connect(path)) as file, file:
         file.execute("update checked_results set value = x'00' where key = ?", (keys[0],))
-    monkeypatch.setattr(results_cache, "TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(results_database, "TIMEOUT_SECONDS", 0.1)
     with closing(ResultCache(tmp_path, {})) as cache, closing(sqlite3.connect(path)) as other:
         if cause == "locked":
             other.execute("begin immediate")

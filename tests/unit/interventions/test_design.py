@@ -11,11 +11,17 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError
-from saexp.interventions.batching import Add, Op, Project
-from saexp.interventions.conditions import Prompts
-from saexp.interventions.controls import control_notes, control_table, left_out_note
-from saexp.interventions.design import ControlDesign, main_conditions
-from saexp.interventions.edits import (
+from saexp.interventions.conditions import Condition, Prompts
+from saexp.interventions.controls import (
+    ControlDesign,
+    control_notes,
+    control_table,
+    left_out_note,
+    main_conditions,
+)
+from saexp.interventions.directions import LatentFacts
+from saexp.interventions.operations import Add, Op, Project
+from saexp.interventions.steering import (
     Ablate,
     Clamp,
     Orthogonalize,
@@ -24,7 +30,6 @@ from saexp.interventions.edits import (
     SpliceIn,
     Steer,
 )
-from saexp.interventions.latent_values import Condition, LatentFacts
 from tests.random_models import random_lm
 from tests.unit.interventions.test_edits import facts
 

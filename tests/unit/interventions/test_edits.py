@@ -12,10 +12,11 @@ import torch
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.batching import Add, Move, Project
-from saexp.interventions.conditions import Prompts
-from saexp.interventions.design import ControlDesign
-from saexp.interventions.edits import (
+from saexp.interventions.conditions import Condition, Prompts
+from saexp.interventions.controls import ControlDesign
+from saexp.interventions.directions import LatentFacts, StreamRows, denoised, orthonormal
+from saexp.interventions.operations import Add, Move, Project
+from saexp.interventions.steering import (
     Ablate,
     Clamp,
     Orthogonalize,
@@ -23,13 +24,6 @@ from saexp.interventions.edits import (
     Scale,
     SpliceIn,
     Steer,
-)
-from saexp.interventions.latent_values import (
-    Condition,
-    LatentFacts,
-    StreamRows,
-    denoised,
-    orthonormal,
 )
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import random_lm

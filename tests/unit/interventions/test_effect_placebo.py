@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saexp.interventions.controls import effect_share
-from saexp.interventions.design import effect_power
+from saexp.interventions.effects import effect_power
 from saexp.stats.intervals import wilson
 from saexp.stats.power import detectable_change
 

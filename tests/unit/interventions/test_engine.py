@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.batching import (
+from saexp.interventions.batching import divergences, generate, read_logits
+from saexp.interventions.directions import orthonormal
+from saexp.interventions.generation import last_logits
+from saexp.interventions.operations import (
     Add,
     Move,
     Op,
@@ -17,9 +20,6 @@ from saexp.interventions.batching import (
     Splice,
     Vector,
 )
-from saexp.interventions.computing import divergences, generate, read_logits
-from saexp.interventions.generation import last_logits
-from saexp.interventions.latent_values import orthonormal
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel

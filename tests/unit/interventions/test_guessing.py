@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from saexp.interventions import computing, generation
-from saexp.interventions.batching import Add, Move, Patch, Row, Sampling, Splice, Vector
-from saexp.interventions.computing import Guessing, generate
+from saexp.interventions import batching, generation
+from saexp.interventions.batching import Guessing, generate
+from saexp.interventions.operations import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SAESettings, SparseAutoencoder
@@ -55,8 +55,8 @@ def test_each_row_says_what_it_says_alone(architecture: str) -> None:
 def test_guessing_may_go_on_or_end(monkeypatch: pytest.MonkeyPatch, worth: float) -> None:
     model, sae = random_lm("llama"), made_sae()
     rows = grid(model, sae)
-    monkeypatch.setattr(computing, "_WORTH", worth)
-    monkeypatch.setattr(computing, "LOGIT_BYTES", 100_000)
+    monkeypatch.setattr(batching, "_WORTH", worth)
+    monkeypatch.setattr(batching, "LOGIT_BYTES", 100_000)
     found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
     assert found == [alone(model, row, sae) for row in rows]
 

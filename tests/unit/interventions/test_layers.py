@@ -12,12 +12,12 @@ from torch import Tensor
 
 from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.batching import Add, Move, Project, Row
-from saexp.interventions.conditions import Prompts
-from saexp.interventions.design import ControlDesign
-from saexp.interventions.edits import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.conditions import Condition, Prompts
+from saexp.interventions.controls import ControlDesign
+from saexp.interventions.directions import LatentFacts, orthonormal, spans
 from saexp.interventions.generation import last_logits
-from saexp.interventions.latent_values import Condition, LatentFacts, orthonormal, spans
+from saexp.interventions.operations import Add, Move, Project, Row
+from saexp.interventions.steering import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SAESettings, SparseAutoencoder

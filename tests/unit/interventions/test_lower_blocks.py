@@ -8,9 +8,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from saexp.interventions.batching import Add, Patch, Row, Vector
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
+from saexp.interventions.operations import Add, Patch, Row, Vector
 from saexp.models.forward import after_blocks, can_skip, may_skip
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

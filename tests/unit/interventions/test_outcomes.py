@@ -7,8 +7,8 @@ import torch
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
 from saexp.data.prompts import Prompt, in_template
-from saexp.interventions.batching import Row
-from saexp.interventions.computing import read_logits
+from saexp.interventions.batching import read_logits
+from saexp.interventions.operations import Row
 from saexp.interventions.outcomes import (
     Accuracy,
     AnswerLogit,

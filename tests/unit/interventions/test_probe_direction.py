@@ -19,7 +19,7 @@ from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
-from saexp.interventions.latent_values import LatentFacts, StreamRows
+from saexp.interventions.directions import LatentFacts, StreamRows
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.stats.logistic_probe import STRENGTHS

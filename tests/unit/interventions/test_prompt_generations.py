@@ -9,9 +9,9 @@ from tokenizers import processors
 
 from saexp.config import InterventionConfig
 from saexp.data.examples import Example
-from saexp.interventions.batching import Row
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
 from saexp.interventions.conditions import placed_prompts
+from saexp.interventions.operations import Row
 from tests.chat_tokenizers import CHATML, with_tokenizer
 from tests.random_models import TEXTS, tokenizer
 

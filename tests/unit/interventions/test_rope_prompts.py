@@ -6,10 +6,10 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
-from saexp.interventions.batching import Row
 from saexp.interventions.conditions import Placed
-from saexp.interventions.edits import _captured
 from saexp.interventions.measure import _entity, _measured
+from saexp.interventions.operations import Row
+from saexp.interventions.steering import _captured
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import tokenizer
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm

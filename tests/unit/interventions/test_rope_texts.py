@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions.batching import Add, Patch, Row, Sampling, Vector
-from saexp.interventions.computing import generate, read_logits
+from saexp.interventions.batching import generate, read_logits
+from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm

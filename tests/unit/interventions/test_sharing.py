@@ -12,8 +12,7 @@ import pytest
 
 from saexp.errors import StoreError
 from saexp.files import FOLDER, Lease
-from saexp.interventions.results_cache import ResultCache
-from saexp.interventions.sharing import shared
+from saexp.interventions.results_cache import ResultCache, shared
 from tests.unit.interventions.sharing_child import BATCH, PATIENCE_SECONDS, Work, server, work
 
 N_ROWS = 400
@@ -137,7 +136,7 @@ def waiting_elsewhere(cache: ResultCache) -> str:
 def test_a_process_that_waits_gets_rows_only_while_it_shows_that_it_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_seconds: float
 ) -> None:
-    monkeypatch.setattr("saexp.interventions.sharing.SILENT_SECONDS", silent_seconds)
+    monkeypatch.setattr("saexp.interventions.results_cache.SILENT_SECONDS", silent_seconds)
     cache = ResultCache(tmp_path, {})
     owner = waiting_elsewhere(cache)
     items = {cache.key("row", (n,)): n for n in range(64)}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.interventions.summary import (
+from saexp.interventions.effects import (
     chosen_coefficients,
     effect_metrics,
     matched_by_kind,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions import computing
-from saexp.interventions.batching import Add, Row, Vector
-from saexp.interventions.computing import generate
+from saexp.interventions import batching
+from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
+from saexp.interventions.operations import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, VOCABULARY, random_hf, random_lm, tokenizer
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_texts_equal_a_plain_loop_for_any_prompt_length_and_batch_size(
     case: Case, batch_size: int, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(computing, "LOGIT_BYTES", logit_bytes)
+    monkeypatch.setattr(batching, "LOGIT_BYTES", logit_bytes)
     found = generate(
         case.model,
         case.rows,

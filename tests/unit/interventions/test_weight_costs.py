@@ -15,7 +15,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import Example
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
-from saexp.interventions.computing import weight_divergences
+from saexp.interventions.batching import weight_divergences
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import orthogonalized
 from saexp.results import TaskResult

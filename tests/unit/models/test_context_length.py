@@ -10,8 +10,8 @@ import transformers
 import saexp
 from saexp.analysis.attribution import attribute
 from saexp.errors import ModelError
-from saexp.interventions.batching import Row
-from saexp.interventions.computing import generate, read_logits
+from saexp.interventions.batching import generate, read_logits
+from saexp.interventions.operations import Row
 from saexp.models.forward import check_positions, context_limit, position_limit
 from saexp.models.loading import LanguageModel
 from tests.random_models import (

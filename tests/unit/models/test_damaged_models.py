@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from saexp.config import ModelConfig
 from saexp.data.prompts import as_read
 from saexp.errors import InterventionError, ModelError
-from saexp.interventions.batching import Add, Row, Vector
-from saexp.interventions.computing import generate
+from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
+from saexp.interventions.operations import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, random_hf, random_lm, save, tokenizer

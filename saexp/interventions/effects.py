@@ -1,9 +1,10 @@
-"""Effects summed up: per condition and coefficient a mean, its interval, and two kinds of test.
+"""Effects per condition and coefficient: means, intervals, two kinds of test, and claims.
 
-One observation is one entity (unit): prompts of the same entity are averaged first. Whether
-prompts differ from themselves unsteered is tested over entities (sign flips). Whether a condition
-differs from its controls is tested over conditions: what is random there is which latents or
-directions were taken, so the p-value is the rank of the condition among its controls.
+One observation is one entity (unit): prompts of the same entity are averaged first. Two questions
+are tested. Does a condition change its prompts? The test is a sign-flip test over entities, against
+the same prompts without intervention. Does a condition differ from its controls? There the choice
+of latents or directions is what is random, so the p-value is the rank of the condition among its
+controls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from saexp.config.interventions import CONTROL_KINDS
-from saexp.interventions.latent_values import Condition
+from saexp.interventions.conditions import Condition, direction_of_set
+from saexp.results import TaskResult
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.permutation import (
     MIN_CONTROLS,
@@ -22,6 +24,8 @@ from saexp.stats.permutation import (
     rank_p_value,
     sign_flip_p_values,
 )
+from saexp.stats.power import ALPHA, detectable_change, holm
+from saexp.wording import counted
 
 N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]
@@ -306,3 +310,139 @@ def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, 
             metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
             metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
     return metrics
+
+
+def summarised_conditions(summary: pd.DataFrame, outcome: str) -> list[str]:
+    """Conditions that a run's sentences are about.
+
+    Per direction its latents together (else the first alone), and its other directions; of many
+    places the one of the largest change on train prompts (test prompts where there are none).
+    Single latents beside a group are exploratory.
+    """
+    names: list[str] = []
+    own = summary[~summary["role"].isin(["baseline", "control"])]
+    for _, part in own.groupby(own["direction"].map(direction_of_set), sort=False):
+        of_role = {r: list(p["condition"].unique()) for r, p in part.groupby("role")}
+        names += (of_role.get("group") or of_role.get("single") or [])[:1]
+        names += of_role.get("direction", [])
+        places = of_role.get("place", [])
+        names += [_strongest(summary, places, outcome)] if len(places) > 1 else places
+    return names
+
+
+def _strongest(summary: pd.DataFrame, conditions: Sequence[str], outcome: str) -> str:
+    where = summary["split"] == ("train" if (summary["split"] == "train").any() else "test")
+    part = summary[where & summary["condition"].isin(conditions)]
+    sizes = part[f"{outcome}_change"].abs().sort_values(ascending=False, kind="stable")
+    return str(part.loc[sizes.index[0], "condition"])
+
+
+def with_claims(
+    summary: pd.DataFrame, outcomes: Sequence[str], chosen: Mapping[str, float]
+) -> pd.DataFrame:
+    """With columns `chosen`, `main`, `n_choices`, and per outcome `_p_controls_holm`.
+
+    `chosen` marks rows of the test split at the coefficient chosen for their condition, its
+    controls included. The family of Holm's adjustment is the run's main conditions times its
+    outcomes, each at the chosen coefficient on the test split; elsewhere it is NaN. Where the
+    coefficient was chosen among several on the test prompts themselves, for want of train prompts,
+    it is multiplied by their number (Bonferroni).
+    """
+    main = summarised_conditions(summary, outcomes[0])
+    marked = np.array(
+        [
+            r["split"] == "test" and chosen.get(r["of"] or r["condition"]) == r["coefficient"]
+            for r in summary.to_dict("records")
+        ],
+        dtype=bool,
+    )
+    is_main = summary["condition"].isin(main).to_numpy()
+    family = np.flatnonzero(marked & is_main)
+    p_values = summary[[f"{o}_p_controls" for o in outcomes]].to_numpy(dtype=float)
+    adjusted = np.full_like(p_values, np.nan)
+    corrected = holm(p_values[family].ravel()).reshape(len(family), len(outcomes))
+    adjusted[family] = np.minimum(corrected * n_choices(summary), 1)
+    columns = {f"{o}_p_controls_holm": adjusted[:, i] for i, o in enumerate(outcomes)}
+    about = {"chosen": marked, "main": is_main, "n_choices": n_choices(summary), **columns}
+    return pd.concat([summary, pd.DataFrame(about, index=summary.index)], axis=1)
+
+
+def n_choices(summary: pd.DataFrame) -> int:
+    """Coefficients that the reported one was chosen among on test prompts, else 1."""
+    if (summary["split"] == "train").any():
+        return 1
+    coefficients = summary.loc[summary["role"] != "baseline", "coefficient"]
+    return max(1, int(coefficients[coefficients != 0].nunique()))
+
+
+def claim_notes(summary: pd.DataFrame, outcomes: Sequence[str]) -> list[str]:
+    """Where entities or controls are too few for any effect to be shown."""
+    test = summary[summary["split"] == "test"]
+    notes = []
+    for row in test[test["role"] == "baseline"].to_dict("records"):
+        n = max(int(row[f"{o}_n"]) for o in outcomes)
+        if n < MIN_N:
+            prompts = "" if row["group"] == "all" else f" of group {row['group']}"
+            notes.append(
+                f"{counted(n, 'entity', 'entities')}{prompts} on the test split: effects on fewer "
+                f"than {MIN_N} are reported without interval and p-value; add rows, or raise "
+                "intervention.n_prompts"
+            )
+    family = test[test["chosen"] & test["main"]]
+    floors = family[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
+    floors = floors[~np.isnan(floors)]
+    n_tests = len(floors) * n_choices(summary)
+    if len(floors) and floors.min() * n_tests > ALPHA:
+        notes.append(
+            f"no effect can be significant: with {round(1 / floors.min()) - 1} controls the "
+            f"smallest p-value is {floors.min():.2g}, after Holm over "
+            f"{counted(n_tests, 'test')} {min(1.0, floors.min() * n_tests):.2g}; raise "
+            "intervention.n_controls, or test fewer outcomes"
+        )
+    return notes
+
+
+def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
+    """Metrics `power/rate_change` and `power/p_controls_floor`, from the tables of that name.
+
+    `power/rate_change` is the smallest change of the first rate that the paired test over entities
+    finds in 80 % of runs: from the unsteered rate on test prompts (`power/rate_baseline`), with as
+    many entities (`power/rate_n`), of the group of prompts for which it is largest. Null, with a
+    note, where no change would be found. `power/p_controls_floor` is the smallest value that the
+    rank p-values against controls can take. Nothing without rates or without controls.
+    """
+    result = TaskResult()
+    rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
+    tested = summary[summary["split"] == "test"]
+    ending = "_p_controls"
+    outcomes = [c.removesuffix(ending) for c in map(str, tested) if c.endswith(ending)]
+    rate = next((o for o in outcomes if o in rates), None)
+    if rate is not None:
+        _rate(tested[tested["role"] == "baseline"], rate, result)
+    floors = tested[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
+    if np.isfinite(floors).any():
+        result.metrics["power/p_controls_floor"] = float(np.nanmax(floors))
+    return result
+
+
+def _rate(baselines: pd.DataFrame, rate: str, result: TaskResult) -> None:
+    worst: tuple[float, float, int] | None = None
+    for row in baselines[baselines[rate].notna()].to_dict("records"):
+        start, n = float(row[rate]), int(row[f"{rate}_n"])
+        change = detectable_change(n, start, ALPHA)
+        size = float("inf") if change is None else abs(change)
+        if worst is None or size > worst[0]:
+            worst = size, start, n
+    if worst is None:
+        return
+    size, start, n = worst
+    result.metrics |= {
+        "power/rate_change": None if np.isinf(size) else size,
+        "power/rate_baseline": start,
+        "power/rate_n": n,
+    }
+    if np.isinf(size):
+        result.notes.append(
+            f"no change of {rate.replace('_', ' ')} from {start:.2f} is found in 80% of runs with "
+            f"{n} entities (power/rate_change)"
+        )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.batching import Add, Move, Op, Patch, Project, Row, Splice, Vector
-from saexp.interventions.conditions import LatentIntervention, Placed, Prompts
+from saexp.interventions.conditions import Condition, LatentIntervention, Placed, Prompts
 from saexp.interventions.controls import OWN_GROUP
+from saexp.interventions.directions import LatentFacts, Sets, orthonormal
 from saexp.interventions.generation import read_streams
-from saexp.interventions.latent_values import Condition, LatentFacts, Sets, orthonormal
+from saexp.interventions.operations import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

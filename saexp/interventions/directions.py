@@ -13,80 +13,12 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
-from saexp.interventions.batching import Op
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.permutation import random_directions
 
 if TYPE_CHECKING:
     from saexp.stats.logistic_probe import Fitted
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One thing that is done to prompts of one group, at every coefficient."""
-
-    name: str
-    role: str
-    """single, group, direction, place or control."""
-    direction: str
-    """Group the latents speak for, or towards which the prompts are moved."""
-    prompts: str
-    """Group whose prompts it is tried on."""
-    latents: tuple[int, ...]
-    """Latents whose directions are written; none for other directions."""
-    of: str
-    """For a control: the condition it belongs to; else its own name."""
-    edits: tuple[tuple[Op, ...], ...]
-    """Operations, one tuple per coefficient."""
-    strengths: tuple[Mapping[str, float], ...] = ()
-    """Per coefficient what it is in every unit."""
-    per_prompt: Mapping[str, tuple[tuple[Op, ...], ...]] = field(default_factory=dict)
-    """Example id -> operations per coefficient, where they differ between prompts."""
-    weights: Tensor | None = None
-    """`[k, d]`: directions that the model's weights may not write while it runs."""
-    layers: tuple[int, ...] = ()
-    """Layer of each of `latents`, where they are of several layers' SAEs."""
-    written: tuple[Hookpoint, ...] = ()
-    """Streams that it changes, where they are not that of the run's own SAE."""
-    parts: "tuple[tuple[LatentFacts, tuple[int, ...]], ...]" = ()
-    """Of a condition on latents, per SAE its facts and the latents: what controls are made from."""
-    control_kind: str = ""
-    """For a control: one of `controls.CONTROL_KINDS`, or `controls.OWN_GROUP`."""
-    number: int = 0
-    """For a control: which of its kind, from 1."""
-    at: tuple[int, ...] | None = None
-    """Coefficients at which it is tried, by number; None: all."""
-    frequency_ratio: float = float("nan")
-    """For a control on latents: its frequency over its condition's."""
-    norm_ratio: float = float("nan")
-    """For a control whose added norm no strength gives: that over its condition's, where known."""
-    matched: bool = True
-    """For a control: whether its caliper is met."""
-
-    @property
-    def label(self) -> str:
-        """Its latents as tables name them: `12+77`, of several layers `1:12+2:53`."""
-        if not self.layers:
-            return "+".join(map(str, self.latents))
-        return "+".join(f"{n}:{f}" for n, f in zip(self.layers, self.latents, strict=True))
-
-    def tried(self, at: int) -> bool:
-        """Whether it is tried at a coefficient."""
-        return self.at is None or at in self.at
-
-    def ops(self, example_id: str, at: int) -> tuple[Op, ...] | None:
-        """Operations at a coefficient; None where it, or this prompt, has none of its own."""
-        if not self.tried(at):
-            return None
-        if self.per_prompt:
-            return self.per_prompt[example_id][at] if example_id in self.per_prompt else None
-        return self.edits[at] if self.edits else ()
-
-
-def direction_of_set(direction: str) -> str:
-    """The direction of a condition's set: a single latent of no group belongs to `latents`."""
-    return "latents" if direction == "latent" else direction
 
 
 @dataclass(frozen=True)
