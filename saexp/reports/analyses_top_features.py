@@ -29,8 +29,7 @@ _N_TOLD = 8
 
 def asked(run: SavedRun) -> str:
     """What the run was to find out."""
-    options = run.config["analyzer"]["options"]
-    by = _BY[options.get("by", "max")]
+    by = _BY[run.config["analyzer"]["by"]]
     return f"Which latents are largest by their {by} over the chosen positions, layer by layer?"
 
 
@@ -39,7 +38,7 @@ def figures(run: SavedRun) -> dict[str, go.Figure]:
     table = table_of(run, "top_features")
     if len(layers_of(table)) < 2:
         return {}
-    column = run.config["analyzer"]["options"].get("by", "max")
+    column = run.config["analyzer"]["by"]
     points = go.Scatter(
         x=table["layer"],
         y=table[column],

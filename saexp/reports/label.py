@@ -97,7 +97,7 @@ def _rule_rows(table: pd.DataFrame) -> list[list[Any]]:
             "genre": "its words",
             "text": f"its words, or likeness above {row['ratio']:g}; a number exactly",
         }[row["kind"]]
-        key = f"task.options.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
+        key = f"task.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
         paper = row["paper_tolerance"]
         typed = "" if pd.isna(paper) else f"within {paper:g}: type {key}={paper:g}"
         rows.append([row["entity_type"], row["attribute"], row["kind"], within, typed])
