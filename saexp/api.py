@@ -17,8 +17,8 @@ from saexp import registry, tracking
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.interventions import PLACES
-from saexp.config.messages import of_composition, one_line
-from saexp.config.run import conf_folder, with_free_keys, without_plus
+from saexp.config.messages import is_composition_error, one_line
+from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import RunContext
 from saexp.digests import remember_in
 from saexp.errors import StoreError
@@ -46,15 +46,17 @@ _READS_DATA = (*_PLACES_ROWS, "evaluate", "label")
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
-    """A typed config from the same words as on the command line. Raises ConfigError."""
+    """A typed config from the same words as on the command line.
+
+    Imports the modules that the words list under `plugins`. Raises ConfigError.
+    """
+    load_plugins(plugins_in(overrides))
     register_schema()
-    words = list(map(without_plus, overrides))
     try:
         with _composing, initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-            words = with_free_keys(words)
-            return to_run_config(hydra_compose("config", overrides=words))
+            return to_run_config(hydra_compose("config", overrides=for_hydra(overrides)))
     except Exception as error:
-        if not of_composition(error):
+        if not is_composition_error(error):
             raise
         raise one_line(error) from error
 

@@ -20,11 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from saexp.config import environment, register_schema, to_run_config
-from saexp.config.messages import key_of, of_composition, one_line
-from saexp.config.run import conf_folder, with_free_keys, without_plus
+from saexp.config.messages import is_composition_error, key_of, one_line
+from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
-from saexp.registry import FULL_ERROR, explained, wants_traceback
+from saexp.registry import FULL_ERROR, explained, load_plugins, wants_traceback
 from saexp.stopping import (
     Stopping,
     exit_code,
@@ -155,7 +155,7 @@ def _in_one_line(error: Exception) -> SaexpError | None:
     """What the user can fix, as one line; None for what is wrong in saexp."""
     if isinstance(error, SaexpError):
         return error
-    return one_line(error) if of_composition(error) else explained(error)
+    return one_line(error) if is_composition_error(error) else explained(error)
 
 
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
@@ -208,12 +208,15 @@ def main() -> None:
     global _traceback_wanted
     before = os.environ.get(FULL_ERROR)
     _traceback_wanted = wants_traceback()
-    sys.argv[1:] = map(without_plus, sys.argv[1:])
-    register_schema()
+    try:
+        load_plugins(plugins_in(sys.argv[1:]))
+        register_schema()
+    except SaexpError as error:
+        _fail(error)
+    sys.argv[1:] = for_hydra(sys.argv[1:])
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Hydra would print its own shortened traceback; with this it hands errors on.
     os.environ[FULL_ERROR] = "1"
-    sys.argv[1:] = with_free_keys(sys.argv[1:])
     try:
         with stoppable(_cells_running) as stopping:
             _until_stopped(stopping)

@@ -12,18 +12,18 @@ layer=${LAYER:-2}
 out=${OUT:-outputs/uncertainty}
 common="${MODEL:-model=tiny} ${QUIET:-tracker=none} ${EXTRA:-}"
 study="experiment=uncertainty $common ${AT:-} dataset.path=$out/label/answers.jsonl"
-probe="analyzer=probe analyzer.options.k=[5] analyzer.options.strengths=[0.01,0.1,1]"
-probe="$probe analyzer.options.within=[entity_type,attribute] analyzer.options.unseen=entity_type"
+probe="analyzer=probe analyzer.k=[5] analyzer.strengths=[0.01,0.1,1]"
+probe="$probe analyzer.within=[entity_type,attribute] analyzer.unseen=entity_type"
 run() { "$python" -m saexp "$@"; }
 # shellcheck disable=SC2086
 {
   # The model answers every question once; each answer is judged.
   if [ -n "${MODEL:-}" ]; then
-    run task=label task.options.n_samples=0 $common hydra.run.dir="$out/label"
+    run task=label task.n_samples=0 $common hydra.run.dir="$out/label"
   else
     run experiment=uncertainty_words $common dataset.path="$here/facts.jsonl" hydra.run.dir="$out/label"
     run experiment=uncertainty_statements $common dataset.path="$here/facts.jsonl" hydra.run.dir="$out/statements"
-    probe="$probe analyzer.options.transfer=$out/statements/answers_all.jsonl"
+    probe="$probe analyzer.transfer=$out/statements/answers_all.jsonl"
   fi
   # Latents that tell right from wrong answers, over layers.
   run -m $study layer="$layers" hydra.sweep.dir="$out/layers"

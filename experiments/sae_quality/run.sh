@@ -10,5 +10,5 @@ extra="${QUIET:-tracker=none} ${EXTRA:-}"
   "$python" -m saexp experiment=sae_quality $extra hydra.run.dir="$out/evaluate"
   "$python" -m saexp analyzer=capability dataset=ioi positions=last intervention=none layer=2 $extra \
     hydra.run.dir="$out/capability"
-  "$python" -m saexp task=dashboard latents=top:20 layer=2 $extra hydra.run.dir="$out/dashboard"
+  "$python" -m saexp task=dashboard task.latents=top:20 layer=2 $extra hydra.run.dir="$out/dashboard"
 }

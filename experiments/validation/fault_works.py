@@ -66,18 +66,18 @@ WORKS = {
         Work("collecting", ("task=collect", "layer=[0,1,2,3,4]", "store.batch_tokens=512")),
         Work("training", _TRAIN),
         Work("sweep", ("-m", "layer=1,2", "width=256,512", "intervention=none", *_FEW)),
-        Work("labels", ("task=label", "dataset.n_examples=6", "task.options.n_samples=8")),
+        Work("labels", ("task=label", "dataset.n_examples=6", "task.n_samples=8")),
         Work(
             "evaluation",
             (
                 "task=evaluate",
                 "layer=[1,2]",
-                "task.options.n_texts=100",
-                "task.options.n_bootstrap=50",
+                "task.n_texts=100",
+                "task.n_bootstrap=50",
             ),
         ),
         Work("report", _STEER, cache_of="steering"),
-        Work("dashboard", ("task=dashboard", "latents=[12,160]")),
+        Work("dashboard", ("task=dashboard", "task.latents=[12,160]")),
     )
 }
 

@@ -10,7 +10,7 @@ from scipy import sparse
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import AnalyzerConfig, ProbeConfig
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
 
@@ -66,7 +66,7 @@ def contrast(rows: pd.DataFrame, values: np.ndarray, *, intervals: bool = True) 
 
 def probe(rows: pd.DataFrame, values: np.ndarray, acts: np.ndarray) -> TaskResult:
     """The probe analyzer with one penalty and one latent, so that a fit takes milliseconds."""
-    cfg = AnalyzerConfig(name="probe", options={"k": [1], "strengths": [1.0]})
+    cfg = ProbeConfig(name="probe", k=[1], strengths=[1.0])
     return ProbeAnalyzer(cfg).analyze(_inputs(rows, values, torch.from_numpy(acts)))
 
 

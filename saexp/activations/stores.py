@@ -205,9 +205,11 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
     ConfigError where no limit is given or one is no size or span.
     """
     if max_size is None and max_age is None:
-        raise ConfigError("action=prune needs a limit: type max_size=20GB or max_age=30d")
-    n_bytes = None if max_size is None else _parse("max_size", max_size, _UNITS, "20GB")
-    span = None if max_age is None else _parse("max_age", max_age, _SPANS, "30d")
+        raise ConfigError(
+            "task.action=prune needs a limit: type task.max_size=20GB or task.max_age=30d"
+        )
+    n_bytes = None if max_size is None else _parse("task.max_size", max_size, _UNITS, "20GB")
+    span = None if max_age is None else _parse("task.max_age", max_age, _SPANS, "30d")
     there = folders(cache_dir)
     sizes = {folder: size(folder) for folder in there}
     total, removed, kept = sum(sizes.values()), [], {}

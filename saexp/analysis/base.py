@@ -1,21 +1,18 @@
-"""What an analyzer is given, and its options."""
+"""What an analyzer is given."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import TokenizedText
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.registry import did_you_mean
 from saexp.saes.sae import SparseAutoencoder
 from saexp.wording import counted
 
@@ -70,24 +67,3 @@ class AnalysisInputs:
                 f"{' and '.join(sorted(several.iloc[0]))}; an entity belongs to one: give all its "
                 "rows the same split, or none"
             )
-
-
-def read_options(cfg: AnalyzerConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults with what was typed in their place. Raises ConfigError for an unknown key."""
-    for key in cfg.options:
-        if key not in defaults:
-            hint = did_you_mean(key, defaults) if defaults else "it has none"
-            raise ConfigError(
-                f"analyzer.options.{key}: analyzer={cfg.name} has no such setting; {hint}"
-            )
-    return {**defaults, **cfg.options}
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number of at least `least`, else ConfigError; `name` is the option's."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"analyzer.options.{name}={value} is no whole number of at least {least}; "
-            f"type such as analyzer.options.{name}={max(least, 10)}"
-        )
-    return value

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.base import AnalysisInputs, read_options, whole
-from saexp.config import AnalyzerConfig
+from saexp.analysis.base import AnalysisInputs
+from saexp.config import CapabilityConfig
 from saexp.context import progress
 from saexp.data.examples import Example, Skip
 from saexp.data.positions import Unplaced
@@ -112,11 +112,9 @@ class CapabilityAnalyzer:
     reads_acts = False
     ordinary_only = True
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
+    def __init__(self, cfg: CapabilityConfig) -> None:
         self.cfg = cfg
-        options = read_options(cfg, {"n_top": 10, "batch_tokens": 8192})
-        self.n_top = whole("n_top", options["n_top"])
-        self.batch_tokens = whole("batch_tokens", options["batch_tokens"])
+        self.n_top, self.batch_tokens = cfg.n_top, cfg.batch_tokens
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `capability/…`, tables `prompts`, `top_tokens`, `capability`, `unanswered`.

@@ -91,7 +91,7 @@ def column_names(name: str, value: Any) -> tuple[str, ...]:
     for column in listed:
         if not isinstance(column, str) or (column in OWN_COLUMNS and column not in _TYPES):
             raise ConfigError(
-                f"analyzer.options.{name}={value}: type a column that rows are told apart by, such "
+                f"analyzer.{name}={value}: type a column that rows are told apart by, such "
                 "as entity_type, or one of the data's own"
             )
     return tuple(listed)
@@ -358,7 +358,7 @@ class Fitting:
             scores.append({p.name: p.scores(inputs, mine) - p.threshold for p in probes})
         if not rows:
             raise DataError(
-                f"analyzer.options.unseen={column}: no value of it has both groups on the "
+                f"analyzer.unseen={column}: no value of it has both groups on the "
                 "test split while the others have two units of each on the train split"
             )
         if without:

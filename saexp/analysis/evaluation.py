@@ -326,6 +326,6 @@ def _too_large(batch: Batch) -> ModelError:
     n = batch.ids.numel()
     return ModelError(
         f"a batch of {n} tokens does not fit into memory; type "
-        f"task.options.batch_tokens={max(1, n // 2)}, dtype=bfloat16, fewer layers or a smaller "
+        f"task.batch_tokens={max(1, n // 2)}, dtype=bfloat16, fewer layers or a smaller "
         "dataset.max_length"
     )

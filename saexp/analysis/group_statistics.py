@@ -9,19 +9,16 @@ import pandas as pd
 from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.observations import unequal_types
-from saexp.config import AnalyzerConfig
+from saexp.config import StatsConfig, TopFeaturesConfig
 from saexp.data.tokenization import pieces
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.latents.statistics import Moments, moments
-from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval
 from saexp.stats.rank_tests import stratum_weights
 from saexp.wording import counted
-
-RANKINGS = ("max", "mean", "frequency")
 
 
 class TopFeaturesAnalyzer:
@@ -31,14 +28,9 @@ class TopFeaturesAnalyzer:
     reads_acts = False
     ordinary_only = True
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
+    def __init__(self, cfg: TopFeaturesConfig) -> None:
         self.cfg = cfg
-        options = read_options(cfg, {"top_k": 10, "by": "max", "n_texts": 3})
-        self.top_k = whole("top_k", options["top_k"])
-        self.n_texts = whole("n_texts", options["n_texts"])
-        self.by = str(options["by"])
-        if self.by not in RANKINGS:
-            raise ConfigError(f"analyzer.options.by={self.by}: {did_you_mean(self.by, RANKINGS)}")
+        self.top_k, self.n_texts, self.by = cfg.top_k, cfg.n_texts, cfg.by
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `top_features/…`, tables `top_features` and `tokens`.
@@ -190,11 +182,9 @@ class StatsAnalyzer:
     reads_acts = False
     ordinary_only = True
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
+    def __init__(self, cfg: StatsConfig) -> None:
         self.cfg = cfg
-        options = read_options(cfg, {"top_k": 10, "n_bins": 60})
-        self.top_k = whole("top_k", options["top_k"])
-        self.n_bins = whole("n_bins", options["n_bins"], 2)
+        self.top_k, self.n_bins = cfg.top_k, cfg.n_bins
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `stats/…` per group, tables `groups`, `counts`, `frequent`, `l0_histogram` and

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.classifiers import (
     Fitting,
     Labelled,
@@ -28,7 +28,7 @@ from saexp.analysis.classifiers import (
     rows_of,
 )
 from saexp.analysis.observations import equally_observed, unequal_types
-from saexp.config import AnalyzerConfig
+from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.results import TaskResult
 from saexp.stats.intervals import (
@@ -38,24 +38,14 @@ from saexp.stats.intervals import (
     separation_interval,
     wilson,
 )
-from saexp.stats.logistic_probe import MAX_TRAIN, STRENGTHS, limited
+from saexp.stats.logistic_probe import limited
 from saexp.stats.power import holm
 from saexp.stats.rank_tests import placements
 from saexp.wording import at_chance_words
 
-_DEFAULTS = {
-    "k": [1, 2, 5, 20],
-    "strengths": list(STRENGTHS),
-    "max_train": MAX_TRAIN,
-    "transfer": None,
-    "within": None,
-    "unseen": None,
-}
-
-
 _TYPES = (
     "a probe may use that: every AUROC is over pairs of all types; within types with "
-    "analyzer.options.within=entity_type"
+    "analyzer.within=entity_type"
 )
 
 
@@ -185,30 +175,18 @@ class Judge:
 class ProbeAnalyzer:
     """Registry kind `analyzer`, name `probe`."""
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
+    def __init__(self, cfg: ProbeConfig) -> None:
         self.cfg = cfg
-        options = read_options(cfg, _DEFAULTS)
-        sizes, strengths = options["k"], options["strengths"]
-        sizes = sizes if isinstance(sizes, list) else [sizes]
-        self.sizes = sorted({whole("k", k) for k in sizes})
-        strengths = strengths if isinstance(strengths, list) else [strengths]
-        if not strengths or not all(
-            isinstance(c, int | float) and not isinstance(c, bool) and c > 0 for c in strengths
-        ):
-            raise ConfigError(
-                f"analyzer.options.strengths={strengths} must be numbers above 0 (inverse L2 "
-                "penalties), such as [0.01,0.1,1]"
-            )
-        self.strengths = [float(c) for c in strengths]
-        self.max_train = whole("max_train", options["max_train"], 4)
-        self.transfer: str | None = options["transfer"]
+        self.sizes, self.strengths = sorted(set(cfg.sizes)), cfg.penalties
+        self.max_train = cfg.max_train
+        self.transfer = cfg.transfer
         """File of a second data set; the task collects it and hands it to `analyze`."""
-        if self.transfer is not None and not Path(str(self.transfer)).is_file():
-            raise ConfigError(f"analyzer.options.transfer={self.transfer}: no such file")
-        self.within = column_names("within", options["within"])
-        unseen = column_names("unseen", options["unseen"])
+        if self.transfer is not None and not Path(self.transfer).is_file():
+            raise ConfigError(f"analyzer.transfer={self.transfer}: no such file")
+        self.within = column_names("within", cfg.within)
+        unseen = column_names("unseen", cfg.unseen)
         if len(unseen) > 1:
-            raise ConfigError(f"analyzer.options.unseen={options['unseen']} must be one column")
+            raise ConfigError(f"analyzer.unseen={cfg.unseen} must be one column")
         self.unseen = unseen[0] if unseen else None
         self.fitting = Fitting(self.sizes, self.strengths, self.within, cfg.seed)
 
@@ -363,7 +341,7 @@ class ProbeAnalyzer:
             return train
         notes.append(
             f"probes are fitted on {self.max_train} of {len(train)} train rows, a seeded choice "
-            "(analyzer.options.max_train)"
+            "(analyzer.max_train)"
         )
         return limited(train, self.max_train, self.cfg.seed)
 
@@ -382,7 +360,7 @@ class ProbeAnalyzer:
         known = known | named.to_numpy(dtype=bool)
         if known.all():
             raise DataError(
-                f"analyzer.options.transfer={self.transfer}: every text or entity of it is one "
+                f"analyzer.transfer={self.transfer}: every text or entity of it is one "
                 "that the probes are fitted on"
             )
         if known.any():

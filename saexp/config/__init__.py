@@ -1,34 +1,62 @@
-"""What a run can be asked: typed schemas for every config group, checked where they are made."""
+"""What a run can be asked: a dataclass per component, validated when it is built."""
 
-from saexp.config.components import (
+from saexp.config.analyzers import (
     AnalyzerConfig,
+    CapabilityConfig,
+    ProbeConfig,
+    StatsConfig,
+    TopFeaturesConfig,
+)
+from saexp.config.components import (
     CollectorConfig,
     DatasetConfig,
     ImportedConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
+    SAETrainerConfig,
     StoreConfig,
-    TaskConfig,
     TrackerConfig,
+    WikidataConfig,
 )
 from saexp.config.environment import parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
+from saexp.config.tasks import (
+    CacheConfig,
+    CollectConfig,
+    DashboardConfig,
+    EvaluateConfig,
+    LabelConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AnalyzerConfig",
     "CollectorConfig",
+    "CacheConfig",
+    "CapabilityConfig",
+    "CollectConfig",
+    "DashboardConfig",
     "DatasetConfig",
+    "EvaluateConfig",
     "ImportedConfig",
     "InterventionConfig",
+    "LabelConfig",
     "ModelConfig",
     "PositionsConfig",
+    "ProbeConfig",
     "RunConfig",
     "SAEConfig",
+    "SAETrainerConfig",
+    "StatsConfig",
     "StoreConfig",
     "TaskConfig",
+    "TopFeaturesConfig",
     "TrackerConfig",
+    "TrainConfig",
+    "WikidataConfig",
     "parse_coefficients",
     "parse_layers",
     "parse_width",

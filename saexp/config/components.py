@@ -157,8 +157,6 @@ class DatasetConfig:
     between the prompt's last character and the answer's first), always, never (as given)."""
     background: str | None = None
     """File of neutral text for the background filter; the shipped one where not given."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the data set; its file in conf/dataset lists them."""
     max_length: int = 512
     """Longest text in tokens, special tokens included; longer ones are cut."""
     truncation: str = "skip"
@@ -188,6 +186,36 @@ class DatasetConfig:
             raise ConfigError(
                 f"dataset.split adds up to {sum(self.split.values()):g}; its shares must make 1"
             )
+
+
+@dataclass(kw_only=True)
+class CustomDatasetConfig(DatasetConfig):
+    """A data set that was registered without a config class."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the data set, not validated."""
+
+
+@dataclass(kw_only=True)
+class WikidataConfig(DatasetConfig):
+    """Entity and query files in the format of Ferrando et al. (2024)."""
+
+    min_correct: int = 3
+    """Correct sampled answers that make an attribute known."""
+    min_known: int = 2
+    """Known attributes that make an entity known."""
+    max_unknown: int = 0
+    """Largest number of known attributes of an unknown entity."""
+    fetch: Any = field(default_factory=list)
+    """Entity types to fetch from Wikidata into `path` first, one or a list."""
+    n_fetched: int = 200
+    """Entities to fetch per type."""
+    endpoint: str = "https://query.wikidata.org/sparql"
+    """SPARQL endpoint."""
+    min_sitelinks: int = 20
+    """Fewest Wikipedia articles about a fetched entity."""
+    timeout: int = 60
+    """Seconds that a query may take."""
 
 
 @dataclass(kw_only=True)
@@ -222,53 +250,6 @@ class PositionsConfig:
 
 
 @dataclass(kw_only=True)
-class AnalyzerConfig:
-    """How latents are compared between groups."""
-
-    name: str = MISSING
-    """Registry name."""
-    alpha: float = 0.05
-    """False discovery rate at which a latent counts as significant."""
-    n_bootstrap: int = 1000
-    """Resamples of the studentised bootstrap over entities, of means (stats, capability)."""
-    background_quantile: float = 0.99
-    """Latents are not selected whose density on background tokens is at or above this quantile of
-    the densities of all latents that are active there, and at or above 0.02."""
-    background_max: float | None = None
-    """Absolute limit in place of that quantile: the density (0.02 in Ferrando et al. 2024)."""
-    n_background: int = 4000
-    """Random background tokens looked at."""
-    top_k: int = 10
-    """Latents per direction marked `selected`."""
-    match_tokens: bool = True
-    """Resample to equal token counts where the groups' differ."""
-    scores: bool = True
-    """Input and output scores of the selected latents (Arad et al. 2025)."""
-    attribution: bool = False
-    """What each latent does to the answer's logit, directly and by gradient."""
-    placebo: int = 0
-    """Permutations of the group labels, and latents drawn at random, that the contrast's claim is
-    repeated with: how often it would have been made without cause. 0: none."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of a component of your own."""
-    seed: int = 0
-    """Seed of every random choice: rows, background tokens, folds, resamples, placebo."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha < 1:
-            raise ConfigError(f"analyzer.alpha={self.alpha} is no rate; type one such as 0.05")
-        at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
-        at_least("analyzer.n_background", self.n_background, 1)
-        at_least("analyzer.top_k", self.top_k, 1)
-        at_least("analyzer.placebo", self.placebo, 0)
-        at_least("analyzer.seed", self.seed, 0)
-        for name in ("background_quantile", "background_max"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"analyzer.{name}={value} is not a fraction; type 0 to 1")
-
-
-@dataclass(kw_only=True)
 class TrackerConfig:
     """Where metrics, tables and figures are sent while and after a run."""
 
@@ -282,22 +263,6 @@ class TrackerConfig:
     """W&B group; a sweep's folder name where not given."""
     mode: str | None = None
     """online, offline or disabled; offline where no key is set or no server answers."""
-
-
-@dataclass(kw_only=True)
-class TaskConfig:
-    """What a run does."""
-
-    name: str = MISSING
-    """Registry name: analyze, collect, …"""
-    streams: list[str] = field(default_factory=lambda: ["resid_post"])
-    """Streams that `collect` stores at each layer: resid_post, attn_out, mlp_out, …"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the task beyond the groups; its file in conf/task lists them."""
-
-    def __post_init__(self) -> None:
-        if not self.streams:
-            raise ConfigError("task.streams=[] names no stream; type task.streams=[resid_post]")
 
 
 @dataclass(kw_only=True)
@@ -379,7 +344,8 @@ class SAETrainerConfig:
     """
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …; a
-    transcoder has skip too."""
+    transcoder has skip too. Not fields of this class: sae-lens defines them, differently for each
+    architecture and version, and they are validated against its classes before training starts."""
     normalize_activations: str = "expected_average_only_in"
     """Scaling of the streams while training (folded into the weights at the end), or `none`."""
     n_samples: int = 2_000_000

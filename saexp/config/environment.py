@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from saexp.errors import ConfigError
+from saexp.registry import did_you_mean
 
 
 def parse_width(value: Any) -> int | None:
@@ -61,13 +62,20 @@ def parse_coefficients(value: Any) -> list[float]:
 
 
 def one_of(key: str, value: str, options: tuple[str, ...]) -> None:
+    """Raise ConfigError for a value that is not among the options."""
     if value not in options:
-        raise ConfigError(f"{key}={value} is not known; choose from {', '.join(options)}")
+        raise ConfigError(f"{key}={value} is not known; {did_you_mean(value, options)}")
 
 
 def at_least(key: str, value: float, least: float) -> None:
+    """Raise ConfigError for a number below the least one."""
     if value < least:
         raise ConfigError(f"{key}={value} is too small; it must be at least {least}")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is an integer (no bool) of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 _SHORTEST = 8
@@ -76,7 +84,7 @@ only where it is the whole value of its setting."""
 
 _CHOICES = re.compile(
     r"(task|dataset|positions|analyzer|intervention|sae_trainer|tracker)\.name"
-    r"|intervention\.(?!where_options).+|task\.streams.*|sae\.stream|analyzer\.options\.by"
+    r"|intervention\.(?!where_options).+|task\.streams.*|sae\.stream|analyzer\.by"
     r"|dataset\.(groups|entity_types).*|((model|sae|store)\.)?(device|dtype)"
 )
 """Settings whose values are names that reports look up."""

@@ -19,14 +19,14 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 _COMPOSERS = ("hydra", "omegaconf")
 
 
-def of_composition(error: BaseException) -> bool:
-    """Whether a config could not be composed: Hydra raises Python's own errors here and there."""
+def is_composition_error(error: BaseException) -> bool:
+    """Whether a config could not be composed; Hydra raises some of Python's own errors too."""
     if isinstance(error, COMPOSITION_ERRORS):
         return True
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    module = "" if at is None else str(at.tb_frame.f_globals.get("__name__"))
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
     return isinstance(error, ValueError | TypeError | AttributeError | AssertionError) and (
         module.partition(".")[0] in _COMPOSERS
     )
@@ -47,15 +47,15 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         if group and error.options:
-            told = f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
-            return told + (_launchers(error.options) if group == "hydra/launcher" else "")
+            line = f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
+            return line + (_launchers(error.options) if group == "hydra/launcher" else "")
         return f"no config file {error.missing_cfg_file}; see python -m saexp --help"
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
         key = _full_key(error) or text.rpartition(":")[2].strip()
         return f"{key} is not set; type {key}=<value> (see python -m saexp --help)"
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override} is no key=value that can be read; "
+            f"{error.override} cannot be read as key=value; "
             f"{_quoted_twice(str(error.override)) or _HOW_TO_QUOTE}"
         )
     if isinstance(error, ValidationError) and (key := _full_key(error)):
@@ -63,33 +63,25 @@ def _explain(error: Exception) -> str:
             return f"{key}: takes a list; type '{key}=[…]'"
         if "is not Optional" in text:
             return f"{key} needs a value; type {key}=<value>"
+        if match := _OF_TYPE.search(text):
+            return f"{key}={match[1]} is not {_TYPES[match[2]]}"
         return f"{key}: {text.partition(' full_key')[0]}"
     if text.startswith("Config group override must be"):
         return (
-            "a group takes the name of one of its options, such as model=gpt2; experiment and the "
-            "other groups are left out to have their defaults (see python -m saexp --help)"
+            "a group takes the name of one of its options, such as model=gpt2; leave a group out "
+            "to get its default (see python -m saexp --help)"
         )
     if "does not support deletion" in text or "Interpolation key" in text:
-        named = re.search(r"Interpolation key '([^']+)'", text)
-        key = named[1] if named else _full_key(error)
+        match = re.search(r"Interpolation key '([^']+)'", text)
+        key = match[1] if match else _full_key(error)
         if key in known_keys():
-            return f"{key} cannot be taken out; type {key}=null"
+            return f"{key} cannot be removed; type {key}=null"
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in", text)
         if unknown:
             key = unknown[1] or _full_key(error) or unknown[2]
-            if re.search(r"options\.[^.]+$", key) and key.rpartition(".")[0] in known_keys():
-                return (
-                    f"no key '{key}' is set that could be changed; to add one type +{key}=<value>"
-                )
-            inside = re.search(r"Key '([^']+)' (?:is )?not in", str(error.__cause__))
-            if key in known_keys() and inside:
-                return (
-                    f"{key} has no key '{inside[1]}' that could be changed; to add one type "
-                    f"+{key}.{inside[1]}=<value>"
-                )
             if key.startswith("hydra."):
-                return f"no key '{key}' of Hydra's own; python -m saexp --info lists them"
+                return f"Hydra has no setting '{key}'; python -m saexp --info lists them"
             return f"no key '{key}'; {near_keys(key)}"
         group = re.search(r"Could not override '([^'=]+)'.*No match in the defaults list", text)
         if group:
@@ -100,6 +92,10 @@ def _explain(error: Exception) -> str:
     return text
 
 
+_TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+_OF_TYPE = re.compile(
+    r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (Integer|Float|bool)"
+)
 _HOW_TO_QUOTE = (
     "quote lists for the shell, 'layer=[0,1,2]', and values with braces, commas or spaces twice, "
     "'sae.path=\"saes/{layer}\"'"
@@ -107,21 +103,21 @@ _HOW_TO_QUOTE = (
 
 
 def _quoted_twice(override: str) -> str | None:
-    """What to type instead; None where more than quotes may be lacking."""
+    """What to type instead; None if more than quotes may be missing."""
     match = re.fullmatch(r"""([+~]*[\w./@-]+)=([^'"\\\[\]]+)""", override)
     if not match or match[2].lstrip().startswith("{") or not match[2].strip():
         return None
     key, value = match[1], match[2].strip()
-    # In double quotes the shell would put something else in their place.
+    # In double quotes the shell would expand them.
     outer, inner = ("'", '"') if re.search(r"[$`!]", value) else ('"', "'")
     typed = f"{outer}{key}={inner}{value}{inner}{outer}"
     return f"quote such a value twice, for the shell and for Hydra: {typed}"
 
 
 def _launchers(options: Iterable[str]) -> str:
-    """How to get the launchers that are not installed."""
-    there = " ".join(options)
-    if all(name in there for name in ("joblib", "submitit", "ray")):
+    """How to install the launchers that are missing."""
+    installed = " ".join(options)
+    if all(name in installed for name in ("joblib", "submitit", "ray")):
         return ""
     return "; joblib and submitit come with pip install 'saexp[launchers]', ray with 'saexp[ray]'"
 
@@ -132,5 +128,5 @@ def _full_key(error: Exception) -> str | None:
 
 
 def key_of(override: str) -> str:
-    """Key of an override as typed, without the signs that Hydra has before it."""
+    """Key of an override as typed, without the signs that Hydra allows before it."""
     return override.lstrip("+~").partition("=")[0]

@@ -1,19 +1,37 @@
-"""The config of a whole run, its registration with Hydra, and the conversion to dataclasses."""
+"""The config of a whole run, and its composition by Hydra.
 
+Hydra composes YAML options and overrides into one tree. Its nodes for the config groups accept any
+key; `to_run_config` then replaces each group by the dataclass of the component that the group names
+and reports unknown keys itself. So a component that a plugin registers needs no YAML file, and the
+former spellings of settings are still read.
+"""
+
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from saexp import registry
 from saexp.config import environment
+from saexp.config.analyzers import (
+    AnalyzerConfig,
+    CapabilityConfig,
+    CustomAnalyzerConfig,
+    ProbeConfig,
+    StatsConfig,
+    TopFeaturesConfig,
+)
 from saexp.config.components import (
     COLUMNS,
-    AnalyzerConfig,
     CollectorConfig,
+    CustomDatasetConfig,
     DatasetConfig,
     ImportedConfig,
     ModelConfig,
@@ -21,15 +39,27 @@ from saexp.config.components import (
     SAEConfig,
     SAETrainerConfig,
     StoreConfig,
-    TaskConfig,
     TrackerConfig,
+    WikidataConfig,
 )
 from saexp.config.environment import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
+from saexp.config.tasks import (
+    CacheConfig,
+    CollectConfig,
+    CustomTaskConfig,
+    DashboardConfig,
+    EvaluateConfig,
+    LabelConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 
-_NOTED = "from_environment"
+log = logging.getLogger(__name__)
+
+_FROM_ENVIRONMENT = "from_environment"
 
 
 @dataclass(kw_only=True)
@@ -45,7 +75,7 @@ class RunConfig:
     dataset: DatasetConfig = MISSING
     """Texts."""
     positions: PositionsConfig = MISSING
-    """Tokens analysed."""
+    """Tokens that are analysed."""
     collector: CollectorConfig = MISSING
     """Source of the activations."""
     analyzer: AnalyzerConfig = MISSING
@@ -63,7 +93,7 @@ class RunConfig:
     width: Any = None
     """SAE width, 16k or a plain integer."""
     coefficient: Any = None
-    """Strength of the intervention, a number or a list."""
+    """Coefficient of the intervention, a number or a list."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -75,30 +105,16 @@ class RunConfig:
     resume: bool | None = None
     """Reuse a finished run with the same config; true in sweeps where not given."""
     verify: bool = False
-    """Hash stored shards of any size before they are used."""
-    shard: int | None = None
-    """collect: which of `n_shards` parts of the store this process makes."""
-    n_shards: int = 1
-    """collect: number of parts the work is cut into, one per process."""
-    action: str = "list"
-    """cache: list, verify, prune or compare."""
-    max_size: str | None = None
-    """cache: prune down to this size, 20GB."""
-    max_age: str | None = None
-    """cache: prune what was not used for this long, 30d."""
-    stores: list[str] = field(default_factory=list)
-    """cache: the two keys, or beginnings of them, to compare."""
-    latents: Any = None
-    """dashboard: latent indices, or top:20 (the run's own best)."""
+    """Verify the checksums of stored shards of any size before they are used."""
     plugins: list[str] = field(default_factory=list)
-    """Modules of your own to import first, whose components then can be named."""
+    """Modules with custom components, imported before the config is composed."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # In another process, too, values from the environment are stored as they were typed.
-        return {**self.__dict__, _NOTED: environment.known()}
+        # Another process, too, must store values from the environment as they were typed.
+        return {**self.__dict__, _FROM_ENVIRONMENT: environment.known()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        environment.add(state.pop(_NOTED))
+        environment.add(state.pop(_FROM_ENVIRONMENT))
         self.__dict__.update(state)
 
     def __post_init__(self) -> None:
@@ -107,81 +123,94 @@ class RunConfig:
             parse_layers(self.layer)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)
-        at_least("n_shards", self.n_shards, 1)
-        if self.shard is not None and not 0 <= self.shard < self.n_shards:
+
+
+_BASES: dict[str, type] = {
+    f.name: f.type for f in fields(RunConfig) if isinstance(f.type, type) and is_dataclass(f.type)
+}
+"""Config group -> the dataclass that all its components share."""
+
+_COMPONENTS: dict[str, dict[str, type]] = {
+    "task": {
+        "cache": CacheConfig,
+        "collect": CollectConfig,
+        "dashboard": DashboardConfig,
+        "evaluate": EvaluateConfig,
+        "label": LabelConfig,
+        "train": TrainConfig,
+    },
+    "collector": {"imported": ImportedConfig},
+    "dataset": {"wikidata": WikidataConfig},
+    "analyzer": {
+        "capability": CapabilityConfig,
+        "probe": ProbeConfig,
+        "stats": StatsConfig,
+        "top_features": TopFeaturesConfig,
+    },
+}
+"""Config group -> component -> its dataclass, where it has settings beyond those of its group."""
+
+_CUSTOM: dict[str, type] = {
+    "task": CustomTaskConfig,
+    "dataset": CustomDatasetConfig,
+    "analyzer": CustomAnalyzerConfig,
+}
+"""Config group -> dataclass of a custom component that was registered without one."""
+
+_FORMER_TASK_KEYS = ("action", "max_size", "max_age", "stores", "latents", "shard", "n_shards")
+"""Settings of a single task that used to be top-level keys. Accepted for one release."""
+
+
+def config_class(group: str, component: str) -> type:
+    """The dataclass with the settings of a component, by the name that its group's config holds.
+
+    Raises ConfigError where a plugin's config class does not extend that of the group.
+    """
+    base, registered = _BASES[group], registry.config_class(group, component)
+    if registered is not None:
+        if not (is_dataclass(registered) and issubclass(registered, base)):
             raise ConfigError(
-                f"shard={self.shard} is not below n_shards={self.n_shards}; "
-                f"type shard=<0 to {self.n_shards - 1}> or a larger n_shards="
+                f"{group} '{component}': its config {registered.__name__} must be a dataclass that "
+                f"extends saexp.config.{base.__name__}"
             )
+        return registered
+    if component in _COMPONENTS.get(group, {}):
+        return _COMPONENTS[group][component]
+    if group in _CUSTOM and not registry.is_builtin(group, component):
+        return _CUSTOM[group]
+    return base
 
 
-def _refuse_unknown(cfg: DictConfig, schema: type, prefix: str) -> None:
-    known = {f.name: f.type for f in fields(schema)}
-    for name in map(str, cfg):
-        if name not in known:
-            near = near_keys(name, prefix)
-            raise ConfigError(f"no key '{prefix}{name}', with or without +; {near}")
-        # A component's own options are the fields of a subclass.
-        kind = OmegaConf.get_type(cfg, name) or known[name]
-        if isinstance(kind, type) and is_dataclass(kind) and not OmegaConf.is_missing(cfg, name):
-            _refuse_unknown(cfg[name], kind, f"{prefix}{name}.")
+def _component_classes(group: str) -> dict[str, type]:
+    """Component -> dataclass, of those that have settings beyond the group's."""
+    registered = [name for kind, name in registry.config_classes() if kind == group]
+    return _COMPONENTS.get(group, {}) | {name: config_class(group, name) for name in registered}
 
 
-def near_keys(name: str, prefix: str = "") -> str:
-    """The keys most alike: of the group, and of the top level those of all groups too."""
-    every = [key for key in known_keys() if key.startswith(prefix)]
-    top = [key for key in every if "." not in key.removeprefix(prefix)]
-    found = did_you_mean(f"{prefix}{name}", every)
-    return found if found.startswith("did") else did_you_mean(f"{prefix}{name}", top)
-
-
-_GROUPS = ("experiment", *(f.name for f in fields(RunConfig) if is_dataclass(f.type)))
-_ADDED_GROUP = re.compile(rf"\+{{1,2}}(?=(?:{'|'.join(_GROUPS)})=)")
-
-
-def without_plus(word: str) -> str:
-    """`+experiment=name` as `experiment=name`: an option of a group that has one replaces it."""
-    return _ADDED_GROUP.sub("", word) if _ADDED_GROUP.match(word) else word
+def _component_name(cfg: Any, group: str) -> str:
+    """Name of the component that a group's config stands for; empty where it is not set."""
+    key = registry.name_field(group)
+    return "" if key not in cfg or OmegaConf.is_missing(cfg, key) else str(cfg[key])
 
 
 def known_keys() -> list[str]:
     """Every key that can be set: groups, top-level keys, and each group's settings."""
-    keys = []
+    keys: list[str] = []
     for field_ in fields(RunConfig):
         keys.append(field_.name)
-        if is_dataclass(field_.type):
-            kinds = [field_.type, *_COMPONENTS.get(field_.name, {}).values()]
-            keys += [f"{field_.name}.{f.name}" for kind in kinds for f in fields(kind)]
-    return [*dict.fromkeys(keys), *(f"dataset.columns.{name}" for name in COLUMNS)]
+        if field_.name in _BASES:
+            classes = [_BASES[field_.name], *_component_classes(field_.name).values()]
+            names = dict.fromkeys(f.name for cls in classes for f in fields(cls))
+            keys += [f"{field_.name}.{name}" for name in names]
+    return [*keys, *(f"dataset.columns.{name}" for name in COLUMNS)]
 
 
-_COMPONENTS: dict[str, dict[str, type]] = {"collector": {"imported": ImportedConfig}}
-"""Group -> option -> dataclass of an option with fields of its own."""
-
-
-def register_schema() -> None:
-    """Make the schema known to Hydra as `base_run`, which `conf/config.yaml` starts from.
-
-    The dataclass of an option with fields of its own is `base_<option>` in its group.
-    """
-    ConfigStore.instance().store(name="base_run", node=RunConfig)
-    for group, options in _COMPONENTS.items():
-        for name, schema in options.items():
-            ConfigStore.instance().store(group=group, name=f"base_{name}", node=schema)
-
-
-def to_run_config(cfg: DictConfig) -> RunConfig:
-    """Resolve and turn into dataclasses; below this nothing sees a raw config.
-
-    Raises ConfigError for a key that no dataclass has: Hydra takes any that `+` is in front of.
-    """
-    _refuse_unknown(cfg, RunConfig, "")
-    environment.remember(cfg)
-    # Before the groups, which have it from here.
-    at_least("seed", cfg.seed, 0)
-    raw = OmegaConf.to_object(cfg)
-    assert isinstance(raw, RunConfig)
-    return raw
+def near_keys(name: str, prefix: str = "") -> str:
+    """The most similar keys: of the group `prefix`, or of the top level and of all groups."""
+    every = [key for key in known_keys() if key.startswith(prefix)]
+    top = [key for key in every if "." not in key.removeprefix(prefix)]
+    hint = did_you_mean(f"{prefix}{name}", every)
+    return hint if hint.startswith("did") else did_you_mean(f"{prefix}{name}", top)
 
 
 def conf_folder() -> Path:
@@ -191,26 +220,184 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-_FREE = re.compile(r"\+{0,2}(task\.options\.(rules|templates)\.[^=]+)=(.*)", re.DOTALL)
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra.
 
-
-def with_free_keys(overrides: Sequence[str]) -> list[str]:
-    """The overrides, so that Hydra takes new keys of free-form options without a `+`.
-
-    A template that is a plain text is quoted for Hydra, which would refuse its braces:
-
-    >>> with_free_keys(["task.options.templates.book.creator=Who wrote {entity}?"])
-    ['++task.options.templates.book.creator="Who wrote {entity}?"']
+    `base_run` is what `conf/config.yaml` starts from; `<group>_<component>` is in the defaults list
+    of an option with settings of its own, such as `/analyzer_probe@_here_`. A component that a
+    plugin registered with a config class becomes an option of its group.
     """
-    return [_with_free_key(override) for override in overrides]
+    store = ConfigStore.instance()
+    if "base_run.yaml" not in store.list(""):
+        _register_builtin(store)
+    for group, name in registry.config_classes():
+        if group in _BASES:
+            node = _own_settings(config_class(group, name), _BASES[group])
+            node[registry.name_field(group)] = name
+            store.store(group=group, name=name, node=node)
 
 
-def _with_free_key(override: str) -> str:
-    match = _FREE.fullmatch(override)
-    if not match:
-        return override
-    key, group, value = match.groups()
-    plain = value.lstrip().startswith("{entity}") or value.lstrip()[:1] not in ("'", '"', "[", "{")
-    if group == "templates" and "{" in value and plain:
-        value = '"' + value.replace('"', r"\"") + '"'
-    return f"++{key}={value}"
+def _register_builtin(store: ConfigStore) -> None:
+    root = OmegaConf.structured(RunConfig)
+    for group, base in _BASES.items():
+        root[group] = OmegaConf.structured(base)
+        OmegaConf.set_struct(root[group], False)
+    OmegaConf.set_struct(root, False)
+    store.store(name="base_run", node=root)
+    for group, components in _COMPONENTS.items():
+        for name, cls in components.items():
+            store.store(name=f"{group}_{name}", node=_own_settings(cls, _BASES[group]))
+
+
+def _own_settings(cls: type, base: type) -> DictConfig:
+    """A config of this class in which the settings that it inherits are missing.
+
+    Hydra merges it over the group's config, whose values (interpolations of top-level keys among
+    them) must stay.
+    """
+    node = OmegaConf.structured(cls)
+    for inherited in fields(base):
+        if inherited.name not in cls.__annotations__:
+            node[inherited.name] = MISSING
+    return node
+
+
+_GROUPS = ("experiment", *_BASES)
+_ADDED_GROUP = re.compile(rf"\+{{1,2}}(?=(?:{'|'.join(_GROUPS)})=)")
+_FORMER_KEY = re.compile(rf"(?:{'|'.join(_FORMER_TASK_KEYS)})=")
+_TEMPLATE = re.compile(r"(\+{0,2}task\.(?:options\.)?templates\.[^=]+)=(.*)", re.DOTALL)
+
+
+def for_hydra(words: Sequence[str]) -> list[str]:
+    """The words of a command line as Hydra reads them; flags and everything else stay as typed.
+
+    `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default.
+    A former top-level key gets the `+` that Hydra wants for a key that is not in the schema. A
+    template that is plain text is quoted, because Hydra would parse its braces:
+
+    >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
+    ['task.templates.book.creator="Who wrote {entity}?"']
+    """
+    return [_for_hydra(word) for word in words]
+
+
+def _for_hydra(word: str) -> str:
+    if _FORMER_KEY.match(word):
+        return f"+{word}"
+    if match := _TEMPLATE.fullmatch(word):
+        key, value = match.groups()
+        starts_plain = value.lstrip()[:1] not in ("'", '"', "[", "{")
+        if "{" in value and (starts_plain or value.lstrip().startswith("{entity}")):
+            value = '"' + value.replace('"', r"\"") + '"'
+        return f"{key}={value}"
+    return _ADDED_GROUP.sub("", word)
+
+
+def plugins_in(words: Sequence[str]) -> list[str]:
+    """Modules that the words of a command line list under `plugins`; none where they are swept."""
+    modules: list[str] = []
+    for word in words:
+        if not re.match(r"\+{0,2}plugins=", word):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+            value = None if override.is_sweep_override() else override.value()
+        except HydraException:
+            # Hydra reports the word when it composes the config.
+            continue
+        modules += map(str, value) if isinstance(value, list) else []
+    return modules
+
+
+def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
+    """Resolve a composed config and turn it into dataclasses.
+
+    Imports its plugins. Logs a warning for each former spelling of a setting, unless `quiet`.
+    Raises ConfigError for a key that the components named in the config do not have.
+    """
+    registry.load_plugins(cfg.get("plugins") or ())
+    content: Any = OmegaConf.to_container(cfg, resolve=False)
+    names = {group: _component_name(cfg[group], group) for group in _BASES}
+    classes = {group: config_class(group, name) for group, name in names.items()}
+    renamed = [f"{f}= is now {current}=" for f, current in _rename_former_keys(content, classes)]
+    if renamed and not quiet:
+        log.warning("%s; the next release will not accept the former spelling", ", ".join(renamed))
+    top_level = [f.name for f in fields(RunConfig)]
+    for key in content:
+        if key not in top_level:
+            raise ConfigError(f"no key '{key}'; {near_keys(key)}")
+    _check_complete(content, top_level)
+    typed = OmegaConf.structured(RunConfig)
+    for group, cls in classes.items():
+        _check_keys(group, names[group], cls, content[group])
+        typed[group] = OmegaConf.structured(cls)
+        for key, value in content.pop(group).items():
+            typed[group][key] = value
+    for key, value in content.items():
+        typed[key] = value
+    environment.remember(typed)
+    # Before the groups, which take their seeds from it.
+    at_least("seed", typed.seed, 0)
+    run_config = OmegaConf.to_object(typed)
+    assert isinstance(run_config, RunConfig)
+    return run_config
+
+
+def _rename_former_keys(
+    content: dict[str, Any], classes: Mapping[str, type]
+) -> Iterator[tuple[str, str]]:
+    """Move settings in their former places to the current ones; yields (former, current) keys."""
+    for key in _FORMER_TASK_KEYS:
+        if key in content:
+            content["task"][key] = content.pop(key)
+            yield key, f"task.{key}"
+    for group in _CUSTOM:
+        settings = content[group]
+        if "options" in {f.name for f in fields(classes[group])} or not isinstance(
+            settings.get("options"), dict
+        ):
+            continue
+        for key, value in settings.pop("options").items():
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = _merged(settings[key], value) if both else value
+            yield f"{group}.options.{key}", f"{group}.{key}"
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings; values of the second replace those of the first."""
+    merged = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(first.get(key), dict)
+        merged[key] = _merged(first[key], value) if both else value
+    return merged
+
+
+def _check_keys(group: str, component: str, cls: type, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that the component does not have, or that was removed."""
+    names = [f.name for f in fields(cls)]
+    for key in settings:
+        if key in names:
+            continue
+        if group in registry.kinds() and component not in ("", "none"):
+            registry.require(group, component)
+        owners = [
+            name
+            for name, other in _component_classes(group).items()
+            if key in {f.name for f in fields(other)}
+        ]
+        if owners:
+            raise ConfigError(
+                f"{group}.{key} is a setting of {group}={' and '.join(owners)}, and this run has "
+                f"{group}={component}"
+            )
+        own = [f"{group}.{name}" for name in names]
+        hint = did_you_mean(f"{group}.{key}", own)
+        raise ConfigError(f"no key '{group}.{key}'; {hint}")
+    _check_complete(settings, [f.name for f in fields(_BASES[group])], f"{group}.")
+
+
+def _check_complete(settings: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> None:
+    """Raise ConfigError where a setting was removed by `~key`."""
+    for name in names:
+        if name not in settings:
+            raise ConfigError(f"{prefix}{name} cannot be removed; type {prefix}{name}=null")

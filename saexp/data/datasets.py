@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saexp import registry
-from saexp.config import DatasetConfig
+from saexp.config import DatasetConfig, WikidataConfig
 from saexp.data.examples import (
     Example,
     ExampleSet,
@@ -94,7 +94,7 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     format, which is read as dataset=wikidata reads it.
     """
     if cfg.path is not None and Path(cfg.path).suffix == ".json":
-        return registry.resolve("dataset", "wikidata")(cfg)
+        return registry.resolve("dataset", "wikidata")(WikidataConfig(**vars(cfg)))
     if cfg.path is not None:
         return _from_file(cfg, cfg.path, "jsonl")
     if cfg.model_name in SHIPPED_MODELS:

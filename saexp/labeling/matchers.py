@@ -187,12 +187,12 @@ class Rules:
         by_type = {t: dict(rules) for t, rules in self.by_type.items()}
         for entity_type, attributes in options.items():
             if not isinstance(attributes, Mapping):
-                raise ConfigError(f"rules.{entity_type}: write attribute: {{setting: value}}")
+                raise ConfigError(f"task.rules.{entity_type}: write attribute: {{setting: value}}")
             for attribute, settings in attributes.items():
                 name = canonical(attribute, entity_type)
                 of_type = by_type.setdefault(type_key(entity_type), {})
                 of_type[name] = _changed(
-                    of_type.get(name, Rule()), settings, f"rules.{entity_type}.{attribute}"
+                    of_type.get(name, Rule()), settings, f"task.rules.{entity_type}.{attribute}"
                 )
         return Rules(by_type)
 

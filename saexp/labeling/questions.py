@@ -257,7 +257,7 @@ def no_template(entity_type: str | None, attribute: str) -> str:
     question = f"What is the {name} of the {kind.replace('_', ' ')} {{entity}}?"
     return (
         f"no template for {entity_type} {attribute}; to ask for it, type "
-        f"\"task.options.templates.{kind}.{attribute}='{question}'\""
+        f"\"task.templates.{kind}.{attribute}='{question}'\""
     )
 
 

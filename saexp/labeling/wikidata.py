@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.config import DatasetConfig
+from saexp.config import WikidataConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
 from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
@@ -29,7 +29,6 @@ from saexp.labeling.questions import (
     read_attributes,
     truths_of,
 )
-from saexp.registry import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -191,23 +190,13 @@ def _value(attribute: str, row: Mapping[str, tuple[str, str]]) -> Any:
     return text
 
 
-OPTIONS: Mapping[str, Any] = {
-    "min_correct": 3,
-    "min_known": 2,
-    "max_unknown": 0,
-    "fetch": [],
-    "n_fetched": 200,
-    "endpoint": ENDPOINT,
-    "min_sitelinks": 20,
-    "timeout": 60,
-}
 QUERY_FIELDS = ("entity", "entity_type", "prompt_type", "correct_answer", "prompt")
 
 Row = tuple[str, dict[str, Any]]
 """(file and line or index, columns)."""
 
 
-def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
+def wikidata(cfg: WikidataConfig, **_: Any) -> ExampleSet:
     """One example per entity of a file, or of a folder's .json and .jsonl files.
 
     Entity files give the attributes (for task=label). Query files with sampled labels give the
@@ -215,9 +204,8 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     seeded choice that does not depend on the labels. Entities that are neither known nor unknown
     are dropped; how many is noted.
     """
-    options = _options(cfg)
-    if options["fetch"]:
-        _fetch(cfg, options)
+    if cfg.fetch:
+        _fetch(cfg)
     if not cfg.path:
         raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=…")
     entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
@@ -242,7 +230,7 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             queries.append(_query(where, row))
     names = dict.fromkeys([*entities, *((q["entity_type"], q["entity"]) for q in queries)])
     of_query = _chosen_query(queries, cfg.seed)
-    groups = _groups(queries, options)
+    groups = _groups(queries, cfg)
     examples = []
     for entity_type, entity in names:
         group = groups.get((entity_type, entity))
@@ -293,33 +281,21 @@ def wikidata(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     return made
 
 
-def _options(cfg: DatasetConfig) -> dict[str, Any]:
-    given = dict(cfg.options)
-    for name in given:
-        if name not in OPTIONS:
-            raise ConfigError(
-                f"dataset.options.{name}: dataset=wikidata has no such option; "
-                f"{did_you_mean(name, list(OPTIONS))}"
-            )
-    return {**OPTIONS, **given}
-
-
-def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
+def _fetch(cfg: WikidataConfig) -> None:
     """Write freshly fetched entities to `dataset.path`, unless the file is there.
 
     Beside the file stands what was asked for. Raises ConfigError where that is not what is asked
     for now.
     """
     if not cfg.path or Path(cfg.path).is_dir():
-        raise ConfigError("dataset.options.fetch needs a file to write: type dataset.path=FILE")
+        raise ConfigError("dataset.fetch needs a file to write: type dataset.path=FILE")
     file = Path(cfg.path)
-    wanted = options["fetch"]
-    types = [wanted] if isinstance(wanted, str) else list(wanted)
-    asked = {n: options[n] for n in ("n_fetched", "min_sitelinks", "endpoint")}
+    types = [cfg.fetch] if isinstance(cfg.fetch, str) else list(cfg.fetch)
+    asked = {n: getattr(cfg, n) for n in ("n_fetched", "min_sitelinks", "endpoint")}
     query = {
         "fetch": types,
         **asked,
-        "queries": [sparql(t, options["n_fetched"], options["min_sitelinks"]) for t in types],
+        "queries": [sparql(t, cfg.n_fetched, cfg.min_sitelinks) for t in types],
     }
     beside = file.with_name(f"{file.name}.query")
     if file.exists():
@@ -330,10 +306,10 @@ def _fetch(cfg: DatasetConfig, options: Mapping[str, Any]) -> None:
     for entity_type in types:
         some, unnamed = fetch_entities(
             entity_type,
-            options["n_fetched"],
-            endpoint=options["endpoint"],
-            min_sitelinks=options["min_sitelinks"],
-            timeout=options["timeout"],
+            cfg.n_fetched,
+            endpoint=cfg.endpoint,
+            min_sitelinks=cfg.min_sitelinks,
+            timeout=cfg.timeout,
         )
         log.info("fetched %d of type %s; %d without a name", len(some), entity_type, unnamed)
         found += some
@@ -470,10 +446,8 @@ def _chosen_query(
     return {key: some[pick(seed, *key, n=len(some))] for key, some in of_entity.items()}
 
 
-def _groups(
-    queries: list[dict[str, Any]], options: Mapping[str, Any]
-) -> dict[tuple[str, str], str]:
-    thresholds = Thresholds(options["min_correct"], options["min_known"], options["max_unknown"])
+def _groups(queries: list[dict[str, Any]], cfg: WikidataConfig) -> dict[tuple[str, str], str]:
+    thresholds = Thresholds(cfg.min_correct, cfg.min_known, cfg.max_unknown)
     judged = [q for q in queries if q["n_correct"] is not None]
     if not judged:
         return {}

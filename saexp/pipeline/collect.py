@@ -145,7 +145,6 @@ _OF_TEXTS = (
     "missing_values",
     "n_examples",
     "hf_split",
-    "options",
     "truncation",
     "seed",
 )
@@ -211,7 +210,8 @@ def gather(
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
-    settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
+    own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
+    settings = _changed(cfg.dataset, type(cfg.dataset)(), [*_OF_TEXTS, *sorted(own)])
     found = _collected(
         cfg, model, hookpoints, examples, cfg.positions, settings=settings, ahead=ahead, part=part
     )

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saexp import registry
-from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers
+from saexp.config import (
+    EvaluateConfig,
+    ModelConfig,
+    ProbeConfig,
+    RunConfig,
+    SAEConfig,
+    parse_layers,
+)
 from saexp.context import RunContext
 from saexp.digests import (
     checksum_of,
@@ -133,9 +140,10 @@ def saes_content(cfg: RunConfig) -> list[Content] | None:
 def _cells(cfg: RunConfig) -> Iterator[SAEConfig]:
     """The run's SAE, or those of its layers and widths, and those whose latents are changed too."""
     layers = parse_layers(cfg.layer) if isinstance(cfg.layer, list) else [cfg.sae.layer]
-    widths = cfg.task.options.get("widths") or [cfg.sae.width]
+    several = cfg.task.width_list if isinstance(cfg.task, EvaluateConfig) else None
+    widths = several or [cfg.sae.width]
     for layer in layers:
-        for width in widths if isinstance(widths, list) else [widths]:
+        for width in widths:
             yield dataclasses.replace(cfg.sae, layer=layer, width=width)
     about = cfg.intervention
     if cfg.task.name != "analyze" or about.name == "none" or not about.by_layer:
@@ -152,7 +160,7 @@ _MOST_LAYERS = 256
 def data_content(cfg: RunConfig) -> list[Content] | None:
     """Of the data set, the neutral text, and every file that a setting names; None for a data set
     of the hub that is out of reach."""
-    transfer = cfg.analyzer.options.get("transfer")
+    transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
     found = []
     for path in (cfg.dataset.path, cfg.dataset.background, transfer):
         if path and Path(path).exists():
@@ -216,7 +224,7 @@ def _version(package: str) -> str:
         return ""
 
 
-VERSION = 3
+VERSION = 4
 """Of what fingerprints are made of; a run of another version is not found."""
 _NO_MATTER = ("resume", "cache_dir", "tracker", "verify")
 
@@ -240,7 +248,7 @@ def fingerprint(cfg: RunConfig) -> str | None:
 
 def _named(cfg: RunConfig) -> list[str | None]:
     """Local files and folders that a config may name."""
-    transfer = cfg.analyzer.options.get("transfer")
+    transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
     return [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name, transfer]
 
 

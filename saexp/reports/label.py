@@ -97,7 +97,7 @@ def _rule_rows(table: pd.DataFrame) -> list[list[Any]]:
             "genre": "contains its words",
             "text": f"contains its words, or similarity above {row['ratio']:g}; numbers exactly",
         }[row["kind"]]
-        key = f"task.options.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
+        key = f"task.rules.{type_key(row['entity_type'])}.{row['attribute']}.tolerance"
         paper = row["paper_tolerance"]
         of_paper = "" if pd.isna(paper) else f"within {paper:g} ({key}={paper:g})"
         rows.append([row["entity_type"], row["attribute"], row["kind"], criterion, of_paper])

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
+from saexp.config.tasks import StreamsConfig
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, write_json
 from saexp.pipeline.run_folder import reserve
@@ -103,7 +104,7 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
     kinds = dict.fromkeys(tuple(_that_matter(cell)) for cell in cells)
     for words in kinds:
         try:
-            cfg = to_run_config(compose("config", overrides=list(words)))
+            cfg = to_run_config(compose("config", overrides=list(words)), quiet=True)
             found.setdefault(texts_key(cfg), set()).update(_hookpoints(cfg, alone=len(kinds) == 1))
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             log.debug("not planned: %s (%s)", words, error)
@@ -120,12 +121,12 @@ def _that_matter(cell: list[str]) -> list[str]:
 def _ignored(key: str, layers_named: bool) -> bool:
     if key.split(".")[0] == "intervention":
         return not layers_named or key not in (*_OF_LAYERS, "intervention")
-    return key.split(".")[0] in _IGNORED or key.startswith("analyzer.")
+    return key.split(".")[0] in _IGNORED or key.startswith(("analyzer.", "task.latents"))
 
 
 def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
     """What a cell needs; `alone` is the only kind of cell, so that it can say so by itself."""
-    if cfg.task.name in ("collect", "train"):
+    if isinstance(cfg.task, StreamsConfig):
         return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
     if not layers and cfg.sae.release is not None and cfg.sae.id is not None:

@@ -8,17 +8,14 @@ import pandas as pd
 
 from saexp.activations import stores
 from saexp.activations.stores import differences, headline
-from saexp.config import RunConfig
+from saexp.config import CacheConfig, RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
 from saexp.pipeline.run_folder import write_provenance, write_result
-from saexp.registry import did_you_mean
 from saexp.results import TaskResult
 
 log = logging.getLogger(__name__)
-
-ACTIONS = ("list", "verify", "prune", "compare")
 
 
 def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
@@ -27,25 +24,27 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     Of action=compare, its lines are saved as compared.parquet too, and nothing else is told.
     Raises StoreError, after listing everything in the log, where action=verify finds damage.
     """
-    if cfg.action not in ACTIONS:
-        raise ConfigError(f"action={cfg.action}: {did_you_mean(cfg.action, ACTIONS)}")
+    task = cfg.task
+    assert isinstance(task, CacheConfig)
     notes: list[str] = []
     compared: dict[str, pd.DataFrame] = {}
     damage = None
-    if cfg.action == "verify":
+    if task.action == "verify":
         lost = stores.unreadable(cfg.cache_dir)
         bad = stores.verify(stores.stores(cfg.cache_dir))
         notes += [f"{key}: damaged {', '.join(files)}" for key, files in bad.items()]
         damage = _damage(bad, lost)
         notes += [] if damage else ["all sound"]
-    elif cfg.action == "prune":
-        pruned = stores.prune(cfg.cache_dir, max_size=cfg.max_size, max_age=cfg.max_age)
+    elif task.action == "prune":
+        pruned = stores.prune(cfg.cache_dir, max_size=task.max_size, max_age=task.max_age)
         notes.append(f"removed {', '.join(pruned.removed) or 'nothing'}")
         notes += [f"{key} stays: {reason}" for key, reason in pruned.kept.items()]
-    elif cfg.action == "compare":
-        if len(cfg.stores) != 2:
-            raise ConfigError("""action=compare takes two keys; type 'stores=["17e1","9e9a"]'""")
-        first, second = (stores.find(cfg.cache_dir, key) for key in cfg.stores)
+    elif task.action == "compare":
+        if len(task.stores) != 2:
+            raise ConfigError(
+                """task.action=compare takes two keys; type 'task.stores=["17e1","9e9a"]'"""
+            )
+        first, second = (stores.find(cfg.cache_dir, key) for key in task.stores)
         told = differences(first, second) or ["the same ingredients"]
         compared["compared"] = pd.DataFrame({"difference": told})
         notes += [headline(first), headline(second), *told]

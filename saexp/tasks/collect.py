@@ -2,7 +2,7 @@
 
 from saexp.activations.collector import Part
 from saexp.activations.store import ActivationStore
-from saexp.config import RunConfig, parse_layers
+from saexp.config import CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
@@ -16,10 +16,12 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Store every stream of `task.streams` at every layer, in one pass; with `shard`, a part."""
     if cfg.layer is None:
         raise ConfigError("layer is not set; type layer=12 or 'layer=[0,1,2]'")
+    task = cfg.task
+    assert isinstance(task, CollectConfig)
     model = language_model(cfg)
-    hookpoints = [Hookpoint(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams]
+    hookpoints = [Hookpoint(n, s) for n in parse_layers(cfg.layer) for s in task.streams]
     with context.stage("collect"):
-        part = None if cfg.shard is None else Part(cfg.shard, cfg.n_shards)
+        part = None if task.shard is None else Part(task.shard, task.n_shards)
         gathered = gather(cfg, model, hookpoints, context.ahead, part)
     skips = gathered.placement.skips
     result = TaskResult(
@@ -28,7 +30,7 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
         notes=[
             *gathered.examples.notes,
             f"store: {gathered.store.path}",
-            *_left(cfg, gathered.store, hookpoints),
+            *_left(task, gathered.store, hookpoints),
         ],
     )
     write_result(context, result)
@@ -45,9 +47,9 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
     return result
 
 
-def _left(cfg: RunConfig, store: ActivationStore, hookpoints: list[Hookpoint]) -> list[str]:
+def _left(task: CollectConfig, store: ActivationStore, hookpoints: list[Hookpoint]) -> list[str]:
     """What other parts have still to do."""
     left, n = len(store.missing(hookpoints)), len(store.shard_bounds)
-    if cfg.shard is None or not left:
+    if task.shard is None or not left:
         return []
     return [f"{n - left} of {n} shards are there; the other parts make the rest"]

@@ -11,7 +11,7 @@ import pandas as pd
 from saexp import registry
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.observations import equally_observed
-from saexp.config import PositionsConfig, RunConfig
+from saexp.config import DashboardConfig, PositionsConfig, RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, DataError
 from saexp.files import RUN_FOLDER, write_text
@@ -100,7 +100,7 @@ def choose(
         wrong = next((f for f in asked if f >= sae.d_sae), None)
         if wrong is not None:
             raise ConfigError(
-                f"latents={asked}: {sae.metadata.get('name', 'the SAE')} has latents "
+                f"task.latents={asked}: {sae.metadata.get('name', 'the SAE')} has latents "
                 f"0-{sae.d_sae - 1}, not {wrong}"
             )
     groups = gathered.examples.groups
@@ -148,7 +148,7 @@ def _contrast(
 ) -> TaskResult:
     """As task=analyze makes it, without encoding the rows that it leaves out."""
     most = max(n, cfg.analyzer.top_k)
-    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, placebo=0, options={})
+    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, placebo=0)
     rows = at.placement.rows
     used, _, notes = equally_observed(rows, at.examples.groups, analyzer.seed)
     inputs = AnalysisInputs(
@@ -171,14 +171,17 @@ def parse_latents(value: Any) -> list[int] | int:
     good = [re.fullmatch(r"\d+", str(v)) and not isinstance(v, bool) for v in listed]
     if not listed or not all(good):
         raise ConfigError(
-            f"latents={value} names no latents; type latents=top:20 or 'latents=[12,160]'"
+            f"task.latents={value} contains no latents; type task.latents=top:20 or "
+            "'task.latents=[12,160]'"
         )
     return list(dict.fromkeys(int(v) for v in listed))
 
 
 def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Choose, read the store once, look the examples up, write dashboard.json and render it."""
-    options, asked = latent_cards.Options.of(cfg), parse_latents(cfg.latents)
+    options = cfg.task
+    assert isinstance(options, DashboardConfig)
+    asked = parse_latents(options.latents)
     with context.stage("load"):
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)

@@ -13,19 +13,18 @@ from saexp import registry
 from saexp.analysis.evaluation import EvaluationSettings, can_be_scored, evaluate_saes
 from saexp.analysis.evaluation_passes import Where
 from saexp.analysis.evaluation_tables import Part, part_of, side_by_side
-from saexp.config import RunConfig, parse_width
+from saexp.config import EvaluateConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, Skip
 from saexp.data.prompts import tokenize_texts
 from saexp.data.tokenization import TokenizedText
-from saexp.errors import ConfigError, DataError
+from saexp.errors import DataError
 from saexp.models.forward import context_limit
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import settle_bos, skip_notes, wish
 from saexp.pipeline.objects import about_model, language_model, per_layer, sparse_autoencoder
 from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
-from saexp.registry import did_you_mean
 from saexp.reports.sae_quality import (
     evaluation_figures,
     evaluation_sentences,
@@ -52,7 +51,7 @@ class Texts:
 
 
 def read_texts(
-    cfg: RunConfig, model: LanguageModel, where: Where, options: dict[str, Any]
+    cfg: RunConfig, model: LanguageModel, where: Where, options: EvaluateConfig
 ) -> Texts:
     """Each distinct text once, tokenised, cut where the model's context ends.
 
@@ -65,9 +64,9 @@ def read_texts(
     found = Texts([], [], [], note)
     if len(distinct) < len(examples):
         found.notes.append(f"{len(examples) - len(distinct)} repeated texts are counted once")
-    if options["n_texts"] is not None and options["n_texts"] < len(distinct):
+    if options.n_texts is not None and options.n_texts < len(distinct):
         order = np.random.default_rng([cfg.seed, 23]).permutation(len(distinct))
-        distinct = [distinct[i] for i in sorted(order[: options["n_texts"]])]
+        distinct = [distinct[i] for i in sorted(order[: options.n_texts])]
     longest = min(cfg.dataset.max_length, context_limit(model) or cfg.dataset.max_length)
     tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
     for example, tokens in zip(distinct, tokenized, strict=True):
@@ -85,7 +84,7 @@ def read_texts(
     if not any(t.special[0] for t in found.tokens):
         found.notes.append(
             "texts begin without a BOS token, so their first token, on which many models act oddly,"
-            " counts as any other; task.options.prepend_bos=true if the SAE was trained with one"
+            " counts as any other; task.prepend_bos=true if the SAE was trained with one"
         )
     return found
 
@@ -105,18 +104,7 @@ def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
 GROUP_BYTES = {"cuda": 16 * 2**30, "cpu": 4 * 2**30}
 """Weights of SAEs evaluated together, by device type; further ones begin with a clean pass of
 their own, after the numbers of these were saved."""
-_OPTIONS: dict[str, Any] = {
-    "widths": None,
-    "n_texts": None,
-    "batch_tokens": "auto",
-    "prepend_bos": None,
-    "splice_special": False,
-    "ablate_special": False,
-    "score_special": False,
-    "n_bootstrap": 1000,
-}
-_BOS_KEY = "task.options.prepend_bos"
-_LEAST = {"n_texts": 1, "batch_tokens": 1, "n_bootstrap": 0}
+_BOS_KEY = "task.prepend_bos"
 
 
 @dataclass(frozen=True)
@@ -136,23 +124,24 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
     Of several SAEs, metrics get the ending `_layer_<n>`, `_width_<d_sae>` or both, and
     evaluation.parquet has a row for each.
     """
-    options = _options(cfg)
+    options = cfg.task
+    assert isinstance(options, EvaluateConfig)
     with context.stage("load"):
         model = language_model(cfg)
-        cells = _cells(cfg, options["widths"])
-        settle = partial(settle_bos, cfg, model, asked=options["prepend_bos"], key=_BOS_KEY)
+        cells = _cells(cfg, options.width_list)
+        settle = partial(settle_bos, cfg, model, asked=options.prepend_bos, key=_BOS_KEY)
         first = wish(sparse_autoencoder(cells[0], model))
         settled = settle([first])
-    where = Where(**{k: v for k, v in options.items() if k.endswith("_special")})
+    where = Where(**{k: v for k, v in vars(options).items() if k.endswith("_special")})
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)
         texts.notes[:0] = settled.notes
     settings = EvaluationSettings(
         where=where,
-        batch_tokens=options["batch_tokens"],
+        batch_tokens=options.batch_tokens,
         max_norm_ratio=cfg.positions.max_norm_ratio,
     )
-    asked = _Asked(cells, texts, settings, options["n_bootstrap"])
+    asked = _Asked(cells, texts, settings, options.n_bootstrap)
     parts: list[Part] = []
     began, forwarded, result = time.perf_counter(), 0, TaskResult()
     for saes in _groups(cells, model):
@@ -177,31 +166,6 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
         result.figures = evaluation_figures(context.folder)
         write_evaluation_report(context.folder, result.figures)
     return result
-
-
-def _options(cfg: RunConfig) -> dict[str, Any]:
-    """`task.options` over the defaults, checked. Raises ConfigError."""
-    for key in cfg.task.options:
-        if key not in _OPTIONS:
-            hint = did_you_mean(key, _OPTIONS)
-            raise ConfigError(f"task.options.{key}: task=evaluate has no such setting; {hint}")
-    found = {**_OPTIONS, **cfg.task.options}
-    for key, value in found.items():
-        flag = isinstance(_OPTIONS[key], bool) or (key == "prepend_bos" and value is not None)
-        if flag and not isinstance(value, bool):
-            raise ConfigError(f"task.options.{key}={value}; type true or false")
-    for key, least in _LEAST.items():
-        value = found[key]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value != _OPTIONS[key] and (not whole or value < least):
-            raise ConfigError(
-                f"task.options.{key}={value} is no whole number of at least {least}; "
-                f"type such as task.options.{key}=1000"
-            )
-    if (widths := found["widths"]) is not None:
-        listed = widths if isinstance(widths, list) else [widths]
-        found["widths"] = list(dict.fromkeys(parse_width(w) for w in listed)) or None
-    return found
 
 
 def _cells(cfg: RunConfig, widths: list[int] | None) -> list[RunConfig]:

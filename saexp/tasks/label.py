@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from saexp import registry
-from saexp.config import RunConfig
+from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, read_lines
 from saexp.data.examples import Example, Skip, skip_notes
@@ -20,6 +20,7 @@ from saexp.data.tables import read_rows
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
+from saexp.labeling.matchers import Rules
 from saexp.labeling.questions import (
     Question,
     entity_groups,
@@ -43,12 +44,13 @@ from saexp.tasks.label_files import (
     GROUP_OF,
     Answers,
     Asked,
-    Options,
     answer_rows,
     answers,
     entity_rows,
     json_lines,
     save_labels,
+    templates,
+    thresholds,
 )
 from saexp.wording import counted
 
@@ -57,7 +59,7 @@ _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 
 
 def memorized(
-    cfg: RunConfig, context: RunContext, model: LanguageModel, options: Options
+    cfg: RunConfig, context: RunContext, model: LanguageModel, options: LabelConfig
 ) -> TaskResult:
     """Prompt with a text's first tokens, go on greedily, compare with the text's next tokens.
 
@@ -76,10 +78,10 @@ def memorized(
     if not prompts:
         raise DataError(
             f"{cfg.dataset.path or 'the shipped passages'}: no text has {n_prompt} + {n_next} "
-            "tokens; type smaller task.options.prompt_tokens= and continuation_tokens="
+            "tokens; type smaller task.prompt_tokens= and continuation_tokens="
         )
     longest = max(len(p.ids) for p, _, _ in prompts)
-    check_positions(model, longest, n_next, "task.options.continuation_tokens")
+    check_positions(model, longest, n_next, "task.continuation_tokens")
     with context.stage("answer"):
         said = answers(
             model,
@@ -203,14 +205,15 @@ def _as_csv(table: pd.DataFrame) -> str:
 
 def label(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Ask, answer, judge, group, split, save; with dataset=memorization see `memorized`."""
-    options = Options.of(cfg)
+    options = cfg.task
+    assert isinstance(options, LabelConfig)
     model = language_model(cfg)
     if cfg.dataset.name == "memorization":
         return memorized(cfg, context, model, options)
-    thresholds, rules = options.thresholds, options.judged_by
+    criteria, rules = thresholds(options), Rules().changed(options.rules)
     data = registry.build("dataset", cfg.dataset)
     examples = data.examples
-    made, not_asked = questions(examples, options.asked_by)
+    made, not_asked = questions(examples, templates(options))
     if not made:
         raise DataError(_nothing_asked(not_asked))
     notes = list(data.notes)
@@ -231,7 +234,7 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         )
     with context.stage("judge"):
         table = _judged(asked, said, model, options, rules)
-    entities = entity_groups(table, thresholds)
+    entities = entity_groups(table, criteria)
     few = int((entities["n_asked"] < options.min_known).sum())
     if few:
         notes.append(
@@ -313,7 +316,7 @@ def _named(question: Question) -> Example:
 
 
 def _prompts(
-    made: Sequence[Question], model: LanguageModel, options: Options, max_length: int
+    made: Sequence[Question], model: LanguageModel, options: LabelConfig, max_length: int
 ) -> tuple[list[Asked], list[tuple[int, ...]], list[Skip]]:
     """Prompts in the form asked for, and their tokens; too long ones are skips.
 
@@ -328,7 +331,7 @@ def _prompts(
         form = "question" if chat else "begun"
     if form == "own" and any(q.beginning for q in made):
         raise DataError(
-            "task.options.form=own, but the data set has attributes to ask for; type form=question"
+            "task.form=own, but the data set has attributes to ask for; type form=question"
         )
     texts, begun = [], []
     for question in made:
@@ -372,7 +375,7 @@ def _judged(
     asked: Sequence[Asked],
     said: Sequence[Answers],
     model: LanguageModel,
-    options: Options,
+    options: LabelConfig,
     rules: Any,
 ) -> pd.DataFrame:
     """One row per question: texts and labels of its answers, and `n_correct`.
@@ -448,7 +451,7 @@ def _metrics(
 def _determined_by(
     cfg: RunConfig,
     model: LanguageModel,
-    options: Options,
+    options: LabelConfig,
     asked: Sequence[Asked],
     ids: Sequence[tuple[int, ...]],
 ) -> dict[str, Any]:
@@ -461,7 +464,7 @@ def _determined_by(
         "dtype": str(model.dtype),
         "device": model.device.type,
         "questions": hashlib.sha256(repr(content).encode()).hexdigest(),
-        "options": {k: v for k, v in vars(options).items() if k != "batch_tokens"},
+        "options": options.settings,
         "split": cfg.dataset.split,
         "seeds": [cfg.seed, cfg.dataset.seed],
         "template": cfg.dataset.template,

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from saexp.config import RunConfig
+from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip, Span, assign_splits, find_mentions
 from saexp.data.prompts import Prompt
@@ -19,114 +19,45 @@ from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
 from saexp.interventions.batching import generate
 from saexp.interventions.operations import Row, Sampling
 from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.labeling.matchers import Rules, canonical, type_key
+from saexp.labeling.matchers import canonical, type_key
 from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.objects import about_model
 from saexp.pipeline.run_folder import clean_metrics, write_provenance, write_result
-from saexp.registry import did_you_mean
 from saexp.reports.label import write_label_report
 from saexp.results import TaskResult
 
-FORMS = ("auto", "question", "begun", "own")
-_WHOLE = {
-    "n_samples": 0,
-    "max_new_tokens": 1,
-    "batch_tokens": 1,
-    "min_correct": 1,
-    "min_known": 1,
-    "max_unknown": 0,
-    "prompt_tokens": 1,
-    "continuation_tokens": 1,
-}
-_MAY_BE_NULL = ("prompt_tokens", "continuation_tokens")
 _SEEDS_APART = 100_000
 """Samples of two seeds share none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """`task.options` of conf/task/label.yaml."""
+def thresholds(task: LabelConfig) -> Thresholds:
+    """When an attribute and an entity count as known. Raises ConfigError."""
+    if 0 < task.n_samples < task.min_correct:
+        raise ConfigError(
+            f"task.min_correct={task.min_correct} is more than task.n_samples={task.n_samples}, so "
+            "no attribute could be known; type a smaller task.min_correct"
+        )
+    return Thresholds(task.min_correct, task.min_known, task.max_unknown)
 
-    form: str = "auto"
-    n_samples: int = 10
-    temperature: int | float = 1.0
-    max_new_tokens: int = 32
-    batch_tokens: int = 8192
-    cut_at_line: bool | None = None
-    min_correct: int = 3
-    min_known: int = 2
-    max_unknown: int = 0
-    rules: Mapping[str, Any] = field(default_factory=dict)
-    templates: Mapping[str, Any] = field(default_factory=dict)
-    before: str = ""
-    prompt_tokens: int | None = None
-    continuation_tokens: int | None = None
 
-    @classmethod
-    def of(cls, cfg: RunConfig) -> "Options":
-        """Checked. Raises ConfigError for a name or a value that is none."""
-        given, names = cfg.task.options, [f.name for f in fields(cls)]
-        for name, value in given.items():
-            key = f"task.options.{name}={value}"
-            if name not in names:
-                raise ConfigError(f"{key} is no option of label; {did_you_mean(name, names)}")
-            if name in _WHOLE and not (value is None and name in _MAY_BE_NULL):
-                number = value if isinstance(value, int) and not isinstance(value, bool) else -1
-                if number < _WHOLE[name]:
-                    raise ConfigError(f"{key} is no whole number of at least {_WHOLE[name]}")
-            if name in ("rules", "templates") and not isinstance(value, Mapping):
-                raise ConfigError(f"{key}: write {{entity type: {{attribute: …}}}}")
-        if given.get("form", "auto") not in FORMS:
-            raise ConfigError(
-                f"task.options.form={given['form']}: {did_you_mean(given['form'], FORMS)}"
-            )
-        if not isinstance(given.get("before", ""), str):
-            raise ConfigError(f"task.options.before={given['before']} is no text")
-        warmth = given.get("temperature", 1.0)
-        if isinstance(warmth, bool) or not isinstance(warmth, int | float) or warmth <= 0:
-            raise ConfigError(f"task.options.temperature={warmth} is no number above 0")
-        if given.get("cut_at_line") not in (None, True, False):
-            raise ConfigError(
-                f"task.options.cut_at_line={given['cut_at_line']}: type true or false"
-            )
-        return cls(**given)
-
-    @property
-    def thresholds(self) -> Thresholds:
-        """When an attribute and an entity is known. Raises ConfigError."""
-        if 0 < self.n_samples < self.min_correct:
-            raise ConfigError(
-                f"task.options.min_correct={self.min_correct} is more than n_samples="
-                f"{self.n_samples}, so nothing could be known; type a smaller min_correct"
-            )
-        return Thresholds(self.min_correct, self.min_known, self.max_unknown)
-
-    @property
-    def judged_by(self) -> Rules:
-        """The default rules with the changes asked for. Raises ConfigError."""
-        return Rules().changed(self.rules)
-
-    @property
-    def asked_by(self) -> Templates:
-        """The default templates with those asked for. Raises ConfigError."""
-        made = {t: dict(kinds) for t, kinds in TEMPLATES.items()}
-        for entity_type, kinds in self.templates.items():
-            if not isinstance(kinds, Mapping):
-                raise ConfigError(f"task.options.templates.{entity_type}: write {{attribute: […]}}")
-            for attribute, pair in kinds.items():
-                where = f"task.options.templates.{entity_type}.{attribute}"
-                texts = [pair] if isinstance(pair, str) else pair
-                if not isinstance(texts, Sequence) or not 1 <= len(texts) <= 2:
-                    raise ConfigError(
-                        f"{where}: write a question, or [question, beginning of an answer]"
-                    )
-                if not all("{entity}" in str(text) for text in texts):
-                    raise ConfigError(f"{where}: every text needs {{entity}} in it")
-                question, beginning = (*map(str, texts), "")[:2]
-                name = canonical(attribute, entity_type)
-                made.setdefault(type_key(entity_type), {})[name] = (question, beginning)
-        return made
+def templates(task: LabelConfig) -> Templates:
+    """The default templates with those of the config added. Raises ConfigError."""
+    merged = {entity_type: dict(kinds) for entity_type, kinds in TEMPLATES.items()}
+    for entity_type, kinds in task.templates.items():
+        for attribute, template in kinds.items():
+            key = f"task.templates.{entity_type}.{attribute}"
+            texts = [template] if isinstance(template, str) else template
+            if not isinstance(texts, Sequence) or not 1 <= len(texts) <= 2:
+                raise ConfigError(
+                    f"{key}: write a question, or [question, beginning of the answer]"
+                )
+            if not all("{entity}" in str(text) for text in texts):
+                raise ConfigError(f"{key}: every text needs {{entity}} in it")
+            question, beginning = (*map(str, texts), "")[:2]
+            name = canonical(attribute, entity_type)
+            merged.setdefault(type_key(entity_type), {})[name] = (question, beginning)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -165,7 +96,7 @@ def answers(
             batch_tokens=batch_tokens,
             cache=cache,
             what="answering",
-            key="task.options.max_new_tokens",
+            key="task.max_new_tokens",
         )
     finally:
         cache.close()

@@ -1,6 +1,5 @@
 """The content of a dashboard's cards as plain values."""
 
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -9,15 +8,14 @@ import torch
 from torch import Tensor
 
 from saexp.analysis.latent_scores import nearest_directions
-from saexp.config import RunConfig
+from saexp.config import DashboardConfig
 from saexp.data.tokenization import token_texts
-from saexp.errors import ConfigError, ModelError
+from saexp.errors import ModelError
 from saexp.latents.examples import Window, Windows, tally_store, values_at
 from saexp.latents.statistics import Tally, at_quantiles
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import ADDED, Unembedding
 from saexp.pipeline.collect import Gathered
-from saexp.registry import did_you_mean
 from saexp.saes.sae import SparseAutoencoder
 
 OTHER = "other rows"
@@ -33,36 +31,6 @@ TREATED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """`task.options` of conf/task/dashboard.yaml."""
-
-    n_top: int = 10
-    n_quantile: int = 2
-    quantiles: list[float] = field(default_factory=lambda: [0.9, 0.75, 0.5, 0.25, 0.1])
-    before: int = 24
-    after: int = 12
-    n_tokens: int = 10
-    n_similar: int = 6
-    n_correlated: int = 6
-
-    @classmethod
-    def of(cls, cfg: RunConfig) -> "Options":
-        """Checked. Raises ConfigError for a name or a value that is none."""
-        names = [f.name for f in fields(cls)]
-        for name, value in cfg.task.options.items():
-            key = f"task.options.{name}={value}"
-            if name not in names:
-                raise ConfigError(f"{key} is no option of dashboard; {did_you_mean(name, names)}")
-            numbers = value if name == "quantiles" and isinstance(value, list) else [value]
-            kinds, most = ((int, float), 1) if name == "quantiles" else ((int,), 10_000)
-            least = 1 if name == "n_top" else 0
-            for one in numbers:
-                if isinstance(one, bool) or not isinstance(one, kinds) or not least <= one <= most:
-                    raise ConfigError(f"{key} must be from {least} to {most}")
-        return cls(**cfg.task.options)
-
-
 def _labels(gathered: Gathered) -> tuple[list[str], np.ndarray]:
     """(labels, label number of each row); one label where the data has no groups."""
     rows, groups = gathered.placement.rows, list(gathered.examples.groups)
@@ -74,7 +42,11 @@ def _labels(gathered: Gathered) -> tuple[list[str], np.ndarray]:
 
 
 def tallied(
-    latents: list[int], sae: SparseAutoencoder, gathered: Gathered, options: Options, seed: int
+    latents: list[int],
+    sae: SparseAutoencoder,
+    gathered: Gathered,
+    options: DashboardConfig,
+    seed: int,
 ) -> tuple[list[str], Tally]:
     """(labels of the groups, the chosen latents over all ordinary rows)."""
     labels, of_row = _labels(gathered)
@@ -110,7 +82,7 @@ def examples(
     sae: SparseAutoencoder,
     gathered: Gathered,
     model: LanguageModel,
-    options: Options,
+    options: DashboardConfig,
 ) -> list[dict[str, Any]]:
     """Per latent the strongest examples and those at quantiles, every ordinary token with its
     value."""
@@ -171,7 +143,7 @@ def tokens(
     latents: list[int],
     sae: SparseAutoencoder,
     model: LanguageModel,
-    options: Options,
+    options: DashboardConfig,
     notes: list[str],
 ) -> tuple[list[dict[str, Any]], str | None]:
     """(promoted and suppressed tokens per latent, how the norm was treated).
@@ -214,7 +186,7 @@ def _tokens_of(tokenizer: Any, out: Unembedding, directions: Tensor, k: int) -> 
     return [[t for t in one if t < n][:k] for one in ranked]
 
 
-def alike(tally: Tally, sae: SparseAutoencoder, options: Options) -> list[dict[str, Any]]:
+def alike(tally: Tally, sae: SparseAutoencoder, options: DashboardConfig) -> list[dict[str, Any]]:
     """Per latent those of similar direction, and those that rise and fall with it."""
     latents = tally.latents
     directions = sae.directions(latents.tolist())

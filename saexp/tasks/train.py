@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saexp.activations.reader import ShuffledReader
-from saexp.config import RunConfig, parse_layers, parse_width
+from saexp.config import RunConfig, TrainConfig, parse_layers, parse_width
 from saexp.config.components import SAETrainerConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError
@@ -210,6 +210,7 @@ def _what(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
     """([stream read, and a transcoder's output], width)."""
     check_name(cfg.sae_trainer.name)
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
+    assert isinstance(cfg.task, TrainConfig)
     name, streams = cfg.sae_trainer.name, cfg.task.streams
     transcoder = name in TRANSCODERS
     if transcoder and len(streams) != 2:
@@ -233,8 +234,6 @@ def _what(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
     width = parse_width(cfg.width)
     if width is None:
         raise ConfigError("width is not set; type width=<number of latents>, such as width=2k")
-    if cfg.task.options:
-        raise ConfigError(f"task.options.{next(iter(cfg.task.options))}: task=train has no options")
     return hookpoints, width
 
 

@@ -50,7 +50,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["layr=2"], "no key 'layr'; did you mean layer"),
         (
             ["sae_trainer=topk", "sae_trainer.options.dead_window=3"],
-            "type +sae_trainer.options.dead_window=<value>",
+            "did you mean dead_feature_window",
         ),
         (["intervention.n_prompt=2"], "did you mean intervention.n_prompts"),
         (["layer=99"], "layer=99, but tiny has layers 0-4; try layer=4"),

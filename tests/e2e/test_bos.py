@@ -136,12 +136,12 @@ def test_saes_that_disagree_are_not_read_together(run, tmp_path):
 
 @pytest.mark.parametrize("asked", [None, False])
 def test_evaluate_follows_the_sae_too(run, tmp_path, asked):
-    words = [] if asked is None else [f"task.options.prepend_bos={str(asked).lower()}"]
+    words = [] if asked is None else [f"task.prepend_bos={str(asked).lower()}"]
     sae = described(tmp_path / "sae", True)
-    result, _ = run(sae, "task=evaluate", "task.options.n_bootstrap=0", *words)
+    result, _ = run(sae, "task=evaluate", "task.n_bootstrap=0", *words)
     assert result.metrics["check/begins_with_bos"] == (asked is None)
     [note] = [n for n in told(result) if "counts as any other" not in n]
-    key = "task.options.prepend_bos=false was typed" if asked is False else "texts begin with BOS"
+    key = "task.prepend_bos=false was typed" if asked is False else "texts begin with BOS"
     assert note.startswith(key)
 
 

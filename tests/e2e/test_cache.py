@@ -175,14 +175,15 @@ def test_a_limit_that_cannot_be_read_is_one_line_and_removes_nothing(
     units = "kb, mb, gb, tb" if key == "max_size" else "h, d, w"
     example = "20GB" if key == "max_size" else "30d"
     assert line_of(lambda: stores.prune(tmp_path, **limits)) == (
-        f"{key}={text} cannot be read; type a number with one of {units}, such as {key}={example}"
+        f"task.{key}={text} cannot be read; type a number with one of {units}, such as "
+        f"task.{key}={example}"
     )
     assert made.path.is_dir()
 
 
 def test_no_limit_is_one_line(tmp_path: Path) -> None:
     assert line_of(lambda: stores.prune(tmp_path, max_size=None, max_age=None)) == (
-        "action=prune needs a limit: type max_size=20GB or max_age=30d"
+        "task.action=prune needs a limit: type task.max_size=20GB or task.max_age=30d"
     )
 
 
@@ -221,7 +222,7 @@ def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
         s.path.name for s in made
     ]
     assert not list(tmp_path.rglob("wandb"))
-    words = ["task=cache", "action=verify"]
+    words = ["task=cache", "task.action=verify"]
     assert "note: all sound" in command(tmp_path, *words).out.splitlines()
 
 
@@ -231,7 +232,7 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     made = [store(tmp_path / "outputs/cache", t) for t in "abc"]
     flip(made[1].path / "layer_0.resid_post/00001.safetensors")
     (made[2].path / "manifest.json").write_text("{")
-    found = command(tmp_path, "task=cache", "action=verify", "hydra.run.dir=verified")
+    found = command(tmp_path, "task=cache", "task.action=verify", "hydra.run.dir=verified")
     assert found.code == 1
     *listed, last = found.err.splitlines()
     assert last == (
@@ -250,26 +251,35 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
 
 def test_task_cache_prunes_and_says_what(tmp_path: Path) -> None:
     old, new = (store(tmp_path / "cache", t, days=d) for t, d in (("a", 9), ("b", 1)))
-    words = ["task=cache", f"cache_dir={tmp_path}/cache", "action=prune"]
+    words = ["task=cache", f"cache_dir={tmp_path}/cache", "task.action=prune"]
     with locked(old.shard_lock(0)):
-        said = command(tmp_path, *words, "max_age=1w")
+        said = command(tmp_path, *words, "task.max_age=1w")
     assert "note: removed nothing" in said.out.splitlines()
     assert f"note: {old.path.name} stays: a process is writing it" in said.out.splitlines()
-    said = command(tmp_path, *words, "max_age=1w")
+    said = command(tmp_path, *words, "task.max_age=1w")
     assert f"note: removed {old.path.name}" in said.out.splitlines()
     assert keys(tmp_path / "cache") == {new.path.name}
 
 
 WRONG = [
-    (["action=bogus"], "action=bogus: choose from list, verify, prune, compare"),
-    (["action=verfy"], "action=verfy: did you mean verify?"),
-    (["action=prune"], "action=prune needs a limit: type max_size=20GB or max_age=30d"),
     (
-        ["action=prune", "max_size='20 apples'"],
-        "max_size=20 apples cannot be read; type a number with one of kb, mb, gb, tb, such as "
-        "max_size=20GB",
+        ["task.action=bogus"],
+        "task.action=bogus is not known; choose from list, verify, prune, compare",
     ),
-    (["action=compare"], 'action=compare takes two keys; type \'stores=["17e1","9e9a"]\''),
+    (["task.action=verfy"], "task.action=verfy is not known; did you mean verify?"),
+    (
+        ["task.action=prune"],
+        "task.action=prune needs a limit: type task.max_size=20GB or task.max_age=30d",
+    ),
+    (
+        ["task.action=prune", "task.max_size='20 apples'"],
+        "task.max_size=20 apples cannot be read; type a number with one of kb, mb, gb, tb, such as "
+        "task.max_size=20GB",
+    ),
+    (
+        ["task.action=compare"],
+        'task.action=compare takes two keys; type \'task.stores=["17e1","9e9a"]\'',
+    ),
 ]
 
 
@@ -290,5 +300,5 @@ def test_a_run_that_succeeds_where_one_failed_before_leaves_no_error(tmp_path: P
 
 
 def test_cells_of_task_cache_finish(tmp_path: Path) -> None:
-    said = command(tmp_path, "-m", "task=cache", "action=list,verify")
+    said = command(tmp_path, "-m", "task=cache", "task.action=list,verify")
     assert "sweep: 2 cells: 2 finished" in said.out.splitlines()

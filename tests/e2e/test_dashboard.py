@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 import saexp
-from saexp.config import SAEConfig
+from saexp.config import DashboardConfig, SAEConfig
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
@@ -57,12 +57,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Made:
-    return make(tmp_path_factory.mktemp("best"), cache, f"latents=top:{N_BEST}")
+    return make(tmp_path_factory.mktemp("best"), cache, f"task.latents=top:{N_BEST}")
 
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Made:
-    words = ["latents=[154,143,154]", "positions=entity_all", "task.options.n_quantile=1"]
+    words = ["task.latents=[154,143,154]", "positions=entity_all", "task.n_quantile=1"]
     return make(tmp_path_factory.mktemp("named"), cache, *words)
 
 
@@ -187,9 +187,7 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
     sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
     notes: list[str] = []
-    found, treated = latent_cards.tokens(
-        [5, 40], sae, model, latent_cards.Options(n_tokens=7), notes
-    )
+    found, treated = latent_cards.tokens([5, 40], sae, model, DashboardConfig(n_tokens=7), notes)
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)
@@ -204,7 +202,7 @@ def test_a_direction_that_is_not_written_to_the_stream_promotes_nothing() -> Non
     model, notes = random_lm("gpt2"), list[str]()
     about = {"name": "r", "loader": "random", "layer": 1, "stream": "attn_z", "device": "cpu"}
     sae = random_sae(SAEConfig(**about, d_in=D_MODEL, width=64))
-    assert latent_cards.tokens([5], sae, model, latent_cards.Options(), notes) == ([{}], None)
+    assert latent_cards.tokens([5], sae, model, DashboardConfig(), notes) == ([{}], None)
     assert notes == [
         "promoted tokens are not shown: attn_z is not what the residual stream is made of"
     ]
@@ -213,7 +211,7 @@ def test_a_direction_that_is_not_written_to_the_stream_promotes_nothing() -> Non
 def test_without_groups_the_most_frequent_are_shown_with_a_note(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("The city of Orvann\nThe song is sung again\nA movie about a song\n")
-    words = ["dataset=text", f"dataset.path={file}", "latents=top:4"]
+    words = ["dataset=text", f"dataset.path={file}", "task.latents=top:4"]
     made = make(tmp_path / "run", tmp_path / "cache", *words)
     counts = (made.acts > 0).sum(0)
     shown = [c["latent"] for c in made.content["latents"]]
@@ -234,7 +232,9 @@ def test_rows_that_the_contrast_leaves_out_are_in_a_note(
     pd.concat([rows, again.assign(text="So " + again["text"])]).to_json(
         file, orient="records", lines=True
     )
-    made = make(tmp_path / "run", cache, "dataset=jsonl", f"dataset.path={file}", "latents=[3]")
+    made = make(
+        tmp_path / "run", cache, "dataset=jsonl", f"dataset.path={file}", "task.latents=[3]"
+    )
     (note,) = [n for n in made.result.notes if "every entity contributes 1 row" in n]
     assert re.match(r"contrast at entity_last: \d+ of \d+ rows left out", note)
 
@@ -243,13 +243,13 @@ def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(
     tmp_path: Path, best: Made, cache: Path
 ) -> None:
     silent = int(np.flatnonzero(best.acts.max(0) == 0)[0])
-    made = make(tmp_path / "silent", cache, f"latents={silent}", "task.options.n_correlated=0")
+    made = make(tmp_path / "silent", cache, f"task.latents={silent}", "task.n_correlated=0")
     (card,) = made.content["latents"]
     assert (card["n_active"], card["top"], card["quantiles"]) == (0, [], [])
     assert card["mean_active"] is None
     assert card["correlated"] == []
     assert made.result.metrics["dashboard/n_silent"] == 1
-    many = make(tmp_path / "many", cache, "latents=top:255")
+    many = make(tmp_path / "many", cache, "task.latents=top:255")
     assert any("not the 255 asked for" in n for n in many.result.notes)
 
 
@@ -273,22 +273,21 @@ WRONG = [None, [], "top:0", "top:", "best", [1.5], [-1], True, [True], "12,160",
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
 def test_what_names_none_is_said(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"names no latents; type latents=top:20 or 'latents=\["):
+    with pytest.raises(ConfigError, match="contains no latents; type task.latents=top:20 or"):
         parse_latents(value)
 
 
 BAD = {
-    "latents=[3,256]": r"latents=\[3, 256\]: .* has latents 0-255, not 256",
-    "+task.options.n_tops=3": "is no option of dashboard; did you mean n_top",
-    "task.options.n_top=0": r"task.options.n_top=0 must be from 1 to",
-    "task.options.n_tokens=-1": "task.options.n_tokens=-1 must be from 0 to",
-    "task.options.quantiles=[0.5,2]": r"task.options.quantiles=\[0.5, 2\] must be from 0 to 1",
-    "task.options.n_top=many": "task.options.n_top=many must be",
+    "task.latents=[3,256]": r"latents=\[3, 256\]: .* has latents 0-255, not 256",
+    "+task.n_tops=3": "no key 'task.n_tops'; did you mean task.n_top",
+    "task.n_top=0": r"task.n_top=0 must be from 1 to",
+    "task.n_tokens=-1": "task.n_tokens=-1 must be from 0 to",
+    "task.quantiles=[0.5,2]": r"task.quantiles=\[0.5, 2.0\] must be from 0 to 1",
+    "task.n_top=many": "task.n_top=many is not a whole number",
 }
 
 
 @pytest.mark.parametrize(("word", "said"), BAD.items(), ids=list(BAD))
 def test_bad_input_is_one_clear_line(word: str, said: str, tmp_path: Path, cache: Path) -> None:
-    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", word])
     with pytest.raises(ConfigError, match=said):
-        saexp.run(cfg, tmp_path)
+        saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", word]), tmp_path)

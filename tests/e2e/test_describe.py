@@ -174,8 +174,8 @@ def test_what_the_data_must_have(cache: Path, tmp_path: Path) -> None:
             run(cache, tmp_path / "data", *words)
     with pytest.raises(ConfigError, match="dataset=prompt needs a prompt, quoted twice"):
         run(cache, tmp_path / "prompt", "analyzer=capability", "dataset=prompt")
-    with pytest.raises(ConfigError, match="analyzer.options.colour: .* has no such setting"):
-        run(cache, tmp_path / "options", "analyzer=stats", "+analyzer.options.colour=red")
+    with pytest.raises(ConfigError, match="no key 'analyzer.colour'"):
+        run(cache, tmp_path / "options", "analyzer=stats", "+analyzer.colour=red")
     with pytest.raises(ModelError, match="layer=9, but tiny has layers 0-4"):
         run(cache, tmp_path / "layer", "analyzer=stats", "layer=[1,9]")
 
@@ -188,7 +188,7 @@ def test_transfer_is_collected_too(cache: Path, tmp_path: Path) -> None:
         row.pop("split", None)
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in prompts), encoding="utf-8")
-    result = run(cache, tmp_path / "run", "analyzer=probe", f"analyzer.options.transfer={path}")
+    result = run(cache, tmp_path / "run", "analyzer=probe", f"analyzer.transfer={path}")
     table = result.tables["probes"]
     assert set(table["data"]) == {"train", "test", "transfer"}
     assert (result.metrics["probe/dense_auroc_transfer"] or 0) > 0.9
@@ -220,7 +220,7 @@ def mine() -> Iterator[None]:
             )
 
     yield
-    registry._registered.pop(("analyzer", "mine"), None)
+    registry.PLUGINS.components.pop(("analyzer", "mine"), None)
 
 
 @pytest.mark.usefixtures("mine")
@@ -255,10 +255,10 @@ def test_analyzers_that_give_what_cannot_be_kept(cache: Path, tmp_path: Path) ->
             def analyze(self, _: AnalysisInputs) -> object:
                 return self.result
 
-        registry._registered["analyzer", "odd"] = Odd
+        registry.PLUGINS.components["analyzer", "odd"] = registry.Component(Odd)
         with pytest.raises(ConfigError, match=message):
             run(cache, tmp_path / str(number), "analyzer.name=odd", "dataset.n_examples=8")
-    registry._registered.pop(("analyzer", "odd"))
+    registry.PLUGINS.components.pop(("analyzer", "odd"))
 
 
 def test_the_command_line_tells_the_finding(

@@ -12,7 +12,7 @@ from saexp.errors import ConfigError, DataError, ModelError, SAEError, SaexpErro
 from saexp.tasks import evaluate as module
 
 WORDS = ["task=evaluate", "tracker=none", "device=cpu"]
-WORDS += ["task.options.n_bootstrap=200", "task.options.n_texts=100"]
+WORDS += ["task.n_bootstrap=200", "task.n_texts=100"]
 
 
 def evaluated(folder: Path, *words: str):
@@ -26,7 +26,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    words = ("layer=[1,2]", "task.options.widths=[256,512]")
+    words = ("layer=[1,2]", "task.widths=[256,512]")
     return evaluated(tmp_path_factory.mktemp("many"), *words)
 
 
@@ -89,7 +89,7 @@ def test_several_saes_share_one_pass_and_say_the_same(one, many):
 def test_what_was_finished_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GROUP_BYTES", {"cpu": 1})
     with pytest.raises(SAEError):
-        evaluated(tmp_path, "layer=[2]", "task.options.widths=[256,999]")
+        evaluated(tmp_path, "layer=[2]", "task.widths=[256,999]")
     table = pd.read_parquet(tmp_path / "run" / "evaluation.parquet")
     assert list(table["sae"]) == ["width_256"]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text("utf-8"))
@@ -98,7 +98,7 @@ def test_what_was_finished_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
 
 def test_groups_of_one_say_the_same_as_one_group(many, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "GROUP_BYTES", {"cpu": 1})
-    again = evaluated(tmp_path, "layer=[1,2]", "task.options.widths=[256,512]")
+    again = evaluated(tmp_path, "layer=[1,2]", "task.widths=[256,512]")
     ours, theirs = (
         {k: v for k, v in r.metrics.items() if not k.endswith(("seconds", "tokens_forwarded"))}
         for r in (again, many)
@@ -119,10 +119,10 @@ def test_groups_of_one_say_the_same_as_one_group(many, tmp_path, monkeypatch):
     "words",
     [
         ["dataset=entities", "dataset.n_examples=5"],
-        ["dataset=ioi", "dataset.n_examples=9", "task.options.splice_special=true"],
+        ["dataset=ioi", "dataset.n_examples=9", "task.splice_special=true"],
         ["sae=random", "width=64"],
         ["'dataset.text=My neighbour looked at a narrow lane.'"],
-        ["model=tiny_control", "task.options.n_texts=20", "task.options.batch_tokens=64"],
+        ["model=tiny_control", "task.n_texts=20", "task.batch_tokens=64"],
     ],
     ids=lambda words: words[0],
 )
@@ -152,20 +152,20 @@ def test_texts_are_counted_once_cut_and_skipped_with_a_reason(tmp_path):
 def test_the_study_composes():
     cfg = saexp.compose(["experiment=sae_quality"])
     assert (cfg.task.name, cfg.dataset.name, cfg.layer) == ("evaluate", "text", [0, 1, 2, 3, 4])
-    words = ["model=gpt2", "sae=gpt2_jb", "layer=8", "task.options.prepend_bos=true"]
-    cfg = saexp.compose(["experiment=sae_quality", *words, "task.options.widths=null"])
-    assert cfg.task.options["prepend_bos"]
+    words = ["model=gpt2", "sae=gpt2_jb", "layer=8", "task.prepend_bos=true"]
+    cfg = saexp.compose(["experiment=sae_quality", *words, "task.widths=null"])
+    assert cfg.task.prepend_bos
     assert cfg.layer == 8
 
 
 @pytest.mark.parametrize(
     ("words", "error", "part"),
     [
-        (["+task.options.n_text=3"], ConfigError, "did you mean n_texts"),
-        (["task.options.n_texts=0"], ConfigError, "no whole number of at least 1"),
-        (["task.options.splice_special=maybe"], ConfigError, "type true or false"),
-        (["task.options.widths=[16q]"], ConfigError, "is no SAE width"),
-        (["task.options.widths=[999]"], SAEError, "has no width=999"),
+        (["+task.n_text=3"], ConfigError, "did you mean n_texts"),
+        (["task.n_texts=0"], ConfigError, "not a whole number of at least 1"),
+        (["task.splice_special=maybe"], ConfigError, "is not true or false"),
+        (["task.widths=[16q]"], ConfigError, "is no SAE width"),
+        (["task.widths=[999]"], SAEError, "has no width=999"),
         (["layer=[1,9]"], ModelError, "tiny has layers 0-4; try layer=4"),
         (["dataset=jsonl", "dataset.path=none.jsonl"], SaexpError, "none.jsonl"),
     ],

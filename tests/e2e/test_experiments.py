@@ -29,7 +29,7 @@ OVERLAY = {
     "entity_recognition": SMALL,
     "memorization": SMALL,
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6",
-    "sae_quality": "task.options.n_texts=12",
+    "sae_quality": "task.n_texts=12",
     "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
     "uncertainty": "analyzer.n_bootstrap=10",
 }
@@ -67,10 +67,7 @@ def test_every_command_of_a_study_runs(
     assert made
     monkeypatch.chdir(tmp_path)
     for words in made:
-        if (
-            any("task.options.n_texts" in w for w in words)
-            and "experiment=sae_quality" not in words
-        ):
+        if any("task.n_texts" in w for w in words) and "experiment=sae_quality" not in words:
             words = [w for w in words if "task.options" not in w]
         typed(words, monkeypatch)
     pages = [*(tmp_path / "runs").rglob("*.html")]

@@ -166,7 +166,7 @@ def test_evaluation_is_of_ordinary_positions(
 ) -> None:
     folder = runs["everything"].path
     assert folder is not None
-    use = ["task=evaluate", "sae=local", f"sae.path={folder / 'sae'}", "task.options.n_bootstrap=0"]
+    use = ["task=evaluate", "sae=local", f"sae.path={folder / 'sae'}", "task.n_bootstrap=0"]
     metrics = run(tmp_path, *words, *use).metrics
     rows, x = stream(words)
     sae = saexp.load_sae(folder / "sae")
@@ -224,7 +224,7 @@ def test_dashboards_show_ordinary_positions(
     dense = saexp.load_sae(folder / "sae").encode(x).numpy()
     both = np.flatnonzero((dense[high] > 0).any(0) & (dense[~high] > 0).any(0))
     latent = int(both[dense[high].max(0)[both].argmax()])
-    use = ["task=dashboard", "sae=local", f"sae.path={folder / 'sae'}", f"latents=[{latent}]"]
+    use = ["task=dashboard", "sae=local", f"sae.path={folder / 'sae'}", f"task.latents=[{latent}]"]
     run(tmp_path, *words, *use)
     content: dict[str, Any] = json.loads((tmp_path / "dashboard.json").read_text("utf-8"))
     (card,) = content["latents"]

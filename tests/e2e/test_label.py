@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.config import DatasetConfig
+from saexp.config import DatasetConfig, LabelConfig
 from saexp.data.examples import Example
 from saexp.data.tables import read_rows, to_examples
 from saexp.data.tokenization import tokenize
@@ -17,7 +17,7 @@ from saexp.errors import ConfigError, DataError
 from saexp.interventions import generation
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
-from saexp.tasks.label_files import Options, answers
+from saexp.tasks.label_files import answers
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
 
@@ -31,7 +31,7 @@ def cache(tmp_path_factory):
 
 def labelled(cache: Path, folder: Path, *words: str):
     words = ("task=label", "dataset.n_examples=4", f"cache_dir={cache}", *words)
-    return saexp.run(saexp.compose([*words, "task.options.n_samples=4"]), folder)
+    return saexp.run(saexp.compose([*words, "task.n_samples=4"]), folder)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*args)
 
-    words = ["task.options.batch_tokens=1500"]
+    words = ["task.batch_tokens=1500"]
     with monkeypatch.context() as patch:
         patch.setattr(generation, "_generate_batch", dying)
         with pytest.raises(KeyboardInterrupt):
@@ -107,7 +107,7 @@ def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypat
         again = labelled(tmp_path / "cache", tmp_path / "again", *words)
         assert sum(batches) == 4 * 2 * 4 * 5 - done
         batches.clear()
-        labelled(tmp_path / "cache", tmp_path / "third", "task.options.min_correct=2")
+        labelled(tmp_path / "cache", tmp_path / "third", "task.min_correct=2")
         assert batches == []
     pd.testing.assert_frame_equal(again.tables["labels"], own.tables["labels"])
 
@@ -180,15 +180,15 @@ def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
     assert table["truths"].map(list).tolist()[0] == ["Oslo, Norway", "Oslo"]
     assert table["truths"].map(len).tolist() == [2, 1, 1, 1, 0, 0]
     assert any(n.startswith("1 not asked: no template for city mayor; ") for n in run.notes)
-    plain = labelled(cache, tmp_path / "plain", *attributed, "task.options.form=question")
+    plain = labelled(cache, tmp_path / "plain", *attributed, "task.form=question")
     assert plain.tables["labels"]["prompt"][0] == "In which city was the player Fenlet Baszad born?"
     assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
 
 
 def test_templates_and_rules_of_ones_own(cache, tmp_path, attributed):
     words = [
-        '+task.options.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
-        "+task.options.rules.city.mayor.kind=name",
+        '+task.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
+        "+task.rules.city.mayor.kind=name",
     ]
     run = labelled(cache, tmp_path / "run", *attributed, *words)
     asked = run.tables["labels"]
@@ -206,7 +206,7 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
     made, _ = module.questions([example])
     question = "In which country is the city of Marta?"
     for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
-        asked, ids, skips = module._memorization_prompts(made, model, Options(form=form), 200)
+        asked, ids, skips = module._memorization_prompts(made, model, LabelConfig(form=form), 200)
         assert skips == []
         assert [(text, read.text) for _, text, read in asked] == [
             (question, model.chat_text(question) + begun)
@@ -224,7 +224,9 @@ def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
     made, _ = module.questions(
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
-    [(_, text, read)], [ids], _ = module._memorization_prompts(made, model, Options(form=form), 400)
+    [(_, text, read)], [ids], _ = module._memorization_prompts(
+        made, model, LabelConfig(form=form), 400
+    )
     messages = [{"role": "user", "content": text}]
     templated = model.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -242,7 +244,7 @@ def test_base_prompts_have_no_eos_behind_them(of):
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
     [(_, text, _)], [ids], _ = module._memorization_prompts(
-        made, model, Options(form="question"), 400
+        made, model, LabelConfig(form="question"), 400
     )
     own = list(model.tokenizer(text)["input_ids"])
     assert list(ids) == (own[:-1] if "eos" in of else own)
@@ -272,20 +274,19 @@ def test_the_page_says_what_was_found(own):
 @pytest.mark.parametrize(
     ("word", "part"),
     [
-        ("+task.options.n_sample=3", "n_sample=3 is no option of label; did you mean n_samples"),
-        ("task.options.max_new_tokens=0", "max_new_tokens=0 is no whole number of at least 1"),
-        ("task.options.batch_tokens=null", "batch_tokens=None is no whole number of at least 1"),
-        ("task.options.temperature=0", "temperature=0 is no number above 0"),
-        ("task.options.form=quest", "task.options.form=quest: did you mean question?"),
-        ("task.options.cut_at_line=3", "cut_at_line=3: type true or false"),
-        ("task.options.min_correct=9", "min_correct=9 is more than n_samples=4"),
-        ("task.options.rules=3", "task.options.rules=3: write"),
-        ("+task.options.rules.movie.genre.kind=x", "rules.movie.genre.kind=x: use one of"),
-        ("+task.options.templates.city.a=3", "templates.city.a: write a question, or [question"),
-        ("+task.options.templates.city.a=x", "templates.city.a: every text needs {entity}"),
-        ('+task.options.templates.city.a=["x","{entity}"]', "templates.city.a: every text needs"),
-        ("task.options.before=3", "task.options.before=3 is no text"),
-        ("task.options.max_unknown=2", "0 <= max_unknown < min_known"),
+        ("+task.n_sample=3", "no key 'task.n_sample'; did you mean task.n_samples"),
+        ("task.max_new_tokens=0", "max_new_tokens=0 is not a whole number of at least 1"),
+        ("task.batch_tokens=null", "task.batch_tokens needs a value"),
+        ("task.temperature=0", "temperature=0.0 is not a number above 0"),
+        ("task.form=quest", "task.form=quest is not known; did you mean question?"),
+        ("task.cut_at_line=maybe", "cut_at_line=maybe is not true or false"),
+        ("task.min_correct=9", "min_correct=9 is more than task.n_samples=4"),
+        ("task.rules=3", "task.rules: "),
+        ("+task.rules.movie.genre.kind=x", "rules.movie.genre.kind=x: use one of"),
+        ("+task.templates.city.a=3", "templates.city.a: write a question, or [question"),
+        ("+task.templates.city.a=x", "templates.city.a: every text needs {entity}"),
+        ('+task.templates.city.a=["x","{entity}"]', "templates.city.a: every text needs"),
+        ("task.max_unknown=2", "0 <= max_unknown < min_known"),
     ],
 )
 def test_options_that_are_none_are_one_line(cache, tmp_path, word, part):
@@ -297,7 +298,7 @@ def test_options_that_are_none_are_one_line(cache, tmp_path, word, part):
 
 def test_own_prompts_where_there_are_attributes(cache, tmp_path, attributed):
     with pytest.raises(DataError, match="but the data set has attributes to ask for"):
-        labelled(cache, tmp_path, *attributed, "task.options.form=own")
+        labelled(cache, tmp_path, *attributed, "task.form=own")
 
 
 # --- right and wrong answers
@@ -398,7 +399,7 @@ def test_in_chat_the_text_is_what_the_model_reads(cache, tmp_path):
     file.write_text(json.dumps(row))
     words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
     words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
-    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2", "task.options.before=So"]
+    words += ["task.n_samples=0", "task.max_new_tokens=2", "task.before=So"]
     run = saexp.run(saexp.compose(words), tmp_path / "run")
     rows = answer_rows(run.path, "answers_all")
     assert len(rows) == 2 and len(answer_rows(run.path)) == 1
@@ -422,8 +423,8 @@ def test_in_chat_the_entity_s_mention_is_not_the_template_s(cache, tmp_path, ent
     file.write_text(json.dumps({**row, "attributes": {"country": "Norway"}}))
     words = ["task=label", "model=hf", f'model.name="{tmp_path / "model"}"', "model.chat=true"]
     words += ["dataset=jsonl", f'dataset.path="{file}"', f"cache_dir={cache}", "device=cpu"]
-    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2"]
-    run = saexp.run(saexp.compose([*words, f"task.options.form={form}"]), tmp_path / "run")
+    words += ["task.n_samples=0", "task.max_new_tokens=2"]
+    run = saexp.run(saexp.compose([*words, f"task.form={form}"]), tmp_path / "run")
     rows = read_rows(str(run.path / "answers.jsonl"), "jsonl")
     ((read,), _) = to_examples(rows, DatasetConfig(name="jsonl"), "answers.jsonl")
     before, _, after = read.text.rpartition(entity if form == "begun" else f"city of {entity}?")
@@ -440,9 +441,7 @@ def test_an_attribute_by_another_name_is_asked_in_its_own_words(cache, tmp_path)
     row = {"text": "The player Uvo", "entity": "Uvo", "entity_type": "player", "attributes": facts}
     file.write_text(json.dumps(row))
     words = ["dataset=jsonl", f'dataset.path="{file}"']
-    run = labelled(
-        cache, tmp_path, *words, "+task.options.templates.player.team='Whose is {entity}'"
-    )
+    run = labelled(cache, tmp_path, *words, "+task.templates.player.team='Whose is {entity}'")
     assert run.tables["labels"]["prompt"].tolist() == ["Whose is Uvo"]
 
 
@@ -497,8 +496,8 @@ def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
     cut = tokens.offsets[1 + 20 + 5][0]
     file = tmp_path / "texts.txt"
     file.write_text(f"{whole}\n{whole[:cut]}{' the' * 20}\ntoo short\n{whole}\n")
-    words = ["task=label", "dataset=memorization", f"cache_dir={cache}", "task.options.n_samples=0"]
-    words += ["task.options.prompt_tokens=20", "task.options.continuation_tokens=10"]
+    words = ["task=label", "dataset=memorization", f"cache_dir={cache}", "task.n_samples=0"]
+    words += ["task.prompt_tokens=20", "task.continuation_tokens=10"]
     run = saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "run")
     table = run.tables["memorization"]
     assert table["matching_tokens"].tolist() == [10, 5]
@@ -520,7 +519,7 @@ def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
         cut = text[: len(text) // 2]
         (tmp_path / "texts.txt").write_text(f"{cut if end else text}{end} {lines[9]}\n")
         words = ["task=label", "dataset=memorization", f"dataset.path={tmp_path}/texts.txt"]
-        words += ["task.options.prompt_tokens=4", "task.options.continuation_tokens=24"]
+        words += ["task.prompt_tokens=4", "task.continuation_tokens=24"]
         words += [f"cache_dir={tmp_path}/cache", "tracker=none"]
         result = saexp.run(saexp.compose(words), tmp_path / str(number))
         about = json.loads((result.path / "provenance.json").read_text("utf-8"))["labels"]
@@ -547,7 +546,7 @@ def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, 
     read.save_pretrained(folder)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     common = ["dataset=memorization", "model=hf", f'model.name="{folder}"', "device=cpu"]
-    options = [f"task.options.prompt_tokens={n_prompt}", "task.options.continuation_tokens=4"]
+    options = [f"task.prompt_tokens={n_prompt}", "task.continuation_tokens=4"]
     cfg = saexp.compose(
         [*common, "task=label", f"cache_dir={cache}", *options]
         + ["model.prepend_bos=true", f'dataset.path="{tmp_path / "texts.txt"}"']

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.config.run import with_free_keys
+from saexp.config.run import for_hydra
 from saexp.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ BOOKS = [
         ("Emma", "Jane Austen", 474),
     )
 ]
-SHORT = ("task=label", "task.options.n_samples=0", "task.options.max_new_tokens=2")
+SHORT = ("task=label", "task.n_samples=0", "task.max_new_tokens=2")
 
 
 @pytest.fixture()
@@ -60,14 +60,14 @@ def told(folder: Path, *words: str) -> str:
 def test_the_message_names_the_command_line_that_works(books: Path):
     """What the message says to type is typed, by a shell."""
     line = told(books.parent, f"dataset.path={books.name}")
-    expected = "\"task.options.templates.book.creator='What is the creator of the book {entity}?'\""
+    expected = "\"task.templates.book.creator='What is the creator of the book {entity}?'\""
     assert f"no template for book creator; to ask for it, type {expected}" in line
     base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
     run = in_shell(
         books.parent,
         f"{base} dataset.path={books.name} {expected} "
-        "task.options.templates.book.length='How many pages does the book {entity} have?' "
-        "task.options.rules.book.creator.kind=name task.options.rules.book.length.tolerance=20 "
+        "task.templates.book.length='How many pages does the book {entity} have?' "
+        "task.rules.book.creator.kind=name task.rules.book.length.tolerance=20 "
         "hydra.run.dir=run cache_dir=cache",
     )
     assert run.returncode == 0, run.stderr
@@ -98,26 +98,26 @@ def test_the_message_names_the_command_line_that_works(books: Path):
     ],
 )
 def test_a_template_may_be_typed_with_or_without_quotes_and_plus(sign: str, value: str):
-    key = "task.options.templates.book.creator"
+    key = "task.templates.book.creator"
     cfg = saexp.compose([*SHORT, f"{sign}{key}={value}"])
-    typed = cfg.task.options["templates"]["book"]["creator"]
+    typed = cfg.task.templates["book"]["creator"]
     assert [typed] in (["Who wrote the book {entity}?"], [["Who wrote the book {entity}?"]])
 
 
 def test_a_template_may_begin_with_the_entity():
-    cfg = saexp.compose([*SHORT, "task.options.templates.book.creator={entity} was written by"])
-    assert cfg.task.options["templates"]["book"]["creator"] == "{entity} was written by"
+    cfg = saexp.compose([*SHORT, "task.templates.book.creator={entity} was written by"])
+    assert cfg.task.templates["book"]["creator"] == "{entity} was written by"
 
 
 def test_other_overrides_stay_as_they_are():
-    words = ["layer=2", "+task.options.n_samples=3", "task.options.rules={}", "-m", "a={b}"]
-    assert with_free_keys(words) == words
+    words = ["layer=2", "+task.n_samples=3", "task.rules={}", "-m", "a={b}"]
+    assert for_hydra(words) == words
 
 
 @pytest.mark.parametrize("dataset", ["wikidata", "entities"])
 def test_published_entities_can_be_asked_from_any_dataset(books: Path, tmp_path: Path, dataset):
     words = [*SHORT, f"dataset={dataset}", f'dataset.path="{books}"', f"cache_dir={tmp_path}"]
-    templates = ["task.options.templates.Book.Creator=Who wrote the book {entity}?"]
+    templates = ["task.templates.Book.Creator=Who wrote the book {entity}?"]
     run = saexp.run(saexp.compose([*words, *templates]), tmp_path / "run")
     table = run.tables["labels"]
     assert table["attribute"].tolist() == ["creator", "creator"]
@@ -138,7 +138,7 @@ def test_entity_types_of_several_words_are_typed_with_underscores(tmp_path: Path
     with pytest.raises(DataError) as caught:
         saexp.run(saexp.compose(words), tmp_path / "none")
     (typed,) = shlex.split(str(caught.value).partition("type ")[2])
-    assert typed.startswith("task.options.templates.video_game.location=")
+    assert typed.startswith("task.templates.video_game.location=")
     run = saexp.run(saexp.compose([*words, typed]), tmp_path / "run")
     table = run.tables["labels"]
     assert table["prompt"].tolist() == ["What is the location of the video game Uvo?"]

@@ -43,7 +43,7 @@ RUNS = {
     "contrast": ["analyzer.n_bootstrap=0", *(f"intervention.{word}" for word in SHORT)],
     "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none"],
     "collect": ["task=collect", "layer=1"],
-    "dashboard": ["task=dashboard", "latents=[1]", "positions=entity_last"],
+    "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last"],
     "train": ["task=train", "layer=1", "width=16", "positions=entity_last"],
 }
 
@@ -61,7 +61,7 @@ def test_skipped_examples_and_misspelt_columns_are_noted_once(
 
 
 def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_path: Path) -> None:
-    words = ["analyzer=probe", f"analyzer.options.transfer={file}", "intervention=none"]
+    words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
     found = notes(cache, tmp_path, *words, "analyzer.n_bootstrap=0")
     assert f"transfer: {SKIPPED}" in found
     assert SKIPPED not in found
@@ -85,9 +85,9 @@ def test_labelling_notes_misspelt_columns(cache: Path, tmp_path: Path) -> None:
         {**row, "text": f"The player {n}", "entity": n, "prompt": f"{n}:"} for n in ("Bo", "Al")
     ]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    words = ["task=label", "dataset=jsonl", f"dataset.path={file}", "task.options.form=own"]
-    words += ["task.options.n_samples=0", "task.options.max_new_tokens=2"]
-    words += ["task.options.min_correct=1"]
+    words = ["task=label", "dataset=jsonl", f"dataset.path={file}", "task.form=own"]
+    words += ["task.n_samples=0", "task.max_new_tokens=2"]
+    words += ["task.min_correct=1"]
     assert MISSPELT in notes(cache, tmp_path / "run", *words)
 
 

@@ -73,8 +73,7 @@ def line_of(text: str) -> int:
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Modules of one test are no other's."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    monkeypatch.setattr(registry, "_files", {})
+    monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield

@@ -110,9 +110,9 @@ def test_a_folder_that_another_run_wrote_over_is_not_reused(
 TASKS = {
     "analyze": ["intervention=none", "seed=1"],
     "analyzer": ["analyzer=stats", "intervention=none"],
-    "dashboard": ["task=dashboard", "latents=[1,2]"],
+    "dashboard": ["task=dashboard", "task.latents=[1,2]"],
     "evaluate": ["task=evaluate"],
-    "label": ["task=label", "task.options.n_samples=0"],
+    "label": ["task=label", "task.n_samples=0"],
     "train": ["task=train", "width=64", "sae_trainer.n_samples=512", "sae_trainer.batch_size=64"],
 }
 

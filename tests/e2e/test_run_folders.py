@@ -145,7 +145,7 @@ def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: 
 
 
 def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
-    fixed = [f"analyzer.options.some_long_name_{n}=1" for n in range(6)]
+    fixed = [f"analyzer.some_long_name_{n}=1" for n in range(6)]
     cells = [[*fixed, f"layer={n}", "width=256"] for n in (1, 2)]
     (tmp_path / "plan.json").write_text(json.dumps({"cells": cells}))
     assert cell_folder(1, cells[1], str(tmp_path)).startswith("1_layer=2,analyzer.")
@@ -153,7 +153,7 @@ def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
 
 
 def test_labels_and_what_a_run_reads_stay_in_the_folder(cache: Path, tmp_path: Path) -> None:
-    words = ["task=label", "task.options.n_samples=0", "intervention=none"]
+    words = ["task=label", "task.n_samples=0", "intervention=none"]
     run(cache, tmp_path / "same", *words)
     data = {n: (tmp_path / "same" / n).read_bytes() for n in names(tmp_path / "same")}
     run(cache, tmp_path / "same", "task=collect")
@@ -204,7 +204,7 @@ def test_a_damaged_account_of_files_removes_nothing_of_the_users(
 def test_what_an_earlier_run_left_goes_where_the_account_of_it_is_damaged(
     account: str | None, cache: Path, tmp_path: Path
 ) -> None:
-    words = ["task=label", "task.options.n_samples=0", "intervention=none"]
+    words = ["task=label", "task.n_samples=0", "intervention=none"]
     run(cache, tmp_path, *words)
     (tmp_path / "mine.parquet").write_text("a user's own")
     file = tmp_path / ".written.json"

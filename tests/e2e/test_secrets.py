@@ -21,17 +21,17 @@ SHORT = "pqz17"
 SMALL = ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=300", "layer=1"]
 DATA = ["dataset=jsonl", "dataset.path=${oc.env:SAEXP_TEST_FOLDER}/rows.jsonl"]
 TOKENS = [
-    "+dataset.options.token=${oc.env:SAEXP_TEST_SECRET}",
-    "+dataset.options.short=${oc.env:SAEXP_TEST_SHORT}",
-    "+dataset.options.deep={a: ['${oc.decode:${oc.env:SAEXP_TEST_SECRET}}']}",
-    "+dataset.options.again='x-${dataset.options.token}'",
-    "+dataset.options.whole='${oc.decode:${oc.env:SAEXP_TEST_WHOLE}}'",
+    "+intervention.where_options.token=${oc.env:SAEXP_TEST_SECRET}",
+    "+intervention.where_options.short=${oc.env:SAEXP_TEST_SHORT}",
+    "+intervention.where_options.deep={a: ['${oc.decode:${oc.env:SAEXP_TEST_SECRET}}']}",
+    "+intervention.where_options.again='x-${intervention.where_options.token}'",
+    "+intervention.where_options.whole='${oc.decode:${oc.env:SAEXP_TEST_WHOLE}}'",
 ]
 TYPED = {
     "token": "${oc.env:SAEXP_TEST_SECRET}",
     "short": "${oc.env:SAEXP_TEST_SHORT}",
     "deep": {"a": ["${oc.decode:${oc.env:SAEXP_TEST_SECRET}}"]},
-    "again": "x-${dataset.options.token}",
+    "again": "x-${intervention.where_options.token}",
     "whole": "${oc.decode:${oc.env:SAEXP_TEST_WHOLE}}",
 }
 
@@ -73,7 +73,7 @@ def test_no_file_of_a_run_or_of_its_cache_holds_a_value_from_the_environment(
     assert said.code == 0, said.err[-2000:]
     assert_no_secret_in(folder, said)
     about = json.loads((folder / "run/provenance.json").read_text("utf-8"))
-    assert about["config"]["dataset"]["options"] == TYPED
+    assert about["config"]["intervention"]["where_options"] == TYPED
     assert about["config"]["dataset"]["path"] == "${oc.env:SAEXP_TEST_FOLDER}/rows.jsonl"
     assert "${oc.env:SAEXP_TEST_SECRET}" in (folder / "run/report.html").read_text("utf-8")
     pattern = "tracker.jsonl" if tracker == "jsonl" else "wandb/offline-run-*/*.wandb"
@@ -117,19 +117,19 @@ def test_the_sweeps_own_run_goes_to_the_project_that_the_environment_names(
 
 
 def test_the_fingerprint_is_that_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    word = "+dataset.options.token=${oc.env:SAEXP_TEST_SECRET}"
+    word = "+intervention.where_options.token=${oc.env:SAEXP_TEST_SECRET}"
     first = fingerprint(saexp.compose([word]))
-    assert first == fingerprint(saexp.compose([f"+dataset.options.token={SECRET}"]))
+    assert first == fingerprint(saexp.compose([f"+intervention.where_options.token={SECRET}"]))
     monkeypatch.setenv("SAEXP_TEST_SECRET", "another one")
     assert first != fingerprint(saexp.compose([word]))
 
 
 def test_a_changed_config_still_has_its_values_as_typed() -> None:
     cfg = replace(saexp.compose(TOKENS), seed=3)
-    assert cfg.dataset.options["token"] == SECRET
+    assert cfg.intervention.where_options["token"] == SECRET
     stored = as_typed(asdict(cfg))
-    assert stored["dataset"]["options"] == TYPED
-    assert resolved(stored)["dataset"] == asdict(cfg)["dataset"]
+    assert stored["intervention"]["where_options"] == TYPED
+    assert resolved(stored)["intervention"] == asdict(cfg)["intervention"]
 
 
 UNPICKLE = """
@@ -137,8 +137,8 @@ import pickle, sys
 from dataclasses import asdict
 from saexp.config.environment import as_typed
 cfg = pickle.load(sys.stdin.buffer)
-assert cfg.dataset.options["token"] == sys.argv[1]
-print(as_typed(asdict(cfg))["dataset"]["options"]["token"])
+assert cfg.intervention.where_options["token"] == sys.argv[1]
+print(as_typed(asdict(cfg))["intervention"]["where_options"]["token"])
 """
 
 
@@ -175,7 +175,7 @@ def test_numbers_and_short_words_of_the_environment_change_no_other_text(
 
 CHOICES = {
     "analyzer.name": "top_features",
-    "analyzer.options.by": "frequency",
+    "analyzer.by": "frequency",
     "intervention.name": "steer",
     "intervention.outcomes.0": "neutral_kl",
     "dataset.groups.0": "well_known",
@@ -211,6 +211,6 @@ def test_a_report_has_the_columns_that_the_environment_chose(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAEXP_TEST_BY", "frequency")
-    words = ["analyzer=top_features", "analyzer.options.by=${oc.env:SAEXP_TEST_BY}"]
+    words = ["analyzer=top_features", "analyzer.by=${oc.env:SAEXP_TEST_BY}"]
     said = command(folder, *SMALL, *words, "tracker=none", "hydra.run.dir=run")
     assert said.code == 0, said.err[-2000:]

@@ -202,7 +202,9 @@ def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
 
 def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
     words = ["task=collect", "layer=[0,3]", "tracker=none"]
-    said = command(tmp_path, "-m", *words, "shard=0,1,2", "n_shards=3", "hydra.sweep.dir=sweep")
+    said = command(
+        tmp_path, "-m", *words, "task.shard=0,1,2", "task.n_shards=3", "hydra.sweep.dir=sweep"
+    )
     assert said.code == 0, said.err[-2000:]
     (parts,) = (saexp.open_store(p) for p in (tmp_path / "outputs/cache/activations").iterdir())
     cfg = saexp.compose([*words, f"cache_dir={tmp_path}/alone"])
@@ -218,11 +220,12 @@ def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:
 
 
 def test_a_shard_beyond_the_last_is_one_line(tmp_path: Path) -> None:
-    said = command(tmp_path, "task=collect", "shard=3", "n_shards=3", "tracker=none")
+    said = command(tmp_path, "task=collect", "task.shard=3", "task.n_shards=3", "tracker=none")
     assert said.code == 1
     assert said.out == ""
     assert said.err.splitlines() == [
-        "saexp: shard=3 is not below n_shards=3; type shard=<0 to 2> or a larger n_shards="
+        "saexp: task.shard=3 is not below task.n_shards=3; type task.shard=<0 to 2> or a larger "
+        "task.n_shards="
     ]
 
 

@@ -181,7 +181,7 @@ def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -
     result = saexp.run(cfg, tmp_path / "contrast")
     assert result.metrics["check/explained_variance"] > 0.7
     evaluated = saexp.run(
-        saexp.compose([*common, "task=evaluate", "task.options.n_texts=100"]), tmp_path / "evaluate"
+        saexp.compose([*common, "task=evaluate", "task.n_texts=100"]), tmp_path / "evaluate"
     ).metrics
     assert evaluated["reconstruction/explained_variance"] > 0.7
     assert evaluated["reconstruction/ce_sae"] < evaluated["reconstruction/ce_zero"]
@@ -210,7 +210,7 @@ def test_other_pairs_of_streams(cache: Path, tmp_path: Path, streams: str) -> No
         ([BOTH, "layer=[1,2]"], ConfigError, "sweep with -m layer=0,1,2"),
         ([BOTH, "layer=7"], ModelError, "layer=7"),
         ([BOTH, "sae_trainer.name=gated_transcoder"], ConfigError, "sae-lens has no class that"),
-        ([BOTH, "+task.options.x=1"], ConfigError, "task=train has no options"),
+        ([BOTH, "+task.x=1"], ConfigError, "no key 'task.x'"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(

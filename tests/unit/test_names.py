@@ -12,7 +12,7 @@ WRONG = [
     (["intervention.outcomes=[refusl]"], "no outcome is called 'refusl'; did you mean refusal?"),
     (["analyzer.name=contrst"], "no analyzer is called 'contrst'; did you mean contrast?"),
     (["intervention.name=ster"], "no intervention is called 'ster'; did you mean steer?"),
-    (["intervention.where=entty"], "intervention.where=entty is not known; choose from all, ent"),
+    (["intervention.where=entty"], "intervention.where=entty is not known; did you mean entity, "),
     (["positions.name=midle"], "no positions is called 'midle'; did you mean middle"),
     (["dataset.name=jsnl"], "no dataset is called 'jsnl'; did you mean jsonl?"),
     (["task=collect", "positions.name=midle"], "no positions is called 'midle'"),
@@ -59,8 +59,9 @@ def test_what_a_task_does_not_use_is_not_looked_at(words: list[str], tmp_path: P
 
 
 def test_names_of_ones_own_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = {("outcome", "mine"): dict, ("positions", "mine"): dict}
-    monkeypatch.setattr(registry, "_registered", mine)
+    monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
+    for kind in ("outcome", "positions"):
+        saexp.register(kind, "mine")(dict)
     words = ["intervention.outcomes=[mine]", "positions.name=mine", "intervention.where=mine"]
     with pytest.raises(Built):
         saexp.run(saexp.compose(words), tmp_path)

@@ -27,7 +27,7 @@ def test_unknown_names_and_kinds() -> None:
 
 
 def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     with pytest.raises(ConfigError, match="outcome 'refusal' is registered already"):
         saexp.register("outcome", "refusal")(object)
     saexp.register("outcome", "mine")(dict)
@@ -38,7 +38,7 @@ def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_analyzer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module on the path, named in `plugins`, run from a config of its own."""
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     (tmp_path / "my_saexp_plugin.py").write_text(
         "import saexp\n"
         "from saexp.results import TaskResult\n\n"

@@ -19,7 +19,7 @@ from tests.e2e.faults.injection import command, digests_of_results, one_line, sm
 SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "tracker=jsonl", "resume=false")
 TASKS = {
     "analyze": ("intervention=none", *SMALL),
-    "dashboard": ("task=dashboard", "latents=[12,160]", *SMALL),
+    "dashboard": ("task=dashboard", "task.latents=[12,160]", *SMALL),
     "label": ("task=label", *SMALL, "dataset.n_examples=8"),
     "train": (
         "task=train",

@@ -124,7 +124,7 @@ def test_entity_recognition_on_the_base_model(user: Terminal) -> None:
 
 def test_labels_from_the_chat_model(user: Terminal) -> None:
     words = "python -m saexp task=label model=gemma2b_it"
-    fewer = ("dataset.n_examples=1", "task.options.n_samples=3", "task.options.max_new_tokens=3")
+    fewer = ("dataset.n_examples=1", "task.n_samples=3", "task.max_new_tokens=3")
     run = user.run("label", words, *fewer)
     table = run.table("labels")
     assert set(table["entity_type"]) == {"player", "movie", "city", "song"}

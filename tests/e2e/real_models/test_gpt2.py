@@ -58,7 +58,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
 )
 def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
     words = told_by(readme, "experiment=sae_quality", "gpt2_jb")
-    fewer = ("tracker=none", "task.options.n_texts=6", "task.options.n_bootstrap=10")
+    fewer = ("tracker=none", "task.n_texts=6", "task.n_bootstrap=10")
     user.read.clear()
     run = user.run(f"quality {readme.replace('/', ' ')}", words, *fewer)
     m = run.metrics

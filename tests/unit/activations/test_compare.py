@@ -128,15 +128,15 @@ def test_the_names_are_no_part_of_the_key(tmp_path: Path) -> None:
 
 
 def test_the_beginning_of_a_key_may_look_like_a_number() -> None:
-    words = ["action=compare", 'stores=["17e1","9e9a"]']
+    words = ["task.action=compare", 'task.stores=["17e1","9e9a"]']
     assert saexp.compose(words).stores == ["17e1", "9e9a"]
 
 
 def test_task_cache_prints_the_comparison_alone(tmp_path: Path) -> None:
     made = [store(tmp_path / "outputs/cache", t) for t in "ab"]
     both = ",".join(s.path.name for s in made)
-    words = ["task=cache", "action=compare", "hydra.run.dir=compared"]
-    compared = command(tmp_path, *words, f"stores=[{both}]")
+    words = ["task=cache", "task.action=compare", "hydra.run.dir=compared"]
+    compared = command(tmp_path, *words, f"task.stores=[{both}]")
     held = "tiny, set {}, last, 6 rows, float32, layer_0.resid_post, layer_1.resid_post"
     assert compared.out.splitlines() == [
         *(f"note: {s.path.name}: {held.format(t)}" for s, t in zip(made, "ab", strict=True)),

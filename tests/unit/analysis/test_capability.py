@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.capability import CapabilityAnalyzer, _of_paired_rates, _of_rate, questions
-from saexp.config import AnalyzerConfig
+from saexp.config import CapabilityConfig
 from saexp.data.examples import Example
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
@@ -60,7 +60,7 @@ def capability(
     max_length: int = 512,
     **options: object,
 ) -> TaskResult:
-    cfg = AnalyzerConfig(name="capability", n_bootstrap=n_bootstrap, options=options)
+    cfg = CapabilityConfig(name="capability", n_bootstrap=n_bootstrap, **options)  # type: ignore[arg-type]
     rows = pd.DataFrame({"row": [0]})
     return CapabilityAnalyzer(cfg).analyze(
         AnalysisInputs(
@@ -301,8 +301,8 @@ def test_the_prompt_of_the_data_counts_where_there_is_one(model: LanguageModel) 
     assert found[0].example.text == entity.prompt != entity.text
 
 
-def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"analyzer.options.n_topp: .*did you mean n_top"):
-        CapabilityAnalyzer(AnalyzerConfig(name="capability", options={"n_topp": 3}))
-    with pytest.raises(ConfigError, match="n_top=0 is no whole number of at least 1"):
-        CapabilityAnalyzer(AnalyzerConfig(name="capability", options={"n_top": 0}))
+def test_invalid_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no key 'analyzer.n_topp'; did you mean analyzer.n_top"):
+        saexp.compose(["analyzer=capability", "analyzer.n_topp=3"])
+    with pytest.raises(ConfigError, match="n_top=0 is too small; it must be at least 1"):
+        CapabilityConfig(name="capability", n_top=0)

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.classifiers import Labelled, roc, threshold_of_best_accuracy
 from saexp.analysis.probe import Judge, ProbeAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
@@ -74,7 +74,7 @@ def probe(
     **options: object,
 ) -> TaskResult:
     settings = {"k": [1, 3], "strengths": STRENGTHS, **options}
-    cfg = AnalyzerConfig(name="probe", n_bootstrap=n_bootstrap, options=settings)
+    cfg = ProbeConfig(name="probe", n_bootstrap=n_bootstrap, **settings)  # type: ignore[arg-type]
     return ProbeAnalyzer(cfg).analyze(inputs, transfer)
 
 
@@ -362,10 +362,9 @@ def test_what_cannot_be_probed(inputs: AnalysisInputs, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="same mean in both groups"):
         probe(replace(inputs, latents=Latents(silent, rows)))
     for options, message in (
-        ({"ks": 1}, "analyzer.options.ks: .* has no such setting"),
-        ({"k": [0]}, "k=0 is no whole number"),
+        ({"k": [0]}, "k=0 is not a whole number"),
         ({"strengths": [0]}, "must be numbers above 0"),
         ({"transfer": str(tmp_path / "none.jsonl")}, "no such file"),
     ):
         with pytest.raises(ConfigError, match=message):
-            ProbeAnalyzer(AnalyzerConfig(name="probe", options=options))
+            ProbeAnalyzer(ProbeConfig(name="probe", **options))  # type: ignore[arg-type]

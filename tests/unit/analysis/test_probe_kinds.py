@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.classifiers import Labelled
 from saexp.analysis.probe import Judge, ProbeAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
@@ -20,7 +20,7 @@ from tests.unit.analysis.test_probe import made, parts
 
 def probe(inputs: AnalysisInputs, n_bootstrap: int = 40, **options: object) -> TaskResult:
     settings = {"k": [1, 3], "strengths": [0.1], **options}
-    cfg = AnalyzerConfig(name="probe", n_bootstrap=n_bootstrap, options=settings)
+    cfg = ProbeConfig(name="probe", n_bootstrap=n_bootstrap, **settings)  # type: ignore[arg-type]
     return ProbeAnalyzer(cfg).analyze(inputs)
 
 
@@ -164,7 +164,7 @@ def test_values_without_both_groups_are_left_out_and_counted(inputs: AnalysisInp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"within": 3}, r"analyzer.options.within=3: type a column that rows are told apart by"),
+        ({"within": 3}, r"analyzer.within=3: type a column that rows are told apart by"),
         ({"within": ["group"]}, r"within=\['group'\]: type a column"),
         ({"unseen": ["question", "split"]}, "must be one column"),
         ({"unseen": "attribute"}, "the data set has no values in a column 'attribute'; it has ent"),

@@ -7,7 +7,7 @@ from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import StatsAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import StatsConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
@@ -26,7 +26,7 @@ def stats(
     n_bootstrap: int = 200,
     **options: object,
 ) -> TaskResult:
-    cfg = AnalyzerConfig(name="stats", n_bootstrap=n_bootstrap, options=options)
+    cfg = StatsConfig(name="stats", n_bootstrap=n_bootstrap, **options)  # type: ignore[arg-type]
     return StatsAnalyzer(cfg).analyze(
         AnalysisInputs(latents=Latents(sparse.csr_array(dense), rows), groups=groups, layer=4)
     )
@@ -227,5 +227,5 @@ def test_latents_that_are_all_silent() -> None:
 def test_what_cannot_be_described() -> None:
     with pytest.raises(DataError, match="group 'absent' has no position"):
         stats(groups=("known", "absent"))
-    with pytest.raises(ConfigError, match="analyzer.options.bins: .* did you mean n_bins"):
+    with pytest.raises(ConfigError, match="analyzer.bins: .* did you mean n_bins"):
         stats(bins=3)

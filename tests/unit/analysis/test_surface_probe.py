@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.analysis.surface_baseline import fit_surface, read_texts, token_counts
-from saexp.config import AnalyzerConfig
+from saexp.config import ProbeConfig
 from saexp.latents.encode import Latents
 from saexp.results import TaskResult
 from tests.unit.analysis.simulate import GROUPS, activations, rows_table
@@ -40,7 +40,7 @@ def made() -> AnalysisInputs:
 
 
 def probe(inputs: AnalysisInputs) -> TaskResult:
-    cfg = AnalyzerConfig(name="probe", n_bootstrap=40, options={"k": [1], "strengths": [1.0]})
+    cfg = ProbeConfig(name="probe", n_bootstrap=40, k=[1], strengths=[1.0])
     return ProbeAnalyzer(cfg).analyze(inputs)
 
 

@@ -10,7 +10,7 @@ import torch
 import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import TopFeaturesAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import TopFeaturesConfig
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
@@ -38,7 +38,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> AnalysisInputs:
 
 
 def top_features(inputs: AnalysisInputs, **options: object) -> TaskResult:
-    return TopFeaturesAnalyzer(AnalyzerConfig(name="top_features", options=options)).analyze(inputs)
+    cfg = TopFeaturesConfig(name="top_features", **options)  # type: ignore[arg-type]
+    return TopFeaturesAnalyzer(cfg).analyze(inputs)
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +119,14 @@ def test_fewer_latents_than_asked_for_are_said(inputs: AnalysisInputs) -> None:
     assert any("only" in n and "latents fire" in n for n in many.notes)
 
 
-def test_settings_are_checked() -> None:
-    for options, message in (
-        ({"by": "maximum"}, "analyzer.options.by=maximum: did you mean max"),
-        ({"topk": 3}, "analyzer.options.topk: .* did you mean top_k"),
-        ({"top_k": "many"}, "top_k=many is no whole number"),
+def test_invalid_settings_are_refused() -> None:
+    for word, message in (
+        ("analyzer.by=maximum", "analyzer.by=maximum is not known; did you mean max"),
+        ("analyzer.topk=3", "no key 'analyzer.topk'; did you mean analyzer.top_k"),
+        ("analyzer.top_k=many", "top_k=many is not a whole number"),
     ):
         with pytest.raises(ConfigError, match=message):
-            TopFeaturesAnalyzer(AnalyzerConfig(name="top_features", options=options))
+            saexp.compose(["analyzer=top_features", word])
 
 
 def test_a_tokens_text_keeps_its_space(inputs: AnalysisInputs) -> None:

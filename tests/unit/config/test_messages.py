@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 import saexp
 from saexp.config.messages import one_line
 from saexp.config.run import conf_folder
+from saexp.config.tasks import CACHE_ACTIONS
 from saexp.errors import ConfigError
-from saexp.tasks.cache import ACTIONS
 from tests.unit.reports.left import command
 
 
@@ -23,23 +23,21 @@ def said(*words: str) -> str:
 
 
 def test_columns_that_can_be_mapped_are_among_the_keys() -> None:
-    assert said("dataset.columns.txt=x").startswith(
-        "no key 'dataset.columns.txt'; did you mean dataset.columns.text, "
-    )
+    assert said("dataset.columns.txt=x") == "dataset.columns=txt is not known; did you mean text?"
 
 
 QUOTED = [
     ("dataset.group_rule=matching_tokens == 0", "\"dataset.group_rule='matching_tokens == 0'\""),
     ("sae.path=saes/{layer}", "\"sae.path='saes/{layer}'\""),
     ("dataset.text=it costs $5 (or less)", "'dataset.text=\"it costs $5 (or less)\"'"),
-    ("+dataset.options.rule=a == 0", "\"+dataset.options.rule='a == 0'\""),
+    ("+intervention.where_options.rule=a == 0", "\"+intervention.where_options.rule='a == 0'\""),
 ]
 
 
 @pytest.mark.parametrize(("word", "typed"), QUOTED)
 def test_a_value_that_needs_quotes_is_shown_in_them(word: str, typed: str) -> None:
     assert said(word) == (
-        f"{word} is no key=value that can be read; quote such a value twice, for the shell and for "
+        f"{word} cannot be read as key=value; quote such a value twice, for the shell and for "
         f"Hydra: {typed}"
     )
     # What is shown is read, and as the same value.
@@ -75,22 +73,22 @@ def test_launchers_that_are_not_installed_are_told_how_to_get() -> None:
 
 def test_help_names_every_action_of_the_cache_and_stays_short() -> None:
     template = OmegaConf.load(conf_folder() / "config.yaml").hydra.help.template
-    for action in ACTIONS[1:]:
-        assert f"action={action}" in template
-    assert "stores=[" in template
+    for action in CACHE_ACTIONS[1:]:
+        assert f"task.action={action}" in template
+    assert "task.stores=[" in template
     # The groups, one a line, stand in the place of one line.
     assert len(template.splitlines()) + 10 <= 60
 
 
 UNKNOWN = [
-    ("+coeficient=5", "no key 'coeficient', with or without +; did you mean coefficient, "),
-    ("++coeficient=5", "no key 'coeficient', with or without +; did you mean coefficient, "),
-    ("+foo=1", "no key 'foo', with or without +; choose from task, model, sae, dataset, "),
-    ("+a.b.c=1", "no key 'a', with or without +; "),
-    ("+analyzer.n_bootstap=5", "no key 'analyzer.n_bootstap', with or without +; did you mean "),
-    ("+task.option.n=1", "no key 'task.option', with or without +; did you mean task.options, "),
-    ("+dataset.columns.txt=a", "dataset.columns=txt is not known; choose from text, "),
-    ("hydra.nope=1", "no key 'hydra.nope' of Hydra's own; python -m saexp --info lists them"),
+    ("+coeficient=5", "no key 'coeficient'; did you mean coefficient, "),
+    ("++coeficient=5", "no key 'coeficient'; did you mean coefficient, "),
+    ("+foo=1", "no key 'foo'; choose from task, model, sae, dataset, "),
+    ("+a.b.c=1", "no key 'a'; "),
+    ("+analyzer.n_bootstap=5", "no key 'analyzer.n_bootstap'; did you mean "),
+    ("+task.option.n=1", "no key 'task.option'; "),
+    ("+dataset.columns.txt=a", "dataset.columns=txt is not known; did you mean text?"),
+    ("hydra.nope=1", "Hydra has no setting 'hydra.nope'; python -m saexp --info lists them"),
     ("foo=1", "no key 'foo'; choose from task, model, sae, dataset, "),
 ]
 
@@ -105,8 +103,8 @@ TAKEN = [
     (["++experiment=uncertainty"], "positions.name", "last"),
     (["+analyzer=probe"], "analyzer.name", "probe"),
     (["+sae_trainer.options.X=3"], "sae_trainer.options.X", 3),
-    (["+analyzer.options.a.b=3"], "analyzer.options.a.b", 3),
     (["+intervention.where_options.n=2"], "intervention.where_options.n", 2),
+    (["intervention.where_options.n=2"], "intervention.where_options.n", 2),
     (["++layer=2"], "layer", 2),
 ]
 
@@ -137,19 +135,62 @@ LINES = [
     ("=3", "a group takes the name of one of its options, such as model=gpt2; "),
     ("plugins=mine", "plugins: takes a list; type 'plugins=[…]'"),
     ("model.name=null", "model.name needs a value; type model.name=<value>"),
-    ("~layer", "layer cannot be taken out; type layer=null"),
-    ("~sae.path", "sae.path cannot be taken out; type sae.path=null"),
+    ("~layer", "layer cannot be removed; type layer=null"),
+    ("~sae.path", "sae.path cannot be removed; type sae.path=null"),
     ("seed=-1", "seed=-1 is too small; it must be at least 0"),
     ("dataset.n_examples=0", "dataset.n_examples=0 is too small; it must be at least 1"),
     ("analyzer.n_background=0", "analyzer.n_background=0 is too small; it must be at least 1"),
-    (
-        "intervention.where_options={x: 1}",
-        "intervention.where_options has no key 'x' that could be changed; to add one type "
-        "+intervention.where_options.x=<value>",
-    ),
+    ("analyzer.n_bootstrap=many", "analyzer.n_bootstrap=many is not a whole number"),
+    ("analyzer.alpha=low", "analyzer.alpha=low is not a number"),
+    ("verify=perhaps", "verify=perhaps is not true or false"),
 ]
 
 
 @pytest.mark.parametrize(("word", "line"), LINES, ids=[x[0] for x in LINES])
 def test_values_that_hydra_refuses_are_told_in_saexp_s_words(word: str, line: str) -> None:
     assert said(word).startswith(line)
+
+
+OTHER_COMPONENTS = [
+    (["analyzer.k=5"], "analyzer.k is a setting of analyzer=probe, and this run has analyzer=c"),
+    (["task=label", "task.n_texts=5"], "task.n_texts is a setting of task=evaluate, and this run"),
+    (["latents=[3]"], "task.latents is a setting of task=dashboard, and this run has task=analyze"),
+    (["analyzer.name=nothing", "analyzer.n=5"], "no analyzer is called 'nothing'; choose from "),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), OTHER_COMPONENTS)
+def test_a_setting_of_another_component_names_that_component(words: list[str], line: str) -> None:
+    assert said(*words).startswith(line)
+
+
+FORMER = [
+    (["analyzer=probe", "analyzer.options.k=[7]"], "analyzer.k", [7]),
+    (["analyzer=probe", "+analyzer.options.k=[7]"], "analyzer.k", [7]),
+    (["task=evaluate", "task.options.n_texts=7"], "task.n_texts", 7),
+    (["task=dashboard", "latents=[7]"], "task.latents", [7]),
+    (["task=collect", "shard=2", "n_shards=4"], "task.shard", 2),
+    (["task=cache", "action=prune", "max_size=7GB"], "task.max_size", "7GB"),
+    (["dataset=wikidata", "dataset.options.min_known=7"], "dataset.min_known", 7),
+]
+
+
+@pytest.mark.parametrize(("words", "key", "value"), FORMER)
+def test_a_former_spelling_is_read_with_a_warning(
+    words: list[str], key: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    group, name = key.split(".")
+    cfg = saexp.compose(words)
+    assert getattr(getattr(cfg, group), name) == value
+    (record,) = [r for r in caplog.records if r.name == "saexp.config.run"]
+    assert f" is now {key}=" in record.getMessage()
+
+
+def test_settings_of_a_former_file_are_read(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [override /task: collect]\nshard: 0\nn_shards: 99\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    words = ["--config-dir", "conf", "experiment=mine", "tracker=none", "dataset.n_examples=8"]
+    found = command(tmp_path, *words)
+    assert found.code == 0, found.err
+    assert "shard= is now task.shard=" in found.err

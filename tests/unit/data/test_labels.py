@@ -104,7 +104,7 @@ def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
     assert made[0].beginning == "The movie Pulp Fiction was directed by"
     reason = (
         "no template for movie budget; to ask for it, type "
-        "\"task.options.templates.movie.budget='What is the budget of the movie {entity}?'\""
+        "\"task.templates.movie.budget='What is the budget of the movie {entity}?'\""
     )
     assert not_asked == {"no entity": 1, reason: 1, "movie genre without a value": 1}
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import TopFeaturesAnalyzer
-from saexp.config import AnalyzerConfig, PositionsConfig
+from saexp.config import PositionsConfig, TopFeaturesConfig
 from saexp.data.examples import Example
 from saexp.data.positions import place
 from saexp.data.tokenization import pieces, token_texts, tokenize
@@ -113,7 +113,7 @@ def test_top_features_shows_characters_not_bytes(positions: str) -> None:
     inputs = AnalysisInputs(
         latents=latents, groups=(), layer=0, texts=placed.texts, examples=examples, model=model
     )
-    cfg = AnalyzerConfig(name="top_features", options={"top_k": n, "n_texts": 1})
+    cfg = TopFeaturesConfig(name="top_features", top_k=n, n_texts=1)
     tables = TopFeaturesAnalyzer(cfg).analyze(inputs).tables
     for latent, part in tables["tokens"].groupby("latent"):
         whole = "".join(part["token"])

@@ -9,8 +9,9 @@ from urllib.parse import parse_qs
 
 import pytest
 
+import saexp
 from saexp import registry
-from saexp.config import DatasetConfig
+from saexp.config import WikidataConfig
 from saexp.errors import ConfigError, DataError, SaexpError
 from saexp.labeling.questions import questions
 from saexp.labeling.wikidata import (
@@ -67,13 +68,7 @@ QUERIES = [
 
 
 def build(path, **options):
-    cfg = DatasetConfig(name="wikidata", path=str(path) if path else None, **options)
-    return registry.build("dataset", cfg)
-
-
-def with_options(path, **options):
-    cfg = DatasetConfig(name="wikidata", path=str(path))
-    cfg.__dict__["options"] = options
+    cfg = WikidataConfig(name="wikidata", path=str(path) if path else None, **options)
     return registry.build("dataset", cfg)
 
 
@@ -136,12 +131,12 @@ def test_json_lines_and_one_file_give_the_same(tmp_path):
 
 def test_thresholds(folder):
     place = folder / "queries"
-    assert message_of(lambda: with_options(place, min_correct=1)) == (
+    assert message_of(lambda: build(place, min_correct=1)) == (
         f"{place}: all rows are of one group, known (2); a contrast needs two"
     )
-    one = with_options(place, min_correct=1, max_unknown=1)
+    one = build(place, min_correct=1, max_unknown=1)
     assert [(e.entity, e.group) for e in one.examples][1] == ("Second Film", "unknown")
-    loose = with_options(folder / "queries", min_correct=10, min_known=1)
+    loose = build(folder / "queries", min_correct=10, min_known=1)
     assert {e.entity: e.group for e in loose.examples} == {
         "First Film": "known",
         "Second Film": "unknown",
@@ -248,7 +243,7 @@ def test_missing_values_of_published_files(tmp_path, nothing):
     row["sampled_completions"].append(nothing)
     file = tmp_path / "f.json"
     file.write_text(json.dumps([film, row, query("Other", "directors", 0)]))
-    got = with_options(file, min_known=1)
+    got = build(file, min_known=1)
     one = got.examples[0]
     assert (one.answers, one.prompt, one.group) == ((), row["prompt"], "known")
     made, _ = questions([one])
@@ -288,7 +283,7 @@ def test_an_entity_that_is_called_as_a_missing_value_is(tmp_path):
     file.write_text(json.dumps([{**ENTITIES[0], "entity": "None"}, ENTITIES[1]]))
     assert len(build(file).examples) == 1
     assert "dataset.missing_values sets" in build(file).notes[0]
-    kept = wikidata(DatasetConfig(name="wikidata", path=str(file), missing_values=["null"]))
+    kept = wikidata(WikidataConfig(name="wikidata", path=str(file), missing_values=["null"]))
     assert [e.entity for e in kept.examples] == ["None", ENTITIES[1]["entity"]]
 
 
@@ -299,11 +294,10 @@ def test_every_mention_is_a_span(tmp_path):
     assert got.examples[0].spans == ((0, 3), (5, 8), (21, 24))
 
 
-def test_an_option_that_is_none(folder):
-    message = message_of(lambda: with_options(folder, min_corect=3), ConfigError)
-    assert message == (
-        "dataset.options.min_corect: dataset=wikidata has no such option; did you mean "
-        "min_correct, min_known?"
+def test_an_unknown_setting_is_refused(folder):
+    words = ["dataset=wikidata", f"dataset.path={folder}", "dataset.min_corect=3"]
+    assert message_of(lambda: saexp.compose(words), ConfigError).startswith(
+        "no key 'dataset.min_corect'; did you mean dataset.min_correct, dataset.min_known"
     )
 
 
@@ -415,14 +409,14 @@ def test_fetching_writes_the_file_once_and_only_when_asked(tmp_path):
     file = tmp_path / "new" / "movies.json"
     with endpoint() as (address, seen):
         options = {"fetch": ["movie"], "endpoint": address, "n_fetched": 5}
-        got = with_options(file, **options)
+        got = build(file, **options)
         assert [e.entity for e in got.examples] == ["First Film", "Second Film"]
         assert json.loads(file.read_text()) == EXPECTED
-        with_options(file, **options)
-        with_options(file, endpoint=address)
+        build(file, **options)
+        build(file, endpoint=address)
         assert len(seen) == 1
-    message = message_of(lambda: with_options(tmp_path, fetch="movie"), ConfigError)
-    assert message == "dataset.options.fetch needs a file to write: type dataset.path=FILE"
+    message = message_of(lambda: build(tmp_path, fetch="movie"), ConfigError)
+    assert message == "dataset.fetch needs a file to write: type dataset.path=FILE"
 
 
 @pytest.mark.parametrize(
@@ -437,13 +431,13 @@ def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, c
     file = tmp_path / "movies.json"
     with endpoint() as (address, seen):
         options = {"fetch": ["movie"], "endpoint": address, "n_fetched": 5}
-        with_options(file, **options)
-        with_options(file, **{**options, "timeout": 3})
-        message = message_of(lambda: with_options(file, **{**options, **change}), ConfigError)
+        build(file, **options)
+        build(file, **{**options, "timeout": 3})
+        message = message_of(lambda: build(file, **{**options, **change}), ConfigError)
         assert message.startswith(f"dataset.path={file} was fetched with {told}; delete it")
         # Of a file that was not fetched nothing is known.
         (tmp_path / "movies.json.query").unlink()
-        with_options(file, **{**options, **change})
+        build(file, **{**options, **change})
         assert len(seen) == 1
 
 

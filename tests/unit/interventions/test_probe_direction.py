@@ -17,7 +17,7 @@ import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.config import AnalyzerConfig
+from saexp.config import ProbeConfig
 from saexp.errors import DataError
 from saexp.interventions.directions import LatentFacts, StreamRows
 from saexp.latents.encode import Latents
@@ -103,7 +103,7 @@ def test_it_is_the_dense_probe_of_the_analyzer() -> None:
         layer=1,
         acts=torch.from_numpy(np.concatenate([ACTS, stream(test, 1)])),
     )
-    analyzer = ProbeAnalyzer(AnalyzerConfig(name="probe", options={"k": [1]}))
+    analyzer = ProbeAnalyzer(ProbeConfig(name="probe", k=[1]))
     probes, _ = analyzer.fitting.fit(inputs, rows_of(inputs, "train"), [])
     dense = next(p.fitted for p in probes if p.name == "dense")
     own = facts(ROWS, ACTS).probe
@@ -129,7 +129,7 @@ def test_a_run_steers_with_the_probe_it_reports(tmp_path: Path) -> None:
     words = ["analyzer=probe", "layer=2", "dataset.n_examples=200", "tracker=none"]
     words += ["intervention.directions=[probe]", "intervention.n_prompts=4", "coefficient=[0,1]"]
     words += ["intervention.n_controls=1", "intervention.max_new_tokens=2"]
-    words += ["intervention.outcomes=[refusal]", "analyzer.options.k=[1]", "analyzer.n_bootstrap=0"]
+    words += ["intervention.outcomes=[refusal]", "analyzer.k=[1]", "analyzer.n_bootstrap=0"]
     result = saexp.run(saexp.compose([*words, f"cache_dir={tmp_path / 'cache'}"]), tmp_path / "run")
     probes = result.tables["probes"]
     c = probes.loc[(probes["probe"] == "dense") & (probes["data"] == "test"), "c"].item()

@@ -53,7 +53,7 @@ def test_a_cell_killed_before_hydra_had_written_its_overrides_is_stopped(tmp_pat
 
 
 READ = ["layer=3", "seed=-1", "coefficient=0.25", "coefficient=2.5e-1", "width=16k", "verify=true"]
-READ += ["++analyzer.options.x=7", "dataset.path=null", "model.device=cuda:0"]
+READ += ["++analyzer.x=7", "dataset.path=null", "model.device=cuda:0"]
 READ += ["model.revision=2024-01-01", 'dataset.group_rule="n == 0"']
 OTHER_IN_YAML = ["coefficient=1e-05", "dataset.text=no", "dataset.text=Paris: a city"]
 NOT_IN_YAML = ["dataset.path=*.txt", "positions.substring=@", r"dataset.text='it\'s'"]
