@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OURS := saexp experiments tests docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test check format lint types layers unit pytest docs wheel clean
+.PHONY: run test check format lint types layers unit e2e pytest docs wheel clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m saexp $(ARGS)
@@ -44,8 +44,11 @@ layers: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-pytest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Three workers on two cores: some tests wait for servers, locks and signals.
+e2e: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/e2e
+
+pytest: unit e2e
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir site
