@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from saexp import registry
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports import (
     analyses_capability,
@@ -16,7 +17,7 @@ from saexp.reports import (
     analyses_stats,
     analyses_top_features,
 )
-from saexp.reports.analyses_generic import FIGURES, Table, cell
+from saexp.reports.analyses_generic import FIGURES, Section, Table, cell
 from saexp.reports.effect_figures import effect_figures
 from saexp.reports.effect_tables import effect_content
 from saexp.reports.effects import effect_sentences
@@ -108,12 +109,24 @@ def write_analysis_report(
         fit_head=HEAD,
         fit=fit_rows(run),
         skips=run.provenance["skips"],
-        sections=page.sections(run),
+        sections=[*page.sections(run), *_plugin_sections(run)],
         groups=dict(zip(run.provenance["groups"], GROUP_COLOURS, strict=False)),
         **effect_content(run),
         provenance=provenance_rows(run),
         config=run.config_text,
     )
+
+
+def _plugin_sections(run: SavedRun) -> list[Section]:
+    """What the function that a plugin registered as `report_section` of its analyzer returns."""
+    name = run.config["analyzer"]["name"]
+    section = registry.report_section("analyzer", name)
+    if section is None:
+        return []
+    content = section(run)
+    if isinstance(content, str):
+        return [Section(title=name.replace("_", " "), html=content)]
+    return list(content)
 
 
 def _place(run: SavedRun) -> str:

@@ -119,7 +119,7 @@ def test_too_small_a_disk_is_said_before_anything_is_forwarded(disk, tmp_path):
     assert message == (
         f"disk full: the activations need {needs}, and "
         f"{show_bytes(shutil.disk_usage(place).free)} are free at {store}; what was finished is "
-        "kept: make room and run the command again, or choose another cache_dir="
+        "kept: free some space and run the command again, or choose another cache_dir="
     )
     assert not model.loaded
 
@@ -177,7 +177,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
         assert new.tokens_forwarded == (0 if state == "whole" else stats.tokens_forwarded)
         values = [again.acts(h.layer).clone() for h in POSTS]
         assert [m for m in caplog.messages if "cannot be written" in m] == [
-            f"cache_dir={tmp_path} cannot be written: what this run computes is not kept "
+            f"cache_dir={tmp_path} is not writable: what this run computes is not stored "
             "(Read-only file system)"
         ]
         if state != "whole":
