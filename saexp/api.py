@@ -1,4 +1,4 @@
-"""saexp from Python: compose a config, run it, build one object, open a store."""
+"""Runs from Python: compose a config, run it, build one component, open a store."""
 
 import datetime
 import logging
@@ -33,16 +33,16 @@ from saexp.tracking import Recorder
 log = logging.getLogger(__name__)
 
 _composing = threading.Lock()
-"""Hydra composes one config at a time in a process."""
+"""Hydra composes one config at a time per process."""
 
 _ALWAYS_RUN = ("collect", "cache")
-"""Tasks whose product is the cache: whether there is anything to do, the cache itself tells."""
+"""Tasks whose result is the cache; a finished run of them is never reused."""
 
-_PLACES_ROWS = ("analyze", "collect", "dashboard", "train")
-"""Tasks that use the positions group."""
+_USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
+"""Tasks that use the group `positions`."""
 
-_READS_DATA = (*_PLACES_ROWS, "evaluate", "label")
-"""Tasks that use the dataset group; one of the user's own is not known well enough."""
+_USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
+"""Tasks that use the group `dataset`; what a custom task uses is not known."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -62,26 +62,26 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build(kind: str, cfg: Any, **runtime: Any) -> Any:
-    """One object: model, sae, dataset, positions, analyzer, intervention, tracker."""
+    """Build one component: model, sae, dataset, positions, analyzer, intervention, tracker."""
     return registry.build(kind, cfg, **runtime)
 
 
 def neuronpedia_url(sae: Any, latent: int) -> str | None:
-    """Neuronpedia's page of a latent, by the catalogue's id; None where it has none."""
+    """URL of a latent's page on Neuronpedia; None if the catalogue has no id for the SAE."""
     from saexp.saes import catalogue
 
     return catalogue.neuronpedia_url(sae, latent)
 
 
 def neuronpedia_list(sae: Any, latents: Sequence[int]) -> str | None:
-    """Neuronpedia's list of several latents; None where the catalogue has no id for the SAE."""
+    """URL of a list of latents on Neuronpedia; None if the catalogue has no id for the SAE."""
     from saexp.saes import catalogue
 
     return catalogue.neuronpedia_list(sae, latents)
 
 
 def open_store(path: str | Path) -> Any:
-    """An existing activation store: `.rows`, `.hookpoints`, `.acts(layer, stream)`."""
+    """Open an activation store: `.rows`, `.hookpoints`, `.acts(layer, stream)`."""
     from saexp.activations.store import ActivationStore
 
     return ActivationStore.open(path)
@@ -94,46 +94,48 @@ def run(
     command: str | None = None,
     sweep: Path | None = None,
 ) -> TaskResult:
-    """One run; its files go to `folder` (outputs/<date>/<time> where not given).
+    """Run a config and return its result; files go to `folder`, by default outputs/<date>/<time>.
 
-    `sweep` is the folder of the sweep that the run is a cell of.
-    Raises SaexpError for anything the user can fix; what was computed before stays on disk.
+    `command` is recorded as the command that started the run, `sweep` is the folder of the sweep
+    that the run is a cell of. Raises SaexpError for anything the user can fix; what was computed
+    until then stays on disk.
     """
     now = datetime.datetime.now()
-    place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
-    with holding(place):
+    default = Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
+    run_folder = Path(folder) if folder else default
+    with holding(run_folder):
         load_plugins(cfg.plugins)
-        return _run(cfg, place, now, command, sweep)
+        return _run(cfg, run_folder, now, command, sweep)
 
 
 def _run(
     cfg: RunConfig,
-    place: Path,
+    folder: Path,
     now: datetime.datetime,
     command: str | None,
     sweep: Path | None,
 ) -> TaskResult:
-    """A run in its folder, which it holds."""
-    (place / "error.txt").unlink(missing_ok=True)
+    """Run in a folder that this process holds."""
+    (folder / "error.txt").unlink(missing_ok=True)
     remember_in(cfg.cache_dir)
     key = finished.fingerprint(cfg)
-    # What is to be verified is read again, not taken from a run that read it before.
+    # With `verify`, stored activations are read again rather than reusing an earlier result.
     if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
-        earlier = finished.find_finished(cfg, key, place)
-        if earlier is not None and finished.reuse(cfg, earlier, place, finished.inputs(cfg)):
-            return _reused(cfg, earlier.folder, place, sweep)
+        earlier = finished.find_finished(cfg, key, folder)
+        if earlier is not None and finished.reuse(cfg, earlier, folder, finished.inputs(cfg)):
+            return _reused(cfg, earlier.folder, folder, sweep)
     _require_components(cfg)
-    # Before the task's imports: W&B inspects every module that is loaded by then.
-    tracker = _start(cfg, place, sweep)
+    # Before the imports of the task, because W&B inspects every module that is loaded.
+    tracker = _start(cfg, folder, sweep)
     context = RunContext(
-        folder=place,
+        folder=folder,
         tracker=tracker,
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
         ahead=ahead(cfg, sweep),
         inputs=finished.inputs(cfg),
     )
-    pages = page_states(place)
+    pages = page_states(folder)
     try:
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
@@ -141,9 +143,9 @@ def _run(
         note_pages(context, pages)
         finished.record(cfg, context, key)
     except BaseException as error:
-        shown = cannot_write_run(error, place) or error
-        write_error(place, masked(f"{type(shown).__name__}: {shown}\n"))
-        # What cannot be written now must not stand in front of the run's own error.
+        shown = cannot_write_run(error, folder) or error
+        write_error(folder, masked(f"{type(shown).__name__}: {shown}\n"))
+        # A failure to write now must not hide the error of the run.
         with suppress(StoreError):
             note_pages(context, pages)
         tracker.finish(1)
@@ -151,17 +153,17 @@ def _run(
             raise
         raise shown from error
     tracker.finish(0)
-    result.path = place
+    result.path = folder
     return result
 
 
 def _require_components(cfg: RunConfig) -> None:
-    """Raise ConfigError for a component that the task uses and nothing is registered as."""
+    """Raise ConfigError if a component that the task uses does not exist."""
     task = cfg.task.name
     registry.require("task", task)
-    if task in _READS_DATA:
+    if task in _USES_DATASET:
         registry.require("dataset", cfg.dataset.name)
-    if task in _PLACES_ROWS:
+    if task in _USES_POSITIONS:
         registry.require("positions", cfg.positions.name)
     if task != "analyze":
         return
@@ -171,16 +173,16 @@ def _require_components(cfg: RunConfig) -> None:
     registry.require("intervention", cfg.intervention.name)
     for outcome in cfg.intervention.outcomes:
         registry.require("outcome", outcome)
-    places = (*PLACES, *(n for n in registry.names("positions") if n not in PLACES))
-    one_of("intervention.where", cfg.intervention.where, places)
+    positions = (n for n in registry.names("positions") if n not in PLACES)
+    one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))
 
 
-def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> TaskResult:
-    """The results of a finished run; copied, they get a tracked run of their own."""
+def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> TaskResult:
+    """The result of a finished run; a copy in another folder gets a tracked run of its own."""
     log.info("reusing the finished run in %s", earlier)
-    result = read_result(place)
-    if earlier.resolve() != place.resolve():
-        tracker = _start(cfg, place, sweep)
+    result = read_result(folder)
+    if earlier.resolve() != folder.resolve():
+        tracker = _start(cfg, folder, sweep)
         try:
             _track(tracker, result)
         except BaseException:
@@ -190,10 +192,10 @@ def _reused(cfg: RunConfig, earlier: Path, place: Path, sweep: Path | None) -> T
     return result
 
 
-def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
+def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
     return tracking.start(
         cfg.tracker,
-        folder=place,
+        folder=folder,
         config=as_typed(asdict(cfg)),
         name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
@@ -202,16 +204,16 @@ def _start(cfg: RunConfig, place: Path, sweep: Path | None) -> Recorder:
 
 
 def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
-    """A tracked run's name; of a control SAE it says so."""
+    """Name of a tracked run, which marks a control SAE."""
     control = "_control" if loader == "random" else ""
     return masked(f"{model}-{sae}{control}-layer{layer}")
 
 
-def track_failure(config: dict[str, Any], place: Path, name: str, sweep: Path) -> None:
-    """A tracked run, marked failed, of a cell that could not begin; `config` is as composed."""
+def track_failure(config: dict[str, Any], folder: Path, name: str, sweep: Path) -> None:
+    """Record a cell that could not start as a failed tracked run; `config` is the composed one."""
     tracker = tracking.start(
         TrackerConfig(**config["tracker"]),
-        folder=place,
+        folder=folder,
         config=as_typed(config),
         name=name,
         job_type=config["task"]["name"],
@@ -230,24 +232,24 @@ def _track(tracker: Recorder, result: TaskResult) -> None:
 
 
 def read_result(folder: str | Path) -> TaskResult:
-    """The result of an earlier run, from its files.
+    """The result of an earlier run, read from its files.
 
-    Raises StoreError where a file is missing, damaged, or was changed since the run wrote it.
+    Raises StoreError if a file is missing, damaged, or was changed since the run wrote it.
     """
     from saexp.reports.saved import SavedRun
 
-    place = Path(folder)
-    saved = SavedRun(place)
+    path = Path(folder)
+    saved = SavedRun(path)
     metrics, provenance, tables = dict(saved.metrics), saved.provenance, saved.tables()
     figures = {}
     if "evaluation" in tables:
         from saexp.reports.sae_quality import evaluation_figures
 
-        figures = evaluation_figures(place)
+        figures = evaluation_figures(path)
     elif provenance["config"]["task"]["name"] != "analyze":
         pass
     else:
         from saexp.reports.analysis import report_figures
 
-        figures = report_figures(place)
-    return TaskResult(metrics, tables, figures, list(provenance["notes"]), place)
+        figures = report_figures(path)
+    return TaskResult(metrics, tables, figures, list(provenance["notes"]), path)

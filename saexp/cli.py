@@ -1,4 +1,4 @@
-"""The command line: compose with Hydra, run, print the result in a few lines."""
+"""The command line: compose a config with Hydra, run it, print the result in a few lines."""
 
 import contextlib
 import dataclasses
@@ -36,9 +36,9 @@ from saexp.stopping import (
 
 
 def report_once(logger: logging.Logger | None = None) -> None:
-    """For lines that the log files of a logger (the root) cannot take, have one line on stderr.
+    """Report once on stderr that the log files of a logger (by default the root) lose lines.
 
-    Python prints a traceback for each. Lines after them are written if there is room again.
+    Python would print a traceback for each line. Later lines are written if that is possible again.
     """
     for handler in (logger or logging.getLogger()).handlers:
         if isinstance(handler, logging.FileHandler):
@@ -46,7 +46,7 @@ def report_once(logger: logging.Logger | None = None) -> None:
 
 
 class _OneReport:
-    """Stands in for a handler's `handleError`, which is called while the error is handled."""
+    """Replaces a handler's `handleError`, which is called while the error is being handled."""
 
     def __init__(self, handler: logging.FileHandler) -> None:
         self._handler, self._has_reported = handler, False
@@ -57,65 +57,66 @@ class _OneReport:
             logging.FileHandler.handleError(self._handler, record)
         elif not self._has_reported:
             self._has_reported = True
-            sys.stderr.write(f"{self._handler.baseFilename} lacks lines: {error.strerror}\n")
+            sys.stderr.write(f"{self._handler.baseFilename} is incomplete: {error.strerror}\n")
 
 
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
-    """Folder of a sweep's cell: its number and overrides, safe as one path component.
+    """Folder name of a sweep's cell: its number and overrides, safe as a path component.
 
-    What differs between the cells of the sweep (the folder `sweep`) comes first: it must not fall
-    to the 120 bytes that a name may have.
+    Overrides that differ between the cells of the sweep (in the folder `sweep`) come first, so that
+    they survive the limit of 120 bytes.
     """
     from saexp.sweeps.planning import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
     ordered = sorted(_as_typed(overrides), key=lambda w: (key_of(w) not in swept, w))
     safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
-    # 255 bytes is what file systems take.
+    # File systems allow 255 bytes.
     return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
 
 
 def _as_typed(overrides: Sequence[str]) -> list[str]:
-    """Overrides with their interpolations, which the items of a list of OmegaConf resolve."""
+    """Overrides with their interpolations; OmegaConf resolves them when its lists are iterated."""
     if isinstance(overrides, ListConfig):
         overrides = cast(list[str], OmegaConf.to_container(overrides, resolve=False))
     return [str(word) for word in overrides]
 
 
 _GARBAGE = (50_000, 20, 50)
-"""When Python searches for cyclic garbage. A run makes millions of small objects that live to its
-end (tables, prompts, imported code), and the usual thresholds would have it search them for a fifth
-of a run that finds everything cached."""
+"""Thresholds of Python's garbage collector. A run creates millions of small objects that live until
+its end (tables, prompts, imported code); with the default thresholds a fully cached run spends a
+fifth of its time searching them for cycles."""
 
 _LAUNCHERS = ("submitit", "ray", "joblib")
-"""Packages whose errors say that a process of a sweep was lost."""
+"""Packages whose errors mean that a process of a sweep was lost."""
 
 
 _traceback_wanted = False
-"""Whether the user asked for tracebacks, by Hydra's own variable."""
+"""Whether the user asked for tracebacks by Hydra's environment variable, which `main` then changes.
+Set once, at the start of the process; Hydra calls `_job`, so that it cannot be an argument."""
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(raw: DictConfig) -> None:
-    about = HydraConfig.get()
-    if about.mode == RunMode.MULTIRUN:
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN:
         from saexp.pipeline.run_folder import reserved_cell
 
-        with stoppable_cell(), reserved_cell(Path(about.runtime.output_dir)):
-            _run(raw, about)
+        with stoppable_cell(), reserved_cell(Path(job.runtime.output_dir)):
+            _run(raw, job)
         return
-    # Raised here, Hydra would print a line of its own before ours.
+    # If the error left this function, Hydra would print a line of its own.
     try:
-        _run(raw, about)
+        _run(raw, job)
     except SaexpError as error:
         _fail(error)
 
 
-def _run(raw: DictConfig, about: HydraConf) -> None:
-    sweep = Path(about.sweep.dir) if about.mode == RunMode.MULTIRUN else None
-    folder = Path(about.runtime.output_dir)
+def _run(raw: DictConfig, job: HydraConf) -> None:
+    sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
+    folder = Path(job.runtime.output_dir)
     report_once()
-    # Hydra may drop the exception of a signal that comes while it composes.
+    # Hydra may drop the exception of a signal that arrives while it composes the config.
     raise_if_stopped()
     (folder / "error.txt").unlink(missing_ok=True)
     try:
@@ -131,11 +132,11 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
         if failure is None:
             raise
         if sweep:
-            overrides = ",".join(_as_typed(about.overrides.task))
+            overrides = ",".join(_as_typed(job.overrides.task))
             if not (folder / "error.txt").is_file():
                 _track_failure(raw, folder, sweep)
             line = environment.masked(str(failure))
-            print(f"cell {about.job.num} ({overrides}) failed: {line}", file=sys.stderr)
+            print(f"cell {job.job.num} ({overrides}) failed: {line}", file=sys.stderr)
             write_error(folder, f"{type(failure).__name__}: {line}\n")
         if failure is error:
             raise
@@ -144,7 +145,7 @@ def _run(raw: DictConfig, about: HydraConf) -> None:
 
 
 def _command(sweep: Path | None) -> str:
-    """What was typed; a job of a sweep may have other words in its process (submitit)."""
+    """The command as typed; the process of a sweep's job may have other arguments (submitit)."""
     from saexp.reports.saved import read_plan
 
     typed = read_plan(sweep).get("command") if sweep else None
@@ -152,26 +153,26 @@ def _command(sweep: Path | None) -> str:
 
 
 def _in_one_line(error: Exception) -> SaexpError | None:
-    """What the user can fix, as one line; None for what is wrong in saexp."""
+    """An error that the user can fix, as one line; None for an error in saexp."""
     if isinstance(error, SaexpError):
         return error
     return one_line(error) if is_composition_error(error) else explained(error)
 
 
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
-    """A failed run in the sweep's group for a cell that ended before its tracker began."""
+    """Record a failed run in the sweep's group for a cell that ended before its tracker started."""
     from saexp import api
 
-    # The cell's own error is what is reported; its tracker may be what is wrong with it.
+    # The cell's error is reported anyway, and may be caused by the tracker itself.
     with contextlib.suppress(Exception):
-        about: Any = OmegaConf.to_container(raw, resolve=True)
-        sae = about["sae"]
-        name = api.run_name(about["model"]["name"], sae["name"], sae["loader"], about["layer"])
-        api.track_failure(about, folder, name, sweep)
+        config: Any = OmegaConf.to_container(raw, resolve=True)
+        sae = config["sae"]
+        name = api.run_name(config["model"]["name"], sae["name"], sae["loader"], config["layer"])
+        api.track_failure(config, folder, name, sweep)
 
 
 def _summary(result: Any, folder: Path) -> None:
-    """The finding, then where everything is."""
+    """Print the finding, then the path of the report."""
     pages = ("report.html", "dashboard.html")
     page = next((name for name in pages if (folder / name).is_file()), None)
     if page is not None:
@@ -194,17 +195,17 @@ def _summary(result: Any, folder: Path) -> None:
 
 
 def program() -> None:
-    """The process of `python -m saexp`, which does nothing but `main`."""
+    """Entry point of the process `python -m saexp`, which runs nothing but `main`."""
     gc.set_threshold(*_GARBAGE)
     try:
         main()
     finally:
-        # What is imported needs no search for cycles at exit, which takes a second.
+        # Searching imported code for cycles at exit would take a second.
         gc.freeze()
 
 
 def main() -> None:
-    """The command line; anything the user can fix is one line on stderr and exit code 1."""
+    """The command line; an error that the user can fix is one line on stderr and exit code 1."""
     global _traceback_wanted
     before = os.environ.get(FULL_ERROR)
     _traceback_wanted = wants_traceback()
@@ -215,7 +216,7 @@ def main() -> None:
         _fail(error)
     sys.argv[1:] = for_hydra(sys.argv[1:])
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
-    # Hydra would print its own shortened traceback; with this it hands errors on.
+    # Without this variable Hydra would print a shortened traceback instead of raising the error.
     os.environ[FULL_ERROR] = "1"
     try:
         with stoppable(_cells_running) as stopping:
@@ -231,7 +232,7 @@ def main() -> None:
 
 
 def _until_stopped(stopping: Stopping) -> None:
-    """The command, and one line where a signal ended it, whatever became of its exception."""
+    """Run the command, and print one line if a signal ended it, even if its exception was lost."""
     try:
         _guarded()
         raise_if_stopped()
@@ -248,24 +249,24 @@ def _guarded() -> None:
         raise_if_stopped()
         if (failure := _in_one_line(error)) is not None:
             _fail(failure, error)
-        if (failure := _of_folder(error)) is not None:
+        if (failure := _folder_error(error)) is not None:
             _fail(failure, error)
         if type(error).__module__.partition(".")[0] not in _LAUNCHERS:
             _end_of_sweep()
             raise
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        shown = " … ".join(dict.fromkeys([*said[:1], *said[-1:]]))
-        kept = _keep(error)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        shown = " … ".join(dict.fromkeys([*lines[:1], *lines[-1:]]))
+        file = _write_launcher_error(error)
         _fail(
             f"a process of the sweep ended without a result ({type(error).__name__}: {shown}"
-            f"{f'; all of it in {kept}' if kept else ''}); what was finished is kept, and the same "
-            "command computes the rest",
+            f"{f'; full error in {file}' if file else ''}); what was finished is kept, and the "
+            "same command computes the rest",
             error,
         )
 
 
-def _keep(error: Exception) -> Path | None:
-    """A launcher's error with its trace, as a file of the sweep's folder."""
+def _write_launcher_error(error: Exception) -> Path | None:
+    """Write a launcher's error with its traceback to the sweep's folder; returns the file."""
     from saexp.sweeps import planning
 
     folder = planning.running()
@@ -280,13 +281,13 @@ def _keep(error: Exception) -> Path | None:
     return path
 
 
-def _of_folder(error: Exception) -> StoreError | None:
-    """One line for what Hydra could not write in the folder of this process' run or sweep."""
+def _folder_error(error: Exception) -> StoreError | None:
+    """The error if Hydra could not write to the folder of this process's run or sweep."""
     from saexp.pipeline.run_folder import reserved
     from saexp.sweeps import planning
 
     if isinstance(error, ValueError) and isinstance(error.__cause__, OSError):
-        # Of logging, which could not open the log file.
+        # Raised by logging, which could not open the log file.
         error = error.__cause__
     if folder := planning.running():
         return cannot_write_run(error, folder, option=SWEEP_FOLDER)
@@ -294,7 +295,7 @@ def _of_folder(error: Exception) -> StoreError | None:
 
 
 def _cells_running() -> bool:
-    """Whether cells of this process's sweep are running in other processes."""
+    """Whether cells of this process's sweep run in other processes."""
     from saexp.pipeline.run_folder import LOCK
     from saexp.sweeps import planning
 
@@ -303,7 +304,7 @@ def _cells_running() -> bool:
 
 
 def _end_of_sweep() -> None:
-    """Where this was a sweep: its table and report, from whatever cells there are."""
+    """After a sweep: write its table and report, from whatever cells there are."""
     from saexp.sweeps import planning
 
     summary = planning.finish()
@@ -312,7 +313,7 @@ def _end_of_sweep() -> None:
 
 
 def _fail(message: str | SaexpError, cause: BaseException | None = None, code: int = 1) -> NoReturn:
-    """One line on stderr, behind the report of a sweep's other cells."""
+    """Print one line on stderr, after the report of a sweep's other cells, and exit."""
     raise_if_stopped()
     try:
         _end_of_sweep()

@@ -8,70 +8,82 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _RACY_NS = 2 * 10**9
 """A file that changed this recently may change again within one tick of its file system's clock,
-so its digest is not remembered."""
+so its digest is not cached."""
 _PERSISTED_BYTES = 32 * 2**20
-"""Digests of files of at least this size are kept on disk too: hashing them takes a while."""
+"""Digests of files of at least this size are cached on disk too, since hashing them is slow."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_REMEMBERED = "digests.json"
+_CACHE_FILE = "digests.json"
 
 State = tuple[int, int, int, int]
 """(size, time of last change of the content, of the inode, inode), times in ns."""
 
-_known: dict[str, tuple[State, str]] = {}
-_persisted: Path | None = None
+
+@dataclass
+class DigestCache:
+    """Digests of files that this process has read."""
+
+    known: dict[str, tuple[State, str]] = field(default_factory=dict)
+    """Absolute path -> state of the file, and its digest."""
+    file: Path | None = None
+    """File on disk for the digests of large files; see `remember_in`."""
+    code: dict[Any, str | None] = field(default_factory=dict)
+    """Class or function -> digest of its source when it was first asked for."""
+
+
+_CACHE = DigestCache()
+"""One per process: it affects the time that hashing takes, never a result."""
 
 
 def read_sha256(path: Path) -> str:
-    """Hex digest of a file's content, which is read."""
+    """Hex digest of a file's content; always reads the file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content, which is read only where the file may have changed.
+    """Hex digest of a file's content; reads the file only if it may have changed.
 
-    A file of the same size, inode and times as when it was last read holds the same content. The
-    time at which the inode changed is one of them, which no program can set back.
+    A file with the same size, inode and times as when it was last read has the same content. One
+    of the times is that of the inode's last change, which no program can set.
     """
-    place = path.resolve()
-    state, name = _state(place), str(place)
-    if name not in _known and state[0] >= _PERSISTED_BYTES:
-        _known.update(_read_persisted())
-    if name in _known and _known[name][0] == state:
-        return _known[name][1]
-    found = read_sha256(place)
-    settled = time.time_ns() - max(state[1], state[2]) > _RACY_NS
-    if settled and _state(place) == state:
-        _known[name] = (state, found)
+    file = path.resolve()
+    state, name, known = _state(file), str(file), _CACHE.known
+    if name not in known and state[0] >= _PERSISTED_BYTES:
+        known.update(_read_persisted())
+    if name in known and known[name][0] == state:
+        return known[name][1]
+    digest = read_sha256(file)
+    is_old = time.time_ns() - max(state[1], state[2]) > _RACY_NS
+    if is_old and _state(file) == state:
+        known[name] = (state, digest)
         if state[0] >= _PERSISTED_BYTES:
             _persist()
-    return found
+    return digest
 
 
 def remember_in(folder: str | Path) -> None:
-    """Keep the digests of large files in this folder, for later processes."""
-    global _persisted
-    _persisted = Path(folder) / _REMEMBERED
+    """Cache the digests of large files in this folder, for later processes."""
+    _CACHE.file = Path(folder) / _CACHE_FILE
 
 
 def _state(path: Path) -> State:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _read_persisted() -> dict[str, tuple[State, str]]:
-    """What the file lists; nothing where its own checksum says that it is damaged, as a wrong
-    digest would name the content of other weights."""
-    if _persisted is None:
+    """Digests in the cache file; none if its checksum shows that it is damaged, because a wrong
+    digest would identify the content of other weights."""
+    if _CACHE.file is None:
         return {}
     try:
-        content = json.loads(_persisted.read_text("utf-8"))
+        content = json.loads(_CACHE.file.read_text("utf-8"))
         listed = content["digests"]
         if content["checksum"] != digest_of(listed):
             return {}
@@ -81,54 +93,59 @@ def _read_persisted() -> dict[str, tuple[State, str]]:
 
 
 def _persist() -> None:
-    """What cannot be written is hashed again by the next process."""
-    if _persisted is None:
+    """Write the cache file. If that fails, the next process hashes the files again."""
+    if _CACHE.file is None:
         return
-    large = {n: found for n, found in _known.items() if found[0][0] >= _PERSISTED_BYTES}
+    large = {n: entry for n, entry in _CACHE.known.items() if entry[0][0] >= _PERSISTED_BYTES}
     listed = {
         name: [*state, digest] for name, (state, digest) in (_read_persisted() | large).items()
     }
     content = {"digests": listed, "checksum": digest_of(listed)}
-    temporary = _persisted.with_name(f".{_REMEMBERED}.{time.time_ns()}")
+    temporary = _CACHE.file.with_name(f".{_CACHE_FILE}.{time.time_ns()}")
     with suppress(OSError):
-        _persisted.parent.mkdir(parents=True, exist_ok=True)
+        _CACHE.file.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(_persisted)
+            temporary.replace(_CACHE.file)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def content_name(path: Path) -> str:
-    """What a file's content is known by: of a file in the hub's cache the name of its blob, which
-    is its hash already, else the digest of what it holds."""
+    """Identifier of a file's content: in the hub's cache the name of its blob, which is a hash
+    already, otherwise the digest of the content."""
     blob = path.resolve()
-    named = path.is_symlink() and blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name)
-    return blob.name if named else file_sha256(blob)
+    is_blob = path.is_symlink() and blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name)
+    return blob.name if is_blob else file_sha256(blob)
 
 
-def contents(place: Path) -> list[tuple[str, str]]:
-    """(path below `place`, name of its content) of a file, or of all files of a folder."""
-    if place.is_file():
-        return [(place.name, content_name(place))]
-    files = sorted(f for f in place.rglob("*") if f.is_file() and f.suffix != ".pyc")
-    return [(f.relative_to(place).as_posix(), content_name(f)) for f in files]
+def contents(path: Path) -> list[tuple[str, str]]:
+    """(relative path, `content_name`) of a file, or of all files in a folder."""
+    if path.is_file():
+        return [(path.name, content_name(path))]
+    files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix != ".pyc")
+    return [(f.relative_to(path).as_posix(), content_name(f)) for f in files]
 
 
 def digest_of(*parts: Any) -> str:
-    """Hex digest of parts that JSON can write; what it cannot is written by `str`."""
+    """Hex digest of JSON-serialisable parts; other objects are converted by `str`."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@cache
 def code_digest(target: Any) -> str | None:
-    """Digest of the source of a class with its base classes, or of a function, when first asked.
+    """Digest of the source of a function, or of a class and its base classes, when first asked for.
 
-    Of each the Python files of its package, of saexp's own its module alone; base classes of other
-    installed packages are left out. None where part of it is in no file (typed into a notebook), so
-    that nothing tells one version from another.
+    The source is all Python files of the package, or only the module for saexp's own classes; base
+    classes from other installed packages are not included. None if part of the source is not in a
+    file (typed into a notebook), so that versions cannot be distinguished.
     """
+    if target not in _CACHE.code:
+        _CACHE.code[target] = _code_digest(target)
+    return _CACHE.code[target]
+
+
+def _code_digest(target: Any) -> str | None:
     parts: list[Any] = [f"{target.__module__}.{target.__qualname__}"]
     own = target.__module__.partition(".")[0]
     for one in getattr(target, "__mro__", (target,)):
@@ -143,7 +160,7 @@ def code_digest(target: Any) -> str | None:
 
 
 def _source_files(module: str) -> list[Path] | None:
-    """All Python files of a loaded module's package, or its own file; None where it has none."""
+    """All Python files of a loaded module's package, or its own file; None if it has no file."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
@@ -160,7 +177,7 @@ def _in_library(module: str) -> bool:
 
 
 def in_library(file: Path) -> bool:
-    """Whether a file is the standard library's or an installed package's."""
+    """Whether a file belongs to the standard library or to an installed package."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     libraries = {Path(sysconfig.get_path(name)).resolve() for name in names}
     return not libraries.isdisjoint(file.resolve().parents)
@@ -172,7 +189,7 @@ _SEAL = "checksum"
 
 
 def checksums(folder: Path, names: Iterable[str]) -> Checksums:
-    """Size and SHA-256 of those of the named files that exist, read from disk."""
+    """Size and SHA-256, read from disk, of those files in the folder that exist."""
     files = {name: folder / name for name in sorted(names)}
     return {
         name: {"bytes": file.stat().st_size, "sha256": read_sha256(file)}
@@ -182,12 +199,12 @@ def checksums(folder: Path, names: Iterable[str]) -> Checksums:
 
 
 def checksum_of(content: bytes) -> dict[str, Any]:
-    """What `checksums` lists for a file of this content."""
+    """Entry of `checksums` for a file with this content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def is_checksums(listed: object) -> bool:
-    """Whether this has the shape of `Checksums`, and no path leads out of the folder."""
+    """Whether an object has the form of `Checksums`, with no path outside the folder."""
     return isinstance(listed, dict) and all(
         isinstance(about, dict)
         and isinstance(about.get("bytes"), int)
@@ -203,9 +220,9 @@ def difference(
     listed: Mapping[str, Mapping[str, Any]],
     sha256: Callable[[Path], str] = read_sha256,
 ) -> str | None:
-    """The first file that is not as listed, in words (`rows.parquet is missing`); None if all are.
+    """The first difference from the listed checksums (`rows.parquet is missing`); None without any.
 
-    `sha256` reads a file's digest.
+    `sha256` computes a file's digest.
     """
     for name, about in listed.items():
         file = folder / name
@@ -220,16 +237,16 @@ def difference(
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON content with a checksum over the rest of it, as its last key."""
+    """JSON content with a checksum of the rest as its last key."""
     plain = {key: value for key, value in content.items() if key != _SEAL}
     return {**plain, _SEAL: digest_of(plain)}
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-    """Whether there is a checksum over the rest."""
+    """Whether the content has a checksum."""
     return _SEAL in content
 
 
 def has_intact_seal(content: Mapping[str, Any]) -> bool:
-    """Whether there is a checksum over the rest, and the rest is as it was then."""
+    """Whether the content has a checksum that matches the rest."""
     return is_sealed(content) and sealed(content)[_SEAL] == content[_SEAL]

@@ -1,4 +1,4 @@
-"""Errors for things a user can fix: one line, what, where, what to type instead."""
+"""Errors that a user can fix. A message is one line: what, where, what to type instead."""
 
 
 class SaexpError(Exception):
@@ -10,7 +10,7 @@ class ConfigError(SaexpError):
 
 
 class DataError(SaexpError):
-    """A dataset, a text or a row in it that cannot be used; names the file and the line."""
+    """A data set, a text or a row that cannot be used; the message contains file and line."""
 
 
 class ModelError(SaexpError):
@@ -26,4 +26,4 @@ class StoreError(SaexpError):
 
 
 class InterventionError(SaexpError):
-    """An edit that cannot be carried out as asked."""
+    """An intervention that cannot be carried out as requested."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks, and marks of the processes that use a folder."""
+"""Atomic writes, locks between processes, and marks of the processes that use a folder."""
 
 import errno
 import json
@@ -30,16 +30,16 @@ CACHE, SWEEP_FOLDER = "cache_dir=", "hydra.sweep.dir="
 RUN_FOLDER = "hydra.run.dir= (hydra.sweep.dir= of a sweep)"
 """Settings that choose the folder of the cache, of a sweep, and of a run or a sweep's cell."""
 _LIMITS = (errno.EDQUOT, errno.EFBIG)
-"""Of these a limit of the user is the cause, not the disk."""
+"""Errors that a limit of the user causes, not the disk."""
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _reported: set[Path] = set()
-"""Cache directories of which `report_read_only` has warned."""
+"""Cache directories that `report_read_only` warned about, once per process as log lines are."""
 _ATTEMPTS = 3
-"""How often a lock is tried whose folder another process takes away."""
+"""Attempts to take a lock whose folder another process removes."""
 
 
 def show_bytes(n_bytes: int) -> str:
-    """A size for reading: 1.2 GB, powers of ten."""
+    """A readable size such as 1.2 GB, in powers of ten."""
     n = float(n_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
@@ -49,15 +49,15 @@ def show_bytes(n_bytes: int) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error of the operating system says so, or what a library makes of one."""
+    """Whether an error, also as a library reports it, means that the disk is full."""
     if isinstance(error, RuntimeError):
-        # torch.save, whose writer reports no number; other faults have shown when it was opened.
+        # torch.save reports no error number; other faults show when the file is opened.
         return "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
     return _number(error) in _FULL
 
 
 def _number(error: BaseException) -> int | None:
-    """The operating system's number of an error, also where a library has put it into a text."""
+    """The operating system's number of an error, also if a library has put it into a text."""
     patterns = {SafetensorError: r"os error (\d+)", shutil.Error: r"\[Errno (\d+)\]"}
     for kind, pattern in patterns.items():
         if isinstance(error, kind):
@@ -69,9 +69,9 @@ def _number(error: BaseException) -> int | None:
 def cannot_write(
     path: Path, error: Exception, n_bytes: int | None = None, *, option: str = CACHE
 ) -> StoreError:
-    """The one line for a file that could not be written; of a full disk it says what is lacking.
+    """The error for a file that could not be written; for a full disk with the bytes needed.
 
-    `option` is the setting that chooses another folder.
+    `option` is the setting that selects another folder.
     """
     number = _number(error)
     reason = os.strerror(number) if number is not None else " ".join(str(error).split())
@@ -84,7 +84,8 @@ def cannot_write(
         needs = f" needs {show_bytes(n_bytes)}" if n_bytes else ""
         return StoreError(
             f"disk full: {path}{needs}, and {show_bytes(free_bytes(path))} are free; what was "
-            f"finished is kept: make room and run the command again, or choose another {option}"
+            f"finished is kept: free some space and run the command again, or choose another "
+            f"{option}"
         )
     if option in (RUN_FOLDER, SWEEP_FOLDER) and not path.parent.is_dir():
         return _removed(path.parent)
@@ -99,41 +100,40 @@ def cannot_write_run(
     error: BaseException, folder: Path, *, option: str = RUN_FOLDER
 ) -> StoreError | None:
     """The same for an error that was raised without a path, or by a library, while a run wrote to
-    its folder; None for an error of something else."""
+    its folder; None for other errors."""
     if not isinstance(error, OSError):
         return None
-    named = Path(error.filename) if isinstance(error.filename, str) else None
+    path = Path(error.filename) if isinstance(error.filename, str) else None
     if not folder.is_dir():
         return _removed(folder)
     if disk_is_full(error):
-        return cannot_write(named or folder, error, option=option)
-    if named is None or folder.absolute() not in named.absolute().parents:
+        return cannot_write(path or folder, error, option=option)
+    if path is None or folder.absolute() not in path.absolute().parents:
         return None
     if error.errno not in (*_READ_ONLY, errno.ENOTDIR, errno.EEXIST):
         return None
-    return cannot_write(named, error, option=option)
+    return cannot_write(path, error, option=option)
 
 
 def write_error(folder: Path, text: str) -> None:
-    """error.txt of a run that failed. Where even that cannot be written, the error that the user
-    sees is the run's own."""
+    """Write error.txt of a failed run. If that fails too, the user still sees the run's error."""
     with suppress(StoreError):
         write_text(folder / "error.txt", text, option=RUN_FOLDER)
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free where `path` is, or would be."""
+    """Free bytes on the file system of a path, which need not exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def is_writable(cache_dir: str | Path) -> bool:
-    """Whether the cache directory can be written; False, and one warning per process, where it is
-    on a read-only file system or access is denied.
+    """Whether the cache directory is writable; False, with one warning per process, if it is on a
+    read-only file system or access is denied.
 
-    A file is made and removed there, because root passes `os.access`. Whatever else is wrong with
-    it (a full disk, a file instead of a folder) is reported by what is written there next.
+    The test writes a file, because root passes `os.access`. Other problems (a full disk, a file
+    instead of a folder) are reported by the next write.
     """
     folder = Path(cache_dir)
     try:
@@ -148,12 +148,12 @@ def is_writable(cache_dir: str | Path) -> bool:
 
 
 def report_read_only(cache_dir: str | Path, reason: str) -> None:
-    """Warn that nothing can be kept in the cache directory, once per process."""
+    """Warn, once per process, that nothing can be stored in the cache directory."""
     folder = Path(cache_dir).absolute()
     if folder not in _reported:
         _reported.add(folder)
         log.warning(
-            "cache_dir=%s cannot be written: what this run computes is not kept (%s)",
+            "cache_dir=%s is not writable: what this run computes is not stored (%s)",
             *(cache_dir, reason),
         )
 
@@ -167,7 +167,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of entries, is on the disk."""
+    """Wait until a file's content, or a folder's list of entries, is on disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -176,7 +176,7 @@ def sync(path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a killed process left unfinished in a folder that no other process writes now."""
+    """Remove temporary files of killed processes from a folder that no other process writes to."""
     for left in folder.glob(".tmp-*"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
@@ -186,15 +186,15 @@ def remove_temporary(folder: Path) -> None:
 
 
 def _make_parent(path: Path, option: str) -> None:
-    # The folder of a run is made before the run: one that is missing now was removed by the user.
+    # A run's folder is created before the run; if it is missing now, the user removed it.
     if option not in (RUN_FOLDER, SWEEP_FOLDER):
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
-    """Let `write` fill a temporary folder beside `path`, sync it, and rename it into place.
+    """Let `write` fill a temporary folder beside `path`, sync it, and rename it to `path`.
 
-    What was at `path` is replaced. Raises as `write_atomically`.
+    An existing folder is replaced. Raises as `write_atomically`.
     """
     temporary: Path | None = None
     try:
@@ -205,7 +205,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CAC
             sync(file)
         temporary.chmod(0o755)
         if path.is_dir() and not path.is_symlink():
-            # A folder takes no other's place; one that is moved aside is never half there.
+            # A folder cannot replace another one; moving the old one away is atomic.
             earlier = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
             path.replace(earlier)
             temporary.replace(path)
@@ -223,12 +223,12 @@ def write_folder(path: Path, write: Callable[[Path], None], *, option: str = CAC
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, option: str = CACHE) -> None:
-    """Let `write` make a temporary file beside `path`, sync it, and rename it into place.
+    """Let `write` make a temporary file beside `path`, sync it, and rename it to `path`.
 
-    Raises StoreError, in one line that names `option`, where the folder cannot be written or the
-    disk is full.
+    Raises StoreError, with `option` in its message, if the folder cannot be written or the disk is
+    full.
     """
-    # Its name is known before it is there, so that a signal in between leaves none.
+    # The name is known before the file exists, so that it is removed if a signal comes in between.
     temporary = path.parent / f".tmp-{uuid.uuid4().hex[:12]}{path.suffix}"
     try:
         _make_parent(path, option)
@@ -242,12 +242,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, option: str =
 
 
 def write_text(path: Path, text: str, *, option: str = CACHE) -> None:
-    """A text file in UTF-8, whole or not at all; raises as `write_atomically`."""
+    """Write a text file in UTF-8 atomically; raises as `write_atomically`."""
     write_bytes(path, text.encode(), option=option)
 
 
 def write_bytes(path: Path, content: bytes, *, option: str = CACHE) -> None:
-    """A file of these bytes, whole or not at all; raises as `write_atomically`."""
+    """Write bytes to a file atomically; raises as `write_atomically`."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(content)
@@ -256,7 +256,7 @@ def write_bytes(path: Path, content: bytes, *, option: str = CACHE) -> None:
 
 
 def write_json(path: Path, content: Any, *, option: str = CACHE) -> None:
-    """A JSON file, whole or not at all; what JSON does not know is written by `str`.
+    """Write a JSON file atomically; objects that JSON does not know are converted by `str`.
 
     Raises as `write_atomically`, and ValueError for NaN and infinities.
     """
@@ -265,7 +265,7 @@ def write_json(path: Path, content: Any, *, option: str = CACHE) -> None:
 
 
 def write_table(path: Path, table: Any, *, option: str = CACHE) -> None:
-    """A data frame as a parquet file, whole or not at all; raises as `write_atomically`."""
+    """Write a data frame as a parquet file atomically; raises as `write_atomically`."""
 
     def write(temporary: Path) -> None:
         table.to_parquet(temporary, index=False)
@@ -274,16 +274,16 @@ def write_table(path: Path, table: Any, *, option: str = CACHE) -> None:
 
 
 def _lock(path: Path) -> FileLock:
-    # Not bound to a thread: a shard's lock is taken where it is computed, freed where it is written
+    # Not bound to a thread: one thread computes a shard and takes its lock, another one writes it.
     return FileLock(path, thread_local=False)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the operating system frees it when a process dies.
+    """Hold a lock between processes; the operating system releases it when a process dies.
 
-    On file systems without such locks filelock writes a file that names process and host, and
-    breaks it when that process is gone.
+    On file systems without such locks, filelock writes a file with process and host, and breaks
+    the lock when that process is gone.
     """
     lock = try_lock(path, timeout=-1.0)
     assert lock is not None
@@ -294,7 +294,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def try_lock(path: Path, timeout: float = 0.0) -> FileLock | None:
-    """The lock, held, or None where another holds it for longer than `timeout` (-1: wait)."""
+    """The acquired lock, or None if another process holds it for `timeout` seconds (-1: wait)."""
     lock = _lock(path)
     for left in reversed(range(_ATTEMPTS)):
         try:
@@ -303,7 +303,7 @@ def try_lock(path: Path, timeout: float = 0.0) -> FileLock | None:
         except TimeoutError:
             return None
         except FileNotFoundError as error:
-            # The folder was removed in between, by a process that prunes.
+            # A process that prunes the cache removed the folder in between.
             if not left:
                 raise cannot_write(path.parent, error) from error
         except OSError as error:
@@ -314,10 +314,10 @@ def try_lock(path: Path, timeout: float = 0.0) -> FileLock | None:
 
 
 USED = ".used"
-"""Empty file whose time of last change says when a run last used the store."""
+"""Empty file whose modification time is when a run last used the store."""
 FOLDER = ".users"
 TRUST_SECONDS = 86400
-"""A mark of another host that is not locked counts for so long: its locks may not reach here."""
+"""How long an unlocked mark of another host counts: its locks may not be visible here."""
 
 
 def _host() -> str:
@@ -325,14 +325,14 @@ def _host() -> str:
 
 
 class Lease:
-    """This process' mark in a store, from `take` to `release`; lost on fork."""
+    """The mark of this process in a store, from `take` to `release`; not inherited on fork."""
 
     def __init__(self, path: Path, lock: Any) -> None:
         self.path, self._lock, self._pid = path, lock, os.getpid()
 
     @classmethod
     def take(cls, store: Path) -> "Lease | None":
-        """A mark; None, and a line in the log, where none can be written."""
+        """Leave a mark; None, with a log line, if none can be written."""
         path = store / FOLDER / f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}.lock"
         try:
             lock = try_lock(path)
@@ -342,7 +342,7 @@ class Lease:
         return None if lock is None else cls(path, lock)
 
     def release(self) -> None:
-        """Take the mark away; may be called again."""
+        """Remove the mark; can be called again."""
         if self._lock is None or self._pid != os.getpid():
             return
         with suppress(OSError):
@@ -352,45 +352,45 @@ class Lease:
 
 
 class Marked:
-    """A store's folder that is marked from its first use until `close`, or until it is let go."""
+    """A store's folder that is marked from its first use until `close` or garbage collection."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lease: Lease | None = None
 
     def _mark(self) -> None:
-        """Leave a mark of this process; `.create.lock` is held."""
+        """Leave a mark of this process; the caller holds `.create.lock`."""
         self._lease = Lease.take(self.path)
         if self._lease is not None:
             weakref.finalize(self, self._lease.release)
 
     def _use(self) -> None:
-        """Mark the store as used. Raises StoreError where it was pruned meanwhile."""
+        """Mark the store as used. Raises StoreError if it has been pruned."""
         if self._lease is not None or not os.access(self.path, os.W_OK):
             return
         with locked(self.path / ".create.lock"):
             if not (self.path / "manifest.json").is_file():
-                raise StoreError(f"{self.path} was pruned meanwhile; run the command again")
+                raise StoreError(f"{self.path} was pruned in the meantime; run the command again")
             (self.path / USED).touch()
             self._mark()
 
     def close(self) -> None:
-        """Take this object's mark away: the store may be pruned from now on."""
+        """Remove this object's mark, so that the store can be pruned."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
 
 
 def users(store: Path) -> list[str]:
-    """`pid 4711 on host` of each process that uses the store; marks of dead ones are removed."""
-    found = []
+    """`pid 4711 on host` of each process that uses the store; removes marks of dead processes."""
+    processes = []
     for path in sorted((store / FOLDER).glob("*.lock")):
         if is_alive(path):
-            found.append(process_of(path))
+            processes.append(process_of(path))
             continue
         with suppress(OSError):
             path.unlink(missing_ok=True)
-    return found
+    return processes
 
 
 def process_of(mark: Path) -> str:
@@ -410,7 +410,7 @@ def _is_held(path: Path) -> bool:
     try:
         lock = try_lock(path)
     except StoreError:
-        # Of another account, which cannot be tried.
+        # The mark of another account, which cannot be locked.
         return True
     if lock is not None:
         lock.release()

@@ -159,9 +159,10 @@ def register(
         @saexp.register("analyzer", "loudest", config=LoudestConfig)
         class Loudest: ...
 
-    `report_section` is for analyzers: a function of the finished run's files
+    `report_section` is for analyzers: a function of the files that the run saved
     (`saexp.reports.saved.SavedRun`: `.folder`, `.metrics`, `.tables()`, `.config`) that returns
-    HTML, which report.html shows below the analyzer's tables.
+    HTML, or a list of `saexp.reports.analyses_generic.Section`; report.html shows it below the
+    analyzer's tables.
 
     Raises ConfigError when the kind does not exist or the name belongs to another object.
     """

@@ -1,8 +1,8 @@
 """Signals that end a job raise an exception in its main thread, so that it cleans up as after an
-error: SIGTERM (SLURM, `docker stop`), SIGHUP (a terminal that was closed), and Ctrl-C.
+error: SIGTERM (SLURM, `docker stop`), SIGHUP (closed terminal), and Ctrl-C.
 
-A handler that is there already is left in place: `nohup` ignores SIGHUP, and submitit requeues a
-job on SIGUSR1 or SIGUSR2.
+Existing handlers stay in place: `nohup` ignores SIGHUP, and submitit requeues a job on SIGUSR1 or
+SIGUSR2.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from typing import Any, NoReturn
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 _STOP_CELL = signal.SIGURG
-"""From the command to its workers. One that runs no cell ignores it, as every process does by
-default: of a worker that ends, joblib concludes that it crashed, and kills the others."""
+"""Sent by the command to its workers. A worker without a cell ignores it, as processes do by
+default: if a worker ended, joblib would conclude that it crashed, and kill the others."""
 _TWICE_SECONDS = 1.0
-"""`timeout` and some launchers send their signal to the process and to its group: what follows the
-first one within this time does not count as a second."""
+"""A signal within this time after the first one is not counted as a second: `timeout` and some
+launchers send theirs to the process and to its group."""
 _WORKER_SECONDS = 6.0
-"""How long workers have for their cleanup; SLURM kills after 30 s, docker after 10 s."""
+"""How long workers have to clean up; SLURM kills after 30 s, docker after 10 s."""
 _POLL_SECONDS = 0.05
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to end. As Ctrl-C it is not an Exception: nothing goes on."""
+    """A signal asked this process to end; like Ctrl-C not an `Exception`, so nothing catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -41,18 +41,18 @@ class Stopped(KeyboardInterrupt):
 
 
 STOPS = (KeyboardInterrupt.__name__, Stopped.__name__, SystemExit.__name__)
-"""Names of the exceptions of a run that was stopped, not failed; submitit ends a job that it
-requeues by SystemExit."""
+"""Names of the exceptions of a run that was stopped rather than failed; submitit ends a job that
+it requeues with SystemExit."""
 
 
 def message(error: KeyboardInterrupt) -> str:
-    """What stopped the command, and what is left of it."""
+    """What stopped the command, and how to continue."""
     by = f" by {error}" if isinstance(error, Stopped) else ""
-    return f"stopped{by}; what was collected is kept, and the same command goes on from there"
+    return f"stopped{by}; what was collected is kept, and the same command continues from there"
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """128 and the signal's number, as shells have it; 1 after Ctrl-C."""
+    """128 plus the signal's number, as in shells; 1 after Ctrl-C."""
     return 128 + error.number if isinstance(error, Stopped) else 1
 
 
@@ -61,22 +61,22 @@ def _error(number: int) -> KeyboardInterrupt:
 
 
 class Stopping:
-    """Handler of the signals that end this process."""
+    """Handles the signals that end this process."""
 
     def __init__(self, workers_busy: Callable[[], bool] | None = None) -> None:
         self.workers_busy = workers_busy
-        """Whether worker processes of this one have anything to clean up."""
+        """Whether worker processes of this process have something to clean up."""
         self.error: KeyboardInterrupt | None = None
-        """The first signal's exception; None as long as there is none."""
+        """The exception of the first signal; None before it."""
         self.cleaning = False
-        """Whether the exception arrived at the top."""
+        """Whether the exception has reached the top level."""
         self._number = 0
         self._at = 0.0
         self._lost = False
         self._hook = sys.unraisablehook
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        """Raise the signal's exception; at a second signal end at once."""
+        """Raise the signal's exception; at a second signal end immediately."""
         if self.error is None:
             self._at, self._number, self.error = time.monotonic(), number, _error(number)
             self._stop_workers()
@@ -91,13 +91,13 @@ class Stopping:
     def _end_at_once(self, error: KeyboardInterrupt) -> NoReturn:
         for worker in multiprocessing.active_children():
             _send(worker.pid, signal.SIGKILL)
-        # Whatever holds the buffer of sys.stderr may be what is interrupted.
+        # The interrupted code may hold the lock of sys.stderr's buffer.
         os.write(2, f"saexp: {message(error)}\n".encode())
         os._exit(exit_code(error))
 
     def not_raised(self, about: Any) -> None:
-        """`sys.unraisablehook`: the signal came inside a destructor or a callback, where Python
-        drops exceptions; it is sent again."""
+        """`sys.unraisablehook`: sends the signal again if it came in a destructor or a callback,
+        where Python drops exceptions."""
         if self.error is None or about.exc_value is not self.error:
             self._hook(about)
         elif not self.cleaning:
@@ -109,7 +109,7 @@ class Stopping:
             again.start()
 
     def _stop_workers(self) -> None:
-        """Have this process's workers stop their cells; whoever started them then kills them."""
+        """Make the workers of this process stop their cells; their launcher then kills them."""
         workers = multiprocessing.active_children()
         if not workers or self.workers_busy is None:
             return
@@ -122,20 +122,21 @@ class Stopping:
 
 def _send(process: int | None, number: int) -> None:
     if process is not None:
-        # It may have ended.
+        # The process may have ended.
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, number)
 
 
 _current: Stopping | None = None
-"""The handler of this process, while there is one."""
+"""The handler of this process inside `stoppable`. Signal handlers are a state of the process, and
+code far from the command line must learn that one was called (`raise_if_stopped`)."""
 
 
 @contextlib.contextmanager
 def stoppable(
     workers_busy: Callable[[], bool] | None = None, signals: Sequence[int] = _SIGNALS
 ) -> Iterator[Stopping]:
-    """Handle the signals inside; what handled them before does so again afterwards."""
+    """Handle the signals inside the context; the former handlers are restored afterwards."""
     global _current
     stopping = Stopping(workers_busy)
     if threading.current_thread() is not threading.main_thread():
@@ -157,17 +158,17 @@ def stoppable(
 
 
 def raise_if_stopped() -> None:
-    """Raise the signal's exception where other code caught it, or made another error of it."""
+    """Raise the signal's exception if other code caught or replaced it."""
     if _current is not None and _current.error is not None and not _current.cleaning:
         raise _current.error
 
 
 @contextlib.contextmanager
 def stoppable_cell() -> Iterator[None]:
-    """Handle the signals in a worker process of a launcher that leaves SIGTERM alone (joblib).
+    """Handle the signals in a worker process of a launcher that does not handle SIGTERM (joblib).
 
-    A worker whose cell was stopped begins no other one: it waits to be killed by the command, or
-    ends. Nothing changes in the command's own process, and under submitit and Ray, which handle
+    A worker whose cell was stopped starts no other cell: it waits to be killed by the command, then
+    ends. Does nothing in the command's own process, nor under submitit and Ray, which handle
     signals themselves.
     """
     if _current is not None or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -1,4 +1,4 @@
-"""Words of messages and reports."""
+"""Phrases that messages and reports share."""
 
 from collections.abc import Mapping
 from html import escape
@@ -11,16 +11,16 @@ CONTROL_WORDS = {
     "random_kl": "random directions of equal KL",
     "own_group": "patches from other prompts of the same group",
 }
-"""Kinds of control of a causal test; KL is measured on neutral text."""
+"""Kind of control of a causal test -> what reports call it; KL is measured on neutral text."""
 
 
 def counted(n: int, one: str, many: str | None = None) -> str:
-    """A number and its noun: "1 row", "3 rows"; `many` where that is not `one` with an s."""
+    """A number and its noun: "1 row", "3 rows"; `many` is a plural other than `one` with an s."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def brief(text: str, length: int) -> str:
-    """One line of at most this many characters, cut between words."""
+    """The text as one line of at most `length` characters, cut between words."""
     line = " ".join(text.split())
     if len(line) <= length:
         return line
@@ -28,7 +28,7 @@ def brief(text: str, length: int) -> str:
 
 
 def html_table(title: str, rows: Mapping[str, Any]) -> str:
-    """A title and a table of two columns, name and value, as a notebook shows it."""
+    """HTML of a title and a table with the columns name and value, for notebooks."""
     cells = "".join(
         f"<tr><th style='text-align:left'>{escape(str(name))}</th>"
         f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
@@ -38,23 +38,24 @@ def html_table(title: str, rows: Mapping[str, Any]) -> str:
 
 
 def sae_words(about: Any) -> str:
-    """ "SAE of 256 latents", or which control it is; `about` is what provenance.json says of it."""
-    # In a table with trained SAEs the cell is empty.
+    """ "SAE of 256 latents", with the kind of control it is, if any; `about` is its entry in
+    provenance.json."""
+    # In a sweep's table the value is missing for a trained SAE.
     control = f"{about['control']} control " if isinstance(about.get("control"), str) else ""
     return f"{control}SAE of {about['d_sae']} latents"
 
 
 def p_value_words(p_value: float) -> str:
-    """ "= 0.012", or "< 0.001" where it is smaller; "is not defined" of NaN."""
+    """ "= 0.012", "< 0.001" for smaller values, "is not defined" for NaN."""
     if p_value != p_value:
         return "is not defined"
     return f"= {p_value:.2g}" if p_value >= 0.001 else "< 0.001"
 
 
 def is_above_chance(auroc: float, p_value: float, alpha: float) -> bool:
-    """Whether an AUROC, in the direction chosen on the train split, is above 0.5 by its p-value.
+    """Whether an AUROC, in the direction selected on the train split, is significantly above 0.5.
 
-    `p_value` is two-sided, corrected for the number of latents of which it is said.
+    `p_value` is two-sided and corrected for the number of latents that are reported.
     """
     return auroc > 0.5 and p_value <= alpha
 
@@ -62,7 +63,7 @@ def is_above_chance(auroc: float, p_value: float, alpha: float) -> bool:
 def at_chance_words(auroc: float, p_value: float | None, units: str = "entities") -> str:
     """ " (not above chance on held-out entities)" for an AUROC that is not, at level 0.05.
 
-    `p_value` is as in `is_above_chance`; nothing is claimed without one.
+    `p_value` is as in `is_above_chance`; without it the text is empty.
     """
     if p_value is None or p_value != p_value or is_above_chance(auroc, p_value, 0.05):
         return ""

@@ -20,29 +20,29 @@ class AnalyzerConfig:
     n_bootstrap: int = 1000
     """Resamples of the studentised bootstrap over entities, of means (stats, capability)."""
     background_quantile: float = 0.99
-    """Latents are not selected whose density on background tokens is at or above this quantile of
+    """A latent is not selected if its density on background tokens is at or above this quantile of
     the densities of all latents that are active there, and at or above 0.02."""
     background_max: float | None = None
-    """Absolute limit in place of that quantile: the density (0.02 in Ferrando et al. 2024)."""
+    """Absolute limit on that density instead of the quantile (0.02 in Ferrando et al. 2024)."""
     n_background: int = 4000
-    """Random background tokens looked at."""
+    """Random background tokens."""
     top_k: int = 10
     """Latents per direction marked `selected`."""
     match_tokens: bool = True
-    """Resample to equal token counts where the groups' differ."""
+    """Resample entities to equal token counts where those of the groups differ."""
     scores: bool = True
     """Input and output scores of the selected latents (Arad et al. 2025)."""
     attribution: bool = False
-    """What each latent does to the answer's logit, directly and by gradient."""
+    """Effect of each latent on the answer's logit, direct and by gradient."""
     placebo: int = 0
-    """Permutations of the group labels, and latents drawn at random, that the contrast's claim is
-    repeated with: how often it would have been made without cause. 0: none."""
+    """Permutations of the group labels, and random latents, with which the contrast is repeated to
+    estimate how often its claim would be made by chance. 0: none."""
     seed: int = 0
     """Seed of every random choice: rows, background tokens, folds, resamples, placebo."""
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
-            raise ConfigError(f"analyzer.alpha={self.alpha} is no rate; type one such as 0.05")
+            raise ConfigError(f"analyzer.alpha={self.alpha} is not a rate; type one such as 0.05")
         at_least("analyzer.n_bootstrap", self.n_bootstrap, 0)
         at_least("analyzer.n_background", self.n_background, 1)
         at_least("analyzer.top_k", self.top_k, 1)

@@ -30,12 +30,12 @@ class ModelConfig:
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""
     prepend_bos: bool | None = None
-    """Whether texts begin with the BOS token; where not given as the SAE was trained, and as the
-    tokenizer has it where the SAE's files do not say."""
+    """Whether texts begin with the BOS token; null: as the SAE was trained, or, where its files do
+    not say, as the tokenizer does."""
     trust_remote_code: bool = False
-    """Run code that a hub repository brings; off unless you say so."""
+    """Whether to run code from the hub repository."""
     blocks: str | None = None
-    """Module path of the list of blocks, for shapes that are not recognised."""
+    """Module path of the list of blocks, for architectures that are not recognised."""
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     dtype: str = "auto"
@@ -52,15 +52,15 @@ class SAEConfig:
     """A sparse autoencoder and where its files are."""
 
     name: str = MISSING
-    """What to call it in reports and paths."""
+    """Name in reports and paths."""
     loader: str = MISSING
     """`release` (sae-lens' catalogue), `path` (a folder) or `random` (control)."""
     release: str | None = None
-    """Release in sae-lens' catalogue; may hold {model}, see conf/sae/gemmascope.yaml."""
+    """Release in sae-lens' catalogue; may contain {model}, see conf/sae/gemmascope.yaml."""
     id: str | None = None
-    """SAE id inside the release; found from layer and width where not given."""
+    """SAE id in the release; by default determined by layer and width."""
     path: str | None = None
-    """Folder with the SAE's files; may hold {layer} and {width}."""
+    """Folder with the SAE's files; may contain {layer} and {width}."""
     layer: Any = None
     """0-based block index whose stream it reads."""
     width: Any = None
@@ -68,25 +68,25 @@ class SAEConfig:
     default_width: Any = None
     """Width used when `width` is not given."""
     l0: int | None = None
-    """Wanted average L0 where a release has several; the canonical one where not given."""
+    """Target average L0 where a release has several; the canonical one by default."""
     model_name: str | None = None
     """The language model it is used with."""
     architecture: str | None = None
-    """Architecture, for `random` only."""
+    """Architecture (`random` only)."""
     stream: str | None = None
-    """Stream it reads, for files that do not say (`resid_post` …); a contradiction is an error."""
+    """Stream it reads (`resid_post`, …), where its files do not say; an error if they disagree."""
     check: str = "warn"
-    """What follows where it does not fit the stream it reads: warn, error, or off (not looked)."""
+    """What to do if the SAE does not fit the stream it reads: warn, error, or off (not checked)."""
     d_in: int | None = None
-    """Input size, for `random` only; the model's d_model where not given."""
+    """Input size (`random` only); the model's d_model by default."""
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     dtype: str = "float32"
     """dtype of its weights."""
     seed: int = 0
-    """Seed, for `random` only."""
+    """Seed (`random` only)."""
     norm_factor: Any = None
-    """What inputs are multiplied by, where the files do not say: a number, or `estimate`
+    """Factor that inputs are multiplied by, where the files do not say: a number, or `estimate`
     (sqrt(d_in) over the mean norm of ordinary positions of the run's neutral text)."""
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class SAEConfig:
         number = isinstance(factor, int | float) and not isinstance(factor, bool) and factor > 0
         if factor is not None and factor != "estimate" and not number:
             raise ConfigError(
-                f"sae.norm_factor={factor} is no factor; type a number above 0, or estimate"
+                f"sae.norm_factor={factor} is not a factor; type a number above 0, or estimate"
             )
         parse_width(self.width)
         if self.layer is not None:
@@ -104,7 +104,7 @@ class SAEConfig:
 
 
 COLUMNS = ("text", "group", "entity", "span", "entity_type", "prompt", "answer", "id", "split")
-"""Columns of a data file that mean something; all others are kept as they are."""
+"""Columns of a data file that have a meaning; all others are kept as they are."""
 
 
 MISSING_VALUES = (
@@ -125,45 +125,45 @@ class DatasetConfig:
     model_name: str | None = None
     """The language model: shipped entities depend on it."""
     columns: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(COLUMNS))
-    """Our column name -> the file's column name, where they differ."""
+    """Column name of this list -> the file's column name, where they differ."""
     missing_values: list[Any] = field(default_factory=lambda: list(MISSING_VALUES))
     """Texts that count as missing values in a column (a null, NaN or empty cell always does), by
     default those of `pandas.read_csv`. Where NA is a value: 'dataset.missing_values=["null","nan"]'
     """
     groups: list[str] | None = None
-    """The two groups to contrast, first against second; the file's own where not given."""
+    """The two groups to contrast, first against second; by default those of the file."""
     group_rule: str | None = None
-    """Rule on a column that makes the groups, e.g. `matching_tokens == 0`."""
+    """Rule on a column that defines the groups, e.g. `matching_tokens == 0`."""
     entity_types: list[str] | None = None
-    """Keep these entity types only."""
+    """Entity types to keep; all by default."""
     n_examples: int | None = None
-    """Keep at most this many examples per group and type (seeded choice)."""
+    """Most examples per group and entity type (seeded choice)."""
     split: dict[str, float] = field(default_factory=lambda: {"train": 0.5, "val": 0.1, "test": 0.4})
-    """Shares of entities per split, where the data has none."""
+    """Fractions of entities per split, where the data has no splits."""
     template: str | None = None
-    """Text made from each entity, with {entity} and {entity_type}."""
+    """Template of each entity's text, with {entity} and {entity_type}."""
     prompt_template: str | None = None
-    """Prompt interventions run on, with {entity} and {entity_type}."""
+    """Template of the prompt that interventions run on, with {entity} and {entity_type}."""
     hf_split: str = "train"
     """Split of a `datasets` dataset."""
     text: str | None = None
-    """A text given on the command line."""
+    """Text from the command line."""
     answer: str | None = None
     """Its answer."""
     foil: str | None = None
     """A wrong answer to compare with."""
     answer_space: str = "auto"
-    """Whether a space is put before an answer (or foil) given without one: auto (where it belongs
-    between the prompt's last character and the answer's first), always, never (as given)."""
+    """Whether to put a space before an answer (or foil) that has none: auto (where one belongs
+    between the prompt's last character and the answer's first), always, or never."""
     background: str | None = None
-    """File of neutral text for the background filter; the shipped one where not given."""
+    """File of neutral text for the background filter; by default the shipped one."""
     max_length: int = 512
-    """Longest text in tokens, special tokens included; longer ones are cut."""
+    """Longest text in tokens, special tokens included; longer texts are truncated."""
     truncation: str = "skip"
-    """A text that is cut at max_length, where its end decides which tokens are analysed (positions
-    last, negative indices): skip (counted), or keep (read at the cut, with a note)."""
+    """Texts truncated at max_length whose end determines the analysed tokens (positions last,
+    negative indices): skip (and count) them, or keep (read them at the cut, with a note)."""
     seed: int = 0
-    """Seed of the split and of any choice of examples."""
+    """Seed of the split and of the choice of examples."""
 
     def __post_init__(self) -> None:
         at_least("dataset.max_length", self.max_length, 2)
@@ -179,12 +179,12 @@ class DatasetConfig:
             at_least("dataset.n_examples", self.n_examples, 1)
         for name in self.columns:
             one_of("dataset.columns", name, COLUMNS)
-        for name, share in self.split.items():
+        for name, fraction in self.split.items():
             one_of("dataset.split", name, ("train", "val", "test"))
-            at_least(f"dataset.split.{name}", share, 0)
+            at_least(f"dataset.split.{name}", fraction, 0)
         if abs(sum(self.split.values()) - 1) > 1e-6:
             raise ConfigError(
-                f"dataset.split adds up to {sum(self.split.values()):g}; its shares must make 1"
+                f"dataset.split sums to {sum(self.split.values()):g}; its fractions must sum to 1"
             )
 
 
@@ -225,16 +225,16 @@ class PositionsConfig:
     name: str = MISSING
     """Registry name."""
     n: int = 1
-    """How many tokens (`entity_last_n`, `last`, `random`, `after_entity`)."""
+    """Number of tokens (`entity_last_n`, `last`, `random`, `after_entity`)."""
     indices: list[int] | None = None
     """Indices into the text's tokens, negative ones from the end (`indices`)."""
     substring: str | None = None
-    """Text whose tokens are taken (`substring`)."""
+    """Text whose tokens are analysed (`substring`)."""
     include_special: bool = False
-    """Let special tokens (BOS, …) be chosen."""
+    """Whether special tokens (BOS, …) can be chosen."""
     max_norm_ratio: float | None = 5.0
-    """Positions with a norm above this multiple of the stream's median norm (attention sinks) are
-    left out of training and of reconstruction metrics; null: none are."""
+    """Positions whose norm exceeds this multiple of the stream's median norm (attention sinks) are
+    excluded from training and from reconstruction metrics; null: none are."""
     seed: int = 0
     """Seed of `random`."""
 
@@ -244,14 +244,14 @@ class PositionsConfig:
         ratio = self.max_norm_ratio
         if ratio is not None and not ratio > 1:
             raise ConfigError(
-                f"positions.max_norm_ratio={ratio} would leave ordinary positions out; type a "
+                f"positions.max_norm_ratio={ratio} would exclude ordinary positions; type a "
                 "number above 1 such as 5, or null to keep every position"
             )
 
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """Where metrics, tables and figures are sent while and after a run."""
+    """Where metrics, tables and figures are sent."""
 
     name: str = MISSING
     """Registry name: wandb, jsonl or none."""
@@ -260,9 +260,9 @@ class TrackerConfig:
     entity: str | None = None
     """W&B team or user."""
     group: str | None = None
-    """W&B group; a sweep's folder name where not given."""
+    """W&B group; by default the name of the sweep's folder."""
     mode: str | None = None
-    """online, offline or disabled; offline where no key is set or no server answers."""
+    """online, offline or disabled; by default online if a key is set and the server answers."""
 
 
 @dataclass(kw_only=True)
@@ -312,22 +312,22 @@ class ImportedConfig(CollectorConfig):
 
 @dataclass(kw_only=True)
 class StoreConfig:
-    """How activations are collected and kept."""
+    """How activations are collected and stored."""
 
     batch_tokens: Any = "auto"
-    """Tokens per batch of the forward pass, padding included; auto finds what fits."""
+    """Tokens per batch of the forward pass, padding included; auto: as many as fit."""
     shard_rows: int = 65536
     """Rows per shard file."""
     dtype: str = "auto"
     """dtype on disk: auto (the model's own), float32, bfloat16, float16."""
     share_prefixes: bool = True
-    """Compute a long beginning that many texts share once; equal up to rounding."""
+    """Compute a long prefix shared by many texts only once; equal up to rounding."""
 
     def __post_init__(self) -> None:
         if self.batch_tokens != "auto":
             if not str(self.batch_tokens).isdecimal():
                 raise ConfigError(
-                    f"store.batch_tokens={self.batch_tokens} is no number; type auto, or 4096"
+                    f"store.batch_tokens={self.batch_tokens} is not a number; type auto, or 4096"
                 )
             at_least("store.batch_tokens", int(self.batch_tokens), 1)
         at_least("store.shard_rows", self.shard_rows, 1)
@@ -349,24 +349,24 @@ class SAETrainerConfig:
     normalize_activations: str = "expected_average_only_in"
     """Scaling of the streams while training (folded into the weights at the end), or `none`."""
     n_samples: int = 2_000_000
-    """Activation vectors seen in training; the store is read again, shuffled anew, as often as
+    """Activation vectors seen in training; the store is reread in a new order as often as
     needed."""
     batch_size: int = 1024
     """Activation vectors per step."""
     lr: float = 1e-3
     """Learning rate of Adam."""
     lr_warm_up: float = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps during which the learning rate rises from 0."""
     lr_decay: float = 0.2
-    """Share of the steps, at the end, in which it falls to 0."""
+    """Fraction of the steps, at the end, during which it falls to 0."""
     sparsity_warm_up: float = 0.1
-    """Share of the steps in which the sparsity coefficient rises from 0, where there is one."""
+    """Fraction of the steps during which the sparsity coefficient, if any, rises from 0."""
     dead_feature_window: int = 500
-    """Steps without firing after which a latent counts as dead."""
+    """Steps without activation after which a latent counts as dead."""
     held_out: float = 0.1
-    """Share of the texts that is not trained on; every reported number is of these."""
+    """Fraction of the texts that is held out; every reported number is measured on these."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; a killed training goes on from the last one."""
+    """Steps between checkpoints; a killed training resumes from the last one."""
     log_every: int = 25
     """Steps between logged numbers."""
     seed: int = 0
@@ -379,9 +379,11 @@ class SAETrainerConfig:
             at_least(f"sae_trainer.{name}", getattr(self, name), 1)
         for name in ("lr_warm_up", "lr_decay", "sparsity_warm_up"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"sae_trainer.{name}={getattr(self, name)} is no share of steps")
+                raise ConfigError(
+                    f"sae_trainer.{name}={getattr(self, name)} is not a fraction of the steps"
+                )
         if not 0 < self.held_out < 1:
             raise ConfigError(
                 f"sae_trainer.held_out={self.held_out} leaves nothing to train on or to measure; "
-                "type a share such as 0.1"
+                "type a fraction such as 0.1"
             )

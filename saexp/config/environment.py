@@ -1,4 +1,8 @@
-"""Values of a config: numbers, widths and secrets from the environment."""
+"""Values of a config: validation of numbers and widths, and values from the environment.
+
+A value that `oc.env` reads may be a secret. What a run stores, logs or prints shows the
+interpolation that was typed instead.
+"""
 
 import contextlib
 import json
@@ -6,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ def parse_width(value: Any) -> int | None:
     match = re.fullmatch(r"\s*(\d+)\s*([kKmM]?)\s*", str(value))
     if isinstance(value, bool) or not match or int(match[1]) == 0:
         raise ConfigError(
-            f"width={value} is no SAE width; type a number such as width=16k or 16384"
+            f"width={value} is not an SAE width; type a number such as width=16k or 16384"
         )
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
@@ -33,11 +38,11 @@ def parse_layers(value: Any) -> list[int]:
     """A layer, or a list of layers, as a list of integers."""
     layers = value if isinstance(value, list | tuple) else [value]
     if not layers:
-        raise ConfigError("layer=[] names no layer; type a 0-based block index such as layer=12")
+        raise ConfigError("layer=[] contains no layer; type a 0-based block index such as layer=12")
     for layer in layers:
         if isinstance(layer, bool) or not re.fullmatch(r"\d+", str(layer)):
             raise ConfigError(
-                f"layer={layer} is no block index; type a whole number from 0, such as layer=12"
+                f"layer={layer} is not a block index; type a whole number from 0, such as layer=12"
             )
     return [int(layer) for layer in layers]
 
@@ -53,11 +58,11 @@ def parse_coefficients(value: Any) -> list[float]:
             number = float("nan")
         if isinstance(one, bool) or number != number or abs(number) == float("inf"):
             raise ConfigError(
-                f"coefficient={one} is no number; type coefficient=4 or 'coefficient=[0,1,2]'"
+                f"coefficient={one} is not a number; type coefficient=4 or 'coefficient=[0,1,2]'"
             )
         numbers.append(number)
     if not numbers:
-        raise ConfigError("coefficient=[] names no strength; type e.g. coefficient=4")
+        raise ConfigError("coefficient=[] contains no coefficient; type e.g. coefficient=4")
     return numbers
 
 
@@ -79,48 +84,56 @@ def is_whole(value: Any, least: int) -> bool:
 
 
 _SHORTEST = 8
-"""Characters of a value that is replaced wherever a text quotes it; a shorter one, such as `gpu`,
-only where it is the whole value of its setting."""
+"""A value of at least this many characters is replaced wherever a text quotes it; a shorter one,
+such as `gpu`, only where it is the whole value of its setting."""
 
 _CHOICES = re.compile(
     r"(task|dataset|positions|analyzer|intervention|sae_trainer|tracker)\.name"
     r"|intervention\.(?!where_options).+|task\.streams.*|sae\.stream|analyzer\.by"
     r"|dataset\.(groups|entity_types).*|((model|sae|store)\.)?(device|dtype)"
 )
-"""Settings whose values are names that reports look up."""
+"""Settings whose values are names that reports look up, so that they are stored as they are."""
 
-_settings: dict[tuple[str, str], str] = {}
-"""(key, value) -> as typed, of all texts in configs composed so far, and of lists and mappings that
-come from the environment as a whole (as JSON); the last one counts."""
-_quotable: dict[str, str] = {}
-"""Value -> as typed, of values long enough to be replaced in texts."""
 
-Known = tuple[dict[tuple[str, str], str], dict[str, str]]
+@dataclass
+class TypedValues:
+    """What was typed for the values of the configs that this process composed."""
+
+    settings: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(key, value) -> as typed, of all texts, and of lists and mappings that come from the
+    environment as a whole (as JSON); the last one counts."""
+    quotable: dict[str, str] = field(default_factory=dict)
+    """Value -> as typed, of values that are long enough to be replaced in texts."""
+
+
+_TYPED = TypedValues()
+"""One per process, because what must be masked passes through places that no config reaches: log
+handlers, error lines, and the exception hooks of other packages."""
 
 
 def remember(cfg: DictConfig) -> None:
-    """Note which text values of a config depend on the environment, however indirectly."""
+    """Record which text values of a config depend on the environment, however indirectly."""
     with _recording() as read:
         _remember(cfg, "", read)
 
 
-def known() -> Known:
-    """All that was noted in this process, for another one."""
-    return dict(_settings), dict(_quotable)
+def known() -> TypedValues:
+    """A copy of everything that was recorded in this process, for another process."""
+    return TypedValues(dict(_TYPED.settings), dict(_TYPED.quotable))
 
 
-def add(noted: Known) -> None:
-    """Take over what another process noted."""
-    _settings.update(noted[0])
-    _quotable.update(noted[1])
+def add(recorded: TypedValues) -> None:
+    """Add what another process recorded."""
+    _TYPED.settings.update(recorded.settings)
+    _TYPED.quotable.update(recorded.quotable)
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """The config that a run left as typed, with the environment's values of now.
+    """The config that a run stored as typed, with the current values from the environment.
 
     Raises OmegaConf's errors for a variable that is not set.
     """
-    # OmegaConf takes no subclass of dict, which a saved run's content is.
+    # The content of a saved run is a subclass of dict, which OmegaConf refuses.
     plain = json.loads(json.dumps(config))
     content = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     assert isinstance(content, dict)
@@ -129,7 +142,7 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _recording() -> Iterator[dict[str, str]]:
-    """Variables that `oc.env` reads meanwhile, with their values (empty: the default was taken)."""
+    """Variables that `oc.env` reads inside, with their values (empty: the default was used)."""
     read: dict[str, str] = {}
 
     def env(*arguments: Any) -> Any:
@@ -148,33 +161,33 @@ def _remember(cfg: DictConfig | ListConfig, prefix: str, read: dict[str, str]) -
     for key, typed in raw.items() if isinstance(raw, dict) else enumerate(raw or ()):
         path = f"{prefix}{key}"
         read.clear()
-        # What cannot be resolved is an error where the config is used.
+        # A value that cannot be resolved is an error where the config is used.
         with contextlib.suppress(OmegaConfBaseException):
             value = None if typed == "???" else cfg[key]
             if isinstance(value, DictConfig | ListConfig):
                 if not read:
                     _remember(value, f"{path}.", read)
                     continue
-                # By `oc.decode`: its parts are in no place of their own, as typed.
+                # Made by `oc.decode`: its parts have no keys of their own in what was typed.
                 value = OmegaConf.to_container(value, resolve=True)
             if isinstance(value, str | dict | list) and read and not _CHOICES.fullmatch(path):
-                _settings[path, _text(value)] = typed
-                _note_quotable(value, typed, read)
+                _TYPED.settings[path, _text(value)] = typed
+                _record_quotable(value, typed, read)
             elif isinstance(value, str):
-                _settings[path, value] = value
+                _TYPED.settings[path, value] = value
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _note_quotable(value: Any, typed: str, read: dict[str, str]) -> None:
+def _record_quotable(value: Any, typed: str, read: dict[str, str]) -> None:
     texts = {text: f"${{oc.env:{name}}}" for name, text in read.items()}
     texts |= dict.fromkeys(_texts_in(value), typed)
     for text, shown in texts.items():
         # A setting that repeats another one would be shown as `${model.name}`.
-        if len(text) >= _SHORTEST and ("oc.env" in shown or text not in _quotable):
-            _quotable[text] = shown
+        if len(text) >= _SHORTEST and ("oc.env" in shown or text not in _TYPED.quotable):
+            _TYPED.quotable[text] = shown
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -186,7 +199,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def as_typed(config: Any, prefix: str = "") -> Any:
-    """A config's content with the interpolations in place of values from the environment.
+    """A config's content in which values from the environment are replaced by interpolations.
 
     `prefix` is the key of `config` in the whole config, with a dot at its end.
     """
@@ -201,22 +214,22 @@ def _as_typed(value: Any, path: str) -> Any:
     value = str(value) if isinstance(value, Path) else value
     if not isinstance(value, str | dict | list | tuple):
         return value
-    typed = _settings.get((path, _text(value)))
+    typed = _TYPED.settings.get((path, _text(value)))
     if isinstance(value, str):
         return masked(value) if typed is None else typed
     return as_typed(value, f"{path}.") if typed is None else typed
 
 
 def masked(text: str) -> str:
-    """A text with the interpolations in place of values from the environment that it quotes."""
-    for value in sorted(_quotable, key=len, reverse=True):
-        text = text.replace(value, _quotable[value])
+    """A text in which values from the environment are replaced by their interpolations."""
+    for value in sorted(_TYPED.quotable, key=len, reverse=True):
+        text = text.replace(value, _TYPED.quotable[value])
     return text
 
 
 def mask_logs() -> None:
-    """Mask what the log's handlers of this process write."""
-    if _quotable:
+    """Mask what the log handlers of this process write."""
+    if _TYPED.quotable:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_mask_record)
 

@@ -1,4 +1,4 @@
-"""The config group of causal tests. No torch here."""
+"""The config of causal tests. No torch here."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ PLACES = ("all", "entity", "entity_last", "entity_to_end", "last", "prompt", "ge
 UNITS = ("raw", "max_act", "p99_act", "resid_norm")
 DIRECTIONS = ("latents", "mean_difference", "denoised_difference", "probe", "random")
 CONTROL_KINDS = ("frequency", "disruption", "random_norm", "random_kl")
-"""Latents of like activation frequency; any active latents, scaled to equal KL on neutral text;
+"""Latents of similar activation frequency; active latents scaled to equal KL on neutral text;
 random directions of equal norm; random directions scaled to equal KL."""
 RULES = ("always", "active", "at_least")
 SELECTED = "selected"
@@ -21,79 +21,82 @@ PER_LAYER = "selected_per_layer"
 
 @dataclass(kw_only=True)
 class InterventionConfig:
-    """A causal test: what is changed, where, how strongly, and what is looked at."""
+    """A causal test: what is changed, where, how strongly, and which outcomes are measured."""
 
     name: str = MISSING
     """Registry name: `none` runs no causal test."""
     latents: Any = SELECTED
-    """`selected` by the contrast, a list of latent indices, or latents of several layers' SAEs that
-    are changed together: {1: [12, 77], 2: selected}, or selected_per_layer with layers=[1,2]."""
+    """`selected` by the contrast, a list of latent indices, or latents of the SAEs of several
+    layers, changed together: {1: [12, 77], 2: selected}, or selected_per_layer with
+    layers=[1,2]."""
     top_k: int = 4
-    """How many selected latents per direction (and layer) are tested as a group."""
+    """Selected latents per group (and layer) that are tested together."""
     min_output_score: float | None = None
-    """Test selected latents only that score at least this on output (Arad et al. 2025)."""
+    """Test only selected latents with at least this output score (Arad et al. 2025)."""
     directions: list[str] = field(default_factory=lambda: ["latents"])
-    """What is written or removed, several at once: latents, mean_difference, denoised_difference
-    (its part in the span of the latents' decoder rows), probe, random."""
+    """Directions that are added or removed, one or several: latents, mean_difference,
+    denoised_difference (its component in the span of the latents' decoder rows), probe, random."""
     layers: Any = None
-    """Layers that are changed, a list or all, where an intervention can (steer, patch, …); with
-    latents=selected_per_layer, whose SAE's latents are."""
+    """Layers that are changed, a list or all, where the intervention supports it (steer, patch, …);
+    with latents=selected_per_layer, the layers whose SAEs are used."""
     rule: str = "always"
-    """clamp: move a latent always, only where it is active, or raise it to at_least its target."""
+    """clamp: always move a latent to its target, only where it is active, or to at_least its
+    target."""
     values: list[float] | None = None
-    """clamp: targets of named latents in their order, instead of their mean in the other group."""
+    """clamp: targets of the listed latents, in their order; by default their mean in the other
+    group."""
     error: bool = False
-    """splice: add back what the reconstruction misses."""
+    """splice: add the reconstruction error."""
     streams: list[str] = field(default_factory=lambda: ["resid_post"])
-    """patch: streams that are tried: resid_post, attn_out, mlp_out, attn_z."""
+    """patch: streams to patch, one after another: resid_post, attn_out, mlp_out, attn_z."""
     heads: Any = None
-    """patch: heads of attn_z that are tried one by one, a list or all."""
+    """patch: heads of attn_z to patch, one after another, a list or all."""
     embedding: bool = False
-    """orthogonalize: take the directions out of the embeddings too."""
+    """orthogonalize: remove the directions from the embeddings too."""
     unit: str = "resid_norm"
     """Unit of the coefficient: raw, max_act, p99_act or resid_norm (the stream's
     median norm over ordinary positions)."""
     default_coefficients: list[float] = field(default_factory=lambda: [0.0, 0.3, 0.6, 0.9])
     """Coefficients used when `coefficient` is not given."""
     coefficient: Any = None
-    """Strength, a number or a list."""
+    """Coefficient, a number or a list."""
     where: str = "entity_last"
-    """Tokens changed: all, entity, entity_last, entity_to_end, last, prompt, generated, or any
-    option of the positions group (in chat, one that counts tokens counts the user's message)."""
+    """Tokens that are changed: all, entity, entity_last, entity_to_end, last, prompt, generated, or
+    any option of the positions group (in chat, token counts refer to the user's message)."""
     where_options: dict[str, Any] = field(default_factory=dict)
-    """Settings of that positions option, such as {n: 2}."""
+    """Settings of that positions option, fields of `PositionsConfig`, such as {n: 2}."""
     n_controls: int = 99
-    """Controls of each kind per main condition at its chosen coefficient, on test prompts; the
-    smallest p-value is 1 / (n_controls + 1). 0: no controls at all."""
+    """Controls of each kind per main condition, at its selected coefficient, on test prompts; the
+    smallest p-value is 1 / (n_controls + 1). 0: no controls."""
     n_curve_controls: int = 10
-    """Controls (at most n_controls) per condition at every coefficient: of the kinds frequency and
-    random_norm, on train prompts too, where they help to choose the coefficient."""
+    """Controls (at most n_controls) per condition at every coefficient, of the kinds frequency and
+    random_norm; on train prompts too, where they help to select the coefficient."""
     control_kinds: list[str] = field(default_factory=lambda: list(CONTROL_KINDS))
-    """What is compared with: frequency (latents of like activation frequency), disruption (latents
-    scaled to equal KL on neutral text), random_norm and random_kl (random directions of equal norm,
-    of equal KL); those that the intervention can have (see saexp/interventions/controls.py)."""
+    """Kinds of control: frequency (latents of similar activation frequency), disruption (latents
+    scaled to equal KL on neutral text), random_norm and random_kl (random directions of equal norm
+    or KL); kinds that do not apply to the intervention are left out."""
     frequency_caliper: float = 2.0
-    """Largest factor between the activation frequencies of a latent and its control."""
+    """Largest ratio between the activation frequencies of a latent and its control."""
     kl_caliper: float = 1.1
-    """Largest factor between the KL of a condition and of controls scaled to equal KL."""
+    """Largest ratio between the KL of a condition and of controls scaled to equal KL."""
     n_prompts: int = 100
     """Prompts per group, from the test split (seeded choice)."""
     n_choice_prompts: int = 40
-    """Prompts per group from the train split, on which the reported coefficient is chosen."""
+    """Prompts per group from the train split, on which the reported coefficient is selected."""
     max_new_tokens: int = 30
     """Longest generation in tokens."""
     temperature: float = 0.0
-    """Sampling temperature, seeded per prompt; 0 takes the likeliest token."""
+    """Sampling temperature, seeded per prompt; 0 is greedy decoding."""
     outcomes: list[str] = field(default_factory=lambda: ["refusal"])
-    """What is scored, registry names of kind `outcome`."""
+    """Outcomes, registry names of kind `outcome`."""
     n_neutral: int = 10
-    """Neutral texts on which the cost is measured (outcome neutral_kl)."""
+    """Neutral texts on which side effects are measured (outcome neutral_kl)."""
     prediction_test: bool = False
-    """Beside the rank p-value among controls, that of the prediction t-test, which takes controls
-    for normally distributed and has no smallest value."""
+    """Report the p-value of a prediction t-test beside the rank p-value among controls; it assumes
+    that controls are normally distributed and has no smallest value."""
     batch_tokens: Any = "auto"
-    """Tokens per batch of prompts, padding included; auto: what keeps the KV cache in 2 GiB, at
-    most 65536 (16384 on a CPU)."""
+    """Tokens per batch of prompts, padding included; auto: as many as keep the KV cache within
+    2 GiB, at most 65536 (16384 on a CPU)."""
     seed: int = 0
     """Seed of the choice of prompts and controls."""
 
@@ -114,7 +117,7 @@ class InterventionConfig:
         if self.batch_tokens != "auto":
             if not str(self.batch_tokens).isdecimal():
                 raise ConfigError(
-                    f"intervention.batch_tokens={self.batch_tokens} is no number; type auto, or "
+                    f"intervention.batch_tokens={self.batch_tokens} is not a number; type auto, or "
                     "8192"
                 )
             at_least("intervention.batch_tokens", int(self.batch_tokens), 1)
@@ -133,13 +136,13 @@ class InterventionConfig:
         return isinstance(self.latents, dict) or self.latents == PER_LAYER
 
     def latents_at(self, layer: int) -> Any:
-        """`selected`, or the latents named, of a layer's SAE."""
+        """The latents listed for a layer's SAE, or `selected`."""
         if isinstance(self.latents, dict):
             return self.latents[layer]
         return SELECTED if self.latents == PER_LAYER else self.latents
 
     def latent_layers(self, n_layers: int) -> list[int]:
-        """Layers that `latents` names, of a model with so many; none where it names none."""
+        """Layers that `latents` lists, for a model of `n_layers`; none if it lists no layers."""
         if isinstance(self.latents, dict):
             return sorted(self.latents)
         if not self.by_layer:
@@ -149,16 +152,16 @@ class InterventionConfig:
     def targets_at(self, layer: int) -> dict[int, float]:
         """clamp: latents of a layer's SAE -> `values`."""
         assert self.values is not None
-        given = dict(zip(self._named(), self.values, strict=True))
+        targets = dict(zip(self._listed(), self.values, strict=True))
         if isinstance(self.latents, dict):
-            return {latent: value for (at, latent), value in given.items() if at == layer}
-        return {latent: value for (_, latent), value in given.items()}
+            return {latent: value for (at, latent), value in targets.items() if at == layer}
+        return {latent: value for (_, latent), value in targets.items()}
 
-    def _named(self) -> list[tuple[int | None, int]]:
-        """(layer, latent) of every latent named, in order; no layer for the run's own SAE."""
+    def _listed(self) -> list[tuple[int | None, int]]:
+        """(layer, latent) of every latent listed, in order; layer None is that of the run's SAE."""
         if isinstance(self.latents, dict):
-            listed = {k: v for k, v in self.latents.items() if isinstance(v, list)}
-            return [(layer, latent) for layer, named in listed.items() for latent in named]
+            lists = {k: v for k, v in self.latents.items() if isinstance(v, list)}
+            return [(layer, latent) for layer, latents in lists.items() for latent in latents]
         return [(None, latent) for latent in self.latents] if _is_list(self.latents) else []
 
     def _check_controls(self) -> None:
@@ -189,15 +192,15 @@ class InterventionConfig:
             wrong = self.latents not in (SELECTED, PER_LAYER) and not _is_list(self.latents)
         if wrong:
             raise ConfigError(
-                f"intervention.latents={self.latents} names no latents; type selected, a list such "
-                "as '[1234,77]', or latents by layer, '{1:[12,77],2:selected}'"
+                f"intervention.latents={self.latents} contains no latents; type selected, a list "
+                "such as '[1234,77]', or latents by layer, '{1:[12,77],2:selected}'"
             )
         if not self.by_layer:
             return
         if self.directions != ["latents"]:
             raise ConfigError(
-                f"intervention.latents={self.latents} are latents of several layers, which go with "
-                f"'intervention.directions=[latents]' alone, not {self.directions}"
+                f"intervention.latents={self.latents} are latents of several layers, which need "
+                f"'intervention.directions=[latents]', not {self.directions}"
             )
         if self.latents == PER_LAYER and self.layers is None:
             raise ConfigError(
@@ -206,7 +209,7 @@ class InterventionConfig:
             )
         if isinstance(self.latents, dict) and self.layers is not None:
             raise ConfigError(
-                f"intervention.latents={self.latents} names its layers itself; leave out "
+                f"intervention.latents={self.latents} lists its own layers; leave out "
                 "intervention.layers"
             )
         if self.name in ("splice", "patch"):
@@ -217,21 +220,21 @@ class InterventionConfig:
     def _check_values(self) -> None:
         if self.values is None:
             return
-        n = len(self._named())
+        n = len(self._listed())
         if len(self.values) != n:
             raise ConfigError(
-                f"intervention.values has {len(self.values)} targets for {n} named latents; "
-                "name as many in intervention.latents"
+                f"intervention.values has {len(self.values)} targets for {n} listed latents; "
+                "list as many in intervention.latents"
             )
         if isinstance(self.latents, dict) and SELECTED in self.latents.values():
             raise ConfigError(
-                "intervention.values gives targets of named latents, and intervention.latents="
-                f"{self.latents} leaves some to be selected; name them all"
+                "intervention.values sets the targets of listed latents, but intervention.latents="
+                f"{self.latents} leaves some to be selected; list them all"
             )
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it is a list of latent indices."""
+    """Whether a value is a list of latent indices."""
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors in one line: what, where, what to type instead."""
+"""Errors of Hydra and OmegaConf as one line: what, where, what to type instead."""
 
 import re
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def is_composition_error(error: BaseException) -> bool:
 
 
 def one_line(error: Exception) -> SaexpError:
-    """The same error as a SaexpError of one line."""
+    """The error as a SaexpError with a message of one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, SaexpError):

@@ -8,6 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io
 
+from saexp import registry
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports.capability import CAPABILITY
 from saexp.reports.contrast import CONTRAST
@@ -123,7 +124,19 @@ def _custom_sections(run: SavedRun) -> list[Section]:
         if table is not None:
             text = f"All rows are in {name}.parquet."
             sections.append(Section(name, text, tables=[as_table(table)]))
-    return sections
+    return [*sections, *_plugin_sections(run)]
+
+
+def _plugin_sections(run: SavedRun) -> list[Section]:
+    """What the function that a plugin registered as `report_section` of its analyzer returns."""
+    name = run.config["analyzer"]["name"]
+    section = registry.report_section("analyzer", name)
+    if section is None:
+        return []
+    content = section(run)
+    if isinstance(content, str):
+        return [Section(name.replace("_", " "), html=content)]
+    return list(content)
 
 
 def _custom_metrics(run: SavedRun) -> dict[str, float | int | None]:

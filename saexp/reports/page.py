@@ -85,6 +85,8 @@ class Section:
     """(name, caption)."""
     tables: list[Table] = field(default_factory=list)
     strips: list[Strip] = field(default_factory=list)
+    html: str = ""
+    """Content of a plugin's section, inserted as it is."""
 
 
 @dataclass(frozen=True)

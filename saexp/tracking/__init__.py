@@ -17,7 +17,7 @@ Metrics = Mapping[str, float | int | None]
 
 
 class Recorder(Protocol):
-    """A sink for one open run."""
+    """Records one open run."""
 
     def metrics(self, values: Metrics) -> None:
         """Record numbers."""
@@ -37,7 +37,7 @@ class Recorder(Protocol):
 
 
 class Tracker(Recorder, Protocol):
-    """A sink for one run, to be opened."""
+    """Records one run, after `start`."""
 
     def start(
         self,
@@ -53,45 +53,45 @@ class Tracker(Recorder, Protocol):
 
 
 class NullTracker:
-    """Sends nothing anywhere."""
+    """Records nothing."""
 
     def __init__(self, cfg: TrackerConfig) -> None:
         self.cfg = cfg
 
     def start(self, **_: Any) -> None:
-        """Nothing to open."""
+        """Do nothing."""
 
     def metrics(self, values: Metrics) -> None:
-        """Nothing recorded."""
+        """Do nothing."""
 
     def table(self, name: str, table: Any) -> None:
-        """Nothing recorded."""
+        """Do nothing."""
 
     def figure(self, name: str, figure: Any) -> None:
-        """Nothing recorded."""
+        """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 class JsonlTracker(NullTracker):
     """Appends one JSON object per event to `tracker.jsonl` in the run's folder."""
 
     def start(self, *, folder: Path, **about: Any) -> None:
-        """Open the file and write config, name, group and job type."""
+        """Write config, name, group and job type as the first line."""
         self.path = folder / "tracker.jsonl"
         self._write("start", about)
 
     def metrics(self, values: Metrics) -> None:
-        """One line with all numbers."""
+        """Write a line with all numbers."""
         self._write("metrics", dict(values))
 
     def table(self, name: str, table: Any) -> None:
-        """One line with the table's name, columns and row count."""
+        """Write a line with the table's name, columns and number of rows."""
         self._write("table", {"name": name, "columns": list(table.columns), "n_rows": len(table)})
 
     def figure(self, name: str, figure: Any) -> None:
-        """One line with the figure as plotly JSON."""
+        """Write a line with the figure as plotly JSON."""
         self._write("figure", {"name": name, "figure": json.loads(figure.to_json())})
 
     def finish(self, exit_code: int) -> None:
@@ -108,7 +108,7 @@ class JsonlTracker(NullTracker):
 
 
 class Guarded:
-    """A started tracker whose errors never reach the run: one warning, and the run goes on."""
+    """A started tracker whose errors become one warning, so that they never end the run."""
 
     def __init__(self, tracker: Tracker, name: str) -> None:
         self._tracker, self._name = tracker, name
@@ -159,8 +159,8 @@ def start(
 ) -> Guarded:
     """Open a run with the configured tracker.
 
-    Raises what the tracker raises here, before any work: a setting that the user can fix. Nothing
-    that it raises later does.
+    Errors of the tracker's `start` are raised, before any work: they concern settings that the
+    user can fix. Later errors are not, see `Guarded`.
     """
     tracker: Tracker = registry.build("tracker", cfg)
     tracker.start(folder=folder, config=config, name=name, job_type=job_type, group=group)

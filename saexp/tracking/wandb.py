@@ -1,9 +1,8 @@
 """Weights & Biases as a tracker. The only module that imports wandb.
 
-An outage of the server never stops a run and delays it by at most 10 s: starting a run online
+An outage of the server never stops a run and delays it by at most 10 s: the start of an online run
 waits a few seconds, and its end waits for the upload only as long as the server answers. Otherwise
-the run is recorded offline, and the upload is left to `wandb sync`, which finds everything in the
-run's folder.
+the run is recorded offline in the run's folder, for a later `wandb sync`.
 """
 
 import atexit
@@ -19,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,38 @@ from saexp.tracking import Metrics, NullTracker, brief
 log = logging.getLogger(__name__)
 
 _INIT_SECONDS = 4.0
-"""How long a run waits for the server at its start; WANDB_INIT_TIMEOUT replaces it."""
+"""How long the start of a run waits for the server; WANDB_INIT_TIMEOUT overrides it."""
 _UPLOAD_SECONDS = 300.0
 """How long the end of a run waits for an upload to a server that answers; WANDB_FINISH_TIMEOUT
-replaces it, and 0 means without a limit."""
+overrides it, and 0 means no limit."""
 _CHECK_SECONDS, _ANSWER_SECONDS = 4.0, 2.0
 """How often the end of a run asks whether the server still answers, and how long that may take."""
 _RECORD_SECONDS = 5.0
-"""How long recording a run again may take."""
+"""How long recording a run again offline may take."""
 _GRACE_SECONDS = 1.0
-"""How long W&B's own process may take beyond that, and to end."""
+"""How much longer W&B's service process may take, and how long it may take to end."""
 _EXIT_SECONDS = 5.0
-"""How long the end of this process may take beyond that after an outage."""
+"""How much longer the end of this process may take after an outage."""
 
-_unreachable: set[str] = set()
-"""Servers (base URLs) that did not answer a run of this process; later runs do not wait again."""
-_exit_codes: list[int] = []
-"""How the runs of this process ended."""
+
+@dataclass
+class _Process:
+    """What the runs of one process have in common."""
+
+    unreachable: set[str] = field(default_factory=set)
+    """Servers (base URLs) that did not answer; later runs do not wait for them again."""
+    exit_codes: list[int] = field(default_factory=list)
+    """How the runs ended."""
+    limits_exit: bool = False
+    """Whether `_limit_exit` was called."""
+
+
+_PROCESS = _Process()
+"""One per process, because W&B has one service per process, which can delay the process's exit."""
 
 
 def has_key() -> bool:
-    """Whether W&B could log in without asking: a key in the environment or in netrc."""
+    """Whether W&B can log in without a prompt: a key in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
@@ -60,7 +70,7 @@ def has_key() -> bool:
 
 
 def _content(path: Path) -> bytes:
-    """A file's bytes; none where it is absent or cannot be read."""
+    """A file's bytes; empty if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except OSError:
@@ -79,13 +89,13 @@ def _seconds(name: str, default: float) -> float:
 
 
 class WandbTracker(NullTracker):
-    """Weights & Biases; offline by itself where no key is set or no server answers, no prompt."""
+    """Weights & Biases; offline where no key is set or no server answers, never with a prompt."""
 
     def __init__(self, cfg: TrackerConfig) -> None:
         super().__init__(cfg)
         if cfg.mode not in (None, "online", "offline", "disabled"):
             raise ConfigError(f"tracker.mode={cfg.mode}: choose online, offline or disabled")
-        # W&B's own telemetry waits 20 s at exit for a server that hangs.
+        # W&B's telemetry waits 20 s at exit for a server that hangs.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -96,7 +106,7 @@ class WandbTracker(NullTracker):
         """Whether the run is offline only because the server did not answer."""
         self._about: dict[str, Any] = {}
         self._logged: list[_Content] = []
-        """Of an online run, what it takes to record it again offline."""
+        """What an online run logged, to record it again offline."""
         self._failure: Exception | None = None
 
     def start(
@@ -108,12 +118,12 @@ class WandbTracker(NullTracker):
         job_type: str,
         group: str | None,
     ) -> None:
-        """Open a W&B run in the run's folder; offline where the server does not answer."""
-        asked = self.cfg.mode or os.environ.get("WANDB_MODE")
-        if asked == "online" and not has_key():
-            typed = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
+        """Open a W&B run in the run's folder; offline if the server does not answer."""
+        requested = self.cfg.mode or os.environ.get("WANDB_MODE")
+        if requested == "online" and not has_key():
+            source = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
             raise ConfigError(
-                f"{typed}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
+                f"{source}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
                 "first, or type tracker.mode=offline"
             )
         self._about = {
@@ -126,10 +136,10 @@ class WandbTracker(NullTracker):
             "dir": str(folder),
             "reinit": "create_new",
         }
-        mode = asked or ("online" if has_key() else "offline")
+        mode = requested or ("online" if has_key() else "offline")
         if mode != "online":
             self._open(mode)
-        elif self._server() in _unreachable or not self._open_online():
+        elif self._server() in _PROCESS.unreachable or not self._open_online():
             self.outage = True
             self._open("offline")
 
@@ -137,7 +147,7 @@ class WandbTracker(NullTracker):
         return os.environ.get("WANDB_BASE_URL", "")
 
     def _settings(self) -> Any:
-        """Quiet, and with short waits where this version of wandb knows them."""
+        """Quiet, with short timeouts as far as this version of wandb supports them."""
         values = {
             "silent": True,
             "console": "off",
@@ -151,7 +161,8 @@ class WandbTracker(NullTracker):
 
     def _init(self, mode: str) -> Any:
         run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
-        # W&B notes what is imported later: an import would fail where its process is gone.
+        # W&B records later imports, which would fail once its process is gone. W&B has no public
+        # method for this.
         run._unregister_telemetry_import_hooks(run.id)
         return run
 
@@ -165,9 +176,9 @@ class WandbTracker(NullTracker):
             log.warning("W&B records nothing of this run: %s", brief(error))
 
     def _open_online(self) -> bool:
-        """Open a run on the server; False, after one warning, where it does not answer.
+        """Open a run on the server; False, after one warning, if it does not answer.
 
-        Raises ConfigError where the server refuses the key, the entity or the project.
+        Raises ConfigError if the server refuses the key, the entity or the project.
         """
         authentication = self.wandb.errors.AuthenticationError
         try:
@@ -203,7 +214,8 @@ class WandbTracker(NullTracker):
         )
 
     def _answer(self, seconds: float) -> tuple[int | None, bytes]:
-        """Status and body of the server's answer to whose the key is; None without an answer."""
+        """Status and body of the server's answer to a query for the key's owner; status None if it
+        does not answer."""
         settings = self.wandb.setup().settings
         key = base64.b64encode(f"api:{settings.api_key}".encode()).decode()
         request = urllib.request.Request(
@@ -227,17 +239,17 @@ class WandbTracker(NullTracker):
         return answers[0] if answers else (None, b"")
 
     def metrics(self, values: Metrics) -> None:
-        """Numbers go to the run's summary and history."""
-        known = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
-        self._log(lambda: known)
+        """Record numbers in the run's summary and history."""
+        finite = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
+        self._log(lambda: finite)
 
     def table(self, name: str, table: Any) -> None:
-        """A W&B table."""
+        """Record a W&B table."""
 
         def content() -> dict[str, Any]:
-            # W&B takes pandas' own missing value for a type of its own; None it knows.
+            # W&B treats pandas' missing value as a separate type, but knows None.
             plain = table.astype(object).where(table.notna(), None)
-            # Rows as lists: from a DataFrame W&B looks every value up, ten times slower.
+            # From a DataFrame W&B looks up every value, which is ten times slower than from lists.
             converted = self.wandb.Table(
                 columns=list(plain.columns),
                 data=plain.to_numpy().tolist(),
@@ -249,7 +261,7 @@ class WandbTracker(NullTracker):
         self._log(content)
 
     def figure(self, name: str, figure: Any) -> None:
-        """An interactive W&B figure."""
+        """Record an interactive W&B figure."""
         self._log(lambda: {f"figures/{name}": self.wandb.Plotly(figure)})
 
     def _log(self, content: "_Content") -> None:
@@ -268,15 +280,15 @@ class WandbTracker(NullTracker):
             self._failure = error
 
     def finish(self, exit_code: int) -> None:
-        """Finish the run with its exit code; what could not be uploaded is left to wandb sync."""
-        _exit_codes.append(exit_code)
+        """Finish the run with its exit code; what was not uploaded remains for `wandb sync`."""
+        _PROCESS.exit_codes.append(exit_code)
         if self.run is None:
             return
         folder = Path(self.run.dir).parent
         run = _Call(lambda: self.run.finish(exit_code=exit_code))
         if self.online:
             limit = _seconds("WANDB_FINISH_TIMEOUT", _UPLOAD_SECONDS) or math.inf
-            # A run that was stopped has no time: SLURM kills 30 s after its signal.
+            # A run that was stopped has little time: SLURM kills it 30 s after its signal.
             self._wait_for_upload(run, min(limit, _CHECK_SECONDS) if exit_code else limit)
         else:
             run.join(None)
@@ -298,7 +310,7 @@ class WandbTracker(NullTracker):
         log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
 
     def _wait_for_upload(self, finish: "_Call", limit: float) -> None:
-        """Until the upload has ended, at most `limit` seconds and while the server answers."""
+        """Wait for the upload, at most `limit` seconds and only while the server answers."""
         end, reported = time.monotonic() + limit, False
         while not finish.join(min(_CHECK_SECONDS, max(0.0, end - time.monotonic()))):
             if time.monotonic() >= end:
@@ -311,34 +323,35 @@ class WandbTracker(NullTracker):
             reported = True
 
     def _record_offline(self, exit_code: int) -> None:
-        """Record an online run again, whose own file may lack what W&B's process still held."""
+        """Record an online run again: its file may lack what W&B's process had not written yet."""
         self.run = None
         if (process := _service()) is not None:
-            # It may wait for the server without an end, and this run's end with it.
+            # It may wait for the server forever, and the end of this run with it.
             process.kill()
         self._replace_service()
         self._open("offline")
         if self.run is None:
             return
         for content in self._logged:
-            # What W&B cannot show was reported when it was logged first.
+            # An error was reported when this was logged for the first time.
             with suppress(Exception):
                 self.run.log(content())
         self.run.finish(exit_code=exit_code)
 
     def _replace_service(self) -> None:
-        """Let W&B start a new process where its old one is gone."""
+        """Let W&B start a new process if its old one is gone."""
         if _service_ended():
             _within(_GRACE_SECONDS, self.wandb.teardown)
 
     def _give_up(self) -> None:
-        """Later runs of this process do not wait for the server, and neither does its exit."""
-        _unreachable.add(self._server())
+        """Stop waiting for the server, in later runs of this process and at its exit."""
+        _PROCESS.unreachable.add(self._server())
         _limit_exit()
 
 
 _Content = Callable[[], Mapping[str, Any]]
-"""Makes what a run logs at once; W&B's tables can be logged once only."""
+"""Makes the values of one call of `log`; it is called again to log them a second time, because a
+W&B table can be logged only once."""
 
 
 def _sync(folder: Path) -> str:
@@ -346,9 +359,10 @@ def _sync(folder: Path) -> str:
 
 
 def _log_artifacts_without_asking(run: Any) -> None:
-    """Leave a table's upload to W&B's process.
+    """Leave the upload of a table to W&B's process.
 
-    Online, W&B asks the server about each table in the thread that logs it, for up to 30 s.
+    Online, W&B queries the server about each table in the thread that logs it, for up to 30 s.
+    There is no public setting against this.
     """
     log_artifact, settings = run.log_artifact, run._settings
 
@@ -363,7 +377,7 @@ def _log_artifacts_without_asking(run: Any) -> None:
 
 
 class _Call:
-    """A call in a thread of its own, which is abandoned where it takes too long."""
+    """A call in a separate thread, which can be abandoned if it takes too long."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._errors: list[Exception] = []
@@ -379,12 +393,12 @@ class _Call:
         self._thread.start()
 
     def join(self, seconds: float | None) -> bool:
-        """Wait for so long; whether the call has ended."""
+        """Wait up to so many seconds; returns whether the call has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def result(self) -> tuple[Exception | None, bool]:
-        """The call's error (a TimeoutError where it still runs), and whether it has ended."""
+        """The call's error (TimeoutError if it is still running), and whether it has ended."""
         if self._thread.is_alive():
             seconds = time.monotonic() - self._began
             return TimeoutError(f"no answer within {seconds:.0f} s"), False
@@ -392,22 +406,23 @@ class _Call:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> None:
-    """Call, and go on after so many seconds at the latest."""
+    """Call a function, and return after at most so many seconds."""
     _Call(call).join(seconds)
 
 
 def _service() -> Any:
-    """The process of W&B that this one started, as a Popen object; None where there is none."""
+    """The service process that W&B started, as a Popen object; None if there is none. W&B has no
+    public way to get it."""
     from wandb.sdk import wandb_setup
 
-    found: Any = wandb_setup
+    attribute: Any = wandb_setup
     for name in ("_singleton", "_connection", "_proc", "_process"):
-        found = getattr(found, name, None)
-    return found
+        attribute = getattr(attribute, name, None)
+    return attribute
 
 
 def _service_ended() -> bool:
-    """Whether W&B's process is gone, which a server's odd answers can do."""
+    """Whether W&B's process is gone: unexpected answers of a server can end it."""
     process = _service()
     try:
         return process is not None and process.wait(_GRACE_SECONDS) is not None
@@ -415,9 +430,11 @@ def _service_ended() -> bool:
         return False
 
 
-@cache
 def _limit_exit() -> None:
-    """Let this process end a moment after its work, whatever W&B still waits for."""
+    """Make this process end soon after its work, whatever W&B still waits for."""
+    if _PROCESS.limits_exit:
+        return
+    _PROCESS.limits_exit = True
     import wandb
 
     def watch() -> None:
@@ -430,14 +447,14 @@ def _limit_exit() -> None:
                 process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-        # A call that was abandoned can wait for an answer of a process that is gone.
+        # An abandoned call can still wait for the answer of a process that is gone.
         time.sleep(_EXIT_SECONDS)
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(_status())
 
-    # Started now: no thread starts once Python ends.
+    # Started now, because no thread can be started once Python is exiting.
     threading.Thread(target=watch, daemon=True).start()
 
     @atexit.register
@@ -448,7 +465,7 @@ def _limit_exit() -> None:
 
 
 def _threads_outside_wandb() -> list[threading.Thread]:
-    """The threads other than W&B's that Python waits for before it ends."""
+    """Threads, other than those of W&B, that Python waits for before it exits."""
     frames = sys._current_frames()
 
     def in_wandb(thread: threading.Thread) -> bool:
@@ -466,5 +483,5 @@ def _threads_outside_wandb() -> list[threading.Thread]:
 
 
 def _status() -> int:
-    """The exit status of this process: of its runs, or 1 after an error that ended it."""
-    return 1 if hasattr(sys, "last_value") else max(_exit_codes, default=0)
+    """The exit status of this process: that of its runs, or 1 after an uncaught error."""
+    return 1 if hasattr(sys, "last_value") else max(_PROCESS.exit_codes, default=0)

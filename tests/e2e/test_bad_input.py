@@ -54,11 +54,11 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         ),
         (["intervention.n_prompt=2"], "did you mean intervention.n_prompts"),
         (["layer=99"], "layer=99, but tiny has layers 0-4; try layer=4"),
-        (["layer=two"], "layer=two is no block index; type a whole number from 0"),
+        (["layer=two"], "layer=two is not a block index; type a whole number from 0"),
         (["width=16k"], "sae=tiny has no width=16k for tiny; it has 256, 512"),
-        (["width=wide"], "width=wide is no SAE width; type a number such as width=16k"),
-        (["coefficient=much"], "coefficient=much is no number; type coefficient=4 or"),
-        (["coefficient=[]"], "coefficient=[] names no strength"),
+        (["width=wide"], "width=wide is not an SAE width; type a number such as width=16k"),
+        (["coefficient=much"], "coefficient=much is not a number; type coefficient=4 or"),
+        (["coefficient=[]"], "coefficient=[] contains no coefficient"),
         (["device=cuda:9"], "device=cuda:9 is not on this machine; try device=auto"),
         (["dtype=float8"], "dtype=float8 is not known; choose from auto, float32"),
         (["dataset=jsonl"], "dataset=jsonl needs a file: type dataset.path=FILE"),
@@ -170,7 +170,7 @@ def test_a_cluster_job_that_was_lost(
     monkeypatch.setattr("saexp.sweeps.planning._sweep", tmp_path / "sweep")
     (tmp_path / "sweep").mkdir()
     said = refused("-m", "layer=1,2")
-    assert "MemoryError: no room; all of it in " in said
+    assert "MemoryError: no room; full error in " in said
     assert "sweep/launcher_error.txt); what was finished is kept" in said
     kept = (tmp_path / "sweep/launcher_error.txt").read_text("utf-8")
     assert "Traceback …\nMemoryError: no room" in kept

@@ -35,7 +35,7 @@ def test_a_read_only_cache_directory_is_reported_once_per_process(tmp_path, capl
     with caplog.at_level(logging.WARNING), read_only(tmp_path):
         assert not any(is_writable(folder) for folder in [*folders, *folders, folders[0] / "new"])
     assert caplog.messages == [
-        f"cache_dir={folder} cannot be written: what this run computes is not kept "
+        f"cache_dir={folder} is not writable: what this run computes is not stored "
         "(Read-only file system)"
         for folder in [*folders, folders[0] / "new"]
     ]
@@ -119,5 +119,5 @@ def test_a_log_file_on_a_full_disk_is_reported_once_and_goes_on(tmp_path, capsys
         handler.close()
         assert "there is room again" in (disk.path / "saexp.log").read_text()
     assert capsys.readouterr().err == (
-        f"{tmp_path}/disk/saexp.log lacks lines: No space left on device\n"
+        f"{tmp_path}/disk/saexp.log is incomplete: No space left on device\n"
     )

@@ -31,7 +31,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatc
     """As if nothing said that the network is off; an empty cache, nothing looked at so far."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "_seen", {})
+    monkeypatch.setattr(hub, "_PROCESS", hub._Process())
     return monkeypatch
 
 
@@ -184,7 +184,7 @@ def test_a_local_folder_needs_no_hub(tmp_path: Path) -> None:
     assert model.hf is not None
     assert model.tokenizer is not None
     assert model.fingerprint
-    assert hub._seen == {}
+    assert hub._PROCESS.tested is None
 
 
 def test_switched_off_by_the_user(online: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_switched_off_by_the_user(online: pytest.MonkeyPatch) -> None:
     seconds_of(
         ABSENT["sae"], r"is neither cached nor in reach \(HF_HUB_OFFLINE is set\); go online"
     )
-    assert hub._seen == {}
+    assert hub._PROCESS.tested is None
 
 
 def test_a_run_ends_in_one_line(tmp_path: Path) -> None:

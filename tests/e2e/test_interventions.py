@@ -223,7 +223,7 @@ def rows_file(folder: Path, n: int, **columns: Any) -> Path:
     [
         (["intervention.outcomes=[refusals]"], "no outcome is called 'refusals'; did you mean ref"),
         (["intervention.latents=[9999]"], "latent 9999"),
-        (["coefficient=[]"], "coefficient=.. names no strength"),
+        (["coefficient=[]"], "coefficient=.. contains no coefficient"),
         (["intervention.where=entty"], "entty"),
         (["intervention.rule=sometimes"], "intervention.rule=sometimes is not known; choose from"),
         (["intervention.directions=[up]"], "intervention.directions=up is not known; choose from"),
@@ -232,7 +232,7 @@ def rows_file(folder: Path, n: int, **columns: Any) -> Path:
         (["intervention=patch", "intervention.layers=[77]"], "layer=77, but tiny has layers 0-4"),
         (["intervention=ablate", "intervention.layers=all"], "at the SAE's own layer"),
         (["intervention=orthogonalize", "coefficient=[0.5]"], r"type 'coefficient=\[0,1\]'"),
-        (["intervention=clamp", "intervention.values=[1]"], "1 targets for 0 named latents"),
+        (["intervention=clamp", "intervention.values=[1]"], "1 targets for 0 listed latents"),
         (["intervention.where=indices"], "positions.indices|indices"),
     ],
 )

@@ -184,7 +184,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Said:
 
 def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(stopped: Said) -> None:
     assert stopped.code == 1
-    said = "saexp: stopped; what was collected is kept, and the same command goes on from there"
+    said = "saexp: stopped; what was collected is kept, and the same command continues from there"
     assert stopped.err.splitlines()[-1] == said
     assert "Traceback" not in stopped.err
     table = table_of(stopped.sweep)

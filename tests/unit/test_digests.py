@@ -55,13 +55,13 @@ def test_large_files_are_remembered_by_later_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "_PERSISTED_BYTES", 3)
-    monkeypatch.setattr(digests, "_persisted", None)
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests._CACHE, "file", None)
+    monkeypatch.setattr(digests._CACHE, "known", {})
     digests.remember_in(tmp_path / "cache")
     file = tmp_path / "a"
     file.write_bytes(b"one")
     assert file_sha256(file) == of(b"one")
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests._CACHE, "known", {})
     read: list[Path] = []
     real = digests.read_sha256
     monkeypatch.setattr(digests, "read_sha256", lambda p: read.append(p) or real(p))
@@ -73,18 +73,18 @@ def test_large_files_are_remembered_by_later_processes(
     assert other != sound
     shapes = ("{damaged", "", "[]", "3", "null", '{"digests": {}}', '{"digests": 3, "checksum": 3}')
     for number, content in enumerate((*shapes, other, other.replace("checksum", "a"))):
-        monkeypatch.setattr(digests, "_known", {})
+        monkeypatch.setattr(digests._CACHE, "known", {})
         persisted.write_text(content)
         assert file_sha256(file) == of(b"one")
         assert len(read) == number + 1
         assert persisted.read_text() == sound
     persisted.write_bytes(b"\xff\xfe")
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests._CACHE, "known", {})
     assert file_sha256(file) == of(b"one")
     # What cannot be put in place leaves nothing behind.
     persisted.unlink()
     persisted.mkdir()
-    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests._CACHE, "known", {})
     assert file_sha256(file) == of(b"one")
     assert list(persisted.parent.iterdir()) == [persisted]
 

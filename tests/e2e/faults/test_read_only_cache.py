@@ -25,7 +25,7 @@ def test_results_with_a_read_only_cache_are_those_of_any_other(task: str, tmp_pa
         with read_only(cache):
             said = command([*words, f"cache_dir={cache}", f"hydra.run.dir={run}"], tmp_path)
             assert said.code == 0, said.err
-            warning = f"cache_dir={cache} cannot be written: what this run computes is not kept"
+            warning = f"cache_dir={cache} is not writable: what this run computes is not stored"
             assert said.err.count(warning) == 1, said.err
             assert said.err.count("Read-only file system") == 1, said.err
         assert digests_of_results(run) == whole

@@ -25,7 +25,7 @@ from tests.unit.reports.left import table_of
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
 SMALL += ["dataset.n_examples=40"]
-KEPT = "what was collected is kept, and the same command goes on from there"
+KEPT = "what was collected is kept, and the same command continues from there"
 N_STOPS = 4
 
 

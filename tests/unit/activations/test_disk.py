@@ -177,7 +177,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
         assert new.tokens_forwarded == (0 if state == "whole" else stats.tokens_forwarded)
         values = [again.acts(h.layer).clone() for h in POSTS]
         assert [m for m in caplog.messages if "cannot be written" in m] == [
-            f"cache_dir={tmp_path} cannot be written: what this run computes is not kept "
+            f"cache_dir={tmp_path} is not writable: what this run computes is not stored "
             "(Read-only file system)"
         ]
         if state != "whole":

@@ -86,7 +86,7 @@ def test_widths(value: object, width: int | None) -> None:
 
 @pytest.mark.parametrize("value", [True, -1, 0, "16q", 1.5, ""])
 def test_what_is_no_width(value: object) -> None:
-    with pytest.raises(ConfigError, match="is no SAE width; type a number such as width=16k"):
+    with pytest.raises(ConfigError, match="is not an SAE width; type a number such as width=16k"):
         parse_width(value)
 
 
@@ -96,7 +96,7 @@ def test_layers_and_coefficients() -> None:
     assert parse_coefficients("2.5") == [2.5]
     assert parse_coefficients([0, -1]) == [0.0, -1.0]
     for wrong in (True, -1, 1.5, "a", None):
-        with pytest.raises(ConfigError, match="is no block index"):
+        with pytest.raises(ConfigError, match="is not a block index"):
             parse_layers(wrong)
     for wrong in (True, "a", float("nan"), float("inf"), None):
         with pytest.raises(ConfigError, match="is no number"):

@@ -53,7 +53,7 @@ def test_a_full_disk_is_one_line_that_never_says_to_delete(tmp_path: Path) -> No
             cache.put(results(50, 1000))
         line = str(caught.value)
         assert line.startswith(f"disk full: {disk.path / 'generations.sqlite'}, and ")
-        assert "what was finished is kept: make room and run the command again" in line
+        assert "what was finished is kept: free some space and run the command again" in line
         assert "delete" not in line
         assert len(cache.get(KEYS)) == 50
         disk.resize(4000)
@@ -91,7 +91,7 @@ def test_a_read_only_database_is_read_and_left_as_it_is(
             cache.put(results(N_ROWS, N_ROWS + 1))
             cache.close()
         assert path.read_bytes() == content
-    assert caplog.text.count("cannot be written: what this run computes is not kept") == 1
+    assert caplog.text.count("is not writable: what this run computes is not stored") == 1
 
 
 def test_without_a_database_in_a_read_only_folder_nothing_is_stored(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_disk_that_becomes_read_only_is_reported_once(
         assert len(cache.get(KEYS)) == N_ROWS
         cache.put(results(N_ROWS, N_ROWS + 1))
         cache.close()
-    assert caplog.text.count("cannot be written: what this run computes is not kept") == 1
+    assert caplog.text.count("is not writable: what this run computes is not stored") == 1
 
 
 def test_while_another_process_has_it_locked_results_are_kept_in_memory(

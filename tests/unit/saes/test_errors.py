@@ -267,7 +267,7 @@ def test_fits_the_model() -> None:
 
 
 def test_config() -> None:
-    with pytest.raises(ConfigError, match="width=wide is no SAE width"):
+    with pytest.raises(ConfigError, match="width=wide is not an SAE width"):
         SAEConfig(name="x", loader="path", width="wide")
     with pytest.raises(ConfigError, match="no sae is called 'relase'; did you mean release"):
         build("sae", SAEConfig(name="x", loader="relase"))
