@@ -1,4 +1,4 @@
-"""What a model answers, and what it still answers through the SAE's reconstruction."""
+"""Capability: answers of a model, unchanged and with the SAE's reconstruction spliced in."""
 
 import inspect
 import logging
@@ -38,37 +38,38 @@ from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import TaskResult
 from saexp.stats.intervals import mean_interval, paired_difference_interval, wilson
+from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt, and the tokens that are compared after it."""
+    """A prompt and the next tokens that are compared."""
 
     example: Example
-    """With the prompt that the model reads, in the chat template where it has one set, as text."""
+    """Its text is the prompt as the model reads it, in the chat template where one is set."""
     tokens: TokenizedText
     answer_id: int
     foil_id: int | None
     foil_reason: str | None = None
-    """Why a foil that the data has is not used."""
+    """Reason that the foil of the data set is not used."""
 
 
 def questions(
     examples: Sequence[Example], model: LanguageModel, max_length: int
 ) -> tuple[list[Question], list[Skip]]:
-    """Every example that can be asked, and why the others can't; the first answer counts."""
-    own, skips = [], []
+    """(questions, skips of the other examples with reasons); the first answer is used."""
+    answered, skips = [], []
     for example in examples:
         if example.answers:
-            own.append(example.as_prompt())
+            answered.append(example.as_prompt())
         else:
             skips.append(Skip(example.id, "no answer"))
-    prompts = as_read(model, [e.text for e in own])
-    found = []
+    prompts = as_read(model, [e.text for e in answered])
+    asked = []
     for example, prompt, tokens in zip(
-        own, prompts, tokenize_prompts(model, prompts, max_length), strict=True
+        answered, prompts, tokenize_prompts(model, prompts, max_length), strict=True
     ):
         read = in_template(example, prompt) if model.cfg.chat else example
         try:
@@ -78,12 +79,12 @@ def questions(
         except Unplaced as reason:
             skips.append(Skip(example.id, str(reason)))
             continue
-        found.append(Question(read, tokens, answer_id, *_foil(model, read, answer_id)))
-    return found, skips
+        asked.append(Question(read, tokens, answer_id, *_foil(model, read, answer_id)))
+    return asked, skips
 
 
 def _foil(model: LanguageModel, read: Example, answer_id: int) -> tuple[int | None, str | None]:
-    """The foil's first token, or why there is none."""
+    """(first token of the foil, None) or (None, reason); (None, None) without a foil."""
     foil = foil_of(read)
     if foil is None:
         return None, None
@@ -97,13 +98,13 @@ def _foil(model: LanguageModel, read: Example, answer_id: int) -> tuple[int | No
 
 
 Splice = Callable[[Tensor], dict[Hookpoint, EditFunction]]
-"""Mask of ordinary tokens -> edits that put the reconstruction there."""
+"""Mask of ordinary tokens -> edits that splice in the reconstruction there."""
 Bounds = tuple[float | None, float | None]
-"""Limits of an interval, or nothing where there is none."""
+"""Limits of an interval; None where there is no interval."""
 STATES = ("clean", "sae")
 MEASURES = ("rank", "logit", "probability", "logit_difference", "top1")
 _LOGIT_BYTES = 512 * 2**20
-"""Largest tensor of logits."""
+"""Limit on the size of one tensor of logits."""
 
 
 class CapabilityAnalyzer:
@@ -119,22 +120,23 @@ class CapabilityAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `capability/…`, tables `prompts`, `top_tokens`, `capability`, `unanswered`.
 
-        `rank` 1 is the token with the largest logit (1 + the number of tokens with a larger one),
-        `top1` whether it is; `logit_difference` is answer less foil. Means over entities, an
-        entity's prompts averaged first (a prompt that has none is an entity by itself); `change` is
-        sae less clean prompt by prompt. 95 % intervals: Wilson's of rates, Newcombe's paired one of
-        their change, the studentised bootstrap of means, which needs 10 entities; none for a single
-        entity. Raises DataError where no prompt has an answer that can be asked for.
+        `rank` is 1 + the number of tokens with a larger logit than the answer, `top1` whether the
+        rank is 1, and `logit_difference` the logit of the answer minus that of the foil. `change`
+        is the value with the SAE minus the clean one, prompt by prompt. Means are over entities,
+        after averaging the prompts of each (a prompt without entity counts as one). 95% intervals:
+        Wilson's for rates, Newcombe's paired interval for their change, and the studentised
+        bootstrap, which needs 10 entities, for the other measures. A single entity has no interval.
+        Raises DataError where no prompt has an answer whose first token can be determined.
         """
         model, sae = inputs.model, inputs.sae
         assert model is not None and sae is not None, "capability needs the model and the SAE"
         asked, skips = questions(inputs.examples, model, inputs.max_length)
-        why = Counter(s.reason for s in skips)
+        reasons = Counter(s.reason for s in skips)
         if not asked:
-            listed = "; ".join(f"{reason} ({n})" for reason, n in why.items()) or "it is empty"
+            listed = "; ".join(f"{reason} ({n})" for reason, n in reasons.items())
             raise DataError(
-                f"none of {len(inputs.examples)} examples has an answer that can be asked for: "
-                f"{listed}; give rows an 'answer', or type dataset=ioi "
+                f"none of {len(inputs.examples)} examples has a usable answer: "
+                f"{listed or 'there are no examples'}; give rows an 'answer', or type dataset=ioi "
                 """or dataset=prompt 'dataset.text="…"' 'dataset.answer=" …"'"""
             )
         excluded: list[int] = []
@@ -143,28 +145,34 @@ class CapabilityAnalyzer:
             return spliced(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
 
         prompts, tops = self._ask(model, splice, asked)
-        notes = [f"{n} of {len(inputs.examples)} examples not asked: {r}" for r, n in why.items()]
-        notes += _about_foils(asked)
+        n_examples = len(inputs.examples)
+        notes = [f"{n} of {n_examples} examples not asked: {r}" for r, n in reasons.items()]
+        notes += _foil_notes(asked)
         notes += space_note([question.example for question in asked])
         metrics, summary = self._summary(prompts, np.array([q.example.unit for q in asked]))
         metrics["capability/n_not_asked"] = len(skips)
         if n_excluded := sum(excluded):
             notes.append(
-                f"{n_excluded} tokens of the {len(asked)} prompts have a norm too high for an "
-                "ordinary position and keep their activations where the reconstruction is spliced "
-                "in (positions.max_norm_ratio)"
+                f"{counted(n_excluded, 'token')} of the prompts with an unusually high norm "
+                f"{'keeps its' if n_excluded == 1 else 'keep their'} activations when the "
+                "reconstruction is spliced in (positions.max_norm_ratio)"
             )
-        unasked = pd.DataFrame(
+        unanswered = pd.DataFrame(
             [(s.example_id, s.reason) for s in skips], columns=["example_id", "reason"]
         )
-        tables = {"prompts": prompts, "top_tokens": tops, "capability": summary}
-        return TaskResult(metrics=metrics, tables={**tables, "unanswered": unasked}, notes=notes)
+        tables = {
+            "prompts": prompts,
+            "top_tokens": tops,
+            "capability": summary,
+            "unanswered": unanswered,
+        }
+        return TaskResult(metrics=metrics, tables=tables, notes=notes)
 
     def _ask(
         self, model: LanguageModel, splice: Splice, asked: Sequence[Question]
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """One row per prompt, and its best tokens; prompts of similar length side by side."""
-        rows: list[dict[str, Any]] = [_about(q, model) for q in asked]
+        """(one row per prompt, its most probable tokens); prompts are batched by length."""
+        rows: list[dict[str, Any]] = [_columns(q, model) for q in asked]
         tops: list[list[dict[str, Any]]] = [[] for _ in asked]
         lengths = [len(q.tokens) for q in asked]
         check_positions(model, max(lengths))
@@ -177,21 +185,21 @@ class CapabilityAnalyzer:
                 size = most if keeps else max(1, most // lengths[batch[0]])
                 for start in range(0, len(batch), size):
                     part = batch[start : start + size]
-                    some = [asked[i] for i in part]
+                    batched = [asked[i] for i in part]
                     for state in STATES:
                         change = splice if state == "sae" else None
-                        logits = _last_logits(model, change, some, keeps)
-                        for i, question, row in zip(part, some, logits, strict=True):
-                            rows[i] |= _measured(row, question, state)
-                            tops[i] += self._best(row, question, state, model.tokenizer)
+                        logits = _last_logits(model, change, batched, keeps)
+                        for i, question, row in zip(part, batched, logits, strict=True):
+                            rows[i] |= _measures(row, question, state)
+                            tops[i] += self._top_tokens(row, question, state, model.tokenizer)
                     bar.update(len(part))
         log.info("asked %d prompts, each with and without the SAE", len(asked))
         prompts = pd.DataFrame(rows).astype(
             {"group": "string", "foil_token": "string", "foil_token_id": "Int64"}
         )
-        return prompts, pd.DataFrame([r for best in tops for r in best])
+        return prompts, pd.DataFrame([row for of_prompt in tops for row in of_prompt])
 
-    def _best(
+    def _top_tokens(
         self, logits: Float[Tensor, " V"], question: Question, state: str, tokenizer: Any
     ) -> list[dict[str, Any]]:
         top = logits.topk(min(self.n_top, len(logits)))
@@ -230,11 +238,11 @@ class CapabilityAnalyzer:
                 if not len(of_unit):
                     continue
                 if measure != "top1":
-                    bounds = self._of_mean(of_unit)
+                    bounds = self._mean_bounds(of_unit)
                 elif state == "change":
-                    bounds = _of_paired_rates(clean, sae, codes)
+                    bounds = _paired_rate_bounds(clean, sae, codes)
                 else:
-                    bounds = _of_rate(of_unit)
+                    bounds = _rate_bounds(of_unit)
                 mean = float(of_unit.mean())
                 name = f"capability/{measure}_{state}"
                 metrics |= {name: mean, f"{name}_ci_low": bounds[0], f"{name}_ci_high": bounds[1]}
@@ -244,21 +252,22 @@ class CapabilityAnalyzer:
         table = pd.DataFrame(rows, columns=columns)
         return metrics, table.astype({c: float for c in columns[4:]})
 
-    def _of_mean(self, of_unit: Float[np.ndarray, " n"]) -> Bounds:
+    def _mean_bounds(self, of_unit: Float[np.ndarray, " n"]) -> Bounds:
         low, high = mean_interval(of_unit[:, None], self.cfg.seed, n_resamples=self.cfg.n_bootstrap)
         return (float(low[0]), float(high[0])) if np.isfinite(low[0]) else (None, None)
 
 
-def _of_rate(of_unit: Float[np.ndarray, " n"]) -> Bounds:
-    """Wilson's interval; the rates of units with several prompts vary no more than 0 and 1."""
+def _rate_bounds(of_unit: Float[np.ndarray, " n"]) -> Bounds:
+    """Wilson's interval, which is conservative for units with several prompts, whose rates vary
+    less than outcomes 0 and 1."""
     if len(of_unit) < 2:
         return None, None
     low, high = wilson(of_unit.sum(), len(of_unit))
     return float(low), float(high)
 
 
-def _of_paired_rates(clean: pd.Series, sae: pd.Series, codes: Int[np.ndarray, " n"]) -> Bounds:
-    """Newcombe's paired interval of the change, each unit counting once."""
+def _paired_rate_bounds(clean: pd.Series, sae: pd.Series, codes: Int[np.ndarray, " n"]) -> Bounds:
+    """Newcombe's paired interval of the change, with each unit counted once."""
     outcomes = [sae * clean, sae * (1 - clean), (1 - sae) * clean, (1 - sae) * (1 - clean)]
     counts = [float(outcome.groupby(codes).mean().sum()) for outcome in outcomes]
     return (None, None) if len(np.unique(codes)) < 2 else paired_difference_interval(*counts)
@@ -293,7 +302,8 @@ def _last_logits(
     return out.logits[:, -1].float().cpu()
 
 
-def _about(question: Question, model: LanguageModel) -> dict[str, Any]:
+def _columns(question: Question, model: LanguageModel) -> dict[str, Any]:
+    """The columns of a prompt that do not depend on the state."""
     example, answer_id, foil_id = question.example, question.answer_id, question.foil_id
     texts = token_texts(model.tokenizer, [i for i in (answer_id, foil_id) if i is not None])
     return {
@@ -308,19 +318,22 @@ def _about(question: Question, model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _measured(logits: Float[Tensor, " V"], question: Question, state: str) -> dict[str, Any]:
-    own = logits[question.answer_id]
-    rank = 1 + int((logits > own).sum())
-    foil = np.nan if question.foil_id is None else float(own - logits[question.foil_id])
+def _measures(logits: Float[Tensor, " V"], question: Question, state: str) -> dict[str, Any]:
+    answer = logits[question.answer_id]
+    rank = 1 + int((logits > answer).sum())
+    difference = np.nan if question.foil_id is None else float(answer - logits[question.foil_id])
     return {
         f"rank_{state}": rank,
-        f"logit_{state}": float(own),
-        f"probability_{state}": float((own - logits.logsumexp(0)).exp()),
-        f"logit_difference_{state}": foil,
+        f"logit_{state}": float(answer),
+        f"probability_{state}": float((answer - logits.logsumexp(0)).exp()),
+        f"logit_difference_{state}": difference,
         f"top1_{state}": rank == 1,
     }
 
 
-def _about_foils(asked: Sequence[Question]) -> list[str]:
-    why = Counter(q.foil_reason for q in asked if q.foil_reason is not None)
-    return [f"{n} prompts have no logit difference: {reason}" for reason, n in why.items()]
+def _foil_notes(asked: Sequence[Question]) -> list[str]:
+    reasons = Counter(q.foil_reason for q in asked if q.foil_reason is not None)
+    return [
+        f"{counted(n, 'prompt has', 'prompts have')} no logit difference: {reason}"
+        for reason, n in reasons.items()
+    ]

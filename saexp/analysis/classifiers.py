@@ -1,4 +1,4 @@
-"""Classifiers of two groups, fitted on train rows."""
+"""Probes and baselines that classify rows into two groups, fitted on train rows."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -19,41 +19,42 @@ from saexp.errors import ConfigError, DataError
 from saexp.latents.statistics import moments
 from saexp.stats.logistic_probe import Fitted, fit_logistic, folds
 from saexp.stats.rank_tests import Ranked
+from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
 
 _TYPES = ("entity_type", "split", "token", "entity")
-"""Columns of saexp's own that rows may be told apart by; the file's own columns all may."""
+"""Columns of saexp that may define kinds of rows, beside all columns of the user's data."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rows of one split or data set: which are of the first group, and their units."""
+    """Labels of the rows of one split or data set: group, unit and kind."""
 
     first: Bool[np.ndarray, " n"]
     units: Shaped[np.ndarray, " n"]
     kinds: Int[np.ndarray, " n"] | None = None
-    """Number of the kind each row is of, where AUROC is also wanted over pairs of one kind."""
+    """Kind of each row as a number; None where no AUROC within kinds is computed."""
     judged_apart: Int[np.ndarray, " n"] | None = None
-    """Rows with different numbers here were scored by different probes, and never form a pair."""
+    """Rows with different numbers were scored by different probes and are never compared."""
 
     def __len__(self) -> int:
         return len(self.first)
 
     def weights(self) -> Float[np.ndarray, " n"]:
-        """Rows of one unit in one group share the weight 1."""
-        observed = pd.factorize(self.units)[0] * 2 + self.first
-        return 1 / np.bincount(observed)[observed]
+        """Weights of the rows; those of one unit in one group sum to 1."""
+        observation = pd.factorize(self.units)[0] * 2 + self.first
+        return 1 / np.bincount(observation)[observation]
 
 
 def rows_of(inputs: AnalysisInputs, split: str | None) -> np.ndarray:
-    """Numbers of the rows of both groups, of one split or of all."""
+    """Indices of the rows of both groups, in one split or (None) in all."""
     rows = inputs.latents.rows
-    mine = rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
+    chosen = rows["group"].isin(inputs.groups).to_numpy(dtype=bool)
     if split is not None:
-        mine = mine & (rows["split"] == split).fillna(False).to_numpy(dtype=bool)
-    return np.flatnonzero(mine)
+        chosen = chosen & (rows["split"] == split).fillna(False).to_numpy(dtype=bool)
+    return np.flatnonzero(chosen)
 
 
 def labelled(
@@ -62,7 +63,7 @@ def labelled(
     kinds: Sequence[str] = (),
     apart: str | None = None,
 ) -> Labelled:
-    """The rows of these numbers; their kinds are the combinations of values of the columns."""
+    """Labels of the chosen rows; a kind is a combination of values of the columns `kinds`."""
     rows = inputs.latents.rows.iloc[chosen]
     first = (rows["group"] == inputs.groups[0]).to_numpy(dtype=bool)
     columns = [*kinds, *([apart] if apart else [])]
@@ -75,49 +76,49 @@ def labelled(
 
 
 def kind_names(rows: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """`[n]`, text: the values of the columns, joined."""
+    """`[n]` strings: the values of the columns, joined."""
     parts = [rows[c].astype(str).to_numpy(dtype=object) for c in columns]
     return np.array([repr(values) for values in zip(*parts, strict=True)], dtype=object)
 
 
 def kinds_of(rows: pd.DataFrame, columns: Sequence[str]) -> Int[np.ndarray, " n"]:
-    """Rows of equal values in the columns have equal numbers, in order of appearance."""
+    """Kinds as numbers, in order of appearance; rows with equal values have equal numbers."""
     return pd.factorize(kind_names(rows, columns))[0].astype(np.int64)
 
 
 def column_names(name: str, value: Any) -> tuple[str, ...]:
-    """Columns that the option `name` gives: one, several or none. Raises ConfigError."""
+    """Columns given by the option `name`: one, several or none. Raises ConfigError."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
     for column in listed:
         if not isinstance(column, str) or (column in OWN_COLUMNS and column not in _TYPES):
             raise ConfigError(
-                f"analyzer.{name}={value}: type a column that rows are told apart by, such "
-                "as entity_type, or one of the data's own"
+                f"analyzer.{name}={value}: type a column that groups rows by kind, such as "
+                "entity_type or a column of your data"
             )
     return tuple(listed)
 
 
 def check_columns(rows: pd.DataFrame, columns: Sequence[str], where: str) -> None:
-    """Raise ConfigError for a column that the rows lack."""
+    """Raise ConfigError for a column that does not exist or has no values."""
     for column in columns:
         if column not in rows or rows[column].isna().all():
-            may = [c for c in rows.columns if c == "entity_type" or c not in OWN_COLUMNS]
-            there = ", ".join(c for c in may if rows[c].notna().any()) or "none"
-            raise ConfigError(f"{where} has no values in a column '{column}'; it has {there}")
+            allowed = [c for c in rows.columns if c == "entity_type" or c not in OWN_COLUMNS]
+            listed = ", ".join(c for c in allowed if rows[c].notna().any()) or "none"
+            raise ConfigError(f"{where} has no values in column '{column}'; it has {listed}")
 
 
 CHUNK = 8192
-"""Rows scored at once."""
+"""Rows of one chunk of scoring."""
 
 
 def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]) -> float:
-    """Where to cut so that most rows are right, between two neighbouring scores."""
+    """Threshold with the best accuracy, halfway between two neighbouring scores."""
     values, inverse = np.unique(scores, return_inverse=True)
     of_first = np.bincount(inverse, weights=first, minlength=len(values))
     of_second = np.bincount(inverse, weights=~first, minlength=len(values))
-    # Right with the cut below value i: the second group before it, the first group from it on.
-    right = np.append(0, np.cumsum(of_second)) + np.append(np.cumsum(of_first[::-1])[::-1], 0)
-    cut = int(right.argmax())
+    # Number of correct rows with the threshold below value i.
+    n_correct = np.append(0, np.cumsum(of_second)) + np.append(np.cumsum(of_first[::-1])[::-1], 0)
+    cut = int(n_correct.argmax())
     if cut == 0:
         return float(values[0]) - 1.0
     if cut == len(values):
@@ -126,12 +127,12 @@ def threshold_of_best_accuracy(scores: np.ndarray, first: Bool[np.ndarray, " n"]
 
 
 Read = Callable[[AnalysisInputs, np.ndarray], Any]
-"""Inputs of a probe for some rows: (data, row numbers) -> `[n, d]`, or texts of the surface one."""
+"""Inputs of a probe: (data, row indices) -> `[n, d]`, or texts for the surface baseline."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted probe under its name in tables and metrics."""
+    """A fitted probe; `name` is used in tables and metrics."""
 
     name: str
     read: Read
@@ -141,7 +142,7 @@ class Probe:
     fitted: Fitted | None = None
 
     def scores(self, inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
-        """`[n]`, a chunk of rows at a time."""
+        """Scores `[n]` of these rows, computed in chunks."""
         parts = [
             self.score(self.read(inputs, rows[i : i + CHUNK])) for i in range(0, len(rows), CHUNK)
         ]
@@ -149,14 +150,14 @@ class Probe:
 
 
 def read_acts(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
-    """`[n, d_in]`, float32: the stored activations."""
+    """Stored activations `[n, d_in]`, float32."""
     assert inputs.acts is not None
     chosen = inputs.acts[torch.from_numpy(rows)]
     return chosen.reshape(len(chosen), -1).float().cpu().numpy()
 
 
 def latents_reader(latents: np.ndarray) -> Read:
-    """Reads these latents, `[n, k]`."""
+    """A reader of the activations `[n, k]` of these latents."""
 
     def read(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
         part = sparse.csr_array(inputs.latents.csr[rows])
@@ -166,7 +167,7 @@ def latents_reader(latents: np.ndarray) -> Read:
 
 
 def mean_difference(dense: np.ndarray, rows: Labelled) -> Probe:
-    """Projection on the difference of the groups' means, cut midway."""
+    """Projection on the difference of the groups' means, with the threshold halfway."""
     first, second = (dense[m].mean(0, dtype=np.float64) for m in (rows.first, ~rows.first))
     direction = first - second
     return Probe(
@@ -178,7 +179,8 @@ def mean_difference(dense: np.ndarray, rows: Labelled) -> Probe:
 
 
 def single_latent(values: sparse.csr_array, rows: Labelled, latent: int, *, up: bool) -> Probe:
-    """One latent's value as it is (`up`: large in the first group), cut where accuracy is best."""
+    """The activation of one latent (`up`: larger in the first group), with the threshold of best
+    train accuracy."""
     sign = 1.0 if up else -1.0
     scores = sign * np.asarray(values[:, [latent]].todense(), dtype=np.float64)[:, 0]
     return Probe(
@@ -191,59 +193,60 @@ def single_latent(values: sparse.csr_array, rows: Labelled, latent: int, *, up: 
 
 
 def base_rate(inputs: AnalysisInputs, chosen: np.ndarray, columns: Sequence[str]) -> Probe:
-    """What a row's kind says alone: the first group's share among train rows of that kind.
+    """Predict from the kind of a row alone: the fraction of the first group among its train rows.
 
-    A kind is a combination of values of the columns; one that train lacks gets the share of all.
+    A kind is a combination of values of the columns. Kinds that are missing in train get the
+    fraction among all train rows.
     """
 
     def read(inputs: AnalysisInputs, rows: np.ndarray) -> np.ndarray:
         return kind_names(inputs.latents.rows.iloc[rows], columns)
 
     first = labelled(inputs, chosen).first
-    share = pd.Series(first.astype(float)).groupby(read(inputs, chosen)).mean().to_dict()
+    rates = pd.Series(first.astype(float)).groupby(read(inputs, chosen)).mean().to_dict()
     overall = float(first.mean())
 
     def score(names: np.ndarray) -> np.ndarray:
-        return np.array([share.get(name, overall) for name in names])
+        return np.array([rates.get(name, overall) for name in names])
 
     return Probe("base_rate", read, score, threshold=0.5)
 
 
 def surface_probe(inputs: AnalysisInputs, chosen: np.ndarray, rows: Labelled, seed: int) -> Probe:
-    """The surface baseline: what the text alone says, without the model."""
+    """The surface baseline: a probe of the text alone, without the model."""
 
     def read(inputs: AnalysisInputs, rows: np.ndarray) -> list[ReadText]:
         return read_texts(inputs.latents.rows.iloc[rows], inputs.texts)
 
     counts = token_counts(inputs.neutral_texts)
-    made = fit_surface(read(inputs, chosen), rows.first, rows.units, counts, seed)
-    return Probe("surface", read, made.score, fitted=made.fitted)
+    baseline = fit_surface(read(inputs, chosen), rows.first, rows.units, counts, seed)
+    return Probe("surface", read, baseline.score, fitted=baseline.fitted)
 
 
 def auroc_within(
     values: sparse.csr_array, first: Bool[np.ndarray, " n"], kinds: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " d"]:
-    """AUROC of every latent over pairs of rows of one kind; 0.5 where there is no such pair."""
+    """AUROC of every latent over pairs of rows of the same kind; 0.5 without such pairs."""
     n_latents = len(sparse.csc_array(values).indptr) - 1
-    won, pairs = np.zeros(n_latents), 0
+    n_ordered, n_pairs = np.zeros(n_latents), 0
     for kind in np.unique(kinds):
-        mine = np.flatnonzero(kinds == kind)
-        n = int(first[mine].sum()) * int((~first[mine]).sum())
+        rows = np.flatnonzero(kinds == kind)
+        n = int(first[rows].sum()) * int((~first[rows]).sum())
         if n:
-            won += n * Ranked(sparse.csr_array(values[mine]), first[mine]).observed()
-            pairs += n
-    return won / pairs if pairs else np.full(n_latents, 0.5)
+            n_ordered += n * Ranked(sparse.csr_array(values[rows]), first[rows]).observed()
+            n_pairs += n
+    return n_ordered / n_pairs if n_pairs else np.full(n_latents, 0.5)
 
 
 def majority(rows: Labelled) -> Probe:
-    """Calls every row the group that has more units on train, the first where neither has."""
+    """Predict the group with more train units for every row; the first group in case of a tie."""
     weights = rows.weights()
     score = 1.0 if weights[rows.first].sum() >= weights[~rows.first].sum() else -1.0
     return Probe("majority", lambda _, numbers: numbers, lambda x: np.full(len(x), score))
 
 
 def roc(scores: np.ndarray, first: Bool[np.ndarray, " n"], n_points: int = 201) -> np.ndarray:
-    """`[n, 2]` false and true positive rates from (0, 0) to (1, 1), thinned to about `n_points`."""
+    """`[n, 2]` false and true positive rates from (0, 0) to (1, 1), about `n_points` at most."""
     values, inverse = np.unique(-scores, return_inverse=True)
     hits = np.cumsum(np.bincount(inverse, weights=first, minlength=len(values)))
     false = np.cumsum(np.bincount(inverse, weights=~first, minlength=len(values)))
@@ -255,21 +258,22 @@ def roc(scores: np.ndarray, first: Bool[np.ndarray, " n"], n_points: int = 201) 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How probes are fitted."""
+    """Settings with which probes are fitted."""
 
     sizes: list[int]
     """Numbers of latents of the sparse probes, ascending."""
     strengths: list[float]
-    """Inverse L2 penalties that cross-validation chooses from."""
+    """Inverse L2 penalties among which cross-validation chooses."""
     within: tuple[str, ...]
-    """Columns of the kind that `base_rate` knows and `best_latent_within` is chosen within; no such
-    probes without."""
+    """Columns that define the kinds for `base_rate` and `best_latent_within`; without columns these
+    two probes are not fitted."""
     seed: int
 
     def fit(
-        self, inputs: AnalysisInputs, train: np.ndarray, notes: list[str]
-    ) -> tuple[list[Probe], pd.DataFrame]:
-        """Probes in the order of the tables, and the latents of the largest sparse one."""
+        self, inputs: AnalysisInputs, train: np.ndarray
+    ) -> tuple[list[Probe], pd.DataFrame, list[str]]:
+        """(probes in the order of the tables, latents of the largest sparse probe, notes)."""
+        notes = []
         rows = labelled(inputs, train)
         values = sparse.csr_array(inputs.latents.csr[train])
         first, second = (moments(values, m, threshold=0.0) for m in (rows.first, ~rows.first))
@@ -279,14 +283,17 @@ class Fitting:
         order = order[difference[order] > 0]
         if not len(order):
             raise DataError(
-                "every latent has the same mean in both groups on the train split, so there is "
-                "nothing to probe; does any latent fire at these positions?"
+                "every latent has the same mean in both groups on the train split, so no probe can "
+                "be fitted; check that latents are active at these positions"
             )
         best = int(np.argmax(np.abs(aurocs - 0.5)))
         pairs = folds(rows.first, rows.units, self.seed)
         sizes = sorted({min(k, len(order)) for k in self.sizes})
         if sizes != self.sizes:
-            _once(notes, f"only {len(order)} latents differ on train, so no probe is larger")
+            notes.append(
+                f"sparse probes have at most {len(order)} latents: the means of the others are "
+                "equal in both groups on the train split"
+            )
         dense = read_acts(inputs, train)
         probes = []
         with progress(len(sizes) + 1, "fitting probes", "probe") as bar:
@@ -301,24 +308,16 @@ class Fitting:
             bar.update(1)
         if inputs.texts:
             probes.append(surface_probe(inputs, train, rows, self.seed))
-        slow = [p.name for p in probes if p.fitted is not None and not p.fitted.converged]
-        if slow:
-            _once(notes, f"logistic regression did not fully converge for {', '.join(slow)}")
+        unconverged = [p.name for p in probes if p.fitted is not None and not p.fitted.converged]
+        if unconverged:
+            notes.append(f"logistic regression did not fully converge for {', '.join(unconverged)}")
         probes += [
             mean_difference(dense, rows),
             single_latent(values, rows, best, up=bool(aurocs[best] >= 0.5)),
             majority(rows),
         ]
         if self.within:
-            kinds = kinds_of(inputs.latents.rows.iloc[train], self.within)
-            aurocs_within = auroc_within(values, rows.first, kinds)
-            chosen = int(np.argmax(np.abs(aurocs_within - 0.5)))
-            up = bool(aurocs_within[chosen] >= 0.5)
-            single = single_latent(values, rows, chosen, up=up)
-            probes += [
-                replace(single, name="best_latent_within"),
-                base_rate(inputs, train, self.within),
-            ]
+            probes += self._within_kinds(inputs, train, values, rows)
         largest = sizes[-1]
         weights = {p.name: p.fitted.weights for p in probes if p.fitted is not None}
         table = pd.DataFrame(
@@ -332,7 +331,20 @@ class Fitting:
             }
         )
         log.info("fitted %d probes on %d rows", len(probes), len(train))
-        return probes, table
+        return probes, table, notes
+
+    def _within_kinds(
+        self, inputs: AnalysisInputs, train: np.ndarray, values: sparse.csr_array, rows: Labelled
+    ) -> list[Probe]:
+        """The probes `best_latent_within` and `base_rate`."""
+        kinds = kinds_of(inputs.latents.rows.iloc[train], self.within)
+        aurocs = auroc_within(values, rows.first, kinds)
+        best = int(np.argmax(np.abs(aurocs - 0.5)))
+        single = single_latent(values, rows, best, up=bool(aurocs[best] >= 0.5))
+        return [
+            replace(single, name="best_latent_within"),
+            base_rate(inputs, train, self.within),
+        ]
 
     def unseen(
         self,
@@ -340,42 +352,41 @@ class Fitting:
         train: np.ndarray,
         test: np.ndarray,
         column: str,
-        notes: list[str],
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Test rows, and their scores less the cut, by probes fitted on other values of `column`.
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], list[str]]:
+        """(test rows, their scores minus the threshold per probe, notes).
 
-        Values that train or test lack a group in, or whose others do, are counted in a note.
+        Every row is scored by probes fitted on train rows with other values of `column`. Values for
+        which a group has fewer than two units, on the test split or among these train rows, are
+        left out and counted in a note.
         """
         names = kind_names(inputs.latents.rows, [column])
-        rows, scores, without = [], [], []
+        rows, scores, left_out = [], [], []
+        notes: list[str] = []
         for value in dict.fromkeys(names[test]):
-            mine, others = test[names[test] == value], train[names[train] != value]
-            if not all(_both_groups(inputs, part) for part in (mine, others)):
-                without.append(value)
+            of_value, others = test[names[test] == value], train[names[train] != value]
+            if not all(_both_groups(inputs, part) for part in (of_value, others)):
+                left_out.append(value)
                 continue
-            probes, _ = self.fit(inputs, others, notes)
-            rows.append(mine)
-            scores.append({p.name: p.scores(inputs, mine) - p.threshold for p in probes})
+            probes, _, fit_notes = self.fit(inputs, others)
+            notes += fit_notes
+            rows.append(of_value)
+            scores.append({p.name: p.scores(inputs, of_value) - p.threshold for p in probes})
         if not rows:
             raise DataError(
-                f"analyzer.unseen={column}: no value of it has both groups on the "
-                "test split while the others have two units of each on the train split"
+                f"analyzer.unseen={column}: no value has two units of both groups on the "
+                "test split while the other values have two of both on the train split"
             )
-        if without:
+        if left_out:
             notes.append(
-                f"unseen {column}: {len(without)} values left out, a group is too small "
-                "there or among the others"
+                f"unseen {column}: {counted(len(left_out), 'value')} left out because a group has "
+                "fewer than two units there or among the other values"
             )
-        everywhere = set.intersection(*(set(s) for s in scores))
-        joined = {p: np.concatenate([s[p] for s in scores]) for p in scores[0] if p in everywhere}
-        return np.concatenate(rows), joined
-
-
-def _once(notes: list[str], note: str) -> None:
-    if note not in notes:
-        notes.append(note)
+        in_all = set.intersection(*(set(s) for s in scores))
+        joined = {p: np.concatenate([s[p] for s in scores]) for p in scores[0] if p in in_all}
+        return np.concatenate(rows), joined, notes
 
 
 def _both_groups(inputs: AnalysisInputs, chosen: np.ndarray) -> bool:
+    """Whether both groups have at least two units among the chosen rows."""
     rows = labelled(inputs, chosen)
     return all(len(np.unique(rows.units[rows.first == group])) >= 2 for group in (True, False))

@@ -309,8 +309,8 @@ class HighNorm:
     def means(
         self, again: Iterator[tuple[Batch, Mapping[Hookpoint, Tensor]]]
     ) -> dict[Streams, Means]:
-        """Means of each reconstructed stream. `again` yields the streams of all batches
-        a second time; it is consumed only where there are high-norm positions."""
+        """Means of the reconstructed stream of each place. `again` yields all batches' streams a
+        second time; it is consumed only where there are high-norm positions."""
         n = sum(map(len, next(iter(self._norms.values()))))
         of_all = {p: self._totals[p[-1]] / n for p in self.places}
         high = [p for p in self.places if self.n_excluded(p)]

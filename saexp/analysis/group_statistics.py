@@ -35,50 +35,54 @@ class TopFeaturesAnalyzer:
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `top_features/…`, tables `top_features` and `tokens`.
 
-        Over all ordinary positions chosen, whatever their group: `max`, `mean` (zeros included) and
-        `frequency` (share of positions where it is on); `background_freq` the same share on neutral
-        text. Only latents that fire at all are ranked, ties by the lower index. `tokens` has every
-        chosen position of the `n_texts` texts in which each top latent is strongest.
+        Statistics are over all ordinary positions, whatever their group: `max`, `mean` (including
+        zeros), `frequency` (fraction of positions where a latent is active) and `background_freq`
+        (the same on neutral text). Only active latents are ranked, ties by the lower index.
+        `tokens` holds all positions of the `n_texts` texts with the largest activation of each top
+        latent.
         """
         inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         rows = inputs.latents.rows
         csr = inputs.latents.csr
-        about = moments(csr, np.ones(len(rows), dtype=bool), threshold=0.0)
-        key = {"max": about.maximum, "mean": about.mean, "frequency": about.frequency}[self.by]
-        fired = np.flatnonzero(about.active)
-        top = fired[np.argsort(-key[fired], kind="stable")][: self.top_k]
+        of_rows = moments(csr, np.ones(len(rows), dtype=bool), threshold=0.0)
+        rankings = {"max": of_rows.maximum, "mean": of_rows.mean, "frequency": of_rows.frequency}
+        key = rankings[self.by]
+        active = np.flatnonzero(of_rows.active)
+        top = active[np.argsort(-key[active], kind="stable")][: self.top_k]
         table = pd.DataFrame(
             {
                 "layer": inputs.layer,
                 "rank": np.arange(1, len(top) + 1),
                 "latent": top,
-                "max": about.maximum[top],
-                "mean": about.mean[top],
-                "frequency": about.frequency[top],
-                "n_active": about.active[top],
+                "max": of_rows.maximum[top],
+                "mean": of_rows.mean[top],
+                "frequency": of_rows.frequency[top],
+                "n_active": of_rows.active[top],
                 "background_freq": _background(inputs)[top],
             }
         )
         columns = sparse.csc_array(csr[:, top])
         strongest, tokens = [], []
         examples = rows["example_id"].to_numpy()
-        rows = rows.assign(token=_readable(inputs))
-        for place, latent in enumerate(top.tolist()):
-            values = np.asarray(columns[:, [place]].todense()).ravel()
+        rows = rows.assign(token=_token_texts(inputs))
+        for column, latent in enumerate(top.tolist()):
+            values = np.asarray(columns[:, [column]].todense()).ravel()
             strongest.append(int(values.argmax()))
             tokens.append(self._tokens(rows, examples, values, latent, inputs.layer))
         table["example"] = examples[strongest]
-        table["token"] = [_alone(inputs, row) for row in strongest]
+        table["token"] = [_token_text(inputs, row) for row in strongest]
         empty = self._tokens(rows.iloc[:0], examples[:0], np.zeros(0), 0, inputs.layer)
         metrics: dict[str, float | int | None] = {
             "top_features/n_positions": len(rows),
-            "top_features/n_fired": len(fired),
+            "top_features/n_fired": len(active),
             "top_features/best_latent": int(top[0]) if len(top) else None,
             f"top_features/best_{self.by}": float(key[top[0]]) if len(top) else None,
         }
-        notes = [] if len(top) else [f"layer {inputs.layer}: no latent fires at any position"]
-        if 0 < len(top) < self.top_k:
-            notes.append(f"layer {inputs.layer}: only {len(top)} latents fire at any position")
+        notes = []
+        if len(top) < self.top_k:
+            n = counted(len(top), "latent is", "latents are") if len(top) else "no latent is"
+            only = "only " if len(top) else ""
+            notes.append(f"layer {inputs.layer}: {only}{n} active at the analysed positions")
         return TaskResult(
             metrics=metrics,
             tables={"top_features": table, "tokens": pd.concat(tokens or [empty])},
@@ -93,16 +97,16 @@ class TopFeaturesAnalyzer:
         latent: int,
         layer: int,
     ) -> pd.DataFrame:
-        """One latent at all positions of the texts in which its maximum is largest."""
+        """Activations of one latent at all positions of the texts with its largest maxima."""
         codes, names = pd.factorize(examples)
         highest = np.zeros(len(names))
         np.maximum.at(highest, codes, values)
         order = np.argsort(-highest, kind="stable")[: self.n_texts]
-        wanted = order[highest[order] > 0]
-        place = np.full(len(names), -1)
-        place[wanted] = np.arange(len(wanted))
-        chosen = np.flatnonzero(place[codes] >= 0) if len(names) else np.zeros(0, dtype=int)
-        chosen = chosen[np.argsort(place[codes[chosen]], kind="stable")]
+        texts = order[highest[order] > 0]
+        rank = np.full(len(names), -1)
+        rank[texts] = np.arange(len(texts))
+        chosen = np.flatnonzero(rank[codes] >= 0) if len(names) else np.zeros(0, dtype=int)
+        chosen = chosen[np.argsort(rank[codes[chosen]], kind="stable")]
         part: dict[str, Any] = {
             "layer": layer,
             "latent": latent,
@@ -114,34 +118,34 @@ class TopFeaturesAnalyzer:
         return pd.DataFrame(part)
 
 
-def _readable(inputs: AnalysisInputs) -> pd.Series:
-    """Each position's piece of its text; the vocabulary's own spelling without the texts."""
+def _token_texts(inputs: AnalysisInputs) -> pd.Series:
+    """Each position's part of its text; without texts, the token as the vocabulary spells it."""
     rows = inputs.latents.rows
     if inputs.model is None or not inputs.texts:
         return rows["token"]
-    found = np.empty(len(rows), dtype=object)
+    texts = np.empty(len(rows), dtype=object)
     indices = rows["token_index"].to_numpy()
     text_ids = rows["text_id"].to_numpy()
     for group in rows.groupby(["text_id", "example_id"], sort=False).indices.values():
-        places = np.asarray(group)
-        chosen, which = np.unique(indices[places], return_inverse=True)
-        text = inputs.texts[int(text_ids[places[0]])]
-        shown = pieces(text, inputs.model.tokenizer, chosen.tolist())
-        found[places] = np.array(shown, dtype=object)[which]
-    return pd.Series(found, index=rows.index)
+        of_text = np.asarray(group)
+        chosen, which = np.unique(indices[of_text], return_inverse=True)
+        text = inputs.texts[int(text_ids[of_text[0]])]
+        parts = pieces(text, inputs.model.tokenizer, chosen.tolist())
+        texts[of_text] = np.array(parts, dtype=object)[which]
+    return pd.Series(texts, index=rows.index)
 
 
-def _alone(inputs: AnalysisInputs, row: int) -> str:
-    """One position's piece by itself: part of a character is shown as the character."""
-    about = inputs.latents.rows.iloc[row]
+def _token_text(inputs: AnalysisInputs, row: int) -> str:
+    """One position's part of its text; a part of a character is shown as the whole character."""
+    position = inputs.latents.rows.iloc[row]
     if inputs.model is None or not inputs.texts:
-        return str(about["token"])
-    text = inputs.texts[int(about["text_id"])]
-    return pieces(text, inputs.model.tokenizer, [int(about["token_index"])])[0]
+        return str(position["token"])
+    text = inputs.texts[int(position["text_id"])]
+    return pieces(text, inputs.model.tokenizer, [int(position["token_index"])])[0]
 
 
 def _background(inputs: AnalysisInputs) -> np.ndarray:
-    """Share of neutral positions on which each latent fires; NaN without any."""
+    """Fraction of neutral tokens on which each latent is active; NaN without neutral text."""
     neutral = inputs.background
     if neutral is None:
         return np.full(inputs.latents.d_sae, np.nan)
@@ -149,7 +153,7 @@ def _background(inputs: AnalysisInputs) -> np.ndarray:
 
 
 EVERYTHING = "all"
-"""Name of the one group of a data set without groups."""
+"""Name of the single group of a data set without groups."""
 Numbers = dict[str, float | int | None]
 
 
@@ -160,9 +164,9 @@ class _Group:
     name: str
     chosen: Bool[np.ndarray, " n_rows"]
     l0: Float[np.ndarray, " n_rows"]
-    """Active latents per position, of all rows."""
-    about: Moments
-    """Counts and maxima over positions."""
+    """Number of active latents of every row, including rows of other groups."""
+    moments: Moments
+    """Counts and maxima over the positions of the group."""
     frequency: Float[np.ndarray, " d_sae"]
     """Fraction of a unit's positions at which a latent is active, averaged over units."""
     total: Float[np.ndarray, " d_sae"]
@@ -190,14 +194,15 @@ class StatsAnalyzer:
         """Metrics `stats/…` per group, tables `groups`, `counts`, `frequent`, `l0_histogram` and
         `value_histogram`.
 
-        L0 is the number of latents that are not zero at a position, `mean_active` the mean of their
-        values. Means and frequencies are over units, a unit's positions averaged first; counts,
-        maxima and `dead_fraction` are over positions and depend on how many there are. Intervals
-        are 95 %, each by itself, by the studentised bootstrap over units; None for fewer than
-        `MIN_N` units. `l0_difference` is the first group's L0 less the second's within entity types
-        that both have, weighted as in van Elteren's test; over all units where they share none.
-        Describes all ordinary positions of all splits and selects nothing for a claim. Works with
-        one group or none (`all`), too. Raises DataError for a group without positions.
+        L0 is the number of nonzero latents at a position, `mean_active` the mean of their values.
+        Means and frequencies are over units, after averaging the positions of each unit. Counts,
+        maxima and `dead_fraction` are over positions and depend on how many there are. 95%
+        intervals are by the studentised bootstrap over units, without correction for their number;
+        None for fewer than `MIN_N` units. `l0_difference` is the L0 of the first group minus that
+        of the second within entity types that both have, weighted as in van Elteren's test (over
+        all units where they have none in common). All ordinary positions of all splits are used,
+        since nothing is selected and tested. One group or no groups (`all`) are allowed. Raises
+        DataError for a group without positions.
         """
         inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
         groups = self._groups(inputs)
@@ -208,9 +213,9 @@ class StatsAnalyzer:
         frequent = [_frequent(g, self.top_k) for g in groups]
         if len(groups) == 2:
             metrics |= _overlap(*(set(f["latent"]) for f in frequent))
-            found, about_types = self._difference(groups[0], groups[1])
-            metrics |= found
-            notes += about_types
+            difference, type_notes = self._difference(groups[0], groups[1])
+            metrics |= difference
+            notes += type_notes
         tables = {
             "groups": self._table(groups, metrics),
             "counts": _counts(groups),
@@ -225,60 +230,59 @@ class StatsAnalyzer:
     def _groups(self, inputs: AnalysisInputs) -> list[_Group]:
         csr, rows = inputs.latents.csr, inputs.latents.rows
         l0 = np.diff(csr.indptr).astype(np.float64)
-        found = []
+        groups = []
         for name in inputs.groups or (EVERYTHING,):
-            mine = np.ones(len(rows), dtype=bool)
+            chosen = np.ones(len(rows), dtype=bool)
             if inputs.groups:
-                mine = (rows["group"] == name).fillna(False).to_numpy(dtype=bool)
-            if not mine.any():
+                chosen = (rows["group"] == name).fillna(False).to_numpy(dtype=bool)
+            if not chosen.any():
                 raise DataError(
-                    f"group '{name}' has no position to describe: all its examples were skipped; "
-                    "see skips.parquet, or choose other positions="
+                    f"group '{name}' has no positions because all its examples were skipped; see "
+                    "skips.parquet for the reasons, or type another positions="
                 )
-            about = moments(csr, mine, threshold=0.0)
-            part = sparse.csr_array(csr[mine])
-            of_row, units = pd.factorize(rows["unit"].to_numpy()[mine])
+            part = sparse.csr_array(csr[chosen])
+            of_row, units = pd.factorize(rows["unit"].to_numpy()[chosen])
             weights = 1 / np.bincount(of_row)[of_row] / len(units)
             is_active = sparse.csr_array((part.data != 0, part.indices, part.indptr), part.shape)
             first_row = np.unique(of_row, return_index=True)[1]
             group = _Group(
                 name,
-                mine,
+                chosen,
                 l0,
-                about,
+                moments(csr, chosen, threshold=0.0),
                 frequency=is_active.T @ weights,
                 total=part.T @ weights,
-                unit_l0=np.bincount(of_row, l0[mine]) / np.bincount(of_row),
-                types=rows["entity_type"].fillna("").to_numpy(dtype=str)[mine][first_row],
+                unit_l0=np.bincount(of_row, l0[chosen]) / np.bincount(of_row),
+                types=rows["entity_type"].fillna("").to_numpy(dtype=str)[chosen][first_row],
                 values=part.data,
             )
-            found.append(group)
-        return found
+            groups.append(group)
+        return groups
 
     def _numbers(self, group: _Group) -> Numbers:
-        silent = int((group.about.active == 0).sum())
+        n_dead = int((group.moments.active == 0).sum())
         g, l0 = group.name, float(group.unit_l0.mean())
         low, high = mean_interval(
             group.unit_l0[:, None], self.cfg.seed, n_resamples=self.cfg.n_bootstrap
         )
         return {
-            f"stats/n_positions_{g}": group.about.n,
+            f"stats/n_positions_{g}": group.moments.n,
             f"stats/n_units_{g}": len(group.unit_l0),
             f"stats/l0_{g}": l0,
             f"stats/l0_{g}_ci_low": _number(low[0]),
             f"stats/l0_{g}_ci_high": _number(high[0]),
             f"stats/mean_active_{g}": float(group.total.sum()) / l0 if l0 else None,
             f"stats/max_active_{g}": float(group.values.max()) if len(group.values) else None,
-            f"stats/dead_fraction_{g}": silent / len(group.about.active),
-            f"stats/n_dead_{g}": silent,
+            f"stats/dead_fraction_{g}": n_dead / len(group.moments.active),
+            f"stats/n_dead_{g}": n_dead,
         }
 
     def _difference(self, first: _Group, second: _Group) -> tuple[Numbers, list[str]]:
-        """L0 of the first group less that of the second, within types, and notes on the types."""
+        """L0 of the first group minus that of the second within types, and notes on the types."""
         of_first = np.repeat([True, False], [len(first.unit_l0), len(second.unit_l0)])
         types = np.concatenate([first.types, second.types])
         weights: dict[Any, float] = stratum_weights(of_first, types)
-        notes = _about_types(first, second, set(weights))
+        notes = _type_notes(first, second, set(weights))
         if not weights:
             types, weights = np.full(len(types), ""), {"": 1.0}
         value, low, high = difference_of_means(
@@ -292,8 +296,8 @@ class StatsAnalyzer:
         smallest = min(len(first.unit_l0), len(second.unit_l0))
         if not np.isfinite(low) and smallest >= MIN_N and self.cfg.n_bootstrap:
             notes.append(
-                "l0_difference has no interval: too few units of the types that both groups have "
-                f"({MIN_N} of each group in all, 2 in each type), or an L0 that does not vary"
+                "l0_difference has no interval: the types that both groups have need at least "
+                f"{MIN_N} units of each group (2 in each type) and an L0 that varies"
             )
         name = "stats/l0_difference"
         limits = {f"{name}_ci_low": _number(low), f"{name}_ci_high": _number(high)}
@@ -331,16 +335,16 @@ class StatsAnalyzer:
 
 def _frequent(group: _Group, top_k: int) -> pd.DataFrame:
     """The latents with the highest frequency, ties by the lower index."""
-    active, frequency = group.about.active, group.frequency
-    fired = np.flatnonzero(active)
-    # Frequencies that differ by rounding alone are equal.
-    top = fired[np.argsort(-frequency[fired].round(12), kind="stable")][:top_k]
+    n_active, frequency = group.moments.active, group.frequency
+    active = np.flatnonzero(n_active)
+    # Rounding makes frequencies equal that differ only by floating-point error.
+    top = active[np.argsort(-frequency[active].round(12), kind="stable")][:top_k]
     return pd.DataFrame(
         {
             "group": group.name,
             "rank": np.arange(1, len(top) + 1),
             "latent": top,
-            "n_active": active[top],
+            "n_active": n_active[top],
             "frequency": frequency[top],
             "mean_active": group.total[top] / frequency[top],
         }
@@ -367,28 +371,28 @@ def _number(value: float) -> float | None:
 
 
 def _few_units(groups: list[_Group]) -> list[str]:
-    few = [g for g in groups if len(g.unit_l0) < MIN_N]
     return [
-        f"{g.name} has {counted(len(g.unit_l0), 'unit')}, so its L0 has no interval; it takes "
-        f"{MIN_N}"
-        for g in few
+        f"the L0 of {g.name} has no interval: it has {counted(len(g.unit_l0), 'unit')}, and "
+        f"{MIN_N} are needed"
+        for g in groups
+        if len(g.unit_l0) < MIN_N
     ]
 
 
-def _about_types(first: _Group, second: _Group, shared: set[Any]) -> list[str]:
-    """What a difference of types means for the difference of the groups."""
+def _type_notes(first: _Group, second: _Group, shared: set[Any]) -> list[str]:
+    """Notes on how entity types affect the difference of the groups."""
     groups, names = (first, second), f"{first.name} and {second.name}"
     if not shared:
         return [
-            f"{names} share no entity type, so l0_difference is over all units, and a difference "
-            "between types counts as one between the groups"
+            f"{names} have no entity type in common, so l0_difference is over all units, and "
+            "differences between types count as differences between the groups"
         ]
     notes = []
-    alone = sum(kind not in shared for g in groups for kind in g.types.tolist())
-    if alone:
+    n_unshared = sum(kind not in shared for g in groups for kind in g.types.tolist())
+    if n_unshared:
         notes.append(
-            f"l0_difference leaves out {counted(alone, 'unit')} of entity types that only one "
-            "group has; the groups' own numbers do not"
+            f"l0_difference leaves out {counted(n_unshared, 'unit')} of entity types that only one "
+            "group has; the statistics of each group include them"
         )
     units = pd.DataFrame(
         {
@@ -396,18 +400,18 @@ def _about_types(first: _Group, second: _Group, shared: set[Any]) -> list[str]:
             "group": np.repeat([g.name for g in groups], [len(g.types) for g in groups]),
         }
     )
-    follows = "l0_difference compares within types, the groups' own numbers and lists do not"
-    return notes + unequal_types(units, (first.name, second.name), follows)
+    consequence = "l0_difference compares units of the same type; the groups' statistics do not"
+    return notes + unequal_types(units, (first.name, second.name), consequence)
 
 
 def _counts(groups: list[_Group]) -> pd.DataFrame:
-    """Per latent that is active at all: at how many positions of each group, and its frequency."""
-    fired = np.flatnonzero(np.sum([g.about.active for g in groups], axis=0))
-    table = pd.DataFrame({"latent": fired})
+    """Active positions and frequency in each group, for every latent that is active at all."""
+    active = np.flatnonzero(np.sum([g.moments.active for g in groups], axis=0))
+    table = pd.DataFrame({"latent": active})
     for group in groups:
-        table[f"n_active_{group.name}"] = group.about.active[fired]
+        table[f"n_active_{group.name}"] = group.moments.active[active]
     for group in groups:
-        table[f"freq_{group.name}"] = group.frequency[fired]
+        table[f"freq_{group.name}"] = group.frequency[active]
     if len(groups) == 2:
         a, b = (table[f"freq_{g.name}"] for g in groups)
         table["freq_difference"] = a - b

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.errors import SAEError
-from saexp.models.hooks import edit, position_ids, run_truncated
+from saexp.models.hooks import EditFunction, edit, position_ids, run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import ADDED, Unembedding, only_at, right_padded
 from saexp.saes.sae import SparseAutoencoder
@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 
 THRESHOLD = 1e-6
-"""A latent fires above this, as in the contrast."""
+"""A latent is active above this value, as in the contrast."""
 BY_CHANCE = 0.001
-"""Probability at which a cosine counts as larger than chance."""
+"""Probability with which random directions exceed the cosine of `cosine_by_chance`."""
 _CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Per direction the k latents with the largest cosine, best first."""
+    """The k latents with the largest cosine to each direction, best first."""
 
     latents: Int[np.ndarray, "n k"]
     cosines: Float[np.ndarray, "n k"]
@@ -43,9 +43,9 @@ def nearest_directions(
     k: int = 1,
     exclude: Int[np.ndarray, " n"] | None = None,
 ) -> Nearest:
-    """Among the rows of `decoder`, chunk by chunk; `exclude[i]` is never told for direction i.
+    """The rows of `decoder` nearest to each direction; `exclude[i]` is skipped for direction i.
 
-    A row of zeros has cosine 0 with everything.
+    A row of zeros has cosine 0 with every direction.
     """
     unit = torch.nn.functional.normalize(directions.float(), dim=-1).to(decoder.device)
     n, d_sae = len(unit), len(decoder)
@@ -67,10 +67,9 @@ def nearest_directions(
 
 
 def cosine_by_chance(d: int, d_sae: int) -> float:
-    """Cosine that the nearest of d_sae random directions in d dimensions rarely exceeds.
+    """Cosine that the nearest of d_sae random directions exceeds with probability BY_CHANCE.
 
-    With probability BY_CHANCE. The square of a random direction's cosine is distributed as
-    Beta(1/2, (d - 1)/2).
+    The squared cosine of random directions in d dimensions follows Beta(1/2, (d - 1)/2).
     """
     if d < 2:
         return 1.0
@@ -80,7 +79,7 @@ def cosine_by_chance(d: int, d_sae: int) -> float:
 
 @dataclass(frozen=True)
 class Firing:
-    """Which latents fire on which rows; `keys` name the rows, so that two runs' can be joined."""
+    """Activity of latents by row; `keys` identify rows, so that those of two runs can be joined."""
 
     keys: pd.Index
     latents: Int[np.ndarray, " n"]
@@ -89,7 +88,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class Cofiring:
-    """Between latents of two SAEs, over the rows both have."""
+    """Association of the latents of two SAEs, over the rows that both have."""
 
     n_rows: int
     phi: Float[np.ndarray, "n m"]
@@ -97,13 +96,14 @@ class Cofiring:
 
 
 def cofiring(first: Firing, second: Firing) -> Cofiring:
-    """Phi (Pearson correlation of two yes-or-no variables) and Jaccard of firing.
+    """Phi (Pearson correlation of binary variables) and Jaccard index of latents' activity.
 
-    Phi is nan for a latent that fires on all of the shared rows or on none; Jaccard, the share of
-    rows where both fire among those where either does, is nan where neither ever fires.
+    Phi is NaN for a latent that is active on all of the shared rows or on none. The Jaccard index,
+    the fraction of rows where both are active among those where either is, is NaN where neither is
+    ever active.
     """
-    place = second.keys.get_indexer(first.keys)
-    a, b = first.fires[place >= 0], second.fires[place[place >= 0]]
+    index = second.keys.get_indexer(first.keys)
+    a, b = first.fires[index >= 0], second.fires[index[index >= 0]]
     n = len(a)
     both = a.T.astype(np.float64) @ b.astype(np.float64)
     n_a, n_b = a.sum(axis=0)[:, None].astype(np.float64), b.sum(axis=0)[None, :].astype(np.float64)
@@ -114,9 +114,9 @@ def cofiring(first: Firing, second: Firing) -> Cofiring:
 
 
 def firing(activations: pd.DataFrame, rows: pd.DataFrame, split: str = "test") -> Firing:
-    """From a run's activations.parquet and rows.parquet, on one split.
+    """Activity on one split, from the tables activations.parquet and rows.parquet of a run.
 
-    The former has, latent after latent, a value for every row of the latter, in its order.
+    `activations` holds, latent by latent, a value for every row of `rows` in the same order.
     """
     latents = activations["latent"].drop_duplicates().to_numpy(dtype=np.int64)
     n_rows = len(rows)
@@ -128,28 +128,29 @@ def firing(activations: pd.DataFrame, rows: pd.DataFrame, split: str = "test") -
 
 
 TOP_TOKENS = 20
-"""Logit-lens tokens of a latent, k of the paper."""
+"""Number of logit-lens tokens of a latent (k in the paper)."""
 TOP_EXAMPLES = 100
-"""Strongest examples of a latent that count."""
+"""Number of maximally activating examples of a latent that are scored."""
 FEWEST_EXAMPLES = 10
-"""A latent with fewer has no input score."""
+"""Smallest number of active examples with which a latent has an input score."""
 AMPLIFICATION = 10.0
-"""Times the largest activation of any latent at the position, s of the paper."""
-_NUMBERS = 32 * 2**20
+"""Coefficient in units of the largest activation of any latent at the position, the paper's s."""
+_CHUNK_VALUES = 32 * 2**20
 
 
 def logit_lens_tokens(
     sae: SparseAutoencoder, model: LanguageModel, latents: Sequence[int], k: int = TOP_TOKENS
 ) -> Int[Tensor, "n k"]:
-    """Tokens that each latent's decoder direction raises most, best first.
+    """Tokens whose logits each latent's decoder direction w increases most, best first.
 
-    W_U (gain * C w), with the final norm's gain and centring C. The norm's bias is left out: it is
-    no latent's own, and on models with LayerNorm would put the same tokens first everywhere. Raises
-    SAEError for SAEs that write to a stream which is not added to the residual stream.
+    The logits are W_U (gain * C w), with the gain and centring C of the final norm. The bias of the
+    norm is left out: it does not depend on the latent, and with LayerNorm would put the same tokens
+    first for all latents. Raises SAEError for SAEs that write to a stream which is not added to the
+    residual stream.
     """
     _check(sae, latents)
     lens = Unembedding(model)
-    step = max(1, _NUMBERS // max(len(lens.weight), sae.d_out))
+    step = max(1, _CHUNK_VALUES // max(len(lens.weight), sae.d_out))
     parts = [
         lens.top_tokens(sae.directions(latents[start : start + step]), k)
         for start in range(0, len(latents), step)
@@ -168,14 +169,14 @@ def input_scores(
     text_ids: Int[np.ndarray, " n_rows"] | None = None,
     n_examples: int = TOP_EXAMPLES,
 ) -> pd.DataFrame:
-    """Columns latent, input_score, n_examples; one row per latent, in the order given.
+    """Input scores: columns latent, input_score, n_examples, one row per latent in the given order.
 
-    S_in = (number of a latent's strongest examples whose token is among its top k logit-lens
-    tokens) / (number of its examples). An example is the token with the latent's largest activation
-    in one text, told by `text_ids`; without them every row of `csr` (`[n_rows, d_sae]`) is one. The
-    strongest `n_examples` count, ties by row. The published code compares tokens by their string,
-    encoded anew; here they are compared by id. A latent with fewer than FEWEST_EXAMPLES active
-    examples has score NaN. Raises SAEError as `logit_lens_tokens`.
+    S_in is the fraction of a latent's maximally activating examples whose token is among its top k
+    logit-lens tokens. An example is the token with the largest activation in a text, identified by
+    `text_ids`; without them every row of `csr` (`[n_rows, d_sae]`) is an example. The `n_examples`
+    strongest are scored, ties in order of rows. Tokens are compared by id; the published code
+    re-encodes and compares strings. The score is NaN for latents with fewer than FEWEST_EXAMPLES
+    active examples. Raises SAEError as `logit_lens_tokens` does.
     """
     tokens = logit_lens_tokens(sae, model, latents, k).numpy()
     columns = sparse.csc_array(csr[:, np.asarray(latents, dtype=np.int64)])
@@ -195,7 +196,7 @@ def input_scores(
     few = int(np.isnan(scores).sum())
     if few:
         log.info(
-            "input score: %d of %d latents have fewer than %d examples",
+            "%d of %d latents have no input score because they have fewer than %d active examples",
             few,
             len(latents),
             FEWEST_EXAMPLES,
@@ -214,23 +215,24 @@ def output_scores(
     *,
     batch_tokens: int = 2048,
 ) -> pd.DataFrame:
-    """Columns latent, output_score, output_score_clean, top_token, top_rank, top_probability.
+    """Output scores: columns latent, output_score, output_score_clean, top_token, top_rank,
+    top_probability.
 
-    Each latent is amplified at the last token of neutral prompts (token ids; the paper's one prompt
-    is "From my experience,"): a + coefficient * m, with m the largest activation of any latent
-    there and the reconstruction error kept, so x + coefficient * m * w. Then, over its top k
-    logit-lens tokens v,
+    Each latent is amplified at the last token of neutral prompts (lists of token ids; the paper
+    uses the single prompt "From my experience,"): its activation is increased by coefficient * m,
+    where m is the largest activation of any latent there, and the reconstruction error is kept, so
+    the stream becomes x + coefficient * m * w. Over the latent's top k logit-lens tokens v,
 
     S_out = (1 - min_v rank(v) / |V|) * max_v P(v),
 
-    with the rank (0 is first) and probability of the next token. From 0 to 1; about 0 where the
-    latent does not make its own tokens likely. The mean over prompts is given: the paper has one.
-    The score is of the amplified pass alone, as published; `output_score_clean` is the same of the
-    unchanged pass, so their difference is what the intervention did. `top_token` is the likeliest
-    of the latent's tokens on the first prompt, `top_rank` and `top_probability` its own, amplified.
+    with the rank (from 0) and probability of v as the next token. S_out is between 0 and 1, and
+    near 0 where the latent does not make its own tokens probable. Scores are means over prompts.
+    `output_score` is of the amplified pass, as published; `output_score_clean` is of the unchanged
+    pass, so that the difference is the effect of the intervention. `top_token` is the most probable
+    of the latent's tokens in the amplified pass of the first prompt, with its rank and probability.
 
     One forward pass per latent and prompt, in batches of `batch_tokens` tokens. Raises SAEError as
-    `logit_lens_tokens`, and where no latent is active at a prompt's last token (m would be 0).
+    `logit_lens_tokens` does, and where no latent is active at the last token of a prompt (m = 0).
     """
     lens = logit_lens_tokens(sae, model, latents, k).to(model.device)
     if not prompts or not all(prompts):
@@ -241,29 +243,21 @@ def output_scores(
     with progress(len(latents) * len(prompts), "output scores", "pass") as bar:
         for number, prompt in enumerate(prompts):
             ids, mask = right_padded([tuple(prompt)], model.pad_id, model.device)
-            where = torch.tensor([len(prompt) - 1])
-            x = run_truncated(model, ids, mask, [sae.hookpoint], (torch.zeros_like(where), where))[
+            last = torch.tensor([len(prompt) - 1])
+            x = run_truncated(model, ids, mask, [sae.hookpoint], (torch.zeros_like(last), last))[
                 sae.hookpoint
             ]
             largest, scale = _largest(sae, x, number), float(sae.row_scale(x.to(sae.device)))
-            clean = _next_token(model, ids, mask, where)
+            clean = _next_token(model, ids, mask, last)
             total[:, 1] += _score(clean.expand(len(latents), -1), lens)[0]
             step = max(1, batch_tokens // len(prompt))
             for start in range(0, len(latents), step):
                 chosen = latents[start : start + step]
-                added = coefficient * largest * scale * sae.directions(chosen)
                 n = len(chosen)
-
-                def amplify(stream: Tensor, added: Tensor = added, where: Tensor = where) -> Tensor:
-                    new = stream.clone()
-                    at = where.to(stream.device)
-                    moved = new[:, at].float() + added[:, None].to(stream.device)
-                    new[:, at] = moved.to(stream.dtype)
-                    return new
-
-                with edit(model, {writes: amplify}):
+                added = coefficient * largest * scale * sae.directions(chosen)
+                with edit(model, {writes: _adding_at(last, added)}):
                     logits = _next_token(
-                        model, ids.expand(n, -1), mask.expand(n, -1), where.expand(n)
+                        model, ids.expand(n, -1), mask.expand(n, -1), last.expand(n)
                     )
                 scores, token, rank, p = _score(logits, lens[start : start + step])
                 total[start : start + step, 0] += scores
@@ -284,17 +278,31 @@ def output_scores(
     )
 
 
+def _adding_at(token: Int[Tensor, " 1"], vectors: Float[Tensor, "n d"]) -> EditFunction:
+    """An edit that adds one vector per row of the batch at this token."""
+
+    def add(stream: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        new = stream.clone()
+        at = token.to(stream.device)
+        changed = new[:, at].float() + vectors[:, None].to(stream.device)
+        new[:, at] = changed.to(stream.dtype)
+        return new
+
+    return add
+
+
 def _check(sae: SparseAutoencoder, latents: Sequence[int]) -> None:
+    """Raise SAEError where the SAE has no logit lens or a latent does not exist."""
     name = sae.metadata.get("name", "the SAE")
     stream = (sae.hookpoint_out or sae.hookpoint).stream
     if stream not in ADDED:
         raise SAEError(
             f"{name} writes to {stream}, which is not added to the residual stream, so its latents "
-            "have no logit lens"
+            "have no logit lens; use an SAE of a residual, attention or MLP output"
         )
-    outside = [f for f in latents if not 0 <= f < sae.d_sae]
-    if outside:
-        raise SAEError(f"latent {outside[0]}, but {name} has latents 0-{sae.d_sae - 1}")
+    invalid = [latent for latent in latents if not 0 <= latent < sae.d_sae]
+    if invalid:
+        raise SAEError(f"latent={invalid[0]} is out of range: {name} has latents 0-{sae.d_sae - 1}")
 
 
 def _largest(sae: SparseAutoencoder, x: Tensor, number: int) -> float:
@@ -322,9 +330,9 @@ def _next_token(model: LanguageModel, ids: Tensor, mask: Tensor, last: Tensor) -
 def _score(
     logits: Float[Tensor, "n v"], tokens: Int[Tensor, "n k"]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row: S_out, and token, rank and probability of its likeliest token; on the CPU.
+    """S_out, and the token, rank and probability of the most probable token, per row on the CPU.
 
-    The token of the best rank is that of the largest probability.
+    The most probable token is also the one with the best rank.
     """
     wide = logits.float()
     best, which = wide.gather(1, tokens).max(dim=1)

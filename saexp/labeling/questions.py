@@ -1,6 +1,8 @@
-"""Questions about an entity's attributes, judged answers, and the groups that follow."""
+"""Questions about the attributes of entities, labels of the answers, and groups of entities."""
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,10 @@ from saexp.errors import ConfigError, DataError
 from saexp.labeling.answer_text import runs_of, words
 from saexp.labeling.matchers import Rules, canonical, is_correct, type_key
 
+log = logging.getLogger(__name__)
+
 Templates = Mapping[str, Mapping[str, tuple[str, str]]]
-"""Entity type -> attribute -> (question, beginning of an answer), with {entity} in both."""
+"""Entity type -> attribute -> (question, answer prefix), both with {entity}."""
 
 TEMPLATES: Templates = {
     "player": {
@@ -95,48 +99,50 @@ TEMPLATES: Templates = {
 }
 
 
+EntityKey = tuple[str, str]
+"""(entity type, entity)."""
 KNOWN, UNKNOWN, DROPPED = "known", "unknown", "dropped"
 LABELS = ("correct", "refusal", "error")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One attribute of one entity, asked."""
+    """A question about one attribute of one entity."""
 
     entity: str
     entity_type: str | None
     attribute: str | None
     text: str
-    """The question, or the data's own prompt where it has no attributes."""
+    """The question, or a prompt of the data set where the entity has no attributes."""
     beginning: str
-    """Beginning of the answer that the model continues; empty for the data's own prompt."""
+    """Prefix of the answer that the model continues; empty for a prompt of the data set."""
     truths: tuple[str, ...]
-    """None where the entity does not exist, so that no answer is right."""
+    """Accepted answers; empty where the entity does not exist, so that no answer is correct."""
     given_group: str | None
-    """What the data set itself calls the entity."""
+    """Group of the entity in the data set."""
 
     @property
     def asked(self) -> str:
-        """The question and, where the answer is begun, its beginning."""
+        """The question with the answer's prefix."""
         return f"{self.text} {self.beginning}".rstrip()
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When an attribute, and an entity, counts as known."""
+    """Thresholds at which attributes and entities count as known."""
 
     min_correct: int = 3
-    """Right samples that make an attribute known."""
+    """Correct samples from which on an attribute is known."""
     min_known: int = 2
-    """Known attributes that make an entity known; all of them where fewer were asked."""
+    """Known attributes from which on an entity is known; all, where fewer were asked."""
     max_unknown: int = 0
-    """Most known attributes of an unknown entity; with more, yet not known, it is dropped."""
+    """Known attributes up to which an entity is unknown; entities in between are dropped."""
 
     def __post_init__(self) -> None:
         if not self.min_correct >= 1 or not 0 <= self.max_unknown < self.min_known:
             raise ConfigError(
                 f"min_correct={self.min_correct}, min_known={self.min_known}, max_unknown="
-                f"{self.max_unknown}: needed are min_correct >= 1 and 0 <= max_unknown < min_known"
+                f"{self.max_unknown}: type min_correct >= 1 and 0 <= max_unknown < min_known"
             )
 
     def group(self, n_known: int, n_asked: int) -> str:
@@ -147,16 +153,16 @@ class Thresholds:
 
 
 def pick(seed: int, *names: str | None, n: int) -> int:
-    """One of n, the same for the same names and seed whatever else there is."""
+    """A pseudo-random index below n that depends on the seed and the names only."""
     digest = hashlib.sha256(repr((seed, names)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % n
 
 
 def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
-    """Accepted answers from an attribute's value as files hold it.
+    """Accepted answers for the value of an attribute, as published files hold it.
 
-    A list means that any of its items will do, but for coordinates, where it (or a mapping with
-    `latitude` and `longitude`) is one pair. Of a birthplace "City, Country" the city is enough.
+    Any item of a list is accepted, except for coordinates, where a list (or a mapping with
+    `latitude` and `longitude`) is one pair. For a birthplace "City, Country" the city is enough.
     """
     if value is None or value == "":
         return ()
@@ -165,21 +171,21 @@ def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
             pair = [v for k in ("lat", "lon") for n, v in value.items() if n.lower().startswith(k)]
         else:
             pair = list(value) if isinstance(value, Sequence) else []
-        whole = len(pair) == 2 and None not in pair
-        return (f"{pair[0]}, {pair[1]}",) if whole else ()
+        is_complete = len(pair) == 2 and None not in pair
+        return (f"{pair[0]}, {pair[1]}",) if is_complete else ()
     if isinstance(value, list | tuple):
-        found = [t for item in value for t in truths_of(item, attribute)]
+        truths = [t for item in value for t in truths_of(item, attribute)]
     elif isinstance(value, float) and value.is_integer():
-        found = [str(int(value))]
+        truths = [str(int(value))]
     else:
-        found = [str(value)]
-        if canonical(attribute) == "birthplace" and "," in found[0]:
-            found.append(found[0].partition(",")[0].strip())
-    return tuple(dict.fromkeys(t for t in found if t.strip()))
+        truths = [str(value)]
+        if canonical(attribute) == "birthplace" and "," in truths[0]:
+            truths.append(truths[0].partition(",")[0].strip())
+    return tuple(dict.fromkeys(t for t in truths if t.strip()))
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether it is a mapping, or a list of numbers alone."""
+    """Whether the value is a mapping, or a list that contains only numbers."""
     if isinstance(value, list | tuple):
         return all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
     return not isinstance(value, str)
@@ -188,7 +194,7 @@ def _is_pair(value: Any) -> bool:
 def read_attributes(value: Any) -> list[tuple[str, Any]]:
     """(name, value) pairs of a published `attributes` list, or of a plain mapping.
 
-    Raises ValueError, with what is wrong, for anything else.
+    Raises ValueError for anything else.
     """
     if isinstance(value, Mapping):
         return [(str(k), v) for k, v in value.items()]
@@ -206,26 +212,27 @@ def read_attributes(value: Any) -> list[tuple[str, Any]]:
 def questions(
     examples: Iterable[Example], templates: Templates = TEMPLATES
 ) -> tuple[list[Question], dict[str, int]]:
-    """Every attribute that has a template, asked of every entity; and what is not asked, counted.
+    """(questions, reason -> number of attributes or examples that are not asked about).
 
-    An entity is asked once, however many examples it has. One without attributes (an invented
-    name) is asked what others of its type are, and has no right answer; where none of its type has
-    attributes, its examples' own prompts are the questions.
+    Every attribute with a template is asked once per entity, however many examples the entity has.
+    Entities without attributes (invented names) are asked about the attributes of other entities of
+    their type and have no correct answer. Where no entity of a type has attributes, the prompts of
+    the examples are the questions.
     """
     examples = list(examples)
-    not_asked: dict[str, int] = {}
+    not_asked: Counter[str] = Counter()
     asked_of_type: dict[str, dict[str, None]] = {}
     of_entity: dict[tuple[str | None, str], list[Example]] = {}
     for example in examples:
         if example.entity is None:
-            not_asked["no entity"] = not_asked.get("no entity", 0) + 1
+            not_asked["no entity"] += 1
             continue
         of_entity.setdefault((example.entity_type, example.entity), []).append(example)
         for name, _ in _attributes(example):
             attribute = canonical(name, example.entity_type)
             if attribute in templates.get(type_key(example.entity_type), {}):
                 asked_of_type.setdefault(type_key(example.entity_type), {})[attribute] = None
-    made: list[Question] = []
+    asked: list[Question] = []
     for (entity_type, _), same in of_entity.items():
         first = same[0]
         pairs = [p for example in same for p in _attributes(example)]
@@ -236,27 +243,28 @@ def questions(
             for name, value in pairs:
                 attribute = canonical(name, entity_type)
                 if attribute not in kinds:
-                    reason = no_template(entity_type, attribute)
-                    not_asked[reason] = not_asked.get(reason, 0) + 1
+                    not_asked[no_template(entity_type, attribute)] += 1
                 elif accepted := truths_of(value, attribute):
                     truths[attribute] = tuple(dict.fromkeys(truths.get(attribute, ()) + accepted))
                 else:
-                    reason = f"{entity_type} {attribute} without a value"
-                    not_asked[reason] = not_asked.get(reason, 0) + 1
-            made += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
+                    not_asked[f"{entity_type} {attribute} without a value"] += 1
+            asked += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
         elif key in asked_of_type:
-            made += [_asked(first, a, kinds[a], ()) for a in asked_of_type[key]]
+            asked += [_asked(first, a, kinds[a], ()) for a in asked_of_type[key]]
         else:
-            made += _own_prompts(same, not_asked)
-    return made, not_asked
+            from_prompts = [_from_prompt(example) for example in same]
+            asked += [question for question in from_prompts if question is not None]
+            if n := from_prompts.count(None):
+                not_asked["neither attributes nor a prompt"] += n
+    return asked, dict(not_asked)
 
 
 def no_template(entity_type: str | None, attribute: str) -> str:
-    """Why an attribute is not asked for, and what to type so that it is."""
+    """The reason that an attribute is not asked about, with the option that adds a template."""
     kind, name = type_key(entity_type), attribute.replace("_", " ")
     question = f"What is the {name} of the {kind.replace('_', ' ')} {{entity}}?"
     return (
-        f"no template for {entity_type} {attribute}; to ask for it, type "
+        f"no template for {entity_type} {attribute}; to ask about it, type "
         f"\"task.templates.{kind}.{attribute}='{question}'\""
     )
 
@@ -285,30 +293,24 @@ def _asked(
     )
 
 
-def _own_prompts(same: Sequence[Example], not_asked: dict[str, int]) -> list[Question]:
-    made = []
-    for example in same:
-        if example.prompt is None or example.entity is None:
-            reason = "neither attributes nor a prompt"
-            not_asked[reason] = not_asked.get(reason, 0) + 1
-            continue
-        attribute = example.extra.get("attribute")
-        made.append(
-            Question(
-                entity=example.entity,
-                entity_type=example.entity_type,
-                attribute=None if attribute is None else str(attribute),
-                text=example.prompt,
-                beginning="",
-                truths=example.answers,
-                given_group=example.group,
-            )
-        )
-    return made
+def _from_prompt(example: Example) -> Question | None:
+    """The question of an example's own prompt; None where it has none."""
+    if example.prompt is None or example.entity is None:
+        return None
+    attribute = example.extra.get("attribute")
+    return Question(
+        entity=example.entity,
+        entity_type=example.entity_type,
+        attribute=None if attribute is None else str(attribute),
+        text=example.prompt,
+        beginning="",
+        truths=example.answers,
+        given_group=example.group,
+    )
 
 
 def repeats_question(question: Question) -> bool:
-    """Whether every true answer stands in the question, so that a mention may be a repetition."""
+    """Whether the question contains all true answers, so that an answer may only repeat it."""
     asked = words(question.asked)
     return bool(question.truths) and all(runs_of(asked, words(t)) for t in question.truths)
 
@@ -316,12 +318,12 @@ def repeats_question(question: Question) -> bool:
 def label_answer(
     answer: str, question: Question, rules: Rules, refuses: Callable[[str], bool]
 ) -> str:
-    """correct, refusal or error.
+    """One of `LABELS`: correct, refusal or error.
 
-    Where the true answer stands in the question, an answer that refuses is a refusal, even if it
-    also names it.
+    Where the question contains the true answer, an answer that refuses is a refusal even if it
+    mentions the true answer.
     """
-    right = is_correct(
+    correct = is_correct(
         answer,
         question.truths,
         question.entity_type,
@@ -330,7 +332,7 @@ def label_answer(
         question=question.asked,
         entity=question.entity,
     )
-    if right and not (repeats_question(question) and refuses(answer)):
+    if correct and not (repeats_question(question) and refuses(answer)):
         return "correct"
     return "refusal" if refuses(answer) else "error"
 
@@ -338,7 +340,7 @@ def label_answer(
 def entity_groups(asked: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
     """One row per entity: `n_asked`, `n_known`, `group`, in order of appearance.
 
-    `asked` has a row per question: `entity`, `entity_type`, `n_correct` (right samples).
+    `asked` has one row per question: `entity`, `entity_type`, `n_correct` (correct samples).
     """
     table = asked.assign(known=asked["n_correct"] >= thresholds.min_correct)
     grouped = table.groupby(["entity_type", "entity"], sort=False, dropna=False)
@@ -348,3 +350,34 @@ def entity_groups(asked: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
         for known, n in zip(entities["n_known"], entities["n_asked"], strict=True)
     ]
     return entities
+
+
+def choose_queries(queries: list[dict[str, Any]], seed: int) -> dict[EntityKey, dict[str, Any]]:
+    """One of the queries of each entity, chosen independently of the answers."""
+    of_entity: dict[EntityKey, list[dict[str, Any]]] = {}
+    for query in queries:
+        of_entity.setdefault((query["entity_type"], query["entity"]), []).append(query)
+    return {key: same[pick(seed, *key, n=len(same))] for key, same in of_entity.items()}
+
+
+def groups_of_queries(
+    queries: list[dict[str, Any]], thresholds: Thresholds
+) -> dict[EntityKey, str]:
+    """The group of each entity by the sampled answers of its queries (those with `n_correct`)."""
+    judged = [q for q in queries if q["n_correct"] is not None]
+    if not judged:
+        return {}
+    # Several queries for the same attribute count as one attribute.
+    asked = pd.DataFrame(judged)[["entity", "entity_type", "attribute", "n_correct"]]
+    asked = asked.groupby(["entity_type", "entity", "attribute"], sort=False).max().reset_index()
+    table = entity_groups(asked, thresholds)
+    counts = Counter(table["group"])
+    log.info(
+        "%d entities by their labels: %s; %d of %d queries have no sampled answers",
+        len(table),
+        ", ".join(f"{n} {group}" for group, n in sorted(counts.items())),
+        len(queries) - len(judged),
+        len(queries),
+    )
+    keys = zip(table["entity_type"].map(str), table["entity"].map(str), strict=True)
+    return dict(zip(keys, table["group"].map(str), strict=True))

@@ -6,14 +6,12 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from saexp.config import WikidataConfig
+from saexp.config import DatasetConfig, WikidataConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
 from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
@@ -23,12 +21,14 @@ from saexp.labeling.matchers import Rules, canonical, is_correct
 from saexp.labeling.quantities import year
 from saexp.labeling.questions import (
     DROPPED,
+    EntityKey,
     Thresholds,
-    entity_groups,
-    pick,
+    choose_queries,
+    groups_of_queries,
     read_attributes,
     truths_of,
 )
+from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ _NO_LABEL = re.compile(r"Q\d+")
 
 
 def sparql(entity_type: str, n: int, min_sitelinks: int) -> str:
-    """The query: `n` items with at least so many Wikipedia pages, one row per attribute value."""
+    """A query for `n` items with at least `min_sitelinks` Wikipedia pages; one row per value."""
     if entity_type not in KINDS:
-        raise ConfigError(f"fetch={entity_type}: the types are {', '.join(KINDS)}")
+        raise ConfigError(f"fetch={entity_type}: {did_you_mean(entity_type, list(KINDS))}")
     pattern, properties = KINDS[entity_type]
     values = " ".join(f'(wdt:{p} "{name}")' for name, p in properties.items())
     return (
@@ -91,18 +91,18 @@ def fetch_entities(
     min_sitelinks: int = 20,
     timeout: int | float = 60,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Entities in the published format, and how many items had no English name.
+    """(entities in the published format, number of items without an English name).
 
-    Raises DataError, in one line, where the endpoint does not answer as it should.
+    Raises DataError where the endpoint cannot be reached or its response is not valid.
     """
-    answer = ask(sparql(entity_type, n, min_sitelinks), endpoint, timeout)
-    return to_entities(answer, entity_type, endpoint)
+    response = ask(sparql(entity_type, n, min_sitelinks), endpoint, timeout)
+    return to_entities(response, entity_type, endpoint)
 
 
 def ask(query: str, endpoint: str, timeout: int | float) -> Any:
-    """The parsed JSON answer of a SPARQL endpoint (POST, so that long queries fit)."""
+    """The parsed JSON response of a SPARQL endpoint (to a POST request, for long queries)."""
     if urllib.parse.urlsplit(endpoint).scheme not in ("http", "https"):
-        raise ConfigError(f"endpoint={endpoint} is no http address")
+        raise ConfigError(f"endpoint={endpoint} is not an http(s) address")
     request = urllib.request.Request(
         endpoint,
         data=urllib.parse.urlencode({"query": query, "format": "json"}).encode(),
@@ -114,40 +114,48 @@ def ask(query: str, endpoint: str, timeout: int | float) -> Any:
     except urllib.error.HTTPError as error:
         wait = error.headers.get("Retry-After") if error.headers else None
         error.close()
-        after = f"; ask again after {wait} s" if wait else ""
-        raise DataError(f"{endpoint}: answered {error.code} {error.reason}{after}") from error
+        retry = f"; try again after {wait} s" if wait else ""
+        raise DataError(f"{endpoint}: HTTP {error.code} {error.reason}{retry}") from error
     except TimeoutError as error:
-        raise DataError(_late(endpoint, timeout)) from error
+        raise DataError(_timed_out(endpoint, timeout)) from error
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
-            raise DataError(_late(endpoint, timeout)) from error
-        raise DataError(f"{endpoint}: is not in reach ({reason})") from error
+            raise DataError(_timed_out(endpoint, timeout)) from error
+        raise DataError(f"{endpoint}: cannot be reached ({reason})") from error
     try:
         return json.loads(content)
     except ValueError as error:
-        raise DataError(f"{endpoint}: its answer is no JSON ({error})") from error
+        raise DataError(f"{endpoint}: the response is not valid JSON ({error})") from error
 
 
-def _late(endpoint: str, timeout: int | float) -> str:
-    return f"{endpoint}: no answer within {timeout:g} s; set a longer timeout, or a smaller n"
+def _timed_out(endpoint: str, timeout: int | float) -> str:
+    return (
+        f"{endpoint}: no response within {timeout:g} s; increase dataset.timeout, or "
+        "decrease dataset.n_fetched"
+    )
 
 
-def to_entities(answer: Any, entity_type: str, where: str) -> tuple[list[dict[str, Any]], int]:
-    """Rows of a SPARQL JSON answer, gathered per item; values of one attribute become a list."""
+def to_entities(response: Any, entity_type: str, where: str) -> tuple[list[dict[str, Any]], int]:
+    """(entities of a SPARQL JSON response, number of items without an English name).
+
+    Several values of an attribute become a list.
+    """
     try:
-        rows = answer["results"]["bindings"]
+        rows = response["results"]["bindings"]
         cells = [
             {name: (cell["type"], cell["value"]) for name, cell in row.items()} for row in rows
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: its answer has no results.bindings of SPARQL JSON") from error
+        raise DataError(
+            f"{where}: the response is not SPARQL JSON (no results.bindings)"
+        ) from error
     items: dict[str, dict[str, Any]] = {}
     unnamed: set[str] = set()
     for row in cells:
         missing = [v for v in ("item", "itemLabel", "attribute", "value") if v not in row]
         if missing:
-            raise DataError(f"{where}: a row of its answer has no ?{missing[0]}")
+            raise DataError(f"{where}: a row of the response has no ?{missing[0]}")
         item, name = row["item"][1], row["itemLabel"][1]
         if _NO_LABEL.fullmatch(name):
             unnamed.add(item)
@@ -156,28 +164,28 @@ def to_entities(answer: Any, entity_type: str, where: str) -> tuple[list[dict[st
         value = _value(attribute, row)
         if value is None:
             continue
-        found = items.setdefault(item, {"name": name, "values": {}})
-        kept = found["values"].setdefault(attribute, [])
-        if value not in kept:
-            kept.append(value)
+        entity = items.setdefault(item, {"name": name, "values": {}})
+        values = entity["values"].setdefault(attribute, [])
+        if value not in values:
+            values.append(value)
     entities = [
         {
-            "entity": found["name"],
+            "entity": item["name"],
             "entity_type": entity_type,
             "attributes": [
                 {"attribute_type": a, "attribute_value": v[0] if len(v) == 1 else v}
-                for a, v in found["values"].items()
+                for a, v in item["values"].items()
             ],
         }
-        for found in items.values()
+        for item in items.values()
     ]
     if not entities:
-        raise DataError(f"{where}: no {entity_type} with an English name in its answer")
+        raise DataError(f"{where}: the response has no {entity_type} with an English name")
     return entities, len(unnamed)
 
 
 def _value(attribute: str, row: Mapping[str, tuple[str, str]]) -> Any:
-    """A cell's value: a label for an item, a year for a date, text for the rest."""
+    """The value of a cell: the label of an item, the year of a date, otherwise the text."""
     kind, text = row["value"]
     if kind == "bnode":
         return None
@@ -185,8 +193,8 @@ def _value(attribute: str, row: Mapping[str, tuple[str, str]]) -> Any:
         label = row.get("valueLabel", ("", ""))[1]
         return None if not label or _NO_LABEL.fullmatch(label) else label
     if attribute in _YEARS:
-        found = year(text)
-        return None if found is None else int(found)
+        number = year(text)
+        return None if number is None else int(number)
     return text
 
 
@@ -196,157 +204,186 @@ Row = tuple[str, dict[str, Any]]
 """(file and line or index, columns)."""
 
 
-def wikidata(cfg: WikidataConfig, **_: Any) -> ExampleSet:
-    """One example per entity of a file, or of a folder's .json and .jsonl files.
+@dataclass
+class _Published:
+    """Entities and queries of published files."""
 
-    Entity files give the attributes (for task=label). Query files with sampled labels give the
-    groups, by the rule of `Thresholds`; their entities have one of their questions as prompt, a
-    seeded choice that does not depend on the labels. Entities that are neither known nor unknown
-    are dropped; how many is noted.
-    """
-    if cfg.fetch:
-        _fetch(cfg)
-    if not cfg.path:
-        raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=…")
-    entities: dict[tuple[str, str], list[tuple[str, Any]]] = {}
-    queries: list[dict[str, Any]] = []
-    missing = MissingValues(cfg.missing_values)
-    n_rows, skips = 0, []
-    for where, published in read_published(cfg.path):
-        row = missing.cleaned(published)
-        n_rows += 1
-        nameless = [c for c in ("entity_type", "entity") if c in row and row[c] is None]
-        if nameless:
-            skips.append(Skip(where, f"{nameless[0]} is empty or a missing value"))
-            continue
-        key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
-        if "attributes" in row:
-            pairs = entities.setdefault(key, [])
+    attributes: dict[EntityKey, list[tuple[str, Any]]] = field(default_factory=dict)
+    """Of entity files: (attribute, value) pairs of each entity."""
+    queries: list[dict[str, Any]] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def entities(self) -> list[EntityKey]:
+        """All entities, in order of appearance, those of entity files first."""
+        of_queries = ((q["entity_type"], q["entity"]) for q in self.queries)
+        return list(dict.fromkeys([*self.attributes, *of_queries]))
+
+    @classmethod
+    def read(cls, cfg: DatasetConfig) -> "_Published":
+        """Read `cfg.path`. Raises DataError for rows that are neither entities nor queries."""
+        published, missing, n_rows = cls(), MissingValues(cfg.missing_values), 0
+        for where, values in read_published(str(cfg.path)):
+            n_rows += 1
+            published._add(where, missing.cleaned(values))
+        skip_lines = skip_notes(published.skips, n_rows, "row")
+        published.notes += [*missing.notes(n_rows), *skip_lines]
+        return published
+
+    def _add(self, where: str, row: dict[str, Any]) -> None:
+        empty = [c for c in ("entity_type", "entity") if c in row and row[c] is None]
+        if empty:
+            self.skips.append(Skip(where, f"{empty[0]} is empty or a missing value"))
+        elif "attributes" in row:
+            key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
+            pairs = self.attributes.setdefault(key, [])
             try:
                 pairs += [p for p in read_attributes(row["attributes"] or []) if p not in pairs]
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from error
         else:
-            queries.append(_query(where, row))
-    names = dict.fromkeys([*entities, *((q["entity_type"], q["entity"]) for q in queries)])
-    of_query = _chosen_query(queries, cfg.seed)
-    groups = _groups(queries, cfg)
-    examples = []
-    for entity_type, entity in names:
-        group = groups.get((entity_type, entity))
-        if group == DROPPED:
-            continue
-        named = {"entity": entity, "entity_type": entity_type}
-        text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, named)
-        spans = find_mentions(text, entity)
-        if not spans:
-            raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
-        asked = of_query.get((entity_type, entity))
-        prompt = asked["prompt"] if asked else None
-        if cfg.prompt_template:
-            prompt = filled("dataset.prompt_template", cfg.prompt_template, named)
-        extra: dict[str, Any] = {}
-        if (entity_type, entity) in entities:
-            extra["attributes"] = [
-                {"attribute_type": a, "attribute_value": v}
-                for a, v in entities[entity_type, entity]
-            ]
-        if asked and not cfg.prompt_template:
-            extra["attribute"] = asked["attribute"]
-        examples.append(
-            Example(
-                id=f"{entity_type}/{entity}",
-                text=text,
-                group=group,
-                spans=spans,
-                entity=entity,
-                entity_type=entity_type,
-                prompt=prompt,
-                answers=asked["truths"] if asked and not cfg.prompt_template else (),
-                extra=extra,
-            )
-        )
+            self.queries.append(_query(where, row))
+
+
+def wikidata(cfg: WikidataConfig, **_: Any) -> ExampleSet:
+    """One example per entity of a file, or of the .json and .jsonl files in a folder.
+
+    Entity files give the attributes (for task=label). Query files with sampled labels give the
+    groups, by the rule of `Thresholds`; the prompt of their entities is one of the entity's
+    questions, drawn with the seed and independently of the labels. Entities that are neither known
+    nor unknown are dropped and counted in a note.
+    """
+    if cfg.fetch:
+        _fetch(cfg)
+    if not cfg.path:
+        raise ConfigError("dataset=wikidata needs a file or folder: type dataset.path=FILE")
+    published = _Published.read(cfg)
+    of_query = choose_queries(published.queries, cfg.seed)
+    thresholds = Thresholds(cfg.min_correct, cfg.min_known, cfg.max_unknown)
+    groups = groups_of_queries(published.queries, thresholds)
+    examples = [
+        _example(cfg, key, groups.get(key), published.attributes.get(key), of_query.get(key))
+        for key in published.entities
+        if groups.get(key) != DROPPED
+    ]
     if not examples:
-        left_out = f" ({skips[0].reason} in {len(skips)} rows)" if skips else ""
-        raise DataError(f"{cfg.path}: no entity is known or unknown by its labels{left_out}")
-    made = finish(
-        cfg, examples, cfg.path, [*missing.notes(n_rows), *skip_notes(skips, n_rows, "row")]
-    )
-    dropped = sum(group == DROPPED for group in groups.values())
-    if dropped:
-        made.notes.append(
-            f"{dropped} of {len(groups)} labelled entities are neither known nor unknown, so they "
-            "are left out"
+        skips = published.skips
+        skipped = f" ({skips[0].reason} in {counted(len(skips), 'row')})" if skips else ""
+        raise DataError(f"{cfg.path}: no entity is labelled as known or unknown{skipped}")
+    example_set = finish(cfg, examples, cfg.path, published.notes)
+    n_dropped = sum(group == DROPPED for group in groups.values())
+    if n_dropped:
+        example_set.notes.append(
+            f"{n_dropped} of {len(groups)} labelled entities are left out because they are neither "
+            "known nor unknown"
         )
-    return made
+    return example_set
+
+
+def _example(
+    cfg: DatasetConfig,
+    key: EntityKey,
+    group: str | None,
+    attributes: list[tuple[str, Any]] | None,
+    query: dict[str, Any] | None,
+) -> Example:
+    """The example of one entity, with the prompt of its chosen query where there is one."""
+    entity_type, entity = key
+    values = {"entity": entity, "entity_type": entity_type}
+    text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, values)
+    spans = find_mentions(text, entity)
+    if not spans:
+        raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
+    prompt = query["prompt"] if query else None
+    if cfg.prompt_template:
+        prompt, query = filled("dataset.prompt_template", cfg.prompt_template, values), None
+    extra: dict[str, Any] = {}
+    if attributes is not None:
+        extra["attributes"] = [
+            {"attribute_type": name, "attribute_value": value} for name, value in attributes
+        ]
+    if query:
+        extra["attribute"] = query["attribute"]
+    return Example(
+        id=f"{entity_type}/{entity}",
+        text=text,
+        group=group,
+        spans=spans,
+        entity=entity,
+        entity_type=entity_type,
+        prompt=prompt,
+        answers=query["truths"] if query else (),
+        extra=extra,
+    )
 
 
 def _fetch(cfg: WikidataConfig) -> None:
-    """Write freshly fetched entities to `dataset.path`, unless the file is there.
+    """Fetch entities and write them to `dataset.path`, unless the file exists.
 
-    Beside the file stands what was asked for. Raises ConfigError where that is not what is asked
-    for now.
+    The query is saved beside the file. Raises ConfigError where an existing file was fetched with
+    another query.
     """
     if not cfg.path or Path(cfg.path).is_dir():
         raise ConfigError("dataset.fetch needs a file to write: type dataset.path=FILE")
     file = Path(cfg.path)
-    types = [cfg.fetch] if isinstance(cfg.fetch, str) else list(cfg.fetch)
-    asked = {n: getattr(cfg, n) for n in ("n_fetched", "min_sitelinks", "endpoint")}
+    types = cfg.fetch
+    types = [types] if isinstance(types, str) else list(types)
     query = {
         "fetch": types,
-        **asked,
+        **{name: getattr(cfg, name) for name in ("n_fetched", "min_sitelinks", "endpoint")},
         "queries": [sparql(t, cfg.n_fetched, cfg.min_sitelinks) for t in types],
     }
-    beside = file.with_name(f"{file.name}.query")
+    query_file = file.with_name(f"{file.name}.query")
     if file.exists():
-        _check_fetched(file, beside, query)
-        log.info("%s is there already, so nothing is fetched", file)
+        _check_fetched(file, query_file, query)
+        log.info("%s exists, so nothing is fetched", file)
         return
-    found: list[dict[str, Any]] = []
+    entities: list[dict[str, Any]] = []
     for entity_type in types:
-        some, unnamed = fetch_entities(
+        of_type, n_unnamed = fetch_entities(
             entity_type,
             cfg.n_fetched,
             endpoint=cfg.endpoint,
             min_sitelinks=cfg.min_sitelinks,
             timeout=cfg.timeout,
         )
-        log.info("fetched %d of type %s; %d without a name", len(some), entity_type, unnamed)
-        found += some
-    # The query first: a file without one counts as the user's own.
-    for path, content in ((beside, query), (file, found)):
+        log.info("fetched %d of type %s; %d without a name", len(of_type), entity_type, n_unnamed)
+        entities += of_type
+    # The query is written first, because a file without a query counts as the user's data.
+    for path, content in ((query_file, query), (file, entities)):
         write_json(path, content, option="dataset.path=")
 
 
-def _check_fetched(file: Path, beside: Path, query: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a file that another query fetched; one without a query is kept."""
+def _check_fetched(file: Path, query_file: Path, query: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a file fetched with another query; files without one are accepted."""
     try:
-        made_by = json.loads(beside.read_text("utf-8"))
+        saved = json.loads(query_file.read_text("utf-8"))
     except FileNotFoundError:
         return
     except (OSError, ValueError):
-        made_by = None
-    if not isinstance(made_by, dict):
-        log.warning("%s is damaged: what fetched dataset.path=%s is not known", beside, file)
+        saved = None
+    if not isinstance(saved, dict):
+        log.warning("%s is damaged, so the query of dataset.path=%s is unknown", query_file, file)
         return
-    if made_by == query:
+    if saved == query:
         return
-    option = next((n for n in query if made_by.get(n) != query[n]), "query")
+    option = next((n for n in query if saved.get(n) != query[n]), "query")
     raise ConfigError(
-        f"dataset.path={file} was fetched with {option}={made_by.get(option)}, not "
-        f"{query.get(option)}; delete it to fetch anew, or type another dataset.path="
+        f"dataset.path={file} was fetched with {option}={saved.get(option)}, not "
+        f"{query.get(option)}; delete the file to fetch again, or type another dataset.path="
     )
 
 
 def read_published(path: str) -> Iterator[Row]:
-    """Rows of .json lists and .jsonl files with where each stands. Raises DataError."""
-    place = Path(path)
-    if place.is_dir():
-        files = sorted(f for f in place.rglob("*") if f.suffix in (".json", ".jsonl"))
+    """(location, row) of all .json lists and .jsonl files. Raises DataError."""
+    root = Path(path)
+    if root.is_dir():
+        files = sorted(f for f in root.rglob("*") if f.suffix in (".json", ".jsonl"))
     else:
-        files = [place]
+        files = [root]
     if not files or not all(f.is_file() for f in files):
-        raise DataError(f"dataset.path={path}: no such file, nor a folder with .json files")
+        raise DataError(f"dataset.path={path} is neither a file nor a folder with .json files")
     for file in files:
         with open_text(file) as opened:
             text = opened.read()
@@ -368,7 +405,7 @@ def _lines(file: Path, text: str) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: is no JSON ({error.msg})") from error
+                raise DataError(f"{where}: not valid JSON ({error.msg})") from error
             yield where, _object(where, row)
 
 
@@ -376,7 +413,7 @@ def _list(file: Path, text: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: is no JSON ({error.msg})") from error
+        raise DataError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from error
     for index, row in enumerate(rows):
         yield f"{file}[{index}]", _object(f"{file}[{index}]", row)
 
@@ -397,12 +434,12 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 def _text(where: str, row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: '{name}' must be a text, neither empty nor a missing value")
+        raise DataError(f"{where}: '{name}' must be text that is neither empty nor a missing value")
     return value
 
 
 def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A query with its truths, and the number of right samples (None where it has none).
+    """A query with its true answers and number of correct samples (None without samples).
 
     Samples without labels are judged here.
     """
@@ -411,7 +448,7 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     truths = truths_of(row["correct_answer"], attribute)
     prompt = row.get("question") or _text(where, row, "prompt")
     if not isinstance(prompt, str):
-        raise DataError(f"{where}: 'question' must be a text")
+        raise DataError(f"{where}: 'question' must be text")
     labels = row.get("string_matching_sampled_labels") or []
     samples = row.get("sampled_completions") or []
     if not isinstance(labels, list) or not isinstance(samples, list):
@@ -419,10 +456,11 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if labels:
         n_correct = sum(str(x).lower() in ("correct", "true", "1") for x in labels)
     elif samples:
-        rules, named = Rules(), {"question": prompt, "entity": entity}
+        rules = Rules()
         answers = [str(sample) for sample in samples if sample is not None]
         n_correct = sum(
-            is_correct(a, truths, entity_type, attribute, rules, **named) for a in answers
+            is_correct(a, truths, entity_type, attribute, rules, question=prompt, entity=entity)
+            for a in answers
         )
     else:
         n_correct = None
@@ -434,34 +472,3 @@ def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": prompt,
         "n_correct": n_correct,
     }
-
-
-def _chosen_query(
-    queries: list[dict[str, Any]], seed: int
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Per entity one of its queries, whether its answer is known or not."""
-    of_entity: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for query in queries:
-        of_entity.setdefault((query["entity_type"], query["entity"]), []).append(query)
-    return {key: some[pick(seed, *key, n=len(some))] for key, some in of_entity.items()}
-
-
-def _groups(queries: list[dict[str, Any]], cfg: WikidataConfig) -> dict[tuple[str, str], str]:
-    thresholds = Thresholds(cfg.min_correct, cfg.min_known, cfg.max_unknown)
-    judged = [q for q in queries if q["n_correct"] is not None]
-    if not judged:
-        return {}
-    # One attribute asked twice is one attribute.
-    asked = pd.DataFrame(judged)[["entity", "entity_type", "attribute", "n_correct"]]
-    asked = asked.groupby(["entity_type", "entity", "attribute"], sort=False).max().reset_index()
-    table = entity_groups(asked, thresholds)
-    counts = Counter(table["group"])
-    log.info(
-        "%d entities by their labels: %s; %d of %d queries have no sampled answers",
-        len(table),
-        ", ".join(f"{n} {group}" for group, n in sorted(counts.items())),
-        len(queries) - len(judged),
-        len(queries),
-    )
-    keys = zip(table["entity_type"].map(str), table["entity"].map(str), strict=True)
-    return dict(zip(keys, table["group"].map(str), strict=True))

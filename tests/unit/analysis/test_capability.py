@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.capability import CapabilityAnalyzer, _of_paired_rates, _of_rate, questions
+from saexp.analysis.capability import (
+    CapabilityAnalyzer,
+    _paired_rate_bounds,
+    _rate_bounds,
+    questions,
+)
 from saexp.config import CapabilityConfig
 from saexp.data.examples import Example
 from saexp.errors import ConfigError, DataError
@@ -180,10 +185,10 @@ def test_rates_of_entities_with_several_prompts_are_covered(n: int, rate: float)
             ).astype(float)
             for r in (rate, rate - 0.1)
         )
-        low, high = _of_rate(pd.Series(clean).groupby(codes).mean().to_numpy())
+        low, high = _rate_bounds(pd.Series(clean).groupby(codes).mean().to_numpy())
         assert low is not None and high is not None and low < high
         covered += low <= rate <= high
-        low, high = _of_paired_rates(pd.Series(clean), pd.Series(sae), codes)
+        low, high = _paired_rate_bounds(pd.Series(clean), pd.Series(sae), codes)
         assert low is not None and high is not None and low < high
         changes += low <= -0.1 <= high
     assert covered / n_runs >= 0.92
@@ -191,8 +196,8 @@ def test_rates_of_entities_with_several_prompts_are_covered(n: int, rate: float)
 
 
 def test_one_entity_has_no_interval() -> None:
-    assert _of_rate(np.array([0.5])) == (None, None)
-    assert _of_paired_rates(pd.Series([1.0, 0.0]), pd.Series([1.0, 1.0]), np.zeros(2, int)) == (
+    assert _rate_bounds(np.array([0.5])) == (None, None)
+    assert _paired_rate_bounds(pd.Series([1.0, 0.0]), pd.Series([1.0, 1.0]), np.zeros(2, int)) == (
         None,
         None,
     )
@@ -267,7 +272,7 @@ def test_foils_that_say_nothing_are_noted(model: LanguageModel) -> None:
     text = "When Laura and Irene went to the library, Irene gave the ring to"
     same = Example(id="same", text=text, answers=(" Laura",), extra={"foil": " Laura"})
     result = capability(model, shipped_sae(), [same])
-    assert any("1 prompts have no logit difference: foil begins" in n for n in result.notes)
+    assert any("1 prompt has no logit difference: foil begins" in n for n in result.notes)
     assert "capability/logit_difference_clean" not in result.metrics
 
 

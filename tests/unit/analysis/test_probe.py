@@ -235,7 +235,7 @@ def test_entities_with_more_rows_contribute_as_many(inputs: AnalysisInputs) -> N
             result.metrics[f"probe/n_rows{split}"] == probe(inputs).metrics[f"probe/n_rows{split}"]
         )
     assert any("every entity contributes 2 rows" in note for note in result.notes)
-    assert any("known 4.0 and unknown 2.0; what depends on" in note for note in result.notes)
+    assert any("was 4.0 (known) and 2.0 (unknown); an effect of" in note for note in result.notes)
     every = probe(large, within="entity_type").metrics
     assert every["probe/n_rows_test"] > result.metrics["probe/n_rows_test"]  # type: ignore[operator]
 
@@ -248,7 +248,7 @@ def test_types_in_unequal_proportions_are_noted(inputs: AnalysisInputs) -> None:
     some = Latents(sparse.csr_array(inputs.latents.csr[keep]), rows[keep].reset_index(drop=True))
     unequal = replace(inputs, latents=some, acts=inputs.acts[torch.tensor(keep)])
     notes = [n for n in probe(unequal).notes if n.startswith("entity types differ between")]
-    assert len(notes) == 1 and "a probe may use that" in notes[0]
+    assert len(notes) == 1 and "a probe may exploit this" in notes[0]
     assert not any("entity types differ" in note for note in probe(inputs).notes)
 
 
@@ -259,11 +259,10 @@ def test_a_quiet_latent_that_the_selection_misses_is_named(inputs: AnalysisInput
     dense[:, 50] = np.where(known, 1e-3, 0.0)
     quiet = replace(inputs, latents=Latents(sparse.csr_array(dense), inputs.latents.rows))
     result = probe(quiet)
-    (note,) = (n for n in result.notes if "latent 50 has the best train AUROC, 1.000" in n)
+    (note,) = (n for n in result.notes if "latent 50 has the best train AUROC (1.000)" in n)
     table = result.tables["probe_latents"]
     best = 0.5 + (table["auroc"] - 0.5).abs().max()
-    assert f"not among the 3 of sparse_3, of which the best has {best:.3f}" in note
-    assert f"({1 - best:.3f} less)" in note
+    assert f"not among the 3 latents of sparse_3, the best of which has {best:.3f}" in note
     assert not any("best train AUROC" in n for n in probe(quiet, k=[59]).notes)
 
 
@@ -283,7 +282,7 @@ def test_transfer_to_another_data_set(inputs: AnalysisInputs) -> None:
     assert any("5 rows left out" in note for note in result.notes)
     assert m["probe/dense_auroc_transfer"] > 0.9
     assert m["probe/dense_auroc_test"] == probe(inputs).metrics["probe/dense_auroc_test"]
-    with pytest.raises(DataError, match="every text or entity of it is one"):
+    with pytest.raises(DataError, match="all its texts or entities are among the train rows"):
         train = (inputs.latents.rows["split"] == "train").to_numpy()
         kept = Latents(
             sparse.csr_array(inputs.latents.csr[train]),
@@ -348,11 +347,11 @@ def test_more_latents_than_there_are(inputs: AnalysisInputs) -> None:
     names = set(result.tables["probes"]["probe"])
     alone = {"dense", "mean_difference", "best_latent", "majority"}
     assert names == {"sparse_2", "sparse_59", *alone}
-    assert any("only 59 latents differ" in note for note in result.notes)
+    assert any("at most 59 latents" in note for note in result.notes)
 
 
 def test_what_cannot_be_probed(inputs: AnalysisInputs, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a probe needs two groups to separate"):
+    with pytest.raises(DataError, match="a probe needs two groups, but the data set has 0"):
         probe(replace(inputs, groups=()))
     rows = inputs.latents.rows
     few = rows.assign(split=rows["split"].where(rows["group"] == "known", "val"))

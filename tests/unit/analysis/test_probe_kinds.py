@@ -126,8 +126,8 @@ def test_rows_of_an_unseen_value_under_probes_of_the_others(inputs: AnalysisInpu
     table = result.tables["probes"]
     assert set(table["data"]) == {"train", "test", "unseen"}
     assert len(table[table["data"] == "unseen"]) == len(table[table["data"] == "test"])
-    (told,) = (n for n in result.notes if "chosen on other values of 'entity_type'" in n)
-    assert f"best_latent {m['probe/best_latent_auroc_unseen']:.3f} [" in told
+    (note,) = (n for n in result.notes if "fitted on other values of 'entity_type'" in n)
+    assert f"best_latent {m['probe/best_latent_auroc_unseen']:.3f} [" in note
     assert m["probe/dense_auroc_test"] == probe(inputs).metrics["probe/dense_auroc_test"]
 
 
@@ -154,20 +154,21 @@ def test_values_without_both_groups_are_left_out_and_counted(inputs: AnalysisInp
     result = probe(some, unseen="question", n_bootstrap=0)
     left = [n for n in result.notes if n.startswith("unseen question:")]
     assert left == [
-        "unseen question: 3 values left out, a group is too small there or among the others"
+        "unseen question: 3 values left out because a group has fewer than two units there or "
+        "among the other values"
     ]
     assert result.metrics["probe/n_rows_unseen"] < result.metrics["probe/n_rows_test"]  # type: ignore[operator]
-    with pytest.raises(DataError, match="unseen=same: no value of it has both groups"):
+    with pytest.raises(DataError, match="unseen=same: no value has two units of both groups"):
         probe(changed(inputs, same="a"), unseen="same")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"within": 3}, r"analyzer.within=3: type a column that rows are told apart by"),
+        ({"within": 3}, r"analyzer.within=3: type a column that groups rows by kind"),
         ({"within": ["group"]}, r"within=\['group'\]: type a column"),
-        ({"unseen": ["question", "split"]}, "must be one column"),
-        ({"unseen": "attribute"}, "the data set has no values in a column 'attribute'; it has ent"),
+        ({"unseen": ["question", "split"]}, "type a single column"),
+        ({"unseen": "attribute"}, "the data set has no values in column 'attribute'; it has ent"),
     ],
 )
 def test_columns_that_are_none(

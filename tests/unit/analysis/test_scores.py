@@ -213,7 +213,7 @@ class TestErrors:
             logit_lens_tokens(sae, random_lm("llama"), [0])
 
     def test_a_latent_that_is_not_there(self):
-        with pytest.raises(SAEError, match="^latent 40, but .* has latents 0-39"):
+        with pytest.raises(SAEError, match="^latent=40 is out of range: .* has latents 0-39"):
             output_scores(make_sae(), random_lm("llama"), [0, 40], PROMPTS)
 
     def test_nothing_to_amplify_by(self):

@@ -161,7 +161,7 @@ def test_types_of_one_group_are_left_out_of_the_difference() -> None:
     alone = stats(l0_of(l0), rows.assign(entity_type=rows["group"]))
     expected = l0[known].mean() - l0[~known].mean()
     assert alone.metrics["stats/l0_difference"] == pytest.approx(expected)
-    assert any("share no entity type" in note for note in alone.notes)
+    assert any("have no entity type in common" in note for note in alone.notes)
 
 
 def test_the_number_of_rows_of_a_unit_makes_no_difference() -> None:
@@ -184,7 +184,7 @@ def test_few_units_have_no_interval() -> None:
     assert m["stats/l0_known_ci_low"] is None
     assert m["stats/l0_difference_ci_low"] is None
     assert m["stats/l0_unknown_ci_low"] < m["stats/l0_unknown"]  # type: ignore[operator]
-    assert "known has 9 units, so its L0 has no interval; it takes 10" in result.notes
+    assert "the L0 of known has no interval: it has 9 units, and 10 are needed" in result.notes
 
 
 def test_an_l0_that_does_not_vary_has_no_interval_and_a_note() -> None:

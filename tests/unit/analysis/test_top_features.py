@@ -114,7 +114,7 @@ def test_fewer_latents_than_asked_for_are_said(inputs: AnalysisInputs) -> None:
     assert len(result.tables["top_features"]) == 0
     assert list(result.tables["tokens"])[:2] == ["layer", "latent"]
     assert result.metrics["top_features/best_latent"] is None
-    assert "no latent fires at any position" in result.notes[0]
+    assert "no latent is active at the analysed positions" in result.notes[0]
     many = top_features(inputs, top_k=250)
     assert any("only" in n and "latents fire" in n for n in many.notes)
 

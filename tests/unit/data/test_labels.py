@@ -103,7 +103,7 @@ def test_each_entity_is_asked_once_and_what_is_not_asked_is_counted():
     assert made[0].text == "Who directed the movie Pulp Fiction?"
     assert made[0].beginning == "The movie Pulp Fiction was directed by"
     reason = (
-        "no template for movie budget; to ask for it, type "
+        "no template for movie budget; to ask about it, type "
         "\"task.templates.movie.budget='What is the budget of the movie {entity}?'\""
     )
     assert not_asked == {"no entity": 1, reason: 1, "movie genre without a value": 1}
@@ -226,7 +226,7 @@ def test_thresholds_of_ones_own():
         "one": ["unknown", "unknown"],
     }
     for wrong in ((0, 2, 0), (3, 2, 2), (3, 2, -1)):
-        with pytest.raises(ConfigError, match="needed are min_correct >= 1"):
+        with pytest.raises(ConfigError, match="type min_correct >= 1"):
             Thresholds(*wrong)
 
 

@@ -194,12 +194,12 @@ def test_templates_of_ones_own(folder):
     [
         ("x", "must be an object, not str"),
         ({"entity": "A", "entity_type": "movie"}, "('prompt_type' is missing)"),
-        ({**ENTITIES[0], "entity": " "}, "'entity' must be a text"),
-        ({**ENTITIES[0], "entity_type": 3}, "'entity_type' must be a text"),
+        ({**ENTITIES[0], "entity": " "}, "'entity' must be text"),
+        ({**ENTITIES[0], "entity_type": 3}, "'entity_type' must be text"),
         ({**ENTITIES[0], "entity": "\ud83d"}, "holds half a character"),
         ({**ENTITIES[0], "attributes": [{"attribute_type": "x"}]}, "needs attribute_type and"),
         ({**QUERIES[0], "sampled_completions": "x"}, "must be lists"),
-        ({**QUERIES[0], "question": None, "prompt": None}, "'prompt' must be a text"),
+        ({**QUERIES[0], "question": None, "prompt": None}, "'prompt' must be text"),
     ],
 )
 def test_bad_rows_are_named_with_file_and_place(tmp_path, row, part):
@@ -214,17 +214,17 @@ def test_bad_rows_are_named_with_file_and_place(tmp_path, row, part):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert message_of(lambda: build(None), ConfigError) == (
-        "dataset=wikidata needs a file or folder: type dataset.path=…"
+        "dataset=wikidata needs a file or folder: type dataset.path=FILE"
     )
     for place in (tmp_path, tmp_path / "absent.json"):
         assert message_of(lambda p=place: build(p)) == (
-            f"dataset.path={place}: no such file, nor a folder with .json files"
+            f"dataset.path={place} is neither a file nor a folder with .json files"
         )
     broken = tmp_path / "b.json"
     broken.write_text('[\n{"entity": }]')
-    assert message_of(lambda: build(broken)).startswith(f"{broken}:2: is no JSON (")
+    assert message_of(lambda: build(broken)).startswith(f"{broken}:2: not valid JSON (")
     broken.write_text('{"entity": ')
-    assert message_of(lambda: build(broken)).startswith(f"{broken}:1: is no JSON (")
+    assert message_of(lambda: build(broken)).startswith(f"{broken}:1: not valid JSON (")
     broken.write_bytes(b'["\xe9"]')
     assert message_of(lambda: list(read_published(str(broken)))) == (
         f"{broken}: is not UTF-8 text (byte 2)"
@@ -262,8 +262,8 @@ def test_a_published_row_without_its_entity_is_a_counted_skip(tmp_path, column, 
     assert got.notes[-1] == (f"1 of 2 rows was skipped: {column} is empty or a missing value (1)")
     file.write_text(json.dumps([{**ENTITIES[0], column: nothing}]))
     assert message_of(lambda: build(file)) == (
-        f"{file}: no entity is known or unknown by its labels "
-        f"({column} is empty or a missing value in 1 rows)"
+        f"{file}: no entity is labelled as known or unknown "
+        f"({column} is empty or a missing value in 1 row)"
     )
 
 
@@ -434,7 +434,7 @@ def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, c
         build(file, **options)
         build(file, **{**options, "timeout": 3})
         message = message_of(lambda: build(file, **{**options, **change}), ConfigError)
-        assert message.startswith(f"dataset.path={file} was fetched with {told}; delete it")
+        assert message.startswith(f"dataset.path={file} was fetched with {told}; delete the file")
         # Of a file that was not fetched nothing is known.
         (tmp_path / "movies.json.query").unlink()
         build(file, **{**options, **change})
@@ -446,16 +446,19 @@ def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, c
     [
         (
             {"status": 429, "headers": [("Retry-After", "30")]},
-            "answered 429 Too Many Requests; ask again after 30 s",
+            "HTTP 429 Too Many Requests; try again after 30 s",
         ),
-        ({"status": 500}, "answered 500 Internal Server Error"),
-        ({"body": b"<html>"}, "its answer is no JSON ("),
-        ({"body": b"[1]"}, "has no results.bindings of SPARQL JSON"),
+        ({"status": 500}, "HTTP 500 Internal Server Error"),
+        ({"body": b"<html>"}, "the response is not valid JSON ("),
+        ({"body": b"[1]"}, "the response is not SPARQL JSON (no results.bindings)"),
         (
             {"body": b'{"results": {"bindings": [{"x": {"type": "uri", "value": "y"}}]}}'},
-            "a row of its answer has no ?item",
+            "a row of the response has no ?item",
         ),
-        ({"body": b'{"results": {"bindings": []}}'}, "no movie with an English name in its"),
+        (
+            {"body": b'{"results": {"bindings": []}}'},
+            "the response has no movie with an English name",
+        ),
     ],
 )
 def test_answers_that_are_none_are_one_line(answer, part):
@@ -469,12 +472,13 @@ def test_an_endpoint_that_does_not_answer():
     with endpoint(wait=0.4) as (address, _):
         message = message_of(lambda: ask("x", address, 0.1))
         assert message == (
-            f"{address}: no answer within 0.1 s; set a longer timeout, or a smaller n"
+            f"{address}: no response within 0.1 s; increase "
+            "dataset.options.timeout, or decrease dataset.options.n_fetched"
         )
     message = message_of(lambda: ask("x", address, 1))
-    assert message.startswith(f"{address}: is not in reach (")
+    assert message.startswith(f"{address}: cannot be reached (")
     assert message_of(lambda: ask("x", "file:///etc/hostname", 1), ConfigError) == (
-        "endpoint=file:///etc/hostname is no http address"
+        "endpoint=file:///etc/hostname is not an http(s) address"
     )
 
 
@@ -484,6 +488,6 @@ def test_queries_name_every_attribute_and_refuse_other_types():
         assert all(f'(wdt:{p} "{a}")' in text for a, p in properties.items())
         assert text.count("{") == text.count("}")
     assert message_of(lambda: sparql("river", 1, 1), ConfigError) == (
-        "fetch=river: the types are player, movie, city, song"
+        "fetch=river: choose from player, movie, city, song"
     )
     assert to_entities(ANSWER, "movie", "here")[0] == EXPECTED

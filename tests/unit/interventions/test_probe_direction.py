@@ -104,7 +104,7 @@ def test_it_is_the_dense_probe_of_the_analyzer() -> None:
         acts=torch.from_numpy(np.concatenate([ACTS, stream(test, 1)])),
     )
     analyzer = ProbeAnalyzer(ProbeConfig(name="probe", k=[1]))
-    probes, _ = analyzer.fitting.fit(inputs, rows_of(inputs, "train"), [])
+    probes, _, _ = analyzer.fitting.fit(inputs, rows_of(inputs, "train"))
     dense = next(p.fitted for p in probes if p.name == "dense")
     own = facts(ROWS, ACTS).probe
     assert dense is not None and dense.c == own.c
@@ -121,7 +121,7 @@ def test_rows_of_neither_group_do_not_count() -> None:
 
 def test_too_few_entities_are_an_error_though_there_are_many_rows() -> None:
     rows = table(3)
-    with pytest.raises(DataError, match="1 units of the smaller group on the train split"):
+    with pytest.raises(DataError, match="the smaller group has 1 on the train split"):
         _ = facts(rows, stream(rows)).probe
 
 
