@@ -109,7 +109,7 @@ def _custom_sentences(run: SavedRun) -> list[str]:
 def _custom_findings(run: SavedRun) -> list[Finding]:
     names = list(_custom_figures(run))[:1]
     sentences = _custom_sentences(run) or [f"{_custom_question(run)}"]
-    return [Finding(s, [(n, n.replace("_", " ")) for n in names]) for s in sentences]
+    return [Finding("\n".join(sentences), [(n, n.replace("_", " ")) for n in names])]
 
 
 def _custom_sections(run: SavedRun) -> list[Section]:
@@ -178,7 +178,8 @@ def report_figures(folder: str | Path) -> dict[str, go.Figure]:
 def findings(folder: str | Path) -> list[str]:
     """The findings of the first screen, the setting, and the sentences behind the findings."""
     run = SavedRun(Path(folder))
-    return [*(f.sentence for f in _page(run).findings(run)), *_details(run)]
+    leads = [line for f in _page(run).findings(run) for line in f.sentence.splitlines()]
+    return [*leads, *_details(run)]
 
 
 def headline(folder: str | Path) -> str:

@@ -15,7 +15,6 @@ from saexp.reports.page import (
     Section,
     Table,
     as_table,
-    cell,
     diagonal,
     metric_words,
     saved_table,
@@ -165,7 +164,7 @@ def _summary(run: SavedRun) -> Table:
     states = {**STATES, "change": "change"}
     columns = ("n", "n_units", "mean", "ci_low", "ci_high")
     rows = [
-        [_MEASURES[r["measure"]], states[r["state"]], *(cell(r[c]) for c in columns)]
+        [_MEASURES[r["measure"]], states[r["state"]], *(r[c] for c in columns)]
         for r in table.to_dict("records")
     ]
     return Table(["measure", "state", "prompts", "entities", "mean", "low", "high"], rows)
@@ -177,8 +176,8 @@ def _token_table(row: Mapping[Any, Any], tops: pd.DataFrame) -> Table:
     states = [of_prompt[of_prompt["state"] == state].to_dict("records") for state in STATES]
     rows = []
     for pair in zip(*states, strict=True):
-        cells = [[repr(t["token"]), cell(t["logit"]), cell(t["probability"])] for t in pair]
-        rows.append([cell(pair[0]["rank"]), *cells[0], *cells[1]])
+        cells = [[repr(t["token"]), t["logit"], t["probability"]] for t in pair]
+        rows.append([pair[0]["rank"], *cells[0], *cells[1]])
     head = ["rank", "token", "logit", "probability", "token, SAE", "logit, SAE", "probability, SAE"]
     return Table(head, rows, f"{row['example_id']}: {_short(str(row['prompt']))}", folded=True)
 

@@ -116,35 +116,13 @@ def _activation_histograms(
         edges = np.linspace(min(0.0, float(rows["value"].min())), top, _N_BINS + 1)
         for number, (group, colour) in enumerate(_colours(run).items()):
             values = rows.loc[rows["group"] == group, "value"]
-            counts = np.histogram(values[values != 0], bins=edges)[0]
-            bars: dict[str, Any] = {
-                "name": group,
-                "legendgroup": group,
-                "marker": {"color": translucent(colour, 0.65)},
-            }
-            figure.add_trace(
-                go.Bar(
-                    x=(edges[:-1] + edges[1:]) / 2,
-                    y=counts / max(len(values), 1),
-                    width=np.diff(edges),
-                    showlegend=index == 0,
-                    hovertemplate=f"{group}, %{{x:.3g}}: %{{y:.1%}} of rows<extra></extra>",
-                    **bars,
-                ),
-                **panel,
-            )
-            figure.add_trace(
-                go.Bar(
-                    x=[edges[0] - (0.13 - 0.06 * number) * top],
-                    y=[(values == 0).mean() if len(values) else 0.0],
-                    width=[0.055 * top],
-                    showlegend=False,
-                    hovertemplate=f"{group}, inactive: %{{y:.1%}} of rows<extra></extra>",
-                    **bars,
-                ),
-                **panel,
-                secondary_y=True,
-            )
+            position = edges[0] - (0.13 - 0.06 * number) * top
+            active, inactive = _activation_bars(values, edges, position, group)
+            for bars in (active, inactive):
+                bars.update(legendgroup=group, marker={"color": translucent(colour, 0.65)})
+            active.showlegend = index == 0
+            figure.add_trace(active, **panel)
+            figure.add_trace(inactive, **panel, secondary_y=True)
         ticks = _ticks(top)
         figure.update_xaxes(
             tickvals=[edges[0] - 0.1 * top, *ticks],
@@ -164,6 +142,29 @@ def _activation_histograms(
         secondary_y=True,
     )
     return figure.update_layout(margin={"r": 60, "b": 90})
+
+
+def _activation_bars(
+    values: pd.Series, edges: np.ndarray, position: float, group: str
+) -> tuple[go.Bar, go.Bar]:
+    """The histogram of a group's active rows, and a bar of its inactive ones at `position`."""
+    n = max(len(values), 1)
+    active = go.Bar(
+        x=(edges[:-1] + edges[1:]) / 2,
+        y=np.histogram(values[values != 0], bins=edges)[0] / n,
+        width=np.diff(edges),
+        name=group,
+        hovertemplate=f"{group}, %{{x:.3g}}: %{{y:.1%}} of rows<extra></extra>",
+    )
+    inactive = go.Bar(
+        x=[position],
+        y=[int((values == 0).sum()) / n],
+        width=[0.055 * edges[-1]],
+        name=f"{group}, inactive",
+        showlegend=False,
+        hovertemplate=f"{group}, inactive: %{{y:.1%}} of rows<extra></extra>",
+    )
+    return active, inactive
 
 
 def _ticks(top: float) -> list[float]:

@@ -305,8 +305,8 @@ def observed_on(run: SavedRun, row: Any, outcome: str) -> str:
     n, n_prompts = int(row[f"{outcome}_n"]), int(row[f"{outcome}_n_prompts"])
     if run.unit_word != "entities":
         return counted(n, f"{group}prompt")
-    beside = f" ({counted(n_prompts, 'prompt')})" if n_prompts != n else ""
-    return f"{counted(n, f'{group}entity', f'{group}entities')}{beside}"
+    prompts = f" ({counted(n_prompts, 'prompt')})" if n_prompts != n else ""
+    return f"{counted(n, f'{group}entity', f'{group}entities')}{prompts}"
 
 
 def main_rows(run: SavedRun) -> Iterator[tuple[pd.Series, pd.Series]]:

@@ -178,19 +178,19 @@ def _direction(run: SavedRun, group: str) -> str:
     """The most selective latent of a direction, and the strongest one if it is another."""
     m = {k.removeprefix("contrast/"): v for k, v in run.metrics.items()}
     latent, strongest = m[f"best_latent_{group}"], m.get(f"strongest_latent_{group}")
-    beside = ""
+    other = ""
     if strongest is not None and strongest != latent:
         density = m[f"strongest_background_freq_{group}"]
         active = "" if density is None else f", active on {density:.1%} of background tokens"
-        beside = (
+        other = (
             f" The strongest on the train split is latent {strongest}{active}: "
             f"{_numbers(run, m, 'strongest', group)}."
         )
     if latent is None:
-        return f"No latent for '{group}' is selected.{beside}"
-    most = ", the most selective," if beside else ""
+        return f"No latent for '{group}' is selected.{other}"
+    most = ", the most selective," if other else ""
     surface = above_surface(run.metrics, group)
-    return f"{group}: latent {latent}{most} has {_numbers(run, m, 'best', group)}.{surface}{beside}"
+    return f"{group}: latent {latent}{most} has {_numbers(run, m, 'best', group)}.{surface}{other}"
 
 
 def _numbers(run: SavedRun, m: dict[str, Any], kind: str, group: str) -> str:

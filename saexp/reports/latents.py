@@ -88,19 +88,18 @@ def _stats_findings(run: SavedRun) -> list[Finding]:
         figure = ("l0_layers", f"Active latents per position (L0) by layer, with {_INTERVALS}.")
     else:
         figure = ("l0", "Fraction of each group's positions by the number of active latents.")
-    findings = []
+    sentences = []
     for group, part in table.groupby("group", sort=False):
         if len(layers) > 1:
-            sentence = _range_sentence(str(group), part)
+            sentences.append(_range_sentence(str(group), part))
         else:
             row = part.iloc[0]
-            sentence = (
+            sentences.append(
                 f"On {group}, an average of {row['l0']:.1f} latents are active at a position, and "
                 f"{row['dead_fraction']:.0%} of all latents are never active in "
                 f"{counted(row['n_positions'], 'position')}."
             )
-        findings.append(Finding(sentence, [] if findings else [figure]))
-    return findings
+    return [Finding("\n".join(sentences), [figure])]
 
 
 def _stats_sentences(run: SavedRun) -> list[str]:
@@ -379,23 +378,22 @@ def _top_findings(run: SavedRun) -> list[Finding]:
     """One sentence per layer on the leading latents."""
     table = saved_table(run, "top_features")
     layers = layers_of(table)
-    findings = []
+    sentences = []
     for layer in layers[:_N_LAYERS_IN_WORDS]:
         of_layer = table[table["layer"] == layer]
         first = of_layer.iloc[0]
         names = ", ".join(map(str, of_layer["latent"].head(5)))
-        sentence = (
+        sentences.append(
             f"Layer {layer}: the leading latents are {names}. Latent {first['latent']} reaches an "
             f"activation of {first['max']:.2f} at '{first['token']}' and is active on "
             f"{first['frequency']:.0%} of the positions."
         )
-        caption = "The leading latents of each layer; the colour is how often they are active on "
-        figure = [("by_layer", f"{caption}neutral text.")] if len(layers) > 1 else []
-        findings.append(Finding(sentence, [] if findings else figure))
     if len(layers) > _N_LAYERS_IN_WORDS:
         n_more = len(layers) - _N_LAYERS_IN_WORDS
-        findings.append(Finding(f"{counted(n_more, 'more layer')} are in top_features.parquet."))
-    return findings or [Finding("No latent is active at any position.")]
+        sentences.append(f"{counted(n_more, 'more layer')} are in top_features.parquet.")
+    caption = "The leading latents of each layer; the colour is how often they are active on "
+    figures = [("by_layer", f"{caption}neutral text.")] if len(layers) > 1 else []
+    return [Finding("\n".join(sentences or ["No latent is active at any position."]), figures)]
 
 
 def _top_sections(run: SavedRun) -> list[Section]:

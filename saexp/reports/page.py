@@ -26,6 +26,8 @@ QUIET = "#8a8f98"
 """Controls, inactive latents and everything that is not selected."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, for series that are not groups."""
+CHANCE_LINE = {"color": QUIET, "dash": "dot", "width": 1}
+"""Style of lines that mark chance or equality."""
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -264,7 +266,7 @@ def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.F
 
 
 def translucent(colour: str, opacity: float) -> str:
-    """The colour `#rrggbb` at this opacity, which, unlike a trace's own opacity, a legend shows."""
+    """The colour `#rrggbb` at this opacity, which legends show, unlike the opacity of a trace."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:.2g})"
 
@@ -288,7 +290,7 @@ def diagonal(low: float, high: float) -> go.Scatter:
         x=[low, high],
         y=[low, high],
         mode="lines",
-        line={"color": QUIET, "dash": "dot", "width": 1},
+        line=CHANCE_LINE,
         hoverinfo="skip",
         showlegend=False,
     )
@@ -331,7 +333,7 @@ def frequency_scatter(
     ticks = [10.0**p for p in range(math.ceil(math.log10(least)), 1)]
     axis = {
         "type": "log",
-        "range": [math.log10(zero) - 0.08, 0.2],
+        "range": [math.log10(zero) - 0.15, 0.2],
         "tickvals": [zero, *ticks],
         "ticktext": ["0", *(f"{100 * t:g}%" for t in ticks)],
     }

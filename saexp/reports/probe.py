@@ -4,9 +4,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saexp.reports.page import (
+    CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,
-    QUIET,
     AnalyzerPage,
     Finding,
     Section,
@@ -215,7 +215,7 @@ def _probes(table: pd.DataFrame) -> go.Figure:
                 showlegend=True,
             )
         )
-    figure.add_vline(x=0.5, line={"color": QUIET, "dash": "dot", "width": 1})
+    figure.add_vline(x=0.5, line=CHANCE_LINE)
     figure.update_xaxes(title="AUROC", range=[min(0.45, table["auroc"].min() - 0.05), 1.02])
     figure.update_yaxes(title="probe", autorange="reversed")
     return style(figure, 380)

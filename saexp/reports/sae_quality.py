@@ -16,7 +16,6 @@ from saexp.reports.page import (
     PALETTE,
     QUIET,
     Finding,
-    Table,
     TileGroup,
     as_table,
     cell,
@@ -33,18 +32,18 @@ from saexp.wording import counted, sae_words
 
 # task=evaluate
 
-_LOSS_CAPTION = (
-    "Next-token loss of the unchanged model, and with the activation replaced by the SAE's "
-    "reconstruction, its mean or zeros; 95 % intervals by the studentised bootstrap over texts, or "
-    "over entities if texts have one (none for fewer than 10)."
+_DENSITY_CAPTION = (
+    "Number of latents by the fraction of positions at which they are active, on a logarithmic "
+    "axis; the separate bar at the left counts latents that are never active."
 )
 _EVALUATION_CAPTIONS = {
-    "losses": _LOSS_CAPTION,
+    "losses": "Next-token loss of the unchanged model, and with the activation replaced by the "
+    "SAE's reconstruction, its mean or zeros; 95 % intervals by the studentised bootstrap over "
+    "texts, or over entities if texts have one (none for fewer than 10).",
     "layers": "CE score by layer: the fraction of the loss caused by ablating the activation that "
     "the reconstruction recovers. 1 is a perfect SAE, 0 is no better than the ablation.",
     "l0": "Fraction of positions by their number of active latents.",
-    "density": "Number of latents by the fraction of positions at which they are active, on a "
-    "logarithmic axis; the separate bar at the left counts latents that are never active.",
+    "density": _DENSITY_CAPTION,
 }
 _IDENTITY = {"hookpoint": "hookpoint", "d_sae": "latents"}
 _TABLES = {
@@ -92,22 +91,39 @@ _TABLES = {
 
 
 def evaluation_sentences(folder: str | Path) -> list[str]:
-    """One sentence per SAE, of many on the best and the worst, then one on the unchanged model."""
+    """The findings, then the numbers of the same SAEs and of the unchanged model."""
     run = SavedRun(Path(folder))
-    table, metrics = saved_table(run, "evaluation"), run.metrics
-    first = table.iloc[0]
-    model = (
-        f"{run.provenance['model']['name']}, {counted(metrics['evaluation/n_texts'], 'text')} of "  # pyright: ignore[reportArgumentType]
-        f"data set '{run.provenance['dataset']['name']}': the unchanged model has a next-token "
-        f"loss of {first['ce_clean']:.3f}{_limits(first, 'ce_clean')} nats over "
+    rows = [row for _, row in _reported(saved_table(run, "evaluation")).iterrows()]
+    return [*_evaluation_findings(run), *map(_quality_sentence, rows), _model_sentence(run)]
+
+
+def _reported(table: pd.DataFrame) -> pd.DataFrame:
+    """All SAEs, or of more than four the best and the worst."""
+    if len(table) <= 4:
+        return table
+    order = table["ce_loss_score"].sort_values(ascending=False, na_position="last").index
+    return table.loc[[order[0], order[-1]]]
+
+
+def _evaluation_findings(run: SavedRun) -> list[str]:
+    """One sentence per reported SAE."""
+    table = saved_table(run, "evaluation")
+    rows = _reported(table)
+    sentences = [_loss_sentence(row) for _, row in rows.iterrows()]
+    if len(rows) < len(table):
+        sentences.insert(0, f"The best and the worst of {len(table)} SAEs by their CE score:")
+    return sentences
+
+
+def _model_sentence(run: SavedRun) -> str:
+    metrics, first = run.metrics, saved_table(run, "evaluation").iloc[0]
+    n_texts = int(metrics["evaluation/n_texts"] or 0)
+    return (
+        f"{run.provenance['model']['name']}, {counted(n_texts, 'text')} of data set "
+        f"'{run.provenance['dataset']['name']}': the unchanged model has a next-token loss of "
+        f"{first['ce_clean']:.3f}{_limits(first, 'ce_clean')} nats over "
         f"{metrics['evaluation/n_scored']:,} predictions."
     )
-    sentences, rows = [], table
-    if len(table) > 4:
-        order = table["ce_loss_score"].sort_values(ascending=False, na_position="last").index
-        rows = table.loc[[order[0], order[-1]]]
-        sentences.append(f"Of {len(table)} SAEs, the best and the worst by their CE score are:")
-    return [*sentences, *(_evaluation_sentence(row) for _, row in rows.iterrows()), model]
 
 
 def _limits(row: pd.Series, name: str) -> str:
@@ -120,17 +136,23 @@ def _value(row: pd.Series, name: str) -> str:
     return f"{row[name]:.3f}{_limits(row, name)}"
 
 
-def _evaluation_sentence(row: pd.Series) -> str:
+def _loss_sentence(row: pd.Series) -> str:
     hookpoint = row["hookpoint"]
     if row["writes"] != hookpoint:
         hookpoint = f"{hookpoint} to {row['writes']}"
     return (
-        f"{sae_words(row)}, {hookpoint}: with its reconstruction the next-token loss changes from "
-        f"{row['ce_clean']:.3f} to {row['ce_sae']:.3f} nats ({row['ce_mean']:.3f} with the mean, "
-        f"{row['ce_zero']:.3f} with zeros), a CE score of {_value(row, 'ce_loss_score')}; KL "
+        f"{sae_words(row)}, {hookpoint}: with its reconstruction the model's next-token loss is "
+        f"{row['ce_sae']:.3f} nats instead of {row['ce_clean']:.3f}; with zeros it is "
+        f"{row['ce_zero']:.3f}, so the CE score is {_value(row, 'ce_loss_score')}."
+    )
+
+
+def _quality_sentence(row: pd.Series) -> str:
+    return (
+        f"{sae_words(row)}, {row['hookpoint']}: loss {row['ce_mean']:.3f} nats with the mean, KL "
         f"{_value(row, 'kl_sae')} nats, L0 {row['l0']:.1f}, explained variance "
-        f"{_value(row, 'explained_variance')}; {counted(row['n_dead'], 'latent')} of "
-        f"{row['d_sae']:,} never active at {counted(row['n_positions'], 'position')}."
+        f"{_value(row, 'explained_variance')}; {row['n_dead']:,} of {row['d_sae']:,} latents are "
+        f"never active at {counted(row['n_positions'], 'position')}."
     )
 
 
@@ -142,21 +164,23 @@ def write_evaluation_report(folder: str | Path, figures: Mapping[str, go.Figure]
     if table["hookpoint"].nunique() > 2:
         first, last = table["hookpoint"].iloc[[0, -1]]
         hookpoints = f"{len(table)} SAEs, {first} to {last}"
-    *sentences, model = evaluation_sentences(folder)
+    sentences = _evaluation_findings(run)
     hero = "layers" if "layers" in figures else "losses"
-    caption = _EVALUATION_CAPTIONS[hero]
     return write_run_page(
         run,
         "evaluation.html",
         figures,
         title=f"SAE quality: {about['model']['name'].rpartition('/')[2]}, {hookpoints}",
-        findings=[Finding(s, [] if n else [(hero, caption)]) for n, s in enumerate(sentences)],
-        sentences=[model],
+        findings=[Finding("\n".join(sentences), [(hero, _EVALUATION_CAPTIONS[hero])])],
+        sentences=evaluation_sentences(folder)[len(sentences) :],
         tile_groups=_tile_groups(run, table),
         hero=hero,
         captions=_EVALUATION_CAPTIONS,
         where=_where(run, table),
-        tables={name: _quality_table(table, columns) for name, columns in _TABLES.items()},
+        tables={
+            name: as_table(table, columns={**_IDENTITY, **columns})
+            for name, columns in _TABLES.items()
+        },
     )
 
 
@@ -212,10 +236,6 @@ def _where(run: SavedRun, table: pd.DataFrame) -> list[list[Any]]:
         ["next-token loss (CE)", where["scored"], scored],
         ["KL(unchanged || changed), after each of these tokens", where["compared"], compared],
     ]
-
-
-def _quality_table(table: pd.DataFrame, columns: Mapping[str, str]) -> Table:
-    return as_table(table, columns={**_IDENTITY, **columns})
 
 
 _STATES = {
@@ -318,8 +338,7 @@ _TRAINING_CAPTIONS = {
     "losses": "Losses during training, on scaled inputs, on a logarithmic axis.",
     "progress": "L0, explained variance and dead latents on training batches; a latent is dead if "
     "it was not active in the last sae_trainer.dead_feature_window steps.",
-    "density": "Number of latents by the fraction of held-out positions at which they are active, "
-    "on a logarithmic axis; the separate bar at the left counts latents that are never active.",
+    "density": _DENSITY_CAPTION,
     "active": "Number of held-out positions by their number of active latents.",
     "values": "Number of activations by their value, zeros not counted, held-out positions; the "
     "count is logarithmic.",
@@ -361,30 +380,21 @@ def _progress(history: pd.DataFrame) -> go.Figure:
         "explained_variance": "explained variance",
         "dead_fraction": "fraction of dead latents",
     }
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels.values()))
+    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12)
     for column, (name, title) in enumerate(panels.items(), start=1):
-        line = go.Scatter(
-            x=history["step"],
-            y=history[name],
-            name=title,
-            showlegend=False,
-            line={"color": GROUP_COLOURS[0]},
-        )
-        figure.add_trace(line, row=1, col=column)
+        line = {"color": GROUP_COLOURS[0]}
+        curve = go.Scatter(x=history["step"], y=history[name], name=title, line=line)
+        figure.add_trace(curve, row=1, col=column)
         figure.update_yaxes(title=title, row=1, col=column)
     figure.update_xaxes(title="training step")
-    return style(figure, 320)
+    return style(figure, 320).update_layout(showlegend=False)
 
 
 def _histogram(values: pd.Series, x: str, y: str, *, log: bool = False) -> go.Figure:
     counts, edges = np.histogram(values, bins=_N_BINS)
-    bars = go.Bar(
-        x=(edges[:-1] + edges[1:]) / 2,
-        y=counts,
-        width=np.diff(edges),
-        marker={"color": GROUP_COLOURS[0]},
-    )
-    figure = go.Figure(bars)
+    colour = {"color": GROUP_COLOURS[0]}
+    middles = (edges[:-1] + edges[1:]) / 2
+    figure = go.Figure(go.Bar(x=middles, y=counts, width=np.diff(edges), marker=colour))
     figure.update_xaxes(title=x)
     figure.update_yaxes(title=y, type="log" if log else "linear")
     return style(figure, 320)

@@ -11,9 +11,9 @@ from plotly.subplots import make_subplots
 from saexp.config import parse_width
 from saexp.reports.effects import capitalized, prompts_of
 from saexp.reports.page import (
+    CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,
-    QUIET,
     error_bars,
     interval_words,
     style,
@@ -136,7 +136,7 @@ def _effect_title(rows: pd.DataFrame) -> str:
 
 
 def _sentence(outcome: str, cells: pd.DataFrame, n_tests: int) -> str:
-    """The test values of the cell that stands out on train prompts, never the best test value."""
+    """The test values of the cell with the largest effect on train prompts, beyond its controls."""
     words = outcome.replace("_", " ")
     about = [str(c) for c in cells if c not in _EFFECT and c != "p_holm"]
     varied = [c for c in about if cells[c].astype(str).nunique() > 1]
@@ -342,7 +342,7 @@ def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
     if x == "layer":
         figure.update_xaxes(dtick=max(1, table["layer"].nunique() // 12))
     chance = {"type": "line", "x0": 0, "x1": 1, "xref": "x domain", "y0": 0.5, "y1": 0.5}
-    figure.add_shape(**chance, yref="y", line={"dash": "dot", "color": QUIET})
+    figure.add_shape(**chance, yref="y", line=CHANCE_LINE)
     figure.update_yaxes(range=[0.4, 1.02], row=1, col=1)
     figure.update_yaxes(range=[-0.05, 1.02], row=1, col=2)
     return style(figure, 430, legend_below=True)
