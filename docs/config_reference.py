@@ -161,12 +161,30 @@ def _table(prefix: str, fields: list[Field] | tuple[Field, ...]) -> list[str]:
         return ["No settings beyond the choice of the option."]
     lines = ["| key | type | default | |", "|---|---|---|---|"]
     for field in fields:
-        default = f"`{_escaped(field.default, code=True)}`" if field.default else ""
+        default = f"`{_escaped(_typed(field.default), code=True)}`" if field.default else ""
         lines.append(
             f"| `{prefix}{field.name}` | `{_escaped(field.annotation, code=True)}` | {default} "
             f"| {_escaped(field.doc)} |"
         )
     return lines
+
+
+def _typed(default: str) -> str:
+    """A default as it is typed on the command line: `null`, `true`, `[resid_post]`."""
+    try:
+        return _in_hydra(ast.literal_eval(default))
+    except ValueError:
+        return default
+
+
+def _in_hydra(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_in_hydra, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}: {_in_hydra(v)}" for k, v in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if value != "" else "''"
 
 
 def _escaped(text: str, code: bool = False) -> str:

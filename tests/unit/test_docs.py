@@ -88,6 +88,14 @@ def test_the_reference_describes_every_setting() -> None:
             assert f"| `{field.name}.{setting.name}` |" in page
 
 
+def test_defaults_are_shown_as_they_are_typed() -> None:
+    page = config_reference.config_page(ROOT)
+    assert "| `model.chat` | `bool` | `false` |" in page
+    assert "| `sae.path` | `str | None` | `null` |" in page
+    assert "| `intervention.outcomes` | `list[str]` | `[refusal]` |" in page
+    assert "| `dataset.split` | `dict[str, float]` | `{train: 0.5,val: 0.1,test: 0.4}` |" in page
+
+
 def test_every_setting_has_a_docstring_and_every_option_a_comment() -> None:
     for described in config_reference.config_classes(ROOT).values():
         if described.name.endswith("Config"):
