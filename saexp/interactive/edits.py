@@ -1,7 +1,7 @@
 """Context managers that steer, ablate or edit a model while they are open.
 
-`steer` and `ablate` make the operations that the interventions of a run make
-(`interventions.steering`), so the same coefficient means the same in a notebook and in a run.
+`steer` and `ablate` use the operations of a run's interventions (`interventions.steering`), so that
+a coefficient means the same in a notebook and in a run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,15 +31,15 @@ from saexp.saes.loading import check_fits
 from saexp.saes.sae import SparseAutoencoder
 
 ABSOLUTE = "absolute"
-"""Unit of a coefficient that is the length of the vector that is added."""
+"""Unit of a coefficient that gives the length of the added vector."""
 _N_NEUTRAL_TOKENS = 4000
-"""As `analyzer.n_background`."""
+"""The default of `analyzer.n_background`."""
 _MAX_LENGTH = DatasetConfig(name="text").max_length
 _MAX_NORM_RATIO = PositionsConfig(name="all").max_norm_ratio
 
 Where = str | Sequence[int]
-Place = Hookpoint | tuple[int, str] | int
-"""A hookpoint; (layer, stream); or a layer, whose resid_post is meant."""
+Stream = Hookpoint | tuple[int, str] | int
+"""A hookpoint; a pair (layer, stream); or a layer, which stands for its resid_post."""
 
 
 def steer(
@@ -51,38 +51,41 @@ def steer(
     where: Where = "all",
     **where_options: Any,
 ) -> AbstractContextManager[None]:
-    """Add the decoder directions of latents to the stream that the SAE writes.
+    """Add the decoder directions of latents to the stream that the SAE writes to.
 
-    While the context is open, `model.generate`, `model.logits`, `model.activations` and
-    `saexp.encode` are affected. Contexts nest, an inner edit reads the streams as the outer ones
-    leave them, and any exit removes the edit. Coefficient 0 changes no bit.
+    The edit applies to `model.generate`, `model.logits`, `model.activations` and `saexp.encode`
+    while the context is open, and ends when the context is left in any way. Contexts can be nested:
+    an inner edit reads the streams that the outer edits have changed. With coefficient 0 all
+    results are bit-equal to those without the edit.
 
     Args:
-        latents: one latent, or several, whose directions are added up.
-        coefficient: in units of `unit`.
+        latents: one latent or several; the directions of several are added up.
+        coefficient: the size of the edit, in units of `unit`.
         unit: `resid_norm`, the median norm of the stream over ordinary tokens of neutral text
             (measured once per model and stream); `absolute`, the length of the added vector;
-            `raw`, the decoder rows as they are; `max_act` or `p99_act`, times each latent's
-            maximum or 99th percentile where it is active on that neutral text.
-        where: `all` tokens of the prompt and generated ones, `prompt`, `last` (of the prompt),
+            `raw`, the unnormalized decoder rows; `max_act` or `p99_act`, each latent's maximum or
+            99th percentile over the tokens of neutral text at which it is active.
+        where: `all` (tokens of the prompt and generated tokens), `prompt`, `last` (of the prompt),
             `generated`, another option of the config group `positions` with its `where_options`,
             or indices of prompt tokens. Special tokens such as BOS are changed only by index.
 
     Raises:
         ConfigError: an unknown unit or value of `where`.
         SAEError: the SAE does not fit the model.
-        InterventionError: a latent that the SAE does not have, or one without the unit asked for.
+        InterventionError: the SAE has no such latent, or the unit is not defined for a latent.
 
     Example:
         >>> with saexp.steer(model, sae, [154], coefficient=0.9):
         ...     model.generate("My name is")
     """
-    chosen = _checked(model, sae, latents)
+    ids = _latent_ids(model, sae, latents)
     one_of("unit", unit, (*UNITS, ABSOLUTE))
-    facts = _facts(model, sae, chosen, unit)
-    written = "resid_norm" if unit == ABSOLUTE else unit
-    intervention = Steer(InterventionConfig(name="steer", unit=written))
-    ops = intervention.edit(chosen, chosen, "", float(coefficient), facts)
+    values = _latent_values(model, sae, ids, unit)
+    # With a median norm of 1 the length of the added vector is the coefficient itself.
+    intervention = Steer(
+        InterventionConfig(name="steer", unit="resid_norm" if unit == ABSOLUTE else unit)
+    )
+    ops = intervention.edit(ids, ids, "", float(coefficient), values)
     return model.editing(ActiveEdit(ops, _where(where, where_options)))
 
 
@@ -95,77 +98,83 @@ def ablate(
 ) -> AbstractContextManager[None]:
     """Set latents to zero: subtract their activation times their decoder direction.
 
-    What the SAE does not reconstruct is left as it is. `where`, scope and errors as in `steer`.
+    The SAE's reconstruction error stays in the stream. `where`, scope and errors are those of
+    `steer`.
 
     Example:
         >>> with saexp.ablate(model, sae, [154]):
         ...     model.logits("My name is")
     """
-    chosen = _checked(model, sae, latents)
+    ids = _latent_ids(model, sae, latents)
     if sae.device.type != model.device.type:
         raise InterventionError(
             f"the SAE is on {sae.device} and the model on {model.device}; load both with the same "
             "device="
         )
-    facts = _facts(model, sae, chosen, "raw")
-    ops = Ablate(InterventionConfig(name="ablate")).edit(chosen, chosen, "", 1.0, facts)
+    values = _latent_values(model, sae, ids, "raw")
+    ops = Ablate(InterventionConfig(name="ablate")).edit(ids, ids, "", 1.0, values)
     return model.editing(ActiveEdit(ops, _where(where, where_options), {sae.hookpoint: sae}))
 
 
 def edit(
-    model: InteractiveModel, edits: Mapping[Place, EditFunction]
+    model: InteractiveModel, edits: Mapping[Stream, EditFunction]
 ) -> AbstractContextManager[None]:
     """Replace streams by functions of themselves.
 
     Args:
-        edits: where -> function. Where is a layer (its `resid_post`), a pair (layer, stream) or a
-            `Hookpoint`. The function gets `[batch, n_tokens, d_model]`, padding and special tokens
-            included (one token at a time while generating), and returns a tensor of that shape; it
-            must not write to its input, and one that returns its input changes no bit.
+        edits: a function for each stream. A stream is a layer (its `resid_post`), a pair
+            (layer, stream) or a `Hookpoint`. The function receives `[batch, n_tokens, d_model]`,
+            padding and special tokens included (one token at a time while generating), and returns
+            a tensor of that shape. It must not write to its input.
 
-    Functions are applied in the order in which their contexts were opened, and before the edits of
-    `steer` and `ablate` at the same stream. Scope as in `steer`; `model.hf` is affected too.
+    Functions apply in the order in which their contexts were opened, and before the edits of
+    `steer` and `ablate` at the same stream. The scope is that of `steer`; direct calls of
+    `model.hf` are affected as well.
 
     Raises:
-        ModelError: a layer or stream that the model does not have.
+        ModelError: the model has no such layer or stream.
 
     Example:
         >>> with saexp.edit(model, {2: lambda x: 0.5 * x}):
         ...     model.logits("My name is")
     """
-    at = {_hookpoint(place): function for place, function in edits.items()}
-    model.check_streams(h.stored for h in at)
-    return _editing(model, at)
+    functions = {_hookpoint(stream): function for stream, function in edits.items()}
+    model.check_streams(h.stored for h in functions)
+    return _editing(model, functions)
 
 
 @contextmanager
-def _editing(model: InteractiveModel, at: Mapping[Hookpoint, EditFunction]) -> Iterator[None]:
+def _editing(
+    model: InteractiveModel, functions: Mapping[Hookpoint, EditFunction]
+) -> Iterator[None]:
     def unless_suspended(function: EditFunction) -> EditFunction:
         return lambda stream: stream if model.suspended else function(stream)
 
-    with edit_streams(model, {h: unless_suspended(f) for h, f in at.items()}):
+    with edit_streams(model, {h: unless_suspended(f) for h, f in functions.items()}):
         yield
 
 
-def _hookpoint(place: Place) -> Hookpoint:
-    if isinstance(place, Hookpoint):
-        return place
-    return Hookpoint(place, "resid_post") if isinstance(place, int) else Hookpoint(*place)
+def _hookpoint(stream: Stream) -> Hookpoint:
+    if isinstance(stream, Hookpoint):
+        return stream
+    return Hookpoint(stream, "resid_post") if isinstance(stream, int) else Hookpoint(*stream)
 
 
-def _checked(
+def _latent_ids(
     model: InteractiveModel, sae: SparseAutoencoder, latents: int | Sequence[int]
 ) -> tuple[int, ...]:
     check_fits(sae, model)
-    chosen = (latents,) if isinstance(latents, int) else tuple(map(int, latents))
-    if not chosen:
-        raise InterventionError("latents=[] names no latent; type e.g. latents=[154]")
-    for latent in chosen:
+    ids = (latents,) if isinstance(latents, int) else tuple(map(int, latents))
+    if not ids:
+        raise InterventionError("latents=[] is empty; type e.g. latents=[154]")
+    for latent in ids:
         if not 0 <= latent < sae.d_sae:
-            raise InterventionError(f"latent {latent}, but the SAE has latents 0-{sae.d_sae - 1}")
-    if len(set(chosen)) < len(chosen):
-        raise InterventionError(f"latents={list(chosen)} names a latent twice")
-    return chosen
+            raise InterventionError(
+                f"latent {latent} is out of range: the SAE has latents 0-{sae.d_sae - 1}"
+            )
+    if len(set(ids)) < len(ids):
+        raise InterventionError(f"latents={list(ids)} contains a latent twice")
+    return ids
 
 
 def _where(where: Where, options: Mapping[str, Any]) -> InterventionConfig:
@@ -179,10 +188,10 @@ def _where(where: Where, options: Mapping[str, Any]) -> InterventionConfig:
     return InterventionConfig(name="steer", where=where, where_options=dict(options))
 
 
-def _facts(
+def _latent_values(
     model: InteractiveModel, sae: SparseAutoencoder, latents: tuple[int, ...], unit: str
 ) -> LatentFacts:
-    """What an intervention needs to know of these latents, for this unit."""
+    """Directions of the latents, and the values that the unit of the coefficient needs."""
     written = sae.hookpoint_out or sae.hookpoint
     directions = sae.directions(list(latents)).float()
     table = pd.DataFrame({"latent": latents, "norm": directions.norm(dim=-1).cpu().numpy()})
@@ -206,10 +215,10 @@ def _facts(
 
 
 def median_norm(model: InteractiveModel, at: Hookpoint) -> float:
-    """Median norm of a stream over ordinary tokens of neutral text, without edits.
+    """Measure the median norm of a stream over ordinary tokens of neutral text, without edits.
 
-    The texts and tokens are those of a run's background with default settings; tokens with a norm
-    above 5 times the median (attention sinks) do not count. Measured once and kept by the model.
+    Texts and tokens are those of a run's background with default settings; tokens with a norm above
+    5 times the median (attention sinks) are excluded. The model remembers the value.
     """
     if at not in model.median_norms:
         acts = _neutral(model, [at])[at]
@@ -222,13 +231,13 @@ def median_norm(model: InteractiveModel, at: Hookpoint) -> float:
 def _active_values(
     model: InteractiveModel, sae: SparseAutoencoder, latents: tuple[int, ...], quantile: float
 ) -> np.ndarray:
-    """A quantile of each latent's activations where it is active on neutral text."""
+    """A quantile of each latent's nonzero activations on neutral text."""
     acts = _neutral(model, sae.hookpoints)
     x = acts[sae.hookpoint].cpu()
     target = None if sae.hookpoint_out is None else acts[sae.hookpoint_out].cpu()
     rows = pd.DataFrame(index=range(len(x)))
-    found = encode_rows(x, np.arange(len(x)), sae, rows, target)[0]
-    return active_quantile(found.csr, np.array(latents), quantile)
+    encoded = encode_rows(x, np.arange(len(x)), sae, rows, target)[0]
+    return active_quantile(encoded.csr, np.array(latents), quantile)
 
 
 def _neutral(
@@ -238,11 +247,11 @@ def _neutral(
     lines = list(dict.fromkeys(background_texts(DatasetConfig(name="text", model_name=model.name))))
     n_each = max(1, -(-_N_NEUTRAL_TOKENS // len(lines)))
     prompts = model.prompts(lines, chat=False, max_length=_MAX_LENGTH)
-    chosen = [_some(prompt, n_each) for prompt in prompts]
+    indices = [_random_tokens(prompt, n_each) for prompt in prompts]
     with model.unedited():
-        found = model.streams(prompts, hookpoints, chosen)
-    return {at: torch.cat([of_text[at] for of_text in found]) for at in hookpoints}
+        streams = model.streams(prompts, hookpoints, indices)
+    return {at: torch.cat([of_text[at] for of_text in streams]) for at in hookpoints}
 
 
-def _some(prompt: Prompt, n: int) -> list[int]:
+def _random_tokens(prompt: Prompt, n: int) -> list[int]:
     return token_indices(prompt, PositionsConfig(name="random", n=n))

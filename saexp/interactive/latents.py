@@ -1,4 +1,4 @@
-"""encode, top_latents and contrast."""
+"""Load an SAE, encode texts with it, list the top latents, and contrast two lists of texts."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks.analyze import contrast_with
 from saexp.tracking import NullTracker
 
-_FILE = "texts.jsonl"
+_TEXTS_FILE = "texts.jsonl"
 
 
 def contrast(
@@ -43,29 +43,30 @@ def contrast(
     positions: str | Sequence[int] = "last",
     names: tuple[str, str] = ("a", "b"),
     folder: str | Path | None = None,
-    cache_dir: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> TaskResult:
-    """Latents that differ between two lists of texts: chosen on one half, judged on the other.
+    """Find the latents that separate two lists of texts.
 
-    It is the contrast of `saexp.run` without a causal test, with the same split, statistics,
-    background filter and report. Open edits are suspended. Texts begin with BOS as the SAE was
-    trained, as in a run.
+    This is the analysis of `saexp.run` without its causal test: latents are selected on one half of
+    the texts and evaluated on the other, with the same statistics, background filter and report.
+    Edits made by open contexts do not apply. Whether texts begin with BOS follows the SAE's
+    training, as in a run.
 
     Args:
-        positions: which token of a text is analysed: an option of the config group `positions`, or
-            token indices, negative ones from the end.
-        names: what the two groups are called in tables and the report.
-        folder: where the report and the tables go; a temporary folder where not given.
-        cache_dir: activation stores; `outputs/cache` where not given, as in a run.
-        overrides: further settings as on the command line, such as `analyzer.alpha=0.1`.
+        positions: the token of each text that is analysed: an option of the config group
+            `positions`, or token indices, where negative indices count from the end.
+        names: names of the two groups in tables and in the report.
+        folder: the folder for the report and the tables; by default a new temporary folder.
+        overrides: further settings in the syntax of the command line, such as
+            `["analyzer.alpha=0.1", "cache_dir=/scratch/cache"]`.
 
     Returns:
         The result: `.tables["latents"]` has one row per latent, `.path` is the folder with
         `report.html`.
 
     Raises:
-        ConfigError: an unknown setting. DataError: texts that cannot be contrasted.
+        ConfigError: an unknown setting.
+        DataError: texts that cannot be contrasted, for example because there are too few.
         SAEError: the SAE does not fit the model.
 
     Example:
@@ -75,23 +76,22 @@ def contrast(
     check_fits(sae, model)
     for texts in (texts_a, texts_b):
         if isinstance(texts, str):
-            raise ConfigError("contrast compares two lists of texts; give lists of strings")
+            raise ConfigError("contrast compares two lists of texts; pass two lists of strings")
     if len(set(names)) != 2:
         raise ConfigError(f"names={names}: the two groups need different names")
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="saexp-contrast-"))
-    cfg = _config(model, sae, place / _FILE, names, [*_words(positions), *overrides])
-    if cache_dir is not None:
-        cfg = replace(cfg, cache_dir=str(cache_dir))
+    settings = [*_positions_overrides(positions), *overrides]
+    cfg = _run_config(model, sae, place / _TEXTS_FILE, names, settings)
     began, prepend_bos = datetime.datetime.now().isoformat(timespec="seconds"), model.prepend_bos
     with holding(place):
-        _write_texts(place / _FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
+        _write_texts(place / _TEXTS_FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
         remember_in(cfg.cache_dir)
         context = RunContext(
             folder=place,
             tracker=NullTracker(cfg.tracker),
             command="saexp.contrast",
             started=began,
-            inputs=frozenset({(place / _FILE).resolve()}),
+            inputs=frozenset({(place / _TEXTS_FILE).resolve()}),
         )
         try:
             with model.unedited():
@@ -103,25 +103,25 @@ def contrast(
     return result
 
 
-def _words(positions: str | Sequence[int]) -> list[str]:
+def _positions_overrides(positions: str | Sequence[int]) -> list[str]:
     if isinstance(positions, str):
         return [f"positions={positions}"]
-    listed = ",".join(str(int(i)) for i in positions)
-    return ["positions=indices", f"positions.indices=[{listed}]", "positions.include_special=true"]
+    indices = ",".join(str(int(i)) for i in positions)
+    return ["positions=indices", f"positions.indices=[{indices}]", "positions.include_special=true"]
 
 
-def _config(
+def _run_config(
     model: InteractiveModel,
     sae: SparseAutoencoder,
     file: Path,
     names: tuple[str, str],
     overrides: Sequence[str],
 ) -> RunConfig:
-    """The config of the run, which says of the loaded objects what is known."""
+    """The config of the run; for provenance it describes the objects that are in memory."""
     layer = sae.hookpoint.layer
-    words = ["dataset=jsonl", "dataset.path=file", "intervention=none", "tracker=none"]
-    cfg = compose([*words, f"layer={layer}", *overrides])
-    about_sae = SAEConfig(
+    fixed = ["dataset=jsonl", "dataset.path=file", "intervention=none", "tracker=none"]
+    cfg = compose([*fixed, f"layer={layer}", *overrides])
+    sae_config = SAEConfig(
         name=str(sae.metadata.get("name", "in-memory")),
         loader="path",
         path=sae.metadata.get("path"),
@@ -129,7 +129,7 @@ def _config(
         model_name=model.name,
     )
     data = replace(cfg.dataset, path=str(file), groups=list(names), model_name=model.name)
-    return replace(cfg, model=model.cfg, sae=about_sae, dataset=data, width=None)
+    return replace(cfg, model=model.cfg, sae=sae_config, dataset=data, width=None)
 
 
 def _write_texts(file: Path, groups: dict[str, Sequence[str]]) -> None:
@@ -156,29 +156,30 @@ def load_sae(
     device: str = "auto",
     dtype: str = "float32",
 ) -> SparseAutoencoder:
-    """A sparse autoencoder or transcoder of any supported format.
+    """Load a sparse autoencoder or transcoder of any supported format.
 
     Args:
         source: a release of the SAELens catalogue (`gpt2-small-res-jb`), a folder or file,
-            `<hub repository>/<path in it>`, or `tiny` / `tiny_control`, shipped with saexp.
-        layer: 0-based block index; needed for a release without `id`, for a shipped SAE, and for
-            files that do not say it.
-        stream: the stream that it reads, for files that do not say it.
-        width: number of latents (`16k` or an integer), where a release has several.
+            `<hub repository>/<path in it>`, or `tiny` / `tiny_control`, which ship with saexp.
+        layer: 0-based block index. Required for a release without `id`, for a shipped SAE, and
+            where the files do not contain it.
+        stream: the stream that is encoded; required where the files do not contain it.
+        width: number of latents (`16k` or an integer), for releases with several widths.
         id: id of the SAE in its release, instead of `layer` and `width`.
-        l0: average number of active latents, where a release has several.
-        device: `cpu`, `cuda`, `mps`, or `auto`.
-        dtype: `float32`, `bfloat16` or `float16`.
+        l0: average number of active latents per token, for releases with several.
+        device: device of the weights.
+        dtype: dtype of the weights and of all computation.
 
     Raises:
-        SAEError: no such SAE, files that cannot be read, or a layer or stream that is not its own.
+        SAEError: there is no such SAE, its files cannot be read, or they contradict `layer` or
+            `stream`.
 
     Example:
         >>> sae = saexp.load_sae("gpt2-small-res-jb", layer=8)
         >>> sae = saexp.load_sae("tiny", layer=2)
     """
     name = str(source)
-    about: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": name,
         "layer": layer,
         "stream": stream,
@@ -186,19 +187,19 @@ def load_sae(
         "device": device,
         "dtype": dtype,
     }
-    is_there = Path(name).expanduser().exists()
-    if name in SHIPPED and not is_there:
+    is_local = Path(name).expanduser().exists()
+    if name in SHIPPED and not is_local:
         if layer is None:
             raise SAEError(f"load_sae({name!r}) needs a layer; type layer=2")
-        about |= {"width": width or _SHIPPED_WIDTH, "name": "tiny"}
-        return load_path(SAEConfig(loader="path", path=_SHIPPED_PATH, model_name=name, **about))
-    if not is_there and (id is not None or name in catalogue()):
-        return load_release(SAEConfig(loader="release", release=name, id=id, l0=l0, **about))
-    return load_path(SAEConfig(loader="path", path=_braces(name), **about))
+        fields |= {"width": width or _SHIPPED_WIDTH, "name": "tiny"}
+        return load_path(SAEConfig(loader="path", path=_SHIPPED_PATH, model_name=name, **fields))
+    if not is_local and (id is not None or name in catalogue()):
+        return load_release(SAEConfig(loader="release", release=name, id=id, l0=l0, **fields))
+    return load_path(SAEConfig(loader="path", path=_escape_braces(name), **fields))
 
 
-def _braces(path: str) -> str:
-    """A path in which nothing is filled in."""
+def _escape_braces(path: str) -> str:
+    """The path with literal braces, since `sae.path` is a template."""
     return path.replace("{", "{{").replace("}", "}}")
 
 
@@ -210,12 +211,12 @@ def encode(
     positions: str | Sequence[int] = "all",
     chat: bool | None = None,
 ) -> Latents:
-    """Sparse activations of all latents at the tokens of texts.
+    """Compute the activations of all latents at the tokens of texts, as a sparse matrix.
 
-    Row i of `.csr`, a float32 `[n_rows, d_sae]` matrix, belongs to row i of `.rows`, whose columns
-    are `text` (index of the text), `token_index`, `token_id` and `token`. `.dense()` gives the
-    matrix as a tensor. Open edits apply. `positions` and `chat` are as in `model.activations`; all
-    tokens are encoded by default, special ones included.
+    `.csr` is a float32 `[n_rows, d_sae]` matrix. Row i of it belongs to row i of `.rows`, a table
+    with the columns `text` (index of the text), `token_index`, `token_id` and `token`. `.dense()`
+    returns the matrix as a tensor. Edits made by open contexts apply. `positions` and `chat` are
+    those of `model.activations`; by default all tokens are encoded, special tokens included.
 
     Raises:
         SAEError: the SAE does not fit the model.
@@ -227,21 +228,21 @@ def encode(
     """
     check_fits(sae, model)
     prompts = model.prompts([texts] if isinstance(texts, str) else list(texts), chat)
-    chosen = [token_indices(p, positions) for p in prompts]
+    indices = [token_indices(p, positions) for p in prompts]
     rows = pd.DataFrame(
         [
             (p.number, i, p.tokens.ids[i], token)
-            for p, indices in zip(prompts, chosen, strict=True)
-            for i, token in zip(indices, pieces(p.tokens, model.tokenizer, indices), strict=True)
+            for p, of_text in zip(prompts, indices, strict=True)
+            for i, token in zip(of_text, pieces(p.tokens, model.tokenizer, of_text), strict=True)
         ],
         columns=["text", "token_index", "token_id", "token"],
     )
     if rows.empty:
         return Latents(sparse.csr_array((0, sae.d_sae), dtype=np.float32), rows)
-    found = model.streams(prompts, sae.hookpoints, chosen)
-    acts = torch.cat([of_text[sae.hookpoint] for of_text in found])
+    streams = model.streams(prompts, sae.hookpoints, indices)
+    acts = torch.cat([of_text[sae.hookpoint] for of_text in streams])
     out = sae.hookpoint_out
-    target = None if out is None else torch.cat([of_text[out] for of_text in found]).cpu()
+    target = None if out is None else torch.cat([of_text[out] for of_text in streams]).cpu()
     return encode_rows(acts.cpu(), np.arange(len(rows)), sae, rows, target)[0]
 
 
@@ -254,10 +255,11 @@ def top_latents(
     positions: str | Sequence[int] = "all",
     chat: bool | None = None,
 ) -> pd.DataFrame:
-    """The `k` most active latents at each token of a text, in order.
+    """List the `k` most active latents at each token of a text, the most active first.
 
-    Columns: `token_index`, `token`, `rank` (from 1), `latent`, `activation` (the SAE's own unit).
-    Inactive latents are left out, so a token can have fewer than `k` rows. Errors as `encode`.
+    Columns: `token_index`, `token`, `rank` (from 1), `latent`, `activation` (in the SAE's unit).
+    Inactive latents are not listed, so a token can have fewer than `k` rows. Raises what `encode`
+    raises.
 
     Example:
         >>> saexp.top_latents(model, sae, "The player scored twice.", k=3)
@@ -265,8 +267,8 @@ def top_latents(
     latents = encode(model, sae, text, positions=positions, chat=chat)
     csr, parts = latents.csr, []
     for i, row in enumerate(latents.rows.itertuples()):
-        here = slice(csr.indptr[i], csr.indptr[i + 1])
-        values, ids = csr.data[here], csr.indices[here]
+        entries = slice(csr.indptr[i], csr.indptr[i + 1])
+        values, ids = csr.data[entries], csr.indices[entries]
         order = np.lexsort((ids, np.negative(values)))[:k]
         parts.append(
             pd.DataFrame(

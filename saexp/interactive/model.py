@@ -1,13 +1,13 @@
-"""A language model as a notebook uses it: activations, logits and text, under active edits.
+"""A language model for notebooks: activations, logits and generated text, with or without edits.
 
-The edits are those of `saexp.steer` and `saexp.ablate`. They are held by the model object, and each
-call turns them into the rows of operations that the pipeline's own forward passes and generation
-take (`interventions.generation`), so that a notebook and a run compute the same thing.
+The model object holds the edits that are active (`saexp.steer`, `saexp.ablate`). Each call converts
+them into rows of operations for the forward passes and the generation of the pipeline
+(`interventions.generation`), so that a notebook and a run compute the same values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -23,18 +23,18 @@ from saexp.data.examples import Example
 from saexp.data.positions import Candidate, Unplaced, selected
 from saexp.data.prompts import as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
-from saexp.errors import ConfigError, DataError, InterventionError
+from saexp.errors import ConfigError, DataError, InterventionError, ModelError
 from saexp.interventions.batching import batch_tokens_for, generate, read_logits
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
 from saexp.interventions.operations import Op, Row, Sampling
-from saexp.models.forward import check_positions
+from saexp.models.forward import position_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
 
 _UNLIMITED = 2**31
-"""Maximum length of a text in tokens: a text is never cut, and one that is too long is an error."""
+"""Maximum length of a text in tokens. Texts are never cut; one that is too long is an error."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ActiveEdit:
-    """Operations, and the tokens that they change."""
+    """Operations, and the tokens that they apply to."""
 
     ops: tuple[Op, ...]
     where: InterventionConfig
-    """`where` and `where_options` are used."""
+    """Only `where` and `where_options` are used."""
     saes: Mapping[Hookpoint, SparseAutoencoder] = field(default_factory=dict)
-    """SAEs that the operations read, by the hookpoint that each reads."""
+    """SAEs whose latents the operations read, by the hookpoint that each encodes."""
 
     @property
     def generated(self) -> bool:
-        """Whether generated tokens are changed."""
+        """Whether the operations apply to generated tokens."""
         return self.where.where in ("all", "generated")
 
     def positions(self, prompt: Prompt) -> tuple[int, ...]:
-        """Indices of the prompt's tokens that are changed."""
+        """Indices of the prompt's tokens that the operations apply to."""
         try:
             return edited_positions(self.where, prompt.example, prompt.tokens, prompt.number)
         except Unplaced as reason:
@@ -74,7 +74,7 @@ class ActiveEdit:
 
 
 @dataclass
-class _Reading:
+class _ChatModel:
     """A model for tokenization, with the chat template switched on or off for one call."""
 
     model: LanguageModel
@@ -90,33 +90,33 @@ class _Reading:
 
 
 class InteractiveModel(LanguageModel):
-    """A `LanguageModel` with methods for notebooks; made by `saexp.load_model`.
+    """A `LanguageModel` with methods for notebooks; `saexp.load_model` returns one.
 
-    Texts are tokenized as the model's tokenizer does by itself, without an EOS token at the end;
-    with `chat=True` the chat template is applied first. All methods are affected by the edits of
-    `saexp.steer`, `saexp.ablate` and `saexp.edit` while those are open.
+    Texts are tokenized by the model's tokenizer with its defaults, except that no EOS token is
+    appended. With `chat=True` the chat template is applied first. While contexts of `saexp.steer`,
+    `saexp.ablate` and `saexp.edit` are open, their edits apply to all methods.
     """
 
     active_edits: tuple[ActiveEdit, ...] = ()
     """In the order in which they are applied."""
     suspended = False
-    """Whether the functions of `saexp.edit` leave their streams as they are."""
+    """Whether the functions of `saexp.edit` are switched off."""
 
     @cached_property
     def median_norms(self) -> dict[Hookpoint, float]:
-        """Median norm of a stream over neutral text, for the streams where it was measured."""
+        """Median norm over neutral text of each stream where it was measured."""
         return {}
 
     @contextmanager
     def editing(self, edit: ActiveEdit) -> Iterator[None]:
-        """Apply an edit while the context is open, after the edits that are open already.
+        """Apply an edit while the context is open, after the edits that are already open.
 
-        Raises InterventionError for a second SAE at a stream that an open edit reads by another.
+        Raises InterventionError where an open edit uses another SAE at the same stream.
         """
         for at, sae in edit.saes.items():
             if any(e.saes.get(at, sae) is not sae for e in self.active_edits):
                 raise InterventionError(
-                    f"an open edit reads {at.name} by another SAE; close it first, or use one SAE "
+                    f"an open edit uses another SAE at {at.name}; close it first, or use one SAE "
                     "for both"
                 )
         self.active_edits = (*self.active_edits, edit)
@@ -138,42 +138,54 @@ class InteractiveModel(LanguageModel):
     def prompts(
         self, texts: Sequence[str], chat: bool | None = None, max_length: int = _UNLIMITED
     ) -> list[Prompt]:
-        """Tokenize texts. Raises DataError for a text without tokens or that is not a string."""
+        """Tokenize texts. Raises DataError for an empty text and for one that is not a string."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise DataError(f"text {i} is a {type(text).__name__}; give strings")
+                raise DataError(f"text {i} is a {type(text).__name__}; pass strings")
         in_chat = self.cfg.chat if chat is None else chat
-        values = {**vars(self.cfg), "chat": in_chat}
-        reading = _Reading(self, ModelConfig(**values), self.cfg.prepend_bos)
-        framed = as_read(reading, texts)
-        found = []
-        tokenized = tokenize_prompts(reading, framed, max_length)
+        model = _ChatModel(self, replace(self.cfg, chat=in_chat), self.cfg.prepend_bos)
+        framed = as_read(model, texts)
+        prompts = []
+        tokenized = tokenize_prompts(model, framed, max_length)
         for i, (text, prompt, tokens) in enumerate(zip(texts, framed, tokenized, strict=True)):
             if not tokens.ids:
-                raise DataError(f"text {i} has no tokens; give a text that is not empty")
+                raise DataError(f"text {i} is empty; pass a text with at least one token")
             example = Example(id=str(i), text=text)
-            found.append(Prompt(i, in_template(example, prompt) if in_chat else example, tokens))
-        return found
+            prompts.append(Prompt(i, in_template(example, prompt) if in_chat else example, tokens))
+        return prompts
+
+    def _check_lengths(self, prompts: Sequence[Prompt], n_new: int = 0) -> None:
+        """Raise ModelError for a text that is too long for the model's position embeddings."""
+        longest = max(prompts, key=lambda p: len(p.tokens), default=None)
+        limit = None if longest is None else position_limit(self)
+        if longest is None or limit is None or len(longest.tokens) + n_new <= limit:
+            return
+        n, text = len(longest.tokens), f"text {longest.number}"
+        room = f"pass max_new_tokens={limit - n}, or " if limit > n and n_new else ""
+        more = f" and {n_new} new ones are" if n_new else " are"
+        raise ModelError(
+            f"{text}: {n} tokens{more} more than the {limit} positions of {self.name}; "
+            f"{room}shorten the text"
+        )
 
     def streams(
         self,
         prompts: Sequence[Prompt],
         hookpoints: Sequence[Hookpoint],
-        chosen: Sequence[Sequence[int]],
+        indices: Sequence[Sequence[int]],
     ) -> list[dict[Hookpoint, Tensor]]:
-        """Per prompt, `[n, width]` of each stream at its `chosen` tokens, edits applied."""
+        """For each prompt, `[n, width]` of each stream at the tokens `indices`, edits applied."""
         self.check_streams([h.stored for h in hookpoints])
+        self._check_lengths(prompts)
         rows = [self._row(p) for p in prompts]
-        check_positions(self, max((len(r.ids) for r in rows), default=0))
-        found: list[dict[Hookpoint, Tensor]] = [{} for _ in rows]
+        streams: list[dict[Hookpoint, Tensor]] = [{} for _ in rows]
         for batch in in_batches(self, rows, None, batch_tokens_for(self, "auto")):
-            values = read_streams(
-                self, [rows[i] for i in batch], self._saes(), hookpoints, [chosen[i] for i in batch]
-            )
+            batch_rows, batch_indices = [rows[i] for i in batch], [indices[i] for i in batch]
+            values = read_streams(self, batch_rows, self._saes(), hookpoints, batch_indices)
             for at, parts in values.items():
                 for i, part in zip(batch, parts, strict=True):
-                    found[i][at] = part
-        return found
+                    streams[i][at] = part
+        return streams
 
     @overload
     def activations(
@@ -206,23 +218,24 @@ class InteractiveModel(LanguageModel):
         positions: str | Sequence[int] = "all",
         chat: bool | None = None,
     ) -> Tensor | list[Tensor]:
-        """Activations of one stream, `[n_tokens, d_model]` for each text, on the model's device.
+        """Compute the activations of one stream, `[n_tokens, d_model]` for each text.
 
         Args:
-            texts: one text, or several, which are run in batches.
+            texts: one text, or several, which run in batches.
             layer: 0-based block index.
-            stream: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` and others
-                (`saexp.models.hookpoints.STREAMS`). Blocks after it do not run.
-            positions: `all` tokens, special ones included; `last`; another option of the config
-                group `positions`; or token indices, negative ones from the end.
-            chat: whether to apply the chat template; as the model was loaded where not given.
+            stream: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` or another of
+                `saexp.models.hookpoints.STREAMS`. Later blocks do not run.
+            positions: `all` tokens, special tokens included; `last`; another option of the config
+                group `positions`; or token indices, where negative indices count from the end.
+            chat: whether to apply the chat template; by default the model's setting.
 
         Returns:
-            One tensor for a string, a list of tensors for a list, in the model's dtype.
+            One tensor for a string, a list of tensors for a list, in the model's dtype and on its
+            device.
 
         Raises:
             ModelError: the model has no such layer or stream, or a text is too long for it.
-            DataError: a text has no tokens, or not the positions asked for.
+            DataError: a text is empty, or does not have the requested positions.
 
         Example:
             >>> model = saexp.load_model("tiny")
@@ -232,9 +245,9 @@ class InteractiveModel(LanguageModel):
         self.check_layer(layer)
         at = Hookpoint(layer, stream)
         prompts = self.prompts(_listed(texts), chat)
-        chosen = [token_indices(p, positions) for p in prompts]
-        found = [of_text[at] for of_text in self.streams(prompts, [at], chosen)]
-        return found[0] if isinstance(texts, str) else found
+        indices = [token_indices(p, positions) for p in prompts]
+        acts = [of_text[at] for of_text in self.streams(prompts, [at], indices)]
+        return acts[0] if isinstance(texts, str) else acts
 
     @overload
     def logits(self, texts: str, *, chat: bool | None = ...) -> Tensor: ...
@@ -245,20 +258,23 @@ class InteractiveModel(LanguageModel):
     def logits(
         self, texts: str | Sequence[str], *, chat: bool | None = None
     ) -> Tensor | list[Tensor]:
-        """Logits of the next token after each token of a text, `[n_tokens, vocabulary]`.
+        """Compute the next-token logits after each token of a text, `[n_tokens, vocabulary]`.
 
-        A string gives one float32 tensor on the CPU, a list of strings a list of them. Special
-        tokens that the tokenizer puts in front count as tokens.
+        Returns one float32 tensor on the CPU for a string, a list of them for a list. Special
+        tokens that the tokenizer prepends count as tokens.
 
         Raises:
-            ModelError: a text is too long for the model, or its logits are not finite.
-            DataError: a text has no tokens.
+            ModelError: a text is too long for the model.
+            InterventionError: the logits are not finite, for example because of an open edit.
+            DataError: a text is empty.
 
         Example:
             >>> model.logits("My name is")[-1].argmax()  # the most likely next token
         """
-        rows = [self._row(p) for p in self.prompts(_listed(texts), chat)]
-        found = read_logits(
+        prompts = self.prompts(_listed(texts), chat)
+        self._check_lengths(prompts)
+        rows = [self._row(p) for p in prompts]
+        logits = read_logits(
             self,
             rows,
             self._saes(),
@@ -267,7 +283,7 @@ class InteractiveModel(LanguageModel):
             batch_tokens=batch_tokens_for(self, "auto"),
             n_last=lambda row: len(row.ids),
         )
-        tensors = [torch.from_numpy(values).float() for values in found]
+        tensors = [torch.from_numpy(values).float() for values in logits]
         return tensors[0] if isinstance(texts, str) else tensors
 
     @overload
@@ -301,13 +317,13 @@ class InteractiveModel(LanguageModel):
         *,
         chat: bool | None = None,
     ) -> str | list[str]:
-        """Continue texts; returns the continuations alone, without special tokens.
+        """Generate continuations; the texts themselves and special tokens are not returned.
 
-        `temperature` 0 is greedy. A sample depends on the text, the open edits and `seed`, not on
-        the other texts of the call. Generation ends at the model's end token.
+        `temperature` 0 is greedy decoding. A sample depends on the text, the open edits and `seed`,
+        not on the other texts of the call. Generation stops at the model's end-of-text token.
 
         Raises:
-            ConfigError: `max_new_tokens` below 1, or a negative temperature.
+            ConfigError: `max_new_tokens` is below 1, or the temperature is negative.
             ModelError: a text and its continuation are too long for the model.
             InterventionError: an open edit makes the logits NaN or infinite.
 
@@ -317,20 +333,22 @@ class InteractiveModel(LanguageModel):
         at_least("max_new_tokens", max_new_tokens, 1)
         at_least("temperature", temperature, 0)
         sample = Sampling(temperature, seed) if temperature else None
-        rows = [self._row(p, sample) for p in self.prompts(_listed(texts), chat)]
-        made = generate(
+        prompts = self.prompts(_listed(texts), chat)
+        self._check_lengths(prompts, max_new_tokens)
+        rows = [self._row(p, sample) for p in prompts]
+        generated = generate(
             self,
             rows,
             self._saes(),
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens_for(self, "auto"),
         )
-        found = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
-        return found[0] if isinstance(texts, str) else found
+        continuations = [self.tokenizer.decode(t, skip_special_tokens=True) for t in generated]
+        return continuations[0] if isinstance(texts, str) else continuations
 
     def _row(self, prompt: Prompt, sample: Sampling | None = None) -> Row:
-        """The prompt with the open edits; one that changes nothing is left out."""
-        found: Row | None = None
+        """The prompt with the open edits, except those that change nothing in it."""
+        chain: Row | None = None
         for edit in reversed(self.active_edits):
             row = Row(
                 ids=prompt.tokens.ids,
@@ -338,17 +356,17 @@ class InteractiveModel(LanguageModel):
                 positions=edit.positions(prompt),
                 generated=edit.generated,
                 sample=sample,
-                then=found,
+                then=chain,
             )
-            found = row if row.active else found
-        return found or Row(prompt.tokens.ids, sample=sample)
+            chain = row if row.active else chain
+        return chain or Row(prompt.tokens.ids, sample=sample)
 
     def _saes(self) -> dict[Hookpoint, SparseAutoencoder]:
         return {at: sae for edit in self.active_edits for at, sae in edit.saes.items()}
 
 
 def token_indices(prompt: Prompt, positions: str | Sequence[int] | PositionsConfig) -> list[int]:
-    """Indices of the chosen tokens of a prompt. Raises DataError where it has none of them."""
+    """Resolve `positions` to token indices. Raises DataError where the prompt has no such token."""
     if positions == "all":
         return list(range(len(prompt.tokens)))
     if isinstance(positions, PositionsConfig):
@@ -379,20 +397,21 @@ def load_model(
     tokenizer: Any = None,
     **options: Any,
 ) -> InteractiveModel:
-    """A language model with its tokenizer; its weights are read on first use.
+    """Load a language model with its tokenizer; the weights are read on first use.
 
     Args:
-        source: a hub id, a folder, a model shipped with saexp (`tiny`, `tiny_control`), or a
-            Hugging Face model in memory, with its `tokenizer`.
+        source: a hub id, a folder, a GGUF file (needs `saexp[gguf]`), a model that ships with saexp
+            (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
+            `tokenizer`.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on CUDA, else float32).
         device: `cpu`, `cuda`, `mps`, or `auto`.
-        chat: whether texts are read in the chat template unless a call says otherwise.
+        chat: whether the chat template is applied to texts by default.
         revision: branch, tag or commit on the hub.
         options: further fields of `saexp.config.ModelConfig`, such as `trust_remote_code`.
 
     Raises:
-        ModelError: no such model, or files that cannot be loaded.
-        ConfigError: an option that does not exist.
+        ModelError: there is no such model, or its files cannot be loaded.
+        ConfigError: an unknown option.
 
     Example:
         >>> model = saexp.load_model("gpt2")
@@ -400,7 +419,7 @@ def load_model(
     """
     if isinstance(source, nn.Module):
         if tokenizer is None:
-            raise ConfigError("a model in memory needs its tokenizer; type tokenizer=")
+            raise ConfigError("a model in memory needs its tokenizer; pass tokenizer=")
         model = InteractiveModel.wrap(source, tokenizer)
         assert isinstance(model, InteractiveModel)
         return model

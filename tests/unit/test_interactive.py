@@ -106,6 +106,18 @@ def test_errors_are_one_line() -> None:
         saexp.load_model("no/such/folder")
 
 
+def test_a_text_that_is_too_long_is_an_error_that_names_arguments() -> None:
+    model = saexp.load_model(random_hf("gpt2"), tokenizer=tokenizer())
+    text = " ".join(TEXTS * 9)
+    for call in (model.logits, model.generate, lambda text: model.activations(text, 1)):
+        with pytest.raises(
+            ModelError, match=r"text 0: .* positions of in-memory; shorten the text"
+        ):
+            call(text)
+    with pytest.raises(ModelError, match=r"text 0: .* new ones .* pass max_new_tokens=\d+, or"):
+        model.generate(TEXTS[0], max_new_tokens=64)
+
+
 def test_objects_show_as_html() -> None:
     model, sae = saexp.load_model("tiny", device="cpu"), saexp.load_sae("tiny", layer=2)
     assert "<table>" in model._repr_html_() and "tiny" in repr(model)

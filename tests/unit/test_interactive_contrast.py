@@ -44,8 +44,7 @@ def test_contrast_equals_a_run_on_a_file_of_the_same_texts(
             model=model,
             sae=sae,
             folder=tmp_path / "run",
-            cache_dir=tmp_path / "cache",
-            overrides=FEWER,
+            overrides=[f"cache_dir={tmp_path}/cache", *FEWER],
         )
     lines = [
         json.dumps({"text": text, "group": name, "id": f"{name}_{i}"})
@@ -92,8 +91,7 @@ def test_contrast_works_for_objects_in_memory(
         sae=made_sae(),
         positions=[-1],
         names=("known", "unknown"),
-        cache_dir=tmp_path / "cache",
-        overrides=FEWER,
+        overrides=[f"cache_dir={tmp_path}/cache", *FEWER],
     )
     assert {"freq_known", "freq_unknown"} <= set(result.tables["latents"])
     assert result.path is not None

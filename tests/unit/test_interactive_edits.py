@@ -220,7 +220,7 @@ def test_errors_name_what_to_type(llama: InteractiveModel, sae: SparseAutoencode
             saexp.steer(llama, sae, latents, 1.0, **options)  # type: ignore[arg-type]
 
     refused(InterventionError, "latents 0-47", [48])
-    refused(InterventionError, "names no latent", [])
+    refused(InterventionError, "is empty", [])
     refused(ConfigError, "unit", [1], unit="norms")
     refused(ConfigError, "where", [1], where="everywhere")
     with pytest.raises(SAEError, match="d_model=32"):
