@@ -280,9 +280,9 @@ def no_resuming() -> Iterator[None]:
 @contextmanager
 def no_guessing() -> Iterator[None]:
     """Every row is generated token by token."""
-    from saexp.interventions.batching import Guessing
+    from saexp.interventions.batching import SpeculativeDecoding
 
-    with patch.object(Guessing, "_guessable", lambda *_: False):
+    with patch.object(SpeculativeDecoding, "_can_draft", lambda *_: False):
         yield
 
 

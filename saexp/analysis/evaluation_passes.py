@@ -13,6 +13,7 @@ from torch import Tensor
 from saexp.activations.norms import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
+from saexp.models.forward import head_input, replaced_blocks
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, capture, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -130,8 +131,7 @@ class Passes:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self.head = model.hf.get_output_embeddings()
-        if self.head is None:
+        if model.hf.get_output_embeddings() is None:
             raise ModelError(f"{model.name} has no LM head, so it predicts no next token")
         self.can_resume: dict[Hookpoint, bool] = {}
         """Where resuming was tried, whether it gave what the whole pass gives."""
@@ -187,37 +187,30 @@ class Passes:
         device, last = self.model.device, self.model.n_layers - 1
         one = torch.tensor([[self.model.pad_id]], device=device)
         nothing = hidden.new_zeros(1, 1, self.model.d_model)
-        handle = self.head.register_forward_pre_hook(lambda _m, args: (hidden[None], *args[1:]))
-        try:
-            with self._handing_on(last, nothing):
-                out = self.model.hf(
-                    input_ids=one,
-                    attention_mask=torch.ones_like(one),
-                    position_ids=torch.zeros_like(one),
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
+        with head_input(self.model, lambda _: hidden[None]), self._handing_on(last, nothing):
+            out = self.model.hf(
+                input_ids=one,
+                attention_mask=torch.ones_like(one),
+                position_ids=torch.zeros_like(one),
+                use_cache=False,
+            )
         return out.logits[0].float()
 
     def _run(self, batch: Batch) -> Float[Tensor, "n d"]:
         found: list[Tensor] = []
 
-        def at_head(_module: Any, args: Any) -> Any:
-            found.append(args[0][batch.compared.to(args[0].device)])
-            # The model's own logits are not needed: one position's are made and dropped.
-            return (args[0][:1, :1], *args[1:])
+        def at_head(hidden: Tensor) -> Tensor:
+            found.append(hidden[batch.compared.to(hidden.device)])
+            # The model's own logits are not needed: those of one position are computed and dropped.
+            return hidden[:1, :1]
 
-        handle = self.head.register_forward_pre_hook(at_head)
-        try:
+        with head_input(self.model, at_head):
             self.model.hf(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
                 position_ids=position_ids(batch.mask),
                 use_cache=False,
             )
-        finally:
-            handle.remove()
         if not found:
             raise ModelError(f"{self.model.name} did not run its LM head, so nothing can be scored")
         return found[-1]
@@ -244,22 +237,13 @@ class Passes:
     @contextmanager
     def _handing_on(self, last: int, values: Tensor) -> Iterator[None]:
         """Blocks up to `last` compute nothing and give `values`."""
-        before: list[tuple[Any, Any]] = []
-        try:
-            for index, block in enumerate(self.model.blocks):
-                if index > last:
-                    break
-                size = self._sizes[index]
-                output = values if size is None else (values, *[None] * (size - 1))
-                # accelerate puts a forward of its own on modules that it spreads over devices.
-                before.append((block, block.__dict__.get("forward")))
-                block.forward = lambda *_args, _output=output, **_options: _output
+        functions = []
+        for index in range(last + 1):
+            size = self._sizes[index]
+            output = values if size is None else (values, *[None] * (size - 1))
+            functions.append(lambda *_args, _output=output, **_options: _output)
+        with replaced_blocks(self.model, functions):
             yield
-        finally:
-            for block, own in before:
-                del block.forward
-                if own is not None:
-                    block.forward = own
 
 
 Streams = tuple[Hookpoint, ...]

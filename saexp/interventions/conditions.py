@@ -96,6 +96,8 @@ def direction_of_set(direction: str) -> str:
     return "latents" if direction == "latent" else direction
 
 
+Ids = tuple[int, ...]
+"""Indices of latents."""
 _ANYWHERE = ("all", "prompt", "last", "generated")
 """Values of `intervention.where` that do not depend on where the user's message is."""
 
@@ -376,12 +378,7 @@ class LatentIntervention(ABC):
 
     @abstractmethod
     def edit(
-        self,
-        latents: tuple[int, ...],
-        write: tuple[int, ...],
-        prompts: str,
-        coefficient: float,
-        facts: LatentFacts,
+        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentFacts
     ) -> tuple[Op, ...]:
         """For `latents`, written along the directions of `write`: themselves or control latents."""
 

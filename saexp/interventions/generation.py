@@ -2,12 +2,10 @@
 
 import copy
 import hashlib
-import inspect
 import logging
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,16 @@ from torch import Tensor
 
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.operations import BatchEdit, Row, SAEs
-from saexp.models.forward import after_blocks, can_skip, is_plain, may_skip, skipping, with_room
+from saexp.models.forward import (
+    after_blocks,
+    can_skip,
+    is_plain,
+    keep_last_logits,
+    may_skip,
+    shares_keys_between_blocks,
+    skipping,
+    with_room,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids, run_truncated
@@ -81,24 +88,6 @@ def in_batches(
     return batches
 
 
-def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
-    """Option that keeps the LM head to the last n positions, where the model has it.
-
-    With shared keys and values Gemma 4 cuts the stream itself to these positions.
-    """
-    return {"logits_to_keep": n} if _keeps(type(model.hf)) and not _shares_kv(model) else {}
-
-
-def _shares_kv(model: LanguageModel) -> bool:
-    """Whether later blocks read keys and values of earlier ones."""
-    return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
-
-
-@lru_cache
-def _keeps(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
-
-
 @dataclass
 class _Pass:
     """What a pass over a batch's prompts leaves."""
@@ -150,7 +139,7 @@ def _lower_blocks(
     numbers: dict[tuple[int, ...], int] = {}
     of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
     share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
-    if share <= _SHARE_FROM or _shares_kv(model):
+    if share <= _SHARE_FROM or shares_keys_between_blocks(model):
         return None
     at: dict[int, int] = {}
     for i, number in enumerate(of_row):
@@ -168,7 +157,7 @@ def _lower_blocks(
         **run.of(firsts),
         past_key_values=below,
         use_cache=below is not None,
-        **_keeping(model, 1),
+        **keep_last_logits(model, 1),
     )
     if not can_skip(model, output):
         return None
@@ -212,7 +201,7 @@ def _prefill(
             attention_mask=mask[firsts, :-window],
             position_ids=positions[firsts, :-window],
             use_cache=True,
-            **_keeping(model, 1),
+            **keep_last_logits(model, 1),
         )
         cache = shared.past_key_values if is_plain(shared.past_key_values) else None
     if cache is None:
@@ -226,7 +215,7 @@ def _prefill(
             **run.of(slice(None)),
             past_key_values=cache,
             use_cache=use_cache or cache is not None,
-            **_keeping(model, n_last),
+            **keep_last_logits(model, n_last),
         )
     # NaN is the largest to amax; a model may give some tokens -inf.
     _check_finite(model, rows, out.logits[:, -1].amax(-1), generating=use_cache)
@@ -401,7 +390,7 @@ def _decode(
     state = _prefill(model, rows, saes, 1, use_cache=True)
     cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
     logits = state.logits[:, -1]
-    keep_one = _keeping(model, 1)
+    keep_one = keep_last_logits(model, 1)
     # A finished row that is carried along would grow beyond its length, and decide on frequencies.
     drop_share = 0.0 if depends_on_length(model.text_config) else _DROP_SHARE
     for step in range(n_steps):

@@ -24,7 +24,7 @@ from saexp.interventions.effects import (
     with_claims,
     with_strengths,
 )
-from saexp.interventions.measure import Job, Measurement, weight_costs
+from saexp.interventions.measure import AttentionTest, Job, Measurement, weight_costs
 from saexp.interventions.operations import Vector
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.models.loading import LanguageModel
@@ -346,8 +346,6 @@ class CausalTest:
     def _attention(
         self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
     ) -> None:
-        from saexp.interventions.measure import attention_tables
-
         summary = result.tables.get("effects_summary")
         chosen = (
             {}
@@ -356,9 +354,8 @@ class CausalTest:
                 summary.loc[summary["chosen"], ["condition", "coefficient"]].itertuples(index=False)
             )
         )
-        tables, metrics = attention_tables(
-            conditions, prompts, self.coefficients, chosen, self.model, self.saes, self.cfg
-        )
+        test = AttentionTest(self.model, self.saes, self.cfg, prompts, self.coefficients, chosen)
+        tables, metrics = test.tables(conditions)
         result.tables |= tables
         result.metrics |= metrics
 

@@ -319,7 +319,11 @@ def test_dependent_directions_fall_away() -> None:
     [
         (Clamp, {"directions": ["probe"]}, "names 'probe', which is none"),
         (Ablate, {"layers": "all"}, "works at the SAE's own layer"),
-        (Steer, {"directions": ["probe"], "unit": "max_act"}, "type resid_norm or raw"),
+        (
+            Steer,
+            {"directions": ["probe"], "unit": "max_act"},
+            "type intervention.unit=resid_norm or raw",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(kind: type, settings: Any, message: str) -> None:
