@@ -49,7 +49,7 @@ def run(folder: Path, *overrides: str) -> Tables:
     stable = {
         name: value
         for name, value in result.metrics.items()
-        if not any(word in name for word in (*UNSTABLE, "forwarded"))
+        if not any(word in name for word in (*UNSTABLE, "forwarded", "padding"))
     }
     metrics = pd.DataFrame({"name": list(stable), "value": list(stable.values())})
     return {**result.tables, "metrics": metrics}

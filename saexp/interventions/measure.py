@@ -272,16 +272,22 @@ class Measurement:
         ]
 
 
-def cost_row(
-    condition: Condition, coefficient: float, values: Float[np.ndarray, " n_texts"]
-) -> dict[str, Any]:
-    """A row of table `costs`."""
+def _condition_columns(condition: Condition) -> dict[str, Any]:
     return {
         "condition": condition.name,
         "role": condition.role,
         "control_kind": condition.control_kind,
         "of": condition.of,
         "direction": condition.direction,
+    }
+
+
+def cost_row(
+    condition: Condition, coefficient: float, values: Float[np.ndarray, " n_texts"]
+) -> dict[str, Any]:
+    """A row of table `costs`."""
+    return {
+        **_condition_columns(condition),
         "coefficient": coefficient,
         "neutral_kl": float(values.mean()),
         "neutral_kl_sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
@@ -380,11 +386,7 @@ class AttentionTest:
         )
         overall = test.overall
         about = {
-            "condition": condition.name,
-            "role": condition.role,
-            "control_kind": condition.control_kind,
-            "of": condition.of,
-            "direction": condition.direction,
+            **_condition_columns(condition),
             "group": condition.prompts,
             "coefficient": self.coefficients[index],
             "n": overall.n_units,
