@@ -1,14 +1,15 @@
-"""Time activation collection beside the bare forward pass and beside other tools, in one process.
+"""Compare activation collection with the bare forward pass and with other tools, in one process.
 
     python experiments/benchmarks/collect.py                     # small Gemma-2-shaped model, CPU
     python experiments/benchmarks/collect.py --shape 2b --device cuda --dtype bfloat16
     python experiments/benchmarks/collect.py --shared 128 --longest 40   # few-shot prompts
 
-Random weights of a real Gemma-2 config; texts of 6 to 99 tokens, one position per text, resid_post
-of the last block of the lower half (layer 12 of Gemma-2-2B's 26; `--layer` for another). Every way
-runs once to warm up, then `--repeats` times in turn; the table holds medians and ratios. With
-`--shared` all texts begin with the same tokens, which only saexp computes once.
-TransformerLens and nnsight take part where they are installed (extra `bench`).
+The model has random weights of a real Gemma-2 config. Texts have 6 to 99 tokens; one position per
+text is read, at resid_post of the last block of the lower half (layer 12 of Gemma-2-2B's 26;
+`--layer` sets another). Every tool runs once to warm up, then `--repeats` times, alternating; the
+table holds medians and ratios. With `--shared` all texts begin with the same tokens, which only
+saexp computes once. TransformerLens and nnsight are included where they are installed (extra
+`bench`).
 """
 
 import argparse
@@ -56,12 +57,12 @@ SHAPES: dict[str, dict[str, int]] = {
     },
     "2b": {},
 }
-"""Sizes that differ from Gemma-2-2B's own; `small` keeps the vocabulary's share of the weights."""
+"""Sizes that differ from Gemma-2-2B; `small` keeps the vocabulary's fraction of the weights."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every way is given."""
+    """The input of every tool."""
 
     model: LanguageModel
     placement: Placement
@@ -70,7 +71,7 @@ class Setting:
 
 
 class _Tokenizer:
-    """Only what collection asks a tokenizer for; the texts here are token ids already."""
+    """The tokenizer methods that collection calls; the texts are token ids already."""
 
     eos_token_id, pad_token_id, all_special_tokens, all_special_ids = 1, 0, (), ()
 
@@ -82,7 +83,7 @@ class _Tokenizer:
 
 
 def setting(args: argparse.Namespace) -> Setting:
-    """A random-weight model and texts; same seed, same weights and texts."""
+    """A random-weight model and texts, from a fixed seed."""
     torch.manual_seed(0)
     config = Gemma2Config(**SHAPES[args.shape], sliding_window=4096)  # pyright: ignore
     device = pick_device(args.device)
@@ -110,7 +111,7 @@ def setting(args: argparse.Namespace) -> Setting:
 
 
 def limit(given: Setting) -> Callable[[], None]:
-    """The bare forward of the blocks wanted on saexp's own batches, prepared beforehand."""
+    """The bare forward pass of the required blocks on saexp's batches, prepared beforehand."""
     model = given.model
     todo = units(given.placement, np.arange(len(given.placement.rows)))
     budget = TokenBudget("auto", model.device)
@@ -140,8 +141,8 @@ def limit(given: Setting) -> Callable[[], None]:
 
 
 def saexp_way(given: Setting) -> Callable[[], None]:
-    """`collect` into an empty store: batching, forward, checks, checksums, files synced to disk."""
-    # Once per process and model, whatever is collected.
+    """`collect` into an empty store: batching, forward passes, checks, checksums, synced files."""
+    # Computed once per process and model, independent of what is collected.
     _ = given.model.fingerprint
     digest = given.model.fingerprint
     type(given.model).fingerprint = property(lambda _: digest)  # pyright: ignore
@@ -163,7 +164,7 @@ def saexp_way(given: Setting) -> Callable[[], None]:
 
 
 def in_order(given: Setting) -> list[Batch]:
-    """Batches as notebooks make them: in the data's order, padded to each batch's longest."""
+    """Batches as in most notebooks: in the order of the data, padded to the longest text."""
     texts = [t.ids for t in given.placement.texts]
     made = []
     for start in range(0, len(texts), given.batch_size):
@@ -179,8 +180,8 @@ def _sync(device: torch.device) -> None:
 
 
 def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, one timed run) of everything that can run here."""
-    yield "bare forward of the blocks wanted (limit)", limit(given)
+    """(name, one timed run) of every tool that is installed."""
+    yield "bare forward pass of the required blocks (limit)", limit(given)
     yield "saexp", saexp_way(given)
     for name, make in PEERS.items():
         try:
@@ -189,7 +190,7 @@ def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
                 make(given.model, in_order(given), given.layer, lambda: _sync(given.model.device)),
             )
         except ImportError as error:
-            log.warning("%s takes no part: %s", name, error)
+            log.warning("%s is left out: %s", name, error)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -236,7 +237,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float]]) -> None:
-    """A table of medians, against the limit and against saexp."""
+    """Print a table of medians, relative to the limit and to saexp."""
     median = {name: statistics.median(times) for name, times in timed.items()}
     bound, own = (median[name] for name in list(median)[:2])
     n_tokens = sum(len(t) for t in given.placement.texts)
@@ -262,8 +263,8 @@ def report(args: argparse.Namespace, given: Setting, timed: dict[str, list[float
         "tokens": n_tokens,
         "repeats": args.repeats,
         "saexp tokens per second": round(n_tokens / own),
-        # With shared beginnings most tokens are not computed, and a CPU's large products in half
-        # precision are no measure of what it can do.
+        # With a shared prefix most tokens are not computed, and large half-precision products on a
+        # CPU do not measure its peak.
         "saexp share of peak matrix throughput": (
             round(2 * used * n_tokens / own / peak_flops(device, model.dtype), 3)
             if not args.shared and (device.type == "cuda" or model.dtype == torch.float32)

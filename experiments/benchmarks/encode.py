@@ -1,4 +1,4 @@
-"""Time the dense encode of saexp beside sae-lens on the same tensors, and the memory of a chunk.
+"""Compare the dense encode of saexp with sae-lens on the same tensors, and measure memory.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/encode.py --out measured/encode_cpu.json
 
@@ -36,11 +36,11 @@ K = 32
 ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "gated")
 SIZES = [(768, 16384), (768, 65536), (2304, 16384), (2304, 65536)]
 BOUND_CHUNKS = 2
-"""Memory of encoding one chunk, in dense chunks, at most."""
+"""Upper bound of the memory for encoding one chunk, in dense chunks."""
 
 
 def parameters(architecture: str, d_in: int, d_sae: int, device: torch.device) -> dict[str, Tensor]:
-    """Unit-norm decoder rows, tied encoder; thresholds that let about K latents fire."""
+    """Unit-norm decoder rows, tied encoder, and thresholds at which about K latents are active."""
     generator = torch.Generator(device).manual_seed(0)
     decoder = torch.randn(d_sae, d_in, generator=generator, device=device)
     decoder /= decoder.norm(dim=-1, keepdim=True)
@@ -58,13 +58,13 @@ def parameters(architecture: str, d_in: int, d_sae: int, device: torch.device) -
 
 
 def ours(architecture: str, given: dict[str, Tensor]) -> SparseAutoencoder:
-    """saexp's."""
+    """The encoder of saexp."""
     k = K if architecture == "topk" else None
     return SparseAutoencoder(given, SAESettings(architecture=architecture, hookpoint=AT, k=k))
 
 
 def theirs(architecture: str, given: dict[str, Tensor]) -> Any:
-    """sae-lens', on the same tensors."""
+    """The encoder of sae-lens with the same tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import sae_lens
@@ -89,7 +89,7 @@ def theirs(architecture: str, given: dict[str, Tensor]) -> Any:
 
 
 def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, in turn, after one run of each that does not count."""
+    """Seconds of each, alternating, after one warm-up run of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-1, repeats):
         for name, run in runs.items():
@@ -106,7 +106,7 @@ def timed(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[fl
 def compare(
     architecture: str, d_in: int, d_sae: int, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
-    """One row of the table; both must find the same activations."""
+    """One row of the table; both must give the same activations."""
     given = parameters(architecture, d_in, d_sae, device)
     x = torch.randn(
         args.rows, d_in, generator=torch.Generator(device).manual_seed(1), device=device
@@ -137,7 +137,7 @@ def _status(name: str) -> int:
 
 
 def chunk_memory(d_in: int = 64, d_sae: int = 2**20) -> dict[str, Any]:
-    """Peak of encoding one chunk above what was held before, beside the bound."""
+    """Peak memory of encoding one chunk, and its upper bound."""
     made = ours("jumprelu", parameters("jumprelu", d_in, d_sae, torch.device("cpu")))
     n_rows = max(1, CHUNK_BYTES // (4 * d_sae))
     acts, rows = torch.randn(n_rows, d_in), pd.DataFrame({"row": range(n_rows)})

@@ -1,4 +1,4 @@
-"""Time an SAE's evaluation beside sae-lens' `run_evals`, on the same tokens, in one process.
+"""Compare the evaluation of an SAE with sae-lens' `run_evals` on the same tokens, in one process.
 
     python experiments/benchmarks/evaluate.py                    # small GPT-2-shaped model, CPU
     python experiments/benchmarks/evaluate.py --shape gpt2 --device cuda
@@ -55,7 +55,7 @@ SHOWN = {
 
 
 class _Tokenizer:
-    """Only what both tools ask of one; the texts here are token ids already."""
+    """The tokenizer methods that both tools call; the texts are token ids already."""
 
     bos_token_id, eos_token_id, pad_token_id, unk_token_id = BOS, None, None, None
     sep_token_id, cls_token_id, decoder_start_token_id = None, None, None
@@ -63,26 +63,26 @@ class _Tokenizer:
 
 
 class _Tokens:
-    """What `run_evals` asks of an activation store."""
+    """The methods of an activation store that `run_evals` calls."""
 
     def __init__(self, tokens: torch.Tensor, batch_size: int) -> None:
         self.tokens, self.store_batch_size_prompts = tokens, batch_size
         self.context_size, self.at = tokens.shape[1], 0
 
     def get_batch_tokens(self, n: int) -> torch.Tensor:
-        """The next texts, from the beginning again after the last."""
+        """The next texts, starting over after the last."""
         start = self.at % len(self.tokens)
         self.at = start + n
         return self.tokens[start : start + n]
 
     def reset_input_dataset(self) -> None:
-        """Begin again."""
+        """Start over."""
         self.at = 0
 
 
 def write_sae(folder: Path, stream: torch.Tensor, layer: int) -> Path:
-    """A random JumpReLU SAE of eight times the width of `stream [n, d_in]`, whose latents are
-    active at 5 % of it."""
+    """A random JumpReLU SAE with d_sae = 8 d_in for `stream [n, d_in]`, whose latents are active at
+    5 % of its rows."""
     generator = torch.Generator().manual_seed(1)
     d_in = stream.shape[1]
     d_sae = 8 * d_in
@@ -131,7 +131,7 @@ def saexp_way(
 def sae_lens_way(
     proxy: Any, hook_name: str, folder: Path, tokens: torch.Tensor, batch_size: int
 ) -> Callable[[], Numbers]:
-    """`run_evals` with everything on."""
+    """`run_evals` with all metrics."""
     from sae_lens import SAE
     from sae_lens.evals import get_eval_everything_config, run_evals
     from sae_lens.training.activation_scaler import ActivationScaler
@@ -150,7 +150,7 @@ def sae_lens_way(
 
 
 def hooked_transformer(hf: Any, tokens: torch.Tensor) -> Any:
-    """TransformerLens' model of the same shape, with weights of its own."""
+    """A TransformerLens model of the same shape, with other random weights."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = HookedTransformerConfig(
@@ -238,7 +238,7 @@ def report(
     timed: dict[str, list[float]],
     found: dict[str, Numbers],
 ) -> None:
-    """A table of medians, and the numbers that both give on the same model."""
+    """A table of medians, and the metrics of both tools on the same model."""
     median = {name: statistics.median(times) for name, times in timed.items()}
     own, other = (list(found.values())[i] for i in (0, 2))
     lines = ["| way | seconds | saexp is faster by |", "|---|---|---|"]

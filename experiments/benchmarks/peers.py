@@ -1,4 +1,4 @@
-"""The same collection as other tools' users write it; each returns one run to be timed."""
+"""The same collection as users of other tools write it; each function returns one run to time."""
 
 import importlib
 import tempfile
@@ -14,12 +14,12 @@ from saexp.models.loading import LanguageModel
 
 Sync = Callable[[], None]
 LONGEST = 128
-"""Tokens of the paper's tensor, whatever a batch needs."""
+"""Sequence length of the paper's tensor, independent of the batch."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded ids and mask `[b, t]`, and the position wanted in each row `[b]`."""
+    """Right-padded ids and mask `[b, t]`, and the position to read in each row `[b]`."""
 
     ids: Tensor
     mask: Tensor
@@ -42,7 +42,7 @@ def padded(
 def full_forward(
     model: LanguageModel, given: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
-    """transformers with `output_hidden_states`, whole model and LM head."""
+    """transformers with `output_hidden_states`: the whole model and the LM head run."""
 
     def run() -> None:
         kept = []
@@ -63,7 +63,7 @@ def full_forward(
 def all_layers(
     model: LanguageModel, given: list[Batch], _layer: int, sync: Sync
 ) -> Callable[[], None]:
-    """The way of Ferrando et al. 2024 (arXiv 2411.14257), as in their published code.
+    """The published code of Ferrando et al. 2024 (arXiv 2411.14257).
 
     Per batch a zeroed float32 tensor `[b, layers, 128, d_model]`, filled by a hook before every
     block that copies and adds; the whole model runs as called, cache and LM head included; then
@@ -155,8 +155,8 @@ def transformer_lens(
 def nnsight_trace(
     model: LanguageModel, given: list[Batch], layer: int, sync: Sync
 ) -> Callable[[], None]:
-    """`trace` with the block's output saved."""
-    # Not among what the project installs.
+    """nnsight's `trace` that saves the block's output."""
+    # Not a dependency of the project.
     traced = importlib.import_module("nnsight").NNsight(model.hf)
 
     def run() -> None:

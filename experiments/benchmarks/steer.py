@@ -1,12 +1,12 @@
-"""Time a steering grid beside one `generate` call per cell, and an edit beside a bare forward pass.
+"""Compare a steering grid with one `generate` call per cell, and the cost of an edit.
 
     python experiments/benchmarks/steer.py                       # the shipped tiny model, CPU
     python experiments/benchmarks/steer.py --shape 2b --device cuda --dtype bfloat16
 
-The grid: 11 coefficients x 12 latents x 100 prompts, greedy, edited at the entity's last token. The
-peer is transformers' own `generate` on all 100 prompts at once, with a forward hook that adds the
-direction, once per (latent, coefficient). Both give the same tokens, which is checked. Medians of
-`--repeats`, the ways in turn.
+The grid has 11 coefficients x 12 latents x 100 prompts, decoded greedily, edited at the entity's
+last token. It is compared with transformers' own `generate` on all 100 prompts at once, with a
+forward hook that adds the direction, once per (latent, coefficient). The tokens of both are
+compared. Times are medians of `--repeats` alternating runs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from saexp.models.loading import LanguageModel, pick_device, pick_dtype
 log = logging.getLogger("steer")
 COEFFICIENTS = [round(0.2 * i, 1) for i in range(11)]
 Prompt = tuple[tuple[int, ...], int]
-"""Token ids, and the index of the token that is edited."""
+"""Token ids and the index of the edited token."""
 
 
 def tiny(args: argparse.Namespace) -> tuple[LanguageModel, list[Prompt], Hookpoint]:
@@ -127,7 +127,7 @@ def per_cell(
 def timed(
     ways: dict[str, Callable[[], Any]], repeats: int, model: LanguageModel
 ) -> dict[str, float]:
-    """Median seconds of each way, run in turn after one warm-up."""
+    """Median seconds of each function, alternating, after one warm-up run."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
@@ -146,7 +146,7 @@ def timed(
 def overhead(
     model: LanguageModel, prompts: list[Prompt], at: Hookpoint, vectors: Tensor, repeats: int
 ) -> dict[str, float]:
-    """A forward pass of all prompts: bare, and with an edit at every token."""
+    """Seconds of a forward pass, bare and with an edit at every token."""
     some = prompts[:32]
     ids, mask = padded([p for p, _ in some], model.pad_id, model.device)
     vector = Vector(vectors[0])

@@ -1,6 +1,5 @@
 """Capability: answers of a model, unchanged and with the SAE's reconstruction spliced in."""
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from saexp.data.prompts import (
 from saexp.data.tokenization import TokenizedText, token_texts
 from saexp.errors import DataError
 from saexp.latents.encode import spliced
-from saexp.models.forward import check_positions
+from saexp.models.forward import check_positions, keep_last_logits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -176,7 +175,7 @@ class CapabilityAnalyzer:
         tops: list[list[dict[str, Any]]] = [[] for _ in asked]
         lengths = [len(q.tokens) for q in asked]
         check_positions(model, max(lengths))
-        keeps = "logits_to_keep" in inspect.signature(model.hf.forward).parameters
+        keeps = bool(keep_last_logits(model, 1))
         per_token = 4 * int(model.text_config.vocab_size)
         most = max(1, _LOGIT_BYTES // per_token)
         with progress(len(asked), "asking", "prompt") as bar:
@@ -188,7 +187,7 @@ class CapabilityAnalyzer:
                     batched = [asked[i] for i in part]
                     for state in STATES:
                         change = splice if state == "sae" else None
-                        logits = _last_logits(model, change, batched, keeps)
+                        logits = _last_logits(model, change, batched)
                         for i, question, row in zip(part, batched, logits, strict=True):
                             rows[i] |= _measures(row, question, state)
                             tops[i] += self._top_tokens(row, question, state, model.tokenizer)
@@ -278,7 +277,6 @@ def _last_logits(
     model: LanguageModel,
     splice: Splice | None,
     asked: Sequence[Question],
-    keeps: bool,
 ) -> Float[Tensor, "b V"]:
     """Logits after each prompt's last token, float32 on the CPU."""
     width = max(len(q.tokens) for q in asked)
@@ -297,7 +295,7 @@ def _last_logits(
             attention_mask=mask,
             position_ids=position_ids(mask),
             use_cache=False,
-            **({"logits_to_keep": 1} if keeps else {}),
+            **keep_last_logits(model, 1),
         )
     return out.logits[:, -1].float().cpu()
 

@@ -1,7 +1,7 @@
 """Forward passes of an evaluation: clean passes, and passes resumed at a changed stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.activations.norms import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.models.forward import skipping
+from saexp.models.forward import head_input, replaced_blocks
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, capture, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -131,8 +131,7 @@ class Passes:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self.head = model.hf.get_output_embeddings()
-        if self.head is None:
+        if model.hf.get_output_embeddings() is None:
             raise ModelError(f"{model.name} has no LM head, so it predicts no next token")
         self.can_resume: dict[Hookpoint, bool] = {}
         """Whether resuming there reproduces the whole pass, for the streams compared so far."""
@@ -192,37 +191,30 @@ class Passes:
         device, last = self.model.device, self.model.n_layers - 1
         one = torch.tensor([[self.model.pad_id]], device=device)
         zeros = hidden.new_zeros(1, 1, self.model.d_model)
-        handle = self.head.register_forward_pre_hook(lambda _m, args: (hidden[None], *args[1:]))
-        try:
-            with self._resuming_after(last, zeros):
-                out = self.model.hf(
-                    input_ids=one,
-                    attention_mask=torch.ones_like(one),
-                    position_ids=torch.zeros_like(one),
-                    use_cache=False,
-                )
-        finally:
-            handle.remove()
+        with head_input(self.model, lambda _: hidden[None]), self._resuming_after(last, zeros):
+            out = self.model.hf(
+                input_ids=one,
+                attention_mask=torch.ones_like(one),
+                position_ids=torch.zeros_like(one),
+                use_cache=False,
+            )
         return out.logits[0].float()
 
     def _run(self, batch: Batch) -> Float[Tensor, "n d"]:
         inputs: list[Tensor] = []
 
-        def at_head(_module: Any, args: Any) -> Any:
-            inputs.append(args[0][batch.compared.to(args[0].device)])
+        def at_head(hidden: Tensor) -> Tensor:
+            inputs.append(hidden[batch.compared.to(hidden.device)])
             # The logits of this pass are not used, so they are computed at one position only.
-            return (args[0][:1, :1], *args[1:])
+            return hidden[:1, :1]
 
-        handle = self.head.register_forward_pre_hook(at_head)
-        try:
+        with head_input(self.model, at_head):
             self.model.hf(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
                 position_ids=position_ids(batch.mask),
                 use_cache=False,
             )
-        finally:
-            handle.remove()
         if not inputs:
             raise ModelError(f"{self.model.name} did not run its LM head, so nothing can be scored")
         return inputs[-1]
@@ -246,11 +238,16 @@ class Passes:
             for handle in handles:
                 handle.remove()
 
-    def _resuming_after(self, layer: int, values: Float[Tensor, "b t d"]) -> AbstractContextManager:
+    @contextmanager
+    def _resuming_after(self, layer: int, values: Float[Tensor, "b t d"]) -> Iterator[None]:
         """Forward passes in which blocks up to `layer` do not run and the last returns `values`."""
-        size = self._sizes[layer]
-        output = values if size is None else (values, *[None] * (size - 1))
-        return skipping(self.model, layer + 1, output, torch.arange(len(values)))
+        functions = []
+        for index in range(layer + 1):
+            size = self._sizes[index]
+            output = values if size is None else (values, *[None] * (size - 1))
+            functions.append(lambda *_args, _output=output, **_options: _output)
+        with replaced_blocks(self.model, functions):
+            yield
 
 
 Streams = tuple[Hookpoint, ...]

@@ -24,7 +24,7 @@ from saexp.data.positions import Candidate, Unplaced, selected
 from saexp.data.prompts import as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError
-from saexp.interventions.batching import batch_tokens_for, generate, read_logits
+from saexp.interventions.batching import LogitReader, batch_tokens_for, generate, read_logits
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
 from saexp.interventions.operations import Op, Row, Sampling
@@ -278,10 +278,10 @@ class InteractiveModel(LanguageModel):
             self,
             rows,
             self._saes(),
-            lambda _row, logits: logits.cpu().numpy(),
-            kind="logits",
+            LogitReader(
+                lambda _row, logits: logits.cpu().numpy(), "logits", lambda row: len(row.ids)
+            ),
             batch_tokens=batch_tokens_for(self, "auto"),
-            n_last=lambda row: len(row.ids),
         )
         tensors = [torch.from_numpy(values).float() for values in logits]
         return tensors[0] if isinstance(texts, str) else tensors

@@ -22,15 +22,16 @@ from saexp.models.weights import Original
 log = logging.getLogger(__name__)
 LOGIT_BYTES = 512 * 2**20
 """Largest tensor of logits."""
-_WORTH = 0.25
-"""Guessing ends once a smaller share of the tokens run for it told what a row says."""
+_MIN_ACCEPTED = 0.25
+"""Drafting ends once a smaller fraction of the verified tokens was accepted."""
+
 Family = tuple[tuple[int, ...], tuple[int, ...]]
-"""A prompt and how its continuation begins."""
+"""A prompt and the first tokens of its continuation."""
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """A row and the tokens that it is known to begin with."""
+class _Started:
+    """A row and the first tokens of its continuation, as far as they are known."""
 
     row: Row
     known: tuple[int, ...] = ()
@@ -39,139 +40,164 @@ class _Begun:
     def family(self) -> Family:
         return self.row.ids, self.known
 
-    def continued(self, guess: Sequence[int] = ()) -> Row:
-        """The row with what it is known, and guessed, to say as the end of its prompt."""
-        return self.row.followed_by((*self.known, *guess))
+    def continued(self, draft: Sequence[int] = ()) -> Row:
+        """The row with the known tokens and a draft appended to its prompt."""
+        return self.row.followed_by((*self.known, *draft))
 
 
-class Guessing:
-    """Continuations of rows under one model, see the module."""
+class SpeculativeDecoding:
+    """Greedy continuations of rows, where rows of one prompt serve as each other's drafts.
+
+    Under interventions, the rows of one prompt (conditions, coefficients, controls) often continue
+    alike. One row per family (prompt and known tokens) is decoded token by token. Its text is the
+    draft of the others, which a single forward pass with their own operations verifies: every draft
+    token up to the first one that differs from the row's own argmax is accepted, and that argmax is
+    the next known token. Rows that are not finished by then form new families. Tokens are therefore
+    those of decoding token by token (as in speculative decoding, Leviathan et al. 2023,
+    arXiv 2211.17192, with a draft from another row instead of a smaller model).
+    """
 
     def __init__(
         self, model: LanguageModel, saes: SAEs, max_new_tokens: int, batch_tokens: int
     ) -> None:
         self.model, self.saes = model, saes
-        self.most, self.batch_tokens = max_new_tokens, batch_tokens
-        self.n_run = self.n_learned = 0
-        self.by_length = depends_on_length(model.text_config)
+        self.max_new_tokens, self.batch_tokens = max_new_tokens, batch_tokens
+        self.n_verified = self.n_accepted = 0
+        self.depends_on_length = depends_on_length(model.text_config)
 
     def run(self, rows: Sequence[Row]) -> Iterator[list[tuple[Row, list[int]]]]:
         """Rows and their new tokens, without the end token, batch by batch as they are finished."""
-        for batch in self._generate([_Begun(row) for row in rows if not self._guessable(row)]):
-            yield [(begun.row, tokens) for begun, tokens in batch]
-        pending = [_Begun(row) for row in rows if self._guessable(row)]
-        guesses: dict[Family, list[int]] = {}
+        for batch in self._decode([_Started(row) for row in rows if not self._can_draft(row)]):
+            yield [(started.row, tokens) for started, tokens in batch]
+        pending = [_Started(row) for row in rows if self._can_draft(row)]
+        drafts: dict[Family, list[int]] = {}
         while pending:
-            leaders = list({begun.family: begun for begun in reversed(pending)}.values())
-            if 2 * len(leaders) > len(pending) or not self._is_worth_it():
+            leaders = list({started.family: started for started in reversed(pending)}.values())
+            if 2 * len(leaders) > len(pending) or not self._pays():
                 leaders = pending
-            for batch in self._generate(leaders):
-                guesses |= {b.family: tokens[len(b.known) :] for b, tokens in batch}
-                yield [(begun.row, tokens) for begun, tokens in batch]
-            led = set(map(id, leaders))
-            followers = [begun for begun in pending if id(begun) not in led]
+            for batch in self._decode(leaders):
+                drafts |= {s.family: tokens[len(s.known) :] for s, tokens in batch}
+                yield [(started.row, tokens) for started, tokens in batch]
+            leader_ids = set(map(id, leaders))
+            followers = [started for started in pending if id(started) not in leader_ids]
             pending = []
-            for finished, others in self._check(followers, guesses):
+            for finished, unfinished in self._verify(followers, drafts):
                 yield finished
-                pending += others
+                pending += unfinished
 
-    def _guessable(self, row: Row) -> bool:
-        """Whether it is greedy, and rotated in one pass over all its tokens as at each step."""
-        config, n_new = self.model.text_config, self.most
-        if row.sample is not None or not self.by_length:
+    def _can_draft(self, row: Row) -> bool:
+        """Whether the row is greedy, and one pass over all its tokens has the rotary frequencies
+        of every decoding step."""
+        if row.sample is not None or not self.depends_on_length:
             return row.sample is None
-        return not changes_while_generating(config, len(row.ids), n_new)
+        config = self.model.text_config
+        return not changes_while_generating(config, len(row.ids), self.max_new_tokens)
 
-    def _is_worth_it(self) -> bool:
-        return self.n_learned >= _WORTH * self.n_run
+    def _pays(self) -> bool:
+        return self.n_accepted >= _MIN_ACCEPTED * self.n_verified
 
-    def _generate(self, begun: Sequence[_Begun]) -> Iterator[list[tuple[_Begun, list[int]]]]:
-        """Token by token."""
-        rows = [b.continued() for b in begun]
-        left = [self.most - len(b.known) for b in begun]
-        for batch in generation.in_batches(self.model, rows, left, self.batch_tokens):
-            limits = [left[i] for i in batch]
-            found = generation._generate_batch(
+    def _decode(self, started: Sequence[_Started]) -> Iterator[list[tuple[_Started, list[int]]]]:
+        """Continuations, known tokens included, decoded token by token."""
+        rows = [s.continued() for s in started]
+        n_left = [self.max_new_tokens - len(s.known) for s in started]
+        for batch in generation.in_batches(self.model, rows, n_left, self.batch_tokens):
+            limits = [n_left[i] for i in batch]
+            continuations = generation._generate_batch(
                 self.model, [rows[i] for i in batch], self.saes, limits
             )
             yield [
-                (begun[i], [*begun[i].known, *tokens])
-                for i, tokens in zip(batch, found, strict=True)
+                (started[i], [*started[i].known, *tokens])
+                for i, tokens in zip(batch, continuations, strict=True)
             ]
 
-    def _check(
-        self, pending: Sequence[_Begun], guesses: Mapping[Family, Sequence[int]]
-    ) -> Iterator[tuple[list[tuple[Row, list[int]]], list[_Begun]]]:
-        """Those that a guess finishes, and the others with what they are then known to say."""
-        guessed = [guesses[b.family][: self.most - len(b.known) - 1] for b in pending]
-        rows = [b.continued(guess) for b, guess in zip(pending, guessed, strict=True)]
-        longest = max(map(len, guessed), default=0) + 1
-        of_row = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
-        most = LOGIT_BYTES // of_row
+    def _verify(
+        self, pending: Sequence[_Started], drafts: Mapping[Family, Sequence[int]]
+    ) -> Iterator[tuple[list[tuple[Row, list[int]]], list[_Started]]]:
+        """(rows that their draft finishes, the others with the tokens known then), per batch."""
+        draft_of = [drafts[s.family][: self.max_new_tokens - len(s.known) - 1] for s in pending]
+        rows = [s.continued(draft) for s, draft in zip(pending, draft_of, strict=True)]
+        longest = max(map(len, draft_of), default=0) + 1
+        row_bytes = self.model.dtype.itemsize * longest * int(self.model.text_config.vocab_size)
+        most = LOGIT_BYTES // row_bytes
         for batch in generation.in_batches(self.model, rows, None, self.batch_tokens, most):
-            if not self._is_worth_it():
+            if not self._pays():
                 yield [], [pending[i] for i in batch]
                 continue
-            chosen, n_last = [rows[i] for i in batch], [len(guessed[i]) + 1 for i in batch]
-            found = generation.greedy_tokens(self.model, chosen, self.saes, n_last)
+            n_last = [len(draft_of[i]) + 1 for i in batch]
+            argmax = generation.greedy_tokens(
+                self.model, [rows[i] for i in batch], self.saes, n_last
+            )
             finished: list[tuple[Row, list[int]]] = []
-            others: list[_Begun] = []
-            for i, own in zip(batch, found, strict=True):
-                row, known = pending[i].row, pending[i].known
-                pairs = zip(guessed[i], own[:-1], strict=True)
-                right = next((n for n, (a, b) in enumerate(pairs) if a != b), len(guessed[i]))
-                self.n_run += len(guessed[i]) + 1
-                self.n_learned += right + 1
-                known = (*known, *own[: right + 1])
+            unfinished: list[_Started] = []
+            for i, tokens in zip(batch, argmax, strict=True):
+                row, draft = pending[i].row, draft_of[i]
+                pairs = zip(draft, tokens[:-1], strict=True)
+                n_accepted = next((n for n, (a, b) in enumerate(pairs) if a != b), len(draft))
+                self.n_verified += len(draft) + 1
+                self.n_accepted += n_accepted + 1
+                known = (*pending[i].known, *tokens[: n_accepted + 1])
                 if known[-1] in self.model.eos_ids:
                     finished.append((row, list(known[:-1])))
-                elif len(known) == self.most:
+                elif len(known) == self.max_new_tokens:
                     finished.append((row, list(known)))
                 else:
-                    others.append(_Begun(row, known))
-            yield finished, others
+                    unfinished.append(_Started(row, known))
+            yield finished, unfinished
 
 
 _CACHE_BYTES = 2 * 2**30
-"""Largest KV cache of a batch, where `batch_tokens` is auto."""
+"""Largest key-value cache of a batch where `batch_tokens` is auto."""
 _MOST_TOKENS = 65536
 _MOST_TOKENS_CPU = 16384
-"""Larger batches leave its caches, and take longer."""
-Reader = Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
-"""What is kept of a row's logits at its last `n_last` tokens (float32)."""
+"""Larger batches exceed the CPU's own caches and take longer."""
+
 Batches = Generator[list[tuple[Row, np.ndarray]], None, None]
 
 
-def batch_tokens_for(model: LanguageModel, asked: int | str) -> int:
-    """`asked`, or for `auto` as many tokens as keep the KV cache within _CACHE_BYTES, at most
+@dataclass(frozen=True)
+class LogitReader:
+    """What is read from the logits of a row."""
+
+    read: Callable[[Row, Float[Tensor, "n V"]], np.ndarray]
+    """(row, float32 logits at its last `n_last` tokens) -> numbers that are cached."""
+    kind: str
+    """Names the reader in the cache."""
+    n_last: Callable[[Row], int] = lambda _: 1
+    """Prompt tokens of a row, counted from its end, whose logits are read."""
+    label: str = "scoring"
+    """What the progress bar and the log call it."""
+
+
+def batch_tokens_for(model: LanguageModel, batch_tokens: int | str) -> int:
+    """`batch_tokens`; for `auto` as many as keep the key-value cache within _CACHE_BYTES, at most
     _MOST_TOKENS."""
-    if asked != "auto":
-        return int(asked)
-    about = model.text_config
-    n_heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
-    size = getattr(about, "head_dim", None) or model.d_model // about.num_attention_heads
-    per_token = 2 * model.n_layers * int(n_heads) * int(size) * model.dtype.itemsize
+    if batch_tokens != "auto":
+        return int(batch_tokens)
+    config = model.text_config
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or model.d_model // config.num_attention_heads
+    bytes_per_token = 2 * model.n_layers * int(n_heads) * int(head_dim) * model.dtype.itemsize
     most = _MOST_TOKENS_CPU if model.device.type == "cpu" else _MOST_TOKENS
-    return max(1024, min(most, _CACHE_BYTES // per_token))
+    return max(1024, min(most, _CACHE_BYTES // bytes_per_token))
 
 
 def _computed(
     rows: Sequence[Row],
-    what: str,
+    label: str,
     kind: str,
     cache: ResultCache | None,
     compute: Compute[Row],
 ) -> list[np.ndarray]:
-    """One result per row: equal rows once, and not at all where the cache has them or another
-    process computes them."""
-    places: dict[tuple[Any, ...], int] = {}
-    at = [places.setdefault(row.key, len(places)) for row in rows]
-    first = dict(zip(reversed(at), reversed(rows), strict=True))
-    keys = [cache.key(kind, key) if cache else repr(i).encode() for key, i in places.items()]
+    """One result per row. Equal rows are computed once; rows that the cache has, or that another
+    process computes, are not computed here."""
+    number_of: dict[tuple[Any, ...], int] = {}
+    numbers = [number_of.setdefault(row.key, len(number_of)) for row in rows]
+    first_row = dict(zip(reversed(numbers), reversed(rows), strict=True))
+    keys = [cache.key(kind, key) if cache else repr(i).encode() for key, i in number_of.items()]
     results = cache.get(keys) if cache else {}
-    missing = {key: first[i] for i, key in enumerate(keys) if key not in results}
+    missing = {key: first_row[i] for i, key in enumerate(keys) if key not in results}
     n_missing = n_computed = len(missing)
-    with progress(n_missing, what, "prompt") as bar:
+    with progress(n_missing, label, "prompt") as bar:
         if cache:
             n_computed = 0
             with closing(shared(cache, _by_prompt(missing), compute)) as batches:
@@ -184,24 +210,24 @@ def _computed(
             for part in compute(list(missing.values())):
                 results.update((key_of[id(row)], values) for row, values in part)
                 bar.update(len(part))
-    elsewhere = n_missing - n_computed
+    n_elsewhere = n_missing - n_computed
     log.info(
         "%s: %d rows, %d computed, %s%d were stored",
-        what,
+        label,
         len(rows),
         n_computed,
-        f"{elsewhere} by other processes, " if elsewhere else "",
-        len(places) - n_missing,
+        f"{n_elsewhere} by other processes, " if n_elsewhere else "",
+        len(number_of) - n_missing,
     )
-    return [results[keys[i]] for i in at]
+    return [results[keys[i]] for i in numbers]
 
 
 def _by_prompt(rows: Mapping[bytes, Row]) -> dict[bytes, Row]:
-    """Rows of one prompt side by side, so that they are computed by one process."""
-    places: dict[tuple[int, ...], int] = {}
+    """Rows of one prompt next to each other, so that one process computes them together."""
+    prompt_numbers: dict[tuple[int, ...], int] = {}
     for row in rows.values():
-        places.setdefault(row.ids, len(places))
-    return dict(sorted(rows.items(), key=lambda item: places[item[1].ids]))
+        prompt_numbers.setdefault(row.ids, len(prompt_numbers))
+    return dict(sorted(rows.items(), key=lambda item: prompt_numbers[item[1].ids]))
 
 
 def generate(
@@ -212,60 +238,61 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int,
     cache: ResultCache | None = None,
-    what: str = "generating",
+    label: str = "generating",
     key: str = "max_new_tokens",
 ) -> list[list[int]]:
     """Continuations (new tokens, without the end token), in the order of `rows`.
 
-    Greedy, or sampled where a row says so. Equal rows are computed once, and not at all where the
-    cache has them; batches hold prompts of similar length, at most `batch_tokens` tokens with
-    padding and what is generated. Greedy rows of one prompt guess each other's text.
-    Raises ModelError where a row outgrows the model's positions; `key` is the option that sets
-    `max_new_tokens`.
+    A row is sampled where it has a `Sampling`, else decoded greedily. Batches hold prompts of
+    similar length, at most `batch_tokens` tokens with padding and generated tokens. The greedy text
+    of one row of a prompt is the draft of the others (see `SpeculativeDecoding`).
+    Raises ModelError where a prompt and `max_new_tokens` exceed the model's positions; `key` is the
+    option that sets `max_new_tokens`.
     """
 
     def compute(missing: list[Row]) -> Batches:
         longest = max((len(row.ids) for row in missing), default=0)
         check_positions(model, longest, max_new_tokens, key)
-        for batch in Guessing(model, saes or {}, max_new_tokens, batch_tokens).run(missing):
+        for batch in SpeculativeDecoding(model, saes or {}, max_new_tokens, batch_tokens).run(
+            missing
+        ):
             yield [(row, np.asarray(tokens, dtype=np.float64)) for row, tokens in batch]
 
-    found = _computed(rows, what, f"tokens {max_new_tokens}", cache, compute)
-    return [values.astype(np.int64).tolist() for values in found]
+    results = _computed(rows, label, f"tokens {max_new_tokens}", cache, compute)
+    return [values.astype(np.int64).tolist() for values in results]
 
 
 def read_logits(
     model: LanguageModel,
     rows: Sequence[Row],
     saes: SAEs | None,
-    reader: Reader,
+    reader: LogitReader,
     *,
-    kind: str,
     batch_tokens: int,
-    n_last: Callable[[Row], int] | None = None,
     cache: ResultCache | None = None,
-    what: str = "scoring",
 ) -> list[np.ndarray]:
-    """`reader(row, logits)` of every row, in order; `kind` names the reader in the cache.
+    """What `reader` reads of every row's logits, in the order of `rows`.
 
-    The logits are of the row's last `n_last` prompt tokens (1 where not given). Raises ModelError
-    for a prompt that is longer than the model has positions.
+    Raises ModelError for a prompt that is longer than the model has positions.
     """
 
     def compute(missing: list[Row]) -> Batches:
         check_positions(model, max((len(row.ids) for row in missing), default=0))
-        wanted = [1 if n_last is None else n_last(row) for row in missing]
+        n_last = [reader.n_last(row) for row in missing]
         vocabulary = int(model.text_config.vocab_size)
-        most = LOGIT_BYTES // (4 * max(wanted, default=1) * vocabulary)
+        most = LOGIT_BYTES // (4 * max(n_last, default=1) * vocabulary)
         for batch in generation.in_batches(model, missing, None, batch_tokens, most):
-            mine, lasts = [missing[i] for i in batch], [wanted[i] for i in batch]
-            logits = generation.last_logits(model, mine, saes, max(lasts))
+            batch_rows = [missing[i] for i in batch]
+            logits = generation.last_logits(model, batch_rows, saes, max(n_last[i] for i in batch))
             yield [
-                (row, np.asarray(reader(row, x[-n:].float()), dtype=np.float64))
-                for row, x, n in zip(mine, logits, lasts, strict=True)
+                (
+                    missing[i],
+                    np.asarray(reader.read(missing[i], x[-n_last[i] :].float()), dtype=np.float64),
+                )
+                for i, x in zip(batch, logits, strict=True)
             ]
 
-    return _computed(rows, what, kind, cache, compute)
+    return _computed(rows, reader.label, reader.kind, cache, compute)
 
 
 def divergences(
@@ -276,29 +303,29 @@ def divergences(
     batch_tokens: int,
     cache: ResultCache | None = None,
 ) -> list[float]:
-    """Mean over a prompt's tokens of KL(unedited || edited), nats, per row.
+    """KL(unedited || edited) in nats per row, averaged over the prompt's tokens.
 
-    Every token but the first counts (the first is the BOS where the tokenizer has one).
+    The first token (BOS, where the tokenizer has one) does not count.
     """
 
     def compute(missing: list[Row]) -> Batches:
-        of_prompt: dict[tuple[int, ...], list[Row]] = {}
+        rows_of_prompt: dict[tuple[int, ...], list[Row]] = {}
         for row in missing:
-            of_prompt.setdefault(row.ids, []).append(row)
-        for ids, same in of_prompt.items():
-            size = max(1, _scored_at_once(model, len(ids), batch_tokens) - 1)
-            for start in range(0, len(same), size):
-                batch = same[start : start + size]
-                n = max(len(ids) - 1, 1)
-                logits = generation.last_logits(model, [Row(ids), *batch], saes, n)
+            rows_of_prompt.setdefault(row.ids, []).append(row)
+        for ids, prompt_rows in rows_of_prompt.items():
+            size = max(1, _n_prompts_in_memory(model, len(ids), batch_tokens) - 1)
+            for start in range(0, len(prompt_rows), size):
+                batch = prompt_rows[start : start + size]
+                n_scored = max(len(ids) - 1, 1)
+                logits = generation.last_logits(model, [Row(ids), *batch], saes, n_scored)
                 logs = logits.float().log_softmax(-1)
                 yield [
                     (row, np.asarray([max(float(x), 0.0)]))
                     for row, x in zip(batch, _kl(logs[:1], logs[1:]).mean(-1), strict=True)
                 ]
 
-    found = _computed(rows, "cost on neutral text", "kl", cache, compute)
-    return [float(v[0]) for v in found]
+    results = _computed(rows, "cost on neutral text", "kl", cache, compute)
+    return [float(values[0]) for values in results]
 
 
 def weight_divergences(
@@ -309,35 +336,35 @@ def weight_divergences(
     batch_tokens: int,
     cache: ResultCache | None = None,
 ) -> list[float]:
-    """As `divergences`, of the model's weights as they are now from those inside `original()`."""
+    """As `divergences`, between the weights inside `original()` and the model's present ones."""
 
     def compute(missing: list[Row]) -> Batches:
         longest = max((len(row.ids) for row in missing), default=1)
-        most = _scored_at_once(model, longest, batch_tokens)
+        most = _n_prompts_in_memory(model, longest, batch_tokens)
         for numbers in generation.in_batches(model, missing, None, batch_tokens, most):
             batch = [missing[i] for i in numbers]
-            n = max(max(len(row.ids) for row in batch) - 1, 1)
-            edited = generation.last_logits(model, batch, None, n)
+            n_scored = max(max(len(row.ids) for row in batch) - 1, 1)
+            edited = generation.last_logits(model, batch, None, n_scored)
             with original():
-                plain = generation.last_logits(model, batch, None, n)
-            made = []
-            for row, before, after in zip(batch, plain, edited, strict=True):
-                mine = slice(-max(len(row.ids) - 1, 1), None)
-                logs = (x[mine].float().log_softmax(-1) for x in (before, after))
-                made.append((row, np.asarray([max(float(_kl(*logs).mean()), 0.0)])))
-            yield made
+                unedited = generation.last_logits(model, batch, None, n_scored)
+            results = []
+            for row, before, after in zip(batch, unedited, edited, strict=True):
+                scored = slice(-max(len(row.ids) - 1, 1), None)
+                logs = (x[scored].float().log_softmax(-1) for x in (before, after))
+                results.append((row, np.asarray([max(float(_kl(*logs).mean()), 0.0)])))
+            yield results
 
     rows = [Row(tuple(ids)) for ids in prompts]
-    found = _computed(rows, "cost of the weights", "kl of weights", cache, compute)
-    return [float(v[0]) for v in found]
+    results = _computed(rows, "cost of the weights", "kl of weights", cache, compute)
+    return [float(values[0]) for values in results]
 
 
-def _scored_at_once(model: LanguageModel, n_tokens: int, batch_tokens: int) -> int:
-    """Prompts of so many tokens whose logits, probabilities and their product fit in memory."""
+def _n_prompts_in_memory(model: LanguageModel, n_tokens: int, batch_tokens: int) -> int:
+    """Prompts of `n_tokens` whose logits, probabilities and their product fit in LOGIT_BYTES."""
     vocabulary = int(model.text_config.vocab_size)
     return min(batch_tokens // n_tokens, LOGIT_BYTES // (12 * n_tokens * vocabulary))
 
 
 def _kl(before: Float[Tensor, "... V"], after: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
-    """KL(before || after) of log-probabilities, nats."""
+    """KL(before || after) of log-probabilities, in nats."""
     return (before.exp() * (before - after)).sum(-1)

@@ -31,59 +31,59 @@ from saexp.models.loading import LanguageModel
 
 @dataclass(frozen=True)
 class Condition:
-    """One thing that is done to prompts of one group, at every coefficient."""
+    """One intervention on prompts of one group, at every coefficient."""
 
     name: str
     role: str
     """single, group, direction, place or control."""
     direction: str
-    """Group the latents speak for, or towards which the prompts are moved."""
+    """Group for which the latents are selected, or towards which the prompts are moved."""
     prompts: str
-    """Group whose prompts it is tried on."""
+    """Group on whose prompts it is run."""
     latents: tuple[int, ...]
-    """Latents whose directions are written; none for other directions."""
+    """Latents whose directions are written; empty for other directions."""
     of: str
-    """For a control: the condition it belongs to; else its own name."""
+    """For a control the name of its condition, else its own name."""
     edits: tuple[tuple[Op, ...], ...]
     """Operations, one tuple per coefficient."""
     strengths: tuple[Mapping[str, float], ...] = ()
-    """Per coefficient what it is in every unit."""
+    """Per coefficient its value in every unit."""
     per_prompt: Mapping[str, tuple[tuple[Op, ...], ...]] = field(default_factory=dict)
     """Example id -> operations per coefficient, where they differ between prompts."""
     weights: Tensor | None = None
-    """`[k, d]`: directions that the model's weights may not write while it runs."""
+    """`[k, d]`: directions that are removed from the model's weights while it runs."""
     layers: tuple[int, ...] = ()
-    """Layer of each of `latents`, where they are of several layers' SAEs."""
+    """Layer of each of `latents`, where they belong to SAEs of several layers."""
     written: tuple[Hookpoint, ...] = ()
-    """Streams that it changes, where they are not that of the run's own SAE."""
+    """Streams that it changes, where that is not the stream of the run's own SAE."""
     parts: "tuple[tuple[LatentFacts, tuple[int, ...]], ...]" = ()
-    """Of a condition on latents, per SAE its facts and the latents: what controls are made from."""
+    """For a condition on latents: per SAE the statistics and the latents, to choose controls by."""
     control_kind: str = ""
     """For a control: one of `controls.CONTROL_KINDS`, or `controls.OWN_GROUP`."""
     number: int = 0
-    """For a control: which of its kind, from 1."""
+    """For a control its number among those of its kind, from 1."""
     at: tuple[int, ...] | None = None
-    """Coefficients at which it is tried, by number; None: all."""
+    """Numbers of the coefficients at which it is run; None: all."""
     frequency_ratio: float = float("nan")
-    """For a control on latents: its frequency over its condition's."""
+    """For a control on latents: their activation frequency over that of its condition."""
     norm_ratio: float = float("nan")
-    """For a control whose added norm no strength gives: that over its condition's, where known."""
+    """For a control without strengths: its added norm over that of its condition, if known."""
     matched: bool = True
-    """For a control: whether its caliper is met."""
+    """For a control: whether it is within its caliper."""
 
     @property
     def label(self) -> str:
-        """Its latents as tables name them: `12+77`, of several layers `1:12+2:53`."""
+        """Its latents as in tables: `12+77`, for several layers `1:12+2:53`."""
         if not self.layers:
             return "+".join(map(str, self.latents))
         return "+".join(f"{n}:{f}" for n, f in zip(self.layers, self.latents, strict=True))
 
     def tried(self, at: int) -> bool:
-        """Whether it is tried at a coefficient."""
+        """Whether it is run at a coefficient (by number)."""
         return self.at is None or at in self.at
 
     def ops(self, example_id: str, at: int) -> tuple[Op, ...] | None:
-        """Operations at a coefficient; None where it, or this prompt, has none of its own."""
+        """Operations at a coefficient (by number); None where this prompt is not run there."""
         if not self.tried(at):
             return None
         if self.per_prompt:
@@ -92,17 +92,19 @@ class Condition:
 
 
 def direction_of_set(direction: str) -> str:
-    """The direction of a condition's set: a single latent of no group belongs to `latents`."""
+    """The direction that a condition counts towards: a latent of no group counts to `latents`."""
     return "latents" if direction == "latent" else direction
 
 
+Ids = tuple[int, ...]
+"""Indices of latents."""
 _ANYWHERE = ("all", "prompt", "last", "generated")
 """Values of `intervention.where` that do not depend on where the user's message is."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A prompt, its tokens, and those that are changed."""
+    """A prompt, its tokens, and the positions that are changed."""
 
     example: Example
     tokens: TokenizedText
@@ -111,7 +113,7 @@ class Placed:
 
 @dataclass
 class Prompts:
-    """Prompts by group, and why others are left out."""
+    """Prompts by group, and how many others are left out for which reason."""
 
     of_group: dict[str, list[Placed]] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
@@ -121,16 +123,16 @@ class Prompts:
         return [p for placed in self.of_group.values() for p in placed]
 
     def on(self, group: str) -> list[Placed]:
-        """Those that a condition on this group is tried on; `all`: every prompt."""
+        """Prompts of a group; of `all`: every prompt."""
         return self.all() if group == "all" else self.of_group.get(group, [])
 
     def of_split(self, split: str) -> "Prompts":
-        """Those of one split; groups without any are left out."""
-        found = {
+        """Prompts of one split; groups without any are left out."""
+        of_group = {
             group: [p for p in placed if p.example.split == split]
             for group, placed in self.of_group.items()
         }
-        return Prompts({group: placed for group, placed in found.items() if placed})
+        return Prompts({group: placed for group, placed in of_group.items() if placed})
 
     def notes(self, what: str = "prompts not steered") -> list[str]:
         """One line per reason."""
@@ -140,10 +142,10 @@ class Prompts:
 def edited_positions(
     cfg: InterventionConfig, example: Example, tokens: TokenizedText, seed: int = 0
 ) -> tuple[int, ...]:
-    """Prompt tokens that `intervention.where` stands for.
+    """Positions of the prompt tokens that `intervention.where` selects.
 
-    A place of its own (PLACES in the config) or any positions option, whose settings are in
-    `intervention.where_options`. Raises Unplaced where the prompt has none.
+    That is one of PLACES (`saexp.config`) or any option of the group `positions`, with the settings
+    in `intervention.where_options`. Raises Unplaced where the prompt has no such token.
     """
     where = cfg.where
     ordinary = [i for i, special in enumerate(tokens.special) if not special]
@@ -163,7 +165,7 @@ def edited_positions(
 
 
 def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
-    """At most `n` examples per group, spread evenly over entity types, a seeded choice."""
+    """A seeded choice of at most `n` examples per group, balanced over entity types."""
     rng = np.random.default_rng([seed, 31])
     chosen: list[Example] = []
     for group in sorted({str(e.group) for e in examples}):
@@ -185,51 +187,58 @@ def placed_prompts(
     max_length: int,
     ask: Callable[[Example], Example] | None = None,
 ) -> Prompts:
-    """Prompts in the model's chat template where it has one, tokenised, with their positions.
+    """Prompts with the model's chat template applied where it has one, their tokens and positions.
 
-    `ask` makes the prompt from an example; its own prompt otherwise. What cannot be placed is
-    counted in `reasons`.
+    `ask` makes the prompt of an example; by default it is `as_prompt()`. Examples without the
+    positions are counted in `reasons`.
     """
-    found = Prompts()
-    asked: list[Example] = []
+    placed = Prompts()
+    prompted: list[Example] = []
     for example in examples:
         try:
-            asked.append(ask(example) if ask else example.as_prompt())
+            prompted.append(ask(example) if ask else example.as_prompt())
         except Unplaced as reason:
-            found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
-    prompts = as_read(model, [e.text for e in asked])
+            placed.reasons[str(reason)] = placed.reasons.get(str(reason), 0) + 1
+    prompts = as_read(model, [e.text for e in prompted])
     tokenized = tokenize_prompts(model, prompts, max_length)
-    for number, (own, prompt, tokens) in enumerate(zip(asked, prompts, tokenized, strict=True)):
+    for number, (example_as_prompt, prompt, tokens) in enumerate(
+        zip(prompted, prompts, tokenized, strict=True)
+    ):
         try:
             if tokens.truncated:
                 raise Unplaced("prompt longer than dataset.max_length")
             if prompt.message is None and cfg.where not in _ANYWHERE:
                 raise Unplaced(CHANGED)
-            example = in_template(own, prompt) if model.cfg.chat else own
-            places = edited_positions(cfg, example, tokens, cfg.seed + number)
+            example = (
+                in_template(example_as_prompt, prompt) if model.cfg.chat else example_as_prompt
+            )
+            positions = edited_positions(cfg, example, tokens, cfg.seed + number)
         except Unplaced as reason:
-            found.reasons[str(reason)] = found.reasons.get(str(reason), 0) + 1
+            placed.reasons[str(reason)] = placed.reasons.get(str(reason), 0) + 1
             continue
-        found.of_group.setdefault(str(example.group), []).append(Placed(example, tokens, places))
-    return found
+        placed.of_group.setdefault(str(example.group), []).append(
+            Placed(example, tokens, positions)
+        )
+    return placed
 
 
 class LatentIntervention(ABC):
-    """Base: which latents and directions, how they are written, and the order of conditions."""
+    """Base of interventions on latents and directions: which ones, how they are written, in which
+    conditions."""
 
     own_prompts = False
-    """Whether a direction's latents are tried on that group's own prompts."""
+    """Whether latents are changed on prompts of their own group, not of the other one."""
     vectors = False
-    """Whether it can use directions that are no latents."""
+    """Whether it can use directions other than those of latents."""
 
     def __init__(self, cfg: InterventionConfig) -> None:
         self.cfg = cfg
         others = [d for d in cfg.directions if d != "latents"]
         if others and not self.vectors:
             raise ConfigError(
-                f"intervention={cfg.name} changes latents, and "
-                f"intervention.directions={cfg.directions} names '{others[0]}', which is none; "
-                "type intervention=steer, project_out or orthogonalize"
+                f"intervention={cfg.name} changes latents, but "
+                f"'{others[0]}' in intervention.directions={cfg.directions} is not a latent; type "
+                "intervention=steer, project_out or orthogonalize"
             )
         if cfg.layers is not None and not self.vectors and not cfg.by_layer:
             raise ConfigError(
@@ -245,7 +254,7 @@ class LatentIntervention(ABC):
         prompts: Prompts,  # noqa: ARG002
         model: LanguageModel,  # noqa: ARG002
     ) -> tuple[list[Condition], list[str]]:
-        """All conditions but their controls, and notes for the report."""
+        """All conditions without their controls, and notes for the report."""
         conditions: list[Condition] = []
         notes: list[str] = []
         for chosen in self._latent_sets(facts, notes):
@@ -256,7 +265,7 @@ class LatentIntervention(ABC):
         return conditions, list(dict.fromkeys(notes))
 
     def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
-        """Directions taken out of the model's weights, where the intervention does that."""
+        """Directions to remove from the model's weights, if the intervention does so."""
         return None
 
     def _latent_sets(self, facts: LatentFacts, notes: list[str]) -> list[LatentSet]:
@@ -264,9 +273,9 @@ class LatentIntervention(ABC):
             return []
         if facts.layers:
             sets = {n: (f, self._sets(f)) for n, f in facts.layers.items()}
-            found, lacking = layered_sets(sets)
+            latent_sets, lacking = layered_sets(sets)
             notes += lacking
-            return found
+            return latent_sets
         return [
             LatentSet(
                 f"{direction}_{role if role == 'group' else latents[0]}",
@@ -281,7 +290,7 @@ class LatentIntervention(ABC):
     def _of_latents(
         self, chosen: LatentSet, coefficients: Sequence[float], notes: list[str]
     ) -> Condition:
-        """A set of latents, of one SAE or of several."""
+        """The condition on a set of latents, of one SAE or of several."""
         for facts, latents in chosen.parts:
             at = f"{facts.hookpoint.name}: " if chosen.layered else ""
             notes += [f"{at}{note}" for note in _inactive(facts, latents)]
@@ -305,20 +314,20 @@ class LatentIntervention(ABC):
         write: Sequence[tuple[int, ...]],
         coefficients: Sequence[float],
     ) -> Condition:
-        """A condition on latents with its edit made along those of `write`, per SAE: its own, or
-        control latents; nothing at coefficients at which it is not tried."""
+        """A condition on latents whose edit is written along the latents `write`, per SAE: its own
+        latents or control latents. It has no operations at coefficients at which it is not run."""
         parts = [
             (
                 facts,
                 latents,
                 [
-                    self.edit(own, latents, condition.prompts, c, facts)
+                    self.edit(latents_of_part, latents, condition.prompts, c, facts)
                     if condition.tried(k)
                     else ()
                     for k, c in enumerate(coefficients)
                 ],
             )
-            for (facts, own), latents in zip(condition.parts, write, strict=True)
+            for (facts, latents_of_part), latents in zip(condition.parts, write, strict=True)
         ]
         directions = torch.cat([f.directions(w).float().cpu() for f, w, _ in parts])
         return replace(
@@ -340,8 +349,8 @@ class LatentIntervention(ABC):
     def _of_vectors(
         self, kind: str, facts: LatentFacts, coefficients: Sequence[float], notes: list[str]
     ) -> list[Condition]:
-        """A direction of the stream itself, towards each group."""
-        made = []
+        """Conditions on a direction of the stream itself, one towards each group."""
+        conditions = []
         latents: tuple[int, ...] = ()
         if kind == "denoised_difference":
             latents = tuple(self._chosen(facts)["latent"].tolist())
@@ -362,8 +371,8 @@ class LatentIntervention(ABC):
                 strengths=tuple({**self.strength(e, (), facts), **direction.about} for e in edits),
                 weights=self.weights(direction.vector[None], facts),
             )
-            made.append(condition)
-        return made
+            conditions.append(condition)
+        return conditions
 
     def write(
         self,
@@ -371,19 +380,16 @@ class LatentIntervention(ABC):
         coefficient: float,  # noqa: ARG002
         facts: LatentFacts,  # noqa: ARG002
     ) -> tuple[Op, ...]:
-        """Operations for a direction of the stream; kinds with `vectors` define it."""
-        raise InterventionError(f"intervention={self.cfg.name} writes no directions but latents'")
+        """Operations for a direction of the stream; subclasses with `vectors` define it."""
+        raise InterventionError(
+            f"intervention={self.cfg.name} can only write directions of latents"
+        )
 
     @abstractmethod
     def edit(
-        self,
-        latents: tuple[int, ...],
-        write: tuple[int, ...],
-        prompts: str,
-        coefficient: float,
-        facts: LatentFacts,
+        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentFacts
     ) -> tuple[Op, ...]:
-        """For `latents`, written along the directions of `write`: themselves or control latents."""
+        """Operations for `latents`, written along `write`: the same latents or control latents."""
 
     def strength(
         self,
@@ -391,23 +397,23 @@ class LatentIntervention(ABC):
         latents: tuple[int, ...],  # noqa: ARG002
         facts: LatentFacts,  # noqa: ARG002
     ) -> dict[str, float]:
-        """What a coefficient is in every unit, where that does not depend on the prompt."""
+        """The coefficient in every unit, where that does not depend on the prompt."""
         return {}
 
     def _chosen(self, facts: LatentFacts) -> pd.DataFrame:
         table = facts.table
-        asked = self.cfg.latents_at(facts.hookpoint.layer)
-        if asked == SELECTED:
+        latents = self.cfg.latents_at(facts.hookpoint.layer)
+        if latents == SELECTED:
             chosen = table[table["selected"]].sort_values("rank", kind="stable")
             return chosen.groupby("direction", sort=False).head(self.cfg.top_k)
-        facts.check(asked)
-        return table[table["latent"].isin(asked)]
+        facts.check(latents)
+        return table[table["latent"].isin(latents)]
 
     def _sets(self, facts: LatentFacts) -> Sets:
-        """Each direction's latents go on one group's prompts: singly, and as a group.
+        """The latents of each direction, together and one by one, on the prompts of one group.
 
-        Without two groups, or a contrast between them, every latent goes on all prompts; so does
-        each latent selected for neither group, one at a time.
+        Without two groups, or without a contrast between them, every latent is changed on all
+        prompts. So is each latent that is selected for neither group, one at a time.
         """
         chosen = self._chosen(facts)
         if len(facts.groups) != 2 or not chosen["direction"].astype(bool).any():
@@ -425,7 +431,7 @@ class LatentIntervention(ABC):
         return [*sets, *(("latent", "all", "single", (f,)) for f in others)]
 
     def _places(self, facts: LatentFacts) -> list[Hookpoint]:
-        """Where vectors are written: the SAE's own stream, at every layer asked for."""
+        """Streams where vectors are written: the SAE's, at every layer of `intervention.layers`."""
         layers = None if self.cfg.by_layer else self.cfg.layers
         if layers is None:
             return [facts.written]
@@ -445,7 +451,7 @@ def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
 
 
 def _together(strengths: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several layers, what is added in all, and that over each layer's median norm, summed."""
+    """Strengths summed over layers: the added norm, and that over each layer's median norm."""
     if len(strengths) == 1:
         return strengths[0]
     return {

@@ -12,17 +12,18 @@ from jaxtyping import Bool, Float, Int
 
 @dataclass(frozen=True)
 class ControlSet:
-    """As many latents as the condition has, one for each."""
+    """Control latents, one for each latent of the condition."""
 
     latents: tuple[int, ...]
     frequency_ratio: float
-    """Control over own frequency, the geometric mean over members; NaN for an inactive own one."""
+    """Geometric mean of the members' frequencies over those of the latents; NaN where a latent is
+    never active."""
     matched: bool
     """Whether every member is within the caliper."""
 
 
 class _Candidates:
-    """Distances of candidates from each latent of a set, `[k, n]`, in log frequency."""
+    """Log ratios of frequencies, `[k, n]`, of candidates to each latent of a set."""
 
     def __init__(
         self, table: pd.DataFrame, latents: tuple[int, ...], avoid: Collection[int]
@@ -30,11 +31,13 @@ class _Candidates:
         usable = (table["frequency"] > 0) & ~table["latent"].isin([*latents, *avoid])
         self.latents: Int[np.ndarray, " n"] = table.loc[usable, "latent"].to_numpy(dtype=np.int64)
         frequency = table.loc[usable, "frequency"].to_numpy(dtype=float)
-        own = table.set_index("latent").loc[list(latents), "frequency"].to_numpy(dtype=float)
+        target_frequency = (
+            table.set_index("latent").loc[list(latents), "frequency"].to_numpy(dtype=float)
+        )
         self.log_ratios: Float[np.ndarray, "k n"] = np.log(frequency) - np.log(
-            own.clip(min=1e-12)
+            target_frequency.clip(min=1e-12)
         ).reshape(-1, 1)
-        self.own_active = bool((own > 0).all())
+        self.own_active = bool((target_frequency > 0).all())
 
     def control_set(self, members: Sequence[int], caliper: float) -> ControlSet:
         """The set of these candidates, one for each latent in order."""
@@ -59,22 +62,23 @@ def frequency_matched(
 ) -> list[ControlSet]:
     """At most `n` sets whose members' frequencies are within a factor `caliper` of the latents'.
 
-    Inside the caliper, candidates that fewest conditions have used (`uses`, which is updated) come
-    first, nearest ones for a single latent, in random order for several. Where the caliper has
-    fewer than `n_least`, the nearest outside complete these, with `matched` false. `table` has
-    latent and frequency. Decoder norms play no part: what is added is brought to equal norm.
+    Within the caliper, candidates that the fewest conditions use (`uses`, which is updated) come
+    first; among these the nearest for a single latent, a random order for several. If there are
+    fewer than `n_least` sets, the nearest ones outside the caliper are added with `matched` false.
+    `table` has the columns latent and frequency. Decoder norms are not matched, because added
+    vectors are rescaled to equal norm.
     """
-    found = _Candidates(table, latents, avoid)
-    distance = np.abs(found.log_ratios)
+    candidates = _Candidates(table, latents, avoid)
+    distance = np.abs(candidates.log_ratios)
     inside = distance <= math.log(caliper) + 1e-9
-    used = np.array([(uses or {}).get(int(f), 0) for f in found.latents])
+    used = np.array([(uses or {}).get(int(f), 0) for f in candidates.latents])
     ties = np.random.default_rng(seed).random(distance.shape)
     near = distance if len(latents) == 1 else np.where(inside, 0.0, distance)
     orders = [
         np.lexsort((tie, d, np.where(i, used, 0), ~i))
         for tie, d, i in zip(ties, near, inside, strict=True)
     ]
-    sets = [found.control_set(m, caliper) for m in _one_of_each(orders, n)]
+    sets = [candidates.control_set(m, caliper) for m in _one_of_each(orders, n)]
     matched = [s for s in sets if s.matched]
     others = [s for s in sets if not s.matched]
     if uses is not None:
@@ -90,18 +94,18 @@ def any_active(
     seed: int,
     avoid: Collection[int] = (),
 ) -> list[ControlSet]:
-    """At most `n` sets of candidates of any frequency, a seeded choice."""
-    found = _Candidates(table, latents, avoid)
+    """A seeded choice of at most `n` sets of candidates of any frequency."""
+    candidates = _Candidates(table, latents, avoid)
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(len(found.latents)) for _ in latents]
-    return [found.control_set(m, math.inf) for m in _one_of_each(orders, n)]
+    orders = [rng.permutation(len(candidates.latents)) for _ in latents]
+    return [candidates.control_set(m, math.inf) for m in _one_of_each(orders, n)]
 
 
 def _one_of_each(orders: Sequence[Int[np.ndarray, " n"]], n: int) -> list[tuple[int, ...]]:
-    """At most `n` sets of different candidates, one from each order, the first ones first.
+    """At most `n` sets of different candidates, one from each order, the first candidates first.
 
-    No candidate is twice in the same position: else as many sets as share the member that
-    dominates the mix would count as so many independent comparisons.
+    No candidate occurs twice in the same position; otherwise sets that share the member with the
+    largest weight would count as independent comparisons.
     """
     queues = [order.tolist() for order in orders]
     chosen: list[tuple[int, ...]] = []
@@ -118,21 +122,21 @@ def _one_of_each(orders: Sequence[Int[np.ndarray, " n"]], n: int) -> list[tuple[
 
 
 _MOST_ROUNDS = 8
-"""Times that edits are measured, those within the caliper no more."""
+"""Maximum number of measurements of an edit; it ends once the edit is within the caliper."""
 _LARGEST_STEP = math.log(6)
-"""Of one round, in log scale."""
+"""Largest step of one round, of the log scale."""
 _LARGEST_SCALE = math.log(1000)
 _FLAT = 0.25
-"""Smallest slope of log KL against log scale that a step trusts; near 0 KL grows as its square."""
+"""Lower bound of the slope of log KL against log scale; for small edits the slope is 2."""
 _N_FIRST = 6
-"""Edits of a kind whose scales are found first, to start the others near theirs."""
+"""Edits of a kind whose scales are determined first, as starting points for the others."""
 Measure = Callable[[Sequence[int], Sequence[float]], Float[np.ndarray, " m"]]
 """(indices of edits, scales) -> KL of each."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Per edit the scale whose KL came nearest to its target."""
+    """Per edit the scale whose KL is nearest to its target."""
 
     scales: Float[np.ndarray, " n"]
     kl: Float[np.ndarray, " n"]
@@ -148,11 +152,11 @@ def equal_kl_scales(
 ) -> Scales:
     """Scales at which the KL of each of n edits is its target, within a factor `caliper`.
 
-    `measure(which, scales)` is the KL of some edits, by index. All edits that are not matched yet
-    are measured together: first at scale 1, then where the secant of log KL against log scale
-    (slope 2 at first, as for small edits) meets the target, inside the bracket found so far. Of
-    edits that are `alike` (equal values), the first few come first, and the others start from their
-    median scale and slope. An edit whose target is 0, or that does not reach it, stays unmatched.
+    `measure(which, scales)` gives the KL of some edits, by index. All unmatched edits are measured
+    together: first at scale 1, then where the secant of log KL against log scale (initial slope 2,
+    as for small edits) meets the target, within the current bracket. Among edits with equal
+    `alike`, a few are solved first, and the others start from their median scale and slope. An edit
+    whose target is 0, or that cannot reach it, stays unmatched.
     """
     search = _Search(measure, target, caliper)
     families: dict[Hashable, list[int]] = {}
@@ -166,7 +170,7 @@ def equal_kl_scales(
 
 
 class _Search:
-    """The state of every edit's search; positions and goals are logarithms."""
+    """The search of every edit; positions and goals are logarithms."""
 
     def __init__(self, measure: Measure, target: Float[np.ndarray, " n"], caliper: float) -> None:
         n = len(target)
@@ -180,7 +184,7 @@ class _Search:
         self.best_gap = np.full(n, np.inf)
 
     def start_from(self, first: Sequence[int], others: Sequence[int]) -> None:
-        """Let others begin where the first ended."""
+        """Start other edits from the medians of those that were solved first."""
         if others:
             self.at[others] = np.median(self.best_at[first])
             self.slope[others] = np.median(self.slope[first])
@@ -196,9 +200,9 @@ class _Search:
             which = [i for i in which if self.best_gap[i] > self.within]
 
     def _take(self, i: int, kl: float) -> None:
-        """Note a measured value, and where the edit is measured next."""
-        at, here = self.at[i], math.log(max(kl, 1e-12))
-        gap = here - self.goal[i]
+        """Record a measured KL and determine the next scale of the edit."""
+        at, log_kl = self.at[i], math.log(max(kl, 1e-12))
+        gap = log_kl - self.goal[i]
         if abs(gap) < self.best_gap[i]:
             self.best_at[i], self.best_kl[i], self.best_gap[i] = at, kl, abs(gap)
         if gap < 0:
@@ -206,10 +210,10 @@ class _Search:
         else:
             self.high[i] = min(self.high[i], at)
         if abs(at - self.last_at[i]) > 1e-9:
-            slope = (here - self.last_log[i]) / (at - self.last_at[i])
+            slope = (log_kl - self.last_log[i]) / (at - self.last_at[i])
             self.slope[i] = max(slope, _FLAT)
-        self.last_at[i], self.last_log[i] = at, here
-        wanted = at + float(np.clip(-gap / self.slope[i], -_LARGEST_STEP, _LARGEST_STEP))
-        if not self.low[i] < wanted < self.high[i]:
-            wanted = (self.low[i] + self.high[i]) / 2
-        self.at[i] = wanted
+        self.last_at[i], self.last_log[i] = at, log_kl
+        following = at + float(np.clip(-gap / self.slope[i], -_LARGEST_STEP, _LARGEST_STEP))
+        if not self.low[i] < following < self.high[i]:
+            following = (self.low[i] + self.high[i]) / 2
+        self.at[i] = following

@@ -30,23 +30,23 @@ from saexp.stats.permutation import (
 from saexp.wording import CONTROL_WORDS
 
 OWN_GROUP = "own_group"
-"""Control kind of patches alone: the activations of other prompts of the prompt's own group."""
+"""Control kind of patches: activations of other prompts of the same group."""
 NeutralKL = Callable[[Sequence[tuple[Op, ...]]], Float[np.ndarray, " n"]]
-"""Edits -> KL per token of neutral text of each."""
+"""Edits -> KL per token of neutral text for each."""
 
 
 def main_conditions(conditions: Sequence[Condition]) -> list[Condition]:
-    """Those that a run's sentences are about: per direction its latents together (else the first
-    single one), every other direction, and every place."""
-    found = {c.name for c in conditions if c.role in ("direction", "place")}
+    """The conditions that a report's sentences are about: per direction its latents together (or
+    the first single latent), every other direction, and every patched location."""
+    names = {c.name for c in conditions if c.role in ("direction", "place")}
     of_direction: dict[str, list[Condition]] = {}
     for condition in conditions:
         if condition.role in ("group", "single"):
             key = direction_of_set(condition.direction)
             of_direction.setdefault(key, []).append(condition)
     for some in of_direction.values():
-        found.add(min(some, key=lambda c: c.role != "group").name)
-    return [c for c in conditions if c.name in found]
+        names.add(min(some, key=lambda c: c.role != "group").name)
+    return [c for c in conditions if c.name in names]
 
 
 class ControlDesign:
@@ -59,7 +59,7 @@ class ControlDesign:
         coefficients: Sequence[float],
         cfg: InterventionConfig,
     ) -> None:
-        """`planned` are the conditions, among them controls that the intervention made itself."""
+        """`planned` holds the conditions, and the controls that the intervention makes itself."""
         self.intervention, self.coefficients, self.cfg = intervention, coefficients, cfg
         self.own = [c for c in planned if c.role != "control"]
         self.given = [c for c in planned if c.role == "control"]
@@ -73,7 +73,7 @@ class ControlDesign:
                     self._sets[condition.name, kind] = self._select(condition, kind, uses)
 
     def kinds(self, condition: Condition) -> list[str]:
-        """Kinds of control that a condition can have, of those asked for."""
+        """Kinds of `intervention.control_kinds` that a condition can have."""
         if not isinstance(self.intervention, LatentIntervention) or not self.cfg.n_controls:
             return []
         ops = [op for edit in condition.edits for op in edit]
@@ -90,45 +90,42 @@ class ControlDesign:
         return [kind for kind in self.cfg.control_kinds if possible[kind]]
 
     def curve(self) -> list[Condition]:
-        """Stage 1: controls at every coefficient, random directions at all but 0 and not for the
-        single latents beside a group, which are exploratory."""
+        """Stage 1: controls at every coefficient. Random directions are left out at coefficient 0
+        and for single latents that also belong to a group, which are exploratory."""
         numbers = range(1, self.n_curve + 1)
         changing = tuple(k for k, c in enumerate(self.coefficients) if c)
-        made = [c for c in self.given if c.number <= self.n_curve]
-        for own in self.own:
-            made += self._on_latents(own, "frequency", numbers, None)
-            if self._is_main(own) or own.role == "group":
-                made += self._random(own, "random_norm", numbers, changing)
-        return made
+        controls = [c for c in self.given if c.number <= self.n_curve]
+        for condition in self.own:
+            controls += self._on_latents(condition, "frequency", numbers, None)
+            if self._is_main(condition) or condition.role == "group":
+                controls += self._random(condition, "random_norm", numbers, changing)
+        return controls
 
     def at_chosen(
         self, chosen: Mapping[str, float], neutral_kl: NeutralKL
     ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
-        """Stage 2: the remaining controls of the main conditions, each at its chosen coefficient.
-
-        Beside them the KL per token of neutral text by (condition, coefficient), of those that
-        were measured.
-        """
+        """Stage 2: the remaining controls of the main conditions, each at the chosen coefficient,
+        and the measured KL per token of neutral text by (condition, coefficient)."""
         rest = range(self.n_curve + 1, self.cfg.n_controls + 1)
         everyone = range(1, self.cfg.n_controls + 1)
-        made: list[Condition] = []
+        controls: list[Condition] = []
         scaled: list[tuple[Condition, Condition]] = []
-        for own in self.main:
-            if not chosen[own.name]:
+        for condition in self.main:
+            if not chosen[condition.name]:
                 continue
-            at = (list(self.coefficients).index(chosen[own.name]),)
-            made += [
+            at = (list(self.coefficients).index(chosen[condition.name]),)
+            controls += [
                 replace(c, at=at)
                 for c in self.given
-                if c.of == own.name and c.number > self.n_curve
+                if c.of == condition.name and c.number > self.n_curve
             ]
-            made += self._on_latents(own, "frequency", rest, at)
-            made += self._random(own, "random_norm", rest, at)
-            of_kl = self._on_latents(own, "disruption", everyone, at)
-            of_kl += self._random(own, "random_kl", everyone, at)
-            scaled += [(own, control) for control in of_kl]
+            controls += self._on_latents(condition, "frequency", rest, at)
+            controls += self._random(condition, "random_norm", rest, at)
+            of_kl = self._on_latents(condition, "disruption", everyone, at)
+            of_kl += self._random(condition, "random_kl", everyone, at)
+            scaled += [(condition, control) for control in of_kl]
         at_equal_kl, kl = self._at_equal_kl(scaled, neutral_kl)
-        return made + at_equal_kl, kl
+        return controls + at_equal_kl, kl
 
     def _is_main(self, condition: Condition) -> bool:
         return any(condition.name == c.name for c in self.main)
@@ -136,7 +133,7 @@ class ControlDesign:
     def _select(
         self, condition: Condition, kind: str, uses: dict[str, Counter[int]]
     ) -> list[tuple[ControlSet, ...]]:
-        """Sets of control latents, matched within each SAE; as many as that with fewest has."""
+        """Sets of control latents, matched within each SAE; as many as every SAE has."""
         n = self.cfg.n_controls if self._is_main(condition) else self.n_curve
         of_part = []
         for facts, latents in condition.parts:
@@ -161,35 +158,35 @@ class ControlDesign:
 
     def _same_hypothesis(self, condition: Condition, at: str) -> set[int]:
         """Latents of an SAE that are selected or changed for the condition's direction."""
-        found: set[int] = set()
+        excluded: set[int] = set()
         for other in self.own:
             for facts, latents in other.parts:
                 if facts.hookpoint.name != at or other.direction != condition.direction:
                     continue
                 table = facts.table
                 same = table["selected"] & (table["direction"] == condition.direction)
-                found |= {*latents, *table.loc[same, "latent"].tolist()}
-        return found
+                excluded |= {*latents, *table.loc[same, "latent"].tolist()}
+        return excluded
 
     def _on_latents(
-        self, own: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
+        self, condition: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
     ) -> list[Condition]:
-        """The edit made along control latents."""
-        if kind not in self.kinds(own):
+        """Controls whose edit is written along control latents."""
+        if kind not in self.kinds(condition):
             return []
         assert isinstance(self.intervention, LatentIntervention)
-        sets, made = self._sets[own.name, kind], []
+        sets, controls = self._sets[condition.name, kind], []
         for number in numbers:
             if number > len(sets):
                 break
             parts = sets[number - 1]
-            control = replace(_control(own, kind, number, at), parts=own.parts)
+            control = replace(_control(condition, kind, number, at), parts=condition.parts)
             control = self.intervention.written_along(
                 control, [p.latents for p in parts], self.coefficients
             )
             sizes = [len(p.latents) for p in parts]
             logs = np.log([p.frequency_ratio for p in parts])
-            made.append(
+            controls.append(
                 replace(
                     control,
                     parts=(),
@@ -197,50 +194,53 @@ class ControlDesign:
                     matched=all(p.matched for p in parts),
                 )
             )
-        return made
+        return controls
 
     def _random(
-        self, own: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
+        self, condition: Condition, kind: str, numbers: Iterable[int], at: tuple[int, ...] | None
     ) -> list[Condition]:
-        """The edit with random directions in place of its vectors; the first are alike in both
-        kinds, which differ in scale."""
+        """Controls with random directions instead of the edit's vectors. Both kinds use the same
+        directions, at different scales."""
         numbers = list(numbers)
-        if kind not in self.kinds(own) or not numbers:
+        if kind not in self.kinds(condition) or not numbers:
             return []
-        noise = _random_vectors(own, max(numbers), self.cfg.seed)
-        made = []
+        noise = _random_vectors(condition, max(numbers), self.cfg.seed)
+        controls = []
         for number in numbers:
-            instead = noise[number - 1]
-            control = _control(own, kind, number, at)
+            replacement = noise[number - 1]
+            control = _control(condition, kind, number, at)
             edits = tuple(
-                tuple(_with_vector(op, instead) for op in ops) if control.tried(k) else ()
-                for k, ops in enumerate(own.edits)
+                tuple(_with_vector(op, replacement) for op in ops) if control.tried(k) else ()
+                for k, ops in enumerate(condition.edits)
             )
-            weights = own.weights
-            made.append(
+            weights = condition.weights
+            controls.append(
                 replace(
                     control,
                     latents=(),
                     layers=(),
                     edits=edits,
                     strengths=tuple(
-                        {u: s[u] for u in ("length", "resid_norm") if u in s} for s in own.strengths
+                        {u: s[u] for u in ("length", "resid_norm") if u in s}
+                        for s in condition.strengths
                     ),
-                    weights=None if weights is None else instead[Vector(weights).digest].values,
+                    weights=None if weights is None else replacement[Vector(weights).digest].values,
                 )
             )
-        return made
+        return controls
 
     def _at_equal_kl(
         self, pairs: Sequence[tuple[Condition, Condition]], neutral_kl: NeutralKL
     ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
-        """Controls scaled to the KL of their conditions (in pairs with them)."""
+        """Controls, given as (condition, control), scaled to the KL of their conditions."""
         if not pairs:
             return [], {}
         at = [c.at[0] if c.at else 0 for _, c in pairs]
-        unlike = {own.name: own.edits[k] for (own, _), k in zip(pairs, at, strict=True)}
-        own_kl = dict(zip(unlike, neutral_kl(list(unlike.values())), strict=True))
-        target = np.array([own_kl[own.name] for own, _ in pairs])
+        edit_of = {
+            condition.name: condition.edits[k] for (condition, _), k in zip(pairs, at, strict=True)
+        }
+        kl_of = dict(zip(edit_of, neutral_kl(list(edit_of.values())), strict=True))
+        target = np.array([kl_of[condition.name] for condition, _ in pairs])
 
         def measure(which: Sequence[int], scales: Sequence[float]) -> Float[np.ndarray, " n"]:
             return neutral_kl(
@@ -250,11 +250,11 @@ class ControlDesign:
                 ]
             )
 
-        alike = [(own.name, control.control_kind) for own, control in pairs]
-        found = equal_kl_scales(measure, target, self.cfg.kl_caliper, alike)
-        made, kl = [], {}
-        for (own, control), k, scale, value, matched in zip(
-            pairs, at, found.scales, found.kl, found.matched, strict=True
+        alike = [(condition.name, control.control_kind) for condition, control in pairs]
+        search = equal_kl_scales(measure, target, self.cfg.kl_caliper, alike)
+        controls, kl = [], {}
+        for (condition, control), k, scale, value, matched in zip(
+            pairs, at, search.scales, search.kl, search.matched, strict=True
         ):
             edit = tuple(_scaled(op, float(scale)) for op in control.edits[k])
             edits = tuple(edit if i == k else () for i in range(len(control.edits)))
@@ -262,18 +262,20 @@ class ControlDesign:
                 {u: v * float(scale) for u, v in s.items()} if i == k else {}
                 for i, s in enumerate(control.strengths)
             )
-            made.append(replace(control, edits=edits, strengths=strengths, matched=bool(matched)))
+            controls.append(
+                replace(control, edits=edits, strengths=strengths, matched=bool(matched))
+            )
             kl[control.name, self.coefficients[k]] = float(value)
-            kl[own.name, self.coefficients[k]] = float(own_kl[own.name])
-        return made, kl
+            kl[condition.name, self.coefficients[k]] = float(kl_of[condition.name])
+        return controls, kl
 
 
-def _control(own: Condition, kind: str, number: int, at: tuple[int, ...] | None) -> Condition:
+def _control(condition: Condition, kind: str, number: int, at: tuple[int, ...] | None) -> Condition:
     return replace(
-        own,
-        name=f"{own.name}_{kind}_{number:02d}",
+        condition,
+        name=f"{condition.name}_{kind}_{number:02d}",
         role="control",
-        of=own.name,
+        of=condition.name,
         parts=(),
         control_kind=kind,
         number=number,
@@ -281,41 +283,42 @@ def _control(own: Condition, kind: str, number: int, at: tuple[int, ...] | None)
     )
 
 
-def _random_vectors(own: Condition, n: int, seed: int) -> list[dict[str, Vector]]:
-    """For each of `n` controls what stands in place of each vector or basis, by its digest.
+def _random_vectors(condition: Condition, n: int, seed: int) -> list[dict[str, Vector]]:
+    """For each of `n` controls the replacement of every vector or basis, by its digest.
 
-    Added vectors keep their norm; bases and the weights' directions become orthonormal random ones
-    of the same rank. A vector that is written at several layers is replaced by one and the same.
+    Replacements of added vectors have the same norm; those of bases and of directions of weights
+    are random orthonormal ones of the same rank. A vector that is written at several layers has one
+    replacement.
     """
     vectors: dict[str, tuple[str, Tensor, bool]] = {}
-    for op in (op for ops in own.edits for op in ops):
+    for op in (op for ops in condition.edits for op in ops):
         if isinstance(op, Add):
             vectors.setdefault(op.vector.digest, (op.hookpoint.name, op.vector.values, True))
         elif isinstance(op, Project):
             vectors.setdefault(op.basis.digest, (op.hookpoint.name, op.basis.values, False))
-    if own.weights is not None:
-        vectors.setdefault(Vector(own.weights).digest, ("weights", own.weights, False))
-    made: list[dict[str, Vector]] = [{} for _ in range(n)]
+    if condition.weights is not None:
+        vectors.setdefault(Vector(condition.weights).digest, ("weights", condition.weights, False))
+    replacements: list[dict[str, Vector]] = [{} for _ in range(n)]
     for digest, (at, values, added) in vectors.items():
         rows = values.reshape(-1, values.shape[-1])
         noise = random_directions(
-            n * len(rows), rows.shape[-1], seed, "control", at, own.name
+            n * len(rows), rows.shape[-1], seed, "control", at, condition.name
         ).reshape(n, *rows.shape)
         for number, directions in enumerate(noise):
             vector = directions[0] * rows[0].norm() if added else orthonormal(directions)
-            made[number][digest] = Vector(vector)
-    return made
+            replacements[number][digest] = Vector(vector)
+    return replacements
 
 
-def _with_vector(op: Op, instead: Mapping[str, Vector]) -> Op:
+def _with_vector(op: Op, replacement: Mapping[str, Vector]) -> Op:
     if isinstance(op, Add):
-        return replace(op, vector=instead[op.vector.digest])
+        return replace(op, vector=replacement[op.vector.digest])
     assert isinstance(op, Project)
-    return replace(op, basis=instead[op.basis.digest])
+    return replace(op, basis=replacement[op.basis.digest])
 
 
 def _scaled(op: Op, factor: float) -> Op:
-    """An addition, so much longer."""
+    """The operation with its coefficient multiplied."""
     return replace(op, coefficient=op.coefficient * factor)
 
 
@@ -324,14 +327,14 @@ def control_table(
     coefficients: Sequence[float],
     kl: Mapping[tuple[str, float], float],
 ) -> pd.DataFrame:
-    """One row per control and coefficient but 0, where a control is the baseline.
+    """One row per control and coefficient; not for 0, where a control equals the baseline.
 
     Columns of, condition, control_kind, coefficient (its condition's, also where the control is
     scaled), latents, frequency_ratio, norm_ratio (added norm; NaN where it depends on the prompt),
     kl, kl_own, kl_ratio (per token of neutral text; NaN where not measured), matched. `kl` is by
     (condition, coefficient).
     """
-    own = {c.name: c for c in conditions if c.role != "control"}
+    condition_of = {c.name: c for c in conditions if c.role != "control"}
     rows = [
         {
             "of": c.of,
@@ -340,7 +343,7 @@ def control_table(
             "coefficient": coefficient,
             "latents": c.label,
             "frequency_ratio": c.frequency_ratio,
-            "norm_ratio": _norm_ratio(c, own[c.of], k),
+            "norm_ratio": _norm_ratio(c, condition_of[c.of], k),
             "kl": kl.get((c.name, coefficient), np.nan),
             "kl_own": kl.get((c.of, coefficient), np.nan),
             "matched": c.matched,
@@ -357,8 +360,8 @@ def control_table(
     return table
 
 
-def _norm_ratio(control: Condition, own: Condition, k: int) -> float:
-    lengths = [c.strengths[k].get("length") if c.strengths else None for c in (control, own)]
+def _norm_ratio(control: Condition, condition: Condition, k: int) -> float:
+    lengths = [c.strengths[k].get("length") if c.strengths else None for c in (control, condition)]
     if lengths[0] is None or not lengths[1]:
         return control.norm_ratio
     return lengths[0] / lengths[1]
@@ -370,7 +373,7 @@ def control_notes(
     chosen: Mapping[str, float],
     cfg: InterventionConfig,
 ) -> list[str]:
-    """A note per kind that could not be matched for some main condition at its coefficient."""
+    """A note per kind with too few matched controls for some main condition at its coefficient."""
     notes = []
     calipers = {"frequency": cfg.frequency_caliper, "disruption": cfg.kl_caliper}
     calipers["random_kl"] = cfg.kl_caliper
@@ -391,16 +394,16 @@ def control_notes(
 
 
 def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:
-    """A note on kinds asked for that no main condition can have; `kinds` are those of each."""
+    """A note on requested kinds that no main condition can have; `kinds` are those of each."""
     had = {kind for some in kinds for kind in some}
     lacking = [kind for kind in cfg.control_kinds if kind not in had]
     if not had or not lacking:
         return []
     reasons = []
     if "frequency" in lacking:
-        reasons.append("what is changed are not latents")
+        reasons.append("the intervention does not change latents")
     if "random_kl" in lacking:
-        reasons.append("nothing is added that could be scaled to a KL")
+        reasons.append("nothing is added that could be scaled to equal KL")
     if "random_norm" in lacking:
         reasons.append("the change depends on the latents' own activations")
     return [
@@ -414,10 +417,10 @@ def effect_share(
 ) -> TaskResult:
     """Metric `placebo/effect_share`: controls for which an effect on `outcome` would be reported.
 
-    Each matched control of an achieved kind takes the place of the latent: its p-value is, as the
-    latent's, the largest over achieved kinds of its rank among the kind's controls, itself left
-    out. At each condition's chosen coefficient, on test prompts. `summary` and `controls` are the
-    tables `effects_summary` and `controls`. Nothing where no kind is achieved.
+    Each matched control of an achieved kind is treated as if it were the condition: its p-value is
+    the largest, over achieved kinds, of its rank p-values among the kind's other controls. Computed
+    at each condition's chosen coefficient on test prompts, from the tables `effects_summary` and
+    `controls`. Empty where no kind is achieved.
     """
     tested = summary[(summary["split"] == "test") & summary[f"{outcome}_change"].notna()]
     matched = controls[controls["matched"].astype(bool)]
@@ -426,10 +429,12 @@ def effect_share(
         change = prompts.set_index(["condition", "coefficient"])[f"{outcome}_change"]
         chosen = prompts[prompts["chosen"].astype(bool) & (prompts["role"] != "control")]
         for condition, coefficient in zip(chosen["condition"], chosen["coefficient"], strict=True):
-            own = matched[(matched["of"] == condition) & (matched["coefficient"] == coefficient)]
+            of_condition = matched[
+                (matched["of"] == condition) & (matched["coefficient"] == coefficient)
+            ]
             kinds = [
                 change.reindex([(c, coefficient) for c in names]).dropna()
-                for _, names in own.groupby("control_kind", sort=False)["condition"]
+                for _, names in of_condition.groupby("control_kind", sort=False)["condition"]
             ]
             p_values += _p_values([k for k in kinds if len(k) >= MIN_CONTROLS])
     if not p_values:
@@ -439,12 +444,12 @@ def effect_share(
 
 
 def _p_values(achieved: list[pd.Series]) -> list[float]:
-    """Of every control: the largest over kinds."""
+    """For every control its largest p-value over kinds."""
     return [
         max(
-            rank_p_value(float(own), kind.drop(name, errors="ignore").to_numpy(dtype=float))
+            rank_p_value(float(change), kind.drop(name, errors="ignore").to_numpy(dtype=float))
             for kind in achieved
         )
         for values in achieved
-        for name, own in values.items()
+        for name, change in values.items()
     ]

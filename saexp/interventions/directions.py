@@ -1,4 +1,4 @@
-"""Values of latents, groups and streams on the train split, and directions made of them."""
+"""Statistics of latents and streams on the train split, and directions derived from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamRows:
-    """Stored activations of a stream, as many rows of every unit, with what each row is of."""
+    """Stored activations of a stream, equally many rows per unit, with group and unit of each."""
 
     acts: Float[np.ndarray, "n d"]
     groups: Shaped[np.ndarray, " n"]
     units: Shaped[np.ndarray, " n"]
-    """Entities: rows of one are not independent."""
+    """Entities: rows of one entity are not independent."""
 
 
 @dataclass(frozen=True)
 class LatentFacts:
-    """One row per latent that fired: `table`.
+    """Statistics of the latents of one SAE, one row of `table` per latent that was active.
 
     Columns latent, direction, selected, rank, frequency, norm (of the decoder row), max_act,
     p99_act, and mean_<group>.
@@ -42,22 +42,22 @@ class LatentFacts:
     table: pd.DataFrame
     groups: tuple[str, ...]
     median_norm: float
-    """Median norm of the written stream at the ordinary ones of the analysed rows."""
+    """Median norm of the written stream over analysed rows of ordinary norm."""
     directions: Callable[[Sequence[int]], Tensor]
     """Latents -> `[n, d]`, what one unit of each adds to the stream (`sae.directions`)."""
     hookpoint: Hookpoint
     """What the SAE reads."""
     written: Hookpoint
-    """What edits change: the same, or a transcoder's output."""
+    """The stream that is edited: the same, or a transcoder's output."""
     stream: Callable[[], StreamRows] | None = None
     """The written stream on the train split."""
     seed: int = 0
-    """Seed of the probe's folds."""
+    """Seed of the probe's cross-validation folds."""
     n_layers: int = 1
     layers: Mapping[int, "LatentFacts"] = field(default_factory=dict)
-    """Facts of every layer whose SAE's latents are changed; none: this SAE's alone are."""
+    """Per layer, where latents of several layers' SAEs are changed; else empty."""
     saes: Mapping[Hookpoint, SparseAutoencoder] = field(default_factory=dict)
-    """SAEs of `layers`, by the hookpoint that they read."""
+    """SAEs of `layers` by the hookpoint that they read."""
 
     @cached_property
     def _places(self) -> dict[int, int]:
@@ -74,14 +74,14 @@ class LatentFacts:
         return self._columns[column][[self._places[latent] for latent in latents]]
 
     def other(self, group: str) -> str:
-        """The group that is not this one."""
+        """The other one of two groups."""
         return next(g for g in self.groups if g != group)
 
     @cached_property
     def _rows(self) -> StreamRows:
         if self.stream is None or len(self.groups) != 2:
             raise InterventionError(
-                "directions of the stream itself need a data set with two groups; "
+                "intervention.directions other than latents need a data set with two groups; "
                 "type 'intervention.directions=[latents]'"
             )
         return self.stream()
@@ -93,23 +93,23 @@ class LatentFacts:
         return torch.from_numpy(mean).float()
 
     def mean_difference(self, towards: str) -> Tensor:
-        """`[d]`: mean of the group minus mean of the other one."""
+        """`[d]`: mean of the stream over this group minus that over the other one."""
         return self.group_mean(towards) - self.group_mean(self.other(towards))
 
     @cached_property
     def probe(self) -> "Fitted":
-        """The logistic probe for the first group, fitted exactly as `analyzer=probe` fits `dense`.
+        """The logistic probe for the first group, fitted as `analyzer=probe` fits `dense`.
 
         Raises DataError where a group has too few entities to cross-validate.
         """
         from saexp.stats.logistic_probe import MAX_TRAIN, STRENGTHS, fit_logistic, folds, limited
 
         rows = self._rows
-        # Rows of a third group, or of none, would count as second.
-        mine = limited(np.flatnonzero(np.isin(rows.groups, self.groups)), MAX_TRAIN, self.seed)
-        first = rows.groups[mine] == self.groups[0]
-        pairs = folds(first, rows.units[mine], self.seed)
-        return fit_logistic(rows.acts[mine], first, STRENGTHS, pairs)
+        # Rows of a third group, or of no group, would count as the second group.
+        chosen = limited(np.flatnonzero(np.isin(rows.groups, self.groups)), MAX_TRAIN, self.seed)
+        first = rows.groups[chosen] == self.groups[0]
+        pairs = folds(first, rows.units[chosen], self.seed)
+        return fit_logistic(rows.acts[chosen], first, STRENGTHS, pairs)
 
     @property
     def probe_direction(self) -> Tensor:
@@ -118,45 +118,45 @@ class LatentFacts:
         return direction / direction.norm()
 
     def check(self, latents: Sequence[int]) -> None:
-        """Raise InterventionError for a latent of which nothing is known."""
+        """Raise InterventionError for a latent that is not in the table."""
         for latent in latents:
             if latent not in self._places:
                 raise InterventionError(
-                    f"intervention.latents: latent {latent} never fires on this data set at "
-                    f"{self.hookpoint.name}, so nothing is known of it; choose others"
+                    f"intervention.latents: latent {latent} is never active on this data set at "
+                    f"{self.hookpoint.name}; choose other latents"
                 )
 
 
 def denoised(
     difference: Float[Tensor, " d"], rows: Float[Tensor, "k d"]
 ) -> tuple[Float[Tensor, " d"], float]:
-    """The part of a difference of means that lies in the span of decoder rows.
+    """Orthogonal projection of a difference of means on the span of decoder rows, and the fraction
+    of its norm that the projection keeps.
 
-    Its orthogonal projection: rows' w with w the least-squares solution of rows' w = difference;
-    dependent rows do no harm. Beside it the share of the difference's norm that is kept.
+    It is rows' w, with w the least-squares solution of rows' w = difference; rows may be dependent.
     """
     basis = orthonormal(rows).double()
-    kept = (basis @ difference.double()) @ basis
-    share = float(kept.norm() / difference.double().norm())
-    return kept.float(), share
+    projection = (basis @ difference.double()) @ basis
+    fraction = float(projection.norm() / difference.double().norm())
+    return projection.float(), fraction
 
 
 def orthonormal(directions: Float[Tensor, "k d"]) -> Float[Tensor, "r d"]:
-    """Orthonormal rows that span the same space; dependent directions fall away."""
+    """Orthonormal rows that span the same space; there are fewer where directions are dependent."""
     _, size, rows = torch.linalg.svd(directions.double(), full_matrices=False)
-    kept = size > size.max() * 1e-6
-    return rows[kept].float()
+    independent = size > size.max() * 1e-6
+    return rows[independent].float()
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A vector of the stream, `[d]`, in its natural length."""
+    """A vector of the stream, `[d]`, with its natural length."""
 
     vector: Tensor
     latents: tuple[int, ...] = ()
-    """Latents whose decoder rows span it, where it is made of some."""
+    """Latents whose decoder rows span it, if there are any."""
     about: Mapping[str, float] = field(default_factory=dict)
-    """Numbers that go beside its strength: `norm_kept`."""
+    """Further numbers for the summary: `norm_kept`."""
 
 
 def stream_direction(
@@ -166,10 +166,10 @@ def stream_direction(
     latents: tuple[int, ...],
     cfg: InterventionConfig,
 ) -> tuple[Direction | None, list[str]]:
-    """The direction towards a group, and notes; none where it cannot be made.
+    """The direction towards a group, or None where it is undefined, and notes.
 
-    `latents` are those that a denoised difference is projected on. A random direction is as long
-    as the difference of means.
+    A denoised difference is projected on the span of `latents`. A random direction has the norm of
+    the difference of means.
     """
     difference = facts.mean_difference(towards)
     if kind == "denoised_difference":
@@ -193,20 +193,20 @@ def _denoised(
     difference: Tensor, towards: str, facts: LatentFacts, latents: tuple[int, ...]
 ) -> tuple[Direction | None, list[str]]:
     if not latents:
-        note = "denoised_difference: no latent is selected, so there is no span to project on"
+        note = "denoised_difference: no latent is selected, so there is nothing to project on"
         return None, [note]
-    vector, share = denoised(difference, facts.directions(latents).float().cpu())
+    vector, fraction = denoised(difference, facts.directions(latents).float().cpu())
     note = (
         f"denoised_difference towards '{towards}': Q'Q(m - m'), the difference of the groups' "
         "means (train split) projected on the decoder rows of latents "
-        f"{', '.join(map(str, latents))} (Q an orthonormal basis of them); share of its norm kept "
-        f"{share:.2f}"
+        f"{', '.join(map(str, latents))} (Q an orthonormal basis of their span), which keeps "
+        f"{fraction:.2f} of its norm"
     )
-    return Direction(vector, latents, {"norm_kept": share}), [note]
+    return Direction(vector, latents, {"norm_kept": fraction}), [note]
 
 
 Sets = list[tuple[str, str, str, tuple[int, ...]]]
-"""Of one SAE: (direction, group of the prompts, role, latents)."""
+"""For one SAE: (direction, group of the prompts, role, latents)."""
 
 
 @dataclass(frozen=True)
@@ -218,55 +218,55 @@ class LatentSet:
     prompts: str
     role: str
     parts: tuple[tuple[LatentFacts, tuple[int, ...]], ...]
-    """Per SAE what is known of its latents, and those that are changed."""
+    """Per SAE the statistics of its latents, and the latents that are changed."""
     layered: bool = False
-    """Whether latents are named by layer."""
+    """Whether latents are given by layer."""
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layer of each latent, part by part; none where latents are not named by layer."""
+        """Layer of each latent, part by part; empty where latents are not given by layer."""
         if not self.layered:
             return ()
         return tuple(f.hookpoint.layer for f, latents in self.parts for _ in latents)
 
     @property
     def written(self) -> tuple[Hookpoint, ...]:
-        """Streams that are changed; none where that is the run's own SAE's."""
+        """Streams that are changed; empty where it is the stream of the run's own SAE."""
         return tuple(f.written for f, _ in self.parts) if self.layered else ()
 
 
 def layered_sets(
     of_layer: Mapping[int, tuple[LatentFacts, Sets]],
 ) -> tuple[list[LatentSet], list[str]]:
-    """Per direction the latents of all layers together, then each layer's alone.
+    """Per direction the latents of all layers together, then those of each layer alone.
 
-    Latents of one layer are those that its own SAE's test would change as a group. A layer that has
-    none for a direction is left out there, with a note.
+    The latents of a layer are those that a run at this layer would change as a group. A layer that
+    has none for a direction is left out of it, with a note.
     """
-    found: dict[tuple[str, str], dict[int, tuple[LatentFacts, tuple[int, ...]]]] = {}
+    parts_of: dict[tuple[str, str], dict[int, tuple[LatentFacts, tuple[int, ...]]]] = {}
     for layer, (facts, sets) in of_layer.items():
         for direction, prompts, _, latents in sets:
             key = ("latents" if direction == "latent" else direction, prompts)
-            # Together they come before each by itself.
-            found.setdefault(key, {}).setdefault(layer, (facts, latents))
-    made, notes = [], []
-    for (direction, prompts), parts in found.items():
+            # The group of all latents comes before single latents.
+            parts_of.setdefault(key, {}).setdefault(layer, (facts, latents))
+    latent_sets, notes = [], []
+    for (direction, prompts), parts in parts_of.items():
         lacking = [n for n in of_layer if n not in parts]
         if lacking:
             notes.append(f"no latent for '{direction}' at layer {', '.join(map(str, lacking))}")
         together = tuple(parts.values())
         if len(parts) > 1:
             name = f"{direction}_layers_{spans(list(parts))}"
-            made.append(LatentSet(name, direction, prompts, "group", together, layered=True))
+            latent_sets.append(LatentSet(name, direction, prompts, "group", together, layered=True))
         for layer, part in parts.items():
             role = "group" if len(part[1]) > 1 else "single"
             name = f"{direction}_layer_{layer}"
-            made.append(LatentSet(name, direction, prompts, role, (part,), layered=True))
-    return made, notes
+            latent_sets.append(LatentSet(name, direction, prompts, role, (part,), layered=True))
+    return latent_sets, notes
 
 
 def spans(numbers: list[int]) -> str:
-    """Numbers in rising order, neighbours drawn together: 1, 2, 3, 7 as `1-3_7`."""
+    """Numbers in ascending order with runs abbreviated: 1, 2, 3, 7 as `1-3_7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -30,7 +30,7 @@ from saexp.wording import counted
 N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]
 Matched = Mapping[tuple[str, float], Mapping[str, Sequence[str]]]
-"""(condition, coefficient) -> kind of control -> its matched controls."""
+"""(condition, coefficient) -> kind of control -> matched controls."""
 
 
 def summarise(
@@ -67,9 +67,9 @@ def summarise(
             table = prompts[_DESCRIBED].drop_duplicates().reset_index(drop=True)
             columns: dict[str, np.ndarray] = {}
             for name, kind in outcomes.items():
-                found = _outcome(_Cells.read(prompts, table, name), kind, seed)
-                found |= _against_controls(table, found, matched, prediction_test)
-                columns |= {f"{name}{suffix}": values for suffix, values in found.items()}
+                statistics = _outcome(_Cells.read(prompts, table, name), kind, seed)
+                statistics |= _against_controls(table, statistics, matched, prediction_test)
+                columns |= {f"{name}{suffix}": values for suffix, values in statistics.items()}
             about = {"split": [split] * len(table), "group": [group] * len(table)}
             parts.append(pd.concat([table, pd.DataFrame({**columns, **about})], axis=1))
     return pd.concat(parts, ignore_index=True)
@@ -77,24 +77,24 @@ def summarise(
 
 def matched_by_kind(controls: pd.DataFrame | None) -> Matched:
     """The matched controls of every condition and coefficient, from the table `controls`."""
-    found: dict[tuple[str, float], dict[str, list[str]]] = {}
+    matched: dict[tuple[str, float], dict[str, list[str]]] = {}
     if controls is None:
-        return found
+        return matched
     for row in controls[controls["matched"]].to_dict("records"):
-        kinds = found.setdefault((row["of"], row["coefficient"]), {})
+        kinds = matched.setdefault((row["of"], row["coefficient"]), {})
         kinds.setdefault(row["control_kind"], []).append(row["condition"])
-    return found
+    return matched
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """One outcome's values of units, by row of the described table."""
+    """Values of one outcome per unit, by row of the table of conditions."""
 
     values: Float[np.ndarray, "n_rows n_units"]
-    """NaN where a unit has none."""
+    """NaN where a unit has no value."""
     n_prompts: Float[np.ndarray, " n_rows"]
     start: Float[np.ndarray, " n_units"]
-    """The unsteered prompts'."""
+    """Values without intervention."""
     is_start: np.ndarray
     is_control: np.ndarray
 
@@ -116,9 +116,9 @@ def _outcome(cells: _Cells, kind: str, seed: int) -> dict[str, np.ndarray]:
     values = cells.values
     n = (~np.isnan(values)).sum(1)
     with np.errstate(invalid="ignore"):
-        # The difference of two infinities is none.
+        # The difference of two infinities is undefined.
         changes = np.where(cells.is_start[:, None], np.nan, values - cells.start)
-    # Controls are compared by their changes; nothing is concluded from one alone.
+    # Controls are compared by their changes; a single control is not tested.
     tested = np.where(cells.is_control[:, None], np.nan, changes)
     if kind == "rate":
         limits = np.stack(wilson(np.nansum(values, axis=1), n), axis=1)
@@ -159,19 +159,19 @@ def _by_size(
     function: Callable[[Float[np.ndarray, "n k"]], Float[np.ndarray, "k m"]],
     n_numbers: int,
 ) -> Float[np.ndarray, "n_rows m"]:
-    """`function` of rows that have equally many values, as columns; NaN for fewer than MIN_N."""
-    found = np.full((len(values), n_numbers), np.nan)
+    """`function` applied to rows with equally many values, as columns; NaN for fewer than MIN_N."""
+    results = np.full((len(values), n_numbers), np.nan)
     n = (~np.isnan(values)).sum(1)
     for size in np.unique(n[n >= MIN_N]):
         rows = np.flatnonzero((n == size) & ~np.isinf(values).any(1))
         if len(rows):
             block = np.stack([row[~np.isnan(row)] for row in values[rows]], axis=1)
-            found[rows] = function(block)
-    return found
+            results[rows] = function(block)
+    return results
 
 
 def _means(values: Float[np.ndarray, "n_rows n_units"]) -> Float[np.ndarray, " n_rows"]:
-    """Over units that have a value; NaN where none has."""
+    """Means over units that have a value; NaN where none has."""
     there = ~np.isnan(values)
     n = there.sum(1)
     return np.where(n > 0, np.where(there, values, 0.0).sum(1) / np.maximum(n, 1), np.nan)
@@ -179,7 +179,7 @@ def _means(values: Float[np.ndarray, "n_rows n_units"]) -> Float[np.ndarray, " n
 
 def _against_controls(
     table: pd.DataFrame,
-    found: Mapping[str, np.ndarray],
+    statistics: Mapping[str, np.ndarray],
     matched: Matched,
     prediction_test: bool,
 ) -> dict[str, np.ndarray]:
@@ -187,65 +187,64 @@ def _against_controls(
     row_of = {
         key: i for i, key in enumerate(zip(table["condition"], table["coefficient"], strict=True))
     }
-    made: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
     others_there = {kind for kinds in matched.values() for kind in kinds} - {*CONTROL_KINDS}
     for kind in (*CONTROL_KINDS, *sorted(others_there)):
-        made[f"_p_{kind}"] = np.full(len(table), np.nan)
-        made[f"_n_{kind}"] = np.zeros(len(table), dtype=int)
+        columns[f"_p_{kind}"] = np.full(len(table), np.nan)
+        columns[f"_n_{kind}"] = np.zeros(len(table), dtype=int)
     for name in ("_p_controls", "_p_controls_floor", *["_p_prediction"] * prediction_test):
-        made[name] = np.full(len(table), np.nan)
-    change = found["_change"]
+        columns[name] = np.full(len(table), np.nan)
+    change = statistics["_change"]
     for key, kinds in matched.items():
         i = row_of.get(key)
-        if i is None or found["_n"][i] < MIN_N or np.isnan(change[i]):
+        if i is None or statistics["_n"][i] < MIN_N or np.isnan(change[i]):
             continue
         achieved = []
         for kind, names in kinds.items():
             rows = [row_of[name, key[1]] for name in names if (name, key[1]) in row_of]
             others = change[rows][~np.isnan(change[rows])]
-            made[f"_p_{kind}"][i] = rank_p_value(float(change[i]), others)
-            made[f"_n_{kind}"][i] = len(others)
+            columns[f"_p_{kind}"][i] = rank_p_value(float(change[i]), others)
+            columns[f"_n_{kind}"][i] = len(others)
             if len(others) >= MIN_CONTROLS:
-                achieved.append((made[f"_p_{kind}"][i], 1 / (len(others) + 1), others))
+                achieved.append((columns[f"_p_{kind}"][i], 1 / (len(others) + 1), others))
         if achieved:
-            made["_p_controls"][i] = max(p for p, _, _ in achieved)
-            made["_p_controls_floor"][i] = max(floor for _, floor, _ in achieved)
+            columns["_p_controls"][i] = max(p for p, _, _ in achieved)
+            columns["_p_controls_floor"][i] = max(floor for _, floor, _ in achieved)
             if prediction_test:
                 p_values = [prediction_p_value(float(change[i]), c) for _, _, c in achieved]
-                made["_p_prediction"][i] = float(np.max(p_values))
-    return made
+                columns["_p_prediction"][i] = float(np.max(p_values))
+    return columns
 
 
 def unmoved(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
-    """A note per rate that is the same on every prompt in every condition, so says nothing."""
+    """A note per rate that is constant over all prompts and conditions, and so uninformative."""
     notes = []
     for name in (name for name, kind in kinds.items() if kind == "rate"):
         values = effects[name].dropna()
         if len(values) > 1 and values.nunique() == 1:
             notes.append(
                 f"{name.replace('_', ' ')} is {int(values.iloc[0])} on every prompt with and "
-                "without changes, so it shows nothing: give rows a prompt it can differ on, or "
+                "without intervention, so it is uninformative: use prompts on which it differs, or "
                 "choose other intervention.outcomes"
             )
     return notes
 
 
 def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict[str, float]:
-    """Per condition the coefficient at which one of it and its controls stands out on this split.
+    """Per condition the coefficient at which one of the condition and its controls stands out.
 
-    The gap of a coefficient is the size of the largest change of these conditions, in either
-    direction, less that of the second largest. The largest gap is taken, of equal gaps the smallest
-    coefficient. Where the condition itself has the largest change, its gap is |change| less that of
-    the most extreme control; but the rule treats the condition and its controls alike. A rule that
-    favours the condition makes rank p-values on the test split too small: it takes the coefficient
-    at which the condition is most extreme, and the controls at the same one.
+    The gap of a coefficient is the largest absolute change among the condition and its controls,
+    minus the second largest. The coefficient with the largest gap is chosen; among equal gaps, the
+    smallest. The rule treats the condition and its controls alike: a rule that favoured the
+    condition would make rank p-values on the test split too small, because it would choose the
+    coefficient at which the condition is extreme and compare it with controls at the same one.
 
-    Every condition that has a change at some coefficient other than 0 has a chosen one. Whether
-    there is an effect at it is for the test split to show.
+    Every condition that has a change at some coefficient other than 0 gets a coefficient. The test
+    split shows whether there is an effect at it.
     """
     part = summary[(summary["split"] == split) & (summary["coefficient"] != 0)]
     part = part[(part["role"] != "baseline") & part[f"{outcome}_change"].notna()]
-    found: dict[str, float] = {}
+    chosen: dict[str, float] = {}
     for condition in part.loc[part["role"] != "control", "condition"].unique():
         is_own = part["condition"] == condition
         family = part[is_own | ((part["of"] == condition) & (part["role"] == "control"))]
@@ -256,45 +255,47 @@ def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict
             sizes = at[f"{outcome}_change"].abs().groupby(at["condition"]).max()
             first, second = (*sizes.nlargest(2), 0.0)[:2]
             if first - second > best + 1e-9:
-                best, found[str(condition)] = first - second, float(coefficient)
-    return found
+                best, chosen[str(condition)] = first - second, float(coefficient)
+    return chosen
 
 
 _STRENGTHS = {"length": "added_norm", "norm_kept": "norm_kept"}
-"""Columns of strengths that are no unit of a coefficient."""
+"""Columns of strengths that are not units of the coefficient."""
 
 
 def with_strengths(
     summary: pd.DataFrame, conditions: Sequence[Condition], coefficients: Sequence[float]
 ) -> pd.DataFrame:
-    """Columns `added_norm` and `in_<unit>`: what each coefficient is in every unit."""
-    found = {
+    """Columns `added_norm` and `in_<unit>`: each coefficient in every unit."""
+    strengths_of = {
         (c.name, k): s
         for c in conditions
         for k, s in zip(coefficients, c.strengths, strict=False)
         if s
     }
-    names = list(dict.fromkeys(n for s in found.values() for n in s))
-    rows = [found.get((r["condition"], r["coefficient"]), {}) for r in summary.to_dict("records")]
+    names = list(dict.fromkeys(n for s in strengths_of.values() for n in s))
+    rows = [
+        strengths_of.get((r["condition"], r["coefficient"]), {}) for r in summary.to_dict("records")
+    ]
     found_in = {_STRENGTHS.get(n, f"in_{n}"): [r.get(n, np.nan) for r in rows] for n in names}
     return pd.concat([summary, pd.DataFrame(found_in, index=summary.index)], axis=1)
 
 
 def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
-    """Baselines, conditions at each coefficient with their p-value, and their controls' range.
+    """Baselines, conditions at each coefficient with p-values, and the range of their controls.
 
-    A condition that is run on the prompts of several groups has its metrics for each, with
-    `_on_<group>` after its name.
+    A condition that is run on the prompts of several groups has metrics for each group, with
+    `_on_<group>` appended to its name.
     """
     metrics: dict[str, float | int | None] = {}
     n_groups = summary.groupby("of")["group"].nunique()
 
-    def named(condition: str, of: str, group: str) -> str:
+    def full_name(condition: str, of: str, group: str) -> str:
         return f"{condition}_on_{group}" if of and n_groups[of] > 1 else condition
 
     for name in outcomes:
         for row in summary.to_dict("records"):
-            condition = named(row["condition"], row["of"], row["group"])
+            condition = full_name(row["condition"], row["of"], row["group"])
             stem, at = f"effect/{name}/{condition}", f"at_{row['coefficient']:g}"
             if row["role"] == "baseline":
                 metrics[stem] = row[name]
@@ -306,27 +307,27 @@ def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, 
         controls = summary[summary["role"] == "control"]
         by = ["of", "group", "coefficient"]
         for (of, group, coefficient), part in controls.groupby(by, sort=False):
-            at = f"effect/{name}/{named(str(of), str(of), str(group))}_controls"
+            at = f"effect/{name}/{full_name(str(of), str(of), str(group))}_controls"
             metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
             metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
     return metrics
 
 
 def summarised_conditions(summary: pd.DataFrame, outcome: str) -> list[str]:
-    """Conditions that a run's sentences are about.
+    """The conditions that a report's sentences are about.
 
-    Per direction its latents together (else the first alone), and its other directions; of many
-    places the one of the largest change on train prompts (test prompts where there are none).
-    Single latents beside a group are exploratory.
+    Per direction its latents together (or the first single latent) and its other directions; among
+    several patched locations the one with the largest change on train prompts, or on test prompts
+    where there are no train prompts. Single latents that also belong to a group are exploratory.
     """
     names: list[str] = []
-    own = summary[~summary["role"].isin(["baseline", "control"])]
-    for _, part in own.groupby(own["direction"].map(direction_of_set), sort=False):
+    conditions = summary[~summary["role"].isin(["baseline", "control"])]
+    for _, part in conditions.groupby(conditions["direction"].map(direction_of_set), sort=False):
         of_role = {r: list(p["condition"].unique()) for r, p in part.groupby("role")}
         names += (of_role.get("group") or of_role.get("single") or [])[:1]
         names += of_role.get("direction", [])
-        places = of_role.get("place", [])
-        names += [_strongest(summary, places, outcome)] if len(places) > 1 else places
+        patches = of_role.get("place", [])
+        names += [_strongest(summary, patches, outcome)] if len(patches) > 1 else patches
     return names
 
 
@@ -340,13 +341,13 @@ def _strongest(summary: pd.DataFrame, conditions: Sequence[str], outcome: str) -
 def with_claims(
     summary: pd.DataFrame, outcomes: Sequence[str], chosen: Mapping[str, float]
 ) -> pd.DataFrame:
-    """With columns `chosen`, `main`, `n_choices`, and per outcome `_p_controls_holm`.
+    """The summary with columns `chosen`, `main`, `n_choices`, and per outcome `_p_controls_holm`.
 
     `chosen` marks rows of the test split at the coefficient chosen for their condition, its
     controls included. The family of Holm's adjustment is the run's main conditions times its
     outcomes, each at the chosen coefficient on the test split; elsewhere it is NaN. Where the
-    coefficient was chosen among several on the test prompts themselves, for want of train prompts,
-    it is multiplied by their number (Bonferroni).
+    coefficient was chosen among several on the test prompts, because there are no train prompts,
+    p-values are also multiplied by the number of coefficients (Bonferroni).
     """
     main = summarised_conditions(summary, outcomes[0])
     marked = np.array(
@@ -368,7 +369,7 @@ def with_claims(
 
 
 def n_choices(summary: pd.DataFrame) -> int:
-    """Coefficients that the reported one was chosen among on test prompts, else 1."""
+    """Number of coefficients among which the reported one was chosen on test prompts, else 1."""
     if (summary["split"] == "train").any():
         return 1
     coefficients = summary.loc[summary["role"] != "baseline", "coefficient"]
@@ -376,7 +377,7 @@ def n_choices(summary: pd.DataFrame) -> int:
 
 
 def claim_notes(summary: pd.DataFrame, outcomes: Sequence[str]) -> list[str]:
-    """Where entities or controls are too few for any effect to be shown."""
+    """Notes where there are too few entities or controls to show any effect."""
     test = summary[summary["split"] == "test"]
     notes = []
     for row in test[test["role"] == "baseline"].to_dict("records"):

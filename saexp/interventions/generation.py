@@ -1,13 +1,16 @@
-"""Forward passes and generation in which every row has its own operations."""
+"""Forward passes and generation in which each row of a batch has its own operations.
+
+Two mechanisms avoid repeated work. Rows that differ only at the end of their prompts share the
+keys and values of the beginning (`_prefill`). Blocks below the lowest edit run once per distinct
+prompt (`_lower_blocks`). Both are exact: the shared part does not depend on the operations.
+"""
 
 import copy
 import hashlib
-import inspect
 import logging
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,16 @@ from torch import Tensor
 
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.operations import BatchEdit, Row, SAEs
-from saexp.models.forward import after_blocks, can_skip, is_plain, may_skip, skipping, with_room
+from saexp.models.forward import (
+    after_blocks,
+    can_skip,
+    is_plain,
+    keep_last_logits,
+    may_skip,
+    shares_keys_between_blocks,
+    skipping,
+    with_room,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids, run_truncated
@@ -35,9 +47,9 @@ log = logging.getLogger(__name__)
 
 
 _DROP_SHARE = 0.25
-"""Finished rows leave the batch once they are this share of it."""
+"""Finished rows leave the batch once they are this fraction of it."""
 _SHARE_FROM = 0.15
-"""Prompts are shared where that saves this share of a batch's tokens."""
+"""Prompts are shared where that saves this fraction of a batch's tokens."""
 
 
 def padded(
@@ -59,10 +71,10 @@ def in_batches(
     batch_tokens: int,
     most: int = 2**31,
 ) -> list[list[int]]:
-    """Rows by index, those of one prompt side by side, long ones first: at most `batch_tokens`
-    with padding and `extra` new tokens of each, and at most `most` rows, a batch (one at least).
+    """Batches of row indices, longest prompts first, rows of one prompt next to each other.
 
-    Rows of a batch have the same rotary frequencies at every step.
+    A batch has at most `batch_tokens` tokens, counting padding and `extra` new tokens per row, and
+    at most `most` rows, but at least one. Its rows have the same rotary frequencies at every step.
     """
     new = [1] * len(rows) if extra is None else extra
     config = model.text_config
@@ -81,27 +93,9 @@ def in_batches(
     return batches
 
 
-def _keeping(model: LanguageModel, n: int) -> dict[str, int]:
-    """Option that keeps the LM head to the last n positions, where the model has it.
-
-    With shared keys and values Gemma 4 cuts the stream itself to these positions.
-    """
-    return {"logits_to_keep": n} if _keeps(type(model.hf)) and not _shares_kv(model) else {}
-
-
-def _shares_kv(model: LanguageModel) -> bool:
-    """Whether later blocks read keys and values of earlier ones."""
-    return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
-
-
-@lru_cache
-def _keeps(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
-
-
 @dataclass
 class _Pass:
-    """What a pass over a batch's prompts leaves."""
+    """Results of a pass over the prompts of a batch."""
 
     logits: Float[Tensor, "b n V"]
     cache: Any
@@ -111,14 +105,14 @@ class _Pass:
 
 
 def _window(rows: Sequence[Row], width: int, n_last: int) -> int:
-    """Tokens from the end that must be run for each row by itself."""
+    """Number of last tokens that must be run for each row separately."""
     changed = max(len(r.ids) - r.first_changed for r in rows)
     return min(width, max(1, n_last, changed))
 
 
 @dataclass
 class _Inputs:
-    """A batch's prompts from token `start` on, the ones before it being in a cache or none."""
+    """Prompts of a batch from token `start` on; earlier tokens, if any, are in a cache."""
 
     ids: Int[Tensor, "b t"]
     mask: Int[Tensor, "b t"]
@@ -141,26 +135,26 @@ def _lower_blocks(
     cache: Any,
     of_prefix: Sequence[int],
 ) -> AbstractContextManager[None] | None:
-    """Run the blocks that nothing is changed in, once for rows with the same prompt.
+    """Run the blocks below the lowest edit once per distinct prompt.
 
-    A context in which the model goes on from there, with `cache` of prefixes below and of rows
-    above; None where too little would be saved.
+    Returns a context in which the model continues from their output, with `cache` per prefix below
+    and per row above; None where this would save too little.
     """
     n_blocks = change.n_untouched(model.n_layers) if may_skip(model) else 0
-    numbers: dict[tuple[int, ...], int] = {}
-    of_row = [numbers.setdefault(row.ids, len(numbers)) for row in rows]
-    share = (1 - len(numbers) / len(rows)) * n_blocks / model.n_layers
-    if share <= _SHARE_FROM or _shares_kv(model):
+    prompt_numbers: dict[tuple[int, ...], int] = {}
+    of_row = [prompt_numbers.setdefault(row.ids, len(prompt_numbers)) for row in rows]
+    saved_fraction = (1 - len(prompt_numbers) / len(rows)) * n_blocks / model.n_layers
+    if saved_fraction <= _SHARE_FROM or shares_keys_between_blocks(model):
         return None
-    at: dict[int, int] = {}
+    first_row: dict[int, int] = {}
     for i, number in enumerate(of_row):
-        at.setdefault(number, i)
-    firsts = torch.tensor(list(at.values()), device=model.device)
+        first_row.setdefault(number, i)
+    firsts = torch.tensor(list(first_row.values()), device=model.device)
     below = None
     if cache is not None:
         below = copy.copy(cache)
         below.layers = [copy.copy(layer) for layer in cache.layers]
-        prefixes = torch.tensor([of_prefix[i] for i in at.values()])
+        prefixes = torch.tensor([of_prefix[i] for i in first_row.values()])
         _choose(below.layers[:n_blocks], prefixes)
     output = after_blocks(
         model,
@@ -168,7 +162,7 @@ def _lower_blocks(
         **run.of(firsts),
         past_key_values=below,
         use_cache=below is not None,
-        **_keeping(model, 1),
+        **keep_last_logits(model, 1),
     )
     if not can_skip(model, output):
         return None
@@ -194,7 +188,7 @@ def _same_frequencies(model: LanguageModel, rows: Sequence[Row], window: int) ->
 def _prefill(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
 ) -> _Pass:
-    """Run the prompts with their operations; logits of each row's last `n_last` tokens."""
+    """Run prompts with their operations; logits at each row's last `n_last` tokens."""
     ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
@@ -212,7 +206,7 @@ def _prefill(
             attention_mask=mask[firsts, :-window],
             position_ids=positions[firsts, :-window],
             use_cache=True,
-            **_keeping(model, 1),
+            **keep_last_logits(model, 1),
         )
         cache = shared.past_key_values if is_plain(shared.past_key_values) else None
     if cache is None:
@@ -226,7 +220,7 @@ def _prefill(
             **run.of(slice(None)),
             past_key_values=cache,
             use_cache=use_cache or cache is not None,
-            **_keeping(model, n_last),
+            **keep_last_logits(model, n_last),
         )
     # NaN is the largest to amax; a model may give some tokens -inf.
     _check_finite(model, rows, out.logits[:, -1].amax(-1), generating=use_cache)
@@ -238,8 +232,8 @@ def _prefill(
 def _check_finite(
     model: LanguageModel, rows: Sequence[Row], highest: Float[Tensor, " b"], *, generating: bool
 ) -> None:
-    """Raise ModelError where a row's highest logit is NaN or infinite with nothing changed, and
-    InterventionError where an intervention makes it so and the argmax would hide it."""
+    """Raise ModelError where a row without operations has a NaN or infinite highest logit, and
+    InterventionError where operations cause that while generating (the argmax would hide it)."""
     bad = (~highest.isfinite()).nonzero()[:, 0].tolist()
     for row in (rows[i] for i in bad):
         text = model.tokenizer.decode(row.ids)[-60:]
@@ -258,9 +252,9 @@ def last_logits(
 ) -> Float[Tensor, "b n V"]:
     """Logits after each prompt's last `n_last` tokens, all rows in one batch.
 
-    n is the smaller of `n_last` and the longest prompt's length. Rows end together:
-    `logits[i, -k]` follows the k-th token from row i's end, so index from the right. What
-    stands left of a shorter row's first token is of padding and has no meaning.
+    n is `n_last`, or the longest prompt's length if that is smaller. Rows are aligned at their end:
+    `logits[i, -k]` follows the k-th last token of row i. Entries left of a shorter row's first
+    token belong to padding and have no meaning.
     """
     return _prefill(model, rows, saes or {}, n_last, use_cache=False).logits
 
@@ -273,7 +267,7 @@ def read_streams(
     hookpoints: Sequence[Hookpoint],
     positions: Sequence[Sequence[int]],
 ) -> dict[Hookpoint, list[Float[Tensor, "n d"]]]:
-    """Streams at row i's prompt tokens `positions[i]`, with its operations; all rows in one batch.
+    """Streams at prompt tokens `positions[i]` of row i, with its operations; all rows in one batch.
 
     No block after the deepest hookpoint runs.
     """
@@ -295,7 +289,7 @@ def read_streams(
 
 
 class _Drawing:
-    """Tokens from logits: the likeliest, or a draw that depends on nothing but the row."""
+    """Next tokens from logits: the argmax, or a sample that depends on the row alone."""
 
     def __init__(self, rows: Sequence[Row], steps: int, device: torch.device) -> None:
         self.device = device
@@ -312,25 +306,25 @@ class _Drawing:
         self.uniform = torch.from_numpy(uniform).to(device)
 
     def rest(self, rows: Sequence[int], first_step: int) -> "_Drawing":
-        """For these rows alone, from that step on."""
+        """For these rows only, from that step on."""
         rest, chosen = copy.copy(self), torch.tensor(rows, device=self.device)
         rest.temperature, rest.sampled = self.temperature[chosen], self.sampled[chosen]
         rest.uniform = self.uniform[chosen, first_step:]
         return rest
 
     def draw(self, logits: Float[Tensor, "b V"], step: int, alive: Tensor) -> Int[Tensor, " b"]:
-        """One token per row that is alive."""
+        """One token for each row that is not finished."""
         alive = alive.to(self.device)
-        likeliest = logits.argmax(-1)
+        tokens = logits.argmax(-1)
         sampled = self.sampled[alive]
         if not bool(sampled.any()):
-            return likeliest
+            return tokens
         scaled = logits[sampled].float() / self.temperature[alive][sampled, None]
-        heaped = scaled.softmax(-1).double().cumsum(-1)
-        level = self.uniform[alive, step][sampled, None] * heaped[:, -1:]
-        drawn = torch.searchsorted(heaped, level)[:, 0].clamp(max=logits.shape[-1] - 1)
-        likeliest[sampled] = drawn
-        return likeliest
+        cumulative = scaled.softmax(-1).double().cumsum(-1)
+        level = self.uniform[alive, step][sampled, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, level)[:, 0].clamp(max=logits.shape[-1] - 1)
+        tokens[sampled] = drawn
+        return tokens
 
 
 @torch.inference_mode()
@@ -339,42 +333,44 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """The greedy token after each of row i's last `n_last[i]` tokens, in order.
 
-    A row is asked for at most as many as it has tokens.
+    `n_last[i]` is at most the row's number of tokens.
     """
     for row, n in zip(rows, n_last, strict=True):
-        assert 1 <= n <= len(row.ids), f"{n} tokens asked of a row of {len(row.ids)}"
-    highest, found = last_logits(model, rows, saes, max(n_last)).max(-1)
+        assert 1 <= n <= len(row.ids), f"{n} tokens requested from a row of {len(row.ids)}"
+    highest, argmax = last_logits(model, rows, saes, max(n_last)).max(-1)
     for row, values, n in zip(rows, highest, n_last, strict=True):
         _check_finite(model, [row] * n, values[-n:], generating=True)
-    return [tokens[-n:] for tokens, n in zip(found.tolist(), n_last, strict=True)]
+    return [tokens[-n:] for tokens, n in zip(argmax.tolist(), n_last, strict=True)]
 
 
 @torch.inference_mode()
 def _generate_batch(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, limits: Sequence[int]
 ) -> list[list[int]]:
-    """New tokens of each row, at most its limit, without the end token; all rows in one batch."""
+    """New tokens per row, at most its limit, without the end token; all rows in one batch."""
     drawing = _Drawing(rows, max(limits), model.device)
-    said: list[list[int]] = [[] for _ in rows]
+    continuations: list[list[int]] = [[] for _ in rows]
     alive = list(range(len(rows)))
     for stop in _stops(model, rows, max(limits)):
-        left = [min(limits[i], stop) - len(said[i]) for i in alive]
-        found = _decode(model, [rows[i].followed_by(said[i]) for i in alive], saes, left, drawing)
-        for i, tokens in zip(alive, found, strict=True):
-            said[i] += tokens
-        # A row that has fewer tokens has come to its end.
-        going_on = [k for k, i in enumerate(alive) if len(said[i]) == stop < limits[i]]
+        left = [min(limits[i], stop) - len(continuations[i]) for i in alive]
+        tokens_of_row = _decode(
+            model, [rows[i].followed_by(continuations[i]) for i in alive], saes, left, drawing
+        )
+        for i, tokens in zip(alive, tokens_of_row, strict=True):
+            continuations[i] += tokens
+        # A row with fewer tokens has ended.
+        going_on = [k for k, i in enumerate(alive) if len(continuations[i]) == stop < limits[i]]
         if not going_on:
             break
         drawing = drawing.rest(going_on, max(left))
         alive = [alive[k] for k in going_on]
-    return said
+    return continuations
 
 
 def _stops(model: LanguageModel, rows: Sequence[Row], n_steps: int) -> list[int]:
-    """New tokens after which the keys are computed anew, and at last `n_steps`.
+    """Numbers of new tokens after which all keys are recomputed, and finally `n_steps`.
 
-    Rows whose frequencies change meanwhile are equally long (`in_batches`).
+    Rows whose rotary frequencies change while generating have equal lengths (`in_batches`).
     """
     n = len(rows[0].ids)
     if not changes_while_generating(model.text_config, n, n_steps):
@@ -392,22 +388,22 @@ def _decode(
     limits: Sequence[int],
     drawing: _Drawing,
 ) -> list[list[int]]:
-    """Token by token, with the keys of all before in a cache."""
+    """Decode token by token with a key-value cache."""
     eos = torch.tensor(model.eos_ids, device=model.device)
     n_steps = max(limits)
-    said = np.full((len(rows), n_steps), -1)
+    generated = np.full((len(rows), n_steps), -1)
     alive, most = torch.arange(len(rows)), torch.tensor(limits)
     finished = most < 1
     state = _prefill(model, rows, saes, 1, use_cache=True)
     cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
     logits = state.logits[:, -1]
-    keep_one = _keeping(model, 1)
-    # A finished row that is carried along would grow beyond its length, and decide on frequencies.
+    keep_one = keep_last_logits(model, 1)
+    # A finished row that stayed in the batch would grow, and its length would set the frequencies.
     drop_share = 0.0 if depends_on_length(model.text_config) else _DROP_SHARE
     for step in range(n_steps):
         following = drawing.draw(logits, step, alive)
         finished |= torch.isin(following, eos).cpu()
-        said[alive[~finished].numpy(), step] = following.cpu()[~finished].numpy()
+        generated[alive[~finished].numpy(), step] = following.cpu()[~finished].numpy()
         finished |= most[alive] <= step + 1
         if bool(finished.all()):
             break
@@ -434,4 +430,4 @@ def _decode(
         unfinished = [rows[i] for i in alive[~finished].tolist()]
         highest = logits.amax(-1)[(~finished).to(model.device)]
         _check_finite(model, unfinished, highest, generating=True)
-    return [row[row >= 0].tolist() for row in said]
+    return [row[row >= 0].tolist() for row in generated]

@@ -1,7 +1,7 @@
-"""Outcomes of jobs (prompt, condition, coefficient), each row computed once, and side effects."""
+"""Outcomes of interventions per prompt, condition and coefficient, and their side effects."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from saexp.data.prompts import space_note
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import InterventionError
 from saexp.interventions.batching import (
+    LogitReader,
     batch_tokens_for,
     divergences,
     generate,
@@ -49,33 +50,33 @@ class Job:
     example: Example
     condition: Condition
     at: int
-    """Which coefficient."""
+    """Number of the coefficient."""
     coefficient: float
 
 
 @dataclass
 class Measurement:
-    """Runs jobs on one model as it is now."""
+    """Measures outcomes of jobs on one model with its present weights."""
 
     model: LanguageModel
     saes: SAEs
-    asked: Sequence[Any]
+    requested: Sequence[Any]
     """Outcome objects."""
     cfg: InterventionConfig
     max_length: int
     cache: ResultCache | None
     original: Original | None = None
-    """Gives the model its own weights for a while, where some were taken out."""
+    """Context with the model's own weights, where directions are removed from its weights."""
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for outcome in self.asked:
+        for outcome in self.requested:
             if hasattr(outcome, "prepare"):
                 outcome.prepare(self.model.tokenizer, self.cfg.max_new_tokens)
 
     def wants(self, source: str) -> bool:
-        """Whether an outcome of this source is asked for."""
-        return any(o.source == source for o in self.asked)
+        """Whether an outcome of this source is requested."""
+        return any(o.source == source for o in self.requested)
 
     def _row(self, job: Job, placed: Placed) -> Row:
         ops = job.condition.ops(job.example.id, job.at) or ()
@@ -89,13 +90,13 @@ class Measurement:
         self, jobs: Sequence[Job], prompts: Prompts, examples: Sequence[Example]
     ) -> dict[str, list[Any]]:
         """Columns of the effects table: outcomes by name, and `generated_text`."""
-        found: dict[str, list[Any]] = {}
+        columns: dict[str, list[Any]] = {}
         if self.wants("text"):
-            found |= self._texts(jobs, {p.example.id: p for p in prompts.all()})
-        for outcome in self.asked:
+            columns |= self._texts(jobs, {p.example.id: p for p in prompts.all()})
+        for outcome in self.requested:
             if outcome.source == "next":
-                found[outcome.name] = self._next(jobs, outcome, examples)
-        return found
+                columns[outcome.name] = self._next(jobs, outcome, examples)
+        return columns
 
     def _texts(self, jobs: Sequence[Job], placed: dict[str, Placed]) -> dict[str, list[Any]]:
         rows = [self._row(job, placed[job.example.id]) for job in jobs]
@@ -108,62 +109,64 @@ class Measurement:
             cache=self.cache,
             key="intervention.max_new_tokens",
         )
-        # Many rows say the same.
-        numbers = list(map(tuple, tokens))
-        unlike = list(dict.fromkeys(numbers))
-        said = self.model.tokenizer.batch_decode(list(map(list, unlike)), skip_special_tokens=True)
-        text_of = dict(zip(unlike, said, strict=True))
-        found: dict[str, list[Any]] = {"generated_text": [text_of[made] for made in numbers]}
-        for outcome in self.asked:
+        # Many continuations are equal; each is decoded to text and scored once.
+        continuations = list(map(tuple, tokens))
+        distinct = list(dict.fromkeys(continuations))
+        texts = self.model.tokenizer.batch_decode(
+            list(map(list, distinct)), skip_special_tokens=True
+        )
+        text_of = dict(zip(distinct, texts, strict=True))
+        columns: dict[str, list[Any]] = {"generated_text": [text_of[c] for c in continuations]}
+        for outcome in self.requested:
             if outcome.source != "text":
                 continue
             if outcome.name == "perplexity":
-                found[outcome.name] = self._perplexity(rows, tokens)
+                columns[outcome.name] = self._perplexity(rows, tokens)
                 continue
-            seen: dict[tuple[str, tuple[int, ...]], Any] = {}
-            keys = [(job.example.id, made) for job, made in zip(jobs, numbers, strict=True)]
+            scores: dict[tuple[str, tuple[int, ...]], Any] = {}
+            keys = [(job.example.id, c) for job, c in zip(jobs, continuations, strict=True)]
             for job, key in zip(jobs, keys, strict=True):
-                if key not in seen:
-                    seen[key] = outcome.score(text_of[key[1]], job.example, list(key[1]))
-            found[outcome.name] = self._comparable(outcome, jobs, [seen[key] for key in keys])
-        return found
+                if key not in scores:
+                    scores[key] = outcome.score(text_of[key[1]], job.example, list(key[1]))
+            columns[outcome.name] = self._comparable(outcome, jobs, [scores[key] for key in keys])
+        return columns
 
     def _comparable(self, outcome: Any, jobs: Sequence[Job], values: list[Any]) -> list[Any]:
-        """The scores, without prompts that have none in some condition; these are told in a note.
+        """The scores, None for every prompt that has none in some condition; a note counts these.
 
-        Were only that condition left out, it would be compared with other prompts than the rest.
+        If such a prompt were left out of one condition only, conditions would be compared on
+        different prompts.
         """
-        lacking = {j.example.id for j, v in zip(jobs, values, strict=True) if v is None}
-        if not lacking:
+        unscored = {j.example.id for j, v in zip(jobs, values, strict=True) if v is None}
+        if not unscored:
             return values
-        told = getattr(outcome, "lacking", "have no answer to compare with")
-        self.notes.append(f"{outcome.name}: {counted(len(lacking), 'prompt')} {told}; left out")
-        return [None if j.example.id in lacking else v for j, v in zip(jobs, values, strict=True)]
+        reason = getattr(outcome, "lacking", "have no answer to compare with")
+        self.notes.append(f"{outcome.name}: {counted(len(unscored), 'prompt')} {reason}; left out")
+        return [None if j.example.id in unscored else v for j, v in zip(jobs, values, strict=True)]
 
     def _perplexity(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[float | None]:
-        """Generations under the unedited model, with its own weights."""
+        """Perplexity of the generations under the model without intervention."""
         wholes = [
             Row((*r.ids, *t), about=(len(t),)) for r, t in zip(rows, tokens, strict=True) if t
         ]
 
-        def reader(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
+        def loss(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
             return mean_loss(logits[:-1], row.ids[-row.about[0] :])
 
         own = self.original
+        kind = "loss of the last tokens" + (", own weights" if own else "")
+        reader = LogitReader(loss, kind, lambda row: row.about[0] + 1, "perplexity")
         with own() if own else nullcontext():
             losses = read_logits(
                 self.model,
                 wholes,
                 None,
                 reader,
-                kind="loss of the last tokens" + (", own weights" if own else ""),
                 batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
-                n_last=lambda r: r.about[0] + 1,
                 cache=self.cache,
-                what="perplexity",
             )
-        found = iter(losses)
-        return [float(np.exp(next(found)[0])) if t else None for t in tokens]
+        remaining = iter(losses)
+        return [float(np.exp(next(remaining)[0])) if t else None for t in tokens]
 
     def _next(
         self, jobs: Sequence[Job], outcome: Any, examples: Sequence[Example]
@@ -173,49 +176,52 @@ class Measurement:
         )
         self.notes += prompts.notes(f"prompts without {outcome.name}")
         placed = {p.example.id: p for p in prompts.all()}
-        wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
+        compared: dict[str, tuple[tuple[int, ...], ...]] = {}
         reasons: dict[str, int] = {}
         for name, prompt in placed.items():
             try:
-                both = outcome.tokens(prompt.example, self.model.tokenizer)
-                wanted[name] = tuple(map(tuple, both))
+                tokens = outcome.tokens(prompt.example, self.model.tokenizer)
+                compared[name] = tuple(map(tuple, tokens))
             except Unplaced as reason:
                 reasons[str(reason)] = reasons.get(str(reason), 0) + 1
         self.notes += [
             f"{n} prompts without {outcome.name}: {why}" for why, n in sorted(reasons.items())
         ]
         if getattr(outcome, "reads_answers", False):
-            spaced = space_note([placed[name].example for name in wanted])
-            self.notes += [note for note in spaced if note not in self.notes]
-        usable = [i for i, job in enumerate(jobs) if job.example.id in wanted]
-        # Samples have no say in the logits after the prompt.
+            about_spaces = space_note([placed[name].example for name in compared])
+            self.notes += [note for note in about_spaces if note not in self.notes]
+        usable = [i for i, job in enumerate(jobs) if job.example.id in compared]
+        # Logits after the prompt do not depend on sampling.
         rows = [
             replace(
                 self._row(jobs[i], placed[jobs[i].example.id]),
                 sample=None,
                 generated=False,
-                about=wanted[jobs[i].example.id],
+                about=compared[jobs[i].example.id],
             )
             for i in usable
         ]
         kind = reader_kind(outcome)
-        found = read_logits(
+        reader = LogitReader(
+            lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
+            kind or "",
+            label=outcome.name,
+        )
+        results = read_logits(
             self.model,
             rows,
             self.saes,
-            lambda row, logits: np.asarray([outcome.value(logits[-1], *row.about)]),
-            kind=kind or "",
+            reader,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache if kind else None,
-            what=outcome.name,
         )
         values: list[float | None] = [None] * len(jobs)
-        for i, value in zip(usable, found, strict=True):
+        for i, value in zip(usable, results, strict=True):
             values[i] = float(value[0])
         return values
 
     def neutral_tokens(self, neutral: Sequence[str]) -> list[TokenizedText]:
-        """The texts that costs are measured on, to a fixed length; a note says how many are cut."""
+        """The texts on which costs are measured, truncated; a note counts the truncated ones."""
         model, some = self.model, list(neutral)[: self.cfg.n_neutral]
         texts = tokenize(some, model.tokenizer, _NEUTRAL_TOKENS, model.prepend_bos)
         if n := sum(text.truncated for text in texts):
@@ -237,20 +243,20 @@ class Measurement:
             for ops in edits
             for text, changed in zip(texts, positions, strict=True)
         ]
-        found = divergences(
+        kl = divergences(
             self.model,
             rows,
             self.saes,
             batch_tokens=batch_tokens_for(self.model, self.cfg.batch_tokens),
             cache=self.cache,
         )
-        return np.asarray(found, dtype=np.float64).reshape(len(edits), len(texts))
+        return np.asarray(kl, dtype=np.float64).reshape(len(edits), len(texts))
 
     def costs(self, jobs: Sequence[Job], neutral: Sequence[str]) -> list[dict[str, Any]]:
-        """`neutral_kl` per condition and coefficient, its mean over texts.
+        """`neutral_kl` per condition and coefficient, averaged over texts.
 
-        Operations that belong to one prompt (patches) have no cost; that of edited weights is in
-        `weight_costs`.
+        Operations of a single prompt (patches) have no cost; `weight_costs` has that of edited
+        weights.
         """
         cells = {
             (j.condition.name, j.coefficient): (j.condition, j.condition.edits[j.at])
@@ -261,9 +267,19 @@ class Measurement:
             return []
         values = self.neutral_kl([ops for _, ops in cells.values()], neutral)
         return [
-            cost_row(condition, coefficient, own)
-            for ((_, coefficient), (condition, _)), own in zip(cells.items(), values, strict=True)
+            cost_row(condition, coefficient, kl)
+            for ((_, coefficient), (condition, _)), kl in zip(cells.items(), values, strict=True)
         ]
+
+
+def _condition_columns(condition: Condition) -> dict[str, Any]:
+    return {
+        "condition": condition.name,
+        "role": condition.role,
+        "control_kind": condition.control_kind,
+        "of": condition.of,
+        "direction": condition.direction,
+    }
 
 
 def cost_row(
@@ -271,11 +287,7 @@ def cost_row(
 ) -> dict[str, Any]:
     """A row of table `costs`."""
     return {
-        "condition": condition.name,
-        "role": condition.role,
-        "control_kind": condition.control_kind,
-        "of": condition.of,
-        "direction": condition.direction,
+        **_condition_columns(condition),
         "coefficient": coefficient,
         "neutral_kl": float(values.mean()),
         "neutral_kl_sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
@@ -283,156 +295,161 @@ def cost_row(
     }
 
 
-_BATCH = 64
-_TOLD = ("group", "direction", "place")
+_ATTENTION_BATCH = 64
+_MAIN_ROLES = ("group", "direction", "place")
 
 
-def attention_tables(
-    conditions: Sequence[Condition],
-    prompts: Prompts,
-    coefficients: Sequence[float],
-    chosen: Mapping[str, float],
-    model: LanguageModel,
-    saes: SAEs,
-    cfg: InterventionConfig,
-) -> tuple[dict[str, pd.DataFrame], dict[str, float | int | None]]:
-    """Tables `attention` (per layer and head) and `attention_summary` (per condition), and metrics.
+@dataclass(frozen=True)
+class AttentionTest:
+    """Attention from the last token to the entity, with and without an intervention."""
 
-    Numbers of the summary are over entities (`n`), tested against the unsteered prompts. Test
-    prompts only; each condition at the coefficient chosen for it, else its largest. Its
-    controls among `conditions` are run at the same one. A condition that takes directions out of
-    the weights is compared with the model's own weights. Raises InterventionError where no prompt
-    has an entity.
-    """
-    reported = [c for c in conditions if c.role in _TOLD]
-    reported = reported or [c for c in conditions if c.role == "single"]
-    heads: list[pd.DataFrame] = []
-    rows: list[dict[str, Any]] = []
-    metrics: dict[str, float | int | None] = {}
-    stored: dict[Any, np.ndarray] = {}
-    family = [
-        (c, m)
-        for m in reported
-        for c in conditions
-        if m.name in (c.name, c.of) and c.tried(_chosen_number(m, chosen, coefficients))
-    ]
-    with progress(len(family), "attention", "condition") as bar:
-        for condition, main in family:
-            at = _chosen_number(main, chosen, coefficients)
-            coefficient = coefficients[at]
-            placed = _usable(prompts, condition)
-            pairs = [(p, condition.ops(p.example.id, at)) for p in placed]
-            pairs = [(p, ops) for p, ops in pairs if ops is not None]
-            if not pairs:
-                raise InterventionError("outcome attention: no test prompt has an entity in it")
-            entities = [_entity(p) for p, _ in pairs]
-            plain = [
-                Row(p.tokens.ids, about=entity)
-                for (p, _), entity in zip(pairs, entities, strict=True)
-            ]
-            before = _measured(model, plain, {}, stored)
-            generated = cfg.where in ("all", "generated")
-            edited = [
-                Row(p.tokens.ids, ops, p.positions, generated, about=entity)
-                for (p, ops), entity in zip(pairs, entities, strict=True)
-            ]
-            with ExitStack() as stack:
-                weights = condition.weights if coefficient else None
-                if weights is not None:
-                    out = orthogonalized(model, weights, embedding=cfg.embedding)
-                    stack.enter_context(out)
-                seen = stored if weights is None else {}
-                after = _measured(model, edited, saes, seen)
-            units = np.array([p.example.unit for p, _ in pairs])
-            found = paired_head_test(
-                before.reshape(len(pairs), -1), after.reshape(len(pairs), -1), units, seed=cfg.seed
-            )
-            about = {
-                "condition": condition.name,
-                "role": condition.role,
-                "control_kind": condition.control_kind,
-                "of": condition.of,
-                "direction": condition.direction,
-                "group": condition.prompts,
-                "coefficient": coefficient,
-                "n": found.overall.n_units,
-                "n_prompts": len(pairs),
+    model: LanguageModel
+    saes: SAEs
+    cfg: InterventionConfig
+    prompts: Prompts
+    coefficients: Sequence[float]
+    chosen: Mapping[str, float]
+    """Condition -> the coefficient chosen for it."""
+
+    def tables(
+        self, conditions: Sequence[Condition]
+    ) -> tuple[dict[str, pd.DataFrame], dict[str, float | int | None]]:
+        """Tables `attention` (per layer and head) and `attention_summary` (per condition), metrics.
+
+        Rows of the summary are tested over entities (`n`) against the prompts without intervention,
+        on the test split. Each condition is run at its chosen coefficient, or at its largest, and
+        its controls among `conditions` at the same one. A condition that removes directions from
+        the weights is compared with the model's own weights. Raises InterventionError where no
+        prompt has an entity.
+        """
+        main = [c for c in conditions if c.role in _MAIN_ROLES]
+        main = main or [c for c in conditions if c.role == "single"]
+        tests = [
+            (c, self._index(m))
+            for m in main
+            for c in conditions
+            if m.name in (c.name, c.of) and c.tried(self._index(m))
+        ]
+        head_tables: list[pd.DataFrame] = []
+        summary: list[dict[str, Any]] = []
+        metrics: dict[str, float | int | None] = {}
+        attention_of_row: dict[Any, np.ndarray] = {}
+        with progress(len(tests), "attention", "condition") as bar:
+            for condition, index in tests:
+                row, heads = self._test(condition, index, attention_of_row)
+                summary.append(row)
+                if any(condition is m for m in main):
+                    head_tables.append(heads)
+                    name = f"effect/attention/{condition.name}_at_{row['coefficient']:g}"
+                    metrics[name] = row["difference"]
+                bar.update(1)
+        tables = {
+            "attention": pd.concat(head_tables, ignore_index=True),
+            "attention_summary": pd.DataFrame(summary),
+        }
+        return tables, metrics
+
+    def _index(self, main: Condition) -> int:
+        """Number of the coefficient at which a condition is run."""
+        coefficient = self.chosen.get(main.name, max(self.coefficients, key=abs))
+        return list(self.coefficients).index(coefficient)
+
+    def _test(
+        self, condition: Condition, index: int, attention_of_row: dict[Any, np.ndarray]
+    ) -> tuple[dict[str, Any], pd.DataFrame]:
+        """(summary row, table per head) of one condition."""
+        pairs = [
+            (prompt, ops)
+            for prompt in _test_prompts_with_entity(self.prompts, condition)
+            if (ops := condition.ops(prompt.example.id, index)) is not None
+        ]
+        if not pairs:
+            raise InterventionError("outcome attention: no test prompt has an entity in it")
+        generated = self.cfg.where in ("all", "generated")
+        unedited, edited = [], []
+        for prompt, ops in pairs:
+            entity = _entity_positions(prompt)
+            unedited.append(Row(prompt.tokens.ids, about=entity))
+            edited.append(Row(prompt.tokens.ids, ops, prompt.positions, generated, about=entity))
+        before = _attention(self.model, unedited, {}, attention_of_row)
+        weights = condition.weights if self.coefficients[index] else None
+        if weights is None:
+            after = _attention(self.model, edited, self.saes, attention_of_row)
+        else:
+            with orthogonalized(self.model, weights, embedding=self.cfg.embedding):
+                after = _attention(self.model, edited, self.saes, {})
+        test = paired_head_test(
+            before.reshape(len(pairs), -1),
+            after.reshape(len(pairs), -1),
+            np.array([prompt.example.unit for prompt, _ in pairs]),
+            seed=self.cfg.seed,
+        )
+        overall = test.overall
+        about = {
+            **_condition_columns(condition),
+            "group": condition.prompts,
+            "coefficient": self.coefficients[index],
+            "n": overall.n_units,
+            "n_prompts": len(pairs),
+        }
+        row = {
+            **about,
+            "original": overall.mean_first,
+            "edited": overall.mean_second,
+            "difference": overall.difference,
+            "ci_low": overall.ci_low,
+            "ci_high": overall.ci_high,
+            "p_value": overall.p_value,
+        }
+        n_layers, n_heads = before.shape[1:]
+        heads = pd.DataFrame(
+            {
+                "layer": np.repeat(np.arange(n_layers), n_heads),
+                "head": np.tile(np.arange(n_heads), n_layers),
+                "original": before.mean(0).ravel(),
+                "edited": after.mean(0).ravel(),
+                "difference": test.difference,
+                "p_corrected": test.p_corrected,
             }
-            rows.append(
-                about
-                | {
-                    "original": found.overall.mean_first,
-                    "edited": found.overall.mean_second,
-                    "difference": found.overall.difference,
-                    "ci_low": found.overall.ci_low,
-                    "ci_high": found.overall.ci_high,
-                    "p_value": found.overall.p_value,
-                }
-            )
-            if condition is main:
-                layers, n_heads = before.shape[1:]
-                table = pd.DataFrame(
-                    {
-                        "layer": np.repeat(np.arange(layers), n_heads),
-                        "head": np.tile(np.arange(n_heads), layers),
-                        "original": before.mean(0).ravel(),
-                        "edited": after.mean(0).ravel(),
-                        "difference": found.difference,
-                        "p_corrected": found.p_corrected,
-                    }
-                )
-                heads.append(table.assign(**about))
-                name = f"effect/attention/{condition.name}_at_{coefficient:g}"
-                metrics[name] = found.overall.difference
-            bar.update(1)
-    tables = {
-        "attention": pd.concat(heads, ignore_index=True),
-        "attention_summary": pd.DataFrame(rows),
-    }
-    return tables, metrics
+        )
+        return row, heads.assign(**about)
 
 
-def _chosen_number(
-    main: Condition, chosen: Mapping[str, float], coefficients: Sequence[float]
-) -> int:
-    return list(coefficients).index(chosen.get(main.name, max(coefficients, key=abs)))
-
-
-def _usable(prompts: Prompts, condition: Condition) -> list[Placed]:
-    found = []
-    for prompt in prompts.on(condition.prompts):
-        if prompt.example.split == "test" and prompt.example.spans:
-            found.append(prompt)
-    return found
-
-
-def _entity(prompt: Placed) -> tuple[int, ...]:
-    try:
-        return tuple(entity_tokens(prompt.example, prompt.tokens))
-    except Unplaced as reason:
-        raise InterventionError(f"outcome attention: {reason}") from reason
-
-
-def _measured(
-    model: LanguageModel, rows: Sequence[Row], saes: SAEs, stored: dict[Any, np.ndarray]
-) -> np.ndarray:
-    """`[n, n_layers, n_heads]`, attention of each row's last token to its tokens `about`."""
-    missing = [i for i, row in enumerate(rows) if row.key not in stored]
-    lengths = [len(rows[i].ids) for i in missing]
+def _attention(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    saes: SAEs,
+    attention_of_row: dict[Any, np.ndarray],
+) -> Float[np.ndarray, "n n_layers n_heads"]:
+    """Attention of each row's last token to its tokens `about`; equal rows are computed once,
+    across calls that share `attention_of_row`."""
+    missing = [row for row in rows if row.key not in attention_of_row]
+    lengths = [len(row.ids) for row in missing]
     check_positions(model, max(lengths, default=0))
-    for part in by_regime(model.text_config, lengths, _BATCH):
-        chosen = [missing[k] for k in part]
-        batch = [rows[i] for i in chosen]
+    for part in by_regime(model.text_config, lengths, _ATTENTION_BATCH):
+        batch = [missing[k] for k in part]
         ids, mask = padded([r.ids for r in batch], model.pad_id, model.device)
         width = ids.shape[1]
         keys = torch.zeros_like(ids, dtype=torch.bool)
         for k, row in enumerate(batch):
             keys[k, [width - len(row.ids) + t for t in row.about]] = True
         edits = BatchEdit(batch, width, saes, model.device).functions(width)
-        found = attention_to(model, ids, mask, keys, edits=edits).numpy()
-        for row, values in zip(batch, found, strict=True):
-            stored[row.key] = values
-    return np.stack([stored[row.key] for row in rows])
+        attention = attention_to(model, ids, mask, keys, edits=edits).numpy()
+        attention_of_row |= {row.key: a for row, a in zip(batch, attention, strict=True)}
+    return np.stack([attention_of_row[row.key] for row in rows])
+
+
+def _test_prompts_with_entity(prompts: Prompts, condition: Condition) -> list[Placed]:
+    return [
+        p for p in prompts.on(condition.prompts) if p.example.split == "test" and p.example.spans
+    ]
+
+
+def _entity_positions(prompt: Placed) -> tuple[int, ...]:
+    try:
+        return tuple(entity_tokens(prompt.example, prompt.tokens))
+    except Unplaced as reason:
+        raise InterventionError(f"outcome attention: {reason}") from reason
 
 
 def weight_costs(
@@ -441,10 +458,10 @@ def weight_costs(
     neutral: Sequence[str],
     original: Original | None,
 ) -> list[dict[str, Any]]:
-    """KL(original || edited weights) on neutral text, per condition and strength, as other costs.
+    """Rows of table `costs` for edited weights: KL(own weights || edited weights) on neutral text.
 
-    The jobs share the weights that the model has now; `original` gives it back its own for a while,
-    and is None where they are its own: there the cost is 0.
+    All jobs run under the model's present weights; `original` opens a context with its own ones. It
+    is None where the present weights are its own; the cost is 0 then.
     """
     cells = {
         (j.condition.name, j.coefficient): j.condition
@@ -457,14 +474,14 @@ def weight_costs(
     prompts = [text.ids for text in measurement.neutral_tokens(neutral)]
     values = np.zeros(len(prompts))
     if original is not None:
-        made = weight_divergences(
+        kl = weight_divergences(
             model,
             prompts,
             original,
             batch_tokens=batch_tokens_for(model, measurement.cfg.batch_tokens),
             cache=measurement.cache,
         )
-        values = np.asarray(made)
+        values = np.asarray(kl)
     return [
         cost_row(condition, coefficient, values) for (_, coefficient), condition in cells.items()
     ]

@@ -15,11 +15,12 @@ from saexp.models.hooks import EditFunction
 from saexp.saes.sae import SparseAutoencoder
 
 RULES = ("always", "active", "at_least")
-"""When a latent is moved to its target: always, only where it fires, or only where it is below."""
+"""Where a latent is moved to its target: always, only where it is active, or only where it is below
+the target."""
 
 
 class Vector:
-    """Numbers that are equal, and hash alike, where all of them are."""
+    """A tensor that compares and hashes by its values."""
 
     __slots__ = ("digest", "values")
 
@@ -41,7 +42,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Add:
-    """x + coefficient * vector, at the hookpoint that is written."""
+    """Steering: x + coefficient * vector, written at the hookpoint."""
 
     hookpoint: Hookpoint
     vector: Vector
@@ -53,13 +54,13 @@ class Add:
 class Move:
     """x + coefficient * sum_i (targets[i] - a(read[i])) * direction(write[i]).
 
-    a is a latent's own value at that position, so the reconstruction error is kept; coefficient 1
-    puts each latent at its target. Target 0 is ablation; coefficient 1 - s with target 0 scales by
-    s. `rule` says where: see RULES.
+    a is the latent's activation at that position, so the reconstruction error is kept. Coefficient
+    1 moves each latent to its target; target 0 ablates it; coefficient 1 - s with target 0 scales
+    it by s. `rule` is one of RULES.
     """
 
     hookpoint: Hookpoint
-    """What the SAE reads; a transcoder's directions are written at its `hookpoint_out`."""
+    """Stream that the SAE reads; directions of a transcoder are written at its `hookpoint_out`."""
     read: tuple[int, ...]
     write: tuple[int, ...]
     targets: tuple[float, ...]
@@ -76,15 +77,15 @@ class Project:
     """`[k, d]`, orthonormal rows."""
     coefficient: float
     targets: tuple[float, ...] = ()
-    """`[k]`: components wanted; zeros where not given."""
+    """`[k]`: target components; zeros if empty."""
 
 
 @dataclass(frozen=True)
 class Splice:
-    """The SAE's reconstruction in place of the activation: x + coefficient * (x^ - x).
+    """Replace the activation by the SAE's reconstruction x^: x + coefficient * (x^ - x).
 
-    With `error` what is missed is added back and nothing changes but rounding. With `instead`, a
-    unit vector `[d]`, a step of the same length is taken that way instead: the control.
+    With `error` the reconstruction error is added back, so that only rounding changes. With the
+    unit vector `instead`, `[d]`, the step has the same length but this direction: the control.
     """
 
     hookpoint: Hookpoint
@@ -95,14 +96,14 @@ class Splice:
 
 @dataclass(frozen=True)
 class Patch:
-    """Values from another run in place of the activation: x + coefficient * (values - x)."""
+    """Replace the activation by values of another run: x + coefficient * (values - x)."""
 
     hookpoint: Hookpoint
     values: Vector
-    """`[n, d]`, one per changed prompt token of the row, in order; none for generated tokens."""
+    """`[n, d]`, one row per changed prompt token, in order; generated tokens are not patched."""
     coefficient: float
     columns: tuple[int, int] | None = None
-    """[start, end) of the stream that is replaced, such as one head's part of attn_z."""
+    """[start, end) of the stream's columns that are replaced, such as one head of attn_z."""
 
 
 Op = Add | Move | Project | Splice | Patch
@@ -110,41 +111,41 @@ Op = Add | Move | Project | Splice | Patch
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw tokens instead of taking the likeliest one."""
+    """Sample tokens instead of taking the argmax."""
 
     temperature: float
     seed: int
-    """Rows that differ in it are different samples."""
+    """Different seeds give different samples."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, and what is done to it."""
+    """One prompt and the operations on it."""
 
     ids: tuple[int, ...]
     """Prompt tokens, special ones included."""
     ops: tuple[Op, ...] = ()
     positions: tuple[int, ...] = ()
-    """Prompt tokens that are changed, absolute and in order."""
+    """Indices of the prompt tokens that are changed, in order."""
     generated: bool = False
     """Whether generated tokens are changed too."""
     sample: Sampling | None = None
     """None: greedy."""
     about: tuple[Any, ...] = ()
-    """What else its reading depends on, such as the tokens compared."""
+    """Whatever else its result depends on, such as the tokens that are compared."""
     then: "Row | None" = None
-    """Further changes of the same prompt, which read the streams as the changes of this row leave
-    them; both are active."""
+    """A row with further operations on the same prompt, which read the streams as changed by the
+    operations of this row; both must be active."""
 
     @cached_property
     def active(self) -> tuple[Op, ...]:
-        """Operations that do something; none where no token is changed."""
+        """Operations that change something; empty where no token is changed."""
         if not self.positions and not self.generated:
             return ()
         return tuple(op for op in self.ops if op.coefficient != 0)
 
     def followed_by(self, tokens: Sequence[int]) -> "Row":
-        """With generated tokens as the end of its prompt, changed where generated ones are."""
+        """The row with generated tokens appended to its prompt; they are changed if `generated`."""
         start = len(self.ids)
         changed = range(start, start + len(tokens)) if self.generated else ()
         positions = (*self.positions, *changed)
@@ -153,13 +154,13 @@ class Row:
 
     @property
     def first_changed(self) -> int:
-        """Index of the first changed prompt token; all before it are as without the operations."""
+        """Index of the first changed prompt token; earlier ones are as without the operations."""
         own = min(self.positions) if self.active and self.positions else len(self.ids)
         return own if self.then is None else min(own, self.then.first_changed)
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Rows with one key have one result: no operation and coefficient 0 are the same."""
+        """Equal for rows with equal results; coefficient 0 counts as no operation."""
         if not self.active:
             return (self.ids, self.sample, self.about)
         changed = (self.active, self.positions, self.generated)
@@ -172,7 +173,7 @@ SAEs = Mapping[Hookpoint, SparseAutoencoder]
 
 
 class _Padded:
-    """Per row a list of (column, gain, target, rule), as tensors `[b, k]`; padding has gain 0."""
+    """Per row a list of (read, write, gain, target, rule); padding has gain 0."""
 
     def __init__(self, n_rows: int) -> None:
         self.entries: list[list[tuple[int, int, float, float, int]]] = [[] for _ in range(n_rows)]
@@ -192,14 +193,14 @@ class _Padded:
 
 
 class _Numbered(dict[Any, int]):
-    """Distinct things in the order they came."""
+    """Numbers of distinct keys in the order in which they were added."""
 
     def number(self, thing: Any) -> int:
         return self.setdefault(thing, len(self))
 
 
 class StreamProgram:
-    """Everything that a batch does to one stream."""
+    """All operations of a batch on one stream."""
 
     def __init__(self, n_rows: int, device: torch.device) -> None:
         self.device, self.n_rows = device, n_rows
@@ -213,10 +214,10 @@ class StreamProgram:
         self.patches: dict[int, Patch] = {}
         self.tensors: dict[str, Any] = {}
         self._kept: Tensor | None = None
-        """Rows that were kept before the tensors were built."""
+        """Rows that were selected before the tensors were built."""
 
     def add(self, row: int, op: Any, sae: SparseAutoencoder | None) -> None:
-        """Take in one operation of one row."""
+        """Add one operation of one row."""
         if isinstance(op, Add):
             self.added.append((row, op))
         elif isinstance(op, Move):
@@ -244,20 +245,20 @@ class StreamProgram:
             self.patches[row] = op
 
     def build(self, d: int) -> None:
-        """Turn what was taken in into tensors, once."""
-        made, device = self.tensors, self.device
+        """Turn the operations into tensors, once."""
+        tensors, device = self.tensors, self.device
         if self.added:
             rows = torch.tensor([row for row, _ in self.added])
             gains = torch.tensor([op.coefficient for _, op in self.added])
             steps = torch.stack([op.vector.values for _, op in self.added]) * gains[:, None]
-            made["added"] = torch.zeros(self.n_rows, d).index_add_(0, rows, steps).to(device)
+            tensors["added"] = torch.zeros(self.n_rows, d).index_add_(0, rows, steps).to(device)
         if self.moves:
             assert self.sae is not None
-            made["moves"] = self.moves.tensors(device)
-            made["directions"] = self.sae.directions(list(self.writing)).float().to(device)
+            tensors["moves"] = self.moves.tensors(device)
+            tensors["directions"] = self.sae.directions(list(self.writing)).float().to(device)
         if self.projections:
-            made["projections"] = self.projections.tensors(device)
-            made["basis"] = torch.cat(self.basis).to(device)
+            tensors["projections"] = self.projections.tensors(device)
+            tensors["basis"] = torch.cat(self.basis).to(device)
         if self.splices:
             gain, instead = torch.zeros(self.n_rows), torch.zeros(self.n_rows, d)
             for row, op in self.splices.items():
@@ -267,14 +268,14 @@ class StreamProgram:
             error = torch.tensor(
                 [r in self.splices and self.splices[r].error for r in range(self.n_rows)]
             )
-            made["splices"] = (gain.to(device), instead.to(device), error.to(device))
+            tensors["splices"] = (gain.to(device), instead.to(device), error.to(device))
         if self._kept is not None:
             self._select(self._kept)
 
     def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only; patches are of the prompt and end with it.
+        """Continue with these rows only. Patches apply to the prompt, so they end with it.
 
-        Where only generated tokens are changed, rows can end before anything was built.
+        Where only generated tokens are changed, rows can end before the tensors are built.
         """
         if self.tensors:
             self._select(chosen)
@@ -292,22 +293,22 @@ class StreamProgram:
     def change(
         self, old: Float[Tensor, "n d"], source: Float[Tensor, "n d_in"], row_of: Tensor
     ) -> Float[Tensor, "n d"]:
-        """New values of `n` positions, `row_of` their rows; `source` is what the SAE reads there.
+        """New values at `n` positions of the rows `row_of`; `source` is the SAE's input there.
 
-        All operations of a row read the values before any of them, and their changes add up.
+        All operations of a row read the unchanged values, and their changes add up.
         """
-        made, new = self.tensors, old
-        if "added" in made:
-            new = new + made["added"][row_of]
-        if "moves" in made:
+        tensors, new = self.tensors, old
+        if "added" in tensors:
+            new = new + tensors["added"][row_of]
+        if "moves" in tensors:
             new = new + self._moved(source, row_of)
-        if "projections" in made:
-            read, write, gain, target, _ = (t[row_of] for t in made["projections"])
-            component = (old @ made["basis"].T).gather(1, read)
-            steps = torch.zeros(len(old), len(made["basis"]), device=old.device)
+        if "projections" in tensors:
+            read, write, gain, target, _ = (t[row_of] for t in tensors["projections"])
+            component = (old @ tensors["basis"].T).gather(1, read)
+            steps = torch.zeros(len(old), len(tensors["basis"]), device=old.device)
             steps.scatter_add_(1, write, gain * (target - component))
-            new = new + steps @ made["basis"]
-        if "splices" in made:
+            new = new + steps @ tensors["basis"]
+        if "splices" in tensors:
             new = self._spliced(old, new, source, row_of)
         return new
 
@@ -326,33 +327,39 @@ class StreamProgram:
     def _spliced(self, old: Tensor, new: Tensor, source: Tensor, row_of: Tensor) -> Tensor:
         assert self.sae is not None
         gain, instead, error = (t[row_of] for t in self.tensors["splices"])
-        mine = (gain != 0).nonzero()[:, 0]
-        x = source[mine]
-        made = self.sae.decode(self.sae.encode(x), x).float().to(old.device)
-        before = old[mine]
-        step = (made - before).norm(dim=-1, keepdim=True) * instead[mine]
-        made = torch.where(instead[mine].any(-1, keepdim=True), before + step, made)
-        made = torch.where(error[mine, None], made + (before - made), made)
+        spliced = (gain != 0).nonzero()[:, 0]
+        x = source[spliced]
+        reconstruction = self.sae.decode(self.sae.encode(x), x).float().to(old.device)
+        before = old[spliced]
+        step = (reconstruction - before).norm(dim=-1, keepdim=True) * instead[spliced]
+        reconstruction = torch.where(
+            instead[spliced].any(-1, keepdim=True), before + step, reconstruction
+        )
+        reconstruction = torch.where(
+            error[spliced, None], reconstruction + (before - reconstruction), reconstruction
+        )
         new = new.clone()
-        new[mine] = new[mine] - before + torch.lerp(before, made, gain[mine, None])
+        new[spliced] = (
+            new[spliced] - before + torch.lerp(before, reconstruction, gain[spliced, None])
+        )
         return new
 
     def patched(self, new: Tensor, row_of: Tensor) -> Tensor:
-        """Put patches in; `new` holds all the rows' positions in order."""
+        """Apply patches; `new` holds the positions of all rows in order."""
         new = new.clone()
         for row, op in self.patches.items():
-            # Generated tokens that a row is continued with come after those of its prompt.
-            mine = (row_of == row).nonzero()[: len(op.values.values), 0]
+            # Generated tokens that were appended to a row come after those of its prompt.
+            positions = (row_of == row).nonzero()[: len(op.values.values), 0]
             start, end = op.columns or (0, new.shape[1])
             values = op.values.values.to(new.device)[:, start:end]
-            old = new[mine]
+            old = new[positions]
             old[:, start:end] = torch.lerp(old[:, start:end], values, op.coefficient)
-            new[mine] = old
+            new[positions] = old
         return new
 
 
 class BatchEdit:
-    """The rows of a batch, left-padded to `width` prompt tokens."""
+    """Operations of a batch of rows, left-padded to `width` prompt tokens."""
 
     def __init__(self, rows: Sequence[Row], width: int, saes: SAEs, device: torch.device) -> None:
         self.at_prompt = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -393,15 +400,14 @@ class BatchEdit:
         return own if self.then is None else [*own, *self.then.streams]
 
     def n_untouched(self, n_layers: int) -> int:
-        """Blocks from the first on in whose streams, and outputs but the last's, nothing is read
-        or changed."""
+        """Number of blocks, from the first one, below all streams that are read or changed."""
         lowest = (
             0 if h.stream == "embed" else h.layer + (h.stream == "resid_post") for h in self.streams
         )
         return min(lowest, default=n_layers)
 
     def keep(self, chosen: Tensor) -> None:
-        """Go on with these rows only (after the prompt)."""
+        """Continue with these rows only (after the prompt)."""
         self.at_prompt, self.at_generated = self.at_prompt[chosen], self.at_generated[chosen]
         for program in self.programs.values():
             program.keep(chosen)
@@ -409,15 +415,16 @@ class BatchEdit:
             self.then.keep(chosen)
 
     def functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
-        """Edits of a pass over the prompt's last `window` tokens; None: over one generated token.
+        """Edits for a pass over the last `window` tokens of the prompts, or, for None, over one
+        generated token.
 
-        A stream in which nothing is changed has no function, so it keeps every bit.
+        A stream in which nothing changes has no function, so it stays bit-equal.
         """
-        made = self._own_functions(window)
+        functions = self._own_functions(window)
         further = {} if self.then is None else self.then.functions(window)
         for at, function in further.items():
-            made[at] = _composed(made[at], function) if at in made else function
-        return made
+            functions[at] = _composed(functions[at], function) if at in functions else function
+        return functions
 
     def _own_functions(self, window: int | None) -> dict[Hookpoint, EditFunction]:
         mask = self.at_generated[:, None]
@@ -425,16 +432,16 @@ class BatchEdit:
             mask = self.at_prompt[:, self.at_prompt.shape[1] - window :]
         if not self.programs or not bool(mask.any()):
             return {}
-        made: dict[Hookpoint, EditFunction] = {}
+        functions: dict[Hookpoint, EditFunction] = {}
         row_of, token_of = mask.nonzero(as_tuple=True)
         where = (row_of, token_of)
         seen: dict[Hookpoint, Tensor] = {}
         for at, program in self.programs.items():
             source = self.sources.get(at)
             if source is not None:
-                made[source] = _remember(seen, source)
-            made[at] = _writer(program, where, seen, source, prompt=window is not None)
-        return made
+                functions[source] = _remember(seen, source)
+            functions[at] = _writer(program, where, seen, source, prompt=window is not None)
+        return functions
 
 
 def _composed(first: EditFunction, second: EditFunction) -> EditFunction:

@@ -1,7 +1,8 @@
-"""What is looked at after an intervention; registry kind `outcome`.
+"""Outcomes that are measured under an intervention; registry kind `outcome`.
 
-`text` outcomes score a generation, `next` outcomes the logits after the prompt, `cost` outcomes
-neutral text, `heads` outcomes attention. `rate` outcomes are yes or no, `mean` ones are numbers.
+By `source`: `text` outcomes score a generation, `next` outcomes read the logits after the prompt,
+`cost` outcomes are measured on neutral text, `heads` outcomes on attention. By `kind`: a `rate` is
+true or false per prompt, a `mean` is a number.
 """
 
 import re
@@ -39,7 +40,7 @@ def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
 
 
 class Refusal:
-    """Whether the model says it does not know."""
+    """Whether the model refuses, for example by saying that it does not know."""
 
     name, kind, source = "refusal", "rate", "text"
 
@@ -47,7 +48,7 @@ class Refusal:
         self.patterns = read_patterns()
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool:  # noqa: ARG002
-        """True for a refusal; the entity's own name is taken out first."""
+        """True for a refusal; the entity's name is removed first, as it may contain such words."""
         text = generated.replace("\u2019", "'")
         if example.entity:
             name = example.entity.replace("\u2019", "'")
@@ -56,7 +57,7 @@ class Refusal:
 
 
 class Accuracy:
-    """Whether the generation gives a right answer, by the matchers of `labeling.matchers`."""
+    """Whether the generation contains a correct answer, by `labeling.matchers`."""
 
     name, kind, source = "accuracy", "rate", "text"
 
@@ -76,70 +77,70 @@ class Accuracy:
 
 
 class ExactMatch:
-    """Whether the generation begins with the answer in whole words; white space is no matter."""
+    """Whether the generation begins with the answer as whole words, ignoring white space."""
 
     name, kind, source = "exact_match", "rate", "text"
     lacking = "have no answer, or one that intervention.max_new_tokens cuts off"
     max_new_tokens: int | None = None
 
     def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
-        """Told by the causal test: how long a generation can be."""
+        """Called by the causal test with the maximum length of a generation."""
         self.max_new_tokens = max_new_tokens
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:
-        """None where the example has no answer, and where the limit leaves open how it goes on."""
-        said = " ".join(generated.split())
+        """None where the example has no answer, or where the text is cut off within one."""
+        text = " ".join(generated.split())
         answers = [" ".join(answer.split()) for answer in example.answers if answer.strip()]
-        whole = (rf"{re.escape(x)}(?!\w)" if x[-1].isalnum() else re.escape(x) for x in answers)
-        if any(re.match(pattern, said) for pattern in whole):
+        patterns = (rf"{re.escape(x)}(?!\w)" if x[-1].isalnum() else re.escape(x) for x in answers)
+        if any(re.match(pattern, text) for pattern in patterns):
             return True
-        cut = len(tokens) == self.max_new_tokens and any(x.startswith(said) for x in answers)
-        return None if cut or not answers else False
+        cut_off = len(tokens) == self.max_new_tokens and any(x.startswith(text) for x in answers)
+        return None if cut_off or not answers else False
 
 
 class MatchingTokens:
-    """Leading tokens of the generation that spell the answer's beginning; of several the most."""
+    """Number of leading tokens of the generation that match the start of the best answer."""
 
     name, kind, source = "matching_tokens", "mean", "text"
     _tokenizer: Any = None
 
     def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
-        """Told by the causal test: what turns tokens into text."""
+        """Called by the causal test with the tokenizer."""
         self._tokenizer = tokenizer
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float | None:  # noqa: ARG002
-        """None where the example has no answer. White space in front is no matter."""
+        """None where the example has no answer. Leading white space is ignored."""
         answers = [answer.lstrip() for answer in example.answers if answer.strip()]
         if not answers:
             return None
 
         def text(n: int) -> str:
-            said = self._tokenizer.decode(
+            decoded = self._tokenizer.decode(
                 list(tokens[:n]), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            return said.lstrip()
+            return decoded.lstrip()
 
         shared = max(len(commonprefix([answer, text(len(tokens))])) for answer in answers)
         if not shared:
             return 0.0
-        # Texts of more and more tokens only grow, but for characters that are not whole yet.
+        # The text only grows with the number of tokens, except for incomplete characters.
         n = bisect_right(range(len(tokens) + 1), shared, key=lambda n: len(text(n))) - 1
         return float(n)
 
 
 class Repetition:
-    """Share of the generation's 3-grams of tokens that came before in it."""
+    """Fraction of the generation's token 3-grams that occurred in it before."""
 
     name, kind, source = "repetition", "mean", "text"
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float:  # noqa: ARG002
-        """0 where no 3-gram returns, or there is none."""
+        """0 where no 3-gram is repeated, or there is none."""
         grams = [tuple(tokens[i : i + _NGRAM]) for i in range(len(tokens) - _NGRAM + 1)]
         return 1 - len(Counter(grams)) / len(grams) if grams else 0.0
 
 
 class Length:
-    """Tokens generated, the end token not counted."""
+    """Number of generated tokens without the end token."""
 
     name, kind, source = "length", "mean", "text"
 
@@ -149,29 +150,29 @@ class Length:
 
 
 class Perplexity:
-    """exp of the mean loss of the generation under the unsteered model; from the engine."""
+    """exp of the mean loss of the generation under the model without intervention."""
 
     name, kind, source = "perplexity", "mean", "text"
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> float | None:  # noqa: ARG002
-        """Filled in by the causal test; None where nothing was generated."""
+        """The causal test computes it; None where nothing was generated."""
         return None
 
 
 class NextToken(ABC):
-    """Base of outcomes read from the logits after the prompt."""
+    """Base of outcomes that are read from the logits after the prompt."""
 
     name, kind, source = "", "mean", "next"
     reads_answers = False
     """Whether `tokens` depend on the example's answers."""
 
     def prompt(self, example: Example) -> Example:
-        """What is asked; the example's own prompt unless the outcome has a question."""
+        """The prompt: the example's own, unless the outcome asks a question."""
         return example
 
     @abstractmethod
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-        """(tokens for, tokens against). Raises Unplaced where the example has none."""
+        """(tokens for, tokens against); Unplaced is raised where the example has none."""
 
     @abstractmethod
     def value(
@@ -181,10 +182,10 @@ class NextToken(ABC):
 
 
 def reader_kind(outcome: Any) -> str | None:
-    """What the values that an outcome reads from logits are kept under: its name, its code, and
-    what it holds.
+    """Cache key of the values that an outcome reads from logits: its name, code and attributes.
 
-    The tokens compared are part of the row. None for code that is in no file: nothing is kept.
+    The compared tokens are part of the row. None for code that is not in a file, whose values are
+    not cached.
     """
     code = code_digest(type(outcome))
     return None if code is None else repr((outcome.name, code, sorted(vars(outcome).items())))
@@ -204,7 +205,7 @@ class _Answer(NextToken):
         return self.read(logits, first[0])
 
     def read(self, logits: Float[Tensor, " V"], token: int) -> float:
-        """The outcome from next-token logits and that token; its logit unless said otherwise."""
+        """The outcome from next-token logits and that token; by default its logit."""
         return float(logits[token])
 
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -229,7 +230,7 @@ class AnswerLogit(_Answer):
 
 
 class AnswerRank(_Answer):
-    """Rank of the answer's first token, 0 for the likeliest."""
+    """Rank of the answer's first token; 0 for the most likely token."""
 
     name = "answer_rank"
 
@@ -290,7 +291,7 @@ class YesNo(NextToken):
 
 
 class NeutralKL:
-    """Cost: KL(unedited || edited) per token of neutral text, every token or the weights edited."""
+    """Cost: KL(unedited || edited) per token of neutral text; every token or the weights edited."""
 
     name, kind, source = "neutral_kl", "mean", "cost"
 

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 VERSION = 4
-"""Of what is stored; entries of other versions are not read. In 2, generated texts of short prompts
-could be wrong, in 3 those with edits of generated tokens alone."""
+"""Version of the stored results; others are not read. In version 2 texts of short prompts could be
+wrong, in version 3 texts with edits of generated tokens only."""
 _LOOK_UP = 500
 """Keys per query, under SQLite's limit."""
 _INSERT = f"""
@@ -49,14 +49,14 @@ insert into {TABLE} values (?, ?, ?)
 on conflict (key) do update set value = excluded.value, checksum = excluded.checksum
 where value is not excluded.value or checksum is not excluded.checksum
 """
-"""Rows that are there already are not written again."""
+"""Rows that are already stored are not written again."""
 Version = tuple[int, int]
 
 
 def model_ingredients(model: LanguageModel) -> dict[str, Any]:
-    """What of a model fixes the results of a row of token ids.
+    """What, of a model, determines the results of a row of token ids.
 
-    The module path of its blocks is one: it says which streams are changed.
+    The module path of the blocks is included, as it determines which streams are changed.
     """
     return {
         "model": model.fingerprint,
@@ -68,9 +68,9 @@ def model_ingredients(model: LanguageModel) -> dict[str, Any]:
 
 
 class ResultCache:
-    """Numbers by key; `determined_by` is everything beside the row that fixes a result.
+    """Numbers by key; `determined_by` is everything but the row that determines a result.
 
-    A row whose checksum is not that of its key and value counts as absent.
+    A row whose checksum does not match its key and value counts as missing.
     """
 
     def __init__(self, cache_dir: str | Path, determined_by: Mapping[str, Any]) -> None:
@@ -78,42 +78,39 @@ class ResultCache:
         self.prefix = (VERSION, sorted(determined_by.items()))
         self.database = Database(self.path)
         self.read_version: Version | None = None
-        """That of the database when `get` last read it."""
+        """Version of the database when `get` last read it."""
         self._unwritten: list[tuple[bytes, bytes, bytes]] = []
         """Rows that could not be written because the file was locked."""
         self._damage_reported = False
-        """Whether damaged rows that cannot be removed were reported."""
+        """Whether damaged rows that cannot be removed were already reported."""
 
     @cached_property
     def _start(self) -> Any:
-        """The digest's state after what all rows have in common."""
+        """State of the digest after the part that all rows have in common."""
         return hashlib.sha256(f"({self.prefix!r}, ".encode())
 
     def key(self, kind: str, row_key: tuple[Any, ...]) -> bytes:
-        """Digest of the row, of what is computed of it, and of everything else that fixes that.
-
-        That of `repr((prefix, kind, row_key))`.
-        """
+        """Digest of `repr((prefix, kind, row_key))`: everything that determines a result."""
         digest = self._start.copy()
         digest.update(f"{kind!r}, {row_key!r})".encode())
         return digest.digest()
 
     def version(self, connection: Connection) -> Version:
-        """Differs where another connection has written, or the file is another one."""
+        """Changes when another connection writes, or when the file is replaced."""
         (number,) = connection.execute("pragma data_version").fetchone()
         return id(connection), number
 
     def get(self, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        """Those of the results that are there."""
-        wanted = list(keys)
+        """The stored results among these keys."""
+        all_keys = list(keys)
 
         def look_up(connection: Connection) -> tuple[dict[bytes, np.ndarray], int]:
             self.read_version = self.version(connection)
             results, n_damaged = {}, 0
-            for start in range(0, len(wanted), _LOOK_UP):
-                part = wanted[start : start + _LOOK_UP]
-                query = f"select * from {TABLE} where key in ({','.join('?' * len(part))})"
-                for row in connection.execute(query, part).fetchall():
+            for start in range(0, len(all_keys), _LOOK_UP):
+                some_keys = all_keys[start : start + _LOOK_UP]
+                query = f"select * from {TABLE} where key in ({','.join('?' * len(some_keys))})"
+                for row in connection.execute(query, some_keys).fetchall():
                     if is_sound(*row):
                         results[row[0]] = np.frombuffer(row[1], dtype="<f8")
                     else:
@@ -126,7 +123,7 @@ class ResultCache:
         return results
 
     def _remove_damaged(self) -> None:
-        """Remove all rows with wrong checksums, so that they are reported once."""
+        """Remove all rows with wrong checksums, so that they are reported only once."""
 
         def remove(connection: Connection) -> tuple[int, int]:
             rows = connection.execute(f"select rowid, * from {TABLE}")
@@ -149,7 +146,7 @@ class ResultCache:
                 *(self.path, n_damaged, counted(n_rows, "row")),
             )
         else:
-            # The index leads to other rows than those of its keys.
+            # The index points to rows of other keys.
             self.database.rebuild()
 
     def put(
@@ -157,7 +154,7 @@ class ResultCache:
         results: Sequence[tuple[bytes, np.ndarray]],
         also: Callable[[Connection], None] | None = None,
     ) -> None:
-        """Keep a batch, whole or not at all; `also` writes in the same transaction.
+        """Store a batch, whole or not at all; `also` writes in the same transaction.
 
         While another process has the file locked for long, batches are kept in memory.
         """
@@ -187,28 +184,28 @@ class ResultCache:
             self.put([])
         if self._unwritten:
             n_rows = counted(len(self._unwritten), "row")
-            log.warning("%s: %s not kept, the file is locked", self.path, n_rows)
+            log.warning("%s: %s could not be stored, because the file is locked", self.path, n_rows)
         self.database.close()
 
 
 STALLED_SECONDS = 600.0
-"""The rows of a living process that has finished none for so long are free."""
+"""Rows of a running process that has finished none for this long count as unclaimed."""
 SILENT_SECONDS = 30.0
-"""A waiting process that has not written for so long gets no rows; one that lives writes again."""
+"""A waiting process that has not written for this long gets no rows."""
 _SIGN_SECONDS = 5.0
-"""How often a process that waits shows that it lives, as marks of other hosts may not show it."""
+"""How often a waiting process writes, since lock files of other hosts may not show that it runs."""
 _POLL_SECONDS = 0.1
 _CHECK_SECONDS = 1.0
-"""How often a process' mark is looked at."""
+"""How often the lock file of a process is checked."""
 _READ_SECONDS = 2.0
-"""How often what others have finished is read while this process waits."""
+"""How often a waiting process reads results that others have stored."""
 _REPORT_SECONDS = 5.0
 _LEAST_SECONDS = 1.0
-"""Rows that take less are not divided."""
+"""Rows that take less time than this are not divided."""
 _MARK = re.compile(r"[\w.]+-\d+-[0-9a-f]+\.lock")
 Numbers = UInt64[np.ndarray, " n"]
 Compute = Callable[[list[T]], Generator[list[tuple[T, np.ndarray]], None, None]]
-"""Results of items, batch by batch in any order."""
+"""Computes results of items, batch by batch in any order."""
 
 
 class Batch(NamedTuple):
@@ -221,10 +218,10 @@ class Batch(NamedTuple):
 def shared(
     cache: ResultCache, items: Mapping[bytes, T], compute: Compute[T]
 ) -> Generator[Batch, None, None]:
-    """Results of all items by key: computed here, or read where another process computes them.
+    """Results of all items by key: computed here, or read when another process has computed them.
 
-    None of them is stored, as far as `cache.get` has seen last. Items that are best computed
-    together, such as rows of one prompt, stand side by side.
+    The items were not stored when `cache.get` was last called. Items that are best computed
+    together, such as rows of one prompt, are next to each other.
     """
     left = dict(items)
     claims = _Claims(cache)
@@ -251,7 +248,7 @@ def shared(
 def _batches(
     claims: "_Claims", todo: Mapping[bytes, T], compute: Compute[T]
 ) -> Generator[list[tuple[bytes, np.ndarray]], None, None]:
-    """Compute and store batches, until all are done or fewer are claimed than are left."""
+    """Compute and store batches until all are done, or until other processes get a part of them."""
     key_of = {id(item): key for key, item in todo.items()}
     remaining = dict.fromkeys(todo)
     began = time.monotonic()
@@ -287,11 +284,11 @@ class _Claims:
         self.keys: list[bytes] = []
         """Keys of the rows to compute here."""
         self.n_asking = 0
-        """Processes that ask for a part of them."""
+        """Number of processes that ask for a part of them."""
         self.lost = False
-        """Whether others have taken them, because this process seemed to stand still."""
+        """Whether other processes have taken them, because this process seemed to be stalled."""
         self.others_wrote = False
-        """Whether others have written since results were read, at the last `take`."""
+        """Whether, at the last `take`, others had written since results were last read."""
         self._lease = Lease.take(cache.path.parent) if cache.database.writable else None
         self._owner = self._lease.path.name if self._lease else ""
         self._steps = 0
@@ -299,12 +296,12 @@ class _Claims:
         self._seen: dict[str, tuple[int, float]] = {}
         """Of other processes: number of steps, and when that was first seen."""
         self._looked_at: dict[str, float] = {}
-        """When the mark of another process was last seen to be held."""
+        """When the lock file of another process was last found to be held."""
         self._waits_since: float | None = None
         self._waiting_reported = False
 
     def take(self, keys: Sequence[bytes]) -> None:
-        """Claim those of `keys` that no living process has; where there are none, ask for some."""
+        """Claim the `keys` that no running process has claimed; if there are none, ask for some."""
         self.lost, self.n_asking, self.keys = False, 0, list(keys)
         self.others_wrote = False
         if not self._owner:
@@ -320,7 +317,7 @@ class _Claims:
         changed = self.cache.version(connection) != self.cache.read_version
         if free.any():
             owners = [other.owner for other in others]
-            # Those that were given rows, or that waited for a dead process, want some of these.
+            # Processes that wait, also for a process that has ended, get a part of these rows.
             n_waiting = sum(not len(o.numbers) and o.asks not in owners for o in others)
             self.keys = [key for key, is_free in zip(keys, free, strict=True) if is_free]
             self.keys = self.keys[: math.ceil(len(self.keys) / (1 + n_waiting))]
@@ -328,16 +325,16 @@ class _Claims:
             self._waits_since, self.others_wrote = None, changed
             return
         self.keys = []
-        # A process that was asked and has given none of these rows is asked again.
-        asked = others[int(np.argmax([part.sum() for part in claimed]))]
-        self._list(connection, [], asked.owner)
-        self._report_waiting(asked.owner)
+        # A process that was claimant and has given none of these rows is claimant again.
+        claimant = others[int(np.argmax([is_claimed.sum() for is_claimed in claimed]))]
+        self._list(connection, [], claimant.owner)
+        self._report_waiting(claimant.owner)
         now = time.monotonic()
         if changed and now - self._read_at > _READ_SECONDS:
             self._read_at, self.others_wrote = now, True
 
     def _report_waiting(self, owner: str) -> None:
-        """Once, where it takes long."""
+        """Log once that this process waits, if that takes long."""
         now = time.monotonic()
         self._waits_since = self._waits_since or now
         if not self._waiting_reported and now - self._waits_since > _REPORT_SECONDS:
@@ -345,7 +342,7 @@ class _Claims:
             self._waiting_reported = True
 
     def _list(self, connection: Connection, keys: Sequence[bytes], asks: str) -> None:
-        """Write this process' row, unless it is there and new enough."""
+        """Write this process's row, unless it is stored and recent."""
         row = (self._owner, _numbers(keys).tobytes(), asks)
         same = "select 1 from claims where owner = ? and keys = ? and asks = ?"
         is_new = time.monotonic() - self._listed_at < _SIGN_SECONDS
@@ -359,7 +356,7 @@ class _Claims:
         )
 
     def store(self, results: Sequence[tuple[bytes, np.ndarray]], *, any_left: bool) -> None:
-        """Keep a batch; with the last of them the claim ends."""
+        """Store a batch; the claim ends with the last one."""
         if not self._owner:
             self.cache.put(results)
             return
@@ -379,7 +376,7 @@ class _Claims:
             self.keys = []
 
     def divide(self, remaining: Sequence[bytes]) -> None:
-        """Keep a part of the rows that are left, and leave as large a part to each that asks."""
+        """Keep a part of the remaining rows and release an equal part per process that asks."""
 
         def step(connection: Connection) -> None:
             asking = [o for o in self._living(connection) if o.asks == self._owner]
@@ -394,7 +391,7 @@ class _Claims:
             self.cache.database.write(step)
 
     def close(self) -> None:
-        """Give up what is claimed, and take the mark away."""
+        """Release all claims and remove the lock file."""
         if self._lease is None:
             return
         remove = "delete from claims where owner = ?"
@@ -403,7 +400,7 @@ class _Claims:
         self._lease.release()
 
     def _living(self, connection: Connection) -> list[_Other]:
-        """Other processes; the rows of those that have ended or stand still are removed."""
+        """Other running processes; the claims of ended or stalled ones are removed."""
         query = "select owner, keys, steps, asks from claims where owner != ?"
         others = []
         for owner, keys, steps, asks in connection.execute(query, (self._owner,)).fetchall():

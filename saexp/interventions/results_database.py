@@ -38,12 +38,12 @@ _HEADER = re.compile(
 
 
 def checksum(key: bytes, value: bytes) -> bytes:
-    """Of a row: a value under another key is damaged, too."""
+    """Checksum of a row with its key: a value under a wrong key counts as damaged."""
     return hashlib.blake2b(key + value, digest_size=_CHECKSUM_BYTES).digest()
 
 
 def is_sound(key: Any, value: Any, stored_checksum: Any) -> bool:
-    """Whether a row's columns are what was written: float64 values with the right checksum."""
+    """Whether a row is as it was written: float64 values with the right checksum."""
     if not (isinstance(key, bytes) and isinstance(value, bytes)) or len(value) % 8:
         return False
     return checksum(key, value) == stored_checksum
@@ -70,7 +70,7 @@ def readable_rows(path: Path) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 
 def _record(content: mmap.mmap, start: int, n_bytes: int) -> bytes:
-    """A record with its header; what a page has no room for is in a chain of overflow pages."""
+    """A record with its header; what does not fit on a page is in a chain of overflow pages."""
     most, least = PAGE_BYTES - 35, (PAGE_BYTES - 12) * 32 // 255 - 23
     if n_bytes <= most:
         return content[start : start + n_bytes]
@@ -88,9 +88,9 @@ def _record(content: mmap.mmap, start: int, n_bytes: int) -> bytes:
 
 
 def rebuild(path: Path) -> None:
-    """Set a damaged database aside, and begin a new one with the rows that can be read.
+    """Rename a damaged database, and create a new one with its readable rows.
 
-    The caller holds the lock of rebuilding. Raises OSError and sqlite3.Error; nothing is set aside
+    The caller holds the lock for rebuilding. Raises OSError and sqlite3.Error; nothing is renamed
     then.
     """
     new = path.with_name(f".tmp-{path.name}")
@@ -131,7 +131,7 @@ def _set_aside(path: Path, new: Path) -> Path:
         with suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     try:
-        # With two names there is always a database at `path`, should this process be killed.
+        # With two names there is a database at `path` even if this process is killed.
         os.link(path, aside)
     except OSError:
         path.rename(aside)
@@ -140,9 +140,9 @@ def _set_aside(path: Path, new: Path) -> Path:
 
 
 TIMEOUT_SECONDS = 60.0
-"""How long a lock of another process is waited for."""
+"""How long to wait for a lock of another process."""
 _LEAST_FREE_BYTES = 65536
-"""An I/O error where less is free is one of a full disk."""
+"""With less free space, an I/O error counts as a full disk."""
 _DAMAGED = (
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
@@ -153,12 +153,12 @@ _DAMAGED = (
 )
 _READ_ONLY = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 _ATTEMPTS = 3
-"""How often the file is rebuilt or opened again for one action."""
+"""How often the file is rebuilt or reopened for one action."""
 _BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 T = TypeVar("T")
 Connection = sqlite3.Connection
 Action = Callable[[Connection], T]
-"""Reads or writes; done again where the file was replaced meanwhile."""
+"""Reads or writes; repeated if the file was replaced meanwhile."""
 
 
 class LockedError(StoreError):
@@ -171,7 +171,7 @@ def _code(error: sqlite3.Error) -> int:
 
 
 class Database:
-    """A connection to the file. Methods raise StoreError, in one line."""
+    """A connection to the file. Methods raise StoreError with a one-line message."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -181,7 +181,7 @@ class Database:
         self.read(lambda _: None)
 
     def read(self, action: Action[T]) -> T:
-        """What `action` returns, of a database that is not damaged."""
+        """The result of `action`, after a rebuild if the database is damaged."""
         n_opened_again = 0
         while True:
             try:
@@ -204,7 +204,7 @@ class Database:
                 raise cannot_write(self.path, error) from error
 
     def write(self, action: Action[T]) -> T | None:
-        """As `read`, in a transaction; None, and nothing done, where it cannot be written."""
+        """As `read`, in a transaction; returns None without effect where the file is read-only."""
 
         def transaction(connection: Connection) -> T | None:
             if not self.writable:
@@ -228,11 +228,11 @@ class Database:
             self._connection = None
 
     def _current(self) -> Connection:
-        """The connection, to the file that now has the path."""
+        """The connection, to the file that is at the path now."""
         if self._connection is not None and self.writable and self._identity != self._file_now():
             self.close()
         if self._connection is None:
-            # Where it cannot be opened, `_replace` must know which file is damaged.
+            # If it cannot be opened, `_replace` needs the identity of the damaged file.
             self._identity = self._file_now()
             self._connection = self._opened() if self.writable else self._opened_to_read()
             self._identity = self._file_now()
@@ -268,9 +268,9 @@ class Database:
         connection.execute("select owner, keys, steps, asks from claims limit 1").fetchall()
 
     def _opened_to_read(self) -> Connection:
-        """Without the locks and journals that a read-only folder may not allow.
+        """A read-only connection, without locks and journals that a read-only folder may not allow.
 
-        Rows that are changed meanwhile have wrong checksums.
+        Rows that change while they are read have wrong checksums.
         """
         for options in ("mode=ro", "mode=ro&immutable=1"):
             uri = f"file:{quote(str(self.path.absolute()))}?{options}"
@@ -286,7 +286,7 @@ class Database:
                 if connection is not None:
                     connection.close()
                 reason = error
-        # Not the path's own method, which raises in a folder that may not be entered.
+        # Path.exists raises for a folder without permission.
         if os.path.exists(self.path):
             log.warning("%s cannot be read, nor rebuilt here: %s", self.path, reason)
         return self._memory()
@@ -300,7 +300,7 @@ class Database:
     def _is_damage(self, error: sqlite3.Error) -> bool:
         if _code(error) in _DAMAGED or os.path.isdir(self.path):
             return True
-        # While it is opened: tables of other columns.
+        # While opening: the tables have other columns.
         return self._connection is None and _code(error) == sqlite3.SQLITE_ERROR
 
     def _replace(self, error: sqlite3.Error) -> None:
@@ -314,7 +314,7 @@ class Database:
             self._connection = self._memory()
 
     def rebuild(self) -> None:
-        """Begin a new file with the rows that can be read."""
+        """Replace the file by a new one with its readable rows."""
         damaged = self._identity
         self.close()
         self._rebuild(damaged)
@@ -331,7 +331,7 @@ class Database:
                 raise cannot_write(self.path, error) from error
 
     def wait_less(self) -> None:
-        """Wait for locks of other processes for a second only, from now on."""
+        """From now on, wait for locks of other processes for one second only."""
         if self._connection is not None:
             self._connection.execute("pragma busy_timeout = 1000")
 

@@ -1,4 +1,4 @@
-"""The causal test: conditions on prompts, run in one go, scored and summed up."""
+"""The causal test: all conditions of an intervention on prompts, their outcomes and statistics."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from saexp.interventions.effects import (
     with_claims,
     with_strengths,
 )
-from saexp.interventions.measure import Job, Measurement, weight_costs
+from saexp.interventions.measure import AttentionTest, Job, Measurement, weight_costs
 from saexp.interventions.operations import Vector
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.models.loading import LanguageModel
@@ -50,17 +50,17 @@ def run_intervention(
 ) -> TaskResult:
     """Run an intervention's conditions on prompts of the test and the train split.
 
-    Tables: `effects` (a row per prompt, condition, coefficient), `effects_summary` (see
+    Tables: `effects` (one row per prompt, condition and coefficient), `effects_summary` (see
     `summarise`; `chosen` marks the coefficient chosen on train prompts), `controls` (see
-    `control_table`), `costs` where neutral text is looked at, `attention` where that is. Metrics,
-    of the test split: `effect/<outcome>/<condition>_at_<coefficient>`. Prompts without the
-    positions asked for are left out, counted and named in notes.
+    `control_table`), and with the outcomes `neutral_kl` and `attention` also `costs` and
+    `attention`. Metrics of the test split: `effect/<outcome>/<condition>_at_<coefficient>`. Prompts
+    without the positions of `intervention.where` are left out; notes count them by reason.
     """
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
 
 def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
-    """Test prompts, and train prompts to choose the coefficient on."""
+    """Test prompts, and train prompts for the choice of the coefficient."""
     test = [e for e in examples if e.split == "test"]
     train = [e for e in examples if e.split == "train"]
     chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
@@ -70,7 +70,7 @@ def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> lis
 
 
 class CausalTest:
-    """One intervention on one model."""
+    """The causal test of one intervention on one model."""
 
     def __init__(
         self,
@@ -90,12 +90,12 @@ class CausalTest:
         self.coefficients = parse_coefficients(self.cfg.coefficient)
 
     def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
-        """All of it; see `run_intervention`."""
+        """Run the whole test; see `run_intervention`."""
         chosen = tested_examples(self.cfg, examples)
         prompts = placed_prompts(chosen, self.model, self.cfg, self.max_length)
         if not prompts.of_group:
             raise InterventionError(
-                f"no prompt can be steered ({'; '.join(prompts.notes()) or 'none given'})"
+                f"no prompt can be steered ({'; '.join(prompts.notes()) or 'there are no prompts'})"
             )
         planned, notes = self.intervention.plan(self.facts, self.coefficients, prompts, self.model)
         if not planned:
@@ -143,20 +143,20 @@ class CausalTest:
         neutral: Sequence[str],
         result: TaskResult,
     ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
-        """The controls of the second stage, with KL; none without an outcome that they are for."""
+        """The controls of the second stage and their KL; empty where no outcome is tested."""
         if not self.kinds:
             return [], {}
         with self._measuring(None) as (measurement, _):
-            found = design.at_chosen(
+            controls = design.at_chosen(
                 chosen, lambda edits: measurement.neutral_kl(edits, neutral).mean(axis=1)
             )
             result.notes += [n for n in measurement.notes if n not in result.notes]
-        return found
+        return controls
 
     def _log_size(
         self, design: ControlDesign, at_every: Sequence[Condition], prompts: Prompts
     ) -> None:
-        """How many edited prompts there are to run, before the first of them."""
+        """Log the number of edited prompts before the first is run."""
         n_tried = [sum(map(c.tried, range(len(self.coefficients)))) for c in at_every]
         first = sum(n * len(prompts.on(c.prompts)) for n, c in zip(n_tried, at_every, strict=True))
         log.info("causal test: %d prompts at all coefficients", len(prompts.all()) + first)
@@ -184,29 +184,29 @@ class CausalTest:
         *,
         with_baseline: bool = False,
     ) -> pd.DataFrame:
-        """The effects of conditions on prompts; costs and notes go to `result`."""
+        """The effects of conditions on prompts; costs and notes are added to `result`."""
         jobs = self._jobs(conditions, prompts, with_baseline=with_baseline)
         effects = self._described(jobs)
         costs: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {}
-        for weights, mine in _by_weights(jobs).items():
-            some = [jobs[i] for i in mine]
+        for weights, indices in _by_weights(jobs).items():
+            some_jobs = [jobs[i] for i in indices]
             with self._measuring(weights) as (measurement, original):
-                for name, values in measurement.outcomes(some, prompts, examples).items():
+                for name, values in measurement.outcomes(some_jobs, prompts, examples).items():
                     column = columns.setdefault(name, [None] * len(jobs))
-                    for i, value in zip(mine, values, strict=True):
+                    for i, value in zip(indices, values, strict=True):
                         column[i] = value
                 if measurement.wants("cost"):
-                    costs += measurement.costs(some, neutral)
-                    costs += weight_costs(measurement, some, neutral, original)
+                    costs += measurement.costs(some_jobs, neutral)
+                    costs += weight_costs(measurement, some_jobs, neutral, original)
                 result.notes += [n for n in measurement.notes if n not in result.notes]
         if costs:
-            before = [result.tables["costs"]] if "costs" in result.tables else []
-            result.tables["costs"] = pd.concat([*before, pd.DataFrame(costs)], ignore_index=True)
+            earlier = [result.tables["costs"]] if "costs" in result.tables else []
+            result.tables["costs"] = pd.concat([*earlier, pd.DataFrame(costs)], ignore_index=True)
         return effects.assign(**columns)
 
     def _together(self, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-        """The effects of all stages; a prompt without a value in one of them has none in any."""
+        """The effects of all stages; a prompt without a value in one stage gets none in any."""
         effects = pd.concat(parts, ignore_index=True)
         if self.facts.saes:
             effects["layer"] = effects["layer"].astype("Int64")
@@ -226,7 +226,7 @@ class CausalTest:
         chosen: Mapping[str, float],
         kl: dict[tuple[str, float], float],
     ) -> None:
-        """Table `controls`, and notes on what it holds."""
+        """Add the table `controls` and notes on it."""
         if not any(c.role == "control" for c in conditions):
             return
         costs = result.tables.get("costs")
@@ -262,14 +262,14 @@ class CausalTest:
         return jobs
 
     def _described(self, jobs: Sequence[Job]) -> pd.DataFrame:
-        """What each row is, before anything is measured; by columns, as there are many rows."""
+        """The columns that describe each job, without outcomes; built by column for speed."""
         plain = () if self.facts.saes else (self.facts.written,)
-        where: dict[int, tuple[str, Any]] = {}
+        location_of: dict[int, tuple[str, Any]] = {}
         for condition in (job.condition for job in jobs):
-            if id(condition) not in where:
+            if id(condition) not in location_of:
                 written = condition.written or plain
                 layer = written[0].layer if len(written) == 1 else pd.NA
-                where[id(condition)] = ("+".join(at.name for at in written), layer)
+                location_of[id(condition)] = ("+".join(at.name for at in written), layer)
         examples, conditions = [j.example for j in jobs], [j.condition for j in jobs]
         return pd.DataFrame(
             {
@@ -287,8 +287,8 @@ class CausalTest:
                 "latent": [c.label for c in conditions],
                 "coefficient": [j.coefficient for j in jobs],
                 "coefficient_unit": coefficient_unit(self.cfg),
-                "hookpoint": [where[id(c)][0] for c in conditions],
-                "layer": [where[id(c)][1] for c in conditions],
+                "hookpoint": [location_of[id(c)][0] for c in conditions],
+                "layer": [location_of[id(c)][1] for c in conditions],
                 "where": self.cfg.where,
                 "answers": [" | ".join(e.answers) for e in examples],
             }
@@ -296,10 +296,8 @@ class CausalTest:
 
     @contextmanager
     def _measuring(self, weights: Vector | None) -> Iterator[tuple[Measurement, Original | None]]:
-        """Measure under the model's own weights, or with directions taken out of them.
-
-        Beside the measurement what gives the model its own weights for a while, if they are out.
-        """
+        """(measurement, context with the model's own weights) with directions removed from the
+        weights; (measurement, None) for `weights=None`, where nothing is removed."""
         cache = self._cache(weights)
         try:
             measurement = Measurement(
@@ -317,7 +315,7 @@ class CausalTest:
                 cache.close()
 
     def _cache(self, weights: Vector | None) -> ResultCache | None:
-        """Results of the same weights on the same kind of device; none for weights unknown."""
+        """Cache of results of these weights; None where an SAE's weights have no known identity."""
         saes = [sae_identity(sae) for sae in self.saes.values()]
         if None in saes:
             return None
@@ -329,7 +327,7 @@ class CausalTest:
         return ResultCache(self.cache_dir, determined_by)
 
     def _choose(self, effects: pd.DataFrame, notes: list[str]) -> dict[str, float]:
-        """The coefficient of each condition, chosen on train prompts where there are any."""
+        """The coefficient of each condition, chosen on train prompts if there are any."""
         if not self.kinds:
             return {}
         trained = "train" if (effects["split"] == "train").any() else "test"
@@ -346,8 +344,6 @@ class CausalTest:
     def _attention(
         self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
     ) -> None:
-        from saexp.interventions.measure import attention_tables
-
         summary = result.tables.get("effects_summary")
         chosen = (
             {}
@@ -356,15 +352,14 @@ class CausalTest:
                 summary.loc[summary["chosen"], ["condition", "coefficient"]].itertuples(index=False)
             )
         )
-        tables, metrics = attention_tables(
-            conditions, prompts, self.coefficients, chosen, self.model, self.saes, self.cfg
-        )
+        test = AttentionTest(self.model, self.saes, self.cfg, prompts, self.coefficients, chosen)
+        tables, metrics = test.tables(conditions)
         result.tables |= tables
         result.metrics |= metrics
 
 
 def coefficient_unit(cfg: InterventionConfig) -> str:
-    """What coefficient 1 stands for."""
+    """The unit of the coefficient."""
     if cfg.name == "steer":
         return cfg.unit
     return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
@@ -375,12 +370,12 @@ def coefficient_unit(cfg: InterventionConfig) -> str:
 def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
     """Indices of the jobs that run under the same weights."""
     vectors: dict[int, Vector] = {}
-    found: dict[Vector | None, list[int]] = {}
+    indices_of: dict[Vector | None, list[int]] = {}
     for i, job in enumerate(jobs):
         tensor: Tensor | None = job.condition.weights if job.coefficient else None
         key = None if tensor is None else vectors.setdefault(id(tensor), Vector(tensor))
-        found.setdefault(key, []).append(i)
-    return found
+        indices_of.setdefault(key, []).append(i)
+    return indices_of
 
 
 def _numeric(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 """Partial forward passes: lower blocks computed once, and key-value caches with room to grow."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from jaxtyping import Int
@@ -117,18 +119,68 @@ def skipping(
     def giving(*_args: Any, **_kwargs: Any) -> Any:
         return like(stream)
 
-    blocks: list[Any] = list(model.blocks[:n_blocks])
+    with replaced_blocks(model, [*[passing] * (n_blocks - 1), giving]):
+        yield
+
+
+@contextmanager
+def replaced_blocks(
+    model: LanguageModel, functions: Sequence[Callable[..., Any]]
+) -> Iterator[None]:
+    """Forward passes in which `functions[i]` stands in for block i; later blocks run as usual."""
+    blocks: list[Any] = list(model.blocks[: len(functions)])
+    # accelerate puts a forward of its own on modules that it spreads over devices.
     own = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in blocks[:-1]:
-            block.forward = passing
-        blocks[-1].forward = giving
+        for block, function in zip(blocks, functions, strict=True):
+            block.forward = function
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
+
+
+def keep_last_logits(model: LanguageModel, n: int) -> dict[str, int]:
+    """Option of the model's forward pass for logits at the last `n` positions only; empty where the
+    model has no such option.
+
+    With keys and values shared between blocks, Gemma 4 cuts the stream itself to these positions.
+    """
+    keeps = _has_logits_to_keep(type(model.hf)) and not shares_keys_between_blocks(model)
+    return {"logits_to_keep": n} if keeps else {}
+
+
+@lru_cache
+def _has_logits_to_keep(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
+def shares_keys_between_blocks(model: LanguageModel) -> bool:
+    """Whether later blocks read keys and values of earlier ones."""
+    return bool(getattr(model.text_config, "num_kv_shared_layers", 0))
+
+
+@contextmanager
+def head_input(model: LanguageModel, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Forward passes in which the LM head reads `function(hidden)`, with `hidden` `[b, t, d]`.
+
+    Selecting positions there keeps a batch's logits from being computed whole. Raises ModelError
+    for a model without an LM head.
+    """
+    head = model.hf.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{model.name} has no LM head, so it predicts no next token")
+
+    def replace(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (function(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def may_skip(model: LanguageModel) -> bool:

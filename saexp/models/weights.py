@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from saexp.errors import ModelError
+from saexp.models.forward import head_input
 from saexp.models.hookpoints import MIXERS, MLPS, Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -142,21 +143,14 @@ def only_at(model: LanguageModel, tokens: Int[Tensor, " b"]) -> Iterator[None]:
     The LM head reads these positions (indices into the padded tokens) only, so a whole batch's
     logits are never made. Raises ModelError for a model without an LM head.
     """
-    head = model.hf.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(model.hf).__name__} has no LM head")
 
-    def choose(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        places = tokens.to(hidden.device)
-        rows = torch.arange(len(places), device=hidden.device)
-        return (hidden[rows, places][:, None], *args[1:])
+    def choose(hidden: Tensor) -> Tensor:
+        positions = tokens.to(hidden.device)
+        rows = torch.arange(len(positions), device=hidden.device)
+        return hidden[rows, positions][:, None]
 
-    handle = head.register_forward_pre_hook(choose)
-    try:
+    with head_input(model, choose):
         yield
-    finally:
-        handle.remove()
 
 
 def right_padded(

@@ -95,7 +95,7 @@ def answers(
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
             cache=cache,
-            what="answering",
+            label="answering",
             key="task.max_new_tokens",
         )
     finally:

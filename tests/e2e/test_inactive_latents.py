@@ -112,7 +112,8 @@ def test_a_unit_of_its_own_activation_is_one_line(
         )
     assert str(error.value) == (
         f"intervention.unit={unit}: latent {inactive} is never active on the train split at "
-        "layer_2.resid_post, so it has no such value; type intervention.unit=resid_norm or raw"
+        "layer_2.resid_post, so this unit is undefined for it; type intervention.unit=resid_norm "
+        "or raw"
     )
 
 

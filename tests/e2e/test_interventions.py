@@ -11,7 +11,7 @@ import torch
 
 import saexp
 from saexp.errors import SaexpError
-from saexp.interventions.batching import Guessing
+from saexp.interventions.batching import SpeculativeDecoding
 from saexp.interventions.operations import Row
 from saexp.results import TaskResult
 
@@ -165,9 +165,9 @@ def test_a_killed_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     words = ["coefficient=[0,0.4]", "intervention.batch_tokens=1000", "seed=3"]
-    real, stages, made, asked = Guessing.run, [], [], []
+    real, stages, made, asked = SpeculativeDecoding.run, [], [], []
 
-    def dies(guessing: Guessing, rows: list[Row]) -> Iterator[Any]:
+    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
         stages.append(len(made))
         for batch in real(guessing, rows):
             if len(stages) == stage and len(made) - stages[-1] == 2:
@@ -175,16 +175,16 @@ def test_a_killed_run_goes_on_where_it_was(
             made.append(len(batch))
             yield batch
 
-    monkeypatch.setattr(Guessing, "run", dies)
+    monkeypatch.setattr(SpeculativeDecoding, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         ran(tmp_path / "own", tmp_path / "killed", *words)
     assert len(stages) == stage
 
-    def counts(guessing: Guessing, rows: list[Row]) -> Iterator[Any]:
+    def counts(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
         asked.append(len(rows))
         yield from real(guessing, rows)
 
-    monkeypatch.setattr(Guessing, "run", counts)
+    monkeypatch.setattr(SpeculativeDecoding, "run", counts)
     again = ran(tmp_path / "own", tmp_path / "again", *words)
     n_again = sum(asked)
     whole = ran(tmp_path / "fresh", tmp_path / "whole", *words)
@@ -227,7 +227,10 @@ def rows_file(folder: Path, n: int, **columns: Any) -> Path:
         (["intervention.where=entty"], "entty"),
         (["intervention.rule=sometimes"], "intervention.rule=sometimes is not known; choose from"),
         (["intervention.directions=[up]"], "intervention.directions=up is not known; choose from"),
-        (["intervention=patch", "intervention.where=generated"], "a patch needs prompt positions"),
+        (
+            ["intervention=patch", "intervention.where=generated"],
+            "intervention=patch needs prompt positions",
+        ),
         (["intervention=patch", "intervention.heads=all"], "streams=.attn_z."),
         (["intervention=patch", "intervention.layers=[77]"], "layer=77, but tiny has layers 0-4"),
         (["intervention=ablate", "intervention.layers=all"], "at the SAE's own layer"),

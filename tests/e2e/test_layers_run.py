@@ -162,10 +162,10 @@ def test_the_denoised_difference_is_reported_with_what_it_keeps(
     assert controls["control_kind"].tolist() == ["random_norm"] * 2 + ["random_kl"] * 2
     np.testing.assert_allclose(controls["norm_ratio"][:2], 1, rtol=1e-6)
     note = next(n for n in result.notes if n.startswith("denoised_difference towards 'unknown'"))
-    assert f"share of its norm kept {kept[0]:.2f}" in note
+    assert f"which keeps {kept[0]:.2f} of its norm" in note
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "unknown_denoised_difference" in page
-    assert f"share of its norm kept {kept[0]:.2f}" in page
+    assert f"which keeps {kept[0]:.2f} of its norm" in page
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,10 @@ def test_the_denoised_difference_is_reported_with_what_it_keeps(
         (["intervention.latents=[300]"], "latent 300, but the SAE of layer 2 has latents 0-255"),
         (["intervention.latents={9:[3]}"], "layer=9, but tiny has layers 0-4"),
         (["intervention=ablate", "intervention.layers=[1,2]"], "latents=selected_per_layer"),
-        (["intervention=splice", "intervention.layers=[1,2]"], "splice has one SAE"),
+        (
+            ["intervention=splice", "intervention.layers=[1,2]"],
+            "intervention=splice works at the hookpoint",
+        ),
         (
             ["analyzer=stats", "intervention.latents=[3]", "intervention.min_output_score=0.1"],
             "latents have no output scores here",

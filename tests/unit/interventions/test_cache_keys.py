@@ -18,7 +18,7 @@ from saexp.config import InterventionConfig, ModelConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
 from saexp.interventions.conditions import Condition, Placed, Prompts
-from saexp.interventions.measure import _measured
+from saexp.interventions.measure import AttentionTest, _attention
 from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
@@ -228,7 +228,7 @@ def test_attention_to_two_entities_of_one_prompt_is_measured_for_each() -> None:
     (tokens,) = tokenize([TEXTS[0]], model.tokenizer, 20)
     width = len(tokens)
     rows = [Row(tokens.ids, about=(at,)) for at in (0, 1, 2)]
-    found = _measured(model, rows, {}, {})
+    found = _attention(model, rows, {}, {})
     ids = torch.tensor([tokens.ids])
     for row, values in zip(rows, found, strict=True):
         keys = torch.zeros(1, width, dtype=torch.bool)
@@ -238,8 +238,6 @@ def test_attention_to_two_entities_of_one_prompt_is_measured_for_each() -> None:
 
 
 def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
-    from saexp.interventions.measure import attention_tables
-
     model, text = random_lm("llama"), "ab cd ef gh"
     (tokens,) = tokenize([text], model.tokenizer, 20)
     prompts = Prompts()
@@ -249,7 +247,8 @@ def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
     add = Add(AT, Vector(torch.zeros(model.d_model)), 1.0)
     condition = Condition("c", "group", "g", "g", (1,), "c", ((add,),))
     cfg = InterventionConfig(name="steer", coefficient=1.0, where="last")
-    tables, _ = attention_tables([condition], prompts, [1.0], {}, model, {}, cfg)
+    test = AttentionTest(model, {}, cfg, prompts, [1.0], {})
+    tables, _ = test.tables([condition])
     ids = torch.tensor([tokens.ids])
     alone = []
     for placed in prompts.all():

@@ -150,7 +150,7 @@ def test_while_another_process_has_it_locked_results_are_kept_in_memory(
         other.execute("rollback")
     assert len(cache.get([key for key, _ in more])) == 0
     cache.close()
-    assert "20 rows not kept" in caplog.text
+    assert "20 rows could not be stored" in caplog.text
     cache = ResultCache(tmp_path, {})
     assert len(cache.get([key for key, _ in more])) == 20
     cache.close()

@@ -234,7 +234,11 @@ def test_kinds_are_those_that_an_edit_can_have(
     ("kind", "settings", "note_text"),
     [
         (Steer, {}, None),
-        (Steer, {"directions": ["probe"]}, "frequency, disruption here: what is changed are not"),
+        (
+            Steer,
+            {"directions": ["probe"]},
+            "frequency, disruption here: the intervention does not change",
+        ),
         (ProjectOut, {}, "disruption, random_kl here: nothing is added that could be scaled"),
         (Scale, {}, "disruption, random_norm, random_kl here: nothing is added"),
         (Scale, {"control_kinds": ["frequency"]}, None),

@@ -244,7 +244,7 @@ def test_without_selected_latents_there_is_no_denoised_difference() -> None:
     conditions, notes = Steer(cfg).plan(about, [1.0], Prompts(), random_lm("llama"))
     assert not conditions
     assert notes == [
-        "denoised_difference: no latent is selected, so there is no span to project on"
+        "denoised_difference: no latent is selected, so there is nothing to project on"
     ]
 
 
@@ -317,9 +317,13 @@ def test_dependent_directions_fall_away() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (Clamp, {"directions": ["probe"]}, "names 'probe', which is none"),
+        (Clamp, {"directions": ["probe"]}, "'probe' in .* is not a latent"),
         (Ablate, {"layers": "all"}, "works at the SAE's own layer"),
-        (Steer, {"directions": ["probe"], "unit": "max_act"}, "type resid_norm or raw"),
+        (
+            Steer,
+            {"directions": ["probe"], "unit": "max_act"},
+            "type intervention.unit=resid_norm or raw",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(kind: type, settings: Any, message: str) -> None:
@@ -328,7 +332,7 @@ def test_what_does_not_go_together_is_said(kind: type, settings: Any, message: s
 
 
 def test_a_latent_of_which_nothing_is_known_is_said() -> None:
-    with pytest.raises(InterventionError, match="latent 4000 never fires on this data set"):
+    with pytest.raises(InterventionError, match="latent 4000 is never active on this data set"):
         planned(Steer, latents=[4000])
     with pytest.raises(InterventionError, match="two groups"):
         planned(Steer, directions=["mean_difference"], facts=facts(stream=False))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.batching import divergences, generate, read_logits
+from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
 from saexp.interventions.directions import orthonormal
 from saexp.interventions.generation import last_logits
 from saexp.interventions.operations import (
@@ -439,10 +439,12 @@ def test_logits_are_read_at_the_last_tokens_of_every_row(
         model,
         rows,
         {AT: sae},
-        lambda _row, logits: logits.log_softmax(-1)[:, 5].numpy(),
-        kind="test",
+        LogitReader(
+            lambda _row, logits: logits.log_softmax(-1)[:, 5].numpy(),
+            kind="test",
+            n_last=lambda row: row.about[0],
+        ),
         batch_tokens=30,
-        n_last=lambda row: row.about[0],
     )
     for row, values in zip(rows[:-1], found[:-1], strict=True):
         with torch.inference_mode():

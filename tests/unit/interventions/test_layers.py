@@ -306,5 +306,5 @@ def test_a_latent_of_which_nothing_is_known_is_named_with_its_layer() -> None:
     second = facts.layers[1]
     silent = replace(second, table=second.table.drop(index=5))
     facts = replace(facts, layers={0: facts.layers[0], 1: silent})
-    with pytest.raises(InterventionError, match="latent 5 never fires .* layer_1.resid_post"):
+    with pytest.raises(InterventionError, match="latent 5 is never active .* layer_1.resid_post"):
         planned("steer", facts)

@@ -7,7 +7,7 @@ import torch
 from saexp.data.examples import Example
 from saexp.data.positions import Unplaced
 from saexp.data.prompts import Prompt, in_template
-from saexp.interventions.batching import read_logits
+from saexp.interventions.batching import LogitReader, read_logits
 from saexp.interventions.operations import Row
 from saexp.interventions.outcomes import (
     Accuracy,
@@ -232,10 +232,12 @@ def test_the_loss_of_a_generation_is_transformers_own() -> None:
         model,
         [row],
         None,
-        lambda r, logits: mean_loss(logits[:-1], r.ids[-r.about[0] :]),
-        kind="loss",
+        LogitReader(
+            lambda r, logits: mean_loss(logits[:-1], r.ids[-r.about[0] :]),
+            kind="loss",
+            n_last=lambda r: r.about[0] + 1,
+        ),
         batch_tokens=100,
-        n_last=lambda r: r.about[0] + 1,
     )
     labels = torch.tensor([whole]).clone()
     labels[:, :-n] = -100

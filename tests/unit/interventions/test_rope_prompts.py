@@ -7,7 +7,7 @@ import torch
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
 from saexp.interventions.conditions import Placed
-from saexp.interventions.measure import _entity, _measured
+from saexp.interventions.measure import _attention, _entity_positions
 from saexp.interventions.operations import Row
 from saexp.interventions.steering import _captured
 from saexp.models.hookpoints import Hookpoint
@@ -46,8 +46,8 @@ def test_values_to_patch_in_equal_single_rows(name):
 @pytest.mark.parametrize("name", ROPE_MODELS)
 def test_attention_to_an_entity_equals_single_rows(name):
     def measured(some: list[Placed]) -> np.ndarray:
-        rows = [Row(p.tokens.ids, about=_entity(p)) for p in some]
-        return _measured(rope_lm(name), rows, {}, {})
+        rows = [Row(p.tokens.ids, about=_entity_positions(p)) for p in some]
+        return _attention(rope_lm(name), rows, {}, {})
 
     single = np.concatenate([measured([prompt]) for prompt in placed()])
     np.testing.assert_allclose(measured(placed()), single, atol=1e-6)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions.batching import generate, read_logits
+from saexp.interventions.batching import LogitReader, generate, read_logits
 from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY
@@ -87,8 +87,7 @@ def test_logits_of_prompts_on_both_sides_equal_single_rows(name):
         model,
         [Row(row.ids) for row in rows()],
         None,
-        lambda _row, logits: logits[-1].numpy(),
-        kind="test",
+        LogitReader(lambda _row, logits: logits[-1].numpy(), "test"),
         batch_tokens=10_000,
     )
     for row, values in zip(rows(), found, strict=True):

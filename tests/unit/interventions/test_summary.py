@@ -284,5 +284,5 @@ def test_a_rate_that_nothing_moves_is_noted(value: int) -> None:
     table["refusal"] = pd.array([bool(value)] * len(table), dtype="boolean")
     table["logit"] = 1.0
     (note,) = unmoved(table, KINDS)
-    assert note.startswith(f"refusal is {value} on every prompt with and without changes")
+    assert note.startswith(f"refusal is {value} on every prompt with and without intervention")
     assert unmoved(table.iloc[:0], KINDS) == []

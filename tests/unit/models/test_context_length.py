@@ -10,7 +10,7 @@ import transformers
 import saexp
 from saexp.analysis.attribution import attribute
 from saexp.errors import ModelError
-from saexp.interventions.batching import generate, read_logits
+from saexp.interventions.batching import LogitReader, generate, read_logits
 from saexp.interventions.operations import Row
 from saexp.models.forward import check_positions, context_limit, position_limit
 from saexp.models.loading import LanguageModel
@@ -110,7 +110,7 @@ def test_prompts_longer_than_the_positions_are_one_line_where_logits_are_read() 
     model, ids = random_lm("gpt2"), (5,) * 70
     with pytest.raises(ModelError, match="a prompt is 70 tokens long, but random-gpt2 has 64"):
         read_logits(
-            model, [Row(ids)], None, lambda _r, x: x[0].numpy(), kind="test", batch_tokens=100
+            model, [Row(ids)], None, LogitReader(lambda _r, x: x[0].numpy(), "x"), batch_tokens=100
         )
     with pytest.raises(ModelError, match="a prompt is 70 tokens long"):
         attribute(model, made_sae(), [ids], [(3,)], [5])
@@ -138,6 +138,7 @@ def test_a_model_that_nothing_is_run_on_is_not_loaded(tmp_path: Path) -> None:
     """Where every result is stored."""
     model = saved_lm("gpt2", tmp_path)
     budget = {"batch_tokens": 64}
-    assert read_logits(model, [], None, lambda _row, x: x.numpy(), kind="x", **budget) == []
+    reader = LogitReader(lambda _row, x: x.numpy(), "x")
+    assert read_logits(model, [], None, reader, **budget) == []
     assert generate(model, [], max_new_tokens=10**6, **budget) == []
     assert not model.loaded

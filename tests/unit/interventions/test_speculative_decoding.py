@@ -1,4 +1,4 @@
-"""Rows that guess each other's text say what each says alone, and take fewer passes."""
+"""Speculative decoding gives the tokens of each row decoded alone, in fewer passes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saexp.interventions import batching, generation
-from saexp.interventions.batching import Guessing, generate
+from saexp.interventions.batching import SpeculativeDecoding, generate
 from saexp.interventions.operations import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -18,7 +18,7 @@ N_NEW = 7
 
 
 def grid(model: LanguageModel, sae: SparseAutoencoder) -> list[Row]:
-    """Strong and weak edits of every kind, of prompts that many rows have and of one that has one.
+    """Strong and weak edits of every kind, on prompts with many rows and on one with a single row.
 
     Edits of generated tokens, patches and samples are among them.
     """
@@ -41,7 +41,7 @@ def alone(model: LanguageModel, row: Row, sae: SparseAutoencoder) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", STORED)
-def test_each_row_says_what_it_says_alone(architecture: str) -> None:
+def test_each_row_has_the_tokens_it_has_alone(architecture: str) -> None:
     model, sae = random_lm(architecture), made_sae()
     rows = grid(model, sae)
     wanted = [alone(model, row, sae) for row in rows]
@@ -51,18 +51,20 @@ def test_each_row_says_what_it_says_alone(architecture: str) -> None:
         assert found == wanted
 
 
-@pytest.mark.parametrize("worth", [-1.0, 2.0])
-def test_guessing_may_go_on_or_end(monkeypatch: pytest.MonkeyPatch, worth: float) -> None:
+@pytest.mark.parametrize("min_accepted", [-1.0, 2.0])
+def test_drafting_that_continues_or_ends_gives_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, min_accepted: float
+) -> None:
     model, sae = random_lm("llama"), made_sae()
     rows = grid(model, sae)
-    monkeypatch.setattr(batching, "_WORTH", worth)
+    monkeypatch.setattr(batching, "_MIN_ACCEPTED", min_accepted)
     monkeypatch.setattr(batching, "LOGIT_BYTES", 100_000)
     found = generate(model, rows, {AT: sae}, max_new_tokens=N_NEW, batch_tokens=500)
     assert found == [alone(model, row, sae) for row in rows]
 
 
-def test_rows_end_where_the_model_ends_them() -> None:
-    """Texts that end at the end token, before the limit, in guesses right and wrong."""
+def test_rows_end_at_the_end_token() -> None:
+    """Texts that end at the end token, before the limit, in drafts right and wrong."""
     model, sae = LanguageModel.wrap(random_hf("llama"), tokenizer()), made_sae()
     rows = grid(model, sae)
     free = [alone(model, row, sae) for row in rows]
@@ -86,8 +88,8 @@ def test_a_single_new_token() -> None:
     assert found == [alone(model, row, sae)[:1] for row in rows]
 
 
-def test_few_rows_are_generated_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weak edits that change no token: one row a prompt is generated, the others are checked."""
+def test_one_row_per_prompt_is_decoded_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weak edits that change no token: one row per prompt is decoded, the others are verified."""
     model, sae = random_lm("llama"), made_sae()
     some = prompts(model)[:3]
     rows = [Row(i, add(sae, (n,), 1e-6), (1,)) for n in range(20) for i in some]
@@ -98,27 +100,27 @@ def test_few_rows_are_generated_token_by_token(monkeypatch: pytest.MonkeyPatch) 
         return real(lm, batch, *rest)
 
     monkeypatch.setattr(generation, "_generate_batch", counted)
-    made = Guessing(model, {AT: sae}, N_NEW, 10_000)
-    found = {row.key: tokens for batch in made.run(rows) for row, tokens in batch}
+    decoding = SpeculativeDecoding(model, {AT: sae}, N_NEW, 10_000)
+    found = {row.key: tokens for batch in decoding.run(rows) for row, tokens in batch}
     assert len(generated) == 3
-    assert made.n_learned == made.n_run > 0
+    assert decoding.n_accepted == decoding.n_verified > 0
     assert len(found) == 60
     monkeypatch.setattr(generation, "_generate_batch", real)
     assert all(found[row.key] == alone(model, row, sae) for row in rows)
 
 
-def test_rows_of_prompts_of_their_own_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_rows_of_a_prompt_need_no_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_lm("llama")
 
     def never(*_: object) -> None:
-        raise AssertionError("something was guessed")
+        raise AssertionError("a draft was verified")
 
     monkeypatch.setattr(generation, "greedy_tokens", never)
     rows = [Row(i) for i in prompts(model)]
     assert len(generate(model, rows, max_new_tokens=3, batch_tokens=1000)) == len(rows)
 
 
-def test_a_transcoder_s_rows_guess_too() -> None:
+def test_rows_with_a_transcoder_are_drafted_too() -> None:
     model = random_lm("llama")
     generator = torch.Generator().manual_seed(5)
     source = Hookpoint(1, "mlp_in")
@@ -145,7 +147,7 @@ def test_a_transcoder_s_rows_guess_too() -> None:
     assert found == wanted
 
 
-def test_a_grid_of_added_vectors_as_the_benchmark_has_it() -> None:
+def test_a_grid_of_added_vectors() -> None:
     model, sae = random_lm("qwen2"), made_sae()
     rows = [
         Row(ids, (Add(AT, Vector(sae.W_dec[n]), c),), (len(ids) - 2,))
