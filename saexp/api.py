@@ -19,7 +19,7 @@ from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.interventions import PLACES
 from saexp.config.messages import of_composition, one_line
 from saexp.config.run import conf_folder, with_free_keys, without_plus
-from saexp.context import RunContext
+from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
 from saexp.errors import StoreError
 from saexp.files import cannot_write_run, write_error
@@ -27,7 +27,7 @@ from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
 from saexp.results import TaskResult, check_result
-from saexp.sweeps.planning import ahead
+from saexp.sweeps.planning import hookpoints_to_prefetch
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
@@ -91,17 +91,19 @@ def run(
     *,
     command: str | None = None,
     sweep: Path | None = None,
+    objects: ObjectCache | None = None,
 ) -> TaskResult:
     """One run; its files go to `folder` (outputs/<date>/<time> where not given).
 
-    `sweep` is the folder of the sweep that the run is a cell of.
+    `sweep` is the folder of the sweep that the run is a cell of. Runs that are given the same
+    `objects` share the model, SAEs, and latents that they have in common.
     Raises SaexpError for anything the user can fix; what was computed before stays on disk.
     """
     now = datetime.datetime.now()
     place = Path(folder) if folder else Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
     with holding(place):
         load_plugins(cfg.plugins)
-        return _run(cfg, place, now, command, sweep)
+        return _run(cfg, place, now, command, sweep, objects or ObjectCache())
 
 
 def _run(
@@ -110,6 +112,7 @@ def _run(
     now: datetime.datetime,
     command: str | None,
     sweep: Path | None,
+    objects: ObjectCache,
 ) -> TaskResult:
     """A run in its folder, which it holds."""
     (place / "error.txt").unlink(missing_ok=True)
@@ -128,7 +131,8 @@ def _run(
         tracker=tracker,
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
-        ahead=ahead(cfg, sweep),
+        prefetch=hookpoints_to_prefetch(cfg, sweep),
+        objects=objects,
         inputs=finished.inputs(cfg),
     )
     pages = page_states(place)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.base import AnalysisInputs, Analyzer, read_options, whole
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.data.examples import Example, Skip
@@ -106,14 +106,14 @@ _LOGIT_BYTES = 512 * 2**20
 """Largest tensor of logits."""
 
 
-class CapabilityAnalyzer:
+class CapabilityAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `capability`."""
 
     reads_acts = False
     ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         options = read_options(cfg, {"n_top": 10, "batch_tokens": 8192})
         self.n_top = whole("n_top", options["n_top"])
         self.batch_tokens = whole("batch_tokens", options["batch_tokens"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.analysis.classifier_metrics import Auroc, auroc_difference, auroc_of
 from saexp.analysis.contrast_checks import contrast_power, placebo_labels, placebo_latents
 from saexp.analysis.contrast_notes import (
@@ -29,7 +29,6 @@ from saexp.analysis.observations import (
     split_of,
 )
 from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
-from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import TaskResult
@@ -103,11 +102,11 @@ def _numbers(name: str, auroc: Auroc) -> dict[str, float | int | None]:
 _WITHIN_TYPES = "AUROC, separation and tests compare within types, freq_ and mean_ do not"
 
 
-class ContrastAnalyzer:
+class ContrastAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `contrast`."""
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+    reads_acts = False
+    selects_latents = True
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `contrast/…` and the table `latents`.

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.base import AnalysisInputs, Analyzer, read_options, whole
 from saexp.analysis.contrast_notes import unequal_types
 from saexp.config import AnalyzerConfig
 from saexp.data.tokenization import pieces
@@ -24,7 +24,7 @@ from saexp.wording import counted
 RANKINGS = ("max", "mean", "frequency")
 
 
-class TopFeaturesAnalyzer:
+class TopFeaturesAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `top_features`; takes several layers, one after another."""
 
     several_layers = True
@@ -32,7 +32,7 @@ class TopFeaturesAnalyzer:
     ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         options = read_options(cfg, {"top_k": 10, "by": "max", "n_texts": 3})
         self.top_k = whole("top_k", options["top_k"])
         self.n_texts = whole("n_texts", options["n_texts"])
@@ -183,7 +183,7 @@ class _Group:
     """Activations that are not zero."""
 
 
-class StatsAnalyzer:
+class StatsAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `stats`; takes several layers, one after another."""
 
     several_layers = True
@@ -191,7 +191,7 @@ class StatsAnalyzer:
     ordinary_only = True
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         options = read_options(cfg, {"top_k": 10, "n_bins": 60})
         self.top_k = whole("top_k", options["top_k"])
         self.n_bins = whole("n_bins", options["n_bins"], 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import AnalysisInputs, read_options, whole
+from saexp.analysis.base import AnalysisInputs, Analyzer, read_options, whole
 from saexp.analysis.classifier_metrics import MEASURES, WITHIN, Judge
 from saexp.analysis.classifiers import (
     Fitting,
@@ -52,11 +52,11 @@ _TYPES = (
 )
 
 
-class ProbeAnalyzer:
+class ProbeAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `probe`."""
 
     def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         options = read_options(cfg, _DEFAULTS)
         sizes, strengths = options["k"], options["strengths"]
         sizes = sizes if isinstance(sizes, list) else [sizes]
@@ -71,8 +71,7 @@ class ProbeAnalyzer:
             )
         self.strengths = [float(c) for c in strengths]
         self.max_train = whole("max_train", options["max_train"], 4)
-        self.transfer: str | None = options["transfer"]
-        """File of a second data set; the task collects it and hands it to `analyze`."""
+        self.transfer = options["transfer"]
         if self.transfer is not None and not Path(str(self.transfer)).is_file():
             raise ConfigError(f"analyzer.options.transfer={self.transfer}: no such file")
         self.within = column_names("within", options["within"])
@@ -82,7 +81,7 @@ class ProbeAnalyzer:
         self.unseen = unseen[0] if unseen else None
         self.fitting = Fitting(self.sizes, self.strengths, self.within, cfg.seed)
 
-    def analyze(self, inputs: AnalysisInputs, transfer: AnalysisInputs | None = None) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
         Metrics without suffix are of the train split (`probe/sparse_5_auroc`), `_test` ones of the
@@ -113,7 +112,7 @@ class ProbeAnalyzer:
         train = self._some(train, notes)
         probes, latents = self.fitting.fit(inputs, train, notes)
         places = {"": (inputs, train), "_test": (inputs, test)}
-        if transfer is not None:
+        if (transfer := inputs.transfer) is not None:
             check_columns(transfer.latents.rows, self.within, str(self.transfer))
             self._check_labels(transfer, None)
             places["_transfer"] = (transfer, self._not_fitted_on(inputs, transfer, train, notes))

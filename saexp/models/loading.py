@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -184,12 +184,17 @@ def _source(name: str) -> str:
     return name
 
 
+_Model = TypeVar("_Model", bound="LanguageModel")
+
+
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
     `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run takes
     it from its SAEs (`pipeline.collect`).
     """
+
+    __slots__ = ("__dict__", "__weakref__", "prepend_bos")
 
     prepend_bos: bool | None
     skippable = True
@@ -233,6 +238,16 @@ class LanguageModel:
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
+
+    def with_bos(self: _Model, prepend_bos: bool | None) -> _Model:
+        """This model with another `prepend_bos`: a view that shares weights, hooks and caches.
+
+        Everything but `prepend_bos` is shared, also what is loaded or computed later.
+        """
+        view = object.__new__(type(self))
+        view.__dict__ = self.__dict__
+        view.prepend_bos = prepend_bos
+        return view
 
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """By transformers' class of that name, which it imports when it is first asked for."""

@@ -371,8 +371,8 @@ def _set_factor(sae: SparseAutoencoder, asked: Any, name: str) -> None:
 
 @torch.inference_mode()
 def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"]]) -> float:
-    """Set the factor that brings the rows' mean norm to sqrt(d_in), as sae-lens and Anthropic's
-    training do (Conerly et al. 2024, Circuits Updates April), and return it.
+    """The factor that brings the rows' mean norm to sqrt(d_in), as sae-lens and Anthropic's
+    training do (Conerly et al. 2024, Circuits Updates April).
 
     Raises SAEError where every row is zero.
     """
@@ -382,9 +382,7 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
         n += len(acts)
     if not total:
         raise SAEError("sae.norm_factor=estimate: every activation is zero; give it as a number")
-    sae.norm_factor = sae.d_in**0.5 * n / total
-    sae.metadata["norm_factor"] = sae.norm_factor
-    return sae.norm_factor
+    return sae.d_in**0.5 * n / total
 
 
 def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:

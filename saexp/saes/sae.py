@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -262,6 +263,13 @@ class SparseAutoencoder(nn.Module):
             self.register_buffer(name, value)
         self.d_in, self.d_sae = self.W_enc.shape
         self.d_out = self.W_dec.shape[1]
+
+    def with_factor(self, factor: float) -> "SparseAutoencoder":
+        """This SAE with its inputs scaled by `factor`; the weights are shared."""
+        sae = copy(self)
+        sae.norm_factor = factor
+        sae.metadata = {**self.metadata, "norm_factor": factor}
+        return sae
 
     def extra_repr(self) -> str:
         """What a notebook shows of it."""

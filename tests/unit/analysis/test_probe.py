@@ -76,7 +76,7 @@ def probe(
 ) -> TaskResult:
     settings = {"k": [1, 3], "strengths": STRENGTHS, **options}
     cfg = AnalyzerConfig(name="probe", n_bootstrap=n_bootstrap, options=settings)
-    return ProbeAnalyzer(cfg).analyze(inputs, transfer)
+    return ProbeAnalyzer(cfg).analyze(replace(inputs, transfer=transfer))
 
 
 @pytest.fixture(scope="module")

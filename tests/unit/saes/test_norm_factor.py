@@ -58,7 +58,9 @@ def test_it_is_estimated_to_norm_sqrt_d_in(tmp_path: Path) -> None:
     assert made.lacks_factor
     factor = estimate_factor(made, [x[:20], x[20:]])
     assert factor == pytest.approx(float(D_IN**0.5 / x.norm(dim=-1).mean()))
-    assert made.norm_factor == factor == made.metadata["norm_factor"]
+    scaled = made.with_factor(factor)
+    assert scaled.norm_factor == factor == scaled.metadata["norm_factor"]
+    assert made.norm_factor is None
     assert float((x * factor).norm(dim=-1).mean()) == pytest.approx(D_IN**0.5)
     with pytest.raises(SAEError, match="every activation is zero"):
         estimate_factor(made, [torch.zeros(3, D_IN)])
