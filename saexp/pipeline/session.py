@@ -267,8 +267,8 @@ class Session:
             both = sorted(getattr(result, kind).keys() & set(reserved))
             if both:
                 raise ConfigError(
-                    f"analyzer={name}: the run itself has {kind} called {', '.join(both)}; rename "
-                    "those of the analyzer"
+                    f"analyzer={name}: {kind} called {', '.join(both)} are written by the run "
+                    "itself; rename those of the analyzer"
                 )
         return result
 
