@@ -19,7 +19,7 @@ from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.interventions import PLACES
 from saexp.config.messages import is_composition_error, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
-from saexp.context import RunContext
+from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
 from saexp.errors import StoreError
 from saexp.files import cannot_write_run, write_error
@@ -27,7 +27,7 @@ from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
 from saexp.results import TaskResult, check_result
-from saexp.sweeps.planning import ahead
+from saexp.sweeps.planning import hookpoints_to_prefetch
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
@@ -93,19 +93,21 @@ def run(
     *,
     command: str | None = None,
     sweep: Path | None = None,
+    objects: ObjectCache | None = None,
 ) -> TaskResult:
     """Run a config and return its result; files go to `folder`, by default outputs/<date>/<time>.
 
     `command` is recorded as the command that started the run, `sweep` is the folder of the sweep
-    that the run is a cell of. Raises SaexpError for anything the user can fix; what was computed
-    until then stays on disk.
+    that the run is a cell of. Runs that are given the same `objects` share the model, SAEs and
+    latents that they have in common. Raises SaexpError for anything the user can fix; what was
+    computed until then stays on disk.
     """
     now = datetime.datetime.now()
     default = Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
     run_folder = Path(folder) if folder else default
     with holding(run_folder):
         load_plugins(cfg.plugins)
-        return _run(cfg, run_folder, now, command, sweep)
+        return _run(cfg, run_folder, now, command, sweep, objects or ObjectCache())
 
 
 def _run(
@@ -114,6 +116,7 @@ def _run(
     now: datetime.datetime,
     command: str | None,
     sweep: Path | None,
+    objects: ObjectCache,
 ) -> TaskResult:
     """Run in a folder that this process holds."""
     (folder / "error.txt").unlink(missing_ok=True)
@@ -132,7 +135,8 @@ def _run(
         tracker=tracker,
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
-        ahead=ahead(cfg, sweep),
+        prefetch=hookpoints_to_prefetch(cfg, sweep),
+        objects=objects,
         inputs=finished.inputs(cfg),
     )
     pages = page_states(folder)

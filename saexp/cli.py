@@ -125,8 +125,9 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
         if cfg.resume is None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
         from saexp import api
+        from saexp.sweeps.planning import PROCESS
 
-        result = api.run(cfg, folder, command=_command(sweep), sweep=sweep)
+        result = api.run(cfg, folder, command=_command(sweep), sweep=sweep, objects=PROCESS.objects)
     except Exception as error:
         failure = _in_one_line(error) or cannot_write_run(error, folder)
         if failure is None:

@@ -1,4 +1,4 @@
-"""What a task or an analyzer hands on: numbers, tables, figures and remarks."""
+"""Results of tasks and analyzers: metrics, tables, figures and notes."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,21 +17,20 @@ SWEEP_PLAN = "plan.json"
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """plan.json, as the sweep wrote it before its first cell: `command`, `cells` and `passes`;
-    empty where there is none, or none that can be read."""
+    """A sweep's plan: `command`, `cells` and `passes`; empty where it is missing or damaged."""
     try:
         plan = json.loads((folder / SWEEP_PLAN).read_text("utf-8"))
-        sound = all(isinstance(cell, list) for cell in plan["cells"])
-        sound = sound and all(isinstance(word, str) for cell in plan["cells"] for word in cell)
-        return plan if sound and isinstance(plan.get("passes", {}), dict) else {}
+        valid = all(isinstance(cell, list) for cell in plan["cells"])
+        valid = valid and all(isinstance(word, str) for cell in plan["cells"] for word in cell)
+        return plan if valid and isinstance(plan.get("passes", {}), dict) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def check_result(found: Any, of: str) -> None:
-    """Raise ConfigError where a component of the user's own gave something else."""
-    if not isinstance(found, TaskResult):
-        raise ConfigError(f"{of} gave {type(found).__name__}; it must give a TaskResult")
+def check_result(value: Any, component: str) -> None:
+    """Raise ConfigError where a custom component returned something else."""
+    if not isinstance(value, TaskResult):
+        raise ConfigError(f"{component} gave {type(value).__name__}; it must give a TaskResult")
 
 
 @dataclass(repr=False)
@@ -45,13 +44,13 @@ class TaskResult:
     figures: dict[str, Any] = field(default_factory=dict)
     """Name -> plotly figure."""
     notes: list[str] = field(default_factory=list)
-    """What a reader must know: skips, unmet conditions, numbers that could not be computed."""
+    """Remarks for the reader: skipped examples, unmet conditions, undefined numbers."""
 
     path: Path | None = None
     """The run's folder."""
 
     def __repr__(self) -> str:
-        """What there is, not all of it: tables and figures are long."""
+        """Sizes of tables and names of figures, which are too long to print."""
         tables = ", ".join(f"{name} ({len(table)} rows)" for name, table in self.tables.items())
         lines = [
             f"TaskResult in {self.path or 'memory'}",
@@ -72,14 +71,32 @@ class TaskResult:
         return html_table(f"Result in {self.path or 'memory'}", rows)
 
     def merge(self, other: "TaskResult") -> None:
-        """Take in another result; a name both have is a programming error."""
+        """Add another result's content; a metric, table or figure that both have is a bug."""
         pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (self.metrics, other.metrics),
             (self.tables, other.tables),
             (self.figures, other.figures),
         ]
-        for mine, theirs in pairs:
-            both = mine.keys() & theirs.keys()
+        for target, added in pairs:
+            both = target.keys() & added.keys()
             assert not both, f"two results both have {sorted(both)}"
-            mine.update(theirs)
+            target.update(added)
         self.notes.extend(other.notes)
+
+    def copy(self) -> "TaskResult":
+        """A copy whose tables can be changed."""
+        return TaskResult(
+            metrics=dict(self.metrics),
+            tables={name: table.copy() for name, table in self.tables.items()},
+            figures=dict(self.figures),
+            notes=list(self.notes),
+            path=self.path,
+        )
+
+    def __add__(self, other: "TaskResult") -> "TaskResult":
+        """The content of both, as a new result; tables are shared."""
+        result = TaskResult(
+            dict(self.metrics), dict(self.tables), dict(self.figures), [*self.notes]
+        )
+        result.merge(other)
+        return result

@@ -351,9 +351,9 @@ def no_claims() -> Iterator[None]:
 @contextmanager
 def no_shelf() -> Iterator[None]:
     """Runs of one process encode and analyse anew."""
-    from saexp.pipeline.objects import Shelf
+    from saexp.context import ObjectCache
 
-    with patch.object(Shelf, "get", lambda *_: None):
+    with patch.object(ObjectCache, "get", lambda *_: None):
         yield
 
 
@@ -371,7 +371,7 @@ def no_quick_batchtopk() -> Iterator[None]:
     """sae-lens' own BatchTopK."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 
-    from saexp.saes.training import architectures
+    from saexp.saes import training_architectures as architectures
 
     with patch.object(architectures, "QuickBatchTopKTrainingSAE", BatchTopKTrainingSAE):
         yield

@@ -11,8 +11,9 @@ import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
+from saexp.context import ObjectCache
 from saexp.latents.encode import Latents, encode_store
-from saexp.pipeline.collect import gather
+from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 
 COLUMNS = ["unit", "group", "split", "entity_type", "n_entity_tokens"]
@@ -23,9 +24,10 @@ def latents() -> Latents:
     """Of the default run's 960 entities."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = saexp.compose(["model=tiny", "device=cpu", f"cache_dir={folder}"])
-        model = language_model(cfg)
-        sae = sparse_autoencoder(cfg, model)
-        collected = gather(cfg, model, [sae.hookpoint])
+        objects = ObjectCache()
+        model = language_model(cfg, objects)
+        sae = sparse_autoencoder(cfg, model, objects)
+        collected = collect_examples(cfg, model, [sae.hookpoint])
         encoded, _ = encode_store(collected.store, sae, collected.placement.rows)
         used = encoded.rows["split"].isin(["train", "test"]).to_numpy(dtype=bool)
         return Latents(encoded.csr[used], encoded.rows.loc[used, COLUMNS].reset_index(drop=True))

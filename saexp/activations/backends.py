@@ -154,6 +154,6 @@ class NnsightCollector(_LibraryCollector):
             for hookpoint, site in sites.items():
                 envoy = envoys[hookpoint]
                 values = envoy.input if site.side == "input" else envoy.output
-                saved[hookpoint] = (values if isinstance(values, Tensor) else values[0]).save()
+                saved[hookpoint] = (values if isinstance(values, Tensor) else values[0]).save()  # type: ignore[attr-defined]
             tracer.stop()
         return {h: sites[h].read(values) for h, values in saved.items()}

@@ -1,18 +1,21 @@
-"""What an analyzer is given."""
+"""The base class of analyzers, and their inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
+from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.results import TaskResult
 from saexp.saes.sae import SparseAutoencoder
 from saexp.wording import counted
 
@@ -45,6 +48,8 @@ class AnalysisInputs:
     """False for rows of high norm (`activations.norms`); None: every row is ordinary."""
     norm_limits: Mapping[Hookpoint, float] = field(default_factory=dict)
     """The largest norm of an ordinary position, at each stream that the SAE reads or predicts."""
+    transfer: "AnalysisInputs | None" = None
+    """The analyzer's second data set, where it names one (`Analyzer.transfer`)."""
 
     @property
     def ordinary_latents(self) -> Latents:
@@ -67,3 +72,58 @@ class AnalysisInputs:
                 f"{' and '.join(sorted(several.iloc[0]))}; an entity belongs to one: give all its "
                 "rows the same split, or none"
             )
+
+
+class Analyzer:
+    """Base class of analyzers (registry kind `analyzer`).
+
+    Class attributes declare what the analyzer needs; an analyzer may set them per instance.
+
+    Example:
+        >>> @saexp.register("analyzer", "loudest")
+        ... class Loudest(Analyzer):
+        ...     def analyze(self, inputs):
+        ...         return Result(metrics={"loudest/max": float(inputs.latents.csr.max())})
+    """
+
+    several_layers: bool = False
+    """Whether `layer` may be a list. Tables then get a column `layer`, and the metrics of several
+    layers end in `_layer_<n>`."""
+    reads_acts: bool = True
+    """Whether `inputs.acts` holds the stored activations."""
+    ordinary_only: bool = False
+    """Whether the analyzer leaves out the high-norm rows (`inputs.ordinary`); the notes say so."""
+    selects_latents: bool = False
+    """Whether its table `latents` has the columns of the contrast, so that an intervention can
+    change the latents that it selects."""
+    transfer: str | None = None
+    """Path of a second data set with the same groups, given to `analyze` as `inputs.transfer`."""
+
+    def __init__(self, cfg: AnalyzerConfig) -> None:
+        self.cfg = cfg
+
+    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+        """Metrics, tables, figures and notes of one layer."""
+        raise NotImplementedError
+
+
+class UndeclaredAnalyzer(Analyzer):
+    """A component with an `analyze` method that is not derived from `Analyzer`.
+
+    Attributes that it does not declare have the defaults of `Analyzer`.
+    """
+
+    def __init__(self, component: Any) -> None:
+        self.component = component
+        for name in Analyzer.__annotations__:
+            if hasattr(component, name):
+                setattr(self, name, getattr(component, name))
+
+    def analyze(self, inputs: AnalysisInputs) -> Any:
+        """The component's method; the run checks what it returns."""
+        return self.component.analyze(inputs)
+
+
+def as_analyzer(component: Any) -> Analyzer:
+    """The component, or one with the defaults of `Analyzer` where it is not derived from it."""
+    return component if isinstance(component, Analyzer) else UndeclaredAnalyzer(component)

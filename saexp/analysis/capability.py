@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.config import CapabilityConfig
 from saexp.context import progress
 from saexp.data.examples import Example, Skip
@@ -106,14 +106,14 @@ _LOGIT_BYTES = 512 * 2**20
 """Limit on the size of one tensor of logits."""
 
 
-class CapabilityAnalyzer:
+class CapabilityAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `capability`."""
 
     reads_acts = False
     ordinary_only = True
 
     def __init__(self, cfg: CapabilityConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.n_top, self.batch_tokens = cfg.n_top, cfg.batch_tokens
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.analysis.contrast_checks import (
     DensityLimit,
     at_chance,
@@ -30,7 +30,6 @@ from saexp.analysis.observations import (
     unequal_types,
 )
 from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
-from saexp.config import AnalyzerConfig
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import TaskResult
@@ -113,11 +112,11 @@ _WITHIN_TYPES = (
 )
 
 
-class ContrastAnalyzer:
+class ContrastAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `contrast`."""
 
-    def __init__(self, cfg: AnalyzerConfig) -> None:
-        self.cfg = cfg
+    reads_acts = False
+    selects_latents = True
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `contrast/…` and the table `latents`.

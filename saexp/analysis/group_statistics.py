@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.analysis.observations import unequal_types
 from saexp.config import StatsConfig, TopFeaturesConfig
 from saexp.data.tokenization import pieces
@@ -21,7 +21,7 @@ from saexp.stats.rank_tests import stratum_weights
 from saexp.wording import counted
 
 
-class TopFeaturesAnalyzer:
+class TopFeaturesAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `top_features`; takes several layers, one after another."""
 
     several_layers = True
@@ -29,7 +29,7 @@ class TopFeaturesAnalyzer:
     ordinary_only = True
 
     def __init__(self, cfg: TopFeaturesConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.top_k, self.n_texts, self.by = cfg.top_k, cfg.n_texts, cfg.by
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:
@@ -179,7 +179,7 @@ class _Group:
     """Activations that are not zero."""
 
 
-class StatsAnalyzer:
+class StatsAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `stats`; takes several layers, one after another."""
 
     several_layers = True
@@ -187,7 +187,7 @@ class StatsAnalyzer:
     ordinary_only = True
 
     def __init__(self, cfg: StatsConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.top_k, self.n_bins = cfg.top_k, cfg.n_bins
 
     def analyze(self, inputs: AnalysisInputs) -> TaskResult:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.analysis.classifiers import (
     Fitting,
     Labelled,
@@ -175,11 +175,11 @@ class Judge:
         return auroc, auroc_interval(*estimate), auroc_p_value(*estimate)
 
 
-class ProbeAnalyzer:
+class ProbeAnalyzer(Analyzer):
     """Registry kind `analyzer`, name `probe`."""
 
     def __init__(self, cfg: ProbeConfig) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.sizes, self.strengths = sorted(set(cfg.sizes)), cfg.penalties
         self.max_train = cfg.max_train
         self.transfer = cfg.transfer
@@ -193,7 +193,7 @@ class ProbeAnalyzer:
         self.unseen = unseen[0] if unseen else None
         self.fitting = Fitting(self.sizes, self.strengths, self.within, cfg.seed)
 
-    def analyze(self, inputs: AnalysisInputs, transfer: AnalysisInputs | None = None) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
         Metrics without a suffix describe the train split (`probe/sparse_5_auroc`), those with
@@ -233,7 +233,7 @@ class ProbeAnalyzer:
         probes, latents, fit_notes = self.fitting.fit(inputs, train)
         notes += fit_notes
         data_sets = {"": (inputs, train), "_test": (inputs, test)}
-        if transfer is not None:
+        if (transfer := inputs.transfer) is not None:
             check_columns(transfer.latents.rows, self.within, str(self.transfer))
             self._check_labels(transfer, None)
             chosen, transfer_notes = self._not_fitted_on(inputs, transfer, train)

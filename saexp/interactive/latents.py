@@ -13,6 +13,8 @@ import pandas as pd
 import torch
 from scipy import sparse
 
+from saexp import registry
+from saexp.analysis.base import as_analyzer
 from saexp.api import compose
 from saexp.config import RunConfig, SAEConfig
 from saexp.context import RunContext
@@ -24,11 +26,12 @@ from saexp.interactive.model import InteractiveModel, token_indices
 from saexp.latents.encode import Latents, encode_rows
 from saexp.models.loading import SHIPPED
 from saexp.pipeline.run_folder import holding
+from saexp.pipeline.session import Session
 from saexp.results import TaskResult
 from saexp.saes.catalogue import catalogue
 from saexp.saes.loading import check_fits, load_path, load_release
 from saexp.saes.sae import SparseAutoencoder
-from saexp.tasks.analyze import contrast_with
+from saexp.tasks.analyze import analyze_session
 from saexp.tracking import NullTracker
 
 _TEXTS_FILE = "texts.jsonl"
@@ -82,7 +85,7 @@ def contrast(
     place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="saexp-contrast-"))
     settings = [*_positions_overrides(positions), *overrides]
     cfg = _run_config(model, sae, place / _TEXTS_FILE, names, settings)
-    began, prepend_bos = datetime.datetime.now().isoformat(timespec="seconds"), model.prepend_bos
+    began = datetime.datetime.now().isoformat(timespec="seconds")
     with holding(place):
         _write_texts(place / _TEXTS_FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
         remember_in(cfg.cache_dir)
@@ -93,12 +96,11 @@ def contrast(
             started=began,
             inputs=frozenset({(place / _TEXTS_FILE).resolve()}),
         )
-        try:
-            with model.unedited():
-                result = contrast_with(cfg, context, model, sae)
-        finally:
-            # A run reads texts as the SAE was trained; other calls, as the tokenizer has it.
-            model.prepend_bos = prepend_bos
+        with model.unedited():
+            with context.stage("load"):
+                analyzer = as_analyzer(registry.build("analyzer", cfg.analyzer))
+                session = Session.open(cfg, context, analyzer, model=model, sae=sae)
+            result = analyze_session(session)
     result.path = place
     return result
 

@@ -28,6 +28,7 @@ from saexp.labeling.questions import (
     read_attributes,
     truths_of,
 )
+from saexp.registry import did_you_mean
 from saexp.wording import counted
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -187,6 +187,9 @@ def _source(name: str) -> str:
     return name
 
 
+_Model = TypeVar("_Model", bound="LanguageModel")
+
+
 def _gguf_file(name: str) -> Path | None:
     """The GGUF file that `model.name` is; None for any other model.
 
@@ -210,6 +213,8 @@ class LanguageModel:
     `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run takes
     it from its SAEs (`pipeline.collect`).
     """
+
+    __slots__ = ("__dict__", "__weakref__", "prepend_bos")
 
     prepend_bos: bool | None
     skippable = True
@@ -257,6 +262,16 @@ class LanguageModel:
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
+
+    def with_bos(self: _Model, prepend_bos: bool | None) -> _Model:
+        """This model with another `prepend_bos`: a view that shares weights, hooks and caches.
+
+        Everything but `prepend_bos` is shared, also what is loaded or computed later.
+        """
+        view = object.__new__(type(self))
+        view.__dict__ = self.__dict__
+        view.prepend_bos = prepend_bos
+        return view
 
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """By transformers' class of that name, which it imports when it is first asked for."""

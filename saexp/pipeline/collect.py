@@ -1,4 +1,4 @@
-"""Examples, tokens, positions and activations of a run."""
+"""Examples, tokens, positions and activations of a run, and whether its texts begin with BOS."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,102 +26,113 @@ from saexp.wording import counted
 
 BOS = "check/begins_with_bos"
 """Metric: 1 where texts begin with BOS, else 0."""
-Wish = tuple[str, bool | None]
+BosPreference = tuple[str, bool | None]
 """(SAE, whether it was trained on texts that begin with BOS; None where its files do not say)."""
 
 
-def wish(sae: SparseAutoencoder) -> Wish:
-    """What an SAE's files say."""
-    said = sae.metadata.get("prepend_bos")
+def bos_preference(sae: SparseAutoencoder) -> BosPreference:
+    """The name of an SAE, and `prepend_bos` of its files."""
+    value = sae.metadata.get("prepend_bos")
     name = f"{sae.metadata.get('name', 'the SAE')} at {sae.hookpoint.name}"
-    return name, None if said is None else bool(said)
+    return name, None if value is None else bool(value)
 
 
 def begins_with_bos(model: LanguageModel) -> bool:
-    """Whether the run's texts do."""
+    """Whether texts begin with BOS."""
     return adds_bos(model.tokenizer) if model.prepend_bos is None else model.prepend_bos
 
 
-def settle_bos(
+def resolve_bos(
     cfg: RunConfig,
     model: LanguageModel,
-    saes: Iterable[SparseAutoencoder | Wish],
-    asked: bool | None = None,
+    saes: Iterable[SparseAutoencoder | BosPreference],
+    requested: bool | None = None,
     key: str = "model.prepend_bos",
-) -> TaskResult:
-    """Set `model.prepend_bos` for the run, before its first text is tokenised; metric and notes.
+) -> tuple[LanguageModel, TaskResult]:
+    """The model with `prepend_bos` as the run's texts need it, and a metric and notes about it.
 
-    `asked`, typed as `key`, or else `model.prepend_bos` decides; without either the SAEs do, and
-    the tokenizer for those that do not say. Raises ConfigError where they disagree, and where the
-    tokenizer has no BOS token to put there.
+    `requested`, the value of the setting `key`, decides, or else the setting `model.prepend_bos`;
+    without either the SAEs do, and the tokenizer for those whose files do not say. Raises
+    ConfigError where the SAEs disagree, and where a BOS is requested that the tokenizer lacks.
     """
-    own, has = adds_bos(model.tokenizer), getattr(model.tokenizer, "bos_token_id", None) is not None
-    if asked is None:
-        asked, key = cfg.model.prepend_bos, "model.prepend_bos"
-    if asked and not has:
+    adds = adds_bos(model.tokenizer)
+    has_bos = getattr(model.tokenizer, "bos_token_id", None) is not None
+    if requested is None:
+        requested, key = cfg.model.prepend_bos, "model.prepend_bos"
+    if requested and not has_bos:
         raise ConfigError(f"{key}=true, but the tokenizer of {model.name} has no BOS token")
-    wishes = [one if isinstance(one, tuple) else wish(one) for one in saes]
-    means = [own if said is None or (said and not has) else said for _, said in wishes]
-    if asked is None and len(set(means)) > 1:
-        raise _disagreement(wishes, means)
-    begins = asked if asked is not None else next(iter(means), own)
-    model.prepend_bos = asked if asked is not None else (None if begins == own else begins)
-    result = TaskResult(metrics={BOS: int(begins)})
-    result.notes = _notes(model, wishes, asked, key, own, has) + _of_chat(model, begins)
-    return result
+    preferences = [one if isinstance(one, tuple) else bos_preference(one) for one in saes]
+    values = [
+        adds if preferred is None or (preferred and not has_bos) else preferred
+        for _, preferred in preferences
+    ]
+    if requested is None and len(set(values)) > 1:
+        raise _disagreement(preferences, values)
+    begins = requested if requested is not None else next(iter(values), adds)
+    by_sae = None if begins == adds else begins
+    model = model.with_bos(requested if requested is not None else by_sae)
+    if requested is not None:
+        notes = _requested_notes(preferences, key, requested=requested)
+    else:
+        notes = _sae_notes(model, preferences, adds=adds, has_bos=has_bos)
+    notes = [*notes, *_chat_notes(model, begins_with_bos=begins)]
+    return model, TaskResult(metrics={BOS: int(begins)}, notes=notes)
 
 
-def _of_chat(model: LanguageModel, begins: bool) -> list[str]:
-    """A note where prompts in chat begin otherwise than the run's texts."""
+def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
+    """A note where chat prompts and texts differ in whether they begin with BOS."""
     tokenizer = model.tokenizer
     if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
         return []
     [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
-    if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins:
+    if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins_with_bos:
         return []
+    prompts, texts = ("without", "with") if begins_with_bos else ("with", "without")
     note = (
-        f"prompts in chat begin {'without' if begins else 'with'} BOS, as the chat template of "
-        f"{model.name} has them, and texts {'with' if begins else 'without'}"
+        f"prompts in chat begin {prompts} BOS, as the chat template of {model.name} has them, and "
+        f"texts {texts}"
     )
+    if begins_with_bos:
+        return [f"{note}; model.prepend_bos=true makes prompts begin like texts"]
     # A BOS of the template may mark a role, as in ChatML, so removing it is not suggested.
-    return [f"{note}; model.prepend_bos=true makes prompts begin like texts" if begins else note]
+    return [note]
 
 
-def _disagreement(wishes: Sequence[Wish], means: Sequence[bool]) -> ConfigError:
-    wants, lacks = wishes[means.index(True)][0], wishes[means.index(False)][0]
+def _disagreement(preferences: Sequence[BosPreference], values: Sequence[bool]) -> ConfigError:
+    with_bos, without = (preferences[values.index(value)][0] for value in (True, False))
     return ConfigError(
-        f"{wants} reads texts that begin with BOS and {lacks} texts that do not (as they were "
+        f"{with_bos} reads texts that begin with BOS and {without} texts that do not (as they were "
         "trained, or as the tokenizer has it), so one run cannot read both; run them apart, or "
         "type model.prepend_bos=true (or false) for all"
     )
 
 
-def _notes(
-    model: LanguageModel,
-    wishes: Sequence[Wish],
-    asked: bool | None,
-    key: str,
-    own: bool,
-    has: bool,
+def _requested_notes(
+    preferences: Sequence[BosPreference], key: str, *, requested: bool
 ) -> list[str]:
-    """What a reader must know: BOS put there or left out, and SAEs trained another way."""
-    of = {said: [name for name, n in wishes if n is said] for said in (True, False)}
-    if asked is not None:
-        told = []
-        if others := of[not asked]:
-            told.append(
-                f"{key}={str(asked).lower()} was typed, though {others[0]} was trained "
-                f"{'without' if asked else 'with'} BOS in front of its texts"
-            )
-        return told
-    if of[True] and not has:
+    """A note where the setting contradicts how an SAE was trained."""
+    others = [name for name, preferred in preferences if preferred is (not requested)]
+    if not others:
+        return []
+    return [
+        f"{key}={str(requested).lower()} was typed, though {others[0]} was trained "
+        f"{'without' if requested else 'with'} BOS in front of its texts"
+    ]
+
+
+def _sae_notes(
+    model: LanguageModel, preferences: Sequence[BosPreference], *, adds: bool, has_bos: bool
+) -> list[str]:
+    """A note where an SAE changes what the tokenizer does by itself, or cannot be satisfied."""
+    wanting = [name for name, preferred in preferences if preferred is True]
+    if wanting and not has_bos:
         return [
-            f"{of[True][0]} was trained on texts that begin with BOS, and the tokenizer of "
+            f"{wanting[0]} was trained on texts that begin with BOS, and the tokenizer of "
             f"{model.name} has none: texts are read without"
         ]
     if model.prepend_bos is None:
         return []
-    name = of[not own][0]
+    name = next(name for name, preferred in preferences if preferred is (not adds))
     if model.prepend_bos:
         return [
             f"texts begin with BOS, as {name} was trained (prepend_bos in its config); the "
@@ -133,9 +144,10 @@ def _notes(
     ]
 
 
-Ahead = Sequence[tuple[int, str | None]]
+Prefetch = Sequence[tuple[int, str | None]]
+"""(layer, stream) to store in the same pass; a stream of None is that of the run's own SAE."""
 
-_OF_TEXTS = (
+_TEXT_SETTINGS = (
     "path",
     "text",
     "template",
@@ -148,23 +160,23 @@ _OF_TEXTS = (
     "truncation",
     "seed",
 )
-"""Settings of a data set that decide which texts there are."""
-_OF_POSITIONS = ("n", "indices", "substring", "include_special", "seed")
+"""Settings of a data set that decide which texts it has."""
+_POSITION_SETTINGS = ("n", "indices", "substring", "include_special", "seed")
 
 
-def cut_notes(placement: Placement, of: str, max_length: int) -> list[str]:
-    """One line on the texts that are read only up to the maximum length; nothing without one."""
+def truncation_notes(placement: Placement, dataset: str, max_length: int) -> list[str]:
+    """One line on the texts that exceed the maximum length; none where all fit."""
     n = placement.n_cut
     if not n:
         return []
     return [
-        f"{of}: {n:,} of {counted(len(placement.texts), 'text')} {'was' if n == 1 else 'were'} cut "
-        f"at dataset.max_length={max_length} tokens; nothing beyond the cut is read"
+        f"{dataset}: {n:,} of {counted(len(placement.texts), 'text')} {'was' if n == 1 else 'were'}"
+        f" cut at dataset.max_length={max_length} tokens; nothing beyond the cut is read"
     ]
 
 
-@dataclass
-class Gathered:
+@dataclass(frozen=True)
+class Collected:
     """Examples with their stored activations."""
 
     examples: ExampleSet
@@ -172,12 +184,12 @@ class Gathered:
     store: ActivationStore
     stats: CollectionStats
     max_norm_ratio: float | None = None
-    """Norm of an ordinary position over the median norm, at most; None: all are ordinary."""
-    neutral: "Gathered | None" = None
-    """Neutral text whose median norm counts; the median of these positions where there is none."""
+    """Largest norm of an ordinary position over the median norm; None: all are ordinary."""
+    neutral: "Collected | None" = None
+    """Neutral text, whose median norm is the reference; None: these positions are."""
 
     def ordinary(self, hookpoints: Sequence[Hookpoint]) -> OrdinaryRows:
-        """Which positions are ordinary at all of these hookpoints."""
+        """Which positions have no high norm at any of these hookpoints."""
         reference = self.store if self.neutral is None else self.neutral.store
         limits = norm_limits(reference, hookpoints, self.max_norm_ratio)
         return OrdinaryRows(self.store, limits, self.max_norm_ratio)
@@ -193,49 +205,69 @@ class Gathered:
             "collection/seconds": self.stats.seconds,
         }
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Store, tokens forwarded, groups and data set, for provenance.json."""
+        return {
+            "store": {"key": self.store.path.name, "path": str(self.store.path)},
+            "tokens_forwarded": self.stats.tokens_forwarded,
+            "groups": list(self.examples.groups),
+            "dataset": {"name": self.examples.name, "n_examples": len(self.examples)},
+        }
 
-def gather(
+
+def collect_examples(
     cfg: RunConfig,
     model: LanguageModel,
     hookpoints: list[Hookpoint],
-    ahead: Ahead = (),
+    prefetch: Prefetch = (),
     part: Part | None = None,
-) -> Gathered:
-    """Activations of the data set at the positions asked for; forwarded only where not stored.
+) -> Collected:
+    """Activations of the data set at the configured positions; what is stored is not recomputed.
 
-    Where the model must run, the hookpoints `ahead` are stored in the same pass; with `part`, only
-    that part of the store is looked at. The examples' notes say how many were skipped.
+    Where the model must run, the `prefetch` hookpoints are stored in the same pass; with `part`,
+    only that part of the store is considered. The examples' notes count skipped examples.
     """
     examples = registry.build("dataset", cfg.dataset)
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
     own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
-    settings = _changed(cfg.dataset, type(cfg.dataset)(), [*_OF_TEXTS, *sorted(own)])
-    found = _collected(
-        cfg, model, hookpoints, examples, cfg.positions, settings=settings, ahead=ahead, part=part
+    settings = _changed_settings(cfg.dataset, type(cfg.dataset)(), [*_TEXT_SETTINGS, *sorted(own)])
+    collected = _collected(
+        cfg,
+        model,
+        hookpoints,
+        examples,
+        cfg.positions,
+        settings=settings,
+        prefetch=prefetch,
+        part=part,
     )
-    left = skip_notes(found.placement.skips, len(examples))
-    return replace(found, examples=replace(found.examples, notes=[*found.examples.notes, *left]))
+    notes = skip_notes(collected.placement.skips, len(examples))
+    examples = replace(collected.examples, notes=[*collected.examples.notes, *notes])
+    return replace(collected, examples=examples)
 
 
-def gather_background(
+def collect_neutral(
     cfg: RunConfig,
     model: LanguageModel,
     hookpoints: list[Hookpoint],
     n_positions: int,
-    ahead: Ahead = (),
-) -> Gathered:
-    """Activations at random positions of neutral text; the examples' notes say what was cut."""
+    prefetch: Prefetch = (),
+) -> Collected:
+    """Activations at random positions of neutral text; the examples' notes count cut texts."""
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
     examples = ExampleSet(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
     )
     n = max(1, -(-n_positions // len(lines)))
-    where = PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
+    positions = PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     path = cfg.dataset.background
     settings = {} if path is None else {"background": path}
-    return _collected(cfg, model, hookpoints, examples, where, settings=settings, ahead=ahead)
+    return _collected(
+        cfg, model, hookpoints, examples, positions, settings=settings, prefetch=prefetch
+    )
 
 
 def _collected(
@@ -243,36 +275,40 @@ def _collected(
     model: LanguageModel,
     hookpoints: list[Hookpoint],
     examples: ExampleSet,
-    where: PositionsConfig,
+    positions: PositionsConfig,
     *,
     settings: Mapping[str, Any],
-    ahead: Ahead = (),
+    prefetch: Prefetch = (),
     part: Part | None = None,
     collector: CollectorConfig | None = None,
-) -> Gathered:
+) -> Collected:
     data = cfg.dataset
-    positions = registry.build("positions", where)
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
     placement = place(
-        examples.examples, tokenized, positions, model.tokenizer, where.seed, data.truncation
+        examples.examples,
+        tokenized,
+        registry.build("positions", positions),
+        model.tokenizer,
+        positions.seed,
+        data.truncation,
     )
-    notes = [*examples.notes, *cut_notes(placement, examples.name, data.max_length)]
+    notes = [*examples.notes, *truncation_notes(placement, examples.name, data.max_length)]
     examples = replace(examples, notes=notes)
     request = CollectionRequest(
         positions=placement,
         hookpoints=hookpoints,
         max_length=data.max_length,
         n_skipped=len(placement.skips),
-        prefetch=_planned(model, hookpoints, ahead),
+        prefetch=_hookpoints_to_prefetch(model, hookpoints, prefetch),
         part=part,
         about={
             "dataset": examples.name,
-            "positions": where.name,
+            "positions": positions.name,
             "n_texts": len(placement.texts),
             "n_tokens": sum(len(text) for text in placement.texts),
             "dataset_settings": as_typed(settings, "dataset."),
             "positions_settings": as_typed(
-                _changed(where, PositionsConfig(), _OF_POSITIONS), "positions."
+                _changed_settings(positions, PositionsConfig(), _POSITION_SETTINGS), "positions."
             ),
             "begins_with_bos": begins_with_bos(model),
         },
@@ -284,26 +320,29 @@ def _collected(
         verify=cfg.verify,
         must_persist=cfg.task.name == "collect",
     )
-    return Gathered(examples, placement, store, stats, cfg.positions.max_norm_ratio)
+    return Collected(examples, placement, store, stats, cfg.positions.max_norm_ratio)
 
 
-def _changed(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """Those of the settings that are not as they come."""
-    given = {key: getattr(cfg, key) for key in keys}
-    return {k: v for k, v in given.items() if v != getattr(default, k)}
+def _changed_settings(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    values = {key: getattr(cfg, key) for key in keys}
+    return {k: v for k, v in values.items() if v != getattr(default, k)}
 
 
-def _planned(model: LanguageModel, hookpoints: list[Hookpoint], ahead: Ahead) -> list[Hookpoint]:
-    """Hookpoints to store on the way; what the model lacks is left to the cell that names it.
+def _hookpoints_to_prefetch(
+    model: LanguageModel, hookpoints: list[Hookpoint], prefetch: Prefetch
+) -> list[Hookpoint]:
+    """Hookpoints to store in the same pass, without those that the model lacks.
 
-    A stream of None is that of the run's own SAE, or both of its transcoder.
+    The cell that needs a hookpoint which does not exist reports that error itself. A stream of None
+    is that of the run's own SAE, or both streams of its transcoder.
     """
-    at = hookpoints[0].layer
-    own = [h.stream for h in hookpoints if h.layer == at]
-    found = []
-    for layer, named in ahead:
-        for stream in [named] if named else own:
-            # A stream that there is not, or none of this layer.
+    first_layer = hookpoints[0].layer
+    own_streams = [h.stream for h in hookpoints if h.layer == first_layer]
+    result = []
+    for layer, stream in prefetch:
+        for name in [stream] if stream else own_streams:
+            # The stream may not exist, or not at this layer.
             with suppress(ModelError):
-                found.append(Hookpoint(layer, stream))
-    return [h for h in found if h.layer < model.n_layers]
+                result.append(Hookpoint(layer, name))
+    return [h for h in result if h.layer < model.n_layers]

@@ -1,7 +1,6 @@
-"""The causal test as a stage of a run."""
+"""The causal test as a stage of a run: which latents of which layers an intervention changes."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,13 +9,12 @@ import torch
 from jaxtyping import Bool
 
 from saexp import registry
-from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.observations import used_rows
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
-from saexp.errors import ConfigError, SAEError
+from saexp.errors import ConfigError
 from saexp.interventions.conditions import placed_prompts
 from saexp.interventions.controls import effect_share
 from saexp.interventions.directions import LatentFacts, StreamRows
@@ -26,187 +24,109 @@ from saexp.latents.encode import Latents
 from saexp.latents.statistics import active_quantile, moments
 from saexp.models.forward import check_positions, position_limit
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Gathered
-from saexp.pipeline.objects import (
-    CONTRASTED,
-    analysed,
-    encoded,
-    encoded_neutral,
-    high_norm_notes,
-    sparse_autoencoder,
-)
-from saexp.pipeline.validation import add_scores, check_sae, settle_factor
+from saexp.pipeline.collect import Collected
+from saexp.pipeline.session import EncodedLayer, RunData, Session
+from saexp.pipeline.validation import check_sae, score_latents
 from saexp.registry import resolve
 from saexp.results import TaskResult
-from saexp.saes.sae import SparseAutoencoder
 
 
 @dataclass(frozen=True)
-class AtLayer:
-    """An SAE, its latents at the run's rows, and what is known of them."""
+class EditedLayer:
+    """An SAE whose latents are changed, and what is known of them."""
 
-    sae: SparseAutoencoder
-    latents: Latents
+    encoded: EncodedLayer
     table: pd.DataFrame | None
-    """The contrast's; None under another analyzer."""
-
-
-def saes_by_layer(
-    cfg: RunConfig, model: LanguageModel, own: SparseAutoencoder
-) -> dict[int, SparseAutoencoder]:
-    """The SAE of every layer that `intervention.latents` names; none where it names no layer.
-
-    Each is resolved as a sweep over `layer` would. Raises ConfigError for a layer that the model or
-    the SAEs lack, and for a latent beyond its layer's SAE.
-    """
-    about = cfg.intervention
-    if about.name == "none":
-        return {}
-    found: dict[int, SparseAutoencoder] = {}
-    for layer in about.latent_layers(model.n_layers):
-        model.check_layer(layer)
-        cell = dataclasses.replace(cfg, layer=layer, sae=dataclasses.replace(cfg.sae, layer=layer))
-        try:
-            sae = own if layer == own.hookpoint.layer else sparse_autoencoder(cell, model)
-        except SAEError as error:
-            raise ConfigError(f"intervention.latents names layer {layer}: {error}") from error
-        found[layer] = sae
-    for layer, sae in (found or {own.hookpoint.layer: own}).items():
-        asked = about.latents_at(layer)
-        for latent in asked if isinstance(asked, list) else []:
-            if latent >= sae.d_sae:
-                raise ConfigError(
-                    f"intervention.latents: latent {latent}, but the SAE of layer {layer} has "
-                    f"latents 0-{sae.d_sae - 1}"
-                )
-    return found
-
-
-def all_of(
-    own: SparseAutoencoder, saes: Mapping[int, SparseAutoencoder]
-) -> list[SparseAutoencoder]:
-    """The run's own SAE, then those of other layers."""
-    return [own, *(s for s in saes.values() if s is not own)]
-
-
-def at_layers(
-    cfg: RunConfig,
-    saes: Mapping[int, SparseAutoencoder],
-    own: AtLayer,
-    gathered: Gathered,
-    neutral: Gathered,
-    model: LanguageModel,
-) -> tuple[dict[int, AtLayer], TaskResult]:
-    """Every layer as the run's own: SAE checked, rows encoded, contrasted where the run is.
-
-    Table `layer_latents`, with a contrast: its rows of the latents that are changed, by layer.
-    """
-    found: dict[int, AtLayer] = {}
-    result = TaskResult()
-    for layer, loaded in saes.items():
-        if loaded is own.sae:
-            found[layer] = own
-            continue
-        sae, notes = settle_factor(cfg, loaded, neutral)
-        notes += check_sae(cfg, sae, model, gathered, neutral).notes
-        latents, _ = encoded(gathered, sae)
-        notes += high_norm_notes(gathered, sae, CONTRASTED)
-        table = None
-        if own.table is not None:
-            table, told = _contrast(cfg, sae, latents, gathered, neutral, model)
-            notes += told
-        result.notes += [f"layer {layer}: {note}" for note in notes]
-        found[layer] = AtLayer(sae, latents, table)
-    parts = [_changed(cfg, n, at.table) for n, at in found.items() if at.table is not None]
-    if parts:
-        result.tables["layer_latents"] = pd.concat(parts, ignore_index=True)
-    return found, result
-
-
-def _contrast(
-    cfg: RunConfig,
-    sae: SparseAutoencoder,
-    latents: Latents,
-    gathered: Gathered,
-    neutral: Gathered,
-    model: LanguageModel,
-) -> tuple[pd.DataFrame, list[str]]:
-    """The latent table of one layer, with scores where they decide what is changed."""
-    background = encoded_neutral(neutral, sae)
-    inputs = AnalysisInputs(
-        latents=latents,
-        groups=gathered.examples.groups,
-        layer=sae.hookpoint.layer,
-        background=background,
-    )
-    result = analysed(registry.build("analyzer", cfg.analyzer), cfg.analyzer, inputs)
-    table, notes = result.tables["latents"], result.notes
-    if cfg.intervention.min_output_score is not None and cfg.analyzer.scores:
-        notes = [*notes, *add_scores(cfg, table, model, sae, background, neutral.store.path.name)]
-    return table, notes
-
-
-def _changed(cfg: RunConfig, layer: int, table: pd.DataFrame) -> pd.DataFrame:
-    asked = cfg.intervention.latents_at(layer)
-    mine = table["latent"].isin(asked) if isinstance(asked, list) else table["selected"]
-    return table[mine].sort_values("rank", kind="stable")
-
-
-_NEEDS_LATENTS = ("steer", "clamp", "scale", "ablate", "project_out", "orthogonalize")
-_OF_LATENTS = {"latents", "denoised_difference"}
-"""Directions that are made of latents."""
+    """The latent table of an analyzer that selects latents; None under another one."""
 
 
 def intervene(
-    cfg: RunConfig,
-    latents: Latents,
-    table: pd.DataFrame | None,
-    gathered: Gathered,
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    layered: Mapping[int, AtLayer] | None = None,
+    session: Session, layer: EncodedLayer, table: pd.DataFrame | None, data: RunData
 ) -> TaskResult:
     """Run `intervention` on the run's own prompts.
 
-    `table` is the contrast's; without one, latents must be named: nothing else selects any. Where
-    latents of several layers are changed, `layered` has the SAE of each, and the run's own counts
-    only if it is among them.
+    `table` is the latent table of an analyzer that selects latents. Without one, the config must
+    list the latents; else a note says that nothing was run. Where latents of several layers are
+    changed, table `layer_latents` has those of each, and the run's own layer takes part only if it
+    is among them.
     """
-    if table is None and selects(cfg):
-        return TaskResult(
-            notes=[
-                f"intervention={cfg.intervention.name} was not run: analyzer={cfg.analyzer.name} "
-                "selects no latents; name some, 'intervention.latents=[12,34]'"
-            ]
+    cfg = session.cfg
+    own = EditedLayer(layer, table if session.selects_latents else None)
+    layers, result = _edited_layers(session, own, data)
+    if own.table is None and needs_selected_latents(cfg):
+        result.notes.append(
+            f"intervention={cfg.intervention.name} was not run: analyzer={cfg.analyzer.name} "
+            "selects no latents; name some, 'intervention.latents=[12,34]'"
         )
-    intervention = registry.build("intervention", cfg.intervention)
-    of_layer = {
-        n: _facts(cfg, at, gathered, model)
-        for n, at in (layered or {sae.hookpoint.layer: AtLayer(sae, latents, table)}).items()
+        return result
+    facts_of = {
+        n: _latent_facts(cfg, edited, data.examples, session.model.n_layers)
+        for n, edited in (layers or {layer.layer: own}).items()
     }
-    facts = next(iter(of_layer.values()))
-    if layered:
-        saes = {at.sae.hookpoint: at.sae for at in layered.values()}
-        facts = replace(facts, layers=of_layer, saes=saes)
-    result = _unit(cfg, of_layer)
-    result.merge(
-        run_intervention(
-            intervention,
-            facts,
-            model,
-            sae,
-            gathered.examples.examples,
-            background_texts(cfg.dataset),
-            cfg.dataset.max_length,
-            cfg.cache_dir,
-        )
+    facts = next(iter(facts_of.values()))
+    if layers:
+        saes = {edited.encoded.sae.hookpoint: edited.encoded.sae for edited in layers.values()}
+        facts = replace(facts, layers=facts_of, saes=saes)
+    result.merge(_unit(cfg, facts_of))
+    effects = run_intervention(
+        registry.build("intervention", cfg.intervention),
+        facts,
+        session.model,
+        layer.sae,
+        data.examples.examples.examples,
+        background_texts(cfg.dataset),
+        cfg.dataset.max_length,
+        cfg.cache_dir,
     )
-    result.merge(_checks(cfg, result.tables))
+    result.merge(effects)
+    result.merge(_effect_checks(cfg, effects.tables))
     return result
 
 
-def _checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> TaskResult:
-    """What effects could have been found, and where asked for how often controls would pass."""
+def _edited_layers(
+    session: Session, own: EditedLayer, data: RunData
+) -> tuple[dict[int, EditedLayer], TaskResult]:
+    """Every layer that the intervention names: encoded, SAE checked, analyzed if the run's own is.
+
+    Empty where it names none. The result has table `layer_latents`, with the latents of each layer
+    that are changed, and the notes of each layer.
+    """
+    cfg, layers, result = session.cfg, dict[int, EditedLayer](), TaskResult()
+    for n, sae in session.edited_saes.items():
+        if n == own.encoded.layer:
+            layers[n] = own
+            continue
+        encoded = session.encode_with(sae, data)
+        notes = [*encoded.notes, *check_sae(cfg, encoded.sae, session.model, data).notes]
+        table = None
+        if own.table is not None:
+            analysis = session.analyze(encoded, data, texts=False)
+            table, notes = analysis.tables["latents"], [*notes, *analysis.notes]
+            if cfg.intervention.min_output_score is not None and cfg.analyzer.scores:
+                table, score_notes = score_latents(session, encoded, data, table)
+                notes += score_notes
+        result.notes += [f"layer {n}: {note}" for note in notes]
+        layers[n] = EditedLayer(encoded, table)
+    tables = {n: layer.table for n, layer in layers.items() if layer.table is not None}
+    if tables:
+        changed = [_changed_latents(cfg, n, table) for n, table in tables.items()]
+        result.tables["layer_latents"] = pd.concat(changed, ignore_index=True)
+    return layers, result
+
+
+def _changed_latents(cfg: RunConfig, layer: int, table: pd.DataFrame) -> pd.DataFrame:
+    latents = cfg.intervention.latents_at(layer)
+    is_changed = table["latent"].isin(latents) if isinstance(latents, list) else table["selected"]
+    return table[is_changed].sort_values("rank", kind="stable")
+
+
+_EDITS_LATENTS = ("steer", "clamp", "scale", "ablate", "project_out", "orthogonalize")
+_LATENT_DIRECTIONS = {"latents", "denoised_difference"}
+"""Directions that are computed from latents."""
+
+
+def _effect_checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> TaskResult:
+    """Detectable effects, and where configured, how often controls would pass the test."""
     result, summary = TaskResult(), tables.get("effects_summary")
     controls = tables.get("controls")
     if summary is None or controls is None:
@@ -218,70 +138,72 @@ def _checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> TaskResult:
     return result
 
 
-def _unit(cfg: RunConfig, of_layer: Mapping[int, LatentFacts]) -> TaskResult:
-    """What one unit of the coefficient is, where it is the stream's median norm."""
+def _unit(cfg: RunConfig, facts_of: Mapping[int, LatentFacts]) -> TaskResult:
+    """The unit of the coefficient, where it is the stream's median norm."""
     if cfg.intervention.name != "steer" or cfg.intervention.unit != "resid_norm":
         return TaskResult()
-    told = ", ".join(f"{f.median_norm:.4g} at {f.written.name}" for f in of_layer.values())
-    ending = {n: f"_layer_{n}" if len(of_layer) > 1 else "" for n in of_layer}
+    norms = ", ".join(f"{f.median_norm:.4g} at {f.written.name}" for f in facts_of.values())
+    suffix = {n: f"_layer_{n}" if len(facts_of) > 1 else "" for n in facts_of}
     return TaskResult(
-        metrics={f"intervention/resid_norm{ending[n]}": f.median_norm for n, f in of_layer.items()},
+        metrics={f"intervention/resid_norm{suffix[n]}": f.median_norm for n, f in facts_of.items()},
         notes=[
-            f"coefficients are in units of the stream's median norm over ordinary positions: {told}"
+            "coefficients are in units of the stream's median norm over ordinary positions: "
+            f"{norms}"
         ],
     )
 
 
-def selects(cfg: RunConfig) -> bool:
-    """Whether the intervention changes latents that a contrast must select."""
-    about = cfg.intervention
-    wants = about.name in _NEEDS_LATENTS and bool(_OF_LATENTS.intersection(about.directions))
-    if isinstance(about.latents, dict):
-        return wants and SELECTED in about.latents.values()
-    return wants and not isinstance(about.latents, list)
+def needs_selected_latents(cfg: RunConfig) -> bool:
+    """Whether the intervention changes latents that the analyzer must select."""
+    edit = cfg.intervention
+    if edit.name not in _EDITS_LATENTS or not _LATENT_DIRECTIONS.intersection(edit.directions):
+        return False
+    if isinstance(edit.latents, dict):
+        return SELECTED in edit.latents.values()
+    return not isinstance(edit.latents, list)
 
 
-def _named(cfg: RunConfig, at: AtLayer) -> list[int]:
-    """Latents of this SAE that `intervention.latents` lists."""
-    asked = cfg.intervention.latents_at(at.sae.hookpoint.layer)
-    return asked if isinstance(asked, list) else []
+def _listed_latents(cfg: RunConfig, layer: int) -> list[int]:
+    """Latents of this layer that `intervention.latents` lists."""
+    latents = cfg.intervention.latents_at(layer)
+    return latents if isinstance(latents, list) else []
 
 
-def _with_inactive(table: pd.DataFrame, named: list[int]) -> pd.DataFrame:
-    """The contrast's table with rows for named latents that are active nowhere, which it lacks.
+def _with_inactive(table: pd.DataFrame, listed: list[int]) -> pd.DataFrame:
+    """The latent table with rows for listed latents that are never active, which it lacks.
 
-    A decoder direction can be written whether or not its latent is active on these texts.
+    A decoder direction can be added whether or not its latent is active on these texts.
     """
-    lacking = [f for f in dict.fromkeys(named) if f not in set(table["latent"])]
-    if not lacking:
+    missing = [f for f in dict.fromkeys(listed) if f not in set(table["latent"])]
+    if not missing:
         return table
     measured = [str(c) for c in table if str(c).startswith(("freq_", "mean_"))]
-    about = ["latent", "direction", "selected", "rank", *measured]
-    about += ["output_score"] if "output_score" in table else []
-    rows = pd.DataFrame({"latent": lacking, "direction": "", "selected": False})
-    rows = rows.assign(**dict.fromkeys(measured, 0.0)).reindex(columns=about)
-    kinds = table[about].dtypes.to_dict()
-    return pd.concat([table[about], rows.astype(kinds)], ignore_index=True)
+    columns = ["latent", "direction", "selected", "rank", *measured]
+    columns += ["output_score"] if "output_score" in table else []
+    rows = pd.DataFrame({"latent": missing, "direction": "", "selected": False})
+    rows = rows.assign(**dict.fromkeys(measured, 0.0)).reindex(columns=columns)
+    dtypes = table[columns].dtypes.to_dict()
+    return pd.concat([table[columns], rows.astype(dtypes)], ignore_index=True)
 
 
-def _without_contrast(cfg: RunConfig, at: AtLayer, gathered: Gathered) -> pd.DataFrame:
+def _unselected_table(cfg: RunConfig, layer: EncodedLayer, groups: Sequence[str]) -> pd.DataFrame:
     """The columns of a latent table that edits read, with nothing selected.
 
-    Of every latent that is active on the train split (on all rows where it has none), and of those
-    that are named.
+    It has the latents that are active on the train split (on all rows where there is none), and
+    those that the config lists.
     """
-    latents = at.latents
-    groups, labels = gathered.examples.groups, latents.rows["group"].to_numpy()
-    train = _train_rows(latents)
-    everywhere = moments(latents.csr, train)
-    named = _named(cfg, at)
-    fired = np.union1d(np.flatnonzero(everywhere.active), np.array(named, dtype=np.int64))
-    table = pd.DataFrame({"latent": fired, "direction": "", "selected": False})
+    latents = layer.latents
+    labels, train = latents.rows["group"].to_numpy(), _train_rows(latents)
+    overall = moments(latents.csr, train)
+    listed = np.array(_listed_latents(cfg, layer.layer), dtype=np.int64)
+    ids = np.union1d(np.flatnonzero(overall.active), listed)
+    table = pd.DataFrame({"latent": ids, "direction": "", "selected": False})
     table["rank"] = pd.array([pd.NA] * len(table), dtype="Int64")
-    table["freq_all"] = everywhere.frequency[fired]
+    table["freq_all"] = overall.frequency[ids]
     for group in groups:
-        mine = moments(latents.csr, train & (labels == group))
-        table[f"freq_{group}"], table[f"mean_{group}"] = mine.frequency[fired], mine.mean[fired]
+        of_group = moments(latents.csr, train & (labels == group))
+        table[f"freq_{group}"] = of_group.frequency[ids]
+        table[f"mean_{group}"] = of_group.mean[ids]
     return table
 
 
@@ -292,10 +214,10 @@ def _train_rows(latents: Latents) -> Bool[np.ndarray, " n_rows"]:
 
 
 def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) -> None:
-    """Say before the long work what the intervention would lack."""
+    """Raise ConfigError before the long work where the intervention cannot be applied."""
     if cfg.intervention.name == "none":
         return
-    _check_places(cfg, examples)
+    _check_positions(cfg, examples)
     if position_limit(model) is None:
         return
     chosen = tested_examples(cfg.intervention, examples.examples)
@@ -306,7 +228,7 @@ def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) 
     check_positions(model, longest, n_new, "intervention.max_new_tokens")
 
 
-def _check_places(cfg: RunConfig, examples: ExampleSet) -> None:
+def _check_positions(cfg: RunConfig, examples: ExampleSet) -> None:
     where = cfg.intervention.where
     if where not in PLACES:
         registry.build("positions", PositionsConfig(name=where, **cfg.intervention.where_options))
@@ -319,18 +241,19 @@ def _check_places(cfg: RunConfig, examples: ExampleSet) -> None:
         )
 
 
-def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel) -> LatentFacts:
-    """What edits need of one SAE, measured on the train split."""
-    latents, sae = at.latents, at.sae
-    table = (
-        _without_contrast(cfg, at, gathered)
-        if at.table is None
-        else _with_inactive(at.table, _named(cfg, at))
-    )
-    groups = gathered.examples.groups
+def _latent_facts(
+    cfg: RunConfig, edited: EditedLayer, collected: Collected, n_layers: int
+) -> LatentFacts:
+    """What edits read of one SAE's latents, measured on the train split."""
+    latents, sae, seed = edited.encoded.latents, edited.encoded.sae, cfg.analyzer.seed
+    groups = collected.examples.groups
+    if edited.table is None:
+        table = _unselected_table(cfg, edited.encoded, groups)
+    else:
+        table = _with_inactive(edited.table, _listed_latents(cfg, edited.encoded.layer))
     train = (latents.rows["split"] == "train").fillna(False).to_numpy(dtype=bool)
     written = sae.hookpoint_out or sae.hookpoint
-    ordinary = gathered.ordinary(sae.hookpoints)
+    ordinary = collected.ordinary(sae.hookpoints)
     measured = train & ordinary.mask if (train & ordinary.mask).any() else ordinary.mask
     csr = latents.csr[measured]
     ids = table["latent"].to_numpy()
@@ -345,22 +268,22 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
         facts["selected"] &= (table["output_score"] >= least).fillna(False)
     for group in groups:
         facts[f"mean_{group}"] = table[f"mean_{group}"]
-    named = [f"freq_{g}" for g in groups] or ["freq_all"]
-    facts["frequency"] = table[named].mean(axis=1)
+    frequencies = [f"freq_{g}" for g in groups] or ["freq_all"]
+    facts["frequency"] = table[frequencies].mean(axis=1)
     facts["norm"] = sae.directions(ids.tolist()).float().norm(dim=-1).cpu().numpy()
     facts["max_act"] = active_quantile(csr, ids, 1.0)
     facts["p99_act"] = active_quantile(csr, ids, 0.99)
 
     def stream() -> StreamRows:
-        acts = gathered.store.acts(written.layer, written.stream)
+        acts = collected.store.acts(written.layer, written.stream)
         rows = np.flatnonzero(train)
         if groups:
-            rows = np.intersect1d(rows, used_rows(latents.rows, groups, cfg.analyzer.seed))
-        named = latents.rows.iloc[rows]
+            rows = np.intersect1d(rows, used_rows(latents.rows, groups, seed))
+        labels = latents.rows.iloc[rows]
         return StreamRows(
             acts[torch.from_numpy(rows)].float().numpy(),
-            named["group"].to_numpy(dtype=object),
-            named["unit"].to_numpy(dtype=object),
+            labels["group"].to_numpy(dtype=object),
+            labels["unit"].to_numpy(dtype=object),
         )
 
     return LatentFacts(
@@ -371,6 +294,6 @@ def _facts(cfg: RunConfig, at: AtLayer, gathered: Gathered, model: LanguageModel
         hookpoint=sae.hookpoint,
         written=written,
         stream=stream,
-        seed=cfg.analyzer.seed,
-        n_layers=model.n_layers,
+        seed=seed,
+        n_layers=n_layers,
     )

@@ -1,9 +1,7 @@
-"""Models, SAEs and results shared by the runs of one process."""
+"""A run's model, SAEs, latents and analyses, each loaded or computed once per `ObjectCache`."""
 
 import dataclasses
-import gc
 import hashlib
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -11,48 +9,31 @@ import pandas as pd
 
 from saexp import registry
 from saexp.activations.store import ActivationStore
-from saexp.analysis.base import AnalysisInputs
-from saexp.config import AnalyzerConfig, ModelConfig, RunConfig, SAEConfig, parse_layers
+from saexp.analysis.base import AnalysisInputs, Analyzer, UndeclaredAnalyzer
+from saexp.config import AnalyzerConfig, RunConfig, parse_layers
+from saexp.context import ObjectCache
 from saexp.digests import code_digest, digest_of
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Gathered
+from saexp.pipeline.collect import Collected
 from saexp.pipeline.finished import model_content, sae_content
 from saexp.results import TaskResult
 from saexp.saes.loading import check_fits, sae_identity
 from saexp.saes.sae import SAE, SparseAutoencoder
 
-_KEPT = {"model": 1, "sae": 4}
-_loaded: dict[str, OrderedDict[str, Any]] = {kind: OrderedDict() for kind in _KEPT}
+StreamMetrics = dict[str, float | None]
 
 
-def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
-    kept = _loaded[kind]
-    content = model_content(cfg) if isinstance(cfg, ModelConfig) else sae_content(cfg)
-    key = repr((cfg, runtime, content))
-    if key in kept:
-        kept.move_to_end(key)
-        return kept[key]
-    while len(kept) >= _KEPT[kind]:
-        kept.popitem(last=False)
-        # A model's modules refer to each other: only a search for garbage frees its memory.
-        gc.collect()
-    kept[key] = registry.build(kind, cfg, **runtime)
-    return kept[key]
+def language_model(cfg: RunConfig, objects: ObjectCache) -> LanguageModel:
+    """The run's model; weights are read on first use."""
+    key = repr((cfg.model, model_content(cfg.model)))
+    return objects.load("model", key, lambda: registry.build("model", cfg.model))
 
 
-def language_model(cfg: RunConfig) -> LanguageModel:
-    """The run's model; weights are read when first needed."""
-    model = _shared("model", cfg.model)
-    # An earlier run of this process may have settled it by its SAE.
-    model.prepend_bos = cfg.model.prepend_bos
-    return model
-
-
-def about_model(model: LanguageModel) -> dict[str, Any]:
-    """The model as provenance names it; reads no weights."""
+def describe_model(model: LanguageModel) -> dict[str, Any]:
+    """The model's entry in provenance.json; reads no weights."""
     return {
         "name": model.name,
         "revision": model.cfg.revision,
@@ -62,7 +43,20 @@ def about_model(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-def sparse_autoencoder(cfg: RunConfig, model: LanguageModel) -> SparseAutoencoder:
+def describe_sae(sae: SparseAutoencoder) -> dict[str, Any]:
+    """The SAE's entry in provenance.json."""
+    return {
+        **sae.metadata,
+        "hookpoint": sae.hookpoint.name,
+        "hookpoint_out": sae.hookpoint_out.name if sae.hookpoint_out else None,
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
+    }
+
+
+def sparse_autoencoder(
+    cfg: RunConfig, model: LanguageModel, objects: ObjectCache
+) -> SparseAutoencoder:
     """The run's SAE, checked against the model. Raises ConfigError where no layer is given."""
     if cfg.layer is None and cfg.sae.id is None and cfg.sae.loader != "path":
         raise ConfigError(
@@ -76,15 +70,17 @@ def sparse_autoencoder(cfg: RunConfig, model: LanguageModel) -> SparseAutoencode
         )
     if cfg.layer is not None:
         model.check_layer(int(cfg.layer))
-    sae = _shared("sae", cfg.sae, d_in=model.d_model)
+    key = repr((cfg.sae, model.d_model, sae_content(cfg.sae)))
+    build = registry.build
+    sae = objects.load("sae", key, lambda: build("sae", cfg.sae, d_in=model.d_model))
     check_fits(sae, model)
     return sae
 
 
 def per_layer(cfg: RunConfig) -> list[RunConfig]:
-    """The run cut into runs of one layer each, in the order given; itself where it has one.
+    """The run split into one config per layer, in the order given.
 
-    Load their SAEs one after another (`sparse_autoencoder`), so that only a few are in memory.
+    Load the SAEs one after another (`sparse_autoencoder`), so that only a few are in memory.
     """
     if not isinstance(cfg.layer, list):
         return [cfg]
@@ -94,150 +90,95 @@ def per_layer(cfg: RunConfig) -> list[RunConfig]:
     ]
 
 
-KEPT_BYTES = 2**30
-"""Memory of all that is kept, at most."""
-StreamNumbers = dict[str, float | None]
-ANALYSED = "sparsity and reconstruction metrics leave them out, the analysis does not"
-CONTRASTED = "sparsity and reconstruction metrics leave them out, the contrast does not"
-DESCRIBED = "sparsity and reconstruction metrics and the analysis leave them out"
-"""What follows for positions of high norm."""
+def encoded(collected: Collected, sae: SAE, objects: ObjectCache) -> tuple[Latents, StreamMetrics]:
+    """Latents at all positions, and metrics of the ordinary ones; do not modify the latents.
 
-
-class Shelf:
-    """A bounded store of results, least recently used out first."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-
-    def get(self, key: str | None) -> Any:
-        """What is kept under the key, or None."""
-        if key is None or key not in self._kept:
-            return None
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
-
-    def put(self, key: str | None, value: Any, n_bytes: int) -> None:
-        """Keep it, unless it is larger than everything that may be kept."""
-        if key is None or n_bytes > KEPT_BYTES:
-            return
-        self._kept[key] = (value, n_bytes)
-        while self.n_bytes > KEPT_BYTES:
-            self._kept.popitem(last=False)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all that is kept."""
-        return sum(n for _, n in self._kept.values())
-
-    def clear(self) -> None:
-        """Let everything go."""
-        self._kept.clear()
-
-
-_shelf = Shelf()
-
-
-def encoded(gathered: Gathered, sae: SAE) -> tuple[Latents, StreamNumbers]:
-    """Latents at the run's positions, and metrics of the ordinary ones, as `encode_store` gives.
-
-    The same store, SAE and rows are encoded once. Not to be written to.
+    The same store, SAE and rows are encoded once.
     """
-    store, rows = gathered.store, gathered.placement.rows
-    ordinary = gathered.ordinary(streams_of(sae)).mask
+    store, rows = collected.store, collected.placement.rows
+    ordinary = collected.ordinary(streams_of(sae)).mask
     key = _latents_key(store, sae, rows, ordinary)
-    found = _shelf.get(key)
-    if found is None:
+    result = objects.get(key)
+    if result is None:
         latents, metrics = encode_store(store, sae, rows, ordinary)
-        found = dataclasses.replace(latents, key=key), metrics
-        _shelf.put(key, found, _size(found[0]))
-    latents, metrics = found
+        result = dataclasses.replace(latents, key=key), metrics
+        objects.put(key, result, _latents_bytes(result[0]))
+    latents, metrics = result
     return latents, dict(metrics)
 
 
-def encoded_neutral(neutral: Gathered, sae: SAE) -> Latents:
+def encoded_neutral(neutral: Collected, sae: SAE, objects: ObjectCache) -> Latents:
     """Latents at the ordinary positions of neutral text."""
-    return encoded(neutral, sae)[0].where(neutral.ordinary(streams_of(sae)).mask)
-
-
-def high_norm_notes(gathered: Gathered, sae: SAE, consequence: str) -> list[str]:
-    """One line where some of the run's positions have high norms, and what follows for them."""
-    return gathered.ordinary(streams_of(sae)).notes(consequence)
+    latents, _ = encoded(neutral, sae, objects)
+    return latents.where(neutral.ordinary(streams_of(sae)).mask)
 
 
 def streams_of(sae: SAE) -> list[Hookpoint]:
-    """What it reads, and a transcoder's output."""
+    """The hookpoint that the SAE reads, and the one that a transcoder predicts."""
     out = getattr(sae, "hookpoint_out", None)
     return [sae.hookpoint] if out is None else [sae.hookpoint, out]
 
 
-def analysed(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> TaskResult:
-    """As `analyzer.analyze(inputs)`; of the same settings and inputs computed once."""
-    key = _result_key(analyzer, cfg, inputs)
-    found = _shelf.get(key)
-    if found is None:
-        found = analyzer.analyze(inputs)
-        _shelf.put(key, _copied(found), sum(map(_table_size, found.tables.values())))
-        return found
-    return _copied(found)
+def analyzed(
+    analyzer: Analyzer, cfg: AnalyzerConfig, inputs: AnalysisInputs, objects: ObjectCache
+) -> Any:
+    """`analyzer.analyze(inputs)`, computed once for the same settings and inputs."""
+    key = _analysis_key(analyzer, cfg, inputs)
+    result = objects.get(key)
+    if result is not None:
+        return result.copy()
+    result = analyzer.analyze(inputs)
+    if isinstance(result, TaskResult):
+        objects.put(key, result.copy(), sum(map(_table_bytes, result.tables.values())))
+    return result
 
 
-def forget() -> None:
-    """Let all results go."""
-    _shelf.clear()
-
-
-def _copied(result: TaskResult) -> TaskResult:
-    return TaskResult(
-        metrics=dict(result.metrics),
-        tables={name: table.copy() for name, table in result.tables.items()},
-        figures=dict(result.figures),
-        notes=list(result.notes),
-    )
-
-
-def _size(latents: Latents) -> int:
+def _latents_bytes(latents: Latents) -> int:
     csr = latents.csr
-    return csr.data.nbytes + csr.indices.nbytes + csr.indptr.nbytes + _table_size(latents.rows)
+    return csr.data.nbytes + csr.indices.nbytes + csr.indptr.nbytes + _table_bytes(latents.rows)
 
 
-def _table_size(table: pd.DataFrame) -> int:
+def _table_bytes(table: pd.DataFrame) -> int:
     return int(table.memory_usage(deep=True).sum())
 
 
 def _latents_key(
     store: ActivationStore, sae: SAE, rows: pd.DataFrame, ordinary: np.ndarray
 ) -> str | None:
-    about = sae_identity(sae)
-    listed = store.manifest["hookpoints"]
-    shards = [sorted(_sums(listed.get(h.stored.name, {}))) for h in streams_of(sae)]
-    counted = hashlib.sha256(ordinary.tobytes()).hexdigest()
-    if about is None:
+    identity = sae_identity(sae)
+    if identity is None:
         return None
-    return digest_of(store.path.name, shards, about, _rows_key(rows), counted)
+    hookpoints = store.manifest["hookpoints"]
+    shards = [sorted(_checksums(hookpoints.get(h.stored.name, {}))) for h in streams_of(sae)]
+    mask = hashlib.sha256(ordinary.tobytes()).hexdigest()
+    return digest_of(store.path.name, shards, identity, _rows_key(rows), mask)
 
 
-def _sums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def _checksums(shards: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return [(index, entry["sha256"]) for index, entry in shards.items()]
 
 
 def _rows_key(rows: pd.DataFrame) -> str:
-    kinds = [(str(name), str(dtype)) for name, dtype in rows.dtypes.items()]
+    dtypes = [(str(name), str(dtype)) for name, dtype in rows.dtypes.items()]
     try:
         values = pd.util.hash_pandas_object(rows, index=False)
     except TypeError:
-        # Columns of lists, which pandas cannot hash.
+        # pandas cannot hash columns of lists.
         values = pd.util.hash_pandas_object(rows.astype(str), index=False)
     digest = hashlib.sha256(np.asarray(values, dtype="<u8").tobytes()).hexdigest()
-    return digest_of(kinds, digest)
+    return digest_of(dtypes, digest)
 
 
 def _model_key(model: LanguageModel) -> str:
-    """All that decides what a model makes of a text; the config holds chat, device and dtype."""
+    """All that determines the model's outputs; the config holds chat, device and dtype."""
     parts = (repr(model.cfg), model.fingerprint, str(model.dtype), model.device.type)
     return digest_of(*parts, model.prepend_bos, model.eos_ids)
 
 
-def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> str | None:
+def _analysis_key(analyzer: Analyzer, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> str | None:
+    """None where something that the result depends on has no fingerprint."""
+    if isinstance(analyzer, UndeclaredAnalyzer) or inputs.transfer is not None:
+        return None
     latents, background = inputs.latents.key, inputs.background
     sae = None if inputs.sae is None else sae_identity(inputs.sae)
     code = code_digest(type(analyzer))
@@ -252,6 +193,7 @@ def _result_key(analyzer: Any, cfg: AnalyzerConfig, inputs: AnalysisInputs) -> s
         list(inputs.groups),
         inputs.layer,
         inputs.acts is not None,
+        bool(inputs.texts),
         hashlib.sha256(repr(list(inputs.examples)).encode()).hexdigest(),
         None if inputs.model is None else _model_key(inputs.model),
         sae,

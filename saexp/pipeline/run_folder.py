@@ -6,8 +6,9 @@ import math
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,20 +129,38 @@ _PACKAGES = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy", "hy
 Metrics = Mapping[str, float | int | None]
 
 
-def clean_metrics(metrics: Metrics, notes: list[str]) -> dict[str, float | int | None]:
-    """NaN and infinities become null and are named in a note, many in one."""
-    cleaned: dict[str, float | int | None] = {}
-    lost = []
+RUN_TABLES = ("rows", "skips", "check")
+"""Tables that the run itself writes; those of an analyzer need other names."""
+
+
+def finite_metrics(metrics: Metrics) -> tuple[dict[str, float | int | None], list[str]]:
+    """The metrics with None for NaN and infinities, and a note that names those."""
+    finite: dict[str, float | int | None] = {}
+    undefined = []
     for name, value in metrics.items():
-        bad = value is not None and not math.isfinite(value)
-        if bad:
-            lost.append(name)
-        plain = value if value is None or isinstance(value, int) else float(value)
-        cleaned[name] = None if bad else plain
-    if lost:
-        many = f"{len(lost)} numbers could not be computed: " if len(lost) > 1 else ""
-        notes.append(many + ", ".join(lost) + ("" if many else " could not be computed"))
-    return cleaned
+        if value is not None and not math.isfinite(value):
+            undefined.append(name)
+            finite[name] = None
+        else:
+            finite[name] = value if value is None or isinstance(value, int) else float(value)
+    if not undefined:
+        return finite, []
+    if len(undefined) == 1:
+        return finite, [f"{undefined[0]} could not be computed"]
+    return finite, [f"{len(undefined)} numbers could not be computed: {', '.join(undefined)}"]
+
+
+def unexplained_notes(result: TaskResult) -> list[str]:
+    """A note that names the metrics that are None and that no other note names."""
+    text = " ".join(result.notes)
+    names = [k for k, v in result.metrics.items() if v is None and k not in text]
+    limits = [n for n in names if "_ci_" in n]
+    listed = [n for n in names if n not in limits]
+    if limits:
+        listed.append(f"{len(limits)} bounds of intervals (…_ci_low, …_ci_high)")
+    if not listed:
+        return []
+    return [f"not defined with so few positions, units or resamples: {', '.join(listed)}"]
 
 
 METRICS, PROVENANCE = "metrics.json", "provenance.json"
@@ -221,8 +240,27 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name
 
 
+def save_run(
+    context: RunContext,
+    cfg: RunConfig,
+    result: TaskResult,
+    skips: Sequence[Skip],
+    about: Mapping[str, Any],
+) -> TaskResult:
+    """Write metrics, tables and provenance.json; may be called again as a run goes on.
+
+    Returns the result as it was written: NaN and infinities are None, and notes explain every None.
+    """
+    metrics, notes = finite_metrics(result.metrics)
+    saved = replace(result, metrics=metrics, notes=[*result.notes, *notes])
+    saved.notes += unexplained_notes(saved)
+    write_result(context, saved)
+    write_provenance(context, cfg, saved, skips, about)
+    return saved
+
+
 def write_result(context: RunContext, result: TaskResult) -> None:
-    """metrics.json and a parquet file per table; may be called again as a run goes on."""
+    """Write metrics.json and a parquet file per table."""
     folder = context.folder
     note_written(context, [METRICS, *(f"{name}.parquet" for name in result.tables)])
     write_json(folder / METRICS, result.metrics, option=RUN_FOLDER)
@@ -230,15 +268,23 @@ def write_result(context: RunContext, result: TaskResult) -> None:
         write_table(folder / f"{name}.parquet", table, option=RUN_FOLDER)
 
 
-def skips_table(skips: list[Skip]) -> pd.DataFrame:
+def skips_table(skips: Sequence[Skip]) -> pd.DataFrame:
     """One row per example that could not be used."""
     return pd.DataFrame([dataclasses.asdict(s) for s in skips], columns=["example_id", "reason"])
 
 
 def write_provenance(
-    context: RunContext, cfg: RunConfig, notes: list[str], skips: list[Skip], **about: Any
+    context: RunContext,
+    cfg: RunConfig,
+    result: TaskResult,
+    skips: Sequence[Skip],
+    about: Mapping[str, Any],
 ) -> None:
-    """provenance.json: how the run came about; values from the environment as they were typed."""
+    """Write provenance.json: what the run was computed from and with.
+
+    Values that come from environment variables are written as they were typed. `about` has further
+    entries; `device` goes to those of the machine.
+    """
     note_written(context, [PROVENANCE])
     versions = {p: metadata.version(p) for p in _PACKAGES}
     write_json(
@@ -253,13 +299,14 @@ def write_provenance(
                 "system": platform.platform(),
                 "processor": platform.machine(),
                 "cores": os.cpu_count(),
-                "device": about.pop("device", None),
+                "device": about.get("device"),
             },
             "seconds": {name: round(s, 3) for name, s in context.seconds.items()},
             "started": context.started,
-            "notes": as_typed(notes),
+            "notes": as_typed(result.notes),
             "skips": dict(Counter(s.reason for s in skips)),
-            **as_typed(about),
+            "tables": [name for name in result.tables if name not in RUN_TABLES],
+            **as_typed({key: value for key, value in about.items() if key != "device"}),
         },
         option=RUN_FOLDER,
     )

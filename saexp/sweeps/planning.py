@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from saexp.config import RunConfig, parse_layers, to_run_config
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
 from saexp.config.tasks import StreamsConfig
+from saexp.context import ObjectCache
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, write_json
 from saexp.pipeline.run_folder import reserve
@@ -32,8 +33,23 @@ _IGNORED = frozenset({"coefficient", "width", "latents", "sae_trainer", "tracker
 analyzer may choose its positions."""
 _OF_LAYERS = ("intervention.latents", "intervention.layers")
 """Settings of an intervention that name layers whose SAEs take part."""
-_sweep: Path | None = None
-"""Folder of the sweep that this process runs."""
+
+
+class Process:
+    """What the runs of one process share.
+
+    Hydra creates the callback and calls the job by itself, so that neither can be given an object:
+    this is the one place where they meet.
+    """
+
+    def __init__(self) -> None:
+        self.objects = ObjectCache()
+        """Models, SAEs and results that the cells of a sweep share."""
+        self.sweep: Path | None = None
+        """Folder of the sweep that the process runs and has not finished."""
+
+
+PROCESS = Process()
 
 
 class SweepCallback(Callback):
@@ -46,9 +62,9 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write plan.json: all cells, and per set of texts the hookpoints they need together."""
-        global _sweep
-        _reserve(Path(config.hydra.sweep.dir))
-        _sweep = Path(config.hydra.sweep.dir)
+        folder = Path(config.hydra.sweep.dir)
+        _reserve(folder)
+        PROCESS.sweep = folder
         cells = _cells(config)
         content = {
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
@@ -56,7 +72,7 @@ class SweepCallback(Callback):
             "passes": _passes(cells),
         }
         with _ending_the_process():
-            write_json(_sweep / SWEEP_PLAN, content, option=SWEEP_FOLDER)
+            write_json(folder / SWEEP_PLAN, content, option=SWEEP_FOLDER)
 
 
 def _reserve(folder: Path) -> None:
@@ -67,12 +83,11 @@ def _reserve(folder: Path) -> None:
 @contextmanager
 def _ending_the_process() -> Iterator[None]:
     """One line and exit code 1: of a callback's Exception Hydra only warns, and goes on."""
-    global _sweep
     try:
         yield
     except StoreError as error:
-        # What this process runs next is not taken for the sweep that could not begin.
-        _sweep = None
+        # Later runs of this process are not cells of the sweep that could not begin.
+        PROCESS.sweep = None
         sys.stderr.write(f"saexp: {error}\n")
         raise SystemExit(1) from error
 
@@ -154,7 +169,7 @@ def _layers_changed(cfg: RunConfig) -> list[int]:
         return about.latent_layers(0)
     from saexp.pipeline.objects import language_model
 
-    return about.latent_layers(language_model(cfg).n_layers)
+    return about.latent_layers(language_model(cfg, PROCESS.objects).n_layers)
 
 
 def texts_key(cfg: RunConfig) -> str:
@@ -173,7 +188,7 @@ def swept_keys(sweep: Path) -> set[str]:
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
 
-def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
+def hookpoints_to_prefetch(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
     """(layer, stream) that cells of this sweep need from this cell's texts; None: as the SAE's."""
     if sweep is None or not (sweep / SWEEP_PLAN).exists():
         return []
@@ -189,7 +204,7 @@ def ahead(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
 
 def running() -> Path | None:
     """Folder of the sweep that this process runs and has not finished."""
-    return _sweep
+    return PROCESS.sweep
 
 
 def finish() -> str | None:
@@ -198,16 +213,15 @@ def finish() -> str | None:
     Works on whatever cells there are, so also after Ctrl-C; a signal that comes while the table and
     the report are written leaves the sweep to the next call.
     """
-    global _sweep
-    folder = _sweep
+    folder = PROCESS.sweep
     if folder is None:
         return None
     try:
         results = _written(folder) if any(folder.glob("*/.hydra")) else None
     except Exception:
-        _sweep = None
+        PROCESS.sweep = None
         raise
-    _sweep = None
+    PROCESS.sweep = None
     if results is None:
         return None
     table, figures = results
@@ -233,7 +247,7 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
     from saexp.reports.sweep import write_sweep
     from saexp.sweeps.latent_matching import match_cells
 
-    match_cells(folder)
+    match_cells(folder, PROCESS.objects)
     return write_sweep(folder)
 
 

@@ -1,151 +1,130 @@
-"""task=analyze: collect, encode, contrast, steer, report."""
+"""task=analyze: collect, encode, validate the SAE, analyze, intervene, report."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from saexp import registry
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import as_analyzer
 from saexp.config import RunConfig
 from saexp.context import RunContext
+from saexp.data.examples import Skip
 from saexp.latents.encode import Latents
-from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Gathered, gather, gather_background, settle_bos
-from saexp.pipeline.intervene import (
-    AtLayer,
-    all_of,
-    at_layers,
-    check_steerable,
-    intervene,
-    saes_by_layer,
-)
-from saexp.pipeline.objects import (
-    CONTRASTED,
-    about_model,
-    analysed,
-    encoded,
-    encoded_neutral,
-    high_norm_notes,
-    language_model,
-    sparse_autoencoder,
-)
-from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
-from saexp.pipeline.validation import (
-    add_scores,
-    attribution,
-    check_sae,
-    fits_here,
-    neighbours,
-    settle_factor,
-    with_neighbours,
-)
-from saexp.reports.analysis import report_figures, write_report
+from saexp.pipeline.intervene import check_steerable, intervene, needs_selected_latents
+from saexp.pipeline.objects import describe_sae
+from saexp.pipeline.run_folder import save_run, write_provenance
+from saexp.pipeline.session import EncodedLayer, RunData, Session
+from saexp.pipeline.validation import attribute_latents, score_latents, validate_sae
+from saexp.reports.analysis import findings, report_figures, save_figures, write_report
 from saexp.results import TaskResult
-from saexp.saes.sae import SparseAutoencoder
-from saexp.tasks.describe import describe
 
 N_SHOWN = 4
-"""Selected latents per direction whose values go into activations.parquet."""
+"""Selected latents per direction whose activations go into activations.parquet."""
 
 
 def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """The whole path of a run; every step's numbers are on disk before the next begins."""
-    if cfg.analyzer.name != "contrast":
-        return describe(cfg, context)
+    """Run an analyzer on the latents of one layer, or of each layer where it takes several."""
     with context.stage("load"):
-        model = language_model(cfg)
-        sae = sparse_autoencoder(cfg, model)
-    return contrast_with(cfg, context, model, sae)
+        analyzer = as_analyzer(registry.build("analyzer", cfg.analyzer))
+        session = Session.open(cfg, context, analyzer)
+    return analyze_session(session)
 
 
-def contrast_with(
-    cfg: RunConfig, context: RunContext, model: LanguageModel, sae: SparseAutoencoder
-) -> TaskResult:
-    """The path of a run with analyzer=contrast, for a model and an SAE that are loaded already."""
-    with context.stage("load"):
-        saes = saes_by_layer(cfg, model, sae)
-        every = all_of(sae, saes)
-        settled = settle_bos(cfg, model, every)
+def analyze_session(session: Session) -> TaskResult:
+    """All stages after loading; results are on disk before the intervention begins."""
+    cfg, context = session.cfg, session.context
     with context.stage("collect"):
-        streams = [h for s in every for h in s.hookpoints]
-        gathered = gather(cfg, model, streams, context.ahead)
-        check_steerable(cfg, gathered.examples, model)
-        neutral = gather_background(
-            cfg,
-            model,
-            [*streams, *(h for s in every for h in neighbours(cfg, s, model) if h not in streams)],
-            cfg.analyzer.n_background,
-            with_neighbours(cfg, context.ahead),
-        )
-    with context.stage("encode"):
-        gathered = replace(gathered, neutral=neutral)
-        loaded = sae
-        sae, notes = settle_factor(cfg, loaded, neutral)
-        saes = {n: sae if s is loaded else s for n, s in saes.items()}
-        every = all_of(sae, saes)
-        latents, stream_metrics = encoded(gathered, sae)
-        background = encoded_neutral(neutral, sae)
-        notes += high_norm_notes(gathered, sae, CONTRASTED)
-    with context.stage("check"):
-        checked = check_sae(cfg, sae, model, gathered, neutral)
-    forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
-    notes = [*gathered.examples.notes, *neutral.examples.notes, *notes]
-    result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
-    result.merge(settled)
-    result.merge(checked)
-    result.notes += [] if checked.notes else fits_here(result.metrics)
-    result.metrics["collection/tokens_forwarded"] = forwarded
-    result.tables["rows"] = gathered.placement.rows
-    result.tables["skips"] = skips_table(gathered.placement.skips)
-    with context.stage("contrast"):
-        analyzer = registry.build("analyzer", cfg.analyzer)
-        result.merge(
-            analysed(
-                analyzer,
-                cfg.analyzer,
-                AnalysisInputs(
-                    latents=latents,
-                    groups=gathered.examples.groups,
-                    layer=sae.hookpoint.layer,
-                    background=background,
-                    texts=gathered.placement.texts,
-                    neutral_texts=neutral.placement.texts,
-                ),
-            )
-        )
-    table = result.tables.get("latents")
-    if table is not None:
-        result.tables["activations"] = _activations(latents, table)
-        with context.stage("scores"):
-            if cfg.analyzer.scores:
-                result.notes += add_scores(
-                    cfg, table, model, sae, background, neutral.store.path.name
-                )
-            if cfg.analyzer.attribution:
-                result.merge(attribution(cfg, model, sae, gathered))
-    _save(cfg, context, result, gathered, model, every, forwarded)
-    if cfg.intervention.name != "none" and table is not None:
+        data = session.collect()
+        if session.selects_latents or not needs_selected_latents(cfg):
+            check_steerable(cfg, data.examples.examples, session.model)
+    result, entries, layer = data.result + session.bos, [], None
+    skips = data.examples.placement.skips
+    for cell in session.cells:
+        layer, part = _analyze_layer(session, cell, data)
+        result = _joined(result, part)
+        entries.append(describe_sae(layer.sae))
+    about = session.provenance(data, entries)
+    if cfg.intervention.name != "none" and layer is not None:
+        save_run(context, cfg, result, skips, about)
         with context.stage("intervene"):
-            own = AtLayer(sae, latents, table)
-            layered, found = at_layers(cfg, saes, own, gathered, neutral, model)
-            every = all_of(sae, {n: at.sae for n, at in layered.items()})
-            result.merge(found)
-            result.merge(intervene(cfg, latents, table, gathered, model, sae, layered))
-    _save(cfg, context, result, gathered, model, every, forwarded)
+            result.merge(_intervene(session, layer, data, result))
+    result = save_run(context, cfg, result, skips, about)
+    save_figures(context.folder, result.figures)
     with context.stage("report"):
-        result.figures = report_figures(context.folder)
-        write_report(context.folder, result.figures)
+        result.figures = _write_page(cfg, context, result, skips, about)
+    return result
+
+
+def _analyze_layer(
+    session: Session, cell: RunConfig, data: RunData
+) -> tuple[EncodedLayer, TaskResult]:
+    """One layer encoded, and the results of its validation and analysis.
+
+    Where the run has several layers, metrics and figures end in `_layer_<n>`.
+    """
+    context = session.context
+    with context.stage("encode"):
+        layer = session.encode(cell, data)
+    with context.stage("check"):
+        result = layer.result + validate_sae(session, layer, data)
+    with context.stage(session.cfg.analyzer.name):
+        result.merge(session.analyze(layer, data))
+    if session.selects_latents and "latents" in result.tables:
+        with context.stage("scores"):
+            result = _with_scores(session, layer, data, result)
+    if session.takes_several_layers:
+        for table in result.tables.values():
+            if "layer" not in table:
+                table.insert(0, "layer", layer.layer)
+    if len(session.cells) > 1:
+        suffix = f"_layer_{layer.layer}"
+        result.metrics = {name + suffix: value for name, value in result.metrics.items()}
+        result.figures = {name + suffix: figure for name, figure in result.figures.items()}
+    return layer, result
+
+
+def _joined(result: TaskResult, part: TaskResult) -> TaskResult:
+    """The result with that of a further layer: tables one below the other, equal notes once."""
+    both = result.tables.keys() & part.tables.keys()
+    tables = {
+        name: pd.concat([result.tables[name], part.tables[name]], ignore_index=True)
+        for name in both
+    }
+    return TaskResult(
+        metrics={**result.metrics, **part.metrics},
+        tables={**result.tables, **part.tables, **tables},
+        figures={**result.figures, **part.figures},
+        notes=[*result.notes, *(n for n in part.notes if n not in result.notes)],
+    )
+
+
+def _with_scores(
+    session: Session, layer: EncodedLayer, data: RunData, result: TaskResult
+) -> TaskResult:
+    """The result with scores and attributions of the selected latents, and their activations."""
+    cfg, table = session.cfg, result.tables["latents"]
+    activations = {"activations": _activations(layer.latents, table)}
+    result = replace(result, tables={**result.tables, **activations})
+    if cfg.analyzer.scores:
+        table, notes = score_latents(session, layer, data, table)
+        result = replace(
+            result, tables={**result.tables, "latents": table}, notes=[*result.notes, *notes]
+        )
+    if cfg.analyzer.attribution:
+        result.merge(attribute_latents(session, layer, data))
     return result
 
 
 def _activations(latents: Latents, table: pd.DataFrame) -> pd.DataFrame:
-    """Values of the leading selected latents at every row, for histograms and examples."""
-    chosen = table[table["selected"] & (table["rank"] <= N_SHOWN)]["latent"].tolist()
+    """Activations of the leading selected latents at every row, for histograms and examples."""
+    leading = table[table["selected"] & (table["rank"] <= N_SHOWN)]["latent"].tolist()
     columns = ["example_id", "group", "split", "entity_type", "text"]
     parts = []
-    for latent in chosen:
+    for latent in leading:
         values = np.asarray(latents.csr[:, [latent]].todense()).ravel()
         parts.append(latents.rows[columns].assign(latent=latent, value=values))
     if not parts:
@@ -153,38 +132,31 @@ def _activations(latents: Latents, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _save(
+def _intervene(
+    session: Session, layer: EncodedLayer, data: RunData, result: TaskResult
+) -> TaskResult:
+    """The causal test; of a run with several layers, a note."""
+    if len(session.cells) > 1:
+        note = (
+            f"intervention={session.cfg.intervention.name} was not run: it takes one layer, and "
+            f"layer= names {len(session.cells)}"
+        )
+        return TaskResult(notes=[note])
+    return intervene(session, layer, result.tables.get("latents"), data)
+
+
+def _write_page(
     cfg: RunConfig,
     context: RunContext,
     result: TaskResult,
-    gathered: Gathered,
-    model: LanguageModel,
-    saes: list[SparseAutoencoder],
-    forwarded: int,
-) -> None:
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context, result)
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        gathered.placement.skips,
-        device=str(model.device),
-        model=about_model(model),
-        sae=_about(saes[0]),
-        saes=[_about(sae) for sae in saes],
-        store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
-        tokens_forwarded=forwarded,
-        groups=list(gathered.examples.groups),
-        dataset={"name": gathered.examples.name, "n_examples": len(gathered.examples)},
-    )
-
-
-def _about(sae: SparseAutoencoder) -> dict[str, Any]:
-    return {
-        **sae.metadata,
-        "hookpoint": sae.hookpoint.name,
-        "hookpoint_out": sae.hookpoint_out.name if sae.hookpoint_out else None,
-        "d_sae": sae.d_sae,
-        "architecture": sae.architecture,
-    }
+    skips: Sequence[Skip],
+    about: Mapping[str, Any],
+) -> dict[str, go.Figure]:
+    """report.html from the saved files alone, so that it can be rendered again; its figures."""
+    folder = context.folder
+    if cfg.analyzer.name != "contrast":
+        about = {**about, "finding": findings(folder)}
+        write_provenance(context, cfg, result, skips, about)
+    figures = report_figures(folder)
+    write_report(folder, figures)
+    return figures

@@ -12,17 +12,17 @@ from saexp.config import CacheConfig, RunConfig
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
-from saexp.pipeline.run_folder import write_provenance, write_result
+from saexp.pipeline.run_folder import save_run
 from saexp.results import TaskResult
 
 log = logging.getLogger(__name__)
 
 
 def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """Do `action`; the table of what is there afterwards is saved as stores.parquet.
+    """Do `action`, and save the table of the stores that remain as stores.parquet.
 
-    Of action=compare, its lines are saved as compared.parquet too, and nothing else is told.
-    Raises StoreError, after listing everything in the log, where action=verify finds damage.
+    action=compare saves its lines as compared.parquet too, and reports nothing else. Raises
+    StoreError, after listing everything in the log, where action=verify finds damage.
     """
     task = cfg.task
     assert isinstance(task, CacheConfig)
@@ -30,10 +30,10 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     compared: dict[str, pd.DataFrame] = {}
     damage = None
     if task.action == "verify":
-        lost = stores.unreadable(cfg.cache_dir)
-        bad = stores.verify(stores.stores(cfg.cache_dir))
-        notes += [f"{key}: damaged {', '.join(files)}" for key, files in bad.items()]
-        damage = _damage(bad, lost)
+        unreadable = stores.unreadable(cfg.cache_dir)
+        damaged = stores.verify(stores.stores(cfg.cache_dir))
+        notes += [f"{key}: damaged {', '.join(files)}" for key, files in damaged.items()]
+        damage = _damage(damaged, unreadable)
         notes += [] if damage else ["all sound"]
     elif task.action == "prune":
         pruned = stores.prune(cfg.cache_dir, max_size=task.max_size, max_age=task.max_age)
@@ -45,9 +45,9 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
                 """task.action=compare takes two keys; type 'task.stores=["17e1","9e9a"]'"""
             )
         first, second = (stores.find(cfg.cache_dir, key) for key in task.stores)
-        told = differences(first, second) or ["the same ingredients"]
-        compared["compared"] = pd.DataFrame({"difference": told})
-        notes += [headline(first), headline(second), *told]
+        lines = differences(first, second) or ["the same ingredients"]
+        compared["compared"] = pd.DataFrame({"difference": lines})
+        notes += [headline(first), headline(second), *lines]
     table = stores.listing(cfg.cache_dir)
     notes += [
         f"{folder.name}: missing or damaged manifest.json, {show_bytes(stores.size(folder))}"
@@ -60,8 +60,7 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
         tables={"stores": table, **compared},
         notes=notes,
     )
-    write_result(context, result)
-    write_provenance(context, cfg, notes, [])
+    result = save_run(context, cfg, result, [], {})
     if damage is not None:
         for line in [*stores.for_reading(table).splitlines(), *notes]:
             log.info("%s", line)
@@ -69,18 +68,18 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     return result
 
 
-def _damage(bad: Mapping[str, Sequence[str]], lost: Sequence[Path]) -> str | None:
-    """One line: what is damaged, and what to type."""
+def _damage(damaged: Mapping[str, Sequence[str]], unreadable: Sequence[Path]) -> str | None:
+    """One line that says what is damaged and what to type; None if nothing is."""
     parts = []
-    if bad:
-        named = "; ".join(f"{key}: {', '.join(files)}" for key, files in bad.items())
+    if damaged:
+        files = "; ".join(f"{key}: {', '.join(names)}" for key, names in damaged.items())
         parts.append(
-            f"damaged: {named}; run what needs them with verify=true, which computes them again"
+            f"damaged: {files}; run what needs them with verify=true, which computes them again"
         )
-    if lost:
-        named = ", ".join(map(str, lost))
+    if unreadable:
+        folders = ", ".join(map(str, unreadable))
         parts.append(
-            f"manifest.json cannot be read in {named}: the command that made it makes it anew from "
-            "its shards"
+            f"manifest.json cannot be read in {folders}: the command that wrote it writes it again "
+            "from its shards"
         )
     return "; ".join(parts) or None

@@ -16,17 +16,11 @@ from saexp.context import RunContext
 from saexp.errors import ConfigError, DataError
 from saexp.files import RUN_FOLDER, write_text
 from saexp.latents.examples import firing_counts, latents_at
-from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Gathered, gather, gather_background, settle_bos
-from saexp.pipeline.objects import (
-    about_model,
-    encoded_neutral,
-    high_norm_notes,
-    language_model,
-    sparse_autoencoder,
-)
-from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
-from saexp.pipeline.validation import check_sae, neighbours, settle_factor, with_neighbours
+from saexp.pipeline.collect import Collected, collect_examples
+from saexp.pipeline.objects import describe_sae, encoded_neutral
+from saexp.pipeline.run_folder import save_run, skips_table
+from saexp.pipeline.session import RunData, Session, resolve_factor
+from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
 from saexp.results import TaskResult
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
@@ -37,7 +31,7 @@ from saexp.wording import is_above_chance, sae_words
 
 @dataclass(frozen=True)
 class Chosen:
-    """Latents in the order in which they are shown, and how they were found."""
+    """Latents in the order in which they are shown, and how they were chosen."""
 
     latents: list[int]
     how: str
@@ -47,10 +41,10 @@ class Chosen:
     notes: list[str] = field(default_factory=list)
 
     def contrast_of(self, latent: int, alpha: float) -> dict[str, Any] | None:
-        """The contrast's numbers of it on the test split, in the latent's own direction.
+        """The contrast's test-split numbers of a latent, in the latent's own direction.
 
         `is_above_chance` is at level `alpha` of the test split's q-value. None where there is no
-        contrast, or the latent was never active in it.
+        contrast, or where the latent was never active in it.
         """
         if self.contrast is None:
             return None
@@ -58,10 +52,10 @@ class Chosen:
         if rows.empty:
             return None
         row = rows.iloc[0]
-        own = row["direction"] == self.groups[0]
+        is_first = row["direction"] == self.groups[0]
         low, high = row["ci_low_test"], row["ci_high_test"]
         auroc, separation = float(row["auroc_test"]), float(row["separation_test"])
-        if not own:
+        if not is_first:
             auroc, separation = 1 - auroc, -separation
             low, high = 1 - high, 1 - low
         q_value = float(row["q_value_test"])
@@ -85,156 +79,152 @@ class Chosen:
 
 
 def choose(
-    asked: list[int] | int,
-    cfg: RunConfig,
-    model: LanguageModel,
-    sae: SparseAutoencoder,
-    gathered: Gathered,
-    neutral: Gathered,
+    requested: list[int] | int, session: Session, sae: SparseAutoencoder, data: RunData
 ) -> Chosen:
-    """`asked` are latents, or how many of the best. Raises ConfigError for one the SAE lacks.
+    """`requested` are latents, or how many of the best. Raises ConfigError for one the SAE lacks.
 
-    The contrast is made as task=analyze makes it, with room for as many latents as are asked for.
+    The contrast is that of task=analyze, with `top_k` raised to the number of latents requested.
     """
-    if isinstance(asked, list):
-        wrong = next((f for f in asked if f >= sae.d_sae), None)
+    if isinstance(requested, list):
+        wrong = next((f for f in requested if f >= sae.d_sae), None)
         if wrong is not None:
             raise ConfigError(
-                f"task.latents={asked}: {sae.metadata.get('name', 'the SAE')} has latents "
+                f"task.latents={requested}: {sae.metadata.get('name', 'the SAE')} has latents "
                 f"0-{sae.d_sae - 1}, not {wrong}"
             )
-    groups = gathered.examples.groups
-    table, where, notes = None, cfg.positions.name, []
+    examples = data.examples
+    groups = examples.examples.groups
+    table, positions, notes = None, session.cfg.positions.name, []
     if len(groups) == 2:
-        at, where = _contrast_rows(cfg, model, sae, gathered)
-        others = [n for n in at.examples.notes if n not in gathered.examples.notes]
+        rows, positions = _contrast_rows(session, sae, examples)
+        others = [n for n in rows.examples.notes if n not in examples.examples.notes]
         try:
-            made = _contrast(cfg, sae, at, neutral, 0 if isinstance(asked, list) else asked)
-            table, others = made.tables["latents"], [*others, *made.notes]
+            top_k = 0 if isinstance(requested, list) else requested
+            result = _contrast(session, sae, rows, data.neutral, top_k)
+            table, others = result.tables["latents"], [*others, *result.notes]
         except DataError as error:
-            if not isinstance(asked, list):
+            if not isinstance(requested, list):
                 raise
             notes = [f"no contrast is shown: {error}"]
-        notes = [*(f"contrast at {where}: {note}" for note in others), *notes]
-    if isinstance(asked, list):
-        return Chosen(asked, "as named", table, groups, notes)
+        notes = [*(f"contrast at {positions}: {note}" for note in others), *notes]
+    if isinstance(requested, list):
+        return Chosen(requested, "as named", table, groups, notes)
     if table is not None:
-        best = table[table["selected"]].sort_values(["rank", "q_value"])["latent"].tolist()[:asked]
-        if 0 < len(best) < asked:
-            notes += [f"the contrast selects {len(best)} latents, not the {asked} asked for"]
+        selected = table[table["selected"]].sort_values(["rank", "q_value"])["latent"]
+        best = [int(f) for f in selected.tolist()[:requested]]
+        if 0 < len(best) < requested:
+            notes += [f"the contrast selects {len(best)} latents, not the {requested} requested"]
         if best:
-            how = f"the contrast's best at {where.replace('_', ' ')}"
-            return Chosen([int(f) for f in best], how, table, groups, notes)
+            how = f"the contrast's best at {positions.replace('_', ' ')}"
+            return Chosen(best, how, table, groups, notes)
     why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
-    counts = firing_counts(gathered.store, sae, gathered.ordinary(sae.hookpoints).mask)
-    order = np.argsort(-counts, kind="stable")[:asked]
-    notes += [f"{why}, so these are the latents that fire on most positions"]
+    counts = firing_counts(examples.store, sae, examples.ordinary(sae.hookpoints).mask)
+    order = np.argsort(-counts, kind="stable")[:requested]
+    notes += [f"{why}, so these are the latents that are active at most positions"]
     return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)
 
 
 def _contrast_rows(
-    cfg: RunConfig, model: LanguageModel, sae: SparseAutoencoder, gathered: Gathered
-) -> tuple[Gathered, str]:
-    """(activations, their positions): where all tokens are shown, the entity's last token, which is
-    what task=analyze looks at by default; the run's own positions otherwise."""
-    if cfg.positions.name != "all" or not any(e.spans for e in gathered.examples.examples):
-        return gathered, cfg.positions.name
+    session: Session, sae: SparseAutoencoder, examples: Collected
+) -> tuple[Collected, str]:
+    """(activations, their positions) that the contrast compares.
+
+    Where all tokens are shown, the entity's last token, the default of task=analyze; otherwise the
+    run's own positions.
+    """
+    cfg = session.cfg
+    if cfg.positions.name != "all" or not any(e.spans for e in examples.examples.examples):
+        return examples, cfg.positions.name
     positions = PositionsConfig(name="entity_last", seed=cfg.positions.seed)
-    return gather(replace(cfg, positions=positions), model, sae.hookpoints), positions.name
+    cfg = replace(cfg, positions=positions)
+    return collect_examples(cfg, session.model, sae.hookpoints), positions.name
 
 
 def _contrast(
-    cfg: RunConfig, sae: SparseAutoencoder, at: Gathered, neutral: Gathered, n: int
+    session: Session, sae: SparseAutoencoder, rows: Collected, neutral: Collected, n: int
 ) -> TaskResult:
-    """As task=analyze makes it, without encoding the rows that it leaves out."""
-    most = max(n, cfg.analyzer.top_k)
-    analyzer = replace(cfg.analyzer, name="contrast", top_k=most, placebo=0)
-    rows = at.placement.rows
-    used, _, notes = equally_observed(rows, at.examples.groups, analyzer.seed)
+    """The contrast of task=analyze, without encoding the rows that it leaves out."""
+    cfg = session.cfg.analyzer
+    cfg = replace(cfg, name="contrast", top_k=max(n, cfg.top_k), placebo=0)
+    table, groups = rows.placement.rows, rows.examples.groups
+    used, _, notes = equally_observed(table, groups, cfg.seed)
     inputs = AnalysisInputs(
-        latents=latents_at(at.store, sae, rows, used),
-        groups=at.examples.groups,
+        latents=latents_at(rows.store, sae, table, used),
+        groups=groups,
         layer=sae.hookpoint.layer,
-        background=encoded_neutral(neutral, sae),
+        background=encoded_neutral(neutral, sae, session.context.objects),
     )
-    made: TaskResult = registry.build("analyzer", analyzer).analyze(inputs)
-    made.notes = list(dict.fromkeys([*notes, *made.notes]))
-    return made
+    result: TaskResult = registry.build("analyzer", cfg).analyze(inputs)
+    return replace(result, notes=list(dict.fromkeys([*notes, *result.notes])))
 
 
 def parse_latents(value: Any) -> list[int] | int:
-    """`[12, 160]` as it is, without repeats; N of `top:N`. Raises ConfigError for anything else."""
+    """The latents of `[12, 160]` without repeats, or N of `top:N`. Raises ConfigError otherwise."""
     top = re.fullmatch(r"top:(\d+)", str(value).strip())
     if top and int(top[1]) > 0:
         return int(top[1])
     listed = value if isinstance(value, list | tuple) else [value]
-    good = [re.fullmatch(r"\d+", str(v)) and not isinstance(v, bool) for v in listed]
-    if not listed or not all(good):
+    valid = [re.fullmatch(r"\d+", str(v)) and not isinstance(v, bool) for v in listed]
+    if not listed or not all(valid):
         raise ConfigError(
-            f"task.latents={value} contains no latents; type task.latents=top:20 or "
+            f"task.latents={value} is not a list of latents; type task.latents=top:20 or "
             "'task.latents=[12,160]'"
         )
     return list(dict.fromkeys(int(v) for v in listed))
 
 
 def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """Choose, read the store once, look the examples up, write dashboard.json and render it."""
+    """Choose latents, encode the store once, look up examples, write and render dashboard.json."""
     options = cfg.task
     assert isinstance(options, DashboardConfig)
-    asked = parse_latents(options.latents)
+    requested = parse_latents(options.latents)
     with context.stage("load"):
-        model = language_model(cfg)
-        sae = sparse_autoencoder(cfg, model)
-        settled = settle_bos(cfg, model, [sae])
+        session = Session.open(cfg, context)
     with context.stage("collect"):
-        gathered = gather(cfg, model, sae.hookpoints, context.ahead)
-        neutral = gather_background(
-            cfg,
-            model,
-            [*sae.hookpoints, *neighbours(cfg, sae, model)],
-            cfg.analyzer.n_background,
-            with_neighbours(cfg, context.ahead),
-        )
-    gathered = replace(gathered, neutral=neutral)
-    sae, estimated = settle_factor(cfg, sae, neutral)
-    notes = [*gathered.examples.notes, *neutral.examples.notes, *estimated]
-    notes += high_norm_notes(gathered, sae, "the dashboard's examples and numbers leave them out")
-    result = TaskResult(metrics=gathered.metrics, notes=notes)
-    result.merge(settled)
-    result.merge(check_sae(cfg, sae, model, gathered, neutral))
+        data = session.collect()
+    examples, model = data.examples, session.model
+    sae, notes = resolve_factor(cfg, session.sae_of(cfg), data.neutral)
+    notes += examples.ordinary(sae.hookpoints).notes(
+        "the dashboard's examples and numbers leave them out"
+    )
+    result = TaskResult(metrics=examples.metrics, notes=data.result.notes)
+    result.merge(session.bos)
+    result.notes += notes
+    result.merge(check_sae(cfg, sae, model, data))
     with context.stage("choose"):
-        chosen = choose(asked, cfg, model, sae, gathered, neutral)
+        chosen = choose(requested, session, sae, data)
     result.notes += chosen.notes
     with context.stage("encode"):
-        labels, tally = latent_cards.tallied(chosen.latents, sae, gathered, options, cfg.seed)
+        labels, tally = latent_cards.tally_latents(chosen.latents, sae, examples, options, cfg.seed)
     with context.stage("examples"):
-        examples = latent_cards.examples(tally, sae, gathered, model, options)
+        cards = latent_cards.examples(tally, sae, examples, model, options)
     with context.stage("logits"):
-        tokens, treated = latent_cards.tokens(chosen.latents, sae, model, options, result.notes)
-    alike = latent_cards.alike(tally, sae, options)
-    made = [
+        tokens, norm, token_notes = latent_cards.tokens(chosen.latents, sae, model, options)
+    result.notes += token_notes
+    similar = latent_cards.similar_latents(tally, sae, options)
+    latents = [
         {
             **latent_cards.numbers(tally, i),
-            **examples[i],
+            **cards[i],
             **tokens[i],
-            **alike[i],
-            "contrast": chosen.contrast_of(latent, cfg.analyzer.alpha),
-            "neuronpedia": neuronpedia_url(sae, latent),
+            **similar[i],
+            "contrast": chosen.contrast_of(f, cfg.analyzer.alpha),
+            "neuronpedia": neuronpedia_url(sae, f),
         }
-        for i, latent in enumerate(chosen.latents)
+        for i, f in enumerate(chosen.latents)
     ]
-    _save(cfg, context, result, gathered, model, sae, chosen, made)
+    result = _save(session, result, data, sae, chosen, latents)
     content = {
         "how_chosen": chosen.how,
         "groups": labels,
         "rows_of_group": tally.rows_of_group.tolist(),
         "n_rows": tally.n_rows,
         "positions": cfg.positions.name,
-        "norm": treated,
+        "norm": norm,
         "n_sample": latent_cards.N_SAMPLE,
         "neuronpedia_list": neuronpedia_list(sae, chosen.latents),
         "embed": EMBEDDED,
-        "latents": made,
+        "latents": latents,
     }
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     write_text(context.folder / DATA, text + "\n", option=RUN_FOLDER)
@@ -244,49 +234,29 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
 
 
 def _save(
-    cfg: RunConfig,
-    context: RunContext,
+    session: Session,
     result: TaskResult,
-    gathered: Gathered,
-    model: LanguageModel,
+    data: RunData,
     sae: SparseAutoencoder,
     chosen: Chosen,
-    made: list[dict[str, Any]],
-) -> None:
+    latents: list[dict[str, Any]],
+) -> TaskResult:
+    """Write tables and provenance; returns the result as it was written."""
     names = ["latent", "n_active", "density", "mean_active", "max", "neuronpedia"]
-    table = pd.DataFrame([{n: card[n] for n in names} for card in made])
-    n_silent = int((table["n_active"] == 0).sum())
+    table = pd.DataFrame([{n: card[n] for n in names} for card in latents])
+    n_inactive, placement = int((table["n_active"] == 0).sum()), data.examples.placement
     result.tables |= {
         "dashboard": table,
-        "rows": gathered.placement.rows,
-        "skips": skips_table(gathered.placement.skips),
+        "rows": placement.rows,
+        "skips": skips_table(placement.skips),
         **({} if chosen.contrast is None else {"contrast": chosen.contrast}),
     }
-    result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_silent": n_silent}
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    about = {
-        **sae.metadata,
-        "hookpoint": sae.hookpoint.name,
-        "d_sae": sae.d_sae,
-        "architecture": sae.architecture,
-    }
+    result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_silent": n_inactive}
+    about = session.provenance(data, [describe_sae(sae)])
     finding = (
-        f"{model.name}, {sae.hookpoint.name}, {sae_words(about)}: {len(table)} of them "
-        f"({chosen.how}) over {len(gathered.placement.rows):,} positions; {n_silent} never "
-        "fire there."
+        f"{session.model.name}, {sae.hookpoint.name}, {sae_words(about['sae'])}: {len(table)} of "
+        f"them ({chosen.how}) over {len(placement.rows):,} positions; {n_inactive} are never "
+        "active there."
     )
-    write_result(context, result)
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        gathered.placement.skips,
-        finding=[finding],
-        device=str(model.device),
-        model=about_model(model),
-        sae=about,
-        store={"key": gathered.store.path.name, "path": str(gathered.store.path)},
-        tokens_forwarded=gathered.stats.tokens_forwarded,
-        groups=list(gathered.examples.groups),
-        dataset={"name": gathered.examples.name, "n_examples": len(gathered.examples)},
-    )
+    about |= {"finding": [finding], "tokens_forwarded": data.examples.stats.tokens_forwarded}
+    return save_run(session.context, session.cfg, result, placement.skips, about)

@@ -3,8 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,22 @@ from saexp.analysis.evaluation import EvaluationSettings, can_be_scored, evaluat
 from saexp.analysis.evaluation_passes import Where
 from saexp.analysis.evaluation_tables import Part, part_of, side_by_side
 from saexp.config import EvaluateConfig, RunConfig
-from saexp.context import RunContext
+from saexp.context import ObjectCache, RunContext
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, Skip
+from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.prompts import tokenize_texts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import DataError
 from saexp.models.forward import context_limit
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import settle_bos, skip_notes, wish
-from saexp.pipeline.objects import about_model, language_model, per_layer, sparse_autoencoder
-from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
+from saexp.pipeline.collect import BosPreference, bos_preference, resolve_bos
+from saexp.pipeline.objects import (
+    describe_model,
+    language_model,
+    per_layer,
+    sparse_autoencoder,
+)
+from saexp.pipeline.run_folder import save_run, skips_table, write_provenance
 from saexp.reports.sae_quality import (
     evaluation_figures,
     evaluation_sentences,
@@ -38,63 +42,69 @@ from saexp.wording import counted
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Texts:
-    """What is forwarded, and what is not."""
+    """Tokenized texts, and the examples that could not be used."""
 
     ids: list[str]
+    units: list[str]
+    """Resampling unit of each text: its entity, else the text itself."""
     tokens: list[TokenizedText]
     skips: list[Skip]
-    notes: list[str] = field(default_factory=list)
-    units: list[str] = field(default_factory=list)
-    """What each text is resampled with: its entity, else itself."""
+    notes: list[str]
 
 
 def read_texts(
     cfg: RunConfig, model: LanguageModel, where: Where, options: EvaluateConfig
 ) -> Texts:
-    """Each distinct text once, tokenised, cut where the model's context ends.
+    """Each distinct text once, tokenized, cut at the end of the model's context.
 
-    Of `options`, `n_texts` (a seeded choice) is used. Raises DataError where no text has a
+    Of `options`, `n_texts` (a seeded sample) is used. Raises DataError where no text has a
     prediction to score.
     """
-    examples, note = _examples(cfg)
+    examples, source_notes = _examples(cfg)
     first = {e.text: e for e in reversed(examples)}
     distinct = [e for e in examples if first[e.text] is e]
-    found = Texts([], [], [], note)
+    notes = list(source_notes)
     if len(distinct) < len(examples):
-        found.notes.append(f"{len(examples) - len(distinct)} repeated texts are counted once")
+        notes.append(f"{len(examples) - len(distinct)} repeated texts are counted once")
     if options.n_texts is not None and options.n_texts < len(distinct):
         order = np.random.default_rng([cfg.seed, 23]).permutation(len(distinct))
         distinct = [distinct[i] for i in sorted(order[: options.n_texts])]
     longest = min(cfg.dataset.max_length, context_limit(model) or cfg.dataset.max_length)
     tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
-    for example, tokens in zip(distinct, tokenized, strict=True):
-        if can_be_scored(tokens, where):
-            found.ids.append(example.id)
-            found.units.append(example.unit)
-            found.tokens.append(tokens)
-        else:
-            found.skips.append(Skip(example.id, "too short: no token has a scored next token"))
-    if not found.tokens:
+    pairs = list(zip(distinct, tokenized, strict=True))
+    usable = [(e, tokens) for e, tokens in pairs if can_be_scored(tokens, where)]
+    skips = [
+        Skip(e.id, "too short: no token has a scored next token")
+        for e, tokens in pairs
+        if not can_be_scored(tokens, where)
+    ]
+    if not usable:
         raise DataError(f"none of {len(examples)} texts has a token and a next token to predict")
-    found.notes.extend(skip_notes(found.skips, len(distinct), "text"))
-    if cut := sum(t.truncated for t in found.tokens):
-        found.notes.append(f"{cut} texts were cut at {longest} tokens")
-    if not any(t.special[0] for t in found.tokens):
-        found.notes.append(
+    notes += skip_notes(skips, len(distinct), "text")
+    if n_cut := sum(tokens.truncated for _, tokens in usable):
+        notes.append(f"{n_cut} texts were cut at {longest} tokens")
+    if not any(tokens.special[0] for _, tokens in usable):
+        notes.append(
             "texts begin without a BOS token, so their first token, on which many models act oddly,"
             " counts as any other; task.prepend_bos=true if the SAE was trained with one"
         )
-    return found
+    return Texts(
+        ids=[e.id for e, _ in usable],
+        units=[e.unit for e, _ in usable],
+        tokens=[tokens for _, tokens in usable],
+        skips=skips,
+        notes=notes,
+    )
 
 
 def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
-    """The data set, or without a path for dataset=text the neutral text that saexp ships."""
+    """The data set and notes on it; the shipped neutral text for dataset=text without a path."""
     data = cfg.dataset
     if data.name != "text" or data.path is not None or data.text is not None:
-        made = registry.build("dataset", data)
-        return made.examples, list(made.notes)
+        dataset = registry.build("dataset", data)
+        return dataset.examples, list(dataset.notes)
     lines = background_texts(data)
     examples = [Example(id=str(n), text=line) for n, line in enumerate(lines, 1)]
     source = "the shipped neutral text" if data.background is None else data.background
@@ -102,17 +112,19 @@ def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
 
 
 GROUP_BYTES = {"cuda": 16 * 2**30, "cpu": 4 * 2**30}
-"""Weights of SAEs evaluated together, by device type; further ones begin with a clean pass of
-their own, after the numbers of these were saved."""
-_BOS_KEY = "task.prepend_bos"
+"""Device type -> bytes of SAE weights that are evaluated together. Further SAEs are evaluated in
+another group, with a clean pass of its own, after the results of this one are saved."""
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Evaluation:
     """What is evaluated, and how."""
 
     cells: list[RunConfig]
-    """A run per SAE."""
+    """One config per SAE."""
+    model: LanguageModel
+    bos: TaskResult
+    """Metric and notes on how texts begin."""
     texts: Texts
     settings: EvaluationSettings
     n_bootstrap: int
@@ -121,55 +133,68 @@ class _Asked:
 def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Loss, divergence, sparsity and faithfulness of the SAEs at `layer` (one or a list).
 
-    Of several SAEs, metrics get the ending `_layer_<n>`, `_width_<d_sae>` or both, and
+    With several SAEs, metrics end in `_layer_<n>`, `_width_<d_sae>` or both, and
     evaluation.parquet has a row for each.
     """
+    evaluation = _prepared(cfg, context)
+    texts, model, cells = evaluation.texts, evaluation.model, evaluation.cells
+    first = bos_preference(sparse_autoencoder(cells[0], model, context.objects))
+    parts: list[Part] = []
+    began, forwarded, result = time.perf_counter(), 0, TaskResult()
+    saved, about = result, {}
+    for saes in _groups(cells, model, context.objects):
+        # Raises where an SAE needs texts that begin otherwise than the first SAE's.
+        _resolve_bos(cfg, model, [first, *map(bos_preference, saes)])
+        with context.stage("evaluate"):
+            measured = evaluate_saes(model, saes, texts.tokens, evaluation.settings)
+        with context.stage("summarise"):
+            parts += [
+                part_of(sae, one, evaluation.n_bootstrap, cfg.seed, texts.ids, texts.units)
+                for sae, one in zip(saes, measured, strict=True)
+            ]
+        forwarded += sum(map(len, texts.tokens))
+        result = _result(parts, evaluation, forwarded, time.perf_counter() - began)
+        about = _provenance(cfg, result, parts, evaluation)
+        saved = save_run(context, cfg, result, texts.skips, about)
+        log.info("%d of %d SAEs evaluated", len(parts), len(cells))
+    with context.stage("report"):
+        # From the files just written, so that the page can be rendered again from them alone.
+        finding = evaluation_sentences(context.folder)
+        write_provenance(context, cfg, saved, texts.skips, {**about, "finding": finding})
+        saved.figures = evaluation_figures(context.folder)
+        write_evaluation_report(context.folder, saved.figures)
+    return saved
+
+
+def _prepared(cfg: RunConfig, context: RunContext) -> _Evaluation:
+    """The options, model and texts of the task."""
     options = cfg.task
     assert isinstance(options, EvaluateConfig)
     with context.stage("load"):
-        model = language_model(cfg)
+        model = language_model(cfg, context.objects)
         cells = _cells(cfg, options.width_list)
-        settle = partial(settle_bos, cfg, model, asked=options.prepend_bos, key=_BOS_KEY)
-        first = wish(sparse_autoencoder(cells[0], model))
-        settled = settle([first])
+        first = bos_preference(sparse_autoencoder(cells[0], model, context.objects))
+        model, bos = _resolve_bos(cfg, model, [first])
     where = Where(**{k: v for k, v in vars(options).items() if k.endswith("_special")})
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)
-        texts.notes[:0] = settled.notes
     settings = EvaluationSettings(
         where=where,
         batch_tokens=options.batch_tokens,
         max_norm_ratio=cfg.positions.max_norm_ratio,
     )
-    asked = _Asked(cells, texts, settings, options.n_bootstrap)
-    parts: list[Part] = []
-    began, forwarded, result = time.perf_counter(), 0, TaskResult()
-    for saes in _groups(cells, model):
-        # SAEs that want other texts than the first are refused.
-        settle([first, *saes])
-        with context.stage("evaluate"):
-            found = evaluate_saes(model, saes, texts.tokens, settings)
-        with context.stage("summarise"):
-            parts += [
-                part_of(sae, one, asked.n_bootstrap, cfg.seed, texts.ids, texts.units)
-                for sae, one in zip(saes, found, strict=True)
-            ]
-        forwarded += sum(map(len, texts.tokens))
-        result = _result(parts, asked, forwarded, time.perf_counter() - began)
-        result.metrics |= settled.metrics
-        _save(cfg, context, result, model, parts, asked)
-        log.info("%d of %d SAEs evaluated", len(parts), len(cells))
-    with context.stage("report"):
-        # From the files just written, so that the page can be made again from them alone.
-        finding = evaluation_sentences(context.folder)
-        _save(cfg, context, result, model, parts, asked, finding=finding)
-        result.figures = evaluation_figures(context.folder)
-        write_evaluation_report(context.folder, result.figures)
-    return result
+    return _Evaluation(cells, model, bos, texts, settings, options.n_bootstrap)
+
+
+def _resolve_bos(
+    cfg: RunConfig, model: LanguageModel, preferences: Sequence[BosPreference]
+) -> tuple[LanguageModel, TaskResult]:
+    assert isinstance(cfg.task, EvaluateConfig)
+    return resolve_bos(cfg, model, preferences, cfg.task.prepend_bos, "task.prepend_bos")
 
 
 def _cells(cfg: RunConfig, widths: list[int] | None) -> list[RunConfig]:
-    """The run cut into runs of one SAE each: every layer, and of each layer every width."""
+    """One config per SAE: every layer, and of each layer every width."""
     layers = per_layer(cfg)
     if widths is None:
         return layers
@@ -180,12 +205,14 @@ def _cells(cfg: RunConfig, widths: list[int] | None) -> list[RunConfig]:
     ]
 
 
-def _groups(cells: Sequence[RunConfig], model: LanguageModel) -> Iterator[list[SparseAutoencoder]]:
+def _groups(
+    cells: Sequence[RunConfig], model: LanguageModel, objects: ObjectCache
+) -> Iterator[list[SparseAutoencoder]]:
     """SAEs that are evaluated together; only those of one group are in memory."""
     saes: list[SparseAutoencoder] = []
     limit = GROUP_BYTES.get(model.device.type, GROUP_BYTES["cpu"])
     for cell in cells:
-        saes.append(sparse_autoencoder(cell, model))
+        saes.append(sparse_autoencoder(cell, model, objects))
         if sum(w.nbytes for s in saes for w in s.buffers()) >= limit:
             yield saes
             saes = []
@@ -193,10 +220,12 @@ def _groups(cells: Sequence[RunConfig], model: LanguageModel) -> Iterator[list[S
         yield saes
 
 
-def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float) -> TaskResult:
-    """Of the SAEs that are done."""
-    texts, cells = asked.texts, asked.cells
-    result = TaskResult(notes=[*texts.notes])
+def _result(
+    parts: Sequence[Part], evaluation: _Evaluation, forwarded: int, seconds: float
+) -> TaskResult:
+    """The result of the SAEs evaluated so far."""
+    texts, cells = evaluation.texts, evaluation.cells
+    result = TaskResult(notes=[*evaluation.bos.notes, *texts.notes])
     result.merge(
         side_by_side(
             parts,
@@ -205,8 +234,8 @@ def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float
         )
     )
     if (n := int(result.metrics["evaluation/n_units"] or 0)) < MIN_N:
-        whole = n == len(texts.tokens)
-        what = counted(n, "text") if whole else counted(n, "entity", "entities")
+        is_texts = n == len(texts.tokens)
+        what = counted(n, "text") if is_texts else counted(n, "entity", "entities")
         result.notes.append(f"{what} alone, so no number has an interval; it takes {MIN_N}")
     result.tables["skips"] = skips_table(texts.skips)
     result.metrics |= {
@@ -214,42 +243,31 @@ def _result(parts: Sequence[Part], asked: _Asked, forwarded: int, seconds: float
         "evaluation/seconds": seconds,
         "collection/n_skipped": len(texts.skips),
         "collection/tokens_forwarded": forwarded,
+        **evaluation.bos.metrics,
     }
-    result.metrics = clean_metrics(result.metrics, result.notes)
     return result
 
 
-def _save(
-    cfg: RunConfig,
-    context: RunContext,
-    result: TaskResult,
-    model: LanguageModel,
-    parts: Sequence[Part],
-    asked: _Asked,
-    **more: Any,
-) -> None:
-    write_result(context, result)
-    saes, texts = [p.about for p in parts], asked.texts
-    one = {key: ", ".join(dict.fromkeys(str(sae[key]) for sae in saes)) for key in saes[0]}
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        texts.skips,
-        device=str(model.device),
-        model=about_model(model),
-        sae=saes[0] if len(saes) == 1 else one,
-        saes=saes,
-        store={"key": "none: texts are forwarded with and without the SAE"},
-        tokens_forwarded=result.metrics["collection/tokens_forwarded"],
-        dataset={"name": cfg.dataset.name, "n_examples": len(texts.tokens) + len(texts.skips)},
-        where=_told(asked.settings),
-        **more,
-    )
+def _provenance(
+    cfg: RunConfig, result: TaskResult, parts: Sequence[Part], evaluation: _Evaluation
+) -> dict[str, Any]:
+    """Model, SAEs and texts for provenance.json."""
+    saes, texts = [p.about for p in parts], evaluation.texts
+    joined = {key: ", ".join(dict.fromkeys(str(sae[key]) for sae in saes)) for key in saes[0]}
+    return {
+        "device": str(evaluation.model.device),
+        "model": describe_model(evaluation.model),
+        "sae": saes[0] if len(saes) == 1 else joined,
+        "saes": saes,
+        "store": {"key": "none: texts are forwarded with and without the SAE"},
+        "tokens_forwarded": result.metrics["collection/tokens_forwarded"],
+        "dataset": {"name": cfg.dataset.name, "n_examples": len(texts.tokens) + len(texts.skips)},
+        "where": _described_positions(evaluation.settings),
+    }
 
 
-def _told(settings: EvaluationSettings) -> dict[str, str]:
-    """Which positions are meant, in words, for the report."""
+def _described_positions(settings: EvaluationSettings) -> dict[str, str]:
+    """The positions of each measurement in words, for the report."""
     where, ratio = settings.where, settings.max_norm_ratio
     special, every = "all but special tokens (BOS …) and padding", "all but padding"
     high = "" if ratio is None else f"; not those with a norm above {ratio:g} times the median"

@@ -44,6 +44,7 @@ from saexp.tasks.label_files import (
     GROUP_OF,
     Answers,
     Asked,
+    LabelFiles,
     answer_rows,
     answers,
     entity_rows,
@@ -55,18 +56,18 @@ from saexp.tasks.label_files import (
 from saexp.wording import counted
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
-"""(prompt, continuation) in tokens, as in the study; and what the shipped passages allow."""
+"""(prompt, continuation) in tokens: the default, and that of the shorter shipped passages."""
 
 
 def memorized(
     cfg: RunConfig, context: RunContext, model: LanguageModel, options: LabelConfig
 ) -> TaskResult:
-    """Prompt with a text's first tokens, go on greedily, compare with the text's next tokens.
+    """Continue the first tokens of each text greedily, and compare with the text's next tokens.
 
     Texts are lines of `dataset.path` (a file or a folder of .txt files), else the shipped model's
-    passages. Table `memorization`, and the CSV that dataset=memorization reads, in the run's folder
-    and in cache_dir/labels/<key>/: `matching_tokens` leading tokens agree, `perfect_match` where
-    all do. Nothing is put in a chat template.
+    passages. The table `memorization`, and the CSV that dataset=memorization reads, have the number
+    of leading tokens that agree (`matching_tokens`) and whether all do (`perfect_match`). No chat
+    template is applied.
     """
     shipped = cfg.dataset.path is None and model.name in SHIPPED_MODELS
     n_prompt, n_next = _SHIPPED_LENGTHS if shipped else _LENGTHS
@@ -83,7 +84,7 @@ def memorized(
     longest = max(len(p.ids) for p, _, _ in prompts)
     check_positions(model, longest, n_next, "task.continuation_tokens")
     with context.stage("answer"):
-        said = answers(
+        model_answers = answers(
             model,
             [p.ids for p, _, _ in prompts],
             cfg.cache_dir,
@@ -95,7 +96,7 @@ def memorized(
         )
     rows = [
         _compared(prompt, start, truth, answer.greedy, model)
-        for (prompt, start, truth), answer in zip(prompts, said, strict=True)
+        for (prompt, start, truth), answer in zip(prompts, model_answers, strict=True)
     ]
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
     notes = skip_notes(skips, len(tokens), "text")
@@ -114,20 +115,22 @@ def memorized(
         model,
         result,
         skips,
-        determined_by={
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "dtype": str(model.dtype),
-            "device": model.device.type,
-            "lengths": [n_prompt, n_next],
-            "prompts": [p.ids for p, _, _ in prompts],
-        },
-        files={"memorization.csv": _as_csv(table)},
-        use={
-            "memorization.csv": "use it with: dataset=memorization "
-            """'dataset.path="{path}"'"""
-        },
-        finding=memorized_sentences(model.name, table, n_prompt, n_next),
+        LabelFiles(
+            determined_by={
+                "model": model.name,
+                "fingerprint": model.fingerprint,
+                "dtype": str(model.dtype),
+                "device": model.device.type,
+                "lengths": [n_prompt, n_next],
+                "prompts": [p.ids for p, _, _ in prompts],
+            },
+            contents={"memorization.csv": _as_csv(table)},
+            usage={
+                "memorization.csv": "use it with: dataset=memorization "
+                """'dataset.path="{path}"'"""
+            },
+            finding=memorized_sentences(model.name, table, n_prompt, n_next),
+        ),
     )
 
 
@@ -165,21 +168,25 @@ def _compared(
     prompt: TokenizedText,
     start: int,
     truth: Sequence[int],
-    made: Sequence[int],
+    continuation: Sequence[int],
     model: LanguageModel,
 ) -> dict[str, Any]:
-    same = 0
-    while same < min(len(made), len(truth)) and made[same] == truth[same]:
-        same += 1
+    """A row of the table `memorization`."""
+    n_same = 0
+    while n_same < min(len(continuation), len(truth)) and continuation[n_same] == truth[n_same]:
+        n_same += 1
     plain = list(prompt.ids[start:])
     before, whole = (
         model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        for ids in (plain, [*plain, *made])
+        for ids in (plain, [*plain, *continuation])
     )
-    after = whole[len(before) :] if whole.startswith(before) else model.tokenizer.decode(list(made))
-    return dict(
-        zip(MEMORIZATION_COLUMNS, (prompt.text, after, same == len(truth), same), strict=True)
+    after = (
+        whole[len(before) :]
+        if whole.startswith(before)
+        else model.tokenizer.decode(list(continuation))
     )
+    values = (prompt.text, after, n_same == len(truth), n_same)
+    return dict(zip(MEMORIZATION_COLUMNS, values, strict=True))
 
 
 def _memorization_metrics(table: pd.DataFrame) -> dict[str, float | int | None]:
@@ -196,7 +203,7 @@ def _memorization_metrics(table: pd.DataFrame) -> dict[str, float | int | None]:
 
 def _as_csv(table: pd.DataFrame) -> str:
     out = io.StringIO(newline="")
-    # With "\n" for an end, a carriage return in a text is not quoted and would end its row.
+    # With "\n" as the line end, a carriage return in a text is not quoted and would end its row.
     writer = csv.writer(out, lineterminator="\r\n")
     writer.writerow(table.columns)
     writer.writerows(table.to_numpy().tolist())
@@ -204,25 +211,29 @@ def _as_csv(table: pd.DataFrame) -> str:
 
 
 def label(cfg: RunConfig, context: RunContext) -> TaskResult:
-    """Ask, answer, judge, group, split, save; with dataset=memorization see `memorized`."""
+    """Ask, answer, judge, group, split and save; for dataset=memorization see `memorized`."""
     options = cfg.task
     assert isinstance(options, LabelConfig)
-    model = language_model(cfg)
+    model = language_model(cfg, context.objects)
     if cfg.dataset.name == "memorization":
         return memorized(cfg, context, model, options)
     criteria, rules = thresholds(options), Rules().changed(options.rules)
     data = registry.build("dataset", cfg.dataset)
     examples = data.examples
-    made, not_asked = questions(examples, templates(options))
-    if not made:
+    asked_questions, not_asked = questions(examples, templates(options))
+    if not asked_questions:
         raise DataError(_nothing_asked(not_asked))
     notes = list(data.notes)
     notes += [f"{n} not asked: {reason}" for reason, n in sorted(not_asked.items())]
-    made = _without_refusals(made, notes)
-    asked, ids, skips = _prompts(made, model, options, cfg.dataset.max_length)
+    asked_questions, n_refusals = _without_refusals(asked_questions)
+    if n_refusals:
+        notes.append(
+            f"{n_refusals} questions whose answer in the data is a refusal have no right answer"
+        )
+    asked, ids, skips = _prompts(asked_questions, model, options, cfg.dataset.max_length)
     notes += skip_notes(skips, len(asked) + len(skips), "question")
     with context.stage("answer"):
-        said = answers(
+        model_answers = answers(
             model,
             ids,
             cfg.cache_dir,
@@ -233,7 +244,7 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
             seed=cfg.seed,
         )
     with context.stage("judge"):
-        table = _judged(asked, said, model, options, rules)
+        table = _judged(asked, model_answers, model, options, rules)
     entities = entity_groups(table, criteria)
     few = int((entities["n_asked"] < options.min_known).sum())
     if few:
@@ -242,8 +253,8 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
             "an entity is known where all it was asked is"
         )
     notes += _repetition_notes(table)
-    said_of = answer_rows(asked, table, cfg)
-    result = TaskResult(metrics=_metrics(entities, table, said_of), notes=notes)
+    rows = answer_rows(asked, table, cfg)
+    result = TaskResult(metrics=_metrics(entities, table, rows), notes=notes)
     result.tables = {
         "labels": table,
         "entities": entities,
@@ -257,39 +268,43 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         model,
         result,
         skips,
-        determined_by=_determined_by(cfg, model, options, asked, ids)
-        | {"rules": rule_records(result.tables["rules"])},
-        files={
-            "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
-            "answers.jsonl": json_lines(said_of),
-            "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
-            "labels.parquet": table.to_parquet(index=False),
-        },
-        use={
-            "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
-            "answers.jsonl": "right against wrong answers, at the prompt's end: "
-            """experiment=uncertainty 'dataset.path="{path}"'""",
-        },
-        finding=[*label_sentences(model.name, entities, table), *_answers_told(said_of)],
+        LabelFiles(
+            determined_by={
+                **_determined_by(cfg, model, options, asked, ids),
+                "rules": rule_records(result.tables["rules"]),
+            },
+            contents={
+                "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
+                "answers.jsonl": json_lines(rows),
+                "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
+                "labels.parquet": table.to_parquet(index=False),
+            },
+            usage={
+                "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
+                "answers.jsonl": "right against wrong answers, at the prompt's end: "
+                """experiment=uncertainty 'dataset.path="{path}"'""",
+            },
+            finding=[*label_sentences(model.name, entities, table), *_answer_sentences(rows)],
+        ),
     )
 
 
 def _repetition_notes(table: pd.DataFrame) -> list[str]:
-    """How many true answers stand in their question, and how many answers state one of them."""
+    """A note on questions that contain their own true answer."""
     some = table[table["answer_in_question"]]
     if some.empty:
         return []
     first = some.iloc[0]
     n_right = int((some["greedy_label"] == "correct").sum())
     return [
-        f"{len(some)} questions hold their own true answer (the {first['attribute']} of "
-        f"{first['entity']}): to repeat it is not enough, an answer must state it; {n_right} "
+        f"{len(some)} questions contain their own true answer (the {first['attribute']} of "
+        f"{first['entity']}): repeating it is not enough, an answer must state it; {n_right} "
         "greedy answers do"
     ]
 
 
-def _answers_told(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What answers.jsonl holds; nothing where no question has a true answer."""
+def _answer_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence on answers.jsonl; none where no question has a true answer."""
     if not rows:
         return []
     n = Counter(row["group"] for row in rows)
@@ -299,42 +314,43 @@ def _answers_told(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _without_refusals(made: list[Question], notes: list[str]) -> list[Question]:
-    """Questions without true answers that are refusals: not to know is never known."""
-    refusal, kept, n = Refusal(), [], 0
-    for question in made:
-        truths = tuple(t for t in question.truths if not refusal.score(t, _named(question)))
-        n += truths != question.truths
-        kept.append(replace(question, truths=truths))
-    if n:
-        notes.append(f"{n} questions whose answer in the data is a refusal have no right answer")
-    return kept
+def _without_refusals(asked: Sequence[Question]) -> tuple[list[Question], int]:
+    """(questions without true answers that are refusals, number of questions changed).
+
+    A refusal never counts as knowledge.
+    """
+    refusal, result = Refusal(), []
+    for question in asked:
+        entity = _entity_example(question)
+        truths = tuple(t for t in question.truths if not refusal.score(t, entity))
+        result.append(replace(question, truths=truths))
+    return result, sum(a.truths != b.truths for a, b in zip(asked, result, strict=True))
 
 
-def _named(question: Question) -> Example:
+def _entity_example(question: Question) -> Example:
     return Example(id="", text="", entity=question.entity)
 
 
 def _prompts(
-    made: Sequence[Question], model: LanguageModel, options: LabelConfig, max_length: int
+    asked_questions: Sequence[Question], model: LanguageModel, options: LabelConfig, max_length: int
 ) -> tuple[list[Asked], list[tuple[int, ...]], list[Skip]]:
-    """Prompts in the form asked for, and their tokens; too long ones are skips.
+    """(prompts in the configured form, their token ids, skips for prompts that are too long).
 
-    `question` is the question alone. `begun` lets the model's own answer begin as the template
-    says: after the chat template, or after the question for a model that is not a chat model.
-    `auto` is `question` in chat, else `begun`. A data set's own prompts stay as they are, in the
-    chat template where there is one. Before each stands the option `before`.
+    The form `question` is the question alone. `begun` lets the answer begin as the template says:
+    after the chat template, or after the question for a model without one. `auto` is `question` for
+    chat models, else `begun`. The data set's own prompts (`own`) are not changed. Each prompt is
+    preceded by the option `before`, and put into the chat template where there is one.
     """
     chat = model.cfg.chat
     form = options.form
     if form == "auto":
         form = "question" if chat else "begun"
-    if form == "own" and any(q.beginning for q in made):
+    if form == "own" and any(q.beginning for q in asked_questions):
         raise DataError(
             "task.form=own, but the data set has attributes to ask for; type form=question"
         )
     texts, begun = [], []
-    for question in made:
+    for question in asked_questions:
         begin = question.beginning if form == "begun" else ""
         text = f"{question.text} {begin}".rstrip() if begin and not chat else question.text
         texts.append(options.before + text)
@@ -346,24 +362,26 @@ def _prompts(
     tokens = tokenize_prompts(model, prompts, max_length)
     prepared: list[Asked] = [
         (replace(question, beginning=begin), text, prompt)
-        for question, begin, text, prompt in zip(made, begun, texts, prompts, strict=True)
+        for question, begin, text, prompt in zip(
+            asked_questions, begun, texts, prompts, strict=True
+        )
     ]
     fits = [not t.truncated for t in tokens]
     skips = [
         Skip(f"{q.entity_type}/{q.entity}/{q.attribute}", "prompt longer than dataset.max_length")
-        for (q, _, _), good in zip(prepared, fits, strict=True)
-        if not good
+        for (q, _, _), fit in zip(prepared, fits, strict=True)
+        if not fit
     ]
-    asked = [a for a, good in zip(prepared, fits, strict=True) if good]
+    asked = [a for a, fit in zip(prepared, fits, strict=True) if fit]
     if not asked:
         raise DataError(
             f"nothing can be asked: every prompt is longer than dataset.max_length={max_length}"
         )
-    return asked, [t.ids for t, good in zip(tokens, fits, strict=True) if good], skips
+    return asked, [t.ids for t, fit in zip(tokens, fits, strict=True) if fit], skips
 
 
 def _nothing_asked(not_asked: Mapping[str, int]) -> str:
-    """Why there is no question, for the most frequent reason."""
+    """The error for a data set without questions, with the most frequent reason."""
     if not not_asked:
         return "nothing can be asked: the data set has no entities with a known attribute"
     reason = max(not_asked, key=lambda r: (not_asked[r], r.startswith("no template")))
@@ -373,32 +391,32 @@ def _nothing_asked(not_asked: Mapping[str, int]) -> str:
 
 def _judged(
     asked: Sequence[Asked],
-    said: Sequence[Answers],
+    model_answers: Sequence[Answers],
     model: LanguageModel,
     options: LabelConfig,
     rules: Any,
 ) -> pd.DataFrame:
     """One row per question: texts and labels of its answers, and `n_correct`.
 
-    Without samples (n_samples=0) a right greedy answer counts as `min_correct` right ones.
+    Without samples (n_samples=0) a correct greedy answer counts as `min_correct` correct ones.
     """
     refusal = Refusal()
     cut = not model.cfg.chat if options.cut_at_line is None else options.cut_at_line
     rows = []
-    for (question, text, _), answer in zip(asked, said, strict=True):
-        named = _named(question)
+    for (question, text, _), answer in zip(asked, model_answers, strict=True):
+        entity = _entity_example(question)
         texts = [
             model.tokenizer.decode(list(ids), skip_special_tokens=True)
             for ids in (answer.greedy, *answer.samples)
         ]
-        heard = [t.strip().partition("\n")[0] if cut else t for t in texts]
-        found = [
-            label_answer(t, question, rules, lambda x, e=named: bool(refusal.score(x, e)))
-            for t in heard
+        judged = [t.strip().partition("\n")[0] if cut else t for t in texts]
+        labels = [
+            label_answer(t, question, rules, lambda x, e=entity: bool(refusal.score(x, e)))
+            for t in judged
         ]
-        n_correct = found[1:].count("correct")
+        n_correct = labels[1:].count("correct")
         if not answer.samples:
-            n_correct = options.min_correct if found[0] == "correct" else 0
+            n_correct = options.min_correct if labels[0] == "correct" else 0
         rows.append(
             {
                 "entity_type": question.entity_type,
@@ -408,12 +426,12 @@ def _judged(
                 "prompt": text,
                 "truths": list(question.truths),
                 "greedy": texts[0],
-                "greedy_label": found[0],
+                "greedy_label": labels[0],
                 "samples": texts[1:],
-                "sample_labels": found[1:],
+                "sample_labels": labels[1:],
                 "answer_in_question": repeats_question(question),
                 "n_correct": n_correct,
-                "n_refusal": found[1:].count("refusal"),
+                "n_refusal": labels[1:].count("refusal"),
                 "known": n_correct >= options.min_correct,
             }
         )
@@ -424,23 +442,23 @@ def _judged(
 
 
 def _metrics(
-    entities: pd.DataFrame, table: pd.DataFrame, said_of: Sequence[dict[str, Any]]
+    entities: pd.DataFrame, table: pd.DataFrame, rows: Sequence[dict[str, Any]]
 ) -> dict[str, float | int | None]:
     metrics: dict[str, float | int | None] = {
         "label/n_entities": len(entities),
         "label/n_questions": len(table),
     }
     for group in ("known", "unknown", "dropped"):
-        mine = entities[entities["group"] == group]
-        metrics[f"label/n_{group}"] = len(mine)
-        for kind, n in mine["entity_type"].value_counts().items():
+        of_group = entities[entities["group"] == group]
+        metrics[f"label/n_{group}"] = len(of_group)
+        for kind, n in of_group["entity_type"].value_counts().items():
             metrics[f"label/n_{group}_{kind}"] = int(n)
     for group in GROUP_OF.values():
-        metrics[f"label/n_{group}"] = sum(row["group"] == group for row in said_of)
-    real = table[table["truths"].map(len) > 0]
-    sampled = [x for labels in real["sample_labels"] for x in labels]
+        metrics[f"label/n_{group}"] = sum(row["group"] == group for row in rows)
+    with_truth = table[table["truths"].map(len) > 0]
+    sampled = [x for labels in with_truth["sample_labels"] for x in labels]
     metrics["label/greedy_accuracy"] = (
-        float((real["greedy_label"] == "correct").mean()) if len(real) else None
+        float((with_truth["greedy_label"] == "correct").mean()) if len(with_truth) else None
     )
     metrics["label/sample_accuracy"] = sampled.count("correct") / len(sampled) if sampled else None
     metrics["label/n_answer_in_question"] = int(table["answer_in_question"].sum())
@@ -455,7 +473,7 @@ def _determined_by(
     asked: Sequence[Asked],
     ids: Sequence[tuple[int, ...]],
 ) -> dict[str, Any]:
-    """What fixes the labels."""
+    """All that the labels depend on."""
     content = [(repr(q), text, i) for (q, text, _), i in zip(asked, ids, strict=True)]
     return {
         "model": model.name,

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, and the label files that task=label writes."""
+"""Options of task=label, answers of a model to prompts, and the files with their labels."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.labeling.matchers import canonical, type_key
 from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.objects import about_model
-from saexp.pipeline.run_folder import clean_metrics, write_provenance, write_result
+from saexp.pipeline.objects import describe_model
+from saexp.pipeline.run_folder import save_run
 from saexp.reports.label import write_label_report
 from saexp.results import TaskResult
 
 _SEEDS_APART = 100_000
-"""Samples of two seeds share none."""
+"""Distance of the seeds of two runs, so that they share no sample."""
 
 
 def thresholds(task: LabelConfig) -> Thresholds:
@@ -62,7 +62,7 @@ def templates(task: LabelConfig) -> Templates:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says after one prompt."""
+    """A model's continuations of one prompt."""
 
     greedy: tuple[int, ...]
     samples: tuple[tuple[int, ...], ...]
@@ -79,17 +79,17 @@ def answers(
     batch_tokens: int,
     seed: int,
 ) -> list[Answers]:
-    """Greedy and sampled continuations of token ids, end token left out.
+    """Greedy and sampled continuations of token ids, without the end token.
 
-    Every row is kept as it is made, so that a killed run goes on where it was; equal prompts get
-    equal answers.
+    Every continuation is cached as soon as it is complete, so that a killed run resumes there;
+    equal prompts get equal answers.
     """
-    ways: list[Sampling | None] = [None]
-    ways += [Sampling(float(temperature), seed * _SEEDS_APART + k) for k in range(n_samples)]
-    rows = [Row(ids, sample=way) for ids in prompts for way in ways]
+    samplings: list[Sampling | None] = [None]
+    samplings += [Sampling(float(temperature), seed * _SEEDS_APART + k) for k in range(n_samples)]
+    rows = [Row(ids, sample=sampling) for ids in prompts for sampling in samplings]
     cache = ResultCache(cache_dir, model_ingredients(model))
     try:
-        made = generate(
+        continuations = generate(
             model,
             rows,
             max_new_tokens=max_new_tokens,
@@ -100,12 +100,13 @@ def answers(
         )
     finally:
         cache.close()
-    of_prompt = [made[i : i + len(ways)] for i in range(0, len(made), len(ways))]
-    return [Answers(tuple(some[0]), tuple(map(tuple, some[1:]))) for some in of_prompt]
+    n = len(samplings)
+    per_prompt = [continuations[i : i + n] for i in range(0, len(continuations), n)]
+    return [Answers(tuple(some[0]), tuple(map(tuple, some[1:]))) for some in per_prompt]
 
 
 def labels_folder(cache_dir: str | Path, determined_by: Mapping[str, Any]) -> Path:
-    """cache_dir/labels/<key>, made where it is not there; about.json says what the key means."""
+    """cache_dir/labels/<key>, created if need be; its about.json lists what the key is made of."""
     text = json.dumps(determined_by, sort_keys=True, ensure_ascii=False, default=str)
     folder = Path(cache_dir) / "labels" / hashlib.sha256(text.encode()).hexdigest()[:24]
     write_text(folder / "about.json", text + "\n")
@@ -119,47 +120,55 @@ GROUP_OF = {"correct": "correct", "error": "incorrect", "refusal": "refused"}
 """Label of a greedy answer -> group of its row in answers.jsonl."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelFiles:
+    """The files that task=label writes, and how they are reported."""
+
+    determined_by: Mapping[str, Any]
+    """All that the labels depend on; hashed into the folder's name."""
+    contents: Mapping[str, str | bytes]
+    """File name -> content."""
+    usage: Mapping[str, str]
+    """File name -> note on how to use it, in which `{path}` is the file's path."""
+    finding: Sequence[str]
+    """Sentences at the top of the report."""
+
+
 def save_labels(
     cfg: RunConfig,
     context: RunContext,
     model: LanguageModel,
     result: TaskResult,
-    skips: list[Skip],
-    *,
-    determined_by: Mapping[str, Any],
-    files: Mapping[str, str | bytes],
-    use: Mapping[str, str],
-    finding: list[str],
+    skips: Sequence[Skip],
+    labels: LabelFiles,
 ) -> TaskResult:
-    """Files in the run's folder and in cache_dir/labels/<key>/; metrics, tables, page.
+    """Write the files to the run's folder and to cache_dir/labels/<key>/; metrics, tables, page.
 
-    The key is made of `determined_by` and of what is in the files: later runs read them by this
-    path, so that other content never takes its place. `use` says per file how it is read;
-    `{path}` in it is the file's path in the cache, or in the run's folder where the cache cannot be
-    written.
+    The key covers the files' content, so that a path, once used by later runs, never holds other
+    labels. Where the cache cannot be written, the notes give the paths in the run's folder.
     """
-    content = {name: sha256(_bytes(made)).hexdigest() for name, made in files.items()}
-    for name, made in files.items():
-        write_bytes(context.folder / name, _bytes(made), option=RUN_FOLDER)
+    checksums = {name: sha256(_bytes(c)).hexdigest() for name, c in labels.contents.items()}
+    for name, content in labels.contents.items():
+        write_bytes(context.folder / name, _bytes(content), option=RUN_FOLDER)
     folder = context.folder
     if is_writable(cfg.cache_dir):
-        folder = labels_folder(cfg.cache_dir, {**determined_by, "files": content})
-        for name, made in files.items():
-            write_bytes(folder / name, _bytes(made))
-    context.results.update(files)
-    result.notes += [told.replace("{path}", str(folder / name)) for name, told in use.items()]
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context, result)
-    write_provenance(
-        context,
-        cfg,
-        result.notes,
-        skips,
-        device=str(model.device),
-        model=about_model(model),
-        labels={"key": folder.name, "path": str(folder), "rules": determined_by.get("rules", [])},
-        finding=finding,
-    )
+        folder = labels_folder(cfg.cache_dir, {**labels.determined_by, "files": checksums})
+        for name, content in labels.contents.items():
+            write_bytes(folder / name, _bytes(content))
+    context.results.update(labels.contents)
+    usage = [note.replace("{path}", str(folder / name)) for name, note in labels.usage.items()]
+    about = {
+        "device": str(model.device),
+        "model": describe_model(model),
+        "labels": {
+            "key": folder.name,
+            "path": str(folder),
+            "rules": labels.determined_by.get("rules", []),
+        },
+        "finding": list(labels.finding),
+    }
+    result = replace(result, notes=[*result.notes, *usage])
+    result = save_run(context, cfg, result, skips, about)
     with context.stage("report"):
         write_label_report(context.folder)
     return result
@@ -170,7 +179,7 @@ def _bytes(content: str | bytes) -> bytes:
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object a line."""
+    """One JSON object per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -195,8 +204,8 @@ def entity_rows(
         kind = None if pd.isna(row["entity_type"]) else str(row["entity_type"])
         example = first[kind, row["entity"]]
         if row["group"] != DROPPED:
-            mine = of_entity[kind, row["entity"]]
-            one = mine[pick(cfg.seed, kind, row["entity"], n=len(mine))]
+            prompts = of_entity[kind, row["entity"]]
+            one = prompts[pick(cfg.seed, kind, row["entity"], n=len(prompts))]
             chosen.append((replace(example, group=row["group"], split=None), one, row))
     split = assign_splits([e for e, _, _ in chosen], cfg.dataset.split, cfg.dataset.seed)
     return [
@@ -220,23 +229,23 @@ def entity_rows(
 def answer_rows(
     asked: Sequence[Asked], table: pd.DataFrame, cfg: RunConfig, *, every: bool = False
 ) -> list[dict[str, Any]]:
-    """Rows of answers.jsonl: questions by what the greedy answer to them was (`GROUP_OF`).
+    """Rows of answers.jsonl: questions, grouped by the label of their greedy answer (`GROUP_OF`).
 
     `text` is the prompt as the model reads it, chat template included, so that positions=last is
-    where the answer begins; a `span` is written where the chat template holds the entity's name
-    too ("art" in "<|start|>"), so that the mention in the question is read. Questions without a
-    true answer are left out. One question per entity, a seeded choice, so that a row is an
-    independent observation; or `every` question. Neither this nor the split depends on the answers,
-    so the same questions in other words give the same rows.
-    `table` has a row per question, in the order of `asked`.
+    where the answer begins. Where the chat template contains the entity's name too ("art" in
+    "<|start|>"), `span` marks the mention in the question. Questions without a true answer are left
+    out. There is one question per entity, a seeded choice, so that rows are independent
+    observations; or `every` question. Neither the choice nor the split depends on the answers, so
+    the same questions in other words give the same rows. `table` has a row per question, in the
+    order of `asked`.
     """
     of_entity: dict[tuple[Any, ...], list[int]] = {}
     for number, (question, _, _) in enumerate(asked):
         if question.truths:
             of_entity.setdefault((question.entity_type, question.entity), []).append(number)
     chosen = [
-        mine if every else [mine[pick(cfg.seed, *who, n=len(mine))]]
-        for who, mine in of_entity.items()
+        numbers if every else [numbers[pick(cfg.seed, *entity, n=len(numbers))]]
+        for entity, numbers in of_entity.items()
     ]
     units = [
         Example(id=str(n), text="", entity=entity, entity_type=entity_type)
@@ -254,7 +263,7 @@ def answer_rows(
                 {
                     "id": f"{question.entity_type}/{question.entity}/{question.attribute or n}",
                     "text": read.text,
-                    # An own prompt need not name the entity.
+                    # A prompt of the data set need not name the entity.
                     "entity": question.entity if mentions else None,
                     **({"span": list(mentions[-1])} if elsewhere else {}),
                     "entity_type": question.entity_type,
@@ -271,7 +280,7 @@ def answer_rows(
 
 
 def _mentions(question: Question, prompt: str, read: Prompt) -> tuple[Span, ...]:
-    """The entity's mentions in what the model reads, without those in the chat template."""
+    """The entity's mentions in the prompt, without those in the chat template."""
     if read.message is None:
         return find_mentions(read.text, question.entity)
     located = [read.located(span) for span in find_mentions(prompt, question.entity)]

@@ -1,11 +1,11 @@
-"""task=train: an SAE or a transcoder from stored activations, measured on texts it never saw."""
+"""task=train: an SAE or transcoder from stored activations, evaluated on held-out texts."""
 
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saexp.activations.norms import OrdinaryRows
 from saexp.activations.reader import ShuffledReader
 from saexp.config import RunConfig, TrainConfig, parse_layers, parse_width
 from saexp.config.components import SAETrainerConfig
@@ -24,83 +25,51 @@ from saexp.files import is_writable, locked, try_lock
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
 from saexp.models.hookpoints import Hookpoint
-from saexp.pipeline.collect import Gathered, begins_with_bos, gather
-from saexp.pipeline.objects import language_model
-from saexp.pipeline.run_folder import clean_metrics, skips_table, write_provenance, write_result
+from saexp.models.loading import LanguageModel
+from saexp.pipeline.collect import Collected, begins_with_bos, collect_examples
+from saexp.pipeline.objects import describe_model, language_model
+from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.reports.sae_quality import training_figures, transcoder_sentence, write_training_report
 from saexp.results import TaskResult
 from saexp.saes.loading import load_sae
+from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.training import Checkpoints, Place, Reader, Training
 from saexp.saes.training_architectures import TRANSCODERS, check_name
 
 N_MEASURED = 65_536
-"""Held-out positions that are measured, at most."""
+"""Largest number of held-out positions that are measured."""
+
+
+@dataclass(frozen=True)
+class _TrainingData:
+    """Stored activations, and the rows to train and to measure on."""
+
+    collected: Collected
+    hookpoints: list[Hookpoint]
+    """The stream that is read, and the one that a transcoder predicts."""
+    streams: list[Tensor]
+    """`[n_rows, d]`, memory-mapped, one per hookpoint."""
+    ordinary: OrdinaryRows
+    train_rows: np.ndarray
+    held_out_rows: np.ndarray
 
 
 def train(cfg: RunConfig, context: RunContext) -> TaskResult:
     """Collect (or find) the activations, train, save in SAELens format, measure, report."""
-    hookpoints, width = _what(cfg)
-    model = language_model(cfg)
+    hookpoints, width = _targets(cfg)
+    model = language_model(cfg, context.objects)
     model.check_layer(hookpoints[0].layer)
     with context.stage("collect"):
-        gathered = gather(cfg, model, hookpoints, context.ahead)
-    acts, *targets = [gathered.store.acts(h.layer, h.stream) for h in hookpoints]
-    trained, held_out = _split(gathered.placement.rows, cfg.sae_trainer.held_out, cfg.seed)
-    ordinary = gathered.ordinary(hookpoints)
-    trained = trained[ordinary.mask[trained]]
-    place = Place(
-        model_name=model.name,
-        hookpoint=hookpoints[0],
-        d_in=acts.shape[1],
-        context_size=cfg.dataset.max_length,
-        prepend_bos=begins_with_bos(model),
-    )
-    if targets:
-        place = replace(place, hookpoint_out=hookpoints[1], d_out=targets[0].shape[1])
-    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, gathered, hookpoints, width, trained)
-    writable = is_writable(cfg.cache_dir)
-    lock = checkpoints.with_suffix(".lock")
-    began = time.perf_counter()
-    with context.stage("train"), locked(lock) if writable else nullcontext():
-        training = Training(
-            cfg.sae_trainer, width, place, checkpoints, model.device, writable=writable
-        )
-        for record in training.run(_reader([acts, *targets], trained, cfg)):
-            context.tracker.metrics(record)
-        folder = training.save(context.folder / "sae")
-    context.results.update(
-        f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
-    )
-    seconds = time.perf_counter() - began
+        data = _collect(cfg, context, model, hookpoints)
+    training, folder, seconds = _trained(cfg, context, model, data, width)
     with context.stage("measure"):
-        sae = load_sae(folder).to(model.device)
-        chosen = _some(held_out, N_MEASURED, cfg.seed)
-        rows = gathered.placement.rows.iloc[chosen].reset_index(drop=True)
-        target = targets[0] if targets else None
-        latents, measured = encode_rows(acts, chosen, sae, rows, target, ordinary.mask[chosen])
-        latents = latents.where(ordinary.mask[chosen])
-    last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
-    result = TaskResult(metrics={**gathered.metrics, **measured, **last})
+        sae, latents, measured = _measured(cfg, model, data, folder)
+    result = _result(cfg, data, training, latents, measured)
     result.metrics["train/seconds"] = seconds
-    result.metrics["train/n_steps"] = training.n_steps
-    result.tables = {
-        "training": pd.DataFrame(training.records).rename(columns=lambda c: c.split("/")[-1]),
-        "density": _density(latents),
-        "active": pd.DataFrame({"n_active": np.diff(latents.csr.indptr)}),
-        "values": _values(latents, cfg.seed),
-        "skips": skips_table(gathered.placement.skips),
-    }
-    result.notes += gathered.examples.notes
-    result.notes += ordinary.notes("training and the measured numbers leave them out")
-    off = off_target(cfg.sae_trainer, measured["sparsity/l0"])
-    steps = (training.n_steps, cfg.sae_trainer.dead_feature_window)
-    result.notes += [*off, *off_curve(last, measured, *steps, l0_reported=bool(off))]
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
-    result.metrics = clean_metrics(result.metrics, result.notes)
-    write_result(context, result)
     about: dict[str, Any] = {
         "device": str(model.device),
-        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "model": describe_model(model),
         "sae": {
             "name": folder.name,
             "path": str(folder),
@@ -109,39 +78,136 @@ def train(cfg: RunConfig, context: RunContext) -> TaskResult:
             "d_sae": width,
             "fingerprint": sae.metadata["fingerprint"],
         },
-        "store": {"key": gathered.store.path.name, "path": str(gathered.store.path)},
-        "tokens_forwarded": gathered.stats.tokens_forwarded,
-        "n_trained_on": len(trained),
+        **data.collected.provenance,
+        "n_trained_on": len(data.train_rows),
         "n_measured": len(latents),
     }
-    if targets:
+    if len(hookpoints) > 1:
         about["sae"]["hookpoint_out"] = hookpoints[1].name
         about["finding"] = [transcoder_sentence(cfg.sae_trainer, about, result.metrics)]
-    write_provenance(context, cfg, result.notes, gathered.placement.skips, **about)
+    result = save_run(context, cfg, result, data.collected.placement.skips, about)
     with context.stage("report"):
         result.figures = training_figures(context.folder)
         write_training_report(context.folder, result.figures)
-    if writable:
-        _remove(training.checkpoints, lock)
+    if is_writable(cfg.cache_dir):
+        _remove_checkpoints(training.checkpoints)
     return result
 
 
-def _remove(checkpoints: Checkpoints, lock: Path) -> None:
+def _collect(
+    cfg: RunConfig, context: RunContext, model: LanguageModel, hookpoints: list[Hookpoint]
+) -> _TrainingData:
+    collected = collect_examples(cfg, model, hookpoints, context.prefetch)
+    rows, held_out = _split(collected.placement.rows, cfg.sae_trainer.held_out, cfg.seed)
+    ordinary = collected.ordinary(hookpoints)
+    return _TrainingData(
+        collected=collected,
+        hookpoints=hookpoints,
+        streams=[collected.store.acts(h.layer, h.stream) for h in hookpoints],
+        ordinary=ordinary,
+        train_rows=rows[ordinary.mask[rows]],
+        held_out_rows=held_out,
+    )
+
+
+def _trained(
+    cfg: RunConfig, context: RunContext, model: LanguageModel, data: _TrainingData, width: int
+) -> tuple[Training, Path, float]:
+    """(the finished training, the folder with the SAE, seconds).
+
+    One process trains at a time; another one with the same settings waits, then finds the finished
+    checkpoint.
+    """
+    acts, *targets = data.streams
+    place = Place(
+        model_name=model.name,
+        hookpoint=data.hookpoints[0],
+        d_in=acts.shape[1],
+        context_size=cfg.dataset.max_length,
+        prepend_bos=begins_with_bos(model),
+    )
+    if targets:
+        place = replace(place, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
+    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, data, width)
+    writable = is_writable(cfg.cache_dir)
+    began = time.perf_counter()
+    with context.stage("train"), locked(_lock(checkpoints)) if writable else nullcontext():
+        training = Training(
+            cfg.sae_trainer, width, place, checkpoints, model.device, writable=writable
+        )
+        for record in training.run(_reader(data.streams, data.train_rows, cfg)):
+            context.tracker.metrics(record)
+        folder = training.save(context.folder / "sae")
+    context.results.update(
+        f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
+    )
+    return training, folder, time.perf_counter() - began
+
+
+def _measured(
+    cfg: RunConfig, model: LanguageModel, data: _TrainingData, folder: Path
+) -> tuple[SparseAutoencoder, Latents, dict[str, float | None]]:
+    """(the trained SAE, its latents at ordinary held-out positions, metrics of those)."""
+    sae = load_sae(folder).to(model.device)
+    acts, *targets = data.streams
+    sample = _sample(data.held_out_rows, N_MEASURED, cfg.seed)
+    rows = data.collected.placement.rows.iloc[sample].reset_index(drop=True)
+    ordinary = data.ordinary.mask[sample]
+    target = targets[0] if targets else None
+    latents, metrics = encode_rows(acts, sample, sae, rows, target, ordinary)
+    return sae, latents.where(ordinary), metrics
+
+
+def _result(
+    cfg: RunConfig,
+    data: _TrainingData,
+    training: Training,
+    latents: Latents,
+    measured: Mapping[str, float | None],
+) -> TaskResult:
+    """Metrics, tables and notes of a finished training."""
+    last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
+    collected, trainer = data.collected, cfg.sae_trainer
+    result = TaskResult(metrics={**collected.metrics, **measured, **last})
+    result.metrics["train/n_steps"] = training.n_steps
+    result.tables = {
+        "training": pd.DataFrame(training.records).rename(columns=lambda c: c.split("/")[-1]),
+        "density": _density(latents),
+        "active": pd.DataFrame({"n_active": np.diff(latents.csr.indptr)}),
+        "values": _values(latents, cfg.seed),
+        "skips": skips_table(collected.placement.skips),
+    }
+    off_k = off_target(trainer, measured["sparsity/l0"])
+    steps = training.n_steps, trainer.dead_feature_window
+    result.notes = [
+        *collected.examples.notes,
+        *data.ordinary.notes("training and the measured numbers leave them out"),
+        *off_k,
+        *off_curve(last, measured, *steps, l0_reported=bool(off_k)),
+    ]
+    return result
+
+
+def _lock(checkpoints: Path) -> Path:
+    return checkpoints.with_suffix(".lock")
+
+
+def _remove_checkpoints(checkpoints: Checkpoints) -> None:
     """Remove the checkpoints of a finished training, unless a process has begun the same one."""
-    held = try_lock(lock)
-    if held is not None:
+    lock = try_lock(_lock(checkpoints.folder))
+    if lock is not None:
         checkpoints.remove()
-        held.release()
+        lock.release()
 
 
 def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
-    """A note where a BatchTopK kind ended far from the k it was given, off training batches."""
+    """A note where a BatchTopK SAE has a held-out L0 far from its k."""
     k = trainer.options.get("k")
     if not k or not l0 or "batchtopk" not in trainer.name or k / _FAR <= l0 <= k * _FAR:
         return []
     return [
         f"L0 is {l0:.1f} on held-out positions, where k is {k:g}: the threshold that stands in for "
-        "the k largest of a batch is an average over the training and has not settled; train "
+        "the k largest of a batch is an average over the training and has not converged; train "
         "longer (sae_trainer.n_samples)"
     ]
 
@@ -159,7 +225,7 @@ def off_curve(
     `last` is the curve's last record; L0 is left out where another note reports it
     (`l0_reported`). The curve's dead fraction is 0 during the first `dead_window` steps.
     """
-    found = []
+    differences = []
     for name, key in _CURVE.items():
         here, there = measured[key], last[f"train/{name}"]
         if here is None:
@@ -169,28 +235,30 @@ def off_curve(
         else:
             differs = abs(here - there) > _DIFFERENT
         if differs:
-            found.append(f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}")
-    if not found:
+            differences.append(
+                f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}"
+            )
+    if not differences:
         return []
     short = f", more than the {n_steps} of this training" if n_steps <= dead_window else ""
     return [
         f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
-        f"curve: {'; '.join(found)} (of the last batch; there a latent is dead after "
+        f"curve: {'; '.join(differences)} (of the last batch; there a latent is dead after "
         f"sae_trainer.dead_feature_window={dead_window} inactive steps{short}); the held-out "
         "numbers count, and more or more varied texts bring them closer"
     ]
 
 
 _FAR = 1.5
-"""Factor between L0 and k, or held-out L0 and the curve's, from which on a note reports it."""
+"""A note reports a held-out L0 that differs from k, or from the curve's L0, by this factor."""
 _DIFFERENT = 0.15
-"""Difference of explained variances, or dead fractions, from which on a note reports it."""
+"""A note reports a difference of explained variances or dead fractions above this."""
 _CURVE = {
     "l0": "sparsity/l0",
     "explained_variance": "reconstruction/explained_variance",
     "dead_fraction": "sparsity/dead_fraction",
 }
-"""Last name of a curve -> the same number, held out."""
+"""Name of a training curve -> metric of the same quantity on held-out positions."""
 
 _ORDER = (
     "embed",
@@ -206,8 +274,11 @@ _ORDER = (
 """Streams of a block in the order in which they are computed."""
 
 
-def _what(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
-    """([stream read, and a transcoder's output], width)."""
+def _targets(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
+    """(hookpoint that is read, and the one that a transcoder predicts; width).
+
+    Raises ConfigError for an unusable combination of trainer, layer, streams and width.
+    """
     check_name(cfg.sae_trainer.name)
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
     assert isinstance(cfg.task, TrainConfig)
@@ -237,32 +308,32 @@ def _what(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
     return hookpoints, width
 
 
-def _split(rows: pd.DataFrame, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, rows held out), whole texts at a time, seeded."""
+def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to train on, rows held out): a seeded choice of whole texts."""
     texts = np.unique(rows["text_id"])
-    n = max(1, round(share * len(texts)))
+    n = max(1, round(fraction * len(texts)))
     if n >= len(texts):
         raise ConfigError(
-            f"{len(texts)} texts are too few to train on some and hold {share:g} of them out"
+            f"{len(texts)} texts are too few to train on some and hold {fraction:g} of them out"
         )
-    held = np.random.default_rng(seed).permutation(texts)[:n]
-    out = rows["text_id"].isin(held).to_numpy()
-    return np.flatnonzero(~out), np.flatnonzero(out)
+    held_out_texts = np.random.default_rng(seed).permutation(texts)[:n]
+    held_out = rows["text_id"].isin(held_out_texts).to_numpy()
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def _some(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
     if len(rows) <= n:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
 
 
 def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
-    """Batches of the stream, or of both beside each other: their rows are aligned."""
-    about = cfg.sae_trainer
+    """Batches of the stream, or of both streams concatenated along the last axis."""
+    trainer = cfg.sae_trainer
 
     def start(step: int) -> Iterator[Tensor]:
         readers = [
-            ShuffledReader(acts, rows, about.batch_size, about.seed, step) for acts in streams
+            ShuffledReader(acts, rows, trainer.batch_size, trainer.seed, step) for acts in streams
         ]
         if len(readers) == 1:
             return readers[0]
@@ -271,18 +342,12 @@ def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
     return start
 
 
-def _key(
-    cfg: RunConfig,
-    gathered: Gathered,
-    hookpoints: list[Hookpoint],
-    width: int,
-    trained: np.ndarray,
-) -> str:
-    """What determines the result; checkpoints of a killed run are found by it."""
+def _key(cfg: RunConfig, data: _TrainingData, width: int) -> str:
+    """Hash of what determines the result, by which checkpoints of a killed run are found."""
     parts = [
-        gathered.store.path.name,
-        hashlib.sha256(trained.astype("<i8").tobytes()).hexdigest(),
-        ">".join(h.name for h in hookpoints),
+        data.collected.store.path.name,
+        hashlib.sha256(data.train_rows.astype("<i8").tobytes()).hexdigest(),
+        ">".join(h.name for h in data.hookpoints),
         width,
         asdict(cfg.sae_trainer),
         cfg.seed,
@@ -292,20 +357,20 @@ def _key(
 
 
 def _density(latents: Latents) -> pd.DataFrame:
-    """Per latent: share of held-out positions where it fires, mean where active, maximum."""
-    about = moments(latents.csr, np.ones(len(latents), dtype=bool), 0.0)
+    """Per latent: frequency on held-out positions, mean where active, maximum."""
+    statistics = moments(latents.csr, np.ones(len(latents), dtype=bool), 0.0)
     return pd.DataFrame(
         {
             "latent": np.arange(latents.d_sae),
-            "frequency": about.frequency,
-            "mean_active": about.total / np.maximum(about.active, 1),
-            "max": about.maximum,
+            "frequency": statistics.frequency,
+            "mean_active": statistics.total / np.maximum(statistics.active, 1),
+            "max": statistics.maximum,
         }
     )
 
 
 def _values(latents: Latents, seed: int) -> pd.DataFrame:
-    """A seeded sample of activations that are not zero, for the histogram."""
+    """A seeded sample of nonzero activations, for the histogram."""
     values = latents.csr.data
     if len(values) > N_MEASURED:
         values = np.random.default_rng(seed).choice(values, N_MEASURED, replace=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from saexp.cli import main
+from saexp.sweeps.planning import PROCESS
 
 Command = Callable[..., str]
 
@@ -167,7 +168,7 @@ def test_a_cluster_job_that_was_lost(
         "trace: … MemoryError: no room); what was finished is kept, and the same command computes "
         "the rest"
     )
-    monkeypatch.setattr("saexp.sweeps.planning._sweep", tmp_path / "sweep")
+    monkeypatch.setattr(PROCESS, "sweep", tmp_path / "sweep")
     (tmp_path / "sweep").mkdir()
     said = refused("-m", "layer=1,2")
     assert "MemoryError: no room; full error in " in said

@@ -149,12 +149,14 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
 
 
 def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: Path) -> None:
+    from saexp.context import ObjectCache
     from saexp.pipeline.objects import language_model
 
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "intervention=orthogonalize"])
-    model = language_model(cfg)
+    objects = ObjectCache()
+    model = language_model(cfg, objects)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
-    saexp.run(cfg, tmp_path)
+    saexp.run(cfg, tmp_path, objects=objects)
     after = model.hf.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

@@ -13,6 +13,7 @@ from sklearn.metrics import matthews_corrcoef
 from torch.nn import functional
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.pipeline import objects
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
 from saexp.saes.sae import SparseAutoencoder
@@ -111,10 +112,10 @@ def break_load(
 ) -> None:
     whole = objects.sparse_autoencoder
 
-    def load_or_not(cfg, model):
+    def load_or_not(cfg, model, objects):
         if bad(cfg.layer, cfg.width):
             raise error
-        return whole(cfg, model)
+        return whole(cfg, model, objects)
 
     monkeypatch.setattr(latent_matching, "sparse_autoencoder", load_or_not)
 
@@ -123,7 +124,7 @@ def test_an_sae_that_cannot_be_loaded_is_a_note_and_the_others_are_matched(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda layer, _: layer == 3, OSError("the disk is gone"))
-    latent_matching.match_cells(sweep)
+    latent_matching.match_cells(sweep, ObjectCache())
     matches, notes = read_matches(sweep)
     assert notes == ["latents of layer 3, width 256 were not matched: the disk is gone"]
     assert set(matches["from_cell"]) == {1, 2}
@@ -138,7 +139,7 @@ def test_the_report_is_written_though_nothing_can_be_matched(
     sweep: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda *_: True, error)
-    latent_matching.match_cells(sweep)
+    latent_matching.match_cells(sweep, ObjectCache())
     assert not (sweep / MATCHES).exists()
     assert json.loads((sweep / MATCHES_NOTES).read_text("utf-8"))
     table, figures = write_sweep(sweep)
@@ -150,7 +151,7 @@ def test_the_report_is_written_though_nothing_can_be_matched(
 def test_one_sae_and_no_sweep_leave_nothing(sweep: Path, tmp_path: Path) -> None:
     for cell in (0, 1):
         shutil.rmtree(sweep / f"{cell}_cell")
-    latent_matching.match_cells(sweep)
+    latent_matching.match_cells(sweep, ObjectCache())
     (tmp_path / "empty").mkdir()
     latent_matching.match_cells(tmp_path / "empty")
     for folder in (sweep, tmp_path / "empty"):
@@ -163,7 +164,7 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
     del about["sae"]
     (sweep / "0_cell/provenance.json").write_text(json.dumps(about))
     (sweep / "0_cell/activations.parquet").unlink()
-    latent_matching.match_cells(sweep)
+    latent_matching.match_cells(sweep, ObjectCache())
     matches, notes = read_matches(sweep)
     assert set(matches["from_cell"]) == {1, 2}
     assert notes == []
@@ -171,6 +172,6 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
 
 def test_an_older_table_is_not_left_behind(sweep: Path) -> None:
     (sweep / MATCHES_NOTES).write_text('["old"]')
-    latent_matching.match_cells(sweep)
+    latent_matching.match_cells(sweep, ObjectCache())
     assert read_matches(sweep)[1] == []
     assert torch.is_grad_enabled()

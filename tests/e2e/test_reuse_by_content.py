@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.config import RunConfig
+from saexp.context import ObjectCache
 from saexp.pipeline import finished
 from tests.random_models import random_hf, saved_lm
 from tests.unit.reports.left import command
@@ -197,11 +198,14 @@ def test_a_hub_model_whose_main_moved_is_run_again(hub: Path, tmp_path: Path) ->
 
 
 def test_an_sae_replaced_between_two_runs_of_one_process_is_loaded_again(saes: Path) -> None:
+    objects = ObjectCache()
+
     def bias() -> float:
         from saexp.pipeline.objects import language_model, sparse_autoencoder
 
         cfg = saexp.compose(["sae=local", f"sae.path={saes}/mysae1", "layer=1", "width=null"])
-        return float(sparse_autoencoder(cfg, language_model(cfg)).b_enc[0])
+        model = language_model(cfg, objects)
+        return float(sparse_autoencoder(cfg, model, objects).b_enc[0])
 
     before = bias()
     file = saes / "mysae1" / "sae_weights.safetensors"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.errors import SAEError
-from saexp.pipeline.validation import fits_here
+from saexp.pipeline.validation import variance_notes
 from saexp.saes.loading import ASSETS
 from tests.unit.saes.conftest import hub_cache  # noqa: F401
 from tests.unit.saes.make import publish
@@ -76,12 +76,12 @@ def test_a_wrong_stream_says_that_nothing_fits(notes, altered):
 )
 def test_an_sae_that_explains_nothing_at_the_positions_is_named(here, neutral, told):
     metrics = {"reconstruction/explained_variance": here, "check/explained_variance": neutral}
-    notes = fits_here(metrics)
+    notes = variance_notes(metrics)
     assert bool(notes) == told
     if told:
         assert notes[0].startswith(f"the SAE explains {here:.3f} of the variance at the positions")
-    assert fits_here({**metrics, "check/explained_variance": None}) == []
-    assert fits_here({}) == []
+    assert variance_notes({**metrics, "check/explained_variance": None}) == []
+    assert variance_notes({}) == []
 
 
 def test_a_missing_scaling_is_named(notes, altered):

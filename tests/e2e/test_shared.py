@@ -10,8 +10,10 @@ from scipy import sparse
 
 import saexp
 from saexp.analysis.contrast import ContrastAnalyzer
+from saexp.context import ObjectCache
 from saexp.pipeline import objects
 from saexp.results import TaskResult
+from saexp.sweeps.planning import PROCESS
 from tests.unit.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
@@ -20,14 +22,17 @@ SMALL += ["dataset.n_examples=40"]
 
 
 class Calls:
-    """How often the real functions ran."""
+    """How often the real functions ran, and the objects that the runs share."""
 
     encoded = contrasted = 0
+
+    def __init__(self) -> None:
+        self.shared = ObjectCache()
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    objects.forget()
+    PROCESS.objects.clear()
     counted, encode, contrast = Calls(), objects.encode_store, ContrastAnalyzer.analyze
 
     def encode_store(*arguments: Any) -> Any:
@@ -48,8 +53,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str) -> TaskResult:
-    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+def run(cache: Path, folder: Path, *words: str, shared: ObjectCache | None = None) -> TaskResult:
+    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", *words])
+    return saexp.run(cfg, folder, objects=shared)
 
 
 def assert_same(one: TaskResult, other: TaskResult) -> None:
@@ -72,7 +78,6 @@ def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_
     assert len(table) == 3
     names = [c for c in table if c.startswith(("contrast/", "sparsity/", "reconstruction/"))]
     assert all(table[name].nunique(dropna=False) == 1 for name in names)
-    objects.forget()
     alone = run(tmp_path / "outputs/cache", tmp_path / "alone", "coefficient=0.6")
     row = table[table["coefficient"] == 0.6].iloc[0]
     for name, value in alone.metrics.items():
@@ -82,10 +87,9 @@ def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_
 
 def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Path) -> None:
     words = ["coefficient=0.3"]
-    first = run(cache, tmp_path / "1", *words)
-    kept = run(cache, tmp_path / "2", *words)
+    first = run(cache, tmp_path / "1", *words, shared=calls.shared)
+    kept = run(cache, tmp_path / "2", *words, shared=calls.shared)
     assert (calls.encoded, calls.contrasted) == (2, 1)
-    objects.forget()
     fresh = run(cache, tmp_path / "3", *words)
     assert (calls.encoded, calls.contrasted) == (4, 2)
     assert_same(first, kept)
@@ -107,38 +111,36 @@ def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Pa
 def test_only_what_does_not_matter_is_left_out(
     calls: Calls, cache: Path, tmp_path: Path, word: str, encoded: int, contrasted: int
 ) -> None:
-    run(cache, tmp_path / "1", "layer=1", "intervention=none")
+    run(cache, tmp_path / "1", "layer=1", "intervention=none", shared=calls.shared)
     before = calls.encoded, calls.contrasted
     words = [w for w in ("layer=1", "intervention=none") if w.split("=")[0] != word.split("=")[0]]
-    run(cache, tmp_path / "2", *words, word)
+    run(cache, tmp_path / "2", *words, word, shared=calls.shared)
     assert (calls.encoded - before[0], calls.contrasted - before[1]) == (encoded, contrasted)
 
 
-def test_the_kept_is_bounded_and_the_least_used_goes_first(
-    monkeypatch: pytest.MonkeyPatch,
+def test_results_are_bounded_and_the_least_used_goes_first() -> None:
+    cached = ObjectCache(max_bytes=100)
+    cached.put("a", 1, 40)
+    cached.put("b", 2, 40)
+    assert cached.get("a") == 1
+    cached.put("c", 3, 50)
+    assert [cached.get(k) for k in "abc"] == [1, None, 3]
+    cached.put("large", 4, 101)
+    cached.put(None, 5, 1)
+    assert (cached.get("large"), cached.get(None), cached.n_bytes) == (None, None, 90)
+    cached.put("a", 6, 1)
+    assert (cached.get("a"), cached.n_bytes) == (6, 51)
+
+
+def test_a_result_that_is_changed_does_not_change_the_cached_one(
+    calls: Calls, cache: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(objects, "KEPT_BYTES", 100)
-    shelf = objects.Shelf()
-    shelf.put("a", 1, 40)
-    shelf.put("b", 2, 40)
-    assert shelf.get("a") == 1
-    shelf.put("c", 3, 50)
-    assert [shelf.get(k) for k in "abc"] == [1, None, 3]
-    shelf.put("large", 4, 101)
-    shelf.put(None, 5, 1)
-    assert (shelf.get("large"), shelf.get(None), shelf.n_bytes) == (None, None, 90)
-    shelf.put("a", 6, 1)
-    assert (shelf.get("a"), shelf.n_bytes) == (6, 51)
-
-
-@pytest.mark.usefixtures("calls")
-def test_a_result_that_is_changed_does_not_change_what_is_kept(cache: Path, tmp_path: Path) -> None:
     words = ["intervention=none"]
-    first = run(cache, tmp_path / "1", *words)
+    first = run(cache, tmp_path / "1", *words, shared=calls.shared)
     expected = first.tables["latents"].copy()
     first.tables["latents"]["auroc"] = np.nan
     first.metrics.clear()
-    again = run(cache, tmp_path / "2", *words)
+    again = run(cache, tmp_path / "2", *words, shared=calls.shared)
     pd.testing.assert_frame_equal(again.tables["latents"], expected)
     assert again.metrics
 

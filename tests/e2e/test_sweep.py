@@ -108,7 +108,7 @@ def test_the_same_sweep_again_computes_nothing_and_is_whole(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it ran again")
 
-    monkeypatch.setattr("saexp.tasks.analyze.gather", never)
+    monkeypatch.setattr("saexp.pipeline.session.collect_examples", never)
     again = command(by_joblib, "-m", *GRID, "hydra.sweep.dir=again")
     assert again.code == 0, again.err[-2000:]
     assert again.err.count("reusing the finished run") == 2

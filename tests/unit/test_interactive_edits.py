@@ -207,10 +207,10 @@ def test_the_median_norm_of_the_shipped_model_is_that_of_a_run(tmp_path: object)
     tiny = saexp.load_model("tiny", device="cpu")
     found = median_norm(tiny, Hookpoint(2, "resid_post"))
     cfg = saexp.compose(["layer=2", "device=cpu", f"cache_dir={tmp_path}/cache", "tracker=none"])
-    from saexp.pipeline.collect import gather_background
+    from saexp.pipeline.collect import collect_neutral
 
     at = Hookpoint(2, "resid_post")
-    neutral = gather_background(cfg, tiny, [at], cfg.analyzer.n_background)
+    neutral = collect_neutral(cfg, tiny, [at], cfg.analyzer.n_background)
     assert found == pytest.approx(neutral.ordinary([at]).median_norm(at), rel=2e-2)
 
 

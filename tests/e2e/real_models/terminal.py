@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from saexp.cli import main
 from saexp.data.datasets import ASSETS
-from saexp.pipeline import objects
+from saexp.sweeps.planning import PROCESS
 from tests.readme_commands import commands, fenced_commands
 from tests.unit.saes.make import COMMIT
 
@@ -156,10 +156,8 @@ class Terminal:
 
 
 def forget() -> None:
-    """Let the models, SAEs and results go that this process keeps."""
-    for kept in objects._loaded.values():
-        kept.clear()
-    objects.forget()
+    """Drop the models, SAEs and results that this process holds."""
+    PROCESS.objects.clear()
 
 
 def told_by(page: str, *having: str) -> list[str]:

@@ -13,7 +13,7 @@ from saexp.activations.stores import damaged, stores, unreadable, verify
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import _planned
+from saexp.pipeline.collect import _hookpoints_to_prefetch
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, run
 
@@ -55,7 +55,10 @@ def test_a_place_that_the_model_lacks_is_left_to_the_run_that_names_it(tmp_path,
 
 def test_a_planned_stream_that_there_is_not_is_left_out():
     ahead = [(1, "foo"), (1, "mlp_out"), (2, "embed"), (9, None), (0, None)]
-    assert _planned(random_lm("llama"), [POSTS[2]], ahead) == [Hookpoint(1, "mlp_out"), POSTS[0]]
+    assert _hookpoints_to_prefetch(random_lm("llama"), [POSTS[2]], ahead) == [
+        Hookpoint(1, "mlp_out"),
+        POSTS[0],
+    ]
 
 
 def test_without_room_for_what_is_ahead_what_is_wanted_is_stored(tmp_path, caplog, monkeypatch):

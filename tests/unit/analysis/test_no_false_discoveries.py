@@ -10,8 +10,9 @@ import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
+from saexp.context import ObjectCache
 from saexp.latents.encode import Latents, encode_store
-from saexp.pipeline.collect import gather
+from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import TaskResult
 
@@ -24,11 +25,12 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     """The shipped model's entities under its SAE of layer 2, as task=analyze reads them."""
     cache: Path = tmp_path_factory.mktemp("cache")
     cfg = saexp.compose(["model=tiny", "layer=2", f"cache_dir={cache}", "device=cpu"])
-    model = language_model(cfg)
-    sae = sparse_autoencoder(cfg, model)
-    gathered = gather(cfg, model, [sae.hookpoint])
-    found, _ = encode_store(gathered.store, sae, gathered.placement.rows)
-    assert gathered.examples.groups == GROUPS
+    objects = ObjectCache()
+    model = language_model(cfg, objects)
+    sae = sparse_autoencoder(cfg, model, objects)
+    collected = collect_examples(cfg, model, [sae.hookpoint])
+    found, _ = encode_store(collected.store, sae, collected.placement.rows)
+    assert collected.examples.groups == GROUPS
     used = (found.rows["split"] != "val").to_numpy()
     return Latents(found.csr[used], found.rows.loc[used, COLUMNS].reset_index(drop=True))
 

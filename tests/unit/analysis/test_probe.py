@@ -75,7 +75,7 @@ def probe(
 ) -> TaskResult:
     settings = {"k": [1, 3], "strengths": STRENGTHS, **options}
     cfg = ProbeConfig(name="probe", n_bootstrap=n_bootstrap, **settings)  # type: ignore[arg-type]
-    return ProbeAnalyzer(cfg).analyze(inputs, transfer)
+    return ProbeAnalyzer(cfg).analyze(replace(inputs, transfer=transfer))
 
 
 @pytest.fixture(scope="module")

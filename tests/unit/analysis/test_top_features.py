@@ -11,10 +11,11 @@ import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import TopFeaturesAnalyzer
 from saexp.config import TopFeaturesConfig
+from saexp.context import ObjectCache
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
-from saexp.pipeline.collect import gather
+from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import TaskResult
 
@@ -29,11 +30,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> AnalysisInputs:
         ["dataset=text", f"dataset.path={place}/texts.txt", "positions=all", "layer=1"]
         + [f"cache_dir={place}/cache", "device=cpu"]
     )
-    model = language_model(cfg)
-    sae = sparse_autoencoder(cfg, model)
-    gathered = gather(cfg, model, [sae.hookpoint])
-    latents, _ = encode_store(gathered.store, sae, gathered.placement.rows)
-    texts = gathered.placement.texts
+    objects = ObjectCache()
+    model = language_model(cfg, objects)
+    sae = sparse_autoencoder(cfg, model, objects)
+    collected = collect_examples(cfg, model, [sae.hookpoint])
+    latents, _ = encode_store(collected.store, sae, collected.placement.rows)
+    texts = collected.placement.texts
     return AnalysisInputs(latents=latents, groups=(), layer=1, texts=texts, model=model, sae=sae)
 
 
