@@ -153,20 +153,20 @@ def data_content(cfg: RunConfig) -> list[Content] | None:
     None for a data set of the hub that is out of reach.
     """
     transfer = cfg.analyzer.options.get("transfer")
-    found = []
+    entries = []
     for path in (cfg.dataset.path, cfg.dataset.background, transfer):
         if path and Path(path).exists():
-            found.append([(str(path), ""), *contents(Path(path))])
+            entries.append([(str(path), ""), *contents(Path(path))])
         elif path and path == cfg.dataset.path and cfg.dataset.name == "hf":
             cached = snapshot(str(path), kind="dataset")
             if cached is None:
                 return None
-            found.append([("commit", cached.name)])
+            entries.append([("commit", cached.name)])
     config = dataclasses.asdict(cfg)
     for name in ("model", "sae", "tracker", "cache_dir"):
         config.pop(name)
-    named = {s for s in _strings(config) if len(s) < 1024 and "\0" not in s and _is_file(s)}
-    return [*found, *(contents(Path(s)) for s in sorted(named))]
+    files = {s for s in _strings(config) if len(s) < 1024 and "\0" not in s and _is_file(s)}
+    return [*entries, *(contents(Path(s)) for s in sorted(files))]
 
 
 def _is_file(text: str) -> bool:
@@ -205,8 +205,8 @@ def code_content() -> list[list[str]]:
     """Content of saexp's code and shipped texts, and versions of the libraries it computes with."""
     shipped = [f for f in ASSETS.rglob("*") if f.suffix in (".jsonl", ".csv", ".txt")]
     files = sorted([*PACKAGE.rglob("*.py"), *shipped])
-    made = [[f.relative_to(PACKAGE).as_posix(), file_sha256(f)] for f in files]
-    return made + [[name, _version(name)] for name in _VERSIONS]
+    code = [[f.relative_to(PACKAGE).as_posix(), file_sha256(f)] for f in files]
+    return code + [[name, _version(name)] for name in _VERSIONS]
 
 
 def _version(package: str) -> str:
