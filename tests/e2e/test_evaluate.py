@@ -162,7 +162,7 @@ def test_the_study_composes():
     ("words", "error", "part"),
     [
         (["+task.options.n_text=3"], ConfigError, "did you mean n_texts"),
-        (["task.options.n_texts=0"], ConfigError, "no whole number of at least 1"),
+        (["task.options.n_texts=0"], ConfigError, "not an integer of at least 1"),
         (["task.options.splice_special=maybe"], ConfigError, "type true or false"),
         (["task.options.widths=[16q]"], ConfigError, "is no SAE width"),
         (["task.options.widths=[999]"], SAEError, "has no width=999"),
