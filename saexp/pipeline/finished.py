@@ -1,4 +1,4 @@
-"""Finished runs, known by the content of everything they read."""
+"""Reuse of finished runs, identified by the content of everything that they read."""
 
 import dataclasses
 import functools
@@ -46,45 +46,44 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parent.parent
 ASSETS = PACKAGE / "assets"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
-"""Kinds of weights files, in the order in which one is preferred to the next."""
+"""Suffixes of weights files, in order of preference."""
 _NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 _READS_NO_SAE = ("cache", "collect", "label", "train")
 """Shipped tasks for which `sae` does not matter; a custom task may read it."""
 _VERSIONS = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy")
 
 Content = list[tuple[str, str]]
-"""(name, digest of what is under it)."""
+"""(file name, digest of its content)."""
 
 
 def model_content(cfg: ModelConfig) -> Content | None:
-    """Of a model's files; of a hub repository its commit too. None where they are out of reach.
+    """Content of a model's files, and the commit of a hub repository; None if out of reach.
 
-    In a folder those files count that a model is loaded from: no folders, and of several kinds of
-    weights the preferred one.
+    Of a folder, only the files that a model is loaded from: no subfolders, and one kind of weights.
     """
     shipped = ASSETS / cfg.name / "model"
-    place = shipped if shipped.is_dir() else Path(cfg.name)
-    if place.is_file():
-        return contents(place)
+    source = shipped if shipped.is_dir() else Path(cfg.name)
+    if source.is_file():
+        return contents(source)
     commit: Content = []
-    if not place.is_dir():
+    if not source.is_dir():
         cached = snapshot(cfg.name, cfg.revision)
         if cached is None:
             return None if cfg.loader == "hf" else []
-        place, commit = cached, [("commit", cached.name)]
-    files = [f for f in sorted(place.iterdir()) if f.is_file() and not f.name.startswith(".")]
+        source, commit = cached, [("commit", cached.name)]
+    files = [f for f in sorted(source.iterdir()) if f.is_file() and not f.name.startswith(".")]
     kinds = [kind for kind in _WEIGHTS if any(f.suffix == kind for f in files)]
     if not kinds:
         return None if cfg.loader == "hf" else commit
     unread = {*_WEIGHTS, *_NOT_READ} - {kinds[0]}
     if commit:
-        # The commit stands for the small files, some of which come only while the run goes on.
+        # The commit covers the small files, some of which are downloaded during the run.
         files = [f for f in files if f.suffix == kinds[0]]
     return commit + [(f.name, content_name(f)) for f in files if f.suffix not in unread]
 
 
 def sae_content(cfg: SAEConfig) -> Content | None:
-    """Of an SAE's files; None where they are out of reach. Nothing for one made of its config."""
+    """Content of an SAE's files; None if out of reach, empty for one built from config alone."""
     if cfg.loader == "release":
         return _of_release(cfg)
     if cfg.loader != "path":
@@ -101,8 +100,7 @@ def sae_content(cfg: SAEConfig) -> Content | None:
 
 
 def _beside(place: Path) -> Content:
-    """Of a file the small files of its folder that may be its config, and itself; of either a run's
-    config above."""
+    """Content of a weights file, of the configs beside it, and of a training run's config above."""
     above = [place.parent / "config.json", place.parent.parent / "config.json"]
     files = [place, *place.parent.glob("*.json")] if place.is_file() else []
     return [(f.name, content_name(f)) for f in sorted({*files, *above}) if f.is_file()]
@@ -122,23 +120,23 @@ def _in_repository(repo: str, path: str) -> Content | None:
         return None
     if path and (cached / path).exists():
         return contents(cached / path)
-    # A layout of its own: the commit stands for all of it.
+    # An unknown layout: the commit covers all of it.
     return [("commit", cached.name)]
 
 
 def saes_content(cfg: RunConfig) -> list[Content] | None:
-    """Of every SAE that a run may read, None where one of them is out of reach."""
-    found = []
+    """Content of every SAE that a run may read; None if one of them is out of reach."""
+    result = []
     for cell in _cells(cfg):
         content = sae_content(cell)
         if content is None and cfg.task.name not in _READS_NO_SAE:
             return None
-        found.append(content or [])
-    return found
+        result.append(content or [])
+    return result
 
 
 def _cells(cfg: RunConfig) -> Iterator[SAEConfig]:
-    """The run's SAE, or those of its layers and widths, and those whose latents are changed too."""
+    """The SAE configs of the run's layers and widths, and of the layers that it edits."""
     layers = parse_layers(cfg.layer) if isinstance(cfg.layer, list) else [cfg.sae.layer]
     several = cfg.task.width_list if isinstance(cfg.task, EvaluateConfig) else None
     widths = several or [cfg.sae.width]
@@ -154,27 +152,29 @@ def _cells(cfg: RunConfig) -> Iterator[SAEConfig]:
 
 
 _MOST_LAYERS = 256
-"""More than any model has; of `all` layers those count that have an SAE."""
+"""More layers than any model has; of `all` layers, those that have an SAE count."""
 
 
 def data_content(cfg: RunConfig) -> list[Content] | None:
-    """Of the data set, the neutral text, and every file that a setting names; None for a data set
-    of the hub that is out of reach."""
+    """Content of the data set, the neutral text, and every file that a setting names.
+
+    None for a data set of the hub that is out of reach.
+    """
     transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
-    found = []
+    entries = []
     for path in (cfg.dataset.path, cfg.dataset.background, transfer):
         if path and Path(path).exists():
-            found.append([(str(path), ""), *contents(Path(path))])
+            entries.append([(str(path), ""), *contents(Path(path))])
         elif path and path == cfg.dataset.path and cfg.dataset.name == "hf":
             cached = snapshot(str(path), kind="dataset")
             if cached is None:
                 return None
-            found.append([("commit", cached.name)])
+            entries.append([("commit", cached.name)])
     config = dataclasses.asdict(cfg)
     for name in ("model", "sae", "tracker", "cache_dir"):
         config.pop(name)
-    named = {s for s in _strings(config) if len(s) < 1024 and "\0" not in s and _is_file(s)}
-    return [*found, *(contents(Path(s)) for s in sorted(named))]
+    files = {s for s in _strings(config) if len(s) < 1024 and "\0" not in s and _is_file(s)}
+    return [*entries, *(contents(Path(s)) for s in sorted(files))]
 
 
 def _is_file(text: str) -> bool:
@@ -196,11 +196,11 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 _plugins: dict[str, list[list[str]]] = {}
-"""Plugin -> content of its files when this process first looked, which is what it imported."""
+"""Plugin -> content of its files when this process imported it."""
 
 
 def plugins_content(cfg: RunConfig) -> list[list[list[str]]]:
-    """Of plugins: their modules, and those of the user's own that came with them."""
+    """Content of plugins: their modules, and the custom modules that they import."""
     for module in (*registry.entry_point_modules(), *cfg.plugins):
         if module not in _plugins:
             files = registry.plugin_files(module)
@@ -210,11 +210,11 @@ def plugins_content(cfg: RunConfig) -> list[list[list[str]]]:
 
 @cache
 def code_content() -> list[list[str]]:
-    """Of saexp's own code and shipped texts, and versions of what it computes with."""
+    """Content of saexp's code and shipped texts, and versions of the libraries it computes with."""
     shipped = [f for f in ASSETS.rglob("*") if f.suffix in (".jsonl", ".csv", ".txt")]
     files = sorted([*PACKAGE.rglob("*.py"), *shipped])
-    made = [[f.relative_to(PACKAGE).as_posix(), file_sha256(f)] for f in files]
-    return made + [[name, _version(name)] for name in _VERSIONS]
+    code = [[f.relative_to(PACKAGE).as_posix(), file_sha256(f)] for f in files]
+    return code + [[name, _version(name)] for name in _VERSIONS]
 
 
 def _version(package: str) -> str:
@@ -225,50 +225,50 @@ def _version(package: str) -> str:
 
 
 VERSION = 4
-"""Of what fingerprints are made of; a run of another version is not found."""
-_NO_MATTER = ("resume", "cache_dir", "tracker", "verify")
+"""Version of the fingerprint's ingredients; runs of another version are not reused."""
+_IRRELEVANT = ("resume", "cache_dir", "tracker", "verify")
 
 
 def fingerprint(cfg: RunConfig) -> str | None:
-    """Digest of the resolved config and of the content of all that it names: model, SAEs, data,
-    plugins, and saexp's own code.
+    """Digest of the resolved config and the content of all that it names.
 
-    None where weights or data are out of reach, so that nothing is known of their content.
+    That is model, SAEs, data, plugins, and saexp's own code. None if weights or data are out of
+    reach, so that their content is unknown.
     """
     model = [] if cfg.task.name == "cache" else model_content(cfg.model)
     saes, data = saes_content(cfg), data_content(cfg)
     if model is None or saes is None or data is None:
         return None
     config = dataclasses.asdict(cfg)
-    for key in _NO_MATTER:
+    for key in _IRRELEVANT:
         config.pop(key)
     code = [code_content(), plugins_content(cfg)]
     return digest_of(VERSION, config, model, saes, data, code)[:24]
 
 
 def _named(cfg: RunConfig) -> list[str | None]:
-    """Local files and folders that a config may name."""
+    """Values of the settings that may name local files and folders."""
     transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
     return [cfg.dataset.path, cfg.dataset.background, cfg.sae.path, cfg.model.name, transfer]
 
 
 def inputs(cfg: RunConfig) -> frozenset[Path]:
-    """Those that there are; no run may remove one that it reads."""
+    """Existing files and folders that the config names; the run must not remove them."""
     return frozenset(Path(p).resolve() for p in _named(cfg) if p and Path(p).exists())
 
 
 def _entry(cfg: RunConfig, key: str, copy: Path | None = None) -> Path:
-    """Index file of a run; a copy of its results in another folder has one of its own."""
+    """Index file of a run; a copy of its results in another folder has its own index file."""
     name = key if copy is None else f"{key}-{digest_of(str(copy.resolve()))[:16]}"
     return Path(cfg.cache_dir) / "finished" / f"{name}.json"
 
 
 def record(cfg: RunConfig, context: RunContext, key: str | None) -> None:
-    """Note that a run ended well: in its provenance, with checksums of the files that it left, and
-    in the cache's index, with the checksum of the provenance.
+    """Record a successful run, so that `resume` can reuse it.
 
-    `key` is the fingerprint when the run began; where it is another by now, the run is not reused.
-    None where something was out of reach then: what the run itself fetched counts.
+    Its provenance gets the checksums of its files, and the cache's index the checksum of the
+    provenance. `key` is the fingerprint at the start of the run; if it has changed since, the run
+    is not reused. If it was None because something was out of reach, the current one counts.
     """
     now = fingerprint(cfg)
     key = key or now
@@ -288,7 +288,7 @@ def record(cfg: RunConfig, context: RunContext, key: str | None) -> None:
 
 
 def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
-    """Let later runs find this folder."""
+    """Add the folder to the index of finished runs."""
     about = {"folder": str(folder.resolve()), "provenance": read_sha256(folder / PROVENANCE)}
     try:
         if is_writable(cfg.cache_dir):
@@ -298,21 +298,21 @@ def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
 
 
 class Finished(NamedTuple):
-    """A finished run whose files are as it left them."""
+    """A finished run whose files are unchanged."""
 
     folder: Path
     provenance: dict[str, Any]
 
 
 class _NotReusableError(Exception):
-    """Why a finished run is not reused, naming the file."""
+    """A finished run is not reused; the message names the file."""
 
 
 def find_finished(cfg: RunConfig, key: str | None, place: Path | None = None) -> Finished | None:
-    """A finished run of this fingerprint, all of whose files are as it left them.
+    """A finished run with this fingerprint and unchanged files.
 
-    A copy in the folder `place` comes first, then the run itself, then other copies. One warning
-    names what is missing or was changed; a run whose folder was removed is not mentioned.
+    A copy in the folder `place` is preferred, then the run itself, then other copies. One warning
+    names what is missing or changed; removed run folders are not mentioned.
     """
     if key is None:
         return None
@@ -335,7 +335,7 @@ def find_finished(cfg: RunConfig, key: str | None, place: Path | None = None) ->
 
 
 def _verified(cfg: RunConfig, entry: Path, key: str) -> Finished | None:
-    """The run that an index file names; None where there is no such file, or no folder any more.
+    """The run that an index file names; None if the file or the folder does not exist.
 
     Raises _NotReusableError.
     """
@@ -371,14 +371,14 @@ _PAGE_OF = {
     **dict.fromkeys(("analyze", "evaluate", "label", "train"), "report.html"),
     "dashboard": "dashboard.html",
 }
-"""Task -> page that it leaves."""
+"""Task -> page that it writes."""
 
 
 def _provenance(cfg: RunConfig, content: bytes, key: str) -> dict[str, Any]:
-    """What a finished run of this fingerprint wrote of itself.
+    """The content of provenance.json of a finished run with this fingerprint.
 
-    Raises ValueError, KeyError or TypeError where it is not such a run's, or where it does not list
-    the files that every run of the task leaves.
+    Raises ValueError, KeyError or TypeError if it belongs to another run, or does not list the
+    files that every run of the task writes.
     """
     about = json.loads(content)
     if about["status"] != "finished" or about["fingerprint"] != key:
@@ -392,17 +392,17 @@ def _provenance(cfg: RunConfig, content: bytes, key: str) -> dict[str, Any]:
 def reuse(
     cfg: RunConfig, earlier: Finished, folder: Path, keep: frozenset[Path] = frozenset()
 ) -> bool:
-    """Copy a finished run's results; what they took was spent by that run, so none is claimed.
+    """Copy a finished run's results to another folder.
 
-    `collection/tokens_forwarded` and every metric `…/seconds` become 0, provenance.json says where
-    the copy is from, and all else stays as it is. Nothing is done where `folder` is that run's own.
-    provenance.json comes last, so that an incomplete copy is never taken for a finished run. False,
-    with a warning, where a file changed meanwhile.
+    `collection/tokens_forwarded` and every metric `…/seconds` become 0, since that run spent them,
+    and provenance.json says where the copy is from. Nothing is done if `folder` is that run's own.
+    provenance.json is written last, so that an incomplete copy never counts as a finished run.
+    Returns False, with a warning, if a file changed in the meantime.
     """
     if earlier.folder.resolve() == folder.resolve():
         return True
     clear(folder, keep)
-    # The list of files comes first, so that the next run in this folder removes half a copy.
+    # The list of files comes first, so that the next run in this folder removes an incomplete copy.
     for name in sorted(_results(earlier.folder), key=lambda name: name != WRITTEN):
         _make_subfolder(folder, name)
         copy = functools.partial(_copy, earlier.folder / name)
@@ -429,7 +429,7 @@ def reuse(
 
 
 def _make_subfolder(folder: Path, name: str) -> None:
-    """The folder of a file such as `sae/cfg.json`, in that of a run."""
+    """Create the subfolder of a file such as `sae/cfg.json` in a run's folder."""
     place = (folder / name).parent
     if place == folder or not folder.is_dir():
         return
@@ -444,18 +444,18 @@ def _copy(source: Path, target: Path) -> None:
 
 
 _REUSED_FROM = "reused from "
-"""How the note of a copy begins."""
-_OWN = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
-"""What belongs to the earlier run alone; a tracker makes its own again."""
+"""Beginning of a copy's note."""
+_NOT_COPIED = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
+"""Files that belong to the earlier run alone; trackers write new ones."""
 
 
 def _results(folder: Path) -> list[str]:
-    """Paths of what is copied, without provenance.json."""
+    """Relative paths of the files to copy, without provenance.json."""
     files = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     return [
         file.as_posix()
         for file in files
-        if file.parts[0] not in (*_OWN, PROVENANCE)
+        if file.parts[0] not in (*_NOT_COPIED, PROVENANCE)
         and file.suffix != ".log"
         and not file.name.startswith(".tmp-")
     ]

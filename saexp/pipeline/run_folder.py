@@ -1,4 +1,4 @@
-"""The folder of a run: it belongs to one process at a time, and its files."""
+"""A run's folder, which one process holds at a time, and the files in it."""
 
 import dataclasses
 import json
@@ -26,14 +26,14 @@ from saexp.results import TaskResult
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}
-"""Locks that the command line took before Hydra wrote anything; the run takes them over."""
+"""Locks that the command line takes before Hydra writes anything; the run takes them over."""
 
 
 def reserve(folder: Path) -> None:
-    """Take a folder for the run or the sweep of this process that is about to begin.
+    """Lock a folder for the run or sweep that is about to begin in this process.
 
-    Raises StoreError where another run has it, it is inside of another sweep's folder, another run
-    has a folder in it, or it cannot be made.
+    Raises StoreError where another run holds it, where it lies inside the folder of another sweep
+    or contains that of another run, and where it cannot be created.
     """
     nested = [folder.resolve().parent, *(lock.parent for lock in folder.glob(f"*/{LOCK}"))]
     for other in nested:
@@ -44,50 +44,50 @@ def reserve(folder: Path) -> None:
 
 @contextmanager
 def reserved_cell(folder: Path) -> Iterator[None]:
-    """Take a cell's folder, in that of its sweep, before anything in it is changed.
+    """Lock the folder of a sweep's cell before anything in it is changed.
 
-    Raises StoreError where another run has it, or it cannot be made.
+    Raises StoreError where another run holds it, or where it cannot be created.
     """
-    place = folder.resolve()
-    _reserved[place] = _take(folder)
+    path = folder.resolve()
+    _reserved[path] = _take(folder)
     try:
         yield
     finally:
-        if place in _reserved:
-            _let_go(place, _reserved.pop(place))
+        if path in _reserved:
+            _release(path, _reserved.pop(path))
 
 
 def reserved() -> Path | None:
-    """A folder that is reserved and that no run took over yet."""
+    """A folder that is locked but not yet taken over by a run."""
     return next(iter(_reserved), None)
 
 
 def release_all() -> None:
-    """Let go what was reserved and no run took over."""
+    """Release the folders that no run took over."""
     while _reserved:
         folder, lock = _reserved.popitem()
-        _let_go(folder, lock)
+        _release(folder, lock)
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a run's folder. Raises StoreError where another run has it, or it cannot be made.
+    """Lock a run's folder. Raises StoreError where another run holds it or it cannot be created.
 
-    The operating system frees it when the process dies, so that a crashed run blocks none.
+    The operating system releases the lock when the process dies, so a crashed run blocks nothing.
     """
-    place = folder.resolve()
-    lock = _reserved.pop(place, None) or _take(folder)
+    path = folder.resolve()
+    lock = _reserved.pop(path, None) or _take(folder)
     try:
         yield
     finally:
-        _let_go(place, lock)
+        _release(path, lock)
 
 
 def _take(folder: Path) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+        raise StoreError(f"cannot create the run's folder {folder}: {error.strerror}") from error
     try:
         lock = try_lock(folder / LOCK)
     except StoreError as error:
@@ -111,15 +111,15 @@ def _is_held(folder: Path) -> bool:
     try:
         lock = try_lock(folder / LOCK)
     except StoreError:
-        # A folder of somebody else, who left it.
+        # The folder of another user, whose run ended without removing the file.
         return False
     if lock is not None:
         lock.release()
     return lock is None
 
 
-def _let_go(folder: Path, lock: Any) -> None:
-    # While it is held, so that whoever waits for this very file finds it gone and makes another.
+def _release(folder: Path, lock: Any) -> None:
+    # Removed while it is held: a process that waits for this file finds it gone and makes another.
     with suppress(OSError):
         (folder / LOCK).unlink(missing_ok=True)
     lock.release()
@@ -165,15 +165,15 @@ def unexplained_notes(result: TaskResult) -> list[str]:
 
 METRICS, PROVENANCE = "metrics.json", "provenance.json"
 WRITTEN = ".written.json"
-"""Names of the files that a run left in a folder; the next one there removes them."""
+"""List of the files that a run wrote to a folder; the next run there removes them."""
 _PAGES = ("report.html", "dashboard.html", "dashboard.json", "figures.json")
 
 
 def clear(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
-    """Remove what an earlier run left in this folder, lest it be taken for this one's.
+    """Remove an earlier run's results from this folder, so that they are not taken for this run's.
 
-    Only files that saexp wrote as a run's results go, and none of `keep`; labels, which later runs
-    read, and a trained SAE stay until they are replaced.
+    Only files that saexp wrote as a run's results are removed, and none of `keep`; labels, which
+    later runs read, and a trained SAE stay until they are replaced.
     """
     for name in [*_written(folder), WRITTEN]:
         file = folder / name
@@ -182,10 +182,10 @@ def clear(folder: Path, keep: frozenset[Path] = frozenset()) -> None:
 
 
 def note_written(context: RunContext, names: Iterable[str]) -> None:
-    """Remember files of the folder as this run's results, before they are written.
+    """List files of the folder as this run's results, before they are written.
 
-    The first time, what an earlier run left there goes: not sooner, so that a run that cannot begin
-    costs nobody theirs.
+    The first call removes an earlier run's results: no sooner, so that a run that fails at the
+    start destroys nothing.
     """
     folder = context.folder
     if not context.began_writing:
@@ -197,19 +197,19 @@ def note_written(context: RunContext, names: Iterable[str]) -> None:
 
 
 PageStates = dict[str, tuple[int, int, int]]
-"""Name of a page -> time of change in ns, size and inode."""
+"""Name of a page -> modification time in ns, size and inode."""
 
 
 def page_states(folder: Path) -> PageStates:
-    """The pages of a folder, as they are now."""
+    """The current state of the pages in a folder."""
     states = {name: (folder / name).stat() for name in _PAGES if (folder / name).is_file()}
     return {name: (s.st_mtime_ns, s.st_size, s.st_ino) for name, s in states.items()}
 
 
 def note_pages(context: RunContext, before: PageStates) -> None:
-    """Remember the pages that this run wrote: those that are not as they were `before` it.
+    """List the pages that this run wrote: those that differ from their state `before` it.
 
-    A task that leaves no results by `write_result` keeps its own account of its files.
+    Nothing is listed for a task that writes no results by `write_result`.
     """
     if not context.began_writing:
         return
@@ -219,8 +219,10 @@ def note_pages(context: RunContext, before: PageStates) -> None:
 
 
 def _written(folder: Path) -> set[str]:
-    """Names that the account of a folder lists; where it is damaged, of what the provenance lists
-    those that are no labels or weights."""
+    """The files that the list in a folder names.
+
+    Where the list is damaged: those of provenance.json without labels and weights.
+    """
     try:
         names = json.loads((folder / WRITTEN).read_text("utf-8"))
         if isinstance(names, list) and all(map(_is_plain, names)):
@@ -236,7 +238,7 @@ def _written(folder: Path) -> set[str]:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether this is a name without a folder, so that nothing elsewhere is ever removed."""
+    """Whether this is a plain file name, so that nothing in another folder is ever removed."""
     return isinstance(name, str) and Path(name).name == name
 
 
@@ -249,11 +251,10 @@ def save_run(
 ) -> TaskResult:
     """Write metrics, tables and provenance.json; may be called again as a run goes on.
 
-    Returns the result as it was written: NaN and infinities are None, and notes explain every None.
+    Returns the result as it was written: NaN and infinities are None, and a note names them.
     """
     metrics, notes = finite_metrics(result.metrics)
     saved = replace(result, metrics=metrics, notes=[*result.notes, *notes])
-    saved.notes += unexplained_notes(saved)
     write_result(context, saved)
     write_provenance(context, cfg, saved, skips, about)
     return saved

@@ -26,6 +26,7 @@ from saexp.pipeline.collect import (
 from saexp.pipeline.objects import (
     analyzed,
     describe_model,
+    describe_sae,
     encoded,
     encoded_neutral,
     language_model,
@@ -291,12 +292,17 @@ class Session:
         )
 
     def provenance(self, data: RunData, saes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Model, SAEs and data for provenance.json; `saes` are entries as of `describe_sae`."""
+        """Model, SAEs and data for provenance.json; `saes` are entries as of `describe_sae`.
+
+        Where the analyzer selects latents, its list of SAEs has those of the edited layers too.
+        """
+        edited = self.edited_saes.values() if self.selects_latents else ()
+        others = [describe_sae(sae) for sae in edited if sae is not self.sae]
         return {
             "device": str(self.model.device),
             "model": describe_model(self.model),
             "sae": joined_entry(saes),
-            "saes": list(saes),
+            "saes": [*saes, *others],
             **data.examples.provenance,
             "tokens_forwarded": data.tokens_forwarded,
         }

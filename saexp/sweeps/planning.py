@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 _IGNORED = frozenset({"coefficient", "width", "latents", "sae_trainer", "tracker"})
-"""Keys that never change which hookpoint of which texts a cell needs; `analyzer.x=` neither, but an
-analyzer may choose its positions."""
+"""Keys that never change which hookpoint of which texts a cell needs. Neither does `analyzer.x=`,
+but `analyzer=` may, since an analyzer's config can choose positions."""
 _OF_LAYERS = ("intervention.latents", "intervention.layers")
-"""Settings of an intervention that name layers whose SAEs take part."""
+"""Settings of an intervention that name layers whose latents it changes."""
 
 
 class Process:
@@ -53,15 +53,17 @@ PROCESS = Process()
 
 
 class SweepCallback(Callback):
-    """Holds the folder of a run or a sweep before anything is written to it, and plans a sweep;
-    `cli.main` calls `finish` at its end, however it ends."""
+    """Locks the folder of a run or a sweep before anything is written to it, and plans a sweep.
+
+    `cli.main` calls `finish` at the end of the process, however it ends.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        """Hold the run's folder, before Hydra writes its config there."""
+        """Lock the run's folder, before Hydra writes its config there."""
         _reserve(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Write plan.json: all cells, and per set of texts the hookpoints they need together."""
+        """Write plan.json: all cells, and for each set of texts the hookpoints that cells need."""
         folder = Path(config.hydra.sweep.dir)
         _reserve(folder)
         PROCESS.sweep = folder
@@ -82,7 +84,7 @@ def _reserve(folder: Path) -> None:
 
 @contextmanager
 def _ending_the_process() -> Iterator[None]:
-    """One line and exit code 1: of a callback's Exception Hydra only warns, and goes on."""
+    """Exit with one line and code 1; of other exceptions in a callback, Hydra only warns."""
     try:
         yield
     except StoreError as error:
@@ -95,7 +97,7 @@ def _ending_the_process() -> Iterator[None]:
 def _cells(config: DictConfig) -> list[list[str]]:
     """Every cell's overrides in the order of the basic sweeper; empty for a sweeper that searches.
 
-    Raises Hydra's errors for words that are no overrides.
+    Raises Hydra's errors for words that are not overrides.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -113,21 +115,23 @@ def _cells(config: DictConfig) -> list[list[str]]:
 def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
     """Texts' key -> [layer, stream or null] of all cells that read those texts.
 
-    A cell that cannot be composed is left to fail by itself.
+    A cell that cannot be composed is left out; it fails with its own error later.
     """
-    found: dict[str, set[tuple[int, str | None]]] = {}
-    kinds = dict.fromkeys(tuple(_that_matter(cell)) for cell in cells)
+    hookpoints: dict[str, set[tuple[int, str | None]]] = {}
+    kinds = dict.fromkeys(tuple(_relevant_words(cell)) for cell in cells)
     for words in kinds:
         try:
             cfg = to_run_config(compose("config", overrides=list(words)), quiet=True)
-            found.setdefault(texts_key(cfg), set()).update(_hookpoints(cfg, alone=len(kinds) == 1))
+            hookpoints.setdefault(texts_key(cfg), set()).update(
+                _hookpoints(cfg, alone=len(kinds) == 1)
+            )
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             log.debug("not planned: %s (%s)", words, error)
-    return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in found.items()}
+    return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in hookpoints.items()}
 
 
-def _that_matter(cell: list[str]) -> list[str]:
-    """Those of a cell's words that may change which hookpoint of which texts it needs."""
+def _relevant_words(cell: list[str]) -> list[str]:
+    """The overrides of a cell that may change which hookpoint of which texts it needs."""
     keys = [key_of(w) for w in cell]
     named = any(key in _OF_LAYERS for key in keys)
     return [w for w, key in zip(cell, keys, strict=True) if not _ignored(key, named)]
@@ -140,7 +144,10 @@ def _ignored(key: str, layers_named: bool) -> bool:
 
 
 def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
-    """What a cell needs; `alone` is the only kind of cell, so that it can say so by itself."""
+    """(layer, stream) that a cell needs.
+
+    With `alone`, all cells of the sweep need the same, so that SAE files need not be read.
+    """
     if isinstance(cfg.task, StreamsConfig):
         return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
@@ -154,14 +161,14 @@ def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
     if one and not alone and cfg.sae.path and Path(cfg.sae.path).exists():
         from saexp.saes.loading import hookpoints_of
 
-        # Its files say where it reads, whatever the cell names. What they lack, the cell will say.
+        # The SAE's files decide what it reads. If they are damaged, the cell reports the error.
         with suppress(SaexpError):
             own = set(hookpoints_of(cfg.sae.path, cfg.layer, cfg.sae.stream))
     return own | {(n, cfg.sae.stream) for n in _layers_changed(cfg)}
 
 
 def _layers_changed(cfg: RunConfig) -> list[int]:
-    """Layers beside the run's own whose SAEs the causal test reads."""
+    """Layers other than the run's own whose latents the intervention changes."""
     about = cfg.intervention
     if cfg.task.name != "analyze" or about.name == "none":
         return []
@@ -173,23 +180,23 @@ def _layers_changed(cfg: RunConfig) -> list[int]:
 
 
 def texts_key(cfg: RunConfig) -> str:
-    """Hash of what decides which texts are forwarded through which model, and where they are read.
+    """Hash of the settings that determine model, texts and positions: cells that share a store.
 
-    Which of a set of cells share a store; the store's own key is made from what was tokenised.
+    The store's own key is made from the token ids instead.
     """
     parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def swept_keys(sweep: Path) -> set[str]:
-    """Keys that differ between the cells of this sweep; none where there is no plan."""
+    """Keys that differ between the cells of a sweep; empty where there is no plan."""
     pairs = [{key_of(w): w for w in cell} for cell in read_plan(sweep).get("cells", [])]
     keys = {key for cell in pairs for key in cell}
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
 
 def hookpoints_to_prefetch(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
-    """(layer, stream) that cells of this sweep need from this cell's texts; None: as the SAE's."""
+    """(layer, stream) that cells of the sweep need of this cell's texts; None: the SAE's stream."""
     if sweep is None or not (sweep / SWEEP_PLAN).exists():
         return []
     try:
@@ -208,10 +215,10 @@ def running() -> Path | None:
 
 
 def finish() -> str | None:
-    """Table, report and last W&B run of the sweep of this process; what to print, None if none.
+    """Write table, report and tracked run of this process's sweep; returns a summary to print.
 
-    Works on whatever cells there are, so also after Ctrl-C; a signal that comes while the table and
-    the report are written leaves the sweep to the next call.
+    None where the process runs no sweep. Works on the cells that exist, also after Ctrl-C; after a
+    signal during the writing, the next call writes them again.
     """
     folder = PROCESS.sweep
     if folder is None:
@@ -228,7 +235,7 @@ def finish() -> str | None:
     try:
         _track(folder, table, figures)
     except Exception as error:
-        # The files are what counts; each cell that failed by its tracker has said so.
+        # The files are complete; cells whose tracker failed have reported that.
         log.warning("the sweep's own run could not be tracked: %s", " ".join(str(error).split()))
     from saexp.reports.sweep import findings
 
@@ -252,7 +259,7 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
-    """One last run in the sweep's group that holds the table and the figures."""
+    """A last tracked run in the sweep's group, with the table and the figures."""
     from saexp import tracking
     from saexp.config import TrackerConfig
 
@@ -262,7 +269,7 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
     tracker = tracking.start(
         TrackerConfig(**settings),
-        # W&B's own process may have begun in another folder.
+        # W&B's own process may run in another working directory.
         folder=folder.resolve(),
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
         name=f"sweep-{folder.name}",

@@ -16,7 +16,7 @@ from saexp.data.examples import Skip
 from saexp.latents.encode import Latents
 from saexp.pipeline.intervene import check_steerable, intervene, needs_selected_latents
 from saexp.pipeline.objects import describe_sae
-from saexp.pipeline.run_folder import save_run, write_provenance
+from saexp.pipeline.run_folder import save_run, unexplained_notes, write_provenance
 from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import attribute_latents, score_latents, validate_sae
 from saexp.reports.analysis import findings, report_figures, save_figures, write_report
@@ -52,6 +52,7 @@ def analyze_session(session: Session) -> TaskResult:
         save_run(context, cfg, result, skips, about)
         with context.stage("intervene"):
             result.merge(_intervene(session, layer, data, result))
+    result.notes += unexplained_notes(result)
     result = save_run(context, cfg, result, skips, about)
     save_figures(context.folder, result.figures)
     with context.stage("report"):

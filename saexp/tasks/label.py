@@ -100,13 +100,7 @@ def memorized(
     ]
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
     notes = skip_notes(skips, len(tokens), "text")
-    n_empty = int((table["generated_continuation_text"] == "").sum())
-    if n_empty:
-        verb = "is ended at once, so its" if n_empty == 1 else "are ended at once, so their"
-        notes.append(
-            f"{counted(n_empty, 'text')} {verb} continuation is empty; "
-            "dataset=memorization skips and counts such rows"
-        )
+    notes += _empty_notes(table)
     result = TaskResult(metrics=_memorization_metrics(table), notes=notes)
     result.tables = {"memorization": table, "skips": skips_table(skips)}
     return save_labels(
@@ -132,6 +126,18 @@ def memorized(
             finding=memorized_sentences(model.name, table, n_prompt, n_next),
         ),
     )
+
+
+def _empty_notes(table: pd.DataFrame) -> list[str]:
+    """A note on texts after which the model ends at once."""
+    n_empty = int((table["generated_continuation_text"] == "").sum())
+    if not n_empty:
+        return []
+    verb = "is ended at once, so its" if n_empty == 1 else "are ended at once, so their"
+    return [
+        f"{counted(n_empty, 'text')} {verb} continuation is empty; dataset=memorization skips and "
+        "counts such rows"
+    ]
 
 
 def _passages() -> list[str]:
@@ -246,12 +252,7 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("judge"):
         table = _judged(asked, model_answers, model, options, rules)
     entities = entity_groups(table, criteria)
-    few = int((entities["n_asked"] < options.min_known).sum())
-    if few:
-        notes.append(
-            f"{few} entities were asked fewer than min_known={options.min_known} questions; such "
-            "an entity is known where all it was asked is"
-        )
+    notes += _few_questions_notes(entities, options.min_known)
     notes += _repetition_notes(table)
     rows = answer_rows(asked, table, cfg)
     result = TaskResult(metrics=_metrics(entities, table, rows), notes=notes)
@@ -262,31 +263,39 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
         "rules": rules_table(table, rules),
         "skips": skips_table(skips),
     }
-    return save_labels(
-        cfg,
-        context,
-        model,
-        result,
-        skips,
-        LabelFiles(
-            determined_by={
-                **_determined_by(cfg, model, options, asked, ids),
-                "rules": rule_records(result.tables["rules"]),
-            },
-            contents={
-                "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
-                "answers.jsonl": json_lines(rows),
-                "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
-                "labels.parquet": table.to_parquet(index=False),
-            },
-            usage={
-                "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
-                "answers.jsonl": "right against wrong answers, at the prompt's end: "
-                """experiment=uncertainty 'dataset.path="{path}"'""",
-            },
-            finding=[*label_sentences(model.name, entities, table), *_answer_sentences(rows)],
-        ),
+    files = LabelFiles(
+        determined_by={
+            **_determined_by(cfg, model, options, asked, ids),
+            "rules": rule_records(result.tables["rules"]),
+        },
+        contents={
+            "entities.jsonl": json_lines(entity_rows(examples, asked, entities, cfg)),
+            "answers.jsonl": json_lines(rows),
+            "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
+            "labels.parquet": table.to_parquet(index=False),
+        },
+        usage=_USAGE,
+        finding=[*label_sentences(model.name, entities, table), *_answer_sentences(rows)],
     )
+    return save_labels(cfg, context, model, result, skips, files)
+
+
+_USAGE = {
+    "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
+    "answers.jsonl": "right against wrong answers, at the prompt's end: "
+    """experiment=uncertainty 'dataset.path="{path}"'""",
+}
+
+
+def _few_questions_notes(entities: pd.DataFrame, min_known: int) -> list[str]:
+    """A note on entities with fewer questions than are needed to be known."""
+    few = int((entities["n_asked"] < min_known).sum())
+    if not few:
+        return []
+    return [
+        f"{few} entities were asked fewer than min_known={min_known} questions; such an entity is "
+        "known where the model knows all that it was asked"
+    ]
 
 
 def _repetition_notes(table: pd.DataFrame) -> list[str]:

@@ -155,20 +155,20 @@ def tokens(
     Where the SAE does not read a part of the residual stream, or the model has no linear readout,
     a note says so and nothing is shown.
     """
-    found: list[dict[str, Any]] = [{} for _ in latents]
+    cards: list[dict[str, Any]] = [{} for _ in latents]
     if not options.n_tokens:
-        return found, None, []
+        return cards, None, []
     written = sae.hookpoint_out or sae.hookpoint
     if written.stream not in ADDED:
         note = (
             f"promoted tokens are not shown: {written.stream} is not what the residual stream is "
             "made of"
         )
-        return found, None, [note]
+        return cards, None, [note]
     try:
         out = Unembedding(model)
     except ModelError as error:
-        return found, None, [f"promoted tokens are not shown: {error}"]
+        return cards, None, [f"promoted tokens are not shown: {error}"]
     directions = sae.directions(latents).detach().float()
     for side, sign in (("promoted", 1), ("suppressed", -1)):
         ids = _tokens_of(model.tokenizer, out, sign * directions, options.n_tokens)
@@ -177,8 +177,8 @@ def tokens(
             read = out.readout(torch.tensor(one)).cpu()
             values = (read @ directions[i].cpu().to(read.dtype)).tolist()
             pairs = zip(one, values, strict=True)
-            found[i][side] = [[shown[t], _short(v)] for t, v in pairs]
-    return found, TREATED, []
+            cards[i][side] = [[shown[t], _short(v)] for t, v in pairs]
+    return cards, TREATED, []
 
 
 def _tokens_of(tokenizer: Any, out: Unembedding, directions: Tensor, k: int) -> list[list[int]]:
@@ -196,16 +196,16 @@ def similar_latents(
     latents = tally.latents
     directions = sae.directions(latents.tolist())
     near = nearest_directions(directions, sae.W_dec, options.n_similar, exclude=latents)
-    found = []
+    cards = []
     for i, latent in enumerate(latents):
         row = tally.correlations_of(i) if tally.correlate else np.zeros(0)
-        found.append(
+        cards.append(
             {
                 "similar": _pairs(near.latents[i], near.cosines[i]),
                 "correlated": _most_correlated(row, int(latent), options.n_correlated),
             }
         )
-    return found
+    return cards
 
 
 def _pairs(latents: np.ndarray, values: np.ndarray) -> list[list[Any]]:

@@ -161,12 +161,11 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
 
     def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:
         cfg = saexp.compose(words)
-        model = LanguageModel(cfg.model)
-        model.prepend_bos = bos
+        model = LanguageModel(cfg.model).with_bos(bos)
         found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
         inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
         analyzer = saexp.build("analyzer", cfg.analyzer)
-        return objects._result_key(analyzer, cfg.analyzer, inputs)
+        return objects._analysis_key(analyzer, cfg.analyzer, inputs)
 
     keys = [key(), key("dtype=bfloat16"), key("model.chat=true"), key(bos=False), key(latents="b")]
     assert None not in keys
@@ -177,4 +176,4 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
         latents=Latents(sparse.csr_array((0, 4)), pd.DataFrame(), "a"), groups=(), layer=1
     )
     cfg = saexp.compose([]).analyzer
-    assert objects._result_key(typed(cfg), cfg, found) is None
+    assert objects._analysis_key(typed(cfg), cfg, found) is None
