@@ -1,19 +1,16 @@
 """What a run can be asked: a dataclass per component, validated when it is built."""
 
-from saexp.config.analyzers import (
+from saexp.config.components import (
     AnalyzerConfig,
     CapabilityConfig,
-    ProbeConfig,
-    StatsConfig,
-    TopFeaturesConfig,
-)
-from saexp.config.components import (
     DatasetConfig,
     ModelConfig,
     PositionsConfig,
+    ProbeConfig,
     SAEConfig,
-    SAETrainerConfig,
+    StatsConfig,
     StoreConfig,
+    TopFeaturesConfig,
     TrackerConfig,
     WikidataConfig,
 )
@@ -26,6 +23,7 @@ from saexp.config.tasks import (
     DashboardConfig,
     EvaluateConfig,
     LabelConfig,
+    SAETrainerConfig,
     TaskConfig,
     TrainConfig,
 )

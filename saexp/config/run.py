@@ -20,23 +20,20 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
 from saexp.config import environment
-from saexp.config.analyzers import (
+from saexp.config.components import (
+    COLUMNS,
     AnalyzerConfig,
     CapabilityConfig,
     CustomAnalyzerConfig,
-    ProbeConfig,
-    StatsConfig,
-    TopFeaturesConfig,
-)
-from saexp.config.components import (
-    COLUMNS,
     CustomDatasetConfig,
     DatasetConfig,
     ModelConfig,
     PositionsConfig,
+    ProbeConfig,
     SAEConfig,
-    SAETrainerConfig,
+    StatsConfig,
     StoreConfig,
+    TopFeaturesConfig,
     TrackerConfig,
     WikidataConfig,
 )
@@ -49,6 +46,7 @@ from saexp.config.tasks import (
     DashboardConfig,
     EvaluateConfig,
     LabelConfig,
+    SAETrainerConfig,
     TaskConfig,
     TrainConfig,
 )

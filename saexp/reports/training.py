@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.reports.figures import GROUP_COLOURS, QUIET, style
 from saexp.reports.finding import sentences
 from saexp.reports.html import provenance_rows, write_page
