@@ -6,7 +6,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from saexp.config.environment import at_least, one_of, parse_layers, parse_width
+from saexp.config.environment import (
+    at_least,
+    is_whole,
+    one_of,
+    parse_layers,
+    parse_width,
+)
 from saexp.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")

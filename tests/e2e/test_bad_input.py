@@ -56,7 +56,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["coefficient=much"], "coefficient=much is not a number; type coefficient=4 or"),
         (["coefficient=[]"], "coefficient=[] contains no coefficient"),
         (["device=cuda:9"], "device=cuda:9 is not on this machine; try device=auto"),
-        (["dtype=float8"], "dtype=float8 is not known; choose from auto, float32"),
+        (["dtype=float8"], "dtype=float8 is not known; did you mean float32"),
         (["dataset=jsonl"], "dataset=jsonl needs a file: type dataset.path=FILE"),
         (["dataset=jsonl", "dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
         (["model.name=nobody/nothing"], "model.name=nobody/nothing: its config cannot be loaded"),
