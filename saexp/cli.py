@@ -210,12 +210,15 @@ def main() -> None:
     global _traceback_wanted
     before = os.environ.get(FULL_ERROR)
     _traceback_wanted = wants_traceback()
+    words, lists_options = sys.argv[1:], not {"--help", "-h"}.isdisjoint(sys.argv[1:])
     try:
-        load_plugins(plugins_in(sys.argv[1:]))
-        register_schema()
+        load_plugins(plugins_in(words))
+        register_schema(only_names=lists_options)
     except SaexpError as error:
         _fail(error)
-    sys.argv[1:] = for_hydra(sys.argv[1:])
+    # The list of options does not depend on settings.
+    flags = [w for w in words if w.startswith("-") or "=" not in w]
+    sys.argv[1:] = flags if lists_options else for_hydra(words)
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Without this variable Hydra would print a shortened traceback instead of raising the error.
     os.environ[FULL_ERROR] = "1"
@@ -223,9 +226,11 @@ def main() -> None:
         with stoppable(_cells_running) as stopping:
             _until_stopped(stopping)
     finally:
-        from saexp.pipeline.run_folder import release_all
+        # Only what was imported can hold a folder; importing it takes longer than --help.
+        if "saexp.pipeline.run_folder" in sys.modules:
+            from saexp.pipeline.run_folder import release_all
 
-        release_all()
+            release_all()
         if before is None:
             os.environ.pop(FULL_ERROR, None)
         else:

@@ -44,7 +44,7 @@ RUN = {
     "'intervention.streams=[resid_post,attn_out]'": SMALL,
     "python -m saexp intervention=orthogonalize intervention.embedding=true": SMALL,
     "python -m saexp task=evaluate 'layer=[1,2,3]'": (
-        "tracker=none task.n_texts=16 task.n_bootstrap=10"
+        "tracker=none task.options.n_texts=16 task.options.n_bootstrap=10"
     ),
     "python -m saexp task=dashboard latents=top:20": SMALL,
     "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": SMALL,
@@ -52,7 +52,7 @@ RUN = {
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
     "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": SMALL,
     "python -m saexp analyzer=probe intervention=none": SMALL,
-    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.n_samples=3",
+    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.options.n_samples=3",
     "python -m saexp task=label dataset=memorization": "tracker=none",
     "python -m saexp task=train layer=2 width=512 sae_trainer=topk sae_trainer.n_samples=400000 "
     "dataset=text dataset.path=saexp/assets/tiny/background.txt": (
@@ -124,7 +124,7 @@ ELSEWHERE = {
         f"{_GPT2}test_a_data_set_of_ones_own"
     ),
     "python -m saexp experiment=sae_quality model=gpt2 sae=gpt2_jb layer=8 "
-    "task.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),
+    "task.options.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),
     "python -m saexp task=train layer=2 width=256 sae_trainer=batchtopk_transcoder "
     "'task.streams=[mlp_in,mlp_out]' sae_trainer.n_samples=400000 dataset=text "
     "dataset.path=saexp/assets/tiny/background.txt": (
@@ -162,7 +162,9 @@ NOT_HERE = {
     "experiments/entity_recognition/uncertainty.sh": _RIGHT_AND_WRONG,
     f"{_UNCERTAIN}answers.jsonl": _RIGHT_AND_WRONG,
     f"{_UNCERTAIN}answers_all.jsonl analyzer=probe "
-    "'analyzer.within=[entity_type,attribute]' analyzer.unseen=entity_type": (_RIGHT_AND_WRONG),
+    "'analyzer.options.within=[entity_type,attribute]' analyzer.options.unseen=entity_type": (
+        _RIGHT_AND_WRONG
+    ),
     "python -m saexp experiment=uncertainty dataset.path=outputs/uncertainty/label/answers.jsonl "
     "layer=2 intervention=steer 'coefficient=[0,0.3,0.6,0.9]' "
     "'intervention.directions=[latents,mean_difference]' hydra.run.dir=outputs/uncertainty/steer": (

@@ -1,21 +1,18 @@
 """What a run can be asked: a dataclass per component, validated when it is built."""
 
-from saexp.config.analyzers import (
+from saexp.config.components import (
     AnalyzerConfig,
     CapabilityConfig,
-    ProbeConfig,
-    StatsConfig,
-    TopFeaturesConfig,
-)
-from saexp.config.components import (
     CollectorConfig,
     DatasetConfig,
     ImportedConfig,
     ModelConfig,
     PositionsConfig,
+    ProbeConfig,
     SAEConfig,
-    SAETrainerConfig,
+    StatsConfig,
     StoreConfig,
+    TopFeaturesConfig,
     TrackerConfig,
     WikidataConfig,
 )
@@ -28,6 +25,7 @@ from saexp.config.tasks import (
     DashboardConfig,
     EvaluateConfig,
     LabelConfig,
+    SAETrainerConfig,
     TaskConfig,
     TrainConfig,
 )

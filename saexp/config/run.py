@@ -20,25 +20,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
 from saexp.config import environment
-from saexp.config.analyzers import (
-    AnalyzerConfig,
-    CapabilityConfig,
-    CustomAnalyzerConfig,
-    ProbeConfig,
-    StatsConfig,
-    TopFeaturesConfig,
-)
 from saexp.config.components import (
     COLUMNS,
+    AnalyzerConfig,
+    CapabilityConfig,
     CollectorConfig,
+    CustomAnalyzerConfig,
     CustomDatasetConfig,
     DatasetConfig,
     ImportedConfig,
     ModelConfig,
     PositionsConfig,
+    ProbeConfig,
     SAEConfig,
-    SAETrainerConfig,
+    StatsConfig,
     StoreConfig,
+    TopFeaturesConfig,
     TrackerConfig,
     WikidataConfig,
 )
@@ -51,6 +48,7 @@ from saexp.config.tasks import (
     DashboardConfig,
     EvaluateConfig,
     LabelConfig,
+    SAETrainerConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -220,21 +218,26 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def register_schema() -> None:
-    """Make the dataclasses known to Hydra.
+def register_schema(*, only_names: bool = False) -> None:
+    """Make the dataclasses known to Hydra; for --help `only_names` of options suffice.
 
     `base_run` is what `conf/config.yaml` starts from; `<group>_<component>` is in the defaults list
     of an option with settings of its own, such as `/analyzer_probe@_here_`. A component that a
     plugin registered with a config class becomes an option of its group.
     """
     store = ConfigStore.instance()
-    if "base_run.yaml" not in store.list(""):
+    if only_names:
+        # To list the options, Hydra copies all that is registered a hundred times.
+        schemas = [f"{group}_{name}" for group, names in _COMPONENTS.items() for name in names]
+        for name in ("base_run", *schemas):
+            store.store(name=name, node={})
+    elif "base_run.yaml" not in store.list("") or not store.load("base_run.yaml").node:
         _register_builtin(store)
     for group, name in registry.config_classes():
         if group in _BASES:
             node = _own_settings(config_class(group, name), _BASES[group])
             node[registry.name_field(group)] = name
-            store.store(group=group, name=name, node=node)
+            store.store(group=group, name=name, node={} if only_names else node)
 
 
 def _register_builtin(store: ConfigStore) -> None:

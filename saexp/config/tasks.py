@@ -1,4 +1,7 @@
-"""One dataclass per task, with the settings that belong to that task alone. No torch here."""
+"""One dataclass per task, with the settings of that task alone, and that of SAE training.
+
+No torch here.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,6 +48,61 @@ class StreamsConfig(TaskConfig):
 @dataclass(kw_only=True)
 class TrainConfig(StreamsConfig):
     """Trains an SAE or a transcoder; how is set in the group `sae_trainer`."""
+
+
+@dataclass(kw_only=True)
+class SAETrainerConfig:
+    """An SAE or a transcoder to train; sae-lens' training classes and their own options."""
+
+    name: str = MISSING
+    """Architecture: standard, gated, topk, batchtopk, jumprelu, matryoshka_batchtopk; a transcoder:
+    standard_transcoder, batchtopk_transcoder, jumprelu_transcoder, matryoshka_batchtopk_transcoder.
+    """
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …; a
+    transcoder has skip too. Not fields of this class: sae-lens defines them, differently for each
+    architecture and version, and they are validated against its classes before training starts."""
+    normalize_activations: str = "expected_average_only_in"
+    """Scaling of the streams while training (folded into the weights at the end), or `none`."""
+    n_samples: int = 2_000_000
+    """Activation vectors seen in training; the store is reread in a new order as often as
+    needed."""
+    batch_size: int = 1024
+    """Activation vectors per step."""
+    lr: float = 1e-3
+    """Learning rate of Adam."""
+    lr_warm_up: float = 0.05
+    """Fraction of the steps during which the learning rate rises from 0."""
+    lr_decay: float = 0.2
+    """Fraction of the steps, at the end, during which it falls to 0."""
+    sparsity_warm_up: float = 0.1
+    """Fraction of the steps during which the sparsity coefficient, if any, rises from 0."""
+    dead_feature_window: int = 500
+    """Steps without activation after which a latent counts as dead."""
+    held_out: float = 0.1
+    """Fraction of the texts that is held out; every reported number is measured on these."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; a killed training resumes from the last one."""
+    log_every: int = 25
+    """Steps between logged numbers."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the held-out texts."""
+
+    def __post_init__(self) -> None:
+        scalings = ("none", "expected_average_only_in")
+        one_of("sae_trainer.normalize_activations", self.normalize_activations, scalings)
+        for name in ("n_samples", "batch_size", "checkpoint_every", "log_every"):
+            at_least(f"sae_trainer.{name}", getattr(self, name), 1)
+        for name in ("lr_warm_up", "lr_decay", "sparsity_warm_up"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(
+                    f"sae_trainer.{name}={getattr(self, name)} is not a fraction of the steps"
+                )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(
+                f"sae_trainer.held_out={self.held_out} leaves nothing to train on or to measure; "
+                "type a fraction such as 0.1"
+            )
 
 
 @dataclass(kw_only=True)

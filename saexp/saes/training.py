@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.context import progress
 from saexp.digests import checksums, difference, is_checksums
 from saexp.errors import SAEError, StoreError

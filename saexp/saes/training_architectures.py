@@ -30,7 +30,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import did_you_mean

@@ -99,6 +99,7 @@ def _cells(config: DictConfig) -> list[list[str]]:
 
     Raises Hydra's errors for words that are not overrides.
     """
+    # Hydra has no public function that expands a sweep into the overrides of its cells.
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     about = config.hydra.sweeper

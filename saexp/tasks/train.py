@@ -17,8 +17,7 @@ from torch import Tensor
 
 from saexp.activations.norms import OrdinaryRows
 from saexp.activations.reader import ShuffledReader
-from saexp.config import RunConfig, TrainConfig, parse_layers, parse_width
-from saexp.config.components import SAETrainerConfig
+from saexp.config import RunConfig, SAETrainerConfig, TrainConfig, parse_layers, parse_width
 from saexp.context import RunContext
 from saexp.errors import ConfigError
 from saexp.files import is_writable, locked, try_lock

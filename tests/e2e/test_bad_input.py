@@ -49,10 +49,6 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["model=tinny"], "model=tinny: no such option; did you mean tiny?"),
         (["sae=gemascope"], "sae=gemascope: no such option; did you mean gemmascope"),
         (["layr=2"], "no key 'layr'; did you mean layer"),
-        (
-            ["sae_trainer=topk", "sae_trainer.options.dead_window=3"],
-            "did you mean dead_feature_window",
-        ),
         (["intervention.n_prompt=2"], "did you mean intervention.n_prompts"),
         (["layer=99"], "layer=99, but tiny has layers 0-4; try layer=4"),
         (["layer=two"], "layer=two is not a block index; type a whole number from 0"),
@@ -61,7 +57,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["coefficient=much"], "coefficient=much is not a number; type coefficient=4 or"),
         (["coefficient=[]"], "coefficient=[] contains no coefficient"),
         (["device=cuda:9"], "device=cuda:9 is not on this machine; try device=auto"),
-        (["dtype=float8"], "dtype=float8 is not known; choose from auto, float32"),
+        (["dtype=float8"], "dtype=float8 is not known; did you mean float32"),
         (["dataset=jsonl"], "dataset=jsonl needs a file: type dataset.path=FILE"),
         (["dataset=jsonl", "dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
         (["model.name=nobody/nothing"], "model.name=nobody/nothing: its config cannot be loaded"),
@@ -70,7 +66,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["sae=gemmascope", "model=gemma2b", "width=3k"], "model.name=google/gemma-2-2b"),
         (
             ["intervention.where=somewhere"],
-            "intervention.where=somewhere is not known; choose from all, entity",
+            "intervention.where=somewhere is not known; ",
         ),
         (["intervention.outcomes=[refusals]"], "no outcome is called 'refusals'; did you mean"),
         (["plugins=[no_such_module_here]"], "no module 'no_such_module_here' can be imported"),
@@ -80,7 +76,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
             "a contrast needs two groups",
         ),
         (["layer=[0,1]"], "layer=[0, 1]: task=analyze takes one layer; sweep with -m layer=0,1"),
-        (["layer=[0,1"], "is no key=value that can be read"),
+        (["layer=[0,1"], "cannot be read as key=value"),
     ],
 )
 def test_one_line(refused: Command, words: list[str], said: str) -> None:

@@ -161,7 +161,7 @@ def test_the_study_composes():
 @pytest.mark.parametrize(
     ("words", "error", "part"),
     [
-        (["+task.n_text=3"], ConfigError, "did you mean n_texts"),
+        (["+task.n_text=3"], ConfigError, "did you mean task.n_texts"),
         (["task.n_texts=0"], ConfigError, "not a whole number of at least 1"),
         (["task.splice_special=maybe"], ConfigError, "is not true or false"),
         (["task.widths=[16q]"], ConfigError, "is not an SAE width"),

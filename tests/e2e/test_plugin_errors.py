@@ -152,7 +152,7 @@ def test_an_error_while_a_plugin_is_imported_names_its_line(
 def test_a_file_s_name_is_told_from_a_module_s(tmp_path: Path, name: str) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
     said = command(tmp_path, *SMALL, f"plugins=[{name}]").err
-    assert said.startswith(f"saexp: plugins: '{name}' is a file's name, and a module's is wanted; ")
+    assert said.startswith(f"saexp: plugins: '{name}' is a file name, not a module name; ")
     assert "'plugins=[plug]'" in said
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError, SAEError
 from saexp.saes import training as module
 from saexp.tasks.train import off_target

@@ -417,10 +417,7 @@ def test_a_mapping_to_a_column_that_is_not_there(write):
 def test_a_mapping_of_a_column_that_does_not_exist(write):
     path = write(*TWO)
     message = message_of(lambda: read(path, columns={"txt": "text"}), ConfigError)
-    assert message == (
-        "dataset.columns=txt is not known; choose from text, group, entity, span, entity_type, "
-        "prompt, answer, id, split"
-    )
+    assert message == "dataset.columns=txt is not known; did you mean text?"
 
 
 def test_rows_without_a_prompt_among_others_are_counted(write) -> None:

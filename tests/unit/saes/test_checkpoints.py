@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.training import CHECKSUMS, Place, Training

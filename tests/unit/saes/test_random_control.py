@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.config import SAEConfig
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAEConfig, SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.loading import random_sae
 from saexp.saes.training import Place, Training

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.models.hookpoints import STREAMS, Hookpoint
 from saexp.saes.training import Place, Training
 from saexp.saes.training_architectures import ARCHITECTURES, SAES, TRANSCODERS

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.training_architectures import Place, training_sae
 from tests.unit.saes.lens_training import lens_trainer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.training_architectures import TRANSCODERS, Place, training_sae
