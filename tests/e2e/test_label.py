@@ -262,7 +262,7 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
 
 def test_the_page_says_what_was_found(own):
     page = (own.path / "report.html").read_text("utf-8")
-    for text in ("16 are known, 16 unknown, 0 neither", "Answers by attribute", "fig-counts"):
+    for text in ("knows 16 of 32 entities, does not know 16", "Answers by attribute", "fig-counts"):
         assert text in page
     about = json.loads((own.path / "provenance.json").read_text("utf-8"))
     assert about["finding"][0].startswith("tiny knows 16 of 32 entities")

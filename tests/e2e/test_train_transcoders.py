@@ -157,8 +157,8 @@ def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], TaskResul
     told = headline(run.path)
     explained = run.metrics["reconstruction/explained_variance"]
     assert told.startswith(
-        "batchtopk_transcoder of 128 latents and a skip connection, from layer_2.mlp_in to "
-        f"layer_2.mlp_out of tiny: explained variance of layer_2.mlp_out {explained:.3f}, L0"
+        "batchtopk_transcoder with 128 latents and a skip connection, from layer_2.mlp_in to "
+        f"layer_2.mlp_out of tiny: explained variance of layer_2.mlp_out {explained:.3f} and L0"
     )
     assert told in page
     assert "It reads layer_2.mlp_in and predicts layer_2.mlp_out; explained variance" in page
