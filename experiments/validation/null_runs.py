@@ -249,6 +249,8 @@ def sweep_cells(rng: np.random.Generator) -> pd.DataFrame:
     test = rng.binomial(100, 0.2, 12) / 100
     cells = pd.DataFrame({"layer": range(12), "width": 256, "outcome": "refusal"})
     return cells.assign(
+        intervention="steer",
+        prompts="known",
         direction="unknown",
         coefficient=0.6,
         chosen=True,

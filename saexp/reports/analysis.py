@@ -14,7 +14,7 @@ from saexp.reports.capability import CAPABILITY
 from saexp.reports.contrast import CONTRAST
 from saexp.reports.effect_section import effect_content, effect_figures
 from saexp.reports.effects import effect_sentences
-from saexp.reports.finding import context_sentences
+from saexp.reports.finding import context_sentences, intervention_findings
 from saexp.reports.latents import STATS, TOP_FEATURES
 from saexp.reports.page import (
     GROUP_COLOURS,
@@ -178,7 +178,7 @@ def report_figures(folder: str | Path) -> dict[str, go.Figure]:
 def findings(folder: str | Path) -> list[str]:
     """The findings of the first screen, the setting, and the sentences behind the findings."""
     run = SavedRun(Path(folder))
-    leads = [line for f in _page(run).findings(run) for line in f.sentence.splitlines()]
+    leads = [line for f in _first_screen(run) for line in f.sentence.splitlines()]
     return [*leads, *_details(run)]
 
 
@@ -194,6 +194,13 @@ def headline(folder: str | Path) -> str:
         sentences = [f.sentence for f in page.findings(run)]
         return "\n".join([*sentences, *context_sentences(run)])
     return "\n".join(findings(folder))
+
+
+def _first_screen(run: SavedRun) -> list[Finding]:
+    page = _page(run)
+    # The contrast joins the effects to the latents of their direction.
+    effects = [] if page is CONTRAST else intervention_findings(run)
+    return [*page.findings(run), *effects]
 
 
 def _details(run: SavedRun) -> list[str]:
@@ -224,7 +231,7 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
         report_figures(folder) if figures is None else figures,
         title=_title(run),
         question=page.question(run),
-        findings=page.findings(run),
+        findings=_first_screen(run),
         sentences=_details(run),
         groups=dict(zip(run.provenance["groups"], GROUP_COLOURS, strict=False)),
         tile_groups=_tile_groups(run),

@@ -11,7 +11,9 @@ from saexp.reports.effects import (
     capitalized,
     coefficient_title,
     control_rows,
+    main_rows,
     n_tests,
+    prompts_of,
     target_words,
     unit_words,
 )
@@ -37,8 +39,8 @@ def effect_figures(run: SavedRun) -> dict[str, go.Figure]:
         return {}
     figures: dict[str, go.Figure] = {}
     is_patching = run.config["intervention"]["name"] == "patch"
-    if run.outcomes and not is_patching:
-        for name in run.main_conditions():
+    if not is_patching:
+        for name in dict.fromkeys(row["condition"] for row, _ in main_rows(run)):
             figures[f"effect_{name}"] = effect_figure(run, name)
     for outcome in run.outcomes:
         if is_patching:
@@ -74,8 +76,8 @@ def effect_figure(run: SavedRun, condition: str) -> go.Figure:
     if len(at):
         points = _points(at, outcome, "", float(chosen or 0.0), is_shown=True)
         figure.add_trace(points.update(name="controls at the chosen coefficient"))
-    rows = summary[summary["condition"] == condition].sort_values("coefficient")
-    figure.add_trace(_curve(run, rows, outcome, is_main=True))
+    for _, rows in summary[summary["condition"] == condition].groupby("group", sort=False):
+        figure.add_trace(_curve(run, rows, outcome, is_main=True))
     _label_dose_axes(figure, run, outcome)
     return style(figure, 330, legend_below=True).update_layout(margin={"t": 40, "b": 115})
 
@@ -187,14 +189,17 @@ def _add_condition(
     if role in ("group", "single"):
         is_related = summary["role"].isin(["group", "single"])
         rows = summary[is_related & (summary["direction"] == direction)]
-    for condition, part in rows.groupby("condition", sort=False):
-        points = part.sort_values("coefficient")
-        figure.add_trace(_curve(run, points, outcome, is_main=condition == name), **panel)
+    for (condition, _), part in rows.groupby(["condition", "group"], sort=False):  # pyright: ignore[reportGeneralTypeIssues]
+        figure.add_trace(_curve(run, part, outcome, is_main=condition == name), **panel)
 
 
-def _curve(run: SavedRun, points: pd.DataFrame, outcome: str, *, is_main: bool) -> go.Scatter:
+def _curve(run: SavedRun, rows: pd.DataFrame, outcome: str, *, is_main: bool) -> go.Scatter:
     """A condition's outcome against the coefficient; thin and without intervals if not main."""
+    points = rows.sort_values("coefficient")
     limits = (points[f"{outcome}_ci_{end}"] for end in ("low", "high"))
+    first = points.iloc[0]
+    # Latents without a direction are run on the prompts of every group.
+    on = f", {prompts_of(first['group'])}" if first["direction"] in ("latent", "latents") else ""
     return go.Scatter(
         x=points["coefficient"],
         y=points[outcome],
@@ -205,7 +210,7 @@ def _curve(run: SavedRun, points: pd.DataFrame, outcome: str, *, is_main: bool) 
             "dash": None if is_main else "dot",
         },
         error_y=error_bars(points[outcome], *limits) if is_main else None,
-        name=target_words(points.iloc[0]),
+        name=f"{target_words(first)}{on}",
     )
 
 

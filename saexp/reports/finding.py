@@ -1,6 +1,6 @@
 """What a contrast and its interventions found, in sentences with intervals, baseline and power."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -46,11 +46,16 @@ def contrast_findings(run: SavedRun) -> list[Finding]:
                 )
             )
         findings.append(Finding(_joined(clauses), list(dict.fromkeys(figures))))
-    for row, before in main_rows(run):
-        if row["direction"] not in run.groups:
-            sentence = f"{capitalized(effect_clause(run, row, before))}."
-            findings.append(Finding(sentence, _dose_figures(run, row)))
-    return findings
+    return [*findings, *intervention_findings(run, except_for=run.groups)]
+
+
+def intervention_findings(run: SavedRun, except_for: Sequence[str] = ()) -> list[Finding]:
+    """One sentence per main condition and group of prompts, but for these directions."""
+    return [
+        Finding(f"{capitalized(effect_clause(run, row, before))}.", _dose_figures(run, row))
+        for row, before in main_rows(run)
+        if row["direction"] not in except_for
+    ]
 
 
 def _dose_figures(run: SavedRun, row: pd.Series) -> list[tuple[str, str]]:

@@ -162,7 +162,7 @@ def test_a_prompt_typed_on_the_command_line(cache: Path, tmp_path: Path) -> None
     assert result.metrics["capability/logit_clean_ci_low"] is None
     note = next(n for n in result.notes if n.startswith("not defined"))
     assert "reconstruction/explained_variance," in note and "bounds of intervals" in note
-    assert "rank 1 (logit" in page_of(tmp_path / "a")
+    assert "has rank 1 (probability" in page_of(tmp_path / "a")
 
 
 def test_what_the_data_must_have(cache: Path, tmp_path: Path) -> None:
@@ -269,5 +269,5 @@ def test_the_command_line_tells_the_finding(
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     main()
     said = capsys.readouterr().out
-    assert re.search(r"Layer 0: latents \d+, \d+", said)
+    assert re.search(r"Layer 0: the leading latents are \d+, \d+", said)
     assert "Layer 4:" in said and "report.html" in said

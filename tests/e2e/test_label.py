@@ -264,10 +264,10 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
 
 def test_the_page_says_what_was_found(own):
     page = (own.path / "report.html").read_text("utf-8")
-    for text in ("16 are known, 16 unknown, 0 neither", "Answers by attribute", "fig-counts"):
+    for text in ("knows 16 of 32 entities, does not know 16", "Answers by attribute", "fig-counts"):
         assert text in page
     about = json.loads((own.path / "provenance.json").read_text("utf-8"))
-    assert about["finding"][0].startswith("tiny: of 32 entities (32 questions) 16 are known")
+    assert about["finding"][0].startswith("tiny knows 16 of 32 entities")
     assert not any("  " in sentence for sentence in about["finding"])
 
 
@@ -484,7 +484,7 @@ def test_the_csv_is_read_by_dataset_memorization(passages):
     assert sizes["memorized"] == passages.metrics["memorized/n_perfect"]
     assert sizes["not_memorized"] == passages.metrics["memorized/n_none"]
     page = (passages.path / "report.html").read_text("utf-8")
-    assert "texts are continued exactly for 18 tokens after 20" in page
+    assert "texts exactly for 18 tokens after 20" in page
 
 
 def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):

@@ -102,7 +102,7 @@ def test_the_page_shows_the_flows_and_the_table(sweep: Path) -> None:
     assert {"flow_over_width", "flow_over_layer"} <= figures.keys()
     body = page_of(sweep)
     assert '<div class="plot" id="fig-flow_over_width">' in body
-    assert "Latents that are alike" in body
+    assert "Similar latents of different SAEs" in body
     matches, _ = read_matches(sweep)
     assert f"{len(adjacent(matches))} matches between neighbours" in body
 
@@ -145,7 +145,7 @@ def test_the_report_is_written_though_nothing_can_be_matched(
     table, figures = write_sweep(sweep)
     assert len(table) == 4
     assert not [name for name in figures if name.startswith("flow")]
-    assert "To keep in mind" in page_of(sweep)
+    assert "<b>Notes</b>" in page_of(sweep)
 
 
 def test_one_sae_and_no_sweep_leave_nothing(sweep: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_table_says_unknown_where_nothing_is_said(cache, tmp_path):
     assert table["expected"].isna().all()
     assert metrics["check/n_positions"] >= 1000
     assert not [k for k in metrics if k.startswith("check/expected")]
-    assert "Does the SAE fit this stream?" in page
+    assert "Does the SAE fit the model?" in page
     assert f"never fire in {metrics['check/n_positions']:,} positions" in page
     for reading in ("at layer_1.resid_post", "at layer_3.resid_post", "centred"):
         assert table.loc[f"explained variance {reading}", "verdict"] == "other reading"

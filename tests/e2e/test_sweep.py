@@ -197,7 +197,7 @@ def test_the_cell_that_ctrl_c_ended_counts_as_stopped(stopped: Said) -> None:
     assert table_of(stopped.sweep)["status"].tolist() == ["finished", "stopped", "not run"]
     assert "sweep: 3 cells: 1 finished, 1 stopped, 1 not run" in stopped.out.splitlines()
     for state in ("finished", "stopped", "not run"):
-        assert f"<b>1</b><span>cells {state}</span>" in page_of(stopped.sweep)
+        assert f"<b>1</b><span>cell {state}</span>" in page_of(stopped.sweep)
 
 
 def test_shards_made_by_several_cells_are_one_store(tmp_path: Path) -> None:

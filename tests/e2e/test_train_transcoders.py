@@ -157,11 +157,11 @@ def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], TaskResul
     told = headline(run.path)
     explained = run.metrics["reconstruction/explained_variance"]
     assert told.startswith(
-        "batchtopk_transcoder of 128 latents and a skip connection, from layer_2.mlp_in to "
-        f"layer_2.mlp_out of tiny: explained variance of layer_2.mlp_out {explained:.3f}, L0"
+        "batchtopk_transcoder with 128 latents and a skip connection, from layer_2.mlp_in to "
+        f"layer_2.mlp_out of tiny: explained variance of layer_2.mlp_out {explained:.3f} and L0"
     )
     assert told in page
-    assert "Reads layer_2.mlp_in and predicts layer_2.mlp_out; explained variance" in page
+    assert "It reads layer_2.mlp_in and predicts layer_2.mlp_out; explained variance" in page
     about = json.loads((run.path / "provenance.json").read_text("utf-8"))["sae"]
     assert (about["hookpoint"], about["hookpoint_out"]) == ("layer_2.mlp_in", "layer_2.mlp_out")
     cfg = json.loads((run.path / "sae/cfg.json").read_text("utf-8"))

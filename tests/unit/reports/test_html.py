@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.analysis import write_report
+from saexp.reports.analysis import report_figures, write_report
 from saexp.reports.page import figure_json, number
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY, run
@@ -112,3 +112,43 @@ def test_the_second_groups_auroc_is_shown_in_its_own_direction(tmp_path: Path) -
     assert row_of(body, "7")[2:5] == ["0.800", "0.700", "0.850"]
     assert "No intervention was run." in body
     assert "<p>None.</p>" in body
+
+
+def test_the_first_screen_has_a_sentence_per_direction_beside_its_figures(page: Path) -> None:
+    first, second, *others = re.findall(
+        r'<section class="finding.*?</section>', body_of(page), re.S
+    )
+    assert not others
+    assert "adding the 2 &#39;known&#39; latents to unknown prompts lowers" in first
+    assert re.findall(r'id="fig-(\w+)"', first) == ["effect_known_group"]
+    assert "No latent is selected for &#39;unknown&#39;." in second
+    body = body_of(page)
+    order = [body.index(f"<h2>{title}") for title in ("Numbers", "Latents that", "Provenance")]
+    assert body.index('class="finding') < order[0] < order[1] < order[2]
+
+
+def test_points_carry_the_numbers_of_the_selected_latents(tmp_path: Path) -> None:
+    figure = report_figures(run(tmp_path))["frequencies"]
+    labelled = {t.name: list(t.text) for t in figure.data if t.mode == "markers+text"}
+    assert labelled == {"selected for known": ["7", "4"], "selected for unknown": []}
+    assert figure.layout.xaxis.ticktext[0] == "0"
+
+
+def test_every_axis_of_every_figure_has_a_title(tmp_path: Path) -> None:
+    for name, figure in report_figures(run(tmp_path)).items():
+        axes = [*figure.select_xaxes(), *figure.select_yaxes()]
+        titles = [a.title.text for a in axes if a.showticklabels is not False]
+        assert all(titles), name
+
+
+def test_inactive_rows_are_counted_on_an_axis_of_their_own(tmp_path: Path) -> None:
+    run(tmp_path)
+    values = [0.0, 0.0, 0.0, 4.0] * 2
+    groups = ["known"] * 4 + ["unknown"] * 4
+    table = pd.DataFrame({"latent": 7, "group": groups, "value": values, "split": "test"})
+    table.assign(text="a text").to_parquet(tmp_path / "activations.parquet")
+    figure = report_figures(tmp_path)["latent_of_known"]
+    inactive = [t for t in figure.data if t.yaxis == "y2"]
+    assert [list(t.y) for t in inactive] == [[0.75], [0.75]]
+    active = [t for t in figure.data if t.yaxis == "y"]
+    assert [sum(t.y) for t in active] == [0.25, 0.25]

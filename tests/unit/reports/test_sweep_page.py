@@ -275,3 +275,17 @@ def test_a_dashboard_cell_is_linked_to_its_own_page(tmp_path: Path) -> None:
     (place / "report.html").rename(place / "dashboard.html")
     write_sweep(tmp_path)
     assert f'<a href="{place.name}/dashboard.html">' in unquote(page_of(tmp_path))
+
+
+def test_cells_without_a_point_say_why(tmp_path: Path) -> None:
+    for layer in (0, 1):
+        metrics = contrast("known", layer, train=0.9, test=0.8)
+        metrics |= contrast("unknown", None if layer else 3, train=0.9, test=0.8)
+        effects = effect("known", 1, 0.6, chosen=True) if layer else None
+        cell(tmp_path, layer, f"layer={layer}", metrics=metrics, effects=effects)
+    cell(tmp_path, 2, "layer=9", error="ModelError: no\n")
+    write_sweep(tmp_path)
+    body = page_of(tmp_path)
+    assert "<li>layer 9: failed.</li>" in body
+    assert "<li>layer 1: no latent is selected for &#39;unknown&#39;.</li>" in body
+    assert "<li>layer 0: no intervention was run.</li>" in body
