@@ -167,8 +167,7 @@ def load_sae(
         width: number of latents (`16k` or an integer), where a release has several.
         id: id of the SAE in its release, instead of `layer` and `width`.
         l0: average number of active latents, where a release has several.
-        device: `cpu`, `cuda`, `mps`, or `auto`.
-        dtype: `float32`, `bfloat16` or `float16`.
+        device, dtype: where and how its weights are held.
 
     Raises:
         SAEError: no such SAE, files that cannot be read, or a layer or stream that is not its own.
