@@ -8,9 +8,12 @@
 | studies/*.md | experiments/*/README.md |
 | notebooks/*.md | docs/notebooks/*.ipynb, with their outputs |
 | changelog.md | CHANGELOG.md |
+
+A comment with the path of a CSV file in a page is replaced by the file's table.
 """
 
 import ast
+import csv
 import html
 import json
 import os
@@ -45,6 +48,7 @@ API_TYPES = (
 """Types that the public functions take and return, and that plugins use."""
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+_CSV = re.compile(r"<!-- (\S+\.csv) -->")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -148,6 +152,7 @@ def moved(source: Path, path: str) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Adapt the links of pages that are files in docs/."""
     source = ROOT / "docs" / page.file.src_uri
+    markdown = _CSV.sub(lambda match: table_of(ROOT / match[1]), markdown)
     return with_page_links(markdown, source, page.file.src_uri) if source.is_file() else markdown
 
 
@@ -172,6 +177,17 @@ def with_page_links(text: str, source: Path, path: str) -> str:
     parts = _FENCE.split(text)
     parts[::2] = [_LINK.sub(adapted, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def table_of(file: Path) -> str:
+    """A CSV file as a Markdown table; nothing where it does not exist."""
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", newline="") as lines:
+        head, *rows = csv.reader(lines)
+    titles = [title.replace("_", " ") for title in head]
+    table = [titles, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def page_of(file: Path) -> str | None:

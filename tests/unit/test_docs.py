@@ -128,6 +128,13 @@ def test_public_names_and_moved_links_of_generated_pages() -> None:
     assert "../../docs" not in page
 
 
+def test_a_csv_file_becomes_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "gains.csv"
+    assert hooks.table_of(file) == ""
+    file.write_text("mechanism,cpu_seconds\nprefixes,1.5\n", encoding="utf-8")
+    assert hooks.table_of(file) == "| mechanism | cpu seconds |\n| --- | --- |\n| prefixes | 1.5 |"
+
+
 def test_a_notebook_page_has_code_and_saved_outputs(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# Title\n", "Text"]},
