@@ -221,7 +221,7 @@ class _Evaluator:
     def _reconstructed(
         self, index: int, number: int, batch: Batch, clean: Clean
     ) -> Float[Tensor, "n d"]:
-        """Reconstruction at ordinary positions to be spliced; updates the metrics chunk by chunk."""
+        """Reconstruction at ordinary spliced positions; updates the metrics chunk by chunk."""
         sae, stream = self.saes[index], self.streams[index]
         place = _streams(sae)
         x, target = (values_at(clean.streams[h], batch.spliced) for h in (place[0], place[-1]))

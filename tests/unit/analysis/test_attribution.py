@@ -239,7 +239,9 @@ def test_a_transcoders_latents_act_where_it_writes():
 def test_a_stream_that_is_not_added_has_no_direct_effect():
     found = attribute(random_lm("llama"), make_sae(Hookpoint(1, "mlp_in")), PROMPTS, ENDS, ANSWERS)
     assert found.direct is None
-    assert found.notes == ["mlp_in is not added to the stream, so no latent has a direct effect"]
+    assert found.notes == [
+        "mlp_in is not added to the residual stream, so no latent has a direct effect"
+    ]
     table = found.table(["a"] * 4)
     assert table[["direct", "direct_ci_low", "direct_ci_high"]].isna().all(axis=None)
     assert table["gradient"].notna().all()
