@@ -356,7 +356,7 @@ def test_nothing_is_left_on_the_model():
 class TestErrors:
     @pytest.mark.parametrize("bad", [[], [6], [-1]])
     def test_positions(self, bad):
-        with pytest.raises(DataError, match="^prompt 0 has positions .* within its 6 tokens$"):
+        with pytest.raises(DataError, match="^prompt 0 has positions .* all between 0 and 5$"):
             attribute(random_lm("gpt2"), make_sae(LAST), PROMPTS[:1], [bad], [1])
 
     def test_lengths(self):
