@@ -366,5 +366,5 @@ class TestErrors:
             attribute(random_lm("gpt2"), make_sae(LAST), PROMPTS, ENDS, ANSWERS, [1, 2])
 
     def test_nothing(self):
-        with pytest.raises(DataError, match="^no prompt"):
+        with pytest.raises(DataError, match="^attribution needs at least one prompt"):
             attribute(random_lm("gpt2"), make_sae(LAST), [], [], [])
