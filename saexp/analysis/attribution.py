@@ -1,4 +1,4 @@
-"""What each active latent does to an answer's logit: by itself, and through the rest of the model.
+"""Attribution of an answer's logit to active latents: direct effects, and effects by gradient.
 
 Shapes: b prompts of a batch, d the stream's width, n positions.
 """
@@ -29,16 +29,16 @@ from saexp.stats.intervals import mean_interval
 log = logging.getLogger(__name__)
 
 MIN_ACTIVE = 5
-"""Units in which a latent must be active for an interval of its mean effect."""
+"""Units in which a latent must be active for its mean effect to have an interval."""
 _COLUMNS = 4096
-"""Latents made dense at once."""
+"""Latents of one dense chunk."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Per prompt and active latent, summed over the prompt's positions; `[n_prompts, d_sae]`.
+    """Effects per prompt and active latent, summed over positions, `[n_prompts, d_sae]`.
 
-    All three matrices store the same entries: those latents that are active at a position.
+    All three matrices store the same entries: the latents that are active at a position.
     """
 
     activation: sparse.csr_array
@@ -46,20 +46,20 @@ class Attribution:
     """None for streams without a direct path (attn_z, mlp_in)."""
     gradient: sparse.csr_array
     logit: np.ndarray
-    """`[n_prompts]`: the answer's logit, less the foil's where there is one."""
+    """`[n_prompts]`: logit of the answer, minus that of the foil where there is one."""
     notes: list[str]
 
     def table(
         self, groups: Sequence[str], units: Sequence[object] | None = None, seed: int = 0
     ) -> pd.DataFrame:
-        """Means over the units of each group, latents that are off counting as 0.
+        """Means over the units of each group, with 0 for inactive latents.
 
-        `units` are the prompts' entities, whose prompts are averaged first; without them every
-        prompt is one. Columns group, latent, direct, gradient, activation, the three with `_ci_low`
-        and `_ci_high` (95 %, `mean_interval`), n_active (prompts where it is active), n_prompts and
-        n_units; one row per group and latent that is active in it, in order of |gradient|. A latent
-        active in fewer than `MIN_ACTIVE` units has no interval: the bootstrap covers too little
-        there.
+        `units` are the entities of the prompts, whose prompts are averaged first; without them
+        every prompt is a unit. One row per group and latent active in it, in order of |gradient|,
+        with columns group, latent, direct, gradient, activation, 95% limits `_ci_low` and
+        `_ci_high` of these three (`mean_interval`), n_active (prompts where the latent is active),
+        n_prompts and n_units. Latents active in fewer than `MIN_ACTIVE` units have no interval,
+        because the coverage of the bootstrap is too low.
         """
         units = range(len(self.logit)) if units is None else units
         for what, given in (("groups", groups), ("units", units)):
@@ -74,17 +74,17 @@ class Attribution:
             n_active = np.bincount(on.indices, minlength=d_sae)
             latents = np.flatnonzero(n_active)
             columns: dict[str, Any] = {"group": group, "latent": latents}
-            mine = pd.factorize(np.array([units[i] for i in rows.tolist()], dtype=object))[0]
+            of_row = pd.factorize(np.array([units[i] for i in rows.tolist()], dtype=object))[0]
             for name in ("direct", "gradient", "activation"):
                 whole: sparse.csr_array | None = getattr(self, name)
                 mean = low = high = np.full(len(latents), np.nan)
                 if whole is not None:
-                    of_unit, _ = by_unit(sparse.csr_array(whole[rows][:, latents]), mine)
+                    of_unit, _ = by_unit(sparse.csr_array(whole[rows][:, latents]), of_row)
                     mean = np.asarray(of_unit.mean(0))
                     low, high = _intervals(of_unit, seed)
                 columns |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
             columns |= {"n_active": n_active[latents], "n_prompts": len(rows)}
-            columns["n_units"] = len(np.unique(mine))
+            columns["n_units"] = len(np.unique(of_row))
             part = pd.DataFrame(columns)
             order = np.argsort(-part["gradient"].abs().to_numpy(), kind="stable")
             parts.append(part.iloc[order])
@@ -164,7 +164,7 @@ def attribute(
     notes = []
     if not is_direct:
         notes.append(
-            f"{writes.stream} is not added to the stream, so no latent has a direct effect"
+            f"{writes.stream} is not added to the residual stream, so no latent has a direct effect"
         )
     elif unembedding.softcap:
         notes.append(
@@ -280,13 +280,13 @@ def _check(
     foils: Sequence[int] | None,
 ) -> None:
     if not prompts:
-        raise DataError("no prompt to attribute an answer's logit to")
+        raise DataError("attribution needs at least one prompt")
     for what, given in (("positions", positions), ("answers", answers), ("foils", foils)):
         if given is not None and len(given) != len(prompts):
             raise DataError(f"{len(given)} {what} for {len(prompts)} prompts; give each one")
     for number, (prompt, of) in enumerate(zip(prompts, positions, strict=True)):
         if not of or min(of) < 0 or max(of) >= len(prompt):
             raise DataError(
-                f"prompt {number} has positions {list(of)}, but needs one or more within its "
-                f"{len(prompt)} tokens"
+                f"prompt {number} has positions {list(of)}, but needs at least one, all between 0 "
+                f"and {len(prompt) - 1}"
             )

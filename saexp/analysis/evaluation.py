@@ -1,9 +1,8 @@
-"""How good SAEs are: what the model loses with a reconstruction in place of the activation, and how
-sparse and faithful the reconstruction is (REFERENCE.md, section 3).
+"""Evaluation of SAEs: the loss of the model with reconstructions spliced in, sparsity and fidelity.
 
-Every SAE is compared on the same texts with the unchanged model and with the stream it writes
-replaced by zeros and by its mean. The clean pass is shared by all SAEs, the ablations by those of
-one stream. A transcoder reads one stream and is put in place of another.
+Every SAE is compared, on the same texts, with the unchanged model and with the stream it writes
+replaced by zeros and by its mean. Clean passes are shared by all SAEs, ablations by the SAEs of a
+stream. A transcoder reads one stream and replaces another.
 
 Shapes: n positions, d_model, d_sae latents, n_texts texts.
 """
@@ -43,30 +42,30 @@ _GIB = 2**30
 LOGIT_BYTES = {"cuda": _GIB // 2, "cpu": 2**24}
 """Size of one chunk of logits, by device type; three exist at a time."""
 KEPT_BYTES = {"cuda": 8 * _GIB, "cpu": 2 * _GIB}
-"""Clean passes are kept up to this size between the two rounds, and beyond it run again."""
+"""Limit on the clean passes kept between the two rounds, by device type; others are repeated."""
 STREAM_BYTES = {"cuda": 4 * _GIB, "cpu": _GIB // 2}
-"""Streams of one batch; where many layers are looked at, its texts are fewer."""
+"""Limit on the streams of one batch, by device type."""
 State = tuple[str, Streams | int | None]
 """(`clean`, None), (`zero`, `mean` or `spliced`, streams of an SAE), (`sae`, number of the SAE)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is done, and how; batches and padding change no number beyond rounding."""
+    """Settings of an evaluation; batches and padding change results by rounding only."""
 
     where: Where = field(default_factory=Where)
     batch_tokens: int | str = "auto"
     """Tokens per batch, padding included."""
     padding_side: str = "right"
     ablations: tuple[str, ...] = ("zero", "mean")
-    """What else is put in place of the stream; scores are relative to these."""
+    """Replacements of the stream that the scores are relative to."""
     max_norm_ratio: float | None = None
-    """Positions whose norm is more than this times the median are neither spliced nor ablated."""
+    """Positions with a norm above this multiple of the median are neither spliced nor ablated."""
 
 
 @dataclass
 class Evaluation:
-    """One SAE on all texts."""
+    """Results of one SAE on all texts."""
 
     texts: pd.DataFrame
     """Per text the counts n_spliced, n_high_norm (left as they are), n_compared and n_scored, sums
@@ -75,15 +74,15 @@ class Evaluation:
     clean, sae, zero and mean."""
     stream: StreamMetrics
     l0_histogram: Int[np.ndarray, " m"]
-    """At i, number of spliced positions with i active latents."""
+    """Entry i is the number of spliced positions with i active latents."""
     resumed: bool
-    """Whether passes could go on from the changed stream, rather than from the token ids."""
+    """Whether passes were resumed at the changed stream instead of the token ids."""
     notes: list[str] = field(default_factory=list)
-    """On positions that were left as they are."""
+    """Notes on positions that were neither spliced nor ablated."""
 
 
 def can_be_scored(text: TokenizedText, where: Where) -> bool:
-    """Whether it has a position to splice at, and two neighbouring tokens that count."""
+    """Whether a text has a position to splice at and two neighbouring tokens that are scored."""
     counted = [where.score_special or not s for s in text.special]
     spliced = where.splice_special or not all(text.special)
     return spliced and any(a and b for a, b in zip(counted, counted[1:], strict=False))
@@ -154,7 +153,7 @@ class _Evaluator:
         return [self._result(number) for number in range(len(self.saes))]
 
     def _clean_round(self) -> deque[tuple[Batch, Clean | None]]:
-        """All batches with their clean passes, of which the last are dropped where memory ends."""
+        """All batches with their clean passes; None for those beyond the limit of kept passes."""
         model, where = self.model, self.settings.where
         budget = TokenBudget(self.settings.batch_tokens, model.device)
         per_token = len(self.wanted) * model.d_model * model.dtype.itemsize
@@ -205,7 +204,7 @@ class _Evaluator:
         self._score(batch, clean, states, first)
 
     def _changed(self, number: int, batch: Batch, clean: Clean) -> Iterator[tuple[State, Tensor]]:
-        """Every state but the clean one, with what the LM head reads in it."""
+        """Every state but the clean one, with the input of the LM head in it."""
         for place in self.places:
             mean = self.means[place].ordinary.float()
             values = {"zero": torch.zeros_like(mean), "mean": mean}
@@ -222,8 +221,7 @@ class _Evaluator:
     def _reconstructed(
         self, index: int, number: int, batch: Batch, clean: Clean
     ) -> Float[Tensor, "n d"]:
-        """What the SAE writes at the ordinary ones of the spliced positions; measured on the way,
-        chunk by chunk."""
+        """Reconstruction at ordinary spliced positions; updates the metrics chunk by chunk."""
         sae, stream = self.saes[index], self.streams[index]
         place = _streams(sae)
         x, target = (values_at(clean.streams[h], batch.spliced) for h in (place[0], place[-1]))
@@ -250,7 +248,7 @@ class _Evaluator:
     def _score(
         self, batch: Batch, clean: Clean, states: Sequence[tuple[State, Tensor]], first: bool
     ) -> None:
-        """Losses and divergences, over a chunk of positions at a time."""
+        """Add losses and divergences, in chunks of positions."""
         texts = batch.texts_of(batch.compared)
         n_vocabulary = int(self.model.text_config.vocab_size)
         rows = max(1, self._limit(LOGIT_BYTES) // (4 * n_vocabulary))
@@ -297,7 +295,7 @@ class _Evaluator:
             columns[f"ce_{name}"] = self.sums[state, "ce"]
             columns[f"kl_{name}"] = self.sums[state, "kl"]
         histogram = np.trim_zeros(self.histograms[number], "b")
-        # Where nothing lies below the stream, whole passes are no loss.
+        # Where no block lies below the stream, whole passes do the same work.
         at = place[-1]
         resumed = self.passes.can_resume[at] or resumes_from(at) is None
         measured = self.streams[number].result()

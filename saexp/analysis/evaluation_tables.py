@@ -123,7 +123,7 @@ def l0_table(evaluation: Evaluation) -> pd.DataFrame:
 
 @dataclass
 class Part:
-    """One SAE's share of the result."""
+    """Results of one SAE."""
 
     about: dict[str, Any]
     layer: int
@@ -168,7 +168,7 @@ def part_of(
 
 
 def label(part: Part, many_layers: bool, many_widths: bool) -> str:
-    """What tells it from the other SAEs, as the ending of its metrics: `layer_2_width_256`."""
+    """Suffix of the metrics that identifies the SAE among several, such as `layer_2_width_256`."""
     words = [f"layer_{part.layer}"] if many_layers or not many_widths else []
     words += [f"width_{part.about['d_sae']}"] if many_widths else []
     return "_".join(words)
@@ -203,19 +203,21 @@ def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool)
 
 
 def _remarks(part: Part, name: str) -> list[str]:
-    found, told = part.numbers, [f"{name}: {note}" for note in part.notes]
-    explained = found["reconstruction/explained_variance"]
+    numbers, notes = part.numbers, [f"{name}: {note}" for note in part.notes]
+    explained = numbers["reconstruction/explained_variance"]
     if explained is not None and explained < POOR:
-        told.append(
-            f"{name} explains only {explained:.2f} of the variance of {part.about['writes']} here: "
-            "is it an SAE of this very model and stream, and of such texts?"
+        notes.append(
+            f"{name} explains only {explained:.2f} of the variance of {part.about['writes']}; "
+            "check that it was trained on this model, this stream and similar texts"
         )
     for ablation, ending in ABLATIONS.items():
-        if np.isnan(found[f"reconstruction/ce_loss_score{ending}"] or 0.0):
-            told.append(f"{name}: no score against {ablation} ablation, which costs no loss here")
+        if np.isnan(numbers[f"reconstruction/ce_loss_score{ending}"] or 0.0):
+            notes.append(
+                f"{name}: no score relative to {ablation} ablation, which does not raise the loss"
+            )
     if not part.resumed:
-        told.append(
-            f"{name}: this model's blocks carry more than the residual stream, so every pass was "
-            "run from the token ids"
+        notes.append(
+            f"{name}: the blocks of this model pass on more than the residual stream, so every "
+            "pass was run from the token ids"
         )
-    return told
+    return notes

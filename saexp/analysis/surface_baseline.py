@@ -1,4 +1,4 @@
-"""The surface baseline: how well the text alone separates two groups."""
+"""Surface baseline: how well the text alone, without the model, separates two groups."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
     from saexp.stats.logistic_probe import Fitted
 
 WINDOW = 64
-"""n-grams are of this many tokens before the position, which is included."""
+"""Number of tokens up to the position (included) from which n-grams are taken."""
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
-"""Inverse L2 penalties that cross-validation chooses from."""
+"""Inverse L2 penalties among which cross-validation chooses."""
 MAX_TRAIN = 5000
-"""Most rows it is fitted on."""
+"""Limit on the number of train rows."""
 CHUNK = 4096
-"""Rows scored at once: the n-grams of all rows at all positions may not fit in memory."""
+"""Rows of one chunk of scoring, because the n-grams of all rows may not fit in memory."""
 _MAX_FEATURES = 20_000
-"""Most n-grams of a block, the most frequent on train."""
+"""Limit on the n-grams of a block; the most frequent ones on train are used."""
 _TOKENS, _CHARACTERS = range(1, 3), range(2, 5)
 _START, _END = "\x02", "\x03"
-"""Mark the ends of a name, so that its first and last characters are features."""
+"""Markers of the ends of a name, so that its first and last characters are features."""
 
 
 @dataclass(frozen=True)
 class ReadText:
-    """What has been read at one row: nothing after its position."""
+    """The text that precedes the position of a row, which is included."""
 
     ids: tuple[int, ...]
     """Tokens up to and including the position."""
     text: str
     """Their characters."""
     entity_ids: tuple[int, ...]
-    """Tokens of the entity's last mention, as far as it has been read."""
+    """Tokens of the last mention of the entity, up to the position."""
     entity: str
+    """Characters of this mention, up to the position."""
 
 
 def read_texts(rows: pd.DataFrame, texts: Sequence[TokenizedText]) -> list[ReadText]:
-    """What has been read at each row; `rows` has text_id, token_index and entity."""
+    """The text before each row's position; `rows` has text_id, token_index and entity."""
     columns = zip(rows["text_id"], rows["token_index"], rows["entity"], strict=True)
     return [
         _read(texts[int(text)], int(index), entity if isinstance(entity, str) else "")
@@ -54,7 +55,7 @@ def read_texts(rows: pd.DataFrame, texts: Sequence[TokenizedText]) -> list[ReadT
 
 def _read(tokens: TokenizedText, index: int, entity: str) -> ReadText:
     offsets = tokens.offsets[: index + 1]
-    # A special token outside the text has the range (0, 0).
+    # Special tokens outside the text have the offsets (0, 0).
     end = max(b for _, b in offsets)
     begins = tokens.text.rfind(entity, 0, end - 1 + len(entity)) if entity else -1
     stops = begins + len(entity)
@@ -68,7 +69,7 @@ def _read(tokens: TokenizedText, index: int, entity: str) -> ReadText:
 
 
 def token_counts(texts: Sequence[TokenizedText]) -> Counter[int]:
-    """How often each token id is in the texts."""
+    """Number of occurrences of each token id in the texts."""
     return Counter(i for text in texts for i in text.ids)
 
 
@@ -80,7 +81,7 @@ class SurfaceBaseline:
     fitted: "Fitted"
 
     def score(self, read: Sequence[ReadText]) -> Float[np.ndarray, " n"]:
-        """Log odds of the first group, a chunk of rows at a time."""
+        """Log odds of the first group, computed in chunks of rows."""
         parts = [
             np.asarray(self.fitted.score(self.features(read[i : i + CHUNK])), dtype=np.float64)
             for i in range(0, len(read), CHUNK)
@@ -95,10 +96,10 @@ def fit_surface(
     counts: Mapping[int, int],
     seed: int,
 ) -> SurfaceBaseline:
-    """The baseline of these train rows; `counts` are token counts of neutral text.
+    """Fit the baseline to these train rows; `counts` are token counts of neutral text.
 
-    The order of rows has no influence. Raises DataError where a group has too few units to
-    cross-validate.
+    The result does not depend on the order of rows. Raises DataError where a group has too few
+    units for cross-validation.
     """
     from saexp.stats.logistic_probe import fit_logistic, folds, limited
 
@@ -121,11 +122,11 @@ def observation_scores(
     counts: Mapping[int, int],
     seed: int,
 ) -> Float[np.ndarray, " n_held_out"]:
-    """Score of every observation not in `train`, the mean over its rows; fitted on the rows of the
-    `train` ones.
+    """Scores of the observations not in `train`, by a baseline fitted on those in `train`.
 
-    `of_row` is the number of each row's observation, `entities` what is never on both sides of a
-    fold. Raises DataError as `fit_surface` does.
+    The score of an observation is the mean over its rows; `of_row` is the index of each row's
+    observation. Rows of one of `entities` are never on both sides of a fold. Raises DataError as
+    `fit_surface` does.
     """
     rows, others = np.flatnonzero(train[of_row]), np.flatnonzero(~train[of_row])
     units = of_row[rows]
@@ -138,10 +139,10 @@ def observation_scores(
 
 
 class _Features:
-    """Vocabularies, inverse document frequencies and scales of the train rows.
+    """Features with the vocabularies, inverse document frequencies and scales of the train rows.
 
-    Each block of n-grams is scaled to unit length per row and the numbers to a comparable one, so
-    that no block dominates because of its size.
+    Each block of n-grams is scaled to unit length per row, and the numeric features to a comparable
+    length, so that no block dominates because of its size.
     """
 
     def __init__(self, read: Sequence[ReadText], counts: Mapping[int, int]) -> None:
@@ -191,7 +192,7 @@ def _numbers_of(read: ReadText, counts: Mapping[int, int]) -> tuple[object, ...]
 
 
 def _text_tokens(read: ReadText) -> list[str]:
-    # The token at the position is a feature by itself, beside being one of the text.
+    # The token at the position is a feature of its own, in addition to being part of the text.
     return [*_tokens(read.ids[-WINDOW:]), f"at {read.ids[-1]}"]
 
 

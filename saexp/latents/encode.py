@@ -1,4 +1,4 @@
-"""Sparse latents of a store, with metrics of sparsity and reconstruction; splicing."""
+"""Encode stored activations to sparse latents, with metrics; splice in reconstructions."""
 
 import hashlib
 import logging
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one dense chunk of latents; encoding and decoding it takes at most 2.5 times that."""
+"""Size of one dense chunk of latents; encoding and decoding it takes up to 2.5 times as much."""
 Pair = tuple[Tensor, Tensor]
-"""(what is encoded, what its decoding is compared with): the same for an SAE."""
+"""(input of the encoder, target of the decoder); they differ for a transcoder only."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Latents:
     """Sparse activations of all latents at all rows."""
 
     csr: sparse.csr_array
-    """float32 `[n_rows, d_sae]`; nothing stored where a latent is off."""
+    """float32 `[n_rows, d_sae]`; inactive latents are not stored."""
     rows: pd.DataFrame
     key: str | None = None
-    """Hash of all that determines them, where that is known."""
+    """Hash of everything that determines the values, where it is known."""
 
     @property
     def d_sae(self) -> int:
@@ -52,7 +52,7 @@ class Latents:
         return torch.from_numpy(self.csr.toarray())
 
     def where(self, chosen: Bool[np.ndarray, " n_rows"]) -> "Latents":
-        """The chosen rows; itself where those are all."""
+        """The chosen rows; the object itself where all rows are chosen."""
         if chosen.all():
             return self
         key = (
@@ -64,13 +64,13 @@ class Latents:
 
 
 class StreamMetrics:
-    """Sparsity and reconstruction over a stream of rows, in float64 (REFERENCE.md, section 3).
+    """Sparsity and reconstruction over a stream of rows, in float64.
 
-    explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2). Per row 1 - |x - x^|^2 / |x - E x|^2
-    with the mean over all rows: the legacy form is the mean of these, explained_variance_median
-    their median. mse = E|x - x^|^2. High-norm rows (`activations.norms`) count in
-    explained_variance_all_positions alone, which is relative to the mean over all rows; `mean` is
-    that of the ordinary ones.
+    explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2), and mse = E|x - x^|^2.
+    explained_variance_legacy is the mean over rows of 1 - |x - x^|^2 / |x - E x|^2, with E x over
+    all rows, and explained_variance_median the median. High-norm rows (`activations.norms`) only
+    count in explained_variance_all_positions, which is relative to the mean over all rows; all
+    other metrics, and `mean`, are of ordinary rows.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class StreamMetrics:
         d_sae: int,
         mean_of_all: Float[Tensor, " d_in"] | None = None,
     ) -> None:
-        """`mean_of_all`: the mean with high-norm rows; None where there are none."""
+        """`mean_of_all` includes high-norm rows; None where there are none."""
         self.mean = mean.double()
         self.mean_of_all = None if mean_of_all is None else mean_of_all.double()
         self.n, self.n_high_norm = 0, 0
         self.sums: dict[str, float] = {}
         self.n_active = torch.zeros(d_sae, dtype=torch.int64)
-        """Per latent, rows where it is not zero."""
+        """Number of rows where each latent is nonzero."""
         self.totals = torch.zeros(d_sae, dtype=torch.float64)
-        """Per latent, sum of its values."""
+        """Sum of each latent's values."""
         self.maxima = torch.zeros(d_sae, dtype=torch.float64)
-        """Per latent, its largest value; 0 where that is below."""
+        """Largest value of each latent, at least 0."""
         self._explained: list[Tensor] = []
-        """Per row, the fraction of its squared distance from the mean that is explained."""
+        """Explained fraction of each row's squared distance from the mean."""
         self._norms: list[Tensor] = []
 
     def update(
@@ -100,12 +100,12 @@ class StreamMetrics:
         reconstruction: Float[Tensor, "n d_in"],
         acts: Float[Tensor, "n d_sae"],
     ) -> dict[str, Float[Tensor, " n"]]:
-        """Take in ordinary rows; returns what each adds to `sums`, float64 on the CPU."""
+        """Add ordinary rows; returns the contribution of each to `sums`, float64 on the CPU."""
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         error = (x - reconstruction).square().sum(-1)
         spread = (x - self.mean).square().sum(-1)
         norm, size = x.norm(dim=-1), reconstruction.norm(dim=-1)
-        active, value = self._fired(acts)
+        active, value = self._count_active(acts)
         rows = {
             "active": active,
             "value": value,
@@ -132,8 +132,8 @@ class StreamMetrics:
     def update_high_norm(
         self, x: Float[Tensor, "n d_in"], reconstruction: Float[Tensor, "n d_in"]
     ) -> dict[str, Float[Tensor, " n"]]:
-        """Take in high-norm rows, for what is reported of all rows."""
-        assert self.mean_of_all is not None, "made without a mean over all rows"
+        """Add high-norm rows, which count in the metrics of all rows."""
+        assert self.mean_of_all is not None, "constructed without a mean over all rows"
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         spread = (x - self.mean_of_all).square().sum(-1)
         self.n_high_norm += len(x)
@@ -150,7 +150,7 @@ class StreamMetrics:
             self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
         return rows
 
-    def _fired(self, acts: Float[Tensor, "n d_sae"]) -> tuple[Tensor, Tensor]:
+    def _count_active(self, acts: Float[Tensor, "n d_sae"]) -> tuple[Tensor, Tensor]:
         """Per row, the number of active latents and the sum of their values."""
         where = acts.nonzero()
         values = acts[where[:, 0], where[:, 1]].cpu().double()
@@ -163,9 +163,9 @@ class StreamMetrics:
         return active, torch.bincount(row, weights=values, minlength=len(acts)).double()
 
     def result(self) -> dict[str, float | None]:
-        """`sparsity/…` and `reconstruction/…`, named as in metrics.json."""
+        """Metrics `sparsity/…` and `reconstruction/…`."""
         n, s = self.n, self.sums
-        every = s.get("spread_of_all", s["spread"])
+        spread_of_all = s.get("spread_of_all", s["spread"])
         return {
             "sparsity/l0": s["active"] / n,
             "sparsity/mean_active": s["value"] / s["active"] if s["active"] else None,
@@ -178,7 +178,7 @@ class StreamMetrics:
             "reconstruction/explained_variance_legacy": s["legacy"] / n if s["spread"] else None,
             "reconstruction/explained_variance_median": self.median_explained,
             "reconstruction/explained_variance_all_positions": (
-                1 - s.get("error_of_all", s["error"]) / every if every else None
+                1 - s.get("error_of_all", s["error"]) / spread_of_all if spread_of_all else None
             ),
             "reconstruction/mse": s["error"] / n,
             "reconstruction/cosine": s["cosine"] / n,
@@ -186,13 +186,13 @@ class StreamMetrics:
             "reconstruction/median_norm": self.median_norm,
             "reconstruction/n_high_norm": self.n_high_norm,
             "reconstruction/high_norm_variance_fraction": (
-                s.get("spread_high_norm", 0.0) / every if every else None
+                s.get("spread_high_norm", 0.0) / spread_of_all if spread_of_all else None
             ),
         }
 
     @property
     def median_explained(self) -> float | None:
-        """Median over ordinary rows of the explained fraction; None where rows do not differ."""
+        """Median explained fraction of ordinary rows; None where all rows are equal."""
         return float(np.median(torch.cat(self._explained))) if self.sums["spread"] else None
 
     @property
@@ -208,11 +208,11 @@ def encode_store(
     rows: pd.DataFrame,
     ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """Latents of every row of the store, and the metrics of StreamMetrics.
+    """Latents of every row of the store, and metrics (see StreamMetrics).
 
-    `rows` is this run's own table (its groups and splits), row by row that of the store; metrics
-    are of the rows that are `ordinary`, all where that is not given. A transcoder's prediction is
-    compared with what the store has at its `hookpoint_out`.
+    `rows` is the table of this run (with its groups and splits), in the order of the store. Metrics
+    are of `ordinary` rows, or of all rows where it is None. The prediction of a transcoder is
+    compared with the stored activations at its `hookpoint_out`.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
     out = _output_of(sae)
@@ -239,19 +239,19 @@ def encode_rows(
     target: Float[Tensor, "n_rows d_out"] | None = None,
     ordinary: Bool[np.ndarray, " n"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """As `encode_store`, for the chosen rows of a (memory-mapped) tensor; `rows` and `ordinary` are
-    theirs.
+    """As `encode_store`, for chosen rows of a (memory-mapped) tensor.
 
-    `target` is the other stream, which a transcoder predicts.
+    `rows` and `ordinary` describe the chosen rows. `target` is the stream that a transcoder
+    predicts.
     """
     assert len(rows) == len(chosen), "rows table and chosen rows differ in length"
     assert (target is None) == (_output_of(sae) is None), "a transcoder needs its target"
 
     def chunks(n: int) -> Iterator[Pair]:
         for start in range(0, len(chosen), n):
-            some = torch.from_numpy(chosen[start : start + n])
-            x = acts[some]
-            yield x, x if target is None else target[some]
+            indices = torch.from_numpy(chosen[start : start + n])
+            x = acts[indices]
+            yield x, x if target is None else target[indices]
 
     return _encode(chunks, sae, rows, ordinary)
 
@@ -259,7 +259,7 @@ def encode_rows(
 def _means(
     chunks: Callable[[int], Iterable[Pair]], width: int, ordinary: Bool[np.ndarray, " n"] | None
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
-    """(mean of the targets over ordinary rows, over all rows where some are not)."""
+    """(mean of the targets over ordinary rows, mean over all rows or None if all are ordinary)."""
     low, high = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     n, n_high = 0, 0
     for _, target in chunks(8192):
@@ -267,10 +267,10 @@ def _means(
         if ordinary is None:
             low += x.sum(0)
         else:
-            kept = torch.from_numpy(ordinary[n : n + len(x)])
-            low += x[kept].sum(0)
-            high += x[~kept].sum(0)
-            n_high += int((~kept).sum())
+            is_ordinary = torch.from_numpy(ordinary[n : n + len(x)])
+            low += x[is_ordinary].sum(0)
+            high += x[~is_ordinary].sum(0)
+            n_high += int((~is_ordinary).sum())
         n += len(x)
     return low / (n - n_high), (low + high) / n if n_high else None
 
@@ -281,8 +281,8 @@ def _encode(
     rows: pd.DataFrame,
     ordinary: Bool[np.ndarray, " n_rows"] | None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """`chunks` gives all rows in order, at most so many at once, as often as it is called."""
-    began = time.perf_counter()
+    """Encode all rows; `chunks(n)` iterates over them, at most n at once, and may be repeated."""
+    started = time.perf_counter()
     n_rows, n_read = len(rows), 0
     chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     mean, mean_of_all = _means(chunks, sae.W_dec.shape[1], ordinary)
@@ -294,15 +294,15 @@ def _encode(
         for acts, target in chunks(chunk_rows):
             x = acts.to(device=device, dtype=torch.float32)
             features = sae.encode(x)
-            aim = x if target is acts else target.to(device=device, dtype=torch.float32)
-            made = sae.decode(features, x).float()
-            here = None if ordinary is None else ordinary[n_read : n_read + len(x)]
-            if here is None or here.all():
-                metrics.update(aim, made, features)
+            y = x if target is acts else target.to(device=device, dtype=torch.float32)
+            decoded = sae.decode(features, x).float()
+            in_chunk = None if ordinary is None else ordinary[n_read : n_read + len(x)]
+            if in_chunk is None or in_chunk.all():
+                metrics.update(y, decoded, features)
             else:
-                kept = torch.from_numpy(here).to(device)
-                metrics.update(aim[kept], made[kept], features[kept])
-                metrics.update_high_norm(aim[~kept], made[~kept])
+                low = torch.from_numpy(in_chunk).to(device)
+                metrics.update(y[low], decoded[low], features[low])
+                metrics.update_high_norm(y[~low], decoded[~low])
             where = features.nonzero()
             counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
             indptr.append(n_stored + counts.cpu().numpy())
@@ -315,7 +315,7 @@ def _encode(
         (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),
         shape=(n_rows, sae.d_sae),
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     log.info("encoded %d rows, %d active latents, %.1f s", n_rows, n_stored, seconds)
     return Latents(csr, rows), metrics.result()
 
@@ -325,9 +325,9 @@ ChangeLatents = Callable[[Tensor], Tensor]
 
 
 def replaced(values: Float[Tensor, "... d"], mask: Bool[Tensor, "b t"]) -> EditFunction:
-    """Puts `values` where `mask` is true: `[n, d]`, row by row in order, or `[d]` at all of them.
+    """An edit that writes `values` where `mask` is true: `[n, d]` row by row, or `[d]` everywhere.
 
-    Positions outside the mask keep every bit.
+    Positions outside the mask are bit-equal.
     """
 
     def write(stream: Tensor) -> Tensor:
@@ -347,31 +347,31 @@ def spliced(
     limits: Mapping[Hookpoint, float] | None = None,
     excluded: Callable[[int], None] | None = None,
 ) -> dict[Hookpoint, EditFunction]:
-    """Edits that put the SAE's reconstruction where `mask` is true (everywhere without one).
+    """Edits that splice in the SAE's reconstruction where `mask` is true (None: everywhere).
 
-    A transcoder reads its own hookpoint and writes `hookpoint_out`. `change` is applied to the
-    latents before decoding; with `error` what the reconstruction misses is added back, so that
-    nothing changes where the latents don't. Positions outside the mask keep every bit, and so do
-    those with a norm above its limit at a stream that the SAE reads or predicts; `excluded` is
-    called with their number.
+    A transcoder reads its hookpoint and writes `hookpoint_out`. `change` is applied to the latents
+    before decoding. With `error`, the reconstruction error is added back, so that the stream only
+    changes where the latents do. Positions outside the mask are bit-equal, as are positions whose
+    norm exceeds the limit of a stream that the SAE reads or predicts; `excluded` is called with the
+    number of the latter.
     """
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def read(stream: Tensor) -> Tensor:
-        seen[:] = [stream]
+        inputs[:] = [stream]
         return stream
 
     def write(stream: Tensor) -> Tensor:
-        source = seen.pop() if sae.is_transcoder else stream
+        source = inputs.pop() if sae.is_transcoder else stream
         where = torch.ones(stream.shape[:2], dtype=torch.bool) if mask is None else mask
         where = where.to(stream.device)
         if limits:
-            kept = where & _within(source, limits[sae.hookpoint]).to(where.device)
+            ordinary = where & _within(source, limits[sae.hookpoint]).to(where.device)
             if sae.hookpoint_out is not None:
-                kept &= _within(stream, limits[sae.hookpoint_out])
+                ordinary &= _within(stream, limits[sae.hookpoint_out])
             if excluded is not None:
-                excluded(int((where & ~kept).sum()))
-            where = kept
+                excluded(int((where & ~ordinary).sum()))
+            where = ordinary
         x = source[where.to(source.device)].to(sae.device)
         acts = sae.encode(x)
         out = sae.decode(acts if change is None else change(acts), x).to(stream.device)

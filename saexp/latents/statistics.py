@@ -10,23 +10,23 @@ from scipy import sparse
 
 @dataclass(frozen=True)
 class Moments:
-    """Per latent over one set of rows; arrays `[d_sae]`, float64."""
+    """Statistics of every latent over a set of rows, arrays `[d_sae]`."""
 
     n: int
     """Number of rows."""
     active: Int[np.ndarray, " d_sae"]
-    """Rows where the latent is above `threshold`."""
+    """Number of rows where the latent is above `threshold`."""
     total: Float[np.ndarray, " d_sae"]
     maximum: Float[np.ndarray, " d_sae"]
 
     @property
     def frequency(self) -> Float[np.ndarray, " d_sae"]:
-        """Share of rows where it fires."""
+        """Fraction of rows where the latent is active."""
         return self.active / max(self.n, 1)
 
     @property
     def mean(self) -> Float[np.ndarray, " d_sae"]:
-        """Mean over all rows, zeros included."""
+        """Mean over all rows, including zeros."""
         return self.total / max(self.n, 1)
 
 
@@ -48,15 +48,15 @@ def moments(
 
 
 def _summed(latents: np.ndarray, weights: np.ndarray, d_sae: int) -> Float[np.ndarray, " d_sae"]:
-    # Of no entries at all, bincount makes integers.
+    # bincount returns integers where there are no entries.
     return np.bincount(latents, weights=weights, minlength=d_sae).astype(np.float64)
 
 
 def equal_rows(units: Shaped[np.ndarray, " n_rows"], seed: int) -> Int[np.ndarray, " n_chosen"]:
-    """Sorted indices of m rows of every unit, m the number of rows of the unit that has fewest.
+    """Sorted indices of m rows of every unit, where m is the smallest number of rows of a unit.
 
-    A unit with more rows contributes a random choice of m, so that no statistic of a unit depends
-    on how many rows it has.
+    m rows are drawn at random from units with more, so that no statistic of a unit depends on its
+    number of rows.
 
     >>> equal_rows(np.array(["a", "a", "b", "b"]), seed=0)
     array([0, 1, 2, 3])
@@ -72,7 +72,8 @@ def equal_rows(units: Shaped[np.ndarray, " n_rows"], seed: int) -> Int[np.ndarra
 def by_unit(
     csr: sparse.csr_array, units: np.ndarray
 ) -> tuple[sparse.csr_array, Int[np.ndarray, " n_units"]]:
-    """Mean over the rows of each unit: (`[n_units, d_sae]`, first row of each unit), order kept."""
+    """(means over the rows of each unit `[n_units, d_sae]`, first row of each unit), in order of
+    first appearance."""
     _, first, inverse = np.unique(units, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
@@ -88,19 +89,19 @@ def by_unit(
 def active_quantile(
     csr: sparse.csr_array, latents: np.ndarray, q: float
 ) -> Float[np.ndarray, " n"]:
-    """Quantile of each latent's values where it is active; 0 for one that never is."""
+    """Quantile of each latent's nonzero values; 0 for inactive latents."""
     csc = sparse.csc_array(csr[:, latents])
     parts = [csc.data[csc.indptr[i] : csc.indptr[i + 1]] for i in range(len(latents))]
     return np.array([float(np.quantile(p, q)) if len(p) else 0.0 for p in parts])
 
 
 N_BINS = 64
-"""Bins of a histogram before the empty ones at its end are left out; 33 to 64 are used."""
+"""Bins of a histogram including empty ones at its end; 33 to 64 are used."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Activations of one latent where it fires, from 0 up in bins of equal width."""
+    """Nonzero activations of one latent, in bins of equal width from 0."""
 
     width: float
     """A power of two."""
@@ -108,9 +109,10 @@ class Histogram:
 
 
 class Tally:
-    """`update` with every row once, in order; then read the results.
+    """Statistics and examples of chosen latents, accumulated over a stream of rows.
 
-    `latents` are the chosen ones, `n_groups` counts the labels rows may have (0 to n_groups - 1).
+    Call `update` with every row once, in order, before reading results. Groups are numbered from 0
+    to `n_groups` - 1.
     """
 
     def __init__(
@@ -133,8 +135,8 @@ class Tally:
         self.total, self.maximum = np.zeros(n), np.zeros(n)
         self._bin_width = np.zeros(n)
         self._bins = np.zeros((n, n_groups, N_BINS), dtype=np.int64)
-        self._top = [_no_firings() for _ in range(n)]
-        self._sample = [_no_firings() for _ in range(n)]
+        self._top = [_no_examples() for _ in range(n)]
+        self._sample = [_no_examples() for _ in range(n)]
         self._rng = np.random.default_rng([seed, 17])
         size = d_sae if correlate else 0
         self._sum, self._squares = np.zeros(size), np.zeros(size)
@@ -148,10 +150,10 @@ class Tally:
         everything: sparse.csr_array | None = None,
         rows: Int[np.ndarray, " m"] | None = None,
     ) -> None:
-        """Take in m rows: `values [m, n]` of the chosen latents, nothing stored where one is off.
+        """Add m rows: `values` of the chosen latents `[m, n]`, and the text and group of each row.
 
-        `texts` tells rows of the same text from others; `everything [m, d_sae]` is needed for
-        correlations. `rows` are their numbers, where some are left out.
+        Correlations need `everything`, all latents `[m, d_sae]`. `rows` are the indices of the
+        rows, where they are not consecutive.
         """
         m = len(texts)
         rows = np.arange(self.n_rows, self.n_rows + m) if rows is None else rows
@@ -160,50 +162,50 @@ class Tally:
         self.rows_of_group += np.bincount(groups, minlength=len(self.rows_of_group))
         for i in range(len(self.latents)):
             inside = slice(int(values.indptr[i]), int(values.indptr[i + 1]))
-            at, found = values.indices[inside], values.data[inside].astype(np.float64)
+            at, acts = values.indices[inside], values.data[inside].astype(np.float64)
             if not len(at):
                 continue
             self.active[i] += np.bincount(groups[at], minlength=self.active.shape[1])
-            self.total[i] += found.sum()
-            self.maximum[i] = max(self.maximum[i], float(found.max()))
-            self._count(i, found, groups[at])
-            self._keep(i, found, rows[at], texts[at], lots[at])
+            self.total[i] += acts.sum()
+            self.maximum[i] = max(self.maximum[i], float(acts.max()))
+            self._count(i, acts, groups[at])
+            self._update_examples(i, acts, rows[at], texts[at], lots[at])
         if self.correlate:
             assert everything is not None, "correlations need all latents"
             self._relate(values, everything)
 
-    def _keep(
+    def _update_examples(
         self,
         i: int,
-        found: Float[np.ndarray, " k"],
+        acts: Float[np.ndarray, " k"],
         rows: Int[np.ndarray, " k"],
         texts: Int[np.ndarray, " k"],
         lots: Float[np.ndarray, " k"],
     ) -> None:
-        """Candidates for the examples; most firings can't be, which saves most of the work."""
+        """Update the examples; most activations cannot enter, and skipping them saves most work."""
         top, sample = self._top[i], self._sample[i]
         worst = top["value"].iloc[-1] if len(top) == self.n_top else 0.0
         last = sample["lot"].iloc[-1] if len(sample) == self.n_sample else 1.0
-        firings = {"value": found, "row": rows, "text": texts, "lot": lots}
-        for good, kept, choose in (
-            (found > worst, self._top, lambda t: best_of_each_text(t, self.n_top)),
+        candidates = {"value": acts, "row": rows, "text": texts, "lot": lots}
+        for is_candidate, examples, choose in (
+            (acts > worst, self._top, lambda t: best_of_each_text(t, self.n_top)),
             (lots < last, self._sample, lambda t: t.nsmallest(self.n_sample, "lot")),
         ):
-            if good.any():
-                new = pd.DataFrame({name: column[good] for name, column in firings.items()})
-                kept[i] = choose(_joined(kept[i], new))
+            if is_candidate.any():
+                new = {name: column[is_candidate] for name, column in candidates.items()}
+                examples[i] = choose(_joined(examples[i], pd.DataFrame(new)))
 
-    def _count(self, i: int, found: Float[np.ndarray, " k"], groups: Int[np.ndarray, " k"]) -> None:
-        # The smallest power of two with which the maximum falls into the last bin or before.
+    def _count(self, i: int, acts: Float[np.ndarray, " k"], groups: Int[np.ndarray, " k"]) -> None:
+        # The smallest power of two with which the maximum is within the bins.
         width = float(np.ldexp(1.0, int(np.frexp(self.maximum[i] / N_BINS)[1])))
         if width > self._bin_width[i] > 0:
-            # So many neighbours become one; further apart than all bins together, all do.
+            # Merge this many neighbouring bins, at most all of them.
             step = min(int(width / self._bin_width[i]), N_BINS)
             merged = self._bins[i].reshape(-1, N_BINS // step, step).sum(-1)
             self._bins[i] = 0
             self._bins[i, :, : N_BINS // step] = merged
         self._bin_width[i] = width
-        np.add.at(self._bins[i], (groups, (found / width).astype(np.int64)), 1)
+        np.add.at(self._bins[i], (groups, (acts / width).astype(np.int64)), 1)
 
     def _relate(self, values: sparse.csc_array, everything: sparse.csr_array) -> None:
         data = everything.data.astype(np.float64)
@@ -213,26 +215,29 @@ class Tally:
         self._products += (values.astype(np.float64).T @ exact).toarray()
 
     def histogram(self, i: int) -> Histogram:
-        """Of the i-th chosen latent; no bins where it never fires."""
+        """Histogram of the i-th chosen latent; without bins where it is inactive."""
         width = float(self._bin_width[i])
         used = int(self.maximum[i] / width) + 1 if width else 0
         return Histogram(width, self._bins[i, :, :used])
 
     def top(self, i: int) -> pd.DataFrame:
-        """The rows where it is strongest, one a text: `value`, `row`, `text`, best first."""
+        """Maximally activating rows of the i-th chosen latent, one per text, strongest first.
+
+        Columns `value`, `row` and `text`.
+        """
         return self._top[i][["value", "row", "text"]].reset_index(drop=True)
 
     def sample(self, i: int) -> pd.DataFrame:
-        """`n_sample` of the rows where it fires (all, if fewer), drawn evenly; weakest first."""
+        """Uniform sample of (up to `n_sample`) rows where the latent is active, weakest first."""
         ordered = self._sample[i].sort_values(["value", "row"])
         return ordered[["value", "row", "text"]].reset_index(drop=True)
 
     def correlations_of(self, i: int) -> Float[np.ndarray, " d_sae"]:
-        """Pearson correlation over the rows, zeros included, of the i-th chosen latent with all.
+        """Pearson correlation of the i-th chosen latent with all latents, over all rows.
 
-        nan for a latent that never varies.
+        NaN for latents that do not vary.
         """
-        assert self.correlate, "made without correlations"
+        assert self.correlate, "constructed without correlations"
         own, n = int(self.latents[i]), self.n_rows
         covariance = n * self._products[i] - self._sum[own] * self._sum
         spread = np.sqrt(np.maximum(n * self._squares - self._sum**2, 0))
@@ -240,39 +245,39 @@ class Tally:
             return covariance / (spread[own] * spread)
 
 
-def _no_firings() -> pd.DataFrame:
+def _no_examples() -> pd.DataFrame:
     whole = np.zeros(0, dtype=np.int64)
     return pd.DataFrame({"value": np.zeros(0), "row": whole, "text": whole, "lot": np.zeros(0)})
 
 
 def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    # pandas warns of empty parts.
+    # pandas warns about concatenating empty tables.
     return pd.concat([first, second], ignore_index=True) if len(first) else second
 
 
-def best_of_each_text(firings: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The n strongest, one a text, best first; of equals the earlier row."""
-    ordered = firings.sort_values(["value", "row"], ascending=[False, True])
+def best_of_each_text(activations: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The n strongest activations, one per text, strongest first; earlier rows first in ties."""
+    ordered = activations.sort_values(["value", "row"], ascending=[False, True])
     return ordered.drop_duplicates("text").head(n)
 
 
 def at_quantiles(
     sample: pd.DataFrame, quantiles: list[float], n: int, taken: set[int]
 ) -> list[tuple[float, pd.DataFrame]]:
-    """Per quantile of the (sorted) sample the n firings nearest to it in rank, each a new text.
+    """For each quantile, the n activations of the sorted sample nearest to it in rank.
 
-    `taken` are texts that are shown already; it is not changed.
+    No text is used twice, nor are the texts in `taken`, which is not modified.
     """
-    used, found = set(taken), []
+    used, at_each = set(taken), []
     for quantile in quantiles:
         distance = np.abs(np.arange(len(sample)) - quantile * (len(sample) - 1))
         chosen: list[int] = []
-        for place in np.argsort(distance, kind="stable"):
-            text = int(sample["text"].iloc[place])
+        for index in np.argsort(distance, kind="stable"):
+            text = int(sample["text"].iloc[index])
             if len(chosen) == n:
                 break
             if text not in used:
                 used.add(text)
-                chosen.append(int(place))
-        found.append((quantile, sample.iloc[chosen].sort_values("value", ascending=False)))
-    return found
+                chosen.append(int(index))
+        at_each.append((quantile, sample.iloc[chosen].sort_values("value", ascending=False)))
+    return at_each

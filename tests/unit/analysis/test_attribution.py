@@ -241,7 +241,9 @@ def test_a_transcoders_latents_act_where_it_writes():
 def test_a_stream_that_is_not_added_has_no_direct_effect():
     found = attribute(random_lm("llama"), make_sae(Hookpoint(1, "mlp_in")), PROMPTS, ENDS, ANSWERS)
     assert found.direct is None
-    assert found.notes == ["mlp_in is not added to the stream, so no latent has a direct effect"]
+    assert found.notes == [
+        "mlp_in is not added to the residual stream, so no latent has a direct effect"
+    ]
     table = found.table(["a"] * 4)
     assert table[["direct", "direct_ci_low", "direct_ci_high"]].isna().all(axis=None)
     assert table["gradient"].notna().all()
@@ -356,7 +358,7 @@ def test_nothing_is_left_on_the_model():
 class TestErrors:
     @pytest.mark.parametrize("bad", [[], [6], [-1]])
     def test_positions(self, bad):
-        with pytest.raises(DataError, match="^prompt 0 has positions .* within its 6 tokens$"):
+        with pytest.raises(DataError, match="^prompt 0 has positions .* all between 0 and 5$"):
             attribute(random_lm("gpt2"), make_sae(LAST), PROMPTS[:1], [bad], [1])
 
     def test_lengths(self):
@@ -366,5 +368,5 @@ class TestErrors:
             attribute(random_lm("gpt2"), make_sae(LAST), PROMPTS, ENDS, ANSWERS, [1, 2])
 
     def test_nothing(self):
-        with pytest.raises(DataError, match="^no prompt"):
+        with pytest.raises(DataError, match="^attribution needs at least one prompt"):
             attribute(random_lm("gpt2"), make_sae(LAST), [], [], [])

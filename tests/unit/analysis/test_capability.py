@@ -264,7 +264,7 @@ def test_an_answer_that_merges_with_the_prompt_is_a_counted_skip() -> None:
 def test_a_prompt_that_is_cut_off_is_a_skip(model: LanguageModel, ioi: list[Example]) -> None:
     _, skips = questions(ioi[:2], model, 5)
     assert {s.reason for s in skips} == {"prompt longer than 5 tokens"}
-    with pytest.raises(DataError, match=r"none of 2 examples has an answer.*longer than 5"):
+    with pytest.raises(DataError, match=r"none of 2 examples has a usable answer.*longer than 5"):
         capability(model, shipped_sae(), ioi[:2], max_length=5)
 
 

@@ -166,5 +166,5 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(
 def test_too_few_units_to_cross_validate() -> None:
     rows = placed(names(4, "abcdefgh", 1))
     first = np.array([True, False, False, False])
-    with pytest.raises(DataError, match="too few to cross-validate"):
+    with pytest.raises(DataError, match="too few units to cross-validate"):
         fit_surface(read_of(rows), first, rows["unit"].to_numpy(), {}, 0)

@@ -118,7 +118,7 @@ def test_fewer_latents_than_asked_for_are_said(inputs: AnalysisInputs) -> None:
     assert result.metrics["top_features/best_latent"] is None
     assert "no latent is active at the analysed positions" in result.notes[0]
     many = top_features(inputs, top_k=250)
-    assert any("only" in n and "latents fire" in n for n in many.notes)
+    assert any("only" in n and "latents are active" in n for n in many.notes)
 
 
 def test_invalid_settings_are_refused() -> None:
