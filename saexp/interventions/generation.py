@@ -28,7 +28,6 @@ from saexp.models.forward import (
     may_skip,
     shares_keys_between_blocks,
     skipping,
-    with_room,
 )
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
@@ -395,7 +394,7 @@ def _decode(
     alive, most = torch.arange(len(rows)), torch.tensor(limits)
     finished = most < 1
     state = _prefill(model, rows, saes, 1, use_cache=True)
-    cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
+    cache, mask, positions = state.cache, state.mask, state.positions
     logits = state.logits[:, -1]
     keep_one = keep_last_logits(model, 1)
     # A finished row that stayed in the batch would grow, and its length would set the frequencies.
