@@ -323,15 +323,6 @@ def no_merged_texts() -> Iterator[None]:
 
 
 @contextmanager
-def no_roomy_cache() -> Iterator[None]:
-    """transformers' own key-value cache, which is copied at every token."""
-    from saexp.interventions import generation
-
-    with patch.object(generation, "with_room", lambda cache, _: cache):
-        yield
-
-
-@contextmanager
 def no_claims() -> Iterator[None]:
     """Processes compute rows that another process is computing."""
     from saexp.interventions import batching
@@ -393,7 +384,6 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     ),
     "speculative decoding": (no_speculative_decoding, ("default_run", "grid_all_tokens")),
     "equal rows": (no_equal_rows, ("default_run", "grid_all_tokens", "few_shot")),
-    "roomy cache": (no_roomy_cache, ("default_run", "grid_all_tokens")),
     "merged texts": (no_merged_texts, ("few_shot", "corpus")),
     "resumed passes (evaluation)": (no_resuming, ("evaluation",)),
     "claimed rows": (no_claims, ("two_processes",)),

@@ -28,7 +28,6 @@ from saexp.models.forward import (
     may_skip,
     shares_keys_between_blocks,
     skipping,
-    with_room,
 )
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
@@ -46,9 +45,9 @@ from saexp.models.rope import (
 log = logging.getLogger(__name__)
 
 
-_DROP_SHARE = 0.25
+_DROP_FRACTION = 0.25
 """Finished rows leave the batch once they are this fraction of it."""
-_SHARE_FROM = 0.15
+_MIN_SAVED = 0.15
 """Prompts are shared where that saves this fraction of a batch's tokens."""
 
 
@@ -144,7 +143,7 @@ def _lower_blocks(
     prompt_numbers: dict[tuple[int, ...], int] = {}
     of_row = [prompt_numbers.setdefault(row.ids, len(prompt_numbers)) for row in rows]
     saved_fraction = (1 - len(prompt_numbers) / len(rows)) * n_blocks / model.n_layers
-    if saved_fraction <= _SHARE_FROM or shares_keys_between_blocks(model):
+    if saved_fraction <= _MIN_SAVED or shares_keys_between_blocks(model):
         return None
     first_row: dict[int, int] = {}
     for i, number in enumerate(of_row):
@@ -199,7 +198,7 @@ def _prefill(
     of_row = [numbers.setdefault(r.ids[:-window], len(numbers)) for r in rows]
     saved = (len(rows) - len(numbers)) * (width - window)
     cache = None
-    if saved > _SHARE_FROM * len(rows) * width and _same_frequencies(model, rows, window):
+    if saved > _MIN_SAVED * len(rows) * width and _same_frequencies(model, rows, window):
         firsts = torch.tensor([of_row.index(n) for n in range(len(numbers))], device=model.device)
         shared = model.hf(
             input_ids=ids[firsts, :-window],
@@ -395,11 +394,11 @@ def _decode(
     alive, most = torch.arange(len(rows)), torch.tensor(limits)
     finished = most < 1
     state = _prefill(model, rows, saes, 1, use_cache=True)
-    cache, mask, positions = with_room(state.cache, n_steps), state.mask, state.positions
+    cache, mask, positions = state.cache, state.mask, state.positions
     logits = state.logits[:, -1]
     keep_one = keep_last_logits(model, 1)
     # A finished row that stayed in the batch would grow, and its length would set the frequencies.
-    drop_share = 0.0 if depends_on_length(model.text_config) else _DROP_SHARE
+    drop_fraction = 0.0 if depends_on_length(model.text_config) else _DROP_FRACTION
     for step in range(n_steps):
         following = drawing.draw(logits, step, alive)
         finished |= torch.isin(following, eos).cpu()
@@ -410,7 +409,7 @@ def _decode(
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         inputs = following[:, None]
-        if bool(finished.any()) and float(finished.double().mean()) >= drop_share:
+        if bool(finished.any()) and float(finished.double().mean()) >= drop_fraction:
             chosen = (~finished).nonzero()[:, 0]
             on_device = chosen.to(model.device)
             cache.reorder_cache(chosen)
