@@ -139,15 +139,15 @@ def check_sae(
         "check/l0": fit.l0,
         "check/explained_variance": fit.explained_variance,
     }
-    assert fit.seen is not None, "check_fit measures"
+    assert fit.measurements is not None, "check_fit measures"
     metrics |= {
-        "check/explained_variance_legacy": fit.seen.explained_variance_legacy,
-        "check/silent_fraction": fit.seen.silent_fraction,
-        "check/mean_norm": fit.seen.mean_norm,
-        "check/n_positions": fit.seen.n,
+        "check/explained_variance_legacy": fit.measurements.explained_variance_legacy,
+        "check/inactive_fraction": fit.measurements.inactive_fraction,
+        "check/mean_norm": fit.measurements.mean_norm,
+        "check/n_positions": fit.measurements.n,
     }
     metrics |= {
-        f"check/expected_{c.name}": c.expected for c in fit.compared if c.expected is not None
+        f"check/expected_{c.name}": c.expected for c in fit.comparisons if c.expected is not None
     }
     left_out = neutral.ordinary(sae.hookpoints).notes("the SAE's check leaves them out")
     notes = [*fit.problems, *(f"neutral text: {note}" for note in left_out)]
@@ -173,7 +173,7 @@ def fits_here(metrics: Mapping[str, float | int | None]) -> list[str]:
 
 def _table(sae: SparseAutoencoder, fit: Fit) -> pd.DataFrame:
     """A row per quantity, then one per other reading."""
-    rows = [(c.quantity, c.here, c.expected, c.tolerance, c.verdict) for c in fit.compared]
+    rows = [(c.quantity, c.measured, c.expected, c.tolerance, c.verdict) for c in fit.comparisons]
     named = [(f"explained variance {name}", value) for name, value in fit.others.items()]
     rows += [(quantity, here, None, "", "other reading") for quantity, here in named]
     columns = ["quantity", "here", "expected", "tolerance", "verdict"]
