@@ -49,6 +49,15 @@ class TaskResult:
     path: Path | None = None
     """The run's folder."""
 
+    @property
+    def store(self) -> Path | None:
+        """Folder of the activation store that the run read; None for a result without one."""
+        file = None if self.path is None else self.path / "provenance.json"
+        if file is None or not file.is_file():
+            return None
+        folder = (json.loads(file.read_text("utf-8")).get("store") or {}).get("path")
+        return None if folder is None else Path(folder)
+
     def __repr__(self) -> str:
         """Sizes of tables and names of figures, which are too long to print."""
         tables = ", ".join(f"{name} ({len(table)} rows)" for name, table in self.tables.items())

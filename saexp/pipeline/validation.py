@@ -104,15 +104,19 @@ def check_sae(
 
 
 def _fit_metrics(fit: Fit) -> dict[str, float | int | None]:
-    assert fit.seen is not None, "check_fit measures"
+    assert fit.measurements is not None, "check_fit measures"
     return {
         "check/l0": fit.l0,
         "check/explained_variance": fit.explained_variance,
-        "check/explained_variance_legacy": fit.seen.explained_variance_legacy,
-        "check/silent_fraction": fit.seen.silent_fraction,
-        "check/mean_norm": fit.seen.mean_norm,
-        "check/n_positions": fit.seen.n,
-        **{f"check/expected_{c.name}": c.expected for c in fit.compared if c.expected is not None},
+        "check/explained_variance_legacy": fit.measurements.explained_variance_legacy,
+        "check/inactive_fraction": fit.measurements.inactive_fraction,
+        "check/mean_norm": fit.measurements.mean_norm,
+        "check/n_positions": fit.measurements.n,
+        **{
+            f"check/expected_{c.name}": c.expected
+            for c in fit.comparisons
+            if c.expected is not None
+        },
     }
 
 
@@ -135,7 +139,7 @@ def variance_notes(metrics: Mapping[str, float | int | None]) -> list[str]:
 
 def _table(sae: SparseAutoencoder, fit: Fit) -> pd.DataFrame:
     """A row per quantity, then one per other reading of the SAE's files."""
-    rows = [(c.quantity, c.here, c.expected, c.tolerance, c.verdict) for c in fit.compared]
+    rows = [(c.quantity, c.measured, c.expected, c.tolerance, c.verdict) for c in fit.comparisons]
     named = [(f"explained variance {name}", value) for name, value in fit.others.items()]
     rows += [(quantity, here, None, "", "other reading") for quantity, here in named]
     columns = ["quantity", "here", "expected", "tolerance", "verdict"]

@@ -131,10 +131,11 @@ def _unknown(place: Path) -> SAEError:
     if any(name.startswith("params_layer_") for name in inside):
         gemma_scope.refuse_across_layers("clt", str(place))
     return SAEError(
-        f"sae.path={place} is no SAE saexp knows: expected {saelens.CONFIG} with "
-        f"{saelens.WEIGHTS}, {llama_scope.CONFIG} with {llama_scope.WEIGHTS}, or "
-        f"{gemma_scope.WEIGHTS}; or {sparsify.CONFIG} with {sparsify.WEIGHTS}, or "
-        f"{gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or {dictionary_learning.WEIGHTS}"
+        f"sae.path={place} is not an SAE in a format that saexp reads: expected "
+        f"{saelens.CONFIG} with {saelens.WEIGHTS}, {llama_scope.CONFIG} with "
+        f"{llama_scope.WEIGHTS}, or {gemma_scope.WEIGHTS}; or {sparsify.CONFIG} with "
+        f"{sparsify.WEIGHTS}, or {gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or "
+        f"{dictionary_learning.WEIGHTS}"
     )
 
 

@@ -421,9 +421,9 @@ def _value(key: str, value: Any, wanted: Any) -> Any:
     if wanted not in (int, float):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key}={value} is no number")
+        raise ConfigError(f"{key}={value} is not a number")
     if wanted is int and value != int(value):
-        raise ConfigError(f"{key}={value} is no whole number")
+        raise ConfigError(f"{key}={value} is not a whole number")
     return int(value) if wanted is int else value
 
 

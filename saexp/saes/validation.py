@@ -1,4 +1,4 @@
-"""Whether an SAE fits the stream it reads, and its numbers beside the published ones."""
+"""Check whether an SAE fits the stream that it reads, and compare it with published values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +13,21 @@ from saexp.saes.formats.saelens import recorded_frequencies
 from saexp.saes.sae import SparseAutoencoder
 
 L0_FACTOR = 3.0
-"""How far L0 may be from the catalogue's, either way."""
+"""Largest ratio between the measured L0 and the catalogue's, in either direction."""
 EXPLAINED_BELOW = 0.2
 """How far explained variance may be below the catalogue's, which was measured on other texts and
-may count BOS; above it is no fault."""
-SILENT_WITHIN = 0.25
-"""How far the share of latents that never fire may be from what their recorded frequencies say."""
+may include BOS. A higher value is not a problem."""
+INACTIVE_WITHIN = 0.25
+"""Largest difference between the fraction of inactive latents and the one that their recorded
+frequencies predict."""
 NORM_FACTOR = 2.0
-"""How far the vectors' mean norm may be from the one the SAE was scaled for, either way."""
+"""Largest ratio between the vectors' mean norm and the one the SAE was scaled for, either way."""
 _UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was measured at `n` positions of neutral text, special tokens left out."""
+class Measurements:
+    """Measurements at `n` positions of neutral text, without special tokens."""
 
     n: int
     l0: float
@@ -34,55 +35,63 @@ class Seen:
     explained_variance_legacy: float
     """Mean over positions of 1 - |error|² / |x - mean x|²."""
     mean_norm: float
-    """Of the vectors read (minus their mean, where the SAE wants them so)."""
-    silent: Float[Tensor, " d_sae"]
-    """1.0 for each latent that never fired, else 0.0."""
+    """Of the vectors that are encoded (centred, where the SAE expects centred vectors)."""
+    inactive: Float[Tensor, " d_sae"]
+    """1.0 for each latent that is active at none of the positions, else 0.0."""
 
     @property
-    def silent_fraction(self) -> float:
-        """Share of latents that never fired at these positions."""
-        return float(self.silent.mean())
+    def inactive_fraction(self) -> float:
+        """Fraction of latents that are active at none of the positions."""
+        return float(self.inactive.mean())
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One quantity here beside what is said of it."""
+class Comparison:
+    """A measured quantity beside its published value."""
 
     quantity: str
     name: str
-    """In metrics: `check/<name>`, and `check/expected_<name>` where it is known."""
-    here: float
+    """Name in metrics: `check/<name>`, and `check/expected_<name>` where that is known."""
+    measured: float
     expected: float | None
     tolerance: str
     verdict: str
-    """fits, differs, or unknown where nothing is said."""
+    """`fits`, `differs`, or `unknown` where no value is published."""
     problem: str | None = None
 
 
-def compared(sae: SparseAutoencoder, seen: Seen) -> list[Compared]:
-    """L0, explained variance, latents that never fire, and mean norm. What is unknown says so."""
-    return [_l0(sae, seen), _explained_variance(sae, seen), *_silent(sae, seen), _norm(sae, seen)]
+def compare(sae: SparseAutoencoder, measurements: Measurements) -> list[Comparison]:
+    """Compare L0, explained variance, inactive latents and mean norm with published values."""
+    return [
+        _l0(sae, measurements),
+        _explained_variance(sae, measurements),
+        *_inactive(sae, measurements),
+        _norm(sae, measurements),
+    ]
 
 
-def measured(
+def measure(
     sae: SparseAutoencoder,
     x: Float[Tensor, "n d"],
     target: Float[Tensor, "n d_out"],
     features: Float[Tensor, "n d_sae"],
     reconstruction: Float[Tensor, "n d_out"],
-) -> Seen:
-    """The numbers that expectations are about."""
-    aim, made = target.double(), reconstruction.double()
-    error, spread = (aim - made).square().sum(-1), (aim - aim.mean(0)).square().sum(-1)
-    read = x - x.mean(-1, keepdim=True) if sae.settings.centre else x
-    on = features != 0
-    return Seen(
+) -> Measurements:
+    """Measure the quantities that published values exist for."""
+    expected, actual = target.double(), reconstruction.double()
+    error, spread = (
+        (expected - actual).square().sum(-1),
+        ((expected - expected.mean(0)).square().sum(-1)),
+    )
+    vectors = x - x.mean(-1, keepdim=True) if sae.settings.centre else x
+    active = features != 0
+    return Measurements(
         n=len(x),
-        l0=float(on.sum(-1).float().mean()),
+        l0=float(active.sum(-1).float().mean()),
         explained_variance=float(1 - error.sum() / spread.sum()),
         explained_variance_legacy=float((1 - error / spread).mean()),
-        mean_norm=float(read.norm(dim=-1).mean()),
-        silent=(~on.any(0)).float().cpu(),
+        mean_norm=float(vectors.norm(dim=-1).mean()),
+        inactive=(~active.any(0)).float().cpu(),
     )
 
 
@@ -94,80 +103,81 @@ def _verdict(problem: str | None) -> str:
     return "fits" if problem is None else "differs"
 
 
-def _l0(sae: SparseAutoencoder, seen: Seen) -> Compared:
+def _l0(sae: SparseAutoencoder, measurements: Measurements) -> Comparison:
     expected, tolerance = sae.metadata.get("expected_l0"), f"within a factor of {L0_FACTOR:g}"
-    about = ("active latents a token (L0)", "l0", seen.l0)
+    about = ("active latents a token (L0)", "l0", measurements.l0)
     if not expected:
-        return Compared(*about, None, tolerance, _UNKNOWN)
+        return Comparison(*about, None, tolerance, _UNKNOWN)
     problem = None
-    if not expected / L0_FACTOR <= seen.l0 <= expected * L0_FACTOR:
+    if not expected / L0_FACTOR <= measurements.l0 <= expected * L0_FACTOR:
         problem = (
-            f"{_name(sae)} has {seen.l0:.0f} active latents a token at {sae.hookpoint.name} on "
-            f"neutral text; its catalogue says {expected:.0f}"
+            f"{_name(sae)} has {measurements.l0:.0f} active latents a token at "
+            f"{sae.hookpoint.name} on neutral text; the catalogue reports {expected:.0f}"
         )
-    return Compared(*about, float(expected), tolerance, _verdict(problem), problem)
+    return Comparison(*about, float(expected), tolerance, _verdict(problem), problem)
 
 
-def _explained_variance(sae: SparseAutoencoder, seen: Seen) -> Compared:
-    """By the definition that is nearer, for the catalogue does not say which of two it used."""
+def _explained_variance(sae: SparseAutoencoder, measurements: Measurements) -> Comparison:
+    """Uses the nearer of two definitions, since the catalogue does not say which one it used."""
     expected = sae.metadata.get("expected_explained_variance")
-    both = (seen.explained_variance, seen.explained_variance_legacy)
+    both = (measurements.explained_variance, measurements.explained_variance_legacy)
     tolerance = f"at most {EXPLAINED_BELOW:g} below, by the nearer of two definitions"
     about = ("explained variance", "explained_variance")
     if expected is None:
-        return Compared(*about, both[0], None, tolerance, _UNKNOWN)
+        return Comparison(*about, both[0], None, tolerance, _UNKNOWN)
     here = min(both, key=lambda v: abs(v - expected))
     problem = None
     if here < expected - EXPLAINED_BELOW:
         at = (sae.hookpoint_out or sae.hookpoint).name
         problem = (
             f"{_name(sae)} explains {both[0]:.2f} of the variance at {at} on neutral text "
-            f"({both[1]:.2f} by the older definition); its catalogue says {expected:.2f}, more "
+            f"({both[1]:.2f} by the older definition); the catalogue reports {expected:.2f}, more "
             f"than {EXPLAINED_BELOW:g} above"
         )
-    return Compared(*about, here, float(expected), tolerance, _verdict(problem), problem)
+    return Comparison(*about, here, float(expected), tolerance, _verdict(problem), problem)
 
 
-def _silent(sae: SparseAutoencoder, seen: Seen) -> list[Compared]:
-    """Dead latents as recorded, and how many would never fire in as few positions as these."""
-    here, n = seen.silent_fraction, f"{seen.n:,} positions"
-    never = (f"share of latents that never fire in {n}", "silent_fraction", here)
+def _inactive(sae: SparseAutoencoder, measurements: Measurements) -> list[Comparison]:
+    """The fraction of inactive latents, compared with what the frequencies recorded in training
+    predict for this number of positions, and the fraction of latents recorded as dead."""
+    here, n = measurements.inactive_fraction, f"{measurements.n:,} positions"
+    never = (f"share of latents that never fire in {n}", "inactive_fraction", here)
     dead = (f"share of dead latents (here: never fire in {n})", "dead_fraction", here)
-    tolerance = f"within {SILENT_WITHIN:g} of its recorded frequencies, positions independent"
-    no_fewer = f"no more than {SILENT_WITHIN:g} of the latents recorded as dead fire"
+    tolerance = f"within {INACTIVE_WITHIN:g} of its recorded frequencies, positions independent"
+    no_fewer = f"no more than {INACTIVE_WITHIN:g} of the latents recorded as dead fire"
     file = sae.metadata.get("frequencies")
     if not file:
         unknown = (None, tolerance, _UNKNOWN), (None, no_fewer, _UNKNOWN)
-        return [Compared(*never, *unknown[0]), Compared(*dead, *unknown[1])]
+        return [Comparison(*never, *unknown[0]), Comparison(*dead, *unknown[1])]
     frequency = recorded_frequencies(file)
     if len(frequency) != sae.d_sae:
         raise SAEError(
             f"{file} has {len(frequency)} frequencies and {_name(sae)} has {sae.d_sae} latents; "
-            "is it another SAE's? sae.check=off does not read it"
+            "they may belong to another SAE; type sae.check=off to ignore them"
         )
-    expected = float((1 - frequency).pow(seen.n).mean())
+    expected = float((1 - frequency).pow(measurements.n).mean())
     problem = None
-    if abs(here - expected) > SILENT_WITHIN:
+    if abs(here - expected) > INACTIVE_WITHIN:
         problem = (
-            f"{here:.2f} of the latents of {_name(sae)} never fire in {n} of neutral text; by the "
-            f"frequencies recorded in training {expected:.2f} would not"
+            f"a fraction {here:.2f} of the latents of {_name(sae)} is active at none of {n} of "
+            f"neutral text; the frequencies recorded in training predict {expected:.2f}"
         )
-    found = [Compared(*never, expected, tolerance, _verdict(problem), problem)]
+    found = [Comparison(*never, expected, tolerance, _verdict(problem), problem)]
     recorded = frequency < 1e-9
     share, problem = float(recorded.double().mean()), None
-    awake = 1 - float(seen.silent[recorded].mean()) if bool(recorded.any()) else 0.0
-    if awake > SILENT_WITHIN:
+    awake = 1 - float(measurements.inactive[recorded].mean()) if bool(recorded.any()) else 0.0
+    if awake > INACTIVE_WITHIN:
         problem = (
-            f"{awake:.2f} of the latents of {_name(sae)} that were dead in training fire in {n} of "
-            "neutral text"
+            f"a fraction {awake:.2f} of the latents of {_name(sae)} that were dead in training is "
+            f"active in {n} of neutral text"
         )
-    return [*found, Compared(*dead, share, no_fewer, _verdict(problem), problem)]
+    return [*found, Comparison(*dead, share, no_fewer, _verdict(problem), problem)]
 
 
 def _expected_norm(sae: SparseAutoencoder) -> float | None:
-    """The mean norm that its input scaling was made for; None where none is said."""
-    if said := sae.metadata.get("expected_norm"):
-        return float(said)
+    """The mean norm that its input scaling was made for; None where that is not known."""
+    if expected := sae.metadata.get("expected_norm"):
+        return float(expected)
     if (
         sae.settings.normalize_activations != "expected_average_only_in"
         or sae.settings.norm_factor is None
@@ -178,35 +188,35 @@ def _expected_norm(sae: SparseAutoencoder) -> float | None:
     return sae.d_in**0.5 / sae.settings.norm_factor
 
 
-def _norm(sae: SparseAutoencoder, seen: Seen) -> Compared:
+def _norm(sae: SparseAutoencoder, measurements: Measurements) -> Comparison:
     expected, tolerance = _expected_norm(sae), f"within a factor of {NORM_FACTOR:g}"
-    about = ("mean norm of the vectors read", "mean_norm", seen.mean_norm)
+    about = ("mean norm of the vectors read", "mean_norm", measurements.mean_norm)
     if expected is None:
-        return Compared(*about, None, tolerance, _UNKNOWN)
+        return Comparison(*about, None, tolerance, _UNKNOWN)
     problem = None
-    if not expected / NORM_FACTOR <= seen.mean_norm <= expected * NORM_FACTOR:
+    if not expected / NORM_FACTOR <= measurements.mean_norm <= expected * NORM_FACTOR:
         problem = (
             f"{_name(sae)} was scaled for vectors of mean norm {expected:.4g}, and at "
-            f"{sae.hookpoint.name} they have {seen.mean_norm:.4g} on neutral text: is it an SAE of "
-            "this very model and stream, and its scaling factor its own?"
+            f"{sae.hookpoint.name} it is {measurements.mean_norm:.4g} on neutral text; "
+            "check that the SAE was trained on this model and stream, and its scaling factor"
         )
-    return Compared(*about, expected, tolerance, _verdict(problem), problem)
+    return Comparison(*about, expected, tolerance, _verdict(problem), problem)
 
 
-def problems(found: Sequence[Compared]) -> list[str]:
+def problems(comparisons: Sequence[Comparison]) -> list[str]:
     """One line for each quantity that differs."""
-    return [c.problem for c in found if c.problem is not None]
+    return [c.problem for c in comparisons if c.problem is not None]
 
 
 def ordinary(rows: Tensor, special: Tensor) -> Tensor:
-    """The rows that are no special tokens; all where every one is."""
+    """The rows that are not special tokens; all rows where every one is special."""
     return rows[~special] if not bool(special.all()) else rows
 
 
 POOR = 0.4
-"""Explained variance below which an SAE is said not to fit."""
+"""Explained variance below which an SAE is reported not to fit."""
 BETTER = 0.1
-"""By how much another reading must be better to be named as the cause."""
+"""How much better another reading must be to be reported as the cause."""
 N_ROWS = 1024
 
 
@@ -216,7 +226,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """What was measured, and what it says."""
+    """Result of `check_fit`."""
 
     l0: float
     explained_variance: float
@@ -224,10 +234,10 @@ class Fit:
     """Explained variance under other readings: neighbouring layers, scaled, centred, no BOS."""
     problems: list[str] = field(default_factory=list)
     """One line each; empty where the SAE fits."""
-    seen: Seen | None = None
-    """What its catalogue and files are compared with: the same without special tokens."""
-    compared: list[Compared] = field(default_factory=list)
-    """Beside what they say."""
+    measurements: Measurements | None = None
+    """The same at ordinary tokens only, and what published values are compared with."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    """Comparisons with the values of the catalogue and of the SAE's files."""
 
 
 @torch.inference_mode()
@@ -238,11 +248,17 @@ def check_fit(
     neighbours: Mapping[Hookpoint, Float[Tensor, "_ d"] | Pair],
     target: Float[Tensor, "n d_out"] | None = None,
 ) -> Fit:
-    """Compare the SAE's reading of `acts` with its reading of what may have been meant instead.
+    """Measure how well the SAE reconstructs `acts`, and whether another reading fits better.
 
-    `special`: which rows are special tokens. `neighbours`: ordinary rows one layer down and up; of
-    a transcoder both streams there, and `target` is the stream that it predicts at its own.
-    Explained variance as in REFERENCE.md, section 3.
+    Other readings are a neighbouring layer, scaled or centred inputs, and inputs without special
+    tokens. Explained variance is 1 - sum |x - x_hat|² / sum |x - mean x|².
+
+    Args:
+        sae: the SAE or transcoder.
+        acts: rows of the stream that it encodes.
+        special: which rows are special tokens.
+        neighbours: ordinary rows one layer down and up; pairs of both streams for a transcoder.
+        target: the stream that a transcoder predicts, at the same rows.
     """
     step = max(1, len(acts) // N_ROWS)
 
@@ -250,22 +266,22 @@ def check_fit(
         return rows[::step].to(sae.device, torch.float32)
 
     x, mark = some(acts), special[::step].to(sae.device)
-    aim = x if target is None else some(target)
-    features, own = _read(sae, x, aim)
+    expected = x if target is None else some(target)
+    features, own = _read(sae, x, expected)
     l0 = float((features != 0).sum(-1).float().mean())
-    plain, plain_aim = ordinary(x, mark), ordinary(aim, mark)
+    plain, plain_target = ordinary(x, mark), ordinary(expected, mark)
     active = ordinary(features, mark)
-    seen = measured(sae, plain, plain_aim, active, sae.decode(active, plain).float())
-    found = compared(sae, seen)
+    measurements = measure(sae, plain, plain_target, active, sae.decode(active, plain).float())
+    comparisons = compare(sae, measurements)
     others = {}
     for hookpoint, near in neighbours.items():
         there = (near, near) if isinstance(near, Tensor) else near
         others[f"at {hookpoint.name}"] = _read(sae, *map(some, there))[1]
     if bool(mark.any()) and not bool(mark.all()):
-        others["without special tokens"] = _read(sae, x[~mark], aim[~mark])[1]
+        others["without special tokens"] = _read(sae, x[~mark], expected[~mark])[1]
     if sae.is_transcoder:
-        told = [*_problems(sae, own, others), *problems(found)]
-        return Fit(l0, own, others, told, seen, found)
+        messages = [*_problems(sae, own, others), *problems(comparisons)]
+        return Fit(l0, own, others, messages, measurements, comparisons)
     if sae.settings.normalize_activations == "none":
         factor = sae.d_in**0.5 / float(x.norm(dim=-1).mean())
         others["scaled to norm sqrt(d_in)"] = _changed(
@@ -274,8 +290,8 @@ def check_fit(
     if not sae.settings.centre:
         mean = x.mean(-1, keepdim=True)
         others["centred"] = _changed(sae, x, lambda v: v - mean, lambda v: v + mean)
-    told = [*_problems(sae, own, others), *problems(found)]
-    return Fit(l0, own, others, told, seen, found)
+    messages = [*_problems(sae, own, others), *problems(comparisons)]
+    return Fit(l0, own, others, messages, measurements, comparisons)
 
 
 def _read(sae: SparseAutoencoder, x: Tensor, target: Tensor) -> tuple[Tensor, float]:

@@ -139,12 +139,12 @@ def test_recorded_frequencies_are_compared(cache, altered, tmp_path, fits):
     frequency = torch.full((256,), 0.2)
     if fits:
         own = checked(cache, tmp_path / "first", "layer=2")[2]
-        dead = round(own["check/silent_fraction"] * 256)
+        dead = round(own["check/inactive_fraction"] * 256)
         frequency[:dead] = 1e-7
     recorded(tmp_path / "sae", frequency)
     notes, table, metrics, _ = checked(cache, tmp_path / "run", *words)
     [silent] = [q for q in table.index if q.startswith("share of latents that never fire in")]
-    gap = metrics["check/silent_fraction"] - metrics["check/expected_silent_fraction"]
+    gap = metrics["check/inactive_fraction"] - metrics["check/expected_inactive_fraction"]
     told = [n for n in notes if "recorded in training" in n]
     assert (abs(gap) <= 0.25) == fits
     assert table["verdict"].to_dict()[silent] == ("fits" if fits else "differs")
@@ -178,8 +178,8 @@ def test_a_release_is_held_against_its_catalogue(
     notes, table, metrics, _ = checked(cache, tmp_path / "run", *words)
     assert metrics["check/expected_explained_variance"] == 0.999
     assert metrics["check/expected_l0"] == l0
-    assert "check/expected_silent_fraction" in metrics
-    told = [n for n in notes if "its catalogue says 1.00, more than 0.2 above" in n]
+    assert "check/expected_inactive_fraction" in metrics
+    told = [n for n in notes if "the catalogue reports 1.00, more than 0.2 above" in n]
     assert table.loc["explained variance", "verdict"] == ("differs" if harm else "fits")
     assert bool(told) == bool(harm)
     # A problem is what sae.check=error stops at.

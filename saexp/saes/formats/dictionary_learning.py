@@ -146,11 +146,11 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
-        raise SAEError(f"{file} is no plain file of tensors ({reason})") from error
+        raise SAEError(f"{file} is not a plain file of tensors ({reason})") from error
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in found.items()
     ):
-        raise SAEError(f"{file} is no plain file of tensors; it holds other objects too")
+        raise SAEError(f"{file} is not a plain file of tensors; it holds other objects too")
     for name, tensor in found.items():
         check_type(name, tensor, str(file))
     return found
@@ -220,8 +220,8 @@ def _hookpoint(folder: Path, trainer: Config, stream: str | None, label: str) ->
     by_folder = next((p for p in folders if p and p[1] is not None), None)
     if name and by_name is None and stream is None:
         raise SAEError(
-            f"{label}: its config has submodule_name '{name}', which is no stream saexp knows; "
-            "set sae.stream=resid_post, mlp_out …"
+            f"{label}: its config has submodule_name '{name}', which is not a stream that "
+            "saexp knows; set sae.stream=resid_post, mlp_out …"
         )
     places = [p for p in (by_name, by_folder) if p]
     streams = {s for s, _ in places} or ({stream} if stream else set())

@@ -145,9 +145,9 @@ def read_config(file: Path) -> Config:
     try:
         values = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SAEError(f"{file} is no JSON ({brief(str(error), 120)})") from error
+        raise SAEError(f"{file} is not valid JSON ({brief(str(error), 120)})") from error
     if not isinstance(values, dict):
-        raise SAEError(f"{file} is no JSON object")
+        raise SAEError(f"{file} is not a JSON object")
     return Config(values, file)
 
 
@@ -156,9 +156,9 @@ def read_yaml(file: Path) -> Config:
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SAEError(f"{file} is no YAML ({brief(str(error), 120)})") from error
+        raise SAEError(f"{file} is not valid YAML ({brief(str(error), 120)})") from error
     if not isinstance(values, dict):
-        raise SAEError(f"{file} is no YAML mapping")
+        raise SAEError(f"{file} is not a YAML mapping")
     return Config(values, file)
 
 
@@ -167,7 +167,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except _UNREADABLE as error:
-        raise SAEError(f"{file} is no safetensors file ({brief(str(error), 120)})") from error
+        raise SAEError(f"{file} is not a safetensors file ({brief(str(error), 120)})") from error
     for name, tensor in tensors.items():
         check_type(name, tensor, str(file))
     return tensors

@@ -75,7 +75,7 @@ def load_gemma_scope(file: Path, streams: Streams, metadata: dict[str, Any]) -> 
             parameters = {n: torch.from_numpy(np.asarray(arrays[n])) for n in arrays}
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
-        raise SAEError(f"{file} is no npz file of plain arrays ({reason})") from error
+        raise SAEError(f"{file} is not an npz file of plain arrays ({reason})") from error
     for name, tensor in parameters.items():
         check_type(name, tensor, str(file))
     parameters = {name: tensor.float() for name, tensor in parameters.items()}
@@ -229,7 +229,9 @@ def _streams_in_config(cfg: Config, label: str) -> Streams | None:
 def _stream_of_module(name: str, label: str) -> Hookpoint:
     module = re.search(r"(?:^|\.)layers\.(\d+)\.([\w.]+)$", name)
     if not module or module[2] not in _MODULES:
-        raise SAEError(f"{label}: its config names '{name}', which is no hookpoint saexp knows")
+        raise SAEError(
+            f"{label}: its config names '{name}', which is not a hookpoint that saexp knows"
+        )
     return Hookpoint(int(module[1]), _MODULES[module[2]])
 
 

@@ -118,7 +118,7 @@ def recorded_frequencies(file: str | Path) -> Tensor:
     check_values(tensors, str(file))
     found = list(tensors.values())
     if len(found) != 1 or found[0].ndim != 1 or bool((found[0] > _ROUNDING).any()):
-        raise SAEError(f"{file} holds no list of log10 frequencies, one per latent")
+        raise SAEError(f"{file} does not hold one log10 frequency per latent")
     return (10 ** found[0].double() - 1e-10).clamp(min=0, max=1)
 
 

@@ -100,7 +100,7 @@ def _module(folder: Path) -> Hookpoint | None:
 def _input_of(out: Hookpoint, label: str) -> Hookpoint:
     if out.stream not in _INPUT_OF:
         raise SAEError(
-            f"{label} is a transcoder of {out.name}, whose input is no stream saexp knows; "
+            f"{label} is a transcoder of {out.name}, whose input is not a stream that saexp knows; "
             "it reads those of MLPs and of whole blocks"
         )
     return Hookpoint(out.layer, _INPUT_OF[out.stream])

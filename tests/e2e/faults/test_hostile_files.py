@@ -73,12 +73,12 @@ def test_hostile_pickles_are_not_run(model: Path, tmp_path: Path) -> None:
     about = {"dict_class": "AutoEncoder", "layer": 2, "submodule_name": "resid_post_layer_2"}
     (tmp_path / "trainer/config.json").write_text(json.dumps({"trainer": about}))
     found = line(tmp_path, "sae=local", "sae.path=trainer", "layer=2")
-    assert found.startswith("trainer/ae.pt is no plain file of tensors (")
+    assert found.startswith("trainer/ae.pt is not a plain file of tensors (")
     place = tmp_path / "layer_2/params.npz"
     place.parent.mkdir()
     np.savez(place, W_enc=np.array([Hostile(proof)], dtype=object))
     npz = ("sae=local", "sae.path=layer_2/params.npz", "layer=2", "sae.stream=resid_post")
-    assert "is no npz file of plain arrays (" in line(tmp_path, *npz)
+    assert "is not an npz file of plain arrays (" in line(tmp_path, *npz)
     (model / "model.safetensors").unlink()
     torch.save({"x": Hostile(proof)}, model / "pytorch_model.bin")
     found = line(tmp_path, "model=hf", "model.name=model", "sae=random", "layer=2")

@@ -141,7 +141,7 @@ def test_where_it_belongs(
         (
             "x",
             {"submodule_name": "gate"},
-            "submodule_name 'gate', which is no stream saexp knows; set",
+            "submodule_name 'gate', which is not a stream that saexp knows; set",
         ),
         (
             "x",
@@ -205,8 +205,8 @@ def without(kind: str, name: str) -> dict[str, Tensor]:
             {**dictionary("AutoEncoder"), "more": torch.ones(1)},
             "its files hold 'more'",
         ),
-        ("AutoEncoder", [1, 2], "ae.pt is no plain file of tensors; it holds other objects too"),
-        ("AutoEncoder", {"state": {}}, "ae.pt is no plain file of tensors; it holds other obj"),
+        ("AutoEncoder", [1, 2], "ae.pt is not a plain file of tensors; it holds other objects too"),
+        ("AutoEncoder", {"state": {}}, "ae.pt is not a plain file of tensors; it holds other obj"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path: Path, kind: str, tensors: Any, message: str) -> None:
@@ -228,7 +228,7 @@ def test_no_pickle_runs_anything(tmp_path: Path) -> None:
     sound = write_dictionary(tmp_path / "sound", "AutoEncoder")
     assert saexp.load_sae(sound / "ae.pt").hookpoint == AT
     trapped = {**dictionary("AutoEncoder"), "x": Boobytrap(tmp_path / "sprung")}
-    with pytest.raises(SAEError, match=r"ae.pt is no plain file of tensors \(") as caught:
+    with pytest.raises(SAEError, match=r"ae.pt is not a plain file of tensors \(") as caught:
         saexp.load_sae(write_dictionary(tmp_path / "bad", "AutoEncoder", tensors=trapped))
     assert not (tmp_path / "sprung").exists()
     assert "\n" not in str(caught.value)
@@ -240,7 +240,7 @@ def test_no_pickle_runs_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 cut off", b"\x80\x02cut"])
 def test_damaged(tmp_path: Path, content: bytes) -> None:
     (write_dictionary(tmp_path, "AutoEncoder") / "ae.pt").write_bytes(content)
-    with pytest.raises(SAEError, match=r"ae.pt is no plain file of tensors \("):
+    with pytest.raises(SAEError, match=r"ae.pt is not a plain file of tensors \("):
         saexp.load_sae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(SAEError, match="config.json has no 'trainer', which says what kind of SAE"):

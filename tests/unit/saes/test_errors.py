@@ -122,13 +122,13 @@ def test_saelens_files(folder: Path) -> None:
     with pytest.raises(SAEError, match="its files hold 'scaling_factor', which saexp cannot apply"):
         saexp.load_sae(folder)
     (folder / "sae_weights.safetensors").write_bytes(b"cut off")
-    with pytest.raises(SAEError, match=r"sae_weights.safetensors is no safetensors file \("):
+    with pytest.raises(SAEError, match=r"sae_weights.safetensors is not a safetensors file \("):
         saexp.load_sae(folder)
     (folder / "cfg.json").write_text("[1]")
-    with pytest.raises(SAEError, match="cfg.json is no JSON object"):
+    with pytest.raises(SAEError, match="cfg.json is not a JSON object"):
         saexp.load_sae(folder)
     (folder / "cfg.json").write_text("{")
-    with pytest.raises(SAEError, match=r"cfg.json is no JSON \("):
+    with pytest.raises(SAEError, match=r"cfg.json is not valid JSON \("):
         saexp.load_sae(folder)
 
 
@@ -178,7 +178,8 @@ def test_paths(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         SAEError,
-        match="empty is no SAE saexp knows: expected cfg.json with sae_weights.safetensors, "
+        match="empty is not an SAE in a format that saexp reads: expected cfg.json with "
+        "sae_weights.safetensors, "
         "hyperparams.json with checkpoints/final.safetensors, or params.npz",
     ):
         local(tmp_path / "empty")
@@ -199,14 +200,16 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
         saexp.load_sae(file.parent)
     objects = write_npz(tmp_path / "layer_3" / "params.npz", {})
     np.savez(objects, W_enc=np.array([{}], dtype=object))
-    with pytest.raises(SAEError, match=r"params.npz is no npz file of plain arrays \(Object arr"):
+    with pytest.raises(
+        SAEError, match=r"params.npz is not an npz file of plain arrays \(Object arr"
+    ):
         saexp.load_sae(objects.parent, layer=3, stream="resid_post")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut off"])
 def test_damaged_npz(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.npz").write_bytes(content)
-    with pytest.raises(SAEError, match=r"params.npz is no npz file of plain arrays \("):
+    with pytest.raises(SAEError, match=r"params.npz is not an npz file of plain arrays \("):
         saexp.load_sae(tmp_path, layer=3, stream="resid_post")
 
 

@@ -12,18 +12,18 @@ from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.formats.saelens import recorded_frequencies
 from saexp.saes.loading import load_sae
 from saexp.saes.sae import SAESettings, SparseAutoencoder
-from saexp.saes.validation import Compared, Fit, check_fit
+from saexp.saes.validation import Comparison, Fit, check_fit
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, points, sae, write_saelens
 
 N = 600
-UNKNOWN = {"l0", "explained_variance", "silent_fraction", "dead_fraction", "mean_norm"}
+UNKNOWN = {"l0", "explained_variance", "inactive_fraction", "dead_fraction", "mean_norm"}
 
 
-def looked_at(one: SparseAutoencoder, **metadata: Any) -> tuple[Fit, dict[str, Compared]]:
+def looked_at(one: SparseAutoencoder, **metadata: Any) -> tuple[Fit, dict[str, Comparison]]:
     """At random points, with what its catalogue would say."""
     one.metadata |= metadata
     fit = check_fit(one, points(N, D_IN), torch.zeros(N, dtype=torch.bool), {})
-    return fit, {c.name: c for c in fit.compared}
+    return fit, {c.name: c for c in fit.comparisons}
 
 
 def told(fit: Fit, words: str) -> list[str]:
@@ -44,14 +44,14 @@ def test_here_is_what_the_formulas_give() -> None:
     features = one.encode(x.float()).double()
     error = x - one.decode(features.float()).double()
     spread = x - x.mean(0)
-    seen = looked_at(one)[0].seen
+    seen = looked_at(one)[0].measurements
     assert seen is not None
     legacy = (1 - (error**2).sum(1) / (spread**2).sum(1)).mean()
     found = {
         seen.l0: (features > 0).sum(1).double().mean(),
         seen.explained_variance: 1 - (error**2).mean() / (spread**2).mean(),
         seen.explained_variance_legacy: legacy,
-        seen.silent_fraction: ((features > 0).sum(0) == 0).double().mean(),
+        seen.inactive_fraction: ((features > 0).sum(0) == 0).double().mean(),
         seen.mean_norm: (x**2).sum(1).sqrt().mean(),
     }
     for ours, theirs in found.items():
@@ -61,7 +61,7 @@ def test_here_is_what_the_formulas_give() -> None:
 
 @pytest.mark.parametrize(("by", "verdict"), [(2.9, "fits"), (3.1, "differs"), (1 / 3.1, "differs")])
 def test_l0_within_a_factor_of_three(by: float, verdict: str) -> None:
-    l0 = looked_at(sae("jumprelu"))[1]["l0"].here
+    l0 = looked_at(sae("jumprelu"))[1]["l0"].measured
     fit, found = looked_at(sae("jumprelu"), expected_l0=l0 * by)
     assert found["l0"].verdict == verdict
     assert bool(told(fit, "active latents a token at layer_3.resid_post")) == (verdict == "differs")
@@ -71,13 +71,13 @@ def test_l0_within_a_factor_of_three(by: float, verdict: str) -> None:
 @pytest.mark.parametrize(("above", "verdict"), [(0.19, "fits"), (0.21, "differs"), (-3.0, "fits")])
 def test_explained_variance_at_most_a_fifth_below(above: float, verdict: str, legacy: bool) -> None:
     """By whichever of the two definitions is nearer."""
-    seen = looked_at(sae("jumprelu"))[0].seen
+    seen = looked_at(sae("jumprelu"))[0].measurements
     assert seen is not None
     pair = (seen.explained_variance, seen.explained_variance_legacy)
     nearer = max(pair) if above > 0 else pair[legacy]
     fit, found = looked_at(sae("jumprelu"), expected_explained_variance=nearer + above)
     assert found["explained_variance"].verdict == verdict
-    assert bool(told(fit, "its catalogue says")) == (verdict == "differs")
+    assert bool(told(fit, "the catalogue reports")) == (verdict == "differs")
 
 
 @pytest.mark.parametrize(("by", "verdict"), [(1.9, "fits"), (2.1, "differs"), (1 / 2.1, "differs")])
@@ -110,8 +110,8 @@ def half_silent() -> SparseAutoencoder:
     [
         (0.0, 0.3, None),
         (1e-5, 0.3, None),
-        (0.3, 0.3, "by the frequencies recorded in training 0.00 would not"),
-        (0.0, 0.0, "that were dead in training fire in 600 positions"),
+        (0.3, 0.3, "the frequencies recorded in training predict 0.00"),
+        (0.0, 0.0, "that were dead in training is active in 600 positions"),
     ],
 )
 def test_dead_latents_as_recorded(
@@ -126,8 +126,8 @@ def test_dead_latents_as_recorded(
         recorded_frequencies(file), frequency.double(), rtol=1e-4, atol=1e-12
     )
     fit, found = looked_at(half_silent(), frequencies=str(file))
-    silent, dead = found["silent_fraction"], found["dead_fraction"]
-    assert silent.here == 0.5
+    silent, dead = found["inactive_fraction"], found["dead_fraction"]
+    assert silent.measured == 0.5
     assert silent.expected == pytest.approx(float((1 - frequency.double()).pow(N).mean()), abs=1e-6)
     assert dead.expected == float((frequency == 0).float().mean())
     assert "600 positions" in dead.quantity
@@ -145,12 +145,12 @@ def test_a_saelens_folder_brings_its_frequencies(tmp_path: Any) -> None:
     loaded = load_sae(folder)
     assert loaded.metadata["frequencies"] == str(file)
     assert loaded.metadata["prepend_bos"] is False
-    assert looked_at(loaded)[1]["silent_fraction"].verdict != "unknown"
+    assert looked_at(loaded)[1]["inactive_fraction"].verdict != "unknown"
     save_file({"sparsity": torch.full((D_SAE - 1,), -1.0)}, file)
     with pytest.raises(SAEError, match=f"has {D_SAE - 1} frequencies and .* has {D_SAE} latents"):
         looked_at(loaded)
     save_file({"sparsity": torch.ones(2, 2)}, file)
-    with pytest.raises(SAEError, match="holds no list of log10 frequencies"):
+    with pytest.raises(SAEError, match="does not hold one log10 frequency per latent"):
         looked_at(loaded)
 
 

@@ -106,7 +106,7 @@ def test_moved_without_a_config(tmp_path: Path) -> None:
         (
             RESID,
             {"hf_hook_point_in": "model.layers.3.mlp.gate"},
-            "its config names 'model.layers.3.mlp.gate', which is no hookpoint saexp knows",
+            "its config names 'model.layers.3.mlp.gate', which is not a hookpoint that saexp knows",
         ),
         (RESID, {"affine_connection": True}, "affine_connection, but 'affine_skip_connection' is"),
         (RESID, {"architecture": "topk"}, "config.json: architecture 'topk' is not supported; Gem"),
@@ -139,10 +139,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     ):
         saexp.load_sae(write_gemma2(tmp_path / RESID, p), layer=5)
     (tmp_path / RESID / "params.safetensors").write_bytes(b"cut off")
-    with pytest.raises(SAEError, match=r"params.safetensors is no safetensors file \("):
+    with pytest.raises(SAEError, match=r"params.safetensors is not a safetensors file \("):
         saexp.load_sae(tmp_path / RESID)
     (tmp_path / RESID / "config.json").write_text("{")
-    with pytest.raises(SAEError, match=r"config.json is no JSON \("):
+    with pytest.raises(SAEError, match=r"config.json is not valid JSON \("):
         saexp.load_sae(tmp_path / RESID)
 
 

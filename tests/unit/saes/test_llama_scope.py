@@ -70,8 +70,8 @@ def test_folders_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], messag
 def test_damaged(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "sae")
     (folder / "checkpoints" / "final.safetensors").write_bytes(b"cut off")
-    with pytest.raises(SAEError, match=r"final.safetensors is no safetensors file \("):
+    with pytest.raises(SAEError, match=r"final.safetensors is not a safetensors file \("):
         saexp.load_sae(folder)
     (folder / "hyperparams.json").write_text("{")
-    with pytest.raises(SAEError, match=r"hyperparams.json is no JSON \("):
+    with pytest.raises(SAEError, match=r"hyperparams.json is not valid JSON \("):
         saexp.load_sae(folder)

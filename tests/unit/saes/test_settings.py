@@ -113,14 +113,16 @@ def test_configs_that_are_no_object(form: str, content: bytes, tmp_path: Path) -
         return
     place = write(tmp_path)
     (place / config).write_bytes(content)
-    assert line_of(place).startswith(f"{place / config} is no JSON")
+    assert line_of(place).startswith(f"{place / config} is not valid JSON")
     (place / config).unlink()
     (place / config).mkdir()
     if form == "Gemma Scope 2":
         # Its folder's name has it all; some on the hub have no config.
         assert saexp.load_sae(place).d_sae == D_SAE
     else:
-        assert "is no SAE saexp knows" in line_of(place) or "pickle" in line_of(place)
+        assert "is not an SAE in a format that saexp reads" in line_of(
+            place
+        ) or "pickle" in line_of(place)
 
 
 ANY = st.recursive(

@@ -172,7 +172,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(SAEError, match="'W_skip', which saexp cannot apply in a topk SAE"):
         saexp.load_sae(write_sparsify(folder, made(True), skip_connection=True))
     (folder / "sae.safetensors").write_bytes(b"cut off")
-    with pytest.raises(SAEError, match=r"sae.safetensors is no safetensors file \("):
+    with pytest.raises(SAEError, match=r"sae.safetensors is not a safetensors file \("):
         saexp.load_sae(folder)
 
 

@@ -170,9 +170,9 @@ def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: P
         ("topk", {"dtype": "float16"}, "dtype: set by layer, task.streams, width and sae_tr"),
         ("batchtopk_transcoder", {"kk": 3}, "a batchtopk transcoder has no such option; did you"),
         ("batchtopk_transcoder", {"skip": "maybe"}, "skip=maybe is neither true nor false"),
-        ("batchtopk_transcoder", {"k": "many"}, "options.k=many is no number"),
+        ("batchtopk_transcoder", {"k": "many"}, "options.k=many is not a number"),
         ("batchtopk_transcoder", {"k": 0}, "k=0 leaves no latent active; type a k such as 16"),
-        ("topk", {"k": 2.5}, "options.k=2.5 is no whole number"),
+        ("topk", {"k": 2.5}, "options.k=2.5 is not a whole number"),
         ("topk", {}, "options.k=100 is above width=40"),
         ("standard", {"l1_coefficient": True}, "l1_coefficient=True is no number"),
         (

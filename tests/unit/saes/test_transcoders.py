@@ -412,8 +412,8 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
     ("change", "message"),
     [
         ({"config.yaml": "model_kind: x"}, "config.yaml: 'feature_input_hook' is missing"),
-        ({"config.yaml": "a: ["}, "is no YAML"),
-        ({"config.yaml": "- a"}, "config.yaml is no YAML mapping"),
+        ({"config.yaml": "a: ["}, "is not valid YAML"),
+        ({"config.yaml": "- a"}, "config.yaml is not a YAML mapping"),
         (
             {"config.yaml": "feature_input_hook: [3]\nfeature_output_hook: hook_mlp_out"},
             r"config.yaml: feature_input_hook is \[3\], not text",

@@ -166,7 +166,7 @@ def test_damaged_weights(form: str, damage: str, tmp_path: Path) -> None:
     if damage == "longer" and form in ("Gemma Scope", "dictionary_learning"):
         # A zip archive is read from its end, which may have something behind it.
         return
-    assert line_of(place).startswith(f"{place / weights} is no ")
+    assert line_of(place).startswith(f"{place / weights} is not a")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_absurd_headers(header: Any, tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     file = place / "sae_weights.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    assert line_of(place).startswith(f"{file} is no safetensors file (")
+    assert line_of(place).startswith(f"{file} is not a safetensors file (")
 
 
 @EVERY
@@ -244,12 +244,12 @@ class Hostile:
 def test_hostile_pickles_are_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "it ran"
     place = write_dictionary(tmp_path / "t", "AutoEncoder", tensors={"bias": Hostile(proof)})
-    assert line_of(place).startswith(f"{place / 'ae.pt'} is no plain file of tensors (")
+    assert line_of(place).startswith(f"{place / 'ae.pt'} is not a plain file of tensors (")
     (place / "ae.pt").write_bytes(pickle.dumps(Hostile(proof)))
-    assert line_of(place).startswith(f"{place / 'ae.pt'} is no plain file of tensors (")
+    assert line_of(place).startswith(f"{place / 'ae.pt'} is not a plain file of tensors (")
     assert not proof.exists()
     np.savez(tmp_path / "params.npz", W_enc=np.array([Hostile(proof)], dtype=object))
-    with pytest.raises(SAEError, match="is no npz file of plain arrays"):
+    with pytest.raises(SAEError, match="is not an npz file of plain arrays"):
         saexp.load_sae(tmp_path / "params.npz", layer=3, stream="resid_post")
     assert not proof.exists()
 
@@ -257,8 +257,8 @@ def test_hostile_pickles_are_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.tensor([0.5, -2.0]), "holds no list of log10 frequencies"),
-        (torch.ones(2, 2), "holds no list of log10 frequencies"),
+        (torch.tensor([0.5, -2.0]), "does not hold one log10 frequency per latent"),
+        (torch.ones(2, 2), "does not hold one log10 frequency per latent"),
         (torch.tensor([torch.nan, -2.0]), "holds 1 NaN of 2 values"),
         (torch.ones(2, dtype=torch.int8), "is stored as int8"),
     ],
