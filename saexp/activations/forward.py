@@ -67,7 +67,7 @@ class Past:
 def empty_past(model: LanguageModel) -> Any:
     """A cache that a forward pass fills; None for a model whose rows it would not hold alone."""
     about = model.text_config
-    if not model.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
+    if not model.observed.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
         return None
     if "past_key_values" not in inspect.signature(type(model.hf).forward).parameters:
         return None
@@ -96,14 +96,16 @@ def settle(
     far = max(_distance(a.double(), b.double()) for a, b in pairs)
     kinds = (model.dtype, pairs[0][0].dtype)
     if far <= max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds):
-        model.prefixes_compared = max(model.prefixes_compared, depth(hookpoints, whole=True))
+        model.observed.n_blocks_compared = max(
+            model.observed.n_blocks_compared, depth(hookpoints, whole=True)
+        )
     else:
         refuse(model, f"other values (by {far:.1g} of their norm)")
 
 
 def refuse(model: LanguageModel, gives: str) -> None:
     """Forward every text of the model whole from here on, with a warning."""
-    model.shares_prefixes = False
+    model.observed.shares_prefixes = False
     log.warning(
         "%s gives %s where texts share their beginning; every text is forwarded whole",
         model.name,
@@ -390,7 +392,7 @@ class _Forward:
         if past.cache is None:
             return None
         rows = [r for unit in todo for r in unit.rows if r[1] < n_shared]
-        trusted = depth(self.hookpoints, whole=False) <= self.model.prefixes_compared
+        trusted = depth(self.hookpoints, whole=False) <= self.model.observed.n_blocks_compared
         n_more = 0
         try:
             batch = self._run([Unit(past.ids, rows)], into=past.cache)
@@ -408,7 +410,7 @@ class _Forward:
             refuse(self.model, f"an error ({type(error).__name__}: {reason})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)
-        return (batch, past) if self.model.shares_prefixes else None
+        return (batch, past) if self.model.observed.shares_prefixes else None
 
     def _compare(self, unit: Unit, past: Past) -> int:
         """Settle whether the model can share beginnings; the tokens that this took."""

@@ -82,7 +82,7 @@ def contrast(
     cfg = _config(model, sae, place / _FILE, names, [*_words(positions), *overrides])
     if cache_dir is not None:
         cfg = replace(cfg, cache_dir=str(cache_dir))
-    began, prepend_bos = datetime.datetime.now().isoformat(timespec="seconds"), model.prepend_bos
+    began = datetime.datetime.now().isoformat(timespec="seconds")
     with holding(place):
         _write_texts(place / _FILE, dict(zip(names, (texts_a, texts_b), strict=True)))
         remember_in(cfg.cache_dir)
@@ -93,12 +93,8 @@ def contrast(
             started=began,
             inputs=frozenset({(place / _FILE).resolve()}),
         )
-        try:
-            with model.unedited():
-                result = contrast_with(cfg, context, model, sae)
-        finally:
-            # A run reads texts as the SAE was trained; other calls, as the tokenizer has it.
-            model.prepend_bos = prepend_bos
+        with model.unedited():
+            result = contrast_with(cfg, context, model, sae)
     result.path = place
     return result
 

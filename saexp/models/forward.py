@@ -136,7 +136,9 @@ def may_skip(model: LanguageModel) -> bool:
 
     A module that stands at two places would be replaced at both.
     """
-    return model.skippable and len(set(map(id, model.blocks))) == model.n_layers
+    return (
+        model.observed.blocks_can_be_skipped and len(set(map(id, model.blocks))) == model.n_layers
+    )
 
 
 def can_skip(model: LanguageModel, output: Any) -> bool:
@@ -146,8 +148,10 @@ def can_skip(model: LanguageModel, output: Any) -> bool:
     """
     stream, *rest = output if isinstance(output, tuple) else (output,)
     is_stream = isinstance(stream, Tensor) and stream.dim() == 3
-    model.skippable = is_stream and not any(isinstance(x, Tensor) for x in rest)
-    return model.skippable
+    model.observed.blocks_can_be_skipped = is_stream and not any(
+        isinstance(x, Tensor) for x in rest
+    )
+    return model.observed.blocks_can_be_skipped
 
 
 def is_plain(cache: Any) -> bool:

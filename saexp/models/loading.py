@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +24,7 @@ from transformers.utils import logging as hf_logging
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
-from saexp.hub import hub, is_path, why_absent
+from saexp.hub import hub, is_path, snapshot, why_absent
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import forget_lengths
 from saexp.models.structure import Site, broken_streams, find_blocks, find_site, needs_check
@@ -184,20 +185,28 @@ def _source(name: str) -> str:
     return name
 
 
+@dataclass
+class ObservedBehavior:
+    """What forward passes have shown about a model's code, so that it is found out once."""
+
+    blocks_can_be_skipped: bool = True
+    """False once a block returned more than the stream (`models.forward`)."""
+    shares_prefixes: bool = True
+    """False once a text behind a shared prefix had other values (`activations.forward`)."""
+    n_blocks_compared: int = 0
+    """Blocks up to which such values were compared with those of the whole text."""
+
+
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
-    `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run takes
-    it from its SAEs (`pipeline.collect`).
+    `prepend_bos` says whether texts begin with the BOS token (`data.tokenization.tokenize`); None
+    leaves that to the tokenizer. `with_bos` returns the model with another value.
     """
 
+    __slots__ = ("__dict__", "__weakref__", "prepend_bos")
+
     prepend_bos: bool | None
-    skippable = True
-    """False once a block gave something beside the stream (`models.forward`)."""
-    shares_prefixes = True
-    """False once a text behind a shared beginning had other values (`activations.forward`)."""
-    prefixes_compared = 0
-    """Blocks up to which such values were compared."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
@@ -207,6 +216,7 @@ class LanguageModel:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
+        self.observed = ObservedBehavior()
         self._hf: Any = None
         # The shipped files name every value and a plain tokenizer. The architecture's own classes
         # give the same and import all of transformers' modelling code, for 2 s of each run.
@@ -227,12 +237,28 @@ class LanguageModel:
         model.cfg = ModelConfig(name=name)
         model.name, model.source, model.in_memory, model.plain = name, name, True, False
         model.prepend_bos = None
+        model.observed = ObservedBehavior()
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
         forget_lengths(hf)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
+
+    def with_bos(self, prepend_bos: bool | None) -> "LanguageModel":
+        """This model with another `prepend_bos`: a view that shares weights, hooks and caches.
+
+        Everything but `prepend_bos` is shared, also what is loaded or computed later.
+        """
+        view = object.__new__(type(self))
+        view.__dict__ = self.__dict__
+        view.prepend_bos = prepend_bos
+        return view
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prepend_bos" and hasattr(self, name):
+            raise AttributeError("a model is immutable; use model.with_bos(...)")
+        super().__setattr__(name, value)
 
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """By transformers' class of that name, which it imports when it is first asked for."""
@@ -459,6 +485,20 @@ class LanguageModel:
         those names are used; plain files are read and hashed.
         """
         return tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
+
+    @cached_property
+    def has_local_weights(self) -> bool:
+        """Whether the weights are in memory or in files on this machine; downloads nothing."""
+        source = Path(self.source)
+        folder = source if source.is_dir() else snapshot(self.source, self.cfg.revision)
+        names = [*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS)]
+        found = folder is not None and any((folder / name).is_file() for name in names)
+        return self.in_memory or found
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """`fingerprint`; None where the weights are not on this machine."""
+        return self.fingerprint if self.has_local_weights else None
 
     @cached_property
     def _files_fingerprint(self) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 from saexp import registry
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, CollectionStats, Part
+from saexp.activations.imported import neutral_source
 from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
-from saexp.config import CollectorConfig, DatasetConfig, PositionsConfig, RunConfig
+from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
@@ -48,8 +49,8 @@ def settle_bos(
     saes: Iterable[SparseAutoencoder | Wish],
     asked: bool | None = None,
     key: str = "model.prepend_bos",
-) -> TaskResult:
-    """Set `model.prepend_bos` for the run, before its first text is tokenised; metric and notes.
+) -> tuple[LanguageModel, TaskResult]:
+    """The model with the `prepend_bos` of the run, and metric and notes.
 
     `asked`, typed as `key`, or else `model.prepend_bos` decides; without either the SAEs do, and
     the tokenizer for those that do not say. Raises ConfigError where they disagree, and where the
@@ -65,10 +66,10 @@ def settle_bos(
     if asked is None and len(set(means)) > 1:
         raise _disagreement(wishes, means)
     begins = asked if asked is not None else next(iter(means), own)
-    model.prepend_bos = asked if asked is not None else (None if begins == own else begins)
+    model = model.with_bos(asked if asked is not None else (None if begins == own else begins))
     result = TaskResult(metrics={BOS: int(begins)})
     result.notes = _notes(model, wishes, asked, key, own, has) + _of_chat(model, begins)
-    return result
+    return model, result
 
 
 def _of_chat(model: LanguageModel, begins: bool) -> list[str]:
@@ -211,12 +212,31 @@ def gather(
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
+    check_weights(cfg, model)
     settings = _changed(cfg.dataset, DatasetConfig(), _OF_TEXTS)
     found = _collected(
         cfg, model, hookpoints, examples, cfg.positions, settings=settings, ahead=ahead, part=part
     )
     left = skip_notes(found.placement.skips, len(examples))
-    return replace(found, examples=replace(found.examples, notes=[*found.examples.notes, *left]))
+    notes = [*found.examples.notes, *left, *neutral_source(cfg.collector, model)[1]]
+    return replace(found, examples=replace(found.examples, notes=notes))
+
+
+def check_weights(cfg: RunConfig, model: LanguageModel) -> None:
+    """Raise ConfigError where an intervention needs weights that imported activations lack."""
+    if not isinstance(cfg.collector, ImportedConfig) or cfg.intervention.name == "none":
+        return
+    if cfg.task.name == "analyze" and not model.has_local_weights:
+        raise ConfigError(
+            f"intervention={cfg.intervention.name} runs the model, but the weights of "
+            f"{model.name} are not on this machine; type intervention=none, or download them"
+        )
+
+
+def has_neutral(cfg: RunConfig, model: LanguageModel) -> bool:
+    """Whether there are activations of neutral text: not with imported activations of the data set
+    alone, where the model's weights are not on this machine either."""
+    return neutral_source(cfg.collector, model)[0] is not None
 
 
 def gather_background(
@@ -226,7 +246,13 @@ def gather_background(
     n_positions: int,
     ahead: Ahead = (),
 ) -> Gathered:
-    """Activations at random positions of neutral text; the examples' notes say what was cut."""
+    """Activations at random positions of neutral text; the examples' notes say what was cut.
+
+    Raises ConfigError where there is no source of them (`has_neutral`).
+    """
+    collector, notes = neutral_source(cfg.collector, model)
+    if collector is None:
+        raise ConfigError(f"{notes[0]}; type collector.neutral_path=PATH")
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
     examples = ExampleSet(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
@@ -235,7 +261,15 @@ def gather_background(
     where = PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     path = cfg.dataset.background
     settings = {} if path is None else {"background": path}
-    return _collected(cfg, model, hookpoints, examples, where, settings=settings, ahead=ahead)
+    return _collected(
+        replace(cfg, collector=collector),
+        model,
+        hookpoints,
+        examples,
+        where,
+        settings=settings,
+        ahead=ahead,
+    )
 
 
 def _collected(
@@ -248,7 +282,6 @@ def _collected(
     settings: Mapping[str, Any],
     ahead: Ahead = (),
     part: Part | None = None,
-    collector: CollectorConfig | None = None,
 ) -> Gathered:
     data = cfg.dataset
     positions = registry.build("positions", where)
@@ -278,7 +311,7 @@ def _collected(
         },
     )
     store, stats = collect(
-        registry.build("collector", collector or cfg.collector, model=model, store=cfg.store),
+        registry.build("collector", cfg.collector, model=model, store=cfg.store),
         request,
         cache_dir=cfg.cache_dir,
         verify=cfg.verify,

@@ -154,7 +154,8 @@ def data_content(cfg: RunConfig) -> list[Content] | None:
     of the hub that is out of reach."""
     transfer = cfg.analyzer.options.get("transfer")
     found = []
-    for path in (cfg.dataset.path, cfg.dataset.background, transfer):
+    imported = [getattr(cfg.collector, key, None) for key in ("path", "neutral_path")]
+    for path in (cfg.dataset.path, cfg.dataset.background, transfer, *imported):
         if path and Path(path).exists():
             found.append([(str(path), ""), *contents(Path(path))])
         elif path and path == cfg.dataset.path and cfg.dataset.name == "hf":

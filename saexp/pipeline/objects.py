@@ -45,10 +45,7 @@ def _shared(kind: str, cfg: ModelConfig | SAEConfig, **runtime: Any) -> Any:
 
 def language_model(cfg: RunConfig) -> LanguageModel:
     """The run's model; weights are read when first needed."""
-    model = _shared("model", cfg.model)
-    # An earlier run of this process may have settled it by its SAE.
-    model.prepend_bos = cfg.model.prepend_bos
-    return model
+    return _shared("model", cfg.model)
 
 
 def about_model(model: LanguageModel) -> dict[str, Any]:
@@ -56,7 +53,7 @@ def about_model(model: LanguageModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "revision": model.cfg.revision,
-        "fingerprint": model.fingerprint,
+        "fingerprint": model.known_fingerprint,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
     }
@@ -154,8 +151,10 @@ def encoded(gathered: Gathered, sae: SAE) -> tuple[Latents, StreamNumbers]:
     return latents, dict(metrics)
 
 
-def encoded_neutral(neutral: Gathered, sae: SAE) -> Latents:
-    """Latents at the ordinary positions of neutral text."""
+def encoded_neutral(neutral: Gathered | None, sae: SAE) -> Latents | None:
+    """Latents at the ordinary positions of neutral text, where there is any."""
+    if neutral is None:
+        return None
     return encoded(neutral, sae)[0].where(neutral.ordinary(streams_of(sae)).mask)
 
 
@@ -233,7 +232,7 @@ def _rows_key(rows: pd.DataFrame) -> str:
 
 def _model_key(model: LanguageModel) -> str:
     """All that decides what a model makes of a text; the config holds chat, device and dtype."""
-    parts = (repr(model.cfg), model.fingerprint, str(model.dtype), model.device.type)
+    parts = (repr(model.cfg), model.known_fingerprint, str(model.dtype), model.device.type)
     return digest_of(*parts, model.prepend_bos, model.eos_ids)
 
 

@@ -23,7 +23,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.positions import Unplaced
 from saexp.data.prompts import answer_token, space_note
 from saexp.data.tokenization import tokenize
-from saexp.errors import SAEError
+from saexp.errors import ConfigError, SAEError
 from saexp.interventions.conditions import choose_prompts, placed_prompts
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.sharing import shared
@@ -52,7 +52,7 @@ def neighbours(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> 
 def _shifted(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> list[list[Hookpoint]]:
     """Per neighbouring block: the stream, or the two of a transcoder."""
     at = [h.stored for h in sae.hookpoints]
-    if cfg.sae.check == "off" or cfg.sae.loader == "random":
+    if cfg.sae.check == "off" or cfg.sae.loader == "random" or cfg.collector.name == "imported":
         return []
     if any(h.stream == "embed" for h in at):
         return []
@@ -63,13 +63,18 @@ def _shifted(cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel) -> li
     ]
 
 
-def settle_factor(cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered) -> list[str]:
+def settle_factor(cfg: RunConfig, sae: SparseAutoencoder, neutral: Gathered | None) -> list[str]:
     """Estimate the scaling of the SAE's inputs from neutral text, where the run asks for that.
 
     Returns the notes that say so; nothing may be encoded before.
     """
     if cfg.sae.norm_factor != ESTIMATE:
         return []
+    if neutral is None:
+        raise ConfigError(
+            "sae.norm_factor=estimate needs activations of neutral text; type "
+            "collector.neutral_path=PATH, or a number"
+        )
     ordinary = neutral.ordinary(sae.hookpoints).mask
     chunks = (
         acts[torch.from_numpy(ordinary[n : n + len(acts)])]
@@ -96,7 +101,7 @@ def check_sae(
     sae: SparseAutoencoder,
     model: LanguageModel,
     gathered: Gathered,
-    neutral: Gathered,
+    neutral: Gathered | None,
 ) -> TaskResult:
     """`check/…` metrics, table `check`, and a note per problem; SAEError with sae.check=error.
 
@@ -105,7 +110,7 @@ def check_sae(
     what was measured beside what catalogue and files say (unknown where they say nothing), then
     explained variance under other readings.
     """
-    if cfg.sae.check == "off" or cfg.sae.loader == "random":
+    if cfg.sae.check == "off" or cfg.sae.loader == "random" or neutral is None:
         return TaskResult()
     own = gathered.placement.rows["token_id"].isin(model.tokenizer.all_special_ids).to_numpy()
     mark = torch.tensor(own)
@@ -191,7 +196,7 @@ def add_scores(
     table: pd.DataFrame,
     model: LanguageModel,
     sae: SparseAutoencoder,
-    background: Latents,
+    background: Latents | None,
     store_key: str,
 ) -> list[str]:
     """Give the latent table columns `input_score` and `output_score` (Arad et al. 2025).
@@ -207,6 +212,8 @@ def add_scores(
     written = sae.hookpoint_out or sae.hookpoint
     if not chosen or written.stream not in ADDED:
         return []
+    if background is None or not model.has_local_weights:
+        return ["input and output scores need the model's weights and neutral text; left out"]
     identity = sae_identity(sae)
     cache = None
     if identity is not None:

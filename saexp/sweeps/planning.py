@@ -162,6 +162,7 @@ def texts_key(cfg: RunConfig) -> str:
     Which of a set of cells share a store; the store's own key is made from what was tokenised.
     """
     parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
+    parts.append(asdict(cfg.collector))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

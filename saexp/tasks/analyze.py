@@ -12,7 +12,7 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Gathered, gather, gather_background, settle_bos
+from saexp.pipeline.collect import Gathered, gather, gather_background, has_neutral, settle_bos
 from saexp.pipeline.intervene import (
     AtLayer,
     all_of,
@@ -68,18 +68,21 @@ def contrast_with(
     with context.stage("load"):
         saes = saes_by_layer(cfg, model, sae)
         every = all_of(sae, saes)
-        settled = settle_bos(cfg, model, every)
+        model, settled = settle_bos(cfg, model, every)
     with context.stage("collect"):
         streams = [h for s in every for h in s.hookpoints]
         gathered = gather(cfg, model, streams, context.ahead)
         check_steerable(cfg, gathered.examples, model)
-        neutral = gather_background(
-            cfg,
-            model,
-            [*streams, *(h for s in every for h in neighbours(cfg, s, model) if h not in streams)],
-            cfg.analyzer.n_background,
-            with_neighbours(cfg, context.ahead),
-        )
+        neutral = None
+        if has_neutral(cfg, model):
+            near = [h for s in every for h in neighbours(cfg, s, model) if h not in streams]
+            neutral = gather_background(
+                cfg,
+                model,
+                [*streams, *near],
+                cfg.analyzer.n_background,
+                with_neighbours(cfg, context.ahead),
+            )
     with context.stage("encode"):
         gathered = replace(gathered, neutral=neutral)
         notes = settle_factor(cfg, sae, neutral)
@@ -88,8 +91,11 @@ def contrast_with(
         notes += high_norm_notes(gathered, sae, CONTRASTED)
     with context.stage("check"):
         checked = check_sae(cfg, sae, model, gathered, neutral)
-    forwarded = gathered.stats.tokens_forwarded + neutral.stats.tokens_forwarded
-    notes = [*gathered.examples.notes, *neutral.examples.notes, *notes]
+    forwarded = gathered.stats.tokens_forwarded
+    if neutral is not None:
+        forwarded += neutral.stats.tokens_forwarded
+        notes = [*neutral.examples.notes, *notes]
+    notes = [*gathered.examples.notes, *notes]
     result = TaskResult(metrics={**gathered.metrics, **stream_metrics}, notes=notes)
     result.merge(settled)
     result.merge(checked)
@@ -109,7 +115,7 @@ def contrast_with(
                     layer=sae.hookpoint.layer,
                     background=background,
                     texts=gathered.placement.texts,
-                    neutral_texts=neutral.placement.texts,
+                    neutral_texts=() if neutral is None else neutral.placement.texts,
                 ),
             )
         )
@@ -118,14 +124,14 @@ def contrast_with(
         result.tables["activations"] = _activations(latents, table)
         with context.stage("scores"):
             if cfg.analyzer.scores:
-                result.notes += add_scores(
-                    cfg, table, model, sae, background, neutral.store.path.name
-                )
+                key = "" if neutral is None else neutral.store.path.name
+                result.notes += add_scores(cfg, table, model, sae, background, key)
             if cfg.analyzer.attribution:
                 result.merge(attribution(cfg, model, sae, gathered))
     _save(cfg, context, result, gathered, model, every, forwarded)
     if cfg.intervention.name != "none" and table is not None:
         with context.stage("intervene"):
+            assert neutral is not None, "check_weights"
             own = AtLayer(sae, latents, table)
             layered, found = at_layers(cfg, saes, own, gathered, neutral, model)
             result.merge(found)

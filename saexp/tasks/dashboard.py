@@ -182,7 +182,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
     with context.stage("load"):
         model = language_model(cfg)
         sae = sparse_autoencoder(cfg, model)
-        settled = settle_bos(cfg, model, [sae])
+        model, settled = settle_bos(cfg, model, [sae])
     with context.stage("collect"):
         gathered = gather(cfg, model, sae.hookpoints, context.ahead)
         neutral = gather_background(

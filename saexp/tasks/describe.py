@@ -67,7 +67,7 @@ def describe(cfg: RunConfig, context: RunContext) -> TaskResult:
         if len(cells) == 1:
             layered = saes_by_layer(cfg, model, sparse_autoencoder(cfg, model))
         hookpoints, near, wishes = _hookpoints(cells, model, layered)
-        settled = settle_bos(cfg, model, wishes)
+        model, settled = settle_bos(cfg, model, wishes)
     with context.stage("collect"):
         gathered = gather(cfg, model, hookpoints, context.ahead)
         if not selects(cfg):

@@ -142,7 +142,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
         cells = _cells(cfg, options["widths"])
         settle = partial(settle_bos, cfg, model, asked=options["prepend_bos"], key=_BOS_KEY)
         first = wish(sparse_autoencoder(cells[0], model))
-        settled = settle([first])
+        model, settled = settle([first])
     where = Where(**{k: v for k, v in options.items() if k.endswith("_special")})
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)

@@ -159,8 +159,7 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
 
     def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:
         cfg = saexp.compose(words)
-        model = LanguageModel(cfg.model)
-        model.prepend_bos = bos
+        model = LanguageModel(cfg.model).with_bos(bos)
         found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
         inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
         analyzer = saexp.build("analyzer", cfg.analyzer)

@@ -104,8 +104,8 @@ def test_in_chat_the_ids_are_those_of_apply_chat_template(
 ) -> None:
     tokenizer = chat_tokenizers()[of]
     model = with_tokenizer(tokenizer, chat=True)
-    # As `settle_bos` sets it where the SAE decides.
-    model.prepend_bos = sae_wants_bos
+    # As `settle_bos` returns it where the SAE decides.
+    model = model.with_bos(sae_wants_bos)
     for message, tokens in zip(MESSAGES, read(model, MESSAGES), strict=True):
         assert list(tokens.ids) == by_template(tokenizer, message)
 
@@ -132,7 +132,7 @@ def test_a_note_says_where_prompts_in_chat_begin_otherwise_than_texts(
     bos = getattr(model.tokenizer, "bos_token_id", None)
     has_bos = bos is not None
     cfg = saexp.compose([])
-    notes = settle_bos(cfg, model, [("the SAE", wanted)]).notes
+    notes = settle_bos(cfg, model, [("the SAE", wanted)])[1].notes
     own = has_bos and by_template(model.tokenizer, "a")[0] == bos
     noted = [n for n in notes if n.startswith("prompts in chat begin ")]
     assert len(noted) == (own != (wanted and has_bos))

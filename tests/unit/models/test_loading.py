@@ -216,3 +216,25 @@ def test_chat_text_is_the_template_with_the_prompt_to_be_answered():
 def test_chat_without_a_template():
     message = "random-llama has no chat template; set model.chat=false"
     assert message_of(lambda: random_lm("llama").chat_text("Who?")) == message
+
+
+def test_a_view_with_another_bos_shares_weights_that_are_loaded_later(tmp_path):
+    model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
+    view = model.with_bos(True)
+    assert (model.prepend_bos, view.prepend_bos, view.with_bos(None).prepend_bos) == (
+        None,
+        True,
+        None,
+    )
+    assert view.hf is model.hf
+    assert view.blocks is model.blocks
+    with pytest.raises(AttributeError, match=r"use model.with_bos\(...\)"):
+        model.prepend_bos = True
+
+
+def test_weights_that_are_not_there_have_no_fingerprint(tmp_path):
+    cfg = save(random_hf("llama"), tmp_path / "model")
+    assert LanguageModel(cfg).known_fingerprint == LanguageModel(cfg).fingerprint
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert LanguageModel(cfg).known_fingerprint is None
+    assert LanguageModel.wrap(random_hf("llama")).has_local_weights
