@@ -1,4 +1,4 @@
-"""Partial forward passes: lower blocks computed once, and key-value caches with room to grow."""
+"""Partial forward passes, limits on the length of texts, and preallocated key-value caches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,13 @@ from saexp.models.loading import LanguageModel
 from saexp.models.rope import is_dynamic
 
 _OFFSET = 2
-"""OPT's table has two rows more than positions."""
+"""OPT's position table has two more rows than positions."""
 
 
 def context_limit(model: LanguageModel) -> int | None:
-    """Tokens that the model is made for, by its config; None where that has no end.
+    """Maximum number of tokens by the model's config; None where there is no limit.
 
-    Dynamic NTK is there for texts beyond what its config calls the maximum.
+    Dynamic NTK extends a model beyond the maximum in its config.
     """
     about = model.text_config
     limit = getattr(about, "max_position_embeddings", None)
@@ -27,13 +27,13 @@ def context_limit(model: LanguageModel) -> int | None:
 
 
 def position_limit(model: LanguageModel) -> int | None:
-    """Positions of a model that looks them up in a table (GPT-2, OPT, GPT-J); None for others.
+    """Number of positions of a model with a position table (GPT-2, OPT, GPT-J); None for others.
 
-    Rotary models read longer texts than they were made for, if badly; a table has no more rows.
+    A rotary model can read texts beyond its maximum, if badly; a table has no more rows.
     """
     about = model.text_config
     limit = getattr(about, "max_position_embeddings", None)
-    # What a config says of rotary embeddings spares reading the weights.
+    # A config with rotary parameters decides this without reading the weights.
     if limit is None or getattr(about, "rope_parameters", None):
         return None
     token: Any = model.hf.get_input_embeddings()
@@ -48,10 +48,10 @@ def position_limit(model: LanguageModel) -> int | None:
 
 
 def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str = "") -> None:
-    """Raise ModelError where a prompt of `longest` tokens and `n_new` generated ones are more than
-    the model has positions. `key` sets the number of new tokens.
+    """Raise ModelError where `longest` prompt tokens and `n_new` generated tokens exceed the
+    model's positions. `key` is the setting of the number of new tokens.
 
-    `longest` is 0 where nothing is to be run; the model is not loaded then.
+    With `longest` 0, nothing will be run and the model is not loaded.
     """
     limit = position_limit(model) if longest else None
     if limit is None or longest + n_new <= limit:
@@ -72,18 +72,18 @@ def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str
 
 
 class _Stop(Exception):
-    """Ends a forward pass after the last block wanted."""
+    """Ends a forward pass after the last requested block."""
 
 
 def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
-    """What block `n_blocks - 1` gives for the model's `inputs`; no later block and no LM head runs.
+    """Output of block `n_blocks - 1` for the model's `inputs`; no later block and no LM head runs.
 
     As the block returns it: the stream `[b, t, d]`, or a tuple that begins with it.
     """
-    found: list[Any] = []
+    outputs: list[Any] = []
 
     def stop(_m: Any, _a: Any, output: Any) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _Stop
 
     handle = model.blocks[n_blocks - 1].register_forward_hook(stop)
@@ -93,17 +93,17 @@ def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return outputs[0]
 
 
 @contextmanager
 def skipping(
     model: LanguageModel, n_blocks: int, output: Any, of_row: Int[Tensor, " b"]
 ) -> Iterator[None]:
-    """Forward passes in which the first `n_blocks` blocks don't run.
+    """Skip the first `n_blocks` blocks in forward passes while the context is open.
 
-    The last of them gives `output` instead (of `after_blocks`), row `of_row[i]` of it as row i;
-    hooks on its output are called as ever.
+    The last of them returns `output`, which `after_blocks` returned, with row `of_row[i]` as row i.
+    Hooks on its output are called as usual.
     """
     whole = output if isinstance(output, tuple) else (output,)
     stream = whole[0][of_row.to(whole[0].device)]
@@ -132,9 +132,9 @@ def skipping(
 
 
 def may_skip(model: LanguageModel) -> bool:
-    """Whether blocks can be left out: each runs once, and none was seen to give what can't be kept.
+    """Whether blocks can be skipped: each runs once, and none returned more than the stream so far.
 
-    A module that stands at two places would be replaced at both.
+    A module that is used as two blocks would be replaced in both.
     """
     return (
         model.observed.blocks_can_be_skipped and len(set(map(id, model.blocks))) == model.n_layers
@@ -142,9 +142,8 @@ def may_skip(model: LanguageModel) -> bool:
 
 
 def can_skip(model: LanguageModel, output: Any) -> bool:
-    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of.
-
-    Where it is not, the model is remembered as one whose blocks can't be left out.
+    """Whether a block's output is a stream `[b, t, d]` without other tensors, so that it can be
+    reused for other rows. Where it is not, `model.observed` records that for later passes.
     """
     stream, *rest = output if isinstance(output, tuple) else (output,)
     is_stream = isinstance(stream, Tensor) and stream.dim() == 3
@@ -155,7 +154,7 @@ def can_skip(model: LanguageModel, output: Any) -> bool:
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
+    """Whether a cache holds only keys and values, so that rows of it can be selected."""
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(
         isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers
@@ -163,22 +162,22 @@ def is_plain(cache: Any) -> bool:
 
 
 def with_room(cache: Any, n_tokens: int) -> Any:
-    """The cache, whose layers write the next `n_tokens` in place instead of copying what they hold.
+    """Give the cache space for `n_tokens` more tokens, which are then written without copying.
 
     transformers' own layers copy all keys and values for every token. Layers of other kinds, and
-    sliding windows that would fill up meanwhile, are left as they are.
+    sliding windows that would fill up, are left unchanged.
     """
     for i, layer in enumerate(getattr(cache, "layers", ())):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             continue
         window = getattr(layer, "sliding_window", None)
         if window is None or layer.get_seq_length() + n_tokens < window:
-            cache.layers[i] = _Roomy(layer, n_tokens)
+            cache.layers[i] = _PreallocatedLayer(layer, n_tokens)
     return cache
 
 
-class _Roomy(DynamicLayer):
-    """Keys and values are the front part of larger tensors."""
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer whose keys and values are the front part of larger tensors."""
 
     def __init__(self, layer: DynamicLayer, n_tokens: int) -> None:
         super().__init__()
@@ -195,21 +194,21 @@ class _Roomy(DynamicLayer):
         *args: Any,  # noqa: ARG002
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        """All that is held, `[b, heads, t, d]`, the new ones last."""
+        """All keys and values, `[b, heads, t, d]`, the new ones last."""
         assert self.keys is not None
         assert self.values is not None
         self.keys = self._extended("keys", self.keys, key_states)
         self.values = self._extended("values", self.values, value_states)
         return self.keys, self.values
 
-    def _extended(self, name: str, held: Tensor, new: Tensor) -> Tensor:
-        start, end = held.shape[-2], held.shape[-2] + new.shape[-2]
+    def _extended(self, name: str, old: Tensor, new: Tensor) -> Tensor:
+        start, end = old.shape[-2], old.shape[-2] + new.shape[-2]
         whole = self.whole.get(name)
-        # Rows that were chosen, or reordered, are no longer the front part of it.
-        same = whole is not None and held.data_ptr() == whole.data_ptr()
-        if whole is None or not same or end > whole.shape[-2] or len(held) != len(whole):
-            whole = held.new_empty((*held.shape[:2], end + self.n_tokens, held.shape[-1]))
-            whole[:, :, :start] = held
+        # After selecting or reordering rows, they are no longer the front part of it.
+        same = whole is not None and old.data_ptr() == whole.data_ptr()
+        if whole is None or not same or end > whole.shape[-2] or len(old) != len(whole):
+            whole = old.new_empty((*old.shape[:2], end + self.n_tokens, old.shape[-1]))
+            whole[:, :, :start] = old
             self.whole[name] = whole
         whole[:, :, start:end] = new
         return whole[:, :, :end]

@@ -151,7 +151,7 @@ def test_a_model_that_gives_other_values_so_is_named_and_forwarded_whole(tmp_pat
     handle.remove()
     (message,) = caplog.messages
     assert message.startswith("odd gives other values (by ")
-    assert message.endswith("share their beginning; every text is forwarded whole")
+    assert message.endswith("share a prefix; every text is forwarded whole")
     assert stats.tokens_forwarded == sum(map(len, sequences_of(MIXED)))
     whole, _ = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
     for point in POSTS:

@@ -20,7 +20,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, random_hf, random_lm, save, tokenizer
 
-LOADED = "type a hub id that is in reach or cached, or a local folder"
+LOADED = "type a hub id that is reachable or cached, or a local folder"
 
 
 @pytest.fixture()

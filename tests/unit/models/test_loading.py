@@ -128,7 +128,7 @@ def test_a_device_that_is_not_there(name):
 def test_a_wrong_name(name):
     message = message_of(lambda: LanguageModel(ModelConfig(name=name, device="cpu")))
     assert message.startswith(f"model.name={name}: its config cannot be loaded (")
-    assert message.endswith("); type a hub id that is in reach or cached, or a local folder")
+    assert message.endswith("); type a hub id that is reachable or cached, or a local folder")
 
 
 @pytest.mark.parametrize("name", ["not a name!", "owner/", "owner/na me"])
@@ -161,7 +161,7 @@ def test_weights_of_another_size(folder):
 def test_weights_that_lack_a_part_are_not_made_up(folder):
     change_config(folder, num_hidden_layers=N_LAYERS + 1)
     assert (
-        "its weights cannot be loaded (9 are not in its files, such as "
+        "its weights cannot be loaded (9 are missing in its files, such as "
         "model.layers.3.input_layernorm.weight)"
     ) in message_of(lambda: load(folder).hf)
 
@@ -183,7 +183,7 @@ def test_a_damaged_tokenizer(folder):
 
 @pytest.mark.parametrize(("layer", "better"), [(99, 2), (3, 2), (-1, 0)])
 def test_a_layer_that_is_not_there(folder, layer, better):
-    message = f"layer={layer}, but model has layers 0-2; try layer={better}"
+    message = f"layer={layer} is out of range: model has layers 0-2; try layer={better}"
     model = load(folder)
     assert message_of(lambda: model.check_layer(layer)) == message
     assert not model.loaded

@@ -221,7 +221,7 @@ def refused(match, model, directions, **options):
 class TestErrors:
     def test_width(self):
         refused(
-            "^a direction has 8 numbers, the model's stream 32$",
+            "^directions have 8 components, the model's stream 32$",
             shared_lm("gpt2"),
             torch.ones(1, 8),
         )
