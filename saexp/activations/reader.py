@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
-from saexp.activations.shards import intact
+from saexp.activations.shards import is_intact
 from saexp.files import cannot_write, locked, write_atomically
 
 
@@ -102,7 +102,7 @@ def damaged_joined(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]
     return {
         name: file
         for name, (file, entry) in files.items()
-        if file.is_file() and not intact(file, entry, hashed=True)
+        if file.is_file() and not is_intact(file, entry, hashed=True)
     }
 
 

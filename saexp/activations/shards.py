@@ -30,7 +30,7 @@ _CHECKSUM, _CHECKED = "sha256", "checked"
 written. Those of earlier versions have neither."""
 
 
-def intact(
+def is_intact(
     file: Path, entry: Mapping[str, Any], *, hashed: bool, reported: set[str] | None = None
 ) -> bool:
     """Whether a file still matches its entry (`bytes`, `sha256`); the checksum only with `hashed`.

@@ -20,7 +20,7 @@ from saexp.activations.shards import (
     MANIFEST,
     Label,
     ShardWriter,
-    intact,
+    is_intact,
     read_manifest,
     write_manifest,
 )
@@ -290,7 +290,7 @@ class ActivationStore(Marked):
 
     def _intact(self, file: Path, entry: Mapping[str, Any]) -> bool:
         hashed = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
-        return intact(file, entry, hashed=hashed, reported=self._reported)
+        return is_intact(file, entry, hashed=hashed, reported=self._reported)
 
     def missing(
         self, hookpoints: Sequence[Hookpoint], shards: Sequence[int] | None = None

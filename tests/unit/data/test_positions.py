@@ -193,7 +193,9 @@ def test_nothing_placed_at_all_is_an_error_with_every_reason():
     message = "none of 2 texts has the requested position: entity has no token; no entity span"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         placed(examples, "entity_last")
-    with pytest.raises(DataError, match="in 0 texts: the data set is empty"):
+    with pytest.raises(
+        DataError, match="none of 0 texts has the requested position: the data set is empty"
+    ):
         placed([], "all")
 
 

@@ -190,7 +190,7 @@ def test_a_layer_that_is_not_there(folder, layer, better):
 
 
 def test_a_hookpoint_of_a_layer_that_is_not_there():
-    message = "layer=3, but random-gpt2 has layers 0-2; try layer=2"
+    message = "layer=3 is out of range: random-gpt2 has layers 0-2; try layer=2"
     assert message_of(lambda: random_lm("gpt2").module(Hookpoint(3, "mlp_out"))) == message
 
 

@@ -74,7 +74,7 @@ def test_blocks_whose_parts_have_unknown_names_are_found():
 
 def test_two_lists_that_fit_are_an_error_too():
     both = nn.ModuleDict({"one": random_hf("gpt2"), "two": random_hf("gpt2")})
-    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks; say"):
+    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks; type"):
         find_blocks(both, N_LAYERS)
 
 

@@ -232,7 +232,9 @@ class TestErrors:
         refused("^a direction .* (all zeros|not finite)$", shared_lm("gpt2"), directions)
 
     def test_layer(self):
-        refused("^layer=3, but .* has layers 0-2", shared_lm("gpt2"), ONE, layers=[0, 3])
+        refused(
+            "^layer=3 is out of range: .* has layers 0-2", shared_lm("gpt2"), ONE, layers=[0, 3]
+        )
 
     def test_mixture_of_experts(self, monkeypatch):
         moe = {**ARCHITECTURES["llama"][1], "num_local_experts": 2, "num_experts_per_tok": 1}
