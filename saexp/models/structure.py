@@ -1,11 +1,13 @@
-"""Finds blocks, token mixers, MLPs and norms of a Hugging Face model, and checks the streams."""
+"""Checks a Hugging Face model's config, and finds and checks its blocks, norms and streams."""
 
+import json
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import ATTENTION, MIXERS, MLPS, Hookpoint
 
 log = logging.getLogger(__name__)
+
+_MOST_LAYERS = 10_000
+"""A config with more blocks would fill the memory before any weight is read."""
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 _OUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "linear_out")
@@ -39,6 +45,56 @@ _MLP_POST_NORM = (
     "post_norm2",
 )
 _OTHER_MODALITIES = ("vision", "visual", "audio")
+
+
+def check_depth(config: Path, name: str) -> None:
+    """Raise ModelError for a config.json that asks for more blocks than any model has."""
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        # Reported when it is loaded.
+        return
+    holders = [content, content.get("text_config")] if isinstance(content, dict) else []
+    for holder in (h for h in holders if isinstance(h, dict)):
+        for key in _DEPTHS:
+            value = holder.get(key)
+            if isinstance(value, int | float) and value > _MOST_LAYERS:
+                raise ModelError(
+                    f"model.name={name}: its config has {key}={value}; saexp loads models of up "
+                    f"to {_MOST_LAYERS:,} layers"
+                )
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Raise ModelError where the number of blocks or the width is not a positive integer."""
+    for key in ("num_hidden_layers", "hidden_size"):
+        value = getattr(config, key, None)
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"model.name={name}: its config has {key}={value!r}, not a positive integer"
+            )
+
+
+def shards_in(index: Path) -> list[str]:
+    """Names of the files that a weights index lists. Raises ValueError where it is damaged."""
+    content = json.loads(index.read_text("utf-8"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index.name} has no weight_map")
+    names = list(listed.values())
+    for name in names:
+        inside = isinstance(name, str) and ".." not in PurePosixPath(name).parts
+        if not inside or PurePosixPath(name).is_absolute():
+            raise ValueError(f"{index.name} lists the file {name!r}")
+    return sorted(set(names))
+
+
+def token_ids(value: Any, key: str, name: str) -> list[int]:
+    """Token ids of a config entry (one id, a list or None). Raises ModelError for anything else."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"model.name={name}: its {key} is {value!r}, not a token id or a list")
+    return list(ids)
 
 
 @dataclass(frozen=True)
