@@ -148,7 +148,8 @@ class NnsightCollector(_LibraryCollector):
     ) -> dict[Hookpoint, Tensor]:
         sites = {h: self.model.module(h) for h in hookpoints}
         envoys = {h: self._envoy(site.module) for h, site in sites.items()}
-        device, saved = self.model.device, {}
+        device = self.model.device
+        saved: dict[Hookpoint, Any] = {}
         inputs = {"input_ids": padded.ids.to(device), "attention_mask": padded.mask.to(device)}
         with torch.inference_mode(), self._traced.trace(**inputs, use_cache=False) as tracer:
             for hookpoint, site in sites.items():

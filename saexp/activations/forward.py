@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 
 MIN_SHARED = 16
-"""Tokens that a beginning has at least; shorter ones cost as much to carry as to compute."""
-_HELD_SHARE = 4
-"""A token whose keys and values are only held counts as this fraction of one that is computed."""
+"""Minimum tokens of a shared prefix; a shorter one costs as much to keep as to compute."""
+_CACHED_TOKENS_PER_TOKEN = 4
+"""So many tokens with cached keys and values count in a batch as one token that is computed."""
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""dtype -> how far a value may be from the one without sharing, relative to its norm."""
+"""dtype -> largest distance from the value without prefix sharing, relative to its norm."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences [first, end) of a sorted list, which begin with the same `n_shared` tokens."""
+    """Sequences [first, end) of a sorted list that share their first `n_shared` tokens."""
 
     n_shared: int
     first: int
@@ -43,31 +43,31 @@ class Group:
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values of one beginning."""
+    """Keys and values of a shared prefix."""
 
     ids: tuple[int, ...]
     cache: Any
 
     def rows(self, n: int) -> Any:
-        """A cache of `n` rows that all begin so; what is held is not copied."""
-        made = copy.copy(self.cache)
-        made.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in made.layers:
-            # A block above the deepest stream wanted did not run.
+        """A cache of `n` rows with this prefix, expanded without a copy."""
+        expanded = copy.copy(self.cache)
+        expanded.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in expanded.layers:
+            # A block above the deepest requested stream did not run.
             if layer.keys is not None:
                 layer.keys = layer.keys.expand(n, -1, -1, -1)
                 layer.values = layer.values.expand(n, -1, -1, -1)
-        return made
+        return expanded
 
     def cost(self, length: int) -> float:
-        """Tokens that a text of `length` counts for in a batch."""
-        return float(max(length - len(self.ids), length / _HELD_SHARE))
+        """Number of tokens as which a text of `length` tokens counts in a batch."""
+        return float(max(length - len(self.ids), length / _CACHED_TOKENS_PER_TOKEN))
 
 
 def empty_past(model: LanguageModel) -> Any:
-    """A cache that a forward pass fills; None for a model whose rows it would not hold alone."""
+    """An empty cache for a forward pass; None for a model that keeps other state too."""
     about = model.text_config
-    if not model.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
+    if not model.observed.shares_prefixes or getattr(about, "num_kv_shared_layers", 0):
         return None
     if "past_key_values" not in inspect.signature(type(model.hf).forward).parameters:
         return None
@@ -77,7 +77,7 @@ def empty_past(model: LanguageModel) -> Any:
 
 
 def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:
-    """Blocks that stand behind the deepest of these; `whole` counts no block that ran in part."""
+    """Number of blocks up to the deepest hookpoint; `whole` leaves out one that runs in part."""
     blocks = [
         0 if h.stream == "embed" else h.layer + (h.stream == "resid_post" or not whole)
         for h in (h.stored for h in hookpoints)
@@ -88,38 +88,40 @@ def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:
 def settle(
     model: LanguageModel, hookpoints: Sequence[Hookpoint], pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Whether the model can share beginnings, by values `[n, width]` of a text with a shared one
-    and of the same text alone: they must be equal up to rounding. Where not, a warning tells.
+    """Decide whether the model can share prefixes, and log a warning where it cannot.
 
-    It holds for the blocks that these hookpoints stand behind.
+    `pairs` are values `[n, width]` of a text behind a shared prefix and of the same text alone,
+    which must be equal up to rounding. The decision holds up to the deepest of these hookpoints.
     """
     far = max(_distance(a.double(), b.double()) for a, b in pairs)
     kinds = (model.dtype, pairs[0][0].dtype)
     if far <= max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds):
-        model.prefixes_compared = max(model.prefixes_compared, depth(hookpoints, whole=True))
+        model.observed.n_blocks_compared = max(
+            model.observed.n_blocks_compared, depth(hookpoints, whole=True)
+        )
     else:
         refuse(model, f"other values (by {far:.1g} of their norm)")
 
 
 def refuse(model: LanguageModel, gives: str) -> None:
-    """Forward every text of the model whole from here on, with a warning."""
-    model.shares_prefixes = False
+    """Stop sharing prefixes with this model, with a warning."""
+    model.observed.shares_prefixes = False
     log.warning(
-        "%s gives %s where texts share their beginning; every text is forwarded whole",
+        "%s gives %s where texts share a prefix; every text is forwarded whole",
         model.name,
         gives,
     )
 
 
-def _distance(found: Tensor, alone: Tensor) -> float:
-    """The rows' largest distance relative to their norm; infinite where one is no number."""
-    away = (found - alone).norm(dim=-1) / alone.norm(dim=-1)
-    away = torch.where((found == alone).all(dim=-1), 0.0, away)
+def _distance(shared: Tensor, alone: Tensor) -> float:
+    """The largest distance of two rows relative to their norm; infinite where one is NaN."""
+    away = (shared - alone).norm(dim=-1) / alone.norm(dim=-1)
+    away = torch.where((shared == alone).all(dim=-1), 0.0, away)
     return float(away.nan_to_num(nan=float("inf")).max())
 
 
 def _common(a: Sequence[int], b: Sequence[int], least: int) -> int:
-    """Tokens that both begin with; 0 where these are fewer than `least`."""
+    """Length of the common prefix; 0 where it is shorter than `least`."""
     low, high = least, min(len(a), len(b))
     if high < low or a[:low] != b[:low]:
         return 0
@@ -134,7 +136,7 @@ def _common(a: Sequence[int], b: Sequence[int], least: int) -> int:
 
 @dataclass
 class _Open:
-    """Neighbours that begin with the same tokens, while their end is not reached."""
+    """An interval of neighbours with a common prefix whose end is not reached yet."""
 
     n_shared: int
     first: int
@@ -143,34 +145,34 @@ class _Open:
 
 
 def groups(
-    sequences: Sequence[tuple[int, ...]], worth: int, least: int = MIN_SHARED
+    sequences: Sequence[tuple[int, ...]], min_saved: int, least: int = MIN_SHARED
 ) -> list[Group]:
-    """Disjoint groups, in order, that save the most tokens over `worth` that each must save.
+    """Disjoint groups, in order, that save the most tokens beyond `min_saved` for each group.
 
-    `sequences` are sorted, either way, and none begins another, so that each has a token of its
-    own. A group of n that shares p tokens, at `least`, saves (n - 1) p. One pass over the intervals
-    of common beginnings (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.4): each is taken whole,
-    or as the groups in it, whichever saves more.
+    `sequences` are sorted in either direction, and none is a prefix of another. A group of n
+    sequences with p >= `least` tokens in common saves (n - 1) p tokens. One pass over the intervals
+    of common prefixes (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.4): each becomes one group
+    or the groups inside it, whichever saves more.
     """
     stack = [_Open(0, 0, 0, ())]
     for i in range(1, len(sequences) + 1):
         shared = _common(sequences[i - 1], sequences[i], least) if i < len(sequences) else 0
         first, closed = i - 1, None
         while stack[-1].n_shared > shared:
-            closed = _close(stack.pop(), i, worth)
+            closed = _close(stack.pop(), i, min_saved)
             first = closed.first
             if stack[-1].n_shared >= shared:
                 stack[-1].saves += closed.saves
                 stack[-1].groups += closed.groups
                 closed = None
         if shared > stack[-1].n_shared:
-            saves, found = (closed.saves, closed.groups) if closed else (0, ())
-            stack.append(_Open(shared, first, saves, found))
+            saves, inner = (closed.saves, closed.groups) if closed else (0, ())
+            stack.append(_Open(shared, first, saves, inner))
     return list(stack[0].groups)
 
 
-def _close(opened: _Open, end: int, worth: int) -> _Open:
-    saves = (end - opened.first - 1) * opened.n_shared - worth
+def _close(opened: _Open, end: int, min_saved: int) -> _Open:
+    saves = (end - opened.first - 1) * opened.n_shared - min_saved
     if saves > opened.saves:
         opened.saves = saves
         opened.groups = (Group(opened.n_shared, opened.first, end),)
@@ -178,25 +180,25 @@ def _close(opened: _Open, end: int, worth: int) -> _Open:
 
 
 AUTO_BATCH_TOKENS = {"cuda": 65536, "mps": 8192, "cpu": 1024}
-"""Tokens per batch to begin with, by device type; on CUDA it halves until a batch fits."""
+"""Initial tokens per batch by device type; on CUDA they are halved until a batch fits."""
 
 
 class TokenBudget:
-    """Tokens per batch, padding included; smaller for good once memory did not suffice."""
+    """Tokens per batch, padding included; reduced permanently when memory runs out."""
 
     def __init__(self, batch_tokens: int | str, device: torch.device) -> None:
         auto = AUTO_BATCH_TOKENS.get(device.type, AUTO_BATCH_TOKENS["cpu"])
         self.tokens = auto if batch_tokens == "auto" else int(batch_tokens)
 
     def halve(self, tokens: int) -> None:
-        """After `tokens` in one batch did not fit."""
+        """Reduce the budget after a batch of `tokens` did not fit."""
         self.tokens = max(1, min(self.tokens, tokens) // 2)
-        log.warning("out of memory at %d tokens a batch; going on with %d", tokens, self.tokens)
+        log.warning("out of memory at %d tokens per batch; continuing with %d", tokens, self.tokens)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Token ids to forward, and the rows that are read from them."""
+    """Token ids to forward, and the rows read from them."""
 
     ids: tuple[int, ...]
     rows: list[tuple[int, int, int]]
@@ -205,12 +207,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass gave at the rows wanted."""
+    """Activations of one forward pass at the requested rows."""
 
     rows: np.ndarray
     text_ids: np.ndarray
     host: dict[Hookpoint, Callable[[], Tensor]]
-    """Waits for the copy to the CPU; `[n, width]` in the store's dtype."""
+    """Functions that wait for the copy to the CPU and return `[n, width]` in the store's dtype."""
     n_tokens: int
     n_padding: int
 
@@ -260,36 +262,36 @@ def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
 
 
 def units(placement: Placement, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
-    """What must be forwarded for these rows, the ones that a shard's file holds in this order.
+    """Token sequences to forward for these rows, which a shard's file holds in this order.
 
-    A causal model's values do not depend on what comes later: a text counts up to its last wanted
-    position only, and one that begins another (or equals it) is read from the other's pass. Where
-    frequencies depend on the length (by the language model's `config`), this holds among lengths
-    with the same ones.
+    The activations of a causal model do not depend on later tokens: a text is forwarded up to its
+    last requested position only, and a prefix of another text is read from that text's pass. Where
+    rotary frequencies depend on the length (by the language model's `config`), this holds among
+    lengths with the same frequencies.
     """
-    wanted: dict[int, list[tuple[int, int, int]]] = {}
+    rows_of_text: dict[int, list[tuple[int, int, int]]] = {}
     columns = (placement.rows[c].to_numpy()[held].tolist() for c in ("text_id", "token_index"))
     for row, (text_id, token) in enumerate(zip(*columns, strict=True)):
-        wanted.setdefault(text_id, []).append((row, token, text_id))
-    found, by_length = [], depends_on_length(config)
-    for text_id, rows in wanted.items():
+        rows_of_text.setdefault(text_id, []).append((row, token, text_id))
+    sequences, by_length = [], depends_on_length(config)
+    for text_id, rows in rows_of_text.items():
         ids = placement.texts[text_id].ids
         n_read = max(t for _, t, _ in rows) + 1
         if by_length and rope_regime(config, n_read) != rope_regime(config, len(ids)):
             n_read = len(ids)
-        found.append(Unit(ids[:n_read], rows))
-    # In this order all that begins with a sequence follows it directly.
-    found.sort(key=lambda unit: unit.ids)
-    kept: list[Unit] = []
-    for part in by_regime(config, [len(unit.ids) for unit in found]):
+        sequences.append(Unit(ids[:n_read], rows))
+    # Sorted, sequences follow their prefixes directly.
+    sequences.sort(key=lambda unit: unit.ids)
+    todo: list[Unit] = []
+    for part in by_regime(config, [len(unit.ids) for unit in sequences]):
         merged: list[Unit] = []
-        for unit in reversed([found[i] for i in part]):
+        for unit in reversed([sequences[i] for i in part]):
             if merged and merged[-1].ids[: len(unit.ids)] == unit.ids:
                 merged[-1].rows.extend(unit.rows)
             else:
                 merged.append(unit)
-        kept += merged
-    return kept
+        todo += merged
+    return todo
 
 
 def batches(
@@ -297,9 +299,9 @@ def batches(
 ) -> Generator[list[int], bool | None, None]:
     """Indices sorted by length, longest first, in batches of at most the budget with padding.
 
-    A text longer than the budget is a batch of its own. With the language model's `config`, texts
-    of a batch have the same rotary frequencies. A batch that is answered by `send(False)` comes
-    again, cut to what the budget is by then.
+    A text longer than the budget is a batch by itself. With the language model's `config`, texts of
+    a batch have the same rotary frequencies. After `send(False)` the same batch is yielded again,
+    reduced to the current budget.
     """
     for part in by_regime(config, [int(length) for length in lengths]):
         order = sorted(part, key=lambda i: (-lengths[i], i))
@@ -348,14 +350,14 @@ class _Forward:
         self.budget, self.copies = budget, copies
 
     def shared(self, todo: Sequence[Unit]) -> Generator[Batch, None, list[Unit]]:
-        """Batches of those that share a long beginning; returns the others.
+        """Batches of the units that share a long prefix; returns the others.
 
-        All have the same rotary frequencies, and a beginning is shared only if it has them too.
+        All have the same rotary frequencies; a prefix is shared only if it has them too.
         """
         alone = list(range(len(todo)))
         config, longest = self.model.text_config, max(len(unit.ids) for unit in todo)
-        # What a group saves must be more than the batches that its borders leave part empty.
-        for group in groups([unit.ids for unit in todo], worth=self.budget.tokens):
+        # A group must save more than the partly filled batches at its ends cost.
+        for group in groups([unit.ids for unit in todo], min_saved=self.budget.tokens):
             if rope_regime(config, group.n_shared) != rope_regime(config, longest):
                 continue
             within = range(group.first, group.end)
@@ -367,7 +369,7 @@ class _Forward:
         return [todo[i] for i in alone]
 
     def all(self, todo: Sequence[Unit], past: Past | None = None) -> Iterator[Batch]:
-        """Batches of these; behind `past`, with which all of them begin."""
+        """Batches of these units, behind `past` where all of them share that prefix."""
         costs = [past.cost(len(u.ids)) if past else len(u.ids) for u in todo]
         plan = batches(costs, self.budget, None if past else self.model.text_config)
         chosen = next(plan, None)
@@ -384,13 +386,13 @@ class _Forward:
             chosen = next(plan, None)
 
     def begin(self, todo: Sequence[Unit], n_shared: int) -> tuple[Batch, Past] | None:
-        """The rows in the beginning of these, and what the rest is run behind; None where the model
-        cannot share it. The first time the longest is forwarded whole as well, to compare."""
+        """Forward the shared prefix: (its rows, its keys and values); None where the model cannot
+        share it. The first time, the longest unit is forwarded whole as well, to compare."""
         past = Past(todo[0].ids[:n_shared], empty_past(self.model))
         if past.cache is None:
             return None
         rows = [r for unit in todo for r in unit.rows if r[1] < n_shared]
-        trusted = depth(self.hookpoints, whole=False) <= self.model.prefixes_compared
+        trusted = depth(self.hookpoints, whole=False) <= self.model.observed.n_blocks_compared
         n_more = 0
         try:
             batch = self._run([Unit(past.ids, rows)], into=past.cache)
@@ -403,22 +405,22 @@ class _Forward:
         except Exception as error:
             if trusted:
                 raise
-            # Code of a model's own may take another kind of cache.
+            # Custom model code may take another kind of cache.
             reason = brief(str(error), 120)
             refuse(self.model, f"an error ({type(error).__name__}: {reason})")
             return None
         batch = replace(batch, n_tokens=batch.n_tokens + n_more)
-        return (batch, past) if self.model.shares_prefixes else None
+        return (batch, past) if self.model.observed.shares_prefixes else None
 
     def _compare(self, unit: Unit, past: Past) -> int:
-        """Settle whether the model can share beginnings; the tokens that this took."""
-        found, alone = (self._run([unit], p) for p in (past, None))
-        if found is None or alone is None:
+        """Decide whether the model can share prefixes; returns the tokens forwarded for it."""
+        shared, alone = (self._run([unit], p) for p in (past, None))
+        if shared is None or alone is None:
             raise self._too_long(len(unit.ids))
-        at = np.flatnonzero(np.isin(alone.rows, found.rows))
-        pairs = [(wait(), alone.host[h]()[at]) for h, wait in found.host.items()]
+        at = np.flatnonzero(np.isin(alone.rows, shared.rows))
+        pairs = [(wait(), alone.host[h]()[at]) for h, wait in shared.host.items()]
         settle(self.model, self.hookpoints, pairs)
-        return found.n_tokens + alone.n_tokens
+        return shared.n_tokens + alone.n_tokens
 
     def _too_long(self, n_tokens: int) -> ModelError:
         return ModelError(
@@ -429,12 +431,12 @@ class _Forward:
     def _run(
         self, chosen: Sequence[Unit], past: Past | None = None, into: Any = None
     ) -> Batch | None:
-        """One batch, behind `past` or into an empty cache; None where memory did not suffice."""
+        """Forward one batch, behind `past` or into an empty cache; None where memory runs out."""
         n_past = len(past.ids) if past else 0
         padded = pad(chosen, self.model.pad_id, n_past)
         device = self.model.device
         try:
-            # Moved once, not at every hook, where the device would be waited for.
+            # Moved once, because moving at every hook would wait for the device.
             at = padded.at.to(device)
             values = run_truncated(
                 self.model,
@@ -451,9 +453,9 @@ class _Forward:
 
 
 class HostCopies:
-    """Copies to the CPU that, on CUDA, run beside the next batch (pinned memory, own stream).
+    """Copies to the CPU that, on CUDA, overlap with the next batch (pinned memory, own stream).
 
-    Blocks of one model may be on several devices; a copy runs on a stream of its source's.
+    Blocks of one model may be on several devices; each has a stream of its own for copies.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -461,7 +463,7 @@ class HostCopies:
         self.streams: dict[torch.device, Any] = {}
 
     def start(self, values: Tensor) -> Callable[[], Tensor]:
-        """Begin a copy of `[n, width]`; the function returned waits for it and hands it over."""
+        """Start copying `[n, width]`; the returned function waits for the copy and returns it."""
         narrow = values.to(self.dtype)
         device = narrow.device
         if device.type != "cuda":

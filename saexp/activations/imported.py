@@ -1,18 +1,8 @@
 """`collector=imported`: activations that another tool wrote, read without the model's weights.
 
-Formats:
-- `memmap`: a folder with `acts.dat`, float32 `[n, n_layers, n_positions, d_model]`, and perhaps
-  `ids.dat`, `[n, seq_len]`, as the code of Ferrando et al. 2024 (arXiv 2411.14257) writes them.
-- `npy`: one array, or a folder of arrays called after hookpoints (`layer_2.resid_post.npy`,
-  `blocks.2.hook_resid_post.npy`), with the token ids in `ids.npy` or `token_ids.npy`.
-- `npz`: the same as the entries of one file.
-- `safetensors`: a file or a folder. A tensor, its file or its folder is called after the hookpoint;
-  files of one hookpoint are joined in the order of their names.
-- `saelens`: the dataset that SAELens' `CacheActivationsRunner` writes, a column per hook name and
-  `token_ids`.
-
-An array is `[n, d_model]`, one row per analysed position in the order of the run's rows, or
-`[n, n_positions, d_model]`, one row per text. Rows of texts are matched like this:
+`activations.activation_files` describes the formats. An array is `[n, d_model]`, one row per
+analysed position in the order of the run's rows, or `[n, n_positions, d_model]`, one row per text.
+Rows of texts are matched like this:
 
 - With token ids, a row belongs to the text whose token ids it begins with (or, padded on the left,
   ends with). Only the tokens up to the last analysed position must agree, because the activations
@@ -25,172 +15,77 @@ An array is `[n, d_model]`, one row per analysed position in the order of the ru
 Every mismatch is an error; no row is guessed.
 """
 
-import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from saexp.activations.activation_files import ActivationFiles
 from saexp.activations.collector import CollectionRequest, Collector, row_ingredients
 from saexp.activations.forward import Batch
 from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
 from saexp.data.positions import Placement
 from saexp.digests import contents, digest_of
-from saexp.errors import ConfigError, DataError, ModelError, StoreError
+from saexp.errors import DataError, StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.wording import counted
 
-log = logging.getLogger(__name__)
-
 _CHUNK_ROWS = 2048
-_IDS = ("ids", "token_ids", "input_ids")
-_NAMELESS = ("acts", "activations")
 _ANY_WIDTH = ("attn_z",)
 """Streams whose width is not d_model in every model."""
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class TensorArray:
-    """Memory-mapped tensors `[n, d]` or `[n, n_positions, d]`, joined along their first axis."""
+def locate(files: ActivationFiles, positions: Placement) -> tuple[np.ndarray, np.ndarray | None]:
+    """(row, column or None) in the files of each row of `positions.rows`.
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.shape = (int(self.ends[-1]), *parts[0].shape[1:])
-        self.dtype = parts[0].dtype
-
-    def take(self, rows: np.ndarray, columns: np.ndarray | None) -> Tensor:
-        """`[k, d]`: the vectors at these rows, and of `[n, n_positions, d]` at these columns."""
-        out = torch.empty(len(rows), self.shape[-1], dtype=self.dtype)
-        holders = np.searchsorted(self.ends, rows, side="right")
-        for holder in np.unique(holders).tolist():
-            here = np.flatnonzero(holders == holder)
-            part = self.parts[holder]
-            local = torch.from_numpy(rows[here] - (self.ends[holder] - len(part)))
-            at = (local,) if columns is None else (local, torch.from_numpy(columns[here]))
-            out[torch.from_numpy(here)] = part[at]
-        return out
+    Raises DataError where they do not match; the rule is in the module's docstring.
+    """
+    if len(files.shape) == 1:
+        return _locate_vectors(files, positions), None
+    texts = _TextMatcher(files, positions)
+    return texts.rows, texts.columns
 
 
-class DatasetColumn:
-    """A column of a `datasets` dataset, `[n, n_positions, d]`."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        self.dataset, self.name = dataset.with_format("numpy"), name
-        first = torch.from_numpy(np.array(self.dataset[0][name]))
-        self.shape, self.dtype = (len(dataset), *first.shape), first.dtype
-
-    def take(self, rows: np.ndarray, columns: np.ndarray | None) -> Tensor:
-        """`[k, d]`: the vectors at these rows and columns."""
-        assert columns is not None
-        out = torch.empty(len(rows), self.shape[-1], dtype=self.dtype)
-        for row in np.unique(rows).tolist():
-            # One row at a time, because it holds the activations of a whole context.
-            here = np.flatnonzero(rows == row)
-            context = torch.from_numpy(np.array(self.dataset[row][self.name]))
-            out[torch.from_numpy(here)] = context[torch.from_numpy(columns[here])]
-        return out
+def _locate_vectors(files: ActivationFiles, positions: Placement) -> np.ndarray:
+    n, n_rows = files.shape[0], len(positions.rows)
+    if n == n_rows:
+        rows = np.arange(n)
+    elif n == positions.n_examples and not positions.rows["example_id"].duplicated().any():
+        rows = positions.example_index
+    else:
+        raise DataError(
+            f"{files.path} holds {counted(n, 'vector')}, but the run analyses "
+            f"{counted(n_rows, 'position')} of {counted(positions.n_examples, 'example')}; "
+            "give one vector per analysed position, in the order of rows.parquet"
+        )
+    if files.token_ids is not None:
+        _check_ids(files, positions, files.token_ids.reshape(-1)[rows])
+    return rows
 
 
-ActivationArray = TensorArray | DatasetColumn
-
-
-@dataclass(frozen=True)
-class ImportedActivations:
-    """What the files hold."""
-
-    path: Path
-    arrays: Mapping[Hookpoint, ActivationArray]
-    token_ids: Int[np.ndarray, "..."] | None
-    """`[n, seq_len]` of texts, or `[n]` of positions."""
-
-    @classmethod
-    def read(cls, cfg: ImportedConfig) -> "ImportedActivations":
-        """Open the files of `cfg.path`; arrays are memory-mapped where the format allows.
-
-        Raises ConfigError for options that the format needs, DataError for files that cannot be
-        read or do not fit one another.
-        """
-        if not cfg.path:
-            raise ConfigError(
-                "collector=imported needs the activations: type collector.path=FILE or a folder"
-            )
-        path = Path(cfg.path)
-        if not path.exists():
-            raise DataError(f"collector.path={path}: no such file or folder")
-        kind = _recognised(path) if cfg.format == "auto" else cfg.format
-        try:
-            arrays, token_ids = _READERS[kind](path, cfg)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"collector.path={path} cannot be read as {kind} ({reason})") from error
-        if not arrays:
-            raise DataError(
-                f"collector.path={path}: no array is called after a hookpoint such as "
-                "layer_12.resid_post; rename them, or, for one array, type "
-                "'collector.layers=[12]' collector.stream=resid_post"
-            )
-        if len({array.shape[:-1] for array in arrays.values()}) > 1:
-            shapes = ", ".join(f"{h.name} {list(a.shape)}" for h, a in sorted(arrays.items()))
-            raise DataError(f"collector.path={path}: the hookpoints have different rows: {shapes}")
-        return cls(path, arrays, token_ids)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(n,)` or `(n, n_positions)`, the same for every hookpoint."""
-        return next(iter(self.arrays.values())).shape[:-1]
-
-    def locate(self, positions: Placement) -> tuple[np.ndarray, np.ndarray | None]:
-        """(row, column or None) in the files of each row of `positions.rows`.
-
-        Raises DataError where they do not match; the rule is in the module's docstring.
-        """
-        if len(self.shape) == 1:
-            return self._locate_vectors(positions)
-        texts = _TextMatcher(self, positions)
-        return texts.rows, texts.columns
-
-    def _locate_vectors(self, positions: Placement) -> tuple[np.ndarray, None]:
-        n, n_rows = self.shape[0], len(positions.rows)
-        if n == n_rows:
-            rows = np.arange(n)
-        elif n == positions.n_examples and not positions.rows["example_id"].duplicated().any():
-            rows = positions.example_index
-        else:
-            raise DataError(
-                f"{self.path} holds {counted(n, 'vector')}, but the run analyses "
-                f"{counted(n_rows, 'position')} of {counted(positions.n_examples, 'example')}; "
-                "give one vector per analysed position, in the order of rows.parquet"
-            )
-        if self.token_ids is not None:
-            self._check_ids(positions, self.token_ids.reshape(-1)[rows])
-        return rows, None
-
-    def _check_ids(self, positions: Placement, found: np.ndarray) -> None:
-        wanted = positions.rows["token_id"].to_numpy()
-        wrong = np.flatnonzero(found != wanted)
-        if len(wrong):
-            row = int(wrong[0])
-            raise DataError(
-                f"{self.path}: vector {row} is of token id {found[row]}, and the run's row {row} "
-                f"(example '{positions.rows['example_id'].iloc[row]}') is of {wanted[row]}; the "
-                "files are of other texts, positions or another tokenizer"
-            )
+def _check_ids(files: ActivationFiles, positions: Placement, found: np.ndarray) -> None:
+    expected = positions.rows["token_id"].to_numpy()
+    wrong = np.flatnonzero(found != expected)
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{files.path}: vector {row} is of token id {found[row]}, and the run's row {row} "
+            f"(example '{positions.rows['example_id'].iloc[row]}') is of {expected[row]}; the "
+            "files are of other texts, positions or another tokenizer"
+        )
 
 
 class _TextMatcher:
     """Matches the rows `[n, n_positions]` of files to the texts of a run."""
 
-    def __init__(self, files: ImportedActivations, positions: Placement) -> None:
+    def __init__(self, files: ActivationFiles, positions: Placement) -> None:
         self.files, self.positions = files, positions
         self.n, self.n_positions = files.shape
         self.token_ids = files.token_ids
@@ -312,161 +207,6 @@ def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-def _recognised(path: Path) -> str:
-    """The format of a file or folder. Raises DataError where none is recognised."""
-    if path.suffix in (".npy", ".npz", ".safetensors"):
-        return path.suffix[1:]
-    if path.suffix == ".dat" or (path / "acts.dat").is_file():
-        return "memmap"
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return "saelens"
-    for kind in ("safetensors", "npy"):
-        if next(path.rglob(f"*.{kind}"), None) is not None:
-            return kind
-    raise DataError(
-        f"collector.path={path} holds neither acts.dat, .npy, .npz, .safetensors nor a dataset "
-        "that SAELens cached; type its collector.format="
-    )
-
-
-_Arrays = tuple[dict[Hookpoint, ActivationArray], np.ndarray | None]
-
-
-def _read_memmap(path: Path, cfg: ImportedConfig) -> _Arrays:
-    file = path if path.is_file() else path / "acts.dat"
-    if cfg.shape is None:
-        raise ConfigError(
-            f"{file} does not hold its own shape; type "
-            "'collector.shape=[n,n_layers,n_positions,d_model]'"
-        )
-    rest = tuple(cfg.shape[1:])
-    n, n_left = divmod(file.stat().st_size, 4 * int(np.prod(rest)))
-    if n_left or cfg.shape[0] not in (n, -1):
-        raise ValueError(
-            f"{file.stat().st_size} bytes are not float32 of shape {list(cfg.shape)}; "
-            "collector.shape="
-        )
-    # Copy-on-write, so that torch does not warn of a read-only array; nothing is written.
-    acts = np.memmap(file, dtype=np.float32, mode="c", shape=(n, *rest))
-    ids_file = file.with_name("ids.dat")
-    token_ids = None
-    if ids_file.is_file():
-        flat = np.fromfile(ids_file, dtype=cfg.ids_dtype)
-        if len(flat) % n:
-            raise ValueError(
-                f"{ids_file} holds {len(flat)} ids for {n} texts; collector.ids_dtype="
-            )
-        token_ids = flat.reshape(n, -1).astype(np.int64)
-    return _named(acts, cfg), token_ids
-
-
-def _named(array: np.ndarray, cfg: ImportedConfig) -> dict[Hookpoint, ActivationArray]:
-    """Hookpoints of an array without names, by `collector.layers` and `collector.stream`."""
-    if array.ndim == 4:
-        layers = list(range(array.shape[1])) if cfg.layers is None else list(cfg.layers)
-        if len(layers) != array.shape[1]:
-            raise ValueError(
-                f"{array.shape[1]} layers, but collector.layers={layers} has {len(layers)}"
-            )
-        parts = [array[:, i] for i in range(len(layers))]
-    elif cfg.layers is None:
-        return {}
-    elif len(cfg.layers) != 1:
-        raise ValueError(f"one layer, but collector.layers={list(cfg.layers)}")
-    else:
-        layers, parts = list(cfg.layers), [array]
-    return {
-        Hookpoint(layer, cfg.stream).stored: TensorArray([torch.from_numpy(part)])
-        for layer, part in zip(layers, parts, strict=True)
-    }
-
-
-def _hookpoint(name: str) -> Hookpoint | None:
-    try:
-        return Hookpoint.parse(name).stored
-    except (ModelError, ValueError):
-        return None
-
-
-def _from_entries(entries: Mapping[str, np.ndarray], cfg: ImportedConfig) -> _Arrays:
-    """Arrays by their names; of a single one without a hookpoint's name, by the config."""
-    arrays: dict[Hookpoint, ActivationArray] = {}
-    token_ids, nameless = None, []
-    for name, array in entries.items():
-        at = _hookpoint(name)
-        if name in _IDS:
-            token_ids = np.asarray(array).astype(np.int64)
-        elif at is not None:
-            arrays[at] = TensorArray([torch.from_numpy(array)])
-        else:
-            nameless.append(array)
-    if not arrays and len(nameless) == 1:
-        return _named(nameless[0], cfg), token_ids
-    return arrays, token_ids
-
-
-def _read_npy(path: Path, cfg: ImportedConfig) -> _Arrays:
-    files = [path] if path.is_file() else sorted(path.glob("*.npy"))
-    if path.is_file():
-        files += [f for name in _IDS if (f := path.with_name(f"{name}.npy")).is_file()]
-    entries = {f.stem: np.load(f, mmap_mode="c", allow_pickle=False) for f in files}
-    return _from_entries(entries, cfg)
-
-
-def _read_npz(path: Path, cfg: ImportedConfig) -> _Arrays:
-    with np.load(path, allow_pickle=False) as entries:
-        return _from_entries(dict(entries), cfg)
-
-
-def _read_safetensors(path: Path, cfg: ImportedConfig) -> _Arrays:
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    parts: dict[Hookpoint, list[Tensor]] = {}
-    nameless: list[Tensor] = []
-    token_ids: list[np.ndarray] = []
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                values = opened.get_tensor(name)
-                if name in _IDS or (name not in _NAMELESS and file.stem in _IDS):
-                    token_ids.append(values.numpy().astype(np.int64))
-                    continue
-                names = (name, file.stem, file.parent.name)
-                at = next((h for n in names if (h := _hookpoint(n)) is not None), None)
-                if at is None:
-                    nameless.append(values)
-                else:
-                    parts.setdefault(at, []).append(values)
-    ids = np.concatenate(token_ids) if token_ids else None
-    if not parts and len(nameless) == 1:
-        return _named(nameless[0].numpy(), cfg), ids
-    return {at: TensorArray(tensors) for at, tensors in parts.items()}, ids
-
-
-def _read_saelens(path: Path, cfg: ImportedConfig) -> _Arrays:  # noqa: ARG001
-    import datasets
-
-    dataset: Any = datasets.load_from_disk(str(path))
-    if isinstance(dataset, datasets.DatasetDict):
-        dataset = next(iter(dataset.values()))
-    columns = {at: name for name in dataset.column_names if (at := _hookpoint(name)) is not None}
-    arrays: dict[Hookpoint, ActivationArray] = {
-        at: DatasetColumn(dataset, name) for at, name in columns.items()
-    }
-    token_ids = None
-    if "token_ids" in dataset.column_names:
-        token_ids = np.asarray(dataset.with_format("numpy")["token_ids"][:]).astype(np.int64)
-    return arrays, token_ids
-
-
-_READERS: Mapping[str, Callable[[Path, ImportedConfig], _Arrays]] = {
-    "memmap": _read_memmap,
-    "npy": _read_npy,
-    "npz": _read_npz,
-    "safetensors": _read_safetensors,
-    "saelens": _read_saelens,
-}
-
-
 class ImportedCollector(Collector):
     """`collector=imported`: copies the activations of the run's positions into a store, once."""
 
@@ -474,9 +214,9 @@ class ImportedCollector(Collector):
         super().__init__(cfg, model=model, store=store)
         assert isinstance(cfg, ImportedConfig)
         self.options = cfg
-        self.files = ImportedActivations.read(cfg)
+        self.files = ActivationFiles.read(cfg)
         # Asked for once per shard.
-        self._locate = lru_cache(maxsize=1)(self.files.locate)
+        self._locate = lru_cache(maxsize=1)(partial(locate, self.files))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -542,3 +282,30 @@ class ImportedCollector(Collector):
             f"collector.path={self.files.path}: NaN or Inf at {hookpoint.name} in the text "
             f"'{text[:60]}'; leave the text out, or write the files again in float32"
         )
+
+
+def neutral_source(
+    cfg: CollectorConfig, model: LanguageModel
+) -> tuple[CollectorConfig | None, list[str]]:
+    """(collector of the neutral text's activations, notes); None where there is no source of them.
+
+    With imported activations they are read from `collector.neutral_path`, else computed by the
+    model where its weights are on this machine.
+    """
+    if not isinstance(cfg, ImportedConfig):
+        return cfg, []
+    if cfg.neutral_path is not None:
+        shape = None if cfg.shape is None else [-1, *cfg.shape[1:]]
+        return replace(cfg, path=cfg.neutral_path, neutral_path=None, shape=shape), []
+    if model.has_local_weights:
+        note = (
+            "activations of the data set are imported, those of neutral text are computed with "
+            f"{model.name} (collector.neutral_path= reads them from files)"
+        )
+        return CollectorConfig(name="hf"), [note]
+    note = (
+        "there are no activations of neutral text (collector.neutral_path= is not set, and the "
+        f"weights of {model.name} are not on this machine): latents are not filtered by their "
+        "density on background tokens, and the SAE is not checked"
+    )
+    return None, [note]

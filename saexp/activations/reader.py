@@ -1,4 +1,4 @@
-"""Stored rows as one array: repeated rows, joined shards, and a seeded random order."""
+"""Reads stored rows: shards as one array, repeated rows, and shuffled batches."""
 
 import hashlib
 import tempfile
@@ -13,37 +13,38 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
-from saexp.activations.shards import intact
+from saexp.activations.shards import is_intact
 from saexp.files import cannot_write, locked, write_atomically
 
 
 class Repeats:
-    """Which file holds which row. A row whose text and token came in an earlier shard is kept there
-    alone, so that its text is not forwarded again; all else is kept in the shard of its row.
+    """Which file holds which row.
 
-    That follows from the rows alone: no shard has to wait for another. Memory: 16 bytes a row.
+    A row that repeats the text and token of a row of an earlier shard is stored in that shard only,
+    so that its text is not forwarded again. This follows from the rows table, so that no shard has
+    to wait for another. Memory: 16 bytes per row.
     """
 
     def __init__(self, rows: pd.DataFrame, shard_rows: int) -> None:
         self.shard_rows = shard_rows
         text, token = (rows[c].to_numpy(np.int64) for c in ("text_id", "token_index"))
-        places = text * (int(token.max(initial=0)) + 1) + token
-        _, first, which = np.unique(places, return_index=True, return_inverse=True)
+        keys = text * (int(token.max(initial=0)) + 1) + token
+        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
         earliest, own = first[which], np.arange(len(rows))
         self.source = np.where(earliest // shard_rows < own // shard_rows, earliest, own)
-        """Row -> the row that its values are kept as."""
+        """Row -> the row under which its values are stored."""
         before = np.concatenate([[0], np.cumsum(self.source == own)])
         self.offset = before[:-1] - before[own // shard_rows * shard_rows]
-        """Row -> where in its shard's file it is, for rows that are kept as themselves."""
+        """Row -> its index in the shard's file, for rows that are not repeats."""
 
     def kept(self, first: int, end: int) -> Int[np.ndarray, " n"]:
-        """Those of rows [first, end), which are one shard's, that are in its file, in its order."""
+        """The rows of one shard, [first, end), that its file holds, in order."""
         rows = np.arange(first, end)
         return rows[self.source[first:end] == rows]
 
 
 class StoredValues:
-    """A hookpoint's shards read as one array; `repeats` is asked for where one lacks rows."""
+    """The shards of a hookpoint as one array; `repeats` is called where a file lacks rows."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class StoredValues:
         self.files, self.bounds, self._repeats = files, bounds, repeats
 
     def shard(self, index: int) -> Float[Tensor, "n width"]:
-        """What a file holds, memory-mapped."""
+        """The content of a file, memory-mapped."""
         with safe_open(self.files[index], framework="pt") as file:
             return file.get_tensor("acts")
 
@@ -71,42 +72,42 @@ class StoredValues:
                 )
 
     def _some(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), each from the file that it is kept in."""
+        """Rows [start, stop), each read from the file that holds it."""
         repeats = self._repeats()
         source = repeats.source[start:stop]
         holders = source // repeats.shard_rows
-        found: Tensor | None = None
+        values: Tensor | None = None
         for index in np.unique(holders).tolist():
             shard, (first, end) = self.shard(index), self.bounds[index]
             here = np.flatnonzero(holders == index)
             rows = source[here]
             at = rows - first if len(shard) == end - first else repeats.offset[rows]
-            if found is None:
-                found = shard.new_empty(stop - start, shard.shape[1])
-            found[torch.from_numpy(here)] = shard[torch.from_numpy(at)]
-        assert found is not None
-        return found
+            if values is None:
+                values = shard.new_empty(stop - start, shard.shape[1])
+            values[torch.from_numpy(here)] = shard[torch.from_numpy(at)]
+        assert values is not None
+        return values
 
 
 def joined_name(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name of the file that joins these shards; other content, other name."""
+    """Name of the file that joins these shards; it depends on their content."""
     sums = "".join(entry["sha256"] for _, entry in sorted(entries.items()))
     return f"joined-{hashlib.sha256(sums.encode()).hexdigest()[:16]}.bin"
 
 
 def damaged_joined(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
-    """Hookpoint -> its joined file that is not as it was written; all of a store's are hashed."""
+    """Hookpoint -> its joined file, where that is damaged; all joined files are hashed."""
     listed = manifest.get("joined", {}).items()
     files = {name: (folder / name / entry["file"], entry) for name, entry in listed}
     return {
         name: file
         for name, (file, entry) in files.items()
-        if file.is_file() and not intact(file, entry, hashed=True)
+        if file.is_file() and not is_intact(file, entry, hashed=True)
     }
 
 
 def drop_damaged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove damaged joined files, to be made again of the shards when they are next wanted."""
+    """Remove damaged joined files; they are rebuilt from the shards when they are needed."""
     for file in damaged_joined(folder, manifest).values():
         try:
             file.unlink()
@@ -121,7 +122,7 @@ def _write(path: Path, parts: Iterable[Tensor]) -> None:
 
 
 def join(path: Path, parts: Iterable[Tensor]) -> None:
-    """Write the parts' values one after another, whole or not at all."""
+    """Write the values of the parts one after another, whole or not at all."""
     with locked(path.parents[1] / ".joined.lock"):
         for left in path.parent.glob(".tmp-*.bin"):
             left.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ def join(path: Path, parts: Iterable[Tensor]) -> None:
 
 
 def join_elsewhere(parts: Iterable[Tensor], mapped: Callable[[Path], Tensor]) -> Tensor:
-    """The same in the system's temporary folder; the file goes when the tensor does."""
+    """As `join`, into a temporary file that is deleted with the tensor."""
     try:
         with tempfile.NamedTemporaryFile(prefix="saexp-", suffix=".bin") as file:
             path = Path(file.name)
@@ -142,9 +143,9 @@ def join_elsewhere(parts: Iterable[Tensor], mapped: Callable[[Path], Tensor]) ->
 class ShuffledReader:
     """Iterator of `[batch_size, d]` float32 batches from a memory-mapped tensor.
 
-    Each epoch is a new permutation of `rows`, made from the seed and the epoch's number alone, so
-    that a reader that starts at step n gives what the first one would have given then. Memory: the
-    permutation (8 bytes a row) and one batch. A batch may span two epochs.
+    Each epoch is a new permutation of `rows`, determined by the seed and the epoch's number, so
+    that a reader that starts at step n continues exactly like one that reached it. Memory: the
+    permutation (8 bytes per row) and one batch. A batch may span two epochs.
     """
 
     def __init__(
@@ -164,20 +165,20 @@ class ShuffledReader:
         return self
 
     def __next__(self) -> Float[Tensor, "batch d"]:
-        parts, wanted = [], self.batch_size
-        while wanted:
+        parts, n_left = [], self.batch_size
+        while n_left:
             epoch, start = divmod(self.position, len(self.rows))
             if epoch != self._epoch:
                 rng = np.random.default_rng([self.seed, epoch])
                 self._order, self._epoch = self.rows[rng.permutation(len(self.rows))], epoch
-            part = self._order[start : start + wanted]
+            part = self._order[start : start + n_left]
             parts.append(part)
-            wanted -= len(part)
+            n_left -= len(part)
             self.position += len(part)
         chosen = np.concatenate(parts)
-        # Ascending, so that the disk is read forwards.
+        # Ascending, so that the disk is read in order.
         order = np.argsort(chosen, kind="stable")
-        found = self.acts[torch.from_numpy(chosen[order])].float()
-        batch = torch.empty_like(found)
-        batch[torch.from_numpy(order)] = found
+        ascending = self.acts[torch.from_numpy(chosen[order])].float()
+        batch = torch.empty_like(ascending)
+        batch[torch.from_numpy(order)] = ascending
         return batch

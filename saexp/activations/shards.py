@@ -1,4 +1,4 @@
-"""Shards and manifests: files that prove what they hold."""
+"""Shard files and manifests of a store, with checksums of their content."""
 
 import hashlib
 import json
@@ -30,13 +30,12 @@ _CHECKSUM, _CHECKED = "sha256", "checked"
 written. Those of earlier versions have neither."""
 
 
-def intact(
+def is_intact(
     file: Path, entry: Mapping[str, Any], *, hashed: bool, reported: set[str] | None = None
 ) -> bool:
-    """Whether a file is as it was when its entry (`bytes`, `sha256`) was made; logs where not,
-    unless that is in `reported`.
+    """Whether a file still matches its entry (`bytes`, `sha256`); the checksum only with `hashed`.
 
-    The checksum is looked at only where `hashed`.
+    A damaged file is logged, unless the message is in `reported`.
     """
     try:
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
@@ -44,7 +43,7 @@ def intact(
         elif hashed and read_sha256(file) != entry["sha256"]:
             problem = "is damaged (checksum)"
         else:
-            # One that is not hashed must be readable, too.
+            # A file that is not hashed must be readable, too.
             file.open("rb").close()
             return True
     except OSError as error:
@@ -67,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, " ".join(str(error).split())) from error
     if not isinstance(manifest, dict):
-        raise _unreadable(path, "no JSON object")
+        raise _unreadable(path, "not a JSON object")
     if (problem := _problem(manifest)) is not None:
         raise _unreadable(path, problem)
     return manifest
@@ -85,7 +84,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def remove_manifest(folder: Path) -> None:
-    """Take a store's manifest away, whatever is in its place."""
+    """Remove a store's manifest, even where it is a folder."""
     path = folder / MANIFEST
     try:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -95,22 +94,22 @@ def remove_manifest(folder: Path) -> None:
 
 def _unreadable(path: Path, reason: str) -> StoreError:
     return StoreError(
-        f"{path} cannot be read ({reason}); the command that made the store makes it anew from the "
+        f"{path} cannot be read ({reason}); the command that made the store rebuilds it from the "
         "shards"
     )
 
 
 def _problem(manifest: dict[str, Any]) -> str | None:
-    """What no manifest that was written by saexp has; None where there is nothing."""
+    """What is wrong with a manifest; None where it is valid."""
     expected = {"ingredients": dict, "hookpoints": dict}
-    lacking = [key for key, kind in expected.items() if not isinstance(manifest.get(key), kind)]
-    lacking += [key for key in ("n_rows", "shard_rows") if not _counts(manifest.get(key))]
-    if lacking:
-        return f"no {', '.join(lacking)} in it"
+    absent = [key for key, kind in expected.items() if not isinstance(manifest.get(key), kind)]
+    absent += [key for key in ("n_rows", "shard_rows") if not _counts(manifest.get(key))]
+    if absent:
+        return f"no {', '.join(absent)} in it"
     if not manifest["shard_rows"]:
         return "shard_rows is 0"
     if not isinstance(manifest.get("about", {}), dict):
-        return "about is no object"
+        return "about is not an object"
     if (problem := _problem_of_shards(manifest)) is not None:
         return problem
     joined = manifest.get("joined", {})
@@ -123,10 +122,10 @@ def _problem(manifest: dict[str, Any]) -> str | None:
 
 
 def _checked(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest's checksum is of.
+    """The part of a manifest that its checksum covers.
 
-    Left out is what an earlier version of saexp, which knows of no checksum, may add to it: entries
-    of further shards and of joined files, which are compared with the files.
+    Entries that an earlier version of saexp, without checksums, may add later are left out: further
+    shards and joined files, which are compared with the files.
     """
     content = {k: v for k, v in manifest.items() if k not in (_CHECKSUM, "joined")}
     content["hookpoints"] = {
@@ -137,7 +136,7 @@ def _checked(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_right_checksum(manifest: Mapping[str, Any]) -> bool:
-    """Also where it has none, as those of earlier versions."""
+    """Whether the checksum is right; manifests of earlier versions have none."""
     if _CHECKSUM not in manifest and _CHECKED not in manifest:
         return True
     try:
@@ -151,9 +150,9 @@ def _problem_of_shards(manifest: dict[str, Any]) -> str | None:
     for name, shards in manifest["hookpoints"].items():
         try:
             if Hookpoint.parse(name).name != name:
-                return f"'{name}' is no hookpoint's name"
+                return f"'{name}' is not a hookpoint"
         except (ModelError, ValueError):
-            return f"'{name}' is no hookpoint's name"
+            return f"'{name}' is not a hookpoint"
         if not isinstance(shards, dict):
             return f"no shards in {name}"
         for index, entry in shards.items():
@@ -173,25 +172,25 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is an integer that is not negative; a boolean is none."""
+    """Whether a value is a non-negative integer and not a boolean."""
     return type(value) is int and value >= 0
 
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _UNKNOWN = "0" * 64
-"""In the place of a checksum, until there is one."""
+"""Placeholder for a checksum until it is known."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a shard's header says of it, beside the checksum of its values."""
+    """The metadata in a shard's header, apart from the checksum of its values."""
 
     store: str
     """The store's key."""
     hookpoint: str
     index: int
     shard_rows: int
-    """Of the store."""
+    """Rows per shard of the store."""
 
     @property
     def name(self) -> str:
@@ -200,7 +199,7 @@ class Label:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """As safetensors has it."""
+        """The metadata as safetensors stores it."""
         return {
             "store": self.store,
             "hookpoint": self.hookpoint,
@@ -210,7 +209,7 @@ class Label:
 
     @classmethod
     def read(cls, metadata: Mapping[str, str]) -> "Label":
-        """Raises LookupError, TypeError or ValueError for what is no shard's metadata."""
+        """Parse metadata. Raises LookupError, TypeError or ValueError where it is not a shard's."""
         label = cls(
             metadata["store"],
             metadata["hookpoint"],
@@ -225,8 +224,8 @@ class Label:
 class ShardWriter:
     """Writes one `.safetensors` file with the tensor `acts`, row by row, and a label.
 
-    Nothing is at `path` before `finish`. The temporary file's name follows from `path`, so that
-    whoever holds the shard's lock next takes over what a killed process left.
+    Nothing is at `path` before `finish`. The name of the temporary file depends on `path` only, so
+    that the next holder of the shard's lock overwrites what a killed process left.
     Raises StoreError where the disk is full or the folder cannot be written.
     """
 
@@ -259,7 +258,7 @@ class ShardWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         self._file = os.open(self.temporary, flags, 0o644)
         if hasattr(os, "posix_fallocate"):
-            # Whether there is room is known now, not after an hour.
+            # A full disk is an error now, not after an hour.
             os.posix_fallocate(self._file, 0, self._start + self.n_bytes)
         os.pwrite(self._file, len(header).to_bytes(8, "little") + header, 0)
 
@@ -271,10 +270,10 @@ class ShardWriter:
             raise cannot_write(self.path, error, self.n_bytes) from error
 
     def write(self, rows: Int[np.ndarray, " n"], acts: Float[Tensor, "n width"]) -> None:
-        """Put values at these rows; neighbouring rows go in one write."""
+        """Write values at these rows; adjacent rows are written together."""
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
-        # Reordered by numpy, not by torch's threads: see job.finite_rows.
+        # Reordered by numpy, not by torch's threads: see collection.finite_rows.
         data = acts.to(self.dtype).contiguous().view(torch.uint8).numpy()[order]
         breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
         ends = [*breaks.tolist(), len(ordered)]
@@ -285,15 +284,15 @@ class ShardWriter:
         assert self._file is not None
         first = 0
         for end in ends:
-            left = data[first:end].reshape(-1).data
+            rest = data[first:end].reshape(-1).data
             at = self._start + int(rows[first]) * self.row_bytes
-            while len(left):
-                done = os.pwrite(self._file, left, at)
-                left, at = left[done:], at + done
+            while len(rest):
+                done = os.pwrite(self._file, rest, at)
+                rest, at = rest[done:], at + done
             first = end
 
     def finish(self) -> dict[str, Any]:
-        """Sync, name and rename the file; returns its entry for the manifest."""
+        """Complete, sync and rename the file; returns its entry for the manifest."""
         missing = int((~self._written).sum())
         if missing:
             self.discard()
@@ -321,8 +320,8 @@ class ShardWriter:
             self._file = None
 
     def discard(self) -> None:
-        """Remove what is there so far."""
+        """Remove the temporary file."""
         self._close()
-        # What cannot be removed could not be made either.
+        # A file that cannot be removed could not be created either.
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Activations on disk, named by what determines them: safetensors shards under one manifest."""
+"""Activation stores on disk: safetensors shards and a manifest, in a folder named by a hash."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from saexp.activations.shards import (
     MANIFEST,
     Label,
     ShardWriter,
-    intact,
+    is_intact,
     read_manifest,
     write_manifest,
 )
@@ -38,7 +38,7 @@ _CHUNK_BYTES = 2**22
 
 
 def shard_files(folder: Path) -> list[tuple[Hookpoint, Path]]:
-    """Every file that is named as a shard of a hookpoint, in order."""
+    """Every file with the name of a shard, in order."""
     files = []
     for file in sorted(folder.glob("layer_*/*.safetensors")):
         try:
@@ -51,19 +51,20 @@ def shard_files(folder: Path) -> list[tuple[Hookpoint, Path]]:
 
 
 def sound_manifest(folder: Path, fresh: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(manifest, whether it is to be written); `fresh` is that of the same store without shards.
+    """(manifest, whether it must be written); `fresh` is the manifest of this store without shards.
 
-    What is on disk, where it is sound and of this store, else one made anew, with a warning.
+    The manifest on disk where it is intact and belongs to this store, else one rebuilt from the
+    shards, with a warning.
     """
     try:
         manifest = read_manifest(folder)
         if _identity(manifest) == _identity(fresh):
             return manifest, False
-        reason = f"{folder / MANIFEST} is another store's"
+        reason = f"{folder / MANIFEST} belongs to another store"
     except StoreError:
-        there = (folder / MANIFEST).exists()
-        reason = f"{folder / MANIFEST} is {'damaged' if there else 'missing'}"
-        if not there and not shard_files(folder):
+        exists = (folder / MANIFEST).exists()
+        reason = f"{folder / MANIFEST} is {'damaged' if exists else 'missing'}"
+        if not exists and not shard_files(folder):
             return dict(fresh), True
     return _rebuilt(folder, fresh, reason), True
 
@@ -79,7 +80,7 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
         proof = _proven(file, folder.name, hookpoint)
         if proof is not None:
             proven.append((hookpoint, file, *proof))
-    # Of one store all are the same, unless it was made anew with other ones before.
+    # All shards of a store have the same size, unless it was recreated with another.
     sizes = Counter(label.shard_rows for _, _, label, _ in proven)
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]
     n_shards = -(-fresh["n_rows"] // shard_rows)
@@ -90,14 +91,14 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
             hookpoints.setdefault(hookpoint.name, {})[file.stem] = entry
             n_kept += 1
     log.warning(
-        "%s and is made anew from the shards: %s kept, %d collected again where needed",
+        "%s and is rebuilt from the shards: %s kept, %d collected again where needed",
         *(reason, counted(n_kept, "shard"), len(files) - n_kept),
     )
     return {**fresh, "shard_rows": shard_rows, "hookpoints": hookpoints}
 
 
 def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[str, Any]] | None:
-    """A shard's label and its entry; None where its header does not prove what it holds."""
+    """(label, manifest entry) of a shard; None where its header does not match its content."""
     try:
         with file.open("rb") as opened:
             size = opened.read(8)
@@ -125,7 +126,7 @@ def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[s
 
 VERSION = 1
 _HASH_ON_OPEN_BYTES = 64 * 2**20
-"""Shards up to this size are hashed when a store is opened; larger ones have their size checked."""
+"""Shards up to this size are hashed before use; of larger ones the size is checked."""
 _CHUNK_ROWS = 8192
 LOCKS = ".locks"
 """Folder of the shards' locks."""
@@ -138,10 +139,10 @@ def store_key(ingredients: Mapping[str, Any]) -> str:
 
 
 class ActivationStore(Marked):
-    """One store: the activations of one model on one set of texts and positions.
+    """The activations of one model on one set of texts and positions.
 
-    From the first use of its values until `close`, or until nothing refers to it, a mark keeps it
-    from being pruned. A store that cannot be written to is read without marks and locks.
+    From the first use of its values until `close`, or until the object is deleted, a mark keeps it
+    from being pruned. A read-only store is read without marks and locks.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], *, verify: bool = False) -> None:
@@ -150,7 +151,7 @@ class ActivationStore(Marked):
         self.verify = verify
         self._sound: set[tuple[str, int, str]] = set()
         self._reported: set[str] = set()
-        """What was said of files that are not sound."""
+        """Warnings about damaged files that were logged already."""
         self._rows: pd.DataFrame | None = None
         self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
@@ -171,10 +172,10 @@ class ActivationStore(Marked):
         shard_rows: int,
         about: Mapping[str, Any] | None = None,
     ) -> "ActivationStore":
-        """The store of these ingredients; `rows` replaces a rows table whose labels differ.
+        """The store with these ingredients; `rows` replaces a rows table whose labels differ.
 
-        `shard_rows` holds for a new store only. `about` is for people: names beside the hashes.
-        A manifest that is lost or damaged is made anew from the shards.
+        `shard_rows` applies to a new store only. `about` holds names for people beside the hashes.
+        A missing or damaged manifest is rebuilt from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         fresh = {
@@ -186,15 +187,15 @@ class ActivationStore(Marked):
             "shard_rows": shard_rows,
             "hookpoints": {},
         }
-        for place in (folder.parent, folder):
+        for parent in (folder.parent, folder):
             try:
-                # Both permissions are needed: to list it, and to enter it.
-                os.scandir(place).close()
-                os.stat(place / "rows.parquet")
+                # Permission to list the folder, and to open files in it.
+                os.scandir(parent).close()
+                os.stat(parent / "rows.parquet")
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                reason = f"{place} cannot be read ({error.strerror})"
+                reason = f"{parent} cannot be read ({error.strerror})"
                 raise StoreError(f"{reason}; choose another {CACHE}") from error
         if folder.is_dir() and not os.access(folder, os.W_OK):
             store = cls(folder, sound_manifest(folder, fresh)[0])
@@ -202,9 +203,9 @@ class ActivationStore(Marked):
             return store
         with locked(folder / ".create.lock"):
             with locked(folder / ".manifest.lock"):
-                # Whoever holds both locks is the only one that writes here: left by a killed run.
-                for left in folder.glob(".tmp-*"):
-                    left.unlink(missing_ok=True)
+                # Both locks are held, so temporary files were left by a killed run.
+                for leftover in folder.glob(".tmp-*"):
+                    leftover.unlink(missing_ok=True)
                 manifest, is_new = sound_manifest(folder, fresh)
                 store = cls(folder, manifest)
                 if is_new or not store._holds(rows):
@@ -222,18 +223,18 @@ class ActivationStore(Marked):
 
     @property
     def shard_rows(self) -> int:
-        """Rows per shard, the last one's may be fewer."""
+        """Rows per shard; the last shard may have fewer."""
         return int(self.manifest["shard_rows"])
 
     @property
     def rows(self) -> pd.DataFrame:
-        """One row per position, in dataset order; groups and splits as of the last run using it."""
+        """One row per position, in data set order; groups and splits are those of the last run."""
         if self._rows is not None:
             return self._rows
         return pd.read_parquet(self.path / "rows.parquet")
 
     def show(self, rows: pd.DataFrame) -> None:
-        """Have `rows` as the rows table of this object, without writing it."""
+        """Use `rows` as the rows table of this object, without writing it."""
         self._rows = rows
 
     def _holds(self, rows: pd.DataFrame) -> bool:
@@ -258,16 +259,16 @@ class ActivationStore(Marked):
 
     @property
     def repeats(self) -> Repeats:
-        """Which shard keeps which row. Raises StoreError where the rows table is damaged."""
+        """Which shard holds which row. Raises StoreError where the rows table is damaged."""
         if self._placed is None:
             rows = self.saved_rows(["text_id", "token_index"])
             if rows is None:
-                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to mend it")
+                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to repair it")
             self._placed = Repeats(rows, self.shard_rows)
         return self._placed
 
     def kept(self, index: int) -> Int[np.ndarray, " n"]:
-        """The rows that a shard's file holds, in its order: all but repeats of earlier shards'."""
+        """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
         first, end = self.shard_bounds[index]
         return np.arange(end) if not first else self.repeats.kept(first, end)
 
@@ -275,7 +276,7 @@ class ActivationStore(Marked):
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
 
     def _is_sound(self, hookpoint: Hookpoint, index: int) -> bool:
-        """Whether a shard is listed and is on disk as it was written."""
+        """Whether a shard is listed in the manifest and unchanged on disk."""
         entry = self.manifest["hookpoints"].get(hookpoint.name, {}).get(f"{index:05d}")
         if entry is None:
             return False
@@ -289,33 +290,33 @@ class ActivationStore(Marked):
 
     def _intact(self, file: Path, entry: Mapping[str, Any]) -> bool:
         hashed = self.verify or entry["bytes"] <= _HASH_ON_OPEN_BYTES
-        return intact(file, entry, hashed=hashed, reported=self._reported)
+        return is_intact(file, entry, hashed=hashed, reported=self._reported)
 
     def missing(
         self, hookpoints: Sequence[Hookpoint], shards: Sequence[int] | None = None
     ) -> dict[int, list[Hookpoint]]:
-        """Shard index (all, or of these) -> hookpoints whose shard is absent or damaged."""
-        found: dict[int, list[Hookpoint]] = {}
+        """Shard index (all, or those in `shards`) -> hookpoints whose file is absent or damaged."""
+        missing: dict[int, list[Hookpoint]] = {}
         for index in range(len(self.shard_bounds)) if shards is None else shards:
             absent = [h for h in hookpoints if not self._is_sound(h.stored, index)]
             if absent:
-                found[index] = absent
-        return found
+                missing[index] = absent
+        return missing
 
     @property
     def hookpoints(self) -> list[Hookpoint]:
-        """Hookpoints that are there whole, sorted."""
-        named = [Hookpoint.parse(name) for name in self.manifest["hookpoints"]]
-        return sorted(h for h in named if not self.missing([h]))
+        """Hookpoints with all their shards, sorted."""
+        listed = [Hookpoint.parse(name) for name in self.manifest["hookpoints"]]
+        return sorted(h for h in listed if not self.missing([h]))
 
     def shard_lock(self, index: int) -> Path:
-        """Whoever holds this lock computes the shard, for all hookpoints."""
+        """The holder of this lock computes the shard, for all hookpoints."""
         return self.path / LOCKS / f"{index:05d}.lock"
 
     def writer(
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
-        """A file for the rows that one shard keeps, to be filled and then entered."""
+        """A writer for the rows of one shard; `enter` lists the finished file."""
         n_rows = len(self.kept(index))
         return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
 
@@ -337,10 +338,10 @@ class ActivationStore(Marked):
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
         with locked(self.path / ".manifest.lock"):
-            # Of its own: another thread may read the manifest again meanwhile.
+            # A new object, because another thread may reload `self.manifest` meanwhile.
             manifest = read_manifest(self.path)
             change(manifest)
-            # The same bytes whoever was first.
+            # Sorted, so that the bytes do not depend on the order of processes.
             listed = manifest["hookpoints"]
             manifest["hookpoints"] = {h: dict(sorted(listed[h].items())) for h in sorted(listed)}
             self.manifest = write_manifest(self.path, manifest)
@@ -348,7 +349,7 @@ class ActivationStore(Marked):
     def write_shard(
         self, hookpoint: Hookpoint, index: int, acts: Float[Tensor, "n_rows d_model"]
     ) -> None:
-        """Write one shard, all its rows, whole or not at all, then enter it in the manifest."""
+        """Write all rows of one shard, whole or not at all, and list it in the manifest."""
         writer = self._writer(hookpoint.stored, index, (len(acts), acts.shape[1]), acts.dtype)
         writer.write(np.arange(len(acts)), acts)
         self.enter(index, {hookpoint: writer.finish()})
@@ -365,9 +366,9 @@ class ActivationStore(Marked):
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
 
-        Several shards are joined once into one file beside them, or, where that cannot be written,
-        into a temporary file that goes when the tensor does. Raises StoreError where the
-        hookpoint was not, or not wholly, collected.
+        Several shards are joined once into one file beside them, or, in a read-only store, into a
+        temporary file that is deleted with the tensor. Raises StoreError where the hookpoint was
+        not collected, or only in part.
         """
         hookpoint = self._complete(Hookpoint(layer, stream).stored)
         values = self._values(hookpoint)
@@ -387,8 +388,8 @@ class ActivationStore(Marked):
         if not os.access(self.path, os.W_OK):
             return join_elsewhere(parts, mapped)
         join(joined, parts)
-        made = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
-        self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: made}))
+        entry = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
+        self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: entry}))
         return mapped(joined)
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -396,7 +397,7 @@ class ActivationStore(Marked):
         yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
 
     def norms(self, hookpoint: Hookpoint) -> Float[np.ndarray, " n_rows"]:
-        """Euclidean norm of each row, float64; computed once while the store is open."""
+        """Euclidean norm of each row, float64; cached while the store is open."""
         at = hookpoint.stored
         if at not in self._norms:
             parts = [
@@ -411,7 +412,9 @@ class ActivationStore(Marked):
 
     def _complete(self, hookpoint: Hookpoint) -> Hookpoint:
         if self.missing([hookpoint]):
-            there = ", ".join(h.name for h in self.hookpoints) or "none"
-            raise StoreError(f"{self.path} has not all of {hookpoint.name}; it has {there}")
+            complete = ", ".join(h.name for h in self.hookpoints) or "none"
+            raise StoreError(
+                f"{self.path} does not have all of {hookpoint.name}; it has {complete}"
+            )
         self._use()
         return hookpoint

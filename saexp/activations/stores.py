@@ -1,4 +1,4 @@
-"""All stores of a cache directory: listing, verifying, comparing and pruning."""
+"""Lists, verifies, compares and prunes the activation stores of a cache directory."""
 
 import datetime
 import json
@@ -21,29 +21,29 @@ from saexp.files import USED, show_bytes, try_lock, users
 from saexp.models.hookpoints import Hookpoint
 from saexp.wording import counted
 
-_SHOWN = 8
+_SHOWN_DIGITS = 8
 """Hex digits shown of a hash."""
-_TOLD = 60
+_SHOWN_CHARACTERS = 60
 """Characters shown of a setting."""
 
 
 def headline(store: ActivationStore) -> str:
-    """One line on what a store holds."""
-    about, made_of = store.manifest.get("about", {}), store.manifest["ingredients"]
-    parts = [made_of.get("model"), about.get("dataset"), about.get("positions")]
-    parts += [counted(store.n_rows, "row"), made_of.get("dtype"), *store.manifest["hookpoints"]]
+    """One line that describes a store."""
+    about, ingredients = store.manifest.get("about", {}), store.manifest["ingredients"]
+    parts = [ingredients.get("model"), about.get("dataset"), about.get("positions")]
+    parts += [counted(store.n_rows, "row"), ingredients.get("dtype"), *store.manifest["hookpoints"]]
     return f"{store.path.name}: {', '.join(str(part) for part in parts if part)}"
 
 
 def differences(first: ActivationStore, second: ActivationStore) -> list[str]:
-    """A line per ingredient of the key that differs; hashes stand behind the names they are of."""
+    """One line per ingredient of the key that differs; hashes are shown with what they are of."""
     a, b = first.manifest["ingredients"], second.manifest["ingredients"]
     lines = []
     for name in sorted({*a, *b}):
         if a.get(name) == b.get(name):
             continue
-        if name in _NAMED and name in a and name in b:
-            one, two = (_NAMED[name](s, o) for s, o in ((first, second), (second, first)))
+        if name in _DESCRIPTIONS and name in a and name in b:
+            one, two = (_DESCRIPTIONS[name](s, o) for s, o in ((first, second), (second, first)))
             line = f"{name}: {one} ({_short(a[name])}) and {two} ({_short(b[name])})"
             lines.append(line + (_common(first, second) if name == "texts" else ""))
         else:
@@ -52,7 +52,7 @@ def differences(first: ActivationStore, second: ActivationStore) -> list[str]:
 
 
 def _short(digest: Any) -> str:
-    return str(digest)[:_SHOWN]
+    return str(digest)[:_SHOWN_DIGITS]
 
 
 def _model(store: ActivationStore, _: ActivationStore) -> str:
@@ -77,23 +77,24 @@ def _positions(store: ActivationStore, other: ActivationStore) -> str:
 
 
 def _settings(store: ActivationStore, other: ActivationStore, kind: str) -> list[str]:
-    """What was set otherwise than in the other store, as `key=value`."""
-    mine, theirs = (s.manifest.get("about", {}).get(kind, {}) for s in (store, other))
-    told = {k: str(v) for k, v in mine.items() if k not in theirs or theirs[k] != v}
-    return [f"{k}={v if len(v) <= _TOLD else v[:_TOLD] + '…'}" for k, v in told.items()]
+    """Settings that differ from the other store's, as `key=value`."""
+    own, others = (s.manifest.get("about", {}).get(kind, {}) for s in (store, other))
+    different = {k: str(v) for k, v in own.items() if k not in others or others[k] != v}
+    n = _SHOWN_CHARACTERS
+    return [f"{k}={v if len(v) <= n else v[:n] + '…'}" for k, v in different.items()]
 
 
-_NAMED: Mapping[str, Callable[[ActivationStore, ActivationStore], str]] = {
+_DESCRIPTIONS: Mapping[str, Callable[[ActivationStore, ActivationStore], str]] = {
     "texts": _texts,
     "positions": _positions,
     "weights": _model,
     "tokenizer": _model,
 }
-"""Ingredients that are hashes -> (store, the other one) -> what the hash is of."""
+"""Ingredient that is a hash -> function of (store, other store) that describes what is hashed."""
 
 
 def _common(first: ActivationStore, second: ActivationStore) -> str:
-    """What the two stores' texts have in common; nothing where a rows table does not tell."""
+    """What the two stores' texts have in common; empty where a rows table is damaged."""
     tables = [s.saved_rows(["text"]) for s in (first, second)]
     if any(rows is None for rows in tables):
         return ""
@@ -110,32 +111,32 @@ _SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 def folders(cache_dir: str | Path) -> list[Path]:
-    """Every folder of a store, readable or not, the one used longest ago first."""
-    there = [
+    """Folders of all stores, readable or not, the least recently used first."""
+    found = [
         folder
         for folder in Path(cache_dir).glob("activations/*")
         if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
     ]
-    return sorted(there, key=lambda folder: (last_used(folder), folder.name))
+    return sorted(found, key=lambda folder: (last_used(folder), folder.name))
 
 
 def stores(cache_dir: str | Path) -> list[ActivationStore]:
-    """Every readable store of the folder, the one used longest ago first."""
-    found = []
+    """All readable stores, the least recently used first."""
+    readable = []
     for folder in folders(cache_dir):
         with suppress(StoreError):
-            found.append(ActivationStore.open(folder))
-    return found
+            readable.append(ActivationStore.open(folder))
+    return readable
 
 
 def last_used(folder: Path) -> float:
-    """Seconds since the epoch at which a run last used the store of a folder."""
+    """Time of the last use of a store by a run, in seconds since the epoch."""
     marks = [folder / USED, folder / MANIFEST, folder]
     return next(mark for mark in marks if mark.exists()).stat().st_mtime
 
 
 def size(folder: Path) -> int:
-    """Bytes of all its files."""
+    """Size of a folder in bytes."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
@@ -144,15 +145,15 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
     columns = ["key", "model", "dataset", "positions", "n_rows", "dtype", "hookpoints"]
     rows = []
     for store in stores(cache_dir):
-        about, made_of = store.manifest.get("about", {}), store.manifest["ingredients"]
+        about, ingredients = store.manifest.get("about", {}), store.manifest["ingredients"]
         rows.append(
             {
                 "key": store.path.name,
-                "model": made_of.get("model"),
+                "model": ingredients.get("model"),
                 "dataset": about.get("dataset"),
                 "positions": about.get("positions"),
                 "n_rows": store.n_rows,
-                "dtype": made_of.get("dtype"),
+                "dtype": ingredients.get("dtype"),
                 "hookpoints": ", ".join(store.manifest["hookpoints"]),
                 "bytes": size(store.path),
                 "last_used": datetime.datetime.fromtimestamp(last_used(store.path)),
@@ -162,7 +163,7 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
 
 
 def for_reading(table: pd.DataFrame) -> str:
-    """A listing as text: sizes with their unit, times to the minute."""
+    """Format a listing as text, with units of sizes and times to the minute."""
     shown = table.rename(columns={"bytes": "size"})
     shown["size"] = [show_bytes(n) for n in table["bytes"]]
     shown["last_used"] = [f"{at:%Y-%m-%d %H:%M}" for at in table["last_used"]]
@@ -170,39 +171,39 @@ def for_reading(table: pd.DataFrame) -> str:
 
 
 def damaged(store: ActivationStore) -> list[str]:
-    """What is not as it was written, `<hookpoint>/<shard>` for each listed shard, and
-    `<hookpoint>/joined` for the file that joins a hookpoint's shards; hashes all."""
-    looked = ActivationStore.open(store.path, verify=True)
-    found = ["rows.parquet"] if looked.saved_rows() is None else []
-    for name, shards in looked.manifest["hookpoints"].items():
+    """Damaged files: `<hookpoint>/<shard>` for a listed shard, `<hookpoint>/joined` for the file
+    that joins a hookpoint's shards. All files are hashed."""
+    checked = ActivationStore.open(store.path, verify=True)
+    found = ["rows.parquet"] if checked.saved_rows() is None else []
+    for name, shards in checked.manifest["hookpoints"].items():
         at = [Hookpoint.parse(name)]
-        found += [f"{name}/{shard}" for shard in shards if looked.missing(at, [int(shard)])]
-    return found + [f"{name}/joined" for name in damaged_joined(store.path, looked.manifest)]
+        found += [f"{name}/{shard}" for shard in shards if checked.missing(at, [int(shard)])]
+    return found + [f"{name}/joined" for name in damaged_joined(store.path, checked.manifest)]
 
 
 def unreadable(cache_dir: str | Path) -> list[Path]:
-    """Folders of stores whose manifest is missing or damaged, by name."""
+    """Folders of stores whose manifest is missing or damaged, sorted by name."""
     readable = {store.path for store in stores(cache_dir)}
     return sorted(folder for folder in folders(cache_dir) if folder not in readable)
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning did."""
+    """Result of pruning."""
 
     removed: list[str]
     """Keys of the stores removed."""
     kept: dict[str, str]
-    """Key -> why, of the stores that the limits would have removed."""
+    """Key -> reason, for stores that exceed the limits and could not be removed."""
     n_bytes: int
-    """Bytes of what is left."""
+    """Bytes of the remaining stores."""
 
 
 def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -> Pruned:
-    """Remove stores not used for `max_age`, then those used longest ago until `max_size` is met.
+    """Remove stores not used for `max_age`, then the least recently used until `max_size` is met.
 
-    A store that a process reads or writes stays, and so does one that cannot be written. Raises
-    ConfigError where no limit is given or one is no size or span.
+    A store that a process reads or writes is kept, and so is a read-only one. Raises ConfigError
+    where no limit is set or a limit cannot be parsed.
     """
     if max_size is None and max_age is None:
         raise ConfigError(
@@ -210,10 +211,10 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
         )
     n_bytes = None if max_size is None else _parse("task.max_size", max_size, _UNITS, "20GB")
     span = None if max_age is None else _parse("task.max_age", max_age, _SPANS, "30d")
-    there = folders(cache_dir)
-    sizes = {folder: size(folder) for folder in there}
+    candidates = folders(cache_dir)
+    sizes = {folder: size(folder) for folder in candidates}
     total, removed, kept = sum(sizes.values()), [], {}
-    for folder in there:
+    for folder in candidates:
         old = span is not None and time.time() - last_used(folder) > span
         if not old and (n_bytes is None or total <= n_bytes):
             continue
@@ -240,40 +241,40 @@ def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float
 
 
 def _remove(folder: Path) -> str | None:
-    """Remove a store that nobody uses; else say why it stays."""
-    with ExitStack() as held:
-        # Under this lock marks are made, so that none comes after they were looked at.
-        if not _hold(held, folder / ".create.lock"):
+    """Remove a store that no process uses; otherwise return why it is kept."""
+    with ExitStack() as locks:
+        # Marks are made under this lock, so that none can appear after this check.
+        if not _hold(locks, folder / ".create.lock"):
             return "a process is opening it"
         if reading := users(folder):
             return f"in use by {', '.join(reading)}"
         for lock in sorted((folder / LOCKS).glob("*.lock")):
-            if not _hold(held, lock):
+            if not _hold(locks, lock):
                 return "a process is writing it"
-        # Without its manifest it is no store any more, whatever happens next.
+        # Without its manifest the folder is no longer a store, even if what follows fails.
         remove_manifest(folder)
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def _hold(held: ExitStack, path: Path) -> bool:
+def _hold(locks: ExitStack, path: Path) -> bool:
     lock = try_lock(path)
     if lock is not None:
-        held.callback(lock.release)
+        locks.callback(lock.release)
     return lock is not None
 
 
 def find(cache_dir: str | Path, key: str) -> ActivationStore:
-    """The one store whose key begins so. Raises ConfigError where none or several do."""
+    """The store whose key begins with `key`. Raises ConfigError where none or several do."""
     keys = {s.path.name: s for s in stores(cache_dir)}
-    found = [name for name in keys if name.startswith(str(key))]
-    if len(found) != 1:
-        told = f"{len(found)} stores begin so" if found else "no store begins so"
-        raise ConfigError(f"stores: {key}: {told}; {cache_dir} holds {', '.join(keys) or 'none'}")
-    return keys[found[0]]
+    matches = [name for name in keys if name.startswith(str(key))]
+    if len(matches) != 1:
+        problem = f"{len(matches)} keys begin with it" if matches else "no key begins with it"
+        raise ConfigError(f"stores={key}: {problem}; {cache_dir} holds {', '.join(keys) or 'none'}")
+    return keys[matches[0]]
 
 
 def verify(chosen: Sequence[ActivationStore]) -> dict[str, list[str]]:
-    """Store's key -> its damaged shards, sound stores left out."""
-    found = {store.path.name: damaged(store) for store in chosen}
-    return {key: shards for key, shards in found.items() if shards}
+    """Key of each damaged store -> its damaged files."""
+    files = {store.path.name: damaged(store) for store in chosen}
+    return {key: names for key, names in files.items() if names}

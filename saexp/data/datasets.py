@@ -36,7 +36,7 @@ TEXT_TEMPLATE = "The {entity_type} {entity}"
 def finish(
     cfg: DatasetConfig, examples: list[Example], source: str, notes: Sequence[str] = ()
 ) -> ExampleSet:
-    """Filters, groups, splits: what every data set goes through. Notes say what is left out."""
+    """Filter examples, resolve the groups and assign splits; notes say what is left out."""
     notes = list(notes)
     if cfg.entity_types is not None:
         there = {e.entity_type for e in examples}
@@ -88,7 +88,7 @@ def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """Known and unknown entities: the shipped model's own, real and invented ones otherwise.
+    """Known and unknown entities: those of the shipped model, else real and invented ones.
 
     `dataset.path` names a JSONL file with a text per row, or a .json file in the published entity
     format, which is read as dataset=wikidata reads it.
@@ -120,13 +120,13 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     },
                 )
             )
-    # Columns are mapped in files of the user's.
+    # dataset.columns applies to the user's files only.
     examples, notes = to_examples(rows, replace(cfg, columns={}), "the shipped entities")
     return finish(cfg, examples, "the shipped entities", notes)
 
 
 def filled(key: str, template: str, named: dict[str, str]) -> str:
-    """The template with its names filled in. Raises ConfigError for other names."""
+    """Fill in a template. Raises ConfigError where it has other names in braces."""
     try:
         return template.format(**named)
     except (AttributeError, LookupError, ValueError) as error:
@@ -149,8 +149,8 @@ def text(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 def prompt(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """One prompt with its answer and, where given, a wrong one (`foil`).
 
-    Hydra drops a space at the beginning of an unquoted word; `dataset.answer_space` says when one
-    is put there.
+    Hydra drops a leading space of an unquoted word; `dataset.answer_space` decides when one is
+    added.
     """
     if not cfg.text:
         raise ConfigError(
@@ -169,14 +169,11 @@ def prompt(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def read_lines(path: str | None, key: str) -> list[str]:
-    """Non-blank lines of a text file or of all .txt files of a folder, white space as it is.
-
-    Raises DataError.
-    """
+    """Non-blank lines of a text file, or of all .txt files of a folder. Raises DataError."""
     if not path:
         raise ConfigError(f"{key} is not set: type {key}=FILE (one text per line) or a folder")
-    place = Path(path)
-    files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+    location = Path(path)
+    files = sorted(location.glob("*.txt")) if location.is_dir() else [location]
     if not files or not all(f.is_file() for f in files):
         raise DataError(f"{key}={path}: no such text file, nor a folder with .txt files")
     lines = [line for file in files for line in text_lines(file) if line.strip()]
@@ -223,7 +220,7 @@ MEMORIZATION_COLUMNS = (
 
 
 def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """Memorised continuations against ones with no matching token (REFERENCE: study E).
+    """Memorised continuations against continuations without a matching token.
 
     A row with `perfect_match` true is `memorized`, one with `matching_tokens` 0 `not_memorized`,
     any other is left out; a row without a prompt, a continuation or the number that decides its
@@ -246,9 +243,9 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             )
         row = missing.cleaned(cells)
         line = where.rpartition(":")[2]
-        group, lacking = _memorized(where, row)
-        if lacking:
-            skips.append(Skip(line, f"{lacking} is empty or a missing value"))
+        group, missing_column = _memorized(where, row)
+        if missing_column:
+            skips.append(Skip(line, f"{missing_column} is empty or a missing value"))
         elif group is None:
             n_partial += 1
         else:
@@ -275,7 +272,7 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
 
 def _memorized(where: str, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(group, None where tokens match in part; the column whose missing value forbids to say)."""
+    """(group, or None; the column whose missing value leaves the group unknown, or None)."""
     for column in MEMORIZATION_COLUMNS[:2]:
         if row[column] is None:
             return None, column
@@ -294,15 +291,15 @@ def _memorized(where: str, row: Mapping[str, Any]) -> tuple[str | None, str | No
 
 
 def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
-    """A `datasets` id, a folder saved by it (one split or several), or a folder it can read."""
+    """A data set of the `datasets` library: a hub id, a folder saved by it, or one it can read."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     if not cfg.path:
         raise ConfigError("dataset=hf needs a name: type dataset.path=<hub id or local folder>")
-    saved = [(Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")]
+    is_saved = [(Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")]
     try:
-        if any(saved):
+        if any(is_saved):
             loaded: Any = datasets.load_from_disk(cfg.path)
         elif Path(cfg.path).exists():
             loaded = datasets.load_dataset(cfg.path, split=cfg.hf_split)

@@ -57,10 +57,10 @@ def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:
 
 
 def look_alike(text: str, wanted: str) -> bool:
-    """Whether a string that does not occur in `text` may seem to the eye to stand there.
+    """Whether `text` has a passage that looks like `wanted` but differs in its characters.
 
-    Compared without case, compatibility forms, invisible characters and kinds of white space; four
-    in five characters must agree, as other alphabets have letters of the same shape.
+    Case, compatibility forms, invisible characters and kinds of white space are ignored; four in
+    five characters must agree, since other alphabets have letters of the same shape.
     """
     if text.isascii() and wanted.isascii():
         return False
@@ -108,13 +108,13 @@ class Example:
     split: str | None = None
     """train, val or test."""
     spans: tuple[Span, ...] = ()
-    """The entity's mentions in `text`, in order; what needs one mention reads the last."""
+    """The entity's mentions in `text`, in order; the last is used where one mention is needed."""
     entity: str | None = None
     entity_type: str | None = None
     prompt: str | None = None
-    """What interventions run on; `text` where None."""
+    """Prompt for interventions; `text` where None."""
     message: str | None = None
-    """The user's message as given, where `prompt` is a chat template's output."""
+    """The user's original message, where `prompt` is the output of a chat template."""
     answers: tuple[str, ...] = ()
     answer_space: str = "auto"
     """How an answer follows the prompt, see `data.prompts` (config: dataset.answer_space)."""
@@ -123,14 +123,14 @@ class Example:
 
     @property
     def question(self) -> str:
-        """What the model is asked, without a chat template around it."""
+        """The prompt without a chat template."""
         return self.message or self.prompt or self.text
 
     @property
     def unit(self) -> str:
-        """What is split, resampled and counted as one observation: the entity, else the example.
+        """Key of the unit of observation for splits and resampling: the entity, else the example.
 
-        An entity is one unit in whichever Unicode normalisation its rows have it.
+        It does not depend on the Unicode normalisation of the entity.
         """
         if self.entity is None:
             return self.id
@@ -146,14 +146,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Skip:
-    """An example that could not be used, and why."""
+    """An example that could not be used, with the reason."""
 
     example_id: str
     reason: str
 
 
 def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
-    """One line on those of `n` examples that could not be used; nothing where all were."""
+    """One line on how many of `n` examples were skipped, and why; empty where none was."""
     if not skips:
         return []
     reasons = Counter(s.reason for s in skips).most_common()
@@ -170,7 +170,7 @@ class ExampleSet:
     examples: list[Example]
     groups: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
-    """What a reader of a report must know of it, such as what was left out."""
+    """Sentences for the report, such as how many rows were left out."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -179,10 +179,10 @@ class ExampleSet:
 def infer_groups(
     examples: Sequence[Example], wanted: Sequence[str] | None, where: str
 ) -> tuple[str, ...]:
-    """The two labels to contrast: the ones wanted, else the ones found, in order of appearance.
+    """The two labels to contrast: `wanted`, else those of the data in order of appearance.
 
-    A data set without labels has no groups. Raises DataError for one group, a wanted group that is
-    missing, or more than two where none are named.
+    A data set without labels has no groups. Raises DataError for one group, for a requested group
+    that is missing, and for more than two groups where none are requested.
     """
     counts = Counter(e.group for e in examples if e.group is not None)
     if not counts:
@@ -205,7 +205,7 @@ def infer_groups(
         )
     if len(counts) > 2:
         raise DataError(
-            f"{where}: {len(counts)} groups, {listed}; say which two with "
+            f"{where}: {len(counts)} groups, {listed}; choose two with "
             "'dataset.groups=[first,second]'"
         )
     return tuple(counts)
@@ -230,10 +230,10 @@ def choose(examples: list[Example], n: int | None, seed: int) -> list[Example]:
 def assign_splits(
     examples: Sequence[Example], shares: Mapping[str, float], seed: int
 ) -> list[Example]:
-    """Give every example without a split one, so that all examples of an entity share it.
+    """Assign a split to every example without one, the same to all examples of an entity.
 
-    Entities are shuffled by the seed within each (group, entity type), then cut by the shares, so
-    the splits have the same make-up.
+    Entities are shuffled by the seed within each (group, entity type) and divided by the fractions,
+    so that all splits have the same composition.
     """
     of_unit: dict[str, str | None] = {e.unit: e.split for e in examples if e.split is not None}
     strata: dict[tuple[str, str], list[str]] = {}
@@ -258,17 +258,17 @@ def assign_splits(
 class MissingValues:
     """Decides which values of a table are missing, and counts them by column.
 
-    null, NaN and the empty string always are; of other values, the given texts and numbers that
-    are equal to one of them (by default the texts that `pandas.read_csv` treats as missing).
+    null, NaN and the empty string are always missing, and so are `texts` and the numbers equal to
+    one of them (by default the texts that `pandas.read_csv` treats as missing).
     """
 
     def __init__(self, texts: Sequence[str | int | float] = MISSING_VALUES) -> None:
         self.texts = {"", *map(str, texts)}
         self.numbers = {value for text in self.texts if (value := _finite(text)) is not None}
         self.counts: Counter[str] = Counter()
-        """Column -> rows where it is missing, wholly or in part."""
+        """Column -> number of rows where it is missing, at least in part."""
         self.spellings: dict[str, None] = {}
-        """Texts, other than the empty one, that were met as missing values."""
+        """Texts, other than the empty one, that occurred as missing values."""
 
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, str):
@@ -278,7 +278,7 @@ class MissingValues:
         return value is None
 
     def cleaned(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row with None for each missing value, inside lists and mappings too; counts them."""
+        """The row with None for each missing value, also inside lists and mappings; counts them."""
         done = {}
         for column, value in row.items():
             done[column], n_missing = self._clean(value)
@@ -300,7 +300,7 @@ class MissingValues:
         return None, 1
 
     def notes(self, n_rows: int) -> list[str]:
-        """One line with the counts by column; nothing where no value is missing."""
+        """One line with the counts by column; empty where no value is missing."""
         if not self.counts:
             return []
         columns = ", ".join(f"'{column}' {n:,}" for column, n in self.counts.items())
@@ -322,7 +322,7 @@ def _finite(text: str) -> float | None:
 
 
 def as_list(text: str, opening: str = "[") -> list[Any] | None:
-    """The list that a cell holds in JSON or Python form; None where it holds another text.
+    """Parse a cell that holds a list in JSON or Python syntax; None for any other text.
 
     `opening` are the brackets that a list may begin with. Raises ValueError for a printed NumPy
     array, whose items are not separated.
@@ -341,7 +341,7 @@ def as_list(text: str, opening: str = "[") -> list[Any] | None:
 
 
 def _python_value(text: str) -> Any:
-    """What a Python literal says, `nan` included; None where it is none."""
+    """The value of a Python literal, which may contain `nan`; None where it is not one."""
     try:
         with warnings.catch_warnings():
             # Unknown escapes in a string literal.
@@ -358,7 +358,7 @@ def _python_value(text: str) -> Any:
 
 
 class _NaN(ast.NodeTransformer):
-    """Puts the number in place of the name `nan`, as which Python prints it."""
+    """Replaces the name `nan`, as Python prints it, by the number."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(float("nan")) if node.id == "nan" else node

@@ -1,4 +1,4 @@
-"""Which tokens of a text are analysed, and the table of all of them.
+"""Selects the tokens of each text that are analysed, and tabulates them.
 
 Indices count the unpadded token ids, special tokens included.
 """
@@ -31,21 +31,21 @@ OWN_COLUMNS = (
     "token",
     "n_entity_tokens",
 )
-"""Columns of every rows table; the user's file's own of such a name is kept as `<name>_in_file`."""
+"""Columns of every rows table. A data file's own column of such a name becomes `<name>_in_file`."""
 
 
 NO_SPAN = "no entity span"
 CUT = "text longer than dataset.max_length, so its positions are not those of the whole text"
-"""Reason of a skip with dataset.truncation=skip."""
+"""Reason of a skipped example with dataset.truncation=skip."""
 
 
 class Unplaced(Exception):
-    """A text without the position wanted; its message is the reason that is reported."""
+    """A text does not have the requested position; the message is the reported reason."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text that positions are chosen in."""
+    """A text in which positions are selected."""
 
     example: Example
     tokens: TokenizedText
@@ -53,23 +53,23 @@ class Candidate:
 
 
 class _Positions(ABC):
-    """Base: holds the config; `select` gives indices, or raises Unplaced with the reason."""
+    """Base class of the registry kind `positions`."""
 
     reads_cut = True
-    """Whether a note reports that a text was cut: false where a span says what is read, which is
-    there whole or not at all."""
+    """Whether a note reports texts that were cut. False where a span says which tokens are read: it
+    is there whole or not at all."""
 
     def moved(self, tokens: TokenizedText) -> bool:  # noqa: ARG002
-        """Whether the tokens chosen in this cut text are others than in the whole text."""
+        """Whether other tokens are chosen in this truncated text than in the whole text."""
         return False
 
     def __init__(self, cfg: PositionsConfig) -> None:
         self.cfg = cfg
 
     def ordinary(self, tokens: TokenizedText) -> list[int]:
-        """Indices that may be chosen: of a prompt in chat, those of the user's message.
+        """Indices that may be chosen; in a chat prompt, those of the user's message.
 
-        Special tokens only where asked for.
+        Special tokens are included only with `positions.include_special`.
         """
         return [
             i
@@ -78,7 +78,7 @@ class _Positions(ABC):
         ]
 
     def select(self, at: Candidate) -> list[int]:
-        """Token indices, in order."""
+        """Token indices in order. Raises Unplaced where there are none."""
         chosen = self.choose(at)
         if not chosen:
             raise Unplaced("text has no ordinary token")
@@ -86,7 +86,7 @@ class _Positions(ABC):
 
     @abstractmethod
     def choose(self, at: Candidate) -> list[int]:
-        """What each kind of position defines."""
+        """The indices that this kind of position stands for; may raise Unplaced."""
 
 
 def _of_span(tokens: TokenizedText, span: Span, what: str) -> list[int]:
@@ -242,9 +242,9 @@ class Continuation(_Positions):
 
 
 def selected(positions: Any, at: Candidate) -> list[int]:
-    """What positions, those of a plugin too, choose in a text, checked.
+    """Indices that a positions object, possibly a plugin's, selects in a text, checked.
 
-    Raises Unplaced where they choose nothing, DataError for an index that the text does not have.
+    Raises Unplaced where it selects none, DataError for an index outside the text.
     """
     chosen = [int(index) for index in positions.select(at)]
     if not chosen:
@@ -253,7 +253,7 @@ def selected(positions: Any, at: Candidate) -> list[int]:
     if outside:
         raise DataError(
             f"positions chose index {outside[0]} in a text of {len(at.tokens)} tokens; "
-            "`select` must give indices from 0 on"
+            "`select` must return indices from 0 on"
         )
     return chosen
 
@@ -268,7 +268,7 @@ class Placement:
     """Distinct texts; `text_id` counts them."""
     skips: list[Skip]
     n_cut: int = 0
-    """Texts that were cut at the maximum length and are read as far as they go."""
+    """Texts that were truncated at the maximum length and are read up to there."""
     n_examples: int = 0
     """Examples of the data set, skipped ones included."""
     example_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -283,18 +283,18 @@ def place(
     seed: int,
     truncation: str = "skip",
 ) -> Placement:
-    """One row per position. What cannot be placed is a skip with its reason, never a row.
+    """Resolve the positions of all examples: one row per position, one skip per example without.
 
-    `truncation`: a cut text whose positions would be others than those of the whole text is a skip
-    (`skip`), or is read as if it ended there (`keep`). Raises DataError where nothing at all can be
-    placed.
+    `truncation`: a truncated text in which other positions would be selected than in the whole text
+    is skipped (`skip`), or is read as if it ended there (`keep`). Raises DataError where no example
+    has a position.
     """
-    # Positions of a plugin need not derive from `_Positions`.
+    # A plugin's positions need not derive from `_Positions`.
     moved = getattr(positions, "moved", lambda _: False)
     read_to_the_cut: set[str] = set()
     rows: list[dict[str, Any]] = []
     texts: dict[str, int] = {}
-    kept: list[TokenizedText] = []
+    distinct: list[TokenizedText] = []
     skips: list[Skip] = []
     example_index: list[int] = []
     for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
@@ -310,8 +310,8 @@ def place(
         if tokens.truncated and getattr(positions, "reads_cut", True):
             read_to_the_cut.add(example.text)
         if example.text not in texts:
-            texts[example.text] = len(kept)
-            kept.append(tokens)
+            texts[example.text] = len(distinct)
+            distinct.append(tokens)
         n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else 0
         for index in indices:
             example_index.append(number)
@@ -328,7 +328,7 @@ def place(
                     "text_id": texts[example.text],
                     "token_index": index,
                     "token_id": tokens.ids[index],
-                    # Not known of an entity that was cut off.
+                    # Unknown for an entity that was cut off.
                     "n_entity_tokens": n_entity or None,
                     **{_free_name(k): _plain(v) for k, v in example.extra.items()},
                 }
@@ -341,7 +341,7 @@ def place(
         if any(s.reason == CUT for s in skips):
             hint = "; type a larger dataset.max_length=, or dataset.truncation=keep"
         raise DataError(
-            f"no position could be placed in {len(skips)} texts: {'; '.join(reasons)}{hint}"
+            f"none of {len(skips)} texts has the requested position: {'; '.join(reasons)}{hint}"
         )
     table = pd.DataFrame(rows)
     table.insert(11, "token", tokenizer.convert_ids_to_tokens(table["token_id"].tolist()))
@@ -351,7 +351,7 @@ def place(
     for column in table.columns[len(OWN_COLUMNS) :]:
         table[column] = _one_type(table[column])
     return Placement(
-        table, kept, skips, len(read_to_the_cut), len(examples), np.asarray(example_index)
+        table, distinct, skips, len(read_to_the_cut), len(examples), np.asarray(example_index)
     )
 
 
@@ -360,12 +360,12 @@ def _free_name(column: str) -> str:
 
 
 def _one_type(column: pd.Series) -> pd.Series:
-    """A column that mixes numbers, booleans and text, or has huge integers, as text."""
+    """The column; as text where it mixes numbers, booleans and text, or has huge integers."""
     if column.dtype != object or all(isinstance(v, bool) for v in column.dropna()):
         return column
     return column.map(str, na_action="ignore").astype("string")
 
 
 def _plain(value: Any) -> Any:
-    """Columns of the user's file go into parquet: nested values as text."""
+    """A value of the data file for parquet: nested values become text."""
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,4 +1,4 @@
-"""Prompts as token ids, in a chat template where one is set, and the first token of an answer."""
+"""Prompts as token ids, with the chat template where `model.chat` is set, and answer tokens."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import ModelError
 
 _SENTINEL = "SaexpUserMessage7261"
-"""A message that no template holds and none has a reason to change."""
+"""A message that no template contains and none has a reason to change."""
 IN_CHAT = "strip"
-"""`Example.answer_space` of a prompt in chat: the answer begins the model's turn."""
+"""`Example.answer_space` of a chat prompt: the answer begins the model's turn."""
 CHANGED = "the chat template changes the message, so positions in it cannot be located"
 """Reason of a skip."""
 
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """What is needed of a language model."""
+    """The part of a language model that tokenization needs."""
 
     cfg: ModelConfig
     prepend_bos: bool | None
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         ...
 
     def chat_text(self, prompt: str) -> str:
@@ -38,16 +38,16 @@ class ChatModel(Protocol):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads for one message of the user."""
+    """The text that a model reads for one message of the user."""
 
     text: str
     message: Span | None
-    """Where the message is in `text`; None where the chat template changes it."""
+    """Span of the message in `text`; None where the chat template changes it."""
     shift: int = 0
     """Index of a character in `text` minus its index in the message as given."""
 
     def located(self, span: Span) -> Span | None:
-        """A span of the message as given, in `text`; None where nothing of it is there."""
+        """The span of `text` for a span of the original message; None where it was removed."""
         if self.message is None:
             return None
         start = max(span[0] + self.shift, self.message[0])
@@ -56,7 +56,7 @@ class Prompt:
 
 
 def as_read(model: ChatModel, messages: Sequence[str]) -> list[Prompt]:
-    """The messages in the chat template where `model.chat` is set, else as they are."""
+    """The messages in the chat template where `model.chat` is set, else unchanged."""
     if not model.cfg.chat or not messages:
         return [Prompt(text, (0, len(text))) for text in messages]
     before, after = _frame(model)
@@ -64,9 +64,9 @@ def as_read(model: ChatModel, messages: Sequence[str]) -> list[Prompt]:
 
 
 def _frame(model: ChatModel) -> tuple[str, str]:
-    """What the chat template puts before and after a message; nothing where it repeats it.
+    """The text that the chat template puts before and after a message; empty where it repeats it.
 
-    Raises ModelError where it leaves the message out: every prompt would be the same.
+    Raises ModelError where the template leaves the message out, so that all prompts are equal.
     """
     text = model.chat_text(_SENTINEL)
     if _SENTINEL.lower() not in text.lower():
@@ -79,7 +79,7 @@ def _frame(model: ChatModel) -> tuple[str, str]:
 
 
 def in_template(example: Example, prompt: Prompt) -> Example:
-    """The example as the model reads it in chat: its spans are moved with the user's message."""
+    """The example as a chat prompt; spans are moved with the user's message."""
     spans = tuple(s for s in map(prompt.located, example.spans) if s is not None)
     space = IN_CHAT if example.answer_space == "auto" else example.answer_space
     return replace(
@@ -93,10 +93,10 @@ def in_template(example: Example, prompt: Prompt) -> Example:
 
 
 def _framed(text: str, message: str, before: str, after: str) -> Prompt:
-    """The message located between what the template puts before and after it.
+    """Locate the message between the template's own text before and after it.
 
-    A template may strip white space around the message; where it changes anything else, the
-    message has no location.
+    A template may strip white space around the message; where it changes anything else, the message
+    has no location.
     """
     end = len(text) - len(after)
     if text.startswith(before) and text.endswith(after) and len(before) <= end:
@@ -108,10 +108,10 @@ def _framed(text: str, message: str, before: str, after: str) -> Prompt:
 
 
 def tokenize_texts(model: ChatModel, texts: Sequence[str], max_length: int) -> list[TokenizedText]:
-    """Token ids of texts that are read and not continued, cut at `max_length`.
+    """Tokenize texts that are read but not continued, truncated at `max_length` tokens.
 
-    With `model.chat`, a text that begins as the chat template does (such as those that task=label
-    saves) is one of its outputs, and has the template's own BOS or none.
+    With `model.chat`, a text that begins like the chat template (such as those that task=label
+    saves) counts as its output, and begins with the template's own BOS or none.
     """
     before = _frame(model)[0] if model.cfg.chat else ""
     done: dict[int, TokenizedText] = {}
@@ -129,9 +129,9 @@ def tokenize_texts(model: ChatModel, texts: Sequence[str], max_length: int) -> l
 def tokenize_prompts(
     model: ChatModel, prompts: Sequence[Prompt], max_length: int
 ) -> list[TokenizedText]:
-    """Token ids to continue, with the location of the user's message; see the module's docstring.
+    """Tokenize prompts that are continued, and locate the user's message in them.
 
-    `truncated` where a prompt is longer than `max_length`: it is not one to continue.
+    A prompt longer than `max_length` is marked `truncated` and must not be continued.
     """
     chat = model.cfg.chat
     found = tokenize(
@@ -147,11 +147,11 @@ def tokenize_prompts(
 
 
 _CLOSING = ",.;:?!)]\u201d\u2026"
-"""Marks that are followed by a space: quotation marks and brackets that open are not."""
+"""Punctuation that is followed by a space, unlike opening quotation marks and brackets."""
 
 
 def foil_of(example: Example) -> str | None:
-    """The wrong answer in the data's column `foil`."""
+    """The wrong answer in the column `foil` of the data; None where it is missing."""
     foil = example.extra.get("foil")
     return None if foil is None or not str(foil) or foil != foil else str(foil)
 
@@ -159,11 +159,10 @@ def foil_of(example: Example) -> str | None:
 def answer_text(example: Example, answer: str) -> str:
     """The answer as it follows `example.text`, by the example's `answer_space`.
 
-    `never`: as given. `always`: after a space, unless there is white space already. `auto`: as
-    `always` where a space belongs between the two, by the characters that meet: the prompt ends in
-    a letter, a digit or a closing mark, and the answer begins with a letter or digit; but not
-    between two digits, nor where either is of a script that is written without spaces. `strip`:
-    without white space in front.
+    `never`: unchanged. `always`: after a space, unless there is white space already. `auto`: after
+    a space where one belongs between the two characters that meet: the prompt ends in a letter, a
+    digit or closing punctuation, and the answer begins with a letter or digit; but not between two
+    digits, nor in a script that is written without spaces. `strip`: leading white space removed.
 
     >>> answer_text(Example(id="1", text="The capital of France is"), "Paris")
     ' Paris'
@@ -193,9 +192,9 @@ def _belongs_between(before: str, after: str) -> bool:
 
 
 def answer_token(tokenizer: Any, example: Example, answer: str, what: str = "answer") -> int:
-    """Id of the first token of `answer` (`what` names it in reasons) after `example.text`.
+    """Id of the first token of `answer` after `example.text`; `what` is its name in reasons.
 
-    Raises Unplaced where the answer has no token, or none of its own.
+    Raises Unplaced where the answer has no token, or shares its first with the prompt.
     """
     if not answer.strip():
         raise Unplaced(f"{what} has no token")
@@ -208,11 +207,11 @@ def answer_token(tokenizer: Any, example: Example, answer: str, what: str = "ans
 
 
 def space_note(examples: list[Example]) -> list[str]:
-    """One line on the answers that got a space in front; nothing where none did."""
+    """One line on the answers to which a space was prepended; empty where there are none."""
     n = sum(answer_text(e, e.answers[0]) == f" {e.answers[0]}" for e in examples if e.answers)
     if not n:
         return []
     return [
-        f"{n} answers were given without the space that belongs between them and their prompt: it "
-        "was added (dataset.answer_space=never takes them as they are given)"
+        f"a space was added before {n} answers, because one belongs between them and their prompt "
+        "(dataset.answer_space=never leaves them unchanged)"
     ]

@@ -25,14 +25,14 @@ def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
 
     Iterating gives lines as Python's universal newlines do: only "\n", "\r\n" and "\r" end one,
     not the other characters at which `str.splitlines` cuts (U+2028, NEL, form feed and so on).
-    `newline` is that of `open`. Raises DataError, with the position of the first byte that does not
-    fit, where the file is not UTF-8.
+    `newline` is passed to `open`. Raises DataError with the position of the first invalid byte
+    where the file is not UTF-8.
     """
     try:
         with file.open(encoding="utf-8-sig", newline=newline) as opened:
             yield opened
     except UnicodeDecodeError as error:
-        # The error's own position counts from the beginning of a block of the file.
+        # The position in the error is relative to a block of the file.
         raise DataError(f"{file}: is not UTF-8 text (byte {_first_bad_byte(file)})") from error
 
 
@@ -45,7 +45,7 @@ def _first_bad_byte(file: Path) -> int:
 
 
 def text_lines(file: Path) -> list[str]:
-    """Lines of a text file without their ends; white space and blank lines as they are."""
+    """Lines of a text file without line ends; white space and blank lines are kept."""
     with open_text(file) as lines:
         return [line.removesuffix("\n") for line in lines]
 
@@ -62,13 +62,13 @@ _OPERATORS = {
 }
 
 _NEAR = 0.8
-"""Likeness from which a column's name counts as misspelt: 1 for the same letters."""
+"""Similarity from which a column name counts as misspelt; 1 is the same name."""
 
 Row = tuple[str, dict[str, Any]]
 """(file:line, columns)."""
 
 _LONGEST_FIELD = 2**31 - 1
-"""Characters in a field of a CSV file: the most that every platform's reader takes."""
+"""Maximum characters in a CSV field: the largest limit that every platform accepts."""
 
 
 def read_rows(path: str | None, kind: str) -> list[Row]:
@@ -94,7 +94,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
                 row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{where}: is no JSON ({error.msg}, column {error.colno})"
+                    f"{where}: is not JSON ({error.msg}, column {error.colno})"
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(f'{where}: a row must be an object such as {{"text": "…"}}')
@@ -104,12 +104,12 @@ def _json_lines(file: Path) -> Iterator[Row]:
 
 
 def may_hold_surrogates(text: str) -> bool:
-    """Whether JSON text has escapes of surrogates, which may be halves of characters."""
+    """Whether JSON text has escaped surrogates, which may be half a character."""
     return "\\ud" in text.lower()
 
 
 def check_characters(where: str, row: dict[str, Any]) -> None:
-    """Raise DataError where a row holds half a character, which nothing can write as UTF-8."""
+    """Raise DataError where a row holds half a character, which cannot be encoded as UTF-8."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -118,8 +118,8 @@ def check_characters(where: str, row: dict[str, Any]) -> None:
 
 
 def _csv_lines(file: Path) -> Iterator[Row]:
-    # A setting of the whole process: raised once and never lowered, so that threads can't meet
-    # another reader's limit.
+    # A setting of the whole process: raised once and never lowered, so that threads do not
+    # interfere with one another.
     csv_module.field_size_limit(_LONGEST_FIELD)
     with open_text(file, newline="") as lines:
         reader = csv_module.DictReader(lines, strict=True)
@@ -128,26 +128,26 @@ def _csv_lines(file: Path) -> Iterator[Row]:
                 where = f"{file}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise DataError(
-                        f"{where}: has another number of fields than the header's "
-                        f"{len(reader.fieldnames or [])}; quote texts that hold commas"
+                        f"{where}: the header has {len(reader.fieldnames or [])} fields, and "
+                        "this row has another number; quote texts that contain commas"
                     )
                 yield where, row
         except csv_module.Error as error:
-            # DictReader counts a line only once it was read.
+            # DictReader counts a line only after reading it.
             line = reader.reader.line_num
-            raise DataError(f"{file}:{line}: is no CSV ({error})") from error
+            raise DataError(f"{file}:{line}: is not CSV ({error})") from error
 
 
 def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
-    """`column == value` -> (column, test). Raises ConfigError; nothing is evaluated as code.
+    """Parse a rule such as `column == value` into (column, test). Raises ConfigError.
 
-    Numbers are compared as numbers, else text without regard to case. The test raises ValueError
-    where a column that is not a number would have to be smaller or larger than one.
+    No code is evaluated. Numbers are compared as numbers, other values as text without case. The
+    test raises ValueError where <, >, <= or >= compares a text with a number.
     """
     match = re.fullmatch(r"\s*(\w+)\s*(==|!=|>=|<=|>|<)\s*(\S.*?)\s*", text)
     if not match:
         raise ConfigError(
-            f"dataset.group_rule={text} is no rule; type e.g. 'matching_tokens == 0' "
+            f"dataset.group_rule={text} is not a rule; type e.g. 'matching_tokens == 0' "
             "(column, one of == != >= <= > <, value)"
         )
     column, sign, value = match[1], match[2], match[3].strip("'\"")
@@ -158,13 +158,13 @@ def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
             "dataset.missing_values"
         )
 
-    def test(found: Any) -> bool:
-        left, right = _number(found), _number(value)
+    def test(cell: Any) -> bool:
+        left, right = _number(cell), _number(value)
         if left is not None and right is not None:
             return bool(_OPERATORS[sign](left, right))
         if right is not None and sign not in ("==", "!="):
-            raise ValueError(f"'{found}' is not a number")
-        return bool(_OPERATORS[sign](str(found).lower(), value.lower()))
+            raise ValueError(f"'{cell}' is not a number")
+        return bool(_OPERATORS[sign](str(cell).lower(), value.lower()))
 
     return column, test
 
@@ -189,8 +189,8 @@ def _string(where: str, row: Mapping[str, Any], name: str) -> str | None:
 def _span(where: str, value: Any, text: str) -> Span:
     if isinstance(value, str):
         value = _listed(where, "span", value, "[(")
-    good = isinstance(value, list | tuple) and len(value) == 2
-    if not good or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         raise DataError(f"{where}: 'span' must be [start, end] in characters, such as [4, 11]")
     start, end = value
     if not 0 <= start < end <= len(text):
@@ -201,14 +201,14 @@ def _span(where: str, value: Any, text: str) -> Span:
 
 
 def _listed(where: str, column: str, cell: Any, opening: str = "[") -> Any:
-    """The list that a cell holds as text; the cell as it is where it holds anything else."""
+    """The list that a cell holds as text; the cell itself where it holds anything else."""
     if not isinstance(cell, str):
         return cell
     try:
-        found = as_list(cell, opening)
+        parsed = as_list(cell, opening)
     except ValueError as error:
         raise DataError(f"{where}: column '{column}' {error}") from error
-    return cell if found is None else found
+    return cell if parsed is None else parsed
 
 
 def _mentions(where: str, entity: str, text: str) -> tuple[Span, ...]:
@@ -232,15 +232,15 @@ def _answers(where: str, value: Any) -> tuple[str, ...]:
 
 
 def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
-    """One checked example of a row whose missing values are None; its id "" where it has none.
+    """Turn a row, whose missing values are None, into a checked example; its id may be "".
 
-    Raises DataError naming file and line.
+    Raises DataError with file and line.
     """
     name_of = {f: columns.get(f, f) for f in FIELDS}
     values = {f: row[c] for f, c in name_of.items() if c in row}
     text = values.get("text")
     if not isinstance(text, str) or not text.strip():
-        state = "is empty or no string" if "text" in values else "is missing"
+        state = "is empty or not a string" if "text" in values else "is missing"
         if "text" in values and text is None:
             state = "has a missing value (empty, null, NaN or one of dataset.missing_values)"
         raise DataError(
@@ -272,33 +272,33 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
     )
 
 
-def misspelt(rows: list[Row], columns: Mapping[str, str], ruled: str | None) -> list[str]:
-    """A line per column that is kept as it is, but is nearly called as one that is lacking.
+def misspelt(rows: list[Row], columns: Mapping[str, str], rule_column: str | None) -> list[str]:
+    """Notes on unknown columns whose name is similar to a known column that is absent.
 
-    `ruled` is the column that a rule makes the groups of.
+    `rule_column` is the column of dataset.group_rule.
     """
     there = dict.fromkeys(column for _, row in rows for column in row)
-    used = {*FIELDS, *columns.values(), ruled}
-    lacking = [f for f in FIELDS if columns.get(f, f) not in there]
-    if ruled is not None:
-        lacking = [f for f in lacking if f != "group"]
+    used = {*FIELDS, *columns.values(), rule_column}
+    absent = [f for f in FIELDS if columns.get(f, f) not in there]
+    if rule_column is not None:
+        absent = [f for f in absent if f != "group"]
     notes = []
     for column in there:
         word = column.strip().lower()
-        # Two letters are near to too much: idx, uid.
-        known = [f for f in lacking if len(f) > 2 or f == word]
+        # Names of two letters are similar to too many others, such as idx and uid.
+        known = [f for f in absent if len(f) > 2 or f == word]
         near = difflib.get_close_matches(word, known, 1, _NEAR)
         if column not in used and near:
-            notes.append(f"column '{column}' means nothing to saexp; did you mean {near[0]}?")
+            notes.append(f"column '{column}' is not used by saexp; did you mean {near[0]}?")
     return notes
 
 
 def to_examples(
     rows: list[Row], cfg: DatasetConfig, source: str, *, lists_as_text: bool = False
 ) -> tuple[list[Example], list[str]]:
-    """All rows as examples with distinct ids, groups made by the rule where there is one; notes.
+    """Turn all rows into (examples with distinct ids, notes); dataset.group_rule makes groups.
 
-    With `lists_as_text`, an answer that is a list in JSON or Python form is read as that list.
+    With `lists_as_text`, an answer that is a list in JSON or Python syntax is parsed.
     """
     columns = {ours: theirs for ours, theirs in cfg.columns.items() if theirs is not None}
     for ours, theirs in columns.items():
@@ -310,28 +310,28 @@ def to_examples(
     for where, row in rows:
         parsed = {c: _listed(where, c, row[c]) for c in lists if c in row}
         cleaned.append((where, missing.cleaned({**row, **parsed})))
-    ruled = None
+    rule_column = None
     if cfg.group_rule:
-        ruled, cleaned = _grouped(cleaned, cfg.group_rule, missing, columns, source)
+        rule_column, cleaned = _grouped(cleaned, cfg.group_rule, missing, columns, source)
     examples = [to_example(where, row, columns) for where, row in cleaned]
-    notes = [*missing.notes(len(rows)), *misspelt(rows, columns, ruled)]
+    notes = [*missing.notes(len(rows)), *misspelt(rows, columns, rule_column)]
     notes += _prompt_notes(examples) + (_answer_notes(examples) if lists_as_text else [])
     return _with_ids([where for where, _ in rows], examples), notes
 
 
 def _prompt_notes(examples: Sequence[Example]) -> list[str]:
-    """A line where only some rows have a prompt: on the others interventions run on the text."""
-    lacking = sum(example.prompt is None for example in examples)
-    if lacking in (0, len(examples)):
+    """A note where only some rows have a prompt: for the others, interventions run on the text."""
+    n_without = sum(example.prompt is None for example in examples)
+    if n_without in (0, len(examples)):
         return []
     return [
-        f"{counted(lacking, 'row')} of {len(examples):,} without a prompt: interventions run on "
+        f"{counted(n_without, 'row')} of {len(examples):,} without a prompt: interventions run on "
         "the text there"
     ]
 
 
 def _answer_notes(examples: Sequence[Example]) -> list[str]:
-    """A line where answers are in brackets but are no list in JSON or Python form."""
+    """A note where answers are in brackets but are not a list in JSON or Python syntax."""
     n = sum(
         re.fullmatch(r"\s*\[.*\]\s*", a, re.DOTALL) is not None for e in examples for a in e.answers
     )
@@ -350,7 +350,7 @@ def _grouped(
     columns: Mapping[str, str],
     source: str,
 ) -> tuple[str, list[Row]]:
-    """The column that a rule reads, and the rows with the group it gives; None without a value."""
+    """(column of the rule, rows with the group it gives); None where the column is missing."""
     column, test = rule(group_rule, missing)
     if all(row.get(column) is None for _, row in rows):
         raise DataError(f"{source}: no row has a value in column '{column}' ({group_rule})")
@@ -367,21 +367,22 @@ def _grouped(
 
 
 def _with_ids(places: Sequence[str], examples: Sequence[Example]) -> list[Example]:
-    """Examples with distinct ids: those without one get the number of their line.
+    """Examples with distinct ids: those without one get their line number.
 
-    A number that another row has as its own id gets "line " before it. Raises DataError for an id
-    that is given twice.
+    Where another row has that number as its id, "line " is prepended. Raises DataError for an id
+    that occurs twice.
     """
-    given: dict[str, str] = {}
+    where_used: dict[str, str] = {}
     for where, example in zip(places, examples, strict=True):
-        if example.id in given:
-            raise DataError(f"{where}: id '{example.id}' is already used at {given[example.id]}")
+        if example.id in where_used:
+            first = where_used[example.id]
+            raise DataError(f"{where}: id '{example.id}' is already used at {first}")
         if example.id:
-            given[example.id] = where
+            where_used[example.id] = where
     done = []
     for where, example in zip(places, examples, strict=True):
-        made = where.rpartition(":")[2]
-        while made in given:
-            made = f"line {made}"
-        done.append(example if example.id else replace(example, id=made))
+        line = where.rpartition(":")[2]
+        while line in where_used:
+            line = f"line {line}"
+        done.append(example if example.id else replace(example, id=line))
     return done

@@ -1,4 +1,4 @@
-"""One tokenization per text with the character range of every token, and tokens as text."""
+"""Tokenizes texts, with the character range of every token, and turns tokens back into text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ class TokenizedText:
     special: tuple[bool, ...]
     truncated: bool
     cut_left: bool = False
-    """Where it is truncated: whether its beginning is missing, not its end."""
+    """Whether truncation removed the beginning of the text, not its end."""
     message: Span | None = None
-    """Where the user's message is in `text`; None where all of `text` is the user's."""
+    """Span of the user's message in `text`; None where all of `text` is the user's."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,15 +35,15 @@ def tokenize(
     *,
     templated: bool = False,
 ) -> list[TokenizedText]:
-    """Tokenise once, cut at `max_length` tokens.
+    """Tokenize texts and truncate them at `max_length` tokens.
 
-    The ids are the tokenizer's own without what it appends (an EOS token): a model continues a
-    text, and the last token of a text is its own. `prepend_bos`: whether texts begin with the BOS
-    token; None, as the tokenizer has it. A text that begins with the BOS token's string never gets
-    a second one, and keeps its own. `templated`: the texts are a chat template's output, so the
-    tokenizer adds nothing, and `prepend_bos` adds or removes a BOS only where it is not None.
-    Tokenizers without offsets get theirs by decoding prefixes. Raises DataError where BOS is asked
-    for and the tokenizer has none.
+    The token ids are those of the tokenizer without an appended EOS token, so that the last token
+    belongs to the text. `prepend_bos` says whether texts begin with the BOS token; None leaves that
+    to the tokenizer. A text that begins with the BOS token's string keeps it and gets no second
+    one. `templated` texts are the output of a chat template: the tokenizer adds nothing, and
+    `prepend_bos` adds or removes a BOS only where it is not None. For tokenizers without offsets,
+    offsets are found by decoding prefixes. Raises DataError where BOS is requested and the
+    tokenizer has none.
     """
     bos = getattr(tokenizer, "bos_token", None)
     if prepend_bos and not bos:
@@ -65,13 +65,13 @@ def tokenize(
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS token in front of a text by itself."""
+    """Whether the tokenizer prepends its BOS token by default."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and _added_in_front(tokenizer)[:1] == (bos,)
 
 
 def _added_in_front(tokenizer: Any) -> tuple[int, ...]:
-    """Special tokens that the tokenizer puts before a text."""
+    """Special tokens that the tokenizer prepends to a text."""
     text = "a"
     whole = list(tokenizer(text)["input_ids"])
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -96,25 +96,25 @@ def _without_first(tokens: TokenizedText) -> TokenizedText:
 def _framed(
     tokens: TokenizedText, added: tuple[int, ...], max_length: int, left: bool
 ) -> TokenizedText:
-    """With the special tokens `added` in front, cut where it is longer than `max_length`."""
-    n, room = len(tokens), max(max_length - len(added), 0)
-    kept = slice(n - room, n) if left and n > room else slice(0, room)
+    """The text with the special tokens `added` prepended, truncated at `max_length` tokens."""
+    n, n_left = len(tokens), max(max_length - len(added), 0)
+    part = slice(n - n_left, n) if left and n > n_left else slice(0, n_left)
     return replace(
         tokens,
-        ids=(*added, *tokens.ids[kept])[:max_length],
-        offsets=(*((0, 0) for _ in added), *tokens.offsets[kept])[:max_length],
-        special=(*(True for _ in added), *tokens.special[kept])[:max_length],
-        truncated=n > room,
-        cut_left=left and n > room,
+        ids=(*added, *tokens.ids[part])[:max_length],
+        offsets=(*((0, 0) for _ in added), *tokens.offsets[part])[:max_length],
+        special=(*(True for _ in added), *tokens.special[part])[:max_length],
+        truncated=n > n_left,
+        cut_left=left and n > n_left,
     )
 
 
 def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[TokenizedText]:
-    """Without special tokens around them; of a longer text its first `max_length` + 2 tokens.
+    """Tokenize without special tokens, and convert at most `max_length` + 2 tokens of each text.
 
-    Those show that it is longer, even without a BOS of its own; to convert more would be in vain.
+    That suffices to see that a text is too long, even where its own BOS is removed.
     """
-    kept = slice(None if max_length is None else max_length + 2)
+    part = slice(None if max_length is None else max_length + 2)
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -126,9 +126,9 @@ def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[Toke
     return [
         TokenizedText(
             text=text,
-            ids=tuple(ids[kept]),
-            offsets=tuple((int(a), int(b)) for a, b in offsets[kept]),
-            special=tuple(t in special_ids for t in ids[kept]),
+            ids=tuple(ids[part]),
+            offsets=tuple((int(a), int(b)) for a, b in offsets[part]),
+            special=tuple(t in special_ids for t in ids[part]),
             truncated=False,
         )
         for text, ids, offsets in zip(
@@ -138,7 +138,7 @@ def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[Toke
 
 
 def _slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[TokenizedText]:
-    """As `_fast`, with offsets by decoding, for the first `n_located` tokens alone."""
+    """As `_fast`, with offsets found by decoding, for the first `n_located` tokens only."""
     special_ids = set(tokenizer.all_special_ids)
     done = []
     for text in texts:
@@ -159,7 +159,7 @@ def _slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[Token
 def _offsets_by_decoding(text: str, ids: Sequence[int], tokenizer: Any) -> tuple[Span, ...]:
     """Character ranges from decoded prefixes; a token inside a multi-byte character gets all of it.
 
-    Raises DataError where the decoded text is not the text itself.
+    Raises DataError where decoding does not give the text back.
     """
     ends: list[int] = []
     cut: list[bool] = []
@@ -184,16 +184,16 @@ def _offsets_by_decoding(text: str, ids: Sequence[int], tokenizer: Any) -> tuple
 
 
 def in_message(tokens: TokenizedText, index: int) -> bool:
-    """Whether a token holds characters of the user's message, not of the chat template alone."""
+    """Whether a token holds characters of the user's message, not only of the chat template."""
     if tokens.message is None:
         return True
     (start, end), (a, b) = tokens.message, tokens.offsets[index]
-    # Of a token that is white space alone, some tokenizers give an empty range.
+    # Some tokenizers give an empty range for a token of white space.
     return start <= a < end if a == b else max(a, start) < min(b, end)
 
 
 def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:
-    """Indices of the tokens that hold characters of the span; none where it was cut off.
+    """Indices of the tokens that hold characters of the span; empty where it was truncated.
 
     Surrounding white space does not count, so a byte-level token that begins with the space before
     the span belongs to it, and a token that is that space alone does not.
@@ -203,9 +203,9 @@ def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:
     start += len(inside) - len(inside.lstrip())
     end -= len(inside) - len(inside.rstrip())
     if tokens.truncated:
-        kept = [o for o, s in zip(tokens.offsets, tokens.special, strict=True) if not s]
-        # Some tokenizers cut at the left.
-        if not kept or end > max(b for _, b in kept) or start < min(a for a, _ in kept):
+        ranges = [o for o, s in zip(tokens.offsets, tokens.special, strict=True) if not s]
+        # Some tokenizers truncate on the left.
+        if not ranges or end > max(b for _, b in ranges) or start < min(a for a, _ in ranges):
             return []
     return [
         i
@@ -217,15 +217,15 @@ def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:
 _SPACES = ("Ġ", "▁")
 """How byte-level and SentencePiece vocabularies write a space before a word."""
 _UNDECODED = "\ufffd"
-"""What decoding gives for bytes that are no whole character."""
+"""What decoding gives for bytes that are not a whole character."""
 
 
 def pieces(text: TokenizedText, tokenizer: Any, indices: Sequence[int] | None = None) -> list[str]:
-    """What each token stands for; together the text itself, special tokens besides.
+    """The text of each token; together they are the text itself, apart from special tokens.
 
-    White space that a tokenizer leaves out of its offsets goes to the token after it. Of several
-    tokens of one character (an emoji of byte-level tokens) the first has it, the others are empty.
-    `indices`: of these tokens alone, ascending; the first of those has the character.
+    White space that a tokenizer leaves out of its offsets belongs to the next token. Where several
+    byte-level tokens make up one character, such as an emoji, the first has it and the others are
+    empty. `indices` limits the result to these tokens, ascending; then the first of them has it.
     """
     names = tokenizer.convert_ids_to_tokens(list(text.ids))
     found, shown, before = [], 0, 0
@@ -244,14 +244,14 @@ def pieces(text: TokenizedText, tokenizer: Any, indices: Sequence[int] | None = 
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
-    """Token id -> the text it stands for by itself, with the space that decoding may drop.
+    """Token id -> the text of that token alone, with the space that decoding may drop.
 
-    A token that is part of a character has no text of its own: it keeps its name in the vocabulary.
+    A token that is part of a character is shown by its name in the vocabulary.
     """
-    found = {}
+    texts = {}
     for token_id in set(ids):
         text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         raw = str(tokenizer.convert_ids_to_tokens(token_id))
         dropped = raw.startswith(_SPACES) and not text.startswith(" ")
-        found[token_id] = raw if _UNDECODED in text else f" {text}" if dropped else text
-    return found
+        texts[token_id] = raw if _UNDECODED in text else f" {text}" if dropped else text
+    return texts

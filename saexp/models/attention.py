@@ -1,4 +1,4 @@
-"""How much heads attend to chosen tokens, layer by layer, with edits of the stream active.
+"""Attention of every head to chosen tokens, layer by layer, with edits of streams applied.
 
 Shapes: b batch, t tokens (padded).
 """
@@ -29,12 +29,12 @@ def attention_to(
 ) -> Float[Tensor, "b n_layers n_heads"]:
     """Attention weight from `queries` to `keys`, summed over keys and averaged over queries.
 
-    Queries are each row's last unmasked token where none are given. Padding may stand on either
-    side. Weights are those after the softmax, with the model's own soft-capping and sliding windows
-    (a key outside a layer's window gets 0), in float32 on the CPU. The attention runs in its
-    `eager` form, since the others keep no weights; its streams differ from theirs by rounding, so
-    compare edited with unedited weights from this function. One layer's weights exist at a time,
-    and no LM head runs. The model's attention is set back on any exit.
+    By default, the query is the last unmasked token of each row. Padding may be on either side.
+    Weights are those after the softmax, with the model's soft-capping and sliding windows (0 for a
+    key outside the window), in float32 on the CPU. The `eager` implementation of attention runs,
+    because others do not return weights; its streams differ by rounding, so compare edited with
+    unedited weights of this function. The weights of one layer at a time are in memory, and no LM
+    head runs. The model's attention implementation is restored on any exit.
 
     Raises ModelError for a row without a key or query, for ones on padding, and for a model whose
     attention gives no weights.
@@ -45,7 +45,7 @@ def attention_to(
     _check(keys, mask, "key")
     _check(queries, mask, "query")
     n_heads = int(model.text_config.num_attention_heads)
-    found = torch.full((len(input_ids), model.n_layers, n_heads), torch.nan)
+    attention_weights = torch.full((len(input_ids), model.n_layers, n_heads), torch.nan)
 
     def keep(layer: int, weights: Any) -> None:
         if not isinstance(weights, Tensor) or weights.shape[-2:] != (keys.shape[1],) * 2:
@@ -53,10 +53,10 @@ def attention_to(
                 f"{type(model.hf).__name__}'s attention gives no weights of each token to each, "
                 "so attention to tokens cannot be measured; leave it out"
             )
-        asking = queries.to(weights.device, torch.float32)
-        asking = asking / asking.sum(-1, keepdim=True)
-        asked = keys.to(weights.device, torch.float32)
-        found[:, layer] = _between(weights, asking, asked).cpu()
+        query_weights = queries.to(weights.device, torch.float32)
+        query_weights = query_weights / query_weights.sum(-1, keepdim=True)
+        key_mask = keys.to(weights.device, torch.float32)
+        attention_weights[:, layer] = _between(weights, query_weights, key_mask).cpu()
 
     with ExitStack() as stack:
         for layer, block in enumerate(model.blocks):
@@ -77,24 +77,24 @@ def attention_to(
             position_ids=position_ids(attention_mask),
             use_cache=False,
         )
-    return found
+    return attention_weights
 
 
 def _between(weights: Tensor, queries: Tensor, keys: Tensor) -> Float[Tensor, "b heads"]:
-    """`[b, heads, t, t]` weighted by `queries [b, t]` and `keys [b, t]`; only rows that are asked
-    for are read."""
-    rows, places = queries.nonzero(as_tuple=True)
-    picked = weights[rows, :, places].float()
-    to_keys = torch.einsum("nhk,nk->nh", picked, keys[rows]) * queries[rows, places, None]
+    """`[b, heads, t, t]` weighted by `queries [b, t]` and `keys [b, t]`; only the rows of queries
+    are read."""
+    rows, tokens = queries.nonzero(as_tuple=True)
+    of_queries = weights[rows, :, tokens].float()
+    to_keys = torch.einsum("nhk,nk->nh", of_queries, keys[rows]) * queries[rows, tokens, None]
     out = torch.zeros(weights.shape[:2], device=weights.device)
     return out.index_add_(0, rows, to_keys)
 
 
 def _last(mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     """The last unmasked token of each row."""
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, places, -1).amax(-1, keepdim=True)
-    return places == last
+    tokens = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, tokens, -1).amax(-1, keepdim=True)
+    return tokens == last
 
 
 def _check(chosen: Tensor, mask: Tensor, what: str) -> None:
@@ -111,7 +111,7 @@ def _check(chosen: Tensor, mask: Tensor, what: str) -> None:
 
 @contextmanager
 def eager_attention(model: LanguageModel) -> Iterator[None]:
-    """Attention in its plain form, which gives weights; as before on any exit.
+    """Switch to the `eager` attention, which returns weights; restored on any exit.
 
     Raises ModelError for a model that cannot be switched.
     """
@@ -121,23 +121,23 @@ def eager_attention(model: LanguageModel) -> Iterator[None]:
         model.hf.set_attn_implementation("eager")
         if model.hf.config.get_text_config()._attn_implementation != "eager":
             raise ModelError(
-                f"{type(model.hf).__name__} cannot switch its attention to the form that gives "
-                "weights; load it with attn_implementation='eager'"
+                f"{type(model.hf).__name__} cannot switch to an attention implementation that "
+                "returns weights; load it with attn_implementation='eager'"
             )
         yield
     finally:
-        # Setting one sets those below it too, so they are set outermost first.
+        # Setting a config sets nested ones too, so the outermost is restored first.
         for config, value in before:
             config._attn_implementation = value
 
 
 def _configs(hf: Any) -> list[Any]:
-    """Every config that says which attention is used, outermost first."""
-    found: dict[int, Any] = {}
+    """Every config that selects the attention implementation, outermost first."""
+    configs: dict[int, Any] = {}
 
     def add(config: Any) -> None:
-        if id(config) not in found:
-            found[id(config)] = config
+        if id(config) not in configs:
+            configs[id(config)] = config
             for name in config.sub_configs:
                 if (inner := getattr(config, name, None)) is not None:
                     add(inner)
@@ -146,4 +146,4 @@ def _configs(hf: Any) -> list[Any]:
     for module in hf.modules():
         if isinstance(module, PreTrainedModel):
             add(module.config)
-    return list(found.values())
+    return list(configs.values())

@@ -1,4 +1,4 @@
-"""Partial forward passes: lower blocks computed once, and logits at chosen positions only."""
+"""Partial forward passes, logits at chosen positions, and limits on the length of texts."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from saexp.models.loading import LanguageModel
 from saexp.models.rope import is_dynamic
 
 _OFFSET = 2
-"""OPT's table has two rows more than positions."""
+"""OPT's position table has two more rows than positions."""
 
 
 def context_limit(model: LanguageModel) -> int | None:
-    """Tokens that the model is made for, by its config; None where that has no end.
+    """Maximum number of tokens by the model's config; None where there is no limit.
 
-    Dynamic NTK is there for texts beyond what its config calls the maximum.
+    Dynamic NTK extends a model beyond the maximum in its config.
     """
     about = model.text_config
     limit = getattr(about, "max_position_embeddings", None)
@@ -29,13 +29,13 @@ def context_limit(model: LanguageModel) -> int | None:
 
 
 def position_limit(model: LanguageModel) -> int | None:
-    """Positions of a model that looks them up in a table (GPT-2, OPT, GPT-J); None for others.
+    """Number of positions of a model with a position table (GPT-2, OPT, GPT-J); None for others.
 
-    Rotary models read longer texts than they were made for, if badly; a table has no more rows.
+    A rotary model can read texts beyond its maximum, if badly; a table has no more rows.
     """
     about = model.text_config
     limit = getattr(about, "max_position_embeddings", None)
-    # What a config says of rotary embeddings spares reading the weights.
+    # A config with rotary parameters decides this without reading the weights.
     if limit is None or getattr(about, "rope_parameters", None):
         return None
     token: Any = model.hf.get_input_embeddings()
@@ -50,10 +50,10 @@ def position_limit(model: LanguageModel) -> int | None:
 
 
 def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str = "") -> None:
-    """Raise ModelError where a prompt of `longest` tokens and `n_new` generated ones are more than
-    the model has positions. `key` sets the number of new tokens.
+    """Raise ModelError where `longest` prompt tokens and `n_new` generated tokens exceed the
+    model's positions. `key` is the setting of the number of new tokens.
 
-    `longest` is 0 where nothing is to be run; the model is not loaded then.
+    With `longest` 0, nothing will be run and the model is not loaded.
     """
     limit = position_limit(model) if longest else None
     if limit is None or longest + n_new <= limit:
@@ -74,18 +74,18 @@ def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str
 
 
 class _Stop(Exception):
-    """Ends a forward pass after the last block wanted."""
+    """Ends a forward pass after the last requested block."""
 
 
 def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
-    """What block `n_blocks - 1` gives for the model's `inputs`; no later block and no LM head runs.
+    """Output of block `n_blocks - 1` for the model's `inputs`; no later block and no LM head runs.
 
     As the block returns it: the stream `[b, t, d]`, or a tuple that begins with it.
     """
-    found: list[Any] = []
+    outputs: list[Any] = []
 
     def stop(_m: Any, _a: Any, output: Any) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _Stop
 
     handle = model.blocks[n_blocks - 1].register_forward_hook(stop)
@@ -95,17 +95,17 @@ def after_blocks(model: LanguageModel, n_blocks: int, **inputs: Any) -> Any:
         pass
     finally:
         handle.remove()
-    return found[0]
+    return outputs[0]
 
 
 @contextmanager
 def skipping(
     model: LanguageModel, n_blocks: int, output: Any, of_row: Int[Tensor, " b"]
 ) -> Iterator[None]:
-    """Forward passes in which the first `n_blocks` blocks don't run.
+    """Skip the first `n_blocks` blocks in forward passes while the context is open.
 
-    The last of them gives `output` instead (of `after_blocks`), row `of_row[i]` of it as row i;
-    hooks on its output are called as ever.
+    The last of them returns `output`, which `after_blocks` returned, with row `of_row[i]` as row i.
+    Hooks on its output are called as usual.
     """
     whole = output if isinstance(output, tuple) else (output,)
     stream = whole[0][of_row.to(whole[0].device)]
@@ -184,26 +184,29 @@ def head_input(model: LanguageModel, function: Callable[[Tensor], Tensor]) -> It
 
 
 def may_skip(model: LanguageModel) -> bool:
-    """Whether blocks can be left out: each runs once, and none was seen to give what can't be kept.
+    """Whether blocks can be skipped: each runs once, and none returned more than the stream so far.
 
-    A module that stands at two places would be replaced at both.
+    A module that is used as two blocks would be replaced in both.
     """
-    return model.skippable and len(set(map(id, model.blocks))) == model.n_layers
+    return (
+        model.observed.blocks_can_be_skipped and len(set(map(id, model.blocks))) == model.n_layers
+    )
 
 
 def can_skip(model: LanguageModel, output: Any) -> bool:
-    """Whether it is a stream `[b, t, d]`, and nothing beside it that rows must be chosen of.
-
-    Where it is not, the model is remembered as one whose blocks can't be left out.
+    """Whether a block's output is a stream `[b, t, d]` without other tensors, so that it can be
+    reused for other rows. Where it is not, `model.observed` records that for later passes.
     """
     stream, *rest = output if isinstance(output, tuple) else (output,)
     is_stream = isinstance(stream, Tensor) and stream.dim() == 3
-    model.skippable = is_stream and not any(isinstance(x, Tensor) for x in rest)
-    return model.skippable
+    model.observed.blocks_can_be_skipped = is_stream and not any(
+        isinstance(x, Tensor) for x in rest
+    )
+    return model.observed.blocks_can_be_skipped
 
 
 def is_plain(cache: Any) -> bool:
-    """Whether it holds keys and values and nothing else, so that rows of it can be chosen."""
+    """Whether a cache holds only keys and values, so that rows of it can be selected."""
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(
         isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers

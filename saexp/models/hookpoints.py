@@ -1,4 +1,4 @@
-"""Names of places in a transformer: a block and a stream, from and to other tools' names."""
+"""Hookpoints (a block and a stream), and their names in other libraries."""
 
 import re
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ _TO_TRANSFORMER_LENS = {
 }
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MIXERS = (*ATTENTION, "linear_attn", "mamba", "conv", "temporal_block")
-"""Names of what mixes the tokens of a block: attention, linear attention, a state-space model."""
+"""Names of a block's token mixer: attention, linear attention or a state-space model."""
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "mlp_block")
 
 
@@ -67,7 +67,7 @@ class Hookpoint:
 
     @property
     def stored(self) -> "Hookpoint":
-        """Where its values are kept: one block's input is the last one's output."""
+        """The hookpoint of the stored values: a block's input is the previous block's output."""
         if self.stream != "resid_pre":
             return self
         return Hookpoint(self.layer - 1, "resid_post") if self.layer else Hookpoint(0, "embed")
@@ -79,10 +79,11 @@ class Hookpoint:
 
     @property
     def transformer_lens(self) -> str:
-        """`blocks.12.hook_resid_post`; `mlp_in` as its TransformerBridge names it, mlp.hook_in.
+        """The name in TransformerLens, such as `blocks.12.hook_resid_post`.
 
-        `embed` is `blocks.0.hook_resid_pre` there: its hook_embed is before the position embeddings
-        that some models add.
+        `mlp_in` has the name of the TransformerBridge, mlp.hook_in. `embed` is
+        `blocks.0.hook_resid_pre`, because hook_embed is before the position embeddings of some
+        models.
         """
         if self.stream == "embed":
             return "blocks.0.hook_resid_pre"
@@ -90,10 +91,10 @@ class Hookpoint:
 
     @classmethod
     def parse(cls, name: str) -> "Hookpoint":
-        """Read saexp's, TransformerLens' or a Hugging Face module's name.
+        """Parse a name of saexp, TransformerLens or a Hugging Face module.
 
-        Raises ModelError for other names, for hook_mlp_in, which names two places, and for
-        hook_embed, which is before the position embeddings that some models add.
+        Raises ModelError for other names; for hook_mlp_in, which is ambiguous; and for hook_embed,
+        which is before the position embeddings that some models add.
         """
         if match := re.fullmatch(r"layer_(\d+)\.(\w+)", name):
             return cls(int(match[1]), match[2])
@@ -121,6 +122,6 @@ class Hookpoint:
             if part in MLPS:
                 return cls(int(match[1]), "mlp_out")
         raise ModelError(
-            f"'{name}' names no hookpoint; type one such as layer_12.resid_post, "
+            f"'{name}' is not a hookpoint; type one such as layer_12.resid_post, "
             "blocks.12.hook_resid_post or model.layers.12"
         )

@@ -1,6 +1,6 @@
-"""Reading and changing streams: context managers that leave no hook behind.
+"""Reads and edits streams with context managers that leave no hook behind.
 
-Shapes: b batch, t tokens, d the stream's width, n positions wanted.
+Shapes: b batch, t tokens, d width of the stream, n positions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from saexp.models.loading import LanguageModel
 from saexp.models.structure import Site
 
 Positions = tuple[Int[Tensor, " n"], Int[Tensor, " n"]]
-"""(row in the batch, index into the padded tokens) of each position wanted."""
+"""(row in the batch, index into the padded tokens) of each requested position."""
 
 EditFunction = Callable[[Tensor], Tensor]
 """`[b, t, d]` -> new `[b, t, d]`; must not write to its input."""
 
 
 class _Stop(Exception):
-    """Ends a forward pass once everything wanted was seen."""
+    """Ends a forward pass once every requested stream was recorded."""
 
 
 def _first(values: Any) -> Tensor:
@@ -37,7 +37,7 @@ def _with_first(values: Any, new: Tensor) -> Any:
 
 
 def _at(values: Tensor, positions: Positions | None) -> Tensor:
-    """A copy: some blocks (Falcon's) add to their parts' outputs in place."""
+    """A copy, because some blocks (Falcon's) add to the outputs of their modules in place."""
     if positions is None:
         return values.clone()
     # Blocks of one model may be on several devices.
@@ -57,7 +57,7 @@ def _one_vector_per_token(model: LanguageModel, hookpoint: Hookpoint, values: Te
 
 
 def _at_site(site: Site, function: EditFunction) -> EditFunction:
-    """The edit of a stream as one of the values at its module."""
+    """The edit of a stream as an edit of the values at its module."""
     if site.gain is None:
         return function
 
@@ -69,8 +69,10 @@ def _at_site(site: Site, function: EditFunction) -> EditFunction:
 
 
 class _Mid:
-    """An edit of resid_mid. The MLP's norm and the sum after the MLP both read that stream, and
-    only the first is a module's input, so the change is added to the block's output as well."""
+    """An edit of resid_mid, which the MLP's norm and the sum after the MLP both read.
+
+    Only the first is the input of a module, so the change is added to the block's output as well.
+    """
 
     def __init__(self, function: EditFunction) -> None:
         self.function = function
@@ -90,7 +92,7 @@ class _Mid:
 def edit(model: LanguageModel, edits: Mapping[Hookpoint, EditFunction]) -> Iterator[None]:
     """Replace streams by functions of themselves while the context is open.
 
-    A function that returns its argument itself changes no bit of the forward pass.
+    The forward pass is bit-equal where the function returns its argument itself.
     """
     handles = []
     try:
@@ -137,16 +139,16 @@ def capture(
 ) -> Iterator[dict[Hookpoint, Tensor]]:
     """Record streams of the forward passes run inside; yields {hookpoint: values}.
 
-    Values are `[b, t, d]`, or `[n, d]` at `positions`. With `stop`, a forward pass ends, silently,
-    as soon as every hookpoint was seen: later blocks and the LM head don't run, and the rest of the
-    `with` body is skipped.
+    Values are `[b, t, d]`, or `[n, d]` at `positions`. With `stop`, a forward pass ends without an
+    error once every hookpoint was recorded: later blocks and the LM head do not run, and the rest
+    of the `with` body is skipped.
     """
     record: dict[Hookpoint, Tensor] = {}
-    wanted = set(hookpoints)
+    requested = set(hookpoints)
 
     def keep(hookpoint: Hookpoint, values: Tensor) -> Tensor:
         record[hookpoint] = _at(values, positions).detach()
-        if stop and record.keys() == wanted:
+        if stop and record.keys() == requested:
             raise _Stop
         return values
 
@@ -173,8 +175,8 @@ def run_truncated(
 ) -> dict[Hookpoint, Float[Tensor, "..."]]:
     """One forward pass up to the deepest hookpoint; no later block and no LM head runs.
 
-    Position ids follow the mask, so padding may stand on either side. A `cache` of keys and values
-    is read and added to; the mask, `[b, s + t]`, begins with the s tokens that it holds.
+    Position ids follow the mask, so padding may be on either side. A `cache` of keys and values is
+    read and extended; the mask, `[b, s + t]`, begins with the s tokens in the cache.
     """
     held = {} if cache is None else {"past_key_values": cache}
     with capture(model, hookpoints, positions=positions, stop=True) as record:

@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,85 +25,44 @@ from transformers.utils import logging as hf_logging
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
-from saexp.hub import hub, is_path, why_absent
+from saexp.hub import hub, is_path, snapshot, why_absent
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import forget_lengths
-from saexp.models.structure import Site, broken_streams, find_blocks, find_site, needs_check
+from saexp.models.structure import (
+    Site,
+    broken_streams,
+    check_depth,
+    check_sizes,
+    find_blocks,
+    find_site,
+    needs_check,
+    shards_in,
+    token_ids,
+)
 from saexp.wording import brief, html_table
 
 log = logging.getLogger(__name__)
 
 
-_MOST_LAYERS = 10_000
-"""More blocks would fill the memory before any weight is read."""
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_PLAIN = (OSError, ValueError, RuntimeError)
-"""Errors whose text says what is wrong."""
+_EXPLAINED = (OSError, ValueError, RuntimeError)
+"""Errors whose message says what is wrong."""
 
 
 def why_unreadable(error: BaseException) -> str:
-    """Why something of a model cannot be loaded, from what transformers or torch raised."""
+    """Explain why a file of a model cannot be loaded, from the error of transformers or torch."""
     if isinstance(error, pickle.UnpicklingError | EOFError):
-        # torch's own text advises to open it all the same.
+        # torch's own message suggests opening it anyway.
         return "a pickle that is damaged or holds more than tensors, so it is not opened"
     reason = why_absent(error)
-    return reason if isinstance(error, _PLAIN) and reason else f"{type(error).__name__}: {reason}"
-
-
-def check_depth(config: Path, name: str) -> None:
-    """Raise ModelError for a config.json that asks for more blocks than any model has."""
-    try:
-        content = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        # Reported when it is loaded.
-        return
-    holders = [content, content.get("text_config")] if isinstance(content, dict) else []
-    for holder in (h for h in holders if isinstance(h, dict)):
-        for key in _DEPTHS:
-            value = holder.get(key)
-            if isinstance(value, int | float) and value > _MOST_LAYERS:
-                raise ModelError(
-                    f"model.name={name}: its config has {key}={value}; saexp loads models of up "
-                    f"to {_MOST_LAYERS:,} layers"
-                )
-
-
-def check_sizes(config: Any, name: str) -> None:
-    """Raise ModelError for a config without blocks or width, or of other types."""
-    for key in ("num_hidden_layers", "hidden_size"):
-        value = getattr(config, key, None)
-        if type(value) is not int or value < 1:
-            raise ModelError(
-                f"model.name={name}: its config has {key}={value!r}, not a positive integer"
-            )
-
-
-def shards_in(index: Path) -> list[str]:
-    """Names of the files that an index of weights lists. Raises ValueError where it is damaged."""
-    content = json.loads(index.read_text("utf-8"))
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{index.name} has no weight_map")
-    names = list(listed.values())
-    for name in names:
-        inside = isinstance(name, str) and ".." not in PurePosixPath(name).parts
-        if not inside or PurePosixPath(name).is_absolute():
-            raise ValueError(f"{index.name} names the file {name!r}")
-    return sorted(set(names))
-
-
-def token_ids(value: Any, key: str, name: str) -> list[int]:
-    """One id, several or none, as a list. Raises ModelError for anything else."""
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ModelError(f"model.name={name}: its {key} is {value!r}, not a token id or a list")
-    return list(ids)
+    return (
+        reason if isinstance(error, _EXPLAINED) and reason else f"{type(error).__name__}: {reason}"
+    )
 
 
 def in_template(tokenizer: Any, message: str, name: str) -> str:
-    """The message as a user's, followed by what begins the answer.
+    """Apply the chat template to a user's message, up to the start of the answer.
 
-    Raises ModelError, beginning with the model's `name`, where there is no template or it fails.
+    Raises ModelError, which begins with the model's `name`, where there is no template or it fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(f"{name} has no chat template; set model.chat=false")
@@ -110,7 +70,7 @@ def in_template(tokenizer: Any, message: str, name: str) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        # Whatever a program can raise.
+        # A template is a program and may raise any error.
         reason = brief(f"{type(error).__name__}: {error}", 160)
         raise ModelError(
             f"{name}: its chat template fails ({reason}); set model.chat=false"
@@ -121,12 +81,12 @@ def in_template(tokenizer: Any, message: str, name: str) -> str:
 
 
 def tensors_sha256(hf: Any) -> str:
-    """Hex digest of a model's config and weights as they are now."""
+    """Hex digest of the current config and weights of a model."""
     return state_sha256(hf, repr(hf.config.to_dict()))
 
 
 def state_sha256(module: nn.Module, config: str = "") -> str:
-    """Hex digest of a module's parameters and buffers as they are now, after its config."""
+    """Hex digest of a config and the current parameters and buffers of a module."""
     digest = hashlib.sha256(config.encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
@@ -138,21 +98,21 @@ def state_sha256(module: nn.Module, config: str = "") -> str:
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("tiny", "tiny_control")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What transformers looks for, in its order; either may be cut into shards, named by an index."""
+"""Weights files in transformers' order of preference; each may be sharded, with an index."""
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu; a device that is not there is a ModelError."""
+    """`auto` is cuda, else mps, else cpu. Raises ModelError for a device that is not available."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there.get(name.partition(":")[0], False):
+    if not available.get(name.partition(":")[0], False):
         raise ModelError(f"device={name} is not on this machine; try device=auto")
     return torch.device(name)
 
@@ -165,16 +125,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _source(name: str) -> str:
-    """What transformers loads: a folder, or an id of the hub. ModelError for what is neither."""
+    """The folder or hub id that transformers loads. Raises ModelError for anything else."""
     if name in SHIPPED:
         return str(ASSETS / name / "model")
-    place = Path(name).expanduser()
-    if place.is_dir():
-        return str(place)
-    if place.is_file():
-        if place.suffix == ".gguf":
-            return str(place.parent)
-        raise ModelError(f"model.name={name} is a file; type the model's folder, or a GGUF file")
+    location = Path(name).expanduser()
+    if location.is_dir():
+        return str(location)
+    if location.is_file():
+        if location.suffix == ".gguf":
+            return str(location.parent)
+        raise ModelError(
+            f"model.name={name} is a file; type the folder of the model, or a GGUF file"
+        )
     if is_path(name) or name.count("/") > 1:
         raise ModelError(
             f"model.name={name}: no such folder; type a folder with a model's config.json, or a "
@@ -185,9 +147,6 @@ def _source(name: str) -> str:
             f"model.name={name} is neither a folder here nor a hub id such as google/gemma-2-2b"
         )
     return name
-
-
-_Model = TypeVar("_Model", bound="LanguageModel")
 
 
 def _gguf_file(name: str) -> Path | None:
@@ -207,24 +166,30 @@ def _gguf_file(name: str) -> Path | None:
     return place
 
 
+@dataclass
+class ObservedBehavior:
+    """What forward passes have shown about a model's code, so that it is found out once."""
+
+    blocks_can_be_skipped: bool = True
+    """False once a block returned more than the stream (`models.forward`)."""
+    shares_prefixes: bool = True
+    """False once a text behind a shared prefix had other values (`activations.forward`)."""
+    n_blocks_compared: int = 0
+    """Blocks up to which such values were compared with those of the whole text."""
+
+
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
-    `prepend_bos` is how its texts are to be tokenised (`data.tokenization.tokenize`); a run takes
-    it from its SAEs (`pipeline.collect`).
+    `prepend_bos` says whether texts begin with the BOS token (`data.tokenization.tokenize`); None
+    leaves that to the tokenizer. `with_bos` returns the model with another value.
     """
 
     __slots__ = ("__dict__", "__weakref__", "prepend_bos")
 
     prepend_bos: bool | None
-    skippable = True
-    """False once a block gave something beside the stream (`models.forward`)."""
-    shares_prefixes = True
-    """False once a text behind a shared beginning had other values (`activations.forward`)."""
     gguf_file: Path | None = None
     """The file that holds config, tokenizer and weights, where that is one GGUF file."""
-    prefixes_compared = 0
-    """Blocks up to which such values were compared."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         self.cfg = cfg
@@ -235,9 +200,10 @@ class LanguageModel:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
+        self.observed = ObservedBehavior()
         self._hf: Any = None
-        # The shipped files name every value and a plain tokenizer. The architecture's own classes
-        # give the same and import all of transformers' modelling code, for 2 s of each run.
+        # The shipped files hold every value and a plain tokenizer. The architecture's own classes
+        # give the same but import all of transformers' modelling code, which takes 2 s.
         self.plain = cfg.name in SHIPPED
         if self.gguf_file is None:
             check_depth(Path(self.source) / "config.json", self.name)
@@ -250,12 +216,13 @@ class LanguageModel:
 
     @classmethod
     def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
-        """A model that is already in memory (notebooks, tests)."""
+        """Wrap a model that is already in memory (notebooks, tests)."""
         model = cls.__new__(cls)
         parameter = next(hf.parameters())
         model.cfg = ModelConfig(name=name)
         model.name, model.source, model.in_memory, model.plain = name, name, True, False
         model.prepend_bos = None
+        model.observed = ObservedBehavior()
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
         forget_lengths(hf)
@@ -263,7 +230,7 @@ class LanguageModel:
             model.__dict__["tokenizer"] = tokenizer
         return model
 
-    def with_bos(self: _Model, prepend_bos: bool | None) -> _Model:
+    def with_bos(self, prepend_bos: bool | None) -> "LanguageModel":
         """This model with another `prepend_bos`: a view that shares weights, hooks and caches.
 
         Everything but `prepend_bos` is shared, also what is loaded or computed later.
@@ -273,14 +240,19 @@ class LanguageModel:
         view.prepend_bos = prepend_bos
         return view
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prepend_bos" and hasattr(self, name):
+            raise AttributeError("a model is immutable; use model.with_bos(...)")
+        super().__setattr__(name, value)
+
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
-        """By transformers' class of that name, which it imports when it is first asked for."""
+        """Load by transformers' class of this name, which is imported on first use."""
         read = getattr(transformers, kind).from_pretrained
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file.name
         try:
             with self._files(), warnings.catch_warnings():
-                # Of a pickle that is then refused, in one line.
+                # The pickle is refused below, with one line.
                 warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 return read(
                     self.source,
@@ -289,30 +261,32 @@ class LanguageModel:
                     **options,
                 )
         except Exception as error:
-            # Files that are absent, out of reach, damaged or of another model raise any kind.
+            # Files that are absent, unreachable, damaged or of another model raise any error.
             raise self._cannot_load(what, why_unreadable(error)) from error
 
     def _files(self) -> AbstractContextManager[None]:
-        """Where its files are read: a local folder needs no hub."""
+        """Context in which the files are read; a local folder needs no hub."""
         return nullcontext() if Path(self.source).is_dir() else hub()
 
     def _cannot_load(self, what: str, reason: str) -> ModelError:
-        beside = "/" in self.source and Path(self.source).parent.is_dir()
-        absent = "no such folder here, and " if beside and not Path(self.source).is_dir() else ""
+        looks_local = "/" in self.source and Path(self.source).parent.is_dir()
+        absent = (
+            "no such folder here, and " if looks_local and not Path(self.source).is_dir() else ""
+        )
         return ModelError(
             f"model.name={self.name}: {absent}its {what} cannot be loaded ({reason}); type a hub "
-            "id that is in reach or cached, or a local folder"
+            "id that is reachable or cached, or a local folder"
         )
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer."""
-        # Llama 3's config asks for a clean-up that transformers warns of and leaves undone.
+        """The model's tokenizer."""
+        # Llama 3's config requests a clean-up that transformers warns about and does not do.
         kind = "PreTrainedTokenizerFast" if self.plain else "AutoTokenizer"
         return self._from_hub(kind, "tokenizer", clean_up_tokenization_spaces=False)
 
     def __repr__(self) -> str:
-        """Name, sizes, and where it is."""
+        """Name, sizes, device and dtype."""
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{type(self).__name__}({self.name!r}, n_layers={self.n_layers}, "
@@ -331,7 +305,7 @@ class LanguageModel:
 
     @property
     def loaded(self) -> bool:
-        """Whether weights were read."""
+        """Whether the weights are in memory."""
         return self._hf is not None
 
     @property
@@ -350,13 +324,13 @@ class LanguageModel:
                 **spread,
             )
             if missing := sorted(info["missing_keys"]):
-                # transformers would go on with random values.
+                # transformers would continue with random values.
                 raise self._cannot_load(
-                    "weights", f"{len(missing)} are not in its files, such as {missing[0]}"
+                    "weights", f"{len(missing)} are missing in its files, such as {missing[0]}"
                 )
             placed = hf if spread else hf.to(self.device)
             if spread:
-                # Token ids go where the embedding is.
+                # Token ids go to the device of the embedding.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
             forget_lengths(placed)
@@ -387,7 +361,7 @@ class LanguageModel:
 
     @cached_property
     def broken_streams(self) -> dict[Hookpoint, str]:
-        """Hookpoints that this model does not have, each with the reason; runs a few tokens."""
+        """Hookpoints that this model does not have -> the reason; runs a few tokens."""
         return broken_streams(self.hf, self.blocks, self.text_config)
 
     def check_layer(self, layer: int) -> None:
@@ -396,17 +370,19 @@ class LanguageModel:
             last = self.n_layers - 1
             short = self.name.rpartition("/")[2]
             nearest = min(max(layer, 0), last)
-            raise ModelError(f"layer={layer}, but {short} has layers 0-{last}; try layer={nearest}")
+            raise ModelError(
+                f"layer={layer} is out of range: {short} has layers 0-{last}; try layer={nearest}"
+            )
 
     def module(self, hookpoint: Hookpoint) -> Site:
-        """Where to hook a stream; ModelError where the model has no such point."""
+        """The site to hook for a stream. Raises ModelError where the model has no such stream."""
         self.check_streams([hookpoint])
         return find_site(self.blocks, hookpoint, self.text_config)
 
     def check_streams(self, hookpoints: Iterable[Hookpoint]) -> None:
         """Raise ModelError where a stream does not hold what its name says.
 
-        Call it before blocks are replaced, since the first check of some streams runs them.
+        Call this before blocks are replaced: the first check of some streams runs them.
         """
         for at in hookpoints:
             self.check_layer(at.layer)
@@ -415,7 +391,7 @@ class LanguageModel:
 
     @cached_property
     def _generation_file(self) -> Any:
-        """What generation_config.json holds; None without one. ModelError where it is damaged."""
+        """generation_config.json; None without one. Raises ModelError where it is damaged."""
         name = "generation_config.json"
         try:
             with self._files():
@@ -431,8 +407,8 @@ class LanguageModel:
 
     @property
     def _generation_config(self) -> Any:
-        """The generation config; None without one. ModelError where its file is damaged."""
-        # transformers would go on without.
+        """The generation config; None without one. Raises ModelError where its file is damaged."""
+        # transformers would ignore a damaged file.
         from_file = None if self.in_memory or self.gguf_file else self._generation_file
         return from_file if self._hf is None else getattr(self._hf, "generation_config", None)
 
@@ -448,7 +424,7 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """A token id to pad with; padding is always masked, so which one does not matter."""
+        """A token id to pad with. Padding is always masked, so the choice does not matter."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return pad if pad is not None else (self.eos_ids[0] if self.eos_ids else 0)
 
@@ -469,7 +445,7 @@ class LanguageModel:
         return Path(found) if found else None
 
     def _weights_files(self) -> list[Path]:
-        """The weights files that transformers would read, and no others that lie beside them."""
+        """The weights files that transformers would read, without others in the same folder."""
         for name in _WEIGHTS:
             if whole := self._file(name):
                 return [whole]
@@ -485,7 +461,7 @@ class LanguageModel:
         raise self._cannot_load("weights", f"no file named {' or '.join(_WEIGHTS)}")
 
     def _code_files(self) -> list[Path]:
-        """The modules that the config names, where a repository's own code may run."""
+        """Modules with the repository's own code, where it may run."""
         named = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
         values = named.values() if isinstance(named, dict) else ()
         modules = {str(v).rpartition("--")[2].partition(".")[0] for v in values}
@@ -493,13 +469,27 @@ class LanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over config and weights, and over the repository's own code where it may run.
+        """sha256 of config and weights, and of the repository's own code where it may run.
 
-        Of a model in memory, its weights as they are now; else of its files, without reading the
-        weights into memory: a hub cache keeps files as links named by their content's hash, and
-        those names are used; plain files are read and hashed.
+        For a model in memory, of its current weights. Otherwise of its files, which are not loaded:
+        in a hub cache the content hashes in the names of the files are used; other files are
+        hashed.
         """
         return tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
+
+    @cached_property
+    def has_local_weights(self) -> bool:
+        """Whether the weights are in memory or in files on this machine; downloads nothing."""
+        source = Path(self.source)
+        folder = source if source.is_dir() else snapshot(self.source, self.cfg.revision)
+        names = [*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS)]
+        found = folder is not None and any((folder / name).is_file() for name in names)
+        return self.in_memory or found
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """`fingerprint`; None where the weights are not on this machine."""
+        return self.fingerprint if self.has_local_weights else None
 
     @cached_property
     def _files_fingerprint(self) -> str:
@@ -514,13 +504,13 @@ class LanguageModel:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """sha256 over vocabulary and special tokens."""
+        """sha256 of the vocabulary and the special tokens."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         special = sorted(map(str, self.tokenizer.all_special_tokens))
         return hashlib.sha256(repr((vocabulary, special)).encode()).hexdigest()
 
     def chat_text(self, prompt: str) -> str:
-        """The prompt in the tokenizer's chat template, as text that already holds any BOS."""
+        """The prompt in the chat template, as text that already contains any BOS token."""
         return in_template(self.tokenizer, prompt, self.name)
 
 

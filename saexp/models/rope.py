@@ -2,8 +2,8 @@
 
 longrope (Phi-3; Ding et al. 2024, arXiv 2402.13753) has one set of frequencies up to the original
 context and another beyond it; dynamic NTK scales them with the exact length beyond the context. A
-forward pass has one set for all its rows, that of its longest, so rows may share one only where
-each has the same set alone.
+forward pass uses the set of its longest row for all rows, so only rows that have the same set when
+forwarded alone may share a pass.
 """
 
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ Regime = tuple[int, ...]
 
 
 def rope_regime(config: Any, length: int) -> Regime:
-    """Equal for two sequence lengths exactly where the model has the same frequencies for both.
+    """A key that is equal for two sequence lengths where the model uses the same frequencies.
 
     `config` is that of the language model (`text_config`). Empty where no frequency depends on
     the length.
@@ -29,21 +29,21 @@ def rope_regime(config: Any, length: int) -> Regime:
 
 
 def generation_regime(config: Any, length: int, max_new_tokens: int) -> Hashable:
-    """As `rope_regime`, of a prompt and its continuation: equal for two rows that have the same
-    frequencies at every step. Steps of rows that `changes_while_generating` are the same only for
-    prompts of one length."""
+    """As `rope_regime` for a prompt and its continuation: equal for two rows that have the same
+    frequencies at every step. Rows whose frequencies change while generating must have prompts of
+    equal length."""
     regime = rope_regime(config, length)
     return (regime, length) if changes_while_generating(config, length, max_new_tokens) else regime
 
 
 def changes_while_generating(config: Any, length: int, max_new_tokens: int) -> bool:
-    """Whether the frequencies change between a prompt and the last token that is read."""
+    """Whether the frequencies change between the prompt and the last generated token."""
     last = length + max(max_new_tokens, 1) - 1
     return rope_regime(config, length) != rope_regime(config, last)
 
 
 def depends_on_length(config: Any) -> bool:
-    """Whether the model has any such rotary embedding."""
+    """Whether any rotary frequency of the model depends on the length."""
     return bool(_kinds(config))
 
 
@@ -53,15 +53,15 @@ def is_dynamic(config: Any) -> bool:
 
 
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Indices with equal keys together, in the order of their first."""
-    found: dict[Hashable, list[int]] = {}
+    """Group the indices of equal keys, in order of first occurrence."""
+    groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
-        found.setdefault(key, []).append(i)
-    return list(found.values())
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def by_regime(config: Any, lengths: Sequence[int], most: int | None = None) -> list[list[int]]:
-    """Indices of sequences that may share a forward pass, at most `most` together."""
+    """Groups of indices of sequences that may share a forward pass, at most `most` in each."""
     if depends_on_length(config):
         parts = alike([rope_regime(config, length) for length in lengths])
     else:
@@ -72,12 +72,12 @@ def by_regime(config: Any, lengths: Sequence[int], most: int | None = None) -> l
 
 
 def _kinds(config: Any) -> list[tuple[str, int]]:
-    """(longrope or dynamic, the length up to which the frequencies are the original ones)."""
+    """(longrope or dynamic, length up to which the frequencies are the original ones)."""
     return list(dict.fromkeys(_of_parameters(getattr(config, "rope_parameters", None), config)))
 
 
 def _of_parameters(parameters: Any, config: Any) -> list[tuple[str, int]]:
-    """Of rope parameters, which some models have per kind of layer."""
+    """`_kinds` of rope parameters, which some models nest by type of layer."""
     if not isinstance(parameters, dict):
         return []
     kind = str(parameters.get("rope_type", parameters.get("type", "")))
@@ -92,15 +92,15 @@ def _of_parameters(parameters: Any, config: Any) -> list[tuple[str, int]]:
 
 
 def recomputes_beyond(hf: Any, config: Any) -> int | None:
-    """The length beyond which transformers' `generate` drops the keys that it has and computes all
-    of them anew, at the new frequencies (Phi-3); None for models that keep them."""
+    """The length at which transformers' `generate` drops the cached keys and recomputes all of them
+    at the new frequencies (Phi-3); None for models that keep them."""
     for kind, context in _kinds(config):
-        held = DynamicCache()
-        held.update(torch.zeros(1, 1, context, 1), torch.zeros(1, 1, context, 1), 0)
+        cache = DynamicCache()
+        cache.update(torch.zeros(1, 1, context, 1), torch.zeros(1, 1, context, 1), 0)
         ids = torch.zeros(1, context + 1, dtype=torch.long)
         inputs = hf.prepare_inputs_for_generation(
             ids,
-            past_key_values=held,
+            past_key_values=cache,
             attention_mask=torch.ones_like(ids),
             use_cache=True,
             next_sequence_length=1,
@@ -111,10 +111,10 @@ def recomputes_beyond(hf: Any, config: Any) -> int | None:
 
 
 def forget_lengths(hf: nn.Module) -> None:
-    """Make a pass's frequencies depend on its own length alone.
+    """Make the frequencies of a pass depend on its own length only.
 
-    transformers' dynamic NTK keeps those of the longest sequence so far until one shorter than the
-    context comes, so what a text gives would depend on the texts before it.
+    transformers' dynamic NTK keeps the frequencies of the longest sequence so far until a sequence
+    within the context comes, so that activations would depend on earlier texts.
     """
     for module in hf.modules():
         if _dynamic_prefixes(module):
@@ -122,7 +122,7 @@ def forget_lengths(hf: nn.Module) -> None:
 
 
 def _dynamic_prefixes(module: nn.Module) -> list[str]:
-    """What the names of its dynamic frequencies begin with, one per kind of layer."""
+    """Prefixes of the names of a module's dynamic frequencies, one per type of layer."""
     kinds = getattr(module, "rope_type", None)
     if not hasattr(module, "original_max_seq_len") or kinds is None:
         return []
@@ -133,6 +133,6 @@ def _dynamic_prefixes(module: nn.Module) -> list[str]:
 def _reset(module: Any, _args: Any) -> None:
     for prefix in _dynamic_prefixes(module):
         original = getattr(module, f"{prefix}original_inv_freq")
-        held = getattr(module, f"{prefix}inv_freq")
-        setattr(module, f"{prefix}inv_freq", original.to(held.device))
+        current = getattr(module, f"{prefix}inv_freq")
+        setattr(module, f"{prefix}inv_freq", original.to(current.device))
         setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

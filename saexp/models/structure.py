@@ -1,11 +1,13 @@
-"""Blocks, mixers, MLPs and norms of a Hugging Face model, found by structure and checked."""
+"""Checks a Hugging Face model's config, and finds and checks its blocks, norms and streams."""
 
+import json
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import ATTENTION, MIXERS, MLPS, Hookpoint
 
 log = logging.getLogger(__name__)
+
+_MOST_LAYERS = 10_000
+"""A config with more blocks would fill the memory before any weight is read."""
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
 _OUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj", "Wo", "linear_out")
@@ -30,7 +36,7 @@ _PRE_MLP_NORM = (
     "norm_2",
 )
 _BETWEEN = "post_attention_layernorm"
-"""Llama's norm before the MLP, Gemma 2's norm after attention."""
+"""The norm before the MLP in Llama, and the norm after attention in Gemma 2."""
 _MIXER_POST_NORM = ("post_self_attn_layernorm", "post_operator_norm", "post_norm1")
 _MLP_POST_NORM = (
     "post_feedforward_layernorm",
@@ -41,43 +47,93 @@ _MLP_POST_NORM = (
 _OTHER_MODALITIES = ("vision", "visual", "audio")
 
 
+def check_depth(config: Path, name: str) -> None:
+    """Raise ModelError for a config.json that asks for more blocks than any model has."""
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        # Reported when it is loaded.
+        return
+    holders = [content, content.get("text_config")] if isinstance(content, dict) else []
+    for holder in (h for h in holders if isinstance(h, dict)):
+        for key in _DEPTHS:
+            value = holder.get(key)
+            if isinstance(value, int | float) and value > _MOST_LAYERS:
+                raise ModelError(
+                    f"model.name={name}: its config has {key}={value}; saexp loads models of up "
+                    f"to {_MOST_LAYERS:,} layers"
+                )
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Raise ModelError where the number of blocks or the width is not a positive integer."""
+    for key in ("num_hidden_layers", "hidden_size"):
+        value = getattr(config, key, None)
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"model.name={name}: its config has {key}={value!r}, not a positive integer"
+            )
+
+
+def shards_in(index: Path) -> list[str]:
+    """Names of the files that a weights index lists. Raises ValueError where it is damaged."""
+    content = json.loads(index.read_text("utf-8"))
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index.name} has no weight_map")
+    names = list(listed.values())
+    for name in names:
+        inside = isinstance(name, str) and ".." not in PurePosixPath(name).parts
+        if not inside or PurePosixPath(name).is_absolute():
+            raise ValueError(f"{index.name} lists the file {name!r}")
+    return sorted(set(names))
+
+
+def token_ids(value: Any, key: str, name: str) -> list[int]:
+    """Token ids of a config entry (one id, a list or None). Raises ModelError for anything else."""
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"model.name={name}: its {key} is {value!r}, not a token id or a list")
+    return list(ids)
+
+
 @dataclass(frozen=True)
 class Site:
-    """A module, and whether the stream is what it reads or what it gives."""
+    """A module whose input or output is a stream."""
 
     module: nn.Module
     side: str
     """`input` or `output`."""
     gain: Tensor | None = None
-    """`[d]`, where the stream is the one there before it was multiplied by this."""
+    """`[d]`: the values at the module are the stream times this gain; None if they are equal."""
     bias: Tensor | None = None
-    """`[d]`, added after the multiplication."""
+    """`[d]`, added after the multiplication by the gain."""
 
     def read(self, values: Tensor) -> Tensor:
-        """The stream `[..., d]` from what is at the module."""
+        """The stream `[..., d]`, from the values at the module."""
         if self.gain is None:
             return values
         wide = values.to(self.gain.dtype)
         return ((wide if self.bias is None else wide - self.bias) / self.gain).to(values.dtype)
 
     def changed(self, values: Tensor, stream: Tensor, new: Tensor) -> Tensor:
-        """What is to be at the module where the stream becomes `new`; itself if nothing changes."""
+        """The values at the module for a stream `new`; `values` itself where nothing changes."""
         if new is stream:
             return values
         if self.gain is None:
             return new
-        # Not new * gain: where the stream keeps its value, so does what is at the module.
+        # Not new * gain: values of unchanged parts of the stream stay bit-equal.
         return values + ((new - stream).to(self.gain.dtype) * self.gain).to(values.dtype)
 
 
 def child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The first child that has one of these names."""
+    """The child module with the first of these names that exists."""
     children = dict(module.named_children())
     return next((children[n] for n in names if n in children), None)
 
 
 def find_blocks(hf: nn.Module, n_layers: int, path: str | None = None) -> nn.ModuleList:
-    """The list of transformer blocks. Raises ModelError naming the key to set."""
+    """The list of transformer blocks. Raises ModelError with the setting to use."""
     if path is not None:
         try:
             blocks = hf.get_submodule(path)
@@ -92,26 +148,26 @@ def find_blocks(hf: nn.Module, n_layers: int, path: str | None = None) -> nn.Mod
     for name, module in hf.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         other = any(word in name for word in _OTHER_MODALITIES)
-        right = isinstance(module, nn.ModuleList) and len(module) == n_layers
-        if isinstance(module, nn.ModuleList) and right and not inside and not other:
+        fits = isinstance(module, nn.ModuleList) and len(module) == n_layers
+        if isinstance(module, nn.ModuleList) and fits and not inside and not other:
             lists[name] = module
-    found = [
+    candidates = [
         blocks
         for blocks in lists.values()
         if all(child(block, MIXERS) is not None and child(block, MLPS) for block in blocks)
     ]
-    # Parts of unknown names still leave the residual stream between the blocks.
-    found = found or list(lists.values())
-    if len(found) == 1:
-        return found[0]
+    # Blocks with modules of unknown names still have a residual stream between them.
+    candidates = candidates or list(lists.values())
+    if len(candidates) == 1:
+        return candidates[0]
     raise ModelError(
-        f"{type(hf).__name__} has {len(found)} lists of {n_layers} blocks; "
-        "say which with model.blocks=<module path>"
+        f"{type(hf).__name__} has {len(candidates)} lists of {n_layers} blocks; "
+        "type model.blocks=<module path> to choose one"
     )
 
 
 def find_site(blocks: nn.ModuleList, hookpoint: Hookpoint, config: Any) -> Site:
-    """The module whose input or output is the stream; ModelError where there is none."""
+    """The module whose input or output is the stream. Raises ModelError where there is none."""
     block = blocks[hookpoint.layer]
     stream = hookpoint.stream
     if stream in ("embed", "resid_pre"):
@@ -146,7 +202,7 @@ def _mixer(block: nn.Module, stream: str) -> nn.Module:
 
 
 def _mlp(block: nn.Module, stream: str) -> tuple[nn.Module, nn.Module]:
-    """(module that reads the MLP's input, module that gives its output)."""
+    """(module that reads the MLP's input, module that returns its output)."""
     mlp = child(block, MLPS)
     if mlp is not None:
         return mlp, mlp
@@ -157,7 +213,7 @@ def _mlp(block: nn.Module, stream: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _projection(mixer: nn.Module) -> nn.Module:
-    """GPT-Neo wraps its attention in a second module of that name."""
+    """The output projection; GPT-Neo wraps its attention in a second module of the same name."""
     for holder in (mixer, child(mixer, ATTENTION)):
         if holder is not None and (projection := child(holder, _OUT_PROJECTION)) is not None:
             return projection
@@ -168,7 +224,7 @@ def _projection(mixer: nn.Module) -> nn.Module:
 
 
 def _norms_mixer(block: nn.Module) -> bool:
-    """Whether the norm called post_attention_layernorm is of what attention gives (Gemma 2)."""
+    """Whether post_attention_layernorm normalises the output of attention, as in Gemma 2."""
     if child(block, _MIXER_POST_NORM) is not None or child(block, (_BETWEEN,)) is None:
         return False
     return child(block, (*_PRE_MLP_NORM, "post_feedforward_layernorm")) is not None
@@ -179,7 +235,7 @@ def _after(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 
 
 def _mlp_norm(block: nn.Module) -> nn.Module | None:
-    """The norm that the MLP reads from; None where there is none of its own (Phi, OLMo 2)."""
+    """The norm whose output the MLP reads; None where the MLP has none (Phi, OLMo 2)."""
     norm = child(block, _PRE_MLP_NORM)
     if norm is None and not _norms_mixer(block):
         norm = child(block, (_BETWEEN,))
@@ -189,7 +245,7 @@ def _mlp_norm(block: nn.Module) -> nn.Module | None:
 
 
 def _between(block: nn.Module, config: Any) -> Site:
-    """Where resid_mid is read: before the MLP's norm, or before the MLP itself in OLMo 2."""
+    """The site of resid_mid: the input of the MLP's norm, or of the MLP itself in OLMo 2."""
     norm = _mlp_norm(block)
     if norm is None and _norms_mixer(block):
         return Site(_mlp(block, "resid_mid")[0], "input")
@@ -202,7 +258,7 @@ def _between(block: nn.Module, config: Any) -> Site:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor | None]:
-    """(gain, bias) of a LayerNorm or RMSNorm, the gain also as Gemma's 1 + weight."""
+    """(gain, bias) of a LayerNorm or RMSNorm; Gemma's gain is 1 + weight."""
     weight = norm.weight.detach()
     if weight.is_meta:
         raise ModelError(
@@ -210,11 +266,11 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor | None]:
             "divided out; use mlp_in, or leave model.device_map out"
         )
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    # Of equal size and alternating sign: each norm makes it +1 and -1, epsilon aside.
+    # Each norm maps values of equal size and alternating sign to +1 and -1, apart from epsilon.
     probe = torch.full_like(weight, 64.0)
     probe[1::2] = -64.0
     with torch.no_grad():
-        # Past any hook, which would take this for a stream.
+        # `forward` calls no hook, which would treat this as a stream.
         bias = norm.forward(torch.zeros_like(probe)[None])[0].to(wide.dtype)
         tried = (norm.forward(probe[None])[0].to(wide.dtype) - bias) * probe.sign()
     fits = {float((tried - gain).abs().max()): gain for gain in (wide, wide + 1)}
@@ -222,67 +278,68 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor | None]:
     near = 0.02 * float(gain.abs().max())
     if not math.isfinite(min(fits)) or min(fits) > near or not bool((gain != 0).all()):
         raise ModelError(
-            f"{type(norm).__name__} before the MLP has no gain that can be divided out of what "
-            "it gives; use mlp_in"
+            f"{type(norm).__name__} before the MLP has no gain that can be divided out of its "
+            "output; use mlp_in"
         )
     return gain, bias if bool(bias.any()) else None
 
 
 ADDING = ("attn_out", "resid_mid", "mlp_out")
-"""Streams that are right only where the block adds them up."""
+"""Streams that are meaningful only where the block adds them up."""
 _READ = ("resid_pre", *ADDING, "mlp_in", "resid_post")
 _INSIDE = (*ADDING, "mlp_in", "mlp_in_normalized")
 _TOKENS = (5, 7, 11, 6)
 """Ordinary tokens (or bytes) in every common vocabulary."""
 _ROUNDING = 4
-"""Tolerated error of one addition, in units of the dtype's precision."""
+"""Tolerated error of an addition, in units of the dtype's precision."""
 
 
 def needs_check(hf: Any, stream: str) -> bool:
-    """Whether a stream is known only after a look at this model's values.
+    """Whether a stream must be checked on the values of this model.
 
-    The streams between blocks are as named in every model that transformers implements; code of a
-    repository's own may hand on more than one stream.
+    The streams between blocks are what their names say in every model that transformers implements;
+    custom code of a repository may pass on more than one stream.
     """
     return stream in _INSIDE or not type(hf).__module__.startswith("transformers.")
 
 
 def broken_streams(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, str]:
-    """Hookpoints that do not hold what their names say, each with the reason.
+    """Hookpoints that do not hold what their names say -> the reason.
 
-    One forward pass of a few tokens through the blocks, without the LM head and without the hooks
-    that are on the blocks; weights and hooks are left as they are. Empty where the model cannot be
-    run on tokens alone.
+    Runs a few tokens through the blocks, without the LM head and without the hooks on the blocks;
+    weights and hooks are unchanged. Empty where the model cannot be run on tokens alone.
     """
     with _without_hooks(blocks):
-        seen = _seen(hf, blocks, config)
-    return {} if seen is None else _judge(seen, blocks)
+        streams = _recorded_streams(hf, blocks, config)
+    return {} if streams is None else _find_broken(streams, blocks)
 
 
 @contextmanager
 def _without_hooks(blocks: nn.ModuleList) -> Iterator[None]:
-    """Edits and captures that are in progress neither change the check nor see its tokens."""
+    """Remove all hooks, so that open edits and captures neither change nor record the check."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    held = [(m, kind, getattr(m, kind)) for m in blocks.modules() for kind in kinds]
+    removed = [(m, kind, getattr(m, kind)) for m in blocks.modules() for kind in kinds]
     try:
-        for module, kind, _ in held:
+        for module, kind, _ in removed:
             setattr(module, kind, OrderedDict())
         yield
     finally:
-        for module, kind, hooks in held:
+        for module, kind, hooks in removed:
             setattr(module, kind, hooks)
 
 
-def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor] | None:
+def _recorded_streams(
+    hf: Any, blocks: nn.ModuleList, config: Any
+) -> dict[Hookpoint, Tensor] | None:
     """Every stream of every block; None where the model cannot be run on tokens alone."""
     sites = _sites(blocks, config)
-    seen: dict[Hookpoint, Tensor] = {}
+    streams: dict[Hookpoint, Tensor] = {}
     handles = []
 
     def keep(at: Hookpoint, values: Any) -> None:
         first = values if isinstance(values, Tensor) else values[0]
         # Some blocks (Falcon's) add to these in place.
-        seen[at] = first.detach().clone()
+        streams[at] = first.detach().clone()
 
     try:
         for at, site in sites.items():
@@ -297,56 +354,56 @@ def _seen(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Tensor
                 )
             handles.append(handle)
         device = hf.get_input_embeddings().weight.device
-        # Offloaded weights are moved to where they run, and so is what they read.
+        # Offloaded weights are moved to where they run, and so are their inputs.
         device = torch.device("cpu") if device.type == "meta" else device
         with torch.inference_mode():
             hf.base_model(input_ids=torch.tensor([_TOKENS], device=device), use_cache=False)
     except Exception as error:
-        # A model that needs more than tokens raises this in the run.
+        # A model that needs more inputs than tokens raises the error again in the run.
         log.debug("streams of %s not checked: %s", type(hf).__name__, error)
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return streams
 
 
 def _sites(blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, Site]:
-    found: dict[Hookpoint, Site] = {}
+    sites: dict[Hookpoint, Site] = {}
     for layer in range(len(blocks)):
         for stream in _READ:
             at = Hookpoint(layer, stream)
             try:
-                found[at] = find_site(blocks, at, config)
+                sites[at] = find_site(blocks, at, config)
             except ModelError:
-                # Raised again when the stream is asked for.
+                # Raised again when the stream is requested.
                 continue
-    return found
+    return sites
 
 
-def _judge(seen: dict[Hookpoint, Tensor], blocks: nn.ModuleList) -> dict[Hookpoint, str]:
+def _find_broken(streams: dict[Hookpoint, Tensor], blocks: nn.ModuleList) -> dict[Hookpoint, str]:
     broken: dict[Hookpoint, str] = {}
     for layer, block in enumerate(blocks):
         kind = type(block).__name__
-        values = {s: seen.get(Hookpoint(layer, s)) for s in _READ}
+        values = {s: streams.get(Hookpoint(layer, s)) for s in _READ}
         for stream in _wrong(values):
             broken[Hookpoint(layer, stream)] = (
-                f"{kind} does not add its attention's and MLP's output to the stream as it is, "
-                f"so it has no {stream}; use resid_pre or resid_post"
+                f"{kind} does not add the unchanged outputs of its attention and MLP to the "
+                f"stream, so it has no {stream}; use resid_pre or resid_post"
             )
         for stream in ("mlp_in", "mlp_in_normalized", "mlp_out", "resid_mid"):
-            # Of one module's input.
-            found = values["mlp_in" if stream == "mlp_in_normalized" else stream]
-            if found is not None and found.ndim == 2:
+            # Both are read from the same input.
+            value = values["mlp_in" if stream == "mlp_in_normalized" else stream]
+            if value is not None and value.ndim == 2:
                 broken[Hookpoint(layer, stream)] = (
                     f"{kind} joins the tokens of all texts at its MLP, so saexp cannot read "
                     f"{stream}; use resid_pre or resid_post"
                 )
-        after, following = values["resid_post"], seen.get(Hookpoint(layer + 1, "resid_pre"))
+        after, following = values["resid_post"], streams.get(Hookpoint(layer + 1, "resid_pre"))
         if after is None or after.ndim != 3:
-            reason = f"{kind} returns no stream of one vector a token"
+            reason = f"{kind} does not return one vector per token"
         elif following is not None and not _same(after, following):
-            reason = f"what {kind} returns at layer {layer} is not what the next block reads"
+            reason = f"the output of {kind} at layer {layer} is not the input of the next block"
         else:
             continue
         for at in (Hookpoint(layer, "resid_post"), Hookpoint(layer + 1, "resid_pre")):
@@ -355,56 +412,56 @@ def _judge(seen: dict[Hookpoint, Tensor], blocks: nn.ModuleList) -> dict[Hookpoi
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit; what overflowed to NaN counts as the same."""
+    """Whether two tensors are bit-equal; NaN equals NaN."""
     return one.shape == other.shape and torch.allclose(
         one.cpu(), other.cpu(), rtol=0.0, atol=0.0, equal_nan=True
     )
 
 
 def _wrong(values: dict[str, Tensor | None]) -> list[str]:
-    """Of ADDING, the streams that are not what the block adds up.
+    """The streams of ADDING that the block does not add up.
 
-    An edit of resid_mid is added to what the block returns, so that must be resid_mid and something
-    that depends on its norm alone: the MLP's output, or that times a factor, or it is in there.
+    An edit of resid_mid is added to the block's output, which must therefore be resid_mid plus a
+    term that depends on its norm only: the MLP's output, possibly times a factor.
     """
     pre, attention, mid, mlp, post = (
         values[s] for s in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     )
     if mid is None:
-        right = {s: _adds([pre, attention, mlp], post) for s in ("attn_out", "mlp_out")}
+        correct = {s: _adds([pre, attention, mlp], post) for s in ("attn_out", "mlp_out")}
     else:
-        right = {
+        correct = {
             "attn_out": attention is None or _adds([pre, attention], mid),
             "mlp_out": mlp is None or _adds([mid, mlp], post),
             "resid_mid": _leads(pre, attention, mid) and _leads(mid, mlp, post),
         }
-    return [s for s, holds in right.items() if not holds and values[s] is not None]
+    return [s for s, holds in correct.items() if not holds and values[s] is not None]
 
 
 def _leads(before: Tensor | None, part: Tensor | None, after: Tensor | None) -> bool:
-    """Whether `after` is `before` and the part times a factor, or the part, which has both."""
+    """Whether `after` is `before` plus a multiple of the part, or the part itself (the sum)."""
     if before is None or part is None or after is None or part.numel() != after.numel():
         return part is None
     if _adds([part], after) or _adds([before, part], after):
         return True
     wide, start, end = (t.reshape(-1).cpu().double() for t in (part, before, after))
-    # Each number as far as it is exact: attention sinks have some of 10^4 among those of 1.
+    # Weighted by precision: attention sinks have values of 10^4 among values of 1.
     exact = 1 / (start.abs() + wide.abs() + end.abs()).clamp(min=1e-300) ** 2
     factor = float((exact * wide) @ (end - start) / ((exact * wide) @ wide).clamp(min=1e-300))
     return _adds([before, part], after, factor)
 
 
 def _adds(parts: list[Tensor | None], whole: Tensor | None, factor: float = 1.0) -> bool:
-    """Whether the parts' sum, the last times the factor, is the whole, rounding aside."""
-    there = [p for p in parts if p is not None]
-    if whole is None or len(there) < len(parts):
+    """Whether the parts, the last times the factor, add up to the whole, apart from rounding."""
+    known = [p for p in parts if p is not None]
+    if whole is None or len(known) < len(parts):
         return False
-    wide = [p.reshape(-1, p.shape[-1]).cpu().double() for p in (*there, whole)]
+    wide = [p.reshape(-1, p.shape[-1]).cpu().double() for p in (*known, whole)]
     if len({p.shape for p in wide}) > 1:
         return False
     wide[-2] = wide[-2] * factor
-    precision = max(torch.finfo(p.dtype).eps for p in (*there, whole))
+    precision = max(torch.finfo(p.dtype).eps for p in (*known, whole))
     size = torch.stack([p.abs() for p in wide]).sum(0)
     error = (torch.stack(wide[:-1]).sum(0) - wide[-1]).abs()
-    # A model whose values overflow is reported elsewhere.
+    # Values that overflow are reported when they are collected.
     return bool(((error <= _ROUNDING * precision * size) | ~error.isfinite()).all())

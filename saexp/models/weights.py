@@ -17,10 +17,10 @@ from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
 
 ADDED = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-"""Streams that are the residual stream, or are added to it: what is written there has a direct path
-to the logits."""
-_NUMBERS = 32 * 2**20
-"""Logits held at once."""
+"""Streams that are the residual stream or are added to it, and so have a direct path to the
+logits."""
+_MAX_LOGITS = 32 * 2**20
+"""Number of logits in memory at once."""
 
 
 class Unembedding:
@@ -44,11 +44,11 @@ class Unembedding:
 
     @property
     def device(self) -> torch.device:
-        """Where the unembedding is."""
+        """Device of the unembedding."""
         return self.weight.device
 
     def _fit(self) -> None:
-        """Which of the known norms this one is: tried on a vector, since names don't tell."""
+        """Find out on a random vector which known norm this is; its name does not say."""
         weight = self.norm.weight.detach()
         self._exact = torch.promote_types(weight.dtype, torch.float32)
         generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ class Unembedding:
         return self._scaled(placed, self._gain, self._centred)[2]
 
     def readout(self, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        """The vector that a final stream is read with: C (gain * W_U[token])."""
+        """The vector that gives a logit as its dot product with a stream: C (gain * W_U[token])."""
         return self._read(self.weight[tokens.to(self.device)])
 
     def _read(self, rows: Tensor) -> Tensor:
@@ -99,14 +99,15 @@ class Unembedding:
 
     @torch.no_grad()
     def top_tokens(self, directions: Float[Tensor, "n d"], k: int) -> Int[Tensor, "n k"]:
-        """Tokens that each direction raises most, best first: the logit lens of a direction.
+        """Tokens that each direction promotes most, best first: the logit lens of a direction.
 
-        The norm's bias, which is no direction's own, is left out; its scale changes no order.
+        The norm's bias is left out, because it does not depend on the direction; its scale does not
+        change the order.
         """
         placed = directions.to(self.device, self._exact)
         n_tokens = len(self.weight)
         k = min(k, n_tokens)
-        step = max(k, _NUMBERS // max(len(placed), self.model.d_model))
+        step = max(k, _MAX_LOGITS // max(len(placed), self.model.d_model))
         best = torch.empty(len(placed), 0, dtype=self._exact, device=self.device)
         tokens = torch.empty(len(placed), 0, dtype=torch.long, device=self.device)
         for start in range(0, n_tokens, step):
@@ -120,28 +121,28 @@ class Unembedding:
 
 
 def _final_norm(model: LanguageModel) -> nn.Module:
-    """The one norm that stands beside the blocks, after them."""
+    """The final norm: the only norm after the blocks, in the same module."""
     blocks = model.blocks
     parent = next(m for m in model.hf.modules() if any(c is blocks for c in m.children()))
-    after, found = False, []
+    after, norms = False, []
     for child in parent.children():
         after = after or child is blocks
         if after and "norm" in type(child).__name__.lower():
-            found.append(child)
-    if len(found) != 1 or getattr(found[0], "weight", None) is None:
+            norms.append(child)
+    if len(norms) != 1 or getattr(norms[0], "weight", None) is None:
         raise ModelError(
-            f"{type(parent).__name__} has {len(found)} norms with weights after its blocks, and "
+            f"{type(parent).__name__} has {len(norms)} norms with weights after its blocks, and "
             "one is needed to say what a direction adds to a logit"
         )
-    return found[0]
+    return norms[0]
 
 
 @contextmanager
 def only_at(model: LanguageModel, tokens: Int[Tensor, " b"]) -> Iterator[None]:
-    """Logits of one token a row, `[b, 1, v]`, in forward passes run inside.
+    """Compute logits of one token per row, `[b, 1, v]`, while the context is open.
 
-    The LM head reads these positions (indices into the padded tokens) only, so a whole batch's
-    logits are never made. Raises ModelError for a model without an LM head.
+    The LM head reads only these positions (indices into the padded tokens), so that the logits of a
+    whole batch are never computed. Raises ModelError for a model without an LM head.
     """
 
     def choose(hidden: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def only_at(model: LanguageModel, tokens: Int[Tensor, " b"]) -> Iterator[None]:
 def right_padded(
     prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """(token ids, mask); token indices are those of the unpadded prompts."""
+    """(token ids, mask); padding on the right does not change token indices."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
@@ -168,7 +169,7 @@ def right_padded(
 
 @dataclass(frozen=True)
 class LogitGradient:
-    """Of one batch, at its positions, prompt by prompt."""
+    """Gradient of the logit difference in one batch, at its positions, prompt by prompt."""
 
     rows: Int[Tensor, " n"]
     """Prompt of each position."""
@@ -241,10 +242,10 @@ def logit_gradient(
 
 
 Original = Callable[[], AbstractContextManager[None]]
-"""Opens a context inside which a model has its own weights again."""
+"""Opens a context in which a model has its own weights again."""
 _MLP_OUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "out_proj", "wo", "w2")
 _RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest are no direction of their own."""
+"""Singular values below this fraction of the largest do not count as a direction."""
 
 
 @contextmanager
@@ -267,12 +268,12 @@ def orthogonalized(
     the stream has no such component anywhere (if `layers` is all). The unembedding never changes:
     where it is tied to the embedding, it keeps the original tensor while the context is open.
 
-    Yields a context of its own, inside which the model is as it was, so that both can be compared.
+    Yields a function that opens a context with the original weights, so that both can be compared.
 
-    The model's own tensors are not written to; they are put aside and put back on any exit, so
-    weights are byte-equal afterwards. Meanwhile each exchanged weight is held twice. Weights are
-    computed in float64 (float32 on mps) and rounded to the model's dtype: a relative component of
-    about 1e-8 is left in float32, of about 1e-3 in bfloat16.
+    The model's own tensors are not written to; they are set aside and restored on any exit, so that
+    weights are byte-equal afterwards. Meanwhile each replaced weight is in memory twice. Weights
+    are computed in float64 (float32 on mps) and rounded to the model's dtype: a relative component
+    of about 1e-8 is left in float32, of about 1e-3 in bfloat16.
 
     Raises ModelError for directions of another width, not finite or all zero; a layer the model
     lacks; mixtures of experts, quantised or offloaded weights, and blocks with other parts that
@@ -312,7 +313,7 @@ def _basis(directions: Tensor, d_model: int) -> Float[Tensor, "r d"]:
     """Orthonormal rows that span the directions, float64, on the CPU."""
     if directions.shape[1] != d_model:
         raise ModelError(
-            f"a direction has {directions.shape[1]} numbers, the model's stream {d_model}"
+            f"directions have {directions.shape[1]} components, the model's stream {d_model}"
         )
     rows = directions.detach().cpu().double()
     if not bool(torch.isfinite(rows).all()):
@@ -375,7 +376,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _others(block: nn.Module) -> str | None:
-    """A parameter of a block outside attention, MLP and norms."""
+    """Name of a part of a block with parameters that is not attention, MLP or norm."""
     for name, child in block.named_children():
         known = name in (*MIXERS, *MLPS) or _is_norm(child)
         if not known and any(True for _ in child.parameters()):
@@ -384,7 +385,7 @@ def _others(block: nn.Module) -> str | None:
 
 
 def _embeddings(model: LanguageModel) -> list[nn.Module]:
-    """Token embedding and learned position embeddings: what stands before the blocks."""
+    """Token embedding and learned position embeddings, which come before the blocks."""
     blocks = model.blocks
     parent = next(m for m in model.hf.modules() if any(c is blocks for c in m.children()))
     token = model.hf.get_input_embeddings()
@@ -409,12 +410,12 @@ def _embeddings(model: LanguageModel) -> list[nn.Module]:
 
 
 def _without(values: Tensor, basis: Tensor) -> Tensor:
-    """`[..., d]` less its component in the span."""
+    """`[..., d]` without its component in the span."""
     return values - (values @ basis.T) @ basis
 
 
 class _Exchanged:
-    """Projected tensors in the place of a model's own."""
+    """Projected tensors that replace those of a model."""
 
     def __init__(self) -> None:
         self.active = True
@@ -424,7 +425,7 @@ class _Exchanged:
     def project(
         self, module: nn.Module, name: str, basis: Tensor, *, transposed: bool = False
     ) -> None:
-        """Put a projected tensor in the parameter's place."""
+        """Replace a parameter by its projection."""
         old = module._parameters[name]
         assert old is not None
         exact = torch.float32 if old.device.type == "mps" else torch.float64
@@ -436,14 +437,14 @@ class _Exchanged:
         module._parameters[name] = parameter
 
     def put(self, *, new: bool) -> None:
-        """The projected tensors, or the model's own, in their places."""
+        """Set the projected tensors, or the model's own."""
         self.active = new
         for module, name, own, projected in self.tensors:
             module._parameters[name] = projected if new else own
 
     @contextmanager
     def original(self) -> Iterator[None]:
-        """The model as it was, for the time of a context."""
+        """The model's own weights while the context is open."""
         self.put(new=False)
         try:
             yield

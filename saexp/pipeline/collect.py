@@ -8,9 +8,10 @@ from typing import Any
 from saexp import registry
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, CollectionStats, Part
+from saexp.activations.imported import neutral_source
 from saexp.activations.norms import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
-from saexp.config import CollectorConfig, DatasetConfig, PositionsConfig, RunConfig
+from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
@@ -232,6 +233,7 @@ def collect_examples(
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
+    check_weights(cfg, model)
     own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
     settings = _changed_settings(cfg.dataset, type(cfg.dataset)(), [*_TEXT_SETTINGS, *sorted(own)])
     collected = _collected(
@@ -245,8 +247,28 @@ def collect_examples(
         part=part,
     )
     notes = skip_notes(collected.placement.skips, len(examples))
-    examples = replace(collected.examples, notes=[*collected.examples.notes, *notes])
+    examples = replace(
+        collected.examples,
+        notes=[*collected.examples.notes, *notes, *neutral_source(cfg.collector, model)[1]],
+    )
     return replace(collected, examples=examples)
+
+
+def check_weights(cfg: RunConfig, model: LanguageModel) -> None:
+    """Raise ConfigError where an intervention needs weights that imported activations lack."""
+    if not isinstance(cfg.collector, ImportedConfig) or cfg.intervention.name == "none":
+        return
+    if cfg.task.name == "analyze" and not model.has_local_weights:
+        raise ConfigError(
+            f"intervention={cfg.intervention.name} runs the model, but the weights of "
+            f"{model.name} are not on this machine; type intervention=none, or download them"
+        )
+
+
+def has_neutral(cfg: RunConfig, model: LanguageModel) -> bool:
+    """Whether there are activations of neutral text: not with imported activations of the data set
+    alone, where the model's weights are not on this machine either."""
+    return neutral_source(cfg.collector, model)[0] is not None
 
 
 def collect_neutral(
@@ -256,7 +278,13 @@ def collect_neutral(
     n_positions: int,
     prefetch: Prefetch = (),
 ) -> Collected:
-    """Activations at random positions of neutral text; the examples' notes count cut texts."""
+    """Activations at random positions of neutral text; the examples' notes count cut texts.
+
+    Raises ConfigError where there is no source of them (`has_neutral`).
+    """
+    collector, notes = neutral_source(cfg.collector, model)
+    if collector is None:
+        raise ConfigError(f"{notes[0]}; type collector.neutral_path=PATH")
     lines = list(dict.fromkeys(background_texts(cfg.dataset)))
     examples = ExampleSet(
         name="background", examples=[Example(id=str(i), text=t) for i, t in enumerate(lines)]
@@ -266,7 +294,13 @@ def collect_neutral(
     path = cfg.dataset.background
     settings = {} if path is None else {"background": path}
     return _collected(
-        cfg, model, hookpoints, examples, positions, settings=settings, prefetch=prefetch
+        replace(cfg, collector=collector),
+        model,
+        hookpoints,
+        examples,
+        positions,
+        settings=settings,
+        prefetch=prefetch,
     )
 
 
@@ -280,7 +314,6 @@ def _collected(
     settings: Mapping[str, Any],
     prefetch: Prefetch = (),
     part: Part | None = None,
-    collector: CollectorConfig | None = None,
 ) -> Collected:
     data = cfg.dataset
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
@@ -314,7 +347,7 @@ def _collected(
         },
     )
     store, stats = collect(
-        registry.build("collector", collector or cfg.collector, model=model, store=cfg.store),
+        registry.build("collector", cfg.collector, model=model, store=cfg.store),
         request,
         cache_dir=cfg.cache_dir,
         verify=cfg.verify,

@@ -162,7 +162,8 @@ def data_content(cfg: RunConfig) -> list[Content] | None:
     """
     transfer = cfg.analyzer.transfer if isinstance(cfg.analyzer, ProbeConfig) else None
     entries = []
-    for path in (cfg.dataset.path, cfg.dataset.background, transfer):
+    imported = [getattr(cfg.collector, key, None) for key in ("path", "neutral_path")]
+    for path in (cfg.dataset.path, cfg.dataset.background, transfer, *imported):
         if path and Path(path).exists():
             entries.append([(str(path), ""), *contents(Path(path))])
         elif path and path == cfg.dataset.path and cfg.dataset.name == "hf":

@@ -37,7 +37,7 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "revision": model.cfg.revision,
-        "fingerprint": model.fingerprint,
+        "fingerprint": model.known_fingerprint,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
     }
@@ -107,8 +107,10 @@ def encoded(collected: Collected, sae: SAE, objects: ObjectCache) -> tuple[Laten
     return latents, dict(metrics)
 
 
-def encoded_neutral(neutral: Collected, sae: SAE, objects: ObjectCache) -> Latents:
-    """Latents at the ordinary positions of neutral text."""
+def encoded_neutral(neutral: Collected | None, sae: SAE, objects: ObjectCache) -> Latents | None:
+    """Latents at the ordinary positions of neutral text; None where there is no such text."""
+    if neutral is None:
+        return None
     latents, _ = encoded(neutral, sae, objects)
     return latents.where(neutral.ordinary(streams_of(sae)).mask)
 
@@ -171,7 +173,7 @@ def _rows_key(rows: pd.DataFrame) -> str:
 
 def _model_key(model: LanguageModel) -> str:
     """All that determines the model's outputs; the config holds chat, device and dtype."""
-    parts = (repr(model.cfg), model.fingerprint, str(model.dtype), model.device.type)
+    parts = (repr(model.cfg), model.known_fingerprint, str(model.dtype), model.device.type)
     return digest_of(*parts, model.prepend_bos, model.eos_ids)
 
 

@@ -21,6 +21,7 @@ from saexp.pipeline.collect import (
     bos_preference,
     collect_examples,
     collect_neutral,
+    has_neutral,
     resolve_bos,
 )
 from saexp.pipeline.objects import (
@@ -51,8 +52,8 @@ class RunData:
 
     examples: Collected
     """The run's own data set at its positions."""
-    neutral: Collected
-    """Neutral text at random positions."""
+    neutral: Collected | None
+    """Neutral text at random positions; None for imported activations that lack it."""
     transfer: Collected | None = None
     """The analyzer's second data set."""
 
@@ -74,7 +75,7 @@ class RunData:
             tables={"rows": placement.rows, "skips": skips_table(placement.skips)},
             notes=[
                 *self.examples.examples.notes,
-                *self.neutral.examples.notes,
+                *([] if self.neutral is None else self.neutral.examples.notes),
                 *(f"transfer: {note}" for note in transfer),
             ],
         )
@@ -86,8 +87,8 @@ class EncodedLayer:
 
     sae: SparseAutoencoder
     latents: Latents
-    background: Latents
-    """Latents at the ordinary positions of neutral text."""
+    background: Latents | None
+    """Latents at the ordinary positions of neutral text; None where there is none."""
     metrics: Mapping[str, float | None]
     """`sparsity/…` and `reconstruction/…`."""
     notes: Sequence[str] = ()
@@ -198,13 +199,15 @@ class Session:
                 hookpoints += sae.hookpoints
                 neighbours += [h for at in neighbouring_hookpoints(cell, sae, model) for h in at]
         examples = collect_examples(cfg, model, hookpoints, context.prefetch)
-        neutral = collect_neutral(
-            cfg,
-            model,
-            [*hookpoints, *(h for h in dict.fromkeys(neighbours) if h not in hookpoints)],
-            cfg.analyzer.n_background,
-            _neutral_prefetch(cfg, context.prefetch),
-        )
+        neutral = None
+        if has_neutral(cfg, model) or cfg.task.name != "analyze":
+            neutral = collect_neutral(
+                cfg,
+                model,
+                [*hookpoints, *(h for h in dict.fromkeys(neighbours) if h not in hookpoints)],
+                cfg.analyzer.n_background,
+                _neutral_prefetch(cfg, context.prefetch),
+            )
         examples = replace(examples, neutral=neutral)
         return RunData(examples, neutral, self._collect_transfer(examples, hookpoints))
 
@@ -255,7 +258,9 @@ class Session:
         analyzer, name = self.analyzer, self.cfg.analyzer.name
         assert analyzer is not None, "opened without an analyzer"
         inputs = self._inputs(layer, data.examples)
-        inputs.background, inputs.neutral_texts = layer.background, data.neutral.placement.texts
+        inputs.background = layer.background
+        if data.neutral is not None:
+            inputs.neutral_texts = data.neutral.placement.texts
         if not texts:
             inputs.texts, inputs.neutral_texts = (), ()
         if data.transfer is not None:
@@ -367,7 +372,8 @@ def neighbouring_hookpoints(
     None where the SAE is not validated.
     """
     hookpoints = [h.stored for h in sae.hookpoints]
-    if not validates(cfg) or any(h.stream == "embed" for h in hookpoints):
+    imported = cfg.collector.name == "imported"
+    if imported or not validates(cfg) or any(h.stream == "embed" for h in hookpoints):
         return []
     return [
         [Hookpoint(h.layer + step, h.stream) for h in hookpoints]
@@ -389,7 +395,7 @@ def _neutral_prefetch(cfg: RunConfig, prefetch: Prefetch) -> Prefetch:
 
 
 def resolve_factor(
-    cfg: RunConfig, sae: SparseAutoencoder, neutral: Collected
+    cfg: RunConfig, sae: SparseAutoencoder, neutral: Collected | None
 ) -> tuple[SparseAutoencoder, list[str]]:
     """The SAE with the scaling of its inputs estimated from neutral text, and a note about it.
 
@@ -397,6 +403,11 @@ def resolve_factor(
     """
     if cfg.sae.norm_factor != ESTIMATE:
         return sae, []
+    if neutral is None:
+        raise ConfigError(
+            "sae.norm_factor=estimate needs activations of neutral text; type "
+            "collector.neutral_path=PATH, or a number"
+        )
     ordinary = neutral.ordinary(sae.hookpoints).mask
     chunks = (
         acts[torch.from_numpy(ordinary[n : n + len(acts)])]

@@ -68,7 +68,7 @@ def check_sae(
     catalogue and the SAE's files (unknown where they say nothing), then lists explained variance
     under other readings of the files.
     """
-    if not validates(cfg):
+    if not validates(cfg) or data.neutral is None:
         return TaskResult()
     neutral = data.neutral
 
@@ -170,6 +170,10 @@ def score_latents(
     written = sae.hookpoint_out or sae.hookpoint
     if not selected or written.stream not in ADDED:
         return table, []
+    if layer.background is None or data.neutral is None or not model.has_local_weights:
+        return table, [
+            "input and output scores need the model's weights and neutral text; left out"
+        ]
     identity = sae_identity(sae)
     cache = None
     if identity is not None:
@@ -203,6 +207,7 @@ def _input_scores(
     every text.
     """
     background = layer.background
+    assert background is not None, "scores need neutral text"
     rows = background.rows
     columns = [
         rows[name].to_numpy(dtype=np.int64) for name in ("text_id", "token_index", "token_id")

@@ -186,6 +186,7 @@ def texts_key(cfg: RunConfig) -> str:
     The store's own key is made from the token ids instead.
     """
     parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
+    parts.append(asdict(cfg.collector))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

@@ -141,7 +141,7 @@ def _contrast_rows(
 
 
 def _contrast(
-    session: Session, sae: SparseAutoencoder, rows: Collected, neutral: Collected, n: int
+    session: Session, sae: SparseAutoencoder, rows: Collected, neutral: Collected | None, n: int
 ) -> TaskResult:
     """The contrast of task=analyze, without encoding the rows that it leaves out."""
     cfg = session.cfg.analyzer

@@ -50,7 +50,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         (["sae=gemascope"], "sae=gemascope: no such option; did you mean gemmascope"),
         (["layr=2"], "no key 'layr'; did you mean layer"),
         (["intervention.n_prompt=2"], "did you mean intervention.n_prompts"),
-        (["layer=99"], "layer=99, but tiny has layers 0-4; try layer=4"),
+        (["layer=99"], "layer=99 is out of range: tiny has layers 0-4; try layer=4"),
         (["layer=two"], "layer=two is not a block index; type a whole number from 0"),
         (["width=16k"], "sae=tiny has no width=16k for tiny; it has 256, 512"),
         (["width=wide"], "width=wide is not an SAE width; type a number such as width=16k"),
@@ -70,7 +70,7 @@ GOOD = {"text": "The player Ann Lee", "group": "a", "entity": "Ann Lee"}
         ),
         (["intervention.outcomes=[refusals]"], "no outcome is called 'refusals'; did you mean"),
         (["plugins=[no_such_module_here]"], "no module 'no_such_module_here' can be imported"),
-        (["dataset=ioi"], "no position could be placed in 200 texts: no entity span"),
+        (["dataset=ioi"], "none of 200 texts has the requested position: no entity span"),
         (
             ["dataset=ioi", "positions=last", "intervention=none"],
             "a contrast needs two groups",
@@ -86,7 +86,7 @@ def test_one_line(refused: Command, words: list[str], said: str) -> None:
 def test_a_malformed_row_is_named_by_file_and_line(refused: Command, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     said = refused("dataset=jsonl", rows(path, GOOD, "{text: 1}"))
-    assert f"{path}:2: is no JSON" in said
+    assert f"{path}:2: is not JSON" in said
 
 
 def test_an_empty_file(refused: Command, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_no_limit_is_one_line(tmp_path: Path) -> None:
 
 def test_a_store_is_found_by_the_beginning_of_its_key(tmp_path: Path) -> None:
     assert line_of(lambda: stores.find(tmp_path, "ab")) == (
-        f"stores: ab: no store begins so; {tmp_path} holds none"
+        f"stores=ab: no key begins with it; {tmp_path} holds none"
     )
     # With 17 keys two begin with the same digit.
     names = sorted(store(tmp_path, str(n), days=-n).path.name for n in range(17))
@@ -199,10 +199,10 @@ def test_a_store_is_found_by_the_beginning_of_its_key(tmp_path: Path) -> None:
     assert stores.find(tmp_path, b).path.name == b
     n = sum(name.startswith(shared) for name in names)
     assert line_of(lambda: stores.find(tmp_path, shared)).startswith(
-        f"stores: {shared}: {n} stores begin so; {tmp_path} holds "
+        f"stores={shared}: {n} keys begin with it; {tmp_path} holds "
     )
     message = line_of(lambda: stores.find(tmp_path, "nokey"))
-    assert message.startswith("stores: nokey: no store begins so; ")
+    assert message.startswith("stores=nokey: no key begins with it; ")
     assert all(name in message for name in names)
 
 

@@ -176,7 +176,7 @@ def test_what_the_data_must_have(cache: Path, tmp_path: Path) -> None:
         run(cache, tmp_path / "prompt", "analyzer=capability", "dataset=prompt")
     with pytest.raises(ConfigError, match="no key 'analyzer.colour'"):
         run(cache, tmp_path / "options", "analyzer=stats", "+analyzer.colour=red")
-    with pytest.raises(ModelError, match="layer=9, but tiny has layers 0-4"):
+    with pytest.raises(ModelError, match="layer=9 is out of range: tiny has layers 0-4"):
         run(cache, tmp_path / "layer", "analyzer=stats", "layer=[1,9]")
 
 

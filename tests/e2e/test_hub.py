@@ -248,7 +248,7 @@ def test_a_hub_id_beside_a_folder_of_the_owners_name(
 
 def test_a_name_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
-    with pytest.raises(ModelError, match="is a file; type the model.s folder"):
+    with pytest.raises(ModelError, match="is a file; type the folder of the model"):
         LanguageModel(ModelConfig(name=str(tmp_path / "weights.bin")))
 
 

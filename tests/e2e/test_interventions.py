@@ -234,7 +234,10 @@ def rows_file(folder: Path, n: int, **columns: Any) -> Path:
             "intervention=patch needs prompt positions",
         ),
         (["intervention=patch", "intervention.heads=all"], "streams=.attn_z."),
-        (["intervention=patch", "intervention.layers=[77]"], "layer=77, but tiny has layers 0-4"),
+        (
+            ["intervention=patch", "intervention.layers=[77]"],
+            "layer=77 is out of range: tiny has layers 0-4",
+        ),
         (["intervention=ablate", "intervention.layers=all"], "at the SAE's own layer"),
         (["intervention=orthogonalize", "coefficient=[0.5]"], r"type 'coefficient=\[0,1\]'"),
         (["intervention=clamp", "intervention.values=[1]"], "1 targets for 0 listed latents"),

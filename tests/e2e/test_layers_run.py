@@ -173,7 +173,7 @@ def test_the_denoised_difference_is_reported_with_what_it_keeps(
     [
         (["intervention.latents={1:[300]}"], "latent 300, but the SAE of layer 1 has latents 0-25"),
         (["intervention.latents=[300]"], "latent 300, but the SAE of layer 2 has latents 0-255"),
-        (["intervention.latents={9:[3]}"], "layer=9, but tiny has layers 0-4"),
+        (["intervention.latents={9:[3]}"], "layer=9 is out of range: tiny has layers 0-4"),
         (["intervention=ablate", "intervention.layers=[1,2]"], "latents=selected_per_layer"),
         (
             ["intervention=splice", "intervention.layers=[1,2]"],

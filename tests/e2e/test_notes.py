@@ -8,7 +8,7 @@ import pytest
 import saexp
 
 SHIPPED = Path(saexp.__file__).parent / "assets/tiny/entities.jsonl"
-MISSPELT = "column 'splitt' means nothing to saexp; did you mean split?"
+MISSPELT = "column 'splitt' is not used by saexp; did you mean split?"
 SKIPPED = "12 of 48 examples were skipped: no entity span (12)"
 SHORT = ["n_prompts=2", "n_controls=1", "max_new_tokens=2", "n_choice_prompts=2"]
 

@@ -202,7 +202,7 @@ def test_a_sweep_goes_on_past_a_failing_cell(
         main()
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    assert "layer=9, but tiny has layers 0-4; try layer=4" in said
+    assert "layer=9 is out of range: tiny has layers 0-4; try layer=4" in said
     assert "Traceback" not in said
     cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
     assert len(cells) == 6

@@ -134,7 +134,7 @@ def test_a_failing_cell_fails_the_sweep_after_the_others(failing: Said) -> None:
     assert failing.code == 1
     table = table_of(failing.sweep).set_index("layer")
     assert table["status"].to_dict() == {9: "failed", 2: "finished"}
-    why = "layer=9, but tiny has layers 0-4; try layer=4"
+    why = "layer=9 is out of range: tiny has layers 0-4; try layer=4"
     assert table.loc[9, "error"] == why
     assert why in page_of(failing.sweep)
     assert_links(failing.sweep, 1)

@@ -111,5 +111,5 @@ def test_a_damaged_manifest_is_made_anew_and_nothing_is_collected_again(tmp_path
     again = command(words, tmp_path)
     assert again.code == 0
     assert "0 tokens forwarded" in again.out
-    assert "is made anew from the shards: 1 shard kept, 0 collected again where needed" in again.err
+    assert "is rebuilt from the shards: 1 shard kept, 0 collected again where needed" in again.err
     assert manifest.read_bytes() == whole

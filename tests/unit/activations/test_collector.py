@@ -161,7 +161,9 @@ def test_batches_hold_every_text_once_within_the_budget(lengths, batch_tokens):
 
 def test_a_layer_that_is_not_there_costs_no_forward_pass(tmp_path):
     model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
-    with pytest.raises(ModelError, match="^layer=99, but model has layers 0-2; try layer=2$"):
+    with pytest.raises(
+        ModelError, match="^layer=99 is out of range: model has layers 0-2; try layer=2$"
+    ):
         run(model, tmp_path, [Hookpoint(99, "resid_post")])
     assert not model.loaded
     assert not (tmp_path / "activations").exists()

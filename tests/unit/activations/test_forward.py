@@ -169,7 +169,7 @@ def test_batches_halve_until_they_fit_and_stay_so_in_all_shards(
         assert n_texts == 1 or n_padded <= budget
         if n_padded > n_tokens_at_once:
             budget = n_padded // 2
-            said.append(f"out of memory at {n_padded} tokens a batch; going on with {budget}")
+            said.append(f"out of memory at {n_padded} tokens per batch; continuing with {budget}")
     assert caplog.messages == said != []
     normal, expected = run(random_lm("llama"), tmp_path / "normal", shard_rows=shard_rows)
     for layer in range(3):

@@ -118,7 +118,7 @@ def test_a_store_pruned_meanwhile_is_one_line_and_is_collected_anew(model, store
     acts = store.acts(1).clone()
     store.close()
     assert pruned(stored).removed == [stored.path.name]
-    with pytest.raises(StoreError, match="has not all of layer_1.resid_post; it has none"):
+    with pytest.raises(StoreError, match="does not have all of layer_1.resid_post; it has none"):
         ActivationStore(stored.path, stored.manifest).acts(1)
     again, stats = run(model, stored.path.parents[1], shard_rows=SHARD_ROWS)
     assert stats.tokens_forwarded > 0

@@ -138,7 +138,7 @@ def test_it_is_made_anew_with_every_shard(
     n = n_shards(folder)
     (line,) = warnings(caplog)
     assert line.endswith(
-        f"and is made anew from the shards: {n} shards kept, 0 collected again where needed"
+        f"and is rebuilt from the shards: {n} shards kept, 0 collected again where needed"
     )
     assert str(folder / "manifest.json") in line
     assert digests(store.path) == before

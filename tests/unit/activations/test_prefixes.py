@@ -151,7 +151,7 @@ def test_a_model_that_gives_other_values_so_is_named_and_forwarded_whole(tmp_pat
     handle.remove()
     (message,) = caplog.messages
     assert message.startswith("odd gives other values (by ")
-    assert message.endswith("share their beginning; every text is forwarded whole")
+    assert message.endswith("share a prefix; every text is forwarded whole")
     assert stats.tokens_forwarded == sum(map(len, sequences_of(MIXED)))
     whole, _ = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
     for point in POSTS:
@@ -191,7 +191,7 @@ def test_models_that_cannot_share_have_no_past(reason, monkeypatch):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "apart")
     assert empty_past(model) is not None
     if reason == "told so":
-        model.shares_prefixes = False
+        model.observed.shares_prefixes = False
     elif reason == "shared keys":
         model.text_config.num_kv_shared_layers = 1
     else:
@@ -254,13 +254,13 @@ def test_what_was_compared_at_a_shallow_layer_is_compared_again_deeper(tmp_path,
     settings = {"placement": placed(MIXED), "batch_tokens": BATCH_TOKENS}
     with caplog.at_level(logging.WARNING):
         run(model, tmp_path / "shallow", [Hookpoint(0, "mlp_in")], **settings)
-        assert model.prefixes_compared == 0
+        assert model.observed.n_blocks_compared == 0
         run(model, tmp_path / "shallow", POSTS[:1], **settings)
-        assert (model.shares_prefixes, model.prefixes_compared) == (True, 1)
+        assert (model.observed.shares_prefixes, model.observed.n_blocks_compared) == (True, 1)
         assert caplog.messages == []
         store, _ = run(model, tmp_path / "deep", POSTS, **settings)
     assert len(caplog.messages) == 1
-    assert model.shares_prefixes is False
+    assert model.observed.shares_prefixes is False
     whole, _ = run(random_lm("llama"), tmp_path / "whole", **settings, share_prefixes=False)
     for layer in range(3):
         torch.testing.assert_close(store.acts(layer), whole.acts(layer), **CLOSE)
@@ -310,4 +310,6 @@ def test_float64_is_shared_to_its_own_precision(tmp_path):
 def test_values_are_the_same_up_to_rounding_and_never_where_one_is_no_number(found, alone, same):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "settled")
     settle(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
-    assert (model.shares_prefixes, model.prefixes_compared) == ((True, 2) if same else (False, 0))
+    assert (model.observed.shares_prefixes, model.observed.n_blocks_compared) == (
+        (True, 2) if same else (False, 0)
+    )

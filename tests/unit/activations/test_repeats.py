@@ -1,6 +1,7 @@
 """A text that comes again is forwarded once per store, and read as if every shard had it."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ def test_other_tokens_of_a_text_that_came_before_are_forwarded(model, tmp_path):
     text, others = (rows[chosen] for chosen in (rows["text_id"] == 0, rows["text_id"] > 0))
     begun, n_first = text.iloc[: len(text) // 2], len(others) + len(text) // 2
     # The first text again, at a token that the first shard has and at one that it has not.
-    places.rows = pd.concat([begun, others, text.iloc[[1, -1]]], ignore_index=True)
+    rows = pd.concat([begun, others, text.iloc[[1, -1]]], ignore_index=True)
+    places = replace(places, rows=rows)
     store, stats = run(model, tmp_path, placement=places, shard_rows=n_first)
     files = sorted((store.path / POSTS[1].name).glob("*.safetensors"))
     assert [len(load_file(file)["acts"]) for file in files] == [n_first, 1]
@@ -148,7 +150,7 @@ def test_a_damaged_shard_that_others_repeat_is_computed_again(model, tmp_path):
     acts, before = store.acts(2).clone(), digests(store.path)
     damaged = store.path / POSTS[2].name / "00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(StoreError, match="has not all of layer_2.resid_post"):
+    with pytest.raises(StoreError, match="does not have all of layer_2.resid_post"):
         ActivationStore.open(store.path).acts(2)
     mended, new = run(model, tmp_path, placement=again, shard_rows=9)
     assert 0 < new.tokens_forwarded < stats.tokens_forwarded
@@ -176,5 +178,5 @@ def test_without_its_rows_table_a_store_with_repeats_is_one_clear_line(model, tm
     (store.path / "rows.parquet").unlink()
     with pytest.raises(StoreError) as error:
         ActivationStore.open(store.path).acts(1)
-    assert str(error.value) == f"{store.path}/rows.parquet is damaged; collect again to mend it"
+    assert str(error.value) == f"{store.path}/rows.parquet is damaged; collect again to repair it"
     assert len(run(model, tmp_path, placement=again)[0].acts(1)) == len(again.rows)

@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_noticed_and_computed_again(sharded, model, tmp_path,
     assert opened.missing(POSTS) == {2: [POSTS[1]]}
     assert opened.hookpoints == [POSTS[0], POSTS[2]]
     assert message_of(lambda: opened.acts(1)) == (
-        f"{sharded.path} has not all of layer_1.resid_post; "
+        f"{sharded.path} does not have all of layer_1.resid_post; "
         "it has layer_0.resid_post, layer_2.resid_post"
     )
     _, stats = run(model, tmp_path)
@@ -230,7 +230,7 @@ def test_opening_what_is_no_store(tmp_path, sharded):
 
 def test_asking_for_what_was_not_collected(sharded):
     assert message_of(lambda: sharded.acts(1, "mlp_out")) == (
-        f"{sharded.path} has not all of layer_1.mlp_out; "
+        f"{sharded.path} does not have all of layer_1.mlp_out; "
         "it has layer_0.resid_post, layer_1.resid_post, layer_2.resid_post"
     )
     with pytest.raises(ModelError, match="^no stream 'resid'; did you mean resid"):

@@ -283,8 +283,7 @@ def test_answers_without_their_space_get_it_and_are_noted(model: LanguageModel) 
     first, second = (r.tables["prompts"] for r in results)
     pd.testing.assert_frame_equal(first, second)
     noted = [
-        any(n.startswith("1 answers were given without the space") for n in r.notes)
-        for r in results
+        any(n.startswith("a space was added before 1 answers") for n in r.notes) for r in results
     ]
     assert noted == [True, False]
 

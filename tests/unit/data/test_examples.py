@@ -142,8 +142,7 @@ def test_groups_are_in_order_of_appearance_or_as_asked():
         (
             ("a", "b", "c", "a"),
             None,
-            "f.csv: 3 groups, a (2), b (1), c (1); "
-            "say which two with 'dataset.groups=[first,second]'",
+            "f.csv: 3 groups, a (2), b (1), c (1); choose two with 'dataset.groups=[first,second]'",
         ),
         (
             ("a", "b"),

@@ -29,7 +29,7 @@ def read(folder: Path, rows: list[dict[str, Any]], **options: Any) -> ExampleSet
 )
 def test_a_column_that_is_nearly_one_of_ours_is_noted(tmp_path, column, meant):
     made = read(tmp_path, [{**TWO[0], column: "train"}, TWO[1]])
-    assert made.notes == [f"column '{column}' means nothing to saexp; did you mean {meant}?"]
+    assert made.notes == [f"column '{column}' is not used by saexp; did you mean {meant}?"]
     assert made.examples[0].extra == {column: "train"}
 
 

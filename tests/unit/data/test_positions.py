@@ -190,10 +190,12 @@ def test_other_reasons():
 
 def test_nothing_placed_at_all_is_an_error_with_every_reason():
     examples = [example(id="1", spans=()), example(id="2", text="of   now", spans=((2, 5),))]
-    message = "no position could be placed in 2 texts: entity has no token; no entity span"
+    message = "none of 2 texts has the requested position: entity has no token; no entity span"
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         placed(examples, "entity_last")
-    with pytest.raises(DataError, match="in 0 texts: the data set is empty"):
+    with pytest.raises(
+        DataError, match="none of 0 texts has the requested position: the data set is empty"
+    ):
         placed([], "all")
 
 

@@ -104,8 +104,8 @@ def test_in_chat_the_ids_are_those_of_apply_chat_template(
 ) -> None:
     tokenizer = chat_tokenizers()[of]
     model = with_tokenizer(tokenizer, chat=True)
-    # As `resolve_bos` sets it where the SAE decides.
-    model.prepend_bos = sae_wants_bos
+    # As `resolve_bos` returns it where the SAE decides.
+    model = model.with_bos(sae_wants_bos)
     for message, tokens in zip(MESSAGES, read(model, MESSAGES), strict=True):
         assert list(tokens.ids) == by_template(tokenizer, message)
 

@@ -223,7 +223,7 @@ def test_a_rule_makes_the_groups(write):
 def test_what_is_no_rule(write, text):
     message = message_of(lambda: read(write(*TWO), group_rule=text), ConfigError)
     assert message == (
-        f"dataset.group_rule={text} is no rule; type e.g. 'matching_tokens == 0' "
+        f"dataset.group_rule={text} is not a rule; type e.g. 'matching_tokens == 0' "
         "(column, one of == != >= <= > <, value)"
     )
 
@@ -290,7 +290,7 @@ def test_a_file_that_is_not_utf8(tmp_path, of):
 
 
 LINE_2 = [
-    ('{"text": "a"', "is no JSON (Expecting ',' delimiter, column 13)"),
+    ('{"text": "a"', "is not JSON (Expecting ',' delimiter, column 13)"),
     ('["a"]', 'a row must be an object such as {"text": "…"}'),
     (
         '{"text": "half \\ud83d"}',
@@ -304,7 +304,7 @@ LINE_2 = [
     *[
         (
             {"text": text},
-            "column 'text' is empty or no string; give the text there or map it with "
+            "column 'text' is empty or not a string; give the text there or map it with "
             "dataset.columns.text=<column>",
         )
         for text in ("  ", 7)
@@ -391,13 +391,14 @@ def test_only_one_group(write):
 def test_a_csv_row_with_another_number_of_fields(write, line):
     path = write("text,group,note", "one,known,x", line, name="f.csv")
     assert message_of(lambda: read(path, csv)) == (
-        f"{path}:3: has another number of fields than the header's 3; quote texts that hold commas"
+        f"{path}:3: the header has 3 fields, and this row has another number; quote texts that "
+        "contain commas"
     )
 
 
 def test_a_csv_with_an_open_quote(write):
     path = write("text", 'one "quoted" word', '"two" words', name="f.csv")
-    assert message_of(lambda: read(path, csv)).startswith(f"{path}:3: is no CSV (")
+    assert message_of(lambda: read(path, csv)).startswith(f"{path}:3: is not CSV (")
 
 
 def test_a_csv_text_that_is_empty(write):

@@ -37,7 +37,7 @@ def variant(name: str) -> Any:
 def test_texts_equal_those_of_generate(name: str, sae_wants_bos: bool | None) -> None:
     chat = "template" in name
     model = with_tokenizer(variant(name), chat=chat)
-    model.prepend_bos = sae_wants_bos
+    model = model.with_bos(sae_wants_bos)
     examples = [Example(id=str(n), text=text) for n, text in enumerate(TEXTS[:3])]
     cfg = InterventionConfig(name="steer", where="last")
     placed = placed_prompts(examples, model, cfg, 512).all()

@@ -20,7 +20,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, random_hf, random_lm, save, tokenizer
 
-LOADED = "type a hub id that is in reach or cached, or a local folder"
+LOADED = "type a hub id that is reachable or cached, or a local folder"
 
 
 @pytest.fixture()
@@ -177,9 +177,9 @@ def test_truncated_weights(folder: Path, cut: int) -> None:
         ("[]", "model.safetensors.index.json has no weight_map"),
         ('{"weight_map": null}', "model.safetensors.index.json has no weight_map"),
         ("{", "Expecting property name"),
-        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json names the file 3"),
-        ('{"weight_map": {"a": "../x"}}', "model.safetensors.index.json names the file '../x'"),
-        ('{"weight_map": {"a": "/etc/x"}}', "model.safetensors.index.json names the file '/etc/x'"),
+        ('{"weight_map": {"a": 3}}', "model.safetensors.index.json lists the file 3"),
+        ('{"weight_map": {"a": "../x"}}', "model.safetensors.index.json lists the file '../x'"),
+        ('{"weight_map": {"a": "/etc/x"}}', "model.safetensors.index.json lists the file '/etc/x'"),
         ('{"weight_map": {"a": "absent.safetensors"}}', "no file named absent.safetensors"),
     ],
 )

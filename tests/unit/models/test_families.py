@@ -322,7 +322,9 @@ def test_a_block_that_changes_its_parts_is_seen_without_a_known_name() -> None:
     block.mlp = Halved()
     block.forward = scaled
     for stream in ("mlp_out", "resid_mid"):
-        with pytest.raises(ModelError, match="does not add its attention's and MLP's output to"):
+        with pytest.raises(
+            ModelError, match="does not add the unchanged outputs of its attention and MLP to"
+        ):
             model.module(Hookpoint(1, stream))
     assert model.module(Hookpoint(1, "resid_post")).module is block
     assert model.module(Hookpoint(0, "mlp_out")).module is model.blocks[0].mlp

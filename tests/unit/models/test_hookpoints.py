@@ -74,7 +74,7 @@ def test_a_name_of_nothing_is_an_error(name):
     with pytest.raises(ModelError) as error:
         Hookpoint.parse(name)
     assert str(error.value) == (
-        f"'{name}' names no hookpoint; type one such as layer_12.resid_post, "
+        f"'{name}' is not a hookpoint; type one such as layer_12.resid_post, "
         "blocks.12.hook_resid_post or model.layers.12"
     )
 

@@ -175,7 +175,7 @@ class TestNoHookStays:
 
     def test_after_a_hookpoint_that_is_not_there(self, model):
         points = [Hookpoint(0, "resid_post"), Hookpoint(99, "resid_post")]
-        with pytest.raises(ModelError, match="^layer=99, but in-memory has layers 0-2"):
+        with pytest.raises(ModelError, match="^layer=99 is out of range: in-memory has layers 0-2"):
             run_truncated(model, IDS, MASK, points)
         assert n_hooks(model) == 0
 

@@ -128,7 +128,7 @@ def test_a_device_that_is_not_there(name):
 def test_a_wrong_name(name):
     message = message_of(lambda: LanguageModel(ModelConfig(name=name, device="cpu")))
     assert message.startswith(f"model.name={name}: its config cannot be loaded (")
-    assert message.endswith("); type a hub id that is in reach or cached, or a local folder")
+    assert message.endswith("); type a hub id that is reachable or cached, or a local folder")
 
 
 @pytest.mark.parametrize("name", ["not a name!", "owner/", "owner/na me"])
@@ -161,7 +161,7 @@ def test_weights_of_another_size(folder):
 def test_weights_that_lack_a_part_are_not_made_up(folder):
     change_config(folder, num_hidden_layers=N_LAYERS + 1)
     assert (
-        "its weights cannot be loaded (9 are not in its files, such as "
+        "its weights cannot be loaded (9 are missing in its files, such as "
         "model.layers.3.input_layernorm.weight)"
     ) in message_of(lambda: load(folder).hf)
 
@@ -183,14 +183,14 @@ def test_a_damaged_tokenizer(folder):
 
 @pytest.mark.parametrize(("layer", "better"), [(99, 2), (3, 2), (-1, 0)])
 def test_a_layer_that_is_not_there(folder, layer, better):
-    message = f"layer={layer}, but model has layers 0-2; try layer={better}"
+    message = f"layer={layer} is out of range: model has layers 0-2; try layer={better}"
     model = load(folder)
     assert message_of(lambda: model.check_layer(layer)) == message
     assert not model.loaded
 
 
 def test_a_hookpoint_of_a_layer_that_is_not_there():
-    message = "layer=3, but random-gpt2 has layers 0-2; try layer=2"
+    message = "layer=3 is out of range: random-gpt2 has layers 0-2; try layer=2"
     assert message_of(lambda: random_lm("gpt2").module(Hookpoint(3, "mlp_out"))) == message
 
 
@@ -216,3 +216,25 @@ def test_chat_text_is_the_template_with_the_prompt_to_be_answered():
 def test_chat_without_a_template():
     message = "random-llama has no chat template; set model.chat=false"
     assert message_of(lambda: random_lm("llama").chat_text("Who?")) == message
+
+
+def test_a_view_with_another_bos_shares_weights_that_are_loaded_later(tmp_path):
+    model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
+    view = model.with_bos(True)
+    assert (model.prepend_bos, view.prepend_bos, view.with_bos(None).prepend_bos) == (
+        None,
+        True,
+        None,
+    )
+    assert view.hf is model.hf
+    assert view.blocks is model.blocks
+    with pytest.raises(AttributeError, match=r"use model.with_bos\(...\)"):
+        model.prepend_bos = True
+
+
+def test_weights_that_are_not_there_have_no_fingerprint(tmp_path):
+    cfg = save(random_hf("llama"), tmp_path / "model")
+    assert LanguageModel(cfg).known_fingerprint == LanguageModel(cfg).fingerprint
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert LanguageModel(cfg).known_fingerprint is None
+    assert LanguageModel.wrap(random_hf("llama")).has_local_weights

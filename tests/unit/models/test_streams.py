@@ -189,7 +189,7 @@ def test_without_a_norm_of_the_mlps_own_there_is_no_mlp_in_normalized(architectu
 def test_a_gain_of_zero_cannot_be_divided_out():
     model = LanguageModel.wrap(random_hf("gemma2"))
     model.blocks[1].pre_feedforward_layernorm.weight[3] = -1
-    with pytest.raises(ModelError, match="has no gain that can be divided out of what it gives"):
+    with pytest.raises(ModelError, match="has no gain that can be divided out of its output"):
         model.module(Hookpoint(1, "mlp_in_normalized"))
 
 

@@ -63,7 +63,7 @@ def test_an_unknown_shape_is_an_error_that_names_the_key():
     with pytest.raises(ModelError) as error:
         find_blocks(random_hf("llama").model.norm, N_LAYERS)
     assert str(error.value) == (
-        "LlamaRMSNorm has 0 lists of 3 blocks; say which with model.blocks=<module path>"
+        "LlamaRMSNorm has 0 lists of 3 blocks; type model.blocks=<module path> to choose one"
     )
 
 
@@ -74,7 +74,7 @@ def test_blocks_whose_parts_have_unknown_names_are_found():
 
 def test_two_lists_that_fit_are_an_error_too():
     both = nn.ModuleDict({"one": random_hf("gpt2"), "two": random_hf("gpt2")})
-    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks; say"):
+    with pytest.raises(ModelError, match="^ModuleDict has 2 lists of 3 blocks; type"):
         find_blocks(both, N_LAYERS)
 
 
@@ -163,7 +163,7 @@ def test_outputs_that_are_not_added_as_they_are_count_as_absent(block, config, s
     with pytest.raises(ModelError) as error:
         wrapped(config).module(Hookpoint(1, stream))
     assert str(error.value) == (
-        f"{block} does not add its attention's and MLP's output to the stream as it is, "
+        f"{block} does not add the unchanged outputs of its attention and MLP to the stream, "
         f"so it has no {stream}; use resid_pre or resid_post"
     )
 

@@ -54,7 +54,7 @@ def test_norms_whose_weights_were_never_trained_and_half_precision(architecture,
 @pytest.mark.parametrize("numbers", [1, 700, 10**6])
 @torch.no_grad()
 def test_top_tokens(architecture, numbers, monkeypatch):
-    monkeypatch.setattr(weights, "_NUMBERS", numbers)
+    monkeypatch.setattr(weights, "_MAX_LOGITS", numbers)
     end = Unembedding(random_lm(architecture))
     directions = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(1))
     everything = directions @ end.readout(torch.arange(VOCABULARY)).T

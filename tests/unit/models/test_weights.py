@@ -221,7 +221,7 @@ def refused(match, model, directions, **options):
 class TestErrors:
     def test_width(self):
         refused(
-            "^a direction has 8 numbers, the model's stream 32$",
+            "^directions have 8 components, the model's stream 32$",
             shared_lm("gpt2"),
             torch.ones(1, 8),
         )
@@ -232,7 +232,9 @@ class TestErrors:
         refused("^a direction .* (all zeros|not finite)$", shared_lm("gpt2"), directions)
 
     def test_layer(self):
-        refused("^layer=3, but .* has layers 0-2", shared_lm("gpt2"), ONE, layers=[0, 3])
+        refused(
+            "^layer=3 is out of range: .* has layers 0-2", shared_lm("gpt2"), ONE, layers=[0, 3]
+        )
 
     def test_mixture_of_experts(self, monkeypatch):
         moe = {**ARCHITECTURES["llama"][1], "num_local_experts": 2, "num_experts_per_tok": 1}

@@ -96,7 +96,7 @@ def test_weights_that_do_not_fit(
         ({"metadata": {}}, "cfg.json names no hook_name, so where it belongs is unknown"),
         (
             {"metadata": {"hook_name": "somewhere"}},
-            "cfg.json: hook_name: 'somewhere' names no hookpoint; type one such as",
+            "cfg.json: hook_name: 'somewhere' is not a hookpoint; type one such as",
         ),
         (
             {"activation_fn_str": "tanh-relu"},
