@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from saexp.config.components import SAETrainerConfig
+from saexp.config import SAETrainerConfig
 from saexp.reports.page import (
     GROUP_COLOURS,
     PALETTE,

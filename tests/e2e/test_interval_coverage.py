@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, special
 
-from saexp.stats.intervals import separation_interval, stratified_auroc_interval
+from saexp.stats.intervals import separation_interval, auroc_interval
 from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
 
 N_SAMPLES = 3000
@@ -48,7 +48,7 @@ def auroc_coverage(
     test = stratified_rank_test(sparse.csr_array(drawn(rng, first, law, auroc)), first, strata)
     weights = stratum_weights(first, strata)
     sizes = [np.array([((strata == s) & g).sum() for s in weights]) for g in (first, ~first)]
-    low, high = stratified_auroc_interval(
+    low, high = auroc_interval(
         test.auroc, sizes[0], sizes[1], np.array(list(weights.values())), test.variance
     )
     return float(((low <= auroc) & (auroc <= high)).mean()), high - low
