@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saexp.interactive.edits import ablate, edit, steer
     from saexp.interactive.latents import contrast, encode, load_sae, top_latents
     from saexp.interactive.model import load_model
-    from saexp.results import TaskResult as Result
+    from saexp.results import Result as Result
 
 _MODULE_OF = {
     "Result": "saexp.results",
@@ -42,7 +42,7 @@ _MODULE_OF = {
 }
 """Public name -> the module that defines it."""
 
-_NAME_IN_MODULE = {"Result": "TaskResult"}
+_NAME_IN_MODULE = {"Result": "Result"}
 
 __all__ = [
     "Result",

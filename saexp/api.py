@@ -26,7 +26,7 @@ from saexp.files import cannot_write_run, write_error
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
-from saexp.results import TaskResult, check_result
+from saexp.results import Result, check_result
 from saexp.sweeps.planning import hookpoints_to_prefetch
 from saexp.tracking import Recorder
 
@@ -94,7 +94,7 @@ def run(
     command: str | None = None,
     sweep: Path | None = None,
     objects: ObjectCache | None = None,
-) -> TaskResult:
+) -> Result:
     """Run a config and return its result; files go to `folder`, by default outputs/<date>/<time>.
 
     `command` is recorded as the command that started the run, `sweep` is the folder of the sweep
@@ -117,7 +117,7 @@ def _run(
     command: str | None,
     sweep: Path | None,
     objects: ObjectCache,
-) -> TaskResult:
+) -> Result:
     """Run in a folder that this process holds."""
     (folder / "error.txt").unlink(missing_ok=True)
     remember_in(cfg.cache_dir)
@@ -181,7 +181,7 @@ def _require_components(cfg: RunConfig) -> None:
     one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))
 
 
-def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> TaskResult:
+def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> Result:
     """The result of a finished run; a copy in another folder gets a tracked run of its own."""
     log.info("reusing the finished run in %s", earlier)
     result = read_result(folder)
@@ -226,7 +226,7 @@ def track_failure(config: dict[str, Any], folder: Path, name: str, sweep: Path) 
     tracker.finish(1)
 
 
-def _track(tracker: Recorder, result: TaskResult) -> None:
+def _track(tracker: Recorder, result: Result) -> None:
     tracker.metrics(result.metrics)
     for name in ("latents", "effects_summary"):
         if name in result.tables:
@@ -235,7 +235,7 @@ def _track(tracker: Recorder, result: TaskResult) -> None:
         tracker.figure(name, figure)
 
 
-def read_result(folder: str | Path) -> TaskResult:
+def read_result(folder: str | Path) -> Result:
     """The result of an earlier run, read from its files.
 
     Raises StoreError if a file is missing, damaged, or was changed since the run wrote it.
@@ -256,4 +256,4 @@ def read_result(folder: str | Path) -> TaskResult:
         from saexp.reports.analysis import report_figures
 
         figures = report_figures(path)
-    return TaskResult(metrics, tables, figures, list(provenance["notes"]), path)
+    return Result(metrics, tables, figures, list(provenance["notes"]), path)

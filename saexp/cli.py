@@ -182,9 +182,9 @@ def _summary(result: Any, folder: Path) -> None:
         print(headline(folder))
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
-            from saexp.activations.stores import for_reading
+            from saexp.activations.stores import format_listing
 
-            print(for_reading(result.tables["stores"]))
+            print(format_listing(result.tables["stores"]))
     else:
         rows = result.metrics.get("collection/n_rows")
         forwarded = result.metrics.get("collection/tokens_forwarded")

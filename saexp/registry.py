@@ -86,8 +86,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "ablate": "saexp.interventions.steering:Ablate",
         "project_out": "saexp.interventions.steering:ProjectOut",
         "orthogonalize": "saexp.interventions.steering:Orthogonalize",
-        "splice": "saexp.interventions.steering:SpliceIn",
-        "patch": "saexp.interventions.steering:PatchFrom",
+        "splice": "saexp.interventions.steering:SpliceReconstruction",
+        "patch": "saexp.interventions.steering:PatchActivations",
     },
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",

@@ -29,12 +29,12 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def check_result(value: Any, component: str) -> None:
     """Raise ConfigError where a custom component returned something else."""
-    if not isinstance(value, TaskResult):
-        raise ConfigError(f"{component} gave {type(value).__name__}; it must give a TaskResult")
+    if not isinstance(value, Result):
+        raise ConfigError(f"{component} gave {type(value).__name__}; it must give a Result")
 
 
 @dataclass(repr=False)
-class TaskResult:
+class Result:
     """Result of an analyzer, an intervention or a whole task."""
 
     metrics: dict[str, float | int | None] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class TaskResult:
         """Sizes of tables and names of figures, which are too long to print."""
         tables = ", ".join(f"{name} ({len(table)} rows)" for name, table in self.tables.items())
         lines = [
-            f"TaskResult in {self.path or 'memory'}",
+            f"Result in {self.path or 'memory'}",
             f"  metrics: {len(self.metrics)}",
             f"  tables: {tables or 'none'}",
             f"  figures: {', '.join(self.figures) or 'none'}",
@@ -79,7 +79,7 @@ class TaskResult:
         }
         return html_table(f"Result in {self.path or 'memory'}", rows)
 
-    def merge(self, other: "TaskResult") -> None:
+    def merge(self, other: "Result") -> None:
         """Add another result's content; a metric, table or figure that both have is a bug."""
         pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (self.metrics, other.metrics),
@@ -92,9 +92,9 @@ class TaskResult:
             target.update(added)
         self.notes.extend(other.notes)
 
-    def copy(self) -> "TaskResult":
+    def copy(self) -> "Result":
         """A copy whose tables can be changed."""
-        return TaskResult(
+        return Result(
             metrics=dict(self.metrics),
             tables={name: table.copy() for name, table in self.tables.items()},
             figures=dict(self.figures),
@@ -102,10 +102,8 @@ class TaskResult:
             path=self.path,
         )
 
-    def __add__(self, other: "TaskResult") -> "TaskResult":
+    def __add__(self, other: "Result") -> "Result":
         """The content of both, as a new result; tables are shared."""
-        result = TaskResult(
-            dict(self.metrics), dict(self.tables), dict(self.figures), [*self.notes]
-        )
+        result = Result(dict(self.metrics), dict(self.tables), dict(self.figures), [*self.notes])
         result.merge(other)
         return result

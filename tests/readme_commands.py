@@ -31,8 +31,8 @@ RUN = {
     "python -m saexp task=collect 'layer=[0,1,2]' 'task.streams=[resid_post,mlp_out]'": SMALL,
     "python -m saexp experiment=memorization intervention=none layer=3": SMALL,
     "python -m saexp task=cache": "tracker=none",
-    "python -m saexp task=cache action=verify": "tracker=none",
-    "python -m saexp task=cache action=prune max_size=20GB max_age=30d": "tracker=none",
+    "python -m saexp task=cache task.action=verify": "tracker=none",
+    "python -m saexp task=cache task.action=prune task.max_size=20GB task.max_age=30d": "tracker=none",
     "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
     "'intervention.directions=[latents,mean_difference]'": SMALL,
     "python -m saexp intervention=ablate "
@@ -44,15 +44,15 @@ RUN = {
     "'intervention.streams=[resid_post,attn_out]'": SMALL,
     "python -m saexp intervention=orthogonalize intervention.embedding=true": SMALL,
     "python -m saexp task=evaluate 'layer=[1,2,3]'": (
-        "tracker=none task.options.n_texts=16 task.options.n_bootstrap=10"
+        "tracker=none task.n_texts=16 task.n_bootstrap=10"
     ),
-    "python -m saexp task=dashboard latents=top:20": SMALL,
+    "python -m saexp task=dashboard task.latents=top:20": SMALL,
     "python -m saexp analyzer=capability intervention=none dataset=ioi positions=last": SMALL,
     "python -m saexp analyzer=top_features intervention=none 'layer=[1,2]' dataset=text "
     "'dataset.text=\"The player Fenlet Baszad\"' positions=all": SMALL,
     "python -m saexp analyzer=stats intervention=none experiment=memorization layer=3": SMALL,
     "python -m saexp analyzer=probe intervention=none": SMALL,
-    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.options.n_samples=3",
+    "python -m saexp task=label": "tracker=none dataset.n_examples=6 task.n_samples=3",
     "python -m saexp task=label dataset=memorization": "tracker=none",
     "python -m saexp task=train layer=2 width=512 sae_trainer=topk sae_trainer.n_samples=400000 "
     "dataset=text dataset.path=saexp/assets/tiny/background.txt": (
@@ -86,11 +86,11 @@ ELSEWHERE = {
     "python -m saexp -m hydra/launcher=joblib hydra.launcher.n_jobs=4 layer=0,1,2,3,4": (
         "tests/e2e/test_sweep.py::test_joblib_finds_what_the_basic_launcher_finds"
     ),
-    "python -m saexp -m task=collect 'layer=[9,20,31]' 'shard=range(0,8)' n_shards=8 "
+    "python -m saexp -m task=collect 'layer=[9,20,31]' 'task.shard=range(0,8)' task.n_shards=8 "
     "hydra/launcher=joblib hydra.launcher.n_jobs=8": (
         "tests/e2e/test_sweep.py::test_shards_made_by_several_cells_are_one_store"
     ),
-    'python -m saexp task=cache action=compare \'stores=["17e1","9e9a"]\'': (
+    'python -m saexp task=cache task.action=compare \'task.stores=["17e1","9e9a"]\'': (
         "tests/unit/activations/test_compare.py::test_task_cache_prints_the_comparison_alone"
     ),
     **{
@@ -124,7 +124,7 @@ ELSEWHERE = {
         f"{_GPT2}test_a_data_set_of_ones_own"
     ),
     "python -m saexp experiment=sae_quality model=gpt2 sae=gpt2_jb layer=8 "
-    "task.options.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),
+    "task.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),
     "python -m saexp task=train layer=2 width=256 sae_trainer=batchtopk_transcoder "
     "'task.streams=[mlp_in,mlp_out]' sae_trainer.n_samples=400000 dataset=text "
     "dataset.path=saexp/assets/tiny/background.txt": (
@@ -162,9 +162,7 @@ NOT_HERE = {
     "experiments/entity_recognition/uncertainty.sh": _RIGHT_AND_WRONG,
     f"{_UNCERTAIN}answers.jsonl": _RIGHT_AND_WRONG,
     f"{_UNCERTAIN}answers_all.jsonl analyzer=probe "
-    "'analyzer.options.within=[entity_type,attribute]' analyzer.options.unseen=entity_type": (
-        _RIGHT_AND_WRONG
-    ),
+    "'analyzer.within=[entity_type,attribute]' analyzer.unseen=entity_type": (_RIGHT_AND_WRONG),
     "python -m saexp experiment=uncertainty dataset.path=outputs/uncertainty/label/answers.jsonl "
     "layer=2 intervention=steer 'coefficient=[0,0.3,0.6,0.9]' "
     "'intervention.directions=[latents,mean_difference]' hydra.run.dir=outputs/uncertainty/steer": (
@@ -176,14 +174,14 @@ NOT_HERE = {
         "makes an environment from a package index, as make run does"
     ),
     ".venv/bin/python -m saexp": "`python -m saexp` in the environment that was made",
-    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'shard=range(0,64)' "
-    "n_shards=64 dataset=text dataset.path=/shared/corpus positions=all cache_dir=/shared/cache "
+    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'task.shard=range(0,64)' "
+    "task.n_shards=64 dataset=text dataset.path=/shared/corpus positions=all cache_dir=/shared/cache "
     "hydra/launcher=submitit_slurm hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 "
     "hydra.launcher.timeout_min=240 hydra.launcher.array_parallelism=16 "
     "hydra.sweep.dir=/shared/sweeps/collect": "needs a SLURM cluster",
     "ray start --head --port=6379": "needs a Ray cluster",
-    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'shard=range(0,64)' "
-    "n_shards=64 cache_dir=/shared/cache hydra/launcher=ray "
+    "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'task.shard=range(0,64)' "
+    "task.n_shards=64 cache_dir=/shared/cache hydra/launcher=ray "
     "hydra.launcher.ray.init.address=auto +hydra.launcher.ray.init.object_store_memory=null "
     "+hydra.launcher.ray.remote.num_gpus=1 "
     "hydra.sweep.dir=/shared/sweeps/collect": "needs a Ray cluster",

@@ -37,7 +37,7 @@ from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
 from saexp.activations.forward import TokenBudget, batches, units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Placement, place
+from saexp.data.positions import PositionTable, place
 from saexp.data.tokenization import TokenizedText
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids
@@ -65,7 +65,7 @@ class Setting:
     """The input of every tool."""
 
     model: LanguageModel
-    placement: Placement
+    placement: PositionTable
     layer: int
     batch_size: int
 

@@ -12,7 +12,7 @@ from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.config import AnalyzerConfig, ProbeConfig
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 
 GROUPS = ("known", "unknown")
 TYPES = ("city", "movie", "player", "song")
@@ -58,13 +58,13 @@ def activated(rng: np.random.Generator, rates: np.ndarray) -> np.ndarray:
     return np.where(rng.random(rates.shape) < rates, rng.gamma(3.0, 1.0, rates.shape), 0.0)
 
 
-def contrast(rows: pd.DataFrame, values: np.ndarray, *, intervals: bool = True) -> TaskResult:
+def contrast(rows: pd.DataFrame, values: np.ndarray, *, intervals: bool = True) -> Result:
     """The contrast with its default settings, or without intervals where nothing reads them."""
     cfg = AnalyzerConfig(name="contrast", n_bootstrap=1000 if intervals else 0)
     return ContrastAnalyzer(cfg).analyze(_inputs(rows, values))
 
 
-def probe(rows: pd.DataFrame, values: np.ndarray, acts: np.ndarray) -> TaskResult:
+def probe(rows: pd.DataFrame, values: np.ndarray, acts: np.ndarray) -> Result:
     """The probe analyzer with one penalty and one latent, so that a fit takes milliseconds."""
     cfg = ProbeConfig(name="probe", k=[1], strengths=[1.0])
     return ProbeAnalyzer(cfg).analyze(_inputs(rows, values, torch.from_numpy(acts)))

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from saexp.activations.forward import Batch, TokenBudget, forward, units
 from saexp.config import StoreConfig
 from saexp.config.components import CollectorConfig
-from saexp.data.positions import Placement
+from saexp.data.positions import PositionTable
 from saexp.errors import ModelError, StoreError
 from saexp.models.forward import context_limit
 from saexp.models.hookpoints import Hookpoint
@@ -42,7 +42,7 @@ class Part:
 class CollectionRequest:
     """Which activations a store must hold."""
 
-    positions: Placement
+    positions: PositionTable
     hookpoints: Sequence[Hookpoint]
     max_length: int
     """Length in tokens at which texts were truncated; part of the store's key."""
@@ -65,13 +65,13 @@ class CollectionStats:
     n_skipped: int
     tokens_forwarded: int
     """Tokens that went through the model, without padding; 0 when everything was stored."""
-    padding_share: float
+    padding_fraction: float
     """Fraction of padding among the tokens that went through the model."""
     seconds: float
 
 
 def ingredients(
-    model: LanguageModel, positions: Placement, max_length: int, dtype: torch.dtype
+    model: LanguageModel, positions: PositionTable, max_length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What determines the activations that `collector=hf` stores; hashed, it is the store's key."""
     blocks = model.cfg.blocks
@@ -89,7 +89,7 @@ def ingredients(
 
 
 def row_ingredients(
-    model: LanguageModel, positions: Placement, max_length: int, dtype: torch.dtype
+    model: LanguageModel, positions: PositionTable, max_length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The ingredients that say which rows a store has, whatever computes their values."""
     token_ids, rows = hashlib.sha256(), hashlib.sha256()

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from saexp.data.positions import Placement
+from saexp.data.positions import PositionTable
 from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
@@ -261,7 +261,7 @@ def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
     )
 
 
-def units(placement: Placement, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
+def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
     """Token sequences to forward for these rows, which a shard's file holds in this order.
 
     The activations of a causal model do not depend on later tokens: a text is forwarded up to its

@@ -29,7 +29,7 @@ from saexp.activations.activation_files import ActivationFiles
 from saexp.activations.collector import CollectionRequest, Collector, row_ingredients
 from saexp.activations.forward import Batch
 from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
-from saexp.data.positions import Placement
+from saexp.data.positions import PositionTable
 from saexp.digests import contents, digest_of
 from saexp.errors import DataError, StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -42,7 +42,9 @@ _ANY_WIDTH = ("attn_z",)
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def locate(files: ActivationFiles, positions: Placement) -> tuple[np.ndarray, np.ndarray | None]:
+def locate(
+    files: ActivationFiles, positions: PositionTable
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(row, column or None) in the files of each row of `positions.rows`.
 
     Raises DataError where they do not match; the rule is in the module's docstring.
@@ -53,7 +55,7 @@ def locate(files: ActivationFiles, positions: Placement) -> tuple[np.ndarray, np
     return texts.rows, texts.columns
 
 
-def _locate_vectors(files: ActivationFiles, positions: Placement) -> np.ndarray:
+def _locate_vectors(files: ActivationFiles, positions: PositionTable) -> np.ndarray:
     n, n_rows = files.shape[0], len(positions.rows)
     if n == n_rows:
         rows = np.arange(n)
@@ -70,7 +72,7 @@ def _locate_vectors(files: ActivationFiles, positions: Placement) -> np.ndarray:
     return rows
 
 
-def _check_ids(files: ActivationFiles, positions: Placement, found: np.ndarray) -> None:
+def _check_ids(files: ActivationFiles, positions: PositionTable, found: np.ndarray) -> None:
     expected = positions.rows["token_id"].to_numpy()
     wrong = np.flatnonzero(found != expected)
     if len(wrong):
@@ -85,7 +87,7 @@ def _check_ids(files: ActivationFiles, positions: Placement, found: np.ndarray) 
 class _TextMatcher:
     """Matches the rows `[n, n_positions]` of files to the texts of a run."""
 
-    def __init__(self, files: ActivationFiles, positions: Placement) -> None:
+    def __init__(self, files: ActivationFiles, positions: PositionTable) -> None:
         self.files, self.positions = files, positions
         self.n, self.n_positions = files.shape
         self.token_ids = files.token_ids

@@ -162,7 +162,7 @@ def listing(cache_dir: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "bytes", "last_used"])
 
 
-def for_reading(table: pd.DataFrame) -> str:
+def format_listing(table: pd.DataFrame) -> str:
     """Format a listing as text, with units of sizes and times to the minute."""
     shown = table.rename(columns={"bytes": "size"})
     shown["size"] = [show_bytes(n) for n in table["bytes"]]

@@ -15,7 +15,7 @@ from saexp.errors import DataError
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.wording import counted
 
@@ -102,7 +102,7 @@ class Analyzer:
     def __init__(self, cfg: AnalyzerConfig) -> None:
         self.cfg = cfg
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics, tables, figures and notes of one layer."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.config import CapabilityConfig
 from saexp.context import progress
 from saexp.data.examples import Example, Skip
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.prompts import (
     answer_text,
     answer_token,
@@ -35,7 +35,7 @@ from saexp.models.forward import check_positions, keep_last_logits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import mean_interval, paired_difference_interval, wilson
 from saexp.wording import counted
 
@@ -73,9 +73,9 @@ def questions(
         read = in_template(example, prompt) if model.cfg.chat else example
         try:
             if tokens.truncated:
-                raise Unplaced(f"prompt longer than {max_length} tokens")
+                raise PositionNotFound(f"prompt longer than {max_length} tokens")
             answer_id = answer_token(model.tokenizer, read, read.answers[0])
-        except Unplaced as reason:
+        except PositionNotFound as reason:
             skips.append(Skip(example.id, str(reason)))
             continue
         asked.append(Question(read, tokens, answer_id, *_foil(model, read, answer_id)))
@@ -89,7 +89,7 @@ def _foil(model: LanguageModel, read: Example, answer_id: int) -> tuple[int | No
         return None, None
     try:
         foil_id = answer_token(model.tokenizer, read, foil, "foil")
-    except Unplaced as reason:
+    except PositionNotFound as reason:
         return None, str(reason)
     if foil_id == answer_id:
         return None, "foil begins with the answer's first token"
@@ -116,7 +116,7 @@ class CapabilityAnalyzer(Analyzer):
         super().__init__(cfg)
         self.n_top, self.batch_tokens = cfg.n_top, cfg.batch_tokens
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `capability/…`, tables `prompts`, `top_tokens`, `capability`, `unanswered`.
 
         `rank` is 1 + the number of tokens with a larger logit than the answer, `top1` whether the
@@ -165,7 +165,7 @@ class CapabilityAnalyzer(Analyzer):
             "capability": summary,
             "unanswered": unanswered,
         }
-        return TaskResult(metrics=metrics, tables=tables, notes=notes)
+        return Result(metrics=metrics, tables=tables, notes=notes)
 
     def _ask(
         self, model: LanguageModel, splice: Splice, asked: Sequence[Question]

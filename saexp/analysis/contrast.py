@@ -32,7 +32,7 @@ from saexp.analysis.observations import (
 from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import auroc_interval, separation_interval
 from saexp.stats.power import benjamini_hochberg, holm
 from saexp.stats.rank_tests import (
@@ -58,7 +58,7 @@ def compare_with_surface(
     test: Split,
     best: Mapping[str, float | int | None],
     seed: int,
-) -> TaskResult:
+) -> Result:
     """Metrics `contrast/surface_auroc_test` and `contrast/best_minus_surface_<g>_test`.
 
     `best` maps each group to its first selected latent, whose AUROC is taken in the direction of
@@ -66,9 +66,9 @@ def compare_with_surface(
     metrics are null, with a note, where the train split is too small for cross-validation.
     """
     if not inputs.texts:
-        return TaskResult()
+        return Result()
     names = [_SURFACE_METRIC, *(f"contrast/best_minus_surface_{group}_test" for group in best)]
-    result = TaskResult(metrics=dict.fromkeys(_with_limits(names)))
+    result = Result(metrics=dict.fromkeys(_with_limits(names)))
     units = pd.concat([train.units, test.units], ignore_index=True)
     unit_index = pd.Series(range(len(units)), index=units["observation"])
     rows = observed.rows[observed.rows["observation"].isin(unit_index.index)]
@@ -118,7 +118,7 @@ class ContrastAnalyzer(Analyzer):
     reads_acts = False
     selects_latents = True
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `contrast/…` and the table `latents`.
 
         Columns without a suffix describe the train split, those with `_test` the test split.
@@ -176,7 +176,7 @@ class ContrastAnalyzer(Analyzer):
             metrics["contrast/n_significant"],
             metrics["contrast/n_tested"],
         )
-        result = TaskResult(metrics=metrics, tables={"latents": table}, notes=notes)
+        result = Result(metrics=metrics, tables={"latents": table}, notes=notes)
         best = {g: metrics[f"contrast/best_latent_{g}"] for g in inputs.groups}
         result.merge(compare_with_surface(inputs, observed, train, test, best, self.cfg.seed))
         n_tested = int(metrics["contrast/n_tested"] or 0)

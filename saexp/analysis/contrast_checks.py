@@ -13,8 +13,8 @@ from scipy import sparse
 from saexp.analysis.observations import Split
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
-from saexp.results import TaskResult
-from saexp.stats.permutation import claim_share
+from saexp.results import Result
+from saexp.stats.permutation import claim_fraction
 from saexp.stats.power import detectable_auroc
 from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
 from saexp.wording import counted, is_above_chance, p_value_words
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def contrast_power(
     train: Split, test: Split, n_tested: int, n_leading: int, alpha: float
-) -> TaskResult:
+) -> Result:
     """Metrics `power/auroc_<split>`: the smallest AUROC that is detected with a power of 80%.
 
     The level on the train split is `alpha` divided by the number of latents tested (Bonferroni's
@@ -32,7 +32,7 @@ def contrast_power(
     divided by the number of leading latents (or by 1), with which Holm's method starts. Null, with
     a note, where even a perfect separation would not be significant.
     """
-    result = TaskResult()
+    result = Result()
     levels = {
         "train": (train, alpha / max(n_tested, 1)),
         "test": (test, alpha / max(n_leading, 1)),
@@ -60,8 +60,8 @@ Claims = Callable[[Split, Split], bool]
 """(train, test) -> whether the contrast reports a latent above chance."""
 
 
-def placebo_labels(claims: Claims, train: Split, test: Split, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/label_share`: fraction of label permutations with which a claim is made.
+def placebo_labels(claims: Claims, train: Split, test: Split, n: int, seed: int) -> Result:
+    """Metric `placebo/label_fraction`: fraction of label permutations with which a claim is made.
 
     Labels are permuted over observations of the same entity type and split, so that group sizes
     do not change.
@@ -75,7 +75,7 @@ def placebo_labels(claims: Claims, train: Split, test: Split, n: int, seed: int)
                 seconds = (time.perf_counter() - start) * n
                 log.info("%d contrasts with permuted labels will take about %.0f s", n, seconds)
             bar.update(1)
-    return TaskResult(metrics=claim_share("placebo/label_share", n_claims, n))
+    return Result(metrics=claim_fraction("placebo/label_fraction", n_claims, n))
 
 
 def permuted(split: Split, rng: np.random.Generator) -> Split:
@@ -87,8 +87,8 @@ def permuted(split: Split, rng: np.random.Generator) -> Split:
     return replace(split, first=first)
 
 
-def placebo_latents(table: pd.DataFrame, alpha: float, n: int, seed: int) -> TaskResult:
-    """Metric `placebo/latent_share`: fraction of random latents for which a claim is made.
+def placebo_latents(table: pd.DataFrame, alpha: float, n: int, seed: int) -> Result:
+    """Metric `placebo/latent_fraction`: fraction of random latents for which a claim is made.
 
     `n` latents are drawn from those active in the train split (all of them where they are fewer).
     The claim is that the latent separates the groups on the test split with p <= `alpha`, in the
@@ -98,7 +98,7 @@ def placebo_latents(table: pd.DataFrame, alpha: float, n: int, seed: int) -> Tas
     drawn = table.iloc[np.random.default_rng([seed, 67]).permutation(active)[:n]]
     same = np.sign(drawn["auroc"] - 0.5) == np.sign(drawn["auroc_test"] - 0.5)
     n_claims = int((same & (drawn["p_value_test"] <= alpha)).sum())
-    return TaskResult(metrics=claim_share("placebo/latent_share", n_claims, len(drawn)))
+    return Result(metrics=claim_fraction("placebo/latent_fraction", n_claims, len(drawn)))
 
 
 PAPER_LIMIT = 0.02

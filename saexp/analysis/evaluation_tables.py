@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from saexp.analysis.evaluation import Evaluation
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.validation import POOR
 from saexp.stats.intervals import ratio_interval
@@ -174,10 +174,10 @@ def label(part: Part, many_layers: bool, many_widths: bool) -> str:
     return "_".join(words)
 
 
-def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool) -> TaskResult:
+def side_by_side(parts: Sequence[Part], *, many_layers: bool, many_widths: bool) -> Result:
     """Metrics, with the SAE's label as ending where there are many, and tables `evaluation` (a row
     per SAE), `densities`, `l0_histogram` and `texts`, each with the label in column `sae`."""
-    result, rows = TaskResult(), []
+    result, rows = Result(), []
     labels = [label(p, many_layers, many_widths) for p in parts]
     for part, name in zip(parts, labels, strict=True):
         ending = f"_{name}" if many_layers or many_widths else ""

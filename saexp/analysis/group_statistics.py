@@ -15,7 +15,7 @@ from saexp.config import StatsConfig, TopFeaturesConfig
 from saexp.data.tokenization import pieces
 from saexp.errors import DataError
 from saexp.latents.statistics import Moments, moments
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval
 from saexp.stats.rank_tests import stratum_weights
 from saexp.wording import counted
@@ -32,7 +32,7 @@ class TopFeaturesAnalyzer(Analyzer):
         super().__init__(cfg)
         self.top_k, self.n_texts, self.by = cfg.top_k, cfg.n_texts, cfg.by
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `top_features/…`, tables `top_features` and `tokens`.
 
         Statistics are over all ordinary positions, whatever their group: `max`, `mean` (including
@@ -83,7 +83,7 @@ class TopFeaturesAnalyzer(Analyzer):
             n = counted(len(top), "latent is", "latents are") if len(top) else "no latent is"
             only = "only " if len(top) else ""
             notes.append(f"layer {inputs.layer}: {only}{n} active at the analysed positions")
-        return TaskResult(
+        return Result(
             metrics=metrics,
             tables={"top_features": table, "tokens": pd.concat(tokens or [empty])},
             notes=notes,
@@ -190,7 +190,7 @@ class StatsAnalyzer(Analyzer):
         super().__init__(cfg)
         self.top_k, self.n_bins = cfg.top_k, cfg.n_bins
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `stats/…` per group, tables `groups`, `counts`, `frequent`, `l0_histogram` and
         `value_histogram`.
 
@@ -225,7 +225,7 @@ class StatsAnalyzer(Analyzer):
         }
         for table in tables.values():
             table.insert(0, "layer", inputs.layer)
-        return TaskResult(metrics=metrics, tables=tables, notes=notes)
+        return Result(metrics=metrics, tables=tables, notes=notes)
 
     def _groups(self, inputs: AnalysisInputs) -> list[_Group]:
         csr, rows = inputs.latents.csr, inputs.latents.rows

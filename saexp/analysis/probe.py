@@ -29,7 +29,7 @@ from saexp.analysis.classifiers import (
 from saexp.analysis.observations import equally_observed, unequal_types
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import (
     Interval,
     auroc_interval,
@@ -193,7 +193,7 @@ class ProbeAnalyzer(Analyzer):
         self.unseen = unseen[0] if unseen else None
         self.fitting = Fitting(self.sizes, self.strengths, self.within, cfg.seed)
 
-    def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+    def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
         Metrics without a suffix describe the train split (`probe/sparse_5_auroc`), those with
@@ -263,7 +263,7 @@ class ProbeAnalyzer(Analyzer):
         metrics |= _surface_metrics(metrics)
         notes += _missed_latent(metrics, probes, latents)
         tables = {"probes": _typed(table), "probe_latents": latents, "roc": pd.concat(curves)}
-        return TaskResult(metrics=metrics, tables=tables, notes=list(dict.fromkeys(notes)))
+        return Result(metrics=metrics, tables=tables, notes=list(dict.fromkeys(notes)))
 
     def _unseen_note(
         self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]

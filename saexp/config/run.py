@@ -261,7 +261,9 @@ def _own_settings(cls: type, base: type) -> DictConfig:
     node = OmegaConf.structured(cls)
     for inherited in fields(base):
         if inherited.name not in cls.__annotations__:
-            node[inherited.name] = MISSING
+            # OmegaConf expands an interpolation of a list where a missing value is merged over it.
+            listed = inherited.name == "coefficient"
+            node[inherited.name] = "${coefficient}" if listed else MISSING
     return node
 
 

@@ -39,7 +39,7 @@ CUT = "text longer than dataset.max_length, so its positions are not those of th
 """Reason of a skipped example with dataset.truncation=skip."""
 
 
-class Unplaced(Exception):
+class PositionNotFound(Exception):
     """A text does not have the requested position; the message is the reported reason."""
 
 
@@ -78,30 +78,30 @@ class _Positions(ABC):
         ]
 
     def select(self, at: Candidate) -> list[int]:
-        """Token indices in order. Raises Unplaced where there are none."""
+        """Token indices in order. Raises PositionNotFound where there are none."""
         chosen = self.choose(at)
         if not chosen:
-            raise Unplaced("text has no ordinary token")
+            raise PositionNotFound("text has no ordinary token")
         return chosen
 
     @abstractmethod
     def choose(self, at: Candidate) -> list[int]:
-        """The indices that this kind of position stands for; may raise Unplaced."""
+        """The indices that this kind of position stands for; may raise PositionNotFound."""
 
 
 def _of_span(tokens: TokenizedText, span: Span, what: str) -> list[int]:
     found = span_to_tokens(tokens, span)
     if not found:
-        raise Unplaced(
+        raise PositionNotFound(
             f"{what} cut off by truncation" if tokens.truncated else f"{what} has no token"
         )
     return found
 
 
 def entity_tokens(example: Example, tokens: TokenizedText) -> list[int]:
-    """Tokens of the entity's (last) mention; raises Unplaced where there is none."""
+    """Tokens of the entity's (last) mention; raises PositionNotFound where there is none."""
     if not example.spans:
-        raise Unplaced(NO_SPAN)
+        raise PositionNotFound(NO_SPAN)
     return _of_span(tokens, example.spans[-1], "entity")
 
 
@@ -121,7 +121,7 @@ class EntityAll(_Positions):
 
     def choose(self, at: Candidate) -> list[int]:
         if not at.example.spans:
-            raise Unplaced(NO_SPAN)
+            raise PositionNotFound(NO_SPAN)
         return sorted({i for span in at.example.spans for i in _of_span(at.tokens, span, "entity")})
 
 
@@ -144,8 +144,8 @@ class AfterEntity(_Positions):
         after = [i for i in self.ordinary(at.tokens) if last < i <= last + self.cfg.n]
         if len(after) < self.cfg.n:
             if at.tokens.truncated:
-                raise Unplaced("tokens after the entity cut off by truncation")
-            raise Unplaced(f"fewer than {self.cfg.n} tokens after the entity")
+                raise PositionNotFound("tokens after the entity cut off by truncation")
+            raise PositionNotFound(f"fewer than {self.cfg.n} tokens after the entity")
         return after
 
 
@@ -202,8 +202,8 @@ class Indices(_Positions):
         for index in self.indices:
             if not -len(there) <= index < len(there):
                 if at.tokens.truncated:
-                    raise Unplaced("index cut off by truncation")
-                raise Unplaced(f"index {index} outside the text")
+                    raise PositionNotFound("index cut off by truncation")
+                raise PositionNotFound(f"index {index} outside the text")
         return sorted({there[i] for i in self.indices})
 
 
@@ -222,7 +222,7 @@ class Substring(_Positions):
         first, end = at.tokens.message or (0, len(at.example.text))
         mentions = find_mentions(at.example.text[first:end], self.substring)
         if not mentions:
-            raise Unplaced("substring not found")
+            raise PositionNotFound("substring not found")
         start, stop = mentions[-1]
         return _of_span(at.tokens, (first + start, first + stop), "substring")
 
@@ -237,18 +237,18 @@ class Continuation(_Positions):
 
     def choose(self, at: Candidate) -> list[int]:
         if not at.example.spans:
-            raise Unplaced("no continuation span")
+            raise PositionNotFound("no continuation span")
         return _of_span(at.tokens, at.example.spans[-1], "continuation")
 
 
 def selected(positions: Any, at: Candidate) -> list[int]:
     """Indices that a positions object, possibly a plugin's, selects in a text, checked.
 
-    Raises Unplaced where it selects none, DataError for an index outside the text.
+    Raises PositionNotFound where it selects none, DataError for an index outside the text.
     """
     chosen = [int(index) for index in positions.select(at)]
     if not chosen:
-        raise Unplaced("no position chosen")
+        raise PositionNotFound("no position chosen")
     outside = [index for index in chosen if not 0 <= index < len(at.tokens)]
     if outside:
         raise DataError(
@@ -259,7 +259,7 @@ def selected(positions: Any, at: Candidate) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
+class PositionTable:
     """The analysed positions, one row each, and their texts."""
 
     rows: pd.DataFrame
@@ -282,7 +282,7 @@ def place(
     tokenizer: Any,
     seed: int,
     truncation: str = "skip",
-) -> Placement:
+) -> PositionTable:
     """Resolve the positions of all examples: one row per position, one skip per example without.
 
     `truncation`: a truncated text in which other positions would be selected than in the whole text
@@ -300,11 +300,11 @@ def place(
     for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
         try:
             if truncation == "skip" and moved(tokens):
-                raise Unplaced(CUT)
+                raise PositionNotFound(CUT)
             indices = selected(
                 positions, Candidate(example, tokens, np.random.default_rng([seed, number]))
             )
-        except Unplaced as reason:
+        except PositionNotFound as reason:
             skips.append(Skip(example.id, str(reason)))
             continue
         if tokens.truncated and getattr(positions, "reads_cut", True):
@@ -350,7 +350,7 @@ def place(
     table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
     for column in table.columns[len(OWN_COLUMNS) :]:
         table[column] = _one_type(table[column])
-    return Placement(
+    return PositionTable(
         table, distinct, skips, len(read_to_the_cut), len(examples), np.asarray(example_index)
     )
 

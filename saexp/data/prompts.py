@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from saexp.config import ModelConfig
 from saexp.data.examples import UNSPACED_SCRIPT, Example, Span
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import ModelError
 
@@ -194,15 +194,15 @@ def _belongs_between(before: str, after: str) -> bool:
 def answer_token(tokenizer: Any, example: Example, answer: str, what: str = "answer") -> int:
     """Id of the first token of `answer` after `example.text`; `what` is its name in reasons.
 
-    Raises Unplaced where the answer has no token, or shares its first with the prompt.
+    Raises PositionNotFound where the answer has no token, or shares its first with the prompt.
     """
     if not answer.strip():
-        raise Unplaced(f"{what} has no token")
+        raise PositionNotFound(f"{what} has no token")
     read = {"add_special_tokens": False}
     before = list(tokenizer(example.text, **read)["input_ids"])
     whole = list(tokenizer(example.text + answer_text(example, answer), **read)["input_ids"])
     if whole[: len(before)] != before or len(whole) == len(before):
-        raise Unplaced(f"{what} merges with the prompt's last token")
+        raise PositionNotFound(f"{what} merges with the prompt's last token")
     return int(whole[len(before)])
 
 

@@ -19,7 +19,7 @@ from saexp.config.interventions import PLACES, UNITS
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, InterventionError
 from saexp.interactive.model import ActiveEdit, InteractiveModel, Prompt, token_indices
-from saexp.interventions.directions import LatentFacts
+from saexp.interventions.directions import LatentStatistics
 from saexp.interventions.steering import Ablate, Steer
 from saexp.latents.encode import encode_rows
 from saexp.latents.statistics import active_quantile
@@ -190,7 +190,7 @@ def _where(where: Where, options: Mapping[str, Any]) -> InterventionConfig:
 
 def _latent_values(
     model: InteractiveModel, sae: SparseAutoencoder, latents: tuple[int, ...], unit: str
-) -> LatentFacts:
+) -> LatentStatistics:
     """Directions of the latents, and the values that the unit of the coefficient needs."""
     written = sae.hookpoint_out or sae.hookpoint
     directions = sae.directions(list(latents)).float()
@@ -203,7 +203,7 @@ def _latent_values(
                     f"unit={unit}: latent {latent} is never active on neutral text; type "
                     "unit='resid_norm', 'raw' or 'absolute'"
                 )
-    return LatentFacts(
+    return LatentStatistics(
         table=table,
         groups=(),
         median_norm=median_norm(model, written) if unit == "resid_norm" else 1.0,

@@ -27,7 +27,7 @@ from saexp.latents.encode import Latents, encode_rows
 from saexp.models.loading import SHIPPED
 from saexp.pipeline.run_folder import holding
 from saexp.pipeline.session import Session
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.catalogue import catalogue
 from saexp.saes.loading import check_fits, load_path, load_release
 from saexp.saes.sae import SparseAutoencoder
@@ -47,7 +47,7 @@ def contrast(
     names: tuple[str, str] = ("a", "b"),
     folder: str | Path | None = None,
     overrides: Sequence[str] = (),
-) -> TaskResult:
+) -> Result:
     """Find the latents that separate two lists of texts.
 
     This is the analysis of `saexp.run` without its causal test: latents are selected on one half of

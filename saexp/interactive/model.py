@@ -20,7 +20,7 @@ from saexp import registry
 from saexp.config import InterventionConfig, ModelConfig, PositionsConfig
 from saexp.config.environment import at_least
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, Unplaced, selected
+from saexp.data.positions import Candidate, PositionNotFound, selected
 from saexp.data.prompts import as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError
@@ -66,7 +66,7 @@ class ActiveEdit:
         """Indices of the prompt's tokens that the operations apply to."""
         try:
             return edited_positions(self.where, prompt.example, prompt.tokens, prompt.number)
-        except Unplaced as reason:
+        except PositionNotFound as reason:
             raise DataError(
                 f"where={self.where.where!r}: text {prompt.number}: {reason}; type where='all', "
                 "'last' or 'generated'"
@@ -379,7 +379,7 @@ def token_indices(prompt: Prompt, positions: str | Sequence[int] | PositionsConf
     rng = np.random.default_rng(prompt.number)
     try:
         return selected(chooser, Candidate(prompt.example, prompt.tokens, rng))
-    except Unplaced as reason:
+    except PositionNotFound as reason:
         raise DataError(f"positions={positions!r}: text {prompt.number}: {reason}") from reason
 
 

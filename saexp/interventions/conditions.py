@@ -13,13 +13,13 @@ from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.config.interventions import SELECTED
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, Unplaced, entity_tokens, selected
+from saexp.data.positions import Candidate, PositionNotFound, entity_tokens, selected
 from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.directions import (
-    LatentFacts,
     LatentSet,
+    LatentStatistics,
     Sets,
     layered_sets,
     stream_direction,
@@ -56,7 +56,7 @@ class Condition:
     """Layer of each of `latents`, where they belong to SAEs of several layers."""
     written: tuple[Hookpoint, ...] = ()
     """Streams that it changes, where that is not the stream of the run's own SAE."""
-    parts: "tuple[tuple[LatentFacts, tuple[int, ...]], ...]" = ()
+    parts: "tuple[tuple[LatentStatistics, tuple[int, ...]], ...]" = ()
     """For a condition on latents: per SAE the statistics and the latents, to choose controls by."""
     control_kind: str = ""
     """For a control: one of `controls.CONTROL_KINDS`, or `controls.OWN_GROUP`."""
@@ -103,7 +103,7 @@ _ANYWHERE = ("all", "prompt", "last", "generated")
 
 
 @dataclass(frozen=True)
-class Placed:
+class PositionedPrompt:
     """A prompt, its tokens, and the positions that are changed."""
 
     example: Example
@@ -115,14 +115,14 @@ class Placed:
 class Prompts:
     """Prompts by group, and how many others are left out for which reason."""
 
-    of_group: dict[str, list[Placed]] = field(default_factory=dict)
+    of_group: dict[str, list[PositionedPrompt]] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def all(self) -> list[Placed]:
+    def all(self) -> list[PositionedPrompt]:
         """Every prompt, group by group."""
         return [p for placed in self.of_group.values() for p in placed]
 
-    def on(self, group: str) -> list[Placed]:
+    def on(self, group: str) -> list[PositionedPrompt]:
         """Prompts of a group; of `all`: every prompt."""
         return self.all() if group == "all" else self.of_group.get(group, [])
 
@@ -145,7 +145,7 @@ def edited_positions(
     """Positions of the prompt tokens that `intervention.where` selects.
 
     That is one of PLACES (`saexp.config`) or any option of the group `positions`, with the settings
-    in `intervention.where_options`. Raises Unplaced where the prompt has no such token.
+    in `intervention.where_options`. Raises PositionNotFound where the prompt has no such token.
     """
     where = cfg.where
     ordinary = [i for i, special in enumerate(tokens.special) if not special]
@@ -180,7 +180,7 @@ def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Examp
     return chosen
 
 
-def placed_prompts(
+def position_prompts(
     examples: Sequence[Example],
     model: LanguageModel,
     cfg: InterventionConfig,
@@ -197,7 +197,7 @@ def placed_prompts(
     for example in examples:
         try:
             prompted.append(ask(example) if ask else example.as_prompt())
-        except Unplaced as reason:
+        except PositionNotFound as reason:
             placed.reasons[str(reason)] = placed.reasons.get(str(reason), 0) + 1
     prompts = as_read(model, [e.text for e in prompted])
     tokenized = tokenize_prompts(model, prompts, max_length)
@@ -206,18 +206,18 @@ def placed_prompts(
     ):
         try:
             if tokens.truncated:
-                raise Unplaced("prompt longer than dataset.max_length")
+                raise PositionNotFound("prompt longer than dataset.max_length")
             if prompt.message is None and cfg.where not in _ANYWHERE:
-                raise Unplaced(CHANGED)
+                raise PositionNotFound(CHANGED)
             example = (
                 in_template(example_as_prompt, prompt) if model.cfg.chat else example_as_prompt
             )
             positions = edited_positions(cfg, example, tokens, cfg.seed + number)
-        except Unplaced as reason:
+        except PositionNotFound as reason:
             placed.reasons[str(reason)] = placed.reasons.get(str(reason), 0) + 1
             continue
         placed.of_group.setdefault(str(example.group), []).append(
-            Placed(example, tokens, positions)
+            PositionedPrompt(example, tokens, positions)
         )
     return placed
 
@@ -249,7 +249,7 @@ class LatentIntervention(ABC):
 
     def plan(
         self,
-        facts: LatentFacts,
+        facts: LatentStatistics,
         coefficients: Sequence[float],
         prompts: Prompts,  # noqa: ARG002
         model: LanguageModel,  # noqa: ARG002
@@ -264,11 +264,11 @@ class LatentIntervention(ABC):
                 conditions += self._of_vectors(kind, facts, coefficients, notes)
         return conditions, list(dict.fromkeys(notes))
 
-    def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
+    def weights(self, directions: Tensor, facts: LatentStatistics) -> Tensor | None:  # noqa: ARG002
         """Directions to remove from the model's weights, if the intervention does so."""
         return None
 
-    def _latent_sets(self, facts: LatentFacts, notes: list[str]) -> list[LatentSet]:
+    def _latent_sets(self, facts: LatentStatistics, notes: list[str]) -> list[LatentSet]:
         if "latents" not in self.cfg.directions:
             return []
         if facts.layers:
@@ -347,7 +347,7 @@ class LatentIntervention(ABC):
         )
 
     def _of_vectors(
-        self, kind: str, facts: LatentFacts, coefficients: Sequence[float], notes: list[str]
+        self, kind: str, facts: LatentStatistics, coefficients: Sequence[float], notes: list[str]
     ) -> list[Condition]:
         """Conditions on a direction of the stream itself, one towards each group."""
         conditions = []
@@ -378,7 +378,7 @@ class LatentIntervention(ABC):
         self,
         vector: Tensor,  # noqa: ARG002
         coefficient: float,  # noqa: ARG002
-        facts: LatentFacts,  # noqa: ARG002
+        facts: LatentStatistics,  # noqa: ARG002
     ) -> tuple[Op, ...]:
         """Operations for a direction of the stream; subclasses with `vectors` define it."""
         raise InterventionError(
@@ -387,7 +387,7 @@ class LatentIntervention(ABC):
 
     @abstractmethod
     def edit(
-        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentFacts
+        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentStatistics
     ) -> tuple[Op, ...]:
         """Operations for `latents`, written along `write`: the same latents or control latents."""
 
@@ -395,12 +395,12 @@ class LatentIntervention(ABC):
         self,
         ops: tuple[Op, ...],  # noqa: ARG002
         latents: tuple[int, ...],  # noqa: ARG002
-        facts: LatentFacts,  # noqa: ARG002
+        facts: LatentStatistics,  # noqa: ARG002
     ) -> dict[str, float]:
         """The coefficient in every unit, where that does not depend on the prompt."""
         return {}
 
-    def _chosen(self, facts: LatentFacts) -> pd.DataFrame:
+    def _chosen(self, facts: LatentStatistics) -> pd.DataFrame:
         table = facts.table
         latents = self.cfg.latents_at(facts.hookpoint.layer)
         if latents == SELECTED:
@@ -409,7 +409,7 @@ class LatentIntervention(ABC):
         facts.check(latents)
         return table[table["latent"].isin(latents)]
 
-    def _sets(self, facts: LatentFacts) -> Sets:
+    def _sets(self, facts: LatentStatistics) -> Sets:
         """The latents of each direction, together and one by one, on the prompts of one group.
 
         Without two groups, or without a contrast between them, every latent is changed on all
@@ -430,7 +430,7 @@ class LatentIntervention(ABC):
         others = chosen.loc[~chosen["direction"].isin(facts.groups), "latent"].tolist()
         return [*sets, *(("latent", "all", "single", (f,)) for f in others)]
 
-    def _places(self, facts: LatentFacts) -> list[Hookpoint]:
+    def _places(self, facts: LatentStatistics) -> list[Hookpoint]:
         """Streams where vectors are written: the SAE's, at every layer of `intervention.layers`."""
         layers = None if self.cfg.by_layer else self.cfg.layers
         if layers is None:
@@ -439,7 +439,7 @@ class LatentIntervention(ABC):
         return [Hookpoint(int(n), facts.written.stream) for n in numbers]
 
 
-def _inactive(facts: LatentFacts, latents: Sequence[int]) -> list[str]:
+def _inactive(facts: LatentStatistics, latents: Sequence[int]) -> list[str]:
     """What to know of latents that are active nowhere."""
     return [
         f"latent {f} is never active on the train split: only its decoder direction is known; "

@@ -19,10 +19,10 @@ from saexp.interventions.control_matching import (
 )
 from saexp.interventions.directions import orthonormal
 from saexp.interventions.operations import Add, Op, Project, Vector
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.permutation import (
     MIN_CONTROLS,
-    claim_share,
+    claim_fraction,
     derived_seed,
     random_directions,
     rank_p_value,
@@ -393,7 +393,7 @@ def control_notes(
     return notes
 
 
-def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:
+def missing_kinds_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> list[str]:
     """A note on requested kinds that no main condition can have; `kinds` are those of each."""
     had = {kind for some in kinds for kind in some}
     lacking = [kind for kind in cfg.control_kinds if kind not in had]
@@ -412,10 +412,10 @@ def left_out_note(kinds: Sequence[Sequence[str]], cfg: InterventionConfig) -> li
     ]
 
 
-def effect_share(
+def effect_fraction(
     summary: pd.DataFrame, controls: pd.DataFrame, outcome: str, alpha: float
-) -> TaskResult:
-    """Metric `placebo/effect_share`: controls for which an effect on `outcome` would be reported.
+) -> Result:
+    """Metric `placebo/effect_fraction`: controls for which an effect on `outcome` is reported.
 
     Each matched control of an achieved kind is treated as if it were the condition: its p-value is
     the largest, over achieved kinds, of its rank p-values among the kind's other controls. Computed
@@ -438,9 +438,9 @@ def effect_share(
             ]
             p_values += _p_values([k for k in kinds if len(k) >= MIN_CONTROLS])
     if not p_values:
-        return TaskResult()
+        return Result()
     n_claims = int((np.array(p_values) <= alpha).sum())
-    return TaskResult(metrics=claim_share("placebo/effect_share", n_claims, len(p_values)))
+    return Result(metrics=claim_fraction("placebo/effect_fraction", n_claims, len(p_values)))
 
 
 def _p_values(achieved: list[pd.Series]) -> list[float]:

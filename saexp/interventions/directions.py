@@ -32,7 +32,7 @@ class StreamRows:
 
 
 @dataclass(frozen=True)
-class LatentFacts:
+class LatentStatistics:
     """Statistics of the latents of one SAE, one row of `table` per latent that was active.
 
     Columns latent, direction, selected, rank, frequency, norm (of the decoder row), max_act,
@@ -54,7 +54,7 @@ class LatentFacts:
     seed: int = 0
     """Seed of the probe's cross-validation folds."""
     n_layers: int = 1
-    layers: Mapping[int, "LatentFacts"] = field(default_factory=dict)
+    layers: Mapping[int, "LatentStatistics"] = field(default_factory=dict)
     """Per layer, where latents of several layers' SAEs are changed; else empty."""
     saes: Mapping[Hookpoint, SparseAutoencoder] = field(default_factory=dict)
     """SAEs of `layers` by the hookpoint that they read."""
@@ -162,7 +162,7 @@ class Direction:
 def stream_direction(
     kind: str,
     towards: str,
-    facts: LatentFacts,
+    facts: LatentStatistics,
     latents: tuple[int, ...],
     cfg: InterventionConfig,
 ) -> tuple[Direction | None, list[str]]:
@@ -190,7 +190,7 @@ def stream_direction(
 
 
 def _denoised(
-    difference: Tensor, towards: str, facts: LatentFacts, latents: tuple[int, ...]
+    difference: Tensor, towards: str, facts: LatentStatistics, latents: tuple[int, ...]
 ) -> tuple[Direction | None, list[str]]:
     if not latents:
         note = "denoised_difference: no latent is selected, so there is nothing to project on"
@@ -217,7 +217,7 @@ class LatentSet:
     direction: str
     prompts: str
     role: str
-    parts: tuple[tuple[LatentFacts, tuple[int, ...]], ...]
+    parts: tuple[tuple[LatentStatistics, tuple[int, ...]], ...]
     """Per SAE the statistics of its latents, and the latents that are changed."""
     layered: bool = False
     """Whether latents are given by layer."""
@@ -236,14 +236,14 @@ class LatentSet:
 
 
 def layered_sets(
-    of_layer: Mapping[int, tuple[LatentFacts, Sets]],
+    of_layer: Mapping[int, tuple[LatentStatistics, Sets]],
 ) -> tuple[list[LatentSet], list[str]]:
     """Per direction the latents of all layers together, then those of each layer alone.
 
     The latents of a layer are those that a run at this layer would change as a group. A layer that
     has none for a direction is left out of it, with a note.
     """
-    parts_of: dict[tuple[str, str], dict[int, tuple[LatentFacts, tuple[int, ...]]]] = {}
+    parts_of: dict[tuple[str, str], dict[int, tuple[LatentStatistics, tuple[int, ...]]]] = {}
     for layer, (facts, sets) in of_layer.items():
         for direction, prompts, _, latents in sets:
             key = ("latents" if direction == "latent" else direction, prompts)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from saexp.config.interventions import CONTROL_KINDS
 from saexp.interventions.conditions import Condition, direction_of_set
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.permutation import (
     MIN_CONTROLS,
@@ -216,7 +216,7 @@ def _against_controls(
     return columns
 
 
-def unmoved(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
+def constant_rate_notes(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
     """A note per rate that is constant over all prompts and conditions, and so uninformative."""
     notes = []
     for name in (name for name, kind in kinds.items() if kind == "rate"):
@@ -403,7 +403,7 @@ def claim_notes(summary: pd.DataFrame, outcomes: Sequence[str]) -> list[str]:
     return notes
 
 
-def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
+def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> Result:
     """Metrics `power/rate_change` and `power/p_controls_floor`, from the tables of that name.
 
     `power/rate_change` is the smallest change of the first rate that the paired test over entities
@@ -412,7 +412,7 @@ def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
     note, where no change would be found. `power/p_controls_floor` is the smallest value that the
     rank p-values against controls can take. Nothing without rates or without controls.
     """
-    result = TaskResult()
+    result = Result()
     rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
     tested = summary[summary["split"] == "test"]
     ending = "_p_controls"
@@ -426,7 +426,7 @@ def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> TaskResult:
     return result
 
 
-def _rate(baselines: pd.DataFrame, rate: str, result: TaskResult) -> None:
+def _rate(baselines: pd.DataFrame, rate: str, result: Result) -> None:
     worst: tuple[float, float, int] | None = None
     for row in baselines[baselines[rate].notna()].to_dict("records"):
         start, n = float(row[rate]), int(row[f"{rate}_n"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from saexp.config import InterventionConfig
 from saexp.context import progress
 from saexp.data.examples import Example
-from saexp.data.positions import Unplaced, entity_tokens
+from saexp.data.positions import PositionNotFound, entity_tokens
 from saexp.data.prompts import space_note
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.errors import InterventionError
@@ -26,7 +26,7 @@ from saexp.interventions.batching import (
     read_logits,
     weight_divergences,
 )
-from saexp.interventions.conditions import Condition, Placed, Prompts, placed_prompts
+from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, position_prompts
 from saexp.interventions.generation import padded
 from saexp.interventions.operations import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
@@ -78,7 +78,7 @@ class Measurement:
         """Whether an outcome of this source is requested."""
         return any(o.source == source for o in self.requested)
 
-    def _row(self, job: Job, placed: Placed) -> Row:
+    def _row(self, job: Job, placed: PositionedPrompt) -> Row:
         ops = job.condition.ops(job.example.id, job.at) or ()
         generated = self.cfg.where in ("all", "generated") and not job.condition.per_prompt
         sample = None
@@ -98,7 +98,9 @@ class Measurement:
                 columns[outcome.name] = self._next(jobs, outcome, examples)
         return columns
 
-    def _texts(self, jobs: Sequence[Job], placed: dict[str, Placed]) -> dict[str, list[Any]]:
+    def _texts(
+        self, jobs: Sequence[Job], placed: dict[str, PositionedPrompt]
+    ) -> dict[str, list[Any]]:
         rows = [self._row(job, placed[job.example.id]) for job in jobs]
         tokens = generate(
             self.model,
@@ -171,7 +173,7 @@ class Measurement:
     def _next(
         self, jobs: Sequence[Job], outcome: Any, examples: Sequence[Example]
     ) -> list[float | None]:
-        prompts = placed_prompts(
+        prompts = position_prompts(
             examples, self.model, self.cfg, self.max_length, lambda e: outcome.prompt(e.as_prompt())
         )
         self.notes += prompts.notes(f"prompts without {outcome.name}")
@@ -182,7 +184,7 @@ class Measurement:
             try:
                 tokens = outcome.tokens(prompt.example, self.model.tokenizer)
                 compared[name] = tuple(map(tuple, tokens))
-            except Unplaced as reason:
+            except PositionNotFound as reason:
                 reasons[str(reason)] = reasons.get(str(reason), 0) + 1
         self.notes += [
             f"{n} prompts without {outcome.name}: {why}" for why, n in sorted(reasons.items())
@@ -439,16 +441,16 @@ def _attention(
     return np.stack([attention_of_row[row.key] for row in rows])
 
 
-def _test_prompts_with_entity(prompts: Prompts, condition: Condition) -> list[Placed]:
+def _test_prompts_with_entity(prompts: Prompts, condition: Condition) -> list[PositionedPrompt]:
     return [
         p for p in prompts.on(condition.prompts) if p.example.split == "test" and p.example.spans
     ]
 
 
-def _entity_positions(prompt: Placed) -> tuple[int, ...]:
+def _entity_positions(prompt: PositionedPrompt) -> tuple[int, ...]:
     try:
         return tuple(entity_tokens(prompt.example, prompt.tokens))
-    except Unplaced as reason:
+    except PositionNotFound as reason:
         raise InterventionError(f"outcome attention: {reason}") from reason
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.data.examples import Example
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.prompts import answer_token, foil_of
 from saexp.data.tables import text_lines
 from saexp.digests import code_digest
@@ -172,7 +172,7 @@ class NextToken(ABC):
 
     @abstractmethod
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
-        """(tokens for, tokens against); Unplaced is raised where the example has none."""
+        """(tokens for, tokens against); PositionNotFound is raised where the example has none."""
 
     @abstractmethod
     def value(
@@ -210,7 +210,7 @@ class _Answer(NextToken):
 
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         if not example.answers:
-            raise Unplaced("no answer")
+            raise PositionNotFound("no answer")
         return [answer_token(tokenizer, example, example.answers[0])], []
 
 
@@ -246,11 +246,11 @@ class LogitDifference(_Answer):
     def tokens(self, example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
         foil = foil_of(example)
         if foil is None:
-            raise Unplaced("no foil")
+            raise PositionNotFound("no foil")
         first, _ = super().tokens(example, tokenizer)
         second = [answer_token(tokenizer, example, foil, "foil")]
         if first == second:
-            raise Unplaced("answer and foil begin with one token")
+            raise PositionNotFound("answer and foil begin with one token")
         return first, second
 
     def value(
@@ -269,7 +269,7 @@ class YesNo(NextToken):
 
     def prompt(self, example: Example) -> Example:
         if not example.entity:
-            raise Unplaced("no entity to ask about")
+            raise PositionNotFound("no entity to ask about")
         text = KNOWS.format(entity=example.entity, entity_type=example.entity_type or "entity")
         return replace(example, prompt=text).as_prompt()
 
@@ -281,7 +281,7 @@ class YesNo(NextToken):
         )
         shared = yes & no
         if yes <= shared or no <= shared:
-            raise Unplaced("yes and no begin with one token in this vocabulary")
+            raise PositionNotFound("yes and no begin with one token in this vocabulary")
         return sorted(yes - shared), sorted(no - shared)
 
     def value(

@@ -12,15 +12,20 @@ from torch import Tensor
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
 from saexp.errors import InterventionError
-from saexp.interventions.conditions import Condition, Prompts, choose_prompts, placed_prompts
-from saexp.interventions.controls import ControlDesign, control_notes, control_table, left_out_note
-from saexp.interventions.directions import LatentFacts
+from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
+from saexp.interventions.controls import (
+    ControlDesign,
+    control_notes,
+    control_table,
+    missing_kinds_note,
+)
+from saexp.interventions.directions import LatentStatistics
 from saexp.interventions.effects import (
     chosen_coefficients,
     claim_notes,
+    constant_rate_notes,
     effect_metrics,
     summarise,
-    unmoved,
     with_claims,
     with_strengths,
 )
@@ -30,7 +35,7 @@ from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import Original, orthogonalized
 from saexp.registry import resolve
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.loading import sae_identity
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.permutation import MIN_CONTROLS
@@ -40,14 +45,14 @@ log = logging.getLogger(__name__)
 
 def run_intervention(
     intervention: Any,
-    facts: LatentFacts,
+    facts: LatentStatistics,
     model: LanguageModel,
     sae: SparseAutoencoder,
     examples: Sequence[Example],
     neutral: Sequence[str],
     max_length: int,
     cache_dir: str | Path,
-) -> TaskResult:
+) -> Result:
     """Run an intervention's conditions on prompts of the test and the train split.
 
     Tables: `effects` (one row per prompt, condition and coefficient), `effects_summary` (see
@@ -75,7 +80,7 @@ class CausalTest:
     def __init__(
         self,
         intervention: Any,
-        facts: LatentFacts,
+        facts: LatentStatistics,
         model: LanguageModel,
         sae: SparseAutoencoder,
         max_length: int,
@@ -89,19 +94,19 @@ class CausalTest:
         self.kinds = {o.name: o.kind for o in self.outcomes if o.source in ("text", "next")}
         self.coefficients = parse_coefficients(self.cfg.coefficient)
 
-    def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> TaskResult:
+    def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> Result:
         """Run the whole test; see `run_intervention`."""
         chosen = tested_examples(self.cfg, examples)
-        prompts = placed_prompts(chosen, self.model, self.cfg, self.max_length)
+        prompts = position_prompts(chosen, self.model, self.cfg, self.max_length)
         if not prompts.of_group:
             raise InterventionError(
                 f"no prompt can be steered ({'; '.join(prompts.notes()) or 'there are no prompts'})"
             )
         planned, notes = self.intervention.plan(self.facts, self.coefficients, prompts, self.model)
         if not planned:
-            return TaskResult(notes=["no latent is selected, so nothing was steered", *notes])
+            return Result(notes=["no latent is selected, so nothing was steered", *notes])
         design = ControlDesign(self.intervention, planned, self.coefficients, self.cfg)
-        result = TaskResult(notes=[*notes, *prompts.notes()])
+        result = Result(notes=[*notes, *prompts.notes()])
         at_every = [*design.own, *design.curve()]
         self._log_size(design, at_every, prompts)
         parts = [self._measured(at_every, prompts, chosen, neutral, result, with_baseline=True)]
@@ -115,7 +120,7 @@ class CausalTest:
         conditions = [*at_every, *further]
         effects = self._together(parts)
         result.tables["effects"] = effects
-        result.notes += unmoved(effects, self.kinds)
+        result.notes += constant_rate_notes(effects, self.kinds)
         self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
             summary = summarise(
@@ -141,7 +146,7 @@ class CausalTest:
         design: ControlDesign,
         chosen: Mapping[str, float],
         neutral: Sequence[str],
-        result: TaskResult,
+        result: Result,
     ) -> tuple[list[Condition], dict[tuple[str, float], float]]:
         """The controls of the second stage and their KL; empty where no outcome is tested."""
         if not self.kinds:
@@ -180,7 +185,7 @@ class CausalTest:
         prompts: Prompts,
         examples: Sequence[Example],
         neutral: Sequence[str],
-        result: TaskResult,
+        result: Result,
         *,
         with_baseline: bool = False,
     ) -> pd.DataFrame:
@@ -220,7 +225,7 @@ class CausalTest:
 
     def _controls(
         self,
-        result: TaskResult,
+        result: Result,
         design: ControlDesign,
         conditions: Sequence[Condition],
         chosen: Mapping[str, float],
@@ -237,7 +242,7 @@ class CausalTest:
         result.tables["controls"] = table
         result.notes += control_notes(table, design.main, chosen, self.cfg)
         kinds = [design.kinds(c) for c in design.main]
-        result.notes += left_out_note(kinds, self.cfg)
+        result.notes += missing_kinds_note(kinds, self.cfg)
 
     def _jobs(
         self, conditions: Sequence[Condition], prompts: Prompts, *, with_baseline: bool
@@ -341,9 +346,7 @@ class CausalTest:
         summary = summarise(seen, {first: self.kinds[first]}, self.cfg.seed)
         return chosen_coefficients(summary, first, trained)
 
-    def _attention(
-        self, result: TaskResult, conditions: Sequence[Condition], prompts: Prompts
-    ) -> None:
+    def _attention(self, result: Result, conditions: Sequence[Condition], prompts: Prompts) -> None:
         summary = result.tables.get("effects_summary")
         chosen = (
             {}

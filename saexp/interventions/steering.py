@@ -13,9 +13,15 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.conditions import Condition, Ids, LatentIntervention, Placed, Prompts
+from saexp.interventions.conditions import (
+    Condition,
+    Ids,
+    LatentIntervention,
+    PositionedPrompt,
+    Prompts,
+)
 from saexp.interventions.controls import OWN_GROUP
-from saexp.interventions.directions import LatentFacts, Sets, orthonormal
+from saexp.interventions.directions import LatentStatistics, Sets, orthonormal
 from saexp.interventions.generation import read_streams
 from saexp.interventions.operations import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models.forward import check_positions
@@ -46,7 +52,7 @@ class Steer(LatentIntervention):
         write: Ids,
         prompts: str,  # noqa: ARG002
         coefficient: float,
-        facts: LatentFacts,
+        facts: LatentStatistics,
     ) -> tuple[Op, ...]:
         """Control latents get the scales of the latents that they replace, and their sum is
         rescaled to the norm of the sum of those."""
@@ -56,7 +62,7 @@ class Steer(LatentIntervention):
         step = Vector(vector.float())
         return tuple(Add(at, step, coefficient) for at in self._places(facts))
 
-    def _mixed(self, latents: Ids, write: Ids, facts: LatentFacts) -> Float[Tensor, " d"]:
+    def _mixed(self, latents: Ids, write: Ids, facts: LatentStatistics) -> Float[Tensor, " d"]:
         """One unit of `latents`, along the directions of `write`; float64."""
         directions = facts.directions(write).double().cpu()
         norms = facts.numbers(write, "norm")
@@ -73,7 +79,7 @@ class Steer(LatentIntervention):
             scales = self._activations(latents, facts) * own_norms / norms
         return torch.as_tensor(scales) @ directions
 
-    def _activations(self, latents: Ids, facts: LatentFacts) -> np.ndarray:
+    def _activations(self, latents: Ids, facts: LatentStatistics) -> np.ndarray:
         """The unit of each latent. Raises ConfigError for a latent that is never active."""
         values = facts.numbers(latents, self.cfg.unit)
         for latent, value in zip(latents, values, strict=True):
@@ -85,13 +91,13 @@ class Steer(LatentIntervention):
                 )
         return values
 
-    def _mixing(self, latents: Ids, facts: LatentFacts) -> np.ndarray:
+    def _mixing(self, latents: Ids, facts: LatentStatistics) -> np.ndarray:
         if len(facts.groups) != 2:
             return np.ones(len(latents))
         one, other = (facts.numbers(latents, f"mean_{g}") for g in facts.groups)
         return np.abs(one - other)
 
-    def write(self, vector: Tensor, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def write(self, vector: Tensor, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """`raw`: the vector itself; `resid_norm`: rescaled to the stream's median norm."""
         if self.cfg.unit in ("max_act", "p99_act"):
             raise ConfigError(
@@ -103,7 +109,9 @@ class Steer(LatentIntervention):
             vector = vector / vector.norm() * facts.median_norm
         return tuple(Add(at, Vector(vector), coefficient) for at in self._places(facts))
 
-    def strength(self, ops: tuple[Op, ...], latents: Ids, facts: LatentFacts) -> dict[str, float]:
+    def strength(
+        self, ops: tuple[Op, ...], latents: Ids, facts: LatentStatistics
+    ) -> dict[str, float]:
         """Added norm, absolute and over the stream's median norm; for one latent in every unit."""
         op = ops[0]
         assert isinstance(op, Add)
@@ -129,7 +137,7 @@ class Clamp(LatentIntervention):
     """
 
     def edit(
-        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentFacts
+        self, latents: Ids, write: Ids, prompts: str, coefficient: float, facts: LatentStatistics
     ) -> tuple[Op, ...]:
         """Targets are means on the train split of the group to which the prompts do not belong."""
         if self.cfg.values is not None:
@@ -156,7 +164,7 @@ class Clamp(LatentIntervention):
             )
         )
 
-    def _sets(self, facts: LatentFacts) -> Sets:
+    def _sets(self, facts: LatentStatistics) -> Sets:
         """All chosen latents together and one by one, towards each group on the other's prompts."""
         if len(facts.groups) != 2:
             return super()._sets(facts)
@@ -180,13 +188,13 @@ class _OwnEdit(LatentIntervention):
         write: Ids,
         prompts: str,  # noqa: ARG002
         coefficient: float,
-        facts: LatentFacts,
+        facts: LatentStatistics,
     ) -> tuple[Op, ...]:
         """`change` of the latents `write`."""
         return self.change(write, coefficient, facts)
 
     @abstractmethod
-    def change(self, write: Ids, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def change(self, write: Ids, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """Operations on these latents."""
 
 
@@ -198,7 +206,7 @@ class Scale(_OwnEdit):
     nothing is added that they could replace.
     """
 
-    def change(self, write: Ids, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def change(self, write: Ids, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """x + coefficient * a * direction."""
         return (Move(facts.hookpoint, write, write, (0.0,) * len(write), -coefficient),)
 
@@ -206,7 +214,7 @@ class Scale(_OwnEdit):
 class Ablate(Scale):
     """Subtract latents, keeping the reconstruction error: x - coefficient * a * direction."""
 
-    def change(self, write: Ids, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def change(self, write: Ids, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """Coefficient 1 sets the latents to zero."""
         return super().change(write, -coefficient, facts)
 
@@ -221,16 +229,16 @@ class ProjectOut(_OwnEdit):
 
     vectors = True
 
-    def change(self, write: Ids, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def change(self, write: Ids, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """Controls remove the directions of control latents."""
         return self._removed(facts.directions(write).float().cpu(), coefficient, facts)
 
-    def write(self, vector: Tensor, coefficient: float, facts: LatentFacts) -> tuple[Op, ...]:
+    def write(self, vector: Tensor, coefficient: float, facts: LatentStatistics) -> tuple[Op, ...]:
         """The one direction."""
         return self._removed(vector[None], coefficient, facts)
 
     def _removed(
-        self, directions: Tensor, coefficient: float, facts: LatentFacts
+        self, directions: Tensor, coefficient: float, facts: LatentStatistics
     ) -> tuple[Op, ...]:
         basis = Vector(orthonormal(directions))
         return tuple(Project(at, basis, coefficient) for at in self._places(facts))
@@ -239,7 +247,7 @@ class ProjectOut(_OwnEdit):
 class Orthogonalize(ProjectOut):
     """Remove directions from all weights that write to the stream while the condition runs."""
 
-    def weights(self, directions: Tensor, facts: LatentFacts) -> Tensor | None:  # noqa: ARG002
+    def weights(self, directions: Tensor, facts: LatentStatistics) -> Tensor | None:  # noqa: ARG002
         """All directions of the condition."""
         return orthonormal(directions.float().cpu())
 
@@ -247,7 +255,7 @@ class Orthogonalize(ProjectOut):
         self,
         directions: Tensor,  # noqa: ARG002
         coefficient: float,
-        facts: LatentFacts,  # noqa: ARG002
+        facts: LatentStatistics,  # noqa: ARG002
     ) -> tuple[Op, ...]:
         if coefficient not in (0, 1):
             raise ConfigError(
@@ -260,7 +268,7 @@ class Orthogonalize(ProjectOut):
 _BATCH = 64
 
 
-class SpliceIn:
+class SpliceReconstruction:
     """Replace the activation by the SAE's reconstruction, with or without its error.
 
     x + coefficient * (x^ - x) on each group's prompts. Controls take a step of the same length in a
@@ -278,7 +286,7 @@ class SpliceIn:
 
     def plan(
         self,
-        facts: LatentFacts,
+        facts: LatentStatistics,
         coefficients: Sequence[float],
         prompts: Prompts,
         model: LanguageModel,  # noqa: ARG002
@@ -312,7 +320,7 @@ class SpliceIn:
         return conditions, []
 
 
-class PatchFrom:
+class PatchActivations:
     """Replace activations by those of a paired prompt, one location at a time.
 
     Each prompt is paired with a prompt of the other group that has the same entity type and as many
@@ -335,7 +343,7 @@ class PatchFrom:
 
     def plan(
         self,
-        facts: LatentFacts,
+        facts: LatentStatistics,
         coefficients: Sequence[float],
         prompts: Prompts,
         model: LanguageModel,
@@ -389,7 +397,7 @@ class PatchFrom:
         return donors, sum(not d for d in pairs.values())
 
     def _locations(
-        self, facts: LatentFacts, model: LanguageModel
+        self, facts: LatentStatistics, model: LanguageModel
     ) -> list[tuple[Hookpoint, tuple[int, int] | None, str]]:
         """(stream, its columns or None for all, label) of every location."""
         layers = self.cfg.layers
@@ -446,7 +454,9 @@ def _patch_condition(
     )
 
 
-def _matching(target: Placed, donors: Sequence[Placed], n: int, seed: int) -> list[Placed]:
+def _matching(
+    target: PositionedPrompt, donors: Sequence[PositionedPrompt], n: int, seed: int
+) -> list[PositionedPrompt]:
     """At most `n` other prompts that the target can be paired with, a seeded choice; prompts of
     equal length come first."""
     candidates = [
@@ -462,7 +472,7 @@ def _matching(target: Placed, donors: Sequence[Placed], n: int, seed: int) -> li
 
 
 def _captured(
-    prompts: Sequence[Placed], hookpoints: Sequence[Hookpoint], model: LanguageModel
+    prompts: Sequence[PositionedPrompt], hookpoints: Sequence[Hookpoint], model: LanguageModel
 ) -> dict[Hookpoint, dict[str, Vector]]:
     """Hookpoint -> example id -> values `[n_positions, d]` of a pass without intervention."""
     values_of: dict[Hookpoint, dict[str, Vector]] = {h: {} for h in hookpoints}

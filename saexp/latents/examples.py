@@ -154,7 +154,7 @@ class Window:
 
 
 class Windows:
-    """Makes windows of a run's rows; `rows` and `texts` are those of its Placement."""
+    """Makes windows of a run's rows; `rows` and `texts` are those of its PositionTable."""
 
     def __init__(
         self,

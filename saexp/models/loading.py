@@ -27,7 +27,7 @@ from saexp.digests import content_name, file_sha256
 from saexp.errors import ModelError
 from saexp.hub import hub, is_path, snapshot, why_absent
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.rope import forget_lengths
+from saexp.models.rope import reset_rope_before_passes
 from saexp.models.structure import (
     Site,
     broken_streams,
@@ -225,7 +225,7 @@ class LanguageModel:
         model.observed = ObservedBehavior()
         model.device, model.dtype = parameter.device, parameter.dtype
         model._hf, model.config = hf.eval(), hf.config
-        forget_lengths(hf)
+        reset_rope_before_passes(hf)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
@@ -333,7 +333,7 @@ class LanguageModel:
                 # Token ids go to the device of the embedding.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
-            forget_lengths(placed)
+            reset_rope_before_passes(placed)
             if self.plain:
                 self.config = placed.config
                 self.__dict__.pop("text_config", None)

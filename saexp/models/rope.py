@@ -110,7 +110,7 @@ def recomputes_beyond(hf: Any, config: Any) -> int | None:
     return None
 
 
-def forget_lengths(hf: nn.Module) -> None:
+def reset_rope_before_passes(hf: nn.Module) -> None:
     """Make the frequencies of a pass depend on its own length only.
 
     transformers' dynamic NTK keeps the frequencies of the longest sequence so far until a sequence

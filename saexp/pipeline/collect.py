@@ -15,13 +15,13 @@ from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConf
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
-from saexp.data.positions import Placement, place
+from saexp.data.positions import PositionTable, place
 from saexp.data.prompts import as_read, tokenize_prompts, tokenize_texts
 from saexp.data.tokenization import adds_bos
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.wording import counted
 
@@ -49,7 +49,7 @@ def resolve_bos(
     saes: Iterable[SparseAutoencoder | BosPreference],
     requested: bool | None = None,
     key: str = "model.prepend_bos",
-) -> tuple[LanguageModel, TaskResult]:
+) -> tuple[LanguageModel, Result]:
     """The model with `prepend_bos` as the run's texts need it, and a metric and notes about it.
 
     `requested`, the value of the setting `key`, decides, or else the setting `model.prepend_bos`;
@@ -77,7 +77,7 @@ def resolve_bos(
     else:
         notes = _sae_notes(model, preferences, adds=adds, has_bos=has_bos)
     notes = [*notes, *_chat_notes(model, begins_with_bos=begins)]
-    return model, TaskResult(metrics={BOS: int(begins)}, notes=notes)
+    return model, Result(metrics={BOS: int(begins)}, notes=notes)
 
 
 def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
@@ -165,7 +165,7 @@ _TEXT_SETTINGS = (
 _POSITION_SETTINGS = ("n", "indices", "substring", "include_special", "seed")
 
 
-def truncation_notes(placement: Placement, dataset: str, max_length: int) -> list[str]:
+def truncation_notes(placement: PositionTable, dataset: str, max_length: int) -> list[str]:
     """One line on the texts that exceed the maximum length; none where all fit."""
     n = placement.n_cut
     if not n:
@@ -181,7 +181,7 @@ class Collected:
     """Examples with their stored activations."""
 
     examples: ExampleSet
-    placement: Placement
+    placement: PositionTable
     store: ActivationStore
     stats: CollectionStats
     max_norm_ratio: float | None = None
@@ -202,7 +202,7 @@ class Collected:
             "collection/n_rows": self.stats.n_rows,
             "collection/n_skipped": self.stats.n_skipped,
             "collection/tokens_forwarded": self.stats.tokens_forwarded,
-            "collection/padding_share": self.stats.padding_share,
+            "collection/padding_fraction": self.stats.padding_fraction,
             "collection/seconds": self.stats.seconds,
         }
 

@@ -15,9 +15,9 @@ from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
-from saexp.interventions.conditions import placed_prompts
-from saexp.interventions.controls import effect_share
-from saexp.interventions.directions import LatentFacts, StreamRows
+from saexp.interventions.conditions import position_prompts
+from saexp.interventions.controls import effect_fraction
+from saexp.interventions.directions import LatentStatistics, StreamRows
 from saexp.interventions.effects import effect_power
 from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents.encode import Latents
@@ -28,7 +28,7 @@ from saexp.pipeline.collect import Collected
 from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import check_sae, score_latents
 from saexp.registry import resolve
-from saexp.results import TaskResult
+from saexp.results import Result
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class EditedLayer:
 
 def intervene(
     session: Session, layer: EncodedLayer, table: pd.DataFrame | None, data: RunData
-) -> TaskResult:
+) -> Result:
     """Run `intervention` on the run's own prompts.
 
     `table` is the latent table of an analyzer that selects latents. Without one, the config must
@@ -85,13 +85,13 @@ def intervene(
 
 def _edited_layers(
     session: Session, own: EditedLayer, data: RunData
-) -> tuple[dict[int, EditedLayer], TaskResult]:
+) -> tuple[dict[int, EditedLayer], Result]:
     """Every layer that the intervention names: encoded, SAE checked, analyzed if the run's own is.
 
     Empty where it names none. The result has table `layer_latents`, with the latents of each layer
     that are changed, and the notes of each layer.
     """
-    cfg, layers, result = session.cfg, dict[int, EditedLayer](), TaskResult()
+    cfg, layers, result = session.cfg, dict[int, EditedLayer](), Result()
     for n, sae in session.edited_saes.items():
         if n == own.encoded.layer:
             layers[n] = own
@@ -125,26 +125,26 @@ _LATENT_DIRECTIONS = {"latents", "denoised_difference"}
 """Directions that are computed from latents."""
 
 
-def _effect_checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> TaskResult:
+def _effect_checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> Result:
     """Detectable effects, and where configured, how often controls would pass the test."""
-    result, summary = TaskResult(), tables.get("effects_summary")
+    result, summary = Result(), tables.get("effects_summary")
     controls = tables.get("controls")
     if summary is None or controls is None:
         return result
     result.merge(effect_power(tables["effects"], summary))
     outcome = next((o for o in cfg.intervention.outcomes if f"{o}_change" in summary), None)
     if cfg.analyzer.placebo and outcome is not None:
-        result.merge(effect_share(summary, controls, outcome, cfg.analyzer.alpha))
+        result.merge(effect_fraction(summary, controls, outcome, cfg.analyzer.alpha))
     return result
 
 
-def _unit(cfg: RunConfig, facts_of: Mapping[int, LatentFacts]) -> TaskResult:
+def _unit(cfg: RunConfig, facts_of: Mapping[int, LatentStatistics]) -> Result:
     """The unit of the coefficient, where it is the stream's median norm."""
     if cfg.intervention.name != "steer" or cfg.intervention.unit != "resid_norm":
-        return TaskResult()
+        return Result()
     norms = ", ".join(f"{f.median_norm:.4g} at {f.written.name}" for f in facts_of.values())
     suffix = {n: f"_layer_{n}" if len(facts_of) > 1 else "" for n in facts_of}
-    return TaskResult(
+    return Result(
         metrics={f"intervention/resid_norm{suffix[n]}": f.median_norm for n, f in facts_of.items()},
         notes=[
             "coefficients are in units of the stream's median norm over ordinary positions: "
@@ -221,7 +221,7 @@ def check_steerable(cfg: RunConfig, examples: ExampleSet, model: LanguageModel) 
     if position_limit(model) is None:
         return
     chosen = tested_examples(cfg.intervention, examples.examples)
-    prompts = placed_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length).all()
+    prompts = position_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length).all()
     generates = any(resolve("outcome", o).source == "text" for o in cfg.intervention.outcomes)
     n_new = cfg.intervention.max_new_tokens if generates else 0
     longest = max((len(p.tokens) for p in prompts), default=0)
@@ -243,7 +243,7 @@ def _check_positions(cfg: RunConfig, examples: ExampleSet) -> None:
 
 def _latent_facts(
     cfg: RunConfig, edited: EditedLayer, collected: Collected, n_layers: int
-) -> LatentFacts:
+) -> LatentStatistics:
     """What edits read of one SAE's latents, measured on the train split."""
     latents, sae, seed = edited.encoded.latents, edited.encoded.sae, cfg.analyzer.seed
     groups = collected.examples.groups
@@ -286,7 +286,7 @@ def _latent_facts(
             labels["unit"].to_numpy(dtype=object),
         )
 
-    return LatentFacts(
+    return LatentStatistics(
         table=facts,
         groups=groups,
         median_norm=ordinary.median_norm(written),

@@ -19,7 +19,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import Collected
 from saexp.pipeline.finished import model_content, sae_content
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.loading import check_fits, sae_identity
 from saexp.saes.sae import SAE, SparseAutoencoder
 
@@ -130,7 +130,7 @@ def analyzed(
     if result is not None:
         return result.copy()
     result = analyzer.analyze(inputs)
-    if isinstance(result, TaskResult):
+    if isinstance(result, Result):
         objects.put(key, result.copy(), sum(map(_table_bytes, result.tables.values())))
     return result
 

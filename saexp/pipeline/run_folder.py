@@ -22,7 +22,7 @@ from saexp.data.examples import Skip
 from saexp.digests import has_intact_seal
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, remove_temporary, try_lock, write_json, write_table
-from saexp.results import TaskResult
+from saexp.results import Result
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}
@@ -150,7 +150,7 @@ def finite_metrics(metrics: Metrics) -> tuple[dict[str, float | int | None], lis
     return finite, [f"{len(undefined)} numbers could not be computed: {', '.join(undefined)}"]
 
 
-def unexplained_notes(result: TaskResult) -> list[str]:
+def unexplained_notes(result: Result) -> list[str]:
     """A note that names the metrics that are None and that no other note names."""
     text = " ".join(result.notes)
     names = [k for k, v in result.metrics.items() if v is None and k not in text]
@@ -245,10 +245,10 @@ def _is_plain(name: object) -> bool:
 def save_run(
     context: RunContext,
     cfg: RunConfig,
-    result: TaskResult,
+    result: Result,
     skips: Sequence[Skip],
     about: Mapping[str, Any],
-) -> TaskResult:
+) -> Result:
     """Write metrics, tables and provenance.json; may be called again as a run goes on.
 
     Returns the result as it was written: NaN and infinities are None, and a note names them.
@@ -260,7 +260,7 @@ def save_run(
     return saved
 
 
-def write_result(context: RunContext, result: TaskResult) -> None:
+def write_result(context: RunContext, result: Result) -> None:
     """Write metrics.json and a parquet file per table."""
     folder = context.folder
     note_written(context, [METRICS, *(f"{name}.parquet" for name in result.tables)])
@@ -277,7 +277,7 @@ def skips_table(skips: Sequence[Skip]) -> pd.DataFrame:
 def write_provenance(
     context: RunContext,
     cfg: RunConfig,
-    result: TaskResult,
+    result: Result,
     skips: Sequence[Skip],
     about: Mapping[str, Any],
 ) -> None:

@@ -35,7 +35,7 @@ from saexp.pipeline.objects import (
     sparse_autoencoder,
 )
 from saexp.pipeline.run_folder import RUN_TABLES, skips_table
-from saexp.results import TaskResult, check_result
+from saexp.results import Result, check_result
 from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.saes.sae import SparseAutoencoder
 
@@ -64,13 +64,13 @@ class RunData:
         return sum(part.stats.tokens_forwarded for part in parts if part is not None)
 
     @property
-    def result(self) -> TaskResult:
+    def result(self) -> Result:
         """Metrics `collection/…`, tables `rows` and `skips`, and the notes of the data sets."""
         placement = self.examples.placement
         metrics = self.examples.metrics
         metrics["collection/tokens_forwarded"] = self.tokens_forwarded
         transfer = [] if self.transfer is None else self.transfer.examples.notes
-        return TaskResult(
+        return Result(
             metrics=metrics,
             tables={"rows": placement.rows, "skips": skips_table(placement.skips)},
             notes=[
@@ -99,9 +99,9 @@ class EncodedLayer:
         return self.sae.hookpoint.layer
 
     @property
-    def result(self) -> TaskResult:
+    def result(self) -> Result:
         """Metrics and notes."""
-        return TaskResult(metrics=dict(self.metrics), notes=list(self.notes))
+        return Result(metrics=dict(self.metrics), notes=list(self.notes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Session:
     cfg: RunConfig
     context: RunContext
     model: LanguageModel
-    bos: TaskResult
+    bos: Result
     """Metric and notes on how texts begin."""
     cells: Sequence[RunConfig]
     """One config per layer."""
@@ -249,7 +249,7 @@ class Session:
         notes = [*notes, *ordinary.notes(EXCLUDED if excludes else INCLUDED)]
         return EncodedLayer(sae, latents, background, metrics, notes)
 
-    def analyze(self, layer: EncodedLayer, data: RunData, *, texts: bool = True) -> TaskResult:
+    def analyze(self, layer: EncodedLayer, data: RunData, *, texts: bool = True) -> Result:
         """The analyzer's result for one layer; without `texts` it sees no text.
 
         Raises ConfigError where the analyzer does not return a result, or uses a name of the run's

@@ -20,11 +20,11 @@ from saexp.analysis.latent_scores import (
 )
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.prompts import answer_token, space_note
 from saexp.data.tokenization import tokenize
 from saexp.errors import SAEError
-from saexp.interventions.conditions import choose_prompts, placed_prompts
+from saexp.interventions.conditions import choose_prompts, position_prompts
 from saexp.interventions.results_cache import ResultCache, model_ingredients, shared
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -37,7 +37,7 @@ from saexp.pipeline.session import (
     neighbouring_hookpoints,
     validates,
 )
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.loading import sae_identity
 from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.validation import Fit, Pair, check_fit
@@ -50,7 +50,7 @@ _LOW_VARIANCE, _LOW_RELATIVE = 0.2, 0.5
 fraction of that on neutral text."""
 
 
-def validate_sae(session: Session, layer: EncodedLayer, data: RunData) -> TaskResult:
+def validate_sae(session: Session, layer: EncodedLayer, data: RunData) -> Result:
     """`check_sae` of one layer, and a note where the SAE explains little at the run's positions."""
     result = check_sae(session.cfg, layer.sae, session.model, data)
     if not result.notes:
@@ -60,7 +60,7 @@ def validate_sae(session: Session, layer: EncodedLayer, data: RunData) -> TaskRe
 
 def check_sae(
     cfg: RunConfig, sae: SparseAutoencoder, model: LanguageModel, data: RunData
-) -> TaskResult:
+) -> Result:
     """`check/…` metrics, table `check`, and a note per problem; SAEError with sae.check=error.
 
     Measured at ordinary positions of neutral text (`activations.norms`), and at the special tokens
@@ -69,7 +69,7 @@ def check_sae(
     under other readings of the files.
     """
     if not validates(cfg) or data.neutral is None:
-        return TaskResult()
+        return Result()
     neutral = data.neutral
 
     def acts(collected: Collected, hookpoint: Hookpoint) -> Tensor:
@@ -100,7 +100,7 @@ def check_sae(
         log.warning("%s", problem)
     excluded = neutral.ordinary(sae.hookpoints).notes("the SAE's check leaves them out")
     notes = [*fit.problems, *(f"neutral text: {note}" for note in excluded)]
-    return TaskResult(metrics=_fit_metrics(fit), tables={"check": _table(sae, fit)}, notes=notes)
+    return Result(metrics=_fit_metrics(fit), tables={"check": _table(sae, fit)}, notes=notes)
 
 
 def _fit_metrics(fit: Fit) -> dict[str, float | int | None]:
@@ -270,7 +270,7 @@ def _neutral_prompts(cfg: RunConfig, model: LanguageModel) -> list[tuple[int, ..
     return [t.ids for t in tokens]
 
 
-def attribute_latents(session: Session, layer: EncodedLayer, data: RunData) -> TaskResult:
+def attribute_latents(session: Session, layer: EncodedLayer, data: RunData) -> Result:
     """Table `attribution`: each latent's effect on the answer's logit, per group of test prompts.
 
     With intervals over entities, at the tokens that the intervention changes. A note counts the
@@ -279,18 +279,18 @@ def attribute_latents(session: Session, layer: EncodedLayer, data: RunData) -> T
     cfg, model = session.cfg, session.model
     test = [e for e in data.examples.examples.examples if e.split == "test"]
     chosen = choose_prompts(test, cfg.intervention.n_prompts, cfg.seed)
-    prompts = placed_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length)
+    prompts = position_prompts(chosen, model, cfg.intervention, cfg.dataset.max_length)
     usable, answers, n_unusable = [], [], 0
     for placed in prompts.all():
         try:
             if not placed.example.answers:
-                raise Unplaced("no answer")
+                raise PositionNotFound("no answer")
             if not placed.positions:
-                raise Unplaced("no position in the prompt")
+                raise PositionNotFound("no position in the prompt")
             answer = placed.example.answers[0]
             answers.append(answer_token(model.tokenizer, placed.example, answer))
             usable.append(placed)
-        except Unplaced:
+        except PositionNotFound:
             n_unusable += 1
     notes = prompts.notes("prompts not attributed")
     if n_unusable:
@@ -300,11 +300,11 @@ def attribute_latents(session: Session, layer: EncodedLayer, data: RunData) -> T
         )
     notes += space_note([p.example for p in usable])
     if not usable:
-        return TaskResult(notes=notes)
+        return Result(notes=notes)
     attributions = attribute(
         model, layer.sae, [p.tokens.ids for p in usable], [p.positions for p in usable], answers
     )
     table = attributions.table(
         [str(p.example.group) for p in usable], [p.example.unit for p in usable], cfg.seed
     )
-    return TaskResult(tables={"attribution": table}, notes=[*notes, *attributions.notes])
+    return Result(tables={"attribution": table}, notes=[*notes, *attributions.notes])

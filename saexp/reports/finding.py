@@ -19,11 +19,12 @@ from saexp.wording import counted, is_above_chance, p_value_words, sae_words
 Metrics = Mapping[str, float | int | None]
 _SURFACE = "contrast/surface_auroc_test"
 _PLACEBO = {
-    "label_share": "with permuted group labels, {} of {} permutations report a latent above chance",
-    "latent_share": "{} of {} latents drawn at random among the active ones would be reported as "
-    "above chance",
-    "effect_share": "{} of {} controls put in the place of the latent would be reported to have an "
-    "effect",
+    "label_fraction": "with permuted group labels, {} of {} permutations report a latent above "
+    "chance",
+    "latent_fraction": "{} of {} latents drawn at random among the active ones would be reported "
+    "as above chance",
+    "effect_fraction": "{} of {} controls put in the place of the latent would be reported to have "
+    "an effect",
 }
 
 

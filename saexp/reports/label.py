@@ -21,7 +21,7 @@ N_EXAMPLES = 3
 def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
     """Fractions of the answers per entity type, attribute and group given by the data set.
 
-    `known_share` is the fraction of entities whose attribute is known, with its 95 % Wilson
+    `known_fraction` is the fraction of entities whose attribute is known, with its 95 % Wilson
     interval: one entity is one observation, and a single one has no interval. `greedy_correct`,
     `greedy_refusal` and `sample_correct` are fractions of answers.
     """
@@ -37,9 +37,9 @@ def attribute_table(labels: pd.DataFrame, min_correct: int) -> pd.DataFrame:
                 **dict(zip(keys, names, strict=True)),
                 "n": n,
                 "with_answer": int((part["truths"].map(len) > 0).sum()),
-                "known_share": known / n,
-                "known_share_ci_low": low,
-                "known_share_ci_high": high,
+                "known_fraction": known / n,
+                "known_fraction_ci_low": low,
+                "known_fraction_ci_high": high,
                 "greedy_correct": float((part["greedy_label"] == "correct").mean()),
                 "greedy_refusal": float((part["greedy_label"] == "refusal").mean()),
                 "sample_correct": sampled.count("correct") / len(sampled) if sampled else None,

@@ -261,7 +261,7 @@ def _paired(
     )
 
 
-def claim_share(name: str, n_claims: int, n: int) -> dict[str, float | int | None]:
+def claim_fraction(name: str, n_claims: int, n: int) -> dict[str, float | int | None]:
     """Metric `name` = n_claims / n with its Wilson interval, and `<name>_n`; null where n is 0."""
     low, high = wilson(n_claims, n)
     values = (n_claims / n, float(low), float(high)) if n else (None, None, None)

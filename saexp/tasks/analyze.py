@@ -20,13 +20,13 @@ from saexp.pipeline.run_folder import save_run, unexplained_notes, write_provena
 from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import attribute_latents, score_latents, validate_sae
 from saexp.reports.analysis import findings, report_figures, save_figures, write_report
-from saexp.results import TaskResult
+from saexp.results import Result
 
 N_SHOWN = 4
 """Selected latents per direction whose activations go into activations.parquet."""
 
 
-def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
+def analyze(cfg: RunConfig, context: RunContext) -> Result:
     """Run an analyzer on the latents of one layer, or of each layer where it takes several."""
     with context.stage("load"):
         analyzer = as_analyzer(registry.build("analyzer", cfg.analyzer))
@@ -34,7 +34,7 @@ def analyze(cfg: RunConfig, context: RunContext) -> TaskResult:
     return analyze_session(session)
 
 
-def analyze_session(session: Session) -> TaskResult:
+def analyze_session(session: Session) -> Result:
     """All stages after loading; results are on disk before the intervention begins."""
     cfg, context = session.cfg, session.context
     with context.stage("collect"):
@@ -60,9 +60,7 @@ def analyze_session(session: Session) -> TaskResult:
     return result
 
 
-def _analyze_layer(
-    session: Session, cell: RunConfig, data: RunData
-) -> tuple[EncodedLayer, TaskResult]:
+def _analyze_layer(session: Session, cell: RunConfig, data: RunData) -> tuple[EncodedLayer, Result]:
     """One layer encoded, and the results of its validation and analysis.
 
     Where the run has several layers, metrics and figures end in `_layer_<n>`.
@@ -88,14 +86,14 @@ def _analyze_layer(
     return layer, result
 
 
-def _joined(result: TaskResult, part: TaskResult) -> TaskResult:
+def _joined(result: Result, part: Result) -> Result:
     """The result with that of a further layer: tables one below the other, equal notes once."""
     both = result.tables.keys() & part.tables.keys()
     tables = {
         name: pd.concat([result.tables[name], part.tables[name]], ignore_index=True)
         for name in both
     }
-    return TaskResult(
+    return Result(
         metrics={**result.metrics, **part.metrics},
         tables={**result.tables, **part.tables, **tables},
         figures={**result.figures, **part.figures},
@@ -103,9 +101,7 @@ def _joined(result: TaskResult, part: TaskResult) -> TaskResult:
     )
 
 
-def _with_scores(
-    session: Session, layer: EncodedLayer, data: RunData, result: TaskResult
-) -> TaskResult:
+def _with_scores(session: Session, layer: EncodedLayer, data: RunData, result: Result) -> Result:
     """The result with scores and attributions of the selected latents, and their activations."""
     cfg, table = session.cfg, result.tables["latents"]
     activations = {"activations": _activations(layer.latents, table)}
@@ -133,23 +129,21 @@ def _activations(latents: Latents, table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _intervene(
-    session: Session, layer: EncodedLayer, data: RunData, result: TaskResult
-) -> TaskResult:
+def _intervene(session: Session, layer: EncodedLayer, data: RunData, result: Result) -> Result:
     """The causal test; of a run with several layers, a note."""
     if len(session.cells) > 1:
         note = (
             f"intervention={session.cfg.intervention.name} was not run: it takes one layer, and "
             f"layer= names {len(session.cells)}"
         )
-        return TaskResult(notes=[note])
+        return Result(notes=[note])
     return intervene(session, layer, result.tables.get("latents"), data)
 
 
 def _write_page(
     cfg: RunConfig,
     context: RunContext,
-    result: TaskResult,
+    result: Result,
     skips: Sequence[Skip],
     about: Mapping[str, Any],
 ) -> dict[str, go.Figure]:

@@ -13,12 +13,12 @@ from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
 from saexp.pipeline.run_folder import save_run
-from saexp.results import TaskResult
+from saexp.results import Result
 
 log = logging.getLogger(__name__)
 
 
-def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
+def manage(cfg: RunConfig, context: RunContext) -> Result:
     """Do `action`, and save the table of the stores that remain as stores.parquet.
 
     action=compare saves its lines as compared.parquet too, and reports nothing else. Raises
@@ -55,14 +55,14 @@ def manage(cfg: RunConfig, context: RunContext) -> TaskResult:
     ]
     if not compared:
         notes.insert(0, f"{len(table)} stores, {show_bytes(int(table['bytes'].sum()))}")
-    result = TaskResult(
+    result = Result(
         metrics={"cache/n_stores": len(table), "cache/bytes": int(table["bytes"].sum())},
         tables={"stores": table, **compared},
         notes=notes,
     )
     result = save_run(context, cfg, result, [], {})
     if damage is not None:
-        for line in [*stores.for_reading(table).splitlines(), *notes]:
+        for line in [*stores.format_listing(table).splitlines(), *notes]:
             log.info("%s", line)
         raise StoreError(damage)
     return result

@@ -9,10 +9,10 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
-from saexp.results import TaskResult
+from saexp.results import Result
 
 
-def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
+def collect(cfg: RunConfig, context: RunContext) -> Result:
     """Store every stream of `task.streams` at every layer in one pass, or one `shard` of it."""
     if cfg.layer is None:
         raise ConfigError("layer is not set; type layer=12 or 'layer=[0,1,2]'")
@@ -24,7 +24,7 @@ def collect(cfg: RunConfig, context: RunContext) -> TaskResult:
         part = None if task.shard is None else Part(task.shard, task.n_shards)
         collected = collect_examples(cfg, model, hookpoints, context.prefetch, part)
     skips, store = collected.placement.skips, collected.store
-    result = TaskResult(
+    result = Result(
         metrics=collected.metrics,
         tables={"rows": collected.placement.rows, "skips": skips_table(skips)},
         notes=[

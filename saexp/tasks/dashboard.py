@@ -22,7 +22,7 @@ from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks import latent_cards
@@ -142,7 +142,7 @@ def _contrast_rows(
 
 def _contrast(
     session: Session, sae: SparseAutoencoder, rows: Collected, neutral: Collected | None, n: int
-) -> TaskResult:
+) -> Result:
     """The contrast of task=analyze, without encoding the rows that it leaves out."""
     cfg = session.cfg.analyzer
     cfg = replace(cfg, name="contrast", top_k=max(n, cfg.top_k), placebo=0)
@@ -154,7 +154,7 @@ def _contrast(
         layer=sae.hookpoint.layer,
         background=encoded_neutral(neutral, sae, session.context.objects),
     )
-    result: TaskResult = registry.build("analyzer", cfg).analyze(inputs)
+    result: Result = registry.build("analyzer", cfg).analyze(inputs)
     return replace(result, notes=list(dict.fromkeys([*notes, *result.notes])))
 
 
@@ -173,7 +173,7 @@ def parse_latents(value: Any) -> list[int] | int:
     return list(dict.fromkeys(int(v) for v in listed))
 
 
-def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
+def dashboard(cfg: RunConfig, context: RunContext) -> Result:
     """Choose latents, encode the store once, look up examples, write and render dashboard.json."""
     options = cfg.task
     assert isinstance(options, DashboardConfig)
@@ -187,7 +187,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
     notes += examples.ordinary(sae.hookpoints).notes(
         "the dashboard's examples and numbers leave them out"
     )
-    result = TaskResult(metrics=examples.metrics, notes=data.result.notes)
+    result = Result(metrics=examples.metrics, notes=data.result.notes)
     result.merge(session.bos)
     result.notes += notes
     result.merge(check_sae(cfg, sae, model, data))
@@ -235,12 +235,12 @@ def dashboard(cfg: RunConfig, context: RunContext) -> TaskResult:
 
 def _save(
     session: Session,
-    result: TaskResult,
+    result: Result,
     data: RunData,
     sae: SparseAutoencoder,
     chosen: Chosen,
     latents: list[dict[str, Any]],
-) -> TaskResult:
+) -> Result:
     """Write tables and provenance; returns the result as it was written."""
     names = ["latent", "n_active", "density", "mean_active", "max", "neuronpedia"]
     table = pd.DataFrame([{n: card[n] for n in names} for card in latents])
@@ -251,7 +251,7 @@ def _save(
         "skips": skips_table(placement.skips),
         **({} if chosen.contrast is None else {"contrast": chosen.contrast}),
     }
-    result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_silent": n_inactive}
+    result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_inactive": n_inactive}
     about = session.provenance(data, [describe_sae(sae)])
     finding = (
         f"{session.model.name}, {sae.hookpoint.name}, {sae_words(about['sae'])}: {len(table)} of "

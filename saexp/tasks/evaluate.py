@@ -34,7 +34,7 @@ from saexp.reports.sae_quality import (
     evaluation_sentences,
     write_evaluation_report,
 )
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.intervals import MIN_N
 from saexp.wording import counted
@@ -123,14 +123,14 @@ class _Evaluation:
     cells: list[RunConfig]
     """One config per SAE."""
     model: LanguageModel
-    bos: TaskResult
+    bos: Result
     """Metric and notes on how texts begin."""
     texts: Texts
     settings: EvaluationSettings
     n_bootstrap: int
 
 
-def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
+def evaluate(cfg: RunConfig, context: RunContext) -> Result:
     """Loss, divergence, sparsity and faithfulness of the SAEs at `layer` (one or a list).
 
     With several SAEs, metrics end in `_layer_<n>`, `_width_<d_sae>` or both, and
@@ -140,7 +140,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> TaskResult:
     texts, model, cells = evaluation.texts, evaluation.model, evaluation.cells
     first = bos_preference(sparse_autoencoder(cells[0], model, context.objects))
     parts: list[Part] = []
-    began, forwarded, result = time.perf_counter(), 0, TaskResult()
+    began, forwarded, result = time.perf_counter(), 0, Result()
     saved, about = result, {}
     for saes in _groups(cells, model, context.objects):
         # Raises where an SAE needs texts that begin otherwise than the first SAE's.
@@ -188,7 +188,7 @@ def _prepared(cfg: RunConfig, context: RunContext) -> _Evaluation:
 
 def _resolve_bos(
     cfg: RunConfig, model: LanguageModel, preferences: Sequence[BosPreference]
-) -> tuple[LanguageModel, TaskResult]:
+) -> tuple[LanguageModel, Result]:
     assert isinstance(cfg.task, EvaluateConfig)
     return resolve_bos(cfg, model, preferences, cfg.task.prepend_bos, "task.prepend_bos")
 
@@ -222,10 +222,10 @@ def _groups(
 
 def _result(
     parts: Sequence[Part], evaluation: _Evaluation, forwarded: int, seconds: float
-) -> TaskResult:
+) -> Result:
     """The result of the SAEs evaluated so far."""
     texts, cells = evaluation.texts, evaluation.cells
-    result = TaskResult(notes=[*evaluation.bos.notes, *texts.notes])
+    result = Result(notes=[*evaluation.bos.notes, *texts.notes])
     result.merge(
         side_by_side(
             parts,
@@ -249,7 +249,7 @@ def _result(
 
 
 def _provenance(
-    cfg: RunConfig, result: TaskResult, parts: Sequence[Part], evaluation: _Evaluation
+    cfg: RunConfig, result: Result, parts: Sequence[Part], evaluation: _Evaluation
 ) -> dict[str, Any]:
     """Model, SAEs and texts for provenance.json."""
     saes, texts = [p.about for p in parts], evaluation.texts

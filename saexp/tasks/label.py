@@ -39,7 +39,7 @@ from saexp.reports.label import (
     rule_records,
     rules_table,
 )
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.tasks.label_files import (
     GROUP_OF,
     Answers,
@@ -61,7 +61,7 @@ _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 
 def memorized(
     cfg: RunConfig, context: RunContext, model: LanguageModel, options: LabelConfig
-) -> TaskResult:
+) -> Result:
     """Continue the first tokens of each text greedily, and compare with the text's next tokens.
 
     Texts are lines of `dataset.path` (a file or a folder of .txt files), else the shipped model's
@@ -101,7 +101,7 @@ def memorized(
     table = pd.DataFrame(rows, columns=list(MEMORIZATION_COLUMNS))
     notes = skip_notes(skips, len(tokens), "text")
     notes += _empty_notes(table)
-    result = TaskResult(metrics=_memorization_metrics(table), notes=notes)
+    result = Result(metrics=_memorization_metrics(table), notes=notes)
     result.tables = {"memorization": table, "skips": skips_table(skips)}
     return save_labels(
         cfg,
@@ -202,7 +202,7 @@ def _memorization_metrics(table: pd.DataFrame) -> dict[str, float | int | None]:
         "memorized/n_perfect": int(perfect.sum()),
         "memorized/n_none": int((table["matching_tokens"] == 0).sum()),
         "memorized/n_empty": int((table["generated_continuation_text"] == "").sum()),
-        "memorized/perfect_share": float(perfect.mean()),
+        "memorized/perfect_fraction": float(perfect.mean()),
         "memorized/matching_tokens_mean": float(table["matching_tokens"].mean()),
     }
 
@@ -216,7 +216,7 @@ def _as_csv(table: pd.DataFrame) -> str:
     return out.getvalue()
 
 
-def label(cfg: RunConfig, context: RunContext) -> TaskResult:
+def label(cfg: RunConfig, context: RunContext) -> Result:
     """Ask, answer, judge, group, split and save; for dataset=memorization see `memorized`."""
     options = cfg.task
     assert isinstance(options, LabelConfig)
@@ -255,7 +255,7 @@ def label(cfg: RunConfig, context: RunContext) -> TaskResult:
     notes += _few_questions_notes(entities, options.min_known)
     notes += _repetition_notes(table)
     rows = answer_rows(asked, table, cfg)
-    result = TaskResult(metrics=_metrics(entities, table, rows), notes=notes)
+    result = Result(metrics=_metrics(entities, table, rows), notes=notes)
     result.tables = {
         "labels": table,
         "entities": entities,

@@ -25,7 +25,7 @@ from saexp.models.loading import LanguageModel
 from saexp.pipeline.objects import describe_model
 from saexp.pipeline.run_folder import save_run
 from saexp.reports.label import write_label_report
-from saexp.results import TaskResult
+from saexp.results import Result
 
 _SEEDS_APART = 100_000
 """Distance of the seeds of two runs, so that they share no sample."""
@@ -138,10 +138,10 @@ def save_labels(
     cfg: RunConfig,
     context: RunContext,
     model: LanguageModel,
-    result: TaskResult,
+    result: Result,
     skips: Sequence[Skip],
     labels: LabelFiles,
-) -> TaskResult:
+) -> Result:
     """Write the files to the run's folder and to cache_dir/labels/<key>/; metrics, tables, page.
 
     The key covers the files' content, so that a path, once used by later runs, never holds other

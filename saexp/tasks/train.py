@@ -29,7 +29,7 @@ from saexp.pipeline.collect import Collected, begins_with_bos, collect_examples
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.reports.sae_quality import training_figures, transcoder_sentence, write_training_report
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.loading import load_sae
 from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.training import Checkpoints, Place, Reader, Training
@@ -53,7 +53,7 @@ class _TrainingData:
     held_out_rows: np.ndarray
 
 
-def train(cfg: RunConfig, context: RunContext) -> TaskResult:
+def train(cfg: RunConfig, context: RunContext) -> Result:
     """Collect (or find) the activations, train, save in SAELens format, measure, report."""
     hookpoints, width = _targets(cfg)
     model = language_model(cfg, context.objects)
@@ -163,11 +163,11 @@ def _result(
     training: Training,
     latents: Latents,
     measured: Mapping[str, float | None],
-) -> TaskResult:
+) -> Result:
     """Metrics, tables and notes of a finished training."""
     last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
     collected, trainer = data.collected, cfg.sae_trainer
-    result = TaskResult(metrics={**collected.metrics, **measured, **last})
+    result = Result(metrics={**collected.metrics, **measured, **last})
     result.metrics["train/n_steps"] = training.n_steps
     result.tables = {
         "training": pd.DataFrame(training.records).rename(columns=lambda c: c.split("/")[-1]),

@@ -16,7 +16,7 @@ import saexp
 from saexp.data.datasets import background_texts
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.permutation import random_directions
 
@@ -29,7 +29,7 @@ KINDS = ["frequency", "disruption", "random_norm", "random_kl"]
 
 @dataclass(frozen=True)
 class Ran:
-    result: TaskResult
+    result: Result
     model: LanguageModel
     sae: SparseAutoencoder
     texts: list[TokenizedText]
@@ -43,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str) -> Result:
     return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
 
 

@@ -16,7 +16,7 @@ import saexp
 from saexp.config import DashboardConfig, SAEConfig
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.loading import random_sae
 from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks import latent_cards
@@ -30,7 +30,7 @@ N_BEST = 2
 
 @dataclass(frozen=True)
 class Made:
-    result: TaskResult
+    result: Result
     content: dict[str, Any]
     acts: np.ndarray
     """float64 `[n_rows, d_sae]`, dense."""
@@ -248,7 +248,7 @@ def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(
     assert (card["n_active"], card["top"], card["quantiles"]) == (0, [], [])
     assert card["mean_active"] is None
     assert card["correlated"] == []
-    assert made.result.metrics["dashboard/n_silent"] == 1
+    assert made.result.metrics["dashboard/n_inactive"] == 1
     many = make(tmp_path / "many", cache, "task.latents=top:255")
     assert any("not the 255 requested" in n for n in many.result.notes)
 

@@ -16,7 +16,7 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.cli import main
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.reports.analysis import findings, report_figures, write_report
-from saexp.results import TaskResult
+from saexp.results import Result
 
 PROMPT = "When Laura and Irene went to the library, Irene gave the ring to"
 
@@ -26,7 +26,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str) -> Result:
     quick = ["tracker=none", f"cache_dir={cache}", "analyzer.n_bootstrap=50", "device=cpu"]
     quick += ["analyzer.n_background=300"]
     return saexp.run(saexp.compose([*quick, *words]), folder, command="a test")
@@ -60,13 +60,13 @@ TABLES = {
 @pytest.fixture(scope="module", params=list(WORDS))
 def done(
     request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, TaskResult]:
+) -> tuple[str, Result]:
     name = request.param
     folder = tmp_path_factory.mktemp(name) / "run"
     return name, run(cache, folder, f"analyzer={name}", *WORDS[name])
 
 
-def test_files_and_metrics(done: tuple[str, TaskResult]) -> None:
+def test_files_and_metrics(done: tuple[str, Result]) -> None:
     name, result = done
     folder = result.path
     assert folder is not None
@@ -81,7 +81,7 @@ def test_files_and_metrics(done: tuple[str, TaskResult]) -> None:
     assert {"load", "collect", "encode", name} <= set(about["seconds"])
 
 
-def test_the_page_stands_alone(done: tuple[str, TaskResult]) -> None:
+def test_the_page_stands_alone(done: tuple[str, Result]) -> None:
     name, result = done
     assert result.path is not None
     body = page_of(result.path)
@@ -93,7 +93,7 @@ def test_the_page_stands_alone(done: tuple[str, TaskResult]) -> None:
         assert sentence.split("'")[0][:40] in body
 
 
-def test_the_page_is_made_from_the_files_alone(done: tuple[str, TaskResult]) -> None:
+def test_the_page_is_made_from_the_files_alone(done: tuple[str, Result]) -> None:
     _, result = done
     folder = result.path
     assert folder is not None
@@ -207,12 +207,12 @@ def mine() -> Iterator[None]:
         def __init__(self, cfg: object) -> None:
             self.cfg = cfg
 
-        def analyze(self, inputs: AnalysisInputs) -> TaskResult:
+        def analyze(self, inputs: AnalysisInputs) -> Result:
             assert inputs.acts is not None and inputs.background is not None
             norms = inputs.acts.float().norm(dim=-1).numpy()
             table = pd.DataFrame({"norm": norms, "what": [["<b>", None]] * len(norms)})
             figure = go.Figure(go.Histogram(x=norms))
-            return TaskResult(
+            return Result(
                 metrics={"mine/norm": float(norms.mean()), "mine/none": float("nan")},
                 tables={"norms": table},
                 figures={"my norms": figure},
@@ -240,10 +240,10 @@ def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
 def test_analyzers_that_give_what_cannot_be_kept(cache: Path, tmp_path: Path) -> None:
     given: list[object] = [
         None,
-        TaskResult(tables={"rows": pd.DataFrame()}),
-        TaskResult(metrics={"sparsity/l0": 1.0}),
+        Result(tables={"rows": pd.DataFrame()}),
+        Result(metrics={"sparsity/l0": 1.0}),
     ]
-    messages = ("must give a TaskResult", "tables called rows are", "metrics called sparsity/l0")
+    messages = ("must give a Result", "tables called rows are", "metrics called sparsity/l0")
     for number, (result, message) in enumerate(zip(given, messages, strict=True)):
 
         class Odd:

@@ -16,7 +16,7 @@ import torch
 import saexp
 from saexp.data.positions import All, Candidate
 from saexp.registry import register
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.random_models import random_hf, save, tokenizer
 
 SINKS = ("Once", "Then")
@@ -71,12 +71,12 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def run(folder: Path, *words: str) -> TaskResult:
+def run(folder: Path, *words: str) -> Result:
     return saexp.run(saexp.compose(list(words)), folder)
 
 
 @pytest.fixture(scope="module")
-def runs(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, TaskResult]:
+def runs(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Trainings: on everything with the limit, without it, and without the sinks by hand."""
     asked = {
         "limited": ["positions=all"],
@@ -91,7 +91,7 @@ def runs(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {n: run(place / n, *words, *TRAIN, *more) for n, more in asked.items()}
 
 
-def weights(result: TaskResult) -> dict[str, torch.Tensor]:
+def weights(result: Result) -> dict[str, torch.Tensor]:
     assert result.path is not None
     return dict(saexp.load_sae(result.path / "sae").named_buffers())
 
@@ -119,7 +119,7 @@ def test_the_model_has_sinks_behind_its_bos(words: list[str]) -> None:
 
 
 def test_training_with_sinks_gives_the_sae_of_the_same_data_without_them(
-    runs: dict[str, TaskResult],
+    runs: dict[str, Result],
 ) -> None:
     limited, by_hand = weights(runs["limited"]), weights(runs["by hand"])
     for name, values in limited.items():
@@ -135,7 +135,7 @@ def test_training_with_sinks_gives_the_sae_of_the_same_data_without_them(
         pd.testing.assert_frame_equal(tables[0][name], tables[1][name], rtol=1e-3, atol=1e-5)
 
 
-def test_without_sinks_the_limit_changes_no_number(runs: dict[str, TaskResult]) -> None:
+def test_without_sinks_the_limit_changes_no_number(runs: dict[str, Result]) -> None:
     one, other = runs["by hand"], runs["by hand, no limit"]
     for name, values in weights(one).items():
         assert torch.equal(values, weights(other)[name]), name
@@ -145,7 +145,7 @@ def test_without_sinks_the_limit_changes_no_number(runs: dict[str, TaskResult]) 
 
 
 def test_a_training_reports_what_it_left_out_and_explains(
-    runs: dict[str, TaskResult], words: list[str]
+    runs: dict[str, Result], words: list[str]
 ) -> None:
     rows, x = stream(words)
     result = runs["limited"]
@@ -162,7 +162,7 @@ def test_a_training_reports_what_it_left_out_and_explains(
 
 
 def test_evaluation_is_of_ordinary_positions(
-    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+    runs: dict[str, Result], words: list[str], tmp_path: Path
 ) -> None:
     folder = runs["everything"].path
     assert folder is not None
@@ -192,7 +192,7 @@ def test_evaluation_is_of_ordinary_positions(
 
 
 def test_top_features_are_of_ordinary_positions(
-    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+    runs: dict[str, Result], words: list[str], tmp_path: Path
 ) -> None:
     folder = runs["everything"].path
     assert folder is not None
@@ -215,7 +215,7 @@ def test_top_features_are_of_ordinary_positions(
 
 
 def test_dashboards_show_ordinary_positions(
-    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+    runs: dict[str, Result], words: list[str], tmp_path: Path
 ) -> None:
     folder = runs["everything"].path
     assert folder is not None
@@ -239,7 +239,7 @@ def test_dashboards_show_ordinary_positions(
 
 
 def test_the_unit_of_a_coefficient_is_the_median_norm_of_ordinary_positions(
-    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+    runs: dict[str, Result], words: list[str], tmp_path: Path
 ) -> None:
     folder = runs["limited"].path
     assert folder is not None
@@ -285,7 +285,7 @@ def test_a_curve_that_held_out_numbers_disagree_with_is_a_note() -> None:
 
 
 def test_the_check_and_an_estimated_scaling_are_of_ordinary_positions(
-    runs: dict[str, TaskResult], words: list[str], tmp_path: Path
+    runs: dict[str, Result], words: list[str], tmp_path: Path
 ) -> None:
     """Every position of the neutral text, for which the background asks for all of them."""
     folder = runs["limited"].path

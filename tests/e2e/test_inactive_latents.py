@@ -9,7 +9,7 @@ import saexp
 from saexp.data.tokenization import tokenize
 from saexp.errors import SaexpError
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.interventions.plain_loop import Hooked, plain_generate
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def ran(cache: Path, folder: Path, *words: str) -> TaskResult:
+def ran(cache: Path, folder: Path, *words: str) -> Result:
     return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
 
 

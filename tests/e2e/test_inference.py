@@ -14,7 +14,7 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.reports.analysis import headline
-from saexp.results import TaskResult
+from saexp.results import Result
 
 ALPHA = 0.05
 QUICK = ["intervention.n_prompts=40", "intervention.n_controls=19", "coefficient=[0.6,0.9]"]
@@ -28,17 +28,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose(["tracker=none", "device=cpu", f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder)
 
 
 @pytest.fixture(scope="module")
-def default(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TaskResult:
+def default(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return run(cache, tmp_path_factory.mktemp("default") / "run")
 
 
-def main_rows(result: TaskResult) -> pd.DataFrame:
+def main_rows(result: Result) -> pd.DataFrame:
     """Conditions with a sentence, at their chosen coefficients on the test split."""
     summary = result.tables.get("effects_summary")
     if summary is None:
@@ -47,13 +47,13 @@ def main_rows(result: TaskResult) -> pd.DataFrame:
     return summary[main & summary["refusal_p_controls_holm"].notna()]
 
 
-def claims(result: TaskResult) -> list[str]:
+def claims(result: Result) -> list[str]:
     """Conditions that the run reports an effect of."""
     rows = main_rows(result)
     return rows.loc[rows["refusal_p_controls_holm"] <= ALPHA, "condition"].tolist()
 
 
-def test_the_default_run_claims_the_effect_of_the_latents_for_unknown(default: TaskResult) -> None:
+def test_the_default_run_claims_the_effect_of_the_latents_for_unknown(default: Result) -> None:
     assert claims(default) == ["unknown_group"]
     row = main_rows(default).set_index("condition").loc["unknown_group"]
     assert row["refusal_change_ci_low"] > 0.5
@@ -63,7 +63,7 @@ def test_the_default_run_claims_the_effect_of_the_latents_for_unknown(default: T
     assert any("'known'" in s and "not distinguishable from its controls" in s for s in sentences)
 
 
-def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(default: TaskResult) -> None:
+def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(default: Result) -> None:
     """Recomputed from the rows of single prompts, by counting."""
     row = main_rows(default).set_index("condition").loc["unknown_group"]
     controls = default.tables["controls"]
@@ -86,7 +86,7 @@ def test_its_p_is_the_largest_rank_p_over_the_kinds_that_are_achieved(default: T
     assert row["refusal_p_controls_holm"] >= row["refusal_p_controls"]
 
 
-def test_achieved_controls_are_as_near_as_the_calipers_say(default: TaskResult) -> None:
+def test_achieved_controls_are_as_near_as_the_calipers_say(default: Result) -> None:
     controls = default.tables["controls"]
     matched = controls[controls["matched"]]
     frequency = matched.loc[matched["control_kind"] == "frequency", "frequency_ratio"]
@@ -141,7 +141,7 @@ def test_placebo_labels_give_no_claim(cache: Path, tmp_path: Path) -> None:
 
 
 def test_placebo_latents_pass_no_more_often_than_the_nominal_rate(
-    cache: Path, tmp_path: Path, default: TaskResult
+    cache: Path, tmp_path: Path, default: Result
 ) -> None:
     """Active latents that the contrast did not select, drawn by seed, each in a run of its own."""
     table = default.tables["latents"]

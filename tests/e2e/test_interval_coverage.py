@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, special
 
-from saexp.stats.intervals import separation_interval, auroc_interval
+from saexp.stats.intervals import auroc_interval, separation_interval
 from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
 
 N_SAMPLES = 3000

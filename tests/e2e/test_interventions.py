@@ -13,7 +13,7 @@ import saexp
 from saexp.errors import SaexpError
 from saexp.interventions.batching import SpeculativeDecoding
 from saexp.interventions.operations import Row
-from saexp.results import TaskResult
+from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
 SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
@@ -24,12 +24,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def ran(cache: Path, folder: Path, *words: str) -> TaskResult:
+def ran(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder)
 
 
-def test_of(result: TaskResult) -> pd.DataFrame:
+def test_of(result: Result) -> pd.DataFrame:
     table = result.tables["effects_summary"]
     return table[table["split"] == "test"]
 

@@ -12,7 +12,7 @@ import saexp
 from saexp.errors import SaexpError
 from saexp.interventions import run as causal
 from saexp.interventions.results_cache import ResultCache
-from saexp.results import TaskResult
+from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=8", "sae.check=off"]
 SMALL += ["intervention.n_choice_prompts=4", "intervention.n_controls=2", "analyzer.scores=false"]
@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def ran(cache: Path, folder: Path, *words: str) -> TaskResult:
+def ran(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "layer=2", *words])
     return saexp.run(cfg, folder)
 
@@ -69,7 +69,7 @@ def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(cache: Path, tmp_
     several = ran(cache, tmp_path / "several", *asked, *PER_LAYER)
     alone = ran(cache, tmp_path / "alone", *asked, "layer=3")
 
-    def values(result: TaskResult, condition: str) -> pd.Series:
+    def values(result: Result, condition: str) -> pd.Series:
         table = result.tables["effects"]
         mine = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
         return mine.set_index("example_id")["answer_logit"].sort_index()

@@ -117,7 +117,7 @@ def test_an_error_in_a_component_names_its_line(
 WRONG = [
     ("analyzer.name=no_config", "analyzer 'no_config' cannot be built: too many positional arg"),
     ("dataset.name=listed", "dataset=listed gave list; it must give an ExampleSet"),
-    ("task.name=nothing", "task 'nothing' gave NoneType; it must give a TaskResult"),
+    ("task.name=nothing", "task 'nothing' gave NoneType; it must give a Result"),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import saexp
 from saexp.digests import checksums
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.reports.left import wandb_runs
 
 WORDS = ["resume=true", "dataset.n_examples=20", "intervention=none", "analyzer.n_bootstrap=0"]
@@ -17,7 +17,7 @@ WORDS += ["analyzer.n_background=200"]
 CHANGED = ("metrics.json", "provenance.json")
 
 
-def run(cache: Path, folder: Path, *words: str, **options: Any) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str, **options: Any) -> Result:
     cfg = saexp.compose([*WORDS, f"cache_dir={cache}", "tracker=none", *words])
     return saexp.run(cfg, folder, **options)
 
@@ -32,18 +32,18 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> TaskResult:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A run that collected and computed everything, and was tracked."""
     folder = tmp_path_factory.mktemp("first")
     return run(folder / "cache", folder / "run", "tracker=jsonl")
 
 
-def cache_of(first: TaskResult) -> Path:
+def cache_of(first: Result) -> Path:
     assert first.path is not None
     return first.path.parent / "cache"
 
 
-def test_a_copy_claims_no_work_and_says_where_it_is_from(first: TaskResult, tmp_path: Path) -> None:
+def test_a_copy_claims_no_work_and_says_where_it_is_from(first: Result, tmp_path: Path) -> None:
     assert first.path is not None
     assert first.metrics["collection/tokens_forwarded"]
     again = run(cache_of(first), tmp_path / "copy", "tracker=jsonl")
@@ -65,7 +65,7 @@ def test_a_copy_claims_no_work_and_says_where_it_is_from(first: TaskResult, tmp_
     assert saved(first.path, "metrics.json")["collection/tokens_forwarded"] > 0
 
 
-def test_a_copy_is_tracked_as_a_run_of_its_own(first: TaskResult, tmp_path: Path) -> None:
+def test_a_copy_is_tracked_as_a_run_of_its_own(first: Result, tmp_path: Path) -> None:
     sweep = tmp_path / "2026"
     result = run(cache_of(first), sweep / "0_", "tracker=jsonl", sweep=sweep)
     lines = (sweep / "0_/tracker.jsonl").read_text("utf-8").splitlines()
@@ -79,7 +79,7 @@ def test_a_copy_is_tracked_as_a_run_of_its_own(first: TaskResult, tmp_path: Path
     assert sum(e["event"] == "start" for e in events) == 1
 
 
-def test_a_copy_gets_a_wandb_run_in_the_sweeps_group(first: TaskResult, tmp_path: Path) -> None:
+def test_a_copy_gets_a_wandb_run_in_the_sweeps_group(first: Result, tmp_path: Path) -> None:
     sweep = tmp_path / "2026"
     words = ["tracker=wandb", "tracker.mode=offline"]
     run(cache_of(first), sweep / "0_", *words, sweep=sweep)
@@ -96,9 +96,7 @@ def test_a_run_repeated_in_its_own_folder_stays_as_it_is(tmp_path: Path) -> None
     assert digests(tmp_path / "same") == before
 
 
-def test_a_folder_that_another_run_wrote_over_is_not_reused(
-    first: TaskResult, tmp_path: Path
-) -> None:
+def test_a_folder_that_another_run_wrote_over_is_not_reused(first: Result, tmp_path: Path) -> None:
     for layer in ("layer=1", "layer=2"):
         run(cache_of(first), tmp_path / "same", layer)
     run(cache_of(first), tmp_path / "new", "layer=1")
@@ -119,7 +117,7 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_file_that_a_task_leaves_is_listed_with_its_checksum(
-    task: str, first: TaskResult, tmp_path: Path
+    task: str, first: Result, tmp_path: Path
 ) -> None:
     run(cache_of(first), tmp_path / "run", *TASKS[task])
     listed = saved(tmp_path / "run", "provenance.json")["files"]

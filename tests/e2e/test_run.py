@@ -12,7 +12,7 @@ import pytest
 
 import saexp
 from saexp.cli import main
-from saexp.results import TaskResult
+from saexp.results import Result
 
 OVERLAY = ["intervention.n_prompts=32", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
 OVERLAY += ["intervention.n_controls=19"]
@@ -26,18 +26,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(folder: Path) -> TaskResult:
+def result(folder: Path) -> Result:
     cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY])
     return saexp.run(cfg, folder / "first", command="a test")
 
 
-def test_files_of_the_contract(result: TaskResult) -> None:
+def test_files_of_the_contract(result: Result) -> None:
     assert result.path is not None
     for name in FILES:
         assert (result.path / name).stat().st_size > 0, name
 
 
-def test_columns_of_the_contract(result: TaskResult) -> None:
+def test_columns_of_the_contract(result: Result) -> None:
     assert result.path is not None
     latents = pd.read_parquet(result.path / "latents.parquet")
     wanted = ["latent", "layer", "separation", "auroc", "p_value", "q_value", "ci_low", "ci_high"]
@@ -54,7 +54,7 @@ def test_columns_of_the_contract(result: TaskResult) -> None:
     assert {"condition", "latent", "coefficient", "refusal", "generated_text"} <= set(effects)
 
 
-def test_metrics_are_flat_numbers_with_the_contracts_names(result: TaskResult) -> None:
+def test_metrics_are_flat_numbers_with_the_contracts_names(result: Result) -> None:
     assert result.path is not None
     metrics = json.loads((result.path / "metrics.json").read_text())
     assert all(v is None or isinstance(v, int | float) for v in metrics.values())
@@ -74,7 +74,7 @@ def test_metrics_are_flat_numbers_with_the_contracts_names(result: TaskResult) -
         assert value is not None or any(name in note for note in result.notes), name
 
 
-def test_rows_name_tokens_that_stand_there(result: TaskResult) -> None:
+def test_rows_name_tokens_that_stand_there(result: Result) -> None:
     model = saexp.build("model", saexp.compose([]).model)
     for row in result.tables["rows"].sample(40, random_state=0).to_dict("records"):
         ids = model.tokenizer(row["text"])["input_ids"]
@@ -82,7 +82,7 @@ def test_rows_name_tokens_that_stand_there(result: TaskResult) -> None:
         assert row["text"].endswith(model.tokenizer.decode([row["token_id"]]))
 
 
-def test_the_finding_holds_on_held_out_entities(result: TaskResult) -> None:
+def test_the_finding_holds_on_held_out_entities(result: Result) -> None:
     m = result.metrics
     for group in ("known", "unknown"):
         assert (m[f"contrast/best_auroc_{group}_test"] or 0) >= 0.95
@@ -96,7 +96,7 @@ def test_the_finding_holds_on_held_out_entities(result: TaskResult) -> None:
     assert controls["refusal"].max() < steered["refusal"]
 
 
-def test_coefficient_zero_is_the_baseline_text_by_text(result: TaskResult) -> None:
+def test_coefficient_zero_is_the_baseline_text_by_text(result: Result) -> None:
     effects = result.tables["effects"]
     base = effects[effects["role"] == "baseline"].set_index("example_id")["generated_text"]
     zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
@@ -118,7 +118,7 @@ def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
 
 
 def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
-    folder: Path, result: TaskResult, monkeypatch: pytest.MonkeyPatch
+    folder: Path, result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model generated")
@@ -131,7 +131,7 @@ def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
     pd.testing.assert_frame_equal(again.tables["latents"], result.tables["latents"])
 
 
-def test_the_report_stands_alone(result: TaskResult) -> None:
+def test_the_report_stands_alone(result: Result) -> None:
     assert result.path is not None
     page = (result.path / "report.html").read_text("utf-8")
     body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)

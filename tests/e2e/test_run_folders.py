@@ -17,7 +17,7 @@ from saexp.context import RunContext
 from saexp.errors import ModelError
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import clear
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.tracking import NullTracker
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str) -> Result:
     return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
 
 
@@ -101,7 +101,7 @@ def test_verify_looks_at_the_store_where_the_run_was_finished(tmp_path: Path) ->
 
 PLUGIN = """
 from saexp.registry import register
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.tasks import finished
 from saexp.pipeline.run_folder import clear
 
@@ -111,7 +111,7 @@ class Constant:
         pass
 
     def analyze(self, inputs):
-        return TaskResult(metrics={"constant/value": VALUE})
+        return Result(metrics={"constant/value": VALUE})
 """
 
 

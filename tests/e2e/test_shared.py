@@ -12,7 +12,7 @@ import saexp
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.context import ObjectCache
 from saexp.pipeline import objects
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.sweeps.planning import PROCESS
 from tests.unit.reports.left import command, table_of
 
@@ -39,7 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         counted.encoded += 1
         return encode(*arguments)
 
-    def analyze(*arguments: Any) -> TaskResult:
+    def analyze(*arguments: Any) -> Result:
         counted.contrasted += 1
         return contrast(*arguments)
 
@@ -53,12 +53,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def run(cache: Path, folder: Path, *words: str, shared: ObjectCache | None = None) -> TaskResult:
+def run(cache: Path, folder: Path, *words: str, shared: ObjectCache | None = None) -> Result:
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder, objects=shared)
 
 
-def assert_same(one: TaskResult, other: TaskResult) -> None:
+def assert_same(one: Result, other: Result) -> None:
     spent = {"collection/tokens_forwarded", "collection/seconds"}
     assert {k: v for k, v in one.metrics.items() if k not in spent} == pytest.approx(
         {k: v for k, v in other.metrics.items() if k not in spent}, nan_ok=True

@@ -16,7 +16,7 @@ from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.models.loading import ASSETS
 from saexp.reports.analysis import headline
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes import training as module
 from saexp.saes.training_architectures import TRANSCODERS
 
@@ -39,7 +39,7 @@ VARIANTS = [(name, number % 2 == 1) for number, name in enumerate(TRANSCODERS)]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def trained(cache: Path, folder: Path, *words: str) -> TaskResult:
+def trained(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose([*WORDS, f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder)
 
@@ -50,9 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, bool], TaskResult]:
+def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Result]:
     """(trainer, with skip) -> result; all of them from one collection."""
     return {
         (name, skip): trained(
@@ -73,7 +71,7 @@ def store(cache: Path) -> ActivationStore:
 
 @pytest.mark.parametrize(("name", "skip"), VARIANTS)
 def test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees(
-    runs: dict[tuple[str, bool], TaskResult], cache: Path, name: str, skip: bool
+    runs: dict[tuple[str, bool], Result], cache: Path, name: str, skip: bool
 ) -> None:
     from sae_lens import SAE as LensSAE
 
@@ -106,7 +104,7 @@ def test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees(
     assert 0 < metrics["sparsity/l0"] < 128
 
 
-def test_all_variants_come_from_one_collection(runs: dict[tuple[str, bool], TaskResult]) -> None:
+def test_all_variants_come_from_one_collection(runs: dict[tuple[str, bool], Result]) -> None:
     forwarded = [runs[variant].metrics["collection/tokens_forwarded"] for variant in VARIANTS]
     assert forwarded[0] > 0
     assert forwarded[1:] == [0] * (len(VARIANTS) - 1)
@@ -128,7 +126,7 @@ saexp.run(saexp.compose(sys.argv[2:]), sys.argv[1])
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(
-    runs: dict[tuple[str, bool], TaskResult],
+    runs: dict[tuple[str, bool], Result],
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -151,7 +149,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     pd.testing.assert_frame_equal(whole.tables["training"], again.tables["training"])
 
 
-def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], TaskResult]) -> None:
+def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], Result]) -> None:
     run = runs["batchtopk_transcoder", True]
     page = (run.path / "report.html").read_text("utf-8")
     told = headline(run.path)

@@ -11,7 +11,7 @@ from torch import Tensor
 import saexp
 from saexp.activations.store import ActivationStore
 from saexp.models.hookpoints import Hookpoint
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.saes.make import write_saelens
 
 LAYER, WIDTH, D = 1, 256, 128
@@ -71,7 +71,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(cache: Path, folder: Path, place: Path, *words: str) -> TaskResult:
+def run(cache: Path, folder: Path, place: Path, *words: str) -> Result:
     cfg = saexp.compose([*WORDS, f"sae.path={place}", f"cache_dir={cache}", *words])
     return saexp.run(cfg, folder)
 

@@ -1,4 +1,4 @@
-"""The plugin of the documentation: a module, a YAML file, a command."""
+"""The plugin of the documentation: a module and a command."""
 
 import json
 import sys
@@ -20,14 +20,6 @@ from tests.readme_commands import ROOT, blocks
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_saexp.py").write_text(PACKAGE, encoding="utf-8")
-    conf = tmp_path / "my_conf"
-    for group, name in (("analyzer", "loudest"), ("dataset", "colours")):
-        (conf / group).mkdir(parents=True)
-        (conf / group / f"{name}.yaml").write_text(f"name: {name}\n", encoding="utf-8")
-    (conf / "intervention").mkdir()
-    (conf / "intervention" / "backwards.yaml").write_text(
-        "name: backwards\noutcomes: [shouting]\n", encoding="utf-8"
-    )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -35,7 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def typed(monkeypatch: pytest.MonkeyPatch, place: Path, name: str, *words: str) -> Path:
     folder = place / name
-    always = ["--config-dir", "my_conf", "plugins=[my_saexp]", "tracker=none", "cache_dir=cache"]
+    always = ["plugins=[my_saexp]", "tracker=none", "cache_dir=cache"]
     monkeypatch.setattr(sys, "argv", ["saexp", *always, f"hydra.run.dir={folder}", *words])
     main()
     return folder
@@ -44,14 +36,20 @@ def typed(monkeypatch: pytest.MonkeyPatch, place: Path, name: str, *words: str) 
 def test_a_package_of_one_s_own(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = typed(monkeypatch, place, "1", "analyzer=loudest", "dataset=colours")
+    found = typed(monkeypatch, place, "1", "analyzer=loudest", "analyzer.n=3", "dataset=colours")
     metrics = json.loads((found / "metrics.json").read_text())
     table = pd.read_parquet(found / "loudest.parquet")
+    assert len(table) == 3
     assert metrics["loudest/latent"] == table["latent"].iloc[0]
     assert "loudest" in (found / "report.html").read_text("utf-8")
     best = int(table["latent"].iloc[0])
     words = ["analyzer=loudest", "dataset=colours", "intervention=backwards"]
-    words += [f"intervention.latents=[{best}]", "coefficient=[0,1]", "intervention.n_controls=1"]
+    words += [
+        "intervention.outcomes=[shouting]",
+        f"intervention.latents=[{best}]",
+        "coefficient=[0,1]",
+        "intervention.n_controls=1",
+    ]
     found = typed(monkeypatch, place, "2", *words)
     effects = pd.read_parquet(found / "effects.parquet")
     assert {"shouting", "generated_text"} <= set(effects.columns)

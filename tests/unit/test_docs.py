@@ -156,3 +156,13 @@ def test_a_notebook_page_has_code_and_saved_outputs(tmp_path: Path) -> None:
     assert "```python\n1 < 2\n```" in page
     assert "True &lt;b&gt;" in page and "<div><p>table</p></div>" in page
     assert 'src="data:image/png;base64,AAAA"' in page and "printed" in page
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/caches.md"])
+def test_modules_that_the_documentation_mentions_exist(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    files = set(re.findall(r"`(?:saexp/)?([a-z_]+/[a-z_/]+\.py)`", text))
+    assert files
+    folders = (ROOT / "saexp", ROOT)
+    missing = [f for f in sorted(files) if not any((at / f).is_file() for at in folders)]
+    assert not missing

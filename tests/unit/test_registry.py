@@ -43,14 +43,14 @@ def test_an_analyzer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     (tmp_path / "my_saexp_plugin.py").write_text(
         "import saexp\n"
-        "from saexp.results import TaskResult\n\n"
+        "from saexp.results import Result\n\n"
         "@saexp.register('analyzer', 'counting')\n"
         "class Counting:\n"
         "    def __init__(self, cfg):\n"
         "        self.cfg = cfg\n\n"
         "    def analyze(self, inputs):\n"
         "        factor = self.cfg.options['factor']\n"
-        "        return TaskResult(metrics={'counting/rows': factor * len(inputs.latents)})\n",
+        "        return Result(metrics={'counting/rows': factor * len(inputs.latents)})\n",
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -68,7 +68,7 @@ TYPED = """
 import saexp
 from dataclasses import dataclass
 from saexp.config import AnalyzerConfig
-from saexp.results import TaskResult
+from saexp.results import Result
 
 @dataclass(kw_only=True)
 class ScaledConfig(AnalyzerConfig):
@@ -83,7 +83,7 @@ class Scaled:
         self.cfg = cfg
 
     def analyze(self, inputs):
-        return TaskResult(metrics={"scaled/rows": self.cfg.factor * len(inputs.latents)})
+        return Result(metrics={"scaled/rows": self.cfg.factor * len(inputs.latents)})
 """
 
 

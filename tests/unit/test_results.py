@@ -6,11 +6,11 @@ import pandas as pd
 
 import saexp
 from saexp.models.loading import ASSETS
-from saexp.results import TaskResult
+from saexp.results import Result
 
 
 def test_a_result_shows_what_there_is_in_a_few_lines() -> None:
-    result = TaskResult(
+    result = Result(
         metrics={"a/b": 1.0},
         tables={"latents": pd.DataFrame({"latent": range(500)})},
         figures={"volcano": object()},
@@ -18,13 +18,13 @@ def test_a_result_shows_what_there_is_in_a_few_lines() -> None:
         path=Path("outputs/x"),
     )
     assert repr(result).splitlines() == [
-        "TaskResult in outputs/x",
+        "Result in outputs/x",
         "  metrics: 1",
         "  tables: latents (500 rows)",
         "  figures: volcano",
         "  note: two skipped",
     ]
-    assert repr(TaskResult()).splitlines()[0] == "TaskResult in memory"
+    assert repr(Result()).splitlines()[0] == "Result in memory"
 
 
 def test_an_sae_shows_what_it_is() -> None:

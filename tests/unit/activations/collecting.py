@@ -16,7 +16,7 @@ from saexp.activations.collector import (
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Placement, place
+from saexp.data.positions import PositionTable, place
 from saexp.data.tokenization import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -31,7 +31,7 @@ POSTS = [Hookpoint(n, "resid_post") for n in range(3)]
 
 def placed(
     texts: Sequence[str] = TEXTS, name: str = "all", max_length: int = MAX_LENGTH, **options: Any
-) -> Placement:
+) -> PositionTable:
     """One example per text, in turn of two groups."""
     examples = [
         Example(id=str(n), text=t, group=("known", "unknown")[n % 2]) for n, t in enumerate(texts)
@@ -45,7 +45,7 @@ def run(
     model: LanguageModel,
     cache_dir: Path,
     hookpoints: Sequence[Hookpoint] = POSTS,
-    placement: Placement | None = None,
+    placement: PositionTable | None = None,
     max_length: int = MAX_LENGTH,
     prefetch: Sequence[Hookpoint] = (),
     part: Part | None = None,
@@ -79,7 +79,7 @@ def run_in_shards(
     return run(model, cache_dir, hookpoints, placed(REPEATING), shard_rows=SHARD_ROWS)
 
 
-def n_tokens(placement: Placement) -> int:
+def n_tokens(placement: PositionTable) -> int:
     """Tokens up to the last position wanted in each text: what one pass over all texts forwards."""
     return int((placement.rows.groupby("text_id")["token_index"].max() + 1).sum())
 

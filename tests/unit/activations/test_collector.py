@@ -54,8 +54,8 @@ def test_the_share_of_padding_is_that_of_the_batches(tmp_path):
     filled = len(lengths) * max(lengths)
     _, alone = run(random_lm("gpt2"), tmp_path / "alone", batch_tokens=1)
     _, together = run(random_lm("gpt2"), tmp_path / "together", batch_tokens=10**6)
-    assert alone.padding_share == 0
-    assert together.padding_share == pytest.approx((filled - sum(lengths)) / filled)
+    assert alone.padding_fraction == 0
+    assert together.padding_fraction == pytest.approx((filled - sum(lengths)) / filled)
 
 
 @pytest.mark.parametrize("architecture", STORED)
@@ -122,7 +122,7 @@ def test_nothing_stored_is_forwarded_again_and_no_weights_are_read(tmp_path):
     store, stats = run(first, tmp_path)
     again, no_stats = run(second, tmp_path)
     assert stats.tokens_forwarded > 0
-    assert (no_stats.tokens_forwarded, no_stats.padding_share) == (0, 0.0)
+    assert (no_stats.tokens_forwarded, no_stats.padding_fraction) == (0, 0.0)
     assert again.path == store.path
     assert (first.loaded, second.loaded) == (True, False)
     assert torch.equal(again.acts(1), store.acts(1))

@@ -18,7 +18,7 @@ from saexp.activations.collection import finite_rows
 from saexp.activations.collector import Part
 from saexp.activations.forward import AUTO_BATCH_TOKENS, units
 from saexp.activations.shards import Label, ShardWriter
-from saexp.data.positions import Placement
+from saexp.data.positions import PositionTable
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
@@ -51,7 +51,7 @@ def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(mad
     sequences, rows = made
     first = data.draw(st.integers(0, len(rows) - 1))
     end = data.draw(st.integers(first + 1, len(rows)))
-    placement = Placement(
+    placement = PositionTable(
         pd.DataFrame(rows, columns=["text_id", "token_index"]),
         [TokenizedText("", ids, (), (), False) for ids in sequences],
         [],

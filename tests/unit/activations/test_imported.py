@@ -14,7 +14,7 @@ from saexp.activations.collector import CollectionRequest
 from saexp.activations.imported import ImportedCollector
 from saexp.activations.store import ActivationStore
 from saexp.config import ImportedConfig, StoreConfig
-from saexp.data.positions import Placement
+from saexp.data.positions import PositionTable
 from saexp.errors import ConfigError, DataError, StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -33,7 +33,7 @@ def model() -> LanguageModel:
 def imported(
     model: LanguageModel,
     cache: Path,
-    positions: Placement,
+    positions: PositionTable,
     hookpoints: list[Hookpoint] | None = None,
     store: StoreConfig | None = None,
     **options: Any,
@@ -242,7 +242,7 @@ def test_options_that_do_not_fit_the_files_are_one_clear_error(
     options = write_memmap(tmp_path / "files", every[0], None)
     shape = options.pop("shape")
 
-    def message(positions: Placement | None = None, **more: Any) -> str:
+    def message(positions: PositionTable | None = None, **more: Any) -> str:
         with pytest.raises((ConfigError, DataError)) as error:
             imported(model, tmp_path, positions or placed(), **{**options, **more})
         return str(error.value)

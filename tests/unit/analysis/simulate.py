@@ -8,7 +8,7 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 
 D_SAE = 60
 GROUPS = ("known", "unknown")
@@ -68,7 +68,7 @@ def background() -> Latents:
 
 def contrast(
     dense: np.ndarray, rows: pd.DataFrame, *, groups: tuple[str, ...] = GROUPS, **options: object
-) -> TaskResult:
+) -> Result:
     """The analyzer's result."""
     cfg = AnalyzerConfig(name="contrast", **options)  # type: ignore[arg-type]
     return ContrastAnalyzer(cfg).analyze(

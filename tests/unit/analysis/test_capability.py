@@ -27,7 +27,7 @@ from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import mean_interval, paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
@@ -64,7 +64,7 @@ def capability(
     n_bootstrap: int = 50,
     max_length: int = 512,
     **options: object,
-) -> TaskResult:
+) -> Result:
     cfg = CapabilityConfig(name="capability", n_bootstrap=n_bootstrap, **options)  # type: ignore[arg-type]
     rows = pd.DataFrame({"row": [0]})
     return CapabilityAnalyzer(cfg).analyze(

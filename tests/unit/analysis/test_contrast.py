@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.rank_tests import FEW
 from tests.unit.analysis.simulate import (
     ALWAYS,
@@ -35,16 +35,16 @@ TWINS += ["separation_ci_low", "separation_ci_high", *(f"separation_{t}" for t i
 
 
 @pytest.fixture(scope="module")
-def result() -> TaskResult:
+def result() -> Result:
     return contrast(DENSE, ROWS)
 
 
 @pytest.fixture(scope="module")
-def table(result: TaskResult) -> pd.DataFrame:
+def table(result: Result) -> pd.DataFrame:
     return result.tables["latents"].set_index("latent")
 
 
-def test_columns_of_the_contract(result: TaskResult) -> None:
+def test_columns_of_the_contract(result: Result) -> None:
     """CONTRACT.md: latents.parquet."""
     found = set(result.tables["latents"].columns)
     assert {"latent", "layer", "background_freq", "selected", *PROMISED} <= found
@@ -52,12 +52,12 @@ def test_columns_of_the_contract(result: TaskResult) -> None:
     assert (result.tables["latents"]["layer"] == 4).all()
 
 
-def test_one_row_per_latent_that_fired(table: pd.DataFrame, result: TaskResult) -> None:
+def test_one_row_per_latent_that_fired(table: pd.DataFrame, result: Result) -> None:
     assert table.index.tolist() == [i for i in range(D_SAE) if i != SILENT]
     assert result.metrics["contrast/n_tested"] == D_SAE - 1
 
 
-def test_planted_latents_are_found(table: pd.DataFrame, result: TaskResult) -> None:
+def test_planted_latents_are_found(table: pd.DataFrame, result: Result) -> None:
     assert table[table["selected"]].index.tolist() == [KNOWN, UNKNOWN]
     assert table["direction"][[KNOWN, UNKNOWN, ALWAYS, ONE_TYPE]].tolist() == [
         "known",
@@ -223,7 +223,7 @@ def test_a_latent_is_active_on_a_fraction_of_an_entitys_rows() -> None:
     assert made["freq_unknown_test"].tolist() == [0.5, 1.0]
 
 
-def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: TaskResult) -> None:
+def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: Result) -> None:
     """In each direction's own orientation, intervals too."""
     metrics = {k.removeprefix("contrast/"): v for k, v in result.metrics.items()}
     assert metrics["n_units_train"] == 120
@@ -255,7 +255,7 @@ def test_metrics_are_of_the_first_ranked(table: pd.DataFrame, result: TaskResult
 
 
 def test_p_values_of_the_leading_latents_are_corrected_by_holm(
-    table: pd.DataFrame, result: TaskResult
+    table: pd.DataFrame, result: Result
 ) -> None:
     """Over the latents named, each once: ALWAYS, the strongest for known, is a third."""
     plain = table.loc[[KNOWN, UNKNOWN, ALWAYS], "p_value_test"].to_numpy()

@@ -14,7 +14,7 @@ from saexp.analysis.observations import observations, split_of
 from saexp.analysis.surface_baseline import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.rank_tests import stratum_weights
 from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed
@@ -45,7 +45,7 @@ def made(second: str = "abcdefij", *, entities: bool = True) -> AnalysisInputs:
     )
 
 
-def contrast(inputs: AnalysisInputs, **options: object) -> TaskResult:
+def contrast(inputs: AnalysisInputs, **options: object) -> Result:
     cfg = AnalyzerConfig(name="contrast", **options)  # type: ignore[arg-type]
     return ContrastAnalyzer(cfg).analyze(inputs)
 
@@ -56,7 +56,7 @@ def inputs() -> AnalysisInputs:
 
 
 @pytest.fixture(scope="module")
-def result(inputs: AnalysisInputs) -> TaskResult:
+def result(inputs: AnalysisInputs) -> Result:
     return contrast(inputs)
 
 
@@ -109,7 +109,7 @@ def test_plain_texts_without_entities() -> None:
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(
-    inputs: AnalysisInputs, result: TaskResult
+    inputs: AnalysisInputs, result: Result
 ) -> None:
     """With all of its labels exchanged the test split's AUROC is one less what it was."""
     rows = inputs.latents.rows

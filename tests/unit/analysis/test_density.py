@@ -11,7 +11,7 @@ from saexp.analysis.contrast_checks import density_limit
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 
 D_SAE, N_BACKGROUND = 600, 2000
 RIGHT, RARE, GENERAL = 17, 23, 41
@@ -35,7 +35,7 @@ def rows() -> pd.DataFrame:
     return table.assign(entity_type="city", n_entity_tokens=pd.array([2] * 480, dtype="Int64"))
 
 
-def contrast(**options: object) -> TaskResult:
+def contrast(**options: object) -> Result:
     rng = np.random.default_rng(1)
     table = rows()
     known = (table["group"] == "known").to_numpy()

@@ -14,7 +14,7 @@ from saexp.context import ObjectCache
 from saexp.latents.encode import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
-from saexp.results import TaskResult
+from saexp.results import Result
 
 GROUPS = ("known", "unknown")
 COLUMNS = ["unit", "group", "split", "entity_type", "n_entity_tokens"]
@@ -35,7 +35,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Latents:
     return Latents(found.csr[used], found.rows.loc[used, COLUMNS].reset_index(drop=True))
 
 
-def contrast(latents: Latents, rows: pd.DataFrame) -> TaskResult:
+def contrast(latents: Latents, rows: pd.DataFrame) -> Result:
     cfg = AnalyzerConfig(name="contrast", n_bootstrap=0)
     return ContrastAnalyzer(cfg).analyze(
         AnalysisInputs(latents=Latents(latents.csr, rows), groups=GROUPS, layer=2)

@@ -50,10 +50,10 @@ def test_the_share_of_permuted_labels_is_the_error_rate_of_the_claim(effect: flo
 
     assert claims(train, test) == (effect > 0)
     m = placebo_labels(claims, train, test, 800, 0).metrics
-    assert m["placebo/label_share_n"] == 800
-    low, high = m["placebo/label_share_ci_low"], m["placebo/label_share_ci_high"]
+    assert m["placebo/label_fraction_n"] == 800
+    low, high = m["placebo/label_fraction_ci_low"], m["placebo/label_fraction_ci_high"]
     assert low - 0.01 <= LEVEL <= high + 0.01
-    k = round(m["placebo/label_share"] * 800)
+    k = round(m["placebo/label_fraction"] * 800)
     assert (low, high) == pytest.approx(tuple(map(float, wilson(k, 800))))
 
 
@@ -63,8 +63,8 @@ def test_the_whole_contrast_finds_nothing_in_permuted_labels() -> None:
     dense = activations(rows)
     plain, placebo = (contrast(dense, rows, placebo=n) for n in (0, 150))
     m = placebo.metrics
-    assert m["placebo/label_share"] <= LEVEL
-    assert m["placebo/label_share_n"] == 150
+    assert m["placebo/label_fraction"] <= LEVEL
+    assert m["placebo/label_fraction_n"] == 150
     pd.testing.assert_frame_equal(plain.tables["latents"], placebo.tables["latents"])
     assert plain.metrics == {k: v for k, v in m.items() if not k.startswith("placebo/")}
     assert plain.notes == placebo.notes
@@ -85,15 +85,15 @@ def test_the_share_of_latents_is_that_of_a_plain_loop() -> None:
         )
         n_claims += same and row["p_value_test"] <= LEVEL
     m = placebo_latents(table, LEVEL, 1000, 0).metrics
-    assert m["placebo/latent_share_n"] == n
-    assert m["placebo/latent_share"] == pytest.approx(n_claims / n)
+    assert m["placebo/latent_fraction_n"] == n
+    assert m["placebo/latent_fraction"] == pytest.approx(n_claims / n)
     # The planted ones at least, and few others.
-    assert 4 / n <= m["placebo/latent_share"] <= 12 / n
-    assert placebo_latents(table, LEVEL, 10, 0).metrics["placebo/latent_share_n"] == 10
+    assert 4 / n <= m["placebo/latent_fraction"] <= 12 / n
+    assert placebo_latents(table, LEVEL, 10, 0).metrics["placebo/latent_fraction_n"] == 10
 
 
 def test_no_active_latent_has_no_share() -> None:
     table = pd.DataFrame({"auroc": [0.5], "auroc_test": [0.5], "p_value_test": [1.0]})
     m = placebo_latents(table, LEVEL, 10, 0).metrics
-    assert m["placebo/latent_share_n"] == 0
-    assert m["placebo/latent_share"] is None
+    assert m["placebo/latent_fraction_n"] == 0
+    assert m["placebo/latent_fraction"] is None

@@ -27,7 +27,7 @@ from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.analysis.simulate import GROUPS, KNOWN, UNKNOWN, activations, rows_table
 
 D_IN = 12
@@ -72,7 +72,7 @@ def probe(
     *,
     n_bootstrap: int = 60,
     **options: object,
-) -> TaskResult:
+) -> Result:
     settings = {"k": [1, 3], "strengths": STRENGTHS, **options}
     cfg = ProbeConfig(name="probe", n_bootstrap=n_bootstrap, **settings)  # type: ignore[arg-type]
     return ProbeAnalyzer(cfg).analyze(replace(inputs, transfer=transfer))
@@ -84,7 +84,7 @@ def inputs() -> AnalysisInputs:
 
 
 @pytest.fixture(scope="module")
-def result(inputs: AnalysisInputs) -> TaskResult:
+def result(inputs: AnalysisInputs) -> Result:
     return probe(inputs)
 
 
@@ -117,7 +117,7 @@ def step_by_step(
 
 
 @pytest.mark.parametrize("name", ["sparse_1", "sparse_3", "dense"])
-def test_against_scikit_learn(inputs: AnalysisInputs, result: TaskResult, name: str) -> None:
+def test_against_scikit_learn(inputs: AnalysisInputs, result: Result, name: str) -> None:
     train, y, units = parts(inputs, "train")
     test, y_test, _ = parts(inputs, "test")
     if name == "dense":
@@ -140,7 +140,7 @@ def test_against_scikit_learn(inputs: AnalysisInputs, result: TaskResult, name: 
     assert result.metrics[f"probe/{name}_auroc_ci_low_test"] == row["auroc_ci_low"]
 
 
-def test_difference_of_means_by_hand(inputs: AnalysisInputs, result: TaskResult) -> None:
+def test_difference_of_means_by_hand(inputs: AnalysisInputs, result: Result) -> None:
     assert inputs.acts is not None
     x = inputs.acts.numpy().astype(np.float64)
     train, y, _ = parts(inputs, "train")
@@ -153,7 +153,7 @@ def test_difference_of_means_by_hand(inputs: AnalysisInputs, result: TaskResult)
     assert m["probe/mean_difference_accuracy_test"] == pytest.approx((called == y_test).mean())
 
 
-def test_the_best_latent_is_the_best_on_train(inputs: AnalysisInputs, result: TaskResult) -> None:
+def test_the_best_latent_is_the_best_on_train(inputs: AnalysisInputs, result: Result) -> None:
     dense = inputs.latents.csr.todense()
     train, y, _ = parts(inputs, "train")
     test, y_test, _ = parts(inputs, "test")
@@ -168,7 +168,7 @@ def test_the_best_latent_is_the_best_on_train(inputs: AnalysisInputs, result: Ta
     np.testing.assert_allclose(named["auroc"], aurocs[named["latent"]], atol=1e-12)
 
 
-def test_a_planted_signal_is_found(result: TaskResult) -> None:
+def test_a_planted_signal_is_found(result: Result) -> None:
     m = result.metrics
     assert m["probe/sparse_3_auroc_test"] > 0.9
     assert m["probe/dense_auroc_test"] > 0.9

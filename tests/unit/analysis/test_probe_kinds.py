@@ -14,11 +14,11 @@ from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.analysis.test_probe import made, parts
 
 
-def probe(inputs: AnalysisInputs, n_bootstrap: int = 40, **options: object) -> TaskResult:
+def probe(inputs: AnalysisInputs, n_bootstrap: int = 40, **options: object) -> Result:
     settings = {"k": [1, 3], "strengths": [0.1], **options}
     cfg = ProbeConfig(name="probe", n_bootstrap=n_bootstrap, **settings)  # type: ignore[arg-type]
     return ProbeAnalyzer(cfg).analyze(inputs)

@@ -10,7 +10,7 @@ from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import StatsConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval
 from tests.unit.analysis.simulate import D_SAE, GROUPS, SILENT, activations, rows_table
 
@@ -25,7 +25,7 @@ def stats(
     *,
     n_bootstrap: int = 200,
     **options: object,
-) -> TaskResult:
+) -> Result:
     cfg = StatsConfig(name="stats", n_bootstrap=n_bootstrap, **options)  # type: ignore[arg-type]
     return StatsAnalyzer(cfg).analyze(
         AnalysisInputs(latents=Latents(sparse.csr_array(dense), rows), groups=groups, layer=4)

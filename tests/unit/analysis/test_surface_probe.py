@@ -14,7 +14,7 @@ from saexp.analysis.probe import ProbeAnalyzer
 from saexp.analysis.surface_baseline import fit_surface, read_texts, token_counts
 from saexp.config import ProbeConfig
 from saexp.latents.encode import Latents
-from saexp.results import TaskResult
+from saexp.results import Result
 from tests.unit.analysis.simulate import GROUPS, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed, tokenized
 
@@ -39,7 +39,7 @@ def made() -> AnalysisInputs:
     )
 
 
-def probe(inputs: AnalysisInputs) -> TaskResult:
+def probe(inputs: AnalysisInputs) -> Result:
     cfg = ProbeConfig(name="probe", n_bootstrap=40, k=[1], strengths=[1.0])
     return ProbeAnalyzer(cfg).analyze(inputs)
 
@@ -50,17 +50,17 @@ def inputs() -> AnalysisInputs:
 
 
 @pytest.fixture(scope="module")
-def result(inputs: AnalysisInputs) -> TaskResult:
+def result(inputs: AnalysisInputs) -> Result:
     return probe(inputs)
 
 
-def row_of(result: TaskResult, data: str) -> pd.Series:
+def row_of(result: Result, data: str) -> pd.Series:
     table = result.tables["probes"]
     return table[(table["probe"] == "surface") & (table["data"] == data)].iloc[0]
 
 
 def test_its_numbers_are_those_of_the_baseline_fitted_by_itself(
-    inputs: AnalysisInputs, result: TaskResult
+    inputs: AnalysisInputs, result: Result
 ) -> None:
     rows = inputs.latents.rows
     read, first = read_texts(rows, inputs.texts), (rows["group"] == "known").to_numpy()
@@ -75,7 +75,7 @@ def test_its_numbers_are_those_of_the_baseline_fitted_by_itself(
     assert row_of(result, "test")["c"] == fitted.fitted.c
 
 
-def test_it_has_the_name_that_it_has_in_a_contrast(result: TaskResult) -> None:
+def test_it_has_the_name_that_it_has_in_a_contrast(result: Result) -> None:
     m = result.metrics
     assert m["contrast/surface_auroc_test"] == m["probe/surface_auroc_test"]
     for end in ("low", "high"):
@@ -84,7 +84,7 @@ def test_it_has_the_name_that_it_has_in_a_contrast(result: TaskResult) -> None:
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(
-    inputs: AnalysisInputs, result: TaskResult
+    inputs: AnalysisInputs, result: Result
 ) -> None:
     rows = inputs.latents.rows
     test = (rows["split"] == "test").to_numpy()

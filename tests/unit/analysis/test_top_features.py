@@ -17,7 +17,7 @@ from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
-from saexp.results import TaskResult
+from saexp.results import Result
 
 TEXTS = ["The player Fenlet Baszad scored twice.", "When Laura went to the shops, Tom slept."]
 
@@ -39,7 +39,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> AnalysisInputs:
     return AnalysisInputs(latents=latents, groups=(), layer=1, texts=texts, model=model, sae=sae)
 
 
-def top_features(inputs: AnalysisInputs, **options: object) -> TaskResult:
+def top_features(inputs: AnalysisInputs, **options: object) -> Result:
     cfg = TopFeaturesConfig(name="top_features", **options)  # type: ignore[arg-type]
     return TopFeaturesAnalyzer(cfg).analyze(inputs)
 

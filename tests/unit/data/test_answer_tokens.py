@@ -11,10 +11,10 @@ from saexp import registry
 from saexp.analysis.capability import questions
 from saexp.config import DatasetConfig, InterventionConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.prompts import answer_text, answer_token, foil_of, space_note
 from saexp.errors import ConfigError
-from saexp.interventions.conditions import placed_prompts
+from saexp.interventions.conditions import position_prompts
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, LogitDifference
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_lm, tokenizer
@@ -87,14 +87,14 @@ def test_the_token_is_the_one_that_follows_the_prompt_s_own(
     found, skips = questions([example], model, 512)
     if whole[: len(before)] != before:
         assert [s.reason for s in skips] == ["answer merges with the prompt's last token"]
-        with pytest.raises(Unplaced, match="^answer merges with the prompt's last token$"):
+        with pytest.raises(PositionNotFound, match="^answer merges with the prompt's last token$"):
             AnswerLogit().tokens(example, made)
         return
     # Outcomes and the capability analyzer say the same.
     [question] = found
     assert question.answer_id == whole[len(before)]
     assert AnswerRank().tokens(example, made) == ([whole[len(before)]], [])
-    with pytest.raises(Unplaced, match="begin with one token"):
+    with pytest.raises(PositionNotFound, match="begin with one token"):
         LogitDifference().tokens(example, made)
     assert question.foil_reason == "foil begins with the answer's first token"
 
@@ -110,7 +110,7 @@ def test_in_chat_the_answer_begins_the_model_s_turn(of: str, answer: str) -> Non
         for t in (templated, templated + "Paris")
     )
     cfg = InterventionConfig(name="steer", where="last")
-    [placed] = placed_prompts([example], model, cfg, 512).all()
+    [placed] = position_prompts([example], model, cfg, 512).all()
     found, skips = questions([example], model, 512)
     if whole[: len(before)] != before:
         assert [s.reason for s in skips] == ["answer merges with the prompt's last token"]
@@ -140,9 +140,9 @@ def test_joined_text_is_prompt_and_answer_with_at_most_one_space(prompt: str, an
 
 @pytest.mark.parametrize("answer", ["", " ", "\n"])
 def test_an_empty_answer_has_no_token(answer: str) -> None:
-    with pytest.raises(Unplaced, match="^answer has no token$"):
+    with pytest.raises(PositionNotFound, match="^answer has no token$"):
         answer_token(tokenizer(), Example(id="1", text="The city"), answer)
-    with pytest.raises(Unplaced, match="^foil has no token$"):
+    with pytest.raises(PositionNotFound, match="^foil has no token$"):
         answer_token(tokenizer(), Example(id="1", text="The city"), answer, "foil")
 
 
@@ -150,7 +150,7 @@ def test_an_empty_answer_has_no_token(answer: str) -> None:
 def test_a_missing_foil_is_none(foil: Any) -> None:
     example = Example(id="1", text="a", answers=("b",), extra={"foil": foil})
     assert foil_of(example) is None
-    with pytest.raises(Unplaced, match="no foil"):
+    with pytest.raises(PositionNotFound, match="no foil"):
         LogitDifference().tokens(example, tokenizer())
     found, _ = questions([example], random_lm("llama"), 64)
     assert found[0].foil_reason is None

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import saexp
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, Unplaced, place
+from saexp.data.positions import Candidate, PositionNotFound, place
 from saexp.data.prompts import CHANGED, as_read, tokenize_prompts, tokenize_texts
 from saexp.data.tokenization import span_to_tokens, tokenize
-from saexp.interventions.conditions import placed_prompts
+from saexp.interventions.conditions import position_prompts
 from saexp.pipeline.collect import resolve_bos
 from saexp.registry import build
 from tests.chat_tokenizers import (
@@ -176,7 +176,7 @@ def test_the_message_is_located_whatever_it_says(of: str, message: str) -> None:
 def located(model: Any, example: Example, where: str, **options: Any) -> list[str]:
     """Texts of the tokens that are changed."""
     cfg = InterventionConfig(name="steer", where=where, where_options=options)
-    found = placed_prompts([example], model, cfg, 512)
+    found = position_prompts([example], model, cfg, 512)
     assert not found.reasons
     [placed] = found.all()
     return [placed.tokens.text[slice(*placed.tokens.offsets[i])] for i in placed.positions]
@@ -190,12 +190,12 @@ def test_an_entity_is_the_user_s_and_not_the_template_s(of: str, entity: str) ->
     example = Example(id="1", text=entity, spans=((0, len(entity)),), entity=entity, prompt=prompt)
     assert "".join(located(model, example, "entity")).strip() == entity
     cfg = InterventionConfig(name="steer", where="entity")
-    [placed] = placed_prompts([example], model, cfg, 512).all()
+    [placed] = position_prompts([example], model, cfg, 512).all()
     # Right behind "Is", in the message.
     start = placed.example.spans[-1][0]
     assert placed.tokens.text[:start].endswith("Is ")
     elsewhere = replace(example, prompt="Who is that?")
-    reasons = placed_prompts([elsewhere], model, cfg, 512).reasons
+    reasons = position_prompts([elsewhere], model, cfg, 512).reasons
     assert reasons == {"no entity span": 1}
 
 
@@ -205,7 +205,7 @@ def test_a_span_given_by_the_user_survives(of: str) -> None:
     text = "Ann met Bob and then Ann left"
     example = Example(id="1", text=text, spans=((0, 3),), entity="Ann")
     cfg = InterventionConfig(name="steer", where="entity")
-    [placed] = placed_prompts([example], model, cfg, 512).all()
+    [placed] = position_prompts([example], model, cfg, 512).all()
     [(start, end)] = placed.example.spans
     assert placed.tokens.text[start:end] == "Ann"
     assert placed.tokens.text[start:].startswith("Ann met Bob")
@@ -227,13 +227,13 @@ def test_positions_are_of_the_message(of: str) -> None:
     cfg = InterventionConfig(
         name="steer", where="substring", where_options={"substring": "<|", "n": 1}
     )
-    assert placed_prompts([example], model, cfg, 512).reasons == {"substring not found": 1}
+    assert position_prompts([example], model, cfg, 512).reasons == {"substring not found": 1}
 
 
 @CHAT
 def test_last_is_the_token_before_the_generation(of: str) -> None:
     model = with_tokenizer(chat_tokenizers()[of], chat=True)
-    [placed] = placed_prompts(
+    [placed] = position_prompts(
         [Example(id="1", text="Who?")], model, InterventionConfig(name="steer", where="last"), 512
     ).all()
     assert placed.positions == (len(placed.tokens) - 1,)
@@ -248,10 +248,10 @@ def test_a_template_that_changes_the_message_is_a_counted_skip_where_its_place_m
     example = Example(id="1", text="Is it Bo?", spans=((6, 8),), entity="Bo")
     for where, options in (("entity", {}), ("substring", {"substring": "Bo"}), ("middle", {})):
         cfg = InterventionConfig(name="steer", where=where, where_options=options)
-        assert placed_prompts([example], model, cfg, 512).reasons == {CHANGED: 1}
+        assert position_prompts([example], model, cfg, 512).reasons == {CHANGED: 1}
     for where in ("all", "prompt", "last", "generated"):
         cfg = InterventionConfig(name="steer", where=where)
-        [placed] = placed_prompts([example], model, cfg, 512).all()
+        [placed] = position_prompts([example], model, cfg, 512).all()
         assert list(placed.tokens.ids) == by_template(model.tokenizer, example.text)
         assert placed.example.spans == ()
 
@@ -271,5 +271,5 @@ def test_no_prompt_is_no_prompt() -> None:
     [prompt] = as_read(model, [" "])
     assert prompt.located((0, 1)) is None
     at = Candidate(Example(id="1", text=" "), read(model, [" "])[0], np.random.default_rng(0))
-    with pytest.raises(Unplaced, match="text has no ordinary token"):
+    with pytest.raises(PositionNotFound, match="text has no ordinary token"):
         build("positions", PositionsConfig(name="all")).select(at)

@@ -17,7 +17,7 @@ import saexp
 from saexp.config import InterventionConfig, ModelConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
-from saexp.interventions.conditions import Condition, Placed, Prompts
+from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
 from saexp.interventions.measure import AttentionTest, _attention
 from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
@@ -243,7 +243,9 @@ def test_two_entities_of_one_prompt_have_attention_of_their_own() -> None:
     prompts = Prompts()
     for name, span in (("ab", (0, 2)), ("ef", (6, 8))):
         example = Example(id=name, text=text, group="g", spans=(span,), entity=name, split="test")
-        prompts.of_group.setdefault("g", []).append(Placed(example, tokens, (len(tokens) - 1,)))
+        prompts.of_group.setdefault("g", []).append(
+            PositionedPrompt(example, tokens, (len(tokens) - 1,))
+        )
     add = Add(AT, Vector(torch.zeros(model.d_model)), 1.0)
     condition = Condition("c", "group", "g", "g", (1,), "c", ((add,),))
     cfg = InterventionConfig(name="steer", coefficient=1.0, where="last")

@@ -16,10 +16,10 @@ from saexp.interventions.controls import (
     ControlDesign,
     control_notes,
     control_table,
-    left_out_note,
     main_conditions,
+    missing_kinds_note,
 )
-from saexp.interventions.directions import LatentFacts
+from saexp.interventions.directions import LatentStatistics
 from saexp.interventions.operations import Add, Op, Project
 from saexp.interventions.steering import (
     Ablate,
@@ -27,19 +27,19 @@ from saexp.interventions.steering import (
     Orthogonalize,
     ProjectOut,
     Scale,
-    SpliceIn,
+    SpliceReconstruction,
     Steer,
 )
 from tests.random_models import random_lm
 from tests.unit.interventions.test_edits import facts
 
-NAMES = {"ProjectOut": "project_out", "SpliceIn": "splice"}
+NAMES = {"ProjectOut": "project_out", "SpliceReconstruction": "splice"}
 
 
 def designed(
     kind: type, coefficients: Sequence[float] = (0.0, 0.5, 1.0), **settings: Any
 ) -> ControlDesign:
-    about: LatentFacts = settings.pop("facts", None) or facts()
+    about: LatentStatistics = settings.pop("facts", None) or facts()
     name = NAMES.get(kind.__name__, kind.__name__.lower())
     cfg = InterventionConfig(
         name=name, **{"n_controls": 5, "n_curve_controls": 2, "frequency_caliper": 8.0, **settings}
@@ -242,14 +242,14 @@ def test_kinds_are_those_that_an_edit_can_have(
         (ProjectOut, {}, "disruption, random_kl here: nothing is added that could be scaled"),
         (Scale, {}, "disruption, random_norm, random_kl here: nothing is added"),
         (Scale, {"control_kinds": ["frequency"]}, None),
-        (SpliceIn, {}, None),
+        (SpliceReconstruction, {}, None),
     ],
 )
 def test_kinds_that_are_left_out_are_noted(
     kind: type, settings: dict[str, Any], note_text: str | None
 ) -> None:
     design = designed(kind, **settings)
-    notes = left_out_note([design.kinds(c) for c in design.main], design.cfg)
+    notes = missing_kinds_note([design.kinds(c) for c in design.main], design.cfg)
     assert len(notes) == (note_text is not None)
     assert not note_text or f"has no controls of kind {note_text}" in notes[0]
 
@@ -273,7 +273,7 @@ def test_as_many_random_directions_are_removed(kind: type) -> None:
 
 
 def test_an_intervention_s_own_controls_are_staged_alike() -> None:
-    design = designed(SpliceIn)
+    design = designed(SpliceReconstruction)
     first = [c for c in design.curve() if c.of == "known_splice"]
     assert [(c.control_kind, c.number) for c in first] == [("random_norm", 1), ("random_norm", 2)]
     made, _ = second_stage(design)

@@ -14,7 +14,7 @@ from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign
-from saexp.interventions.directions import LatentFacts, StreamRows, denoised, orthonormal
+from saexp.interventions.directions import LatentStatistics, StreamRows, denoised, orthonormal
 from saexp.interventions.operations import Add, Move, Project
 from saexp.interventions.steering import (
     Ablate,
@@ -22,7 +22,7 @@ from saexp.interventions.steering import (
     Orthogonalize,
     ProjectOut,
     Scale,
-    SpliceIn,
+    SpliceReconstruction,
     Steer,
 )
 from saexp.models.hookpoints import Hookpoint
@@ -32,7 +32,9 @@ D, N_LATENTS = 16, 40
 AT = Hookpoint(1, "resid_post")
 
 
-def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True) -> LatentFacts:
+def facts(
+    groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
+) -> LatentStatistics:
     rng = np.random.default_rng(0)
     decoder = torch.from_numpy(rng.normal(size=(N_LATENTS, D))).float()
     selected = np.isin(np.arange(N_LATENTS), [2, 3, 5])
@@ -52,7 +54,7 @@ def facts(groups: tuple[str, ...] = ("known", "unknown"), *, stream: bool = True
     )
     acts = rng.normal(size=(60, D)) + np.repeat([[0.0], [2.0]], 30, axis=0) * np.eye(D)[0]
     labels = np.repeat(np.array(["known", "unknown"]), 30)
-    return LatentFacts(
+    return LatentStatistics(
         table=table,
         groups=groups,
         median_norm=7.0,
@@ -74,7 +76,7 @@ def planned(
 
 
 def with_controls(
-    intervention: Any, about: LatentFacts, coefficients: Sequence[float], prompts: Any = None
+    intervention: Any, about: LatentStatistics, coefficients: Sequence[float], prompts: Any = None
 ) -> list[Condition]:
     """All conditions and the controls that each has at every coefficient."""
     made, _ = intervention.plan(about, list(coefficients), prompts or Prompts(), random_lm("llama"))
@@ -155,7 +157,9 @@ def test_other_directions_are_the_difference_of_means_a_probe_and_random_ones() 
     assert lengths == {round(float(np.linalg.norm(difference)), 4)}
 
 
-@pytest.mark.parametrize(("kind", "of"), [(Steer, "known_random"), (SpliceIn, "known_splice")])
+@pytest.mark.parametrize(
+    ("kind", "of"), [(Steer, "known_random"), (SpliceReconstruction, "known_splice")]
+)
 def test_random_directions_differ_between_layers_and_groups(kind: type, of: str) -> None:
     """In 4096 dimensions unrelated directions have cosines of about 0.016."""
 
@@ -185,7 +189,9 @@ def test_random_directions_differ_between_layers_and_groups(kind: type, of: str)
         assert float((one @ other.T).abs().max()) < 0.1
 
 
-def least_squares(about: LatentFacts, latents: Sequence[int], target: np.ndarray) -> np.ndarray:
+def least_squares(
+    about: LatentStatistics, latents: Sequence[int], target: np.ndarray
+) -> np.ndarray:
     """The part of a vector that the latents' decoder rows make up, by numpy's least squares."""
     rows = about.directions(list(latents)).numpy().astype(np.float64)
     return np.linalg.lstsq(rows.T, target, rcond=None)[0] @ rows

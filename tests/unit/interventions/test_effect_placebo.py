@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.controls import effect_share
+from saexp.interventions.controls import effect_fraction
 from saexp.interventions.effects import effect_power
 from saexp.stats.intervals import wilson
 from saexp.stats.power import detectable_change
@@ -36,12 +36,12 @@ def tables(
 def test_exchangeable_controls_pass_as_often_as_the_level_says() -> None:
     """One kind: by rank, exactly the fraction of ranks that pass."""
     values = np.random.default_rng(0).standard_normal(99)
-    m = effect_share(*tables({"frequency": values}), "refused", 0.05).metrics
-    assert m["placebo/effect_share_n"] == 99
-    assert 0.03 <= m["placebo/effect_share"] <= 0.05
-    low, high = wilson(round(m["placebo/effect_share"] * 99), 99)
-    assert m["placebo/effect_share_ci_low"] == pytest.approx(float(low))
-    assert m["placebo/effect_share_ci_high"] == pytest.approx(float(high))
+    m = effect_fraction(*tables({"frequency": values}), "refused", 0.05).metrics
+    assert m["placebo/effect_fraction_n"] == 99
+    assert 0.03 <= m["placebo/effect_fraction"] <= 0.05
+    low, high = wilson(round(m["placebo/effect_fraction"] * 99), 99)
+    assert m["placebo/effect_fraction_ci_low"] == pytest.approx(float(low))
+    assert m["placebo/effect_fraction_ci_high"] == pytest.approx(float(high))
 
 
 def test_a_control_must_differ_from_every_kind() -> None:
@@ -49,20 +49,20 @@ def test_a_control_must_differ_from_every_kind() -> None:
     than the level says; against random directions of no effect all would."""
     rng = np.random.default_rng(1)
     kinds = {"frequency": 1 + rng.random(99), "random_norm": rng.random(39) / 100}
-    m = effect_share(*tables(kinds), "refused", 0.05).metrics
-    assert m["placebo/effect_share_n"] == 138
-    assert m["placebo/effect_share"] <= 0.05
+    m = effect_fraction(*tables(kinds), "refused", 0.05).metrics
+    assert m["placebo/effect_fraction_n"] == 138
+    assert m["placebo/effect_fraction"] <= 0.05
 
 
 def test_of_no_effect_none_passes() -> None:
     kinds = {"frequency": np.zeros(99), "random_norm": np.zeros(39)}
-    assert effect_share(*tables(kinds), "refused", 0.05).metrics["placebo/effect_share"] == 0
+    assert effect_fraction(*tables(kinds), "refused", 0.05).metrics["placebo/effect_fraction"] == 0
 
 
 @pytest.mark.parametrize(("n", "matched"), [(18, True), (99, False)])
 def test_kinds_that_are_not_achieved_do_not_count(n: int, matched: bool) -> None:
     made = tables({"frequency": np.arange(n) / n}, matched=matched)
-    assert effect_share(*made, "refused", 0.05).metrics == {}
+    assert effect_fraction(*made, "refused", 0.05).metrics == {}
 
 
 def summary(rates: dict[str, tuple[float, int]], floor: float = 0.01) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from saexp.config.interventions import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign
-from saexp.interventions.directions import LatentFacts, orthonormal, spans
+from saexp.interventions.directions import LatentStatistics, orthonormal, spans
 from saexp.interventions.generation import last_logits
 from saexp.interventions.operations import Add, Move, Project, Row
 from saexp.interventions.steering import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
@@ -51,7 +51,7 @@ def made_sae(layer: int, kind: str = "standard") -> SparseAutoencoder:
     )
 
 
-def facts_of(sae: SparseAutoencoder) -> LatentFacts:
+def facts_of(sae: SparseAutoencoder) -> LatentStatistics:
     rng = np.random.default_rng(sae.hookpoint.layer)
     selected = np.isin(np.arange(D_SAE), [3, 5, 8])
     table = pd.DataFrame(
@@ -68,7 +68,7 @@ def facts_of(sae: SparseAutoencoder) -> LatentFacts:
             **{f"mean_{g}": rng.uniform(0, 2, D_SAE) for g in GROUPS},
         }
     )
-    return LatentFacts(
+    return LatentStatistics(
         table=table,
         groups=GROUPS,
         median_norm=7.0 + sae.hookpoint.layer,
@@ -79,14 +79,17 @@ def facts_of(sae: SparseAutoencoder) -> LatentFacts:
     )
 
 
-def layered(kind: str = "standard", layers: tuple[int, ...] = (0, 1)) -> LatentFacts:
+def layered(kind: str = "standard", layers: tuple[int, ...] = (0, 1)) -> LatentStatistics:
     saes = [made_sae(n, kind) for n in layers]
     facts = {n: facts_of(sae) for n, sae in zip(layers, saes, strict=True)}
     return replace(facts[layers[0]], layers=facts, saes={s.hookpoint: s for s in saes})
 
 
 def planned(
-    name: str, facts: LatentFacts, coefficients: tuple[float, ...] = (0.0, 1.0), **settings: Any
+    name: str,
+    facts: LatentStatistics,
+    coefficients: tuple[float, ...] = (0.0, 1.0),
+    **settings: Any,
 ) -> dict[str, Condition]:
     cfg = InterventionConfig(name=name, **{"n_controls": 2, "latents": LATENTS, **settings})
     intervention = KINDS[name](cfg)
@@ -212,7 +215,11 @@ def changing(change: Callable[[Tensor, Tensor], Tensor], places: tuple[int, ...]
 
 
 def formula(
-    name: str, sae: SparseAutoencoder, facts: LatentFacts, latents: list[int], coefficient: float
+    name: str,
+    sae: SparseAutoencoder,
+    facts: LatentStatistics,
+    latents: list[int],
+    coefficient: float,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What an intervention does to (stream that is written, stream that the SAE reads)."""
     rows, of_latent = sae.W_dec[latents], facts.table.set_index("latent")

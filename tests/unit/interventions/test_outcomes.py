@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saexp.data.examples import Example
-from saexp.data.positions import Unplaced
+from saexp.data.positions import PositionNotFound
 from saexp.data.prompts import Prompt, in_template
 from saexp.interventions.batching import LogitReader, read_logits
 from saexp.interventions.operations import Row
@@ -188,9 +188,9 @@ def test_next_token_outcomes_are_those_of_the_logits() -> None:
     wanted = float(torch.softmax(logits, 0)[first[0]])
     assert AnswerProbability().value(logits, first, []) == pytest.approx(wanted)
     assert AnswerLogit().value(logits, first, []) == float(logits[first[0]])
-    with pytest.raises(Unplaced, match="no foil"):
+    with pytest.raises(PositionNotFound, match="no foil"):
         LogitDifference().tokens(Example(id="2", text="a", answers=("b",)), made)
-    with pytest.raises(Unplaced, match="no answer"):
+    with pytest.raises(PositionNotFound, match="no answer"):
         AnswerRank().tokens(Example(id="2", text="a"), made)
 
 
@@ -212,14 +212,14 @@ def test_yes_and_no_are_counted_over_their_spellings() -> None:
     assert asked.text.endswith("the player Fenlet Baszad? Answer yes or no.")
     start, end = asked.spans[-1]
     assert asked.text[start:end] == "Fenlet Baszad"
-    with pytest.raises(Unplaced, match="no entity"):
+    with pytest.raises(PositionNotFound, match="no entity"):
         outcome.prompt(Example(id="2", text="a"))
 
     class Same:
         def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
             return {"input_ids": [len(text.strip()) * 0]}
 
-    with pytest.raises(Unplaced, match="begin with one token"):
+    with pytest.raises(PositionNotFound, match="begin with one token"):
         outcome.tokens(EXAMPLE, Same())
 
 

@@ -19,7 +19,7 @@ from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import DataError
-from saexp.interventions.directions import LatentFacts, StreamRows
+from saexp.interventions.directions import LatentStatistics, StreamRows
 from saexp.latents.encode import Latents
 from saexp.models.hookpoints import Hookpoint
 from saexp.stats.logistic_probe import STRENGTHS
@@ -46,9 +46,9 @@ def stream(rows: pd.DataFrame, seed: int = 0) -> np.ndarray:
     return (acts * np.geomspace(0.2, 5, D)).astype(np.float32)
 
 
-def facts(rows: pd.DataFrame, acts: np.ndarray) -> LatentFacts:
+def facts(rows: pd.DataFrame, acts: np.ndarray) -> LatentStatistics:
     read = StreamRows(acts, rows["group"].to_numpy(object), rows["unit"].to_numpy(object))
-    return LatentFacts(
+    return LatentStatistics(
         table=pd.DataFrame({"latent": []}),
         groups=GROUPS,
         median_norm=1.0,

@@ -10,7 +10,7 @@ from tokenizers import processors
 from saexp.config import InterventionConfig
 from saexp.data.examples import Example
 from saexp.interventions.batching import generate
-from saexp.interventions.conditions import placed_prompts
+from saexp.interventions.conditions import position_prompts
 from saexp.interventions.operations import Row
 from tests.chat_tokenizers import CHATML, with_tokenizer
 from tests.random_models import TEXTS, tokenizer
@@ -40,7 +40,7 @@ def test_texts_equal_those_of_generate(name: str, sae_wants_bos: bool | None) ->
     model = model.with_bos(sae_wants_bos)
     examples = [Example(id=str(n), text=text) for n, text in enumerate(TEXTS[:3])]
     cfg = InterventionConfig(name="steer", where="last")
-    placed = placed_prompts(examples, model, cfg, 512).all()
+    placed = position_prompts(examples, model, cfg, 512).all()
     rows = [Row(p.tokens.ids, (), p.positions) for p in placed]
     made = generate(model, rows, max_new_tokens=N_NEW, batch_tokens=4096)
     for prompt, found, text in zip(placed, made, TEXTS, strict=False):

@@ -6,7 +6,7 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
-from saexp.interventions.conditions import Placed
+from saexp.interventions.conditions import PositionedPrompt
 from saexp.interventions.measure import _attention, _entity_positions
 from saexp.interventions.operations import Row
 from saexp.interventions.steering import _captured
@@ -24,11 +24,11 @@ TEXTS = [
 AT = Hookpoint(1, "resid_post")
 
 
-def placed() -> list[Placed]:
+def placed() -> list[PositionedPrompt]:
     tokens = tokenize(TEXTS, tokenizer(), 64)
     assert min(map(len, tokens)) < CONTEXT < max(map(len, tokens))
     return [
-        Placed(Example(id=str(n), text=t.text, spans=((4, 8),)), t, (1, len(t) - 1))
+        PositionedPrompt(Example(id=str(n), text=t.text, spans=((4, 8),)), t, (1, len(t) - 1))
         for n, t in enumerate(tokens)
     ]
 
@@ -45,7 +45,7 @@ def test_values_to_patch_in_equal_single_rows(name):
 
 @pytest.mark.parametrize("name", ROPE_MODELS)
 def test_attention_to_an_entity_equals_single_rows(name):
-    def measured(some: list[Placed]) -> np.ndarray:
+    def measured(some: list[PositionedPrompt]) -> np.ndarray:
         rows = [Row(p.tokens.ids, about=_entity_positions(p)) for p in some]
         return _attention(rope_lm(name), rows, {}, {})
 

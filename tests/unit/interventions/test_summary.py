@@ -7,10 +7,10 @@ from scipy import stats
 
 from saexp.interventions.effects import (
     chosen_coefficients,
+    constant_rate_notes,
     effect_metrics,
     matched_by_kind,
     summarise,
-    unmoved,
 )
 from saexp.stats.intervals import paired_difference_interval
 from saexp.stats.permutation import paired_difference, prediction_p_value, rank_p_value
@@ -280,9 +280,9 @@ def test_metrics_hold_values_p_values_and_the_controls_range() -> None:
 @pytest.mark.parametrize("value", [0, 1])
 def test_a_rate_that_nothing_moves_is_noted(value: int) -> None:
     table = effects()
-    assert unmoved(table, KINDS) == []
+    assert constant_rate_notes(table, KINDS) == []
     table["refusal"] = pd.array([bool(value)] * len(table), dtype="boolean")
     table["logit"] = 1.0
-    (note,) = unmoved(table, KINDS)
+    (note,) = constant_rate_notes(table, KINDS)
     assert note.startswith(f"refusal is {value} on every prompt with and without intervention")
-    assert unmoved(table.iloc[:0], KINDS) == []
+    assert constant_rate_notes(table.iloc[:0], KINDS) == []

@@ -18,7 +18,7 @@ from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import weight_divergences
 from saexp.models.loading import LanguageModel
 from saexp.models.weights import orthogonalized
-from saexp.results import TaskResult
+from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.permutation import paired_head_test
 from tests.random_models import D_MODEL, POST_NORMS, STORED, TEXTS, random_lm
@@ -98,7 +98,7 @@ def test_inside_its_weights_are_the_model_s_own(architecture: str) -> None:
 class Ran:
     """A run under orthogonalised weights on the shipped model, and what it ran on."""
 
-    result: TaskResult
+    result: Result
     model: LanguageModel
     sae: SparseAutoencoder
     examples: dict[str, Example]

@@ -239,7 +239,7 @@ def test_pieces_put_together_are_the_text(trim_offsets: bool) -> None:
 
 
 def rows_of(texts: list[TokenizedText], every: int) -> pd.DataFrame:
-    """Every n-th token of each text, as Placement has them."""
+    """Every n-th token of each text, as PositionTable has them."""
     found = [
         {"example_id": f"e{n}", "text_id": n, "token_index": i}
         for n, text in enumerate(texts)

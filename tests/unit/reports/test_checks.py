@@ -112,8 +112,8 @@ def test_power_of_effects(tmp_path: Path) -> None:
 def test_placebo_shares_in_one_sentence(tmp_path: Path) -> None:
     label = {"": 0.02, "_n": 200, "_ci_low": 0.008, "_ci_high": 0.05}
     latent = {"": 0.25, "_n": 100, "_ci_low": 0.175, "_ci_high": 0.343}
-    metrics = {f"placebo/label_share{k}": v for k, v in label.items()}
-    metrics |= {f"placebo/latent_share{k}": v for k, v in latent.items()}
+    metrics = {f"placebo/label_fraction{k}": v for k, v in label.items()}
+    metrics |= {f"placebo/latent_fraction{k}": v for k, v in latent.items()}
     assert (
         "Placebo: with permuted group labels, 4 of 200 permutations report a latent above chance "
         "(2.0% [0.8%, 5.0%]); 25 of 100 latents drawn at random among the active ones would be "
