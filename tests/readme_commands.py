@@ -32,7 +32,8 @@ RUN = {
     "python -m saexp experiment=memorization intervention=none layer=3": SMALL,
     "python -m saexp task=cache": "tracker=none",
     "python -m saexp task=cache task.action=verify": "tracker=none",
-    "python -m saexp task=cache task.action=prune task.max_size=20GB task.max_age=30d": "tracker=none",
+    "python -m saexp task=cache task.action=prune task.max_size=20GB "
+    "task.max_age=30d": "tracker=none",
     "python -m saexp intervention=steer 'coefficient=[0,0.3,0.6]' "
     "'intervention.directions=[latents,mean_difference]'": SMALL,
     "python -m saexp intervention=ablate "
@@ -175,7 +176,8 @@ NOT_HERE = {
     ),
     ".venv/bin/python -m saexp": "`python -m saexp` in the environment that was made",
     "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'task.shard=range(0,64)' "
-    "task.n_shards=64 dataset=text dataset.path=/shared/corpus positions=all cache_dir=/shared/cache "
+    "task.n_shards=64 dataset=text dataset.path=/shared/corpus positions=all "
+    "cache_dir=/shared/cache "
     "hydra/launcher=submitit_slurm hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 "
     "hydra.launcher.timeout_min=240 hydra.launcher.array_parallelism=16 "
     "hydra.sweep.dir=/shared/sweeps/collect": "needs a SLURM cluster",
