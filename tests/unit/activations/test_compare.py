@@ -128,8 +128,8 @@ def test_the_names_are_no_part_of_the_key(tmp_path: Path) -> None:
 
 
 def test_the_beginning_of_a_key_may_look_like_a_number() -> None:
-    words = ["task.action=compare", 'task.stores=["17e1","9e9a"]']
-    assert saexp.compose(words).stores == ["17e1", "9e9a"]
+    words = ["task=cache", "task.action=compare", 'task.stores=["17e1","9e9a"]']
+    assert saexp.compose(words).task.stores == ["17e1", "9e9a"]
 
 
 def test_task_cache_prints_the_comparison_alone(tmp_path: Path) -> None:

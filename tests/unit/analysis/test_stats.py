@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import StatsConfig
@@ -227,5 +228,5 @@ def test_latents_that_are_all_silent() -> None:
 def test_what_cannot_be_described() -> None:
     with pytest.raises(DataError, match="group 'absent' has no position"):
         stats(groups=("known", "absent"))
-    with pytest.raises(ConfigError, match="analyzer.bins: .* did you mean n_bins"):
-        stats(bins=3)
+    with pytest.raises(ConfigError, match="no key 'analyzer.bins'; did you mean analyzer.n_bins"):
+        saexp.compose(["analyzer=stats", "+analyzer.bins=3"])

@@ -99,7 +99,7 @@ def test_layers_and_coefficients() -> None:
         with pytest.raises(ConfigError, match="is not a block index"):
             parse_layers(wrong)
     for wrong in (True, "a", float("nan"), float("inf"), None):
-        with pytest.raises(ConfigError, match="is no number"):
+        with pytest.raises(ConfigError, match="is not a number"):
             parse_coefficients(wrong)
 
 

@@ -132,8 +132,8 @@ def test_a_note_says_where_prompts_in_chat_begin_otherwise_than_texts(
     bos = getattr(model.tokenizer, "bos_token_id", None)
     has_bos = bos is not None
     cfg = saexp.compose([])
-    _, bos = resolve_bos(cfg, model, [("the SAE", wanted)])
-    notes = bos.notes
+    _, result = resolve_bos(cfg, model, [("the SAE", wanted)])
+    notes = result.notes
     own = has_bos and by_template(model.tokenizer, "a")[0] == bos
     noted = [n for n in notes if n.startswith("prompts in chat begin ")]
     assert len(noted) == (own != (wanted and has_bos))

@@ -473,7 +473,7 @@ def test_an_endpoint_that_does_not_answer():
         message = message_of(lambda: ask("x", address, 0.1))
         assert message == (
             f"{address}: no response within 0.1 s; increase "
-            "dataset.options.timeout, or decrease dataset.options.n_fetched"
+            "dataset.timeout, or decrease dataset.n_fetched"
         )
     message = message_of(lambda: ask("x", address, 1))
     assert message.startswith(f"{address}: cannot be reached (")

@@ -125,7 +125,7 @@ def test_a_run_says_so_before_its_contrast(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["model=hf", f"model.name={folder}", "sae=random", "layer=1", "positions=last"]
     words += ["dataset=jsonl", f"dataset.path={data}", "intervention.where=last", "tracker=none"]
-    words += [f"cache_dir={tmp_path}", "intervention.max_new_tokens=60"]
+    words += [f"cache_dir={tmp_path}", "intervention.max_new_tokens=60", "dataset.max_length=64"]
     for more in (["analyzer=contrast"], ["analyzer=stats", "intervention.latents=[3]"]):
         place = tmp_path / more[0]
         with pytest.raises(ModelError, match="new ones do not fit into the 64 positions") as error:

@@ -147,7 +147,7 @@ def test_other_folders(tmp_path: Path) -> None:
         (
             "layers.3.attn",
             {"transcode": True},
-            "transcoder of layer_3.attn_out, whose input is no str",
+            "transcoder of layer_3.attn_out, whose input is not a stream",
         ),
         ("layers.3.mlp.up_proj", {}, "'layers.3.mlp.up_proj' names no module such as layers.5 or"),
         (

@@ -174,7 +174,7 @@ def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: P
         ("batchtopk_transcoder", {"k": 0}, "k=0 leaves no latent active; type a k such as 16"),
         ("topk", {"k": 2.5}, "options.k=2.5 is not a whole number"),
         ("topk", {}, "options.k=100 is above width=40"),
-        ("standard", {"l1_coefficient": True}, "l1_coefficient=True is no number"),
+        ("standard", {"l1_coefficient": True}, "l1_coefficient=True is not a number"),
         (
             "standard_transcoder",
             {"apply_b_dec_to_input": True},
