@@ -250,3 +250,20 @@ def is_sealed(content: Mapping[str, Any]) -> bool:
 def has_intact_seal(content: Mapping[str, Any]) -> bool:
     """Whether the content has a checksum that matches the rest."""
     return is_sealed(content) and sealed(content)[_SEAL] == content[_SEAL]
+
+
+def tensors_sha256(hf: Any) -> str:
+    """Hex digest of the current config and weights of a model."""
+    return state_sha256(hf, repr(hf.config.to_dict()))
+
+
+def state_sha256(module: Any, config: str = "") -> str:
+    """Hex digest of a config and the current parameters and buffers of a module."""
+    import torch
+
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

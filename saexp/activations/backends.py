@@ -18,20 +18,7 @@ from torch import Tensor
 from saexp.activations.collector import CollectionRequest, Collector
 from saexp.activations.forward import Batch, PaddedUnits, TokenBudget, batches, pad, units
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
-
-_ORDER = (
-    "embed",
-    "resid_pre",
-    "attn_z",
-    "attn_out",
-    "resid_mid",
-    "mlp_in_normalized",
-    "mlp_in",
-    "mlp_out",
-    "resid_post",
-)
-"""Streams in the order in which a block computes them."""
+from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
 
 
 def _import(package: str, collector: str) -> Any:
@@ -78,7 +65,7 @@ class _LibraryCollector(Collector):
 
 
 def _computed(hookpoint: Hookpoint) -> tuple[int, int]:
-    return hookpoint.layer, _ORDER.index(hookpoint.stream)
+    return hookpoint.layer, STREAM_ORDER.index(hookpoint.stream)
 
 
 class TransformerLensCollector(_LibraryCollector):

@@ -17,6 +17,18 @@ STREAMS = (
     "mlp_in_normalized",
     "mlp_out",
 )
+STREAM_ORDER = (
+    "embed",
+    "resid_pre",
+    "attn_z",
+    "attn_out",
+    "resid_mid",
+    "mlp_in_normalized",
+    "mlp_in",
+    "mlp_out",
+    "resid_post",
+)
+"""Streams of a block in the order in which they are computed."""
 NOT_ADDED = ("attn_z", "mlp_in", "mlp_in_normalized")
 """Streams that are neither the residual stream nor added to it."""
 

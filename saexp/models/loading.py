@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +22,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
-from saexp.digests import content_name, file_sha256
+from saexp.digests import content_name, file_sha256, tensors_sha256
 from saexp.errors import ModelError
 from saexp.hub import hub, is_path, snapshot, why_absent
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import reset_rope_before_passes
 from saexp.models.structure import (
+    ObservedBehavior,
     Site,
     broken_streams,
     check_depth,
@@ -78,21 +78,6 @@ def in_template(tokenizer: Any, message: str, name: str) -> str:
     if not isinstance(text, str):
         raise ModelError(f"{name}: its chat template gives no text; set model.chat=false")
     return text
-
-
-def tensors_sha256(hf: Any) -> str:
-    """Hex digest of the current config and weights of a model."""
-    return state_sha256(hf, repr(hf.config.to_dict()))
-
-
-def state_sha256(module: nn.Module, config: str = "") -> str:
-    """Hex digest of a config and the current parameters and buffers of a module."""
-    digest = hashlib.sha256(config.encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -164,18 +149,6 @@ def _gguf_file(name: str) -> Path | None:
             "type: pip install 'saexp[gguf]'"
         )
     return place
-
-
-@dataclass
-class ObservedBehavior:
-    """What forward passes have shown about a model's code, so that it is found out once."""
-
-    blocks_can_be_skipped: bool = True
-    """False once a block returned more than the stream (`models.forward`)."""
-    shares_prefixes: bool = True
-    """False once a text behind a shared prefix had other values (`activations.forward`)."""
-    n_blocks_compared: int = 0
-    """Blocks up to which such values were compared with those of the whole text."""
 
 
 class LanguageModel:

@@ -465,3 +465,15 @@ def _adds(parts: list[Tensor | None], whole: Tensor | None, factor: float = 1.0)
     error = (torch.stack(wide[:-1]).sum(0) - wide[-1]).abs()
     # Values that overflow are reported when they are collected.
     return bool(((error <= _ROUNDING * precision * size) | ~error.isfinite()).all())
+
+
+@dataclass
+class ObservedBehavior:
+    """What forward passes have shown about a model's code, so that it is found out once."""
+
+    blocks_can_be_skipped: bool = True
+    """False once a block returned more than the stream (`models.forward`)."""
+    shares_prefixes: bool = True
+    """False once a text behind a shared prefix had other values (`activations.forward`)."""
+    n_blocks_compared: int = 0
+    """Blocks up to which such values were compared with those of the whole text."""

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import SAEConfig, parse_layers
-from saexp.digests import code_digest, contents, digest_of
+from saexp.digests import code_digest, contents, digest_of, state_sha256
 from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device, state_sha256
+from saexp.models.loading import ASSETS, SHIPPED, LanguageModel, pick_device
 from saexp.saes.catalogue import (
     fill,
     find,

@@ -23,7 +23,7 @@ from saexp.errors import ConfigError
 from saexp.files import is_writable, locked, try_lock
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
-from saexp.models.hookpoints import Hookpoint
+from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import Collected, begins_with_bos, collect_examples
 from saexp.pipeline.objects import describe_model, language_model
@@ -259,19 +259,6 @@ _CURVE = {
 }
 """Name of a training curve -> metric of the same quantity on held-out positions."""
 
-_ORDER = (
-    "embed",
-    "resid_pre",
-    "attn_z",
-    "attn_out",
-    "resid_mid",
-    "mlp_in_normalized",
-    "mlp_in",
-    "mlp_out",
-    "resid_post",
-)
-"""Streams of a block in the order in which they are computed."""
-
 
 def _targets(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
     """(hookpoint that is read, and the one that a transcoder predicts; width).
@@ -295,7 +282,7 @@ def _targets(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
             "streams)"
         )
     hookpoints = [Hookpoint(layers[0], stream) for stream in streams]
-    forwards = _ORDER.index(streams[0]) < _ORDER.index(streams[-1])
+    forwards = STREAM_ORDER.index(streams[0]) < STREAM_ORDER.index(streams[-1])
     if transcoder and (not forwards or hookpoints[0].stored == hookpoints[1].stored):
         raise ConfigError(
             f"task.streams={streams}: a transcoder predicts a stream that comes after the one it "

@@ -110,13 +110,7 @@ class WandbTracker(NullTracker):
         self._failure: Exception | None = None
 
     def start(
-        self,
-        *,
-        folder: Path,
-        config: Mapping[str, Any],
-        name: str,
-        job_type: str,
-        group: str | None,
+        self, *, folder: Path, config: Mapping[str, Any], group: str | None, **about: str
     ) -> None:
         """Open a W&B run in the run's folder; offline if the server does not answer."""
         requested = self.cfg.mode or os.environ.get("WANDB_MODE")
@@ -130,8 +124,7 @@ class WandbTracker(NullTracker):
             "project": self.cfg.project,
             "entity": self.cfg.entity,
             "group": self.cfg.group or group,
-            "job_type": job_type,
-            "name": name,
+            **about,
             "config": dict(config),
             "dir": str(folder),
             "reinit": "create_new",
