@@ -238,7 +238,7 @@ def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     assert last == (
         f"saexp: damaged: {made[1].path.name}: layer_0.resid_post/00001; run what needs them with "
         "verify=true, which computes them again; manifest.json cannot be read in "
-        f"outputs/cache/activations/{made[2].path.name}: the command that made it makes it anew "
+        f"outputs/cache/activations/{made[2].path.name}: the command that wrote it writes it again "
         "from its shards"
     )
     for one in made:

@@ -167,7 +167,7 @@ def test_a_prompt_typed_on_the_command_line(cache: Path, tmp_path: Path) -> None
 
 def test_what_the_data_must_have(cache: Path, tmp_path: Path) -> None:
     for words, message in (
-        (("analyzer=capability", *WORDS["top_features"]), "none of 1 examples has an answer"),
+        (("analyzer=capability", *WORDS["top_features"]), "none of 1 examples has a usable answer"),
         (("analyzer=probe", "positions=all", *WORDS["top_features"]), "a probe needs two groups"),
     ):
         with pytest.raises(DataError, match=message):

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_cell_whose_folder_another_run_has_leaves_that_runs_files(
 
 
 def test_of_two_threads_one_has_the_folder(tmp_path: Path) -> None:
-    cfg = saexp.compose([*SMALL, "layer=1", "plugins=[no_such_module]"])
+    cfg = replace(saexp.compose([*SMALL, "layer=1"]), plugins=["no_such_module"])
     errors: list[Exception] = []
 
     def second() -> None:

@@ -102,7 +102,7 @@ def test_verify_looks_at_the_store_where_the_run_was_finished(tmp_path: Path) ->
 PLUGIN = """
 from saexp.registry import register
 from saexp.results import Result
-from saexp.tasks import finished
+from saexp.pipeline import finished
 from saexp.pipeline.run_folder import clear
 
 @register("analyzer", "constant")

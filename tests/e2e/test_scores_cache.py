@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -103,8 +105,13 @@ def test_the_same_places_of_other_texts_are_other_rows(tmp_path: Path, told: str
         table = pd.DataFrame({"latent": [7], "selected": [True]})
         key = str(score) if told == "the store" else "the same store"
         latents = Latents(csr.tocsr(), rows)
-        assert validation.add_scores(cfg, table, model, sae, latents, key) == []
-        assert table["input_score"].tolist() == [score]
+        session: Any = SimpleNamespace(cfg=cfg, model=model)
+        layer: Any = SimpleNamespace(sae=sae, background=latents)
+        store = SimpleNamespace(path=Path(key))
+        data: Any = SimpleNamespace(neutral=SimpleNamespace(store=store))
+        scored, notes = validation.score_latents(session, layer, data, table)
+        assert notes == []
+        assert scored["input_score"].tolist() == [score]
 
 
 CHANGES: list[tuple[str, Callable[[Path], None], list[str], tuple[int, int]]] = [

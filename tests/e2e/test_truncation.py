@@ -127,7 +127,10 @@ def test_a_kind_of_one_s_own_counts_as_reading_as_far_as_a_text_goes() -> None:
 
 
 def test_nothing_but_cut_texts_is_an_error_that_names_the_options() -> None:
-    message = r"2 texts: text longer than dataset.max_length.*type a larger dataset.max_length="
+    message = (
+        r"none of 2 texts has the requested position: text longer than dataset.max_length.*"
+        r"type a larger dataset.max_length="
+    )
     with pytest.raises(DataError, match=message):
         placed(["a b c d e f g h", "a b c d e f g i"], tokenizer(), "last", {}, 4)
     with pytest.raises(DataError, match=NO_SPAN):
