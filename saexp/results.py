@@ -1,5 +1,6 @@
 """Results of tasks and analyzers: metrics, tables, figures and notes."""
 
+import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,13 +51,17 @@ class Result:
     """The run's folder."""
 
     @property
-    def store(self) -> Path | None:
-        """Folder of the activation store that the run read; None for a result without one."""
+    def store(self) -> Any:
+        """The `ActivationStore` that the run read; None for a result without one."""
         file = None if self.path is None else self.path / "provenance.json"
         if file is None or not file.is_file():
             return None
         folder = (json.loads(file.read_text("utf-8")).get("store") or {}).get("path")
-        return None if folder is None else Path(folder)
+        if folder is None:
+            return None
+        # Imported by name: results are below the activations, and need no torch before this.
+        module = importlib.import_module("saexp.activations.store")
+        return module.ActivationStore.open(folder)
 
     def __repr__(self) -> str:
         """Sizes of tables and names of figures, which are too long to print."""

@@ -301,7 +301,7 @@ def read_only_cache(bench: Bench, rng: random.Random, name: str) -> Outcome:
         said = bench.run(work)
         detail = "read-only, filled" if filled else "read-only, empty"
         failure = failed(said)
-        if not (filled or failure or "cannot be written" in said.err):
+        if not (filled or failure or "is not writable" in said.err):
             failure = f"no warning: {_end(said.err)}"
         found = {} if failure else compared(whole, cwd, "run")
         return Outcome(True, detail, failure, **found)

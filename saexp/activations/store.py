@@ -156,6 +156,10 @@ class ActivationStore(Marked):
         self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
 
+    def __fspath__(self) -> str:
+        """The store's folder, so that functions which take a path take a store too."""
+        return str(self.path)
+
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
         """Open an existing store; `verify` hashes every shard whatever its size."""

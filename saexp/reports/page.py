@@ -1,6 +1,7 @@
 """What all report pages share: templates, tables, sections, the style of figures, provenance."""
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -266,8 +267,14 @@ def style(figure: go.Figure, height: int, *, legend_below: bool = False) -> go.F
 
 
 def translucent(colour: str, opacity: float) -> str:
-    """The colour `#rrggbb` at this opacity, which legends show, unlike the opacity of a trace."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    """A colour `#rrggbb` or `rgb(r, g, b)` at this opacity, which legends show.
+
+    They do not show the opacity of a trace.
+    """
+    if colour.startswith("#"):
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    else:
+        red, green, blue = (int(n) for n in re.findall(r"\d+", colour)[:3])
     return f"rgba({red},{green},{blue},{opacity:.2g})"
 
 

@@ -186,8 +186,7 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     model = random_lm(architecture)
     named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
     sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
-    notes: list[str] = []
-    found, treated = latent_cards.tokens([5, 40], sae, model, DashboardConfig(n_tokens=7), notes)
+    found, treated, notes = latent_cards.tokens([5, 40], sae, model, DashboardConfig(n_tokens=7))
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)
@@ -199,10 +198,11 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
 
 
 def test_a_direction_that_is_not_written_to_the_stream_promotes_nothing() -> None:
-    model, notes = random_lm("gpt2"), list[str]()
+    model = random_lm("gpt2")
     about = {"name": "r", "loader": "random", "layer": 1, "stream": "attn_z", "device": "cpu"}
     sae = random_sae(SAEConfig(**about, d_in=D_MODEL, width=64))
-    assert latent_cards.tokens([5], sae, model, DashboardConfig(), notes) == ([{}], None)
+    cards, treated, notes = latent_cards.tokens([5], sae, model, DashboardConfig())
+    assert (cards, treated) == ([{}], None)
     assert notes == [
         "promoted tokens are not shown: attn_z is not what the residual stream is made of"
     ]

@@ -206,7 +206,7 @@ def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
     made, _ = module.questions([example])
     question = "In which country is the city of Marta?"
     for form, begun in (("auto", ""), ("begun", "The city of Marta is in the country of")):
-        asked, ids, skips = module._memorization_prompts(made, model, LabelConfig(form=form), 200)
+        asked, ids, skips = module._prompts(made, model, LabelConfig(form=form), 200)
         assert skips == []
         assert [(text, read.text) for _, text, read in asked] == [
             (question, model.chat_text(question) + begun)
@@ -224,9 +224,7 @@ def test_chat_prompts_are_the_template_s_ids_with_the_answer_begun(of, form):
     made, _ = module.questions(
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
-    [(_, text, read)], [ids], _ = module._memorization_prompts(
-        made, model, LabelConfig(form=form), 400
-    )
+    [(_, text, read)], [ids], _ = module._prompts(made, model, LabelConfig(form=form), 400)
     messages = [{"role": "user", "content": text}]
     templated = model.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -243,9 +241,7 @@ def test_base_prompts_have_no_eos_behind_them(of):
     made, _ = module.questions(
         [Example(id="1", text="Marta", entity="Marta", entity_type="city", extra=facts)]
     )
-    [(_, text, _)], [ids], _ = module._memorization_prompts(
-        made, model, LabelConfig(form="question"), 400
-    )
+    [(_, text, _)], [ids], _ = module._prompts(made, model, LabelConfig(form="question"), 400)
     own = list(model.tokenizer(text)["input_ids"])
     assert list(ids) == (own[:-1] if "eos" in of else own)
 

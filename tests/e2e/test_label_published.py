@@ -61,7 +61,7 @@ def test_the_message_names_the_command_line_that_works(books: Path):
     """What the message says to type is typed, by a shell."""
     line = told(books.parent, f"dataset.path={books.name}")
     expected = "\"task.templates.book.creator='What is the creator of the book {entity}?'\""
-    assert f"no template for book creator; to ask for it, type {expected}" in line
+    assert f"no template for book creator; to ask about it, type {expected}" in line
     base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
     run = in_shell(
         books.parent,

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), place)
         (place / ".hydra").mkdir()
         (place / ".hydra/overrides.yaml").write_text(json.dumps(words))
-    latent_matching.match_cells(folder)
+    latent_matching.match_cells(folder, ObjectCache())
     return folder
 
 
@@ -153,7 +153,7 @@ def test_one_sae_and_no_sweep_leave_nothing(sweep: Path, tmp_path: Path) -> None
         shutil.rmtree(sweep / f"{cell}_cell")
     latent_matching.match_cells(sweep, ObjectCache())
     (tmp_path / "empty").mkdir()
-    latent_matching.match_cells(tmp_path / "empty")
+    latent_matching.match_cells(tmp_path / "empty", ObjectCache())
     for folder in (sweep, tmp_path / "empty"):
         assert not (folder / MATCHES).exists()
         assert not (folder / MATCHES_NOTES).exists()

@@ -15,7 +15,7 @@ from saexp.cli import main
 from saexp.results import Result
 
 OVERLAY = ["intervention.n_prompts=32", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
-OVERLAY += ["intervention.n_controls=19"]
+OVERLAY += ["intervention.n_controls=49"]
 FILES = ("metrics.json", "latents.parquet", "rows.parquet", "effects.parquet")
 FILES += ("report.html", "provenance.json")
 

@@ -155,6 +155,6 @@ def test_a_second_signal_ends_the_cleanup_at_once() -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert err.splitlines() == [
-        "saexp: stopped by SIGTERM; what was collected is kept, and the same command goes on from "
-        "there"
+        "saexp: stopped by SIGTERM; what was collected is kept, and the same command continues "
+        "from there"
     ]

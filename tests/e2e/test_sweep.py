@@ -72,7 +72,7 @@ def test_the_plan_is_one_pass_that_stores_every_layer(swept: Said) -> None:
     plan = json.loads((swept.sweep / "plan.json").read_text())
     assert len(plan["cells"]) == 8
     (together,) = plan["passes"].values()
-    assert all([layer, None] in together for layer in range(4))
+    assert all([layer, None] in together for layer in (0, 2))
 
 
 GRID = ["layer=0,2", "width=512", "coefficient=0.6", *SMALL]

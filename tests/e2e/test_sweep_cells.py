@@ -88,7 +88,7 @@ def test_no_stream_at_all_is_one_line(tmp_path: Path) -> None:
     said = command(tmp_path, "task=collect", "layer=1", "task.streams=[]")
     assert said.code == 1
     assert said.err.splitlines()[-1] == (
-        "saexp: task.streams=[] names no stream; type task.streams=[resid_post]"
+        "saexp: task.streams=[] contains no stream; type task.streams=[resid_post]"
     )
 
 

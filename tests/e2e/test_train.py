@@ -187,7 +187,8 @@ def test_checkpoints_are_known_by_the_rows_that_are_trained_on(cache, tmp_path):
 
     def key(*words: str, store=store, at=at, width=256, rows=rows) -> str:
         cfg = saexp.compose(["task=train", f"cache_dir={cache}", *words])
-        return _key(cfg, store, at, width, rows)
+        data = SimpleNamespace(collected=store, hookpoints=at, train_rows=rows)
+        return _key(cfg, data, width)
 
     other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"))
     changed = [
