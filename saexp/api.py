@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def neuronpedia_list(sae: Any, latents: Sequence[int]) -> str | None:
     return catalogue.neuronpedia_list(sae, latents)
 
 
-def open_store(path: str | Path) -> Any:
+def open_store(path: str | PathLike[str]) -> Any:
     """Open an activation store: `.rows`, `.hookpoints`, `.acts(layer, stream)`."""
     from saexp.activations.store import ActivationStore
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class ActivationStore(Marked):
         return str(self.path)
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> "ActivationStore":
+    def open(cls, path: str | PathLike[str], *, verify: bool = False) -> "ActivationStore":
         """Open an existing store; `verify` hashes every shard whatever its size."""
         folder = Path(path)
         return cls(folder, read_manifest(folder), verify=verify)

@@ -93,5 +93,5 @@ def test_without_its_packages_the_error_says_what_to_install(tmp_path: Path) -> 
 
 def test_another_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match="is a file; type the model's folder, or a GGUF file"):
+    with pytest.raises(ModelError, match="is a file; type the folder of the model, or a GGUF file"):
         saexp.load_model(tmp_path / "model.bin")

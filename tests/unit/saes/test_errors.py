@@ -264,7 +264,9 @@ def test_fits_the_model() -> None:
         match=rf"mine reads vectors of {D_IN} numbers, but .* has d_model={D_MODEL}; choose an SAE",
     ):
         check_fits(fitting, model)
-    with pytest.raises(ModelError, match=r"layer=3, but .* has layers 0-2; try layer=2"):
+    with pytest.raises(
+        ModelError, match=r"layer=3 is out of range: .* has layers 0-2; try layer=2"
+    ):
         check_fits(sae(), model)
     check_fits(sae(hookpoint=Hookpoint(1, "attn_z")), model)
 

@@ -52,7 +52,10 @@ def test_scaling_in_and_out(tmp_path: Path, before: bool) -> None:
             {"dataset_average_activation_norm": {"in": 2}},
             "hyperparams.json: 'dataset_average_activation_norm.out' is missing",
         ),
-        ({"hook_point_in": "nowhere"}, "hyperparams.json: hook_point_in: 'nowhere' names no hookp"),
+        (
+            {"hook_point_in": "nowhere"},
+            "hyperparams.json: hook_point_in: 'nowhere' is not a hookpoint",
+        ),
         (
             {"hook_point_out": "blocks.3.hook_mlp_out"},
             "writes to blocks.3.hook_mlp_out: saexp reads no transcoders",

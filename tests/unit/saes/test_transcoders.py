@@ -162,7 +162,7 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         (
             "transcoder",
             {"hook_name_out": "there"},
-            "cfg.json: hook_name_out: 'there' names no hookp",
+            "cfg.json: hook_name_out: 'there' is not a hookpoint",
         ),
         (
             "skip_transcoder",
