@@ -161,7 +161,7 @@ def register(
 
     `report_section` is for analyzers: a function of the files that the run saved
     (`saexp.reports.saved.SavedRun`: `.folder`, `.metrics`, `.tables()`, `.config`) that returns
-    HTML, or a list of `saexp.reports.analyses_generic.Section`; report.html shows it below the
+    HTML, or a list of `saexp.reports.page.Section`; report.html shows it below the
     analyzer's tables.
 
     Raises ConfigError when the kind does not exist or the name belongs to another object.
