@@ -8,6 +8,7 @@ import pytest
 import saexp
 from saexp.errors import StoreError
 from saexp.models.loading import ASSETS
+from saexp.pipeline.run_folder import unexplained_notes
 from saexp.results import Result
 
 
@@ -53,3 +54,12 @@ def test_a_store_that_was_deleted_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text('{"store": {"path": "deleted"}}')
     with pytest.raises(StoreError, match="deleted holds no activation store"):
         _ = Result(path=tmp_path).store
+
+
+def test_numbers_of_latents_that_were_not_found_are_not_put_down_to_few_positions() -> None:
+    metrics = {"contrast/best_latent_known": None, "sparsity/mean_active": None, "a/b": 1.0}
+    result = Result(metrics=metrics, notes=["no latent is associated with 'known'"])
+    reason = "not defined with so few positions, units or resamples"
+    assert unexplained_notes(result, "contrast") == [f"{reason}: sparsity/mean_active"]
+    assert unexplained_notes(Result(metrics={"contrast/x": None}), "contrast") == []
+    assert "contrast/best_latent_known" in unexplained_notes(result)[0]
