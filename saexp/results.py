@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, StoreError
 from saexp.wording import html_table
 
 if TYPE_CHECKING:
@@ -52,11 +52,21 @@ class Result:
 
     @property
     def store(self) -> Any:
-        """The `ActivationStore` that the run read; None for a result without one."""
+        """The `ActivationStore` that the run read; None for a result without one.
+
+        Raises StoreError where the run's provenance.json is damaged or the store is gone.
+        """
         file = None if self.path is None else self.path / "provenance.json"
         if file is None or not file.is_file():
             return None
-        folder = (json.loads(file.read_text("utf-8")).get("store") or {}).get("path")
+        try:
+            store = json.loads(file.read_text("utf-8")).get("store")
+            folder = None if store is None else str(store["path"])
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"{file} is damaged; run its command again, or open the store with "
+                "saexp.open_store(FOLDER)"
+            ) from error
         if folder is None:
             return None
         # Imported by name: results are below the activations, and need no torch before this.

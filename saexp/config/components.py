@@ -223,6 +223,11 @@ class WikidataConfig(DatasetConfig):
     timeout: int = 60
     """Seconds that a query may take."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("n_fetched", 1), ("min_sitelinks", 0), ("timeout", 1)):
+            at_least(f"dataset.{name}", getattr(self, name), least)
+
 
 @dataclass(kw_only=True)
 class PositionsConfig:

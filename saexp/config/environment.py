@@ -22,14 +22,17 @@ from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 
 
-def parse_width(value: Any) -> int | None:
-    """'16k' -> 16384, '1m' -> 1048576, a plain integer as it is; None stays None."""
+def parse_width(value: Any, key: str = "width") -> int | None:
+    """'16k' -> 16384, '1m' -> 1048576, a plain integer as it is; None stays None.
+
+    Raises ConfigError, which names the setting `key`, for anything else.
+    """
     if value is None:
         return None
     match = re.fullmatch(r"\s*(\d+)\s*([kKmM]?)\s*", str(value))
     if isinstance(value, bool) or not match or int(match[1]) == 0:
         raise ConfigError(
-            f"width={value} is not an SAE width; type a number such as width=16k or 16384"
+            f"{key}={value} is not an SAE width; type a number such as {key}=16k or 16384"
         )
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 

@@ -204,8 +204,8 @@ class EvaluateConfig(TaskConfig):
                     f"task.{name}={value} is not a whole number of at least {least}; type e.g. "
                     f"task.{name}=1000"
                 )
-        for width in self.width_list or ():
-            parse_width(width)
+        # Raises for what is not a width.
+        _ = self.width_list
 
     @property
     def width_list(self) -> list[int] | None:
@@ -213,7 +213,8 @@ class EvaluateConfig(TaskConfig):
         if self.widths is None:
             return None
         listed = self.widths if isinstance(self.widths, list) else [self.widths]
-        return [w for w in dict.fromkeys(map(parse_width, listed)) if w is not None] or None
+        widths = dict.fromkeys(parse_width(width, "task.widths") for width in listed)
+        return [w for w in widths if w is not None] or None
 
 
 _LABEL_COUNTS = {

@@ -71,7 +71,7 @@ _NO_LABEL = re.compile(r"Q\d+")
 def sparql(entity_type: str, n: int, min_sitelinks: int) -> str:
     """A query for `n` items with at least `min_sitelinks` Wikipedia pages; one row per value."""
     if entity_type not in KINDS:
-        raise ConfigError(f"fetch={entity_type}: {did_you_mean(entity_type, list(KINDS))}")
+        raise ConfigError(f"dataset.fetch={entity_type}: {did_you_mean(entity_type, list(KINDS))}")
     pattern, properties = KINDS[entity_type]
     values = " ".join(f'(wdt:{p} "{name}")' for name, p in properties.items())
     return (
@@ -103,7 +103,7 @@ def fetch_entities(
 def ask(query: str, endpoint: str, timeout: int | float) -> Any:
     """The parsed JSON response of a SPARQL endpoint (to a POST request, for long queries)."""
     if urllib.parse.urlsplit(endpoint).scheme not in ("http", "https"):
-        raise ConfigError(f"endpoint={endpoint} is not an http(s) address")
+        raise ConfigError(f"dataset.endpoint={endpoint} is not an http(s) address")
     request = urllib.request.Request(
         endpoint,
         data=urllib.parse.urlencode({"query": query, "format": "json"}).encode(),

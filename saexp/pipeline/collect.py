@@ -255,13 +255,19 @@ def collect_examples(
 
 
 def check_weights(cfg: RunConfig, model: LanguageModel) -> None:
-    """Raise ConfigError where an intervention needs weights that imported activations lack."""
-    if not isinstance(cfg.collector, ImportedConfig) or cfg.intervention.name == "none":
+    """Raise ConfigError where the run needs weights that imported activations lack."""
+    if not isinstance(cfg.collector, ImportedConfig) or cfg.task.name != "analyze":
         return
-    if cfg.task.name == "analyze" and not model.has_local_weights:
+    if cfg.intervention.name != "none":
+        setting, instead = f"intervention={cfg.intervention.name}", "intervention=none"
+    elif cfg.analyzer.name == "contrast" and cfg.analyzer.attribution:
+        setting, instead = "analyzer.attribution=true", "analyzer.attribution=false"
+    else:
+        return
+    if not model.has_local_weights:
         raise ConfigError(
-            f"intervention={cfg.intervention.name} runs the model, but the weights of "
-            f"{model.name} are not on this machine; type intervention=none, or download them"
+            f"{setting} runs the model, but the weights of {model.name} are not on this machine; "
+            f"type {instead}, or download them"
         )
 
 

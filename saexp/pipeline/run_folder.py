@@ -150,10 +150,16 @@ def finite_metrics(metrics: Metrics) -> tuple[dict[str, float | int | None], lis
     return finite, [f"{len(undefined)} numbers could not be computed: {', '.join(undefined)}"]
 
 
-def unexplained_notes(result: Result) -> list[str]:
-    """A note that names the metrics that are None and that no other note names."""
-    text = " ".join(result.notes)
-    names = [k for k, v in result.metrics.items() if v is None and k not in text]
+def unexplained_notes(result: Result, explained: str = "") -> list[str]:
+    """A note that names the metrics that are None and that no other note names.
+
+    Metrics of the group `explained` (`explained/…`) are left out: other notes say why they are
+    None, without naming each.
+    """
+    text, metrics = " ".join(result.notes), result.metrics
+    if explained:
+        metrics = {k: v for k, v in metrics.items() if not k.startswith(f"{explained}/")}
+    names = [k for k, v in metrics.items() if v is None and k not in text]
     limits = [n for n in names if "_ci_" in n]
     listed = [n for n in names if n not in limits]
     if limits:

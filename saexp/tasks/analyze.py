@@ -52,7 +52,8 @@ def analyze_session(session: Session) -> Result:
         save_run(context, cfg, result, skips, about)
         with context.stage("intervene"):
             result.merge(_intervene(session, layer, data, result))
-    result.notes += unexplained_notes(result)
+    # Where the analyzer selects no latent, its own note says so.
+    result.notes += unexplained_notes(result, cfg.analyzer.name if session.selects_latents else "")
     result = save_run(context, cfg, result, skips, about)
     save_figures(context.folder, result.figures)
     with context.stage("report"):

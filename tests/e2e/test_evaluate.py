@@ -164,7 +164,7 @@ def test_the_study_composes():
         (["+task.n_text=3"], ConfigError, "did you mean task.n_texts"),
         (["task.n_texts=0"], ConfigError, "not a whole number of at least 1"),
         (["task.splice_special=maybe"], ConfigError, "is not true or false"),
-        (["task.widths=[16q]"], ConfigError, "is not an SAE width"),
+        (["task.widths=[16q]"], ConfigError, "task.widths=16q is not an SAE width"),
         (["task.widths=[999]"], SAEError, "has no width=999"),
         (["layer=[1,9]"], ModelError, "tiny has layers 0-4; try layer=4"),
         (["dataset=jsonl", "dataset.path=none.jsonl"], SaexpError, "none.jsonl"),

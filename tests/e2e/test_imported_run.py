@@ -111,19 +111,21 @@ def test_without_weights_the_contrast_is_the_same_but_for_the_background(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("setting", ["intervention=steer", "analyzer.attribution=true"])
 def test_what_needs_weights_is_refused_before_anything_is_read(
-    words: list[str], without_weights: Path, tmp_path: Path
+    setting: str, words: list[str], without_weights: Path, tmp_path: Path
 ) -> None:
     cfg = saexp.compose(
         [
-            *[word for word in words if word != "intervention=none"],
+            *words,
+            setting,
             f"model.name={without_weights}",
             *SAE,
             f"dataset.path={ASSETS / 'tiny' / 'entities.jsonl'}",
             f"cache_dir={tmp_path / 'cache'}",
         ]
     )
-    with pytest.raises(ConfigError, match="^intervention=steer runs the model, but the weights of"):
+    with pytest.raises(ConfigError, match=f"^{setting} runs the model, but the weights of"):
         saexp.run(cfg, tmp_path / "run")
 
 

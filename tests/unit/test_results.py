@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 import saexp
+from saexp.errors import StoreError
 from saexp.models.loading import ASSETS
+from saexp.pipeline.run_folder import unexplained_notes
 from saexp.results import Result
 
 
@@ -33,3 +36,30 @@ def test_an_sae_shows_what_it_is() -> None:
         "width_256: jumprelu, layer_2.resid_post, d_in=128, d_sae=256, float32, "
         "normalize_activations=none)"
     )
+
+
+def test_the_store_of_a_result_without_one_is_none(tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text("{}")
+    assert [r.store for r in (Result(), Result(path=tmp_path))] == [None, None]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"store": {}}', '{"store": 3}'])
+def test_a_damaged_provenance_is_one_line_for_the_store(tmp_path: Path, content: str) -> None:
+    (tmp_path / "provenance.json").write_text(content)
+    with pytest.raises(StoreError, match="provenance.json is damaged; run its command again"):
+        _ = Result(path=tmp_path).store
+
+
+def test_a_store_that_was_deleted_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text('{"store": {"path": "deleted"}}')
+    with pytest.raises(StoreError, match="deleted holds no activation store"):
+        _ = Result(path=tmp_path).store
+
+
+def test_numbers_of_latents_that_were_not_found_are_not_put_down_to_few_positions() -> None:
+    metrics = {"contrast/best_latent_known": None, "sparsity/mean_active": None, "a/b": 1.0}
+    result = Result(metrics=metrics, notes=["no latent is associated with 'known'"])
+    reason = "not defined with so few positions, units or resamples"
+    assert unexplained_notes(result, "contrast") == [f"{reason}: sparsity/mean_active"]
+    assert unexplained_notes(Result(metrics={"contrast/x": None}), "contrast") == []
+    assert "contrast/best_latent_known" in unexplained_notes(result)[0]

@@ -478,7 +478,7 @@ def test_an_endpoint_that_does_not_answer():
     message = message_of(lambda: ask("x", address, 1))
     assert message.startswith(f"{address}: cannot be reached (")
     assert message_of(lambda: ask("x", "file:///etc/hostname", 1), ConfigError) == (
-        "endpoint=file:///etc/hostname is not an http(s) address"
+        "dataset.endpoint=file:///etc/hostname is not an http(s) address"
     )
 
 
@@ -488,6 +488,13 @@ def test_queries_name_every_attribute_and_refuse_other_types():
         assert all(f'(wdt:{p} "{a}")' in text for a, p in properties.items())
         assert text.count("{") == text.count("}")
     assert message_of(lambda: sparql("river", 1, 1), ConfigError) == (
-        "fetch=river: choose from player, movie, city, song"
+        "dataset.fetch=river: choose from player, movie, city, song"
     )
     assert to_entities(ANSWER, "movie", "here")[0] == EXPECTED
+
+
+@pytest.mark.parametrize("setting", ["n_fetched", "timeout"])
+def test_a_query_for_nothing_is_refused_when_the_config_is_built(setting):
+    assert message_of(lambda: WikidataConfig(**{setting: 0}), ConfigError) == (
+        f"dataset.{setting}=0 is too small; it must be at least 1"
+    )
