@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Inherited by the commands that tests start: with several processes, more threads make torch
+# many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
