@@ -1,6 +1,8 @@
 """Settings of all tests: no network, one thread per process, seeded examples of hypothesis."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -43,3 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the order within a file stays."""
     rank = {f"tests/e2e/{name}.py": n for n, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def close_log_files() -> Iterator[None]:
+    """Close the log of a command that ran in this process; a record of the next one reopens it."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if isinstance(handler, logging.FileHandler) and handler.baseFilename.endswith("saexp.log"):
+            root.removeHandler(handler)
+            handler.close()
