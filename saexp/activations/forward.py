@@ -85,7 +85,7 @@ def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:
     return max(blocks, default=0)
 
 
-def settle(
+def compare_prefixes(
     model: LanguageModel, hookpoints: Sequence[Hookpoint], pairs: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """Decide whether the model can share prefixes, and log a warning where it cannot.
@@ -419,7 +419,7 @@ class _Forward:
             raise self._too_long(len(unit.ids))
         at = np.flatnonzero(np.isin(alone.rows, shared.rows))
         pairs = [(wait(), alone.host[h]()[at]) for h, wait in shared.host.items()]
-        settle(self.model, self.hookpoints, pairs)
+        compare_prefixes(self.model, self.hookpoints, pairs)
         return shared.n_tokens + alone.n_tokens
 
     def _too_long(self, n_tokens: int) -> ModelError:

@@ -374,8 +374,8 @@ def training_sae(
         )
         return made(config)
     except ValueError as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(f"sae_trainer.options of a {_kind(cfg.name)}: {told}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"sae_trainer.options of a {_kind(cfg.name)}: {reason}") from error
 
 
 def _options(cfg: SAETrainerConfig, made_config: Any, d_sae: int, n_steps: int) -> dict[str, Any]:

@@ -137,13 +137,15 @@ class Terminal:
         return AutoTokenizer.from_pretrained(root / "snapshots" / COMMIT)
 
     def script(self, words: Sequence[str], extra: Sequence[str]) -> list[list[str]]:
-        """The commands of `NAME=value … experiments/<study>/run.sh`, told by a stand-in for Python.
+        """The commands of `NAME=value … experiments/<study>/run.sh`, recorded by a stand-in.
 
         Their runs go below the folder `runs`; every one gets the words `extra`.
         """
-        told, stand_in = self.folder / "told", self.folder / "stand_in"
-        told.unlink(missing_ok=True)
-        stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {told}\necho == >> {told}\n')
+        recorded, stand_in = self.folder / "recorded", self.folder / "stand_in"
+        recorded.unlink(missing_ok=True)
+        stand_in.write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >> {recorded}\necho == >> {recorded}\n'
+        )
         stand_in.chmod(0o755)
         given = dict(word.split("=", 1) for word in words[:-1])
         added = " ".join(word for word in extra if word != "tracker=none")
@@ -151,7 +153,7 @@ class Terminal:
         subprocess.run(
             ["bash", str(ROOT / words[-1])], env={**os.environ, **given, **own}, check=True
         )
-        parts = told.read_text("utf-8").split("==\n")
+        parts = recorded.read_text("utf-8").split("==\n")
         return [["python", *part.splitlines()] for part in parts if part]
 
 
@@ -160,7 +162,7 @@ def forget() -> None:
     PROCESS.objects.clear()
 
 
-def told_by(page: str, *having: str) -> list[str]:
+def command_on(page: str, *having: str) -> list[str]:
     """The words of the one command of a page that contains all of these."""
     read = fenced_commands if page.startswith("docs/") else commands
     listed = read((ROOT / page).read_text("utf-8"))

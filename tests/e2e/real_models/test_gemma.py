@@ -5,8 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.real_models.terminal import Run, Terminal, check_effects, check_tokens, few, forget
-from tests.e2e.real_models.terminal import told_by as told
+from tests.e2e.real_models.terminal import (
+    Run,
+    Terminal,
+    check_effects,
+    check_tokens,
+    command_on,
+    few,
+    forget,
+)
 from tests.hub_caches import GEMMA_SCOPE, add_gemma_scope, repository, save_gemma_2
 
 pytestmark = pytest.mark.slow
@@ -54,7 +61,7 @@ def test_a_sweep_of_layers_and_widths_reads_the_texts_once(user: Terminal) -> No
 
 def test_the_features_of_a_prompt_at_three_layers(user: Terminal) -> None:
     text = "When John and Mary went to the shops, John gave the bag to Mary."
-    words = told("experiments/prompt_features/README.md", "model=gemma2b")
+    words = command_on("experiments/prompt_features/README.md", "model=gemma2b")
     run = user.run("features", [w.replace("…", text) for w in words], *few())
     check_tokens(run, user.tokenizer(BASE), n_bos=1)
     assert set(run.table("rows")["text"]) == {text}
@@ -70,7 +77,7 @@ def test_the_features_of_a_prompt_at_three_layers(user: Terminal) -> None:
 
 
 def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
-    words = told("experiments/entity_recognition/README.md", "MODEL=", "gemma2b_it", "run.sh")
+    words = command_on("experiments/entity_recognition/README.md", "MODEL=", "gemma2b_it", "run.sh")
     layers = user.script(words, few())[0]
     said = user.type(layers)
     assert said.code == 0, said.err[-2000:]

@@ -9,9 +9,9 @@ from tests.e2e.real_models.terminal import (
     Terminal,
     check_effects,
     check_tokens,
+    command_on,
     few,
     forget,
-    told_by,
 )
 from tests.hub_caches import add_gpt2_jb, repository, save_gpt_2
 
@@ -57,7 +57,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     "readme", ["docs/guides/judging-saes.md", "experiments/sae_quality/README.md"]
 )
 def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
-    words = told_by(readme, "experiment=sae_quality", "gpt2_jb")
+    words = command_on(readme, "experiment=sae_quality", "gpt2_jb")
     fewer = ("tracker=none", "task.n_texts=6", "task.n_bootstrap=10")
     user.read.clear()
     run = user.run(f"quality {readme.replace('/', ' ')}", words, *fewer)
@@ -77,7 +77,7 @@ def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
 
 
 def test_a_capability(user: Terminal) -> None:
-    words = told_by("docs/guides/judging-saes.md", "analyzer=capability", "dataset=ioi")
+    words = command_on("docs/guides/judging-saes.md", "analyzer=capability", "dataset=ioi")
     more = ("model=gpt2", "sae=gpt2_jb", "layer=8", "intervention=none")
     run = user.run("capability", words, *more, *few(n_examples=8))
     prompts = run.table("prompts")
@@ -87,7 +87,7 @@ def test_a_capability(user: Terminal) -> None:
 
 
 def test_a_data_set_of_ones_own(user: Terminal) -> None:
-    words = told_by(
+    words = command_on(
         "docs/guides/own-data.md", "model=gpt2", "dataset=jsonl", "dataset.path=my.jsonl"
     )
     run = user.run("own", words, *few(n_examples=14))

@@ -13,9 +13,9 @@ from tests.e2e.real_models.terminal import (
     Terminal,
     check_effects,
     check_tokens,
+    command_on,
     few,
     forget,
-    told_by,
 )
 from tests.hub_caches import add_llama_scope, repository, save_llama_3
 
@@ -57,7 +57,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
 
 
 def test_memorization_of_a_published_table(user: Terminal) -> None:
-    words = told_by("experiments/memorization/README.md", "MODEL=", "llama8b", "run.sh")
+    words = command_on("experiments/memorization/README.md", "MODEL=", "llama8b", "run.sh")
     for command in user.script(words, [*few(n_examples=N), "width=null"]):
         said = user.type(command)
         assert said.code == 0, f"{command}: {said.err[-2000:]}"
@@ -87,7 +87,7 @@ def test_memorization_of_a_published_table(user: Terminal) -> None:
 
 
 def test_the_table_from_the_model_itself(user: Terminal) -> None:
-    words = told_by("experiments/memorization/README.md", "task=label", "dataset=memorization")
+    words = command_on("experiments/memorization/README.md", "task=label", "dataset=memorization")
     run = user.run("label", words, "model=llama8b", "dataset.path=long.txt")
     table = pd.read_csv(run.folder / "memorization.csv", keep_default_na=False)
     assert tuple(table.columns) == COLUMNS

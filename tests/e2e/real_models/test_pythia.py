@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.real_models.terminal import Run, Terminal, forget, told_by
+from tests.e2e.real_models.terminal import Run, Terminal, command_on, forget
 from tests.hub_caches import repository, save_pythia
 
 pytestmark = pytest.mark.slow
@@ -41,14 +41,14 @@ def check_trained(user: Terminal, run: Run) -> None:
 
 
 def test_an_sae_from_nothing(user: Terminal) -> None:
-    words = told_by("docs/guides/training.md", "experiment=train_from_scratch")
+    words = command_on("docs/guides/training.md", "experiment=train_from_scratch")
     run = user.run("scratch", words, *FEW)
     check_trained(user, run)
     assert run.about["config"]["sae_trainer"]["options"]["l1_coefficient"] == 5e-4
 
 
 def test_variants_on_the_same_activations_and_one_put_to_use(user: Terminal) -> None:
-    words = told_by("experiments/train_from_scratch/README.md", "sae_trainer=tutorial,", "-m")
+    words = command_on("experiments/train_from_scratch/README.md", "sae_trainer=tutorial,", "-m")
     sweep = user.run("variants", words, *FEW)
     table = sweep.table("sweep")
     assert table["status"].tolist() == ["finished"] * len(table)

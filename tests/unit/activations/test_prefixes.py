@@ -10,7 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.forward import Group, TokenBudget, empty_past, forward, groups, settle, units
+from saexp.activations.forward import (
+    Group,
+    TokenBudget,
+    compare_prefixes,
+    empty_past,
+    forward,
+    groups,
+    units,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import ARCHITECTURES, PARALLEL, TEXTS, random_hf, random_lm, tokenizer
@@ -309,7 +317,7 @@ def test_float64_is_shared_to_its_own_precision(tmp_path):
 )
 def test_values_are_the_same_up_to_rounding_and_never_where_one_is_no_number(found, alone, same):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "settled")
-    settle(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
+    compare_prefixes(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
     assert (model.observed.shares_prefixes, model.observed.n_blocks_compared) == (
         (True, 2) if same else (False, 0)
     )
