@@ -29,7 +29,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "analyze": "saexp.tasks.analyze:analyze",
         "collect": "saexp.tasks.collect:collect",
         "train": "saexp.tasks.train:train",
-        "cache": "saexp.tasks.cache:manage",
+        "cache": "saexp.tasks.collect:manage",
         "evaluate": "saexp.tasks.evaluate:evaluate",
         "dashboard": "saexp.tasks.dashboard:dashboard",
         "label": "saexp.tasks.label:label",
@@ -69,8 +69,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "collector": {
         "hf": "saexp.activations.collector:HuggingFaceCollector",
         "imported": "saexp.activations.imported:ImportedCollector",
-        "transformer_lens": "saexp.activations.backends:TransformerLensCollector",
-        "nnsight": "saexp.activations.backends:NnsightCollector",
+        "transformer_lens": "saexp.activations.collector:TransformerLensCollector",
+        "nnsight": "saexp.activations.collector:NnsightCollector",
     },
     "analyzer": {
         "contrast": "saexp.analysis.contrast:ContrastAnalyzer",

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.forward import Batch
-from saexp.activations.reader import drop_damaged
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shards import ShardWriter, drop_damaged
 from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError

@@ -1,143 +1,156 @@
-"""Reads stored rows: shards as one array, repeated rows, and shuffled batches."""
+"""Stored rows in order or shuffled, and rows whose norm is far above the others', such as sinks.
 
-import hashlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+In most real models the first token of a text, and a few others, have residual norms of tens to
+hundreds of times the median (massive activations: Sun et al. 2024, arXiv 2402.17762; attention
+sinks: Xiao et al. 2023, arXiv 2309.17453). One percent of such rows holds nearly all of the
+variance, so that an SAE trained with them spends its latents on them, and a variance explained with
+them says nothing of ordinary positions.
+
+A position is ordinary where its norm is at most `positions.max_norm_ratio` times the median norm,
+at every stream that the SAE reads or predicts. The median is over all positions of a reference
+(neutral text where the run has it, else the run's own positions): it depends on the data alone, not
+on batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from safetensors import safe_open
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saexp.activations.shards import is_intact
-from saexp.files import cannot_write, locked, write_atomically
+from saexp.activations.store import ActivationStore
+from saexp.models.hookpoints import Hookpoint
+
+_CHUNK_ROWS = 8192
 
 
-class Repeats:
-    """Which file holds which row.
-
-    A row that repeats the text and token of a row of an earlier shard is stored in that shard only,
-    so that its text is not forwarded again. This follows from the rows table, so that no shard has
-    to wait for another. Memory: 16 bytes per row.
-    """
-
-    def __init__(self, rows: pd.DataFrame, shard_rows: int) -> None:
-        self.shard_rows = shard_rows
-        text, token = (rows[c].to_numpy(np.int64) for c in ("text_id", "token_index"))
-        keys = text * (int(token.max(initial=0)) + 1) + token
-        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        earliest, own = first[which], np.arange(len(rows))
-        self.source = np.where(earliest // shard_rows < own // shard_rows, earliest, own)
-        """Row -> the row under which its values are stored."""
-        before = np.concatenate([[0], np.cumsum(self.source == own)])
-        self.offset = before[:-1] - before[own // shard_rows * shard_rows]
-        """Row -> its index in the shard's file, for rows that are not repeats."""
-
-    def kept(self, first: int, end: int) -> Int[np.ndarray, " n"]:
-        """The rows of one shard, [first, end), that its file holds, in order."""
-        rows = np.arange(first, end)
-        return rows[self.source[first:end] == rows]
+def norm_limit(norms: Float[np.ndarray, " n"], max_norm_ratio: float | None) -> float:
+    """The largest norm of an ordinary position; infinite for a ratio of None or a median of 0."""
+    median = float(np.median(norms))
+    return median * max_norm_ratio if max_norm_ratio is not None and median else float("inf")
 
 
-class StoredValues:
-    """The shards of a hookpoint as one array; `repeats` is called where a file lacks rows."""
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        bounds: Sequence[tuple[int, int]],
-        repeats: Callable[[], Repeats],
-    ) -> None:
-        self.files, self.bounds, self._repeats = files, bounds, repeats
-
-    def shard(self, index: int) -> Float[Tensor, "n width"]:
-        """The content of a file, memory-mapped."""
-        with safe_open(self.files[index], framework="pt") as file:
-            return file.get_tensor("acts")
-
-    def chunks(self, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, values) in order, at most `chunk_rows` rows each."""
-        for index, (first, end) in enumerate(self.bounds):
-            shard = self.shard(index)
-            whole = len(shard) == end - first
-            for start in range(first, end, chunk_rows):
-                stop = min(start + chunk_rows, end)
-                yield (
-                    start,
-                    shard[start - first : stop - first] if whole else self._some(start, stop),
-                )
-
-    def _some(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), each read from the file that holds it."""
-        repeats = self._repeats()
-        source = repeats.source[start:stop]
-        holders = source // repeats.shard_rows
-        values: Tensor | None = None
-        for index in np.unique(holders).tolist():
-            shard, (first, end) = self.shard(index), self.bounds[index]
-            here = np.flatnonzero(holders == index)
-            rows = source[here]
-            at = rows - first if len(shard) == end - first else repeats.offset[rows]
-            if values is None:
-                values = shard.new_empty(stop - start, shard.shape[1])
-            values[torch.from_numpy(here)] = shard[torch.from_numpy(at)]
-        assert values is not None
-        return values
+def norm_limits(
+    store: ActivationStore, hookpoints: Sequence[Hookpoint], max_norm_ratio: float | None
+) -> dict[Hookpoint, float]:
+    """`norm_limit` of each hookpoint over all rows of a store."""
+    if max_norm_ratio is None:
+        return dict.fromkeys(hookpoints, float("inf"))
+    return {h: norm_limit(store.norms(h), max_norm_ratio) for h in hookpoints}
 
 
-def joined_name(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name of the file that joins these shards; it depends on their content."""
-    sums = "".join(entry["sha256"] for _, entry in sorted(entries.items()))
-    return f"joined-{hashlib.sha256(sums.encode()).hexdigest()[:16]}.bin"
+def ordinary_rows(
+    norms: Mapping[Hookpoint, Float[np.ndarray, " n"]], limits: Mapping[Hookpoint, float]
+) -> Bool[np.ndarray, " n"]:
+    """Rows whose norms are within the limit at every hookpoint; all rows where none would be."""
+    within = np.all([norms[h] <= limits[h] for h in limits], axis=0)
+    return within if within.any() else np.ones_like(within)
 
 
-def damaged_joined(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
-    """Hookpoint -> its joined file, where that is damaged; all joined files are hashed."""
-    listed = manifest.get("joined", {}).items()
-    files = {name: (folder / name / entry["file"], entry) for name, entry in listed}
-    return {
-        name: file
-        for name, (file, entry) in files.items()
-        if file.is_file() and not is_intact(file, entry, hashed=True)
-    }
+@dataclass(frozen=True)
+class OrdinaryRows:
+    """Which rows of a store are ordinary at the hookpoints of `limits`."""
+
+    store: ActivationStore
+    limits: Mapping[Hookpoint, float]
+    max_norm_ratio: float | None
+
+    @cached_property
+    def mask(self) -> Bool[np.ndarray, " n_rows"]:
+        """True for each ordinary row."""
+        if all(np.isinf(limit) for limit in self.limits.values()):
+            return np.ones(self.store.n_rows, dtype=bool)
+        return ordinary_rows({h: self.store.norms(h) for h in self.limits}, self.limits)
+
+    @property
+    def n_excluded(self) -> int:
+        """Number of high-norm rows."""
+        return int((~self.mask).sum())
+
+    @cached_property
+    def variance_fraction(self) -> float:
+        """Fraction of the sum of squared distances from the mean that high-norm rows hold, at the
+        last hookpoint: what the SAE reconstructs, or a transcoder predicts. NaN where a value is
+        not finite, as in float16 where it overflows."""
+        if not self.n_excluded:
+            return 0.0
+        if not np.isfinite(self.store.norms(self._last)).all():
+            return float("nan")
+        squares, high_norm = self.store.norms(self._last) ** 2, torch.from_numpy(~self.mask)
+        total, of_high = torch.zeros(2, 1, dtype=torch.float64)
+        for first, x in self._chunks():
+            rows = x.flatten(1).double()
+            total = total + rows.sum(0)
+            of_high = of_high + rows[high_norm[first : first + len(x)]].sum(0)
+        # sum |x - m|^2 = sum |x|^2 - 2 m sum x + n |m|^2, so that the store is read once.
+        mean = total / self.store.n_rows
+        constant = float(mean.square().sum())
+        every = float(squares.sum()) - self.store.n_rows * constant
+        high = float(squares[~self.mask].sum()) - 2 * float(mean @ of_high)
+        return (high + self.n_excluded * constant) / every if every > 0 else 0.0
+
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        return self.store.chunks(self._last, _CHUNK_ROWS)
+
+    @property
+    def _last(self) -> Hookpoint:
+        return list(self.limits)[-1]
+
+    @property
+    def _none_is_ordinary(self) -> bool:
+        """Whether no row is within every limit, so that `mask` is true for all the same."""
+        limits = {h: limit for h, limit in self.limits.items() if np.isfinite(limit)}
+        above = (bool((self.store.norms(h) > limit).any()) for h, limit in limits.items())
+        return bool(self.mask.all()) and any(above)
+
+    def median_norm(self, hookpoint: Hookpoint) -> float:
+        """Median norm over the ordinary rows; the reference's where no row is ordinary."""
+        norms, limit = self.store.norms(hookpoint), self.limits[hookpoint]
+        if self.max_norm_ratio is not None and bool((norms > limit).all()):
+            return limit / self.max_norm_ratio
+        return float(np.median(norms[self.mask]))
+
+    def notes(self, consequence: str) -> list[str]:
+        """One line where there are high-norm rows; `consequence` says what follows for them."""
+        if self._none_is_ordinary:
+            return [
+                f"all {self.store.n_rows:,} positions at {self._last.name} have a norm above "
+                f"{self.max_norm_ratio:g} times the median of neutral text (attention sinks?); "
+                "the metrics include them, because there are no others"
+            ]
+        return high_norm_notes(
+            self.n_excluded,
+            self.store.n_rows,
+            self._last,
+            self.max_norm_ratio,
+            self.variance_fraction,
+            consequence,
+        )
 
 
-def drop_damaged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove damaged joined files; they are rebuilt from the shards when they are needed."""
-    for file in damaged_joined(folder, manifest).values():
-        try:
-            file.unlink()
-        except OSError as error:
-            raise cannot_write(file, error) from error
-
-
-def _write(path: Path, parts: Iterable[Tensor]) -> None:
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part.contiguous().view(torch.uint8).numpy().data)
-
-
-def join(path: Path, parts: Iterable[Tensor]) -> None:
-    """Write the values of the parts one after another, whole or not at all."""
-    with locked(path.parents[1] / ".joined.lock"):
-        for left in path.parent.glob(".tmp-*.bin"):
-            left.unlink(missing_ok=True)
-        write_atomically(path, lambda temporary: _write(temporary, parts))
-
-
-def join_elsewhere(parts: Iterable[Tensor], mapped: Callable[[Path], Tensor]) -> Tensor:
-    """As `join`, into a temporary file that is deleted with the tensor."""
-    try:
-        with tempfile.NamedTemporaryFile(prefix="saexp-", suffix=".bin") as file:
-            path = Path(file.name)
-            _write(path, parts)
-            return mapped(path)
-    except OSError as error:
-        raise cannot_write(Path(tempfile.gettempdir()) / "saexp-*.bin", error) from error
+def high_norm_notes(
+    n_excluded: int,
+    n_positions: int,
+    at: Hookpoint,
+    max_norm_ratio: float | None,
+    variance_fraction: float,
+    consequence: str,
+) -> list[str]:
+    """How many positions have high norms, what fraction of the variance they hold, what follows."""
+    if not n_excluded:
+        return []
+    held = f"hold {variance_fraction:.1%} of the variance"
+    if np.isnan(variance_fraction):
+        held = "are not all finite, so that their fraction of the variance is unknown"
+    return [
+        f"{n_excluded:,} of {n_positions:,} positions ({n_excluded / n_positions:.2%}) at "
+        f"{at.name} have a norm above {max_norm_ratio:g} times the median and {held} "
+        f"(attention sinks?); {consequence} "
+        "(positions.max_norm_ratio=null treats them as any other)"
+    ]
 
 
 class ShuffledReader:

@@ -16,12 +16,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.reader import Repeats, StoredValues, join, join_elsewhere, joined_name
 from saexp.activations.shards import (
     MANIFEST,
     Label,
+    Repeats,
     ShardWriter,
+    StoredValues,
     is_intact,
+    join,
+    join_elsewhere,
+    joined_name,
     read_manifest,
     write_manifest,
 )

@@ -13,8 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.activations.reader import damaged_joined
-from saexp.activations.shards import MANIFEST, remove_manifest
+from saexp.activations.shards import MANIFEST, damaged_joined, remove_manifest
 from saexp.activations.store import LOCKS, ActivationStore, shard_files
 from saexp.errors import ConfigError, StoreError
 from saexp.files import USED, show_bytes, try_lock, users

@@ -18,17 +18,18 @@ from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.config import CapabilityConfig
 from saexp.context import progress
 from saexp.data.examples import Example, Skip
-from saexp.data.positions import PositionNotFound
-from saexp.data.prompts import (
+from saexp.data.tokenization import (
+    PositionNotFound,
+    TokenizedText,
     answer_text,
     answer_token,
     as_read,
     foil_of,
     in_template,
     space_note,
+    token_texts,
     tokenize_prompts,
 )
-from saexp.data.tokenization import TokenizedText, token_texts
 from saexp.errors import DataError
 from saexp.latents.encode import spliced
 from saexp.models.forward import check_positions, keep_last_logits

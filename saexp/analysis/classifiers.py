@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.surface_baseline import ReadText, fit_surface, read_texts, token_counts
+from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.context import progress
 from saexp.data.positions import OWN_COLUMNS
 from saexp.errors import ConfigError, DataError

@@ -6,19 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import AnalysisInputs, Analyzer
-from saexp.analysis.contrast_checks import (
-    DensityLimit,
-    at_chance,
-    contrast_power,
-    density_limit,
-    placebo_labels,
-    placebo_latents,
-    too_dense,
-    why_none,
-)
-from saexp.analysis.observations import (
+from saexp.analysis.base import (
     THRESHOLD,
+    AnalysisInputs,
+    Analyzer,
     Observations,
     Split,
     StratumMeans,
@@ -29,12 +20,24 @@ from saexp.analysis.observations import (
     split_of,
     unequal_types,
 )
-from saexp.analysis.surface_baseline import observation_scores, read_texts, token_counts
+from saexp.analysis.contrast_checks import (
+    DensityLimit,
+    at_chance,
+    contrast_power,
+    density_limit,
+    observation_scores,
+    placebo_labels,
+    placebo_latents,
+    read_texts,
+    token_counts,
+    too_dense,
+    why_none,
+)
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import Result
 from saexp.stats.intervals import auroc_interval, separation_interval
-from saexp.stats.power import benjamini_hochberg, holm
+from saexp.stats.permutation import benjamini_hochberg, holm
 from saexp.stats.rank_tests import (
     Auroc,
     Ranked,

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.forward import TokenBudget, batches
-from saexp.activations.norms import high_norm_notes
+from saexp.activations.reader import high_norm_notes
 from saexp.analysis.evaluation_passes import (
     Batch,
     Clean,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saexp.activations.norms import norm_limit, ordinary_rows
+from saexp.activations.reader import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
 from saexp.models.forward import head_input, replaced_blocks

@@ -9,8 +9,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs, Analyzer
-from saexp.analysis.observations import unequal_types
+from saexp.analysis.base import AnalysisInputs, Analyzer, unequal_types
 from saexp.config import StatsConfig, TopFeaturesConfig
 from saexp.data.tokenization import pieces
 from saexp.errors import DataError

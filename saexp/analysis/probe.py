@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from saexp.analysis.base import AnalysisInputs, Analyzer
+from saexp.analysis.base import AnalysisInputs, Analyzer, equally_observed, unequal_types
 from saexp.analysis.classifiers import (
     Fitting,
     Labelled,
@@ -26,7 +26,6 @@ from saexp.analysis.classifiers import (
     roc,
     rows_of,
 )
-from saexp.analysis.observations import equally_observed, unequal_types
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
 from saexp.results import Result
@@ -38,7 +37,7 @@ from saexp.stats.intervals import (
     wilson,
 )
 from saexp.stats.logistic_probe import limited
-from saexp.stats.power import holm
+from saexp.stats.permutation import holm
 from saexp.stats.rank_tests import placements
 from saexp.wording import at_chance_words, counted
 
@@ -207,7 +206,7 @@ class ProbeAnalyzer(Analyzer):
         - `best_latent`: the latent with the best train AUROC, with the threshold of best train
           accuracy;
         - `majority`: predicts the group with more train units;
-        - `surface`: the text alone, without the model (see `saexp.analysis.surface_baseline`), also
+        - `surface`: the text alone, without the model (see `saexp.analysis.contrast_checks`), also
           reported as `contrast/surface_auroc_test`.
 
         The option `within` names columns that define the kind of a row. It adds the probes

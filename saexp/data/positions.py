@@ -13,7 +13,7 @@ import pandas as pd
 
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example, Skip, Span, find_mentions
-from saexp.data.tokenization import TokenizedText, in_message, span_to_tokens
+from saexp.data.tokenization import PositionNotFound, TokenizedText, in_message, span_to_tokens
 from saexp.errors import ConfigError, DataError
 
 OWN_COLUMNS = (
@@ -37,10 +37,6 @@ OWN_COLUMNS = (
 NO_SPAN = "no entity span"
 CUT = "text longer than dataset.max_length, so its positions are not those of the whole text"
 """Reason of a skipped example with dataset.truncation=skip."""
-
-
-class PositionNotFound(Exception):
-    """A text does not have the requested position; the message is the reported reason."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saexp.activations.norms import norm_limit
+from saexp.activations.reader import norm_limit
 from saexp.config import DatasetConfig, InterventionConfig, PositionsConfig
 from saexp.config.environment import one_of
 from saexp.config.interventions import PLACES, UNITS

@@ -20,9 +20,14 @@ from saexp import registry
 from saexp.config import InterventionConfig, ModelConfig, PositionsConfig
 from saexp.config.environment import at_least
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, PositionNotFound, selected
-from saexp.data.prompts import as_read, in_template, tokenize_prompts
-from saexp.data.tokenization import TokenizedText
+from saexp.data.positions import Candidate, selected
+from saexp.data.tokenization import (
+    PositionNotFound,
+    TokenizedText,
+    as_read,
+    in_template,
+    tokenize_prompts,
+)
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError
 from saexp.interventions.batching import LogitReader, batch_tokens_for, generate, read_logits
 from saexp.interventions.conditions import edited_positions

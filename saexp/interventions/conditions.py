@@ -13,9 +13,15 @@ from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.config.interventions import SELECTED
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, PositionNotFound, entity_tokens, selected
-from saexp.data.prompts import CHANGED, as_read, in_template, tokenize_prompts
-from saexp.data.tokenization import TokenizedText
+from saexp.data.positions import Candidate, entity_tokens, selected
+from saexp.data.tokenization import (
+    CHANGED,
+    PositionNotFound,
+    TokenizedText,
+    as_read,
+    in_template,
+    tokenize_prompts,
+)
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.directions import (
     LatentSet,

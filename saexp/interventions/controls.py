@@ -11,13 +11,13 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.interventions.conditions import Condition, LatentIntervention, direction_of_set
-from saexp.interventions.control_matching import (
+from saexp.interventions.directions import (
     ControlSet,
     any_active,
     equal_kl_scales,
     frequency_matched,
+    orthonormal,
 )
-from saexp.interventions.directions import orthonormal
 from saexp.interventions.operations import Add, Op, Project, Vector
 from saexp.results import Result
 from saexp.stats.permutation import (

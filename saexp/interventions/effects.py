@@ -19,12 +19,14 @@ from saexp.interventions.conditions import Condition, direction_of_set
 from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.permutation import (
+    ALPHA,
     MIN_CONTROLS,
+    detectable_change,
+    holm,
     prediction_p_value,
     rank_p_value,
     sign_flip_p_values,
 )
-from saexp.stats.power import ALPHA, detectable_change, holm
 from saexp.wording import counted
 
 N_FLIPS = 4000

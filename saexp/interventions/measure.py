@@ -14,9 +14,8 @@ from torch import Tensor
 from saexp.config import InterventionConfig
 from saexp.context import progress
 from saexp.data.examples import Example
-from saexp.data.positions import PositionNotFound, entity_tokens
-from saexp.data.prompts import space_note
-from saexp.data.tokenization import TokenizedText, tokenize
+from saexp.data.positions import entity_tokens
+from saexp.data.tokenization import PositionNotFound, TokenizedText, space_note, tokenize
 from saexp.errors import InterventionError
 from saexp.interventions.batching import (
     LogitReader,
@@ -31,8 +30,8 @@ from saexp.interventions.generation import padded
 from saexp.interventions.operations import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.results_cache import ResultCache
-from saexp.models.attention import attention_to
 from saexp.models.forward import check_positions
+from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.models.weights import Original, orthogonalized

@@ -21,9 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.data.examples import Example
-from saexp.data.positions import PositionNotFound
-from saexp.data.prompts import answer_token, foil_of
 from saexp.data.tables import text_lines
+from saexp.data.tokenization import PositionNotFound, answer_token, foil_of
 from saexp.digests import code_digest
 from saexp.labeling.matchers import is_correct
 

@@ -9,15 +9,14 @@ from saexp import registry
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, CollectionStats, Part
 from saexp.activations.imported import neutral_source
-from saexp.activations.norms import OrdinaryRows, norm_limits
+from saexp.activations.reader import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import PositionTable, place
-from saexp.data.prompts import as_read, tokenize_prompts, tokenize_texts
-from saexp.data.tokenization import adds_bos
+from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 
 from saexp import registry
-from saexp.analysis.observations import used_rows
+from saexp.analysis.base import used_rows
 from saexp.config import PositionsConfig, RunConfig
 from saexp.config.interventions import PLACES, SELECTED
 from saexp.data.datasets import background_texts

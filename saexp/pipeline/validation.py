@@ -20,9 +20,7 @@ from saexp.analysis.latent_scores import (
 )
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
-from saexp.data.positions import PositionNotFound
-from saexp.data.prompts import answer_token, space_note
-from saexp.data.tokenization import tokenize
+from saexp.data.tokenization import PositionNotFound, answer_token, space_note, tokenize
 from saexp.errors import SAEError
 from saexp.interventions.conditions import choose_prompts, position_prompts
 from saexp.interventions.results_cache import ResultCache, model_ingredients, shared

@@ -21,7 +21,7 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved import SavedRun
-from saexp.stats.power import holm
+from saexp.stats.permutation import holm
 from saexp.wording import counted, is_above_chance
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20

@@ -9,8 +9,7 @@ import pandas as pd
 from saexp.reports.page import interval_words
 from saexp.reports.saved import SavedRun
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES
-from saexp.stats.permutation import MIN_CONTROLS
-from saexp.stats.power import ALPHA
+from saexp.stats.permutation import ALPHA, MIN_CONTROLS
 from saexp.wording import CONTROL_WORDS, counted, p_value_words
 
 _CALIPER = {

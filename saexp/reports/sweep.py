@@ -27,7 +27,7 @@ from saexp.reports.sweep_figures import (
     sweep_figures,
 )
 from saexp.results import read_plan
-from saexp.stats.power import ALPHA, holm
+from saexp.stats.permutation import ALPHA, holm
 from saexp.wording import at_chance_words, brief, counted
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"

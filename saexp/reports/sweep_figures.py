@@ -21,7 +21,7 @@ from saexp.reports.page import (
     wrapped,
 )
 from saexp.reports.saved import SavedRun, cell_words, groups_of, line_keys, swept
-from saexp.stats.power import ALPHA, holm
+from saexp.stats.permutation import ALPHA, holm
 from saexp.wording import counted, p_value_words
 
 _N_LISTED = 6

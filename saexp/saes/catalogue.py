@@ -17,7 +17,7 @@ from saexp.config import SAEConfig, parse_layers, parse_width
 from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.formats import dictionary_learning, gemma_scope, llama_scope, saelens
+from saexp.saes.formats import dictionary_learning, gemma_scope, saelens
 from saexp.saes.formats.files import Streams, about, download, lens_hookpoint, present
 from saexp.saes.sae import SAE, SparseAutoencoder
 
@@ -328,8 +328,8 @@ def _saelens(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
 
 
 def _llama_scope(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
-    place = _folder(entry, metadata, (llama_scope.CONFIG, llama_scope.WEIGHTS))
-    return llama_scope.load_llama_scope(place, metadata)
+    place = _folder(entry, metadata, (gemma_scope.CONFIG, gemma_scope.WEIGHTS))
+    return gemma_scope.load_llama_scope(place, metadata)
 
 
 def _dictionary_learning(entry: Entry, metadata: Metadata) -> SparseAutoencoder:

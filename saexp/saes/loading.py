@@ -25,13 +25,7 @@ from saexp.saes.catalogue import (
     neuronpedia_of,
     show_width,
 )
-from saexp.saes.formats import (
-    dictionary_learning,
-    gemma_scope,
-    llama_scope,
-    saelens,
-    sparsify,
-)
+from saexp.saes.formats import dictionary_learning, gemma_scope, saelens
 from saexp.saes.formats.files import Streams, about, download, present
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.permutation import random_directions
@@ -61,8 +55,8 @@ _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _DANGER = "which can run code when opened; saexp loads safetensors and npz, so convert it first"
 _IN_REPOS = (
     (saelens.CONFIG, saelens.WEIGHTS),
-    (sparsify.CONFIG, sparsify.WEIGHTS),
-    (llama_scope.CONFIG, llama_scope.WEIGHTS),
+    (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
+    (gemma_scope.CONFIG, gemma_scope.WEIGHTS),
     (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2),
     (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
 )
@@ -82,7 +76,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         if len(parts) < 2 or is_path(str(place)):
             raise SAEError(f"sae.path={place}: no such folder or file")
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-    if place.name in (gemma_scope.WEIGHTS_2, saelens.WEIGHTS, sparsify.WEIGHTS):
+    if place.name in (gemma_scope.WEIGHTS_2, saelens.WEIGHTS, dictionary_learning.WEIGHTS):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
     if found is not None:
@@ -106,10 +100,10 @@ def _read_folder(
     given = _given(stream, layer)
     if saelens.is_saelens(folder):
         return saelens.load_saelens(folder, facts(saelens))
-    if sparsify.is_sparsify(folder):
-        return sparsify.load_sparsify(folder, facts(sparsify), given)
-    if llama_scope.is_llama_scope(folder):
-        return llama_scope.load_llama_scope(folder, facts(llama_scope))
+    if dictionary_learning.is_sparsify(folder):
+        return dictionary_learning.load_sparsify(folder, facts(dictionary_learning), given)
+    if gemma_scope.is_llama_scope(folder):
+        return gemma_scope.load_llama_scope(folder, facts(gemma_scope))
     if gemma_scope.is_gemma_scope2(folder):
         return gemma_scope.load_gemma_scope2(
             folder,
@@ -132,9 +126,9 @@ def _unknown(place: Path) -> SAEError:
         gemma_scope.refuse_across_layers("clt", str(place))
     return SAEError(
         f"sae.path={place} is not an SAE in a format that saexp reads: expected "
-        f"{saelens.CONFIG} with {saelens.WEIGHTS}, {llama_scope.CONFIG} with "
-        f"{llama_scope.WEIGHTS}, or {gemma_scope.WEIGHTS}; or {sparsify.CONFIG} with "
-        f"{sparsify.WEIGHTS}, or {gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or "
+        f"{saelens.CONFIG} with {saelens.WEIGHTS}, {gemma_scope.CONFIG} with "
+        f"{gemma_scope.WEIGHTS}, or {gemma_scope.WEIGHTS}; or {dictionary_learning.CONFIG} with "
+        f"{dictionary_learning.WEIGHTS}, or {gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or "
         f"{dictionary_learning.WEIGHTS}"
     )
 
@@ -156,8 +150,8 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
         if file is None:
             lacking.append(weights)
             continue
-        if weights == sparsify.WEIGHTS:
-            present(repo, _beside(path, sparsify.RUN_CONFIG))
+        if weights == dictionary_learning.WEIGHTS:
+            present(repo, _beside(path, dictionary_learning.RUN_CONFIG))
         if weights == saelens.WEIGHTS:
             present(repo, f"{prefix}{saelens.SPARSITY}")
         folder = file.parents[len(Path(weights).parts) - 1]

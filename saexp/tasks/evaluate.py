@@ -16,8 +16,7 @@ from saexp.config import EvaluateConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, Skip, skip_notes
-from saexp.data.prompts import tokenize_texts
-from saexp.data.tokenization import TokenizedText
+from saexp.data.tokenization import TokenizedText, tokenize_texts
 from saexp.errors import DataError
 from saexp.models.forward import context_limit
 from saexp.models.loading import LanguageModel

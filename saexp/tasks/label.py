@@ -15,9 +15,8 @@ from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, read_lines
 from saexp.data.examples import Example, Skip, skip_notes
-from saexp.data.prompts import as_read, tokenize_prompts
 from saexp.data.tables import read_rows
-from saexp.data.tokenization import TokenizedText, tokenize
+from saexp.data.tokenization import TokenizedText, as_read, tokenize, tokenize_prompts
 from saexp.errors import DataError
 from saexp.interventions.outcomes import Refusal
 from saexp.labeling.matchers import Rules

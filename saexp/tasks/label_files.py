@@ -13,7 +13,7 @@ import pandas as pd
 from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip, Span, assign_splits, find_mentions
-from saexp.data.prompts import Prompt
+from saexp.data.tokenization import Prompt
 from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
 from saexp.interventions.batching import generate

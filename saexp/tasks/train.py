@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.activations.norms import OrdinaryRows
-from saexp.activations.reader import ShuffledReader
+from saexp.activations.reader import OrdinaryRows, ShuffledReader
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig, parse_layers, parse_width
 from saexp.context import RunContext
 from saexp.errors import ConfigError

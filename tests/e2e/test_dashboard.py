@@ -19,7 +19,7 @@ from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes.loading import random_sae
 from saexp.saes.sae import SparseAutoencoder
-from saexp.tasks import latent_cards
+from saexp.tasks import dashboard
 from saexp.tasks.dashboard import parse_latents
 from tests.random_models import D_MODEL, N_LAYERS, random_lm
 
@@ -186,7 +186,7 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     model = random_lm(architecture)
     named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
     sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
-    found, treated, notes = latent_cards.tokens([5, 40], sae, model, DashboardConfig(n_tokens=7))
+    found, treated, notes = dashboard.promoted_tokens([5, 40], sae, model, DashboardConfig(n_tokens=7))
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)
@@ -201,7 +201,7 @@ def test_a_direction_that_is_not_written_to_the_stream_promotes_nothing() -> Non
     model = random_lm("gpt2")
     about = {"name": "r", "loader": "random", "layer": 1, "stream": "attn_z", "device": "cpu"}
     sae = random_sae(SAEConfig(**about, d_in=D_MODEL, width=64))
-    cards, treated, notes = latent_cards.tokens([5], sae, model, DashboardConfig())
+    cards, treated, notes = dashboard.promoted_tokens([5], sae, model, DashboardConfig())
     assert (cards, treated) == ([{}], None)
     assert notes == [
         "promoted tokens are not shown: attn_z is not what the residual stream is made of"

@@ -17,7 +17,7 @@ from saexp.context import ObjectCache
 from saexp.pipeline import objects
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
 from saexp.saes.sae import SparseAutoencoder
-from saexp.sweeps import latent_matching
+from saexp.sweeps import planning
 from tests.unit.reports.left import page_of
 
 CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saexp.run(saexp.compose([*SMALL, *words, f"cache_dir={folder}/cache"]), place)
         (place / ".hydra").mkdir()
         (place / ".hydra/overrides.yaml").write_text(json.dumps(words))
-    latent_matching.match_cells(folder, ObjectCache())
+    planning.match_cells(folder, ObjectCache())
     return folder
 
 
@@ -117,14 +117,14 @@ def break_load(
             raise error
         return whole(cfg, model, objects)
 
-    monkeypatch.setattr(latent_matching, "sparse_autoencoder", load_or_not)
+    monkeypatch.setattr(planning, "sparse_autoencoder", load_or_not)
 
 
 def test_an_sae_that_cannot_be_loaded_is_a_note_and_the_others_are_matched(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda layer, _: layer == 3, OSError("the disk is gone"))
-    latent_matching.match_cells(sweep, ObjectCache())
+    planning.match_cells(sweep, ObjectCache())
     matches, notes = read_matches(sweep)
     assert notes == ["latents of layer 3, width 256 were not matched: the disk is gone"]
     assert set(matches["from_cell"]) == {1, 2}
@@ -139,7 +139,7 @@ def test_the_report_is_written_though_nothing_can_be_matched(
     sweep: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_load(monkeypatch, lambda *_: True, error)
-    latent_matching.match_cells(sweep, ObjectCache())
+    planning.match_cells(sweep, ObjectCache())
     assert not (sweep / MATCHES).exists()
     assert json.loads((sweep / MATCHES_NOTES).read_text("utf-8"))
     table, figures = write_sweep(sweep)
@@ -151,9 +151,9 @@ def test_the_report_is_written_though_nothing_can_be_matched(
 def test_one_sae_and_no_sweep_leave_nothing(sweep: Path, tmp_path: Path) -> None:
     for cell in (0, 1):
         shutil.rmtree(sweep / f"{cell}_cell")
-    latent_matching.match_cells(sweep, ObjectCache())
+    planning.match_cells(sweep, ObjectCache())
     (tmp_path / "empty").mkdir()
-    latent_matching.match_cells(tmp_path / "empty", ObjectCache())
+    planning.match_cells(tmp_path / "empty", ObjectCache())
     for folder in (sweep, tmp_path / "empty"):
         assert not (folder / MATCHES).exists()
         assert not (folder / MATCHES_NOTES).exists()
@@ -164,7 +164,7 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
     del about["sae"]
     (sweep / "0_cell/provenance.json").write_text(json.dumps(about))
     (sweep / "0_cell/activations.parquet").unlink()
-    latent_matching.match_cells(sweep, ObjectCache())
+    planning.match_cells(sweep, ObjectCache())
     matches, notes = read_matches(sweep)
     assert set(matches["from_cell"]) == {1, 2}
     assert notes == []
@@ -172,6 +172,6 @@ def test_cells_of_tasks_without_an_sae_are_passed_over(sweep: Path) -> None:
 
 def test_an_older_table_is_not_left_behind(sweep: Path) -> None:
     (sweep / MATCHES_NOTES).write_text('["old"]')
-    latent_matching.match_cells(sweep, ObjectCache())
+    planning.match_cells(sweep, ObjectCache())
     assert read_matches(sweep)[1] == []
     assert torch.is_grad_enabled()

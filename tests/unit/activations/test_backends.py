@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from saexp import registry
-from saexp.activations.backends import NnsightCollector, TransformerLensCollector
 from saexp.activations.collection import collect
-from saexp.activations.collector import CollectionRequest
+from saexp.activations.collector import (
+    CollectionRequest,
+    NnsightCollector,
+    TransformerLensCollector,
+)
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, StoreConfig
 from saexp.errors import ModelError

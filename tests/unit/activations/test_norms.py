@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations.norms import OrdinaryRows, norm_limit, norm_limits
+from saexp.activations.reader import OrdinaryRows, norm_limit, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from saexp.activations.collector import Part
-from saexp.activations.reader import Repeats, StoredValues
-from saexp.activations.shards import Label, ShardWriter
+from saexp.activations.shards import Label, Repeats, ShardWriter, StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint

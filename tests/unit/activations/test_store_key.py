@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saexp.activations.collector import ingredients
-from saexp.activations.reader import joined_name
+from saexp.activations.shards import joined_name
 from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
 from saexp.data.examples import Example

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from saexp.analysis.base import Split
 from saexp.analysis.contrast_checks import contrast_power
-from saexp.analysis.observations import Split
-from saexp.stats.power import detectable_auroc
+from saexp.stats.permutation import detectable_auroc
 from tests.unit.analysis.simulate import D_SAE, GROUPS, activations, contrast, rows_table
 
 

@@ -8,10 +8,9 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.base import AnalysisInputs, observations, split_of
 from saexp.analysis.contrast import ContrastAnalyzer, compare_with_surface
-from saexp.analysis.observations import observations, split_of
-from saexp.analysis.surface_baseline import fit_surface, read_texts
+from saexp.analysis.contrast_checks import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
 from saexp.latents.encode import Latents
 from saexp.results import Result

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.observations import observations, used_rows
+from saexp.analysis.base import observations, used_rows
 from saexp.latents.encode import Latents
 
 GROUPS = ("known", "unknown")

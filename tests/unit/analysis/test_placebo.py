@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from saexp.analysis.base import Split
 from saexp.analysis.contrast_checks import permuted, placebo_labels, placebo_latents
-from saexp.analysis.observations import Split
 from saexp.stats.intervals import wilson
 from saexp.stats.rank_tests import stratified_rank_test
 from tests.unit.analysis.simulate import activations, contrast, rows_table

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.stats.power import benjamini_hochberg
+from saexp.stats.permutation import benjamini_hochberg
 from saexp.stats.rank_tests import (
     FEW,
     Ranked,

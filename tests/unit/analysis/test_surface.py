@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis import surface_baseline
-from saexp.analysis.surface_baseline import ReadText, fit_surface, read_texts, token_counts
+from saexp.analysis import contrast_checks
+from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.errors import DataError
 from tests.unit.analysis.surface_texts import BOS, names, placed, tokenized
 
@@ -159,7 +159,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(
     read, units = read_of(rows), rows["unit"].to_numpy()
     baseline = fit_surface(read, first, units, {}, 0)
     at_once = baseline.score(read)
-    monkeypatch.setattr(surface_baseline, "CHUNK", 7)
+    monkeypatch.setattr(contrast_checks, "CHUNK", 7)
     np.testing.assert_allclose(baseline.score(read), at_once, rtol=1e-12)
 
 

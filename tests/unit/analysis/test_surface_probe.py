@@ -10,8 +10,8 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.contrast_checks import fit_surface, read_texts, token_counts
 from saexp.analysis.probe import ProbeAnalyzer
-from saexp.analysis.surface_baseline import fit_surface, read_texts, token_counts
 from saexp.config import ProbeConfig
 from saexp.latents.encode import Latents
 from saexp.results import Result

@@ -11,8 +11,7 @@ from saexp import registry
 from saexp.analysis.capability import questions
 from saexp.config import DatasetConfig, InterventionConfig
 from saexp.data.examples import Example
-from saexp.data.positions import PositionNotFound
-from saexp.data.prompts import answer_text, answer_token, foil_of, space_note
+from saexp.data.tokenization import PositionNotFound, answer_text, answer_token, foil_of, space_note
 from saexp.errors import ConfigError
 from saexp.interventions.conditions import position_prompts
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, LogitDifference

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 import saexp
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, PositionNotFound, place
-from saexp.data.prompts import CHANGED, as_read, tokenize_prompts, tokenize_texts
-from saexp.data.tokenization import span_to_tokens, tokenize
+from saexp.data.positions import Candidate, place
+from saexp.data.tokenization import (
+    CHANGED,
+    PositionNotFound,
+    as_read,
+    span_to_tokens,
+    tokenize,
+    tokenize_prompts,
+    tokenize_texts,
+)
 from saexp.interventions.conditions import position_prompts
 from saexp.pipeline.collect import resolve_bos
 from saexp.registry import build

@@ -22,8 +22,8 @@ from saexp.interventions.measure import AttentionTest, _attention
 from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
-from saexp.models.attention import attention_to
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
 from saexp.saes.loading import sae_identity
 from saexp.saes.sae import SparseAutoencoder

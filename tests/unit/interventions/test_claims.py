@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saexp.interventions.effects import claim_notes, summarised_conditions, with_claims
-from saexp.stats.power import holm
+from saexp.stats.permutation import holm
 
 OUTCOMES = ["refusal", "logit"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.interventions.control_matching import ControlSet, any_active, frequency_matched
+from saexp.interventions.directions import ControlSet, any_active, frequency_matched
 
 
 def table(n: int = 60, seed: int = 0) -> pd.DataFrame:

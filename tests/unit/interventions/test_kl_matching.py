@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from saexp.interventions.control_matching import equal_kl_scales
+from saexp.interventions.directions import equal_kl_scales
 
 CURVES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "quadratic": lambda a, s: a * s**2,

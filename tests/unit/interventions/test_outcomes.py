@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from saexp.data.examples import Example
-from saexp.data.positions import PositionNotFound
-from saexp.data.prompts import Prompt, in_template
+from saexp.data.tokenization import PositionNotFound, Prompt, in_template
 from saexp.interventions.batching import LogitReader, read_logits
 from saexp.interventions.operations import Row
 from saexp.interventions.outcomes import (

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from saexp.latents import encode
-from saexp.latents.examples import tally_store, values_at
-from saexp.latents.statistics import Tally
+from saexp.latents.statistics import Tally, tally_store, values_at
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.unit.latents.test_encode import store_of

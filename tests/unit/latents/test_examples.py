@@ -12,8 +12,17 @@ from scipy import sparse
 from saexp.activations.store import ActivationStore
 from saexp.data.tokenization import TokenizedText, pieces, tokenize
 from saexp.latents import encode
-from saexp.latents.examples import Windows, firing_counts, latents_at, tally_store, values_at
-from saexp.latents.statistics import N_BINS, Tally, at_quantiles, best_of_each_text
+from saexp.latents.statistics import (
+    N_BINS,
+    Tally,
+    Windows,
+    at_quantiles,
+    best_of_each_text,
+    firing_counts,
+    latents_at,
+    tally_store,
+    values_at,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import TEXTS, tokenizer

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models.attention import attention_to, eager_attention
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import edit, position_ids
+from saexp.models.hooks import attention_to, eager_attention, edit, position_ids
 from saexp.models.loading import LanguageModel
 from tests.random_models import (
     ARCHITECTURES,

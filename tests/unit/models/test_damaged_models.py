@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saexp.config import ModelConfig
-from saexp.data.prompts import as_read
+from saexp.data.tokenization import as_read
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits

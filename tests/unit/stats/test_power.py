@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp.stats.power import detectable_auroc, detectable_change
+from saexp.stats.permutation import detectable_auroc, detectable_change
 from saexp.stats.rank_tests import stratified_rank_test
 
 RUNS = 400
