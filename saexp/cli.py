@@ -22,17 +22,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from saexp.config import environment, register_schema, to_run_config
 from saexp.config.messages import is_composition_error, key_of, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
+from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.registry import FULL_ERROR, explained, load_plugins, wants_traceback
-from saexp.stopping import (
-    Stopping,
-    exit_code,
-    message,
-    raise_if_stopped,
-    stoppable,
-    stoppable_cell,
-)
 
 
 def report_once(logger: logging.Logger | None = None) -> None:

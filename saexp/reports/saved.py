@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from pyarrow import ArrowException
 
+from saexp.context import STOPS
 from saexp.digests import (
     checksum_of,
     difference,
@@ -25,7 +26,6 @@ from saexp.digests import (
 )
 from saexp.errors import StoreError
 from saexp.results import read_plan
-from saexp.stopping import STOPS
 from saexp.wording import brief
 
 PROVENANCE = "provenance.json"

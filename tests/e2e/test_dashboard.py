@@ -186,7 +186,9 @@ def test_promoted_tokens_under_other_norms(architecture: str) -> None:
     model = random_lm(architecture)
     named = {"name": "r", "loader": "random", "layer": N_LAYERS - 1, "device": "cpu"}
     sae = random_sae(SAEConfig(**named, d_in=D_MODEL, width=64))
-    found, treated, notes = dashboard.promoted_tokens([5, 40], sae, model, DashboardConfig(n_tokens=7))
+    found, treated, notes = dashboard.promoted_tokens(
+        [5, 40], sae, model, DashboardConfig(n_tokens=7)
+    )
     assert treated is not None
     assert not notes
     n = len(model.tokenizer)

@@ -15,8 +15,7 @@ from types import FrameType
 import pytest
 
 from saexp.config import TrackerConfig
-from saexp.context import RunContext
-from saexp.stopping import Stopped, exit_code, message, raise_if_stopped, stoppable
+from saexp.context import RunContext, Stopped, exit_code, message, raise_if_stopped, stoppable
 from saexp.tracking import NullTracker
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -130,7 +129,7 @@ def test_a_signal_inside_a_destructor_is_not_lost() -> None:
 
 CLEANING = """
 import time
-from saexp.stopping import stoppable
+from saexp.context import stoppable
 with stoppable():
     try:
         print("ready", flush=True)
