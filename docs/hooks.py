@@ -31,7 +31,7 @@ from config_reference import config_page  # noqa: E402
 
 API_TYPES = (
     "saexp.results.Result",
-    "saexp.interactive.model.InteractiveModel",
+    "saexp.api.model.InteractiveModel",
     "saexp.models.loading.LanguageModel",
     "saexp.models.hookpoints.Hookpoint",
     "saexp.saes.sae.SparseAutoencoder",

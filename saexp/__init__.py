@@ -18,23 +18,23 @@ if TYPE_CHECKING:
         open_store,
         run,
     )
-    from saexp.interactive.edits import ablate, edit, steer
-    from saexp.interactive.latents import contrast, encode, load_sae, top_latents
-    from saexp.interactive.model import load_model
-    from saexp.results import Result as Result
+    from saexp.api.edits import ablate, edit, steer
+    from saexp.api.latents import contrast, encode, load_sae, top_latents
+    from saexp.api.model import load_model
+    from saexp.results import Result
 
 _MODULE_OF = {
     "Result": "saexp.results",
     "build": "saexp.api",
     "compose": "saexp.api",
-    "contrast": "saexp.interactive.latents",
-    "load_model": "saexp.interactive.model",
-    "load_sae": "saexp.interactive.latents",
-    "ablate": "saexp.interactive.edits",
-    "edit": "saexp.interactive.edits",
-    "encode": "saexp.interactive.latents",
-    "steer": "saexp.interactive.edits",
-    "top_latents": "saexp.interactive.latents",
+    "contrast": "saexp.api.latents",
+    "load_model": "saexp.api.model",
+    "load_sae": "saexp.api.latents",
+    "ablate": "saexp.api.edits",
+    "edit": "saexp.api.edits",
+    "encode": "saexp.api.latents",
+    "steer": "saexp.api.edits",
+    "top_latents": "saexp.api.latents",
     "neuronpedia_list": "saexp.api",
     "neuronpedia_url": "saexp.api",
     "open_store": "saexp.api",

@@ -1,4 +1,7 @@
-"""Errors that a user can fix. A message is one line: what, where, what to type instead."""
+"""Errors that a user can fix. A message is one line: what, where, what to type instead.
+
+`counted` and `brief` word the numbers and the long values in messages and reports.
+"""
 
 
 class SaexpError(Exception):
@@ -27,3 +30,16 @@ class StoreError(SaexpError):
 
 class InterventionError(SaexpError):
     """An intervention that cannot be carried out as requested."""
+
+
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """A number and its noun: "1 row", "3 rows"; `many` is a plural other than `one` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def brief(text: str, length: int) -> str:
+    """The text as one line of at most `length` characters, cut between words."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    return line[: length - 1].rpartition(" ")[0].rstrip(".,;:") + " …"

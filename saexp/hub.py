@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saexp.wording import brief
+from saexp.errors import brief
 
 log = logging.getLogger(__name__)
 

@@ -30,9 +30,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes
+from saexp.analysis.evaluation import EvaluationSettings, Numbers, densities, evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Where
-from saexp.analysis.evaluation_tables import Numbers, densities, numbers
 from saexp.data.tokenization import TokenizedText
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from saexp.data.positions import PositionTable
-from saexp.errors import ModelError
+from saexp.errors import ModelError, brief
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime, depends_on_length, rope_regime
-from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,9 @@ from saexp.activations.forward import Batch
 from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
 from saexp.data.positions import PositionTable
 from saexp.digests import contents, digest_of
-from saexp.errors import DataError, StoreError
+from saexp.errors import DataError, StoreError, counted
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.wording import counted
 
 _CHUNK_ROWS = 2048
 _ANY_WIDTH = ("attn_z",)

@@ -30,10 +30,9 @@ from saexp.activations.shards import (
     write_manifest,
 )
 from saexp.digests import digest_of, read_sha256
-from saexp.errors import ModelError, StoreError
+from saexp.errors import ModelError, StoreError, counted
 from saexp.files import CACHE, USED, Marked, locked, write_table
 from saexp.models.hookpoints import Hookpoint
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 

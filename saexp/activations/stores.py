@@ -15,10 +15,9 @@ import pandas as pd
 
 from saexp.activations.shards import MANIFEST, damaged_joined, remove_manifest
 from saexp.activations.store import LOCKS, ActivationStore, shard_files
-from saexp.errors import ConfigError, StoreError
+from saexp.errors import ConfigError, StoreError, counted
 from saexp.files import USED, show_bytes, try_lock, users
 from saexp.models.hookpoints import Hookpoint
-from saexp.wording import counted
 
 _SHOWN_DIGITS = 8
 """Hex digits shown of a hash."""

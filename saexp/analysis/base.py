@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import TokenizedText
-from saexp.errors import DataError
+from saexp.errors import DataError, brief, counted
 from saexp.latents.encode import Latents
 from saexp.latents.statistics import by_unit, equal_rows
 from saexp.models.hookpoints import Hookpoint
@@ -22,7 +22,6 @@ from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.intervals import MIN_GROUP
 from saexp.stats.rank_tests import Ranked, stratum_weights
-from saexp.wording import brief, counted
 
 
 @dataclass(kw_only=True)

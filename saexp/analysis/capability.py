@@ -30,7 +30,7 @@ from saexp.data.tokenization import (
     token_texts,
     tokenize_prompts,
 )
-from saexp.errors import DataError
+from saexp.errors import DataError, counted
 from saexp.latents.encode import spliced
 from saexp.models.forward import check_positions, keep_last_logits
 from saexp.models.hookpoints import Hookpoint
@@ -38,7 +38,6 @@ from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.stats.intervals import mean_interval, paired_difference_interval, wilson
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,10 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.context import progress
 from saexp.data.positions import OWN_COLUMNS
-from saexp.errors import ConfigError, DataError
+from saexp.errors import ConfigError, DataError, counted
 from saexp.latents.statistics import moments
 from saexp.stats.logistic_probe import Fitted, fit_logistic, folds
 from saexp.stats.rank_tests import Ranked
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from saexp.analysis.contrast_checks import (
 )
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
-from saexp.results import Result
+from saexp.results import Result, is_above_chance
 from saexp.stats.intervals import auroc_interval, separation_interval
 from saexp.stats.permutation import benjamini_hochberg, holm
 from saexp.stats.rank_tests import (
@@ -46,7 +46,6 @@ from saexp.stats.rank_tests import (
     auroc_of,
     stratified_rank_test,
 )
-from saexp.wording import is_above_chance
 
 log = logging.getLogger(__name__)
 

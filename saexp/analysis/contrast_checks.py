@@ -16,10 +16,10 @@ from saexp.analysis.base import Split
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
-from saexp.results import Result
+from saexp.errors import counted
+from saexp.results import Result, is_above_chance, p_value_words
 from saexp.stats.permutation import claim_fraction, detectable_auroc
 from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
-from saexp.wording import counted, is_above_chance, p_value_words
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ Shapes: n positions, d_model, d_sae latents, n_texts texts.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ from saexp.errors import ModelError
 from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replaced
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
+from saexp.stats.intervals import ratio_interval
 
 _GIB = 2**30
 LOGIT_BYTES = {"cuda": _GIB // 2, "cpu": 2**24}
@@ -327,3 +328,111 @@ def _too_large(batch: Batch) -> ModelError:
         f"task.batch_tokens={max(1, n // 2)}, dtype=bfloat16, fewer layers or a smaller "
         "dataset.max_length"
     )
+
+
+Numbers = dict[str, float | int | None]
+Sums = np.ndarray | np.floating | np.integer
+ABLATIONS = {"zero": "", "mean": "_mean"}
+"""What takes the stream's place -> ending of the scores that compare with it."""
+
+
+def fractions(sums: Mapping[str, Sums]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric name -> (numerator, denominator), from sums over positions (Evaluation.texts).
+
+    Both are linear in the sums, which are arrays of any one shape: those of single texts add up to
+    those of all. ce_loss_score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); kl_score =
+    (KL_ablated - KL_sae) / KL_ablated; ablated by zeros, with the ending `_mean` by the mean.
+    ce_increase = CE_sae - CE_clean. Variance is around the mean of all texts.
+    """
+    s = {name: np.asarray(values, dtype=np.float64) for name, values in sums.items()}
+    there = {name: ending for name, ending in ABLATIONS.items() if f"ce_{name}" in s}
+    found = {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in ("clean", "sae")}
+    found |= {f"reconstruction/ce_{k}": (s[f"ce_{k}"], s["n_scored"]) for k in there}
+    found |= {f"reconstruction/kl_{k}": (s[f"kl_{k}"], s["n_compared"]) for k in ("sae", *there)}
+    found["reconstruction/ce_increase"] = (s["ce_sae"] - s["ce_clean"], s["n_scored"])
+    for name, ending in there.items():
+        ce, kl = s[f"ce_{name}"], s[f"kl_{name}"]
+        found[f"reconstruction/ce_loss_score{ending}"] = (ce - s["ce_sae"], ce - s["ce_clean"])
+        found[f"reconstruction/kl_score{ending}"] = (kl - s["kl_sae"], kl)
+    n, spread, spread_of_all = s["n_spliced"], s["spread"], s["spread_of_all"]
+    found |= {
+        "reconstruction/explained_variance": (spread - s["error"], spread),
+        "reconstruction/explained_variance_legacy": (s["legacy"], n),
+        "reconstruction/explained_variance_all_positions": (
+            spread_of_all - s["error_of_all"],
+            spread_of_all,
+        ),
+        "reconstruction/high_norm_variance_fraction": (s["spread_high_norm"], spread_of_all),
+        "reconstruction/mse": (s["error"], n),
+        "reconstruction/cosine": (s["cosine"], n),
+        "reconstruction/l2_ratio": (s["ratio"], n),
+        "reconstruction/relative_bias": (s["output"], s["product"]),
+        "sparsity/l0": (s["active"], n),
+        "sparsity/mean_active": (s["value"], s["active"]),
+    }
+    return found
+
+
+def numbers(
+    evaluation: Evaluation,
+    n_bootstrap: int,
+    seed: int,
+    confidence: float = 0.95,
+    *,
+    units: Sequence[str] | None = None,
+) -> Numbers:
+    """Every metric of one SAE, those of `fractions` with `_ci_low` and `_ci_high`.
+
+    Intervals are by the studentised bootstrap of the ratio (`ratio_interval`) over `units`, each
+    with the sums of its texts; without units every text is one. A score is NaN where the ablation
+    costs nothing, as is every number that is not defined. Intervals are None for fewer than `MIN_N`
+    units, without resamples, and for a number that has no spread.
+    """
+    table = evaluation.texts
+    of_text = (
+        np.arange(len(table)) if units is None else pd.factorize(np.asarray(units, dtype=object))[0]
+    )
+    of_unit = table.groupby(of_text, sort=False).sum()
+    values = {str(name): of_unit[name].to_numpy(dtype=np.float64) for name in of_unit.columns}
+    parts = fractions(values)
+    above, below = (np.stack([pair[i] for pair in parts.values()], axis=1) for i in (0, 1))
+    low, high = ratio_interval(above, below, seed, n_resamples=n_bootstrap, confidence=confidence)
+    found: Numbers = {}
+    for i, (name, (numerator, denominator)) in enumerate(parts.items()):
+        total = denominator.sum()
+        defined = total > 0 if "score" in name else total != 0
+        found[name] = float(numerator.sum() / total) if defined else float("nan")
+        for side, limit in (("low", low[i]), ("high", high[i])):
+            is_number = defined and np.isfinite(limit)
+            found[f"{name}_ci_{side}"] = float(limit) if is_number else None
+    measured = evaluation.stream.result()
+    for name in ("max_active", "dead_fraction", "n_positions"):
+        found[f"sparsity/{name}"] = measured[f"sparsity/{name}"]
+    for name in ("explained_variance_median", "median_norm", "n_high_norm"):
+        found[f"reconstruction/{name}"] = measured[f"reconstruction/{name}"]
+    found["sparsity/n_dead"] = int((evaluation.stream.n_active == 0).sum())
+    found["evaluation/n_units"] = len(of_unit)
+    found["evaluation/n_scored"] = int(values["n_scored"].sum())
+    found["evaluation/n_compared"] = int(values["n_compared"].sum())
+    return found
+
+
+def densities(evaluation: Evaluation) -> pd.DataFrame:
+    """Per latent: positions and share of spliced positions where it fires, mean there, maximum."""
+    stream = evaluation.stream
+    n_active = stream.n_active.numpy()
+    return pd.DataFrame(
+        {
+            "latent": np.arange(len(n_active)),
+            "n_active": n_active,
+            "frequency": n_active / stream.n,
+            "mean_active": stream.totals.numpy() / np.maximum(n_active, 1),
+            "max_active": stream.maxima.numpy(),
+        }
+    )
+
+
+def l0_table(evaluation: Evaluation) -> pd.DataFrame:
+    """Per number of active latents, at how many spliced positions there are so many."""
+    counts = evaluation.l0_histogram
+    return pd.DataFrame({"n_active": np.arange(len(counts)), "n_positions": counts})

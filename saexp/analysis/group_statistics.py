@@ -12,12 +12,11 @@ from scipy import sparse
 from saexp.analysis.base import AnalysisInputs, Analyzer, unequal_types
 from saexp.config import StatsConfig, TopFeaturesConfig
 from saexp.data.tokenization import pieces
-from saexp.errors import DataError
+from saexp.errors import DataError, counted
 from saexp.latents.statistics import Moments, moments
 from saexp.results import Result
 from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval
 from saexp.stats.rank_tests import stratum_weights
-from saexp.wording import counted
 
 
 class TopFeaturesAnalyzer(Analyzer):

@@ -27,8 +27,8 @@ from saexp.analysis.classifiers import (
     rows_of,
 )
 from saexp.config import ProbeConfig
-from saexp.errors import ConfigError, DataError
-from saexp.results import Result
+from saexp.errors import ConfigError, DataError, counted
+from saexp.results import Result, at_chance_words
 from saexp.stats.intervals import (
     Interval,
     auroc_interval,
@@ -39,7 +39,6 @@ from saexp.stats.intervals import (
 from saexp.stats.logistic_probe import limited
 from saexp.stats.permutation import holm
 from saexp.stats.rank_tests import placements
-from saexp.wording import at_chance_words, counted
 
 _TYPES = (
     "a probe may exploit this, because AUROCs compare entities of all types; type "

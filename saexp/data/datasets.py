@@ -21,10 +21,9 @@ from saexp.data.examples import (
     skip_notes,
 )
 from saexp.data.tables import read_rows, text_lines, to_examples
-from saexp.errors import ConfigError, DataError
+from saexp.errors import ConfigError, DataError, counted
 from saexp.hub import hub as reaching_hub
 from saexp.hub import is_path, why_absent
-from saexp.wording import counted
 
 ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED_MODELS = ("tiny", "tiny_control")

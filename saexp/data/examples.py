@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from saexp.config.components import MISSING_VALUES
-from saexp.errors import DataError
-from saexp.wording import counted
+from saexp.errors import DataError, counted
 
 Span = tuple[int, int]
 """[start, end) in characters."""

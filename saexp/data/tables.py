@@ -15,8 +15,7 @@ from typing import Any, TextIO
 from saexp.config import DatasetConfig
 from saexp.config.components import COLUMNS as FIELDS
 from saexp.data.examples import Example, MissingValues, Span, as_list, find_mentions, look_alike
-from saexp.errors import ConfigError, DataError
-from saexp.wording import counted
+from saexp.errors import ConfigError, DataError, counted
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from saexp.interventions.directions import (
     orthonormal,
 )
 from saexp.interventions.operations import Add, Op, Project, Vector
-from saexp.results import Result
+from saexp.results import CONTROL_WORDS, Result
 from saexp.stats.permutation import (
     MIN_CONTROLS,
     claim_fraction,
@@ -27,7 +27,6 @@ from saexp.stats.permutation import (
     random_directions,
     rank_p_value,
 )
-from saexp.wording import CONTROL_WORDS
 
 OWN_GROUP = "own_group"
 """Control kind of patches: activations of other prompts of the same group."""

@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from saexp.config.interventions import CONTROL_KINDS
+from saexp.errors import counted
 from saexp.interventions.conditions import Condition, direction_of_set
 from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
@@ -27,7 +28,6 @@ from saexp.stats.permutation import (
     rank_p_value,
     sign_flip_p_values,
 )
-from saexp.wording import counted
 
 N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]

@@ -16,7 +16,7 @@ from saexp.context import progress
 from saexp.data.examples import Example
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import PositionNotFound, TokenizedText, space_note, tokenize
-from saexp.errors import InterventionError
+from saexp.errors import InterventionError, counted
 from saexp.interventions.batching import (
     LogitReader,
     batch_tokens_for,
@@ -36,7 +36,6 @@ from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
 from saexp.models.weights import Original, orthogonalized
 from saexp.stats.permutation import paired_head_test
-from saexp.wording import counted
 
 _NEUTRAL_TOKENS = 48
 """Longest neutral text, in tokens."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import UInt64
 
-from saexp.errors import StoreError
+from saexp.errors import StoreError, counted
 from saexp.files import FOLDER, Lease, is_alive, process_of
 from saexp.interventions.results_database import (
     TABLE,
@@ -34,7 +34,6 @@ from saexp.interventions.results_database import (
     is_sound,
 )
 from saexp.models.loading import LanguageModel
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from saexp.errors import StoreError
+from saexp.errors import StoreError, counted
 from saexp.files import CACHE, cannot_write, free_bytes, is_writable, locked, report_read_only
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 TABLE = "checked_results"

@@ -15,7 +15,7 @@ from saexp.config import DatasetConfig, WikidataConfig
 from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
 from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
-from saexp.errors import ConfigError, DataError
+from saexp.errors import ConfigError, DataError, counted
 from saexp.files import write_json
 from saexp.labeling.matchers import Rules, canonical, is_correct
 from saexp.labeling.quantities import year
@@ -29,7 +29,6 @@ from saexp.labeling.questions import (
     truths_of,
 )
 from saexp.registry import did_you_mean
-from saexp.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
-from saexp.errors import ModelError
+from saexp.errors import ModelError, brief
 from saexp.hub import hub, is_path, snapshot, why_absent
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import reset_rope_before_passes
@@ -39,7 +39,7 @@ from saexp.models.structure import (
     shards_in,
     token_ids,
 )
-from saexp.wording import brief, html_table
+from saexp.results import html_table
 
 log = logging.getLogger(__name__)
 

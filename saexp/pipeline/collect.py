@@ -17,12 +17,11 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import PositionTable, place
 from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
-from saexp.errors import ConfigError, DataError, ModelError
+from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
-from saexp.wording import counted
 
 BOS = "check/begins_with_bos"
 """Metric: 1 where texts begin with BOS, else 0."""

@@ -9,8 +9,9 @@ import plotly.graph_objects as go
 import plotly.io
 
 from saexp import registry
+from saexp.errors import counted
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.capability import CAPABILITY
+from saexp.reports.analyzer_pages import CAPABILITY, PROBE
 from saexp.reports.contrast import CONTRAST
 from saexp.reports.effect_section import effect_content, effect_figures
 from saexp.reports.effects import effect_sentences
@@ -29,10 +30,9 @@ from saexp.reports.page import (
     sae_check_rows,
     write_run_page,
 )
-from saexp.reports.probe import PROBE
 from saexp.reports.sae_quality import training_sentence
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted, sae_words
+from saexp.results import sae_words
 
 FIGURES = "figures.json"
 """File with the figures that a custom analyzer made, by name."""

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from saexp.errors import counted
 from saexp.reports.effects import position_words
 from saexp.reports.finding import contrast_findings, contrast_sentences, power_sentences
 from saexp.reports.page import (
@@ -21,8 +22,8 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved import SavedRun
+from saexp.results import is_above_chance
 from saexp.stats.permutation import holm
-from saexp.wording import counted, is_above_chance
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
 N_HISTOGRAMS = 2

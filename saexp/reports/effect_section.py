@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from saexp.errors import counted
 from saexp.reports.effects import (
     action_words,
     capitalized,
@@ -19,7 +20,7 @@ from saexp.reports.effects import (
 )
 from saexp.reports.page import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
 from saexp.reports.saved import SavedRun
-from saexp.wording import CONTROL_WORDS, counted
+from saexp.results import CONTROL_WORDS
 
 N_EXAMPLES = 4
 N_HEADS = 12

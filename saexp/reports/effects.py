@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.errors import counted
 from saexp.reports.page import interval_words
 from saexp.reports.saved import SavedRun
+from saexp.results import CONTROL_WORDS, p_value_words
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES
 from saexp.stats.permutation import ALPHA, MIN_CONTROLS
-from saexp.wording import CONTROL_WORDS, counted, p_value_words
 
 _CALIPER = {
     "frequency": ("frequency_caliper", "frequency_ratio", " in activation frequency"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.errors import counted
 from saexp.reports.effects import (
     action_words,
     capitalized,
@@ -14,7 +15,7 @@ from saexp.reports.effects import (
 )
 from saexp.reports.page import Finding, interval_words
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted, is_above_chance, p_value_words, sae_words
+from saexp.results import is_above_chance, p_value_words, sae_words
 
 Metrics = Mapping[str, float | int | None]
 _SURFACE = "contrast/surface_auroc_test"

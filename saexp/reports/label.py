@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from saexp.errors import counted
 from saexp.labeling.matchers import PAPER, Rules, type_key
 from saexp.reports.page import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
 from saexp.reports.saved import SavedRun
 from saexp.stats.intervals import wilson
-from saexp.wording import counted
 
 GROUPS = ("known", "unknown", "dropped")
 N_EXAMPLES = 3

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from saexp.errors import StoreError
+from saexp.errors import StoreError, counted
 from saexp.files import RUN_FOLDER, write_text
 from saexp.reports.page import (
     GROUP_COLOURS,
@@ -31,7 +31,6 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted
 
 # analyzer=stats
 

@@ -11,6 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from saexp.config import SAETrainerConfig
+from saexp.errors import counted
 from saexp.reports.page import (
     GROUP_COLOURS,
     PALETTE,
@@ -28,7 +29,7 @@ from saexp.reports.page import (
     write_run_page,
 )
 from saexp.reports.saved import SavedRun
-from saexp.wording import counted, sae_words
+from saexp.results import sae_words
 
 # task=evaluate
 

@@ -24,9 +24,8 @@ from saexp.digests import (
     is_checksums,
     is_sealed,
 )
-from saexp.errors import StoreError
+from saexp.errors import StoreError, brief
 from saexp.results import read_plan
-from saexp.wording import brief
 
 PROVENANCE = "provenance.json"
 _AGAIN = "run its command again, which recomputes what is damaged"

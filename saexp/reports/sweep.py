@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from pyarrow import ArrowException
 
+from saexp.errors import brief, counted
 from saexp.files import SWEEP_FOLDER, write_table
 from saexp.reports.page import (
     GROUP_COLOURS,
@@ -26,9 +27,8 @@ from saexp.reports.sweep_figures import (
     missing_words,
     sweep_figures,
 )
-from saexp.results import read_plan
+from saexp.results import at_chance_words, read_plan
 from saexp.stats.permutation import ALPHA, holm
-from saexp.wording import at_chance_words, brief, counted
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
 """Files in a sweep's folder: latents matched between its SAEs, and notes on them."""

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.config import parse_width
+from saexp.errors import counted
 from saexp.reports.effects import capitalized, prompts_of
 from saexp.reports.page import (
     CHANCE_LINE,
@@ -21,8 +22,8 @@ from saexp.reports.page import (
     wrapped,
 )
 from saexp.reports.saved import SavedRun, cell_words, groups_of, line_keys, swept
+from saexp.results import p_value_words
 from saexp.stats.permutation import ALPHA, holm
-from saexp.wording import counted, p_value_words
 
 _N_LISTED = 6
 """Cells without train prompts that are listed one by one; more are only counted."""

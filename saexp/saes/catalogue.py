@@ -17,8 +17,16 @@ from saexp.config import SAEConfig, parse_layers, parse_width
 from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.formats import dictionary_learning, gemma_scope, saelens
-from saexp.saes.formats.files import Streams, about, download, lens_hookpoint, present
+from saexp.saes.formats import (
+    Streams,
+    about,
+    dictionary_learning,
+    download,
+    gemma_scope,
+    lens_hookpoint,
+    present,
+    saelens,
+)
 from saexp.saes.sae import SAE, SparseAutoencoder
 
 

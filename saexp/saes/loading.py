@@ -25,8 +25,15 @@ from saexp.saes.catalogue import (
     neuronpedia_of,
     show_width,
 )
-from saexp.saes.formats import dictionary_learning, gemma_scope, saelens
-from saexp.saes.formats.files import Streams, about, download, present
+from saexp.saes.formats import (
+    Streams,
+    about,
+    dictionary_learning,
+    download,
+    gemma_scope,
+    present,
+    saelens,
+)
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.permutation import random_directions
 

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saexp.errors import SAEError
+from saexp.errors import SAEError, counted
 from saexp.models.hookpoints import Hookpoint
-from saexp.wording import counted, html_table
+from saexp.results import html_table
 
 NEEDED = {
     "standard": ("b_enc",),

@@ -36,7 +36,7 @@ from saexp.config.environment import resolved
 from saexp.config.messages import COMPOSITION_ERRORS, key_of
 from saexp.config.tasks import StreamsConfig
 from saexp.context import ObjectCache
-from saexp.errors import SAEError, SaexpError, StoreError
+from saexp.errors import SAEError, SaexpError, StoreError, brief
 from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
@@ -45,7 +45,6 @@ from saexp.reports.saved import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes.sae import SparseAutoencoder
-from saexp.wording import brief
 
 log = logging.getLogger(__name__)
 

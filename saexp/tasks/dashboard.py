@@ -36,10 +36,9 @@ from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
-from saexp.results import Result
+from saexp.results import Result, is_above_chance, sae_words
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.saes.sae import SparseAutoencoder
-from saexp.wording import is_above_chance, sae_words
 
 OTHER = "other rows"
 """Label of rows that are of neither group."""

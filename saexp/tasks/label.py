@@ -17,7 +17,7 @@ from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, re
 from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.tables import read_rows
 from saexp.data.tokenization import TokenizedText, as_read, tokenize, tokenize_prompts
-from saexp.errors import DataError
+from saexp.errors import DataError, counted
 from saexp.interventions.outcomes import Refusal
 from saexp.labeling.matchers import Rules
 from saexp.labeling.questions import (
@@ -52,7 +52,6 @@ from saexp.tasks.label_files import (
     templates,
     thresholds,
 )
-from saexp.wording import counted
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 """(prompt, continuation) in tokens: the default, and that of the shorter shipped passages."""

@@ -17,11 +17,10 @@ from huggingface_hub import constants
 
 from saexp import hub
 from saexp.config import DatasetConfig, ModelConfig, SAEConfig
-from saexp.errors import ModelError, SAEError, SaexpError
+from saexp.errors import ModelError, SAEError, SaexpError, brief
 from saexp.hub import snapshot
 from saexp.models.loading import LanguageModel
 from saexp.registry import build
-from saexp.wording import brief
 from tests.hub_caches import repository
 from tests.random_models import random_hf, save
 

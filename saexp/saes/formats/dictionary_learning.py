@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saexp.errors import ModelError, SAEError
+from saexp.errors import ModelError, SAEError, brief
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.formats.files import (
+from saexp.saes.formats import (
     Config,
     check_matrices,
     check_raw_output,
@@ -20,7 +20,6 @@ from saexp.saes.formats.files import (
     read_safetensors,
 )
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type, check_values
-from saexp.wording import brief
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saexp.errors import SAEError
+from saexp.errors import SAEError, brief
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.formats.files import (
+from saexp.saes.formats import (
     Config,
     Streams,
     check_matrices,
@@ -22,7 +22,6 @@ from saexp.saes.formats.files import (
     read_safetensors,
 )
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type, check_values
-from saexp.wording import brief
 
 WEIGHTS = "params.npz"
 _UNREADABLE = (

@@ -10,7 +10,7 @@ from torch import Tensor
 from saexp.errors import SAEError
 from saexp.hub import hub, why_absent
 from saexp.models.hookpoints import NOT_ADDED, Hookpoint
-from saexp.saes.formats.files import (
+from saexp.saes.formats import (
     Config,
     check_matrices,
     drop_unit_scaling,

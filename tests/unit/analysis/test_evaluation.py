@@ -11,10 +11,12 @@ from saexp.analysis.evaluation import (
     Evaluation,
     EvaluationSettings,
     can_be_scored,
+    densities,
     evaluate_saes,
+    l0_table,
+    numbers,
 )
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
-from saexp.analysis.evaluation_tables import densities, l0_table, numbers
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import saexp
-from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes
+from saexp.analysis.evaluation import EvaluationSettings, densities, evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Where
-from saexp.analysis.evaluation_tables import densities, numbers
 from saexp.data.tokenization import TokenizedText
 
 ASSETS = Path(saexp.__file__).parent / "assets" / "tiny"

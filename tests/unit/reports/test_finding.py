@@ -11,7 +11,7 @@ from saexp.errors import StoreError
 from saexp.reports.analysis import findings, headline, report_figures
 from saexp.reports.finding import contrast_sentences
 from saexp.reports.saved import SavedRun
-from saexp.wording import is_above_chance, p_value_words
+from saexp.results import is_above_chance, p_value_words
 from tests.unit.reports.written import (
     METRICS,
     contrast,

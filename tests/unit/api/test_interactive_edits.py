@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import saexp
+from saexp.api.edits import median_norm
+from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError, SAEError
-from saexp.interactive.edits import median_norm
-from saexp.interactive.model import InteractiveModel
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, SAEError
-from saexp.interactive.model import InteractiveModel
 from saexp.models.loading import ASSETS
 from tests.random_models import random_hf, tokenizer
 

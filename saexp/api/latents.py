@@ -16,13 +16,13 @@ from scipy import sparse
 from saexp import registry
 from saexp.analysis.base import as_analyzer
 from saexp.api import compose
+from saexp.api.model import InteractiveModel, token_indices
 from saexp.config import RunConfig, SAEConfig
 from saexp.context import RunContext
 from saexp.data.tokenization import pieces
 from saexp.digests import remember_in
 from saexp.errors import ConfigError, SAEError
 from saexp.files import RUN_FOLDER, write_text
-from saexp.interactive.model import InteractiveModel, token_indices
 from saexp.latents.encode import Latents, encode_rows
 from saexp.models.loading import SHIPPED
 from saexp.pipeline.run_folder import holding

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 
 from saexp.activations.reader import norm_limit
+from saexp.api.model import ActiveEdit, InteractiveModel, Prompt, token_indices
 from saexp.config import DatasetConfig, InterventionConfig, PositionsConfig
 from saexp.config.environment import one_of
 from saexp.config.interventions import PLACES, UNITS
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, InterventionError
-from saexp.interactive.model import ActiveEdit, InteractiveModel, Prompt, token_indices
 from saexp.interventions.directions import LatentStatistics
 from saexp.interventions.steering import Ablate, Steer
 from saexp.latents.encode import encode_rows

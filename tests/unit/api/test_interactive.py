@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import saexp
+from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, DataError, ModelError
-from saexp.interactive.model import InteractiveModel
 from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer
 
 SHORT = [" ".join(text.split()[:6]) for text in TEXTS]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import saexp
+from saexp.api.model import InteractiveModel
 from saexp.errors import SAEError
-from saexp.interactive.model import InteractiveModel
 from saexp.saes.sae import SparseAutoencoder
 
 TEXTS = ["The player Fenlet Baszad scored twice.", "The city lies on the river.", "Yes"]
