@@ -1,0 +1,547 @@
+"""Corpora: documents tokenized once, and kept as contexts in a memory-mapped array on disk.
+
+Documents are packed as sae-lens packs them (`concat_and_batch_sequences`): each context begins with
+BOS where texts do, and a separator stands between two documents of a context.
+"""
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from saexp.config.corpora import CorpusConfig
+from saexp.context import progress
+from saexp.data.documents import Sources, sources
+from saexp.digests import checksums, digest_of, has_intact_seal, sealed
+from saexp.errors import ConfigError, DataError, StoreError, counted
+from saexp.files import cannot_write, locked, sync, write_json
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+MANIFEST, TOKENS, ENDS, DOCUMENTS = "corpus.json", "tokens.bin", "ends.bin", "documents.bin"
+_PROGRESS = "progress.json"
+_BATCH_CHARACTERS = 2**22
+"""Characters of the documents that are tokenized in one call."""
+_BATCHES_PER_CHECKPOINT = 8
+DEFAULT_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What of a tokenizer decides the contexts."""
+
+    tokenizer: Any
+    fingerprint: str
+    prepend_bos: bool
+    """Whether texts begin with BOS."""
+
+    @property
+    def bos(self) -> int | None:
+        """Token that begins a context; None where texts do not begin with BOS."""
+        return self.tokenizer.bos_token_id if self.prepend_bos else None
+
+    def separator(self, name: str) -> int | None:
+        """Token between two documents; None for none.
+
+        Raises ConfigError where the tokenizer lacks it.
+        """
+        if name == "none" or (name == "bos" and not self.prepend_bos):
+            return None
+        token = getattr(self.tokenizer, f"{name}_token_id")
+        if token is None:
+            raise ConfigError(
+                f"dataset.separator={name}: the tokenizer has no {name.upper()} token; type "
+                "dataset.separator=none"
+            )
+        return int(token)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds all token ids."""
+        return np.dtype("<u2" if len(self.tokenizer) <= 2**16 else "<u4")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens, on all cores where the tokenizer can."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not self.tokenizer.is_fast:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+class Packer:
+    """Packs documents into contexts of `size` tokens.
+
+    With `pack` false, each document is a context, cut at `size` tokens.
+    """
+
+    def __init__(
+        self, size: int, bos: int | None, separator: int | None, dtype: np.dtype, *, pack: bool
+    ) -> None:
+        self.size, self.bos, self.separator, self.pack = size, bos, separator, pack
+        self.dtype = dtype
+        self.partial = np.empty(size, dtype)
+        """The context in progress, of which the first `n` tokens are set."""
+        self.n = 0
+        self.first_document = 0
+        self.contexts: list[np.ndarray] = []
+        """Finished contexts that were not taken yet."""
+        self.documents: list[int] = []
+        """Number of the document in which each of them begins."""
+        self.n_cut = 0
+        """Documents of which a part was cut off."""
+
+    def add(self, ids: Sequence[int], document: int) -> None:
+        """Add a document of at least one token."""
+        tokens = np.asarray(ids, dtype=self.dtype)
+        if self.pack:
+            self._add_packed(tokens, document)
+            return
+        if self.bos is not None and tokens[0] != self.bos:
+            tokens = np.concatenate([np.asarray([self.bos], dtype=self.dtype), tokens])
+        self.n_cut += len(tokens) > self.size
+        self.contexts.append(tokens[: self.size])
+        self.documents.append(document)
+
+    def _add_packed(self, tokens: np.ndarray, document: int) -> None:
+        start = 0
+        while start < len(tokens):
+            if self.n == 0:
+                self.first_document = document
+                if self.bos is not None and tokens[start] != self.bos:
+                    self._append(self.bos)
+            elif start == 0 and self.separator is not None and tokens[0] != self.separator:
+                # May be the context's last token; the document then begins the next context.
+                self._append(self.separator)
+            taken = tokens[start : start + self.size - self.n]
+            self.partial[self.n : self.n + len(taken)] = taken
+            self.n += len(taken)
+            start += len(taken)
+            if self.n == self.size:
+                self.contexts.append(self.partial)
+                self.documents.append(self.first_document)
+                self.partial, self.n = np.empty(self.size, self.dtype), 0
+
+    def _append(self, token: int) -> None:
+        self.partial[self.n] = token
+        self.n += 1
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What continues the packing after the contexts taken so far."""
+        unfinished = self.partial[: self.n].tolist()
+        return {"partial": unfinished, "first": self.first_document, "n_cut": self.n_cut}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a state."""
+        self.n, self.first_document, self.n_cut = (
+            len(state["partial"]),
+            state["first"],
+            state["n_cut"],
+        )
+        self.partial[: self.n] = state["partial"]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Contexts of token ids on disk.
+
+    Indexing reads from disk: memory does not grow with the corpus.
+
+    >>> corpus.ids(np.arange(2)).shape   # doctest: +SKIP
+    (2, 128)
+    """
+
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Corpus":
+        """Open a tokenized corpus. Raises StoreError where it is unfinished or damaged."""
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise StoreError(f"{folder}: is not a finished corpus, or {MANIFEST} is damaged")
+        for name, about in manifest["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != about["bytes"]:
+                raise StoreError(
+                    f"{folder / name}: is missing or has another size; remove {folder}"
+                )
+        return cls(folder, manifest)
+
+    @property
+    def key(self) -> str:
+        """Hash of what determines the contexts: documents, tokenizer, packing."""
+        return self.manifest["key"]
+
+    @property
+    def context_size(self) -> int:
+        """Tokens per context; with `pack` false, of the longest possible one."""
+        return self.manifest["context_size"]
+
+    def __len__(self) -> int:
+        return self.manifest["n_contexts"]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all contexts, special tokens included."""
+        return self.manifest["n_tokens"]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all contexts have `context_size` tokens."""
+        return self.manifest["pack"]
+
+    @cached_property
+    def _tokens(self) -> Int[np.ndarray, " n_tokens"]:
+        return np.memmap(self.path / TOKENS, dtype=self.manifest["dtype"], mode="r")
+
+    @cached_property
+    def documents(self) -> Int[np.ndarray, " n_contexts"]:
+        """Number of the document in which each context begins, memory-mapped."""
+        return np.memmap(self.path / DOCUMENTS, dtype="<i8", mode="r")
+
+    @cached_property
+    def _ends(self) -> Int[np.ndarray, " n_contexts"]:
+        return np.memmap(self.path / ENDS, dtype="<i8", mode="r")
+
+    def bounds(self, contexts: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+        """(first, end) of each context in the array of all tokens."""
+        numbers = np.asarray(contexts, dtype=np.int64)
+        if self.is_packed:
+            return numbers * self.context_size, (numbers + 1) * self.context_size
+        first = np.where(numbers > 0, self._ends[np.maximum(numbers - 1, 0)], 0)
+        return first, np.asarray(self._ends[numbers])
+
+    def lengths(self, contexts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Number of tokens of each context."""
+        first, end = self.bounds(contexts)
+        return end - first
+
+    def ids(self, contexts: Int[np.ndarray, " n"], pad: int = 0) -> Int[np.ndarray, "n longest"]:
+        """Token ids, int64, padded on the right where contexts have different lengths."""
+        first, end = self.bounds(contexts)
+        longest = int((end - first).max(initial=0))
+        columns = np.arange(longest)
+        inside = columns < (end - first)[:, None]
+        at = np.where(inside, first[:, None] + columns, first[:, None])
+        return np.where(inside, self._tokens[at].astype(np.int64), pad)
+
+    @property
+    def notes(self) -> list[str]:
+        """How many documents were cut, and how many had no tokens."""
+        about, notes = self.manifest, []
+        n = about["n_documents"]
+        if about["n_cut"]:
+            notes.append(
+                f"{about['n_cut']:,} of {counted(n, 'document')} were cut at dataset.context_size="
+                f"{self.context_size} tokens; nothing beyond the cut is read"
+            )
+        if about["n_empty"]:
+            notes.append(f"{about['n_empty']:,} of {counted(n, 'document')} had no token")
+        if about["n_unused"]:
+            notes.append(
+                f"the last {about['n_unused']:,} tokens did not fill a context and are left out"
+            )
+        if about["skipped_files"]:
+            first = about["skipped_files"][0]
+            notes.append(
+                f"{counted(len(about['skipped_files']), 'file')} of dataset.path "
+                f"of other kinds were not read ({first}, …)"
+            )
+        return notes
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and has_intact_seal(manifest) else None
+
+
+def context_size(cfg: CorpusConfig, limit: int | None, model: str) -> int:
+    """`dataset.context_size`, by default the model's maximum `limit`, at most 1024.
+
+    Raises ConfigError where it exceeds the limit.
+    """
+    if cfg.context_size is None:
+        return min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if limit is not None and cfg.context_size > limit:
+        raise ConfigError(
+            f"dataset.context_size={cfg.context_size}: {model} takes at most {limit} tokens; type "
+            f"dataset.context_size={limit}"
+        )
+    return cfg.context_size
+
+
+def tokenized(cfg: CorpusConfig, about: TokenizerInfo, size: int, cache_dir: str | Path) -> Corpus:
+    """The corpus of `dataset.path` for this tokenizer; it is tokenized unless that was done before.
+
+    A process that was killed is continued from its last checkpoint. `dataset.path` may also name
+    the folder of a tokenized corpus. Raises DataError for documents that cannot be read, for none
+    with a token, and for a corpus that another tokenizer made; StoreError for a full disk.
+    """
+    if cfg.path and (Path(cfg.path) / MANIFEST).is_file():
+        return _opened(Path(cfg.path), about, size, cfg)
+    read = sources(cfg)
+    settings = {
+        "version": VERSION,
+        "sources": read.identity,
+        "tokenizer": about.fingerprint,
+        "bos": about.bos,
+        "separator": about.separator(cfg.separator) if cfg.pack else None,
+        "context_size": size,
+        "pack": cfg.pack,
+        "text_column": cfg.text_column,
+        "document": cfg.document,
+        "encoding": cfg.encoding,
+        "n_tokens": cfg.n_tokens,
+    }
+    folder = Path(cache_dir) / "corpora" / digest_of(settings)[:24]
+    if _read_manifest(folder) is None:
+        with locked(folder.with_suffix(".lock")):
+            if _read_manifest(folder) is None:
+                _Tokenization(cfg, about, read, settings, folder).run()
+    return Corpus.open(folder)
+
+
+def _opened(folder: Path, about: TokenizerInfo, size: int, cfg: CorpusConfig) -> Corpus:
+    corpus = Corpus.open(folder)
+    settings = corpus.manifest["settings"]
+    if settings["tokenizer"] != about.fingerprint or settings["bos"] != about.bos:
+        raise DataError(
+            f"dataset.path={folder}: was tokenized with another tokenizer (or another "
+            "model.prepend_bos) than this model's; type the path of its texts"
+        )
+    if corpus.context_size > size:
+        raise DataError(
+            f"dataset.path={folder}: its contexts have {corpus.context_size} tokens, more than "
+            f"{size}; type the path of its texts"
+        )
+    if cfg.n_tokens is not None and cfg.n_tokens < corpus.n_tokens:
+        raise ConfigError("dataset.n_tokens applies to texts, not to a tokenized corpus")
+    return corpus
+
+
+class _Tokenization:
+    """Tokenizes and packs all documents of the sources into a folder."""
+
+    def __init__(
+        self,
+        cfg: CorpusConfig,
+        about: TokenizerInfo,
+        read: Sources,
+        settings: dict[str, Any],
+        folder: Path,
+    ) -> None:
+        self.cfg, self.about, self.read = cfg, about, read
+        self.settings, self.folder = settings, folder
+        self.packer = Packer(
+            settings["context_size"],
+            settings["bos"],
+            settings["separator"],
+            about.dtype,
+            pack=cfg.pack,
+        )
+        self.n_documents = self.n_empty = self.n_contexts = self.n_tokens = 0
+        self.source = self.within = 0
+        """Source and document in it that come next."""
+
+    @property
+    def _names(self) -> list[str]:
+        return [TOKENS, DOCUMENTS, *([] if self.cfg.pack else [ENDS])]
+
+    def run(self) -> None:
+        """Tokenize what is left, and write the manifest."""
+        # The tokenizer reads this when it is called.
+        before = os.environ.get("TOKENIZERS_PARALLELISM")
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._resume()
+            self._tokenize()
+            if not self.n_contexts:
+                raise self._nothing()
+            self._finish()
+        except OSError as error:
+            raise cannot_write(self.folder / TOKENS, error) from error
+        finally:
+            if before is None:
+                del os.environ["TOKENIZERS_PARALLELISM"]
+            else:
+                os.environ["TOKENIZERS_PARALLELISM"] = before
+
+    def _nothing(self) -> DataError:
+        if not self.n_documents or self.n_empty == self.n_documents:
+            return DataError(f"dataset.path={self.cfg.path}: is empty; no document has a token")
+        return DataError(
+            f"dataset.path={self.cfg.path}: has {self.packer.n} tokens, too few for a context of "
+            f"{self.packer.size}; type a smaller dataset.context_size="
+        )
+
+    def _resume(self) -> None:
+        """Continue after the last checkpoint; what was written after it is cut off."""
+        try:
+            state = json.loads((self.folder / _PROGRESS).read_text("utf-8"))
+            sizes = {n: (self.folder / n).stat().st_size for n in self._names}
+        except (OSError, ValueError):
+            state, sizes = {}, {}
+        sound = isinstance(state, dict) and has_intact_seal(state)
+        if sound and all(sizes[name] >= n for name, n in state["bytes"].items()):
+            for name, n in state["bytes"].items():
+                os.truncate(self.folder / name, n)
+            self.n_documents, self.n_empty = state["n_documents"], state["n_empty"]
+            self.n_contexts, self.n_tokens = state["n_contexts"], state["n_tokens"]
+            self.source, self.within = state["source"], state["within"]
+            self.packer.resume(state["packer"])
+            log.info("tokenization continues after %s", counted(self.n_documents, "document"))
+            return
+        for name in self._names:
+            (self.folder / name).write_bytes(b"")
+
+    @property
+    def _is_enough(self) -> bool:
+        return self.cfg.n_tokens is not None and self.n_tokens >= self.cfg.n_tokens
+
+    def _tokenize(self) -> None:
+        total = self.read.n_bytes
+        unit = "MB" if total else "document"
+        with ExitStack() as stack:
+            files = [stack.enter_context((self.folder / n).open("ab")) for n in self._names]
+            bar = stack.enter_context(progress(max(total // 10**6, 1), "tokenizing", unit))
+            pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saexp-tokenize"))
+            waiting: deque[tuple[_DocumentBatch, Future[list[list[int]]]]] = deque()
+            n_batches, shown = 0, 0
+            for batch in self._batches():
+                waiting.append((batch, pool.submit(self.about.encode, batch.texts)))
+                # One batch is tokenized while the next is read.
+                if len(waiting) > 1:
+                    shown = self._pack(*waiting.popleft(), files, bar, shown)
+                    n_batches += 1
+                    if n_batches % _BATCHES_PER_CHECKPOINT == 0:
+                        self._checkpoint(files)
+                if self._is_enough:
+                    break
+            while waiting and not self._is_enough:
+                shown = self._pack(*waiting.popleft(), files, bar, shown)
+            self._checkpoint(files)
+
+    def _batches(self) -> Iterator["_DocumentBatch"]:
+        """Documents after those that are done, in batches."""
+        batch, n_before, skip = _DocumentBatch(self.source, self.within), 0, self.within
+        for number in range(self.source, len(self.read.items)):
+            one, within, n_read = self.read.items[number], 0, 0
+            for text, n_read in one.documents(self.cfg):
+                within += 1
+                if within <= skip:
+                    continue
+                batch.add(text, number, within, n_before + n_read)
+                if batch.n_characters >= _BATCH_CHARACTERS:
+                    yield batch
+                    batch = _DocumentBatch(number, within)
+            n_before, skip = n_before + one.n_bytes, 0
+        if batch.texts:
+            yield batch
+
+    def _pack(
+        self,
+        batch: "_DocumentBatch",
+        encoded: "Future[list[list[int]]]",
+        files: Sequence[Any],
+        bar: Any,
+        shown: int,
+    ) -> int:
+        """Pack and write a batch; returns how much of the progress bar is shown."""
+        for ids in encoded.result():
+            if len(ids):
+                self.packer.add(ids, self.n_documents)
+            else:
+                self.n_empty += 1
+            self.n_documents += 1
+        self.source, self.within = batch.source, batch.within
+        contexts, documents = self.packer.contexts, self.packer.documents
+        self.packer.contexts, self.packer.documents = [], []
+        if self.cfg.n_tokens is not None:
+            lengths = np.cumsum([len(c) for c in contexts])
+            n = int(np.searchsorted(lengths, self.cfg.n_tokens - self.n_tokens)) + 1
+            contexts, documents = contexts[:n], documents[:n]
+        if contexts:
+            lengths = np.asarray([len(c) for c in contexts], dtype="<i8")
+            arrays = [np.concatenate(contexts), np.asarray(documents, dtype="<i8")]
+            arrays += [] if self.cfg.pack else [self.n_tokens + np.cumsum(lengths)]
+            for file, array in zip(files, arrays, strict=True):
+                file.write(array.tobytes())
+            self.n_contexts += len(contexts)
+            self.n_tokens += int(lengths.sum())
+        now = batch.n_read // 10**6 if self.read.n_bytes else self.n_documents
+        bar.update(now - shown)
+        return now
+
+    def _checkpoint(self, files: Sequence[Any]) -> None:
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        state = {
+            "bytes": {name: (self.folder / name).stat().st_size for name in self._names},
+            "n_documents": self.n_documents,
+            "n_empty": self.n_empty,
+            "n_contexts": self.n_contexts,
+            "n_tokens": self.n_tokens,
+            "source": self.source,
+            "within": self.within,
+            "packer": self.packer.state,
+        }
+        write_json(self.folder / _PROGRESS, sealed(state))
+
+    def _finish(self) -> None:
+        manifest = {
+            "key": self.folder.name,
+            "settings": self.settings,
+            "dtype": self.about.dtype.str,
+            "context_size": self.packer.size,
+            "pack": self.cfg.pack,
+            "n_contexts": self.n_contexts,
+            "n_tokens": self.n_tokens,
+            "n_documents": self.n_documents,
+            "n_empty": self.n_empty,
+            "n_cut": self.packer.n_cut,
+            "n_unused": self.packer.n,
+            "skipped_files": self.read.skipped,
+            "files": checksums(self.folder, self._names),
+        }
+        write_json(self.folder / MANIFEST, sealed(manifest))
+        (self.folder / _PROGRESS).unlink(missing_ok=True)
+        sync(self.folder)
+        log.info(
+            "tokenized %s: %s in %s",
+            counted(self.n_documents, "document"),
+            counted(self.n_tokens, "token"),
+            counted(self.n_contexts, "context"),
+        )
+
+
+class _DocumentBatch:
+    """Documents that are tokenized together, and what was read of the sources with them."""
+
+    def __init__(self, source: int, within: int) -> None:
+        self.texts: list[str] = []
+        self.source, self.within = source, within
+        """The source, and the number of its documents read with the last document."""
+        self.n_read = self.n_characters = 0
+
+    def add(self, text: str, source: int, within: int, n_read: int) -> None:
+        """Add the next document."""
+        self.texts.append(text)
+        self.source, self.within, self.n_read = source, within, n_read
+        self.n_characters += len(text) + 1
