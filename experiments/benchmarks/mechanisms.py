@@ -349,15 +349,6 @@ def no_shelf() -> Iterator[None]:
 
 
 @contextmanager
-def no_joined_files() -> Iterator[None]:
-    """Several shards are joined in a temporary file whenever a store is opened."""
-    from saexp.activations import store
-
-    with patch.object(store.os, "access", lambda *_: False):
-        yield
-
-
-@contextmanager
 def no_quick_batchtopk() -> Iterator[None]:
     """sae-lens' own BatchTopK."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
@@ -388,7 +379,6 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "resumed passes (evaluation)": (no_resuming, ("evaluation",)),
     "claimed rows": (no_claims, ("two_processes",)),
     "shelf": (no_shelf, ("sweep_cells",)),
-    "joined files": (no_joined_files, ("train",)),
     "quick BatchTopK": (no_quick_batchtopk, ("train",)),
     "garbage settings": (no_garbage_settings, tuple(COMMANDS)),
 }

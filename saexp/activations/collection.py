@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.forward import Batch
-from saexp.activations.shards import ShardWriter, drop_damaged
+from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError
@@ -57,8 +56,6 @@ def collect(
     collector.check(request)
     store = _open_store(collector, request, Path(cache_dir), verify, must_persist)
     store.verify = verify
-    if verify and os.access(store.path, os.W_OK):
-        drop_damaged(store.path, store.manifest)
     collection = _Collection(collector, request, store)
     collection.run()
     seconds = time.perf_counter() - began

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saexp.activations.forward import Batch, PaddedUnits, TokenBudget, batches, forward, pad, units
+from saexp.activations.forward import Batch, PaddedUnits, forward, pad, units
 from saexp.config import StoreConfig
 from saexp.config.components import CollectorConfig
 from saexp.data.positions import PositionTable
 from saexp.errors import ModelError, StoreError
-from saexp.models.forward import context_limit
+from saexp.models.forward import TokenBudget, batches, context_limit
 from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
 from saexp.models.loading import LanguageModel, pick_dtype
 from saexp.models.rope import depends_on_length

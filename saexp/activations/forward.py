@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from saexp.data.positions import PositionTable
 from saexp.errors import ModelError, brief
+from saexp.models.forward import TokenBudget, batches, padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
@@ -178,23 +179,6 @@ def _close(opened: _Open, end: int, min_saved: int) -> _Open:
     return opened
 
 
-AUTO_BATCH_TOKENS = {"cuda": 65536, "mps": 8192, "cpu": 1024}
-"""Initial tokens per batch by device type; on CUDA they are halved until a batch fits."""
-
-
-class TokenBudget:
-    """Tokens per batch, padding included; reduced permanently when memory runs out."""
-
-    def __init__(self, batch_tokens: int | str, device: torch.device) -> None:
-        auto = AUTO_BATCH_TOKENS.get(device.type, AUTO_BATCH_TOKENS["cpu"])
-        self.tokens = auto if batch_tokens == "auto" else int(batch_tokens)
-
-    def halve(self, tokens: int) -> None:
-        """Reduce the budget after a batch of `tokens` did not fit."""
-        self.tokens = max(1, min(self.tokens, tokens) // 2)
-        log.warning("out of memory at %d tokens per batch; continuing with %d", tokens, self.tokens)
-
-
 @dataclass(frozen=True)
 class Unit:
     """Token ids to forward, and the rows read from them."""
@@ -236,13 +220,8 @@ class PaddedUnits:
 
 def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
     """Pad units on the right; the first `n_past` tokens, shared by all, are in the mask alone."""
-    longest = max(len(unit.ids) for unit in chosen)
-    ids = np.full((len(chosen), longest), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for number, unit in enumerate(chosen):
-        ids[number, : len(unit.ids)] = unit.ids
-        mask[number, : len(unit.ids)] = 1
-    flat = np.asarray(
+    ids, mask = padded([unit.ids for unit in chosen], pad_id, padding_side="right")
+    reads = np.asarray(
         [
             (n, token - n_past, row, text)
             for n, unit in enumerate(chosen)
@@ -251,13 +230,8 @@ def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
         ],
         dtype=np.int64,
     ).reshape(-1, 4)
-    return PaddedUnits(
-        torch.from_numpy(ids[:, n_past:]),
-        torch.from_numpy(mask),
-        torch.from_numpy(flat[:, :2].T.copy()),
-        flat[:, 2],
-        flat[:, 3],
-    )
+    at = torch.from_numpy(reads[:, :2].T.copy())
+    return PaddedUnits(ids[:, n_past:], mask, at, reads[:, 2], reads[:, 3])
 
 
 def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
@@ -291,25 +265,6 @@ def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = N
                 merged.append(unit)
         todo += merged
     return todo
-
-
-def batches(
-    lengths: Sequence[int | float], budget: TokenBudget, config: Any = None
-) -> Generator[list[int], bool | None, None]:
-    """Indices sorted by length, longest first, in batches of at most the budget with padding.
-
-    A text longer than the budget is a batch by itself. With the language model's `config`, texts of
-    a batch have the same rotary frequencies. After `send(False)` the same batch is yielded again,
-    reduced to the current budget.
-    """
-    for part in by_regime(config, [int(length) for length in lengths]):
-        order = sorted(part, key=lambda i: (-lengths[i], i))
-        start = 0
-        while start < len(order):
-            size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
-            done = yield order[start : start + size]
-            if done is not False:
-                start += size
 
 
 def forward(

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saexp.activations.shards import StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.models.hookpoints import Hookpoint
 
@@ -154,7 +155,7 @@ def high_norm_notes(
 
 
 class ShuffledReader:
-    """Iterator of `[batch_size, d]` float32 batches from a memory-mapped tensor.
+    """Iterator of `[batch_size, d]` float32 batches from stored activations.
 
     Each epoch is a new permutation of `rows`, determined by the seed and the epoch's number, so
     that a reader that starts at step n continues exactly like one that reached it. Memory: the
@@ -163,7 +164,7 @@ class ShuffledReader:
 
     def __init__(
         self,
-        acts: Float[Tensor, "n_rows d"],
+        acts: Float[Tensor, "n_rows d"] | StoredValues,
         rows: Int[np.ndarray, " n"],
         batch_size: int,
         seed: int,

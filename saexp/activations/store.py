@@ -22,14 +22,12 @@ from saexp.activations.shards import (
     Repeats,
     ShardWriter,
     StoredValues,
+    copied_to_one_file,
     is_intact,
-    join,
-    join_elsewhere,
-    joined_name,
     read_manifest,
     write_manifest,
 )
-from saexp.digests import digest_of, read_sha256
+from saexp.digests import digest_of
 from saexp.errors import ModelError, StoreError, counted
 from saexp.files import CACHE, USED, Marked, locked, write_table
 from saexp.models.hookpoints import Hookpoint
@@ -366,43 +364,34 @@ class ActivationStore(Marked):
         """Read the manifest again: another process may have added shards."""
         self.manifest = read_manifest(self.path)
 
+    def values(self, layer: int, stream: str = "resid_post") -> StoredValues:
+        """A view of a hookpoint's activations: indexed by rows, or read in chunks.
+
+        Raises StoreError where the hookpoint was not collected, or only in part.
+        """
+        return self._values(Hookpoint(layer, stream))
+
     def _values(self, hookpoint: Hookpoint) -> StoredValues:
+        at = self._complete(hookpoint.stored)
         bounds = self.shard_bounds
-        files = [self._shard(hookpoint, index) for index in range(len(bounds))]
+        files = [self._shard(at, index) for index in range(len(bounds))]
         return StoredValues(files, bounds, lambda: self.repeats)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
 
-        Several shards are joined once into one file beside them, or, in a read-only store, into a
-        temporary file that is deleted with the tensor. Raises StoreError where the hookpoint was
-        not collected, or only in part.
+        Several shards are copied to a temporary file, which is deleted with the tensor; `values`
+        reads rows without a copy of the whole. Raises StoreError where the hookpoint was not
+        collected, or only in part.
         """
-        hookpoint = self._complete(Hookpoint(layer, stream).stored)
-        values = self._values(hookpoint)
-        first = values.shard(0)
+        values = self.values(layer, stream)
         if len(self.shard_bounds) == 1:
-            return first
-        shape, dtype = (self.n_rows, first.shape[1]), first.dtype
-
-        def mapped(file: Path) -> Tensor:
-            return torch.from_file(str(file), size=shape[0] * shape[1], dtype=dtype).view(shape)
-
-        joined = self.path / hookpoint.name / joined_name(self._entries(hookpoint))
-        entry = self.manifest.get("joined", {}).get(hookpoint.name)
-        if entry is not None and entry["file"] == joined.name and self._intact(joined, entry):
-            return mapped(joined)
-        parts = (acts for _, acts in values.chunks(_CHUNK_ROWS))
-        if not os.access(self.path, os.W_OK):
-            return join_elsewhere(parts, mapped)
-        join(joined, parts)
-        entry = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
-        self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: entry}))
-        return mapped(joined)
+            return values.shard(0)
+        return copied_to_one_file(values, self.path)
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""
-        yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
+        yield from self._values(hookpoint).chunks(chunk_rows)
 
     def norms(self, hookpoint: Hookpoint) -> Float[np.ndarray, " n_rows"]:
         """Euclidean norm of each row, float64; cached while the store is open."""
@@ -414,9 +403,6 @@ class ActivationStore(Marked):
             ]
             self._norms[at] = np.concatenate(parts)
         return self._norms[at]
-
-    def _entries(self, hookpoint: Hookpoint) -> dict[str, Any]:
-        return self.manifest["hookpoints"].get(hookpoint.name, {})
 
     def _complete(self, hookpoint: Hookpoint) -> Hookpoint:
         if self.missing([hookpoint]):

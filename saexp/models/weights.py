@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from saexp.errors import ModelError
-from saexp.models.forward import head_input
+from saexp.models.forward import only_at, padded
 from saexp.models.hookpoints import MIXERS, MLPS, Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -137,36 +137,6 @@ def _final_norm(model: LanguageModel) -> nn.Module:
     return norms[0]
 
 
-@contextmanager
-def only_at(model: LanguageModel, tokens: Int[Tensor, " b"]) -> Iterator[None]:
-    """Compute logits of one token per row, `[b, 1, v]`, while the context is open.
-
-    The LM head reads only these positions (indices into the padded tokens), so that the logits of a
-    whole batch are never computed. Raises ModelError for a model without an LM head.
-    """
-
-    def choose(hidden: Tensor) -> Tensor:
-        positions = tokens.to(hidden.device)
-        rows = torch.arange(len(positions), device=hidden.device)
-        return hidden[rows, positions][:, None]
-
-    with head_input(model, choose):
-        yield
-
-
-def right_padded(
-    prompts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """(token ids, mask); padding on the right does not change token indices."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, : len(prompt)] = torch.tensor(prompt)
-        mask[i, : len(prompt)] = 1
-    return ids.to(device), mask.to(device)
-
-
 @dataclass(frozen=True)
 class LogitGradient:
     """Gradient of the logit difference in one batch, at its positions, prompt by prompt."""
@@ -200,7 +170,7 @@ def logit_gradient(
     model get no gradient. `norm` is the final norm. Prompts are padded on the right: there every
     token attends to something, so no gradient is undefined.
     """
-    ids, mask = right_padded(prompts, model.pad_id, model.device)
+    ids, mask = padded(prompts, model.pad_id, model.device, padding_side="right")
     rows = torch.tensor([row for row, of in enumerate(positions) for _ in of])
     tokens = torch.tensor([p for of in positions for p in of])
     kept: dict[str, Tensor] = {}

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.forward import TokenBudget, batches
 from saexp.config import ModelConfig, StoreConfig
 from saexp.errors import ConfigError, ModelError, StoreError
+from saexp.models.forward import TokenBudget, batches
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import STORED, TEXTS, random_hf, random_lm, save, tokenizer

@@ -67,7 +67,12 @@ def test_all_rows_are_read_wherever_they_are_kept(made, chunk_rows):
             if len(held):
                 writer.write(np.arange(len(held)), values[torch.from_numpy(held)])
             writer.finish()
-        chunks = list(StoredValues(files, bounds, lambda: repeats).chunks(chunk_rows))
+        stored = StoredValues(files, bounds, lambda: repeats)
+        chunks = list(stored.chunks(chunk_rows))
+        some = np.random.default_rng(chunk_rows).integers(0, len(rows), 2 * len(rows))
+        assert torch.equal(stored[some], values[some])
+        assert torch.equal(stored[: len(rows) - 1], values[: len(rows) - 1])
+        assert stored.shape == tuple(values.shape)
         assert torch.equal(torch.cat([acts for _, acts in chunks]), values)
         assert [first for first, _ in chunks] == [
             sum(len(a) for _, a in chunks[:i]) for i in range(len(chunks))
