@@ -116,6 +116,7 @@ class CapabilityAnalyzer(Analyzer):
 
     reads_acts = False
     ordinary_only = True
+    runs_model = True
 
     def __init__(self, cfg: CapabilityConfig) -> None:
         super().__init__(cfg)

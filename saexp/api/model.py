@@ -405,8 +405,8 @@ def load_model(
     """Load a language model with its tokenizer; the weights are read on first use.
 
     Args:
-        source: a hub id, a folder, a GGUF file (needs `saexp[gguf]`), a model that ships with saexp
-            (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
+        source: a hub id, a folder, a GGUF file (`pip install "saexp[gguf]"`), a model that ships
+            with saexp (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
             `tokenizer`.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on CUDA, else float32).
         device: `cpu`, `cuda`, `mps`, or `auto`.

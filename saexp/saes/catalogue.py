@@ -336,7 +336,8 @@ def _saelens(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
 
 
 def _llama_scope(entry: Entry, metadata: Metadata) -> SparseAutoencoder:
-    place = _folder(entry, metadata, (gemma_scope.CONFIG, gemma_scope.WEIGHTS))
+    files = (gemma_scope.LLAMA_SCOPE_CONFIG, gemma_scope.LLAMA_SCOPE_WEIGHTS)
+    place = _folder(entry, metadata, files)
     return gemma_scope.load_llama_scope(place, metadata)
 
 

@@ -60,13 +60,12 @@ def sae_identity(sae: Any) -> str | None:
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 _DANGER = "which can run code when opened; saexp loads safetensors and npz, so convert it first"
-_IN_REPOS = (
-    (saelens.CONFIG, saelens.WEIGHTS),
-    (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
-    (gemma_scope.CONFIG, gemma_scope.WEIGHTS),
-    (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2),
-    (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
-)
+_SAELENS = (saelens.CONFIG, saelens.WEIGHTS)
+_SPARSIFY = (dictionary_learning.SPARSIFY_CONFIG, dictionary_learning.SPARSIFY_WEIGHTS)
+_LLAMA_SCOPE = (gemma_scope.LLAMA_SCOPE_CONFIG, gemma_scope.LLAMA_SCOPE_WEIGHTS)
+_GEMMA_SCOPE_2 = (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2)
+_DICTIONARY_LEARNING = (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)
+_IN_REPOS = (_SAELENS, _SPARSIFY, _LLAMA_SCOPE, _GEMMA_SCOPE_2, _DICTIONARY_LEARNING)
 """(config, weights) of the formats that are folders with a config."""
 
 
@@ -83,7 +82,7 @@ def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> Sp
         if len(parts) < 2 or is_path(str(place)):
             raise SAEError(f"sae.path={place}: no such folder or file")
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-    if place.name in (gemma_scope.WEIGHTS_2, saelens.WEIGHTS, dictionary_learning.WEIGHTS):
+    if place.name in (_GEMMA_SCOPE_2[1], _SAELENS[1], _SPARSIFY[1]):
         place = place.parent
     found = _read_folder(place, stream, layer, name) if place.is_dir() else None
     if found is not None:
@@ -101,25 +100,22 @@ def _read_folder(
 ) -> SparseAutoencoder | None:
     """A folder in one of the formats that have a config; None where it is in none of them."""
 
-    def facts(form: Any) -> dict[str, Any]:
-        return {"name": name, **about(folder / form.WEIGHTS, folder / form.CONFIG)}
+    def metadata(files: tuple[str, str]) -> dict[str, Any]:
+        config, weights = files
+        return {"name": name, **about(folder / weights, folder / config)}
 
-    given = _given(stream, layer)
+    requested = _requested_hookpoint(stream, layer)
     if saelens.is_saelens(folder):
-        return saelens.load_saelens(folder, facts(saelens))
+        return saelens.load_saelens(folder, metadata(_SAELENS))
     if dictionary_learning.is_sparsify(folder):
-        return dictionary_learning.load_sparsify(folder, facts(dictionary_learning), given)
+        return dictionary_learning.load_sparsify(folder, metadata(_SPARSIFY), requested)
     if gemma_scope.is_llama_scope(folder):
-        return gemma_scope.load_llama_scope(folder, facts(gemma_scope))
+        return gemma_scope.load_llama_scope(folder, metadata(_LLAMA_SCOPE))
     if gemma_scope.is_gemma_scope2(folder):
-        return gemma_scope.load_gemma_scope2(
-            folder,
-            {"name": name, **about(folder / gemma_scope.WEIGHTS_2, folder / gemma_scope.CONFIG_2)},
-            given,
-        )
+        return gemma_scope.load_gemma_scope2(folder, metadata(_GEMMA_SCOPE_2), requested)
     if dictionary_learning.is_dictionary_learning(folder):
         return dictionary_learning.load_dictionary_learning(
-            folder, facts(dictionary_learning), stream
+            folder, metadata(_DICTIONARY_LEARNING), stream
         )
     return None
 
@@ -133,9 +129,8 @@ def _unknown(place: Path) -> SAEError:
         gemma_scope.refuse_across_layers("clt", str(place))
     return SAEError(
         f"sae.path={place} is not an SAE in a format that saexp reads: expected "
-        f"{saelens.CONFIG} with {saelens.WEIGHTS}, {gemma_scope.CONFIG} with "
-        f"{gemma_scope.WEIGHTS}, or {gemma_scope.WEIGHTS}; or {dictionary_learning.CONFIG} with "
-        f"{dictionary_learning.WEIGHTS}, or {gemma_scope.CONFIG_2} with {gemma_scope.WEIGHTS_2} or "
+        f"{' with '.join(_SAELENS)}, {' with '.join(_LLAMA_SCOPE)}, or {gemma_scope.WEIGHTS}; or "
+        f"{' with '.join(_SPARSIFY)}, or {' with '.join(_GEMMA_SCOPE_2)} or "
         f"{dictionary_learning.WEIGHTS}"
     )
 
@@ -157,7 +152,7 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
         if file is None:
             lacking.append(weights)
             continue
-        if weights == dictionary_learning.WEIGHTS:
+        if weights == dictionary_learning.SPARSIFY_WEIGHTS:
             present(repo, _beside(path, dictionary_learning.RUN_CONFIG))
         if weights == saelens.WEIGHTS:
             present(repo, f"{prefix}{saelens.SPARSITY}")
@@ -184,8 +179,8 @@ def _beside(path: str, file: str) -> str:
     return "/".join([*above, file])
 
 
-def _given(stream: str | None, layer: Any) -> Hookpoint | None:
-    """What the user says, where they say both."""
+def _requested_hookpoint(stream: str | None, layer: Any) -> Hookpoint | None:
+    """The hookpoint of the config; None unless it sets both stream and layer."""
     if stream is None or layer is None:
         return None
     return Hookpoint(parse_layers(layer)[0], stream)
@@ -196,10 +191,10 @@ def _npz_ends(file: Path, stream: str | None, layer: Any) -> Streams:
     try:
         return gemma_scope.streams_of(str(file.parent), str(file.parent))
     except SAEError:
-        given = _given(stream, layer)
-        if given is None:
+        requested = _requested_hookpoint(stream, layer)
+        if requested is None:
             raise
-        return given, None
+        return requested, None
 
 
 ESTIMATE = "estimate"

@@ -235,13 +235,14 @@ def _arrow(ends: Streams) -> str:
     return at.name if out is None else f"{at.name} to {out.name}"
 
 
-CONFIG, LLAMA_SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+LLAMA_SCOPE_CONFIG = "hyperparams.json"
+LLAMA_SCOPE_WEIGHTS = "checkpoints/final.safetensors"
 _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
 def is_llama_scope(folder: Path) -> bool:
     """Whether the folder looks like one."""
-    return (folder / CONFIG).is_file() and (folder / LLAMA_SCOPE_WEIGHTS).is_file()
+    return (folder / LLAMA_SCOPE_CONFIG).is_file() and (folder / LLAMA_SCOPE_WEIGHTS).is_file()
 
 
 def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencoder:
@@ -299,7 +300,7 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
 
 
 def _config(folder: Path) -> Config:
-    cfg = read_config(folder / CONFIG)
+    cfg = read_config(folder / LLAMA_SCOPE_CONFIG)
     act_fn = cfg.text("act_fn") or "jumprelu"
     if act_fn not in ("jumprelu", "topk") or cfg.boolean("use_glu_encoder"):
         raise SAEError(f"{cfg.file}: only Llama Scope's JumpReLU SAEs are supported")
