@@ -16,7 +16,7 @@ from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConf
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
-from saexp.data.positions import PositionTable, place
+from saexp.data.positions import PositionTable, resolve_positions
 from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.hookpoints import Hookpoint
@@ -166,7 +166,7 @@ _POSITION_SETTINGS = ("n", "indices", "substring", "include_special", "seed")
 
 def truncation_notes(placement: PositionTable, dataset: str, max_length: int) -> list[str]:
     """One line on the texts that exceed the maximum length; none where all fit."""
-    n = placement.n_cut
+    n = placement.n_truncated
     if not n:
         return []
     return [
@@ -320,7 +320,7 @@ def _collected(
 ) -> Collected:
     data = cfg.dataset
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
-    placement = place(
+    placement = resolve_positions(
         examples.examples,
         tokenized,
         registry.build("positions", positions),
