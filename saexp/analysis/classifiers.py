@@ -14,7 +14,7 @@ from scipy import sparse
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.context import progress
-from saexp.data.positions import ROW_COLUMNS
+from saexp.data.rows import ROW_COLUMNS
 from saexp.errors import ConfigError, DataError, counted
 from saexp.latents.statistics import moments
 from saexp.stats.logistic_probe import Fitted, fit_logistic, folds

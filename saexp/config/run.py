@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
-from saexp.config import components, environment, tasks
+from saexp.config import components, corpora, environment, tasks
 from saexp.config.components import (
     COLUMNS,
     AnalyzerConfig,
@@ -120,7 +120,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "train": tasks.TrainConfig,
     },
     "collector": {"imported": components.ImportedConfig},
-    "dataset": {"wikidata": components.WikidataConfig},
+    "dataset": {"corpus": corpora.CorpusConfig, "wikidata": components.WikidataConfig},
     "analyzer": {
         "capability": components.CapabilityConfig,
         "probe": components.ProbeConfig,

@@ -5,35 +5,16 @@ Indices count the unpadded token ids, special tokens included.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example, Skip, Span, find_mentions
+from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import PositionNotFound, TokenizedText, in_message, span_to_tokens
 from saexp.errors import ConfigError, DataError
-
-ROW_COLUMNS = (
-    "row",
-    "example_id",
-    "unit",
-    "group",
-    "split",
-    "entity",
-    "entity_type",
-    "text",
-    "text_id",
-    "token_index",
-    "token_id",
-    "token",
-    "n_entity_tokens",
-)
-"""Columns of every rows table. A column of the data file with such a name is renamed to
-`<name>_in_file`."""
-
 
 NO_SPAN = "no entity span"
 TRUNCATED = "text longer than dataset.max_length, so its positions are not those of the whole text"
@@ -255,23 +236,6 @@ def selected(positions: Any, at: Candidate) -> list[int]:
     return chosen
 
 
-@dataclass(frozen=True, eq=False)
-class PositionTable:
-    """The analysed positions, one row each, and their texts."""
-
-    rows: pd.DataFrame
-    """ROW_COLUMNS, then the file's other columns."""
-    texts: list[TokenizedText]
-    """Distinct texts; `text_id` is an index into them."""
-    skips: list[Skip]
-    n_truncated: int = 0
-    """Texts that were truncated at the maximum length and of which only the rest is read."""
-    n_examples: int = 0
-    """Examples of the data set, skipped ones included."""
-    example_index: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """`[n_rows]`: index of each row's example in the data set."""
-
-
 def resolve_positions(
     examples: Sequence[Example],
     tokenized: Sequence[TokenizedText],
@@ -290,11 +254,10 @@ def resolve_positions(
     differs = getattr(positions, "differs_if_truncated", lambda _: False)
     counts_truncated = getattr(positions, "counts_truncated", True)
     truncated_texts: set[str] = set()
-    rows: list[dict[str, Any]] = []
     text_ids: dict[str, int] = {}
     texts: list[TokenizedText] = []
     skips: list[Skip] = []
-    example_index: list[int] = []
+    chosen: list[Chosen] = []
     for number, (example, tokens) in enumerate(zip(examples, tokenized, strict=True)):
         candidate = Candidate(example, tokens, np.random.default_rng([seed, number]))
         try:
@@ -309,45 +272,18 @@ def resolve_positions(
         if example.text not in text_ids:
             text_ids[example.text] = len(texts)
             texts.append(tokens)
-        example_index += [number] * len(indices)
-        rows += _example_rows(example, tokens, indices, text_ids[example.text], len(rows))
-    if not rows:
+        n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else 0
+        chosen.append(Chosen(number, example, text_ids[example.text], indices, n_entity))
+    if not chosen:
         raise _no_position(skips)
     return PositionTable(
-        rows=_rows_table(rows, tokenizer),
-        texts=texts,
-        skips=skips,
+        chosen,
+        texts,
+        skips,
+        tokenizer,
         n_truncated=len(truncated_texts),
         n_examples=len(examples),
-        example_index=np.asarray(example_index),
     )
-
-
-def _example_rows(
-    example: Example, tokens: TokenizedText, indices: Sequence[int], text_id: int, first_row: int
-) -> list[dict[str, Any]]:
-    """The rows of one example, without the column `token`."""
-    n_entity = len(span_to_tokens(tokens, example.spans[-1])) if example.spans else 0
-    extra = {_free_name(k): _plain(v) for k, v in example.extra.items()}
-    return [
-        {
-            "row": row,
-            "example_id": example.id,
-            "unit": example.unit,
-            "group": example.group,
-            "split": example.split,
-            "entity": example.entity,
-            "entity_type": example.entity_type,
-            "text": example.text,
-            "text_id": text_id,
-            "token_index": index,
-            "token_id": tokens.ids[index],
-            # Unknown for an entity that truncation removed.
-            "n_entity_tokens": n_entity or None,
-            **extra,
-        }
-        for row, index in enumerate(indices, first_row)
-    ]
 
 
 def _no_position(skips: Sequence[Skip]) -> DataError:
@@ -360,32 +296,3 @@ def _no_position(skips: Sequence[Skip]) -> DataError:
     return DataError(
         f"none of {len(skips)} texts has the requested position: {'; '.join(reasons)}{hint}"
     )
-
-
-def _rows_table(rows: list[dict[str, Any]], tokenizer: Any) -> pd.DataFrame:
-    """The rows with the column `token`, each column of one type."""
-    table = pd.DataFrame(rows)
-    tokens = tokenizer.convert_ids_to_tokens(table["token_id"].tolist())
-    table.insert(ROW_COLUMNS.index("token"), "token", tokens)
-    for column in ("group", "split", "entity", "entity_type"):
-        table[column] = table[column].astype("string")
-    table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
-    for column in table.columns[len(ROW_COLUMNS) :]:
-        table[column] = _one_type(table[column])
-    return table
-
-
-def _free_name(column: str) -> str:
-    return f"{column}_in_file" if column in ROW_COLUMNS else column
-
-
-def _one_type(column: pd.Series) -> pd.Series:
-    """The column, as text where it mixes types or has integers of more than 64 bits."""
-    if column.dtype != object or all(isinstance(v, bool) for v in column.dropna()):
-        return column
-    return column.map(str, na_action="ignore").astype("string")
-
-
-def _plain(value: Any) -> Any:
-    """A value of the data file as parquet can hold it; nested values become text."""
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

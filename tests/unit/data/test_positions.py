@@ -8,7 +8,8 @@ import pytest
 from saexp import registry
 from saexp.config import DatasetConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import ROW_COLUMNS, resolve_positions
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import ROW_COLUMNS
 from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
 from tests.random_models import tokenizer
