@@ -249,8 +249,8 @@ class ShardJob:
 
 
 class _Collection:
-    """The part of a collection that this process does. One thread writes while batches are
-    computed, in order."""
+    """This process' part of a collection. One thread writes batches, in order, while the next are
+    computed."""
 
     def __init__(
         self, collector: Collector, request: CollectionRequest, store: ActivationStore

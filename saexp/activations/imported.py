@@ -221,7 +221,7 @@ class ImportedCollector(Collector):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the files where `store.dtype` is auto; float32 for other kinds of numbers."""
+        """The files' dtype where `store.dtype` is auto; float32 where a store has no such dtype."""
         if self.store.dtype != "auto":
             return getattr(torch, self.store.dtype)
         dtype = next(iter(self.files.arrays.values())).dtype

@@ -38,7 +38,7 @@ def _with_first(values: Any, new: Tensor) -> Any:
 
 
 def _at(values: Tensor, positions: Positions | None) -> Tensor:
-    """A copy, because some blocks (Falcon's) add to the outputs of their modules in place."""
+    """Values at the positions; a copy, because some blocks (Falcon's) add to them in place."""
     if positions is None:
         return values.clone()
     # Blocks of one model may be on several devices.
