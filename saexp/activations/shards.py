@@ -288,8 +288,8 @@ class ShardWriter:
             rest = data[first:end].reshape(-1).data
             at = self._start + int(rows[first]) * self.row_bytes
             while len(rest):
-                done = os.pwrite(self._file, rest, at)
-                rest, at = rest[done:], at + done
+                n_written = os.pwrite(self._file, rest, at)
+                rest, at = rest[n_written:], at + n_written
             first = end
 
     def finish(self) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class ShardWriter:
 
 
 class Repeats:
-    """Which file holds which row.
+    """Maps rows to the files that hold them.
 
     A row that repeats the text and token of a row of an earlier shard is stored in that shard only,
     so that its text is not forwarded again. This follows from the rows table, so that no shard has
@@ -348,7 +348,7 @@ class Repeats:
         self.offset = before[:-1] - before[own // shard_rows * shard_rows]
         """Row -> its index in the shard's file, for rows that are not repeats."""
 
-    def kept(self, first: int, end: int) -> Int[np.ndarray, " n"]:
+    def stored_rows(self, first: int, end: int) -> Int[np.ndarray, " n"]:
         """The rows of one shard, [first, end), that its file holds, in order."""
         rows = np.arange(first, end)
         return rows[self.source[first:end] == rows]

@@ -88,14 +88,14 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]
     n_shards = -(-fresh["n_rows"] // shard_rows)
     hookpoints: dict[str, dict[str, Any]] = {}
-    n_kept = 0
+    n_intact = 0
     for hookpoint, file, label, entry in proven:
         if label.shard_rows == shard_rows and label.index < n_shards:
             hookpoints.setdefault(hookpoint.name, {})[file.stem] = entry
-            n_kept += 1
+            n_intact += 1
     log.warning(
         "%s and is rebuilt from the shards: %s kept, %d collected again where needed",
-        *(reason, counted(n_kept, "shard"), len(files) - n_kept),
+        *(reason, counted(n_intact, "shard"), len(files) - n_intact),
     )
     return {**fresh, "shard_rows": shard_rows, "hookpoints": hookpoints}
 
@@ -112,17 +112,17 @@ def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[s
             about = json.loads(header)
             label = Label.read(about["__metadata__"])
             n_rows, _ = about["acts"]["shape"]
-            whole, values = hashlib.sha256(size + header), hashlib.sha256()
+            of_file, of_values = hashlib.sha256(size + header), hashlib.sha256()
             while chunk := opened.read(_CHUNK_BYTES):
-                whole.update(chunk)
-                values.update(chunk)
+                of_file.update(chunk)
+                of_values.update(chunk)
             n_bytes = opened.tell()
         belongs = (label.store, label.hookpoint, label.name) == (store, hookpoint.name, file.stem)
         begin, end = about["acts"]["data_offsets"]
         fits = begin == 0 and n_bytes - 8 - length == end and n_rows <= label.shard_rows
-        if not (belongs and fits and values.hexdigest() == about["__metadata__"]["sha256"]):
+        if not (belongs and fits and of_values.hexdigest() == about["__metadata__"]["sha256"]):
             return None
-        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": whole.hexdigest()}
+        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": of_file.hexdigest()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -181,8 +181,8 @@ class ActivationStore(Marked):
     ) -> "ActivationStore":
         """The store with these ingredients; `rows` replaces a rows table whose labels differ.
 
-        `shard_rows` applies to a new store only. `about` holds names for people beside the hashes.
-        A missing or damaged manifest is rebuilt from the shards.
+        `shard_rows` applies to a new store only. `about` holds readable names, which are saved
+        beside the hashes. A missing or damaged manifest is rebuilt from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         fresh = {
@@ -280,12 +280,12 @@ class ActivationStore(Marked):
             self._placed = Repeats(rows, self.shard_rows)
         return self._placed
 
-    def kept(self, index: int) -> Int[np.ndarray, " n"]:
+    def stored_rows(self, index: int) -> Int[np.ndarray, " n"]:
         """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
         first, end = self.shard_bounds[index]
         if not first or self.manifest.get("distinct"):
             return np.arange(first, end)
-        return self.repeats.kept(first, end)
+        return self.repeats.stored_rows(first, end)
 
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
@@ -332,7 +332,7 @@ class ActivationStore(Marked):
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A writer for the rows of one shard; `enter` lists the finished file."""
-        n_rows = len(self.kept(index))
+        n_rows = len(self.stored_rows(index))
         return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
 
     def _writer(

@@ -47,7 +47,7 @@ def test_a_row_is_kept_in_its_shard_unless_an_earlier_one_has_its_text_and_token
         expected = seen.index(place) if place in seen else row
         assert repeats.source[row] == expected
         if expected == row:
-            held = repeats.kept(start, min(start + step, len(rows)))
+            held = repeats.stored_rows(start, min(start + step, len(rows)))
             assert held[repeats.offset[row]] == row
 
 
@@ -60,7 +60,7 @@ def test_all_rows_are_read_wherever_they_are_kept(made, chunk_rows):
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i:05d}.safetensors" for i in range(len(bounds))]
         for index, (file, (first, end)) in enumerate(zip(files, bounds, strict=True)):
-            held = np.arange(first, end) if index in whole else repeats.kept(first, end)
+            held = np.arange(first, end) if index in whole else repeats.stored_rows(first, end)
             label = Label("17e1", "layer_0.resid_post", index, step)
             writer = ShardWriter(file, len(held), 2 if len(held) else 0, torch.float32, label)
             if len(held):
