@@ -1,7 +1,7 @@
 """Measure what each performance mechanism gains: every workload with and without it.
 
     python experiments/benchmarks/mechanisms.py                  # all missing cells
-    python experiments/benchmarks/mechanisms.py --only repeats   # one mechanism
+    python experiments/benchmarks/mechanisms.py --only "claimed rows"   # one mechanism
     python experiments/benchmarks/mechanisms.py --table          # print the table
 
 Each measurement is a fresh process with an empty cache, on the shipped tiny model and one CPU
@@ -134,21 +134,6 @@ def no_merged_texts() -> Iterator[None]:
 
 
 @contextmanager
-def no_repeats() -> Iterator[None]:
-    """Rows that repeat a row of an earlier shard are computed and stored again."""
-    from saexp.activations import store
-
-    class WithoutRepeats(store.Repeats):
-        def __init__(self, rows: pd.DataFrame, shard_rows: int) -> None:
-            super().__init__(rows, shard_rows)
-            self.source = np.arange(len(rows))
-            self.offset = self.source % shard_rows
-
-    with patch.object(store, "Repeats", WithoutRepeats):
-        yield
-
-
-@contextmanager
 def no_claims() -> Iterator[None]:
     """Processes compute rows that another process is computing."""
     from saexp.interventions import batching
@@ -202,7 +187,6 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "speculative decoding": (no_speculative_decoding, ("default_run", "grid_all_tokens")),
     "equal rows": (no_equal_rows, ("default_run", "grid_all_tokens", "few_shot")),
     "merged texts": (no_merged_texts, ("few_shot", "corpus", "entity_prompts")),
-    "repeats": (no_repeats, ("corpus", "entity_prompts")),
     "resumed passes (evaluation)": (no_resuming, ("evaluation",)),
     "claimed rows": (no_claims, ("two_processes",)),
     "object cache": (no_object_cache, ("sweep_cells",)),

@@ -108,9 +108,6 @@ def _complete_store(
     folder = cache_dir / "activations" / store_key(ingredients)
     try:
         store = ActivationStore.open(folder, verify=verify)
-        if not request.positions.are_distinct:
-            # Shards cannot be read where the rows table is damaged.
-            store.repeats  # noqa: B018
         if store.missing(request.hookpoints):
             return None
     except StoreError:
@@ -224,12 +221,6 @@ class ShardJob:
     def finish(self) -> None:
         """Rename the files, list them in the manifest, and release the shard."""
         try:
-            for hookpoint in self.hookpoints:
-                if hookpoint not in self.writers and hookpoint not in self.prefetch.dropped:
-                    # All rows repeat earlier shards' rows: a file without rows.
-                    self.writers[hookpoint] = self.store.writer(
-                        hookpoint, self.index, 0, self.dtype
-                    )
             entries = {}
             for hookpoint, writer in self.writers.items():
                 try:
@@ -271,7 +262,7 @@ class _Collection:
             return
         self._check_space(todo)
         self.prefetch = self._possible_prefetch(todo)
-        n_rows = {i: len(self.store.stored_rows(i)) for i in todo}
+        n_rows = {i: self._n_rows(i) for i in todo}
         with (
             progress(sum(n_rows.values()), "collecting", "row") as bar,
             ThreadPoolExecutor(1, thread_name_prefix="saexp-write") as writer,
@@ -302,6 +293,10 @@ class _Collection:
         # This process' last read of the manifest may be older than its last change.
         self.store.reload()
 
+    def _n_rows(self, index: int) -> int:
+        first, end = self.store.shard_bounds[index]
+        return end - first
+
     def _absent(self, index: int) -> list[Hookpoint]:
         """What to store in this shard now; nothing where another process has completed it."""
         self.store.reload()
@@ -329,7 +324,7 @@ class _Collection:
     def _space(self, todo: list[int], hookpoints: list[Hookpoint]) -> tuple[int, int]:
         """(bytes needed, bytes free)."""
         missing = self.store.missing(hookpoints, todo)
-        n_rows = sum(len(self.store.stored_rows(i)) * len(absent) for i, absent in missing.items())
+        n_rows = sum(self._n_rows(i) * len(absent) for i, absent in missing.items())
         # Unfinished shards, of this run or a killed one, have their space allocated already.
         allocated = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
         needed = n_rows * self.collector.model.d_model * self.collector.dtype.itemsize
@@ -348,7 +343,7 @@ class _Collection:
         try:
             # At most the previous shard is still being written.
             self._wait_for_writes(1)
-            rows = self.store.stored_rows(job.index)
+            rows = np.arange(*self.store.shard_bounds[job.index])
             for batch in self.collector.batches(self.request, rows, job.hookpoints):
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding

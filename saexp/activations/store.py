@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saexp.activations.shards import (
     MANIFEST,
     Label,
-    Repeats,
     ShardWriter,
     StoredValues,
     copied_to_one_file,
@@ -156,7 +155,6 @@ class ActivationStore(Marked):
         self._reported: set[str] = set()
         """Warnings about damaged files that were logged already."""
         self._rows: PositionRows | pd.DataFrame | None = None
-        self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
 
     def __fspath__(self) -> str:
@@ -193,8 +191,6 @@ class ActivationStore(Marked):
             "n_rows": rows.n_rows if isinstance(rows, PositionRows) else len(rows),
             "shard_rows": shard_rows,
             "hookpoints": {},
-            # Absent otherwise, as in stores of earlier versions.
-            **({"distinct": True} if getattr(rows, "are_distinct", False) else {}),
         }
         for parent in (folder.parent, folder):
             try:
@@ -270,30 +266,15 @@ class ActivationStore(Marked):
         step = self.shard_rows
         return [(a, min(a + step, self.n_rows)) for a in range(0, self.n_rows, step)]
 
-    @property
-    def repeats(self) -> Repeats:
-        """Which shard holds which row. Raises StoreError where the rows table is damaged."""
-        if self._placed is None:
-            rows = self.saved_rows(["text_id", "token_index"])
-            if rows is None:
-                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to repair it")
-            self._placed = Repeats(rows, self.shard_rows)
-        return self._placed
-
-    def stored_rows(self, index: int) -> Int[np.ndarray, " n"]:
-        """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
-        first, end = self.shard_bounds[index]
-        if not first or self.manifest.get("distinct"):
-            return np.arange(first, end)
-        return self.repeats.stored_rows(first, end)
-
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
 
     def _is_sound(self, hookpoint: Hookpoint, index: int) -> bool:
         """Whether a shard is listed in the manifest and unchanged on disk."""
         entry = self.manifest["hookpoints"].get(hookpoint.name, {}).get(f"{index:05d}")
-        if entry is None:
+        first, end = self.shard_bounds[index]
+        # Earlier versions left rows out that an earlier shard had too.
+        if entry is None or entry["n_rows"] != end - first:
             return False
         checked = (hookpoint.name, index, entry["sha256"])
         if checked in self._sound:
@@ -332,8 +313,8 @@ class ActivationStore(Marked):
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A writer for the rows of one shard; `enter` lists the finished file."""
-        n_rows = len(self.stored_rows(index))
-        return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
+        first, end = self.shard_bounds[index]
+        return self._writer(hookpoint.stored, index, (end - first, width), dtype)
 
     def _writer(
         self, hookpoint: Hookpoint, index: int, shape: tuple[int, int], dtype: torch.dtype
@@ -384,7 +365,7 @@ class ActivationStore(Marked):
         at = self._complete(hookpoint.stored)
         bounds = self.shard_bounds
         files = [self._shard(at, index) for index in range(len(bounds))]
-        return StoredValues(files, bounds, lambda: self.repeats)
+        return StoredValues(files, bounds)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.

@@ -37,7 +37,7 @@ def test_batches_equal_those_of_the_mixing_buffer_of_sae_lens(model, corpus, mon
 
     stream = ActivationStream(source(model, corpus), SETTINGS)
     batches = list(islice(stream, N))
-    assert stream.source.at.epoch >= 2
+    assert stream.source.at.epoch >= 1
     assert stream.source.at.n_refills > 3
     permute, refills = torch.randperm, iter(range(10**6))
 
@@ -112,5 +112,5 @@ def test_a_value_that_is_not_finite_names_the_text(corpus):  # noqa: F811
     with torch.no_grad():
         hf.model.embed_tokens.weight[int(corpus.ids(np.arange(1))[0, 3])] = float("nan")
     model = LanguageModel.wrap(hf, tokenizer(), name="damaged")
-    with pytest.raises(StoreError, match=r"NaN or Inf at layer_0\.resid_post in the text '\w+"):
+    with pytest.raises(StoreError, match=r"NaN or Inf at layer_0\.resid_post in the text ' ?\w+"):
         next(iter(ActivationStream(source(model, corpus), SETTINGS)))
