@@ -23,8 +23,8 @@ from saexp.data.tokenization import (
     TokenizedText,
     answer_text,
     answer_token,
-    as_read,
     foil_of,
+    format_prompts,
     in_template,
     space_note,
     token_texts,
@@ -65,7 +65,7 @@ def questions(
             answered.append(example.as_prompt())
         else:
             skips.append(Skip(example.id, "no answer"))
-    prompts = as_read(model, [e.text for e in answered])
+    prompts = format_prompts(model, [e.text for e in answered])
     asked = []
     for example, prompt, tokens in zip(
         answered, prompts, tokenize_prompts(model, prompts, max_length), strict=True

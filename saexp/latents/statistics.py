@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
-from saexp.data.tokenization import TokenizedText, pieces
+from saexp.data.tokenization import TokenizedText, token_pieces
 from saexp.latents import encode
 from saexp.latents.encode import Latents
 from saexp.saes.sae import SAE
@@ -458,7 +458,7 @@ class Windows:
         mine = mine if self._shown is None else mine[self._shown[mine]]
         of_token = {int(self._token[r]): int(r) for r in mine}
         return Window(
-            tokens=pieces(text, self.tokenizer)[first:end],
+            tokens=token_pieces(text, self.tokenizer)[first:end],
             rows=[of_token.get(i) for i in range(first, end)],
             peak=token - first,
             cut=(first > 0, end < len(text)),

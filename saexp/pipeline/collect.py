@@ -17,7 +17,7 @@ from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import PositionTable, resolve_positions
-from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
+from saexp.data.tokenization import adds_bos, format_prompts, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -84,7 +84,7 @@ def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
     tokenizer = model.tokenizer
     if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
         return []
-    [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
+    [tokens] = tokenize_prompts(model, format_prompts(model, ["a"]), 1)
     if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins_with_bos:
         return []
     prompts, texts = ("without", "with") if begins_with_bos else ("with", "without")

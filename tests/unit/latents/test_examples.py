@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
-from saexp.data.tokenization import TokenizedText, pieces, tokenize
+from saexp.data.tokenization import TokenizedText, token_pieces, tokenize
 from saexp.latents import encode
 from saexp.latents.statistics import (
     N_BINS,
@@ -240,7 +240,7 @@ def test_equal_values_come_in_the_order_of_rows() -> None:
 def test_pieces_put_together_are_the_text(trim_offsets: bool) -> None:
     words = tokenizer(trim_offsets)
     for text in tokenize(TEXTS, words, 60):
-        found = pieces(text, words)
+        found = token_pieces(text, words)
         assert found[0] == "<bos>"
         assert TEXTS[[t == text.text for t in TEXTS].index(True)].startswith("".join(found[1:]))
         if not text.truncated:
@@ -267,7 +267,7 @@ def test_a_window_holds_the_tokens_around_a_row_and_the_rows_they_have(every: in
         text, token = texts[about["text_id"]], about["token_index"]
         window = windows.around(row)
         first, after = max(0, token - 4), min(len(text), token + 3)
-        assert window.tokens == pieces(text, words)[first:after]
+        assert window.tokens == token_pieces(text, words)[first:after]
         assert window.rows[window.peak] == row
         assert first + window.peak == token
         assert window.cut == (first > 0, after < len(text))
