@@ -31,7 +31,7 @@ from saexp.data.tokenization import (
     tokenize_prompts,
 )
 from saexp.errors import DataError, counted
-from saexp.latents.encode import spliced
+from saexp.latents.encode import splice_edits
 from saexp.models.forward import check_positions, keep_last_logits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
@@ -142,7 +142,7 @@ class CapabilityAnalyzer(Analyzer):
         excluded: list[int] = []
 
         def splice(ordinary: Tensor) -> dict[Hookpoint, EditFunction]:
-            return spliced(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
+            return splice_edits(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
 
         prompts, tops = self._ask(model, splice, asked)
         n_examples = len(inputs.examples)

@@ -18,7 +18,7 @@ from saexp.latents.statistics import (
     Windows,
     at_quantiles,
     best_of_each_text,
-    firing_counts,
+    count_active_rows,
     latents_at,
     tally_store,
     values_at,
@@ -185,7 +185,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
     ordinary[dense[:, CHOSEN].argmax(0)] = False
     tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, correlate=correlate)
     tally_store(store, auto, TEXT_OF, GROUP_OF, tally, ordinary)
-    counts = firing_counts(store, auto, ordinary)
+    counts = count_active_rows(store, auto, ordinary)
     assert counts.tolist() == (dense[ordinary] != 0).sum(0).tolist()
     assert tally.n_rows == ordinary.sum()
     for i, latent in enumerate(CHOSEN):
@@ -202,7 +202,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
 def test_counts_and_chosen_values_equal_dense_ones(
     store: ActivationStore, auto: SparseAutoencoder, dense: np.ndarray
 ) -> None:
-    assert firing_counts(store, auto).tolist() == (dense != 0).sum(0).tolist()
+    assert count_active_rows(store, auto).tolist() == (dense != 0).sum(0).tolist()
     wanted = {3: np.array([0, 210, 49, 50]), 0: np.array([7]), 39: np.zeros(0, dtype=np.int64)}
     found = values_at(store, auto, wanted)
     for latent, rows in wanted.items():

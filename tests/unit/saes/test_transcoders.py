@@ -13,7 +13,7 @@ import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
 from saexp.interventions.operations import BatchEdit, Move, Row
-from saexp.latents.encode import spliced
+from saexp.latents.encode import splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
@@ -350,9 +350,9 @@ def test_gemma_scope_transcoders_read_the_norms_output_before_its_gain(
     torch.testing.assert_close(ablated, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected, logits[0], atol=1e-3)
     # Spliced with its error and no change, it changes nothing.
-    with torch.no_grad(), edit(model, spliced(sae, error=True)):
+    with torch.no_grad(), edit(model, splice_edits(sae, error=True)):
         torch.testing.assert_close(model.hf(ids).logits, logits, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), edit(model, spliced(sae)):
+    with torch.no_grad(), edit(model, splice_edits(sae)):
         replaced_by_ours = model.hf(ids).logits[0]
     made = (acts @ p["W_dec"].double() + p["b_dec"].double()).float()
     wanted.copy_(made)
