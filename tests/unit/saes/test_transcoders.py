@@ -157,7 +157,7 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         (
             "transcoder",
             {"hook_name_out": None},
-            "cfg.json names no hook_name_out, so what the trans",
+            "cfg.json has no hook_name_out, so the stream that the trans",
         ),
         (
             "transcoder",
@@ -167,9 +167,9 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         (
             "skip_transcoder",
             {},
-            "sae_weights.safetensors: a skip_transcoder needs 'W_skip', absent",
+            "sae_weights.safetensors: a skip_transcoder needs 'W_skip', which",
         ),
-        ("jumprelu_transcoder", {}, "a jumprelu transcoder needs 'threshold', absent here"),
+        ("jumprelu_transcoder", {}, "a jumprelu transcoder needs 'threshold', which is missing"),
         (
             "transcoder",
             {"hook_name": "blocks.3.hook_mlp_in"},
@@ -402,7 +402,9 @@ def test_one_layer_of_a_cross_layer_transcoder(
     from saexp.saes.validation import check_fit
 
     fit = check_fit(ours, x, torch.zeros(30, dtype=torch.bool), {}, points(30, D_IN))
-    assert [p for p in fit.problems if "reconstruction say nothing" in p] == fit.problems[:1]
+    assert [
+        p for p in fit.problems if "reconstruction metrics have no meaning" in p
+    ] == fit.problems[:1]
 
 
 CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
@@ -423,7 +425,7 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
             "W_dec_3.safetensors: W_dec holds 960 Inf of 960 values",
         ),
         ({"W_dec_3": {"W_dec_3": torch.ones(4, 5)}}, r"W_dec_3 has shape \[4, 5\], not \[d_sae"),
-        ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', absent here"),
+        ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', which is missing"),
     ],
 )
 def test_files_of_a_cross_layer_transcoder_that_do_not_fit(
