@@ -125,7 +125,7 @@ def _trained(
         prepend_bos=begins_with_bos(model),
     )
     if targets:
-        source = replace(place, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
+        source = replace(source, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
     checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, data, width)
     writable = is_writable(cfg.cache_dir)
     began = time.perf_counter()
