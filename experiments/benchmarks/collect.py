@@ -29,16 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import PEERS, Batch, padded
+from peers import PEERS, Batch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
-from saexp.activations.forward import TokenBudget, batches, units
+from saexp.activations.forward import units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import PositionTable, place
 from saexp.data.tokenization import TokenizedText
+from saexp.models.forward import TokenBudget, batches, padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids
 from saexp.models.loading import LanguageModel, pick_device, pick_dtype
@@ -117,7 +118,9 @@ def limit(given: Setting) -> Callable[[], None]:
     budget = TokenBudget("auto", model.device)
     ready = []
     for chosen in batches([len(u.ids) for u in todo], budget):
-        ids, mask = padded([todo[i].ids for i in chosen], model.pad_id, model.device)
+        ids, mask = padded(
+            [todo[i].ids for i in chosen], model.pad_id, model.device, padding_side="right"
+        )
         ready.append((ids, mask))
     inner = model.hf.model
 
@@ -169,7 +172,7 @@ def in_order(given: Setting) -> list[Batch]:
     made = []
     for start in range(0, len(texts), given.batch_size):
         some = texts[start : start + given.batch_size]
-        ids, mask = padded(some, given.model.pad_id, given.model.device)
+        ids, mask = padded(some, given.model.pad_id, given.model.device, padding_side="right")
         made.append(Batch(ids, mask, torch.tensor([len(t) - 1 for t in some])))
     return made
 

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +24,6 @@ class Batch:
     ids: Tensor
     mask: Tensor
     last: Tensor
-
-
-def padded(
-    texts: Sequence[tuple[int, ...]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask."""
-    longest = max(map(len, texts))
-    ids = torch.full((len(texts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(text)
-        mask[row, : len(text)] = 1
-    return ids.to(device), mask.to(device)
 
 
 def full_forward(

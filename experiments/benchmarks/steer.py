@@ -29,8 +29,8 @@ import saexp
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import batch_tokens_for, generate
-from saexp.interventions.generation import padded
 from saexp.interventions.operations import Add, BatchEdit, Row, Vector
+from saexp.models.forward import padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel, pick_device, pick_dtype
@@ -91,7 +91,7 @@ def per_cell(
     model: LanguageModel, prompts: list[Prompt], at: Hookpoint, vectors: Tensor, n_new: int
 ) -> list[list[int]]:
     """One `generate` call per latent and coefficient."""
-    ids, mask = padded([p for p, _ in prompts], model.pad_id, model.device)
+    ids, mask = padded([p for p, _ in prompts], model.pad_id, model.device, padding_side="left")
     width = ids.shape[1]
     places = torch.tensor([width - len(p) + k for p, k in prompts], device=model.device)
     rows = torch.arange(len(prompts), device=model.device)
@@ -148,7 +148,7 @@ def overhead(
 ) -> dict[str, float]:
     """Seconds of a forward pass, bare and with an edit at every token."""
     some = prompts[:32]
-    ids, mask = padded([p for p, _ in some], model.pad_id, model.device)
+    ids, mask = padded([p for p, _ in some], model.pad_id, model.device, padding_side="left")
     vector = Vector(vectors[0])
     rows = [Row(p, (Add(at, vector, 1.0),), tuple(range(len(p)))) for p, _ in some]
 

@@ -1,8 +1,7 @@
-"""Collects the activations that a store lacks, in one pass whose shards processes share."""
+"""Collect the activations that a store lacks; several processes may share the shards."""
 
 import functools
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.forward import Batch
-from saexp.activations.shards import ShardWriter, drop_damaged
+from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError
@@ -50,18 +49,16 @@ def collect(
     `verify` hashes shards of any size before they are reused. Where `cache_dir` cannot be written,
     missing activations go to a temporary folder, or, with `must_persist`, are a StoreError.
 
-    Raises ModelError for a layer that the model lacks and a text that it cannot hold, StoreError
+    Raises ModelError for a layer that the model lacks and a text longer than it takes, StoreError
     for NaN or Inf, a full disk, and a folder that cannot be written.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     collector.check(request)
     store = _open_store(collector, request, Path(cache_dir), verify, must_persist)
     store.verify = verify
-    if verify and os.access(store.path, os.W_OK):
-        drop_damaged(store.path, store.manifest)
     collection = _Collection(collector, request, store)
     collection.run()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     n_rows, forwarded, padded = store.n_rows, collection.forwarded, collection.padded
     log.info(
         "collected %d rows, %d tokens forwarded, %d skipped, %.1f s (%s)",
@@ -76,21 +73,25 @@ def collect(
 
 
 def _open_store(
-    collector: Collector, request: CollectionRequest, cache_dir: Path, verify: bool, kept: bool
+    collector: Collector,
+    request: CollectionRequest,
+    cache_dir: Path,
+    verify: bool,
+    must_persist: bool,
 ) -> ActivationStore:
     """The store in `cache_dir`, or in a temporary folder where that is read-only and incomplete."""
     rows, part = request.positions.rows, request.part
     shard_rows = collector.store.shard_rows
     if part:
         shard_rows = min(shard_rows, -(-len(rows) // part.n_shards))
-    known = collector.ingredients(request)
-    if not kept and not is_writable(cache_dir):
-        store = _complete_store(cache_dir, known, request, verify)
+    ingredients = collector.ingredients(request)
+    if not must_persist and not is_writable(cache_dir):
+        store = _complete_store(cache_dir, ingredients, request, verify)
         if store is not None:
             return store
         cache_dir = temporary_cache(cache_dir)
     store = ActivationStore.create_or_open(
-        cache_dir, known, rows, shard_rows=shard_rows, about=request.about
+        cache_dir, ingredients, rows, shard_rows=shard_rows, about=request.about
     )
     if store.shard_rows != shard_rows:
         log.info(
@@ -101,10 +102,10 @@ def _open_store(
 
 
 def _complete_store(
-    cache_dir: Path, known: dict[str, Any], request: CollectionRequest, verify: bool
+    cache_dir: Path, ingredients: dict[str, Any], request: CollectionRequest, verify: bool
 ) -> ActivationStore | None:
     """The store with these ingredients; None where it lacks some of the hookpoints."""
-    folder = cache_dir / "activations" / store_key(known)
+    folder = cache_dir / "activations" / store_key(ingredients)
     try:
         store = ActivationStore.open(folder, verify=verify)
         # Shards cannot be read where the rows table is damaged.
@@ -248,8 +249,8 @@ class ShardJob:
 
 
 class _Collection:
-    """The part of a collection that this process does. One thread writes while batches are
-    computed, in order."""
+    """This process' part of a collection. One thread writes batches, in order, while the next are
+    computed."""
 
     def __init__(
         self, collector: Collector, request: CollectionRequest, store: ActivationStore
@@ -269,7 +270,7 @@ class _Collection:
             return
         self._check_space(todo)
         self.prefetch = self._possible_prefetch(todo)
-        n_rows = {i: len(self.store.kept(i)) for i in todo}
+        n_rows = {i: len(self.store.stored_rows(i)) for i in todo}
         with (
             progress(sum(n_rows.values()), "collecting", "row") as bar,
             ThreadPoolExecutor(1, thread_name_prefix="saexp-write") as writer,
@@ -327,7 +328,7 @@ class _Collection:
     def _space(self, todo: list[int], hookpoints: list[Hookpoint]) -> tuple[int, int]:
         """(bytes needed, bytes free)."""
         missing = self.store.missing(hookpoints, todo)
-        n_rows = sum(len(self.store.kept(i)) * len(absent) for i, absent in missing.items())
+        n_rows = sum(len(self.store.stored_rows(i)) * len(absent) for i, absent in missing.items())
         # Unfinished shards, of this run or a killed one, have their space allocated already.
         allocated = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
         needed = n_rows * self.collector.model.d_model * self.collector.dtype.itemsize
@@ -346,7 +347,7 @@ class _Collection:
         try:
             # At most the previous shard is still being written.
             self._wait_for_writes(1)
-            rows = self.store.kept(job.index)
+            rows = self.store.stored_rows(job.index)
             for batch in self.collector.batches(self.request, rows, job.hookpoints):
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding

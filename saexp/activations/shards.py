@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors import safe_open
 from torch import Tensor
 
 from saexp.digests import digest_of, read_sha256
 from saexp.errors import ModelError, StoreError
-from saexp.files import cannot_write, locked, put_in_place, write_atomically, write_json
+from saexp.files import cannot_write, put_in_place, write_json
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ MANIFEST = "manifest.json"
 _CHECKSUM, _CHECKED = "sha256", "checked"
 """In a manifest: the digest of what `_checked` returns, and the shards that were listed when it was
 written. Those of earlier versions have neither."""
+_JOINED = "joined"
+"""In manifests of earlier versions: files with the values of all shards of a hookpoint."""
 
 
 def is_intact(
@@ -79,6 +82,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Write a manifest with its checksum, whole or not at all; returns what was written."""
     listed = {name: sorted(shards) for name, shards in manifest["hookpoints"].items()}
     content = {**manifest, _CHECKED: listed}
+    content.pop(_JOINED, None)
     sealed = {**content, _CHECKSUM: digest_of(_checked(content))}
     if (folder / MANIFEST).is_dir():
         remove_manifest(folder)
@@ -115,22 +119,16 @@ def _problem(manifest: dict[str, Any]) -> str | None:
         return "about is not an object"
     if (problem := _problem_of_shards(manifest)) is not None:
         return problem
-    joined = manifest.get("joined", {})
-    if not isinstance(joined, dict) or not all(
-        _is_entry(entry) and isinstance(entry.get("file"), str) and "/" not in entry["file"]
-        for entry in joined.values()
-    ):
-        return "joined has an entry without file, bytes or sha256"
     return None if _has_right_checksum(manifest) else "checksum"
 
 
 def _checked(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a manifest that its checksum covers.
 
-    Entries that an earlier version of saexp, without checksums, may add later are left out: further
-    shards and joined files, which are compared with the files.
+    Entries that an earlier version of saexp may have added without a checksum are left out: further
+    shards, which are compared with the files, and files that joined shards, which are not used.
     """
-    content = {k: v for k, v in manifest.items() if k not in (_CHECKSUM, "joined")}
+    content = {k: v for k, v in manifest.items() if k not in (_CHECKSUM, _JOINED)}
     content["hookpoints"] = {
         name: {shard: manifest["hookpoints"][name][shard] for shard in shards}
         for name, shards in manifest[_CHECKED].items()
@@ -290,8 +288,8 @@ class ShardWriter:
             rest = data[first:end].reshape(-1).data
             at = self._start + int(rows[first]) * self.row_bytes
             while len(rest):
-                done = os.pwrite(self._file, rest, at)
-                rest, at = rest[done:], at + done
+                n_written = os.pwrite(self._file, rest, at)
+                rest, at = rest[n_written:], at + n_written
             first = end
 
     def finish(self) -> dict[str, Any]:
@@ -331,7 +329,7 @@ class ShardWriter:
 
 
 class Repeats:
-    """Which file holds which row.
+    """Maps rows to the files that hold them.
 
     A row that repeats the text and token of a row of an earlier shard is stored in that shard only,
     so that its text is not forwarded again. This follows from the rows table, so that no shard has
@@ -350,14 +348,24 @@ class Repeats:
         self.offset = before[:-1] - before[own // shard_rows * shard_rows]
         """Row -> its index in the shard's file, for rows that are not repeats."""
 
-    def kept(self, first: int, end: int) -> Int[np.ndarray, " n"]:
+    def stored_rows(self, first: int, end: int) -> Int[np.ndarray, " n"]:
         """The rows of one shard, [first, end), that its file holds, in order."""
         rows = np.arange(first, end)
         return rows[self.source[first:end] == rows]
 
 
 class StoredValues:
-    """The shards of a hookpoint as one array; `repeats` is called where a file lacks rows."""
+    """The shards of a hookpoint as one array `[n_rows, width]`, read without joining them.
+
+    Shards are memory-mapped when they are first read. `repeats` is called where a file lacks rows.
+
+    Example:
+        >>> values = store.values(layer=2)
+        >>> values.shape
+        (5760, 64)
+        >>> values[torch.tensor([3, 5000])]  # a copy of these rows, in this order
+        >>> for first, acts in values.chunks(8192): ...
+    """
 
     def __init__(
         self,
@@ -366,88 +374,109 @@ class StoredValues:
         repeats: Callable[[], Repeats],
     ) -> None:
         self.files, self.bounds, self._repeats = files, bounds, repeats
+        self._shard_rows = bounds[0][1]
+        self._mapped: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.bounds[-1][1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of rows, width)."""
+        # Later shards may consist of repeats only; their files have no width.
+        return len(self), self.shard(0).shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored activations."""
+        return self.shard(0).dtype
 
     def shard(self, index: int) -> Float[Tensor, "n width"]:
         """The content of a file, memory-mapped."""
-        with safe_open(self.files[index], framework="pt") as file:
-            return file.get_tensor("acts")
+        if index not in self._mapped:
+            with safe_open(self.files[index], framework="pt") as file:
+                self._mapped[index] = file.get_tensor("acts")
+        return self._mapped[index]
 
-    def chunks(self, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, values) in order, at most `chunk_rows` rows each."""
-        for index, (first, end) in enumerate(self.bounds):
-            shard = self.shard(index)
-            whole = len(shard) == end - first
-            for start in range(first, end, chunk_rows):
-                stop = min(start + chunk_rows, end)
-                yield (
-                    start,
-                    shard[start - first : stop - first] if whole else self._some(start, stop),
-                )
+    def _is_whole(self, index: int) -> bool:
+        """Whether a file holds all rows of its shard, repeats included."""
+        first, end = self.bounds[index]
+        return len(self.shard(index)) == end - first
 
-    def _some(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), each read from the file that holds it."""
-        repeats = self._repeats()
-        source = repeats.source[start:stop]
-        holders = source // repeats.shard_rows
-        values: Tensor | None = None
-        for index in np.unique(holders).tolist():
-            shard, (first, end) = self.shard(index), self.bounds[index]
-            here = np.flatnonzero(holders == index)
-            rows = source[here]
-            at = rows - first if len(shard) == end - first else repeats.offset[rows]
-            if values is None:
-                values = shard.new_empty(stop - start, shard.shape[1])
-            values[torch.from_numpy(here)] = shard[torch.from_numpy(at)]
-        assert values is not None
+    def __getitem__(
+        self, rows: Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"] | slice
+    ) -> Float[Tensor, "m width"]:
+        """The values at row numbers (not negative), a mask, or a slice, in the order of `rows`.
+
+        A copy, or for a slice of step 1 within one shard a view of the memory-mapped file. Raises
+        IndexError for a row that there is not.
+        """
+        if not isinstance(rows, slice):
+            return self._gather(self._row_numbers(np.asarray(rows)))
+        start, stop, step = rows.indices(len(self))
+        index = start // self._shard_rows
+        if step == 1 and start < stop <= self.bounds[index][1] and self._is_whole(index):
+            first = self.bounds[index][0]
+            return self.shard(index)[start - first : stop - first]
+        return self._gather(np.arange(start, stop, step))
+
+    def _row_numbers(self, rows: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+        if rows.dtype == bool:
+            if len(rows) != len(self):
+                raise IndexError(f"a mask of {len(rows)} values for {len(self)} rows")
+            return np.flatnonzero(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        return rows.astype(np.int64)
+
+    def _gather(self, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n width"]:
+        holders = rows // self._shard_rows
+        partial = [i for i in np.unique(holders).tolist() if not self._is_whole(i)]
+        if partial:
+            rows = np.where(np.isin(holders, partial), self._repeats().source[rows], rows)
+            holders = rows // self._shard_rows
+        values = self.shard(0).new_empty(len(rows), self.shape[1])
+        order = np.argsort(holders, kind="stable")
+        for part in np.split(order, np.flatnonzero(np.diff(holders[order])) + 1):
+            if not len(part):
+                continue
+            index, of_shard = int(holders[part[0]]), rows[part]
+            if self._is_whole(index):
+                offsets = of_shard - self.bounds[index][0]
+            else:
+                offsets = self._repeats().offset[of_shard]
+            values[torch.from_numpy(part)] = self.shard(index)[torch.from_numpy(offsets)]
         return values
 
-
-def joined_name(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Name of the file that joins these shards; it depends on their content."""
-    sums = "".join(entry["sha256"] for _, entry in sorted(entries.items()))
-    return f"joined-{hashlib.sha256(sums.encode()).hexdigest()[:16]}.bin"
-
-
-def damaged_joined(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
-    """Hookpoint -> its joined file, where that is damaged; all joined files are hashed."""
-    listed = manifest.get("joined", {}).items()
-    files = {name: (folder / name / entry["file"], entry) for name, entry in listed}
-    return {
-        name: file
-        for name, (file, entry) in files.items()
-        if file.is_file() and not is_intact(file, entry, hashed=True)
-    }
+    def chunks(self, chunk_rows: int) -> Iterator[tuple[int, Float[Tensor, "n width"]]]:
+        """(first row, values) in order, at most `chunk_rows` rows each, never of two shards."""
+        for index, (first, end) in enumerate(self.bounds):
+            for start in range(first, end, chunk_rows):
+                yield start, self[start : min(start + chunk_rows, end)]
+            # Unmapped, so that a pass over a large store does not occupy the memory.
+            self._mapped.pop(index, None)
 
 
-def drop_damaged(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Remove damaged joined files; they are rebuilt from the shards when they are needed."""
-    for file in damaged_joined(folder, manifest).values():
-        try:
-            file.unlink()
-        except OSError as error:
-            raise cannot_write(file, error) from error
+_COPIED_ROWS = 8192
 
 
-def _write(path: Path, parts: Iterable[Tensor]) -> None:
-    with path.open("wb") as file:
-        for part in parts:
-            file.write(part.contiguous().view(torch.uint8).numpy().data)
+def copied_to_one_file(values: StoredValues, folder: Path) -> Float[Tensor, "n_rows width"]:
+    """All values as one tensor, memory-mapped from a temporary file that is deleted with it.
 
-
-def join(path: Path, parts: Iterable[Tensor]) -> None:
-    """Write the values of the parts one after another, whole or not at all."""
-    with locked(path.parents[1] / ".joined.lock"):
-        for left in path.parent.glob(".tmp-*.bin"):
-            left.unlink(missing_ok=True)
-        write_atomically(path, lambda temporary: _write(temporary, parts))
-
-
-def join_elsewhere(parts: Iterable[Tensor], mapped: Callable[[Path], Tensor]) -> Tensor:
-    """As `join`, into a temporary file that is deleted with the tensor."""
+    The file is in `folder`, or in the system's temporary folder where that cannot be written.
+    Writing to the tensor does not change the file. Raises StoreError where the disk is full.
+    """
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir())
+    shape, dtype = values.shape, values.dtype
+    n_bytes = shape[0] * shape[1] * dtype.itemsize
     try:
-        with tempfile.NamedTemporaryFile(prefix="saexp-", suffix=".bin") as file:
-            path = Path(file.name)
-            _write(path, parts)
-            return mapped(path)
+        # Without a name from the start, so that a killed process leaves no file behind.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _, acts in values.chunks(_COPIED_ROWS):
+                file.write(acts.contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            content = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_COPY)
     except OSError as error:
-        raise cannot_write(Path(tempfile.gettempdir()) / "saexp-*.bin", error) from error
+        raise cannot_write(folder / "a temporary file", error, n_bytes) from error
+    return torch.frombuffer(content, dtype=dtype).view(shape)

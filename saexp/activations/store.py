@@ -22,14 +22,12 @@ from saexp.activations.shards import (
     Repeats,
     ShardWriter,
     StoredValues,
+    copied_to_one_file,
     is_intact,
-    join,
-    join_elsewhere,
-    joined_name,
     read_manifest,
     write_manifest,
 )
-from saexp.digests import digest_of, read_sha256
+from saexp.digests import digest_of
 from saexp.errors import ModelError, StoreError, counted
 from saexp.files import CACHE, USED, Marked, locked, write_table
 from saexp.models.hookpoints import Hookpoint
@@ -89,14 +87,14 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]
     n_shards = -(-fresh["n_rows"] // shard_rows)
     hookpoints: dict[str, dict[str, Any]] = {}
-    n_kept = 0
+    n_intact = 0
     for hookpoint, file, label, entry in proven:
         if label.shard_rows == shard_rows and label.index < n_shards:
             hookpoints.setdefault(hookpoint.name, {})[file.stem] = entry
-            n_kept += 1
+            n_intact += 1
     log.warning(
         "%s and is rebuilt from the shards: %s kept, %d collected again where needed",
-        *(reason, counted(n_kept, "shard"), len(files) - n_kept),
+        *(reason, counted(n_intact, "shard"), len(files) - n_intact),
     )
     return {**fresh, "shard_rows": shard_rows, "hookpoints": hookpoints}
 
@@ -113,17 +111,17 @@ def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[s
             about = json.loads(header)
             label = Label.read(about["__metadata__"])
             n_rows, _ = about["acts"]["shape"]
-            whole, values = hashlib.sha256(size + header), hashlib.sha256()
+            of_file, of_values = hashlib.sha256(size + header), hashlib.sha256()
             while chunk := opened.read(_CHUNK_BYTES):
-                whole.update(chunk)
-                values.update(chunk)
+                of_file.update(chunk)
+                of_values.update(chunk)
             n_bytes = opened.tell()
         belongs = (label.store, label.hookpoint, label.name) == (store, hookpoint.name, file.stem)
         begin, end = about["acts"]["data_offsets"]
         fits = begin == 0 and n_bytes - 8 - length == end and n_rows <= label.shard_rows
-        if not (belongs and fits and values.hexdigest() == about["__metadata__"]["sha256"]):
+        if not (belongs and fits and of_values.hexdigest() == about["__metadata__"]["sha256"]):
             return None
-        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": whole.hexdigest()}
+        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": of_file.hexdigest()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -182,8 +180,8 @@ class ActivationStore(Marked):
     ) -> "ActivationStore":
         """The store with these ingredients; `rows` replaces a rows table whose labels differ.
 
-        `shard_rows` applies to a new store only. `about` holds names for people beside the hashes.
-        A missing or damaged manifest is rebuilt from the shards.
+        `shard_rows` applies to a new store only. `about` holds readable names, which are saved
+        beside the hashes. A missing or damaged manifest is rebuilt from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         fresh = {
@@ -275,10 +273,10 @@ class ActivationStore(Marked):
             self._placed = Repeats(rows, self.shard_rows)
         return self._placed
 
-    def kept(self, index: int) -> Int[np.ndarray, " n"]:
+    def stored_rows(self, index: int) -> Int[np.ndarray, " n"]:
         """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
         first, end = self.shard_bounds[index]
-        return np.arange(end) if not first else self.repeats.kept(first, end)
+        return np.arange(end) if not first else self.repeats.stored_rows(first, end)
 
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
@@ -325,7 +323,7 @@ class ActivationStore(Marked):
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A writer for the rows of one shard; `enter` lists the finished file."""
-        n_rows = len(self.kept(index))
+        n_rows = len(self.stored_rows(index))
         return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
 
     def _writer(
@@ -366,43 +364,34 @@ class ActivationStore(Marked):
         """Read the manifest again: another process may have added shards."""
         self.manifest = read_manifest(self.path)
 
+    def values(self, layer: int, stream: str = "resid_post") -> StoredValues:
+        """A view of a hookpoint's activations: indexed by rows, or read in chunks.
+
+        Raises StoreError where the hookpoint was not collected, or only in part.
+        """
+        return self._values(Hookpoint(layer, stream))
+
     def _values(self, hookpoint: Hookpoint) -> StoredValues:
+        at = self._complete(hookpoint.stored)
         bounds = self.shard_bounds
-        files = [self._shard(hookpoint, index) for index in range(len(bounds))]
+        files = [self._shard(at, index) for index in range(len(bounds))]
         return StoredValues(files, bounds, lambda: self.repeats)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
 
-        Several shards are joined once into one file beside them, or, in a read-only store, into a
-        temporary file that is deleted with the tensor. Raises StoreError where the hookpoint was
-        not collected, or only in part.
+        Several shards are copied to a temporary file, which is deleted with the tensor; `values`
+        reads rows without a copy of the whole. Raises StoreError where the hookpoint was not
+        collected, or only in part.
         """
-        hookpoint = self._complete(Hookpoint(layer, stream).stored)
-        values = self._values(hookpoint)
-        first = values.shard(0)
+        values = self.values(layer, stream)
         if len(self.shard_bounds) == 1:
-            return first
-        shape, dtype = (self.n_rows, first.shape[1]), first.dtype
-
-        def mapped(file: Path) -> Tensor:
-            return torch.from_file(str(file), size=shape[0] * shape[1], dtype=dtype).view(shape)
-
-        joined = self.path / hookpoint.name / joined_name(self._entries(hookpoint))
-        entry = self.manifest.get("joined", {}).get(hookpoint.name)
-        if entry is not None and entry["file"] == joined.name and self._intact(joined, entry):
-            return mapped(joined)
-        parts = (acts for _, acts in values.chunks(_CHUNK_ROWS))
-        if not os.access(self.path, os.W_OK):
-            return join_elsewhere(parts, mapped)
-        join(joined, parts)
-        entry = {"file": joined.name, "bytes": joined.stat().st_size, "sha256": read_sha256(joined)}
-        self._change(lambda m: m.setdefault("joined", {}).update({hookpoint.name: entry}))
-        return mapped(joined)
+            return values.shard(0)
+        return copied_to_one_file(values, self.path)
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""
-        yield from self._values(self._complete(hookpoint.stored)).chunks(chunk_rows)
+        yield from self._values(hookpoint).chunks(chunk_rows)
 
     def norms(self, hookpoint: Hookpoint) -> Float[np.ndarray, " n_rows"]:
         """Euclidean norm of each row, float64; cached while the store is open."""
@@ -414,9 +403,6 @@ class ActivationStore(Marked):
             ]
             self._norms[at] = np.concatenate(parts)
         return self._norms[at]
-
-    def _entries(self, hookpoint: Hookpoint) -> dict[str, Any]:
-        return self.manifest["hookpoints"].get(hookpoint.name, {})
 
     def _complete(self, hookpoint: Hookpoint) -> Hookpoint:
         if self.missing([hookpoint]):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.activations.shards import MANIFEST, damaged_joined, remove_manifest
+from saexp.activations.shards import MANIFEST, remove_manifest
 from saexp.activations.store import LOCKS, ActivationStore, shard_files
 from saexp.errors import ConfigError, StoreError, counted
 from saexp.files import USED, show_bytes, try_lock, users
@@ -110,12 +110,12 @@ _SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 def folders(cache_dir: str | Path) -> list[Path]:
     """Folders of all stores, readable or not, the least recently used first."""
-    found = [
+    with_files = [
         folder
         for folder in Path(cache_dir).glob("activations/*")
         if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
     ]
-    return sorted(found, key=lambda folder: (last_used(folder), folder.name))
+    return sorted(with_files, key=lambda folder: (last_used(folder), folder.name))
 
 
 def stores(cache_dir: str | Path) -> list[ActivationStore]:
@@ -169,14 +169,13 @@ def format_listing(table: pd.DataFrame) -> str:
 
 
 def damaged(store: ActivationStore) -> list[str]:
-    """Damaged files: `<hookpoint>/<shard>` for a listed shard, `<hookpoint>/joined` for the file
-    that joins a hookpoint's shards. All files are hashed."""
+    """Damaged files: `<hookpoint>/<shard>` for a listed shard. All files are hashed."""
     checked = ActivationStore.open(store.path, verify=True)
-    found = ["rows.parquet"] if checked.saved_rows() is None else []
+    files = ["rows.parquet"] if checked.saved_rows() is None else []
     for name, shards in checked.manifest["hookpoints"].items():
         at = [Hookpoint.parse(name)]
-        found += [f"{name}/{shard}" for shard in shards if checked.missing(at, [int(shard)])]
-    return found + [f"{name}/joined" for name in damaged_joined(store.path, checked.manifest)]
+        files += [f"{name}/{shard}" for shard in shards if checked.missing(at, [int(shard)])]
+    return files
 
 
 def unreadable(cache_dir: str | Path) -> list[Path]:
@@ -200,8 +199,9 @@ class Pruned:
 def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -> Pruned:
     """Remove stores not used for `max_age`, then the least recently used until `max_size` is met.
 
-    A store that a process reads or writes is kept, and so is a read-only one. Raises ConfigError
-    where no limit is set or a limit cannot be parsed.
+    Files of earlier versions that nothing reads are removed from every store first. A store that a
+    process reads or writes is kept, and so is a read-only one. Raises ConfigError where no limit is
+    set or a limit cannot be parsed.
     """
     if max_size is None and max_age is None:
         raise ConfigError(
@@ -210,6 +210,8 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
     n_bytes = None if max_size is None else _parse("task.max_size", max_size, _UNITS, "20GB")
     span = None if max_age is None else _parse("task.max_age", max_age, _SPANS, "30d")
     candidates = folders(cache_dir)
+    for folder in candidates:
+        _remove_joined_files(folder)
     sizes = {folder: size(folder) for folder in candidates}
     total, removed, kept = sum(sizes.values()), [], {}
     for folder in candidates:
@@ -226,6 +228,14 @@ def prune(cache_dir: str | Path, *, max_size: str | None, max_age: str | None) -
         else:
             kept[folder.name] = reason
     return Pruned(removed, kept, total)
+
+
+def _remove_joined_files(folder: Path) -> None:
+    """Remove the second copies of shards that earlier versions wrote, which nothing reads."""
+    for file in folder.glob("layer_*/*.bin"):
+        # A read-only store keeps its files.
+        with suppress(OSError):
+            file.unlink()
 
 
 def _parse(key: str, text: str, units: Mapping[str, int], example: str) -> float:

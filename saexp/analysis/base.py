@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
+from saexp.activations.shards import StoredValues
 from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import TokenizedText
@@ -37,8 +38,8 @@ class AnalysisInputs:
     layer: int
     background: Latents | None = None
     """Latents at random positions of neutral text, for the background filter."""
-    acts: Tensor | None = None
-    """`[n_rows, d_in]`, memory-mapped: the stored activations of the rows of `latents`."""
+    acts: StoredValues | Tensor | None = None
+    """`[n_rows, d_in]`: stored activations of the rows of `latents`; `acts[rows]` is a tensor."""
     texts: Sequence[TokenizedText] = ()
     """As the model read them; the column `text_id` of `latents.rows` counts them."""
     neutral_texts: Sequence[TokenizedText] = ()

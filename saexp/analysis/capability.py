@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.forward import TokenBudget, batches
 from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.config import CapabilityConfig
 from saexp.context import progress
@@ -32,7 +31,13 @@ from saexp.data.tokenization import (
 )
 from saexp.errors import DataError, counted
 from saexp.latents.encode import spliced
-from saexp.models.forward import check_positions, keep_last_logits
+from saexp.models.forward import (
+    TokenBudget,
+    batches,
+    check_positions,
+    keep_last_logits,
+    padded,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -279,15 +284,10 @@ def _last_logits(
     asked: Sequence[Question],
 ) -> Float[Tensor, "b V"]:
     """Logits after each prompt's last token, float32 on the CPU."""
-    width = max(len(q.tokens) for q in asked)
-    ids = torch.full((len(asked), width), model.pad_id)
-    mask = torch.zeros_like(ids)
-    ordinary = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, question in enumerate(asked):
-        start = width - len(question.tokens)
-        ids[i, start:] = torch.tensor(question.tokens.ids)
-        mask[i, start:] = 1
-        ordinary[i, start:] = ~torch.tensor(question.tokens.special)
+    ids, mask = padded([q.tokens.ids for q in asked], model.pad_id, padding_side="left")
+    is_token = mask.bool()
+    ordinary = is_token.clone()
+    ordinary[is_token] = ~torch.tensor([flag for q in asked for flag in q.tokens.special])
     mask = mask.to(model.device)
     with nullcontext() if splice is None else edit(model, splice(ordinary)):
         out = model.hf(

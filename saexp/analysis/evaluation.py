@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.forward import TokenBudget, batches
 from saexp.activations.reader import high_norm_notes
 from saexp.analysis.evaluation_passes import (
     Batch,
@@ -35,6 +34,7 @@ from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
 from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replaced
+from saexp.models.forward import TokenBudget, batches
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.intervals import ratio_interval

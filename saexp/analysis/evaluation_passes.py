@@ -13,7 +13,7 @@ from torch import Tensor
 from saexp.activations.reader import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.models.forward import head_input, replaced_blocks
+from saexp.models.forward import head_input, padded, replaced_blocks
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, capture, edit, position_ids
 from saexp.models.loading import LanguageModel
@@ -73,23 +73,14 @@ def make_batch(
     padding_side: str = "right",
 ) -> Batch:
     """Pad the chosen texts into one batch."""
-    width = max(len(texts[i]) for i in chosen)
-    shape = (len(chosen), width)
-    ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.int64)
-    special = torch.zeros(shape, dtype=torch.bool)
-    for row, index in enumerate(chosen):
-        text = texts[index]
-        start = width - len(text) if padding_side == "left" else 0
-        inside = slice(start, start + len(text))
-        ids[row, inside] = torch.tensor(text.ids)
-        mask[row, inside] = 1
-        special[row, inside] = torch.tensor(text.special)
+    ids, mask = padded([texts[i].ids for i in chosen], pad_id, padding_side=padding_side)
     is_token = mask.bool()
-    ordinary = is_token & ~special
+    ordinary = is_token.clone()
+    ordinary[is_token] = ~torch.tensor([flag for i in chosen for flag in texts[i].special])
     compared = is_token if where.score_special else ordinary
     next_compared = torch.zeros_like(compared)
     next_compared[:, :-1] = compared[:, 1:]
-    targets = torch.full(shape, -1)
+    targets = torch.full_like(ids, -1)
     targets[:, :-1] = ids[:, 1:]
     targets[~next_compared] = -1
     return Batch(

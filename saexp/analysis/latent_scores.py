@@ -13,9 +13,10 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.errors import SAEError
+from saexp.models.forward import only_at, padded
 from saexp.models.hooks import EditFunction, edit, position_ids, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import ADDED, Unembedding, only_at, right_padded
+from saexp.models.weights import ADDED, Unembedding
 from saexp.saes.sae import SparseAutoencoder
 
 log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ def output_scores(
     of_first: list[Tensor] = []
     with progress(len(latents) * len(prompts), "output scores", "pass") as bar:
         for number, prompt in enumerate(prompts):
-            ids, mask = right_padded([tuple(prompt)], model.pad_id, model.device)
+            ids, mask = padded([prompt], model.pad_id, model.device, padding_side="right")
             last = torch.tensor([len(prompt) - 1])
             x = run_truncated(model, ids, mask, [sae.hookpoint], (torch.zeros_like(last), last))[
                 sae.hookpoint

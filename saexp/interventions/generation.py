@@ -26,6 +26,7 @@ from saexp.models.forward import (
     is_plain,
     keep_last_logits,
     may_skip,
+    padded,
     shares_keys_between_blocks,
     skipping,
 )
@@ -49,18 +50,6 @@ _DROP_FRACTION = 0.25
 """Finished rows leave the batch once they are this fraction of it."""
 _MIN_SAVED = 0.15
 """Prompts are shared where that saves this fraction of a batch's tokens."""
-
-
-def padded(
-    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """Left-padded ids and their mask."""
-    width = max(map(len, ids))
-    out = np.full((len(ids), width), pad_id, dtype=np.int64)
-    lengths = np.fromiter(map(len, ids), dtype=np.int64)
-    mask = np.arange(width) >= width - lengths[:, None]
-    out[mask] = np.fromiter((t for row in ids for t in row), dtype=np.int64)
-    return torch.from_numpy(out).to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
 
 
 def in_batches(
@@ -188,7 +177,7 @@ def _prefill(
     model: LanguageModel, rows: Sequence[Row], saes: SAEs, n_last: int, *, use_cache: bool
 ) -> _Pass:
     """Run prompts with their operations; logits at each row's last `n_last` tokens."""
-    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
+    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device, padding_side="left")
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
     model.check_streams(change.streams)
@@ -240,7 +229,7 @@ def _check_finite(
         problem = " ".join(f"{problem}, in {str(model.dtype).removeprefix('torch.')}".split())
         wider = "" if model.dtype == torch.float32 else "try dtype=float32, or "
         if not row.active:
-            raise ModelError(f"{problem}: {wider}look at the model's weights")
+            raise ModelError(f"{problem}: {wider}check the model's weights")
         if generating:
             raise InterventionError(f"{problem}, under intervention: {wider}a smaller coefficient")
 
@@ -270,7 +259,7 @@ def read_streams(
 
     No block after the deepest hookpoint runs.
     """
-    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device)
+    ids, mask = padded([r.ids for r in rows], model.pad_id, model.device, padding_side="left")
     width = ids.shape[1]
     change = BatchEdit(rows, width, saes, model.device)
     model.check_streams(change.streams)

@@ -26,11 +26,10 @@ from saexp.interventions.batching import (
     weight_divergences,
 )
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, position_prompts
-from saexp.interventions.generation import padded
 from saexp.interventions.operations import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.results_cache import ResultCache
-from saexp.models.forward import check_positions
+from saexp.models.forward import check_positions, padded
 from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
@@ -428,7 +427,7 @@ def _attention(
     check_positions(model, max(lengths, default=0))
     for part in by_regime(model.text_config, lengths, _ATTENTION_BATCH):
         batch = [missing[k] for k in part]
-        ids, mask = padded([r.ids for r in batch], model.pad_id, model.device)
+        ids, mask = padded([r.ids for r in batch], model.pad_id, model.device, padding_side="left")
         width = ids.shape[1]
         keys = torch.zeros_like(ids, dtype=torch.bool)
         for k, row in enumerate(batch):

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
+from saexp.activations.shards import StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
 from saexp.models.hookpoints import Hookpoint
@@ -232,14 +233,14 @@ def _output_of(sae: SAE) -> Hookpoint | None:
 
 @torch.inference_mode()
 def encode_rows(
-    acts: Float[Tensor, "n_rows d"],
+    acts: Float[Tensor, "n_rows d"] | StoredValues,
     chosen: Int[np.ndarray, " n"],
     sae: SAE,
     rows: pd.DataFrame,
-    target: Float[Tensor, "n_rows d_out"] | None = None,
+    target: Float[Tensor, "n_rows d_out"] | StoredValues | None = None,
     ordinary: Bool[np.ndarray, " n"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """As `encode_store`, for chosen rows of a (memory-mapped) tensor.
+    """As `encode_store`, for chosen rows of a stream.
 
     `rows` and `ordinary` describe the chosen rows. `target` is the stream that a transcoder
     predicts.

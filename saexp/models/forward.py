@@ -1,18 +1,24 @@
-"""Partial forward passes, logits at chosen positions, and limits on the length of texts."""
+"""Padding, batching, partial forward passes, logits at chosen positions, and limits on lengths."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from saexp.errors import ModelError
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import is_dynamic
+from saexp.models.rope import by_regime, is_dynamic
+
+log = logging.getLogger(__name__)
+
 
 _OFFSET = 2
 """OPT's position table has two more rows than positions."""
@@ -73,6 +79,60 @@ def check_positions(model: LanguageModel, longest: int, n_new: int = 0, key: str
     )
 
 
+def padded(
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    *,
+    padding_side: str,
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """(token ids, attention mask) of one batch, padded on the `left` or the `right`."""
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64)[:, None]
+    columns = np.arange(lengths.max())
+    starts = 0 if padding_side == "right" else len(columns) - lengths
+    is_token = (columns >= starts) & (columns < starts + lengths)
+    ids = np.full(is_token.shape, pad_id, dtype=np.int64)
+    ids[is_token] = np.fromiter((t for sequence in sequences for t in sequence), dtype=np.int64)
+    mask = torch.from_numpy(is_token.astype(np.int64))
+    return torch.from_numpy(ids).to(device), mask.to(device)
+
+
+AUTO_BATCH_TOKENS = {"cuda": 65536, "mps": 8192, "cpu": 1024}
+"""Initial tokens per batch by device type; on CUDA they are halved until a batch fits."""
+
+
+class TokenBudget:
+    """Tokens per batch, padding included; reduced permanently when memory runs out."""
+
+    def __init__(self, batch_tokens: int | str, device: torch.device) -> None:
+        auto = AUTO_BATCH_TOKENS.get(device.type, AUTO_BATCH_TOKENS["cpu"])
+        self.tokens = auto if batch_tokens == "auto" else int(batch_tokens)
+
+    def halve(self, tokens: int) -> None:
+        """Reduce the budget after a batch of `tokens` did not fit."""
+        self.tokens = max(1, min(self.tokens, tokens) // 2)
+        log.warning("out of memory at %d tokens per batch; continuing with %d", tokens, self.tokens)
+
+
+def batches(
+    lengths: Sequence[int | float], budget: TokenBudget, config: Any = None
+) -> Generator[list[int], bool | None, None]:
+    """Indices sorted by length, longest first, in batches of at most the budget with padding.
+
+    A text longer than the budget is a batch by itself. With the language model's `config`, texts of
+    a batch have the same rotary frequencies. After `send(False)` the same batch is yielded again,
+    reduced to the current budget.
+    """
+    for part in by_regime(config, [int(length) for length in lengths]):
+        order = sorted(part, key=lambda i: (-lengths[i], i))
+        start = 0
+        while start < len(order):
+            size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
+            fits = yield order[start : start + size]
+            if fits is not False:
+                start += size
+
+
 class _Stop(Exception):
     """Ends a forward pass after the last requested block."""
 
@@ -107,19 +167,19 @@ def skipping(
     The last of them returns `output`, which `after_blocks` returned, with row `of_row[i]` as row i.
     Hooks on its output are called as usual.
     """
-    whole = output if isinstance(output, tuple) else (output,)
-    stream = whole[0][of_row.to(whole[0].device)]
+    outputs = output if isinstance(output, tuple) else (output,)
+    stream = outputs[0][of_row.to(outputs[0].device)]
 
-    def like(values: Any) -> Any:
-        return (values, *whole[1:]) if isinstance(output, tuple) else values
+    def as_output(values: Any) -> Any:
+        return (values, *outputs[1:]) if isinstance(output, tuple) else values
 
-    def passing(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
-        return like(hidden_states)
+    def pass_on(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return as_output(hidden_states)
 
-    def giving(*_args: Any, **_kwargs: Any) -> Any:
-        return like(stream)
+    def return_stream(*_args: Any, **_kwargs: Any) -> Any:
+        return as_output(stream)
 
-    with replaced_blocks(model, [*[passing] * (n_blocks - 1), giving]):
+    with replaced_blocks(model, [*[pass_on] * (n_blocks - 1), return_stream]):
         yield
 
 
@@ -166,8 +226,8 @@ def shares_keys_between_blocks(model: LanguageModel) -> bool:
 def head_input(model: LanguageModel, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Forward passes in which the LM head reads `function(hidden)`, with `hidden` `[b, t, d]`.
 
-    Selecting positions there keeps a batch's logits from being computed whole. Raises ModelError
-    for a model without an LM head.
+    Selecting positions there avoids computing the logits of a whole batch. Raises ModelError for a
+    model without an LM head.
     """
     head = model.hf.get_output_embeddings()
     if head is None:
@@ -181,6 +241,23 @@ def head_input(model: LanguageModel, function: Callable[[Tensor], Tensor]) -> It
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def only_at(model: LanguageModel, tokens: Int[Tensor, " b"]) -> Iterator[None]:
+    """Compute logits of one token per row, `[b, 1, v]`, while the context is open.
+
+    The LM head reads only these positions (indices into the padded tokens), so that the logits of a
+    whole batch are never computed. Raises ModelError for a model without an LM head.
+    """
+
+    def choose(hidden: Tensor) -> Tensor:
+        positions = tokens.to(hidden.device)
+        rows = torch.arange(len(positions), device=hidden.device)
+        return hidden[rows, positions][:, None]
+
+    with head_input(model, choose):
+        yield
 
 
 def may_skip(model: LanguageModel) -> bool:

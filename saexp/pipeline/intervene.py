@@ -275,7 +275,7 @@ def _latent_facts(
     facts["p99_act"] = active_quantile(csr, ids, 0.99)
 
     def stream() -> StreamRows:
-        acts = collected.store.acts(written.layer, written.stream)
+        acts = collected.store.values(written.layer, written.stream)
         rows = np.flatnonzero(train)
         if groups:
             rows = np.intersect1d(rows, used_rows(latents.rows, groups, seed))

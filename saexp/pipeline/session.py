@@ -286,7 +286,7 @@ class Session:
             latents=layer.latents,
             groups=collected.examples.groups,
             layer=at.layer,
-            acts=collected.store.acts(at.layer, at.stream) if reads else None,
+            acts=collected.store.values(at.layer, at.stream) if reads else None,
             texts=collected.placement.texts,
             examples=collected.examples.examples,
             model=self.model,

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saexp.activations.shards import StoredValues
 from saexp.analysis.attribution import attribute
 from saexp.analysis.latent_scores import (
     AMPLIFICATION,
@@ -70,8 +71,8 @@ def check_sae(
         return Result()
     neutral = data.neutral
 
-    def acts(collected: Collected, hookpoint: Hookpoint) -> Tensor:
-        return collected.store.acts(hookpoint.layer, hookpoint.stream)
+    def acts(collected: Collected, hookpoint: Hookpoint) -> StoredValues:
+        return collected.store.values(hookpoint.layer, hookpoint.stream)
 
     def ordinary(hookpoints: list[Hookpoint]) -> list[Tensor]:
         rows = torch.from_numpy(np.flatnonzero(neutral.ordinary(hookpoints).mask))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saexp.activations.reader import OrdinaryRows, ShuffledReader
+from saexp.activations.shards import StoredValues
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig, parse_layers, parse_width
 from saexp.context import RunContext
 from saexp.errors import ConfigError
@@ -45,8 +46,8 @@ class _TrainingData:
     collected: Collected
     hookpoints: list[Hookpoint]
     """The stream that is read, and the one that a transcoder predicts."""
-    streams: list[Tensor]
-    """`[n_rows, d]`, memory-mapped, one per hookpoint."""
+    streams: list[StoredValues]
+    """`[n_rows, d]`, one per hookpoint."""
     ordinary: OrdinaryRows
     train_rows: np.ndarray
     held_out_rows: np.ndarray
@@ -101,7 +102,7 @@ def _collect(
     return _TrainingData(
         collected=collected,
         hookpoints=hookpoints,
-        streams=[collected.store.acts(h.layer, h.stream) for h in hookpoints],
+        streams=[collected.store.values(h.layer, h.stream) for h in hookpoints],
         ordinary=ordinary,
         train_rows=rows[ordinary.mask[rows]],
         held_out_rows=held_out,
@@ -312,7 +313,7 @@ def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
 
 
-def _reader(streams: list[Tensor], rows: np.ndarray, cfg: RunConfig) -> Reader:
+def _reader(streams: list[StoredValues], rows: np.ndarray, cfg: RunConfig) -> Reader:
     """Batches of the stream, or of both streams concatenated along the last axis."""
     trainer = cfg.sae_trainer
 

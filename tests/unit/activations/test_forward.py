@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from saexp.activations.collection import finite_rows
 from saexp.activations.collector import Part
-from saexp.activations.forward import AUTO_BATCH_TOKENS, units
+from saexp.activations.forward import units
 from saexp.activations.shards import Label, ShardWriter
 from saexp.data.positions import PositionTable
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError, StoreError
+from saexp.models.forward import AUTO_BATCH_TOKENS
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, random_hf, random_lm, tokenizer

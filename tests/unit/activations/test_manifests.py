@@ -19,6 +19,7 @@ from saexp.activations.shards import read_manifest, write_manifest
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import USED
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, run
@@ -97,11 +98,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "shards of no rows": change(lambda m: m.update(shard_rows=0)),
     "shards of other rows": change(lambda m: m.update(shard_rows=SHARD_ROWS + 1)),
     "NaN": change(lambda m: m.update(shard_rows=float("nan"))),
-    "a list of joined": change(lambda m: m.update(joined=[1])),
-    "joined of a number": change(lambda m: m.update(joined={POST: 3})),
-    "joined elsewhere": change(
-        lambda m: m.update(joined={POST: {"file": "../x", "bytes": 1, "sha256": ""}})
-    ),
     "about": change(lambda m: m.update(about=[])),
     "ingredients of another": change(lambda m: m["ingredients"].update(model="other")),
     "ingredients of a number": change(lambda m: m.update(ingredients=3)),
@@ -209,9 +205,35 @@ def test_an_earlier_version_may_add_shards(
     added = whole["hookpoints"].pop(POST)
     write_manifest(folder, whole)
     change(lambda m: m["hookpoints"].update({POST: added}))(folder / "manifest.json")
-    change(lambda m: m.update(joined={}))(folder / "manifest.json")
     _, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
     assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
+
+
+@pytest.mark.parametrize("entry", [{"file": "joined-00.bin", "bytes": 4, "sha256": "0"}, 3])
+def test_joined_files_of_an_earlier_version_are_ignored_and_removed_by_pruning(
+    folder: Path,
+    model: LanguageModel,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    entry: object,
+) -> None:
+    before = digests(folder)
+    change(lambda m: m.update(joined={POST: entry}))(folder / "manifest.json")
+    joined = folder / POST / "joined-00.bin"
+    joined.write_bytes(b"1234")
+    store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS, verify=True)
+    assert (stats.tokens_forwarded, warnings(caplog)) == (0, [])
+    assert stores.verify([store]) == {}
+    # The next change of the manifest drops the entry.
+    run(model, tmp_path, [Hookpoint(0, "mlp_out")], shard_rows=SHARD_ROWS)
+    assert "joined" not in read_manifest(folder)
+    assert joined.exists()
+    stores.prune(tmp_path, max_size="1TB", max_age=None)
+    left = digests(folder)
+    assert not joined.exists()
+    assert {n: d for n, d in left.items() if n in before and n != "manifest.json"} == {
+        n: d for n, d in before.items() if n != "manifest.json"
+    }
 
 
 def test_any_other_value_in_it_is_noticed(folder: Path) -> None:

@@ -4,12 +4,11 @@ import logging
 import time
 
 import pytest
-import torch
 
 from saexp.activations import collection
 from saexp.activations.shards import ShardWriter
 from saexp.activations.store import ActivationStore
-from saexp.activations.stores import damaged, stores, unreadable, verify
+from saexp.activations.stores import stores, unreadable
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -41,7 +40,7 @@ def test_infinities_ahead_are_left_to_the_run_that_wants_them(tmp_path, caplog):
     sound, _ = run(spoiled(1), tmp_path / "alone", POSTS[:1], shard_rows=SHARD_ROWS)
     assert digests(store.path / POSTS[0].name) == digests(sound.path / POSTS[0].name)
     assert stats.tokens_forwarded > 0
-    with pytest.raises(StoreError, match="NaN or Inf at layer_1.resid_post .* in float32: look at"):
+    with pytest.raises(StoreError, match="NaN or Inf at layer_1.resid_post .* in float32: check"):
         run(spoiled(1), tmp_path, POSTS[1:2], shard_rows=SHARD_ROWS)
 
 
@@ -74,32 +73,6 @@ def test_without_room_for_what_is_ahead_what_is_wanted_is_stored(tmp_path, caplo
     assert all("are free" in m for m in caplog.messages)
     with pytest.raises(StoreError, match="disk full"):
         run(model, tmp_path / "full", POSTS)
-
-
-@pytest.mark.parametrize("size", [64 * 2**20, 0])
-def test_a_damaged_joined_file_is_named_by_verify_and_made_again(
-    size, tmp_path, caplog, monkeypatch
-):
-    # 0: hashed on use only where that is asked for, as files above 64 MB are.
-    monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", size)
-    model = random_lm("llama")
-    store, _ = run(model, tmp_path, POSTS[:2], shard_rows=SHARD_ROWS)
-    values = {h: store.acts(h.layer).clone() for h in POSTS[:2]}
-    (joined,) = (store.path / POSTS[1].name).glob("joined-*.bin")
-    content = bytearray(joined.read_bytes())
-    content[99] ^= 1
-    joined.write_bytes(content)
-    assert verify(stores(tmp_path)) == {store.path.name: [f"{POSTS[1].name}/joined"]}
-    caplog.clear()
-    again, stats = run(model, tmp_path, POSTS[:2], shard_rows=SHARD_ROWS, verify=True)
-    said = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
-    assert [m.startswith(f"{joined} is damaged") for m in said] == [True]
-    assert not joined.exists()
-    assert stats.tokens_forwarded == 0
-    assert damaged(again) == []
-    for hookpoint, expected in values.items():
-        assert torch.equal(again.acts(hookpoint.layer), expected)
-    assert damaged(again) == []
 
 
 @pytest.mark.parametrize("content", ["{}", "null", "[1]", '{"ingredients": 3}', "{", '"text"'])

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from saexp.activations.forward import (
     Group,
-    TokenBudget,
     compare_prefixes,
     empty_past,
     forward,
     groups,
     units,
 )
+from saexp.models.forward import TokenBudget
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import ARCHITECTURES, PARALLEL, TEXTS, random_hf, random_lm, tokenizer

@@ -48,7 +48,7 @@ def test_a_row_is_kept_in_its_shard_unless_an_earlier_one_has_its_text_and_token
         expected = seen.index(place) if place in seen else row
         assert repeats.source[row] == expected
         if expected == row:
-            held = repeats.kept(start, min(start + step, len(rows)))
+            held = repeats.stored_rows(start, min(start + step, len(rows)))
             assert held[repeats.offset[row]] == row
 
 
@@ -61,13 +61,18 @@ def test_all_rows_are_read_wherever_they_are_kept(made, chunk_rows):
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i:05d}.safetensors" for i in range(len(bounds))]
         for index, (file, (first, end)) in enumerate(zip(files, bounds, strict=True)):
-            held = np.arange(first, end) if index in whole else repeats.kept(first, end)
+            held = np.arange(first, end) if index in whole else repeats.stored_rows(first, end)
             label = Label("17e1", "layer_0.resid_post", index, step)
             writer = ShardWriter(file, len(held), 2 if len(held) else 0, torch.float32, label)
             if len(held):
                 writer.write(np.arange(len(held)), values[torch.from_numpy(held)])
             writer.finish()
-        chunks = list(StoredValues(files, bounds, lambda: repeats).chunks(chunk_rows))
+        stored = StoredValues(files, bounds, lambda: repeats)
+        chunks = list(stored.chunks(chunk_rows))
+        some = np.random.default_rng(chunk_rows).integers(0, len(rows), 2 * len(rows))
+        assert torch.equal(stored[some], values[some])
+        assert torch.equal(stored[: len(rows) - 1], values[: len(rows) - 1])
+        assert stored.shape == tuple(values.shape)
         assert torch.equal(torch.cat([acts for _, acts in chunks]), values)
         assert [first for first, _ in chunks] == [
             sum(len(a) for _, a in chunks[:i]) for i in range(len(chunks))

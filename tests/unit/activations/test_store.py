@@ -1,6 +1,7 @@
 """The store on disk: shards, keys, rows, damage, and what is said where it cannot be used."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import saexp
+from saexp.activations.reader import ShuffledReader
 from saexp.activations.store import ActivationStore, store_key
 from saexp.config import ModelConfig
 from saexp.errors import ModelError, StoreError
@@ -61,18 +63,45 @@ def test_acts_are_memory_mapped_and_writing_to_them_changes_no_file(
     acts = store.acts(1)
     maps = Path("/proc/self/maps")
     if maps.exists():
-        assert str(store.path / "layer_1.resid_post") in maps.read_text()
+        assert str(store.path) in maps.read_text()
     kept, before = acts.clone(), digests(store.path)
     acts += 1
     assert digests(store.path) == before
     assert torch.equal(ActivationStore.open(store.path).acts(1), kept)
 
 
-def test_a_damaged_joined_file_is_made_again(sharded):
-    expected = sharded.acts(1).clone()
-    (joined,) = (sharded.path / "layer_1.resid_post").glob("joined-*.bin")
-    joined.write_bytes(joined.read_bytes()[:-4])
-    assert torch.equal(ActivationStore.open(sharded.path).acts(1), expected)
+def test_reading_a_store_writes_no_file_into_it(sharded):
+    before = digests(sharded.path)
+    acts = sharded.acts(1)
+    assert digests(sharded.path) == before
+    assert torch.equal(sharded.values(1)[:], acts)
+    assert digests(sharded.path) == before
+
+
+def test_values_are_read_by_rows_masks_and_slices_from_the_shards_that_hold_them(sharded):
+    acts, values = sharded.acts(1), sharded.values(1)
+    assert (len(values), values.shape, values.dtype) == (len(acts), tuple(acts.shape), acts.dtype)
+    rows = np.random.default_rng(0).integers(0, len(acts), 50)
+    assert torch.equal(values[rows], acts[rows])
+    assert torch.equal(values[torch.from_numpy(rows)], acts[rows])
+    mask = torch.from_numpy(np.random.default_rng(1).random(len(acts)) < 0.3)
+    assert torch.equal(values[mask], acts[mask])
+    for part in (slice(None), slice(3, 5), slice(2, -3, 4), slice(5, 5), slice(len(acts), None)):
+        assert torch.equal(values[part], acts[part])
+    assert values[rows[:0]].shape == (0, acts.shape[1])
+
+
+def test_shuffled_batches_of_several_shards_are_those_of_one_tensor(sharded):
+    rows = np.arange(1, sharded.n_rows, 2)
+    readers = [ShuffledReader(of, rows, 7, seed=0) for of in (sharded.acts(1), sharded.values(1))]
+    for one, several in itertools.islice(zip(*readers, strict=True), 12):
+        assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize("rows", [[-1], [0, 10**6], [True]])
+def test_rows_that_a_store_does_not_have_are_an_index_error(sharded, rows):
+    with pytest.raises(IndexError):
+        sharded.values(1)[np.asarray(rows)]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, SHARD_ROWS, 1000])

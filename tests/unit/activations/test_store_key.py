@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saexp.activations.collector import ingredients
-from saexp.activations.shards import joined_name
 from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
 from saexp.data.examples import Example
@@ -74,12 +73,3 @@ def test_only_what_changes_the_values_is_in_the_key(
     assert before == key(folder)
     do(folder)
     assert (key(folder, **given) != before) == matters, what
-
-
-def test_a_joined_file_is_named_by_its_shards_in_their_order() -> None:
-    shards = {f"0000{i}": {"sha256": str(i) * 64} for i in range(2)}
-    name = joined_name(shards)
-    assert joined_name(dict(reversed(shards.items()))) == name
-    swapped = {"00000": shards["00001"], "00001": shards["00000"]}
-    assert joined_name(swapped) != name
-    assert joined_name({**shards, "00001": {"sha256": "9" * 64}}) != name

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.activations.forward import TokenBudget, batches
 from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes
 from saexp.data.tokenization import TokenizedText
+from saexp.models.forward import TokenBudget, batches
 from saexp.models.rope import rope_regime
 from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import VOCABULARY

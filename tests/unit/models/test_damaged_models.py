@@ -238,7 +238,7 @@ def test_nan_in_weights_is_reported_where_nothing_is_collected(folder: Path) -> 
     line = line_of(lambda: last_logits(load(folder), [Row(ids)]))
     assert line == (
         f"NaN or Inf in the logits of {folder} after the prompt that ends '<bos>The player Fenlet'"
-        ", in float32: look at the model's weights"
+        ", in float32: check the model's weights"
     )
 
 

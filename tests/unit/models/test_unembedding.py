@@ -5,10 +5,11 @@ import torch
 
 from saexp.errors import ModelError
 from saexp.models import weights
+from saexp.models.forward import only_at, padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Unembedding, only_at, right_padded
+from saexp.models.weights import Unembedding
 from tests.random_models import ARCHITECTURES, D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(6))
@@ -82,7 +83,7 @@ def test_logits_at_one_token_a_row(architecture):
 def test_padding_on_the_right_changes_no_logit(architecture):
     model = random_lm(architecture)
     prompts = [tuple(IDS[0].tolist()), tuple(IDS[1, :3].tolist())]
-    ids, mask = right_padded(prompts, model.pad_id, model.device)
+    ids, mask = padded(prompts, model.pad_id, model.device, padding_side="right")
     assert mask.tolist() == [[1] * 7, [1] * 3 + [0] * 4]
     with only_at(model, torch.tensor([6, 2])):
         found = model.hf(ids, attention_mask=mask, position_ids=position_ids(mask)).logits
