@@ -101,6 +101,9 @@ class Analyzer:
     selects_latents: bool = False
     """Whether its table `latents` has the columns of the contrast, so that an intervention can
     change the latents that it selects."""
+    runs_model: bool = False
+    """Whether `analyze` runs `inputs.model`. The run is then refused before anything is collected
+    where imported activations come without the model's weights."""
     transfer: str | None = None
     """Path of a second data set with the same groups, given to `analyze` as `inputs.transfer`."""
 

@@ -24,7 +24,7 @@ from saexp.data.positions import Candidate, selected
 from saexp.data.tokenization import (
     PositionNotFound,
     TokenizedText,
-    as_read,
+    format_prompts,
     in_template,
     tokenize_prompts,
 )
@@ -149,7 +149,7 @@ class InteractiveModel(LanguageModel):
                 raise DataError(f"text {i} is a {type(text).__name__}; pass strings")
         in_chat = self.cfg.chat if chat is None else chat
         model = _ChatModel(self, replace(self.cfg, chat=in_chat), self.cfg.prepend_bos)
-        framed = as_read(model, texts)
+        framed = format_prompts(model, texts)
         prompts = []
         tokenized = tokenize_prompts(model, framed, max_length)
         for i, (text, prompt, tokens) in enumerate(zip(texts, framed, tokenized, strict=True)):
@@ -405,8 +405,8 @@ def load_model(
     """Load a language model with its tokenizer; the weights are read on first use.
 
     Args:
-        source: a hub id, a folder, a GGUF file (needs `saexp[gguf]`), a model that ships with saexp
-            (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
+        source: a hub id, a folder, a GGUF file (`pip install "saexp[gguf]"`), a model that ships
+            with saexp (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
             `tokenizer`.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on CUDA, else float32).
         device: `cpu`, `cuda`, `mps`, or `auto`.

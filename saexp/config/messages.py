@@ -58,6 +58,10 @@ def _explain(error: Exception) -> str:
             f"{error.override} cannot be read as key=value; "
             f"{_quoted_twice(str(error.override)) or _HOW_TO_QUOTE}"
         )
+    if match := _NOT_A_MAPPING.search(text):
+        key = _full_key(error) or match[1]
+        usage = _MAPPINGS.get(key, "{key}.<name>=<value>, or '{key}={{<name>: <value>}}'")
+        return f"{key} takes names with values; type {usage.format(key=key)}"
     if isinstance(error, ValidationError) and (key := _full_key(error)):
         if "is not a ListConfig" in text:
             return f"{key}: takes a list; type '{key}=[…]'"
@@ -92,6 +96,16 @@ def _explain(error: Exception) -> str:
     return text
 
 
+_NOT_A_MAPPING = re.compile(
+    r"Cannot assign \w+ to Dict\[|Cannot merge DictConfig with ListConfig full_key: (\S+)"
+)
+_MAPPINGS = {
+    "task.rules": "{key}.<entity type>.<attribute>.<setting>=<value>, such as "
+    "{key}.player.birth_year.tolerance=5",
+    "task.templates": "{key}.<entity type>.<attribute>=<question>, such as "
+    "\"{key}.book.creator='Who wrote the book {{entity}}?'\"",
+}
+"""Key of a mapping with several levels -> what to type."""
 _TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 _OF_TYPE = re.compile(
     r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (Integer|Float|bool)"

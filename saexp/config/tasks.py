@@ -279,7 +279,10 @@ class LabelConfig(TaskConfig):
             raise ConfigError(f"task.temperature={self.temperature} is not a number above 0")
         for entity_type, templates in self.templates.items():
             if not isinstance(templates, Mapping):
-                raise ConfigError(f"task.templates.{entity_type}: write {{attribute: […]}}")
+                key = f"task.templates.{entity_type}"
+                raise ConfigError(
+                    f"{key}={templates} is not a mapping; type \"{key}.<attribute>='<question>'\""
+                )
 
     @property
     def settings(self) -> dict[str, Any]:

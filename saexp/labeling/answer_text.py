@@ -1,4 +1,4 @@
-"""The words of an answer that count as an answer to the question."""
+"""Words of an answer, and whether a mention of a true answer counts as answering the question."""
 
 import re
 import unicodedata
@@ -30,7 +30,7 @@ _TOKEN = re.compile(
 _SENTENCE_END = re.compile(r"(?<!\.)[.!?]+(?<!\.\.)[\"')\]]*\s|[\u3002\uff01\uff1f]|\n")
 _ABBREVIATED = word_set("mr mrs ms dr st jr sr vs sgt gen col lt prof rev inc ltd vol ft mt")
 JOINED = re.compile(r"\s+|-|\u2010|\u2011")
-"""What stands between two words of a name."""
+"""Text between two words of a name."""
 _CLAUSE_END = re.compile(r"[,;:()\u2013\u2014\u2026\n]|\s-\s|\.\.")
 
 _NEGATIONS = frozenset(
@@ -39,9 +39,9 @@ _NEGATIONS = frozenset(
     + tuple(f"{verb}nt" for verb in ("have", "had", "ca", "could", "wo", "would", "should"))
 )
 _NEGATION_REACH = 8
-"""Tokens in front of a name in which a negation denies it."""
+"""A negation denies a name that follows within this many tokens."""
 _INSTEAD = (("rather", "than"), ("instead", "of"), ("other", "than"))
-_NO_NEGATION = (("none", "other", "than"), ("no", "other", "than"), ("one", "other", "than"))
+_NOT_NEGATED = (("none", "other", "than"), ("no", "other", "than"), ("one", "other", "than"))
 _CONTRASTS = frozenset(("but", "however", "although", "though"))
 _AUXILIARIES = word_set("is was are were did does do has had would could")
 _ASKING = word_set("who what which where when why how can have") | _AUXILIARIES
@@ -83,7 +83,7 @@ _FILLERS = ARTICLES | word_set(
 )
 _NAMING = frozenset(("called", "titled", "named", "entitled"))
 _POSSESSIVES = frozenset(("her", "his", "their", "its", "our", "my"))
-_PLACING = frozenset(("in", "on", "from", "off", "by", "for", "at"))
+_PREPOSITIONS = frozenset(("in", "on", "from", "off", "by", "for", "at"))
 _VERBS = _AUXILIARIES | word_set(
     "appears appeared comes came features featured includes included released found located"
     " situated lies belongs recorded taken performed sung written directed plays played born"
@@ -97,7 +97,7 @@ class Token:
     """A word of a text."""
 
     word: str
-    """Lower case, without accents, apostrophes and points."""
+    """Lower case, without accents, apostrophes and full stops."""
     start: int
     end: int
     text: str
@@ -119,20 +119,20 @@ class Token:
 
 
 def normalised(text: str) -> str:
-    """NFC, with straight apostrophes and quotes."""
+    """The text in NFC, with straight apostrophes and quotation marks."""
     plain = unicodedata.normalize("NFC", text)
     return plain.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
 
 
 def tokens_of(text: str) -> list[Token]:
     """Tokens of a normalised text; initials such as "J. J." are one token, "&" is "and"."""
-    found: list[Token] = []
+    tokens: list[Token] = []
     for match in _TOKEN.finditer(text):
         word = _folded(match[0])
         if not word:
             continue
         token = Token(word, match.start(), match.end(), match[0])
-        last = found[-1] if found else None
+        last = tokens[-1] if tokens else None
         if (
             last
             and is_initial(last)
@@ -140,24 +140,24 @@ def tokens_of(text: str) -> list[Token]:
             and re.fullmatch(r"\.\s?", text[last.end : token.start])
         ):
             merged = text[last.start : token.end]
-            found[-1] = Token(last.word + word, last.start, token.end, merged)
+            tokens[-1] = Token(last.word + word, last.start, token.end, merged)
             continue
-        found.append(token)
-    return found
+        tokens.append(token)
+    return tokens
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without accents and punctuation; `&` is read as "and"."""
+    """Lower-case words without accents and punctuation; "&" becomes "and"."""
     return [token.word for token in tokens_of(normalised(text))]
 
 
-def content(found: Sequence[str]) -> list[str]:
-    """Words without articles; all of them where nothing else is left."""
-    return [w for w in found if w not in ARTICLES] or list(found)
+def content(all_words: Sequence[str]) -> list[str]:
+    """The words without articles; all words where they are articles only."""
+    return [w for w in all_words if w not in ARTICLES] or list(all_words)
 
 
 def is_initial(token: Token) -> bool:
-    """Whether it is one or two capital letters, as of a first name."""
+    """Whether the token is one or two capital letters, as the initials of first names are."""
     return len(token.text.replace(".", "").replace(" ", "")) <= 2 and token.text.isupper()
 
 
@@ -169,20 +169,19 @@ def _folded(text: str) -> str:
     return re.sub(r"[^\w]", "", plain)
 
 
-def runs_of(found: Sequence[str], wanted: Sequence[str]) -> list[Window]:
-    """Where `wanted` occurs in `found`, word for word."""
-    n = len(wanted)
-    if not n:
-        return []
-    return [(i, i + n) for i in range(len(found) - n + 1) if list(found[i : i + n]) == list(wanted)]
+def runs_of(text_words: Sequence[str], phrase: Sequence[str]) -> list[Window]:
+    """All windows of `text_words` that equal `phrase`; none for an empty phrase."""
+    n, target = len(phrase), list(phrase)
+    starts = range(len(text_words) - n + 1) if n else ()
+    return [(i, i + n) for i in starts if list(text_words[i : i + n]) == target]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The question that an answer belongs to."""
+    """The question of an answer."""
 
     text: str = ""
-    """The prompt, together with the beginning of the answer where the model is given one."""
+    """The prompt, followed by the answer's prefix where the model continues one."""
     entity: str | None = None
     entity_type: str | None = None
     attribute: str | None = None
@@ -199,7 +198,7 @@ class Asked:
 
     @cached_property
     def words_without_entity(self) -> list[list[str]]:
-        """The words of the prompt in front of, between and behind the mentions of the entity."""
+        """The words of the prompt before, between and after the mentions of the entity."""
         parts, start = [], 0
         for i, j in runs_of(self.words, self.entity_words):
             parts.append(self.words[start:i])
@@ -214,7 +213,7 @@ class Asked:
 
     @property
     def type_nouns(self) -> tuple[str, ...]:
-        """Words for the entity's type."""
+        """Nouns for the entity's type."""
         name = str(self.entity_type or "").lower()
         return _TYPE_NOUNS.get(name, (name,) if name else ())
 
@@ -226,7 +225,7 @@ class Asked:
 
 
 class AnswerText:
-    """A normalised answer, behind the last correction that the answer itself makes."""
+    """A normalised answer; where the answer corrects itself, the text after its last correction."""
 
     def __init__(self, text: str, asked: Asked, *, numeric: bool = False) -> None:
         self.asked = asked
@@ -250,24 +249,24 @@ class AnswerText:
         gap = self.text[token.end : after]
         if not _SENTENCE_END.search(gap):
             return False
-        title_goes_on = gap.strip() in ("?", "!") and self.text[after : after + 1].islower()
-        if self.has_case and title_goes_on:
+        title_continues = gap.strip() in ("?", "!") and self.text[after : after + 1].islower()
+        if self.has_case and title_continues:
             return False
-        is_short = token.capital and (len(token.word) == 1 or "." in token.text)
-        short = token.word in _ABBREVIATED or is_short
-        return not (short and gap.strip() == ".")
+        is_initial_like = token.capital and (len(token.word) == 1 or "." in token.text)
+        abbreviated = token.word in _ABBREVIATED or is_initial_like
+        return not (abbreviated and gap.strip() == ".")
 
     def _echoes(self) -> list[Window]:
-        """Mentions of the entity, as it is written: in lower case it may be an ordinary word."""
-        wanted = self.asked.entity_words
-        if not wanted:
+        """Mentions of the entity, capitalised as its name is: in lower case it may be a word."""
+        name = self.asked.entity_words
+        if not name:
             return []
-        kept = [i for i, w in enumerate(self.words) if w not in ARTICLES or w in wanted]
-        found = [self.words[i] for i in kept]
-        stems = [self.tokens[i].stem for i in kept]
+        indices = [i for i, w in enumerate(self.words) if w not in ARTICLES or w in name]
+        plain = [self.words[i] for i in indices]
+        stems = [self.tokens[i].stem for i in indices]
         cased = any(c.isupper() for c in self.asked.entity or "") and self.has_case
-        spans = dict.fromkeys([*runs_of(found, wanted), *runs_of(stems, wanted)])
-        windows = [(kept[i], kept[j - 1] + 1) for i, j in spans]
+        spans = dict.fromkeys([*runs_of(plain, name), *runs_of(stems, name)])
+        windows = [(indices[i], indices[j - 1] + 1) for i, j in spans]
         return [(i, j) for i, j in windows if not cased or any(t.capital for t in self.tokens[i:j])]
 
     def is_one_sentence(self, i: int, j: int) -> bool:
@@ -294,7 +293,7 @@ class AnswerText:
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
     def widened(self, window: Window, ignored: frozenset[str]) -> Window:
-        """The window with the `ignored` words beside it, which make no difference to it."""
+        """The window extended by the `ignored` words next to it."""
         i, j = window
         while i > 0 and self.words[i - 1] in ignored and JOINED.fullmatch(self.gap(i - 1)):
             i -= 1
@@ -302,13 +301,13 @@ class AnswerText:
             j += 1
         return i, j
 
-    def counts(self, window: Window, right: Sequence[Window]) -> bool:
-        """Whether a mention of a true answer is an answer; `right` are all such mentions."""
+    def counts(self, window: Window, mentions: Sequence[Window]) -> bool:
+        """Whether a mention of a true answer counts as an answer; `mentions` are all of them."""
         i, j = window
         return not (
             self.is_repetition(window)
             or self.is_negated(i, j)
-            or self._is_alternative(i, j, right)
+            or self._is_alternative(i, j, mentions)
             or self.is_asked(i, j)
             or self._is_about_another(i)
         )
@@ -316,22 +315,25 @@ class AnswerText:
     # --- repetitions of the question
 
     def is_repetition(self, window: Window) -> bool:
-        """Whether a mention only repeats what stands in the question."""
+        """Whether a mention only repeats words of the question."""
         i, j = window
         inside = [e for e in self.echoes if e[0] <= i and j <= e[1]]
         if any(e[1] - e[0] > j - i for e in inside):
             return True
-        said = content([*self.words[i : j - 1], self.tokens[j - 1].stem])
+        mention = content([*self.words[i : j - 1], self.tokens[j - 1].stem])
         asked = self.asked
-        if not inside and not runs_of(asked.words, said):
+        if not inside and not runs_of(asked.words, mention):
             return False
-        elsewhere = any(runs_of(part, said) for part in asked.words_without_entity)
-        if not elsewhere and not inside and len(said) < len(asked.entity_words):
-            return self._before(i)[1] == "type"
+        elsewhere = any(runs_of(part, mention) for part in asked.words_without_entity)
+        if not elsewhere and not inside and len(mention) < len(asked.entity_words):
+            return self._introduction(i)[1] == "type"
         return not self._is_stated(i, j)
 
-    def _before(self, i: int) -> tuple[int, str]:
-        """(Index, kind) of the word that introduces token i: type, cue, or its own role."""
+    def _introduction(self, i: int) -> tuple[int, str]:
+        """(index, kind) of the word that introduces token i; (-1, "") where the sentence has none.
+
+        The kind is type or cue for a noun of the type or a cue, copula, preposition, or "".
+        """
         k = i - 1
         skipped = ARTICLES | _POSSESSIVES
         while k >= 0 and (self.words[k] in skipped or self.words[k].isdigit()):
@@ -352,24 +354,24 @@ class AnswerText:
         token = self.tokens[k]
         if word in ("is", "was", "be") or word in _NAMING or token.possessive:
             return k, "copula"
-        return k, "placing" if word in _PLACING else ""
+        return k, "preposition" if word in _PREPOSITIONS else ""
 
     def _is_stated(self, i: int, j: int) -> bool:
-        """Whether a mention that repeats the question stands where an answer stands."""
-        first = [n for n, s in enumerate(self.sentences) if s == self.sentences[i]]
-        others = [n for n in first if not i <= n < j]
+        """Whether a mention that repeats the question has the position of an answer."""
+        sentence = [n for n, s in enumerate(self.sentences) if s == self.sentences[i]]
+        others = [n for n in sentence if not i <= n < j]
         fillers = _FILLERS | set(self.asked.cues)
         if all(self.words[n] in fillers or self.words[n].isdigit() for n in others):
             return True
-        k, kind = self._before(i)
+        k, kind = self._introduction(i)
         if kind in ("type", "cue"):
             return kind == "cue"
         if self.asked.is_begun and self._continues_prompt(i):
             return True
         if j < len(self.words) and self.words[j] in _AUXILIARIES and self.gap(j - 1).strip() != ".":
             return False
-        before = self.words[first[0] : max(k, 0)]
-        if kind == "placing":
+        before = self.words[sentence[0] : max(k, 0)]
+        if kind == "preposition":
             return any(w in _VERBS for w in before)
         if kind == "copula":
             about_type = any(w in self.asked.type_nouns for w in before)
@@ -378,12 +380,12 @@ class AnswerText:
 
     def _continues_prompt(self, i: int) -> bool:
         """Whether token i is the first name of the answer, in its first clause."""
-        in_front = self.text[: self.tokens[i].start]
-        named = any(t.capital and t.word not in ARTICLES for t in self.tokens[:i])
-        return not named and self.sentences[i] == 0 and not _CLAUSE_END.search(in_front.strip())
+        before = self.text[: self.tokens[i].start]
+        has_name = any(t.capital and t.word not in ARTICLES for t in self.tokens[:i])
+        return not has_name and self.sentences[i] == 0 and not _CLAUSE_END.search(before.strip())
 
     def says_same_name(self) -> bool:
-        """Whether it says that the answer has the entity's own name ("the self-titled album")."""
+        """Whether the text says that the answer has the entity's name ("the self-titled album")."""
         for match in _SAME_NAME.finditer(self.text):
             i, j = self.window(*match.span())
             near = self.words[max(i - 6, 0) : j + 3]
@@ -391,7 +393,7 @@ class AnswerText:
                 return True
         return False
 
-    # --- denied, undecided, asked
+    # --- negations, alternatives, questions
 
     def is_negated(self, i: int, j: int) -> bool:
         """Whether the tokens are denied ("not in Poland", "Poland is not")."""
@@ -408,11 +410,11 @@ class AnswerText:
                 continue
             if word in _CONTRASTS:
                 break
-            if tuple(self.words[max(k - 2, 0) : k + 1]) in _NO_NEGATION:
+            if tuple(self.words[max(k - 2, 0) : k + 1]) in _NOT_NEGATED:
                 break
             if tuple(self.words[k : k + 2]) in _INSTEAD:
                 previous = tuple(self.words[max(k - 1, 0) : k + 2])
-                return previous not in _NO_NEGATION
+                return previous not in _NOT_NEGATED
             if word in _NEGATIONS and self.words[k + 1 : k + 2] not in (["only"], ["doubt"]):
                 return True
         if j < len(self.words) and self.sentences[j] == self.sentences[j - 1]:
@@ -422,15 +424,15 @@ class AnswerText:
             return after[0] in _AUXILIARIES and after[-1] in ("not", "never")
         return False
 
-    def _is_alternative(self, i: int, j: int, right: Sequence[Window]) -> bool:
-        """Whether the tokens are one of several alternatives, another of which is not right."""
-        skipped = ARTICLES | _PLACING | {"either", "maybe", "perhaps", "possibly"}
+    def _is_alternative(self, i: int, j: int, mentions: Sequence[Window]) -> bool:
+        """Whether the tokens are one of several alternatives, another of which is wrong."""
+        skipped = ARTICLES | _PREPOSITIONS | {"either", "maybe", "perhaps", "possibly"}
 
         def is_other(n: int) -> bool:
             if not 0 <= n < len(self.words) or self.sentences[n] != self.sentences[i]:
                 return False
-            named = self.tokens[n].capital or not self.tokens[i].capital
-            return named and not any(a <= n < b for a, b in right)
+            may_be_name = self.tokens[n].capital or not self.tokens[i].capital
+            return may_be_name and not any(a <= n < b for a, b in mentions)
 
         n = j
         if n < len(self.words) and self.words[n] == "or":
@@ -445,20 +447,21 @@ class AnswerText:
         return n > 0 and self.words[n] == "or" and is_other(n - 1)
 
     def is_asked(self, i: int, j: int) -> bool:
-        """Whether the tokens are part of a question, behind its first word."""
+        """Whether the tokens are part of a question, after its first word."""
         first, last = self.sentences[i], self.sentences[j - 1]
-        same = [n for n, s in enumerate(self.sentences) if first <= s <= last]
-        end = same[-1]
+        sentences = [n for n, s in enumerate(self.sentences) if first <= s <= last]
+        start, end = sentences[0], sentences[-1]
         after = self.tokens[end + 1].start if end + 1 < len(self.tokens) else len(self.text)
         asks = "?" in self.text[self.tokens[end].end : after]
-        return asks and same[0] < i and self.words[same[0]] in _ASKING
+        return asks and start < i and self.words[start] in _ASKING
 
     def _is_about_another(self, i: int) -> bool:
         """Whether the sentence is about another title of the same type ('The movie "Alien" …')."""
-        same = [n for n, s in enumerate(self.sentences) if s == self.sentences[i]]
-        if not self.asked.entity_words or any(same[0] <= a <= same[-1] for a, _ in self.echoes):
+        indices = [n for n, s in enumerate(self.sentences) if s == self.sentences[i]]
+        first, last = indices[0], indices[-1]
+        if not self.asked.entity_words or any(first <= a <= last for a, _ in self.echoes):
             return False
-        sentence = self.text[self.tokens[same[0]].start : self.tokens[same[-1]].end + 1]
+        sentence = self.text[self.tokens[first].start : self.tokens[last].end + 1]
         nouns = "|".join(map(re.escape, self.asked.type_nouns))
         match = nouns and re.match(rf'(?:the |a )?(?:{nouns}),? "([^"]+)"', sentence, re.IGNORECASE)
         if not match:
@@ -468,15 +471,14 @@ class AnswerText:
 
 
 def _corrected(text: str, asked: Asked, numeric: bool) -> str:
-    """The text behind its last correction, where that holds an answer."""
-    marks = list(_CORRECTION.finditer(text))
-    for mark in reversed(marks):
-        rest = text[mark.end() :]
+    """The text after its last correction that is followed by an answer; the text without any."""
+    for correction in reversed(list(_CORRECTION.finditer(text))):
+        rest = text[correction.end() :]
         if numeric:
             if re.search(r"\d", rest):
                 return rest
             continue
-        own = {*asked.entity_words, *FUNCTION_WORDS}
-        if any(t.capital and t.word not in own for t in tokens_of(rest)):
+        excluded = {*asked.entity_words, *FUNCTION_WORDS}
+        if any(t.capital and t.word not in excluded for t in tokens_of(rest)):
             return rest
     return text

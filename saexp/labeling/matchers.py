@@ -14,16 +14,14 @@ from saexp.labeling.answer_text import (
     content,
     normalised,
     runs_of,
+    word_set,
     words,
 )
-from saexp.labeling.names import EVERYDAY, name_windows
-from saexp.labeling.quantities import (
-    METRES,
-    MINUTES,
+from saexp.labeling.answer_values import (
     Amount,
     amount,
     amounts,
-    coordinates,
+    name_windows,
     with_digits,
     year,
     years,
@@ -37,29 +35,31 @@ class Rule:
     """How one attribute's answers are judged."""
 
     kind: str = "text"
-    """name, genre, number, year, coordinates, or text (nothing known of the attribute)."""
+    """name, genre, number, year, coordinates, or text (for attributes without a rule)."""
     ratio: int | float = 90.0
-    """name, text: likeness of the whole names that must be exceeded, 0 to 100."""
+    """name, text: similarity of the whole names that must be exceeded, 0 to 100."""
     surname: bool = False
-    """name: of a person; the surname alone is enough, and middle names may be left out."""
+    """name: whether it is a person's; then the surname is enough, middle names are optional."""
     nickname: bool = False
-    """name: the last word alone is enough where it is a plural ("Lakers")."""
+    """name: whether the last word alone is enough where it is a plural ("Lakers")."""
     ignored: Sequence[str] = ()
     """name: words that make no difference, such as FC in a club's name."""
     tolerance: int | float = 0.0
-    """number, year, coordinates: largest difference, in the attribute's own unit."""
+    """number, year, coordinates: largest accepted difference, in the attribute's unit."""
     share: int | float = 0.0
-    """number: largest difference as a share of the true one."""
+    """number: largest accepted difference as a fraction of the true number."""
     units: Mapping[str, float] = field(default_factory=dict)
-    """number: unit words and their factor to the attribute's own unit."""
+    """number: unit words and their factors to the attribute's unit."""
     cues: Sequence[str] = ()
-    """number, year: words near the right number, where an answer has several."""
+    """number, year: words that mark the number meant, where an answer has several."""
 
 
 _PERSON = Rule(kind="name", surname=True)
 _NAME = Rule(kind="name")
 _GENRE = Rule(kind="genre")
 _CLUB_WORDS = ("fc", "cf", "sc", "ac", "afc", "cfc", "cd", "ud", "if", "bk", "club", "football")
+_METRES = {"feet": 0.3048, "foot": 0.3048, "ft": 0.3048, "km": 1000.0}
+_MINUTES = {"hour": 60.0, "hours": 60.0, "hr": 60.0, "hrs": 60.0, "h": 60.0}
 _RELEASED = ("released", "release", "premiered", "premiere", "came", "published")
 
 DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
@@ -78,7 +78,7 @@ DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
         "duration": Rule(
             kind="number",
             tolerance=3,
-            units=MINUTES,
+            units=_MINUTES,
             cues=("minutes", "minute", "min", "mins", "hours", "long", "runtime", "duration"),
         ),
     },
@@ -92,7 +92,7 @@ DEFAULT_RULES: Mapping[str, Mapping[str, Rule]] = {
         "elevation": Rule(
             kind="number",
             tolerance=20,
-            units=METRES,
+            units=_METRES,
             cues=("elevation", "altitude", "above"),
         ),
         "coordinates": Rule(kind="coordinates", tolerance=1),
@@ -128,9 +128,12 @@ ALIASES: Mapping[str, str] = {
     "performers": "performer",
     "publication_year": "year",
 }
-"""Names that published files use -> ours."""
+"""Attribute names of published files -> the names in `DEFAULT_RULES`."""
 
-_OF_ANY_GENRE = frozenset(("film", "movie", "music", "song", "genre"))
+_EVERYDAY = word_set(
+    "who what where when it them us her him she he you me we they yes no this that one"
+)
+_GENERIC_GENRE_WORDS = frozenset(("film", "movie", "music", "song", "genre"))
 _GENRE_WORDS = {
     "science fiction": ("sci fi", "scifi"),
     "hip hop": ("rap",),
@@ -144,9 +147,10 @@ _GENRE_WORDS = {
 
 
 def canonical(attribute: str, entity_type: str | None = None) -> str:
-    """An attribute's own name; published ones and prompt types (`player_place_birth`) are known.
+    """The name of an attribute in `DEFAULT_RULES`, from a published name (see `ALIASES`).
 
-    Published names mean ours only for the entity types that have rules.
+    The entity type may precede it, as in the prompt type `player_place_birth`. Names of entity
+    types without default rules are not replaced.
     """
     name = re.sub(r"[^\w]+", "_", attribute.strip().lower())
     kind = type_key(entity_type)
@@ -156,19 +160,18 @@ def canonical(attribute: str, entity_type: str | None = None) -> str:
 
 
 def type_key(entity_type: str | None) -> str:
-    """An entity type as it is typed in options: `video_game` for "Video game"."""
+    """An entity type as options spell it: `video_game` for "Video game"."""
     return re.sub(r"[^\w]+", "_", str(entity_type).strip().lower())
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules by entity type and attribute; what is not named is judged as `text`."""
+    """Rules by entity type and attribute; attributes without a rule are judged as `text`."""
 
     by_type: Mapping[str, Mapping[str, Rule]] = field(default_factory=lambda: DEFAULT_RULES)
 
     def rule(self, entity_type: str | None, attribute: str | None) -> Rule:
-        """The rule of an attribute; without a type, that of the first type with such an attribute
-        name."""
+        """The rule of an attribute; without a type, the rule of the first type that has it."""
         if attribute is None:
             return Rule()
         if entity_type is not None:
@@ -180,14 +183,17 @@ class Rules:
         return Rule()
 
     def changed(self, options: Mapping[str, Any]) -> "Rules":
-        """These rules with settings of `{entity type: {attribute: {setting: value}}}` in place.
+        """These rules, changed by `{entity type: {attribute: {setting: value}}}` (`task.rules`).
 
-        Raises ConfigError for a setting that no rule has.
+        Raises ConfigError, with the key and what to type instead, for invalid settings.
         """
         by_type = {t: dict(rules) for t, rules in self.by_type.items()}
         for entity_type, attributes in options.items():
             if not isinstance(attributes, Mapping):
-                raise ConfigError(f"task.rules.{entity_type}: write attribute: {{setting: value}}")
+                raise ConfigError(
+                    f"task.rules.{entity_type}={attributes} is not a mapping; type "
+                    f"'task.rules.{entity_type}={{ATTRIBUTE: {{tolerance: 3}}}}'"
+                )
             for attribute, settings in attributes.items():
                 name = canonical(attribute, entity_type)
                 of_type = by_type.setdefault(type_key(entity_type), {})
@@ -197,32 +203,32 @@ class Rules:
         return Rules(by_type)
 
 
-def _changed(rule: Rule, settings: Any, where: str) -> Rule:
-    known = list(Rule.__dataclass_fields__)
+def _changed(rule: Rule, settings: Any, key: str) -> Rule:
+    names = list(Rule.__dataclass_fields__)
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{where}={settings}: write settings, such as {{tolerance: 3}}")
+        raise ConfigError(f"{key}={settings} is not a mapping; type '{key}={{tolerance: 3}}'")
     for name, value in settings.items():
-        if name not in known:
-            raise ConfigError(f"{where}.{name}: no such setting; there are {', '.join(known)}")
+        if name not in names:
+            raise ConfigError(f"{key}.{name}: no such setting; the settings are {', '.join(names)}")
         if name == "kind" and value not in KINDS:
-            raise ConfigError(f"{where}.kind={value}: use one of {', '.join(KINDS)}")
+            raise ConfigError(f"{key}.kind={value}: type one of {', '.join(KINDS)}")
         if name in ("ratio", "tolerance", "share") and (
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
-            raise ConfigError(f"{where}.{name}={value} is not a number")
+            raise ConfigError(f"{key}.{name}={value} is not a number")
         if name in ("surname", "nickname") and not isinstance(value, bool):
-            raise ConfigError(f"{where}.{name}={value}: type true or false")
+            raise ConfigError(f"{key}.{name}={value}: type true or false")
         if name in ("ignored", "cues") and not (
             isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
         ):
-            raise ConfigError(f"{where}.{name}={value}: write a list of words, [club, fc]")
+            raise ConfigError(f"{key}.{name}={value}: type a list of words such as [club, fc]")
         if name == "units" and not isinstance(value, Mapping):
-            raise ConfigError(f"{where}.units={value}: write {{word: factor}}")
+            raise ConfigError(f"{key}.units={value}: type {{word: factor}}")
     return replace(rule, **settings)
 
 
-def _names(answer: AnswerText, truth: str, rule: Rule, *, cased: bool = True) -> list[Window]:
-    """Where the true name is in the answer, as a whole name (see `names.name_windows`)."""
+def _find_names(answer: AnswerText, truth: str, rule: Rule, *, cased: bool = True) -> list[Window]:
+    """Windows with the true name as a whole name (see `name_windows`)."""
     return name_windows(
         answer,
         truth,
@@ -234,43 +240,43 @@ def _names(answer: AnswerText, truth: str, rule: Rule, *, cased: bool = True) ->
     )
 
 
-def _genres(answer: AnswerText, truth: str, _rule: Rule) -> list[Window]:
-    """Where the genre's words are; "film", "music" and the like are not part of them."""
-    wanted = [w for w in words(truth) if w not in _OF_ANY_GENRE]
-    found = []
-    for form in (" ".join(wanted), *_GENRE_WORDS.get(" ".join(wanted), ())):
+def _find_genres(answer: AnswerText, truth: str, _rule: Rule) -> list[Window]:
+    """Windows with the words of the genre; "film", "music" and the like are not among them."""
+    genre = " ".join(w for w in words(truth) if w not in _GENERIC_GENRE_WORDS)
+    windows: list[Window] = []
+    for form in (genre, *_GENRE_WORDS.get(genre, ())):
         for end in ("", "s"):
-            found += runs_of(answer.words, f"{form}{end}".split() if form else [])
-    return [answer.widened(window, _OF_ANY_GENRE) for window in found]
+            windows += runs_of(answer.words, f"{form}{end}".split() if form else [])
+    return [answer.widened(window, _GENERIC_GENRE_WORDS) for window in windows]
 
 
-def _text(answer: AnswerText, truth: str, rule: Rule) -> list[Window]:
-    """Where the truth is, if nothing is known of the attribute.
+def _find_text(answer: AnswerText, truth: str, rule: Rule) -> list[Window]:
+    """Windows with a truth whose attribute has no rule.
 
-    Its words one after another, anywhere; or a fuzzy match of the whole name at the answer's
-    beginning: its first sentence, at most two words longer than the truth.
+    The truth may be anywhere word for word, or similar within the beginning of the answer: its
+    first sentence, up to two words more than the truth has.
     """
-    wanted = content(words(truth))
-    found = _names(answer, truth, replace(rule, ratio=100), cased=False)
-    if found or not answer.tokens:
-        return found
-    first = [n for n, s in enumerate(answer.sentences) if s == 0]
-    kept = [n for n in first if answer.words[n] not in ARTICLES]
-    end = kept[: len(wanted) + 2][-1] + 1 if kept else 0
-    return [w for w in _names(answer, truth, rule, cased=False) if w[1] <= end]
+    windows = _find_names(answer, truth, replace(rule, ratio=100), cased=False)
+    if windows or not answer.tokens:
+        return windows
+    first_sentence = [n for n, s in enumerate(answer.sentences) if s == 0]
+    counted = [n for n in first_sentence if answer.words[n] not in ARTICLES]
+    max_words = len(content(words(truth))) + 2
+    end = counted[:max_words][-1] + 1 if counted else 0
+    return [w for w in _find_names(answer, truth, rule, cased=False) if w[1] <= end]
 
 
-_WINDOWS: Mapping[str, Callable[[AnswerText, str, Rule], list[Window]]] = {
-    "name": _names,
-    "genre": _genres,
-    "text": _text,
+_FINDERS: Mapping[str, Callable[[AnswerText, str, Rule], list[Window]]] = {
+    "name": _find_names,
+    "genre": _find_genres,
+    "text": _find_text,
 }
 
 
-def _is_said(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
-    """Whether one of the truths is mentioned so that it counts as an answer."""
-    windows = [w for truth in truths for w in _WINDOWS[rule.kind](answer, truth, rule)]
-    # "Brooklyn" within "Brooklyn, New York" is that one mention.
+def _mentions_truth(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
+    """Whether the answer mentions one of the truths in a way that counts as an answer."""
+    windows = [w for truth in truths for w in _FINDERS[rule.kind](answer, truth, rule)]
+    # "Brooklyn" within "Brooklyn, New York" is the same mention.
     windows = [
         (i, j)
         for i, j in dict.fromkeys(windows)
@@ -278,70 +284,109 @@ def _is_said(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
     ]
     if any(answer.counts(window, windows) for window in windows):
         return True
-    own = answer.asked.entity_words
-    return any(content(words(t)) == own for t in truths) and answer.says_same_name()
+    entity_words = answer.asked.entity_words
+    return any(content(words(t)) == entity_words for t in truths) and answer.says_same_name()
 
 
 def _is_near(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
     """Whether the answer's number is within the tolerance of one of the truths.
 
-    It is the first that has one of the rule's cues near, else the first. Of a range, or of two
-    alternatives, both ends must be near. A number of the question does not count, unless it is
-    the true one and stands where an answer stands.
+    The answer's number is the first with one of the rule's cues near it, otherwise the first. Both
+    ends of a range, or both of two alternatives, must be near. A number of the question does not
+    count, unless it is the true number at the position of an answer.
     """
     read = years if rule.kind == "year" else lambda text: amounts(text, rule.units)
-    one = year if rule.kind == "year" else amount
-    wanted = [value for value in map(one, truths) if value is not None]
-    asked = {found.value for found in read(with_digits(answer.asked.text))}
-    right = {value for value in asked if any(_within(value, w, rule) for w in wanted)}
-    found = []
-    for candidate in read(answer.text):
-        i, j = answer.window(candidate.start, candidate.end)
-        if i == j or answer.is_negated(i, j) or candidate.value in asked - right:
+    read_one = year if rule.kind == "year" else amount
+    true_values = [value for value in map(read_one, truths) if value is not None]
+    asked = {number.value for number in read(with_digits(answer.asked.text))}
+    asked_and_true = {v for v in asked if any(_within(v, true, rule) for true in true_values)}
+    numbers = []
+    for number in read(answer.text):
+        i, j = answer.window(number.start, number.end)
+        if i == j or answer.is_negated(i, j) or number.value in asked - asked_and_true:
             continue
         if not (answer.is_repetition((i, j)) or answer.is_asked(i, j)):
-            found.append(candidate)
-    chosen = next((c for c in found if _has_cue(answer, c, rule)), found[0] if found else None)
-    if chosen is None:
+            numbers.append(number)
+    if not numbers:
         return False
+    chosen = next((n for n in numbers if _has_cue(answer, n, rule)), numbers[0])
     ends = [chosen.value] if chosen.other is None else [chosen.value, chosen.other]
-    return any(all(_within(end, w, rule) for end in ends) for w in wanted)
+    return any(all(_within(end, true, rule) for end in ends) for true in true_values)
 
 
-def _within(given: float, wanted: float, rule: Rule) -> bool:
-    return abs(given - wanted) <= max(rule.tolerance, rule.share * abs(wanted)) + 1e-9
+def _within(answered: float, true: float, rule: Rule) -> bool:
+    return abs(answered - true) <= max(rule.tolerance, rule.share * abs(true)) + 1e-9
 
 
 _CUE_REACH = 5, 3
-"""Tokens in front of and behind a number in which a cue may be."""
+"""Tokens before and after a number among which a cue is looked up."""
 
 
-def _has_cue(answer: AnswerText, found: Amount, rule: Rule) -> bool:
+def _has_cue(answer: AnswerText, number: Amount, rule: Rule) -> bool:
     """Whether one of the rule's cues is near the number, in the same sentence."""
-    i, j = answer.window(found.start, found.end)
-    same = [n for n, s in enumerate(answer.sentences) if s == answer.sentences[i]]
-    before = range(max(i - _CUE_REACH[0], same[0]), i)
-    numbers = [n for n in before if answer.words[n][:1].isdigit()]
-    before = range(numbers[-1] + 1 if numbers else before.start, i)
+    i, j = answer.window(number.start, number.end)
+    sentence = [n for n, s in enumerate(answer.sentences) if s == answer.sentences[i]]
+    before = range(max(i - _CUE_REACH[0], sentence[0]), i)
+    other_numbers = [n for n in before if answer.words[n][:1].isdigit()]
+    before = range(other_numbers[-1] + 1 if other_numbers else before.start, i)
     after = []
-    for n in range(j, min(j + _CUE_REACH[1], same[-1] + 1)):
+    for n in range(j, min(j + _CUE_REACH[1], sentence[-1] + 1)):
         if re.search(r"[,;:()]", answer.gap(n - 1)):
             break
         after.append(n)
     return any(answer.words[n] in rule.cues for n in (*before, *after))
 
 
-def _is_place(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
-    """Whether latitude and longitude are each within the tolerance, in degrees."""
-    given = coordinates(answer.without_echoes())
-    if given is None:
-        return False
-    for wanted in map(coordinates, truths):
-        if wanted is None:
+_ANGLE = re.compile(
+    r"([-\u2212+]?\d+(?:\.\d+)?)\s*(?:°|º|deg(?:rees?)?\b)?\s*"
+    r"(?:(\d+(?:\.\d+)?)\s*(?:['\u2032\u2019]|min(?:utes?)?\b)\s*)?"
+    r"(?:(\d+(?:\.\d+)?)\s*(?:[\"\u2033\u201d]|''|sec(?:onds?)?\b)\s*)?"
+    r"(north|south|east|west|[NSEW])?(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_POINT = re.compile(r"point\s*\(\s*(-?\d+(?:\.\d+)?)\s+(-?\d+(?:\.\d+)?)\s*\)", re.IGNORECASE)
+
+
+def coordinates(text: str) -> tuple[float, float] | None:
+    """(latitude, longitude) in degrees; None where the text lacks either.
+
+    Accepts "12.5°N, 8°W", degrees with minutes and seconds, "34.05, -118.24", and `Point(lon lat)`.
+    Of numbers without a hemisphere, the first is the latitude and the second the longitude.
+    """
+    if point := _POINT.search(text):
+        return float(point[2]), float(point[1])
+    by_axis: dict[str, float] = {}
+    plain: list[float] = []
+    for degrees, minutes, seconds, side in _ANGLE.findall(text):
+        value = float(degrees.replace("\u2212", "-"))
+        parts = float(minutes or 0) / 60 + float(seconds or 0) / 3600
+        value += parts if value >= 0 else -parts
+        letter = side[:1].upper()
+        if not letter:
+            plain.append(value)
             continue
-        east = abs(given[1] - wanted[1]) % 360
-        near = abs(given[0] - wanted[0]), min(east, 360 - east)
-        if max(near) <= rule.tolerance:
+        axis = "latitude" if letter in "NS" else "longitude"
+        by_axis.setdefault(axis, -abs(value) if letter in "SW" else value)
+    if len(by_axis) == 2:
+        pair = by_axis["latitude"], by_axis["longitude"]
+    elif not by_axis and len(plain) >= 2:
+        pair = plain[0], plain[1]
+    else:
+        return None
+    return pair if abs(pair[0]) <= 90 and abs(pair[1]) <= 360 else None
+
+
+def _are_near_coordinates(answer: AnswerText, truths: Sequence[str], rule: Rule) -> bool:
+    """Whether latitude and longitude are each within the tolerance, in degrees."""
+    answered = coordinates(answer.without_echoes())
+    if answered is None:
+        return False
+    for true in map(coordinates, truths):
+        if true is None:
+            continue
+        longitude = abs(answered[1] - true[1]) % 360
+        differences = abs(answered[0] - true[0]), min(longitude, 360 - longitude)
+        if max(differences) <= rule.tolerance:
             return True
     return False
 
@@ -356,12 +401,13 @@ def is_correct(
     question: str = "",
     entity: str | None = None,
 ) -> bool:
-    """Whether the answer says one of the truths, by the rule of that type's attribute.
+    """Whether the answer states one of the truths, by the rule of the type's attribute.
 
     Words that only repeat the `question` (the prompt as asked) or the `entity` do not count.
     Without an attribute, or with one that has no rule, a truth that is a number is compared as a
-    number, one of everyday words ("yes", "The Who") as it is written, and one without words ("+",
-    an emoji) must begin the answer; any other as `_text` says. No truths: False.
+    number, a truth of everyday words ("yes", "The Who") as it is written, and a truth without words
+    ("+", an emoji) must begin the answer; any other must be in the answer word for word, or similar
+    at its beginning. False where there are no truths.
     """
     rule = (rules or Rules()).rule(entity_type, attribute)
     asked = Asked(
@@ -371,46 +417,46 @@ def is_correct(
         attribute=None if attribute is None else canonical(attribute, entity_type),
     )
     return any(
-        _JUDGES[kind](_answer(answer_text, asked, kind), some, replace(rule, kind=kind))
-        for kind, some in _by_kind(truths, rule)
+        _JUDGES[kind](_prepare(answer_text, asked, kind), of_kind, replace(rule, kind=kind))
+        for kind, of_kind in _by_kind(truths, rule)
     )
 
 
-def _answer(text: str, asked: Asked, kind: str) -> AnswerText:
+def _prepare(text: str, asked: Asked, kind: str) -> AnswerText:
     numeric = kind in ("number", "year", "coordinates")
     return AnswerText(with_digits(text) if numeric else text, asked, numeric=numeric)
 
 
 def _by_kind(truths: Sequence[str], rule: Rule) -> list[tuple[str, list[str]]]:
-    """The truths by the kind that each is judged as."""
-    found: dict[str, list[str]] = {}
+    """(kind, truths judged as that kind)."""
+    by_kind: dict[str, list[str]] = {}
     for truth in truths:
         kind = rule.kind
-        everyday = set(content(words(truth))) <= EVERYDAY and bool(words(truth))
+        everyday = set(content(words(truth))) <= _EVERYDAY and bool(words(truth))
         if kind == "text" and re.fullmatch(r"\s*[-\u2212+]?\d[\d,. ]*\s*", truth):
             kind = "number"
         elif kind in ("text", "name") and everyday:
             kind = "first" if kind == "text" else "written"
         elif kind in ("text", "name") and not words(truth) and truth.strip():
             kind = "symbols"
-        found.setdefault(kind, []).append(truth)
-    return list(found.items())
+        by_kind.setdefault(kind, []).append(truth)
+    return list(by_kind.items())
 
 
 def _comes_first(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
     """Whether the answer begins with the words of a truth ("yes", "no")."""
-    given = content(answer.words)
-    return any(given[: len(w)] == w for w in (content(words(truth)) for truth in truths))
+    answered = content(answer.words)
+    return any(answered[: len(w)] == w for w in (content(words(truth)) for truth in truths))
 
 
 def _begins_with_symbols(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
     """Whether the answer begins with a truth that has no words ("+", an emoji)."""
-    given = answer.text.lstrip()
-    return any(given.startswith(normalised(truth).strip()) for truth in truths)
+    text = answer.text.lstrip()
+    return any(text.startswith(normalised(truth).strip()) for truth in truths)
 
 
 def _is_written(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
-    """Whether a truth of everyday words ("The Who") stands in the answer as it is written."""
+    """Whether the answer contains a truth of everyday words ("The Who") as it is written."""
     windows = [
         answer.window(*match.span())
         for truth in truths
@@ -420,12 +466,12 @@ def _is_written(answer: AnswerText, truths: Sequence[str], _rule: Rule) -> bool:
 
 
 _JUDGES: Mapping[str, Callable[[AnswerText, Sequence[str], Rule], bool]] = {
-    "name": _is_said,
-    "genre": _is_said,
-    "text": _is_said,
+    "name": _mentions_truth,
+    "genre": _mentions_truth,
+    "text": _mentions_truth,
     "number": _is_near,
     "year": _is_near,
-    "coordinates": _is_place,
+    "coordinates": _are_near_coordinates,
     "first": _comes_first,
     "written": _is_written,
     "symbols": _begins_with_symbols,

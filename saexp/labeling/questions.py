@@ -132,11 +132,11 @@ class Thresholds:
     """Thresholds at which attributes and entities count as known."""
 
     min_correct: int = 3
-    """Correct samples from which on an attribute is known."""
+    """Least number of correct samples of a known attribute."""
     min_known: int = 2
-    """Known attributes from which on an entity is known; all, where fewer were asked."""
+    """Least number of known attributes of a known entity; all, where fewer were asked about."""
     max_unknown: int = 0
-    """Known attributes up to which an entity is unknown; entities in between are dropped."""
+    """Largest number of known attributes of an unknown entity; entities in between are dropped."""
 
     def __post_init__(self) -> None:
         if not self.min_correct >= 1 or not 0 <= self.max_unknown < self.min_known:
@@ -146,7 +146,7 @@ class Thresholds:
             )
 
     def group(self, n_known: int, n_asked: int) -> str:
-        """known, unknown or dropped."""
+        """KNOWN, UNKNOWN or DROPPED, by how many attributes are known and were asked about."""
         if n_known >= min(self.min_known, n_asked) and n_known > self.max_unknown:
             return KNOWN
         return UNKNOWN if n_known <= self.max_unknown else DROPPED
@@ -159,10 +159,10 @@ def pick(seed: int, *names: str | None, n: int) -> int:
 
 
 def truths_of(value: Any, attribute: str) -> tuple[str, ...]:
-    """Accepted answers for the value of an attribute, as published files hold it.
+    """Accepted answers for an attribute's value in a published file.
 
-    Any item of a list is accepted, except for coordinates, where a list (or a mapping with
-    `latitude` and `longitude`) is one pair. For a birthplace "City, Country" the city is enough.
+    Every item of a list is accepted, except for coordinates, where a list (or a mapping with
+    `latitude` and `longitude`) is one pair. For a birthplace "City, Country", the city is accepted.
     """
     if value is None or value == "":
         return ()
@@ -212,55 +212,55 @@ def read_attributes(value: Any) -> list[tuple[str, Any]]:
 def questions(
     examples: Iterable[Example], templates: Templates = TEMPLATES
 ) -> tuple[list[Question], dict[str, int]]:
-    """(questions, reason -> number of attributes or examples that are not asked about).
+    """(questions, reason -> number of attributes or examples without a question).
 
-    Every attribute with a template is asked once per entity, however many examples the entity has.
-    Entities without attributes (invented names) are asked about the attributes of other entities of
-    their type and have no correct answer. Where no entity of a type has attributes, the prompts of
-    the examples are the questions.
+    There is one question per entity and attribute with a template, however many examples the entity
+    has. For entities without attributes (invented names), the questions are about the attributes of
+    other entities of their type and have no correct answer. Where no entity of a type has
+    attributes, the prompts of the examples are the questions.
     """
     examples = list(examples)
     not_asked: Counter[str] = Counter()
     asked_of_type: dict[str, dict[str, None]] = {}
-    of_entity: dict[tuple[str | None, str], list[Example]] = {}
+    by_entity: dict[tuple[str | None, str], list[Example]] = {}
     for example in examples:
         if example.entity is None:
             not_asked["no entity"] += 1
             continue
-        of_entity.setdefault((example.entity_type, example.entity), []).append(example)
+        by_entity.setdefault((example.entity_type, example.entity), []).append(example)
         for name, _ in _attributes(example):
             attribute = canonical(name, example.entity_type)
             if attribute in templates.get(type_key(example.entity_type), {}):
                 asked_of_type.setdefault(type_key(example.entity_type), {})[attribute] = None
-    asked: list[Question] = []
-    for (entity_type, _), same in of_entity.items():
-        first = same[0]
-        pairs = [p for example in same for p in _attributes(example)]
+    result: list[Question] = []
+    for (entity_type, _), of_entity in by_entity.items():
+        first = of_entity[0]
+        pairs = [p for example in of_entity for p in _attributes(example)]
         key = type_key(entity_type)
-        kinds = templates.get(key, {})
+        of_type = templates.get(key, {})
         if pairs:
             truths: dict[str, tuple[str, ...]] = {}
             for name, value in pairs:
                 attribute = canonical(name, entity_type)
-                if attribute not in kinds:
+                if attribute not in of_type:
                     not_asked[no_template(entity_type, attribute)] += 1
                 elif accepted := truths_of(value, attribute):
                     truths[attribute] = tuple(dict.fromkeys(truths.get(attribute, ()) + accepted))
                 else:
                     not_asked[f"{entity_type} {attribute} without a value"] += 1
-            asked += [_asked(first, a, kinds[a], t) for a, t in truths.items()]
+            result += [_from_template(first, a, of_type[a], t) for a, t in truths.items()]
         elif key in asked_of_type:
-            asked += [_asked(first, a, kinds[a], ()) for a in asked_of_type[key]]
+            result += [_from_template(first, a, of_type[a], ()) for a in asked_of_type[key]]
         else:
-            from_prompts = [_from_prompt(example) for example in same]
-            asked += [question for question in from_prompts if question is not None]
+            from_prompts = [_from_prompt(example) for example in of_entity]
+            result += [question for question in from_prompts if question is not None]
             if n := from_prompts.count(None):
                 not_asked["neither attributes nor a prompt"] += n
-    return asked, dict(not_asked)
+    return result, dict(not_asked)
 
 
 def no_template(entity_type: str | None, attribute: str) -> str:
-    """The reason that an attribute is not asked about, with the option that adds a template."""
+    """Why there is no question about an attribute, with the option that adds a template."""
     kind, name = type_key(entity_type), attribute.replace("_", " ")
     question = f"What is the {name} of the {kind.replace('_', ' ')} {{entity}}?"
     return (
@@ -277,7 +277,7 @@ def _attributes(example: Example) -> list[tuple[str, Any]]:
         raise DataError(f"example {example.id}: {error}") from error
 
 
-def _asked(
+def _from_template(
     example: Example, attribute: str, template: tuple[str, str], truths: tuple[str, ...]
 ) -> Question:
     assert example.entity is not None
@@ -294,7 +294,7 @@ def _asked(
 
 
 def _from_prompt(example: Example) -> Question | None:
-    """The question of an example's own prompt; None where it has none."""
+    """The question of an example's prompt; None for an example without a prompt or an entity."""
     if example.prompt is None or example.entity is None:
         return None
     attribute = example.extra.get("attribute")
@@ -310,7 +310,7 @@ def _from_prompt(example: Example) -> Question | None:
 
 
 def repeats_question(question: Question) -> bool:
-    """Whether the question contains all true answers, so that an answer may only repeat it."""
+    """Whether the question contains all true answers, so that an answer may just repeat it."""
     asked = words(question.asked)
     return bool(question.truths) and all(runs_of(asked, words(t)) for t in question.truths)
 
@@ -354,16 +354,16 @@ def entity_groups(asked: pd.DataFrame, thresholds: Thresholds) -> pd.DataFrame:
 
 def choose_queries(queries: list[dict[str, Any]], seed: int) -> dict[EntityKey, dict[str, Any]]:
     """One of the queries of each entity, chosen independently of the answers."""
-    of_entity: dict[EntityKey, list[dict[str, Any]]] = {}
+    by_entity: dict[EntityKey, list[dict[str, Any]]] = {}
     for query in queries:
-        of_entity.setdefault((query["entity_type"], query["entity"]), []).append(query)
-    return {key: same[pick(seed, *key, n=len(same))] for key, same in of_entity.items()}
+        by_entity.setdefault((query["entity_type"], query["entity"]), []).append(query)
+    return {key: some[pick(seed, *key, n=len(some))] for key, some in by_entity.items()}
 
 
 def groups_of_queries(
     queries: list[dict[str, Any]], thresholds: Thresholds
 ) -> dict[EntityKey, str]:
-    """The group of each entity by the sampled answers of its queries (those with `n_correct`)."""
+    """The group of each entity, from the queries with sampled answers (`n_correct` not None)."""
     judged = [q for q in queries if q["n_correct"] is not None]
     if not judged:
         return {}

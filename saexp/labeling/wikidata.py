@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from saexp.config import DatasetConfig, WikidataConfig
-from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
+from saexp.data.datasets import TEXT_TEMPLATE, fill_template, finish
 from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
 from saexp.errors import ConfigError, DataError, counted
 from saexp.files import write_json
+from saexp.labeling.answer_values import year
 from saexp.labeling.matchers import Rules, canonical, is_correct
-from saexp.labeling.quantities import year
 from saexp.labeling.questions import (
     DROPPED,
     EntityKey,
@@ -232,9 +232,9 @@ class _Published:
         return published
 
     def _add(self, where: str, row: dict[str, Any]) -> None:
-        empty = [c for c in ("entity_type", "entity") if c in row and row[c] is None]
-        if empty:
-            self.skips.append(Skip(where, f"{empty[0]} is empty or a missing value"))
+        empty_columns = [c for c in ("entity_type", "entity") if c in row and row[c] is None]
+        if empty_columns:
+            self.skips.append(Skip(where, f"{empty_columns[0]} is empty or a missing value"))
         elif "attributes" in row:
             key = (_text(where, row, "entity_type"), _text(where, row, "entity"))
             pairs = self.attributes.setdefault(key, [])
@@ -250,9 +250,9 @@ def wikidata(cfg: WikidataConfig, **_: Any) -> ExampleSet:
     """One example per entity of a file, or of the .json and .jsonl files in a folder.
 
     Entity files give the attributes (for task=label). Query files with sampled labels give the
-    groups, by the rule of `Thresholds`; the prompt of their entities is one of the entity's
-    questions, drawn with the seed and independently of the labels. Entities that are neither known
-    nor unknown are dropped and counted in a note.
+    groups, by the rule of `Thresholds`; an entity's prompt is one of its questions, drawn with the
+    seed and independently of the labels. Entities that are neither known nor unknown are dropped
+    and counted in a note.
     """
     if cfg.fetch:
         _fetch(cfg)
@@ -291,13 +291,15 @@ def _example(
     """The example of one entity, with the prompt of its chosen query where there is one."""
     entity_type, entity = key
     values = {"entity": entity, "entity_type": entity_type}
-    text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, values)
+    text = fill_template("dataset.template", cfg.template or TEXT_TEMPLATE, values)
     spans = find_mentions(text, entity)
     if not spans:
-        raise ConfigError(f"dataset.template={cfg.template}: has no {{entity}} in it")
+        raise ConfigError(
+            f"dataset.template={cfg.template} contains no {{entity}}; type e.g. '{TEXT_TEMPLATE}'"
+        )
     prompt = query["prompt"] if query else None
     if cfg.prompt_template:
-        prompt, query = filled("dataset.prompt_template", cfg.prompt_template, values), None
+        prompt, query = fill_template("dataset.prompt_template", cfg.prompt_template, values), None
     extra: dict[str, Any] = {}
     if attributes is not None:
         extra["attributes"] = [
@@ -356,7 +358,7 @@ def _fetch(cfg: WikidataConfig) -> None:
 
 
 def _check_fetched(file: Path, query_file: Path, query: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a file fetched with another query; files without one are accepted."""
+    """Raise ConfigError for a file of another query; a file without a saved query is accepted."""
     try:
         saved = json.loads(query_file.read_text("utf-8"))
     except FileNotFoundError:
@@ -376,7 +378,10 @@ def _check_fetched(file: Path, query_file: Path, query: Mapping[str, Any]) -> No
 
 
 def read_published(path: str) -> Iterator[Row]:
-    """(location, row) of all .json lists and .jsonl files. Raises DataError."""
+    """(location, row) for each row of a .json or .jsonl file, or of those in a folder.
+
+    Raises DataError where there is no such file, and for rows that are not objects.
+    """
     root = Path(path)
     if root.is_dir():
         files = sorted(f for f in root.rglob("*") if f.suffix in (".json", ".jsonl"))
@@ -387,9 +392,9 @@ def read_published(path: str) -> Iterator[Row]:
     for file in files:
         with open_text(file) as opened:
             text = opened.read()
-        escaped = may_hold_surrogates(text)
+        check = may_hold_surrogates(text)
         for where, row in _lines(file, text) if _is_lines(file, text) else _list(file, text):
-            if escaped:
+            if check:
                 check_characters(where, row)
             yield where, row
 
@@ -441,7 +446,7 @@ def _text(where: str, row: Mapping[str, Any], name: str) -> str:
 def _query(where: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A query with its true answers and number of correct samples (None without samples).
 
-    Samples without labels are judged here.
+    Samples without labels are judged by the default rules.
     """
     entity_type, entity = _text(where, row, "entity_type"), _text(where, row, "entity")
     attribute = canonical(_text(where, row, "prompt_type"), entity_type)

@@ -146,7 +146,7 @@ def _gguf_file(name: str) -> Path | None:
     if absent:
         raise ModelError(
             f"model.name={name} is a GGUF file, which needs the package {absent[0]}; "
-            "type: pip install 'saexp[gguf]'"
+            'type pip install "saexp[gguf]"'
         )
     return file
 

@@ -11,12 +11,13 @@ from saexp.activations.collector import CollectionRequest, CollectionStats, Part
 from saexp.activations.imported import neutral_source
 from saexp.activations.reader import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
+from saexp.analysis.base import Analyzer
 from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
-from saexp.data.positions import PositionTable, place
-from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
+from saexp.data.positions import PositionTable, resolve_positions
+from saexp.data.tokenization import adds_bos, format_prompts, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -83,7 +84,7 @@ def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
     tokenizer = model.tokenizer
     if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
         return []
-    [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
+    [tokens] = tokenize_prompts(model, format_prompts(model, ["a"]), 1)
     if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins_with_bos:
         return []
     prompts, texts = ("without", "with") if begins_with_bos else ("with", "without")
@@ -165,7 +166,7 @@ _POSITION_SETTINGS = ("n", "indices", "substring", "include_special", "seed")
 
 def truncation_notes(placement: PositionTable, dataset: str, max_length: int) -> list[str]:
     """One line on the texts that exceed the maximum length; none where all fit."""
-    n = placement.n_cut
+    n = placement.n_truncated
     if not n:
         return []
     return [
@@ -192,6 +193,11 @@ class Collected:
         reference = self.store if self.neutral is None else self.neutral.store
         limits = norm_limits(reference, hookpoints, self.max_norm_ratio)
         return OrdinaryRows(self.store, limits, self.max_norm_ratio)
+
+    def with_notes(self, notes: Sequence[str]) -> "Collected":
+        """The same with notes appended to those of the examples."""
+        examples = replace(self.examples, notes=[*self.examples.notes, *notes])
+        return replace(self, examples=examples)
 
     @property
     def metrics(self) -> dict[str, float | int | None]:
@@ -231,7 +237,6 @@ def collect_examples(
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
-    check_weights(cfg, model)
     own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
     settings = _changed_settings(cfg.dataset, type(cfg.dataset)(), [*_TEXT_SETTINGS, *sorted(own)])
     collected = _collected(
@@ -244,22 +249,22 @@ def collect_examples(
         prefetch=prefetch,
         part=part,
     )
-    notes = skip_notes(collected.placement.skips, len(examples))
-    examples = replace(
-        collected.examples,
-        notes=[*collected.examples.notes, *notes, *neutral_source(cfg.collector, model)[1]],
-    )
-    return replace(collected, examples=examples)
+    return collected.with_notes(skip_notes(collected.placement.skips, len(examples)))
 
 
-def check_weights(cfg: RunConfig, model: LanguageModel) -> None:
-    """Raise ConfigError where the run needs weights that imported activations lack."""
+def check_weights(cfg: RunConfig, model: LanguageModel, analyzer: Analyzer | None) -> None:
+    """Raise ConfigError where imported activations are analysed with a model that lacks weights.
+
+    Interventions, attribution and analyzers with `runs_model` need the weights.
+    """
     if not isinstance(cfg.collector, ImportedConfig) or cfg.task.name != "analyze":
         return
     if cfg.intervention.name != "none":
         setting, instead = f"intervention={cfg.intervention.name}", "intervention=none"
     elif cfg.analyzer.name == "contrast" and cfg.analyzer.attribution:
         setting, instead = "analyzer.attribution=true", "analyzer.attribution=false"
+    elif analyzer is not None and analyzer.runs_model:
+        setting, instead = f"analyzer={cfg.analyzer.name}", "another analyzer, e.g. contrast"
     else:
         return
     if not model.has_local_weights:
@@ -267,12 +272,6 @@ def check_weights(cfg: RunConfig, model: LanguageModel) -> None:
             f"{setting} runs the model, but the weights of {model.name} are not on this machine; "
             f"type {instead}, or download them"
         )
-
-
-def has_neutral(cfg: RunConfig, model: LanguageModel) -> bool:
-    """Whether there are activations of neutral text: not with imported activations of the data set
-    alone, where the model's weights are not on this machine either."""
-    return neutral_source(cfg.collector, model)[0] is not None
 
 
 def collect_neutral(
@@ -284,7 +283,7 @@ def collect_neutral(
 ) -> Collected:
     """Activations at random positions of neutral text; the examples' notes count cut texts.
 
-    Raises ConfigError where there is no source of them (`has_neutral`).
+    Raises ConfigError where there is no source of them (`activations.imported.neutral_source`).
     """
     collector, notes = neutral_source(cfg.collector, model)
     if collector is None:
@@ -321,7 +320,7 @@ def _collected(
 ) -> Collected:
     data = cfg.dataset
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
-    placement = place(
+    placement = resolve_positions(
         examples.examples,
         tokenized,
         registry.build("positions", positions),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from saexp.activations.imported import neutral_source
 from saexp.analysis.base import AnalysisInputs, Analyzer
 from saexp.config import DatasetConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
@@ -19,9 +20,9 @@ from saexp.pipeline.collect import (
     Collected,
     Prefetch,
     bos_preference,
+    check_weights,
     collect_examples,
     collect_neutral,
-    has_neutral,
     resolve_bos,
 )
 from saexp.pipeline.objects import (
@@ -141,6 +142,7 @@ class Session:
         ModelError or SAEError for what does not exist or does not fit.
         """
         model = language_model(cfg, context.objects) if model is None else model
+        check_weights(cfg, model, analyzer)
         several = analyzer is not None and analyzer.several_layers
         cells = per_layer(cfg) if several else [cfg]
         edited: dict[int, SparseAutoencoder] = {}
@@ -199,8 +201,9 @@ class Session:
                 hookpoints += sae.hookpoints
                 neighbours += [h for at in neighbouring_hookpoints(cell, sae, model) for h in at]
         examples = collect_examples(cfg, model, hookpoints, context.prefetch)
-        neutral = None
-        if has_neutral(cfg, model) or cfg.task.name != "analyze":
+        source, notes = neutral_source(cfg.collector, model)
+        examples, neutral = examples.with_notes(notes), None
+        if source is not None or cfg.task.name != "analyze":
             neutral = collect_neutral(
                 cfg,
                 model,

@@ -111,7 +111,9 @@ def test_without_weights_the_contrast_is_the_same_but_for_the_background(
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("setting", ["intervention=steer", "analyzer.attribution=true"])
+@pytest.mark.parametrize(
+    "setting", ["intervention=steer", "analyzer.attribution=true", "analyzer=capability"]
+)
 def test_what_needs_weights_is_refused_before_anything_is_read(
     setting: str, words: list[str], without_weights: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +129,16 @@ def test_what_needs_weights_is_refused_before_anything_is_read(
     )
     with pytest.raises(ConfigError, match=f"^{setting} runs the model, but the weights of"):
         saexp.run(cfg, tmp_path / "run")
+
+
+def test_collecting_imported_activations_says_nothing_about_neutral_text(
+    words: list[str], tmp_path: Path
+) -> None:
+    settings = [w for w in words if not w.startswith(("intervention", "analyzer"))]
+    cfg = saexp.compose([*settings, "task=collect", f"cache_dir={tmp_path / 'cache'}"])
+    result = saexp.run(cfg, tmp_path / "run")
+    assert result.metrics["collection/tokens_forwarded"] == 0
+    assert not any("neutral text" in note for note in result.notes)
 
 
 def test_another_number_of_texts_is_one_clear_error(words: list[str], tmp_path: Path) -> None:

@@ -55,6 +55,28 @@ def test_where_more_than_quotes_may_be_lacking_nothing_is_guessed(word: str) -> 
     assert said(word).endswith("'sae.path=\"saes/{layer}\"'")
 
 
+MAPPINGS = [
+    ("task.rules=3", "task.rules.player.birth_year.tolerance=5"),
+    ("task.rules=[1]", "task.rules.player.birth_year.tolerance=5"),
+    ("task.templates=3", "\"task.templates.book.creator='Who wrote the book {entity}?'\""),
+]
+
+
+@pytest.mark.parametrize(("word", "typed"), MAPPINGS)
+def test_a_value_in_place_of_a_mapping_is_an_error_with_an_example(word: str, typed: str) -> None:
+    message = said("task=label", word)
+    assert message.startswith(f"{word.partition('=')[0]} takes names with values; type ")
+    assert message.endswith(f", such as {typed}")
+    saexp.compose(["task=label", *shlex.split(typed)])
+
+
+def test_a_value_in_place_of_a_mapping_of_one_level_is_an_error_with_its_form() -> None:
+    assert said("dataset.columns=3") == (
+        "dataset.columns takes names with values; type dataset.columns.<name>=<value>, or "
+        "'dataset.columns={<name>: <value>}'"
+    )
+
+
 def of_launchers(asked: str, *there: str) -> str:
     return str(one_line(MissingConfigException("", f"hydra/launcher/{asked}", list(there))))
 

@@ -1,4 +1,4 @@
-"""Answers judged: names, genres, numbers in generated text, coordinates; rules of one's own."""
+"""Judging answers: names, genres, numbers in generated text, coordinates, custom rules."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rapidfuzz.fuzz import token_set_ratio
 
 from saexp.errors import ConfigError
-from saexp.labeling.matchers import PAPER, Rules, canonical, is_correct, words
-from saexp.labeling.quantities import amount, coordinates, quantities, year
+from saexp.labeling.answer_values import amount, quantities, year
+from saexp.labeling.matchers import PAPER, Rules, canonical, coordinates, is_correct, words
 
 
 def common_subsequence(a: str, b: str) -> int:
@@ -339,10 +339,10 @@ def test_rules_of_ones_own():
     ("options", "part"),
     [
         ({"movie": {"genre": {"kid": "name"}}}, "rules.movie.genre.kid: no such setting"),
-        ({"movie": {"genre": {"kind": "names"}}}, "rules.movie.genre.kind=names: use one of name"),
+        ({"movie": {"genre": {"kind": "names"}}}, "rules.movie.genre.kind=names: type one of name"),
         ({"movie": {"genre": {"ratio": "high"}}}, "rules.movie.genre.ratio=high is not a number"),
-        ({"movie": {"genre": 3}}, "rules.movie.genre=3: write settings"),
-        ({"movie": 3}, "rules.movie: write attribute"),
+        ({"movie": {"genre": 3}}, "rules.movie.genre=3 is not a mapping"),
+        ({"movie": 3}, "rules.movie=3 is not a mapping"),
         ({"city": {"elevation": {"units": 3}}}, "rules.city.elevation.units=3"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.labeling.quantities import amounts, with_digits, years
+from saexp.labeling.answer_values import amounts, with_digits, years
 
 ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),

@@ -180,13 +180,15 @@ def test_the_prompt_does_not_depend_on_the_labels(tmp_path):
     assert 10 < one.count("directors") < 30
 
 
-def test_templates_of_ones_own(folder):
+def test_custom_templates(folder):
     got = build(folder, template="'{entity}' ({entity_type})", prompt_template="Who is {entity}?")
     assert got.examples[0].text == "'First Film' (movie)"
     assert got.examples[0].prompt == "Who is First Film?"
     assert got.examples[0].answers == ()
     message = message_of(lambda: build(folder, template="The film"), ConfigError)
-    assert message == "dataset.template=The film: has no {entity} in it"
+    assert message == (
+        "dataset.template=The film contains no {entity}; type e.g. 'The {entity_type} {entity}'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,14 @@ def test_a_gguf_file_loads_as_a_model(tmp_path: Path) -> None:
     assert saexp.load_model(tmp_path / "other.gguf", device="cpu").fingerprint != before
 
 
-@pytest.mark.skipif(INSTALLED, reason="the packages are installed")
-def test_without_its_packages_the_error_says_what_to_install(tmp_path: Path) -> None:
+def test_without_its_packages_the_error_and_the_docs_give_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saexp.models.loading.find_spec", lambda _: None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"pip install 'saexp\[gguf\]'"):
+    command = 'pip install "saexp[gguf]"'
+    assert command in Path("docs/guides/python.md").read_text("utf-8")
+    with pytest.raises(ModelError, match=re.escape(command)):
         saexp.load_model(tmp_path / "model.gguf")
 
 
