@@ -3,7 +3,6 @@
 import logging
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -190,24 +189,6 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
     assert digests(run(model, tmp_path, shard_rows=SHARD_ROWS)[0].path) == expected
     for at, acts in zip(POSTS, values, strict=True):
         assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
-
-
-def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
-    code = (
-        "from pathlib import Path; import multiprocessing, sys\n"
-        "from saexp.activations.collection import temporary_cache\n"
-        "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
-        "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
-        "fork = multiprocessing.get_context('fork').Process(target=int)\n"
-        "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
-        "print(folder); sys.exit(1)"
-    )
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1, done.stderr
-    folder = Path(done.stdout.strip())
-    assert folder.name.startswith("saexp-cache-")
-    assert not folder.exists()
 
 
 def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_path):
