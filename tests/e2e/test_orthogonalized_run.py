@@ -61,7 +61,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_a_run_tells_what_edited_weights_cost(ran: Ran, condition: str) -> None:
+def test_a_run_reports_what_edited_weights_cost(ran: Ran, condition: str) -> None:
     texts = background_texts(saexp.compose([]).dataset)[:3]
     prompts = [list(t.ids) for t in tokenize(texts, ran.model.tokenizer, 48)]
     copied = ran.without(condition)

@@ -60,7 +60,7 @@ def page(tmp_path: Path) -> Path:
 
 def evaluated(page: Path, expression: str) -> Any:
     """A value that the page's scripts give."""
-    asked = page.with_name("asked.html")
+    asked = page.with_name("evaluated.html")
     script = "<script>document.body.dataset.said = JSON.stringify((() => { %s })());</script>"
     asked.write_text(page.read_text("utf-8") + script % expression, encoding="utf-8")
     found = re.search(r'data-said="(.*?)"[ >]', dom(asked, page.parent))
@@ -160,8 +160,25 @@ def test_keys_search_and_order_find_a_latent(tmp_path: Path) -> None:
     odd = card(41, promoted=[["Special", 1.0]])
     page = written(tmp_path, [card(30), odd, card(4), card(12)])
     page.write_text(page.read_text("utf-8") + KEYS)
-    said = re.search(r'data-said="([^"]*)"', dom(page, tmp_path))
+    said = re.search(r'data-reported="([^"]*)"', dom(page, tmp_path))
     assert said is not None
     steps = ["30 of 4", "41 of 4", "4 of 4", "41 of 4", "search", "41 of 1", "41 of 1"]
     # A number finds latents that begin with it, and texts that hold it: "tok4" is in every one.
     assert said[1].split("; ") == [*steps, "41 of 4", "4 12 30 41", "4"]
+
+
+KEYS = """<script>
+const event = key => new KeyboardEvent("keydown", { key, bubbles: true });
+const press = (key, on = document.body) => on.dispatchEvent(event(key));
+const states = [], tell = () => states.push(`${current} of ${matching.length}`);
+tell(); press("j"); tell(); press("ArrowRight"); tell(); press("k"); tell();
+press("/"); states.push(document.activeElement.id);
+here("search").value = "special"; here("search").dispatchEvent(new Event("input")); tell();
+press("j", here("search")); tell();
+here("search").value = "4"; here("search").dispatchEvent(new Event("input")); tell();
+here("search").value = ""; here("search").dispatchEvent(new Event("input"));
+here("sort").value = 1; here("sort").dispatchEvent(new Event("change"));
+states.push(matching.map(c => c.latent).join(" "));
+here("all").click(); states.push(document.querySelectorAll("article").length);
+document.body.dataset.reported = states.join("; ");
+</script>"""

@@ -108,7 +108,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_too_small_a_disk_is_said_before_anything_is_forwarded(disk, tmp_path):
+def test_a_disk_that_is_too_small_is_reported_before_any_forward_pass(disk, tmp_path):
     place, sized = disk
     sized(40)
     model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_midway_keeps_what_was_finished(
     assert digests(store.path) == expected
 
 
-def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     reasons = {
         tmp_path / "file" / "below": "Not a directory",
@@ -157,7 +157,7 @@ def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
 
 
 @pytest.mark.parametrize("state", ["whole", "a shard less", "damaged", "no rows table", "none"])
-def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
+def test_what_a_read_only_cache_lacks_is_collected_in_memory_of_the_process(
     model, expected, tmp_path, caplog, state
 ):
     store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
@@ -191,7 +191,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
         assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
 
 
-def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_path):
+def test_a_hookpoint_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path):
     store, _ = run(model, tmp_path, POSTS[:1])
     (store.path / "layer_1.resid_post").write_text("not a folder")
     message = message_of(lambda: run(model, tmp_path))

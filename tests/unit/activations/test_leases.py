@@ -36,7 +36,7 @@ def pruned(stored: ActivationStore) -> stores.Pruned:
     return stores.prune(stored.path.parents[1], max_size="0GB", max_age=None)
 
 
-def test_what_opens_a_store_keeps_it_until_it_is_closed_or_gone(model, stored):
+def test_an_open_store_is_not_pruned_until_it_is_closed_or_deleted(model, stored):
     for use in (
         lambda s: s.acts(1),
         lambda s: next(s.chunks(POSTS[0], 3)),
@@ -67,7 +67,7 @@ def test_a_dead_process_mark_is_cleared_and_a_reused_pid_does_not_matter(stored)
     assert users(stored.path) == []
 
 
-def test_a_mark_of_another_host_counts_for_a_day(stored):
+def test_a_lease_of_another_host_counts_for_a_day(stored):
     mark = stored.path / FOLDER / "elsewhere-12-0badc0de.lock"
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
@@ -77,7 +77,7 @@ def test_a_mark_of_another_host_counts_for_a_day(stored):
     assert pruned(stored).removed == [stored.path.name]
 
 
-def test_a_store_pruned_meanwhile_is_one_line_and_is_collected_anew(model, stored):
+def test_a_store_pruned_while_open_is_reported_and_collected_again(model, stored):
     store = ActivationStore.open(stored.path)
     acts = store.acts(1).clone()
     store.close()

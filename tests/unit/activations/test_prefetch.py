@@ -92,8 +92,8 @@ def test_a_damaged_joined_file_is_named_by_verify_and_made_again(
     assert verify(stores(tmp_path)) == {store.path.name: [f"{POSTS[1].name}/joined"]}
     caplog.clear()
     again, stats = run(model, tmp_path, POSTS[:2], shard_rows=SHARD_ROWS, verify=True)
-    said = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
-    assert [m.startswith(f"{joined} is damaged") for m in said] == [True]
+    warnings = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert [m.startswith(f"{joined} is damaged") for m in warnings] == [True]
     assert not joined.exists()
     assert stats.tokens_forwarded == 0
     assert damaged(again) == []

@@ -125,9 +125,9 @@ def test_against_transformers_by_hand(model: LanguageModel, ioi: list[Example]) 
             assert row[f"probability_{state}"] == pytest.approx(probability, abs=1e-4)
             difference = float(logits[answer] - logits[foil])
             assert row[f"logit_difference_{state}"] == pytest.approx(difference, abs=1e-3)
-            mine = tops[(tops["example_id"] == example.id) & (tops["state"] == state)]
-            assert mine["token_id"].tolist() == logits.topk(10).indices.tolist()
-            assert mine["rank"].tolist() == list(range(1, 11))
+            example_tops = tops[(tops["example_id"] == example.id) & (tops["state"] == state)]
+            assert example_tops["token_id"].tolist() == logits.topk(10).indices.tolist()
+            assert example_tops["rank"].tolist() == list(range(1, 11))
 
 
 def test_means_and_intervals_are_of_the_prompts(model: LanguageModel, ioi: list[Example]) -> None:

@@ -16,15 +16,15 @@ def test_permuted_labels_keep_the_groups_sizes_in_every_stratum() -> None:
     drawn = [permuted(before, rng) for _ in range(30)]
     for after in drawn:
         for stratum in ("a", "b"):
-            mine = before.strata == stratum
-            assert after.first[mine].sum() == before.first[mine].sum()
+            in_stratum = before.strata == stratum
+            assert after.first[in_stratum].sum() == before.first[in_stratum].sum()
         assert after.csr is before.csr
     assert len({after.first.tobytes() for after in drawn}) == 30
     # Each unit is in the first group as often as its stratum says.
     means = np.mean([permuted(before, rng).first for _ in range(2000)], axis=0)
     for stratum in ("a", "b"):
-        mine = before.strata == stratum
-        np.testing.assert_allclose(means[mine], before.first[mine].mean(), atol=0.05)
+        in_stratum = before.strata == stratum
+        np.testing.assert_allclose(means[in_stratum], before.first[in_stratum].mean(), atol=0.05)
 
 
 def test_the_share_of_latents_is_that_of_a_plain_loop() -> None:

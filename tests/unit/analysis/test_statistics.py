@@ -145,8 +145,8 @@ def van_elteren(dense: np.ndarray, first: np.ndarray, strata: np.ndarray) -> np.
     """z without continuity correction, from ranks: the sum of rank sums over n + 1."""
     total, variance = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
     for name in np.unique(strata):
-        mine = strata == name
-        ranks, of_first = stats.rankdata(dense[mine], axis=0), first[mine]
+        in_stratum = strata == name
+        ranks, of_first = stats.rankdata(dense[in_stratum], axis=0), first[in_stratum]
         n, n_first = len(of_first), of_first.sum()
         total += (ranks[of_first].sum(0) - n_first * (n + 1) / 2) / (n + 1)
         share = n_first * (n - n_first) / (n * (n + 1) ** 2)
@@ -229,7 +229,7 @@ def test_stratified_p_values_of_rare_latents_are_exact_or_larger(
                 assert (found.p_value <= alpha).mean() <= alpha + 1e-12
 
 
-def test_a_difference_of_strata_alone_is_no_finding() -> None:
+def test_a_difference_between_strata_alone_is_not_a_finding() -> None:
     """Types 80/20 against 20/80, values that depend on the type alone: 5 % of tests at 0.05."""
     rng = np.random.default_rng(9)
     strata = np.repeat([0, 1, 0, 1], [80, 20, 20, 80])

@@ -50,7 +50,7 @@ def test_every_experiment_composes(file) -> None:
     assert saexp.compose([f"experiment={file.stem}"]).task.name
 
 
-def test_there_is_an_option_for_everything_the_contract_names() -> None:
+def test_every_documented_option_exists() -> None:
     there = {f"{g}={o}" for g, o in OPTIONS}
     models = "tiny tiny_control gpt2 pythia70m gemma2b gemma2b_it gemma9b gemma9b_it llama8b"
     assert {f"model={m}" for m in f"{models} llama8b_it hf".split()} <= there
@@ -68,7 +68,7 @@ def test_the_top_level_keys_reach_their_groups() -> None:
     assert cfg.dataset.seed == cfg.analyzer.seed == cfg.positions.seed == 7
 
 
-def test_the_missions_command_names_the_release_and_its_sae() -> None:
+def test_gemmascope_resolves_to_its_release_and_sae() -> None:
     from saexp.saes.catalogue import find
 
     cfg = saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"])
@@ -85,7 +85,7 @@ def test_widths(value: object, width: int | None) -> None:
 
 
 @pytest.mark.parametrize("value", [True, -1, 0, "16q", 1.5, ""])
-def test_what_is_no_width(value: object) -> None:
+def test_invalid_widths_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="is not an SAE width; type a number such as width=16k"):
         parse_width(value)
 

@@ -73,7 +73,7 @@ def test_a_process_that_waits_gets_rows_only_while_it_shows_that_it_lives(
     cache.close()
 
 
-def test_damaged_claims_hold_nobody_up(tmp_path: Path) -> None:
+def test_damaged_claims_do_not_block_other_processes(tmp_path: Path) -> None:
     cache = ResultCache(tmp_path, {})
     (tmp_path / "victim").write_text("content")
     keys = [cache.key("row", (n,)) for n in range(3)]

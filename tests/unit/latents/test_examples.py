@@ -87,8 +87,8 @@ def test_numbers_and_histograms_equal_dense_ones(
         assert np.log2(found.width) % 1 == 0
         edges = np.arange(n_bins + 1) * found.width
         for g in range(3):
-            mine = values[(g == GROUP_OF) & (values > 0)]
-            assert found.counts[g].tolist() == np.histogram(mine, edges)[0].tolist()
+            group_values = values[(g == GROUP_OF) & (values > 0)]
+            assert found.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])

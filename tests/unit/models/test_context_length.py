@@ -1,4 +1,4 @@
-"""How long a text a model can read, and what is said of one that is longer."""
+"""How long a text a model can read, and the errors for one that is longer."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_a_generation_that_outgrows_the_positions_is_one_line_beforehand() -> No
 
 
 @pytest.mark.parametrize(
-    ("longest", "n_new", "told"),
+    ("longest", "n_new", "ending"),
     [
         (70, 0, "type dataset.max_length=64, or shorten the prompt"),
         (64, 5, "type dataset.max_length=59, which leaves longer prompts out"),
@@ -98,10 +98,10 @@ def test_a_generation_that_outgrows_the_positions_is_one_line_beforehand() -> No
         (10, 64, "type key=54, or a smaller key"),
     ],
 )
-def test_what_to_type_fits(longest: int, n_new: int, told: str) -> None:
+def test_the_suggested_setting_fits(longest: int, n_new: int, ending: str) -> None:
     with pytest.raises(ModelError) as error:
         check_positions(random_lm("gpt2"), longest, n_new, "key")
-    assert str(error.value).endswith(told)
+    assert str(error.value).endswith(ending)
 
 
 def test_prompts_longer_than_the_positions_are_one_line_where_logits_are_read() -> None:

@@ -36,24 +36,7 @@ def test_text_is_never_markup(tmp_path: Path) -> None:
     assert "<p>a note &amp; &lt;i&gt;</p>" in body_of(page)
 
 
-def test_a_folder_without_the_file_is_told_so(tmp_path: Path) -> None:
+def test_a_folder_without_the_file_is_an_error(tmp_path: Path) -> None:
     run(tmp_path, causal=False)
     with pytest.raises(StoreError, match=r"holds no dashboard \(dashboard.json"):
         write_dashboard(tmp_path)
-
-
-KEYS = """<script>
-const event = key => new KeyboardEvent("keydown", { key, bubbles: true });
-const press = (key, on = document.body) => on.dispatchEvent(event(key));
-const told = [], tell = () => told.push(`${current} of ${matching.length}`);
-tell(); press("j"); tell(); press("ArrowRight"); tell(); press("k"); tell();
-press("/"); told.push(document.activeElement.id);
-here("search").value = "special"; here("search").dispatchEvent(new Event("input")); tell();
-press("j", here("search")); tell();
-here("search").value = "4"; here("search").dispatchEvent(new Event("input")); tell();
-here("search").value = ""; here("search").dispatchEvent(new Event("input"));
-here("sort").value = 1; here("sort").dispatchEvent(new Event("change"));
-told.push(matching.map(c => c.latent).join(" "));
-here("all").click(); told.push(document.querySelectorAll("article").length);
-document.body.dataset.said = told.join("; ");
-</script>"""

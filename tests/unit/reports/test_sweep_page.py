@@ -1,4 +1,4 @@
-"""sweep.html and what is printed: the best cell by its train value, told by its test value."""
+"""sweep.html and what is printed: the best cell by its train value, reported by its test value."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tests.unit.reports.left import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json
 
 
-def test_the_best_cell_is_chosen_by_train_and_told_by_test(tmp_path: Path) -> None:
+def test_the_best_cell_is_chosen_on_train_and_reported_on_test(tmp_path: Path) -> None:
     for layer, train, test in ((1, 0.8, 0.99), (2, 0.9, 0.7), (3, 0.7, 0.95)):
         metrics = contrast("known", layer * 10, train=train, test=test) | contrast("unknown", None)
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
@@ -31,22 +31,22 @@ def test_of_cells_that_tell_the_groups_apart_as_well_the_wider_gap_is_taken(tmp_
         metrics = contrast("known", layer * 10, train=1.0, test=0.9)
         metrics |= {"contrast/best_separation_known": separation}
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
-    (told,) = findings(cells_table(tmp_path))
-    assert "the best latent is 20 with" in told
-    assert "at layer 2, width 256 (chosen on the train split)" in told
+    (finding,) = findings(cells_table(tmp_path))
+    assert "the best latent is 20 with" in finding
+    assert "at layer 2, width 256 (chosen on the train split)" in finding
 
 
-def test_a_width_is_told_as_it_is_beside_cells_that_failed(tmp_path: Path) -> None:
+def test_a_width_is_reported_unchanged_beside_failed_cells(tmp_path: Path) -> None:
     cell(tmp_path, 0, "layer=9", error="ModelError: no\n")
     cell(tmp_path, 1, "layer=2", metrics=contrast("known", 4, train=0.9, test=0.8))
     assert " at layer 2, width 256 (" in findings(cells_table(tmp_path))[0]
 
 
-def test_cells_without_a_bootstrap_are_told_without_an_interval(tmp_path: Path) -> None:
+def test_cells_without_a_bootstrap_are_reported_without_an_interval(tmp_path: Path) -> None:
     metrics = contrast("known", 4, train=0.9, test=0.8)
     cell(tmp_path, 0, metrics={k: None if "_ci_" in k else v for k, v in metrics.items()})
-    (told,) = findings(cells_table(tmp_path))
-    assert "4 with held-out AUROC 0.800 at " in told
+    (finding,) = findings(cells_table(tmp_path))
+    assert "4 with held-out AUROC 0.800 at " in finding
 
 
 def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def matches() -> pd.DataFrame:
     return pd.DataFrame([*rows, match(2, 40, 0, 7, phi=None, jaccard=None, cofiring=None)])
 
 
-def test_a_latent_that_several_of_a_wider_sae_are_nearest_to_is_told(matches: pd.DataFrame) -> None:
+def test_a_latent_nearest_to_several_of_a_wider_sae_is_reported(matches: pd.DataFrame) -> None:
     assert splits(matches) == [
         "Layer 2: latent 7 of width 256 is the nearest of 2 leading latents of width 512: "
         "1 (0.90), 2 (0.80)."

@@ -20,9 +20,9 @@ def plain_loop(
         ratio = above[rows].sum() / below[rows].sum()
         variance = 0.0
         for cell in np.unique(cells):
-            mine = rows[cells[rows] == cell]
-            residuals = above[mine] - ratio * below[mine]
-            variance += len(mine) * residuals.var(ddof=1)
+            cell_rows = rows[cells[rows] == cell]
+            residuals = above[cell_rows] - ratio * below[cell_rows]
+            variance += len(cell_rows) * residuals.var(ddof=1)
         return ratio, np.sqrt(variance) / below[rows].sum()
 
     ratio, error = estimate(np.arange(len(above)))

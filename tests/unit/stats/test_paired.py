@@ -174,6 +174,6 @@ class TestErrors:
         with pytest.raises(DataError, match="^there are no pairs to compare"):
             paired_difference(np.zeros(0), np.zeros(0), [])
 
-    def test_values_that_are_no_numbers(self) -> None:
+    def test_values_that_are_not_finite_are_refused(self) -> None:
         with pytest.raises(DataError, match="^row 1 has a value that is not finite"):
             paired_difference(np.zeros(2), np.array([0, np.nan]), [0, 1])
