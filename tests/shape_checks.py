@@ -49,7 +49,9 @@ def check_members(owner: ModuleType | type, module: str) -> None:
     """Replace the functions of a module, or the methods of a class, that `module` defines."""
     for name, value in list(vars(owner).items()):
         if isinstance(value, staticmethod | classmethod):
-            setattr(owner, name, type(value)(checked(value.__func__)))
+            # Those that a NamedTuple generates are of another module.
+            if value.__func__.__module__ == module:
+                setattr(owner, name, type(value)(checked(value.__func__)))
         elif isinstance(value, property) and value.fget is not None:
             setattr(owner, name, property(checked(value.fget), value.fset, value.fdel))
         elif isinstance(value, functools.cached_property):
