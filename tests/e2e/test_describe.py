@@ -224,7 +224,7 @@ def mine() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("mine")
-def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
+def test_a_custom_analyzer_is_run(cache: Path, tmp_path: Path) -> None:
     result = run(cache, tmp_path / "run", "analyzer.name=mine", "layer=1")
     assert result.metrics["mine/none"] is None
     assert "mine/none could not be computed" in result.notes
