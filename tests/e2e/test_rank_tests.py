@@ -18,22 +18,23 @@ def rows(rng: np.random.Generator, effect: np.ndarray, split: str, at: np.ndarra
 
     `at` are the (latent, coefficient index) pairs that are run. Latent 0 is the condition.
     """
-    prompt, n = rng.normal(0, 3, 30), 30
-    parts = [("baseline", "baseline", "", "", 0.0, np.zeros(n))]
+    n = 30
+    prompt = rng.normal(0, 3, n)
+    changes = effect[at[:, 0], at[:, 1], None] * (1 + rng.normal(0, 1, (len(at), n)))
+    changes = np.concatenate([np.zeros((1, n)), changes])
+    logit = prompt + changes + rng.normal(0, 1, changes.shape)
+    conditions = [("baseline", "baseline", "", "", 0.0)]
     for latent, c in at:
         name = f"control_{latent:02d}" if latent else "own"
         role, kind = ("control", "frequency") if latent else ("group", "")
-        change = effect[latent, c] * (1 + rng.normal(0, 1, n))
-        parts.append((name, role, "own", kind, COEFFICIENTS[c], change))
-    made = []
-    for name, role, of, kind, coefficient, change in parts:
-        logit = prompt + change + rng.normal(0, 1, n)
-        about = {"condition": name, "role": role, "of": of, "control_kind": kind}
-        about |= {"coefficient": coefficient, "split": split, "group": "a"}
-        about |= {"direction": "a", "latent": ""}
-        made.append(pd.DataFrame({**about, "unit": np.arange(n), "logit": logit}))
-    found = pd.concat(made, ignore_index=True)
-    return found.assign(answered=(found["logit"] > 0).astype(float))
+        conditions.append((name, role, "own", kind, COEFFICIENTS[c]))
+    columns = ["condition", "role", "of", "control_kind", "coefficient"]
+    table = pd.DataFrame(conditions, columns=columns).assign(
+        split=split, group="a", direction="a", latent=""
+    )
+    table = table.loc[table.index.repeat(n)].reset_index(drop=True)
+    unit = np.tile(np.arange(n), len(conditions))
+    return table.assign(unit=unit, logit=logit.ravel(), answered=(logit.ravel() > 0).astype(float))
 
 
 def p_values(seed: int, k: int, own: float = 0.0) -> np.ndarray:
