@@ -17,6 +17,10 @@ from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
 SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
+SMALL += ["intervention.n_curve_controls=1", "analyzer.n_background=500"]
+FEW = ["intervention.n_prompts=4", "intervention.n_choice_prompts=2"]
+FEW += ["intervention.max_new_tokens=6", "dataset.n_examples=80"]
+"""Enough for what does not depend on the finding."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_every_mode_has_effects_controls_a_report_and_its_identity(
     cache: Path, tmp_path: Path, mode: str
 ) -> None:
     outcomes = "intervention.outcomes=[refusal,answer_probability]"
-    result = ran(cache, tmp_path, f"intervention={mode}", outcomes, *MODES[mode])
+    result = ran(cache, tmp_path, *FEW, f"intervention={mode}", outcomes, *MODES[mode])
     effects = result.tables["effects"]
     base = effects[effects["role"] == "baseline"].set_index("example_id")
     zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
@@ -84,7 +88,8 @@ def test_continuations_longer_than_the_limit_are_left_out_and_told(
     """Memorised passages have 21 tokens; ten of them neither match nor fail to."""
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
-    result = ran(cache, tmp_path, *words, "intervention.n_choice_prompts=0")
+    words += ["intervention.n_choice_prompts=0", "intervention.top_k=1"]
+    result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
     assert result.metrics["effect/exact_match/baseline_memorized"] == exact
@@ -109,7 +114,7 @@ def test_continuations_longer_than_the_limit_are_left_out_and_told(
 def test_the_whole_reconstruction_with_its_error_changes_no_answer(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ["intervention=splice", "intervention.error=true", "intervention.n_controls=0"]
+    words = [*FEW, "intervention=splice", "intervention.error=true", "intervention.n_controls=0"]
     result = ran(cache, tmp_path, *words, "intervention.outcomes=[answer_logit]")
     summary = test_of(result)
     main = summary[summary["role"] == "place"]
@@ -152,7 +157,7 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
     from saexp.context import ObjectCache
     from saexp.pipeline.objects import language_model
 
-    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "intervention=orthogonalize"])
+    cfg = saexp.compose([*SMALL, *FEW, f"cache_dir={cache}", "intervention=orthogonalize"])
     objects = ObjectCache()
     model = language_model(cfg, objects)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
@@ -166,7 +171,7 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
 def test_a_killed_run_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    words = ["coefficient=[0,0.4]", "intervention.batch_tokens=1000", "seed=3"]
+    words = [*FEW, "coefficient=[0,0.4]", "intervention.batch_tokens=150", "seed=3"]
     real, stages, made, asked = SpeculativeDecoding.run, [], [], []
 
     def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
@@ -197,9 +202,9 @@ def test_a_killed_run_goes_on_where_it_was(
 
 
 def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
-    one = ran(cache, tmp_path / "1", "coefficient=0.3", "seed=5")
-    two = ran(cache, tmp_path / "2", "coefficient=0.5", "seed=5")
-    both = ran(cache, tmp_path / "3", "coefficient=[0.3,0.5]", "seed=5")
+    one = ran(cache, tmp_path / "1", *FEW, "coefficient=0.3", "seed=5")
+    two = ran(cache, tmp_path / "2", *FEW, "coefficient=0.5", "seed=5")
+    both = ran(cache, tmp_path / "3", *FEW, "coefficient=[0.3,0.5]", "seed=5")
     test = [r.tables["effects"].query("split == 'test'") for r in (one, two, both)]
     keys = ["example_id", "condition", "coefficient"]
     apart = pd.concat(test[:2]).drop_duplicates(keys).set_index(keys)["generated_text"]
@@ -252,9 +257,10 @@ def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], me
 
 
 def test_prompts_without_the_places_asked_for_are_counted(cache: Path, tmp_path: Path) -> None:
-    words = ["intervention.where=entity_last_n", "+intervention.where_options.n=2"]
+    few = ["intervention.max_new_tokens=2", "intervention.n_controls=1", "intervention.top_k=1"]
+    words = [*few, "intervention.where=entity_last_n", "+intervention.where_options.n=2"]
     result = ran(cache, tmp_path / "n", *words, "coefficient=[0,0.5]")
     assert test_of(result)["refusal_n"].max() == 12
-    words = ["intervention.where=substring", "+intervention.where_options.substring=player"]
+    words = [*few, "intervention.where=substring", "+intervention.where_options.substring=player"]
     result = ran(cache, tmp_path / "s", *words, "coefficient=[0,0.5]")
     assert any("prompts not steered" in note for note in result.notes)

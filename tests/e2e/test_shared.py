@@ -18,7 +18,7 @@ from tests.unit.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=300"]
-SMALL += ["dataset.n_examples=40"]
+SMALL += ["dataset.n_examples=40", "intervention.n_choice_prompts=2", "intervention.top_k=1"]
 
 
 class Calls:
