@@ -82,7 +82,7 @@ def test_every_mode_has_effects_controls_a_report_and_its_identity(
 
 
 @pytest.mark.parametrize(("limit", "exact"), [(10, None), (50, 1.0)])
-def test_continuations_longer_than_the_limit_are_left_out_and_told(
+def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     cache: Path, tmp_path: Path, limit: int, exact: float | None
 ) -> None:
     """Memorised passages have 21 tokens; ten of them neither match nor fail to."""
@@ -167,38 +167,55 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
-    words = [*FEW, "coefficient=[0,0.4]", "intervention.batch_tokens=150", "seed=3"]
-    real, stages, made, asked = SpeculativeDecoding.run, [], [], []
+STOPPED = [*FEW, "coefficient=[0,0.4]", "intervention.batch_tokens=150", "seed=3"]
 
-    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
-        stages.append(len(made))
-        for batch in real(guessing, rows):
-            if len(stages) == stage and len(made) - stages[-1] == 2:
-                raise KeyboardInterrupt
-            made.append(len(batch))
-            yield batch
 
-    monkeypatch.setattr(SpeculativeDecoding, "run", dies)
-    with pytest.raises(KeyboardInterrupt):
-        ran(tmp_path / "own", tmp_path / "killed", *words)
-    assert len(stages) == stage
+def counted(patch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of rows that are computed from now on, call by call."""
+    real, n_rows = SpeculativeDecoding.run, []
 
     def counts(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
-        asked.append(len(rows))
+        n_rows.append(len(rows))
         yield from real(guessing, rows)
 
-    monkeypatch.setattr(SpeculativeDecoding, "run", counts)
-    again = ran(tmp_path / "own", tmp_path / "again", *words)
-    n_again = sum(asked)
-    whole = ran(tmp_path / "fresh", tmp_path / "whole", *words)
+    patch.setattr(SpeculativeDecoding, "run", counts)
+    return n_rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, int]:
+    """A run in a cache of its own, and how many rows it computed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        n_rows = counted(patch)
+        return ran(folder / "cache", folder / "run", *STOPPED), sum(n_rows)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stopped_run_goes_on_where_it_was(
+    undisturbed: tuple[Result, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    real, stages, computed = SpeculativeDecoding.run, [], []
+
+    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
+        stages.append(len(computed))
+        for batch in real(guessing, rows):
+            if len(stages) == stage and len(computed) - stages[-1] == 2:
+                raise KeyboardInterrupt
+            computed.append(len(batch))
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SpeculativeDecoding, "run", dies)
+        ran(tmp_path / "cache", tmp_path / "stopped", *STOPPED)
+    assert len(stages) == stage
+    n_rows = counted(monkeypatch)
+    again = ran(tmp_path / "cache", tmp_path / "again", *STOPPED)
+    whole, n_whole = undisturbed
     for name in ("effects", "controls"):
         pd.testing.assert_frame_equal(again.tables[name], whole.tables[name])
-    assert sum(made) > 0
-    assert n_again == sum(asked) - n_again - sum(made)
+    assert sum(computed) > 0
+    assert sum(n_rows) == n_whole - sum(computed)
 
 
 def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
