@@ -51,8 +51,8 @@ def test_the_shipped_model_knows_what_it_was_trained_on(own):
     assert by["unknown"]["refusal"] >= 12
     assert "correct" not in by["unknown"]
     groups = pd.Series([r["group"] for r in entity_rows(own.path)])
-    given = table.drop_duplicates("entity")["given_group"].to_list()
-    assert groups.to_list() == given
+    given_groups = table.drop_duplicates("entity")["given_group"].to_list()
+    assert groups.to_list() == given_groups
     assert own.metrics["label/n_known"] == own.metrics["label/n_unknown"] == 16
     assert own.metrics["label/greedy_accuracy"] == 1.0
     assert any("16 questions whose answer in the data is a refusal" in n for n in own.notes)
@@ -61,11 +61,11 @@ def test_the_shipped_model_knows_what_it_was_trained_on(own):
 
 def test_the_files_are_read_by_dataset_jsonl(own, cache):
     about = json.loads((own.path / "provenance.json").read_text("utf-8"))["labels"]
-    kept = Path(about["path"])
-    assert kept.parent == cache / "labels" and kept.name == about["key"]
+    stored = Path(about["path"])
+    assert stored.parent == cache / "labels" and stored.name == about["key"]
     for name in ("entities.jsonl", "labels.parquet"):
-        assert (kept / name).read_bytes() == (own.path / name).read_bytes()
-    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{kept / "entities.jsonl"}"'])
+        assert (stored / name).read_bytes() == (own.path / name).read_bytes()
+    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{stored / "entities.jsonl"}"'])
     got = saexp.build("dataset", cfg.dataset)
     assert set(got.groups) == {"known", "unknown"}
     assert [e.split for e in got.examples] == [r["split"] for r in entity_rows(own.path)]
@@ -98,14 +98,14 @@ def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypat
         patch.setattr(generation, "_generate_batch", dying)
         with pytest.raises(KeyboardInterrupt):
             labelled(tmp_path / "cache", tmp_path / "killed", *words)
-    done = sum(batches[:2])
+    n_generated = sum(batches[:2])
     batches.clear()
     with monkeypatch.context() as patch:
         patch.setattr(
             generation, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a)
         )
         again = labelled(tmp_path / "cache", tmp_path / "again", *words)
-        assert sum(batches) == 4 * 2 * 4 * 5 - done
+        assert sum(batches) == 4 * 2 * 4 * 5 - n_generated
         batches.clear()
         labelled(tmp_path / "cache", tmp_path / "third", "task.min_correct=2")
         assert batches == []
@@ -118,21 +118,21 @@ def test_answers_are_what_the_model_gives_by_a_plain_loop(tmp_path):
     settings = {"n_samples": 300, "temperature": 1.0, "max_new_tokens": 3, "batch_tokens": 4096}
     got = answers(model, prompts, tmp_path, seed=0, **settings)
     for ids, answer in zip(prompts, got, strict=True):
-        made = list(ids)
+        tokens = list(ids)
         for _ in range(3):
             with torch.inference_mode():
-                following = int(model.hf(torch.tensor([made])).logits[0, -1].argmax())
+                following = int(model.hf(torch.tensor([tokens])).logits[0, -1].argmax())
             if following in model.eos_ids:
                 break
-            made.append(following)
-        assert list(answer.greedy) == made[len(ids) :]
+            tokens.append(following)
+        assert list(answer.greedy) == tokens[len(ids) :]
     assert got[0] == got[2]
     with torch.inference_mode():
         logits = model.hf(torch.tensor([prompts[0]])).logits[0, -1].double()
-    wanted = logits.softmax(-1).numpy()
+    expected = logits.softmax(-1).numpy()
     firsts = [s[0] for s in got[0].samples if s]
-    found = np.bincount(firsts, minlength=len(wanted)) / len(got[0].samples)
-    assert abs(found - wanted).max() < 4 * np.sqrt(wanted.max() / 300)
+    rates = np.bincount(firsts, minlength=len(expected)) / len(got[0].samples)
+    assert abs(rates - expected).max() < 4 * np.sqrt(expected.max() / 300)
     assert len(set(got[0].samples)) > 100
     other = answers(model, prompts[:1], tmp_path, seed=1, **settings)
     assert other[0].greedy == got[0].greedy
@@ -185,15 +185,15 @@ def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
     assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
 
 
-def test_templates_and_rules_of_ones_own(cache, tmp_path, attributed):
+def test_custom_templates_and_rules(cache, tmp_path, attributed):
     words = [
         '+task.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
         "+task.rules.city.mayor.kind=name",
     ]
     run = labelled(cache, tmp_path / "run", *attributed, *words)
     asked = run.tables["labels"]
-    mine = asked[asked["attribute"] == "mayor"]
-    assert mine["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
+    of_mayor = asked[asked["attribute"] == "mayor"]
+    assert of_mayor["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
 
 
 def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
@@ -252,8 +252,8 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
     assert skips["example_id"].tolist() == ["city/Marta/coordinates", "city/Uvo/coordinates"]
     assert set(skips["reason"]) == {"prompt longer than dataset.max_length"}
     n = len(run.tables["labels"]) + 2
-    told = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
-    assert told in run.notes
+    skipped = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
+    assert skipped in run.notes
     with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
         labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
 
@@ -483,7 +483,7 @@ def test_the_csv_is_read_by_dataset_memorization(passages):
     assert "texts exactly for 18 tokens after 20" in page
 
 
-def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
+def test_custom_texts_and_the_number_of_matching_tokens(cache, tmp_path):
     model = LanguageModel(saexp.compose(["model=tiny"]).model)
     row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
     whole = row["input_text"] + row["generated_continuation_text"]
@@ -565,5 +565,7 @@ def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, 
     n_none = int((table["matching_tokens"] == 0).sum())
     groups = pd.Series([e.group for e in got.examples]).value_counts()
     assert groups["not_memorized"] == n_none - n
-    told = [note for note in got.notes if "skipped: generated_continuation_text is empty" in note]
-    assert len(told) == 1 and told[0].startswith(f"{n} of 5 rows")
+    skipped = [
+        note for note in got.notes if "skipped: generated_continuation_text is empty" in note
+    ]
+    assert len(skipped) == 1 and skipped[0].startswith(f"{n} of 5 rows")

@@ -54,21 +54,23 @@ def p_values(seed: int, k: int, own: float = 0.0) -> np.ndarray:
     at = np.array([(latent, COEFFICIENTS.index(chosen)) for latent in range(k + 1)])
     test = rows(rng, effect, "test", at)
     controls = test[test["role"] == "control"].drop_duplicates("condition").assign(matched=True)
-    found = summarise(test, kinds, controls=controls)
-    return found.loc[found["condition"] == "own", [f"{o}_p_controls" for o in kinds]].to_numpy()[0]
+    summary = summarise(test, kinds, controls=controls)
+    return summary.loc[
+        summary["condition"] == "own", [f"{o}_p_controls" for o in kinds]
+    ].to_numpy()[0]
 
 
 @pytest.mark.parametrize("k", [19, 99])
 def test_latents_exchangeable_with_their_controls_rarely_pass(k: int) -> None:
-    found = np.stack([p_values(seed, k) for seed in range(N_RUNS[k])])
+    p = np.stack([p_values(seed, k) for seed in range(N_RUNS[k])])
     error = np.sqrt(0.05 * 0.95 / N_RUNS[k])
-    for share in (found <= 0.05).mean(0):
+    for share in (p <= 0.05).mean(0):
         assert share <= 0.05 + 2 * error
     # Not because nothing could pass: p-values are spread out evenly.
-    assert abs(found[:, 0].mean() - 0.5) < 0.1
+    assert abs(p[:, 0].mean() - 0.5) < 0.1
 
 
 @pytest.mark.parametrize("k", [19, 99])
 def test_a_real_effect_passes(k: int) -> None:
-    found = np.stack([p_values(seed, k, own=30.0) for seed in range(20)])
-    assert ((found[:, 0] <= 1 / (k + 1)).mean()) > 0.9
+    p = np.stack([p_values(seed, k, own=30.0) for seed in range(20)])
+    assert ((p[:, 0] <= 1 / (k + 1)).mean()) > 0.9
