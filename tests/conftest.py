@@ -22,22 +22,29 @@ settings.register_profile("saexp", deadline=None, derandomize=True, database=Non
 settings.load_profile("saexp")
 
 LONG = (
-    "faults/test_campaign",
-    "real_models/test_gemma",
+    "faults/test_wandb_outages",
+    "test_sweep",
+    "faults/test_signals",
     "test_inference",
     "test_experiments",
-    "faults/test_signals",
-    "faults/test_wandb_outages",
+    "real_models/test_gemma",
+    "faults/test_campaign",
+    "test_interventions",
+    "test_train",
+    "test_causal_property",
+    "faults/test_full_disks",
+    "test_readme",
+    "test_shared",
+    "test_layers_run",
+    "test_describe",
     "test_rank_tests",
     "test_contrast_error_rates",
-    "test_sweep",
+    "test_surface_coverage",
     "test_run",
-    "faults/test_full_disks",
+    "test_mission",
     "faults/test_finished_runs",
     "faults/test_shared_rows",
-    "test_interval_coverage",
     "test_label",
-    "test_mission",
 )
 """Files that take longest, started first so that no worker waits for the last of them."""
 
