@@ -44,6 +44,9 @@ LONG = (
     "test_mission",
     "faults/test_finished_runs",
     "faults/test_shared_rows",
+    "simulations/test_no_false_discoveries",
+    "simulations/test_probe_numbers",
+    "simulations/test_rates",
     "test_label",
 )
 """Files that take longest, started first so that no worker waits for the last of them."""
