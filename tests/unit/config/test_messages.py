@@ -67,14 +67,14 @@ MAPPINGS = [
 
 @pytest.mark.parametrize(("word", "typed"), MAPPINGS)
 def test_a_value_in_place_of_a_mapping_is_an_error_with_an_example(word: str, typed: str) -> None:
-    message = said("task=label", word)
+    message = error_line("task=label", word)
     assert message.startswith(f"{word.partition('=')[0]} takes names with values; type ")
     assert message.endswith(f", such as {typed}")
     saexp.compose(["task=label", *shlex.split(typed)])
 
 
 def test_a_value_in_place_of_a_mapping_of_one_level_is_an_error_with_its_form() -> None:
-    assert said("dataset.columns=3") == (
+    assert error_line("dataset.columns=3") == (
         "dataset.columns takes names with values; type dataset.columns.<name>=<value>, or "
         "'dataset.columns={<name>: <value>}'"
     )
