@@ -122,7 +122,7 @@ ELSEWHERE = {
         "tests/e2e/test_label.py::test_the_shipped_model_knows_what_it_was_trained_on"
     ),
     "python -m saexp model=gpt2 sae=gpt2_jb layer=8 dataset=jsonl dataset.path=my.jsonl": (
-        f"{_GPT2}test_a_data_set_of_ones_own"
+        f"{_GPT2}test_a_custom_data_set"
     ),
     "python -m saexp experiment=sae_quality model=gpt2 sae=gpt2_jb layer=8 "
     "task.widths=null dataset.path=texts.txt": (f"{_GPT2}test_the_quality_of_an_sae"),

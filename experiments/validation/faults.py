@@ -100,9 +100,14 @@ OTHERS: dict[str, tuple[Callable[..., Outcome], Sequence[str]]] = {
 """Kind -> what does it, and the kinds of work that it is done to."""
 
 
-def plan(bench: Bench, kills: int, damages: int, others: int) -> list[Attempt]:
-    """All attempts. The undisturbed runs are made first, as damages depend on what they leave."""
-    names, planned = list(WORKS), []
+def plan(
+    bench: Bench, kills: int, damages: int, others: int, names: Sequence[str] = tuple(WORKS)
+) -> list[Attempt]:
+    """All attempts on these kinds of work.
+
+    The undisturbed runs are made first, as damages depend on what they leave.
+    """
+    planned = []
     for i in range(kills):
         sig = signal.SIGTERM if i % _SIGTERM_EVERY == _SIGTERM_EVERY - 1 else signal.SIGKILL
         name = names[i % len(names)]
@@ -110,8 +115,9 @@ def plan(bench: Bench, kills: int, damages: int, others: int) -> list[Attempt]:
     if damages:
         for i, what in enumerate(attempts.damages(bench, names)[:damages]):
             planned.append(Attempt(what.name, what.work, i, partial(attempts.damage, what=what)))
-    for kind, (make, of) in OTHERS.items():
-        for i in range(others):
+    for kind, (make, possible) in OTHERS.items():
+        of = [name for name in possible if name in names]
+        for i in range(others if of else 0):
             name = of[i % len(of)]
             planned.append(Attempt(kind, name, i, partial(make, name=name)))
     return planned

@@ -83,7 +83,7 @@ def test_one_line(refused: Command, words: list[str], said: str) -> None:
     assert said in refused(*words)
 
 
-def test_a_malformed_row_is_named_by_file_and_line(refused: Command, tmp_path: Path) -> None:
+def test_the_error_of_a_malformed_row_has_file_and_line(refused: Command, tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     said = refused("dataset=jsonl", rows(path, GOOD, "{text: 1}"))
     assert f"{path}:2: is not JSON" in said
@@ -169,6 +169,6 @@ def test_a_cluster_job_that_was_lost(
     said = refused("-m", "layer=1,2")
     assert "MemoryError: no room; full error in " in said
     assert "sweep/launcher_error.txt); what was finished is kept" in said
-    kept = (tmp_path / "sweep/launcher_error.txt").read_text("utf-8")
-    assert "Traceback …\nMemoryError: no room" in kept
-    assert "in sweep\n" in kept
+    error_file = (tmp_path / "sweep/launcher_error.txt").read_text("utf-8")
+    assert "Traceback …\nMemoryError: no room" in error_file
+    assert "in sweep\n" in error_file

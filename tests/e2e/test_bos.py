@@ -72,7 +72,7 @@ def run(gpt2, cache, tmp_path):
     return one
 
 
-def told(result):
+def bos_notes(result):
     return [n for n in result.notes if "BOS" in n]
 
 
@@ -80,7 +80,7 @@ def test_an_sae_trained_with_bos_gets_it(run, gpt2, tmp_path):
     with_bos = described(tmp_path / "with", True)
     result, provenance = run(with_bos)
     assert result.metrics["check/begins_with_bos"] == 1
-    [note] = told(result)
+    [note] = bos_notes(result)
     assert note.startswith("texts begin with BOS, as local at layer_1.resid_post was trained")
     assert note in provenance["notes"]
     assert provenance["sae"]["prepend_bos"] is True
@@ -102,7 +102,7 @@ def test_the_users_word_counts_and_the_store_is_another(run, tmp_path):
     asked, _ = run(with_bos, name="1")
     result, provenance = run(with_bos, "model.prepend_bos=false", name="2")
     assert result.metrics["check/begins_with_bos"] == 0
-    [note] = told(result)
+    [note] = bos_notes(result)
     assert note.startswith("model.prepend_bos=false was typed, though local at layer_1.resid_post")
     assert result.tables["rows"]["token_index"].min() == 0
     assert len(result.tables["rows"]) == len(asked.tables["rows"])
@@ -118,7 +118,7 @@ def test_a_config_that_says_no_or_nothing(run, tmp_path, says, version, begins):
     """Before 6.0 SAELens took a config that says nothing for one with BOS, and does so still."""
     result, _ = run(described(tmp_path / "sae", says, version=version))
     assert result.metrics["check/begins_with_bos"] == begins
-    assert len(told(result)) == begins
+    assert len(bos_notes(result)) == begins
 
 
 def test_saes_that_disagree_are_not_read_together(run, tmp_path):
@@ -140,7 +140,7 @@ def test_evaluate_follows_the_sae_too(run, tmp_path, asked):
     sae = described(tmp_path / "sae", True)
     result, _ = run(sae, "task=evaluate", "task.n_bootstrap=0", *words)
     assert result.metrics["check/begins_with_bos"] == (asked is None)
-    [note] = [n for n in told(result) if "counts as any other" not in n]
+    [note] = [n for n in bos_notes(result) if "counts as any other" not in n]
     key = "task.prepend_bos=false was typed" if asked is False else "texts begin with BOS"
     assert note.startswith(key)
 
@@ -160,7 +160,7 @@ def test_a_tokenizer_without_the_token(gpt2, cache, tmp_path):
     words += [f"cache_dir={cache}"]
     result = saexp.run(saexp.compose(words), tmp_path / "run")
     assert result.metrics["check/begins_with_bos"] == 0
-    assert [n for n in told(result) if "has none: texts are read without" in n]
+    assert [n for n in bos_notes(result) if "has none: texts are read without" in n]
     with pytest.raises(ConfigError, match="^model.prepend_bos=true, but the tokenizer of "):
         saexp.run(saexp.compose([*words, "model.prepend_bos=true"]), tmp_path / "run")
 
@@ -170,6 +170,7 @@ def test_on_the_tiny_model_only_an_sae_that_says_no_changes_anything(cache, tmp_
     shipped_sae = ASSETS / "tiny/sae/layer_2/width_256"
     cfg = json.loads((shipped_sae / "cfg.json").read_text("utf-8"))
     words = ["layer=2", "analyzer=stats", N_BACKGROUND, f"cache_dir={cache}", *FIXED]
+    words += ["dataset.n_examples=40"]
 
     def run(name, *more):
         saexp.run(saexp.compose([*words, *more]), tmp_path / name)
@@ -182,13 +183,13 @@ def test_on_the_tiny_model_only_an_sae_that_says_no_changes_anything(cache, tmp_
         shutil.copytree(shipped_sae, folder)
         cfg["metadata"]["prepend_bos"] = value
         (folder / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
-        about, mine = run(str(value), "sae=local", f"sae.path={folder}")
+        about, own_rows = run(str(value), "sae=local", f"sae.path={folder}")
         if value is False:
-            assert (mine["token_index"] == rows["token_index"] - 1).all()
+            assert (own_rows["token_index"] == rows["token_index"] - 1).all()
             assert about["store"]["key"] != shipped["store"]["key"]
             assert [n for n in about["notes"] if n.startswith("texts are read without the BOS")]
         else:
-            assert mine["token_index"].max() == rows["token_index"].max()
+            assert own_rows["token_index"].max() == rows["token_index"].max()
             assert not [n for n in about["notes"] if "BOS" in n]
     again, _ = run("again")
     assert again["store"]["key"] == shipped["store"]["key"]

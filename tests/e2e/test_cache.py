@@ -58,17 +58,17 @@ def line_of(make: Any) -> str:
 
 
 def test_the_listing_says_of_each_store_what_it_is_of(tmp_path: Path) -> None:
-    made = [store(tmp_path, "a", days=1), store(tmp_path, "b", days=3, model="other")]
+    stored = [store(tmp_path, "a", days=1), store(tmp_path, "b", days=3, model="other")]
     (tmp_path / "activations/0_damaged").mkdir()
     (tmp_path / "activations/0_damaged/manifest.json").write_text("{")
     table = stores.listing(tmp_path).set_index("key")
-    assert table.index.tolist() == [made[1].path.name, made[0].path.name]
-    row = table.loc[made[1].path.name]
+    assert table.index.tolist() == [stored[1].path.name, stored[0].path.name]
+    row = table.loc[stored[1].path.name]
     assert row[["model", "dataset", "positions", "n_rows", "dtype"]].tolist() == [
         *("other", "set b", "last", ROWS, "float32")
     ]
     assert row["hookpoints"] == "layer_0.resid_post, layer_1.resid_post"
-    files = [p for p in made[1].path.rglob("*") if p.is_file()]
+    files = [p for p in stored[1].path.rglob("*") if p.is_file()]
     assert row["bytes"] == sum(len(p.read_bytes()) for p in files)
     age = pd.Timestamp.now() - row["last_used"]
     assert abs(age - pd.Timedelta(days=3)) < pd.Timedelta(minutes=5)
@@ -118,16 +118,16 @@ def test_verifying_names_every_damaged_shard_and_no_other(
 
 
 def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
-    made = [store(tmp_path, t, days=d, width=5000) for t, d in (("a", 1), ("b", 9), ("c", 5))]
-    sizes = [stores.size(s.path) for s in made]
+    stored = [store(tmp_path, t, days=d, width=5000) for t, d in (("a", 1), ("b", 9), ("c", 5))]
+    sizes = [stores.size(s.path) for s in stored]
     room = f"{sum(sizes) * 0.99 / 1000}kB"
     pruned = stores.prune(tmp_path, max_size=room, max_age=None)
-    assert (pruned.removed, pruned.kept) == ([made[1].path.name], {})
+    assert (pruned.removed, pruned.kept) == ([stored[1].path.name], {})
     assert pruned.n_bytes == sizes[0] + sizes[2]
-    assert not made[1].path.exists()
+    assert not stored[1].path.exists()
     assert stores.prune(tmp_path, max_size=room, max_age=None).removed == []
     assert stores.prune(tmp_path, max_size="0 GB", max_age=None) == stores.Pruned(
-        [made[2].path.name, made[0].path.name], {}, 0
+        [stored[2].path.name, stored[0].path.name], {}, 0
     )
     assert keys(tmp_path) == set()
 
@@ -138,17 +138,17 @@ def test_pruning_by_size_drops_those_used_longest_ago(tmp_path: Path) -> None:
 def test_pruning_by_age_drops_what_was_not_used_for_so_long(
     tmp_path: Path, max_age: str, left: str
 ) -> None:
-    made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
+    stored = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
     removed = stores.prune(tmp_path, max_size=None, max_age=max_age).removed
-    assert keys(tmp_path) == {made[t].path.name for t in left}
-    assert set(removed) == {made[t].path.name for t in "abc" if t not in left}
+    assert keys(tmp_path) == {stored[t].path.name for t in left}
+    assert set(removed) == {stored[t].path.name for t in "abc" if t not in left}
 
 
 def test_both_limits_hold_together(tmp_path: Path) -> None:
-    made = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
-    size = f"{stores.size(made['a'].path) * 1.5 / 1000}kb"
+    stored = {t: store(tmp_path, t, days=d) for t, d in (("a", 1), ("b", 9), ("c", 5))}
+    size = f"{stores.size(stored['a'].path) * 1.5 / 1000}kb"
     removed = stores.prune(tmp_path, max_size=size, max_age="1w").removed
-    assert removed == [made["b"].path.name, made["c"].path.name]
+    assert removed == [stored["b"].path.name, stored["c"].path.name]
 
 
 def test_a_store_that_a_process_works_on_stays(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ NO_NUMBERS = [("max_size", "1.2.3GB"), ("max_age", ".d")]
 def test_a_limit_that_cannot_be_read_is_one_line_and_removes_nothing(
     tmp_path: Path, key: str, text: str
 ) -> None:
-    made = store(tmp_path, days=999)
+    stored = store(tmp_path, days=999)
     limits: dict[str, Any] = {"max_size": None, "max_age": None, key: text}
     units = "kb, mb, gb, tb" if key == "max_size" else "h, d, w"
     example = "20GB" if key == "max_size" else "30d"
@@ -178,7 +178,7 @@ def test_a_limit_that_cannot_be_read_is_one_line_and_removes_nothing(
         f"task.{key}={text} cannot be read; type a number with one of {units}, such as "
         f"task.{key}={example}"
     )
-    assert made.path.is_dir()
+    assert stored.path.is_dir()
 
 
 def test_no_limit_is_one_line(tmp_path: Path) -> None:
@@ -207,19 +207,19 @@ def test_a_store_is_found_by_the_beginning_of_its_key(tmp_path: Path) -> None:
 
 
 def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
-    made = [store(tmp_path / "outputs/cache", t) for t in "ab"]
+    stored = [store(tmp_path / "outputs/cache", t) for t in "ab"]
     listed = command(tmp_path, "task=cache", "hydra.run.dir=listed")
     assert listed.code == 0, listed.err
-    assert all(s.path.name in listed.out and "layer_1.resid_post" in listed.out for s in made)
+    assert all(s.path.name in listed.out and "layer_1.resid_post" in listed.out for s in stored)
     assert "note: 2 stores, " in listed.out
     # Sizes with their unit and times to the minute where they are read; whole in the table.
     assert re.search(r" kB +\d{4}-\d\d-\d\d \d\d:\d\d$", listed.out.splitlines()[1])
     assert "size" in listed.out.splitlines()[0]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["bytes"].tolist() == [
-        stores.size(s.path) for s in made
+        stores.size(s.path) for s in stored
     ]
     assert pd.read_parquet(tmp_path / "listed/stores.parquet")["key"].tolist() == [
-        s.path.name for s in made
+        s.path.name for s in stored
     ]
     assert not list(tmp_path.rglob("wandb"))
     words = ["task=cache", "task.action=verify"]
@@ -229,24 +229,24 @@ def test_task_cache_lists_and_verifies(tmp_path: Path) -> None:
 def test_task_cache_that_finds_damage_lists_everything_and_ends_with_code_1(
     tmp_path: Path,
 ) -> None:
-    made = [store(tmp_path / "outputs/cache", t) for t in "abc"]
-    flip(made[1].path / "layer_0.resid_post/00001.safetensors")
-    (made[2].path / "manifest.json").write_text("{")
-    found = command(tmp_path, "task=cache", "task.action=verify", "hydra.run.dir=verified")
-    assert found.code == 1
-    *listed, last = found.err.splitlines()
+    sound, damaged, broken = (store(tmp_path / "outputs/cache", t) for t in "abc")
+    flip(damaged.path / "layer_0.resid_post/00001.safetensors")
+    (broken.path / "manifest.json").write_text("{")
+    said = command(tmp_path, "task=cache", "task.action=verify", "hydra.run.dir=verified")
+    assert said.code == 1
+    *listed, last = said.err.splitlines()
     assert last == (
-        f"saexp: damaged: {made[1].path.name}: layer_0.resid_post/00001; run what needs them with "
+        f"saexp: damaged: {damaged.path.name}: layer_0.resid_post/00001; run what needs them with "
         "verify=true, which computes them again; manifest.json cannot be read in "
-        f"outputs/cache/activations/{made[2].path.name}: the command that wrote it writes it again "
+        f"outputs/cache/activations/{broken.path.name}: the command that wrote it writes it again "
         "from its shards"
     )
-    for one in made:
+    for one in (sound, damaged, broken):
         assert any(one.path.name in line for line in listed)
-    assert any(f"{made[1].path.name}: damaged layer_0.resid_post/00001" in line for line in listed)
+    assert any(f"{damaged.path.name}: damaged layer_0.resid_post/00001" in line for line in listed)
     assert not any("all sound" in line for line in listed)
     assert len(pd.read_parquet(tmp_path / "verified/stores.parquet")) == 2
-    assert "Traceback" not in found.err
+    assert "Traceback" not in said.err
 
 
 def test_task_cache_prunes_and_says_what(tmp_path: Path) -> None:

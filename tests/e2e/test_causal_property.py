@@ -121,7 +121,7 @@ def table_of(scenario: Scenario) -> list[dict[str, Any]]:
         return [WORDS[i] for i in rng.integers(len(WORDS), size=n)]
 
     rows: list[dict[str, Any]] = []
-    for number in range(26):
+    for number in range(20):
         n = int(rng.choice([1, 2, 3, 5, 8, 13, 30, 60]))
         entity = ENTITIES[int(rng.integers(len(ENTITIES)))]
         text = " ".join([*words(n // 2), entity, *words(n - n // 2 - 1)])
@@ -163,18 +163,18 @@ def is_missing(value: Any) -> bool:
 
 
 def tokenizer_of(scenario: Scenario) -> Any:
-    made = random_models.tokenizer.__wrapped__()
-    special = [(name, made.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    fast = random_models.tokenizer.__wrapped__()
+    special = [(name, fast.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
     used = [pair for pair in special if pair[0] in scenario.special]
-    made.backend_tokenizer.post_processor = Sequence(
+    fast.backend_tokenizer.post_processor = Sequence(
         [
             ByteLevel(trim_offsets=True),
             TemplateProcessing(single=scenario.special, special_tokens=used),
         ]
     )
-    made.padding_side = scenario.padding
-    made.chat_template = scenario.template
-    return made
+    fast.padding_side = scenario.padding
+    fast.chat_template = scenario.template
+    return fast
 
 
 @dataclass
@@ -298,9 +298,9 @@ def span_of(row: dict[str, Any]) -> tuple[int, int] | None:
 
 def added(record: dict[str, Any], own: str, W_dec: torch.Tensor) -> torch.Tensor:
     """What coefficient 1 of a condition adds; of a control, at its condition's norm."""
-    mine = W_dec[[int(latent) for latent in own.split("+")]]
+    rows = W_dec[[int(latent) for latent in own.split("+")]]
     if record["role"] != "control":
-        return mine.sum(0)
+        return rows.sum(0)
     kind = record["control_kind"]
     if kind.startswith("random"):
         number = int(record["condition"].rsplit("_", 1)[1])
@@ -308,9 +308,9 @@ def added(record: dict[str, Any], own: str, W_dec: torch.Tensor) -> torch.Tensor
         direction = random_directions(number, D_MODEL, 0, *of)[-1]
     else:
         theirs = W_dec[[int(latent) for latent in record["latent"].split("+")]]
-        scale = mine.norm(dim=1) / theirs.norm(dim=1)
+        scale = rows.norm(dim=1) / theirs.norm(dim=1)
         direction = scale @ theirs
-    return direction / direction.norm() * mine.sum(0).norm()
+    return direction / direction.norm() * rows.sum(0).norm()
 
 
 @pytest.mark.slow
@@ -400,10 +400,10 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
             at = record["condition"], record["coefficient"]
             ratio = controls.loc[at, "norm_ratio"] if record["role"] == "control" else 1.0
             delta = record["coefficient"] * ratio * added(record, own, weights["W_dec"])
-        made = loop.generate(ids, delta, positions)
-        expected = loop.text(made, len(ids))
+        generated = loop.generate(ids, delta, positions)
+        expected = loop.text(generated, len(ids))
         if record["generated_text"] != expected:
-            assert loop.is_near_tie(made), (record["example_id"], record["condition"], ids)
+            assert loop.is_near_tie(generated), (record["example_id"], record["condition"], ids)
             differing += 1
     assert differing <= 1
     steered = effects[effects["coefficient"] != 0]
@@ -415,9 +415,9 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
 def random_hf_with(architecture: str, options: dict[str, Any]) -> Any:
     """A random model with a longer context than the shared ones have."""
     settings = random_models.ARCHITECTURES[architecture][1]
-    kept = {key: settings[key] for key in options if key in settings}
+    earlier = {key: settings[key] for key in options if key in settings}
     settings.update(options)
     try:
         return random_hf(architecture)
     finally:
-        settings.update(kept)
+        settings.update(earlier)

@@ -103,8 +103,8 @@ def test_at_most_5_percent_of_null_runs_find_anything(
     finds, rejected, naively = [], [], []
     for seed in range(N_RUNS):
         dense, rows = design(np.random.default_rng([seed, 61]))
-        made = contrast(dense, rows)
-        latents = made.tables["latents"]
+        result = contrast(dense, rows)
+        latents = result.tables["latents"]
         finds.append(int((latents["q_value"] <= LEVEL).any()))
         rejected.append((latents["p_value"] <= LEVEL).mean())
         naively.append((naive(dense, rows) <= LEVEL).mean())
@@ -119,12 +119,12 @@ def test_a_latent_of_the_group_is_found_in_the_same_data(
     design: Callable[[np.random.Generator], Design],
 ) -> None:
     """On 85 % of known entities' rows and 15 % of the others'."""
-    found = []
+    significant = []
     for seed in range(20):
         rng = np.random.default_rng([seed, 67])
         dense, rows = design(rng)
         rate = np.where(rows["group"] == "known", 0.85, 0.15)
         dense[:, 0] = rng.random(len(rows)) < rate
         latents = contrast(dense, rows).tables["latents"].set_index("latent")
-        found.append(latents.loc[0, "q_value"] <= LEVEL)
-    assert np.mean(found) >= 0.9
+        significant.append(latents.loc[0, "q_value"] <= LEVEL)
+    assert np.mean(significant) >= 0.9

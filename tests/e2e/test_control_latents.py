@@ -28,12 +28,12 @@ def test_a_latent_drawn_among_its_candidates_is_seldom_extreme(
         )
         middle = facts.loc[facts["frequency"].between(0.02, 0.2), "latent"].to_numpy()
         own = tuple(rng.choice(middle, k, replace=False).tolist())
-        found = matched(facts, own, n, n_least=0, seed=seed)
-        assert len(found) == n and all(c.matched for c in found)
+        controls = matched(facts, own, n, n_least=0, seed=seed)
+        assert len(controls) == n and all(c.matched for c in controls)
         weights = 4.0 ** -np.arange(k)
         sums = [
             sum(w * effect[f] for w, f in zip(weights, s, strict=True))
-            for s in (own, *(c.latents for c in found))
+            for s in (own, *(c.latents for c in controls))
         ]
         # Finitely many prompts: what is measured of each, with noise.
         measured = rng.binomial(50, 1 / (1 + np.exp(-np.array(sums)))) / 50

@@ -60,7 +60,7 @@ def ran(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def kl_by_hand(ran: Ran, step: Tensor) -> float:
     """Mean over texts of the mean KL per token, each text alone, by a hand-written hook."""
-    found = []
+    kls = []
     for text in ran.texts:
         ordinary = [i for i, special in enumerate(text.special) if not special]
 
@@ -77,8 +77,8 @@ def kl_by_hand(ran: Ran, step: Tensor) -> float:
                 after = ran.model.hf(ids).logits[0, 1:].double().log_softmax(-1)
             finally:
                 handle.remove()
-        found.append(float((before.exp() * (before - after)).sum(-1).mean()))
-    return float(np.mean(found))
+        kls.append(float((before.exp() * (before - after)).sum(-1).mean()))
+    return float(np.mean(kls))
 
 
 def mains(ran: Ran) -> list[str]:
@@ -92,10 +92,10 @@ def test_every_kind_is_there_on_test_prompts_at_one_coefficient(ran: Ran) -> Non
     assert set(effects.loc[effects["role"] != "control", "control_kind"]) == {""}
     assert len(mains(ran)) == 2
     for of in mains(ran):
-        mine = controls[controls["of"] == of]
-        at = mine[
-            mine["coefficient"]
-            == mine.loc[mine["control_kind"] == "random_kl", "coefficient"].iloc[0]
+        of_condition = controls[controls["of"] == of]
+        at = of_condition[
+            of_condition["coefficient"]
+            == of_condition.loc[of_condition["control_kind"] == "random_kl", "coefficient"].iloc[0]
         ]
         assert sorted(at["control_kind"].unique()) == sorted(KINDS)
         counts = at["control_kind"].value_counts()
@@ -149,12 +149,14 @@ def test_scaled_controls_cost_as_much_as_their_condition_by_hand(ran: Ran) -> No
     d = ran.model.d_model
     n_matched = 0
     for of in mains(ran):
-        mine = controls[controls["of"] == of].query("control_kind in ['disruption', 'random_kl']")
-        at = mine["coefficient"].iloc[0]
+        of_condition = controls[controls["of"] == of].query(
+            "control_kind in ['disruption', 'random_kl']"
+        )
+        at = of_condition["coefficient"].iloc[0]
         row = unit(ran.sae.directions([int(latents[of])])[0].float(), dim=0)
         own = kl_by_hand(ran, row * lengths[of, at])
         noise = random_directions(N, d, 0, "control", ran.sae.hookpoint.name, of)
-        for control in mine.to_dict("records"):
+        for control in of_condition.to_dict("records"):
             if control["control_kind"] == "disruption":
                 direction = unit(ran.sae.directions([int(control["latents"])])[0].float(), dim=0)
             else:
@@ -206,8 +208,8 @@ def test_one_coefficient_needs_no_choice(cache: Path, tmp_path: Path) -> None:
     # The KL of controls is known from scaling them, though no cost is asked for.
     scaled = controls["control_kind"].isin(["disruption", "random_kl"])
     assert controls.loc[scaled, "kl"].notna().all() and "costs" not in result.tables
-    kept = pd.read_parquet(tmp_path / "controls.parquet")
-    assert len(kept) == len(controls)
+    saved = pd.read_parquet(tmp_path / "controls.parquet")
+    assert len(saved) == len(controls)
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))
 
 
@@ -231,10 +233,13 @@ def test_without_an_outcome_per_prompt_there_is_no_second_stage(
     cache: Path, tmp_path: Path
 ) -> None:
     words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
-    found = run(cache, tmp_path, *words, "intervention.outcomes=[attention]")
-    controls = found.tables["controls"]
+    result = run(cache, tmp_path, *words, "intervention.outcomes=[attention]")
+    controls = result.tables["controls"]
     assert set(controls["control_kind"]) == {"frequency", "random_norm"}
-    assert set(found.tables["attention_summary"]["control_kind"]) == {"", *controls["control_kind"]}
+    assert set(result.tables["attention_summary"]["control_kind"]) == {
+        "",
+        *controls["control_kind"],
+    }
     assert (controls.groupby(["of", "control_kind"])["condition"].nunique() <= N_CURVE).all()
 
 

@@ -96,19 +96,19 @@ def test_named_latents_come_in_their_order_once(named: Made) -> None:
 
 @pytest.mark.parametrize("which", ["best", "named"])
 def test_numbers_equal_dense_ones(which: str, request: pytest.FixtureRequest) -> None:
-    made: Made = request.getfixturevalue(which)
-    assert made.content["n_rows"] == len(made.acts) == len(made.rows)
-    group = made.rows["group"].to_numpy()
+    dashboard_run: Made = request.getfixturevalue(which)
+    assert dashboard_run.content["n_rows"] == len(dashboard_run.acts) == len(dashboard_run.rows)
+    group = dashboard_run.rows["group"].to_numpy()
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = np.corrcoef(made.acts.T)
-    for card in made.content["latents"]:
-        values = made.acts[:, card["latent"]]
+        correlation = np.corrcoef(dashboard_run.acts.T)
+    for card in dashboard_run.content["latents"]:
+        values = dashboard_run.acts[:, card["latent"]]
         firing = values > 0
         assert card["n_active"] == firing.sum()
         assert card["density"] == pytest.approx(firing.mean())
         assert card["max"] == pytest.approx(values.max(), rel=1e-5)
         assert card["active_of_group"] == [
-            int(firing[group == g].sum()) for g in made.content["groups"]
+            int(firing[group == g].sum()) for g in dashboard_run.content["groups"]
         ]
         counts = np.array(card["histogram"]["counts"]).sum(0)
         edges = np.arange(len(counts) + 1) * card["histogram"]["width"]
@@ -117,20 +117,20 @@ def test_numbers_equal_dense_ones(which: str, request: pytest.FixtureRequest) ->
         order = [f for f in np.argsort(-np.nan_to_num(row, nan=-9)) if f != card["latent"]]
         assert [f for f, _ in card["correlated"]] == order[:6]
         assert [r for _, r in card["correlated"]] == pytest.approx(row[order[:6]], rel=1e-3)
-        told = made.result.tables["dashboard"].set_index("latent").loc[card["latent"]]
-        assert told["n_active"] == card["n_active"]
+        measured = dashboard_run.result.tables["dashboard"].set_index("latent").loc[card["latent"]]
+        assert measured["n_active"] == card["n_active"]
 
 
 @pytest.mark.parametrize("which", ["best", "named"])
 def test_every_token_of_an_example_has_its_own_value(
     which: str, request: pytest.FixtureRequest
 ) -> None:
-    made: Made = request.getfixturevalue(which)
-    of_example = {e: part for e, part in made.rows.groupby("example_id")}
-    for card in made.content["latents"]:
-        values = made.acts[:, card["latent"]]
+    dashboard_run: Made = request.getfixturevalue(which)
+    of_example = {e: part for e, part in dashboard_run.rows.groupby("example_id")}
+    for card in dashboard_run.content["latents"]:
+        values = dashboard_run.acts[:, card["latent"]]
         top = [e["value"] for e in card["top"]]
-        by_text = pd.Series(values).groupby(made.rows["text_id"]).max()
+        by_text = pd.Series(values).groupby(dashboard_run.rows["text_id"]).max()
         strongest = by_text[by_text > 0].sort_values(ascending=False).head(10)
         assert top == pytest.approx(strongest.tolist(), rel=1e-3)
         for example in card["top"]:
@@ -214,13 +214,13 @@ def test_without_groups_the_most_frequent_are_shown_with_a_note(tmp_path: Path) 
     file = tmp_path / "texts.txt"
     file.write_text("The city of Orvann\nThe song is sung again\nA movie about a song\n")
     words = ["dataset=text", f"dataset.path={file}", "task.latents=top:4"]
-    made = make(tmp_path / "run", tmp_path / "cache", *words)
-    counts = (made.acts > 0).sum(0)
-    shown = [c["latent"] for c in made.content["latents"]]
+    dashboard_run = make(tmp_path / "run", tmp_path / "cache", *words)
+    counts = (dashboard_run.acts > 0).sum(0)
+    shown = [c["latent"] for c in dashboard_run.content["latents"]]
     assert shown == np.argsort(-counts, kind="stable")[:4].tolist()
-    assert any("the data set has no groups" in n for n in made.result.notes)
-    assert made.content["groups"] == ["all rows"]
-    assert all(c["contrast"] is None for c in made.content["latents"])
+    assert any("the data set has no groups" in n for n in dashboard_run.result.notes)
+    assert dashboard_run.content["groups"] == ["all rows"]
+    assert all(c["contrast"] is None for c in dashboard_run.content["latents"])
 
 
 def test_rows_that_the_contrast_leaves_out_are_in_a_note(
@@ -234,10 +234,10 @@ def test_rows_that_the_contrast_leaves_out_are_in_a_note(
     pd.concat([rows, again.assign(text="So " + again["text"])]).to_json(
         file, orient="records", lines=True
     )
-    made = make(
+    dashboard_run = make(
         tmp_path / "run", cache, "dataset=jsonl", f"dataset.path={file}", "task.latents=[3]"
     )
-    (note,) = [n for n in made.result.notes if "every entity contributes 1 row" in n]
+    (note,) = [n for n in dashboard_run.result.notes if "every entity contributes 1 row" in n]
     assert re.match(r"contrast at entity_last: \d+ of \d+ rows left out", note)
 
 
@@ -245,12 +245,14 @@ def test_a_latent_that_never_fires_and_fewer_selected_than_asked_for(
     tmp_path: Path, best: Made, cache: Path
 ) -> None:
     silent = int(np.flatnonzero(best.acts.max(0) == 0)[0])
-    made = make(tmp_path / "silent", cache, f"task.latents={silent}", "task.n_correlated=0")
-    (card,) = made.content["latents"]
+    dashboard_run = make(
+        tmp_path / "silent", cache, f"task.latents={silent}", "task.n_correlated=0"
+    )
+    (card,) = dashboard_run.content["latents"]
     assert (card["n_active"], card["top"], card["quantiles"]) == (0, [], [])
     assert card["mean_active"] is None
     assert card["correlated"] == []
-    assert made.result.metrics["dashboard/n_inactive"] == 1
+    assert dashboard_run.result.metrics["dashboard/n_inactive"] == 1
     many = make(tmp_path / "many", cache, "task.latents=top:255")
     assert any("not the 255 requested" in n for n in many.result.notes)
 
@@ -260,8 +262,10 @@ def test_the_run_leaves_its_files_and_says_what_it_is(best: Made) -> None:
     assert folder is not None
     for name in ("dashboard.html", "dashboard.json", "rows.parquet", "contrast.parquet"):
         assert (folder / name).stat().st_size > 0, name
-    (told,) = json.loads((folder / "provenance.json").read_text("utf-8"))["finding"]
-    assert told.startswith("tiny, layer_2.resid_post, SAE of 256 latents: 2 of them (the contrast")
+    (finding,) = json.loads((folder / "provenance.json").read_text("utf-8"))["finding"]
+    assert finding.startswith(
+        "tiny, layer_2.resid_post, SAE of 256 latents: 2 of them (the contrast"
+    )
 
 
 def test_what_names_latents() -> None:

@@ -41,7 +41,7 @@ WORDS = {
     "capability": ("dataset=ioi", "dataset.n_examples=20"),
     "top_features": ("dataset=text", f'dataset.text="{PROMPT} Laura."'),
     "stats": ("dataset=memorization", "positions=continuation"),
-    "probe": (),
+    "probe": ("dataset.n_examples=100",),
 }
 FIGURES = {
     "capability": {"best_tokens", "answers"},
@@ -81,7 +81,7 @@ def test_files_and_metrics(done: tuple[str, Result]) -> None:
     assert {"load", "collect", "encode", name} <= set(about["seconds"])
 
 
-def test_the_page_stands_alone(done: tuple[str, Result]) -> None:
+def test_the_page_needs_no_other_file(done: tuple[str, Result]) -> None:
     name, result = done
     assert result.path is not None
     body = page_of(result.path)
@@ -121,8 +121,8 @@ def test_layers_one_after_another(cache: Path, tmp_path: Path) -> None:
     assert table["layer"].unique().tolist() == [0, 1, 2, 3, 4]
     for layer in (0, 3):
         alone = run(cache, tmp_path / f"{layer}", *words, f"layer={layer}")
-        mine = table[table["layer"] == layer].reset_index(drop=True)
-        pd.testing.assert_frame_equal(mine, alone.tables["top_features"])
+        of_layer = table[table["layer"] == layer].reset_index(drop=True)
+        pd.testing.assert_frame_equal(of_layer, alone.tables["top_features"])
         for name in ("top_features/best_max", "sparsity/l0", "check/l0"):
             assert together.metrics[f"{name}_layer_{layer}"] == alone.metrics[name]
     body = page_of(tmp_path / "all")
@@ -224,7 +224,7 @@ def mine() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("mine")
-def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
+def test_a_custom_analyzer_is_run(cache: Path, tmp_path: Path) -> None:
     result = run(cache, tmp_path / "run", "analyzer.name=mine", "layer=1")
     assert result.metrics["mine/none"] is None
     assert "mine/none could not be computed" in result.notes
@@ -233,18 +233,18 @@ def test_an_analyzer_of_ones_own(cache: Path, tmp_path: Path) -> None:
     assert "first 200 of 960" in body and "&lt;b&gt;" in body
     again = report_figures(tmp_path / "run")["my norms"]
     original = go.Figure(go.Histogram(x=result.tables["norms"]["norm"].to_numpy()))
-    mine = again.data[0].to_plotly_json()
-    assert mine == json.loads(original.to_json() or "")["data"][0]
+    trace = again.data[0].to_plotly_json()
+    assert trace == json.loads(original.to_json() or "")["data"][0]
 
 
 def test_analyzers_that_give_what_cannot_be_kept(cache: Path, tmp_path: Path) -> None:
-    given: list[object] = [
+    results: list[object] = [
         None,
         Result(tables={"rows": pd.DataFrame()}),
         Result(metrics={"sparsity/l0": 1.0}),
     ]
     messages = ("must give a Result", "tables called rows are", "metrics called sparsity/l0")
-    for number, (result, message) in enumerate(zip(given, messages, strict=True)):
+    for number, (result, message) in enumerate(zip(results, messages, strict=True)):
 
         class Odd:
             """Gives what it should not."""

@@ -22,8 +22,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     site = tmp_path / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
     assert "load_model" in (site / "reference/api.html").read_text("utf-8")
     assert "analyzer.alpha" in (site / "reference/config.html").read_text("utf-8")
     assert "python -m saexp" in (site / "reference/cli.html").read_text("utf-8")

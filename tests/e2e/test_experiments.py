@@ -22,9 +22,12 @@ SCRIPTS = {
 The simulations of `validation` run in tests/e2e/test_inference_table.py.
 """
 SMALL = (
-    "analyzer.n_bootstrap=10 intervention.n_prompts=8 intervention.n_choice_prompts=4 "
-    "intervention.n_controls=1 intervention.max_new_tokens=6 intervention.top_k=1"
+    "analyzer.n_bootstrap=10 intervention.n_prompts=4 intervention.n_choice_prompts=2 "
+    "intervention.n_controls=1 intervention.max_new_tokens=4 intervention.top_k=1 "
+    "intervention.n_neutral=2 dataset.n_examples=60"
 )
+LAYERS = "1,2"
+"""Of the studies' sweeps, instead of all five."""
 OVERLAY = {
     "entity_recognition": SMALL,
     "memorization": SMALL,
@@ -37,15 +40,16 @@ OVERLAY = {
 
 
 def commands(study: str, out: Path, cache: Path) -> list[list[str]]:
-    """What run.sh would run, told by a stand-in for Python."""
-    told = out / "commands"
+    """What run.sh would run, recorded by a stand-in for Python."""
+    recorded = out / "commands"
     stand_in = out / "python"
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {told}\necho == >> {told}\n')
+    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {recorded}\necho == >> {recorded}\n')
     stand_in.chmod(0o755)
     extra = f"{OVERLAY[study]} cache_dir={cache}"
     env = {**os.environ, "PYTHON": str(stand_in), "OUT": str(out / "runs"), "EXTRA": extra}
+    env["LAYERS"] = LAYERS
     subprocess.run(["bash", str(SCRIPTS[study])], env=env, check=True)
-    return [c.strip().splitlines() for c in told.read_text().split("==\n") if c.strip()]
+    return [c.strip().splitlines() for c in recorded.read_text().split("==\n") if c.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +67,15 @@ def typed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_of_a_study_runs(
     study: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = commands(study, tmp_path, cache)
-    assert made
+    commands_of_study = commands(study, tmp_path, cache)
+    assert commands_of_study
     monkeypatch.chdir(tmp_path)
-    for words in made:
+    for words in commands_of_study:
         if any("task.n_texts" in w for w in words) and "experiment=sae_quality" not in words:
             words = [w for w in words if "task.n_texts" not in w]
         typed(words, monkeypatch)
     pages = [*(tmp_path / "runs").rglob("*.html")]
-    assert len(pages) >= len(made)
+    assert len(pages) >= len(commands_of_study)
     assert not list((tmp_path / "runs").rglob("error.txt"))
 
 

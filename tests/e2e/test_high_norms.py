@@ -30,13 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def texts() -> list[str]:
     rng = np.random.default_rng(0)
-    found = []
+    lines = []
     for number in range(80):
         words = rng.choice(WORDS, size=6).tolist()
         if number % 3:
             words.insert(0 if number % 2 else 3, SINKS[number % 2])
-        found.append(" ".join(words) + f" {number}")
-    return found
+        lines.append(" ".join(words) + f" {number}")
+    return lines
 
 
 def sink_ids() -> list[int]:
@@ -228,12 +228,12 @@ def test_dashboards_show_ordinary_positions(
     run(tmp_path, *words, *use)
     content: dict[str, Any] = json.loads((tmp_path / "dashboard.json").read_text("utf-8"))
     (card,) = content["latents"]
-    mine = dense[~high, latent]
-    assert dense[high, latent].max() > 2 * mine.max()
-    assert card["max"] == pytest.approx(mine.max(), rel=1e-3)
-    assert card["n_active"] == (mine > 0).sum()
+    ordinary_acts = dense[~high, latent]
+    assert dense[high, latent].max() > 2 * ordinary_acts.max()
+    assert card["max"] == pytest.approx(ordinary_acts.max(), rel=1e-3)
+    assert card["n_active"] == (ordinary_acts > 0).sum()
     assert content["n_rows"] == (~high).sum()
-    assert card["top"][0]["value"] == pytest.approx(mine.max(), rel=1e-3)
+    assert card["top"][0]["value"] == pytest.approx(ordinary_acts.max(), rel=1e-3)
     values = [v for e in card["top"] for v in e["values"] if v is not None]
     assert max(values) <= card["max"] * 1.001
 
@@ -307,6 +307,6 @@ def test_the_check_and_an_estimated_scaling_are_of_ordinary_positions(
     notes = run(tmp_path / "scaled", *words, *use, "sae.norm_factor=estimate").notes
     factor = ordinary.shape[1] ** 0.5 / float(ordinary.norm(dim=-1).mean())
     (note,) = [n for n in notes if n.startswith("sae.norm_factor=")]
-    found = note.removeprefix("sae.norm_factor=").split()[0]
-    assert float(found) == pytest.approx(factor, rel=1e-4)
+    noted_factor = note.removeprefix("sae.norm_factor=").split()[0]
+    assert float(noted_factor) == pytest.approx(factor, rel=1e-4)
     assert [n for n in notes if n.startswith("neutral text: ") and "times the median" in n]

@@ -152,8 +152,10 @@ def test_a_hub_behind_a_proxy_is_in_reach(scheme: str, tmp_path: Path) -> None:
             "HF_HOME": str(tmp_path),
         }
         asked = [sys.executable, "-c", "from saexp import hub; print(hub.unreachable())"]
-        done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "None\n", done.stderr
+        process = subprocess.run(
+            asked, env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert process.stdout == "None\n", process.stderr
 
 
 @pytest.mark.usefixtures("slow")
@@ -202,18 +204,18 @@ def test_a_run_ends_in_one_line(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     words = ["model=gemma2b", "sae=gemmascope", "layer=12", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "saexp", *words, "tracker=none"],
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1
+    assert process.returncode == 1
     assert re.fullmatch(
         r"saexp: model.name=google/gemma-2-2b: its config cannot be loaded \(the hub cannot be "
         r"reached: .*\); type a hub id .*\n",
-        done.stderr,
+        process.stderr,
     )
 
 

@@ -15,6 +15,7 @@ from tests.unit.interventions.plain_loop import Hooked, plain_generate
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
 SMALL += ["intervention.n_controls=3", "intervention.n_choice_prompts=2", "coefficient=[0,6]"]
 SMALL += ["intervention.where=last", "intervention.max_new_tokens=8"]
+SMALL += ["dataset.n_examples=60", "analyzer.n_background=500"]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def test_its_direction_is_added_as_a_plain_hook_adds_it(
         said = plain_generate(model, tokens.ids, 8, change)
         assert model.tokenizer.decode(said, skip_special_tokens=True) == row["generated_text"]
     assert effects["generated_text"].nunique() > 3
-    told = [n for n in result.notes if f"latent {inactive} is never active" in n]
-    assert len(told) == 1
+    notes = [n for n in result.notes if f"latent {inactive} is never active" in n]
+    assert len(notes) == 1
     controls = effects[effects["of"] == f"latent_{inactive}"]
     assert controls.loc[controls["control_kind"] == "frequency", "latent"].nunique() == 3
     table = result.tables["controls"].query("control_kind == 'frequency'")

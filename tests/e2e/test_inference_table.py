@@ -1,11 +1,13 @@
 """The simulated error rates and coverages: the scripts run, and the docs say what they measured."""
 
 import csv
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -17,26 +19,28 @@ KNOWN_SHORT = {"rate; n=10, value=0.99"}
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The study's own modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    import scenarios
+    import simulate
     import table
 
-    return table
+    logger = logging.getLogger("saexp")
+    level = logger.level
+    yield SimpleNamespace(scenarios=scenarios, simulate=simulate, table=table)
+    # The simulation is quieter than tests are.
+    logger.setLevel(level)
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import scenarios
-
-    return [s.name for s in scenarios.scenarios()]
+def table(scripts: SimpleNamespace) -> ModuleType:
+    return scripts.table
 
 
-def simulate(out: Path, *words: str) -> None:
-    command = [sys.executable, str(FOLDER / "simulate.py"), str(out), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture
+def names(scripts: SimpleNamespace) -> list[str]:
+    return [s.name for s in scripts.scenarios.scenarios()]
 
 
 def rows(out: Path) -> list[dict[str, str]]:
@@ -61,21 +65,36 @@ def test_nothing_is_found_too_often_and_intervals_cover(table: ModuleType) -> No
     assert short <= KNOWN_SHORT
 
 
-def test_a_quick_run_measures_and_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+def test_a_quick_run_measures_and_goes_on_with_what_is_missing(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out.csv"
-    simulate(out, "--quick", "--only", "separation, 4 types; n=10, value=0.97")
-    first = rows(out)
+
+    def simulate(only: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["simulate.py", str(out), "--quick", "--only", only])
+        scripts.simulate.main()
+        return rows(out)
+
+    first = simulate("separation, 4 types; n=10, value=0.97")
     assert [r["scenario"] for r in first] == ["separation, 4 types; n=10, value=0.97"]
     assert float(first[0]["value"]) > 0.85
-    simulate(out, "--quick", "--only", "separation, 4 types; n=10")
-    again = rows(out)
+    again = simulate("separation, 4 types; n=10")
     assert len(again) == 4
     assert again[0] == first[0]
 
 
-def test_a_scenario_measured_again_is_the_same(tmp_path: Path) -> None:
-    values = []
-    for name in ("a.csv", "b.csv"):
-        simulate(tmp_path / name, "--quick", "--only", "contrast: random labels")
-        values.append(rows(tmp_path / name)[0]["value"])
-    assert values[0] == values[1]
+def test_a_scenario_measured_in_another_process_is_the_same(
+    scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    name, out = "contrast: random labels", tmp_path / "out.csv"
+    process = subprocess.run(
+        [sys.executable, str(FOLDER / "simulate.py"), str(out), "--quick", "--only", name],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    (measured,) = rows(out)
+    (scenario,) = [s for s in scripts.scenarios.scenarios() if name in s.name]
+    assert scripts.simulate.row(scenario, quick=True, version="")["value"] == measured["value"]

@@ -17,6 +17,10 @@ from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
 SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
+SMALL += ["intervention.n_curve_controls=1", "analyzer.n_background=500"]
+FEW = ["intervention.n_prompts=4", "intervention.n_choice_prompts=2"]
+FEW += ["intervention.max_new_tokens=6", "dataset.n_examples=80"]
+"""Enough for what does not depend on the finding."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_every_mode_has_effects_controls_a_report_and_its_identity(
     cache: Path, tmp_path: Path, mode: str
 ) -> None:
     outcomes = "intervention.outcomes=[refusal,answer_probability]"
-    result = ran(cache, tmp_path, f"intervention={mode}", outcomes, *MODES[mode])
+    result = ran(cache, tmp_path, *FEW, f"intervention={mode}", outcomes, *MODES[mode])
     effects = result.tables["effects"]
     base = effects[effects["role"] == "baseline"].set_index("example_id")
     zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
@@ -78,13 +82,14 @@ def test_every_mode_has_effects_controls_a_report_and_its_identity(
 
 
 @pytest.mark.parametrize(("limit", "exact"), [(10, None), (50, 1.0)])
-def test_continuations_longer_than_the_limit_are_left_out_and_told(
+def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     cache: Path, tmp_path: Path, limit: int, exact: float | None
 ) -> None:
     """Memorised passages have 21 tokens; ten of them neither match nor fail to."""
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
-    result = ran(cache, tmp_path, *words, "intervention.n_choice_prompts=0")
+    words += ["intervention.n_choice_prompts=0", "intervention.top_k=1"]
+    result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
     assert result.metrics["effect/exact_match/baseline_memorized"] == exact
@@ -109,7 +114,7 @@ def test_continuations_longer_than_the_limit_are_left_out_and_told(
 def test_the_whole_reconstruction_with_its_error_changes_no_answer(
     cache: Path, tmp_path: Path
 ) -> None:
-    words = ["intervention=splice", "intervention.error=true", "intervention.n_controls=0"]
+    words = [*FEW, "intervention=splice", "intervention.error=true", "intervention.n_controls=0"]
     result = ran(cache, tmp_path, *words, "intervention.outcomes=[answer_logit]")
     summary = test_of(result)
     main = summary[summary["role"] == "place"]
@@ -152,7 +157,7 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
     from saexp.context import ObjectCache
     from saexp.pipeline.objects import language_model
 
-    cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "intervention=orthogonalize"])
+    cfg = saexp.compose([*SMALL, *FEW, f"cache_dir={cache}", "intervention=orthogonalize"])
     objects = ObjectCache()
     model = language_model(cfg, objects)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
@@ -162,44 +167,61 @@ def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: P
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
-) -> None:
-    words = ["coefficient=[0,0.4]", "intervention.batch_tokens=1000", "seed=3"]
-    real, stages, made, asked = SpeculativeDecoding.run, [], [], []
+STOPPED = [*FEW, "coefficient=[0,0.4]", "intervention.batch_tokens=150", "seed=3"]
 
-    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
-        stages.append(len(made))
-        for batch in real(guessing, rows):
-            if len(stages) == stage and len(made) - stages[-1] == 2:
-                raise KeyboardInterrupt
-            made.append(len(batch))
-            yield batch
 
-    monkeypatch.setattr(SpeculativeDecoding, "run", dies)
-    with pytest.raises(KeyboardInterrupt):
-        ran(tmp_path / "own", tmp_path / "killed", *words)
-    assert len(stages) == stage
+def counted(patch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of rows that are computed from now on, call by call."""
+    real, n_rows = SpeculativeDecoding.run, []
 
     def counts(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
-        asked.append(len(rows))
+        n_rows.append(len(rows))
         yield from real(guessing, rows)
 
-    monkeypatch.setattr(SpeculativeDecoding, "run", counts)
-    again = ran(tmp_path / "own", tmp_path / "again", *words)
-    n_again = sum(asked)
-    whole = ran(tmp_path / "fresh", tmp_path / "whole", *words)
+    patch.setattr(SpeculativeDecoding, "run", counts)
+    return n_rows
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, int]:
+    """A run in a cache of its own, and how many rows it computed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        n_rows = counted(patch)
+        return ran(folder / "cache", folder / "run", *STOPPED), sum(n_rows)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stopped_run_goes_on_where_it_was(
+    undisturbed: tuple[Result, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    real, stages, computed = SpeculativeDecoding.run, [], []
+
+    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
+        stages.append(len(computed))
+        for batch in real(guessing, rows):
+            if len(stages) == stage and len(computed) - stages[-1] == 2:
+                raise KeyboardInterrupt
+            computed.append(len(batch))
+            yield batch
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SpeculativeDecoding, "run", dies)
+        ran(tmp_path / "cache", tmp_path / "stopped", *STOPPED)
+    assert len(stages) == stage
+    n_rows = counted(monkeypatch)
+    again = ran(tmp_path / "cache", tmp_path / "again", *STOPPED)
+    whole, n_whole = undisturbed
     for name in ("effects", "controls"):
         pd.testing.assert_frame_equal(again.tables[name], whole.tables[name])
-    assert sum(made) > 0
-    assert n_again == sum(asked) - n_again - sum(made)
+    assert sum(computed) > 0
+    assert sum(n_rows) == n_whole - sum(computed)
 
 
 def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
-    one = ran(cache, tmp_path / "1", "coefficient=0.3", "seed=5")
-    two = ran(cache, tmp_path / "2", "coefficient=0.5", "seed=5")
-    both = ran(cache, tmp_path / "3", "coefficient=[0.3,0.5]", "seed=5")
+    one = ran(cache, tmp_path / "1", *FEW, "coefficient=0.3", "seed=5")
+    two = ran(cache, tmp_path / "2", *FEW, "coefficient=0.5", "seed=5")
+    both = ran(cache, tmp_path / "3", *FEW, "coefficient=[0.3,0.5]", "seed=5")
     test = [r.tables["effects"].query("split == 'test'") for r in (one, two, both)]
     keys = ["example_id", "condition", "coefficient"]
     apart = pd.concat(test[:2]).drop_duplicates(keys).set_index(keys)["generated_text"]
@@ -252,9 +274,10 @@ def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], me
 
 
 def test_prompts_without_the_places_asked_for_are_counted(cache: Path, tmp_path: Path) -> None:
-    words = ["intervention.where=entity_last_n", "+intervention.where_options.n=2"]
+    few = ["intervention.max_new_tokens=2", "intervention.n_controls=1", "intervention.top_k=1"]
+    words = [*few, "intervention.where=entity_last_n", "+intervention.where_options.n=2"]
     result = ran(cache, tmp_path / "n", *words, "coefficient=[0,0.5]")
     assert test_of(result)["refusal_n"].max() == 12
-    words = ["intervention.where=substring", "+intervention.where_options.substring=player"]
+    words = [*few, "intervention.where=substring", "+intervention.where_options.substring=player"]
     result = ran(cache, tmp_path / "s", *words, "coefficient=[0,0.5]")
     assert any("prompts not steered" in note for note in result.notes)

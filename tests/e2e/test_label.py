@@ -51,8 +51,8 @@ def test_the_shipped_model_knows_what_it_was_trained_on(own):
     assert by["unknown"]["refusal"] >= 12
     assert "correct" not in by["unknown"]
     groups = pd.Series([r["group"] for r in entity_rows(own.path)])
-    given = table.drop_duplicates("entity")["given_group"].to_list()
-    assert groups.to_list() == given
+    given_groups = table.drop_duplicates("entity")["given_group"].to_list()
+    assert groups.to_list() == given_groups
     assert own.metrics["label/n_known"] == own.metrics["label/n_unknown"] == 16
     assert own.metrics["label/greedy_accuracy"] == 1.0
     assert any("16 questions whose answer in the data is a refusal" in n for n in own.notes)
@@ -61,11 +61,11 @@ def test_the_shipped_model_knows_what_it_was_trained_on(own):
 
 def test_the_files_are_read_by_dataset_jsonl(own, cache):
     about = json.loads((own.path / "provenance.json").read_text("utf-8"))["labels"]
-    kept = Path(about["path"])
-    assert kept.parent == cache / "labels" and kept.name == about["key"]
+    stored = Path(about["path"])
+    assert stored.parent == cache / "labels" and stored.name == about["key"]
     for name in ("entities.jsonl", "labels.parquet"):
-        assert (kept / name).read_bytes() == (own.path / name).read_bytes()
-    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{kept / "entities.jsonl"}"'])
+        assert (stored / name).read_bytes() == (own.path / name).read_bytes()
+    cfg = saexp.compose(["dataset=jsonl", f'dataset.path="{stored / "entities.jsonl"}"'])
     got = saexp.build("dataset", cfg.dataset)
     assert set(got.groups) == {"known", "unknown"}
     assert [e.split for e in got.examples] == [r["split"] for r in entity_rows(own.path)]
@@ -98,14 +98,14 @@ def test_nothing_is_generated_twice_and_a_killed_run_goes_on(tmp_path, monkeypat
         patch.setattr(generation, "_generate_batch", dying)
         with pytest.raises(KeyboardInterrupt):
             labelled(tmp_path / "cache", tmp_path / "killed", *words)
-    done = sum(batches[:2])
+    n_generated = sum(batches[:2])
     batches.clear()
     with monkeypatch.context() as patch:
         patch.setattr(
             generation, "_generate_batch", lambda *a: batches.append(len(a[1])) or real(*a)
         )
         again = labelled(tmp_path / "cache", tmp_path / "again", *words)
-        assert sum(batches) == 4 * 2 * 4 * 5 - done
+        assert sum(batches) == 4 * 2 * 4 * 5 - n_generated
         batches.clear()
         labelled(tmp_path / "cache", tmp_path / "third", "task.min_correct=2")
         assert batches == []
@@ -118,21 +118,21 @@ def test_answers_are_what_the_model_gives_by_a_plain_loop(tmp_path):
     settings = {"n_samples": 300, "temperature": 1.0, "max_new_tokens": 3, "batch_tokens": 4096}
     got = answers(model, prompts, tmp_path, seed=0, **settings)
     for ids, answer in zip(prompts, got, strict=True):
-        made = list(ids)
+        tokens = list(ids)
         for _ in range(3):
             with torch.inference_mode():
-                following = int(model.hf(torch.tensor([made])).logits[0, -1].argmax())
+                following = int(model.hf(torch.tensor([tokens])).logits[0, -1].argmax())
             if following in model.eos_ids:
                 break
-            made.append(following)
-        assert list(answer.greedy) == made[len(ids) :]
+            tokens.append(following)
+        assert list(answer.greedy) == tokens[len(ids) :]
     assert got[0] == got[2]
     with torch.inference_mode():
         logits = model.hf(torch.tensor([prompts[0]])).logits[0, -1].double()
-    wanted = logits.softmax(-1).numpy()
+    expected = logits.softmax(-1).numpy()
     firsts = [s[0] for s in got[0].samples if s]
-    found = np.bincount(firsts, minlength=len(wanted)) / len(got[0].samples)
-    assert abs(found - wanted).max() < 4 * np.sqrt(wanted.max() / 300)
+    rates = np.bincount(firsts, minlength=len(expected)) / len(got[0].samples)
+    assert abs(rates - expected).max() < 4 * np.sqrt(expected.max() / 300)
     assert len(set(got[0].samples)) > 100
     other = answers(model, prompts[:1], tmp_path, seed=1, **settings)
     assert other[0].greedy == got[0].greedy
@@ -185,15 +185,15 @@ def test_attributes_are_asked_by_template(cache, tmp_path, attributed):
     assert [r["prompt"] for r in entity_rows(plain.path)][-1].endswith("?")
 
 
-def test_templates_and_rules_of_ones_own(cache, tmp_path, attributed):
+def test_custom_templates_and_rules(cache, tmp_path, attributed):
     words = [
         '+task.templates.city.mayor=["Who governs {entity}?","{entity} is governed by"]',
         "+task.rules.city.mayor.kind=name",
     ]
     run = labelled(cache, tmp_path / "run", *attributed, *words)
     asked = run.tables["labels"]
-    mine = asked[asked["attribute"] == "mayor"]
-    assert mine["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
+    of_mayor = asked[asked["attribute"] == "mayor"]
+    assert of_mayor["prompt"].tolist()[0] == "Who governs Marta? Marta is governed by"
 
 
 def test_chat_prompts_have_one_bos_and_the_answer_may_be_begun():
@@ -252,8 +252,8 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
     assert skips["example_id"].tolist() == ["city/Marta/coordinates", "city/Uvo/coordinates"]
     assert set(skips["reason"]) == {"prompt longer than dataset.max_length"}
     n = len(run.tables["labels"]) + 2
-    told = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
-    assert told in run.notes
+    skipped = f"2 of {n} questions were skipped: prompt longer than dataset.max_length (2)"
+    assert skipped in run.notes
     with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
         labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
 
@@ -442,128 +442,3 @@ def test_an_attribute_by_another_name_is_asked_in_its_own_words(cache, tmp_path)
 
 
 # --- memorised texts
-
-
-@pytest.fixture(scope="module")
-def passages(cache, tmp_path_factory):
-    words = ["task=label", "dataset=memorization", f"cache_dir={cache}"]
-    return saexp.run(saexp.compose(words), tmp_path_factory.mktemp("passages"))
-
-
-def test_the_shipped_model_goes_on_with_its_passages(passages):
-    table = passages.tables["memorization"]
-    shipped = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv")
-    whole = (shipped["input_text"] + shipped["generated_continuation_text"]).tolist()
-    perfect = dict(zip(whole, shipped["perfect_match"], strict=True))
-    assert passages.metrics["memorized/n_texts"] > 80
-    found = {True: [], False: []}
-    for row in table.itertuples():
-        (text,) = {t for t in whole if t.startswith(row.input_text)} or {None}
-        found[bool(perfect[text])].append(bool(row.perfect_match))
-        if row.perfect_match:
-            assert text.startswith(row.input_text + row.generated_continuation_text)
-            assert row.matching_tokens == 18
-    assert np.mean(found[True]) == 1.0
-    assert np.mean(found[False]) < 0.1
-
-
-def test_the_csv_is_read_by_dataset_memorization(passages):
-    about = json.loads((passages.path / "provenance.json").read_text("utf-8"))["labels"]
-    file = Path(about["path"]) / "memorization.csv"
-    assert file.read_bytes() == (passages.path / "memorization.csv").read_bytes()
-    assert file.read_text("utf-8").splitlines()[0] == (
-        "input_text,generated_continuation_text,perfect_match,matching_tokens"
-    )
-    cfg = saexp.compose(["dataset=memorization", f'dataset.path="{file}"'])
-    got = saexp.build("dataset", cfg.dataset)
-    sizes = pd.Series([e.group for e in got.examples]).value_counts()
-    assert sizes["memorized"] == passages.metrics["memorized/n_perfect"]
-    assert sizes["not_memorized"] == passages.metrics["memorized/n_none"]
-    page = (passages.path / "report.html").read_text("utf-8")
-    assert "texts exactly for 18 tokens after 20" in page
-
-
-def test_texts_of_ones_own_and_the_number_of_matching_tokens(cache, tmp_path):
-    model = LanguageModel(saexp.compose(["model=tiny"]).model)
-    row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
-    whole = row["input_text"] + row["generated_continuation_text"]
-    tokens = tokenize([whole], model.tokenizer, 512)[0]
-    # The text as it was, then one whose 6th token after the prompt is another.
-    cut = tokens.offsets[1 + 20 + 5][0]
-    file = tmp_path / "texts.txt"
-    file.write_text(f"{whole}\n{whole[:cut]}{' the' * 20}\ntoo short\n{whole}\n")
-    words = ["task=label", "dataset=memorization", f"cache_dir={cache}", "task.n_samples=0"]
-    words += ["task.prompt_tokens=20", "task.continuation_tokens=10"]
-    run = saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "run")
-    table = run.tables["memorization"]
-    assert table["matching_tokens"].tolist() == [10, 5]
-    assert table["perfect_match"].tolist() == [True, False]
-    assert run.tables["skips"]["reason"].tolist() == ["fewer than 30 tokens"]
-    n = len(table) + 1
-    assert run.notes[0] == f"1 of {n} texts was skipped: fewer than 30 tokens (1)"
-    words = [w.replace("=20", "=200") for w in words]
-    with pytest.raises(DataError, match=r"no text has 200 \+ 10 tokens"):
-        saexp.run(saexp.compose([*words, f'dataset.path="{file}"']), tmp_path / "none")
-
-
-def test_labels_of_other_content_never_take_the_place_of_the_first(tmp_path):
-    """Texts that begin alike and go on differently have the same prompts."""
-    lines = (ROOT / "saexp/assets/tiny/background.txt").read_text("utf-8").splitlines()
-    text = " ".join(lines[:4])
-    places = []
-    for number, end in enumerate(("", "", " and so on, as it was")):
-        cut = text[: len(text) // 2]
-        (tmp_path / "texts.txt").write_text(f"{cut if end else text}{end} {lines[9]}\n")
-        words = ["task=label", "dataset=memorization", f"dataset.path={tmp_path}/texts.txt"]
-        words += ["task.prompt_tokens=4", "task.continuation_tokens=24"]
-        words += [f"cache_dir={tmp_path}/cache", "tracker=none"]
-        result = saexp.run(saexp.compose(words), tmp_path / str(number))
-        about = json.loads((result.path / "provenance.json").read_text("utf-8"))["labels"]
-        content = (Path(about["path"]) / "memorization.csv").read_bytes()
-        assert content == (result.path / "memorization.csv").read_bytes()
-        places.append((about["path"], content))
-    assert places[0] == places[1]
-    assert (places[0][0] == places[2][0]) == (places[0][1] == places[2][1])
-
-
-def test_a_text_that_is_ended_at_once_is_written_and_read_back_as_a_skip(cache, tmp_path):
-    """A model that ends there: its end token is what it would go on with."""
-    line = "the cat sat on the mat and ran to the dog by the old house near the lake"
-    words = line.split()
-    texts = [" ".join(words[i:] + words[:i]) for i in range(4)]
-    hf, read, folder = random_hf("llama"), tokenizer(), tmp_path / "model"
-    n_prompt = 6
-    ids = [t.ids for t in tokenize(texts, read, 64, prepend_bos=True)]
-    first = next(i for i, n in enumerate(ids[0]) if n not in read.all_special_ids)
-    with torch.inference_mode():
-        end = int(hf(torch.tensor([ids[0][: first + n_prompt]])).logits[0, -1].argmax())
-    hf.generation_config.eos_token_id = hf.config.eos_token_id = end
-    hf.save_pretrained(folder)
-    read.save_pretrained(folder)
-    (tmp_path / "texts.txt").write_text("\n".join(texts))
-    common = ["dataset=memorization", "model=hf", f'model.name="{folder}"', "device=cpu"]
-    options = [f"task.prompt_tokens={n_prompt}", "task.continuation_tokens=4"]
-    cfg = saexp.compose(
-        [*common, "task=label", f"cache_dir={cache}", *options]
-        + ["model.prepend_bos=true", f'dataset.path="{tmp_path / "texts.txt"}"']
-    )
-    run = saexp.run(cfg, tmp_path / "run")
-    table = run.tables["memorization"]
-    n = run.metrics["memorized/n_empty"]
-    assert n == (table["generated_continuation_text"] == "").sum() >= 1
-    assert n < len(table) == 4
-    assert any("continuation is empty" in note for note in run.notes)
-    file = run.path / "memorization.csv"
-    written = pd.read_csv(file, keep_default_na=False)
-    assert written["generated_continuation_text"].tolist() == (
-        table["generated_continuation_text"].tolist()
-    )
-    # A row of each group, as two are needed.
-    file.write_text(file.read_text("utf-8") + "a,b,True,4\r\n", encoding="utf-8")
-    got = saexp.build("dataset", saexp.compose([*common, f'dataset.path="{file}"']).dataset)
-    assert all(e.answers[0] for e in got.examples)
-    n_none = int((table["matching_tokens"] == 0).sum())
-    groups = pd.Series([e.group for e in got.examples]).value_counts()
-    assert groups["not_memorized"] == n_none - n
-    told = [note for note in got.notes if "skipped: generated_continuation_text is empty" in note]
-    assert len(told) == 1 and told[0].startswith(f"{n} of 5 rows")

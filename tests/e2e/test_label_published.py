@@ -47,7 +47,7 @@ def in_shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def told(folder: Path, *words: str) -> str:
+def refusal(folder: Path, *words: str) -> str:
     """The one line on stderr of a run that is refused."""
     base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
     run = in_shell(folder, f"{base} {' '.join(words)}")
@@ -59,7 +59,7 @@ def told(folder: Path, *words: str) -> str:
 @pytest.mark.slow
 def test_the_message_names_the_command_line_that_works(books: Path):
     """What the message says to type is typed, by a shell."""
-    line = told(books.parent, f"dataset.path={books.name}")
+    line = refusal(books.parent, f"dataset.path={books.name}")
     expected = "\"task.templates.book.creator='What is the creator of the book {entity}?'\""
     assert f"no template for book creator; to ask about it, type {expected}" in line
     base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,10 @@ from saexp.interventions import run as causal
 from saexp.interventions.results_cache import ResultCache
 from saexp.results import Result
 
-SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=8", "sae.check=off"]
-SMALL += ["intervention.n_choice_prompts=4", "intervention.n_controls=2", "analyzer.scores=false"]
+SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
+SMALL += ["intervention.n_choice_prompts=2", "intervention.n_controls=2", "analyzer.scores=false"]
+SMALL += ["intervention.n_curve_controls=1", "intervention.max_new_tokens=6"]
+FEW = ["intervention.n_prompts=2", "intervention.n_controls=1"]
 PER_LAYER = ["intervention.latents=selected_per_layer", "intervention.layers=[2,3]"]
 
 
@@ -35,10 +37,10 @@ def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mod
     strengths = "coefficient=[0,0.6]" if mode == "steer" else "coefficient=[0,1]"
     result = ran(cache, tmp_path, f"intervention={mode}", *PER_LAYER, outcomes, strengths)
     summary = result.tables["effects_summary"].query("split == 'test'")
-    told = summary[~summary["role"].isin(["baseline", "control"])]
+    conditions = summary[~summary["role"].isin(["baseline", "control"])]
     for group in ("known", "unknown"):
         assert {f"{group}_layers_2-3", f"{group}_layer_2", f"{group}_layer_3"} <= set(
-            told["condition"]
+            conditions["condition"]
         )
     effects = result.tables["effects"]
     both = effects[effects["of"] == "known_layers_2-3"]
@@ -50,7 +52,7 @@ def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mod
     same = base.loc[zero["example_id"]]
     assert (zero["generated_text"].to_numpy() == same["generated_text"].to_numpy()).all()
     assert (zero["answer_probability"].to_numpy() == same["answer_probability"].to_numpy()).all()
-    assert told["answer_probability_change"].abs().max() > 0.01
+    assert conditions["answer_probability_change"].abs().max() > 0.01
     of_layer = result.tables["layer_latents"]
     label = both.loc[both["role"] == "group", "latent"].iloc[0].split("+")
     pairs = {f"{r.layer}:{r.latent}" for r in of_layer.itertuples()}
@@ -64,15 +66,29 @@ def test_layers_are_changed_together_and_singly(cache: Path, tmp_path: Path, mod
     ]
 
 
-def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(cache: Path, tmp_path: Path) -> None:
-    asked = ["intervention=ablate", "coefficient=[0,1]", "intervention.outcomes=[answer_logit]"]
-    several = ran(cache, tmp_path / "several", *asked, *PER_LAYER)
-    alone = ran(cache, tmp_path / "alone", *asked, "layer=3")
+class Ablated(NamedTuple):
+    """Latents of layers 2 and 3, together and singly; and a run of layer 3."""
+
+    several: Result
+    alone: Result
+
+
+@pytest.fixture(scope="module")
+def ablated(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ablated:
+    folder = tmp_path_factory.mktemp("ablated")
+    words = ["intervention=ablate", "coefficient=[0,1]"]
+    words += ["intervention.outcomes=[answer_logit,attention]"]
+    several = ran(cache, folder / "several", *words, *PER_LAYER)
+    return Ablated(several, ran(cache, folder / "alone", *words, "layer=3"))
+
+
+def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(ablated: Ablated) -> None:
+    several, alone = ablated
 
     def values(result: Result, condition: str) -> pd.Series:
         table = result.tables["effects"]
-        mine = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
-        return mine.set_index("example_id")["answer_logit"].sort_index()
+        of_condition = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
+        return of_condition.set_index("example_id")["answer_logit"].sort_index()
 
     conditions = set(alone.tables["effects"]["condition"])
     own = (
@@ -83,30 +99,29 @@ def test_a_layer_s_latents_alone_are_as_in_a_run_of_that_layer(cache: Path, tmp_
     pd.testing.assert_series_equal(values(several, "unknown_layer_3"), values(alone, own))
 
 
-def test_attention_under_latents_of_several_layers(cache: Path, tmp_path: Path) -> None:
+def test_attention_under_latents_of_several_layers(ablated: Ablated) -> None:
     """A layer alone is as in a run of that layer; both together differ from either."""
-    asked = ["intervention=ablate", "coefficient=[0,1]", "intervention.outcomes=[attention]"]
-    several = ran(cache, tmp_path / "several", *asked, *PER_LAYER).tables["attention"]
-    alone = ran(cache, tmp_path / "alone", *asked, "layer=3").tables["attention"]
+    several, alone = (result.tables["attention"] for result in ablated)
 
     def edited(table: pd.DataFrame, condition: str) -> np.ndarray:
-        mine = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
-        return mine.sort_values(["layer", "head"])["edited"].to_numpy()
+        of_condition = table[(table["condition"] == condition) & (table["coefficient"] == 1)]
+        return of_condition.sort_values(["layer", "head"])["edited"].to_numpy()
 
     names = {c for c in alone["condition"] if str(c).startswith("known")}
     assert len(edited(several, "known_layer_3")) == 20
-    found = [edited(several, f"known_{at}") for at in ("layer_2", "layer_3", "layers_2-3")]
-    assert any(np.allclose(found[1], edited(alone, str(n)), atol=1e-6) for n in names)
-    assert np.abs(found[2] - found[0]).max() > 1e-6
-    assert np.abs(found[2] - found[1]).max() > 1e-6
+    patterns = [edited(several, f"known_{at}") for at in ("layer_2", "layer_3", "layers_2-3")]
+    assert any(np.allclose(patterns[1], edited(alone, str(n)), atol=1e-6) for n in names)
+    assert np.abs(patterns[2] - patterns[0]).max() > 1e-6
+    assert np.abs(patterns[2] - patterns[1]).max() > 1e-6
 
 
 def test_all_layers_are_collected_in_one_pass(tmp_path: Path) -> None:
     one = ran(tmp_path / "a", tmp_path / "1", "intervention=none")
-    both = ran(tmp_path / "b", tmp_path / "2", "intervention=ablate", *PER_LAYER)
+    words = ["intervention=ablate", *PER_LAYER, *FEW]
+    both = ran(tmp_path / "b", tmp_path / "2", *words)
     name = "collection/tokens_forwarded"
     assert both.metrics[name] == one.metrics[name]
-    again = ran(tmp_path / "b", tmp_path / "3", "intervention=ablate", *PER_LAYER)
+    again = ran(tmp_path / "b", tmp_path / "3", *words)
     assert again.metrics[name] == 0
 
 
@@ -115,7 +130,7 @@ def test_latents_by_layer_are_named_on_the_command_line(cache: Path, tmp_path: P
     gaps = table["auroc"].sub(0.5).abs().to_numpy()
     best = int(table["latent"].to_numpy()[gaps.argmax()])
     words = ["intervention=clamp", f"intervention.latents={{1:[{best}],3:selected}}"]
-    result = ran(cache, tmp_path / "clamp", *words, "coefficient=1")
+    result = ran(cache, tmp_path / "clamp", *words, *FEW, "coefficient=1")
     conditions = set(result.tables["effects"]["condition"])
     assert {"known_layers_1_3", "known_layer_1", "known_layer_3"} < conditions
     described = ran(
@@ -123,6 +138,7 @@ def test_latents_by_layer_are_named_on_the_command_line(cache: Path, tmp_path: P
         tmp_path / "stats",
         "analyzer=stats",
         "intervention=ablate",
+        *FEW,
         f"intervention.latents={{1:[{best}],3:[5]}}",
         "coefficient=1",
     )
@@ -140,8 +156,9 @@ def test_results_are_kept_under_the_names_of_all_saes(
             super().__init__(cache_dir, determined_by)
 
     monkeypatch.setattr(causal, "ResultCache", Watched)
-    ran(cache, tmp_path / "2", "intervention=ablate", *PER_LAYER, "coefficient=1")
-    ran(cache, tmp_path / "1", "intervention=ablate", "coefficient=1")
+    words = ["intervention=ablate", "coefficient=1", *FEW]
+    ran(cache, tmp_path / "2", *words, *PER_LAYER)
+    ran(cache, tmp_path / "1", *words)
     saes = seen[0]["saes"]
     assert len(set(saes)) == 2
     (own,) = seen[-1]["saes"]
@@ -154,18 +171,18 @@ def test_the_denoised_difference_is_reported_with_what_it_keeps(
     words = ["intervention.directions=[denoised_difference,mean_difference]", "coefficient=[0,0.6]"]
     result = ran(cache, tmp_path, *words, "intervention.outcomes=[answer_probability]")
     summary = result.tables["effects_summary"].query("split == 'test'")
-    mine = summary[summary["condition"] == "unknown_denoised_difference"]
-    kept = mine["norm_kept"].to_numpy()
-    assert (kept > 0).all() and (kept < 1).all()
+    denoised = summary[summary["condition"] == "unknown_denoised_difference"]
+    norm_kept = denoised["norm_kept"].to_numpy()
+    assert (norm_kept > 0).all() and (norm_kept < 1).all()
     assert summary.loc[summary["condition"] == "unknown_mean_difference", "norm_kept"].isna().all()
     controls = result.tables["controls"].query("of == 'unknown_denoised_difference'")
     assert controls["control_kind"].tolist() == ["random_norm"] * 2 + ["random_kl"] * 2
     np.testing.assert_allclose(controls["norm_ratio"][:2], 1, rtol=1e-6)
     note = next(n for n in result.notes if n.startswith("denoised_difference towards 'unknown'"))
-    assert f"which keeps {kept[0]:.2f} of its norm" in note
+    assert f"which keeps {norm_kept[0]:.2f} of its norm" in note
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "unknown_denoised_difference" in page
-    assert f"which keeps {kept[0]:.2f} of its norm" in page
+    assert f"which keeps {norm_kept[0]:.2f} of its norm" in page
 
 
 @pytest.mark.parametrize(
@@ -191,7 +208,7 @@ def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], me
     assert "\n" not in str(error.value)
 
 
-def test_a_layer_without_sae_is_named(cache: Path, tmp_path: Path) -> None:
+def test_a_layer_without_an_sae_is_an_error_that_says_which(cache: Path, tmp_path: Path) -> None:
     folder = Path(saexp.__file__).parent / "assets" / "tiny" / "sae" / "layer_2" / "width_256"
     words = ["sae=local", f"sae.path={folder}", "intervention.latents={1:[3]}", "width=256"]
     with pytest.raises(SaexpError, match="intervention.latents names layer 1: layer=1, but") as e:

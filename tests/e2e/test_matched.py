@@ -56,9 +56,9 @@ def test_every_leading_latent_has_its_nearest_in_every_other_sae(made: Path) -> 
     assert set(matches["from_cell"]) == set(matches["to_cell"]) == {0, 1, 2}
     for cell in range(3):
         leading = pd.read_parquet(made / f"{cell}_cell/activations.parquet")["latent"].unique()
-        mine = matches[matches["from_cell"] == cell]
-        assert len(mine) == 2 * len(leading) > 0
-        assert set(mine["latent"]) == set(leading)
+        of_cell = matches[matches["from_cell"] == cell]
+        assert len(of_cell) == 2 * len(leading) > 0
+        assert set(of_cell["latent"]) == set(leading)
     for row in matches.to_dict("records"):
         own = load(row["from_layer"], row["from_width"]).W_dec[row["latent"]]
         decoder = load(row["to_layer"], row["to_width"]).W_dec
@@ -70,8 +70,8 @@ def test_every_leading_latent_has_its_nearest_in_every_other_sae(made: Path) -> 
 
 def fires(cell: Path, latent: int) -> pd.Series:
     table = pd.read_parquet(cell / "activations.parquet")
-    mine = table[(table["latent"] == latent) & (table["split"] == "test")]
-    return mine.set_index("example_id")["value"] > 1e-6
+    of_latent = table[(table["latent"] == latent) & (table["split"] == "test")]
+    return of_latent.set_index("example_id")["value"] > 1e-6
 
 
 def test_cofiring_is_the_best_of_the_others_leading_latents(made: Path) -> None:

@@ -19,16 +19,17 @@ def test_the_missions_own_command(tmp_path: Path) -> None:
         save_gemma_2(files)
     add_gemma_scope(home, (12, 16))
     command = [sys.executable, "-m", "saexp", "model=gemma2b", "sae=gemmascope", "layer=12"]
-    # The command as it stands; what follows only keeps a random model from generating for long.
+    # The command as it stands; what follows only makes it read and generate less.
+    command += ["dataset.n_examples=120", "analyzer.n_background=300", "analyzer.n_bootstrap=50"]
     command += ["intervention.max_new_tokens=2", "intervention.n_prompts=2"]
     command += ["intervention.n_choice_prompts=2", "intervention.n_neutral=1"]
     command += ["intervention.n_controls=5"]
     env = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     env.pop("HF_HUB_CACHE", None)
-    done = subprocess.run(
+    process = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     folder = next((tmp_path / "outputs").glob("2*/*"))
     assert (folder / "report.html").is_file()
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))

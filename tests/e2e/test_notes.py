@@ -21,8 +21,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "my.jsonl"
     lines = []
     for number, row in enumerate([*both[0], *both[1]]):
-        kept = {k: v for k, v in row.items() if k != "entity" or number % 4}
-        lines.append(json.dumps({**kept, "splitt": "train"}))
+        columns = {k: v for k, v in row.items() if k != "entity" or number % 4}
+        lines.append(json.dumps({**columns, "splitt": "train"}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -34,9 +34,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def notes(cache: Path, folder: Path, *words: str) -> list[str]:
     cfg = saexp.compose(["tracker=none", f"cache_dir={cache}", *words])
-    found = saexp.run(cfg, folder).notes
-    assert json.loads((folder / "provenance.json").read_text("utf-8"))["notes"] == found
-    return found
+    noted = saexp.run(cfg, folder).notes
+    assert json.loads((folder / "provenance.json").read_text("utf-8"))["notes"] == noted
+    return noted
 
 
 RUNS = {
@@ -55,16 +55,16 @@ def test_skipped_examples_and_misspelt_columns_are_noted_once(
 ) -> None:
     if "task=train" in words:
         words = [*words, "sae_trainer.n_samples=256", "sae_trainer.batch_size=16"]
-    found = notes(cache, tmp_path, "dataset=jsonl", f"dataset.path={file}", *words)
-    assert found.count(SKIPPED) == found.count(MISSPELT) == 1
-    assert sum("examples were skipped" in note for note in found) == 1
+    noted = notes(cache, tmp_path, "dataset=jsonl", f"dataset.path={file}", *words)
+    assert noted.count(SKIPPED) == noted.count(MISSPELT) == 1
+    assert sum("examples were skipped" in note for note in noted) == 1
 
 
 def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_path: Path) -> None:
     words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
-    found = notes(cache, tmp_path, *words, "analyzer.n_bootstrap=0")
-    assert f"transfer: {SKIPPED}" in found
-    assert SKIPPED not in found
+    noted = notes(cache, tmp_path, *words, "analyzer.n_bootstrap=0")
+    assert f"transfer: {SKIPPED}" in noted
+    assert SKIPPED not in noted
 
 
 def test_texts_without_a_prediction_are_noted(cache: Path, tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_texts_without_a_prediction_are_noted(cache: Path, tmp_path: Path) -> No
     rows = [{"text": "The", "splitt": "test"}, *({"text": f"The player {n}"} for n in "ab")]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     words = ["task=evaluate", "dataset=jsonl", f"dataset.path={file}"]
-    found = notes(cache, tmp_path / "run", *words)
-    told = "1 of 3 texts was skipped: too short: no token has a scored next token (1)"
-    assert told in found
-    assert MISSPELT in found
+    noted = notes(cache, tmp_path / "run", *words)
+    skipped = "1 of 3 texts was skipped: too short: no token has a scored next token (1)"
+    assert skipped in noted
+    assert MISSPELT in noted
 
 
 def test_labelling_notes_misspelt_columns(cache: Path, tmp_path: Path) -> None:
@@ -94,5 +94,5 @@ def test_labelling_notes_misspelt_columns(cache: Path, tmp_path: Path) -> None:
 def test_nothing_is_noted_of_the_shipped_data(cache: Path, tmp_path: Path) -> None:
     words = [*RUNS["contrast"], "layer=2"]
     for number, more in enumerate((words, ["task=collect", "layer=1"])):
-        found = notes(cache, tmp_path / str(number), *more)
-        assert not [n for n in found if "skipped" in n or "column" in n]
+        noted = notes(cache, tmp_path / str(number), *more)
+        assert not [n for n in noted if "skipped" in n or "column" in n]

@@ -82,7 +82,7 @@ def test_runs_from_python_hold_their_folder_too(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / LOCK).exists()
 
 
-def test_of_two_commands_at_once_one_runs_and_the_other_is_told(tmp_path: Path) -> None:
+def test_of_two_commands_at_once_one_runs_and_the_other_is_refused(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "saexp", "hydra.run.dir=one", "task=collect", *SMALL, "layer=1"]
     both = [
         subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)

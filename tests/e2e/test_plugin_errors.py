@@ -106,9 +106,9 @@ def test_an_error_in_a_component_names_its_line(
     tmp_path: Path, word: str, said: str, at: str
 ) -> None:
     (tmp_path / "plug.py").write_text(MODULE.replace("\\\\n", "\\n"))
-    found = command(tmp_path, *SMALL, "plugins=[plug]", word)
-    assert found.code == 1
-    (line,) = [x for x in found.err.splitlines() if not x.startswith("[")]
+    ran = command(tmp_path, *SMALL, "plugins=[plug]", word)
+    assert ran.code == 1
+    (line,) = [x for x in ran.err.splitlines() if not x.startswith("[")]
     text = at.replace("\n", "\\n")
     assert line.startswith(f"saexp: plugin {said.format(line_of(text))}")
     assert line.endswith(HINT)
@@ -124,8 +124,8 @@ WRONG = [
 @pytest.mark.parametrize(("word", "said"), WRONG)
 def test_a_component_of_another_form_is_one_line(tmp_path: Path, word: str, said: str) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
-    found = command(tmp_path, *SMALL, "plugins=[plug]", word)
-    (line,) = [x for x in found.err.splitlines() if not x.startswith("[")]
+    ran = command(tmp_path, *SMALL, "plugins=[plug]", word)
+    (line,) = [x for x in ran.err.splitlines() if not x.startswith("[")]
     assert said in line
 
 
@@ -143,13 +143,13 @@ def test_an_error_while_a_plugin_is_imported_names_its_line(
 ) -> None:
     (tmp_path / "plug_bad.py").write_text(source + "\n")
     (tmp_path / "plug_helper.py").write_text("x = 1\ny = z\n")
-    found = command(tmp_path, *SMALL, "plugins=[plug_bad]")
-    assert found.code == 1
-    assert found.err.splitlines() == [f"saexp: plugin {said}{HINT}"]
+    ran = command(tmp_path, *SMALL, "plugins=[plug_bad]")
+    assert ran.code == 1
+    assert ran.err.splitlines() == [f"saexp: plugin {said}{HINT}"]
 
 
 @pytest.mark.parametrize("name", ["plug.py", "folder/plug.py"])
-def test_a_file_s_name_is_told_from_a_module_s(tmp_path: Path, name: str) -> None:
+def test_a_file_name_is_distinguished_from_a_module_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
     said = command(tmp_path, *SMALL, f"plugins=[{name}]").err
     assert said.startswith(f"saexp: plugins: '{name}' is a file name, not a module name; ")
@@ -177,10 +177,10 @@ def test_a_cell_whose_plugin_fails_says_so_and_the_others_go_on(tmp_path: Path) 
     assert said.code == 1
     assert "Traceback" not in said.err
     assert "sweep: 2 cells: 1 failed, 1 finished" in said.out.splitlines()
-    (told,) = said.sweep.glob("*/error.txt")
-    assert told.read_text("utf-8").startswith("LinAlgError") or "plug.py:" in told.read_text(
-        "utf-8"
-    )
+    (error_file,) = said.sweep.glob("*/error.txt")
+    assert error_file.read_text("utf-8").startswith(
+        "LinAlgError"
+    ) or "plug.py:" in error_file.read_text("utf-8")
 
 
 def test_python_users_see_their_own_error(tmp_path: Path) -> None:
@@ -195,5 +195,5 @@ def test_python_users_see_their_own_error(tmp_path: Path) -> None:
 
 def test_positions_of_a_plugin_need_no_config_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text(MODULE)
-    found = command(tmp_path, *SMALL, "plugins=[plug]", "positions.name=end")
-    assert found.code == 0, found.err
+    said = command(tmp_path, *SMALL, "plugins=[plug]", "positions.name=end")
+    assert said.code == 0, said.err

@@ -18,22 +18,23 @@ def rows(rng: np.random.Generator, effect: np.ndarray, split: str, at: np.ndarra
 
     `at` are the (latent, coefficient index) pairs that are run. Latent 0 is the condition.
     """
-    prompt, n = rng.normal(0, 3, 30), 30
-    parts = [("baseline", "baseline", "", "", 0.0, np.zeros(n))]
+    n = 30
+    prompt = rng.normal(0, 3, n)
+    changes = effect[at[:, 0], at[:, 1], None] * (1 + rng.normal(0, 1, (len(at), n)))
+    changes = np.concatenate([np.zeros((1, n)), changes])
+    logit = prompt + changes + rng.normal(0, 1, changes.shape)
+    conditions = [("baseline", "baseline", "", "", 0.0)]
     for latent, c in at:
         name = f"control_{latent:02d}" if latent else "own"
         role, kind = ("control", "frequency") if latent else ("group", "")
-        change = effect[latent, c] * (1 + rng.normal(0, 1, n))
-        parts.append((name, role, "own", kind, COEFFICIENTS[c], change))
-    made = []
-    for name, role, of, kind, coefficient, change in parts:
-        logit = prompt + change + rng.normal(0, 1, n)
-        about = {"condition": name, "role": role, "of": of, "control_kind": kind}
-        about |= {"coefficient": coefficient, "split": split, "group": "a"}
-        about |= {"direction": "a", "latent": ""}
-        made.append(pd.DataFrame({**about, "unit": np.arange(n), "logit": logit}))
-    found = pd.concat(made, ignore_index=True)
-    return found.assign(answered=(found["logit"] > 0).astype(float))
+        conditions.append((name, role, "own", kind, COEFFICIENTS[c]))
+    columns = ["condition", "role", "of", "control_kind", "coefficient"]
+    table = pd.DataFrame(conditions, columns=columns).assign(
+        split=split, group="a", direction="a", latent=""
+    )
+    table = table.loc[table.index.repeat(n)].reset_index(drop=True)
+    unit = np.tile(np.arange(n), len(conditions))
+    return table.assign(unit=unit, logit=logit.ravel(), answered=(logit.ravel() > 0).astype(float))
 
 
 def p_values(seed: int, k: int, own: float = 0.0) -> np.ndarray:
@@ -53,21 +54,23 @@ def p_values(seed: int, k: int, own: float = 0.0) -> np.ndarray:
     at = np.array([(latent, COEFFICIENTS.index(chosen)) for latent in range(k + 1)])
     test = rows(rng, effect, "test", at)
     controls = test[test["role"] == "control"].drop_duplicates("condition").assign(matched=True)
-    found = summarise(test, kinds, controls=controls)
-    return found.loc[found["condition"] == "own", [f"{o}_p_controls" for o in kinds]].to_numpy()[0]
+    summary = summarise(test, kinds, controls=controls)
+    return summary.loc[
+        summary["condition"] == "own", [f"{o}_p_controls" for o in kinds]
+    ].to_numpy()[0]
 
 
 @pytest.mark.parametrize("k", [19, 99])
 def test_latents_exchangeable_with_their_controls_rarely_pass(k: int) -> None:
-    found = np.stack([p_values(seed, k) for seed in range(N_RUNS[k])])
+    p = np.stack([p_values(seed, k) for seed in range(N_RUNS[k])])
     error = np.sqrt(0.05 * 0.95 / N_RUNS[k])
-    for share in (found <= 0.05).mean(0):
+    for share in (p <= 0.05).mean(0):
         assert share <= 0.05 + 2 * error
     # Not because nothing could pass: p-values are spread out evenly.
-    assert abs(found[:, 0].mean() - 0.5) < 0.1
+    assert abs(p[:, 0].mean() - 0.5) < 0.1
 
 
 @pytest.mark.parametrize("k", [19, 99])
 def test_a_real_effect_passes(k: int) -> None:
-    found = np.stack([p_values(seed, k, own=30.0) for seed in range(20)])
-    assert ((found[:, 0] <= 1 / (k + 1)).mean()) > 0.9
+    p = np.stack([p_values(seed, k, own=30.0) for seed in range(20)])
+    assert ((p[:, 0] <= 1 / (k + 1)).mean()) > 0.9

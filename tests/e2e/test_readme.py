@@ -77,8 +77,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_command_runs(typed: str, cache: Path, tmp_path: Path) -> None:
     """As typed, then overrides that make it small; it leaves a page, and no failed cell."""
     words = [*shlex.split(typed)[3:], *shlex.split(RUN[typed]), f"cache_dir={cache}"]
-    done = command(tmp_path, *words, "hydra.run.dir=run")
-    assert done.code == 0, done.err[-2000:]
+    said = command(tmp_path, *words, "hydra.run.dir=run")
+    assert said.code == 0, said.err[-2000:]
     assert not list(tmp_path.rglob("error.txt"))
     if not {"task=cache", "task=collect"} & set(words):
         pages = [tmp_path / "run" / name for name in ("report.html", "dashboard.html")]
@@ -92,7 +92,7 @@ def test_python_blocks_run(cache: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(saexp, "compose", lambda words=(): compose([*words, *small]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saexp").symlink_to(ROOT / "saexp")
-    found = [
+    snippets = [
         (page, content)
         for page in (*PAGES, *DOCS)
         # tests/unit/test_guide.py runs the code of this guide.
@@ -101,8 +101,8 @@ def test_python_blocks_run(cache: Path, tmp_path: Path, monkeypatch: pytest.Monk
         # A package for test_your_own: what it registers must not reach other tests.
         if kind == "python" and "@saexp.register" not in content
     ]
-    assert found
-    for page, content in found:
+    assert snippets
+    for page, content in snippets:
         space: dict[str, Any] = {}
         exec(compile(content, page, "exec"), space)
         result = space.get("result")

@@ -49,14 +49,14 @@ def test_a_copy_claims_no_work_and_says_where_it_is_from(first: Result, tmp_path
     again = run(cache_of(first), tmp_path / "copy", "tracker=jsonl")
     spent = {"collection/tokens_forwarded": 0, "collection/seconds": 0}
     assert again.metrics == {**first.metrics, **spent} == saved(tmp_path / "copy", "metrics.json")
-    mine, theirs = saved(tmp_path / "copy", "provenance.json"), saved(first.path, "provenance.json")
-    assert mine["notes"] == [*theirs["notes"], f"reused from {first.path}"] == again.notes
-    assert mine["reused_from"] == str(first.path)
-    assert (mine["tokens_forwarded"], mine["seconds"]) == (0, {})
-    assert mine["files"].keys() == theirs["files"].keys()
-    assert mine["files"] == checksums(tmp_path / "copy", mine["files"])
+    own, theirs = saved(tmp_path / "copy", "provenance.json"), saved(first.path, "provenance.json")
+    assert own["notes"] == [*theirs["notes"], f"reused from {first.path}"] == again.notes
+    assert own["reused_from"] == str(first.path)
+    assert (own["tokens_forwarded"], own["seconds"]) == (0, {})
+    assert own["files"].keys() == theirs["files"].keys()
+    assert own["files"] == checksums(tmp_path / "copy", own["files"])
     same = theirs.keys() - {"notes", "tokens_forwarded", "seconds", "files", "checksum"}
-    assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
+    assert {k: own[k] for k in same} == {k: theirs[k] for k in same}
     copied, original = digests(tmp_path / "copy"), digests(first.path)
     for left_out in (*CHANGED, "tracker.jsonl"):
         copied.pop(left_out)
@@ -89,10 +89,10 @@ def test_a_copy_gets_a_wandb_run_in_the_sweeps_group(first: Result, tmp_path: Pa
 
 
 def test_a_run_repeated_in_its_own_folder_stays_as_it_is(tmp_path: Path) -> None:
-    done = run(tmp_path / "cache", tmp_path / "same")
+    first = run(tmp_path / "cache", tmp_path / "same")
     before = digests(tmp_path / "same")
     again = run(tmp_path / "cache", tmp_path / "same", "tracker=jsonl")
-    assert again.metrics == done.metrics
+    assert again.metrics == first.metrics
     assert digests(tmp_path / "same") == before
 
 

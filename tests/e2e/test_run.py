@@ -40,16 +40,16 @@ def test_files_of_the_contract(result: Result) -> None:
 def test_columns_of_the_contract(result: Result) -> None:
     assert result.path is not None
     latents = pd.read_parquet(result.path / "latents.parquet")
-    wanted = ["latent", "layer", "separation", "auroc", "p_value", "q_value", "ci_low", "ci_high"]
-    wanted += ["background_freq", "selected"]
+    columns = ["latent", "layer", "separation", "auroc", "p_value", "q_value", "ci_low", "ci_high"]
+    columns += ["background_freq", "selected"]
     for group in ("known", "unknown"):
-        wanted += [f"{c}_{group}" for c in ("n", "freq", "mean")]
-        wanted += [f"{c}_{group}_test" for c in ("n", "freq", "mean")]
-    wanted += [f"{c}_test" for c in ("separation", "auroc", "p_value", "q_value", "ci_low")]
-    assert set(wanted) <= set(latents.columns)
+        columns += [f"{c}_{group}" for c in ("n", "freq", "mean")]
+        columns += [f"{c}_{group}_test" for c in ("n", "freq", "mean")]
+    columns += [f"{c}_test" for c in ("separation", "auroc", "p_value", "q_value", "ci_low")]
+    assert set(columns) <= set(latents.columns)
     rows = pd.read_parquet(result.path / "rows.parquet")
-    wanted = ["row", "example_id", "group", "split", "entity_type", "text", "token_index"]
-    assert {*wanted, "token_id", "token"} <= set(rows.columns)
+    columns = ["row", "example_id", "group", "split", "entity_type", "text", "token_index"]
+    assert {*columns, "token_id", "token"} <= set(rows.columns)
     effects = pd.read_parquet(result.path / "effects.parquet")
     assert {"condition", "latent", "coefficient", "refusal", "generated_text"} <= set(effects)
 
@@ -74,7 +74,7 @@ def test_metrics_are_flat_numbers_with_the_contracts_names(result: Result) -> No
         assert value is not None or any(name in note for note in result.notes), name
 
 
-def test_rows_name_tokens_that_stand_there(result: Result) -> None:
+def test_rows_hold_the_tokens_at_their_positions(result: Result) -> None:
     model = saexp.build("model", saexp.compose([]).model)
     for row in result.tables["rows"].sample(40, random_state=0).to_dict("records"):
         ids = model.tokenizer(row["text"])["input_ids"]
@@ -131,7 +131,7 @@ def test_the_second_run_forwards_and_generates_nothing_and_finds_the_same(
     pd.testing.assert_frame_equal(again.tables["latents"], result.tables["latents"])
 
 
-def test_the_report_stands_alone(result: Result) -> None:
+def test_the_report_needs_no_other_file(result: Result) -> None:
     assert result.path is not None
     page = (result.path / "report.html").read_text("utf-8")
     body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
@@ -183,6 +183,7 @@ def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:
         ["model=hf", f"model.name={tmp_path / 'model'}", "layer=1", "sae=random", "width=128"]
         + ["tracker=none", f"cache_dir={tmp_path}/cache", "analyzer.n_bootstrap=0"]
         + ["dataset.max_length=60", "intervention.n_prompts=2", "intervention.max_new_tokens=2"]
+        + ["analyzer.n_background=300", "intervention.n_controls=1"]
     )
     result = saexp.run(cfg, tmp_path / "run")
     rows = result.tables["rows"]
@@ -196,7 +197,7 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     monkeypatch.chdir(tmp_path)
     words = ["-m", "layer=0,9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
     words += ["intervention.n_controls=1", "intervention.max_new_tokens=3"]
-    words += ["analyzer.n_bootstrap=0"]
+    words += ["analyzer.n_bootstrap=0", "dataset.n_examples=40", "analyzer.n_background=300"]
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -206,9 +207,9 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     assert "Traceback" not in said
     cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
     assert len(cells) == 6
-    done = [c.name for c in cells if (c / "report.html").is_file()]
-    assert len(done) == 4
-    assert all("layer=9" not in name for name in done)
+    reported = [c.name for c in cells if (c / "report.html").is_file()]
+    assert len(reported) == 4
+    assert all("layer=9" not in name for name in reported)
 
 
 def test_help_needs_no_torch() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import saexp
+from saexp import registry
 from saexp.activations.stores import damaged, stores
 from saexp.cli import cell_folder
 from saexp.context import RunContext
@@ -18,7 +19,9 @@ from saexp.errors import ModelError
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import clear
 from saexp.results import Result
+from saexp.sweeps.planning import PROCESS
 from saexp.tracking import NullTracker
+from tests.unit.reports.left import command
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
@@ -34,15 +37,23 @@ def run(cache: Path, folder: Path, *words: str) -> Result:
     return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
 
 
+@pytest.fixture(scope="module")
+def steered(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with effects; tests work on copies."""
+    folder = tmp_path_factory.mktemp("steered") / "run"
+    run(cache, folder)
+    return folder
+
+
 def names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("word", ["intervention=none", "analyzer=stats", "task=collect"])
-def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_the_next_ones(
-    word: str, cache: Path, tmp_path: Path
+def test_files_of_an_earlier_run_in_the_folder_are_removed(
+    word: str, cache: Path, steered: Path, tmp_path: Path
 ) -> None:
-    run(cache, tmp_path / "same")
+    shutil.copytree(steered, tmp_path / "same")
     assert "effects.parquet" in names(tmp_path / "same")
     for kept in ("notes.md", "mine.parquet"):
         (tmp_path / "same" / kept).write_text("a user's own")
@@ -53,13 +64,13 @@ def test_what_an_earlier_run_left_in_the_folder_is_not_taken_for_the_next_ones(
 
 
 def test_a_copy_of_a_finished_run_replaces_what_was_in_the_folder(
-    cache: Path, tmp_path: Path
+    cache: Path, steered: Path, tmp_path: Path
 ) -> None:
-    done = run(cache, tmp_path / "done", "intervention=none")
-    run(cache, tmp_path / "same")
+    finished_run = run(cache, tmp_path / "done", "intervention=none")
+    shutil.copytree(steered, tmp_path / "same")
     again = run(cache, tmp_path / "same", "intervention=none", "resume=true")
     assert names(tmp_path / "same") == names(tmp_path / "done")
-    assert again.metrics.keys() == done.metrics.keys()
+    assert again.metrics.keys() == finished_run.metrics.keys()
     assert any(note.startswith("reused from") for note in again.notes)
 
 
@@ -115,21 +126,24 @@ class Constant:
 """
 
 
-def test_a_plugin_that_was_edited_is_run_again(tmp_path: Path) -> None:
+def test_a_plugin_that_was_edited_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
     words = ["-m", "layer=1,2", "intervention=none", "analyzer.name=constant", *SMALL]
     words.append("plugins=[my_constant]")
     for value in (1, 1, 99):
         (tmp_path / "my_constant.py").write_text(PLUGIN.replace("VALUE", str(value)))
         shutil.rmtree(tmp_path / "sweep", ignore_errors=True)
-        subprocess.run(
-            [sys.executable, "-m", "saexp", *words, "hydra.sweep.dir=sweep"],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
+        said = command(tmp_path, *words, "hydra.sweep.dir=sweep")
+        assert said.code == 0, said.err
+        # As a new process begins.
+        PROCESS.objects.clear()
+        registry.PLUGINS.components.pop(("analyzer", "constant"))
+        del sys.modules["my_constant"]
         cells = sorted((tmp_path / "sweep").glob("*/metrics.json"))
-        found = [json.loads(cell.read_text("utf-8"))["constant/value"] for cell in cells]
-        assert found == [value, value]
+        values = [json.loads(cell.read_text("utf-8"))["constant/value"] for cell in cells]
+        assert values == [value, value]
 
 
 def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:
@@ -137,11 +151,11 @@ def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: 
         words = [f"layer={layer}", "task=collect", *SMALL]
         return subprocess.Popen([sys.executable, "-m", "saexp", *words], cwd=tmp_path)
 
-    processes = [start(layer) for layer in (1, 2, 3)]
-    assert [p.wait() for p in processes] == [0, 0, 0]
-    found = sorted((tmp_path / "outputs").glob("2*/*/provenance.json"))
-    layers = [json.loads(p.read_text("utf-8"))["config"]["layer"] for p in found]
-    assert sorted(layers) == [1, 2, 3]
+    processes = [start(layer) for layer in (1, 2)]
+    assert [p.wait() for p in processes] == [0, 0]
+    provenances = sorted((tmp_path / "outputs").glob("2*/*/provenance.json"))
+    layers = [json.loads(p.read_text("utf-8"))["config"]["layer"] for p in provenances]
+    assert sorted(layers) == [1, 2]
 
 
 def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
@@ -214,7 +228,7 @@ def test_what_an_earlier_run_left_goes_where_the_account_of_it_is_damaged(
     assert names(tmp_path) == left
 
 
-def test_a_page_of_ones_own_is_not_taken_for_the_runs(cache: Path, tmp_path: Path) -> None:
+def test_a_users_page_is_kept_where_the_run_writes_none(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "same").mkdir()
     (tmp_path / "same/report.html").write_text("mine")
     for _ in range(2):

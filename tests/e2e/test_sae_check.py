@@ -1,4 +1,4 @@
-"""An SAE that does not fit its stream is noticed, and the reason told apart, on the tiny model."""
+"""An SAE that does not fit its stream is noticed, and the reason found, on the tiny model."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.unit.saes.conftest import hub_cache  # noqa: F401
 from tests.unit.saes.make import publish
 
 SHIPPED = ASSETS / "tiny/sae/layer_2/width_256"
-FIXED = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
+FIXED = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
 
 
 @pytest.fixture(scope="module")
@@ -55,52 +55,52 @@ def altered(tmp_path):
 
 @pytest.mark.parametrize("layer", range(5))
 def test_a_fitting_sae_gets_no_remark(notes, layer):
-    told, metrics = notes(f"layer={layer}")
-    assert told == []
+    remarks, metrics = notes(f"layer={layer}")
+    assert remarks == []
     assert metrics["check/explained_variance"] > 0.8
 
 
 def test_a_wrong_layer_names_the_one_it_fits(notes, altered):
-    (told,), _ = notes(*altered("blocks.3.hook_resid_post"))
-    assert "at layer_2.resid_post: it looks trained on that layer" in told
+    (note,), _ = notes(*altered("blocks.3.hook_resid_post"))
+    assert "at layer_2.resid_post: it looks trained on that layer" in note
 
 
 def test_a_wrong_stream_says_that_nothing_fits(notes, altered):
-    (told,), _ = notes(*altered("blocks.2.hook_mlp_out"))
-    assert "no more under any other reading" in told
+    (note,), _ = notes(*altered("blocks.2.hook_mlp_out"))
+    assert "no more under any other reading" in note
 
 
 @pytest.mark.parametrize(
-    ("here", "neutral", "told"),
+    ("here", "neutral", "has_note"),
     [(0.04, 0.9, True), (-0.3, 0.9, True), (0.3, 0.9, False), (0.1, 0.15, False), (0.0, -1, False)],
 )
-def test_an_sae_that_explains_nothing_at_the_positions_is_named(here, neutral, told):
+def test_an_sae_that_explains_nothing_at_the_positions_is_noted(here, neutral, has_note):
     metrics = {"reconstruction/explained_variance": here, "check/explained_variance": neutral}
     notes = variance_notes(metrics)
-    assert bool(notes) == told
-    if told:
+    assert bool(notes) == has_note
+    if has_note:
         assert notes[0].startswith(f"the SAE explains {here:.3f} of the variance at the positions")
     assert variance_notes({**metrics, "check/explained_variance": None}) == []
     assert variance_notes({}) == []
 
 
-def test_a_missing_scaling_is_named(notes, altered):
-    (told,), _ = notes(*altered(factor=128**0.5 / 1000))
-    assert "scaled to norm sqrt(d_in)" in told
-    assert "norm_scaling_factor" in told
+def test_a_missing_scaling_is_noted(notes, altered):
+    (note,), _ = notes(*altered(factor=128**0.5 / 1000))
+    assert "scaled to norm sqrt(d_in)" in note
+    assert "norm_scaling_factor" in note
 
 
-def test_special_tokens_let_in_are_named(notes):
-    (told,), _ = notes("layer=2", "positions=all", "positions.include_special=true")
-    assert "without special tokens" in told
+def test_special_tokens_among_the_positions_are_noted(notes):
+    (note,), _ = notes("layer=2", "positions=all", "positions.include_special=true")
+    assert "without special tokens" in note
 
 
 def test_error_stops_the_run_and_off_does_not_look(notes, altered):
     words = altered("blocks.3.hook_resid_post")
     with pytest.raises(SAEError, match=r"sae\.check=warn goes on"):
         notes(*words, "sae.check=error")
-    told, metrics = notes(*words, "sae.check=off")
-    assert told == []
+    remarks, metrics = notes(*words, "sae.check=off")
+    assert remarks == []
     assert "check/l0" not in metrics
 
 
@@ -145,10 +145,10 @@ def test_recorded_frequencies_are_compared(cache, altered, tmp_path, fits):
     notes, table, metrics, _ = checked(cache, tmp_path / "run", *words)
     [silent] = [q for q in table.index if q.startswith("share of latents that never fire in")]
     gap = metrics["check/inactive_fraction"] - metrics["check/expected_inactive_fraction"]
-    told = [n for n in notes if "recorded in training" in n]
+    differences = [n for n in notes if "recorded in training" in n]
     assert (abs(gap) <= 0.25) == fits
     assert table["verdict"].to_dict()[silent] == ("fits" if fits else "differs")
-    assert bool(told) == (not fits)
+    assert bool(differences) == (not fits)
 
 
 @pytest.mark.parametrize(("block", "l0", "harm"), [(2, 18.0, 0.0), (3, 23.0, 2.0)])
@@ -179,16 +179,16 @@ def test_a_release_is_held_against_its_catalogue(
     assert metrics["check/expected_explained_variance"] == 0.999
     assert metrics["check/expected_l0"] == l0
     assert "check/expected_inactive_fraction" in metrics
-    told = [n for n in notes if "the catalogue reports 1.00, more than 0.2 above" in n]
+    differences = [n for n in notes if "the catalogue reports 1.00, more than 0.2 above" in n]
     assert table.loc["explained variance", "verdict"] == ("differs" if harm else "fits")
-    assert bool(told) == bool(harm)
+    assert bool(differences) == bool(harm)
     # A problem is what sae.check=error stops at.
     if harm:
         with pytest.raises(SAEError, match=r"of the variance at layer_3\.resid_pre"):
             checked(cache, tmp_path / "2", *words, "sae.check=error")
 
 
-def test_a_factor_made_for_other_vectors_is_named(cache, tmp_path):
+def test_a_factor_made_for_other_vectors_is_noted(cache, tmp_path):
     """The scaling of another model or layer: its mean norm is not this stream's."""
     folder = tmp_path / "sae"
     shutil.copytree(SHIPPED, folder)

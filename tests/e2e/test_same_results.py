@@ -70,9 +70,9 @@ def test_a_difference_is_one_line(
 ) -> None:
     before = leave(tmp_path / "a", {"x/y": 1.0}, TABLE, "latents")
     after = leave(tmp_path / "b", metrics, table, "latents")
-    found = list(script.differences(before, after, {}))
-    assert len(found) == 1
-    assert line in found[0]
+    differing = list(script.differences(before, after, {}))
+    assert len(differing) == 1
+    assert line in differing[0]
 
 
 def test_a_folder_without_results_is_a_difference(script: ModuleType, tmp_path: Path) -> None:

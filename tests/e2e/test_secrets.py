@@ -19,6 +19,7 @@ SECRET = "swordfish-hunter2-9f3"
 FOLDER = "folder-of-nobody-else"
 SHORT = "pqz17"
 SMALL = ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=300", "layer=1"]
+SMALL += ["dataset.n_examples=20"]
 DATA = ["dataset=jsonl", "dataset.path=${oc.env:SAEXP_TEST_FOLDER}/rows.jsonl"]
 TOKENS = [
     "+intervention.where_options.token=${oc.env:SAEXP_TEST_SECRET}",
@@ -98,7 +99,8 @@ def test_cells_whose_sae_comes_from_the_environment_are_matched(
 ) -> None:
     monkeypatch.setenv("SAEXP_TEST_SAES", str(Path(saexp.__file__).parent / "assets/tiny/sae"))
     words = ["-m", "sae=local", "layer=1,2", "intervention=none", "tracker=none"]
-    words += ["analyzer.n_bootstrap=0", "hydra.sweep.dir=sweep"]
+    words += ["analyzer.n_bootstrap=0", "hydra.sweep.dir=sweep", "dataset.n_examples=40"]
+    words += ["analyzer.n_background=300"]
     words += ["sae.path='${oc.env:SAEXP_TEST_SAES}/layer_{layer}/width_256'"]
     said = command(folder, *words)
     assert said.code == 0, said.err[-2000:]
@@ -145,18 +147,18 @@ print(as_typed(asdict(cfg))["intervention"]["where_options"]["token"])
 def test_in_another_process_a_config_has_its_values_as_typed() -> None:
     content = pickle.dumps(saexp.compose(TOKENS))
     words = [sys.executable, "-c", UNPICKLE, SECRET]
-    done = subprocess.run(words, input=content, capture_output=True)
-    assert done.stdout.decode() == "${oc.env:SAEXP_TEST_SECRET}\n", done.stderr.decode()
+    process = subprocess.run(words, input=content, capture_output=True)
+    assert process.stdout.decode() == "${oc.env:SAEXP_TEST_SECRET}\n", process.stderr.decode()
 
 
 def test_a_value_that_another_config_took_from_the_environment_stays_as_it_is_typed(
     folder: Path,
 ) -> None:
-    taken, typed = (
+    from_environment, typed = (
         saexp.compose([f"dataset.path={path}/rows.jsonl", "dataset=jsonl"])
         for path in ("${oc.env:SAEXP_TEST_FOLDER}", folder.parent / "data" / FOLDER)
     )
-    assert taken == typed
+    assert from_environment == typed
     assert as_typed(asdict(typed)) == asdict(typed)
 
 
@@ -192,10 +194,10 @@ def test_names_that_reports_look_up_stay_as_they_are(monkeypatch: pytest.MonkeyP
     cfg = saexp.compose(words)
     stored = as_typed(asdict(cfg))
     for key, value in CHOICES.items():
-        found: Any = stored
+        entry: Any = stored
         for part in key.split("."):
-            found = found[int(part) if part == "0" else part]
-        assert found == value
+            entry = entry[int(part) if part == "0" else part]
+        assert entry == value
     assert masked("layer_2.resid_post") == "layer_2.resid_post"
 
 

@@ -18,7 +18,7 @@ from tests.unit.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=300"]
-SMALL += ["dataset.n_examples=40"]
+SMALL += ["dataset.n_examples=40", "intervention.n_choice_prompts=2", "intervention.top_k=1"]
 
 
 class Calls:
@@ -88,12 +88,12 @@ def test_a_sweep_over_coefficients_encodes_each_text_set_once(calls: Calls, tmp_
 def test_what_is_kept_gives_the_same_run(calls: Calls, cache: Path, tmp_path: Path) -> None:
     words = ["coefficient=0.3"]
     first = run(cache, tmp_path / "1", *words, shared=calls.shared)
-    kept = run(cache, tmp_path / "2", *words, shared=calls.shared)
+    again = run(cache, tmp_path / "2", *words, shared=calls.shared)
     assert (calls.encoded, calls.contrasted) == (2, 1)
     fresh = run(cache, tmp_path / "3", *words)
     assert (calls.encoded, calls.contrasted) == (4, 2)
-    assert_same(first, kept)
-    assert_same(kept, fresh)
+    assert_same(first, again)
+    assert_same(again, fresh)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
     def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:
         cfg = saexp.compose(words)
         model = LanguageModel(cfg.model).with_bos(bos)
-        found = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
-        inputs = AnalysisInputs(latents=found, groups=("x", "y"), layer=1, model=model)
+        empty = Latents(sparse.csr_array((0, 4)), pd.DataFrame(), latents)
+        inputs = AnalysisInputs(latents=empty, groups=("x", "y"), layer=1, model=model)
         analyzer = saexp.build("analyzer", cfg.analyzer)
         return objects._analysis_key(analyzer, cfg.analyzer, inputs)
 
@@ -172,8 +172,8 @@ def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
     assert len(set(keys)) == len(keys)
     assert key("tracker=none", "store.batch_tokens=9") == keys[0]
     typed = type("Typed", (ContrastAnalyzer,), {"__module__": "typed_into_a_notebook"})
-    found = AnalysisInputs(
+    untyped_inputs = AnalysisInputs(
         latents=Latents(sparse.csr_array((0, 4)), pd.DataFrame(), "a"), groups=(), layer=1
     )
     cfg = saexp.compose([]).analyzer
-    assert objects._analysis_key(typed(cfg), cfg, found) is None
+    assert objects._analysis_key(typed(cfg), cfg, untyped_inputs) is None

@@ -7,7 +7,18 @@ from scipy import stats
 from saexp.stats.rank_tests import auroc_difference
 
 RUNS = 300
+SIZES = [5, 15, 100]
+"""Of a group in one of the two strata."""
 VALUES = [(0.5, 0.5), (0.8, 0.8), (0.97, 0.8), (0.97, 0.97), (0.99, 0.5), (0.99, 0.97)]
+LAWS = [(0.0, "normal"), (0.6, "sparse"), (0.0, "sparse"), (0.6, "normal")]
+"""Correlation of the two scores, and the law of the latent."""
+CASES = [
+    (n, values, *LAWS[(i + j) % len(LAWS)])
+    for i, n in enumerate(SIZES)
+    for j, values in enumerate(VALUES)
+]
+"""Every pair of AUROCs at every size; each size under every law, and each pair of AUROCs under
+either law and at either correlation."""
 
 
 def coverage(n: int, values: tuple[float, float], correlation: float, law: str) -> float:
@@ -35,12 +46,8 @@ def coverage(n: int, values: tuple[float, float], correlation: float, law: str) 
     return covers / RUNS
 
 
-@pytest.mark.parametrize("law", ["normal", "sparse"])
-@pytest.mark.parametrize("correlation", [0.0, 0.6])
-@pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("n", [5, 15, 100])
+@pytest.mark.parametrize(("n", "values", "correlation", "law"), CASES)
 def test_the_difference_of_two_aurocs_is_covered(
     n: int, values: tuple[float, float], correlation: float, law: str
 ) -> None:
-    """10, 30 and 200 of each group in all."""
     assert coverage(n, values, correlation, law) >= 0.92

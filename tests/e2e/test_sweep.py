@@ -61,7 +61,7 @@ def test_the_table_is_what_the_cells_folders_hold(swept: Said) -> None:
             assert pd.isna(row[name]) if value is None else row[name] == value, name
 
 
-def test_the_page_leads_to_every_cells_report_and_is_named_last(swept: Said) -> None:
+def test_the_page_links_every_cells_report_and_is_printed_last(swept: Said) -> None:
     assert_links(swept.sweep, 8)
     *_, counted, where = swept.out.splitlines()
     assert counted == "sweep: 8 cells: 8 finished"
@@ -83,8 +83,8 @@ def by_joblib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joblib")
     words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *GRID]
     run = [sys.executable, "-m", "saexp", *words]
-    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
     return folder
 
 
@@ -238,27 +238,27 @@ def planned(*cells: Sequence[str]) -> dict[str, list[list[Any]]]:
 def test_cells_that_differ_in_what_is_read_off_share_a_pass() -> None:
     cells = [[f"layer={n}", f"width={w}", "coefficient=1"] for n in (0, 2) for w in (256, 512)]
     cells += [["layer=4", "intervention=clamp"], ["layer=4", "analyzer.alpha=0.1"]]
-    found = planned(*cells)
-    assert list(found) == [texts_key(saexp.compose([]))]
-    assert all([layer, None] in found[texts_key(saexp.compose([]))] for layer in (0, 2, 4))
+    passes = planned(*cells)
+    assert list(passes) == [texts_key(saexp.compose([]))]
+    assert all([layer, None] in passes[texts_key(saexp.compose([]))] for layer in (0, 2, 4))
 
 
 @pytest.mark.parametrize(
     "word", ["dataset=ioi", "positions=last", "model=tiny_control", "dataset.max_length=40"]
 )
 def test_cells_with_other_texts_or_positions_have_a_pass_of_their_own(word: str) -> None:
-    found = planned(["layer=0"], ["layer=4", word])
+    passes = planned(["layer=0"], ["layer=4", word])
     keys = [texts_key(saexp.compose(words)) for words in ([], [word])]
-    assert list(found) == keys
-    assert [[0, None] in found[k] for k in keys] == [True, False]
-    assert [[4, None] in found[k] for k in keys] == [False, True]
+    assert list(passes) == keys
+    assert [[0, None] in passes[k] for k in keys] == [True, False]
+    assert [[4, None] in passes[k] for k in keys] == [False, True]
 
 
 def test_every_stream_and_layer_of_collecting_cells_is_planned() -> None:
     words = ["task=collect", "task.streams=[resid_post,mlp_out]"]
     (found,) = planned([*words, "layer=[0,1]"], ["layer=3"], [*words, "layer=1"]).values()
-    wanted = [[n, s] for n in (0, 1) for s in ("resid_post", "mlp_out")]
-    assert all(h in found for h in [*wanted, [3, None]])
+    expected = [[n, s] for n in (0, 1) for s in ("resid_post", "mlp_out")]
+    assert all(h in found for h in [*expected, [3, None]])
     assert [3, "mlp_out"] not in found
 
 

@@ -26,7 +26,7 @@ def planned(*cells: Sequence[str]) -> list[list[Any]]:
     return found
 
 
-def test_saes_of_ones_own_are_planned_where_their_files_say_that_they_read() -> None:
+def test_custom_saes_are_planned_at_the_hookpoints_in_their_files() -> None:
     cells = [["sae=local", f"sae.path='{path}'", "layer=null"] for path in SAES]
     assert planned(*cells) == [[1, "resid_post"], [3, "resid_post"]]
     # A cell with a list of layers is planned by those; its SAE is read by the cell.
@@ -41,7 +41,7 @@ def test_saes_of_ones_own_are_planned_where_their_files_say_that_they_read() -> 
     ]
 
 
-def test_a_sweep_over_saes_of_ones_own_is_one_pass(tmp_path: Path) -> None:
+def test_a_sweep_over_custom_saes_is_one_pass(tmp_path: Path) -> None:
     paths = ",".join(f"'{path}'" for path in SAES)
     said = command(tmp_path, "-m", "sae=local", f"sae.path={paths}", "layer=null", *SMALL)
     assert said.code == 0, said.err[-2000:]
@@ -92,7 +92,7 @@ def test_no_stream_at_all_is_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_the_best_cell_is_named_by_all_that_was_swept() -> None:
+def test_the_best_cell_is_described_by_all_that_was_swept() -> None:
     about = {"status": "finished", "layer": 2, "width": 256, "contrast/best_latent_known": 3}
     rows = [
         {
@@ -103,13 +103,13 @@ def test_the_best_cell_is_named_by_all_that_was_swept() -> None:
         }
         for model, auroc in (("tiny", 0.9), ("tiny_control", 0.7))
     ]
-    (told,) = findings(pd.DataFrame(rows))
-    assert told == (
+    (finding,) = findings(pd.DataFrame(rows))
+    assert finding == (
         "known: the best latent is 3 with held-out AUROC 0.900 at layer 2, width 256, model tiny "
         "(chosen on the train split)."
     )
-    (told,) = findings(pd.DataFrame(rows[:1]))
-    assert told.endswith(" at layer 2, width 256 (chosen on the train split).")
+    (finding,) = findings(pd.DataFrame(rows[:1]))
+    assert finding.endswith(" at layer 2, width 256 (chosen on the train split).")
 
 
 def test_a_control_sae_never_is_the_best_cell() -> None:
@@ -123,8 +123,8 @@ def test_a_control_sae_never_is_the_best_cell() -> None:
         | {"contrast/best_p_value_known_test": 0.04 if control is None else 0.06}
         for sae, control, train, test in cells
     ]
-    (told,) = findings(pd.DataFrame(rows))
-    assert told == (
+    (finding,) = findings(pd.DataFrame(rows))
+    assert finding == (
         "known: the best latent is 3 with held-out AUROC 0.600 [0.510, 0.650] at layer 2, width "
         "256, sae tiny (chosen on the train split); the best latent of the control SAEs (random) "
         "is 3 with held-out AUROC 0.580 [0.510, 0.650] (not above chance on held-out entities) at "

@@ -106,8 +106,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(runs, cache, tmp_path, mo
     words = ["sae_trainer=batchtopk", "sae_trainer.dead_feature_window=501"]
     arguments = [*WORDS, *words, f"cache_dir={cache}"]
     code = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "killed"), *arguments]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    process = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     left = sorted(p.name for p in (cache / "training").glob("*/*"))
     assert left[1:] == ["step_000000030", "step_000000040"]
     assert left[0].startswith(".tmp-")
@@ -159,7 +159,7 @@ def test_what_cannot_be_trained_is_one_line(cache, tmp_path, words, error, part)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "l0", "told"),
+    ("name", "options", "l0", "has_note"),
     [
         ("batchtopk", {"k": 16}, 33.0, True),
         ("batchtopk", {"k": 16}, 9.0, True),
@@ -169,10 +169,10 @@ def test_what_cannot_be_trained_is_one_line(cache, tmp_path, words, error, part)
         ("standard", {}, 80.0, False),
     ],
 )
-def test_an_l0_far_from_k_is_a_note(name, options, l0, told):
+def test_an_l0_far_from_k_is_a_note(name, options, l0, has_note):
     notes = off_target(SAETrainerConfig(name=name, options=options), l0)
     assert [f"L0 is {l0:.1f} on held-out positions, where k is 16" in n for n in notes] == (
-        [True] if told else []
+        [True] if has_note else []
     )
 
 

@@ -26,9 +26,9 @@ WORDS += ["analyzer.n_background=500", "sae=local", f"layer={LAYER}"]
 
 def stores(folder: Path) -> dict[str, ActivationStore]:
     """By the name of their data set."""
-    found = [saexp.open_store(p.parent) for p in folder.glob("activations/*/manifest.json")]
+    opened = [saexp.open_store(p.parent) for p in folder.glob("activations/*/manifest.json")]
     return {
-        "neutral" if s.manifest["about"]["dataset"] == "background" else "own": s for s in found
+        "neutral" if s.manifest["about"]["dataset"] == "background" else "own": s for s in opened
     }
 
 
@@ -77,11 +77,11 @@ def run(cache: Path, folder: Path, place: Path, *words: str) -> Result:
 
 
 def test_metrics_are_of_the_stream_that_is_predicted(cache: Path, tmp_path: Path) -> None:
-    found = stores(cache)
-    place = skip_transcoder(tmp_path / "sae", *streams(found["neutral"]))
+    by_data = stores(cache)
+    place = skip_transcoder(tmp_path / "sae", *streams(by_data["neutral"]))
     result = run(cache, tmp_path / "run", place)
     assert result.metrics["collection/tokens_forwarded"] == 0
-    made, (x, y) = saexp.load_sae(place), streams(found["own"])
+    made, (x, y) = saexp.load_sae(place), streams(by_data["own"])
     acts = made.encode(x)
     error = (made.decode(acts, x) - y).double().square().sum(-1)
     spread = (y.double() - y.double().mean(0)).square().sum(-1)
@@ -103,13 +103,13 @@ def test_the_check_compares_with_the_other_stream(cache: Path, tmp_path: Path) -
     assert not torch.allclose(x, y)
     fits = run(cache, tmp_path / "fits", skip_transcoder(tmp_path / "a", x, y))
     assert fits.metrics["check/explained_variance"] > 0.4
-    # At the positions analysed it explains little, which is told; its reading is not in doubt.
+    # At the positions analysed it explains little, which is noted; its reading is not in doubt.
     assert not any("on neutral text, " in n or "looks trained" in n for n in fits.notes)
     place = skip_transcoder(tmp_path / "b", x, y, wrong=1)
     wrong = run(cache, tmp_path / "wrong", place, f"layer={LAYER + 1}")
-    (told,) = [n for n in wrong.notes if "of the variance" in n]
-    assert f"at layer_{LAYER + 1}.mlp_out on neutral text" in told
-    assert f"at layer_{LAYER}.mlp_in: it looks trained on that layer" in told
+    (note,) = [n for n in wrong.notes if "of the variance" in n]
+    assert f"at layer_{LAYER + 1}.mlp_out on neutral text" in note
+    assert f"at layer_{LAYER}.mlp_in: it looks trained on that layer" in note
 
 
 def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_keep_reads_the_cut_text_and_counts_it(kind: str, options: dict[str, Any
     assert (placement.n_truncated, placement.skips) == (1, [])
 
 
-def test_a_kind_of_one_s_own_counts_as_reading_as_far_as_a_text_goes() -> None:
+def test_a_custom_kind_counts_as_reading_to_the_end_of_a_text() -> None:
     class Third:
         cfg = PositionsConfig(name="third")
 

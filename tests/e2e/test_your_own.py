@@ -33,15 +33,15 @@ def typed(monkeypatch: pytest.MonkeyPatch, place: Path, name: str, *words: str) 
     return folder
 
 
-def test_a_package_of_one_s_own(
+def test_a_custom_package_adds_components(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = typed(monkeypatch, place, "1", "analyzer=loudest", "analyzer.n=3", "dataset=colours")
-    metrics = json.loads((found / "metrics.json").read_text())
-    table = pd.read_parquet(found / "loudest.parquet")
+    folder = typed(monkeypatch, place, "1", "analyzer=loudest", "analyzer.n=3", "dataset=colours")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    table = pd.read_parquet(folder / "loudest.parquet")
     assert len(table) == 3
     assert metrics["loudest/latent"] == table["latent"].iloc[0]
-    assert "loudest" in (found / "report.html").read_text("utf-8")
+    assert "loudest" in (folder / "report.html").read_text("utf-8")
     best = int(table["latent"].iloc[0])
     words = ["analyzer=loudest", "dataset=colours", "intervention=backwards"]
     words += [
@@ -50,16 +50,14 @@ def test_a_package_of_one_s_own(
         "coefficient=[0,1]",
         "intervention.n_controls=1",
     ]
-    found = typed(monkeypatch, place, "2", *words)
-    effects = pd.read_parquet(found / "effects.parquet")
+    folder = typed(monkeypatch, place, "2", *words)
+    effects = pd.read_parquet(folder / "effects.parquet")
     assert {"shouting", "generated_text"} <= set(effects.columns)
     assert set(effects["coefficient"]) == {0.0, 1.0}
     assert "report: 2/report.html" in capsys.readouterr().out
 
 
-def test_a_model_and_an_sae_of_one_s_own_need_no_code(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_model_and_sae_need_no_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from tests.random_models import D_MODEL, random_hf, save

@@ -1,6 +1,6 @@
-"""Shape checking is switched on for unit tests: jaxtyping's shapes with beartype's types."""
+"""Types and array shapes are checked in unit tests."""
 
-from jaxtyping import install_import_hook
+from tests import shape_checks
 
 CHECKED = ("models", "data", "activations", "saes", "latents", "analysis", "interventions")
-install_import_hook([f"saexp.{package}" for package in CHECKED], "beartype.beartype")
+shape_checks.install([f"saexp.{package}" for package in CHECKED])

@@ -35,11 +35,11 @@ def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "build", build)
 
 
-@pytest.mark.parametrize(("words", "said"), WRONG)
-def test_a_wrong_name_is_said_first(words: list[str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "message"), WRONG)
+def test_a_wrong_name_is_reported_first(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         saexp.run(saexp.compose(words), tmp_path)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
 
 
 UNUSED = [
@@ -58,7 +58,7 @@ def test_what_a_task_does_not_use_is_not_looked_at(words: list[str], tmp_path: P
         saexp.run(saexp.compose(words), tmp_path)
 
 
-def test_names_of_ones_own_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_names_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     for kind in ("outcome", "positions"):
         saexp.register(kind, "mine")(dict)

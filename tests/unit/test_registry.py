@@ -38,7 +38,7 @@ def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         saexp.register("outcome", "mine")(list)
 
 
-def test_an_analyzer_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_analyzer_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module on the path, named in `plugins`, run from a config of its own."""
     monkeypatch.setattr(registry, "PLUGINS", registry.Plugins())
     (tmp_path / "my_saexp_plugin.py").write_text(

@@ -138,7 +138,7 @@ def test_online_without_a_key_is_one_line_and_no_prompt(
     assert "\n" not in str(error.value)
 
 
-def test_a_key_that_is_no_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_api_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "short")
     tracker = build("tracker", TrackerConfig(name="wandb", mode="online"))

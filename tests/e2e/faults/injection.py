@@ -179,9 +179,9 @@ def small_disk(path: Path, kilobytes: int) -> Iterator[Disk]:
     if shutil.which("mount") is None:
         pytest.skip("no mount command")
     words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    process = subprocess.run(words, capture_output=True, text=True)
+    if process.returncode:
+        pytest.skip(f"no file system can be mounted here: {process.stderr.strip()}")
     try:
         yield Disk(path)
     finally:

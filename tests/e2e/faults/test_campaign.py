@@ -12,7 +12,10 @@ from tests.e2e.faults import injection
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "experiments" / "validation"
-N_KILLS, N_DAMAGES, N_OTHERS = 3, 10, 1
+N_KILLS, N_DAMAGES, N_OTHERS = 3, 8, 1
+WORKS = ("labels", "collecting", "training", "evaluation")
+"""The kinds that take a few seconds; runs with steering and sweeps are killed in test_signals.py,
+test_shared_rows.py and test_sweep.py."""
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,11 @@ def faults(scripts) -> ModuleType:
 
 @pytest.mark.slow
 def test_a_few_attempts_of_every_kind_lose_nothing_and_change_nothing(faults, bench, tmp_path):
-    planned = faults.plan(bench, N_KILLS, N_DAMAGES, N_OTHERS)
+    planned = faults.plan(bench, N_KILLS, N_DAMAGES, N_OTHERS, WORKS)
     rows = faults.campaign(bench, planned, tmp_path, seed=1)
     assert [r for r in rows if any(r[name] for name in faults.BAD)] == []
     counts = faults.read(tmp_path / "faults.csv")
+    assert {c["kind"] for c in counts} > set(faults.OTHERS)
     signals = [c for c in counts if c["kind"].startswith("SIG")]
     assert sum(c["hits"] for c in signals) > N_KILLS // 2
     assert sum(c["attempts"] for c in counts if c["kind"] in faults.attempts.DAMAGES) == N_DAMAGES
@@ -50,7 +54,7 @@ def test_a_few_attempts_of_every_kind_lose_nothing_and_change_nothing(faults, be
 
 @pytest.mark.slow
 def test_a_campaign_that_is_started_again_makes_what_is_missing(faults, bench, tmp_path):
-    planned = faults.plan(bench, 0, 3, 0)
+    planned = faults.plan(bench, 0, 3, 0, WORKS)
     first = faults.campaign(bench, planned[:2], tmp_path, seed=0)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"kind": "cut sho')

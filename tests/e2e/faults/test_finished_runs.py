@@ -107,8 +107,8 @@ def test_a_run_is_not_reused_with_any_damage_to_any_file(
             assert "is not reused: " in said
             assert said.endswith("; computing it again")
     caplog.clear()
-    found = finished.find_finished(run.cfg, run.key)
-    assert found is not None and found.folder == run.folder
+    earlier = finished.find_finished(run.cfg, run.key)
+    assert earlier is not None and earlier.folder == run.folder
     assert caplog.messages == []
 
 
@@ -146,8 +146,8 @@ def test_a_damaged_run_is_computed_again_in_its_own_folder(run: Done) -> None:
     assert digests_of_results(run.folder) != expected
     saexp.run(run.cfg, run.folder)
     assert digests_of_results(run.folder) == expected
-    found = finished.find_finished(run.cfg, run.key)
-    assert found is not None and found.folder == run.folder
+    earlier = finished.find_finished(run.cfg, run.key)
+    assert earlier is not None and earlier.folder == run.folder
 
 
 def test_reading_a_damaged_run_is_one_line_that_names_the_file(run: Done) -> None:

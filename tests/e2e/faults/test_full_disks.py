@@ -31,7 +31,7 @@ TASKS = {
     ),
     "sweep": ("-m", "layer=1,2", "intervention=none", *SMALL),
 }
-N_SIZES = 6
+N_SIZES = 5
 ROOM = 64 * 1024
 
 

@@ -72,8 +72,8 @@ def test_hostile_pickles_are_not_run(model: Path, tmp_path: Path) -> None:
     torch.save({"bias": Hostile(proof)}, tmp_path / "trainer/ae.pt")
     about = {"dict_class": "AutoEncoder", "layer": 2, "submodule_name": "resid_post_layer_2"}
     (tmp_path / "trainer/config.json").write_text(json.dumps({"trainer": about}))
-    found = line(tmp_path, "sae=local", "sae.path=trainer", "layer=2")
-    assert found.startswith("trainer/ae.pt is not a plain file of tensors (")
+    message = line(tmp_path, "sae=local", "sae.path=trainer", "layer=2")
+    assert message.startswith("trainer/ae.pt is not a plain file of tensors (")
     place = tmp_path / "layer_2/params.npz"
     place.parent.mkdir()
     np.savez(place, W_enc=np.array([Hostile(proof)], dtype=object))
@@ -81,8 +81,8 @@ def test_hostile_pickles_are_not_run(model: Path, tmp_path: Path) -> None:
     assert "is not an npz file of plain arrays (" in line(tmp_path, *npz)
     (model / "model.safetensors").unlink()
     torch.save({"x": Hostile(proof)}, model / "pytorch_model.bin")
-    found = line(tmp_path, "model=hf", "model.name=model", "sae=random", "layer=2")
-    assert "its weights cannot be loaded (a pickle that is damaged or holds more than" in found
+    message = line(tmp_path, "model=hf", "model.name=model", "sae=random", "layer=2")
+    assert "its weights cannot be loaded (a pickle that is damaged or holds more than" in message
     assert not proof.exists()
 
 

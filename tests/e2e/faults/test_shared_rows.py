@@ -53,27 +53,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return folder / "1" / "run", n_computed(said)
 
 
-def assert_equal_results(folder: Path, wanted: Path) -> None:
+def assert_equal_results(folder: Path, expected_folder: Path) -> None:
     """Shared rows are computed in other batches, which changes scores of latents by rounding."""
-    results, expected = digests_of_results(folder), digests_of_results(wanted)
+    results, expected = digests_of_results(folder), digests_of_results(expected_folder)
     assert results.keys() == expected.keys()
     for name in results:
         same = results[name] == expected[name]
-        assert same or equal_up_to_rounding(folder / name, wanted / name), name
+        assert same or equal_up_to_rounding(folder / name, expected_folder / name), name
 
 
 def test_equal_runs_at_once_compute_each_row_once(undisturbed, tmp_path):
-    wanted, n_rows = undisturbed
+    expected_folder, n_rows = undisturbed
     runs = [started(tmp_path / "cache", tmp_path / str(i)) for i in range(2)]
     said = [run.wait() for run in runs]
     assert [s.code for s in said] == [0, 0], said
     for i in range(2):
-        assert_equal_results(tmp_path / str(i) / "run", wanted)
+        assert_equal_results(tmp_path / str(i) / "run", expected_folder)
     assert sum(map(n_computed, said)) == n_rows
 
 
 def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
-    wanted, n_rows = undisturbed
+    expected_folder, n_rows = undisturbed
     cache = tmp_path / "cache"
     runs = [started(cache, tmp_path / str(i)) for i in range(3)]
     began = time.monotonic()
@@ -85,6 +85,6 @@ def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
     said = [run.wait() for run in runs]
     assert [s.code for s in said] == [-signal.SIGKILL, 0, 0], said
     for i in (1, 2):
-        assert_equal_results(tmp_path / str(i) / "run", wanted)
+        assert_equal_results(tmp_path / str(i) / "run", expected_folder)
     # What the killed run has stored is not computed again, nor anything twice.
     assert n_rows - n_before - 500 <= sum(map(n_computed, said)) <= n_rows

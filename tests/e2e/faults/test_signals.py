@@ -26,7 +26,7 @@ SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"
 SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
 SMALL += ["dataset.n_examples=40"]
 KEPT = "what was collected is kept, and the same command continues from there"
-N_STOPS = 4
+N_STOPS = 3
 
 
 def assert_nothing_is_left_open(folder: Path) -> None:
@@ -87,15 +87,15 @@ def test_a_stopped_sweep_has_its_page_and_goes_on_from_its_cells(
 
 def processes_in(cwd: Path) -> set[int]:
     """Processes that run in a folder, as their children do where they do not leave it."""
-    found = set()
+    ids = set()
     for place in Path("/proc").glob("[0-9]*"):
         try:
             if Path(os.readlink(place / "cwd")) == cwd and "Z" not in state(place):
-                found.add(int(place.name))
+                ids.add(int(place.name))
         except OSError:
             # It ended in between.
             continue
-    return found
+    return ids
 
 
 def state(process: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults.injection import Said, digests_of_results, one_line
+from tests.e2e.faults.injection import Said, digests_of_results, one_line, start
 from tests.e2e.faults.wandb_server import (
     EMPTY,
     ERROR,
@@ -25,12 +25,18 @@ from tests.e2e.faults.wandb_server import (
 )
 from tests.unit.reports.left import _wandb_run
 
-SMALL = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+FIXED += ["cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"]
 DELAY_SECONDS = 30
 """10 s are promised on an idle machine."""
 OUTAGES = [(REFUSE, None), (HANG, None), (ERROR, None), (GARBAGE, None)]
-MIDWAY = [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
-"""W&B's own process ends by a panic where an answer is empty."""
+OUTAGES += [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
+"""How the server answers at first, and once a run has begun (None: the same).
+
+W&B's own process ends by a panic where an answer is empty.
+"""
+IN_A_NEW_INTERPRETER = [(HANG, None), (GOOD, HANG)]
+"""The two whose runs are processes of their own; of the others they are forked, which is faster."""
 
 
 class Runs:
@@ -38,25 +44,44 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.n = folder, 0
+        # The server that processes are forked from takes its time to start.
+        start(["--help"], folder, output=folder / "help").wait()
         began = time.monotonic()
         _, expected = self.run({}, "tracker=none")
         self.seconds, self.expected = time.monotonic() - began, digests_of_results(expected)
 
     def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
-        self.n += 1
-        place = self.folder / f"run{self.n}"
-        place.mkdir()
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-        command = [sys.executable, "-m", "saexp", *words, *SMALL]
-        done = subprocess.run(
-            [*command, "cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"],
+        """A command in a forked process."""
+        place = self._place()
+        started = start([*words, *FIXED], place, {**without_wandb(), **env})
+        return started.wait(240), place
+
+    def run_in_a_new_interpreter(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
+        """A command as a shell starts it, and as it ends, with Python's handlers at exit."""
+        place = self._place()
+        variables = {
+            name: value for name, value in os.environ.items() if name not in without_wandb()
+        }
+        process = subprocess.run(
+            [sys.executable, "-m", "saexp", *words, *FIXED],
             cwd=place,
-            env={**environment, **env},
+            env={**variables, **env},
             capture_output=True,
             text=True,
             timeout=240,
         )
-        return Said(done.returncode, done.stdout, done.stderr), place
+        return Said(process.returncode, process.stdout, process.stderr), place
+
+    def _place(self) -> Path:
+        self.n += 1
+        place = self.folder / f"run{self.n}"
+        place.mkdir()
+        return place
+
+
+def without_wandb() -> dict[str, None]:
+    """Variables of W&B that the tests' own process has, for `start` to remove."""
+    return {name: None for name in os.environ if name.startswith("WANDB_")}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +101,12 @@ def hints(said: Said) -> list[str]:
     return re.findall(r"wandb sync (\S+)", said.out + said.err)
 
 
-@pytest.mark.parametrize(("mode", "later"), [*OUTAGES, *MIDWAY])
+@pytest.mark.parametrize(("mode", "later"), OUTAGES)
 def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | None) -> None:
+    run = runs.run_in_a_new_interpreter if (mode, later) in IN_A_NEW_INTERPRETER else runs.run
     with wandb_server(mode, later) as server:
         began = time.monotonic()
-        said, place = runs.run(environment(server), "tracker=wandb")
+        said, place = run(environment(server), "tracker=wandb")
         seconds = time.monotonic() - began
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err
@@ -142,12 +168,12 @@ def test_offline_by_configuration_gives_no_hint(runs: Runs) -> None:
 
 
 LOGGING = """
-import sys, time
+import sys, threading, time
 from pathlib import Path
 import pandas as pd, plotly.graph_objects as go
 from saexp.config import TrackerConfig
 from saexp.tracking import start
-cfg, folder = TrackerConfig(name="wandb"), Path(sys.argv[1])
+cfg, folder, exit_code = TrackerConfig(name="wandb"), Path(sys.argv[1]), int(sys.argv[2])
 run = start(cfg, folder=folder, config={}, name="n", job_type="train", group=None)
 began = time.monotonic()
 for step in range(2000):
@@ -155,54 +181,46 @@ for step in range(2000):
 for n in range(3):
     run.table(f"t{n}", pd.DataFrame({"latent": range(2000)}))
     run.figure(f"f{n}", go.Figure(go.Scatter(x=[1], y=[n])))
-run.finish(0)
-print(time.monotonic() - began)
-"""
-
-
-def test_logging_never_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
-    with wandb_server(GOOD, HANG) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", LOGGING, str(tmp_path)],
-            env={**os.environ, "WANDB_MODE": "online", **environment(server)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < DELAY_SECONDS
-    offline = next(f for f in recorded(tmp_path) if f.parent.name.startswith("offline-"))
-    assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
-
-
-WAITING = """
-# As a call of W&B that is never answered: Python would wait for it without an end.
-import threading
+run.finish(exit_code)
+print(time.monotonic() - began, flush=True)
+# As a call of W&B that is never answered: Python would wait for it forever.
 space = {"__name__": "wandb.waiting", "threading": threading}
 exec("def wait(): threading.Event().wait()", space)
 threading.Thread(target=space["wait"]).start()
 """
 WORKING = """
 def work():
-    time.sleep(10)
+    time.sleep(7)
     print("worked", flush=True)
 threading.Thread(target=work).start()
 """
+"""Longer than the end of the process waits for threads of W&B."""
 
 
-@pytest.mark.parametrize(("code", "more"), [(0, ""), (3, ""), (0, WORKING)])
-def test_a_call_of_wandb_that_never_ends_does_not_keep_the_process(
-    tmp_path: Path, code: int, more: str
-) -> None:
-    """Threads of the user's own end first."""
-    script = LOGGING.replace("finish(0)", f"finish({code})") + WAITING + more
+def logged(script: str, folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own, while the server hangs once the run has begun."""
     with wandb_server(GOOD, HANG) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)],
+        return subprocess.run(
+            [sys.executable, "-c", script, str(folder), str(exit_code)],
             env={**os.environ, "WANDB_MODE": "online", **environment(server)},
             capture_output=True,
             text=True,
             timeout=240,
         )
-    assert done.returncode == code, done.stderr
-    assert ("worked" in done.stdout) == bool(more)
+
+
+def test_neither_logging_nor_the_end_of_the_process_waits_for_a_server_that_hangs(
+    tmp_path: Path,
+) -> None:
+    process = logged(LOGGING, tmp_path, exit_code=0)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < DELAY_SECONDS
+    offline = next(f for f in recorded(tmp_path) if f.parent.name.startswith("offline-"))
+    assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
+
+
+def test_threads_of_the_users_own_end_before_the_process_does(tmp_path: Path) -> None:
+    """A failed run's exit code stays."""
+    process = logged(LOGGING + WORKING, tmp_path, exit_code=3)
+    assert process.returncode == 3, process.stderr
+    assert "worked" in process.stdout

@@ -147,11 +147,11 @@ class Terminal:
             f'#!/bin/sh\nprintf "%s\\n" "$@" >> {recorded}\necho == >> {recorded}\n'
         )
         stand_in.chmod(0o755)
-        given = dict(word.split("=", 1) for word in words[:-1])
+        variables = dict(word.split("=", 1) for word in words[:-1])
         added = " ".join(word for word in extra if word != "tracker=none")
         own = {"PYTHON": str(stand_in), "OUT": str(self.folder / "runs"), "EXTRA": added}
         subprocess.run(
-            ["bash", str(ROOT / words[-1])], env={**os.environ, **given, **own}, check=True
+            ["bash", str(ROOT / words[-1])], env={**os.environ, **variables, **own}, check=True
         )
         parts = recorded.read_text("utf-8").split("==\n")
         return [["python", *part.splitlines()] for part in parts if part]
@@ -166,9 +166,9 @@ def command_on(page: str, *having: str) -> list[str]:
     """The words of the one command of a page that contains all of these."""
     read = fenced_commands if page.startswith("docs/") else commands
     listed = read((ROOT / page).read_text("utf-8"))
-    found = [shlex.split(c) for c in listed if all(h in c for h in having)]
-    assert len(found) == 1, f"{page} has {len(found)} commands with {', '.join(having)}"
-    return found[0]
+    matching = [shlex.split(c) for c in listed if all(h in c for h in having)]
+    assert len(matching) == 1, f"{page} has {len(matching)} commands with {', '.join(having)}"
+    return matching[0]
 
 
 def check_tokens(run: Run, tokenizer: Any, *, n_bos: int) -> None:

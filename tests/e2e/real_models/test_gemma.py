@@ -38,14 +38,14 @@ def nothing_read(user: Terminal) -> None:
     user.read.clear()
 
 
-def test_a_sweep_of_layers_and_widths_reads_the_texts_once(user: Terminal) -> None:
-    words = "python -m saexp -m model=gemma2b sae=gemmascope layer=12,13 width=16k,65k"
-    add_gemma_scope(user.home, (12, 65), (13, 65))
+def test_a_sweep_of_widths_reads_the_texts_once(user: Terminal) -> None:
+    words = "python -m saexp -m model=gemma2b sae=gemmascope layer=12 width=16k,65k"
+    add_gemma_scope(user.home, (12, 65))
     sweep = user.run("sweep", words, *few())
     table = sweep.table("sweep")
-    assert table["status"].tolist() == ["finished"] * 4
-    first, *later = table["collection/tokens_forwarded"]
-    assert first > 0 and later == [0, 0, 0]
+    assert table["status"].tolist() == ["finished"] * 2
+    first, second = table["collection/tokens_forwarded"]
+    assert first > 0 and second == 0
     for cell in table.to_dict("records"):
         run = Run(sweep.folder / cell["folder"])
         sae, thousands = run.about["sae"], cell["width"]

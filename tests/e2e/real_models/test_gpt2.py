@@ -53,14 +53,15 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     forget()
 
 
-@pytest.mark.parametrize(
-    "readme", ["docs/guides/judging-saes.md", "experiments/sae_quality/README.md"]
-)
-def test_the_quality_of_an_sae(user: Terminal, readme: str) -> None:
-    words = command_on(readme, "experiment=sae_quality", "gpt2_jb")
+def test_the_quality_of_an_sae(user: Terminal) -> None:
+    words, of_study = (
+        command_on(page, "experiment=sae_quality", "gpt2_jb")
+        for page in ("docs/guides/judging-saes.md", "experiments/sae_quality/README.md")
+    )
+    assert words == of_study
     fewer = ("tracker=none", "task.n_texts=6", "task.n_bootstrap=10")
     user.read.clear()
-    run = user.run(f"quality {readme.replace('/', ' ')}", words, *fewer)
+    run = user.run("quality", words, *fewer)
     m = run.metrics
     assert m["evaluation/n_texts"] == 6
     assert run.about["sae"]["hookpoint"] == "layer_8.resid_pre"
@@ -86,7 +87,7 @@ def test_a_capability(user: Terminal) -> None:
     assert {"rank_clean", "rank_sae", "logit_difference_clean"} <= {*prompts.columns}
 
 
-def test_a_data_set_of_ones_own(user: Terminal) -> None:
+def test_a_custom_data_set(user: Terminal) -> None:
     words = command_on(
         "docs/guides/own-data.md", "model=gpt2", "dataset=jsonl", "dataset.path=my.jsonl"
     )

@@ -1,9 +1,11 @@
-"""What the tests of this room share: texts placed, collected, and files compared."""
+"""Texts with positions, their collection in shards, and comparisons of the files it leaves."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from saexp import registry
 from saexp.activations.collection import collect
@@ -14,7 +16,7 @@ from saexp.activations.collector import (
     Part,
 )
 from saexp.activations.store import ActivationStore
-from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
+from saexp.config import CollectorConfig, ModelConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import PositionTable
@@ -120,3 +122,8 @@ def n_sound(cache_dir: Path, expected: dict[str, str]) -> int:
         assert in_place.items() <= expected.items()
         n_listed += len(listed)
     return n_listed
+
+
+def load(folder: Path) -> LanguageModel:
+    torch.set_num_threads(1)
+    return LanguageModel(ModelConfig(name=str(folder), device="cpu"))

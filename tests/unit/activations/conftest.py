@@ -3,8 +3,7 @@
 import pytest
 
 from tests.random_models import random_hf, save
-from tests.unit.activations.child import load
-from tests.unit.activations.collecting import digests, run_in_shards
+from tests.unit.activations.collecting import digests, load, run_in_shards
 
 
 @pytest.fixture(scope="module")

@@ -45,16 +45,18 @@ def test_hashes_stand_behind_the_names_they_are_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "said"),
+    ("second", "difference"),
     [
         (["a", "c"], "; 1 text in both"),
         (["b", "a", "a"], "; the same texts in another order"),
         (["a", "b"], "; the same texts, other tokens"),
     ],
 )
-def test_what_the_texts_have_in_common(tmp_path: Path, second: list[str], said: str) -> None:
+def test_differences_count_the_texts_in_common(
+    tmp_path: Path, second: list[str], difference: str
+) -> None:
     one, two = made(tmp_path, ["a", "a", "b"], texts="x"), made(tmp_path, second, texts="y")
-    assert differences(one, two) == [f"texts: unnamed (x) and unnamed (y){said}"]
+    assert differences(one, two) == [f"texts: unnamed (x) and unnamed (y){difference}"]
     (two.path / "rows.parquet").write_bytes(b"")
     assert differences(one, two) == ["texts: unnamed (x) and unnamed (y)"]
 
@@ -77,7 +79,7 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
     bare = collected(tmp_path, *data, "positions=last", "model.prepend_bos=false")
     line = collected(tmp_path, "dataset=text", "dataset.text=The player", "positions=last")
 
-    def told(*keys: str) -> list[str]:
+    def differences_without_digests(*keys: str) -> list[str]:
         both = [stores.find(tmp_path / "cache", key) for key in keys]
         digests = {
             name: [s.manifest["ingredients"][name][:8] for s in both]
@@ -88,17 +90,17 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
             lines = [x.replace(pair[0], name).replace(pair[1], name) for x in lines]
         return lines
 
-    assert told(random, last) == [
+    assert differences_without_digests(random, last) == [
         "positions: random, n=2, 6 rows (positions) and last, 3 rows (positions)"
     ]
     # Without BOS in front the last token has another index.
-    assert told(last, bare)[-1] == (
+    assert differences_without_digests(last, bare)[-1] == (
         "texts: jsonl, 3 texts, with BOS in front (texts) and jsonl, 3 texts, without BOS in front "
         "(texts); the same texts, other tokens"
     )
     path = f"path={file}"[:65]
     path += "…" if len(str(file)) > 60 else ""
-    assert told(last, line)[-1] == (
+    assert differences_without_digests(last, line)[-1] == (
         f"texts: jsonl, {path}, 3 texts (texts) and text, text=The player, 1 text (texts); "
         "0 texts in both"
     )
@@ -109,7 +111,7 @@ def test_stores_of_runs_name_their_data_set_and_positions(tmp_path: Path) -> Non
         del opened.manifest["about"][name]
     del opened.manifest["sha256"], opened.manifest["checked"]
     (opened.path / "manifest.json").write_text(json.dumps(opened.manifest), encoding="utf-8")
-    assert told(random, last) == [
+    assert differences_without_digests(random, last) == [
         "positions: random, n=2, 6 rows (positions) and last, 3 rows (positions)"
     ]
 

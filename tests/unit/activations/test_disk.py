@@ -3,7 +3,6 @@
 import logging
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_too_small_a_disk_is_said_before_anything_is_forwarded(disk, tmp_path):
+def test_a_disk_that_is_too_small_is_reported_before_any_forward_pass(disk, tmp_path):
     place, sized = disk
     sized(40)
     model = LanguageModel(save(random_hf("llama"), tmp_path / "model"))
@@ -142,7 +141,7 @@ def test_a_disk_that_fills_midway_keeps_what_was_finished(
     assert digests(store.path) == expected
 
 
-def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
+def test_a_cache_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     reasons = {
         tmp_path / "file" / "below": "Not a directory",
@@ -155,7 +154,7 @@ def test_a_cache_folder_that_is_none_is_one_clear_line(model, tmp_path):
 
 
 @pytest.mark.parametrize("state", ["whole", "a shard less", "damaged", "no rows table", "none"])
-def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
+def test_what_a_read_only_cache_lacks_is_collected_in_memory_of_the_process(
     model, expected, tmp_path, caplog, state
 ):
     store, stats = run(model, tmp_path, shard_rows=SHARD_ROWS)
@@ -189,25 +188,7 @@ def test_what_a_read_only_cache_lacks_is_collected_for_this_process(
         assert torch.equal(saexp.open_store(store.path).acts(at.layer), acts)
 
 
-def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
-    code = (
-        "from pathlib import Path; import multiprocessing, sys\n"
-        "from saexp.activations.collection import temporary_cache\n"
-        "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
-        "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
-        "fork = multiprocessing.get_context('fork').Process(target=int)\n"
-        "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
-        "print(folder); sys.exit(1)"
-    )
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1, done.stderr
-    folder = Path(done.stdout.strip())
-    assert folder.name.startswith("saexp-cache-")
-    assert not folder.exists()
-
-
-def test_a_hookpoints_folder_that_cannot_be_made_is_one_clear_line(model, tmp_path):
+def test_a_hookpoint_folder_that_cannot_be_created_is_one_clear_line(model, tmp_path):
     store, _ = run(model, tmp_path, POSTS[:1])
     (store.path / "layer_1.resid_post").write_text("not a folder")
     message = message_of(lambda: run(model, tmp_path))

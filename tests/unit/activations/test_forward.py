@@ -165,14 +165,16 @@ def test_batches_halve_until_they_fit_and_stay_so_in_all_shards(
         store, stats = run(model, tmp_path, batch_tokens=batch_tokens, shard_rows=shard_rows)
     assert n_hooks(model) == 1
     budget = AUTO_BATCH_TOKENS["cpu"] if batch_tokens == "auto" else batch_tokens
-    said = []
+    messages = []
     for n_texts, length in tried:
         n_padded = n_texts * length
         assert n_texts == 1 or n_padded <= budget
         if n_padded > n_tokens_at_once:
             budget = n_padded // 2
-            said.append(f"out of memory at {n_padded} tokens per batch; continuing with {budget}")
-    assert caplog.messages == said != []
+            messages.append(
+                f"out of memory at {n_padded} tokens per batch; continuing with {budget}"
+            )
+    assert caplog.messages == messages != []
     normal, expected = run(random_lm("llama"), tmp_path / "normal", shard_rows=shard_rows)
     for layer in range(3):
         torch.testing.assert_close(store.acts(layer), normal.acts(layer), **CLOSE)

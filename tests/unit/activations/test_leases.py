@@ -1,10 +1,7 @@
 """A store that a living process uses is not pruned; one that cannot be written can be read."""
 
 import os
-import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,14 +17,6 @@ from tests.unit.activations.collecting import POSTS, digests, run
 from tests.unit.activations.test_disk import disk as disk  # a fixture
 
 SHARD_ROWS = 9
-READER = """
-import sys, time
-from saexp.activations.store import ActivationStore
-store = ActivationStore.open(sys.argv[1])
-acts = store.acts(1)
-print("reading", flush=True)
-time.sleep(100)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +32,11 @@ def stored(model, tmp_path) -> ActivationStore:
     return store
 
 
-@pytest.fixture
-def reader(stored) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has opened the store."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", READER, str(stored.path)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "reading\n"
-    yield child
-    child.kill()
-    child.wait()
-    child.stdout.close()
-
-
 def pruned(stored: ActivationStore) -> stores.Pruned:
     return stores.prune(stored.path.parents[1], max_size="0GB", max_age=None)
 
 
-def test_a_store_that_another_process_reads_stays_until_that_is_killed(stored, reader):
-    who = f"pid {reader.pid} on {files._host()}"
-    assert pruned(stored).kept == {stored.path.name: f"in use by {who}"}
-    assert ActivationStore.open(stored.path, verify=True).missing(POSTS) == {}
-    reader.send_signal(signal.SIGKILL)
-    reader.wait()
-    assert len(list((stored.path / FOLDER).iterdir())) == 1, "it could not take its mark away"
-    assert pruned(stored).removed == [stored.path.name]
-    assert not stored.path.exists()
-
-
-def test_what_opens_a_store_keeps_it_until_it_is_closed_or_gone(model, stored):
+def test_an_open_store_is_not_pruned_until_it_is_closed_or_deleted(model, stored):
     for use in (
         lambda s: s.acts(1),
         lambda s: next(s.chunks(POSTS[0], 3)),
@@ -103,7 +67,7 @@ def test_a_dead_process_mark_is_cleared_and_a_reused_pid_does_not_matter(stored)
     assert users(stored.path) == []
 
 
-def test_a_mark_of_another_host_counts_for_a_day(stored):
+def test_a_lease_of_another_host_counts_for_a_day(stored):
     mark = stored.path / FOLDER / "elsewhere-12-0badc0de.lock"
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
@@ -113,7 +77,7 @@ def test_a_mark_of_another_host_counts_for_a_day(stored):
     assert pruned(stored).removed == [stored.path.name]
 
 
-def test_a_store_pruned_meanwhile_is_one_line_and_is_collected_anew(model, stored):
+def test_a_store_pruned_while_open_is_reported_and_collected_again(model, stored):
     store = ActivationStore.open(stored.path)
     acts = store.acts(1).clone()
     store.close()

@@ -115,7 +115,7 @@ EVERY = pytest.mark.parametrize("damage", DAMAGES)
 
 
 @EVERY
-def test_it_is_made_anew_with_every_shard(
+def test_it_is_rewritten_with_every_shard(
     damage: str,
     folder: Path,
     model: LanguageModel,

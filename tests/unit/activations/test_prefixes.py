@@ -194,11 +194,11 @@ def test_every_row_is_read_once_and_held_keys_count_in_a_batch():
     assert len(made) > 2
 
 
-@pytest.mark.parametrize("reason", ["told so", "shared keys", "no such option"])
+@pytest.mark.parametrize("reason", ["set by the caller", "shared keys", "no such option"])
 def test_models_that_cannot_share_have_no_past(reason, monkeypatch):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "apart")
     assert empty_past(model) is not None
-    if reason == "told so":
+    if reason == "set by the caller":
         model.observed.shares_prefixes = False
     elif reason == "shared keys":
         model.text_config.num_kv_shared_layers = 1
@@ -315,7 +315,7 @@ def test_float64_is_shared_to_its_own_precision(tmp_path):
         ([1.0, 0.0], [0.0, 0.0], False),
     ],
 )
-def test_values_are_the_same_up_to_rounding_and_never_where_one_is_no_number(found, alone, same):
+def test_values_are_equal_up_to_rounding_and_unequal_where_one_is_nan(found, alone, same):
     model = LanguageModel.wrap(random_hf("llama"), tokenizer(), "settled")
     compare_prefixes(model, POSTS[1:2], [(torch.tensor([found]), torch.tensor([alone]))])
     assert (model.observed.shares_prefixes, model.observed.n_blocks_compared) == (

@@ -1,4 +1,4 @@
-"""The store on disk: shards, keys, rows, damage, and what is said where it cannot be used."""
+"""The store on disk: shards, keys, rows, damage, and the errors where it cannot be used."""
 
 import hashlib
 import itertools
@@ -134,10 +134,10 @@ def test_rows_have_the_columns_of_the_contract(sharded):
 def test_the_manifest_says_it_in_words_with_a_checksum_per_shard(sharded, model):
     manifest = json.loads((sharded.path / "manifest.json").read_text())
     assert manifest["key"] == sharded.path.name == store_key(manifest["ingredients"])
-    said = manifest["ingredients"]
-    assert said["model"] == "random-llama"
-    assert said["weights"] == model.fingerprint
-    assert (said["dtype"], said["max_length"]) == ("float32", MAX_LENGTH)
+    ingredients = manifest["ingredients"]
+    assert ingredients["model"] == "random-llama"
+    assert ingredients["weights"] == model.fingerprint
+    assert (ingredients["dtype"], ingredients["max_length"]) == ("float32", MAX_LENGTH)
     assert manifest["n_rows"] == sharded.n_rows
     assert set(manifest["hookpoints"]) == {p.name for p in POSTS}
     for name, shards in manifest["hookpoints"].items():
@@ -246,7 +246,7 @@ def test_verify_reads_large_shards_too(sharded, monkeypatch):
     assert ActivationStore.open(sharded.path, verify=True).missing(POSTS) == {2: [POSTS[1]]}
 
 
-def test_opening_what_is_no_store(tmp_path, sharded):
+def test_opening_a_folder_that_is_not_a_store_is_an_error(tmp_path, sharded):
     assert message_of(lambda: ActivationStore.open(tmp_path)) == (
         f"{tmp_path} holds no activation store (no manifest.json)"
     )

@@ -272,8 +272,8 @@ def test_an_entity_of_both_groups_counts_in_each() -> None:
     """As if its rows in either group were another entity's, and it is said."""
     mixed = ROWS.assign(unit=ROWS["unit"].str.replace("-unknown-", "-known-"))
     made = contrast(DENSE, mixed)
-    told = [note for note in made.notes if "rows of both groups" in note]
-    assert told and told[0].startswith(str(mixed["unit"].nunique()))
+    mixed_notes = [note for note in made.notes if "rows of both groups" in note]
+    assert mixed_notes and mixed_notes[0].startswith(str(mixed["unit"].nunique()))
     parted = contrast(DENSE, ROWS)
     pd.testing.assert_frame_equal(made.tables["latents"], parted.tables["latents"])
     for m, n in ((made.metrics, 60), (parted.metrics, 120)):

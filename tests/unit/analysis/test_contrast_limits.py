@@ -41,14 +41,14 @@ def test_an_entity_in_several_splits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "left", "told"), [("train", 1, "1 entity"), ("test", 0, "0 entities")]
+    ("split", "left", "count"), [("train", 1, "1 entity"), ("test", 0, "0 entities")]
 )
-def test_a_split_with_too_few_entities(split: str, left: int, told: str) -> None:
+def test_a_split_with_too_few_entities(split: str, left: int, count: str) -> None:
     units = ROWS.loc[(ROWS["split"] == split) & (ROWS["group"] == "unknown"), "unit"].unique()
     keep = (~ROWS["unit"].isin(units[left:])).to_numpy()
     with pytest.raises(
         DataError,
-        match=f"split {split} has {told} of group 'unknown'; a contrast needs at least 2: "
+        match=f"split {split} has {count} of group 'unknown'; a contrast needs at least 2: "
         "add rows, or change dataset.split",
     ):
         contrast(DENSE[keep], ROWS[keep].reset_index(drop=True))
@@ -266,7 +266,7 @@ def test_how_often_and_how_strongly_must_agree() -> None:
     assert not row["selected"]
 
 
-def test_with_too_few_entities_it_is_said_that_nothing_could_be_found() -> None:
+def test_with_too_few_entities_a_note_says_that_nothing_could_be_found() -> None:
     """Of 4 and 4 entities a perfect latent has p = 2/70, times the latents tested."""
     units = ROWS.drop_duplicates("unit")
     few = units.groupby(["split", "group", "entity_type"]).head(2).sort_values("unit")
@@ -303,7 +303,7 @@ def test_better_latents_that_fire_on_any_text_are_named() -> None:
     assert density_notes(weaker) == []
 
 
-def test_perfect_separation_is_no_certainty() -> None:
+def test_perfect_separation_has_an_interval_below_1() -> None:
     dense = np.zeros_like(DENSE)
     dense[:, 3] = (ROWS["group"] == "known").to_numpy()
     made = contrast(dense, ROWS).metrics

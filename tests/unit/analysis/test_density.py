@@ -87,16 +87,16 @@ def test_the_strongest_latent_is_reported_whatever_the_limit() -> None:
             found = result.metrics[f"contrast/strongest_{metric}_known{end}{suffix}"]
             assert found == table.loc[RIGHT, f"{column}{suffix}"]
     # Chosen on train: the test split may have a stronger one.
-    mine = table[(table["q_value"] <= 0.05) & (table["direction"] == "known")]
-    assert mine["auroc"].idxmax() == RIGHT
+    significant = table[(table["q_value"] <= 0.05) & (table["direction"] == "known")]
+    assert significant["auroc"].idxmax() == RIGHT
     assert contrast().metrics["contrast/strongest_latent_known"] == RIGHT
 
 
 def test_a_latent_at_chance_is_called_that() -> None:
-    told = [n for n in contrast(background_max=0.02).notes if "not above chance" in n]
-    assert len(told) == 1
-    assert told[0].startswith(f"latent {RARE}, the first selected for 'known', has AUROC 0.5")
-    assert told[0].endswith("(not above chance on held-out entities; Holm-adjusted p = 0.76)")
+    notes = [n for n in contrast(background_max=0.02).notes if "not above chance" in n]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"latent {RARE}, the first selected for 'known', has AUROC 0.5")
+    assert notes[0].endswith("(not above chance on held-out entities; Holm-adjusted p = 0.76)")
     assert not any("not above chance" in n for n in contrast().notes)
 
 

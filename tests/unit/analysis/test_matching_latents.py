@@ -1,7 +1,5 @@
 """Alike latents of two SAEs: cosines against scipy, phi and Jaccard against other libraries."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,13 +7,11 @@ import torch
 from scipy.spatial.distance import cdist, jaccard
 from sklearn.metrics import matthews_corrcoef
 
-import saexp
 from saexp.analysis import latent_scores
 from saexp.analysis.latent_scores import (
     Firing,
     cofiring,
     cosine_by_chance,
-    firing,
     nearest_directions,
 )
 
@@ -97,24 +93,3 @@ def test_runs_without_a_common_row_have_no_cofiring() -> None:
     assert found.n_rows == 0
     assert np.isnan(found.phi).all()
     assert np.isnan(found.jaccard).all()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    words = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "positions=entity_all"]
-    cfg = saexp.compose([*words, "dataset.n_examples=40", f"cache_dir={folder}/cache"])
-    saexp.run(cfg, folder / "run")
-    return folder / "run"
-
-
-def test_firing_is_read_from_a_runs_files_on_held_out_rows(run: Path) -> None:
-    activations = pd.read_parquet(run / "activations.parquet")
-    rows = pd.read_parquet(run / "rows.parquet")
-    found = firing(activations, rows)
-    test = rows[rows["split"] == "test"]
-    assert len(found.keys) == len(test) > 0
-    for i, latent in enumerate(found.latents):
-        mine = activations[activations["latent"] == latent].reset_index(drop=True)
-        assert (found.fires[:, i] == (mine.loc[test.index, "value"] > 1e-6).to_numpy()).all()
-    assert cofiring(found, found).phi.diagonal() == pytest.approx(1)

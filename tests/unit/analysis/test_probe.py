@@ -198,9 +198,11 @@ def test_the_majority_and_holm_beside_the_probes(inputs: AnalysisInputs) -> None
         | ~rows["unit"].str[-1:].isin(["1", "3", "7", "9"])
     )
     assert inputs.acts is not None
-    mine = keep.to_numpy(dtype=bool)
-    some = Latents(sparse.csr_array(inputs.latents.csr[mine]), rows[mine].reset_index(drop=True))
-    result = probe(replace(inputs, latents=some, acts=inputs.acts[torch.tensor(mine)]))
+    kept_rows = keep.to_numpy(dtype=bool)
+    some = Latents(
+        sparse.csr_array(inputs.latents.csr[kept_rows]), rows[kept_rows].reset_index(drop=True)
+    )
+    result = probe(replace(inputs, latents=some, acts=inputs.acts[torch.tensor(kept_rows)]))
     m, table = result.metrics, result.tables["probes"].query("data == 'test'")
     test = some.rows.query("split == 'test'")
     share = float((test["group"] == "unknown").mean())
@@ -336,7 +338,7 @@ def test_a_unit_is_never_on_both_sides(inputs: AnalysisInputs) -> None:
         assert not set(units[train]) & set(units[validation])
 
 
-def test_large_train_splits_are_cut_and_it_is_said(inputs: AnalysisInputs) -> None:
+def test_large_train_splits_are_cut_with_a_note(inputs: AnalysisInputs) -> None:
     result = probe(inputs, max_train=60, n_bootstrap=0)
     assert result.metrics["probe/n_rows"] == 60
     assert any("fitted on 60 of" in note for note in result.notes)

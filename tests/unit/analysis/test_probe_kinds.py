@@ -108,13 +108,13 @@ def test_rows_of_an_unseen_value_under_probes_of_the_others(inputs: AnalysisInpu
     types = inputs.latents.rows["entity_type"].to_numpy()
     means, single = np.zeros(len(test)), np.zeros(len(test))
     for value in ("city", "movie"):
-        others, mine = types[train] != value, types[test] == value
+        others, of_value = types[train] != value, types[test] == value
         rows, label = train[others], y[others]
         direction = x[rows][label].mean(0) - x[rows][~label].mean(0)
-        means[mine] = x[test[mine]] @ direction
+        means[of_value] = x[test[of_value]] @ direction
         aurocs = [roc_auc_score(label, dense[rows][:, i]) for i in range(dense.shape[1])]
         best = int(np.abs(np.array(aurocs) - 0.5).argmax())
-        single[mine] = np.sign(aurocs[best] - 0.5) * dense[test[mine]][:, best]
+        single[of_value] = np.sign(aurocs[best] - 0.5) * dense[test[of_value]][:, best]
     kinds = pd.factorize(types[test])[0]
     m = result.metrics
     for name, scores in (("mean_difference", means), ("best_latent", single)):

@@ -10,7 +10,6 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.stats.permutation import benjamini_hochberg
 from saexp.stats.rank_tests import (
     FEW,
     Ranked,
@@ -146,8 +145,8 @@ def van_elteren(dense: np.ndarray, first: np.ndarray, strata: np.ndarray) -> np.
     """z without continuity correction, from ranks: the sum of rank sums over n + 1."""
     total, variance = np.zeros(dense.shape[1]), np.zeros(dense.shape[1])
     for name in np.unique(strata):
-        mine = strata == name
-        ranks, of_first = stats.rankdata(dense[mine], axis=0), first[mine]
+        in_stratum = strata == name
+        ranks, of_first = stats.rankdata(dense[in_stratum], axis=0), first[in_stratum]
         n, n_first = len(of_first), of_first.sum()
         total += (ranks[of_first].sum(0) - n_first * (n + 1) / 2) / (n + 1)
         share = n_first * (n - n_first) / (n * (n + 1) ** 2)
@@ -230,7 +229,7 @@ def test_stratified_p_values_of_rare_latents_are_exact_or_larger(
                 assert (found.p_value <= alpha).mean() <= alpha + 1e-12
 
 
-def test_a_difference_of_strata_alone_is_no_finding() -> None:
+def test_a_difference_between_strata_alone_is_not_a_finding() -> None:
     """Types 80/20 against 20/80, values that depend on the type alone: 5 % of tests at 0.05."""
     rng = np.random.default_rng(9)
     strata = np.repeat([0, 1, 0, 1], [80, 20, 20, 80])
@@ -250,27 +249,6 @@ def test_nothing_changes_between_equal_groups_of_common_latents() -> None:
     found = Ranked(sparse.csr_array(dense), groups(rng, 60, 60)).mann_whitney()
     assert dense.shape[1] > 20
     np.testing.assert_allclose(found.p_value, found.p_normal, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("n_first", "n_second"), [(10, 190), (100, 100), (450, 50)])
-def test_no_discoveries_where_there_are_none(n_first: int, n_second: int) -> None:
-    """At most 5 % of data sets without any difference have a latent at q <= 0.05.
-
-    The plain normal approximation finds one in most of those with unequal groups.
-    """
-    any_found = {"p_value": 0, "p_normal": 0}
-    first = np.arange(n_first + n_second) < n_first
-    for seed in range(60):
-        rng = np.random.default_rng(seed)
-        rates = np.minimum(1, rng.pareto(1.0, 1000) * 0.007)
-        on = rng.random((len(first), 1000)) < rates
-        values = sparse.csr_array(on * rng.gamma(2, 1, on.shape))
-        found = Ranked(values, first).mann_whitney()
-        here = on.any(0)
-        for name in any_found:
-            any_found[name] += benjamini_hochberg(getattr(found, name)[here]).min() <= 0.05
-    assert any_found["p_value"] <= 3
-    assert (any_found["p_normal"] > 30) == (n_first != n_second)
 
 
 @pytest.mark.parametrize(("n_first", "n_second"), [(30, 45), (8, 2), (1, 5)])

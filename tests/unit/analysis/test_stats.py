@@ -68,12 +68,12 @@ def test_lists_of_the_most_frequent_and_their_overlap() -> None:
         part = DENSE[(ROWS["group"] == group).to_numpy()]
         active, frequency = (part != 0).sum(0), of_units(DENSE != 0, group).mean(0)
         order = sorted(range(D_SAE), key=lambda i: (-frequency[i].round(12), i))[:10]
-        mine = result.tables["frequent"].query("group == @group")
-        assert mine["latent"].tolist() == order
-        assert mine["n_active"].tolist() == active[order].tolist()
-        np.testing.assert_allclose(mine["frequency"], frequency[order])
+        frequent_rows = result.tables["frequent"].query("group == @group")
+        assert frequent_rows["latent"].tolist() == order
+        assert frequent_rows["n_active"].tolist() == active[order].tolist()
+        np.testing.assert_allclose(frequent_rows["frequency"], frequency[order])
         means = of_units(DENSE, group).mean(0)[order] / frequency[order]
-        np.testing.assert_allclose(mine["mean_active"], means, rtol=1e-5)
+        np.testing.assert_allclose(frequent_rows["mean_active"], means, rtol=1e-5)
         lists[group] = set(order)
     both = lists["known"] & lists["unknown"]
     assert result.metrics["stats/n_frequent_in_both"] == len(both)
@@ -102,9 +102,9 @@ def test_histograms() -> None:
     l0, values = result.tables["l0_histogram"], result.tables["value_histogram"]
     for group in GROUPS:
         part = DENSE[(ROWS["group"] == group).to_numpy()]
-        mine = l0[l0["group"] == group]
+        l0_rows = l0[l0["group"] == group]
         expected = np.bincount((part != 0).sum(1))
-        assert dict(zip(mine["n_active"], mine["n_positions"], strict=True)) == {
+        assert dict(zip(l0_rows["n_active"], l0_rows["n_positions"], strict=True)) == {
             i: n for i, n in enumerate(expected) if n
         }
         binned = values[values["group"] == group]
@@ -217,7 +217,7 @@ def test_rows_of_other_groups_do_not_count() -> None:
             assert mixed.metrics[name] == pytest.approx(value), name
 
 
-def test_latents_that_are_all_silent() -> None:
+def test_groups_in_which_all_latents_are_inactive() -> None:
     result = stats(np.zeros_like(DENSE))
     assert result.metrics["stats/l0_known"] == 0
     assert result.metrics["stats/mean_active_known"] is None

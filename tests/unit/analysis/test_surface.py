@@ -114,13 +114,13 @@ def test_groups_that_differ_in_token_frequency_alone() -> None:
 
 
 def test_random_labels_are_not_predicted() -> None:
-    """Mean AUROC of 25 draws of labels: within 3 standard errors of 0.5."""
+    """Mean AUROC of 12 draws of labels: within 3 standard errors of 0.5."""
     rows, _ = two_alphabets(90)
     rng = np.random.default_rng(5)
-    aurocs = [held_out(rows, rng.permutation(90) < 45, seed) for seed in range(25)]
+    aurocs = [held_out(rows, rng.permutation(90) < 45, seed) for seed in range(12)]
     error = np.std(aurocs, ddof=1) / np.sqrt(len(aurocs))
     assert abs(np.mean(aurocs) - 0.5) < 3 * error
-    assert error < 0.03
+    assert error < 0.04
 
 
 def test_an_entity_of_several_rows_is_no_evidence_about_others() -> None:

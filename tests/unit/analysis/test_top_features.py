@@ -81,14 +81,19 @@ def test_tokens_are_shown_where_they_are(inputs: AnalysisInputs, dense: np.ndarr
     assert list(tokens) == ["layer", "latent", "example", "token", "token_index", "value"]
     lengths = [len(inputs.model.tokenizer(t)["input_ids"]) - 1 for t in TEXTS]  # type: ignore[union-attr]
     for row in table.to_dict("records"):
-        mine = tokens[tokens["latent"] == row["latent"]]
+        latent_tokens = tokens[tokens["latent"] == row["latent"]]
         peak = int(dense[:, row["latent"]].argmax())
         which = int(peak >= lengths[0])
-        assert set(mine["example"]) == {str(which + 1)} == {row["example"]}
-        assert "".join(mine["token"]) == TEXTS[which]
+        assert set(latent_tokens["example"]) == {str(which + 1)} == {row["example"]}
+        assert "".join(latent_tokens["token"]) == TEXTS[which]
         part = dense[: lengths[0]] if which == 0 else dense[lengths[0] :]
-        np.testing.assert_allclose(mine["value"], part[:, row["latent"]], rtol=1e-6, atol=1e-4)
-        assert mine["token"].iloc[int(mine["value"].to_numpy().argmax())] == row["token"]
+        np.testing.assert_allclose(
+            latent_tokens["value"], part[:, row["latent"]], rtol=1e-6, atol=1e-4
+        )
+        assert (
+            latent_tokens["token"].iloc[int(latent_tokens["value"].to_numpy().argmax())]
+            == row["token"]
+        )
 
 
 def test_metrics_name_the_first(inputs: AnalysisInputs) -> None:
@@ -107,7 +112,7 @@ def test_neutral_text_is_set_beside(inputs: AnalysisInputs) -> None:
     np.testing.assert_allclose(table["background_freq"], table["frequency"])
 
 
-def test_fewer_latents_than_asked_for_are_said(inputs: AnalysisInputs) -> None:
+def test_fewer_latents_than_requested_are_reported(inputs: AnalysisInputs) -> None:
     csr = inputs.latents.csr.copy()
     csr.data[:] = 0
     csr.eliminate_zeros()

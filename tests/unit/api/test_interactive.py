@@ -45,13 +45,13 @@ def test_logits_equal_those_of_the_model(model: InteractiveModel) -> None:
 @torch.inference_mode()
 def test_greedy_generation_equals_that_of_transformers(model: InteractiveModel) -> None:
     found = model.generate(SHORT, max_new_tokens=6)
-    for text, said in zip(SHORT, found, strict=True):
+    for text, generated in zip(SHORT, found, strict=True):
         ids = ids_of(model, text)
         whole = model.hf.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
         )
         expected = model.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
-        assert said == expected
+        assert generated == expected
 
 
 def test_a_string_gives_one_result_and_a_list_a_list() -> None:
@@ -128,7 +128,9 @@ def test_objects_show_as_html() -> None:
 
 def test_importing_saexp_imports_no_torch_and_lists_every_name() -> None:
     code = "import sys, saexp; assert 'torch' not in sys.modules; print(*dir(saexp))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(saexp.__all__) <= set(done.stdout.split())
+    listing = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert set(saexp.__all__) <= set(listing.stdout.split())
     for name in saexp.__all__:
         assert getattr(saexp, name) is not None

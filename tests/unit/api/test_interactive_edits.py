@@ -78,10 +78,10 @@ def test_steering_equals_a_hook_that_adds_the_direction(
     before = [model.logits(t) for t in SHORT]
     with saexp.steer(model, sae, [4, 9], coefficient=3, unit="raw"):
         found, texts = model.logits(SHORT), model.generate(SHORT, max_new_tokens=6)
-    for text, logits, said, old in zip(SHORT, found, texts, before, strict=True):
+    for text, logits, continuation, old in zip(SHORT, found, texts, before, strict=True):
         with hook(model, lambda x: x + vector):
             close(logits, plain(model, text))
-            assert said == continued(model, text)
+            assert continuation == continued(model, text)
         assert not torch.allclose(logits, old, atol=1e-2)
 
 
@@ -97,10 +97,10 @@ def test_ablation_equals_a_hook_that_subtracts_the_contribution(
         found = model.logits(SHORT)
         left = saexp.encode(model, sae, SHORT[0]).dense()
         texts = model.generate(SHORT, max_new_tokens=6)
-    for text, logits, said in zip(SHORT, found, texts, strict=True):
+    for text, logits, continuation in zip(SHORT, found, texts, strict=True):
         with hook(model, subtract):
             close(logits, plain(model, text))
-            assert said == continued(model, text)
+            assert continuation == continued(model, text)
     assert left.shape[1] == sae.d_sae
 
 
@@ -135,10 +135,10 @@ def test_an_inner_edit_reads_what_the_outer_one_leaves(
         return x - sae.encode(x)[..., [4]] @ sae.W_dec[[4]]
 
     with saexp.steer(model, sae, 4, coefficient=3, unit="raw"), saexp.ablate(model, sae, 4):
-        found, said = model.logits(SHORT[0]), model.generate(SHORT, max_new_tokens=6)
+        found, continuation = model.logits(SHORT[0]), model.generate(SHORT, max_new_tokens=6)
     with hook(model, change):
         close(found, plain(model, SHORT[0]))
-        assert said == [continued(model, text) for text in SHORT]
+        assert continuation == [continued(model, text) for text in SHORT]
 
 
 def test_nested_edits_may_change_different_tokens(
@@ -161,9 +161,9 @@ def test_generated_tokens_alone_can_be_steered(
     llama: InteractiveModel, sae: SparseAutoencoder
 ) -> None:
     with saexp.steer(llama, sae, 4, 5, "raw", where="generated"):
-        said = llama.generate(SHORT[0], max_new_tokens=6)
+        continuation = llama.generate(SHORT[0], max_new_tokens=6)
     with hook(llama, lambda x: x + 5 * sae.directions([4])[0], first=10**6):
-        assert said == continued(llama, SHORT[0])
+        assert continuation == continued(llama, SHORT[0])
 
 
 def test_any_exit_removes_the_edits(llama: InteractiveModel, sae: SparseAutoencoder) -> None:
@@ -183,10 +183,10 @@ def test_any_exit_removes_the_edits(llama: InteractiveModel, sae: SparseAutoenco
 
 def test_edit_applies_functions(llama: InteractiveModel) -> None:
     with saexp.edit(llama, {1: lambda x: 0.5 * x}):
-        found, said = llama.logits(SHORT[0]), llama.generate(SHORT[0], max_new_tokens=6)
+        found, continuation = llama.logits(SHORT[0]), llama.generate(SHORT[0], max_new_tokens=6)
     with hook(llama, lambda x: 0.5 * x, first=0):
         close(found, plain(llama, SHORT[0]))
-        assert said == continued(llama, SHORT[0])
+        assert continuation == continued(llama, SHORT[0])
 
 
 def test_units_scale_the_direction(llama: InteractiveModel, sae: SparseAutoencoder) -> None:

@@ -15,7 +15,7 @@ from saexp.errors import ConfigError
 from tests.unit.reports.left import command
 
 
-def said(*words: str) -> str:
+def error_line(*words: str) -> str:
     with pytest.raises(ConfigError) as error:
         saexp.compose(words)
     assert "\n" not in str(error.value)
@@ -23,7 +23,10 @@ def said(*words: str) -> str:
 
 
 def test_columns_that_can_be_mapped_are_among_the_keys() -> None:
-    assert said("dataset.columns.txt=x") == "dataset.columns=txt is not known; did you mean text?"
+    assert (
+        error_line("dataset.columns.txt=x")
+        == "dataset.columns=txt is not known; did you mean text?"
+    )
 
 
 QUOTED = [
@@ -36,7 +39,7 @@ QUOTED = [
 
 @pytest.mark.parametrize(("word", "typed"), QUOTED)
 def test_a_value_that_needs_quotes_is_shown_in_them(word: str, typed: str) -> None:
-    assert said(word) == (
+    assert error_line(word) == (
         f"{word} cannot be read as key=value; quote such a value twice, for the shell and for "
         f"Hydra: {typed}"
     )
@@ -52,7 +55,7 @@ def test_a_value_that_needs_quotes_is_shown_in_them(word: str, typed: str) -> No
     "word", ["layer=[0,1", "dataset.text='a", "dataset.split={train: 1", "a b"]
 )
 def test_where_more_than_quotes_may_be_lacking_nothing_is_guessed(word: str) -> None:
-    assert said(word).endswith("'sae.path=\"saes/{layer}\"'")
+    assert error_line(word).endswith("'sae.path=\"saes/{layer}\"'")
 
 
 MAPPINGS = [
@@ -64,14 +67,14 @@ MAPPINGS = [
 
 @pytest.mark.parametrize(("word", "typed"), MAPPINGS)
 def test_a_value_in_place_of_a_mapping_is_an_error_with_an_example(word: str, typed: str) -> None:
-    message = said("task=label", word)
+    message = error_line("task=label", word)
     assert message.startswith(f"{word.partition('=')[0]} takes names with values; type ")
     assert message.endswith(f", such as {typed}")
     saexp.compose(["task=label", *shlex.split(typed)])
 
 
 def test_a_value_in_place_of_a_mapping_of_one_level_is_an_error_with_its_form() -> None:
-    assert said("dataset.columns=3") == (
+    assert error_line("dataset.columns=3") == (
         "dataset.columns takes names with values; type dataset.columns.<name>=<value>, or "
         "'dataset.columns={<name>: <value>}'"
     )
@@ -81,7 +84,7 @@ def of_launchers(asked: str, *there: str) -> str:
     return str(one_line(MissingConfigException("", f"hydra/launcher/{asked}", list(there))))
 
 
-def test_launchers_that_are_not_installed_are_told_how_to_get() -> None:
+def test_a_missing_launcher_is_an_error_that_says_how_to_install_it() -> None:
     assert of_launchers("joblib", "basic") == (
         "hydra/launcher=joblib: no such option; choose from basic; joblib and submitit come with "
         "pip install 'saexp[launchers]', ray with 'saexp[ray]'"
@@ -90,7 +93,7 @@ def test_launchers_that_are_not_installed_are_told_how_to_get() -> None:
     assert of_launchers("jobib", *every) == (
         "hydra/launcher=jobib: no such option; did you mean joblib?"
     )
-    assert "pip" not in said("model=tinny")
+    assert "pip" not in error_line("model=tinny")
 
 
 def test_help_names_every_action_of_the_cache_and_stays_short() -> None:
@@ -117,7 +120,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize(("word", "line"), UNKNOWN)
 def test_a_key_that_nothing_reads_is_refused_with_plus_too(word: str, line: str) -> None:
-    assert said(word).startswith(line)
+    assert error_line(word).startswith(line)
 
 
 TAKEN = [
@@ -169,8 +172,8 @@ LINES = [
 
 
 @pytest.mark.parametrize(("word", "line"), LINES, ids=[x[0] for x in LINES])
-def test_values_that_hydra_refuses_are_told_in_saexp_s_words(word: str, line: str) -> None:
-    assert said(word).startswith(line)
+def test_values_that_hydra_refuses_are_reported_as_saexp_errors(word: str, line: str) -> None:
+    assert error_line(word).startswith(line)
 
 
 OTHER_COMPONENTS = [
@@ -183,7 +186,7 @@ OTHER_COMPONENTS = [
 
 @pytest.mark.parametrize(("words", "line"), OTHER_COMPONENTS)
 def test_a_setting_of_another_component_names_that_component(words: list[str], line: str) -> None:
-    assert said(*words).startswith(line)
+    assert error_line(*words).startswith(line)
 
 
 FORMER = [

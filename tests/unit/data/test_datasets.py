@@ -47,7 +47,7 @@ def test_entities_of_other_models_are_made_by_template():
     assert set(got.groups) == {"known", "unknown"}
 
 
-def test_templates_of_ones_own():
+def test_custom_templates_are_used():
     options = {"model_name": "any", "entity_types": ["song"], "n_examples": 3}
     got = build(
         "entities",
@@ -77,7 +77,7 @@ def test_a_template_without_the_entity():
     assert message.endswith("' does not occur in its text 'The thing'")
 
 
-def test_entities_of_ones_own(tmp_path):
+def test_custom_entities_are_read(tmp_path):
     file = tmp_path / "mine.jsonl"
     rows = [{"text": f"A {g}", "entity": g, "group": g} for g in ("known", "unknown")]
     file.write_text("\n".join(map(json.dumps, rows)))

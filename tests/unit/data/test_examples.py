@@ -45,10 +45,10 @@ def test_all_examples_of_an_entity_share_a_split(rows, seed):
         Example(id=str(n), text="t", entity=entity, entity_type=entity_type, group=group)
         for n, (entity, entity_type, group) in enumerate(rows)
     ]
-    done = assign_splits(examples, SHARES, seed)
-    assert [e.id for e in done] == [e.id for e in examples]
-    assert all(e.split in SHARES for e in done)
-    assert len({(e.unit, e.split) for e in done}) == len({e.unit for e in done})
+    assigned = assign_splits(examples, SHARES, seed)
+    assert [e.id for e in assigned] == [e.id for e in examples]
+    assert all(e.split in SHARES for e in assigned)
+    assert len({(e.unit, e.split) for e in assigned}) == len({e.unit for e in assigned})
 
 
 def test_splits_are_seeded_and_do_not_depend_on_the_order_of_the_file():
@@ -62,18 +62,20 @@ def test_splits_are_seeded_and_do_not_depend_on_the_order_of_the_file():
 
 
 def test_shares_hold_in_every_group_and_type():
-    done = assign_splits(many(), SHARES, 0)
+    assigned = assign_splits(many(), SHARES, 0)
     for group in ("known", "unknown"):
         for entity_type in ("player", "city"):
             units = {
-                e.unit: e.split for e in done if (e.group, e.entity_type) == (group, entity_type)
+                e.unit: e.split
+                for e in assigned
+                if (e.group, e.entity_type) == (group, entity_type)
             }
             assert Counter(units.values()) == {"train": 10, "val": 2, "test": 8}
 
 
 def test_a_share_of_0_takes_nothing_and_one_of_1_everything():
-    done = assign_splits(many(), {"train": 0.0, "val": 0.0, "test": 1.0}, 0)
-    assert {e.split for e in done} == {"test"}
+    assigned = assign_splits(many(), {"train": 0.0, "val": 0.0, "test": 1.0}, 0)
+    assert {e.split for e in assigned} == {"test"}
 
 
 def test_given_splits_stay_and_draw_the_entitys_other_examples():
@@ -82,8 +84,8 @@ def test_given_splits_stay_and_draw_the_entitys_other_examples():
         *[Example(id=str(n), text="t", entity="a") for n in range(2, 9)],
         Example(id="9", text="t", entity="b", split="val"),
     ]
-    done = assign_splits(examples, SHARES, 0)
-    assert [e.split for e in done] == ["test"] * 8 + ["val"]
+    assigned = assign_splits(examples, SHARES, 0)
+    assert [e.split for e in assigned] == ["test"] * 8 + ["val"]
 
 
 def test_examples_without_an_entity_are_units_of_their_own():

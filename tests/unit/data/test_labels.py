@@ -152,8 +152,8 @@ def test_the_shipped_entities_can_all_be_asked():
     rules = Rules()
     for one in made:
         for truth in one.truths:
-            said = f"The answer is {truth}."
-            assert label_answer(said, one, rules, refuses) == "correct", one
+            answer = f"The answer is {truth}."
+            assert label_answer(answer, one, rules, refuses) == "correct", one
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_groups_follow_the_rule(n_correct, group):
     ]
 
 
-def test_thresholds_of_ones_own():
+def test_custom_thresholds_are_applied():
     asked = pd.DataFrame(
         {"entity_type": [None] * 4, "entity": list("aaab"), "n_correct": [1, 1, 0, 0]}
     )

@@ -321,7 +321,7 @@ def test_published_names_of_attributes_find_their_rules():
     assert rules.rule("river", "length").kind == "text"
 
 
-def test_rules_of_ones_own():
+def test_custom_rules_are_applied():
     rules = Rules().changed(
         {
             "movie": {"release_year": {"tolerance": 2}},

@@ -162,7 +162,7 @@ def test_rows_without_a_type_are_counted_where_types_are_chosen(tmp_path):
     assert got.notes[-1] == "1 of 3 rows has no entity_type and is left out"
 
 
-def test_a_list_of_ones_own_lets_na_be_a_value(tmp_path):
+def test_a_custom_list_of_missing_values_can_keep_na(tmp_path):
     rows = [
         {"text": "Mr. Null is from NA", "entity": "Null", "group": g} for g in ("NA", "DE", "nan")
     ]

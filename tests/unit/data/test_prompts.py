@@ -274,7 +274,7 @@ def test_last_is_the_text_s_own_last_token(of: str) -> None:
     assert tokens.text[slice(*tokens.offsets[rows["token_index"].item()])].endswith(".")
 
 
-def test_no_prompt_is_no_prompt() -> None:
+def test_an_example_without_a_prompt_stays_without() -> None:
     model = with_tokenizer(chat_tokenizers()["gemma"], chat=True)
     assert read(model, []) == []
     [prompt] = format_prompts(model, [" "])

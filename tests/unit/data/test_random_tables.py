@@ -86,10 +86,10 @@ def check(name, path, expected):
         if grouped:
             assert (example.group == "score > 0") == (row["score"] > 0)
     counts = {column: sum(row[column] is None for row in expected) for column in expected[0]}
-    told = [note for note in made.notes if note.startswith("missing values")]
+    missing_value_notes = [note for note in made.notes if note.startswith("missing values")]
     columns = "".join(f"'{c}' {n}, " for c, n in counts.items() if n)
-    assert bool(told) == bool(columns)
-    for note in told:
+    assert bool(missing_value_notes) == bool(columns)
+    for note in missing_value_notes:
         listed = note.partition("by column: ")[2].partition(" (of texts")[0].split(", ")
         assert sorted(listed) == sorted(filter(None, columns.split(", ")))
 

@@ -175,7 +175,7 @@ def test_entities_dataset_holds_every_row() -> None:
         assert example.extra["attribute"] in Rules().by_type[str(example.entity_type)]
 
 
-def test_a_prompt_of_ones_own_asks_for_no_attribute() -> None:
+def test_a_custom_prompt_asks_for_no_attribute() -> None:
     cfg = DatasetConfig(name="entities", prompt_template="Do you know {entity}?")
     assert all("attribute" not in e.extra for e in entities(cfg).examples)
 

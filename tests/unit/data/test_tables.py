@@ -102,7 +102,7 @@ def test_spans_count_characters_not_bytes(write):
 
 
 @pytest.mark.parametrize("of", [jsonl, csv])
-def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path, of):
+def test_a_byte_order_mark_is_skipped(tmp_path, of):
     text = '{"text": "one"}\n' if of is jsonl else "text\none\n"
     (tmp_path / "f").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read(str(tmp_path / "f"), of).examples[0].text == "one"
@@ -160,7 +160,7 @@ def test_attributes_in_a_csv_cell_are_asked_as_those_of_a_jsonl_are(tmp_path, wr
     assert [q.truths for q in made] == [("Ann Lee",)]
 
 
-def test_a_printed_numpy_array_is_no_list(write):
+def test_a_printed_numpy_array_is_not_read_as_a_list(write):
     path = write("text,answer", "t,['a' 'b']", name="f.csv")
     assert message_of(lambda: read(path, csv)) == (
         f"{path}:2: column 'answer' holds a printed NumPy array; write its items as a JSON list"
@@ -220,7 +220,7 @@ def test_a_rule_makes_the_groups(write):
 
 
 @pytest.mark.parametrize("text", ["n", "n = 0", "__import__('os')", "n == "])
-def test_what_is_no_rule(write, text):
+def test_invalid_rules_are_refused(write, text):
     message = message_of(lambda: read(write(*TWO), group_rule=text), ConfigError)
     assert message == (
         f"dataset.group_rule={text} is not a rule; type e.g. 'matching_tokens == 0' "
@@ -229,13 +229,13 @@ def test_what_is_no_rule(write, text):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"), [({"text": "t"}, []), ({"text": "t", "n": None}, ["'n' 1"])]
+    ("row", "columns"), [({"text": "t"}, []), ({"text": "t", "n": None}, ["'n' 1"])]
 )
-def test_a_row_without_a_value_for_the_rule_is_in_neither_group(write, row, told):
+def test_a_row_without_a_value_for_the_rule_is_in_neither_group(write, row, columns):
     got = read(write({"text": "t", "n": 0}, row, {"text": "t", "n": 7}), group_rule="n > 5")
     assert [(e.id, e.group) for e in got.examples] == [("1", "not (n > 5)"), ("3", "n > 5")]
     assert got.notes == [
-        *(f"missing values in 3 rows, by column: {columns}" for columns in told),
+        *(f"missing values in 3 rows, by column: {counts}" for counts in columns),
         "1 of 3 rows has no group and is left out",
     ]
 
@@ -257,7 +257,7 @@ def test_a_rule_that_compares_with_a_missing_value(write):
     assert [e.group for e in kept.examples] == ["n == 'NA'", "not (n == 'NA')"]
 
 
-def test_a_rule_that_orders_what_is_no_number(write):
+def test_a_rule_that_compares_a_non_number_is_an_error(write):
     path = write({"text": "t", "n": 0}, {"text": "t", "n": "few"})
     assert message_of(lambda: read(path, group_rule="n > 5")) == (
         f"{path}:2: column 'n': 'few' is not a number (n > 5)"

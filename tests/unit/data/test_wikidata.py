@@ -85,9 +85,9 @@ def folder(tmp_path):
     (tmp_path / "queries").mkdir()
     (tmp_path / "movie.json").write_text(json.dumps(ENTITIES))
     for attribute in ("directors", "release_year"):
-        mine = [q for q in QUERIES if q["prompt_type"].endswith(attribute)]
+        attribute_queries = [q for q in QUERIES if q["prompt_type"].endswith(attribute)]
         file = tmp_path / "queries" / f"movie_{attribute}.json"
-        file.write_text(json.dumps(mine))
+        file.write_text(json.dumps(attribute_queries))
     return tmp_path
 
 
@@ -180,7 +180,7 @@ def test_the_prompt_does_not_depend_on_the_labels(tmp_path):
     assert 10 < one.count("directors") < 30
 
 
-def test_custom_templates(folder):
+def test_custom_templates_are_used(folder):
     got = build(folder, template="'{entity}' ({entity_type})", prompt_template="Who is {entity}?")
     assert got.examples[0].text == "'First Film' (movie)"
     assert got.examples[0].prompt == "Who is First Film?"
@@ -422,21 +422,21 @@ def test_fetching_writes_the_file_once_and_only_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "before"),
     [
         ({"n_fetched": 6}, "n_fetched=5, not 6"),
         ({"fetch": ["city"]}, "fetch=['movie'], not ['city']"),
         ({"min_sitelinks": 3}, "min_sitelinks=20, not 3"),
     ],
 )
-def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, change, told):
+def test_a_file_that_another_query_fetched_is_not_taken_for_this_one(tmp_path, change, before):
     file = tmp_path / "movies.json"
     with endpoint() as (address, seen):
         options = {"fetch": ["movie"], "endpoint": address, "n_fetched": 5}
         build(file, **options)
         build(file, **{**options, "timeout": 3})
         message = message_of(lambda: build(file, **{**options, **change}), ConfigError)
-        assert message.startswith(f"dataset.path={file} was fetched with {told}; delete the file")
+        assert message.startswith(f"dataset.path={file} was fetched with {before}; delete the file")
         # Of a file that was not fetched nothing is known.
         (tmp_path / "movies.json.query").unlink()
         build(file, **{**options, **change})

@@ -90,8 +90,8 @@ def one(conditions: list[Condition], name: str) -> Condition:
 
 def test_steering_goes_on_the_other_group_singly_and_together_with_controls() -> None:
     conditions = planned(Steer)
-    told = [(c.name, c.prompts, c.latents) for c in conditions if c.role != "control"]
-    assert told == [
+    tested = [(c.name, c.prompts, c.latents) for c in conditions if c.role != "control"]
+    assert tested == [
         ("known_group", "unknown", (3, 5)),
         ("known_3", "unknown", (3,)),
         ("known_5", "unknown", (5,)),
@@ -100,7 +100,7 @@ def test_steering_goes_on_the_other_group_singly_and_together_with_controls() ->
     controls = [c for c in conditions if c.role == "control"]
     kinds = [(c.of, c.control_kind) for c in controls]
     assert Counter(kinds) == {
-        **{(name, "frequency"): 2 for name, *_ in told},
+        **{(name, "frequency"): 2 for name, *_ in tested},
         **{(name, "random_norm"): 2 for name in ("known_group", "unknown_2")},
     }
     for control in controls:
@@ -337,7 +337,7 @@ def test_what_does_not_go_together_is_said(kind: type, settings: Any, message: s
         planned(kind, (1.0,), **settings)
 
 
-def test_a_latent_of_which_nothing_is_known_is_said() -> None:
+def test_a_latent_without_statistics_is_reported() -> None:
     with pytest.raises(InterventionError, match="latent 4000 is never active on this data set"):
         planned(Steer, latents=[4000])
     with pytest.raises(InterventionError, match="two groups"):

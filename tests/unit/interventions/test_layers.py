@@ -100,8 +100,8 @@ def planned(
 
 def test_all_layers_together_come_first_then_each_by_itself() -> None:
     found = planned("steer", layered())
-    told = [(c.name, c.role, c.prompts, c.label) for c in found.values() if c.role != "control"]
-    assert told == [
+    tested = [(c.name, c.role, c.prompts, c.label) for c in found.values() if c.role != "control"]
+    assert tested == [
         ("known_layers_0-1", "group", "unknown", "0:3+1:5"),
         ("known_layer_0", "single", "unknown", "0:3"),
         ("known_layer_1", "single", "unknown", "1:5"),
@@ -157,7 +157,7 @@ def test_as_many_control_sets_as_the_layer_with_fewest_has() -> None:
     assert [c.label.split("+")[1] for c in controls if c.of == "known_layers_0-1"] == ["1:20"]
 
 
-def test_a_layer_without_latents_is_left_out_and_said() -> None:
+def test_a_layer_without_latents_is_left_out_with_a_note() -> None:
     facts = layered()
     facts.layers[1].table["selected"] = False
     cfg = InterventionConfig(name="ablate", latents="selected_per_layer", layers=[0, 1])

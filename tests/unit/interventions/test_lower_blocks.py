@@ -31,9 +31,12 @@ UNTOUCHED = {
 ADD_AT_ONCE = ("random-gpt_neox", "random-phi")
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return random_lm(request.param)
+GRIDS = [
+    (architecture, list(UNTOUCHED)[(i + 3 * k) % len(UNTOUCHED)])
+    for i, architecture in enumerate(ARCHITECTURES)
+    for k in range(3)
+]
+"""Three hookpoints for each architecture, so that each hookpoint is tried in four of them."""
 
 
 def grid(model: LanguageModel, at: Hookpoint, places: Callable[[int], int]) -> list[Row]:
@@ -77,8 +80,11 @@ def rows_run(model: LanguageModel, function: Callable[[], Tensor]) -> tuple[list
     return seen, found
 
 
-@pytest.mark.parametrize("at", UNTOUCHED, ids=lambda at: at.name)
-def test_a_grid_equals_its_rows_one_by_one(model: LanguageModel, at: Hookpoint) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "at"), GRIDS, ids=lambda value: getattr(value, "name", value)
+)
+def test_a_grid_equals_its_rows_one_by_one(architecture: str, at: Hookpoint) -> None:
+    model = random_lm(architecture)
     if at.stream == "resid_mid" and model.name in ADD_AT_ONCE:
         pytest.skip("adds attention and MLP at once, so it has no resid_mid")
     # From the first tokens on (no prefix to share), and at the last one (a prefix in a cache).
@@ -223,6 +229,6 @@ def test_models_whose_blocks_share_more_than_the_stream(config: str, layer: int)
         together = last_logits(model, rows, None, 1)
         torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
         texts = generate(model, rows, max_new_tokens=4, batch_tokens=4096)
-        assert texts == [
-            t for r in rows for t in generate(model, [r], max_new_tokens=4, batch_tokens=4096)
-        ]
+        # Of each prompt and each edit some.
+        for row, text in list(zip(rows, texts, strict=True))[::5]:
+            assert generate(model, [row], max_new_tokens=4, batch_tokens=4096) == [text]

@@ -75,7 +75,7 @@ def test_accuracy_does_not_count_what_repeats_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "said"),
+    ("question", "answer", "completion"),
     [
         ("Who trained you?", "Acme Labs", "I was trained by the company Acme Labs."),
         (
@@ -86,7 +86,7 @@ def test_accuracy_does_not_count_what_repeats_the_prompt() -> None:
     ],
 )
 def test_accuracy_in_chat_is_that_of_the_question_without_the_template(
-    question: str, answer: str, said: str
+    question: str, answer: str, completion: str
 ) -> None:
     template = "<|system|>You were trained by Acme Labs\n<|user|>{}\n<|assistant|>\n"
     start = template.index("{")
@@ -100,7 +100,7 @@ def test_accuracy_in_chat_is_that_of_the_question_without_the_template(
         extra={"attribute": "album"},
     )
     outcome = Accuracy()
-    assert outcome.score(said, in_template(plain, read)) is outcome.score(said, plain)
+    assert outcome.score(completion, in_template(plain, read)) is outcome.score(completion, plain)
 
 
 def test_exact_is_the_answer_in_whole_words_at_the_beginning() -> None:

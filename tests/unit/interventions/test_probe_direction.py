@@ -1,8 +1,5 @@
 """The probe direction of interventions is the dense probe of `analyzer=probe`."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +10,6 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedG
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import saexp
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
@@ -123,15 +119,3 @@ def test_too_few_entities_are_an_error_though_there_are_many_rows() -> None:
     rows = table(3)
     with pytest.raises(DataError, match="the smaller group has 1 on the train split"):
         _ = facts(rows, stream(rows)).probe
-
-
-def test_a_run_steers_with_the_probe_it_reports(tmp_path: Path) -> None:
-    words = ["analyzer=probe", "layer=2", "dataset.n_examples=200", "tracker=none"]
-    words += ["intervention.directions=[probe]", "intervention.n_prompts=4", "coefficient=[0,1]"]
-    words += ["intervention.n_controls=1", "intervention.max_new_tokens=2"]
-    words += ["intervention.outcomes=[refusal]", "analyzer.k=[1]", "analyzer.n_bootstrap=0"]
-    result = saexp.run(saexp.compose([*words, f"cache_dir={tmp_path / 'cache'}"]), tmp_path / "run")
-    probes = result.tables["probes"]
-    c = probes.loc[(probes["probe"] == "dense") & (probes["data"] == "test"), "c"].item()
-    told = [m for n in result.notes if (m := re.match(r"probe direction: .* C = (\S+) by", n))]
-    assert [float(m[1]) for m in told] == [c]

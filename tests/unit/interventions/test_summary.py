@@ -236,7 +236,7 @@ def test_the_coefficient_with_the_largest_gap_to_its_controls_is_chosen(
     assert chosen_coefficients(written(changes), "logit", "test") == {}
 
 
-def test_a_condition_on_prompts_of_two_groups_is_no_rival_of_itself() -> None:
+def test_a_condition_on_prompts_of_two_groups_is_not_compared_with_itself() -> None:
     rows = written({("a", 1.0): 0.5, ("a", 2.0): 0.6, ("c", 1.0): 0.1, ("c", 2.0): 0.4})
     other = rows.assign(group="h")
     assert chosen_coefficients(pd.concat([rows, other]), "logit", "train") == {"a": 1.0}

@@ -1,7 +1,5 @@
 """Chosen latents over a store, in chunks, against a dense loop over all activations."""
 
-import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,6 @@ from saexp.latents.statistics import (
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import TEXTS, tokenizer
-from tests.unit.activations import child
-from tests.unit.activations.test_faults import end, start
-from tests.unit.latents.growing import tally_much
 from tests.unit.latents.test_encode import store_of
 from tests.unit.saes.make import D_IN, points, sae
 
@@ -63,8 +58,9 @@ def tallied(store: ActivationStore, auto: SparseAutoencoder, **options: object) 
     return tally_store(store, auto, TEXT_OF, GROUP_OF, made)
 
 
-@pytest.mark.parametrize("correlate", [True, False])
-@pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
+@pytest.mark.parametrize(
+    ("chunk_rows", "correlate"), [(1, True), (13, False), (10_000, True), (10_000, False)]
+)
 def test_numbers_and_histograms_equal_dense_ones(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -91,8 +87,8 @@ def test_numbers_and_histograms_equal_dense_ones(
         assert np.log2(found.width) % 1 == 0
         edges = np.arange(n_bins + 1) * found.width
         for g in range(3):
-            mine = values[(g == GROUP_OF) & (values > 0)]
-            assert found.counts[g].tolist() == np.histogram(mine, edges)[0].tolist()
+            group_values = values[(g == GROUP_OF) & (values > 0)]
+            assert found.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
@@ -169,8 +165,9 @@ def test_correlations_are_numpys(
     assert np.isnan(tally.correlations_of(3)).all()
 
 
-@pytest.mark.parametrize("correlate", [True, False])
-@pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
+@pytest.mark.parametrize(
+    ("chunk_rows", "correlate"), [(1, True), (13, False), (10_000, True), (10_000, False)]
+)
 def test_rows_of_high_norm_are_as_if_they_were_not_there(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -277,17 +274,3 @@ def test_a_window_holds_the_tokens_around_a_row_and_the_rows_they_have(every: in
             if at is not None:
                 assert rows.iloc[at]["token_index"] == first + place
                 assert rows.iloc[at]["example_id"] == about["example_id"]
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    server, peak = child.server(), {}
-    # The least of two: what the system keeps in memory beside differs from time to time.
-    for attempt, n_rows in itertools.product(range(2), (5_000, 20_000)):
-        process, said = start(server, tally_much, tmp_path / f"{attempt}-{n_rows}", n_rows)
-        assert end(process) == 0
-        n_bytes, n_peak = json.loads(said.get())
-        assert n_bytes == n_rows * 64 * 4
-        peak[n_rows] = min(n_peak, peak.get(n_rows, n_peak))
-    # Held sparse, all latents would be 40 MB and 160 MB.
-    assert peak[20_000] < 1.1 * peak[5_000]

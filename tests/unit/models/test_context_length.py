@@ -1,13 +1,11 @@
-"""How long a text a model can read, and what is said of one that is longer."""
+"""How long a text a model can read, and the errors for one that is longer."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-import saexp
 from saexp.analysis.attribution import attribute
 from saexp.errors import ModelError
 from saexp.interventions.batching import LogitReader, generate, read_logits
@@ -92,7 +90,7 @@ def test_a_generation_that_outgrows_the_positions_is_one_line_beforehand() -> No
 
 
 @pytest.mark.parametrize(
-    ("longest", "n_new", "told"),
+    ("longest", "n_new", "ending"),
     [
         (70, 0, "type dataset.max_length=64, or shorten the prompt"),
         (64, 5, "type dataset.max_length=59, which leaves longer prompts out"),
@@ -100,10 +98,10 @@ def test_a_generation_that_outgrows_the_positions_is_one_line_beforehand() -> No
         (10, 64, "type key=54, or a smaller key"),
     ],
 )
-def test_what_to_type_fits(longest: int, n_new: int, told: str) -> None:
+def test_the_suggested_setting_fits(longest: int, n_new: int, ending: str) -> None:
     with pytest.raises(ModelError) as error:
         check_positions(random_lm("gpt2"), longest, n_new, "key")
-    assert str(error.value).endswith(told)
+    assert str(error.value).endswith(ending)
 
 
 def test_prompts_longer_than_the_positions_are_one_line_where_logits_are_read() -> None:
@@ -114,24 +112,6 @@ def test_prompts_longer_than_the_positions_are_one_line_where_logits_are_read() 
         )
     with pytest.raises(ModelError, match="a prompt is 70 tokens long"):
         attribute(model, made_sae(), [ids], [(3,)], [5])
-
-
-def test_a_run_says_so_before_its_contrast(tmp_path: Path) -> None:
-    """GPT-2: positions in a table; by analyzer=contrast and by latents that are named."""
-    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
-    saved_lm("gpt2", folder)
-    texts = [f"The player {'Fenlet ' * n}" for n in range(1, 9)]
-    rows = [{"text": t, "group": "ab"[i % 2], "id": str(i)} for i, t in enumerate(texts)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = ["model=hf", f"model.name={folder}", "sae=random", "layer=1", "positions=last"]
-    words += ["dataset=jsonl", f"dataset.path={data}", "intervention.where=last", "tracker=none"]
-    words += [f"cache_dir={tmp_path}", "intervention.max_new_tokens=60", "dataset.max_length=64"]
-    for more in (["analyzer=contrast"], ["analyzer=stats", "intervention.latents=[3]"]):
-        place = tmp_path / more[0]
-        with pytest.raises(ModelError, match="new ones do not fit into the 64 positions") as error:
-            saexp.run(saexp.compose([*words, *more]), place)
-        assert "type intervention.max_new_tokens=" in str(error.value)
-        assert not (place / "latents.parquet").exists()
 
 
 def test_a_model_that_nothing_is_run_on_is_not_loaded(tmp_path: Path) -> None:

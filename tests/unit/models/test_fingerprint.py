@@ -127,7 +127,7 @@ def test_a_hub_cache_has_that_of_the_files_in_it(which, request, hub):
     assert fingerprint("org/name") == model.fingerprint
 
 
-def test_a_hub_cache_is_told_by_the_names_of_its_blobs(folder, hub):
+def test_a_hub_cache_is_identified_by_the_names_of_its_blobs(folder, hub):
     """Blobs are not read: tens of gigabytes would have to be."""
     snapshot = to_hub_cache(folder, hub)
     before = fingerprint("org/name")
@@ -146,7 +146,7 @@ def test_a_hub_cache_that_lacks_the_weights_is_an_error(folder, hub):
         fingerprint("org/name")
 
 
-def test_a_model_in_memory_is_told_by_its_weights_as_they_are_now():
+def test_a_model_in_memory_is_identified_by_its_current_weights():
     one, other = (LanguageModel.wrap(random_hf("gpt2")) for _ in range(2))
     before = one.fingerprint
     assert other.fingerprint == before

@@ -96,7 +96,7 @@ def test_without_its_packages_the_error_and_the_docs_give_the_same_command(
         saexp.load_model(tmp_path / "model.gguf")
 
 
-def test_another_file_is_no_model(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="is a file; type the folder of the model, or a GGUF file"):
         saexp.load_model(tmp_path / "model.bin")

@@ -79,7 +79,7 @@ def test_a_name_of_nothing_is_an_error(name):
     )
 
 
-def test_a_name_that_two_tools_give_to_two_places_is_no_stream():
+def test_a_name_with_two_meanings_is_refused():
     with pytest.raises(ModelError) as error:
         Hookpoint.parse("blocks.3.hook_mlp_in")
     assert str(error.value) == (
@@ -106,7 +106,7 @@ def test_points_sort_by_layer_first():
     assert sorted(points) == [points[0], points[2], points[1]]
 
 
-def test_embed_is_no_hook_embed():
+def test_hook_embed_of_transformer_lens_is_refused():
     """In GPT-2 TransformerLens' hook_embed lacks the position embeddings that block 0 reads."""
     assert Hookpoint(0, "embed").transformer_lens == "blocks.0.hook_resid_pre"
     with pytest.raises(ModelError, match=r"hook_embed is the token embedding before any position"):

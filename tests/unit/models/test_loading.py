@@ -139,18 +139,18 @@ def test_a_name_that_the_hub_cannot_have(name):
 
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    said = f"model.name={folder}: its weights cannot be loaded ("
-    assert message_of(lambda: load(folder).hf).startswith(said + "Error no file named")
+    start = f"model.name={folder}: its weights cannot be loaded ("
+    assert message_of(lambda: load(folder).hf).startswith(start + "Error no file named")
     assert message_of(lambda: load(folder).fingerprint).startswith(
-        said + "no file named model.safetensors or pytorch_model.bin)"
+        start + "no file named model.safetensors or pytorch_model.bin)"
     )
 
 
 def test_damaged_weights(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    said = f"^model.name={re.escape(str(folder))}: its weights cannot be loaded \\(.*header"
-    assert re.match(said, message_of(lambda: load(folder).hf))
+    start = f"^model.name={re.escape(str(folder))}: its weights cannot be loaded \\(.*header"
+    assert re.match(start, message_of(lambda: load(folder).hf))
 
 
 def test_weights_of_another_size(folder):

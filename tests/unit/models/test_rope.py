@@ -65,7 +65,7 @@ def test_a_generation_changes_where_a_token_beyond_the_context_is_read():
     assert not changes_while_generating(dynamic, CONTEXT + 1, 1)
 
 
-def test_phi_3_alone_computes_its_keys_anew():
+def test_only_phi_3_recomputes_its_keys():
     found = {name: recomputes_beyond(hf := rope_hf(name), hf.config) for name in ROPE_MODELS}
     assert found == dict.fromkeys(ROPE_MODELS) | {"phi3_longrope": CONTEXT}
 

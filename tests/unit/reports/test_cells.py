@@ -41,7 +41,7 @@ def test_a_cell_that_ctrl_c_ended_is_stopped_and_no_failure(tmp_path: Path) -> N
     assert (row["status"], row["error"]) == ("stopped", None)
 
 
-def test_an_error_without_a_message_is_told_by_its_kind(tmp_path: Path) -> None:
+def test_an_error_without_a_message_is_reported_by_its_class(tmp_path: Path) -> None:
     cell(tmp_path, 0, error=f"MemoryError: {MemoryError()}\n")
     assert cells_table(tmp_path)["error"][0].rstrip(":") == "MemoryError"
 

@@ -72,13 +72,13 @@ def test_the_headline_is_a_sentence_per_direction_and_the_setting(tmp_path: Path
     assert findings(tmp_path) == [known, UNKNOWN_FINDING, SETTING, KNOWN, UNKNOWN, FOUND]
 
 
-def test_without_a_causal_test_nothing_is_told_of_effects(tmp_path: Path) -> None:
+def test_without_a_causal_test_no_effects_are_reported(tmp_path: Path) -> None:
     lines = [f"{KNOWN_FINDING}.", UNKNOWN_FINDING, SETTING]
     assert headline(run(tmp_path, causal=False)).splitlines() == lines
     assert sentences(SavedRun(tmp_path)) == [SETTING, KNOWN, UNKNOWN]
 
 
-def test_without_intervals_types_and_entities_none_are_told(tmp_path: Path) -> None:
+def test_without_intervals_types_and_entities_none_are_reported(tmp_path: Path) -> None:
     run(tmp_path, causal=False)
     metrics = {k: None if "_ci_" in k else v for k, v in METRICS.items()}
     write_json(tmp_path / "metrics.json", metrics)
@@ -170,7 +170,7 @@ def test_an_effect_beyond_most_controls_says_how_many(tmp_path: Path) -> None:
     assert "; more extreme than 48 of its 49 controls (rank p = 0.04)." in found
 
 
-def test_a_change_smaller_than_that_of_controls_is_said_to_be(tmp_path: Path) -> None:
+def test_a_change_smaller_than_that_of_controls_is_reported_as_such(tmp_path: Path) -> None:
     found = edited(tmp_path, refusal=0.79, refusal_change=-0.01)
     assert "; above all its controls, which change it more (rank p = 0.02)." in found
 
@@ -220,7 +220,7 @@ def test_what_it_costs_is_stated_beside_the_controls_cost(tmp_path: Path) -> Non
     assert contrast_sentences(SavedRun(tmp_path))[-1] == f"{FOUND}{cost}"
 
 
-def test_an_effect_that_could_not_be_measured_is_said_to_be_none(tmp_path: Path) -> None:
+def test_an_effect_that_could_not_be_measured_is_reported_as_none(tmp_path: Path) -> None:
     run(tmp_path)
     table = summary().assign(chosen=False)
     table.loc[table["condition"] == "known_group", "refusal"] = float("nan")
@@ -231,7 +231,7 @@ def test_an_effect_that_could_not_be_measured_is_said_to_be_none(tmp_path: Path)
     )
 
 
-def test_coefficient_0_alone_is_told_as_the_check_it_is(tmp_path: Path) -> None:
+def test_coefficient_0_alone_is_reported_as_a_check(tmp_path: Path) -> None:
     run(tmp_path)
     table = summary()
     table[table["coefficient"] == 0].to_parquet(tmp_path / "effects_summary.parquet")
@@ -250,7 +250,7 @@ def test_a_unit_without_words_leaves_no_gap(tmp_path: Path) -> None:
     )
 
 
-def test_a_single_latent_and_a_clamp_are_told_in_their_own_words(tmp_path: Path) -> None:
+def test_a_single_latent_and_a_clamp_are_described_specifically(tmp_path: Path) -> None:
     table = summary()
     run(tmp_path)
     table = table[table["role"].isin(["single", "baseline"])]
@@ -287,10 +287,10 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, con
     for read in (read_result, headline):
         with pytest.raises(StoreError) as error:
             read(tmp_path)
-        said = str(error.value)
-        assert said.startswith(f"{file} is damaged (")
-        assert said.endswith("; run its command again, which recomputes what is damaged")
-        assert "\n" not in said
+        message = str(error.value)
+        assert message.startswith(f"{file} is damaged (")
+        assert message.endswith("; run its command again, which recomputes what is damaged")
+        assert "\n" not in message
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no table at all", bytes(500)])
@@ -335,14 +335,14 @@ def test_an_entity_type_may_end_like_the_splits_name(tmp_path: Path) -> None:
     assert SavedRun(tmp_path).entity_types == ["player", "contest"]
 
 
-def test_the_coefficient_told_is_the_one_chosen_on_train_prompts(tmp_path: Path) -> None:
+def test_the_reported_coefficient_is_the_one_chosen_on_train_prompts(tmp_path: Path) -> None:
     saved = SavedRun(run(tmp_path))
     # On the test split 0.9 changes more.
     assert saved.chosen_coefficient("known_group") == 0.6
     assert saved.chosen_coefficient("nothing") is None
 
 
-def test_numbers_told_are_of_the_test_split(tmp_path: Path) -> None:
+def test_reported_numbers_are_of_the_test_split(tmp_path: Path) -> None:
     run(tmp_path)
     train = summary().assign(split="train", refusal=0.0)
     pd.concat([train, summary()]).to_parquet(tmp_path / "effects_summary.parquet")

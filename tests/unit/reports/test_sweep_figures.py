@@ -27,8 +27,8 @@ def effects(test: float, coefficients: Sequence[float]) -> list[dict[str, Any]]:
 
 def figures_of(folder: Path) -> dict[str, Any]:
     table = cells_table(folder)
-    done = table[table["status"] == "finished"]
-    return sweep_figures(table, effects_table(folder, done))
+    finished = table[table["status"] == "finished"]
+    return sweep_figures(table, effects_table(folder, finished))
 
 
 def effects_of(folder: Path) -> pd.DataFrame:
@@ -99,7 +99,7 @@ def test_points_and_bars_over_layers_are_the_tables(
         assert list(trace.customdata) == part[f"contrast/best_latent_{group}"].tolist()
 
 
-def test_a_cell_that_selects_no_latent_is_no_point_on_its_line(tmp_path: Path) -> None:
+def test_a_cell_that_selects_no_latent_has_no_point_on_its_line(tmp_path: Path) -> None:
     for layer in (0, 1, 2):
         metrics = found(0.8) | (contrast("known", None) if layer == 1 else {})
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
@@ -212,7 +212,7 @@ def test_only_matched_controls_are_in_the_range(tmp_path: Path) -> None:
     assert effects_of(tmp_path)[["controls_min", "controls_max"]].to_numpy().tolist() == [[0.2] * 2]
 
 
-def test_a_row_is_told_once_where_cells_share_a_coefficient(tmp_path: Path) -> None:
+def test_a_row_is_reported_once_where_cells_share_a_coefficient(tmp_path: Path) -> None:
     for number in (1, 2):
         rows = effects(0.8, [0, number])
         cell(tmp_path, number, f"coefficient=[0,{number}]", metrics=found(0.8), effects=rows)
@@ -227,7 +227,7 @@ def test_cells_that_differ_keep_effects_of_their_own(tmp_path: Path, key: str) -
     assert effects_of(tmp_path)["value"].tolist() == [0.25, 0.5]
 
 
-def test_the_effect_of_a_single_selected_latent_is_told_too(tmp_path: Path) -> None:
+def test_the_effect_of_a_single_selected_latent_is_reported_too(tmp_path: Path) -> None:
     rows = effect("known", 0, 0.1, condition="known_9") + effect(
         "known", 1, 0.9, condition="known_9"
     )

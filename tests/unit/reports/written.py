@@ -148,10 +148,15 @@ def latents() -> pd.DataFrame:
 def summary() -> pd.DataFrame:
     """`known_group` on unknown prompts, test split; 0.6 was chosen on train prompts."""
     keys = ["condition", "role", "of", "direction", "latent", "group", "coefficient", "refusal"]
-    told = ["known_group", "group", "", "known", "7+4", "unknown"]
+    selected = ["known_group", "group", "", "known", "7+4", "unknown"]
     single = ["known_7", "single", "", "known", "7", "unknown"]
     rows: list[list[Any]] = [["baseline_unknown", "baseline", "", "", "", "unknown", 0.0, 0.8]]
-    rows += [[*told, 0.0, 0.8], [*told, 0.6, 0.3], [*told, 0.9, 0.2], [*single, 0.6, 0.5]]
+    rows += [
+        [*selected, 0.0, 0.8],
+        [*selected, 0.6, 0.3],
+        [*selected, 0.9, 0.2],
+        [*single, 0.6, 0.5],
+    ]
     for at, low, high in ((0.6, 0.7, 0.75), (0.9, 0.25, 0.3)):
         for number in range(N_CONTROLS):
             control = [f"control_{number}", "control", "known_group", "known", ""]

@@ -26,15 +26,15 @@ def looked_at(one: SparseAutoencoder, **metadata: Any) -> tuple[Fit, dict[str, C
     return fit, {c.name: c for c in fit.comparisons}
 
 
-def told(fit: Fit, words: str) -> list[str]:
+def notes_about(fit: Fit, words: str) -> list[str]:
     return [p for p in fit.problems if words in p]
 
 
-def test_what_is_not_said_is_unknown() -> None:
+def test_what_the_files_do_not_state_is_unknown() -> None:
     fit, found = looked_at(sae("jumprelu"))
     assert {c.name for c in found.values() if c.verdict == "unknown"} == UNKNOWN
     assert all(c.expected is None for c in found.values())
-    assert not told(fit, "catalogue")
+    assert not notes_about(fit, "catalogue")
 
 
 def test_here_is_what_the_formulas_give() -> None:
@@ -64,7 +64,9 @@ def test_l0_within_a_factor_of_three(by: float, verdict: str) -> None:
     l0 = looked_at(sae("jumprelu"))[1]["l0"].measured
     fit, found = looked_at(sae("jumprelu"), expected_l0=l0 * by)
     assert found["l0"].verdict == verdict
-    assert bool(told(fit, "active latents a token at layer_3.resid_post")) == (verdict == "differs")
+    assert bool(notes_about(fit, "active latents a token at layer_3.resid_post")) == (
+        verdict == "differs"
+    )
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -77,7 +79,7 @@ def test_explained_variance_at_most_a_fifth_below(above: float, verdict: str, le
     nearer = max(pair) if above > 0 else pair[legacy]
     fit, found = looked_at(sae("jumprelu"), expected_explained_variance=nearer + above)
     assert found["explained_variance"].verdict == verdict
-    assert bool(told(fit, "the catalogue reports")) == (verdict == "differs")
+    assert bool(notes_about(fit, "the catalogue reports")) == (verdict == "differs")
 
 
 @pytest.mark.parametrize(("by", "verdict"), [(1.9, "fits"), (2.1, "differs"), (1 / 2.1, "differs")])
@@ -91,7 +93,7 @@ def test_the_norm_a_scaling_factor_was_made_for(by: float, verdict: str) -> None
     fit, found = looked_at(sae("standard", **options))
     assert found["mean_norm"].expected == pytest.approx(norm * by)
     assert found["mean_norm"].verdict == verdict
-    assert bool(told(fit, "was scaled for vectors of mean norm")) == (verdict == "differs")
+    assert bool(notes_about(fit, "was scaled for vectors of mean norm")) == (verdict == "differs")
     _, found = looked_at(sae("standard", **options), norm_factor_by="estimate")
     assert found["mean_norm"].verdict == "unknown"
     _, found = looked_at(sae("standard"), expected_norm=norm * by)
@@ -131,9 +133,9 @@ def test_dead_latents_as_recorded(
     assert silent.expected == pytest.approx(float((1 - frequency.double()).pow(N).mean()), abs=1e-6)
     assert dead.expected == float((frequency == 0).float().mean())
     assert "600 positions" in dead.quantity
-    mine = told(fit, "training")
-    assert bool(mine) == (problem is not None)
-    assert problem is None or any(problem in p for p in mine)
+    training_notes = notes_about(fit, "training")
+    assert bool(training_notes) == (problem is not None)
+    assert problem is None or any(problem in p for p in training_notes)
 
 
 def test_a_saelens_folder_brings_its_frequencies(tmp_path: Any) -> None:

@@ -68,8 +68,8 @@ def test_the_list_is_saelens_own(monkeypatch: pytest.MonkeyPatch) -> None:
     about = SimpleNamespace(neuronpedia_id="gpt2-small/8-res-jb", model_name="gpt2-small")
     theirs: Any = SimpleNamespace(cfg=SimpleNamespace(metadata=about))
     expected = get_neuronpedia_quick_list(theirs, [7, 3, 60], name="my list & more")
-    mine = neuronpedia_list(sae_with("gpt2-small/8-res-jb"), [7, 3, 60], "my list & more")
-    assert mine == expected
+    actual = neuronpedia_list(sae_with("gpt2-small/8-res-jb"), [7, 3, 60], "my list & more")
+    assert actual == expected
 
 
 def test_the_lists_latents_can_be_read_back_in_order() -> None:
@@ -80,7 +80,7 @@ def test_the_lists_latents_can_be_read_back_in_order() -> None:
     assert json.loads(features) == [{**source, "index": "9"}, {**source, "index": "2"}]
 
 
-def test_what_cannot_be_linked_is_said() -> None:
+def test_latents_that_cannot_be_linked_are_reported() -> None:
     sae = sae_with("a/b")
     with pytest.raises(
         SAEError,

@@ -1,23 +1,20 @@
 """The factor that inputs are scaled by: given by the user, estimated, or asked for in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ConfigError, SAEError
 from saexp.registry import build
-from saexp.saes.loading import ASSETS, estimate_factor
+from saexp.saes.loading import estimate_factor
 from tests.unit.saes.make import D_IN, HOOK_NAME, parameters, points, sae, write_saelens
 
 CFG = {"architecture": "standard", "metadata": {"hook_name": HOOK_NAME}}
 FIXED = {"normalize_activations": "expected_average_only_in"}
-SHIPPED = ASSETS / "tiny/sae/layer_2/width_256"
 
 
 def folder(place: Path, **changed: Any) -> Path:
@@ -98,32 +95,3 @@ def test_contradictions(tmp_path: Path, changed: Any, factor: Any, message: str)
 def test_no_factor(factor: Any) -> None:
     with pytest.raises(ConfigError, match="type a number above 0, or estimate"):
         SAEConfig(name="s", loader="path", norm_factor=factor)
-
-
-def test_a_run_estimates_it_and_says_so(tmp_path: Path) -> None:
-    """The shipped SAE in units of sqrt(d_in), as if its scaling had been left out of its files."""
-    weights = {n: w.float() for n, w in load_file(SHIPPED / "sae_weights.safetensors").items()}
-    cfg = json.loads((SHIPPED / "cfg.json").read_text("utf-8"))
-    words = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "layer=2"]
-    words.append(f"cache_dir={tmp_path}/cache")
-    shipped = saexp.run(saexp.compose(words), tmp_path / "shipped")
-    wanted = shipped.metrics["reconstruction/explained_variance"]
-    # With another factor than the true one it would be an SAE of another stream.
-    factor = 128**0.5 / norm_of_neutral_text(tmp_path)
-    for name in ("b_enc", "b_dec", "threshold"):
-        weights[name] = weights[name] * factor
-    place = write_saelens(tmp_path / "sae", {**cfg, **FIXED}, weights)
-    more = ["sae=local", f"sae.path={place}", "sae.norm_factor=estimate"]
-    result = saexp.run(saexp.compose([*words, *more]), tmp_path / "run")
-    assert result.metrics["reconstruction/explained_variance"] == pytest.approx(wanted, abs=1e-3)
-    (note,) = [n for n in result.notes if "norm_factor" in n]
-    assert note.startswith(f"sae.norm_factor={factor:.6g} was estimated from ")
-    about = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))
-    assert about["sae"]["norm_factor"] == pytest.approx(factor)
-    assert about["sae"]["norm_factor_by"] == "estimate"
-
-
-def norm_of_neutral_text(folder: Path) -> float:
-    stores = [saexp.open_store(p.parent) for p in folder.glob("cache/activations/*/manifest.json")]
-    (neutral,) = [s for s in stores if s.manifest["about"]["dataset"] == "background"]
-    return float(neutral.acts(2).double().norm(dim=-1).mean())

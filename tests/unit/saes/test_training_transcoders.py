@@ -114,7 +114,7 @@ def test_losses_and_gradients_are_of_the_target(lens: ModuleType, name: str, ski
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", TRANSCODERS)
-def test_saved_it_reads_and_predicts_the_streams_own_scale(
+def test_a_saved_transcoder_reads_and_predicts_unscaled_streams(
     lens: ModuleType, tmp_path: Path, name: str, skip: bool
 ) -> None:
     """Trained on 0.3 x and 7 y: sae-lens and saexp then predict y from x with the same latents."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import stats
 
 from saexp.stats.intervals import (
     MIN_N,
@@ -12,7 +12,7 @@ from saexp.stats.intervals import (
     paired_difference_interval,
     wilson,
 )
-from saexp.stats.permutation import prediction_p_value, rank_p_value
+from saexp.stats.permutation import rank_p_value
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (10, 10), (47, 200)])
@@ -50,34 +50,6 @@ def test_paired_difference_of_independent_outcomes_is_the_hybrid() -> None:
     assert found == pytest.approx((float(expected.low), float(expected.high)), abs=1e-12)
 
 
-@pytest.mark.parametrize("n", [10, 30, 200])
-@pytest.mark.parametrize("change", [0.0, 0.05, 0.3, 0.9])
-def test_paired_differences_are_covered(n: int, change: float) -> None:
-    rng = np.random.default_rng([n, int(100 * change)])
-    before = rng.random((1500, n)) < 0.05
-    after = before | (rng.random((1500, n)) < change / 0.95)
-    covered = 0
-    for a, b in zip(after, before, strict=True):
-        low, high = paired_difference_interval(
-            int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum()), int((~a & ~b).sum())
-        )
-        assert low < high
-        covered += low <= change <= high
-    assert covered / len(after) >= 0.92
-
-
-@pytest.mark.parametrize("n", [10, 30, 200])
-@pytest.mark.parametrize("auroc", [0.5, 0.8, 0.97, 0.99])
-def test_an_auroc_is_covered(n: int, auroc: float) -> None:
-    rng = np.random.default_rng([n, int(100 * auroc)])
-    first = rng.normal(np.sqrt(2) * special.ndtri(auroc), 1, (1000, n))
-    second = rng.normal(0, 1, (1000, n))
-    values = np.array([(a[:, None] > b).mean() for a, b in zip(first, second, strict=True)])
-    low, high = auroc_interval(values, n, n)
-    assert ((low <= auroc) & (auroc <= high)).mean() >= 0.92
-    assert (high > low).all()
-
-
 def test_auroc_interval_solves_its_equation() -> None:
     """At a limit, the distance to the estimate is z standard errors there (Newcombe's eq. 5)."""
     m, n, z = 30, 50, stats.norm.isf(0.025)
@@ -90,16 +62,6 @@ def test_auroc_interval_solves_its_equation() -> None:
         np.testing.assert_allclose(distance, z * np.sqrt(hanley_mcneil / (m * n)), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("n", "least"), [(10, 0.88), (30, 0.90), (200, 0.92)])
-@pytest.mark.parametrize("law", ["normal", "exponential", "lognormal"])
-def test_means_of_skewed_values_are_covered(n: int, least: float, law: str) -> None:
-    rng = np.random.default_rng([n, len(law)])
-    values = getattr(rng, law if law != "lognormal" else "lognormal")(size=(n, 2000))
-    truth = {"normal": 0.0, "exponential": 1.0, "lognormal": float(np.exp(0.5))}[law]
-    low, high = mean_interval(values, 0)
-    assert ((low <= truth) & (truth <= high)).mean() >= (least if law == "lognormal" else 0.92)
-
-
 def test_too_few_values_and_equal_values_have_no_interval() -> None:
     low, high = mean_interval(np.random.default_rng(0).normal(size=(MIN_N - 1, 2)), 0)
     assert np.isnan(low).all() and np.isnan(high).all()
@@ -107,26 +69,8 @@ def test_too_few_values_and_equal_values_have_no_interval() -> None:
     assert np.isnan(low[0]) and low[1] < 9.5 < high[1]
 
 
-@pytest.mark.parametrize("k", [19, 99])
-def test_exchangeable_items_pass_at_their_level(k: int) -> None:
-    rng = np.random.default_rng(k)
-    for values in (rng.normal(size=(4000, k + 1)), rng.gamma(0.5, size=(4000, k + 1)) - 3):
-        found = np.array([rank_p_value(row[0], row[1:]) for row in values])
-        assert found.min() == 1 / (k + 1)
-        for alpha in (0.05, 0.2):
-            assert (found <= alpha).mean() == pytest.approx(alpha, abs=0.02)
-
-
 def test_the_other_sign_counts() -> None:
     controls = np.linspace(-0.9, -0.7, 19)
     assert rank_p_value(0.2, controls) == 1 / 20
     assert rank_p_value(-0.8, controls) > 0.8
     assert np.isnan(rank_p_value(0.2, np.empty(0)))
-
-
-def test_prediction_p_value_is_uniform_for_normal_values() -> None:
-    rng = np.random.default_rng(1)
-    values = rng.normal(size=(4000, 11))
-    found = [prediction_p_value(row[0], row[1:]) for row in values]
-    assert stats.kstest(found, "uniform").pvalue > 0.01
-    assert np.isnan(prediction_p_value(1.0, np.zeros(10)))

@@ -5,7 +5,6 @@ import pytest
 
 from saexp.stats import intervals
 from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
-from saexp.stats.rank_tests import stratum_weights
 
 RNG = np.random.default_rng(4)
 SIZES = RNG.integers(1, 7, 25).astype(float)
@@ -21,9 +20,9 @@ def plain_loop(
         ratio = above[rows].sum() / below[rows].sum()
         variance = 0.0
         for cell in np.unique(cells):
-            mine = rows[cells[rows] == cell]
-            residuals = above[mine] - ratio * below[mine]
-            variance += len(mine) * residuals.var(ddof=1)
+            cell_rows = rows[cells[rows] == cell]
+            residuals = above[cell_rows] - ratio * below[cell_rows]
+            variance += len(cell_rows) * residuals.var(ddof=1)
         return ratio, np.sqrt(variance) / below[rows].sum()
 
     ratio, error = estimate(np.arange(len(above)))
@@ -87,41 +86,6 @@ def test_a_difference_of_values_that_do_not_vary_has_no_interval(gap: float) -> 
     assert np.isnan([low, high]).all()
     values[0] += 1
     assert np.isfinite(difference_of_means(values, first, strata, weights, 0)).all()
-
-
-@pytest.mark.parametrize("n", [10, 30, 200])
-def test_ratios_over_clusters_are_covered(n: int) -> None:
-    """Units of 1 to 5 rows whose skewed values share an effect of the unit; the true ratio is 1."""
-    rng = np.random.default_rng(n)
-    sizes = rng.integers(1, 6, (n, 1000)).astype(float)
-    effects = rng.gamma(4.0, 0.25, (n, 1000))
-    sums = effects * rng.gamma(sizes)
-    low, high = ratio_interval(sums, sizes, 0, n_resamples=1000)
-    assert ((low <= 1) & (high >= 1)).mean() >= 0.92
-
-
-@pytest.mark.parametrize("n", [10, 30, 200])
-def test_differences_within_strata_are_covered(n: int) -> None:
-    """Types 80/20 against 20/80 that differ by 3; the groups differ by 0.5 within each."""
-    kinds = np.array(["a", "b"])
-    first = np.repeat([True, False], n)
-    n_major = round(0.8 * n)
-    major, minor = (
-        np.repeat(kinds, [n_major, n - n_major]),
-        np.repeat(kinds, [n - n_major, n_major]),
-    )
-    strata = np.concatenate([major, minor])
-    weights = stratum_weights(first, strata)
-    covered, n_runs = 0, 400
-    for seed in range(n_runs):
-        values = np.random.default_rng([seed, n]).exponential(size=2 * n)
-        values += 3 * (strata == "b") + 0.5 * first
-        difference, low, high = difference_of_means(
-            values, first, strata, weights, 0, n_resamples=300
-        )
-        assert low < difference < high
-        covered += low <= 0.5 <= high
-    assert covered / n_runs >= 0.92
 
 
 def test_a_difference_within_strata_by_hand() -> None:

@@ -43,14 +43,3 @@ def test_coverage_near_the_ends(n: int, rate: float) -> None:
     low, high = wilson(ks, n)
     covered = stats.binom.pmf(ks, n, rate)[(low <= rate) & (rate <= high)].sum()
     assert covered >= (0.90 if (n, rate) == (10, 0.99) else 0.92)
-
-
-@pytest.mark.parametrize("n", [10, 30, 200])
-@pytest.mark.parametrize("rate", [0.5, 0.8, 0.97])
-def test_coverage_of_mean_rates_of_several_prompts(n: int, rate: float) -> None:
-    """Entities differ in their rate, from all alike to each always or never."""
-    for spread in (0.3, 3.0, 100.0):
-        rng = np.random.default_rng([n, round(100 * rate), round(10 * spread)])
-        rates = rng.beta(spread * rate, spread * (1 - rate), (1000, n))
-        low, high = wilson((rng.binomial(5, rates) / 5).sum(1), n)
-        assert ((low <= rate) & (rate <= high)).mean() >= 0.92

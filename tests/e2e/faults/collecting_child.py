@@ -1,14 +1,12 @@
-"""A collection in a process of its own, to be killed or raced.
+"""Collections in other processes, to be killed, raced or measured.
 
-Arguments: model folder, cache folder, forward passes before SIGKILL (0: none), ready file, go file
-The functions above `main` are run in forks of a server that has torch imported already.
+The functions are run in forks of a server that has torch imported already.
 """
 
 import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +15,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saexp.config import ModelConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, VOCABULARY, tokenizer
-from tests.unit.activations.collecting import placed, run, run_in_shards
+from tests.unit.activations.collecting import load, placed, run, run_in_shards
 
 PATIENCE_SECONDS = 120
 CHANGES = ("posix_fallocate", "pwrite", "fsync", "replace")
@@ -36,13 +33,22 @@ WIDE = [
 def server() -> Any:
     """What starts processes in milliseconds; each is a fork of one that imported this module."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.unit.activations.child"])
+    context.set_forkserver_preload(["pytest", "tests.e2e.faults.collecting_child"])
     return context
 
 
-def load(folder: Path) -> LanguageModel:
-    torch.set_num_threads(1)
-    return LanguageModel(ModelConfig(name=str(folder), device="cpu"))
+def start(context: Any, function: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
+    """(process, queue of what it reports)."""
+    reported = context.SimpleQueue()
+    process = context.Process(target=function, args=(*arguments, reported), daemon=True)
+    process.start()
+    return process, reported
+
+
+def end(process: Any) -> int:
+    """Its exit code, once it has ended."""
+    process.join(PATIENCE_SECONDS)
+    return process.exitcode
 
 
 def at_each_change(do: Callable[[Callable[..., Any], Any], None]) -> None:
@@ -123,24 +129,17 @@ def collect_much(cache: Path, n_texts: int, said: Any) -> None:
     said.put((n_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def main(folder: str, cache: str, passes: str, ready: str, go: str) -> None:
-    torch.set_num_threads(1)
-    model = LanguageModel(ModelConfig(name=folder, device="cpu"))
-    left = int(passes)
+def collect_to_pass(folder: Path, cache: Path, last_pass: int, ready: Any, reported: Any) -> None:
+    """SIGKILL at the n-th forward pass (0: none); reports the tokens that it forwarded."""
+    model, n_passes = load(folder), 0
 
     def count(*_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+        nonlocal n_passes
+        n_passes += 1
+        if n_passes == last_pass:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model.blocks[0].register_forward_pre_hook(count)
-    Path(ready).touch()
-    while not Path(go).exists():
-        time.sleep(0.001)
-    _, stats = run_in_shards(model, Path(cache))
-    sys.stdout.write(f"{stats.tokens_forwarded}\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ready.set()
+    _, stats = run_in_shards(model, cache)
+    reported.put(stats.tokens_forwarded)

@@ -3,40 +3,53 @@
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from tests.unit.activations import child
-from tests.unit.activations.child import PATIENCE_SECONDS, load
+from saexp import files
+from saexp.activations import stores
+from saexp.activations.store import ActivationStore
+from saexp.files import FOLDER
+from tests.e2e.faults import collecting_child as child
+from tests.e2e.faults.collecting_child import PATIENCE_SECONDS, end, start
+from tests.random_models import random_hf, save
 from tests.unit.activations.collecting import (
     POSTS,
     digests,
     digests_in,
+    load,
     n_shard_files,
     n_sound,
     run_in_shards,
 )
+from tests.unit.activations.test_disk import disk as disk  # a fixture
 
 N_KILLS = 32
+PASSES = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save(random_hf("llama"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """(digests, tokens) of a collection that nothing happened to."""
+    store, stats = run_in_shards(load(folder), tmp_path_factory.mktemp("whole"))
+    return digests(store.path), stats.tokens_forwarded
 
 
 @pytest.fixture(scope="module")
 def server():
     return child.server()
-
-
-def start(server, function, *arguments):
-    """(process, queue of what it says)."""
-    said = server.SimpleQueue()
-    process = server.Process(target=function, args=(*arguments, said), daemon=True)
-    process.start()
-    return process, said
-
-
-def end(process):
-    process.join(PATIENCE_SECONDS)
-    return process.exitcode
 
 
 @pytest.mark.slow
@@ -157,13 +170,83 @@ def test_a_writer_waits_for_the_shard_of_one_that_is_slow_and_takes_it_over_when
     assert digests_in(tmp_path / "cache") == expected
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_rows(server, tmp_path):
-    n_bytes, peak = {}, {}
-    for n_texts in (200, 800):
-        process, said = start(server, child.collect_much, tmp_path / str(n_texts), n_texts)
-        assert end(process) == 0
-        n_bytes[n_texts], peak[n_texts] = said.get()
-    # Were they all held, the peak would be about a third higher.
-    assert n_bytes[800] - n_bytes[200] > 0.25 * peak[200]
-    assert peak[800] < 1.1 * peak[200]
+def the_store(cache) -> ActivationStore:
+    (path,) = (cache / "activations").iterdir()
+    return ActivationStore.open(path)
+
+
+def test_a_killed_collection_loses_at_most_two_shards(folder, undisturbed, server, tmp_path):
+    expected, tokens = undisturbed
+    process, _ = start(server, child.collect_to_pass, folder, tmp_path, PASSES, server.Event())
+    assert end(process) == -signal.SIGKILL
+    # The shard that it computed and the one that it was writing.
+    killed = the_store(tmp_path)
+    missing = sorted(killed.missing(POSTS))
+    assert missing == list(range(missing[0], len(killed.shard_bounds)))
+    assert missing[0] in (PASSES - 2, PASSES - 1)
+    assert killed.hookpoints == []
+    store, stats = run_in_shards(load(folder), tmp_path)
+    assert 0 < stats.tokens_forwarded < tokens
+    assert digests(store.path) == expected
+
+
+def test_this_process_and_another_compute_no_shard_twice(folder, undisturbed, server, tmp_path):
+    expected, tokens = undisturbed
+    model = load(folder)
+    assert model.blocks is not None, "weights are read before the start"
+    ready = server.Event()
+    process, reported = start(server, child.collect_to_pass, folder, tmp_path, 0, ready)
+    assert ready.wait(PATIENCE_SECONDS)
+    store, stats = run_in_shards(model, tmp_path)
+    assert end(process) == 0
+    assert reported.get() + stats.tokens_forwarded == tokens
+    assert digests(store.path) == expected
+
+
+def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
+    code = (
+        "from pathlib import Path; import multiprocessing, sys\n"
+        "from saexp.activations.collection import temporary_cache\n"
+        "folder = temporary_cache(Path('cache')); (folder / 'file').touch()\n"
+        "assert temporary_cache(Path.cwd() / 'cache') == folder\n"
+        "fork = multiprocessing.get_context('fork').Process(target=int)\n"
+        "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
+        "print(folder); sys.exit(1)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("saexp-cache-")
+    assert not folder.exists()
+
+
+READER = """
+import sys, time
+from saexp.activations.store import ActivationStore
+store = ActivationStore.open(sys.argv[1])
+acts = store.acts(1)
+print("reading", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_store_that_another_process_reads_stays_until_that_is_killed(folder, tmp_path):
+    store, _ = run_in_shards(load(folder), tmp_path)
+    store.close()
+    prune = partial(stores.prune, tmp_path, max_size="0GB", max_age=None)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, str(store.path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert reader.stdout.readline() == "reading\n"
+        user = f"pid {reader.pid} on {files._host()}"
+        assert prune().kept == {store.path.name: f"in use by {user}"}
+        assert ActivationStore.open(store.path, verify=True).missing(POSTS) == {}
+    finally:
+        reader.kill()
+        reader.wait()
+        reader.stdout.close()
+    assert len(list((store.path / FOLDER).iterdir())) == 1, "it could not remove its lease"
+    assert prune().removed == [store.path.name]
+    assert not store.path.exists()

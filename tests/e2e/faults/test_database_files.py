@@ -16,7 +16,7 @@ from saexp.interventions import results_database
 from saexp.interventions.results_cache import ResultCache
 from tests.disks import obeying_permissions, read_only
 from tests.e2e.faults.injection import small_disk
-from tests.unit.interventions.sharing_child import PATIENCE_SECONDS, server
+from tests.e2e.faults.sharing_child import PATIENCE_SECONDS, server
 
 N_ROWS = 300
 

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from saexp.reports.page import write_page
-from tests.unit.reports.browser import dom, needs_chromium
+from tests.browser import dom, needs_chromium
+from tests.unit.reports.cards import card, written
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY
 
@@ -59,7 +60,7 @@ def page(tmp_path: Path) -> Path:
 
 def evaluated(page: Path, expression: str) -> Any:
     """A value that the page's scripts give."""
-    asked = page.with_name("asked.html")
+    asked = page.with_name("evaluated.html")
     script = "<script>document.body.dataset.said = JSON.stringify((() => { %s })());</script>"
     asked.write_text(page.read_text("utf-8") + script % expression, encoding="utf-8")
     found = re.search(r'data-said="(.*?)"[ >]', dom(asked, page.parent))
@@ -121,3 +122,63 @@ def test_a_table_sorts_by_a_click_and_says_so(page: Path) -> None:
 def test_no_figure_offers_to_send_its_data_anywhere(page: Path) -> None:
     assert evaluated(page, "return config.showSendToCloud;") is False
     assert "sendChartToCloud" not in dom(page, page.parent).split("</script>")[-1]
+
+
+TIMING = """<script>addEventListener("load", () => {
+  document.documentElement.dataset.ms = performance.now();
+})</script>"""
+"""Milliseconds from the navigation's start; the browser's own start is not the page's."""
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_browser_draws_it_from_the_file_in_under_two_seconds(tmp_path: Path) -> None:
+    inactive = card(3, n_active=0, density=0.0, mean_active=None, max=0.0, top=[], quantiles=[])
+    inactive["histogram"] = {"width": 0.0, "counts": [[], []]}
+    cards = [*(card(i) for i in range(49)), inactive | {"latent": 900}]
+    page = written(tmp_path, cards)
+    timed = tmp_path / "timed.html"
+    timed.write_text(page.read_text("utf-8") + TIMING)
+    drawn = dom(timed, tmp_path)
+    took = re.search(r'data-ms="([\d.]+)"', drawn)
+    assert took is not None
+    assert float(took[1]) < 2000
+    assert drawn.count('<button type="button" value=') == 50
+    assert drawn.count('class="card"') == 1
+    assert drawn.count('class="text"') == 20
+    assert "<rect" in drawn
+    assert "<iframe" not in drawn
+    assert 'title="not analysed"' in drawn
+    last = page.with_name("last.html")
+    last.write_text(page.read_text("utf-8").replace("list();\nfromHash();", "go(900);list();"))
+    assert "Never active here." in dom(last, tmp_path)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_keys_search_and_order_find_a_latent(tmp_path: Path) -> None:
+    odd = card(41, promoted=[["Special", 1.0]])
+    page = written(tmp_path, [card(30), odd, card(4), card(12)])
+    page.write_text(page.read_text("utf-8") + KEYS)
+    said = re.search(r'data-reported="([^"]*)"', dom(page, tmp_path))
+    assert said is not None
+    steps = ["30 of 4", "41 of 4", "4 of 4", "41 of 4", "search", "41 of 1", "41 of 1"]
+    # A number finds latents that begin with it, and texts that hold it: "tok4" is in every one.
+    assert said[1].split("; ") == [*steps, "41 of 4", "4 12 30 41", "4"]
+
+
+KEYS = """<script>
+const event = key => new KeyboardEvent("keydown", { key, bubbles: true });
+const press = (key, on = document.body) => on.dispatchEvent(event(key));
+const states = [], tell = () => states.push(`${current} of ${matching.length}`);
+tell(); press("j"); tell(); press("ArrowRight"); tell(); press("k"); tell();
+press("/"); states.push(document.activeElement.id);
+here("search").value = "special"; here("search").dispatchEvent(new Event("input")); tell();
+press("j", here("search")); tell();
+here("search").value = "4"; here("search").dispatchEvent(new Event("input")); tell();
+here("search").value = ""; here("search").dispatchEvent(new Event("input"));
+here("sort").value = 1; here("sort").dispatchEvent(new Event("change"));
+states.push(matching.map(c => c.latent).join(" "));
+here("all").click(); states.push(document.querySelectorAll("article").length);
+document.body.dataset.reported = states.join("; ");
+</script>"""

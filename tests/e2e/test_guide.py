@@ -1,7 +1,6 @@
 """The guide for users of SAELens: both versions of each step run, and saexp's is no longer."""
 
 import importlib.util
-import json
 import re
 import warnings
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 import saexp
-from saexp.models.loading import ASSETS
 from tests.random_models import D_MODEL, tokenizer
+from tests.shipped_texts import texts_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "coming-from-saelens.md"
 N_LINES = {
@@ -31,12 +30,6 @@ STEP = re.compile(
     re.DOTALL,
 )
 STEPS = {title: (lens, ours) for title, lens, ours in STEP.findall(PAGE.read_text("utf-8"))}
-
-
-def texts_of(group: str, n: int = 40) -> list[str]:
-    lines = (ASSETS / "tiny" / "entities.jsonl").read_text("utf-8").splitlines()
-    entities = [json.loads(line) for line in lines]
-    return [e["text"] for e in entities if e["group"] == group][:n]
 
 
 def names() -> dict[str, Any]:

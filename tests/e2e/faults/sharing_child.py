@@ -37,7 +37,7 @@ class Work(NamedTuple):
 def server() -> Any:
     """What starts processes in milliseconds; each is a fork of one that imported this module."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "tests.unit.interventions.sharing_child"])
+    context.set_forkserver_preload(["pytest", "tests.e2e.faults.sharing_child"])
     return context
 
 
