@@ -126,7 +126,7 @@ def no_merged_texts() -> Iterator[None]:
             for row in unit.rows:
                 ends.setdefault(row[2], []).append(row)
             for rows in ends.values():
-                alone.append(Unit(unit.ids[: max(r[1] for r in rows) + 1], rows))
+                alone.append(Unit(unit.ids[: max(r[1] for r in rows) + 1], np.asarray(rows)))
         return alone
 
     with patch.object(collector, "units", whole):
