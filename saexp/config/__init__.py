@@ -16,7 +16,12 @@ from saexp.config.components import (
     TrackerConfig,
     WikidataConfig,
 )
-from saexp.config.environment import parse_coefficients, parse_layers, parse_width
+from saexp.config.environment import (
+    parse_coefficients,
+    parse_layers,
+    parse_width,
+    parse_widths,
+)
 from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
 from saexp.config.tasks import (
@@ -58,6 +63,7 @@ __all__ = [
     "parse_coefficients",
     "parse_layers",
     "parse_width",
+    "parse_widths",
     "register_schema",
     "to_run_config",
 ]

@@ -1,14 +1,17 @@
-"""Training an SAE with checkpoints and exact resume."""
+"""Training SAEs: several in one pass over the same data, with checkpoints and exact resume.
 
+Each SAE has its own weights, optimizer, dead-latent counters and checkpoints, so that it is trained
+as if it were alone.
+"""
+
+import copy
 import json
 import logging
 import math
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,136 +19,95 @@ from torch import Tensor
 
 from saexp.config import SAETrainerConfig
 from saexp.context import progress
-from saexp.digests import checksums, difference, is_checksums
-from saexp.errors import SAEError, StoreError
-from saexp.files import RUN_FOLDER, remove_temporary, write_folder
-from saexp.saes.training_architectures import Place, training_sae
+from saexp.errors import SAEError, counted
+from saexp.files import RUN_FOLDER, write_folder
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.checkpoints import Checkpoints, Damaged, read_object
+from saexp.saes.training_architectures import PairScaler, Place, training_sae
 from saexp.stats.permutation import derived_seed
 
 log = logging.getLogger(__name__)
-
-
-CHECKSUMS = "checksums.json"
-N_KEPT = 2
-_NAME = re.compile(r"step_(\d{9})")
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be used; the text names the file and what is wrong."""
-
-
-class Checkpoints:
-    """The checkpoints of one training, in a folder that no other process writes meanwhile.
-
-    Where the folder is not `writable`, those that are there are read and none is written.
-    """
-
-    def __init__(self, folder: Path, *, writable: bool = True) -> None:
-        self.folder, self.writable = folder, writable
-        self._usable: list[Path] = []
-        self._has_warned = False
-
-    def resume(self, load: Callable[[Path, int], None]) -> int:
-        """Load the newest checkpoint that is intact; its step, 0 where there is none.
-
-        `load` reads one, given its folder and step, and raises Damaged, or any other exception
-        of a file that does not hold what it should; the one before is then tried.
-        """
-        damaged: list[tuple[Path, str]] = []
-        step = 0
-        for path, at in self._found():
-            try:
-                verify(path)
-                load(path, at)
-            except Damaged as error:
-                damaged.append((path, str(error)))
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                damaged.append((path, reason))
-            else:
-                step, self._usable = at, [path]
-                break
-        then = f"going on from step {step}" if step else "starting from the beginning"
-        for path, reason in damaged:
-            log.warning("checkpoint %s is damaged (%s); %s", path, reason, then)
-        return step
-
-    def _found(self) -> list[tuple[Path, int]]:
-        """(folder, step) of each checkpoint, the newest first."""
-        named = [(p, _NAME.fullmatch(p.name)) for p in self.folder.glob("step_*")]
-        found = [(p, int(match[1])) for p, match in named if match]
-        return sorted(found, key=lambda pair: -pair[1])
-
-    def write(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill the checkpoint of a step; older ones than the one before are removed.
-
-        One that cannot be written (full disk) is a warning, once per training: nothing else is
-        lost by it, and the earlier checkpoints stay.
-        """
-        if not self.writable:
-            return
-
-        def fill(temporary: Path) -> None:
-            write(temporary)
-            sums = checksums(temporary, [file.name for file in temporary.iterdir()])
-            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-
-        path = self.folder / f"step_{step:09d}"
-        try:
-            remove_temporary(self.folder)
-            write_folder(path, fill)
-        except (StoreError, RuntimeError) as error:
-            if not self._has_warned:
-                log.warning("checkpoint at step %d could not be written (%s)", step, error)
-            self._has_warned = True
-            return
-        self._usable = [*self._usable, path][-N_KEPT:]
-        for old, _ in self._found():
-            if old not in self._usable:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def remove(self) -> None:
-        """Remove all of them, of a training that is finished."""
-        if self.writable:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def verify(path: Path) -> None:
-    """Raise Damaged, naming the first file that is missing or not as it was written."""
-    sums = read_object(path / CHECKSUMS)
-    if not sums or not is_checksums(sums):
-        raise Damaged(f"{CHECKSUMS} is not a list of checksums")
-    if changed := difference(path, sums):
-        raise Damaged(changed)
-    for file in path.iterdir():
-        if file.name not in sums and file.name != CHECKSUMS:
-            raise Damaged(f"{file.name}: not in {CHECKSUMS}")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises Damaged."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise Damaged(f"{file.name}: missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{file.name}: cannot be read") from error
-    if not isinstance(content, dict):
-        raise Damaged(f"{file.name}: not a JSON object")
-    return content
 
 
 N_SCALE_BATCHES = 50
 """Batches that the input's mean norm is estimated from."""
 WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
 """A checkpoint's files; sae-lens writes the last one, and the input's scaling beside it."""
+N_TIMED_STEPS = 10
+"""Steps after which the duration of a training is estimated."""
 Record = dict[str, float | int]
 Reader = Callable[[int], Iterator[Tensor]]
 """Step -> batches from that step on: `[batch, d_in]`, a transcoder's `[batch, d_in + d_out]`."""
+Streams = tuple[Hookpoint, ...]
+"""The stream that an SAE reads, and the one that a transcoder predicts."""
+Widths = Mapping[Hookpoint, int]
+"""The streams of one SAE with their widths, in the order of the columns of its batches."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """The data of one pass: at each step a batch for every SAE."""
+
+    def seek(self, step: int, streams: Sequence[Streams]) -> int:
+        """Continue at this step, or at an earlier one; returns it. Batches are for `streams`."""
+        ...
+
+    def next(self) -> Mapping[Streams, Tensor]:
+        """The batches of the next step, `[batch, d_in]` or `[batch, d_in + d_out]`, float32."""
+        ...
+
+    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
+        """Estimated mean norm of the activations at each stream of an SAE."""
+        ...
+
+    def checkpoint(self, step: int) -> None:
+        """Store what `seek` needs to continue at this step."""
+        ...
+
+    def describe(self, streams: Streams) -> dict[str, Any]:
+        """What was read for these streams so far; stored with each checkpoint of their SAEs."""
+        ...
+
+
+class ReaderBatches:
+    """Batches of readers that can begin at any step, such as those of an activation store."""
+
+    def __init__(self, readers: Mapping[Streams, Reader]) -> None:
+        self._readers = readers
+        self._batches: dict[Streams, Iterator[Tensor]] = {}
+
+    def seek(self, step: int, streams: Sequence[Streams]) -> int:
+        """Continue at exactly this step."""
+        self._batches = {one: self._readers[one](step) for one in streams}
+        return step
+
+    def next(self) -> Mapping[Streams, Tensor]:
+        """The next batch of each reader."""
+        return {one: next(batches) for one, batches in self._batches.items()}
+
+    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
+        """Means over the first `N_SCALE_BATCHES` batches."""
+        batches = self._readers[tuple(widths)](0)
+        norms = [
+            [
+                float(part.norm(dim=-1).mean())
+                for part in next(batches).split(list(widths.values()), dim=-1)
+            ]
+            for _ in range(N_SCALE_BATCHES)
+        ]
+        means = [sum(values) / len(values) for values in zip(*norms, strict=True)]
+        return dict(zip(widths, means, strict=True))
+
+    def checkpoint(self, step: int) -> None:
+        """Nothing: the step says where to continue."""
+
+    def describe(self, streams: Streams) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing: what is read follows from the step."""
+        return {}
 
 
 class Training:
-    """One training; `run` yields a record every `log_every` steps and leaves checkpoints."""
+    """The training of one SAE. `train_together` makes its steps; `run` trains it alone."""
 
     def __init__(
         self,
@@ -156,11 +118,39 @@ class Training:
         device: torch.device,
         *,
         writable: bool = True,
+        label: str = "",
     ) -> None:
+        """`label` distinguishes it from the others of its pass, in messages."""
         self.cfg, self.d_sae, self.place, self.device = cfg, d_sae, place, device
+        self.label = label
         self.checkpoints = Checkpoints(folder, writable=writable)
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
+        self.error: SAEError | None = None
+        """Why it could not go on to the end."""
         self._begin()
+
+    @property
+    def streams(self) -> Streams:
+        """The stream that is read, and the one that a transcoder predicts."""
+        return tuple(self.widths)
+
+    @property
+    def widths(self) -> Widths:
+        """`streams` with their widths."""
+        widths = {self.place.hookpoint: self.place.d_in}
+        if self.place.hookpoint_out is not None and self.place.d_out is not None:
+            widths[self.place.hookpoint_out] = self.place.d_out
+        return widths
+
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return self.trainer.n_training_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were made."""
+        return self.step == self.n_steps
 
     def _begin(self) -> None:
         """New weights, a new optimizer, no step made."""
@@ -187,67 +177,70 @@ class Training:
             iter(()),
         )
         if place.hookpoint_out is not None:
-            from saexp.saes.training_architectures import PairScaler
-
             self.trainer.activation_scaler = PairScaler(d_in=place.d_in)
         self.sae.to(device)
         self.records: list[Record] = []
+        self.data: dict[str, Any] = {}
+        """What was read for it, as its last checkpoint has it (`Batches.describe`)."""
 
     def run(self, reader: Reader) -> Iterator[Record]:
-        """Train to the end, from the last checkpoint where there is one.
+        """Train it alone to the end, from the last checkpoint where there is one.
 
-        Raises SAEError, naming the step, where the loss is no number.
+        Yields a record every `log_every` steps. Raises SAEError, naming the step, where the loss is
+        not a number.
         """
+        for _, record in train_together([self], ReaderBatches({self.streams: reader})):
+            yield record
+
+    def resume(self) -> int:
+        """Load the newest intact checkpoint; returns the number of steps made."""
         step = self.checkpoints.resume(self._load)
         if step:
-            log.info("going on from step %d of %d", step, self.n_steps)
-        if step == 0 and self.cfg.normalize_activations == "expected_average_only_in":
-            self._estimate_scale(reader(0))
-        batches = reader(step)
-        began, first = time.perf_counter(), step
-        with progress(self.n_steps, "training", "step") as bar:
-            bar.update(step)
-            while step < self.n_steps:
-                output = self.trainer.step(next(batches))
-                loss = float(output.loss.detach())
-                if not math.isfinite(loss):
-                    raise SAEError(
-                        f"the loss is {loss} at step {step} of {self.n_steps}; the checkpoint "
-                        "before it is kept; try a smaller sae_trainer.lr"
-                    )
-                step += 1
-                self.trainer.n_training_steps = step
-                if step % self.cfg.log_every == 0 or step == self.n_steps:
-                    rate = (step - first) * self.cfg.batch_size / (time.perf_counter() - began)
-                    self.records.append(self._record(step, output))
-                    yield {**self.records[-1], "train/samples_per_second": rate}
-                # That of the last step too: nothing is trained again where the SAE cannot be saved.
-                if step % self.cfg.checkpoint_every == 0 or step == self.n_steps:
-                    self.checkpoints.write(step, self._write)
-                bar.update(1)
+            log.info("%sgoing on from step %d of %d", self._prefix, step, self.n_steps)
+        return step
 
-    def _estimate_scale(self, batches: Iterator[Tensor]) -> None:
-        """Each stream gets the factor that brings its mean norm to the root of its width."""
-        streams = {self.place.hookpoint: self.place.d_in}
-        if self.place.hookpoint_out is not None and self.place.d_out is not None:
-            streams[self.place.hookpoint_out] = self.place.d_out
-        widths = list(streams.values())
-        norms = [
-            [float(part.norm(dim=-1).mean()) for part in next(batches).split(widths, dim=-1)]
-            for _ in range(N_SCALE_BATCHES)
-        ]
+    @property
+    def _prefix(self) -> str:
+        return f"{self.label}: " if self.label else ""
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether `set_scale` is to be called before the first step."""
+        return self.step == 0 and self.cfg.normalize_activations == "expected_average_only_in"
+
+    def set_scale(self, mean_norms: Mapping[Hookpoint, float]) -> None:
+        """Give each stream the factor that brings its mean norm to the root of its width."""
         factors = []
-        for (hookpoint, width), values in zip(
-            streams.items(), zip(*norms, strict=True), strict=True
-        ):
-            mean = sum(values) / len(values)
-            if not mean:
+        for hookpoint, width in self.widths.items():
+            if not mean_norms[hookpoint]:
                 raise SAEError(f"every activation of {hookpoint.name} is zero: nothing to train on")
-            factors.append(width**0.5 / mean)
+            factors.append(width**0.5 / mean_norms[hookpoint])
         scaler: Any = self.trainer.activation_scaler
         scaler.scaling_factor = factors[0]
         if len(factors) > 1:
             scaler.factor_out = factors[1]
+
+    def make_step(self, batch: Tensor) -> Any:
+        """One step; returns sae-lens' output. Raises SAEError where the loss is not a number."""
+        output = self.trainer.step(batch)
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
+            raise SAEError(
+                f"{self._prefix}the loss is {loss} at step {self.step} of {self.n_steps}; the "
+                "checkpoint before it is kept; try a smaller sae_trainer.lr"
+            )
+        self.trainer.n_training_steps += 1
+        return output
+
+    def record(self, output: Any, evaluated: Mapping[str, float] | None = None) -> Record:
+        """The numbers of the step just made, which are also added to `records`."""
+        self.records.append({**self._record(self.step, output), **(evaluated or {})})
+        return self.records[-1]
+
+    def checkpoint(self, data: dict[str, Any]) -> None:
+        """Write a checkpoint of the current step."""
+        self.data = data
+        self.checkpoints.write(self.step, self._write)
 
     def _record(self, step: int, output: Any) -> Record:
         numbers = self.trainer.build_train_step_log_dict(output, self.trainer.n_training_samples)
@@ -269,7 +262,8 @@ class Training:
         """All of a checkpoint's files but its checksums."""
         save_file(_owned(self.sae.state_dict()), folder / WEIGHTS)
         self.trainer.save_trainer_state(folder)
-        state = {"training": self.checkpoints.folder.name, "step": self.trainer.n_training_steps}
+        state: dict[str, Any] = {"training": self.checkpoints.folder.name, "step": self.step}
+        state |= {"data": self.data} if self.data else {}
         text = json.dumps({**state, "records": self.records})
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -277,15 +271,16 @@ class Training:
         """Go on from a checkpoint. Raises Damaged, or another exception, for one that does not hold
         what this training wrote, and leaves the training at its beginning."""
         try:
-            self.records = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
+            state = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
+            self.records, self.data = state["records"], state.get("data", {})
             weights = load_file(folder / WEIGHTS)
             if _shapes(weights) != _shapes(self.sae.state_dict()):
                 raise Damaged(f"{WEIGHTS}: of another shape")
             if not all(w.isfinite().all() for w in weights.values()):
                 raise Damaged(f"{WEIGHTS}: NaN or Inf")
             # What passes runs no code in sae-lens either, which may load without this.
-            state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
-            if state["n_training_steps"] != step:
+            numbers = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+            if numbers["n_training_steps"] != step:
                 raise Damaged(f"{TRAINER_STATE}: of another step")
             self.sae.load_state_dict(weights)
             before = _shapes(_counters(self.trainer))
@@ -301,20 +296,139 @@ class Training:
             raise
 
     def save(self, folder: Path) -> Path:
-        """Fold the input scaling into the weights; write a SAELens folder for inference.
+        """Write a SAELens folder for inference, with the input scaling folded into the weights.
 
         Raises StoreError where it cannot be written; the checkpoints stay.
         """
-        scaler: Any = self.trainer.activation_scaler
+        write_folder(folder, self.snapshot, option=RUN_FOLDER)
+        return folder
+
+    def snapshot(self, folder: Path) -> None:
+        """Write the SAE as it is now, as `save` does; the training can go on."""
+        self.trainer.set_final_sae_metadata()
+        sae, scaler = copy.deepcopy(self.sae), self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
             if self.place.hookpoint_out is None:
-                self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+                sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             else:
-                self.sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
-            scaler.scaling_factor = None
-        self.trainer.set_final_sae_metadata()
-        write_folder(folder, self.sae.save_inference_model, option=RUN_FOLDER)
-        return folder
+                assert isinstance(scaler, PairScaler)
+                sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
+        sae.save_inference_model(folder)
+
+
+Evaluate = Callable[[Sequence[Training]], Sequence[Mapping[str, float]]]
+"""Trainings -> `train/…` numbers of each on held-out text."""
+
+
+def train_together(
+    trainings: Sequence[Training],
+    batches: Batches,
+    evaluate: Evaluate | None = None,
+) -> Iterator[tuple[Training, Record]]:
+    """Train SAEs of equally many steps on the same data, each from its last checkpoint.
+
+    Yields (training, record) every `log_every` steps, and after each evaluation: every
+    `evaluate_every` steps, and at the end. An SAE whose loss is not a number is left out from there
+    on, with its `error` set; raises the SAEError where that leaves none.
+    """
+    for one in trainings:
+        one.resume()
+    active = [one for one in trainings if not one.is_finished]
+    if not active:
+        return
+    n_steps, cfg = active[0].n_steps, active[0].cfg
+    step = batches.seek(min(t.step for t in active), list(dict.fromkeys(t.streams for t in active)))
+    for one in active:
+        if one.needs_scale:
+            one.set_scale(batches.mean_norms(one.widths))
+    clock = _Clock(len(active), step, n_steps, cfg.batch_size)
+    with progress(n_steps, "training", "step") as bar:
+        bar.update(step)
+        while step < n_steps:
+            outputs = _steps(active, batches.next(), step)
+            active = [t for t in active if t.error is None]
+            step += 1
+            clock.count(step)
+            for one, numbers in _evaluated(outputs, evaluate, step).items():
+                if numbers or step % cfg.log_every == 0 or step == n_steps:
+                    record = one.record(outputs[one], numbers)
+                    yield one, {**record, "train/samples_per_second": clock.rate(step)}
+            # That of the last step too: nothing is trained again where the SAE cannot be saved.
+            if step % cfg.checkpoint_every == 0 or step == n_steps:
+                batches.checkpoint(step)
+                for one in outputs:
+                    one.checkpoint(batches.describe(one.streams))
+            bar.update(1)
+
+
+def _steps(
+    active: Sequence[Training], batch: Mapping[Streams, Tensor], step: int
+) -> dict[Training, Any]:
+    """Make a step with each SAE that has made this many; SAE -> output.
+
+    Those that have made more wait for the data to arrive where they are.
+    """
+    outputs = {}
+    for one in active:
+        if one.step != step:
+            continue
+        try:
+            outputs[one] = one.make_step(batch[one.streams])
+        except SAEError as error:
+            one.error = error
+            if all(t.error is not None for t in active):
+                raise
+            log.warning("%s; the others go on", error)
+    return outputs
+
+
+def _evaluated(
+    outputs: Mapping[Training, Any], evaluate: Evaluate | None, step: int
+) -> dict[Training, Mapping[str, float]]:
+    """Training -> its numbers on held-out text, where it is evaluated at this step."""
+    trainings = list(outputs)
+    if evaluate is None or not trainings:
+        return dict.fromkeys(trainings, {})
+    every, n_steps = trainings[0].cfg.evaluate_every, trainings[0].n_steps
+    if step != n_steps and not (every and step % every == 0):
+        return dict.fromkeys(trainings, {})
+    return dict(zip(trainings, evaluate(trainings), strict=True))
+
+
+class _Clock:
+    """The rate of a pass, and an estimate of its duration after the first steps."""
+
+    def __init__(self, n_saes: int, first: int, n_steps: int, batch_size: int) -> None:
+        self.n_saes, self.first, self.n_steps, self.batch_size = n_saes, first, n_steps, batch_size
+        self.began = self.timed = time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Activation vectors per second since the first step."""
+        return (step - self.first) * self.batch_size / (time.perf_counter() - self.began)
+
+    def count(self, step: int) -> None:
+        """Log the estimate once, after `N_TIMED_STEPS` steps; the first one is not timed."""
+        done = step - self.first
+        if done == 1:
+            self.timed = time.perf_counter()
+        if done != N_TIMED_STEPS + 1 or step == self.n_steps:
+            return
+        seconds = (time.perf_counter() - self.timed) / N_TIMED_STEPS
+        log.info(
+            "training %s: about %s for the remaining %s of %d activation vectors (%d a second)",
+            counted(self.n_saes, "SAE"),
+            _duration(seconds * (self.n_steps - step)),
+            counted(self.n_steps - step, "step"),
+            self.batch_size,
+            self.batch_size / seconds,
+        )
+
+
+def _duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -345,8 +459,8 @@ def _fits(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Record]:
-    """The records of a checkpoint; raises Damaged where its state is not that of this step."""
+def _read_state(folder: Path, training: str, step: int, n_steps: int) -> dict[str, Any]:
+    """The state of a checkpoint; raises Damaged where it is not that of this step."""
     state = read_object(folder / STATE)
     records: Any = state.get("records")
     if state.get("training") != training:
@@ -356,7 +470,9 @@ def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Re
     numbers = [v for r in records for v in r.values()] if _are_dicts(records) else [None]
     if not all(map(_is_finite, numbers)):
         raise Damaged(f"{STATE}: records")
-    return records
+    if not isinstance(state.get("data", {}), dict):
+        raise Damaged(f"{STATE}: data")
+    return state
 
 
 def _is_finite(value: Any) -> bool:

@@ -18,7 +18,9 @@ from torch import Tensor
 from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training import CHECKSUMS, Place, Training
+from saexp.saes.checkpoints import CHECKSUMS
+from saexp.saes.training import Training
+from saexp.saes.training_architectures import Place
 
 D_IN, D_SAE, BATCH = 8, 32, 16
 PLACE = Place("random", Hookpoint(0, "resid_post"), D_IN, 16)
