@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,7 @@ class HeldOut:
     """Which of these do not have a high norm."""
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """The data of one pass."""
 
@@ -49,6 +50,8 @@ class TrainingData(Protocol):
     """Longest text in tokens."""
     skips: list[Skip]
     """Examples that could not be used."""
+    n_evaluated: int
+    """Tokens that evaluations sent through the model."""
 
     @property
     def tokens_forwarded(self) -> int:
@@ -65,6 +68,10 @@ class TrainingData(Protocol):
 
     def batches(self, trainings: Sequence[Training], checkpoints: Path) -> Batches:
         """The batches of a pass; `checkpoints` is the folder with those of all trainings."""
+        ...
+
+    def prepare_held_out(self, hookpoints: Sequence[Hookpoint]) -> None:
+        """Compute what `held_out` needs of these hookpoints, if that is not done yet."""
         ...
 
     def held_out(self, training: Training) -> HeldOut:
@@ -110,14 +117,15 @@ class StoredData:
         self.collected = collect_examples(cfg, model, list(hookpoints), context.prefetch)
         self.context_size = cfg.dataset.max_length
         self.skips = self.collected.placement.skips
+        self.n_evaluated = 0
         rows = self.collected.placement.rows
         self._train, self._held_out = _split(rows, cfg.sae_trainer.held_out, cfg.seed)
         self._ordinary: dict[Streams, OrdinaryRows] = {}
 
     @property
     def tokens_forwarded(self) -> int:
-        """Tokens that were collected by this run."""
-        return self.collected.stats.tokens_forwarded
+        """Tokens that this run collected, and those of evaluations."""
+        return self.collected.stats.tokens_forwarded + self.n_evaluated
 
     def _values(self, hookpoint: Hookpoint) -> StoredValues:
         return self.collected.store.values(hookpoint.layer, hookpoint.stream)
@@ -161,6 +169,9 @@ class StoredData:
 
         return start
 
+    def prepare_held_out(self, hookpoints: Sequence[Hookpoint]) -> None:
+        """Nothing: they are stored."""
+
     def held_out(self, training: Training) -> HeldOut:
         """A seeded choice of the held-out rows."""
         acts, *targets = (self._values(h) for h in training.streams)
@@ -193,12 +204,12 @@ class StoredData:
 
     def metrics(self, training: Training) -> dict[str, float | int | None]:  # noqa: ARG002
         """`collection/…`."""
-        return self.collected.metrics
+        return {**self.collected.metrics, "collection/tokens_forwarded": self.tokens_forwarded}
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Store and data set."""
-        return self.collected.provenance
+        return {**self.collected.provenance, "tokens_forwarded": self.tokens_forwarded}
 
 
 def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,6 +60,11 @@ class Batches(Protocol):
         """Estimated mean norm of the activations at each stream of an SAE."""
         ...
 
+    @property
+    def seconds_per_step(self) -> float:
+        """Average time per step of what is done for many steps at once, such as a refill."""
+        ...
+
     def checkpoint(self, step: int) -> None:
         """Store what `seek` needs to continue at this step."""
         ...
@@ -97,6 +102,11 @@ class ReaderBatches:
         ]
         means = [sum(values) / len(values) for values in zip(*norms, strict=True)]
         return dict(zip(widths, means, strict=True))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Nothing is done for many steps at once."""
+        return 0.0
 
     def checkpoint(self, step: int) -> None:
         """Nothing: the step says where to continue."""
@@ -348,7 +358,7 @@ def train_together(
             outputs = _steps(active, batches.next(), step)
             active = [t for t in active if t.error is None]
             step += 1
-            clock.count(step)
+            clock.count(step, batches.seconds_per_step)
             for one, numbers in _evaluated(outputs, evaluate, step).items():
                 if numbers or step % cfg.log_every == 0 or step == n_steps:
                     record = one.record(outputs[one], numbers)
@@ -406,14 +416,17 @@ class _Clock:
         """Activation vectors per second since the first step."""
         return (step - self.first) * self.batch_size / (time.perf_counter() - self.began)
 
-    def count(self, step: int) -> None:
-        """Log the estimate once, after `N_TIMED_STEPS` steps; the first one is not timed."""
+    def count(self, step: int, seconds_per_step: float) -> None:
+        """Log the estimate once, after `N_TIMED_STEPS` steps; the first one is not timed.
+
+        `seconds_per_step` is what is not part of every step. Evaluations are not counted.
+        """
         done = step - self.first
         if done == 1:
             self.timed = time.perf_counter()
         if done != N_TIMED_STEPS + 1 or step == self.n_steps:
             return
-        seconds = (time.perf_counter() - self.timed) / N_TIMED_STEPS
+        seconds = (time.perf_counter() - self.timed) / N_TIMED_STEPS + seconds_per_step
         log.info(
             "training %s: about %s for the remaining %s of %d activation vectors (%d a second)",
             counted(self.n_saes, "SAE"),

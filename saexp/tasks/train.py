@@ -14,15 +14,19 @@ import numpy as np
 import pandas as pd
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
+from saexp.config.corpora import CorpusConfig
 from saexp.context import RunContext
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.pipeline.training_data import N_MEASURED, StoredData, TrainingData
+from saexp.pipeline.training_evaluation import HeldOutEvaluation
+from saexp.pipeline.training_stream import StreamBatches, StreamedData
 from saexp.reports.training import (
     SAES,
     several_sentence,
@@ -33,7 +37,7 @@ from saexp.reports.training import (
 from saexp.results import Result
 from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
-from saexp.saes.training import Record, Training, train_together
+from saexp.saes.training import Evaluate, Record, Training, train_together
 from saexp.saes.training_architectures import Place
 from saexp.saes.training_targets import Target, targets
 
@@ -61,12 +65,13 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
     for hookpoint in hookpoints:
         model.check_layer(hookpoint.layer)
     with context.stage("collect"):
-        data = StoredData(cfg, context, model, hookpoints)
+        data = _opened(cfg, context, model, hookpoints)
     began = time.perf_counter()
     with context.stage("train"):
         trainings = _trained(cfg, context, model, data, own)
     seconds = time.perf_counter() - began
     with context.stage("measure"):
+        data.prepare_held_out(hookpoints)
         parts = [
             _measured(cfg, context, model, data, target, training)
             for target, training in zip(own, trainings, strict=True)
@@ -82,6 +87,25 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
         for training in trainings:
             _remove_checkpoints(training.checkpoints)
     return result
+
+
+def _opened(
+    cfg: RunConfig, context: RunContext, model: LanguageModel, hookpoints: Sequence[Hookpoint]
+) -> TrainingData:
+    """Stored activations, or those of a corpus, as `sae_trainer.source` says."""
+    is_corpus = isinstance(cfg.dataset, CorpusConfig)
+    source = cfg.sae_trainer.source or ("stream" if is_corpus else "store")
+    if source == "stream":
+        return StreamedData(cfg, model, context.objects)
+    return StoredData(cfg, context, model, hookpoints)
+
+
+def _evaluation(cfg: RunConfig, model: LanguageModel, data: TrainingData) -> Evaluate | None:
+    """How SAEs are evaluated while they are trained; None where they are not."""
+    if not cfg.sae_trainer.evaluate_every and isinstance(data, StoredData):
+        return None
+    evaluation = HeldOutEvaluation(cfg, model, data)
+    return evaluation if evaluation.is_possible else None
 
 
 def _folder(context: RunContext, target: Target) -> Path:
@@ -117,12 +141,15 @@ def _trained(
             )
             for one, place, key in zip(own, places, keys, strict=True)
         ]
-        for training, record in train_together(trainings, data.batches(trainings, folder)):
+        batches = data.batches(trainings, folder)
+        for training, record in train_together(trainings, batches, _evaluation(cfg, model, data)):
             context.tracker.metrics(_labelled(record, training.label))
         for training in trainings:
             if training.error is not None:
                 raise training.error
         _save(context, trainings)
+        if isinstance(batches, StreamBatches):
+            batches.remove()
     return trainings
 
 
