@@ -199,6 +199,7 @@ class Training:
         Yields a record every `log_every` steps. Raises SAEError, naming the step, where the loss is
         not a number.
         """
+        self.resume()
         for _, record in train_together([self], ReaderBatches({self.streams: reader})):
             yield record
 
@@ -335,14 +336,12 @@ def train_together(
     batches: Batches,
     evaluate: Evaluate | None = None,
 ) -> Iterator[tuple[Training, Record]]:
-    """Train SAEs of equally many steps on the same data, each from its last checkpoint.
+    """Train SAEs of equally many steps on the same data, each from the step where it is.
 
     Yields (training, record) every `log_every` steps, and after each evaluation: every
     `evaluate_every` steps, and at the end. An SAE whose loss is not a number is left out from there
     on, with its `error` set; raises the SAEError where that leaves none.
     """
-    for one in trainings:
-        one.resume()
     active = [one for one in trainings if not one.is_finished]
     if not active:
         return

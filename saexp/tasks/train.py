@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,9 @@ import pandas as pd
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
 from saexp.config.corpora import CorpusConfig
+from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
+from saexp.errors import SaexpError, counted
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
@@ -41,6 +44,14 @@ from saexp.saes.training import Evaluate, Record, Training, train_together
 from saexp.saes.training_architectures import Place
 from saexp.saes.training_targets import Target, targets
 
+log = logging.getLogger(__name__)
+
+PASS_BYTES = {"cuda": 24 * 2**30, "cpu": 4 * 2**30}
+"""Limit on the SAEs of one pass that are of other cells of a sweep, by device type."""
+_NO_SCORE = (
+    "no CE score: zeros in place of the activation do not raise the model's loss on held-out text"
+)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -64,14 +75,16 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
     hookpoints = list(dict.fromkeys(h for target in own for h in target.hookpoints))
     for hookpoint in hookpoints:
         model.check_layer(hookpoint.layer)
+    others = _companions(context, model, own)
     with context.stage("collect"):
         data = _opened(cfg, context, model, hookpoints)
     began = time.perf_counter()
     with context.stage("train"):
-        trainings = _trained(cfg, context, model, data, own)
+        trainings = _trained(cfg, context, model, data, own, others)
     seconds = time.perf_counter() - began
     with context.stage("measure"):
-        data.prepare_held_out(hookpoints)
+        others_read = [h for target in others for h in target.hookpoints]
+        data.prepare_held_out([*hookpoints, *others_read])
         parts = [
             _measured(cfg, context, model, data, target, training)
             for target, training in zip(own, trainings, strict=True)
@@ -119,31 +132,50 @@ def _trained(
     model: LanguageModel,
     data: TrainingData,
     own: Sequence[Target],
+    others: Sequence[Target],
 ) -> list[Training]:
-    """The finished trainings, whose SAEs are saved.
+    """The finished trainings of the run's own SAEs, which are saved.
 
-    One process trains at a time; another one with the same settings waits, then finds the finished
-    checkpoints.
+    `others` are trained in the same pass; their cells find their checkpoints. One process trains at
+    a time; another one with the same settings waits, then finds the finished checkpoints.
     """
     folder, writable = Path(cfg.cache_dir) / "training", is_writable(cfg.cache_dir)
-    places = [_place(model, data, target) for target in own]
-    keys = [folder / _key(cfg, data, target) for target in own]
+    keys = [folder / _key(cfg, data, target) for target in (*own, *others)]
+
+    def begin(target: Target, key: Path) -> Training:
+        place = _place(model, data, target)
+        training = Training(
+            target.trainer,
+            target.d_sae,
+            place,
+            key,
+            model.device,
+            writable=writable,
+            label=target.label,
+        )
+        training.resume()
+        return training
+
     with _locked([_lock(key) for key in keys] if writable else []):
-        trainings = [
-            Training(
-                one.trainer,
-                one.d_sae,
-                place,
-                key,
-                model.device,
-                writable=writable,
-                label=one.label,
-            )
-            for one, place, key in zip(own, places, keys, strict=True)
-        ]
-        batches = data.batches(trainings, folder)
-        for training, record in train_together(trainings, batches, _evaluation(cfg, model, data)):
-            context.tracker.metrics(_labelled(record, training.label))
+        trainings = [begin(*one) for one in zip(own, keys[: len(own)], strict=True)]
+        for training in trainings:
+            if training.is_finished:
+                # By another cell, or before this run ended.
+                for record in training.records:
+                    context.tracker.metrics(_labelled(record, training.label))
+        every = list(trainings)
+        if not all(training.is_finished for training in trainings):
+            for target, key in zip(others, keys[len(own) :], strict=True):
+                # Where it cannot be trained, its own cell reports why.
+                with suppress(SaexpError):
+                    every.append(begin(target, key))
+        if len(every) > len(trainings):
+            n = counted(len(every) - len(trainings), "SAE")
+            log.info("in the same pass: %s of later cells", n)
+        batches = data.batches(every, folder)
+        for training, record in train_together(every, batches, _evaluation(cfg, model, data)):
+            if training in trainings:
+                context.tracker.metrics(_labelled(record, training.label))
         for training in trainings:
             if training.error is not None:
                 raise training.error
@@ -151,6 +183,43 @@ def _trained(
         if isinstance(batches, StreamBatches):
             batches.remove()
     return trainings
+
+
+def _companions(context: RunContext, model: LanguageModel, own: Sequence[Target]) -> list[Target]:
+    """SAEs of later cells that are trained in the same pass, as many as fit into memory."""
+    left = PASS_BYTES.get(model.device.type, PASS_BYTES["cpu"]) - sum(
+        _n_bytes(t, model) for t in own
+    )
+    result: list[Target] = []
+    for entry in context.trainings:
+        try:
+            found = targets(entry["layer"], entry["width"], entry["streams"], entry["sae_trainer"])
+            for hookpoint in (h for target in found for h in target.hookpoints):
+                model.check_layer(hookpoint.layer)
+        except SaexpError:
+            # Its own cell reports it.
+            continue
+        known = [_identity(target) for target in (*own, *result)]
+        new = [target for target in found if _identity(target) not in known]
+        left -= sum(_n_bytes(target, model) for target in new)
+        if left < 0:
+            break
+        result += [replace(target, label=_identity(target)) for target in new]
+    return result
+
+
+def _identity(target: Target) -> str:
+    """Hookpoints, width and settings in one line."""
+    names = ">".join(h.name for h in target.hookpoints)
+    trainer = target.trainer
+    options = ", ".join(f"{k} {v}" for k, v in sorted(trainer.options.items()))
+    settings = {key: getattr(trainer, key) for key in OF_ONE_SAE if key != "name"}
+    return f"{trainer.name} SAE of {target.d_sae} latents at {names} ({options}; {settings})"
+
+
+def _n_bytes(target: Target, model: LanguageModel) -> int:
+    """Memory of weights, gradients and Adam's moving averages, about."""
+    return 4 * 4 * 2 * target.d_sae * model.d_model
 
 
 def _place(model: LanguageModel, data: TrainingData, target: Target) -> Place:
@@ -231,7 +300,8 @@ def _measured(
         "active": pd.DataFrame({"n_active": np.diff(latents.csr.indptr)}),
         "values": _values(latents, cfg.seed),
     }
-    notes = [*off_k, *off_curve(last, measured, *steps, l0_reported=bool(off_k))]
+    notes = [] if "train/ce_loss_score" in last or "train/held_out_l0" not in last else [_NO_SCORE]
+    notes += [*off_k, *off_curve(last, measured, *steps, l0_reported=bool(off_k))]
     result = Result({**measured, **last}, tables, notes=notes)
     return _Part(target, training, about, result, data.n_trained_on(training), len(latents))
 

@@ -39,10 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 documents of 1 to 60 words."""
+    """300 documents of 1 to 4 lines."""
     rng = random.Random(0)
-    words = (ASSETS / "tiny/background.txt").read_text("utf-8").split()
-    texts = (" ".join(rng.choices(words, k=rng.randint(1, 60))) for _ in range(300))
+    lines = (ASSETS / "tiny/background.txt").read_text("utf-8").splitlines()
+    texts = (" ".join(rng.choices(lines, k=rng.randint(1, 4))) for _ in range(300))
     file = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
     return file
@@ -270,3 +270,30 @@ def test_one_long_document_is_no_corpus_to_hold_a_part_out_of(cache: Path, tmp_p
     file.write_text((ASSETS / "tiny/background.txt").read_text("utf-8"), encoding="utf-8")
     with pytest.raises(ConfigError, match="dataset.document=paragraph"):
         trained(file, cache, tmp_path / "run")
+
+
+def test_a_sweep_trains_all_its_saes_in_the_first_cells_pass(
+    together: Result, corpus: Path, tmp_path: Path
+) -> None:
+    words = [w for w in WORDS if not w.startswith("layer")]
+    words += [f"dataset.path={corpus}", f"cache_dir={tmp_path}/cache"]
+    sweep = ["-m", "layer=1,2", "sae_trainer.options.k=8,16,500"]
+    code = [sys.executable, "-W", "ignore", "-m", "saexp", *sweep, *words]
+    code += [f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    assert "sae_trainer.options.k=500 is above width=64" in done.stderr, done.stderr[-2000:]
+    cells = sorted((tmp_path / "sweep").glob("[0-9]_*"))
+    metrics = [
+        json.loads((c / "metrics.json").read_text()) for c in cells if (c / "metrics.json").exists()
+    ]
+    assert len(metrics) == 4
+    forwarded = [m["collection/tokens_forwarded"] for m in metrics]
+    assert forwarded == [together.metrics["collection/tokens_forwarded"], 0, 0, 0]
+    labels = ["layer_1_k_8", "layer_1_k_16", "layer_2_k_8", "layer_2_k_16"]
+    finished = [c for c in cells if (c / "metrics.json").exists()]
+    assert together.path is not None
+    for label, cell, numbers in zip(labels, finished, metrics, strict=True):
+        assert_same_sae(together.path / "sae" / label, cell / "sae")
+        for metric in ("reconstruction/explained_variance", "train/ce_loss_score", "sparsity/l0"):
+            assert numbers[metric] == together.metrics[f"{metric}_{label}"]
+    assert not list((tmp_path / "cache" / "training").glob("*/*"))
