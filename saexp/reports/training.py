@@ -235,7 +235,7 @@ def several_sentence(model: str, table: pd.DataFrame) -> str:
     explained, l0 = table["explained_variance"].dropna(), table["l0"]
     ranged = "not defined"
     if len(explained):
-        best = table.loc[explained.idxmax(), "sae"]
+        best = table["sae"].iloc[int(np.nanargmax(table["explained_variance"].astype(float)))]
         ranged = f"{explained.min():.3f} to {explained.max():.3f} (largest: {best})"
     return (
         f"{counted(len(table), 'SAE')} of {model}, trained in one pass: explained variance "
@@ -306,7 +306,7 @@ def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) 
     sentences = run.provenance.get("finding") or [training_sentence(run)]
     saes, captions = run.table(SAES), dict(_CAPTIONS)
     hero = "progress" if saes is None else "quality"
-    if any("ce_loss_score" in h for h in _by_sae(saved_table(run, "training")).values()):
+    if any("held_out_l0" in h for h in _by_sae(saved_table(run, "training")).values()):
         captions["progress"] += f" {_EVALUATED}"
     if saes is not None:
         captions["losses"] = _OVERALL

@@ -67,7 +67,7 @@ def _hookpoints(layer: int, streams: Sequence[str], name: str) -> tuple[Hookpoin
         raise ConfigError(
             f"task.streams={streams}: an SAE reads one stream; sweep with "
             "-m 'task.streams=[resid_post],[mlp_out]' (a transcoder, such as "
-            "sae_trainer=batchtopk_transcoder, takes two)"
+            "sae_trainer=batchtopk_transcoder, takes two streams)"
         )
     hookpoints = tuple(Hookpoint(layer, stream) for stream in streams)
     forwards = STREAM_ORDER.index(streams[0]) < STREAM_ORDER.index(streams[-1])

@@ -317,10 +317,12 @@ def _result(data: TrainingData, parts: Sequence[_Part]) -> Result:
         notes += first.result.notes
         notes.append(f"""use it with: sae=local 'sae.path="{first.about["path"]}"'""")
     else:
+        of_all = set.intersection(*(set(part.result.notes) for part in parts))
+        notes += [f"all SAEs: {note}" for note in sorted(of_all)]
         for part in parts:
             label = part.target.label
             result.metrics |= {f"{k}_{label}": v for k, v in part.result.metrics.items()}
-            notes += [f"{label}: {note}" for note in part.result.notes]
+            notes += [f"{label}: {note}" for note in part.result.notes if note not in of_all]
         for name in first.result.tables:
             tables = [p.result.tables[name].assign(sae=p.target.label) for p in parts]
             result.tables[name] = pd.concat(tables, ignore_index=True)
