@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saexp.activations.shards import (
     MANIFEST,
     Label,
-    Repeats,
     ShardWriter,
     StoredValues,
     copied_to_one_file,
@@ -27,9 +26,10 @@ from saexp.activations.shards import (
     read_manifest,
     write_manifest,
 )
+from saexp.data.rows import PositionRows
 from saexp.digests import digest_of
 from saexp.errors import ModelError, StoreError, counted
-from saexp.files import CACHE, USED, Marked, locked, write_table
+from saexp.files import CACHE, USED, Marked, locked, write_atomically, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -87,14 +87,14 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]
     n_shards = -(-fresh["n_rows"] // shard_rows)
     hookpoints: dict[str, dict[str, Any]] = {}
-    n_kept = 0
+    n_intact = 0
     for hookpoint, file, label, entry in proven:
         if label.shard_rows == shard_rows and label.index < n_shards:
             hookpoints.setdefault(hookpoint.name, {})[file.stem] = entry
-            n_kept += 1
+            n_intact += 1
     log.warning(
         "%s and is rebuilt from the shards: %s kept, %d collected again where needed",
-        *(reason, counted(n_kept, "shard"), len(files) - n_kept),
+        *(reason, counted(n_intact, "shard"), len(files) - n_intact),
     )
     return {**fresh, "shard_rows": shard_rows, "hookpoints": hookpoints}
 
@@ -111,17 +111,17 @@ def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[s
             about = json.loads(header)
             label = Label.read(about["__metadata__"])
             n_rows, _ = about["acts"]["shape"]
-            whole, values = hashlib.sha256(size + header), hashlib.sha256()
+            of_file, of_values = hashlib.sha256(size + header), hashlib.sha256()
             while chunk := opened.read(_CHUNK_BYTES):
-                whole.update(chunk)
-                values.update(chunk)
+                of_file.update(chunk)
+                of_values.update(chunk)
             n_bytes = opened.tell()
         belongs = (label.store, label.hookpoint, label.name) == (store, hookpoint.name, file.stem)
         begin, end = about["acts"]["data_offsets"]
         fits = begin == 0 and n_bytes - 8 - length == end and n_rows <= label.shard_rows
-        if not (belongs and fits and values.hexdigest() == about["__metadata__"]["sha256"]):
+        if not (belongs and fits and of_values.hexdigest() == about["__metadata__"]["sha256"]):
             return None
-        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": whole.hexdigest()}
+        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": of_file.hexdigest()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -154,8 +154,7 @@ class ActivationStore(Marked):
         self._sound: set[tuple[str, int, str]] = set()
         self._reported: set[str] = set()
         """Warnings about damaged files that were logged already."""
-        self._rows: pd.DataFrame | None = None
-        self._placed: Repeats | None = None
+        self._rows: PositionRows | pd.DataFrame | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
 
     def __fspath__(self) -> str:
@@ -173,15 +172,15 @@ class ActivationStore(Marked):
         cls,
         cache_dir: str | Path,
         ingredients: Mapping[str, Any],
-        rows: pd.DataFrame,
+        rows: PositionRows | pd.DataFrame,
         *,
         shard_rows: int,
         about: Mapping[str, Any] | None = None,
     ) -> "ActivationStore":
         """The store with these ingredients; `rows` replaces a rows table whose labels differ.
 
-        `shard_rows` applies to a new store only. `about` holds names for people beside the hashes.
-        A missing or damaged manifest is rebuilt from the shards.
+        `shard_rows` applies to a new store only. `about` holds readable names, which are saved
+        beside the hashes. A missing or damaged manifest is rebuilt from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         fresh = {
@@ -189,7 +188,7 @@ class ActivationStore(Marked):
             "key": folder.name,
             "ingredients": dict(ingredients),
             "about": dict(about or {}),
-            "n_rows": len(rows),
+            "n_rows": rows.n_rows if isinstance(rows, PositionRows) else len(rows),
             "shard_rows": shard_rows,
             "hookpoints": {},
         }
@@ -215,7 +214,7 @@ class ActivationStore(Marked):
                 manifest, is_new = sound_manifest(folder, fresh)
                 store = cls(folder, manifest)
                 if is_new or not store._holds(rows):
-                    write_table(folder / "rows.parquet", rows)
+                    _write_rows(folder / "rows.parquet", rows)
                 if is_new:
                     store.manifest = write_manifest(folder, manifest)
             (folder / USED).touch()
@@ -236,18 +235,22 @@ class ActivationStore(Marked):
     def rows(self) -> pd.DataFrame:
         """One row per position, in data set order; groups and splits are those of the last run."""
         if self._rows is not None:
-            return self._rows
+            return self._rows.rows if isinstance(self._rows, PositionRows) else self._rows
         return pd.read_parquet(self.path / "rows.parquet")
 
-    def show(self, rows: pd.DataFrame) -> None:
+    def show(self, rows: PositionRows | pd.DataFrame) -> None:
         """Use `rows` as the rows table of this object, without writing it."""
         self._rows = rows
 
-    def _holds(self, rows: pd.DataFrame) -> bool:
-        saved = self.saved_rows()
-        if saved is None:
-            log.warning("%s/rows.parquet is missing or damaged and is written again", self.path)
-        return saved is not None and saved.equals(rows)
+    def _holds(self, rows: PositionRows | pd.DataFrame) -> bool:
+        file = self.path / "rows.parquet"
+        try:
+            if isinstance(rows, PositionRows):
+                return rows.equals(file)
+            return pd.read_parquet(file).equals(rows)
+        except (OSError, ValueError):
+            log.warning("%s is missing or damaged and is written again", file)
+            return False
 
     def saved_rows(self, columns: list[str] | None = None) -> pd.DataFrame | None:
         """The rows table on disk, or some columns; None where it is missing or damaged."""
@@ -263,28 +266,15 @@ class ActivationStore(Marked):
         step = self.shard_rows
         return [(a, min(a + step, self.n_rows)) for a in range(0, self.n_rows, step)]
 
-    @property
-    def repeats(self) -> Repeats:
-        """Which shard holds which row. Raises StoreError where the rows table is damaged."""
-        if self._placed is None:
-            rows = self.saved_rows(["text_id", "token_index"])
-            if rows is None:
-                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to repair it")
-            self._placed = Repeats(rows, self.shard_rows)
-        return self._placed
-
-    def kept(self, index: int) -> Int[np.ndarray, " n"]:
-        """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
-        first, end = self.shard_bounds[index]
-        return np.arange(end) if not first else self.repeats.kept(first, end)
-
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
 
     def _is_sound(self, hookpoint: Hookpoint, index: int) -> bool:
         """Whether a shard is listed in the manifest and unchanged on disk."""
         entry = self.manifest["hookpoints"].get(hookpoint.name, {}).get(f"{index:05d}")
-        if entry is None:
+        first, end = self.shard_bounds[index]
+        # Earlier versions left rows out that an earlier shard had too.
+        if entry is None or entry["n_rows"] != end - first:
             return False
         checked = (hookpoint.name, index, entry["sha256"])
         if checked in self._sound:
@@ -323,8 +313,8 @@ class ActivationStore(Marked):
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A writer for the rows of one shard; `enter` lists the finished file."""
-        n_rows = len(self.kept(index))
-        return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
+        first, end = self.shard_bounds[index]
+        return self._writer(hookpoint.stored, index, (end - first, width), dtype)
 
     def _writer(
         self, hookpoint: Hookpoint, index: int, shape: tuple[int, int], dtype: torch.dtype
@@ -375,7 +365,7 @@ class ActivationStore(Marked):
         at = self._complete(hookpoint.stored)
         bounds = self.shard_bounds
         files = [self._shard(at, index) for index in range(len(bounds))]
-        return StoredValues(files, bounds, lambda: self.repeats)
+        return StoredValues(files, bounds)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.
@@ -412,3 +402,10 @@ class ActivationStore(Marked):
             )
         self._use()
         return hookpoint
+
+
+def _write_rows(file: Path, rows: PositionRows | pd.DataFrame) -> None:
+    if isinstance(rows, PositionRows):
+        write_atomically(file, rows.write)
+    else:
+        write_table(file, rows)

@@ -16,6 +16,7 @@ from saexp.config.components import (
     TrackerConfig,
     WikidataConfig,
 )
+from saexp.config.corpora import CorpusConfig
 from saexp.config.environment import (
     parse_coefficients,
     parse_layers,
@@ -36,6 +37,7 @@ from saexp.config.tasks import (
 )
 
 __all__ = [
+    "CorpusConfig",
     "AnalyzerConfig",
     "CollectorConfig",
     "CacheConfig",

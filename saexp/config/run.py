@@ -19,27 +19,18 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
-from saexp.config import environment
+from saexp.config import components, corpora, environment, tasks
 from saexp.config.components import (
     COLUMNS,
     AnalyzerConfig,
-    CapabilityConfig,
     CollectorConfig,
-    CustomAnalyzerConfig,
-    CustomDatasetConfig,
     DatasetConfig,
-    ImportedConfig,
     ModelConfig,
     PositionsConfig,
-    ProbeConfig,
     SAEConfig,
-    StatsConfig,
     StoreConfig,
-    TopFeaturesConfig,
     TrackerConfig,
-    WikidataConfig,
 )
-from saexp.config.corpora import CorpusConfig
 from saexp.config.environment import (
     at_least,
     parse_coefficients,
@@ -48,17 +39,7 @@ from saexp.config.environment import (
     parse_widths,
 )
 from saexp.config.interventions import InterventionConfig
-from saexp.config.tasks import (
-    CacheConfig,
-    CollectConfig,
-    CustomTaskConfig,
-    DashboardConfig,
-    EvaluateConfig,
-    LabelConfig,
-    SAETrainerConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from saexp.config.tasks import SAETrainerConfig, TaskConfig
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 
@@ -123,7 +104,7 @@ class RunConfig:
         self.__dict__.update(state)
 
     def __post_init__(self) -> None:
-        if isinstance(self.task, TrainConfig):
+        if isinstance(self.task, tasks.TrainConfig):
             parse_widths(self.width)
         else:
             parse_width(self.width)
@@ -140,28 +121,28 @@ _BASES: dict[str, type] = {
 
 _COMPONENTS: dict[str, dict[str, type]] = {
     "task": {
-        "cache": CacheConfig,
-        "collect": CollectConfig,
-        "dashboard": DashboardConfig,
-        "evaluate": EvaluateConfig,
-        "label": LabelConfig,
-        "train": TrainConfig,
+        "cache": tasks.CacheConfig,
+        "collect": tasks.CollectConfig,
+        "dashboard": tasks.DashboardConfig,
+        "evaluate": tasks.EvaluateConfig,
+        "label": tasks.LabelConfig,
+        "train": tasks.TrainConfig,
     },
-    "collector": {"imported": ImportedConfig},
-    "dataset": {"corpus": CorpusConfig, "wikidata": WikidataConfig},
+    "collector": {"imported": components.ImportedConfig},
+    "dataset": {"corpus": corpora.CorpusConfig, "wikidata": components.WikidataConfig},
     "analyzer": {
-        "capability": CapabilityConfig,
-        "probe": ProbeConfig,
-        "stats": StatsConfig,
-        "top_features": TopFeaturesConfig,
+        "capability": components.CapabilityConfig,
+        "probe": components.ProbeConfig,
+        "stats": components.StatsConfig,
+        "top_features": components.TopFeaturesConfig,
     },
 }
 """Config group -> component -> its dataclass, where it has settings beyond those of its group."""
 
 _CUSTOM: dict[str, type] = {
-    "task": CustomTaskConfig,
-    "dataset": CustomDatasetConfig,
-    "analyzer": CustomAnalyzerConfig,
+    "task": tasks.CustomTaskConfig,
+    "dataset": components.CustomDatasetConfig,
+    "analyzer": components.CustomAnalyzerConfig,
 }
 """Config group -> dataclass of a custom component that was registered without one."""
 
@@ -257,8 +238,8 @@ def _register_builtin(store: ConfigStore) -> None:
         OmegaConf.set_struct(root[group], False)
     OmegaConf.set_struct(root, False)
     store.store(name="base_run", node=root)
-    for group, components in _COMPONENTS.items():
-        for name, cls in components.items():
+    for group, classes in _COMPONENTS.items():
+        for name, cls in classes.items():
             store.store(name=f"{group}_{name}", node=_own_settings(cls, _BASES[group]))
 
 

@@ -30,7 +30,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.training_data import N_MEASURED, HeldOut
-from saexp.saes.checkpoints import Checkpoints, Damaged, read_object
+from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training import Batches, Streams, Training, Widths
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class StreamBatches:
             state, tensors = read_object(folder / STATE), load_file(folder / BUFFER)
             hookpoints = self.stream.source.hookpoints
             if not {h.name for h in hookpoints} <= set(state["hookpoints"]):
-                raise Damaged(f"{STATE}: of other hookpoints")
+                raise DamagedCheckpoint(f"{STATE}: of other hookpoints")
             at = [state["hookpoints"].index(h.name) for h in hookpoints]
             norms = {name: [values[i] for i in at] for name, values in state["norms"].items()}
             buffer = {h.name: tensors[h.name] for h in hookpoints}

@@ -19,14 +19,14 @@ N_KEPT = 2
 _NAME = re.compile(r"step_(\d{9})")
 
 
-class Damaged(Exception):
-    """A checkpoint that cannot be used; the text names the file and what is wrong."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint cannot be used; the message has the file and the reason."""
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder that no other process writes meanwhile.
+    """The checkpoints of one training, in a folder that no other process writes to meanwhile.
 
-    Where the folder is not `writable`, those that are there are read and none is written.
+    In a folder that is not `writable`, checkpoints are read but not written.
     """
 
     def __init__(self, folder: Path, *, writable: bool = True) -> None:
@@ -35,44 +35,44 @@ class Checkpoints:
         self._has_warned = False
 
     def resume(self, load: Callable[[Path, int], None], latest: int | None = None) -> int:
-        """Load the newest checkpoint that is intact; its step, 0 where there is none.
+        """Load the newest intact checkpoint, and return its step, or 0 where there is none.
 
-        `load` reads one, given its folder and step, and raises Damaged, or any other exception
-        of a file that does not hold what it should; the one before is then tried. With `latest`,
-        those of later steps are left as they are.
+        `load(folder, step)` loads a checkpoint. Where it raises an exception (DamagedCheckpoint, or
+        any other that invalid files cause), the previous checkpoint is tried. With `latest`,
+        checkpoints of later steps are left as they are.
         """
         damaged: list[tuple[Path, str]] = []
         step = 0
-        for path, at in self._found():
-            if latest is not None and at > latest:
+        for path, step_of_path in self._by_step():
+            if latest is not None and step_of_path > latest:
                 continue
             try:
                 verify(path)
-                load(path, at)
-            except Damaged as error:
+                load(path, step_of_path)
+            except DamagedCheckpoint as error:
                 damaged.append((path, str(error)))
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 damaged.append((path, reason))
             else:
-                step, self._usable = at, [path]
+                step, self._usable = step_of_path, [path]
                 break
-        then = f"going on from step {step}" if step else "starting from the beginning"
+        consequence = f"continuing from step {step}" if step else "starting from the beginning"
         for path, reason in damaged:
-            log.warning("checkpoint %s is damaged (%s); %s", path, reason, then)
+            log.warning("checkpoint %s is damaged (%s); %s", path, reason, consequence)
         return step
 
-    def _found(self) -> list[tuple[Path, int]]:
+    def _by_step(self) -> list[tuple[Path, int]]:
         """(folder, step) of each checkpoint, the newest first."""
-        named = [(p, _NAME.fullmatch(p.name)) for p in self.folder.glob("step_*")]
-        found = [(p, int(match[1])) for p, match in named if match]
-        return sorted(found, key=lambda pair: -pair[1])
+        matches = [(p, _NAME.fullmatch(p.name)) for p in self.folder.glob("step_*")]
+        checkpoints = [(p, int(match[1])) for p, match in matches if match]
+        return sorted(checkpoints, key=lambda pair: -pair[1])
 
     def write(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill the checkpoint of a step; older ones than the one before are removed.
+        """Write the checkpoint of a step with `write`, and remove all but the newest `N_KEPT`.
 
-        One that cannot be written (full disk) is a warning, once per training: nothing else is
-        lost by it, and the earlier checkpoints stay.
+        Where it cannot be written (full disk), one warning per training is logged: training can
+        continue, and the earlier checkpoints stay.
         """
         if not self.writable:
             return
@@ -92,36 +92,36 @@ class Checkpoints:
             self._has_warned = True
             return
         self._usable = [*self._usable, path][-N_KEPT:]
-        for old, _ in self._found():
+        for old, _ in self._by_step():
             if old not in self._usable:
                 shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all of them, of a training that is finished."""
+        """Remove all checkpoints, once the training is finished."""
         if self.writable:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def verify(path: Path) -> None:
-    """Raise Damaged, naming the first file that is missing or not as it was written."""
+    """Raise DamagedCheckpoint, with the first file that is missing or has changed."""
     sums = read_object(path / CHECKSUMS)
     if not sums or not is_checksums(sums):
-        raise Damaged(f"{CHECKSUMS} is not a list of checksums")
+        raise DamagedCheckpoint(f"{CHECKSUMS} is not a list of checksums")
     if changed := difference(path, sums):
-        raise Damaged(changed)
+        raise DamagedCheckpoint(changed)
     for file in path.iterdir():
         if file.name not in sums and file.name != CHECKSUMS:
-            raise Damaged(f"{file.name}: not in {CHECKSUMS}")
+            raise DamagedCheckpoint(f"{file.name}: not in {CHECKSUMS}")
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises Damaged."""
+    """A JSON object from a file; raises DamagedCheckpoint."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise Damaged(f"{file.name}: missing") from error
+        raise DamagedCheckpoint(f"{file.name}: missing") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{file.name}: cannot be read") from error
+        raise DamagedCheckpoint(f"{file.name}: cannot be read") from error
     if not isinstance(content, dict):
-        raise Damaged(f"{file.name}: not a JSON object")
+        raise DamagedCheckpoint(f"{file.name}: not a JSON object")
     return content

@@ -22,17 +22,17 @@ from saexp.context import progress
 from saexp.errors import SAEError, counted
 from saexp.files import RUN_FOLDER, write_folder
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.checkpoints import Checkpoints, Damaged, read_object
-from saexp.saes.training_architectures import PairScaler, Place, training_sae
+from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
+from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
 from saexp.stats.permutation import derived_seed
 
 log = logging.getLogger(__name__)
 
 
 N_SCALE_BATCHES = 50
-"""Batches that the input's mean norm is estimated from."""
+"""Number of batches from which the inputs' mean norm is estimated."""
 WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
-"""A checkpoint's files; sae-lens writes the last one, and the input's scaling beside it."""
+"""Files of a checkpoint; sae-lens writes the last one, and a file with the input scaling."""
 N_TIMED_STEPS = 10
 """Steps after which the duration of a training is estimated."""
 Record = dict[str, float | int]
@@ -123,7 +123,7 @@ class Training:
         self,
         cfg: SAETrainerConfig,
         d_sae: int,
-        place: Place,
+        source: TrainingSource,
         folder: Path,
         device: torch.device,
         *,
@@ -131,13 +131,13 @@ class Training:
         label: str = "",
     ) -> None:
         """`label` distinguishes it from the others of its pass, in messages."""
-        self.cfg, self.d_sae, self.place, self.device = cfg, d_sae, place, device
+        self.cfg, self.d_sae, self.source, self.device = cfg, d_sae, source, device
         self.label = label
         self.checkpoints = Checkpoints(folder, writable=writable)
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
         self.error: SAEError | None = None
         """Why it could not go on to the end."""
-        self._begin()
+        self._initialize()
 
     @property
     def streams(self) -> Streams:
@@ -147,9 +147,9 @@ class Training:
     @property
     def widths(self) -> Widths:
         """`streams` with their widths."""
-        widths = {self.place.hookpoint: self.place.d_in}
-        if self.place.hookpoint_out is not None and self.place.d_out is not None:
-            widths[self.place.hookpoint_out] = self.place.d_out
+        widths = {self.source.hookpoint: self.source.d_in}
+        if self.source.hookpoint_out is not None and self.source.d_out is not None:
+            widths[self.source.hookpoint_out] = self.source.d_out
         return widths
 
     @property
@@ -162,15 +162,15 @@ class Training:
         """Whether all steps were made."""
         return self.step == self.n_steps
 
-    def _begin(self) -> None:
-        """New weights, a new optimizer, no step made."""
+    def _initialize(self) -> None:
+        """Initialize the weights and the optimizer, at step 0."""
         from sae_lens.config import SAETrainerConfig as LensConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
-        cfg, place, device = self.cfg, self.place, self.device
-        # Not the seed alone: SAEs of two layers would start from the same directions.
-        torch.manual_seed(derived_seed(cfg.seed, "training", place.hookpoint.name))
-        self.sae: Any = training_sae(cfg, self.d_sae, place, device, self.n_steps)
+        cfg, source, device = self.cfg, self.source, self.device
+        # With the seed alone, SAEs of two layers would start from the same directions.
+        torch.manual_seed(derived_seed(cfg.seed, "training", source.hookpoint.name))
+        self.sae: Any = training_sae(cfg, self.d_sae, source, device, self.n_steps)
         self.trainer = SAETrainer(
             LensConfig(
                 total_training_samples=self.n_steps * cfg.batch_size,
@@ -186,8 +186,8 @@ class Training:
             self.sae,
             iter(()),
         )
-        if place.hookpoint_out is not None:
-            self.trainer.activation_scaler = PairScaler(d_in=place.d_in)
+        if source.hookpoint_out is not None:
+            self.trainer.activation_scaler = PairScaler(d_in=source.d_in)
         self.sae.to(device)
         self.records: list[Record] = []
         self.data: dict[str, Any] = {}
@@ -207,7 +207,7 @@ class Training:
         """Load the newest intact checkpoint; returns the number of steps made."""
         step = self.checkpoints.resume(self._load)
         if step:
-            log.info("%sgoing on from step %d of %d", self._prefix, step, self.n_steps)
+            log.info("%scontinuing from step %d of %d", self._prefix, step, self.n_steps)
         return step
 
     @property
@@ -220,7 +220,7 @@ class Training:
         return self.step == 0 and self.cfg.normalize_activations == "expected_average_only_in"
 
     def set_scale(self, mean_norms: Mapping[Hookpoint, float]) -> None:
-        """Give each stream the factor that brings its mean norm to the root of its width."""
+        """Set each stream's factor, which scales its mean norm to the square root of its width."""
         factors = []
         for hookpoint, width in self.widths.items():
             if not mean_norms[hookpoint]:
@@ -238,7 +238,7 @@ class Training:
         if not math.isfinite(loss):
             raise SAEError(
                 f"{self._prefix}the loss is {loss} at step {self.step} of {self.n_steps}; the "
-                "checkpoint before it is kept; try a smaller sae_trainer.lr"
+                "last checkpoint stays; try a smaller sae_trainer.lr"
             )
         self.trainer.n_training_steps += 1
         return output
@@ -270,8 +270,8 @@ class Training:
         }
 
     def _write(self, folder: Path) -> None:
-        """All of a checkpoint's files but its checksums."""
-        save_file(_owned(self.sae.state_dict()), folder / WEIGHTS)
+        """Write the files of a checkpoint, without its checksums."""
+        save_file(_copied(self.sae.state_dict()), folder / WEIGHTS)
         self.trainer.save_trainer_state(folder)
         state: dict[str, Any] = {"training": self.checkpoints.folder.name, "step": self.step}
         state |= {"data": self.data} if self.data else {}
@@ -279,31 +279,34 @@ class Training:
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
     def _load(self, folder: Path, step: int) -> None:
-        """Go on from a checkpoint. Raises Damaged, or another exception, for one that does not hold
-        what this training wrote, and leaves the training at its beginning."""
+        """Continue from a checkpoint.
+
+        Raises DamagedCheckpoint, or another exception, for files that this training did not write,
+        and leaves the training at step 0.
+        """
         try:
             state = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
             self.records, self.data = state["records"], state.get("data", {})
             weights = load_file(folder / WEIGHTS)
             if _shapes(weights) != _shapes(self.sae.state_dict()):
-                raise Damaged(f"{WEIGHTS}: of another shape")
+                raise DamagedCheckpoint(f"{WEIGHTS}: other shapes")
             if not all(w.isfinite().all() for w in weights.values()):
-                raise Damaged(f"{WEIGHTS}: NaN or Inf")
-            # What passes runs no code in sae-lens either, which may load without this.
+                raise DamagedCheckpoint(f"{WEIGHTS}: NaN or Inf")
+            # sae-lens loads the file again and may omit `weights_only`; a file that passes is safe.
             numbers = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
             if numbers["n_training_steps"] != step:
-                raise Damaged(f"{TRAINER_STATE}: of another step")
+                raise DamagedCheckpoint(f"{TRAINER_STATE}: another step")
             self.sae.load_state_dict(weights)
             before = _shapes(_counters(self.trainer))
             self.trainer.load_trainer_state(folder)
             scaler: Any = self.trainer.activation_scaler
             factors = (scaler.scaling_factor, getattr(scaler, "factor_out", None))
             if not all(f is None or (_is_finite(f) and f > 0) for f in factors):
-                raise Damaged(f"activation_scaler.json: {factors}")
+                raise DamagedCheckpoint(f"activation_scaler.json: {factors}")
             if _shapes(_counters(self.trainer)) != before or not _fits(self.trainer.optimizer):
-                raise Damaged(f"{TRAINER_STATE}: of another shape")
+                raise DamagedCheckpoint(f"{TRAINER_STATE}: other shapes")
         except Exception:
-            self._begin()
+            self._initialize()
             raise
 
     def save(self, folder: Path) -> Path:
@@ -319,7 +322,7 @@ class Training:
         self.trainer.set_final_sae_metadata()
         sae, scaler = copy.deepcopy(self.sae), self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
-            if self.place.hookpoint_out is None:
+            if self.source.hookpoint_out is None:
                 sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             else:
                 assert isinstance(scaler, PairScaler)
@@ -362,7 +365,7 @@ def train_together(
                 if numbers or step % cfg.log_every == 0 or step == n_steps:
                     record = one.record(outputs[one], numbers)
                     yield one, {**record, "train/samples_per_second": clock.rate(step)}
-            # That of the last step too: nothing is trained again where the SAE cannot be saved.
+            # The last step has one too, so that a failure to save the SAE loses no training.
             if step % cfg.checkpoint_every == 0 or step == n_steps:
                 batches.checkpoint(step)
                 for one in outputs:
@@ -443,7 +446,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _owned(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
 
 
@@ -452,7 +455,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _counters(trainer: Any) -> dict[str, Tensor]:
-    """The trainer's own tensors, one number per latent each."""
+    """The trainer's counters, one number per latent each."""
     return {
         "act_freq_scores": trainer.act_freq_scores,
         "n_forward_passes_since_fired": trainer.n_forward_passes_since_fired,
@@ -472,18 +475,18 @@ def _fits(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _read_state(folder: Path, training: str, step: int, n_steps: int) -> dict[str, Any]:
-    """The state of a checkpoint; raises Damaged where it is not that of this step."""
+    """The state of a checkpoint; raises DamagedCheckpoint for that of another step."""
     state = read_object(folder / STATE)
     records: Any = state.get("records")
     if state.get("training") != training:
-        raise Damaged(f"{STATE}: of another training")
+        raise DamagedCheckpoint(f"{STATE}: another training")
     if type(state.get("step")) is not int or state["step"] != step or not 0 < step <= n_steps:
-        raise Damaged(f"{STATE}: step")
+        raise DamagedCheckpoint(f"{STATE}: another step")
     numbers = [v for r in records for v in r.values()] if _are_dicts(records) else [None]
     if not all(map(_is_finite, numbers)):
-        raise Damaged(f"{STATE}: records")
+        raise DamagedCheckpoint(f"{STATE}: invalid records")
     if not isinstance(state.get("data", {}), dict):
-        raise Damaged(f"{STATE}: data")
+        raise DamagedCheckpoint(f"{STATE}: invalid data")
     return state
 
 

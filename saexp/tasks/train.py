@@ -41,7 +41,7 @@ from saexp.results import Result
 from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
 from saexp.saes.training import Evaluate, Record, Training, train_together
-from saexp.saes.training_architectures import Place
+from saexp.saes.training_architectures import TrainingSource
 from saexp.saes.training_targets import Target, targets
 
 log = logging.getLogger(__name__)
@@ -143,11 +143,11 @@ def _trained(
     keys = [folder / _key(cfg, data, target) for target in (*own, *others)]
 
     def begin(target: Target, key: Path) -> Training:
-        place = _place(model, data, target)
+        source = _source(model, data, target)
         training = Training(
             target.trainer,
             target.d_sae,
-            place,
+            source,
             key,
             model.device,
             writable=writable,
@@ -222,9 +222,9 @@ def _n_bytes(target: Target, model: LanguageModel) -> int:
     return 4 * 4 * 2 * target.d_sae * model.d_model
 
 
-def _place(model: LanguageModel, data: TrainingData, target: Target) -> Place:
+def _source(model: LanguageModel, data: TrainingData, target: Target) -> TrainingSource:
     first, *others = target.hookpoints
-    place = Place(
+    source = TrainingSource(
         model_name=model.name,
         hookpoint=first,
         d_in=data.width(first),
@@ -232,8 +232,8 @@ def _place(model: LanguageModel, data: TrainingData, target: Target) -> Place:
         prepend_bos=begins_with_bos(model),
     )
     if others:
-        place = replace(place, hookpoint_out=others[0], d_out=data.width(others[0]))
-    return place
+        source = replace(source, hookpoint_out=others[0], d_out=data.width(others[0]))
+    return source
 
 
 def _save(context: RunContext, trainings: Sequence[Training]) -> None:

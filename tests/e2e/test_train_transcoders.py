@@ -206,7 +206,11 @@ def test_other_pairs_of_streams(cache: Path, tmp_path: Path, streams: str) -> No
         (["task.streams=[mlp_in,mlp_ou]"], ModelError, "did you mean mlp_out"),
         ([BOTH, "sae_trainer=batchtopk"], ConfigError, "takes two streams"),
         ([BOTH, "layer=7"], ModelError, "layer=7"),
-        ([BOTH, "sae_trainer.name=gated_transcoder"], ConfigError, "sae-lens has no class that"),
+        (
+            [BOTH, "sae_trainer.name=gated_transcoder"],
+            ConfigError,
+            "sae-lens has no inference class",
+        ),
         ([BOTH, "+task.x=1"], ConfigError, "no key 'task.x'"),
     ],
 )
