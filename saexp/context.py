@@ -310,6 +310,9 @@ class RunContext:
     prefetch: list[tuple[int, str | None]] = field(default_factory=list)
     """(layer, stream) that other cells of the sweep need from the same texts; a stream of None is
     the stream of the run's own SAE."""
+    trainings: list[dict[str, Any]] = field(default_factory=list)
+    """layer, width, streams and sae_trainer of later cells of the sweep that train on the corpus of
+    this run, and are trained in the same pass."""
     objects: ObjectCache = field(default_factory=ObjectCache)
     """Models, SAEs and results shared with other runs."""
     seconds: dict[str, float] = field(default_factory=dict)

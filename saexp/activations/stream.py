@@ -37,7 +37,7 @@ class StreamSettings:
     mix_fraction: float = 0.5
     """Fraction of the buffer that is kept when the rest is served."""
     max_norm_ratio: float | None = None
-    """Positions whose norm exceeds this times the median at a hookpoint are left out."""
+    """Positions are ordinary whose norm is at most this times the median at a hookpoint."""
     batch_tokens: int | str = "auto"
     """Tokens per forward pass of the language model."""
     seed: int = 0
@@ -55,16 +55,15 @@ class Progress:
     n_refills: int = 0
     n_tokens: int = 0
     """Tokens that went through the model, special ones included."""
-    n_high_norm: int = 0
-    """Positions that were left out for their norm."""
     n_positions: int = 0
-    """Positions that were read, those of high norm included."""
+    """Positions that were read."""
 
 
 class ContextActivations:
-    """Activations of the ordinary positions of contexts, one forward pass after another.
+    """Activations of contexts at all tokens but special ones, one forward pass after another.
 
-    Special tokens are left out, as are positions of high norm, which are counted.
+    Positions of high norm are among them: an SAE leaves out those above `limits` at its own
+    hookpoint, so that its data do not depend on the other hookpoints that are read.
     """
 
     def __init__(
@@ -78,6 +77,8 @@ class ContextActivations:
         self.model, self.corpus, self.contexts = model, corpus, contexts
         self.hookpoints, self.settings = list(hookpoints), settings
         self.at = Progress()
+        self.n_forwarded = 0
+        """Tokens that this process sent through the model."""
         self.limits: dict[Hookpoint, float] = {}
         """Largest norm of an ordinary position."""
         self.mean_norms: dict[Hookpoint, float] = {}
@@ -117,6 +118,7 @@ class ContextActivations:
         Raises StoreError for NaN and infinities, ModelError where memory runs out.
         """
         lengths = self.corpus.lengths(contexts)
+        self.n_forwarded += int(lengths.sum())
         ids = torch.from_numpy(self.corpus.ids(contexts, self.model.pad_id))
         mask = (torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]).long()
         row, token = (mask.bool() & ~torch.isin(ids, self._special)).nonzero(as_tuple=True)
@@ -152,7 +154,7 @@ class ContextActivations:
         return self
 
     def __next__(self) -> dict[Hookpoint, Float[Tensor, "rows width"]]:
-        """The ordinary positions of the next pass; a new epoch begins after the last context."""
+        """The positions of the next pass; a new epoch begins after the last context."""
         if not self.limits:
             self.measure()
         if self.at.context >= len(self._order):
@@ -162,15 +164,8 @@ class ContextActivations:
         acts, n_tokens = self.forward(contexts)
         self.at.context += len(contexts)
         self.at.n_tokens += n_tokens
-        first = next(iter(acts.values()))
-        keep = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        for hookpoint, limit in self.limits.items():
-            if limit < float("inf"):
-                keep &= acts[hookpoint].float().norm(dim=-1) <= limit
-        n_kept = int(keep.sum())
-        self.at.n_positions += len(keep)
-        self.at.n_high_norm += len(keep) - n_kept
-        return acts if n_kept == len(keep) else {h: a[keep] for h, a in acts.items()}
+        self.at.n_positions += len(next(iter(acts.values())))
+        return acts
 
     def resume(self, progress: Progress, norms: dict[str, list[float]]) -> None:
         """Continue from where another process was."""

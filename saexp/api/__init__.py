@@ -29,6 +29,7 @@ from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
 from saexp.results import Result, check_result
 from saexp.sweeps.planning import hookpoints_to_prefetch
+from saexp.sweeps.trainings import trainings_to_share
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def _run(
         command=command or " ".join(sys.argv),
         started=now.isoformat(timespec="seconds"),
         prefetch=hookpoints_to_prefetch(cfg, sweep),
+        trainings=trainings_to_share(cfg, sweep),
         objects=objects,
         inputs=finished.inputs(cfg),
     )

@@ -17,7 +17,12 @@ from saexp.config.components import (
     WikidataConfig,
 )
 from saexp.config.corpora import CorpusConfig
-from saexp.config.environment import parse_coefficients, parse_layers, parse_width
+from saexp.config.environment import (
+    parse_coefficients,
+    parse_layers,
+    parse_width,
+    parse_widths,
+)
 from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
 from saexp.config.tasks import (
@@ -60,6 +65,7 @@ __all__ = [
     "parse_coefficients",
     "parse_layers",
     "parse_width",
+    "parse_widths",
     "register_schema",
     "to_run_config",
 ]

@@ -11,7 +11,7 @@ from saexp.config.environment import (
     is_whole,
     one_of,
     parse_layers,
-    parse_width,
+    parse_widths,
 )
 from saexp.errors import ConfigError
 
@@ -102,7 +102,7 @@ class SAEConfig:
             raise ConfigError(
                 f"sae.norm_factor={factor} is not a factor; type a number above 0, or estimate"
             )
-        parse_width(self.width)
+        parse_widths(self.width)
         if self.layer is not None:
             parse_layers(self.layer)
         one_of("sae.dtype", self.dtype, DTYPES)

@@ -37,6 +37,12 @@ def parse_width(value: Any, key: str = "width") -> int | None:
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2].lower()]
 
 
+def parse_widths(value: Any) -> list[int]:
+    """A width, or a list of widths, as numbers of latents; empty for None. Raises ConfigError."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [width for one in listed if (width := parse_width(one)) is not None]
+
+
 def parse_layers(value: Any) -> list[int]:
     """A layer, or a list of layers, as a list of integers."""
     layers = value if isinstance(value, list | tuple) else [value]

@@ -31,7 +31,13 @@ from saexp.config.components import (
     StoreConfig,
     TrackerConfig,
 )
-from saexp.config.environment import at_least, parse_coefficients, parse_layers, parse_width
+from saexp.config.environment import (
+    at_least,
+    parse_coefficients,
+    parse_layers,
+    parse_width,
+    parse_widths,
+)
 from saexp.config.interventions import InterventionConfig
 from saexp.config.tasks import SAETrainerConfig, TaskConfig
 from saexp.errors import ConfigError
@@ -71,7 +77,7 @@ class RunConfig:
     layer: Any = None
     """0-based block index, or a list where a task takes several."""
     width: Any = None
-    """SAE width, 16k or a plain integer."""
+    """SAE width, 16k or a plain integer; task=train takes a list, too."""
     coefficient: Any = None
     """Coefficient of the intervention, a number or a list."""
     seed: int = 0
@@ -98,7 +104,10 @@ class RunConfig:
         self.__dict__.update(state)
 
     def __post_init__(self) -> None:
-        parse_width(self.width)
+        if isinstance(self.task, tasks.TrainConfig):
+            parse_widths(self.width)
+        else:
+            parse_width(self.width)
         if self.layer is not None:
             parse_layers(self.layer)
         if self.coefficient is not None:

@@ -85,8 +85,23 @@ class SAETrainerConfig:
     """Steps between checkpoints; a killed training resumes from the last one."""
     log_every: int = 25
     """Steps between logged numbers."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out text (CE score and L0). 0: only at the end, and for
+    stored activations never."""
+    source: str | None = None
+    """store: activations are collected first, and stored; stream: they are computed from a corpus
+    while the SAE is trained. By default stream with dataset=corpus, else store."""
+    buffer_rows: int = 131_072
+    """stream: activation vectors in the buffer in which contexts are mixed."""
+    mix_fraction: float = 0.5
+    """stream: fraction of the buffer that is kept when the rest was served."""
+    variants: list[Any] = field(default_factory=list)
+    """Several SAEs trained in one pass over the data: for each the settings and options in which it
+    differs, such as [{k: 16}, {k: 32}] or [{name: topk}, {name: standard, seed: 1}]. A list of
+    layers or widths gives one SAE for each, too."""
     seed: int = 0
-    """Seed of the initial weights, the data order and the held-out texts."""
+    """Seed of the initial weights, the data order and the held-out texts; that of a variant, of its
+    initial weights alone."""
 
     def __post_init__(self) -> None:
         scalings = ("none", "expected_average_only_in")
@@ -103,6 +118,27 @@ class SAETrainerConfig:
                 f"sae_trainer.held_out={self.held_out} leaves nothing to train on or to measure; "
                 "type a fraction such as 0.1"
             )
+        at_least("sae_trainer.evaluate_every", self.evaluate_every, 0)
+        if self.source is not None:
+            one_of("sae_trainer.source", self.source, ("store", "stream"))
+        at_least("sae_trainer.buffer_rows", self.buffer_rows, 1)
+        if not 0 <= self.mix_fraction < 1:
+            raise ConfigError(
+                f"sae_trainer.mix_fraction={self.mix_fraction} must be at least 0 and below 1"
+            )
+
+
+OF_ONE_SAE = (
+    "name",
+    "normalize_activations",
+    "lr",
+    "lr_warm_up",
+    "lr_decay",
+    "sparsity_warm_up",
+    "dead_feature_window",
+    "seed",
+)
+"""Settings of `sae_trainer` in which the SAEs of one pass may differ, beside their options."""
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,8 @@ from saexp.reports.page import (
     sae_check_rows,
     write_run_page,
 )
-from saexp.reports.sae_quality import training_sentence
 from saexp.reports.saved import SavedRun
+from saexp.reports.training import training_sentence
 from saexp.results import sae_words
 
 FIGURES = "figures.json"

@@ -1,4 +1,4 @@
-"""Pages about the quality of SAEs: task=evaluate and task=train."""
+"""The page about the quality of SAEs (task=evaluate)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
 
-from saexp.config import SAETrainerConfig
 from saexp.errors import counted
 from saexp.reports.page import (
-    GROUP_COLOURS,
     PALETTE,
     QUIET,
     Finding,
@@ -33,7 +30,7 @@ from saexp.results import sae_words
 
 # task=evaluate
 
-_DENSITY_CAPTION = (
+DENSITY_CAPTION = (
     "Number of latents by the fraction of positions at which they are active, on a logarithmic "
     "axis; the separate bar at the left counts latents that are never active."
 )
@@ -44,7 +41,7 @@ _EVALUATION_CAPTIONS = {
     "layers": "CE score by layer: the fraction of the loss caused by ablating the activation that "
     "the reconstruction recovers. 1 is a perfect SAE, 0 is no better than the ablation.",
     "l0": "Fraction of positions by their number of active latents.",
-    "density": _DENSITY_CAPTION,
+    "density": DENSITY_CAPTION,
 }
 _IDENTITY = {"hookpoint": "hookpoint", "d_sae": "latents"}
 _TABLES = {
@@ -252,7 +249,7 @@ def evaluation_figures(folder: str | Path) -> dict[str, go.Figure]:
     run = SavedRun(Path(folder))
     table = saved_table(run, "evaluation")
     names = {label: _sae_name(label) for label in table["sae"]}
-    colours = _colours(list(names.values()))
+    colours = sae_colours(list(names.values()))
     l0, densities = saved_table(run, "l0_histogram"), saved_table(run, "densities")
     figures = {"losses": _losses(table)}
     if table["layer"].nunique() > 1:
@@ -265,7 +262,8 @@ def evaluation_figures(folder: str | Path) -> dict[str, go.Figure]:
     return figures
 
 
-def _colours(names: list[str]) -> dict[str, str]:
+def sae_colours(names: list[str]) -> dict[str, str]:
+    """A colour for each SAE of a figure."""
     if len(names) < len(PALETTE):
         return dict(zip(names, PALETTE, strict=False))
     return dict(zip(names, [str(c) for c in sample_colorscale("Viridis", len(names))], strict=True))
@@ -331,164 +329,3 @@ def _l0(counts: Mapping[str, pd.DataFrame], colours: Mapping[str, str]) -> go.Fi
     figure.update_xaxes(title="active latents at a position (L0)")
     figure.update_yaxes(title="fraction of positions")
     return style(figure, 340)
-
-
-# task=train
-
-_TRAINING_CAPTIONS = {
-    "losses": "Losses during training, on scaled inputs, on a logarithmic axis.",
-    "progress": "L0, explained variance and dead latents on training batches; a latent is dead if "
-    "it was not active in the last sae_trainer.dead_feature_window steps.",
-    "density": _DENSITY_CAPTION,
-    "active": "Number of held-out positions by their number of active latents.",
-    "values": "Number of activations by their value, zeros not counted, held-out positions; the "
-    "count is logarithmic.",
-}
-_N_BINS = 60
-
-
-def training_figures(folder: str | Path) -> dict[str, go.Figure]:
-    """Name -> figure: losses, progress, density, active, values."""
-    run = SavedRun(Path(folder))
-    history, active = saved_table(run, "training"), saved_table(run, "active")
-    frequencies = {"latents": saved_table(run, "density")["frequency"]}
-    values = saved_table(run, "values")["value"]
-    return {
-        "losses": _training_losses(history),
-        "progress": _progress(history),
-        "density": density_histogram(frequencies, {"latents": GROUP_COLOURS[0]}),
-        "active": _histogram(
-            active["n_active"], "active latents at a position (L0)", "number of positions"
-        ),
-        "values": _histogram(values, "activation", "number of activations", log=True),
-    }
-
-
-def _training_losses(history: pd.DataFrame) -> go.Figure:
-    figure = go.Figure()
-    for name in (c for c in history.columns if c.endswith("loss")):
-        if (history[name] > 0).any():
-            label = name.replace("_", " ")
-            figure.add_trace(go.Scatter(x=history["step"], y=history[name], name=label))
-    figure.update_xaxes(title="training step")
-    figure.update_yaxes(title="loss", type="log")
-    return style(figure, 360).update_layout(showlegend=True)
-
-
-def _progress(history: pd.DataFrame) -> go.Figure:
-    panels = {
-        "l0": "L0",
-        "explained_variance": "explained variance",
-        "dead_fraction": "fraction of dead latents",
-    }
-    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12)
-    for column, (name, title) in enumerate(panels.items(), start=1):
-        line = {"color": GROUP_COLOURS[0]}
-        curve = go.Scatter(x=history["step"], y=history[name], name=title, line=line)
-        figure.add_trace(curve, row=1, col=column)
-        figure.update_yaxes(title=title, row=1, col=column)
-    figure.update_xaxes(title="training step")
-    return style(figure, 320).update_layout(showlegend=False)
-
-
-def _histogram(values: pd.Series, x: str, y: str, *, log: bool = False) -> go.Figure:
-    counts, edges = np.histogram(values, bins=_N_BINS)
-    colour = {"color": GROUP_COLOURS[0]}
-    middles = (edges[:-1] + edges[1:]) / 2
-    figure = go.Figure(go.Bar(x=middles, y=counts, width=np.diff(edges), marker=colour))
-    figure.update_xaxes(title=x)
-    figure.update_yaxes(title=y, type="log" if log else "linear")
-    return style(figure, 320)
-
-
-def training_sentence(run: SavedRun) -> str:
-    """The trained SAE's held-out quality in one sentence."""
-    m, about = run.metrics, run.provenance
-    sae = about["sae"]
-    subject = (
-        f"{run.config['sae_trainer']['name']} SAE with {counted(sae['d_sae'], 'latent')} on "
-        f"{sae['hookpoint']} of {about['model']['name']}: "
-    )
-    return f"{subject}{_quality_words('', about, m)}"
-
-
-def transcoder_sentence(
-    trainer: SAETrainerConfig, about: Mapping[str, Any], metrics: Mapping[str, float | int | None]
-) -> str:
-    """A trained transcoder's held-out quality in one sentence.
-
-    `about` and `metrics` are what provenance.json and metrics.json will hold.
-    """
-    sae = about["sae"]
-    skip = " and a skip connection" if trainer.options.get("skip") else ""
-    subject = (
-        f"{trainer.name} with {counted(sae['d_sae'], 'latent')}{skip}, from {sae['hookpoint']} to "
-        f"{sae['hookpoint_out']} of {about['model']['name']}: "
-    )
-    of = f" of {sae['hookpoint_out']}"
-    return f"{subject}{_quality_words(of, about, metrics)}"
-
-
-def _quality_words(
-    of: str, about: Mapping[str, Any], metrics: Mapping[str, float | int | None]
-) -> str:
-    explained, l0 = metrics["reconstruction/explained_variance"], metrics["sparsity/l0"]
-    dead = metrics["sparsity/dead_fraction"]
-    assert l0 is not None and dead is not None, "counted on every position"
-    shown = "not defined" if explained is None else f"{explained:.3f}"
-    return (
-        f"explained variance{of} {shown} and L0 {l0:.1f} on "
-        f"{counted(about['n_measured'], 'held-out position')}, where {dead:.0%} of the latents are "
-        f"never active; trained on {counted(about['n_trained_on'], 'position')}."
-    )
-
-
-def _training_title(run: SavedRun) -> str:
-    about, name = run.provenance["sae"], run.config["sae_trainer"]["name"]
-    model = run.provenance["model"]["name"].rpartition("/")[2]
-    if "hookpoint_out" in about:
-        return f"{name}: {model}, {about['hookpoint']} to {about['hookpoint_out']}"
-    return f"{name} SAE: {model}, {about['hookpoint']}"
-
-
-def _streams(run: SavedRun) -> str:
-    """Which activations the numbers are about."""
-    about = run.provenance["sae"]
-    if "hookpoint_out" in about:
-        return (
-            f"It reads {about['hookpoint']} and predicts {about['hookpoint_out']}; explained "
-            "variance and cosine similarity are of the predicted activations."
-        )
-    return f"It reads {about['hookpoint']} and reconstructs it."
-
-
-def write_training_report(folder: str | Path, figures: Mapping[str, go.Figure]) -> Path:
-    """Render report.html from the folder's files; returns its path."""
-    run = SavedRun(Path(folder))
-    sentences = run.provenance.get("finding") or [training_sentence(run)]
-    labels = {
-        "sparsity/l0": "L0 (active latents per position)",
-        "reconstruction/explained_variance": "explained variance (fraction)",
-        "reconstruction/explained_variance_median": "… median position",
-        "reconstruction/n_high_norm": "high-norm positions left out",
-        "reconstruction/cosine": "cosine similarity",
-        "sparsity/dead_fraction": "fraction of latents never active",
-    }
-    tiles: list[tuple[str, Any]] = [(label, run.metrics[k]) for k, label in labels.items()]
-    tiles += [
-        ("positions trained on", run.provenance["n_trained_on"]),
-        ("positions measured", run.provenance["n_measured"]),
-    ]
-    text = f"Measured on texts that were not trained on. {_streams(run)}"
-    return write_run_page(
-        run,
-        "training.html",
-        figures,
-        title=_training_title(run),
-        findings=[
-            Finding(sentences[0], [("progress", _TRAINING_CAPTIONS["progress"])]),
-            *map(Finding, sentences[1:]),
-        ],
-        tile_groups=[TileGroup("Quality on held-out texts", text, tiles)],
-        captions=_TRAINING_CAPTIONS,
-    )

@@ -331,7 +331,7 @@ def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]
     trained SAEs the range of their quality."""
     done = table[table["status"] == "finished"]
     sentences = []
-    if "train/n_steps" in done and len(done):
+    if "train/n_steps" in done and "sparsity/l0" in done and len(done):
         explained = done["reconstruction/explained_variance"]
         sentences.append(
             f"{counted(len(done), 'trained SAE')}: explained variance {explained.min():.3f} to "

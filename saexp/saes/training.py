@@ -1,14 +1,17 @@
-"""Training an SAE with checkpoints and exact resume."""
+"""Training SAEs: several in one pass over the same data, with checkpoints and exact resume.
 
+Each SAE has its own weights, optimizer, dead-latent counters and checkpoints, so that it is trained
+as if it were alone.
+"""
+
+import copy
 import json
 import logging
 import math
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,136 +19,105 @@ from torch import Tensor
 
 from saexp.config import SAETrainerConfig
 from saexp.context import progress
-from saexp.digests import checksums, difference, is_checksums
-from saexp.errors import SAEError, StoreError
-from saexp.files import RUN_FOLDER, remove_temporary, write_folder
+from saexp.errors import SAEError, counted
+from saexp.files import RUN_FOLDER, write_folder
+from saexp.models.hookpoints import Hookpoint
+from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
 from saexp.stats.permutation import derived_seed
 
 log = logging.getLogger(__name__)
 
 
-CHECKSUMS = "checksums.json"
-N_KEPT = 2
-_NAME = re.compile(r"step_(\d{9})")
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint cannot be used; the message has the file and the reason."""
-
-
-class Checkpoints:
-    """The checkpoints of one training, in a folder that no other process writes to meanwhile.
-
-    In a folder that is not `writable`, checkpoints are read but not written.
-    """
-
-    def __init__(self, folder: Path, *, writable: bool = True) -> None:
-        self.folder, self.writable = folder, writable
-        self._usable: list[Path] = []
-        self._has_warned = False
-
-    def resume(self, load: Callable[[Path, int], None]) -> int:
-        """Load the newest intact checkpoint, and return its step, or 0 where there is none.
-
-        `load(folder, step)` loads a checkpoint. Where it raises an exception (DamagedCheckpoint, or
-        any other that invalid files cause), the previous checkpoint is tried.
-        """
-        damaged: list[tuple[Path, str]] = []
-        step = 0
-        for path, step_of_path in self._by_step():
-            try:
-                verify(path)
-                load(path, step_of_path)
-            except DamagedCheckpoint as error:
-                damaged.append((path, str(error)))
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                damaged.append((path, reason))
-            else:
-                step, self._usable = step_of_path, [path]
-                break
-        consequence = f"continuing from step {step}" if step else "starting from the beginning"
-        for path, reason in damaged:
-            log.warning("checkpoint %s is damaged (%s); %s", path, reason, consequence)
-        return step
-
-    def _by_step(self) -> list[tuple[Path, int]]:
-        """(folder, step) of each checkpoint, the newest first."""
-        matches = [(p, _NAME.fullmatch(p.name)) for p in self.folder.glob("step_*")]
-        checkpoints = [(p, int(match[1])) for p, match in matches if match]
-        return sorted(checkpoints, key=lambda pair: -pair[1])
-
-    def write(self, step: int, write: Callable[[Path], None]) -> None:
-        """Write the checkpoint of a step with `write`, and remove all but the newest `N_KEPT`.
-
-        Where it cannot be written (full disk), one warning per training is logged: training can
-        continue, and the earlier checkpoints stay.
-        """
-        if not self.writable:
-            return
-
-        def fill(temporary: Path) -> None:
-            write(temporary)
-            sums = checksums(temporary, [file.name for file in temporary.iterdir()])
-            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-
-        path = self.folder / f"step_{step:09d}"
-        try:
-            remove_temporary(self.folder)
-            write_folder(path, fill)
-        except (StoreError, RuntimeError) as error:
-            if not self._has_warned:
-                log.warning("checkpoint at step %d could not be written (%s)", step, error)
-            self._has_warned = True
-            return
-        self._usable = [*self._usable, path][-N_KEPT:]
-        for old, _ in self._by_step():
-            if old not in self._usable:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def remove(self) -> None:
-        """Remove all checkpoints, once the training is finished."""
-        if self.writable:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def verify(path: Path) -> None:
-    """Raise DamagedCheckpoint, with the first file that is missing or has changed."""
-    sums = read_object(path / CHECKSUMS)
-    if not sums or not is_checksums(sums):
-        raise DamagedCheckpoint(f"{CHECKSUMS} is not a list of checksums")
-    if changed := difference(path, sums):
-        raise DamagedCheckpoint(changed)
-    for file in path.iterdir():
-        if file.name not in sums and file.name != CHECKSUMS:
-            raise DamagedCheckpoint(f"{file.name}: not in {CHECKSUMS}")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises DamagedCheckpoint."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{file.name}: missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file.name}: cannot be read") from error
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{file.name}: not a JSON object")
-    return content
-
-
 N_SCALE_BATCHES = 50
 """Number of batches from which the inputs' mean norm is estimated."""
 WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
 """Files of a checkpoint; sae-lens writes the last one, and a file with the input scaling."""
+N_TIMED_STEPS = 10
+"""Steps after which the duration of a training is estimated."""
 Record = dict[str, float | int]
 Reader = Callable[[int], Iterator[Tensor]]
 """Step -> batches from that step on: `[batch, d_in]`, a transcoder's `[batch, d_in + d_out]`."""
+Streams = tuple[Hookpoint, ...]
+"""The stream that an SAE reads, and the one that a transcoder predicts."""
+Widths = Mapping[Hookpoint, int]
+"""The streams of one SAE with their widths, in the order of the columns of its batches."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """The data of one pass: at each step a batch for every SAE."""
+
+    def seek(self, step: int, streams: Sequence[Streams]) -> int:
+        """Continue at this step, or at an earlier one; returns it. Batches are for `streams`."""
+        ...
+
+    def next(self) -> Mapping[Streams, Tensor]:
+        """The batches of the next step, `[batch, d_in]` or `[batch, d_in + d_out]`, float32."""
+        ...
+
+    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
+        """Estimated mean norm of the activations at each stream of an SAE."""
+        ...
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Average time per step of what is done for many steps at once, such as a refill."""
+        ...
+
+    def checkpoint(self, step: int) -> None:
+        """Store what `seek` needs to continue at this step."""
+        ...
+
+    def describe(self, streams: Streams) -> dict[str, Any]:
+        """What was read for these streams so far; stored with each checkpoint of their SAEs."""
+        ...
+
+
+class ReaderBatches:
+    """Batches of readers that can begin at any step, such as those of an activation store."""
+
+    def __init__(self, readers: Mapping[Streams, Reader]) -> None:
+        self._readers = readers
+        self._batches: dict[Streams, Iterator[Tensor]] = {}
+
+    def seek(self, step: int, streams: Sequence[Streams]) -> int:
+        """Continue at exactly this step."""
+        self._batches = {one: self._readers[one](step) for one in streams}
+        return step
+
+    def next(self) -> Mapping[Streams, Tensor]:
+        """The next batch of each reader."""
+        return {one: next(batches) for one, batches in self._batches.items()}
+
+    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
+        """Means over the first `N_SCALE_BATCHES` batches."""
+        batches = self._readers[tuple(widths)](0)
+        norms = [
+            [
+                float(part.norm(dim=-1).mean())
+                for part in next(batches).split(list(widths.values()), dim=-1)
+            ]
+            for _ in range(N_SCALE_BATCHES)
+        ]
+        means = [sum(values) / len(values) for values in zip(*norms, strict=True)]
+        return dict(zip(widths, means, strict=True))
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Nothing is done for many steps at once."""
+        return 0.0
+
+    def checkpoint(self, step: int) -> None:
+        """Nothing: the step says where to continue."""
+
+    def describe(self, streams: Streams) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing: what is read follows from the step."""
+        return {}
 
 
 class Training:
-    """One training; `run` yields a record every `log_every` steps and writes checkpoints."""
+    """The training of one SAE. `train_together` makes its steps; `run` trains it alone."""
 
     def __init__(
         self,
@@ -156,11 +128,39 @@ class Training:
         device: torch.device,
         *,
         writable: bool = True,
+        label: str = "",
     ) -> None:
+        """`label` distinguishes it from the others of its pass, in messages."""
         self.cfg, self.d_sae, self.source, self.device = cfg, d_sae, source, device
+        self.label = label
         self.checkpoints = Checkpoints(folder, writable=writable)
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
+        self.error: SAEError | None = None
+        """Why it could not go on to the end."""
         self._initialize()
+
+    @property
+    def streams(self) -> Streams:
+        """The stream that is read, and the one that a transcoder predicts."""
+        return tuple(self.widths)
+
+    @property
+    def widths(self) -> Widths:
+        """`streams` with their widths."""
+        widths = {self.source.hookpoint: self.source.d_in}
+        if self.source.hookpoint_out is not None and self.source.d_out is not None:
+            widths[self.source.hookpoint_out] = self.source.d_out
+        return widths
+
+    @property
+    def step(self) -> int:
+        """Number of steps made."""
+        return self.trainer.n_training_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps were made."""
+        return self.step == self.n_steps
 
     def _initialize(self) -> None:
         """Initialize the weights and the optimizer, at step 0."""
@@ -190,62 +190,68 @@ class Training:
             self.trainer.activation_scaler = PairScaler(d_in=source.d_in)
         self.sae.to(device)
         self.records: list[Record] = []
+        self.data: dict[str, Any] = {}
+        """What was read for it, as its last checkpoint has it (`Batches.describe`)."""
 
     def run(self, reader: Reader) -> Iterator[Record]:
-        """Train to the end, from the last checkpoint where there is one.
+        """Train it alone to the end, from the last checkpoint where there is one.
 
-        Raises SAEError, with the step, where the loss is not finite.
+        Yields a record every `log_every` steps. Raises SAEError, naming the step, where the loss is
+        not a number.
         """
+        self.resume()
+        for _, record in train_together([self], ReaderBatches({self.streams: reader})):
+            yield record
+
+    def resume(self) -> int:
+        """Load the newest intact checkpoint; returns the number of steps made."""
         step = self.checkpoints.resume(self._load)
         if step:
-            log.info("continuing from step %d of %d", step, self.n_steps)
-        if step == 0 and self.cfg.normalize_activations == "expected_average_only_in":
-            self._estimate_scale(reader(0))
-        batches = reader(step)
-        started, first = time.perf_counter(), step
-        with progress(self.n_steps, "training", "step") as bar:
-            bar.update(step)
-            while step < self.n_steps:
-                output = self.trainer.step(next(batches))
-                loss = float(output.loss.detach())
-                if not math.isfinite(loss):
-                    raise SAEError(
-                        f"the loss is {loss} at step {step} of {self.n_steps}; the last checkpoint "
-                        "stays; try a smaller sae_trainer.lr"
-                    )
-                step += 1
-                self.trainer.n_training_steps = step
-                if step % self.cfg.log_every == 0 or step == self.n_steps:
-                    rate = (step - first) * self.cfg.batch_size / (time.perf_counter() - started)
-                    self.records.append(self._record(step, output))
-                    yield {**self.records[-1], "train/samples_per_second": rate}
-                # The last step has one too, so that a failure to save the SAE loses no training.
-                if step % self.cfg.checkpoint_every == 0 or step == self.n_steps:
-                    self.checkpoints.write(step, self._write)
-                bar.update(1)
+            log.info("%scontinuing from step %d of %d", self._prefix, step, self.n_steps)
+        return step
 
-    def _estimate_scale(self, batches: Iterator[Tensor]) -> None:
+    @property
+    def _prefix(self) -> str:
+        return f"{self.label}: " if self.label else ""
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether `set_scale` is to be called before the first step."""
+        return self.step == 0 and self.cfg.normalize_activations == "expected_average_only_in"
+
+    def set_scale(self, mean_norms: Mapping[Hookpoint, float]) -> None:
         """Set each stream's factor, which scales its mean norm to the square root of its width."""
-        streams = {self.source.hookpoint: self.source.d_in}
-        if self.source.hookpoint_out is not None and self.source.d_out is not None:
-            streams[self.source.hookpoint_out] = self.source.d_out
-        widths = list(streams.values())
-        norms = [
-            [float(part.norm(dim=-1).mean()) for part in next(batches).split(widths, dim=-1)]
-            for _ in range(N_SCALE_BATCHES)
-        ]
         factors = []
-        for (hookpoint, width), values in zip(
-            streams.items(), zip(*norms, strict=True), strict=True
-        ):
-            mean = sum(values) / len(values)
-            if not mean:
+        for hookpoint, width in self.widths.items():
+            if not mean_norms[hookpoint]:
                 raise SAEError(f"every activation of {hookpoint.name} is zero: nothing to train on")
-            factors.append(width**0.5 / mean)
+            factors.append(width**0.5 / mean_norms[hookpoint])
         scaler: Any = self.trainer.activation_scaler
         scaler.scaling_factor = factors[0]
         if len(factors) > 1:
             scaler.factor_out = factors[1]
+
+    def make_step(self, batch: Tensor) -> Any:
+        """One step; returns sae-lens' output. Raises SAEError where the loss is not a number."""
+        output = self.trainer.step(batch)
+        loss = float(output.loss.detach())
+        if not math.isfinite(loss):
+            raise SAEError(
+                f"{self._prefix}the loss is {loss} at step {self.step} of {self.n_steps}; the "
+                "last checkpoint stays; try a smaller sae_trainer.lr"
+            )
+        self.trainer.n_training_steps += 1
+        return output
+
+    def record(self, output: Any, evaluated: Mapping[str, float] | None = None) -> Record:
+        """The numbers of the step just made, which are also added to `records`."""
+        self.records.append({**self._record(self.step, output), **(evaluated or {})})
+        return self.records[-1]
+
+    def checkpoint(self, data: dict[str, Any]) -> None:
+        """Write a checkpoint of the current step."""
+        self.data = data
+        self.checkpoints.write(self.step, self._write)
 
     def _record(self, step: int, output: Any) -> Record:
         numbers = self.trainer.build_train_step_log_dict(output, self.trainer.n_training_samples)
@@ -267,7 +273,8 @@ class Training:
         """Write the files of a checkpoint, without its checksums."""
         save_file(_copied(self.sae.state_dict()), folder / WEIGHTS)
         self.trainer.save_trainer_state(folder)
-        state = {"training": self.checkpoints.folder.name, "step": self.trainer.n_training_steps}
+        state: dict[str, Any] = {"training": self.checkpoints.folder.name, "step": self.step}
+        state |= {"data": self.data} if self.data else {}
         text = json.dumps({**state, "records": self.records})
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -278,15 +285,16 @@ class Training:
         and leaves the training at step 0.
         """
         try:
-            self.records = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
+            state = _read_state(folder, self.checkpoints.folder.name, step, self.n_steps)
+            self.records, self.data = state["records"], state.get("data", {})
             weights = load_file(folder / WEIGHTS)
             if _shapes(weights) != _shapes(self.sae.state_dict()):
                 raise DamagedCheckpoint(f"{WEIGHTS}: other shapes")
             if not all(w.isfinite().all() for w in weights.values()):
                 raise DamagedCheckpoint(f"{WEIGHTS}: NaN or Inf")
             # sae-lens loads the file again and may omit `weights_only`; a file that passes is safe.
-            state = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
-            if state["n_training_steps"] != step:
+            numbers = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+            if numbers["n_training_steps"] != step:
                 raise DamagedCheckpoint(f"{TRAINER_STATE}: another step")
             self.sae.load_state_dict(weights)
             before = _shapes(_counters(self.trainer))
@@ -302,20 +310,140 @@ class Training:
             raise
 
     def save(self, folder: Path) -> Path:
-        """Fold the input scaling into the weights; write a SAELens folder for inference.
+        """Write a SAELens folder for inference, with the input scaling folded into the weights.
 
         Raises StoreError where it cannot be written; the checkpoints stay.
         """
-        scaler: Any = self.trainer.activation_scaler
+        write_folder(folder, self.snapshot, option=RUN_FOLDER)
+        return folder
+
+    def snapshot(self, folder: Path) -> None:
+        """Write the SAE as it is now, as `save` does; the training can go on."""
+        self.trainer.set_final_sae_metadata()
+        sae, scaler = copy.deepcopy(self.sae), self.trainer.activation_scaler
         if scaler.scaling_factor is not None:
             if self.source.hookpoint_out is None:
-                self.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+                sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             else:
-                self.sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
-            scaler.scaling_factor = None
-        self.trainer.set_final_sae_metadata()
-        write_folder(folder, self.sae.save_inference_model, option=RUN_FOLDER)
-        return folder
+                assert isinstance(scaler, PairScaler)
+                sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
+        sae.save_inference_model(folder)
+
+
+Evaluate = Callable[[Sequence[Training]], Sequence[Mapping[str, float]]]
+"""Trainings -> `train/…` numbers of each on held-out text."""
+
+
+def train_together(
+    trainings: Sequence[Training],
+    batches: Batches,
+    evaluate: Evaluate | None = None,
+) -> Iterator[tuple[Training, Record]]:
+    """Train SAEs of equally many steps on the same data, each from the step where it is.
+
+    Yields (training, record) every `log_every` steps, and after each evaluation: every
+    `evaluate_every` steps, and at the end. An SAE whose loss is not a number is left out from there
+    on, with its `error` set; raises the SAEError where that leaves none.
+    """
+    active = [one for one in trainings if not one.is_finished]
+    if not active:
+        return
+    n_steps, cfg = active[0].n_steps, active[0].cfg
+    step = batches.seek(min(t.step for t in active), list(dict.fromkeys(t.streams for t in active)))
+    for one in active:
+        if one.needs_scale:
+            one.set_scale(batches.mean_norms(one.widths))
+    clock = _Clock(len(active), step, n_steps, cfg.batch_size)
+    with progress(n_steps, "training", "step") as bar:
+        bar.update(step)
+        while step < n_steps:
+            outputs = _steps(active, batches.next(), step)
+            active = [t for t in active if t.error is None]
+            step += 1
+            clock.count(step, batches.seconds_per_step)
+            for one, numbers in _evaluated(outputs, evaluate, step).items():
+                if numbers or step % cfg.log_every == 0 or step == n_steps:
+                    record = one.record(outputs[one], numbers)
+                    yield one, {**record, "train/samples_per_second": clock.rate(step)}
+            # The last step has one too, so that a failure to save the SAE loses no training.
+            if step % cfg.checkpoint_every == 0 or step == n_steps:
+                batches.checkpoint(step)
+                for one in outputs:
+                    one.checkpoint(batches.describe(one.streams))
+            bar.update(1)
+
+
+def _steps(
+    active: Sequence[Training], batch: Mapping[Streams, Tensor], step: int
+) -> dict[Training, Any]:
+    """Make a step with each SAE that has made this many; SAE -> output.
+
+    Those that have made more wait for the data to arrive where they are.
+    """
+    outputs = {}
+    for one in active:
+        if one.step != step:
+            continue
+        try:
+            outputs[one] = one.make_step(batch[one.streams])
+        except SAEError as error:
+            one.error = error
+            if all(t.error is not None for t in active):
+                raise
+            log.warning("%s; the others go on", error)
+    return outputs
+
+
+def _evaluated(
+    outputs: Mapping[Training, Any], evaluate: Evaluate | None, step: int
+) -> dict[Training, Mapping[str, float]]:
+    """Training -> its numbers on held-out text, where it is evaluated at this step."""
+    trainings = list(outputs)
+    if evaluate is None or not trainings:
+        return dict.fromkeys(trainings, {})
+    every, n_steps = trainings[0].cfg.evaluate_every, trainings[0].n_steps
+    if step != n_steps and not (every and step % every == 0):
+        return dict.fromkeys(trainings, {})
+    return dict(zip(trainings, evaluate(trainings), strict=True))
+
+
+class _Clock:
+    """The rate of a pass, and an estimate of its duration after the first steps."""
+
+    def __init__(self, n_saes: int, first: int, n_steps: int, batch_size: int) -> None:
+        self.n_saes, self.first, self.n_steps, self.batch_size = n_saes, first, n_steps, batch_size
+        self.began = self.timed = time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Activation vectors per second since the first step."""
+        return (step - self.first) * self.batch_size / (time.perf_counter() - self.began)
+
+    def count(self, step: int, seconds_per_step: float) -> None:
+        """Log the estimate once, after `N_TIMED_STEPS` steps; the first one is not timed.
+
+        `seconds_per_step` is what is not part of every step. Evaluations are not counted.
+        """
+        done = step - self.first
+        if done == 1:
+            self.timed = time.perf_counter()
+        if done != N_TIMED_STEPS + 1 or step == self.n_steps:
+            return
+        seconds = (time.perf_counter() - self.timed) / N_TIMED_STEPS + seconds_per_step
+        log.info(
+            "training %s: about %s for the remaining %s of %d activation vectors (%d a second)",
+            counted(self.n_saes, "SAE"),
+            _duration(seconds * (self.n_steps - step)),
+            counted(self.n_steps - step, "step"),
+            self.batch_size,
+            self.batch_size / seconds,
+        )
+
+
+def _duration(seconds: float) -> str:
+    """ "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -346,8 +474,8 @@ def _fits(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Record]:
-    """The records of a checkpoint; raises DamagedCheckpoint for the state of another step."""
+def _read_state(folder: Path, training: str, step: int, n_steps: int) -> dict[str, Any]:
+    """The state of a checkpoint; raises DamagedCheckpoint for that of another step."""
     state = read_object(folder / STATE)
     records: Any = state.get("records")
     if state.get("training") != training:
@@ -357,7 +485,9 @@ def _read_state(folder: Path, training: str, step: int, n_steps: int) -> list[Re
     numbers = [v for r in records for v in r.values()] if _are_dicts(records) else [None]
     if not all(map(_is_finite, numbers)):
         raise DamagedCheckpoint(f"{STATE}: invalid records")
-    return records
+    if not isinstance(state.get("data", {}), dict):
+        raise DamagedCheckpoint(f"{STATE}: invalid data")
+    return state
 
 
 def _is_finite(value: Any) -> bool:

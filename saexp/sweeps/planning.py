@@ -45,6 +45,7 @@ from saexp.reports.saved import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes.sae import SparseAutoencoder
+from saexp.sweeps.trainings import TRAININGS, planned
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +261,8 @@ class SweepCallback(Callback):
         _reserve(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Write plan.json: all cells, and for each set of texts the hookpoints that cells need."""
+        """Write plan.json: all cells, for each set of texts the hookpoints that cells need, and the
+        trainings that share a corpus."""
         folder = Path(config.hydra.sweep.dir)
         _reserve(folder)
         PROCESS.sweep = folder
@@ -269,6 +271,7 @@ class SweepCallback(Callback):
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
             "cells": cells,
             "passes": _passes(cells),
+            TRAININGS: planned(config, cells, _composed),
         }
         with _ending_the_process():
             write_json(folder / SWEEP_PLAN, content, option=SWEEP_FOLDER)
@@ -319,13 +322,17 @@ def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
     kinds = dict.fromkeys(tuple(_relevant_words(cell)) for cell in cells)
     for words in kinds:
         try:
-            cfg = to_run_config(compose("config", overrides=list(words)), quiet=True)
+            cfg = _composed(words)
             hookpoints.setdefault(texts_key(cfg), set()).update(
                 _hookpoints(cfg, alone=len(kinds) == 1)
             )
         except (*COMPOSITION_ERRORS, SaexpError) as error:
             log.debug("not planned: %s (%s)", words, error)
     return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in hookpoints.items()}
+
+
+def _composed(words: Sequence[str]) -> RunConfig:
+    return to_run_config(compose("config", overrides=list(words)), quiet=True)
 
 
 def _relevant_words(cell: list[str]) -> list[str]:

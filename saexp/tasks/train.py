@@ -1,10 +1,11 @@
-"""task=train: an SAE or transcoder from stored activations, evaluated on held-out texts."""
+"""task=train: SAEs or transcoders, trained in one pass, evaluated on held-out texts."""
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,179 +13,381 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from saexp.activations.reader import OrdinaryRows, ShuffledReader
-from saexp.activations.shards import StoredValues
-from saexp.config import RunConfig, SAETrainerConfig, TrainConfig, parse_layers, parse_width
+from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
+from saexp.config.corpora import CorpusConfig
+from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
-from saexp.errors import ConfigError
-from saexp.files import is_writable, locked, try_lock
+from saexp.errors import SaexpError, counted
+from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
-from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
+from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Collected, begins_with_bos, collect_examples
+from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
-from saexp.reports.sae_quality import training_figures, transcoder_sentence, write_training_report
+from saexp.pipeline.training_data import N_MEASURED, StoredData, TrainingData
+from saexp.pipeline.training_evaluation import HeldOutEvaluation
+from saexp.pipeline.training_stream import StreamBatches, StreamedData
+from saexp.reports.training import (
+    SAES,
+    several_sentence,
+    training_figures,
+    transcoder_sentence,
+    write_training_report,
+)
 from saexp.results import Result
+from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
-from saexp.saes.sae import SparseAutoencoder
-from saexp.saes.training import Checkpoints, Reader, Training, TrainingSource
-from saexp.saes.training_architectures import TRANSCODERS, check_name
+from saexp.saes.training import Evaluate, Record, Training, train_together
+from saexp.saes.training_architectures import TrainingSource
+from saexp.saes.training_targets import Target, targets
 
-N_MEASURED = 65_536
-"""Largest number of held-out positions that are measured."""
+log = logging.getLogger(__name__)
+
+PASS_BYTES = {"cuda": 24 * 2**30, "cpu": 4 * 2**30}
+"""Limit on the SAEs of one pass that are of other cells of a sweep, by device type."""
+_NO_SCORE = (
+    "no CE score: zeros in place of the activation do not raise the model's loss on held-out text"
+)
 
 
 @dataclass(frozen=True)
-class _TrainingData:
-    """Stored activations, and the rows to train and to measure on."""
+class _Part:
+    """One trained SAE with what was measured of it."""
 
-    collected: Collected
-    hookpoints: list[Hookpoint]
-    """The stream that is read, and the one that a transcoder predicts."""
-    streams: list[StoredValues]
-    """`[n_rows, d]`, one per hookpoint."""
-    ordinary: OrdinaryRows
-    train_rows: np.ndarray
-    held_out_rows: np.ndarray
+    target: Target
+    training: Training
+    about: dict[str, Any]
+    """Its entry in provenance.json."""
+    result: Result
+    """Its metrics and tables, without a label."""
+    n_trained_on: int
+    n_measured: int
 
 
 def train(cfg: RunConfig, context: RunContext) -> Result:
     """Collect (or find) the activations, train, save in SAELens format, measure, report."""
-    hookpoints, width = _targets(cfg)
+    assert isinstance(cfg.task, TrainConfig)
+    own = targets(cfg.layer, cfg.width, cfg.task.streams, cfg.sae_trainer)
     model = language_model(cfg, context.objects)
-    model.check_layer(hookpoints[0].layer)
+    hookpoints = list(dict.fromkeys(h for target in own for h in target.hookpoints))
+    for hookpoint in hookpoints:
+        model.check_layer(hookpoint.layer)
+    others = _companions(context, model, own)
     with context.stage("collect"):
-        data = _collect(cfg, context, model, hookpoints)
-    training, folder, seconds = _trained(cfg, context, model, data, width)
+        data = _opened(cfg, context, model, hookpoints)
+    began = time.perf_counter()
+    with context.stage("train"):
+        trainings = _trained(cfg, context, model, data, own, others)
+    seconds = time.perf_counter() - began
     with context.stage("measure"):
-        sae, latents, measured = _measured(cfg, model, data, folder)
-    result = _result(cfg, data, training, latents, measured)
+        others_read = [h for target in others for h in target.hookpoints]
+        data.prepare_held_out([*hookpoints, *others_read])
+        parts = [
+            _measured(cfg, context, model, data, target, training)
+            for target, training in zip(own, trainings, strict=True)
+        ]
+    result = _result(data, parts)
     result.metrics["train/seconds"] = seconds
-    result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
-    about: dict[str, Any] = {
-        "device": str(model.device),
-        "model": describe_model(model),
-        "sae": {
-            "name": folder.name,
-            "path": str(folder),
-            "hookpoint": hookpoints[0].name,
-            "architecture": sae.architecture,
-            "d_sae": width,
-            "fingerprint": sae.metadata["fingerprint"],
-        },
-        **data.collected.provenance,
-        "n_trained_on": len(data.train_rows),
-        "n_measured": len(latents),
-    }
-    if len(hookpoints) > 1:
-        about["sae"]["hookpoint_out"] = hookpoints[1].name
-        about["finding"] = [transcoder_sentence(cfg.sae_trainer, about, result.metrics)]
-    result = save_run(context, cfg, result, data.collected.placement.skips, about)
+    about = _provenance(model, data, parts, result)
+    result = save_run(context, cfg, result, data.skips, about)
     with context.stage("report"):
         result.figures = training_figures(context.folder)
         write_training_report(context.folder, result.figures)
     if is_writable(cfg.cache_dir):
-        _remove_checkpoints(training.checkpoints)
+        for training in trainings:
+            _remove_checkpoints(training.checkpoints)
     return result
 
 
-def _collect(
-    cfg: RunConfig, context: RunContext, model: LanguageModel, hookpoints: list[Hookpoint]
-) -> _TrainingData:
-    collected = collect_examples(cfg, model, hookpoints, context.prefetch)
-    rows, held_out = _split(collected.placement.rows, cfg.sae_trainer.held_out, cfg.seed)
-    ordinary = collected.ordinary(hookpoints)
-    return _TrainingData(
-        collected=collected,
-        hookpoints=hookpoints,
-        streams=[collected.store.values(h.layer, h.stream) for h in hookpoints],
-        ordinary=ordinary,
-        train_rows=rows[ordinary.mask[rows]],
-        held_out_rows=held_out,
-    )
+def _opened(
+    cfg: RunConfig, context: RunContext, model: LanguageModel, hookpoints: Sequence[Hookpoint]
+) -> TrainingData:
+    """Stored activations, or those of a corpus, as `sae_trainer.source` says."""
+    is_corpus = isinstance(cfg.dataset, CorpusConfig)
+    source = cfg.sae_trainer.source or ("stream" if is_corpus else "store")
+    if source == "stream":
+        return StreamedData(cfg, model, context.objects)
+    return StoredData(cfg, context, model, hookpoints)
+
+
+def _evaluation(cfg: RunConfig, model: LanguageModel, data: TrainingData) -> Evaluate | None:
+    """How SAEs are evaluated while they are trained; None where they are not."""
+    if not cfg.sae_trainer.evaluate_every and isinstance(data, StoredData):
+        return None
+    evaluation = HeldOutEvaluation(cfg, model, data)
+    return evaluation if evaluation.is_possible else None
+
+
+def _folder(context: RunContext, target: Target) -> Path:
+    """Where the trained SAE is: `sae`, of several a folder in it."""
+    return context.folder / "sae" / target.label
 
 
 def _trained(
-    cfg: RunConfig, context: RunContext, model: LanguageModel, data: _TrainingData, width: int
-) -> tuple[Training, Path, float]:
-    """(the finished training, the folder with the SAE, seconds).
+    cfg: RunConfig,
+    context: RunContext,
+    model: LanguageModel,
+    data: TrainingData,
+    own: Sequence[Target],
+    others: Sequence[Target],
+) -> list[Training]:
+    """The finished trainings of the run's own SAEs, which are saved.
 
-    One process trains at a time; another one with the same settings waits, then finds the finished
-    checkpoint.
+    `others` are trained in the same pass; their cells find their checkpoints. One process trains at
+    a time; another one with the same settings waits, then finds the finished checkpoints.
     """
-    acts, *targets = data.streams
+    folder, writable = Path(cfg.cache_dir) / "training", is_writable(cfg.cache_dir)
+    keys = [folder / _key(cfg, data, target) for target in (*own, *others)]
+
+    def begin(target: Target, key: Path) -> Training:
+        source = _source(model, data, target)
+        training = Training(
+            target.trainer,
+            target.d_sae,
+            source,
+            key,
+            model.device,
+            writable=writable,
+            label=target.label,
+        )
+        training.resume()
+        return training
+
+    with _locked([_lock(key) for key in keys] if writable else []):
+        trainings = [begin(*one) for one in zip(own, keys[: len(own)], strict=True)]
+        for training in trainings:
+            if training.is_finished:
+                # By another cell, or before this run ended.
+                for record in training.records:
+                    context.tracker.metrics(_labelled(record, training.label))
+        every = list(trainings)
+        if not all(training.is_finished for training in trainings):
+            for target, key in zip(others, keys[len(own) :], strict=True):
+                # Where it cannot be trained, its own cell reports why.
+                with suppress(SaexpError):
+                    every.append(begin(target, key))
+        if len(every) > len(trainings):
+            n = counted(len(every) - len(trainings), "SAE")
+            log.info("in the same pass: %s of later cells", n)
+        batches = data.batches(every, folder)
+        for training, record in train_together(every, batches, _evaluation(cfg, model, data)):
+            if training in trainings:
+                context.tracker.metrics(_labelled(record, training.label))
+        for training in trainings:
+            if training.error is not None:
+                raise training.error
+        _save(context, trainings)
+        if isinstance(batches, StreamBatches):
+            batches.remove()
+    return trainings
+
+
+def _companions(context: RunContext, model: LanguageModel, own: Sequence[Target]) -> list[Target]:
+    """SAEs of later cells that are trained in the same pass, as many as fit into memory."""
+    left = PASS_BYTES.get(model.device.type, PASS_BYTES["cpu"]) - sum(
+        _n_bytes(t, model) for t in own
+    )
+    result: list[Target] = []
+    for entry in context.trainings:
+        try:
+            found = targets(entry["layer"], entry["width"], entry["streams"], entry["sae_trainer"])
+            for hookpoint in (h for target in found for h in target.hookpoints):
+                model.check_layer(hookpoint.layer)
+        except SaexpError:
+            # Its own cell reports it.
+            continue
+        known = [_identity(target) for target in (*own, *result)]
+        new = [target for target in found if _identity(target) not in known]
+        left -= sum(_n_bytes(target, model) for target in new)
+        if left < 0:
+            break
+        result += [replace(target, label=_identity(target)) for target in new]
+    return result
+
+
+def _identity(target: Target) -> str:
+    """Hookpoints, width and settings in one line."""
+    names = ">".join(h.name for h in target.hookpoints)
+    trainer = target.trainer
+    options = ", ".join(f"{k} {v}" for k, v in sorted(trainer.options.items()))
+    settings = {key: getattr(trainer, key) for key in OF_ONE_SAE if key != "name"}
+    return f"{trainer.name} SAE of {target.d_sae} latents at {names} ({options}; {settings})"
+
+
+def _n_bytes(target: Target, model: LanguageModel) -> int:
+    """Memory of weights, gradients and Adam's moving averages, about."""
+    return 4 * 4 * 2 * target.d_sae * model.d_model
+
+
+def _source(model: LanguageModel, data: TrainingData, target: Target) -> TrainingSource:
+    first, *others = target.hookpoints
     source = TrainingSource(
         model_name=model.name,
-        hookpoint=data.hookpoints[0],
-        d_in=acts.shape[1],
-        context_size=cfg.dataset.max_length,
+        hookpoint=first,
+        d_in=data.width(first),
+        context_size=data.context_size,
         prepend_bos=begins_with_bos(model),
     )
-    if targets:
-        source = replace(source, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
-    checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, data, width)
-    writable = is_writable(cfg.cache_dir)
-    began = time.perf_counter()
-    with context.stage("train"), locked(_lock(checkpoints)) if writable else nullcontext():
-        training = Training(
-            cfg.sae_trainer, width, source, checkpoints, model.device, writable=writable
-        )
-        for record in training.run(_reader(data.streams, data.train_rows, cfg)):
-            context.tracker.metrics(record)
-        folder = training.save(context.folder / "sae")
+    if others:
+        source = replace(source, hookpoint_out=others[0], d_out=data.width(others[0]))
+    return source
+
+
+def _save(context: RunContext, trainings: Sequence[Training]) -> None:
+    """Write the SAEs to the run's folder."""
+    folder = context.folder / "sae"
+    if len(trainings) == 1:
+        trainings[0].save(folder)
+    else:
+
+        def write(temporary: Path) -> None:
+            for training in trainings:
+                (temporary / training.label).mkdir()
+                training.snapshot(temporary / training.label)
+
+        write_folder(folder, write, option=RUN_FOLDER)
     context.results.update(
         f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
     )
-    return training, folder, time.perf_counter() - began
+
+
+def _labelled(record: Record, label: str) -> Record:
+    """The record of one of several SAEs: `train/<label>/overall_loss`, with the common step."""
+    if not label:
+        return record
+    common = ("train/step", "train/samples_per_second")
+    return {
+        k if k in common else f"train/{label}/{k.removeprefix('train/')}": v
+        for k, v in record.items()
+    }
 
 
 def _measured(
-    cfg: RunConfig, model: LanguageModel, data: _TrainingData, folder: Path
-) -> tuple[SparseAutoencoder, Latents, dict[str, float | None]]:
-    """(the trained SAE, its latents at ordinary held-out positions, metrics of those)."""
-    sae = load_sae(folder).to(model.device)
-    acts, *targets = data.streams
-    sample = _sample(data.held_out_rows, N_MEASURED, cfg.seed)
-    rows = data.collected.placement.rows.iloc[sample].reset_index(drop=True)
-    ordinary = data.ordinary.mask[sample]
-    target = targets[0] if targets else None
-    latents, metrics = encode_rows(acts, sample, sae, rows, target, ordinary)
-    return sae, latents.where(ordinary), metrics
-
-
-def _result(
     cfg: RunConfig,
-    data: _TrainingData,
+    context: RunContext,
+    model: LanguageModel,
+    data: TrainingData,
+    target: Target,
     training: Training,
-    latents: Latents,
-    measured: Mapping[str, float | None],
-) -> Result:
-    """Metrics, tables and notes of a finished training."""
+) -> _Part:
+    """Encode ordinary held-out positions with the trained SAE."""
+    folder = _folder(context, target)
+    sae = load_sae(folder).to(model.device)
+    held_out = data.held_out(training)
+    latents, measured = encode_rows(
+        held_out.acts, held_out.chosen, sae, held_out.rows, held_out.target, held_out.ordinary
+    )
+    latents = latents.where(held_out.ordinary)
     last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
-    collected, trainer = data.collected, cfg.sae_trainer
-    result = Result(metrics={**collected.metrics, **measured, **last})
-    result.metrics["train/n_steps"] = training.n_steps
-    result.tables = {
+    off_k = off_target(target.trainer, measured["sparsity/l0"])
+    steps = training.n_steps, target.trainer.dead_feature_window
+    about: dict[str, Any] = {
+        "name": target.label or folder.name,
+        "path": str(folder),
+        "hookpoint": target.hookpoints[0].name,
+        "architecture": sae.architecture,
+        "d_sae": target.d_sae,
+        "fingerprint": sae.metadata["fingerprint"],
+    }
+    if len(target.hookpoints) > 1:
+        about["hookpoint_out"] = target.hookpoints[1].name
+    tables = {
         "training": pd.DataFrame(training.records).rename(columns=lambda c: c.split("/")[-1]),
         "density": _density(latents),
         "active": pd.DataFrame({"n_active": np.diff(latents.csr.indptr)}),
         "values": _values(latents, cfg.seed),
-        "skips": skips_table(collected.placement.skips),
     }
-    off_k = off_target(trainer, measured["sparsity/l0"])
-    steps = training.n_steps, trainer.dead_feature_window
-    result.notes = [
-        *collected.examples.notes,
-        *data.ordinary.notes("training and the measured numbers leave them out"),
-        *off_k,
-        *off_curve(last, measured, *steps, l0_reported=bool(off_k)),
-    ]
+    notes = [] if "train/ce_loss_score" in last or "train/held_out_l0" not in last else [_NO_SCORE]
+    notes += [*off_k, *off_curve(last, measured, *steps, l0_reported=bool(off_k))]
+    result = Result({**measured, **last}, tables, notes=notes)
+    return _Part(target, training, about, result, data.n_trained_on(training), len(latents))
+
+
+def _result(data: TrainingData, parts: Sequence[_Part]) -> Result:
+    """Metrics, tables and notes of all SAEs; of several, those of each have its label."""
+    first = parts[0]
+    result = Result(metrics=dict(data.metrics(first.training)))
+    notes = [note for part in parts for note in data.notes(part.training)]
+    if len(parts) == 1:
+        result.metrics |= first.result.metrics
+        result.tables |= first.result.tables
+        notes += first.result.notes
+        notes.append(f"""use it with: sae=local 'sae.path="{first.about["path"]}"'""")
+    else:
+        of_all = set.intersection(*(set(part.result.notes) for part in parts))
+        notes += [f"all SAEs: {note}" for note in sorted(of_all)]
+        for part in parts:
+            label = part.target.label
+            result.metrics |= {f"{k}_{label}": v for k, v in part.result.metrics.items()}
+            notes += [f"{label}: {note}" for note in part.result.notes if note not in of_all]
+        for name in first.result.tables:
+            tables = [p.result.tables[name].assign(sae=p.target.label) for p in parts]
+            result.tables[name] = pd.concat(tables, ignore_index=True)
+        result.tables[SAES] = _table(parts)
+        path = Path(first.about["path"]).parent / "<name>"
+        notes.append(f"""use one with: sae=local 'sae.path="{path}"'""")
+    result.metrics["train/n_steps"] = first.training.n_steps
+    result.tables["skips"] = skips_table(data.skips)
+    result.notes = list(dict.fromkeys(notes))
     return result
+
+
+def _table(parts: Sequence[_Part]) -> pd.DataFrame:
+    """A row per SAE: what it is, and its metrics; those on held-out positions by their name."""
+    rows = []
+    for part in parts:
+        numbers = dict(part.result.metrics)
+        row: dict[str, Any] = {
+            "sae": part.target.label,
+            "trainer": part.target.trainer.name,
+            "options": json.dumps(part.target.trainer.options, sort_keys=True),
+            "seed": part.target.trainer.seed,
+            "layer": part.target.hookpoints[0].layer,
+            **{k: v for k, v in part.about.items() if k != "name"},
+            "n_trained_on": part.n_trained_on,
+            "n_measured": part.n_measured,
+        }
+        for name, value in numbers.items():
+            group, _, short = name.partition("/")
+            column = short if group != "train" or short == "ce_loss_score" else f"train_{short}"
+            row[column] = value
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _provenance(
+    model: LanguageModel, data: TrainingData, parts: Sequence[_Part], result: Result
+) -> dict[str, Any]:
+    """Model, SAEs and data for provenance.json."""
+    first = parts[0]
+    about: dict[str, Any] = {
+        "device": str(model.device),
+        "model": describe_model(model),
+        "sae": first.about,
+        **data.provenance,
+        "n_trained_on": first.n_trained_on,
+        "n_measured": first.n_measured,
+    }
+    if len(parts) > 1:
+        saes = [part.about for part in parts]
+        joined = {k: ", ".join(dict.fromkeys(str(s[k]) for s in saes if k in s)) for k in saes[0]}
+        about |= {"sae": joined, "saes": saes}
+        about["finding"] = [several_sentence(model.name, result.tables[SAES])]
+    elif "hookpoint_out" in first.about:
+        about["finding"] = [transcoder_sentence(first.target.trainer, about, result.metrics)]
+    return about
+
+
+@contextmanager
+def _locked(locks: Sequence[Path]) -> Iterator[None]:
+    """Hold several locks; all processes take them in the same order."""
+    with ExitStack() as stack:
+        for lock in sorted(set(locks)):
+            stack.enter_context(locked(lock))
+        yield
 
 
 def _lock(checkpoints: Path) -> Path:
@@ -197,6 +400,19 @@ def _remove_checkpoints(checkpoints: Checkpoints) -> None:
     if lock is not None:
         checkpoints.remove()
         lock.release()
+
+
+def _key(cfg: RunConfig, data: TrainingData, target: Target) -> str:
+    """Hash of what determines the result, by which checkpoints of a killed run are found."""
+    parts = [
+        data.key(target.hookpoints),
+        ">".join(h.name for h in target.hookpoints),
+        target.d_sae,
+        asdict(target.trainer),
+        [cfg.sae_trainer.seed, cfg.seed],
+        [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
@@ -258,88 +474,6 @@ _CURVE = {
     "dead_fraction": "sparsity/dead_fraction",
 }
 """Name of a training curve -> metric of the same quantity on held-out positions."""
-
-
-def _targets(cfg: RunConfig) -> tuple[list[Hookpoint], int]:
-    """(hookpoint that is read, and the one that a transcoder predicts; width).
-
-    Raises ConfigError for an unusable combination of trainer, layer, streams and width.
-    """
-    check_name(cfg.sae_trainer.name)
-    layers = [] if cfg.layer is None else parse_layers(cfg.layer)
-    assert isinstance(cfg.task, TrainConfig)
-    name, streams = cfg.sae_trainer.name, cfg.task.streams
-    transcoder = name in TRANSCODERS
-    if transcoder and len(streams) != 2:
-        raise ConfigError(
-            f"task.streams={streams}: {name} reads one stream and predicts another of the block; "
-            "type 'task.streams=[mlp_in,mlp_out]'"
-        )
-    if len(layers) != 1 or len(streams) != (2 if transcoder else 1):
-        raise ConfigError(
-            f"layer={cfg.layer}, task.streams={streams}: task=train takes one of each; sweep with "
-            "-m layer=0,1,2 (a transcoder, such as sae_trainer=batchtopk_transcoder, takes two "
-            "streams)"
-        )
-    hookpoints = [Hookpoint(layers[0], stream) for stream in streams]
-    forwards = STREAM_ORDER.index(streams[0]) < STREAM_ORDER.index(streams[-1])
-    if transcoder and (not forwards or hookpoints[0].stored == hookpoints[1].stored):
-        raise ConfigError(
-            f"task.streams={streams}: a transcoder predicts a stream that comes after the one it "
-            "reads; type 'task.streams=[mlp_in,mlp_out]'"
-        )
-    width = parse_width(cfg.width)
-    if width is None:
-        raise ConfigError("width is not set; type width=<number of latents>, such as width=2k")
-    return hookpoints, width
-
-
-def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows to train on, rows held out): a seeded choice of whole texts."""
-    texts = np.unique(rows["text_id"])
-    n = max(1, round(fraction * len(texts)))
-    if n >= len(texts):
-        raise ConfigError(
-            f"{len(texts)} texts are too few to train on some and hold {fraction:g} of them out"
-        )
-    held_out_texts = np.random.default_rng(seed).permutation(texts)[:n]
-    held_out = rows["text_id"].isin(held_out_texts).to_numpy()
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
-    if len(rows) <= n:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
-
-
-def _reader(streams: list[StoredValues], rows: np.ndarray, cfg: RunConfig) -> Reader:
-    """Batches of the stream, or of both streams concatenated along the last axis."""
-    trainer = cfg.sae_trainer
-
-    def start(step: int) -> Iterator[Tensor]:
-        readers = [
-            ShuffledReader(acts, rows, trainer.batch_size, trainer.seed, step) for acts in streams
-        ]
-        if len(readers) == 1:
-            return readers[0]
-        return (torch.cat(parts, dim=-1) for parts in zip(*readers, strict=True))
-
-    return start
-
-
-def _key(cfg: RunConfig, data: _TrainingData, width: int) -> str:
-    """Hash of what determines the result, by which checkpoints of a killed run are found."""
-    parts = [
-        data.collected.store.path.name,
-        hashlib.sha256(data.train_rows.astype("<i8").tobytes()).hexdigest(),
-        ">".join(h.name for h in data.hookpoints),
-        width,
-        asdict(cfg.sae_trainer),
-        cfg.seed,
-        [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _density(latents: Latents) -> pd.DataFrame:

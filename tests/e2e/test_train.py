@@ -145,7 +145,12 @@ def test_the_report_and_tables_say_what_was_measured(runs):
         (["sae_trainer.name=topkk"], ConfigError, "did you mean topk"),
         (["sae_trainer.options.kk=3"], ConfigError, "has no such option; did you mean k"),
         (["sae_trainer.options.k=500"], ConfigError, "above width=128"),
-        (["layer=[1,2]"], ConfigError, "sweep with -m layer=0,1,2"),
+        (["layer=null"], ConfigError, "layer is not set"),
+        (["sae_trainer.variants=[{k:8},{k:8}]"], ConfigError, "two are the same"),
+        (["sae_trainer.variants=[16]"], ConfigError, "is not a mapping; type e.g."),
+        (["sae_trainer.variants=[{lr:fast}]"], ConfigError, "{'lr': 'fast'}: Value 'fast'"),
+        (["sae_trainer.variants=[{n_samples:9}]"], ConfigError, "type sae_trainer.n_samples=9"),
+        (["task.streams=[mlp_in,mlp_out]"], ConfigError, "an SAE reads one stream"),
         (["sae_trainer.held_out=1"], ConfigError, "such as 0.1"),
         (["sae_trainer.lr=1e30"], SAEError, "at step"),
     ],
@@ -176,30 +181,28 @@ def test_an_l0_far_from_k_is_a_note(name, options, l0, has_note):
     )
 
 
-def test_checkpoints_are_known_by_the_rows_that_are_trained_on(cache, tmp_path):
+def test_checkpoints_are_known_by_what_is_trained_on_which_data(cache):
     from types import SimpleNamespace
 
     from saexp.models.hookpoints import Hookpoint
+    from saexp.saes.training_targets import Target, variants_of
     from saexp.tasks.train import _key
 
-    store = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "store"))
-    rows, at = np.arange(9), [Hookpoint(1, "resid_post")]
-
-    def key(*words: str, store=store, at=at, width=256, rows=rows) -> str:
+    def key(*words: str, data="store, rows", at="resid_post", layer=1, width=256) -> str:
         cfg = saexp.compose(["task=train", f"cache_dir={cache}", *words])
-        data = SimpleNamespace(collected=store, hookpoints=at, train_rows=rows)
-        return _key(cfg, data, width)
+        source = SimpleNamespace(key=lambda streams: [data, [s.name for s in streams]])
+        target = Target((Hookpoint(layer, at),), width, variants_of(cfg.sae_trainer)[""])
+        return _key(cfg, source, target)
 
-    other = SimpleNamespace(store=SimpleNamespace(path=tmp_path / "other"))
     changed = [
         key(),
         key("seed=1"),
         key("sae_trainer.n_samples=99"),
         key("sae_trainer=topk"),
-        key(store=other),
-        key(at=[Hookpoint(2, "resid_post")]),
+        key(data="other store"),
+        key(layer=2),
+        key(at="mlp_out"),
         key(width=512),
-        key(rows=rows[1:]),
     ]
     assert len(set(changed)) == len(changed)
     assert key("tracker=none", "intervention=none") == key()

@@ -197,7 +197,6 @@ def test_other_pairs_of_streams(cache: Path, tmp_path: Path, streams: str) -> No
         (["task.streams=[embed,resid_pre]", "layer=0"], ConfigError, "comes after the one"),
         (["task.streams=[mlp_in,mlp_ou]"], ModelError, "did you mean mlp_out"),
         ([BOTH, "sae_trainer=batchtopk"], ConfigError, "takes two streams"),
-        ([BOTH, "layer=[1,2]"], ConfigError, "sweep with -m layer=0,1,2"),
         ([BOTH, "layer=7"], ModelError, "layer=7"),
         (
             [BOTH, "sae_trainer.name=gated_transcoder"],

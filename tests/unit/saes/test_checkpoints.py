@@ -18,7 +18,8 @@ from torch import Tensor
 from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training import CHECKSUMS, Training, TrainingSource
+from saexp.saes.checkpoints import CHECKSUMS
+from saexp.saes.training import Training, TrainingSource
 
 D_IN, D_SAE, BATCH = 8, 32, 16
 PLACE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)

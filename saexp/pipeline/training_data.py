@@ -1,0 +1,231 @@
+"""What SAEs are trained on: stored activations of examples, split by text."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saexp.activations.reader import OrdinaryRows, ShuffledReader
+from saexp.activations.shards import StoredValues
+from saexp.config import RunConfig
+from saexp.context import RunContext
+from saexp.data.examples import Skip
+from saexp.data.tokenization import TokenizedText
+from saexp.errors import ConfigError
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+from saexp.pipeline.collect import collect_examples
+from saexp.saes.training import Batches, Reader, ReaderBatches, Streams, Training
+
+N_MEASURED = 65_536
+"""Largest number of held-out positions that are measured."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Activations that an SAE was not trained on."""
+
+    acts: Tensor | StoredValues
+    target: Tensor | StoredValues | None
+    """The stream that a transcoder predicts."""
+    chosen: np.ndarray
+    """The rows of `acts` that are measured."""
+    rows: pd.DataFrame
+    """Text and token of each of these."""
+    ordinary: np.ndarray
+    """Which of these do not have a high norm."""
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """The data of one pass."""
+
+    context_size: int
+    """Longest text in tokens."""
+    skips: list[Skip]
+    """Examples that could not be used."""
+    n_evaluated: int
+    """Tokens that evaluations sent through the model."""
+
+    @property
+    def tokens_forwarded(self) -> int:
+        """Tokens that this run sent through the language model."""
+        ...
+
+    def width(self, hookpoint: Hookpoint) -> int:
+        """Size of the activations at a hookpoint."""
+        ...
+
+    def key(self, streams: Streams) -> list[Any]:
+        """What determines the batches of these streams, beside the trainer's settings."""
+        ...
+
+    def batches(self, trainings: Sequence[Training], checkpoints: Path) -> Batches:
+        """The batches of a pass; `checkpoints` is the folder with those of all trainings."""
+        ...
+
+    def prepare_held_out(self, hookpoints: Sequence[Hookpoint]) -> None:
+        """Compute what `held_out` needs of these hookpoints, if that is not done yet."""
+        ...
+
+    def held_out(self, training: Training) -> HeldOut:
+        """What a finished training is measured on."""
+        ...
+
+    def evaluation_texts(self) -> list[TokenizedText]:
+        """Held-out texts, on which the loss with the reconstruction spliced in is measured."""
+        ...
+
+    def n_trained_on(self, training: Training) -> int:
+        """Different positions that the SAE was trained on."""
+        ...
+
+    def notes(self, training: Training) -> list[str]:
+        """Remarks about the data of one SAE."""
+        ...
+
+    def metrics(self, training: Training) -> dict[str, float | int | None]:
+        """Numbers about the data."""
+        ...
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the activations are from, for provenance.json."""
+        ...
+
+
+class StoredData:
+    """Stored activations at the positions of examples; whole texts are held out.
+
+    SAEs of different streams leave out positions of high norm in their own streams.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        context: RunContext,
+        model: LanguageModel,
+        hookpoints: Sequence[Hookpoint],
+    ) -> None:
+        self.cfg = cfg
+        self.collected = collect_examples(cfg, model, list(hookpoints), context.prefetch)
+        self.context_size = cfg.dataset.max_length
+        self.skips = self.collected.placement.skips
+        self.n_evaluated = 0
+        rows = self.collected.placement.rows
+        self._train, self._held_out = _split(rows, cfg.sae_trainer.held_out, cfg.seed)
+        self._ordinary: dict[Streams, OrdinaryRows] = {}
+
+    @property
+    def tokens_forwarded(self) -> int:
+        """Tokens that this run collected, and those of evaluations."""
+        return self.collected.stats.tokens_forwarded + self.n_evaluated
+
+    def _values(self, hookpoint: Hookpoint) -> StoredValues:
+        return self.collected.store.values(hookpoint.layer, hookpoint.stream)
+
+    def ordinary(self, streams: Streams) -> OrdinaryRows:
+        """Which rows do not have a high norm in these streams."""
+        if streams not in self._ordinary:
+            self._ordinary[streams] = self.collected.ordinary(list(streams))
+        return self._ordinary[streams]
+
+    def train_rows(self, streams: Streams) -> np.ndarray:
+        """The rows that an SAE of these streams is trained on."""
+        return self._train[self.ordinary(streams).mask[self._train]]
+
+    def width(self, hookpoint: Hookpoint) -> int:
+        """Size of the stored activations."""
+        return self._values(hookpoint).shape[1]
+
+    def key(self, streams: Streams) -> list[Any]:
+        """The store and the rows."""
+        rows = self.train_rows(streams).astype("<i8").tobytes()
+        return [self.collected.store.path.name, hashlib.sha256(rows).hexdigest()]
+
+    def batches(self, trainings: Sequence[Training], checkpoints: Path) -> Batches:  # noqa: ARG002
+        """Batches of shuffled rows, in a new order each epoch."""
+        return ReaderBatches({t.streams: self._reader(t.streams) for t in trainings})
+
+    def _reader(self, streams: Streams) -> Reader:
+        """Batches of the stream, or of both streams concatenated along the last axis."""
+        values, rows = [self._values(h) for h in streams], self.train_rows(streams)
+        trainer = self.cfg.sae_trainer
+
+        def start(step: int) -> Iterator[Tensor]:
+            readers = [
+                ShuffledReader(acts, rows, trainer.batch_size, trainer.seed, step)
+                for acts in values
+            ]
+            if len(readers) == 1:
+                return readers[0]
+            return (torch.cat(parts, dim=-1) for parts in zip(*readers, strict=True))
+
+        return start
+
+    def prepare_held_out(self, hookpoints: Sequence[Hookpoint]) -> None:
+        """Nothing: they are stored."""
+
+    def held_out(self, training: Training) -> HeldOut:
+        """A seeded choice of the held-out rows."""
+        acts, *targets = (self._values(h) for h in training.streams)
+        chosen = _sample(self._held_out, N_MEASURED, self.cfg.seed)
+        return HeldOut(
+            acts=acts,
+            target=targets[0] if targets else None,
+            chosen=chosen,
+            rows=self.collected.placement.rows.iloc[chosen].reset_index(drop=True),
+            ordinary=self.ordinary(training.streams).mask[chosen],
+        )
+
+    def evaluation_texts(self) -> list[TokenizedText]:
+        """The texts of the held-out rows."""
+        placement = self.collected.placement
+        ids = pd.unique(placement.rows["text_id"].iloc[self._held_out])
+        return [placement.texts[int(n)] for n in ids]
+
+    def n_trained_on(self, training: Training) -> int:
+        """Number of rows, which are read again as often as needed."""
+        return len(self.train_rows(training.streams))
+
+    def notes(self, training: Training) -> list[str]:
+        """Notes on the examples and on high norms."""
+        ordinary = self.ordinary(training.streams)
+        return [
+            *self.collected.examples.notes,
+            *ordinary.notes("training and the measured numbers leave them out"),
+        ]
+
+    def metrics(self, training: Training) -> dict[str, float | int | None]:  # noqa: ARG002
+        """`collection/…`."""
+        return {**self.collected.metrics, "collection/tokens_forwarded": self.tokens_forwarded}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Store and data set."""
+        return {**self.collected.provenance, "tokens_forwarded": self.tokens_forwarded}
+
+
+def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows to train on, rows held out): a seeded choice of whole texts."""
+    texts = np.unique(rows["text_id"])
+    n = max(1, round(fraction * len(texts)))
+    if n >= len(texts):
+        raise ConfigError(
+            f"{len(texts)} texts are too few to train on some and hold {fraction:g} of them out"
+        )
+    held_out_texts = np.random.default_rng(seed).permutation(texts)[:n]
+    held_out = rows["text_id"].isin(held_out_texts).to_numpy()
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    if len(rows) <= n:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
