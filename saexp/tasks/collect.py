@@ -39,6 +39,7 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
         metrics=collected.metrics,
         tables={"rows": collected.placement.rows, "skips": skips_table(skips)},
         notes=[
+            *model.notes,
             *collected.examples.notes,
             f"store: {store.path}",
             *_missing_shards_notes(task, store, hookpoints),

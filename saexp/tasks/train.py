@@ -64,6 +64,7 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
     with context.stage("measure"):
         sae, latents, measured = _measured(cfg, model, data, folder)
     result = _result(cfg, data, training, latents, measured)
+    result.notes[:0] = model.notes
     result.metrics["train/seconds"] = seconds
     result.notes.append(f"""use it with: sae=local 'sae.path="{folder}"'""")
     about: dict[str, Any] = {
