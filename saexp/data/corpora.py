@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
 from saexp.config.corpora import CorpusConfig
 from saexp.context import progress
@@ -203,7 +203,7 @@ class Corpus:
         return self.manifest["pack"]
 
     @cached_property
-    def _tokens(self) -> Int[np.ndarray, " n_tokens"]:
+    def _tokens(self) -> UInt[np.ndarray, " n_tokens"]:
         return np.memmap(self.path / TOKENS, dtype=self.manifest["dtype"], mode="r")
 
     @cached_property
