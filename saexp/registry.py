@@ -51,6 +51,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "memorization": "saexp.data.datasets:memorization",
         "hf": "saexp.data.datasets:hf",
         "prompt": "saexp.data.datasets:prompt",
+        "corpus": "saexp.data.documents:corpus",
         "wikidata": "saexp.labeling.wikidata:wikidata",
     },
     "positions": {

@@ -76,10 +76,10 @@ def _open_store(
     collector: Collector, request: CollectionRequest, cache_dir: Path, verify: bool, kept: bool
 ) -> ActivationStore:
     """The store in `cache_dir`, or in a temporary folder where that is read-only and incomplete."""
-    rows, part = request.positions.rows, request.part
+    rows, part = request.positions, request.part
     shard_rows = collector.store.shard_rows
     if part:
-        shard_rows = min(shard_rows, -(-len(rows) // part.n_shards))
+        shard_rows = min(shard_rows, -(-rows.n_rows // part.n_shards))
     known = collector.ingredients(request)
     if not kept and not is_writable(cache_dir):
         store = _complete_store(cache_dir, known, request, verify)
@@ -104,13 +104,14 @@ def _complete_store(
     folder = cache_dir / "activations" / store_key(known)
     try:
         store = ActivationStore.open(folder, verify=verify)
-        # Shards cannot be read where the rows table is damaged.
-        store.repeats  # noqa: B018
+        if not request.positions.are_distinct:
+            # Shards cannot be read where the rows table is damaged.
+            store.repeats  # noqa: B018
         if store.missing(request.hookpoints):
             return None
     except StoreError:
         return None
-    store.show(request.positions.rows)
+    store.show(request.positions)
     return store
 
 
@@ -368,5 +369,5 @@ class _Collection:
         lock.release()
 
     def _not_finite(self, hookpoint: Hookpoint, text_id: int, is_nan: bool) -> StoreError:
-        text = self.request.positions.texts[text_id].text
+        text = self.request.positions.text(text_id)
         return self.collector.not_finite(hookpoint, text, is_nan)

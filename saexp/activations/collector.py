@@ -5,7 +5,6 @@ libraries. A collector computes, or reads, the activations of one shard's rows.
 `activations.collection` asks it for the shards that a store lacks, and writes them.
 """
 
-import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from saexp.activations.forward import Batch, PaddedUnits, forward, pad, units
 from saexp.config import StoreConfig
 from saexp.config.components import CollectorConfig
-from saexp.data.positions import PositionTable
+from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, StoreError
 from saexp.models.forward import TokenBudget, batches, context_limit
 from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
@@ -46,7 +45,7 @@ class Part:
 class CollectionRequest:
     """Which activations a store must hold."""
 
-    positions: PositionTable
+    positions: PositionRows
     hookpoints: Sequence[Hookpoint]
     max_length: int
     """Length in tokens at which texts were truncated; part of the store's key."""
@@ -75,7 +74,7 @@ class CollectionStats:
 
 
 def ingredients(
-    model: LanguageModel, positions: PositionTable, max_length: int, dtype: torch.dtype
+    model: LanguageModel, positions: PositionRows, max_length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What determines the activations that `collector=hf` stores; hashed, it is the store's key."""
     blocks = model.cfg.blocks
@@ -93,18 +92,12 @@ def ingredients(
 
 
 def row_ingredients(
-    model: LanguageModel, positions: PositionTable, max_length: int, dtype: torch.dtype
+    model: LanguageModel, positions: PositionRows, max_length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The ingredients that say which rows a store has, whatever computes their values."""
-    token_ids, rows = hashlib.sha256(), hashlib.sha256()
-    for text in positions.texts:
-        token_ids.update(np.asarray([len(text), *text.ids], dtype="<i8").tobytes())
-    for column in ("text_id", "token_index"):
-        rows.update(positions.rows[column].to_numpy("<i8").tobytes())
     return {
         "tokenizer": model.tokenizer_fingerprint,
-        "texts": token_ids.hexdigest(),
-        "positions": rows.hexdigest(),
+        **positions.digests(),
         "dtype": str(dtype).removeprefix("torch."),
         "max_length": max_length,
     }
@@ -136,7 +129,7 @@ class Collector(ABC):
         """Raise ModelError for a layer that the model lacks or a text that it cannot hold."""
         for hookpoint in request.hookpoints:
             self.model.check_layer(hookpoint.layer)
-        longest = int(request.positions.rows["token_index"].max()) + 1
+        longest = request.positions.longest
         limit = context_limit(self.model)
         if limit is not None and longest > limit:
             short = self.model.name.rpartition("/")[2]

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from saexp.data.positions import PositionTable
+from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, brief
 from saexp.models.forward import TokenBudget, batches, padded
 from saexp.models.hookpoints import Hookpoint
@@ -184,7 +184,7 @@ class Unit:
     """Token ids to forward, and the rows read from them."""
 
     ids: tuple[int, ...]
-    rows: list[tuple[int, int, int]]
+    rows: Int[np.ndarray, "n 3"]
     """(row in the shard's file, token index, text id)."""
 
 
@@ -221,20 +221,15 @@ class PaddedUnits:
 def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
     """Pad units on the right; the first `n_past` tokens, shared by all, are in the mask alone."""
     ids, mask = padded([unit.ids for unit in chosen], pad_id, padding_side="right")
-    reads = np.asarray(
-        [
-            (n, token - n_past, row, text)
-            for n, unit in enumerate(chosen)
-            for row, token, text in unit.rows
-            if token >= n_past
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 4)
-    at = torch.from_numpy(reads[:, :2].T.copy())
-    return PaddedUnits(ids[:, n_past:], mask, at, reads[:, 2], reads[:, 3])
+    reads = np.concatenate([unit.rows for unit in chosen])
+    number = np.repeat(np.arange(len(chosen)), [len(unit.rows) for unit in chosen])
+    behind = reads[:, 1] >= n_past
+    number, (row, token, text) = number[behind], reads[behind].T
+    at = torch.from_numpy(np.stack([number, token - n_past]))
+    return PaddedUnits(ids[:, n_past:], mask, at, row, text)
 
 
-def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
+def units(positions: PositionRows, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
     """Token sequences to forward for these rows, which a shard's file holds in this order.
 
     The activations of a causal model do not depend on later tokens: a text is forwarded up to its
@@ -242,14 +237,18 @@ def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = N
     rotary frequencies depend on the length (by the language model's `config`), this holds among
     lengths with the same frequencies.
     """
-    rows_of_text: dict[int, list[tuple[int, int, int]]] = {}
-    columns = (placement.rows[c].to_numpy()[held].tolist() for c in ("text_id", "token_index"))
-    for row, (text_id, token) in enumerate(zip(*columns, strict=True)):
-        rows_of_text.setdefault(text_id, []).append((row, token, text_id))
+    if not len(held):
+        return []
+    first = int(held[0])
+    numbers = positions.numbers(first, int(held[-1]) + 1)
+    text_id, token = (column[held - first] for column in numbers[:2])
+    reads = np.stack([np.arange(len(held)), token, text_id], axis=1)
+    order = np.argsort(text_id, kind="stable")
+    starts = np.flatnonzero(np.diff(text_id[order], prepend=-1))
     sequences, by_length = [], depends_on_length(config)
-    for text_id, rows in rows_of_text.items():
-        ids = placement.texts[text_id].ids
-        n_read = max(t for _, t, _ in rows) + 1
+    for rows in np.split(reads[order], starts[1:]):
+        ids = positions.ids(int(rows[0, 2]))
+        n_read = int(rows[:, 1].max()) + 1
         if by_length and rope_regime(config, n_read) != rope_regime(config, len(ids)):
             n_read = len(ids)
         sequences.append(Unit(ids[:n_read], rows))
@@ -260,7 +259,8 @@ def units(placement: PositionTable, held: Int[np.ndarray, " n"], config: Any = N
         merged: list[Unit] = []
         for unit in reversed([sequences[i] for i in part]):
             if merged and merged[-1].ids[: len(unit.ids)] == unit.ids:
-                merged[-1].rows.extend(unit.rows)
+                rows = np.concatenate([merged[-1].rows, unit.rows])
+                merged[-1] = Unit(merged[-1].ids, rows)
             else:
                 merged.append(unit)
         todo += merged
@@ -345,7 +345,8 @@ class _Forward:
         past = Past(todo[0].ids[:n_shared], empty_past(self.model))
         if past.cache is None:
             return None
-        rows = [r for unit in todo for r in unit.rows if r[1] < n_shared]
+        reads = np.concatenate([unit.rows for unit in todo])
+        rows = reads[reads[:, 1] < n_shared]
         trusted = depth(self.hookpoints, whole=False) <= self.model.observed.n_blocks_compared
         n_more = 0
         try:

@@ -29,7 +29,7 @@ from saexp.activations.activation_files import ActivationFiles
 from saexp.activations.collector import CollectionRequest, Collector, row_ingredients
 from saexp.activations.forward import Batch
 from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
-from saexp.data.positions import PositionTable
+from saexp.data.rows import PositionTable
 from saexp.digests import contents, digest_of
 from saexp.errors import DataError, StoreError, counted
 from saexp.models.hookpoints import Hookpoint

@@ -27,9 +27,10 @@ from saexp.activations.shards import (
     read_manifest,
     write_manifest,
 )
+from saexp.data.rows import PositionRows
 from saexp.digests import digest_of
 from saexp.errors import ModelError, StoreError, counted
-from saexp.files import CACHE, USED, Marked, locked, write_table
+from saexp.files import CACHE, USED, Marked, locked, write_atomically, write_table
 from saexp.models.hookpoints import Hookpoint
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class ActivationStore(Marked):
         self._sound: set[tuple[str, int, str]] = set()
         self._reported: set[str] = set()
         """Warnings about damaged files that were logged already."""
-        self._rows: pd.DataFrame | None = None
+        self._rows: PositionRows | pd.DataFrame | None = None
         self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
 
@@ -173,7 +174,7 @@ class ActivationStore(Marked):
         cls,
         cache_dir: str | Path,
         ingredients: Mapping[str, Any],
-        rows: pd.DataFrame,
+        rows: PositionRows | pd.DataFrame,
         *,
         shard_rows: int,
         about: Mapping[str, Any] | None = None,
@@ -189,9 +190,11 @@ class ActivationStore(Marked):
             "key": folder.name,
             "ingredients": dict(ingredients),
             "about": dict(about or {}),
-            "n_rows": len(rows),
+            "n_rows": rows.n_rows if isinstance(rows, PositionRows) else len(rows),
             "shard_rows": shard_rows,
             "hookpoints": {},
+            # Absent otherwise, as in stores of earlier versions.
+            **({"distinct": True} if getattr(rows, "are_distinct", False) else {}),
         }
         for parent in (folder.parent, folder):
             try:
@@ -215,7 +218,7 @@ class ActivationStore(Marked):
                 manifest, is_new = sound_manifest(folder, fresh)
                 store = cls(folder, manifest)
                 if is_new or not store._holds(rows):
-                    write_table(folder / "rows.parquet", rows)
+                    _write_rows(folder / "rows.parquet", rows)
                 if is_new:
                     store.manifest = write_manifest(folder, manifest)
             (folder / USED).touch()
@@ -236,18 +239,22 @@ class ActivationStore(Marked):
     def rows(self) -> pd.DataFrame:
         """One row per position, in data set order; groups and splits are those of the last run."""
         if self._rows is not None:
-            return self._rows
+            return self._rows.rows if isinstance(self._rows, PositionRows) else self._rows
         return pd.read_parquet(self.path / "rows.parquet")
 
-    def show(self, rows: pd.DataFrame) -> None:
+    def show(self, rows: PositionRows | pd.DataFrame) -> None:
         """Use `rows` as the rows table of this object, without writing it."""
         self._rows = rows
 
-    def _holds(self, rows: pd.DataFrame) -> bool:
-        saved = self.saved_rows()
-        if saved is None:
-            log.warning("%s/rows.parquet is missing or damaged and is written again", self.path)
-        return saved is not None and saved.equals(rows)
+    def _holds(self, rows: PositionRows | pd.DataFrame) -> bool:
+        file = self.path / "rows.parquet"
+        try:
+            if isinstance(rows, PositionRows):
+                return rows.equals(file)
+            return pd.read_parquet(file).equals(rows)
+        except (OSError, ValueError):
+            log.warning("%s is missing or damaged and is written again", file)
+            return False
 
     def saved_rows(self, columns: list[str] | None = None) -> pd.DataFrame | None:
         """The rows table on disk, or some columns; None where it is missing or damaged."""
@@ -276,7 +283,9 @@ class ActivationStore(Marked):
     def kept(self, index: int) -> Int[np.ndarray, " n"]:
         """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
         first, end = self.shard_bounds[index]
-        return np.arange(end) if not first else self.repeats.kept(first, end)
+        if not first or self.manifest.get("distinct"):
+            return np.arange(first, end)
+        return self.repeats.kept(first, end)
 
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
@@ -412,3 +421,10 @@ class ActivationStore(Marked):
             )
         self._use()
         return hookpoint
+
+
+def _write_rows(file: Path, rows: PositionRows | pd.DataFrame) -> None:
+    if isinstance(rows, PositionRows):
+        write_atomically(file, rows.write)
+    else:
+        write_table(file, rows)

@@ -119,7 +119,7 @@ class ContextActivations:
         lengths = self.corpus.lengths(contexts)
         ids = torch.from_numpy(self.corpus.ids(contexts, self.model.pad_id))
         mask = (torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]).long()
-        read = (mask.bool() & ~torch.isin(ids, self._special)).nonzero(as_tuple=True)
+        row, token = (mask.bool() & ~torch.isin(ids, self._special)).nonzero(as_tuple=True)
         device = self.model.device
         try:
             values = run_truncated(
@@ -127,7 +127,7 @@ class ContextActivations:
                 ids.to(device),
                 mask.to(device),
                 self.hookpoints,
-                (read[0].to(device), read[1].to(device)),
+                (row.to(device), token.to(device)),
             )
         except torch.OutOfMemoryError as error:
             raise ModelError(
@@ -138,14 +138,13 @@ class ContextActivations:
         acts = {h: values[h].to(dtype) for h in self.hookpoints}
         for hookpoint, rows in acts.items():
             if not bool(rows.isfinite().all()):
-                raise self._not_finite(hookpoint, rows, ids, read)
+                raise self._not_finite(hookpoint, rows, ids[row])
         return acts, int(lengths.sum())
 
-    def _not_finite(
-        self, hookpoint: Hookpoint, rows: Tensor, ids: Tensor, read: tuple[Tensor, Tensor]
-    ) -> StoreError:
+    def _not_finite(self, hookpoint: Hookpoint, rows: Tensor, ids: Tensor) -> StoreError:
+        """The error that names the text; `ids` are the token ids of each row's context."""
         bad = int((~rows.isfinite().all(dim=-1)).nonzero()[0])
-        text = self.model.tokenizer.decode(ids[read[0][bad]].tolist(), skip_special_tokens=True)
+        text = self.model.tokenizer.decode(ids[bad].tolist(), skip_special_tokens=True)
         hint = "dtype=float32" if self.model.dtype != torch.float32 else "another model or corpus"
         return StoreError(f"NaN or Inf at {hookpoint.name} in the text '{text[:60]}'; try {hint}")
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.context import progress
-from saexp.data.positions import OWN_COLUMNS
+from saexp.data.rows import ROW_COLUMNS
 from saexp.errors import ConfigError, DataError, counted
 from saexp.latents.statistics import moments
 from saexp.stats.logistic_probe import Fitted, fit_logistic, folds
@@ -89,7 +89,7 @@ def column_names(name: str, value: Any) -> tuple[str, ...]:
     """Columns given by the option `name`: one, several or none. Raises ConfigError."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
     for column in listed:
-        if not isinstance(column, str) or (column in OWN_COLUMNS and column not in _TYPES):
+        if not isinstance(column, str) or (column in ROW_COLUMNS and column not in _TYPES):
             raise ConfigError(
                 f"analyzer.{name}={value}: type a column that groups rows by kind, such as "
                 "entity_type or a column of your data"
@@ -101,7 +101,7 @@ def check_columns(rows: pd.DataFrame, columns: Sequence[str], where: str) -> Non
     """Raise ConfigError for a column that does not exist or has no values."""
     for column in columns:
         if column not in rows or rows[column].isna().all():
-            allowed = [c for c in rows.columns if c == "entity_type" or c not in OWN_COLUMNS]
+            allowed = [c for c in rows.columns if c == "entity_type" or c not in ROW_COLUMNS]
             listed = ", ".join(c for c in allowed if rows[c].notna().any()) or "none"
             raise ConfigError(f"{where} has no values in column '{column}'; it has {listed}")
 

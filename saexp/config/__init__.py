@@ -16,6 +16,7 @@ from saexp.config.components import (
     TrackerConfig,
     WikidataConfig,
 )
+from saexp.config.corpora import CorpusConfig
 from saexp.config.environment import parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
 from saexp.config.run import RunConfig, register_schema, to_run_config
@@ -31,6 +32,7 @@ from saexp.config.tasks import (
 )
 
 __all__ = [
+    "CorpusConfig",
     "AnalyzerConfig",
     "CollectorConfig",
     "CacheConfig",

@@ -19,39 +19,21 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
-from saexp.config import environment
+from saexp.config import components, corpora, environment, tasks
 from saexp.config.components import (
     COLUMNS,
     AnalyzerConfig,
-    CapabilityConfig,
     CollectorConfig,
-    CustomAnalyzerConfig,
-    CustomDatasetConfig,
     DatasetConfig,
-    ImportedConfig,
     ModelConfig,
     PositionsConfig,
-    ProbeConfig,
     SAEConfig,
-    StatsConfig,
     StoreConfig,
-    TopFeaturesConfig,
     TrackerConfig,
-    WikidataConfig,
 )
 from saexp.config.environment import at_least, parse_coefficients, parse_layers, parse_width
 from saexp.config.interventions import InterventionConfig
-from saexp.config.tasks import (
-    CacheConfig,
-    CollectConfig,
-    CustomTaskConfig,
-    DashboardConfig,
-    EvaluateConfig,
-    LabelConfig,
-    SAETrainerConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from saexp.config.tasks import SAETrainerConfig, TaskConfig
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
 
@@ -131,28 +113,28 @@ _BASES: dict[str, type] = {
 
 _COMPONENTS: dict[str, dict[str, type]] = {
     "task": {
-        "cache": CacheConfig,
-        "collect": CollectConfig,
-        "dashboard": DashboardConfig,
-        "evaluate": EvaluateConfig,
-        "label": LabelConfig,
-        "train": TrainConfig,
+        "cache": tasks.CacheConfig,
+        "collect": tasks.CollectConfig,
+        "dashboard": tasks.DashboardConfig,
+        "evaluate": tasks.EvaluateConfig,
+        "label": tasks.LabelConfig,
+        "train": tasks.TrainConfig,
     },
-    "collector": {"imported": ImportedConfig},
-    "dataset": {"wikidata": WikidataConfig},
+    "collector": {"imported": components.ImportedConfig},
+    "dataset": {"corpus": corpora.CorpusConfig, "wikidata": components.WikidataConfig},
     "analyzer": {
-        "capability": CapabilityConfig,
-        "probe": ProbeConfig,
-        "stats": StatsConfig,
-        "top_features": TopFeaturesConfig,
+        "capability": components.CapabilityConfig,
+        "probe": components.ProbeConfig,
+        "stats": components.StatsConfig,
+        "top_features": components.TopFeaturesConfig,
     },
 }
 """Config group -> component -> its dataclass, where it has settings beyond those of its group."""
 
 _CUSTOM: dict[str, type] = {
-    "task": CustomTaskConfig,
-    "dataset": CustomDatasetConfig,
-    "analyzer": CustomAnalyzerConfig,
+    "task": tasks.CustomTaskConfig,
+    "dataset": components.CustomDatasetConfig,
+    "analyzer": components.CustomAnalyzerConfig,
 }
 """Config group -> dataclass of a custom component that was registered without one."""
 
@@ -248,8 +230,8 @@ def _register_builtin(store: ConfigStore) -> None:
         OmegaConf.set_struct(root[group], False)
     OmegaConf.set_struct(root, False)
     store.store(name="base_run", node=root)
-    for group, components in _COMPONENTS.items():
-        for name, cls in components.items():
+    for group, classes in _COMPONENTS.items():
+        for name, cls in classes.items():
             store.store(name=f"{group}_{name}", node=_own_settings(cls, _BASES[group]))
 
 

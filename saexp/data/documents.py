@@ -116,6 +116,11 @@ def sources(cfg: CorpusConfig) -> Sources:
     return Sources([_hub(cfg)])
 
 
+def corpus(cfg: CorpusConfig, **_: Any) -> Sources:
+    """Registry builder of `dataset=corpus`."""
+    return sources(cfg)
+
+
 _SAVED = ("state.json", "dataset_dict.json")
 """Files of a folder that `datasets` saved."""
 

@@ -12,13 +12,16 @@ from saexp.activations.imported import neutral_source
 from saexp.activations.reader import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.analysis.base import Analyzer
-from saexp.config import DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
+from saexp.config import CorpusConfig, DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
+from saexp.data.corpora import Corpus, TokenizerInfo, context_size, tokenized
 from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
-from saexp.data.positions import PositionTable, place
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import CorpusRows, PositionRows, PositionTable
 from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
+from saexp.models.forward import context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
@@ -144,6 +147,8 @@ def _sae_notes(
     ]
 
 
+CORPUS_TASKS = ("collect", "train")
+"""Tasks that read a corpus."""
 Prefetch = Sequence[tuple[int, str | None]]
 """(layer, stream) to store in the same pass; a stream of None is that of the run's own SAE."""
 
@@ -164,13 +169,13 @@ _TEXT_SETTINGS = (
 _POSITION_SETTINGS = ("n", "indices", "substring", "include_special", "seed")
 
 
-def truncation_notes(placement: PositionTable, dataset: str, max_length: int) -> list[str]:
+def truncation_notes(placement: PositionRows, dataset: str, max_length: int) -> list[str]:
     """One line on the texts that exceed the maximum length; none where all fit."""
-    n = placement.n_cut
+    n = placement.n_truncated
     if not n:
         return []
     return [
-        f"{dataset}: {n:,} of {counted(len(placement.texts), 'text')} {'was' if n == 1 else 'were'}"
+        f"{dataset}: {n:,} of {counted(placement.n_texts, 'text')} {'was' if n == 1 else 'were'}"
         f" cut at dataset.max_length={max_length} tokens; nothing beyond the cut is read"
     ]
 
@@ -180,13 +185,20 @@ class Collected:
     """Examples with their stored activations."""
 
     examples: ExampleSet
-    placement: PositionTable
+    placement: PositionRows
     store: ActivationStore
     stats: CollectionStats
     max_norm_ratio: float | None = None
     """Largest norm of an ordinary position over the median norm; None: all are ordinary."""
     neutral: "Collected | None" = None
     """Neutral text, whose median norm is the reference; None: these positions are."""
+
+    @property
+    def table(self) -> PositionTable:
+        """The positions of examples. Raises ConfigError for a corpus, which has none."""
+        if not isinstance(self.placement, PositionTable):
+            raise ConfigError(f"dataset={self.examples.name} has no examples; type dataset=text")
+        return self.placement
 
     def ordinary(self, hookpoints: Sequence[Hookpoint]) -> OrdinaryRows:
         """Which positions have no high norm at any of these hookpoints."""
@@ -233,6 +245,8 @@ def collect_examples(
     Where the model must run, the `prefetch` hookpoints are stored in the same pass; with `part`,
     only that part of the store is considered. The examples' notes count skipped examples.
     """
+    if isinstance(cfg.dataset, CorpusConfig):
+        return collect_corpus(cfg, model, hookpoints, prefetch, part)
     examples = registry.build("dataset", cfg.dataset)
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
@@ -250,6 +264,48 @@ def collect_examples(
         part=part,
     )
     return collected.with_notes(skip_notes(collected.placement.skips, len(examples)))
+
+
+def open_corpus(cfg: RunConfig, model: LanguageModel) -> Corpus:
+    """The tokenized corpus of `dataset=corpus`, with contexts that the model can read."""
+    assert isinstance(cfg.dataset, CorpusConfig)
+    tokenizer = TokenizerInfo(model.tokenizer, model.tokenizer_fingerprint, begins_with_bos(model))
+    short = model.name.rpartition("/")[2]
+    size = context_size(cfg.dataset, context_limit(model), short)
+    return tokenized(cfg.dataset, tokenizer, size, cfg.cache_dir)
+
+
+def collect_corpus(
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    prefetch: Prefetch = (),
+    part: Part | None = None,
+) -> Collected:
+    """As `collect_examples`, of the contexts of a corpus. Memory does not grow with the corpus.
+
+    Raises ConfigError for a task or an analyzer that compares groups of examples.
+    """
+    if cfg.task.name not in CORPUS_TASKS:
+        raise ConfigError(
+            f"task={cfg.task.name} analyses examples, and dataset=corpus has none; type task=train "
+            "or task=collect, or dataset=text for an example per line"
+        )
+    corpus = open_corpus(cfg, model)
+    rows = CorpusRows(corpus, cfg.positions, model.tokenizer)
+    notes = [f"{counted(len(corpus), 'context')} of {corpus.context_size} tokens", *corpus.notes]
+    examples = ExampleSet(name=cfg.dataset.name, examples=[], notes=notes)
+    own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
+    settings = _changed_settings(cfg.dataset, type(cfg.dataset)(), [*_TEXT_SETTINGS, *sorted(own)])
+    request = CollectionRequest(
+        positions=rows,
+        hookpoints=hookpoints,
+        max_length=corpus.context_size,
+        prefetch=_hookpoints_to_prefetch(model, hookpoints, prefetch),
+        part=part,
+        about=_about(model, examples, rows, cfg.positions, settings),
+    )
+    return _stored(cfg, model, examples, request)
 
 
 def check_weights(cfg: RunConfig, model: LanguageModel, analyzer: Analyzer | None) -> None:
@@ -320,7 +376,7 @@ def _collected(
 ) -> Collected:
     data = cfg.dataset
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
-    placement = place(
+    placement = resolve_positions(
         examples.examples,
         tokenized,
         registry.build("positions", positions),
@@ -337,18 +393,36 @@ def _collected(
         n_skipped=len(placement.skips),
         prefetch=_hookpoints_to_prefetch(model, hookpoints, prefetch),
         part=part,
-        about={
-            "dataset": examples.name,
-            "positions": positions.name,
-            "n_texts": len(placement.texts),
-            "n_tokens": sum(len(text) for text in placement.texts),
-            "dataset_settings": as_typed(settings, "dataset."),
-            "positions_settings": as_typed(
-                _changed_settings(positions, PositionsConfig(), _POSITION_SETTINGS), "positions."
-            ),
-            "begins_with_bos": begins_with_bos(model),
-        },
+        about=_about(model, examples, placement, positions, settings),
     )
+    return _stored(cfg, model, examples, request)
+
+
+def _about(
+    model: LanguageModel,
+    examples: ExampleSet,
+    rows: PositionRows,
+    positions: PositionsConfig,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Names for people in a store's manifest."""
+    return {
+        "dataset": examples.name,
+        "positions": positions.name,
+        "n_texts": rows.n_texts,
+        "n_tokens": rows.n_tokens,
+        "dataset_settings": as_typed(settings, "dataset."),
+        "positions_settings": as_typed(
+            _changed_settings(positions, PositionsConfig(), _POSITION_SETTINGS), "positions."
+        ),
+        "begins_with_bos": begins_with_bos(model),
+    }
+
+
+def _stored(
+    cfg: RunConfig, model: LanguageModel, examples: ExampleSet, request: CollectionRequest
+) -> Collected:
+    """Collect what the store lacks."""
     store, stats = collect(
         registry.build("collector", cfg.collector, model=model, store=cfg.store),
         request,
@@ -356,7 +430,7 @@ def _collected(
         verify=cfg.verify,
         must_persist=cfg.task.name == "collect",
     )
-    return Collected(examples, placement, store, stats, cfg.positions.max_norm_ratio)
+    return Collected(examples, request.positions, store, stats, cfg.positions.max_norm_ratio)
 
 
 def _changed_settings(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, Any]:

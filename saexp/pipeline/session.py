@@ -264,7 +264,7 @@ class Session:
         inputs = self._inputs(layer, data.examples)
         inputs.background = layer.background
         if data.neutral is not None:
-            inputs.neutral_texts = data.neutral.placement.texts
+            inputs.neutral_texts = data.neutral.table.texts
         if not texts:
             inputs.texts, inputs.neutral_texts = (), ()
         if data.transfer is not None:
@@ -291,7 +291,7 @@ class Session:
             groups=collected.examples.groups,
             layer=at.layer,
             acts=collected.store.values(at.layer, at.stream) if reads else None,
-            texts=collected.placement.texts,
+            texts=collected.table.texts,
             examples=collected.examples.examples,
             model=self.model,
             sae=layer.sae,

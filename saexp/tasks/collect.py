@@ -12,10 +12,11 @@ from saexp.activations.store import ActivationStore
 from saexp.activations.stores import differences, headline
 from saexp.config import CacheConfig, CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
+from saexp.data.rows import PositionTable
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
 from saexp.models.hookpoints import Hookpoint
-from saexp.pipeline.collect import collect_examples
+from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.results import Result
@@ -37,7 +38,7 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
     skips, store = collected.placement.skips, collected.store
     result = Result(
         metrics=collected.metrics,
-        tables={"rows": collected.placement.rows, "skips": skips_table(skips)},
+        tables={**_rows(collected), "skips": skips_table(skips)},
         notes=[
             *model.notes,
             *collected.examples.notes,
@@ -47,6 +48,12 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
     )
     about = {"device": str(model.device), "model": describe_model(model), **collected.provenance}
     return save_run(context, cfg, result, skips, about)
+
+
+def _rows(collected: Collected) -> dict[str, pd.DataFrame]:
+    """The table `rows`; without it for a corpus, whose rows are in the store alone."""
+    positions = collected.placement
+    return {"rows": positions.rows} if isinstance(positions, PositionTable) else {}
 
 
 def _missing_shards_notes(

@@ -113,7 +113,7 @@ def example_cards(
     placement = collected.placement
     windows = Windows(
         placement.rows,
-        placement.texts,
+        collected.table.texts,
         model.tokenizer,
         before=options.before,
         after=options.after,

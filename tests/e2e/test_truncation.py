@@ -13,7 +13,7 @@ import saexp
 from saexp import registry
 from saexp.config import PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import CUT, NO_SPAN, place
+from saexp.data.positions import NO_SPAN, TRUNCATED, resolve_positions
 from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
 from tests.random_models import tokenizer
@@ -48,7 +48,7 @@ def placed(
         spans = ((start, start + 2),) if start >= 0 else ()
         examples.append(Example(id=str(number), text=text, spans=spans, entity="Bo"))
     positions = registry.build("positions", PositionsConfig(name=kind, **options))
-    return place(examples, tokenize(texts, of, n), positions, of, 0, **how)
+    return resolve_positions(examples, tokenize(texts, of, n), positions, of, 0, **how)
 
 
 def characters(placement: Any, of: Any, number: int, n: int) -> list[tuple[int, int]]:
@@ -74,7 +74,7 @@ def test_what_is_read_in_a_cut_text_is_what_is_read_in_the_whole_text(
     except DataError:
         return
     whole = placed(texts, of, kind, options, 512)
-    assert cut.n_cut == sum(
+    assert cut.n_truncated == sum(
         t.truncated
         for number, t in enumerate(tokenize(texts, of, n))
         if kind in ("last", "indices") and characters(cut, of, number, n)
@@ -87,7 +87,9 @@ def test_what_is_read_in_a_cut_text_is_what_is_read_in_the_whole_text(
             assert str(number) in reasons
         elif str(number) in reasons:
             assert tokens.truncated
-            assert reasons[str(number)] == CUT or "cut off by truncation" in reasons[str(number)]
+            assert (
+                reasons[str(number)] == TRUNCATED or "cut off by truncation" in reasons[str(number)]
+            )
         else:
             assert characters(cut, of, number, n) == characters(whole, of, number, 512)
 
@@ -101,8 +103,8 @@ def test_kinds_that_read_as_far_as_a_text_goes_count_the_cut_ones(
     placement = placed(texts, tokenizer(), kind, options, 12)
     assert placement.skips == []
     # Of distinct texts.
-    assert placement.n_cut == 2
-    assert placed(texts, tokenizer(), kind, options, 512).n_cut == 0
+    assert placement.n_truncated == 2
+    assert placed(texts, tokenizer(), kind, options, 512).n_truncated == 0
 
 
 @pytest.mark.parametrize(("kind", "options"), [("last", {}), ("indices", {"indices": [-1]})])
@@ -110,7 +112,7 @@ def test_keep_reads_the_cut_text_and_counts_it(kind: str, options: dict[str, Any
     long = "The city of New Bresk lies on the wide river; its old harbour is busy."
     placement = placed([long, SHORT], tokenizer(), kind, options, 12, truncation="keep")
     assert placement.rows["token_index"].tolist()[0] == 11
-    assert (placement.n_cut, placement.skips) == (1, [])
+    assert (placement.n_truncated, placement.skips) == (1, [])
 
 
 def test_a_kind_of_one_s_own_counts_as_reading_as_far_as_a_text_goes() -> None:
@@ -122,8 +124,10 @@ def test_a_kind_of_one_s_own_counts_as_reading_as_far_as_a_text_goes() -> None:
 
     long = "The city of New Bresk lies on the wide river; its old harbour is busy."
     examples = [Example(id="1", text=long)]
-    placement = place(examples, tokenize([long], tokenizer(), 9), Third(), tokenizer(), 0)
-    assert (len(placement.rows), placement.n_cut) == (1, 1)
+    placement = resolve_positions(
+        examples, tokenize([long], tokenizer(), 9), Third(), tokenizer(), 0
+    )
+    assert (len(placement.rows), placement.n_truncated) == (1, 1)
 
 
 def test_nothing_but_cut_texts_is_an_error_that_names_the_options() -> None:
@@ -165,7 +169,7 @@ def ran(files: Path, folder: Path, *words: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("words", "n_rows", "n_skipped", "note"),
     [
-        (["positions=last"], 4, 2, f"2 of 6 examples were skipped: {CUT} (2)"),
+        (["positions=last"], 4, 2, f"2 of 6 examples were skipped: {TRUNCATED} (2)"),
         (["positions=last", "dataset.truncation=keep"], 6, 0, "text: 2 of 6 texts were cut at"),
         (["positions=middle"], 6, 0, "text: 2 of 6 texts were cut at dataset.max_length=24"),
         (["positions=last", "dataset.max_length=512"], 6, 0, None),
@@ -178,7 +182,7 @@ def test_a_run_counts_what_was_cut(
     assert result.metrics["collection/n_rows"] == n_rows
     assert result.metrics["collection/n_skipped"] == n_skipped
     skips = pd.read_parquet(tmp_path / "run/skips.parquet")
-    assert skips["reason"].tolist() == [CUT] * n_skipped
+    assert skips["reason"].tolist() == [TRUNCATED] * n_skipped
     noted = [n for n in provenance["notes"] if n.startswith(("text: ", "2 of 6"))]
     assert len(noted) == (note is not None)
     if note is not None:

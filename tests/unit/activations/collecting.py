@@ -16,7 +16,7 @@ from saexp.activations.collector import (
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import PositionTable, place
+from saexp.data.positions import PositionTable, resolve_positions
 from saexp.data.tokenization import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -38,7 +38,7 @@ def placed(
     ]
     tokens = tokenize(texts, tokenizer(), max_length)
     positions = registry.build("positions", PositionsConfig(name=name, **options))
-    return place(examples, tokens, positions, tokenizer(), 0)
+    return resolve_positions(examples, tokens, positions, tokenizer(), 0)
 
 
 def run(

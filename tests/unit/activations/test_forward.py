@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -18,7 +17,8 @@ from saexp.activations.collection import finite_rows
 from saexp.activations.collector import Part
 from saexp.activations.forward import units
 from saexp.activations.shards import Label, ShardWriter
-from saexp.data.positions import PositionTable
+from saexp.data.examples import Example
+from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError, StoreError
 from saexp.models.forward import AUTO_BATCH_TOKENS
@@ -52,11 +52,12 @@ def test_units_are_the_fewest_sequences_and_hold_every_row_of_the_shard_once(mad
     sequences, rows = made
     first = data.draw(st.integers(0, len(rows) - 1))
     end = data.draw(st.integers(first + 1, len(rows)))
-    placement = PositionTable(
-        pd.DataFrame(rows, columns=["text_id", "token_index"]),
-        [TokenizedText("", ids, (), (), False) for ids in sequences],
-        [],
-    )
+    texts = [TokenizedText("", ids, (), (), False) for ids in sequences]
+    chosen = [
+        Chosen(n, Example(id=str(n), text=""), n, [token for t, token in rows if t == n], 0)
+        for n in range(len(sequences))
+    ]
+    placement = PositionTable(chosen, texts, [], None)
     found = units(placement, np.arange(first, end))
     read = {row: (text, token, u.ids[: token + 1]) for u in found for row, token, text in u.rows}
     assert sum(len(u.rows) for u in found) == len(read)

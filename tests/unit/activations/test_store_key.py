@@ -13,7 +13,7 @@ from saexp.activations.collector import ingredients
 from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import All, place
+from saexp.data.positions import All, resolve_positions
 from saexp.data.tokenization import tokenize
 from saexp.models.loading import LanguageModel
 from tests.random_models import saved_lm
@@ -37,7 +37,7 @@ def key(
     model = LanguageModel(ModelConfig(name=str(folder), device="cpu", dtype=computed, **options))
     examples = [Example(id=str(i), text=t) for i, t in enumerate(texts)]
     tokens = tokenize(texts, model.tokenizer, max_length)
-    made = place(examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0)
+    made = resolve_positions(examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0)
     made = replace(made, rows=made.rows.iloc[keep].reset_index(drop=True))
     return store_key(ingredients(model, made, max_length, dtype))
 

@@ -8,7 +8,8 @@ import pytest
 from saexp import registry
 from saexp.config import DatasetConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import OWN_COLUMNS, place
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import ROW_COLUMNS
 from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError
 from tests.random_models import tokenizer
@@ -25,7 +26,7 @@ def placed(examples, name, max_length=64, seed=0, **options):
     chosen = [examples] if isinstance(examples, Example) else examples
     tokens = tokenize([e.text for e in chosen], tokenizer(), max_length)
     positions = registry.build("positions", PositionsConfig(name=name, **options))
-    return place(chosen, tokens, positions, tokenizer(), seed)
+    return resolve_positions(chosen, tokens, positions, tokenizer(), seed)
 
 
 def text_of(placement) -> str:
@@ -214,7 +215,7 @@ def test_rows_are_in_dataset_order_with_what_the_contract_names():
     ]
     placement = placed(examples, "entity_all")
     rows = placement.rows
-    assert list(rows.columns[: len(OWN_COLUMNS)]) == list(OWN_COLUMNS)
+    assert list(rows.columns[: len(ROW_COLUMNS)]) == list(ROW_COLUMNS)
     assert {
         *("row", "example_id", "group", "split", "entity_type"),
         *("text", "token_index", "token_id", "token"),
@@ -239,11 +240,11 @@ def test_one_text_of_several_examples_is_kept_once():
 
 
 def test_a_files_column_never_replaces_one_of_ours(tmp_path):
-    extra = {name: "theirs" for name in OWN_COLUMNS} | {"mine": "kept"}
+    extra = {name: "theirs" for name in ROW_COLUMNS} | {"mine": "kept"}
     rows = placed(example(extra=extra, group="known"), "entity_last").rows
     assert rows["group"].tolist() == ["known"]
     assert rows["token_index"].tolist() == [N - 2]
-    for name in OWN_COLUMNS:
+    for name in ROW_COLUMNS:
         assert rows[f"{name}_in_file"].tolist() == ["theirs"]
     assert rows["mine"].tolist() == ["kept"]
     rows.to_parquet(tmp_path / "rows.parquet")
@@ -281,9 +282,9 @@ class Plain:
 
 def test_positions_of_a_plugin_need_nothing_but_select():
     tokens = tokenize([TEXT], tokenizer(), 4)
-    got = place([example()], tokens, Plain(0, 2), tokenizer(), 0)
+    got = resolve_positions([example()], tokens, Plain(0, 2), tokenizer(), 0)
     assert indices(got) == [0, 2]
-    assert got.n_cut == 1
+    assert got.n_truncated == 1
 
 
 @pytest.mark.parametrize(
@@ -292,4 +293,4 @@ def test_positions_of_a_plugin_need_nothing_but_select():
 def test_what_a_plugin_chooses_is_checked(chosen, part):
     tokens = tokenize([TEXT], tokenizer(), 4)
     with pytest.raises(DataError, match=part):
-        place([example()], tokens, Plain(*chosen), tokenizer(), 0)
+        resolve_positions([example()], tokens, Plain(*chosen), tokenizer(), 0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import saexp
 from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
-from saexp.data.positions import Candidate, place
+from saexp.data.positions import Candidate, resolve_positions
 from saexp.data.tokenization import (
     CHANGED,
     PositionNotFound,
@@ -268,7 +268,9 @@ def test_last_is_the_text_s_own_last_token(of: str) -> None:
     tokenizer = base_tokenizers()[of]
     [tokens] = tokenize(["The end."], tokenizer, 64)
     positions = build("positions", PositionsConfig(name="last", include_special=True))
-    rows = place([Example(id="1", text="The end.")], [tokens], positions, tokenizer, 0).rows
+    rows = resolve_positions(
+        [Example(id="1", text="The end.")], [tokens], positions, tokenizer, 0
+    ).rows
     assert tokens.text[slice(*tokens.offsets[rows["token_index"].item()])].endswith(".")
 
 

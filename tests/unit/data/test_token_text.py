@@ -15,7 +15,7 @@ from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.group_statistics import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
 from saexp.data.examples import Example
-from saexp.data.positions import place
+from saexp.data.positions import resolve_positions
 from saexp.data.tokenization import pieces, token_texts, tokenize
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
@@ -106,7 +106,7 @@ def test_top_features_shows_characters_not_bytes(positions: str) -> None:
     model = LanguageModel.wrap(random_hf("llama"), words, name="random")
     examples = [Example(id=str(i), text=t) for i, t in enumerate(TEXTS)]
     where = build("positions", PositionsConfig(name=positions, n=9))
-    placed = place(examples, tokenize(TEXTS, words, 400), where, words, 0)
+    placed = resolve_positions(examples, tokenize(TEXTS, words, 400), where, words, 0)
     n = len(placed.rows)
     # One latent a position, so that each is the strongest position of one.
     latents = Latents(sparse.csr_array(np.eye(n, dtype=np.float32)), placed.rows)

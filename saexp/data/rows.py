@@ -1,0 +1,395 @@
+"""The rows of a run: the analysed positions as numbers, to which strings are joined when needed."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, Int
+
+from saexp.config import PositionsConfig
+from saexp.data.corpora import Corpus
+from saexp.data.examples import Example, Skip
+from saexp.data.tokenization import TokenizedText
+from saexp.digests import digest_of
+from saexp.errors import ConfigError, DataError
+
+ROW_COLUMNS = (
+    "row",
+    "example_id",
+    "unit",
+    "group",
+    "split",
+    "entity",
+    "entity_type",
+    "text",
+    "text_id",
+    "token_index",
+    "token_id",
+    "token",
+    "n_entity_tokens",
+)
+"""Columns of every rows table. A column of the data file with such a name is renamed to
+`<name>_in_file`."""
+
+
+_GROUP_ROWS = 65_536
+"""Rows per group of rows.parquet."""
+
+
+class Numbers(NamedTuple):
+    """What identifies positions, each `[n]` int64."""
+
+    text_id: Int[np.ndarray, " n"]
+    token_index: Int[np.ndarray, " n"]
+    token_id: Int[np.ndarray, " n"]
+
+
+class PositionRows(ABC):
+    """The analysed positions, one row each: numbers, to which strings are joined when asked for.
+
+    `skips` are the examples without a position.
+    """
+
+    skips: Sequence[Skip] = ()
+    n_truncated = 0
+    """Texts that were truncated at the maximum length and of which only the rest is read."""
+    are_distinct = False
+    """Whether no two rows are the same token of the same text, without a look at the rows."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """Number of positions."""
+
+    @property
+    @abstractmethod
+    def n_texts(self) -> int:
+        """Number of distinct texts; `text_id` counts them."""
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Tokens of all texts."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens up to the last position of the text where it is largest."""
+
+    @abstractmethod
+    def numbers(self, first: int, end: int) -> Numbers:
+        """The numbers of rows [first, end)."""
+
+    @abstractmethod
+    def ids(self, text_id: int) -> tuple[int, ...]:
+        """Token ids of a text, special tokens included."""
+
+    @abstractmethod
+    def text(self, text_id: int) -> str:
+        """A text, for messages."""
+
+    @abstractmethod
+    def digests(self) -> dict[str, str]:
+        """Hashes `texts` (token ids) and `positions`, which determine the rows."""
+
+    @abstractmethod
+    def frame(self, first: int, end: int) -> pd.DataFrame:
+        """Rows [first, end) of the table `rows`."""
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """All rows with their strings: ROW_COLUMNS, then the file's other columns."""
+        return self.frame(0, self.n_rows)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        """Arrow's types of the columns, the same for every part of the rows."""
+        return pa.Schema.from_pandas(self.frame(0, 1), preserve_index=False)
+
+    def write(self, file: Path) -> None:
+        """Write `rows` as parquet, row group by row group; memory does not grow with the rows."""
+        schema = self._schema
+        with pq.ParquetWriter(file, schema) as writer:
+            for first in range(0, self.n_rows, _GROUP_ROWS):
+                part = self.frame(first, min(first + _GROUP_ROWS, self.n_rows))
+                writer.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
+
+    def equals(self, file: Path) -> bool:
+        """Whether a parquet file holds these rows; read part by part."""
+        n_read = 0
+        with pq.ParquetFile(file) as opened:
+            if opened.metadata.num_rows != self.n_rows:
+                return False
+            for batch in opened.iter_batches(_GROUP_ROWS):
+                saved = pa.Table.from_batches([batch]).to_pandas()
+                if not saved.equals(self.frame(n_read, n_read + len(saved))):
+                    return False
+                n_read += len(saved)
+        return True
+
+
+class PositionTable(PositionRows):
+    """Positions in examples.
+
+    Memory: 32 bytes a row, and what the examples and their tokens need.
+    """
+
+    def __init__(
+        self,
+        chosen: Sequence["Chosen"],
+        texts: list[TokenizedText],
+        skips: list[Skip],
+        tokenizer: Any,
+        *,
+        n_truncated: int = 0,
+        n_examples: int = 0,
+    ) -> None:
+        self.texts, self.skips, self.tokenizer = texts, skips, tokenizer
+        """`texts` are distinct; `text_id` is an index into them."""
+        self.n_truncated, self.n_examples = n_truncated, n_examples
+        counts = [len(one.indices) for one in chosen]
+        self._of_chosen = np.repeat(np.arange(len(chosen)), counts)
+        number, text_id = (
+            np.asarray([values[i] for values in map(Chosen.numbers, chosen)], dtype=np.int64)
+            for i in (0, 1)
+        )
+        self.example_index = number[self._of_chosen]
+        """`[n_rows]`: index of each row's example in the data set."""
+        tokens = np.asarray([i for one in chosen for i in one.indices], dtype=np.int64)
+        ids = [texts[one.text_id].ids[i] for one in chosen for i in one.indices]
+        self._numbers = Numbers(text_id[self._of_chosen], tokens, np.asarray(ids, dtype=np.int64))
+        self._strings = _strings(chosen)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        return self.frame(0, self.n_rows)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self._of_chosen)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        # Of all examples: a column may be empty in the first rows and not in others.
+        first_rows = np.unique(self._of_chosen, return_index=True)[1]
+        return pa.Schema.from_pandas(self._table(first_rows), preserve_index=False)
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.texts)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def longest(self) -> int:
+        return int(self._numbers.token_index.max()) + 1
+
+    def numbers(self, first: int, end: int) -> Numbers:
+        return Numbers(*(column[first:end] for column in self._numbers))
+
+    def ids(self, text_id: int) -> tuple[int, ...]:
+        return self.texts[text_id].ids
+
+    def text(self, text_id: int) -> str:
+        return self.texts[text_id].text
+
+    def digests(self) -> dict[str, str]:
+        texts, rows = hashlib.sha256(), hashlib.sha256()
+        for text in self.texts:
+            texts.update(np.asarray([len(text), *text.ids], dtype="<i8").tobytes())
+        for column in self._numbers[:2]:
+            rows.update(column.astype("<i8").tobytes())
+        return {"texts": texts.hexdigest(), "positions": rows.hexdigest()}
+
+    def frame(self, first: int, end: int) -> pd.DataFrame:
+        return self._table(np.arange(first, min(end, self.n_rows)))
+
+    def _table(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        """These rows with their strings."""
+        numbers = Numbers(*(column[rows] for column in self._numbers))
+        ids, which = np.unique(numbers.token_id, return_inverse=True)
+        tokens = np.asarray(self.tokenizer.convert_ids_to_tokens(ids.tolist()), dtype=object)
+        table = self._strings.take(self._of_chosen[rows]).reset_index(drop=True)
+        table.insert(0, "row", rows)
+        columns = {**numbers._asdict(), "token": pd.Series(tokens[which], dtype=_TOKEN_DTYPE)}
+        for name, values in columns.items():
+            table.insert(ROW_COLUMNS.index(name), name, values)
+        return table
+
+
+class Chosen(NamedTuple):
+    """An example with positions."""
+
+    number: int
+    """Index in the data set."""
+    example: Example
+    text_id: int
+    indices: list[int]
+    n_entity_tokens: int
+
+    def numbers(self) -> tuple[int, int]:
+        """(index in the data set, id of the text)."""
+        return self.number, self.text_id
+
+
+def _strings(chosen: Sequence[Chosen]) -> pd.DataFrame:
+    """A row per example: the columns that do not depend on the position."""
+    table = pd.DataFrame(
+        [
+            {
+                "example_id": one.example.id,
+                "unit": one.example.unit,
+                "group": one.example.group,
+                "split": one.example.split,
+                "entity": one.example.entity,
+                "entity_type": one.example.entity_type,
+                "text": one.example.text,
+                # Unknown for an entity that truncation removed.
+                "n_entity_tokens": one.n_entity_tokens or None,
+                **{_free_name(k): _plain(v) for k, v in one.example.extra.items()},
+            }
+            for one in chosen
+        ]
+    )
+    for column in ("group", "split", "entity", "entity_type"):
+        table[column] = table[column].astype("string")
+    table["n_entity_tokens"] = table["n_entity_tokens"].astype("Int64")
+    for column in table.columns[_N_STRINGS:]:
+        table[column] = _one_type(table[column])
+    return table
+
+
+_N_STRINGS = 8
+"""Columns of `_strings` before those of the file."""
+_TOKEN_DTYPE = pd.Series(["a"]).dtype
+
+
+def _free_name(column: str) -> str:
+    return f"{column}_in_file" if column in ROW_COLUMNS else column
+
+
+def _one_type(column: pd.Series) -> pd.Series:
+    """The column, as text where it mixes types or has integers of more than 64 bits."""
+    if column.dtype != object or all(isinstance(v, bool) for v in column.dropna()):
+        return column
+    return column.map(str, na_action="ignore").astype("string")
+
+
+def _plain(value: Any) -> Any:
+    """A value of the data file as parquet can hold it; nested values become text."""
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+_BLOCK = 1024
+"""Contexts that are looked at together; random positions are drawn per block."""
+CORPUS_POSITIONS = ("all", "last", "random", "middle", "indices")
+"""Kinds of positions that a corpus has."""
+
+
+class CorpusRows(PositionRows):
+    """Positions in the contexts of a corpus, computed from the token ids when they are needed.
+
+    Memory: 8 bytes per context. Special tokens are left out unless `positions.include_special`.
+    """
+
+    are_distinct = True
+
+    def __init__(self, corpus: Corpus, cfg: PositionsConfig, tokenizer: Any) -> None:
+        """Raises ConfigError for positions that a corpus does not have, DataError for none."""
+        if cfg.name not in CORPUS_POSITIONS:
+            raise ConfigError(
+                f"positions={cfg.name}: a corpus has no entities and no prompts; type positions="
+                f"all (or {', '.join(CORPUS_POSITIONS[1:])})"
+            )
+        if cfg.name == "indices" and not cfg.indices:
+            raise ConfigError("positions=indices needs indices: type 'positions.indices=[0,-1]'")
+        self.corpus, self.cfg, self.tokenizer = corpus, cfg, tokenizer
+        self._special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
+        counts = [np.count_nonzero(self._chosen(b)[1], axis=1) for b in range(self._n_blocks)]
+        self._ends = np.cumsum(np.concatenate(counts), dtype=np.int64)
+        if not self.n_rows:
+            raise DataError(f"{corpus.path}: no context has the requested positions")
+
+    @property
+    def _n_blocks(self) -> int:
+        return -(-len(self.corpus) // _BLOCK)
+
+    def _chosen(self, block: int) -> tuple[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]]:
+        """(token ids, which of them are positions) of a block of contexts."""
+        contexts = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, len(self.corpus)))
+        ids, cfg = self.corpus.ids(contexts), self.cfg
+        ordinary = np.arange(ids.shape[1]) < self.corpus.lengths(contexts)[:, None]
+        if not cfg.include_special:
+            ordinary &= ~np.isin(ids, self._special)
+        if cfg.name == "all":
+            return ids, ordinary
+        n = ordinary.sum(axis=1, keepdims=True)
+        rank = np.cumsum(ordinary, axis=1) - 1
+        if cfg.name == "last":
+            return ids, ordinary & (rank >= n - cfg.n)
+        if cfg.name == "middle":
+            return ids, ordinary & (rank == (n - 1) // 2)
+        if cfg.name == "indices":
+            at = [rank == (i if i >= 0 else n + i) for i in cfg.indices or ()]
+            return ids, ordinary & np.logical_or.reduce(at)
+        keys = np.random.default_rng([cfg.seed, block]).random(ids.shape)
+        order = np.argsort(np.where(ordinary, keys, np.inf), axis=1)
+        drawn = np.zeros_like(ordinary)
+        np.put_along_axis(drawn, order[:, : cfg.n], True, axis=1)
+        return ids, ordinary & drawn
+
+    @property
+    def n_rows(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def n_texts(self) -> int:
+        return len(self.corpus)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.corpus.n_tokens
+
+    @property
+    def longest(self) -> int:
+        return self.corpus.context_size
+
+    def numbers(self, first: int, end: int) -> Numbers:
+        if first >= end:
+            return Numbers(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+        # The contexts in which the first and the last row are.
+        low, high = np.searchsorted(self._ends, [first, end - 1], side="right")
+        parts = []
+        for block in range(int(low) // _BLOCK, int(high) // _BLOCK + 1):
+            ids, chosen = self._chosen(block)
+            context, token = np.nonzero(chosen)
+            parts.append((context + block * _BLOCK, token, ids[context, token]))
+        before = int(low) // _BLOCK * _BLOCK
+        start = first - (int(self._ends[before - 1]) if before else 0)
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Numbers(*(column[start : start + end - first] for column in columns))
+
+    def ids(self, text_id: int) -> tuple[int, ...]:
+        return tuple(self.corpus.ids(np.asarray([text_id]))[0].tolist())
+
+    def text(self, text_id: int) -> str:
+        return str(self.tokenizer.decode(self.ids(text_id), skip_special_tokens=True))
+
+    def digests(self) -> dict[str, str]:
+        cfg = self.cfg
+        settings = [cfg.name, cfg.n, cfg.indices, cfg.include_special, cfg.seed]
+        return {"texts": self.corpus.key, "positions": digest_of(settings)}
+
+    def frame(self, first: int, end: int) -> pd.DataFrame:
+        numbers = self.numbers(first, end)
+        narrow = {name: column.astype(np.int32) for name, column in numbers._asdict().items()}
+        return pd.DataFrame({"row": np.arange(first, first + len(numbers.text_id)), **narrow})
