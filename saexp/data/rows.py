@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +167,14 @@ class PositionTable(PositionRows):
         ids = [texts[one.text_id].ids[i] for one in chosen for i in one.indices]
         self._numbers = Numbers(text_id[self._of_chosen], tokens, np.asarray(ids, dtype=np.int64))
         self._strings = _strings(chosen)
+
+    def take(self, rows: Int[np.ndarray, " n"]) -> "PositionTable":
+        """The same texts with these rows, in this order; a row may occur twice."""
+        part = copy(self)
+        part.__dict__.pop("rows", None)
+        part._of_chosen, part.example_index = self._of_chosen[rows], self.example_index[rows]
+        part._numbers = Numbers(*(column[rows] for column in self._numbers))
+        return part
 
     @cached_property
     def rows(self) -> pd.DataFrame:

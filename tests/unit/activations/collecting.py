@@ -16,7 +16,8 @@ from saexp.activations.collector import (
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import PositionTable, resolve_positions
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import PositionTable
 from saexp.data.tokenization import tokenize
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
@@ -30,12 +31,14 @@ POSTS = [Hookpoint(n, "resid_post") for n in range(3)]
 
 
 def placed(
-    texts: Sequence[str] = TEXTS, name: str = "all", max_length: int = MAX_LENGTH, **options: Any
+    texts: Sequence[str] = TEXTS,
+    name: str = "all",
+    max_length: int = MAX_LENGTH,
+    groups: tuple[str, str] = ("known", "unknown"),
+    **options: Any,
 ) -> PositionTable:
     """One example per text, in turn of two groups."""
-    examples = [
-        Example(id=str(n), text=t, group=("known", "unknown")[n % 2]) for n, t in enumerate(texts)
-    ]
+    examples = [Example(id=str(n), text=t, group=groups[n % 2]) for n, t in enumerate(texts)]
     tokens = tokenize(texts, tokenizer(), max_length)
     positions = registry.build("positions", PositionsConfig(name=name, **options))
     return resolve_positions(examples, tokens, positions, tokenizer(), 0)

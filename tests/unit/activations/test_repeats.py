@@ -1,7 +1,6 @@
 """A text that comes again is forwarded once per store, and read as if every shard had it."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +103,8 @@ def test_other_tokens_of_a_text_that_came_before_are_forwarded(model, tmp_path):
     text, others = (rows[chosen] for chosen in (rows["text_id"] == 0, rows["text_id"] > 0))
     begun, n_first = text.iloc[: len(text) // 2], len(others) + len(text) // 2
     # The first text again, at a token that the first shard has and at one that it has not.
-    rows = pd.concat([begun, others, text.iloc[[1, -1]]], ignore_index=True)
-    places = replace(places, rows=rows)
+    rows = [*begun.index, *others.index, *text.index[[1, -1]]]
+    places = places.take(np.asarray(rows))
     store, stats = run(model, tmp_path, placement=places, shard_rows=n_first)
     files = sorted((store.path / POSTS[1].name).glob("*.safetensors"))
     assert [len(load_file(file)["acts"]) for file in files] == [n_first, 1]

@@ -1,10 +1,10 @@
 """The activation store's key: what changes the stored values changes it, and nothing else does."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ def key(
     examples = [Example(id=str(i), text=t) for i, t in enumerate(texts)]
     tokens = tokenize(texts, model.tokenizer, max_length)
     made = resolve_positions(examples, tokens, All(PositionsConfig(name="all")), model.tokenizer, 0)
-    made = replace(made, rows=made.rows.iloc[keep].reset_index(drop=True))
+    made = made.take(np.arange(made.n_rows)[keep])
     return store_key(ingredients(model, made, max_length, dtype))
 
 
