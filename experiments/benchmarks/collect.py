@@ -37,7 +37,8 @@ from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
 from saexp.activations.forward import units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import PositionTable, place
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import PositionTable
 from saexp.data.tokenization import TokenizedText
 from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import TokenBudget, batches, padded
@@ -107,7 +108,7 @@ def setting(args: argparse.Namespace) -> Setting:
     examples = [Example(id=str(i), text=t.text) for i, t in enumerate(texts)]
     positions = build_component("positions", PositionsConfig(name="last"))
     tokenizer = _Tokenizer()
-    placement = place(examples, texts, positions, tokenizer, 0)
+    placement = resolve_positions(examples, texts, positions, tokenizer, 0)
     model = LanguageModel.wrap(hf, tokenizer, f"random Gemma-2, {args.shape}")
     layer = hf.config.num_hidden_layers // 2 - 1 if args.layer is None else args.layer
     return Setting(model, placement, layer, args.batch_size)

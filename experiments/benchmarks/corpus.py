@@ -350,7 +350,7 @@ def main() -> None:
                     sys.stderr.write(f"{kind}, {name}, {dtype}: {rows[-1]['ratio']}\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     sys.stdout.write(show(rows) + "\n")

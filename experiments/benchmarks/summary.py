@@ -34,7 +34,7 @@ def table(file: Path) -> Iterator[Line]:
             what = ", ".join(
                 row[c] for c in ("measurement", "model", "dtype", "unit") if row.get(c)
             )
-            yield what, *(float(row[c]) for c in ("saexp", "reference", "ratio"))
+            yield what, float(row["saexp"]), float(row["reference"]), float(row["ratio"])
 
 
 def steer(folder: Path) -> Iterator[Line]:
