@@ -1,7 +1,7 @@
 """Measure what each performance mechanism gains: every workload with and without it.
 
     python experiments/benchmarks/mechanisms.py                  # all missing cells
-    python experiments/benchmarks/mechanisms.py --only shelf     # one mechanism
+    python experiments/benchmarks/mechanisms.py --only "claimed rows"   # one mechanism
     python experiments/benchmarks/mechanisms.py --table          # print the table
 
 Each measurement is a fresh process with an empty cache, on the shipped tiny model and one CPU
@@ -13,7 +13,6 @@ wall time depends on what else the machine does. Measured runs are appended to
 
 import argparse
 import gc
-import json
 import os
 import pickle
 import resource
@@ -30,157 +29,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+from workloads import COMMANDS, UNSTABLE, WORKLOADS, Tables, command_line
 
 MEASURED = Path(__file__).parent / "measured"
-Tables = dict[str, pd.DataFrame]
-UNSTABLE = ("seconds", "wall_seconds", "path", "folder")
-"""Columns and metrics that differ between two runs of the same thing."""
-
-
-# Workloads: each returns tables that must not depend on any mechanism.
-
-
-def run(folder: Path, *overrides: str) -> Tables:
-    """One run with its cache in `folder`."""
-    import saexp
-
-    words = ["tracker=none", f"cache_dir={folder / 'cache'}", *overrides]
-    result = saexp.run(saexp.compose(words), tempfile.mkdtemp(prefix="run_", dir=folder))
-    stable = {
-        name: value
-        for name, value in result.metrics.items()
-        if not any(word in name for word in (*UNSTABLE, "forwarded", "padding"))
-    }
-    metrics = pd.DataFrame({"name": list(stable), "value": list(stable.values())})
-    return {**result.tables, "metrics": metrics}
-
-
-def default_run(folder: Path) -> Tables:
-    """`python -m saexp`."""
-    return run(folder)
-
-
-def grid_all_tokens(folder: Path) -> Tables:
-    """Five coefficients with 99 controls, prompts and generated tokens edited, two outcomes."""
-    return run(
-        folder,
-        "coefficient=[0,0.3,0.6,0.9,1.2]",
-        "intervention.where=all",
-        "intervention.outcomes=[refusal,answer_logit]",
-        "intervention.n_prompts=20",
-        "intervention.n_choice_prompts=8",
-    )
-
-
-def few_shot_prompts(folder: Path) -> Path:
-    """2 000 prompts: 12 solved questions, the same in all, then a question of their own."""
-    import saexp
-
-    examples = saexp.build("dataset", saexp.compose(["model=tiny"]).dataset).examples
-    solved = [e for e in examples if e.answers][:12]
-    prefix = " ".join(f"{e.as_prompt().text} {e.answers[0]}" for e in solved)
-    file = folder / "few_shot.jsonl"
-    with file.open("w", encoding="utf-8") as lines:
-        for number in range(2000):
-            example = examples[number % len(examples)]
-            question = example.as_prompt().text
-            content = {
-                "id": f"p{number}",
-                "text": f"{prefix} {number} {question}",
-                "group": example.group,
-                "entity": example.entity,
-                "entity_type": example.entity_type,
-                "answer": list(example.answers) or ["no"],
-            }
-            lines.write(json.dumps(content) + "\n")
-    return file
-
-
-def few_shot(folder: Path) -> Tables:
-    """2 000 few-shot prompts with one long prefix: collection, and an ablation with an outcome."""
-    return run(
-        folder,
-        "dataset=jsonl",
-        f"dataset.path={few_shot_prompts(folder)}",
-        "positions=last",
-        "intervention=ablate",
-        "intervention.latents=[12,154]",
-        "intervention.where=last",
-        "intervention.outcomes=[answer_logit]",
-        "intervention.n_prompts=300",
-        "intervention.n_controls=0",
-        "analyzer.n_bootstrap=0",
-    )
-
-
-def corpus_texts(folder: Path, n_texts: int) -> Path:
-    """Texts of about 60 tokens, none like another: shuffled sentences of the neutral text."""
-    import saexp
-
-    source = Path(saexp.__file__).parent / "assets" / "tiny" / "background.txt"
-    words = source.read_text(encoding="utf-8").split()
-    rng = np.random.default_rng(0)
-    file = folder / "corpus.txt"
-    texts = [" ".join(rng.choice(words, rng.integers(20, 60))) for _ in range(n_texts)]
-    file.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return file
-
-
-def corpus(folder: Path) -> Tables:
-    """Collection of every token of 3 000 plain texts into several shards."""
-    import saexp
-
-    result = run(
-        folder,
-        "task=collect",
-        "dataset=text",
-        f"dataset.path={corpus_texts(folder, 3000)}",
-        "positions=all",
-        "store.shard_rows=40000",
-    )
-    (path,) = (folder / "cache" / "activations").iterdir()
-    acts = saexp.open_store(path).acts(2).float()
-    return {**result, "acts": pd.DataFrame({"norm": acts.norm(dim=-1).numpy()})}
-
-
-def train(folder: Path) -> Tables:
-    """Two SAEs trained one after another on the activations of a corpus in several shards."""
-    texts = corpus_texts(folder, 1500)
-    words = ["task=train", "dataset=text", f"dataset.path={texts}", "positions=all"]
-    words += ["layer=2", "store.shard_rows=10000"]
-    tables = {}
-    for width in (256, 512):
-        made = run(folder, *words, f"width={width}", "sae_trainer.n_samples=150000")
-        tables |= {f"{name} {width}": table for name, table in made.items()}
-    return tables
-
-
-def sweep_cells(folder: Path) -> Tables:
-    """Four runs of one process that differ in the intervention alone."""
-    tables = {}
-    for coefficient in (0.3, 0.6, 0.9, 1.2):
-        cell = run(
-            folder,
-            f"coefficient={coefficient}",
-            "intervention.n_controls=0",
-            "intervention.n_prompts=20",
-        )
-        tables |= {f"{name} {coefficient}": table for name, table in cell.items()}
-    return tables
-
-
-def evaluation(folder: Path) -> Tables:
-    """`task=evaluate` at every layer."""
-    return run(folder, "task=evaluate", "layer=[0,1,2,3,4]")
-
-
-def layers(folder: Path) -> Tables:
-    """An analysis at five layers without an intervention."""
-    tables = {}
-    for layer in range(5):
-        cell = run(folder, f"layer={layer}", "intervention=none", "analyzer.n_bootstrap=0")
-        tables |= {f"{name} {layer}": table for name, table in cell.items()}
-    return tables
 
 
 def two_processes(folder: Path, mechanism: str) -> float:
@@ -191,46 +42,6 @@ def two_processes(folder: Path, mechanism: str) -> float:
         raise SystemExit("a process of two_processes failed")
     outs = [pickle.loads((folder / f"out_{i}").read_bytes()) for i in range(2)]  # noqa: S301
     return sum(out["cpu_seconds"] for out in outs)
-
-
-def small_grid(folder: Path) -> Tables:
-    """A grid with 19 controls."""
-    return run(
-        folder,
-        "intervention.n_controls=19",
-        "intervention.n_curve_controls=3",
-        "intervention.n_prompts=60",
-    )
-
-
-def command_line(folder: Path, *overrides: str, without: bool) -> None:
-    """The program of `python -m saexp`."""
-    from saexp import cli
-
-    words = ["tracker=none", f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'run'}"]
-    sys.argv[1:] = [*words, *overrides]
-    (cli.main if without else cli.program)()
-
-
-WORKLOADS: dict[str, Callable[[Path], Tables]] = {
-    f.__name__: f
-    for f in (
-        default_run,
-        grid_all_tokens,
-        few_shot,
-        corpus,
-        train,
-        sweep_cells,
-        evaluation,
-        layers,
-        small_grid,
-    )
-}
-COMMANDS = {
-    "command_small": ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"],
-    "command_default": [],
-}
-"""Workloads whose whole process is measured, imports and exit included."""
 
 
 # Mechanisms: each context runs the project without one of them.
@@ -340,7 +151,7 @@ def no_claims() -> Iterator[None]:
 
 
 @contextmanager
-def no_shelf() -> Iterator[None]:
+def no_object_cache() -> Iterator[None]:
     """Runs of one process encode and analyse anew."""
     from saexp.context import ObjectCache
 
@@ -375,12 +186,12 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     ),
     "speculative decoding": (no_speculative_decoding, ("default_run", "grid_all_tokens")),
     "equal rows": (no_equal_rows, ("default_run", "grid_all_tokens", "few_shot")),
-    "merged texts": (no_merged_texts, ("few_shot", "corpus")),
+    "merged texts": (no_merged_texts, ("few_shot", "corpus", "entity_prompts")),
     "resumed passes (evaluation)": (no_resuming, ("evaluation",)),
     "claimed rows": (no_claims, ("two_processes",)),
-    "shelf": (no_shelf, ("sweep_cells",)),
-    "quick BatchTopK": (no_quick_batchtopk, ("train",)),
-    "garbage settings": (no_garbage_settings, tuple(COMMANDS)),
+    "object cache": (no_object_cache, ("sweep_cells",)),
+    "partition in BatchTopK": (no_quick_batchtopk, ("train",)),
+    "garbage collection settings": (no_garbage_settings, tuple(COMMANDS)),
 }
 
 

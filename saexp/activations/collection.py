@@ -1,4 +1,4 @@
-"""Collects the activations that a store lacks, in one pass whose shards processes share."""
+"""Collect the activations that a store lacks; several processes may share the shards."""
 
 import functools
 import logging
@@ -49,16 +49,16 @@ def collect(
     `verify` hashes shards of any size before they are reused. Where `cache_dir` cannot be written,
     missing activations go to a temporary folder, or, with `must_persist`, are a StoreError.
 
-    Raises ModelError for a layer that the model lacks and a text that it cannot hold, StoreError
+    Raises ModelError for a layer that the model lacks and a text longer than it takes, StoreError
     for NaN or Inf, a full disk, and a folder that cannot be written.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     collector.check(request)
     store = _open_store(collector, request, Path(cache_dir), verify, must_persist)
     store.verify = verify
     collection = _Collection(collector, request, store)
     collection.run()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     n_rows, forwarded, padded = store.n_rows, collection.forwarded, collection.padded
     log.info(
         "collected %d rows, %d tokens forwarded, %d skipped, %.1f s (%s)",
@@ -73,21 +73,25 @@ def collect(
 
 
 def _open_store(
-    collector: Collector, request: CollectionRequest, cache_dir: Path, verify: bool, kept: bool
+    collector: Collector,
+    request: CollectionRequest,
+    cache_dir: Path,
+    verify: bool,
+    must_persist: bool,
 ) -> ActivationStore:
     """The store in `cache_dir`, or in a temporary folder where that is read-only and incomplete."""
     rows, part = request.positions, request.part
     shard_rows = collector.store.shard_rows
     if part:
         shard_rows = min(shard_rows, -(-rows.n_rows // part.n_shards))
-    known = collector.ingredients(request)
-    if not kept and not is_writable(cache_dir):
-        store = _complete_store(cache_dir, known, request, verify)
+    ingredients = collector.ingredients(request)
+    if not must_persist and not is_writable(cache_dir):
+        store = _complete_store(cache_dir, ingredients, request, verify)
         if store is not None:
             return store
         cache_dir = temporary_cache(cache_dir)
     store = ActivationStore.create_or_open(
-        cache_dir, known, rows, shard_rows=shard_rows, about=request.about
+        cache_dir, ingredients, rows, shard_rows=shard_rows, about=request.about
     )
     if store.shard_rows != shard_rows:
         log.info(
@@ -98,15 +102,12 @@ def _open_store(
 
 
 def _complete_store(
-    cache_dir: Path, known: dict[str, Any], request: CollectionRequest, verify: bool
+    cache_dir: Path, ingredients: dict[str, Any], request: CollectionRequest, verify: bool
 ) -> ActivationStore | None:
     """The store with these ingredients; None where it lacks some of the hookpoints."""
-    folder = cache_dir / "activations" / store_key(known)
+    folder = cache_dir / "activations" / store_key(ingredients)
     try:
         store = ActivationStore.open(folder, verify=verify)
-        if not request.positions.are_distinct:
-            # Shards cannot be read where the rows table is damaged.
-            store.repeats  # noqa: B018
         if store.missing(request.hookpoints):
             return None
     except StoreError:
@@ -220,12 +221,6 @@ class ShardJob:
     def finish(self) -> None:
         """Rename the files, list them in the manifest, and release the shard."""
         try:
-            for hookpoint in self.hookpoints:
-                if hookpoint not in self.writers and hookpoint not in self.prefetch.dropped:
-                    # All rows repeat earlier shards' rows: a file without rows.
-                    self.writers[hookpoint] = self.store.writer(
-                        hookpoint, self.index, 0, self.dtype
-                    )
             entries = {}
             for hookpoint, writer in self.writers.items():
                 try:
@@ -246,8 +241,8 @@ class ShardJob:
 
 
 class _Collection:
-    """The part of a collection that this process does. One thread writes while batches are
-    computed, in order."""
+    """This process' part of a collection. One thread writes batches, in order, while the next are
+    computed."""
 
     def __init__(
         self, collector: Collector, request: CollectionRequest, store: ActivationStore
@@ -267,7 +262,7 @@ class _Collection:
             return
         self._check_space(todo)
         self.prefetch = self._possible_prefetch(todo)
-        n_rows = {i: len(self.store.kept(i)) for i in todo}
+        n_rows = {i: self._n_rows(i) for i in todo}
         with (
             progress(sum(n_rows.values()), "collecting", "row") as bar,
             ThreadPoolExecutor(1, thread_name_prefix="saexp-write") as writer,
@@ -298,6 +293,10 @@ class _Collection:
         # This process' last read of the manifest may be older than its last change.
         self.store.reload()
 
+    def _n_rows(self, index: int) -> int:
+        first, end = self.store.shard_bounds[index]
+        return end - first
+
     def _absent(self, index: int) -> list[Hookpoint]:
         """What to store in this shard now; nothing where another process has completed it."""
         self.store.reload()
@@ -325,7 +324,7 @@ class _Collection:
     def _space(self, todo: list[int], hookpoints: list[Hookpoint]) -> tuple[int, int]:
         """(bytes needed, bytes free)."""
         missing = self.store.missing(hookpoints, todo)
-        n_rows = sum(len(self.store.kept(i)) * len(absent) for i, absent in missing.items())
+        n_rows = sum(self._n_rows(i) * len(absent) for i, absent in missing.items())
         # Unfinished shards, of this run or a killed one, have their space allocated already.
         allocated = sum(f.stat().st_size for f in self.store.path.glob("*/.tmp-*.safetensors"))
         needed = n_rows * self.collector.model.d_model * self.collector.dtype.itemsize
@@ -344,7 +343,7 @@ class _Collection:
         try:
             # At most the previous shard is still being written.
             self._wait_for_writes(1)
-            rows = self.store.kept(job.index)
+            rows = np.arange(*self.store.shard_bounds[job.index])
             for batch in self.collector.batches(self.request, rows, job.hookpoints):
                 self.forwarded += batch.n_tokens
                 self.padded += batch.n_padding

@@ -30,7 +30,7 @@ from saexp.models.rope import depends_on_length
 
 @dataclass(frozen=True)
 class Part:
-    """Part number `shard` of `n_shards` parts of a store's shards, each made by one process."""
+    """Part number `shard` of `n_shards` parts of a store's shards, each computed by one process."""
 
     shard: int
     n_shards: int
@@ -55,9 +55,9 @@ class CollectionRequest:
     part: Part | None = None
     """Complete only this part of the shards."""
     n_skipped: int = 0
-    """Examples without the positions asked for, for the statistics."""
+    """Examples without the requested positions, for the statistics."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Names for people, saved in the manifest beside the hashes."""
+    """Readable names, saved in the manifest beside the hashes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def ingredients(
         "weights": model.fingerprint,
         **row_ingredients(model, positions, max_length, dtype),
         "model_dtype": str(model.dtype).removeprefix("torch."),
-        # Stores made before this key existed depended on the other texts of a batch.
+        # In stores written before this key existed, values depended on the other texts of a batch.
         **({"rope": "by length"} if depends_on_length(model.text_config) else {}),
     }
 
@@ -94,7 +94,7 @@ def ingredients(
 def row_ingredients(
     model: LanguageModel, positions: PositionRows, max_length: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The ingredients that say which rows a store has, whatever computes their values."""
+    """The ingredients that determine which rows a store has, whatever computes their values."""
     return {
         "tokenizer": model.tokenizer_fingerprint,
         **positions.digests(),
@@ -122,11 +122,11 @@ class Collector(ABC):
 
     def ingredients(self, request: CollectionRequest) -> dict[str, Any]:
         """What determines the stored values; the collector's name is part of it."""
-        known = ingredients(self.model, request.positions, request.max_length, self.dtype)
-        return {**known, "collector": self.cfg.name}
+        of_model = ingredients(self.model, request.positions, request.max_length, self.dtype)
+        return {**of_model, "collector": self.cfg.name}
 
     def check(self, request: CollectionRequest) -> None:
-        """Raise ModelError for a layer that the model lacks or a text that it cannot hold."""
+        """Raise ModelError for a layer that the model lacks or a text longer than it takes."""
         for hookpoint in request.hookpoints:
             self.model.check_layer(hookpoint.layer)
         longest = request.positions.longest
@@ -154,12 +154,12 @@ class Collector(ABC):
     def not_finite(self, hookpoint: Hookpoint, text: str, is_nan: bool) -> StoreError:
         """The error for a NaN or an infinite value in a text."""
         overflow = not is_nan and self.dtype == torch.float16 != self.model.dtype
-        found = f"NaN or Inf at {hookpoint.name} in the text '{text[:60]}'"
+        problem = f"NaN or Inf at {hookpoint.name} in the text '{text[:60]}'"
         if self.model.dtype == torch.float32 and not overflow:
             return StoreError(
-                f"{found}, in float32: look at the model's weights, or leave the text out"
+                f"{problem}, in float32: check the model's weights, or leave the text out"
             )
-        return StoreError(f"{found}; try {'store.dtype' if overflow else 'dtype'}=float32")
+        return StoreError(f"{problem}; try {'store.dtype' if overflow else 'dtype'}=float32")
 
 
 class HuggingFaceCollector(Collector):
@@ -207,8 +207,8 @@ class _LibraryCollector(Collector):
         config = self.model.text_config
         todo = units(request.positions, rows, config)
         budget = TokenBudget(self.store.batch_tokens, self.model.device)
-        for chosen in batches([len(unit.ids) for unit in todo], budget, config):
-            padded = pad([todo[i] for i in chosen], self.model.pad_id)
+        for indices in batches([len(unit.ids) for unit in todo], budget, config):
+            padded = pad([todo[i] for i in indices], self.model.pad_id)
             try:
                 streams = self.streams(padded, sorted(hookpoints, key=_computed))
             except torch.OutOfMemoryError as error:
@@ -227,7 +227,7 @@ class _LibraryCollector(Collector):
     def streams(
         self, padded: PaddedUnits, hookpoints: Sequence[Hookpoint]
     ) -> dict[Hookpoint, Tensor]:
-        """`[b, t, …]` of each hookpoint, which come in the order in which they are computed."""
+        """`[b, t, …]` of each hookpoint; `hookpoints` are in the order of the forward pass."""
 
 
 def _computed(hookpoint: Hookpoint) -> tuple[int, int]:
@@ -291,10 +291,10 @@ class NnsightCollector(_LibraryCollector):
 
     def _envoy(self, module: torch.nn.Module) -> Any:
         """nnsight's object that stands for a module."""
-        found = self._traced
+        envoy = self._traced
         for name in self._paths[id(module)].split("."):
-            found = found[int(name)] if name.isdecimal() else getattr(found, name)
-        return found
+            envoy = envoy[int(name)] if name.isdecimal() else getattr(envoy, name)
+        return envoy
 
     def streams(
         self, padded: PaddedUnits, hookpoints: Sequence[Hookpoint]

@@ -1,4 +1,4 @@
-"""The forward pass over one shard's texts, in batches that share prefixes."""
+"""Forward passes over one shard's texts, in batches that share prefixes."""
 
 import copy
 import inspect
@@ -76,10 +76,10 @@ def empty_past(model: LanguageModel) -> Any:
     return cache if cache.layers and plain else None
 
 
-def depth(hookpoints: Sequence[Hookpoint], *, whole: bool) -> int:
-    """Number of blocks up to the deepest hookpoint; `whole` leaves out one that runs in part."""
+def depth(hookpoints: Sequence[Hookpoint], *, complete: bool) -> int:
+    """Number of blocks up to the deepest hookpoint; `complete` leaves out one that runs in part."""
     blocks = [
-        0 if h.stream == "embed" else h.layer + (h.stream == "resid_post" or not whole)
+        0 if h.stream == "embed" else h.layer + (h.stream == "resid_post" or not complete)
         for h in (h.stored for h in hookpoints)
     ]
     return max(blocks, default=0)
@@ -93,23 +93,23 @@ def compare_prefixes(
     `pairs` are values `[n, width]` of a text behind a shared prefix and of the same text alone,
     which must be equal up to rounding. The decision holds up to the deepest of these hookpoints.
     """
-    far = max(_distance(a.double(), b.double()) for a, b in pairs)
+    distance = max(_distance(a.double(), b.double()) for a, b in pairs)
     kinds = (model.dtype, pairs[0][0].dtype)
-    if far <= max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds):
+    if distance <= max(_TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) for dtype in kinds):
         model.observed.n_blocks_compared = max(
-            model.observed.n_blocks_compared, depth(hookpoints, whole=True)
+            model.observed.n_blocks_compared, depth(hookpoints, complete=True)
         )
     else:
-        refuse(model, f"other values (by {far:.1g} of their norm)")
+        refuse(model, f"other values (by {distance:.1g} of their norm)")
 
 
-def refuse(model: LanguageModel, gives: str) -> None:
+def refuse(model: LanguageModel, problem: str) -> None:
     """Stop sharing prefixes with this model, with a warning."""
     model.observed.shares_prefixes = False
     log.warning(
         "%s gives %s where texts share a prefix; every text is forwarded whole",
         model.name,
-        gives,
+        problem,
     )
 
 
@@ -218,31 +218,33 @@ class PaddedUnits:
         return Batch(self.rows, self.text_ids, host, n_tokens, self.ids.numel() - n_tokens)
 
 
-def pad(chosen: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
+def pad(sequences: Sequence[Unit], pad_id: int, n_past: int = 0) -> PaddedUnits:
     """Pad units on the right; the first `n_past` tokens, shared by all, are in the mask alone."""
-    ids, mask = padded([unit.ids for unit in chosen], pad_id, padding_side="right")
-    reads = np.concatenate([unit.rows for unit in chosen])
-    number = np.repeat(np.arange(len(chosen)), [len(unit.rows) for unit in chosen])
+    ids, mask = padded([unit.ids for unit in sequences], pad_id, padding_side="right")
+    reads = np.concatenate([unit.rows for unit in sequences])
+    number = np.repeat(np.arange(len(sequences)), [len(unit.rows) for unit in sequences])
     behind = reads[:, 1] >= n_past
     number, (row, token, text) = number[behind], reads[behind].T
     at = torch.from_numpy(np.stack([number, token - n_past]))
     return PaddedUnits(ids[:, n_past:], mask, at, row, text)
 
 
-def units(positions: PositionRows, held: Int[np.ndarray, " n"], config: Any = None) -> list[Unit]:
-    """Token sequences to forward for these rows, which a shard's file holds in this order.
+def units(
+    positions: PositionRows, row_numbers: Int[np.ndarray, " n"], config: Any = None
+) -> list[Unit]:
+    """Token sequences to forward for these rows, which a shard's file stores in this order.
 
     The activations of a causal model do not depend on later tokens: a text is forwarded up to its
     last requested position only, and a prefix of another text is read from that text's pass. Where
     rotary frequencies depend on the length (by the language model's `config`), this holds among
     lengths with the same frequencies.
     """
-    if not len(held):
+    if not len(row_numbers):
         return []
-    first = int(held[0])
-    numbers = positions.numbers(first, int(held[-1]) + 1)
-    text_id, token = (column[held - first] for column in numbers[:2])
-    reads = np.stack([np.arange(len(held)), token, text_id], axis=1)
+    first = int(row_numbers[0])
+    numbers = positions.numbers(first, int(row_numbers[-1]) + 1)
+    text_id, token = (column[row_numbers - first] for column in numbers[:2])
+    reads = np.stack([np.arange(len(row_numbers)), token, text_id], axis=1)
     order = np.argsort(text_id, kind="stable")
     starts = np.flatnonzero(np.diff(text_id[order], prepend=-1))
     sequences, by_length = [], depends_on_length(config)
@@ -281,7 +283,7 @@ def forward(
     Raises ModelError where a single text does not fit into the device's memory.
     """
     run = _Forward(model, hookpoints, budget, HostCopies(dtype))
-    if not share_prefixes or not depth(hookpoints, whole=False):
+    if not share_prefixes or not depth(hookpoints, complete=False):
         yield from run.all(todo)
         return
     alone: list[Unit] = []
@@ -315,29 +317,29 @@ class _Forward:
             if rope_regime(config, group.n_shared) != rope_regime(config, longest):
                 continue
             within = range(group.first, group.end)
-            begun = self.begin([todo[i] for i in within], group.n_shared)
-            if begun is not None:
+            prefix = self.begin([todo[i] for i in within], group.n_shared)
+            if prefix is not None:
                 alone = [i for i in alone if i not in within]
-                yield begun[0]
-                yield from self.all([todo[i] for i in within], begun[1])
+                yield prefix[0]
+                yield from self.all([todo[i] for i in within], prefix[1])
         return [todo[i] for i in alone]
 
     def all(self, todo: Sequence[Unit], past: Past | None = None) -> Iterator[Batch]:
         """Batches of these units, behind `past` where all of them share that prefix."""
         costs = [past.cost(len(u.ids)) if past else len(u.ids) for u in todo]
         plan = batches(costs, self.budget, None if past else self.model.text_config)
-        chosen = next(plan, None)
-        while chosen is not None:
-            batch = self._run([todo[i] for i in chosen], past)
+        indices = next(plan, None)
+        while indices is not None:
+            batch = self._run([todo[i] for i in indices], past)
             if batch is None:
-                if len(chosen) == 1:
-                    raise self._too_long(len(todo[chosen[0]].ids))
+                if len(indices) == 1:
+                    raise self._too_long(len(todo[indices[0]].ids))
                 torch.cuda.empty_cache()
-                self.budget.halve(int(costs[chosen[0]] * len(chosen)))
-                chosen = plan.send(False)
+                self.budget.halve(int(costs[indices[0]] * len(indices)))
+                indices = plan.send(False)
                 continue
             yield batch
-            chosen = next(plan, None)
+            indices = next(plan, None)
 
     def begin(self, todo: Sequence[Unit], n_shared: int) -> tuple[Batch, Past] | None:
         """Forward the shared prefix: (its rows, its keys and values); None where the model cannot
@@ -347,10 +349,10 @@ class _Forward:
             return None
         reads = np.concatenate([unit.rows for unit in todo])
         rows = reads[reads[:, 1] < n_shared]
-        trusted = depth(self.hookpoints, whole=False) <= self.model.observed.n_blocks_compared
+        trusted = depth(self.hookpoints, complete=False) <= self.model.observed.n_blocks_compared
         n_more = 0
         try:
-            batch = self._run([Unit(past.ids, rows)], into=past.cache)
+            batch = self._run([Unit(past.ids, rows)], cache=past.cache)
             if batch is None:
                 raise self._too_long(n_shared)
             if not trusted:
@@ -384,11 +386,11 @@ class _Forward:
         )
 
     def _run(
-        self, chosen: Sequence[Unit], past: Past | None = None, into: Any = None
+        self, sequences: Sequence[Unit], past: Past | None = None, cache: Any = None
     ) -> Batch | None:
         """Forward one batch, behind `past` or into an empty cache; None where memory runs out."""
         n_past = len(past.ids) if past else 0
-        padded = pad(chosen, self.model.pad_id, n_past)
+        padded = pad(sequences, self.model.pad_id, n_past)
         device = self.model.device
         try:
             # Moved once, because moving at every hook would wait for the device.
@@ -399,7 +401,7 @@ class _Forward:
                 padded.mask.to(device),
                 self.hookpoints,
                 (at[0], at[1]),
-                cache=past.rows(len(chosen)) if past else into,
+                cache=past.rows(len(sequences)) if past else cache,
             )
             host = {hookpoint: self.copies.start(v) for hookpoint, v in values.items()}
         except torch.OutOfMemoryError:

@@ -9,10 +9,10 @@ Rows of texts are matched like this:
   of a causal model do not depend on later ones. The order of rows does not matter.
 - Without token ids, row i belongs to example i of the data set, and their numbers must be equal.
 - Where there are token ids and `n_positions` equals their length, all tokens of a text are there.
-  Otherwise the n_positions vectors of a row belong to the positions that the run chooses in that
-  text, in their order, and their numbers must be equal.
+  Otherwise the n_positions vectors of a row belong to the run's positions in that text, in order,
+  and their numbers must be equal.
 
-Every mismatch is an error; no row is guessed.
+Every mismatch is an error.
 """
 
 from bisect import bisect_left
@@ -71,13 +71,13 @@ def _locate_vectors(files: ActivationFiles, positions: PositionTable) -> np.ndar
     return rows
 
 
-def _check_ids(files: ActivationFiles, positions: PositionTable, found: np.ndarray) -> None:
+def _check_ids(files: ActivationFiles, positions: PositionTable, token_ids: np.ndarray) -> None:
     expected = positions.rows["token_id"].to_numpy()
-    wrong = np.flatnonzero(found != expected)
+    wrong = np.flatnonzero(token_ids != expected)
     if len(wrong):
         row = int(wrong[0])
         raise DataError(
-            f"{files.path}: vector {row} is of token id {found[row]}, and the run's row {row} "
+            f"{files.path}: vector {row} is of token id {token_ids[row]}, and the run's row {row} "
             f"(example '{positions.rows['example_id'].iloc[row]}') is of {expected[row]}; the "
             "files are of other texts, positions or another tokenizer"
         )
@@ -92,10 +92,10 @@ class _TextMatcher:
         self.token_ids = files.token_ids
         by_example = positions.rows.groupby(positions.example_index, sort=False)
         self.ordinal = by_example.cumcount().to_numpy()
-        """Of each row, its number among the positions of its example."""
+        """For each row, its number among the positions of its example."""
         self.n_chosen = by_example["row"].transform("size").to_numpy()
-        whole = self.token_ids is not None and self.token_ids.shape[1] == self.n_positions
-        if not whole:
+        has_every_token = self.token_ids is not None and self.token_ids.shape[1] == self.n_positions
+        if not has_every_token:
             self._check_counts()
         if self.token_ids is None:
             self.rows, self.columns = self._by_order(), self.ordinal
@@ -105,8 +105,8 @@ class _TextMatcher:
         self.rows = np.array([row for row, _ in matches])[of_text]
         starts = np.array([start for _, start in matches])[of_text]
         tokens = positions.rows["token_index"].to_numpy()
-        self.columns = starts + tokens if whole else self.ordinal
-        if not whole:
+        self.columns = starts + tokens if has_every_token else self.ordinal
+        if not has_every_token:
             self._check_unique()
 
     def _check_counts(self) -> None:
@@ -144,14 +144,14 @@ class _TextMatcher:
     def _left_padded(self) -> dict[tuple[int, ...], tuple[int, int]]:
         """Token ids behind the padding of a row -> (row, index of their first)."""
         assert self.token_ids is not None
-        found: dict[tuple[int, ...], tuple[int, int]] = {}
+        starts: dict[tuple[int, ...], tuple[int, int]] = {}
         for row, ids in enumerate(self.token_ids.tolist()):
             n_pad = next((i for i, token in enumerate(ids) if token != ids[0]), 0)
             # Where padding is the BOS token, the last of them may belong to the text.
             for start in (n_pad, n_pad - 1):
                 if start > 0:
-                    found.setdefault(tuple(ids[start:]), (row, start))
-        return found
+                    starts.setdefault(tuple(ids[start:]), (row, start))
+        return starts
 
     def _match(self, text_id: int) -> tuple[int, int]:
         """(row, index of the text's first token in it)."""
@@ -180,7 +180,7 @@ class _TextMatcher:
         )
 
     def _check_unique(self) -> None:
-        """Rows with some positions of a text serve one example each: others may be of other ones.
+        """A row with some positions of a text belongs to one example only.
 
         Where rows and examples have the same order and token ids, that order decides.
         """
@@ -216,19 +216,19 @@ class ImportedCollector(Collector):
         assert isinstance(cfg, ImportedConfig)
         self.options = cfg
         self.files = ActivationFiles.read(cfg)
-        # Asked for once per shard.
+        # Called once per shard.
         self._locate = lru_cache(maxsize=1)(partial(locate, self.files))
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the files where `store.dtype` is auto; float32 for other kinds of numbers."""
+        """The files' dtype where `store.dtype` is auto; float32 where a store has no such dtype."""
         if self.store.dtype != "auto":
             return getattr(torch, self.store.dtype)
         dtype = next(iter(self.files.arrays.values())).dtype
         return dtype if dtype in _STORED else torch.float32
 
     def ingredients(self, request: CollectionRequest) -> dict[str, Any]:
-        """The content of the files stands in the place of the model's weights."""
+        """The digest of the files' content stands in for that of the model's weights."""
         cfg = self.options
         return {
             "collector": cfg.name,
@@ -246,7 +246,7 @@ class ImportedCollector(Collector):
         self._locate(request.positions)
 
     def check_hookpoint(self, hookpoint: Hookpoint) -> None:
-        """Raise DataError where the files do not hold a hookpoint."""
+        """Raise DataError where the files lack a hookpoint."""
         at, d_model = hookpoint.stored, self.model.d_model
         if at not in self.files.arrays:
             names = ", ".join(h.name for h in sorted(self.files.arrays))
@@ -264,15 +264,15 @@ class ImportedCollector(Collector):
         file_rows, file_columns = self._locate(request.positions)
         text_ids = request.positions.rows["text_id"].to_numpy()
         for start in range(0, len(rows), _CHUNK_ROWS):
-            chosen = rows[start : start + _CHUNK_ROWS]
-            columns = None if file_columns is None else file_columns[chosen]
+            part = rows[start : start + _CHUNK_ROWS]
+            columns = None if file_columns is None else file_columns[part]
             values = {
-                h: self.files.arrays[h.stored].take(file_rows[chosen], columns).to(self.dtype)
+                h: self.files.arrays[h.stored].take(file_rows[part], columns).to(self.dtype)
                 for h in hookpoints
             }
             yield Batch(
-                rows=np.arange(start, start + len(chosen)),
-                text_ids=text_ids[chosen],
+                rows=np.arange(start, start + len(part)),
+                text_ids=text_ids[part],
                 host={h: (lambda v=v: v) for h, v in values.items()},
                 n_tokens=0,
                 n_padding=0,

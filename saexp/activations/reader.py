@@ -4,7 +4,7 @@ In most real models the first token of a text, and a few others, have residual n
 hundreds of times the median (massive activations: Sun et al. 2024, arXiv 2402.17762; attention
 sinks: Xiao et al. 2023, arXiv 2309.17453). One percent of such rows holds nearly all of the
 variance, so that an SAE trained with them spends its latents on them, and a variance explained with
-them says nothing of ordinary positions.
+them says nothing about ordinary positions.
 
 A position is ordinary where its norm is at most `positions.max_norm_ratio` times the median norm,
 at every stream that the SAE reads or predicts. The median is over all positions of a reference
@@ -140,15 +140,16 @@ def high_norm_notes(
     variance_fraction: float,
     consequence: str,
 ) -> list[str]:
-    """How many positions have high norms, what fraction of the variance they hold, what follows."""
+    """A note on positions of high norm: their number, their fraction of the variance, and what
+    follows from them."""
     if not n_excluded:
         return []
-    held = f"hold {variance_fraction:.1%} of the variance"
+    variance = f"hold {variance_fraction:.1%} of the variance"
     if np.isnan(variance_fraction):
-        held = "are not all finite, so that their fraction of the variance is unknown"
+        variance = "are not all finite, so that their fraction of the variance is unknown"
     return [
         f"{n_excluded:,} of {n_positions:,} positions ({n_excluded / n_positions:.2%}) at "
-        f"{at.name} have a norm above {max_norm_ratio:g} times the median and {held} "
+        f"{at.name} have a norm above {max_norm_ratio:g} times the median and {variance} "
         f"(attention sinks?); {consequence} "
         "(positions.max_norm_ratio=null treats them as any other)"
     ]
@@ -189,10 +190,10 @@ class ShuffledReader:
             parts.append(part)
             n_left -= len(part)
             self.position += len(part)
-        chosen = np.concatenate(parts)
+        rows = np.concatenate(parts)
         # Ascending, so that the disk is read in order.
-        order = np.argsort(chosen, kind="stable")
-        ascending = self.acts[torch.from_numpy(chosen[order])].float()
+        order = np.argsort(rows, kind="stable")
+        ascending = self.acts[torch.from_numpy(rows[order])].float()
         batch = torch.empty_like(ascending)
         batch[torch.from_numpy(order)] = ascending
         return batch

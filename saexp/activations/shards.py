@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import safe_open
@@ -288,8 +287,8 @@ class ShardWriter:
             rest = data[first:end].reshape(-1).data
             at = self._start + int(rows[first]) * self.row_bytes
             while len(rest):
-                done = os.pwrite(self._file, rest, at)
-                rest, at = rest[done:], at + done
+                n_written = os.pwrite(self._file, rest, at)
+                rest, at = rest[n_written:], at + n_written
             first = end
 
     def finish(self) -> dict[str, Any]:
@@ -328,36 +327,10 @@ class ShardWriter:
             self.temporary.unlink(missing_ok=True)
 
 
-class Repeats:
-    """Which file holds which row.
-
-    A row that repeats the text and token of a row of an earlier shard is stored in that shard only,
-    so that its text is not forwarded again. This follows from the rows table, so that no shard has
-    to wait for another. Memory: 16 bytes per row.
-    """
-
-    def __init__(self, rows: pd.DataFrame, shard_rows: int) -> None:
-        self.shard_rows = shard_rows
-        text, token = (rows[c].to_numpy(np.int64) for c in ("text_id", "token_index"))
-        keys = text * (int(token.max(initial=0)) + 1) + token
-        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        earliest, own = first[which], np.arange(len(rows))
-        self.source = np.where(earliest // shard_rows < own // shard_rows, earliest, own)
-        """Row -> the row under which its values are stored."""
-        before = np.concatenate([[0], np.cumsum(self.source == own)])
-        self.offset = before[:-1] - before[own // shard_rows * shard_rows]
-        """Row -> its index in the shard's file, for rows that are not repeats."""
-
-    def kept(self, first: int, end: int) -> Int[np.ndarray, " n"]:
-        """The rows of one shard, [first, end), that its file holds, in order."""
-        rows = np.arange(first, end)
-        return rows[self.source[first:end] == rows]
-
-
 class StoredValues:
     """The shards of a hookpoint as one array `[n_rows, width]`, read without joining them.
 
-    Shards are memory-mapped when they are first read. `repeats` is called where a file lacks rows.
+    Shards are memory-mapped when they are first read.
 
     Example:
         >>> values = store.values(layer=2)
@@ -367,13 +340,8 @@ class StoredValues:
         >>> for first, acts in values.chunks(8192): ...
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        bounds: Sequence[tuple[int, int]],
-        repeats: Callable[[], Repeats],
-    ) -> None:
-        self.files, self.bounds, self._repeats = files, bounds, repeats
+    def __init__(self, files: Sequence[Path], bounds: Sequence[tuple[int, int]]) -> None:
+        self.files, self.bounds = files, bounds
         self._shard_rows = bounds[0][1]
         self._mapped: dict[int, Tensor] = {}
 
@@ -383,7 +351,6 @@ class StoredValues:
     @property
     def shape(self) -> tuple[int, int]:
         """(number of rows, width)."""
-        # Later shards may consist of repeats only; their files have no width.
         return len(self), self.shard(0).shape[1]
 
     @property
@@ -398,11 +365,6 @@ class StoredValues:
                 self._mapped[index] = file.get_tensor("acts")
         return self._mapped[index]
 
-    def _is_whole(self, index: int) -> bool:
-        """Whether a file holds all rows of its shard, repeats included."""
-        first, end = self.bounds[index]
-        return len(self.shard(index)) == end - first
-
     def __getitem__(
         self, rows: Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"] | slice
     ) -> Float[Tensor, "m width"]:
@@ -415,7 +377,7 @@ class StoredValues:
             return self._gather(self._row_numbers(np.asarray(rows)))
         start, stop, step = rows.indices(len(self))
         index = start // self._shard_rows
-        if step == 1 and start < stop <= self.bounds[index][1] and self._is_whole(index):
+        if step == 1 and start < stop <= self.bounds[index][1]:
             first = self.bounds[index][0]
             return self.shard(index)[start - first : stop - first]
         return self._gather(np.arange(start, stop, step))
@@ -431,20 +393,13 @@ class StoredValues:
 
     def _gather(self, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n width"]:
         holders = rows // self._shard_rows
-        partial = [i for i in np.unique(holders).tolist() if not self._is_whole(i)]
-        if partial:
-            rows = np.where(np.isin(holders, partial), self._repeats().source[rows], rows)
-            holders = rows // self._shard_rows
         values = self.shard(0).new_empty(len(rows), self.shape[1])
         order = np.argsort(holders, kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(holders[order])) + 1):
             if not len(part):
                 continue
-            index, of_shard = int(holders[part[0]]), rows[part]
-            if self._is_whole(index):
-                offsets = of_shard - self.bounds[index][0]
-            else:
-                offsets = self._repeats().offset[of_shard]
+            index = int(holders[part[0]])
+            offsets = rows[part] - self.bounds[index][0]
             values[torch.from_numpy(part)] = self.shard(index)[torch.from_numpy(offsets)]
         return values
 

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from saexp.activations.shards import (
     MANIFEST,
     Label,
-    Repeats,
     ShardWriter,
     StoredValues,
     copied_to_one_file,
@@ -88,14 +87,14 @@ def _rebuilt(folder: Path, fresh: Mapping[str, Any], reason: str) -> dict[str, A
     shard_rows = sizes.most_common(1)[0][0] if sizes else fresh["shard_rows"]
     n_shards = -(-fresh["n_rows"] // shard_rows)
     hookpoints: dict[str, dict[str, Any]] = {}
-    n_kept = 0
+    n_intact = 0
     for hookpoint, file, label, entry in proven:
         if label.shard_rows == shard_rows and label.index < n_shards:
             hookpoints.setdefault(hookpoint.name, {})[file.stem] = entry
-            n_kept += 1
+            n_intact += 1
     log.warning(
         "%s and is rebuilt from the shards: %s kept, %d collected again where needed",
-        *(reason, counted(n_kept, "shard"), len(files) - n_kept),
+        *(reason, counted(n_intact, "shard"), len(files) - n_intact),
     )
     return {**fresh, "shard_rows": shard_rows, "hookpoints": hookpoints}
 
@@ -112,17 +111,17 @@ def _proven(file: Path, store: str, hookpoint: Hookpoint) -> tuple[Label, dict[s
             about = json.loads(header)
             label = Label.read(about["__metadata__"])
             n_rows, _ = about["acts"]["shape"]
-            whole, values = hashlib.sha256(size + header), hashlib.sha256()
+            of_file, of_values = hashlib.sha256(size + header), hashlib.sha256()
             while chunk := opened.read(_CHUNK_BYTES):
-                whole.update(chunk)
-                values.update(chunk)
+                of_file.update(chunk)
+                of_values.update(chunk)
             n_bytes = opened.tell()
         belongs = (label.store, label.hookpoint, label.name) == (store, hookpoint.name, file.stem)
         begin, end = about["acts"]["data_offsets"]
         fits = begin == 0 and n_bytes - 8 - length == end and n_rows <= label.shard_rows
-        if not (belongs and fits and values.hexdigest() == about["__metadata__"]["sha256"]):
+        if not (belongs and fits and of_values.hexdigest() == about["__metadata__"]["sha256"]):
             return None
-        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": whole.hexdigest()}
+        return label, {"n_rows": n_rows, "bytes": n_bytes, "sha256": of_file.hexdigest()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -156,7 +155,6 @@ class ActivationStore(Marked):
         self._reported: set[str] = set()
         """Warnings about damaged files that were logged already."""
         self._rows: PositionRows | pd.DataFrame | None = None
-        self._placed: Repeats | None = None
         self._norms: dict[Hookpoint, np.ndarray] = {}
 
     def __fspath__(self) -> str:
@@ -181,8 +179,8 @@ class ActivationStore(Marked):
     ) -> "ActivationStore":
         """The store with these ingredients; `rows` replaces a rows table whose labels differ.
 
-        `shard_rows` applies to a new store only. `about` holds names for people beside the hashes.
-        A missing or damaged manifest is rebuilt from the shards.
+        `shard_rows` applies to a new store only. `about` holds readable names, which are saved
+        beside the hashes. A missing or damaged manifest is rebuilt from the shards.
         """
         folder = Path(cache_dir) / "activations" / store_key(ingredients)
         fresh = {
@@ -193,8 +191,6 @@ class ActivationStore(Marked):
             "n_rows": rows.n_rows if isinstance(rows, PositionRows) else len(rows),
             "shard_rows": shard_rows,
             "hookpoints": {},
-            # Absent otherwise, as in stores of earlier versions.
-            **({"distinct": True} if getattr(rows, "are_distinct", False) else {}),
         }
         for parent in (folder.parent, folder):
             try:
@@ -270,30 +266,15 @@ class ActivationStore(Marked):
         step = self.shard_rows
         return [(a, min(a + step, self.n_rows)) for a in range(0, self.n_rows, step)]
 
-    @property
-    def repeats(self) -> Repeats:
-        """Which shard holds which row. Raises StoreError where the rows table is damaged."""
-        if self._placed is None:
-            rows = self.saved_rows(["text_id", "token_index"])
-            if rows is None:
-                raise StoreError(f"{self.path}/rows.parquet is damaged; collect again to repair it")
-            self._placed = Repeats(rows, self.shard_rows)
-        return self._placed
-
-    def kept(self, index: int) -> Int[np.ndarray, " n"]:
-        """The rows that a shard's file holds, in order: all but repeats of earlier shards' rows."""
-        first, end = self.shard_bounds[index]
-        if not first or self.manifest.get("distinct"):
-            return np.arange(first, end)
-        return self.repeats.kept(first, end)
-
     def _shard(self, hookpoint: Hookpoint, index: int) -> Path:
         return self.path / hookpoint.name / f"{index:05d}.safetensors"
 
     def _is_sound(self, hookpoint: Hookpoint, index: int) -> bool:
         """Whether a shard is listed in the manifest and unchanged on disk."""
         entry = self.manifest["hookpoints"].get(hookpoint.name, {}).get(f"{index:05d}")
-        if entry is None:
+        first, end = self.shard_bounds[index]
+        # Earlier versions left rows out that an earlier shard had too.
+        if entry is None or entry["n_rows"] != end - first:
             return False
         checked = (hookpoint.name, index, entry["sha256"])
         if checked in self._sound:
@@ -332,8 +313,8 @@ class ActivationStore(Marked):
         self, hookpoint: Hookpoint, index: int, width: int, dtype: torch.dtype
     ) -> ShardWriter:
         """A writer for the rows of one shard; `enter` lists the finished file."""
-        n_rows = len(self.kept(index))
-        return self._writer(hookpoint.stored, index, (n_rows, width), dtype)
+        first, end = self.shard_bounds[index]
+        return self._writer(hookpoint.stored, index, (end - first, width), dtype)
 
     def _writer(
         self, hookpoint: Hookpoint, index: int, shape: tuple[int, int], dtype: torch.dtype
@@ -384,7 +365,7 @@ class ActivationStore(Marked):
         at = self._complete(hookpoint.stored)
         bounds = self.shard_bounds
         files = [self._shard(at, index) for index in range(len(bounds))]
-        return StoredValues(files, bounds, lambda: self.repeats)
+        return StoredValues(files, bounds)
 
     def acts(self, layer: int, stream: str = "resid_post") -> Float[Tensor, "n_rows d_model"]:
         """All activations of a hookpoint, in row order, memory-mapped.

@@ -110,12 +110,12 @@ _SPANS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 def folders(cache_dir: str | Path) -> list[Path]:
     """Folders of all stores, readable or not, the least recently used first."""
-    found = [
+    with_files = [
         folder
         for folder in Path(cache_dir).glob("activations/*")
         if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
     ]
-    return sorted(found, key=lambda folder: (last_used(folder), folder.name))
+    return sorted(with_files, key=lambda folder: (last_used(folder), folder.name))
 
 
 def stores(cache_dir: str | Path) -> list[ActivationStore]:
@@ -171,11 +171,11 @@ def format_listing(table: pd.DataFrame) -> str:
 def damaged(store: ActivationStore) -> list[str]:
     """Damaged files: `<hookpoint>/<shard>` for a listed shard. All files are hashed."""
     checked = ActivationStore.open(store.path, verify=True)
-    found = ["rows.parquet"] if checked.saved_rows() is None else []
+    files = ["rows.parquet"] if checked.saved_rows() is None else []
     for name, shards in checked.manifest["hookpoints"].items():
         at = [Hookpoint.parse(name)]
-        found += [f"{name}/{shard}" for shard in shards if checked.missing(at, [int(shard)])]
-    return found
+        files += [f"{name}/{shard}" for shard in shards if checked.missing(at, [int(shard)])]
+    return files
 
 
 def unreadable(cache_dir: str | Path) -> list[Path]:

@@ -22,15 +22,15 @@ from saexp.data.tokenization import (
     TokenizedText,
     answer_text,
     answer_token,
-    as_read,
     foil_of,
+    format_prompts,
     in_template,
     space_note,
     token_texts,
     tokenize_prompts,
 )
 from saexp.errors import DataError, counted
-from saexp.latents.encode import spliced
+from saexp.latents.encode import splice_edits
 from saexp.models.forward import (
     TokenBudget,
     batches,
@@ -70,7 +70,7 @@ def questions(
             answered.append(example.as_prompt())
         else:
             skips.append(Skip(example.id, "no answer"))
-    prompts = as_read(model, [e.text for e in answered])
+    prompts = format_prompts(model, [e.text for e in answered])
     asked = []
     for example, prompt, tokens in zip(
         answered, prompts, tokenize_prompts(model, prompts, max_length), strict=True
@@ -147,7 +147,7 @@ class CapabilityAnalyzer(Analyzer):
         excluded: list[int] = []
 
         def splice(ordinary: Tensor) -> dict[Hookpoint, EditFunction]:
-            return spliced(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
+            return splice_edits(sae, ordinary, limits=inputs.norm_limits, excluded=excluded.append)
 
         prompts, tops = self._ask(model, splice, asked)
         n_examples = len(inputs.examples)

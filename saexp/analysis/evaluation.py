@@ -33,7 +33,7 @@ from saexp.analysis.evaluation_passes import (
 from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replaced
+from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replacement_edit
 from saexp.models.forward import TokenBudget, batches
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SparseAutoencoder
@@ -211,12 +211,12 @@ class _Evaluator:
             values = {"zero": torch.zeros_like(mean), "mean": mean}
             high = batch.spliced & ~self.high_norm.ordinary(place, number, batch)
             for name in self.settings.ablations:
-                edit = replaced(values[name], batch.ablated & ~high)
+                edit = replacement_edit(values[name], batch.ablated & ~high)
                 yield (name, place), self.passes.changed(batch, clean, place[-1], edit)
         for index, sae in enumerate(self.saes):
             place = _streams(sae)
             written = self._reconstructed(index, number, batch, clean)
-            edit = replaced(written, self.high_norm.ordinary(place, number, batch))
+            edit = replacement_edit(written, self.high_norm.ordinary(place, number, batch))
             yield ("sae", index), self.passes.changed(batch, clean, place[-1], edit)
 
     def _reconstructed(

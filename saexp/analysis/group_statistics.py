@@ -11,7 +11,7 @@ from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs, Analyzer, unequal_types
 from saexp.config import StatsConfig, TopFeaturesConfig
-from saexp.data.tokenization import pieces
+from saexp.data.tokenization import token_pieces
 from saexp.errors import DataError, counted
 from saexp.latents.statistics import Moments, moments
 from saexp.results import Result
@@ -128,7 +128,7 @@ def _token_texts(inputs: AnalysisInputs) -> pd.Series:
         of_text = np.asarray(group)
         chosen, which = np.unique(indices[of_text], return_inverse=True)
         text = inputs.texts[int(text_ids[of_text[0]])]
-        parts = pieces(text, inputs.model.tokenizer, chosen.tolist())
+        parts = token_pieces(text, inputs.model.tokenizer, chosen.tolist())
         texts[of_text] = np.array(parts, dtype=object)[which]
     return pd.Series(texts, index=rows.index)
 
@@ -139,7 +139,7 @@ def _token_text(inputs: AnalysisInputs, row: int) -> str:
     if inputs.model is None or not inputs.texts:
         return str(position["token"])
     text = inputs.texts[int(position["text_id"])]
-    return pieces(text, inputs.model.tokenizer, [int(position["token_index"])])[0]
+    return token_pieces(text, inputs.model.tokenizer, [int(position["token_index"])])[0]
 
 
 def _background(inputs: AnalysisInputs) -> np.ndarray:

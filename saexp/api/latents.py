@@ -19,7 +19,7 @@ from saexp.api import compose
 from saexp.api.model import InteractiveModel, token_indices
 from saexp.config import RunConfig, SAEConfig
 from saexp.context import RunContext
-from saexp.data.tokenization import pieces
+from saexp.data.tokenization import token_pieces
 from saexp.digests import remember_in
 from saexp.errors import ConfigError, SAEError
 from saexp.files import RUN_FOLDER, write_text
@@ -235,7 +235,9 @@ def encode(
         [
             (p.number, i, p.tokens.ids[i], token)
             for p, of_text in zip(prompts, indices, strict=True)
-            for i, token in zip(of_text, pieces(p.tokens, model.tokenizer, of_text), strict=True)
+            for i, token in zip(
+                of_text, token_pieces(p.tokens, model.tokenizer, of_text), strict=True
+            )
         ],
         columns=["text", "token_index", "token_id", "token"],
     )

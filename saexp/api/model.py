@@ -24,7 +24,7 @@ from saexp.data.positions import Candidate, selected
 from saexp.data.tokenization import (
     PositionNotFound,
     TokenizedText,
-    as_read,
+    format_prompts,
     in_template,
     tokenize_prompts,
 )
@@ -149,7 +149,7 @@ class InteractiveModel(LanguageModel):
                 raise DataError(f"text {i} is a {type(text).__name__}; pass strings")
         in_chat = self.cfg.chat if chat is None else chat
         model = _ChatModel(self, replace(self.cfg, chat=in_chat), self.cfg.prepend_bos)
-        framed = as_read(model, texts)
+        framed = format_prompts(model, texts)
         prompts = []
         tokenized = tokenize_prompts(model, framed, max_length)
         for i, (text, prompt, tokens) in enumerate(zip(texts, framed, tokenized, strict=True)):

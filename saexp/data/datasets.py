@@ -16,9 +16,9 @@ from saexp.data.examples import (
     MissingValues,
     Skip,
     assign_splits,
-    choose,
     infer_groups,
     skip_notes,
+    subsample,
 )
 from saexp.data.tables import read_rows, text_lines, to_examples
 from saexp.errors import ConfigError, DataError, counted
@@ -35,23 +35,23 @@ TEXT_TEMPLATE = "The {entity_type} {entity}"
 def finish(
     cfg: DatasetConfig, examples: list[Example], source: str, notes: Sequence[str] = ()
 ) -> ExampleSet:
-    """Filter examples, resolve the groups and assign splits; notes say what is left out."""
+    """Filter examples, resolve the groups and assign splits; notes count the examples left out."""
     notes = list(notes)
     if cfg.entity_types is not None:
-        there = {e.entity_type for e in examples}
-        missing = [t for t in cfg.entity_types if t not in there]
+        types = {e.entity_type for e in examples}
+        missing = [t for t in cfg.entity_types if t not in types]
         if missing:
             raise DataError(
-                f"{source}: no rows of entity type '{missing[0]}'; there are "
-                f"{', '.join(sorted(str(t) for t in there))}"
+                f"{source}: no rows of entity type '{missing[0]}'; the types are "
+                f"{', '.join(sorted(str(t) for t in types))}"
             )
-        notes += _left_out("no entity_type", [e.entity_type for e in examples])
+        notes += _exclusion_note("no entity_type", [e.entity_type for e in examples])
         examples = [e for e in examples if e.entity_type in cfg.entity_types]
     groups = infer_groups(examples, cfg.groups, source)
     if groups:
-        notes += _left_out("no group", [e.group for e in examples])
+        notes += _exclusion_note("no group", [e.group for e in examples])
         examples = [e for e in examples if e.group in groups]
-    examples = choose(examples, cfg.n_examples, cfg.seed)
+    examples = subsample(examples, cfg.n_examples, cfg.seed)
     if cfg.answer_space != "auto":
         examples = [replace(e, answer_space=cfg.answer_space) for e in examples]
     return ExampleSet(
@@ -62,7 +62,7 @@ def finish(
     )
 
 
-def _left_out(what: str, values: Sequence[str | None]) -> list[str]:
+def _exclusion_note(what: str, values: Sequence[str | None]) -> list[str]:
     n = sum(value is None for value in values)
     if not n:
         return []
@@ -89,8 +89,8 @@ def csv(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """Known and unknown entities: those of the shipped model, else real and invented ones.
 
-    `dataset.path` names a JSONL file with a text per row, or a .json file in the published entity
-    format, which is read as dataset=wikidata reads it.
+    `dataset.path` is a JSONL file with a text per row, or a .json file in the published entity
+    format, which is read as by dataset=wikidata.
     """
     if cfg.path is not None and Path(cfg.path).suffix == ".json":
         return registry.resolve("dataset", "wikidata")(WikidataConfig(**vars(cfg)))
@@ -101,7 +101,7 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     rows = []
     for entity_type in ENTITY_TYPES:
         for where, row in read_rows(str(ASSETS / "entities" / f"{entity_type}.jsonl"), "jsonl"):
-            named = {"entity": row["entity"], "entity_type": entity_type}
+            names = {"entity": row["entity"], "entity_type": entity_type}
             prompt = cfg.prompt_template or row["question"]
             template = cfg.template or TEXT_TEMPLATE
             rows.append(
@@ -109,13 +109,13 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
                     where,
                     {
                         "id": f"{entity_type}/{row['entity']}",
-                        "text": filled("dataset.template", template, named),
+                        "text": fill_template("dataset.template", template, names),
                         "group": row["group"],
-                        "prompt": filled("dataset.prompt_template", prompt, named),
+                        "prompt": fill_template("dataset.prompt_template", prompt, names),
                         "answer": row.get("answer", []),
                         "attributes": row["attributes"],
                         **({} if cfg.prompt_template else {"attribute": row["attribute"]}),
-                        **named,
+                        **names,
                     },
                 )
             )
@@ -124,13 +124,13 @@ def entities(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     return finish(cfg, examples, "the shipped entities", notes)
 
 
-def filled(key: str, template: str, named: dict[str, str]) -> str:
-    """Fill in a template. Raises ConfigError where it has other names in braces."""
+def fill_template(key: str, template: str, names: dict[str, str]) -> str:
+    """Replace the names in braces. Raises ConfigError for names that are not among `names`."""
     try:
-        return template.format(**named)
+        return template.format(**names)
     except (AttributeError, LookupError, ValueError) as error:
         raise ConfigError(
-            f"{key}={template}: only {{entity}} and {{entity_type}} are filled in"
+            f"{key}={template}: only {{entity}} and {{entity_type}} may be in braces"
         ) from error
 
 
@@ -182,7 +182,7 @@ def read_lines(path: str | None, key: str) -> list[str]:
 
 
 def background_texts(cfg: DatasetConfig) -> list[str]:
-    """Neutral text for the background filter: the user's, else what ships for the model."""
+    """Neutral text for the background filter: `dataset.background`, else text that ships."""
     if cfg.background is not None:
         return read_lines(cfg.background, "dataset.background")
     folder = ASSETS / "tiny" if cfg.model_name in SHIPPED_MODELS else ASSETS
@@ -192,8 +192,8 @@ def background_texts(cfg: DatasetConfig) -> list[str]:
 def ioi(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     """Indirect-object sentences with the answer, and the other name as `foil`.
 
-    The shipped model's held-out name pairs, else generated from names that are one token in most
-    vocabularies.
+    For the shipped models, those of its held-out name pairs; otherwise they are generated from
+    names that are one token in most vocabularies.
     """
     if cfg.path is not None or cfg.model_name in SHIPPED_MODELS:
         return _from_file(cfg, cfg.path or str(ASSETS / "tiny" / "ioi.jsonl"), "jsonl")
@@ -223,8 +223,8 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
 
     A row with `perfect_match` true is `memorized`, one with `matching_tokens` 0 `not_memorized`,
     any other is left out; a row without a prompt, a continuation or the number that decides its
-    group is skipped. Both are counted in notes. The text is prompt plus continuation, the span is
-    the continuation.
+    group is skipped. Notes count both. The text is prompt plus continuation, the span is the
+    continuation.
     """
     shipped = (
         str(ASSETS / "tiny" / "memorization.csv") if cfg.model_name in SHIPPED_MODELS else None
@@ -238,7 +238,7 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         if absent:
             raise DataError(
                 f"{where}: column '{absent[0]}' is missing; "
-                f"needed are {', '.join(MEMORIZATION_COLUMNS)}"
+                f"the file needs {', '.join(MEMORIZATION_COLUMNS)}"
             )
         row = missing.cleaned(cells)
         line = where.rpartition(":")[2]
@@ -263,15 +263,15 @@ def memorization(cfg: DatasetConfig, **_: Any) -> ExampleSet:
             )
     notes = [*missing.notes(len(rows)), *skip_notes(skips, len(rows), "row")]
     if n_partial:
-        does = "matches in part and is" if n_partial == 1 else "match in part and are"
-        notes.append(f"{n_partial:,} of {counted(len(rows), 'row')} {does} left out")
+        verb = "matches in part and is" if n_partial == 1 else "match in part and are"
+        notes.append(f"{n_partial:,} of {counted(len(rows), 'row')} {verb} left out")
     if not examples:
         raise DataError(f"{path}: no row is a perfect match or has matching_tokens 0")
     return finish(cfg, examples, str(path), notes)
 
 
 def _memorized(where: str, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """(group, or None; the column whose missing value leaves the group unknown, or None)."""
+    """(group, column whose missing value leaves the group unknown); None where there is none."""
     for column in MEMORIZATION_COLUMNS[:2]:
         if row[column] is None:
             return None, column
@@ -295,7 +295,7 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
     from datasets.exceptions import DatasetsError
 
     if not cfg.path:
-        raise ConfigError("dataset=hf needs a name: type dataset.path=<hub id or local folder>")
+        raise ConfigError("dataset=hf needs a data set: type dataset.path=<hub id or local folder>")
     is_saved = [(Path(cfg.path) / name).is_file() for name in ("state.json", "dataset_dict.json")]
     try:
         if any(is_saved):
@@ -310,7 +310,7 @@ def hf(cfg: DatasetConfig, **_: Any) -> ExampleSet:
         if isinstance(loaded, datasets.DatasetDict):
             if cfg.hf_split not in loaded:
                 raise ValueError(
-                    f"no split {cfg.hf_split}, there are {', '.join(map(str, loaded))}"
+                    f"no split {cfg.hf_split}; the splits are {', '.join(map(str, loaded))}"
                 )
             loaded = loaded[cfg.hf_split]
     except (OSError, ValueError, DatasetsError) as error:

@@ -35,18 +35,18 @@ UNSPACED = re.compile(f"[{_UNSPACED_RANGES}{_HANGUL_RANGES}]")
 Korean, which puts spaces between words but not between a word and its particle."""
 
 
-def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:
-    """Spans of `wanted` in `text`, in order; empty where it does not occur.
+def find_mentions(text: str, string: str) -> tuple[Span, ...]:
+    """Spans of `string` in `text`, in order; empty where it does not occur.
 
-    Mentions at word boundaries are preferred: "Art" in "Arthur's Art" is the second one only.
-    Where no mention is at word boundaries, every mention counts. Text and string may differ in
-    Unicode normalisation (NFC or NFD); the spans are always those of `text` as given.
+    Where there are mentions at word boundaries, only these are returned: "Art" in "Arthur's Art"
+    is the second one. Text and string may differ in Unicode normalisation (NFC or NFD); the spans
+    are indices into `text` as it is passed.
 
     >>> find_mentions("Arthur's Art", "Art")
     ((9, 12),)
     """
     for form in dict.fromkeys(
-        (wanted, unicodedata.normalize("NFC", wanted), unicodedata.normalize("NFD", wanted))
+        (string, unicodedata.normalize("NFC", string), unicodedata.normalize("NFD", string))
     ):
         spans = [match.span() for match in re.finditer(re.escape(form), text)] if form else []
         whole = [(start, end) for start, end in spans if _is_whole(text, start, end)]
@@ -55,18 +55,18 @@ def find_mentions(text: str, wanted: str) -> tuple[Span, ...]:
     return ()
 
 
-def look_alike(text: str, wanted: str) -> bool:
-    """Whether `text` has a passage that looks like `wanted` but differs in its characters.
+def look_alike(text: str, string: str) -> bool:
+    """Whether a passage of `text` looks like `string`, although other characters may encode it.
 
-    Case, compatibility forms, invisible characters and kinds of white space are ignored; four in
-    five characters must agree, since other alphabets have letters of the same shape.
+    Case, compatibility forms, invisible characters and kinds of white space are ignored; 80% of the
+    characters must agree, since other alphabets have letters of the same shape.
     """
-    if text.isascii() and wanted.isascii():
+    if text.isascii() and string.isascii():
         return False
-    text, wanted = _plain(text), _plain(wanted)
-    windows = (text[i : i + len(wanted)] for i in range(len(text) - len(wanted) + 1))
-    same = (sum(a == b for a, b in zip(w, wanted, strict=True)) for w in windows)
-    return bool(wanted) and max(same, default=0) >= 0.8 * len(wanted)
+    text, string = _plain(text), _plain(string)
+    windows = (text[i : i + len(string)] for i in range(len(text) - len(string) + 1))
+    n_equal = (sum(a == b for a, b in zip(w, string, strict=True)) for w in windows)
+    return bool(string) and max(n_equal, default=0) >= 0.8 * len(string)
 
 
 def _plain(text: str) -> str:
@@ -98,12 +98,12 @@ def _is_word(character: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One text to analyse, and what is known about it."""
+    """One text to analyse, with its labels."""
 
     id: str
     text: str
     group: str | None = None
-    """Label that is contrasted."""
+    """The label by which examples are contrasted."""
     split: str | None = None
     """train, val or test."""
     spans: tuple[Span, ...] = ()
@@ -113,10 +113,10 @@ class Example:
     prompt: str | None = None
     """Prompt for interventions; `text` where None."""
     message: str | None = None
-    """The user's original message, where `prompt` is the output of a chat template."""
+    """The user's message, where `prompt` is the output of a chat template."""
     answers: tuple[str, ...] = ()
     answer_space: str = "auto"
-    """How an answer follows the prompt, see `data.prompts` (config: dataset.answer_space)."""
+    """How an answer follows the prompt: `dataset.answer_space`, see `tokenization.answer_text`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The file's other columns."""
 
@@ -136,7 +136,7 @@ class Example:
         return unicodedata.normalize("NFC", f"{self.entity_type or ''}:{self.entity}")
 
     def as_prompt(self) -> "Example":
-        """This example with its prompt as the text, and the entity's mentions there as spans."""
+        """The example with its prompt as the text, and the entity's mentions in it as spans."""
         if self.prompt is None or self.prompt == self.text:
             return self
         spans = () if self.entity is None else find_mentions(self.prompt, self.entity)
@@ -152,7 +152,7 @@ class Skip:
 
 
 def skip_notes(skips: Sequence[Skip], n: int, of: str = "example") -> list[str]:
-    """One line on how many of `n` examples were skipped, and why; empty where none was."""
+    """One line on how many of `n` examples were skipped, and why; empty where none were."""
     if not skips:
         return []
     reasons = Counter(s.reason for s in skips).most_common()
@@ -176,26 +176,28 @@ class ExampleSet:
 
 
 def infer_groups(
-    examples: Sequence[Example], wanted: Sequence[str] | None, where: str
+    examples: Sequence[Example], requested: Sequence[str] | None, where: str
 ) -> tuple[str, ...]:
-    """The two labels to contrast: `wanted`, else those of the data in order of appearance.
+    """The two labels to contrast: `requested`, else those of the data in order of appearance.
 
     A data set without labels has no groups. Raises DataError for one group, for a requested group
     that is missing, and for more than two groups where none are requested.
     """
     counts = Counter(e.group for e in examples if e.group is not None)
     if not counts:
-        if wanted:
-            raise DataError(f"{where}: no row has a group; add a column 'group' or set group_rule")
+        if requested:
+            raise DataError(
+                f"{where}: no row has a group; add a column 'group' or type dataset.group_rule="
+            )
         return ()
     listed = ", ".join(f"{g} ({n})" for g, n in counts.items())
-    if wanted is not None:
-        missing = [g for g in wanted if g not in counts]
+    if requested is not None:
+        missing = [g for g in requested if g not in counts]
         if missing:
             raise DataError(f"{where}: no rows of group '{missing[0]}'; the groups are {listed}")
-        if len(set(wanted)) != 2:
-            raise DataError(f"dataset.groups={list(wanted)} must name two groups out of {listed}")
-        return tuple(wanted)
+        if len(set(requested)) != 2:
+            raise DataError(f"dataset.groups={list(requested)} must be two of the groups {listed}")
+        return tuple(requested)
     if len(counts) == 1:
         n = sum(e.group is None for e in examples)
         without = f", and {counted(n, 'row')} without a group" if n else ""
@@ -210,29 +212,29 @@ def infer_groups(
     return tuple(counts)
 
 
-def choose(examples: list[Example], n: int | None, seed: int) -> list[Example]:
-    """At most `n` examples per group and entity type, a seeded choice, order kept."""
+def subsample(examples: list[Example], n: int | None, seed: int) -> list[Example]:
+    """At most `n` random examples per group and entity type, in their order; all for None."""
     if n is None:
         return examples
     rng = np.random.default_rng([seed, 11])
     order = rng.permutation(len(examples))
-    taken: Counter[tuple[str | None, str | None]] = Counter()
-    keep = set()
+    n_chosen: Counter[tuple[str | None, str | None]] = Counter()
+    chosen = set()
     for index in order:
         key = (examples[index].group, examples[index].entity_type)
-        if taken[key] < n:
-            taken[key] += 1
-            keep.add(int(index))
-    return [e for i, e in enumerate(examples) if i in keep]
+        if n_chosen[key] < n:
+            n_chosen[key] += 1
+            chosen.add(int(index))
+    return [e for i, e in enumerate(examples) if i in chosen]
 
 
 def assign_splits(
-    examples: Sequence[Example], shares: Mapping[str, float], seed: int
+    examples: Sequence[Example], fractions: Mapping[str, float], seed: int
 ) -> list[Example]:
     """Assign a split to every example without one, the same to all examples of an entity.
 
-    Entities are shuffled by the seed within each (group, entity type) and divided by the fractions,
-    so that all splits have the same composition.
+    Entities are shuffled by the seed within each (group, entity type) and divided in proportion to
+    `fractions` (by split), so that all splits have the same composition.
     """
     of_unit: dict[str, str | None] = {e.unit: e.split for e in examples if e.split is not None}
     strata: dict[tuple[str, str], list[str]] = {}
@@ -241,31 +243,30 @@ def assign_splits(
             of_unit[example.unit] = None
             key = (str(example.group), str(example.entity_type))
             strata.setdefault(key, []).append(example.unit)
-    names = [n for n, share in shares.items() if share > 0]
-    bounds = np.cumsum([shares[n] for n in names])
+    names = [name for name, fraction in fractions.items() if fraction > 0]
+    bounds = np.cumsum([fractions[name] for name in names])
     for key in sorted(strata):
         units = sorted(strata[key])
         order = np.random.default_rng([seed, 7]).permutation(len(units))
         for rank, index in enumerate(order):
-            share = (rank + 0.5) / len(units)
-            of_unit[units[index]] = names[
-                int(np.searchsorted(bounds, share).clip(max=len(names) - 1))
-            ]
+            quantile = (rank + 0.5) / len(units)
+            position = int(np.searchsorted(bounds, quantile).clip(max=len(names) - 1))
+            of_unit[units[index]] = names[position]
     return [replace(e, split=e.split or of_unit[e.unit]) for e in examples]
 
 
 class MissingValues:
     """Decides which values of a table are missing, and counts them by column.
 
-    null, NaN and the empty string are always missing, and so are `texts` and the numbers equal to
-    one of them (by default the texts that `pandas.read_csv` treats as missing).
+    Missing are null, NaN, the empty string, `texts`, and numbers equal to one of the `texts`; by
+    default `texts` are those that `pandas.read_csv` treats as missing.
     """
 
     def __init__(self, texts: Sequence[str | int | float] = MISSING_VALUES) -> None:
         self.texts = {"", *map(str, texts)}
         self.numbers = {value for text in self.texts if (value := _finite(text)) is not None}
         self.counts: Counter[str] = Counter()
-        """Column -> number of rows where it is missing, at least in part."""
+        """Column -> number of rows whose value is missing, or contains missing values."""
         self.spellings: dict[str, None] = {}
         """Texts, other than the empty one, that occurred as missing values."""
 
@@ -278,12 +279,12 @@ class MissingValues:
 
     def cleaned(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row with None for each missing value, also inside lists and mappings; counts them."""
-        done = {}
+        cleaned = {}
         for column, value in row.items():
-            done[column], n_missing = self._clean(value)
+            cleaned[column], n_missing = self._clean(value)
             if n_missing:
                 self.counts[column] += 1
-        return done
+        return cleaned
 
     def _clean(self, value: Any) -> tuple[Any, int]:
         if isinstance(value, Mapping):
@@ -320,13 +321,13 @@ def _finite(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def as_list(text: str, opening: str = "[") -> list[Any] | None:
+def parse_list(text: str, opening: str = "[") -> list[Any] | None:
     """Parse a cell that holds a list in JSON or Python syntax; None for any other text.
 
-    `opening` are the brackets that a list may begin with. Raises ValueError for a printed NumPy
+    A list begins with one of the brackets in `opening`. Raises ValueError for a printed NumPy
     array, whose items are not separated.
 
-    >>> as_list("['Estia.', 'Estia']")
+    >>> parse_list("['Estia.', 'Estia']")
     ['Estia.', 'Estia']
     """
     text = text.strip()
@@ -340,7 +341,7 @@ def as_list(text: str, opening: str = "[") -> list[Any] | None:
 
 
 def _python_value(text: str) -> Any:
-    """The value of a Python literal, which may contain `nan`; None where it is not one."""
+    """The value of a Python literal, which may contain `nan`; None for any other text."""
     try:
         with warnings.catch_warnings():
             # Unknown escapes in a string literal.
@@ -357,7 +358,7 @@ def _python_value(text: str) -> Any:
 
 
 class _NaN(ast.NodeTransformer):
-    """Replaces the name `nan`, as Python prints it, by the number."""
+    """Replaces the name `nan`, as Python prints NaN, by the number."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return ast.Constant(float("nan")) if node.id == "nan" else node

@@ -61,8 +61,6 @@ class PositionRows(ABC):
     skips: Sequence[Skip] = ()
     n_truncated = 0
     """Texts that were truncated at the maximum length and of which only the rest is read."""
-    are_distinct = False
-    """Whether no two rows are the same token of the same text, without a look at the rows."""
 
     @property
     @abstractmethod
@@ -171,7 +169,7 @@ class PositionTable(PositionRows):
     def take(self, rows: Int[np.ndarray, " n"]) -> "PositionTable":
         """The same texts with these rows, in this order; a row may occur twice."""
         part = copy(self)
-        part.__dict__.pop("rows", None)
+        vars(part).pop("rows", None)
         part._of_chosen, part.example_index = self._of_chosen[rows], self.example_index[rows]
         part._numbers = Numbers(*(column[rows] for column in self._numbers))
         return part
@@ -309,8 +307,6 @@ class CorpusRows(PositionRows):
 
     Memory: 8 bytes per context. Special tokens are left out unless `positions.include_special`.
     """
-
-    are_distinct = True
 
     def __init__(self, corpus: Corpus, cfg: PositionsConfig, tokenizer: Any) -> None:
         """Raises ConfigError for positions that a corpus does not have, DataError for none."""

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from saexp.config import DatasetConfig
 from saexp.config.components import COLUMNS as FIELDS
-from saexp.data.examples import Example, MissingValues, Span, as_list, find_mentions, look_alike
+from saexp.data.examples import Example, MissingValues, Span, find_mentions, look_alike, parse_list
 from saexp.errors import ConfigError, DataError, counted
 
 
@@ -28,8 +28,8 @@ def open_text(file: Path, newline: str | None = None) -> Iterator[TextIO]:
     where the file is not UTF-8.
     """
     try:
-        with file.open(encoding="utf-8-sig", newline=newline) as opened:
-            yield opened
+        with file.open(encoding="utf-8-sig", newline=newline) as text_file:
+            yield text_file
     except UnicodeDecodeError as error:
         # The position in the error is relative to a block of the file.
         raise DataError(f"{file}: is not UTF-8 text (byte {_first_bad_byte(file)})") from error
@@ -44,7 +44,7 @@ def _first_bad_byte(file: Path) -> int:
 
 
 def text_lines(file: Path) -> list[str]:
-    """Lines of a text file without line ends; white space and blank lines are kept."""
+    """Lines of a text file without line ends, including blank lines and white space."""
     with open_text(file) as lines:
         return [line.removesuffix("\n") for line in lines]
 
@@ -60,18 +60,18 @@ _OPERATORS = {
     "<": operator.lt,
 }
 
-_NEAR = 0.8
-"""Similarity from which a column name counts as misspelt; 1 is the same name."""
+_MIN_SIMILARITY = 0.8
+"""Similarity of a misspelt column name to the known one, at least; 1 means equal."""
 
 Row = tuple[str, dict[str, Any]]
 """(file:line, columns)."""
 
-_LONGEST_FIELD = 2**31 - 1
+_MAX_FIELD = 2**31 - 1
 """Maximum characters in a CSV field: the largest limit that every platform accepts."""
 
 
 def read_rows(path: str | None, kind: str) -> list[Row]:
-    """All rows of a file. Raises DataError naming file and line."""
+    """All rows of a file. Raises DataError, with file and line."""
     if not path:
         raise ConfigError(f"dataset={kind} needs a file: type dataset.path=FILE")
     file = Path(path)
@@ -103,7 +103,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
 
 
 def may_hold_surrogates(text: str) -> bool:
-    """Whether JSON text has escaped surrogates, which may be half a character."""
+    """Whether JSON text has escaped surrogates, one of which alone is half a character."""
     return "\\ud" in text.lower()
 
 
@@ -119,7 +119,7 @@ def check_characters(where: str, row: dict[str, Any]) -> None:
 def _csv_lines(file: Path) -> Iterator[Row]:
     # A setting of the whole process: raised once and never lowered, so that threads do not
     # interfere with one another.
-    csv_module.field_size_limit(_LONGEST_FIELD)
+    csv_module.field_size_limit(_MAX_FIELD)
     with open_text(file, newline="") as lines:
         reader = csv_module.DictReader(lines, strict=True)
         try:
@@ -127,8 +127,8 @@ def _csv_lines(file: Path) -> Iterator[Row]:
                 where = f"{file}:{reader.line_num}"
                 if None in row or None in row.values():
                     raise DataError(
-                        f"{where}: the header has {len(reader.fieldnames or [])} fields, and "
-                        "this row has another number; quote texts that contain commas"
+                        f"{where}: the row does not have the {len(reader.fieldnames or [])} fields "
+                        "of the header; quote texts that contain commas"
                     )
                 yield where, row
         except csv_module.Error as error:
@@ -137,10 +137,10 @@ def _csv_lines(file: Path) -> Iterator[Row]:
             raise DataError(f"{file}:{line}: is not CSV ({error})") from error
 
 
-def rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
+def parse_rule(text: str, missing: MissingValues | None = None) -> tuple[str, Any]:
     """Parse a rule such as `column == value` into (column, test). Raises ConfigError.
 
-    No code is evaluated. Numbers are compared as numbers, other values as text without case. The
+    No code is evaluated. Numbers are compared as numbers, other values as text, ignoring case. The
     test raises ValueError where <, >, <= or >= compares a text with a number.
     """
     match = re.fullmatch(r"\s*(\w+)\s*(==|!=|>=|<=|>|<)\s*(\S.*?)\s*", text)
@@ -187,7 +187,7 @@ def _string(where: str, row: Mapping[str, Any], name: str) -> str | None:
 
 def _span(where: str, value: Any, text: str) -> Span:
     if isinstance(value, str):
-        value = _listed(where, "span", value, "[(")
+        value = _parse_cell(where, "span", value, "[(")
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if not is_pair or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         raise DataError(f"{where}: 'span' must be [start, end] in characters, such as [4, 11]")
@@ -199,12 +199,12 @@ def _span(where: str, value: Any, text: str) -> Span:
     return start, end
 
 
-def _listed(where: str, column: str, cell: Any, opening: str = "[") -> Any:
-    """The list that a cell holds as text; the cell itself where it holds anything else."""
+def _parse_cell(where: str, column: str, cell: Any, opening: str = "[") -> Any:
+    """The list that a cell holds as text; any other cell as it is."""
     if not isinstance(cell, str):
         return cell
     try:
-        parsed = as_list(cell, opening)
+        parsed = parse_list(cell, opening)
     except ValueError as error:
         raise DataError(f"{where}: column '{column}' {error}") from error
     return cell if parsed is None else parsed
@@ -231,9 +231,9 @@ def _answers(where: str, value: Any) -> tuple[str, ...]:
 
 
 def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Example:
-    """Turn a row, whose missing values are None, into a checked example; its id may be "".
+    """Validate a row, whose missing values are None, and turn it into an example.
 
-    Raises DataError with file and line.
+    The id is "" where the row has none. Raises DataError, with file and line.
     """
     name_of = {f: columns.get(f, f) for f in FIELDS}
     values = {f: row[c] for f, c in name_of.items() if c in row}
@@ -271,22 +271,24 @@ def to_example(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -
     )
 
 
-def misspelt(rows: list[Row], columns: Mapping[str, str], rule_column: str | None) -> list[str]:
-    """Notes on unknown columns whose name is similar to a known column that is absent.
+def misspelling_notes(
+    rows: list[Row], columns: Mapping[str, str], rule_column: str | None
+) -> list[str]:
+    """Notes on unknown columns whose names are similar to known columns that are absent.
 
     `rule_column` is the column of dataset.group_rule.
     """
-    there = dict.fromkeys(column for _, row in rows for column in row)
+    present = dict.fromkeys(column for _, row in rows for column in row)
     used = {*FIELDS, *columns.values(), rule_column}
-    absent = [f for f in FIELDS if columns.get(f, f) not in there]
+    absent = [f for f in FIELDS if columns.get(f, f) not in present]
     if rule_column is not None:
         absent = [f for f in absent if f != "group"]
     notes = []
-    for column in there:
+    for column in present:
         word = column.strip().lower()
         # Names of two letters are similar to too many others, such as idx and uid.
         known = [f for f in absent if len(f) > 2 or f == word]
-        near = difflib.get_close_matches(word, known, 1, _NEAR)
+        near = difflib.get_close_matches(word, known, 1, _MIN_SIMILARITY)
         if column not in used and near:
             notes.append(f"column '{column}' is not used by saexp; did you mean {near[0]}?")
     return notes
@@ -295,25 +297,26 @@ def misspelt(rows: list[Row], columns: Mapping[str, str], rule_column: str | Non
 def to_examples(
     rows: list[Row], cfg: DatasetConfig, source: str, *, lists_as_text: bool = False
 ) -> tuple[list[Example], list[str]]:
-    """Turn all rows into (examples with distinct ids, notes); dataset.group_rule makes groups.
+    """Turn all rows into (examples with distinct ids, notes).
 
-    With `lists_as_text`, an answer that is a list in JSON or Python syntax is parsed.
+    `dataset.group_rule` gives the groups where it is set. With `lists_as_text`, an answer that is a
+    list in JSON or Python syntax is parsed.
     """
-    columns = {ours: theirs for ours, theirs in cfg.columns.items() if theirs is not None}
-    for ours, theirs in columns.items():
-        if not any(theirs in row for _, row in rows):
-            raise DataError(f"{source}: no row has the column '{theirs}' (dataset.columns.{ours})")
+    columns = {field: column for field, column in cfg.columns.items() if column is not None}
+    for field, column in columns.items():
+        if not any(column in row for _, row in rows):
+            raise DataError(f"{source}: no row has the column '{column}' (dataset.columns.{field})")
     missing = MissingValues(cfg.missing_values)
     lists = (columns.get("answer", "answer"), "attributes") if lists_as_text else ()
     cleaned = []
     for where, row in rows:
-        parsed = {c: _listed(where, c, row[c]) for c in lists if c in row}
+        parsed = {c: _parse_cell(where, c, row[c]) for c in lists if c in row}
         cleaned.append((where, missing.cleaned({**row, **parsed})))
     rule_column = None
     if cfg.group_rule:
-        rule_column, cleaned = _grouped(cleaned, cfg.group_rule, missing, columns, source)
+        rule_column, cleaned = _assign_groups(cleaned, cfg.group_rule, missing, columns, source)
     examples = [to_example(where, row, columns) for where, row in cleaned]
-    notes = [*missing.notes(len(rows)), *misspelt(rows, columns, rule_column)]
+    notes = [*missing.notes(len(rows)), *misspelling_notes(rows, columns, rule_column)]
     notes += _prompt_notes(examples) + (_answer_notes(examples) if lists_as_text else [])
     return _with_ids([where for where, _ in rows], examples), notes
 
@@ -325,7 +328,7 @@ def _prompt_notes(examples: Sequence[Example]) -> list[str]:
         return []
     return [
         f"{counted(n_without, 'row')} of {len(examples):,} without a prompt: interventions run on "
-        "the text there"
+        "the text instead"
     ]
 
 
@@ -342,15 +345,15 @@ def _answer_notes(examples: Sequence[Example]) -> list[str]:
     ]
 
 
-def _grouped(
+def _assign_groups(
     rows: list[Row],
     group_rule: str,
     missing: MissingValues,
     columns: Mapping[str, str],
     source: str,
 ) -> tuple[str, list[Row]]:
-    """(column of the rule, rows with the group it gives); None where the column is missing."""
-    column, test = rule(group_rule, missing)
+    """(column of the rule, rows with groups); the group is None where the column is missing."""
+    column, test = parse_rule(group_rule, missing)
     if all(row.get(column) is None for _, row in rows):
         raise DataError(f"{source}: no row has a value in column '{column}' ({group_rule})")
     grouped = []
@@ -365,23 +368,23 @@ def _grouped(
     return column, grouped
 
 
-def _with_ids(places: Sequence[str], examples: Sequence[Example]) -> list[Example]:
+def _with_ids(locations: Sequence[str], examples: Sequence[Example]) -> list[Example]:
     """Examples with distinct ids: those without one get their line number.
 
     Where another row has that number as its id, "line " is prepended. Raises DataError for an id
     that occurs twice.
     """
     where_used: dict[str, str] = {}
-    for where, example in zip(places, examples, strict=True):
+    for where, example in zip(locations, examples, strict=True):
         if example.id in where_used:
             first = where_used[example.id]
             raise DataError(f"{where}: id '{example.id}' is already used at {first}")
         if example.id:
             where_used[example.id] = where
-    done = []
-    for where, example in zip(places, examples, strict=True):
+    result = []
+    for where, example in zip(locations, examples, strict=True):
         line = where.rpartition(":")[2]
         while line in where_used:
             line = f"line {line}"
-        done.append(example if example.id else replace(example, id=line))
-    return done
+        result.append(example if example.id else replace(example, id=line))
+    return result

@@ -11,7 +11,7 @@ from saexp.errors import DataError, ModelError
 
 
 class PositionNotFound(Exception):
-    """A text does not have the requested position; the message is the reported reason."""
+    """A text lacks the requested position; the message is the reason that is reported."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class TokenizedText:
     text: str
     ids: tuple[int, ...]
     offsets: tuple[Span, ...]
-    """Character range of each token in `text`; (0, 0) for special ones that are not in it."""
+    """Character range of each token in `text`; (0, 0) for special tokens that are not in it."""
     special: tuple[bool, ...]
     truncated: bool
     cut_left: bool = False
-    """Whether truncation removed the beginning of the text, not its end."""
+    """Whether truncation removed the beginning of the text rather than the end."""
     message: Span | None = None
     """Span of the user's message in `text`; None where all of `text` is the user's."""
 
@@ -44,39 +44,39 @@ def tokenize(
     """Tokenize texts and truncate them at `max_length` tokens.
 
     The token ids are those of the tokenizer without an appended EOS token, so that the last token
-    belongs to the text. `prepend_bos` says whether texts begin with the BOS token; None leaves that
-    to the tokenizer. A text that begins with the BOS token's string keeps it and gets no second
-    one. `templated` texts are the output of a chat template: the tokenizer adds nothing, and
-    `prepend_bos` adds or removes a BOS only where it is not None. For tokenizers without offsets,
-    offsets are found by decoding prefixes. Raises DataError where BOS is requested and the
-    tokenizer has none.
+    belongs to the text. `prepend_bos` decides whether texts begin with the BOS token; None leaves
+    that to the tokenizer. A text that begins with the BOS token's string gets no second one.
+    `templated` texts are the output of a chat template: the tokenizer adds nothing, and a BOS is
+    added or removed only where `prepend_bos` is not None. For tokenizers that return no offsets,
+    these are determined by decoding prefixes. Raises DataError where BOS is requested and the
+    tokenizer has no BOS token.
     """
     bos = getattr(tokenizer, "bos_token", None)
     if prepend_bos and not bos:
         raise DataError("prepend_bos=true, but the tokenizer has no BOS token")
     if not texts:
         return []
-    added = () if templated else _added_in_front(tokenizer)
+    prefix = () if templated else _special_prefix(tokenizer)
     if prepend_bos is not None:
-        added = _with_bos(added, tokenizer, prepend_bos)
-    read = _fast if getattr(tokenizer, "is_fast", False) else _slow
+        prefix = _with_bos(prefix, tokenizer, prepend_bos)
+    convert = _tokenize_fast if getattr(tokenizer, "is_fast", False) else _tokenize_slow
     left = getattr(tokenizer, "truncation_side", "right") == "left"
-    done = []
-    for tokens in read(list(texts), tokenizer, None if left else max_length):
-        own = bool(bos) and tokens.text.startswith(bos)
-        if own and templated and prepend_bos is False:
+    result = []
+    for tokens in convert(list(texts), tokenizer, None if left else max_length):
+        has_bos = bool(bos) and tokens.text.startswith(bos)
+        if has_bos and templated and prepend_bos is False:
             tokens = _without_first(tokens)
-        done.append(_framed(tokens, () if own else added, max_length, left))
-    return done
+        result.append(_prefixed(tokens, () if has_bos else prefix, max_length, left))
+    return result
 
 
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer prepends its BOS token by default."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    return bos is not None and _added_in_front(tokenizer)[:1] == (bos,)
+    return bos is not None and _special_prefix(tokenizer)[:1] == (bos,)
 
 
-def _added_in_front(tokenizer: Any) -> tuple[int, ...]:
+def _special_prefix(tokenizer: Any) -> tuple[int, ...]:
     """Special tokens that the tokenizer prepends to a text."""
     text = "a"
     whole = list(tokenizer(text)["input_ids"])
@@ -85,12 +85,12 @@ def _added_in_front(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: next((n for n in starts if whole[n : n + len(bare)] == bare), 0)])
 
 
-def _with_bos(added: tuple[int, ...], tokenizer: Any, wanted: bool) -> tuple[int, ...]:
+def _with_bos(prefix: tuple[int, ...], tokenizer: Any, prepend_bos: bool) -> tuple[int, ...]:
     bos = tokenizer.bos_token_id
     if bos is None:
-        return added
-    rest = added[1:] if added[:1] == (bos,) else added
-    return (bos, *rest) if wanted else rest
+        return prefix
+    rest = prefix[1:] if prefix[:1] == (bos,) else prefix
+    return (bos, *rest) if prepend_bos else rest
 
 
 def _without_first(tokens: TokenizedText) -> TokenizedText:
@@ -99,26 +99,26 @@ def _without_first(tokens: TokenizedText) -> TokenizedText:
     )
 
 
-def _framed(
-    tokens: TokenizedText, added: tuple[int, ...], max_length: int, left: bool
+def _prefixed(
+    tokens: TokenizedText, prefix: tuple[int, ...], max_length: int, left: bool
 ) -> TokenizedText:
-    """The text with the special tokens `added` prepended, truncated at `max_length` tokens."""
-    n, n_left = len(tokens), max(max_length - len(added), 0)
-    part = slice(n - n_left, n) if left and n > n_left else slice(0, n_left)
+    """The text after the special tokens `prefix`, truncated at `max_length` tokens in all."""
+    n, n_room = len(tokens), max(max_length - len(prefix), 0)
+    part = slice(n - n_room, n) if left and n > n_room else slice(0, n_room)
     return replace(
         tokens,
-        ids=(*added, *tokens.ids[part])[:max_length],
-        offsets=(*((0, 0) for _ in added), *tokens.offsets[part])[:max_length],
-        special=(*(True for _ in added), *tokens.special[part])[:max_length],
-        truncated=n > n_left,
-        cut_left=left and n > n_left,
+        ids=(*prefix, *tokens.ids[part])[:max_length],
+        offsets=(*((0, 0) for _ in prefix), *tokens.offsets[part])[:max_length],
+        special=(*(True for _ in prefix), *tokens.special[part])[:max_length],
+        truncated=n > n_room,
+        cut_left=left and n > n_room,
     )
 
 
-def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[TokenizedText]:
+def _tokenize_fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[TokenizedText]:
     """Tokenize without special tokens, and convert at most `max_length` + 2 tokens of each text.
 
-    That suffices to see that a text is too long, even where its own BOS is removed.
+    That suffices to detect that a text is too long, even where a BOS in the text is removed.
     """
     part = slice(None if max_length is None else max_length + 2)
     encoded = tokenizer(
@@ -143,14 +143,14 @@ def _fast(texts: list[str], tokenizer: Any, max_length: int | None) -> list[Toke
     ]
 
 
-def _slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[TokenizedText]:
-    """As `_fast`, with offsets found by decoding, for the first `n_located` tokens only."""
+def _tokenize_slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[TokenizedText]:
+    """As `_tokenize_fast`, with offsets from decoding, for the first `n_located` tokens only."""
     special_ids = set(tokenizer.all_special_ids)
-    done = []
+    result = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         offsets = _offsets_by_decoding(text, ids[:n_located], tokenizer)
-        done.append(
+        result.append(
             TokenizedText(
                 text=text,
                 ids=tuple(ids),
@@ -159,13 +159,13 @@ def _slow(texts: list[str], tokenizer: Any, n_located: int | None) -> list[Token
                 truncated=False,
             )
         )
-    return done
+    return result
 
 
 def _offsets_by_decoding(text: str, ids: Sequence[int], tokenizer: Any) -> tuple[Span, ...]:
-    """Character ranges from decoded prefixes; a token inside a multi-byte character gets all of it.
+    """Character ranges from decoded prefixes; a token within a multi-byte character has all of it.
 
-    Raises DataError where decoding does not give the text back.
+    Raises DataError where decoding does not restore the text.
     """
     ends: list[int] = []
     cut: list[bool] = []
@@ -177,20 +177,20 @@ def _offsets_by_decoding(text: str, ids: Sequence[int], tokenizer: Any) -> tuple
     shift = len(text) - len(text.lstrip()) - (len(whole) - len(whole.lstrip()))
     if not text[max(shift, 0) :].startswith(whole[max(-shift, 0) :].rstrip("\ufffd")):
         raise DataError(
-            f"the tokenizer has no offsets and does not decode '{text[:40]}' back, so "
-            "spans cannot be found; use a fast tokenizer"
+            "the tokenizer returns no offsets and its tokens do not decode to the text "
+            f"'{text[:40]}', so spans cannot be located; use a fast tokenizer"
         )
     offsets: list[Span] = []
     start = 0
     for index, end in enumerate(ends):
-        finished = next((e for e in ends[index:] if e > end), end + 1) if cut[index] else end
-        offsets.append((max(start + shift, 0), max(finished + shift, 0)))
+        whole_end = next((e for e in ends[index:] if e > end), end + 1) if cut[index] else end
+        offsets.append((max(start + shift, 0), max(whole_end + shift, 0)))
         start = end
     return tuple(offsets)
 
 
 def in_message(tokens: TokenizedText, index: int) -> bool:
-    """Whether a token holds characters of the user's message, not only of the chat template."""
+    """Whether a token has characters of the user's message, not only of the chat template."""
     if tokens.message is None:
         return True
     (start, end), (a, b) = tokens.message, tokens.offsets[index]
@@ -199,10 +199,10 @@ def in_message(tokens: TokenizedText, index: int) -> bool:
 
 
 def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:
-    """Indices of the tokens that hold characters of the span; empty where it was truncated.
+    """Indices of the tokens that have characters of the span; empty where it was truncated.
 
-    Surrounding white space does not count, so a byte-level token that begins with the space before
-    the span belongs to it, and a token that is that space alone does not.
+    White space at the ends of the span does not count: a token of white space there is not
+    included, while a byte-level token that begins with the space before a word is.
     """
     start, end = span
     inside = tokens.text[start:end]
@@ -221,38 +221,40 @@ def span_to_tokens(tokens: TokenizedText, span: Span) -> list[int]:
 
 
 _SPACES = ("Ġ", "▁")
-"""How byte-level and SentencePiece vocabularies write a space before a word."""
+"""A space before a word, as byte-level and SentencePiece vocabularies write it."""
 _UNDECODED = "\ufffd"
-"""What decoding gives for bytes that are not a whole character."""
+"""The result of decoding bytes that are not a whole character."""
 
 
-def pieces(text: TokenizedText, tokenizer: Any, indices: Sequence[int] | None = None) -> list[str]:
-    """The text of each token; together they are the text itself, apart from special tokens.
+def token_pieces(
+    text: TokenizedText, tokenizer: Any, indices: Sequence[int] | None = None
+) -> list[str]:
+    """The text of each token; concatenated, they are the text and the special tokens' names.
 
     White space that a tokenizer leaves out of its offsets belongs to the next token. Where several
     byte-level tokens make up one character, such as an emoji, the first has it and the others are
-    empty. `indices` limits the result to these tokens, ascending; then the first of them has it.
+    empty. With `indices`, ascending, only these tokens are returned, and the first of them that is
+    part of a character has it.
     """
     names = tokenizer.convert_ids_to_tokens(list(text.ids))
-    found, shown, before = [], 0, 0
-    wanted = None if indices is None else set(indices)
+    pieces, shown, before = [], 0, 0
+    included = range(len(text)) if indices is None else set(indices)
     for i, ((a, b), special) in enumerate(zip(text.offsets, text.special, strict=True)):
-        here = wanted is None or i in wanted
         if special and a == b:
-            found += [str(names[i])] * here
+            pieces += [str(names[i])] * (i in included)
             continue
         start = a if text.text[before:a].strip() else min(a, before)
-        if here:
-            found.append(text.text[max(start, shown) : b])
+        if i in included:
+            pieces.append(text.text[max(start, shown) : b])
             shown = max(shown, b)
         before = max(before, b)
-    return found
+    return pieces
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
     """Token id -> the text of that token alone, with the space that decoding may drop.
 
-    A token that is part of a character is shown by its name in the vocabulary.
+    For a token that is part of a character, the text is its name in the vocabulary.
     """
     texts = {}
     for token_id in set(ids):
@@ -264,11 +266,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> dict[int, str]:
 
 
 _SENTINEL = "SaexpUserMessage7261"
-"""A message that no template contains and none has a reason to change."""
+"""A message that chat templates neither contain nor change."""
 IN_CHAT = "strip"
 """`Example.answer_space` of a chat prompt: the answer begins the model's turn."""
-CHANGED = "the chat template changes the message, so positions in it cannot be located"
-"""Reason of a skip."""
+MESSAGE_CHANGED = "the chat template changes the message, so positions in it cannot be located"
+"""Reason of a skipped example."""
 
 
 @runtime_checkable
@@ -296,10 +298,10 @@ class Prompt:
     message: Span | None
     """Span of the message in `text`; None where the chat template changes it."""
     shift: int = 0
-    """Index of a character in `text` minus its index in the message as given."""
+    """Index of a character in `text` minus its index in the original message."""
 
     def located(self, span: Span) -> Span | None:
-        """The span of `text` for a span of the original message; None where it was removed."""
+        """The span in `text` of a span of the original message; None where it was removed."""
         if self.message is None:
             return None
         start = max(span[0] + self.shift, self.message[0])
@@ -307,16 +309,16 @@ class Prompt:
         return (start, end) if start < end else None
 
 
-def as_read(model: ChatModel, messages: Sequence[str]) -> list[Prompt]:
+def format_prompts(model: ChatModel, messages: Sequence[str]) -> list[Prompt]:
     """The messages in the chat template where `model.chat` is set, else unchanged."""
     if not model.cfg.chat or not messages:
         return [Prompt(text, (0, len(text))) for text in messages]
-    before, after = _frame(model)
-    return [_in_frame(model.chat_text(text), text, before, after) for text in messages]
+    before, after = _template_parts(model)
+    return [_locate_message(model.chat_text(text), text, before, after) for text in messages]
 
 
-def _frame(model: ChatModel) -> tuple[str, str]:
-    """The text that the chat template puts before and after a message; empty where it repeats it.
+def _template_parts(model: ChatModel) -> tuple[str, str]:
+    """The chat template's text before and after a message; empty where the message is repeated.
 
     Raises ModelError where the template leaves the message out, so that all prompts are equal.
     """
@@ -331,7 +333,7 @@ def _frame(model: ChatModel) -> tuple[str, str]:
 
 
 def in_template(example: Example, prompt: Prompt) -> Example:
-    """The example as a chat prompt; spans are moved with the user's message."""
+    """The example as a chat prompt; spans are shifted with the user's message."""
     spans = tuple(s for s in map(prompt.located, example.spans) if s is not None)
     space = IN_CHAT if example.answer_space == "auto" else example.answer_space
     return replace(
@@ -344,11 +346,11 @@ def in_template(example: Example, prompt: Prompt) -> Example:
     )
 
 
-def _in_frame(text: str, message: str, before: str, after: str) -> Prompt:
-    """Locate the message between the template's own text before and after it.
+def _locate_message(text: str, message: str, before: str, after: str) -> Prompt:
+    """The prompt, with the span of the message between the template's text before and after it.
 
-    A template may strip white space around the message; where it changes anything else, the message
-    has no location.
+    A template may strip white space around the message; where it changes anything else, the span is
+    None.
     """
     end = len(text) - len(after)
     if text.startswith(before) and text.endswith(after) and len(before) <= end:
@@ -362,20 +364,20 @@ def _in_frame(text: str, message: str, before: str, after: str) -> Prompt:
 def tokenize_texts(model: ChatModel, texts: Sequence[str], max_length: int) -> list[TokenizedText]:
     """Tokenize texts that are read but not continued, truncated at `max_length` tokens.
 
-    With `model.chat`, a text that begins like the chat template (such as those that task=label
-    saves) counts as its output, and begins with the template's own BOS or none.
+    With `model.chat`, a text that begins as the chat template does (such as those that task=label
+    saves) is taken for the template's output, so that no BOS is added by default.
     """
-    before = _frame(model)[0] if model.cfg.chat else ""
-    done: dict[int, TokenizedText] = {}
+    before = _template_parts(model)[0] if model.cfg.chat else ""
+    by_index: dict[int, TokenizedText] = {}
     for templated in (True, False):
-        chosen = [
+        indices = [
             i for i, t in enumerate(texts) if (before != "" and t.startswith(before)) is templated
         ]
         bos = model.cfg.prepend_bos if templated else model.prepend_bos
-        some = [texts[i] for i in chosen]
-        found = tokenize(some, model.tokenizer, max_length, bos, templated=templated)
-        done |= dict(zip(chosen, found, strict=True))
-    return [done[i] for i in range(len(texts))]
+        some = [texts[i] for i in indices]
+        tokenized = tokenize(some, model.tokenizer, max_length, bos, templated=templated)
+        by_index |= dict(zip(indices, tokenized, strict=True))
+    return [by_index[i] for i in range(len(texts))]
 
 
 def tokenize_prompts(
@@ -386,7 +388,7 @@ def tokenize_prompts(
     A prompt longer than `max_length` is marked `truncated` and must not be continued.
     """
     chat = model.cfg.chat
-    found = tokenize(
+    tokenized = tokenize(
         [p.text for p in prompts],
         model.tokenizer,
         max_length,
@@ -394,8 +396,8 @@ def tokenize_prompts(
         templated=chat,
     )
     if not chat:
-        return found
-    return [replace(t, message=p.message) for t, p in zip(found, prompts, strict=True)]
+        return tokenized
+    return [replace(t, message=p.message) for t, p in zip(tokenized, prompts, strict=True)]
 
 
 _CLOSING = ",.;:?!)]\u201d\u2026"
@@ -403,13 +405,13 @@ _CLOSING = ",.;:?!)]\u201d\u2026"
 
 
 def foil_of(example: Example) -> str | None:
-    """The wrong answer in the column `foil` of the data; None where it is missing."""
+    """The wrong answer in the data's column `foil`; None where it is missing."""
     foil = example.extra.get("foil")
     return None if foil is None or not str(foil) or foil != foil else str(foil)
 
 
 def answer_text(example: Example, answer: str) -> str:
-    """The answer as it follows `example.text`, by the example's `answer_space`.
+    """The answer as it follows `example.text`, according to the example's `answer_space`.
 
     `never`: unchanged. `always`: after a space, unless there is white space already. `auto`: after
     a space where one belongs between the two characters that meet: the prompt ends in a letter, a
@@ -428,11 +430,11 @@ def answer_text(example: Example, answer: str) -> str:
         return answer
     if before.isspace() or after.isspace():
         return answer
-    wanted = example.answer_space == "always" or _belongs_between(before, after)
-    return f" {answer}" if wanted else answer
+    needs_space = example.answer_space == "always" or _needs_space(before, after)
+    return f" {answer}" if needs_space else answer
 
 
-def _belongs_between(before: str, after: str) -> bool:
+def _needs_space(before: str, after: str) -> bool:
     # Korean puts a space before an answer, which is a word.
     if UNSPACED_SCRIPT.match(before) or UNSPACED_SCRIPT.match(after):
         return False
@@ -444,15 +446,16 @@ def _belongs_between(before: str, after: str) -> bool:
 
 
 def answer_token(tokenizer: Any, example: Example, answer: str, what: str = "answer") -> int:
-    """Id of the first token of `answer` after `example.text`; `what` is its name in reasons.
+    """Id of the first token of `answer` after `example.text`; messages call the answer `what`.
 
-    Raises PositionNotFound where the answer has no token, or shares its first with the prompt.
+    Raises PositionNotFound where the answer has no token, or its first token includes the end of
+    the prompt.
     """
     if not answer.strip():
         raise PositionNotFound(f"{what} has no token")
-    read = {"add_special_tokens": False}
-    before = list(tokenizer(example.text, **read)["input_ids"])
-    whole = list(tokenizer(example.text + answer_text(example, answer), **read)["input_ids"])
+    options = {"add_special_tokens": False}
+    before = list(tokenizer(example.text, **options)["input_ids"])
+    whole = list(tokenizer(example.text + answer_text(example, answer), **options)["input_ids"])
     if whole[: len(before)] != before or len(whole) == len(before):
         raise PositionNotFound(f"{what} merges with the prompt's last token")
     return int(whole[len(before)])

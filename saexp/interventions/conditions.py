@@ -15,10 +15,10 @@ from saexp.config.interventions import SELECTED
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, entity_tokens, selected
 from saexp.data.tokenization import (
-    CHANGED,
+    MESSAGE_CHANGED,
     PositionNotFound,
     TokenizedText,
-    as_read,
+    format_prompts,
     in_template,
     tokenize_prompts,
 )
@@ -205,7 +205,7 @@ def position_prompts(
             prompted.append(ask(example) if ask else example.as_prompt())
         except PositionNotFound as reason:
             placed.reasons[str(reason)] = placed.reasons.get(str(reason), 0) + 1
-    prompts = as_read(model, [e.text for e in prompted])
+    prompts = format_prompts(model, [e.text for e in prompted])
     tokenized = tokenize_prompts(model, prompts, max_length)
     for number, (example_as_prompt, prompt, tokens) in enumerate(
         zip(prompted, prompts, tokenized, strict=True)
@@ -214,7 +214,7 @@ def position_prompts(
             if tokens.truncated:
                 raise PositionNotFound("prompt longer than dataset.max_length")
             if prompt.message is None and cfg.where not in _ANYWHERE:
-                raise PositionNotFound(CHANGED)
+                raise PositionNotFound(MESSAGE_CHANGED)
             example = (
                 in_template(example_as_prompt, prompt) if model.cfg.chat else example_as_prompt
             )

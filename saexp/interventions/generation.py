@@ -229,7 +229,7 @@ def _check_finite(
         problem = " ".join(f"{problem}, in {str(model.dtype).removeprefix('torch.')}".split())
         wider = "" if model.dtype == torch.float32 else "try dtype=float32, or "
         if not row.active:
-            raise ModelError(f"{problem}: {wider}look at the model's weights")
+            raise ModelError(f"{problem}: {wider}check the model's weights")
         if generating:
             raise InterventionError(f"{problem}, under intervention: {wider}a smaller coefficient")
 

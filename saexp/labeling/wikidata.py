@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saexp.config import DatasetConfig, WikidataConfig
-from saexp.data.datasets import TEXT_TEMPLATE, filled, finish
+from saexp.data.datasets import TEXT_TEMPLATE, fill_template, finish
 from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
 from saexp.errors import ConfigError, DataError, counted
@@ -291,7 +291,7 @@ def _example(
     """The example of one entity, with the prompt of its chosen query where there is one."""
     entity_type, entity = key
     values = {"entity": entity, "entity_type": entity_type}
-    text = filled("dataset.template", cfg.template or TEXT_TEMPLATE, values)
+    text = fill_template("dataset.template", cfg.template or TEXT_TEMPLATE, values)
     spans = find_mentions(text, entity)
     if not spans:
         raise ConfigError(
@@ -299,7 +299,7 @@ def _example(
         )
     prompt = query["prompt"] if query else None
     if cfg.prompt_template:
-        prompt, query = filled("dataset.prompt_template", cfg.prompt_template, values), None
+        prompt, query = fill_template("dataset.prompt_template", cfg.prompt_template, values), None
     extra: dict[str, Any] = {}
     if attributes is not None:
         extra["attributes"] = [

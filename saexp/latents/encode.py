@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one dense chunk of latents; encoding and decoding it takes up to 2.5 times as much."""
+"""Size of one dense chunk of latents; encoding and decoding it needs up to 2.5 times as much."""
 Pair = tuple[Tensor, Tensor]
 """(input of the encoder, target of the decoder); they differ for a transcoder only."""
 
@@ -53,7 +53,7 @@ class Latents:
         return torch.from_numpy(self.csr.toarray())
 
     def where(self, chosen: Bool[np.ndarray, " n_rows"]) -> "Latents":
-        """The chosen rows; the object itself where all rows are chosen."""
+        """The latents of the chosen rows; this object itself where all rows are chosen."""
         if chosen.all():
             return self
         key = (
@@ -65,13 +65,13 @@ class Latents:
 
 
 class StreamMetrics:
-    """Sparsity and reconstruction over a stream of rows, in float64.
+    """Sparsity and reconstruction error accumulated over rows, in float64.
 
     explained_variance = 1 - E|x - x^|^2 / (E|x|^2 - |E x|^2), and mse = E|x - x^|^2.
     explained_variance_legacy is the mean over rows of 1 - |x - x^|^2 / |x - E x|^2, with E x over
-    all rows, and explained_variance_median the median. High-norm rows (`activations.norms`) only
-    count in explained_variance_all_positions, which is relative to the mean over all rows; all
-    other metrics, and `mean`, are of ordinary rows.
+    all rows, and explained_variance_median the median. High-norm rows (`activations.reader`) count
+    in explained_variance_all_positions only, which is relative to the mean over all rows; all other
+    metrics, and `mean`, are over ordinary rows.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class StreamMetrics:
         reconstruction: Float[Tensor, "n d_in"],
         acts: Float[Tensor, "n d_sae"],
     ) -> dict[str, Float[Tensor, " n"]]:
-        """Add ordinary rows; returns the contribution of each to `sums`, float64 on the CPU."""
+        """Add ordinary rows; returns each row's contribution to `sums`, float64 on the CPU."""
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         error = (x - reconstruction).square().sum(-1)
         spread = (x - self.mean).square().sum(-1)
-        norm, size = x.norm(dim=-1), reconstruction.norm(dim=-1)
+        norm, output_norm = x.norm(dim=-1), reconstruction.norm(dim=-1)
         active, value = self._count_active(acts)
         rows = {
             "active": active,
@@ -114,21 +114,21 @@ class StreamMetrics:
             "spread": spread,
             "legacy": 1 - error / spread.clamp(min=1e-30),
             "cosine": torch.cosine_similarity(x, reconstruction, dim=-1),
-            "ratio": size / norm.clamp(min=1e-30),
-            "output": size.square(),
+            "ratio": output_norm / norm.clamp(min=1e-30),
+            "output": output_norm.square(),
             "product": (x * reconstruction).sum(-1),
         }
         self.n += len(x)
         if self.mean_of_all is not None:
             # |x - m'|^2 = |x - m|^2 + 2 (x - m)(m - m') + |m - m'|^2
-            apart = self.mean - self.mean_of_all
-            constant = apart.square().sum() - 2 * (self.mean @ apart)
+            difference = self.mean - self.mean_of_all
+            constant = difference.square().sum() - 2 * (self.mean @ difference)
             rows["error_of_all"] = error
-            rows["spread_of_all"] = spread + 2 * (x @ apart) + constant
+            rows["spread_of_all"] = spread + 2 * (x @ difference) + constant
             rows["spread_high_norm"] = torch.zeros_like(spread)
         self._explained.append(rows["legacy"])
         self._norms.append(norm)
-        return self._added(rows)
+        return self._accumulate(rows)
 
     def update_high_norm(
         self, x: Float[Tensor, "n d_in"], reconstruction: Float[Tensor, "n d_in"]
@@ -138,7 +138,7 @@ class StreamMetrics:
         x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
         spread = (x - self.mean_of_all).square().sum(-1)
         self.n_high_norm += len(x)
-        return self._added(
+        return self._accumulate(
             {
                 "error_of_all": (x - reconstruction).square().sum(-1),
                 "spread_of_all": spread,
@@ -146,7 +146,7 @@ class StreamMetrics:
             }
         )
 
-    def _added(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _accumulate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, values in rows.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
         return rows
@@ -209,10 +209,10 @@ def encode_store(
     rows: pd.DataFrame,
     ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """Latents of every row of the store, and metrics (see StreamMetrics).
+    """Latents of every row of the store, and metrics (see `StreamMetrics`).
 
     `rows` is the table of this run (with its groups and splits), in the order of the store. Metrics
-    are of `ordinary` rows, or of all rows where it is None. The prediction of a transcoder is
+    are over `ordinary` rows, or over all rows where it is None. The prediction of a transcoder is
     compared with the stored activations at its `hookpoint_out`.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
@@ -260,20 +260,20 @@ def encode_rows(
 def _means(
     chunks: Callable[[int], Iterable[Pair]], width: int, ordinary: Bool[np.ndarray, " n"] | None
 ) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"] | None]:
-    """(mean of the targets over ordinary rows, mean over all rows or None if all are ordinary)."""
-    low, high = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    """(mean target of ordinary rows, mean target of all rows; None where all are ordinary)."""
+    total, high_norm_total = (torch.zeros(width, dtype=torch.float64) for _ in range(2))
     n, n_high = 0, 0
     for _, target in chunks(8192):
         x = target.reshape(len(target), -1).double()
         if ordinary is None:
-            low += x.sum(0)
+            total += x.sum(0)
         else:
             is_ordinary = torch.from_numpy(ordinary[n : n + len(x)])
-            low += x[is_ordinary].sum(0)
-            high += x[~is_ordinary].sum(0)
+            total += x[is_ordinary].sum(0)
+            high_norm_total += x[~is_ordinary].sum(0)
             n_high += int((~is_ordinary).sum())
         n += len(x)
-    return low / (n - n_high), (low + high) / n if n_high else None
+    return total / (n - n_high), (total + high_norm_total) / n if n_high else None
 
 
 def _encode(
@@ -282,7 +282,7 @@ def _encode(
     rows: pd.DataFrame,
     ordinary: Bool[np.ndarray, " n_rows"] | None,
 ) -> tuple[Latents, dict[str, float | None]]:
-    """Encode all rows; `chunks(n)` iterates over them, at most n at once, and may be repeated."""
+    """Encode all rows; `chunks(n)` yields them in chunks of at most n, and is called twice."""
     started = time.perf_counter()
     n_rows, n_read = len(rows), 0
     chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
@@ -301,9 +301,9 @@ def _encode(
             if in_chunk is None or in_chunk.all():
                 metrics.update(y, decoded, features)
             else:
-                low = torch.from_numpy(in_chunk).to(device)
-                metrics.update(y[low], decoded[low], features[low])
-                metrics.update_high_norm(y[~low], decoded[~low])
+                is_ordinary = torch.from_numpy(in_chunk).to(device)
+                metrics.update(y[is_ordinary], decoded[is_ordinary], features[is_ordinary])
+                metrics.update_high_norm(y[~is_ordinary], decoded[~is_ordinary])
             where = features.nonzero()
             counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
             indptr.append(n_stored + counts.cpu().numpy())
@@ -325,10 +325,10 @@ ChangeLatents = Callable[[Tensor], Tensor]
 """`[n, d_sae]` -> `[n, d_sae]`."""
 
 
-def replaced(values: Float[Tensor, "... d"], mask: Bool[Tensor, "b t"]) -> EditFunction:
-    """An edit that writes `values` where `mask` is true: `[n, d]` row by row, or `[d]` everywhere.
+def replacement_edit(values: Float[Tensor, "... d"], mask: Bool[Tensor, "b t"]) -> EditFunction:
+    """An edit that writes `values` where `mask` is true, and leaves other positions bit-equal.
 
-    Positions outside the mask are bit-equal.
+    `values` are `[n, d]`, one per position of the mask, or `[d]` for all.
     """
 
     def write(stream: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def replaced(values: Float[Tensor, "... d"], mask: Bool[Tensor, "b t"]) -> EditF
     return write
 
 
-def spliced(
+def splice_edits(
     sae: SparseAutoencoder,
     mask: Bool[Tensor, "b t"] | None = None,
     *,
@@ -351,10 +351,10 @@ def spliced(
     """Edits that splice in the SAE's reconstruction where `mask` is true (None: everywhere).
 
     A transcoder reads its hookpoint and writes `hookpoint_out`. `change` is applied to the latents
-    before decoding. With `error`, the reconstruction error is added back, so that the stream only
-    changes where the latents do. Positions outside the mask are bit-equal, as are positions whose
-    norm exceeds the limit of a stream that the SAE reads or predicts; `excluded` is called with the
-    number of the latter.
+    before decoding. With `error`, the reconstruction error is added back, so that only the change
+    of the latents changes the stream. Positions outside the mask are bit-equal, and so are
+    positions whose norm exceeds the limit of a stream that the SAE reads or predicts; `excluded` is
+    called with the number of the latter.
     """
     inputs: list[Tensor] = []
 
@@ -378,7 +378,7 @@ def spliced(
         out = sae.decode(acts if change is None else change(acts), x).to(stream.device)
         if error:
             out = stream[where] + (out - sae.decode(acts, x).to(stream.device))
-        return replaced(out, where)(stream)
+        return replacement_edit(out, where)(stream)
 
     if sae.hookpoint_out is None:
         return {sae.hookpoint: write}

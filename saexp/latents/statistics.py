@@ -1,4 +1,4 @@
-"""Statistics of latents over a stream of rows, and their maximally activating examples."""
+"""Statistics of latents accumulated over rows, and their maximally activating examples."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
-from saexp.data.tokenization import TokenizedText, pieces
+from saexp.data.tokenization import TokenizedText, token_pieces
 from saexp.latents import encode
 from saexp.latents.encode import Latents
 from saexp.saes.sae import SAE
@@ -57,12 +57,14 @@ def moments(
     return Moments(
         n=part.shape[0],
         active=np.bincount(part.indices[data > threshold], minlength=d_sae),
-        total=_summed(part.indices, data, d_sae),
+        total=_sum_by_latent(part.indices, data, d_sae),
         maximum=maximum,
     )
 
 
-def _summed(latents: np.ndarray, weights: np.ndarray, d_sae: int) -> Float[np.ndarray, " d_sae"]:
+def _sum_by_latent(
+    latents: np.ndarray, weights: np.ndarray, d_sae: int
+) -> Float[np.ndarray, " d_sae"]:
     # bincount returns integers where there are no entries.
     return np.bincount(latents, weights=weights, minlength=d_sae).astype(np.float64)
 
@@ -70,7 +72,7 @@ def _summed(latents: np.ndarray, weights: np.ndarray, d_sae: int) -> Float[np.nd
 def equal_rows(units: Shaped[np.ndarray, " n_rows"], seed: int) -> Int[np.ndarray, " n_chosen"]:
     """Sorted indices of m rows of every unit, where m is the smallest number of rows of a unit.
 
-    m rows are drawn at random from units with more, so that no statistic of a unit depends on its
+    From units with more rows, m are drawn at random, so that no statistic of a unit depends on its
     number of rows.
 
     >>> equal_rows(np.array(["a", "a", "b", "b"]), seed=0)
@@ -111,7 +113,7 @@ def active_quantile(
 
 
 N_BINS = 64
-"""Bins of a histogram including empty ones at its end; 33 to 64 are used."""
+"""Bins of a histogram, including empty ones at its end; 33 to 64 are in use."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Tally:
         self.total, self.maximum = np.zeros(n), np.zeros(n)
         self._bin_width = np.zeros(n)
         self._bins = np.zeros((n, n_groups, N_BINS), dtype=np.int64)
-        self._top = [_no_examples() for _ in range(n)]
-        self._sample = [_no_examples() for _ in range(n)]
+        self._top = [_empty_examples() for _ in range(n)]
+        self._sample = [_empty_examples() for _ in range(n)]
         self._rng = np.random.default_rng([seed, 17])
         size = d_sae if correlate else 0
         self._sum, self._squares = np.zeros(size), np.zeros(size)
@@ -162,17 +164,17 @@ class Tally:
         values: sparse.csc_array,
         texts: Int[np.ndarray, " m"],
         groups: Int[np.ndarray, " m"],
-        everything: sparse.csr_array | None = None,
+        all_latents: sparse.csr_array | None = None,
         rows: Int[np.ndarray, " m"] | None = None,
     ) -> None:
         """Add m rows: `values` of the chosen latents `[m, n]`, and the text and group of each row.
 
-        Correlations need `everything`, all latents `[m, d_sae]`. `rows` are the indices of the
-        rows, where they are not consecutive.
+        Correlations need `all_latents`, `[m, d_sae]`. `rows` are the indices of the rows, where
+        these are not consecutive.
         """
         m = len(texts)
         rows = np.arange(self.n_rows, self.n_rows + m) if rows is None else rows
-        lots = self._rng.random(m)
+        priorities = self._rng.random(m)
         self.n_rows += m
         self.rows_of_group += np.bincount(groups, minlength=len(self.rows_of_group))
         for i in range(len(self.latents)):
@@ -183,11 +185,11 @@ class Tally:
             self.active[i] += np.bincount(groups[at], minlength=self.active.shape[1])
             self.total[i] += acts.sum()
             self.maximum[i] = max(self.maximum[i], float(acts.max()))
-            self._count(i, acts, groups[at])
-            self._update_examples(i, acts, rows[at], texts[at], lots[at])
+            self._update_histogram(i, acts, groups[at])
+            self._update_examples(i, acts, rows[at], texts[at], priorities[at])
         if self.correlate:
-            assert everything is not None, "correlations need all latents"
-            self._relate(values, everything)
+            assert all_latents is not None, "correlations need all latents"
+            self._update_products(values, all_latents)
 
     def _update_examples(
         self,
@@ -195,22 +197,27 @@ class Tally:
         acts: Float[np.ndarray, " k"],
         rows: Int[np.ndarray, " k"],
         texts: Int[np.ndarray, " k"],
-        lots: Float[np.ndarray, " k"],
+        priorities: Float[np.ndarray, " k"],
     ) -> None:
-        """Update the examples; most activations cannot enter, and skipping them saves most work."""
+        """Update the top examples and the sample, which has the rows of smallest priority.
+
+        Most activations enter neither, and skipping these early saves most of the work.
+        """
         top, sample = self._top[i], self._sample[i]
         worst = top["value"].iloc[-1] if len(top) == self.n_top else 0.0
-        last = sample["lot"].iloc[-1] if len(sample) == self.n_sample else 1.0
-        candidates = {"value": acts, "row": rows, "text": texts, "lot": lots}
+        last = sample["priority"].iloc[-1] if len(sample) == self.n_sample else 1.0
+        candidates = {"value": acts, "row": rows, "text": texts, "priority": priorities}
         for is_candidate, examples, choose in (
             (acts > worst, self._top, lambda t: best_of_each_text(t, self.n_top)),
-            (lots < last, self._sample, lambda t: t.nsmallest(self.n_sample, "lot")),
+            (priorities < last, self._sample, lambda t: t.nsmallest(self.n_sample, "priority")),
         ):
             if is_candidate.any():
                 new = {name: column[is_candidate] for name, column in candidates.items()}
-                examples[i] = choose(_joined(examples[i], pd.DataFrame(new)))
+                examples[i] = choose(_concatenate(examples[i], pd.DataFrame(new)))
 
-    def _count(self, i: int, acts: Float[np.ndarray, " k"], groups: Int[np.ndarray, " k"]) -> None:
+    def _update_histogram(
+        self, i: int, acts: Float[np.ndarray, " k"], groups: Int[np.ndarray, " k"]
+    ) -> None:
         # The smallest power of two with which the maximum is within the bins.
         width = float(np.ldexp(1.0, int(np.frexp(self.maximum[i] / N_BINS)[1])))
         if width > self._bin_width[i] > 0:
@@ -222,11 +229,12 @@ class Tally:
         self._bin_width[i] = width
         np.add.at(self._bins[i], (groups, (acts / width).astype(np.int64)), 1)
 
-    def _relate(self, values: sparse.csc_array, everything: sparse.csr_array) -> None:
-        data = everything.data.astype(np.float64)
-        self._sum += np.bincount(everything.indices, weights=data, minlength=self.d_sae)
-        self._squares += np.bincount(everything.indices, weights=data**2, minlength=self.d_sae)
-        exact = sparse.csr_array((data, everything.indices, everything.indptr), everything.shape)
+    def _update_products(self, values: sparse.csc_array, all_latents: sparse.csr_array) -> None:
+        """Add to the sums, squares and products that `correlations_of` needs."""
+        data, indices = all_latents.data.astype(np.float64), all_latents.indices
+        self._sum += np.bincount(indices, weights=data, minlength=self.d_sae)
+        self._squares += np.bincount(indices, weights=data**2, minlength=self.d_sae)
+        exact = sparse.csr_array((data, indices, all_latents.indptr), all_latents.shape)
         self._products += (values.astype(np.float64).T @ exact).toarray()
 
     def histogram(self, i: int) -> Histogram:
@@ -253,19 +261,19 @@ class Tally:
         NaN for latents that do not vary.
         """
         assert self.correlate, "constructed without correlations"
-        own, n = int(self.latents[i]), self.n_rows
-        covariance = n * self._products[i] - self._sum[own] * self._sum
+        latent, n = int(self.latents[i]), self.n_rows
+        covariance = n * self._products[i] - self._sum[latent] * self._sum
         spread = np.sqrt(np.maximum(n * self._squares - self._sum**2, 0))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return covariance / (spread[own] * spread)
+            return covariance / (spread[latent] * spread)
 
 
-def _no_examples() -> pd.DataFrame:
-    whole = np.zeros(0, dtype=np.int64)
-    return pd.DataFrame({"value": np.zeros(0), "row": whole, "text": whole, "lot": np.zeros(0)})
+def _empty_examples() -> pd.DataFrame:
+    integers, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
+    return pd.DataFrame({"value": floats, "row": integers, "text": integers, "priority": floats})
 
 
-def _joined(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+def _concatenate(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     # pandas warns about concatenating empty tables.
     return pd.concat([first, second], ignore_index=True) if len(first) else second
 
@@ -277,13 +285,13 @@ def best_of_each_text(activations: pd.DataFrame, n: int) -> pd.DataFrame:
 
 
 def at_quantiles(
-    sample: pd.DataFrame, quantiles: list[float], n: int, taken: set[int]
+    sample: pd.DataFrame, quantiles: list[float], n: int, excluded: set[int]
 ) -> list[tuple[float, pd.DataFrame]]:
     """For each quantile, the n activations of the sorted sample nearest to it in rank.
 
-    No text is used twice, nor are the texts in `taken`, which is not modified.
+    No text is used twice, and the texts in `excluded` are not used.
     """
-    used, at_each = set(taken), []
+    used, at_each = set(excluded), []
     for quantile in quantiles:
         distance = np.abs(np.arange(len(sample)) - quantile * (len(sample) - 1))
         chosen: list[int] = []
@@ -303,7 +311,7 @@ def _chunk_rows(sae: SAE) -> int:
 
 
 def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:
-    """float32, nothing stored where a latent is off."""
+    """The activations as sparse float32, without entries for inactive latents."""
     where = acts.nonzero()
     counts = torch.bincount(where[:, 0], minlength=len(acts)).cumsum(0).cpu().numpy()
     values = acts[where[:, 0], where[:, 1]].float().cpu().numpy()
@@ -312,7 +320,7 @@ def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:
 
 
 def _encoded(store: ActivationStore, sae: SAE) -> Iterator[tuple[int, sparse.csr_array]]:
-    """(first row, all latents `[m, d_sae]`) chunk by chunk."""
+    """(index of the first row, all latents `[m, d_sae]`) of each chunk."""
     with progress(store.n_rows, "encoding", "row") as bar:
         for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
             x = acts.to(device=sae.W_dec.device, dtype=torch.float32)
@@ -329,50 +337,49 @@ def tally_store(
     tally: Tally,
     ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> Tally:
-    """Feed every (ordinary) row of the store to `tally`; `texts` and `groups` are those of its
-    `update`.
+    """Update `tally` with all (ordinary) rows of the store; `texts` and `groups` are per row.
 
-    Without correlations only the chosen latents are encoded.
+    Without correlations, only the chosen latents are encoded.
     """
-    began = time.perf_counter()
+    started = time.perf_counter()
     chosen = [int(f) for f in tally.latents]
     if tally.correlate:
         for first, csr in _encoded(store, sae):
-            kept = _kept(first, len(csr.indptr) - 1, ordinary)
-            csr = csr if len(kept) == len(csr.indptr) - 1 else csr[kept - first]
+            rows = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
+            csr = csr if len(rows) == len(csr.indptr) - 1 else csr[rows - first]
             values = sparse.csc_array(csr[:, chosen])
-            tally.update(values, texts[kept], groups[kept], csr, kept)
+            tally.update(values, texts[rows], groups[rows], csr, rows)
     else:
         with progress(store.n_rows, "encoding", "row") as bar:
             for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
-                kept = _kept(first, len(acts), ordinary)
-                x = acts[torch.from_numpy(kept - first)]
+                rows = _ordinary_rows(first, len(acts), ordinary)
+                x = acts[torch.from_numpy(rows - first)]
                 x = x.to(device=sae.W_dec.device, dtype=torch.float32)
                 values = sparse.csc_array(_sparse(sae.encode_latents(x, chosen)))
-                tally.update(values, texts[kept], groups[kept], rows=kept)
+                tally.update(values, texts[rows], groups[rows], rows=rows)
                 bar.update(len(acts))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     log.info("%d latents over %d rows, %.1f s", len(chosen), tally.n_rows, seconds)
     return tally
 
 
-def _kept(
+def _ordinary_rows(
     first: int, n: int, ordinary: Bool[np.ndarray, " n_rows"] | None
 ) -> Int[np.ndarray, " m"]:
-    """Numbers of the (ordinary) rows among `n` from `first` on."""
+    """Indices of the (ordinary) rows among the `n` rows from `first` on."""
     rows = np.arange(first, first + n)
     return rows if ordinary is None else rows[ordinary[rows]]
 
 
 @torch.inference_mode()
-def firing_counts(
+def count_active_rows(
     store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
 ) -> Int[np.ndarray, " d_sae"]:
-    """On how many (ordinary) rows each latent fires."""
+    """Number of (ordinary) rows on which each latent is active."""
     counts = np.zeros(sae.d_sae, dtype=np.int64)
     for first, csr in _encoded(store, sae):
-        kept = _kept(first, len(csr.indptr) - 1, ordinary)
-        counts += np.bincount(csr[kept - first].indices, minlength=sae.d_sae)
+        row_indices = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
+        counts += np.bincount(csr[row_indices - first].indices, minlength=sae.d_sae)
     return counts
 
 
@@ -380,7 +387,7 @@ def firing_counts(
 def latents_at(
     store: ActivationStore, sae: SAE, rows: pd.DataFrame, chosen: Int[np.ndarray, " k"]
 ) -> Latents:
-    """Latents of the rows at the sorted indices `chosen`; memory grows with these alone."""
+    """Latents of the rows at the sorted indices `chosen`; only these are held in memory."""
     assert len(rows) == store.n_rows, "rows table and store differ in length"
     parts = [sparse.csr_array((0, sae.d_sae), dtype=np.float32)]
     for first, csr in _encoded(store, sae):
@@ -392,26 +399,26 @@ def latents_at(
 
 @torch.inference_mode()
 def values_at(
-    store: ActivationStore, sae: SAE, wanted: Mapping[int, Int[np.ndarray, " k"]]
+    store: ActivationStore, sae: SAE, rows_of: Mapping[int, Int[np.ndarray, " k"]]
 ) -> dict[int, Float[np.ndarray, " k"]]:
-    """Latent -> its activations at the rows wanted of it; no other row is read."""
-    latents = list(wanted)
+    """Latent -> its activations at the rows `rows_of[latent]`; no other rows are read."""
+    latents = list(rows_of)
     column = {f: i for i, f in enumerate(latents)}
-    rows = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *wanted.values()]))
-    found = {f: np.zeros(len(r), dtype=np.float32) for f, r in wanted.items()}
+    rows = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *rows_of.values()]))
+    values = {f: np.zeros(len(r), dtype=np.float32) for f, r in rows_of.items()}
     step = _chunk_rows(sae)
     for first, acts in store.chunks(sae.hookpoint, 1 << 16):
         inside = rows[(rows >= first) & (rows < first + len(acts))]
         for start in range(0, len(inside), step):
-            here = inside[start : start + step]
-            x = acts[torch.from_numpy(here - first)]
+            part = inside[start : start + step]
+            x = acts[torch.from_numpy(part - first)]
             x = x.to(device=sae.W_dec.device, dtype=torch.float32)
-            values = sae.encode_latents(x, latents).float().cpu().numpy()
-            for latent, asked in wanted.items():
-                mine = np.flatnonzero((asked >= here[0]) & (asked <= here[-1]))
-                places = np.searchsorted(here, asked[mine])
-                found[latent][mine] = values[places, column[latent]]
-    return found
+            encoded = sae.encode_latents(x, latents).float().cpu().numpy()
+            for latent, requested in rows_of.items():
+                positions = np.flatnonzero((requested >= part[0]) & (requested <= part[-1]))
+                in_part = np.searchsorted(part, requested[positions])
+                values[latent][positions] = encoded[in_part, column[latent]]
+    return values
 
 
 @dataclass(frozen=True)
@@ -420,15 +427,15 @@ class Window:
 
     tokens: list[str]
     rows: list[int | None]
-    """Row of each token; None where the run did not look, and at high-norm positions."""
+    """Row of each token; None for tokens that are not analysed, and at high-norm positions."""
     peak: int
-    """Which of them the window was made around."""
+    """Index in `tokens` of the token that the window surrounds."""
     cut: tuple[bool, bool]
-    """Whether the text goes on at its left and right."""
+    """Whether the text continues on the left and on the right."""
 
 
 class Windows:
-    """Makes windows of a run's rows; `rows` and `texts` are those of its PositionTable."""
+    """Windows around a run's rows; `rows` and `texts` are those of its PositionTable."""
 
     def __init__(
         self,
@@ -440,7 +447,7 @@ class Windows:
         after: int,
         shown: Bool[np.ndarray, " n_rows"] | None = None,
     ) -> None:
-        """Tokens whose row is not `shown` get none in a window."""
+        """Tokens whose row is not `shown` have the row None in a window."""
         self.texts, self.tokenizer, self.before, self.after = texts, tokenizer, before, after
         self._shown = shown
         self._example, _ = pd.factorize(rows["example_id"])
@@ -448,18 +455,19 @@ class Windows:
         self._text = rows["text_id"].to_numpy(dtype=np.int64)
 
     def around(self, row: int) -> Window:
-        """The tokens from `before` the row's own to `after` it."""
+        """The row's token with `before` tokens before it and `after` tokens after it."""
         text = self.texts[int(self._text[row])]
         token = int(self._token[row])
         first, end = max(0, token - self.before), min(len(text), token + self.after + 1)
-        # Rows of one example stand together.
+        # Rows of one example are consecutive.
         near = np.arange(max(0, row - self.before), min(len(self._token), row + self.after + 1))
-        mine = near[self._example[near] == self._example[row]]
-        mine = mine if self._shown is None else mine[self._shown[mine]]
-        of_token = {int(self._token[r]): int(r) for r in mine}
+        of_example = near[self._example[near] == self._example[row]]
+        if self._shown is not None:
+            of_example = of_example[self._shown[of_example]]
+        row_of_token = {int(self._token[r]): int(r) for r in of_example}
         return Window(
-            tokens=pieces(text, self.tokenizer)[first:end],
-            rows=[of_token.get(i) for i in range(first, end)],
+            tokens=token_pieces(text, self.tokenizer)[first:end],
+            rows=[row_of_token.get(i) for i in range(first, end)],
             peak=token - first,
             cut=(first > 0, end < len(text)),
         )

@@ -128,8 +128,8 @@ def batches(
         start = 0
         while start < len(order):
             size = max(1, int(budget.tokens // max(1, lengths[order[start]])))
-            done = yield order[start : start + size]
-            if done is not False:
+            fits = yield order[start : start + size]
+            if fits is not False:
                 start += size
 
 
@@ -167,19 +167,19 @@ def skipping(
     The last of them returns `output`, which `after_blocks` returned, with row `of_row[i]` as row i.
     Hooks on its output are called as usual.
     """
-    whole = output if isinstance(output, tuple) else (output,)
-    stream = whole[0][of_row.to(whole[0].device)]
+    outputs = output if isinstance(output, tuple) else (output,)
+    stream = outputs[0][of_row.to(outputs[0].device)]
 
-    def like(values: Any) -> Any:
-        return (values, *whole[1:]) if isinstance(output, tuple) else values
+    def as_output(values: Any) -> Any:
+        return (values, *outputs[1:]) if isinstance(output, tuple) else values
 
-    def passing(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
-        return like(hidden_states)
+    def pass_on(hidden_states: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return as_output(hidden_states)
 
-    def giving(*_args: Any, **_kwargs: Any) -> Any:
-        return like(stream)
+    def return_stream(*_args: Any, **_kwargs: Any) -> Any:
+        return as_output(stream)
 
-    with replaced_blocks(model, [*[passing] * (n_blocks - 1), giving]):
+    with replaced_blocks(model, [*[pass_on] * (n_blocks - 1), return_stream]):
         yield
 
 
@@ -226,8 +226,8 @@ def shares_keys_between_blocks(model: LanguageModel) -> bool:
 def head_input(model: LanguageModel, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Forward passes in which the LM head reads `function(hidden)`, with `hidden` `[b, t, d]`.
 
-    Selecting positions there keeps a batch's logits from being computed whole. Raises ModelError
-    for a model without an LM head.
+    Selecting positions there avoids computing the logits of a whole batch. Raises ModelError for a
+    model without an LM head.
     """
     head = model.hf.get_output_embeddings()
     if head is None:

@@ -38,7 +38,7 @@ def _with_first(values: Any, new: Tensor) -> Any:
 
 
 def _at(values: Tensor, positions: Positions | None) -> Tensor:
-    """A copy, because some blocks (Falcon's) add to the outputs of their modules in place."""
+    """Values at the positions; a copy, because some blocks (Falcon's) add to them in place."""
     if positions is None:
         return values.clone()
     # Blocks of one model may be on several devices.
@@ -168,7 +168,7 @@ def capture(
 def run_truncated(
     model: LanguageModel,
     input_ids: Int[Tensor, "b t"],
-    attention_mask: Int[Tensor, "b held_and_t"],
+    attention_mask: Int[Tensor, "b past_and_t"],
     hookpoints: Sequence[Hookpoint],
     positions: Positions | None = None,
     *,
@@ -179,14 +179,14 @@ def run_truncated(
     Position ids follow the mask, so padding may be on either side. A `cache` of keys and values is
     read and extended; the mask, `[b, s + t]`, begins with the s tokens in the cache.
     """
-    held = {} if cache is None else {"past_key_values": cache}
+    past = {} if cache is None else {"past_key_values": cache}
     with capture(model, hookpoints, positions=positions, stop=True) as record:
         model.hf(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids(attention_mask)[:, -input_ids.shape[1] :],
             use_cache=cache is not None,
-            **held,
+            **past,
         )
     return record
 
@@ -275,15 +275,15 @@ def _last(mask: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     return tokens == last
 
 
-def _check(chosen: Tensor, mask: Tensor, what: str) -> None:
-    chosen = chosen.to(mask.device)
-    if bool((chosen & ~mask).any()):
-        row = int((chosen & ~mask).any(-1).nonzero()[0, 0])
+def _check(selected: Tensor, mask: Tensor, what: str) -> None:
+    selected = selected.to(mask.device)
+    if bool((selected & ~mask).any()):
+        row = int((selected & ~mask).any(-1).nonzero()[0, 0])
         raise ModelError(
             f"row {row} of the batch has a {what} on padding; choose tokens of the text"
         )
-    if not bool(chosen.any(-1).all()):
-        row = int((~chosen.any(-1)).nonzero()[0, 0])
+    if not bool(selected.any(-1).all()):
+        row = int((~selected.any(-1)).nonzero()[0, 0])
         raise ModelError(f"row {row} of the batch has no {what}; leave it out of the batch")
 
 

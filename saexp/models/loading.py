@@ -123,8 +123,8 @@ def _gguf_file(name: str) -> Path | None:
 
     Raises ModelError where a package that reads it is missing.
     """
-    place = Path(name).expanduser()
-    if place.suffix != ".gguf" or not place.is_file():
+    file = Path(name).expanduser()
+    if file.suffix != ".gguf" or not file.is_file():
         return None
     absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if absent:
@@ -132,7 +132,7 @@ def _gguf_file(name: str) -> Path | None:
             f"model.name={name} is a GGUF file, which needs the package {absent[0]}; "
             'type pip install "saexp[gguf]"'
         )
-    return place
+    return file
 
 
 class LanguageModel:
@@ -352,7 +352,7 @@ class LanguageModel:
         return find_site(self.blocks, hookpoint, self.text_config)
 
     def check_streams(self, hookpoints: Iterable[Hookpoint]) -> None:
-        """Raise ModelError where a stream does not hold what its name says.
+        """Raise ModelError where a stream is not what its name says.
 
         Call this before blocks are replaced: the first check of some streams runs them.
         """
@@ -387,12 +387,11 @@ class LanguageModel:
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a generation, from config, generation config and tokenizer."""
-        found: set[int] = set()
-        holders = [self.config, self._generation_config, self.tokenizer]
-        for holder in holders:
-            value = getattr(holder, "eos_token_id", None)
-            found.update(token_ids(value, "eos_token_id", self.name))
-        return tuple(sorted(found))
+        ids: set[int] = set()
+        for source in (self.config, self._generation_config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            ids.update(token_ids(value, "eos_token_id", self.name))
+        return tuple(sorted(ids))
 
     @property
     def pad_id(self) -> int:
@@ -406,7 +405,7 @@ class LanguageModel:
             return folder / name if (folder / name).is_file() else None
         try:
             with self._files():
-                found = cached_file(
+                file = cached_file(
                     self.source,
                     name,
                     revision=self.cfg.revision,
@@ -414,13 +413,13 @@ class LanguageModel:
                 )
         except Exception as error:
             raise self._cannot_load(name, why_unreadable(error)) from error
-        return Path(found) if found else None
+        return Path(file) if file else None
 
     def _weights_files(self) -> list[Path]:
         """The weights files that transformers would read, without others in the same folder."""
         for name in _WEIGHTS:
-            if whole := self._file(name):
-                return [whole]
+            if file := self._file(name):
+                return [file]
             if index := self._file(f"{name}.index.json"):
                 try:
                     names = shards_in(index)
@@ -434,8 +433,8 @@ class LanguageModel:
 
     def _code_files(self) -> list[Path]:
         """Modules with the repository's own code, where it may run."""
-        named = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
-        values = named.values() if isinstance(named, dict) else ()
+        auto_map = getattr(self.config, "auto_map", None) if self.cfg.trust_remote_code else None
+        values = auto_map.values() if isinstance(auto_map, dict) else ()
         modules = {str(v).rpartition("--")[2].partition(".")[0] for v in values}
         return [file for name in sorted(modules) if (file := self._file(f"{name}.py"))]
 
@@ -443,9 +442,8 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """sha256 of config and weights, and of the repository's own code where it may run.
 
-        For a model in memory, of its current weights. Otherwise of its files, which are not loaded:
-        in a hub cache the content hashes in the names of the files are used; other files are
-        hashed.
+        A model in memory is hashed with its current weights. Otherwise the files are hashed, not
+        loaded; files in a hub cache are identified by the content hashes in their names.
         """
         return tensors_sha256(self._hf) if self.in_memory else self._files_fingerprint
 
@@ -455,8 +453,8 @@ class LanguageModel:
         source = Path(self.source)
         folder = source if source.is_dir() else snapshot(self.source, self.cfg.revision)
         names = [*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS)]
-        found = folder is not None and any((folder / name).is_file() for name in names)
-        return self.in_memory or found
+        is_on_disk = folder is not None and any((folder / name).is_file() for name in names)
+        return self.in_memory or is_on_disk
 
     @property
     def known_fingerprint(self) -> str | None:

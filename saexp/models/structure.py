@@ -48,7 +48,7 @@ _OTHER_MODALITIES = ("vision", "visual", "audio")
 
 
 def check_depth(config: Path, name: str) -> None:
-    """Raise ModelError for a config.json that asks for more blocks than any model has."""
+    """Raise ModelError for a config.json with more blocks than any model has."""
     try:
         content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -304,7 +304,7 @@ def needs_check(hf: Any, stream: str) -> bool:
 
 
 def broken_streams(hf: Any, blocks: nn.ModuleList, config: Any) -> dict[Hookpoint, str]:
-    """Hookpoints that do not hold what their names say -> the reason.
+    """Hookpoints that are not what their names say -> the reason.
 
     Runs a few tokens through the blocks, without the LM head and without the hooks on the blocks;
     weights and hooks are unchanged. Empty where the model cannot be run on tokens alone.
@@ -469,11 +469,11 @@ def _adds(parts: list[Tensor | None], whole: Tensor | None, factor: float = 1.0)
 
 @dataclass
 class ObservedBehavior:
-    """What forward passes have shown about a model's code, so that it is found out once."""
+    """Properties of a model's code that forward passes have shown, so that each is tested once."""
 
     blocks_can_be_skipped: bool = True
     """False once a block returned more than the stream (`models.forward`)."""
     shares_prefixes: bool = True
     """False once a text behind a shared prefix had other values (`activations.forward`)."""
     n_blocks_compared: int = 0
-    """Blocks up to which such values were compared with those of the whole text."""
+    """Number of blocks up to which such values were compared with those of the whole text."""

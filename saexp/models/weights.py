@@ -115,8 +115,8 @@ class Unembedding:
             here = torch.arange(start, start + logits.shape[1], device=self.device)
             best = torch.cat([best, logits], dim=1)
             tokens = torch.cat([tokens, here.expand(len(placed), -1)], dim=1)
-            kept = best.topk(min(k, best.shape[1]), dim=1)
-            best, tokens = kept.values, tokens.gather(1, kept.indices)
+            top = best.topk(min(k, best.shape[1]), dim=1)
+            best, tokens = top.values, tokens.gather(1, top.indices)
         return tokens.cpu()
 
 
@@ -173,23 +173,23 @@ def logit_gradient(
     ids, mask = padded(prompts, model.pad_id, model.device, padding_side="right")
     rows = torch.tensor([row for row, of in enumerate(positions) for _ in of])
     tokens = torch.tensor([p for of in positions for p in of])
-    kept: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
 
     def at(values: Tensor) -> Tensor:
         return values.detach()[rows.to(values.device), tokens.to(values.device)]
 
     def leaf(stream: Tensor) -> Tensor:
         if reads == writes:
-            kept["acts"] = at(stream)
-        kept["leaf"] = stream.detach().requires_grad_()
-        return kept["leaf"]
+            streams["acts"] = at(stream)
+        streams["leaf"] = stream.detach().requires_grad_()
+        return streams["leaf"]
 
     def read(stream: Tensor) -> Tensor:
-        kept["acts"] = at(stream)
+        streams["acts"] = at(stream)
         return stream
 
     def on_norm(_module: Any, args: tuple[Any, ...]) -> None:
-        kept["final"] = at(args[0])
+        streams["final"] = at(args[0])
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -207,8 +207,10 @@ def logit_gradient(
         logit = logits.gather(1, answers.to(logits.device)[:, None])[:, 0].to(wide)
         if foils is not None:
             logit = logit - logits.gather(1, foils.to(logits.device)[:, None])[:, 0].to(wide)
-        (gradient,) = torch.autograd.grad(logit.sum(), kept["leaf"])
-    return LogitGradient(rows, kept["acts"], at(gradient), kept["final"], logit.detach().cpu())
+        (gradient,) = torch.autograd.grad(logit.sum(), streams["leaf"])
+    return LogitGradient(
+        rows, streams["acts"], at(gradient), streams["final"], logit.detach().cpu()
+    )
 
 
 Original = Callable[[], AbstractContextManager[None]]
@@ -359,7 +361,7 @@ def _embeddings(model: LanguageModel) -> list[nn.Module]:
     blocks = model.blocks
     parent = next(m for m in model.hf.modules() if any(c is blocks for c in m.children()))
     token = model.hf.get_input_embeddings()
-    found: list[nn.Module] = []
+    tables: list[nn.Module] = []
     for name, child in parent.named_children():
         if child is blocks:
             break
@@ -370,13 +372,13 @@ def _embeddings(model: LanguageModel) -> list[nn.Module]:
                 f"{type(parent).__name__} has a part '{name}' between its embedding and its "
                 "blocks, so the embedding cannot be orthogonalized; leave it out"
             )
-        found.append(child)
-    if not any(child is token for child in found) or token.weight.device.type == "meta":
+        tables.append(child)
+    if not any(child is token for child in tables) or token.weight.device.type == "meta":
         raise ModelError(
             f"{type(parent).__name__} has its token embedding where saexp does not know it, or "
             "not in memory, so it cannot be orthogonalized; leave it out"
         )
-    return found
+    return tables
 
 
 def _without(values: Tensor, basis: Tensor) -> Tensor:

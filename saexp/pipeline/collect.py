@@ -19,7 +19,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import CorpusRows, PositionRows, PositionTable
-from saexp.data.tokenization import adds_bos, as_read, tokenize_prompts, tokenize_texts
+from saexp.data.tokenization import adds_bos, format_prompts, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.forward import context_limit
 from saexp.models.hookpoints import Hookpoint
@@ -87,7 +87,7 @@ def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
     tokenizer = model.tokenizer
     if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
         return []
-    [tokens] = tokenize_prompts(model, as_read(model, ["a"]), 1)
+    [tokens] = tokenize_prompts(model, format_prompts(model, ["a"]), 1)
     if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins_with_bos:
         return []
     prompts, texts = ("without", "with") if begins_with_bos else ("with", "without")

@@ -38,7 +38,7 @@ from saexp.errors import SaexpError, StoreError
 from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
 from saexp.hub import snapshot
 from saexp.pipeline.run_folder import LOCK, METRICS, PROVENANCE, WRITTEN, clear
-from saexp.saes.catalogue import fill, find
+from saexp.saes.catalogue import fill_path, find_entry
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def sae_content(cfg: SAEConfig) -> Content | None:
     if cfg.loader != "path":
         return contents(Path(cfg.path)) if cfg.path and Path(cfg.path).exists() else []
     try:
-        place = fill(cfg)
+        place = fill_path(cfg)
     except SaexpError:
         return None
     if place.exists():
@@ -108,7 +108,7 @@ def _beside(place: Path) -> Content:
 
 def _of_release(cfg: SAEConfig) -> Content | None:
     try:
-        entry = find(cfg)
+        entry = find_entry(cfg)
     except SaexpError:
         return None
     return _in_repository(entry.repo, entry.path)

@@ -1,4 +1,4 @@
-"""From a config, a path or a repository to an SAE, validated against what was asked for."""
+"""Loads an SAE from a config, a path or a repository, and checks that it is the requested one."""
 
 import hashlib
 import math
@@ -19,8 +19,8 @@ from saexp.models.devices import pick_device
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS, SHIPPED, LanguageModel
 from saexp.saes.catalogue import (
-    fill,
-    find,
+    fill_path,
+    find_entry,
     format_of,
     n_latents,
     neuronpedia_of,
@@ -28,11 +28,11 @@ from saexp.saes.catalogue import (
 )
 from saexp.saes.formats import (
     Streams,
-    about,
     dictionary_learning,
     download,
+    download_if_present,
+    file_metadata,
     gemma_scope,
-    present,
     saelens,
 )
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
@@ -40,11 +40,11 @@ from saexp.stats.permutation import random_directions
 
 
 def sae_identity(sae: Any) -> str | None:
-    """Digest of all that decides what an SAE makes of its input.
+    """Digest of everything that determines an SAE's activations and reconstructions.
 
-    Weights and config by their files' content, every setting as it is now (an estimated factor, the
-    dtype, the streams), and the code of its class. None for weights without a fingerprint, such as
-    those of an SAE made in memory: nothing computed with it may be cached.
+    It covers the content of the weight and config files, the current settings (an estimated factor,
+    the dtype, the streams) and the code of the class. None for weights without a fingerprint, such
+    as those of an SAE built in memory; nothing computed with it may be cached.
     """
     code, weights = code_digest(type(sae)), sae.metadata.get("fingerprint")
     if not weights or code is None:
@@ -60,50 +60,53 @@ def sae_identity(sae: Any) -> str | None:
 
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
-_DANGER = "which can run code when opened; saexp loads safetensors and npz, so convert it first"
+_UNSAFE = "which can run code when opened; saexp loads safetensors and npz, so convert it first"
 _SAELENS = (saelens.CONFIG, saelens.WEIGHTS)
 _SPARSIFY = (dictionary_learning.SPARSIFY_CONFIG, dictionary_learning.SPARSIFY_WEIGHTS)
 _LLAMA_SCOPE = (gemma_scope.LLAMA_SCOPE_CONFIG, gemma_scope.LLAMA_SCOPE_WEIGHTS)
 _GEMMA_SCOPE_2 = (gemma_scope.CONFIG_2, gemma_scope.WEIGHTS_2)
 _DICTIONARY_LEARNING = (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS)
 _IN_REPOS = (_SAELENS, _SPARSIFY, _LLAMA_SCOPE, _GEMMA_SCOPE_2, _DICTIONARY_LEARNING)
-"""(config, weights) of the formats that are folders with a config."""
+"""(config, weights) of the formats whose folders have a config."""
 
 
-def load_sae_files(place: Path, stream: str | None, layer: Any, name: str) -> SparseAutoencoder:
-    """Detect the format from the files and read it. Raises SAEError for what is not there."""
-    place = place.expanduser()
-    is_ours = place.name == dictionary_learning.WEIGHTS
-    if is_ours and dictionary_learning.is_dictionary_learning(place.parent):
-        place = place.parent
-    if place.suffix in _PICKLES and (place.is_file() or not place.exists()):
-        raise SAEError(f"{place} is a pickle file, {_DANGER}")
-    if not place.exists():
-        parts = place.parts
-        if len(parts) < 2 or is_path(str(place)):
-            raise SAEError(f"sae.path={place}: no such folder or file")
+def load_sae_files(path: Path, stream: str | None, layer: Any, name: str) -> SparseAutoencoder:
+    """Load an SAE from a file, a folder or `<hub repository>/<path in it>`; detects the format.
+
+    Raises SAEError where there is none, or none in a known format.
+    """
+    path = path.expanduser()
+    is_weights = path.name == dictionary_learning.WEIGHTS
+    if is_weights and dictionary_learning.is_dictionary_learning(path.parent):
+        path = path.parent
+    if path.suffix in _PICKLES and (path.is_file() or not path.exists()):
+        raise SAEError(f"{path} is a pickle file, {_UNSAFE}")
+    if not path.exists():
+        parts = path.parts
+        if len(parts) < 2 or is_path(str(path)):
+            raise SAEError(f"sae.path={path}: no such folder or file")
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
-    if place.name in (_GEMMA_SCOPE_2[1], _SAELENS[1], _SPARSIFY[1]):
-        place = place.parent
-    found = _read_folder(place, stream, layer, name) if place.is_dir() else None
-    if found is not None:
-        return found
-    file = place / gemma_scope.WEIGHTS if place.is_dir() else place
+    if path.name in (_GEMMA_SCOPE_2[1], _SAELENS[1], _SPARSIFY[1]):
+        path = path.parent
+    sae = _read_folder(path, stream, layer, name) if path.is_dir() else None
+    if sae is not None:
+        return sae
+    file = path / gemma_scope.WEIGHTS if path.is_dir() else path
     if file.is_file() and file.suffix == ".npz":
         return gemma_scope.load_gemma_scope(
-            file, _npz_ends(file, stream, layer), {"name": name, **about(file)}
+            file, _npz_streams(file, stream, layer), {"name": name, **file_metadata(file)}
         )
-    raise _unknown(place)
+    raise _unknown_format(path)
 
 
 def _read_folder(
     folder: Path, stream: str | None, layer: Any, name: str
 ) -> SparseAutoencoder | None:
-    """A folder in one of the formats that have a config; None where it is in none of them."""
+    """The SAE of a folder in one of the formats with a config; None for any other folder."""
 
     def metadata(files: tuple[str, str]) -> dict[str, Any]:
         config, weights = files
-        return {"name": name, **about(folder / weights, folder / config)}
+        return {"name": name, **file_metadata(folder / weights, folder / config)}
 
     requested = _requested_hookpoint(stream, layer)
     if saelens.is_saelens(folder):
@@ -121,15 +124,15 @@ def _read_folder(
     return None
 
 
-def _unknown(place: Path) -> SAEError:
-    inside = sorted(f.name for f in place.iterdir()) if place.is_dir() else []
-    pickled = [name for name in inside if name.endswith(_PICKLES)]
+def _unknown_format(path: Path) -> SAEError:
+    names = sorted(f.name for f in path.iterdir()) if path.is_dir() else []
+    pickled = [name for name in names if name.endswith(_PICKLES)]
     if pickled:
-        return SAEError(f"{place} holds only a pickle file ({pickled[0]}), {_DANGER}")
-    if any(name.startswith("params_layer_") for name in inside):
-        gemma_scope.refuse_across_layers("clt", str(place))
+        return SAEError(f"{path} holds only a pickle file ({pickled[0]}), {_UNSAFE}")
+    if any(name.startswith("params_layer_") for name in names):
+        gemma_scope.refuse_across_layers("clt", str(path))
     return SAEError(
-        f"sae.path={place} is not an SAE in a format that saexp reads: expected "
+        f"sae.path={path} is not an SAE in a format that saexp reads: expected "
         f"{' with '.join(_SAELENS)}, {' with '.join(_LLAMA_SCOPE)}, or {gemma_scope.WEIGHTS}; or "
         f"{' with '.join(_SPARSIFY)}, or {' with '.join(_GEMMA_SCOPE_2)} or "
         f"{dictionary_learning.WEIGHTS}"
@@ -142,42 +145,42 @@ def _from_repo(repo: str, path: str, stream: str | None, layer: Any) -> SparseAu
     gemma_scope.refuse_across_layers(name, name)
     if path.endswith(".npz") or gemma_scope.is_gemma_scope_repo(repo):
         inner = path if path.endswith(".npz") else f"{prefix}{gemma_scope.WEIGHTS}"
-        ends = gemma_scope.streams_of(repo, path)
+        streams = gemma_scope.streams_of(repo, path)
         file = download(repo, inner)
-        return gemma_scope.load_gemma_scope(file, ends, {"name": name, **about(file)})
-    lacking = []
+        return gemma_scope.load_gemma_scope(file, streams, {"name": name, **file_metadata(file)})
+    missing = []
     for config, weights in _IN_REPOS:
-        if present(repo, f"{prefix}{config}") is None:
+        if download_if_present(repo, f"{prefix}{config}") is None:
             continue
-        file = present(repo, f"{prefix}{weights}")
+        file = download_if_present(repo, f"{prefix}{weights}")
         if file is None:
-            lacking.append(weights)
+            missing.append(weights)
             continue
         if weights == dictionary_learning.SPARSIFY_WEIGHTS:
-            present(repo, _beside(path, dictionary_learning.RUN_CONFIG))
+            download_if_present(repo, _run_config(path))
         if weights == saelens.WEIGHTS:
-            present(repo, f"{prefix}{saelens.SPARSITY}")
+            download_if_present(repo, f"{prefix}{saelens.SPARSITY}")
         folder = file.parents[len(Path(weights).parts) - 1]
         return load_sae_files(folder, stream, layer, name)
     if gemma_scope.is_gemma_scope2_repo(repo):
         return load_sae_files(
             download(repo, f"{prefix}{gemma_scope.WEIGHTS_2}").parent, stream, layer, name
         )
-    # Neither is there, or it would have been read; the error says which and why.
+    # No format is complete: downloading a missing file gives an error with its name and the reason.
     try:
-        folder = download(repo, f"{prefix}{lacking[0] if lacking else saelens.CONFIG}").parent
+        folder = download(repo, f"{prefix}{missing[0] if missing else saelens.CONFIG}").parent
     except SAEError as error:
-        if lacking:
+        if missing:
             raise
         raise SAEError(f"sae.path={name}: no such folder here, and {error}") from error
     return load_sae_files(folder, stream, layer, name)
 
 
-def _beside(path: str, file: str) -> str:
-    """The file one folder above `path`, past a folder for a seed."""
+def _run_config(path: str) -> str:
+    """Path of sparsify's run config: one folder above `path`, or above its folder of a seed."""
     parts = Path(path).parts
     above = parts[:-2] if parts and parts[-1].startswith("seed") else parts[:-1]
-    return "/".join([*above, file])
+    return "/".join([*above, dictionary_learning.RUN_CONFIG])
 
 
 def _requested_hookpoint(stream: str | None, layer: Any) -> Hookpoint | None:
@@ -187,8 +190,8 @@ def _requested_hookpoint(stream: str | None, layer: Any) -> Hookpoint | None:
     return Hookpoint(parse_layers(layer)[0], stream)
 
 
-def _npz_ends(file: Path, stream: str | None, layer: Any) -> Streams:
-    """From the path, else from the user's words."""
+def _npz_streams(file: Path, stream: str | None, layer: Any) -> Streams:
+    """Streams that the path gives, otherwise those of the config."""
     try:
         return gemma_scope.streams_of(str(file.parent), str(file.parent))
     except SAEError:
@@ -199,12 +202,12 @@ def _npz_ends(file: Path, stream: str | None, layer: Any) -> Streams:
 
 
 ESTIMATE = "estimate"
-_FIXED = "expected_average_only_in"
+_ONE_FACTOR = "expected_average_only_in"
 
 
 def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE of sae-lens' catalogue, from the hub or its local cache."""
-    entry = find(cfg)
+    entry = find_entry(cfg)
     metadata = {
         "name": f"{entry.release}/{entry.id}",
         "release": entry.release,
@@ -214,10 +217,10 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         "expected_explained_variance": entry.expected_explained_variance,
         "chosen": entry.chosen,
     }
-    form = format_of(entry)
+    sae_format = format_of(entry)
     # Before anything is downloaded.
-    _check_place(form.streams(entry)[0], cfg.layer, cfg.stream, metadata["name"])
-    sae = form.read(entry, metadata)
+    _check_hookpoint(sae_format.streams(entry)[0], cfg.layer, cfg.stream, metadata["name"])
+    sae = sae_format.read(entry, metadata)
     if "fingerprint" not in sae.metadata:
         sae = sae.with_metadata(fingerprint=state_sha256(sae))
     return _finish(sae, cfg)
@@ -227,13 +230,13 @@ def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
     if cfg.path and "{assets}" in cfg.path:
         _check_shipped(cfg)
-    return _finish(load_sae_files(fill(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
+    return _finish(load_sae_files(fill_path(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
 
 
 def hookpoints_of(path: str, layer: Any, stream: str | None) -> list[tuple[int, str]]:
-    """(layer, stream) that the SAE of these files reads, and predicts.
+    """(layer, stream) that the SAE of these files reads, and the one that a transcoder predicts.
 
-    These alone are kept, for files of this content.
+    The result is cached for files of this content, the SAE is not.
     """
     content = tuple(contents(Path(path)))
     return list(_hookpoints_of(path, layer, stream, content))
@@ -251,7 +254,7 @@ def _hookpoints_of(
 
 
 def _check_shipped(cfg: SAEConfig) -> None:
-    """Name what ships where a layer or width does not."""
+    """Raise SAEError, with the layers or widths that ship, for others."""
     if cfg.model_name not in SHIPPED:
         raise SAEError(
             f"sae={cfg.name} ships for model=tiny and tiny_control, not for {cfg.model_name}; "
@@ -274,21 +277,22 @@ def _check_shipped(cfg: SAEConfig) -> None:
 
 
 def load_sae(source: str | Path, layer: int | None = None, stream: str | None = None) -> Any:
-    """Any supported format, detected: a folder, a file, or `<hub repo>/<path in it>`.
+    """Load an SAE of any supported format from a folder, a file, or `<hub repo>/<path in it>`.
 
-    `layer` and `stream` are needed where the files do not say them; a contradiction is an SAEError.
+    `layer` and `stream` are needed where the files do not give them. Raises SAEError where they
+    contradict the files.
     """
     sae = load_sae_files(Path(source), stream, layer, str(source))
-    _check_place(sae.hookpoint, layer, stream, str(source))
+    _check_hookpoint(sae.hookpoint, layer, stream, str(source))
     if sae.lacks_factor:
         raise _no_factor(str(source))
     return _converted(sae, sae.device, torch.float32)
 
 
 def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAutoencoder:
-    """A control: unit-norm random decoder, tied encoder, the 32 largest latents active.
+    """A control: a top-k SAE (k=32) with random unit-norm decoder rows and a tied encoder.
 
-    Its directions depend on the seed, the stream (layer included) and the size, so that control
+    The directions depend on the seed, the stream (layer included) and the size, so that control
     SAEs of two layers have no direction in common.
     """
     size = cfg.d_in or d_in
@@ -319,9 +323,9 @@ def random_sae(cfg: SAEConfig, *, d_in: int | None = None, **_: Any) -> SparseAu
 
 
 def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
-    """Check the layer and stream against what was asked, then move to device and dtype."""
+    """Check layer, stream and width against the config, then move to its device and dtype."""
     name = sae.metadata.get("name", cfg.name)
-    _check_place(sae.hookpoint, cfg.layer, cfg.stream, name)
+    _check_hookpoint(sae.hookpoint, cfg.layer, cfg.stream, name)
     width = n_latents(cfg.width)
     if width is not None and width != sae.d_sae:
         raise SAEError(f"width={cfg.width}, but {name} has d_sae={sae.d_sae}")
@@ -333,7 +337,7 @@ def _finish(sae: SparseAutoencoder, cfg: SAEConfig) -> SparseAutoencoder:
 def _converted(
     sae: SparseAutoencoder, device: torch.device, dtype: torch.dtype
 ) -> SparseAutoencoder:
-    """On the device and in the dtype. Raises SAEError where that holds smaller numbers only."""
+    """Move the SAE to device and dtype. Raises SAEError where its values overflow in the dtype."""
     largest = torch.finfo(sae.W_dec.dtype).max
     sae.to(device=device, dtype=dtype)
     if torch.finfo(dtype).max < largest:
@@ -346,32 +350,34 @@ def _converted(
 def _no_factor(name: str) -> SAEError:
     return SAEError(
         f"{name}: its inputs are scaled by a factor that its files do not give; type "
-        "sae.norm_factor=<number>, or sae.norm_factor=estimate to take it from the activations"
+        "sae.norm_factor=<number>, or sae.norm_factor=estimate to derive it from the activations"
     )
 
 
-def _with_factor(sae: SparseAutoencoder, asked: Any, name: str) -> SparseAutoencoder:
+def _with_factor(sae: SparseAutoencoder, requested: Any, name: str) -> SparseAutoencoder:
     """The SAE with the requested scaling; `estimate` leaves the factor to `estimate_factor`.
 
     Raises SAEError where the files contradict the request, or need a factor and lack it.
     """
-    if asked is None:
+    if requested is None:
         if sae.lacks_factor:
             raise _no_factor(name)
         return sae
-    if sae.is_transcoder or sae.settings.normalize_activations not in ("none", _FIXED):
+    if sae.is_transcoder or sae.settings.normalize_activations not in ("none", _ONE_FACTOR):
         raise SAEError(
-            f"sae.norm_factor={asked}, but the inputs of {name} are not scaled by one factor; "
+            f"sae.norm_factor={requested}, but the inputs of {name} are not scaled by one factor; "
             "leave it out"
         )
-    given = sae.settings.norm_factor
-    if given is not None and (asked == ESTIMATE or not math.isclose(given, asked, rel_tol=1e-6)):
+    in_files = sae.settings.norm_factor
+    if in_files is not None and (
+        requested == ESTIMATE or not math.isclose(in_files, requested, rel_tol=1e-6)
+    ):
         raise SAEError(
-            f"sae.norm_factor={asked}, but the files of {name} say {given:g}; leave it out"
+            f"sae.norm_factor={requested}, but the files of {name} say {in_files:g}; leave it out"
         )
-    if asked == ESTIMATE:
+    if requested == ESTIMATE:
         return sae.with_factor(None).with_metadata(norm_factor_by="estimate")
-    return sae.with_factor(float(asked)).with_metadata(norm_factor_by="sae.norm_factor")
+    return sae.with_factor(float(requested)).with_metadata(norm_factor_by="sae.norm_factor")
 
 
 @torch.inference_mode()
@@ -386,19 +392,19 @@ def estimate_factor(sae: SparseAutoencoder, chunks: Iterable[Float[Tensor, "_ d"
         total += float(acts.reshape(len(acts), -1).double().norm(dim=-1).sum())
         n += len(acts)
     if not total:
-        raise SAEError("sae.norm_factor=estimate: every activation is zero; give it as a number")
+        raise SAEError("sae.norm_factor=estimate: every activation is zero; type a number")
     return sae.d_in**0.5 * n / total
 
 
-def _check_place(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:
-    """Raise SAEError where the layer or stream asked for is not the SAE's own."""
+def _check_hookpoint(at: Hookpoint, layer: Any, stream: str | None, name: str) -> None:
+    """Raise SAEError where the requested layer or stream is not the SAE's."""
     if layer is not None:
-        asked = parse_layers(layer)
-        if len(asked) != 1:
-            raise SAEError(f"layer={asked}: one SAE reads one layer; sweep with -m layer=0,1,2")
-        if asked[0] != at.layer:
+        layers = parse_layers(layer)
+        if len(layers) != 1:
+            raise SAEError(f"layer={layers}: one SAE reads one layer; sweep with -m layer=0,1,2")
+        if layers[0] != at.layer:
             raise SAEError(
-                f"layer={asked[0]}, but {name} was trained on {at.name}; type layer={at.layer}"
+                f"layer={layers[0]}, but {name} was trained on {at.name}; type layer={at.layer}"
             )
     if stream is not None and Hookpoint(at.layer, stream).stored != at.stored:
         raise SAEError(f"sae.stream={stream}, but {name} was trained on {at.name}; leave it out")
@@ -411,10 +417,10 @@ def check_fits(sae: SparseAutoencoder, model: LanguageModel) -> None:
     sizes = {sae.hookpoint: ("reads", sae.d_in)}
     if sae.hookpoint_out is not None:
         sizes[sae.hookpoint_out] = ("predicts", sae.d_out)
-    for hookpoint, (does, size) in sizes.items():
+    for hookpoint, (verb, size) in sizes.items():
         model.check_layer(hookpoint.layer)
         if hookpoint.stream != "attn_z" and size != model.d_model:
             raise SAEError(
-                f"{name} {does} vectors of {size} numbers, but {short} has "
+                f"{name} {verb} vectors of {size} numbers, but {short} has "
                 f"d_model={model.d_model}; choose an SAE that was trained on this model"
             )

@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders for inference, and what their parameters must satisfy."""
+"""Sparse autoencoders and transcoders for inference, and the validation of their parameters."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,15 +29,15 @@ ARCHITECTURES = tuple(NEEDED)
 COMPETING = ("topk", "groupmax")
 """Architectures in which one latent's activation depends on the others'."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What weights may be stored as."""
+"""Accepted dtypes of weights."""
 _COUNTS = ("k", "group_sizes")
-"""Tensors of integers that some formats keep beside the weights."""
+"""Tensors of integers that some formats store with the weights."""
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
-    """What an SAE computes from its parameters, and where in the model it belongs."""
+    """The computation and hookpoint of an SAE."""
 
     architecture: str
     """One of `ARCHITECTURES`."""
@@ -60,14 +60,14 @@ class SAESettings:
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether another stream is predicted than the one that is read."""
+        """Whether the predicted stream differs from the stream that is read."""
         return self.hookpoint_out is not None
 
 
 def check(parameters: Mapping[str, Tensor], settings: SAESettings, label: str, file: str) -> None:
-    """Raise SAEError for what is missing, unused, of another type, does not fit or has no use.
+    """Raise SAEError for missing, unused or invalid parameters, and for invalid settings.
 
-    The line begins with `label`, or, where it is about a tensor's type or values, with `file`.
+    The message begins with `label`, or with `file` where it is about a tensor's type or values.
     """
     _check_names(parameters, settings, label)
     for name, tensor in parameters.items():
@@ -78,7 +78,7 @@ def check(parameters: Mapping[str, Tensor], settings: SAESettings, label: str, f
 
 
 def check_type(name: str, tensor: Tensor, file: str) -> None:
-    """Raise SAEError for a tensor that holds no floating-point numbers of at least 16 bits."""
+    """Raise SAEError unless the tensor has floating-point numbers of at least 16 bits."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise SAEError(f"{file}: {name} is sparse or quantized, not a plain tensor")
     counts = name in _COUNTS and not tensor.is_floating_point() and not tensor.is_complex()
@@ -91,7 +91,7 @@ def check_type(name: str, tensor: Tensor, file: str) -> None:
 def check_values(parameters: Mapping[str, Tensor], file: str) -> None:
     """Raise SAEError for NaN and infinities, and for an encoder or decoder that is all zeros."""
     for name, tensor in parameters.items():
-        # One pass: NaN and infinities stay in a sum, which may overflow without them too.
+        # One pass: the sum is not finite if a value is not; it may overflow without any, too.
         total = float(tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
         if not math.isfinite(total):
             _check_finite(name, tensor, file)
@@ -119,7 +119,7 @@ def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label:
     needed = {"W_enc", "W_dec", "b_dec", *NEEDED[architecture]}
     for name in ("W_enc", "W_dec", "b_dec", *NEEDED[architecture]):
         if name not in parameters:
-            raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
+            raise SAEError(f"{label}: a {kind} needs '{name}', which is missing")
     known = needed | ({"W_skip"} if settings.is_transcoder else set())
     unused = sorted(parameters.keys() - known)
     if unused:
@@ -131,8 +131,8 @@ def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label:
 def _check_shapes(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     for name, axes in (("W_enc", "[d_in, d_sae]"), ("W_dec", "[d_sae, d_out]")):
         if parameters[name].ndim != 2:
-            found = list(parameters[name].shape)
-            raise SAEError(f"{label}: {name} has shape {found}, not {axes}")
+            shape = list(parameters[name].shape)
+            raise SAEError(f"{label}: {name} has shape {shape}, not {axes}")
     for name in ("W_enc", "W_dec"):
         if not parameters[name].numel():
             raise SAEError(f"{label}: {name} has shape {list(parameters[name].shape)}: no values")
@@ -144,8 +144,8 @@ def _check_shapes(parameters: Mapping[str, Tensor], settings: SAESettings, label
         shapes["W_skip"] = (d_out, d_in)
     for name, shape in shapes.items():
         if tuple(parameters[name].shape) != shape:
-            found = list(parameters[name].shape)
-            raise SAEError(f"{label}: {name} has shape {found}, not {list(shape)}")
+            actual = list(parameters[name].shape)
+            raise SAEError(f"{label}: {name} has shape {actual}, not {list(shape)}")
 
 
 def _check_options(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
@@ -182,7 +182,7 @@ _EPS = 1e-5
 
 @runtime_checkable
 class SAE(Protocol):
-    """What the rest of saexp needs of a sparse autoencoder."""
+    """The interface of sparse autoencoders that saexp relies on."""
 
     d_in: int
     d_sae: int
@@ -196,7 +196,7 @@ class SAE(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Name, path, fingerprint and what else its files say."""
+        """Name, path, fingerprint and further values of its files."""
         ...
 
     def encode(self, x: Tensor) -> Tensor:
@@ -208,28 +208,30 @@ class SAE(Protocol):
         ...
 
     def encode_latents(self, x: Tensor, latents: Sequence[int]) -> Tensor:
-        """`[..., d_in]` -> `[..., n]`, these latents only."""
+        """`[..., d_in]` -> `[..., n]`, the given latents only."""
         ...
 
 
 class SparseAutoencoder(nn.Module):
-    """standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold), gated or groupmax.
+    """A sparse autoencoder or transcoder.
 
-    groupmax keeps the largest latent of each of `k` groups of neighbours.
+    Architectures: standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold), gated,
+    and groupmax, which keeps the largest latent of each of `k` groups of consecutive latents.
 
-    With `hookpoint_out` it is a transcoder: it reads `hookpoint`, `decode` predicts `hookpoint_out`
-    and adds `W_skip [d_out, d_in]` times the input where there is one. Its inputs are not scaled.
+    With `hookpoint_out` it is a transcoder: it reads `hookpoint`, and `decode` predicts
+    `hookpoint_out`, adding `W_skip [d_out, d_in]` times the input where there is one. The inputs of
+    transcoders are not scaled.
 
-    Input scaling is inside `encode` and `decode`: none; `expected_average_only_in`, x times a fixed
-    factor; `constant_norm_rescale`, x to norm sqrt(d_in); `layer_norm`, x to mean 0 and standard
-    deviation 1. The last two depend on the row, so `decode` then needs the input `x` as well, and
-    so does `centre`, which subtracts each vector's mean first.
+    `encode` and `decode` include the input scaling: none; `expected_average_only_in`, x times a
+    fixed factor; `constant_norm_rescale`, x to norm sqrt(d_in); `layer_norm`, x to mean 0 and
+    standard deviation 1. The last two depend on the row, so `decode` then needs the input `x` as
+    well, and so does `centre`, which first subtracts each vector's mean.
 
-    Parameters named as SAELens names them: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
-    `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. All is computed in their
-    dtype. Raises SAEError for shapes and types that do not fit, NaN and infinities, a matrix of
-    zeros, parameters the architecture has no use for, an unknown architecture, and where a scaling
-    is used that lacks its factor.
+    Parameters have the names of SAELens: `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_out]`, `b_enc`,
+    `b_dec [d_out]`, `threshold`, `b_gate`, `b_mag`, `r_mag`, `W_skip`. Their dtype is that of all
+    computations. Raises SAEError for invalid shapes and types, NaN and infinities, a matrix of
+    zeros, parameters that the architecture does not use, an unknown architecture, and the use of a
+    scaling that lacks its factor.
     """
 
     W_enc: Tensor
@@ -283,7 +285,7 @@ class SparseAutoencoder(nn.Module):
     def with_factor(self, factor: float | None) -> "SparseAutoencoder":
         """The same SAE, sharing its weights, with inputs multiplied by `factor`.
 
-        None stands for a factor that is not known yet. Raises SAEError unless it is positive.
+        None is a factor that is not known yet. Raises SAEError unless it is positive.
         """
         settings = replace(
             self.settings, normalize_activations="expected_average_only_in", norm_factor=factor
@@ -300,11 +302,11 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return str(self.metadata.get("name", "the SAE"))
 
     def extra_repr(self) -> str:
-        """What a notebook shows of it."""
+        """The description in `repr`."""
         at = self.hookpoint.name
         if self.hookpoint_out is not None:
             at = f"{at} to {self.hookpoint_out.name}"
@@ -328,17 +330,19 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def hookpoints(self) -> list[Hookpoint]:
-        """What must be collected for it: what it reads, and what a transcoder predicts."""
+        """The streams to collect: the one that is read, and the one that a transcoder predicts."""
         return [h for h in (self.hookpoint, self.hookpoint_out) if h is not None]
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether it predicts another stream than the one it reads."""
+        """Whether the predicted stream differs from the stream that is read."""
         return self.hookpoint_out is not None
 
     def check_reconstructs(self) -> None:
-        """Raise SAEError for one layer of a cross-layer transcoder: its latents write to other
-        layers too, so what `decode` gives is no reconstruction of `hookpoint_out`."""
+        """Raise SAEError for one layer of a cross-layer transcoder.
+
+        Its latents write to other layers too, so `decode` does not reconstruct `hookpoint_out`.
+        """
         if self.metadata.get("reconstructs", True):
             return
         raise SAEError(
@@ -348,7 +352,7 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.W_dec.device
 
     @property
@@ -361,8 +365,8 @@ class SparseAutoencoder(nn.Module):
         if self.settings.norm_factor is None:
             raise SAEError(
                 f"{self.name}: its inputs are scaled by a factor that "
-                "its files do not give; type sae.norm_factor=<number> (task=analyze takes estimate "
-                "too)"
+                "its files do not give; type sae.norm_factor=<number> (with task=analyze, also "
+                "sae.norm_factor=estimate)"
             )
         return self.settings.norm_factor
 
@@ -388,12 +392,12 @@ class SparseAutoencoder(nn.Module):
         if by_head and x.shape[-1] * x.shape[-2] == self.d_in:
             return rearrange(x, "... heads d_head -> ... (heads d_head)")
         raise SAEError(
-            f"the SAE reads vectors of {self.d_in} numbers and was given {x.shape[-1]}; "
+            f"the SAE reads vectors of {self.d_in} numbers, not of {x.shape[-1]}; "
             "is it an SAE of this model and hookpoint?"
         )
 
     def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """(vectors in the SAE's dtype, mean that was subtracted)."""
+        """(vectors in the SAE's dtype, the mean subtracted from them or 0)."""
         flat = self._flat(x).to(self.W_enc.dtype)
         mean = flat.mean(dim=-1, keepdim=True) if self.settings.centre else 0.0
         return flat - mean if self.settings.centre else flat, mean
@@ -403,13 +407,13 @@ class SparseAutoencoder(nn.Module):
         return scaled - self.b_dec if self.settings.apply_b_dec_to_input else scaled
 
     def _activate(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
-        """Latents `chosen` from a scaled input; not for architectures whose latents compete."""
+        """The `chosen` latents of a scaled input; not for architectures in `COMPETING`."""
         if self.architecture == "gated":
-            # (x W) exp(r) for x (W exp(r)), so that there is one product and no second encoder.
+            # (x W) exp(r) instead of x (W exp(r)) needs one product and no second encoder.
             pre = x @ self.W_enc[:, chosen]
-            silent = pre <= -self.b_gate[chosen]
+            inactive = pre <= -self.b_gate[chosen]
             magnitude = torch.addcmul(self.b_mag[chosen], pre, self.r_mag[chosen].exp())
-            return magnitude.masked_fill_(silent, 0).relu_()
+            return magnitude.masked_fill_(inactive, 0).relu_()
         pre = self._pre(x, chosen)
         if self.architecture == "standard":
             return pre.relu_()
@@ -417,14 +421,14 @@ class SparseAutoencoder(nn.Module):
         return pre.masked_fill_(pre <= self.threshold[chosen].clamp(min=0), 0)
 
     def _pre(self, x: Tensor, chosen: Tensor | slice) -> Tensor:
-        """Latents' values before their activation function, in a tensor of their own."""
+        """Latents before their activation function, in a new tensor."""
         pre = functional.linear(x, self.W_enc[:, chosen].T, self.b_enc[chosen])
         if self.settings.rescale_acts_by_decoder_norm:
             pre.mul_(self.W_dec[chosen].norm(dim=-1))
         return pre
 
     def row_scale(self, x: Float[Tensor, "... d_in"]) -> Tensor | float:
-        """What `directions` is to be multiplied by at these inputs, `[..., 1]`; 1 for most SAEs."""
+        """Factor of `directions` at these inputs, `[..., 1]`; 1 for most SAEs."""
         if self.settings.normalize_activations in ("none", "expected_average_only_in"):
             return 1.0
         return self._scaled(self._vectors(x)[0])[1]
@@ -441,13 +445,13 @@ class SparseAutoencoder(nn.Module):
             return pre.zero_().scatter_(-1, top.indices, top.values.relu())
         groups = rearrange(pre, "... (k members) -> ... k members", k=self.settings.k)
         best = groups.max(dim=-1, keepdim=True)
-        kept = groups.zero_().scatter_(-1, best.indices, best.values.relu())
-        return rearrange(kept, "... k members -> ... (k members)")
+        acts = groups.zero_().scatter_(-1, best.indices, best.values.relu())
+        return rearrange(acts, "... k members -> ... (k members)")
 
     def encode_latents(
         self, x: Float[Tensor, "..."], latents: Sequence[int]
     ) -> Float[Tensor, "... n"]:
-        """These latents' activations; touches their encoder columns only, unless they compete."""
+        """The given latents' activations, from their encoder columns only unless they compete."""
         chosen = torch.as_tensor(latents, device=self.device)
         if self.architecture in COMPETING:
             return self.encode(x)[..., chosen]
@@ -459,7 +463,7 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction in the model's own scale; a transcoder's prediction of `hookpoint_out`.
 
         `x`, the encoded input, is needed where the scaling depends on it or a skip connection reads
-        it; else it is ignored.
+        it; otherwise it is ignored.
         """
         acts = feature_acts.to(self.W_dec.dtype)
         if self.settings.rescale_acts_by_decoder_norm:
@@ -469,10 +473,10 @@ class SparseAutoencoder(nn.Module):
         if fixed and not self.settings.centre and self.W_skip is None:
             return out * self._scaled(self.b_dec)[1]
         if x is None:
-            does = "scales or centres each input by itself"
+            reason = "scales or centres each input by itself"
             if self.W_skip is not None:
-                does = "has a skip connection"
-            raise SAEError(f"{self.name} {does}; decode(feature_acts, x) needs the input too")
+                reason = "has a skip connection"
+            raise SAEError(f"{self.name} {reason}; decode(feature_acts, x) needs the input too")
         vectors, mean = self._vectors(x)
         if self.W_skip is not None:
             return out + vectors @ self.W_skip.T
@@ -480,9 +484,9 @@ class SparseAutoencoder(nn.Module):
         return out * scale + shift + mean
 
     def directions(self, latents: Sequence[int]) -> Float[Tensor, "n d_out"]:
-        """What one unit of each latent adds to the stream it writes, in the model's own scale.
+        """The vector that one unit of each latent adds to the stream, in the model's own scale.
 
-        Where the scaling depends on the row, `decode` adds this times the row's own scale.
+        Where the scaling depends on the row, `decode` adds this vector times `row_scale`.
         """
         chosen = torch.as_tensor(latents, device=self.device)
         rows = self.W_dec[chosen]

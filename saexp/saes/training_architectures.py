@@ -1,4 +1,4 @@
-"""The training class of each architecture, transcoders included."""
+"""The training class of each architecture of SAEs and transcoders."""
 
 import dataclasses
 import json
@@ -37,17 +37,17 @@ from saexp.registry import did_you_mean
 
 
 class QuickBatchTopK(BatchTopK):
-    """The `k` largest activations per row of a batch, where they are positive.
+    """Keeps the k * n largest activations of a batch of n rows, where they are positive.
 
-    A partition finds the smallest one kept; of equal ones the first are. On other devices than a
-    CPU sae-lens' own.
+    The smallest of them is found with a partition instead of a sort; of equal activations, the
+    first are kept. On devices other than the CPU, sae-lens' implementation is used.
     """
 
     least: float | None = None
-    """The smallest activation kept in the last batch; None where sae-lens' own looked for it."""
+    """The smallest activation kept in the last batch; None where sae-lens' code selected them."""
 
     def forward(self, x: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """The activations, zero where not kept."""
+        """The activations, with zeros for those that are not kept."""
         n = int(self.k * x.shape[:-1].numel())
         self.least = None
         if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < n < x.numel():
@@ -58,16 +58,16 @@ class QuickBatchTopK(BatchTopK):
         if not least > 0:
             return x.relu()
         self.least = float(least)
-        kept = functional.threshold(x, float(np.nextafter(least, np.float32(0))), 0.0)
+        largest = functional.threshold(x, float(np.nextafter(least, np.float32(0))), 0.0)
         if ordered[:-n].max() < least:
-            return kept
+            return largest
         equal = np.flatnonzero(values == least)
-        spare = torch.from_numpy(equal[np.count_nonzero(ordered[-n:] == least) :])
-        return kept.flatten().index_fill(0, spare, 0.0).view_as(x)
+        excess = torch.from_numpy(equal[np.count_nonzero(ordered[-n:] == least) :])
+        return largest.flatten().index_fill(0, excess, 0.0).view_as(x)
 
 
 class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE):
-    """Saved as sae-lens saves it: JumpReLU with one threshold."""
+    """BatchTopK on the CPU; saved as by sae-lens, as a JumpReLU SAE with one threshold."""
 
     activation_fn: QuickBatchTopK
 
@@ -81,7 +81,7 @@ class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE):
     def encode_with_hidden_pre(
         self, x: Float[Tensor, "... d_in"]
     ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_sae"]]:
-        """(activations, pre-activations), both times the decoder's norms where so configured."""
+        """(activations, pre-activations), times the decoder's norms if configured."""
         bias = self.b_enc
         if self.cfg.apply_b_dec_to_input:
             bias = bias - self.b_dec @ self.W_enc
@@ -111,40 +111,40 @@ class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE):
         hidden_pre: Float[Tensor, "batch d_sae"],
         dead_neuron_mask: Bool[Tensor, " d_sae"] | None,
     ) -> Float[Tensor, ""]:
-        """Squared error of the dead latents' guess at the residual (Gao et al. 2024, A.2, B.1)."""
+        """Squared error of dead latents that predict the residual (Gao et al. 2024, A.2, B.1)."""
         if dead_neuron_mask is None or not bool(dead_neuron_mask.any()):
             return sae_out.new_tensor(0.0)
         dead = dead_neuron_mask.nonzero().flatten()
-        most = sae_in.shape[-1] // 2
+        max_dead = sae_in.shape[-1] // 2
         acts = hidden_pre.index_select(-1, dead)
-        if len(dead) > most:
-            top = acts.topk(most, dim=-1, sorted=False)
+        if len(dead) > max_dead:
+            top = acts.topk(max_dead, dim=-1, sorted=False)
             acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
         rows: Any = self.W_dec.index_select(0, dead)
         if self.cfg.rescale_acts_by_decoder_norm:
             rows = rows / rows.norm(dim=-1, keepdim=True)
         error = (acts @ rows - (sae_in - sae_out).detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * min(len(dead) / most, 1.0) * error
+        return self.cfg.aux_loss_coefficient * min(len(dead) / max_dead, 1.0) * error
 
 
 if TYPE_CHECKING:
     from sae_lens import SAEConfig
 
-# To the type checker anything: they are mixed into four classes with nothing typed in common.
+# Any to the type checker: the mix-ins have four base classes without a common typed base.
 _Config: Any = object
 _Base: Any = object
 
 
 @dataclass(kw_only=True)
 class _Target(_Config):
-    """Fields that a transcoder has beside those of an SAE's training class."""
+    """Fields of a transcoder's config that the config of an SAE's training class lacks."""
 
     d_out: int = 0
-    """Width of the stream that is predicted."""
+    """Width of the predicted stream."""
     skip: bool = False
-    """Whether a linear map of the input, learned too, is added to the output."""
+    """Whether a learned linear map of the input is added to the output."""
     apply_b_dec_to_input: bool = False
-    """b_dec belongs to the output."""
+    """Always false, because b_dec belongs to the output."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -157,9 +157,10 @@ class _Target(_Config):
 
 
 class _Transcoding(_Base):
-    """What is read is sae-lens' `sae_in`; wherever it compares with `sae_in`, the target is put.
+    """Turns a training class of sae-lens into one of transcoders.
 
-    `W_skip [d_out, d_in]`, 0 at first, is there where `cfg.skip` says so.
+    Its `sae_in` has both streams, `[..., d_in + d_out]`: the first is encoded, the second replaces
+    `sae_in` in the losses. With `cfg.skip` there is `W_skip [d_out, d_in]`, initially 0.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -167,53 +168,53 @@ class _Transcoding(_Base):
         self.mse_loss_fn = self._squared_error
 
     def initialize_weights(self) -> None:
-        """The encoder as sae-lens makes it; decoder rows random, of the norm asked for."""
+        """The encoder as in sae-lens; random decoder rows of norm `cfg.decoder_init_norm`."""
         super().initialize_weights()
-        about = {"dtype": self.dtype, "device": self.device}
-        decoder = torch.empty(self.cfg.d_sae, self.cfg.d_out, **about)
+        options = {"dtype": self.dtype, "device": self.device}
+        decoder = torch.empty(self.cfg.d_sae, self.cfg.d_out, **options)
         nn.init.kaiming_uniform_(decoder)
         if self.cfg.decoder_init_norm is not None:
             decoder *= self.cfg.decoder_init_norm / decoder.norm(dim=-1, keepdim=True)
         self.W_dec = nn.Parameter(decoder)
-        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, **about))
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_out, **options))
         if self.cfg.skip:
-            self.W_skip = nn.Parameter(torch.zeros(self.cfg.d_out, self.cfg.d_in, **about))
+            self.W_skip = nn.Parameter(torch.zeros(self.cfg.d_out, self.cfg.d_in, **options))
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        """Of a batch of both streams, what is read; b_dec, of the other width, stays out of it."""
+        """The encoded stream of a batch with both streams; b_dec is not subtracted from it."""
         return self.hook_sae_input(sae_in[..., : self.cfg.d_in].to(self.dtype))
 
-    def _skipped(self, pair: Tensor) -> Tensor | float:
+    def _skip_output(self, pair: Tensor) -> Tensor | float:
         return pair[..., : self.cfg.d_in] @ self.W_skip.T if self.cfg.skip else 0.0
 
-    def _left(self, pair: Tensor) -> Tensor:
-        """What the latents have to reconstruct: the target less the skip connection."""
-        return pair[..., self.cfg.d_in :] - self._skipped(pair)
+    def _target(self, pair: Tensor) -> Tensor:
+        """The stream that the latents have to reconstruct, without the skip connection's output."""
+        return pair[..., self.cfg.d_in :] - self._skip_output(pair)
 
     def _squared_error(self, preds: Tensor, pair: Tensor) -> Tensor:
-        return functional.mse_loss(preds, self._left(pair), reduction="none")
+        return functional.mse_loss(preds, self._target(pair), reduction="none")
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> Any:
-        """The architecture's own; dead latents learn the residual of the target."""
-        changed = replace(step_input, sae_in=self._left(step_input.sae_in))
-        return super().calculate_aux_loss(changed, feature_acts, hidden_pre, sae_out)
+        """The architecture's auxiliary loss; dead latents learn the residual of the target."""
+        with_target = replace(step_input, sae_in=self._target(step_input.sae_in))
+        return super().calculate_aux_loss(with_target, feature_acts, hidden_pre, sae_out)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step; the output's `sae_in` is the target, which the trainer's numbers are about."""
+        """One step; the output's `sae_in` is the target, as the trainer's metrics need it."""
         output = super().training_forward_pass(step_input)
-        output.sae_out = output.sae_out + self._skipped(step_input.sae_in)
+        output.sae_out = output.sae_out + self._skip_output(step_input.sae_in)
         output.sae_in = step_input.sae_in[..., self.cfg.d_in :]
         return output
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """The prediction, skip connection included."""
-        return self.decode(self.encode(x)) + self._skipped(x)
+        """The prediction, including the skip connection."""
+        return self.decode(self.encode(x)) + self._skip_output(x)
 
     @torch.no_grad()
     def fold_scaling(self, factor_in: float, factor_out: float) -> None:
-        """Make weights trained on `factor_in * x` and `factor_out * y` those for x and y."""
+        """Convert weights for `factor_in * x` and `factor_out * y` to weights for x and y."""
         self.fold_activation_norm_scaling_factor(factor_out)
         self.W_enc.data *= factor_in / factor_out
         if self.cfg.skip:
@@ -232,7 +233,7 @@ class BatchTopKTrainingTranscoderConfig(_Target, BatchTopKTrainingSAEConfig):
 
 @dataclass(kw_only=True)
 class JumpReLUTrainingTranscoderConfig(_Target, JumpReLUTrainingSAEConfig):
-    """JumpReLU with thresholds that are learned."""
+    """JumpReLU with learned thresholds."""
 
 
 @dataclass(kw_only=True)
@@ -270,7 +271,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 
 @dataclass
 class PairScaler(ActivationScaler):
-    """Two factors: `scaling_factor` of the first `d_in` columns, `factor_out` of the others."""
+    """Scales the first `d_in` columns by `scaling_factor` and the others by `factor_out`."""
 
     d_in: int = 0
     factor_out: float | None = None
@@ -284,14 +285,14 @@ class PairScaler(ActivationScaler):
         return acts * factors
 
     def save(self, file_path: str) -> None:
-        """As sae-lens saves its own, with the second factor."""
+        """Save as sae-lens does, with the second factor."""
         super().save(file_path)
         file = Path(file_path)
         content = {**json.loads(file.read_text("utf-8")), "factor_out": self.factor_out}
         file.write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, file_path: str | Path) -> None:
-        """Both factors."""
+        """Load both factors."""
         super().load(file_path)
         self.factor_out = json.loads(Path(file_path).read_text("utf-8"))["factor_out"]
 
@@ -301,7 +302,7 @@ TRANSCODERS = tuple(
     f"{name}_transcoder" for name in ("standard", "batchtopk", "jumprelu", "matryoshka_batchtopk")
 )
 ARCHITECTURES = (*SAES, *TRANSCODERS)
-_GIVEN = (
+_DERIVED = (
     "d_in",
     "d_sae",
     "d_out",
@@ -315,8 +316,8 @@ _GIVEN = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the SAE is trained on, for its metadata; a transcoder has an output too."""
+class TrainingSource:
+    """The model and streams that an SAE or transcoder is trained on."""
 
     model_name: str
     hookpoint: Hookpoint
@@ -325,78 +326,80 @@ class Place:
     hookpoint_out: Hookpoint | None = None
     d_out: int | None = None
     prepend_bos: bool = True
-    """Whether its texts begin with BOS."""
+    """Whether the texts begin with BOS."""
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `sae_trainer.name` is something that can be trained."""
+    """Raise ConfigError unless `sae_trainer.name` is an architecture that can be trained."""
     if name in ARCHITECTURES:
         return
     if name.removesuffix("_transcoder") in SAES:
         raise ConfigError(
-            f"sae_trainer.name={name}: sae-lens has no class that would use such a transcoder; "
+            f"sae_trainer.name={name}: sae-lens has no inference class for such a transcoder; "
             f"choose from {', '.join(TRANSCODERS)}"
         )
     raise ConfigError(f"sae_trainer.name={name}: {did_you_mean(name, ARCHITECTURES)}")
 
 
 def training_sae(
-    cfg: SAETrainerConfig, d_sae: int, place: Place, device: torch.device, n_steps: int
+    cfg: SAETrainerConfig, d_sae: int, source: TrainingSource, device: torch.device, n_steps: int
 ) -> Any:
-    """A fresh one, its weights from torch's seed. Raises ConfigError for what cannot be trained."""
+    """A new training SAE, initialized from torch's seed. Raises ConfigError for invalid options."""
     from sae_lens.saes.sae import SAEMetadata
 
     check_name(cfg.name)
-    made, made_config = _classes(cfg.name)
-    options = _options(cfg, made_config, d_sae, n_steps)
+    sae_class, config_class = _classes(cfg.name)
+    options = _options(cfg, config_class, d_sae, n_steps)
     output = {}
-    if place.hookpoint_out is not None:
-        output["hook_name_out"] = place.hookpoint_out.transformer_lens
-        options["d_out"] = place.d_out
-    elif place.hookpoint.stream == "attn_z":
-        # Saved, it is given [.., n_heads, d_head] there.
+    if source.hookpoint_out is not None:
+        output["hook_name_out"] = source.hookpoint_out.transformer_lens
+        options["d_out"] = source.d_out
+    elif source.hookpoint.stream == "attn_z":
+        # In sae-lens, the saved SAE reads [..., n_heads, d_head].
         options["reshape_activations"] = "hook_z"
     try:
-        config = made_config(
-            d_in=place.d_in,
+        config = config_class(
+            d_in=source.d_in,
             d_sae=d_sae,
             dtype="float32",
             device=str(device),
             normalize_activations=cfg.normalize_activations,
             metadata=SAEMetadata(
-                model_name=place.model_name,
-                hook_name=place.hookpoint.transformer_lens,
-                context_size=place.context_size,
-                prepend_bos=place.prepend_bos,
+                model_name=source.model_name,
+                hook_name=source.hookpoint.transformer_lens,
+                context_size=source.context_size,
+                prepend_bos=source.prepend_bos,
                 **output,
             ),
             **options,
         )
-        return made(config)
+        return sae_class(config)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"sae_trainer.options of a {_kind(cfg.name)}: {reason}") from error
 
 
-def _options(cfg: SAETrainerConfig, made_config: Any, d_sae: int, n_steps: int) -> dict[str, Any]:
-    """The options given, checked, and those that follow from the width and number of steps."""
+def _options(cfg: SAETrainerConfig, config_class: Any, d_sae: int, n_steps: int) -> dict[str, Any]:
+    """The validated options, and those that follow from the width and number of steps."""
     options = dict(cfg.options)
     if cfg.name.startswith("matryoshka_batchtopk"):
         options.setdefault("matryoshka_widths", [d_sae // 4, d_sae // 2, d_sae])
-    fields = {f.name: f for f in dataclasses.fields(made_config) if f.name not in _GIVEN}
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.name not in _DERIVED}
     for warm_up in ("l1_warm_up_steps", "l0_warm_up_steps"):
         if warm_up in fields:
             options.setdefault(warm_up, int(cfg.sparsity_warm_up * n_steps))
     for name in sorted(options):
         key = f"sae_trainer.options.{name}"
-        if name in _GIVEN:
-            raise ConfigError(f"{key}: set by layer, task.streams, width and sae_trainer's keys")
+        if name in _DERIVED:
+            raise ConfigError(
+                f"{key}: follows from layer, task.streams, width and sae_trainer's keys"
+            )
         if name not in fields:
             raise ConfigError(
                 f"{key}: a {_kind(cfg.name)} has no such option; "
                 f"{did_you_mean(name, sorted(fields))}"
             )
-        options[name] = _value(key, options[name], fields[name].type)
+        options[name] = _validated(key, options[name], fields[name].type)
     k = options.get("k", fields["k"].default if "k" in fields else 1)
     if k <= 0:
         raise ConfigError(f"sae_trainer.options.k={k} leaves no latent active; type a k such as 16")
@@ -412,19 +415,19 @@ def _options(cfg: SAETrainerConfig, made_config: Any, d_sae: int, n_steps: int) 
     return {n: float(v) if fields[n].type is float else v for n, v in options.items()}
 
 
-def _value(key: str, value: Any, wanted: Any) -> Any:
-    """The value, a whole number as an int where the field is one. Raises ConfigError."""
-    if wanted is bool and not isinstance(value, bool):
+def _validated(key: str, value: Any, field_type: Any) -> Any:
+    """The value, as an int where the field's type is int. Raises ConfigError for other types."""
+    if field_type is bool and not isinstance(value, bool):
         raise ConfigError(f"{key}={value} is neither true nor false")
-    if get_origin(wanted) is Literal and value not in get_args(wanted):
-        raise ConfigError(f"{key}={value}: {did_you_mean(str(value), get_args(wanted))}")
-    if wanted not in (int, float):
+    if get_origin(field_type) is Literal and value not in get_args(field_type):
+        raise ConfigError(f"{key}={value}: {did_you_mean(str(value), get_args(field_type))}")
+    if field_type not in (int, float):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}={value} is not a number")
-    if wanted is int and value != int(value):
+    if field_type is int and value != int(value):
         raise ConfigError(f"{key}={value} is not a whole number")
-    return int(value) if wanted is int else value
+    return int(value) if field_type is int else value
 
 
 def _kind(name: str) -> str:
@@ -432,15 +435,10 @@ def _kind(name: str) -> str:
 
 
 def _classes(name: str) -> tuple[Any, Any]:
+    """(training class, its config class) of an architecture."""
     if name in TRANSCODERS:
-        pass
-
         return CLASSES[name]
     from sae_lens.registry import get_sae_training_class
 
-    made, made_config = get_sae_training_class(name)
-    if name == "batchtopk":
-        pass
-
-        made = QuickBatchTopKTrainingSAE
-    return made, made_config
+    sae_class, config_class = get_sae_training_class(name)
+    return (QuickBatchTopKTrainingSAE if name == "batchtopk" else sae_class), config_class

@@ -1,4 +1,4 @@
-"""Check whether an SAE fits the stream that it reads, and compare it with published values."""
+"""Checks whether an SAE fits the stream that it reads, and compares it with published values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from saexp.saes.sae import SparseAutoencoder
 L0_FACTOR = 3.0
 """Largest ratio between the measured L0 and the catalogue's, in either direction."""
 EXPLAINED_BELOW = 0.2
-"""How far explained variance may be below the catalogue's, which was measured on other texts and
+"""Explained variance may be this much below the catalogue's, which was measured on other texts and
 may include BOS. A higher value is not a problem."""
 INACTIVE_WITHIN = 0.25
 """Largest difference between the fraction of inactive latents and the one that their recorded
@@ -35,7 +35,7 @@ class Measurements:
     explained_variance_legacy: float
     """Mean over positions of 1 - |error|² / |x - mean x|²."""
     mean_norm: float
-    """Of the vectors that are encoded (centred, where the SAE expects centred vectors)."""
+    """Mean norm of the encoded vectors (centred, where the SAE expects centred vectors)."""
     inactive: Float[Tensor, " d_sae"]
     """1.0 for each latent that is active at none of the positions, else 0.0."""
 
@@ -144,11 +144,13 @@ def _inactive(sae: SparseAutoencoder, measurements: Measurements) -> list[Compar
     never = (f"share of latents that never fire in {n}", "inactive_fraction", here)
     dead = (f"share of dead latents (here: never fire in {n})", "dead_fraction", here)
     tolerance = f"within {INACTIVE_WITHIN:g} of its recorded frequencies, positions independent"
-    no_fewer = f"no more than {INACTIVE_WITHIN:g} of the latents recorded as dead fire"
+    dead_tolerance = f"no more than {INACTIVE_WITHIN:g} of the latents recorded as dead fire"
     file = sae.metadata.get("frequencies")
     if not file:
-        unknown = (None, tolerance, _UNKNOWN), (None, no_fewer, _UNKNOWN)
-        return [Comparison(*never, *unknown[0]), Comparison(*dead, *unknown[1])]
+        return [
+            Comparison(*never, None, tolerance, _UNKNOWN),
+            Comparison(*dead, None, dead_tolerance, _UNKNOWN),
+        ]
     frequency = recorded_frequencies(file)
     if len(frequency) != sae.d_sae:
         raise SAEError(
@@ -162,20 +164,21 @@ def _inactive(sae: SparseAutoencoder, measurements: Measurements) -> list[Compar
             f"a fraction {here:.2f} of the latents of {_name(sae)} is active at none of {n} of "
             f"neutral text; the frequencies recorded in training predict {expected:.2f}"
         )
-    found = [Comparison(*never, expected, tolerance, _verdict(problem), problem)]
+    inactive = Comparison(*never, expected, tolerance, _verdict(problem), problem)
     recorded = frequency < 1e-9
-    share, problem = float(recorded.double().mean()), None
-    awake = 1 - float(measurements.inactive[recorded].mean()) if bool(recorded.any()) else 0.0
-    if awake > INACTIVE_WITHIN:
+    dead_fraction, problem = float(recorded.double().mean()), None
+    active = 1 - float(measurements.inactive[recorded].mean()) if bool(recorded.any()) else 0.0
+    if active > INACTIVE_WITHIN:
         problem = (
-            f"a fraction {awake:.2f} of the latents of {_name(sae)} that were dead in training is "
+            f"a fraction {active:.2f} of the latents of {_name(sae)} that were dead in training is "
             f"active in {n} of neutral text"
         )
-    return [*found, Comparison(*dead, share, no_fewer, _verdict(problem), problem)]
+    verdict = _verdict(problem)
+    return [inactive, Comparison(*dead, dead_fraction, dead_tolerance, verdict, problem)]
 
 
 def _expected_norm(sae: SparseAutoencoder) -> float | None:
-    """The mean norm that its input scaling was made for; None where that is not known."""
+    """The mean norm of inputs in training, from the input scaling; None where it is unknown."""
     if expected := sae.metadata.get("expected_norm"):
         return float(expected)
     if (
@@ -216,12 +219,12 @@ def ordinary(rows: Tensor, special: Tensor) -> Tensor:
 POOR = 0.4
 """Explained variance below which an SAE is reported not to fit."""
 BETTER = 0.1
-"""How much better another reading must be to be reported as the cause."""
+"""Another reading is reported as the cause where its explained variance is higher by this."""
 N_ROWS = 1024
 
 
 Pair = tuple[Tensor, Tensor]
-"""(what a transcoder reads, what it predicts)."""
+"""(the stream that a transcoder reads, the stream that it predicts)."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ class Fit:
     problems: list[str] = field(default_factory=list)
     """One line each; empty where the SAE fits."""
     measurements: Measurements | None = None
-    """The same at ordinary tokens only, and what published values are compared with."""
+    """Measurements at ordinary tokens only, which are compared with published values."""
     comparisons: list[Comparison] = field(default_factory=list)
     """Comparisons with the values of the catalogue and of the SAE's files."""
 
@@ -262,11 +265,11 @@ def check_fit(
     """
     step = max(1, len(acts) // N_ROWS)
 
-    def some(rows: Tensor) -> Tensor:
+    def subsample(rows: Tensor) -> Tensor:
         return rows[::step].to(sae.device, torch.float32)
 
-    x, mark = some(acts), special[::step].to(sae.device)
-    expected = x if target is None else some(target)
+    x, mark = subsample(acts), special[::step].to(sae.device)
+    expected = x if target is None else subsample(target)
     features, own = _read(sae, x, expected)
     l0 = float((features != 0).sum(-1).float().mean())
     plain, plain_target = ordinary(x, mark), ordinary(expected, mark)
@@ -275,8 +278,8 @@ def check_fit(
     comparisons = compare(sae, measurements)
     others = {}
     for hookpoint, near in neighbours.items():
-        there = (near, near) if isinstance(near, Tensor) else near
-        others[f"at {hookpoint.name}"] = _read(sae, *map(some, there))[1]
+        pair = (near, near) if isinstance(near, Tensor) else near
+        others[f"at {hookpoint.name}"] = _read(sae, *map(subsample, pair))[1]
     if bool(mark.any()) and not bool(mark.all()):
         others["without special tokens"] = _read(sae, x[~mark], expected[~mark])[1]
     if sae.is_transcoder:
@@ -302,11 +305,12 @@ def _read(sae: SparseAutoencoder, x: Tensor, target: Tensor) -> tuple[Tensor, fl
 def _changed(
     sae: SparseAutoencoder,
     x: Tensor,
-    there: Callable[[Tensor], Tensor],
-    back: Callable[[Tensor], Tensor],
+    transform: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
 ) -> float:
-    changed = there(x)
-    return _explained(x, back(sae.decode(sae.encode(changed), changed).float()))
+    """Explained variance where the SAE reads transformed inputs."""
+    changed = transform(x)
+    return _explained(x, inverse(sae.decode(sae.encode(changed), changed).float()))
 
 
 def _explained(x: Tensor, reconstruction: Tensor) -> float:
@@ -316,8 +320,8 @@ def _explained(x: Tensor, reconstruction: Tensor) -> float:
 
 
 _REMEDIES = {
-    "without special tokens": "special tokens such as BOS were let in and it was not trained on "
-    "them; leave positions.include_special=false",
+    "without special tokens": "the positions include special tokens such as BOS, and it was not "
+    "trained on them; type positions.include_special=false",
     "scaled to norm sqrt(d_in)": "its inputs were scaled in training and its files do not say so; "
     "type sae.norm_factor=estimate, or give the factor as a number (norm_scaling_factor in its "
     "config)",
@@ -331,27 +335,26 @@ def _problems(sae: SparseAutoencoder, own: float, others: Mapping[str, float]) -
     if not sae.metadata.get("reconstructs", True):
         return [
             f"{name} is one layer of a cross-layer transcoder, whose latents write to later layers "
-            "too: its numbers of reconstruction say nothing; activations and directions are right"
+            "too: its reconstruction metrics have no meaning; activations and directions are valid"
         ]
-    # What it reconstructs, or a transcoder predicts.
+    # The stream that an SAE reconstructs or a transcoder predicts.
     at = (sae.hookpoint_out or sae.hookpoint).name
-    found = []
     cause = max(others, key=lambda k: others[k], default=None)
     if cause is not None and others[cause] >= max(POOR, own + BETTER):
         remedy = _REMEDIES.get(
             cause, "it looks trained on that layer; check its metadata against the model's blocks"
         )
-        found.append(
+        return [
             f"{name} explains {own:.2f} of the variance at {at} on neutral text, and "
             f"{others[cause]:.2f} {cause}: {remedy}"
-        )
-    elif own < POOR:
-        found.append(
+        ]
+    if own < POOR:
+        return [
             f"{name} explains only {own:.2f} of the variance at {at} on neutral text, and no more "
             f"under any other reading tried: is it {_kind(sae)} of this very model and stream "
             "(base or chat, resid_post or mlp_out), trained on texts like these?"
-        )
-    return found
+        ]
+    return []
 
 
 def _kind(sae: SparseAutoencoder) -> str:

@@ -350,9 +350,9 @@ def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
         return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
     layers = [] if cfg.layer is None else parse_layers(cfg.layer)
     if not layers and cfg.sae.release is not None and cfg.sae.id is not None:
-        from saexp.saes.catalogue import find
+        from saexp.saes.catalogue import find_entry
 
-        layer = find(cfg.sae).layer
+        layer = find_entry(cfg.sae).layer
         layers = [] if layer is None else [layer]
     own = {(n, cfg.sae.stream) for n in layers}
     one = not isinstance(cfg.layer, list)

@@ -23,7 +23,7 @@ from saexp.latents.statistics import (
     Window,
     Windows,
     at_quantiles,
-    firing_counts,
+    count_active_rows,
     latents_at,
     tally_store,
     values_at,
@@ -332,7 +332,7 @@ def choose(
             how = f"the contrast's best at {positions.replace('_', ' ')}"
             return Chosen(best, how, table, groups, notes)
     why = "the contrast selects no latent" if len(groups) == 2 else "the data set has no groups"
-    counts = firing_counts(examples.store, sae, examples.ordinary(sae.hookpoints).mask)
+    counts = count_active_rows(examples.store, sae, examples.ordinary(sae.hookpoints).mask)
     order = np.argsort(-counts, kind="stable")[:requested]
     notes += [f"{why}, so these are the latents that are active at most positions"]
     return Chosen([int(f) for f in order], "the most frequent", table, groups, notes)

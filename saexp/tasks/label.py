@@ -16,7 +16,7 @@ from saexp.context import RunContext
 from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, read_lines
 from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.tables import read_rows
-from saexp.data.tokenization import TokenizedText, as_read, tokenize, tokenize_prompts
+from saexp.data.tokenization import TokenizedText, format_prompts, tokenize, tokenize_prompts
 from saexp.errors import DataError, counted
 from saexp.interventions.outcomes import Refusal
 from saexp.labeling.matchers import Rules
@@ -364,7 +364,7 @@ def _prompts(
         begun.append(begin)
     prompts = [
         replace(prompt, text=prompt.text + begin) if chat else prompt
-        for prompt, begin in zip(as_read(model, texts), begun, strict=True)
+        for prompt, begin in zip(format_prompts(model, texts), begun, strict=True)
     ]
     tokens = tokenize_prompts(model, prompts, max_length)
     prepared: list[Asked] = [

@@ -32,7 +32,7 @@ from saexp.reports.sae_quality import training_figures, transcoder_sentence, wri
 from saexp.results import Result
 from saexp.saes.loading import load_sae
 from saexp.saes.sae import SparseAutoencoder
-from saexp.saes.training import Checkpoints, Place, Reader, Training
+from saexp.saes.training import Checkpoints, Reader, Training, TrainingSource
 from saexp.saes.training_architectures import TRANSCODERS, check_name
 
 N_MEASURED = 65_536
@@ -119,7 +119,7 @@ def _trained(
     checkpoint.
     """
     acts, *targets = data.streams
-    place = Place(
+    source = TrainingSource(
         model_name=model.name,
         hookpoint=data.hookpoints[0],
         d_in=acts.shape[1],
@@ -127,13 +127,13 @@ def _trained(
         prepend_bos=begins_with_bos(model),
     )
     if targets:
-        place = replace(place, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
+        source = replace(source, hookpoint_out=data.hookpoints[1], d_out=targets[0].shape[1])
     checkpoints = Path(cfg.cache_dir) / "training" / _key(cfg, data, width)
     writable = is_writable(cfg.cache_dir)
     began = time.perf_counter()
     with context.stage("train"), locked(_lock(checkpoints)) if writable else nullcontext():
         training = Training(
-            cfg.sae_trainer, width, place, checkpoints, model.device, writable=writable
+            cfg.sae_trainer, width, source, checkpoints, model.device, writable=writable
         )
         for record in training.run(_reader(data.streams, data.train_rows, cfg)):
             context.tracker.metrics(record)

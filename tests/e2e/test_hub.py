@@ -192,7 +192,7 @@ def test_switched_off_by_the_user(online: pytest.MonkeyPatch) -> None:
         ABSENT["model"], r"its config cannot be loaded \(HF_HUB_OFFLINE is set\); type a hub"
     )
     seconds_of(
-        ABSENT["sae"], r"is neither cached nor in reach \(HF_HUB_OFFLINE is set\); go online"
+        ABSENT["sae"], r"is neither cached nor reachable \(HF_HUB_OFFLINE is set\); go online"
     )
     assert hub._PROCESS.tested is None
 

@@ -207,7 +207,11 @@ def test_other_pairs_of_streams(cache: Path, tmp_path: Path, streams: str) -> No
         ([BOTH, "sae_trainer=batchtopk"], ConfigError, "takes two streams"),
         ([BOTH, "layer=[1,2]"], ConfigError, "sweep with -m layer=0,1,2"),
         ([BOTH, "layer=7"], ModelError, "layer=7"),
-        ([BOTH, "sae_trainer.name=gated_transcoder"], ConfigError, "sae-lens has no class that"),
+        (
+            [BOTH, "sae_trainer.name=gated_transcoder"],
+            ConfigError,
+            "sae-lens has no inference class",
+        ),
         ([BOTH, "+task.x=1"], ConfigError, "no key 'task.x'"),
     ],
 )

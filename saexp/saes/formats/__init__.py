@@ -1,4 +1,4 @@
-"""Reading files of SAEs: from the hub, JSON configs, safetensors, names of other tools' hooks."""
+"""Reads the files of SAEs: downloads, configs, safetensors, hook names of other tools."""
 
 import json
 import re
@@ -23,58 +23,58 @@ from saexp.saes.sae import check_type
 
 
 def download(repo: str, path: str) -> Path:
-    """A file of a hub repository, from the cache where it is there."""
+    """A file of a hub repository, from the cache if possible. Raises SAEError."""
     try:
         with hub():
             return Path(hf_hub_download(repo, path))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SAEError(
-            f"{repo}/{path} is neither cached nor in reach ({why_absent(error)}); go online "
+            f"{repo}/{path} is neither cached nor reachable ({why_absent(error)}); go online "
             "once, or point HF_HOME to a cache that holds it"
         ) from error
 
 
-def present(repo: str, path: str) -> Path | None:
-    """A file of a hub repository, None where it is neither there nor in reach."""
+def download_if_present(repo: str, path: str) -> Path | None:
+    """A file of a hub repository; None where it does not exist or cannot be reached."""
     try:
         return download(repo, path)
     except SAEError:
         return None
 
 
-def about(file: Path, config: Path | None = None) -> dict[str, Any]:
-    """Path and fingerprint of the weights, and the fingerprint of the config beside them."""
-    known = {"path": str(file), "fingerprint": content_name(file)}
+def file_metadata(file: Path, config: Path | None = None) -> dict[str, Any]:
+    """Path and fingerprint of the weights, and the fingerprint of a config that exists."""
+    metadata = {"path": str(file), "fingerprint": content_name(file)}
     if config is not None and config.is_file():
-        known["config_fingerprint"] = content_name(config)
-    return known
+        metadata["config_fingerprint"] = content_name(config)
+    return metadata
 
 
 Streams = tuple[Hookpoint, Hookpoint | None]
-"""(the stream that is read, the stream that a transcoder predicts)."""
+"""(the stream that is read, the stream that a transcoder predicts or None)."""
 _Value = TypeVar("_Value")
 _LARGEST = sys.float_info.max
 _LONGEST = 1000
 _UNREADABLE = (SafetensorError, OSError, ValueError, LookupError, RuntimeError, AttributeError)
 """What safetensors and torch raise for files that are damaged, or of types that torch lacks."""
 
-_BEHIND_THE_NORM = "pre_feedforward_layernorm.output"
+_NORM_OUTPUT = "pre_feedforward_layernorm.output"
 _MLP_IN = re.compile(r"blocks\.(\d+)\.(?:ln2\.hook_normalized|hook_mlp_in)")
 
 
 class Config:
     """Settings of a config file, each read by name with its type.
 
-    `values` are the file's own. An absent setting and null give None. Each method raises SAEError,
-    one line with the file, the setting and what is expected, for a value of another type and for
-    one that is impossible.
+    `values` are those of the file. Absent settings and null are None. The methods raise SAEError,
+    one line with the file, the setting and what is expected, for values of another type and for
+    invalid values.
     """
 
     def __init__(self, values: Mapping[str, Any], file: Path, within: str = "") -> None:
         self.values, self.file, self.within = values, file, within
 
     def error(self, key: str, expected: str) -> SAEError:
-        """For a setting whose value is not as expected."""
+        """The error for a setting whose value is not as expected."""
         try:
             shown = json.dumps(self.values.get(key))
         except (TypeError, ValueError):
@@ -83,7 +83,7 @@ class Config:
         return SAEError(f"{self.file}: {self.within}{key} is {brief(shown, 40)}, not {expected}")
 
     def needed(self, key: str, value: _Value | None) -> _Value:
-        """`value`, which was read as `key`. Raises SAEError where it is None."""
+        """The value of the required setting `key`. Raises SAEError where it is None."""
         if value is None:
             raise SAEError(f"{self.file}: '{self.within}{key}' is missing")
         return value
@@ -127,20 +127,20 @@ class Config:
         return float(value)
 
     def section(self, key: str) -> "Config":
-        """An object of settings, empty where it is absent."""
+        """The settings of a nested object; none where it is absent."""
         values = self._read(key, (dict,), "an object of settings")
         return Config(values or {}, self.file, f"{self.within}{key}.")
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Raise SAEError where the config gives another size than the weights have."""
+        """Raise SAEError where the config has another size than the weights."""
         for key, size in sizes.items():
-            given = self.integer(key)
-            if given is not None and given != size:
+            configured = self.integer(key)
+            if configured is not None and configured != size:
                 raise self.error(key, f"{size} as in the weights")
 
 
 def read_config(file: Path) -> Config:
-    """The settings in a JSON file. Raises SAEError where it is damaged or holds something else."""
+    """The settings in a JSON file. Raises SAEError where it is damaged or not an object."""
     try:
         values = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -151,7 +151,7 @@ def read_config(file: Path) -> Config:
 
 
 def read_yaml(file: Path) -> Config:
-    """The settings in a YAML file; raises as `read_config`."""
+    """The settings in a YAML file. Raises SAEError where it is damaged or not a mapping."""
     try:
         values = yaml.safe_load(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -162,7 +162,7 @@ def read_yaml(file: Path) -> Config:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file. Raises SAEError where it is damaged or one is of another type."""
+    """All tensors of a file. Raises SAEError where it is damaged, or has tensors of other types."""
     try:
         tensors = load_file(file)
     except _UNREADABLE as error:
@@ -173,7 +173,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def check_matrices(tensors: Mapping[str, Tensor], names: Iterable[str], label: str) -> None:
-    """Raise SAEError unless these tensors are there and have two axes each."""
+    """Raise SAEError where one of these tensors exists and does not have two axes."""
     for name in names:
         if name in tensors and tensors[name].ndim != 2:
             shape = list(tensors[name].shape)
@@ -181,13 +181,14 @@ def check_matrices(tensors: Mapping[str, Tensor], names: Iterable[str], label: s
 
 
 def lens_hookpoint(name: str, label: str, module: object = None) -> Hookpoint:
-    """From a TransformerLens name. Raises SAEError, beginning with `label`, for no hookpoint.
+    """The hookpoint of a TransformerLens hook name.
 
-    Its names of places before the MLP's norm or gain mean mlp_in where `module`, the Hugging Face
-    name beside them, is the norm's output.
+    `hook_mlp_in` and `ln2.hook_normalized` stand for mlp_in where `module`, the Hugging Face name
+    in the same config, is the output of the norm. Raises SAEError, beginning with `label`, for
+    other names.
     """
     match = _MLP_IN.fullmatch(name)
-    if match and str(module).endswith(_BEHIND_THE_NORM):
+    if match and str(module).endswith(_NORM_OUTPUT):
         return Hookpoint(int(match[1]), "mlp_in")
     try:
         return Hookpoint.parse(name)
@@ -196,21 +197,21 @@ def lens_hookpoint(name: str, label: str, module: object = None) -> Hookpoint:
 
 
 def check_raw_output(hookpoint: Hookpoint, model: str | None, label: str) -> None:
-    """Raise SAEError for a module's own output in models that norm it once more.
+    """Raise SAEError for SAEs of a module's output in models that normalise it once more.
 
     Tools that hook modules store what Gemma's attention and MLP return; the streams attn_out and
-    mlp_out are after the norm that follows.
+    mlp_out are taken after the norm that follows.
     """
     norms_again = re.search(r"gemma-?[23]", (model or "").lower())
     if norms_again and hookpoint.stream in ("attn_out", "mlp_out"):
         raise SAEError(
-            f"{label} was trained on what the module of {hookpoint.name} returns, but {model} "
-            "norms that once more; saexp collects it after that norm only"
+            f"{label} was trained on the output of the module of {hookpoint.name}, but {model} "
+            "applies a norm to it; saexp collects the stream only after that norm"
         )
 
 
 def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
-    """Old files hold a `scaling_factor` of ones that nothing uses; any other stays, an error."""
+    """Remove the unused `scaling_factor` of ones that old files have; other factors stay errors."""
     factor = parameters.get("scaling_factor")
     if factor is not None and torch.equal(factor, torch.ones_like(factor)):
         del parameters["scaling_factor"]

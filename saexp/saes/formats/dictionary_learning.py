@@ -37,13 +37,13 @@ _GATED = {
 
 @dataclass(frozen=True)
 class _Class:
-    """How one of the library's classes is written and used."""
+    """Parameter names and computation of one of dictionary_learning's classes."""
 
     architecture: str
     names: dict[str, str]
-    """Its names -> ours; `encoder.weight` and `decoder.weight` are transposed."""
+    """The class's names -> saexp's; `encoder.weight` and `decoder.weight` are transposed."""
     subtracts: bool = True
-    """Whether b_dec is taken off the input."""
+    """Whether b_dec is subtracted from the input."""
 
 
 _CLASSES = {
@@ -67,7 +67,7 @@ _UNREADABLE = (
     AttributeError,
     TypeError,
 )
-"""What torch raises for files that are damaged or no files of tensors."""
+"""What torch raises for damaged files and files of other objects."""
 _NOT_WEIGHTS = ("k", "threshold", "group_sizes")
 _STREAMS = {
     "resid_post": "resid_post",
@@ -81,27 +81,27 @@ _STREAMS = {
     "attention": "attn_out",
     "attn": "attn_out",
 }
-_PLACE = re.compile(rf"({'|'.join(_STREAMS)})(?:_layer_?(\d+))?(?:_checkpoints)?")
+_FOLDER_NAME = re.compile(rf"({'|'.join(_STREAMS)})(?:_layer_?(\d+))?(?:_checkpoints)?")
 
 
 def is_dictionary_learning(folder: Path) -> bool:
-    """Whether the folder looks like one."""
+    """Whether the folder has the files of a dictionary_learning SAE."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def load_dictionary_learning(
     folder: Path, metadata: dict[str, Any], stream: str | None = None
 ) -> SparseAutoencoder:
-    """Read one; `stream` is what the user says where the files do not.
+    """Load a dictionary_learning folder; `stream` is used where the files do not give it.
 
-    As in the library, an AutoEncoder's decoder rows are scaled to norm 1 and its encoder by the
-    inverse, which changes activations but no reconstruction.
+    As in the library, the decoder rows of an AutoEncoder are scaled to norm 1 and its encoder by
+    the inverse, which changes activations but not reconstructions.
     """
     label = str(metadata.get("name", folder))
     cfg = read_config(folder / CONFIG)
     trainer, buffer = cfg.section("trainer"), cfg.section("buffer")
     if not trainer.values:
-        raise SAEError(f"{folder / CONFIG} has no 'trainer', which says what kind of SAE it is")
+        raise SAEError(f"{folder / CONFIG} has no 'trainer', which gives the class of the SAE")
     kind = trainer.text("dict_class")
     if kind is None or kind not in _CLASSES:
         raise SAEError(
@@ -118,7 +118,7 @@ def load_dictionary_learning(
     k = _k(trainer, tensors, label)
     parameters = _parameters(tensors, about, kind, label)
     if kind == "AutoEncoder":
-        # Here, before norms are divided by, and what is bad spreads.
+        # Before the division by norms, which would spread invalid values.
         check_values(parameters, str(folder / WEIGHTS))
         _to_unit_norm(parameters)
     sae = SparseAutoencoder(
@@ -143,19 +143,19 @@ def load_dictionary_learning(
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            # Of a pickle that is then refused, in one line.
+            # The pickle is then refused, with an error of one line.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
         raise SAEError(f"{file} is not a plain file of tensors ({reason})") from error
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) for name, t in found.items()
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
     ):
         raise SAEError(f"{file} is not a plain file of tensors; it holds other objects too")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         check_type(name, tensor, str(file))
-    return found
+    return tensors
 
 
 def _parameters(
@@ -163,13 +163,13 @@ def _parameters(
 ) -> dict[str, Tensor]:
     for name in about.names:
         if name not in tensors:
-            raise SAEError(f"{label}: a {kind} needs '{name}', absent here")
+            raise SAEError(f"{label}: a {kind} needs '{name}', which is missing")
     check_matrices(tensors, [n for n in about.names if n.endswith("coder.weight")], label)
     parameters = {}
     for name, tensor in tensors.items():
         if name in about.names:
-            turned = tensor.float().T if name.endswith("coder.weight") else tensor.float()
-            parameters[about.names[name]] = turned.contiguous()
+            value = tensor.float().T if name.endswith("coder.weight") else tensor.float()
+            parameters[about.names[name]] = value.contiguous()
         elif name not in _NOT_WEIGHTS:
             parameters[name] = tensor
     threshold = parameters.get("threshold")
@@ -189,19 +189,19 @@ def _to_unit_norm(parameters: dict[str, Tensor]) -> None:
 
 
 def _k(trainer: Config, tensors: dict[str, Tensor], label: str) -> int | None:
-    given, held = trainer.integer("k"), None
+    in_config, in_weights = trainer.integer("k"), None
     if "k" in tensors and tensors["k"].numel() == 1:
         number = float(tensors["k"])
         if not (number >= 1 and number.is_integer()):
             raise SAEError(f"{label}: k in its weights is {number:g}, not a positive integer")
-        held = int(number)
-    if given is not None and held is not None and given != held:
-        raise SAEError(f"{label}: its config says k={given}, its weights k={held}")
-    return held if given is None else given
+        in_weights = int(number)
+    if in_config is not None and in_weights is not None and in_config != in_weights:
+        raise SAEError(f"{label}: its config says k={in_config}, its weights k={in_weights}")
+    return in_weights if in_config is None else in_config
 
 
 def _layer(trainer: Config) -> int | None:
-    """As an integer, or in digits."""
+    """The layer of the config, which may be an integer or a string of digits."""
     if isinstance(trainer.values.get("layer"), str):
         digits = trainer.text("layer") or ""
         if not re.fullmatch(r"[0-9]{1,9}", digits):
@@ -211,41 +211,41 @@ def _layer(trainer: Config) -> int | None:
 
 
 def _hookpoint(folder: Path, trainer: Config, stream: str | None, label: str) -> Hookpoint:
-    """From submodule_name and layer, else from a folder such as resid_post_layer_12.
+    """The hookpoint by submodule_name and layer, else by a folder such as resid_post_layer_12.
 
-    Raises SAEError where they contradict each other or none names a stream.
+    Raises SAEError where they contradict each other, or where none gives the stream.
     """
     layer = _layer(trainer)
     name = trainer.text("submodule_name")
-    by_name = _place(name) if name else None
-    folders = (_place(part) for part in reversed(folder.parts[-3:]))
+    by_name = _stream_and_layer(name) if name else None
+    folders = (_stream_and_layer(part) for part in reversed(folder.parts[-3:]))
     by_folder = next((p for p in folders if p and p[1] is not None), None)
     if name and by_name is None and stream is None:
         raise SAEError(
             f"{label}: its config has submodule_name '{name}', which is not a stream that "
             "saexp knows; set sae.stream=resid_post, mlp_out …"
         )
-    places = [p for p in (by_name, by_folder) if p]
-    streams = {s for s, _ in places} or ({stream} if stream else set())
-    layers = {n for n in (layer, *(n for _, n in places)) if n is not None}
+    named = [p for p in (by_name, by_folder) if p]
+    streams = {s for s, _ in named} or ({stream} if stream else set())
+    layers = {n for n in (layer, *(n for _, n in named)) if n is not None}
     if len(streams) > 1 or len(layers) > 1:
         raise SAEError(
             f"{label}: its config says layer={layer}, submodule_name={name}, its folder "
-            f"{folder.parent.name}/{folder.name}; which of them is right?"
+            f"{folder.parent.name}/{folder.name}; correct the one that is wrong"
         )
     if not streams:
         raise SAEError(
-            f"{label}: neither its config nor its folder names a stream; "
+            f"{label}: neither its config nor its folder's name contains a stream; "
             "set sae.stream=resid_post, mlp_out …"
         )
     if not layers:
-        raise SAEError(f"{folder / CONFIG}: 'layer' is missing, so where it belongs is unknown")
+        raise SAEError(f"{folder / CONFIG}: 'layer' is missing, so the hookpoint is unknown")
     return Hookpoint(layers.pop(), streams.pop())
 
 
-def _place(name: str) -> tuple[str, int | None] | None:
-    """(stream, layer where the name has it); None where it names no stream."""
-    if match := _PLACE.fullmatch(name):
+def _stream_and_layer(name: str) -> tuple[str, int | None] | None:
+    """(stream, layer where the name contains it); None for a name without a stream."""
+    if match := _FOLDER_NAME.fullmatch(name):
         return _STREAMS[match[1]], int(match[2]) if match[2] else None
     try:
         hookpoint = Hookpoint.parse(name)
@@ -256,21 +256,26 @@ def _place(name: str) -> tuple[str, int | None] | None:
 
 SPARSIFY_CONFIG, SPARSIFY_WEIGHTS = "cfg.json", "sae.safetensors"
 RUN_CONFIG = "config.json"
-"""Beside the folders of a run; says the model."""
+"""The file with the model's name, beside the folders of a run."""
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _EMBEDDINGS = ("embed_tokens", "embed_in")
 _INPUT_OF = {"mlp_out": "mlp_in", "resid_post": "resid_pre"}
 
 
 def is_sparsify(folder: Path) -> bool:
-    """Whether the folder looks like one."""
+    """Whether the folder has the files of a sparsify SAE."""
     return (folder / SPARSIFY_CONFIG).is_file() and (folder / SPARSIFY_WEIGHTS).is_file()
 
 
 def load_sparsify(
-    folder: Path, metadata: dict[str, Any], given: Hookpoint | None = None
+    folder: Path, metadata: dict[str, Any], requested: Hookpoint | None = None
 ) -> SparseAutoencoder:
-    """Read one; `given` is what the user says where the folder's name names no module."""
+    """Load a sparsify folder: top-k or groupmax.
+
+    The folder is named after a module: `layers.5` is the output of block 5, `layers.5.mlp` that of
+    its MLP; a transcoder predicts the module's output from its input. `requested` is used for other
+    names.
+    """
     label = str(metadata.get("name", folder))
     cfg = read_config(folder / SPARSIFY_CONFIG)
     if cfg.boolean("signed"):
@@ -283,11 +288,11 @@ def load_sparsify(
             f"{folder / SPARSIFY_CONFIG}: activation '{activation}' is not supported; "
             "saexp reads topk, groupmax"
         )
-    hookpoint = _module(folder) or given
+    hookpoint = _module_output(folder) or requested
     if hookpoint is None:
         raise SAEError(
-            f"{label}: the folder's name '{_named(folder).name}' names no module such as layers.5 "
-            "or layers.5.mlp; set layer= and sae.stream=resid_post"
+            f"{label}: the folder's name '{_module_folder(folder).name}' is not a module such as "
+            "layers.5 or layers.5.mlp; set layer= and sae.stream=resid_post"
         )
     model = _model(folder)
     check_raw_output(hookpoint, model, label)
@@ -308,7 +313,7 @@ def load_sparsify(
         metadata={"model": model, **metadata, "format": "sparsify", "architecture": activation},
     )
     cfg.check_sizes({"d_in": sae.d_in})
-    # 0 stands for d_in times expansion_factor.
+    # 0 means d_in times expansion_factor.
     if cfg.integer("num_latents", least=0):
         cfg.check_sizes({"num_latents": sae.d_sae})
     return sae
@@ -318,20 +323,20 @@ def _sparsify_parameters(file: Path, label: str, *, skip: bool) -> dict[str, Ten
     tensors = read_safetensors(file)
     for name in (*_NAMES, *(("W_skip",) if skip else ())):
         if name not in tensors:
-            raise SAEError(f"{label}: a sparsify SAE needs '{name}', absent here")
+            raise SAEError(f"{label}: a sparsify SAE needs '{name}', which is missing")
     check_matrices(tensors, ("encoder.weight",), label)
-    found = {_NAMES.get(name, name): t.float() for name, t in tensors.items()}
-    found["W_enc"] = found["W_enc"].T.contiguous()
-    return found
+    parameters = {_NAMES.get(name, name): t.float() for name, t in tensors.items()}
+    parameters["W_enc"] = parameters["W_enc"].T.contiguous()
+    return parameters
 
 
-def _named(folder: Path) -> Path:
-    """The folder that has the module's name; several seeds each have one below it."""
+def _module_folder(folder: Path) -> Path:
+    """The folder with the module's name; with several seeds, it has a folder for each."""
     return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
 
 
-def _module(folder: Path) -> Hookpoint | None:
-    name = _named(folder).name
+def _module_output(folder: Path) -> Hookpoint | None:
+    name = _module_folder(folder).name
     if name.rpartition(".")[2] in _EMBEDDINGS:
         return Hookpoint(0, "embed")
     try:
@@ -350,5 +355,5 @@ def _input_of(out: Hookpoint, label: str) -> Hookpoint:
 
 
 def _model(folder: Path) -> str | None:
-    file = _named(folder).parent / RUN_CONFIG
+    file = _module_folder(folder).parent / RUN_CONFIG
     return read_config(file).text("model") if file.is_file() else None

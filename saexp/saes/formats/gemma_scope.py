@@ -1,4 +1,4 @@
-"""Gemma Scope, Gemma Scope 2 and Llama Scope."""
+"""Files of Gemma Scope, Gemma Scope 2 and Llama Scope."""
 
 import re
 import zipfile
@@ -33,24 +33,25 @@ _STREAMS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_z"}
 
 
 def is_gemma_scope_repo(repo: str) -> bool:
-    """Whether the repository is one of these, and not of Gemma Scope 2."""
+    """Whether the repository is one of Gemma Scope, other than Gemma Scope 2."""
     return "gemma-scope" in repo and not re.search(r"gemma-scope-2-\d", repo)
 
 
 def streams_of(repo: str, path: str) -> Streams:
-    """From repository and path, such as gemma-scope-2b-pt-res and layer_12/width_16k/…
+    """Streams of a repository and path such as gemma-scope-2b-pt-res and layer_12/width_16k/…
 
     Transcoders were trained with the norm's gain folded into the MLP, so they read the norm's
-    output before it (Lieberum et al. 2024, section 3.4). Raises SAEError where they don't say it.
+    output before the gain (Lieberum et al. 2024, section 3.4). Raises SAEError where the names do
+    not contain layer and stream.
     """
-    place = f"{repo}/{path}"
-    stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att|transcoders)\b", place)
+    location = f"{repo}/{path}"
+    stream = re.search(r"gemma-scope-[\w.]+?-(?:pt|it)-(res|mlp|att|transcoders)\b", location)
     layer = re.search(r"(?:^|/)layer_(\d+)(?:/|$)", path)
     if "embedding" in path:
         return Hookpoint(0, "embed"), None
     if not stream or not layer:
         raise SAEError(
-            f"{place} does not say its layer and stream; set layer= and sae.stream=resid_post"
+            f"{location} does not say its layer and stream; set layer= and sae.stream=resid_post"
         )
     at = int(layer[1])
     if stream[1] == "transcoders":
@@ -59,14 +60,14 @@ def streams_of(repo: str, path: str) -> Streams:
 
 
 def load_gemma_scope(file: Path, streams: Streams, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """Read one `params.npz`; JumpReLU, no b_dec subtracted at the input.
+    """Load a `params.npz`: a JumpReLU SAE that does not subtract b_dec from its input.
 
-    SAEs of the embedding were trained on its rows as they are in the weights; block 0 reads them
-    times sqrt(d_model).
+    SAEs of the embedding were trained on rows of the embedding matrix; block 0 reads these times
+    sqrt(d_model).
     """
     hookpoint, hookpoint_out = streams
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+        with file.open("rb") as binary, np.load(binary, allow_pickle=False) as arrays:
             parameters = {n: torch.from_numpy(np.asarray(arrays[n])) for n in arrays}
     except _UNREADABLE as error:
         reason = brief(str(error), 120)
@@ -76,7 +77,7 @@ def load_gemma_scope(file: Path, streams: Streams, metadata: dict[str, Any]) -> 
     parameters = {name: tensor.float() for name, tensor in parameters.items()}
     parameters = {f"W_{n[2:]}" if n.startswith("w_") else n: p for n, p in parameters.items()}
     drop_unit_scaling(parameters)
-    # The number of values in b_dec, which is d_model, or what is wrong with it is reported later.
+    # A b_dec of another shape than [d_model] is reported by SparseAutoencoder.
     d_model = parameters["b_dec"].numel() if "b_dec" in parameters else 0
     embedding = hookpoint.stream == "embed" and d_model > 0
     return SparseAutoencoder(
@@ -115,23 +116,23 @@ _MODULES = {
     "pre_feedforward_layernorm.output": "mlp_in",
     "post_feedforward_layernorm.output": "mlp_out",
 }
-_ACROSS = {"clt": "a cross-layer transcoder", "crosscoder": "a crosscoder"}
+_MULTI_LAYER = {"clt": "a cross-layer transcoder", "crosscoder": "a crosscoder"}
 
 
 def is_gemma_scope2(folder: Path) -> bool:
-    """Whether the folder looks like one; some on the hub have no config."""
+    """Whether the folder has the weights of a Gemma Scope 2 SAE; some have no config."""
     return (folder / WEIGHTS_2).is_file()
 
 
 def is_gemma_scope2_repo(repo: str) -> bool:
-    """Whether the repository is one of Google's."""
+    """Whether the repository is one of Gemma Scope 2."""
     return re.search(r"gemma-scope-2-\d", repo) is not None
 
 
 def load_gemma_scope2(
-    folder: Path, metadata: dict[str, Any], given: Hookpoint | None = None
+    folder: Path, metadata: dict[str, Any], requested: Hookpoint | None = None
 ) -> SparseAutoencoder:
-    """Read one; `given` is what the user says where neither the path nor the config does.
+    """Load a Gemma Scope 2 folder; `requested` is used where neither path nor config has streams.
 
     Raises SAEError where path and config contradict each other, and for cross-layer transcoders.
     """
@@ -144,10 +145,10 @@ def load_gemma_scope2(
         raise SAEError(
             f"{file}: architecture '{architecture}' is not supported; Gemma Scope 2 is jump_relu"
         )
-    at, out = _streams2(folder, cfg, label, given)
+    at, out = _streams2(folder, cfg, label, requested)
     parameters = _parameters2(read_safetensors(folder / WEIGHTS_2), label)
     if cfg.boolean("affine_connection") and "W_skip" not in parameters:
-        raise SAEError(f"{label}: its config says affine_connection, but '{_SKIP}' is absent")
+        raise SAEError(f"{label}: its config says affine_connection, but '{_SKIP}' is missing")
     l0 = cfg.number("l0")
     expected_l0 = {"expected_l0": l0} if l0 else {}
     return SparseAutoencoder(
@@ -166,8 +167,8 @@ def load_gemma_scope2(
 
 
 def refuse_across_layers(words: str, label: str) -> None:
-    """Raise SAEError for a folder or type of a coder that spans layers."""
-    for word, what in _ACROSS.items():
+    """Raise SAEError where the names are those of an SAE or transcoder of several layers."""
+    for word, what in _MULTI_LAYER.items():
         if re.search(rf"(?:^|[/ _.-]){word}s?(?:$|[/ _.-])", words):
             raise SAEError(
                 f"{label} is {what}, which is not supported; "
@@ -178,32 +179,32 @@ def refuse_across_layers(words: str, label: str) -> None:
 def _parameters2(tensors: dict[str, Tensor], label: str) -> dict[str, Tensor]:
     for name in _NAMES:
         if name not in tensors:
-            raise SAEError(f"{label}: Gemma Scope 2 needs '{name}', absent here")
+            raise SAEError(f"{label}: Gemma Scope 2 needs '{name}', which is missing")
     check_matrices(tensors, ("w_enc", "w_dec", _SKIP), label)
-    found = {_NAMES.get(name, name): t.float() for name, t in tensors.items() if name != _SKIP}
+    parameters = {_NAMES.get(name, name): t.float() for name, t in tensors.items() if name != _SKIP}
     if _SKIP in tensors:
-        found["W_skip"] = tensors[_SKIP].float().T.contiguous()
-    return found
+        parameters["W_skip"] = tensors[_SKIP].float().T.contiguous()
+    return parameters
 
 
-def _streams2(folder: Path, cfg: Config, label: str, given: Hookpoint | None) -> Streams:
+def _streams2(folder: Path, cfg: Config, label: str, requested: Hookpoint | None) -> Streams:
     in_path = streams2_of(folder.as_posix())
-    by_config = _streams_in_config(cfg, label)
-    if in_path and by_config and in_path != by_config:
+    in_config = _streams_in_config(cfg, label)
+    if in_path and in_config and in_path != in_config:
         raise SAEError(
-            f"{label}: its path says {_arrow(in_path)}, its config {_arrow(by_config)}; "
-            "which of them is right?"
+            f"{label}: its path says {_arrow(in_path)}, its config {_arrow(in_config)}; "
+            "correct the one that is wrong"
         )
-    found = in_path or by_config or ((given, None) if given else None)
-    if found is None:
+    streams = in_path or in_config or ((requested, None) if requested else None)
+    if streams is None:
         raise SAEError(
             f"{label} does not say its layer and stream; set layer= and sae.stream=resid_post"
         )
-    return found
+    return streams
 
 
 def streams2_of(path: str) -> Streams | None:
-    """From `resid_post/layer_12_width_16k_l0_medium`; None where it says nothing."""
+    """Streams of a path such as `resid_post/layer_12_width_16k_l0_medium`; None for other paths."""
     site = re.search(rf"(?:^|/)({'|'.join(_SITES)})(?:_all)?/layer_(\d+)(?:_|$)", path)
     if not site:
         return None
@@ -230,8 +231,8 @@ def _stream_of_module(name: str, label: str) -> Hookpoint:
     return Hookpoint(int(module[1]), _MODULES[module[2]])
 
 
-def _arrow(ends: Streams) -> str:
-    at, out = ends
+def _arrow(streams: Streams) -> str:
+    at, out = streams
     return at.name if out is None else f"{at.name} to {out.name}"
 
 
@@ -241,12 +242,18 @@ _NEEDED = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
 def is_llama_scope(folder: Path) -> bool:
-    """Whether the folder looks like one."""
+    """Whether the folder has the files of a Llama Scope SAE."""
     return (folder / LLAMA_SCOPE_CONFIG).is_file() and (folder / LLAMA_SCOPE_WEIGHTS).is_file()
 
 
 def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """Read one; feature activations are those of unit-norm directions in the model's own scale."""
+    """Load a Llama Scope folder; activations are those of unit-norm decoder rows.
+
+    Scaled as by the authors' loader (OpenMOSS Language-Model-SAEs, October 2024): the weights are
+    those of training, on inputs of norm sqrt(d_model), while the threshold applies in the model's
+    scale and for unit-norm decoder rows. sae-lens applies the threshold before it multiplies by the
+    decoder's norm, which is equivalent only where that norm is 1.
+    """
     label = str(metadata.get("name", folder))
     cfg = _config(folder)
     d_model = cfg.needed("d_model", cfg.integer("d_model"))
@@ -259,8 +266,8 @@ def load_llama_scope(folder: Path, metadata: dict[str, Any]) -> SparseAutoencode
     tensors = {n: t.float() for n, t in read_safetensors(folder / LLAMA_SCOPE_WEIGHTS).items()}
     for name in _NEEDED:
         if name not in tensors:
-            raise SAEError(f"{label}: a Llama Scope SAE needs '{name}', absent here")
-    # Here, before norms are divided by, and what is bad spreads.
+            raise SAEError(f"{label}: a Llama Scope SAE needs '{name}', which is missing")
+    # Before the division by norms, which would spread invalid values.
     check_values(tensors, str(folder / LLAMA_SCOPE_WEIGHTS))
     check_matrices(tensors, ("encoder.weight", "decoder.weight"), label)
     weight_in, weight_out = tensors["encoder.weight"].T, tensors["decoder.weight"].T
@@ -310,6 +317,6 @@ def _config(folder: Path) -> Config:
 
 
 def _factor(cfg: Config, d_model: int, end: str) -> float:
-    """What training multiplied the stream by."""
+    """The factor by which training multiplied the stream."""
     norms = cfg.section("dataset_average_activation_norm")
     return d_model**0.5 / norms.needed(end, norms.number(end, positive=True))

@@ -1,4 +1,4 @@
-"""SAELens, and formats that sae-lens reads."""
+"""Files of SAELens, cross-layer transcoders, and formats that sae-lens loads itself."""
 
 import warnings
 from dataclasses import dataclass
@@ -33,33 +33,37 @@ TRANSCODERS = {
 
 
 def is_saelens(folder: Path) -> bool:
-    """Whether the folder looks like one."""
+    """Whether the folder has the files of a SAELens SAE."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def load_saelens(
     folder: Path, metadata: dict[str, Any], overrides: dict[str, Any] | None = None
 ) -> SparseAutoencoder:
-    """Read one; `overrides` are config values its release is known by.
+    """Load a SAELens folder; `overrides` are config values that the catalogue has for the release.
 
-    The hookpoint comes from the config (`hook_name`, before 6.0 `hook_point`).
+    The hookpoint is that of the config (`hook_name`, before version 6.0 `hook_point`).
     """
     cfg = read_config(folder / CONFIG)
     cfg = Config({**cfg.values, **(overrides or {})}, cfg.file)
     about = Config({**cfg.values, **cfg.section("metadata").values}, cfg.file)
     hook_name = about.text("hook_name") or about.text("hook_point")
     if not hook_name:
-        raise SAEError(f"{folder / CONFIG} names no hook_name, so where it belongs is unknown")
+        raise SAEError(f"{folder / CONFIG} has no hook_name, so the SAE's hookpoint is unknown")
     label = f"{folder / CONFIG}: hook_name"
     hookpoint = lens_hookpoint(hook_name, label, about.text("hf_hook_name"))
-    named, k = _architecture(cfg)
-    hookpoint_out = transcoder_output(named, about.text("hook_name_out"), f"{folder / CONFIG}")
-    architecture = inference_architecture(named)
+    lens_architecture, k = _architecture(cfg)
+    hookpoint_out = transcoder_output(
+        lens_architecture, about.text("hook_name_out"), f"{folder / CONFIG}"
+    )
+    architecture = inference_architecture(lens_architecture)
     scaling, factor = _scaling(cfg, about)
     parameters = _parameters(folder / WEIGHTS)
-    if "skip" in named and "W_skip" not in parameters:
-        raise SAEError(f"{folder / WEIGHTS}: a {named} needs 'W_skip', absent here")
-    by_mean = expects_centred(
+    if "skip" in lens_architecture and "W_skip" not in parameters:
+        raise SAEError(
+            f"{folder / WEIGHTS}: a {lens_architecture} needs 'W_skip', which is missing"
+        )
+    centre = expects_centred(
         about.section("model_from_pretrained_kwargs").boolean("center_writing_weights"),
         hookpoint_out or hookpoint,
     )
@@ -73,7 +77,7 @@ def load_saelens(
             apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
             normalize_activations=scaling,
             norm_factor=factor,
-            centre=by_mean,
+            centre=centre,
             rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
             and architecture in ("topk", "batchtopk"),
         ),
@@ -81,10 +85,10 @@ def load_saelens(
             "model": about.text("model_name"),
             "neuronpedia_id": about.text("neuronpedia_id"),
             "prepend_bos": _prepend_bos(about),
-            "frequencies": _beside(folder),
+            "frequencies": _frequencies_file(folder),
             **metadata,
             "format": "SAELens",
-            "architecture": named,
+            "architecture": lens_architecture,
         },
     )
     cfg.check_sizes({"d_in": sae.d_in, "d_sae": sae.d_sae})
@@ -92,38 +96,38 @@ def load_saelens(
 
 
 def _prepend_bos(about: Config) -> bool | None:
-    """Whether it was trained on texts that begin with BOS, None where the config does not say.
+    """Whether the SAE was trained on texts that begin with BOS; None where that is unknown.
 
-    A config before 6.0 that does not say means yes, as SAELens reads it.
+    True is the default of configs before version 6.0, as in SAELens.
     """
-    given = about.boolean("prepend_bos")
-    if given is None:
+    configured = about.boolean("prepend_bos")
+    if configured is None:
         major = (about.text("sae_lens_version") or "0").partition(".")[0]
         return True if major.isdecimal() and int(major) < 6 else None
-    return given
+    return configured
 
 
-def _beside(folder: Path) -> str | None:
-    """The file with the latents' recorded frequencies, where there is one."""
+def _frequencies_file(folder: Path) -> str | None:
+    """The file with the frequencies of the latents in training, where there is one."""
     file = folder / SPARSITY
     return str(file) if file.is_file() else None
 
 
 def recorded_frequencies(file: str | Path) -> Tensor:
-    """`[d_sae]`, how often each latent fired in training; the file holds log10(frequency + 1e-10).
+    """Fraction of training tokens on which each latent was active, `[d_sae]`.
 
-    Raises SAEError where the file holds no such list.
+    The file holds log10(frequency + 1e-10); raises SAEError where it holds anything else.
     """
     tensors = read_safetensors(Path(file))
     check_values(tensors, str(file))
-    found = list(tensors.values())
-    if len(found) != 1 or found[0].ndim != 1 or bool((found[0] > _ROUNDING).any()):
+    values = list(tensors.values())
+    if len(values) != 1 or values[0].ndim != 1 or bool((values[0] > _ROUNDING).any()):
         raise SAEError(f"{file} does not hold one log10 frequency per latent")
-    return (10 ** found[0].double() - 1e-10).clamp(min=0, max=1)
+    return (10 ** values[0].double() - 1e-10).clamp(min=0, max=1)
 
 
 def _parameters(file: Path) -> dict[str, Tensor]:
-    """Tensors under the names SparseAutoencoder knows."""
+    """Tensors under the names of SparseAutoencoder."""
     parameters = read_safetensors(file)
     check_matrices(parameters, ("W_enc",), str(file))
     d_sae = parameters["W_enc"].shape[-1] if "W_enc" in parameters else 0
@@ -135,26 +139,33 @@ def _parameters(file: Path) -> dict[str, Tensor]:
     return parameters
 
 
-def inference_architecture(named: str) -> str:
-    """saexp's name for how SAELens' architecture computes latents once trained."""
-    return "batchtopk" if named == "matryoshka_batchtopk" else TRANSCODERS.get(named, named)
+def inference_architecture(lens_architecture: str) -> str:
+    """saexp's name for the computation of latents at inference in an architecture of SAELens."""
+    if lens_architecture == "matryoshka_batchtopk":
+        return "batchtopk"
+    return TRANSCODERS.get(lens_architecture, lens_architecture)
 
 
-def transcoder_output(named: str, hook_name_out: str | None, label: str) -> Hookpoint | None:
-    """What a transcoder predicts, None for an SAE. Raises SAEError where its config lacks it."""
-    if named not in TRANSCODERS:
+def transcoder_output(
+    lens_architecture: str, hook_name_out: str | None, label: str
+) -> Hookpoint | None:
+    """The stream that a transcoder predicts; None for an SAE.
+
+    Raises SAEError where the config of a transcoder lacks it.
+    """
+    if lens_architecture not in TRANSCODERS:
         return None
     if not hook_name_out:
         raise SAEError(
-            f"{label} names no hook_name_out, so what the transcoder predicts is unknown"
+            f"{label} has no hook_name_out, so the stream that the transcoder predicts is unknown"
         )
     return lens_hookpoint(hook_name_out, f"{label}: hook_name_out")
 
 
 def _scaling(cfg: Config, about: Config) -> tuple[str, float | None]:
-    """(scaling, factor); before 6.0 a boolean said whether inputs are scaled by a factor.
+    """(scaling, factor); before version 6.0, the setting is a boolean.
 
-    As in SAELens, a factor that a release is known by counts only where the config asks for it.
+    As in SAELens, the catalogue's factor counts only where the config has that scaling.
     """
     if isinstance(cfg.values.get("normalize_activations"), bool):
         scaling = "expected_average_only_in" if cfg.boolean("normalize_activations") else "none"
@@ -166,15 +177,15 @@ def _scaling(cfg: Config, about: Config) -> tuple[str, float | None]:
 
 
 def expects_centred(centred: bool | None, hookpoint: Hookpoint) -> bool:
-    """Whether it was trained on TransformerLens' centred streams (each vector minus its mean)."""
+    """Whether an SAE of TransformerLens' centred weights reads vectors minus their means."""
     return bool(centred) and hookpoint.stream not in NOT_ADDED
 
 
 def _architecture(cfg: Config) -> tuple[str, int | None]:
-    """(architecture, k): configs before 6.0 say topk by their activation function."""
+    """(architecture, k); before version 6.0, the activation function of a config may be topk."""
     architecture = cfg.text("architecture") or "standard"
-    named = "activation_fn" if "activation_fn_str" not in cfg.values else "activation_fn_str"
-    activation = cfg.text(named) or "relu"
+    key = "activation_fn" if "activation_fn_str" not in cfg.values else "activation_fn_str"
+    activation = cfg.text(key) or "relu"
     if activation not in ("relu", "topk"):
         raise SAEError(
             f"{cfg.file}: activation_fn '{activation}' is not supported; saexp reads relu, topk"
@@ -184,7 +195,7 @@ def _architecture(cfg: Config) -> tuple[str, int | None]:
         return "topk", cfg.integer("k") or options.integer("k")
     if architecture == "topk":
         return architecture, cfg.integer("k")
-    # BatchTopK's is a mean over tokens, and not used once there is a threshold.
+    # BatchTopK's k is a mean over tokens, and not used at inference, where there is a threshold.
     cfg.number("k", positive=True)
     return architecture, None
 
@@ -203,12 +214,13 @@ def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseA
         raise SAEError(f"{label} cannot be loaded ({why_absent(error)})") from error
     cfg, about = lens.cfg, lens.cfg.metadata.to_dict()
     hookpoint = lens_hookpoint(str(about.get("hook_name")), label, about.get("hf_hook_name"))
-    named, options = cfg.architecture(), about.get("model_from_pretrained_kwargs") or {}
-    hookpoint_out = transcoder_output(named, about.get("hook_name_out"), label)
+    architecture = cfg.architecture()
+    options = about.get("model_from_pretrained_kwargs") or {}
+    hookpoint_out = transcoder_output(architecture, about.get("hook_name_out"), label)
     return SparseAutoencoder(
         {n: p.detach().float().clone() for n, p in lens.named_parameters()},
         SAESettings(
-            architecture=inference_architecture(named),
+            architecture=inference_architecture(architecture),
             hookpoint=hookpoint,
             hookpoint_out=hookpoint_out,
             k=getattr(cfg, "k", None),
@@ -224,7 +236,7 @@ def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseA
             "prepend_bos": about.get("prepend_bos"),
             **metadata,
             "format": "sae-lens loader",
-            "architecture": named,
+            "architecture": architecture,
         },
     )
 
@@ -234,7 +246,7 @@ CONFIG_BY_LOADER = "config.yaml"
 
 @dataclass(frozen=True)
 class Files:
-    """Of one layer."""
+    """The files of one layer of a cross-layer transcoder."""
 
     config: Path
     encoder: Path
@@ -247,28 +259,33 @@ def weights(layer: int) -> tuple[str, str]:
 
 
 def load_layer(files: Files, layer: int, metadata: dict[str, Any]) -> SparseAutoencoder:
-    """Raises SAEError where a file lacks something."""
+    """Load one layer of a cross-layer transcoder; its decoders to all layers are summed.
+
+    Raises SAEError for missing settings and tensors.
+    """
     label = str(metadata.get("name", files.encoder))
     cfg = read_yaml(files.config)
     at, out = (_hookpoint(cfg, f"feature_{end}_hook", layer) for end in ("input", "output"))
     tensors = {**read_safetensors(files.encoder), **read_safetensors(files.decoder)}
-    found: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
     for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
         if f"{name}_{layer}" in tensors:
-            found[name] = tensors[f"{name}_{layer}"].float()
+            parameters[name] = tensors[f"{name}_{layer}"].float()
         elif name != "threshold":
-            raise SAEError(f"{label}: a cross-layer transcoder needs '{name}_{layer}', absent here")
-    if found["W_dec"].ndim != 3:
-        shape = list(found["W_dec"].shape)
+            raise SAEError(
+                f"{label}: a cross-layer transcoder needs '{name}_{layer}', which is missing"
+            )
+    if parameters["W_dec"].ndim != 3:
+        shape = list(parameters["W_dec"].shape)
         raise SAEError(f"{label}: W_dec_{layer} has shape {shape}, not [d_sae, n_layers, d_model]")
-    check_matrices(found, ("W_enc",), label)
-    found["W_enc"] = found["W_enc"].T.contiguous()
-    # Here, before layers are summed.
-    check_values(found, str(files.decoder))
-    found["W_dec"] = found["W_dec"].sum(dim=1)
-    architecture = "jumprelu" if "threshold" in found else "standard"
+    check_matrices(parameters, ("W_enc",), label)
+    parameters["W_enc"] = parameters["W_enc"].T.contiguous()
+    # Before the sum over layers, which would spread invalid values.
+    check_values(parameters, str(files.decoder))
+    parameters["W_dec"] = parameters["W_dec"].sum(dim=1)
+    architecture = "jumprelu" if "threshold" in parameters else "standard"
     return SparseAutoencoder(
-        found,
+        parameters,
         SAESettings(architecture=architecture, hookpoint=at, hookpoint_out=out),
         metadata={
             "model": cfg.text("model_name"),

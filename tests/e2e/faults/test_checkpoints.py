@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_never_makes_another_sae(
         words = [*WORDS, f"cache_dir={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{seed}"]
         said = command(words, tmp_path)
         assert said.code == 0, said.err
-        then = "going on from step 30" if n_damaged == 1 else "starting from the beginning"
+        then = "continuing from step 30" if n_damaged == 1 else "starting from the beginning"
         reports = [line for line in said.err.splitlines() if " is damaged (" in line]
         assert len(reports) == n_damaged, said.err
         assert all(line.endswith(f"); {then}") for line in reports)

@@ -196,7 +196,7 @@ def test_nan_names_the_text_and_the_hookpoint(bad, tmp_path):
         run(model, tmp_path, POSTS[1:2], batch_tokens=75)
     assert str(error.value) == (
         f"NaN or Inf at layer_1.resid_post in the text '{TEXTS[2][:60]}', in float32: "
-        "look at the model's weights, or leave the text out"
+        "check the model's weights, or leave the text out"
     )
     good = placed([t for t in TEXTS if t != TEXTS[2]])
     assert run(model, tmp_path, POSTS, good)[1].n_rows > 0

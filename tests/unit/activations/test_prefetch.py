@@ -40,7 +40,7 @@ def test_infinities_ahead_are_left_to_the_run_that_wants_them(tmp_path, caplog):
     sound, _ = run(spoiled(1), tmp_path / "alone", POSTS[:1], shard_rows=SHARD_ROWS)
     assert digests(store.path / POSTS[0].name) == digests(sound.path / POSTS[0].name)
     assert stats.tokens_forwarded > 0
-    with pytest.raises(StoreError, match="NaN or Inf at layer_1.resid_post .* in float32: look at"):
+    with pytest.raises(StoreError, match="NaN or Inf at layer_1.resid_post .* in float32: check"):
         run(spoiled(1), tmp_path, POSTS[1:2], shard_rows=SHARD_ROWS)
 
 

@@ -69,10 +69,10 @@ def test_the_top_level_keys_reach_their_groups() -> None:
 
 
 def test_the_missions_command_names_the_release_and_its_sae() -> None:
-    from saexp.saes.catalogue import find
+    from saexp.saes.catalogue import find_entry
 
     cfg = saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"])
-    entry = find(cfg.sae)
+    entry = find_entry(cfg.sae)
     assert entry.release == "gemma-scope-2b-pt-res-canonical"
     assert entry.id == "layer_12/width_16k/canonical"
 

@@ -68,7 +68,7 @@ def test_templates_of_ones_own():
 def test_a_template_with_something_else_in_it(key, template):
     options = {"model_name": "any", key: template}
     assert message_of(lambda: build("entities", **options), ConfigError) == (
-        f"dataset.{key}={template}: only {{entity}} and {{entity_type}} are filled in"
+        f"dataset.{key}={template}: only {{entity}} and {{entity_type}} may be in braces"
     )
 
 
@@ -87,7 +87,8 @@ def test_entities_of_ones_own(tmp_path):
 def test_a_type_that_is_not_there():
     message = message_of(lambda: build("entities", model_name="any", entity_types=["river"]))
     assert message == (
-        "the shipped entities: no rows of entity type 'river'; there are city, movie, player, song"
+        "the shipped entities: no rows of entity type 'river'; the types are city, movie, player, "
+        "song"
     )
 
 
@@ -208,7 +209,7 @@ def test_memorization_errors(memorized):
     )
     path = memorized(("True",), columns=("perfect_match",))
     assert message_of(lambda: build("memorization", path=path)) == (
-        f"{path}:2: column 'matching_tokens' is missing; needed are input_text, "
+        f"{path}:2: column 'matching_tokens' is missing; the file needs input_text, "
         "generated_continuation_text, perfect_match, matching_tokens"
     )
     message = message_of(lambda: build("memorization", model_name="any"), ConfigError)
@@ -293,7 +294,7 @@ def test_a_saved_folder_with_several_splits(tmp_path):
     assert build("hf", path=path).examples[0].entity == "Bo Li"
     assert build("hf", path=path, hf_split="test").examples[0].entity == "Ed Xu"
     assert message_of(lambda: build("hf", path=path, hf_split="dev")) == (
-        f"dataset.path={path}: cannot be loaded (no split dev, there are train, test)"
+        f"dataset.path={path}: cannot be loaded (no split dev; the splits are train, test)"
     )
 
 
@@ -307,7 +308,7 @@ def test_hf_errors_name_the_row(tmp_path):
 
 def test_a_dataset_that_cannot_be_loaded(tmp_path):
     assert message_of(lambda: build("hf"), ConfigError) == (
-        "dataset=hf needs a name: type dataset.path=<hub id or local folder>"
+        "dataset=hf needs a data set: type dataset.path=<hub id or local folder>"
     )
     absent = str(tmp_path / "absent")
     assert message_of(lambda: build("hf", path=absent)) == f"dataset.path={absent}: no such folder"

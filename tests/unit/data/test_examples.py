@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.data.examples import Example, ExampleSet, assign_splits, choose, infer_groups
+from saexp.data.examples import Example, ExampleSet, assign_splits, infer_groups, subsample
 from saexp.errors import DataError
 
 SHARES = {"train": 0.5, "val": 0.1, "test": 0.4}
@@ -102,17 +102,17 @@ def test_entities_of_one_name_and_two_types_are_two():
 
 def test_choose_takes_n_of_each_group_and_type_in_order():
     examples = many()
-    some = choose(examples, 5, 0)
+    some = subsample(examples, 5, 0)
     assert set(Counter((e.group, e.entity_type) for e in some).values()) == {5}
     assert [e.id for e in some] == [e.id for e in examples if e in some]
-    assert some == choose(examples, 5, 0)
-    assert some != choose(examples, 5, 1)
+    assert some == subsample(examples, 5, 0)
+    assert some != subsample(examples, 5, 1)
 
 
 def test_choose_takes_all_where_there_are_fewer_or_no_limit():
     examples = many(2, 1)
-    assert choose(examples, 99, 0) == examples
-    assert choose(examples, None, 0) is examples
+    assert subsample(examples, 99, 0) == examples
+    assert subsample(examples, None, 0) is examples
 
 
 def of_groups(*groups):
@@ -152,17 +152,17 @@ def test_groups_are_in_order_of_appearance_or_as_asked():
         (
             ("a", "b"),
             ["a"],
-            "dataset.groups=['a'] must name two groups out of a (1), b (1)",
+            "dataset.groups=['a'] must be two of the groups a (1), b (1)",
         ),
         (
             ("a", "b"),
             ["a", "a"],
-            "dataset.groups=['a', 'a'] must name two groups out of a (1), b (1)",
+            "dataset.groups=['a', 'a'] must be two of the groups a (1), b (1)",
         ),
         (
             (None, None),
             ["a", "b"],
-            "f.csv: no row has a group; add a column 'group' or set group_rule",
+            "f.csv: no row has a group; add a column 'group' or type dataset.group_rule=",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_missing_value_is_one_in_every_column(tmp_path, kind, nothing):
         note += (
             f' (of texts, "{nothing}"; dataset.missing_values sets which texts count as missing)'
         )
-    lacks = "1 row of 3 without a prompt: interventions run on the text there"
+    lacks = "1 row of 3 without a prompt: interventions run on the text instead"
     assert got.notes == [note, lacks]
 
 

@@ -13,9 +13,9 @@ from saexp.config import InterventionConfig, PositionsConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, resolve_positions
 from saexp.data.tokenization import (
-    CHANGED,
+    MESSAGE_CHANGED,
     PositionNotFound,
-    as_read,
+    format_prompts,
     span_to_tokens,
     tokenize,
     tokenize_prompts,
@@ -59,7 +59,7 @@ def by_template(tokenizer: Any, message: str) -> list[int]:
 
 
 def read(model: Any, messages: list[str], max_length: int = 512) -> list[Any]:
-    return tokenize_prompts(model, as_read(model, messages), max_length)
+    return tokenize_prompts(model, format_prompts(model, messages), max_length)
 
 
 @BASE
@@ -166,7 +166,7 @@ def test_only_the_user_changes_the_bos_of_a_chat_prompt(of: str) -> None:
 @given(message=MESSAGE)
 def test_the_message_is_located_whatever_it_says(of: str, message: str) -> None:
     model = with_tokenizer(chat_tokenizers()[of], chat=True)
-    [prompt] = as_read(model, [message])
+    [prompt] = format_prompts(model, [message])
     assert prompt.text == model.chat_text(message)
     assert prompt.message is not None
     start, end = prompt.message
@@ -255,7 +255,7 @@ def test_a_template_that_changes_the_message_is_a_counted_skip_where_its_place_m
     example = Example(id="1", text="Is it Bo?", spans=((6, 8),), entity="Bo")
     for where, options in (("entity", {}), ("substring", {"substring": "Bo"}), ("middle", {})):
         cfg = InterventionConfig(name="steer", where=where, where_options=options)
-        assert position_prompts([example], model, cfg, 512).reasons == {CHANGED: 1}
+        assert position_prompts([example], model, cfg, 512).reasons == {MESSAGE_CHANGED: 1}
     for where in ("all", "prompt", "last", "generated"):
         cfg = InterventionConfig(name="steer", where=where)
         [placed] = position_prompts([example], model, cfg, 512).all()
@@ -277,7 +277,7 @@ def test_last_is_the_text_s_own_last_token(of: str) -> None:
 def test_no_prompt_is_no_prompt() -> None:
     model = with_tokenizer(chat_tokenizers()["gemma"], chat=True)
     assert read(model, []) == []
-    [prompt] = as_read(model, [" "])
+    [prompt] = format_prompts(model, [" "])
     assert prompt.located((0, 1)) is None
     at = Candidate(Example(id="1", text=" "), read(model, [" "])[0], np.random.default_rng(0))
     with pytest.raises(PositionNotFound, match="text has no ordinary token"):

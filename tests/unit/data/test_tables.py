@@ -10,7 +10,7 @@ import pytest
 from saexp.config import DatasetConfig
 from saexp.data.datasets import csv, jsonl
 from saexp.data.examples import Example
-from saexp.data.tables import read_rows, rule, to_examples
+from saexp.data.tables import parse_rule, read_rows, to_examples
 from saexp.errors import ConfigError, DataError, SaexpError
 from saexp.labeling.questions import questions
 
@@ -207,7 +207,7 @@ def test_columns_are_mapped_and_the_files_own_of_that_name_is_kept_apart(write):
     ],
 )
 def test_rules(text, column, true, false):
-    name, test = rule(text)
+    name, test = parse_rule(text)
     assert name == column
     assert [test(v) for v in [*true, *false]] == [True] * len(true) + [False] * len(false)
 
@@ -391,8 +391,8 @@ def test_only_one_group(write):
 def test_a_csv_row_with_another_number_of_fields(write, line):
     path = write("text,group,note", "one,known,x", line, name="f.csv")
     assert message_of(lambda: read(path, csv)) == (
-        f"{path}:3: the header has 3 fields, and this row has another number; quote texts that "
-        "contain commas"
+        f"{path}:3: the row does not have the 3 fields of the header; quote texts that contain "
+        "commas"
     )
 
 
@@ -424,7 +424,7 @@ def test_a_mapping_of_a_column_that_does_not_exist(write):
 def test_rows_without_a_prompt_among_others_are_counted(write) -> None:
     path = write({"text": "a b", "prompt": "Is it?"}, {"text": "c d"})
     _, notes = to_examples(read_rows(path, "jsonl"), DatasetConfig(name="jsonl"), path)
-    assert notes == ["1 row of 2 without a prompt: interventions run on the text there"]
+    assert notes == ["1 row of 2 without a prompt: interventions run on the text instead"]
     path = write({"text": "a b"}, {"text": "c d"})
     assert to_examples(read_rows(path, "jsonl"), DatasetConfig(name="jsonl"), path)[1] == []
 

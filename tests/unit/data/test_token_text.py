@@ -16,7 +16,7 @@ from saexp.analysis.group_statistics import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
 from saexp.data.examples import Example
 from saexp.data.positions import resolve_positions
-from saexp.data.tokenization import pieces, token_texts, tokenize
+from saexp.data.tokenization import token_pieces, token_texts, tokenize
 from saexp.latents.encode import Latents
 from saexp.models.loading import LanguageModel
 from saexp.registry import build
@@ -58,7 +58,7 @@ def test_pieces_put_together_are_the_text(name: str) -> None:
     words = TOKENIZERS[name]
     split = 0
     for text in tokenize(TEXTS, words, 400):
-        found = pieces(text, words)
+        found = token_pieces(text, words)
         assert without_special(text, found) == text.text
         assert not any("\ufffd" in piece for piece in found)
         split += sum(piece == "" for piece in found)
@@ -69,7 +69,7 @@ def test_pieces_put_together_are_the_text(name: str) -> None:
 def test_so_they_are_for_any_text(text: str) -> None:
     for name in ("gpt_2", "llama_3"):
         (tokens,) = tokenize([text], TOKENIZERS[name], 400)
-        assert without_special(tokens, pieces(tokens, TOKENIZERS[name])) == text
+        assert without_special(tokens, token_pieces(tokens, TOKENIZERS[name])) == text
 
 
 @EVERY
@@ -78,7 +78,7 @@ def test_of_some_tokens_the_first_shown_has_the_character(name: str) -> None:
     (text,) = tokenize(TEXTS[:1], words, 400)
     for first in range(len(text)):
         chosen = range(first, len(text))
-        shown = pieces(text, words, chosen)
+        shown = token_pieces(text, words, chosen)
         assert len(shown) == len(chosen)
         a, b = text.offsets[first]
         if a < b:

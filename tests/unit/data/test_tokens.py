@@ -226,8 +226,8 @@ def test_a_tokenizer_that_changes_the_text_and_has_no_offsets_is_an_error():
             return super().__call__(text.lower(), **options)
 
     message = (
-        "the tokenizer has no offsets and does not decode 'Paris' back, so spans cannot be "
-        "found; use a fast tokenizer"
+        "the tokenizer returns no offsets and its tokens do not decode to the text 'Paris', so "
+        "spans cannot be located; use a fast tokenizer"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         one("Paris", of=Lower(tokenizer()))

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
-from saexp.data.tokenization import TokenizedText, pieces, tokenize
+from saexp.data.tokenization import TokenizedText, token_pieces, tokenize
 from saexp.latents import encode
 from saexp.latents.statistics import (
     N_BINS,
@@ -18,7 +18,7 @@ from saexp.latents.statistics import (
     Windows,
     at_quantiles,
     best_of_each_text,
-    firing_counts,
+    count_active_rows,
     latents_at,
     tally_store,
     values_at,
@@ -185,7 +185,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
     ordinary[dense[:, CHOSEN].argmax(0)] = False
     tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, correlate=correlate)
     tally_store(store, auto, TEXT_OF, GROUP_OF, tally, ordinary)
-    counts = firing_counts(store, auto, ordinary)
+    counts = count_active_rows(store, auto, ordinary)
     assert counts.tolist() == (dense[ordinary] != 0).sum(0).tolist()
     assert tally.n_rows == ordinary.sum()
     for i, latent in enumerate(CHOSEN):
@@ -202,7 +202,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
 def test_counts_and_chosen_values_equal_dense_ones(
     store: ActivationStore, auto: SparseAutoencoder, dense: np.ndarray
 ) -> None:
-    assert firing_counts(store, auto).tolist() == (dense != 0).sum(0).tolist()
+    assert count_active_rows(store, auto).tolist() == (dense != 0).sum(0).tolist()
     wanted = {3: np.array([0, 210, 49, 50]), 0: np.array([7]), 39: np.zeros(0, dtype=np.int64)}
     found = values_at(store, auto, wanted)
     for latent, rows in wanted.items():
@@ -240,7 +240,7 @@ def test_equal_values_come_in_the_order_of_rows() -> None:
 def test_pieces_put_together_are_the_text(trim_offsets: bool) -> None:
     words = tokenizer(trim_offsets)
     for text in tokenize(TEXTS, words, 60):
-        found = pieces(text, words)
+        found = token_pieces(text, words)
         assert found[0] == "<bos>"
         assert TEXTS[[t == text.text for t in TEXTS].index(True)].startswith("".join(found[1:]))
         if not text.truncated:
@@ -267,7 +267,7 @@ def test_a_window_holds_the_tokens_around_a_row_and_the_rows_they_have(every: in
         text, token = texts[about["text_id"]], about["token_index"]
         window = windows.around(row)
         first, after = max(0, token - 4), min(len(text), token + 3)
-        assert window.tokens == pieces(text, words)[first:after]
+        assert window.tokens == token_pieces(text, words)[first:after]
         assert window.rows[window.peak] == row
         assert first + window.peak == token
         assert window.cut == (first > 0, after < len(text))

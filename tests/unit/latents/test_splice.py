@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.latents.encode import replaced, spliced
+from saexp.latents.encode import replacement_edit, splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
@@ -64,7 +64,7 @@ def logits_by_hand(model: LanguageModel, made: SparseAutoencoder, mask: Tensor) 
 def test_equals_a_hook_written_by_hand(architecture: str, mask: Tensor | None) -> None:
     model, made = random_lm(architecture), sae()
     everywhere = torch.ones_like(MASK) if mask is None else mask
-    with edit(model, spliced(made, mask)):
+    with edit(model, splice_edits(made, mask)):
         got = logits(model)
     torch.testing.assert_close(got, logits_by_hand(model, made, everywhere), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, logits(model), atol=1e-2)
@@ -77,7 +77,7 @@ def test_positions_of_high_norm_keep_their_activations(architecture: str) -> Non
         logits(model)
     norms = seen[AT].norm(dim=-1)
     limit = 1.0001 * float(norms[MASK].median())
-    with edit(model, spliced(made, MASK, limits={AT: limit}, excluded=left.append)):
+    with edit(model, splice_edits(made, MASK, limits={AT: limit}, excluded=left.append)):
         got = logits(model)
     low = MASK & (norms <= limit)
     torch.testing.assert_close(got, logits_by_hand(model, made, low), rtol=1e-4, atol=1e-4)
@@ -89,7 +89,7 @@ def test_positions_of_high_norm_keep_their_activations(architecture: str) -> Non
 def test_a_perfect_sae_changes_no_bit(architecture: str) -> None:
     model = random_lm(architecture)
     before = logits(model)
-    with edit(model, spliced(perfect(), MASK)):
+    with edit(model, splice_edits(perfect(), MASK)):
         assert torch.equal(logits(model), before)
 
 
@@ -98,7 +98,7 @@ def test_with_the_error_kept_nothing_changes_where_the_latents_do_not(architectu
     model, made = random_lm("llama"), sae(architecture)
     before = logits(model)
     for change in (None, lambda acts: acts, lambda acts: acts.clone()):
-        with edit(model, spliced(made, MASK, error=True, change=change)):
+        with edit(model, splice_edits(made, MASK, error=True, change=change)):
             assert torch.equal(logits(model), before)
 
 
@@ -110,7 +110,10 @@ def test_a_changed_latent_with_the_error_kept_adds_its_direction() -> None:
         new[:, 5] += 3
         return new
 
-    with edit(model, spliced(made, MASK, error=True, change=more)), capture(model, [AT]) as after:
+    with (
+        edit(model, splice_edits(made, MASK, error=True, change=more)),
+        capture(model, [AT]) as after,
+    ):
         logits(model)
     with capture(model, [AT]) as before:
         logits(model)
@@ -120,7 +123,7 @@ def test_a_changed_latent_with_the_error_kept_adds_its_direction() -> None:
 
 def test_outside_the_mask_every_bit_stays() -> None:
     model = random_lm("gpt2")
-    with edit(model, spliced(sae(), MASK)), capture(model, [AT]) as after:
+    with edit(model, splice_edits(sae(), MASK)), capture(model, [AT]) as after:
         logits(model)
     with capture(model, [AT]) as before:
         logits(model)
@@ -138,7 +141,7 @@ def test_a_transcoder_reads_one_stream_and_writes_another(error: bool) -> None:
     )
     with capture(model, [into, out]) as before:
         logits(model)
-    with edit(model, spliced(made, MASK, error=error)), capture(model, [into, out]) as after:
+    with edit(model, splice_edits(made, MASK, error=error)), capture(model, [into, out]) as after:
         logits(model)
     x = before[into]
     guess = made.decode(made.encode(x), x)
@@ -149,7 +152,7 @@ def test_a_transcoder_reads_one_stream_and_writes_another(error: bool) -> None:
 
 def test_a_stream_in_half_precision_stays_so() -> None:
     model = LanguageModel.wrap(random_hf("llama").bfloat16())
-    with edit(model, spliced(sae(), MASK)), capture(model, [AT]) as after:
+    with edit(model, splice_edits(sae(), MASK)), capture(model, [AT]) as after:
         logits(model)
     assert after[AT].dtype == torch.bfloat16
 
@@ -160,7 +163,7 @@ def test_one_vector_or_one_per_position() -> None:
     many = torch.randn(int(MASK.sum()), D_MODEL)
     kept = stream.clone()
     for values in (one, many):
-        new = replaced(values, MASK)(stream)
+        new = replacement_edit(values, MASK)(stream)
         assert torch.equal(new[MASK], values.expand(len(many), -1))
         assert torch.equal(new[~MASK], stream[~MASK])
     assert torch.equal(stream, kept)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saexp.config import ModelConfig
-from saexp.data.tokenization import as_read
+from saexp.data.tokenization import format_prompts
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
@@ -215,7 +215,7 @@ def test_faulty_chat_templates(template: Any, message: str) -> None:
     )
     model.cfg.chat = True
     model.tokenizer.chat_template = template
-    line = line_of(lambda: as_read(model, ["Who?"]))
+    line = line_of(lambda: format_prompts(model, ["Who?"]))
     assert line.startswith("mine: ")
     assert message in line
     assert line.endswith("; set model.chat=false")
@@ -226,7 +226,7 @@ def test_templates_that_change_the_letters_are_used() -> None:
     model.__dict__["tokenizer"] = type(tokenizer())(tokenizer_object=tokenizer()._tokenizer)
     model.tokenizer.chat_template = "user: {{ messages[0].content | upper }}"
     model.cfg.chat = True
-    (prompt,) = as_read(model, ["Who?"])
+    (prompt,) = format_prompts(model, ["Who?"])
     assert prompt.text == "user: WHO?"
 
 
@@ -238,7 +238,7 @@ def test_nan_in_weights_is_reported_where_nothing_is_collected(folder: Path) -> 
     line = line_of(lambda: last_logits(load(folder), [Row(ids)]))
     assert line == (
         f"NaN or Inf in the logits of {folder} after the prompt that ends '<bos>The player Fenlet'"
-        ", in float32: look at the model's weights"
+        ", in float32: check the model's weights"
     )
 
 

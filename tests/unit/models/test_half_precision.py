@@ -23,7 +23,7 @@ from saexp.interventions.batching import LogitReader, divergences, generate, rea
 from saexp.interventions.generation import _Drawing, last_logits
 from saexp.interventions.operations import Add, BatchEdit, Row, Sampling, Vector
 from saexp.interventions.outcomes import mean_loss
-from saexp.latents.encode import encode_rows, spliced
+from saexp.latents.encode import encode_rows, splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import attention_to, capture
 from saexp.models.loading import LanguageModel
@@ -132,7 +132,7 @@ def test_latents_are_those_of_the_stream_in_float32(architecture):
     low, high = (encode_rows(acts, every, made, rows) for acts in (x, x.float()))
     assert (low[0].csr != high[0].csr).nnz == 0
     assert low[1] == high[1]
-    change = spliced(made)[AT]
+    change = splice_edits(made)[AT]
     reconstruction = made.decode(made.encode(x.float()), x.float())
     assert torch.equal(change(x[None])[0], reconstruction.bfloat16())
 

@@ -16,7 +16,7 @@ from saexp.saes.catalogue import (
     FORMATS,
     catalogue,
     entries,
-    find,
+    find_entry,
     format_of,
     n_latents,
     neuronpedia_of,
@@ -26,7 +26,7 @@ from saexp.saes.formats.gemma_scope import streams_of
 
 
 def chosen(*words: str) -> tuple[str, str]:
-    entry = find(saexp.compose(list(words)).sae)
+    entry = find_entry(saexp.compose(list(words)).sae)
     return entry.release, entry.id
 
 
@@ -52,7 +52,7 @@ def test_gemma_scope(words: str, release: str, sae_id: str) -> None:
 
 def test_entries_are_those_of_sae_lens_own_reader() -> None:
     """The command of the README: where its file is, and what Neuronpedia calls it."""
-    entry = find(saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"]).sae)
+    entry = find_entry(saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12"]).sae)
     [listed] = [
         s
         for s in catalogue()["gemma-scope-2b-pt-res-canonical"]["saes"]
@@ -189,11 +189,11 @@ def test_llama_scope() -> None:
         match="^llama_scope_lxr_8x has no width=128k at layer=7; it has 32k; try width=32k "
         "or sae.release=llama_scope_lxr_32x$",
     ):
-        find(saexp.compose([*words, "width=128k"]).sae)
+        find_entry(saexp.compose([*words, "width=128k"]).sae)
 
 
 def test_gpt2_jb() -> None:
-    entry = find(saexp.compose(["model=gpt2", "sae=gpt2_jb", "layer=8"]).sae)
+    entry = find_entry(saexp.compose(["model=gpt2", "sae=gpt2_jb", "layer=8"]).sae)
     assert (entry.release, entry.id) == ("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
     assert (entry.repo, entry.layer, entry.width) == ("jbloom/GPT2-Small-SAEs-Reformatted", 8, None)
     assert entry.neuronpedia == "gpt2-small/8-res-jb"
@@ -202,7 +202,7 @@ def test_gpt2_jb() -> None:
 
 def test_by_l0() -> None:
     cfg = released(release="gemma-scope-2b-pt-res", layer=12, width="16k", l0=41)
-    assert find(cfg).id == "layer_12/width_16k/average_l0_41"
+    assert find_entry(cfg).id == "layer_12/width_16k/average_l0_41"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_by_l0() -> None:
         (
             {"release": "gpt2-small-res-jb", "layer": 11},
             r"gpt2-small-res-jb has 2 SAEs at layer=11: blocks.11.hook_resid_pre, "
-            r"blocks.11.hook_resid_post; say sae.id=<id>",
+            r"blocks.11.hook_resid_post; type sae.id=<id>",
         ),
         (
             {"release": "gemma-scope-9b-it-res-canonical", "layer": 20, "width": "40k"},
@@ -254,13 +254,13 @@ def test_by_l0() -> None:
         (
             {"release": "gemma-scope-2b-pt-res", "layer": 12, "width": "16k"},
             r"gemma-scope-2b-pt-res has 5 SAEs at layer=12: layer_12/width_16k/average_l0_176, .*; "
-            "say sae.id=<id>",
+            "type sae.id=<id>",
         ),
     ],
 )
 def test_what_is_not_there(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SAEError, match=message) as caught:
-        find(released(**options))
+        find_entry(released(**options))
     assert "\n" not in str(caught.value)
 
 

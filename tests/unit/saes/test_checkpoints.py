@@ -18,10 +18,10 @@ from torch import Tensor
 from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training import CHECKSUMS, Place, Training
+from saexp.saes.training import CHECKSUMS, Training, TrainingSource
 
 D_IN, D_SAE, BATCH = 8, 32, 16
-PLACE = Place("random", Hookpoint(0, "resid_post"), D_IN, 16)
+PLACE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": 4},
     "standard": {"l1_coefficient": 0.1},
@@ -139,7 +139,7 @@ def test_it_goes_on_from_the_newest_intact_checkpoint(stopped, tmp_path, caplog,
         flip(path / "weights.safetensors")
     with caplog.at_level(logging.INFO):
         assert_same(training(tmp_path / "key", name), weights, records)
-    then = ("", "going on from step 20", "starting from the beginning")[n_damaged]
+    then = ("", "continuing from step 20", "starting from the beginning")[n_damaged]
     assert [m for m in caplog.messages if "damaged" in m] == [
         f"checkpoint {p} is damaged (weights.safetensors was changed since it was written); {then}"
         for p in steps[:n_damaged]
@@ -157,7 +157,7 @@ def test_any_damage_is_one_warning_and_the_same_weights(stopped, tmp_path, caplo
     assert_same(restarted(tmp_path / "key"), weights, records)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
     assert f"step_000000040 is damaged ({file}" in warning or damage == "flipped"
-    assert warning.endswith("; going on from step 20")
+    assert warning.endswith("; continuing from step 20")
 
 
 FORGED: dict[str, tuple[str, Callable[[Path], None]]] = {
@@ -223,7 +223,7 @@ def test_what_has_a_checksum_and_not_the_trainings_values_is_not_used(
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
     assert "step_000000040 is damaged (" in warning
     assert "\n" not in warning
-    assert warning.endswith("; going on from step 20")
+    assert warning.endswith("; continuing from step 20")
     assert not (tmp_path / "payload-ran").exists(), "a checkpoint ran code"
 
 

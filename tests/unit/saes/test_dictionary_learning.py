@@ -136,7 +136,7 @@ def test_where_it_belongs(
         (
             "x",
             {"submodule_name": None},
-            "neither its config nor its folder names a stream; set sae.st",
+            "neither its config nor its folder's name contains a stream; set sae.st",
         ),
         (
             "x",
@@ -146,17 +146,17 @@ def test_where_it_belongs(
         (
             "x",
             {"layer": 4},
-            "says layer=4, submodule_name=resid_post_layer_3, its folder .*/x; which",
+            "says layer=4, submodule_name=resid_post_layer_3, its folder .*/x; correct",
         ),
         (
             "mlp_out_layer_3/trainer_0",
             {},
-            "submodule_name=resid_post_layer_3, its folder mlp_out_layer_3/trainer_0; which of",
+            "submodule_name=resid_post_layer_3, its folder mlp_out_layer_3/trainer_0; correct",
         ),
         (
             "x",
             {"layer": None, "submodule_name": "attn"},
-            "config.json: 'layer' is missing, so where",
+            "config.json: 'layer' is missing, so the hookpoint",
         ),
         (
             "x",
@@ -168,7 +168,7 @@ def test_where_it_belongs(
         (
             "x",
             {"lm_name": "google/gemma-2-2b", "submodule_name": "mlp_out"},
-            "what the module of layer_3.mlp_out returns, but google/gemma-2-2b norms that once m",
+            "the output of the module of layer_3.mlp_out, but google/gemma-2-2b applies a norm",
         ),
     ],
 )
@@ -187,9 +187,21 @@ def without(kind: str, name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("kind", "tensors", "message"),
     [
-        ("GatedAutoEncoder", without("GatedAutoEncoder", "r_mag"), "needs 'r_mag', absent here"),
-        ("BatchTopKSAE", without("BatchTopKSAE", "threshold"), "needs 'threshold', absent here"),
-        ("AutoEncoder", without("AutoEncoder", "bias"), "a AutoEncoder needs 'bias', absent here"),
+        (
+            "GatedAutoEncoder",
+            without("GatedAutoEncoder", "r_mag"),
+            "needs 'r_mag', which is missing",
+        ),
+        (
+            "BatchTopKSAE",
+            without("BatchTopKSAE", "threshold"),
+            "needs 'threshold', which is missing",
+        ),
+        (
+            "AutoEncoder",
+            without("AutoEncoder", "bias"),
+            "a AutoEncoder needs 'bias', which is missing",
+        ),
         (
             "AutoEncoder",
             {**dictionary("AutoEncoder"), "bias": torch.ones(5)},
@@ -243,7 +255,9 @@ def test_damaged(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(SAEError, match=r"ae.pt is not a plain file of tensors \("):
         saexp.load_sae(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model": 1}))
-    with pytest.raises(SAEError, match="config.json has no 'trainer', which says what kind of SAE"):
+    with pytest.raises(
+        SAEError, match="config.json has no 'trainer', which gives the class of the SAE"
+    ):
         saexp.load_sae(tmp_path)
 
 

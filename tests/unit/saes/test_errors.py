@@ -41,9 +41,9 @@ def change(folder: Path, **cfg: Any) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "changed", "options", "message"),
     [
-        ("standard", {"b_enc": None}, {}, "mine: a standard SAE needs 'b_enc', absent here"),
-        ("jumprelu", {"threshold": None}, {}, "mine: a jumprelu SAE needs 'threshold', absent"),
-        ("gated", {"r_mag": None}, {}, "mine: a gated SAE needs 'r_mag', absent here"),
+        ("standard", {"b_enc": None}, {}, "mine: a standard SAE needs 'b_enc', which is missing"),
+        ("jumprelu", {"threshold": None}, {}, "mine: a jumprelu SAE needs 'threshold', which"),
+        ("gated", {"r_mag": None}, {}, "mine: a gated SAE needs 'r_mag', which is missing"),
         (
             "jumprelu",
             {"threshold": torch.ones(())},
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit(
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"metadata": {}}, "cfg.json names no hook_name, so where it belongs is unknown"),
+        ({"metadata": {}}, "cfg.json has no hook_name, so the SAE's hookpoint is unknown"),
         (
             {"metadata": {"hook_name": "somewhere"}},
             "cfg.json: hook_name: 'somewhere' is not a hookpoint; type one such as",
@@ -173,7 +173,7 @@ def test_paths(tmp_path: Path, folder: Path) -> None:
         build("sae", SAEConfig(name="local", loader="path"))
     with pytest.raises(SAEError, match=r"sae.path=.*absent: no such folder or file"):
         local(tmp_path / "absent")
-    with pytest.raises(SAEError, match=r"an/sae/cfg.json is neither cached nor in reach"):
+    with pytest.raises(SAEError, match=r"an/sae/cfg.json is neither cached nor reachable"):
         saexp.load_sae("an/sae")
     (tmp_path / "empty").mkdir()
     with pytest.raises(

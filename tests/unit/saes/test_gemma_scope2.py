@@ -12,7 +12,7 @@ import saexp
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.catalogue import find
+from saexp.saes.catalogue import find_entry
 from tests.unit.saes.make import D_IN, parameters, points, publish, skip
 from tests.unit.saes.make_formats import assert_near, double, jump, write_gemma2
 
@@ -91,17 +91,17 @@ def test_moved_without_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "changed", "message"),
     [
-        (RESID, {"without": "w_enc"}, "Gemma Scope 2 needs 'w_enc', absent here"),
-        (RESID, {"without": "threshold"}, "Gemma Scope 2 needs 'threshold', absent here"),
+        (RESID, {"without": "w_enc"}, "Gemma Scope 2 needs 'w_enc', which is missing"),
+        (RESID, {"without": "threshold"}, "Gemma Scope 2 needs 'threshold', which is missing"),
         (
             RESID,
             {"hf_hook_point_in": "model.layers.4.output", "hf_hook_point_out": None},
-            "its path says layer_3.resid_post, its config layer_4.resid_post; which of them is",
+            "its path says layer_3.resid_post, its config layer_4.resid_post; correct the",
         ),
         (
             TRANSCODER,
             {},
-            "its path says layer_3.mlp_in to layer_3.mlp_out, its config layer_3.resid_post; which",
+            "its path says layer_3.mlp_in to layer_3.mlp_out, its config layer_3.resid_post; corr",
         ),
         (
             RESID,
@@ -160,9 +160,9 @@ PRESET = ["sae=gemmascope2", "model=hf", "model.name=google/gemma-3-1b-pt"]
 def test_preset(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> None:
     """By layer and width, medium chosen and said; equal to sae-lens' own loading of weights."""
     cfg = saexp.compose([*PRESET, "layer=13"]).sae
-    with pytest.raises(SAEError, match=r"params.safetensors is neither cached nor in reach"):
+    with pytest.raises(SAEError, match=r"params.safetensors is neither cached nor reachable"):
         build("sae", cfg)
-    entry = find(cfg)
+    entry = find_entry(cfg)
     assert (entry.l0_name, entry.path) == ("medium", f"resid_post/{entry.id}")
     p = parameters("jumprelu", 8, 2**14)
     hook = "model.layers.13.output"
@@ -203,7 +203,7 @@ def test_preset(lens: ModuleType, tmp_path: Path, hub_cache: Path) -> None:
 def test_which_of_a_release(
     words: list[str], release: str, sae_id: str, chosen: str | None
 ) -> None:
-    entry = find(saexp.compose([*PRESET, *words]).sae)
+    entry = find_entry(saexp.compose([*PRESET, *words]).sae)
     assert (entry.release, entry.id) == (f"gemma-scope-2-{release}", sae_id)
     assert (chosen in (entry.chosen or "")) if chosen else entry.chosen is None
 
@@ -219,10 +219,10 @@ def test_which_of_a_release(
         (["layer=13", "sae.l0=55"], "has no sae.l0=55 at layer=13; it has .*; try sae.l0="),
         (
             ["layer=12", "sae.release=gemma-scope-2-1b-pt-res-all"],
-            "has 2 SAEs at layer=12: layer_12_width_16k_l0_big, layer_12_width_16k_l0_small; say",
+            "has 2 SAEs at layer=12: layer_12_width_16k_l0_big, layer_12_width_16k_l0_small; type",
         ),
     ],
 )
 def test_what_a_release_lacks(words: list[str], message: str) -> None:
     with pytest.raises(SAEError, match=message):
-        find(saexp.compose([*PRESET, *words]).sae)
+        find_entry(saexp.compose([*PRESET, *words]).sae)

@@ -16,7 +16,7 @@ from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import build
-from saexp.saes.catalogue import catalogue, find
+from saexp.saes.catalogue import catalogue, find_entry
 from tests.unit.saes.make import parameters, points, publish, write_npz, write_saelens
 
 GEMMA = "google/gemma-scope-2b-pt-res"
@@ -42,7 +42,7 @@ def assert_near(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize(("width", "d_sae"), [("16k", 2**14), ("65k", 2**16)])
 def test_gemma_scope(tmp_path: Path, hub_cache: Path, width: str, d_sae: int) -> None:
     cfg = saexp.compose(["model=gemma2b", "sae=gemmascope", "layer=12", f"width={width}"]).sae
-    with pytest.raises(SAEError, match=r"params.npz is neither cached nor in reach .*go online"):
+    with pytest.raises(SAEError, match=r"params.npz is neither cached nor reachable .*go online"):
         build("sae", cfg)
     _, record = release("gemma-scope-2b-pt-res-canonical", f"layer_12/width_{width}/canonical")
     p = parameters("jumprelu", 8, d_sae)
@@ -261,7 +261,7 @@ def test_a_factor_folded_by_sae_lens_is_kept(
 def test_not_in_the_cache(lens: ModuleType, hub_cache: Path) -> None:
     del lens, hub_cache  # imported without its warnings; empty
     cfg = SAEConfig(name="g", loader="release", release="goodfire-llama-3.1-8b-instruct", layer=19)
-    assert find(cfg).loader == "goodfire"
+    assert find_entry(cfg).loader == "goodfire"
     with pytest.raises(
         SAEError, match="^goodfire-llama-3.1-8b-instruct/layer_19 cannot be loaded"
     ) as caught:

@@ -111,7 +111,7 @@ def test_only_an_sae_on_heads_flattens() -> None:
     x = points(3, D_IN // 3)
     with pytest.raises(
         SAEError,
-        match="the SAE reads vectors of 12 numbers and was given 4; is it an SAE of this model",
+        match="the SAE reads vectors of 12 numbers, not of 4; is it an SAE of this model",
     ):
         sae().encode(x)
     assert sae(hookpoint=Hookpoint(3, "attn_z")).encode(x).shape == (D_SAE,)

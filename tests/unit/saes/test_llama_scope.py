@@ -39,7 +39,7 @@ def test_scaling_in_and_out(tmp_path: Path, before: bool) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"without": "decoder.bias"}, "a Llama Scope SAE needs 'decoder.bias', absent here"),
+        ({"without": "decoder.bias"}, "a Llama Scope SAE needs 'decoder.bias', which is missing"),
         (
             {"without": "jump_relu_threshold"},
             "hyperparams.json: 'jump_relu_threshold' is missing",

@@ -34,12 +34,12 @@ def test_a_missing_factor_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(SAEError) as caught:
             load(place)
         assert str(caught.value).endswith(
-            ": its inputs are scaled by a factor that its files do not give; type "
-            "sae.norm_factor=<number>, or sae.norm_factor=estimate to take it from the activations"
+            ": its inputs are scaled by a factor that its files do not give; type sae.norm_factor="
+            "<number>, or sae.norm_factor=estimate to derive it from the activations"
         )
     made, x = sae("standard", **FIXED), points(3, D_IN)
     for use in (lambda: made.encode(x), lambda: made.decode(torch.ones(3, made.d_sae))):
-        with pytest.raises(SAEError, match="type sae.norm_factor=<number> .task=analyze"):
+        with pytest.raises(SAEError, match="type sae.norm_factor=<number> .with task=analyze"):
             use()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from saexp.config import SAEConfig, SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.loading import random_sae
-from saexp.saes.training import Place, Training
+from saexp.saes.training import Training, TrainingSource
 from saexp.stats.permutation import random_directions
 
 D, WIDTH = 256, 384
@@ -84,7 +84,7 @@ def test_trainings_of_two_layers_start_from_different_directions(tmp_path: Path)
     device = torch.device("cpu")
 
     def start(layer: int) -> Tensor:
-        place = Place("m", Hookpoint(layer, "resid_post"), d_in=D, context_size=8)
+        place = TrainingSource("m", Hookpoint(layer, "resid_post"), d_in=D, context_size=8)
         return Training(cfg, WIDTH, place, tmp_path, device).sae.W_dec.detach()
 
     assert largest_cosine(start(0), start(1)) < BY_CHANCE

@@ -12,7 +12,7 @@ from torch import Tensor
 import saexp
 from saexp.config import SAETrainerConfig
 from saexp.models.hookpoints import STREAMS, Hookpoint
-from saexp.saes.training import Place, Training
+from saexp.saes.training import Training, TrainingSource
 from saexp.saes.training_architectures import ARCHITECTURES, SAES, TRANSCODERS
 from tests.unit.saes.make import D_IN, D_SAE, K, parameters, points
 
@@ -21,7 +21,7 @@ SCALINGS = ("none", "expected_average_only_in")
 IN, OUT = Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out")
 
 
-def trained(folder: Path, name: str, place: Place, scaling: str) -> Path:
+def trained(folder: Path, name: str, place: TrainingSource, scaling: str) -> Path:
     """After a few steps on noise far from mean 0 and norm sqrt(d)."""
     options = {"k": K} if "topk" in name else {}
     cfg = SAETrainerConfig(
@@ -43,9 +43,11 @@ def trained(folder: Path, name: str, place: Place, scaling: str) -> Path:
     return training.save(folder / "sae")
 
 
-def place_of(name: str, hookpoint: Hookpoint | None = None, *, prepend_bos: bool = False) -> Place:
+def place_of(
+    name: str, hookpoint: Hookpoint | None = None, *, prepend_bos: bool = False
+) -> TrainingSource:
     transcoder = name in TRANSCODERS
-    return Place(
+    return TrainingSource(
         model_name=MODEL,
         hookpoint=hookpoint or (IN if transcoder else Hookpoint(3, "resid_post")),
         d_in=D_IN,

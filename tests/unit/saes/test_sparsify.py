@@ -104,7 +104,7 @@ def test_other_folders(tmp_path: Path) -> None:
     assert saexp.load_sae(folder / "sae.safetensors").hookpoint == Hookpoint(0, "embed")
     moved = folder.rename(tmp_path / "mine")
     with pytest.raises(
-        SAEError, match="name 'mine' names no module such as layers.5 or layers.5.mlp"
+        SAEError, match="name 'mine' is not a module such as layers.5 or layers.5.mlp"
     ):
         saexp.load_sae(moved)
     assert saexp.load_sae(moved, layer=2, stream="mlp_out").hookpoint == Hookpoint(2, "mlp_out")
@@ -133,27 +133,27 @@ def test_other_folders(tmp_path: Path) -> None:
             {"activation": "groupmax", "k": 7},
             "40 latents do not make k=7 groups of equal",
         ),
-        ("layers.3", {"without": "b_dec"}, "a sparsify SAE needs 'b_dec', absent here"),
+        ("layers.3", {"without": "b_dec"}, "a sparsify SAE needs 'b_dec', which is missing"),
         (
             "layers.3",
             {"without": "encoder.weight"},
-            "a sparsify SAE needs 'encoder.weight', absent",
+            "a sparsify SAE needs 'encoder.weight', which",
         ),
         (
             "layers.3.mlp",
             {"transcode": True, "skip_connection": True},
-            "needs 'W_skip', absent here",
+            "needs 'W_skip', which is missing",
         ),
         (
             "layers.3.attn",
             {"transcode": True},
             "transcoder of layer_3.attn_out, whose input is not a stream",
         ),
-        ("layers.3.mlp.up_proj", {}, "'layers.3.mlp.up_proj' names no module such as layers.5 or"),
+        ("layers.3.mlp.up_proj", {}, "'layers.3.mlp.up_proj' is not a module such as layers.5 or"),
         (
             "wte",
             {},
-            "'wte' names no module such as layers.5 or layers.5.mlp; set layer= and sae.str",
+            "'wte' is not a module such as layers.5 or layers.5.mlp; set layer= and sae.str",
         ),
     ],
 )
@@ -195,5 +195,5 @@ def test_hub(tmp_path: Path, hub_cache: Path) -> None:
 def test_a_norm_after_the_module(tmp_path: Path) -> None:
     folder = write_sparsify(tmp_path / "layers.3.mlp", made())
     (tmp_path / "config.json").write_text(json.dumps({"model": "google/gemma-2-2b"}))
-    with pytest.raises(SAEError, match="of layer_3.mlp_out returns, but google/gemma-2-2b norms"):
+    with pytest.raises(SAEError, match="of layer_3.mlp_out, but google/gemma-2-2b applies a norm"):
         saexp.load_sae(folder)

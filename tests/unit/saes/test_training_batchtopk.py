@@ -8,7 +8,7 @@ import torch
 
 from saexp.config import SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training_architectures import Place, training_sae
+from saexp.saes.training_architectures import TrainingSource, training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_SAE, points
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def made(**options: Any) -> Any:
     torch.manual_seed(1)
     cfg = SAETrainerConfig(name="batchtopk", options={"k": 4, **options})
-    place = Place("m", Hookpoint(3, "resid_post"), D_IN, 64)
+    place = TrainingSource("m", Hookpoint(3, "resid_post"), D_IN, 64)
     return training_sae(cfg, D_SAE, place, torch.device("cpu"), 100)
 
 

@@ -12,7 +12,7 @@ import saexp
 from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
-from saexp.saes.training_architectures import TRANSCODERS, Place, training_sae
+from saexp.saes.training_architectures import TRANSCODERS, TrainingSource, training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_OUT, D_SAE, points
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def made(name: str, d_in: int = D_IN, d_out: int = D_OUT, **options: Any) -> Any:
     torch.manual_seed(1)
     cfg = SAETrainerConfig(name=name, options={**OPTIONS.get(name, {}), **options})
-    place = Place("m", Hookpoint(3, "mlp_in"), d_in, 64, Hookpoint(3, "mlp_out"), d_out)
+    place = TrainingSource("m", Hookpoint(3, "mlp_in"), d_in, 64, Hookpoint(3, "mlp_out"), d_out)
     return training_sae(cfg, D_SAE, place, CPU, 100)
 
 
@@ -166,8 +166,12 @@ def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("batchtopk_transcoder", {"d_out": 3}, "d_out: set by layer, task.streams, width and"),
-        ("topk", {"dtype": "float16"}, "dtype: set by layer, task.streams, width and sae_tr"),
+        (
+            "batchtopk_transcoder",
+            {"d_out": 3},
+            "d_out: follows from layer, task.streams, width",
+        ),
+        ("topk", {"dtype": "float16"}, "dtype: follows from layer, task.streams, width and"),
         ("batchtopk_transcoder", {"kk": 3}, "a batchtopk transcoder has no such option; did you"),
         ("batchtopk_transcoder", {"skip": "maybe"}, "skip=maybe is neither true nor false"),
         ("batchtopk_transcoder", {"k": "many"}, "options.k=many is not a number"),
@@ -190,15 +194,17 @@ def test_each_stream_has_a_factor_of_its_own_that_a_checkpoint_keeps(tmp_path: P
             {"jumprelu_sparsity_loss_mode": "tan"},
             "jumprelu_sparsity_loss_mode=tan: did you mean tanh",
         ),
-        ("topk_transcoder", {}, "sae-lens has no class that would use such a transcoder; choose"),
+        ("topk_transcoder", {}, "sae-lens has no inference class for such a transcoder; choose"),
         ("batchtopk_transcode", {}, "did you mean batchtopk_transcoder"),
     ],
 )
 def test_options_that_do_not_fit(name: str, options: dict[str, Any], message: str) -> None:
     torch.manual_seed(0)
-    place = Place("m", Hookpoint(3, "mlp_in"), D_IN, 64)
+    place = TrainingSource("m", Hookpoint(3, "mlp_in"), D_IN, 64)
     if "transcode" in name:
-        place = Place("m", Hookpoint(3, "mlp_in"), D_IN, 64, Hookpoint(3, "mlp_out"), D_OUT)
+        place = TrainingSource(
+            "m", Hookpoint(3, "mlp_in"), D_IN, 64, Hookpoint(3, "mlp_out"), D_OUT
+        )
     with pytest.raises(ConfigError, match=message) as caught:
         training_sae(SAETrainerConfig(name=name, options=options), D_SAE, place, CPU, 100)
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
 from saexp.interventions.operations import BatchEdit, Move, Row
-from saexp.latents.encode import spliced
+from saexp.latents.encode import splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
@@ -157,7 +157,7 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         (
             "transcoder",
             {"hook_name_out": None},
-            "cfg.json names no hook_name_out, so what the trans",
+            "cfg.json has no hook_name_out, so the stream that the trans",
         ),
         (
             "transcoder",
@@ -167,9 +167,9 @@ def saelens_folder(folder: Path, architecture: str, **changed: Any) -> Path:
         (
             "skip_transcoder",
             {},
-            "sae_weights.safetensors: a skip_transcoder needs 'W_skip', absent",
+            "sae_weights.safetensors: a skip_transcoder needs 'W_skip', which",
         ),
-        ("jumprelu_transcoder", {}, "a jumprelu transcoder needs 'threshold', absent here"),
+        ("jumprelu_transcoder", {}, "a jumprelu transcoder needs 'threshold', which is missing"),
         (
             "transcoder",
             {"hook_name": "blocks.3.hook_mlp_in"},
@@ -350,9 +350,9 @@ def test_gemma_scope_transcoders_read_the_norms_output_before_its_gain(
     torch.testing.assert_close(ablated, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected, logits[0], atol=1e-3)
     # Spliced with its error and no change, it changes nothing.
-    with torch.no_grad(), edit(model, spliced(sae, error=True)):
+    with torch.no_grad(), edit(model, splice_edits(sae, error=True)):
         torch.testing.assert_close(model.hf(ids).logits, logits, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), edit(model, spliced(sae)):
+    with torch.no_grad(), edit(model, splice_edits(sae)):
         replaced_by_ours = model.hf(ids).logits[0]
     made = (acts @ p["W_dec"].double() + p["b_dec"].double()).float()
     wanted.copy_(made)
@@ -402,7 +402,9 @@ def test_one_layer_of_a_cross_layer_transcoder(
     from saexp.saes.validation import check_fit
 
     fit = check_fit(ours, x, torch.zeros(30, dtype=torch.bool), {}, points(30, D_IN))
-    assert [p for p in fit.problems if "reconstruction say nothing" in p] == fit.problems[:1]
+    assert [
+        p for p in fit.problems if "reconstruction metrics have no meaning" in p
+    ] == fit.problems[:1]
 
 
 CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
@@ -423,7 +425,7 @@ CLT = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
             "W_dec_3.safetensors: W_dec holds 960 Inf of 960 values",
         ),
         ({"W_dec_3": {"W_dec_3": torch.ones(4, 5)}}, r"W_dec_3 has shape \[4, 5\], not \[d_sae"),
-        ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', absent here"),
+        ({"W_enc_3": {"W_enc_3": torch.ones(5, 4)}}, "needs 'b_enc_3', which is missing"),
     ],
 )
 def test_files_of_a_cross_layer_transcoder_that_do_not_fit(

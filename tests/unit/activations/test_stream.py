@@ -1,0 +1,116 @@
+"""Streams of activations: mixed as sae-lens mixes them, and continued exactly."""
+
+import copy
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from saexp.activations.stream import ActivationStream, ContextActivations, StreamSettings
+from saexp.data.corpora import Corpus
+from saexp.errors import StoreError
+from saexp.models.hookpoints import Hookpoint
+from saexp.models.loading import LanguageModel
+from saexp.stats.permutation import derived_seed
+from tests.random_models import random_hf, random_lm, tokenizer
+from tests.unit.activations.test_corpus_rows import corpus  # noqa: F401
+
+HOOKPOINTS = [Hookpoint(0, "resid_post"), Hookpoint(1, "mlp_out")]
+SETTINGS = StreamSettings(buffer_rows=300, batch_size=32, seed=3, batch_tokens=60)
+N = 60
+"""Batches: several refills of the buffer and several epochs."""
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return random_lm("llama")
+
+
+def source(model: LanguageModel, corpus: Corpus) -> ContextActivations:  # noqa: F811
+    contexts = np.arange(0, len(corpus), 2)
+    return ContextActivations(model, corpus, contexts, HOOKPOINTS, SETTINGS)
+
+
+def test_batches_equal_those_of_the_mixing_buffer_of_sae_lens(model, corpus, monkeypatch):  # noqa: F811
+    from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
+
+    stream = ActivationStream(source(model, corpus), SETTINGS)
+    batches = list(islice(stream, N))
+    assert stream.source.at.epoch >= 1
+    assert stream.source.at.n_refills > 3
+    permute, refills = torch.randperm, iter(range(10**6))
+
+    def seeded(n: int) -> torch.Tensor:
+        seed = derived_seed(SETTINGS.seed, "buffer", str(next(refills)))
+        return permute(n, generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(torch, "randperm", seeded)
+    passes = ({h.name: acts for h, acts in one.items()} for one in source(model, corpus))
+    theirs = multi_hook_concat_split_iter(
+        SETTINGS.buffer_rows, SETTINGS.batch_size, passes, [h.name for h in HOOKPOINTS]
+    )
+    for ours, other in zip(batches, islice(theirs, N), strict=True):
+        for hookpoint in HOOKPOINTS:
+            assert torch.equal(ours[hookpoint], other[hookpoint.name])
+    theirs.close()
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 9, 37])
+def test_a_resumed_stream_gives_the_batches_of_the_uninterrupted_one(model, corpus, n_before):  # noqa: F811
+    whole = list(islice(ActivationStream(source(model, corpus), SETTINGS), N))
+    first = ActivationStream(source(model, corpus), SETTINGS)
+    list(islice(first, n_before))
+    if not n_before:
+        assert first.mean_norms
+        assert not first.state()[0]
+        return
+    state = copy.deepcopy(first.state())
+    second = ActivationStream(source(model, corpus), SETTINGS)
+    second.resume(*state)
+    for ours, other in zip(islice(second, N - n_before), whole[n_before:], strict=True):
+        for hookpoint in HOOKPOINTS:
+            assert torch.equal(ours[hookpoint], other[hookpoint])
+
+
+def test_an_epoch_serves_every_ordinary_position_of_its_contexts_once(model, corpus):  # noqa: F811
+    activations = source(model, corpus)
+    rows = []
+    while activations.at.epoch == 0 and activations.at.context < len(activations.contexts):
+        rows.append(next(activations)[HOOKPOINTS[0]])
+    served = torch.cat(rows)
+    ids = torch.from_numpy(corpus.ids(activations.contexts))
+    with torch.no_grad():
+        hidden = model.hf(ids, output_hidden_states=True).hidden_states[1]
+    expected = hidden[~torch.isin(ids, torch.tensor(tokenizer().all_special_ids))]
+    assert len(served) == len(expected)
+    # Sorted by the first numbers, since the order of contexts is shuffled.
+    order = [torch.argsort(rows[:, 0] * 1e3 + rows[:, 1]) for rows in (served, expected)]
+    torch.testing.assert_close(served[order[0]], expected[order[1]], rtol=1e-3, atol=1e-4)
+
+
+def test_positions_of_high_norm_are_left_out_and_counted(corpus):  # noqa: F811
+    hf = random_hf("llama")
+    token = int(corpus.ids(np.arange(1))[0, 3])
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[token] *= 1000
+    model = LanguageModel.wrap(hf, tokenizer(), name="sinks")
+    settings = StreamSettings(buffer_rows=300, batch_size=32, max_norm_ratio=10.0, batch_tokens=60)
+    at = [Hookpoint(0, "resid_post")]
+    contexts = np.arange(len(corpus))
+    activations = ContextActivations(model, corpus, contexts, at, settings)
+    n_served = sum(len(next(activations)[at[0]]) for _ in range(10))
+    ids = corpus.ids(activations._order[: activations.at.context])
+    n_high = int((ids == token).sum())
+    assert n_high > 0
+    assert activations.at.n_high_norm == n_high
+    assert activations.at.n_positions == n_served + n_high
+
+
+def test_a_value_that_is_not_finite_names_the_text(corpus):  # noqa: F811
+    hf = random_hf("llama")
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[int(corpus.ids(np.arange(1))[0, 3])] = float("nan")
+    model = LanguageModel.wrap(hf, tokenizer(), name="damaged")
+    with pytest.raises(StoreError, match=r"NaN or Inf at layer_0\.resid_post in the text ' ?\w+"):
+        next(iter(ActivationStream(source(model, corpus), SETTINGS)))
