@@ -37,12 +37,14 @@ from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
 from saexp.activations.forward import units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
-from saexp.data.positions import PositionTable, resolve_positions
+from saexp.data.positions import resolve_positions
+from saexp.data.rows import PositionTable
 from saexp.data.tokenization import TokenizedText
+from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import TokenBudget, batches, padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids
-from saexp.models.loading import LanguageModel, pick_device, pick_dtype
+from saexp.models.loading import LanguageModel
 from saexp.registry import build as build_component
 
 log = logging.getLogger("collect")
@@ -88,7 +90,8 @@ def setting(args: argparse.Namespace) -> Setting:
     torch.manual_seed(0)
     config = Gemma2Config(**SHAPES[args.shape], sliding_window=4096)  # pyright: ignore
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    checkpoint = torch.bfloat16 if device.type == "cuda" else None
+    dtype = pick_precision(args.dtype, device, checkpoint).dtype
     torch.set_default_dtype(dtype)
     with torch.device(device):
         hf = Gemma2ForCausalLM(config)

@@ -124,9 +124,9 @@ def no_merged_texts() -> Iterator[None]:
         for unit in merged:
             ends: dict[int, list[Any]] = {}
             for row in unit.rows:
-                ends.setdefault(row[2], []).append(row)
+                ends.setdefault(int(row[2]), []).append(row)
             for rows in ends.values():
-                alone.append(Unit(unit.ids[: max(r[1] for r in rows) + 1], np.asarray(rows)))
+                alone.append(Unit(unit.ids[: max(r[1] for r in rows) + 1], np.stack(rows)))
         return alone
 
     with patch.object(collector, "units", whole):

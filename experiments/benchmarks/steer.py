@@ -30,10 +30,11 @@ from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import batch_tokens_for, generate
 from saexp.interventions.operations import Add, BatchEdit, Row, Vector
+from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, position_ids
-from saexp.models.loading import LanguageModel, pick_device, pick_dtype
+from saexp.models.loading import LanguageModel
 
 log = logging.getLogger("steer")
 COEFFICIENTS = [round(0.2 * i, 1) for i in range(11)]
@@ -59,7 +60,8 @@ def gemma(args: argparse.Namespace) -> tuple[LanguageModel, list[Prompt], Hookpo
     torch.manual_seed(0)
     with torch.device(device):
         hf: Any = Gemma2ForCausalLM(Gemma2Config())
-    hf = hf.to(pick_dtype(args.dtype, device))
+    checkpoint = torch.bfloat16 if device.type == "cuda" else None
+    hf = hf.to(pick_precision(args.dtype, device, checkpoint).dtype)
 
     class Ids:
         eos_token_id, pad_token_id = 1, 0

@@ -24,7 +24,7 @@ from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, StoreError
 from saexp.models.forward import TokenBudget, batches, context_limit
 from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
-from saexp.models.loading import LanguageModel, pick_dtype
+from saexp.models.loading import LanguageModel
 from saexp.models.rope import depends_on_length
 
 
@@ -118,7 +118,7 @@ class Collector(ABC):
         """dtype of the stored activations: that of `store.dtype`, the model's own for `auto`."""
         if self.store.dtype == "auto":
             return self.model.dtype
-        return pick_dtype(self.store.dtype, self.model.device)
+        return getattr(torch, self.store.dtype)
 
     def ingredients(self, request: CollectionRequest) -> dict[str, Any]:
         """What determines the stored values; the collector's name is part of it."""

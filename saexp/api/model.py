@@ -408,7 +408,9 @@ def load_model(
         source: a hub id, a folder, a GGUF file (`pip install "saexp[gguf]"`), a model that ships
             with saexp (`tiny`, `tiny_control`), or a Hugging Face model in memory together with its
             `tokenizer`.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` (bfloat16 on CUDA, else float32).
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the own dtype of a checkpoint in
+            bfloat16 or float16 where the device computes it natively (CUDA, and CPUs with
+            AVX512-BF16 or AMX), else float32. The shipped models are computed in float32.
         device: `cpu`, `cuda`, `mps`, or `auto`.
         chat: whether the chat template is applied to texts by default.
         revision: branch, tag or commit on the hub.

@@ -45,7 +45,9 @@ class ModelConfig:
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, or auto (bfloat16 on cuda, else float32)."""
+    """float32, bfloat16, float16, or auto: the own dtype of a checkpoint in bfloat16 or float16
+    where the device computes it natively (cuda; CPUs with AVX512-BF16 or AMX), else float32. The
+    shipped models are computed in float32."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):

@@ -85,7 +85,8 @@ class RunConfig:
     device: str = "auto"
     """cuda, mps, cpu, or auto."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, or auto."""
+    """float32, bfloat16, float16, or auto (a 16-bit checkpoint's own where the device computes it
+    natively, else float32)."""
     cache_dir: str = "outputs/cache"
     """Activation stores and labels, shared between runs."""
     resume: bool | None = None

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 VERSION = 1
 MANIFEST, TOKENS, ENDS, DOCUMENTS = "corpus.json", "tokens.bin", "ends.bin", "documents.bin"
 _PROGRESS = "progress.json"
-_BATCH_CHARACTERS = 2**22
+_BATCH_CHARACTERS = 2**20
 """Characters of the documents that are tokenized in one call."""
-_BATCHES_PER_CHECKPOINT = 8
+_BATCHES_PER_CHECKPOINT = 32
 DEFAULT_CONTEXT = 1024
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def padded(
     starts = 0 if padding_side == "right" else len(columns) - lengths
     is_token = (columns >= starts) & (columns < starts + lengths)
     ids = np.full(is_token.shape, pad_id, dtype=np.int64)
-    ids[is_token] = np.fromiter((t for sequence in sequences for t in sequence), dtype=np.int64)
+    ids[is_token] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64)
     mask = torch.from_numpy(is_token.astype(np.int64))
     return torch.from_numpy(ids).to(device), mask.to(device)
 

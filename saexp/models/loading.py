@@ -25,6 +25,13 @@ from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
 from saexp.errors import ModelError, brief
 from saexp.hub import hub, is_path, snapshot, why_absent
+from saexp.models.devices import (
+    Precision,
+    checkpoint_dtype,
+    pick_device,
+    pick_precision,
+    short_name,
+)
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import reset_rope_before_passes
 from saexp.models.structure import (
@@ -84,29 +91,6 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = ("tiny", "tiny_control")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weights files in transformers' order of preference; each may be sharded, with an index."""
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Raises ModelError for a device that is not available."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(name.partition(":")[0], False):
-        raise ModelError(f"device={name} is not on this machine; try device=auto")
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on cuda and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
 
 
 def _source(name: str) -> str:
@@ -170,7 +154,6 @@ class LanguageModel:
         self.source = _source(cfg.name)
         self.gguf_file = _gguf_file(cfg.name)
         self.device = pick_device(cfg.device)
-        self.dtype = pick_dtype(cfg.dtype, self.device)
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
         self.observed = ObservedBehavior()
@@ -186,6 +169,10 @@ class LanguageModel:
             else self._from_hub("AutoConfig", "config")
         )
         check_sizes(self.text_config, self.name)
+        # Files of the shipped models are in bfloat16 to be small; all that is published about them
+        # was computed in float32.
+        checkpoint = None if self.plain else checkpoint_dtype(self.config)
+        self.precision = pick_precision(cfg.dtype, self.device, checkpoint)
 
     @classmethod
     def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
@@ -196,7 +183,8 @@ class LanguageModel:
         model.name, model.source, model.in_memory, model.plain = name, name, True, False
         model.prepend_bos = None
         model.observed = ObservedBehavior()
-        model.device, model.dtype = parameter.device, parameter.dtype
+        model.device = parameter.device
+        model.precision = Precision(parameter.dtype, "the model in memory")
         model._hf, model.config = hf.eval(), hf.config
         reset_rope_before_passes(hf)
         if tokenizer is not None:
@@ -260,10 +248,9 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         """Name, sizes, device and dtype."""
-        kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{type(self).__name__}({self.name!r}, n_layers={self.n_layers}, "
-            f"d_model={self.d_model}, device='{self.device}', dtype={kind})"
+            f"d_model={self.d_model}, device='{self.device}', dtype={short_name(self.dtype)})"
         )
 
     def _repr_html_(self) -> str:
@@ -272,9 +259,19 @@ class LanguageModel:
             "d_model": self.d_model,
             "vocabulary": self.text_config.vocab_size,
             "device": self.device,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": short_name(self.dtype),
         }
         return html_table(self.name, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights and activations."""
+        return self.precision.dtype
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the results of a run with this model."""
+        return [self.precision.note] if self.precision.note else []
 
     @property
     def loaded(self) -> bool:
@@ -288,6 +285,8 @@ class LanguageModel:
             if not sys.stderr.isatty():
                 hf_logging.disable_progress_bar()
             log.info("loading %s (%s, %s)", self.name, self.device, self.dtype)
+            for note in self.notes:
+                log.info("%s", note)
             spread = {"device_map": self.cfg.device_map} if self.cfg.device_map else {}
             hf, info = self._from_hub(
                 "AutoModelForCausalLM",

@@ -15,6 +15,7 @@ from saexp.context import ObjectCache
 from saexp.digests import code_digest, digest_of
 from saexp.errors import ConfigError
 from saexp.latents.encode import Latents, encode_store
+from saexp.models.devices import short_name
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import Collected
@@ -40,6 +41,8 @@ def describe_model(model: LanguageModel) -> dict[str, Any]:
         "fingerprint": model.known_fingerprint,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
+        "dtype": short_name(model.dtype),
+        "dtype_source": model.precision.source,
     }
 
 

@@ -117,7 +117,7 @@ class Session:
     context: RunContext
     model: LanguageModel
     bos: Result
-    """Metric and notes on how texts begin."""
+    """Metric and notes on how texts begin, and notes on the model."""
     cells: Sequence[RunConfig]
     """One config per layer."""
     sae: SparseAutoencoder | None
@@ -157,6 +157,7 @@ class Session:
                 bos_preference(sparse_autoencoder(cell, model, context.objects)) for cell in cells
             ]
         model, bos = resolve_bos(cfg, model, preferences)
+        bos = replace(bos, notes=[*model.notes, *bos.notes])
         return cls(
             cfg=cfg,
             context=context,

@@ -220,6 +220,8 @@ def provenance_rows(run: SavedRun) -> list[tuple[str, str]]:
         ("model", f"{model['name']} (revision {model.get('revision') or 'default'})"),
         ("model weights", model["fingerprint"]),
     ]
+    if "dtype" in model:
+        rows.append(("model dtype", f"{model['dtype']} ({model['dtype_source']})"))
     if "sae" in about:
         sae = about["sae"]
         rows += [

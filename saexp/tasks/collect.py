@@ -40,6 +40,7 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
         metrics=collected.metrics,
         tables={**_rows(collected), "skips": skips_table(skips)},
         notes=[
+            *model.notes,
             *collected.examples.notes,
             f"store: {store.path}",
             *_missing_shards_notes(task, store, hookpoints),

@@ -235,7 +235,7 @@ class _Evaluation:
     """One config per SAE."""
     model: LanguageModel
     bos: Result
-    """Metric and notes on how texts begin."""
+    """Metric and notes on how texts begin, and notes on the model."""
     texts: Texts
     settings: EvaluationSettings
     n_bootstrap: int
@@ -286,6 +286,7 @@ def _prepared(cfg: RunConfig, context: RunContext) -> _Evaluation:
         cells = _cells(cfg, options.width_list)
         first = bos_preference(sparse_autoencoder(cells[0], model, context.objects))
         model, bos = _resolve_bos(cfg, model, [first])
+        bos = replace(bos, notes=[*model.notes, *bos.notes])
     where = Where(**{k: v for k, v in vars(options).items() if k.endswith("_special")})
     with context.stage("tokenize"):
         texts = read_texts(cfg, model, where, options)

@@ -167,7 +167,7 @@ def save_labels(
         },
         "finding": list(labels.finding),
     }
-    result = replace(result, notes=[*result.notes, *usage])
+    result = replace(result, notes=[*model.notes, *result.notes, *usage])
     result = save_run(context, cfg, result, skips, about)
     with context.stage("report"):
         write_label_report(context.folder)

@@ -90,6 +90,7 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
             for target, training in zip(own, trainings, strict=True)
         ]
     result = _result(data, parts)
+    result.notes[:0] = model.notes
     result.metrics["train/seconds"] = seconds
     about = _provenance(model, data, parts, result)
     result = save_run(context, cfg, result, data.skips, about)

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
+from saexp.models.devices import pick_device
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.loading import SHIPPED, LanguageModel, load_model, pick_device, pick_dtype
+from saexp.models.loading import SHIPPED, LanguageModel, load_model
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -96,20 +97,6 @@ def test_auto_is_cpu_and_float32_without_an_accelerator(folder):
     model = LanguageModel(ModelConfig(name=str(folder)))
     there = "mps" if torch.backends.mps.is_available() else "cpu"
     assert (model.device.type, model.dtype) == (there, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "dtype"),
-    [
-        ("auto", "cuda", torch.bfloat16),
-        ("auto", "cpu", torch.float32),
-        ("auto", "mps", torch.float32),
-        ("float16", "cuda", torch.float16),
-        ("bfloat16", "cpu", torch.bfloat16),
-    ],
-)
-def test_dtype(name, device, dtype):
-    assert pick_dtype(name, torch.device(device)) == dtype
 
 
 def test_the_weights_come_in_the_dtype_asked_for(folder):

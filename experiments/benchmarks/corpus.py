@@ -1,0 +1,360 @@
+"""Compare the collection of a corpus with the bare forward pass, its memory, and tokenization.
+
+    python experiments/benchmarks/corpus.py                      # the CPU, one thread
+    python experiments/benchmarks/corpus.py --only speed --dtypes float32,bfloat16
+    python experiments/benchmarks/corpus.py --device cuda --threads 8 --scale 20
+
+speed: tokens per second of `task=collect dataset=corpus positions=all` into an empty store,
+tokenized beforehand, and of the bare forward pass of the required blocks on the same packed
+batches, in turn in one process. On a CPU both are per CPU second, because wall time depends on what
+else the machine does.
+memory: peak resident memory of a process that collects, at 1 x and at 4 x the tokens.
+tokenization: tokens per second of tokenizing and packing, and of `datasets.map` with as many
+processes as saexp has threads.
+
+Every measurement is a fresh process; ratios are medians of `--repeats` alternating runs. The rows
+are written to `measured/corpus_<device>.csv`. Targets: speed >= 0.9, memory <= 1.1, tokenization
+>= 1.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MEASURED = Path(__file__).parent / "measured"
+COLUMNS = (
+    "measurement",
+    "model",
+    "device",
+    "dtype",
+    "threads",
+    "tokens",
+    "unit",
+    "saexp",
+    "reference",
+    "ratio",
+    "target",
+)
+TARGETS = {"speed": ">= 0.9", "memory": "<= 1.1", "tokenization": ">= 1"}
+SHAPES: dict[str, dict[str, int]] = {
+    "gemma2-small": {
+        "hidden_size": 320,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 18432,
+    },
+    "gemma2-2b": {},
+}
+"""Random models of Gemma-2's architecture: sizes that differ from Gemma-2-2B."""
+LAYERS = {"tiny": 2, "gemma2-small": 5, "gemma2-2b": 12}
+TOKENS = {"tiny": 300_000, "gemma2-small": 30_000, "gemma2-2b": 4_000}
+"""Tokens at scale 1."""
+CONTEXT_SIZE = 256
+
+
+# What a fresh process does; the parent imports no torch, so that its memory does not count.
+
+
+def compose(job: dict[str, Any], *words: str) -> Any:
+    """The config of `task=collect` on this job's corpus."""
+    import saexp
+
+    model = ["model=tiny"]
+    if job["model"] != "tiny":
+        model = ["model=hf", f"model.name={job['folder']}/{job['model']}"]
+    return saexp.compose(
+        [
+            *model,
+            "task=collect",
+            "dataset=corpus",
+            f"dataset.path={job['folder']}/texts_{job['tokens']}.jsonl",
+            f"dataset.context_size={CONTEXT_SIZE}",
+            "positions=all",
+            "tracker=none",
+            f"layer={LAYERS[job['model']]}",
+            f"device={job['device']}",
+            f"dtype={job['dtype']}",
+            f"cache_dir={job['folder']}/cache_{job['model']}",
+            *words,
+        ]
+    )
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Write the random models and the texts: shuffled words of the shipped neutral text."""
+    import numpy as np
+    import torch
+    import transformers
+
+    import saexp
+
+    folder = Path(job["folder"])
+    tiny = saexp.build("model", saexp.compose(["model=tiny"]).model)
+    for name in job["models"]:
+        if name != "tiny" and not (folder / name).exists():
+            torch.manual_seed(0)
+            config = transformers.Gemma2Config(**SHAPES[name])  # pyright: ignore
+            torch.set_default_dtype(torch.bfloat16 if name == "gemma2-2b" else torch.float32)
+            transformers.Gemma2ForCausalLM(config).save_pretrained(folder / name)
+            tiny.tokenizer.save_pretrained(folder / name)
+    source = Path(saexp.__file__).parent / "assets" / "tiny" / "background.txt"
+    words = source.read_text(encoding="utf-8").split()
+    per_word = len(tiny.tokenizer(" ".join(words))["input_ids"]) / len(words)
+    for n_tokens in job["sizes"]:
+        rng, n_words = np.random.default_rng(0), 0
+        with (folder / f"texts_{n_tokens}.jsonl").open("w", encoding="utf-8") as file:
+            while n_words * per_word < n_tokens:
+                chosen = rng.choice(words, rng.integers(20, 600))
+                n_words += len(chosen)
+                file.write(json.dumps({"text": " ".join(chosen)}) + "\n")
+    return {}
+
+
+def bare_pass(cfg: Any) -> Callable[[], None]:
+    """The bare forward pass of the required blocks on the batches of the collection."""
+    import numpy as np
+    import torch
+
+    import saexp
+    from saexp.models.forward import TokenBudget
+    from saexp.models.hooks import position_ids
+    from saexp.pipeline.collect import open_corpus
+
+    model = saexp.build("model", cfg.model)
+    corpus = open_corpus(cfg, model)
+    per_pass = max(1, TokenBudget("auto", model.device).tokens // corpus.context_size)
+    batches = []
+    for start in range(0, len(corpus), per_pass):
+        contexts = np.arange(start, min(start + per_pass, len(corpus)))
+        ids = torch.from_numpy(corpus.ids(contexts, model.pad_id))
+        mask = torch.arange(ids.shape[1]) < torch.from_numpy(corpus.lengths(contexts))[:, None]
+        batches.append((ids.to(model.device), mask.long().to(model.device)))
+    inner = model.hf.base_model
+
+    def run() -> None:
+        whole = inner.layers
+        inner.layers = whole[: int(cfg.layer) + 1]
+        try:
+            with torch.inference_mode():
+                for ids, mask in batches:
+                    inner(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        position_ids=position_ids(mask),
+                        use_cache=False,
+                    )
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+        finally:
+            inner.layers = whole
+
+    return run
+
+
+def collecting(cfg: Any, folder: Path, objects: Any) -> Callable[[], int]:
+    """`task=collect` into an empty store; the number of tokens that it forwards."""
+    import shutil
+
+    import saexp
+
+    def run() -> int:
+        shutil.rmtree(Path(cfg.cache_dir) / "activations", ignore_errors=True)
+        place = tempfile.mkdtemp(prefix="run_", dir=folder)
+        return int(
+            saexp.run(cfg, place, objects=objects).metrics["collection/tokens_forwarded"] or 0
+        )
+
+    return run
+
+
+def speed(job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second of both, one repeat after another."""
+    from saexp.context import ObjectCache
+
+    clock = time.perf_counter if job["device"] == "cuda" else time.process_time
+    cfg = compose(job)
+    collect = collecting(cfg, Path(job["folder"]), ObjectCache())
+    # Tokenizes the corpus, and loads what is loaded once.
+    n_tokens = collect()
+    bare = bare_pass(cfg)
+    bare()
+    seconds: dict[str, list[float]] = {"saexp": [], "reference": []}
+    for _ in range(job["repeats"]):
+        for name, function in (("reference", bare), ("saexp", collect)):
+            began = clock()
+            function()
+            seconds[name].append(clock() - began)
+    return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
+
+
+def memory(job: dict[str, Any]) -> dict[str, Any]:
+    """Peak resident memory in MB of this process, which collects once."""
+    from saexp.context import ObjectCache
+
+    n_tokens = collecting(compose(job), Path(job["folder"]), ObjectCache())()
+    per_unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit
+    return {"tokens": n_tokens, "peak": [peak / 1e6]}
+
+
+def tokenization(job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens per second of both, from the same file, without special tokens."""
+    import shutil
+
+    import datasets
+
+    import saexp
+    from saexp.pipeline.collect import open_corpus
+
+    datasets.disable_progress_bars()
+    cfg, folder = compose(job), Path(job["folder"])
+    model = saexp.build("model", cfg.model)
+    tokenizer, processes = model.tokenizer, job["threads"] if job["threads"] > 1 else None
+
+    def ours() -> int:
+        shutil.rmtree(Path(cfg.cache_dir) / "corpora", ignore_errors=True)
+        return open_corpus(cfg, model).n_tokens
+
+    def encoded(batch: dict[str, list[str]]) -> dict[str, Any]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def theirs() -> int:
+        place = tempfile.mkdtemp(prefix="datasets_", dir=folder)
+        texts = datasets.load_dataset(
+            "json", data_files=cfg.dataset.path, split="train", cache_dir=place
+        )
+        assert isinstance(texts, datasets.Dataset)
+        made = texts.map(encoded, batched=True, remove_columns=["text"], num_proc=processes)
+        return len(made)
+
+    n_tokens = ours()
+    theirs()
+    seconds: dict[str, list[float]] = {"saexp": [], "reference": []}
+    for _ in range(job["repeats"]):
+        for name, function in (("reference", theirs), ("saexp", ours)):
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
+
+
+JOBS = {"prepare": prepare, "speed": speed, "memory": memory, "tokenization": tokenization}
+
+
+def worker(kind: str, job: dict[str, Any]) -> None:
+    """Do one job and print its result as the last line."""
+    import logging
+
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    logging.getLogger("saexp").setLevel(logging.WARNING)
+    sys.stdout.write("\n" + json.dumps(JOBS[kind](job)) + "\n")
+
+
+# The parent.
+
+
+def fresh(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job in a process of its own."""
+    threads = str(job["threads"])
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "true" if job["threads"] > 1 else "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-W", "ignore", __file__, "--worker", kind, json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{kind} {job}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table."""
+    row = {key: job[key] for key in ("model", "device", "dtype", "threads")}
+    row |= {"measurement": kind, "target": TARGETS[kind]}
+    if kind == "memory":
+        small, large = fresh(kind, job), fresh(kind, {**job, "tokens": 4 * job["tokens"]})
+        numbers = {"saexp": large["peak"], "reference": small["peak"]}
+        row |= {"tokens": large["tokens"], "unit": "MB, at 4 x and 1 x"}
+    else:
+        numbers = fresh(kind, job)
+        per = "CPU second" if kind == "speed" and job["device"] != "cuda" else "second"
+        row |= {"tokens": numbers["tokens"], "unit": f"tokens per {per}"}
+    own, other = numbers["saexp"], numbers["reference"]
+    row |= {"saexp": round(statistics.median(own)), "reference": round(statistics.median(other))}
+    ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
+    return row | {"ratio": round(ratio, 3)}
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(str(row[c]) for c in COLUMNS)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, write it as CSV."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "JOB"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=list(TARGETS))
+    parser.add_argument("--models", default="tiny,gemma2-small")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the numbers of tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], json.loads(args.worker[1]))
+        return
+    models = args.models.split(",")
+    sizes = {name: round(TOKENS[name] * args.scale) for name in models}
+    out = args.out or MEASURED / f"corpus_{args.device}.csv"
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="corpus-") as folder:
+        basic = {
+            "folder": folder,
+            "device": args.device,
+            "threads": args.threads,
+            "repeats": args.repeats,
+        }
+        every = sorted({n * k for n in sizes.values() for k in (1, 4)})
+        fresh("prepare", {**basic, "models": models, "sizes": every})
+        for kind in [args.only] if args.only else TARGETS:
+            for name in models:
+                for dtype in args.dtypes.split(","):
+                    # Tokenization is of no model and no dtype.
+                    if kind == "tokenization" and (rows and rows[-1]["measurement"] == kind):
+                        continue
+                    job = {**basic, "model": name, "dtype": dtype, "tokens": sizes[name]}
+                    rows.append(measured(kind, job))
+                    sys.stderr.write(f"{kind}, {name}, {dtype}: {rows[-1]['ratio']}\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", encoding="utf-8", newline="") as file:
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    sys.stdout.write(show(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
