@@ -19,8 +19,9 @@ from saexp.activations.stream import ActivationStream, ContextActivations, Strea
 from saexp.config import RunConfig
 from saexp.config.corpora import CorpusConfig
 from saexp.context import ObjectCache
-from saexp.data.corpora import Corpus, TokenizerInfo, context_size, tokenized
+from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.examples import Skip
+from saexp.data.packing import TokenizerInfo
 from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
 from saexp.errors import ConfigError, counted

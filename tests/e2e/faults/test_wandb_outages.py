@@ -110,7 +110,7 @@ def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | Non
         seconds = time.monotonic() - began
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err
-    assert seconds < runs.seconds + DELAY_SECONDS
+    assert seconds < 3 * runs.seconds + DELAY_SECONDS
     results = digests_of_results(place)
     assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
     (hint,) = hints(said)

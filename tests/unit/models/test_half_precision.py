@@ -17,7 +17,8 @@ from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
 from saexp.config.corpora import CorpusConfig
-from saexp.data.corpora import TokenizerInfo, tokenized
+from saexp.data.corpora import tokenized
+from saexp.data.packing import TokenizerInfo
 from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
 from saexp.interventions.generation import _Drawing, last_logits
