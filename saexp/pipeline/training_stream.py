@@ -109,8 +109,10 @@ class StreamBatches:
     @property
     def seconds_per_step(self) -> float:
         """The time of the first refill of the buffer, by positions."""
+        if self._refill_seconds is None:
+            return 0.0
         settings = self.stream.settings
-        return (self._refill_seconds or 0.0) * settings.batch_size / settings.buffer_rows
+        return self._refill_seconds * settings.batch_size / settings.buffer_rows
 
     def checkpoint(self, step: int) -> None:
         """Write the buffer and where the corpus is read; nothing at the end, where none follows."""
