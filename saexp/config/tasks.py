@@ -55,9 +55,9 @@ class SAETrainerConfig:
     """An SAE or a transcoder to train; sae-lens' training classes and their own options."""
 
     name: str = MISSING
-    """Architecture: standard, gated, topk, batchtopk, jumprelu, matryoshka_batchtopk; a transcoder:
-    standard_transcoder, batchtopk_transcoder, jumprelu_transcoder, matryoshka_batchtopk_transcoder.
-    """
+    """Architecture: standard, gated, topk, abstopk, batchtopk, jumprelu, matryoshka_batchtopk;
+    a transcoder: standard_transcoder, batchtopk_transcoder, jumprelu_transcoder,
+    matryoshka_batchtopk_transcoder."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …; a
     transcoder has skip too. Not fields of this class: sae-lens defines them, differently for each

@@ -1,7 +1,7 @@
 """What SAEs are trained on: stored activations of examples, split by text."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -48,7 +48,7 @@ class TrainingData(Protocol):
 
     context_size: int
     """Longest text in tokens."""
-    skips: list[Skip]
+    skips: Sequence[Skip]
     """Examples that could not be used."""
     n_evaluated: int
     """Tokens that evaluations sent through the model."""
@@ -118,6 +118,7 @@ class StoredData:
         self.context_size = cfg.dataset.max_length
         self.skips = self.collected.placement.skips
         self.n_evaluated = 0
+        self._special = frozenset(model.tokenizer.all_special_ids)
         rows = self.collected.placement.rows
         self._train, self._held_out = _split(rows, cfg.sae_trainer.held_out, cfg.seed)
         self._ordinary: dict[Streams, OrdinaryRows] = {}
@@ -187,8 +188,8 @@ class StoredData:
     def evaluation_texts(self) -> list[TokenizedText]:
         """The texts of the held-out rows."""
         placement = self.collected.placement
-        ids = pd.unique(placement.rows["text_id"].iloc[self._held_out])
-        return [placement.texts[int(n)] for n in ids]
+        texts = pd.unique(placement.rows["text_id"].iloc[self._held_out])
+        return [text_of(placement.ids(int(n)), self._special) for n in texts]
 
     def n_trained_on(self, training: Training) -> int:
         """Number of rows, which are read again as often as needed."""
@@ -210,6 +211,12 @@ class StoredData:
     def provenance(self) -> dict[str, Any]:
         """Store and data set."""
         return {**self.collected.provenance, "tokens_forwarded": self.tokens_forwarded}
+
+
+def text_of(ids: Sequence[int], special: Collection[int]) -> TokenizedText:
+    """Token ids as a text without its characters, as an evaluation reads it."""
+    flags = tuple(i in special for i in ids)
+    return TokenizedText("", tuple(ids), ((0, 0),) * len(ids), flags, truncated=False)
 
 
 def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

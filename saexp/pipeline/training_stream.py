@@ -30,7 +30,7 @@ from saexp.models.forward import TokenBudget, context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
-from saexp.pipeline.training_data import N_MEASURED, HeldOut
+from saexp.pipeline.training_data import N_MEASURED, HeldOut, text_of
 from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training import Batches, Streams, Training, Widths
 
@@ -110,8 +110,10 @@ class StreamBatches:
     @property
     def seconds_per_step(self) -> float:
         """The time of the first refill of the buffer, by positions."""
+        if self._refill_seconds is None:
+            return 0.0
         settings = self.stream.settings
-        return (self._refill_seconds or 0.0) * settings.batch_size / settings.buffer_rows
+        return self._refill_seconds * settings.batch_size / settings.buffer_rows
 
     def checkpoint(self, step: int) -> None:
         """Write the buffer and where the corpus is read; nothing at the end, where none follows."""
@@ -175,12 +177,14 @@ class StreamedData:
         info = TokenizerInfo(model.tokenizer, model.tokenizer_fingerprint, begins_with_bos(model))
         self.corpus = tokenized(cfg.dataset, info, size, cfg.cache_dir)
         self.context_size = self.corpus.context_size
-        self.skips: list[Skip] = []
+        self.skips: Sequence[Skip] = []
         trainer = cfg.sae_trainer
         self._train, self._held_out = split(self.corpus, trainer.held_out, cfg.seed)
         self.n_train_tokens = int(self.corpus.lengths(self._train).sum())
         self.settings = self._stream_settings()
         self._sources: list[ContextActivations] = []
+        self._values: dict[Hookpoint, Tensor] = {}
+        """Held-out activations."""
         self.n_evaluated = 0
 
     def _stream_settings(self) -> StreamSettings:
@@ -270,8 +274,12 @@ class StreamedData:
 
     def _held_out_values(self, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
         """Hookpoint -> activations at the positions of `_rows`, computed once per process."""
-        values = {h: self._objects.get(self._held_out_key(h)) for h in hookpoints}
-        lacking = [h for h, x in values.items() if x is None]
+        values = self._values
+        for hookpoint in hookpoints:
+            known = self._objects.get(self._held_out_key(hookpoint))
+            if hookpoint not in values and known is not None:
+                values[hookpoint] = known
+        lacking = [h for h in hookpoints if h not in values]
         if lacking:
             source = self._source(self._held_out, lacking)
             parts: dict[Hookpoint, list[Tensor]] = {h: [] for h in lacking}
@@ -303,13 +311,9 @@ class StreamedData:
 
     def evaluation_texts(self) -> list[TokenizedText]:
         """The held-out contexts."""
-        special = set(self.model.tokenizer.all_special_ids)
-        texts = []
-        for context in self._held_out:
-            ids = tuple(self.corpus.ids(np.asarray([context]))[0].tolist())
-            flags = tuple(i in special for i in ids)
-            texts.append(TokenizedText("", ids, ((0, 0),) * len(ids), flags, False))
-        return texts
+        special = frozenset(self.model.tokenizer.all_special_ids)
+        contexts = (self.corpus.ids(np.asarray([n]))[0].tolist() for n in self._held_out)
+        return [text_of(ids, special) for ids in contexts]
 
     def n_trained_on(self, training: Training) -> int:
         """Positions that were read, at most those that there are."""

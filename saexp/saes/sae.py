@@ -23,10 +23,11 @@ NEEDED = {
     "batchtopk": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
     "groupmax": ("b_enc",),
+    "abstopk": ("b_enc",),
 }
 """Architecture -> its parameters of shape `[d_sae]`."""
 ARCHITECTURES = tuple(NEEDED)
-COMPETING = ("topk", "groupmax")
+COMPETING = ("topk", "abstopk", "groupmax")
 """Architectures in which one latent's activation depends on the others'."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Accepted dtypes of weights."""
@@ -46,7 +47,7 @@ class SAESettings:
     hookpoint_out: Hookpoint | None = None
     """The stream that a transcoder predicts; None for an SAE, which reconstructs `hookpoint`."""
     k: int | None = None
-    """Number of active latents of topk, number of groups of groupmax."""
+    """Number of active latents of (abs)topk, number of groups of groupmax."""
     apply_b_dec_to_input: bool | None = None
     """Whether b_dec is subtracted from the input; None: yes for an SAE, no for a transcoder."""
     normalize_activations: str = "none"
@@ -215,8 +216,8 @@ class SAE(Protocol):
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder or transcoder.
 
-    Architectures: standard (ReLU), jumprelu, topk, batchtopk (with its inference threshold), gated,
-    and groupmax, which keeps the largest latent of each of `k` groups of consecutive latents.
+    Architectures: standard (ReLU), jumprelu, topk, abstopk (the `k` largest magnitudes), gated,
+    batchtopk (with its threshold), groupmax (largest latent of `k` groups of consecutive latents).
 
     With `hookpoint_out` it is a transcoder: it reads `hookpoint`, and `decode` predicts
     `hookpoint_out`, adding `W_skip [d_out, d_in]` times the input where there is one. The inputs of
@@ -308,8 +309,7 @@ class SparseAutoencoder(nn.Module):
     def extra_repr(self) -> str:
         """The description in `repr`."""
         at = self.hookpoint.name
-        if self.hookpoint_out is not None:
-            at = f"{at} to {self.hookpoint_out.name}"
+        at += f" to {self.hookpoint_out.name}" if self.hookpoint_out is not None else ""
         return (
             f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
             f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
@@ -443,6 +443,9 @@ class SparseAutoencoder(nn.Module):
         if self.architecture == "topk":
             top = pre.topk(self.settings.k, dim=-1, sorted=False)
             return pre.zero_().scatter_(-1, top.indices, top.values.relu())
+        if self.architecture == "abstopk":
+            chosen = pre.abs().topk(self.settings.k, dim=-1, sorted=False).indices
+            return torch.zeros_like(pre).scatter(-1, chosen, pre.gather(-1, chosen))
         groups = rearrange(pre, "... (k members) -> ... k members", k=self.settings.k)
         best = groups.max(dim=-1, keepdim=True)
         acts = groups.zero_().scatter_(-1, best.indices, best.values.relu())

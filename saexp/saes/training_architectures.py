@@ -297,7 +297,7 @@ class PairScaler(ActivationScaler):
         self.factor_out = json.loads(Path(file_path).read_text("utf-8"))["factor_out"]
 
 
-SAES = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
+SAES = ("standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
 TRANSCODERS = tuple(
     f"{name}_transcoder" for name in ("standard", "batchtopk", "jumprelu", "matryoshka_batchtopk")
 )

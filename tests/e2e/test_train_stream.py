@@ -149,7 +149,7 @@ def test_positions_of_high_norm_are_left_out_of_training_and_counted(
 def test_a_corpus_that_is_too_short_is_repeated_and_counted(
     corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run = trained(corpus, cache, tmp_path / "run", "sae_trainer.n_samples=25600")
+    run = trained(corpus, cache, tmp_path / "run", "sae_trainer.n_samples=38400")
     assert run.metrics["train/epochs"] > 2
     (note,) = (n for n in run.notes if "tokens were read" in n)
     assert "and was read again from its beginning in another order" in note

@@ -157,3 +157,16 @@ def test_one_that_diverges_does_not_stop_the_others(
     caplog.clear()
     trained(cache, tmp_path / "alone", "sae_trainer.options.k=24")
     assert "training 1 SAE: about" not in caplog.text
+
+
+def test_stored_activations_are_evaluated_when_asked_for(cache: Path, tmp_path: Path) -> None:
+    """As task=evaluate measures the trained SAE on the same held-out texts."""
+    run = trained(cache, tmp_path / "run", "sae_trainer.evaluate_every=30")
+    known = run.tables["training"].dropna(subset=["ce_loss_score"])
+    assert list(known["step"]) == [30, 60, 62]
+    assert run.metrics["train/ce_loss_score"] == known["ce_loss_score"].iloc[-1]
+    without = trained(cache, tmp_path / "without")
+    assert "ce_loss_score" not in without.tables["training"]
+    assert_same_sae(tmp_path / "run" / "sae", tmp_path / "without" / "sae")
+    assert run.metrics["collection/tokens_forwarded"] > 0
+    assert without.metrics["collection/tokens_forwarded"] == 0

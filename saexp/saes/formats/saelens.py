@@ -79,7 +79,7 @@ def load_saelens(
             norm_factor=factor,
             centre=centre,
             rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
-            and architecture in ("topk", "batchtopk"),
+            and architecture in ("topk", "abstopk", "batchtopk"),
         ),
         metadata={
             "model": about.text("model_name"),
@@ -193,7 +193,7 @@ def _architecture(cfg: Config) -> tuple[str, int | None]:
     options = cfg.section("activation_fn_kwargs")
     if activation == "topk":
         return "topk", cfg.integer("k") or options.integer("k")
-    if architecture == "topk":
+    if architecture in ("topk", "abstopk"):
         return architecture, cfg.integer("k")
     # BatchTopK's k is a mean over tokens, and not used at inference, where there is a threshold.
     cfg.number("k", positive=True)

@@ -23,6 +23,7 @@ EXTRA = {
     "batchtopk": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
     "groupmax": ("b_enc",),
+    "abstopk": ("b_enc",),
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,7 +47,7 @@ def parameters(
 
 def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
     """One of saexp's own, at block 3's output."""
-    if architecture in ("topk", "groupmax"):
+    if architecture in ("topk", "abstopk", "groupmax"):
         options.setdefault("k", K)
     options.setdefault("hookpoint", Hookpoint(3, "resid_post"))
     metadata = options.pop("metadata", None)
@@ -56,7 +57,7 @@ def sae(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
 
 def transcoder(architecture: str = "standard", **options: Any) -> SparseAutoencoder:
     """One from block 3's MLP's input to 9 numbers of its output, with a skip connection."""
-    if architecture in ("topk", "groupmax"):
+    if architecture in ("topk", "abstopk", "groupmax"):
         options.setdefault("k", K)
     made = {**parameters(architecture, d_out=D_OUT), "W_skip": skip()}
     options.setdefault("hookpoint", Hookpoint(3, "mlp_in"))

@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit(
             "cfg.json: activation_fn 'tanh-relu' is not supported; saexp reads relu, topk",
         ),
         ({"activation_fn_str": "topk"}, "a topk SAE needs k, which its config lacks"),
-        ({"architecture": "abstopk"}, "architecture 'abstopk' is not supported"),
+        ({"architecture": "temporal"}, "architecture 'temporal' is not supported"),
         ({"normalize_activations": True}, "its inputs are scaled by a factor that its files do"),
     ],
 )

@@ -112,8 +112,9 @@ def test_saved_by_sae_lens(
     lens: ModuleType, tmp_path: Path, name: str, stream: str, prepend_bos: bool, dtype: str
 ) -> None:
     at = Hookpoint(0 if stream == "embed" else 3, stream)
-    kind = {"standard": "Standard", "gated": "Gated", "topk": "TopK", "jumprelu": "JumpReLU"}[name]
-    options: dict[str, Any] = {"k": K} if name == "topk" else {}
+    kinds = {"standard": "Standard", "gated": "Gated", "topk": "TopK", "abstopk": "AbsTopK"}
+    kind = {**kinds, "jumprelu": "JumpReLU"}[name]
+    options: dict[str, Any] = {"k": K} if "topk" in name else {}
     if stream == "attn_z":
         options["reshape_activations"] = "hook_z"
     about = {"hook_name": at.transformer_lens, "model_name": MODEL, "prepend_bos": prepend_bos}
