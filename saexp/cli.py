@@ -140,7 +140,7 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
 
 def _command(sweep: Path | None) -> str:
     """The command as typed; the process of a sweep's job may have other arguments (submitit)."""
-    from saexp.reports.saved import read_plan
+    from saexp.reports.saved_run import read_plan
 
     typed = read_plan(sweep).get("command") if sweep else None
     return typed or f"python -m saexp {shlex.join(sys.argv[1:])}".strip()
@@ -175,7 +175,7 @@ def _summary(result: Any, folder: Path) -> None:
         print(headline(folder))
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
-            from saexp.activations.stores import format_listing
+            from saexp.activations.store_management import format_listing
 
             print(format_listing(result.tables["stores"]))
     else:

@@ -81,14 +81,14 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "capability": "saexp.analysis.capability:CapabilityAnalyzer",
     },
     "intervention": {
-        "steer": "saexp.interventions.steering:Steer",
-        "clamp": "saexp.interventions.steering:Clamp",
-        "scale": "saexp.interventions.steering:Scale",
-        "ablate": "saexp.interventions.steering:Ablate",
-        "project_out": "saexp.interventions.steering:ProjectOut",
-        "orthogonalize": "saexp.interventions.steering:Orthogonalize",
-        "splice": "saexp.interventions.steering:SpliceReconstruction",
-        "patch": "saexp.interventions.steering:PatchActivations",
+        "steer": "saexp.interventions.kinds:Steer",
+        "clamp": "saexp.interventions.kinds:Clamp",
+        "scale": "saexp.interventions.kinds:Scale",
+        "ablate": "saexp.interventions.kinds:Ablate",
+        "project_out": "saexp.interventions.kinds:ProjectOut",
+        "orthogonalize": "saexp.interventions.kinds:Orthogonalize",
+        "splice": "saexp.interventions.kinds:SpliceReconstruction",
+        "patch": "saexp.interventions.kinds:PatchActivations",
     },
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",
@@ -161,7 +161,7 @@ def register(
         class Loudest: ...
 
     `report_section` is for analyzers: a function of the files that the run saved
-    (`saexp.reports.saved.SavedRun`: `.folder`, `.metrics`, `.tables()`, `.config`) that returns
+    (`saexp.reports.saved_run.SavedRun`: `.folder`, `.metrics`, `.tables()`, `.config`) that returns
     HTML, or a list of `saexp.reports.page.Section`; report.html shows it below the
     analyzer's tables.
 

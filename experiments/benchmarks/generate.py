@@ -25,7 +25,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.interventions.batching import batch_tokens_for, generate
-from saexp.interventions.operations import Row
+from saexp.interventions.stream_edits import Row
 from saexp.models.devices import pick_device, short_name
 from saexp.models.forward import padded
 from saexp.models.loading import LanguageModel

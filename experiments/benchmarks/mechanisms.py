@@ -100,7 +100,7 @@ def no_speculative_decoding() -> Iterator[None]:
 @contextmanager
 def no_equal_rows() -> Iterator[None]:
     """Equal rows of an intervention are computed as often as they occur."""
-    from saexp.interventions.operations import Row
+    from saexp.interventions.stream_edits import Row
 
     own = Row.key
     numbers = iter(range(10**9))

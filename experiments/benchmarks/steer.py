@@ -29,7 +29,7 @@ import saexp
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import batch_tokens_for, generate
-from saexp.interventions.operations import Add, BatchEdit, Row, Vector
+from saexp.interventions.stream_edits import Add, BatchEdit, Row, Vector
 from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import padded
 from saexp.models.hookpoints import Hookpoint

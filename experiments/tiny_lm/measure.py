@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saexp.interventions.batching import generate
-from saexp.interventions.operations import Row
+from saexp.interventions.stream_edits import Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.models.loading import LanguageModel

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.forward import Batch
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shard_files import ShardWriter
 from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saexp.activations.shards import StoredValues
+from saexp.activations.shard_files import StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.models.hookpoints import Hookpoint
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saexp.activations.shards import (
+from saexp.activations.shard_files import (
     MANIFEST,
     Label,
     ShardWriter,

@@ -20,7 +20,7 @@ from saexp.errors import ModelError, StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.stats.permutation import derived_seed
+from saexp.stats.significance import derived_seed
 
 _REFERENCE_ROWS = 16_384
 """Positions from which the median norm, and the mean norm for scaling, are estimated."""

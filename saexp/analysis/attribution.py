@@ -22,7 +22,7 @@ from saexp.latents.statistics import by_unit
 from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
-from saexp.models.weights import ADDED, LogitGradient, Unembedding, logit_gradient
+from saexp.models.unembedding import ADDED, LogitGradient, Unembedding, logit_gradient
 from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.intervals import mean_interval
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
-from saexp.activations.shards import StoredValues
+from saexp.activations.shard_files import StoredValues
 from saexp.config import AnalyzerConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import TokenizedText

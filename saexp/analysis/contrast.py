@@ -37,7 +37,6 @@ from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import Result, is_above_chance
 from saexp.stats.intervals import auroc_interval, separation_interval
-from saexp.stats.permutation import benjamini_hochberg, holm
 from saexp.stats.rank_tests import (
     Auroc,
     Ranked,
@@ -46,6 +45,7 @@ from saexp.stats.rank_tests import (
     auroc_of,
     stratified_rank_test,
 )
+from saexp.stats.significance import benjamini_hochberg, holm
 
 log = logging.getLogger(__name__)
 

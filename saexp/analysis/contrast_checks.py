@@ -18,8 +18,8 @@ from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import counted
 from saexp.results import Result, is_above_chance, p_value_words
-from saexp.stats.permutation import claim_fraction, detectable_auroc
 from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
+from saexp.stats.significance import claim_fraction, detectable_auroc
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from saexp.stats.intervals import (
     wilson,
 )
 from saexp.stats.logistic_probe import limited
-from saexp.stats.permutation import holm
 from saexp.stats.rank_tests import placements
+from saexp.stats.significance import holm
 
 _TYPES = (
     "a probe may exploit this, because AUROCs compare entities of all types; type "

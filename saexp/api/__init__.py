@@ -243,7 +243,7 @@ def read_result(folder: str | Path) -> Result:
 
     Raises StoreError if a file is missing, damaged, or was changed since the run wrote it.
     """
-    from saexp.reports.saved import SavedRun
+    from saexp.reports.saved_run import SavedRun
 
     path = Path(folder)
     saved = SavedRun(path)

@@ -20,7 +20,7 @@ from saexp.config.interventions import PLACES, UNITS
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.directions import LatentStatistics
-from saexp.interventions.steering import Ablate, Steer
+from saexp.interventions.kinds import Ablate, Steer
 from saexp.latents.encode import encode_rows
 from saexp.latents.statistics import active_quantile
 from saexp.models.hookpoints import Hookpoint

@@ -32,7 +32,7 @@ from saexp.errors import ConfigError, DataError, InterventionError, ModelError
 from saexp.interventions.batching import LogitReader, batch_tokens_for, generate, read_logits
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
-from saexp.interventions.operations import Op, Row, Sampling
+from saexp.interventions.stream_edits import Op, Row, Sampling
 from saexp.models.forward import position_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

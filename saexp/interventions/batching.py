@@ -12,12 +12,12 @@ from torch import Tensor
 
 from saexp.context import progress
 from saexp.interventions import generation
-from saexp.interventions.operations import Row, SAEs
 from saexp.interventions.results_cache import Compute, ResultCache, shared
+from saexp.interventions.stream_edits import Row, SAEs
 from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import changes_while_generating, depends_on_length
-from saexp.models.weights import Original
+from saexp.models.unembedding import Original
 
 log = logging.getLogger(__name__)
 LOGIT_BYTES = 512 * 2**20

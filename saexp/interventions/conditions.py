@@ -30,7 +30,7 @@ from saexp.interventions.directions import (
     layered_sets,
     stream_direction,
 )
-from saexp.interventions.operations import Op
+from saexp.interventions.stream_edits import Op
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 

@@ -18,9 +18,9 @@ from saexp.interventions.directions import (
     frequency_matched,
     orthonormal,
 )
-from saexp.interventions.operations import Add, Op, Project, Vector
+from saexp.interventions.stream_edits import Add, Op, Project, Vector
 from saexp.results import CONTROL_WORDS, Result
-from saexp.stats.permutation import (
+from saexp.stats.significance import (
     MIN_CONTROLS,
     claim_fraction,
     derived_seed,

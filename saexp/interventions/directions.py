@@ -17,7 +17,7 @@ from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 
 if TYPE_CHECKING:
     from saexp.stats.logistic_probe import Fitted

@@ -19,7 +19,7 @@ from saexp.errors import counted
 from saexp.interventions.conditions import Condition, direction_of_set
 from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
-from saexp.stats.permutation import (
+from saexp.stats.significance import (
     ALPHA,
     MIN_CONTROLS,
     detectable_change,

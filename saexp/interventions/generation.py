@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.errors import InterventionError, ModelError
-from saexp.interventions.operations import BatchEdit, Row, SAEs
+from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
 from saexp.models.forward import (
     after_blocks,
     can_skip,

@@ -26,15 +26,15 @@ from saexp.interventions.batching import (
     weight_divergences,
 )
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, position_prompts
-from saexp.interventions.operations import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.interventions.outcomes import mean_loss, reader_kind
 from saexp.interventions.results_cache import ResultCache
+from saexp.interventions.stream_edits import BatchEdit, Op, Row, SAEs, Sampling
 from saexp.models.forward import check_positions, padded
 from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
-from saexp.models.weights import Original, orthogonalized
-from saexp.stats.permutation import paired_head_test
+from saexp.models.unembedding import Original, orthogonalized
+from saexp.stats.significance import paired_head_test
 
 _NEUTRAL_TOKENS = 48
 """Longest neutral text, in tokens."""

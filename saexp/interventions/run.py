@@ -30,15 +30,15 @@ from saexp.interventions.effects import (
     with_strengths,
 )
 from saexp.interventions.measure import AttentionTest, Job, Measurement, weight_costs
-from saexp.interventions.operations import Vector
 from saexp.interventions.results_cache import ResultCache, model_ingredients
+from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Original, orthogonalized
+from saexp.models.unembedding import Original, orthogonalized
 from saexp.registry import resolve
 from saexp.results import Result
 from saexp.saes.loading import sae_identity
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.permutation import MIN_CONTROLS
+from saexp.stats.significance import MIN_CONTROLS
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from saexp.activations.shards import StoredValues
+from saexp.activations.shard_files import StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
 from saexp.models.hookpoints import Hookpoint

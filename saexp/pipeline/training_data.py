@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saexp.activations.reader import OrdinaryRows, ShuffledReader
-from saexp.activations.shards import StoredValues
+from saexp.activations.shard_files import StoredValues
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.activations.shards import StoredValues
+from saexp.activations.shard_files import StoredValues
 from saexp.analysis.attribution import attribute
 from saexp.analysis.latent_scores import (
     AMPLIFICATION,
@@ -27,7 +27,7 @@ from saexp.interventions.conditions import choose_prompts, position_prompts
 from saexp.interventions.results_cache import ResultCache, model_ingredients, shared
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import ADDED
+from saexp.models.unembedding import ADDED
 from saexp.pipeline.collect import Collected
 from saexp.pipeline.session import (
     EncodedLayer,

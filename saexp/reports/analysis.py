@@ -15,7 +15,7 @@ from saexp.reports.analyzer_pages import CAPABILITY, PROBE
 from saexp.reports.contrast import CONTRAST
 from saexp.reports.effect_section import effect_content, effect_figures
 from saexp.reports.effects import effect_sentences
-from saexp.reports.finding import context_sentences, intervention_findings
+from saexp.reports.findings import context_sentences, intervention_findings
 from saexp.reports.latents import STATS, TOP_FEATURES
 from saexp.reports.page import (
     GROUP_COLOURS,
@@ -30,7 +30,7 @@ from saexp.reports.page import (
     sae_check_rows,
     write_run_page,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.reports.training import training_sentence
 from saexp.results import sae_words
 

@@ -26,7 +26,7 @@ from saexp.reports.page import (
     saved_table,
     style,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import at_chance_words
 
 _DATA = {

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from saexp.errors import counted
 from saexp.reports.effects import position_words
-from saexp.reports.finding import contrast_findings, contrast_sentences, power_sentences
+from saexp.reports.findings import contrast_findings, contrast_sentences, power_sentences
 from saexp.reports.page import (
     GROUP_COLOURS,
     QUIET,
@@ -21,9 +21,9 @@ from saexp.reports.page import (
     style,
     translucent,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import is_above_chance
-from saexp.stats.permutation import holm
+from saexp.stats.significance import holm
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
 N_HISTOGRAMS = 2

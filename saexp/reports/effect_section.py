@@ -19,7 +19,7 @@ from saexp.reports.effects import (
     unit_words,
 )
 from saexp.reports.page import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS
 
 N_EXAMPLES = 4

@@ -8,10 +8,10 @@ import pandas as pd
 
 from saexp.errors import counted
 from saexp.reports.page import interval_words
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS, p_value_words
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES
-from saexp.stats.permutation import ALPHA, MIN_CONTROLS
+from saexp.stats.significance import ALPHA, MIN_CONTROLS
 
 _CALIPER = {
     "frequency": ("frequency_caliper", "frequency_ratio", " in activation frequency"),

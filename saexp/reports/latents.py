@@ -30,7 +30,7 @@ from saexp.reports.page import (
     style,
     translucent,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 
 # analyzer=stats
 

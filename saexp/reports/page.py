@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 
 TEMPLATES = Path(__file__).parent / "templates"
 N_ROWS = 200

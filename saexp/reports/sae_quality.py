@@ -25,7 +25,7 @@ from saexp.reports.page import (
     style,
     write_run_page,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import sae_words
 
 # task=evaluate

@@ -20,7 +20,15 @@ from saexp.reports.page import (
     translucent,
     write_page,
 )
-from saexp.reports.saved import CONTROL, PAGES, STATES, cell_words, cells_table, groups_of, swept
+from saexp.reports.saved_run import (
+    CONTROL,
+    PAGES,
+    STATES,
+    cell_words,
+    cells_table,
+    groups_of,
+    swept,
+)
 from saexp.reports.sweep_figures import (
     effect_findings,
     effects_table,
@@ -28,7 +36,7 @@ from saexp.reports.sweep_figures import (
     sweep_figures,
 )
 from saexp.results import at_chance_words, read_plan
-from saexp.stats.permutation import ALPHA, holm
+from saexp.stats.significance import ALPHA, holm
 
 MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
 """Files in a sweep's folder: latents matched between its SAEs, and notes on them."""

@@ -21,9 +21,9 @@ from saexp.reports.page import (
     translucent,
     wrapped,
 )
-from saexp.reports.saved import SavedRun, cell_words, groups_of, line_keys, swept
+from saexp.reports.saved_run import SavedRun, cell_words, groups_of, line_keys, swept
 from saexp.results import p_value_words
-from saexp.stats.permutation import ALPHA, holm
+from saexp.stats.significance import ALPHA, holm
 
 _N_LISTED = 6
 """Cells without train prompts that are listed one by one; more are only counted."""

@@ -23,7 +23,7 @@ from saexp.reports.page import (
     write_run_page,
 )
 from saexp.reports.sae_quality import DENSITY_CAPTION, sae_colours
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 
 _CAPTIONS = {
     "losses": "Losses during training, on scaled inputs, on a logarithmic axis.",

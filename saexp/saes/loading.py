@@ -36,7 +36,7 @@ from saexp.saes.formats import (
     saelens,
 )
 from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 
 
 def sae_identity(sae: Any) -> str | None:

@@ -24,7 +24,7 @@ from saexp.files import RUN_FOLDER, write_folder
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
-from saexp.stats.permutation import derived_seed
+from saexp.stats.significance import derived_seed
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models.hookpoints import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.pipeline.run_folder import reserve
-from saexp.reports.saved import SavedRun, cells_table
+from saexp.reports.saved_run import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes.sae import SparseAutoencoder

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from saexp.activations import stores
+from saexp.activations import store_management as stores
 from saexp.activations.collector import Part
 from saexp.activations.store import ActivationStore
-from saexp.activations.stores import differences, headline
+from saexp.activations.store_management import differences, headline
 from saexp.config import CacheConfig, CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.data.rows import PositionTable

@@ -29,7 +29,7 @@ from saexp.latents.statistics import (
     values_at,
 )
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import ADDED, Unembedding
+from saexp.models.unembedding import ADDED, Unembedding
 from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.objects import describe_sae, encoded_neutral
 from saexp.pipeline.run_folder import save_run, skips_table

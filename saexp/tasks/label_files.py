@@ -17,8 +17,8 @@ from saexp.data.tokenization import Prompt
 from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
 from saexp.interventions.batching import generate
-from saexp.interventions.operations import Row, Sampling
 from saexp.interventions.results_cache import ResultCache, model_ingredients
+from saexp.interventions.stream_edits import Row, Sampling
 from saexp.labeling.matchers import canonical, type_key
 from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.models.loading import LanguageModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import stores
+from saexp.activations import store_management as stores
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.files import locked

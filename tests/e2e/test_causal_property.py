@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 import saexp
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 from tests import random_models
 from tests.random_models import D_MODEL, random_hf
 from tests.unit.saes.make import parameters, write_saelens

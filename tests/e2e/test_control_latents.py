@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saexp.stats.permutation import rank_p_value
+from saexp.stats.significance import rank_p_value
 from tests.unit.interventions.test_controls import matched, table
 
 

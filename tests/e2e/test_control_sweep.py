@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.reports.sweep import read_matches
 from tests.unit.reports.left import Said, command, page_of, table_of
 

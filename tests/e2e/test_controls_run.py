@@ -18,7 +18,7 @@ from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
 SMALL += ["intervention.n_prompts=5", "intervention.n_choice_prompts=3", "intervention.n_neutral=3"]

@@ -12,7 +12,7 @@ import torch
 import saexp
 from saexp.errors import SaexpError
 from saexp.interventions.batching import SpeculativeDecoding
-from saexp.interventions.operations import Row
+from saexp.interventions.stream_edits import Row
 from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]

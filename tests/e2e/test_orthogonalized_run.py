@@ -17,7 +17,7 @@ from saexp.data.tokenization import tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
-from saexp.stats.permutation import paired_head_test
+from saexp.stats.significance import paired_head_test
 from tests.edited_weights import by_hand, divergence
 
 

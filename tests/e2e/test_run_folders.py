@@ -12,7 +12,7 @@ import pytest
 
 import saexp
 from saexp import registry
-from saexp.activations.stores import damaged, stores
+from saexp.activations.store_management import damaged, stores
 from saexp.cli import cell_folder
 from saexp.context import RunContext
 from saexp.errors import ModelError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from saexp import files
-from saexp.activations import stores
+from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
 from saexp.files import FOLDER
 from tests.e2e.faults import collecting_child as child

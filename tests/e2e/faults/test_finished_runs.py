@@ -14,7 +14,7 @@ from saexp.api import read_result
 from saexp.config import RunConfig
 from saexp.errors import StoreError
 from saexp.pipeline import finished
-from saexp.reports.saved import cells_table
+from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import write_sweep
 from tests.e2e.faults.injection import (
     DAMAGES,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from saexp.interventions.batching import generate
-from saexp.interventions.operations import Add, Row, Vector
 from saexp.interventions.results_cache import ResultCache
+from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.e2e.faults.injection import empty, flip_byte, garbage, truncate

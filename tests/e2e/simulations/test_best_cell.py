@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saexp.reports.saved import cells_table
+from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import findings
 from tests.unit.reports.written import cell, effect
 

@@ -10,8 +10,8 @@ from saexp.stats.intervals import (
     mean_interval,
     ratio_interval,
 )
-from saexp.stats.permutation import prediction_p_value, rank_p_value
 from saexp.stats.rank_tests import stratum_weights
+from saexp.stats.significance import prediction_p_value, rank_p_value
 
 
 @pytest.mark.parametrize("n", [10, 30, 200])

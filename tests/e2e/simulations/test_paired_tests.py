@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saexp.stats.permutation import paired_difference, paired_head_test
+from saexp.stats.significance import paired_difference, paired_head_test
 from tests.simulated import heads
 
 

@@ -8,7 +8,7 @@ import torch
 
 import saexp
 from saexp import files
-from saexp.activations import stores
+from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import FOLDER, Lease, users

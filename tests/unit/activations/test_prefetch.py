@@ -6,9 +6,9 @@ import time
 import pytest
 
 from saexp.activations import collection
-from saexp.activations.shards import ShardWriter
+from saexp.activations.shard_files import ShardWriter
 from saexp.activations.store import ActivationStore
-from saexp.activations.stores import stores, unreadable
+from saexp.activations.store_management import stores, unreadable
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saexp.activations import shards
+from saexp.activations import shard_files as shards
 from saexp.activations import store as store_module
 from saexp.activations.store import ActivationStore
 from tests.unit.activations.collecting import (

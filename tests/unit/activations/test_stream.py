@@ -12,7 +12,7 @@ from saexp.data.corpora import Corpus
 from saexp.errors import StoreError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.stats.permutation import derived_seed
+from saexp.stats.significance import derived_seed
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.test_corpus_rows import corpus  # noqa: F401
 

@@ -7,7 +7,7 @@ from scipy import sparse
 
 from saexp.analysis.base import Split
 from saexp.analysis.contrast_checks import contrast_power
-from saexp.stats.permutation import detectable_auroc
+from saexp.stats.significance import detectable_auroc
 from tests.unit.analysis.simulate import D_SAE, GROUPS, activations, contrast, rows_table
 
 

@@ -11,8 +11,8 @@ import torch
 
 from saexp.interventions import generation
 from saexp.interventions.batching import generate
-from saexp.interventions.operations import Add, Row, Vector
 from saexp.interventions.results_cache import ResultCache
+from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm

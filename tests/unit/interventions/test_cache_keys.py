@@ -19,9 +19,9 @@ from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
 from saexp.interventions.measure import AttentionTest, _attention
-from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
+from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel

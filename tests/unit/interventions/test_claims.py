@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saexp.interventions.effects import claim_notes, summarised_conditions, with_claims
-from saexp.stats.permutation import holm
+from saexp.stats.significance import holm
 
 OUTCOMES = ["refusal", "logit"]
 

@@ -20,8 +20,7 @@ from saexp.interventions.controls import (
     missing_kinds_note,
 )
 from saexp.interventions.directions import LatentStatistics
-from saexp.interventions.operations import Add, Op, Project
-from saexp.interventions.steering import (
+from saexp.interventions.kinds import (
     Ablate,
     Clamp,
     Orthogonalize,
@@ -30,6 +29,7 @@ from saexp.interventions.steering import (
     SpliceReconstruction,
     Steer,
 )
+from saexp.interventions.stream_edits import Add, Op, Project
 from tests.random_models import random_lm
 from tests.unit.interventions.test_edits import facts
 

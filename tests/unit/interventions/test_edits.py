@@ -15,8 +15,7 @@ from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign
 from saexp.interventions.directions import LatentStatistics, StreamRows, denoised, orthonormal
-from saexp.interventions.operations import Add, Move, Project
-from saexp.interventions.steering import (
+from saexp.interventions.kinds import (
     Ablate,
     Clamp,
     Orthogonalize,
@@ -25,6 +24,7 @@ from saexp.interventions.steering import (
     SpliceReconstruction,
     Steer,
 )
+from saexp.interventions.stream_edits import Add, Move, Project
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import random_lm
 

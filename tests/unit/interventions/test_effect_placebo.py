@@ -7,7 +7,7 @@ import pytest
 from saexp.interventions.controls import effect_fraction
 from saexp.interventions.effects import effect_power
 from saexp.stats.intervals import wilson
-from saexp.stats.permutation import detectable_change
+from saexp.stats.significance import detectable_change
 
 KINDS = {"frequency": 99, "random_norm": 39}
 

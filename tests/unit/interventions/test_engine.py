@@ -9,7 +9,7 @@ from torch import Tensor
 from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
 from saexp.interventions.directions import orthonormal
 from saexp.interventions.generation import last_logits
-from saexp.interventions.operations import (
+from saexp.interventions.stream_edits import (
     Add,
     Move,
     Op,

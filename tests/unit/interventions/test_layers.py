@@ -16,8 +16,8 @@ from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign
 from saexp.interventions.directions import LatentStatistics, orthonormal, spans
 from saexp.interventions.generation import last_logits
-from saexp.interventions.operations import Add, Move, Project, Row
-from saexp.interventions.steering import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.kinds import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
+from saexp.interventions.stream_edits import Add, Move, Project, Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SAESettings, SparseAutoencoder

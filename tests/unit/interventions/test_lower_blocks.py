@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
-from saexp.interventions.operations import Add, Patch, Row, Vector
+from saexp.interventions.stream_edits import Add, Patch, Row, Vector
 from saexp.models.forward import after_blocks, can_skip, may_skip
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

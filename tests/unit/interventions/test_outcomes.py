@@ -7,7 +7,6 @@ import torch
 from saexp.data.examples import Example
 from saexp.data.tokenization import PositionNotFound, Prompt, in_template
 from saexp.interventions.batching import LogitReader, read_logits
-from saexp.interventions.operations import Row
 from saexp.interventions.outcomes import (
     Accuracy,
     AnswerLogit,
@@ -21,6 +20,7 @@ from saexp.interventions.outcomes import (
     YesNo,
     mean_loss,
 )
+from saexp.interventions.stream_edits import Row
 from saexp.registry import names, resolve
 from tests.random_models import TEXTS, random_lm, tokenizer
 

@@ -11,7 +11,7 @@ from saexp.config import InterventionConfig
 from saexp.data.examples import Example
 from saexp.interventions.batching import generate
 from saexp.interventions.conditions import position_prompts
-from saexp.interventions.operations import Row
+from saexp.interventions.stream_edits import Row
 from tests.chat_tokenizers import CHATML, with_tokenizer
 from tests.random_models import TEXTS, tokenizer
 

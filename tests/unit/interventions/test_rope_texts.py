@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saexp.interventions.batching import LogitReader, generate, read_logits
-from saexp.interventions.operations import Add, Patch, Row, Sampling, Vector
+from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm

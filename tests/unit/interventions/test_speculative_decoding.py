@@ -7,7 +7,7 @@ import torch
 
 from saexp.interventions import batching, generation
 from saexp.interventions.batching import SpeculativeDecoding, generate
-from saexp.interventions.operations import Add, Move, Patch, Row, Sampling, Splice, Vector
+from saexp.interventions.stream_edits import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes.sae import SAESettings, SparseAutoencoder

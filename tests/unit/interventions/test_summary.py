@@ -13,7 +13,7 @@ from saexp.interventions.effects import (
     summarise,
 )
 from saexp.stats.intervals import paired_difference_interval
-from saexp.stats.permutation import paired_difference, prediction_p_value, rank_p_value
+from saexp.stats.significance import paired_difference, prediction_p_value, rank_p_value
 
 N = 40
 KINDS = {"refusal": "rate", "logit": "mean"}

@@ -10,7 +10,7 @@ import torch
 from saexp.interventions import batching
 from saexp.interventions.batching import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
-from saexp.interventions.operations import Add, Row, Vector
+from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, VOCABULARY, random_hf, random_lm, tokenizer

@@ -9,7 +9,7 @@ import transformers
 from saexp.analysis.attribution import attribute
 from saexp.errors import ModelError
 from saexp.interventions.batching import LogitReader, generate, read_logits
-from saexp.interventions.operations import Row
+from saexp.interventions.stream_edits import Row
 from saexp.models.forward import check_positions, context_limit, position_limit
 from saexp.models.loading import LanguageModel
 from tests.random_models import (

@@ -22,8 +22,8 @@ from saexp.data.packing import TokenizerInfo
 from saexp.data.tokenization import tokenize
 from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
 from saexp.interventions.generation import _Drawing, last_logits
-from saexp.interventions.operations import Add, BatchEdit, Row, Sampling, Vector
 from saexp.interventions.outcomes import mean_loss
+from saexp.interventions.stream_edits import Add, BatchEdit, Row, Sampling, Vector
 from saexp.latents.encode import encode_rows, splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import attention_to, capture

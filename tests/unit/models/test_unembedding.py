@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models import weights
+from saexp.models import unembedding as weights
 from saexp.models.forward import only_at, padded
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import Unembedding
+from saexp.models.unembedding import Unembedding
 from tests.random_models import ARCHITECTURES, D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(6))

@@ -9,7 +9,7 @@ from saexp.errors import ModelError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.models.weights import orthogonalized
+from saexp.models.unembedding import orthogonalized
 from tests import random_models
 from tests.random_models import (
     ARCHITECTURES,

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from saexp.reports.saved import cells_table, groups_of, swept
+from saexp.reports.saved_run import cells_table, groups_of, swept
 from saexp.results import read_plan
 from tests.unit.reports.written import cell, contrast, write_json
 

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from saexp.reports.analysis import write_report
-from saexp.reports.finding import (
+from saexp.reports.findings import (
     above_surface,
     contrast_sentences,
     nothing_found,
     power_sentences,
 )
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from tests.unit.reports.written import METRICS, run, write_json
 
 BASELINE = {

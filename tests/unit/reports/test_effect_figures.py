@@ -8,7 +8,7 @@ import pytest
 
 from saexp.reports.effect_section import cost_table, effect_figures, effect_tables
 from saexp.reports.effects import control_rows, effect_sentences, kinds_of_control
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from tests.unit.reports.written import N_CONTROLS, controls, run, summary
 
 

@@ -9,8 +9,8 @@ import pytest
 from saexp.api import read_result
 from saexp.errors import StoreError
 from saexp.reports.analysis import findings, headline, report_figures
-from saexp.reports.finding import contrast_sentences
-from saexp.reports.saved import SavedRun
+from saexp.reports.findings import contrast_sentences
+from saexp.reports.saved_run import SavedRun
 from saexp.results import is_above_chance, p_value_words
 from tests.unit.reports.written import (
     METRICS,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.saved import cells_table
+from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep_figures import effects_table, sweep_figures
 from tests.unit.reports.written import cell, contrast, effect
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
-from saexp.reports.saved import cells_table
+from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import HEAD, findings, flow_figures, match_rows, splits, write_sweep
 from tests.unit.reports.left import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json

@@ -12,7 +12,7 @@ from saexp.config import SAEConfig, SAETrainerConfig
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.loading import random_sae
 from saexp.saes.training import Training, TrainingSource
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 
 D, WIDTH = 256, 384
 BASE = SAEConfig(name="random", loader="random", layer=2, d_in=D, width=WIDTH, device="cpu")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
-from saexp.interventions.operations import BatchEdit, Move, Row
+from saexp.interventions.stream_edits import BatchEdit, Move, Row
 from saexp.latents.encode import splice_edits
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated

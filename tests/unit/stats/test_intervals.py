@@ -12,7 +12,7 @@ from saexp.stats.intervals import (
     paired_difference_interval,
     wilson,
 )
-from saexp.stats.permutation import rank_p_value
+from saexp.stats.significance import rank_p_value
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (10, 10), (47, 200)])

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from saexp.stats.permutation import benjamini_hochberg, holm
+from saexp.stats.significance import benjamini_hochberg, holm
 
 P_VALUES = arrays.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1))
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from saexp.errors import DataError
-from saexp.stats.permutation import paired_difference, paired_head_test
+from saexp.stats.significance import paired_difference, paired_head_test
 from tests.simulated import heads
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp.stats.permutation import detectable_auroc, detectable_change
 from saexp.stats.rank_tests import stratified_rank_test
+from saexp.stats.significance import detectable_auroc, detectable_change
 
 
 def test_noether_of_large_groups() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.permutation import sign_flip_p_values
+from saexp.stats.significance import sign_flip_p_values
 
 
 @pytest.mark.parametrize(("n", "tolerance"), [(7, 1e-12), (25, 0.02)])

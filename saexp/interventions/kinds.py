@@ -23,12 +23,12 @@ from saexp.interventions.conditions import (
 from saexp.interventions.controls import OWN_GROUP
 from saexp.interventions.directions import LatentStatistics, Sets, orthonormal
 from saexp.interventions.generation import read_streams
-from saexp.interventions.operations import Add, Move, Op, Patch, Project, Row, Splice, Vector
+from saexp.interventions.stream_edits import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models.forward import check_positions
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import by_regime
-from saexp.stats.permutation import random_directions
+from saexp.stats.significance import random_directions
 
 
 class Steer(LatentIntervention):

@@ -14,7 +14,7 @@ from saexp.reports.effects import (
     main_rows,
 )
 from saexp.reports.page import Finding, interval_words
-from saexp.reports.saved import SavedRun
+from saexp.reports.saved_run import SavedRun
 from saexp.results import is_above_chance, p_value_words, sae_words
 
 Metrics = Mapping[str, float | int | None]

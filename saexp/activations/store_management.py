@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from saexp.activations.shards import MANIFEST, remove_manifest
+from saexp.activations.shard_files import MANIFEST, remove_manifest
 from saexp.activations.store import LOCKS, ActivationStore, shard_files
 from saexp.errors import ConfigError, StoreError, counted
 from saexp.files import USED, show_bytes, try_lock, users
