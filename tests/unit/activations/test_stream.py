@@ -89,24 +89,6 @@ def test_an_epoch_serves_every_ordinary_position_of_its_contexts_once(model, cor
     torch.testing.assert_close(served[order[0]], expected[order[1]], rtol=1e-3, atol=1e-4)
 
 
-def test_positions_of_high_norm_are_left_out_and_counted(corpus):  # noqa: F811
-    hf = random_hf("llama")
-    token = int(corpus.ids(np.arange(1))[0, 3])
-    with torch.no_grad():
-        hf.model.embed_tokens.weight[token] *= 1000
-    model = LanguageModel.wrap(hf, tokenizer(), name="sinks")
-    settings = StreamSettings(buffer_rows=300, batch_size=32, max_norm_ratio=10.0, batch_tokens=60)
-    at = [Hookpoint(0, "resid_post")]
-    contexts = np.arange(len(corpus))
-    activations = ContextActivations(model, corpus, contexts, at, settings)
-    n_served = sum(len(next(activations)[at[0]]) for _ in range(10))
-    ids = corpus.ids(activations._order[: activations.at.context])
-    n_high = int((ids == token).sum())
-    assert n_high > 0
-    assert activations.at.n_high_norm == n_high
-    assert activations.at.n_positions == n_served + n_high
-
-
 def test_a_value_that_is_not_finite_names_the_text(corpus):  # noqa: F811
     hf = random_hf("llama")
     with torch.no_grad():
