@@ -403,6 +403,12 @@ class StoredValues:
             values[torch.from_numpy(part)] = self.shard(index)[torch.from_numpy(offsets)]
         return values
 
+    def as_tensor(self) -> Float[Tensor, "n_rows width"]:
+        """All rows as one memory-mapped tensor; several shards are copied to a temporary file."""
+        if len(self.bounds) == 1:
+            return self.shard(0)
+        return copied_to_one_file(self, self.files[0].parent)
+
     def chunks(self, chunk_rows: int) -> Iterator[tuple[int, Float[Tensor, "n width"]]]:
         """(first row, values) in order, at most `chunk_rows` rows each, never of two shards."""
         for index, (first, end) in enumerate(self.bounds):

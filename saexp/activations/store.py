@@ -21,7 +21,6 @@ from saexp.activations.shard_files import (
     Label,
     ShardWriter,
     StoredValues,
-    copied_to_one_file,
     is_intact,
     read_manifest,
     write_manifest,
@@ -374,10 +373,7 @@ class ActivationStore(Marked):
         reads rows without a copy of the whole. Raises StoreError where the hookpoint was not
         collected, or only in part.
         """
-        values = self.values(layer, stream)
-        if len(self.shard_bounds) == 1:
-            return values.shard(0)
-        return copied_to_one_file(values, self.path)
+        return self.values(layer, stream).as_tensor()
 
     def chunks(self, hookpoint: Hookpoint, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, activations) in order, at most `chunk_rows` rows each."""

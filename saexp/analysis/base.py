@@ -1,7 +1,7 @@
 """The base class of analyzers, their inputs, and the units that they compare."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ class Analyzer:
 class UndeclaredAnalyzer(Analyzer):
     """A component with an `analyze` method that is not derived from `Analyzer`.
 
-    Attributes that it does not declare have the defaults of `Analyzer`.
+    Attributes that it does not declare have the defaults of `Analyzer`. Its `inputs.acts` is a
+    memory-mapped tensor of all rows, as before there was a base class.
     """
 
     def __init__(self, component: Any) -> None:
@@ -129,6 +130,8 @@ class UndeclaredAnalyzer(Analyzer):
 
     def analyze(self, inputs: AnalysisInputs) -> Any:
         """The component's method; the run checks what it returns."""
+        if isinstance(inputs.acts, StoredValues):
+            inputs = replace(inputs, acts=inputs.acts.as_tensor())
         return self.component.analyze(inputs)
 
 

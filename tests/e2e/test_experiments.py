@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     p.parent.name if p.stem == "run" else p.stem: p
     for p in sorted((ROOT / "experiments").glob("*/*.sh"))
-    if p.parent.name not in ("tiny_lm", "validation")
+    if p.parent.name not in ("benchmarks", "tiny_lm", "validation")
 }
 """A study's run.sh under the study's name, any other of its scripts under its own.
 

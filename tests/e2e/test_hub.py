@@ -274,8 +274,9 @@ def test_an_sae_path_that_may_be_either(online: pytest.MonkeyPatch, tmp_path: Pa
     with pytest.raises(SAEError) as error:
         build("sae", SAEConfig(name="local", loader="path", path="saes/mine"))
     assert str(error.value) == (
-        "sae.path=saes/mine: no such folder here, and saes/mine/cfg.json is neither cached nor in "
-        "reach (HF_HUB_OFFLINE is set); go online once, or point HF_HOME to a cache that holds it"
+        "sae.path=saes/mine: no such folder here, and saes/mine/cfg.json is neither cached nor "
+        "reachable (HF_HUB_OFFLINE is set); go online once, or point HF_HOME to a cache that "
+        "holds it"
     )
 
 

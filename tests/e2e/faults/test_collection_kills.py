@@ -177,7 +177,9 @@ def the_store(cache) -> ActivationStore:
 
 def test_a_killed_collection_loses_at_most_two_shards(folder, undisturbed, server, tmp_path):
     expected, tokens = undisturbed
-    process, _ = start(server, child.collect_to_pass, folder, tmp_path, PASSES, server.Event())
+    # A reference, since the child opens the event after the call has returned.
+    event = server.Event()
+    process, _ = start(server, child.collect_to_pass, folder, tmp_path, PASSES, event)
     assert end(process) == -signal.SIGKILL
     # The shard that it computed and the one that it was writing.
     killed = the_store(tmp_path)
