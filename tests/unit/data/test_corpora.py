@@ -2,13 +2,8 @@
 
 import gzip
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -193,40 +188,6 @@ def test_other_texts_settings_or_tokenizers_are_other_corpora(tmp_path):
     write_jsonl(path, texts[1:])
     keys.add(tokenized(config(path), info(), 16, tmp_path / "cache").key)
     assert len(keys) == 6
-
-
-KILLED = """
-import sys
-from tests.unit.data.test_corpora import config, info
-from pathlib import Path
-from saexp.data import corpora
-corpora._BATCH_CHARACTERS = 2000
-corpora._BATCHES_PER_CHECKPOINT = 1
-corpora.tokenized(config(Path(sys.argv[1])), info(), 16, sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_tokenization_continues_after_kill_9(tmp_path, delay):
-    path = write_jsonl(tmp_path / "a.jsonl", documents(20_000, lengths=(3, 20, 60)))
-    cache = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(cache)])
-    while process.poll() is None and not list(cache.glob("corpora/*/progress.json")):
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    [folder] = [f for f in (cache / "corpora").iterdir() if f.is_dir()]
-    if (folder / "progress.json").is_file():
-        state = json.loads((folder / "progress.json").read_text("utf-8"))
-        assert 0 < state["n_documents"] <= 20_000
-        # What was written after the checkpoint, in part, must not count.
-        with (folder / "tokens.bin").open("ab") as file:
-            file.write(os.urandom(101))
-    resumed = tokenized(config(path), info(), 16, cache)
-    fresh = tokenized(config(path), info(), 16, tmp_path / "other")
-    assert resumed.manifest["files"] == fresh.manifest["files"]
-    assert resumed.manifest["n_documents"] == 20_000
 
 
 @pytest.mark.parametrize(
