@@ -34,6 +34,8 @@ RELATIVE = 1e-9
 _COSTS = ("seconds", "tokens_forwarded", "samples_per_second")
 """Last words of metrics and columns that say what a run cost."""
 
+_PLACES = ("cache_dir", "folder")
+"""Columns of a sweep's table that depend on where it ran."""
 Renamed = Mapping[str, Mapping[str, str]]
 """`metrics`, `columns` and `tables`: name before -> name after."""
 
@@ -58,19 +60,30 @@ def run_study(study: str, code: Path, out: Path) -> None:
 
 def differences(before: Path, after: Path, renamed: Renamed) -> Iterator[str]:
     """One line per difference between what the runs below two folders left."""
-    files = {f.relative_to(before) for f in _results(before)}
-    if not files:
+    first, second = _by_name(before), _by_name(after)
+    if not first:
         yield f"{before}: no results"
-    pairs = {f: f.with_stem(renamed.get("tables", {}).get(f.stem, f.stem)) for f in files}
-    extra = {f.relative_to(after) for f in _results(after)} - set(pairs.values())
-    yield from (f"{f}: only after the change" for f in sorted(extra))
+    pairs = {n: n.with_stem(renamed.get("tables", {}).get(n.stem, n.stem)) for n in first}
+    extra = second.keys() - set(pairs.values())
+    yield from (f"{name}: only after the change" for name in sorted(extra))
     for old, new in sorted(pairs.items()):
-        if not (after / new).is_file():
+        if new not in second:
             yield f"{old}: missing after the change"
         elif old.suffix == ".json":
-            yield from _metrics(before / old, after / new, renamed.get("metrics", {}), str(new))
+            yield from _metrics(first[old], second[new], renamed.get("metrics", {}), str(new))
         else:
-            yield from _table(before / old, after / new, renamed.get("columns", {}), str(new))
+            # A sweep's table has the metrics of its cells as columns.
+            names = {**renamed.get("metrics", {}), **renamed.get("columns", {})}
+            yield from _table(first[old], second[new], names, str(new))
+
+
+def _by_name(folder: Path) -> dict[Path, Path]:
+    """Relative path -> file. Of a sweep's cell only the number: its folder names `cache_dir`."""
+    files = {}
+    for file in _results(folder):
+        parts = file.relative_to(folder).parts
+        files[Path(*(p.partition("_")[0] if p[0].isdigit() else p for p in parts))] = file
+    return files
 
 
 def _results(folder: Path) -> Iterator[Path]:
@@ -80,7 +93,7 @@ def _results(folder: Path) -> Iterator[Path]:
 
 def _metrics(before: Path, after: Path, renamed: Mapping[str, str], label: str) -> Iterator[str]:
     old, new = (json.loads(f.read_text("utf-8")) for f in (before, after))
-    old = {renamed.get(name, name): value for name, value in old.items()}
+    old = {_new_name(name, renamed): value for name, value in old.items()}
     yield from (f"{label}: {name} is missing" for name in sorted(old.keys() - new.keys()))
     yield from (f"{label}: {name} is new" for name in sorted(new.keys() - old.keys()))
     for name in sorted(old.keys() & new.keys()):
@@ -88,8 +101,17 @@ def _metrics(before: Path, after: Path, renamed: Mapping[str, str], label: str) 
             yield f"{label}: {name} was {old[name]}, is {new[name]}"
 
 
+def _new_name(name: str, renamed: Mapping[str, str]) -> str:
+    """Name after the change of a metric; of several SAEs, it ends in layer and width."""
+    for old, new in renamed.items():
+        if name == old or name.startswith((f"{old}_layer_", f"{old}_width_")):
+            return new + name.removeprefix(old)
+    return name
+
+
 def _table(before: Path, after: Path, renamed: Mapping[str, str], label: str) -> Iterator[str]:
-    old, new = pd.read_parquet(before).rename(columns=dict(renamed)), pd.read_parquet(after)
+    old, new = pd.read_parquet(before), pd.read_parquet(after)
+    old = old.rename(columns=lambda column: _new_name(column, renamed))
     yield from (f"{label}: column {c} is missing" for c in old.columns.difference(new.columns))
     yield from (f"{label}: column {c} is new" for c in new.columns.difference(old.columns))
     if len(old) != len(new):
@@ -106,7 +128,7 @@ def _table(before: Path, after: Path, renamed: Mapping[str, str], label: str) ->
 
 
 def _is_cost(name: str) -> bool:
-    return name.rpartition("/")[2] in _COSTS
+    return name.rpartition("/")[2] in (*_COSTS, *_PLACES)
 
 
 def _equal(a: object, b: object) -> bool:
@@ -114,7 +136,10 @@ def _equal(a: object, b: object) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, float | int) and isinstance(b, float | int):
         return a == b or bool(np.isclose(a, b, rtol=RELATIVE, atol=0, equal_nan=True))
-    return bool(a == b) or (a is None and b is None) or bool(pd.isna(a) and pd.isna(b))  # type: ignore
+    # pandas' NA is neither equal nor unequal to anything.
+    if a is None or b is None or a is pd.NA or b is pd.NA:
+        return bool(pd.isna(a) and pd.isna(b))  # type: ignore[arg-type]
+    return bool(a == b) or bool(pd.isna(a) and pd.isna(b))  # type: ignore[arg-type]
 
 
 def main() -> int:

@@ -47,6 +47,18 @@ def test_renamed_metrics_columns_and_tables_are_compared(
     assert len(list(script.differences(before, after, {}))) > 0
 
 
+def test_cells_are_compared_by_number_and_metrics_of_layers_by_their_old_name(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    table = TABLE.assign(n=pd.array([1, None], dtype="Int64"))
+    before = leave(tmp_path / "a/0_layer=1,cache_dir=before", {"x/old_layer_1": 1}, table, "t")
+    after = leave(tmp_path / "b/0_layer=1,cache_dir=after", {"x/new_layer_1": 1}, table, "t")
+    renamed = {"metrics": {"x/old": "x/new"}}
+    assert list(script.differences(before.parent, after.parent, renamed)) == []
+    lines = list(script.differences(before.parent, after.parent, {"metrics": {}}))
+    assert lines[0].endswith("x/old_layer_1 is missing")
+
+
 @pytest.mark.parametrize(
     "metrics, table, line",
     [
