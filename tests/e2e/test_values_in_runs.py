@@ -29,8 +29,8 @@ def test_a_run_steers_with_the_probe_it_reports(tmp_path: Path) -> None:
     result = saexp.run(saexp.compose([*words, f"cache_dir={tmp_path / 'cache'}"]), tmp_path / "run")
     probes = result.tables["probes"]
     c = probes.loc[(probes["probe"] == "dense") & (probes["data"] == "test"), "c"].item()
-    told = [m for n in result.notes if (m := re.match(r"probe direction: .* C = (\S+) by", n))]
-    assert [float(m[1]) for m in told] == [c]
+    matches = [m for n in result.notes if (m := re.match(r"probe direction: .* C = (\S+) by", n))]
+    assert [float(m[1]) for m in matches] == [c]
 
 
 FIXED = {"normalize_activations": "expected_average_only_in"}
