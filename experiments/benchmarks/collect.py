@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import PEERS, Batch
+from peers import PEERS, SHAPES, Batch, bare_forward, sync
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.activations.collection import collect
@@ -43,24 +43,10 @@ from saexp.data.tokenization import TokenizedText
 from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import TokenBudget, batches, padded
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.hooks import position_ids
 from saexp.models.loading import LanguageModel
 from saexp.registry import build as build_component
 
 log = logging.getLogger("collect")
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {
-        "hidden_size": 320,
-        "intermediate_size": 1280,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 18432,
-    },
-    "2b": {},
-}
-"""Sizes that differ from Gemma-2-2B; `small` keeps the vocabulary's fraction of the weights."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +111,7 @@ def limit(given: Setting) -> Callable[[], None]:
             [todo[i].ids for i in chosen], model.pad_id, model.device, padding_side="right"
         )
         ready.append((ids, mask))
-    inner = model.hf.model
-
-    def run() -> None:
-        whole = inner.layers
-        inner.layers = whole[: given.layer + 1]
-        try:
-            with torch.inference_mode():
-                for ids, mask in ready:
-                    inner(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        position_ids=position_ids(mask),
-                        use_cache=False,
-                    )
-            _sync(model.device)
-        finally:
-            inner.layers = whole
-
-    return run
+    return bare_forward(model, given.layer, ready)
 
 
 def saexp_way(given: Setting) -> Callable[[], None]:
@@ -163,7 +131,7 @@ def saexp_way(given: Setting) -> Callable[[], None]:
         cfg = CollectorConfig(name="hf")
         collector = HuggingFaceCollector(cfg, model=given.model, store=StoreConfig())
         collect(collector, request, cache_dir=folder)
-        _sync(given.model.device)
+        sync(given.model.device)
         shutil.rmtree(folder)
 
     return run
@@ -180,11 +148,6 @@ def in_order(given: Setting) -> list[Batch]:
     return made
 
 
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, one timed run) of every tool that is installed."""
     yield "bare forward pass of the required blocks (limit)", limit(given)
@@ -193,7 +156,7 @@ def ways(given: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
         try:
             yield (
                 name,
-                make(given.model, in_order(given), given.layer, lambda: _sync(given.model.device)),
+                make(given.model, in_order(given), given.layer, lambda: sync(given.model.device)),
             )
         except ImportError as error:
             log.warning("%s is left out: %s", name, error)
@@ -205,10 +168,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
-        _sync(device)
+        sync(device)
         began = time.perf_counter()
         torch.matmul(a, a)
-        _sync(device)
+        sync(device)
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best
 

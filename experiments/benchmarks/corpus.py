@@ -127,10 +127,10 @@ def bare_pass(cfg: Any) -> Callable[[], None]:
     """The bare forward pass of the required blocks on the batches of the collection."""
     import numpy as np
     import torch
+    from peers import bare_forward
 
     import saexp
     from saexp.models.forward import TokenBudget
-    from saexp.models.hooks import position_ids
     from saexp.pipeline.collect import open_corpus
 
     model = saexp.build("model", cfg.model)
@@ -142,26 +142,7 @@ def bare_pass(cfg: Any) -> Callable[[], None]:
         ids = torch.from_numpy(corpus.ids(contexts, model.pad_id))
         mask = torch.arange(ids.shape[1]) < torch.from_numpy(corpus.lengths(contexts))[:, None]
         batches.append((ids.to(model.device), mask.long().to(model.device)))
-    inner = model.hf.base_model
-
-    def run() -> None:
-        whole = inner.layers
-        inner.layers = whole[: int(cfg.layer) + 1]
-        try:
-            with torch.inference_mode():
-                for ids, mask in batches:
-                    inner(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        position_ids=position_ids(mask),
-                        use_cache=False,
-                    )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-        finally:
-            inner.layers = whole
-
-    return run
+    return bare_forward(model, int(cfg.layer), batches)
 
 
 def collecting(cfg: Any, folder: Path, objects: Any) -> Callable[[], int]:

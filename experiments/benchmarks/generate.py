@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import SHAPES
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.interventions.batching import batch_tokens_for, generate
@@ -30,19 +31,6 @@ from saexp.models.devices import pick_device, short_name
 from saexp.models.forward import padded
 from saexp.models.loading import LanguageModel
 
-SHAPES: dict[str, dict[str, int]] = {
-    "small": {
-        "hidden_size": 320,
-        "intermediate_size": 1280,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 18432,
-    },
-    "2b": {},
-}
-"""Sizes that differ from Gemma-2-2B."""
 Prompts = list[tuple[int, ...]]
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saexp.models.hooks import position_ids
 from saexp.models.loading import LanguageModel
 
 Sync = Callable[[], None]
 LONGEST = 128
 """Sequence length of the paper's tensor, independent of the batch."""
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "small": {
+        "hidden_size": 320,
+        "intermediate_size": 1280,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 18432,
+    },
+    "2b": {},
+}
+"""Sizes that differ from Gemma-2-2B; `small` keeps the vocabulary's fraction of the weights."""
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bare_forward(
+    model: LanguageModel, layer: int, batches: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[], None]:
+    """The bare forward pass of the blocks up to `layer` on batches (token ids, attention mask)."""
+    inner = model.hf.base_model
+
+    def run() -> None:
+        whole = inner.layers
+        inner.layers = whole[: layer + 1]
+        try:
+            with torch.inference_mode():
+                for ids, mask in batches:
+                    inner(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        position_ids=position_ids(mask),
+                        use_cache=False,
+                    )
+            sync(model.device)
+        finally:
+            inner.layers = whole
+
+    return run
 
 
 @dataclass(frozen=True)
