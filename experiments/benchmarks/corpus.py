@@ -46,18 +46,7 @@ COLUMNS = (
     "target",
 )
 TARGETS = {"speed": ">= 0.9", "memory": "<= 1.1", "tokenization": ">= 1"}
-SHAPES: dict[str, dict[str, int]] = {
-    "gemma2-small": {
-        "hidden_size": 320,
-        "intermediate_size": 1280,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 18432,
-    },
-    "gemma2-2b": {},
-}
+SHAPES = {"gemma2-small": "small", "gemma2-2b": "2b"}
 """Random models of Gemma-2's architecture: sizes that differ from Gemma-2-2B."""
 LAYERS = {"tiny": 2, "gemma2-small": 5, "gemma2-2b": 12}
 TOKENS = {"tiny": 300_000, "gemma2-small": 30_000, "gemma2-2b": 4_000}
@@ -96,6 +85,7 @@ def compose(job: dict[str, Any], *words: str) -> Any:
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Write the random models and the texts: shuffled words of the shipped neutral text."""
     import numpy as np
+    import peers
     import torch
     import transformers
 
@@ -106,7 +96,7 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
     for name in job["models"]:
         if name != "tiny" and not (folder / name).exists():
             torch.manual_seed(0)
-            config = transformers.Gemma2Config(**SHAPES[name])  # pyright: ignore
+            config = transformers.Gemma2Config(**peers.SHAPES[SHAPES[name]])  # pyright: ignore
             torch.set_default_dtype(torch.bfloat16 if name == "gemma2-2b" else torch.float32)
             transformers.Gemma2ForCausalLM(config).save_pretrained(folder / name)
             tiny.tokenizer.save_pretrained(folder / name)

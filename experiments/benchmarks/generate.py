@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import SHAPES
+from peers import SHAPES, greedy
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.interventions.batching import batch_tokens_for, generate
@@ -65,15 +65,7 @@ def theirs(model: LanguageModel, prompts: Prompts, n_new: int, batch_size: int) 
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
         ids, mask = padded(some, model.pad_id, model.device, padding_side="left")
-        with torch.inference_mode():
-            out = model.hf.generate(
-                ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=n_new,
-                eos_token_id=list(model.eos_ids),
-                pad_token_id=model.pad_id,
-            )
+        out = greedy(model, ids, mask, n_new)
         for tokens in out[:, ids.shape[1] :].tolist():
             ends = [i for i, token in enumerate(tokens) if token in model.eos_ids]
             found.append(tokens[: ends[0]] if ends else tokens)

@@ -33,6 +33,19 @@ SHAPES: dict[str, dict[str, int]] = {
 """Sizes that differ from Gemma-2-2B; `small` keeps the vocabulary's fraction of the weights."""
 
 
+def greedy(model: LanguageModel, ids: Tensor, mask: Tensor, n_new: int) -> Tensor:
+    """transformers' greedy `generate`."""
+    with torch.inference_mode():
+        return model.hf.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=n_new,
+            eos_token_id=list(model.eos_ids),
+            pad_token_id=model.pad_id,
+        )
+
+
 def sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import greedy
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -110,15 +111,7 @@ def per_cell(
                 return stream if isinstance(out, Tensor) else (stream, *out[1:])
 
             handle = model.blocks[at.layer].register_forward_hook(hook)
-            with torch.inference_mode():
-                out = model.hf.generate(
-                    ids,
-                    attention_mask=mask,
-                    do_sample=False,
-                    max_new_tokens=n_new,
-                    eos_token_id=list(model.eos_ids),
-                    pad_token_id=model.pad_id,
-                )
+            out = greedy(model, ids, mask, n_new)
             handle.remove()
             for tokens in out[:, width:].tolist():
                 ends = [i for i, t in enumerate(tokens) if t in model.eos_ids]
