@@ -84,7 +84,7 @@ def no_resuming() -> Iterator[None]:
     """An evaluation runs whole passes instead of resuming at the spliced stream."""
     from saexp.analysis.evaluation_passes import Passes
 
-    with patch.object(Passes, "_try", lambda *_: False):
+    with patch.object(Passes, "_resumes_exactly", lambda *_: False):
         yield
 
 

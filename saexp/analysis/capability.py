@@ -22,9 +22,9 @@ from saexp.data.tokenization import (
     TokenizedText,
     answer_text,
     answer_token,
+    as_chat_prompt,
     foil_of,
     format_prompts,
-    in_template,
     space_note,
     token_texts,
     tokenize_prompts,
@@ -75,7 +75,7 @@ def questions(
     for example, prompt, tokens in zip(
         answered, prompts, tokenize_prompts(model, prompts, max_length), strict=True
     ):
-        read = in_template(example, prompt) if model.cfg.chat else example
+        read = as_chat_prompt(example, prompt) if model.cfg.chat else example
         try:
             if tokens.truncated:
                 raise PositionNotFound(f"prompt longer than {max_length} tokens")

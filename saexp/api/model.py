@@ -24,8 +24,8 @@ from saexp.data.positions import Candidate, selected
 from saexp.data.tokenization import (
     PositionNotFound,
     TokenizedText,
+    as_chat_prompt,
     format_prompts,
-    in_template,
     tokenize_prompts,
 )
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError
@@ -156,7 +156,9 @@ class InteractiveModel(LanguageModel):
             if not tokens.ids:
                 raise DataError(f"text {i} is empty; pass a text with at least one token")
             example = Example(id=str(i), text=text)
-            prompts.append(Prompt(i, in_template(example, prompt) if in_chat else example, tokens))
+            prompts.append(
+                Prompt(i, as_chat_prompt(example, prompt) if in_chat else example, tokens)
+            )
         return prompts
 
     def _check_lengths(self, prompts: Sequence[Prompt], n_new: int = 0) -> None:

@@ -332,7 +332,7 @@ def _template_parts(model: ChatModel) -> tuple[str, str]:
     return ("", "") if _SENTINEL in after else (before, after)
 
 
-def in_template(example: Example, prompt: Prompt) -> Example:
+def as_chat_prompt(example: Example, prompt: Prompt) -> Example:
     """The example as a chat prompt; spans are shifted with the user's message."""
     spans = tuple(s for s in map(prompt.located, example.spans) if s is not None)
     space = IN_CHAT if example.answer_space == "auto" else example.answer_space

@@ -18,8 +18,8 @@ from saexp.data.tokenization import (
     MESSAGE_CHANGED,
     PositionNotFound,
     TokenizedText,
+    as_chat_prompt,
     format_prompts,
-    in_template,
     tokenize_prompts,
 )
 from saexp.errors import ConfigError, InterventionError
@@ -216,7 +216,7 @@ def position_prompts(
             if prompt.message is None and cfg.where not in _ANYWHERE:
                 raise PositionNotFound(MESSAGE_CHANGED)
             example = (
-                in_template(example_as_prompt, prompt) if model.cfg.chat else example_as_prompt
+                as_chat_prompt(example_as_prompt, prompt) if model.cfg.chat else example_as_prompt
             )
             positions = edited_positions(cfg, example, tokens, cfg.seed + number)
         except PositionNotFound as reason:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saexp.data.examples import Example
-from saexp.data.tokenization import PositionNotFound, Prompt, in_template
+from saexp.data.tokenization import PositionNotFound, Prompt, as_chat_prompt
 from saexp.interventions.batching import LogitReader, read_logits
 from saexp.interventions.outcomes import (
     Accuracy,
@@ -100,7 +100,9 @@ def test_accuracy_in_chat_is_that_of_the_question_without_the_template(
         extra={"attribute": "album"},
     )
     outcome = Accuracy()
-    assert outcome.score(completion, in_template(plain, read)) is outcome.score(completion, plain)
+    assert outcome.score(completion, as_chat_prompt(plain, read)) is outcome.score(
+        completion, plain
+    )
 
 
 def test_exact_is_the_answer_in_whole_words_at_the_beginning() -> None:
