@@ -459,8 +459,6 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The sweep's table and figures, with its report written from them."""
     from saexp.reports.sweep import write_sweep
 
-    pass
-
     match_cells(folder, PROCESS.objects)
     return write_sweep(folder)
 
