@@ -107,6 +107,7 @@ class Training:
                 lr_warm_up_steps=int(cfg.lr_warm_up * self.n_steps),
                 lr_decay_steps=int(cfg.lr_decay * self.n_steps),
                 device=str(device),
+                autocast=bool(cfg.autocast),
                 dead_feature_window=cfg.dead_feature_window,
                 feature_sampling_window=max(1, self.n_steps),
             ),

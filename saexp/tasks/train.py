@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
-from saexp.config import RunConfig, TrainConfig
+from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
 from saexp.config.corpora import CorpusConfig
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
 from saexp.distributed import Processes, connected
-from saexp.errors import SaexpError, counted
+from saexp.errors import ConfigError, ModelError, SaexpError, counted
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
+from saexp.models.devices import native_dtypes, pick_device
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
@@ -79,8 +81,14 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
 
 def _train(cfg: RunConfig, context: RunContext, processes: Processes) -> Result:
     assert isinstance(cfg.task, TrainConfig)
-    own = targets(cfg.layer, cfg.width, cfg.task.streams, cfg.sae_trainer)
+    if processes.are_several and cfg.sae_trainer.device:
+        raise ConfigError(
+            f"sae_trainer.device={cfg.sae_trainer.device}: each process of torchrun trains on its "
+            "own device; leave it out"
+        )
     model = language_model(cfg, context.objects)
+    trainer = _resolved(cfg.sae_trainer, model)
+    own = targets(cfg.layer, cfg.width, cfg.task.streams, trainer)
     hookpoints = list(dict.fromkeys(h for target in own for h in target.hookpoints))
     for hookpoint in hookpoints:
         model.check_layer(hookpoint.layer)
@@ -112,6 +120,27 @@ def _train(cfg: RunConfig, context: RunContext, processes: Processes) -> Result:
         for training in trainings:
             _remove_checkpoints(training.checkpoints)
     return result
+
+
+def _device(trainer: SAETrainerConfig, model: LanguageModel) -> torch.device:
+    """Where SAEs are trained."""
+    if not trainer.device:
+        return model.device
+    try:
+        return pick_device(trainer.device)
+    except ModelError as error:
+        raise ConfigError(
+            f"sae_trainer.device={trainer.device} is not on this machine; leave it out to train on "
+            "the model's device"
+        ) from error
+
+
+def _resolved(trainer: SAETrainerConfig, model: LanguageModel) -> SAETrainerConfig:
+    """The settings with `autocast` decided."""
+    if trainer.autocast is not None:
+        return trainer
+    is_native = torch.bfloat16 in native_dtypes(_device(trainer, model))
+    return replace(trainer, autocast=is_native and model.dtype == torch.bfloat16)
 
 
 def _opened(
@@ -170,7 +199,7 @@ def _trained(
             target.d_sae,
             source,
             key,
-            model.device,
+            _device(target.trainer, model),
             writable=writable,
             label=target.label,
             processes=processes,
@@ -218,7 +247,8 @@ def _companions(context: RunContext, model: LanguageModel, own: Sequence[Target]
     result: list[Target] = []
     for entry in context.trainings:
         try:
-            found = targets(entry["layer"], entry["width"], entry["streams"], entry["sae_trainer"])
+            trainer = _resolved(entry["sae_trainer"], model)
+            found = targets(entry["layer"], entry["width"], entry["streams"], trainer)
             for hookpoint in (h for target in found for h in target.hookpoints):
                 model.check_layer(hookpoint.layer)
         except SaexpError:
@@ -395,6 +425,7 @@ def _provenance(
         **data.provenance,
         "n_trained_on": first.n_trained_on,
         "n_measured": first.n_measured,
+        "autocast": first.target.trainer.autocast,
     }
     if len(parts) > 1:
         saes = [part.about for part in parts]
@@ -433,7 +464,7 @@ def _key(cfg: RunConfig, data: TrainingData, target: Target) -> str:
         data.key(target.hookpoints),
         ">".join(h.name for h in target.hookpoints),
         target.d_sae,
-        asdict(target.trainer),
+        {k: v for k, v in asdict(target.trainer).items() if k != "device"},
         [cfg.sae_trainer.seed, cfg.seed],
         [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
     ]
