@@ -23,6 +23,7 @@ from saexp.config import environment, register_schema, to_run_config
 from saexp.config.messages import is_composition_error, key_of, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
+from saexp.distributed import check_command, launched, prints_error, quiet_folder
 from saexp.errors import SaexpError, StoreError
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.registry import FULL_ERROR, explained, load_plugins, wants_traceback
@@ -135,7 +136,8 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
         if failure is error:
             raise
         raise failure from error
-    _summary(result, folder)
+    if launched().is_first:
+        _summary(result, folder)
 
 
 def _command(sweep: Path | None) -> str:
@@ -205,6 +207,7 @@ def main() -> None:
     _traceback_wanted = wants_traceback()
     words, lists_options = sys.argv[1:], not {"--help", "-h"}.isdisjoint(sys.argv[1:])
     try:
+        check_command(words)
         load_plugins(plugins_in(words))
         register_schema(only_names=lists_options)
     except SaexpError as error:
@@ -216,7 +219,8 @@ def main() -> None:
     # Without this variable Hydra would print a shortened traceback instead of raising the error.
     os.environ[FULL_ERROR] = "1"
     try:
-        with stoppable(_cells_running) as stopping:
+        with quiet_folder() as overrides, stoppable(_cells_running) as stopping:
+            sys.argv += overrides
             _until_stopped(stopping)
     finally:
         # Only what was imported can hold a folder; importing it takes longer than --help.
@@ -321,5 +325,6 @@ def _fail(message: str | SaexpError, cause: BaseException | None = None, code: i
     error = cause or (message if isinstance(message, SaexpError) else None)
     if _traceback_wanted and error is not None:
         traceback.print_exception(error)
-    print(f"saexp: {environment.masked(str(message))}", file=sys.stderr)
+    if prints_error():
+        print(f"saexp: {environment.masked(str(message))}", file=sys.stderr)
     sys.exit(code)

@@ -181,6 +181,10 @@ NOT_HERE = {
     "hydra/launcher=submitit_slurm hydra.launcher.partition=gpu hydra.launcher.gpus_per_node=1 "
     "hydra.launcher.timeout_min=240 hydra.launcher.array_parallelism=16 "
     "hydra.sweep.dir=/shared/sweeps/collect": "needs a SLURM cluster",
+    "torchrun --standalone --nproc-per-node=4 -m saexp task=train model=gpt2 layer=8 width=16k "
+    "dataset=corpus dataset.path=texts/": (
+        "needs GPUs; tests/e2e/test_train_processes.py runs two processes on the CPU"
+    ),
     "ray start --head --port=6379": "needs a Ray cluster",
     "python -m saexp -m task=collect model=gemma9b 'layer=[9,20,31]' 'task.shard=range(0,64)' "
     "task.n_shards=64 cache_dir=/shared/cache hydra/launcher=ray "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from saexp.activations.shard_files import StoredValues
 from saexp.activations.store import ActivationStore
+from saexp.distributed import ALONE, Processes
 from saexp.models.hookpoints import Hookpoint
 
 _CHUNK_ROWS = 8192
@@ -160,7 +161,8 @@ class ShuffledReader:
 
     Each epoch is a new permutation of `rows`, determined by the seed and the epoch's number, so
     that a reader that starts at step n continues exactly like one that reached it. Memory: the
-    permutation (8 bytes per row) and one batch. A batch may span two epochs.
+    permutation (8 bytes per row) and one batch. A batch may span two epochs. Each of several
+    `processes` reads a part of every batch.
     """
 
     def __init__(
@@ -170,8 +172,11 @@ class ShuffledReader:
         batch_size: int,
         seed: int,
         step: int = 0,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
         self.acts, self.rows, self.batch_size, self.seed = acts, rows, batch_size, seed
+        self.processes = processes
         self.position = step * batch_size
         self._epoch = -1
         self._order = rows
@@ -190,7 +195,7 @@ class ShuffledReader:
             parts.append(part)
             n_left -= len(part)
             self.position += len(part)
-        rows = np.concatenate(parts)
+        rows = np.concatenate(parts)[self.processes.rank :: self.processes.size]
         # Ascending, so that the disk is read in order.
         order = np.argsort(rows, kind="stable")
         ascending = self.acts[torch.from_numpy(rows[order])].float()

@@ -22,6 +22,7 @@ from saexp.config.messages import is_composition_error, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
+from saexp.distributed import check_task, launched
 from saexp.errors import StoreError
 from saexp.files import cannot_write_run, write_error
 from saexp.pipeline import finished
@@ -121,6 +122,7 @@ def _run(
     objects: ObjectCache,
 ) -> Result:
     """Run in a folder that this process holds."""
+    check_task(cfg.task.name, resume=bool(cfg.resume))
     (folder / "error.txt").unlink(missing_ok=True)
     remember_in(cfg.cache_dir)
     key = finished.fingerprint(cfg)
@@ -201,7 +203,7 @@ def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> 
 
 def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
     return tracking.start(
-        cfg.tracker,
+        cfg.tracker if launched().is_first else TrackerConfig(name="none"),
         folder=folder,
         config=as_typed(asdict(cfg)),
         name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),

@@ -91,6 +91,12 @@ class SAETrainerConfig:
     source: str | None = None
     """store: activations are collected first, and stored; stream: they are computed from a corpus
     while the SAE is trained. By default stream with dataset=corpus, else store."""
+    autocast: bool | None = None
+    """Whether matrix products of the training are computed in bfloat16; weights, losses, counters
+    and the optimizer's state are float32. null: where the model itself is computed in bfloat16, and
+    the device of the SAEs does so natively."""
+    device: str | None = None
+    """Where the SAEs are trained, such as cuda:1; null: on the model's device."""
     buffer_rows: int = 131_072
     """stream: activation vectors in the buffer in which contexts are mixed."""
     mix_fraction: float = 0.5

@@ -17,11 +17,13 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
 from saexp.data.tokenization import TokenizedText
+from saexp.distributed import ALONE, Processes
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import collect_examples
-from saexp.saes.training import Batches, Reader, ReaderBatches, Streams, Training
+from saexp.saes.training import Training
+from saexp.saes.training_batches import Batches, Reader, ReaderBatches, Streams
 
 N_MEASURED = 65_536
 """Largest number of held-out positions that are measured."""
@@ -52,6 +54,8 @@ class TrainingData(Protocol):
     """Examples that could not be used."""
     n_evaluated: int
     """Tokens that evaluations sent through the model."""
+    n_elsewhere: int
+    """Tokens that the other processes of the run sent through the model."""
 
     @property
     def tokens_forwarded(self) -> int:
@@ -112,12 +116,13 @@ class StoredData:
         context: RunContext,
         model: LanguageModel,
         hookpoints: Sequence[Hookpoint],
+        processes: Processes = ALONE,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self._processes = cfg, processes
         self.collected = collect_examples(cfg, model, list(hookpoints), context.prefetch)
         self.context_size = cfg.dataset.max_length
         self.skips = self.collected.placement.skips
-        self.n_evaluated = 0
+        self.n_evaluated = self.n_elsewhere = 0
         self._special = frozenset(model.tokenizer.all_special_ids)
         rows = self.collected.placement.rows
         self._train, self._held_out = _split(rows, cfg.sae_trainer.held_out, cfg.seed)
@@ -126,7 +131,7 @@ class StoredData:
     @property
     def tokens_forwarded(self) -> int:
         """Tokens that this run collected, and those of evaluations."""
-        return self.collected.stats.tokens_forwarded + self.n_evaluated
+        return self.collected.stats.tokens_forwarded + self.n_evaluated + self.n_elsewhere
 
     def _values(self, hookpoint: Hookpoint) -> StoredValues:
         return self.collected.store.values(hookpoint.layer, hookpoint.stream)
@@ -152,7 +157,8 @@ class StoredData:
 
     def batches(self, trainings: Sequence[Training], checkpoints: Path) -> Batches:  # noqa: ARG002
         """Batches of shuffled rows, in a new order each epoch."""
-        return ReaderBatches({t.streams: self._reader(t.streams) for t in trainings})
+        readers = {t.streams: self._reader(t.streams) for t in trainings}
+        return ReaderBatches(readers, self._processes)
 
     def _reader(self, streams: Streams) -> Reader:
         """Batches of the stream, or of both streams concatenated along the last axis."""
@@ -161,7 +167,9 @@ class StoredData:
 
         def start(step: int) -> Iterator[Tensor]:
             readers = [
-                ShuffledReader(acts, rows, trainer.batch_size, trainer.seed, step)
+                ShuffledReader(
+                    acts, rows, trainer.batch_size, trainer.seed, step, processes=self._processes
+                )
                 for acts in values
             ]
             if len(readers) == 1:

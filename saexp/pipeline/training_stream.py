@@ -15,7 +15,7 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saexp.activations.stream import ActivationStream, ContextActivations, StreamSettings
+from saexp.activations.stream import PROCESS, ActivationStream, ContextActivations, StreamSettings
 from saexp.config import RunConfig
 from saexp.config.corpora import CorpusConfig
 from saexp.context import ObjectCache
@@ -24,6 +24,7 @@ from saexp.data.examples import Skip
 from saexp.data.packing import TokenizerInfo
 from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
+from saexp.distributed import ALONE, Processes
 from saexp.errors import ConfigError, counted
 from saexp.files import is_writable
 from saexp.models.forward import TokenBudget, context_limit
@@ -32,7 +33,8 @@ from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.training_data import N_MEASURED, HeldOut, text_of
 from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
-from saexp.saes.training import Batches, Streams, Training, Widths
+from saexp.saes.training import Training
+from saexp.saes.training_batches import Batches, Streams, Widths
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,19 @@ class StreamBatches:
     """Batches of a mixed stream of activations, with a checkpoint of the stream.
 
     Positions of high norm in an SAE's own streams are left out of its batches, which are smaller by
-    their number.
+    their number. Each of several processes has a part of each batch.
     """
 
-    def __init__(self, make: MakeStream, checkpoints: Checkpoints, n_steps: int) -> None:
+    def __init__(
+        self,
+        make: MakeStream,
+        checkpoints: Checkpoints,
+        n_steps: int,
+        processes: Processes = ALONE,
+    ) -> None:
         self._make, self._checkpoints, self._n_steps = make, checkpoints, n_steps
+        self._processes = processes
+        self._has_checkpoints = processes.of_first(checkpoints.writable)
         self._streams: list[Streams] = []
         self._stream: ActivationStream | None = None
         self._n_high: dict[str, int] = {}
@@ -74,6 +84,7 @@ class StreamBatches:
         self._streams = list(streams)
         self._begin()
         found = self._checkpoints.resume(self._load, latest=step)
+        self._processes.require_same("the checkpoint of the stream", found)
         if found < step:
             log.info("the corpus is read again from step %d to %d", found, step)
         return found
@@ -90,17 +101,16 @@ class StreamBatches:
             self._refill_seconds = time.perf_counter() - began
         limits = self.stream.source.limits
         ordinary = {h: x.norm(dim=-1) <= limits[h] for h, x in rows.items()}
-        batches = {}
-        for streams in self._streams:
-            keep = torch.stack([ordinary[h] for h in streams]).all(0)
+        keeps = [torch.stack([ordinary[h] for h in streams]).all(0) for streams in self._streams]
+        n_ordinary = self._processes.totals([int(keep.sum()) for keep in keeps])
+        batches, n_rows = {}, self.stream.settings.batch_size
+        for streams, keep, n in zip(self._streams, keeps, n_ordinary, strict=True):
             batch = torch.cat([rows[h] for h in streams], dim=-1)
-            n_high = int((~keep).sum())
-            if n_high == len(keep):
-                # As elsewhere: where no position is ordinary, all are read.
-                n_high = 0
+            # As elsewhere: where no position is ordinary, all are read.
+            n_high = n_rows - n if n else 0
             batches[streams] = batch[keep] if n_high else batch
             self._n_high[name_of(streams)] += n_high
-        self._n_served += self.stream.settings.batch_size
+        self._n_served += n_rows
         return batches
 
     def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
@@ -117,15 +127,15 @@ class StreamBatches:
 
     def checkpoint(self, step: int) -> None:
         """Write the buffer and where the corpus is read; nothing at the end, where none follows."""
-        if step < self._n_steps:
-            self._checkpoints.write(step, self._write)
+        if step < self._n_steps and self._has_checkpoints:
+            state = self.stream.state()
+            self._checkpoints.write(step, lambda folder: self._write(folder, *state))
 
     def remove(self) -> None:
         """Remove the checkpoints of the stream."""
         self._checkpoints.remove()
 
-    def _write(self, folder: Path) -> None:
-        tensors, about = self.stream.state()
+    def _write(self, folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         save_file(tensors, folder / BUFFER)
         names = [h.name for h in self.stream.source.hookpoints]
         read = {"hookpoints": names, "n_high": self._n_high, "n_rows": self._n_served}
@@ -142,6 +152,7 @@ class StreamBatches:
             at = [state["hookpoints"].index(h.name) for h in hookpoints]
             norms = {name: [values[i] for i in at] for name, values in state["norms"].items()}
             buffer = {h.name: tensors[h.name] for h in hookpoints}
+            buffer |= {PROCESS: tensors[PROCESS]} if PROCESS in tensors else {}
             self.stream.resume(buffer, {**state, "norms": norms})
             self._n_high = {name: int(state["n_high"][name]) for name in self._n_high}
             self._n_served = int(state["n_rows"])
@@ -165,13 +176,19 @@ class StreamBatches:
 class StreamedData:
     """A corpus of which a part is held out, read through the language model while SAEs train."""
 
-    def __init__(self, cfg: RunConfig, model: LanguageModel, objects: ObjectCache) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: LanguageModel,
+        objects: ObjectCache,
+        processes: Processes = ALONE,
+    ) -> None:
         if not isinstance(cfg.dataset, CorpusConfig):
             raise ConfigError(
                 f"sae_trainer.source=stream reads a corpus, not dataset={cfg.dataset.name}; type "
                 "dataset=corpus dataset.path=<text files>, or sae_trainer.source=store"
             )
-        self.cfg, self.model, self._objects = cfg, model, objects
+        self.cfg, self.model, self._objects, self._processes = cfg, model, objects, processes
         self._dataset = cfg.dataset
         size = context_size(cfg.dataset, context_limit(model), model.name)
         info = TokenizerInfo(model.tokenizer, model.tokenizer_fingerprint, begins_with_bos(model))
@@ -185,7 +202,7 @@ class StreamedData:
         self._sources: list[ContextActivations] = []
         self._values: dict[Hookpoint, Tensor] = {}
         """Held-out activations."""
-        self.n_evaluated = 0
+        self.n_evaluated = self.n_elsewhere = 0
 
     def _stream_settings(self) -> StreamSettings:
         trainer = self.cfg.sae_trainer
@@ -208,7 +225,8 @@ class StreamedData:
     @property
     def tokens_forwarded(self) -> int:
         """Tokens that this run sent through the model, those of evaluations included."""
-        return sum(source.n_forwarded for source in self._sources) + self.n_evaluated
+        own = sum(source.n_forwarded for source in self._sources)
+        return own + self.n_evaluated + self.n_elsewhere
 
     def width(self, hookpoint: Hookpoint) -> int:
         """Size of the activations: d_model, or what the attention's projection reads."""
@@ -230,10 +248,15 @@ class StreamedData:
         ]
 
     def _source(
-        self, contexts: Int[np.ndarray, " n"], hookpoints: Sequence[Hookpoint]
+        self,
+        contexts: Int[np.ndarray, " n"],
+        hookpoints: Sequence[Hookpoint],
+        processes: Processes = ALONE,
     ) -> ContextActivations:
         self.model.check_streams(hookpoints)
-        source = ContextActivations(self.model, self.corpus, contexts, hookpoints, self.settings)
+        source = ContextActivations(
+            self.model, self.corpus, contexts, hookpoints, self.settings, processes
+        )
         self._sources.append(source)
         return source
 
@@ -241,13 +264,14 @@ class StreamedData:
         """Batches of one stream; its checkpoints are beside those of the trainings."""
         # Of this pass alone: another one may be under way with other SAEs.
         key = digest_of("stream", *sorted(t.checkpoints.folder.name for t in trainings))[:24]
-        folder = Checkpoints(checkpoints / key, writable=is_writable(self.cfg.cache_dir))
+        writable = self._processes.is_first and is_writable(self.cfg.cache_dir)
         return StreamBatches(
             lambda hookpoints: ActivationStream(
-                self._source(self._train, hookpoints), self.settings
+                self._source(self._train, hookpoints, self._processes), self.settings
             ),
-            folder,
+            Checkpoints(checkpoints / key, writable=writable),
             trainings[0].n_steps,
+            self._processes,
         )
 
     def held_out(self, training: Training) -> HeldOut:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,101 +19,23 @@ from torch import Tensor
 
 from saexp.config import SAETrainerConfig
 from saexp.context import progress
+from saexp.distributed import ALONE, Processes
 from saexp.errors import SAEError, counted
 from saexp.files import RUN_FOLDER, write_folder
 from saexp.models.hookpoints import Hookpoint
 from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
+from saexp.saes.training_batches import Batches, Reader, ReaderBatches, Streams, Widths
 from saexp.stats.significance import derived_seed
 
 log = logging.getLogger(__name__)
 
 
-N_SCALE_BATCHES = 50
-"""Number of batches from which the inputs' mean norm is estimated."""
 WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
 """Files of a checkpoint; sae-lens writes the last one, and a file with the input scaling."""
 N_TIMED_STEPS = 10
 """Steps after which the duration of a training is estimated."""
 Record = dict[str, float | int]
-Reader = Callable[[int], Iterator[Tensor]]
-"""Step -> batches from that step on: `[batch, d_in]`, a transcoder's `[batch, d_in + d_out]`."""
-Streams = tuple[Hookpoint, ...]
-"""The stream that an SAE reads, and the one that a transcoder predicts."""
-Widths = Mapping[Hookpoint, int]
-"""The streams of one SAE with their widths, in the order of the columns of its batches."""
-
-
-@runtime_checkable
-class Batches(Protocol):
-    """The data of one pass: at each step a batch for every SAE."""
-
-    def seek(self, step: int, streams: Sequence[Streams]) -> int:
-        """Continue at this step, or at an earlier one; returns it. Batches are for `streams`."""
-        ...
-
-    def next(self) -> Mapping[Streams, Tensor]:
-        """The batches of the next step, `[batch, d_in]` or `[batch, d_in + d_out]`, float32."""
-        ...
-
-    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
-        """Estimated mean norm of the activations at each stream of an SAE."""
-        ...
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Average time per step of what is done for many steps at once, such as a refill."""
-        ...
-
-    def checkpoint(self, step: int) -> None:
-        """Store what `seek` needs to continue at this step."""
-        ...
-
-    def describe(self, streams: Streams) -> dict[str, Any]:
-        """What was read for these streams so far; stored with each checkpoint of their SAEs."""
-        ...
-
-
-class ReaderBatches:
-    """Batches of readers that can begin at any step, such as those of an activation store."""
-
-    def __init__(self, readers: Mapping[Streams, Reader]) -> None:
-        self._readers = readers
-        self._batches: dict[Streams, Iterator[Tensor]] = {}
-
-    def seek(self, step: int, streams: Sequence[Streams]) -> int:
-        """Continue at exactly this step."""
-        self._batches = {one: self._readers[one](step) for one in streams}
-        return step
-
-    def next(self) -> Mapping[Streams, Tensor]:
-        """The next batch of each reader."""
-        return {one: next(batches) for one, batches in self._batches.items()}
-
-    def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
-        """Means over the first `N_SCALE_BATCHES` batches."""
-        batches = self._readers[tuple(widths)](0)
-        norms = [
-            [
-                float(part.norm(dim=-1).mean())
-                for part in next(batches).split(list(widths.values()), dim=-1)
-            ]
-            for _ in range(N_SCALE_BATCHES)
-        ]
-        means = [sum(values) / len(values) for values in zip(*norms, strict=True)]
-        return dict(zip(widths, means, strict=True))
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Nothing is done for many steps at once."""
-        return 0.0
-
-    def checkpoint(self, step: int) -> None:
-        """Nothing: the step says where to continue."""
-
-    def describe(self, streams: Streams) -> dict[str, Any]:  # noqa: ARG002
-        """Nothing: what is read follows from the step."""
-        return {}
 
 
 class Training:
@@ -129,11 +51,15 @@ class Training:
         *,
         writable: bool = True,
         label: str = "",
+        processes: Processes = ALONE,
     ) -> None:
-        """`label` distinguishes it from the others of its pass, in messages."""
+        """`label` distinguishes it from the others of its pass, in messages.
+
+        The first of several `processes` writes the checkpoints.
+        """
         self.cfg, self.d_sae, self.source, self.device = cfg, d_sae, source, device
-        self.label = label
-        self.checkpoints = Checkpoints(folder, writable=writable)
+        self.label, self.processes = label, processes
+        self.checkpoints = Checkpoints(folder, writable=writable and processes.is_first)
         self.n_steps = max(1, cfg.n_samples // cfg.batch_size)
         self.error: SAEError | None = None
         """Why it could not go on to the end."""
@@ -165,13 +91,14 @@ class Training:
     def _initialize(self) -> None:
         """Initialize the weights and the optimizer, at step 0."""
         from sae_lens.config import SAETrainerConfig as LensConfig
-        from sae_lens.training.sae_trainer import SAETrainer
+
+        from saexp.saes.training_step import Trainer
 
         cfg, source, device = self.cfg, self.source, self.device
         # With the seed alone, SAEs of two layers would start from the same directions.
         torch.manual_seed(derived_seed(cfg.seed, "training", source.hookpoint.name))
         self.sae: Any = training_sae(cfg, self.d_sae, source, device, self.n_steps)
-        self.trainer = SAETrainer(
+        self.trainer = Trainer(
             LensConfig(
                 total_training_samples=self.n_steps * cfg.batch_size,
                 train_batch_size_samples=cfg.batch_size,
@@ -180,11 +107,12 @@ class Training:
                 lr_warm_up_steps=int(cfg.lr_warm_up * self.n_steps),
                 lr_decay_steps=int(cfg.lr_decay * self.n_steps),
                 device=str(device),
+                autocast=bool(cfg.autocast),
                 dead_feature_window=cfg.dead_feature_window,
                 feature_sampling_window=max(1, self.n_steps),
             ),
             self.sae,
-            iter(()),
+            self.processes,
         )
         if source.hookpoint_out is not None:
             self.trainer.activation_scaler = PairScaler(d_in=source.d_in)
@@ -206,6 +134,7 @@ class Training:
     def resume(self) -> int:
         """Load the newest intact checkpoint; returns the number of steps made."""
         step = self.checkpoints.resume(self._load)
+        self.processes.require_same("their checkpoint", step)
         if step:
             log.info("%scontinuing from step %d of %d", self._prefix, step, self.n_steps)
         return step

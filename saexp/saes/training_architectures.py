@@ -87,6 +87,8 @@ class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE):
             bias = bias - self.b_dec @ self.W_enc
         norms = self._norms()
         hidden_pre = functional.linear(x.to(self.dtype), (self.W_enc * norms).T, bias * norms)
+        # Of bfloat16 under autocast.
+        hidden_pre = hidden_pre.to(self.dtype)
         return self.activation_fn(hidden_pre), hidden_pre
 
     def decode(self, feature_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:

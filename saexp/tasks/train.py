@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -13,22 +13,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
 from saexp.config.corpora import CorpusConfig
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
-from saexp.errors import SaexpError, counted
+from saexp.distributed import Processes, connected
+from saexp.errors import ConfigError, ModelError, SaexpError, counted
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
 from saexp.latents.encode import Latents, encode_rows
 from saexp.latents.statistics import moments
+from saexp.models.devices import native_dtypes, pick_device
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.pipeline.training_data import N_MEASURED, StoredData, TrainingData
-from saexp.pipeline.training_evaluation import HeldOutEvaluation
+from saexp.pipeline.training_evaluation import HeldOutEvaluation, off_curve, off_target
 from saexp.pipeline.training_stream import StreamBatches, StreamedData
 from saexp.reports.training import (
     SAES,
@@ -68,19 +71,35 @@ class _Part:
 
 
 def train(cfg: RunConfig, context: RunContext) -> Result:
-    """Collect (or find) the activations, train, save in SAELens format, measure, report."""
+    """Collect (or find) the activations, train, save in SAELens format, measure, report.
+
+    Of the processes that torchrun started, the first one measures and reports.
+    """
+    with connected(cfg.device) as processes:
+        return _train(cfg, context, processes)
+
+
+def _train(cfg: RunConfig, context: RunContext, processes: Processes) -> Result:
     assert isinstance(cfg.task, TrainConfig)
-    own = targets(cfg.layer, cfg.width, cfg.task.streams, cfg.sae_trainer)
+    if processes.are_several and cfg.sae_trainer.device:
+        raise ConfigError(
+            f"sae_trainer.device={cfg.sae_trainer.device}: each process of torchrun trains on its "
+            "own device; leave it out"
+        )
     model = language_model(cfg, context.objects)
+    trainer = _resolved(cfg.sae_trainer, model)
+    own = targets(cfg.layer, cfg.width, cfg.task.streams, trainer)
     hookpoints = list(dict.fromkeys(h for target in own for h in target.hookpoints))
     for hookpoint in hookpoints:
         model.check_layer(hookpoint.layer)
     others = _companions(context, model, own)
     with context.stage("collect"):
-        data = _opened(cfg, context, model, hookpoints)
+        data = _opened(cfg, context, model, hookpoints, processes)
     began = time.perf_counter()
     with context.stage("train"):
-        trainings = _trained(cfg, context, model, data, own, others)
+        trainings = _trained(cfg, context, model, data, own, others, processes)
+    if not processes.is_first:
+        return Result()
     seconds = time.perf_counter() - began
     with context.stage("measure"):
         others_read = [h for target in others for h in target.hookpoints]
@@ -103,23 +122,52 @@ def train(cfg: RunConfig, context: RunContext) -> Result:
     return result
 
 
+def _device(trainer: SAETrainerConfig, model: LanguageModel) -> torch.device:
+    """Where SAEs are trained."""
+    if not trainer.device:
+        return model.device
+    try:
+        return pick_device(trainer.device)
+    except ModelError as error:
+        raise ConfigError(
+            f"sae_trainer.device={trainer.device} is not on this machine; leave it out to train on "
+            "the model's device"
+        ) from error
+
+
+def _resolved(trainer: SAETrainerConfig, model: LanguageModel) -> SAETrainerConfig:
+    """The settings with `autocast` decided."""
+    if trainer.autocast is not None:
+        return trainer
+    is_native = torch.bfloat16 in native_dtypes(_device(trainer, model))
+    return replace(trainer, autocast=is_native and model.dtype == torch.bfloat16)
+
+
 def _opened(
-    cfg: RunConfig, context: RunContext, model: LanguageModel, hookpoints: Sequence[Hookpoint]
+    cfg: RunConfig,
+    context: RunContext,
+    model: LanguageModel,
+    hookpoints: Sequence[Hookpoint],
+    processes: Processes,
 ) -> TrainingData:
     """Stored activations, or those of a corpus, as `sae_trainer.source` says."""
     is_corpus = isinstance(cfg.dataset, CorpusConfig)
     source = cfg.sae_trainer.source or ("stream" if is_corpus else "store")
     if source == "stream":
-        return StreamedData(cfg, model, context.objects)
-    return StoredData(cfg, context, model, hookpoints)
+        return StreamedData(cfg, model, context.objects, processes)
+    return StoredData(cfg, context, model, hookpoints, processes)
 
 
-def _evaluation(cfg: RunConfig, model: LanguageModel, data: TrainingData) -> Evaluate | None:
-    """How SAEs are evaluated while they are trained; None where they are not."""
+def _evaluation(
+    cfg: RunConfig, model: LanguageModel, data: TrainingData, processes: Processes
+) -> Evaluate | None:
+    """How SAEs are evaluated while they are trained, by the first process; None where not."""
     if not cfg.sae_trainer.evaluate_every and isinstance(data, StoredData):
         return None
     evaluation = HeldOutEvaluation(cfg, model, data)
-    return evaluation if evaluation.is_possible else None
+    if not evaluation.is_possible:
+        return None
+    return lambda trainings: processes.of_first(evaluation(trainings) if processes.is_first else [])
 
 
 def _folder(context: RunContext, target: Target) -> Path:
@@ -134,6 +182,7 @@ def _trained(
     data: TrainingData,
     own: Sequence[Target],
     others: Sequence[Target],
+    processes: Processes,
 ) -> list[Training]:
     """The finished trainings of the run's own SAEs, which are saved.
 
@@ -150,14 +199,16 @@ def _trained(
             target.d_sae,
             source,
             key,
-            model.device,
+            _device(target.trainer, model),
             writable=writable,
             label=target.label,
+            processes=processes,
         )
         training.resume()
         return training
 
-    with _locked([_lock(key) for key in keys] if writable else []):
+    with _locked([_lock(key) for key in keys] if writable and processes.is_first else []):
+        processes.require_same("what they train on", [key.name for key in keys])
         trainings = [begin(*one) for one in zip(own, keys[: len(own)], strict=True)]
         for training in trainings:
             if training.is_finished:
@@ -173,16 +224,18 @@ def _trained(
         if len(every) > len(trainings):
             n = counted(len(every) - len(trainings), "SAE")
             log.info("in the same pass: %s of later cells", n)
-        batches = data.batches(every, folder)
-        for training, record in train_together(every, batches, _evaluation(cfg, model, data)):
+        batches, evaluate = data.batches(every, folder), _evaluation(cfg, model, data, processes)
+        for training, record in train_together(every, batches, evaluate):
             if training in trainings:
                 context.tracker.metrics(_labelled(record, training.label))
         for training in trainings:
             if training.error is not None:
                 raise training.error
-        _save(context, trainings)
-        if isinstance(batches, StreamBatches):
-            batches.remove()
+        data.n_elsewhere = processes.totals([data.tokens_forwarded])[0] - data.tokens_forwarded
+        if processes.is_first:
+            _save(context, trainings)
+            if isinstance(batches, StreamBatches):
+                batches.remove()
     return trainings
 
 
@@ -194,7 +247,8 @@ def _companions(context: RunContext, model: LanguageModel, own: Sequence[Target]
     result: list[Target] = []
     for entry in context.trainings:
         try:
-            found = targets(entry["layer"], entry["width"], entry["streams"], entry["sae_trainer"])
+            trainer = _resolved(entry["sae_trainer"], model)
+            found = targets(entry["layer"], entry["width"], entry["streams"], trainer)
             for hookpoint in (h for target in found for h in target.hookpoints):
                 model.check_layer(hookpoint.layer)
         except SaexpError:
@@ -371,6 +425,7 @@ def _provenance(
         **data.provenance,
         "n_trained_on": first.n_trained_on,
         "n_measured": first.n_measured,
+        "autocast": first.target.trainer.autocast,
     }
     if len(parts) > 1:
         saes = [part.about for part in parts]
@@ -409,72 +464,11 @@ def _key(cfg: RunConfig, data: TrainingData, target: Target) -> str:
         data.key(target.hookpoints),
         ">".join(h.name for h in target.hookpoints),
         target.d_sae,
-        asdict(target.trainer),
+        {k: v for k, v in asdict(target.trainer).items() if k != "device"},
         [cfg.sae_trainer.seed, cfg.seed],
         [metadata.version(name) for name in ("saexp", "sae-lens", "torch")],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
-    """A note where a BatchTopK SAE has a held-out L0 far from its k."""
-    k = trainer.options.get("k")
-    if not k or not l0 or "batchtopk" not in trainer.name or k / _FAR <= l0 <= k * _FAR:
-        return []
-    return [
-        f"L0 is {l0:.1f} on held-out positions, where k is {k:g}: the threshold that stands in for "
-        "the k largest of a batch is an average over the training and has not converged; train "
-        "longer (sae_trainer.n_samples)"
-    ]
-
-
-def off_curve(
-    last: Mapping[str, float | int],
-    measured: Mapping[str, float | None],
-    n_steps: int,
-    dead_window: int,
-    *,
-    l0_reported: bool = False,
-) -> list[str]:
-    """A note where held-out numbers differ from the end of the training curve.
-
-    `last` is the curve's last record; L0 is left out where another note reports it
-    (`l0_reported`). The curve's dead fraction is 0 during the first `dead_window` steps.
-    """
-    differences = []
-    for name, key in _CURVE.items():
-        here, there = measured[key], last[f"train/{name}"]
-        if here is None:
-            continue
-        if name == "l0":
-            differs = not l0_reported and not there / _FAR <= here <= there * _FAR
-        else:
-            differs = abs(here - there) > _DIFFERENT
-        if differs:
-            differences.append(
-                f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}"
-            )
-    if not differences:
-        return []
-    short = f", more than the {n_steps} of this training" if n_steps <= dead_window else ""
-    return [
-        f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
-        f"curve: {'; '.join(differences)} (of the last batch; there a latent is dead after "
-        f"sae_trainer.dead_feature_window={dead_window} inactive steps{short}); the held-out "
-        "numbers count, and more or more varied texts bring them closer"
-    ]
-
-
-_FAR = 1.5
-"""A note reports a held-out L0 that differs from k, or from the curve's L0, by this factor."""
-_DIFFERENT = 0.15
-"""A note reports a difference of explained variances or dead fractions above this."""
-_CURVE = {
-    "l0": "sparsity/l0",
-    "explained_variance": "reconstruction/explained_variance",
-    "dead_fraction": "sparsity/dead_fraction",
-}
-"""Name of a training curve -> metric of the same quantity on held-out positions."""
 
 
 def _density(latents: Latents) -> pd.DataFrame:

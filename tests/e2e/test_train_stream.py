@@ -248,6 +248,7 @@ def test_a_damaged_checkpoint_of_the_stream_only_costs_time(
         (["sae_trainer.buffer_rows=64"], "is less than a batch; type sae_trainer.buffer_rows=2048"),
         (["dataset.context_size=4096"], "takes at most 512 tokens"),
         (["sae_trainer.source=disk"], "sae_trainer.source=disk is not known"),
+        (["sae_trainer.device=xpu:7"], "sae_trainer.device=xpu:7 is not on this machine; leave"),
         (["sae_trainer.mix_fraction=1"], "must be at least 0 and below 1"),
     ],
 )

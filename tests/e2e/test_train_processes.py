@@ -1,0 +1,221 @@
+"""task=train in two processes of torchrun: the result of one process, kills, and errors."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import saexp
+from saexp.activations.stream import PROCESS
+from saexp.distributed import check_command, check_task
+from saexp.errors import ConfigError
+from saexp.models.loading import ASSETS
+
+CORPUS = [
+    "task=train",
+    "dataset=corpus",
+    "dataset.context_size=32",
+    "layer=1",
+    "width=64",
+    "sae_trainer.n_samples=7680",
+    "sae_trainer.batch_size=128",
+    "sae_trainer.buffer_rows=2048",
+    "sae_trainer.checkpoint_every=10",
+    "sae_trainer.log_every=10",
+    "tracker=none",
+]
+VARIANTS = (
+    "sae_trainer.variants=[{name:topk,k:2,dead_feature_window:3},{name:batchtopk},{name:standard},"
+    "{name:matryoshka_batchtopk}]"
+)
+TEXTS = [
+    "task=train",
+    "dataset=text",
+    f"dataset.path={ASSETS}/tiny/background.txt",
+    "layer=1",
+    "width=64",
+    "sae_trainer=standard_transcoder",
+    "task.streams=[mlp_in,mlp_out]",
+    "sae_trainer.n_samples=7680",
+    "sae_trainer.batch_size=128",
+    "tracker=none",
+]
+# `python -m saexp`, in which a chosen process fails or is killed at a step.
+INTERRUPTED = """
+import os, signal
+from saexp.cli import main
+from saexp.errors import SAEError
+from saexp.saes.training import Training
+
+def step(self, batch):
+    if self.step == int(os.environ["FAILS_AT"]) and os.environ["RANK"] == os.environ["FAILS_IN"]:
+        if os.environ["FAILS_BY"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise SAEError("the disk of this process is on fire")
+    return real(self, batch)
+
+real, Training.make_step = Training.make_step, step
+main()
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+    lines = (ASSETS / "tiny/background.txt").read_text("utf-8").splitlines()
+    texts = (" ".join(rng.choices(lines, k=rng.randint(1, 4))) for _ in range(200))
+    file = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return file
+
+
+def command(words: list[str], folder: Path, *, n_processes: int = 2) -> list[str]:
+    """A run in `folder/run`, with a cache of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    settings = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/run"]
+    launched = [*(launcher if n_processes > 1 else []), "-m", "saexp"]
+    return [sys.executable, "-W", "ignore", *launched, *words, *settings]
+
+
+def finished(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environ)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(saexp.load_sae(folder).named_buffers())
+
+
+def assert_close(
+    one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], *, selects: bool = False
+) -> None:
+    """Equal up to rounding; where latents are selected, rounding may select another one."""
+    assert one.keys() == other.keys()
+    tolerance = 1e-2 if selects else 2e-5
+    for name, w in one.items():
+        torch.testing.assert_close(other[name], w, rtol=0, atol=tolerance * float(w.abs().max()))
+
+
+def test_two_processes_train_the_saes_of_one(corpus: Path, tmp_path: Path) -> None:
+    words = [*CORPUS, f"dataset.path={corpus}", VARIANTS, "positions.max_norm_ratio=1.3"]
+    words += ["sae_trainer.evaluate_every=40", "width=256"]
+    before = set(Path(tempfile.gettempdir()).glob("saexp-process-*"))
+    for n in (1, 2):
+        done = finished(command(words, tmp_path / str(n), n_processes=n))
+        assert done.returncode == 0, done.stderr[-2000:]
+        # Logged and printed once.
+        assert done.stderr.count("] train: ") == done.stdout.count("report: ") == 1
+    one, two = tmp_path / "1/run", tmp_path / "2/run"
+    labels = sorted(path.name for path in (one / "sae").iterdir())
+    assert len(labels) == 4
+    for label in labels:
+        saes = weights(one / "sae" / label), weights(two / "sae" / label)
+        assert_close(*saes, selects=not label.startswith("standard"))
+    curves = [pd.read_parquet(run / "training.parquet") for run in (one, two)]
+    pd.testing.assert_frame_equal(*curves, rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(*(c[c["step"] <= 20] for c in curves), rtol=1e-5, atol=1e-6)
+    assert curves[0]["dead_fraction"].max() > 0
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    for name in ("collection/tokens_forwarded", "train/n_tokens", "train/n_steps"):
+        assert metrics[0][name] == metrics[1][name]
+    notes = [json.loads((run / "provenance.json").read_text())["notes"] for run in (one, two)]
+    high = [[note for note in listed if "times the median" in note] for listed in notes]
+    assert high[0] and high[0] == high[1]
+    assert {f.name for f in one.iterdir()} == {f.name for f in two.iterdir()}
+    assert set(Path(tempfile.gettempdir()).glob("saexp-process-*")) <= before
+
+
+def test_two_processes_read_a_store_as_one_does(tmp_path: Path) -> None:
+    for n in (1, 2):
+        done = finished(command(TEXTS, tmp_path / str(n), n_processes=n))
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = tmp_path / "1/run", tmp_path / "2/run"
+    assert_close(weights(one / "sae"), weights(two / "sae"))
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (one, two)]
+    forwarded = "collection/tokens_forwarded"
+    assert metrics[0][forwarded] == metrics[1][forwarded]
+
+
+def interrupted(
+    words: list[str], folder: Path, rank: int, by: str
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "interrupted.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(INTERRUPTED, encoding="utf-8")
+    arguments = command(words, folder)
+    at = arguments.index("-m", arguments.index("--standalone"))
+    arguments[at : at + 2] = [str(script)]
+    return finished(arguments, FAILS_AT="35", FAILS_IN=str(rank), FAILS_BY=by)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in two processes that was not disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = finished(command([*CORPUS, f"dataset.path={corpus}"], folder))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("rank", "n_after"), [(0, 1), (1, 2)])
+def test_a_killed_process_ends_all_and_the_training_goes_on_exactly(
+    corpus: Path, whole: Path, tmp_path: Path, rank: int, n_after: int
+) -> None:
+    from safetensors.torch import load_file
+
+    words = [*CORPUS, f"dataset.path={corpus}"]
+    assert interrupted(words, tmp_path, rank, "kill").returncode == 1
+    (last,) = (tmp_path / "cache/training").glob("*/step_000000030/buffer.safetensors")
+    # Each process held about half of the rows.
+    assert load_file(last)[PROCESS].double().mean() == pytest.approx(0.5, abs=0.1)
+    again = finished(command(words, tmp_path, n_processes=n_after))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "continuing from step 30 of 60" in again.stderr
+    expected, result = weights(whole / "sae"), weights(tmp_path / "run/sae")
+    if n_after == 2:
+        assert all(torch.equal(w, result[name]) for name, w in expected.items())
+    else:
+        assert_close(expected, result, selects=True)
+
+
+def test_an_error_of_one_process_is_one_line_and_ends_all(corpus: Path, tmp_path: Path) -> None:
+    done = interrupted([*CORPUS, f"dataset.path={corpus}"], tmp_path / "run", 1, "error")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
+    assert lines == ["saexp: the disk of this process is on fire"], done.stderr[-3000:]
+    assert done.returncode == 1
+
+
+def test_an_error_of_all_processes_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    done = finished(command([*CORPUS, f"dataset.path={corpus}", "layer=99"], tmp_path))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
+    assert len(lines) == 1 and "layer=99 is out of range" in lines[0], done.stderr[-3000:]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("check", "part"),
+    [
+        (lambda: check_command(["-m", "width=32,64"]), "type a run without -m"),
+        (lambda: check_task("collect", resume=False), "task=collect runs in one"),
+        (lambda: check_task("train", resume=True), "resume=true is for runs of one process"),
+    ],
+)
+def test_what_torchrun_cannot_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, check: Callable[[], None], part: str
+) -> None:
+    check()
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="torchrun started 2|for runs of one") as caught:
+        check()
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
