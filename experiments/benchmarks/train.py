@@ -56,7 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "smollm": {"layer": 15, "width": 4096, "buffer_rows": 8192, "n_steps": 16},
 }
 """`smollm`: random weights of SmolLM2-135M's shape (30 blocks, d_model 576), at its middle."""
-QUALITY = {"buffer_rows": 65_536, "n_steps": 1200}
+QUALITY = {"buffer_rows": 65_536, "n_steps": 600}
 SMOLLM = {
     "hidden_size": 576,
     "intermediate_size": 1536,

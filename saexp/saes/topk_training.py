@@ -125,6 +125,7 @@ class QuickTopKTrainingSAE(TopKTrainingSAE):
                 reported,
                 pre.shape,
                 is_coalesced=True,
+                check_invariants=False,
             ),
             hidden_pre=scored,
             loss=mse_loss + aux_loss,
