@@ -13,12 +13,12 @@ from saexp.data.corpora import DOCUMENTS, MANIFEST, TOKENS, Corpus
 from saexp.digests import sealed
 from saexp.models.loading import ASSETS
 
-BOUND = 48 * 2**20
+BOUND = 96 * 2**20
 """Bytes that the process may allocate beside what it has after a first, small training."""
-N_SAMPLES = 150_000
-"""Their activations have 128 numbers of 4 bytes each: 77 MB."""
-N_TOKENS = 50_000_000
-"""Of 2 bytes each: 100 MB."""
+N_SAMPLES = 220_000
+"""Their activations have 128 numbers of 4 bytes each: 113 MB."""
+N_TOKENS = 60_000_000
+"""Of 2 bytes each: 120 MB."""
 
 
 def _data_bytes() -> int:
