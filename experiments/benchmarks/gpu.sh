@@ -30,13 +30,16 @@ export HF_HUB_OFFLINE=1 WANDB_MODE=disabled PYTHONUNBUFFERED=1
 if [ "$device" = cuda ]; then
     collect=(--shape 2b --texts 1280 --repeats 3 --batch-size 64)
     corpus=(--models tiny,gemma2-small --dtypes bfloat16 --threads 8 --scale 4 --repeats 3 --only speed)
-    train=()
+    train=(--models smollm --architectures topk --tools sae-lens --dtypes bfloat16 --only speed
+        --width 16384 --batch-size 4096 --batch-tokens 32768 --buffer-rows 65536 --steps 64
+        --threads 8 --repeats 1)
     steer=(--shape 2b --prompts 40 --latents 4 --repeats 1)
     generate=(--shape 2b --prompts 256 --batch-size 64 --repeats 2)
 else
     collect=(--shape small --texts 16 --repeats 1)
     corpus=(--models tiny --scale 0.02 --repeats 1 --only speed)
-    train=()
+    train=(--models tiny --architectures topk --tools sae-lens --only speed --texts 300 --width 256
+        --buffer-rows 4096 --steps 8 --repeats 1)
     steer=(--shape tiny --prompts 4 --latents 2 --new-tokens 4 --repeats 1)
     generate=(--shape small --prompts 4 --new-tokens 4 --batch-size 4 --repeats 1)
 fi
@@ -59,7 +62,7 @@ benchmark() {
 rm -f "$results"/*.status
 benchmark collect "${collect[@]}" --out "$results/collect.json"
 benchmark corpus "${corpus[@]}" --out "$results/corpus.csv"
-benchmark train ${train[@]+"${train[@]}"} --out "$results/train.csv"
+benchmark train "${train[@]}" --out "$results/train.csv"
 benchmark steer "${steer[@]}" --out "$results/steer"
 benchmark generate "${generate[@]}" --out "$results/generate"
 "$python" "$here/summary.py" "$results" "$device"

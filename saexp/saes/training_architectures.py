@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -24,7 +22,6 @@ from sae_lens import (
     StandardTrainingSAEConfig,
     TranscoderConfig,
 )
-from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor, nn
@@ -34,100 +31,7 @@ from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint
 from saexp.registry import did_you_mean
-
-
-class QuickBatchTopK(BatchTopK):
-    """Keeps the k * n largest activations of a batch of n rows, where they are positive.
-
-    The smallest of them is found with a partition instead of a sort; of equal activations, the
-    first are kept. On devices other than the CPU, sae-lens' implementation is used.
-    """
-
-    least: float | None = None
-    """The smallest activation kept in the last batch; None where sae-lens' code selected them."""
-
-    def forward(self, x: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-        """The activations, with zeros for those that are not kept."""
-        n = int(self.k * x.shape[:-1].numel())
-        self.least = None
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not 0 < n < x.numel():
-            return super().forward(x)
-        values = x.detach().numpy()
-        ordered = np.partition(values, x.numel() - n, axis=None)
-        least = ordered[-n]
-        if not least > 0:
-            return x.relu()
-        self.least = float(least)
-        largest = functional.threshold(x, float(np.nextafter(least, np.float32(0))), 0.0)
-        if ordered[:-n].max() < least:
-            return largest
-        equal = np.flatnonzero(values == least)
-        excess = torch.from_numpy(equal[np.count_nonzero(ordered[-n:] == least) :])
-        return largest.flatten().index_fill(0, excess, 0.0).view_as(x)
-
-
-class QuickBatchTopKTrainingSAE(BatchTopKTrainingSAE):
-    """BatchTopK on the CPU; saved as by sae-lens, as a JumpReLU SAE with one threshold."""
-
-    activation_fn: QuickBatchTopK
-
-    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
-        """BatchTopK of `cfg.k`."""
-        return QuickBatchTopK(self.cfg.k)
-
-    def _norms(self) -> Float[Tensor, " d_sae"] | float:
-        return self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else 1.0
-
-    def encode_with_hidden_pre(
-        self, x: Float[Tensor, "... d_in"]
-    ) -> tuple[Float[Tensor, "... d_sae"], Float[Tensor, "... d_sae"]]:
-        """(activations, pre-activations), times the decoder's norms if configured."""
-        bias = self.b_enc
-        if self.cfg.apply_b_dec_to_input:
-            bias = bias - self.b_dec @ self.W_enc
-        norms = self._norms()
-        hidden_pre = functional.linear(x.to(self.dtype), (self.W_enc * norms).T, bias * norms)
-        # Of bfloat16 under autocast.
-        hidden_pre = hidden_pre.to(self.dtype)
-        return self.activation_fn(hidden_pre), hidden_pre
-
-    def decode(self, feature_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
-        """The reconstruction."""
-        norms = self._norms()
-        rows = self.W_dec / norms[:, None] if isinstance(norms, Tensor) else self.W_dec
-        return feature_acts @ rows + self.b_dec
-
-    @torch.no_grad()
-    def update_topk_threshold(self, acts_topk: Float[Tensor, "... d_sae"]) -> None:
-        """Move the running threshold towards the smallest positive activation."""
-        if self.activation_fn.least is None:
-            super().update_topk_threshold(acts_topk)
-            return
-        lr = self.cfg.topk_threshold_lr
-        self.topk_threshold = (1 - lr) * self.topk_threshold + lr * self.activation_fn.least
-
-    def calculate_topk_aux_loss(
-        self,
-        sae_in: Float[Tensor, "batch d_in"],
-        sae_out: Float[Tensor, "batch d_in"],
-        hidden_pre: Float[Tensor, "batch d_sae"],
-        dead_neuron_mask: Bool[Tensor, " d_sae"] | None,
-    ) -> Float[Tensor, ""]:
-        """Squared error of dead latents that predict the residual (Gao et al. 2024, A.2, B.1)."""
-        if dead_neuron_mask is None or not bool(dead_neuron_mask.any()):
-            return sae_out.new_tensor(0.0)
-        dead = dead_neuron_mask.nonzero().flatten()
-        max_dead = sae_in.shape[-1] // 2
-        acts = hidden_pre.index_select(-1, dead)
-        if len(dead) > max_dead:
-            top = acts.topk(max_dead, dim=-1, sorted=False)
-            acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
-        rows: Any = self.W_dec.index_select(0, dead)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            rows = rows / rows.norm(dim=-1, keepdim=True)
-        error = (acts @ rows - (sae_in - sae_out).detach()).pow(2).sum(dim=-1).mean()
-        return self.cfg.aux_loss_coefficient * min(len(dead) / max_dead, 1.0) * error
-
+from saexp.saes.topk_training import QuickBatchTopKTrainingSAE, QuickTopKTrainingSAE
 
 if TYPE_CHECKING:
     from sae_lens import SAEConfig
@@ -443,4 +347,5 @@ def _classes(name: str) -> tuple[Any, Any]:
     from sae_lens.registry import get_sae_training_class
 
     sae_class, config_class = get_sae_training_class(name)
-    return (QuickBatchTopKTrainingSAE if name == "batchtopk" else sae_class), config_class
+    quick = {"topk": QuickTopKTrainingSAE, "batchtopk": QuickBatchTopKTrainingSAE}
+    return quick.get(name, sae_class), config_class

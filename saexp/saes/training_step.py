@@ -116,7 +116,12 @@ class Trainer(SAETrainer[Any, Any]):
 
     @torch.no_grad()
     def _count_active(self, feature_acts: Float[Tensor, "rows d_sae"]) -> None:
-        n_active = self.processes.add(feature_acts.bool().float().sum(0))
+        if feature_acts.is_sparse:
+            latents = feature_acts.indices()[1]
+            own = torch.bincount(latents, minlength=feature_acts.shape[1]).float()
+        else:
+            own = feature_acts.bool().float().sum(0)
+        n_active = self.processes.add(own)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[n_active > 0] = 0
         self.act_freq_scores += n_active
@@ -153,7 +158,9 @@ class Trainer(SAETrainer[Any, Any]):
             return super().build_train_step_log_dict(output, n_training_samples)
         x = output.sae_in.double()
         error = (output.sae_out.double() - x).pow(2).sum()
-        sums = [error, x.pow(2).sum(), output.feature_acts.bool().sum().double()]
+        acts = output.feature_acts
+        n_active = (acts.values() if acts.is_sparse else acts).bool().sum()
+        sums = [error, x.pow(2).sum(), n_active.double()]
         total = self.processes.add(torch.cat([torch.stack(sums), x.sum(0)])) / self._n_rows
         variance = total[1] - total[3:].pow(2).sum()
         return {

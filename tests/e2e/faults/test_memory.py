@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.faults import collecting_child as child
+from tests.e2e.faults import training_child
 from tests.e2e.faults.collecting_child import end, start
 from tests.e2e.faults.growing_tally import tally_much
 
@@ -40,3 +42,17 @@ def test_memory_of_a_collection_does_not_grow_with_the_rows(server, tmp_path):
     # Were they all held, the peak would be about a third higher.
     assert n_bytes[800] - n_bytes[200] > 0.25 * peak[200]
     assert peak[800] < 1.1 * peak[200]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits no mappings elsewhere")
+def test_a_corpus_larger_than_the_memory_is_trained_on(tmp_path: Path) -> None:
+    """Neither the tokens of the corpus nor the activations that are trained on fit in memory."""
+    context = child.server()
+    process, reported = start(context, training_child.train_in_bounds, tmp_path)
+    assert end(process) == 0
+    result = reported.get()
+    assert 2 * result["corpus_tokens"] > training_child.BOUND
+    assert result["n_tokens"] > training_child.N_SAMPLES
+    assert result["explained_variance"] > 0.3
+    assert result["no_memory_for_corpus"] and result["no_memory_for_activations"]
