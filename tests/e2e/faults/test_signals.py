@@ -76,7 +76,7 @@ def test_a_stopped_sweep_has_its_page_and_goes_on_from_its_cells(
     end = time.monotonic() + PATIENCE_SECONDS
     # Written before the cell's long part.
     while not list(tmp_path.glob("sweep/1_*/metrics.json")):
-        assert started.process.is_alive(), started.read()
+        assert started.process.poll() is None, started.read()
         assert time.monotonic() < end
         time.sleep(0.02)
     kill_after(started, 0, by)

@@ -45,7 +45,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder, self.n = folder, 0
         # The server that processes are forked from takes its time to start.
-        start(["--help"], folder, output=folder / "help").wait()
+        start(["--help"], folder).wait()
         began = time.monotonic()
         _, expected = self.run({}, "tracker=none")
         self.seconds, self.expected = time.monotonic() - began, digests_of_results(expected)
