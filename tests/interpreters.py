@@ -6,11 +6,15 @@ with its own environment and output, and ends like one, with the handlers at exi
 read when a library is imported (HF_HOME among the variables) is the server's.
 """
 
+import atexit
 import contextlib
 import fcntl
+import gc
+import importlib
 import json
 import multiprocessing.util
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -18,7 +22,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -210,7 +215,9 @@ def _forked_twice(connection: socket.socket) -> dict[str, Any]:
     return json.loads(content)
 
 
-def prepare(request: Mapping[str, Any]) -> None:
+def prepare(
+    request: Mapping[str, Any], folders: Iterable[tempfile.TemporaryDirectory[str]]
+) -> None:
     """The state in which a new interpreter would be."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -218,15 +225,16 @@ def prepare(request: Mapping[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
+    for folder in folders:
+        # A library's own, made when it was imported: the server's other forks use it.
+        atexit.unregister(folder.cleanup)
+        folder._finalizer.detach()  # pyright: ignore[reportAttributeAccessIssue]
     os.chdir(request["cwd"])
     sys.path[0] = ""
 
 
 def run_words(words: list[str]) -> None:
     """What `python <words>` does, for -W ignore, -m and -c."""
-    import runpy
-    import warnings
-
     if words[:2] == ["-W", "ignore"]:
         warnings.simplefilter("ignore")
         words = words[2:]
@@ -255,22 +263,22 @@ def end_at_once(words: list[str]) -> NoReturn:
     os._exit(code)
 
 
-def _preload() -> None:
-    import gc
-    import importlib
-
+def _preload() -> list[tempfile.TemporaryDirectory[str]]:
+    """Import what a run imports; returns the folders that libraries remove at exit."""
     importlib.import_module(_PRELOADED)
     gc.collect()
+    folders = [x for x in gc.get_objects() if type(x) is tempfile.TemporaryDirectory]
     gc.freeze()
+    return folders
 
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as given:
         # A process that a test starts must not keep the socket.
         given.set_inheritable(False)
-        _preload()
+        shared_folders = _preload()
         accepted = serve(given, int(sys.argv[2]))
-    prepare(accepted)
+    prepare(accepted, shared_folders)
     if accepted["at_once"]:
         end_at_once(accepted["words"])
     run_words(accepted["words"])
