@@ -257,7 +257,7 @@ def end_at_once(words: list[str]) -> NoReturn:
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    multiprocessing.util._exit_function()
+    multiprocessing.util._exit_function()  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
