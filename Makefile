@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 OURS := saexp experiments tests docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The bytecode of tests and saexp is kept, so that each worker and process need not compile it anew.
+unit e2e: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: run test check format lint types layers unit e2e pytest docs wheel clean
 
 run: $(VENV)/.installed

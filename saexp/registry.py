@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -310,8 +311,11 @@ def load_plugins(modules: Iterable[str]) -> None:
         _load(module, lambda name=module: importlib.import_module(name))
 
 
-def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    return [e for group in _ENTRY_POINTS for e in importlib.metadata.entry_points(group=group)]
+@cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    # Read once, because the metadata of every installed package is searched; a package that is
+    # installed meanwhile is seen by new processes.
+    return tuple(e for group in _ENTRY_POINTS for e in importlib.metadata.entry_points(group=group))
 
 
 def entry_point_modules() -> list[str]:

@@ -53,6 +53,7 @@ ROPE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"max_position_embeddings": CONTEXT, "rope_parameters": _DYNAMIC},
     ),
 }
+ONE_OF_EACH_KIND = ("phi3_longrope", "qwen2_dynamic")
 
 
 def rope_hf(name: str) -> Any:

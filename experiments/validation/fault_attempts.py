@@ -147,7 +147,7 @@ def kill(bench: Bench, rng: random.Random, name: str, sig: signal.Signals) -> Ou
     seconds = whole.seconds
     for _ in range(_TRIES):
         cwd, after = bench.fresh(work), rng.uniform(0, seconds)
-        started = start(work.command(), cwd, output=bench.output())
+        started = start(work.command(), cwd)
         sent = kill_after(started, after, sig)
         said = started.wait()
         detail = f"{sig.name} after {after:.2f} s of {seconds:.2f}"
@@ -336,7 +336,7 @@ def at_once(bench: Bench, rng: random.Random, name: str) -> Outcome:
     work, whole = WORKS[name], bench.of(name)
     cwd, n = bench.fresh(work), rng.choice((2, 3))
     runs = [f"run{i}" for i in range(n)]
-    began = [start(work.command(run=r), cwd, output=bench.output()) for r in runs]
+    began = [start(work.command(run=r), cwd) for r in runs]
     said = [started.wait() for started in began]
     detail = f"{n} processes"
     if failure := next(filter(None, map(failed, said)), ""):

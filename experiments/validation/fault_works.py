@@ -113,7 +113,7 @@ class Bench:
         if not self.undisturbed:
             # The server that processes are forked from takes its time to start.
             self.folder.mkdir(parents=True, exist_ok=True)
-            start(["--help"], self.folder, output=self.output()).wait()
+            start(["--help"], self.folder).wait()
         if name not in self.undisturbed:
             self.undisturbed[name] = self._run_undisturbed(WORKS[name])
         return self.undisturbed[name]
@@ -147,23 +147,15 @@ class Bench:
 
     def run(self, work: Work, *more: str, env: Mapping[str, str | None] | None = None) -> Said:
         """The command in the work's folder, in a process of its own, to its end."""
-        return start(work.command(*more), self.cwd(work), env, self.output()).wait()
-
-    def output(self) -> Path:
-        """A new name for a folder of output, which is not kept beyond the next few."""
-        outputs = self.folder / "output"
-        outputs.mkdir(parents=True, exist_ok=True)
-        for old in sorted(outputs.iterdir(), key=lambda p: int(p.name))[:-8]:
-            shutil.rmtree(old)
-        return outputs / str(time.monotonic_ns())
+        return start(work.command(*more), self.cwd(work), env).wait()
 
     def checkpoints(self) -> Path:
         """State of a training that was killed when it had two checkpoints."""
         if self.midway is None:
             work = WORKS["training"]
             cwd = self.fresh(work)
-            started = start(work.command(), cwd, output=self.output())
-            while started.process.is_alive():
+            started = start(work.command(), cwd)
+            while started.process.poll() is None:
                 if len(list(cwd.glob("cache/training/*/step_*"))) >= 2 or _steps(cwd) >= 100:
                     started.process.kill()
                 time.sleep(0.001)

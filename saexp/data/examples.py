@@ -10,7 +10,7 @@ import tokenize
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,11 +48,20 @@ def find_mentions(text: str, string: str) -> tuple[Span, ...]:
     for form in dict.fromkeys(
         (string, unicodedata.normalize("NFC", string), unicodedata.normalize("NFD", string))
     ):
-        spans = [match.span() for match in re.finditer(re.escape(form), text)] if form else []
+        spans = list(_occurrences(text, form)) if form else []
         whole = [(start, end) for start, end in spans if _is_whole(text, start, end)]
         if spans:
             return tuple(whole or spans)
     return ()
+
+
+def _occurrences(text: str, string: str) -> Iterator[Span]:
+    """Spans of `string` in `text` that do not overlap, from the left."""
+    start = text.find(string)
+    while start >= 0:
+        end = start + len(string)
+        yield start, end
+        start = text.find(string, end)
 
 
 def look_alike(text: str, string: str) -> bool:

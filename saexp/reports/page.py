@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -405,8 +406,9 @@ def histogram_trace(
 # Writing
 
 
+@cache
 def environment() -> jinja2.Environment:
-    """Templates that escape everything not marked as markup."""
+    """Templates that escape everything not marked as markup; compiled once per process."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

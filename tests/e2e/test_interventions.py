@@ -17,7 +17,7 @@ from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
 SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
-SMALL += ["intervention.n_curve_controls=1", "analyzer.n_background=500"]
+SMALL += ["intervention.n_curve_controls=1", "analyzer.n_background=500", "analyzer.scores=false"]
 FEW = ["intervention.n_prompts=4", "intervention.n_choice_prompts=2"]
 FEW += ["intervention.max_new_tokens=6", "dataset.n_examples=80"]
 """Enough for what does not depend on the finding."""

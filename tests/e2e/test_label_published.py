@@ -1,10 +1,8 @@
 """task=label on published entity files of types without templates, typed in a real shell."""
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +11,8 @@ import pytest
 import saexp
 from saexp.config.run import for_hydra
 from saexp.errors import DataError
+from tests.unit.reports.left import Said, command
 
-ROOT = Path(__file__).parents[2]
 BOOKS = [
     {
         "entity": name,
@@ -39,20 +37,19 @@ def books(tmp_path: Path) -> Path:
     return file
 
 
-def in_shell(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
-    """The result of a command line as it is typed in bash."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, check=False
+def in_shell(folder: Path, line: str) -> Said:
+    """The result of `python -m saexp <line>` with the words that bash makes of the line."""
+    process = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
     )
+    return command(folder, *process.stdout.split("\0")[:-1])
 
 
 def refusal(folder: Path, *words: str) -> str:
     """The one line on stderr of a run that is refused."""
-    base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
-    run = in_shell(folder, f"{base} {' '.join(words)}")
-    assert run.returncode == 1, run.stderr
-    (line,) = (x for x in run.stderr.splitlines() if x.startswith("saexp: "))
+    run = in_shell(folder, " ".join([*SHORT, "dataset=wikidata", *words]))
+    assert run.code == 1, run.err
+    (line,) = (x for x in run.err.splitlines() if x.startswith("saexp: "))
     return line
 
 
@@ -62,15 +59,14 @@ def test_the_message_names_the_command_line_that_works(books: Path):
     line = refusal(books.parent, f"dataset.path={books.name}")
     expected = "\"task.templates.book.creator='What is the creator of the book {entity}?'\""
     assert f"no template for book creator; to ask about it, type {expected}" in line
-    base = shlex.join([sys.executable, "-m", "saexp", *SHORT, "dataset=wikidata"])
     run = in_shell(
         books.parent,
-        f"{base} dataset.path={books.name} {expected} "
+        f"{' '.join(SHORT)} dataset=wikidata dataset.path={books.name} {expected} "
         "task.templates.book.length='How many pages does the book {entity} have?' "
         "task.rules.book.creator.kind=name task.rules.book.length.tolerance=20 "
         "hydra.run.dir=run cache_dir=cache",
     )
-    assert run.returncode == 0, run.stderr
+    assert run.code == 0, run.err
     table = pd.read_parquet(books.parent / "run" / "labels.parquet")
     assert table["prompt"].tolist() == [
         text

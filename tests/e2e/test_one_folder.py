@@ -19,6 +19,7 @@ import saexp
 from saexp.errors import StoreError
 from saexp.pipeline.run_folder import LOCK, holding, reserved_cell
 from saexp.sweeps.planning import running
+from tests import interpreters
 from tests.unit.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
@@ -83,10 +84,8 @@ def test_runs_from_python_hold_their_folder_too(tmp_path: Path) -> None:
 
 
 def test_of_two_commands_at_once_one_runs_and_the_other_is_refused(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "saexp", "hydra.run.dir=one", "task=collect", *SMALL, "layer=1"]
-    both = [
-        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    words = ["-m", "saexp", "hydra.run.dir=one", "task=collect", *SMALL, "layer=1"]
+    both = [interpreters.Process(words, tmp_path) for _ in range(2)]
     deadline = time.monotonic() + 120
     errors = [p.communicate(timeout=deadline - time.monotonic())[1] for p in both]
     codes = [p.returncode for p in both]

@@ -10,7 +10,7 @@ from saexp.interventions.effects import chosen_coefficients, summarise
 
 COEFFICIENTS = (0.3, 0.6, 0.9)
 N_CURVE = 10
-N_RUNS = {19: 200, 99: 100}
+N_RUNS = {19: 120, 99: 60}
 
 
 def rows(rng: np.random.Generator, effect: np.ndarray, split: str, at: np.ndarray) -> pd.DataFrame:

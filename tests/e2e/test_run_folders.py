@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,6 +19,7 @@ from saexp.pipeline.run_folder import clear
 from saexp.results import Result
 from saexp.sweeps.planning import PROCESS
 from saexp.tracking import NullTracker
+from tests import interpreters
 from tests.unit.reports.left import command
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
@@ -147,9 +146,9 @@ def test_a_plugin_that_was_edited_is_run_again(
 
 
 def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: Path) -> None:
-    def start(layer: int) -> subprocess.Popen[Any]:
+    def start(layer: int) -> interpreters.Process:
         words = [f"layer={layer}", "task=collect", *SMALL]
-        return subprocess.Popen([sys.executable, "-m", "saexp", *words], cwd=tmp_path)
+        return interpreters.Process(["-m", "saexp", *words], tmp_path)
 
     processes = [start(layer) for layer in (1, 2)]
     assert [p.wait() for p in processes] == [0, 0]

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from saexp.cli import cell_folder
 from saexp.config import register_schema
 from saexp.config.run import conf_folder
 from saexp.sweeps.planning import _passes, texts_key
+from tests import interpreters
 from tests.unit.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
 from tests.unit.reports.left import assert_links_lead_to_reports as assert_links
 
@@ -82,8 +81,7 @@ GRID = ["layer=0,2", "width=512", "coefficient=0.6", *SMALL]
 def by_joblib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joblib")
     words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *GRID]
-    run = [sys.executable, "-m", "saexp", *words]
-    process = subprocess.run(run, cwd=folder, capture_output=True, text=True, timeout=200)
+    process = interpreters.run(["-m", "saexp", *words], folder)
     assert process.returncode == 0, process.stderr[-2000:]
     return folder
 
@@ -167,19 +165,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Said:
     """Three cells, the second one long: Ctrl-C while it generates."""
     folder = tmp_path_factory.mktemp("stopped")
     words = ["-m", *SMALL, "intervention.n_prompts=4,300,5", "intervention.max_new_tokens=30"]
-    # A shell's background job may have been started with SIGINT ignored.
-    start = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "runpy.run_module('saexp', run_name='__main__')"
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", start, *words], cwd=folder, **pipes) as process:
-        end = time.monotonic() + 100
-        # Written before the cell's long part.
-        while not list(folder.glob("sweep/1_*/metrics.json")) and process.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
-    return Said(process.returncode, out, err, folder / "sweep")
+    process = interpreters.Process(["-m", "saexp", *words], folder)
+    end = time.monotonic() + 100
+    # Written before the cell's long part.
+    while not list(folder.glob("sweep/1_*/metrics.json")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    return Said(process.wait(), out, err, folder / "sweep")
 
 
 def test_ctrl_c_leaves_a_report_of_what_there_is_and_says_how_to_go_on(stopped: Said) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError, SAEError
 from saexp.saes import training as module
 from saexp.tasks.train import off_target
+from tests import interpreters
 
 WORDS = [
     "task=train",
@@ -105,8 +104,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(runs, cache, tmp_path, mo
     # Another key, so that the run it is compared with has left no checkpoint of it.
     words = ["sae_trainer=batchtopk", "sae_trainer.dead_feature_window=501"]
     arguments = [*WORDS, *words, f"cache_dir={cache}"]
-    code = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "killed"), *arguments]
-    process = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    code = ["-W", "ignore", "-c", KILLED, str(tmp_path / "killed"), *arguments]
+    process = interpreters.run(code)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
     left = sorted(p.name for p in (cache / "training").glob("*/*"))
     assert left[1:] == ["step_000000030", "step_000000040"]

@@ -3,8 +3,6 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import ASSETS
 from saexp.pipeline.training_stream import StreamedData, split
 from saexp.results import Result
+from tests import interpreters
 
 WORDS = [
     "task=train",
@@ -196,7 +195,7 @@ saexp.run(saexp.compose(sys.argv[4:]), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
     corpus: Path, cache: Path, tmp_path: Path, seed: int
 ) -> None:
@@ -205,8 +204,8 @@ def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
     whole = trained(corpus, cache, tmp_path / "whole", *words)
     arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
     moment = [str(rng.randrange(30, 190)), f"{rng.uniform(0, 0.2):.3f}"]
-    code = [sys.executable, "-W", "ignore", "-c", KILLED, *moment, str(tmp_path / "killed")]
-    done = subprocess.run([*code, *arguments], capture_output=True, text=True, timeout=300)
+    code = ["-W", "ignore", "-c", KILLED, *moment, str(tmp_path / "killed")]
+    done = interpreters.run([*code, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     again = trained(corpus, cache, tmp_path / "again", *words)
     for label in ("layer_1", "layer_2"):
@@ -226,8 +225,8 @@ def test_a_damaged_checkpoint_of_the_stream_only_costs_time(
     words = ["layer=[1,2]", "sae_trainer.lr=0.005"]
     whole = trained(corpus, cache, tmp_path / "whole", *words)
     arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
-    code = [sys.executable, "-W", "ignore", "-c", KILLED, "110", "0", str(tmp_path / "killed")]
-    done = subprocess.run([*code, *arguments], capture_output=True, text=True, timeout=300)
+    code = ["-W", "ignore", "-c", KILLED, "110", "0", str(tmp_path / "killed")]
+    done = interpreters.run([*code, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     files = list((cache / "training").glob("*/step_*/buffer.safetensors"))
     assert len(files) == 2
@@ -279,9 +278,8 @@ def test_a_sweep_trains_all_its_saes_in_the_first_cells_pass(
     words = [w for w in WORDS if not w.startswith("layer")]
     words += [f"dataset.path={corpus}", f"cache_dir={tmp_path}/cache"]
     sweep = ["-m", "layer=1,2", "sae_trainer.options.k=8,16,500"]
-    code = [sys.executable, "-W", "ignore", "-m", "saexp", *sweep, *words]
-    code += [f"hydra.sweep.dir={tmp_path}/sweep"]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    words += [f"hydra.sweep.dir={tmp_path}/sweep"]
+    done = interpreters.run(["-W", "ignore", "-m", "saexp", *sweep, *words])
     assert "sae_trainer.options.k=500 is above width=64" in done.stderr, done.stderr[-2000:]
     cells = sorted((tmp_path / "sweep").glob("[0-9]_*"))
     metrics = [

@@ -1,26 +1,23 @@
 """Faults to inject: damaged files, small disks, killed processes; and what a run left after them.
 
 A damage is `(path, seed) -> description`; the same seed does the same to the same file. Commands
-run in this process (`command`), or in forks of a server that has torch imported already (`start`).
+run in this process (`command`), or in forks of a server that has everything imported (`start`).
 """
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import interpreters
 from tests.unit.reports import left
 
 PATIENCE_SECONDS = 300
 """After which a process counts as one that hangs."""
-_PRELOADED = ("tests.e2e.faults.preloaded",)
 _SPENT = ("seconds", "tokens_forwarded")
 """What a run took, which differs between equal runs."""
 
@@ -204,72 +201,43 @@ def command(words: Sequence[str], cwd: Path, env: Mapping[str, str] | None = Non
 
 
 class Started(NamedTuple):
-    """`python -m saexp` in a process of its own, its output in files."""
+    """`python -m saexp` in a process of its own."""
 
-    process: BaseProcess
-    output: Path
+    process: interpreters.Process
     began: float
 
     def wait(self, seconds: float = PATIENCE_SECONDS) -> Said:
         """What it said in the end. Raises TimeoutError, and kills it, where it takes longer."""
-        self.process.join(seconds)
-        if self.process.exitcode is None:
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.join()
-            raise TimeoutError(f"still running after {seconds} s: {self.read()}")
-        return Said(self.process.exitcode, *self.read())
+            self.process.wait()
+            raise TimeoutError(f"still running after {seconds} s: {self.read()}") from None
+        return Said(code, *self.read())
 
     def read(self) -> tuple[str, str]:
-        out, err = (self.output / name for name in ("stdout", "stderr"))
-        return out.read_text("utf-8", "replace"), err.read_text("utf-8", "replace")
+        return self.process.read()
 
 
-def start(
-    words: Sequence[str],
-    cwd: Path,
-    env: Mapping[str, str | None] | None = None,
-    output: Path | None = None,
-) -> Started:
-    """Begin a command in a fork of the server, with stdout and stderr as files of `output`.
+def start(words: Sequence[str], cwd: Path, env: Mapping[str, str | None] | None = None) -> Started:
+    """Begin a command in a fork of the server of interpreters.
 
-    `output` is a new folder beside `cwd` where it is not given. Variables of `env` that are None
-    are removed.
+    Variables of `env` that are None are removed.
     """
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    output = output or cwd.parent / f"{cwd.name}.said-{time.monotonic_ns()}"
-    output.mkdir(parents=True)
-    for name in ("stdout", "stderr"):
-        (output / name).touch()
-    arguments = (tuple(words), str(cwd), dict(env or {}), str(output))
-    process = context.Process(target=_run_words, args=arguments, daemon=True)
-    process.start()
-    return Started(process, output, time.monotonic())
-
-
-def _run_words(words: Sequence[str], cwd: str, env: Mapping[str, str | None], output: str) -> None:
-    """What the forked process does."""
-    # Ignored where the tests were started with nohup.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(Path(output) / name, os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    for variable, value in env.items():
-        os.environ.pop(variable, None)
-        if value is not None:
-            os.environ[variable] = value
-    os.chdir(cwd)
-    sys.argv = ["saexp", *words]
-    runpy.run_module("saexp", run_name="__main__")
+    variables = {**os.environ, **(env or {})}
+    given = {name: value for name, value in variables.items() if value is not None}
+    process = interpreters.Process(["-m", "saexp", *words], cwd, given, ends_at_once=True)
+    return Started(process, time.monotonic())
 
 
 def kill_after(started: Started, seconds: float, sig: int = signal.SIGKILL) -> bool:
     """Send a signal so many seconds after the start; False where it had ended by then."""
-    started.process.join(max(0.0, started.began + seconds - time.monotonic()))
-    if started.process.exitcode is not None or started.process.pid is None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        started.process.wait(max(0.0, started.began + seconds - time.monotonic()))
+    if started.process.returncode is not None:
         return False
-    os.kill(started.process.pid, sig)
+    started.process.send_signal(sig)
     return True
 
 

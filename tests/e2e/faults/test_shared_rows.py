@@ -29,7 +29,7 @@ WORDS = (
 def started(cache_dir: Path, folder: Path) -> Started:
     folder.mkdir(parents=True)
     words = [*WORDS, f"cache_dir={cache_dir}", f"hydra.run.dir={folder / 'run'}"]
-    return start(words, folder, output=folder / "output")
+    return start(words, folder)
 
 
 def n_computed(said: Said) -> int:

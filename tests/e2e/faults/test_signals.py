@@ -4,14 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests import interpreters
 from tests.e2e.faults.injection import (
     PATIENCE_SECONDS,
     Said,
@@ -76,7 +75,7 @@ def test_a_stopped_sweep_has_its_page_and_goes_on_from_its_cells(
     end = time.monotonic() + PATIENCE_SECONDS
     # Written before the cell's long part.
     while not list(tmp_path.glob("sweep/1_*/metrics.json")):
-        assert started.process.is_alive(), started.read()
+        assert started.process.poll() is None, started.read()
         assert time.monotonic() < end
         time.sleep(0.02)
     kill_after(started, 0, by)
@@ -109,21 +108,15 @@ def state(process: Path) -> str:
 def test_a_stopped_joblib_sweep_leaves_no_worker_and_no_open_file(tmp_path: Path) -> None:
     words = ["-m", *SMALL, "layer=1,2,3", "hydra.sweep.dir=sweep", "intervention.n_prompts=300"]
     words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "saexp", *words],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while len(list(tmp_path.glob("sweep/*/metrics.json"))) < 2:
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        assert len(processes_in(tmp_path)) >= 3
-        process.terminate()
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    process = interpreters.Process(["-m", "saexp", *words], tmp_path)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while len(list(tmp_path.glob("sweep/*/metrics.json"))) < 2:
+        assert process.poll() is None, process.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(processes_in(tmp_path)) >= 3
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 143, err[-2000:]
     assert err.splitlines()[-1] == f"saexp: stopped by SIGTERM; {KEPT}"
     assert "Traceback" not in err
@@ -141,25 +134,19 @@ def test_a_cell_that_submitit_requeues_goes_on_and_the_sweep_finishes(tmp_path: 
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     words = ["-m", *SMALL, "layer=1", "hydra.sweep.dir=sweep", "intervention.n_prompts=60"]
     words += ["hydra/launcher=submitit_local", "tracker=jsonl"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "saexp", *words],
-        cwd=tmp_path,
-        env={**os.environ, "SUBMITIT_PREEMPT_SIGNAL": "USR1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while not list(tmp_path.glob("sweep/*/metrics.json")):
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        jobs = [p for p in processes_in(tmp_path) if "submitit.core._submit" in words_of(p)]
-        assert len(jobs) == 1
-        # SLURM's way to end a job; submitit, which requeues it, lets it pass.
-        os.kill(jobs[0], signal.SIGTERM)
-        os.kill(jobs[0], signal.SIGUSR1)
-        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    env = {**os.environ, "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+    process = interpreters.Process(["-m", "saexp", *words], tmp_path, env)
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not list(tmp_path.glob("sweep/*/metrics.json")):
+        assert process.poll() is None, process.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    jobs = [p for p in processes_in(tmp_path) if "submitit.core._submit" in words_of(p)]
+    assert len(jobs) == 1
+    # SLURM's way to end a job; submitit, which requeues it, lets it pass.
+    os.kill(jobs[0], signal.SIGTERM)
+    os.kill(jobs[0], signal.SIGUSR1)
+    out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, err[-2000:]
     assert "sweep: 1 cells: 1 finished" in out.splitlines()
     (cell,) = tmp_path.glob("sweep/0_*")

@@ -3,13 +3,13 @@
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests import interpreters
 from tests.e2e.faults.injection import Said, digests_of_results, one_line, start
 from tests.e2e.faults.wandb_server import (
     EMPTY,
@@ -35,8 +35,8 @@ OUTAGES += [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
 
 W&B's own process ends by a panic where an answer is empty.
 """
-IN_A_NEW_INTERPRETER = [(HANG, None), (GOOD, HANG)]
-"""The two whose runs are processes of their own; of the others they are forked, which is faster."""
+FINALIZED = [(HANG, None), (GOOD, HANG)]
+"""The two whose runs end as an interpreter does; the others are over when their command is."""
 
 
 class Runs:
@@ -45,7 +45,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder, self.n = folder, 0
         # The server that processes are forked from takes its time to start.
-        start(["--help"], folder, output=folder / "help").wait()
+        start(["--help"], folder).wait()
         began = time.monotonic()
         _, expected = self.run({}, "tracker=none")
         self.seconds, self.expected = time.monotonic() - began, digests_of_results(expected)
@@ -56,20 +56,13 @@ class Runs:
         started = start([*words, *FIXED], place, {**without_wandb(), **env})
         return started.wait(240), place
 
-    def run_in_a_new_interpreter(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
-        """A command as a shell starts it, and as it ends, with Python's handlers at exit."""
+    def run_finalized(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
+        """A command that ends as one that a shell starts, with Python's handlers at exit."""
         place = self._place()
         variables = {
             name: value for name, value in os.environ.items() if name not in without_wandb()
         }
-        process = subprocess.run(
-            [sys.executable, "-m", "saexp", *words, *FIXED],
-            cwd=place,
-            env={**variables, **env},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        process = interpreters.run(["-m", "saexp", *words, *FIXED], place, {**variables, **env})
         return Said(process.returncode, process.stdout, process.stderr), place
 
     def _place(self) -> Path:
@@ -103,7 +96,7 @@ def hints(said: Said) -> list[str]:
 
 @pytest.mark.parametrize(("mode", "later"), OUTAGES)
 def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | None) -> None:
-    run = runs.run_in_a_new_interpreter if (mode, later) in IN_A_NEW_INTERPRETER else runs.run
+    run = runs.run_finalized if (mode, later) in FINALIZED else runs.run
     with wandb_server(mode, later) as server:
         began = time.monotonic()
         said, place = run(environment(server), "tracker=wandb")
@@ -200,13 +193,8 @@ threading.Thread(target=work).start()
 def logged(script: str, folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
     """The script in a process of its own, while the server hangs once the run has begun."""
     with wandb_server(GOOD, HANG) as server:
-        return subprocess.run(
-            [sys.executable, "-c", script, str(folder), str(exit_code)],
-            env={**os.environ, "WANDB_MODE": "online", **environment(server)},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        env = {**os.environ, "WANDB_MODE": "online", **environment(server)}
+        return interpreters.run(["-c", script, str(folder), str(exit_code)], env=env)
 
 
 def test_neither_logging_nor_the_end_of_the_process_waits_for_a_server_that_hangs(

@@ -117,7 +117,7 @@ def test_no_finished_shard_is_lost_while_the_next_is_begun(tmp_path, monkeypatch
         own(store, lambda manifest: (change(manifest), time.sleep(0.02)))
 
     monkeypatch.setattr(ActivationStore, "_change", slowly)
-    store, _ = run(random_lm("llama"), tmp_path, POSTS[:1], shard_rows=2)
-    assert len(store.shard_bounds) > 40
+    store, _ = run(random_lm("llama"), tmp_path, POSTS[:1], shard_rows=4)
+    assert len(store.shard_bounds) > 20
     assert store.missing(POSTS[:1]) == {}
     assert ActivationStore.open(store.path).missing(POSTS[:1]) == {}

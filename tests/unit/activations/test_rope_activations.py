@@ -8,7 +8,7 @@ import torch
 
 from saexp.activations.collector import ingredients
 from tests.random_models import random_lm
-from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm
+from tests.rope_models import CONTEXT, ONE_OF_EACH_KIND, ROPE_MODELS, rope_lm
 from tests.unit.activations.collecting import placed, run
 
 BEGINNING = "The player Fenlet Baszad scored twice in the second half"
@@ -32,8 +32,13 @@ def hidden_states(name: str, ids: tuple[int, ...]) -> Any:
         return rope_lm(name).hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
 
 
-@pytest.mark.parametrize("positions", ["all", "last", "middle"])
-@pytest.mark.parametrize("name", ROPE_MODELS)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        *((name, "all") for name in ROPE_MODELS),
+        *((name, p) for name in ONE_OF_EACH_KIND for p in ("last", "middle")),
+    ],
+)
 def test_activations_on_both_sides_of_the_context_equal_single_rows(name, positions, tmp_path):
     placement = placed(TEXTS, positions)
     lengths = [len(t) for t in placement.texts]

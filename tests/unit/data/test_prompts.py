@@ -1,6 +1,7 @@
 """Prompts as token ids: against `apply_chat_template` and the tokenizer itself, on many kinds."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import saexp
-from saexp.config import InterventionConfig, PositionsConfig
+from saexp.config import InterventionConfig, PositionsConfig, RunConfig
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, resolve_positions
 from saexp.data.tokenization import (
@@ -130,6 +131,11 @@ def test_a_text_that_is_the_template_s_output_is_read_as_the_model_read_it(of: s
     assert list(third.ids) == list(joined)
 
 
+@cache
+def default_config() -> RunConfig:
+    return saexp.compose([])
+
+
 @pytest.mark.parametrize("of", list(chat_tokenizers()))
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_note_says_where_prompts_in_chat_begin_otherwise_than_texts(
@@ -138,8 +144,7 @@ def test_a_note_says_where_prompts_in_chat_begin_otherwise_than_texts(
     model = with_tokenizer(chat_tokenizers()[of], chat=True)
     bos = getattr(model.tokenizer, "bos_token_id", None)
     has_bos = bos is not None
-    cfg = saexp.compose([])
-    _, result = resolve_bos(cfg, model, [("the SAE", wanted)])
+    _, result = resolve_bos(default_config(), model, [("the SAE", wanted)])
     notes = result.notes
     own = has_bos and by_template(model.tokenizer, "a")[0] == bos
     noted = [n for n in notes if n.startswith("prompts in chat begin ")]

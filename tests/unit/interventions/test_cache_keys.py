@@ -5,6 +5,7 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saexp
-from saexp.config import InterventionConfig, ModelConfig
+from saexp.config import InterventionConfig, ModelConfig, SAEConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
@@ -124,9 +125,13 @@ def shipped(folder: Path, **words: str) -> Any:
     place = Path(saexp.__file__).parent / "assets" / "tiny" / "sae" / "layer_1" / "width_256"
     if not folder.exists():
         shutil.copytree(place, folder)
-    given = {"sae.path": str(folder), "layer": "1", "width": "null", **words}
-    cfg = saexp.compose(["sae=local", *(f"{k}={v}" for k, v in given.items())])
-    return saexp.build("sae", cfg.sae)
+    return saexp.build("sae", replace(local_sae(**words), path=str(folder)))
+
+
+@cache
+def local_sae(**words: str) -> SAEConfig:
+    given = {"sae.path": "its folder", "layer": "1", "width": "null", **words}
+    return saexp.compose(["sae=local", *(f"{k}={v}" for k, v in given.items())]).sae
 
 
 def edit_config(folder: Path, **about: Any) -> None:

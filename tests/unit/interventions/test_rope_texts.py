@@ -9,10 +9,9 @@ from saexp.interventions.batching import LogitReader, generate, read_logits
 from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY
-from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm
+from tests.rope_models import CONTEXT, ONE_OF_EACH_KIND, ROPE_MODELS, rope_lm
 from tests.unit.interventions.plain_loop import Hooked, plain_generate
 
-ONE_OF_EACH_KIND = ("phi3_longrope", "qwen2_dynamic")
 AT = Hookpoint(1, "resid_post")
 N_NEW = 9
 LENGTHS = (3, CONTEXT - N_NEW, CONTEXT - N_NEW + 1, CONTEXT - N_NEW + 2, CONTEXT - 4, CONTEXT - 1)

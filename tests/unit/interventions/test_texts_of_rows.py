@@ -85,7 +85,6 @@ def case(request: pytest.FixtureRequest) -> Case:
         (1, LOGIT_BYTES[2]),
         (3, LOGIT_BYTES[1]),
         (7, LOGIT_BYTES[0]),
-        (16, LOGIT_BYTES[1]),
         (16, LOGIT_BYTES[2]),
     ],
 )
@@ -102,7 +101,7 @@ def test_texts_equal_a_plain_loop_for_any_prompt_length_and_batch_size(
     assert found == case.texts
 
 
-@pytest.mark.parametrize(("seed", "batch_tokens"), [(103, 200), (106, 1), (106, 200)])
+@pytest.mark.parametrize(("seed", "batch_tokens"), [(103, 200), (106, 1)])
 def test_guesses_longer_than_a_short_prompt_change_no_text(seed: int, batch_tokens: int) -> None:
     """Prompts of 6 to 8 tokens, texts of up to 20 of which some end early: before logits were
     counted from the right, 5 or 6 of these rows had a wrong text, without an error."""
