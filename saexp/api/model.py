@@ -402,6 +402,7 @@ def load_model(
     chat: bool = False,
     revision: str | None = None,
     tokenizer: Any = None,
+    cache_dir: str | Path = "outputs/cache",
     **options: Any,
 ) -> InteractiveModel:
     """Load a language model with its tokenizer; the weights are read on first use.
@@ -416,6 +417,7 @@ def load_model(
         device: `cpu`, `cuda`, `mps`, or `auto`.
         chat: whether the chat template is applied to texts by default.
         revision: branch, tag or commit on the hub.
+        cache_dir: the folder in which a GGUF file's dequantised copy is stored.
         options: further fields of `saexp.config.ModelConfig`, such as `trust_remote_code`.
 
     Raises:
@@ -439,4 +441,4 @@ def load_model(
     cfg = ModelConfig(
         name=str(source), dtype=dtype, device=device, chat=chat, revision=revision, **options
     )
-    return InteractiveModel(cfg)
+    return InteractiveModel(cfg, cache_dir)

@@ -16,6 +16,7 @@ from saexp.config.environment import (
 from saexp.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+QUANTIZATIONS = ("4bit", "8bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,7 +25,13 @@ class ModelConfig:
     """A language model and how to load it."""
 
     name: str = MISSING
-    """Hub id, local folder, or a model shipped with saexp (`tiny`, `tiny_control`)."""
+    """Hub id, local folder, GGUF file, or a model shipped with saexp (`tiny`, `tiny_control`);
+    `smollm2` is what `make real-model` makes, else its hub id."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder or hub repository `name`. It is dequantised once for each
+    dtype, into `cache_dir/models`."""
+    quantization: str | None = None
+    """4bit (NF4) or 8bit: quantise the weights with bitsandbytes as they are loaded; needs CUDA."""
     loader: str = "hf"
     """Registry name of the loader."""
     revision: str | None = None
@@ -53,6 +60,8 @@ class ModelConfig:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             one_of("device", self.device, DEVICES)
         one_of("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            one_of("model.quantization", self.quantization, QUANTIZATIONS)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -109,3 +110,36 @@ def checkpoint_dtype(config: Any) -> torch.dtype | None:
         if value is not None:
             return getattr(torch, value) if isinstance(value, str) else value
     return None
+
+
+def quantization_options(
+    quantization: str | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Options of transformers' `from_pretrained` for `model.quantization`, 4bit or 8bit.
+
+    The 4-bit values are NF4, computed in `dtype`. Raises ModelError where the device or a package
+    cannot quantise.
+    """
+    if quantization is None:
+        return {}
+    if device.type != "cuda":
+        raise ModelError(
+            f"model.quantization={quantization} needs a CUDA device, and the device is "
+            f"{device.type}; leave out model.quantization"
+        )
+    absent = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if absent:
+        raise ModelError(
+            f"model.quantization={quantization} needs the package {absent[0]}; "
+            'type pip install "saexp[bitsandbytes]"'
+        )
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    # The modules are replaced where they are loaded, and cannot be moved afterwards.
+    return {"quantization_config": config, "device_map": {"": str(device)}}

@@ -4,13 +4,11 @@ import hashlib
 import json
 import logging
 import pickle
-import re
 import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,28 @@ from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
-from saexp.errors import ModelError, brief
-from saexp.hub import hub, is_path, snapshot, why_absent
+from saexp.errors import ModelError, SaexpError, brief
+from saexp.hub import hub, snapshot, why_absent
 from saexp.models.devices import (
     Precision,
     checkpoint_dtype,
     pick_device,
     pick_precision,
+    quantization_options,
     short_name,
 )
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.rope import reset_rope_before_passes
+from saexp.models.source import (
+    HUB_IDS,
+    SHIPPED,
+    WEIGHTS,
+    dequantized,
+    dequantizing,
+    find_source,
+    missing_weights,
+    require_gguf,
+)
 from saexp.models.structure import (
     ObservedBehavior,
     Site,
@@ -87,54 +96,6 @@ def in_template(tokenizer: Any, message: str, name: str) -> str:
     return text
 
 
-ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = ("tiny", "tiny_control")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Weights files in transformers' order of preference; each may be sharded, with an index."""
-
-
-def _source(name: str) -> str:
-    """The folder or hub id that transformers loads. Raises ModelError for anything else."""
-    if name in SHIPPED:
-        return str(ASSETS / name / "model")
-    location = Path(name).expanduser()
-    if location.is_dir():
-        return str(location)
-    if location.is_file():
-        if location.suffix == ".gguf":
-            return str(location.parent)
-        raise ModelError(
-            f"model.name={name} is a file; type the folder of the model, or a GGUF file"
-        )
-    if is_path(name) or name.count("/") > 1:
-        raise ModelError(
-            f"model.name={name}: no such folder; type a folder with a model's config.json, or a "
-            "hub id such as google/gemma-2-2b"
-        )
-    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+", name):
-        raise ModelError(
-            f"model.name={name} is neither a folder here nor a hub id such as google/gemma-2-2b"
-        )
-    return name
-
-
-def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that `model.name` is; None for any other model.
-
-    Raises ModelError where a package that reads it is missing.
-    """
-    file = Path(name).expanduser()
-    if file.suffix != ".gguf" or not file.is_file():
-        return None
-    absent = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if absent:
-        raise ModelError(
-            f"model.name={name} is a GGUF file, which needs the package {absent[0]}; "
-            'type pip install "saexp[gguf]"'
-        )
-    return file
-
-
 class LanguageModel:
     """A causal LM and its tokenizer; `n_layers`, `d_model` and fingerprints need no weights.
 
@@ -146,14 +107,22 @@ class LanguageModel:
 
     prepend_bos: bool | None
     gguf_file: Path | None = None
-    """The file that holds config, tokenizer and weights, where that is one GGUF file."""
+    """The GGUF file of the model, which identifies it; `source` is its dequantised copy, if any."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, cache_dir: str | Path | None = None) -> None:
+        """Find the files and read the config.
+
+        A GGUF file is dequantised into a folder of `cache_dir`, once; without it, in memory, each
+        time the weights are read.
+        """
         self.cfg = cfg
         self.name = cfg.name
-        self.source = _source(cfg.name)
-        self.gguf_file = _gguf_file(cfg.name)
+        found = find_source(cfg)
+        self.source, self.gguf_file = found.path, found.gguf_file
+        self._read_options = {"gguf_file": found.gguf_file.name} if found.gguf_file else {}
         self.device = pick_device(cfg.device)
+        if found.gguf_file is not None:
+            self._prepare_gguf(found.gguf_file, cache_dir)
         self.in_memory = False
         self.prepend_bos = cfg.prepend_bos
         self.observed = ObservedBehavior()
@@ -161,7 +130,7 @@ class LanguageModel:
         # The shipped files hold every value and a plain tokenizer. The architecture's own classes
         # give the same but import all of transformers' modelling code, which takes 2 s.
         self.plain = cfg.name in SHIPPED
-        if self.gguf_file is None:
+        if not self._read_options:
             check_depth(Path(self.source) / "config.json", self.name)
         self.config: Any = (
             PreTrainedConfig(**json.loads((Path(self.source) / "config.json").read_text("utf-8")))
@@ -170,9 +139,32 @@ class LanguageModel:
         )
         check_sizes(self.text_config, self.name)
         # Files of the shipped models are in bfloat16 to be small; all that is published about them
-        # was computed in float32.
-        checkpoint = None if self.plain else checkpoint_dtype(self.config)
+        # was computed in float32. A GGUF file's values are those of its blocks, in no dtype.
+        has_no_dtype = self.plain or self.gguf_file is not None
+        checkpoint = None if has_no_dtype else checkpoint_dtype(self.config)
         self.precision = pick_precision(cfg.dtype, self.device, checkpoint)
+        self._quantization = quantization_options(cfg.quantization, self.device, self.dtype)
+
+    def _prepare_gguf(self, file: Path, cache_dir: str | Path | None) -> None:
+        """Read from the dequantised copy; from the file where there is no `cache_dir` to write."""
+        if self.cfg.quantization is not None:
+            raise ModelError(
+                f"model.name={self.name}: {file.name} is quantised already; leave out "
+                "model.quantization"
+            )
+        if cache_dir is None:
+            require_gguf(file)
+            return
+        dtype = pick_precision(self.cfg.dtype, self.device, None).dtype
+        try:
+            folder = dequantized(file, cache_dir, dtype)
+        except SaexpError:
+            raise
+        except Exception as error:
+            # As of other files: damaged ones, or of another model, raise any error.
+            raise self._cannot_load("weights", why_unreadable(error)) from error
+        if folder is not None:
+            self.source, self._read_options = str(folder), {}
 
     @classmethod
     def wrap(cls, hf: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> "LanguageModel":
@@ -181,7 +173,8 @@ class LanguageModel:
         parameter = next(hf.parameters())
         model.cfg = ModelConfig(name=name)
         model.name, model.source, model.in_memory, model.plain = name, name, True, False
-        model.prepend_bos = None
+        model.prepend_bos, model._read_options = None, {}
+        model._quantization = {}
         model.observed = ObservedBehavior()
         model.device = parameter.device
         model.precision = Precision(parameter.dtype, "the model in memory")
@@ -209,8 +202,6 @@ class LanguageModel:
     def _from_hub(self, kind: str, what: str, **options: Any) -> Any:
         """Load by transformers' class of this name, which is imported on first use."""
         read = getattr(transformers, kind).from_pretrained
-        if self.gguf_file is not None:
-            options["gguf_file"] = self.gguf_file.name
         try:
             with self._files(), warnings.catch_warnings():
                 # The pickle is refused below, with one line.
@@ -219,6 +210,7 @@ class LanguageModel:
                     self.source,
                     revision=self.cfg.revision,
                     trust_remote_code=self.cfg.trust_remote_code,
+                    **self._read_options,
                     **options,
                 )
         except Exception as error:
@@ -234,16 +226,19 @@ class LanguageModel:
         absent = (
             "no such folder here, and " if looks_local and not Path(self.source).is_dir() else ""
         )
+        advice = "type a hub id that is reachable or cached, or a local folder"
+        if self.source in HUB_IDS.values():
+            advice = f"make real-model makes it without the hub ({self.source})"
         return ModelError(
-            f"model.name={self.name}: {absent}its {what} cannot be loaded ({reason}); type a hub "
-            "id that is reachable or cached, or a local folder"
+            f"model.name={self.name}: {absent}its {what} cannot be loaded ({reason}); {advice}"
         )
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         # Llama 3's config requests a clean-up that transformers warns about and does not do.
-        kind = "PreTrainedTokenizerFast" if self.plain else "AutoTokenizer"
+        is_dequantized = self.gguf_file is not None and not self._read_options
+        kind = "PreTrainedTokenizerFast" if self.plain or is_dequantized else "AutoTokenizer"
         return self._from_hub(kind, "tokenizer", clean_up_tokenization_spaces=False)
 
     def __repr__(self) -> str:
@@ -287,21 +282,23 @@ class LanguageModel:
             log.info("loading %s (%s, %s)", self.name, self.device, self.dtype)
             for note in self.notes:
                 log.info("%s", note)
-            spread = {"device_map": self.cfg.device_map} if self.cfg.device_map else {}
+            options: dict[str, Any] = dict(self._quantization)
+            if self._read_options:
+                options |= dequantizing()
+            if self.cfg.device_map:
+                options["device_map"] = self.cfg.device_map
+            is_placed = "device_map" in options
             hf, info = self._from_hub(
                 "AutoModelForCausalLM",
                 "weights",
                 dtype=self.dtype,
                 output_loading_info=True,
-                **spread,
+                **options,
             )
-            if missing := sorted(info["missing_keys"]):
-                # transformers would continue with random values.
-                raise self._cannot_load(
-                    "weights", f"{len(missing)} are missing in its files, such as {missing[0]}"
-                )
-            placed = hf if spread else hf.to(self.device)
-            if spread:
+            if absent := missing_weights(info["missing_keys"]):
+                raise self._cannot_load("weights", absent)
+            placed = hf if is_placed else hf.to(self.device)
+            if is_placed:
                 # Token ids go to the device of the embedding.
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
@@ -381,7 +378,7 @@ class LanguageModel:
     def _generation_config(self) -> Any:
         """The generation config; None without one. Raises ModelError where its file is damaged."""
         # transformers would ignore a damaged file.
-        from_file = None if self.in_memory or self.gguf_file else self._generation_file
+        from_file = None if self.in_memory or self._read_options else self._generation_file
         return from_file if self._hf is None else getattr(self._hf, "generation_config", None)
 
     @cached_property
@@ -417,7 +414,7 @@ class LanguageModel:
 
     def _weights_files(self) -> list[Path]:
         """The weights files that transformers would read, without others in the same folder."""
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             if file := self._file(name):
                 return [file]
             if index := self._file(f"{name}.index.json"):
@@ -429,7 +426,7 @@ class LanguageModel:
                 if absent := [shard for shard, file in shards.items() if file is None]:
                     raise self._cannot_load("weights", f"no file named {absent[0]}")
                 return [file for file in shards.values() if file is not None]
-        raise self._cannot_load("weights", f"no file named {' or '.join(_WEIGHTS)}")
+        raise self._cannot_load("weights", f"no file named {' or '.join(WEIGHTS)}")
 
     def _code_files(self) -> list[Path]:
         """Modules with the repository's own code, where it may run."""
@@ -452,9 +449,9 @@ class LanguageModel:
         """Whether the weights are in memory or in files on this machine; downloads nothing."""
         source = Path(self.source)
         folder = source if source.is_dir() else snapshot(self.source, self.cfg.revision)
-        names = [*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS)]
+        names = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
         is_on_disk = folder is not None and any((folder / name).is_file() for name in names)
-        return self.in_memory or is_on_disk
+        return self.in_memory or self.gguf_file is not None or is_on_disk
 
     @property
     def known_fingerprint(self) -> str | None:
@@ -470,6 +467,8 @@ class LanguageModel:
         digest = hashlib.sha256(f"config.json:{file_sha256(config)}\n".encode())
         for file in [*self._weights_files(), *self._code_files()]:
             digest.update(f"{file.name}:{content_name(file)}\n".encode())
+        if self.cfg.quantization is not None:
+            digest.update(f"quantization:{self.cfg.quantization}\n".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -484,6 +483,6 @@ class LanguageModel:
         return in_template(self.tokenizer, prompt, self.name)
 
 
-def load_model(cfg: ModelConfig, **_: Any) -> LanguageModel:
+def load_model(cfg: ModelConfig, *, cache_dir: str | Path | None = None, **_: Any) -> LanguageModel:
     """Registry builder of kind `model`."""
-    return LanguageModel(cfg)
+    return LanguageModel(cfg, cache_dir)

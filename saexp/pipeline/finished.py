@@ -37,6 +37,7 @@ from saexp.digests import (
 from saexp.errors import SaexpError, StoreError
 from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
 from saexp.hub import snapshot
+from saexp.models.source import HUB_IDS, local_folder
 from saexp.pipeline.run_folder import LOCK, METRICS, PROVENANCE, WRITTEN, clear
 from saexp.saes.catalogue import fill_path, find_entry
 
@@ -61,16 +62,18 @@ def model_content(cfg: ModelConfig) -> Content | None:
 
     Of a folder, only the files that a model is loaded from: no subfolders, and one kind of weights.
     """
-    shipped = ASSETS / cfg.name / "model"
-    source = shipped if shipped.is_dir() else Path(cfg.name)
-    if source.is_file():
+    source = local_folder(cfg.name)
+    if source is not None and source.is_file():
         return contents(source)
     commit: Content = []
-    if not source.is_dir():
-        cached = snapshot(cfg.name, cfg.revision)
+    if source is None or not source.is_dir():
+        cached = snapshot(HUB_IDS.get(cfg.name, cfg.name), cfg.revision)
         if cached is None:
             return None if cfg.loader == "hf" else []
         source, commit = cached, [("commit", cached.name)]
+    if cfg.gguf_file is not None:
+        gguf_file = source / cfg.gguf_file
+        return commit + contents(gguf_file) if gguf_file.is_file() else None
     files = [f for f in sorted(source.iterdir()) if f.is_file() and not f.name.startswith(".")]
     kinds = [kind for kind in _WEIGHTS if any(f.suffix == kind for f in files)]
     if not kinds:

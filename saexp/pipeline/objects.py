@@ -30,7 +30,10 @@ StreamMetrics = dict[str, float | None]
 def language_model(cfg: RunConfig, objects: ObjectCache) -> LanguageModel:
     """The run's model; weights are read on first use."""
     key = repr((cfg.model, model_content(cfg.model)))
-    return objects.load("model", key, lambda: registry.build("model", cfg.model))
+    # Custom loaders take the config alone.
+    is_builtin = registry.is_builtin("model", cfg.model.loader)
+    runtime = {"cache_dir": cfg.cache_dir} if is_builtin else {}
+    return objects.load("model", key, lambda: registry.build("model", cfg.model, **runtime))
 
 
 def describe_model(model: LanguageModel) -> dict[str, Any]:

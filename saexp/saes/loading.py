@@ -17,7 +17,8 @@ from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models.devices import pick_device
 from saexp.models.hookpoints import Hookpoint
-from saexp.models.loading import ASSETS, SHIPPED, LanguageModel
+from saexp.models.loading import LanguageModel
+from saexp.models.source import ASSETS, SHIPPED
 from saexp.saes.catalogue import (
     fill_path,
     find_entry,

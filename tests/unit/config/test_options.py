@@ -58,8 +58,8 @@ def test_every_experiment_composes(file) -> None:
 
 def test_every_documented_option_exists() -> None:
     there = {f"{g}={o}" for g, o in OPTIONS}
-    models = "tiny tiny_control gpt2 pythia70m gemma2b gemma2b_it gemma9b gemma9b_it llama8b"
-    assert {f"model={m}" for m in f"{models} llama8b_it hf".split()} <= there
+    models = "tiny tiny_control smollm2 gpt2 pythia70m gemma2b gemma2b_it gemma9b gemma9b_it"
+    assert {f"model={m}" for m in f"{models} llama8b llama8b_it hf".split()} <= there
     positions = "entity_last entity_all entity_last_n after_entity last all random middle indices"
     assert {f"positions={p}" for p in f"{positions} substring continuation".split()} <= there
 

@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from saexp.config import ModelConfig
-from saexp.models.devices import checkpoint_dtype, native_dtypes, pick_precision
-from saexp.models.loading import SHIPPED, LanguageModel
+from saexp.errors import ConfigError, ModelError
+from saexp.models.devices import (
+    checkpoint_dtype,
+    native_dtypes,
+    pick_precision,
+    quantization_options,
+)
+from saexp.models.loading import LanguageModel
+from saexp.models.source import SHIPPED
 from tests.random_models import random_hf
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -123,3 +130,33 @@ def test_a_model_in_memory_keeps_its_dtype():
     model = LanguageModel.wrap(random_hf("llama").bfloat16())
     assert (model.dtype, model.precision.source) == (BF16, "the model in memory")
     assert model.with_bos(False).dtype == BF16
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_quantisation_without_cuda_is_refused_in_one_line(device: str) -> None:
+    with pytest.raises(ModelError, match="model.quantization=4bit needs a CUDA device") as error:
+        quantization_options("4bit", torch.device(device), torch.bfloat16)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("4bit", 4), ("8bit", 8)])
+def test_quantisation_is_an_option_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, name: str, bits: int
+) -> None:
+    cuda = torch.device("cuda:1")
+    monkeypatch.setattr("saexp.models.devices.find_spec", lambda _: None)
+    with pytest.raises(
+        ModelError, match=r'needs the package bitsandbytes; type pip install "saexp\['
+    ):
+        quantization_options(name, cuda, torch.bfloat16)
+    monkeypatch.setattr("saexp.models.devices.find_spec", lambda package: package)
+    options = quantization_options(name, cuda, torch.bfloat16)
+    config = options["quantization_config"]
+    assert (config.load_in_4bit, config.load_in_8bit) == (bits == 4, bits == 8)
+    assert options["device_map"] == {"": "cuda:1"}
+    assert quantization_options(None, cuda, torch.bfloat16) == {}
+
+
+def test_an_unknown_quantisation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model.quantization=3bit is not known; did you mean"):
+        ModelConfig(name="tiny", quantization="3bit")

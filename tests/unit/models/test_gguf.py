@@ -9,10 +9,16 @@ import pytest
 import torch
 
 import saexp
+from saexp.config import ModelConfig
 from saexp.errors import ModelError
+from saexp.models.loading import LanguageModel
+from saexp.models.source import find_source
 from tests.random_models import TEXTS, random_hf, tokenizer
 
-INSTALLED = all(importlib.util.find_spec(name) for name in ("gguf", "accelerate"))
+NEEDS_GGUF = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("gguf", "accelerate")),
+    reason="needs the packages of saexp[gguf]",
+)
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -68,11 +74,13 @@ def write_gguf(hf: torch.nn.Module, file: Path) -> Path:
     return file
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs the packages of saexp[gguf]")
+@NEEDS_GGUF
 @pytest.mark.filterwarnings("ignore")
 def test_a_gguf_file_loads_as_a_model(tmp_path: Path) -> None:
     hf = random_hf("qwen2", tie_word_embeddings=False)
-    model = saexp.load_model(write_gguf(hf, tmp_path / "model.gguf"), device="cpu")
+    model = saexp.load_model(
+        write_gguf(hf, tmp_path / "model.gguf"), cache_dir=tmp_path / "cache", device="cpu"
+    )
     assert (model.n_layers, model.d_model) == (3, 32)
     before = model.fingerprint
     ids = torch.tensor([model.tokenizer(TEXTS[0])["input_ids"]])
@@ -82,13 +90,78 @@ def test_a_gguf_file_loads_as_a_model(tmp_path: Path) -> None:
     torch.testing.assert_close(model.logits(TEXTS[0]), expected, atol=1e-4, rtol=1e-4)
     assert model.fingerprint == before
     write_gguf(random_hf("qwen2", seed=1, tie_word_embeddings=False), tmp_path / "other.gguf")
-    assert saexp.load_model(tmp_path / "other.gguf", device="cpu").fingerprint != before
+    other = LanguageModel(ModelConfig(name=str(tmp_path / "other.gguf"), device="cpu"))
+    assert other.fingerprint != before
+
+
+@NEEDS_GGUF
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_dequantised_once_and_read_without_gguf_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    file = write_gguf(random_hf("qwen2", tie_word_embeddings=False), tmp_path / "model.gguf")
+    cfg = ModelConfig(name=str(file), device="cpu", dtype=dtype)
+    direct, cached = LanguageModel(cfg), LanguageModel(cfg, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "models").glob("gguf-*")
+    assert cached.source == str(folder)
+    assert folder.name.endswith(dtype)
+    monkeypatch.setattr("saexp.models.source.find_spec", lambda _: None)
+    monkeypatch.setattr("saexp.models.source.convert", None)
+    later = LanguageModel(cfg, tmp_path / "cache")
+    for model in (cached, later):
+        assert model.fingerprint == direct.fingerprint
+        assert model.tokenizer_fingerprint == direct.tokenizer_fingerprint
+        assert (model.eos_ids, model.dtype) == (direct.eos_ids, direct.dtype)
+        for text in TEXTS:
+            assert model.tokenizer(text).input_ids == direct.tokenizer(text).input_ids
+        weights = model.hf.state_dict()
+        assert weights.keys() == direct.hf.state_dict().keys()
+        assert all(torch.equal(weights[name], t) for name, t in direct.hf.state_dict().items())
+
+
+@NEEDS_GGUF
+@pytest.mark.filterwarnings("ignore")
+def test_a_conversion_that_stops_leaves_nothing_that_is_read(tmp_path: Path) -> None:
+    file = write_gguf(random_hf("qwen2", tie_word_embeddings=False), tmp_path / "model.gguf")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(file.read_bytes()[:-4096])
+    models = tmp_path / "cache" / "models"
+    with pytest.raises(ModelError, match="its weights cannot be loaded"):
+        LanguageModel(ModelConfig(name=str(damaged), device="cpu"), tmp_path / "cache")
+    assert not [path for path in models.iterdir() if path.is_dir()]
+    # As of a process that was killed.
+    (models / ".tmp-killed").mkdir()
+    (models / ".tmp-killed" / "config.json").write_text("{")
+    LanguageModel(ModelConfig(name=str(file), device="cpu"), tmp_path / "cache")
+    assert [path.name[:5] for path in models.iterdir() if path.is_dir()] == ["gguf-"]
+
+
+def test_the_file_is_found_in_a_folder(tmp_path: Path) -> None:
+    def found(**options: str) -> Path | None:
+        return find_source(ModelConfig(name=str(tmp_path), **options)).gguf_file
+
+    assert found() is None
+    (tmp_path / "a.gguf").touch()
+    assert found() == tmp_path / "a.gguf"
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(
+        ModelError, match=re.escape("2 GGUF files; type one of them: model.gguf_file=a")
+    ):
+        found()
+    assert found(gguf_file="b.gguf") == tmp_path / "b.gguf"
+    with pytest.raises(ModelError, match=re.escape("which has a.gguf, b.gguf")):
+        found(gguf_file="c.gguf")
+    (tmp_path / "model.safetensors").touch()
+    assert found() is None
+    with pytest.raises(ModelError, match="leave out model.gguf_file"):
+        find_source(ModelConfig(name=str(tmp_path / "a.gguf"), gguf_file="b.gguf"))
 
 
 def test_without_its_packages_the_error_and_the_docs_give_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saexp.models.loading.find_spec", lambda _: None)
+    monkeypatch.setattr("saexp.models.source.find_spec", lambda _: None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     command = 'pip install "saexp[gguf]"'
     assert command in Path("docs/guides/python.md").read_text("utf-8")
