@@ -35,7 +35,7 @@ from saexp.pipeline.objects import (
     per_layer,
     sparse_autoencoder,
 )
-from saexp.pipeline.run_folder import RUN_TABLES, skips_table
+from saexp.pipeline.run_folder import RUN_TABLES
 from saexp.results import Result, check_result
 from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.saes.sae import SparseAutoencoder
@@ -67,13 +67,12 @@ class RunData:
     @property
     def result(self) -> Result:
         """Metrics `collection/…`, tables `rows` and `skips`, and the notes of the data sets."""
-        placement = self.examples.placement
         metrics = self.examples.metrics
         metrics["collection/tokens_forwarded"] = self.tokens_forwarded
         transfer = [] if self.transfer is None else self.transfer.examples.notes
         return Result(
             metrics=metrics,
-            tables={"rows": placement.rows, "skips": skips_table(placement.skips)},
+            tables=self.examples.tables,
             notes=[
                 *self.examples.examples.notes,
                 *([] if self.neutral is None else self.neutral.examples.notes),
