@@ -137,7 +137,8 @@ def example_cards(
         rows, values = rows_of[int(latent)].tolist(), values_of[int(latent)].tolist()
         value = dict(zip(rows, values, strict=True))
         parts = [
-            (q, [_example(placement.labels(r), w, value[r], value) for r, w in part]) for q, part in windows_of
+            (q, [_example(placement.labels(r), w, value[r], value) for r, w in part])
+            for q, part in windows_of
         ]
         at = [{"quantile": q, "examples": part} for q, part in parts[1:] if part]
         examples.append({"top": parts[0][1], "quantiles": at})
