@@ -446,6 +446,11 @@ class CorpusRows(PositionRows):
     def pieces(self, text_id: int, first: int, end: int) -> list[str]:
         return decoded_pieces(self.ids(text_id), self.tokenizer, first, end)
 
+    def bounds(self, text_id: int) -> tuple[int, int]:
+        """[first, end) rows of a context."""
+        first = int(self._ends[text_id - 1]) if text_id else 0
+        return first, int(self._ends[text_id])
+
     def text_ids(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return np.searchsorted(self._ends, rows, side="right")
 

@@ -347,9 +347,7 @@ def tally_store(
     started = time.perf_counter()
     chosen = [int(f) for f in tally.latents]
     if tally.correlate:
-        for first, csr in _encoded(store, sae):
-            rows = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
-            csr = csr if len(rows) == len(csr.indptr) - 1 else csr[rows - first]
+        for rows, csr in encoded_rows(store, sae, ordinary):
             values = sparse.csc_array(csr[:, chosen])
             tally.update(values, texts(rows), groups(rows), csr, rows)
     else:
@@ -374,15 +372,24 @@ def _ordinary_rows(
     return rows if ordinary is None else rows[ordinary[rows]]
 
 
+def encoded_rows(
+    store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
+) -> Iterator[tuple[Int[np.ndarray, " m"], sparse.csr_array]]:
+    """(indices of (ordinary) rows, all latents `[m, d_sae]` there) of each chunk, in order."""
+    for first, csr in _encoded(store, sae):
+        n = len(csr.indptr) - 1
+        rows = _ordinary_rows(first, n, ordinary)
+        yield rows, csr if len(rows) == n else csr[rows - first]
+
+
 @torch.inference_mode()
 def count_active_rows(
     store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
 ) -> Int[np.ndarray, " d_sae"]:
     """Number of (ordinary) rows on which each latent is active."""
     counts = np.zeros(sae.d_sae, dtype=np.int64)
-    for first, csr in _encoded(store, sae):
-        row_indices = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
-        counts += np.bincount(csr[row_indices - first].indices, minlength=sae.d_sae)
+    for _, csr in encoded_rows(store, sae, ordinary):
+        counts += np.bincount(csr.indices, minlength=sae.d_sae)
     return counts
 
 

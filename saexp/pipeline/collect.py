@@ -151,8 +151,6 @@ def _sae_notes(
     ]
 
 
-CORPUS_TASKS = ("collect", "train", "evaluate", "dashboard", "analyze")
-"""Tasks that read a corpus."""
 Prefetch = Sequence[tuple[int, str | None]]
 """(layer, stream) to store in the same pass; a stream of None is that of the run's own SAE."""
 
@@ -302,15 +300,7 @@ def collect_corpus(
     prefetch: Prefetch = (),
     part: Part | None = None,
 ) -> Collected:
-    """As `collect_examples`, of the contexts of a corpus. Memory does not grow with the corpus.
-
-    Raises ConfigError for a task or an analyzer that compares groups of examples.
-    """
-    if cfg.task.name not in CORPUS_TASKS:
-        raise ConfigError(
-            f"task={cfg.task.name} reads examples, and dataset=corpus has none; type task= one of "
-            f"{', '.join(CORPUS_TASKS)}, or dataset=text for an example per line"
-        )
+    """As `collect_examples`, of the contexts of a corpus. Memory does not grow with the corpus."""
     corpus = open_corpus(cfg, model)
     rows = CorpusRows(corpus, cfg.positions, model.tokenizer)
     notes = [f"{counted(len(corpus), 'context')} of {corpus.context_size} tokens", *corpus.notes]

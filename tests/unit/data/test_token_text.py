@@ -12,7 +12,7 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.group_statistics import TopFeaturesAnalyzer
+from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
 from saexp.data.decoding import decoded_pieces
 from saexp.data.examples import Example
