@@ -128,6 +128,10 @@ class PositionRows(ABC):
     def frame(self, first: int, end: int) -> pd.DataFrame:
         """Rows [first, end) of the table `rows`."""
 
+    @abstractmethod
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        """These rows, ascending, of the table `rows`."""
+
     @property
     def rows(self) -> pd.DataFrame:
         """All rows with their strings: ROW_COLUMNS, then the file's other columns."""
@@ -212,7 +216,7 @@ class PositionTable(PositionRows):
     def _schema(self) -> pa.Schema:
         # Of all examples: a column may be empty in the first rows and not in others.
         first_rows = np.unique(self._of_chosen, return_index=True)[1]
-        return pa.Schema.from_pandas(self._table(first_rows), preserve_index=False)
+        return pa.Schema.from_pandas(self.at(first_rows), preserve_index=False)
 
     @property
     def n_texts(self) -> int:
@@ -258,10 +262,10 @@ class PositionTable(PositionRows):
         return {"texts": texts.hexdigest(), "positions": rows.hexdigest()}
 
     def frame(self, first: int, end: int) -> pd.DataFrame:
-        return self._table(np.arange(first, min(end, self.n_rows)))
+        return self.at(np.arange(first, min(end, self.n_rows)))
 
-    def _table(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
-        """These rows with their strings."""
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        """These rows with their strings, in any order."""
         numbers = Numbers(*(column[rows] for column in self._numbers))
         ids, which = np.unique(numbers.token_id, return_inverse=True)
         tokens = np.asarray(self.tokenizer.convert_ids_to_tokens(ids.tolist()), dtype=object)
@@ -467,5 +471,17 @@ class CorpusRows(PositionRows):
 
     def frame(self, first: int, end: int) -> pd.DataFrame:
         numbers = self.numbers(first, end)
-        narrow = {name: column.astype(np.int32) for name, column in numbers._asdict().items()}
-        return pd.DataFrame({"row": np.arange(first, first + len(numbers.text_id)), **narrow})
+        return _narrow(np.arange(first, first + len(numbers.text_id)), numbers)
+
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        block, parts = self.text_ids(rows) // _BLOCK, []
+        for some in np.split(rows, np.flatnonzero(np.diff(block)) + 1):
+            if len(some):
+                numbers = self.numbers(int(some[0]), int(some[-1]) + 1)
+                parts.append(_narrow(some, Numbers(*(c[some - some[0]] for c in numbers))))
+        return pd.concat(parts, ignore_index=True) if parts else self.frame(0, 0)
+
+
+def _narrow(rows: Int[np.ndarray, " n"], numbers: Numbers) -> pd.DataFrame:
+    columns = {name: column.astype(np.int32) for name, column in numbers._asdict().items()}
+    return pd.DataFrame({"row": rows, **columns})
