@@ -330,6 +330,8 @@ class ActivationStore(Marked):
                 shards[f"{index:05d}"] = dict(entry)
 
         self._change(add)
+        # The checksums are of what was read back from the files.
+        self._sound |= {(h.stored.name, index, e["sha256"]) for h, e in entries.items()}
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
         with locked(self.path / ".manifest.lock"):

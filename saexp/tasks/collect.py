@@ -53,8 +53,10 @@ def _missing_shards_notes(
     task: CollectConfig, store: ActivationStore, hookpoints: list[Hookpoint]
 ) -> list[str]:
     """A note on the shards that other parts have still to compute."""
+    if task.shard is None:
+        return []
     n_missing, n = len(store.missing(hookpoints)), len(store.shard_bounds)
-    if task.shard is None or not n_missing:
+    if not n_missing:
         return []
     return [f"{n - n_missing} of {n} shards are there; the other parts make the rest"]
 
