@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -91,9 +92,10 @@ class StreamMetrics:
         """Sum of each latent's values."""
         self.maxima = torch.zeros(d_sae, dtype=torch.float64)
         """Largest value of each latent, at least 0."""
-        self._explained: list[Tensor] = []
+        # Arrays that grow as a whole, for the reason given in ActivationStore.norms.
+        self._explained = array("d")
         """Explained fraction of each row's squared distance from the mean."""
-        self._norms: list[Tensor] = []
+        self._norms = array("d")
 
     def update(
         self,
@@ -126,8 +128,8 @@ class StreamMetrics:
             rows["error_of_all"] = error
             rows["spread_of_all"] = spread + 2 * (x @ difference) + constant
             rows["spread_high_norm"] = torch.zeros_like(spread)
-        self._explained.append(rows["legacy"])
-        self._norms.append(norm)
+        self._explained.frombytes(rows["legacy"].numpy().tobytes())
+        self._norms.frombytes(norm.numpy().tobytes())
         return self._accumulate(rows)
 
     def update_high_norm(
@@ -194,12 +196,12 @@ class StreamMetrics:
     @property
     def median_explained(self) -> float | None:
         """Median explained fraction of ordinary rows; None where all rows are equal."""
-        return float(np.median(torch.cat(self._explained))) if self.sums["spread"] else None
+        return float(np.median(np.frombuffer(self._explained))) if self.sums["spread"] else None
 
     @property
     def median_norm(self) -> float:
         """Median norm of the ordinary rows."""
-        return float(np.median(torch.cat(self._norms)))
+        return float(np.median(np.frombuffer(self._norms)))
 
 
 @torch.inference_mode()
