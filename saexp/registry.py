@@ -77,7 +77,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "analyzer": {
         "contrast": "saexp.analysis.contrast:ContrastAnalyzer",
         "stats": "saexp.analysis.group_statistics:StatsAnalyzer",
-        "top_features": "saexp.analysis.group_statistics:TopFeaturesAnalyzer",
+        "top_features": "saexp.analysis.top_latents:TopFeaturesAnalyzer",
         "probe": "saexp.analysis.probe:ProbeAnalyzer",
         "capability": "saexp.analysis.capability:CapabilityAnalyzer",
     },

@@ -8,7 +8,8 @@ speed: tokens per second of `task=collect dataset=corpus positions=all` into an 
 tokenized beforehand, and of the bare forward pass of the required blocks on the same packed
 batches, in turn in one process. On a CPU both are per CPU second, because wall time depends on what
 else the machine does.
-memory: peak resident memory of a process that collects, at 1 x and at 4 x the tokens.
+memory: peak resident memory of a process that collects, at 1 x and at 4 x the tokens;
+memory_dashboard, memory_stats, memory_train (from the store) and memory_evaluate: of these tasks.
 tokenization: tokens per second of tokenizing and packing, and of `datasets.map` with as many
 processes as saexp has threads.
 
@@ -27,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,15 @@ COLUMNS = (
     "ratio",
     "target",
 )
-TARGETS = {"speed": ">= 0.9", "memory": "<= 1.1", "tokenization": ">= 1"}
+TASKS = {
+    "memory": ("task=collect",),
+    "memory_dashboard": ("task=dashboard", "task.latents=top:5"),
+    "memory_stats": ("task=analyze", "analyzer=stats", "intervention=none"),
+    "memory_train": ("task=train", "sae_trainer.source=store", "sae_trainer.n_samples=100000"),
+    "memory_evaluate": ("task=evaluate", "task.n_bootstrap=100"),
+}
+"""Measurement of memory -> the words of the task; those but the first are of the tiny model."""
+TARGETS = {"speed": ">= 0.9", **dict.fromkeys(TASKS, "<= 1.1"), "tokenization": ">= 1"}
 SHAPES = {"gemma2-small": "small", "gemma2-2b": "2b"}
 """Random models of Gemma-2's architecture: sizes that differ from Gemma-2-2B."""
 LAYERS = {"tiny": 2, "gemma2-small": 5, "gemma2-2b": 12}
@@ -58,7 +68,7 @@ CONTEXT_SIZE = 256
 
 
 def compose(job: dict[str, Any], *words: str) -> Any:
-    """The config of `task=collect` on this job's corpus."""
+    """The config of a task, by default `task=collect`, on this job's corpus."""
     import saexp
 
     model = ["model=tiny"]
@@ -67,7 +77,7 @@ def compose(job: dict[str, Any], *words: str) -> Any:
     return saexp.compose(
         [
             *model,
-            "task=collect",
+            *(words or ("task=collect",)),
             "dataset=corpus",
             f"dataset.path={job['folder']}/texts_{job['tokens']}.jsonl",
             f"dataset.context_size={CONTEXT_SIZE}",
@@ -77,7 +87,6 @@ def compose(job: dict[str, Any], *words: str) -> Any:
             f"device={job['device']}",
             f"dtype={job['dtype']}",
             f"cache_dir={job['folder']}/cache_{job['model']}",
-            *words,
         ]
     )
 
@@ -171,11 +180,11 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
 
 
-def memory(job: dict[str, Any]) -> dict[str, Any]:
-    """Peak resident memory in MB of this process, which collects once."""
+def memory(job: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Peak resident memory in MB of this process, which does one task."""
     from saexp.context import ObjectCache
 
-    n_tokens = collecting(compose(job), Path(job["folder"]), ObjectCache())()
+    n_tokens = collecting(compose(job, *words), Path(job["folder"]), ObjectCache())()
     per_unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * per_unit
     return {"tokens": n_tokens, "peak": [peak / 1e6]}
@@ -222,7 +231,12 @@ def tokenization(job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": n_tokens, **{k: [n_tokens / s for s in v] for k, v in seconds.items()}}
 
 
-JOBS = {"prepare": prepare, "speed": speed, "memory": memory, "tokenization": tokenization}
+JOBS = {
+    "prepare": prepare,
+    "speed": speed,
+    "tokenization": tokenization,
+    **{kind: partial(memory, words=words) for kind, words in TASKS.items()},
+}
 
 
 def worker(kind: str, job: dict[str, Any]) -> None:
@@ -260,7 +274,7 @@ def measured(kind: str, job: dict[str, Any]) -> dict[str, Any]:
     """One row of the table."""
     row = {key: job[key] for key in ("model", "device", "dtype", "threads")}
     row |= {"measurement": kind, "target": TARGETS[kind]}
-    if kind == "memory":
+    if kind in TASKS:
         small, large = fresh(kind, job), fresh(kind, {**job, "tokens": 4 * job["tokens"]})
         numbers = {"saexp": large["peak"], "reference": small["peak"]}
         row |= {"tokens": large["tokens"], "unit": "MB, at 4 x and 1 x"}
@@ -311,7 +325,7 @@ def main() -> None:
         every = sorted({n * k for n in sizes.values() for k in (1, 4)})
         fresh("prepare", {**basic, "models": models, "sizes": every})
         for kind in [args.only] if args.only else TARGETS:
-            for name in models:
+            for name in models if kind not in TASKS or kind == "memory" else ["tiny"]:
                 for dtype in args.dtypes.split(","):
                     # Tokenization is of no model and no dtype.
                     if kind == "tokenization" and (rows and rows[-1]["measurement"] == kind):

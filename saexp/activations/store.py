@@ -330,6 +330,8 @@ class ActivationStore(Marked):
                 shards[f"{index:05d}"] = dict(entry)
 
         self._change(add)
+        # The checksums are of what was read back from the files.
+        self._sound |= {(h.stored.name, index, e["sha256"]) for h, e in entries.items()}
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
         with locked(self.path / ".manifest.lock"):
@@ -383,11 +385,12 @@ class ActivationStore(Marked):
         """Euclidean norm of each row, float64; cached while the store is open."""
         at = hookpoint.stored
         if at not in self._norms:
-            parts = [
-                acts.flatten(1).double().norm(dim=-1).numpy()
-                for _, acts in self.chunks(at, _CHUNK_ROWS)
-            ]
-            self._norms[at] = np.concatenate(parts)
+            # Into one array: small arrays kept between large temporary ones would leave holes in
+            # the heap that the next large one does not fit into, as large as all values together.
+            norms = np.empty(self.n_rows)
+            for first, acts in self.chunks(at, _CHUNK_ROWS):
+                norms[first : first + len(acts)] = acts.flatten(1).double().norm(dim=-1).numpy()
+            self._norms[at] = norms
         return self._norms[at]
 
     def _complete(self, hookpoint: Hookpoint) -> Hookpoint:

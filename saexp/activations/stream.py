@@ -5,6 +5,7 @@ rule of sae-lens (`mixing_buffer`): when it is full it is shuffled, a part of it
 batches, and the rest is kept to be mixed with what comes next.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.stats.significance import derived_seed
+
+log = logging.getLogger(__name__)
 
 _REFERENCE_ROWS = 16_384
 """Positions from which the median norm, and the mean norm for scaling, are estimated."""
@@ -187,6 +190,7 @@ class ContextActivations:
         if self.at.context >= len(self._order):
             self.at.epoch, self.at.context = self.at.epoch + 1, 0
             self._order = self._order_of(self.at.epoch)
+            log.info("epoch %d: the corpus is read again, in another order", self.at.epoch + 1)
         contexts = self._order[self.at.context : self.at.context + self.per_pass]
         parts = np.array_split(contexts, self.processes.size)
         own = parts[self.processes.rank]

@@ -62,6 +62,9 @@ class EvaluationSettings:
     """Replacements of the stream that the scores are relative to."""
     max_norm_ratio: float | None = None
     """Positions with a norm above this multiple of the median are neither spliced nor ablated."""
+    keep_passes: bool = True
+    """Keep clean passes between the two rounds, up to KEPT_BYTES; false: repeat them, so that
+    memory does not grow with the texts."""
 
 
 @dataclass
@@ -133,10 +136,7 @@ class _Evaluator:
     def run(self) -> list[Evaluation]:
         todo = self._clean_round()
         self.high_norm.resolve()
-        self.means = self.high_norm.means(
-            (batch, (clean or self.passes.clean(batch, self.wanted)).streams)
-            for batch, clean in todo
-        )
+        self.means = self.high_norm.means((p.batch, p.clean.streams) for p in todo)
         means = [self.means[_streams(s)] for s in self.saes]
         self.streams = [
             StreamMetrics(m.ordinary, s.d_sae, m.of_all)
@@ -144,35 +144,39 @@ class _Evaluator:
         ]
         with progress(len(self.texts), "evaluating", "text") as bar:
             for number in range(len(todo)):
-                batch, clean = todo.popleft()
+                again = todo.popleft()
+                batch = again.batch
                 try:
-                    clean = clean or self.passes.clean(batch, self.wanted)
-                    self._evaluate(number, batch, clean)
+                    self._evaluate(number, batch, again.clean)
                 except torch.OutOfMemoryError as error:
                     raise _too_large(batch) from error
                 bar.update(len(batch.texts))
         return [self._result(number) for number in range(len(self.saes))]
 
-    def _clean_round(self) -> deque[tuple[Batch, Clean | None]]:
-        """All batches with their clean passes; None for those beyond the limit of kept passes."""
-        model, where = self.model, self.settings.where
+    def _batch(self, chosen: Sequence[int]) -> Batch:
+        model, settings = self.model, self.settings
+        return make_batch(
+            self.texts,
+            chosen,
+            settings.where,
+            pad_id=model.pad_id,
+            device=model.device,
+            padding_side=settings.padding_side,
+        )
+
+    def _clean_round(self) -> deque["_CleanPass"]:
+        """All clean passes; those beyond the limit of kept passes are repeated when needed."""
+        model = self.model
         budget = TokenBudget(self.settings.batch_tokens, model.device)
         per_token = len(self.wanted) * model.d_model * model.dtype.itemsize
         budget.tokens = max(1, min(budget.tokens, self._limit(STREAM_BYTES) // per_token))
         plan = batches([len(t) for t in self.texts], budget, model.text_config)
-        done: deque[tuple[Batch, Clean | None]] = deque()
-        free = self._limit(KEPT_BYTES)
+        done: deque[_CleanPass] = deque()
+        free = self._limit(KEPT_BYTES) if self.settings.keep_passes else 0
         chosen = next(plan, None)
         with progress(len(self.texts), "clean passes", "text") as bar:
             while chosen is not None:
-                batch = make_batch(
-                    self.texts,
-                    chosen,
-                    where,
-                    pad_id=model.pad_id,
-                    device=model.device,
-                    padding_side=self.settings.padding_side,
-                )
+                batch = self._batch(chosen)
                 try:
                     clean = self.passes.clean(batch, self.wanted)
                 except torch.OutOfMemoryError as error:
@@ -184,7 +188,8 @@ class _Evaluator:
                     continue
                 self.high_norm.add(batch, clean.streams)
                 free -= clean.n_bytes
-                done.append((batch, clean if free >= 0 else None))
+                kept = (batch, clean) if free >= 0 else None
+                done.append(_CleanPass(self, np.asarray(chosen), kept))
                 bar.update(len(chosen))
                 chosen = next(plan, None)
         return done
@@ -270,10 +275,12 @@ class _Evaluator:
                 self._add(state, "kl", texts[part], log_q.sub_(log_p).mul_(p).sum(-1).neg())
 
     def _add(self, state: State, name: str, texts: Tensor, values: Tensor) -> None:
-        sums = np.bincount(
-            texts.numpy(), weights=values.cpu().double().numpy(), minlength=len(self.texts)
-        )
-        self.sums[state, name] = self.sums.get((state, name), 0.0) + sums
+        # Of the texts in the batch alone: there may be very many others.
+        indices, of_position = np.unique(texts.numpy(), return_inverse=True)
+        if (state, name) not in self.sums:
+            self.sums[state, name] = np.zeros(len(self.texts))
+        added = np.bincount(of_position, values.cpu().double().numpy(), len(indices))
+        self.sums[state, name][indices] += added
 
     def _count(self, state: State, name: str, texts: Tensor) -> None:
         self._add(state, name, texts, torch.ones(len(texts)))
@@ -310,6 +317,26 @@ class _Evaluator:
             "reconstruction metrics leave them out",
         )
         return Evaluation(pd.DataFrame(columns), self.streams[number], histogram, resumed, notes)
+
+
+class _CleanPass:
+    """A clean pass that is kept, or else repeated."""
+
+    def __init__(
+        self, evaluator: _Evaluator, chosen: np.ndarray, kept: tuple[Batch, Clean] | None
+    ) -> None:
+        self._evaluator, self._chosen, self._kept = evaluator, chosen, kept
+
+    @property
+    def batch(self) -> Batch:
+        """The texts of the pass."""
+        return self._kept[0] if self._kept else self._evaluator._batch(self._chosen.tolist())
+
+    @property
+    def clean(self) -> Clean:
+        """Its streams. Raises torch.OutOfMemoryError."""
+        evaluator = self._evaluator
+        return self._kept[1] if self._kept else evaluator.passes.clean(self.batch, evaluator.wanted)
 
 
 def _streams(sae: SparseAutoencoder) -> Streams:

@@ -283,6 +283,7 @@ class HighNorm:
             sizes = [len(part) for part in self._norms[place[0]]]
             ordinary = torch.from_numpy(ordinary_rows(norms, limits))
             self.masks[place] = list(ordinary.split(sizes))
+        self._norms = {}
 
     def n_excluded(self, place: Streams) -> int:
         """Number of high-norm positions."""
@@ -299,7 +300,7 @@ class HighNorm:
     ) -> dict[Streams, Means]:
         """Means of the reconstructed stream of each place. `again` yields all batches' streams a
         second time; it is consumed only where there are high-norm positions."""
-        n = sum(map(len, next(iter(self._norms.values()))))
+        n = sum(map(len, self.masks[self.places[0]]))
         of_all = {p: self._totals[p[-1]] / n for p in self.places}
         high = [p for p in self.places if self.n_excluded(p)]
         sums = {p: torch.zeros_like(of_all[p]) for p in high}

@@ -1,154 +1,25 @@
-"""Statistics of latents by group, and the latents that are most active."""
+"""Statistics of latents by group."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs, Analyzer, unequal_types
-from saexp.config import StatsConfig, TopFeaturesConfig
-from saexp.data.tokenization import token_pieces
+from saexp.analysis.base import AnalysisInputs, unequal_types
+from saexp.analysis.corpora import CorpusAnalyzer, CorpusInputs
+from saexp.config import StatsConfig
 from saexp.errors import DataError, counted
 from saexp.latents.statistics import Moments, moments
+from saexp.latents.streaming import StreamedLatents
 from saexp.results import Result
-from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval
+from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
 from saexp.stats.rank_tests import stratum_weights
-
-
-class TopFeaturesAnalyzer(Analyzer):
-    """Registry kind `analyzer`, name `top_features`; takes several layers, one after another."""
-
-    several_layers = True
-    reads_acts = False
-    ordinary_only = True
-
-    def __init__(self, cfg: TopFeaturesConfig) -> None:
-        super().__init__(cfg)
-        self.top_k, self.n_texts, self.by = cfg.top_k, cfg.n_texts, cfg.by
-
-    def analyze(self, inputs: AnalysisInputs) -> Result:
-        """Metrics `top_features/…`, tables `top_features` and `tokens`.
-
-        Statistics are over all ordinary positions, whatever their group: `max`, `mean` (including
-        zeros), `frequency` (fraction of positions where a latent is active) and `background_freq`
-        (the same on neutral text). Only active latents are ranked, ties by the lower index.
-        `tokens` holds all positions of the `n_texts` texts with the largest activation of each top
-        latent.
-        """
-        inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
-        rows = inputs.latents.rows
-        csr = inputs.latents.csr
-        of_rows = moments(csr, np.ones(len(rows), dtype=bool), threshold=0.0)
-        rankings = {"max": of_rows.maximum, "mean": of_rows.mean, "frequency": of_rows.frequency}
-        key = rankings[self.by]
-        active = np.flatnonzero(of_rows.active)
-        top = active[np.argsort(-key[active], kind="stable")][: self.top_k]
-        table = pd.DataFrame(
-            {
-                "layer": inputs.layer,
-                "rank": np.arange(1, len(top) + 1),
-                "latent": top,
-                "max": of_rows.maximum[top],
-                "mean": of_rows.mean[top],
-                "frequency": of_rows.frequency[top],
-                "n_active": of_rows.active[top],
-                "background_freq": _background(inputs)[top],
-            }
-        )
-        columns = sparse.csc_array(csr[:, top])
-        strongest, tokens = [], []
-        examples = rows["example_id"].to_numpy()
-        rows = rows.assign(token=_token_texts(inputs))
-        for column, latent in enumerate(top.tolist()):
-            values = np.asarray(columns[:, [column]].todense()).ravel()
-            strongest.append(int(values.argmax()))
-            tokens.append(self._tokens(rows, examples, values, latent, inputs.layer))
-        table["example"] = examples[strongest]
-        table["token"] = [_token_text(inputs, row) for row in strongest]
-        empty = self._tokens(rows.iloc[:0], examples[:0], np.zeros(0), 0, inputs.layer)
-        metrics: dict[str, float | int | None] = {
-            "top_features/n_positions": len(rows),
-            "top_features/n_fired": len(active),
-            "top_features/best_latent": int(top[0]) if len(top) else None,
-            f"top_features/best_{self.by}": float(key[top[0]]) if len(top) else None,
-        }
-        notes = []
-        if len(top) < self.top_k:
-            n = counted(len(top), "latent is", "latents are") if len(top) else "no latent is"
-            only = "only " if len(top) else ""
-            notes.append(f"layer {inputs.layer}: {only}{n} active at the analysed positions")
-        return Result(
-            metrics=metrics,
-            tables={"top_features": table, "tokens": pd.concat(tokens or [empty])},
-            notes=notes,
-        )
-
-    def _tokens(
-        self,
-        rows: pd.DataFrame,
-        examples: np.ndarray,
-        values: np.ndarray,
-        latent: int,
-        layer: int,
-    ) -> pd.DataFrame:
-        """Activations of one latent at all positions of the texts with its largest maxima."""
-        codes, names = pd.factorize(examples)
-        highest = np.zeros(len(names))
-        np.maximum.at(highest, codes, values)
-        order = np.argsort(-highest, kind="stable")[: self.n_texts]
-        texts = order[highest[order] > 0]
-        rank = np.full(len(names), -1)
-        rank[texts] = np.arange(len(texts))
-        chosen = np.flatnonzero(rank[codes] >= 0) if len(names) else np.zeros(0, dtype=int)
-        chosen = chosen[np.argsort(rank[codes[chosen]], kind="stable")]
-        part: dict[str, Any] = {
-            "layer": layer,
-            "latent": latent,
-            "example": examples[chosen],
-            "token": rows["token"].to_numpy()[chosen],
-            "token_index": rows["token_index"].to_numpy()[chosen],
-            "value": values[chosen].astype(np.float64),
-        }
-        return pd.DataFrame(part)
-
-
-def _token_texts(inputs: AnalysisInputs) -> pd.Series:
-    """Each position's part of its text; without texts, the token as the vocabulary spells it."""
-    rows = inputs.latents.rows
-    if inputs.model is None or not inputs.texts:
-        return rows["token"]
-    texts = np.empty(len(rows), dtype=object)
-    indices = rows["token_index"].to_numpy()
-    text_ids = rows["text_id"].to_numpy()
-    for group in rows.groupby(["text_id", "example_id"], sort=False).indices.values():
-        of_text = np.asarray(group)
-        chosen, which = np.unique(indices[of_text], return_inverse=True)
-        text = inputs.texts[int(text_ids[of_text[0]])]
-        parts = token_pieces(text, inputs.model.tokenizer, chosen.tolist())
-        texts[of_text] = np.array(parts, dtype=object)[which]
-    return pd.Series(texts, index=rows.index)
-
-
-def _token_text(inputs: AnalysisInputs, row: int) -> str:
-    """One position's part of its text; a part of a character is shown as the whole character."""
-    position = inputs.latents.rows.iloc[row]
-    if inputs.model is None or not inputs.texts:
-        return str(position["token"])
-    text = inputs.texts[int(position["text_id"])]
-    return token_pieces(text, inputs.model.tokenizer, [int(position["token_index"])])[0]
-
-
-def _background(inputs: AnalysisInputs) -> np.ndarray:
-    """Fraction of neutral tokens on which each latent is active; NaN without neutral text."""
-    neutral = inputs.background
-    if neutral is None:
-        return np.full(inputs.latents.d_sae, np.nan)
-    return moments(neutral.csr, np.ones(len(neutral), dtype=bool), threshold=0.0).frequency
-
 
 EVERYTHING = "all"
 """Name of the single group of a data set without groups."""
@@ -160,9 +31,8 @@ class _Group:
     """One group's positions at one layer."""
 
     name: str
-    chosen: Bool[np.ndarray, " n_rows"]
-    l0: Float[np.ndarray, " n_rows"]
-    """Number of active latents of every row, including rows of other groups."""
+    l0_counts: Int[np.ndarray, " m"]
+    """Entry i is the number of positions with i active latents."""
     moments: Moments
     """Counts and maxima over the positions of the group."""
     frequency: Float[np.ndarray, " d_sae"]
@@ -173,11 +43,15 @@ class _Group:
     """Mean L0 of each unit's positions."""
     types: Shaped[np.ndarray, " n_units"]
     """Entity type of each unit, empty where it has none."""
-    values: np.ndarray
-    """Activations that are not zero."""
+    largest: float | None
+    """The largest activation; None where no latent is active."""
+    histogram: Callable[[Float[np.ndarray, " n_edges"]], Int[np.ndarray, " n_bins"]]
+    """Numbers of activations that are not zero between these edges."""
+    run_of_unit: Int[np.ndarray, " n_units"] | None = None
+    """Of a corpus with very many units, the run of neighbours with which each is resampled."""
 
 
-class StatsAnalyzer(Analyzer):
+class StatsAnalyzer(CorpusAnalyzer):
     """Registry kind `analyzer`, name `stats`; takes several layers, one after another."""
 
     several_layers = True
@@ -203,7 +77,13 @@ class StatsAnalyzer(Analyzer):
         DataError for a group without positions.
         """
         inputs = dataclasses.replace(inputs, latents=inputs.ordinary_latents, ordinary=None)
-        groups = self._groups(inputs)
+        return self._result(self._groups(inputs), inputs.layer)
+
+    def analyze_corpus(self, inputs: CorpusInputs) -> Result:
+        """As `analyze` of a single group; the units are contexts."""
+        return self._result([_corpus_group(inputs.latents)], inputs.layer)
+
+    def _result(self, groups: list[_Group], layer: int) -> Result:
         metrics: Numbers = {}
         for group in groups:
             metrics |= self._numbers(group)
@@ -222,7 +102,7 @@ class StatsAnalyzer(Analyzer):
             "value_histogram": self._value_histogram(groups),
         }
         for table in tables.values():
-            table.insert(0, "layer", inputs.layer)
+            table.insert(0, "layer", layer)
         return Result(metrics=metrics, tables=tables, notes=notes)
 
     def _groups(self, inputs: AnalysisInputs) -> list[_Group]:
@@ -245,14 +125,14 @@ class StatsAnalyzer(Analyzer):
             first_row = np.unique(of_row, return_index=True)[1]
             group = _Group(
                 name,
-                chosen,
-                l0,
+                np.bincount(l0[chosen].astype(np.int64)),
                 moments(csr, chosen, threshold=0.0),
                 frequency=is_active.T @ weights,
                 total=part.T @ weights,
                 unit_l0=np.bincount(of_row, l0[chosen]) / np.bincount(of_row),
                 types=rows["entity_type"].fillna("").to_numpy(dtype=str)[chosen][first_row],
-                values=part.data,
+                largest=float(part.data.max()) if part.nnz else None,
+                histogram=partial(_histogram, part.data),
             )
             groups.append(group)
         return groups
@@ -260,9 +140,7 @@ class StatsAnalyzer(Analyzer):
     def _numbers(self, group: _Group) -> Numbers:
         n_dead = int((group.moments.active == 0).sum())
         g, l0 = group.name, float(group.unit_l0.mean())
-        low, high = mean_interval(
-            group.unit_l0[:, None], self.cfg.seed, n_resamples=self.cfg.n_bootstrap
-        )
+        low, high = _l0_interval(group, self.cfg.seed, self.cfg.n_bootstrap)
         return {
             f"stats/n_positions_{g}": group.moments.n,
             f"stats/n_units_{g}": len(group.unit_l0),
@@ -270,7 +148,7 @@ class StatsAnalyzer(Analyzer):
             f"stats/l0_{g}_ci_low": _number(low[0]),
             f"stats/l0_{g}_ci_high": _number(high[0]),
             f"stats/mean_active_{g}": float(group.total.sum()) / l0 if l0 else None,
-            f"stats/max_active_{g}": float(group.values.max()) if len(group.values) else None,
+            f"stats/max_active_{g}": group.largest,
             f"stats/dead_fraction_{g}": n_dead / len(group.moments.active),
             f"stats/n_dead_{g}": n_dead,
         }
@@ -315,7 +193,7 @@ class StatsAnalyzer(Analyzer):
 
     def _value_histogram(self, groups: list[_Group]) -> pd.DataFrame:
         """Equal bins from 0 to the largest value of all groups."""
-        top = max((float(g.values.max()) for g in groups if len(g.values)), default=1.0)
+        top = max((g.largest for g in groups if g.largest is not None), default=1.0)
         edges = np.linspace(0, top, self.n_bins + 1)
         parts = [
             pd.DataFrame(
@@ -323,7 +201,7 @@ class StatsAnalyzer(Analyzer):
                     "group": g.name,
                     "low": edges[:-1],
                     "high": edges[1:],
-                    "n": np.histogram(g.values, bins=edges)[0],
+                    "n": g.histogram(edges),
                 }
             )
             for g in groups
@@ -417,5 +295,63 @@ def _counts(groups: list[_Group]) -> pd.DataFrame:
 
 
 def _l0_histogram(group: _Group) -> pd.DataFrame:
-    n_active, n = np.unique(group.l0[group.chosen].astype(int), return_counts=True)
+    n_active = np.flatnonzero(group.l0_counts)
+    n = group.l0_counts[n_active]
     return pd.DataFrame({"group": group.name, "n_active": n_active, "n_positions": n})
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.histogram(values, bins=edges)[0]
+
+
+_MOST_UNITS = 4096
+"""Contexts of a corpus that are resampled one by one; of more, runs of neighbours are."""
+
+
+def _l0_interval(group: _Group, seed: int, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """95% interval of the mean L0 of a unit."""
+    if group.run_of_unit is None:
+        return mean_interval(group.unit_l0[:, None], seed, n_resamples=n_resamples)
+    sums = np.bincount(group.run_of_unit, group.unit_l0)[:, None]
+    sizes = np.bincount(group.run_of_unit).astype(np.float64)[:, None]
+    return ratio_interval(sums, sizes, seed, n_resamples=n_resamples)
+
+
+def _corpus_group(latents: StreamedLatents) -> _Group:
+    """The group of all positions of a corpus, in two passes over the latents."""
+    text_ids, d_sae = latents.positions.text_ids, latents.d_sae
+    n_rows = np.zeros(latents.positions.n_texts, dtype=np.int64)
+    for rows in latents.row_blocks():
+        np.add.at(n_rows, text_ids(rows), 1)
+    weight_of_text = 1 / np.maximum(n_rows, 1) / np.count_nonzero(n_rows)
+    l0_of_text, l0_counts = np.zeros(len(n_rows)), np.zeros(d_sae + 1, dtype=np.int64)
+    active, total, maximum = np.zeros(d_sae, dtype=np.int64), np.zeros(d_sae), np.zeros(d_sae)
+    frequency, mean = np.zeros(d_sae), np.zeros(d_sae)
+    for rows, csr in latents.chunks():
+        l0, texts, data = np.diff(csr.indptr), text_ids(rows), csr.data.astype(np.float64)
+        np.add.at(l0_of_text, texts, l0)
+        l0_counts += np.bincount(l0, minlength=d_sae + 1)
+        weights = np.repeat(weight_of_text[texts], l0)
+        active += np.bincount(csr.indices, minlength=d_sae)
+        np.add.at(total, csr.indices, data)
+        np.maximum.at(maximum, csr.indices, data)
+        np.add.at(frequency, csr.indices, weights)
+        np.add.at(mean, csr.indices, weights * data)
+    read = n_rows > 0
+    unit_l0 = l0_of_text[read] / n_rows[read]
+    n_units, units = len(unit_l0), np.arange(len(unit_l0))
+    many = n_units > _MOST_UNITS
+    return _Group(
+        EVERYTHING,
+        l0_counts,
+        Moments(n=len(latents), active=active, total=total, maximum=maximum),
+        frequency=frequency,
+        total=mean,
+        unit_l0=unit_l0,
+        types=np.full(n_units, ""),
+        largest=float(maximum.max()) if active.any() else None,
+        histogram=lambda edges: np.sum(
+            [_histogram(csr.data, edges) for _, csr in latents.chunks()], axis=0
+        ),
+        run_of_unit=units * _MOST_UNITS // n_units if many else None,
+    )

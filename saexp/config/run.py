@@ -113,6 +113,11 @@ class RunConfig:
             parse_layers(self.layer)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)
+        if isinstance(self.dataset, corpora.CorpusConfig) and self.task.name == "label":
+            raise ConfigError(
+                "task=label asks about examples, and dataset=corpus has none; type dataset=jsonl "
+                "(or csv) for an example per line, or task=dashboard or task=evaluate"
+            )
 
 
 _BASES: dict[str, type] = {

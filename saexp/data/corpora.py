@@ -123,7 +123,12 @@ class Corpus:
     def notes(self) -> list[str]:
         """How many documents were cut, and how many had no tokens."""
         about, notes = self.manifest, []
-        n = about["n_documents"]
+        n, budget = about["n_documents"], about["settings"].get("n_tokens")
+        if budget is not None and self.n_tokens < budget:
+            notes.append(
+                f"the documents end before dataset.n_tokens={budget}, after {self.n_tokens:,} "
+                "tokens in full contexts"
+            )
         if about["n_cut"]:
             notes.append(
                 f"{about['n_cut']:,} of {counted(n, 'document')} were cut at dataset.context_size="

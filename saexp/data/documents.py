@@ -52,7 +52,7 @@ class Source:
         Raises DataError where the source cannot be read, or lacks the column of the texts.
         """
         if self.kind == "dataset":
-            for number, row in enumerate(self.rows, 1):
+            for number, row in enumerate(self._read(), 1):
                 yield _text_of(row, cfg.text_column, f"{self.name}, row {number}"), 0
             return
         assert self.path is not None
@@ -66,6 +66,24 @@ class Source:
         except (OSError, EOFError, zlib.error, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self.path}: cannot be read ({reason})") from error
+
+    def _read(self) -> Iterator[Any]:
+        """The rows of a data set; those of a stream are fetched, or parsed, here."""
+        from datasets.exceptions import DatasetsError
+
+        rows, number = iter(self.rows), 0
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except (OSError, ValueError, DatasetsError) as error:
+                reason = " ".join(str(error).split())
+                raise DataError(
+                    f"{self.name}: cannot be read after row {number} ({reason})"
+                ) from error
+            number += 1
+            yield row
 
 
 @dataclass
@@ -100,6 +118,8 @@ def sources(cfg: CorpusConfig) -> Sources:
     path = Path(cfg.path)
     if path.is_dir() and any((path / name).is_file() for name in _SAVED):
         return Sources([_saved(path, cfg)])
+    if cfg.streaming and path.exists():
+        return Sources([_streamed(path, cfg)])
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
         read = [f for f in files if _kind(f)]
@@ -151,6 +171,42 @@ def _saved(path: Path, cfg: CorpusConfig) -> Source:
         raise DataError(f"dataset.path={path}: cannot be loaded ({error})") from error
     identity = (path.name, cfg.hf_split, str(rows._fingerprint), str(len(rows)))
     return Source(f"{path.name}/{cfg.hf_split}", 0, identity, "dataset", rows=rows)
+
+
+_BUILDERS = {".csv": "csv", ".arrow": "arrow", ".txt": "text"}
+"""Ending of a file -> the builder of `datasets` that reads it, where it is not called as here."""
+
+
+def _streamed(path: Path, cfg: CorpusConfig) -> Source:
+    """A local file, or a folder as `datasets` reads it, whose rows are parsed while they are read.
+
+    Kinds of files that only `datasets` reads, such as CSV, become documents in this way.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, settings = str(path), {}
+    if path.is_file():
+        kind = _kind(path)
+        name = _BUILDERS.get(path.suffix.lower()) or {"jsonl": "json"}.get(str(kind), kind)
+        if name is None:
+            raise DataError(
+                f"dataset.path={path}: is streamed from {_endings()}, .csv and .arrow, or a folder"
+            )
+        settings = {"data_files": str(path)}
+        if name == "text":
+            settings["sample_by"] = "document" if cfg.document == "file" else cfg.document
+    try:
+        rows: Any = datasets.load_dataset(
+            name, cfg.subset, split=cfg.hf_split, streaming=True, **settings
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"dataset.path={path}: cannot be loaded ({reason})") from error
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    contents = [part for f in files for part in (f.name, content_name(f))]
+    where = "/".join(part for part in (path.name, cfg.subset, cfg.hf_split) if part)
+    return Source(where, 0, ("streamed", where, *contents), "dataset", rows=rows)
 
 
 def _hub(cfg: CorpusConfig) -> Source:

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Int
 
 from saexp.config import PositionsConfig
 from saexp.data.corpora import Corpus
+from saexp.data.decoding import decoded_pieces
 from saexp.data.examples import Example, Skip
-from saexp.data.tokenization import TokenizedText
+from saexp.data.tokenization import TokenizedText, token_pieces
 from saexp.digests import digest_of
 from saexp.errors import ConfigError, DataError
 
@@ -50,6 +51,15 @@ class Numbers(NamedTuple):
     text_id: Int[np.ndarray, " n"]
     token_index: Int[np.ndarray, " n"]
     token_id: Int[np.ndarray, " n"]
+
+
+class RowLabels(NamedTuple):
+    """What a position is called where it is shown."""
+
+    example_id: str
+    """Of a corpus, the number of the context."""
+    group: str | None
+    split: str | None
 
 
 class PositionRows(ABC):
@@ -95,12 +105,32 @@ class PositionRows(ABC):
         """A text, for messages."""
 
     @abstractmethod
+    def pieces(self, text_id: int, first: int, end: int) -> list[str]:
+        """The text of tokens [first, end) of a text, as `tokenization.token_pieces`."""
+
+    @abstractmethod
+    def text_ids(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The text of each of these rows."""
+
+    @abstractmethod
+    def examples(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The number of each row's example, of a corpus its context."""
+
+    @abstractmethod
+    def labels(self, row: int) -> RowLabels:
+        """What a row is called."""
+
+    @abstractmethod
     def digests(self) -> dict[str, str]:
         """Hashes `texts` (token ids) and `positions`, which determine the rows."""
 
     @abstractmethod
     def frame(self, first: int, end: int) -> pd.DataFrame:
         """Rows [first, end) of the table `rows`."""
+
+    @abstractmethod
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        """These rows, ascending, of the table `rows`."""
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -186,7 +216,7 @@ class PositionTable(PositionRows):
     def _schema(self) -> pa.Schema:
         # Of all examples: a column may be empty in the first rows and not in others.
         first_rows = np.unique(self._of_chosen, return_index=True)[1]
-        return pa.Schema.from_pandas(self._table(first_rows), preserve_index=False)
+        return pa.Schema.from_pandas(self.at(first_rows), preserve_index=False)
 
     @property
     def n_texts(self) -> int:
@@ -209,6 +239,20 @@ class PositionTable(PositionRows):
     def text(self, text_id: int) -> str:
         return self.texts[text_id].text
 
+    def pieces(self, text_id: int, first: int, end: int) -> list[str]:
+        return token_pieces(self.texts[text_id], self.tokenizer)[first:end]
+
+    def text_ids(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self._numbers.text_id[rows]
+
+    def examples(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self.example_index[rows]
+
+    def labels(self, row: int) -> RowLabels:
+        about = self._strings.iloc[self._of_chosen[row]]
+        group, split = (None if pd.isna(about[c]) else str(about[c]) for c in ("group", "split"))
+        return RowLabels(str(about["example_id"]), group, split)
+
     def digests(self) -> dict[str, str]:
         texts, rows = hashlib.sha256(), hashlib.sha256()
         for text in self.texts:
@@ -218,10 +262,10 @@ class PositionTable(PositionRows):
         return {"texts": texts.hexdigest(), "positions": rows.hexdigest()}
 
     def frame(self, first: int, end: int) -> pd.DataFrame:
-        return self._table(np.arange(first, min(end, self.n_rows)))
+        return self.at(np.arange(first, min(end, self.n_rows)))
 
-    def _table(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
-        """These rows with their strings."""
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        """These rows with their strings, in any order."""
         numbers = Numbers(*(column[rows] for column in self._numbers))
         ids, which = np.unique(numbers.token_id, return_inverse=True)
         tokens = np.asarray(self.tokenizer.convert_ids_to_tokens(ids.tolist()), dtype=object)
@@ -319,7 +363,8 @@ class CorpusRows(PositionRows):
             raise ConfigError("positions=indices needs indices: type 'positions.indices=[0,-1]'")
         self.corpus, self.cfg, self.tokenizer = corpus, cfg, tokenizer
         self._special = np.asarray(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
-        counts = [np.count_nonzero(self._chosen(b)[1], axis=1) for b in range(self._n_blocks)]
+        blocks = (self._chosen(b, 0, _BLOCK) for b in range(self._n_blocks))
+        counts = [np.count_nonzero(chosen, axis=1) for _, chosen in blocks]
         self._ends = np.cumsum(np.concatenate(counts), dtype=np.int64)
         if not self.n_rows:
             raise DataError(f"{corpus.path}: no context has the requested positions")
@@ -328,9 +373,21 @@ class CorpusRows(PositionRows):
     def _n_blocks(self) -> int:
         return -(-len(self.corpus) // _BLOCK)
 
-    def _chosen(self, block: int) -> tuple[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]]:
-        """(token ids, which of them are positions) of a block of contexts."""
-        contexts = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, len(self.corpus)))
+    def _chosen(
+        self, block: int, first: int, end: int
+    ) -> tuple[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]]:
+        """(token ids, which of them are positions) of contexts [first, end) of a block."""
+        if self.cfg.name == "random":
+            # Drawn for the block as a whole.
+            ids, chosen = self._positions(block, 0, _BLOCK)
+            return ids[first:end], chosen[first:end]
+        return self._positions(block, first, end)
+
+    def _positions(
+        self, block: int, first: int, end: int
+    ) -> tuple[Int[np.ndarray, "n t"], Bool[np.ndarray, "n t"]]:
+        start = block * _BLOCK
+        contexts = np.arange(start + first, min(start + end, len(self.corpus)))
         ids, cfg = self.corpus.ids(contexts), self.cfg
         ordinary = np.arange(ids.shape[1]) < self.corpus.lengths(contexts)[:, None]
         if not cfg.include_special:
@@ -372,22 +429,40 @@ class CorpusRows(PositionRows):
         if first >= end:
             return Numbers(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         # The contexts in which the first and the last row are.
-        low, high = np.searchsorted(self._ends, [first, end - 1], side="right")
+        low, high = map(int, np.searchsorted(self._ends, [first, end - 1], side="right"))
         parts = []
-        for block in range(int(low) // _BLOCK, int(high) // _BLOCK + 1):
-            ids, chosen = self._chosen(block)
+        for block in range(low // _BLOCK, high // _BLOCK + 1):
+            start = block * _BLOCK
+            begin = max(low - start, 0)
+            ids, chosen = self._chosen(block, begin, min(high + 1 - start, _BLOCK))
             context, token = np.nonzero(chosen)
-            parts.append((context + block * _BLOCK, token, ids[context, token]))
-        before = int(low) // _BLOCK * _BLOCK
-        start = first - (int(self._ends[before - 1]) if before else 0)
+            parts.append((context + start + begin, token, ids[context, token]))
+        skipped = first - (int(self._ends[low - 1]) if low else 0)
         columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Numbers(*(column[start : start + end - first] for column in columns))
+        return Numbers(*(column[skipped : skipped + end - first] for column in columns))
 
     def ids(self, text_id: int) -> tuple[int, ...]:
         return tuple(self.corpus.ids(np.asarray([text_id]))[0].tolist())
 
     def text(self, text_id: int) -> str:
         return str(self.tokenizer.decode(self.ids(text_id), skip_special_tokens=True))
+
+    def pieces(self, text_id: int, first: int, end: int) -> list[str]:
+        return decoded_pieces(self.ids(text_id), self.tokenizer, first, end)
+
+    def bounds(self, text_id: int) -> tuple[int, int]:
+        """[first, end) rows of a context."""
+        first = int(self._ends[text_id - 1]) if text_id else 0
+        return first, int(self._ends[text_id])
+
+    def text_ids(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def examples(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        return self.text_ids(rows)
+
+    def labels(self, row: int) -> RowLabels:
+        return RowLabels(str(self.text_ids(np.asarray([row]))[0]), None, None)
 
     def digests(self) -> dict[str, str]:
         cfg = self.cfg
@@ -396,5 +471,17 @@ class CorpusRows(PositionRows):
 
     def frame(self, first: int, end: int) -> pd.DataFrame:
         numbers = self.numbers(first, end)
-        narrow = {name: column.astype(np.int32) for name, column in numbers._asdict().items()}
-        return pd.DataFrame({"row": np.arange(first, first + len(numbers.text_id)), **narrow})
+        return _narrow(np.arange(first, first + len(numbers.text_id)), numbers)
+
+    def at(self, rows: Int[np.ndarray, " n"]) -> pd.DataFrame:
+        block, parts = self.text_ids(rows) // _BLOCK, []
+        for some in np.split(rows, np.flatnonzero(np.diff(block)) + 1):
+            if len(some):
+                numbers = self.numbers(int(some[0]), int(some[-1]) + 1)
+                parts.append(_narrow(some, Numbers(*(c[some - some[0]] for c in numbers))))
+        return pd.concat(parts, ignore_index=True) if parts else self.frame(0, 0)
+
+
+def _narrow(rows: Int[np.ndarray, " n"], numbers: Numbers) -> pd.DataFrame:
+    columns = {name: column.astype(np.int32) for name, column in numbers._asdict().items()}
+    return pd.DataFrame({"row": rows, **columns})

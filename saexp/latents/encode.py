@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -91,9 +92,10 @@ class StreamMetrics:
         """Sum of each latent's values."""
         self.maxima = torch.zeros(d_sae, dtype=torch.float64)
         """Largest value of each latent, at least 0."""
-        self._explained: list[Tensor] = []
+        # Arrays that grow as a whole, for the reason given in ActivationStore.norms.
+        self._explained = array("d")
         """Explained fraction of each row's squared distance from the mean."""
-        self._norms: list[Tensor] = []
+        self._norms = array("d")
 
     def update(
         self,
@@ -126,8 +128,8 @@ class StreamMetrics:
             rows["error_of_all"] = error
             rows["spread_of_all"] = spread + 2 * (x @ difference) + constant
             rows["spread_high_norm"] = torch.zeros_like(spread)
-        self._explained.append(rows["legacy"])
-        self._norms.append(norm)
+        self._explained.frombytes(rows["legacy"].numpy().tobytes())
+        self._norms.frombytes(norm.numpy().tobytes())
         return self._accumulate(rows)
 
     def update_high_norm(
@@ -194,12 +196,12 @@ class StreamMetrics:
     @property
     def median_explained(self) -> float | None:
         """Median explained fraction of ordinary rows; None where all rows are equal."""
-        return float(np.median(torch.cat(self._explained))) if self.sums["spread"] else None
+        return float(np.median(np.frombuffer(self._explained))) if self.sums["spread"] else None
 
     @property
     def median_norm(self) -> float:
         """Median norm of the ordinary rows."""
-        return float(np.median(torch.cat(self._norms)))
+        return float(np.median(np.frombuffer(self._norms)))
 
 
 @torch.inference_mode()
@@ -216,6 +218,23 @@ def encode_store(
     compared with the stored activations at its `hookpoint_out`.
     """
     assert len(rows) == store.n_rows, "rows table and store differ in length"
+    return _encode(_chunks_of(store, sae), sae, rows, ordinary)
+
+
+@torch.inference_mode()
+def measure_store(
+    store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
+) -> dict[str, float | None]:
+    """The metrics of `encode_store`, without holding the latents. Memory: 17 bytes a row."""
+    chunks = _chunks_of(store, sae)
+    metrics = _metrics_of(chunks, sae, ordinary)
+    for _ in _measured(chunks, sae, store.n_rows, ordinary, metrics):
+        pass
+    return metrics.result()
+
+
+def _chunks_of(store: ActivationStore, sae: SAE) -> Callable[[int], Iterable[Pair]]:
+    """The rows of a store in chunks of at most n."""
     out = _output_of(sae)
 
     def chunks(n: int) -> Iterator[Pair]:
@@ -224,7 +243,7 @@ def encode_store(
         both = zip(store.chunks(sae.hookpoint, n), store.chunks(out, n), strict=True)
         return ((x, target) for (_, x), (_, target) in both)
 
-    return _encode(chunks, sae, rows, ordinary)
+    return chunks
 
 
 def _output_of(sae: SAE) -> Hookpoint | None:
@@ -284,13 +303,43 @@ def _encode(
 ) -> tuple[Latents, dict[str, float | None]]:
     """Encode all rows; `chunks(n)` yields them in chunks of at most n, and is called twice."""
     started = time.perf_counter()
-    n_rows, n_read = len(rows), 0
-    chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
-    mean, mean_of_all = _means(chunks, sae.W_dec.shape[1], ordinary)
-    metrics = StreamMetrics(mean, sae.d_sae, mean_of_all)
+    metrics = _metrics_of(chunks, sae, ordinary)
     indptr, indices, values = [np.zeros(1, dtype=np.int64)], [], []
     n_stored = 0
-    device = sae.W_dec.device
+    for features in _measured(chunks, sae, len(rows), ordinary, metrics):
+        where = features.nonzero()
+        counts = torch.bincount(where[:, 0], minlength=len(features)).cumsum(0)
+        indptr.append(n_stored + counts.cpu().numpy())
+        indices.append(where[:, 1].to(torch.int32).cpu().numpy())
+        values.append(features[where[:, 0], where[:, 1]].float().cpu().numpy())
+        n_stored += len(where)
+    csr = sparse.csr_array(
+        (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),
+        shape=(len(rows), sae.d_sae),
+    )
+    seconds = time.perf_counter() - started
+    log.info("encoded %d rows, %d active latents, %.1f s", len(rows), n_stored, seconds)
+    return Latents(csr, rows), metrics.result()
+
+
+def _metrics_of(
+    chunks: Callable[[int], Iterable[Pair]], sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None
+) -> StreamMetrics:
+    """Metrics of no row yet, with the means of all rows."""
+    mean, mean_of_all = _means(chunks, sae.W_dec.shape[1], ordinary)
+    return StreamMetrics(mean, sae.d_sae, mean_of_all)
+
+
+def _measured(
+    chunks: Callable[[int], Iterable[Pair]],
+    sae: SAE,
+    n_rows: int,
+    ordinary: Bool[np.ndarray, " n_rows"] | None,
+    metrics: StreamMetrics,
+) -> Iterator[Float[Tensor, "m d_sae"]]:
+    """Latents of each chunk of rows, after they were added to the metrics."""
+    device, n_read = sae.W_dec.device, 0
+    chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     with progress(n_rows, "encoding", "row") as bar:
         for acts, target in chunks(chunk_rows):
             x = acts.to(device=device, dtype=torch.float32)
@@ -304,21 +353,9 @@ def _encode(
                 is_ordinary = torch.from_numpy(in_chunk).to(device)
                 metrics.update(y[is_ordinary], decoded[is_ordinary], features[is_ordinary])
                 metrics.update_high_norm(y[~is_ordinary], decoded[~is_ordinary])
-            where = features.nonzero()
-            counts = torch.bincount(where[:, 0], minlength=len(x)).cumsum(0)
-            indptr.append(n_stored + counts.cpu().numpy())
-            indices.append(where[:, 1].to(torch.int32).cpu().numpy())
-            values.append(features[where[:, 0], where[:, 1]].float().cpu().numpy())
-            n_stored += len(where)
+            yield features
             n_read += len(x)
             bar.update(len(x))
-    csr = sparse.csr_array(
-        (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),
-        shape=(n_rows, sae.d_sae),
-    )
-    seconds = time.perf_counter() - started
-    log.info("encoded %d rows, %d active latents, %.1f s", n_rows, n_stored, seconds)
-    return Latents(csr, rows), metrics.result()
 
 
 ChangeLatents = Callable[[Tensor], Tensor]

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
-from saexp.data.tokenization import TokenizedText, token_pieces
+from saexp.data.rows import PositionRows
 from saexp.latents import encode
 from saexp.latents.encode import Latents
 from saexp.saes.sae import SAE
@@ -328,27 +327,29 @@ def _encoded(store: ActivationStore, sae: SAE) -> Iterator[tuple[int, sparse.csr
             bar.update(len(x))
 
 
+OfRows = Callable[[Int[np.ndarray, " m"]], Int[np.ndarray, " m"]]
+"""A number for each of these rows."""
+
+
 @torch.inference_mode()
 def tally_store(
     store: ActivationStore,
     sae: SAE,
-    texts: Int[np.ndarray, " n_rows"],
-    groups: Int[np.ndarray, " n_rows"],
+    texts: OfRows,
+    groups: OfRows,
     tally: Tally,
     ordinary: Bool[np.ndarray, " n_rows"] | None = None,
 ) -> Tally:
-    """Update `tally` with all (ordinary) rows of the store; `texts` and `groups` are per row.
+    """Update `tally` with all (ordinary) rows of the store.
 
     Without correlations, only the chosen latents are encoded.
     """
     started = time.perf_counter()
     chosen = [int(f) for f in tally.latents]
     if tally.correlate:
-        for first, csr in _encoded(store, sae):
-            rows = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
-            csr = csr if len(rows) == len(csr.indptr) - 1 else csr[rows - first]
+        for rows, csr in encoded_rows(store, sae, ordinary):
             values = sparse.csc_array(csr[:, chosen])
-            tally.update(values, texts[rows], groups[rows], csr, rows)
+            tally.update(values, texts(rows), groups(rows), csr, rows)
     else:
         with progress(store.n_rows, "encoding", "row") as bar:
             for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
@@ -356,7 +357,7 @@ def tally_store(
                 x = acts[torch.from_numpy(rows - first)]
                 x = x.to(device=sae.W_dec.device, dtype=torch.float32)
                 values = sparse.csc_array(_sparse(sae.encode_latents(x, chosen)))
-                tally.update(values, texts[rows], groups[rows], rows=rows)
+                tally.update(values, texts(rows), groups(rows), rows=rows)
                 bar.update(len(acts))
     seconds = time.perf_counter() - started
     log.info("%d latents over %d rows, %.1f s", len(chosen), tally.n_rows, seconds)
@@ -371,15 +372,24 @@ def _ordinary_rows(
     return rows if ordinary is None else rows[ordinary[rows]]
 
 
+def encoded_rows(
+    store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
+) -> Iterator[tuple[Int[np.ndarray, " m"], sparse.csr_array]]:
+    """(indices of (ordinary) rows, all latents `[m, d_sae]` there) of each chunk, in order."""
+    for first, csr in _encoded(store, sae):
+        n = len(csr.indptr) - 1
+        rows = _ordinary_rows(first, n, ordinary)
+        yield rows, csr if len(rows) == n else csr[rows - first]
+
+
 @torch.inference_mode()
 def count_active_rows(
     store: ActivationStore, sae: SAE, ordinary: Bool[np.ndarray, " n_rows"] | None = None
 ) -> Int[np.ndarray, " d_sae"]:
     """Number of (ordinary) rows on which each latent is active."""
     counts = np.zeros(sae.d_sae, dtype=np.int64)
-    for first, csr in _encoded(store, sae):
-        row_indices = _ordinary_rows(first, len(csr.indptr) - 1, ordinary)
-        counts += np.bincount(csr[row_indices - first].indices, minlength=sae.d_sae)
+    for _, csr in encoded_rows(store, sae, ordinary):
+        counts += np.bincount(csr.indices, minlength=sae.d_sae)
     return counts
 
 
@@ -435,39 +445,39 @@ class Window:
 
 
 class Windows:
-    """Windows around a run's rows; `rows` and `texts` are those of its PositionTable."""
+    """Windows around a run's rows."""
 
     def __init__(
         self,
-        rows: pd.DataFrame,
-        texts: Sequence[TokenizedText],
-        tokenizer: Any,
+        positions: PositionRows,
         *,
         before: int,
         after: int,
         shown: Bool[np.ndarray, " n_rows"] | None = None,
     ) -> None:
         """Tokens whose row is not `shown` have the row None in a window."""
-        self.texts, self.tokenizer, self.before, self.after = texts, tokenizer, before, after
+        self.positions, self.before, self.after = positions, before, after
         self._shown = shown
-        self._example, _ = pd.factorize(rows["example_id"])
-        self._token = rows["token_index"].to_numpy(dtype=np.int64)
-        self._text = rows["text_id"].to_numpy(dtype=np.int64)
 
     def around(self, row: int) -> Window:
         """The row's token with `before` tokens before it and `after` tokens after it."""
-        text = self.texts[int(self._text[row])]
-        token = int(self._token[row])
-        first, end = max(0, token - self.before), min(len(text), token + self.after + 1)
+        positions = self.positions
         # Rows of one example are consecutive.
-        near = np.arange(max(0, row - self.before), min(len(self._token), row + self.after + 1))
-        of_example = near[self._example[near] == self._example[row]]
+        low, high = max(0, row - self.before), min(positions.n_rows, row + self.after + 1)
+        near, numbers = np.arange(low, high), positions.numbers(low, high)
+        text, token = (int(column[row - low]) for column in numbers[:2])
+        n_tokens = len(positions.ids(text))
+        first, end = max(0, token - self.before), min(n_tokens, token + self.after + 1)
+        examples = positions.examples(near)
+        inside = examples == examples[row - low]
         if self._shown is not None:
-            of_example = of_example[self._shown[of_example]]
-        row_of_token = {int(self._token[r]): int(r) for r in of_example}
+            inside &= self._shown[near]
+        row_of_token = dict(
+            zip(numbers.token_index[inside].tolist(), near[inside].tolist(), strict=True)
+        )
         return Window(
-            tokens=token_pieces(text, self.tokenizer)[first:end],
+            tokens=positions.pieces(text, first, end),
             rows=[row_of_token.get(i) for i in range(first, end)],
             peak=token - first,
-            cut=(first > 0, end < len(text)),
+            cut=(first > 0, end < n_tokens),
         )

@@ -93,7 +93,8 @@ def padded(
     starts = 0 if padding_side == "right" else len(columns) - lengths
     is_token = (columns >= starts) & (columns < starts + lengths)
     ids = np.full(is_token.shape, pad_id, dtype=np.int64)
-    ids[is_token] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64)
+    n_tokens = int(lengths.sum())
+    ids[is_token] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=n_tokens)
     mask = torch.from_numpy(is_token.astype(np.int64))
     return torch.from_numpy(ids).to(device), mask.to(device)
 

@@ -5,6 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from saexp import registry
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, CollectionStats, Part
@@ -25,6 +27,7 @@ from saexp.errors import ConfigError, DataError, ModelError, counted
 from saexp.models.forward import context_limit
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.pipeline.run_folder import skips_table
 from saexp.results import Result
 from saexp.saes.sae import SparseAutoencoder
 
@@ -148,8 +151,6 @@ def _sae_notes(
     ]
 
 
-CORPUS_TASKS = ("collect", "train")
-"""Tasks that read a corpus."""
 Prefetch = Sequence[tuple[int, str | None]]
 """(layer, stream) to store in the same pass; a stream of None is that of the run's own SAE."""
 
@@ -213,6 +214,15 @@ class Collected:
         return replace(self, examples=examples)
 
     @property
+    def is_corpus(self) -> bool:
+        """Whether these are positions in a corpus rather than in examples."""
+        return not isinstance(self.placement, PositionTable)
+
+    @property
+    def _n_examples(self) -> int:
+        return self.placement.n_texts if self.is_corpus else len(self.examples)
+
+    @property
     def metrics(self) -> dict[str, float | int | None]:
         """`collection/…`."""
         return {
@@ -224,13 +234,20 @@ class Collected:
         }
 
     @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`rows` and `skips`; without `rows` for a corpus, whose rows are in the store alone."""
+        placement = self.placement
+        rows = {"rows": placement.rows} if isinstance(placement, PositionTable) else {}
+        return {**rows, "skips": skips_table(placement.skips)}
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Store, tokens forwarded, groups and data set, for provenance.json."""
         return {
             "store": {"key": self.store.path.name, "path": str(self.store.path)},
             "tokens_forwarded": self.stats.tokens_forwarded,
             "groups": list(self.examples.groups),
-            "dataset": {"name": self.examples.name, "n_examples": len(self.examples)},
+            "dataset": {"name": self.examples.name, "n_examples": self._n_examples},
         }
 
 
@@ -283,15 +300,7 @@ def collect_corpus(
     prefetch: Prefetch = (),
     part: Part | None = None,
 ) -> Collected:
-    """As `collect_examples`, of the contexts of a corpus. Memory does not grow with the corpus.
-
-    Raises ConfigError for a task or an analyzer that compares groups of examples.
-    """
-    if cfg.task.name not in CORPUS_TASKS:
-        raise ConfigError(
-            f"task={cfg.task.name} analyses examples, and dataset=corpus has none; type task=train "
-            "or task=collect, or dataset=text for an example per line"
-        )
+    """As `collect_examples`, of the contexts of a corpus. Memory does not grow with the corpus."""
     corpus = open_corpus(cfg, model)
     rows = CorpusRows(corpus, cfg.positions, model.tokenizer)
     notes = [f"{counted(len(corpus), 'context')} of {corpus.context_size} tokens", *corpus.notes]

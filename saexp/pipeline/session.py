@@ -10,10 +10,13 @@ import torch
 
 from saexp.activations.imported import neutral_source
 from saexp.analysis.base import AnalysisInputs, Analyzer
-from saexp.config import DatasetConfig, RunConfig
+from saexp.analysis.corpora import CorpusAnalyzer, CorpusInputs
+from saexp.config import CorpusConfig, DatasetConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
+from saexp.data.rows import CorpusRows
 from saexp.errors import ConfigError, SAEError
-from saexp.latents.encode import Latents
+from saexp.latents.encode import Latents, measure_store
+from saexp.latents.streaming import StreamedLatents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import (
@@ -35,7 +38,7 @@ from saexp.pipeline.objects import (
     per_layer,
     sparse_autoencoder,
 )
-from saexp.pipeline.run_folder import RUN_TABLES, skips_table
+from saexp.pipeline.run_folder import RUN_TABLES
 from saexp.results import Result, check_result
 from saexp.saes.loading import ESTIMATE, estimate_factor
 from saexp.saes.sae import SparseAutoencoder
@@ -67,13 +70,12 @@ class RunData:
     @property
     def result(self) -> Result:
         """Metrics `collection/…`, tables `rows` and `skips`, and the notes of the data sets."""
-        placement = self.examples.placement
         metrics = self.examples.metrics
         metrics["collection/tokens_forwarded"] = self.tokens_forwarded
         transfer = [] if self.transfer is None else self.transfer.examples.notes
         return Result(
             metrics=metrics,
-            tables={"rows": placement.rows, "skips": skips_table(placement.skips)},
+            tables=self.examples.tables,
             notes=[
                 *self.examples.examples.notes,
                 *([] if self.neutral is None else self.neutral.examples.notes),
@@ -87,12 +89,19 @@ class EncodedLayer:
     """One layer of a run: its SAE and the latents at the run's rows."""
 
     sae: SparseAutoencoder
-    latents: Latents
+    held: Latents | None
+    """Latents at all rows; None for a corpus, whose latents are not held in memory."""
     background: Latents | None
     """Latents at the ordinary positions of neutral text; None where there is none."""
     metrics: Mapping[str, float | None]
     """`sparsity/…` and `reconstruction/…`."""
     notes: Sequence[str] = ()
+
+    @property
+    def latents(self) -> Latents:
+        """Latents at all rows, of examples."""
+        assert self.held is not None, "those of a corpus are streamed"
+        return self.held
 
     @property
     def layer(self) -> int:
@@ -141,6 +150,7 @@ class Session:
         that are loaded already take the place of those that the config names. Raises ConfigError,
         ModelError or SAEError for what does not exist or does not fit.
         """
+        _check_reads_corpus(cfg, analyzer)
         model = language_model(cfg, context.objects) if model is None else model
         check_weights(cfg, model, analyzer)
         several = analyzer is not None and analyzer.several_layers
@@ -246,7 +256,12 @@ class Session:
         """Latents of an SAE at all positions; the scaling of its inputs is estimated if need be."""
         objects = self.context.objects
         sae, notes = resolve_factor(self.cfg, sae, data.neutral)
-        latents, metrics = encoded(data.examples, sae, objects)
+        latents, metrics = None, {}
+        if data.examples.is_corpus:
+            ordinary = data.examples.ordinary(sae.hookpoints).mask
+            metrics = measure_store(data.examples.store, sae, ordinary)
+        else:
+            latents, metrics = encoded(data.examples, sae, objects)
         background = encoded_neutral(data.neutral, sae, objects)
         excludes = self.analyzer is not None and self.analyzer.ordinary_only
         ordinary = data.examples.ordinary(sae.hookpoints)
@@ -261,6 +276,8 @@ class Session:
         """
         analyzer, name = self.analyzer, self.cfg.analyzer.name
         assert analyzer is not None, "opened without an analyzer"
+        if data.examples.is_corpus:
+            return self._analyze_corpus(layer, data)
         inputs = self._inputs(layer, data.examples)
         inputs.background = layer.background
         if data.neutral is not None:
@@ -269,7 +286,7 @@ class Session:
             inputs.texts, inputs.neutral_texts = (), ()
         if data.transfer is not None:
             latents, metrics = encoded(data.transfer, layer.sae, self.context.objects)
-            other = replace(layer, latents=latents, metrics=metrics)
+            other = replace(layer, held=latents, metrics=metrics)
             inputs.transfer = replace(self._inputs(other, data.transfer), groups=inputs.groups)
         result = analyzed(analyzer, self.cfg.analyzer, inputs, self.context.objects)
         check_result(result, f"analyzer={name}: analyze(inputs)")
@@ -281,6 +298,15 @@ class Session:
                     "itself; rename those of the analyzer"
                 )
         return result
+
+    def _analyze_corpus(self, layer: EncodedLayer, data: RunData) -> Result:
+        analyzer, positions = self.analyzer, data.examples.placement
+        assert isinstance(analyzer, CorpusAnalyzer), "checked when it was opened"
+        assert isinstance(positions, CorpusRows)
+        ordinary = data.examples.ordinary(layer.sae.hookpoints).mask
+        latents = StreamedLatents(data.examples.store, layer.sae, positions, ordinary)
+        inputs = CorpusInputs(latents=latents, layer=layer.layer, background=layer.background)
+        return analyzer.analyze_corpus(inputs)
 
     def _inputs(self, layer: EncodedLayer, collected: Collected) -> AnalysisInputs:
         at = layer.sae.hookpoint
@@ -315,6 +341,23 @@ class Session:
             **data.examples.provenance,
             "tokens_forwarded": data.tokens_forwarded,
         }
+
+
+def _check_reads_corpus(cfg: RunConfig, analyzer: Analyzer | None) -> None:
+    """Raise ConfigError for a corpus where examples are needed."""
+    if not isinstance(cfg.dataset, CorpusConfig) or analyzer is None:
+        return
+    if not isinstance(analyzer, CorpusAnalyzer):
+        raise ConfigError(
+            f"analyzer={cfg.analyzer.name} reads examples, and dataset=corpus has none; type "
+            "analyzer=stats or analyzer=top_features, task=dashboard or task=evaluate, or "
+            "dataset=text for an example per line"
+        )
+    if cfg.intervention.name != "none":
+        raise ConfigError(
+            f"intervention={cfg.intervention.name} changes prompts, and dataset=corpus has none; "
+            "type intervention=none"
+        )
 
 
 def joined_entry(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from saexp.activations.shard_files import StoredValues
 from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Skip
+from saexp.data.rows import CorpusRows
 from saexp.data.tokenization import TokenizedText
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ConfigError
@@ -120,12 +121,15 @@ class StoredData:
     ) -> None:
         self.cfg, self._processes = cfg, processes
         self.collected = collect_examples(cfg, model, list(hookpoints), context.prefetch)
-        self.context_size = cfg.dataset.max_length
-        self.skips = self.collected.placement.skips
+        placement = self.collected.placement
+        self.context_size = (
+            placement.longest if isinstance(placement, CorpusRows) else cfg.dataset.max_length
+        )
+        self.skips = placement.skips
         self.n_evaluated = self.n_elsewhere = 0
         self._special = frozenset(model.tokenizer.all_special_ids)
-        rows = self.collected.placement.rows
-        self._train, self._held_out = _split(rows, cfg.sae_trainer.held_out, cfg.seed)
+        texts = placement.text_ids(np.arange(placement.n_rows))
+        self._train, self._held_out = _split(texts, cfg.sae_trainer.held_out, cfg.seed)
         self._ordinary: dict[Streams, OrdinaryRows] = {}
 
     @property
@@ -189,14 +193,16 @@ class StoredData:
             acts=acts,
             target=targets[0] if targets else None,
             chosen=chosen,
-            rows=self.collected.placement.rows.iloc[chosen].reset_index(drop=True),
+            rows=self.collected.placement.at(chosen),
             ordinary=self.ordinary(training.streams).mask[chosen],
         )
 
     def evaluation_texts(self) -> list[TokenizedText]:
-        """The texts of the held-out rows."""
+        """The texts of the held-out rows; of a corpus at most as many tokens as are measured."""
         placement = self.collected.placement
-        texts = pd.unique(placement.rows["text_id"].iloc[self._held_out])
+        texts = pd.unique(placement.text_ids(self._held_out))
+        if isinstance(placement, CorpusRows):
+            texts = _sample(texts, -(-N_MEASURED // placement.longest), self.cfg.seed)
         return [text_of(placement.ids(int(n)), self._special) for n in texts]
 
     def n_trained_on(self, training: Training) -> int:
@@ -227,16 +233,16 @@ def text_of(ids: Sequence[int], special: Collection[int]) -> TokenizedText:
     return TokenizedText("", tuple(ids), ((0, 0),) * len(ids), flags, truncated=False)
 
 
-def _split(rows: pd.DataFrame, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _split(text_ids: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows to train on, rows held out): a seeded choice of whole texts."""
-    texts = np.unique(rows["text_id"])
+    texts = np.unique(text_ids)
     n = max(1, round(fraction * len(texts)))
     if n >= len(texts):
         raise ConfigError(
             f"{len(texts)} texts are too few to train on some and hold {fraction:g} of them out"
         )
     held_out_texts = np.random.default_rng(seed).permutation(texts)[:n]
-    held_out = rows["text_id"].isin(held_out_texts).to_numpy()
+    held_out = np.isin(text_ids, held_out_texts)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

@@ -21,6 +21,7 @@ from saexp.analysis.latent_scores import (
 )
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
+from saexp.data.rows import PositionRows
 from saexp.data.tokenization import PositionNotFound, answer_token, space_note, tokenize
 from saexp.errors import SAEError
 from saexp.interventions.conditions import choose_prompts, position_prompts
@@ -83,11 +84,10 @@ def check_sae(
     for hookpoints in neighbouring_hookpoints(cfg, sae, model):
         read, *predicted = ordinary(hookpoints)
         neighbours[hookpoints[0]] = (read, predicted[0]) if predicted else read
-    token_ids = data.examples.placement.rows["token_id"]
-    is_special = torch.tensor(token_ids.isin(model.tokenizer.all_special_ids).to_numpy())
+    rows = torch.from_numpy(_special_rows(data.examples.placement, model))
     special = torch.zeros(len(streams[0]), dtype=torch.bool)
-    if bool(is_special.any()):
-        at_special = [acts(data.examples, h)[is_special] for h in sae.hookpoints]
+    if len(rows):
+        at_special = [acts(data.examples, h)[rows] for h in sae.hookpoints]
         streams = [torch.cat(both) for both in zip(streams, at_special, strict=True)]
         special = torch.cat([special, torch.ones(len(at_special[0]), dtype=torch.bool)])
         neighbours = {}
@@ -100,6 +100,22 @@ def check_sae(
     excluded = neutral.ordinary(sae.hookpoints).notes("the SAE's check leaves them out")
     notes = [*fit.problems, *(f"neutral text: {note}" for note in excluded)]
     return Result(metrics=_fit_metrics(fit), tables={"check": _table(sae, fit)}, notes=notes)
+
+
+_ROWS_READ, _MOST_SPECIAL = 2**20, 2**16
+"""Rows that are looked at together, and special tokens that are read at most: `check_fit` measures
+fewer, evenly spaced."""
+
+
+def _special_rows(positions: PositionRows, model: LanguageModel) -> np.ndarray:
+    """Rows of special tokens, evenly spaced where there are more than are read."""
+    parts = []
+    for first in range(0, positions.n_rows, _ROWS_READ):
+        numbers = positions.numbers(first, min(first + _ROWS_READ, positions.n_rows))
+        is_special = np.isin(numbers.token_id, model.tokenizer.all_special_ids)
+        parts.append(first + np.flatnonzero(is_special))
+    rows = np.concatenate(parts)
+    return rows[:: max(1, len(rows) // _MOST_SPECIAL)]
 
 
 def _fit_metrics(fit: Fit) -> dict[str, float | int | None]:

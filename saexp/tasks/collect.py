@@ -12,13 +12,12 @@ from saexp.activations.store import ActivationStore
 from saexp.activations.store_management import differences, headline
 from saexp.config import CacheConfig, CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
-from saexp.data.rows import PositionTable
 from saexp.errors import ConfigError, StoreError
 from saexp.files import show_bytes
 from saexp.models.hookpoints import Hookpoint
-from saexp.pipeline.collect import Collected, collect_examples
+from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import describe_model, language_model
-from saexp.pipeline.run_folder import save_run, skips_table
+from saexp.pipeline.run_folder import save_run
 from saexp.results import Result
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
     skips, store = collected.placement.skips, collected.store
     result = Result(
         metrics=collected.metrics,
-        tables={**_rows(collected), "skips": skips_table(skips)},
+        tables=collected.tables,
         notes=[
             *model.notes,
             *collected.examples.notes,
@@ -50,18 +49,14 @@ def collect(cfg: RunConfig, context: RunContext) -> Result:
     return save_run(context, cfg, result, skips, about)
 
 
-def _rows(collected: Collected) -> dict[str, pd.DataFrame]:
-    """The table `rows`; without it for a corpus, whose rows are in the store alone."""
-    positions = collected.placement
-    return {"rows": positions.rows} if isinstance(positions, PositionTable) else {}
-
-
 def _missing_shards_notes(
     task: CollectConfig, store: ActivationStore, hookpoints: list[Hookpoint]
 ) -> list[str]:
     """A note on the shards that other parts have still to compute."""
+    if task.shard is None:
+        return []
     n_missing, n = len(store.missing(hookpoints)), len(store.shard_bounds)
-    if task.shard is None or not n_missing:
+    if not n_missing:
         return []
     return [f"{n - n_missing} of {n} shards are there; the other parts make the rest"]
 

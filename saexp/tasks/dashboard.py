@@ -15,10 +15,12 @@ from saexp.analysis.base import AnalysisInputs, equally_observed
 from saexp.analysis.latent_scores import nearest_directions
 from saexp.config import DashboardConfig, PositionsConfig, RunConfig
 from saexp.context import RunContext
+from saexp.data.rows import RowLabels
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.files import RUN_FOLDER, write_text
 from saexp.latents.statistics import (
+    OfRows,
     Tally,
     Window,
     Windows,
@@ -32,7 +34,7 @@ from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED, Unembedding
 from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.objects import describe_sae, encoded_neutral
-from saexp.pipeline.run_folder import save_run, skips_table
+from saexp.pipeline.run_folder import save_run
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
@@ -53,14 +55,15 @@ TREATED = (
 )
 
 
-def _labels(collected: Collected) -> tuple[list[str], np.ndarray]:
-    """(labels, label number of each row); one label where the data has no groups."""
-    rows, groups = collected.placement.rows, list(collected.examples.groups)
+def _labels(collected: Collected) -> tuple[list[str], OfRows]:
+    """(labels, label number of rows); one label where the data has no groups."""
+    groups = list(collected.examples.groups)
     if not groups:
-        return ["all rows"], np.zeros(len(rows), dtype=np.int64)
-    number = rows["group"].map({g: i for i, g in enumerate(groups)})
+        return ["all rows"], np.zeros_like
+    number = collected.table.rows["group"].map({g: i for i, g in enumerate(groups)})
     of_row = number.fillna(len(groups)).to_numpy(dtype=np.int64)
-    return [*groups, *([OTHER] if (of_row == len(groups)).any() else [])], of_row
+    others = [OTHER] if (of_row == len(groups)).any() else []
+    return [*groups, *others], of_row.__getitem__
 
 
 def tally_latents(
@@ -71,7 +74,7 @@ def tally_latents(
     seed: int,
 ) -> tuple[list[str], Tally]:
     """(group labels, statistics of the chosen latents over all ordinary rows)."""
-    labels, of_row = _labels(collected)
+    labels, label_of = _labels(collected)
     tally = Tally(
         np.array(latents, dtype=np.int64),
         d_sae=sae.d_sae,
@@ -81,9 +84,8 @@ def tally_latents(
         correlate=options.n_correlated > 0,
         seed=seed,
     )
-    texts = collected.placement.rows["text_id"].to_numpy(dtype=np.int64)
-    ordinary = collected.ordinary(sae.hookpoints).mask
-    return labels, tally_store(collected.store, sae, texts, of_row, tally, ordinary)
+    text_of, ordinary = collected.placement.text_ids, collected.ordinary(sae.hookpoints).mask
+    return labels, tally_store(collected.store, sae, text_of, label_of, tally, ordinary)
 
 
 def numbers(tally: Tally, i: int) -> dict[str, Any]:
@@ -103,7 +105,6 @@ def example_cards(
     tally: Tally,
     sae: SparseAutoencoder,
     collected: Collected,
-    model: LanguageModel,
     options: DashboardConfig,
 ) -> list[dict[str, Any]]:
     """Per latent, the examples of highest activation and those at quantiles.
@@ -112,9 +113,7 @@ def example_cards(
     """
     placement = collected.placement
     windows = Windows(
-        placement.rows,
-        collected.table.texts,
-        model.tokenizer,
+        placement,
         before=options.before,
         after=options.after,
         shown=collected.ordinary(sae.hookpoints).mask,
@@ -138,7 +137,8 @@ def example_cards(
         rows, values = rows_of[int(latent)].tolist(), values_of[int(latent)].tolist()
         value = dict(zip(rows, values, strict=True))
         parts = [
-            (q, [_example(placement.rows, r, w, value) for r, w in part]) for q, part in windows_of
+            (q, [_example(placement.labels(r), w, value[r], value) for r, w in part])
+            for q, part in windows_of
         ]
         at = [{"quantile": q, "examples": part} for q, part in parts[1:] if part]
         examples.append({"top": parts[0][1], "quantiles": at})
@@ -146,18 +146,17 @@ def example_cards(
 
 
 def _example(
-    rows: pd.DataFrame, row: int, window: Window, value: dict[int, float]
+    about: RowLabels, window: Window, peak: float, value: dict[int, float]
 ) -> dict[str, Any]:
-    columns = rows.iloc[row]
     return {
         "tokens": window.tokens,
         "values": [None if r is None else _short(value[r]) for r in window.rows],
         "peak": window.peak,
         "cut": list(window.cut),
-        "value": _short(value[row]),
-        "id": str(columns["example_id"]),
-        "group": None if pd.isna(columns["group"]) else str(columns["group"]),
-        "split": None if pd.isna(columns["split"]) else str(columns["split"]),
+        "value": _short(peak),
+        "id": about.example_id,
+        "group": about.group,
+        "split": about.split,
     }
 
 
@@ -411,7 +410,7 @@ def dashboard(cfg: RunConfig, context: RunContext) -> Result:
     with context.stage("encode"):
         labels, tally = tally_latents(chosen.latents, sae, examples, options, cfg.seed)
     with context.stage("examples"):
-        cards = example_cards(tally, sae, examples, model, options)
+        cards = example_cards(tally, sae, examples, options)
     with context.stage("logits"):
         promoted, norm, token_notes = promoted_tokens(chosen.latents, sae, model, options)
     result.notes += token_notes
@@ -461,15 +460,14 @@ def _save(
     n_inactive, placement = int((table["n_active"] == 0).sum()), data.examples.placement
     result.tables |= {
         "dashboard": table,
-        "rows": placement.rows,
-        "skips": skips_table(placement.skips),
+        **data.examples.tables,
         **({} if chosen.contrast is None else {"contrast": chosen.contrast}),
     }
     result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_inactive": n_inactive}
     about = session.provenance(data, [describe_sae(sae)])
     finding = (
         f"{session.model.name}, {sae.hookpoint.name}, {sae_words(about['sae'])}: {len(table)} of "
-        f"them ({chosen.how}) over {len(placement.rows):,} positions; {n_inactive} are never "
+        f"them ({chosen.how}) over {placement.n_rows:,} positions; {n_inactive} are never "
         "active there."
     )
     about |= {"finding": [finding], "tokens_forwarded": data.examples.stats.tokens_forwarded}

@@ -9,28 +9,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saexp import registry
 from saexp.analysis.evaluation import (
     ABLATIONS,
     Evaluation,
     EvaluationSettings,
     Numbers,
-    can_be_scored,
     densities,
     evaluate_saes,
     l0_table,
     numbers,
 )
 from saexp.analysis.evaluation_passes import Where
-from saexp.config import EvaluateConfig, RunConfig
+from saexp.config import CorpusConfig, EvaluateConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
-from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, Skip, skip_notes
-from saexp.data.tokenization import TokenizedText, tokenize_texts
-from saexp.errors import DataError, counted
-from saexp.models.forward import context_limit
+from saexp.errors import counted
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import BosPreference, bos_preference, resolve_bos
+from saexp.pipeline.evaluation_texts import Texts, read_texts
 from saexp.pipeline.objects import (
     describe_model,
     language_model,
@@ -153,75 +148,6 @@ def _remarks(part: Part, name: str) -> list[str]:
     return notes
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Tokenized texts, and the examples that could not be used."""
-
-    ids: list[str]
-    units: list[str]
-    """Resampling unit of each text: its entity, else the text itself."""
-    tokens: list[TokenizedText]
-    skips: list[Skip]
-    notes: list[str]
-
-
-def read_texts(
-    cfg: RunConfig, model: LanguageModel, where: Where, options: EvaluateConfig
-) -> Texts:
-    """Each distinct text once, tokenized, cut at the end of the model's context.
-
-    Of `options`, `n_texts` (a seeded sample) is used. Raises DataError where no text has a
-    prediction to score.
-    """
-    examples, source_notes = _examples(cfg)
-    first = {e.text: e for e in reversed(examples)}
-    distinct = [e for e in examples if first[e.text] is e]
-    notes = list(source_notes)
-    if len(distinct) < len(examples):
-        notes.append(f"{len(examples) - len(distinct)} repeated texts are counted once")
-    if options.n_texts is not None and options.n_texts < len(distinct):
-        order = np.random.default_rng([cfg.seed, 23]).permutation(len(distinct))
-        distinct = [distinct[i] for i in sorted(order[: options.n_texts])]
-    longest = min(cfg.dataset.max_length, context_limit(model) or cfg.dataset.max_length)
-    tokenized = tokenize_texts(model, [e.text for e in distinct], longest)
-    pairs = list(zip(distinct, tokenized, strict=True))
-    usable = [(e, tokens) for e, tokens in pairs if can_be_scored(tokens, where)]
-    skips = [
-        Skip(e.id, "too short: no token has a scored next token")
-        for e, tokens in pairs
-        if not can_be_scored(tokens, where)
-    ]
-    if not usable:
-        raise DataError(f"none of {len(examples)} texts has a token and a next token to predict")
-    notes += skip_notes(skips, len(distinct), "text")
-    if n_cut := sum(tokens.truncated for _, tokens in usable):
-        notes.append(f"{n_cut} texts were cut at {longest} tokens")
-    if not any(tokens.special[0] for _, tokens in usable):
-        notes.append(
-            "texts begin without a BOS token, so their first token, on which many models act oddly,"
-            " counts as any other; task.prepend_bos=true if the SAE was trained with one"
-        )
-    return Texts(
-        ids=[e.id for e, _ in usable],
-        units=[e.unit for e, _ in usable],
-        tokens=[tokens for _, tokens in usable],
-        skips=skips,
-        notes=notes,
-    )
-
-
-def _examples(cfg: RunConfig) -> tuple[list[Example], list[str]]:
-    """The data set and notes on it; the shipped neutral text for dataset=text without a path."""
-    data = cfg.dataset
-    if data.name != "text" or data.path is not None or data.text is not None:
-        dataset = registry.build("dataset", data)
-        return dataset.examples, list(dataset.notes)
-    lines = background_texts(data)
-    examples = [Example(id=str(n), text=line) for n, line in enumerate(lines, 1)]
-    source = "the shipped neutral text" if data.background is None else data.background
-    return examples, [f"texts: {source}; your own with dataset.path=FILE (one text a line)"]
-
-
 GROUP_BYTES = {"cuda": 16 * 2**30, "cpu": 4 * 2**30}
 """Device type -> bytes of SAE weights that are evaluated together. Further SAEs are evaluated in
 another group, with a clean pass of its own, after the results of this one are saved."""
@@ -263,7 +189,7 @@ def evaluate(cfg: RunConfig, context: RunContext) -> Result:
                 part_of(sae, one, evaluation.n_bootstrap, cfg.seed, texts.ids, texts.units)
                 for sae, one in zip(saes, measured, strict=True)
             ]
-        forwarded += sum(map(len, texts.tokens))
+        forwarded += texts.n_tokens
         result = _result(parts, evaluation, forwarded, time.perf_counter() - began)
         about = _provenance(cfg, result, parts, evaluation)
         saved = save_run(context, cfg, result, texts.skips, about)
@@ -294,6 +220,7 @@ def _prepared(cfg: RunConfig, context: RunContext) -> _Evaluation:
         where=where,
         batch_tokens=options.batch_tokens,
         max_norm_ratio=cfg.positions.max_norm_ratio,
+        keep_passes=not isinstance(cfg.dataset, CorpusConfig),
     )
     return _Evaluation(cells, model, bos, texts, settings, options.n_bootstrap)
 

@@ -36,8 +36,7 @@ def tally_much(folder: Path, n_rows: int, said: Any) -> None:
     store = store_of(folder, acts, Hookpoint(0, "resid_post"), 4096)
     del acts
     tally = Tally(np.arange(10), d_sae=D_SAE, correlate=True)
-    texts, groups = np.arange(n_rows) // 20, np.zeros(n_rows, dtype=np.int64)
-    tally_store(store, sae, texts, groups, tally)
+    tally_store(store, sae, lambda rows: rows // 20, np.zeros_like, tally)
     values_at(store, sae, {i: tally.top(i)["row"].to_numpy() for i in range(10)})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     said.put(json.dumps((n_rows * D_IN * 4, peak)))

@@ -126,3 +126,17 @@ def test_positions_that_need_examples_are_refused(corpus):
         positions(corpus, "entity_last")
     with pytest.raises(ConfigError, match=r"positions\.indices=\[0,-1\]"):
         positions(corpus, "indices")
+
+
+@pytest.mark.parametrize("name", ["all", "random"])
+def test_chosen_rows_and_their_texts_are_those_of_the_table(corpus, name, monkeypatch):
+    monkeypatch.setattr("saexp.data.rows._BLOCK", 7)
+    rows = positions(corpus, name, n=3)
+    chosen = np.sort(np.random.default_rng(0).choice(rows.n_rows, 40, replace=False))
+    table = rows.rows
+    pd.testing.assert_frame_equal(rows.at(chosen), table.iloc[chosen].reset_index(drop=True))
+    np.testing.assert_array_equal(rows.text_ids(chosen), table["text_id"].to_numpy()[chosen])
+    for text_id in (0, 1, len(corpus) - 1):
+        of_text = np.flatnonzero(table["text_id"] == text_id)
+        assert np.arange(*rows.bounds(text_id)).tolist() == of_text.tolist()
+    assert rows.at(chosen[:0]).columns.tolist() == table.columns.tolist()

@@ -420,3 +420,22 @@ def test_one_text_has_no_interval() -> None:
     assert got["evaluation/n_units"] == 1
     assert got["reconstruction/ce_sae_ci_low"] is None
     assert got["reconstruction/ce_sae"] is not None
+
+
+def test_clean_passes_that_are_not_kept_are_repeated_with_equal_results() -> None:
+    model, n_passes = random_lm("llama"), 0
+
+    def count(*_: object) -> None:
+        nonlocal n_passes
+        n_passes += 1
+
+    handle = model.blocks[0].register_forward_pre_hook(count)
+    results, passes = [], []
+    for keep in (True, False):
+        n_passes = 0
+        settings = EvaluationSettings(batch_tokens=40, keep_passes=keep)
+        results.append(evaluate_saes(model, [sae()], TOKENS, settings)[0])
+        passes.append(n_passes)
+    handle.remove()
+    assert passes[1] > passes[0]
+    assert_same(*results)

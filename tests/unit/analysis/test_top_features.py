@@ -9,7 +9,7 @@ import torch
 
 import saexp
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.group_statistics import TopFeaturesAnalyzer
+from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import TopFeaturesConfig
 from saexp.context import ObjectCache
 from saexp.data.tokenization import token_texts

@@ -140,6 +140,58 @@ def test_a_data_set_saved_by_datasets_is_read(tmp_path):
     assert contexts_of(corpus) == contexts_of(expected)
 
 
+@pytest.mark.parametrize("what", ["folder", "file", "text"])
+def test_local_files_are_streamed_by_datasets(tmp_path, what):
+    texts, folder = documents(60), tmp_path / "texts"
+    folder.mkdir()
+    for number in range(2):
+        write_jsonl(folder / f"{number}.jsonl", texts[30 * number : 30 * number + 30])
+    (tmp_path / "a.txt").write_text("\n".join(texts) + "\n", "utf-8")
+    path = {"folder": folder, "file": folder / "0.jsonl", "text": tmp_path / "a.txt"}[what]
+    settings: dict[str, Any] = {"document": "line"}
+    streamed, plain = (
+        tokenized(
+            config(path, streaming=streaming, n_tokens=200, **settings),
+            info(),
+            16,
+            tmp_path / "cache",
+        )
+        for streaming in (True, False)
+    )
+    assert contexts_of(streamed) == contexts_of(plain)
+    assert streamed.key != plain.key
+
+
+def test_files_that_only_datasets_reads_are_streamed(tmp_path):
+    texts = documents(40, lengths=(3, 9))
+    pd.DataFrame({"text": texts}).to_csv(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="a corpus is read from"):
+        sources(config(tmp_path / "a.csv"))
+    read = sources(config(tmp_path / "a.csv", streaming=True, n_tokens=10))
+    [source] = read.items
+    assert [text for text, _ in source.documents(config(tmp_path / "a.csv"))] == texts
+
+
+def test_a_stream_that_breaks_off_is_one_line(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", documents(5))
+    file.write_text(file.read_text("utf-8") + "{broken\n", "utf-8")
+    cfg = config(file, streaming=True, n_tokens=1000)
+    with pytest.raises(DataError, match=r"a.jsonl/train: cannot be read after row \d+ \(.*\)$"):
+        tokenized(cfg, info(), 16, tmp_path / "cache")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*split.*\)$"):
+        sources(config(file, streaming=True, n_tokens=9, hf_split="validation"))
+
+
+def test_documents_that_end_before_the_limit_are_noted(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", documents(50))
+    corpus = tokenized(config(file, n_tokens=10**6), info(), 16, tmp_path / "cache")
+    [note] = [n for n in corpus.notes if "dataset.n_tokens" in n]
+    assert f"after {corpus.n_tokens:,} tokens" in note
+    enough = tokenized(config(file, n_tokens=32), info(), 16, tmp_path / "cache")
+    assert enough.n_tokens == 32
+    assert not any("dataset.n_tokens" in n for n in enough.notes)
+
+
 def test_files_of_a_folder_are_read_in_order_and_others_are_reported(tmp_path):
     folder = tmp_path / "corpus"
     (folder / "b").mkdir(parents=True)

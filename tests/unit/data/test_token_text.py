@@ -12,8 +12,9 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.group_statistics import TopFeaturesAnalyzer
+from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
+from saexp.data.decoding import decoded_pieces
 from saexp.data.examples import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.tokenization import token_pieces, token_texts, tokenize
@@ -51,6 +52,21 @@ EVERY = pytest.mark.parametrize("name", TOKENIZERS)
 def without_special(text: Any, shown: Sequence[str]) -> str:
     added = [s and a == b for s, (a, b) in zip(text.special, text.offsets, strict=True)]
     return "".join(piece for piece, is_added in zip(shown, added, strict=True) if not is_added)
+
+
+@EVERY
+def test_pieces_from_ids_alone_are_those_of_the_text(name: str) -> None:
+    words = TOKENIZERS[name]
+    for text in tokenize(TEXTS[:3] if name.startswith("random") else TEXTS, words, 400):
+        pieces = token_pieces(text, words)
+        n = len(text)
+        assert decoded_pieces(text.ids, words, 0, n) == pieces
+        for first, end in ((0, 1), (2, 7), (5, n), (n - 1, n)):
+            part = decoded_pieces(text.ids, words, first, end)
+            assert len(part) == end - first
+            # A window may begin within a character.
+            if pieces[first]:
+                assert part == pieces[first:end]
 
 
 @EVERY

@@ -8,6 +8,8 @@ import pytest
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
+from saexp.data.examples import Example
+from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText, token_pieces, tokenize
 from saexp.latents import encode
 from saexp.latents.statistics import (
@@ -55,7 +57,7 @@ GROUP_OF = np.arange(N_ROWS) % 3
 
 def tallied(store: ActivationStore, auto: SparseAutoencoder, **options: object) -> Tally:
     made = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, **options)  # pyright: ignore
-    return tally_store(store, auto, TEXT_OF, GROUP_OF, made)
+    return tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, made)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
     # The rows where the chosen latents are strongest.
     ordinary[dense[:, CHOSEN].argmax(0)] = False
     tally = Tally(CHOSEN, d_sae=auto.d_sae, n_groups=3, n_top=7, correlate=correlate)
-    tally_store(store, auto, TEXT_OF, GROUP_OF, tally, ordinary)
+    tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, tally, ordinary)
     counts = count_active_rows(store, auto, ordinary)
     assert counts.tolist() == (dense[ordinary] != 0).sum(0).tolist()
     assert tally.n_rows == ordinary.sum()
@@ -244,22 +246,21 @@ def test_pieces_put_together_are_the_text(trim_offsets: bool) -> None:
             assert "".join(found[1:]) == text.text
 
 
-def rows_of(texts: list[TokenizedText], every: int) -> pd.DataFrame:
-    """Every n-th token of each text, as PositionTable has them."""
-    found = [
-        {"example_id": f"e{n}", "text_id": n, "token_index": i}
+def rows_of(texts: list[TokenizedText], every: int) -> PositionTable:
+    """Every n-th token of each text."""
+    chosen = [
+        Chosen(n, Example(id=f"e{n}", text=text.text), n, list(range(1, len(text), every)), 0)
         for n, text in enumerate(texts)
-        for i in range(1, len(text), every)
     ]
-    return pd.DataFrame(found)
+    return PositionTable(chosen, texts, [], tokenizer())
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_window_holds_the_tokens_around_a_row_and_the_rows_they_have(every: int) -> None:
     words = tokenizer()
     texts = tokenize(TEXTS, words, 60)
-    rows = rows_of(texts, every)
-    windows = Windows(rows, texts, words, before=4, after=2)
+    positions = rows_of(texts, every)
+    rows, windows = positions.rows, Windows(positions, before=4, after=2)
     for row, about in enumerate(rows.to_dict("records")):
         text, token = texts[about["text_id"]], about["token_index"]
         window = windows.around(row)
