@@ -181,7 +181,7 @@ def convert(file: Path, folder: Path, dtype: Any) -> None:
     with warnings.catch_warnings():
         # numpy's about the read-only memory map of the file.
         warnings.simplefilter("ignore")
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent),
             dtype=dtype,
             output_loading_info=True,
@@ -191,6 +191,7 @@ def convert(file: Path, folder: Path, dtype: Any) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(file.parent), clean_up_tokenization_spaces=False, **options
         )
+    hf, info = loaded
     if absent := missing_weights(info["missing_keys"]):
         raise ValueError(absent)
     hf.save_pretrained(folder)
