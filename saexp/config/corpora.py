@@ -8,7 +8,6 @@ from saexp.config.environment import at_least, one_of
 from saexp.errors import ConfigError
 
 DOCUMENTS = ("file", "paragraph", "line")
-SEPARATORS = ("bos", "eos", "none")
 
 
 @dataclass(kw_only=True)
@@ -20,8 +19,9 @@ class CorpusConfig(DatasetConfig):
     pack: bool = True
     """Concatenate documents into full contexts; false: a context per document, cut at the size."""
     separator: str = "bos"
-    """Token between two documents of a context: bos (as sae-lens), eos or none. A model whose texts
-    do not begin with BOS gets none in place of bos."""
+    """Token between two documents of a context: bos (as sae-lens), eos, none, or the text of a
+    token of the vocabulary, such as <|endoftext|>. A model whose texts do not begin with BOS gets
+    none in place of bos, with a note."""
     text_column: str = "text"
     """Column of the texts in JSONL, Parquet and data sets."""
     document: str = "file"
@@ -37,7 +37,6 @@ class CorpusConfig(DatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("dataset.separator", self.separator, SEPARATORS)
         one_of("dataset.document", self.document, DOCUMENTS)
         try:
             codecs.lookup(self.encoding)

@@ -146,6 +146,11 @@ class Corpus:
                 f"{counted(len(about['skipped_files']), 'file')} of dataset.path "
                 f"of other kinds were not read ({first}, …)"
             )
+        if about["settings"]["pack"] and about["settings"]["separator"] is None:
+            notes.append(
+                "no token stands between two documents of a context; dataset.separator=eos, or "
+                "the text of a token, puts one there"
+            )
         return notes
 
 

@@ -30,10 +30,20 @@ class TokenizerInfo:
     def separator(self, name: str) -> int | None:
         """Token between two documents; None for none.
 
-        Raises ConfigError where the tokenizer lacks it.
+        `name` is bos, eos, none, or the text of a token. Raises ConfigError where the tokenizer
+        lacks it.
         """
         if name == "none" or (name == "bos" and not self.prepend_bos):
             return None
+        if name not in ("bos", "eos"):
+            token = self.tokenizer.get_vocab().get(name)
+            if token is None:
+                special = ", ".join(map(repr, self.tokenizer.all_special_tokens)) or "none"
+                raise ConfigError(
+                    f"dataset.separator={name}: no such token; type bos, eos, none or a token of "
+                    f"the vocabulary (special tokens: {special})"
+                )
+            return int(token)
         token = getattr(self.tokenizer, f"{name}_token_id")
         if token is None:
             raise ConfigError(

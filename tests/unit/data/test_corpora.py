@@ -49,7 +49,7 @@ def contexts_of(corpus: Corpus) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
-@pytest.mark.parametrize("separator", ["bos", "none"])
+@pytest.mark.parametrize("separator", ["bos", "none", "tain"])
 @pytest.mark.parametrize("size", [5, 32])
 def test_packed_contexts_equal_those_of_sae_lens(tmp_path, prepend_bos, separator, size):
     from sae_lens.tokenization_and_batching import concat_and_batch_sequences
@@ -73,6 +73,23 @@ def test_packed_contexts_equal_those_of_sae_lens(tmp_path, prepend_bos, separato
         sequence_separator_token_id=about.separator(separator),
     )
     assert contexts_of(corpus) == [context.tolist() for context in expected]
+
+
+def test_a_separator_that_is_no_token_is_one_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(3))
+    with pytest.raises(ConfigError, match=r"dataset\.separator=<none>: no such token; type bos"):
+        tokenized(config(path, separator="<none>"), info(), 8, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("prepend_bos", "separator", "is_noted"),
+    [(False, "bos", True), (True, "none", True), (True, "bos", False), (False, "tain", False)],
+)
+def test_a_missing_separator_is_noted(tmp_path, prepend_bos, separator, is_noted):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(30))
+    cfg, about = config(path, separator=separator), info(prepend_bos=prepend_bos)
+    notes = tokenized(cfg, about, 8, tmp_path / "cache").notes
+    assert any("dataset.separator" in note for note in notes) is is_noted
 
 
 def test_without_packing_each_document_is_a_context_cut_at_the_size(tmp_path):

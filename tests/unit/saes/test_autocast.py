@@ -119,6 +119,7 @@ def test_autocast_is_on_where_the_model_is_computed_in_native_bfloat16(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_an_sae_on_another_device_than_its_batches(tmp_path: Path) -> None:
     """The batches are on the CPU."""
     here, there = (trained(tmp_path, "topk", device, autocast=False) for device in ("cpu", "cuda"))
