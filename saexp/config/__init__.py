@@ -4,7 +4,6 @@ from saexp.config.components import (
     AnalyzerConfig,
     CapabilityConfig,
     CollectorConfig,
-    DatasetConfig,
     ImportedConfig,
     ModelConfig,
     PositionsConfig,
@@ -14,9 +13,8 @@ from saexp.config.components import (
     StoreConfig,
     TopFeaturesConfig,
     TrackerConfig,
-    WikidataConfig,
 )
-from saexp.config.corpora import CorpusConfig
+from saexp.config.datasets import CorpusConfig, DatasetConfig, WikidataConfig
 from saexp.config.environment import (
     parse_coefficients,
     parse_layers,

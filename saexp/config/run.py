@@ -19,18 +19,17 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
-from saexp.config import components, corpora, environment, tasks
+from saexp.config import components, datasets, environment, tasks
 from saexp.config.components import (
-    COLUMNS,
     AnalyzerConfig,
     CollectorConfig,
-    DatasetConfig,
     ModelConfig,
     PositionsConfig,
     SAEConfig,
     StoreConfig,
     TrackerConfig,
 )
+from saexp.config.datasets import COLUMNS, DatasetConfig
 from saexp.config.environment import (
     at_least,
     parse_coefficients,
@@ -113,7 +112,7 @@ class RunConfig:
             parse_layers(self.layer)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)
-        if isinstance(self.dataset, corpora.CorpusConfig) and self.task.name == "label":
+        if isinstance(self.dataset, datasets.CorpusConfig) and self.task.name == "label":
             raise ConfigError(
                 "task=label asks about examples, and dataset=corpus has none; type dataset=jsonl "
                 "(or csv) for an example per line, or task=dashboard or task=evaluate"
@@ -135,7 +134,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "train": tasks.TrainConfig,
     },
     "collector": {"imported": components.ImportedConfig},
-    "dataset": {"corpus": corpora.CorpusConfig, "wikidata": components.WikidataConfig},
+    "dataset": {"corpus": datasets.CorpusConfig, "wikidata": datasets.WikidataConfig},
     "analyzer": {
         "capability": components.CapabilityConfig,
         "probe": components.ProbeConfig,
@@ -147,7 +146,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
 
 _CUSTOM: dict[str, type] = {
     "task": tasks.CustomTaskConfig,
-    "dataset": components.CustomDatasetConfig,
+    "dataset": datasets.CustomDatasetConfig,
     "analyzer": components.CustomAnalyzerConfig,
 }
 """Config group -> dataclass of a custom component that was registered without one."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
-from saexp.config.corpora import CorpusConfig
+from saexp.config.datasets import CorpusConfig
 from saexp.context import progress
 from saexp.data.documents import Sources, sources
 from saexp.data.packing import Packer, TokenizerInfo

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saexp.config.corpora import CorpusConfig
+from saexp.config.datasets import CorpusConfig
 from saexp.digests import content_name
 from saexp.errors import ConfigError, DataError
 from saexp.hub import hub, is_path, snapshot, why_absent
@@ -185,7 +185,8 @@ def _streamed(path: Path, cfg: CorpusConfig) -> Source:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    name, settings = str(path), {}
+    name = str(path)
+    settings: dict[str, Any] = {}
     if path.is_file():
         kind = _kind(path)
         name = _BUILDERS.get(path.suffix.lower()) or {"jsonl": "json"}.get(str(kind), kind)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
-from saexp.config.corpora import CorpusConfig
+from saexp.config.datasets import CorpusConfig
 from saexp.config.environment import as_typed, resolved
 from saexp.config.messages import COMPOSITION_ERRORS
 from saexp.config.tasks import OF_ONE_SAE

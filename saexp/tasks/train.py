@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
-from saexp.config.corpora import CorpusConfig
+from saexp.config.datasets import CorpusConfig
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
 from saexp.distributed import Processes, connected
