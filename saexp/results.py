@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from saexp.errors import ConfigError, StoreError
 
+OUTCOME_WORDS = {"dont_know": 'log-probability of "I don\'t know"'}
+"""Outcomes whose names are not the words of a report."""
+
+
+def outcome_words(outcome: str) -> str:
+    """An outcome's name in a report."""
+    return OUTCOME_WORDS.get(outcome, outcome.replace("_", " "))
+
+
 CONTROL_WORDS = {
     "frequency": "frequency-matched latents",
     "disruption": "latents scaled to equal KL",

@@ -178,7 +178,7 @@ def _require_components(cfg: RunConfig) -> None:
     if cfg.intervention.name == "none":
         return
     registry.require("intervention", cfg.intervention.name)
-    for outcome in cfg.intervention.outcomes:
+    for outcome in [*cfg.intervention.outcomes, *(cfg.intervention.alternatives or [])]:
         registry.require("outcome", outcome)
     positions = (n for n in registry.names("positions") if n not in PLACES)
     one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))

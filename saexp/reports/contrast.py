@@ -22,7 +22,7 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance
+from saexp.results import is_above_chance, outcome_words
 from saexp.stats.significance import holm
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
@@ -46,7 +46,9 @@ def _question(run: SavedRun) -> str:
     )
     if intervention["name"] == "none":
         return question
-    outcomes = ", ".join(intervention["outcomes"]).replace("_", " ")
+    # Outcomes without a number per prompt (costs) are no columns of the summary.
+    replaced = [o for o in run.outcomes if o not in intervention["outcomes"]]
+    outcomes = ", ".join(map(outcome_words, replaced or intervention["outcomes"]))
     where = ""
     if intervention["name"] != "orthogonalize":
         where = f" at {position_words(intervention['where'])}"

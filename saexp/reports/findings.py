@@ -13,9 +13,10 @@ from saexp.reports.effects import (
     effect_sentences,
     main_rows,
 )
+from saexp.reports.knowledge import knowledge_sentences, presumed_knowledge
 from saexp.reports.page import Finding, interval_words
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance, p_value_words, sae_words
+from saexp.results import is_above_chance, outcome_words, p_value_words, sae_words
 
 Metrics = Mapping[str, float | int | None]
 _SURFACE = "contrast/surface_auroc_test"
@@ -33,7 +34,8 @@ def contrast_findings(run: SavedRun) -> list[Finding]:
     """One sentence per direction of the contrast, then one per other condition that was run."""
     if run.latents is None:
         return [Finding("This run compared no groups.")]
-    findings = []
+    warning = presumed_knowledge(run)
+    findings = [] if warning is None else [Finding(warning)]
     for group in run.groups:
         clauses, figures = [_detection(run, group)], []
         for row, before in main_rows(run):
@@ -64,7 +66,7 @@ def _dose_figures(run: SavedRun, row: pd.Series) -> list[tuple[str, str]]:
     """The figure of a condition and its caption; none of patching, which has no doses."""
     if run.config["intervention"]["name"] == "patch":
         return []
-    outcome = run.outcomes[0].replace("_", " ")
+    outcome = outcome_words(run.outcomes[0])
     action = capitalized(action_words(run.config["intervention"], row))
     caption = f"{action}: {outcome} on held-out prompts, 95% intervals, and the controls' range."
     return [(f"effect_{row['condition']}", caption)]
@@ -116,7 +118,8 @@ def context_sentences(run: SavedRun) -> list[str]:
     if run.latents is None:
         return []
     power = power_sentences(run) if nothing_found(run) else []
-    return [setting_sentence(run), *surface_sentences(run), *placebo_sentences(run), *power]
+    known = knowledge_sentences(run)
+    return [setting_sentence(run), *known, *surface_sentences(run), *placebo_sentences(run), *power]
 
 
 def setting_sentence(run: SavedRun) -> str:

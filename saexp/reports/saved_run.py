@@ -185,7 +185,10 @@ class SavedRun:
     def outcomes(self) -> list[str]:
         """Outcomes with a number per prompt, in the order of the config."""
         columns = [] if self.summary is None else self.summary.columns
-        return [o for o in self.config["intervention"]["outcomes"] if o in columns]
+        cfg = self.config["intervention"]
+        # A constant rate is replaced by the alternatives.
+        names = dict.fromkeys([*cfg["outcomes"], *(cfg.get("alternatives") or [])])
+        return [o for o in names if o in columns]
 
     def is_rate(self, outcome: str) -> bool:
         """Whether an outcome is yes or no for each prompt."""
