@@ -165,6 +165,8 @@ def above_surface(metrics: Metrics, group: str) -> str:
     if difference is None:
         return ""
     interval = _limits(metrics, key)
+    p_value = metrics.get(f"{key}_p_value")
+    p_words = "" if p_value is None else f" (paired test: p {p_value_words(p_value)})"
     if low is None:
         return (
             f" Its AUROC minus that of the surface baseline is {difference:+.3f}, without an "
@@ -173,10 +175,12 @@ def above_surface(metrics: Metrics, group: str) -> str:
     if low > 0 and not _is_surface_above_chance(metrics):
         return ""
     if low > 0:
-        return f" Its AUROC is {difference:.3f}{interval} above that of the surface baseline."
+        return (
+            f" Its AUROC is {difference:.3f}{interval} above that of the surface baseline{p_words}."
+        )
     return (
         " It is not distinguishable from surface cues: its AUROC minus that of the surface "
-        f"baseline is {difference:+.3f}{interval}."
+        f"baseline is {difference:+.3f}{interval}{p_words}."
     )
 
 
