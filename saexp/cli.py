@@ -164,12 +164,15 @@ def _in_one_line(error: Exception) -> SaexpError | None:
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     """Record a failed run in the sweep's group for a cell that ended before its tracker started."""
     from saexp import api
+    from saexp.results import sae_name
 
     # The cell's error is reported anyway, and may be caused by the tracker itself.
     with contextlib.suppress(Exception):
         config: Any = OmegaConf.to_container(raw, resolve=True)
         sae = config["sae"]
-        name = api.run_name(config["model"]["name"], sae["name"], sae["loader"], config["layer"])
+        name = api.run_name(
+            config["model"]["name"], sae_name({}, sae), sae["loader"], config["layer"]
+        )
         api.track_failure(config, folder, name, sweep)
 
 

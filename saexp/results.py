@@ -39,6 +39,28 @@ def html_table(title: str, rows: Mapping[str, Any]) -> str:
     return f"<div><b>{escape(title)}</b><table>{cells}</table></div>"
 
 
+def model_words(name: str) -> str:
+    """A model's name in sentences: a hub id as it is, a local path as its last component.
+
+    >>> model_words("google/gemma-2-2b"), model_words("/models/SmolLM2-135M/")
+    ('google/gemma-2-2b', 'SmolLM2-135M')
+    """
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return name.rstrip("/").rpartition("/")[2] or name if is_path else name
+
+
+def model_title(name: str) -> str:
+    """A model's name in titles: the last component of a hub id or path."""
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def sae_name(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """An SAE's name, of sae=local its folder or file; `about` is its entry in provenance.json and
+    `config` the run's config of it."""
+    name, path = str(about.get("name") or config["name"]), config.get("path")
+    return model_title(str(path)) if name == "local" and path else name
+
+
 def sae_words(about: Any) -> str:
     """ "SAE of 256 latents", with the kind of control it is, if any; `about` is its entry in
     provenance.json."""

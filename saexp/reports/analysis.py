@@ -33,7 +33,7 @@ from saexp.reports.page import (
 )
 from saexp.reports.saved_run import SavedRun
 from saexp.reports.training import training_sentence
-from saexp.results import sae_words
+from saexp.results import model_title, model_words, sae_words
 
 FIGURES = "figures.json"
 """File with the figures that a custom analyzer made, by name."""
@@ -214,9 +214,11 @@ def _details(run: SavedRun) -> list[str]:
         return page.sentences(run)
     about = run.provenance
     positions = run.config["positions"]["name"].replace("_", " ")
+    model = model_words(about["model"]["name"])
     setting = (
-        f"{about['model']['name']}, {_hookpoints(run)}, {sae_words(about['sae'])}, data set "
-        f"'{about['dataset']['name']}' ({counted(about['dataset']['n_examples'], 'example')}), "
+        f"{model}, {_hookpoints(run)}, {sae_words(about['sae'])}, "
+        f"data set '{about['dataset']['name']}' "
+        f"({counted(about['dataset']['n_examples'], 'example')}), "
         f"positions {positions}: {counted(int(run.metrics['collection/n_rows'] or 0), 'row')}."
     )
     return [setting, *knowledge_sentences(run), *page.sentences(run), *effect_sentences(run)]
@@ -249,7 +251,7 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
 
 
 def _title(run: SavedRun) -> str:
-    model = run.provenance["model"]["name"].rpartition("/")[2]
+    model = model_title(run.provenance["model"]["name"])
     name = run.config["analyzer"]["name"].replace("_", " ")
     subject = " against ".join(run.provenance["groups"]) if name == "contrast" else name
     sae = run.provenance["sae"]

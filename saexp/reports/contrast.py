@@ -22,7 +22,7 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance, outcome_words
+from saexp.results import is_above_chance, outcome_words, sae_name
 from saexp.stats.significance import holm
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
@@ -39,7 +39,7 @@ def _question(run: SavedRun) -> str:
     first, second = run.groups
     intervention = cfg["intervention"]
     question = (
-        f"Which latents of the SAE {about['sae'].get('name', cfg['sae']['name'])} distinguish "
+        f"Which latents of the SAE {sae_name(about['sae'], cfg['sae'])} distinguish "
         f"{first} from {second} in the data set '{about['dataset']['name']}' "
         f"({counted(about['dataset']['n_examples'], 'example')}), at "
         f"{position_words(cfg['positions']['name'])}?"

@@ -16,7 +16,7 @@ from saexp.reports.effects import (
 from saexp.reports.knowledge import knowledge_sentences, presumed_knowledge
 from saexp.reports.page import Finding, interval_words
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance, outcome_words, p_value_words, sae_words
+from saexp.results import is_above_chance, model_words, outcome_words, p_value_words, sae_words
 
 Metrics = Mapping[str, float | int | None]
 _SURFACE = "contrast/surface_auroc_test"
@@ -128,7 +128,8 @@ def setting_sentence(run: SavedRun) -> str:
     first, second = run.groups
     sizes = [f"{metrics[f'contrast/n_units_{g}_test']} {g}" for g in run.groups]
     return (
-        f"{about['model']['name']}, {about['sae']['hookpoint']}, {sae_words(about['sae'])}: "
+        f"{model_words(about['model']['name'])}, {about['sae']['hookpoint']}, "
+        f"{sae_words(about['sae'])}: "
         f"{metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} active latents "
         f"separate {first} from {second} on the train split (Benjamini-Hochberg q <= "
         f"{run.config['analyzer']['alpha']:g}). The numbers below are measured on "

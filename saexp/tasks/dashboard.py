@@ -36,7 +36,7 @@ from saexp.pipeline.run_folder import save_run, skips_table
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
-from saexp.results import Result, is_above_chance, sae_words
+from saexp.results import Result, is_above_chance, model_words, sae_words
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.saes.sae import SparseAutoencoder
 
@@ -468,9 +468,9 @@ def _save(
     result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_inactive": n_inactive}
     about = session.provenance(data, [describe_sae(sae)])
     finding = (
-        f"{session.model.name}, {sae.hookpoint.name}, {sae_words(about['sae'])}: {len(table)} of "
-        f"them ({chosen.how}) over {len(placement.rows):,} positions; {n_inactive} are never "
-        "active there."
+        f"{model_words(session.model.name)}, {sae.hookpoint.name}, {sae_words(about['sae'])}: "
+        f"{len(table)} of them ({chosen.how}) over {len(placement.rows):,} positions; "
+        f"{n_inactive} are never active there."
     )
     about |= {"finding": [finding], "tokens_forwarded": data.examples.stats.tokens_forwarded}
     return save_run(session.context, session.cfg, result, placement.skips, about)
