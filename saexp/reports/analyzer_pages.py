@@ -89,21 +89,22 @@ def _probe_findings(run: SavedRun) -> list[Finding]:
         surface = rows.loc["surface"]
         limits = interval_words(surface["auroc_ci_low"], surface["auroc_ci_high"])
         sentence += f"; the text alone, without the model, gives {surface['auroc']:.3f}{limits}"
-        sentence += "".join(
-            f"; {name.removesuffix(', logistic')} minus the text alone: {_above_surface(row)}"
-            for name, row in probes
-            if pd.notna(row.get("minus_surface"))
-        )
+        sentence += "".join(_above_surface(name, row.to_dict()) for name, row in probes)
     caption = "Held-out AUROC of every probe with 95 % intervals; the dotted line is chance."
     return [Finding(f"{sentence}.", [("probes", caption)])]
 
 
-def _above_surface(row: pd.Series) -> str:
-    """The difference of a probe's AUROC to the surface baseline's, with interval and p-value."""
+def _above_surface(name: str, row: Mapping[Any, Any]) -> str:
+    """A clause on a probe's AUROC less the surface baseline's; empty where it is not measured."""
+    difference, p_value = (row.get(f"minus_surface{end}") for end in ("", "_p_holm"))
+    if difference is None or pd.isna(difference):
+        return ""
     limits = interval_words(row["minus_surface_ci_low"], row["minus_surface_ci_high"])
-    p_value = row["minus_surface_p_holm"]
-    tested = "" if pd.isna(p_value) else f" (paired test: p {p_value_words(p_value)}, Holm)"
-    return f"{row['minus_surface']:+.3f}{limits}{tested}"
+    tested = ""
+    if p_value is not None and not pd.isna(p_value):
+        tested = f" (paired test: p {p_value_words(p_value)}, Holm)"
+    name = name.removesuffix(", logistic")
+    return f"; {name} minus the text alone: {difference:+.3f}{limits}{tested}"
 
 
 def _probe_figures(run: SavedRun) -> dict[str, go.Figure]:

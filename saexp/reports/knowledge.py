@@ -59,18 +59,13 @@ def _presumes(run: SavedRun) -> bool:
 
 def _answers(run: SavedRun) -> str:
     """One sentence on the unsteered answers; an entity has one question."""
-    parts = []
+    asked, unasked = [], []
     for group in run.provenance["groups"]:
-        n, n_correct = (
-            run.metrics.get(f"baseline/{k}_{group}") for k in ("n_questions", "n_correct")
-        )
+        n = run.metrics.get(f"baseline/n_questions_{group}")
         if n:
-            parts.append(f"{n_correct} of {n} questions on {group} prompts")
+            n_correct = run.metrics[f"baseline/n_correct_{group}"]
+            asked.append(f"{n_correct} of {n} questions on {group} prompts")
         elif n is not None:
-            parts.append(f"({group} prompts have no answer in the data)")
-    return f"Without intervention the model answers {_listed(parts)} correctly."
-
-
-def _listed(parts: list[str]) -> str:
-    questions = [p for p in parts if not p.startswith("(")]
-    return " ".join([" and ".join(questions), *(p for p in parts if p.startswith("("))])
+            unasked.append(f"{group} prompts have no true answer in the data")
+    without = f" ({'; '.join(unasked)})" if unasked else ""
+    return f"Without intervention the model answers {' and '.join(asked)} correctly{without}."

@@ -187,7 +187,8 @@ class SavedRun:
         columns = [] if self.summary is None else self.summary.columns
         cfg = self.config["intervention"]
         # A constant rate is replaced by the alternatives.
-        names = dict.fromkeys([*cfg["outcomes"], *(cfg.get("alternatives") or [])])
+        outcomes: list[str] = [*cfg["outcomes"], *(cfg.get("alternatives") or [])]
+        names = dict.fromkeys(outcomes)
         return [o for o in names if o in columns]
 
     def is_rate(self, outcome: str) -> bool:

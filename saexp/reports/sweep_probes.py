@@ -55,7 +55,7 @@ def probe_findings(done: pd.DataFrame) -> list[str]:
 def _best_cell(done: pd.DataFrame, name: str) -> pd.Series | None:
     held_out = done[f"probe/{name}_auroc_test"].notna()
     train = done.loc[held_out, f"probe/{name}_auroc"].astype(float)
-    return None if train.isna().all() else done.loc[train.idxmax()]
+    return None if train.isna().all() else done[held_out].iloc[int(np.nanargmax(train))]
 
 
 def _auroc(cell: pd.Series, name: str) -> str:
