@@ -204,7 +204,9 @@ class CausalTest:
             values, test.seconds_per_prompt = others._baselines(prompts, chosen)
             alternatives = fitting(values, others.outcomes)
             test.outcomes, test.kinds = [*alternatives, *test.outcomes], tested_kinds(alternatives)
-        summary = summarise(_numeric(baselines, self.kinds), tested_kinds(rates), self.cfg.seed)
+        summary = summarise(
+            _numeric(baselines, tested_kinds(rates)), tested_kinds(rates), self.cfg.seed
+        )
         tested_rows = summary[summary["split"] == "test"]
         result.metrics |= effect_metrics(tested_rows, list(constant))
         null = [f"effect/{o}/{c.name}" for o in constant for c in design.main]

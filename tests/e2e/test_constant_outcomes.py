@@ -73,6 +73,16 @@ def test_without_alternatives_nothing_is_changed(presumed: Path, tmp_path: Path)
     assert (tmp_path / "report.html").is_file()
 
 
+def test_other_outcomes_that_were_requested_are_tested_without_alternatives(
+    presumed: Path, tmp_path: Path
+) -> None:
+    result = run(tmp_path, presumed, "intervention.outcomes=[refusal,length]")
+    assert any("length took its place" in n for n in result.notes)
+    summary = result.tables["effects_summary"]
+    assert "length" in summary
+    assert not {"refusal", "dont_know"} & set(summary)
+
+
 def test_null_tests_every_outcome(presumed: Path, tmp_path: Path) -> None:
     result = run(tmp_path, presumed, "intervention.alternatives=null")
     assert "refusal" in result.tables["effects_summary"]
