@@ -57,16 +57,24 @@ class _OneReport:
 def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None) -> str:
     """Folder name of a sweep's cell: its number and overrides, safe as a path component.
 
-    Overrides that differ between the cells of the sweep (in the folder `sweep`) come first, so that
-    they survive the limit of 120 bytes.
+    Only the overrides that differ between the cells of the sweep (in the folder `sweep`) are named;
+    of a sweep without such, or without a plan, all are. Overrides beyond 120 bytes are left out as
+    a whole.
     """
     from saexp.sweeps.planning import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
-    ordered = sorted(_as_typed(overrides), key=lambda w: (key_of(w) not in swept, w))
-    safe = re.sub(r"[^\w.,=+-]+", "_", ",".join(ordered))
-    # File systems allow 255 bytes.
-    return f"{number}_{safe}".encode()[:120].decode(errors="ignore")
+    typed = sorted(_as_typed(overrides))
+    named = [word for word in typed if key_of(word) in swept] or typed
+    name = str(number)
+    for i, word in enumerate(named):
+        safe = re.sub(r"[^\w.,=+-]+", "_", word)
+        longer = f"{name}{',' if i else '_'}{safe}"
+        # File systems allow 255 bytes.
+        if len(longer.encode()) > 120 and i:
+            break
+        name = longer.encode()[:120].decode(errors="ignore")
+    return name
 
 
 def _as_typed(overrides: Sequence[str]) -> list[str]:
@@ -158,12 +166,15 @@ def _in_one_line(error: Exception) -> SaexpError | None:
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     """Record a failed run in the sweep's group for a cell that ended before its tracker started."""
     from saexp import api
+    from saexp.results import sae_name
 
     # The cell's error is reported anyway, and may be caused by the tracker itself.
     with contextlib.suppress(Exception):
         config: Any = OmegaConf.to_container(raw, resolve=True)
         sae = config["sae"]
-        name = api.run_name(config["model"]["name"], sae["name"], sae["loader"], config["layer"])
+        name = api.run_name(
+            config["model"]["name"], sae_name({}, sae), sae["loader"], config["layer"]
+        )
         api.track_failure(config, folder, name, sweep)
 
 

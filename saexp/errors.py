@@ -1,6 +1,6 @@
 """Errors that a user can fix. A message is one line: what, where, what to type instead.
 
-`counted` and `brief` word the numbers and the long values in messages and reports.
+`counted`, `duration_words` and `brief` word numbers, times and long values in messages and reports.
 """
 
 
@@ -35,6 +35,13 @@ class InterventionError(SaexpError):
 def counted(n: int, one: str, many: str | None = None) -> str:
     """A number and its noun: "1 row", "3 rows"; `many` is a plural other than `one` with an s."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def duration_words(seconds: float) -> str:
+    """A duration in its own unit: "40 s", "25 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def brief(text: str, length: int) -> str:

@@ -93,6 +93,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
     },
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",
+        "hedging": "saexp.interventions.outcomes:Hedging",
+        "dont_know": "saexp.interventions.outcomes:DontKnow",
         "accuracy": "saexp.interventions.outcomes:Accuracy",
         "exact_match": "saexp.interventions.outcomes:ExactMatch",
         "matching_tokens": "saexp.interventions.outcomes:MatchingTokens",

@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from saexp.errors import ConfigError, StoreError
 
+OUTCOME_WORDS = {"dont_know": 'log-probability of "I don\'t know"'}
+"""Outcomes whose names are not the words of a report."""
+
+
+def outcome_words(outcome: str) -> str:
+    """An outcome's name in a report."""
+    return OUTCOME_WORDS.get(outcome, outcome.replace("_", " "))
+
+
 CONTROL_WORDS = {
     "frequency": "frequency-matched latents",
     "disruption": "latents scaled to equal KL",
@@ -28,6 +37,28 @@ def html_table(title: str, rows: Mapping[str, Any]) -> str:
         for name, value in rows.items()
     )
     return f"<div><b>{escape(title)}</b><table>{cells}</table></div>"
+
+
+def model_words(name: str) -> str:
+    """A model's name in sentences: a hub id as it is, a local path as its last component.
+
+    >>> model_words("google/gemma-2-2b"), model_words("/models/SmolLM2-135M/")
+    ('google/gemma-2-2b', 'SmolLM2-135M')
+    """
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return name.rstrip("/").rpartition("/")[2] or name if is_path else name
+
+
+def model_title(name: str) -> str:
+    """A model's name in titles: the last component of a hub id or path."""
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def sae_name(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """An SAE's name, of sae=local its folder or file; `about` is its entry in provenance.json and
+    `config` the run's config of it."""
+    name, path = str(about.get("name") or config["name"]), config.get("path")
+    return model_title(str(path)) if name == "local" and path else name
 
 
 def sae_words(about: Any) -> str:

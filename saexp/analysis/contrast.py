@@ -43,6 +43,7 @@ from saexp.stats.rank_tests import (
     RankTest,
     auroc_difference,
     auroc_of,
+    difference_p_value,
     stratified_rank_test,
 )
 from saexp.stats.significance import benjamini_hochberg, holm
@@ -64,13 +65,15 @@ def compare_with_surface(
     """Metrics `contrast/surface_auroc_test` and `contrast/best_minus_surface_<g>_test`.
 
     `best` maps each group to its first selected latent, whose AUROC is taken in the direction of
-    the group. Each metric has `_ci_low` and `_ci_high`. The result is empty without texts; the
+    the group. Each metric has `_ci_low` and `_ci_high`, and the differences have `_p_value`, of the
+    paired test of no difference (see `difference_p_value`). The result is empty without texts; the
     metrics are null, with a note, where the train split is too small for cross-validation.
     """
     if not inputs.texts:
         return Result()
     names = [_SURFACE_METRIC, *(f"contrast/best_minus_surface_{group}_test" for group in best)]
-    result = Result(metrics=dict.fromkeys(_with_limits(names)))
+    p_values = [f"{name}_p_value" for name in names[1:]]
+    result = Result(metrics=dict.fromkeys([*_with_limits(names), *p_values]))
     units = pd.concat([train.units, test.units], ignore_index=True)
     unit_index = pd.Series(range(len(units)), index=units["observation"])
     rows = observed.rows[observed.rows["observation"].isin(unit_index.index)]
@@ -95,7 +98,10 @@ def compare_with_surface(
         values = test.csr[:, [int(latent)]].toarray()[:, 0].astype(np.float64)
         member, other = (test.first, scores) if is_first else (~test.first, -scores)
         auroc = auroc_difference(values, other, member, test.strata)
-        result.metrics |= _auroc_metrics(f"contrast/best_minus_surface_{group}_test", auroc)
+        name = f"contrast/best_minus_surface_{group}_test"
+        p_value = difference_p_value(auroc.value, auroc.interval)
+        result.metrics |= _auroc_metrics(name, auroc)
+        result.metrics[f"{name}_p_value"] = None if np.isnan(p_value) else p_value
     return result
 
 

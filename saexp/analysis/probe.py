@@ -37,7 +37,7 @@ from saexp.stats.intervals import (
     wilson,
 )
 from saexp.stats.logistic_probe import limited
-from saexp.stats.rank_tests import placements
+from saexp.stats.rank_tests import Auroc, difference_of_aurocs, difference_p_value, placements
 from saexp.stats.significance import holm
 
 _TYPES = (
@@ -48,6 +48,8 @@ _TYPES = (
 
 MEASURES = ("auroc", "accuracy", "balanced_accuracy", "f1")
 WITHIN = "auroc_within"
+ABOVE = "minus_surface"
+"""Stem of an AUROC minus that of the surface baseline."""
 MIN_UNITS = 10
 """Units of each group required for an interval of the balanced accuracy or F1."""
 Numbers = dict[str, float | None]
@@ -81,7 +83,7 @@ class Judge:
         strata = self.rows.judged_apart
         if strata is None:
             strata = np.zeros(len(scores), dtype=np.int64)
-        auroc, interval, p_value = self._auroc(scores, strata)
+        auroc, interval, p_value = self._auroc(scores, strata)[:3]
         measures = {"auroc": (auroc, interval), **self._at_threshold(predicted)}
         if self.rows.kinds is not None:
             measures[WITHIN] = self._auroc(scores, self.rows.kinds)[:2]
@@ -91,6 +93,24 @@ class Judge:
             for side, limit in (("low", low), ("high", high)):
                 numbers[f"{name}_ci_{side}"] = float(limit) if np.isfinite(limit) else None
         return numbers
+
+    def difference(
+        self, scores: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]
+    ) -> tuple[float, Interval, float]:
+        """AUROC of `scores` minus that of `other` on these rows, its interval and paired p-value.
+
+        The correlation of the two AUROCs is that of the units' influences on them.
+        """
+        strata = self.rows.judged_apart
+        if strata is None:
+            strata = np.zeros(len(scores), dtype=np.int64)
+        (a, limits_a, _, of_a), (b, limits_b, _, of_b) = (
+            self._auroc(s, strata) for s in (scores, other)
+        )
+        scale = np.sqrt((of_a**2).sum() * (of_b**2).sum())
+        correlation = float(np.clip((of_a * of_b).sum() / scale, -1, 1)) if scale > 0 else 0.0
+        interval = difference_of_aurocs(Auroc(a, limits_a), Auroc(b, limits_b), correlation)
+        return a - b, interval, difference_p_value(a - b, interval)
 
     def _at_threshold(self, predicted: Bool[np.ndarray, " n"]) -> dict[str, tuple[float, Interval]]:
         w, first = self.weights, self.rows.first
@@ -133,8 +153,9 @@ class Judge:
 
     def _auroc(
         self, scores: Float[np.ndarray, " n"], strata: Int[np.ndarray, " n"]
-    ) -> tuple[float, Interval, float]:
-        """P(first > second) + P(equal)/2 over pairs within strata, its interval and p-value.
+    ) -> tuple[float, Interval, float, Float[np.ndarray, " n_units"]]:
+        """P(first > second) + P(equal)/2 over pairs within strata, its interval and p-value, and
+        the influence of each unit on it.
 
         All are NaN where no stratum has rows of both groups.
         """
@@ -151,7 +172,7 @@ class Judge:
                 sizes.append(size)
                 parts.append((of_stratum, placement - aurocs[-1], size))
         if not parts:
-            return float("nan"), _NONE, float("nan")
+            return float("nan"), _NONE, float("nan"), np.zeros(self.n_units)
         n_first, n_second = np.array(sizes).T
         pairs = n_first * n_second / (n_first * n_second).sum()
         auroc = float(pairs @ aurocs)
@@ -168,9 +189,10 @@ class Judge:
                 )
         n = np.array([self.n_first, self.n_second])
         influence *= np.sqrt(n / np.maximum(n - 1, 1))[:, None]
-        variance = float((influence.sum(0) ** 2).sum())
+        of_unit = influence.sum(0)
+        variance = float((of_unit**2).sum())
         estimate = (auroc, n_first, n_second, pairs, variance)
-        return auroc, auroc_interval(*estimate), auroc_p_value(*estimate)
+        return auroc, auroc_interval(*estimate), auroc_p_value(*estimate), of_unit
 
 
 class ProbeAnalyzer(Analyzer):
@@ -206,7 +228,9 @@ class ProbeAnalyzer(Analyzer):
           accuracy;
         - `majority`: predicts the group with more train units;
         - `surface`: the text alone, without the model (see `saexp.analysis.contrast_checks`), also
-          reported as `contrast/surface_auroc_test`.
+          reported as `contrast/surface_auroc_test`. `…_minus_surface` is the AUROC of another probe
+          minus its AUROC on the same rows, with an interval, and `…_minus_surface_p_holm` the
+          p-value of the paired test of no difference, adjusted over the probes.
 
         The option `within` names columns that define the kind of a row. It adds the probes
         `base_rate`, which knows only the kind, and `best_latent_within`, chosen by train AUROC over
@@ -361,7 +385,12 @@ def _judged(
         p.name: judge.measure(scores[p.name], 0.0 if by_value else p.threshold)
         for p in scored
     }
-    _adjust_p_values(measures)
+    _adjust_p_values(measures, "auroc_p", [n for n in measures if n != "majority"])
+    if suffix and "surface" in scores:
+        compared = [p.name for p in scored if p.name not in ("surface", "majority")]
+        for name in compared:
+            measures[name] |= _above_surface(judge, scores[name], scores["surface"])
+        _adjust_p_values(measures, f"{ABOVE}_p", compared)
     rows = []
     for probe in scored:
         numbers = measures[probe.name]
@@ -385,13 +414,22 @@ def _surface_metrics(metrics: Mapping[str, float | int | None]) -> dict[str, flo
     }
 
 
-def _adjust_p_values(measures: Mapping[str, dict[str, float | None]]) -> None:
-    """Replace `auroc_p` by `auroc_p_holm`, adjusted over the probes but the majority baseline."""
-    p_values = {name: numbers.pop("auroc_p") for name, numbers in measures.items()}
-    tested = [name for name in measures if name != "majority"]
+def _above_surface(judge: Judge, scores: np.ndarray, surface: np.ndarray) -> Numbers:
+    """AUROC of a probe minus that of the surface baseline, its interval and p-value."""
+    value, (low, high), p_value = judge.difference(scores, surface)
+    names = ("", "_ci_low", "_ci_high", "_p")
+    numbers = zip(names, (value, float(low), float(high), p_value), strict=True)
+    return {f"{ABOVE}{end}": float(x) if np.isfinite(x) else None for end, x in numbers}
+
+
+def _adjust_p_values(
+    measures: Mapping[str, dict[str, float | None]], p: str, tested: Sequence[str]
+) -> None:
+    """Replace `<p>` by `<p>_holm`, adjusted over the `tested` probes."""
+    p_values = {name: numbers.pop(p, None) for name, numbers in measures.items()}
     adjusted = holm(np.array([p_values[name] for name in tested], dtype=float))
     for name, p_value in zip(tested, adjusted.tolist(), strict=True):
-        measures[name]["auroc_p_holm"] = None if np.isnan(p_value) else p_value
+        measures[name][f"{p}_holm"] = None if np.isnan(p_value) else p_value
 
 
 def _missed_latent(
@@ -425,5 +463,5 @@ def _fit(probe: Probe) -> dict[str, object]:
 
 def _typed(rows: list[dict[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    numbers = [c for c in table.columns if c.startswith(MEASURES)] + ["c", "cv_log_loss"]
+    numbers = [c for c in table.columns if c.startswith((*MEASURES, ABOVE))] + ["c", "cv_log_loss"]
     return table.astype({"k": "Int64", "latents": "string", **dict.fromkeys(numbers, float)})

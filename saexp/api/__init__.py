@@ -28,7 +28,7 @@ from saexp.files import cannot_write_run, write_error
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
-from saexp.results import Result, check_result
+from saexp.results import Result, check_result, model_title, sae_name
 from saexp.sweeps.planning import hookpoints_to_prefetch
 from saexp.sweeps.trainings import trainings_to_share
 from saexp.tracking import Recorder
@@ -180,7 +180,7 @@ def _require_components(cfg: RunConfig) -> None:
     if cfg.intervention.name == "none":
         return
     registry.require("intervention", cfg.intervention.name)
-    for outcome in cfg.intervention.outcomes:
+    for outcome in [*cfg.intervention.outcomes, *(cfg.intervention.alternatives or [])]:
         registry.require("outcome", outcome)
     positions = (n for n in registry.names("positions") if n not in PLACES)
     one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))
@@ -206,7 +206,7 @@ def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
         cfg.tracker if launched().is_first else TrackerConfig(name="none"),
         folder=folder,
         config=as_typed(asdict(cfg)),
-        name=run_name(cfg.model.name, cfg.sae.name, cfg.sae.loader, cfg.layer),
+        name=run_name(cfg.model.name, sae_name({}, asdict(cfg.sae)), cfg.sae.loader, cfg.layer),
         job_type=cfg.task.name,
         group=sweep.name if sweep else None,
     )
@@ -215,7 +215,7 @@ def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
 def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
     """Name of a tracked run, which marks a control SAE."""
     control = "_control" if loader == "random" else ""
-    return masked(f"{model}-{sae}{control}-layer{layer}")
+    return masked(f"{model_title(model)}-{sae}{control}-layer{layer}")
 
 
 def track_failure(config: dict[str, Any], folder: Path, name: str, sweep: Path) -> None:

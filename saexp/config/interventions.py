@@ -89,6 +89,10 @@ class InterventionConfig:
     """Sampling temperature, seeded per prompt; 0 is greedy decoding."""
     outcomes: list[str] = field(default_factory=lambda: ["refusal"])
     """Outcomes, registry names of kind `outcome`."""
+    alternatives: list[str] | None = field(default_factory=lambda: ["dont_know", "answer_logit"])
+    """Outcomes that are measured instead where every requested one is a rate that is constant
+    without intervention (such as refusal in a model that never refuses); a constant rate itself is
+    not tested. []: nothing is changed then. null: every requested outcome is tested."""
     n_neutral: int = 10
     """Neutral texts on which side effects are measured (outcome neutral_kl)."""
     prediction_test: bool = False

@@ -189,6 +189,10 @@ class DashboardConfig(TaskConfig):
 
     latents: Any = "top:20"
     """Latent indices such as [12,160], or top:20 for the 20 best of the run's own contrast."""
+    texts: str = "auto"
+    """Texts that are searched for examples: dataset, background (neutral prose, see
+    `dataset.background`), or auto: the background where the data set's texts are names, else the
+    data set."""
     n_top: int = 10
     """Maximally activating examples per latent."""
     n_quantile: int = 2
@@ -207,6 +211,7 @@ class DashboardConfig(TaskConfig):
     """Correlated latents; 0: only the chosen latents are encoded."""
 
     def __post_init__(self) -> None:
+        one_of("task.texts", self.texts, ("auto", "dataset", "background"))
         for name, least in (("n_top", 1), ("n_quantile", 0), ("before", 0), ("after", 0)):
             _within(f"task.{name}", getattr(self, name), least, 10_000)
         for name in ("n_tokens", "n_similar", "n_correlated"):

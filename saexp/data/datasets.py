@@ -181,12 +181,16 @@ def read_lines(path: str | None, key: str) -> list[str]:
     return lines
 
 
+def background_file(cfg: DatasetConfig) -> Path:
+    """The file (or folder) of neutral text: `dataset.background`, else the file that ships."""
+    if cfg.background is not None:
+        return Path(cfg.background)
+    return (ASSETS / "tiny" if cfg.model_name in SHIPPED_MODELS else ASSETS) / "background.txt"
+
+
 def background_texts(cfg: DatasetConfig) -> list[str]:
     """Neutral text for the background filter: `dataset.background`, else text that ships."""
-    if cfg.background is not None:
-        return read_lines(cfg.background, "dataset.background")
-    folder = ASSETS / "tiny" if cfg.model_name in SHIPPED_MODELS else ASSETS
-    return read_lines(str(folder / "background.txt"), "dataset.background")
+    return read_lines(str(background_file(cfg)), "dataset.background")
 
 
 def ioi(cfg: DatasetConfig, **_: Any) -> ExampleSet:

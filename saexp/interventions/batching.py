@@ -210,6 +210,9 @@ def _computed(
             for part in compute(list(missing.values())):
                 results.update((key_of[id(row)], values) for row, values in part)
                 bar.update(len(part))
+    if cache:
+        cache.n_rows += len(number_of)
+        cache.n_computed += n_computed
     n_elsewhere = n_missing - n_computed
     log.info(
         "%s: %d rows, %d computed, %s%d were stored",

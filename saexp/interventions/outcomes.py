@@ -1,7 +1,8 @@
 """Outcomes that are measured under an intervention; registry kind `outcome`.
 
 By `source`: `text` outcomes score a generation, `next` outcomes read the logits after the prompt,
-`cost` outcomes are measured on neutral text, `heads` outcomes on attention. By `kind`: a `rate` is
+`phrases` outcomes the probability that given phrases follow it, `cost` outcomes are measured on
+neutral text, `heads` outcomes on attention. By `kind`: a `rate` is
 true or false per prompt, a `mean` is a number.
 """
 
@@ -25,8 +26,13 @@ from saexp.data.tables import text_lines
 from saexp.data.tokenization import PositionNotFound, answer_token, foil_of
 from saexp.digests import code_digest
 from saexp.labeling.matchers import is_correct
+from saexp.registry import resolve
 
-PATTERNS = Path(__file__).parent.parent / "assets" / "refusal_patterns.txt"
+_ASSETS = Path(__file__).parent.parent / "assets"
+PATTERNS = _ASSETS / "refusal_patterns.txt"
+HEDGES = _ASSETS / "hedging_patterns.txt"
+DONT_KNOW = ("I don't know", "I do not know", "I'm not sure", "I am not sure")
+"""Phrases of the outcome `dont_know`."""
 KNOWS = "Are you sure you know the {entity_type} {entity}? Answer yes or no."
 """Self-knowledge question of Ferrando et al. 2024, section 5."""
 _NGRAM = 3
@@ -38,21 +44,34 @@ def read_patterns(path: Path = PATTERNS) -> list[re.Pattern[str]]:
     return [re.compile(line, re.IGNORECASE) for line in lines]
 
 
-class Refusal:
-    """Whether the model refuses, for example by saying that it does not know."""
+class _Patterns:
+    """Base of outcomes that are true where a regular expression of a file matches."""
 
-    name, kind, source = "refusal", "rate", "text"
+    name, kind, source = "", "rate", "text"
+    file = PATTERNS
 
     def __init__(self) -> None:
-        self.patterns = read_patterns()
+        self.patterns = read_patterns(self.file)
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool:  # noqa: ARG002
-        """True for a refusal; the entity's name is removed first, as it may contain such words."""
+        """True for a match; the entity's name is removed first, as it may contain such words."""
         text = generated.replace("\u2019", "'")
         if example.entity:
             name = example.entity.replace("\u2019", "'")
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "it", text)
         return any(p.search(text) for p in self.patterns)
+
+
+class Refusal(_Patterns):
+    """Whether the model refuses, for example by saying that it does not know."""
+
+    name = "refusal"
+
+
+class Hedging(_Patterns):
+    """Whether the model hedges its answer ("perhaps", "I think", "it may have been")."""
+
+    name, file = "hedging", HEDGES
 
 
 class Accuracy:
@@ -289,6 +308,16 @@ class YesNo(NextToken):
         return float(logits[list(first)].logsumexp(0) - logits[list(second)].logsumexp(0))
 
 
+class DontKnow:
+    """Log-probability, in nats, that the answer begins with "I don't know" or a similar phrase.
+
+    The probability is the sum over `phrases`, which exclude each other.
+    """
+
+    name, kind, source = "dont_know", "mean", "phrases"
+    phrases = DONT_KNOW
+
+
 class NeutralKL:
     """Cost: KL(unedited || edited) per token of neutral text; every token or the weights edited."""
 
@@ -299,6 +328,16 @@ class Attention:
     """Attention from the last token to the entity, per layer and head, summed over its tokens."""
 
     name, kind, source = "attention", "mean", "heads"
+
+
+def outcome_objects(names: Sequence[str]) -> list[Any]:
+    """The registered outcomes of these names."""
+    return [resolve("outcome", name)() for name in names]
+
+
+def tested_kinds(outcomes: Sequence[Any]) -> dict[str, str]:
+    """Name -> kind of the outcomes with a number per prompt, whose effects are tested."""
+    return {o.name: o.kind for o in outcomes if o.source in ("text", "next", "phrases")}
 
 
 def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:

@@ -80,6 +80,8 @@ class ResultCache:
         """Version of the database when `get` last read it."""
         self._unwritten: list[tuple[bytes, bytes, bytes]] = []
         """Rows that could not be written because the file was locked."""
+        self.n_rows = self.n_computed = 0
+        """Distinct rows requested through this object, and those computed by this process."""
         self._damage_reported = False
         """Whether damaged rows that cannot be removed were already reported."""
 

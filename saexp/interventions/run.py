@@ -1,6 +1,8 @@
 """The causal test: all conditions of an intervention on prompts, their outcomes and statistics."""
 
+import copy
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,15 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data.examples import Example
-from saexp.errors import InterventionError
+from saexp.errors import InterventionError, duration_words
+from saexp.interventions.attention import AttentionTest
+from saexp.interventions.baselines import (
+    BASELINE_COLUMNS,
+    constant_note,
+    constant_rates,
+    fitting,
+    knowledge,
+)
 from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
 from saexp.interventions.controls import (
     ControlDesign,
@@ -29,12 +39,12 @@ from saexp.interventions.effects import (
     with_claims,
     with_strengths,
 )
-from saexp.interventions.measure import AttentionTest, Job, Measurement, weight_costs
+from saexp.interventions.measure import Job, Measurement, weight_costs
+from saexp.interventions.outcomes import outcome_objects, tested_kinds
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import Original, orthogonalized
-from saexp.registry import resolve
 from saexp.results import Result
 from saexp.saes.loading import sae_identity
 from saexp.saes.sae import SparseAutoencoder
@@ -90,9 +100,17 @@ class CausalTest:
         self.saes = facts.saes or {sae.hookpoint: sae}
         self.cfg: InterventionConfig = intervention.cfg
         self.max_length, self.cache_dir = max_length, cache_dir
-        self.outcomes = [resolve("outcome", name)() for name in self.cfg.outcomes]
-        self.kinds = {o.name: o.kind for o in self.outcomes if o.source in ("text", "next")}
+        self.outcomes = outcome_objects(self.cfg.outcomes)
+        self.kinds = tested_kinds(self.outcomes)
         self.coefficients = parse_coefficients(self.cfg.coefficient)
+        self.seconds_per_prompt: float | None = None
+        """Of the prompts without intervention; None where their results were stored."""
+
+    def with_outcomes(self, outcomes: Sequence[Any]) -> "CausalTest":
+        """The same test of other outcomes."""
+        other = copy.copy(self)
+        other.outcomes, other.kinds = list(outcomes), tested_kinds(outcomes)
+        return other
 
     def run(self, examples: Sequence[Example], neutral: Sequence[str]) -> Result:
         """Run the whole test; see `run_intervention`."""
@@ -107,6 +125,21 @@ class CausalTest:
             return Result(notes=["no latent is selected, so nothing was steered", *notes])
         design = ControlDesign(self.intervention, planned, self.coefficients, self.cfg)
         result = Result(notes=[*notes, *prompts.notes()])
+        test = self._of_varying_outcomes(design, prompts, chosen, result)
+        is_left = test.kinds or any(o.source == "heads" for o in test.outcomes)
+        if is_left or not self.kinds:
+            test._run(design, prompts, chosen, neutral, result)
+        return result
+
+    def _run(
+        self,
+        design: ControlDesign,
+        prompts: Prompts,
+        chosen: Sequence[Example],
+        neutral: Sequence[str],
+        result: Result,
+    ) -> None:
+        """All conditions of the design; tables, metrics and notes are added to `result`."""
         at_every = [*design.own, *design.curve()]
         self._log_size(design, at_every, prompts)
         parts = [self._measured(at_every, prompts, chosen, neutral, result, with_baseline=True)]
@@ -139,7 +172,66 @@ class CausalTest:
             result.metrics |= effect_metrics(tested_rows, list(self.kinds))
         if any(o.source == "heads" for o in self.outcomes):
             self._attention(result, at_every, prompts)
-        return result
+
+    def _of_varying_outcomes(
+        self,
+        design: ControlDesign,
+        prompts: Prompts,
+        chosen: Sequence[Example],
+        result: Result,
+    ) -> "CausalTest":
+        """The test of those outcomes that can show an effect, from the unsteered generations.
+
+        Adds the table `baselines`, and what the model knows, to `result`. Rates that are constant
+        without intervention are replaced (see `InterventionConfig.alternatives`), with one note.
+        """
+        rates = [o for o in self.outcomes if o.source == "text" and o.kind == "rate"]
+        if not rates:
+            return self
+        baselines, seconds = self.with_outcomes(rates)._baselines(prompts, chosen)
+        correct, metrics = knowledge(baselines, {p.example.id: p.example for p in prompts.all()})
+        result.tables["baselines"] = baselines.assign(is_correct=correct)
+        result.metrics |= metrics
+        names = [o.name for o in rates]
+        constant = constant_rates(baselines, names) if self.cfg.alternatives is not None else {}
+        test = self.with_outcomes([o for o in self.outcomes if o.name not in constant])
+        test.seconds_per_prompt = seconds
+        if not constant:
+            return test
+        alternatives: list[Any] = []
+        if not test.kinds and self.cfg.alternatives:
+            others = self.with_outcomes(outcome_objects(self.cfg.alternatives))
+            values, test.seconds_per_prompt = others._baselines(prompts, chosen)
+            alternatives = fitting(values, others.outcomes)
+            test.outcomes, test.kinds = [*alternatives, *test.outcomes], tested_kinds(alternatives)
+        summary = summarise(
+            _numeric(baselines, tested_kinds(rates)), tested_kinds(rates), self.cfg.seed
+        )
+        tested_rows = summary[summary["split"] == "test"]
+        result.metrics |= effect_metrics(tested_rows, list(constant))
+        null = [f"effect/{o}/{c.name}" for o in constant for c in design.main]
+        result.metrics |= dict.fromkeys(null)
+        instead = [o.name for o in alternatives] or list(test.kinds)
+        result.notes.append(constant_note(constant, instead, baselines, null))
+        return test
+
+    def _baselines(
+        self, prompts: Prompts, chosen: Sequence[Example]
+    ) -> tuple[pd.DataFrame, float | None]:
+        """(outcomes without intervention, seconds per prompt); the latter None if not computed."""
+        jobs = self._jobs([], prompts, with_baseline=True)
+        began = time.perf_counter()
+        with self._measuring(None) as (measurement, _):
+            columns = measurement.outcomes(jobs, prompts, chosen)
+            cache = measurement.cache
+        seconds = time.perf_counter() - began
+        n_computed = len(jobs)
+        if cache is not None:
+            n_computed = len(jobs) * cache.n_computed / max(cache.n_rows, 1)
+        table = self._described(jobs)[list(BASELINE_COLUMNS)].assign(**columns)
+        for name, kind in self.kinds.items():
+            table[name] = table[name].astype("boolean" if kind == "rate" else "float64")
+        return table, seconds / n_computed if 2 * n_computed > len(jobs) else None
 
     def _further(
         self,
@@ -161,23 +253,44 @@ class CausalTest:
     def _log_size(
         self, design: ControlDesign, at_every: Sequence[Condition], prompts: Prompts
     ) -> None:
-        """Log the number of edited prompts before the first is run."""
-        n_tried = [sum(map(c.tried, range(len(self.coefficients)))) for c in at_every]
-        first = sum(n * len(prompts.on(c.prompts)) for n, c in zip(n_tried, at_every, strict=True))
-        log.info("causal test: %d prompts at all coefficients", len(prompts.all()) + first)
+        """Log the number of edited prompts before the first is run, and about how long they take.
+
+        Coefficient 0 repeats the unsteered prompts and does not count. The estimate is an upper
+        limit for greedy generations, as rows of one prompt share drafts.
+        """
+        changing = [k for k, c in enumerate(self.coefficients) if c]
+        first = sum(sum(map(c.tried, changing)) * len(prompts.on(c.prompts)) for c in at_every)
         test = prompts.of_split("test")
-        second = sum(
-            len(design.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts))
-            for c in design.main
+        second = 0
+        if self.kinds:
+            second = sum(
+                len(design.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts))
+                for c in design.main
+            )
+        log.info(
+            "causal test: %d prompts at all coefficients, then at most %d controls at the "
+            "coefficients chosen%s",
+            first,
+            second,
+            "" if self.seconds_per_prompt is None else self._time_words(first + second),
         )
-        if self.kinds and second:
+        if second:
             log.info(
-                "then at most %d at the coefficients chosen, with intervention.n_controls=%d of "
-                "each kind; fewer take less time, and a p-value needs %d",
-                second,
+                "intervention.n_controls=%d of each kind and n_prompts=%d per group: fewer take "
+                "less time, and a p-value needs %d controls",
                 self.cfg.n_controls,
+                self.cfg.n_prompts,
                 MIN_CONTROLS,
             )
+
+    def _time_words(self, n_prompts: int) -> str:
+        """The time for prompts at the rate of the unsteered ones, in words."""
+        assert self.seconds_per_prompt is not None
+        seconds = n_prompts * self.seconds_per_prompt
+        return (
+            f": at most about {duration_words(seconds)}, at "
+            f"{1 / max(self.seconds_per_prompt, 1e-9):.3g} prompts/s without intervention"
+        )
 
     def _measured(
         self,

@@ -132,7 +132,8 @@ def _effect_checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> Result
     if summary is None or controls is None:
         return result
     result.merge(effect_power(tables["effects"], summary))
-    outcome = next((o for o in cfg.intervention.outcomes if f"{o}_change" in summary), None)
+    names = [*cfg.intervention.outcomes, *(cfg.intervention.alternatives or [])]
+    outcome = next((o for o in names if f"{o}_change" in summary), None)
     if cfg.analyzer.placebo and outcome is not None:
         result.merge(effect_fraction(summary, controls, outcome, cfg.analyzer.alpha))
     return result

@@ -16,6 +16,7 @@ from saexp.reports.contrast import CONTRAST
 from saexp.reports.effect_section import effect_content, effect_figures
 from saexp.reports.effects import effect_sentences
 from saexp.reports.findings import context_sentences, intervention_findings
+from saexp.reports.knowledge import knowledge_sentences, presumed_knowledge
 from saexp.reports.latents import STATS, TOP_FEATURES
 from saexp.reports.page import (
     GROUP_COLOURS,
@@ -32,7 +33,7 @@ from saexp.reports.page import (
 )
 from saexp.reports.saved_run import SavedRun
 from saexp.reports.training import training_sentence
-from saexp.results import sae_words
+from saexp.results import model_title, model_words, sae_words
 
 FIGURES = "figures.json"
 """File with the figures that a custom analyzer made, by name."""
@@ -199,8 +200,11 @@ def headline(folder: str | Path) -> str:
 def _first_screen(run: SavedRun) -> list[Finding]:
     page = _page(run)
     # The contrast joins the effects to the latents of their direction.
-    effects = [] if page is CONTRAST else intervention_findings(run)
-    return [*page.findings(run), *effects]
+    if page is CONTRAST:
+        return page.findings(run)
+    warning = presumed_knowledge(run)
+    warnings = [] if warning is None else [Finding(warning)]
+    return [*warnings, *page.findings(run), *intervention_findings(run)]
 
 
 def _details(run: SavedRun) -> list[str]:
@@ -210,12 +214,14 @@ def _details(run: SavedRun) -> list[str]:
         return page.sentences(run)
     about = run.provenance
     positions = run.config["positions"]["name"].replace("_", " ")
+    model = model_words(about["model"]["name"])
     setting = (
-        f"{about['model']['name']}, {_hookpoints(run)}, {sae_words(about['sae'])}, data set "
-        f"'{about['dataset']['name']}' ({counted(about['dataset']['n_examples'], 'example')}), "
+        f"{model}, {_hookpoints(run)}, {sae_words(about['sae'])}, "
+        f"data set '{about['dataset']['name']}' "
+        f"({counted(about['dataset']['n_examples'], 'example')}), "
         f"positions {positions}: {counted(int(run.metrics['collection/n_rows'] or 0), 'row')}."
     )
-    return [setting, *page.sentences(run), *effect_sentences(run)]
+    return [setting, *knowledge_sentences(run), *page.sentences(run), *effect_sentences(run)]
 
 
 def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = None) -> Path:
@@ -245,7 +251,7 @@ def write_report(folder: str | Path, figures: Mapping[str, go.Figure] | None = N
 
 
 def _title(run: SavedRun) -> str:
-    model = run.provenance["model"]["name"].rpartition("/")[2]
+    model = model_title(run.provenance["model"]["name"])
     name = run.config["analyzer"]["name"].replace("_", " ")
     subject = " against ".join(run.provenance["groups"]) if name == "contrast" else name
     sae = run.provenance["sae"]

@@ -27,7 +27,7 @@ from saexp.reports.page import (
     style,
 )
 from saexp.reports.saved_run import SavedRun
-from saexp.results import at_chance_words
+from saexp.results import at_chance_words, p_value_words
 
 _DATA = {
     "train": "train split",
@@ -89,8 +89,22 @@ def _probe_findings(run: SavedRun) -> list[Finding]:
         surface = rows.loc["surface"]
         limits = interval_words(surface["auroc_ci_low"], surface["auroc_ci_high"])
         sentence += f"; the text alone, without the model, gives {surface['auroc']:.3f}{limits}"
+        sentence += "".join(_above_surface(name, row.to_dict()) for name, row in probes)
     caption = "Held-out AUROC of every probe with 95 % intervals; the dotted line is chance."
     return [Finding(f"{sentence}.", [("probes", caption)])]
+
+
+def _above_surface(name: str, row: Mapping[Any, Any]) -> str:
+    """A clause on a probe's AUROC less the surface baseline's; empty where it is not measured."""
+    difference, p_value = (row.get(f"minus_surface{end}") for end in ("", "_p_holm"))
+    if difference is None or pd.isna(difference):
+        return ""
+    limits = interval_words(row["minus_surface_ci_low"], row["minus_surface_ci_high"])
+    tested = ""
+    if p_value is not None and not pd.isna(p_value):
+        tested = f" (paired test: p {p_value_words(p_value)}, Holm)"
+    name = name.removesuffix(", logistic")
+    return f"; {name} minus the text alone: {difference:+.3f}{limits}{tested}"
 
 
 def _probe_figures(run: SavedRun) -> dict[str, go.Figure]:
@@ -191,16 +205,22 @@ def _probe_sections(run: SavedRun) -> list[Section]:
 
 def _numbers(table: pd.DataFrame, data: str) -> Table:
     rows = []
+    above = data != "train" and "minus_surface" in table
     for record in table.to_dict("records"):
         cells = [name_of(record["probe"])]
         for measure in _PROBE_MEASURES:
             cells.append(cell(record[measure]))
             if data != "train":
                 cells += [cell(record[f"{measure}_ci_{side}"]) for side in ("low", "high")]
+        if above:
+            columns = ("", "_ci_low", "_ci_high", "_p_holm")
+            cells += [cell(record[f"minus_surface{end}"]) for end in columns]
         rows.append([*cells, cell(record["c"])])
     head = ["probe"]
     for label in _PROBE_MEASURES.values():
         head += [label] if data == "train" else [label, "low", "high"]
+    if above:
+        head += ["AUROC minus surface", "low", "high", "p (Holm)"]
     return Table([*head, "C"], rows, f"On the {_DATA[data]}", folded=data == "train")
 
 

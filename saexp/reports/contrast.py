@@ -22,7 +22,7 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance
+from saexp.results import is_above_chance, outcome_words, sae_name
 from saexp.stats.significance import holm
 
 N_LATENTS, N_EXAMPLES, N_ATTRIBUTED = 15, 8, 20
@@ -39,14 +39,16 @@ def _question(run: SavedRun) -> str:
     first, second = run.groups
     intervention = cfg["intervention"]
     question = (
-        f"Which latents of the SAE {about['sae'].get('name', cfg['sae']['name'])} distinguish "
+        f"Which latents of the SAE {sae_name(about['sae'], cfg['sae'])} distinguish "
         f"{first} from {second} in the data set '{about['dataset']['name']}' "
         f"({counted(about['dataset']['n_examples'], 'example')}), at "
         f"{position_words(cfg['positions']['name'])}?"
     )
     if intervention["name"] == "none":
         return question
-    outcomes = ", ".join(intervention["outcomes"]).replace("_", " ")
+    # Outcomes without a number per prompt (costs) are no columns of the summary.
+    replaced = [o for o in run.outcomes if o not in intervention["outcomes"]]
+    outcomes = ", ".join(map(outcome_words, replaced or intervention["outcomes"]))
     where = ""
     if intervention["name"] != "orthogonalize":
         where = f" at {position_words(intervention['where'])}"

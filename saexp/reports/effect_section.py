@@ -20,7 +20,7 @@ from saexp.reports.effects import (
 )
 from saexp.reports.page import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
 from saexp.reports.saved_run import SavedRun
-from saexp.results import CONTROL_WORDS
+from saexp.results import CONTROL_WORDS, outcome_words
 
 N_EXAMPLES = 4
 N_HEADS = 12
@@ -88,7 +88,7 @@ def _label_dose_axes(figure: go.Figure, run: SavedRun, outcome: str) -> None:
     is_rate = run.is_rate(outcome)
     if is_rate:
         figure.update_yaxes(range=[-0.03, 1.03])
-    figure.update_yaxes(title=f"{outcome} rate" if is_rate else outcome.replace("_", " "), col=1)
+    figure.update_yaxes(title=f"{outcome} rate" if is_rate else outcome_words(outcome), col=1)
 
 
 def dose_response(run: SavedRun, outcome: str) -> go.Figure:

@@ -9,7 +9,7 @@ import pandas as pd
 from saexp.errors import counted
 from saexp.reports.page import interval_words
 from saexp.reports.saved_run import SavedRun
-from saexp.results import CONTROL_WORDS, p_value_words
+from saexp.results import CONTROL_WORDS, outcome_words, p_value_words
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES
 from saexp.stats.significance import ALPHA, MIN_CONTROLS
 
@@ -322,7 +322,7 @@ def effect_clause(run: SavedRun, row: pd.Series, before: pd.Series) -> str:
     """The effect on the first outcome, as a clause: "adding the 2 'unknown' latents to known
     prompts raises the refusal rate from 0.00 to 0.97 [0.92, 0.99], above all its controls"."""
     outcome = run.outcomes[0]
-    name = f"the {_words(outcome)}{' rate' if run.is_rate(outcome) else ''}"
+    name = f"the {outcome_words(outcome)}{' rate' if run.is_rate(outcome) else ''}"
     action = action_words(run.config["intervention"], row)
     interval = interval_words(row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"], 2)
     change = f"from {before[outcome]:.2f} to {row[outcome]:.2f}{interval}"
@@ -382,7 +382,7 @@ def _effect(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> s
         where = f" at {position_words(cfg['where'])}"
         coefficient = f", coefficient {row['coefficient']:g} {unit_words(cfg)}".rstrip()
     sentence = (
-        f"{capitalized(action_words(cfg, row))}{where}{coefficient}: {_words(outcome)} on "
+        f"{capitalized(action_words(cfg, row))}{where}{coefficient}: {outcome_words(outcome)} on "
         f"{observed_on(run, row, outcome)} {_change(row, before, outcome)}"
     )
     if _is_few(row, outcome):
@@ -410,7 +410,7 @@ def _further(run: SavedRun, row: pd.Series, before: pd.Series, outcome: str) -> 
         if float(row[f"{outcome}_p_controls"]) > ALPHA:
             conclusion = ": not distinguishable from its controls"
         compared = f" ({p_words(row, outcome, n_tests(run))}{conclusion})"
-    return f"; {_words(outcome)} {_change(row, before, outcome)}{compared}"
+    return f"; {outcome_words(outcome)} {_change(row, before, outcome)}{compared}"
 
 
 def _attention(run: SavedRun, effect: pd.Series) -> str:
@@ -443,14 +443,10 @@ def _unchanged(run: SavedRun, condition: str, outcome: str) -> str:
     action = capitalized(action_words(run.config["intervention"], row))
     if (rows["coefficient"] == 0).all():
         return (
-            f"{action} was run only at coefficient 0, which changes nothing: {_words(outcome)} "
-            f"stays {row[outcome]:.2f}"
+            f"{action} was run only at coefficient 0, which changes nothing: "
+            f"{outcome_words(outcome)} stays {row[outcome]:.2f}"
         )
-    return f"{action}: {_words(outcome)} could not be measured on any prompt"
-
-
-def _words(outcome: str) -> str:
-    return outcome.replace("_", " ")
+    return f"{action}: {outcome_words(outcome)} could not be measured on any prompt"
 
 
 def _cost(run: SavedRun, condition: str, coefficient: float) -> str:

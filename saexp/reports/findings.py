@@ -13,9 +13,10 @@ from saexp.reports.effects import (
     effect_sentences,
     main_rows,
 )
+from saexp.reports.knowledge import knowledge_sentences, presumed_knowledge
 from saexp.reports.page import Finding, interval_words
 from saexp.reports.saved_run import SavedRun
-from saexp.results import is_above_chance, p_value_words, sae_words
+from saexp.results import is_above_chance, model_words, outcome_words, p_value_words, sae_words
 
 Metrics = Mapping[str, float | int | None]
 _SURFACE = "contrast/surface_auroc_test"
@@ -33,7 +34,8 @@ def contrast_findings(run: SavedRun) -> list[Finding]:
     """One sentence per direction of the contrast, then one per other condition that was run."""
     if run.latents is None:
         return [Finding("This run compared no groups.")]
-    findings = []
+    warning = presumed_knowledge(run)
+    findings = [] if warning is None else [Finding(warning)]
     for group in run.groups:
         clauses, figures = [_detection(run, group)], []
         for row, before in main_rows(run):
@@ -64,7 +66,7 @@ def _dose_figures(run: SavedRun, row: pd.Series) -> list[tuple[str, str]]:
     """The figure of a condition and its caption; none of patching, which has no doses."""
     if run.config["intervention"]["name"] == "patch":
         return []
-    outcome = run.outcomes[0].replace("_", " ")
+    outcome = outcome_words(run.outcomes[0])
     action = capitalized(action_words(run.config["intervention"], row))
     caption = f"{action}: {outcome} on held-out prompts, 95% intervals, and the controls' range."
     return [(f"effect_{row['condition']}", caption)]
@@ -116,7 +118,8 @@ def context_sentences(run: SavedRun) -> list[str]:
     if run.latents is None:
         return []
     power = power_sentences(run) if nothing_found(run) else []
-    return [setting_sentence(run), *surface_sentences(run), *placebo_sentences(run), *power]
+    known = knowledge_sentences(run)
+    return [setting_sentence(run), *known, *surface_sentences(run), *placebo_sentences(run), *power]
 
 
 def setting_sentence(run: SavedRun) -> str:
@@ -125,7 +128,8 @@ def setting_sentence(run: SavedRun) -> str:
     first, second = run.groups
     sizes = [f"{metrics[f'contrast/n_units_{g}_test']} {g}" for g in run.groups]
     return (
-        f"{about['model']['name']}, {about['sae']['hookpoint']}, {sae_words(about['sae'])}: "
+        f"{model_words(about['model']['name'])}, {about['sae']['hookpoint']}, "
+        f"{sae_words(about['sae'])}: "
         f"{metrics['contrast/n_significant']} of {metrics['contrast/n_tested']} active latents "
         f"separate {first} from {second} on the train split (Benjamini-Hochberg q <= "
         f"{run.config['analyzer']['alpha']:g}). The numbers below are measured on "
@@ -162,6 +166,8 @@ def above_surface(metrics: Metrics, group: str) -> str:
     if difference is None:
         return ""
     interval = _limits(metrics, key)
+    p_value = metrics.get(f"{key}_p_value")
+    p_words = "" if p_value is None else f" (paired test: p {p_value_words(p_value)})"
     if low is None:
         return (
             f" Its AUROC minus that of the surface baseline is {difference:+.3f}, without an "
@@ -170,10 +176,12 @@ def above_surface(metrics: Metrics, group: str) -> str:
     if low > 0 and not _is_surface_above_chance(metrics):
         return ""
     if low > 0:
-        return f" Its AUROC is {difference:.3f}{interval} above that of the surface baseline."
+        return (
+            f" Its AUROC is {difference:.3f}{interval} above that of the surface baseline{p_words}."
+        )
     return (
         " It is not distinguishable from surface cues: its AUROC minus that of the surface "
-        f"baseline is {difference:+.3f}{interval}."
+        f"baseline is {difference:+.3f}{interval}{p_words}."
     )
 
 

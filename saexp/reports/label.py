@@ -11,6 +11,7 @@ from saexp.errors import counted
 from saexp.labeling.matchers import PAPER, Rules, type_key
 from saexp.reports.page import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
 from saexp.reports.saved_run import SavedRun
+from saexp.results import model_title
 from saexp.stats.intervals import wilson
 
 GROUPS = ("known", "unknown", "dropped")
@@ -167,7 +168,7 @@ def write_label_report(folder: str | Path) -> Path:
         run,
         "label.html",
         {"counts": figure},
-        title=f"{subject}: {run.provenance['model']['name'].rpartition('/')[2]}",
+        title=f"{subject}: {model_title(run.provenance['model']['name'])}",
         findings=[Finding(sentence, [("counts", caption)])],
         sentences=others,
         tables=tables,

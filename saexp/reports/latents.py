@@ -31,6 +31,7 @@ from saexp.reports.page import (
     translucent,
 )
 from saexp.reports.saved_run import SavedRun
+from saexp.results import model_title
 
 # analyzer=stats
 
@@ -462,7 +463,7 @@ def write_dashboard(folder: str | Path) -> Path:
     """
     run, content = SavedRun(Path(folder)), read_dashboard(folder)
     about = run.provenance
-    model = about["model"]["name"].rpartition("/")[2]
+    model = model_title(about["model"]["name"])
     n = counted(len(content["latents"]), "latent")
     page = (
         environment()

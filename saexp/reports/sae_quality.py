@@ -26,7 +26,7 @@ from saexp.reports.page import (
     write_run_page,
 )
 from saexp.reports.saved_run import SavedRun
-from saexp.results import sae_words
+from saexp.results import model_title, model_words, sae_words
 
 # task=evaluate
 
@@ -117,7 +117,7 @@ def _model_sentence(run: SavedRun) -> str:
     metrics, first = run.metrics, saved_table(run, "evaluation").iloc[0]
     n_texts = int(metrics["evaluation/n_texts"] or 0)
     return (
-        f"{run.provenance['model']['name']}, {counted(n_texts, 'text')} of data set "
+        f"{model_words(run.provenance['model']['name'])}, {counted(n_texts, 'text')} of data set "
         f"'{run.provenance['dataset']['name']}': the unchanged model has a next-token loss of "
         f"{first['ce_clean']:.3f}{_limits(first, 'ce_clean')} nats over "
         f"{metrics['evaluation/n_scored']:,} predictions."
@@ -168,7 +168,7 @@ def write_evaluation_report(folder: str | Path, figures: Mapping[str, go.Figure]
         run,
         "evaluation.html",
         figures,
-        title=f"SAE quality: {about['model']['name'].rpartition('/')[2]}, {hookpoints}",
+        title=f"SAE quality: {model_title(about['model']['name'])}, {hookpoints}",
         findings=[Finding("\n".join(sentences), [(hero, _EVALUATION_CAPTIONS[hero])])],
         sentences=evaluation_sentences(folder)[len(sentences) :],
         tile_groups=_tile_groups(run, table),

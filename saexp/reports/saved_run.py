@@ -25,7 +25,7 @@ from saexp.digests import (
     is_sealed,
 )
 from saexp.errors import StoreError, brief
-from saexp.results import read_plan
+from saexp.results import model_words, read_plan
 
 PROVENANCE = "provenance.json"
 _AGAIN = "run its command again, which recomputes what is damaged"
@@ -185,7 +185,11 @@ class SavedRun:
     def outcomes(self) -> list[str]:
         """Outcomes with a number per prompt, in the order of the config."""
         columns = [] if self.summary is None else self.summary.columns
-        return [o for o in self.config["intervention"]["outcomes"] if o in columns]
+        cfg = self.config["intervention"]
+        # A constant rate is replaced by the alternatives.
+        outcomes: list[str] = [*cfg["outcomes"], *(cfg.get("alternatives") or [])]
+        names = dict.fromkeys(outcomes)
+        return [o for o in names if o in columns]
 
     def is_rate(self, outcome: str) -> bool:
         """Whether an outcome is yes or no for each prompt."""
@@ -314,6 +318,8 @@ def _config_values(run: SavedRun, row: Mapping[str, Any]) -> dict[str, Any]:
     """The config's values of the keys that are often swept and that the row does not have yet."""
     values = {key: run.config.get(key) for key in _KEYS if key not in row}
     columns = {k: v["name"] if isinstance(v, dict) else v for k, v in values.items()}
+    if columns.get("model"):
+        columns["model"] = model_words(str(columns["model"]))
     return columns | {CONTROL: (run.provenance.get("sae") or {}).get("control")}
 
 

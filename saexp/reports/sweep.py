@@ -35,6 +35,7 @@ from saexp.reports.sweep_figures import (
     missing_words,
     sweep_figures,
 )
+from saexp.reports.sweep_probes import CAPTION, probe_columns, probe_figure, probe_findings
 from saexp.results import at_chance_words, read_plan
 from saexp.stats.significance import ALPHA, holm
 
@@ -263,6 +264,7 @@ CAPTIONS = {
     "heat_map": "Held-out AUROC of the best latent per direction.",
     "pareto": "Trained SAEs on held-out texts: explained variance against L0; up and left is "
     "better.",
+    "probes": CAPTION,
     "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
     "over entities; bands span the matched controls.",
     "flow_over_width": "The leading selected latents of each SAE and their nearest neighbours in "
@@ -291,6 +293,9 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     flows = flow_figures(matches)
     effects = effects_table(path, table[table["status"] == "finished"])
     figures = sweep_figures(table, effects)
+    probes = probe_figure(table[table["status"] == "finished"])
+    if probes is not None:
+        figures["probes"] = probes
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
     head, rows = _rows(path, table)
     first = _first_screen(table, effects, figures)
@@ -324,7 +329,7 @@ def _first_screen(
     """The best cells beside their curves, and the effects of interventions beside theirs."""
     best, effect = findings(table), effect_findings(effects, is_brief=True)
     heroes = [
-        (best, ("over_layers", "over_width", "pareto")),
+        (best, ("over_layers", "over_width", "pareto", "probes")),
         (effect, ("over_coefficient",)),
     ]
     return [
@@ -353,6 +358,7 @@ def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]
         )
     for group in groups_of(done):
         sentences.append(_best_sentence(done, group))
+    sentences += probe_findings(done)
     return sentences + (
         [] if folder is None else effect_findings(effects_table(Path(folder), done))
     )
@@ -427,6 +433,7 @@ def _rows(folder: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, 
         columns[f"contrast/best_latent_{group}"] = f"{group} latent"
         columns[f"contrast/best_auroc_{group}_test"] = f"{group} AUROC"
         columns[f"contrast/best_separation_{group}_test"] = f"{group} separation"
+    columns |= probe_columns(table)
     columns = {name: label for name, label in columns.items() if name in table}
     rows = []
     for record in table.to_dict("records"):

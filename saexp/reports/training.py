@@ -24,6 +24,7 @@ from saexp.reports.page import (
 )
 from saexp.reports.sae_quality import DENSITY_CAPTION, sae_colours
 from saexp.reports.saved_run import SavedRun
+from saexp.results import model_title
 
 _CAPTIONS = {
     "losses": "Losses during training, on scaled inputs, on a logarithmic axis.",
@@ -259,7 +260,7 @@ def _quality_words(
 
 def _title(run: SavedRun) -> str:
     name, model = run.config["sae_trainer"]["name"], run.provenance["model"]["name"]
-    about, model = run.provenance["sae"], model.rpartition("/")[2]
+    about, model = run.provenance["sae"], model_title(model)
     if (saes := run.table(SAES)) is not None:
         return f"{counted(len(saes), 'SAE')} trained together: {model}"
     if "hookpoint_out" in about:

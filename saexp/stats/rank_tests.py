@@ -340,6 +340,24 @@ def difference_of_aurocs(first: Auroc, second: Auroc, correlation: float) -> Int
     return mover(first.value, first.interval, second.value, second.interval, correlation)
 
 
+def difference_p_value(difference: float, interval: Interval) -> float:
+    """Two-sided p-value of no difference, from its 95% interval; NaN where that has no limits.
+
+    The limit on the side of 0 is taken to be 1.96 standard errors away, so that p < 0.05 exactly
+    where the interval excludes 0. In large samples it is DeLong's test (1988, Biometrics 44:837).
+    """
+    low, high = float(interval.low), float(interval.high)
+    if np.isnan(low) or np.isnan(high):
+        return float("nan")
+    towards_zero = difference - low if difference > 0 else high - difference
+    if difference == 0:
+        return 1.0
+    if towards_zero == 0:
+        return 0.0
+    z = special.ndtri(0.975) * abs(difference) / towards_zero
+    return float(2 * special.ndtr(-z))
+
+
 def auroc_correlation(
     scores: Float[np.ndarray, " n"],
     other: Float[np.ndarray, " n"],

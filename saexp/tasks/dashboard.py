@@ -35,10 +35,11 @@ from saexp.models.unembedding import ADDED, Unembedding
 from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.objects import describe_sae, encoded_neutral
 from saexp.pipeline.run_folder import save_run
+from saexp.pipeline.searched_texts import collect_searched
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
-from saexp.results import Result, is_above_chance, sae_words
+from saexp.results import Result, is_above_chance, model_words, sae_words
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
 from saexp.saes.sae import SparseAutoencoder
 
@@ -407,6 +408,10 @@ def dashboard(cfg: RunConfig, context: RunContext) -> Result:
     with context.stage("choose"):
         chosen = choose(requested, session, sae, data)
     result.notes += chosen.notes
+    with context.stage("search"):
+        examples, searched = collect_searched(
+            session.cfg, options.texts, model, sae.hookpoints, examples
+        )
     with context.stage("encode"):
         labels, tally = tally_latents(chosen.latents, sae, examples, options, cfg.seed)
     with context.stage("examples"):
@@ -426,7 +431,8 @@ def dashboard(cfg: RunConfig, context: RunContext) -> Result:
         }
         for i, f in enumerate(chosen.latents)
     ]
-    result = _save(session, result, data, sae, chosen, latents)
+    data = replace(data, examples=examples)
+    result = _save(session, result, data, sae, chosen, latents, searched)
     content = {
         "how_chosen": chosen.how,
         "groups": labels,
@@ -453,6 +459,7 @@ def _save(
     sae: SparseAutoencoder,
     chosen: Chosen,
     latents: list[dict[str, Any]],
+    searched: str,
 ) -> Result:
     """Write tables and provenance; returns the result as it was written."""
     names = ["latent", "n_active", "density", "mean_active", "max", "neuronpedia"]
@@ -466,9 +473,12 @@ def _save(
     result.metrics |= {"dashboard/n_latents": len(table), "dashboard/n_inactive": n_inactive}
     about = session.provenance(data, [describe_sae(sae)])
     finding = (
-        f"{session.model.name}, {sae.hookpoint.name}, {sae_words(about['sae'])}: {len(table)} of "
-        f"them ({chosen.how}) over {placement.n_rows:,} positions; {n_inactive} are never "
-        "active there."
+        f"{model_words(session.model.name)}, {sae.hookpoint.name}, {sae_words(about['sae'])}: "
+        f"{len(table)} of them ({chosen.how}) over {placement.n_rows:,} positions; "
+        f"{n_inactive} are never active there."
     )
-    about |= {"finding": [finding], "tokens_forwarded": data.examples.stats.tokens_forwarded}
+    about |= {
+        "finding": [finding, searched],
+        "tokens_forwarded": data.examples.stats.tokens_forwarded,
+    }
     return save_run(session.context, session.cfg, result, placement.skips, about)

@@ -38,7 +38,7 @@ from saexp.reports.label import (
     rule_records,
     rules_table,
 )
-from saexp.results import Result
+from saexp.results import Result, model_words
 from saexp.tasks.label_files import (
     GROUP_OF,
     Answers,
@@ -52,6 +52,7 @@ from saexp.tasks.label_files import (
     templates,
     thresholds,
 )
+from saexp.tasks.label_usage import label_usage, memorization_usage
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 """(prompt, continuation) in tokens: the default, and that of the shorter shipped passages."""
@@ -117,11 +118,8 @@ def memorized(
                 "prompts": [p.ids for p, _, _ in prompts],
             },
             contents={"memorization.csv": _as_csv(table)},
-            usage={
-                "memorization.csv": "use it with: dataset=memorization "
-                """'dataset.path="{path}"'"""
-            },
-            finding=memorized_sentences(model.name, table, n_prompt, n_next),
+            usage=memorization_usage(table),
+            finding=memorized_sentences(model_words(model.name), table, n_prompt, n_next),
         ),
     )
 
@@ -272,17 +270,13 @@ def label(cfg: RunConfig, context: RunContext) -> Result:
             "answers_all.jsonl": json_lines(answer_rows(asked, table, cfg, every=True)),
             "labels.parquet": table.to_parquet(index=False),
         },
-        usage=_USAGE,
-        finding=[*label_sentences(model.name, entities, table), *_answer_sentences(rows)],
+        usage=label_usage(entities, rows, options),
+        finding=[
+            *label_sentences(model_words(model.name), entities, table),
+            *_answer_sentences(rows),
+        ],
     )
     return save_labels(cfg, context, model, result, skips, files)
-
-
-_USAGE = {
-    "entities.jsonl": """use them with: dataset=jsonl 'dataset.path="{path}"'""",
-    "answers.jsonl": "right against wrong answers, at the prompt's end: "
-    """experiment=uncertainty 'dataset.path="{path}"'""",
-}
 
 
 def _few_questions_notes(entities: pd.DataFrame, min_known: int) -> list[str]:

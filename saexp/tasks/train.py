@@ -40,7 +40,7 @@ from saexp.reports.training import (
     transcoder_sentence,
     write_training_report,
 )
-from saexp.results import Result
+from saexp.results import Result, model_words
 from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
 from saexp.saes.training import Evaluate, Record, Training, train_together
@@ -431,7 +431,7 @@ def _provenance(
         saes = [part.about for part in parts]
         joined = {k: ", ".join(dict.fromkeys(str(s[k]) for s in saes if k in s)) for k in saes[0]}
         about |= {"sae": joined, "saes": saes}
-        about["finding"] = [several_sentence(model.name, result.tables[SAES])]
+        about["finding"] = [several_sentence(model_words(model.name), result.tables[SAES])]
     elif "hookpoint_out" in first.about:
         about["finding"] = [transcoder_sentence(first.target.trainer, about, result.metrics)]
     return about

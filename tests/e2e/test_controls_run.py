@@ -221,11 +221,15 @@ def test_the_size_of_both_stages_is_logged_beforehand(
         effects = run(cache, tmp_path, *words, "coefficient=[0,0.4,0.8]").tables["effects"]
     logged = [r.getMessage() for r in caplog.records if r.name == "saexp.interventions.run"]
     numbers = [
-        int(n) for message in logged for n in re.findall(r"(?<= )\d+(?= (?:prompts|at))", message)
+        int(n)
+        for message in logged
+        for n in re.findall(r"(?<= )\d+(?= (?:prompts|controls at))", message)
     ]
     n_at = effects.groupby("condition")["coefficient"].transform("nunique")
     is_second = (effects["role"] == "control") & (n_at == 1)
-    assert numbers[0] == (~is_second).sum()
+    # Baselines are measured before, and coefficient 0 repeats them.
+    is_changed = (effects["role"] != "baseline") & (effects["coefficient"] != 0)
+    assert numbers[0] == (~is_second & is_changed).sum()
     assert is_second.sum() <= numbers[1] == 2 * 5 * len(KINDS) * N
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import saexp
 from saexp.config import DashboardConfig, SAEConfig
+from saexp.data.datasets import ASSETS
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
@@ -21,7 +22,7 @@ from saexp.saes.loading import random_sae
 from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks import dashboard
 from saexp.tasks.dashboard import parse_latents
-from tests.random_models import D_MODEL, N_LAYERS, random_lm
+from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save
 
 SMALL = ["task=dashboard", "dataset.n_examples=40", "analyzer.n_bootstrap=20", "layer=2"]
 SMALL += ["analyzer.n_background=500"]
@@ -262,7 +263,8 @@ def test_the_run_leaves_its_files_and_says_what_it_is(best: Made) -> None:
     assert folder is not None
     for name in ("dashboard.html", "dashboard.json", "rows.parquet", "contrast.parquet"):
         assert (folder / name).stat().st_size > 0, name
-    (finding,) = json.loads((folder / "provenance.json").read_text("utf-8"))["finding"]
+    finding, searched = json.loads((folder / "provenance.json").read_text("utf-8"))["finding"]
+    assert searched.startswith("Searched texts: the data set")
     assert finding.startswith(
         "tiny, layer_2.resid_post, SAE of 256 latents: 2 of them (the contrast"
     )
@@ -297,3 +299,23 @@ BAD = {
 def test_bad_input_is_one_clear_line(word: str, said: str, tmp_path: Path, cache: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", word]), tmp_path)
+
+
+def test_a_model_whose_data_are_names_is_searched_in_neutral_prose(tmp_path: Path) -> None:
+    model = tmp_path / "my_llama"
+    save(random_hf("llama"), model)
+    words = ["task=dashboard", "task.latents=[1,2]", "tracker=none", f"cache_dir={tmp_path / 'c'}"]
+    words += [f"model.name={model}", "model=hf", "sae=random", "width=64", "layer=1"]
+    words += ["device=cpu", "dataset.n_examples=12", "dataset.max_length=48", "sae.check=off"]
+    result = saexp.run(saexp.compose(words), tmp_path / "run")
+    about = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))
+    assert about["finding"][0].startswith("my_llama, layer_1.resid_post")
+    assert "160 neutral texts that ship with saexp (background.txt)" in about["finding"][1]
+    assert set(result.tables["rows"]["text"]) <= set(
+        (ASSETS / "background.txt").read_text("utf-8").splitlines()
+    )
+    page = (tmp_path / "run/dashboard.html").read_text("utf-8")
+    assert "neutral texts that ship with saexp" in page
+    names = saexp.run(saexp.compose([*words, "task.texts=dataset"]), tmp_path / "names")
+    assert len(names.tables["rows"]["text"].unique()) == 96
+    assert "Searched texts: the data set" in (tmp_path / "names/dashboard.html").read_text("utf-8")

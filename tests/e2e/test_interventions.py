@@ -89,7 +89,9 @@ def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
     words += ["intervention.n_choice_prompts=0", "intervention.top_k=1"]
-    result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
+    result = ran(
+        cache, tmp_path, *words, "intervention.n_prompts=6", "intervention.alternatives=null"
+    )
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
     assert result.metrics["effect/exact_match/baseline_memorized"] == exact
@@ -191,7 +193,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, int]:
         return ran(folder / "cache", folder / "run", *STOPPED), sum(n_rows)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+# The first stage is that of the baselines, which is a single batch.
+@pytest.mark.parametrize("stage", [2, 3])
 def test_a_stopped_run_goes_on_where_it_was(
     undisturbed: tuple[Result, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
@@ -275,6 +278,8 @@ def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], me
 
 def test_prompts_without_the_places_asked_for_are_counted(cache: Path, tmp_path: Path) -> None:
     few = ["intervention.max_new_tokens=2", "intervention.n_controls=1", "intervention.top_k=1"]
+    # Two tokens are no refusal yet.
+    few += ["intervention.alternatives=null"]
     words = [*few, "intervention.where=entity_last_n", "+intervention.where_options.n=2"]
     result = ran(cache, tmp_path / "n", *words, "coefficient=[0,0.5]")
     assert test_of(result)["refusal_n"].max() == 12

@@ -157,12 +157,15 @@ def test_runs_that_begin_at_the_same_moment_have_folders_of_their_own(tmp_path: 
     assert sorted(layers) == [1, 2]
 
 
-def test_a_cells_folder_names_what_is_swept_first(tmp_path: Path) -> None:
+def test_a_cells_folder_names_what_is_swept(tmp_path: Path) -> None:
     fixed = [f"analyzer.some_long_name_{n}=1" for n in range(6)]
     cells = [[*fixed, f"layer={n}", "width=256"] for n in (1, 2)]
     (tmp_path / "plan.json").write_text(json.dumps({"cells": cells}))
-    assert cell_folder(1, cells[1], str(tmp_path)).startswith("1_layer=2,analyzer.")
+    assert cell_folder(1, cells[1], str(tmp_path)) == "1_layer=2"
     assert cell_folder(0, ["b=2", "a=1"], str(tmp_path / "none")) == "0_a=1,b=2"
+    # No override is cut in the middle.
+    assert cell_folder(0, [f"a={'x' * 60}", f"b={'y' * 60}"]) == f"0_a={'x' * 60}"
+    assert len(cell_folder(0, [f"a={'x' * 300}"])) == 120
 
 
 def test_labels_and_what_a_run_reads_stay_in_the_folder(cache: Path, tmp_path: Path) -> None:

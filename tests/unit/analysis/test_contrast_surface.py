@@ -126,7 +126,7 @@ def test_the_order_of_rows_has_no_influence(inputs: AnalysisInputs) -> None:
     )
     one, two = (contrast(i).metrics for i in (single, replace(single, latents=part)))
     keys = [k for k in one if "surface" in k]
-    assert len(keys) == 9
+    assert len(keys) == 11
     assert {k: one[k] for k in keys} == pytest.approx({k: two[k] for k in keys})
 
 
@@ -136,7 +136,7 @@ def test_where_cross_validation_is_impossible_a_note_says_so(inputs: AnalysisInp
     one = replace(train, units=train.units.assign(unit="the same"))
     found = compare_with_surface(inputs, observed, one, test, {"known": KNOWN}, 0)
     assert set(found.metrics.values()) == {None}
-    assert len(found.metrics) == 6
+    assert len(found.metrics) == 7
     (note,) = found.notes
     assert note.startswith(f"the surface baseline ({SURFACE}) was not fitted: too few units")
 

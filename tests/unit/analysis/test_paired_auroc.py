@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from saexp.stats.intervals import Interval, auroc_interval
@@ -11,6 +12,7 @@ from saexp.stats.rank_tests import (
     auroc_difference,
     auroc_of,
     difference_of_aurocs,
+    difference_p_value,
     stratum_weights,
 )
 
@@ -115,3 +117,33 @@ def test_a_negative_or_shifted_score_changes_nothing_but_its_sign() -> None:
     mirrored = auroc_difference(-own, -other, FIRST, strata)
     assert mirrored.value == pytest.approx(-made.value)
     assert mirrored.interval == pytest.approx((-made.interval.high, -made.interval.low))
+
+
+def test_the_paired_test_agrees_with_the_interval_and_with_delong() -> None:
+    rng = np.random.default_rng(5)
+    n = 4000
+    first = np.arange(n) < n // 2
+    for shift in (0.02, 0.05, 0.1):
+        common = rng.normal(0, 1, n)
+        own = common + 0.5 * rng.normal(0, 1, n) + (0.5 + shift) * first
+        other = common + 0.5 * rng.normal(0, 1, n) + 0.5 * first
+        strata = np.zeros(n, dtype=int)
+        found = auroc_difference(own, other, first, strata)
+        p_value = difference_p_value(found.value, found.interval)
+        low, high = found.interval
+        assert (p_value < 0.05) == (low > 0 or high < 0)
+        # DeLong's test, from the placements of both scores.
+        ranks = [stats.rankdata(s) for s in (own, other)]
+        of_first = [
+            (r[first] - stats.rankdata(s[first])) / (~first).sum()
+            for r, s in zip(ranks, (own, other), strict=True)
+        ]
+        of_second = [
+            1 - (r[~first] - stats.rankdata(s[~first])) / first.sum()
+            for r, s in zip(ranks, (own, other), strict=True)
+        ]
+        variance = sum(np.var(a - b, ddof=1) / len(a) for a, b in (of_first, of_second))
+        expected = 2 * stats.norm.sf(abs(found.value) / np.sqrt(variance))
+        assert p_value == pytest.approx(expected, rel=0.15, abs=1e-6)
+    assert difference_p_value(0.0, Interval(np.array(-0.1), np.array(0.1))) == 1
+    assert np.isnan(difference_p_value(0.2, Interval(np.array(np.nan), np.array(np.nan))))

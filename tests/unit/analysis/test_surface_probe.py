@@ -10,11 +10,13 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.base import AnalysisInputs
+from saexp.analysis.classifiers import labelled
 from saexp.analysis.contrast_checks import fit_surface, read_texts, token_counts
-from saexp.analysis.probe import ProbeAnalyzer
+from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.latents.encode import Latents
 from saexp.results import Result
+from saexp.stats.rank_tests import auroc_difference, difference_p_value
 from tests.unit.analysis.simulate import GROUPS, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed, tokenized
 
@@ -104,3 +106,33 @@ def test_without_texts_there_is_none(inputs: AnalysisInputs) -> None:
     without = probe(replace(inputs, texts=()))
     assert "surface" not in set(without.tables["probes"]["probe"])
     assert "contrast/surface_auroc_test" not in without.metrics
+
+
+def test_probes_are_compared_with_it_on_the_same_rows(result: Result) -> None:
+    m, table = result.metrics, result.tables["probes"]
+    compared = [p for p in table["probe"].unique() if p not in ("surface", "majority")]
+    for name in compared:
+        difference = m[f"probe/{name}_auroc_test"] - m["probe/surface_auroc_test"]
+        assert m[f"probe/{name}_minus_surface_test"] == pytest.approx(difference)
+        low, high = (m[f"probe/{name}_minus_surface_ci_{end}_test"] for end in ("low", "high"))
+        assert low < difference < high
+        p_value = m[f"probe/{name}_minus_surface_p_holm_test"]
+        assert 0 <= p_value <= 1
+        assert p_value > 0.05 or not low < 0 < high
+    train = table[table["data"] == "train"]
+    assert train["minus_surface"].isna().all()
+    assert table.loc[table["probe"] == "surface", "minus_surface"].isna().all()
+
+
+def test_without_repeated_rows_the_difference_is_that_of_delongs_placements(
+    inputs: AnalysisInputs,
+) -> None:
+    rng = np.random.default_rng(2)
+    rows = labelled(inputs, np.arange(len(inputs.latents.rows)), ())
+    rows = replace(rows, units=np.arange(len(rows)).astype(str))
+    own, other = (rng.normal(0, 1, len(rows)) + 0.5 * rows.first for _ in range(2))
+    value, interval, p_value = Judge(rows).difference(own, other)
+    expected = auroc_difference(own, other, rows.first, np.zeros(len(rows), dtype=int))
+    assert value == pytest.approx(expected.value)
+    assert np.allclose(interval, expected.interval, atol=1e-3)
+    assert p_value == pytest.approx(difference_p_value(expected.value, expected.interval), abs=1e-2)

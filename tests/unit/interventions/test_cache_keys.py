@@ -18,8 +18,8 @@ import saexp
 from saexp.config import InterventionConfig, ModelConfig, SAEConfig
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
+from saexp.interventions.attention import AttentionTest, _attention
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
-from saexp.interventions.measure import AttentionTest, _attention
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector

@@ -39,7 +39,7 @@ def test_every_outcome_of_the_registry_says_what_it_reads() -> None:
         outcome = resolve("outcome", name)()
         assert outcome.name == name
         assert outcome.kind in ("rate", "mean")
-        assert outcome.source in ("text", "next", "cost", "heads")
+        assert outcome.source in ("text", "next", "phrases", "cost", "heads")
 
 
 def test_accuracy_uses_the_attribute_s_rule_and_needs_an_answer() -> None:

@@ -6,9 +6,9 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.tokenization import tokenize
+from saexp.interventions.attention import _attention, _entity_positions
 from saexp.interventions.conditions import PositionedPrompt
 from saexp.interventions.kinds import _captured
-from saexp.interventions.measure import _attention, _entity_positions
 from saexp.interventions.stream_edits import Row
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import tokenizer
