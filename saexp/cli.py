@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from saexp.config import environment, register_schema, to_run_config
-from saexp.config.messages import is_composition_error, key_of, one_line
+from saexp.config.hydra_errors import is_composition_error, key_of, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
 from saexp.distributed import check_command, launched, prints_error, quiet_folder

@@ -34,7 +34,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
-from saexp.activations.forward import units
+from saexp.activations.shared_prefixes import units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
 from saexp.data.examples import Example
 from saexp.data.positions import resolve_positions

@@ -25,7 +25,7 @@ import torch
 from peers import SHAPES, greedy
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from saexp.interventions.batching import batch_tokens_for, generate
+from saexp.interventions.cached_generation import batch_tokens_for, generate
 from saexp.interventions.stream_edits import Row
 from saexp.models.devices import pick_device, short_name
 from saexp.models.forward import padded

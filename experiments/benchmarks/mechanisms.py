@@ -91,7 +91,7 @@ def no_resuming() -> Iterator[None]:
 @contextmanager
 def no_speculative_decoding() -> Iterator[None]:
     """Every row is generated token by token."""
-    from saexp.interventions.batching import SpeculativeDecoding
+    from saexp.interventions.cached_generation import SpeculativeDecoding
 
     with patch.object(SpeculativeDecoding, "_can_draft", lambda *_: False):
         yield
@@ -116,7 +116,7 @@ def no_equal_rows() -> Iterator[None]:
 def no_merged_texts() -> Iterator[None]:
     """Texts that are the beginning of another one are forwarded by themselves."""
     from saexp.activations import collector
-    from saexp.activations.forward import Unit, units
+    from saexp.activations.shared_prefixes import Unit, units
 
     def whole(placement: Any, held: np.ndarray, config: Any = None) -> list[Any]:
         merged = units(placement, held, config)
@@ -136,7 +136,7 @@ def no_merged_texts() -> Iterator[None]:
 @contextmanager
 def no_claims() -> Iterator[None]:
     """Processes compute rows that another process is computing."""
-    from saexp.interventions import batching
+    from saexp.interventions import cached_generation as batching
     from saexp.interventions.results_cache import Batch
 
     def alone(cache: Any, items: Any, compute: Any) -> Iterator[Any]:

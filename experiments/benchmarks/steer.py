@@ -29,7 +29,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import saexp
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
-from saexp.interventions.batching import batch_tokens_for, generate
+from saexp.interventions.cached_generation import batch_tokens_for, generate
 from saexp.interventions.stream_edits import Add, BatchEdit, Row, Vector
 from saexp.models.devices import pick_device, pick_precision
 from saexp.models.forward import padded

@@ -21,7 +21,7 @@ from tokenizer import make_world
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.stream_edits import Row
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, run_truncated

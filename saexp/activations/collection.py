@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
-from saexp.activations.forward import Batch
 from saexp.activations.shard_files import ShardWriter
+from saexp.activations.shared_prefixes import Batch
 from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError

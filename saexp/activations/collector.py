@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saexp.activations.forward import Batch, PaddedUnits, forward, pad, units
+from saexp.activations.shared_prefixes import Batch, PaddedUnits, forward, pad, units
 from saexp.config import StoreConfig
 from saexp.config.components import CollectorConfig
 from saexp.data.rows import PositionRows

@@ -27,7 +27,7 @@ from jaxtyping import Int
 
 from saexp.activations.activation_files import ActivationFiles
 from saexp.activations.collector import CollectionRequest, Collector, row_ingredients
-from saexp.activations.forward import Batch
+from saexp.activations.shared_prefixes import Batch
 from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
 from saexp.data.rows import PositionTable
 from saexp.digests import contents, digest_of

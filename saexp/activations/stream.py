@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.activations.forward import TokenBudget
+from saexp.activations.shared_prefixes import TokenBudget
 from saexp.data.corpora import Corpus
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ModelError, StoreError

@@ -17,8 +17,8 @@ from hydra import initialize_config_dir
 from saexp import registry, tracking
 from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
 from saexp.config.environment import as_typed, masked, one_of
+from saexp.config.hydra_errors import is_composition_error, one_line
 from saexp.config.interventions import PLACES
-from saexp.config.messages import is_composition_error, one_line
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in

@@ -29,7 +29,12 @@ from saexp.data.tokenization import (
     tokenize_prompts,
 )
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError
-from saexp.interventions.batching import LogitReader, batch_tokens_for, generate, read_logits
+from saexp.interventions.cached_generation import (
+    LogitReader,
+    batch_tokens_for,
+    generate,
+    read_logits,
+)
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
 from saexp.interventions.stream_edits import Op, Row, Sampling

@@ -17,8 +17,7 @@ from jaxtyping import Int, UInt
 
 from saexp.config.datasets import CorpusConfig
 from saexp.context import progress
-from saexp.data.documents import Sources, sources
-from saexp.data.packing import Packer, TokenizerInfo
+from saexp.data.documents import Packer, Sources, TokenizerInfo, sources
 from saexp.digests import checksums, digest_of, has_intact_seal, sealed
 from saexp.errors import ConfigError, DataError, StoreError, counted
 from saexp.files import cannot_write, locked, sync, write_json

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saexp.data.examples import Example
 from saexp.data.tokenization import PositionNotFound, answer_text
-from saexp.interventions.batching import LogitReader, read_logits
+from saexp.interventions.cached_generation import LogitReader, read_logits
 from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.stream_edits import Row, SAEs
 from saexp.models.loading import LanguageModel

@@ -474,6 +474,6 @@ class ObservedBehavior:
     blocks_can_be_skipped: bool = True
     """False once a block returned more than the stream (`models.forward`)."""
     shares_prefixes: bool = True
-    """False once a text behind a shared prefix had other values (`activations.forward`)."""
+    """False once a text behind a shared prefix had other values (`activations.shared_prefixes`)."""
     n_blocks_compared: int = 0
     """Number of blocks up to which such values were compared with those of the whole text."""

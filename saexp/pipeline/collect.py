@@ -18,8 +18,8 @@ from saexp.config import CorpusConfig, DatasetConfig, ImportedConfig, PositionsC
 from saexp.config.environment import as_typed
 from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.datasets import background_texts
+from saexp.data.documents import TokenizerInfo
 from saexp.data.examples import Example, ExampleSet, skip_notes
-from saexp.data.packing import TokenizerInfo
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import CorpusRows, PositionRows, PositionTable
 from saexp.data.tokenization import adds_bos, format_prompts, tokenize_prompts, tokenize_texts

@@ -20,8 +20,8 @@ from saexp.config import RunConfig
 from saexp.config.datasets import CorpusConfig
 from saexp.context import ObjectCache
 from saexp.data.corpora import Corpus, context_size, tokenized
+from saexp.data.documents import TokenizerInfo
 from saexp.data.examples import Skip
-from saexp.data.packing import TokenizerInfo
 from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
 from saexp.distributed import ALONE, Processes

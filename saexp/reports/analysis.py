@@ -15,8 +15,12 @@ from saexp.reports.analyzer_pages import CAPABILITY, PROBE
 from saexp.reports.contrast import CONTRAST
 from saexp.reports.effect_section import effect_content, effect_figures
 from saexp.reports.effects import effect_sentences
-from saexp.reports.findings import context_sentences, intervention_findings
-from saexp.reports.knowledge import knowledge_sentences, presumed_knowledge
+from saexp.reports.findings import (
+    context_sentences,
+    intervention_findings,
+    knowledge_sentences,
+    presumed_knowledge,
+)
 from saexp.reports.latents import STATS, TOP_FEATURES
 from saexp.reports.page import (
     GROUP_COLOURS,

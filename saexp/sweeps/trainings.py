@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
 from saexp.config.datasets import CorpusConfig
 from saexp.config.environment import as_typed, resolved
-from saexp.config.messages import COMPOSITION_ERRORS
+from saexp.config.hydra_errors import COMPOSITION_ERRORS
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.errors import SaexpError
 from saexp.results import read_plan

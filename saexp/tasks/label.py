@@ -48,11 +48,12 @@ from saexp.tasks.label_files import (
     answers,
     entity_rows,
     json_lines,
+    label_usage,
+    memorization_usage,
     save_labels,
     templates,
     thresholds,
 )
-from saexp.tasks.label_usage import label_usage, memorization_usage
 
 _LENGTHS, _SHIPPED_LENGTHS = (50, 50), (20, 18)
 """(prompt, continuation) in tokens: the default, and that of the shorter shipped passages."""

@@ -1,7 +1,9 @@
-"""Options of task=label, answers of a model to prompts, and the files with their labels."""
+"""Options of task=label, answers of a model to prompts, the files with their labels, and what
+these can be used for."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -14,9 +16,9 @@ from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
 from saexp.data.examples import Example, Skip, Span, assign_splits, find_mentions
 from saexp.data.tokenization import Prompt
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, counted
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Row, Sampling
 from saexp.labeling.matchers import canonical, type_key
@@ -291,3 +293,65 @@ def _mentions(question: Question, prompt: str, read: Prompt) -> tuple[Span, ...]
             (start + a, start + b) for a, b in find_mentions(question.beginning, question.entity)
         ]
     return tuple(spans)
+
+
+MIN_OF_GROUP = 4
+"""Members of each group that a contrast with train and test split needs at least."""
+
+
+def label_usage(
+    entities: pd.DataFrame, rows: Sequence[Mapping[str, Any]], options: LabelConfig
+) -> dict[str, str]:
+    """File -> note with the command that uses it, or why it allows no contrast; `{path}` stands for
+    its path."""
+    groups = entities["group"].value_counts()
+    known, unknown = (int(groups.get(g, 0)) for g in ("known", "unknown"))
+    of_entities = """use them with: dataset=jsonl 'dataset.path="{path}"'"""
+    if min(known, unknown) < MIN_OF_GROUP:
+        of_entities = (
+            f"{counted(known, 'entity', 'entities')} known and {unknown} unknown are too few for a "
+            f"contrast ({MIN_OF_GROUP} of each are needed): {_advice(known, unknown, options)}; "
+            "the labels are in {path}"
+        )
+    n = Counter(row["group"] for row in rows)
+    of_answers = (
+        "right against wrong answers, at the prompt's end: "
+        """experiment=uncertainty 'dataset.path="{path}"'"""
+    )
+    if min(n["correct"], n["incorrect"]) < MIN_OF_GROUP:
+        of_answers = (
+            f"{counted(n['correct'], 'right answer')} and {n['incorrect']} wrong ones are too few "
+            f"for experiment=uncertainty ({MIN_OF_GROUP} of each are needed); they are in {{path}}"
+        )
+    return {"entities.jsonl": of_entities, "answers.jsonl": of_answers}
+
+
+def _advice(known: int, unknown: int, options: LabelConfig) -> str:
+    if known <= unknown:
+        return (
+            f"lower task.min_correct={options.min_correct} or task.min_known={options.min_known}, "
+            "or name entities that the model knows better (dataset.path=)"
+        )
+    return (
+        f"raise task.max_unknown={options.max_unknown}, or name rarer or invented entities "
+        "(dataset.path=)"
+    )
+
+
+def memorization_usage(table: pd.DataFrame) -> dict[str, str]:
+    """As `label_usage`, for texts continued word for word."""
+    n_perfect = int(table["perfect_match"].sum())
+    n_none = int((table["matching_tokens"] == 0).sum())
+    if min(n_perfect, n_none) >= MIN_OF_GROUP:
+        note = """use it with: dataset=memorization 'dataset.path="{path}"'"""
+        return {"memorization.csv": note}
+    advice = (
+        "type a smaller task.continuation_tokens=, or give texts that the model has seen often"
+        if n_perfect < MIN_OF_GROUP
+        else "add texts that the model cannot have seen"
+    )
+    return {
+        "memorization.csv": f"{counted(n_perfect, 'text')} continued exactly and {n_none} without "
+        f"a matching token are too few for dataset=memorization ({MIN_OF_GROUP} of each are "
+        f"needed): {advice}; the continuations are in {{path}}"
+    }

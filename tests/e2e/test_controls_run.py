@@ -191,7 +191,7 @@ def test_the_second_time_nothing_is_computed(
     ran: Ran, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
-    with caplog.at_level("INFO", logger="saexp.interventions.batching"):
+    with caplog.at_level("INFO", logger="saexp.interventions.cached_generation"):
         again = run(cache, tmp_path, *words, "coefficient=[0,0.4,0.8]")
     lines = [r.getMessage() for r in caplog.records if " computed, " in r.getMessage()]
     assert len(lines) > 5 and all(", 0 computed, " in line for line in lines)

@@ -11,7 +11,7 @@ import torch
 
 import saexp
 from saexp.errors import SaexpError
-from saexp.interventions.batching import SpeculativeDecoding
+from saexp.interventions.cached_generation import SpeculativeDecoding
 from saexp.interventions.stream_edits import Row
 from saexp.results import Result
 

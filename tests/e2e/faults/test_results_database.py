@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint

@@ -7,7 +7,7 @@ import torch
 
 from saexp.config import CorpusConfig, PositionsConfig
 from saexp.data.corpora import Corpus, tokenized
-from saexp.data.packing import TokenizerInfo
+from saexp.data.documents import TokenizerInfo
 from saexp.data.rows import CorpusRows
 from saexp.errors import ConfigError
 from saexp.models.hookpoints import Hookpoint

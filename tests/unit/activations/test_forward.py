@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from saexp.activations.collection import finite_rows
 from saexp.activations.collector import Part
-from saexp.activations.forward import units
 from saexp.activations.shard_files import Label, ShardWriter
+from saexp.activations.shared_prefixes import units
 from saexp.data.examples import Example
 from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText

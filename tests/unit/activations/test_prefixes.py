@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.activations.forward import (
+from saexp.activations.shared_prefixes import (
     Group,
     compare_prefixes,
     empty_past,

@@ -16,8 +16,7 @@ import torch
 from saexp.config import CorpusConfig
 from saexp.data import corpora
 from saexp.data.corpora import Corpus, context_size, tokenized
-from saexp.data.documents import sources
-from saexp.data.packing import TokenizerInfo
+from saexp.data.documents import TokenizerInfo, sources
 from saexp.errors import ConfigError, DataError, StoreError
 from tests.random_models import tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
+from saexp.interventions.cached_generation import LogitReader, divergences, generate, read_logits
 from saexp.interventions.directions import orthonormal
 from saexp.interventions.generation import last_logits
 from saexp.interventions.stream_edits import (

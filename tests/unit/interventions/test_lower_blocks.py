@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Patch, Row, Vector
 from saexp.models.forward import after_blocks, can_skip, may_skip

@@ -6,7 +6,7 @@ import torch
 
 from saexp.data.examples import Example
 from saexp.data.tokenization import PositionNotFound, Prompt, as_chat_prompt
-from saexp.interventions.batching import LogitReader, read_logits
+from saexp.interventions.cached_generation import LogitReader, read_logits
 from saexp.interventions.outcomes import (
     Accuracy,
     AnswerLogit,

@@ -9,7 +9,7 @@ from tokenizers import processors
 
 from saexp.config import InterventionConfig
 from saexp.data.examples import Example
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.conditions import position_prompts
 from saexp.interventions.stream_edits import Row
 from tests.chat_tokenizers import CHATML, with_tokenizer

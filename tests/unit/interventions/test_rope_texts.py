@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions.batching import LogitReader, generate, read_logits
+from saexp.interventions.cached_generation import LogitReader, generate, read_logits
 from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
 from saexp.models.hookpoints import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from saexp.interventions import batching, generation
-from saexp.interventions.batching import SpeculativeDecoding, generate
+from saexp.interventions import cached_generation as batching
+from saexp.interventions import generation
+from saexp.interventions.cached_generation import SpeculativeDecoding, generate
 from saexp.interventions.stream_edits import Add, Move, Patch, Row, Sampling, Splice, Vector
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.interventions import batching
-from saexp.interventions.batching import generate
+from saexp.interventions import cached_generation as batching
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint

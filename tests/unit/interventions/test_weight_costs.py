@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.interventions.batching import weight_divergences
+from saexp.interventions.cached_generation import weight_divergences
 from saexp.models.unembedding import orthogonalized
 from tests.edited_weights import by_hand, divergence
 from tests.random_models import D_MODEL, POST_NORMS, STORED, TEXTS, random_lm

@@ -8,7 +8,7 @@ import transformers
 
 from saexp.analysis.attribution import attribute
 from saexp.errors import ModelError
-from saexp.interventions.batching import LogitReader, generate, read_logits
+from saexp.interventions.cached_generation import LogitReader, generate, read_logits
 from saexp.interventions.stream_edits import Row
 from saexp.models.forward import check_positions, context_limit, position_limit
 from saexp.models.loading import LanguageModel

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from saexp.config import ModelConfig
 from saexp.data.tokenization import format_prompts
 from saexp.errors import InterventionError, ModelError
-from saexp.interventions.batching import generate
+from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Row, Vector
 from saexp.models.hookpoints import Hookpoint

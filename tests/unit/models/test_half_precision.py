@@ -18,9 +18,9 @@ from saexp.analysis.evaluation import evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
 from saexp.config.datasets import CorpusConfig
 from saexp.data.corpora import tokenized
-from saexp.data.packing import TokenizerInfo
+from saexp.data.documents import TokenizerInfo
 from saexp.data.tokenization import tokenize
-from saexp.interventions.batching import LogitReader, divergences, generate, read_logits
+from saexp.interventions.cached_generation import LogitReader, divergences, generate, read_logits
 from saexp.interventions.generation import _Drawing, last_logits
 from saexp.interventions.outcomes import mean_loss
 from saexp.interventions.stream_edits import Add, BatchEdit, Row, Sampling, Vector

@@ -6,12 +6,7 @@ from typing import Any
 import pytest
 
 from saexp.reports.analysis import write_report
-from saexp.reports.findings import (
-    above_surface,
-    contrast_sentences,
-    nothing_found,
-    power_sentences,
-)
+from saexp.reports.findings import above_surface, contrast_sentences, nothing_found, power_sentences
 from saexp.reports.saved_run import SavedRun
 from tests.unit.reports.written import METRICS, run, write_json
 

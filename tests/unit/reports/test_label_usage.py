@@ -3,7 +3,7 @@
 import pandas as pd
 
 from saexp.config import LabelConfig
-from saexp.tasks.label_usage import MIN_OF_GROUP, label_usage, memorization_usage
+from saexp.tasks.label_files import MIN_OF_GROUP, label_usage, memorization_usage
 
 OPTIONS = LabelConfig(name="label")
 
