@@ -280,7 +280,9 @@ def measure_missing(file: Path, scratch: Path, only: str | None, repeats: int) -
         for workload in workloads:
             states = [name for name, (_, used) in MECHANISMS.items() if workload in used]
             states = [name for name in states if only in (None, name)]
-            for state in ["none", *states] if states else []:
+            # In turn from either end: what runs later finds more of the disk in memory.
+            order = ["none", *states][:: -1 if repeat % 2 else 1]
+            for state in order if states else []:
                 runs = read_runs(file)
                 same = runs["workload"].eq(workload) & runs["repeat"].eq(repeat)
                 if (same & runs["without"].eq(state)).any():

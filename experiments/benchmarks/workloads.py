@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,14 @@ UNSTABLE = ("seconds", "wall_seconds", "path", "folder")
 """Columns and metrics that differ between two runs of the same thing."""
 
 
-def run(folder: Path, *overrides: str) -> Tables:
-    """One run with its cache in `folder`."""
+def run(folder: Path, *overrides: str, objects: Any = None) -> Tables:
+    """One run with its cache in `folder`; `objects` is the object cache it shares with others."""
     import saexp
 
     words = ["tracker=none", f"cache_dir={folder / 'cache'}", *overrides]
-    result = saexp.run(saexp.compose(words), tempfile.mkdtemp(prefix="run_", dir=folder))
+    result = saexp.run(
+        saexp.compose(words), tempfile.mkdtemp(prefix="run_", dir=folder), objects=objects
+    )
     stable = {
         name: value
         for name, value in result.metrics.items()
@@ -168,13 +171,16 @@ def train(folder: Path) -> Tables:
 
 def sweep_cells(folder: Path) -> Tables:
     """Four runs of one process that differ in the intervention alone."""
-    tables = {}
+    from saexp.context import ObjectCache
+
+    tables, objects = {}, ObjectCache()
     for coefficient in (0.3, 0.6, 0.9, 1.2):
         cell = run(
             folder,
             f"coefficient={coefficient}",
             "intervention.n_controls=0",
             "intervention.n_prompts=20",
+            objects=objects,
         )
         tables |= {f"{name} {coefficient}": table for name, table in cell.items()}
     return tables
