@@ -152,10 +152,16 @@ def no_claims() -> Iterator[None]:
 
 @contextmanager
 def no_object_cache() -> Iterator[None]:
-    """Runs of one process encode and analyse anew."""
+    """Runs of one process load, encode and analyse anew."""
     from saexp.context import ObjectCache
 
-    with patch.object(ObjectCache, "get", lambda *_: None):
+    def load(_cache: Any, _kind: str, _key: str, build: Callable[[], Any]) -> Any:
+        return build()
+
+    with (
+        patch.object(ObjectCache, "get", lambda *_: None),
+        patch.object(ObjectCache, "load", load),
+    ):
         yield
 
 
