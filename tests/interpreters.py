@@ -212,7 +212,16 @@ def _forked_twice(connection: socket.socket) -> dict[str, Any]:
     for number, file in enumerate(files, start=1):
         os.dup2(file, number)
         os.close(file)
+    _renew_thread_pool()
     return json.loads(content)
+
+
+def _renew_thread_pool() -> None:
+    """Make torch replace its thread pool now: it does so at the first use after a fork, without a
+    lock, and fails ("Invalid thread pool!") if two threads are the first at the same time."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def prepare(

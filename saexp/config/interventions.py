@@ -19,6 +19,10 @@ SELECTED = "selected"
 PER_LAYER = "selected_per_layer"
 
 
+DEFAULT_OUTCOMES = (["refusal"], ["refusal", "neutral_kl"])
+"""Outcomes of the shipped interventions where none is named."""
+
+
 @dataclass(kw_only=True)
 class InterventionConfig:
     """A causal test: what is changed, where, how strongly, and which outcomes are measured."""
@@ -90,9 +94,9 @@ class InterventionConfig:
     outcomes: list[str] = field(default_factory=lambda: ["refusal"])
     """Outcomes, registry names of kind `outcome`."""
     alternatives: list[str] | None = field(default_factory=lambda: ["dont_know", "answer_logit"])
-    """Outcomes that are measured instead where every requested one is a rate that is constant
-    without intervention (such as refusal in a model that never refuses); a constant rate itself is
-    not tested. []: nothing is changed then. null: every requested outcome is tested."""
+    """Outcomes that are measured instead where `outcomes` is the default and refusal is constant
+    without intervention (a model that never refuses); []: nothing is changed then; null: refusal is
+    tested all the same. Outcomes that you name are always tested."""
     n_neutral: int = 10
     """Neutral texts on which side effects are measured (outcome neutral_kl)."""
     prediction_test: bool = False
@@ -103,6 +107,11 @@ class InterventionConfig:
     2 GiB, at most 65536 (16384 on a CPU)."""
     seed: int = 0
     """Seed of the choice of prompts and controls."""
+
+    @property
+    def replaces_constant(self) -> bool:
+        """Whether a rate that is constant without intervention is replaced by `alternatives`."""
+        return self.alternatives is not None and list(self.outcomes) in DEFAULT_OUTCOMES
 
     def __post_init__(self) -> None:
         one_of("intervention.unit", self.unit, UNITS)

@@ -104,3 +104,15 @@ def fitting(baselines: pd.DataFrame, alternatives: Sequence[Any]) -> list[Any]:
     names = [a.name for a in alternatives if a.name in baselines]
     values = {name: baselines[name].notna().any() for name in names}
     return [a for a in alternatives if values.get(a.name) and a.name not in constant]
+
+
+def with_texts(effects: pd.DataFrame, baselines: pd.DataFrame | None) -> pd.DataFrame:
+    """The effects with a column `generated_text`, also where the outcomes needed no generation.
+
+    Then the rows without intervention have the texts of `baselines`, all others none.
+    """
+    if "generated_text" in effects or baselines is None:
+        return effects
+    text_of = baselines.drop_duplicates("example_id").set_index("example_id")["generated_text"]
+    texts = effects["example_id"].map(text_of).where(effects["role"] == "baseline", None)
+    return effects.assign(generated_text=texts.astype("str"))

@@ -21,6 +21,7 @@ from saexp.interventions.baselines import (
     constant_rates,
     fitting,
     knowledge,
+    with_texts,
 )
 from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
 from saexp.interventions.controls import (
@@ -151,7 +152,7 @@ class CausalTest:
         if further and tested.of_group:
             parts.append(self._measured(further, tested, chosen, neutral, result))
         conditions = [*at_every, *further]
-        effects = self._together(parts)
+        effects = with_texts(self._together(parts), result.tables.get("baselines"))
         result.tables["effects"] = effects
         result.notes += constant_rate_notes(effects, self.kinds)
         self._controls(result, design, conditions, of_main, kl)
@@ -182,8 +183,8 @@ class CausalTest:
     ) -> "CausalTest":
         """The test of those outcomes that can show an effect, from the unsteered generations.
 
-        Adds the table `baselines`, and what the model knows, to `result`. Rates that are constant
-        without intervention are replaced (see `InterventionConfig.alternatives`), with one note.
+        Adds the table `baselines`, and what the model knows, to `result`. Default outcomes that are
+        constant are replaced (see `InterventionConfig.alternatives`), with one note.
         """
         rates = [o for o in self.outcomes if o.source == "text" and o.kind == "rate"]
         if not rates:
@@ -193,7 +194,7 @@ class CausalTest:
         result.tables["baselines"] = baselines.assign(is_correct=correct)
         result.metrics |= metrics
         names = [o.name for o in rates]
-        constant = constant_rates(baselines, names) if self.cfg.alternatives is not None else {}
+        constant = constant_rates(baselines, names) if self.cfg.replaces_constant else {}
         test = self.with_outcomes([o for o in self.outcomes if o.name not in constant])
         test.seconds_per_prompt = seconds
         if not constant:

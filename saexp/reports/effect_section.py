@@ -442,6 +442,8 @@ def generations(run: SavedRun) -> list[dict[str, Any]]:
     effects, summary = run.table("effects"), run.summary
     if effects is None or summary is None or "generated_text" not in effects:
         return []
+    if effects.loc[effects["role"] != "baseline", "generated_text"].isna().all():
+        return []
     effects = effects[effects["split"] == "test"]
     rates = [o for o in run.outcomes if run.is_rate(o)]
     return [

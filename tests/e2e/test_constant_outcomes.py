@@ -45,7 +45,8 @@ def test_an_outcome_that_never_varies_is_replaced_before_anything_is_changed(
     summary = result.tables["effects_summary"]
     assert {"dont_know", "answer_logit"} <= set(summary)
     assert "refusal" not in summary
-    assert "generated_text" not in result.tables["effects"]
+    effects = result.tables["effects"]
+    assert (effects["generated_text"].notna() == (effects["role"] == "baseline")).all()
     metrics = result.metrics
     assert metrics["effect/refusal/baseline_known"] == 0
     null = {k for k, v in metrics.items() if k.startswith("effect/refusal/") and v is None}
@@ -73,14 +74,12 @@ def test_without_alternatives_nothing_is_changed(presumed: Path, tmp_path: Path)
     assert (tmp_path / "report.html").is_file()
 
 
-def test_other_outcomes_that_were_requested_are_tested_without_alternatives(
+def test_outcomes_that_were_named_are_tested_although_they_are_constant(
     presumed: Path, tmp_path: Path
 ) -> None:
     result = run(tmp_path, presumed, "intervention.outcomes=[refusal,length]")
-    assert any("length took its place" in n for n in result.notes)
-    summary = result.tables["effects_summary"]
-    assert "length" in summary
-    assert not {"refusal", "dont_know"} & set(summary)
+    assert not any("took its place" in n for n in result.notes)
+    assert {"refusal", "length"} <= set(result.tables["effects_summary"])
 
 
 def test_null_tests_every_outcome(presumed: Path, tmp_path: Path) -> None:

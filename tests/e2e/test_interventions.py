@@ -89,9 +89,7 @@ def test_continuations_longer_than_the_limit_are_left_out_with_a_note(
     words = ["experiment=memorization", "layer=3", "intervention=steer", "coefficient=[0.1]"]
     words += [f"intervention.max_new_tokens={limit}", "intervention.n_controls=1"]
     words += ["intervention.n_choice_prompts=0", "intervention.top_k=1"]
-    result = ran(
-        cache, tmp_path, *words, "intervention.n_prompts=6", "intervention.alternatives=null"
-    )
+    result = ran(cache, tmp_path, *words, "intervention.n_prompts=6")
     effects = result.tables["effects"]
     cut = [note for note in result.notes if "max_new_tokens cuts off" in note]
     assert result.metrics["effect/exact_match/baseline_memorized"] == exact

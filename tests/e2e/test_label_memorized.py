@@ -12,6 +12,7 @@ import saexp
 from saexp.data.tokenization import tokenize
 from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
+from saexp.models.source import ASSETS
 from tests.random_models import random_hf, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def passages(cache, tmp_path_factory):
 
 def test_the_shipped_model_goes_on_with_its_passages(passages):
     table = passages.tables["memorization"]
-    shipped = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv")
+    shipped = pd.read_csv(ASSETS / "tiny" / "memorization.csv")
     whole = (shipped["input_text"] + shipped["generated_continuation_text"]).tolist()
     perfect = dict(zip(whole, shipped["perfect_match"], strict=True))
     assert passages.metrics["memorized/n_texts"] > 80
@@ -63,7 +64,7 @@ def test_the_csv_is_read_by_dataset_memorization(passages):
 
 def test_custom_texts_and_the_number_of_matching_tokens(cache, tmp_path):
     model = LanguageModel(saexp.compose(["model=tiny"]).model)
-    row = pd.read_csv(saexp.models.loading.ASSETS / "tiny" / "memorization.csv").iloc[0]
+    row = pd.read_csv(ASSETS / "tiny" / "memorization.csv").iloc[0]
     whole = row["input_text"] + row["generated_continuation_text"]
     tokens = tokenize([whole], model.tokenizer, 512)[0]
     # The text as it was, then one whose 6th token after the prompt is another.

@@ -184,11 +184,17 @@ def check_tokens(run: Run, tokenizer: Any, *, n_bos: int) -> None:
         assert texts[row["text"]][row["token_index"]] == row["token_id"] != bos
 
 
-def check_effects(run: Run, coefficients: Sequence[float]) -> pd.DataFrame:
-    """Prompts were run and their texts kept, without an edit and at every coefficient."""
+def check_effects(
+    run: Run, coefficients: Sequence[float], *, never_refuses: bool = False
+) -> pd.DataFrame:
+    """Prompts were run and their texts kept, without an edit and at every coefficient.
+
+    A model that never refuses generates without an edit alone (`intervention.alternatives`).
+    """
     effects = run.table("effects")
-    assert effects["generated_text"].notna().all()
-    assert effects["generated_text"].map(len).max() > 0
+    has_text = effects["role"] == "baseline" if never_refuses else True
+    assert (effects["generated_text"].notna() == has_text).all()
+    assert effects["generated_text"].dropna().map(len).max() > 0
     assert {"baseline", "control"} < set(effects["role"])
     edited = effects[effects["role"] != "baseline"]
     assert set(edited["coefficient"]) == set(coefficients)
