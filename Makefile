@@ -24,7 +24,9 @@ real-model: $(VENV)/.installed
 
 test: lint types layers pytest
 
-check: lint types layers unit
+# Type checks run on one core beside the unit tests.
+check: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j 2 lint layers types unit
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
