@@ -30,7 +30,7 @@ def test_a_fork_is_a_process_of_its_own_that_signals_reach() -> None:
     process = interpreters.Process(["-c", "import time; print(1, flush=True); time.sleep(600)"])
     assert process.poll() is None
     assert process.pid != os.getpid()
-    while not process.read()[0]:
+    while not process.read()[0].endswith("\n"):
         assert process.poll() is None
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
