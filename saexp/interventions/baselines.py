@@ -114,5 +114,5 @@ def with_texts(effects: pd.DataFrame, baselines: pd.DataFrame | None) -> pd.Data
     if "generated_text" in effects or baselines is None:
         return effects
     text_of = baselines.drop_duplicates("example_id").set_index("example_id")["generated_text"]
-    texts = effects["example_id"].map(text_of).where(effects["role"] == "baseline", None)
-    return effects.assign(generated_text=texts.astype("str"))
+    texts = effects["example_id"].map(text_of).where(effects["role"] == "baseline")
+    return effects.assign(generated_text=texts)
