@@ -1,4 +1,4 @@
-"""A tally over many rows in a process of its own, whose peak of memory is told."""
+"""A tally over many rows in a process of its own, whose peak of memory is reported."""
 
 import json
 import resource
@@ -17,8 +17,8 @@ from tests.unit.latents.test_encode import store_of
 D_IN, D_SAE = 64, 2048
 
 
-def tally_much(folder: Path, n_rows: int, said: Any) -> None:
-    """Says (bytes of all activations, peak bytes of memory): 10 of 2048 latents, half fire."""
+def tally_much(folder: Path, n_rows: int, reported: Any) -> None:
+    """Reports (bytes of all activations, peak bytes of memory): 10 of 2048 latents, half fire."""
     torch.set_num_threads(1)
     encode.CHUNK_BYTES = 8 * 2**20
     generator = torch.Generator().manual_seed(0)
@@ -39,4 +39,4 @@ def tally_much(folder: Path, n_rows: int, said: Any) -> None:
     tally_store(store, sae, lambda rows: rows // 20, np.zeros_like, tally)
     values_at(store, sae, {i: tally.top(i)["row"].to_numpy() for i in range(10)})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    said.put(json.dumps((n_rows * D_IN * 4, peak)))
+    reported.put(json.dumps((n_rows * D_IN * 4, peak)))
