@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.errors import SaexpError
 from saexp.interventions.cached_generation import SpeculativeDecoding
 from saexp.interventions.stream_edits import Row
+from saexp.pipeline.objects import language_model
 from saexp.results import Result
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
@@ -58,11 +60,18 @@ MODES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_has_effects_controls_a_report_and_its_identity(
+def test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_weights(
     cache: Path, tmp_path: Path, mode: str
 ) -> None:
     outcomes = "intervention.outcomes=[refusal,answer_probability]"
-    result = ran(cache, tmp_path, *FEW, f"intervention={mode}", outcomes, *MODES[mode])
+    words = [*SMALL, *FEW, f"cache_dir={cache}", f"intervention={mode}", outcomes, *MODES[mode]]
+    cfg, objects = saexp.compose(words), ObjectCache()
+    model = language_model(cfg, objects)
+    before = {k: v.clone() for k, v in model.hf.state_dict().items()}
+    result = saexp.run(cfg, tmp_path, objects=objects)
+    after = model.hf.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
     effects = result.tables["effects"]
     base = effects[effects["role"] == "baseline"].set_index("example_id")
     zero = effects[(effects["role"] != "baseline") & (effects["coefficient"] == 0)]
@@ -127,7 +136,8 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
     names = ["refusal", "accuracy", "yes_no", "answer_probability", "answer_rank", "answer_logit"]
     names += ["neutral_kl", "perplexity", "repetition", "length", "attention"]
     asked = f"intervention.outcomes=[{','.join(names)}]"
-    result = ran(cache, tmp_path, asked, "coefficient=[0,0.6]", "intervention.top_k=2")
+    few = ["intervention.top_k=2", "intervention.n_controls=1"]
+    result = ran(cache, tmp_path, asked, "coefficient=[0,0.6]", *few)
     summary = test_of(result)
     scored = [n for n in names if n not in ("neutral_kl", "attention", "yes_no")]
     steered = summary[(summary["condition"] == "unknown_group") & (summary["coefficient"] == 0.6)]
@@ -151,20 +161,6 @@ def test_every_outcome_is_there_with_its_interval_and_its_tests(
     assert early["difference"].abs().max() < 1e-6
     assert heads.loc[heads["layer"] > 2, "difference"].abs().max() > 1e-3
     assert f"effect/attention/unknown_group_at_{row['coefficient']:g}" in result.metrics
-
-
-def test_weights_are_as_they_were_after_orthogonalising(cache: Path, tmp_path: Path) -> None:
-    from saexp.context import ObjectCache
-    from saexp.pipeline.objects import language_model
-
-    cfg = saexp.compose([*SMALL, *FEW, f"cache_dir={cache}", "intervention=orthogonalize"])
-    objects = ObjectCache()
-    model = language_model(cfg, objects)
-    before = {k: v.clone() for k, v in model.hf.state_dict().items()}
-    saexp.run(cfg, tmp_path, objects=objects)
-    after = model.hf.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 STOPPED = [*FEW, "coefficient=[0,0.4]", "intervention.batch_tokens=150", "seed=3"]
@@ -191,38 +187,45 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, int]:
         return ran(folder / "cache", folder / "run", *STOPPED), sum(n_rows)
 
 
-# The first stage is that of the baselines, which is a single batch.
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_stopped_run_goes_on_where_it_was(
-    undisturbed: tuple[Result, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+def test_a_run_stopped_in_two_stages_goes_on_where_it_was(
+    undisturbed: tuple[Result, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, stages, computed = SpeculativeDecoding.run, [], []
+    real, computed = SpeculativeDecoding.run, []
 
-    def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
-        stages.append(len(computed))
-        for batch in real(guessing, rows):
-            if len(stages) == stage and len(computed) - stages[-1] == 2:
-                raise KeyboardInterrupt
-            computed.append(len(batch))
-            yield batch
+    def stopped(stage: int, name: str) -> None:
+        """A run that is interrupted after two more batches of the n-th stage that it computes."""
+        stages: list[int] = []
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SpeculativeDecoding, "run", dies)
-        ran(tmp_path / "cache", tmp_path / "stopped", *STOPPED)
-    assert len(stages) == stage
+        def dies(guessing: SpeculativeDecoding, rows: list[Row]) -> Iterator[Any]:
+            stages.append(len(computed))
+            for batch in real(guessing, rows):
+                if len(stages) == stage and len(computed) - stages[-1] == 2:
+                    raise KeyboardInterrupt
+                computed.append(len(batch))
+                yield batch
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SpeculativeDecoding, "run", dies)
+            ran(tmp_path / "cache", tmp_path / name, *STOPPED)
+        assert len(stages) == stage
+        assert len(computed) == stages[-1] + 2
+
+    # The first stage is that of the baselines, which is a single batch; the second run has them.
+    stopped(2, "in_the_second")
+    stopped(2, "in_the_third")
     n_rows = counted(monkeypatch)
     again = ran(tmp_path / "cache", tmp_path / "again", *STOPPED)
     whole, n_whole = undisturbed
     for name in ("effects", "controls"):
         pd.testing.assert_frame_equal(again.tables[name], whole.tables[name])
-    assert sum(computed) > 0
     assert sum(n_rows) == n_whole - sum(computed)
 
 
 def test_a_sweep_over_coefficients_computes_baselines_once(cache: Path, tmp_path: Path) -> None:
-    one = ran(cache, tmp_path / "1", *FEW, "coefficient=0.3", "seed=5")
-    two = ran(cache, tmp_path / "2", *FEW, "coefficient=0.5", "seed=5")
-    both = ran(cache, tmp_path / "3", *FEW, "coefficient=[0.3,0.5]", "seed=5")
+    words = [*FEW, "intervention.outcomes=[refusal]", "intervention.n_controls=1", "seed=5"]
+    one = ran(cache, tmp_path / "1", *words, "coefficient=0.3")
+    two = ran(cache, tmp_path / "2", *words, "coefficient=0.5")
+    both = ran(cache, tmp_path / "3", *words, "coefficient=[0.3,0.5]")
     test = [r.tables["effects"].query("split == 'test'") for r in (one, two, both)]
     keys = ["example_id", "condition", "coefficient"]
     apart = pd.concat(test[:2]).drop_duplicates(keys).set_index(keys)["generated_text"]
@@ -269,13 +272,14 @@ def rows_file(folder: Path, n: int, **columns: Any) -> Path:
 )
 def test_bad_input_is_one_line(cache: Path, tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(SaexpError, match=message) as error:
-        ran(cache, tmp_path, *words)
+        ran(cache, tmp_path, "dataset.n_examples=80", *words)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
 
 def test_prompts_without_the_places_asked_for_are_counted(cache: Path, tmp_path: Path) -> None:
     few = ["intervention.max_new_tokens=2", "intervention.n_controls=1", "intervention.top_k=1"]
+    few += ["dataset.n_examples=80", "intervention.outcomes=[refusal]"]
     # Two tokens are no refusal yet.
     few += ["intervention.alternatives=null"]
     words = [*few, "intervention.where=entity_last_n", "+intervention.where_options.n=2"]

@@ -17,6 +17,7 @@ from saexp.results import Result
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
 SMALL += ["intervention.n_choice_prompts=2", "intervention.n_controls=2", "analyzer.scores=false"]
 SMALL += ["intervention.n_curve_controls=1", "intervention.max_new_tokens=6"]
+SMALL += ["dataset.n_examples=80", "analyzer.n_background=500"]
 FEW = ["intervention.n_prompts=2", "intervention.n_controls=1"]
 PER_LAYER = ["intervention.latents=selected_per_layer", "intervention.layers=[2,3]"]
 
@@ -77,7 +78,7 @@ class Ablated(NamedTuple):
 def ablated(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ablated:
     folder = tmp_path_factory.mktemp("ablated")
     words = ["intervention=ablate", "coefficient=[0,1]"]
-    words += ["intervention.outcomes=[answer_logit,attention]"]
+    words += ["intervention.outcomes=[answer_logit,attention]", "dataset.n_examples=null"]
     several = ran(cache, folder / "several", *words, *PER_LAYER)
     return Ablated(several, ran(cache, folder / "alone", *words, "layer=3"))
 
