@@ -216,12 +216,19 @@ def test_a_damaged_account_of_files_removes_nothing_of_the_users(
     assert not (tmp_path / "folder/.written.json").exists()
 
 
+@pytest.fixture(scope="module")
+def labelled(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that labels; tests work on copies."""
+    folder = tmp_path_factory.mktemp("labelled") / "run"
+    run(cache, folder, "task=label", "task.n_samples=0", "intervention=none")
+    return folder
+
+
 @pytest.mark.parametrize("account", [None, "", "[3]", "3"])
 def test_what_an_earlier_run_left_goes_where_the_account_of_it_is_damaged(
-    account: str | None, cache: Path, tmp_path: Path
+    account: str | None, labelled: Path, tmp_path: Path
 ) -> None:
-    words = ["task=label", "task.n_samples=0", "intervention=none"]
-    run(cache, tmp_path, *words)
+    shutil.copytree(labelled, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine.parquet").write_text("a user's own")
     file = tmp_path / ".written.json"
     file.unlink() if account is None else file.write_text(account)
