@@ -9,13 +9,18 @@ from hydra import initialize_config_dir
 
 from saexp.config import register_schema
 from saexp.config.run import conf_folder
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.planning import _passes
 from tests.unit.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=200", "dataset.n_examples=20", "hydra.sweep.dir=sweep"]
+SMALL += [
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
+    "dataset.n_examples=20",
+    "hydra.sweep.dir=sweep",
+]
 SAES = [str(ASSETS / f"tiny/sae/layer_{n}/width_256") for n in (1, 3)]
 
 
