@@ -1,11 +1,14 @@
 """W&B that is set up but does not answer stops no run, fails none, and delays none for long."""
 
+import itertools
 import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,15 +38,38 @@ OUTAGES += [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
 
 W&B's own process ends by a panic where an answer is empty.
 """
-FINALIZED = [(HANG, None), (GOOD, HANG)]
+ONLINE = ("tracker=wandb",)
+FINALIZED = [(HANG, None, ONLINE), (GOOD, HANG, ONLINE)]
 """The two whose runs end as an interpreter does; the others are over when their command is."""
+SWEEP = ("-m", "layer=0,1,2", *ONLINE)
+OFFLINE = (*ONLINE, "tracker.mode=offline")
+RUNS: list["Case"] = [(SLOW, None, ONLINE), (HANG, None, SWEEP)]
+RUNS += [(mode, later, ONLINE) for mode, later in OUTAGES]
+RUNS += [(GOOD, None, ONLINE), (UNAUTHORIZED, None, ONLINE), (HANG, None, OFFLINE)]
+"""The longest first."""
+N_AT_ONCE = 3
+START_SECONDS = 30
+"""How long a run waits for a server that answers: several runs share the cores."""
+
+Case = tuple[str, str | None, tuple[str, ...]]
+"""How the server answers at first and later, and the words of a run."""
+
+
+class Ended(NamedTuple):
+    """A run that has ended."""
+
+    said: Said
+    place: Path
+    requests: list[str]
+    """Paths that it asked the server for."""
+    seconds: float
 
 
 class Runs:
     """Runs of `python -m saexp` that share a cache, and the results without a tracker."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.n = folder, 0
+        self.folder, self._numbers = folder, itertools.count(1)
         # The server that processes are forked from takes its time to start.
         start(["--help"], folder).wait()
         began = time.monotonic()
@@ -65,9 +91,16 @@ class Runs:
         process = interpreters.run(["-m", "saexp", *words, *FIXED], place, {**variables, **env})
         return Said(process.returncode, process.stdout, process.stderr), place
 
+    def with_server(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
+        """A run whose server answers so."""
+        run = self.run_finalized if (mode, later, words) in FINALIZED else self.run
+        with wandb_server(mode, later) as server:
+            began = time.monotonic()
+            said, place = run(environment(server), *words)
+            return Ended(said, place, list(server.requests), time.monotonic() - began)
+
     def _place(self) -> Path:
-        self.n += 1
-        place = self.folder / f"run{self.n}"
+        place = self.folder / f"run{next(self._numbers)}"
         place.mkdir()
         return place
 
@@ -82,8 +115,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("outages"))
 
 
+@pytest.fixture(scope="module")
+def started(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Waits for a run or script; some are under way at once, as most of their time they wait."""
+    folder = tmp_path_factory.mktemp("logged")
+    with ThreadPoolExecutor(N_AT_ONCE) as pool:
+        futures = {script: pool.submit(logged, *script, folder) for script in SCRIPTS}
+        futures |= {case: pool.submit(runs.with_server, *case) for case in RUNS}
+        yield lambda *case: futures[case].result()
+
+
 def environment(server: Server) -> dict[str, str]:
-    return {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+    env = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+    if server.mode in (GOOD, SLOW) and server.later is None:
+        env["WANDB_INIT_TIMEOUT"] = str(START_SECONDS)
+    return env
 
 
 def recorded(place: Path) -> list[Path]:
@@ -95,12 +141,10 @@ def hints(said: Said) -> list[str]:
 
 
 @pytest.mark.parametrize(("mode", "later"), OUTAGES)
-def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | None) -> None:
-    run = runs.run_finalized if (mode, later) in FINALIZED else runs.run
-    with wandb_server(mode, later) as server:
-        began = time.monotonic()
-        said, place = run(environment(server), "tracker=wandb")
-        seconds = time.monotonic() - began
+def test_an_outage_leaves_a_run_complete(
+    runs: Runs, started: Callable[..., Ended], mode: str, later: str | None
+) -> None:
+    said, place, _, seconds = started(mode, later, ONLINE)
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err
     assert seconds < 3 * runs.seconds + DELAY_SECONDS
@@ -116,20 +160,18 @@ def test_an_outage_leaves_a_run_complete(runs: Runs, mode: str, later: str | Non
 
 
 @pytest.mark.parametrize("mode", [GOOD, SLOW])
-def test_a_server_that_answers_needs_no_hint(runs: Runs, mode: str) -> None:
+def test_a_server_that_answers_needs_no_hint(started: Callable[..., Ended], mode: str) -> None:
     """However long the upload takes."""
-    with wandb_server(mode) as server:
-        said, place = runs.run(environment(server), "tracker=wandb")
+    said, place, requests, _ = started(mode, None, ONLINE)
     assert said.code == 0, said
     assert not hints(said)
     assert "saexp.tracking.wandb][WARNING" not in said.out + said.err
-    assert any("media/table/tables/latents" in path for path in server.requests)
+    assert any("media/table/tables/latents" in path for path in requests)
     assert _wandb_run(recorded(place)[0])["exit_code"] == 0
 
 
-def test_a_refused_key_is_one_line_before_any_work(runs: Runs) -> None:
-    with wandb_server(UNAUTHORIZED) as server:
-        said, place = runs.run(environment(server), "tracker=wandb")
+def test_a_refused_key_is_one_line_before_any_work(started: Callable[..., Ended]) -> None:
+    said, place, _, _ = started(UNAUTHORIZED, None, ONLINE)
     message = one_line(said)
     assert message.startswith(
         "tracker=wandb: W&B refuses the run (HTTP 401: user is not logged in)"
@@ -137,25 +179,21 @@ def test_a_refused_key_is_one_line_before_any_work(runs: Runs) -> None:
     assert not (place / "metrics.json").exists()
 
 
-def test_a_sweep_waits_for_an_unreachable_server_once(runs: Runs) -> None:
-    with wandb_server(HANG) as server:
-        said, place = runs.run(environment(server), "-m", "layer=0,1,2", "tracker=wandb")
-        n_asked = server.requests.count("/graphql")
+def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., Ended]) -> None:
+    said, place, requests, _ = started(HANG, None, SWEEP)
     assert said.code == 0, said
     assert "3 finished" in said.out
     assert (said.out + said.err).count("W&B does not answer") == 1
-    assert n_asked == 1
+    assert requests.count("/graphql") == 1
     # Three cells and the sweep's own run.
     offline = [f for f in recorded(place) if f.parent.name.startswith("offline-")]
     assert len(offline) == len(set(hints(said))) == 4
 
 
-def test_offline_by_configuration_gives_no_hint(runs: Runs) -> None:
-    with wandb_server(HANG) as server:
-        words = ["tracker=wandb", "tracker.mode=offline"]
-        said, place = runs.run(environment(server), *words)
+def test_offline_by_configuration_gives_no_hint(started: Callable[..., Ended]) -> None:
+    said, place, requests, _ = started(HANG, None, OFFLINE)
     assert said.code == 0, said
-    assert server.requests == []
+    assert requests == []
     assert not hints(said)
     assert len(recorded(place)) == 1
 
@@ -166,10 +204,11 @@ from pathlib import Path
 import pandas as pd, plotly.graph_objects as go
 from saexp.config import TrackerConfig
 from saexp.tracking import start
-cfg, folder, exit_code = TrackerConfig(name="wandb"), Path(sys.argv[1]), int(sys.argv[2])
+cfg, folder = TrackerConfig(name="wandb"), Path(sys.argv[1])
+exit_code, n_steps = map(int, sys.argv[2:])
 run = start(cfg, folder=folder, config={}, name="n", job_type="train", group=None)
 began = time.monotonic()
-for step in range(2000):
+for step in range(n_steps):
     run.metrics({"train/step": step})
 for n in range(3):
     run.table(f"t{n}", pd.DataFrame({"latent": range(2000)}))
@@ -190,25 +229,35 @@ threading.Thread(target=work).start()
 """Longer than the end of the process waits for threads of W&B."""
 
 
-def logged(script: str, folder: Path, exit_code: int) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own, while the server hangs once the run has begun."""
+SCRIPTS = [(LOGGING + WORKING, 3, 20), (LOGGING, 0, 2000)]
+"""Scripts, their exit codes and how many steps they log."""
+
+
+def logged(
+    script: str, exit_code: int, n_steps: int, folder: Path
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The script in a process of its own, while the server hangs once the run has begun; and the
+    folder that it logged to."""
+    place = folder / str(exit_code)
+    place.mkdir()
+    words = ["-c", script, str(place), str(exit_code), str(n_steps)]
     with wandb_server(GOOD, HANG) as server:
         env = {**os.environ, "WANDB_MODE": "online", **environment(server)}
-        return interpreters.run(["-c", script, str(folder), str(exit_code)], env=env)
+        return interpreters.run(words, env=env), place
 
 
 def test_neither_logging_nor_the_end_of_the_process_waits_for_a_server_that_hangs(
-    tmp_path: Path,
+    started: Callable[..., Any],
 ) -> None:
-    process = logged(LOGGING, tmp_path, exit_code=0)
+    process, place = started(*SCRIPTS[1])
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) < DELAY_SECONDS
-    offline = next(f for f in recorded(tmp_path) if f.parent.name.startswith("offline-"))
+    offline = next(f for f in recorded(place) if f.parent.name.startswith("offline-"))
     assert {"tables/t2/nrows", "figures/f2/path"} <= _wandb_run(offline)["keys"]
 
 
-def test_threads_of_the_users_own_end_before_the_process_does(tmp_path: Path) -> None:
+def test_threads_of_the_users_own_end_before_the_process_does(started: Callable[..., Any]) -> None:
     """A failed run's exit code stays."""
-    process = logged(LOGGING + WORKING, tmp_path, exit_code=3)
+    process, _ = started(*SCRIPTS[0])
     assert process.returncode == 3, process.stderr
     assert "worked" in process.stdout
