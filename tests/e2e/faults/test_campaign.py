@@ -12,8 +12,8 @@ from tests.e2e.faults import injection
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "experiments" / "validation"
-N_KILLS, N_DAMAGES, N_OTHERS = 3, 8, 1
-WORKS = ("labels", "collecting", "training", "evaluation")
+N_KILLS, N_DAMAGES, N_OTHERS = 3, 6, 1
+WORKS = ("labels", "collecting", "training")
 """The kinds that take a few seconds; runs with steering and sweeps are killed in test_signals.py,
 test_shared_rows.py and test_sweep.py."""
 

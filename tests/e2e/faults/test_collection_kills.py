@@ -3,8 +3,6 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from saexp import files
 from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
 from saexp.files import FOLDER
+from tests import interpreters
 from tests.e2e.faults import collecting_child as child
 from tests.e2e.faults.collecting_child import PATIENCE_SECONDS, end, start
 from tests.random_models import random_hf, save
@@ -29,7 +28,7 @@ from tests.unit.activations.collecting import (
 )
 from tests.unit.activations.test_disk import disk as disk  # a fixture
 
-N_KILLS = 32
+N_KILLS = 16
 PASSES = 6
 
 
@@ -101,7 +100,7 @@ def test_no_temporary_file_is_left_after_the_resume_of_a_killed_collection(
     go = server.Event()
     go.set()
     # Within the rows table, the manifest, the first shard's three files, and the manifest again.
-    for kill_at in range(1, 28, 3):
+    for kill_at in range(1, 28, 4):
         cache = tmp_path / str(kill_at)
         process, _ = start(server, child.collect_to_be_killed, folder, cache, kill_at, go)
         assert end(process) == -signal.SIGKILL
@@ -215,8 +214,7 @@ def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
         "fork.start(); fork.join(); assert (folder / 'file').is_file()\n"
         "print(folder); sys.exit(1)"
     )
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = interpreters.run(["-c", code], tmp_path)
     assert done.returncode == 1, done.stderr
     folder = Path(done.stdout.strip())
     assert folder.name.startswith("saexp-cache-")
@@ -237,18 +235,19 @@ def test_a_store_that_another_process_reads_stays_until_that_is_killed(folder, t
     store, _ = run_in_shards(load(folder), tmp_path)
     store.close()
     prune = partial(stores.prune, tmp_path, max_size="0GB", max_age=None)
-    reader = subprocess.Popen(
-        [sys.executable, "-c", READER, str(store.path)], stdout=subprocess.PIPE, text=True
-    )
+    reader = interpreters.Process(["-c", READER, str(store.path)])
     try:
-        assert reader.stdout.readline() == "reading\n"
+        began = time.monotonic()
+        while reader.read()[0] != "reading\n":
+            assert reader.poll() is None, reader.read()
+            assert time.monotonic() - began < PATIENCE_SECONDS
+            time.sleep(0.01)
         user = f"pid {reader.pid} on {files._host()}"
         assert prune().kept == {store.path.name: f"in use by {user}"}
         assert ActivationStore.open(store.path, verify=True).missing(POSTS) == {}
     finally:
         reader.kill()
         reader.wait()
-        reader.stdout.close()
     assert len(list((store.path / FOLDER).iterdir())) == 1, "it could not remove its lease"
     assert prune().removed == [store.path.name]
     assert not store.path.exists()
