@@ -22,6 +22,10 @@ WORDS = (
     "tracker=none",
     "intervention.n_controls=4",
     "intervention.n_prompts=10",
+    "intervention.n_choice_prompts=10",
+    "intervention.max_new_tokens=8",
+    "dataset.n_examples=60",
+    "analyzer.n_background=300",
     "analyzer.n_bootstrap=0",
 )
 
@@ -87,4 +91,4 @@ def test_rows_of_a_killed_run_are_computed_by_the_others(undisturbed, tmp_path):
     for i in (1, 2):
         assert_equal_results(tmp_path / str(i) / "run", expected_folder)
     # What the killed run has stored is not computed again, nor anything twice.
-    assert n_rows - n_before - 500 <= sum(map(n_computed, said)) <= n_rows
+    assert n_rows - n_before - 250 <= sum(map(n_computed, said)) <= n_rows
