@@ -22,9 +22,27 @@ X = np.array([1.5, 2.5, 4.0])
 ROWS = [["b", 10, None], ["a", 9, 0.5], ["c", None, 1e-9]]
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
+CLICKS = """const table = document.querySelectorAll("table.sort")[1], told = [];
+const heads = table.querySelectorAll("th");
+for (const column of [1, 1, 0, 2]) {
+  heads[column].querySelector("button").click();
+  told.push([[...table.tBodies[0].rows].map(row => row.cells[0].textContent).join(""),
+    ...[...heads].map(h => h.getAttribute("aria-sort"))]);
+}
+return told;"""
+VALUES = {
+    "points": "return Object.values(figures).map(points);",
+    "csv": 'return csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }]);',
+    "order": CLICKS,
+    "sends": "return config.showSendToCloud;",
+}
+"""Functions that the page's scripts can give the value of."""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sweep's template with figures of every kind that reports draw."""
+    tmp_path = tmp_path_factory.mktemp("page")
     line = go.Scatter(x=X, y=X * 2, name="a line", error_y={"array": X / 10, "arrayminus": X / 5})
     points = go.Scatter(x=["p", "q"], y=np.array([1, 2]), customdata=np.array([[7, 8.5], [9, 0.5]]))
     heat = go.Heatmap(x=[0, 1], y=["low", "high"], z=np.array([[0.1, 0.2], [0.3, np.nan]]))
@@ -58,18 +76,25 @@ def page(tmp_path: Path) -> Path:
     return tmp_path / "page.html"
 
 
-def evaluated(page: Path, expression: str) -> Any:
-    """A value that the page's scripts give."""
+@pytest.fixture(scope="module")
+def drawn(page: Path) -> str:
+    """The page in the browser, once it has evaluated VALUES."""
+    functions = ", ".join(f"{name}: (() => {{ {body} }})()" for name, body in VALUES.items())
+    script = f"<script>document.body.dataset.said = JSON.stringify({{ {functions} }});</script>"
     asked = page.with_name("evaluated.html")
-    script = "<script>document.body.dataset.said = JSON.stringify((() => { %s })());</script>"
-    asked.write_text(page.read_text("utf-8") + script % expression, encoding="utf-8")
-    found = re.search(r'data-said="(.*?)"[ >]', dom(asked, page.parent))
-    assert found is not None
-    return json.loads(html.unescape(found[1]))
+    asked.write_text(page.read_text("utf-8") + script, encoding="utf-8")
+    return dom(asked, page.parent)
 
 
-def test_the_data_of_a_figure_are_what_it_was_made_of(page: Path) -> None:
-    lines, heat, flow = evaluated(page, "return Object.values(figures).map(points);")
+@pytest.fixture(scope="module")
+def values(drawn: str) -> dict[str, Any]:
+    said = re.search(r'data-said="(.*?)"[ >]', drawn)
+    assert said is not None
+    return json.loads(html.unescape(said[1]))
+
+
+def test_the_data_of_a_figure_are_what_it_was_made_of(values: dict[str, Any]) -> None:
+    lines, heat, flow = values["points"]
     assert lines[:3] == [
         {"trace": "a line", "x": x, "y": 2 * x, "error_up": x / 10, "error_down": x / 5} for x in X
     ]
@@ -89,29 +114,19 @@ def test_the_data_of_a_figure_are_what_it_was_made_of(page: Path) -> None:
     ]
 
 
-def test_csv_is_quoted_where_it_must_be(page: Path) -> None:
-    table = 'csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }])'
-    assert evaluated(page, f"return {table};") == 'a,b,c\r\n"x,y",,\r\n,"say ""no""",1.5\r\n'
+def test_csv_is_quoted_where_it_must_be(values: dict[str, Any]) -> None:
+    assert values["csv"] == 'a,b,c\r\n"x,y",,\r\n,"say ""no""",1.5\r\n'
 
 
-def test_every_figure_is_drawn_and_has_its_buttons(page: Path) -> None:
+def test_every_figure_is_drawn_and_has_its_buttons(page: Path, drawn: str) -> None:
     assert body_of(page).count('<div class="plot" id="fig-') == 3
-    drawn = dom(page, page.parent)
     assert drawn.count('class="saving"') == 3
     assert "main-svg" in drawn
     assert page.read_text("utf-8").count("plotly.js v") == 1
 
 
-def test_a_table_sorts_by_a_click_and_says_so(page: Path) -> None:
-    click = """const table = document.querySelectorAll("table.sort")[1], told = [];
-    const heads = table.querySelectorAll("th");
-    for (const column of [1, 1, 0, 2]) {
-      heads[column].querySelector("button").click();
-      told.push([[...table.tBodies[0].rows].map(row => row.cells[0].textContent).join(""),
-        ...[...heads].map(h => h.getAttribute("aria-sort"))]);
-    }
-    return told;"""
-    assert evaluated(page, click) == [
+def test_a_table_sorts_by_a_click_and_says_so(values: dict[str, Any]) -> None:
+    assert values["order"] == [
         ["abc", "none", "ascending", "none"],
         ["bac", "none", "descending", "none"],
         ["abc", "ascending", "none", "none"],
@@ -119,9 +134,9 @@ def test_a_table_sorts_by_a_click_and_says_so(page: Path) -> None:
     ]
 
 
-def test_no_figure_offers_to_send_its_data_anywhere(page: Path) -> None:
-    assert evaluated(page, "return config.showSendToCloud;") is False
-    assert "sendChartToCloud" not in dom(page, page.parent).split("</script>")[-1]
+def test_no_figure_offers_to_send_its_data_anywhere(values: dict[str, Any]) -> None:
+    """Without a pointer that hovers, as here, no figure has a bar of buttons to look at."""
+    assert values["sends"] is False
 
 
 TIMING = """<script>addEventListener("load", () => {
