@@ -2,8 +2,9 @@
 
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from saexp.tracking import NullTracker
 from tests.disks import read_only
 from tests.e2e.faults.injection import command, digests_of_results, one_line, small_disk
 
-SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "tracker=jsonl", "resume=false")
+SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "analyzer.n_background=200")
+SMALL += ("tracker=jsonl", "resume=false")
 TASKS = {
     "analyze": ("intervention=none", *SMALL),
     "dashboard": ("task=dashboard", "task.latents=[12,160]", *SMALL),
@@ -31,7 +33,7 @@ TASKS = {
     ),
     "sweep": ("-m", "layer=1,2", "intervention=none", *SMALL),
 }
-N_SIZES = 5
+N_SIZES = 4
 ROOM = 64 * 1024
 
 
@@ -40,18 +42,35 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a task's run that nothing happens to."""
+
+    @lru_cache
+    def folder(task: str) -> Path:
+        place = tmp_path_factory.mktemp(f"whole_{task}")
+        said = command([*TASKS[task], f"cache_dir={cache}", f"{option_of(task)}{place}"], place)
+        assert said.code == 0, said.err
+        return place
+
+    return folder
+
+
+def option_of(task: str) -> str:
+    return "hydra.sweep.dir=" if task == "sweep" else "hydra.run.dir="
+
+
 def n_kilobytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) // 1024
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_disk_that_fills_at_any_stage_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
-    option = "hydra.sweep.dir=" if task == "sweep" else "hydra.run.dir="
+def test_a_disk_that_fills_at_any_stage_is_one_line(
+    task: str, cache: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    option = option_of(task)
     words = [*TASKS[task], f"cache_dir={cache}"]
-    whole, folder = tmp_path / "whole", tmp_path / "disk" / "run"
-    said = command([*words, f"{option}{whole}"], tmp_path)
-    assert said.code == 0, said.err
-    total = n_kilobytes(whole)
+    folder, total = tmp_path / "disk" / "run", n_kilobytes(whole(task))
     sizes = [int(4 * (0.9 * total / 4) ** (n / (N_SIZES - 1))) for n in range(N_SIZES)]
     messages = set()
     with small_disk(tmp_path / "disk", 4) as disk:
@@ -69,7 +88,7 @@ def test_a_disk_that_fills_at_any_stage_is_one_line(task: str, cache: Path, tmp_
         disk.resize(ROOM)
         said = command([*words, f"{option}{folder}"], tmp_path)
         assert said.code == 0, said.err
-        assert digests_of_results(folder) == digests_of_results(whole)
+        assert digests_of_results(folder) == digests_of_results(whole(task))
 
 
 @contextmanager
@@ -84,15 +103,16 @@ def largest_file(n_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("task", ["analyze", "train"])
-def test_a_limit_on_the_size_of_files_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_one_line(
+    task: str, cache: Path, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     words = [*TASKS[task], f"cache_dir={cache}"]
-    assert command([*words, f"hydra.run.dir={tmp_path}/whole"], tmp_path).code == 0
     with largest_file(30_000):
         message = one_line(command([*words, f"hydra.run.dir={tmp_path}/run"], tmp_path))
     assert message.startswith(f"cannot write {tmp_path}/run/")
     assert "what was finished is kept: raise that limit and run the command again" in message
     assert command([*words, f"hydra.run.dir={tmp_path}/run"], tmp_path).code == 0
-    assert digests_of_results(tmp_path / "run") == digests_of_results(tmp_path / "whole")
+    assert digests_of_results(tmp_path / "run") == digests_of_results(whole(task))
 
 
 class Removing(NullTracker):
@@ -132,9 +152,8 @@ def test_a_folder_that_is_removed_while_the_run_writes_to_it_is_one_line(
 
 @pytest.mark.parametrize("task", ["analyze", "sweep"])
 def test_a_read_only_folder_is_one_line(task: str, cache: Path, tmp_path: Path) -> None:
-    option = "hydra.sweep.dir=" if task == "sweep" else "hydra.run.dir="
     (tmp_path / "run").mkdir()
     with read_only(tmp_path / "run"):
-        words = [*TASKS[task], f"cache_dir={cache}", f"{option}{tmp_path}/run"]
+        words = [*TASKS[task], f"cache_dir={cache}", f"{option_of(task)}{tmp_path}/run"]
         message = one_line(command(words, tmp_path))
     assert message.startswith(f"cannot write the run's folder {tmp_path}/run")

@@ -8,7 +8,7 @@ from tests.disks import read_only
 from tests.e2e.faults.injection import command, digests_of_results
 from tests.e2e.faults.test_full_disks import TASKS
 
-EVALUATE = ("task=evaluate", "dataset.n_examples=20", "tracker=none")
+EVALUATE = ("task=evaluate", "task.n_texts=16", "task.n_bootstrap=10", "tracker=none")
 
 
 @pytest.mark.parametrize("task", ["analyze", "train", "label", "evaluate"])

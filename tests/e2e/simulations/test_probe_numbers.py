@@ -29,7 +29,7 @@ def limits(found: dict[str, float | None], name: str) -> tuple[float, float]:
 def test_an_auroc_is_covered(n: int, value: float, n_rows: int) -> None:
     """Rows of a unit share half of their variance."""
     first, units = labels(n, n, n_rows)
-    judge, covered, n_runs = Judge(Labelled(first, units)), 0, 300
+    judge, covered, n_runs = Judge(Labelled(first, units)), 0, 200
     for seed in range(n_runs):
         rng = np.random.default_rng([seed, n])
         scores = np.sqrt(2) * special.ndtri(value) * first + np.sqrt(0.5) * (
@@ -70,7 +70,7 @@ def test_rates_are_covered(n: int, value: float, n_rows: int, fraction: float) -
     expected = {"accuracy": value, "balanced_accuracy": value}
     wrong = (1 - value) * n_units
     expected["f1"] = 2 * value * n_first / (2 * value * n_first + wrong)
-    judge, n_runs = Judge(Labelled(first, units)), 400
+    judge, n_runs = Judge(Labelled(first, units)), 250
     covered = dict.fromkeys(expected, 0)
     for seed in range(n_runs):
         rng = np.random.default_rng([seed, n])
@@ -91,7 +91,7 @@ def test_units_with_rows_of_both_groups_are_covered(n: int) -> None:
     """Each unit has a row of either group, and both are right or wrong together."""
     units = np.arange(n).astype(object).repeat(2)
     first = np.tile([True, False], n)
-    judge, n_runs = Judge(Labelled(first, units)), 400
+    judge, n_runs = Judge(Labelled(first, units)), 250
     assert judge.n_units == n
     covered = {"accuracy": 0, "balanced_accuracy": 0}
     for seed in range(n_runs):
@@ -108,7 +108,7 @@ def test_an_auroc_within_kinds_is_covered(n: int) -> None:
     """Every unit has a row of each of three kinds; kinds and units move the scores."""
     first, units = labels(n, n, 3)
     kinds = np.tile(np.arange(3), 2 * n)
-    judge, covered, n_runs = Judge(Labelled(first, units, kinds)), 0, 300
+    judge, covered, n_runs = Judge(Labelled(first, units, kinds)), 0, 200
     value = 0.8
     for seed in range(n_runs):
         rng = np.random.default_rng([seed, n])
