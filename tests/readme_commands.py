@@ -20,7 +20,7 @@ DOCS = tuple(sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))
 SAEXP = "python -m saexp"
 
 SMALL = (
-    "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=500 "
+    "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=200 "
     "intervention.n_prompts=4 intervention.n_choice_prompts=2 intervention.n_controls=1 "
     "intervention.max_new_tokens=4 intervention.n_neutral=2 intervention.top_k=1"
 )
