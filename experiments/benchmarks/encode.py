@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from saexp.latents.encode import CHUNK_BYTES, encode_rows
-from saexp.models.devices import pick_device
 from saexp.models.hookpoints import Hookpoint
+from saexp.models.resolution import pick_device
 from saexp.saes.sae import SAESettings, SparseAutoencoder
 
 AT = Hookpoint(0, "resid_post")

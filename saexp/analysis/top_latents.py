@@ -9,7 +9,7 @@ from jaxtyping import Int
 from scipy import sparse
 
 from saexp.analysis.base import AnalysisInputs
-from saexp.analysis.corpora import CorpusAnalyzer, CorpusInputs
+from saexp.analysis.group_statistics import CorpusAnalyzer, CorpusInputs
 from saexp.config import TopFeaturesConfig
 from saexp.data.rows import CorpusRows
 from saexp.data.tokenization import token_pieces

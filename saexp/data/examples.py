@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from saexp.config.datasets import MISSING_VALUES
+from saexp.config.groups import MISSING_VALUES
 from saexp.errors import DataError, counted
 
 Span = tuple[int, int]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from saexp.config import DatasetConfig
-from saexp.config.datasets import COLUMNS as FIELDS
+from saexp.config.groups import COLUMNS as FIELDS
 from saexp.data.examples import Example, MissingValues, Span, find_mentions, look_alike, parse_list
 from saexp.errors import ConfigError, DataError, counted
 

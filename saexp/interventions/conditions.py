@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
-from saexp.config.interventions import SELECTED
+from saexp.config.groups import SELECTED
 from saexp.data.examples import Example
 from saexp.data.positions import Candidate, entity_tokens, selected
 from saexp.data.tokenization import (

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from saexp import registry
 from saexp.analysis.base import used_rows
 from saexp.config import PositionsConfig, RunConfig
-from saexp.config.interventions import PLACES, SELECTED
+from saexp.config.groups import PLACES, SELECTED
 from saexp.data.datasets import background_texts
 from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError

@@ -10,13 +10,12 @@ import torch
 
 from saexp.activations.imported import neutral_source
 from saexp.analysis.base import AnalysisInputs, Analyzer
-from saexp.analysis.corpora import CorpusAnalyzer, CorpusInputs
+from saexp.analysis.group_statistics import CorpusAnalyzer, CorpusInputs, StreamedLatents
 from saexp.config import CorpusConfig, DatasetConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
 from saexp.data.rows import CorpusRows
 from saexp.errors import ConfigError, SAEError
 from saexp.latents.encode import Latents, measure_store
-from saexp.latents.streaming import StreamedLatents
 from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import (

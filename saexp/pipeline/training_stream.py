@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saexp.activations.stream import PROCESS, ActivationStream, ContextActivations, StreamSettings
 from saexp.config import RunConfig
-from saexp.config.datasets import CorpusConfig
+from saexp.config.groups import CorpusConfig
 from saexp.context import ObjectCache
 from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.documents import TokenizerInfo

@@ -31,9 +31,16 @@ from saexp.analysis.latent_scores import (
     firing,
     nearest_directions,
 )
-from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers, to_run_config
+from saexp.config import (
+    COMPOSITION_ERRORS,
+    ModelConfig,
+    RunConfig,
+    SAEConfig,
+    key_of,
+    parse_layers,
+    to_run_config,
+)
 from saexp.config.environment import resolved
-from saexp.config.hydra_errors import COMPOSITION_ERRORS, key_of
 from saexp.config.tasks import StreamsConfig
 from saexp.context import ObjectCache
 from saexp.errors import SAEError, SaexpError, StoreError, brief

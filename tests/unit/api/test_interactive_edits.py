@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.api.edits import median_norm
+from saexp.api.latents import median_norm
 from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError, SAEError
 from saexp.models.hookpoints import Hookpoint

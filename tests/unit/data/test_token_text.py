@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from saexp.analysis.base import AnalysisInputs
 from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
-from saexp.data.decoding import decoded_pieces
+from saexp.data.corpora import decoded_pieces
 from saexp.data.examples import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.tokenization import token_pieces, token_texts, tokenize

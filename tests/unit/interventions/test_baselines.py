@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from saexp.data.examples import Example
-from saexp.interventions.baselines import constant_note, constant_rates, fitting, knowledge
+from saexp.interventions.measure import constant_note, constant_rates, fitting, knowledge
 
 TABLE = pd.DataFrame(
     {

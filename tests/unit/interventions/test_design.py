@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import InterventionConfig
 from saexp.errors import ConfigError
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import (

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign

@@ -16,7 +16,7 @@ from saexp.activations.stream import ActivationStream, ContextActivations, Strea
 from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
-from saexp.config.datasets import CorpusConfig
+from saexp.config.groups import CorpusConfig
 from saexp.data.corpora import tokenized
 from saexp.data.documents import TokenizerInfo
 from saexp.data.tokenization import tokenize
