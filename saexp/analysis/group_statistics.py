@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
 from saexp.activations.store import ActivationStore
-from saexp.analysis.base import AnalysisInputs, Analyzer, unequal_types
+from saexp.analysis import AnalysisInputs, Analyzer, unequal_types
 from saexp.config import StatsConfig
 from saexp.data.rows import CorpusRows
 from saexp.errors import DataError, counted
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.latents.statistics import Moments, Tally, encoded_rows, moments, tally_store, values_at
 from saexp.results import Result
-from saexp.saes.sae import SAE
+from saexp.saes import SAE
 from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
 from saexp.stats.rank_tests import stratum_weights
 

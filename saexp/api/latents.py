@@ -18,7 +18,7 @@ from scipy import sparse
 
 from saexp import registry
 from saexp.activations.reader import norm_limit
-from saexp.analysis.base import as_analyzer
+from saexp.analysis import as_analyzer
 from saexp.api import config_of_texts, positions_overrides, write_texts
 from saexp.api.model import ActiveEdit, InteractiveModel, Prompt, token_indices
 from saexp.config import DatasetConfig, InterventionConfig, PositionsConfig, SAEConfig
@@ -29,11 +29,11 @@ from saexp.data.datasets import background_texts
 from saexp.data.tokenization import token_pieces
 from saexp.digests import remember_in
 from saexp.errors import ConfigError, InterventionError, SAEError
+from saexp.interventions import Ablate, Steer
 from saexp.interventions.directions import LatentStatistics
-from saexp.interventions.kinds import Ablate, Steer
-from saexp.latents.encode import Latents, encode_rows
+from saexp.latents import Latents, encode_rows
 from saexp.latents.statistics import active_quantile
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import EditFunction
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.resolution import SHIPPED
@@ -41,9 +41,9 @@ from saexp.pipeline.run_folder import holding
 from saexp.pipeline.session import Session
 from saexp.registry import names
 from saexp.results import Result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.catalogue import catalogue
 from saexp.saes.loading import check_fits, load_path, load_release
-from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks.analyze import analyze_session
 from saexp.tracking import NullTracker
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from saexp.config import DatasetConfig
 from saexp.config.groups import COLUMNS as FIELDS
-from saexp.data.examples import Example, MissingValues, Span, find_mentions, look_alike, parse_list
+from saexp.data import Example, MissingValues, Span, find_mentions, look_alike, parse_list
 from saexp.errors import ConfigError, DataError, counted
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tokenization import PositionNotFound, TokenizedText, space_note, tokenize
 from saexp.errors import counted
 from saexp.interventions.cached_generation import (

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tables import text_lines
 from saexp.data.tokenization import PositionNotFound, answer_text, answer_token, foil_of
 from saexp.digests import code_digest

@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor
 
 from saexp.config import InterventionConfig, parse_coefficients
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.errors import InterventionError, duration_words
 from saexp.interventions.attention import AttentionTest
 from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
@@ -50,8 +50,8 @@ from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import Original, orthogonalized
 from saexp.results import Result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import sae_identity
-from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.significance import MIN_CONTROLS
 
 log = logging.getLogger(__name__)

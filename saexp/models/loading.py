@@ -23,7 +23,7 @@ from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
 from saexp.errors import ModelError, SaexpError, brief
 from saexp.hub import hub, snapshot, why_absent
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.resolution import (
     HUB_IDS,
     SHIPPED,

@@ -12,21 +12,21 @@ import pandas as pd
 
 from saexp import registry
 from saexp.activations.store import ActivationStore
-from saexp.analysis.base import AnalysisInputs, Analyzer, UndeclaredAnalyzer
+from saexp.analysis import AnalysisInputs, Analyzer, UndeclaredAnalyzer
 from saexp.config import AnalyzerConfig, DatasetConfig, RunConfig, parse_layers
 from saexp.context import ObjectCache
 from saexp.data.datasets import SHIPPED_MODELS, background_file
 from saexp.digests import code_digest, digest_of
 from saexp.errors import ConfigError, counted
-from saexp.latents.encode import Latents, encode_store
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import Latents, encode_store
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.resolution import short_name
 from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.finished import model_content, sae_content
 from saexp.results import Result
+from saexp.saes import SAE, SparseAutoencoder
 from saexp.saes.loading import check_fits, sae_identity
-from saexp.saes.sae import SAE, SparseAutoencoder
 
 StreamMetrics = dict[str, float | None]
 

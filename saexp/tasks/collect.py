@@ -21,7 +21,7 @@ from saexp.config import CacheConfig, CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError, counted
 from saexp.files import USED, show_bytes, try_lock, users
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saexp import registry
-from saexp.analysis.base import AnalysisInputs, equally_observed
+from saexp.analysis import AnalysisInputs, equally_observed
 from saexp.analysis.latent_scores import nearest_directions
 from saexp.config import DashboardConfig, PositionsConfig, RunConfig
 from saexp.context import RunContext
@@ -39,8 +39,8 @@ from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
 from saexp.results import Result, is_above_chance, model_words, sae_words
+from saexp.saes import SparseAutoencoder
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
-from saexp.saes.sae import SparseAutoencoder
 
 OTHER = "other rows"
 """Label of rows that are of neither group."""

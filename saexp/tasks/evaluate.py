@@ -27,9 +27,9 @@ from saexp.analysis.evaluation import (
 from saexp.analysis.evaluation_passes import Where
 from saexp.config import CorpusConfig, EvaluateConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
+from saexp.data import Example, Skip, skip_notes
 from saexp.data.corpora import Corpus
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.tokenization import TokenizedText, tokenize_texts
 from saexp.errors import DataError, counted
 from saexp.models.forward import context_limit
@@ -44,7 +44,7 @@ from saexp.reports.sae_quality import (
     write_evaluation_report,
 )
 from saexp.results import Result
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.saes.validation import POOR
 from saexp.stats.intervals import MIN_N
 

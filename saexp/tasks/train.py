@@ -22,9 +22,9 @@ from saexp.context import RunContext
 from saexp.distributed import Processes, connected
 from saexp.errors import ConfigError, ModelError, SaexpError, counted
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
-from saexp.latents.encode import Latents, encode_rows
+from saexp.latents import Latents, encode_rows
 from saexp.latents.statistics import moments
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.resolution import native_dtypes, pick_device
 from saexp.pipeline.collect import begins_with_bos

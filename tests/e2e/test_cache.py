@@ -14,7 +14,7 @@ import saexp
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.files import locked
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.tasks import collect as stores
 from tests.unit.reports.left import command
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saexp.config import SAETrainerConfig
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.resolution import native_dtypes
 from saexp.saes.training import Training, TrainingSource
 from saexp.tasks.train import _resolved

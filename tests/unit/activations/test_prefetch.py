@@ -9,7 +9,7 @@ from saexp.activations import collection
 from saexp.activations.shard_files import ShardWriter
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import _hookpoints_to_prefetch
 from saexp.tasks.collect import stores, unreadable

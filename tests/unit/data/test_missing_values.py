@@ -13,7 +13,7 @@ import saexp
 from saexp import registry
 from saexp.config import DatasetConfig
 from saexp.config.groups import MISSING_VALUES
-from saexp.data.examples import MissingValues
+from saexp.data import MissingValues
 from saexp.errors import ConfigError
 from saexp.interventions.outcomes import Accuracy
 

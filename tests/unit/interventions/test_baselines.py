@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.interventions.measure import constant_note, constant_rates, fitting, knowledge
 
 TABLE = pd.DataFrame(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel, load_model
 from saexp.models.resolution import SHIPPED, pick_device
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
