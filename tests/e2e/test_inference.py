@@ -22,7 +22,7 @@ QUICK += ["intervention.n_choice_prompts=10", "intervention.n_curve_controls=4"]
 QUICK += ["intervention.n_neutral=4"]
 QUICK += ["intervention.max_new_tokens=12", "analyzer.n_bootstrap=0"]
 QUICK += ["analyzer.n_background=1000", "analyzer.scores=false"]
-FEWER = ["intervention.n_prompts=30", "intervention.n_choice_prompts=20"]
+FEWER = ["intervention.n_prompts=20", "intervention.n_choice_prompts=15"]
 FEWER += ["intervention.max_new_tokens=16"]
 """The default's conditions, coefficients and controls on fewer prompts, with shorter answers."""
 
