@@ -18,8 +18,7 @@ if TYPE_CHECKING:
         open_store,
         run,
     )
-    from saexp.api.edits import ablate, edit, steer
-    from saexp.api.latents import contrast, encode, load_sae, top_latents
+    from saexp.api.latents import ablate, contrast, edit, encode, load_sae, steer, top_latents
     from saexp.api.model import load_model
     from saexp.results import Result
 
@@ -30,10 +29,10 @@ _MODULE_OF = {
     "contrast": "saexp.api.latents",
     "load_model": "saexp.api.model",
     "load_sae": "saexp.api.latents",
-    "ablate": "saexp.api.edits",
-    "edit": "saexp.api.edits",
+    "ablate": "saexp.api.latents",
+    "edit": "saexp.api.latents",
     "encode": "saexp.api.latents",
-    "steer": "saexp.api.edits",
+    "steer": "saexp.api.latents",
     "top_latents": "saexp.api.latents",
     "neuronpedia_list": "saexp.api",
     "neuronpedia_url": "saexp.api",

@@ -19,8 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from saexp.config import environment, register_schema, to_run_config
-from saexp.config.hydra_errors import is_composition_error, key_of, one_line
+from saexp.config import (
+    environment,
+    is_composition_error,
+    key_of,
+    one_line,
+    register_schema,
+    to_run_config,
+)
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
 from saexp.distributed import check_command, launched, prints_error, quiet_folder
@@ -188,7 +194,7 @@ def _summary(result: Any, folder: Path) -> None:
         print(headline(folder))
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
-            from saexp.activations.store_management import format_listing
+            from saexp.tasks.collect import format_listing
 
             print(format_listing(result.tables["stores"]))
     else:

@@ -82,14 +82,14 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "capability": "saexp.analysis.capability:CapabilityAnalyzer",
     },
     "intervention": {
-        "steer": "saexp.interventions.kinds:Steer",
-        "clamp": "saexp.interventions.kinds:Clamp",
-        "scale": "saexp.interventions.kinds:Scale",
-        "ablate": "saexp.interventions.kinds:Ablate",
-        "project_out": "saexp.interventions.kinds:ProjectOut",
-        "orthogonalize": "saexp.interventions.kinds:Orthogonalize",
-        "splice": "saexp.interventions.kinds:SpliceReconstruction",
-        "patch": "saexp.interventions.kinds:PatchActivations",
+        "steer": "saexp.interventions:Steer",
+        "clamp": "saexp.interventions:Clamp",
+        "scale": "saexp.interventions:Scale",
+        "ablate": "saexp.interventions:Ablate",
+        "project_out": "saexp.interventions:ProjectOut",
+        "orthogonalize": "saexp.interventions:Orthogonalize",
+        "splice": "saexp.interventions:SpliceReconstruction",
+        "patch": "saexp.interventions:PatchActivations",
     },
     "outcome": {
         "refusal": "saexp.interventions.outcomes:Refusal",
@@ -165,7 +165,7 @@ def register(
 
     `report_section` is for analyzers: a function of the files that the run saved
     (`saexp.reports.saved_run.SavedRun`: `.folder`, `.metrics`, `.tables()`, `.config`) that returns
-    HTML, or a list of `saexp.reports.page.Section`; report.html shows it below the
+    HTML, or a list of `saexp.reports.Section`; report.html shows it below the
     analyzer's tables.
 
     Raises ConfigError when the kind does not exist or the name belongs to another object.

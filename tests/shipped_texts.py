@@ -2,7 +2,7 @@
 
 import json
 
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 
 GROUPS = ("known", "unknown")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from saexp.analysis.base import Split
+from saexp.analysis import Split
 
 
 def heads(rng: np.random.Generator, n: int, h: int, common: float) -> tuple[Any, Any]:

@@ -36,14 +36,14 @@ from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, HuggingFaceCollector
 from saexp.activations.shared_prefixes import units
 from saexp.config import CollectorConfig, PositionsConfig, StoreConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import PositionTable
 from saexp.data.tokenization import TokenizedText
-from saexp.models.devices import pick_device, pick_precision
+from saexp.models import Hookpoint
 from saexp.models.forward import TokenBudget, batches, padded
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.models.resolution import pick_device, pick_precision
 from saexp.registry import build as build_component
 
 log = logging.getLogger("collect")

@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saexp.models.devices import native_dtypes, short_name
+from saexp.models.resolution import native_dtypes, short_name
 
 MEASURED = Path(__file__).parent / "measured"
 COLUMNS = ("device", "threads", "what", "unit", "float32", "bfloat16", "ratio", "low", "high")

@@ -26,10 +26,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saexp.latents.encode import CHUNK_BYTES, encode_rows
-from saexp.models.devices import pick_device
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.latents import CHUNK_BYTES, encode_rows
+from saexp.models import Hookpoint
+from saexp.models.resolution import pick_device
+from saexp.saes import SAESettings, SparseAutoencoder
 
 AT = Hookpoint(0, "resid_post")
 K = 32

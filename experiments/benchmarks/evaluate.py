@@ -33,10 +33,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from saexp.analysis.evaluation import EvaluationSettings, Numbers, densities, evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Where
 from saexp.data.tokenization import TokenizedText
-from saexp.models.devices import pick_device
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
+from saexp.models.resolution import pick_device
 from saexp.saes.loading import load_sae
 
 SHAPES: dict[str, dict[str, Any]] = {

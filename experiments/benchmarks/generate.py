@@ -27,9 +27,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saexp.interventions.cached_generation import batch_tokens_for, generate
 from saexp.interventions.stream_edits import Row
-from saexp.models.devices import pick_device, short_name
 from saexp.models.forward import padded
 from saexp.models.loading import LanguageModel
+from saexp.models.resolution import pick_device, short_name
 
 Prompts = list[tuple[int, ...]]
 

@@ -31,11 +31,11 @@ from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.interventions.cached_generation import batch_tokens_for, generate
 from saexp.interventions.stream_edits import Add, BatchEdit, Row, Vector
-from saexp.models.devices import pick_device, pick_precision
+from saexp.models import Hookpoint
 from saexp.models.forward import padded
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
+from saexp.models.resolution import pick_device, pick_precision
 
 log = logging.getLogger("steer")
 COEFFICIENTS = [round(0.2 * i, 1) for i in range(11)]

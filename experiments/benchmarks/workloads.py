@@ -93,7 +93,7 @@ def few_shot(folder: Path) -> Tables:
 def entity_prompts_file(folder: Path) -> Path:
     """A prompt for each shipped entity and each attribute that `task=label` asks for."""
     from saexp.data.datasets import ASSETS
-    from saexp.labeling.questions import TEMPLATES
+    from saexp.labeling import TEMPLATES
 
     file = folder / "entity_prompts.jsonl"
     with file.open("w", encoding="utf-8") as lines:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 import saexp
 from saexp.digests import read_sha256
 from saexp.files import locked, remove_temporary, show_bytes, write_folder
-from saexp.models.source import convert, made_folder
+from saexp.models.resolution import convert, made_folder
 
 log = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.stream_edits import Row
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.models.loading import LanguageModel
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import load_sae
-from saexp.saes.sae import SparseAutoencoder
 
 log = logging.getLogger("measure")
 

@@ -8,11 +8,11 @@ import pandas as pd
 import worlds
 
 import saexp
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
 from saexp.context import ObjectCache
-from saexp.latents.encode import Latents, encode_store
+from saexp.latents import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 

@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.config import AnalyzerConfig, ProbeConfig
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 
 GROUPS = ("known", "unknown")

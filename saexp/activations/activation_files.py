@@ -27,7 +27,7 @@ from torch import Tensor
 
 from saexp.config import ImportedConfig
 from saexp.errors import ConfigError, DataError, ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 _IDS = ("ids", "token_ids", "input_ids")
 _NAMELESS = ("acts", "activations")

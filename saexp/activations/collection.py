@@ -25,7 +25,7 @@ from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError
 from saexp.files import free_bytes, is_writable, show_bytes, try_lock
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 log = logging.getLogger(__name__)
 

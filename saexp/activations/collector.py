@@ -22,8 +22,8 @@ from saexp.config import StoreConfig
 from saexp.config.components import CollectorConfig
 from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, StoreError
+from saexp.models import STREAM_ORDER, Hookpoint
 from saexp.models.forward import TokenBudget, batches, context_limit
-from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.rope import depends_on_length
 

@@ -32,7 +32,7 @@ from saexp.config import CollectorConfig, ImportedConfig, StoreConfig
 from saexp.data.rows import PositionTable
 from saexp.digests import contents, digest_of
 from saexp.errors import DataError, StoreError, counted
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 
 _CHUNK_ROWS = 2048

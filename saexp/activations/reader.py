@@ -24,7 +24,7 @@ from torch import Tensor
 from saexp.activations.shard_files import StoredValues
 from saexp.activations.store import ActivationStore
 from saexp.distributed import ALONE, Processes
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 _CHUNK_ROWS = 8192
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from saexp.digests import digest_of, read_sha256
 from saexp.errors import ModelError, StoreError
 from saexp.files import cannot_write, put_in_place, write_json
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from saexp.data.rows import PositionRows
 from saexp.digests import digest_of
 from saexp.errors import ModelError, StoreError, counted
 from saexp.files import CACHE, USED, Marked, locked, write_atomically, write_table
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 log = logging.getLogger(__name__)
 

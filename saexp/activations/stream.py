@@ -19,7 +19,7 @@ from saexp.activations.shared_prefixes import TokenBudget
 from saexp.data.corpora import Corpus
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ModelError, StoreError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.stats.significance import derived_seed

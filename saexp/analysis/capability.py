@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saexp.analysis.base import AnalysisInputs, Analyzer
+from saexp.analysis import AnalysisInputs, Analyzer
 from saexp.config import CapabilityConfig
 from saexp.context import progress
-from saexp.data.examples import Example, Skip
+from saexp.data import Example, Skip
 from saexp.data.tokenization import (
     PositionNotFound,
     TokenizedText,
@@ -30,7 +30,8 @@ from saexp.data.tokenization import (
     tokenize_prompts,
 )
 from saexp.errors import DataError, counted
-from saexp.latents.encode import splice_edits
+from saexp.latents import splice_edits
+from saexp.models import Hookpoint
 from saexp.models.forward import (
     TokenBudget,
     batches,
@@ -38,7 +39,6 @@ from saexp.models.forward import (
     keep_last_logits,
     padded,
 )
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import Result

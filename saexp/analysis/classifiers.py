@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.contrast_checks import ReadText, fit_surface, read_texts, token_counts
 from saexp.context import progress
 from saexp.data.rows import ROW_COLUMNS

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saexp.analysis.base import (
+from saexp.analysis import (
     THRESHOLD,
     AnalysisInputs,
     Analyzer,

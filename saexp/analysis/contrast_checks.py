@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
-from saexp.analysis.base import Split
+from saexp.analysis import Split
 from saexp.config import AnalyzerConfig
 from saexp.context import progress
 from saexp.data.tokenization import TokenizedText

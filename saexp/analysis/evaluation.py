@@ -33,10 +33,10 @@ from saexp.analysis.evaluation_passes import (
 from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.latents.encode import CHUNK_BYTES, StreamMetrics, replacement_edit
+from saexp.latents import CHUNK_BYTES, StreamMetrics, replacement_edit
 from saexp.models.forward import TokenBudget, batches
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.stats.intervals import ratio_interval
 
 _GIB = 2**30

@@ -13,8 +13,8 @@ from torch import Tensor
 from saexp.activations.reader import norm_limit, ordinary_rows
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
+from saexp.models import Hookpoint
 from saexp.models.forward import head_input, padded, replaced_blocks
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import EditFunction, capture, edit, position_ids
 from saexp.models.loading import LanguageModel
 

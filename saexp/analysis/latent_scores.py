@@ -17,7 +17,7 @@ from saexp.models.forward import only_at, padded
 from saexp.models.hooks import EditFunction, edit, position_ids, run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED, Unembedding
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 

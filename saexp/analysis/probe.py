@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from saexp.analysis.base import AnalysisInputs, Analyzer, equally_observed, unequal_types
+from saexp.analysis import AnalysisInputs, Analyzer, equally_observed, unequal_types
 from saexp.analysis.classifiers import (
     Fitting,
     Labelled,

@@ -1,12 +1,13 @@
-"""Runs from Python: compose a config, run it, build one component, open a store."""
+"""Runs from Python: compose a config (also of texts in memory), run it, build one component."""
 
 import datetime
+import json
 import logging
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,23 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from saexp import registry, tracking
-from saexp.config import RunConfig, TrackerConfig, register_schema, to_run_config
+from saexp.config import (
+    RunConfig,
+    SAEConfig,
+    TrackerConfig,
+    is_composition_error,
+    one_line,
+    register_schema,
+    to_run_config,
+)
 from saexp.config.environment import as_typed, masked, one_of
-from saexp.config.hydra_errors import is_composition_error, one_line
-from saexp.config.interventions import PLACES
+from saexp.config.groups import PLACES
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
 from saexp.distributed import check_task, launched
 from saexp.errors import StoreError
-from saexp.files import cannot_write_run, write_error
+from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
@@ -262,3 +270,43 @@ def read_result(folder: str | Path) -> Result:
 
         figures = report_figures(path)
     return Result(metrics, tables, figures, list(provenance["notes"]), path)
+
+
+def positions_overrides(positions: str | Sequence[int]) -> list[str]:
+    """Settings of a run for an option of the group `positions`, or for token indices."""
+    if isinstance(positions, str):
+        return [f"positions={positions}"]
+    indices = ",".join(str(int(i)) for i in positions)
+    return ["positions=indices", f"positions.indices=[{indices}]", "positions.include_special=true"]
+
+
+def config_of_texts(
+    model: Any,
+    sae: Any,
+    file: Path,
+    names: tuple[str, str],
+    overrides: Sequence[str],
+) -> RunConfig:
+    """The config of the run; for provenance it describes the objects that are in memory."""
+    layer = sae.hookpoint.layer
+    fixed = ["dataset=jsonl", "dataset.path=file", "intervention=none", "tracker=none"]
+    cfg = compose([*fixed, f"layer={layer}", *overrides])
+    sae_config = SAEConfig(
+        name=str(sae.metadata.get("name", "in-memory")),
+        loader="path",
+        path=sae.metadata.get("path"),
+        layer=layer,
+        model_name=model.name,
+    )
+    data = replace(cfg.dataset, path=str(file), groups=list(names), model_name=model.name)
+    return replace(cfg, model=model.cfg, sae=sae_config, dataset=data, width=None)
+
+
+def write_texts(file: Path, groups: dict[str, Sequence[str]]) -> None:
+    """Write the texts of the groups as JSONL, as `dataset=jsonl` reads it."""
+    lines = [
+        json.dumps({"text": text, "group": name, "id": f"{name}_{i}"}, ensure_ascii=False)
+        for name, texts in groups.items()
+        for i, text in enumerate(texts)
+    ]
+    write_text(file, "\n".join(lines) + "\n", option=RUN_FOLDER)

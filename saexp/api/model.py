@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saexp import registry
 from saexp.config import InterventionConfig, ModelConfig, PositionsConfig
 from saexp.config.environment import at_least
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import Candidate, selected
 from saexp.data.tokenization import (
     PositionNotFound,
@@ -38,10 +38,10 @@ from saexp.interventions.cached_generation import (
 from saexp.interventions.conditions import edited_positions
 from saexp.interventions.generation import in_batches, read_streams
 from saexp.interventions.stream_edits import Op, Row, Sampling
+from saexp.models import Hookpoint
 from saexp.models.forward import position_limit
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 
 _UNLIMITED = 2**31
 """Maximum length of a text in tokens. Texts are never cut; one that is too long is an error."""
@@ -236,7 +236,7 @@ class InteractiveModel(LanguageModel):
             texts: one text, or several, which run in batches.
             layer: 0-based block index.
             stream: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` or another of
-                `saexp.models.hookpoints.STREAMS`. Later blocks do not run.
+                `saexp.models.STREAMS`. Later blocks do not run.
             positions: `all` tokens, special tokens included; `last`; another option of the config
                 group `positions`; or token indices, where negative indices count from the end.
             chat: whether to apply the chat template; by default the model's setting.

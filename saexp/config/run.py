@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from saexp import registry
-from saexp.config import components, datasets, environment, tasks
+from saexp.config import components, environment, groups, tasks
 from saexp.config.components import (
     AnalyzerConfig,
     CollectorConfig,
@@ -29,7 +29,6 @@ from saexp.config.components import (
     StoreConfig,
     TrackerConfig,
 )
-from saexp.config.datasets import COLUMNS, DatasetConfig
 from saexp.config.environment import (
     at_least,
     parse_coefficients,
@@ -37,7 +36,7 @@ from saexp.config.environment import (
     parse_width,
     parse_widths,
 )
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import COLUMNS, DatasetConfig, InterventionConfig
 from saexp.config.tasks import SAETrainerConfig, TaskConfig
 from saexp.errors import ConfigError
 from saexp.registry import did_you_mean
@@ -112,7 +111,7 @@ class RunConfig:
             parse_layers(self.layer)
         if self.coefficient is not None:
             parse_coefficients(self.coefficient)
-        if isinstance(self.dataset, datasets.CorpusConfig) and self.task.name == "label":
+        if isinstance(self.dataset, groups.CorpusConfig) and self.task.name == "label":
             raise ConfigError(
                 "task=label asks about examples, and dataset=corpus has none; type dataset=jsonl "
                 "(or csv) for an example per line, or task=dashboard or task=evaluate"
@@ -134,7 +133,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "train": tasks.TrainConfig,
     },
     "collector": {"imported": components.ImportedConfig},
-    "dataset": {"corpus": datasets.CorpusConfig, "wikidata": datasets.WikidataConfig},
+    "dataset": {"corpus": groups.CorpusConfig, "wikidata": groups.WikidataConfig},
     "analyzer": {
         "capability": components.CapabilityConfig,
         "probe": components.ProbeConfig,
@@ -146,7 +145,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
 
 _CUSTOM: dict[str, type] = {
     "task": tasks.CustomTaskConfig,
-    "dataset": datasets.CustomDatasetConfig,
+    "dataset": groups.CustomDatasetConfig,
     "analyzer": components.CustomAnalyzerConfig,
 }
 """Config group -> dataclass of a custom component that was registered without one."""

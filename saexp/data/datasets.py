@@ -10,7 +10,7 @@ import numpy as np
 
 from saexp import registry
 from saexp.config import DatasetConfig, WikidataConfig
-from saexp.data.examples import (
+from saexp.data import (
     Example,
     ExampleSet,
     MissingValues,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saexp.config.datasets import CorpusConfig
+from saexp.config.groups import CorpusConfig
 from saexp.digests import content_name
 from saexp.errors import ConfigError, DataError
 from saexp.hub import hub, is_path, snapshot, why_absent

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from saexp.config import PositionsConfig
-from saexp.data.examples import Example, Skip, Span, find_mentions
+from saexp.data import Example, Skip, Span, find_mentions
 from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import PositionNotFound, TokenizedText, in_message, span_to_tokens
 from saexp.errors import ConfigError, DataError

@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool, Int
 
 from saexp.config import PositionsConfig
-from saexp.data.corpora import Corpus
-from saexp.data.decoding import decoded_pieces
-from saexp.data.examples import Example, Skip
+from saexp.data import Example, Skip
+from saexp.data.corpora import Corpus, decoded_pieces
 from saexp.data.tokenization import TokenizedText, token_pieces
 from saexp.digests import digest_of
 from saexp.errors import ConfigError, DataError

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from saexp.config import DatasetConfig
-from saexp.config.datasets import COLUMNS as FIELDS
-from saexp.data.examples import Example, MissingValues, Span, find_mentions, look_alike, parse_list
+from saexp.config.groups import COLUMNS as FIELDS
+from saexp.data import Example, MissingValues, Span, find_mentions, look_alike, parse_list
 from saexp.errors import ConfigError, DataError, counted
 
 

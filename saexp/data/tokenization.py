@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from saexp.config import ModelConfig
-from saexp.data.examples import UNSPACED_SCRIPT, Example, Span
+from saexp.data import UNSPACED_SCRIPT, Example, Span
 from saexp.errors import DataError, ModelError
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saexp import registry
 from saexp.config import InterventionConfig, PositionsConfig
-from saexp.config.interventions import SELECTED
-from saexp.data.examples import Example
+from saexp.config.groups import SELECTED
+from saexp.data import Example
 from saexp.data.positions import Candidate, entity_tokens, selected
 from saexp.data.tokenization import (
     MESSAGE_CHANGED,
@@ -31,7 +31,7 @@ from saexp.interventions.directions import (
     stream_direction,
 )
 from saexp.interventions.stream_edits import Op
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saexp.config import InterventionConfig
 from saexp.errors import InterventionError
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import random_directions
 
 if TYPE_CHECKING:

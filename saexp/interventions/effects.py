@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from saexp.config.interventions import CONTROL_KINDS
+from saexp.config.groups import CONTROL_KINDS
 from saexp.errors import counted
 from saexp.interventions.conditions import Condition, direction_of_set
 from saexp.results import Result
@@ -449,3 +449,8 @@ def _rate(baselines: pd.DataFrame, rate: str, result: Result) -> None:
             f"no change of {rate.replace('_', ' ')} from {start:.2f} is found in 80% of runs with "
             f"{n} entities (power/rate_change)"
         )
+
+
+def numeric_outcomes(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
+    """Outcomes as floats, missing ones as NaN."""
+    return effects.assign(**{k: effects[k].astype("Float64").astype(float) for k in kinds})

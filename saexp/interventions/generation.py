@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saexp.errors import InterventionError, ModelError
 from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
+from saexp.models import Hookpoint
 from saexp.models.forward import (
     after_blocks,
     can_skip,
@@ -30,7 +31,6 @@ from saexp.models.forward import (
     shares_keys_between_blocks,
     skipping,
 )
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel

@@ -3,8 +3,7 @@
 By `source`: `text` outcomes score a generation, `next` outcomes read the logits after the prompt,
 `phrases` outcomes the probability that given phrases follow it, `cost` outcomes are measured on
 neutral text, `heads` outcomes on attention. By `kind`: a `rate` is
-true or false per prompt, a `mean` is a number.
-"""
+true or false per prompt, a `mean` is a number."""
 
 import re
 from abc import ABC, abstractmethod
@@ -21,11 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tables import text_lines
-from saexp.data.tokenization import PositionNotFound, answer_token, foil_of
+from saexp.data.tokenization import PositionNotFound, answer_text, answer_token, foil_of
 from saexp.digests import code_digest
+from saexp.interventions.cached_generation import LogitReader, read_logits
+from saexp.interventions.results_cache import ResultCache
+from saexp.interventions.stream_edits import Row, SAEs
 from saexp.labeling.matchers import is_correct
+from saexp.models.loading import LanguageModel
 from saexp.registry import resolve
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -344,3 +347,58 @@ def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:
     """Mean negative log-likelihood, nats, of `ids` under the logits before each of them."""
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(ids), device=logits.device))
     return np.asarray([float(loss)])
+
+
+def phrase_tokens(
+    tokenizer: Any, example: Example, phrases: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """The tokens of each phrase after `example.text`, a space between them where one belongs.
+
+    A phrase whose tokens begin with those of another one is left out, so that the phrases exclude
+    each other. Raises PositionNotFound where a phrase merges with the prompt's last token.
+    """
+    options = {"add_special_tokens": False}
+    before = list(tokenizer(example.text, **options)["input_ids"])
+    tokens: list[tuple[int, ...]] = []
+    for phrase in phrases:
+        whole = list(tokenizer(example.text + answer_text(example, phrase), **options)["input_ids"])
+        if whole[: len(before)] != before or len(whole) == len(before):
+            raise PositionNotFound(f"'{phrase}' merges with the prompt's last token")
+        tokens.append(tuple(whole[len(before) :]))
+    tokens = list(dict.fromkeys(tokens))
+    return [t for t in tokens if not any(t != u and t[: len(u)] == u for u in tokens)]
+
+
+def phrase_log_probabilities(
+    model: LanguageModel,
+    saes: SAEs,
+    rows: Sequence[Row],
+    phrases: Sequence[Sequence[tuple[int, ...]]],
+    *,
+    batch_tokens: int,
+    cache: ResultCache | None,
+    label: str,
+) -> list[float]:
+    """Per row the natural logarithm of the probability that one of its phrases follows.
+
+    `phrases[i]` are token sequences of which none begins with another, so that their probabilities
+    add up. Under a row's operations, tokens of a phrase count as generated ones.
+    """
+    wholes = [
+        replace(row.followed_by(ids), sample=None, generated=False, about=(len(ids),))
+        for row, some in zip(rows, phrases, strict=True)
+        for ids in some
+    ]
+    reader = LogitReader(
+        _log_probability, "log-probability of the last tokens", lambda r: r.about[0] + 1, label
+    )
+    values = read_logits(model, wholes, saes, reader, batch_tokens=batch_tokens, cache=cache)
+    logs = iter(float(value[0]) for value in values)
+    return [float(np.logaddexp.reduce([next(logs) for _ in some])) for some in phrases]
+
+
+def _log_probability(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
+    """Of the row's last tokens, from the logits before each of them."""
+    ids = torch.tensor(row.ids[-row.about[0] :], device=logits.device)
+    logs = logits[:-1].log_softmax(-1).gather(1, ids[:, None])
+    return np.asarray([float(logs.double().sum())])

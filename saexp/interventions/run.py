@@ -12,17 +12,9 @@ import pandas as pd
 from torch import Tensor
 
 from saexp.config import InterventionConfig, parse_coefficients
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.errors import InterventionError, duration_words
 from saexp.interventions.attention import AttentionTest
-from saexp.interventions.baselines import (
-    BASELINE_COLUMNS,
-    constant_note,
-    constant_rates,
-    fitting,
-    knowledge,
-    with_texts,
-)
 from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
 from saexp.interventions.controls import (
     ControlDesign,
@@ -36,19 +28,30 @@ from saexp.interventions.effects import (
     claim_notes,
     constant_rate_notes,
     effect_metrics,
+    numeric_outcomes,
     summarise,
     with_claims,
     with_strengths,
 )
-from saexp.interventions.measure import Job, Measurement, weight_costs
+from saexp.interventions.measure import (
+    BASELINE_COLUMNS,
+    Job,
+    Measurement,
+    constant_note,
+    constant_rates,
+    fitting,
+    knowledge,
+    weight_costs,
+    with_texts,
+)
 from saexp.interventions.outcomes import outcome_objects, tested_kinds
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import Original, orthogonalized
 from saexp.results import Result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import sae_identity
-from saexp.saes.sae import SparseAutoencoder
 from saexp.stats.significance import MIN_CONTROLS
 
 log = logging.getLogger(__name__)
@@ -158,7 +161,7 @@ class CausalTest:
         self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
             summary = summarise(
-                _numeric(effects, self.kinds),
+                numeric_outcomes(effects, self.kinds),
                 self.kinds,
                 self.cfg.seed,
                 controls=result.tables.get("controls"),
@@ -206,7 +209,7 @@ class CausalTest:
             alternatives = fitting(values, others.outcomes)
             test.outcomes, test.kinds = [*alternatives, *test.outcomes], tested_kinds(alternatives)
         summary = summarise(
-            _numeric(baselines, tested_kinds(rates)), tested_kinds(rates), self.cfg.seed
+            numeric_outcomes(baselines, tested_kinds(rates)), tested_kinds(rates), self.cfg.seed
         )
         tested_rows = summary[summary["split"] == "test"]
         result.metrics |= effect_metrics(tested_rows, list(constant))
@@ -455,7 +458,7 @@ class CausalTest:
                 "no train prompts to choose the coefficient on: it was chosen on the test prompts "
                 "that it is reported for"
             )
-        seen = _numeric(effects[effects["split"] == trained], self.kinds)
+        seen = numeric_outcomes(effects[effects["split"] == trained], self.kinds)
         first = next(iter(self.kinds))
         summary = summarise(seen, {first: self.kinds[first]}, self.cfg.seed)
         return chosen_coefficients(summary, first, trained)
@@ -493,8 +496,3 @@ def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
         key = None if tensor is None else vectors.setdefault(id(tensor), Vector(tensor))
         indices_of.setdefault(key, []).append(i)
     return indices_of
-
-
-def _numeric(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
-    """Outcomes as floats, missing ones as NaN."""
-    return effects.assign(**{k: effects[k].astype("Float64").astype(float) for k in kinds})

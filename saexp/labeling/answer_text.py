@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rapidfuzz.fuzz import ratio
 
-from saexp.data.examples import UNSPACED
+from saexp.data import UNSPACED
 
 
 def word_set(text: str) -> frozenset[str]:

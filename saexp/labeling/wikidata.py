@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from saexp.config import DatasetConfig, WikidataConfig
+from saexp.data import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.datasets import TEXT_TEMPLATE, fill_template, finish
-from saexp.data.examples import Example, ExampleSet, MissingValues, Skip, find_mentions, skip_notes
 from saexp.data.tables import check_characters, may_hold_surrogates, open_text
 from saexp.errors import ConfigError, DataError, counted
 from saexp.files import write_json
-from saexp.labeling.answer_values import year
-from saexp.labeling.matchers import Rules, canonical, is_correct
-from saexp.labeling.questions import (
+from saexp.labeling import (
     DROPPED,
     EntityKey,
     Thresholds,
@@ -28,6 +26,8 @@ from saexp.labeling.questions import (
     read_attributes,
     truths_of,
 )
+from saexp.labeling.answer_values import year
+from saexp.labeling.matchers import Rules, canonical, is_correct
 from saexp.registry import did_you_mean
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
+from saexp import latents
 from saexp.activations.store import ActivationStore
 from saexp.context import progress
 from saexp.data.rows import PositionRows
-from saexp.latents import encode
-from saexp.latents.encode import Latents
-from saexp.saes.sae import SAE
+from saexp.latents import Latents
+from saexp.saes import SAE
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ def at_quantiles(
 
 
 def _chunk_rows(sae: SAE) -> int:
-    return max(1, encode.CHUNK_BYTES // (4 * max(sae.d_sae, sae.d_in)))
+    return max(1, latents.CHUNK_BYTES // (4 * max(sae.d_sae, sae.d_in)))
 
 
 def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:

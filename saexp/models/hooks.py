@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.structure import Site
 

@@ -23,26 +23,24 @@ from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
 from saexp.errors import ModelError, SaexpError, brief
 from saexp.hub import hub, snapshot, why_absent
-from saexp.models.devices import (
-    Precision,
-    checkpoint_dtype,
-    pick_device,
-    pick_precision,
-    quantization_options,
-    short_name,
-)
-from saexp.models.hookpoints import Hookpoint
-from saexp.models.rope import reset_rope_before_passes
-from saexp.models.source import (
+from saexp.models import Hookpoint
+from saexp.models.resolution import (
     HUB_IDS,
     SHIPPED,
     WEIGHTS,
+    Precision,
+    checkpoint_dtype,
     dequantized,
     dequantizing,
     find_source,
     missing_weights,
+    pick_device,
+    pick_precision,
+    quantization_options,
     require_gguf,
+    short_name,
 )
+from saexp.models.rope import reset_rope_before_passes
 from saexp.models.structure import (
     ObservedBehavior,
     Site,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import ATTENTION, MIXERS, MLPS, Hookpoint
+from saexp.models import ATTENTION, MIXERS, MLPS, Hookpoint
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from saexp.errors import ModelError
+from saexp.models import MIXERS, MLPS, Hookpoint
 from saexp.models.forward import only_at, padded
-from saexp.models.hookpoints import MIXERS, MLPS, Hookpoint
 from saexp.models.hooks import edit, position_ids
 from saexp.models.loading import LanguageModel
 

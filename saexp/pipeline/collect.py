@@ -13,23 +13,23 @@ from saexp.activations.collector import CollectionRequest, CollectionStats, Part
 from saexp.activations.imported import neutral_source
 from saexp.activations.reader import OrdinaryRows, norm_limits
 from saexp.activations.store import ActivationStore
-from saexp.analysis.base import Analyzer
+from saexp.analysis import Analyzer
 from saexp.config import CorpusConfig, DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed
+from saexp.data import Example, ExampleSet, skip_notes
 from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.datasets import background_texts
 from saexp.data.documents import TokenizerInfo
-from saexp.data.examples import Example, ExampleSet, skip_notes
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import CorpusRows, PositionRows, PositionTable
 from saexp.data.tokenization import adds_bos, format_prompts, tokenize_prompts, tokenize_texts
 from saexp.errors import ConfigError, DataError, ModelError, counted
+from saexp.models import Hookpoint
 from saexp.models.forward import context_limit
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.run_folder import skips_table
 from saexp.results import Result
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 
 BOS = "check/begins_with_bos"
 """Metric: 1 where texts begin with BOS, else 0."""

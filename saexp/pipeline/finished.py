@@ -37,7 +37,7 @@ from saexp.digests import (
 from saexp.errors import SaexpError, StoreError
 from saexp.files import RUN_FOLDER, cannot_write, is_writable, write_atomically, write_json
 from saexp.hub import snapshot
-from saexp.models.source import HUB_IDS, local_folder
+from saexp.models.resolution import HUB_IDS, local_folder
 from saexp.pipeline.run_folder import LOCK, METRICS, PROVENANCE, WRITTEN, clear
 from saexp.saes.catalogue import fill_path, find_entry
 

@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Bool
 
 from saexp import registry
-from saexp.analysis.base import used_rows
+from saexp.analysis import used_rows
 from saexp.config import PositionsConfig, RunConfig
-from saexp.config.interventions import PLACES, SELECTED
+from saexp.config.groups import PLACES, SELECTED
+from saexp.data import ExampleSet
 from saexp.data.datasets import background_texts
-from saexp.data.examples import ExampleSet
 from saexp.errors import ConfigError
 from saexp.interventions.conditions import position_prompts
 from saexp.interventions.controls import effect_fraction
 from saexp.interventions.directions import LatentStatistics, StreamRows
 from saexp.interventions.effects import effect_power
 from saexp.interventions.run import run_intervention, tested_examples
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.latents.statistics import active_quantile, moments
 from saexp.models.forward import check_positions, position_limit
 from saexp.models.loading import LanguageModel

@@ -1,7 +1,10 @@
-"""A run's model, SAEs, latents and analyses, each loaded or computed once per `ObjectCache`."""
+"""A run's model, SAEs, latents, analyses and searched texts, each loaded or computed once per
+`ObjectCache`."""
 
 import dataclasses
 import hashlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,20 +12,21 @@ import pandas as pd
 
 from saexp import registry
 from saexp.activations.store import ActivationStore
-from saexp.analysis.base import AnalysisInputs, Analyzer, UndeclaredAnalyzer
-from saexp.config import AnalyzerConfig, RunConfig, parse_layers
+from saexp.analysis import AnalysisInputs, Analyzer, UndeclaredAnalyzer
+from saexp.config import AnalyzerConfig, DatasetConfig, RunConfig, parse_layers
 from saexp.context import ObjectCache
+from saexp.data.datasets import SHIPPED_MODELS, background_file
 from saexp.digests import code_digest, digest_of
-from saexp.errors import ConfigError
-from saexp.latents.encode import Latents, encode_store
-from saexp.models.devices import short_name
-from saexp.models.hookpoints import Hookpoint
+from saexp.errors import ConfigError, counted
+from saexp.latents import Latents, encode_store
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import Collected
+from saexp.models.resolution import short_name
+from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.finished import model_content, sae_content
 from saexp.results import Result
+from saexp.saes import SAE, SparseAutoencoder
 from saexp.saes.loading import check_fits, sae_identity
-from saexp.saes.sae import SAE, SparseAutoencoder
 
 StreamMetrics = dict[str, float | None]
 
@@ -207,4 +211,55 @@ def _analysis_key(analyzer: Analyzer, cfg: AnalyzerConfig, inputs: AnalysisInput
         sae,
         inputs.max_length,
         sorted((at.name, limit) for at, limit in inputs.norm_limits.items()),
+    )
+
+
+_NAMES = ("entities", "wikidata")
+"""Data sets whose texts are little more than names."""
+
+
+def searches_background(cfg: RunConfig, texts: str) -> bool:
+    """Whether neutral prose is searched, not the data set; `texts` is auto, dataset or background.
+
+    auto: where the data set's texts are names, unless they are the user's own or the model is a
+    shipped one, which was trained on such texts.
+    """
+    if texts != "auto":
+        return texts == "background"
+    dataset = cfg.dataset
+    has_own_texts = dataset.name == "entities" and dataset.path is not None
+    return dataset.name in _NAMES and not has_own_texts and cfg.model.name not in SHIPPED_MODELS
+
+
+def collect_searched(
+    cfg: RunConfig,
+    texts: str,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    examples: Collected,
+) -> tuple[Collected, str]:
+    """(activations of the texts that are searched, a sentence on which these are).
+
+    `examples` are those of the run's data set.
+    """
+    if not searches_background(cfg, texts):
+        n = counted(len(examples.examples.examples), "text")
+        if not examples.examples.examples:
+            return examples, f"Searched texts: the data set '{cfg.dataset.name}'."
+        return examples, f"Searched texts: the data set '{cfg.dataset.name}' ({n})."
+    path = background_file(cfg.dataset)
+    dataset = DatasetConfig(
+        name="text",
+        path=str(path),
+        max_length=cfg.dataset.max_length,
+        model_name=cfg.dataset.model_name,
+        seed=cfg.dataset.seed,
+    )
+    collected = collect_examples(replace(cfg, dataset=dataset), model, hookpoints)
+    n = counted(len(collected.examples.examples), "neutral text")
+    source = f"of {path}" if cfg.dataset.background else f"that ship with saexp ({Path(path).name})"
+    why = f", as the texts of dataset={cfg.dataset.name} are names" if texts == "auto" else ""
+    return collected, (
+        f"Searched texts: {n} {source}{why}. dataset=text or corpus searches your own, "
+        "task.texts=dataset those of the data set."
     )

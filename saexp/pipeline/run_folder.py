@@ -18,7 +18,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.config.environment import as_typed
 from saexp.context import RunContext
-from saexp.data.examples import Skip
+from saexp.data import Skip
 from saexp.digests import has_intact_seal
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, remove_temporary, try_lock, write_json, write_table

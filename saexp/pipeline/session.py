@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from saexp.activations.imported import neutral_source
-from saexp.analysis.base import AnalysisInputs, Analyzer
-from saexp.analysis.corpora import CorpusAnalyzer, CorpusInputs
+from saexp.analysis import AnalysisInputs, Analyzer
+from saexp.analysis.group_statistics import CorpusAnalyzer, CorpusInputs, StreamedLatents
 from saexp.config import CorpusConfig, DatasetConfig, RunConfig
 from saexp.context import ObjectCache, RunContext
 from saexp.data.rows import CorpusRows
 from saexp.errors import ConfigError, SAEError
-from saexp.latents.encode import Latents, measure_store
-from saexp.latents.streaming import StreamedLatents
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import Latents, measure_store
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import (
     Collected,
@@ -40,8 +39,8 @@ from saexp.pipeline.objects import (
 )
 from saexp.pipeline.run_folder import RUN_TABLES
 from saexp.results import Result, check_result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import ESTIMATE, estimate_factor
-from saexp.saes.sae import SparseAutoencoder
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from saexp.activations.reader import OrdinaryRows, ShuffledReader
 from saexp.activations.shard_files import StoredValues
 from saexp.config import RunConfig
 from saexp.context import RunContext
-from saexp.data.examples import Skip
+from saexp.data import Skip
 from saexp.data.rows import CorpusRows
 from saexp.data.tokenization import TokenizedText
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import collect_examples
 from saexp.saes.training import Training

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from saexp.activations.stream import PROCESS, ActivationStream, ContextActivations, StreamSettings
 from saexp.config import RunConfig
-from saexp.config.datasets import CorpusConfig
+from saexp.config.groups import CorpusConfig
 from saexp.context import ObjectCache
+from saexp.data import Skip
 from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.documents import TokenizerInfo
-from saexp.data.examples import Skip
 from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ConfigError, counted
 from saexp.files import is_writable
+from saexp.models import Hookpoint
 from saexp.models.forward import TokenBudget, context_limit
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.training_data import N_MEASURED, HeldOut, text_of

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from saexp.activations.shard_files import StoredValues
-from saexp.analysis.attribution import attribute
 from saexp.analysis.latent_scores import (
     AMPLIFICATION,
     FEWEST_EXAMPLES,
@@ -19,6 +18,7 @@ from saexp.analysis.latent_scores import (
     input_scores,
     output_scores,
 )
+from saexp.analysis.top_latents import attribute
 from saexp.config import RunConfig
 from saexp.data.datasets import background_texts
 from saexp.data.rows import PositionRows
@@ -26,7 +26,7 @@ from saexp.data.tokenization import PositionNotFound, answer_token, space_note, 
 from saexp.errors import SAEError
 from saexp.interventions.conditions import choose_prompts, position_prompts
 from saexp.interventions.results_cache import ResultCache, model_ingredients, shared
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED
 from saexp.pipeline.collect import Collected
@@ -38,8 +38,8 @@ from saexp.pipeline.session import (
     validates,
 )
 from saexp.results import Result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import sae_identity
-from saexp.saes.sae import SparseAutoencoder
 from saexp.saes.validation import Fit, Pair, check_fit
 
 log = logging.getLogger(__name__)

@@ -11,18 +11,7 @@ import plotly.io
 from saexp import registry
 from saexp.errors import counted
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.analyzer_pages import CAPABILITY, PROBE
-from saexp.reports.contrast import CONTRAST
-from saexp.reports.effect_section import effect_content, effect_figures
-from saexp.reports.effects import effect_sentences
-from saexp.reports.findings import (
-    context_sentences,
-    intervention_findings,
-    knowledge_sentences,
-    presumed_knowledge,
-)
-from saexp.reports.latents import STATS, TOP_FEATURES
-from saexp.reports.page import (
+from saexp.reports import (
     GROUP_COLOURS,
     SAE_CHECK_HEAD,
     AnalyzerPage,
@@ -35,6 +24,17 @@ from saexp.reports.page import (
     sae_check_rows,
     write_run_page,
 )
+from saexp.reports.analyzer_pages import CAPABILITY, PROBE
+from saexp.reports.contrast import CONTRAST
+from saexp.reports.effect_section import effect_content, effect_figures
+from saexp.reports.effects import effect_sentences
+from saexp.reports.findings import (
+    context_sentences,
+    intervention_findings,
+    knowledge_sentences,
+    presumed_knowledge,
+)
+from saexp.reports.latents import STATS, TOP_FEATURES
 from saexp.reports.saved_run import SavedRun
 from saexp.reports.training import training_sentence
 from saexp.results import model_title, model_words, sae_words

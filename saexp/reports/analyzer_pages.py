@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.errors import counted
-from saexp.reports.page import (
+from saexp.reports import (
     CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,

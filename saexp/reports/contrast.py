@@ -8,9 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.errors import counted
-from saexp.reports.effects import position_words
-from saexp.reports.findings import contrast_findings, contrast_sentences, power_sentences
-from saexp.reports.page import (
+from saexp.reports import (
     GROUP_COLOURS,
     QUIET,
     AnalyzerPage,
@@ -21,6 +19,8 @@ from saexp.reports.page import (
     style,
     translucent,
 )
+from saexp.reports.effects import position_words
+from saexp.reports.findings import contrast_findings, contrast_sentences, power_sentences
 from saexp.reports.saved_run import SavedRun
 from saexp.results import is_above_chance, outcome_words, sae_name
 from saexp.stats.significance import holm

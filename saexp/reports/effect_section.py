@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saexp.errors import counted
+from saexp.reports import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
 from saexp.reports.effects import (
     action_words,
     capitalized,
@@ -18,7 +19,6 @@ from saexp.reports.effects import (
     target_words,
     unit_words,
 )
-from saexp.reports.page import GROUP_COLOURS, QUIET, error_bars, style, translucent, wrapped
 from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS, outcome_words
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saexp.errors import counted
-from saexp.reports.page import interval_words
+from saexp.reports import interval_words
 from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS, outcome_words, p_value_words
 from saexp.stats.intervals import MIN_N as MIN_ENTITIES

@@ -8,6 +8,7 @@ import pandas as pd
 
 from saexp.data.datasets import SHIPPED_MODELS
 from saexp.errors import counted
+from saexp.reports import Finding, interval_words
 from saexp.reports.effects import (
     action_words,
     capitalized,
@@ -15,7 +16,6 @@ from saexp.reports.effects import (
     effect_sentences,
     main_rows,
 )
-from saexp.reports.page import Finding, interval_words
 from saexp.reports.saved_run import SavedRun
 from saexp.results import is_above_chance, model_words, outcome_words, p_value_words, sae_words
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from saexp.errors import counted
 from saexp.labeling.matchers import PAPER, Rules, type_key
-from saexp.reports.page import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
+from saexp.reports import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
 from saexp.reports.saved_run import SavedRun
 from saexp.results import model_title
 from saexp.stats.intervals import wilson

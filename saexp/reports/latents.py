@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from saexp.errors import StoreError, counted
 from saexp.files import RUN_FOLDER, write_text
-from saexp.reports.page import (
+from saexp.reports import (
     GROUP_COLOURS,
     SAE_CHECK_HEAD,
     AnalyzerPage,

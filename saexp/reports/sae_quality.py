@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from saexp.errors import counted
-from saexp.reports.page import (
+from saexp.reports import (
     PALETTE,
     QUIET,
     Finding,

@@ -11,7 +11,7 @@ from pyarrow import ArrowException
 
 from saexp.errors import brief, counted
 from saexp.files import SWEEP_FOLDER, write_table
-from saexp.reports.page import (
+from saexp.reports import (
     GROUP_COLOURS,
     QUIET,
     Finding,

@@ -10,8 +10,7 @@ from plotly.subplots import make_subplots
 
 from saexp.config import parse_width
 from saexp.errors import counted
-from saexp.reports.effects import capitalized, prompts_of
-from saexp.reports.page import (
+from saexp.reports import (
     CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,
@@ -21,6 +20,7 @@ from saexp.reports.page import (
     translucent,
     wrapped,
 )
+from saexp.reports.effects import capitalized, prompts_of
 from saexp.reports.saved_run import SavedRun, cell_words, groups_of, line_keys, swept
 from saexp.results import p_value_words
 from saexp.stats.significance import ALPHA, holm

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from saexp.reports import CHANCE_LINE, PALETTE, error_bars, interval_words, style
 from saexp.reports.analyzer_pages import name_of
-from saexp.reports.page import CHANCE_LINE, PALETTE, error_bars, interval_words, style
 from saexp.reports.saved_run import cell_words, swept
 
 CAPTION = (

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from saexp.config import SAETrainerConfig
 from saexp.errors import counted
-from saexp.reports.page import (
+from saexp.reports import (
     GROUP_COLOURS,
     Finding,
     TileGroup,

@@ -16,7 +16,8 @@ import yaml
 from saexp.config import SAEConfig, parse_layers, parse_width
 from saexp.digests import content_name, digest_of
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.saes import SAE, SparseAutoencoder
 from saexp.saes.formats import (
     Streams,
     dictionary_learning,
@@ -27,7 +28,6 @@ from saexp.saes.formats import (
     lens_hookpoint,
     saelens,
 )
-from saexp.saes.sae import SAE, SparseAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from saexp.config import SAEConfig, parse_layers
 from saexp.digests import code_digest, contents, digest_of, state_sha256
 from saexp.errors import SAEError
 from saexp.hub import is_path
-from saexp.models.devices import pick_device
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.source import ASSETS, SHIPPED
+from saexp.models.resolution import ASSETS, SHIPPED, pick_device
+from saexp.saes import SAESettings, SparseAutoencoder, check_values
 from saexp.saes.catalogue import (
     fill_path,
     find_entry,
@@ -36,7 +36,6 @@ from saexp.saes.formats import (
     gemma_scope,
     saelens,
 )
-from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 from saexp.stats.significance import random_directions
 
 

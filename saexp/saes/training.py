@@ -22,7 +22,7 @@ from saexp.context import progress
 from saexp.distributed import ALONE, Processes
 from saexp.errors import SAEError, counted
 from saexp.files import RUN_FOLDER, write_folder
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
 from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
 from saexp.saes.training_batches import Batches, Reader, ReaderBatches, Streams, Widths

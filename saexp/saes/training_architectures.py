@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import did_you_mean
 from saexp.saes.topk_training import QuickBatchTopKTrainingSAE, QuickTopKTrainingSAE
 

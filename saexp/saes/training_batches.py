@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from saexp.distributed import ALONE, Processes
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 
 N_SCALE_BATCHES = 50
 """Number of batches from which the inputs' mean norm is estimated."""

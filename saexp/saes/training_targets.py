@@ -13,7 +13,7 @@ from saexp.config import SAETrainerConfig, parse_layers, parse_widths
 from saexp.config.run import conf_folder
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import STREAM_ORDER, Hookpoint
+from saexp.models import STREAM_ORDER, Hookpoint
 from saexp.saes.training_architectures import TRANSCODERS, check_name
 
 

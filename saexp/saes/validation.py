@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.saes import SparseAutoencoder
 from saexp.saes.formats.saelens import recorded_frequencies
-from saexp.saes.sae import SparseAutoencoder
 
 L0_FACTOR = 3.0
 """Largest ratio between the measured L0 and the catalogue's, in either direction."""

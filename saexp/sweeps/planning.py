@@ -31,20 +31,27 @@ from saexp.analysis.latent_scores import (
     firing,
     nearest_directions,
 )
-from saexp.config import ModelConfig, RunConfig, SAEConfig, parse_layers, to_run_config
+from saexp.config import (
+    COMPOSITION_ERRORS,
+    ModelConfig,
+    RunConfig,
+    SAEConfig,
+    key_of,
+    parse_layers,
+    to_run_config,
+)
 from saexp.config.environment import resolved
-from saexp.config.hydra_errors import COMPOSITION_ERRORS, key_of
 from saexp.config.tasks import StreamsConfig
 from saexp.context import ObjectCache
 from saexp.errors import SAEError, SaexpError, StoreError, brief
 from saexp.files import SWEEP_FOLDER, write_json, write_table
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.pipeline.run_folder import reserve
 from saexp.reports.saved_run import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.sweeps.trainings import TRAININGS, planned
 
 log = logging.getLogger(__name__)

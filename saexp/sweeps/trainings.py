@@ -10,10 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
-from saexp.config.datasets import CorpusConfig
+from saexp.config import COMPOSITION_ERRORS, RunConfig, SAETrainerConfig, TrainConfig
 from saexp.config.environment import as_typed, resolved
-from saexp.config.hydra_errors import COMPOSITION_ERRORS
+from saexp.config.groups import CorpusConfig
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.errors import SaexpError
 from saexp.results import read_plan

@@ -9,11 +9,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from saexp import registry
-from saexp.analysis.base import as_analyzer
+from saexp.analysis import as_analyzer
 from saexp.config import RunConfig
 from saexp.context import RunContext
-from saexp.data.examples import Skip
-from saexp.latents.encode import Latents
+from saexp.data import Skip
+from saexp.latents import Latents
 from saexp.pipeline.intervene import check_steerable, intervene, needs_selected_latents
 from saexp.pipeline.objects import describe_sae
 from saexp.pipeline.run_folder import save_run, unexplained_notes, write_provenance

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saexp import registry
-from saexp.analysis.base import AnalysisInputs, equally_observed
+from saexp.analysis import AnalysisInputs, equally_observed
 from saexp.analysis.latent_scores import nearest_directions
 from saexp.config import DashboardConfig, PositionsConfig, RunConfig
 from saexp.context import RunContext
@@ -33,15 +33,14 @@ from saexp.latents.statistics import (
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED, Unembedding
 from saexp.pipeline.collect import Collected, collect_examples
-from saexp.pipeline.objects import describe_sae, encoded_neutral
+from saexp.pipeline.objects import collect_searched, describe_sae, encoded_neutral
 from saexp.pipeline.run_folder import save_run
-from saexp.pipeline.searched_texts import collect_searched
 from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
 from saexp.results import Result, is_above_chance, model_words, sae_words
+from saexp.saes import SparseAutoencoder
 from saexp.saes.catalogue import EMBEDDED, neuronpedia_list, neuronpedia_url
-from saexp.saes.sae import SparseAutoencoder
 
 OTHER = "other rows"
 """Label of rows that are of neither group."""

@@ -13,20 +13,14 @@ import pandas as pd
 from saexp import registry
 from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
+from saexp.data import Example, Skip, skip_notes
 from saexp.data.datasets import ASSETS, MEMORIZATION_COLUMNS, SHIPPED_MODELS, read_lines
-from saexp.data.examples import Example, Skip, skip_notes
 from saexp.data.tables import read_rows
 from saexp.data.tokenization import TokenizedText, format_prompts, tokenize, tokenize_prompts
 from saexp.errors import DataError, counted
 from saexp.interventions.outcomes import Refusal
+from saexp.labeling import Question, entity_groups, label_answer, questions, repeats_question
 from saexp.labeling.matchers import Rules
-from saexp.labeling.questions import (
-    Question,
-    entity_groups,
-    label_answer,
-    questions,
-    repeats_question,
-)
 from saexp.models.forward import check_positions
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.objects import language_model

@@ -14,15 +14,15 @@ import pandas as pd
 
 from saexp.config import LabelConfig, RunConfig
 from saexp.context import RunContext
-from saexp.data.examples import Example, Skip, Span, assign_splits, find_mentions
+from saexp.data import Example, Skip, Span, assign_splits, find_mentions
 from saexp.data.tokenization import Prompt
 from saexp.errors import ConfigError, counted
 from saexp.files import RUN_FOLDER, is_writable, write_bytes, write_text
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Row, Sampling
+from saexp.labeling import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.labeling.matchers import canonical, type_key
-from saexp.labeling.questions import DROPPED, TEMPLATES, Question, Templates, Thresholds, pick
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.objects import describe_model
 from saexp.pipeline.run_folder import save_run

@@ -16,17 +16,17 @@ import pandas as pd
 import torch
 
 from saexp.config import RunConfig, SAETrainerConfig, TrainConfig
-from saexp.config.datasets import CorpusConfig
+from saexp.config.groups import CorpusConfig
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import RunContext
 from saexp.distributed import Processes, connected
 from saexp.errors import ConfigError, ModelError, SaexpError, counted
 from saexp.files import RUN_FOLDER, is_writable, locked, try_lock, write_folder
-from saexp.latents.encode import Latents, encode_rows
+from saexp.latents import Latents, encode_rows
 from saexp.latents.statistics import moments
-from saexp.models.devices import native_dtypes, pick_device
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.models.resolution import native_dtypes, pick_device
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table

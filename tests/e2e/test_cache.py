@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import store_management as stores
 from saexp.activations.store import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.files import locked
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.tasks import collect as stores
 from tests.unit.reports.left import command
 
 POSTS = [Hookpoint(0, "resid_post"), Hookpoint(1, "resid_post")]

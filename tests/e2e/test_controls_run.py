@@ -17,7 +17,7 @@ from saexp.data.datasets import background_texts
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import random_directions
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]

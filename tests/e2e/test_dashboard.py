@@ -18,8 +18,8 @@ from saexp.data.datasets import ASSETS
 from saexp.errors import ConfigError
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import random_sae
-from saexp.saes.sae import SparseAutoencoder
 from saexp.tasks import dashboard
 from saexp.tasks.dashboard import parse_latents
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save

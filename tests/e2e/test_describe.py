@@ -12,7 +12,7 @@ import pytest
 
 import saexp
 from saexp import registry
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.cli import main
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.reports.analysis import findings, report_figures, write_report

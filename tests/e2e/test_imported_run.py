@@ -11,7 +11,7 @@ import pytest
 
 import saexp
 from saexp.errors import ConfigError, DataError
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 
 LAYER = 2
 FIXED = [

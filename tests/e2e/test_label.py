@@ -10,7 +10,7 @@ import torch
 
 import saexp
 from saexp.config import DatasetConfig, LabelConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tables import read_rows, to_examples
 from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ import saexp
 from saexp.data.tokenization import tokenize
 from saexp.errors import DataError
 from saexp.models.loading import LanguageModel
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from tests.random_models import random_hf, tokenizer
 
 ROOT = Path(__file__).parents[2]

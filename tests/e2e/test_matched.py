@@ -16,7 +16,7 @@ import saexp
 from saexp.context import ObjectCache
 from saexp.pipeline import objects
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.sweeps import planning
 from tests.unit.reports.left import page_of
 

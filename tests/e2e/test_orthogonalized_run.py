@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import saexp
+from saexp.data import Example
 from saexp.data.datasets import background_texts
-from saexp.data.examples import Example
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import paired_head_test
 from tests.edited_weights import by_hand, divergence
 

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from saexp.reports.page import write_page
+from saexp.reports import write_page
 from tests.browser import dom, needs_chromium
 from tests.unit.reports.cards import card, written
 from tests.unit.reports.left import body_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.models.devices import native_dtypes
+from saexp.models.resolution import native_dtypes
 from tests.e2e.test_bos import described
 from tests.random_models import TEXTS, random_hf, save
 

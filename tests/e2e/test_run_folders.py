@@ -10,7 +10,6 @@ import pytest
 
 import saexp
 from saexp import registry
-from saexp.activations.store_management import damaged, stores
 from saexp.cli import cell_folder
 from saexp.context import RunContext
 from saexp.errors import ModelError
@@ -18,6 +17,7 @@ from saexp.pipeline import finished
 from saexp.pipeline.run_folder import clear
 from saexp.results import Result
 from saexp.sweeps.planning import PROCESS
+from saexp.tasks.collect import damaged, stores
 from saexp.tracking import NullTracker
 from tests import interpreters
 from tests.unit.reports.left import command

@@ -14,7 +14,7 @@ from scipy import sparse
 import saexp
 from saexp.analysis.latent_scores import logit_lens_tokens
 from saexp.data.tokenization import tokenize
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.models.loading import LanguageModel
 from saexp.pipeline import validation
 

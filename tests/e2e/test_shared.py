@@ -168,8 +168,8 @@ def test_rows_of_lists_have_a_key_of_their_own() -> None:
 
 
 def test_a_model_s_settings_are_part_of_what_an_analyzer_finds() -> None:
-    from saexp.analysis.base import AnalysisInputs
-    from saexp.latents.encode import Latents
+    from saexp.analysis import AnalysisInputs
+    from saexp.latents import Latents
     from saexp.models.loading import LanguageModel
 
     def key(*words: str, bos: bool | None = None, latents: str = "a") -> str | None:

@@ -9,7 +9,7 @@ from hydra import initialize_config_dir
 
 from saexp.config import register_schema
 from saexp.config.run import conf_folder
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.planning import _passes
 from tests.unit.reports.left import command, table_of, wandb_runs

@@ -183,7 +183,7 @@ def test_an_l0_far_from_k_is_a_note(name, options, l0, has_note):
 def test_checkpoints_are_known_by_what_is_trained_on_which_data(cache):
     from types import SimpleNamespace
 
-    from saexp.models.hookpoints import Hookpoint
+    from saexp.models import Hookpoint
     from saexp.saes.training_targets import Target, variants_of
     from saexp.tasks.train import _key
 

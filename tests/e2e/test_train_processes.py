@@ -18,7 +18,7 @@ import saexp
 from saexp.activations.stream import PROCESS
 from saexp.distributed import check_command, check_task
 from saexp.errors import ConfigError
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 
 CORPUS = [
     "task=train",

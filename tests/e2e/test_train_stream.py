@@ -13,8 +13,8 @@ import torch
 import saexp
 from saexp.activations.stream import ActivationStream, ContextActivations
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import Hookpoint
-from saexp.models.source import ASSETS
+from saexp.models import Hookpoint
+from saexp.models.resolution import ASSETS
 from saexp.pipeline.training_stream import StreamedData, split
 from saexp.results import Result
 from tests import interpreters

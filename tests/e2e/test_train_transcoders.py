@@ -12,7 +12,7 @@ import torch
 import saexp
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError, ModelError
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from saexp.reports.analysis import headline
 from saexp.results import Result
 from saexp.saes import training as module

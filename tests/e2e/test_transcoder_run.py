@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saexp
 from saexp.activations.store import ActivationStore
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.results import Result
 from tests.unit.saes.make import write_saelens
 

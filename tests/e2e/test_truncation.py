@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import saexp
 from saexp import registry
 from saexp.config import PositionsConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import NO_SPAN, TRUNCATED, resolve_positions
 from saexp.data.tokenization import tokenize
 from saexp.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ import pytest
 
 import saexp
 from saexp.errors import StoreError
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from saexp.pipeline.run_folder import unexplained_notes
 from saexp.results import Result
 

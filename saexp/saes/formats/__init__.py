@@ -18,8 +18,8 @@ from torch import Tensor
 from saexp.digests import content_name
 from saexp.errors import ModelError, SAEError, brief
 from saexp.hub import hub, why_absent
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import check_type
+from saexp.models import Hookpoint
+from saexp.saes import check_type
 
 
 def download(repo: str, path: str) -> Path:

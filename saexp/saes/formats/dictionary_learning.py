@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saexp.errors import ModelError, SAEError, brief
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder, check_type, check_values
 from saexp.saes.formats import (
     Config,
     check_matrices,
@@ -19,7 +20,6 @@ from saexp.saes.formats import (
     read_config,
     read_safetensors,
 )
-from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type, check_values
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from saexp.errors import SAEError, brief
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder, check_type, check_values
 from saexp.saes.formats import (
     Config,
     Streams,
@@ -21,7 +22,6 @@ from saexp.saes.formats import (
     read_config,
     read_safetensors,
 )
-from saexp.saes.sae import SAESettings, SparseAutoencoder, check_type, check_values
 
 WEIGHTS = "params.npz"
 _UNREADABLE = (

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.hub import hub, why_absent
-from saexp.models.hookpoints import NOT_ADDED, Hookpoint
+from saexp.models import NOT_ADDED, Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder, check_values
 from saexp.saes.formats import (
     Config,
     check_matrices,
@@ -19,7 +20,6 @@ from saexp.saes.formats import (
     read_safetensors,
     read_yaml,
 )
-from saexp.saes.sae import SAESettings, SparseAutoencoder, check_values
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _ROUNDING = 1e-3

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saexp.config import SAETrainerConfig
-from saexp.models.devices import native_dtypes
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
+from saexp.models.resolution import native_dtypes
 from saexp.saes.training import Training, TrainingSource
 from saexp.tasks.train import _resolved
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Patch, Row, Vector
+from saexp.models import Hookpoint
 from saexp.models.forward import after_blocks, can_skip, may_skip
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import ARCHITECTURES, D_MODEL, TEXTS, random_lm, tokenizer
 

@@ -7,7 +7,7 @@ import torch
 
 from saexp.interventions.cached_generation import LogitReader, generate, read_logits
 from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.random_models import D_MODEL, VOCABULARY
 from tests.rope_models import CONTEXT, ONE_OF_EACH_KIND, ROPE_MODELS, rope_lm
 from tests.unit.interventions.plain_loop import Hooked, plain_generate

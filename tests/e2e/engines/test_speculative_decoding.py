@@ -9,9 +9,9 @@ from saexp.interventions import cached_generation as batching
 from saexp.interventions import generation
 from saexp.interventions.cached_generation import SpeculativeDecoding, generate
 from saexp.interventions.stream_edits import Add, Move, Patch, Row, Sampling, Splice, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, random_hf, random_lm, tokenizer
 from tests.unit.interventions.test_engine import AT, add, made_sae, prompts
 

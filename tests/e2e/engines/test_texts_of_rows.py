@@ -11,7 +11,7 @@ from saexp.interventions import cached_generation as batching
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Row, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, VOCABULARY, random_hf, random_lm, tokenizer
 from tests.unit.interventions.plain_loop import Hooked, plain_generate

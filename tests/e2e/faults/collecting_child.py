@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, VOCABULARY, tokenizer
 from tests.unit.activations.collecting import load, placed, run, run_in_shards

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from saexp.latents import encode
+import saexp.latents as encoding
 from saexp.latents.statistics import Tally, tally_store, values_at
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.unit.latents.test_encode import store_of
 
 D_IN, D_SAE = 64, 2048
@@ -20,7 +20,7 @@ D_IN, D_SAE = 64, 2048
 def tally_much(folder: Path, n_rows: int, reported: Any) -> None:
     """Reports (bytes of all activations, peak bytes of memory): 10 of 2048 latents, half fire."""
     torch.set_num_threads(1)
-    encode.CHUNK_BYTES = 8 * 2**20
+    encoding.CHUNK_BYTES = 8 * 2**20
     generator = torch.Generator().manual_seed(0)
     decoder = torch.randn(D_SAE, D_IN, generator=generator)
     sae = SparseAutoencoder(

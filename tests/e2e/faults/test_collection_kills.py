@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from saexp import files
-from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
 from saexp.files import FOLDER
+from saexp.tasks import collect as stores
 from tests.e2e.faults import collecting_child as child
 from tests.e2e.faults.collecting_child import PATIENCE_SECONDS, end, start
 from tests.random_models import random_hf, save

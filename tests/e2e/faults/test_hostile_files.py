@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 from tests.e2e.faults.injection import command, one_line
 
 WORDS = ("dataset.n_examples=6", "tracker=none", "hydra.run.dir=run", "intervention=none")

@@ -15,8 +15,8 @@ import torch
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.stream_edits import Add, Row, Vector
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.e2e.faults.injection import empty, flip_byte, garbage, truncate
 from tests.random_models import D_MODEL, TEXTS, random_lm
 

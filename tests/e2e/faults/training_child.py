@@ -11,7 +11,7 @@ import torch
 import saexp
 from saexp.data.corpora import DOCUMENTS, MANIFEST, TOKENS, Corpus
 from saexp.digests import sealed
-from saexp.models.source import ASSETS
+from saexp.models.resolution import ASSETS
 
 BOUND = 96 * 2**20
 """Bytes that the process may allocate beside what it has after a first, small training."""

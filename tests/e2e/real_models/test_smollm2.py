@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
 from saexp import registry
-from saexp.models.source import HUB_IDS, find_source, made_folder
+from saexp.models.resolution import HUB_IDS, find_source, made_folder
 from tests.unit.reports.left import command, metrics_of
 
 FOLDER = made_folder("smollm2")
@@ -159,7 +159,7 @@ def test_the_command_of_the_readme_runs(tmp_path: Path) -> None:
 def test_without_the_folder_it_is_the_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = saexp.compose(["model=smollm2"]).model
     assert find_source(cfg).path == str(FOLDER)
-    monkeypatch.setattr("saexp.models.source.PACKAGE", Path("/nowhere/saexp"))
+    monkeypatch.setattr("saexp.models.resolution.PACKAGE", Path("/nowhere/saexp"))
     assert find_source(cfg).path == HUB_IDS["smollm2"]
     with pytest.raises(saexp.errors.ModelError, match="make real-model makes it without the hub"):
         saexp.load_model("smollm2")

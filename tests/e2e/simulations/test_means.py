@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp.analysis.attribution import Attribution
+from saexp.analysis.top_latents import Attribution
 from saexp.stats.intervals import (
     difference_of_means,
     mean_interval,

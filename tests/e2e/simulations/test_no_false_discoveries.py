@@ -8,12 +8,12 @@ import pytest
 from scipy import sparse
 
 import saexp
-from saexp.analysis.base import AnalysisInputs, Split
+from saexp.analysis import AnalysisInputs, Split
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.contrast_checks import placebo_labels
 from saexp.config import AnalyzerConfig
 from saexp.context import ObjectCache
-from saexp.latents.encode import Latents, encode_store
+from saexp.latents import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import Result

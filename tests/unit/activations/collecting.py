@@ -17,11 +17,11 @@ from saexp.activations.collector import (
 )
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, ModelConfig, PositionsConfig, StoreConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import PositionTable
 from saexp.data.tokenization import tokenize
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, tokenizer
 

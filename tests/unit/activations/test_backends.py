@@ -16,7 +16,7 @@ from saexp.activations.collector import (
 from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, StoreConfig
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import random_hf, random_lm, save
 from tests.unit.activations.collecting import MAX_LENGTH, placed, run

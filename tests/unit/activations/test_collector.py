@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from saexp.config import ModelConfig, StoreConfig
 from saexp.errors import ConfigError, ModelError, StoreError
+from saexp.models import Hookpoint
 from saexp.models.forward import TokenBudget, batches
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import STORED, TEXTS, random_hf, random_lm, save, tokenizer
 from tests.unit.activations.collecting import POSTS, n_tokens, placed, run

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
-from saexp.activations.store_management import differences, headline
+from saexp.tasks import collect as stores
+from saexp.tasks.collect import differences, headline
 from tests.e2e.test_cache import store
 from tests.unit.reports.left import command
 

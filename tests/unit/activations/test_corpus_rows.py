@@ -10,7 +10,7 @@ from saexp.data.corpora import Corpus, tokenized
 from saexp.data.documents import TokenizerInfo
 from saexp.data.rows import CorpusRows
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import random_lm, tokenizer
 from tests.unit.activations.collecting import run

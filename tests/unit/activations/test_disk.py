@@ -13,7 +13,7 @@ from saexp.activations import collection
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import show_bytes
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.disks import obeying_permissions, read_only
 from tests.random_models import random_hf, random_lm, save

@@ -17,12 +17,12 @@ from saexp.activations.collection import finite_rows
 from saexp.activations.collector import Part
 from saexp.activations.shard_files import Label, ShardWriter
 from saexp.activations.shared_prefixes import units
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError, StoreError
+from saexp.models import Hookpoint
 from saexp.models.forward import AUTO_BATCH_TOKENS
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, placed, run

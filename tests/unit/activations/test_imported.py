@@ -16,7 +16,7 @@ from saexp.activations.store import ActivationStore
 from saexp.config import ImportedConfig, StoreConfig
 from saexp.data.positions import PositionTable
 from saexp.errors import ConfigError, DataError, StoreError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, N_LAYERS, TEXTS, random_lm
 from tests.unit.activations.collecting import MAX_LENGTH, placed, run

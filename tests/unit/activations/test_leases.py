@@ -8,10 +8,10 @@ import torch
 
 import saexp
 from saexp import files
-from saexp.activations import store_management as stores
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import FOLDER, Lease, users
+from saexp.tasks import collect as stores
 from tests.random_models import random_lm
 from tests.unit.activations.collecting import POSTS, digests, run
 from tests.unit.activations.test_disk import disk as disk  # a fixture

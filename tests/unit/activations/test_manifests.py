@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from saexp.activations import store_management as stores
 from saexp.activations.shard_files import read_manifest, write_manifest
 from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import USED
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
+from saexp.tasks import collect as stores
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, run
 

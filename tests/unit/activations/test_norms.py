@@ -10,7 +10,7 @@ import saexp
 from saexp.activations.reader import OrdinaryRows, norm_limit, norm_limits
 from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.unit.latents.test_encode import store_of
 
 AT = Hookpoint(3, "resid_post")

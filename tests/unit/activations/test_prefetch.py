@@ -8,11 +8,11 @@ import pytest
 from saexp.activations import collection
 from saexp.activations.shard_files import ShardWriter
 from saexp.activations.store import ActivationStore
-from saexp.activations.store_management import stores, unreadable
 from saexp.errors import StoreError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import _hookpoints_to_prefetch
+from saexp.tasks.collect import stores, unreadable
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, run
 

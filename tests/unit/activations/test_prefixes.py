@@ -18,8 +18,8 @@ from saexp.activations.shared_prefixes import (
     groups,
     units,
 )
+from saexp.models import Hookpoint
 from saexp.models.forward import TokenBudget
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import ARCHITECTURES, PARALLEL, TEXTS, random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, placed, run

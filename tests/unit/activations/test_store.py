@@ -16,7 +16,7 @@ from saexp.activations.store import ActivationStore, store_key
 from saexp.config import ModelConfig
 from saexp.errors import ModelError, StoreError
 from saexp.files import write_atomically
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import TEXTS, random_hf, random_lm, save, tokenizer
 from tests.unit.activations.collecting import MAX_LENGTH, POSTS, digests, n_tokens, placed, run

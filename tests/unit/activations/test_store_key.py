@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from saexp.activations.collector import ingredients
 from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import All, resolve_positions
 from saexp.data.tokenization import tokenize
 from saexp.models.loading import LanguageModel

@@ -10,7 +10,7 @@ import torch
 from saexp.activations.stream import ActivationStream, ContextActivations, StreamSettings
 from saexp.data.corpora import Corpus
 from saexp.errors import StoreError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.stats.significance import derived_seed
 from tests.random_models import random_hf, random_lm, tokenizer

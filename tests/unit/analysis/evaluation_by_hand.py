@@ -9,7 +9,7 @@ from saexp.analysis.evaluation_passes import Where
 from saexp.data.tokenization import TokenizedText
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 
 STATES = ("clean", "sae", "zero", "mean")
 

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.config import AnalyzerConfig
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 
 D_SAE = 60

@@ -8,13 +8,13 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from saexp.analysis import attribution
-from saexp.analysis.attribution import MIN_ACTIVE, Attribution, attribute
+from saexp.analysis import top_latents
+from saexp.analysis.top_latents import MIN_ACTIVE, Attribution, attribute
 from saexp.errors import DataError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import mean_interval
 from tests.random_models import (
     D_MODEL,
@@ -191,7 +191,7 @@ def test_where_the_rest_is_linear_all_three_are_the_effect_of_ablation(foils):
 def test_batches_and_chunks_do_not_matter(architecture, monkeypatch):
     model, sae = random_lm(architecture), make_sae(MIDDLE)
     together = attribute(model, sae, PROMPTS, SOME, ANSWERS, FOILS)
-    monkeypatch.setattr(attribution, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(top_latents, "CHUNK_BYTES", 1)
     alone = attribute(model, sae, PROMPTS, SOME, ANSWERS, FOILS, batch_tokens=1)
     for name in ("activation", "direct", "gradient"):
         one, other = getattr(together, name), getattr(alone, name)

@@ -14,7 +14,7 @@ from scipy import sparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.capability import (
     CapabilityAnalyzer,
     _paired_rate_bounds,
@@ -22,13 +22,13 @@ from saexp.analysis.capability import (
     questions,
 )
 from saexp.config import CapabilityConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import Latents
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import Latents
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import mean_interval, paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
 

@@ -213,10 +213,10 @@ def test_without_entity_types(missing: str | None) -> None:
 def test_without_background() -> None:
     from scipy import sparse
 
-    from saexp.analysis.base import AnalysisInputs
+    from saexp.analysis import AnalysisInputs
     from saexp.analysis.contrast import ContrastAnalyzer
     from saexp.config import AnalyzerConfig
-    from saexp.latents.encode import Latents
+    from saexp.latents import Latents
 
     inputs = AnalysisInputs(
         latents=Latents(sparse.csr_array(DENSE), ROWS), groups=("known", "unknown"), layer=0

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.base import Split
+from saexp.analysis import Split
 from saexp.analysis.contrast_checks import contrast_power
 from saexp.stats.significance import detectable_auroc
 from tests.unit.analysis.simulate import D_SAE, GROUPS, activations, contrast, rows_table

@@ -8,11 +8,11 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.base import AnalysisInputs, observations, split_of
+from saexp.analysis import AnalysisInputs, observations, split_of
 from saexp.analysis.contrast import ContrastAnalyzer, compare_with_surface
 from saexp.analysis.contrast_checks import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.rank_tests import stratum_weights
 from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.contrast_checks import density_limit
 from saexp.config import AnalyzerConfig
 from saexp.errors import ConfigError
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 
 D_SAE, N_BACKGROUND = 600, 2000

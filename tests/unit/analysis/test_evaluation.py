@@ -18,9 +18,9 @@ from saexp.analysis.evaluation import (
 )
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
 from saexp.data.tokenization import TokenizedText, tokenize
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.stats.intervals import ratio_interval
 from tests.random_models import (
     ARCHITECTURES,

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.analysis.base import match_token_counts
+from saexp.analysis import match_token_counts
 
 GROUPS = ("known", "unknown")
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from saexp.analysis.base import observations, used_rows
-from saexp.latents.encode import Latents
+from saexp.analysis import observations, used_rows
+from saexp.latents import Latents
 
 GROUPS = ("known", "unknown")
 

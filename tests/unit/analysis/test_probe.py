@@ -21,12 +21,12 @@ from sklearn.metrics import (
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.classifiers import Labelled, roc, threshold_of_best_accuracy
 from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 from tests.unit.analysis.simulate import GROUPS, KNOWN, UNKNOWN, activations, rows_table
 

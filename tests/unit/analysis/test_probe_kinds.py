@@ -8,12 +8,12 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.classifiers import Labelled
 from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 from tests.unit.analysis.test_probe import made, parts
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes
+from saexp.analysis.top_latents import attribute
 from saexp.data.tokenization import TokenizedText
 from saexp.models.forward import TokenBudget, batches
 from saexp.models.rope import rope_regime
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 from tests.random_models import VOCABULARY
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm
 from tests.unit.interventions.test_engine import made_sae

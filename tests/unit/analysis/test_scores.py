@@ -8,10 +8,10 @@ from scipy import sparse
 
 from saexp.analysis.latent_scores import input_scores, logit_lens_tokens, output_scores
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, N_LAYERS, VOCABULARY, random_hf, random_lm, tokenizer
 from tests.unit.saes import make
 

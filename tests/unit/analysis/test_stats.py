@@ -6,11 +6,11 @@ import pytest
 from scipy import sparse
 
 import saexp
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.group_statistics import StatsAnalyzer
 from saexp.config import StatsConfig
 from saexp.errors import ConfigError, DataError
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.intervals import MIN_N, mean_interval
 from tests.unit.analysis.simulate import D_SAE, GROUPS, SILENT, activations, rows_table

@@ -9,12 +9,12 @@ import torch
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.classifiers import labelled
 from saexp.analysis.contrast_checks import fit_surface, read_texts, token_counts
 from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.rank_tests import auroc_difference, difference_p_value
 from tests.unit.analysis.simulate import GROUPS, activations, rows_table

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import saexp
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import TopFeaturesConfig
 from saexp.context import ObjectCache
 from saexp.data.tokenization import token_texts
 from saexp.errors import ConfigError
-from saexp.latents.encode import Latents, encode_store
+from saexp.latents import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import Result

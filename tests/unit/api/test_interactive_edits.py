@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.api.edits import median_norm
+from saexp.api.latents import median_norm
 from saexp.api.model import InteractiveModel
 from saexp.errors import ConfigError, DataError, InterventionError, ModelError, SAEError
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import STORED, TEXTS, hooks_left, random_hf, tokenizer
 from tests.unit.interventions.test_engine import made_sae
 

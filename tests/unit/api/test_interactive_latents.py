@@ -6,7 +6,7 @@ import torch
 import saexp
 from saexp.api.model import InteractiveModel
 from saexp.errors import SAEError
-from saexp.saes.sae import SparseAutoencoder
+from saexp.saes import SparseAutoencoder
 
 TEXTS = ["The player Fenlet Baszad scored twice.", "The city lies on the river.", "Yes"]
 

@@ -8,7 +8,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import saexp
-from saexp.config.hydra_errors import one_line
+from saexp.config import one_line
 from saexp.config.run import conf_folder
 from saexp.config.tasks import CACHE_ACTIONS
 from saexp.errors import ConfigError

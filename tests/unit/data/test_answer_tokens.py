@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from saexp import registry
 from saexp.analysis.capability import questions
 from saexp.config import DatasetConfig, InterventionConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tokenization import PositionNotFound, answer_text, answer_token, foil_of, space_note
 from saexp.errors import ConfigError
 from saexp.interventions.conditions import position_prompts

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.data.examples import Example, ExampleSet, assign_splits, infer_groups, subsample
+from saexp.data import Example, ExampleSet, assign_splits, infer_groups, subsample
 from saexp.errors import DataError
 
 SHARES = {"train": 0.5, "val": 0.1, "test": 0.4}

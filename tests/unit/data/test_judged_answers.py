@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from saexp.config import DatasetConfig
+from saexp.data import Example
 from saexp.data.datasets import entities
-from saexp.data.examples import Example
 from saexp.interventions.outcomes import Refusal
+from saexp.labeling import TEMPLATES, Question, label_answer, questions
 from saexp.labeling.matchers import Rules
-from saexp.labeling.questions import TEMPLATES, Question, label_answer, questions
 
 OTHER = dict.fromkeys(("birth_year", "release_year", "year"), "1066")
 OTHER |= dict.fromkeys(("duration", "population", "elevation"), "99999999")

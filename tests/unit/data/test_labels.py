@@ -6,11 +6,10 @@ import pandas as pd
 import pytest
 
 from saexp.config import DatasetConfig
+from saexp.data import Example
 from saexp.data.datasets import ENTITY_TYPES, entities
-from saexp.data.examples import Example
 from saexp.errors import ConfigError, DataError
-from saexp.labeling.matchers import Rules
-from saexp.labeling.questions import (
+from saexp.labeling import (
     TEMPLATES,
     Question,
     Thresholds,
@@ -21,6 +20,7 @@ from saexp.labeling.questions import (
     read_attributes,
     truths_of,
 )
+from saexp.labeling.matchers import Rules
 
 
 def example(entity="Pulp Fiction", kind="movie", attributes=None, **more) -> Example:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saexp.data.examples import find_mentions
+from saexp.data import find_mentions
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.config import DatasetConfig
-from saexp.config.datasets import MISSING_VALUES
-from saexp.data.examples import MissingValues
+from saexp.config.groups import MISSING_VALUES
+from saexp.data import MissingValues
 from saexp.errors import ConfigError
 from saexp.interventions.outcomes import Accuracy
 

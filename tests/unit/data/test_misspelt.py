@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from saexp.config import DatasetConfig
+from saexp.data import ExampleSet
 from saexp.data.datasets import jsonl
-from saexp.data.examples import ExampleSet
 
 TWO: list[dict[str, Any]] = [
     {"text": "The player Bo Li", "entity": "Bo Li", "group": "known"},

@@ -7,7 +7,7 @@ import pytest
 
 from saexp import registry
 from saexp.config import DatasetConfig, PositionsConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import resolve_positions
 from saexp.data.rows import ROW_COLUMNS
 from saexp.data.tokenization import tokenize

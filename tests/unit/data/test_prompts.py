@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import saexp
 from saexp.config import InterventionConfig, PositionsConfig, RunConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.positions import Candidate, resolve_positions
 from saexp.data.tokenization import (
     MESSAGE_CHANGED,

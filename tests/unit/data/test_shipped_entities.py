@@ -11,8 +11,8 @@ from scipy.stats import mannwhitneyu
 
 from saexp.config import DatasetConfig
 from saexp.data.datasets import ASSETS, ENTITY_TYPES, background_texts, entities
+from saexp.labeling import read_attributes, truths_of
 from saexp.labeling.matchers import Rules
-from saexp.labeling.questions import read_attributes, truths_of
 
 GROUPS = ("known", "unknown")
 ASKED = {

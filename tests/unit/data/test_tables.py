@@ -8,11 +8,11 @@ import unicodedata
 import pytest
 
 from saexp.config import DatasetConfig
+from saexp.data import Example
 from saexp.data.datasets import csv, jsonl
-from saexp.data.examples import Example
 from saexp.data.tables import parse_rule, read_rows, to_examples
 from saexp.errors import ConfigError, DataError, SaexpError
-from saexp.labeling.questions import questions
+from saexp.labeling import questions
 
 TWO = [
     {"text": "The player Bo Li", "entity": "Bo Li", "group": "known"},

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from scipy import sparse
 from transformers import PreTrainedTokenizerFast
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.top_latents import TopFeaturesAnalyzer
 from saexp.config import PositionsConfig, TopFeaturesConfig
-from saexp.data.decoding import decoded_pieces
-from saexp.data.examples import Example
+from saexp.data import Example
+from saexp.data.corpora import decoded_pieces
 from saexp.data.positions import resolve_positions
 from saexp.data.tokenization import token_pieces, token_texts, tokenize
-from saexp.latents.encode import Latents
+from saexp.latents import Latents
 from saexp.models.loading import LanguageModel
 from saexp.registry import build
 from tests.hub_tokenizers import gemma_2, gpt_2, gpt_neox, llama_3

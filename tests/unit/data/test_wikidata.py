@@ -13,7 +13,7 @@ import saexp
 from saexp import registry
 from saexp.config import WikidataConfig
 from saexp.errors import ConfigError, DataError, SaexpError
-from saexp.labeling.questions import questions
+from saexp.labeling import questions
 from saexp.labeling.wikidata import (
     KINDS,
     ask,

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from saexp.data.examples import Example
-from saexp.interventions.baselines import constant_note, constant_rates, fitting, knowledge
+from saexp.data import Example
+from saexp.interventions.measure import constant_note, constant_rates, fitting, knowledge
 
 TABLE = pd.DataFrame(
     {

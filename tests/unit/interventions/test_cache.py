@@ -13,8 +13,8 @@ from saexp.interventions import generation
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.results_cache import ResultCache
 from saexp.interventions.stream_edits import Add, Row, Vector
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 AT = Hookpoint(1, "resid_post")

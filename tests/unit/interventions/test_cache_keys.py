@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.config import InterventionConfig, ModelConfig, SAEConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tokenization import tokenize
 from saexp.interventions.attention import AttentionTest, _attention
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
 from saexp.interventions.outcomes import AnswerLogit, AnswerRank, reader_kind
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Add, Patch, Row, Sampling, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
+from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import sae_identity
-from saexp.saes.sae import SparseAutoencoder
 from tests.random_models import TEXTS, random_lm, saved_lm
 
 AT = Hookpoint(1, "resid_post")

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import InterventionConfig
 from saexp.errors import ConfigError
+from saexp.interventions import (
+    Ablate,
+    Clamp,
+    Orthogonalize,
+    ProjectOut,
+    Scale,
+    SpliceReconstruction,
+    Steer,
+)
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import (
     ControlDesign,
@@ -20,15 +29,6 @@ from saexp.interventions.controls import (
     missing_kinds_note,
 )
 from saexp.interventions.directions import LatentStatistics
-from saexp.interventions.kinds import (
-    Ablate,
-    Clamp,
-    Orthogonalize,
-    ProjectOut,
-    Scale,
-    SpliceReconstruction,
-    Steer,
-)
 from saexp.interventions.stream_edits import Add, Op, Project
 from tests.random_models import random_lm
 from tests.unit.interventions.test_edits import facts

@@ -10,12 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
-from saexp.interventions.conditions import Condition, Prompts
-from saexp.interventions.controls import ControlDesign
-from saexp.interventions.directions import LatentStatistics, StreamRows, denoised, orthonormal
-from saexp.interventions.kinds import (
+from saexp.interventions import (
     Ablate,
     Clamp,
     Orthogonalize,
@@ -24,8 +21,11 @@ from saexp.interventions.kinds import (
     SpliceReconstruction,
     Steer,
 )
+from saexp.interventions.conditions import Condition, Prompts
+from saexp.interventions.controls import ControlDesign
+from saexp.interventions.directions import LatentStatistics, StreamRows, denoised, orthonormal
 from saexp.interventions.stream_edits import Add, Move, Project
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.random_models import random_lm
 
 D, N_LATENTS = 16, 40

@@ -20,10 +20,10 @@ from saexp.interventions.stream_edits import (
     Splice,
     Vector,
 )
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, STORED, TEXTS, hooks_left, random_hf, random_lm, tokenizer
 
 AT = Hookpoint(1, "resid_post")

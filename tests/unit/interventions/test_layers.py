@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.config.interventions import InterventionConfig
+from saexp.config.groups import InterventionConfig
 from saexp.errors import ConfigError, InterventionError
+from saexp.interventions import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
 from saexp.interventions.conditions import Condition, Prompts
 from saexp.interventions.controls import ControlDesign
 from saexp.interventions.directions import LatentStatistics, orthonormal, spans
 from saexp.interventions.generation import last_logits
-from saexp.interventions.kinds import Ablate, Clamp, Orthogonalize, ProjectOut, Scale, Steer
 from saexp.interventions.stream_edits import Add, Move, Project, Row
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, TEXTS, random_lm
 
 D_SAE = 48

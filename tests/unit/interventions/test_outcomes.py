@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tokenization import PositionNotFound, Prompt, as_chat_prompt
 from saexp.interventions.cached_generation import LogitReader, read_logits
 from saexp.interventions.outcomes import (

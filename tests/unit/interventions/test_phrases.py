@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.data.examples import Example
-from saexp.interventions.outcomes import Hedging
-from saexp.interventions.phrases import phrase_log_probabilities, phrase_tokens
+from saexp.data import Example
+from saexp.interventions.outcomes import Hedging, phrase_log_probabilities, phrase_tokens
 from saexp.interventions.stream_edits import Add, Row, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, TEXTS, VOCABULARY, random_lm, tokenizer
 

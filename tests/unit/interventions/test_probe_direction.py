@@ -10,14 +10,14 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedG
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from saexp.analysis.base import AnalysisInputs
+from saexp.analysis import AnalysisInputs
 from saexp.analysis.classifiers import rows_of
 from saexp.analysis.probe import ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import DataError
 from saexp.interventions.directions import LatentStatistics, StreamRows
-from saexp.latents.encode import Latents
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import Latents
+from saexp.models import Hookpoint
 from saexp.stats.logistic_probe import STRENGTHS
 
 N_UNITS, PER_UNIT, D = 60, 8, 40

@@ -8,7 +8,7 @@ import torch
 from tokenizers import processors
 
 from saexp.config import InterventionConfig
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.conditions import position_prompts
 from saexp.interventions.stream_edits import Row

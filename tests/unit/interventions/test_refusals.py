@@ -2,7 +2,7 @@
 
 import pytest
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.interventions.outcomes import PATTERNS, Refusal, read_patterns
 
 REFUSALS = (

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.tokenization import tokenize
+from saexp.interventions import _captured
 from saexp.interventions.attention import _attention, _entity_positions
 from saexp.interventions.conditions import PositionedPrompt
-from saexp.interventions.kinds import _captured
 from saexp.interventions.stream_edits import Row
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.random_models import tokenizer
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm
 

@@ -10,11 +10,11 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+import saexp.latents as encoding
 from saexp.activations.store import ActivationStore
-from saexp.latents import encode
-from saexp.latents.encode import StreamMetrics, encode_store
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.latents import StreamMetrics, encode_store
+from saexp.models import Hookpoint
+from saexp.saes import SparseAutoencoder
 from tests.unit.saes.make import D_IN, D_SAE, points, sae
 
 N_ROWS = 103
@@ -79,7 +79,7 @@ def test_equals_dense(
     chunk_rows: int,
     options: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
     made, x = sae_with_dead_latents(**options), points(N_ROWS, D_IN)
     rows = store.rows.assign(group="a")
     latents, metrics = encode_store(store, made, rows)
@@ -99,7 +99,7 @@ def test_metrics_are_of_ordinary_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int
 ) -> None:
     """As if the others were not there, but for what is named to be of all positions."""
-    monkeypatch.setattr(encode, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", chunk_rows * 4 * D_SAE)
     x = points(N_ROWS, D_IN)
     high = np.isin(np.arange(N_ROWS), [0, 1, 57])
     x[high] *= 300
@@ -145,11 +145,11 @@ def test_no_dense_matrix_of_all_rows(
         return SparseAutoencoder.encode(made, x)
 
     monkeypatch.setattr(made, "encode", watched)
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 9 * 4 * D_SAE + 3)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 9 * 4 * D_SAE + 3)
     encode_store(store, made, store.rows)
     assert max(seen) == min(9, int(store.manifest["shard_rows"]))
     assert sum(seen) == N_ROWS
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 1)
     seen.clear()
     encode_store(store, made, store.rows)
     assert seen == [1] * N_ROWS

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+import saexp.latents as encoding
 from saexp.activations.store import ActivationStore
-from saexp.data.examples import Example
+from saexp.data import Example
 from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText, token_pieces, tokenize
-from saexp.latents import encode
 from saexp.latents.statistics import (
     N_BINS,
     Tally,
@@ -23,8 +23,8 @@ from saexp.latents.statistics import (
     tally_store,
     values_at,
 )
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SparseAutoencoder
 from tests.random_models import TEXTS, tokenizer
 from tests.unit.latents.test_encode import store_of
 from tests.unit.saes.make import D_IN, points, sae
@@ -71,7 +71,7 @@ def test_numbers_and_histograms_equal_dense_ones(
     correlate: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
     tally = tallied(store, auto, correlate=correlate)
     assert tally.n_rows == N_ROWS
     assert tally.rows_of_group.tolist() == np.bincount(GROUP_OF).tolist()
@@ -101,7 +101,7 @@ def test_the_strongest_examples_are_those_of_a_dense_sort_one_a_text(
     chunk_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
     tally = tallied(store, auto)
     for i, latent in enumerate(CHOSEN):
         order = np.argsort(-dense[:, latent], kind="stable")
@@ -124,7 +124,7 @@ def test_a_small_sample_does_not_depend_on_chunks_and_a_large_one_is_all(
 ) -> None:
     drawn = []
     for chunk_rows in (5, 13, 10_000):
-        monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+        monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
         tally = tallied(store, auto, n_sample=9, seed=4)
         drawn.append([tally.sample(i)["row"].tolist() for i in range(len(CHOSEN))])
     assert drawn[0] == drawn[1] == drawn[2]
@@ -158,7 +158,7 @@ def test_correlations_are_numpys(
     chunk_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
     tally = tallied(store, auto)
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = np.corrcoef(dense.T)
@@ -178,7 +178,7 @@ def test_rows_of_high_norm_are_as_if_they_were_not_there(
     correlate: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * chunk_rows)
     ordinary = np.ones(N_ROWS, dtype=bool)
     # The rows where the chosen latents are strongest.
     ordinary[dense[:, CHOSEN].argmax(0)] = False
@@ -211,9 +211,9 @@ def test_counts_and_chosen_values_equal_dense_ones(
 def test_latents_at_some_rows_are_those_of_all_rows(
     store: ActivationStore, auto: SparseAutoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_BYTES", 4 * auto.d_sae * 10)
+    monkeypatch.setattr(encoding, "CHUNK_BYTES", 4 * auto.d_sae * 10)
     rows = pd.DataFrame({"row": np.arange(N_ROWS)})
-    every, _ = encode.encode_store(store, auto, rows)
+    every, _ = encoding.encode_store(store, auto, rows)
     for chosen in (np.array([0, 9, 10, 11, 150, N_ROWS - 1]), np.zeros(0, dtype=np.int64)):
         found = latents_at(store, auto, rows, chosen)
         assert found.rows["row"].tolist() == chosen.tolist()

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saexp.latents.encode import replacement_edit, splice_edits
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import replacement_edit, splice_edits
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.saes import SAESettings, SparseAutoencoder
 from tests.random_models import ARCHITECTURES, D_MODEL, VOCABULARY, random_hf, random_lm
 from tests.unit.saes.make import parameters
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import attention_to, eager_attention, edit, position_ids
 from saexp.models.loading import LanguageModel
 from tests.random_models import (

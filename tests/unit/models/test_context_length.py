@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from saexp.analysis.attribution import attribute
+from saexp.analysis.top_latents import attribute
 from saexp.errors import ModelError
 from saexp.interventions.cached_generation import LogitReader, generate, read_logits
 from saexp.interventions.stream_edits import Row

@@ -16,7 +16,7 @@ from saexp.errors import InterventionError, ModelError
 from saexp.interventions.cached_generation import generate
 from saexp.interventions.generation import greedy_tokens, last_logits
 from saexp.interventions.stream_edits import Add, Row, Vector
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, random_hf, random_lm, save, tokenizer
 

@@ -7,14 +7,14 @@ import torch
 
 from saexp.config import ModelConfig
 from saexp.errors import ConfigError, ModelError
-from saexp.models.devices import (
+from saexp.models.loading import LanguageModel
+from saexp.models.resolution import (
+    SHIPPED,
     checkpoint_dtype,
     native_dtypes,
     pick_precision,
     quantization_options,
 )
-from saexp.models.loading import LanguageModel
-from saexp.models.source import SHIPPED
 from tests.random_models import random_hf
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -144,12 +144,12 @@ def test_quantisation_is_an_option_of_transformers(
     monkeypatch: pytest.MonkeyPatch, name: str, bits: int
 ) -> None:
     cuda = torch.device("cuda:1")
-    monkeypatch.setattr("saexp.models.devices.find_spec", lambda _: None)
+    monkeypatch.setattr("saexp.models.resolution.find_spec", lambda _: None)
     with pytest.raises(
         ModelError, match=r'needs the package bitsandbytes; type pip install "saexp\['
     ):
         quantization_options(name, cuda, torch.bfloat16)
-    monkeypatch.setattr("saexp.models.devices.find_spec", lambda package: package)
+    monkeypatch.setattr("saexp.models.resolution.find_spec", lambda package: package)
     options = quantization_options(name, cuda, torch.bfloat16)
     config = options["quantization_config"]
     assert (config.load_in_4bit, config.load_in_8bit) == (bits == 4, bits == 8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit, run_truncated
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, N_LAYERS

@@ -12,7 +12,7 @@ import saexp
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
 from saexp.models.loading import LanguageModel
-from saexp.models.source import find_source
+from saexp.models.resolution import find_source
 from tests.random_models import TEXTS, random_hf, tokenizer
 
 NEEDS_GGUF = pytest.mark.skipif(
@@ -106,8 +106,8 @@ def test_it_is_dequantised_once_and_read_without_gguf_afterwards(
     (folder,) = (tmp_path / "cache" / "models").glob("gguf-*")
     assert cached.source == str(folder)
     assert folder.name.endswith(dtype)
-    monkeypatch.setattr("saexp.models.source.find_spec", lambda _: None)
-    monkeypatch.setattr("saexp.models.source.convert", None)
+    monkeypatch.setattr("saexp.models.resolution.find_spec", lambda _: None)
+    monkeypatch.setattr("saexp.models.resolution.convert", None)
     later = LanguageModel(cfg, tmp_path / "cache")
     for model in (cached, later):
         assert model.fingerprint == direct.fingerprint
@@ -161,7 +161,7 @@ def test_the_file_is_found_in_a_folder(tmp_path: Path) -> None:
 def test_without_its_packages_the_error_and_the_docs_give_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saexp.models.source.find_spec", lambda _: None)
+    monkeypatch.setattr("saexp.models.resolution.find_spec", lambda _: None)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     command = 'pip install "saexp[gguf]"'
     assert command in Path("docs/guides/python.md").read_text("utf-8")

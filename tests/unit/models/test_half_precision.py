@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from saexp.activations.stream import ActivationStream, ContextActivations, StreamSettings
-from saexp.analysis.attribution import attribute
 from saexp.analysis.evaluation import evaluate_saes, numbers
 from saexp.analysis.evaluation_passes import Passes, Where, make_batch
-from saexp.config.datasets import CorpusConfig
+from saexp.analysis.top_latents import attribute
+from saexp.config.groups import CorpusConfig
 from saexp.data.corpora import tokenized
 from saexp.data.documents import TokenizerInfo
 from saexp.data.tokenization import tokenize
@@ -24,8 +24,8 @@ from saexp.interventions.cached_generation import LogitReader, divergences, gene
 from saexp.interventions.generation import _Drawing, last_logits
 from saexp.interventions.outcomes import mean_loss
 from saexp.interventions.stream_edits import Add, BatchEdit, Row, Sampling, Vector
-from saexp.latents.encode import encode_rows, splice_edits
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import encode_rows, splice_edits
+from saexp.models import Hookpoint
 from saexp.models.hooks import attention_to, capture
 from saexp.models.loading import LanguageModel
 from tests.random_models import D_MODEL, TEXTS, VOCABULARY, random_hf, tokenizer

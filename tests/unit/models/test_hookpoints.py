@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import STREAMS, Hookpoint
+from saexp.models import STREAMS, Hookpoint
 
 POINTS = st.builds(
     lambda layer, stream: Hookpoint(0 if stream == "embed" else layer, stream),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit, run_truncated
 from saexp.models.loading import LanguageModel
 from tests.random_models import (

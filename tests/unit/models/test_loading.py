@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
-from saexp.models.devices import pick_device
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel, load_model
-from saexp.models.source import SHIPPED
+from saexp.models.resolution import SHIPPED, pick_device
 from tests.random_models import D_MODEL, N_LAYERS, random_hf, random_lm, save, tokenizer
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -14,7 +14,7 @@ from transformers import (
 
 from saexp.config import ModelConfig
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.structure import find_blocks

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
+from saexp.models import Hookpoint
 from saexp.models import unembedding as weights
 from saexp.models.forward import only_at, padded
-from saexp.models.hookpoints import Hookpoint
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import Unembedding

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saexp.errors import ModelError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import orthogonalized

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saexp.reports import figure_json, number
 from saexp.reports.analysis import report_figures, write_report
-from saexp.reports.page import figure_json, number
 from tests.unit.reports.left import body_of
 from tests.unit.reports.written import NASTY, run
 

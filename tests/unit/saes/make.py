@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saexp.models.hookpoints import Hookpoint
-from saexp.saes.sae import SAESettings, SparseAutoencoder
+from saexp.models import Hookpoint
+from saexp.saes import SAESettings, SparseAutoencoder
 
 D_IN, D_SAE, K = 12, 40, 5
 D_OUT = 9

@@ -10,7 +10,7 @@ import pytest
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
 from saexp.saes.catalogue import (
     FORMATS,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.saes.checkpoints import CHECKSUMS
 from saexp.saes.training import Training, TrainingSource
 

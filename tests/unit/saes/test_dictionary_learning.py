@@ -13,7 +13,7 @@ from torch import Tensor
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
 from saexp.saes.catalogue import catalogue
 from tests.unit.saes.make import D_IN, K, parameters, points, publish

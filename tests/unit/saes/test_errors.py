@@ -11,10 +11,10 @@ import torch
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ConfigError, ModelError, SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.loading import check_fits
-from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.unit.saes.make import D_IN, HOOK_NAME, parameters, sae, write_npz, write_saelens
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from saexp.errors import SAEError
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.formats.saelens import recorded_frequencies
 from saexp.saes.loading import load_sae
-from saexp.saes.sae import SAESettings, SparseAutoencoder
 from saexp.saes.validation import Comparison, Fit, check_fit
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, points, sae, write_saelens
 

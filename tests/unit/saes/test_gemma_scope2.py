@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import saexp
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
 from saexp.saes.catalogue import find_entry
 from tests.unit.saes.make import D_IN, parameters, points, publish, skip

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from saexp.saes.sae import ARCHITECTURES, SparseAutoencoder
+from saexp.saes import ARCHITECTURES, SparseAutoencoder
 from tests.unit.saes.make import D_IN, points, sae, transcoder
 
 OPTIONS: list[dict[str, Any]] = [

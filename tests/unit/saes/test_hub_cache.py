@@ -14,7 +14,7 @@ from torch import Tensor
 import saexp
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
 from saexp.saes.catalogue import catalogue, find_entry
 from tests.unit.saes.make import parameters, points, publish, write_npz, write_saelens

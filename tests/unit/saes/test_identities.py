@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.registry import build
-from saexp.saes.sae import ARCHITECTURES, SAE
+from saexp.saes import ARCHITECTURES, SAE
 from tests.unit.saes.make import D_IN, D_SAE, K, points, sae
 
 OPTIONS: list[dict[str, Any]] = [

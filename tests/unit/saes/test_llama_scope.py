@@ -8,7 +8,7 @@ import torch
 
 import saexp
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.unit.saes.make import D_IN, D_SAE, parameters, points
 from tests.unit.saes.make_formats import LLAMA_CFG, write_llama
 

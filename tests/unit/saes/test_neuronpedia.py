@@ -10,6 +10,7 @@ import pytest
 
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
+from saexp.saes import SparseAutoencoder
 from saexp.saes.catalogue import (
     catalogue,
     entries,
@@ -18,7 +19,6 @@ from saexp.saes.catalogue import (
     neuronpedia_url,
 )
 from saexp.saes.loading import random_sae
-from saexp.saes.sae import SparseAutoencoder
 
 
 def sae_with(identity: Any) -> SparseAutoencoder:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saexp.config import SAEConfig, SAETrainerConfig
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.saes.loading import random_sae
 from saexp.saes.training import Training, TrainingSource
 from saexp.stats.significance import random_directions

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import saexp
 from saexp.config import SAETrainerConfig
-from saexp.models.hookpoints import STREAMS, Hookpoint
+from saexp.models import STREAMS, Hookpoint
 from saexp.saes.training import Training, TrainingSource
 from saexp.saes.training_architectures import ARCHITECTURES, SAES, TRANSCODERS
 from tests.unit.saes.make import D_IN, D_SAE, K, parameters, points

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import saexp
 from saexp.errors import SAEError
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from tests.unit.saes.make import D_IN, D_SAE, K, parameters, points, publish, skip
 from tests.unit.saes.make_formats import assert_near, double, largest, write_sparsify
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saexp.config import SAETrainerConfig
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.saes.training_architectures import TrainingSource, training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_SAE, points

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saexp.config import SAETrainerConfig
-from saexp.models.hookpoints import Hookpoint
+from saexp.models import Hookpoint
 from saexp.saes.topk_training import Active, SparseReconstruction
 from saexp.saes.training_architectures import TrainingSource, training_sae
 from tests.unit.saes.lens_training import lens_trainer

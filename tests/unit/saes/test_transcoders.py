@@ -13,13 +13,13 @@ import saexp
 from saexp.config import SAEConfig
 from saexp.errors import ModelError, SAEError
 from saexp.interventions.stream_edits import BatchEdit, Move, Row
-from saexp.latents.encode import splice_edits
-from saexp.models.hookpoints import Hookpoint
+from saexp.latents import splice_edits
+from saexp.models import Hookpoint
 from saexp.models.hooks import edit, run_truncated
 from saexp.registry import build
+from saexp.saes import ARCHITECTURES, SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import catalogue, entries
 from saexp.saes.loading import check_fits
-from saexp.saes.sae import ARCHITECTURES, SAESettings, SparseAutoencoder
 from tests.random_models import D_MODEL, random_lm
 from tests.unit.saes.make import (
     D_IN,

@@ -15,8 +15,8 @@ import saexp
 from saexp.config import SAEConfig
 from saexp.errors import SAEError
 from saexp.registry import build
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.formats.saelens import recorded_frequencies
-from saexp.saes.sae import SAESettings, SparseAutoencoder
 from tests.unit.saes.every_format import EVERY, FORMATS, change, line_of, sound_saelens, void
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, parameters, sae, write_saelens
 from tests.unit.saes.make_formats import dictionary, write_dictionary, write_llama
