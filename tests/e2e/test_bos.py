@@ -170,7 +170,7 @@ def test_on_the_tiny_model_only_an_sae_that_says_no_changes_anything(cache, tmp_
     shipped_sae = ASSETS / "tiny/sae/layer_2/width_256"
     cfg = json.loads((shipped_sae / "cfg.json").read_text("utf-8"))
     words = ["layer=2", "analyzer=stats", N_BACKGROUND, f"cache_dir={cache}", *FIXED]
-    words += ["dataset.n_examples=40"]
+    words += ["dataset.n_examples=20"]
 
     def run(name, *more):
         saexp.run(saexp.compose([*words, *more]), tmp_path / name)

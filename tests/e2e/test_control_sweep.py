@@ -10,12 +10,12 @@ from saexp.reports.sweep import read_matches
 from tests.unit.reports.left import Said, command, page_of, table_of
 
 WORDS = ["sae=random", "width=512", "tracker=jsonl", "intervention=none", "hydra.sweep.dir=sweep"]
-WORDS += ["analyzer.n_bootstrap=50", "analyzer.n_background=500", "analyzer.scores=false"]
+WORDS += ["analyzer.n_bootstrap=20", "analyzer.n_background=200", "analyzer.scores=false"]
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Said:
-    said = command(tmp_path_factory.mktemp("controls"), "-m", "layer=0,1,2", *WORDS)
+    said = command(tmp_path_factory.mktemp("controls"), "-m", "layer=0,1", *WORDS)
     assert said.code == 0, said.err[-2000:]
     return said
 

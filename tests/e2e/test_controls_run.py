@@ -22,8 +22,15 @@ from saexp.stats.significance import random_directions
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
 SMALL += ["intervention.n_prompts=5", "intervention.n_choice_prompts=3", "intervention.n_neutral=3"]
-SMALL += ["intervention.max_new_tokens=4", "intervention.top_k=1", "device=cpu"]
+SMALL += [
+    "analyzer.n_background=500",
+    "intervention.max_new_tokens=4",
+    "intervention.top_k=1",
+    "device=cpu",
+]
 N, N_CURVE = 4, 2
+CONTROLS = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
+CONTROLS += ["coefficient=[0,0.4,0.8]"]
 KINDS = ["frequency", "disruption", "random_norm", "random_kl"]
 
 
@@ -49,9 +56,7 @@ def run(cache: Path, folder: Path, *words: str) -> Result:
 
 @pytest.fixture(scope="module")
 def ran(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
-    words += ["coefficient=[0,0.4,0.8]"]
-    result = run(cache, tmp_path_factory.mktemp("run"), *words)
+    result = run(cache, tmp_path_factory.mktemp("run"), *CONTROLS)
     cfg = saexp.compose(SMALL)
     model, sae = saexp.build("model", cfg.model), saexp.build("sae", cfg.sae)
     texts = tokenize(background_texts(cfg.dataset)[:3], model.tokenizer, 48, model.prepend_bos)
@@ -187,17 +192,6 @@ def test_coefficient_zero_and_conditions_do_not_depend_on_controls(
     assert (costs.loc[costs["coefficient"] == 0, "neutral_kl"] == 0).all()
 
 
-def test_the_second_time_nothing_is_computed(
-    ran: Ran, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
-    with caplog.at_level("INFO", logger="saexp.interventions.cached_generation"):
-        again = run(cache, tmp_path, *words, "coefficient=[0,0.4,0.8]")
-    lines = [r.getMessage() for r in caplog.records if " computed, " in r.getMessage()]
-    assert len(lines) > 5 and all(", 0 computed, " in line for line in lines)
-    pd.testing.assert_frame_equal(again.tables["controls"], ran.table("controls"))
-
-
 def test_one_coefficient_needs_no_choice(cache: Path, tmp_path: Path) -> None:
     words = ["intervention.n_controls=3", "intervention.n_curve_controls=1", "coefficient=0.8"]
     result = run(cache, tmp_path, *words, "intervention.outcomes=[answer_probability]")
@@ -213,18 +207,22 @@ def test_one_coefficient_needs_no_choice(cache: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text("utf-8"))
 
 
-def test_the_size_of_both_stages_is_logged_beforehand(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_the_second_time_nothing_is_computed_and_the_size_of_both_stages_is_logged_beforehand(
+    ran: Ran, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
     with caplog.at_level("INFO", logger="saexp"):
-        effects = run(cache, tmp_path, *words, "coefficient=[0,0.4,0.8]").tables["effects"]
+        again = run(cache, tmp_path, *CONTROLS)
+    lines = [r.getMessage() for r in caplog.records if r.name.endswith(".cached_generation")]
+    lines = [line for line in lines if " computed, " in line]
+    assert len(lines) > 5 and all(", 0 computed, " in line for line in lines)
+    pd.testing.assert_frame_equal(again.tables["controls"], ran.table("controls"))
     logged = [r.getMessage() for r in caplog.records if r.name == "saexp.interventions.run"]
     numbers = [
         int(n)
         for message in logged
         for n in re.findall(r"(?<= )\d+(?= (?:prompts|controls at))", message)
     ]
+    effects = again.tables["effects"]
     n_at = effects.groupby("condition")["coefficient"].transform("nunique")
     is_second = (effects["role"] == "control") & (n_at == 1)
     # Baselines are measured before, and coefficient 0 repeats them.

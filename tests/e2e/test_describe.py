@@ -188,7 +188,8 @@ def test_transfer_is_collected_too(cache: Path, tmp_path: Path) -> None:
         row.pop("split", None)
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in prompts), encoding="utf-8")
-    result = run(cache, tmp_path / "run", "analyzer=probe", f"analyzer.transfer={path}")
+    words = ("analyzer=probe", f"analyzer.transfer={path}", "dataset.n_examples=200")
+    result = run(cache, tmp_path / "run", *words)
     table = result.tables["probes"]
     assert set(table["data"]) == {"train", "test", "transfer"}
     assert (result.metrics["probe/dense_auroc_transfer"] or 0) > 0.9

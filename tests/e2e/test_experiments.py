@@ -24,17 +24,18 @@ The simulations of `validation` run in tests/e2e/test_inference_table.py.
 SMALL = (
     "analyzer.n_bootstrap=10 intervention.n_prompts=4 intervention.n_choice_prompts=2 "
     "intervention.n_controls=1 intervention.max_new_tokens=4 intervention.top_k=1 "
-    "intervention.n_neutral=2 dataset.n_examples=60"
+    "intervention.n_neutral=2 dataset.n_examples=60 analyzer.n_background=200"
 )
 LAYERS = "1,2"
 """Of the studies' sweeps, instead of all five."""
 OVERLAY = {
     "entity_recognition": SMALL,
     "memorization": SMALL,
-    "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6",
+    "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6 "
+    "analyzer.n_background=200",
     "sae_quality": "task.n_texts=12",
     "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
-    "uncertainty": "analyzer.n_bootstrap=10",
+    "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=120",
 }
 """Words added to every command; `sae_quality` has its own per command."""
 

@@ -1,4 +1,4 @@
-"""What the default run claims, and that nothing is claimed where there is nothing: the whole run.
+"""What the default test claims, and that nothing is claimed where there is nothing: whole runs.
 
 A claim is a sentence of the causal test: a main condition at its chosen coefficient whose Holm
 corrected rank p against its controls is at most 0.05 on the test split.
@@ -17,10 +17,14 @@ from saexp.reports.analysis import headline
 from saexp.results import Result
 
 ALPHA = 0.05
-QUICK = ["intervention.n_prompts=40", "intervention.n_controls=19", "coefficient=[0.6,0.9]"]
-QUICK += ["intervention.n_choice_prompts=10", "intervention.n_neutral=4"]
+QUICK = ["intervention.n_prompts=20", "intervention.n_controls=19", "coefficient=[0.6,0.9]"]
+QUICK += ["intervention.n_choice_prompts=10", "intervention.n_curve_controls=4"]
+QUICK += ["intervention.n_neutral=4"]
 QUICK += ["intervention.max_new_tokens=12", "analyzer.n_bootstrap=0"]
 QUICK += ["analyzer.n_background=1000", "analyzer.scores=false"]
+FEWER = ["intervention.n_prompts=20", "intervention.n_choice_prompts=15"]
+FEWER += ["intervention.max_new_tokens=16"]
+"""The default's conditions, coefficients and controls on fewer prompts, with shorter answers."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def run(cache: Path, folder: Path, *words: str) -> Result:
 
 @pytest.fixture(scope="module")
 def default(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return run(cache, tmp_path_factory.mktemp("default") / "run")
+    return run(cache, tmp_path_factory.mktemp("default") / "run", *FEWER)
 
 
 def main_rows(result: Result) -> pd.DataFrame:
@@ -100,7 +104,7 @@ def test_achieved_controls_are_as_near_as_the_calipers_say(default: Result) -> N
 
 
 def test_the_negative_control_model_claims_nothing(cache: Path, tmp_path: Path) -> None:
-    result = run(cache, tmp_path / "run", "model=tiny_control")
+    result = run(cache, tmp_path / "run", "model=tiny_control", *FEWER)
     assert claims(result) == []
 
 

@@ -2,14 +2,14 @@
 
 import csv
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+
+from tests import interpreters
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments" / "validation"
@@ -87,13 +87,10 @@ def test_a_scenario_measured_in_another_process_is_the_same(
     scripts: SimpleNamespace, tmp_path: Path
 ) -> None:
     name, out = "contrast: random labels", tmp_path / "out.csv"
-    process = subprocess.run(
-        [sys.executable, str(FOLDER / "simulate.py"), str(out), "--quick", "--only", name],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    code = f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+    code += f"sys.argv = ['simulate.py', {str(out)!r}, '--quick', '--only', {name!r}]\n"
+    code += "runpy.run_path(sys.path[0] + '/simulate.py', run_name='__main__')"
+    process = interpreters.run(["-c", code])
     assert process.returncode == 0, process.stderr[-2000:]
     (measured,) = rows(out)
     (scenario,) = [s for s in scripts.scenarios.scenarios() if name in s.name]

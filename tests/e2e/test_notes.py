@@ -40,7 +40,11 @@ def notes(cache: Path, folder: Path, *words: str) -> list[str]:
 
 
 RUNS = {
-    "contrast": ["analyzer.n_bootstrap=0", *(f"intervention.{word}" for word in SHORT)],
+    "contrast": [
+        "analyzer.n_bootstrap=0",
+        "analyzer.n_background=200",
+        *(f"intervention.{word}" for word in SHORT),
+    ],
     "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none"],
     "collect": ["task=collect", "layer=1"],
     "dashboard": ["task=dashboard", "task.latents=[1]", "positions=entity_last"],
@@ -62,7 +66,8 @@ def test_skipped_examples_and_misspelt_columns_are_noted_once(
 
 def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_path: Path) -> None:
     words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
-    noted = notes(cache, tmp_path, *words, "analyzer.n_bootstrap=0")
+    words += ["analyzer.n_bootstrap=0", "dataset.n_examples=100", "analyzer.n_background=200"]
+    noted = notes(cache, tmp_path, *words)
     assert f"transfer: {SKIPPED}" in noted
     assert SKIPPED not in noted
 
@@ -92,7 +97,8 @@ def test_labelling_notes_misspelt_columns(cache: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_noted_of_the_shipped_data(cache: Path, tmp_path: Path) -> None:
-    words = [*RUNS["contrast"], "layer=2"]
+    # The collection reads all of it.
+    words = [*RUNS["contrast"], "layer=2", "dataset.n_examples=40"]
     for number, more in enumerate((words, ["task=collect", "layer=1"])):
         noted = notes(cache, tmp_path / str(number), *more)
         assert not [n for n in noted if "skipped" in n or "column" in n]

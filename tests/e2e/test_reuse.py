@@ -109,7 +109,7 @@ TASKS = {
     "analyze": ["intervention=none", "seed=1"],
     "analyzer": ["analyzer=stats", "intervention=none"],
     "dashboard": ["task=dashboard", "task.latents=[1,2]"],
-    "evaluate": ["task=evaluate"],
+    "evaluate": ["task=evaluate", "task.n_texts=20"],
     "label": ["task=label", "task.n_samples=0"],
     "train": ["task=train", "width=64", "sae_trainer.n_samples=512", "sae_trainer.batch_size=64"],
 }

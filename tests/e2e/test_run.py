@@ -14,8 +14,9 @@ import saexp
 from saexp.cli import main
 from saexp.results import Result
 
-OVERLAY = ["intervention.n_prompts=32", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
-OVERLAY += ["intervention.n_controls=49"]
+OVERLAY = ["intervention.n_prompts=20", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
+OVERLAY += ["intervention.n_controls=49", "intervention.n_choice_prompts=10"]
+OVERLAY += ["intervention.max_new_tokens=16"]
 FILES = ("metrics.json", "latents.parquet", "rows.parquet", "effects.parquet")
 FILES += ("report.html", "provenance.json")
 
@@ -108,7 +109,8 @@ def test_coefficient_zero_is_the_baseline_text_by_text(result: Result) -> None:
 def test_moving_latents_to_the_known_side_ends_refusals(folder: Path) -> None:
     cfg = saexp.compose(
         ["tracker=none", f"cache_dir={folder}/cache", "intervention=clamp", "coefficient=[0,1.5]"]
-        + ["intervention.n_prompts=32", "analyzer.n_bootstrap=0", "intervention.n_controls=4"]
+        + ["intervention.n_prompts=20", "analyzer.n_bootstrap=0", "intervention.n_controls=4"]
+        + ["intervention.n_choice_prompts=10", "intervention.max_new_tokens=16"]
     )
     summary = saexp.run(cfg, folder / "clamp").tables["effects_summary"]
     at = summary[(summary["coefficient"] == 1.5) & (summary["split"] == "test")]
@@ -195,8 +197,9 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["-m", "layer=0,9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
+    words = ["-m", "layer=9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
     words += ["intervention.n_controls=1", "intervention.max_new_tokens=3"]
+    words += ["intervention.n_choice_prompts=2", "intervention.top_k=1"]
     words += ["analyzer.n_bootstrap=0", "dataset.n_examples=40", "analyzer.n_background=300"]
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     with pytest.raises(SystemExit) as stop:
@@ -206,9 +209,9 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     assert "layer=9 is out of range: tiny has layers 0-4; try layer=4" in said
     assert "Traceback" not in said
     cells = sorted(c for c in (tmp_path / "outputs/sweeps").glob("*/*/*_*") if c.is_dir())
-    assert len(cells) == 6
+    assert len(cells) == 4
     reported = [c.name for c in cells if (c / "report.html").is_file()]
-    assert len(reported) == 4
+    assert len(reported) == 2
     assert all("layer=9" not in name for name in reported)
 
 

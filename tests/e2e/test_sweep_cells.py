@@ -15,7 +15,12 @@ from saexp.sweeps.planning import _passes
 from tests.unit.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=200", "dataset.n_examples=20", "hydra.sweep.dir=sweep"]
+SMALL += [
+    "analyzer.n_background=200",
+    "analyzer.scores=false",
+    "dataset.n_examples=20",
+    "hydra.sweep.dir=sweep",
+]
 SAES = [str(ASSETS / f"tiny/sae/layer_{n}/width_256") for n in (1, 3)]
 
 

@@ -70,7 +70,7 @@ def test_what_is_trained_reconstructs_texts_it_never_saw_and_sae_lens_agrees(run
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_jumprelus_default_penalty_leaves_few_latents_active(cache, tmp_path):
-    words = ["sae_trainer=jumprelu", "width=256", "layer=1", "sae_trainer.n_samples=400000"]
+    words = ["sae_trainer=jumprelu", "width=256", "layer=1", "sae_trainer.n_samples=200000"]
     words += ["sae_trainer.batch_size=1024", "sae_trainer.checkpoint_every=500"]
     metrics = trained(cache, tmp_path / "run", *words).metrics
     assert 10 < metrics["sparsity/l0"] < 40

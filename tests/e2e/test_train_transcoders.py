@@ -163,7 +163,7 @@ def test_the_report_names_both_hookpoints(runs: dict[tuple[str, bool], Result]) 
 
 def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -> None:
     """Spliced in on the texts it was trained on, it does what the MLP does, better than zeros."""
-    words = ["sae_trainer=batchtopk_transcoder", BOTH, "sae_trainer.n_samples=80000"]
+    words = ["sae_trainer=batchtopk_transcoder", BOTH, "sae_trainer.n_samples=50000"]
     place = trained(cache, tmp_path / "train", *words).path / "sae"
     common = ["sae=local", f"sae.path={place}", "layer=2", "tracker=none", f"cache_dir={cache}2"]
     less = ["dataset.n_examples=20", "analyzer.n_bootstrap=0", "analyzer.n_background=500"]
@@ -171,7 +171,7 @@ def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -
     result = saexp.run(cfg, tmp_path / "contrast")
     assert result.metrics["check/explained_variance"] > 0.7
     evaluated = saexp.run(
-        saexp.compose([*common, "task=evaluate", "task.n_texts=100"]), tmp_path / "evaluate"
+        saexp.compose([*common, "task=evaluate", "task.n_texts=40"]), tmp_path / "evaluate"
     ).metrics
     assert evaluated["reconstruction/explained_variance"] > 0.7
     assert evaluated["reconstruction/ce_sae"] < evaluated["reconstruction/ce_zero"]
