@@ -80,7 +80,10 @@ def sparse_autoencoder(
         )
     if cfg.layer is not None:
         model.check_layer(int(cfg.layer))
-    key = repr((cfg.sae, model.d_model, sae_content(cfg.sae)))
+    # The seed does not change an SAE that is read from files.
+    is_read = cfg.sae.loader in ("path", "release")
+    described = dataclasses.replace(cfg.sae, seed=0) if is_read else cfg.sae
+    key = repr((described, model.d_model, sae_content(cfg.sae)))
     build = registry.build
     sae = objects.load("sae", key, lambda: build("sae", cfg.sae, d_in=model.d_model))
     check_fits(sae, model)

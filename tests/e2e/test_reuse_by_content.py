@@ -216,6 +216,21 @@ def test_an_sae_replaced_between_two_runs_of_one_process_is_loaded_again(saes: P
     assert torch.isfinite(tensors["b_enc"]).all()
 
 
+def test_runs_that_differ_in_their_seed_share_an_sae_unless_it_is_random() -> None:
+    from saexp.pipeline.objects import language_model, sparse_autoencoder
+
+    objects = ObjectCache()
+    configs = {
+        (sae, seed): saexp.compose([f"sae={sae}", "layer=1", f"seed={seed}"])
+        for sae in ("tiny", "random")
+        for seed in (1, 2)
+    }
+    model = language_model(configs["tiny", 1], objects)
+    saes = {key: sparse_autoencoder(cfg, model, objects) for key, cfg in configs.items()}
+    assert saes["tiny", 1] is saes["tiny", 2]
+    assert not torch.equal(saes["random", 1].W_dec, saes["random", 2].W_dec)
+
+
 def test_hookpoints_of_a_replaced_file_are_read_again(saes: Path) -> None:
     from saexp.saes.loading import hookpoints_of
 
