@@ -206,9 +206,15 @@ _SECONDS_BETWEEN_LINES = 20.0
 class _LoggedProgress:
     """Progress as log lines, for output that is not a terminal. Short loops log nothing."""
 
-    def __init__(self, total: int, what: str, unit: str) -> None:
-        self.total, self.what, self.unit, self.done = total, what, unit, 0
+    def __init__(self, total: int | None, what: str, unit: str, initial: int) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.initial = self.done = initial
+        self.postfix = ""
         self.began = self.last_line = time.monotonic()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002
+        """What follows in the next lines, as tqdm's method of this name."""
+        self.postfix = text
 
     def update(self, n: int = 1) -> None:
         """Count n more units as done."""
@@ -217,12 +223,12 @@ class _LoggedProgress:
         if now - self.last_line < _SECONDS_BETWEEN_LINES:
             return
         self.last_line = now
-        rate = self.done / (now - self.began)
-        left = (self.total - self.done) / rate if rate else 0.0
-        log.info(
-            "%s: %d of %d, %.1f %s/s, %.0f s left",
-            *(self.what, self.done, self.total, rate, self.unit, left),
-        )
+        rate = (self.done - self.initial) / (now - self.began)
+        words = [f"{self.done}", f"{rate:.1f} {self.unit}/s"]
+        if self.total is not None:
+            words[0] += f" of {self.total}"
+            words += [f"{max(self.total - self.done, 0) / rate:.0f} s left"] if rate else []
+        log.info("%s: %s", self.what, ", ".join([*words, *filter(None, [self.postfix])]))
 
     def __enter__(self) -> "_LoggedProgress":
         return self
@@ -231,14 +237,16 @@ class _LoggedProgress:
         pass
 
 
-def progress(total: int, what: str, unit: str) -> Any:
+def progress(total: int | None, what: str, unit: str, initial: int = 0) -> Any:
     """A progress bar on a terminal, a log line every 20 s elsewhere.
 
-    Use it as a context manager and call `.update(n)`.
+    Use it as a context manager, call `.update(n)`, and `.set_postfix_str(text)` for what follows
+    the rate. `initial` units were done before, by a run that is continued: they are not part of the
+    rate. A `total` of None is not known.
     """
     if not sys.stderr.isatty():
-        return _LoggedProgress(total, what, unit)
-    return tqdm(total=total, desc=what, unit=unit, leave=False, dynamic_ncols=True)
+        return _LoggedProgress(total, what, unit, initial)
+    return tqdm(total=total, desc=what, unit=unit, initial=initial, leave=False, dynamic_ncols=True)
 
 
 class ObjectCache:

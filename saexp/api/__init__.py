@@ -37,8 +37,8 @@ from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
 from saexp.results import Result, check_result, model_title, sae_name
+from saexp.saes.training_pass import trainings_to_share
 from saexp.sweeps.planning import hookpoints_to_prefetch
-from saexp.sweeps.trainings import trainings_to_share
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)

@@ -55,8 +55,8 @@ class SAETrainerConfig:
     """An SAE or a transcoder to train; sae-lens' training classes and their own options."""
 
     name: str = MISSING
-    """Architecture: standard, gated, topk, abstopk, batchtopk, jumprelu, matryoshka_batchtopk;
-    a transcoder: standard_transcoder, batchtopk_transcoder, jumprelu_transcoder,
+    """Architecture: standard, gated, topk, abstopk, batchtopk, jumprelu, matryoshka_batchtopk,
+    matching_pursuit; a transcoder: standard_transcoder, batchtopk_transcoder, jumprelu_transcoder,
     matryoshka_batchtopk_transcoder."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the architecture as sae-lens names them: k, l1_coefficient, l0_coefficient …; a

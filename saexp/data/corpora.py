@@ -76,6 +76,8 @@ MANIFEST, TOKENS, ENDS, DOCUMENTS = "corpus.json", "tokens.bin", "ends.bin", "do
 _PROGRESS = "progress.json"
 _BATCH_CHARACTERS = 2**20
 """Characters of the documents that are tokenized in one call."""
+_BAR_BYTES = 10**6
+"""Bytes of a unit of the progress bar."""
 _BATCHES_PER_CHECKPOINT = 32
 DEFAULT_CONTEXT = 1024
 
@@ -295,6 +297,8 @@ class _Tokenization:
         self.n_documents = self.n_empty = self.n_contexts = self.n_tokens = 0
         self.source = self.within = 0
         """Source and document in it that come next."""
+        self.n_read = 0
+        """Bytes of the sources before that document, about."""
 
     @property
     def _names(self) -> list[str]:
@@ -342,6 +346,7 @@ class _Tokenization:
             self.n_documents, self.n_empty = state["n_documents"], state["n_empty"]
             self.n_contexts, self.n_tokens = state["n_contexts"], state["n_tokens"]
             self.source, self.within = state["source"], state["within"]
+            self.n_read = state.get("n_read", 0)
             self.packer.resume(state["packer"])
             log.info("tokenization continues after %s", counted(self.n_documents, "document"))
             return
@@ -353,14 +358,16 @@ class _Tokenization:
         return self.cfg.n_tokens is not None and self.n_tokens >= self.cfg.n_tokens
 
     def _tokenize(self) -> None:
-        total = self.read.n_bytes
-        unit = "MB" if total else "document"
+        unit, shown, total = "document", self.n_documents, None
+        if self.read.n_bytes:
+            unit, shown = "MB", self.n_read // _BAR_BYTES
+            total = max(self.read.n_bytes // _BAR_BYTES, 1)
         with ExitStack() as stack:
             files = [stack.enter_context((self.folder / n).open("ab")) for n in self._names]
-            bar = stack.enter_context(progress(max(total // 10**6, 1), "tokenizing", unit))
+            bar = stack.enter_context(progress(total, "tokenizing", unit, shown))
             pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="saexp-tokenize"))
             waiting: deque[tuple[_DocumentBatch, Future[list[list[int]]]]] = deque()
-            n_batches, shown = 0, 0
+            n_batches = 0
             for batch in self._batches():
                 waiting.append((batch, pool.submit(self.about.encode, batch.texts)))
                 # One batch is tokenized while the next is read.
@@ -407,7 +414,7 @@ class _Tokenization:
             else:
                 self.n_empty += 1
             self.n_documents += 1
-        self.source, self.within = batch.source, batch.within
+        self.source, self.within, self.n_read = batch.source, batch.within, batch.n_read
         contexts, documents = self.packer.contexts, self.packer.documents
         self.packer.contexts, self.packer.documents = [], []
         if self.cfg.n_tokens is not None:
@@ -422,7 +429,7 @@ class _Tokenization:
                 file.write(array.tobytes())
             self.n_contexts += len(contexts)
             self.n_tokens += int(lengths.sum())
-        now = batch.n_read // 10**6 if self.read.n_bytes else self.n_documents
+        now = self.n_read // _BAR_BYTES if self.read.n_bytes else self.n_documents
         bar.update(now - shown)
         return now
 
@@ -438,6 +445,7 @@ class _Tokenization:
             "n_tokens": self.n_tokens,
             "source": self.source,
             "within": self.within,
+            "n_read": self.n_read,
             "packer": self.packer.state,
         }
         write_json(self.folder / _PROGRESS, sealed(state))

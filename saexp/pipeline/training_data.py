@@ -1,7 +1,11 @@
-"""What SAEs are trained on: stored activations of examples, split by text."""
+"""What SAEs are trained on, stored activations of examples split by text; and what measures them
+while they are trained, the loss of the language model with them spliced in.
+"""
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+import math
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +17,8 @@ from torch import Tensor
 
 from saexp.activations.reader import OrdinaryRows, ShuffledReader
 from saexp.activations.shard_files import StoredValues
-from saexp.config import RunConfig
+from saexp.analysis.evaluation import EvaluationSettings, can_be_scored, evaluate_saes, numbers
+from saexp.config import RunConfig, SAETrainerConfig
 from saexp.context import RunContext
 from saexp.data import Skip
 from saexp.data.rows import CorpusRows
@@ -23,8 +28,9 @@ from saexp.errors import ConfigError
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import collect_examples
-from saexp.saes.training import Training
-from saexp.saes.training_batches import Batches, Reader, ReaderBatches, Streams
+from saexp.saes.loading import load_sae
+from saexp.saes.training import Streams, Training
+from saexp.saes.training_pass import Batches, Reader, ReaderBatches
 
 N_MEASURED = 65_536
 """Largest number of held-out positions that are measured."""
@@ -162,7 +168,12 @@ class StoredData:
     def batches(self, trainings: Sequence[Training], checkpoints: Path) -> Batches:  # noqa: ARG002
         """Batches of shuffled rows, in a new order each epoch."""
         readers = {t.streams: self._reader(t.streams) for t in trainings}
-        return ReaderBatches(readers, self._processes)
+        return ReaderBatches(
+            readers,
+            self._processes,
+            batch_size=self.cfg.sae_trainer.batch_size,
+            n_rows={streams: len(self.train_rows(streams)) for streams in readers},
+        )
 
     def _reader(self, streams: Streams) -> Reader:
         """Batches of the stream, or of both streams concatenated along the last axis."""
@@ -217,9 +228,14 @@ class StoredData:
             *ordinary.notes("training and the measured numbers leave them out"),
         ]
 
-    def metrics(self, training: Training) -> dict[str, float | int | None]:  # noqa: ARG002
-        """`collection/…`."""
-        return {**self.collected.metrics, "collection/tokens_forwarded": self.tokens_forwarded}
+    def metrics(self, training: Training) -> dict[str, float | int | None]:
+        """`collection/…`, and how often the rows were read."""
+        n_seen = training.n_steps * training.cfg.batch_size
+        return {
+            **self.collected.metrics,
+            "collection/tokens_forwarded": self.tokens_forwarded,
+            "train/epochs": n_seen / len(self.train_rows(training.streams)),
+        }
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -250,3 +266,113 @@ def _sample(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
     if len(rows) <= n:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, n, replace=False))
+
+
+N_EVALUATED = 8192
+"""Largest number of held-out tokens of one evaluation."""
+HELD_OUT_NUMBERS = {
+    "train/ce_loss_score": "reconstruction/ce_loss_score",
+    "train/held_out_l0": "sparsity/l0",
+}
+"""Number of a training record -> metric of task=evaluate."""
+_FAR = 1.5
+"""A note reports a held-out L0 that differs from k, or from the curve's L0, by this factor."""
+_DIFFERENT = 0.15
+"""A note reports a difference of explained variances or dead fractions above this."""
+_CURVE = {
+    "l0": "sparsity/l0",
+    "explained_variance": "reconstruction/explained_variance",
+    "dead_fraction": "sparsity/dead_fraction",
+}
+"""Name of a training curve -> metric of the same quantity on held-out positions."""
+
+
+class HeldOutEvaluation:
+    """Evaluates SAEs of a pass as they are, on held-out text that is the same each time."""
+
+    def __init__(self, cfg: RunConfig, model: LanguageModel, data: TrainingData) -> None:
+        self.cfg, self.model, self.data = cfg, model, data
+        self.settings = EvaluationSettings(
+            batch_tokens=cfg.store.batch_tokens,
+            ablations=("zero",),
+            max_norm_ratio=cfg.positions.max_norm_ratio,
+        )
+        texts = [t for t in data.evaluation_texts() if can_be_scored(t, self.settings.where)]
+        order = np.random.default_rng(cfg.seed).permutation(len(texts))
+        n_tokens = np.cumsum([len(texts[i]) for i in order])
+        n = max(1, int(np.searchsorted(n_tokens, N_EVALUATED, side="right")))
+        self.texts = [texts[i] for i in order[:n]]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is text, and the model predicts tokens."""
+        return bool(self.texts) and self.model.hf.get_output_embeddings() is not None
+
+    def __call__(self, trainings: Sequence[Training]) -> list[dict[str, float]]:
+        """`train/…` numbers of each; one that is not defined is left out."""
+        with tempfile.TemporaryDirectory(prefix="saexp-") as folder:
+            saes = []
+            for number, training in enumerate(trainings):
+                place = Path(folder) / str(number)
+                place.mkdir()
+                training.snapshot(place)
+                saes.append(load_sae(place).to(self.model.device))
+        evaluations = evaluate_saes(self.model, saes, self.texts, self.settings)
+        self.data.n_evaluated += sum(map(len, self.texts))
+        results = []
+        for evaluation in evaluations:
+            measured = numbers(evaluation, 0, self.cfg.seed)
+            values = {name: measured[metric] for name, metric in HELD_OUT_NUMBERS.items()}
+            results.append(
+                {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+            )
+        return results
+
+
+def off_target(trainer: SAETrainerConfig, l0: float | int | None) -> list[str]:
+    """A note where a BatchTopK SAE has a held-out L0 far from its k."""
+    k = trainer.options.get("k")
+    if not k or not l0 or "batchtopk" not in trainer.name or k / _FAR <= l0 <= k * _FAR:
+        return []
+    return [
+        f"L0 is {l0:.1f} on held-out positions, where k is {k:g}: the threshold that stands in for "
+        "the k largest of a batch is an average over the training and has not converged; train "
+        "longer (sae_trainer.n_samples)"
+    ]
+
+
+def off_curve(
+    last: Mapping[str, float | int],
+    measured: Mapping[str, float | None],
+    n_steps: int,
+    dead_window: int,
+    *,
+    l0_reported: bool = False,
+) -> list[str]:
+    """A note where held-out numbers differ from the end of the training curve.
+
+    `last` is the curve's last record; L0 is left out where another note reports it
+    (`l0_reported`). The curve's dead fraction is 0 during the first `dead_window` steps.
+    """
+    differences = []
+    for name, key in _CURVE.items():
+        here, there = measured[key], last[f"train/{name}"]
+        if here is None:
+            continue
+        if name == "l0":
+            differs = not l0_reported and not there / _FAR <= here <= there * _FAR
+        else:
+            differs = abs(here - there) > _DIFFERENT
+        if differs:
+            differences.append(
+                f"{name.replace('_', ' ')} {here:.3g}, the curve ends at {there:.3g}"
+            )
+    if not differences:
+        return []
+    short = f", more than the {n_steps} of this training" if n_steps <= dead_window else ""
+    return [
+        f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
+        f"curve: {'; '.join(differences)} (of the last batch; there a latent is dead after "
+        f"sae_trainer.dead_feature_window={dead_window} inactive steps{short}); the held-out "
+        "numbers count, and more or more varied texts bring them closer"
+    ]

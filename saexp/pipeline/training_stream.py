@@ -32,9 +32,15 @@ from saexp.models.forward import TokenBudget, context_limit
 from saexp.models.loading import LanguageModel
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.training_data import N_MEASURED, HeldOut, text_of
-from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
-from saexp.saes.training import Training
-from saexp.saes.training_batches import Batches, Streams, Widths
+from saexp.saes.training import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Streams,
+    Training,
+    Widths,
+    read_object,
+)
+from saexp.saes.training_pass import Batches
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +68,19 @@ class StreamBatches:
         make: MakeStream,
         checkpoints: Checkpoints,
         n_steps: int,
+        n_tokens: int,
         processes: Processes = ALONE,
     ) -> None:
-        self._make, self._checkpoints, self._n_steps = make, checkpoints, n_steps
+        """`n_tokens` are those of an epoch."""
+        self._make, self._checkpoints = make, checkpoints
+        self._n_steps, self._n_tokens = n_steps, n_tokens
         self._processes = processes
         self._has_checkpoints = processes.of_first(checkpoints.writable)
         self._streams: list[Streams] = []
         self._stream: ActivationStream | None = None
         self._n_high: dict[str, int] = {}
         self._n_served = 0
-        self._refill_seconds: float | None = None
+        self._seconds_per_position: float | None = None
 
     @property
     def stream(self) -> ActivationStream:
@@ -95,10 +104,13 @@ class StreamBatches:
 
     def next(self) -> Mapping[Streams, Tensor]:
         """The next positions of the buffer."""
-        began, n_refills = time.perf_counter(), self.stream.source.at.n_refills
+        # Norms are measured once, before anything is read; this is not part of a refill.
+        _ = self.stream.mean_norms
+        began, n_read = time.perf_counter(), self.stream.source.at.n_positions
         rows = {h: values.float() for h, values in next(self.stream).items()}
-        if self._refill_seconds is None and self.stream.source.at.n_refills > n_refills:
-            self._refill_seconds = time.perf_counter() - began
+        n_read = self.stream.source.at.n_positions - n_read
+        if self._seconds_per_position is None and n_read:
+            self._seconds_per_position = (time.perf_counter() - began) / n_read
         limits = self.stream.source.limits
         ordinary = {h: x.norm(dim=-1) <= limits[h] for h, x in rows.items()}
         keeps = [torch.stack([ordinary[h] for h in streams]).all(0) for streams in self._streams]
@@ -118,12 +130,21 @@ class StreamBatches:
         return {h: self.stream.mean_norms[h] for h in widths}
 
     @property
-    def seconds_per_step(self) -> float:
-        """The time of the first refill of the buffer, by positions."""
-        if self._refill_seconds is None:
-            return 0.0
-        settings = self.stream.settings
-        return self._refill_seconds * settings.batch_size / settings.buffer_rows
+    def seconds_per_step(self) -> float | None:
+        """The time of the first refill of the buffer, by positions. A training that is continued
+        has a full buffer at first."""
+        if self._seconds_per_position is None:
+            return None
+        return self._seconds_per_position * self.stream.settings.batch_size
+
+    def seen(self, streams: Streams, step: int) -> dict[str, float | int]:  # noqa: ARG002
+        """Positions of the batches so far, those of high norm included; the positions of an epoch
+        are its tokens times the fraction that was served of the tokens read."""
+        at, n = self.stream.source.at, self._n_served
+        return {
+            "train/tokens": n,
+            "train/epoch": n * at.n_tokens / (at.n_positions * self._n_tokens),
+        }
 
     def checkpoint(self, step: int) -> None:
         """Write the buffer and where the corpus is read; nothing at the end, where none follows."""
@@ -271,6 +292,7 @@ class StreamedData:
             ),
             Checkpoints(checkpoints / key, writable=writable),
             trainings[0].n_steps,
+            self.n_train_tokens,
             self._processes,
         )
 

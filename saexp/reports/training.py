@@ -1,6 +1,6 @@
 """The page of task=train: learning curves, and quality on held-out text, of one or several SAEs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,32 @@ def _by_sae(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(name): rows for name, rows in table.groupby("sae", sort=False)}
 
 
+def _step_title(histories: Iterable[pd.DataFrame]) -> str:
+    """The axis of training steps, with how many times the data were seen at its end."""
+    epochs = [float(h["epoch"].iloc[-1]) for h in histories if "epoch" in h and len(h)]
+    if not epochs:
+        return "training step"
+    return f"training step (the last one after {max(epochs):.2f} epochs)"
+
+
+def _epochs(history: pd.DataFrame) -> dict[str, Any]:
+    """Options of a curve whose hover label has the epoch of each step."""
+    if "epoch" not in history:
+        return {}
+    return {
+        "customdata": history["epoch"],
+        "hovertemplate": "step %{x}, epoch %{customdata:.2f}: %{y:.4g}",
+    }
+
+
 def _losses(history: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     for name in (c for c in history.columns if c.endswith("loss")):
         if (history[name] > 0).any():
             label = name.replace("_", " ")
-            figure.add_trace(go.Scatter(x=history["step"], y=history[name], name=label))
-    figure.update_xaxes(title="training step")
+            about = {"name": label, **_epochs(history)}
+            figure.add_trace(go.Scatter(x=history["step"], y=history[name], **about))
+    figure.update_xaxes(title=_step_title([history]))
     figure.update_yaxes(title="loss", type="log")
     return style(figure, 360).update_layout(showlegend=True)
 
@@ -122,10 +141,9 @@ def _overall_losses(histories: Mapping[str, pd.DataFrame], colours: Mapping[str,
     figure = go.Figure()
     for name, history in histories.items():
         line = {"color": colours[name]}
-        figure.add_trace(
-            go.Scatter(x=history["step"], y=history["overall_loss"], name=name, line=line)
-        )
-    figure.update_xaxes(title="training step")
+        about = {"name": name, "line": line, **_epochs(history)}
+        figure.add_trace(go.Scatter(x=history["step"], y=history["overall_loss"], **about))
+    figure.update_xaxes(title=_step_title(histories.values()))
     figure.update_yaxes(title="loss", type="log")
     return style(figure, 360, legend_below=True).update_layout(showlegend=True)
 
@@ -140,7 +158,8 @@ def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str])
             if name in history:
                 known = history[history[name].notna()]
                 mode = "lines+markers" if name == "ce_loss_score" else None
-                curve = go.Scatter(x=known["step"], y=known[name], line=line, mode=mode, **about)
+                shown = {"line": line, "mode": mode, **about, **_epochs(known)}
+                curve = go.Scatter(x=known["step"], y=known[name], **shown)
                 figure.add_trace(curve, row=1, col=column)
             if (held_out := _HELD_OUT.get(name)) in history:
                 known = history[history[held_out].notna()]
@@ -154,7 +173,7 @@ def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str])
                 )
                 figure.add_trace(points, row=1, col=column)
         figure.update_yaxes(title=title, row=1, col=column)
-    figure.update_xaxes(title="training step")
+    figure.update_xaxes(title=_step_title(histories.values()))
     several = len(histories) > 1
     return style(figure, 380 if several else 320, legend_below=several).update_layout(
         showlegend=several
@@ -289,6 +308,7 @@ def _tiles(run: SavedRun) -> list[TileGroup]:
         "reconstruction/cosine": "cosine similarity",
         "sparsity/dead_fraction": "fraction of latents never active",
         "train/ce_loss_score": "CE score",
+        "train/epochs": "epochs (times the training data were read)",
     }
     tiles: list[tuple[str, Any]] = [
         (label, run.metrics[k]) for k, label in labels.items() if k in run.metrics

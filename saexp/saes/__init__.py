@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saexp.errors import SAEError, counted
+from saexp.errors import SAEError
 from saexp.models import Hookpoint
 from saexp.results import html_table
+from saexp.saes.formats import check_type, check_values
 
 NEEDED = {
     "standard": ("b_enc",),
@@ -24,16 +25,23 @@ NEEDED = {
     "gated": ("b_gate", "b_mag", "r_mag"),
     "groupmax": ("b_enc",),
     "abstopk": ("b_enc",),
+    "matching_pursuit": (),
 }
 """Architecture -> its parameters of shape `[d_sae]`."""
 ARCHITECTURES = tuple(NEEDED)
-COMPETING = ("topk", "abstopk", "groupmax")
+_NEED_K = ("topk", "abstopk", "groupmax")
+COMPETING = (*_NEED_K, "matching_pursuit")
 """Architectures in which one latent's activation depends on the others'."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Accepted dtypes of weights."""
-_COUNTS = ("k", "group_sizes")
-"""Tensors of integers that some formats store with the weights."""
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
+
+
+class Pursuit(NamedTuple):
+    """When matching pursuit stops: where the norm of what is left of the input is below a threshold
+    (0: never), after so many selections (None: d_in), where an active latent is selected again."""
+
+    residual_threshold: float = 1e-2
+    max_iterations: int | None = None
+    stop_on_duplicate_support: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,8 @@ class SAESettings:
     """Whether activations are multiplied by the norm of their decoder rows."""
     centre: bool = False
     """Whether each input vector's mean is subtracted first."""
+    pursuit: Pursuit = Pursuit()
+    """Of matching_pursuit."""
 
     @property
     def is_transcoder(self) -> bool:
@@ -78,37 +88,6 @@ def check(parameters: Mapping[str, Tensor], settings: SAESettings, label: str, f
     check_values(parameters, file)
 
 
-def check_type(name: str, tensor: Tensor, file: str) -> None:
-    """Raise SAEError unless the tensor has floating-point numbers of at least 16 bits."""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise SAEError(f"{file}: {name} is sparse or quantized, not a plain tensor")
-    counts = name in _COUNTS and not tensor.is_floating_point() and not tensor.is_complex()
-    if tensor.dtype not in DTYPES and not counts:
-        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise SAEError(f"{file}: {name} is stored as {dtype}; saexp reads {accepted}")
-
-
-def check_values(parameters: Mapping[str, Tensor], file: str) -> None:
-    """Raise SAEError for NaN and infinities, and for an encoder or decoder that is all zeros."""
-    for name, tensor in parameters.items():
-        # One pass: the sum is not finite if a value is not; it may overflow without any, too.
-        total = float(tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
-        if not math.isfinite(total):
-            _check_finite(name, tensor, file)
-        if total == 0 and name in ("W_enc", "W_dec") and not bool(tensor.any()):
-            raise SAEError(f"{file}: all {tensor.numel():,} values of {name} are 0")
-
-
-def _check_finite(name: str, tensor: Tensor, file: str) -> None:
-    n_nan, n_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    bad = [f"{n:,} {what}" for n, what in ((n_nan, "NaN"), (n_inf, "Inf")) if n]
-    if bad:
-        raise SAEError(
-            f"{file}: {name} holds {' and '.join(bad)} of {counted(tensor.numel(), 'value')}"
-        )
-
-
 def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     architecture = settings.architecture
     if architecture not in NEEDED:
@@ -117,13 +96,12 @@ def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label:
             f"saexp reads {', '.join(ARCHITECTURES)}"
         )
     kind = f"{architecture} {'transcoder' if settings.is_transcoder else 'SAE'}"
-    needed = {"W_enc", "W_dec", "b_dec", *NEEDED[architecture]}
-    for name in ("W_enc", "W_dec", "b_dec", *NEEDED[architecture]):
+    needed = ("W_enc", "W_dec", "b_dec", *NEEDED[architecture])
+    for name in needed:
         if name not in parameters:
             raise SAEError(f"{label}: a {kind} needs '{name}', which is missing")
-    known = needed | ({"W_skip"} if settings.is_transcoder else set())
-    unused = sorted(parameters.keys() - known)
-    if unused:
+    known = {*needed, "W_skip"} if settings.is_transcoder else {*needed}
+    if unused := sorted(parameters.keys() - known):
         raise SAEError(
             f"{label}: its files hold '{unused[0]}', which saexp cannot apply in a {kind}"
         )
@@ -131,27 +109,25 @@ def _check_names(parameters: Mapping[str, Tensor], settings: SAESettings, label:
 
 def _check_shapes(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     for name, axes in (("W_enc", "[d_in, d_sae]"), ("W_dec", "[d_sae, d_out]")):
-        if parameters[name].ndim != 2:
-            shape = list(parameters[name].shape)
+        shape = list(parameters[name].shape)
+        if len(shape) != 2:
             raise SAEError(f"{label}: {name} has shape {shape}, not {axes}")
-    for name in ("W_enc", "W_dec"):
-        if not parameters[name].numel():
-            raise SAEError(f"{label}: {name} has shape {list(parameters[name].shape)}: no values")
+        if 0 in shape:
+            raise SAEError(f"{label}: {name} has shape {shape}: no values")
     d_in, d_sae = parameters["W_enc"].shape
     d_out = parameters["W_dec"].shape[1] if settings.is_transcoder else d_in
     shapes: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     shapes |= dict.fromkeys(NEEDED[settings.architecture], (d_sae,))
     if "W_skip" in parameters:
         shapes["W_skip"] = (d_out, d_in)
-    for name, shape in shapes.items():
-        if tuple(parameters[name].shape) != shape:
-            actual = list(parameters[name].shape)
-            raise SAEError(f"{label}: {name} has shape {actual}, not {list(shape)}")
+    for name, axes in shapes.items():
+        if (shape := parameters[name].shape) != axes:
+            raise SAEError(f"{label}: {name} has shape {list(shape)}, not {list(axes)}")
 
 
 def _check_options(parameters: Mapping[str, Tensor], settings: SAESettings, label: str) -> None:
     d_sae = parameters["W_enc"].shape[1]
-    if settings.architecture in COMPETING and not settings.k:
+    if settings.architecture in _NEED_K and not settings.k:
         raise SAEError(f"{label}: a {settings.architecture} SAE needs k, which its config lacks")
     if settings.k is not None and not 0 <= settings.k <= d_sae:
         raise SAEError(f"{label}: k={settings.k} is not between 1 and its {d_sae} latents")
@@ -179,6 +155,29 @@ def _check_options(parameters: Mapping[str, Tensor], settings: SAESettings, labe
 
 
 _EPS = 1e-5
+
+
+def matching_pursuit(
+    x: Float[Tensor, "... d"], rows: Float[Tensor, "d_sae d"], stop: Pursuit
+) -> Float[Tensor, "... d_sae"]:
+    """Select, again and again, the row with the largest product with what is left of x: the product
+    is added to its activation, and taken times the row off x (Costa et al. 2025)."""
+    rest = x.reshape(-1, x.shape[-1])
+    acts = rest.new_zeros(len(rest), len(rows))
+    active = torch.arange(len(rest), device=x.device)  # Rows of `acts` that `rest` has.
+    for _ in range(rows.shape[1] if stop.max_iterations is None else stop.max_iterations):
+        best = (rest.detach() @ rows.detach().T).argmax(dim=1)
+        products = (rest * rows[best]).sum(dim=-1).relu()
+        is_new = (acts[active, best] == 0) & (products > 0)
+        acts.index_put_((active, best), products, accumulate=True)
+        rest = rest - products[:, None] * rows[best]
+        goes_on = rest.norm(dim=-1) >= stop.residual_threshold
+        if stop.stop_on_duplicate_support:
+            goes_on &= is_new
+        active, rest = active[goes_on], rest[goes_on]
+        if not len(active):
+            break
+    return acts.view(*x.shape[:-1], len(rows))
 
 
 @runtime_checkable
@@ -217,7 +216,8 @@ class SparseAutoencoder(nn.Module):
     """A sparse autoencoder or transcoder.
 
     Architectures: standard (ReLU), jumprelu, topk, abstopk (the `k` largest magnitudes), gated,
-    batchtopk (with its threshold), groupmax (largest latent of `k` groups of consecutive latents).
+    batchtopk (with its threshold), groupmax (largest latent of `k` groups of consecutive latents),
+    matching_pursuit (over the columns of W_enc, which is W_dec transposed).
 
     With `hookpoint_out` it is a transcoder: it reads `hookpoint`, and `decode` predicts
     `hookpoint_out`, adding `W_skip [d_out, d_in]` times the input where there is one. The inputs of
@@ -256,8 +256,7 @@ class SparseAutoencoder(nn.Module):
             settings = replace(settings, apply_b_dec_to_input=not settings.is_transcoder)
         self.settings = settings
         self.metadata: Mapping[str, Any] = dict(metadata or {})
-        name = str(self.metadata.get("name", "the SAE"))
-        check(parameters, settings, name, str(self.metadata.get("path", name)))
+        check(parameters, settings, self.name, str(self.metadata.get("path", self.name)))
         self.register_buffer("W_skip", None)
         for name, value in parameters.items():
             self.register_buffer(name, value)
@@ -308,8 +307,7 @@ class SparseAutoencoder(nn.Module):
 
     def extra_repr(self) -> str:
         """The description in `repr`."""
-        at = self.hookpoint.name
-        at += f" to {self.hookpoint_out.name}" if self.hookpoint_out is not None else ""
+        at = " to ".join(h.name for h in self.hookpoints)
         return (
             f"{self.metadata.get('name', 'unnamed')}: {self.architecture}, {at}, d_in={self.d_in}, "
             f"d_sae={self.d_sae}, {str(self.W_enc.dtype).removeprefix('torch.')}, "
@@ -372,12 +370,12 @@ class SparseAutoencoder(nn.Module):
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """(scaled x, scale, shift) with x = scaled * scale + shift."""
-        if self.settings.normalize_activations == "none":
+        scaling = self.settings.normalize_activations
+        if scaling == "none":
             return x, 1.0, 0.0
-        if self.settings.normalize_activations == "expected_average_only_in":
-            factor = self._factor()
-            return x * factor, 1 / factor, 0.0
-        if self.settings.normalize_activations == "constant_norm_rescale":
+        if scaling == "expected_average_only_in":
+            return x * (factor := self._factor()), 1 / factor, 0.0
+        if scaling == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
             return x / scale, scale, 0.0
         shift = x.mean(dim=-1, keepdim=True)
@@ -438,6 +436,8 @@ class SparseAutoencoder(nn.Module):
         inputs = self._input(x)
         if self.architecture not in COMPETING:
             return self._activate(inputs, slice(None))
+        if self.architecture == "matching_pursuit":
+            return matching_pursuit(inputs, self.W_enc.T, self.settings.pursuit)
         pre = self._pre(inputs, slice(None))
         assert self.settings.k is not None
         if self.architecture == "topk":

@@ -18,7 +18,7 @@ from saexp.hub import is_path
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.resolution import ASSETS, SHIPPED, pick_device
-from saexp.saes import SAESettings, SparseAutoencoder, check_values
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import (
     fill_path,
     find_entry,
@@ -29,6 +29,7 @@ from saexp.saes.catalogue import (
 )
 from saexp.saes.formats import (
     Streams,
+    check_values,
     dictionary_learning,
     download,
     download_if_present,

@@ -1,15 +1,17 @@
-"""Training SAEs: several in one pass over the same data, with checkpoints and exact resume.
+"""The training of one SAE: its steps, the numbers of each, and checkpoints with exact resume.
 
-Each SAE has its own weights, optimizer, dead-latent counters and checkpoints, so that it is trained
-as if it were alone.
+It has its own weights, optimizer and dead-latent counters. Checkpoints are written whole, verified
+when they are read, and two of them are kept.
 """
 
 import copy
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,178 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saexp.config import SAETrainerConfig
-from saexp.context import progress
+from saexp.digests import checksums, difference, is_checksums
 from saexp.distributed import ALONE, Processes
-from saexp.errors import SAEError, counted
-from saexp.files import RUN_FOLDER, write_folder
+from saexp.errors import ConfigError, SAEError, StoreError
+from saexp.files import RUN_FOLDER, remove_temporary, write_folder
 from saexp.models import Hookpoint
-from saexp.saes.checkpoints import Checkpoints, DamagedCheckpoint, read_object
-from saexp.saes.training_architectures import PairScaler, TrainingSource, training_sae
-from saexp.saes.training_batches import Batches, Reader, ReaderBatches, Streams, Widths
+from saexp.registry import did_you_mean
 from saexp.stats.significance import derived_seed
 
 log = logging.getLogger(__name__)
 
 
+CHECKSUMS = "checksums.json"
+N_KEPT = 2
+_NAME = re.compile(r"step_(\d{9})")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint cannot be used; the message has the file and the reason."""
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder that no other process writes to meanwhile.
+
+    In a folder that is not `writable`, checkpoints are read but not written.
+    """
+
+    def __init__(self, folder: Path, *, writable: bool = True) -> None:
+        self.folder, self.writable = folder, writable
+        self._usable: list[Path] = []
+        self._has_warned = False
+
+    def resume(self, load: Callable[[Path, int], None], latest: int | None = None) -> int:
+        """Load the newest intact checkpoint, and return its step, or 0 where there is none.
+
+        `load(folder, step)` loads a checkpoint. Where it raises an exception (DamagedCheckpoint, or
+        any other that invalid files cause), the previous checkpoint is tried. With `latest`,
+        checkpoints of later steps are left as they are.
+        """
+        damaged: list[tuple[Path, str]] = []
+        step = 0
+        for path, step_of_path in self._by_step():
+            if latest is not None and step_of_path > latest:
+                continue
+            try:
+                verify_checkpoint(path)
+                load(path, step_of_path)
+            except DamagedCheckpoint as error:
+                damaged.append((path, str(error)))
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                damaged.append((path, reason))
+            else:
+                step, self._usable = step_of_path, [path]
+                break
+        consequence = f"continuing from step {step}" if step else "starting from the beginning"
+        for path, reason in damaged:
+            log.warning("checkpoint %s is damaged (%s); %s", path, reason, consequence)
+        return step
+
+    def _by_step(self) -> list[tuple[Path, int]]:
+        """(folder, step) of each checkpoint, the newest first."""
+        matches = [(p, _NAME.fullmatch(p.name)) for p in self.folder.glob("step_*")]
+        checkpoints = [(p, int(match[1])) for p, match in matches if match]
+        return sorted(checkpoints, key=lambda pair: -pair[1])
+
+    def write(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write the checkpoint of a step with `write`, and remove all but the newest `N_KEPT`.
+
+        Where it cannot be written (full disk), one warning per training is logged: training can
+        continue, and the earlier checkpoints stay.
+        """
+        if not self.writable:
+            return
+
+        def fill(temporary: Path) -> None:
+            write(temporary)
+            sums = checksums(temporary, [file.name for file in temporary.iterdir()])
+            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+        path = self.folder / f"step_{step:09d}"
+        try:
+            remove_temporary(self.folder)
+            write_folder(path, fill)
+        except (StoreError, RuntimeError) as error:
+            if not self._has_warned:
+                log.warning("checkpoint at step %d could not be written (%s)", step, error)
+            self._has_warned = True
+            return
+        self._usable = [*self._usable, path][-N_KEPT:]
+        for old, _ in self._by_step():
+            if old not in self._usable:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Remove all checkpoints, once the training is finished."""
+        if self.writable:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise DamagedCheckpoint, with the first file that is missing or has changed."""
+    sums = read_object(path / CHECKSUMS)
+    if not sums or not is_checksums(sums):
+        raise DamagedCheckpoint(f"{CHECKSUMS} is not a list of checksums")
+    if changed := difference(path, sums):
+        raise DamagedCheckpoint(changed)
+    for file in path.iterdir():
+        if file.name not in sums and file.name != CHECKSUMS:
+            raise DamagedCheckpoint(f"{file.name}: not in {CHECKSUMS}")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises DamagedCheckpoint."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{file.name}: missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file.name}: cannot be read") from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{file.name}: not a JSON object")
+    return content
+
+
 WEIGHTS, STATE, TRAINER_STATE = "weights.safetensors", "state.json", "trainer_state.pt"
 """Files of a checkpoint; sae-lens writes the last one, and a file with the input scaling."""
-N_TIMED_STEPS = 10
-"""Steps after which the duration of a training is estimated."""
 Record = dict[str, float | int]
+Streams = tuple[Hookpoint, ...]
+"""The stream that an SAE reads, and the one that a transcoder predicts."""
+Widths = Mapping[Hookpoint, int]
+"""The streams of one SAE with their widths, in the order of the columns of its batches."""
+
+SAES = (
+    "standard",
+    "gated",
+    "topk",
+    "abstopk",
+    "batchtopk",
+    "jumprelu",
+    "matryoshka_batchtopk",
+    "matching_pursuit",
+)
+TRANSCODERS = tuple(
+    f"{name}_transcoder" for name in ("standard", "batchtopk", "jumprelu", "matryoshka_batchtopk")
+)
+ARCHITECTURES = (*SAES, *TRANSCODERS)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `sae_trainer.name` is an architecture that can be trained."""
+    if name in ARCHITECTURES:
+        return
+    if name.removesuffix("_transcoder") in SAES:
+        raise ConfigError(
+            f"sae_trainer.name={name}: sae-lens has no inference class for such a transcoder; "
+            f"choose from {', '.join(TRANSCODERS)}"
+        )
+    raise ConfigError(f"sae_trainer.name={name}: {did_you_mean(name, ARCHITECTURES)}")
+
+
+@dataclass(frozen=True)
+class TrainingSource:
+    """The model and streams that an SAE or transcoder is trained on."""
+
+    model_name: str
+    hookpoint: Hookpoint
+    d_in: int
+    context_size: int
+    hookpoint_out: Hookpoint | None = None
+    d_out: int | None = None
+    prepend_bos: bool = True
+    """Whether the texts begin with BOS."""
 
 
 class Training:
@@ -92,6 +248,7 @@ class Training:
         """Initialize the weights and the optimizer, at step 0."""
         from sae_lens.config import SAETrainerConfig as LensConfig
 
+        from saexp.saes.training_architectures import PairScaler, training_sae
         from saexp.saes.training_step import Trainer
 
         cfg, source, device = self.cfg, self.source, self.device
@@ -120,16 +277,6 @@ class Training:
         self.records: list[Record] = []
         self.data: dict[str, Any] = {}
         """What was read for it, as its last checkpoint has it (`Batches.describe`)."""
-
-    def run(self, reader: Reader) -> Iterator[Record]:
-        """Train it alone to the end, from the last checkpoint where there is one.
-
-        Yields a record every `log_every` steps. Raises SAEError, naming the step, where the loss is
-        not a number.
-        """
-        self.resume()
-        for _, record in train_together([self], ReaderBatches({self.streams: reader})):
-            yield record
 
     def resume(self) -> int:
         """Load the newest intact checkpoint; returns the number of steps made."""
@@ -172,9 +319,9 @@ class Training:
         self.trainer.n_training_steps += 1
         return output
 
-    def record(self, output: Any, evaluated: Mapping[str, float] | None = None) -> Record:
-        """The numbers of the step just made, which are also added to `records`."""
-        self.records.append({**self._record(self.step, output), **(evaluated or {})})
+    def record(self, output: Any, others: Record | None = None) -> Record:
+        """The numbers of the step just made, and `others`, which are also added to `records`."""
+        self.records.append({**self._record(self.step, output), **(others or {})})
         return self.records[-1]
 
     def checkpoint(self, data: dict[str, Any]) -> None:
@@ -254,125 +401,9 @@ class Training:
             if self.source.hookpoint_out is None:
                 sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
             else:
-                assert isinstance(scaler, PairScaler)
-                sae.fold_scaling(scaler.scaling_factor, scaler.factor_out)
+                pair: Any = scaler
+                sae.fold_scaling(pair.scaling_factor, pair.factor_out)
         sae.save_inference_model(folder)
-
-
-Evaluate = Callable[[Sequence[Training]], Sequence[Mapping[str, float]]]
-"""Trainings -> `train/…` numbers of each on held-out text."""
-
-
-def train_together(
-    trainings: Sequence[Training],
-    batches: Batches,
-    evaluate: Evaluate | None = None,
-) -> Iterator[tuple[Training, Record]]:
-    """Train SAEs of equally many steps on the same data, each from the step where it is.
-
-    Yields (training, record) every `log_every` steps, and after each evaluation: every
-    `evaluate_every` steps, and at the end. An SAE whose loss is not a number is left out from there
-    on, with its `error` set; raises the SAEError where that leaves none.
-    """
-    active = [one for one in trainings if not one.is_finished]
-    if not active:
-        return
-    n_steps, cfg = active[0].n_steps, active[0].cfg
-    step = batches.seek(min(t.step for t in active), list(dict.fromkeys(t.streams for t in active)))
-    for one in active:
-        if one.needs_scale:
-            one.set_scale(batches.mean_norms(one.widths))
-    clock = _Clock(len(active), step, n_steps, cfg.batch_size)
-    with progress(n_steps, "training", "step") as bar:
-        bar.update(step)
-        while step < n_steps:
-            outputs = _steps(active, batches.next(), step)
-            active = [t for t in active if t.error is None]
-            step += 1
-            clock.count(step, batches.seconds_per_step)
-            for one, numbers in _evaluated(outputs, evaluate, step).items():
-                if numbers or step % cfg.log_every == 0 or step == n_steps:
-                    record = one.record(outputs[one], numbers)
-                    yield one, {**record, "train/samples_per_second": clock.rate(step)}
-            # The last step has one too, so that a failure to save the SAE loses no training.
-            if step % cfg.checkpoint_every == 0 or step == n_steps:
-                batches.checkpoint(step)
-                for one in outputs:
-                    one.checkpoint(batches.describe(one.streams))
-            bar.update(1)
-
-
-def _steps(
-    active: Sequence[Training], batch: Mapping[Streams, Tensor], step: int
-) -> dict[Training, Any]:
-    """Make a step with each SAE that has made this many; SAE -> output.
-
-    Those that have made more wait for the data to arrive where they are.
-    """
-    outputs = {}
-    for one in active:
-        if one.step != step:
-            continue
-        try:
-            outputs[one] = one.make_step(batch[one.streams])
-        except SAEError as error:
-            one.error = error
-            if all(t.error is not None for t in active):
-                raise
-            log.warning("%s; the others go on", error)
-    return outputs
-
-
-def _evaluated(
-    outputs: Mapping[Training, Any], evaluate: Evaluate | None, step: int
-) -> dict[Training, Mapping[str, float]]:
-    """Training -> its numbers on held-out text, where it is evaluated at this step."""
-    trainings = list(outputs)
-    if evaluate is None or not trainings:
-        return dict.fromkeys(trainings, {})
-    every, n_steps = trainings[0].cfg.evaluate_every, trainings[0].n_steps
-    if step != n_steps and not (every and step % every == 0):
-        return dict.fromkeys(trainings, {})
-    return dict(zip(trainings, evaluate(trainings), strict=True))
-
-
-class _Clock:
-    """The rate of a pass, and an estimate of its duration after the first steps."""
-
-    def __init__(self, n_saes: int, first: int, n_steps: int, batch_size: int) -> None:
-        self.n_saes, self.first, self.n_steps, self.batch_size = n_saes, first, n_steps, batch_size
-        self.began = self.timed = time.perf_counter()
-
-    def rate(self, step: int) -> float:
-        """Activation vectors per second since the first step."""
-        return (step - self.first) * self.batch_size / (time.perf_counter() - self.began)
-
-    def count(self, step: int, seconds_per_step: float) -> None:
-        """Log the estimate once, after `N_TIMED_STEPS` steps; the first one is not timed.
-
-        `seconds_per_step` is what is not part of every step. Evaluations are not counted.
-        """
-        done = step - self.first
-        if done == 1:
-            self.timed = time.perf_counter()
-        if done != N_TIMED_STEPS + 1 or step == self.n_steps:
-            return
-        seconds = (time.perf_counter() - self.timed) / N_TIMED_STEPS + seconds_per_step
-        log.info(
-            "training %s: about %s for the remaining %s of %d activation vectors (%d a second)",
-            counted(self.n_saes, "SAE"),
-            _duration(seconds * (self.n_steps - step)),
-            counted(self.n_steps - step, "step"),
-            self.batch_size,
-            self.batch_size / seconds,
-        )
-
-
-def _duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -425,3 +456,24 @@ def _is_finite(value: Any) -> bool:
 
 def _are_dicts(records: Any) -> bool:
     return isinstance(records, list) and all(isinstance(r, dict) for r in records)
+
+
+_SHOWN = {
+    "epoch": "epoch {:.2f}",
+    "overall_loss": "loss {:.3g}",
+    "explained_variance": "explained variance {:.3f}",
+    "l0": "L0 {:.1f}",
+}
+"""Numbers of a record that the progress bar shows."""
+
+
+def summary(records: Sequence[Record]) -> str:
+    """The last numbers; of several SAEs the smallest and the largest."""
+    parts = []
+    for name, words in _SHOWN.items():
+        values = [r[f"train/{name}"] for r in records if f"train/{name}" in r]
+        if not values:
+            continue
+        low, high = (words.format(f(values)) for f in (min, max))
+        parts.append(low if low == high else f"{low} to {high.rpartition(' ')[2]}")
+    return ", ".join(parts)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -29,9 +30,9 @@ from torch.nn import functional
 
 from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
-from saexp.models import Hookpoint
 from saexp.registry import did_you_mean
-from saexp.saes.topk_training import QuickBatchTopKTrainingSAE, QuickTopKTrainingSAE
+from saexp.saes.training import TRANSCODERS, TrainingSource, check_name
+from saexp.saes.training_step import QuickBatchTopKTrainingSAE, QuickTopKTrainingSAE
 
 if TYPE_CHECKING:
     from sae_lens import SAEConfig
@@ -203,11 +204,6 @@ class PairScaler(ActivationScaler):
         self.factor_out = json.loads(Path(file_path).read_text("utf-8"))["factor_out"]
 
 
-SAES = ("standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
-TRANSCODERS = tuple(
-    f"{name}_transcoder" for name in ("standard", "batchtopk", "jumprelu", "matryoshka_batchtopk")
-)
-ARCHITECTURES = (*SAES, *TRANSCODERS)
 _DERIVED = (
     "d_in",
     "d_sae",
@@ -219,32 +215,6 @@ _DERIVED = (
     "reshape_activations",
 )
 """Fields of sae-lens' configs that follow from the streams, the width and sae_trainer's keys."""
-
-
-@dataclass(frozen=True)
-class TrainingSource:
-    """The model and streams that an SAE or transcoder is trained on."""
-
-    model_name: str
-    hookpoint: Hookpoint
-    d_in: int
-    context_size: int
-    hookpoint_out: Hookpoint | None = None
-    d_out: int | None = None
-    prepend_bos: bool = True
-    """Whether the texts begin with BOS."""
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError unless `sae_trainer.name` is an architecture that can be trained."""
-    if name in ARCHITECTURES:
-        return
-    if name.removesuffix("_transcoder") in SAES:
-        raise ConfigError(
-            f"sae_trainer.name={name}: sae-lens has no inference class for such a transcoder; "
-            f"choose from {', '.join(TRANSCODERS)}"
-        )
-    raise ConfigError(f"sae_trainer.name={name}: {did_you_mean(name, ARCHITECTURES)}")
 
 
 def training_sae(
@@ -290,6 +260,9 @@ def _options(cfg: SAETrainerConfig, config_class: Any, d_sae: int, n_steps: int)
     options = dict(cfg.options)
     if cfg.name.startswith("matryoshka_batchtopk"):
         options.setdefault("matryoshka_widths", [d_sae // 4, d_sae // 2, d_sae])
+    if cfg.name == "matching_pursuit":
+        # sae-lens takes no other value.
+        options.setdefault("decoder_init_norm", 1.0)
     fields = {f.name: f for f in dataclasses.fields(config_class) if f.name not in _DERIVED}
     for warm_up in ("l1_warm_up_steps", "l0_warm_up_steps"):
         if warm_up in fields:
@@ -306,6 +279,11 @@ def _options(cfg: SAETrainerConfig, config_class: Any, d_sae: int, n_steps: int)
                 f"{did_you_mean(name, sorted(fields))}"
             )
         options[name] = _validated(key, options[name], fields[name].type)
+    _check_sizes(options)
+    if cfg.name == "matching_pursuit" and options["decoder_init_norm"] != 1:
+        raise ConfigError(
+            "sae_trainer.options.decoder_init_norm of a matching_pursuit SAE is 1; leave it out"
+        )
     k = options.get("k", fields["k"].default if "k" in fields else 1)
     if k <= 0:
         raise ConfigError(f"sae_trainer.options.k={k} leaves no latent active; type a k such as 16")
@@ -321,12 +299,24 @@ def _options(cfg: SAETrainerConfig, config_class: Any, d_sae: int, n_steps: int)
     return {n: float(v) if fields[n].type is float else v for n, v in options.items()}
 
 
+def _check_sizes(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for values of matching pursuit that sae-lens would take silently."""
+    at = "sae_trainer.options"
+    n, threshold = options.get("max_iterations"), options.get("residual_threshold", 0)
+    if n is not None and n < 1:
+        raise ConfigError(f"{at}.max_iterations={n} leaves no latent active; type e.g. 16")
+    if threshold < 0:
+        raise ConfigError(f"{at}.residual_threshold={threshold} is negative; type 0 or more")
+
+
 def _validated(key: str, value: Any, field_type: Any) -> Any:
     """The value, as an int where the field's type is int. Raises ConfigError for other types."""
     if field_type is bool and not isinstance(value, bool):
         raise ConfigError(f"{key}={value} is neither true nor false")
     if get_origin(field_type) is Literal and value not in get_args(field_type):
         raise ConfigError(f"{key}={value}: {did_you_mean(str(value), get_args(field_type))}")
+    if field_type == int | None and value is not None:
+        field_type = int
     if field_type not in (int, float):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):

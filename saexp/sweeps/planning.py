@@ -52,7 +52,7 @@ from saexp.reports.saved_run import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
-from saexp.sweeps.trainings import TRAININGS, planned
+from saexp.saes.training_pass import TRAININGS, planned_trainings
 
 log = logging.getLogger(__name__)
 
@@ -274,11 +274,12 @@ class SweepCallback(Callback):
         _reserve(folder)
         PROCESS.sweep = folder
         cells = _cells(config)
+        launcher = str(config.hydra.launcher.get("_target_", ""))
         content = {
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
             "cells": cells,
             "passes": _passes(cells),
-            TRAININGS: planned(config, cells, _composed),
+            TRAININGS: planned_trainings(launcher, cells, _composed),
         }
         with _ending_the_process():
             write_json(folder / SWEEP_PLAN, content, option=SWEEP_FOLDER)

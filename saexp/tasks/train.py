@@ -30,8 +30,14 @@ from saexp.models.resolution import native_dtypes, pick_device
 from saexp.pipeline.collect import begins_with_bos
 from saexp.pipeline.objects import describe_model, language_model
 from saexp.pipeline.run_folder import save_run, skips_table
-from saexp.pipeline.training_data import N_MEASURED, StoredData, TrainingData
-from saexp.pipeline.training_evaluation import HeldOutEvaluation, off_curve, off_target
+from saexp.pipeline.training_data import (
+    N_MEASURED,
+    HeldOutEvaluation,
+    StoredData,
+    TrainingData,
+    off_curve,
+    off_target,
+)
 from saexp.pipeline.training_stream import StreamBatches, StreamedData
 from saexp.reports.training import (
     SAES,
@@ -41,11 +47,9 @@ from saexp.reports.training import (
     write_training_report,
 )
 from saexp.results import Result, model_words
-from saexp.saes.checkpoints import Checkpoints
 from saexp.saes.loading import load_sae
-from saexp.saes.training import Evaluate, Record, Training, train_together
-from saexp.saes.training_architectures import TrainingSource
-from saexp.saes.training_targets import Target, targets
+from saexp.saes.training import Checkpoints, Record, Training, TrainingSource
+from saexp.saes.training_pass import Evaluate, Target, targets, train_together
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +317,7 @@ def _labelled(record: Record, label: str) -> Record:
     """The record of one of several SAEs: `train/<label>/overall_loss`, with the common step."""
     if not label:
         return record
-    common = ("train/step", "train/samples_per_second")
+    common = ("train/step", "train/tokens", "train/epoch", "train/samples_per_second")
     return {
         k if k in common else f"train/{label}/{k.removeprefix('train/')}": v
         for k, v in record.items()
@@ -336,7 +340,8 @@ def _measured(
         held_out.acts, held_out.chosen, sae, held_out.rows, held_out.target, held_out.ordinary
     )
     latents = latents.where(held_out.ordinary)
-    last = {k: v for k, v in training.records[-1].items() if k != "train/step"}
+    axes = ("train/step", "train/tokens", "train/epoch")
+    last = {k: v for k, v in training.records[-1].items() if k not in axes}
     off_k = off_target(target.trainer, measured["sparsity/l0"])
     steps = training.n_steps, target.trainer.dead_feature_window
     about: dict[str, Any] = {

@@ -184,7 +184,7 @@ def test_checkpoints_are_known_by_what_is_trained_on_which_data(cache):
     from types import SimpleNamespace
 
     from saexp.models import Hookpoint
-    from saexp.saes.training_targets import Target, variants_of
+    from saexp.saes.training_pass import Target, variants_of
     from saexp.tasks.train import _key
 
     def key(*words: str, data="store, rows", at="resid_post", layer=1, width=256) -> str:

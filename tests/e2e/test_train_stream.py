@@ -153,6 +153,13 @@ def test_a_corpus_that_is_too_short_is_repeated_and_counted(
     (note,) = (n for n in run.notes if "tokens were read" in n)
     assert "and was read again from its beginning in another order" in note
     assert f"{run.metrics['train/epochs']:.2f} times" in note
+    history = run.tables["training"]
+    assert list(history["tokens"]) == list(128 * history["step"])
+    # Vectors are read before they are consumed; both are counted in tokens of the corpus.
+    last = history["epoch"].iloc[-1]
+    assert run.metrics["train/epochs"] - 2048 / 12_000 <= last < run.metrics["train/epochs"]
+    title = run.figures["losses"].layout.xaxis.title.text
+    assert title == f"training step (the last one after {last:.2f} epochs)"
 
 
 def test_the_loss_of_the_model_is_measured_at_the_chosen_steps(

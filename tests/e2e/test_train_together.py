@@ -67,6 +67,11 @@ def test_each_sae_is_the_one_that_is_trained_alone(
         own = table[table["sae"] == label].drop(columns="sae").reset_index(drop=True)
         expected = alone.tables[name]
         pd.testing.assert_frame_equal(own[list(expected.columns)], expected)
+    history = alone.tables["training"]
+    n_trained_on = json.loads((tmp_path / "run/provenance.json").read_text("utf-8"))["n_trained_on"]
+    assert list(history["tokens"]) == list(128 * history["step"])
+    assert list(history["epoch"] * n_trained_on) == pytest.approx(list(history["tokens"]))
+    assert alone.metrics["train/epochs"] == history["epoch"].iloc[-1]
     for metric, value in alone.metrics.items():
         if metric.startswith(("sparsity/", "reconstruction/", "train/l0", "train/overall")):
             assert together.metrics[f"{metric}_{label}"] == value, metric

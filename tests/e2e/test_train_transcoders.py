@@ -16,7 +16,7 @@ from saexp.models.resolution import ASSETS
 from saexp.reports.analysis import headline
 from saexp.results import Result
 from saexp.saes import training as module
-from saexp.saes.training_architectures import TRANSCODERS
+from saexp.saes.training import TRANSCODERS
 
 WORDS = [
     "task=train",

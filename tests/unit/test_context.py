@@ -24,3 +24,40 @@ def test_off_a_terminal_lines_tell_rate_and_time_left(
     assert line.startswith("generating: 5 of 10, ")
     assert " prompt/s, " in line
     assert line.endswith(" s left")
+
+
+def test_what_was_done_before_is_not_part_of_the_rate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(context, "_SECONDS_BETWEEN_LINES", 0.05)
+    with caplog.at_level(logging.INFO), context.progress(2000, "training", "step", 1000) as bar:
+        bar.set_postfix_str("loss 0.5")
+        time.sleep(0.1)
+        bar.update(1)
+    (line,) = caplog.messages
+    assert line.startswith("training: 1001 of 2000, ")
+    assert line.endswith(" s left, loss 0.5")
+    rate, left = float(line.split()[4]), float(line.split()[6])
+    assert 0 < rate <= 10
+    assert left >= 99
+
+
+def test_without_a_total_lines_have_the_count_and_the_rate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(context, "_SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level(logging.INFO), context.progress(None, "tokenizing", "document") as bar:
+        time.sleep(0.01)
+        bar.update(7)
+    (line,) = caplog.messages
+    assert line.startswith("tokenizing: 7, ")
+    assert line.endswith(" document/s")
+
+
+def test_on_a_terminal_the_bar_begins_at_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with context.progress(20, "training", "step", 10) as bar:
+        bar.update(1)
+        assert (bar.n, bar.initial, bar.total) == (11, 10, 20)

@@ -1,6 +1,7 @@
 """Reads the files of SAEs: downloads, configs, safetensors, hook names of other tools."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,10 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saexp.digests import content_name
-from saexp.errors import ModelError, SAEError, brief
+from saexp.errors import ModelError, SAEError, brief, counted
 from saexp.hub import hub, why_absent
 from saexp.models import Hookpoint
-from saexp.saes import check_type
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Accepted dtypes of weights."""
+_COUNTS = ("k", "group_sizes")
+"""Tensors of integers that some formats store with the weights."""
 
 
 def download(repo: str, path: str) -> Path:
@@ -215,3 +220,34 @@ def drop_unit_scaling(parameters: dict[str, Tensor]) -> None:
     factor = parameters.get("scaling_factor")
     if factor is not None and torch.equal(factor, torch.ones_like(factor)):
         del parameters["scaling_factor"]
+
+
+def check_type(name: str, tensor: Tensor, file: str) -> None:
+    """Raise SAEError unless the tensor has floating-point numbers of at least 16 bits."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise SAEError(f"{file}: {name} is sparse or quantized, not a plain tensor")
+    counts = name in _COUNTS and not tensor.is_floating_point() and not tensor.is_complex()
+    if tensor.dtype not in DTYPES and not counts:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise SAEError(f"{file}: {name} is stored as {dtype}; saexp reads {accepted}")
+
+
+def check_values(parameters: Mapping[str, Tensor], file: str) -> None:
+    """Raise SAEError for NaN and infinities, and for an encoder or decoder that is all zeros."""
+    for name, tensor in parameters.items():
+        # One pass: the sum is not finite if a value is not; it may overflow without any, too.
+        total = float(tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+        if not math.isfinite(total):
+            _check_finite(name, tensor, file)
+        if total == 0 and name in ("W_enc", "W_dec") and not bool(tensor.any()):
+            raise SAEError(f"{file}: all {tensor.numel():,} values of {name} are 0")
+
+
+def _check_finite(name: str, tensor: Tensor, file: str) -> None:
+    n_nan, n_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    bad = [f"{n:,} {what}" for n, what in ((n_nan, "NaN"), (n_inf, "Inf")) if n]
+    if bad:
+        raise SAEError(
+            f"{file}: {name} holds {' and '.join(bad)} of {counted(tensor.numel(), 'value')}"
+        )

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from saexp.errors import ModelError, SAEError, brief
 from saexp.models import Hookpoint
-from saexp.saes import SAESettings, SparseAutoencoder, check_type, check_values
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.formats import (
     Config,
     check_matrices,
     check_raw_output,
+    check_type,
+    check_values,
     read_config,
     read_safetensors,
 )

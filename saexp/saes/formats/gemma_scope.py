@@ -12,11 +12,13 @@ from torch import Tensor
 
 from saexp.errors import SAEError, brief
 from saexp.models import Hookpoint
-from saexp.saes import SAESettings, SparseAutoencoder, check_type, check_values
+from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.formats import (
     Config,
     Streams,
     check_matrices,
+    check_type,
+    check_values,
     drop_unit_scaling,
     lens_hookpoint,
     read_config,

@@ -1,19 +1,22 @@
 """Files of SAELens, cross-layer transcoders, and formats that sae-lens loads itself."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saexp.errors import SAEError
 from saexp.hub import hub, why_absent
 from saexp.models import NOT_ADDED, Hookpoint
-from saexp.saes import SAESettings, SparseAutoencoder, check_values
+from saexp.saes import Pursuit, SAESettings, SparseAutoencoder
 from saexp.saes.formats import (
     Config,
     check_matrices,
+    check_values,
     drop_unit_scaling,
     lens_hookpoint,
     read_config,
@@ -58,7 +61,10 @@ def load_saelens(
     )
     architecture = inference_architecture(lens_architecture)
     scaling, factor = _scaling(cfg, about)
+    subtracts = bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None))
     parameters = _parameters(folder / WEIGHTS)
+    if architecture == "matching_pursuit":
+        parameters = _tied(parameters, adds_b_dec=subtracts)
     if "skip" in lens_architecture and "W_skip" not in parameters:
         raise SAEError(
             f"{folder / WEIGHTS}: a {lens_architecture} needs 'W_skip', which is missing"
@@ -74,12 +80,13 @@ def load_saelens(
             hookpoint=hookpoint,
             hookpoint_out=hookpoint_out,
             k=k,
-            apply_b_dec_to_input=bool(cfg.boolean("apply_b_dec_to_input", hookpoint_out is None)),
+            apply_b_dec_to_input=subtracts,
             normalize_activations=scaling,
             norm_factor=factor,
             centre=centre,
             rescale_acts_by_decoder_norm=bool(cfg.boolean("rescale_acts_by_decoder_norm"))
             and architecture in ("topk", "abstopk", "batchtopk"),
+            pursuit=_pursuit(cfg),
         ),
         metadata={
             "model": about.text("model_name"),
@@ -137,6 +144,30 @@ def _parameters(file: Path) -> dict[str, Tensor]:
         parameters["threshold"] = parameters.pop("topk_threshold").repeat(d_sae)
     drop_unit_scaling(parameters)
     return parameters
+
+
+def _tied(parameters: Mapping[str, Tensor], *, adds_b_dec: bool) -> dict[str, Tensor]:
+    """Parameters of matching pursuit with its encoder, the transposed decoder.
+
+    As in SAELens, b_dec is added to the output only where it is subtracted from the input.
+    """
+    tied = dict(parameters)
+    if "W_dec" in tied and tied["W_dec"].ndim == 2:
+        tied["W_enc"] = tied["W_dec"].T.contiguous()
+    if "b_dec" in tied and not adds_b_dec:
+        tied["b_dec"] = torch.zeros_like(tied["b_dec"])
+    return tied
+
+
+def _pursuit(cfg: Config) -> Pursuit:
+    """When matching pursuit stops; its defaults where the config lacks a value."""
+    threshold = cfg.number("residual_threshold")
+    repeats = cfg.boolean("stop_on_duplicate_support")
+    return Pursuit(
+        residual_threshold=1e-2 if threshold is None else threshold,
+        max_iterations=cfg.integer("max_iterations"),
+        stop_on_duplicate_support=True if repeats is None else repeats,
+    )
 
 
 def inference_architecture(lens_architecture: str) -> str:
@@ -217,8 +248,11 @@ def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseA
     architecture = cfg.architecture()
     options = about.get("model_from_pretrained_kwargs") or {}
     hookpoint_out = transcoder_output(architecture, about.get("hook_name_out"), label)
+    parameters = {n: p.detach().float().clone() for n, p in lens.named_parameters()}
+    if architecture == "matching_pursuit":
+        parameters = _tied(parameters, adds_b_dec=cfg.apply_b_dec_to_input)
     return SparseAutoencoder(
-        {n: p.detach().float().clone() for n, p in lens.named_parameters()},
+        parameters,
         SAESettings(
             architecture=inference_architecture(architecture),
             hookpoint=hookpoint,
@@ -230,6 +264,7 @@ def load_by_sae_lens(release: str, id: str, metadata: dict[str, Any]) -> SparseA
                 options.get("center_writing_weights"), hookpoint_out or hookpoint
             ),
             rescale_acts_by_decoder_norm=getattr(cfg, "rescale_acts_by_decoder_norm", False),
+            pursuit=_pursuit(Config(vars(cfg), Path(label))),
         ),
         metadata={
             "model": about.get("model_name"),

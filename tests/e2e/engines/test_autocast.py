@@ -14,6 +14,7 @@ from saexp.models import Hookpoint
 from saexp.models.resolution import native_dtypes
 from saexp.saes.training import Training, TrainingSource
 from saexp.tasks.train import _resolved
+from tests.train_alone import train_alone
 
 D_IN, D_SAE, BATCH, N_STEPS = 32, 128, 256, 300
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ def trained(folder: Path, name: str, device: str = "cpu", **settings: Any) -> Tr
         **settings,
     )
     training = Training(cfg, D_SAE, SOURCE, folder, torch.device(device), writable=False)
-    for _ in training.run(reader):
+    for _ in train_alone(training, reader):
         pass
     return training
 

@@ -311,3 +311,41 @@ def test_a_damaged_corpus_is_reported(tmp_path):
         file.truncate(100)
     with pytest.raises(StoreError, match=re.escape(str(corpus.path / "tokens.bin"))):
         Corpus.open(corpus.path)
+
+
+def test_the_progress_of_a_continued_tokenization_begins_where_it_was(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", documents(2000))
+    monkeypatch.setattr(corpora, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(corpora, "_BATCHES_PER_CHECKPOINT", 1)
+    bars: list[tuple[Any, ...]] = []
+    progress = corpora.progress
+
+    def recorded(*about: Any) -> Any:
+        bars.append(about)
+        return progress(*about)
+
+    monkeypatch.setattr(corpora, "progress", recorded)
+    about = info()
+    calls = 0
+
+    def failing(texts: list[str]) -> list[list[int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return TokenizerInfo.encode(about, texts)
+
+    object.__setattr__(about, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tokenized(config(path), about, 16, tmp_path / "cache")
+    (state,) = (tmp_path / "cache").glob("corpora/*/progress.json")
+    content = json.loads(state.read_text("utf-8"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    n_read = sum(map(len, lines[: content["within"]]))
+    assert 0 < content["n_read"] == pytest.approx(n_read, abs=8192), "read in blocks"
+    # As if the megabytes of the bar were bytes.
+    monkeypatch.setattr(corpora, "_BAR_BYTES", 1)
+    tokenized(config(path), info(), 16, tmp_path / "cache")
+    total = path.stat().st_size
+    assert bars[0] == (1, "tokenizing", "MB", 0)
+    assert bars[1] == (total, "tokenizing", "MB", content["n_read"])

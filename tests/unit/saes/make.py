@@ -24,6 +24,7 @@ EXTRA = {
     "gated": ("b_gate", "b_mag", "r_mag"),
     "groupmax": ("b_enc",),
     "abstopk": ("b_enc",),
+    "matching_pursuit": (),
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,6 +40,10 @@ def parameters(
         return torch.randn(*shape, generator=generator)
 
     found = {"W_enc": noise(d_in, d_sae), "W_dec": noise(d_sae, d_out), "b_dec": noise(d_out)}
+    if architecture == "matching_pursuit":
+        # Tied, with rows of norm 1 and of a transcoder others of that shape.
+        found["W_enc"] /= found["W_enc"].norm(dim=0)
+        found["W_dec"] = found["W_enc"].T.contiguous() if d_out == d_in else found["W_dec"]
     found |= {name: 0.3 * noise(d_sae) for name in EXTRA[architecture]}
     if "threshold" in found:
         found["threshold"] = found["threshold"].abs() * 4

@@ -18,8 +18,8 @@ from torch import Tensor
 from saexp.config import SAETrainerConfig
 from saexp.digests import read_sha256
 from saexp.models import Hookpoint
-from saexp.saes.checkpoints import CHECKSUMS
-from saexp.saes.training import Training, TrainingSource
+from saexp.saes.training import CHECKSUMS, Training, TrainingSource
+from tests.train_alone import train_alone
 
 D_IN, D_SAE, BATCH = 8, 32, 16
 PLACE = TrainingSource("random", Hookpoint(0, "resid_post"), D_IN, 16)
@@ -48,7 +48,7 @@ def restarted(folder: Path, name: str = "batchtopk") -> Training:
 
 
 def finish(one: Training) -> dict[str, Tensor]:
-    for _ in one.run(reader):
+    for _ in train_alone(one, reader):
         pass
     return {k: v.clone() for k, v in one.sae.state_dict().items()}
 
@@ -61,7 +61,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
     def of(name: str) -> tuple[Path, Any, Any]:
         if name not in known:
             folder = tmp_path_factory.mktemp(name) / "key"
-            for record in training(folder, name).run(reader):
+            for record in train_alone(training(folder, name), reader):
                 if record["train/step"] == 55:
                     break
             whole = training(tmp_path_factory.mktemp(name) / "key", name)
@@ -240,7 +240,7 @@ def test_a_finished_training_is_not_made_again(stopped, tmp_path):
     _, weights, records = stopped("batchtopk")
     finish(training(tmp_path / "key"))
     one = training(tmp_path / "key")
-    assert not list(one.run(reader)), "its last checkpoint is that of the last step"
+    assert not list(train_alone(one, reader)), "its last checkpoint is that of the last step"
     assert_same(one, weights, records)
 
 

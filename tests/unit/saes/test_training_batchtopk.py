@@ -8,7 +8,8 @@ import torch
 
 from saexp.config import SAETrainerConfig
 from saexp.models import Hookpoint
-from saexp.saes.training_architectures import TrainingSource, training_sae
+from saexp.saes.training import TrainingSource
+from saexp.saes.training_architectures import training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_SAE, points
 
@@ -25,7 +26,7 @@ def made(**options: Any) -> Any:
 @pytest.mark.parametrize("k", [0.5, 4, 7.3, 29, D_SAE])
 def test_what_is_kept_and_its_gradient_are_sae_lens_own(lens: ModuleType, k: int | float) -> None:
     """Where all that is positive is kept (k 29 and d_sae), too."""
-    from saexp.saes.topk_training import QuickBatchTopK
+    from saexp.saes.training_step import QuickBatchTopK
 
     x = torch.randn(16, D_SAE, generator=torch.Generator().manual_seed(2))
     weight = torch.randn(16, D_SAE, generator=torch.Generator().manual_seed(3))
@@ -40,7 +41,7 @@ def test_what_is_kept_and_its_gradient_are_sae_lens_own(lens: ModuleType, k: int
 
 
 def test_of_equal_activations_the_first_are_kept() -> None:
-    from saexp.saes.topk_training import QuickBatchTopK
+    from saexp.saes.training_step import QuickBatchTopK
 
     x = torch.tensor([[3.0, 1.0, -1.0, 2.0], [1.0, 0.5, 1.0, 1.0]], requires_grad=True)
     kept = QuickBatchTopK(2)(x)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from saexp.config import SAETrainerConfig
 from saexp.models import Hookpoint
-from saexp.saes.topk_training import Active, SparseReconstruction
-from saexp.saes.training_architectures import TrainingSource, training_sae
+from saexp.saes.training import TrainingSource
+from saexp.saes.training_architectures import training_sae
+from saexp.saes.training_step import Active, SparseReconstruction
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, points
 

@@ -12,7 +12,8 @@ import saexp
 from saexp.config import SAETrainerConfig
 from saexp.errors import ConfigError
 from saexp.models import Hookpoint
-from saexp.saes.training_architectures import TRANSCODERS, TrainingSource, training_sae
+from saexp.saes.training import TRANSCODERS, TrainingSource
+from saexp.saes.training_architectures import training_sae
 from tests.unit.saes.lens_training import lens_trainer
 from tests.unit.saes.make import D_IN, D_OUT, D_SAE, points
 
