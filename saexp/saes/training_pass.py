@@ -19,15 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from saexp.config import (
-    COMPOSITION_ERRORS,
-    RunConfig,
-    SAETrainerConfig,
-    TrainConfig,
-    parse_layers,
-    parse_widths,
-)
-from saexp.config.environment import as_typed, resolved
+from saexp.config import COMPOSITION_ERRORS, RunConfig, SAETrainerConfig, TrainConfig
+from saexp.config.environment import as_typed, parse_layers, parse_widths, resolved
 from saexp.config.groups import CorpusConfig
 from saexp.config.run import conf_folder
 from saexp.config.tasks import OF_ONE_SAE
