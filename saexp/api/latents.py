@@ -36,7 +36,7 @@ from saexp.latents.statistics import active_quantile
 from saexp.models import Hookpoint
 from saexp.models.hooks import EditFunction
 from saexp.models.hooks import edit as edit_streams
-from saexp.models.resolution import SHIPPED
+from saexp.models.resolution import HUB_IDS, SHIPPED
 from saexp.pipeline.run_folder import holding
 from saexp.pipeline.session import Session
 from saexp.registry import names
@@ -346,7 +346,12 @@ def contrast(
 
 
 _SHIPPED_PATH = "{assets}/{model_name}/sae/layer_{layer}/width_{width}"
-_SHIPPED_WIDTH = 256
+_REPOSITORY_PATH = "{repository}/experiments/real_model/saes/layer_{layer}/width_{width}"
+_SHIPPED = {
+    **{name: ("tiny", _SHIPPED_PATH, 256) for name in SHIPPED},
+    **{name: (name, _REPOSITORY_PATH, 4096) for name in HUB_IDS},
+}
+"""Models with SAEs in this repository -> (sae.name, sae.path, default width)."""
 
 
 def load_sae(
@@ -364,7 +369,8 @@ def load_sae(
 
     Args:
         source: a release of the SAELens catalogue (`gpt2-small-res-jb`), a folder or file,
-            `<hub repository>/<path in it>`, or `tiny` / `tiny_control`, which ship with saexp.
+            `<hub repository>/<path in it>`, or a model with SAEs that ship with saexp: `tiny`,
+            `tiny_control`, and, in a clone of its repository, `smollm2`.
         layer: 0-based block index. Required for a release without `id`, for a shipped SAE, and
             where the files do not contain it.
         stream: the stream that is encoded; required where the files do not contain it.
@@ -392,11 +398,13 @@ def load_sae(
         "dtype": dtype,
     }
     is_local = Path(name).expanduser().exists()
-    if name in SHIPPED and not is_local:
+    if name in _SHIPPED and not is_local:
+        sae_name, path, default_width = _SHIPPED[name]
         if layer is None:
-            raise SAEError(f"load_sae({name!r}) needs a layer; type layer=2")
-        fields |= {"width": width or _SHIPPED_WIDTH, "name": "tiny"}
-        return load_path(SAEConfig(loader="path", path=_SHIPPED_PATH, model_name=name, **fields))
+            example = 2 if name in SHIPPED else 15
+            raise SAEError(f"load_sae({name!r}) needs a layer; type layer={example}")
+        fields |= {"width": width or default_width, "name": sae_name}
+        return load_path(SAEConfig(loader="path", path=path, model_name=name, **fields))
     if not is_local and (id is not None or name in catalogue()):
         return load_release(SAEConfig(loader="release", release=name, id=id, l0=l0, **fields))
     return load_path(SAEConfig(loader="path", path=_escape_braces(name), **fields))

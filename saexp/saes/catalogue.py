@@ -248,18 +248,27 @@ def _short_model(name: str | None) -> str:
     return f"{match[1]}-{'it' if match[2] else 'pt'}"
 
 
-ASSETS = Path(__file__).parent.parent / "assets"
+PACKAGE = Path(__file__).resolve().parent.parent
+ASSETS = PACKAGE / "assets"
 
 
 def fill_path(cfg: SAEConfig) -> Path:
-    """`sae.path` with `{assets}`, `{model_name}`, `{layer}` and `{width}` filled in.
+    """`sae.path` with the names in braces filled in.
+
+    `{assets}` is the folder of the package's files, `{repository}` the one that holds the package.
 
     Raises SAEError where it is not set, and for other names in braces.
     """
     if not cfg.path:
         raise SAEError("sae.path is not set; type sae.path=<folder with the SAE's files>")
     width = n_latents(cfg.width)
-    names = {"assets": ASSETS, "model_name": cfg.model_name, "layer": cfg.layer, "width": width}
+    names = {
+        "assets": ASSETS,
+        "repository": PACKAGE.parent,
+        "model_name": cfg.model_name,
+        "layer": cfg.layer,
+        "width": width,
+    }
     try:
         return Path(cfg.path.format(**names))
     except (KeyError, ValueError, IndexError) as error:

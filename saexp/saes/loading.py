@@ -17,7 +17,7 @@ from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.resolution import ASSETS, SHIPPED, pick_device
+from saexp.models.resolution import ASSETS, HUB_IDS, SHIPPED, pick_device
 from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import (
     fill_path,
@@ -229,7 +229,7 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
 
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
-    if cfg.path and "{assets}" in cfg.path:
+    if cfg.path and ("{assets}" in cfg.path or "{repository}" in cfg.path):
         _check_shipped(cfg)
     return _finish(load_sae_files(fill_path(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
 
@@ -255,26 +255,39 @@ def _hookpoints_of(
 
 
 def _check_shipped(cfg: SAEConfig) -> None:
-    """Raise SAEError, with the layers or widths that ship, for others."""
-    if cfg.model_name not in SHIPPED:
+    """Raise SAEError, with the models, layers or widths that ship, for others."""
+    models = _models_of(cfg.name)
+    if cfg.model_name not in models:
+        example = cfg.model_name if cfg.model_name in HUB_IDS else "gemmascope"
         raise SAEError(
-            f"sae={cfg.name} ships for model=tiny and tiny_control, not for {cfg.model_name}; "
-            "type e.g. sae=gemmascope or sae=local sae.path=FOLDER"
+            f"sae={cfg.name} ships for model={' and '.join(m for m in models if '/' not in m)}, "
+            f"not for {cfg.model_name}; type e.g. sae={example} or sae=local sae.path=FOLDER"
         )
-    folder = ASSETS / cfg.model_name / "sae"
     layer, width = parse_layers(cfg.layer)[0], n_latents(cfg.width)
+    path = fill_path(cfg)
+    folder = path.parent.parent
+    if "{repository}" in str(cfg.path) and not folder.is_dir():
+        raise SAEError(
+            f"sae={cfg.name}: its files are in the repository of saexp and not in the installed "
+            "package; clone the repository, and run python -m saexp in it or type "
+            "sae=local 'sae.path=\"<clone>/experiments/real_model/saes/layer_{layer}/"
+            "width_{width}\"'"
+        )
     layers = sorted(int(p.name.removeprefix("layer_")) for p in folder.glob("layer_*"))
     if layer not in layers:
         listed = ", ".join(map(str, layers))
         raise SAEError(f"sae={cfg.name} has no layer={layer}; it has layers {listed}")
-    widths = sorted(
-        int(p.name.removeprefix("width_")) for p in (folder / f"layer_{layer}").glob("width_*")
-    )
+    widths = sorted(int(p.name.removeprefix("width_")) for p in path.parent.glob("width_*"))
     if width not in widths:
         listed = ", ".join(map(show_width, widths))
         raise SAEError(
             f"sae={cfg.name} has no width={cfg.width} for {cfg.model_name}; it has {listed}"
         )
+
+
+def _models_of(name: str) -> tuple[str, ...]:
+    """`model.name` of the models that shipped SAEs of this `sae.name` belong to."""
+    return (name, HUB_IDS[name]) if name in HUB_IDS else SHIPPED
 
 
 def load_sae(source: str | Path, layer: int | None = None, stream: str | None = None) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import saexp
+from saexp.digests import read_sha256
 from tests.unit.saes.make import D_IN, D_SAE, HOOK_NAME, K, parameters, points, write_saelens
 
 NAMES = {"standard": "Standard", "jumprelu": "JumpReLU", "topk": "TopK", "gated": "Gated"}
@@ -170,3 +171,19 @@ def test_configs_before_6_0(
     ours = saexp.load_sae(tmp_path)
     assert (ours.architecture, ours.hookpoint.name) == (architecture, "layer_3.resid_post")
     assert_same(ours, lens.SAE.load_from_disk(tmp_path), points(30, D_IN))
+
+
+def test_shipped_for_smollm2(lens: ModuleType) -> None:
+    """The vectors are sums of eight decoder rows, at a length like that of the stream."""
+    folder = Path(saexp.__file__).parents[1] / "experiments/real_model/saes"
+    shipped = json.loads((folder / "shipped.json").read_text("utf-8"))["saes"]
+    for layer in (7, 15, 22):
+        files = folder / f"layer_{layer}" / "width_4096"
+        weights = files / "sae_weights.safetensors"
+        assert weights.stat().st_size < 10**7
+        assert read_sha256(weights) == shipped[f"layer_{layer}"]["sha256"]
+        theirs = lens.SAE.load_from_disk(files)
+        ours = saexp.load_sae("smollm2", layer=layer, device="cpu")
+        generator = torch.Generator().manual_seed(layer)
+        some = ours.W_dec[torch.randint(4096, (16, 8), generator=generator)].sum(1)
+        assert_same(ours, theirs, ours.b_dec + 60 * some)

@@ -253,6 +253,32 @@ def test_shipped() -> None:
         match="sae=tiny ships for model=tiny and tiny_control, not for openai-community/gpt2; ",
     ):
         tiny(model="gpt2", layer=2, sae="tiny")
+    with pytest.raises(SAEError, match="not for smollm2; type e.g. sae=smollm2 or"):
+        tiny(model="smollm2", layer=2)
+
+
+def test_shipped_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smollm2(*words: str) -> SparseAutoencoder:
+        return build("sae", saexp.compose(["sae=smollm2", *words]).sae)
+
+    for layer in (7, 15, 22):
+        sae = smollm2("model=smollm2", f"layer={layer}")
+        assert (sae.hookpoint, sae.d_in) == (Hookpoint(layer, "resid_post"), 576)
+        assert (sae.d_sae, sae.architecture, sae.W_dec.dtype) == (4096, "jumprelu", torch.float32)
+    hub = smollm2("model=hf", "model.name=HuggingFaceTB/SmolLM2-135M-Instruct", "layer=22")
+    assert torch.equal(hub.W_dec, sae.W_dec)
+    assert torch.equal(saexp.load_sae("smollm2", layer=22).W_enc, sae.W_enc)
+    with pytest.raises(SAEError, match="needs a layer; type layer=15"):
+        saexp.load_sae("smollm2")
+    with pytest.raises(SAEError, match=r"sae=smollm2 has no layer=9; it has layers 7, 15, 22"):
+        smollm2("model=smollm2", "layer=9")
+    with pytest.raises(SAEError, match=r"sae=smollm2 has no width=16k for smollm2; it has 4k"):
+        smollm2("model=smollm2", "layer=7", "width=16k")
+    with pytest.raises(SAEError, match="sae=smollm2 ships for model=smollm2, not for tiny; "):
+        smollm2("model=tiny", "layer=1")
+    monkeypatch.setattr("saexp.saes.catalogue.PACKAGE", Path("/nowhere/saexp"))
+    with pytest.raises(SAEError, match="in the repository of saexp and not in the installed"):
+        smollm2("model=smollm2", "layer=15")
 
 
 def test_fits_the_model() -> None:
