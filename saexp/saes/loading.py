@@ -17,7 +17,7 @@ from saexp.errors import SAEError
 from saexp.hub import is_path
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.models.resolution import ASSETS, HUB_IDS, SHIPPED, pick_device
+from saexp.models.resolution import HUB_IDS, SHIPPED, pick_device
 from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import (
     fill_path,
