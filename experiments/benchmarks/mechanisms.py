@@ -196,7 +196,7 @@ MECHANISMS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "resumed passes (evaluation)": (no_resuming, ("evaluation",)),
     "claimed rows": (no_claims, ("two_processes",)),
     "object cache": (no_object_cache, ("sweep_cells",)),
-    "partition in BatchTopK": (no_quick_batchtopk, ("train",)),
+    "sums over active latents (BatchTopK)": (no_quick_batchtopk, ("train",)),
     "garbage collection settings": (no_garbage_settings, tuple(COMMANDS)),
 }
 
