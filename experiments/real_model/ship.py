@@ -5,7 +5,7 @@
 Encoder and decoder are rounded to float16; biases and thresholds, which decide whether a latent is
 active, stay in float32. The files keep SAELens' format, so that sae-lens loads them too. What the
 rounding changes is measured on the shipped neutral texts and written to saes/shipped.json, with the
-command of the training.
+command of the training, whose curves are drawn in saes/training.svg.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -87,6 +88,49 @@ def compare(exact: Any, rounded: Any, acts: torch.Tensor) -> dict[str, float]:
     }
 
 
+_PANELS = {"mse_loss": "squared error (scaled)", "explained_variance": "explained variance"}
+_COLOURS = ("#4477aa", "#ee6677", "#228833")
+
+
+def curves(table: pd.DataFrame) -> str:
+    """SVG of the training curves, a panel for each of `_PANELS` and a line for each SAE."""
+    parts = []
+    for number, (column, title) in enumerate(_PANELS.items()):
+        left, top, width, height = 60 + 400 * number, 30, 320, 200
+        low, high = 0.0, 1.0 if column == "explained_variance" else float(table[column].max())
+        last = float(table["step"].max())
+        parts.append(
+            f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" '
+            f'stroke="#999"/><text x="{left}" y="{top - 8}">{title}</text>'
+            f'<text x="{left - 6}" y="{top + 10}" text-anchor="end">{high:.3g}</text>'
+            f'<text x="{left - 6}" y="{top + height}" text-anchor="end">{low:.3g}</text>'
+            f'<text x="{left}" y="{top + height + 18}">0</text>'
+            f'<text x="{left + width}" y="{top + height + 18}" text-anchor="end">'
+            f"step {last:,.0f}</text>"
+        )
+        for k, (name, part) in enumerate(table.groupby("sae", sort=False)):
+            shares = ((part[column].clip(low, high) - low) / (high - low)).tolist()
+            xs = (left + width * part["step"] / last).tolist()
+            points = " ".join(
+                f"{x:.1f},{top + height * (1 - y):.1f}" for x, y in zip(xs, shares, strict=True)
+            )
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{_COLOURS[k]}" '
+                'stroke-width="1.5"/>'
+            )
+            if not number:
+                label = str(name).replace("layer_", "block ")
+                parts.append(
+                    f'<text x="{left + width - 70}" y="{top + 20 + 16 * k}" '
+                    f'fill="{_COLOURS[k]}">{label}</text>'
+                )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 260" font-size="12" '
+        f'font-family="sans-serif"><rect width="800" height="260" fill="white"/>{"".join(parts)}'
+        "</svg>\n"
+    )
+
+
 def portable(command: str) -> str:
     """The command with the folders of the README in place of those of one machine."""
     words = [w for w in command.split() if not w.startswith(("hydra.", "cache_dir="))]
@@ -113,6 +157,8 @@ def main(run: Path) -> None:
             **compare(exact, rounded, vectors),
         }
         log.info("%s", shipped["saes"][source.name])
+    table = pd.read_parquet(run / "training.parquet")
+    (SAES / "training.svg").write_text(curves(table), encoding="utf-8")
     (SAES / SHIPPED).write_text(json.dumps(shipped, indent=2) + "\n", encoding="utf-8")
 
 

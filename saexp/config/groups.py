@@ -3,7 +3,8 @@
 Those of the other groups are in `components`. No torch here."""
 
 import codecs
-from dataclasses import dataclass, field
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from omegaconf import MISSING
@@ -193,6 +194,19 @@ DEFAULT_OUTCOMES = (["refusal"], ["refusal", "neutral_kl"])
 """Outcomes of the shipped interventions where none is named."""
 
 
+SIZES = ("auto", "full", "small")
+SMALL: dict[str, Any] = {
+    "top_k": 2,
+    "n_controls": 19,
+    "n_curve_controls": 0,
+    "control_kinds": ["frequency", "random_norm"],
+    "n_prompts": 10,
+    "n_choice_prompts": 6,
+    "n_neutral": 5,
+}
+"""Numbers of a small causal test, in place of those that are left at their defaults."""
+
+
 @dataclass(kw_only=True)
 class InterventionConfig:
     """A causal test: what is changed, where, how strongly, and which outcomes are measured."""
@@ -205,6 +219,11 @@ class InterventionConfig:
     layers=[1,2]."""
     top_k: int = 4
     """Selected latents per group (and layer) that are tested together."""
+    size: str = "auto"
+    """full: the numbers of prompts, latents and controls as they are; small: fewer of those that
+    are left at their defaults (10 and 6 prompts per group, top_k=2, 19 controls of two kinds at the
+    selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more than 10 million
+    parameters outside its embeddings, where the full test takes hours."""
     min_output_score: float | None = None
     """Test only selected latents with at least this output score (Arad et al. 2025)."""
     directions: list[str] = field(default_factory=lambda: ["latents"])
@@ -283,7 +302,18 @@ class InterventionConfig:
         """Whether a rate that is constant without intervention is replaced by `alternatives`."""
         return self.alternatives is not None and list(self.outcomes) in DEFAULT_OUTCOMES
 
+    def smaller(self) -> tuple["InterventionConfig", dict[str, tuple[Any, Any]]]:
+        """The config with the numbers of `SMALL`, and name -> (default, number) of those replaced:
+        those that have their defaults."""
+        changed = {}
+        for name, number in SMALL.items():
+            default = _default_of(InterventionConfig, name)
+            if getattr(self, name) == default:
+                changed[name] = (default, number)
+        return replace(self, **{name: new for name, (_, new) in changed.items()}), changed
+
     def __post_init__(self) -> None:
+        one_of("intervention.size", self.size, SIZES)
         one_of("intervention.unit", self.unit, UNITS)
         one_of("intervention.rule", self.rule, RULES)
         if not self.directions:
@@ -414,6 +444,15 @@ class InterventionConfig:
                 "intervention.values sets the targets of listed latents, but intervention.latents="
                 f"{self.latents} leaves some to be selected; list them all"
             )
+
+
+def _default_of(kind: type, name: str) -> Any:
+    """The default of a field of a dataclass."""
+    [one] = [f for f in fields(kind) if f.name == name]
+    if one.default is not NO_DEFAULT:
+        return one.default
+    assert one.default_factory is not NO_DEFAULT, f"{name} has no default"
+    return one.default_factory()
 
 
 def _is_list(value: Any) -> bool:

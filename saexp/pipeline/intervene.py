@@ -50,7 +50,8 @@ def intervene(
     changed, table `layer_latents` has those of each, and the run's own layer takes part only if it
     is among them.
     """
-    cfg = session.cfg
+    cfg, size_notes = _at_size(session.cfg, session.model)
+    session = replace(session, cfg=cfg)
     own = EditedLayer(layer, table if session.selects_latents else None)
     layers, result = _edited_layers(session, own, data)
     if own.table is None and needs_selected_latents(cfg):
@@ -59,6 +60,7 @@ def intervene(
             "selects no latents; name some, 'intervention.latents=[12,34]'"
         )
         return result
+    result.notes += size_notes
     facts_of = {
         n: _latent_facts(cfg, edited, data.examples, session.model.n_layers)
         for n, edited in (layers or {layer.layer: own}).items()
@@ -81,6 +83,37 @@ def intervene(
     result.merge(effects)
     result.merge(_effect_checks(cfg, effects.tables))
     return result
+
+
+_LARGE = 10**7
+"""Parameters outside the embeddings above which a causal test on a CPU is small by default."""
+
+
+def _at_size(cfg: RunConfig, model: LanguageModel) -> tuple[RunConfig, list[str]]:
+    """The config with the numbers of `intervention.size`, and a note on those that are smaller."""
+    edit = cfg.intervention
+    # Of a block: four matrices of attention, and an MLP of about four times the width.
+    n_parameters = 12 * model.n_layers * model.d_model**2
+    is_large = model.device.type == "cpu" and n_parameters > _LARGE
+    if edit.size == "full" or (edit.size == "auto" and not is_large):
+        return cfg, []
+    smaller, changed = edit.smaller()
+    if not changed:
+        return cfg, []
+    numbers = ", ".join(
+        f"{name} {_in_words(new)} (not {_in_words(default)})"
+        for name, (default, new) in changed.items()
+    )
+    reason = f", as a model of {n_parameters / 1e6:.0f} million parameters is slow on a CPU"
+    return replace(cfg, intervention=smaller), [
+        f"intervention.size={edit.size}{reason if edit.size == 'auto' else ''}: a small causal "
+        f"test, with {numbers}; it detects large effects only; intervention.size=full takes the "
+        "numbers in parentheses"
+    ]
+
+
+def _in_words(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _edited_layers(
