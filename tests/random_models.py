@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from saexp.config import ModelConfig
 from saexp.models.loading import LanguageModel
+from saexp.models.structure import contiguous_input
 
 N_LAYERS = 3
 D_MODEL = 32
@@ -115,10 +116,11 @@ def tokenizer(trim_offsets: bool = True, chat: bool = False) -> PreTrainedTokeni
 
 
 def hooks_left(hf: Any) -> list[Any]:
-    """Hooks on a model's modules, but those that transformers installs for good by itself."""
+    """Hooks on a model's modules, but those that stay: of transformers, and of the LM head."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     found = [h for m in hf.modules() for kind in kinds for h in getattr(m, kind).values()]
-    return [h for h in found if not getattr(h, "__module__", "").startswith("transformers.")]
+    stays = {id(h) for h in found if getattr(h, "__module__", "").startswith("transformers.")}
+    return [h for h in found if id(h) not in stays and h is not contiguous_input]
 
 
 @cache

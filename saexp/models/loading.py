@@ -49,6 +49,7 @@ from saexp.models.structure import (
     check_sizes,
     find_blocks,
     find_site,
+    make_head_input_contiguous,
     needs_check,
     shards_in,
     token_ids,
@@ -178,6 +179,7 @@ class LanguageModel:
         model.precision = Precision(parameter.dtype, "the model in memory")
         model._hf, model.config = hf.eval(), hf.config
         reset_rope_before_passes(hf)
+        make_head_input_contiguous(hf)
         if tokenizer is not None:
             model.__dict__["tokenizer"] = tokenizer
         return model
@@ -301,6 +303,7 @@ class LanguageModel:
                 self.device = placed.get_input_embeddings().weight.device
             self._hf = placed.eval().requires_grad_(False)
             reset_rope_before_passes(placed)
+            make_head_input_contiguous(placed)
             if self.plain:
                 self.config = placed.config
                 self.__dict__.pop("text_config", None)

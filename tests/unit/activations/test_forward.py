@@ -24,7 +24,7 @@ from saexp.errors import ModelError, StoreError
 from saexp.models import Hookpoint
 from saexp.models.forward import AUTO_BATCH_TOKENS
 from saexp.models.loading import LanguageModel
-from tests.random_models import TEXTS, random_hf, random_lm, tokenizer
+from tests.random_models import TEXTS, hooks_left, random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, placed, run
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -151,7 +151,7 @@ def with_memory_for(n_tokens_at_once):
 
 
 def n_hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+    return len(hooks_left(model.hf))
 
 
 @pytest.mark.parametrize("n_tokens_at_once", [32, 75])

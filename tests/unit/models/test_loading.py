@@ -225,3 +225,20 @@ def test_weights_that_are_not_there_have_no_fingerprint(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     assert LanguageModel(cfg).known_fingerprint is None
     assert LanguageModel.wrap(random_hf("llama")).has_local_weights
+
+
+def test_the_head_reads_selected_positions_as_a_contiguous_copy(folder):
+    """PyTorch is many times slower on a view, and in bfloat16 copies the weights for every row."""
+    model = load(folder)
+    are_contiguous = []
+    head = model.hf.get_output_embeddings()
+    handle = head.register_forward_pre_hook(
+        lambda _, args: are_contiguous.append(args[0].is_contiguous())
+    )
+    ids = torch.arange(12).view(3, 4)
+    with torch.inference_mode():
+        every = model.hf(input_ids=ids).logits
+        last = model.hf(input_ids=ids, logits_to_keep=2).logits
+    handle.remove()
+    assert are_contiguous == [True, True]
+    torch.testing.assert_close(last, every[:, -2:])
