@@ -15,6 +15,8 @@ CAPTION = (
     "surface baseline reads the text alone, without the model."
 )
 
+MARKERS = ("circle", "diamond-open", "x")
+
 
 def probes_of(table: pd.DataFrame) -> list[str]:
     """Names of the probes with a held-out AUROC, but for the one that always predicts one group."""
@@ -93,6 +95,8 @@ def probe_figure(done: pd.DataFrame) -> go.Figure | None:
                         "color": PALETTE[number % len(PALETTE)],
                         "dash": ("solid", "dash", "dot")[index % 3],
                     },
+                    # More probes than colours: the next ones differ by their marker.
+                    marker={"symbol": MARKERS[number // len(PALETTE) % len(MARKERS)], "size": 9},
                     error_y=error_bars(auroc, *limits),
                 )
             )

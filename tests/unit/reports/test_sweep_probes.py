@@ -58,3 +58,11 @@ def test_without_probes_there_is_nothing(done: pd.DataFrame) -> None:
     assert probe_findings(bare) == []
     assert probe_figure(bare) is None
     assert probe_figure(done.head(1).drop(columns="layer")) is None
+
+
+def test_more_probes_than_colours_differ_by_their_marker(done: pd.DataFrame) -> None:
+    names = [f"probe/sparse_{k}_auroc_test" for k in range(1, 12)]
+    figure = probe_figure(done.assign(**dict.fromkeys(names, 0.6)))
+    assert figure is not None
+    looks = [(trace.line.color, trace.marker.symbol) for trace in figure.data]
+    assert len(set(looks)) == len(looks) == 13
