@@ -197,14 +197,16 @@ DEFAULT_OUTCOMES = (["refusal"], ["refusal", "neutral_kl"])
 SIZES = ("auto", "full", "small")
 SMALL: dict[str, Any] = {
     "top_k": 2,
-    "n_controls": 19,
+    "n_controls": 69,
     "n_curve_controls": 0,
-    "control_kinds": ["frequency", "random_norm"],
+    "control_kinds": ["random_norm"],
     "n_prompts": 10,
     "n_choice_prompts": 6,
     "n_neutral": 5,
 }
-"""Numbers of a small causal test, in place of those that are left at their defaults."""
+"""Numbers of a small causal test, in place of those that are left at their defaults.
+
+With 69 controls a p-value can be 0.014, which stays below 0.05 after Holm over three tests."""
 
 
 @dataclass(kw_only=True)
@@ -221,8 +223,8 @@ class InterventionConfig:
     """Selected latents per group (and layer) that are tested together."""
     size: str = "auto"
     """full: the numbers of prompts, latents and controls as they are; small: fewer of those that
-    are left at their defaults (10 and 6 prompts per group, top_k=2, 19 controls of two kinds at the
-    selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more than 10 million
+    are left at their defaults (10 and 6 prompts per group, top_k=2, 69 random directions as
+    controls at the selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more than 10 million
     parameters outside its embeddings, where the full test takes hours."""
     min_output_score: float | None = None
     """Test only selected latents with at least this output score (Arad et al. 2025)."""

@@ -20,11 +20,11 @@ def test_a_small_test_replaces_defaults_only(size: str, is_small: bool) -> None:
     sized, notes = _at_size(cfg, model)
     edit = sized.intervention
     assert (edit.n_prompts, edit.n_neutral) == (70, 3)
-    assert edit.n_controls == (19 if is_small else 99)
+    assert edit.n_controls == (69 if is_small else 99)
     assert edit.control_kinds == (SMALL if is_small else vars(cfg.intervention))["control_kinds"]
     assert bool(notes) == is_small
     if is_small:
-        assert "n_controls 19 (not 99)" in notes[0]
+        assert "n_controls 69 (not 99)" in notes[0]
         assert "n_prompts" not in notes[0].partition("with")[2]
 
 
