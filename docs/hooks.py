@@ -37,7 +37,7 @@ API_TYPES = (
     "saexp.saes.SparseAutoencoder",
     "saexp.saes.SAE",
     "saexp.latents.Latents",
-    "saexp.activations.store.ActivationStore",
+    "saexp.activations.ActivationStore",
     "saexp.pipeline.session.Session",
     "saexp.analysis.Analyzer",
     "saexp.analysis.AnalysisInputs",

@@ -155,7 +155,7 @@ class Result:
         if folder is None:
             return None
         # Imported by name: results are below the activations, and need no torch before this.
-        module = importlib.import_module("saexp.activations.store")
+        module = importlib.import_module("saexp.activations")
         return module.ActivationStore.open(folder)
 
     def __repr__(self) -> str:

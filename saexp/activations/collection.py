@@ -18,10 +18,10 @@ from filelock import BaseFileLock
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saexp.activations import ActivationStore, store_key
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.shard_files import ShardWriter
 from saexp.activations.shared_prefixes import Batch
-from saexp.activations.store import ActivationStore, store_key
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError
 from saexp.files import free_bytes, is_writable, show_bytes, try_lock

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saexp.activations import ActivationStore
 from saexp.activations.shard_files import StoredValues
-from saexp.activations.store import ActivationStore
 from saexp.distributed import ALONE, Processes
 from saexp.models import Hookpoint
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.analysis import AnalysisInputs, Analyzer, unequal_types
 from saexp.config import StatsConfig
 from saexp.data.rows import CorpusRows

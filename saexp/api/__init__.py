@@ -93,7 +93,7 @@ def neuronpedia_list(sae: Any, latents: Sequence[int]) -> str | None:
 
 def open_store(path: str | PathLike[str]) -> Any:
     """Open an activation store: `.rows`, `.hookpoints`, `.acts(layer, stream)`."""
-    from saexp.activations.store import ActivationStore
+    from saexp.activations import ActivationStore
 
     return ActivationStore.open(path)
 

@@ -224,8 +224,8 @@ class InterventionConfig:
     size: str = "auto"
     """full: the numbers of prompts, latents and controls as they are; small: fewer of those that
     are left at their defaults (10 and 6 prompts per group, top_k=2, 69 random directions as
-    controls at the selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more than 10 million
-    parameters outside its embeddings, where the full test takes hours."""
+    controls at the selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more
+    than 10 million parameters outside its embeddings, where the full test takes hours."""
     min_output_score: float | None = None
     """Test only selected latents with at least this output score (Arad et al. 2025)."""
     directions: list[str] = field(default_factory=lambda: ["latents"])

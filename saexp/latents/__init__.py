@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 from torch import Tensor
 
+from saexp.activations import ActivationStore
 from saexp.activations.shard_files import StoredValues
-from saexp.activations.store import ActivationStore
 from saexp.context import progress
 from saexp.models import Hookpoint
 from saexp.models.hooks import EditFunction

@@ -13,7 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from saexp import latents
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.context import progress
 from saexp.data.rows import PositionRows
 from saexp.latents import Latents

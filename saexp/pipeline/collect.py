@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from saexp import registry
+from saexp.activations import ActivationStore
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest, CollectionStats, Part
 from saexp.activations.imported import neutral_source
 from saexp.activations.reader import OrdinaryRows, norm_limits
-from saexp.activations.store import ActivationStore
 from saexp.analysis import Analyzer
 from saexp.config import CorpusConfig, DatasetConfig, ImportedConfig, PositionsConfig, RunConfig
 from saexp.config.environment import as_typed

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from saexp import registry
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.analysis import AnalysisInputs, Analyzer, UndeclaredAnalyzer
 from saexp.config import AnalyzerConfig, DatasetConfig, RunConfig, parse_layers
 from saexp.context import ObjectCache

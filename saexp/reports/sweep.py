@@ -20,6 +20,7 @@ from saexp.reports import (
     translucent,
     write_page,
 )
+from saexp.reports.findings import CAPTION, probe_columns, probe_figure, probe_findings
 from saexp.reports.saved_run import (
     CONTROL,
     PAGES,
@@ -35,7 +36,6 @@ from saexp.reports.sweep_figures import (
     missing_words,
     sweep_figures,
 )
-from saexp.reports.sweep_probes import CAPTION, probe_columns, probe_figure, probe_findings
 from saexp.results import at_chance_words, read_plan
 from saexp.stats.significance import ALPHA, holm
 

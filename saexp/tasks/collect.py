@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+from saexp.activations import LOCKS, ActivationStore, files_of_shards
 from saexp.activations.collector import Part
 from saexp.activations.shard_files import MANIFEST, remove_manifest
-from saexp.activations.store import LOCKS, ActivationStore, shard_files
 from saexp.config import CacheConfig, CollectConfig, RunConfig, parse_layers
 from saexp.context import RunContext
 from saexp.errors import ConfigError, StoreError, counted
@@ -124,7 +124,7 @@ def folders(cache_dir: str | Path) -> list[Path]:
     with_files = [
         folder
         for folder in Path(cache_dir).glob("activations/*")
-        if folder.is_dir() and ((folder / MANIFEST).exists() or shard_files(folder))
+        if folder.is_dir() and ((folder / MANIFEST).exists() or files_of_shards(folder))
     ]
     return sorted(with_files, key=lambda folder: (last_used(folder), folder.name))
 

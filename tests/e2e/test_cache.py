@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations.store import USED, ActivationStore
+from saexp.activations import USED, ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.files import locked
 from saexp.models import Hookpoint
@@ -103,7 +103,7 @@ def test_verifying_names_every_damaged_shard_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Large shards are not hashed when a store is opened.
-    monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", 1)
+    monkeypatch.setattr("saexp.activations._HASH_ON_OPEN_BYTES", 1)
     sound, made = store(tmp_path, "a"), store(tmp_path, "b")
     assert stores.damaged(made) == []
     flip(made.path / "layer_1.resid_post/00001.safetensors")

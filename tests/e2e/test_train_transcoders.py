@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.errors import ConfigError, ModelError
 from saexp.models.resolution import ASSETS
 from saexp.reports.analysis import headline

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import saexp
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.models import Hookpoint
 from saexp.results import Result
 from tests.unit.saes.make import write_saelens

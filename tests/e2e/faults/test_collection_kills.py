@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from saexp import files
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.files import FOLDER
 from saexp.tasks import collect as stores
 from tests import interpreters
@@ -223,7 +223,7 @@ def test_what_was_collected_for_a_process_goes_with_it(tmp_path):
 
 READER = """
 import sys, time
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 store = ActivationStore.open(sys.argv[1])
 acts = store.acts(1)
 print("reading", flush=True)

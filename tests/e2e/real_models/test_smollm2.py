@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saexp
-from saexp import registry
 from saexp.models.resolution import HUB_IDS, find_source, made_folder
 from tests.unit.reports.left import command, metrics_of
 
@@ -52,8 +51,8 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def sae() -> Any:
-    cfg = saexp.compose(["model=smollm2", "sae=random", "layer=15", "width=1024"])
-    return registry.build("sae", cfg.sae, d_in=576)
+    """The SAE that ships with the project."""
+    return saexp.load_sae("smollm2", layer=15)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +116,7 @@ def test_the_loss_clean_and_spliced_is_that_of_a_hand_written_loop(
 ) -> None:
     file = tmp_path / "texts.txt"
     file.write_text("\n\n".join(TEXTS[:2]) + "\n", encoding="utf-8")
-    words = "task=evaluate model=smollm2 sae=random layer=15 width=1024 dtype=float32 device=cpu"
+    words = "task=evaluate model=smollm2 sae=smollm2 layer=15 dtype=float32 device=cpu"
     paths = [f"dataset.path={file}", f"cache_dir={tmp_path}/cache", "tracker=none"]
     cfg = saexp.compose(
         [*words.split(), *paths, "task.n_bootstrap=0", "positions.max_norm_ratio=null"]
@@ -148,7 +147,7 @@ def loss(hf: Any, ids: list[torch.Tensor]) -> float:
 
 
 def test_the_command_of_the_readme_runs(tmp_path: Path) -> None:
-    words = "model=smollm2 sae=random intervention=none tracker=none dataset.n_examples=6"
+    words = "model=smollm2 sae=smollm2 intervention=none tracker=none dataset.n_examples=6"
     few = "analyzer.n_bootstrap=0 analyzer.n_background=200 hydra.run.dir=run"
     said = command(tmp_path, *words.split(), *few.split())
     assert said.code == 0, said.err

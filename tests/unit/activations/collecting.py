@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saexp import registry
+from saexp.activations import ActivationStore
 from saexp.activations.collection import collect
 from saexp.activations.collector import (
     CollectionRequest,
@@ -15,7 +16,6 @@ from saexp.activations.collector import (
     HuggingFaceCollector,
     Part,
 )
-from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, ModelConfig, PositionsConfig, StoreConfig
 from saexp.data import Example
 from saexp.data.positions import resolve_positions

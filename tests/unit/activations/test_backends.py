@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from saexp import registry
+from saexp.activations import ActivationStore
 from saexp.activations.collection import collect
 from saexp.activations.collector import (
     CollectionRequest,
     NnsightCollector,
     TransformerLensCollector,
 )
-from saexp.activations.store import ActivationStore
 from saexp.config import CollectorConfig, StoreConfig
 from saexp.errors import ModelError
 from saexp.models import Hookpoint

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import saexp
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.tasks import collect as stores
 from saexp.tasks.collect import differences, headline
 from tests.e2e.test_cache import store

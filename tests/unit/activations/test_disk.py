@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import saexp
-from saexp.activations import collection
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore, collection
 from saexp.errors import StoreError
 from saexp.files import show_bytes
 from saexp.models import Hookpoint
@@ -65,7 +64,7 @@ def test_a_flipped_byte_is_noticed_named_and_computed_again(
     damaged = store.path / "layer_1.resid_post" / "00002.safetensors"
     flip(damaged)
     if large:
-        monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", 10)
+        monkeypatch.setattr("saexp.activations._HASH_ON_OPEN_BYTES", 10)
         assert run(model, tmp_path)[1].tokens_forwarded == 0, "only verify looks at large files"
     with caplog.at_level(logging.WARNING):
         again, new = run(model, tmp_path, verify=large)

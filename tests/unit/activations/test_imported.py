@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from saexp.activations import ActivationStore
 from saexp.activations.collection import collect
 from saexp.activations.collector import CollectionRequest
 from saexp.activations.imported import ImportedCollector
-from saexp.activations.store import ActivationStore
 from saexp.config import ImportedConfig, StoreConfig
 from saexp.data.positions import PositionTable
 from saexp.errors import ConfigError, DataError, StoreError

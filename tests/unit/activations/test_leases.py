@@ -8,7 +8,7 @@ import torch
 
 import saexp
 from saexp import files
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import FOLDER, Lease, users
 from saexp.tasks import collect as stores

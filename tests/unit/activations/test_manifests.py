@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from saexp.activations import ActivationStore
 from saexp.activations.shard_files import read_manifest, write_manifest
-from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.files import USED
 from saexp.models import Hookpoint

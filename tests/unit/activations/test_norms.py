@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import saexp
+from saexp.activations import ActivationStore
 from saexp.activations.reader import OrdinaryRows, norm_limit, norm_limits
-from saexp.activations.store import ActivationStore
 from saexp.errors import ConfigError
 from saexp.models import Hookpoint
 from tests.unit.latents.test_encode import store_of

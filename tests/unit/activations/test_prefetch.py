@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from saexp.activations import collection
+from saexp.activations import ActivationStore, collection
 from saexp.activations.shard_files import ShardWriter
-from saexp.activations.store import ActivationStore
 from saexp.errors import StoreError
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel

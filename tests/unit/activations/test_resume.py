@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from saexp import activations as store_module
+from saexp.activations import ActivationStore
 from saexp.activations import shard_files as shards
-from saexp.activations import store as store_module
-from saexp.activations.store import ActivationStore
 from tests.unit.activations.collecting import (
     POSTS,
     REPEATING,

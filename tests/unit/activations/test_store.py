@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import saexp
+from saexp.activations import ActivationStore, store_key
 from saexp.activations.reader import ShuffledReader
-from saexp.activations.store import ActivationStore, store_key
 from saexp.config import ModelConfig
 from saexp.errors import ModelError, StoreError
 from saexp.files import write_atomically
@@ -240,7 +240,7 @@ def test_a_damaged_shard_is_noticed_and_computed_again(sharded, model, tmp_path,
 
 
 def test_verify_reads_large_shards_too(sharded, monkeypatch):
-    monkeypatch.setattr("saexp.activations.store._HASH_ON_OPEN_BYTES", 10)
+    monkeypatch.setattr("saexp.activations._HASH_ON_OPEN_BYTES", 10)
     flip(sharded.path / "layer_1.resid_post" / "00002.safetensors")
     assert ActivationStore.open(sharded.path).missing(POSTS) == {}
     assert ActivationStore.open(sharded.path, verify=True).missing(POSTS) == {2: [POSTS[1]]}

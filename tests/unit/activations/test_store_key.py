@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from saexp.activations import store_key
 from saexp.activations.collector import ingredients
-from saexp.activations.store import store_key
 from saexp.config import ModelConfig, PositionsConfig
 from saexp.data import Example
 from saexp.data.positions import All, resolve_positions

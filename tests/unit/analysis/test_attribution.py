@@ -21,6 +21,7 @@ from tests.random_models import (
     N_LAYERS,
     PARALLEL,
     VOCABULARY,
+    hooks_left,
     random_hf,
     random_lm,
     tokenizer,
@@ -331,8 +332,7 @@ def test_nothing_is_left_on_the_model():
     before = model.fingerprint
     with torch.inference_mode():
         attribute(model, make_sae(MIDDLE), PROMPTS, ENDS, ANSWERS)
-    modules = list(model.hf.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    assert not hooks_left(model.hf)
     assert all(p.grad is None for p in model.hf.parameters())
     assert model.fingerprint == before
 

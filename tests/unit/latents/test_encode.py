@@ -11,7 +11,7 @@ from scipy import sparse
 from torch import Tensor
 
 import saexp.latents as encoding
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.latents import StreamMetrics, encode_store
 from saexp.models import Hookpoint
 from saexp.saes import SparseAutoencoder

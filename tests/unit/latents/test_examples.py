@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 import saexp.latents as encoding
-from saexp.activations.store import ActivationStore
+from saexp.activations import ActivationStore
 from saexp.data import Example
 from saexp.data.rows import Chosen, PositionTable
 from saexp.data.tokenization import TokenizedText, token_pieces, tokenize

@@ -4,12 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saexp.reports.sweep_probes import (
-    probe_columns,
-    probe_figure,
-    probe_findings,
-    probes_of,
-)
+from saexp.reports.findings import probe_columns, probe_figure, probe_findings, probes_of
 
 
 @pytest.fixture
