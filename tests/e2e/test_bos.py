@@ -10,7 +10,7 @@ from tokenizers import processors
 
 import saexp
 from saexp.errors import ConfigError
-from saexp.saes.loading import ASSETS
+from saexp.models.resolution import ASSETS
 from tests.random_models import D_MODEL, TEXTS, random_hf, save
 from tests.unit.saes.make import write_saelens
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import saexp
 from saexp.errors import SAEError
+from saexp.models.resolution import ASSETS
 from saexp.pipeline.validation import variance_notes
-from saexp.saes.loading import ASSETS
 from tests.unit.saes.conftest import hub_cache  # noqa: F401
 from tests.unit.saes.make import publish
 

@@ -14,7 +14,7 @@ from saexp.analysis.latent_scores import (
     firing,
 )
 from saexp.errors import ModelError
-from saexp.saes.loading import ASSETS
+from saexp.models.resolution import ASSETS
 from tests.random_models import (
     saved_lm,
 )
