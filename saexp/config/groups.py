@@ -197,16 +197,16 @@ DEFAULT_OUTCOMES = (["refusal"], ["refusal", "neutral_kl"])
 SIZES = ("auto", "full", "small")
 SMALL: dict[str, Any] = {
     "top_k": 2,
-    "n_controls": 69,
+    "n_controls": 79,
     "n_curve_controls": 0,
     "control_kinds": ["random_norm"],
-    "n_prompts": 10,
-    "n_choice_prompts": 6,
+    "n_prompts": 30,
+    "n_choice_prompts": 15,
     "n_neutral": 5,
 }
 """Numbers of a small causal test, in place of those that are left at their defaults.
 
-With 69 controls a p-value can be 0.014, which stays below 0.05 after Holm over three tests."""
+With 79 controls a p-value can be 0.0125, which stays below 0.05 after Holm over three tests."""
 
 
 @dataclass(kw_only=True)
@@ -223,7 +223,7 @@ class InterventionConfig:
     """Selected latents per group (and layer) that are tested together."""
     size: str = "auto"
     """full: the numbers of prompts, latents and controls as they are; small: fewer of those that
-    are left at their defaults (10 and 6 prompts per group, top_k=2, 69 random directions as
+    are left at their defaults (30 and 15 prompts per group, top_k=2, 79 random directions as
     controls at the selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more
     than 10 million parameters outside its embeddings, where the full test takes hours."""
     min_output_score: float | None = None

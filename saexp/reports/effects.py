@@ -371,6 +371,8 @@ def _rows(
 
 def _change(row: pd.Series, before: pd.Series, outcome: str) -> str:
     """ "0.00 -> 0.97 [0.92, 0.99]"."""
+    if pd.isna(before[outcome]) and pd.isna(row[outcome]):
+        return "has no value on these prompts"
     interval = interval_words(row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"], 2)
     return f"{before[outcome]:.2f} -> {row[outcome]:.2f}{interval}"
 

@@ -20,11 +20,11 @@ def test_a_small_test_replaces_defaults_only(size: str, is_small: bool) -> None:
     sized, notes = _at_size(cfg, model)
     edit = sized.intervention
     assert (edit.n_prompts, edit.n_neutral) == (70, 3)
-    assert edit.n_controls == (69 if is_small else 99)
+    assert edit.n_controls == (79 if is_small else 99)
     assert edit.control_kinds == (SMALL if is_small else vars(cfg.intervention))["control_kinds"]
     assert bool(notes) == is_small
     if is_small:
-        assert "n_controls 69 (not 99)" in notes[0]
+        assert "n_controls 79 (not 99)" in notes[0]
         assert "n_prompts" not in notes[0].partition("with")[2]
 
 
@@ -32,7 +32,7 @@ def test_a_test_of_a_large_model_on_a_cpu_is_small_by_default() -> None:
     cfg = saexp.compose(["device=cpu"])
     large = SimpleNamespace(device=torch.device("cpu"), n_layers=30, d_model=576)
     sized, notes = _at_size(cfg, large)  # pyright: ignore[reportArgumentType]
-    assert sized.intervention.n_prompts == 10
+    assert sized.intervention.n_prompts == 30
     assert "a model of 119 million parameters is slow on a CPU" in notes[0]
     large.device = torch.device("cuda")
     assert _at_size(cfg, large) == (cfg, [])  # pyright: ignore[reportArgumentType]
