@@ -22,14 +22,14 @@ X = np.array([1.5, 2.5, 4.0])
 ROWS = [["b", 10, None], ["a", 9, 0.5], ["c", None, 1e-9]]
 
 
-CLICKS = """const table = document.querySelectorAll("table.sort")[1], told = [];
+CLICKS = """const table = document.querySelectorAll("table.sort")[1], states = [];
 const heads = table.querySelectorAll("th");
 for (const column of [1, 1, 0, 2]) {
   heads[column].querySelector("button").click();
-  told.push([[...table.tBodies[0].rows].map(row => row.cells[0].textContent).join(""),
+  states.push([[...table.tBodies[0].rows].map(row => row.cells[0].textContent).join(""),
     ...[...heads].map(h => h.getAttribute("aria-sort"))]);
 }
-return told;"""
+return states;"""
 VALUES = {
     "points": "return Object.values(figures).map(points);",
     "csv": 'return csv([{ a: "x,y", b: null }, { b: "say \\"no\\"", c: 1.5 }]);',
