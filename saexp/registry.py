@@ -22,8 +22,9 @@ from saexp.errors import ConfigError, SaexpError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_KEY_FIELD = {"model": "loader", "sae": "loader"}
-"""Kinds whose `name` says which weights are used; another field says how they are loaded."""
+_KEY_FIELD = {"model": "loader", "sae": "loader", "tracker": "kind"}
+"""Kinds whose `name` says something else: which weights are used, or what a tracked run is called.
+"""
 
 _BUILTIN: dict[str, dict[str, str]] = {
     "task": {

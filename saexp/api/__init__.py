@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from os import PathLike
@@ -24,6 +24,7 @@ from saexp.config import (
     one_line,
     register_schema,
     to_run_config,
+    to_tracker_config,
 )
 from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.groups import PLACES
@@ -36,7 +37,8 @@ from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import holding, note_pages, page_states
 from saexp.registry import load_plugins
-from saexp.results import Result, check_result, model_title, sae_name
+from saexp.results import Result, check_result
+from saexp.sweeps import group_of, run_name, tracked_config
 from saexp.sweeps.planning import hookpoints_to_prefetch
 from saexp.sweeps.trainings import trainings_to_share
 from saexp.tracking import Recorder
@@ -210,42 +212,51 @@ def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> 
 
 
 def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
+    tracker = cfg.tracker if launched().is_first else TrackerConfig(kind="none")
+    return _opened(tracker, asdict(cfg), folder, sweep)
+
+
+def _opened(
+    tracker: TrackerConfig, config: dict[str, Any], folder: Path, sweep: Path | None
+) -> Recorder:
+    # W&B's own process may run in another working directory.
     return tracking.start(
-        cfg.tracker if launched().is_first else TrackerConfig(name="none"),
-        folder=folder,
-        config=as_typed(asdict(cfg)),
-        name=run_name(cfg.model.name, sae_name({}, asdict(cfg.sae)), cfg.sae.loader, cfg.layer),
-        job_type=cfg.task.name,
-        group=sweep.name if sweep else None,
-    )
-
-
-def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
-    """Name of a tracked run, which marks a control SAE."""
-    control = "_control" if loader == "random" else ""
-    return masked(f"{model_title(model)}-{sae}{control}-layer{layer}")
-
-
-def track_failure(config: dict[str, Any], folder: Path, name: str, sweep: Path) -> None:
-    """Record a cell that could not start as a failed tracked run; `config` is the composed one."""
-    tracker = tracking.start(
-        TrackerConfig(**config["tracker"]),
-        folder=folder,
-        config=as_typed(config),
-        name=name,
+        tracker,
+        folder=folder.resolve(),
+        config=as_typed(tracked_config(config)),
+        name=run_name(config, folder, sweep),
         job_type=config["task"]["name"],
-        group=sweep.name,
+        group=group_of(sweep),
+        sweep=None if sweep is None else sweep.resolve(),
     )
-    tracker.finish(1)
+
+
+def track_failure(config: dict[str, Any], folder: Path, sweep: Path) -> None:
+    """Record a cell that could not start as a failed tracked run; `config` is the composed one."""
+    _opened(to_tracker_config(config["tracker"]), config, folder, sweep).finish(1)
 
 
 def _track(tracker: Recorder, result: Result) -> None:
-    tracker.metrics(result.metrics)
+    """Record a result; the final numbers last, since a series must not replace them."""
+    for point in effect_series(result.tables):
+        tracker.series("coefficient", point)
     for name in ("latents", "effects_summary"):
         if name in result.tables:
             tracker.table(name, result.tables[name])
     for name, figure in result.figures.items():
         tracker.figure(name, figure)
+    tracker.metrics(result.metrics)
+
+
+def effect_series(tables: Mapping[str, Any]) -> list[dict[str, float | int | None]]:
+    """Metrics of the causal test per coefficient; empty where it has one coefficient or none."""
+    summary = tables.get("effects_summary")
+    if summary is None or not {"split", "role", "of", "direction"} <= set(summary):
+        return []
+    from saexp.interventions.effects import effect_curve
+
+    curve = effect_curve(summary)
+    return curve if len(curve) > 1 else []
 
 
 def read_result(folder: str | Path) -> Result:

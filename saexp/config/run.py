@@ -318,6 +318,11 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
     registry.load_plugins(cfg.get("plugins") or ())
     content: Any = OmegaConf.to_container(cfg, resolve=False)
     names = {group: _component_name(cfg[group], group) for group in _BASES}
+    former = content["tracker"].get("name")
+    content["tracker"] = _with_kind(content["tracker"])
+    if content["tracker"].get("name") != former:
+        names["tracker"] = former
+        log.warning("tracker.name=%s is now tracker.kind=%s; name is the run's", former, former)
     classes = {group: config_class(group, name) for group, name in names.items()}
     renamed = [f"{f}= is now {current}=" for f, current in _rename_former_keys(content, classes)]
     if renamed and not quiet:
@@ -341,6 +346,18 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
     run_config = OmegaConf.to_object(typed)
     assert isinstance(run_config, RunConfig)
     return run_config
+
+
+def to_tracker_config(settings: Mapping[str, Any]) -> TrackerConfig:
+    """The settings of a composed config's tracker as a dataclass."""
+    return TrackerConfig(**_with_kind(settings))
+
+
+def _with_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tracker's settings in which a `name` that is a tracker's, as it used to be, is the kind."""
+    if settings.get("name") in registry.names("tracker"):
+        return {**settings, "kind": settings["name"], "name": None}
+    return dict(settings)
 
 
 def _rename_former_keys(

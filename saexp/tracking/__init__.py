@@ -20,7 +20,11 @@ class Recorder(Protocol):
     """Records one open run."""
 
     def metrics(self, values: Metrics) -> None:
-        """Record numbers."""
+        """Record the run's final numbers."""
+        ...
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of a series; `values[axis]` is where on the x-axis it is."""
         ...
 
     def table(self, name: str, table: Any) -> None:
@@ -47,8 +51,9 @@ class Tracker(Recorder, Protocol):
         name: str,
         job_type: str,
         group: str | None,
+        sweep: Path | None,
     ) -> None:
-        """Open the run."""
+        """Open the run; `sweep` is the folder of the sweep that it belongs to."""
         ...
 
 
@@ -64,6 +69,9 @@ class NullTracker:
     def metrics(self, values: Metrics) -> None:
         """Do nothing."""
 
+    def series(self, axis: str, values: Metrics) -> None:
+        """Do nothing."""
+
     def table(self, name: str, table: Any) -> None:
         """Do nothing."""
 
@@ -77,7 +85,7 @@ class NullTracker:
 class JsonlTracker(NullTracker):
     """Appends one JSON object per event to `tracker.jsonl` in the run's folder."""
 
-    def start(self, *, folder: Path, **about: Any) -> None:
+    def start(self, *, folder: Path, sweep: Path | None = None, **about: Any) -> None:  # noqa: ARG002
         """Write config, name, group and job type as the first line."""
         self.path = folder / "tracker.jsonl"
         self._write("start", about)
@@ -85,6 +93,10 @@ class JsonlTracker(NullTracker):
     def metrics(self, values: Metrics) -> None:
         """Write a line with all numbers."""
         self._write("metrics", dict(values))
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Write a line with the numbers of a point and the name of its x-axis."""
+        self._write("series", {"axis": axis, **values})
 
     def table(self, name: str, table: Any) -> None:
         """Write a line with the table's name, columns and number of rows."""
@@ -117,6 +129,10 @@ class Guarded:
     def metrics(self, values: Metrics) -> None:
         """Record numbers."""
         self._attempt("metrics", lambda: self._tracker.metrics(values))
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of a series."""
+        self._attempt(f"a series over {axis}", lambda: self._tracker.series(axis, values))
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
@@ -156,12 +172,16 @@ def start(
     name: str,
     job_type: str,
     group: str | None,
+    sweep: Path | None = None,
 ) -> Guarded:
     """Open a run with the configured tracker.
 
-    Errors of the tracker's `start` are raised, before any work: they concern settings that the
-    user can fix. Later errors are not, see `Guarded`.
+    `name` and `group` are used where the config has none; `sweep` is the folder of the sweep that
+    the run belongs to. Errors of the tracker's `start` are raised, before any work: they concern
+    settings that the user can fix. Later errors are not, see `Guarded`.
     """
     tracker: Tracker = registry.build("tracker", cfg)
-    tracker.start(folder=folder, config=config, name=name, job_type=job_type, group=group)
-    return Guarded(tracker, cfg.name)
+    tracker.start(
+        folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
+    )
+    return Guarded(tracker, cfg.kind)
