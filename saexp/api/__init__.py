@@ -35,7 +35,7 @@ from saexp.distributed import check_task, launched
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
-from saexp.pipeline.run_folder import holding, note_pages, page_states
+from saexp.pipeline.run_folder import holding, note_pages, page_states, tracked_artifacts
 from saexp.registry import load_plugins
 from saexp.results import Result, check_result
 from saexp.sweeps import group_of, run_name, tracked_config
@@ -56,6 +56,11 @@ _USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
 
 _USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
 """Tasks that use the group `dataset`; what a custom task uses is not known."""
+
+_TRACKED_TABLES = ("latents", "rows", "effects", "effects_summary", "baselines")
+"""Tables that trackers get: of latents, analysed positions, and generations with their outcomes."""
+N_TRACKED_ROWS = 10_000
+"""Rows of a tracked table; the file in the run's folder has all."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -158,7 +163,7 @@ def _run(
     try:
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
-        _track(tracker, result)
+        _track(cfg, tracker, result, folder)
         note_pages(context, pages)
         finished.record(cfg, context, key)
     except BaseException as error:
@@ -203,7 +208,7 @@ def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> 
     if earlier.resolve() != folder.resolve():
         tracker = _start(cfg, folder, sweep)
         try:
-            _track(tracker, result)
+            _track(cfg, tracker, result, folder)
         except BaseException:
             tracker.finish(1)
             raise
@@ -236,13 +241,20 @@ def track_failure(config: dict[str, Any], folder: Path, sweep: Path) -> None:
     _opened(to_tracker_config(config["tracker"]), config, folder, sweep).finish(1)
 
 
-def _track(tracker: Recorder, result: Result) -> None:
+def _track(cfg: RunConfig, tracker: Recorder, result: Result, folder: Path) -> None:
     """Record a result; the final numbers last, since a series must not replace them."""
+    if cfg.tracker.kind == "none":
+        return
     for point in effect_series(result.tables):
         tracker.series("coefficient", point)
-    for name in ("latents", "effects_summary"):
-        if name in result.tables:
-            tracker.table(name, result.tables[name])
+    for name in (name for name in _TRACKED_TABLES if name in result.tables):
+        table = result.tables[name]
+        if len(table) > N_TRACKED_ROWS:
+            log.info("%s: %d of %d rows are tracked", name, N_TRACKED_ROWS, len(table))
+        tracker.table(name, table.head(N_TRACKED_ROWS))
+    if cfg.tracker.artifacts:
+        for artifact in tracked_artifacts(folder):
+            tracker.artifact(artifact)
     for name, figure in result.figures.items():
         tracker.figure(name, figure)
     tracker.metrics(result.metrics)

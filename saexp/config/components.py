@@ -320,6 +320,8 @@ class TrackerConfig:
     """W&B tags; by default WANDB_TAGS."""
     notes: str | None = None
     """W&B notes; by default WANDB_NOTES."""
+    artifacts: bool = True
+    """Whether the store (by its path), the SAE and the results are recorded as artifacts."""
     mode: str | None = None
     """online, offline or disabled; by default online if a key is set and the server answers."""
 

@@ -490,4 +490,6 @@ def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     tracker.table("sweep", table)
     for name, figure in figures.items():
         tracker.figure(name, figure)
+    pages = {name: place / name for name in ("sweep.parquet", "sweep.html")}
+    tracker.artifact(tracking.Artifact(f"sweep-{group}", "sweep", pages))
     tracker.finish(0)

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,22 @@ log = logging.getLogger(__name__)
 
 
 Metrics = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files that a run read or wrote, for trackers that record which run used what."""
+
+    name: str
+    type: str
+    """store, sae, results or sweep."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Name in the artifact -> file; these are uploaded."""
+    reference: Path | None = None
+    """A folder or file that is recorded by its path alone, however large it is."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_input: bool = False
+    """Whether the run read it rather than wrote it."""
 
 
 class Recorder(Protocol):
@@ -33,6 +50,10 @@ class Recorder(Protocol):
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
+        ...
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files that the run read or wrote."""
         ...
 
     def finish(self, exit_code: int) -> None:
@@ -78,6 +99,9 @@ class NullTracker:
     def figure(self, name: str, figure: Any) -> None:
         """Do nothing."""
 
+    def artifact(self, artifact: Artifact) -> None:
+        """Do nothing."""
+
     def finish(self, exit_code: int) -> None:
         """Do nothing."""
 
@@ -105,6 +129,11 @@ class JsonlTracker(NullTracker):
     def figure(self, name: str, figure: Any) -> None:
         """Write a line with the figure as plotly JSON."""
         self._write("figure", {"name": name, "figure": json.loads(figure.to_json())})
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Write a line with the artifact's name, type, files and whether the run read it."""
+        names = {"name": artifact.name, "type": artifact.type, "files": list(artifact.files)}
+        self._write("artifact", {**names, "is_input": artifact.is_input})
 
     def finish(self, exit_code: int) -> None:
         """Write the exit code."""
@@ -141,6 +170,10 @@ class Guarded:
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
         self._attempt(f"the figure '{name}'", lambda: self._tracker.figure(name, figure))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files that the run read or wrote."""
+        self._attempt(f"the artifact '{artifact.name}'", lambda: self._tracker.artifact(artifact))
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""

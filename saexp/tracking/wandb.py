@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import time
 import urllib.error
@@ -23,7 +24,7 @@ from typing import Any
 
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
-from saexp.tracking import Metrics, NullTracker, brief
+from saexp.tracking import Artifact, Metrics, NullTracker, brief
 from saexp.tracking.outages import (
     GRACE_SECONDS,
     PROCESS,
@@ -288,6 +289,27 @@ class WandbTracker(NullTracker):
         """Record an interactive W&B figure."""
         self._record(lambda run: run.log({f"figures/{name}": self.wandb.Plotly(figure)}))
 
+    def artifact(self, artifact: Artifact) -> None:
+        """Record an artifact as an input or output of the run; a reference is not uploaded."""
+
+        def action(run: Any) -> None:
+            # Of a run's results there is one artifact per run, whose versions are its attempts.
+            name = f"{artifact.name}-{run.id}" if artifact.type == "results" else artifact.name
+            made = self.wandb.Artifact(
+                re.sub(r"[^\w.-]+", "-", name)[:128],
+                artifact.type,
+                metadata=dict(artifact.metadata),
+            )
+            for path, file in artifact.files.items():
+                # Without a copy in W&B's cache: results do not change once they are written.
+                made.add_file(str(file), name=path, policy="immutable", skip_cache=True)
+            if artifact.reference is not None:
+                path = artifact.reference.resolve()
+                made.add_reference(path.as_uri(), name=path.name, checksum=False)
+            _log_artifact(run, made, is_input=artifact.is_input)
+
+        self._record(action)
+
     def _record(self, action: "_Action") -> None:
         if self.run is None:
             return
@@ -418,6 +440,20 @@ def sync_command(folder: Path) -> str | None:
     if not any(folder.glob(pattern)):
         return None
     return f"wandb sync {shlex.quote(os.path.relpath(folder))}/{pattern}"
+
+
+def _log_artifact(run: Any, artifact: Any, *, is_input: bool) -> None:
+    """Record an artifact without waiting for the server, also as an input.
+
+    `run.use_artifact` refuses offline runs and waits for the upload. W&B has no public way to have
+    its process do this later.
+    """
+    settings = run._settings
+    mode, settings.mode = settings.mode, "offline"
+    try:
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=is_input)
+    finally:
+        settings.mode = mode
 
 
 def _log_artifacts_without_asking(run: Any) -> None:

@@ -16,7 +16,7 @@ from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
 from saexp.sweeps import group_name, group_of, run_name, tracked_config
-from saexp.tracking import Guarded, JsonlTracker, NullTracker
+from saexp.tracking import Artifact, Guarded, JsonlTracker, NullTracker
 from saexp.tracking.wandb import has_key
 from tests.unit.reports.left import wandb_runs
 
@@ -102,6 +102,35 @@ def test_wandb_gets_series_over_their_axis_and_everything_else_as_summary(tmp_pa
     assert summary == {"effect/a/b": 0.5, "x/y": 1.5}
     assert (run["tags"], run["notes"], run["project"]) == (["t"], "why", "saexp")
     assert (run["group"], run["job_type"], run["config"]["a"]) == ("g", "analyze", 1)
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_wandb_gets_what_a_run_read_and_wrote(tmp_path: Path) -> None:
+    store, sae = tmp_path / "cache" / "17e1", tmp_path / "w.safetensors"
+    (store / "layer_2.resid_post").mkdir(parents=True)
+    for file in (store / "manifest.json", store / "layer_2.resid_post" / "0.safetensors", sae):
+        file.write_text("{}")
+    tracker = build("tracker", TrackerConfig(kind="wandb"))
+    (tmp_path / "run").mkdir()
+    tracker.start(folder=tmp_path / "run", **ABOUT)
+    for artifact in (
+        Artifact("activations-17e1", "store", {"manifest.json": store / "manifest.json"}, store),
+        Artifact("an sae / x", "sae", reference=sae, metadata={"d_sae": 4}, is_input=True),
+        Artifact("results", "results", {"a.json": store / "manifest.json"}),
+    ):
+        tracker.artifact(artifact)
+    tracker.finish(0)
+    (run,) = wandb_runs(tmp_path / "run")
+    activations, used, results = run["artifacts"]
+    entries = {entry.path: entry.ref for entry in activations.manifest.contents}
+    shard = "17e1/layer_2.resid_post/0.safetensors"
+    assert entries.keys() == {"manifest.json", "17e1/manifest.json", shard}
+    assert entries[shard] == (store / "layer_2.resid_post" / "0.safetensors").as_uri()
+    assert not entries["manifest.json"]
+    assert [a.use_after_commit for a in run["artifacts"]] == [False, True, False]
+    assert (used.name, json.loads(used.metadata)) == ("an-sae-x", {"d_sae": 4})
+    assert [entry.ref for entry in used.manifest.contents] == [sae.as_uri()]
+    assert results.name == f"results-{run['id']}"
 
 
 def test_variables_of_wandb_count_where_the_config_names_nothing(
