@@ -187,6 +187,12 @@ def _summary(result: Any, folder: Path) -> None:
         from saexp.reports.analysis import headline
 
         print(headline(folder))
+    elif "workspace" in result.tables:
+        for row in result.tables["workspace"].to_dict("records"):
+            axes = "".join(
+                f" {word} {row[key]}" for word, key in (("over", "x"), ("by", "by")) if row[key]
+            )
+            print(f"{row['section']}: {row['panel']} of {row['y']}{axes}")
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
             from saexp.tasks.collect import format_listing

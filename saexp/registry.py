@@ -35,6 +35,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "evaluate": "saexp.tasks.evaluate:evaluate",
         "dashboard": "saexp.tasks.dashboard:dashboard",
         "label": "saexp.tasks.label:label",
+        "workspace": "saexp.tasks.workspace:workspace",
     },
     "model": {
         "hf": "saexp.models.loading:load_model",

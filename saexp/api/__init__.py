@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from os import PathLike
@@ -35,7 +35,14 @@ from saexp.distributed import check_task, launched
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
-from saexp.pipeline.run_folder import holding, note_pages, page_states, tracked_artifacts
+from saexp.pipeline.run_folder import (
+    TRACKED_TABLES,
+    effect_series,
+    holding,
+    note_pages,
+    page_states,
+    tracked_artifacts,
+)
 from saexp.registry import load_plugins
 from saexp.results import Result, check_result
 from saexp.sweeps import group_of, run_name, tracked_config
@@ -48,7 +55,7 @@ log = logging.getLogger(__name__)
 _composing = threading.Lock()
 """Hydra composes one config at a time per process."""
 
-_ALWAYS_RUN = ("collect", "cache")
+_ALWAYS_RUN = ("collect", "cache", "workspace")
 """Tasks whose result is the cache; a finished run of them is never reused."""
 
 _USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
@@ -57,8 +64,6 @@ _USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
 _USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
 """Tasks that use the group `dataset`; what a custom task uses is not known."""
 
-_TRACKED_TABLES = ("latents", "rows", "effects", "effects_summary", "baselines")
-"""Tables that trackers get: of latents, analysed positions, and generations with their outcomes."""
 N_TRACKED_ROWS = 10_000
 """Rows of a tracked table; the file in the run's folder has all."""
 
@@ -247,7 +252,7 @@ def _track(cfg: RunConfig, tracker: Recorder, result: Result, folder: Path) -> N
         return
     for point in effect_series(result.tables):
         tracker.series("coefficient", point)
-    for name in (name for name in _TRACKED_TABLES if name in result.tables):
+    for name in (name for name in TRACKED_TABLES if name in result.tables):
         table = result.tables[name]
         if len(table) > N_TRACKED_ROWS:
             log.info("%s: %d of %d rows are tracked", name, N_TRACKED_ROWS, len(table))
@@ -258,17 +263,6 @@ def _track(cfg: RunConfig, tracker: Recorder, result: Result, folder: Path) -> N
     for name, figure in result.figures.items():
         tracker.figure(name, figure)
     tracker.metrics(result.metrics)
-
-
-def effect_series(tables: Mapping[str, Any]) -> list[dict[str, float | int | None]]:
-    """Metrics of the causal test per coefficient; empty where it has one coefficient or none."""
-    summary = tables.get("effects_summary")
-    if summary is None or not {"split", "role", "of", "direction"} <= set(summary):
-        return []
-    from saexp.interventions.effects import effect_curve
-
-    curve = effect_curve(summary)
-    return curve if len(curve) > 1 else []
 
 
 def read_result(folder: str | Path) -> Result:

@@ -131,6 +131,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "evaluate": tasks.EvaluateConfig,
         "label": tasks.LabelConfig,
         "train": tasks.TrainConfig,
+        "workspace": tasks.WorkspaceConfig,
     },
     "collector": {"imported": components.ImportedConfig},
     "dataset": {"corpus": groups.CorpusConfig, "wikidata": groups.WikidataConfig},
@@ -272,12 +273,15 @@ def for_hydra(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra reads them; flags and everything else stay as typed.
 
     `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default.
-    A former top-level key gets the `+` that Hydra wants for a key that is not in the schema. A
-    template that is plain text is quoted, because Hydra would parse its braces:
+    A former top-level key gets the `+` that Hydra wants for a key that is not in the schema.
+    task=workspace takes its settings without `task.`. A template that is plain text is quoted,
+    because Hydra would parse its braces:
 
     >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
+    if "task=workspace" in words:
+        words = [re.sub(r"^(?=(?:path|dry_run|title)=)", "task.", word) for word in words]
     return [_for_hydra(word) for word in words]
 
 

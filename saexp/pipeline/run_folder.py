@@ -320,6 +320,8 @@ def write_provenance(
     )
 
 
+TRACKED_TABLES = ("latents", "rows", "effects", "effects_summary", "baselines")
+"""Tables that trackers get: of latents, analysed positions, and generations with their outcomes."""
 _TRACKED = ("latents.parquet", "effects.parquet", "effects_summary.parquet", METRICS, *_PAGES[:2])
 """Results that are uploaded where a tracker keeps files."""
 
@@ -367,3 +369,15 @@ def _referenced(artifact: Artifact, path: Path) -> Artifact:
 def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that are numbers or texts."""
     return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
+
+
+def effect_series(tables: Mapping[str, Any]) -> list[dict[str, float | int | None]]:
+    """Metrics of the causal test per coefficient; empty where it has one coefficient or none."""
+    summary = tables.get("effects_summary")
+    if summary is None or not {"split", "role", "of", "direction"} <= set(summary):
+        return []
+    # Not at the top of the file: importing it takes seconds.
+    from saexp.interventions.effects import effect_curve
+
+    curve = effect_curve(summary)
+    return curve if len(curve) > 1 else []
