@@ -65,7 +65,7 @@ def test_every_cell_is_a_run_with_a_name_of_its_own_in_one_group(
     assert {run["exit_code"] for run in runs} == {0}
     (group,) = {run["group"] for run in wandb_runs(swept.sweep)}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
-    assert swept.err.count("wandb sync") == 1
+    assert (swept.out + swept.err).count("wandb sync") == 1
 
 
 def test_layer_width_and_coefficient_are_plain_numbers_of_the_config(
@@ -211,10 +211,9 @@ def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     assert (first.x.name, first.y.name, first.z.name) == ("layer", found[0].panels[0].y[0], "width")
 
 
+@pytest.mark.usefixtures("swept")
 @pytest.mark.parametrize("name", ["grid", "bayes"])
-def test_the_agents_command_runs_and_logs_the_objective(
-    swept: Said, folder: Path, name: str
-) -> None:
+def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((conf_folder() / f"wandb_sweeps/{name}.yaml").read_text("utf-8"))
