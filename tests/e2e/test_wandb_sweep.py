@@ -198,6 +198,8 @@ def test_a_dry_run_prints_the_panels_and_needs_no_library(swept: Said, folder: P
     assert "neither a folder nor a project that W&B shows" in missing.err.splitlines()[-1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pydantic")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     pytest.importorskip("wandb_workspaces")
     from saexp.tasks.workspace import build
