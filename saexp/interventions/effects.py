@@ -298,11 +298,12 @@ def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, 
     own = summary["of"].where(summary["role"] == "control", summary["condition"])
     at_selected = summary["coefficient"] == own.map(selected)
     metrics |= _at_coefficient(summary[at_selected], summary, outcomes)
-    names, latents = metric_names(_described(summary)), dict(_described(summary, "latent"))
-    for condition, coefficient in selected.items():
-        metrics[f"intervention/coefficient_{names[condition]}"] = coefficient
-        if str(latents[condition]).isdigit():
-            metrics[f"intervention/latent_{names[condition]}"] = int(latents[condition])
+    described = _described(summary)
+    names = metric_names(described)
+    for condition, role, _, latent in described:
+        metrics[f"intervention/coefficient_{names[condition]}"] = selected[condition]
+        if role == "single" and latent.isdigit():
+            metrics[f"intervention/latent_{names[condition]}"] = int(latent)
     return metrics
 
 
@@ -314,18 +315,18 @@ def effect_curve(summary: pd.DataFrame) -> list[dict[str, float | int | None]]:
     test = summary[summary["split"] == "test"]
     outcomes = [str(c).removesuffix("_change") for c in test if str(c).endswith("_change")]
     edited = test[test["role"] != "baseline"]
-    return [
-        {"coefficient": float(coefficient), **_at_coefficient(part, test, outcomes)}
-        for coefficient, part in edited.groupby("coefficient", sort=True)
-    ]
+    curve: list[dict[str, float | int | None]] = []
+    for coefficient in sorted(edited["coefficient"].unique().tolist()):
+        part = edited[edited["coefficient"] == coefficient]
+        curve.append({"coefficient": coefficient, **_at_coefficient(part, test, outcomes)})
+    return curve
 
 
-def _described(summary: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
-    """(condition, role, direction, latent), or the condition and other columns, of all conditions
-    but baselines and controls, in order."""
+def _described(summary: pd.DataFrame) -> list[tuple[str, str, str, str]]:
+    """(condition, role, direction, latent) of all conditions but baselines and controls."""
     own = summary[~summary["role"].isin(["baseline", "control"])]
-    shown = own[["condition", *(columns or ("role", "direction", "latent"))]].drop_duplicates()
-    return [tuple(map(str, row)) for row in shown.itertuples(index=False)]
+    shown = own[["condition", "role", "direction", "latent"]].drop_duplicates().astype(str)
+    return [(c, r, d, f) for c, r, d, f in shown.itertuples(index=False, name=None)]
 
 
 def _selected_coefficients(summary: pd.DataFrame) -> dict[str, float]:

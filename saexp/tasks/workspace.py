@@ -4,6 +4,7 @@ The specification is made from the files of a sweep or a run, or from the runs o
 every panel has a key that is logged. `wandb-workspaces` is needed only to save it.
 """
 
+import importlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -185,8 +186,8 @@ def keys_of_project(path: str) -> Keys:
 def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
     """The workspace as an object of wandb-workspaces. Raises ConfigError without it."""
     try:
-        import wandb_workspaces.reports.v2 as reports
-        import wandb_workspaces.workspaces as workspaces
+        reports = importlib.import_module("wandb_workspaces.reports.v2")
+        workspaces = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError as error:
         raise ConfigError(
             "task=workspace saves a view with wandb-workspaces, which is not installed; type pip "
@@ -256,7 +257,7 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
             entity, _, project = path.rpartition("/")
         import wandb
 
-        entity = entity or wandb.Api().default_entity
+        entity = entity or str(wandb.Api().default_entity)
         view = build(found, entity=entity, project=project or "saexp", name=task.title)
         result.notes.append(f"saved {view.save().url}")
     return result
