@@ -53,6 +53,7 @@ from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.saes.training_pass import TRAININGS, planned_trainings
+from saexp.sweeps import group_name, group_of
 
 log = logging.getLogger(__name__)
 
@@ -278,6 +279,7 @@ class SweepCallback(Callback):
         content = {
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
             "cells": cells,
+            "group": group_name(folder, cells, config.hydra.runtime.choices.get("experiment")),
             "passes": _passes(cells),
             TRAININGS: planned_trainings(launcher, cells, _composed),
         }
@@ -402,13 +404,6 @@ def texts_key(cfg: RunConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def swept_keys(sweep: Path) -> set[str]:
-    """Keys that differ between the cells of a sweep; empty where there is no plan."""
-    pairs = [{key_of(w): w for w in cell} for cell in read_plan(sweep).get("cells", [])]
-    keys = {key for cell in pairs for key in cell}
-    return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
-
-
 def hookpoints_to_prefetch(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
     """(layer, stream) that cells of the sweep need of this cell's texts; None: the SAE's stream."""
     if sweep is None or not (sweep / SWEEP_PLAN).exists():
@@ -474,24 +469,28 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     """A last tracked run in the sweep's group, with the table and the figures."""
     from saexp import tracking
-    from saexp.config import TrackerConfig
+    from saexp.config import to_tracker_config
 
     composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
     if composed is None:
         return
     settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
+    # W&B's own process may run in another working directory.
+    place, group = folder.resolve(), group_of(folder)
     tracker = tracking.start(
-        TrackerConfig(**settings),
-        # W&B's own process may run in another working directory.
-        folder=folder.resolve(),
+        to_tracker_config(settings),
+        folder=place,
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
-        name=f"sweep-{folder.name}",
+        name=f"sweep {group}",
         job_type="sweep",
-        group=folder.name,
+        group=group,
+        sweep=place,
     )
     counts = table["status"].value_counts()
     tracker.metrics({f"sweep/{state.replace(' ', '_')}": int(n) for state, n in counts.items()})
     tracker.table("sweep", table)
     for name, figure in figures.items():
         tracker.figure(name, figure)
+    pages = {name: place / name for name in ("sweep.parquet", "sweep.html")}
+    tracker.artifact(tracking.Artifact(f"sweep-{group}", "sweep", pages))
     tracker.finish(0)
