@@ -14,7 +14,7 @@ from saexp.context import progress
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import PositionNotFound
 from saexp.errors import InterventionError
-from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
+from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, metric_names
 from saexp.interventions.measure import condition_columns
 from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
 from saexp.models.forward import check_positions, padded
@@ -53,6 +53,7 @@ class AttentionTest:
         """
         main = [c for c in conditions if c.role in _MAIN_ROLES]
         main = main or [c for c in conditions if c.role == "single"]
+        names = metric_names(c.described for c in conditions if c.role != "control")
         tests = [
             (c, self._index(m))
             for m in main
@@ -69,8 +70,7 @@ class AttentionTest:
                 summary.append(row)
                 if any(condition is m for m in main):
                     head_tables.append(heads)
-                    name = f"effect/attention/{condition.name}_at_{row['coefficient']:g}"
-                    metrics[name] = row["difference"]
+                    metrics[f"effect/attention/{names[condition.name]}"] = row["difference"]
                 bar.update(1)
         tables = {
             "attention": pd.concat(head_tables, ignore_index=True),

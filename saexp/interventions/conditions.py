@@ -1,7 +1,8 @@
 """The conditions of an intervention and the prompts it runs on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -84,6 +85,11 @@ class Condition:
             return "+".join(map(str, self.latents))
         return "+".join(f"{n}:{f}" for n, f in zip(self.layers, self.latents, strict=True))
 
+    @property
+    def described(self) -> tuple[str, str, str, str]:
+        """What `metric_names` reads."""
+        return self.name, self.role, self.direction, self.label
+
     def tried(self, at: int) -> bool:
         """Whether it is run at a coefficient (by number)."""
         return self.at is None or at in self.at
@@ -100,6 +106,31 @@ class Condition:
 def direction_of_set(direction: str) -> str:
     """The direction that a condition counts towards: a latent of no group counts to `latents`."""
     return "latents" if direction == "latent" else direction
+
+
+def metric_names(conditions: Iterable[tuple[str, str, str, str]]) -> dict[str, str]:
+    """Condition -> its name in metrics, from (condition, role, direction, latents) of all in order.
+
+    Single latents are numbered per direction in their order, which is by rank where the analyzer
+    selects them: a metric's name must not depend on which these are. A patch at the only location
+    of its direction is named without it.
+
+    >>> metric_names([("known_154", "single", "known", "154"), ("known_7", "single", "known", "7")])
+    {'known_154': 'known_top1', 'known_7': 'known_top2'}
+    """
+    described = list(conditions)
+    patches = Counter(d for name, _, d, _ in described if name.startswith(f"{d}_patch_"))
+    n_singles: Counter[str] = Counter()
+    names = {}
+    for name, _, direction, latents in described:
+        names[name] = name
+        if name == f"{direction}_{latents}":
+            counted = direction_of_set(direction)
+            n_singles[counted] += 1
+            names[name] = f"{counted}_top{n_singles[counted]}"
+        elif name.startswith(f"{direction}_patch_") and patches[direction] == 1:
+            names[name] = f"{direction}_patch"
+    return names
 
 
 Ids = tuple[int, ...]

@@ -10,7 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saexp.config import InterventionConfig
-from saexp.interventions.conditions import Condition, LatentIntervention, direction_of_set
+from saexp.interventions.conditions import (
+    Condition,
+    LatentIntervention,
+    direction_of_set,
+    metric_names,
+)
 from saexp.interventions.directions import (
     ControlSet,
     any_active,
@@ -63,6 +68,7 @@ class ControlDesign:
         self.own = [c for c in planned if c.role != "control"]
         self.given = [c for c in planned if c.role == "control"]
         self.main = main_conditions(self.own)
+        self.names = metric_names(c.described for c in self.own)
         self.n_curve = min(cfg.n_curve_controls, cfg.n_controls)
         self._sets: dict[tuple[str, str], list[tuple[ControlSet, ...]]] = {}
         uses: dict[str, Counter[int]] = {}

@@ -9,6 +9,7 @@ controls.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,11 @@ from jaxtyping import Float
 
 from saexp.config.groups import CONTROL_KINDS
 from saexp.errors import counted
-from saexp.interventions.conditions import Condition, direction_of_set
-from saexp.results import Result
+from saexp.interventions.conditions import Condition, direction_of_set, metric_names
 from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.significance import (
     ALPHA,
     MIN_CONTROLS,
-    detectable_change,
     holm,
     prediction_p_value,
     rank_p_value,
@@ -284,34 +283,92 @@ def with_strengths(
 
 
 def effect_metrics(summary: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | int | None]:
-    """Baselines, conditions at each coefficient with p-values, and the range of their controls.
+    """`effect/<outcome>/<condition>` of the baselines, the conditions and their controls.
 
-    A condition that is run on the prompts of several groups has metrics for each group, with
-    `_on_<group>` appended to its name.
+    A name holds neither the coefficient nor a latent (see `metric_names`), so that it means the
+    same in every run. Values of a condition, and of its controls, are those at its selected
+    coefficient, `intervention/coefficient_<condition>`: the one marked `chosen`, else the largest.
+    `intervention/latent_<condition>` is the latent of a single one. A condition that is run on the
+    prompts of several groups has metrics for each group, with `_on_<group>` appended to its name.
     """
     metrics: dict[str, float | int | None] = {}
+    for row in summary[summary["role"] == "baseline"].to_dict("records"):
+        metrics |= {f"effect/{o}/{row['condition']}": row[o] for o in outcomes}
+    selected = _selected_coefficients(summary)
+    own = summary["of"].where(summary["role"] == "control", summary["condition"])
+    at_selected = summary["coefficient"] == own.map(selected)
+    metrics |= _at_coefficient(summary[at_selected], summary, outcomes)
+    names, latents = metric_names(_described(summary)), dict(_described(summary, "latent"))
+    for condition, coefficient in selected.items():
+        metrics[f"intervention/coefficient_{names[condition]}"] = coefficient
+        if str(latents[condition]).isdigit():
+            metrics[f"intervention/latent_{names[condition]}"] = int(latents[condition])
+    return metrics
+
+
+def effect_curve(summary: pd.DataFrame) -> list[dict[str, float | int | None]]:
+    """A row per coefficient of the test split, ascending: `coefficient`, and the metrics there.
+
+    The metrics are those of `effect_metrics` that depend on the coefficient, by the same names.
+    """
+    test = summary[summary["split"] == "test"]
+    outcomes = [str(c).removesuffix("_change") for c in test if str(c).endswith("_change")]
+    edited = test[test["role"] != "baseline"]
+    return [
+        {"coefficient": float(coefficient), **_at_coefficient(part, test, outcomes)}
+        for coefficient, part in edited.groupby("coefficient", sort=True)
+    ]
+
+
+def _described(summary: pd.DataFrame, *columns: str) -> list[tuple[str, ...]]:
+    """(condition, role, direction, latent), or the condition and other columns, of all conditions
+    but baselines and controls, in order."""
+    own = summary[~summary["role"].isin(["baseline", "control"])]
+    shown = own[["condition", *(columns or ("role", "direction", "latent"))]].drop_duplicates()
+    return [tuple(map(str, row)) for row in shown.itertuples(index=False)]
+
+
+def _selected_coefficients(summary: pd.DataFrame) -> dict[str, float]:
+    """Condition -> the coefficient chosen for it, else its largest."""
+    own = summary[~summary["role"].isin(["baseline", "control"])]
+    selected = {}
+    for condition, part in own.groupby("condition", sort=False):
+        chosen = part[part["chosen"]] if "chosen" in part else part.iloc[:0]
+        coefficients = (chosen if len(chosen) else part)["coefficient"]
+        selected[str(condition)] = float(max(coefficients, key=abs))
+    return selected
+
+
+def _at_coefficient(
+    rows: pd.DataFrame, summary: pd.DataFrame, outcomes: Sequence[str]
+) -> dict[str, float | int | None]:
+    """The metrics of rows of the summary that have one coefficient per condition."""
+    names = metric_names(_described(summary))
     n_groups = summary.groupby("of")["group"].nunique()
+    metrics: dict[str, float | int | None] = {}
 
-    def full_name(condition: str, of: str, group: str) -> str:
-        return f"{condition}_on_{group}" if of and n_groups[of] > 1 else condition
+    def stem(outcome: str, of: Any, group: Any) -> str:
+        suffix = f"_on_{group}" if n_groups.get(of, 1) > 1 else ""
+        return f"effect/{outcome}/{names.get(of, of)}{suffix}"
 
-    for name in outcomes:
-        for row in summary.to_dict("records"):
-            condition = full_name(row["condition"], row["of"], row["group"])
-            stem, at = f"effect/{name}/{condition}", f"at_{row['coefficient']:g}"
-            if row["role"] == "baseline":
-                metrics[stem] = row[name]
-            elif row["role"] != "control":
-                metrics[f"{stem}_{at}"] = row[name]
-                for p in ("p_controls", "p_controls_holm"):
-                    if pd.notna(row[f"{name}_{p}"]):
-                        metrics[f"{stem}_{p}_{at}"] = row[f"{name}_{p}"]
-        controls = summary[summary["role"] == "control"]
-        by = ["of", "group", "coefficient"]
-        for (of, group, coefficient), part in controls.groupby(by, sort=False):
-            at = f"effect/{name}/{full_name(str(of), str(of), str(group))}_controls"
-            metrics[f"{at}_min_at_{coefficient:g}"] = float(part[name].min())
-            metrics[f"{at}_max_at_{coefficient:g}"] = float(part[name].max())
+    is_control = rows["role"] == "control"
+    for outcome in outcomes:
+        for row in rows[~is_control & (rows["role"] != "baseline")].to_dict("records"):
+            at = stem(outcome, row["condition"], row["group"])
+            metrics[at] = row[outcome]
+            for p in ("p_controls", "p_controls_holm"):
+                if pd.notna(row.get(f"{outcome}_{p}")):
+                    metrics[f"{at}_{p}"] = row[f"{outcome}_{p}"]
+        means = []
+        for (of, group), part in rows[is_control].groupby(["of", "group"], sort=False):
+            at = f"{stem(outcome, of, group)}_control"
+            values = part[outcome]
+            metrics[f"{at}_mean"] = float(values.mean())
+            metrics[f"{at}_min"], metrics[f"{at}_max"] = float(values.min()), float(values.max())
+            if "main" not in summary or summary.loc[summary["condition"] == of, "main"].any():
+                means.append(metrics[f"{at}_mean"])
+        if means:
+            metrics[f"effect/{outcome}/control_mean"] = float(np.mean(means))
     return metrics
 
 
@@ -403,52 +460,6 @@ def claim_notes(summary: pd.DataFrame, outcomes: Sequence[str]) -> list[str]:
             "intervention.n_controls, or test fewer outcomes"
         )
     return notes
-
-
-def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> Result:
-    """Metrics `power/rate_change` and `power/p_controls_floor`, from the tables of that name.
-
-    `power/rate_change` is the smallest change of the first rate that the paired test over entities
-    finds in 80 % of runs: from the unsteered rate on test prompts (`power/rate_baseline`), with as
-    many entities (`power/rate_n`), of the group of prompts for which it is largest. Null, with a
-    note, where no change would be found. `power/p_controls_floor` is the smallest value that the
-    rank p-values against controls can take. Nothing without rates or without controls.
-    """
-    result = Result()
-    rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
-    tested = summary[summary["split"] == "test"]
-    ending = "_p_controls"
-    outcomes = [c.removesuffix(ending) for c in map(str, tested) if c.endswith(ending)]
-    rate = next((o for o in outcomes if o in rates), None)
-    if rate is not None:
-        _rate(tested[tested["role"] == "baseline"], rate, result)
-    floors = tested[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
-    if np.isfinite(floors).any():
-        result.metrics["power/p_controls_floor"] = float(np.nanmax(floors))
-    return result
-
-
-def _rate(baselines: pd.DataFrame, rate: str, result: Result) -> None:
-    worst: tuple[float, float, int] | None = None
-    for row in baselines[baselines[rate].notna()].to_dict("records"):
-        start, n = float(row[rate]), int(row[f"{rate}_n"])
-        change = detectable_change(n, start, ALPHA)
-        size = float("inf") if change is None else abs(change)
-        if worst is None or size > worst[0]:
-            worst = size, start, n
-    if worst is None:
-        return
-    size, start, n = worst
-    result.metrics |= {
-        "power/rate_change": None if np.isinf(size) else size,
-        "power/rate_baseline": start,
-        "power/rate_n": n,
-    }
-    if np.isinf(size):
-        result.notes.append(
-            f"no change of {rate.replace('_', ' ')} from {start:.2f} is found in 80% of runs with "
-            f"{n} entities (power/rate_change)"
-        )
 
 
 def numeric_outcomes(effects: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:

@@ -72,8 +72,8 @@ def run_intervention(
     Tables: `effects` (one row per prompt, condition and coefficient), `effects_summary` (see
     `summarise`; `chosen` marks the coefficient chosen on train prompts), `controls` (see
     `control_table`), and with the outcomes `neutral_kl` and `attention` also `costs` and
-    `attention`. Metrics of the test split: `effect/<outcome>/<condition>_at_<coefficient>`. Prompts
-    without the positions of `intervention.where` are left out; notes count them by reason.
+    `attention`. Metrics of the test split: see `effect_metrics`. Prompts without the positions of
+    `intervention.where` are left out; notes count them by reason.
     """
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
@@ -213,7 +213,7 @@ class CausalTest:
         )
         tested_rows = summary[summary["split"] == "test"]
         result.metrics |= effect_metrics(tested_rows, list(constant))
-        null = [f"effect/{o}/{c.name}" for o in constant for c in design.main]
+        null = [f"effect/{o}/{design.names[c.name]}" for o in constant for c in design.main]
         result.metrics |= dict.fromkeys(null)
         instead = [o.name for o in alternatives] or list(test.kinds)
         result.notes.append(constant_note(constant, instead, baselines, null))

@@ -18,7 +18,6 @@ from saexp.errors import ConfigError
 from saexp.interventions.conditions import position_prompts
 from saexp.interventions.controls import effect_fraction
 from saexp.interventions.directions import LatentStatistics, StreamRows
-from saexp.interventions.effects import effect_power
 from saexp.interventions.run import run_intervention, tested_examples
 from saexp.latents import Latents
 from saexp.latents.statistics import active_quantile, moments
@@ -29,6 +28,7 @@ from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import check_sae, score_latents
 from saexp.registry import resolve
 from saexp.results import Result
+from saexp.stats.significance import ALPHA, detectable_change
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,52 @@ def _effect_checks(cfg: RunConfig, tables: Mapping[str, pd.DataFrame]) -> Result
     if cfg.analyzer.placebo and outcome is not None:
         result.merge(effect_fraction(summary, controls, outcome, cfg.analyzer.alpha))
     return result
+
+
+def effect_power(effects: pd.DataFrame, summary: pd.DataFrame) -> Result:
+    """Metrics `power/rate_change` and `power/p_controls_floor`, from the tables of that name.
+
+    `power/rate_change` is the smallest change of the first rate that the paired test over entities
+    finds in 80 % of runs: from the unsteered rate on test prompts (`power/rate_baseline`), with as
+    many entities (`power/rate_n`), of the group of prompts for which it is largest. Null, with a
+    note, where no change would be found. `power/p_controls_floor` is the smallest value that the
+    rank p-values against controls can take. Nothing without rates or without controls.
+    """
+    result = Result()
+    rates = [c for c in effects if str(effects[c].dtype) in ("bool", "boolean")]
+    tested = summary[summary["split"] == "test"]
+    ending = "_p_controls"
+    outcomes = [c.removesuffix(ending) for c in map(str, tested) if c.endswith(ending)]
+    rate = next((o for o in outcomes if o in rates), None)
+    if rate is not None:
+        _rate_power(tested[tested["role"] == "baseline"], rate, result)
+    floors = tested[[f"{o}_p_controls_floor" for o in outcomes]].to_numpy(dtype=float)
+    if np.isfinite(floors).any():
+        result.metrics["power/p_controls_floor"] = float(np.nanmax(floors))
+    return result
+
+
+def _rate_power(baselines: pd.DataFrame, rate: str, result: Result) -> None:
+    worst: tuple[float, float, int] | None = None
+    for row in baselines[baselines[rate].notna()].to_dict("records"):
+        start, n = float(row[rate]), int(row[f"{rate}_n"])
+        change = detectable_change(n, start, ALPHA)
+        size = float("inf") if change is None else abs(change)
+        if worst is None or size > worst[0]:
+            worst = size, start, n
+    if worst is None:
+        return
+    size, start, n = worst
+    result.metrics |= {
+        "power/rate_change": None if np.isinf(size) else size,
+        "power/rate_baseline": start,
+        "power/rate_n": n,
+    }
+    if np.isinf(size):
+        result.notes.append(
+            f"no change of {rate.replace('_', ' ')} from {start:.2f} is found in 80% of runs with "
+            f"{n} entities (power/rate_change)"
+        )
 
 
 def _unit(cfg: RunConfig, facts_of: Mapping[int, LatentStatistics]) -> Result:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saexp.interventions.controls import effect_fraction
-from saexp.interventions.effects import effect_power
+from saexp.pipeline.intervene import effect_power
 from saexp.stats.intervals import wilson
 from saexp.stats.significance import detectable_change
 

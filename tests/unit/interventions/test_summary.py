@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from saexp.interventions.conditions import metric_names
 from saexp.interventions.effects import (
     chosen_coefficients,
     constant_rate_notes,
+    effect_curve,
     effect_metrics,
     matched_by_kind,
     summarise,
@@ -242,39 +244,78 @@ def test_a_condition_on_prompts_of_two_groups_is_not_compared_with_itself() -> N
     assert chosen_coefficients(pd.concat([rows, other]), "logit", "train") == {"a": 1.0}
 
 
+def summarised(table: pd.DataFrame, chosen: float | None = None) -> pd.DataFrame:
+    summary = summarise(table, KINDS, controls=controls_of(table))
+    summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
+    marked = (summary["coefficient"] == chosen) & (summary["role"] != "baseline")
+    return summary.assign(chosen=marked & (summary["split"] == "test"))
+
+
 def test_metrics_of_a_condition_on_prompts_of_two_groups_are_apart() -> None:
     table = effects()
     names = table["condition"].replace("baseline_a", "baseline_h")
     other = table.assign(group="h", condition=names, logit=table["logit"] + 5)
-    summary = summarise(pd.concat([table, other]), KINDS, controls=controls_of(table))
-    summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
+    both = pd.concat([table, other])
+    summary = summarised(both)
     test = summary[summary["split"] == "test"]
     metrics = effect_metrics(test, list(KINDS))
     for group in test["group"].unique():
         part = test[test["group"] == group].set_index(["condition", "coefficient"])["logit"]
-        assert metrics[f"effect/logit/b_group_on_{group}_at_2"] == part["b_group", 2.0]
+        assert metrics[f"effect/logit/b_group_on_{group}"] == part["b_group", 2.0]
         of_controls = part[[c.startswith("b_group_") for c, _ in part.index]]
         most = of_controls[of_controls.index.get_level_values(1) == 2.0].max()
-        assert metrics[f"effect/logit/b_group_on_{group}_controls_max_at_2"] == most
+        assert metrics[f"effect/logit/b_group_on_{group}_control_max"] == most
     assert {"effect/logit/baseline_a", "effect/logit/baseline_h"} <= set(metrics)
 
 
-def test_metrics_hold_values_p_values_and_the_controls_range() -> None:
+@pytest.mark.parametrize(("chosen", "selected"), [(None, 2.0), (1.0, 1.0), (2.0, 2.0)])
+def test_metrics_are_those_of_the_selected_coefficient(
+    chosen: float | None, selected: float
+) -> None:
     table = effects()
-    summary = summarise(table, KINDS, controls=controls_of(table))
-    summary["logit_p_controls_holm"] = summary["refusal_p_controls_holm"] = np.nan
+    summary = summarised(table, chosen)
     summary.loc[summary["condition"] == "b_group", "logit_p_controls_holm"] = 0.1
     test = summary[summary["split"] == "test"]
     metrics = effect_metrics(test, list(KINDS))
-    found = row(summary, "b_group", 2.0)
+    found = row(summary, "b_group", selected)
+    assert metrics["intervention/coefficient_b_group"] == selected
     assert metrics["effect/logit/baseline_a"] == row(summary, "baseline_a", 0.0)["logit"]
-    assert metrics["effect/logit/b_group_at_2"] == found["logit"]
-    assert metrics["effect/logit/b_group_p_controls_at_2"] == found["logit_p_controls"]
-    assert metrics["effect/logit/b_group_p_controls_holm_at_2"] == 0.1
-    assert "effect/refusal/b_group_p_controls_holm_at_2" not in metrics
-    controls = test[(test["role"] == "control") & (test["coefficient"] == 2.0)]["logit"]
-    assert metrics["effect/logit/b_group_controls_max_at_2"] == controls.max()
-    assert metrics["effect/logit/b_group_controls_min_at_2"] == controls.min()
+    assert metrics["effect/logit/b_group"] == found["logit"]
+    assert metrics["effect/logit/b_group_p_controls"] == found["logit_p_controls"]
+    assert metrics["effect/logit/b_group_p_controls_holm"] == 0.1
+    assert "effect/refusal/b_group_p_controls_holm" not in metrics
+    controls = test[(test["role"] == "control") & (test["coefficient"] == selected)]["logit"]
+    assert metrics["effect/logit/b_group_control_max"] == controls.max()
+    assert metrics["effect/logit/b_group_control_min"] == controls.min()
+    assert metrics["effect/logit/b_group_control_mean"] == pytest.approx(controls.mean())
+    # The only condition: the mean over all controls is that over its own.
+    assert metrics["effect/logit/control_mean"] == metrics["effect/logit/b_group_control_mean"]
+
+
+def test_the_curve_has_the_metrics_at_every_coefficient() -> None:
+    summary = summarised(effects(), chosen=1.0)
+    curve = effect_curve(summary)
+    assert [point["coefficient"] for point in curve] == [0.0, 1.0, 2.0]
+    for point in curve:
+        found = row(summary, "b_group", point["coefficient"])
+        assert point["effect/logit/b_group"] == found["logit"]
+    metrics = effect_metrics(summary[summary["split"] == "test"], list(KINDS))
+    assert curve[1].items() - {("coefficient", 1.0)} <= metrics.items()
+
+
+def test_names_in_metrics_hold_no_latent() -> None:
+    rows = [("known_group", "group", "known", "7+154"), ("known_154", "single", "known", "154")]
+    rows += [("known_7", "single", "known", "7"), ("unknown_7", "single", "unknown", "7")]
+    rows += [("latent_9", "single", "latent", "9"), ("known_layer_2", "single", "known", "2:9")]
+    rows += [("known_mean_difference", "direction", "known", "")]
+    rows += [("known_patch_resid_post_2", "place", "known", "")]
+    rows += [(f"unknown_patch_resid_post_{n}", "place", "unknown", "") for n in (1, 2)]
+    assert list(metric_names(rows).values()) == [
+        *("known_group", "known_top1", "known_top2", "unknown_top1", "latents_top1"),
+        *("known_layer_2", "known_mean_difference", "known_patch"),
+        *("unknown_patch_resid_post_1", "unknown_patch_resid_post_2"),
+    ]
+    assert metric_names([]) == {}
 
 
 @pytest.mark.parametrize("value", [0, 1])
