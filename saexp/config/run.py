@@ -27,6 +27,7 @@ from saexp.config.components import (
     PositionsConfig,
     SAEConfig,
     StoreConfig,
+    SweepConfig,
     TrackerConfig,
 )
 from saexp.config.environment import (
@@ -72,6 +73,8 @@ class RunConfig:
     """Logging."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Activation store."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Sweep that the run is a cell of."""
     layer: Any = None
     """0-based block index, or a list where a task takes several."""
     width: Any = None
