@@ -94,6 +94,8 @@ class RunConfig:
     """Reuse a finished run with the same config; true in sweeps where not given."""
     verify: bool = False
     """Verify the checksums of stored shards of any size before they are used."""
+    objective: str | None = None
+    """Metric that the job returns to a sweeper that searches: effect/refusal/unknown_group."""
     plugins: list[str] = field(default_factory=list)
     """Modules with custom components, imported before the config is composed."""
 

@@ -47,6 +47,7 @@ from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.sweeps.passes import TRAININGS, composed, passes, planned, show_plan
+from saexp.sweeps.search import is_search, visitable
 
 log = logging.getLogger(__name__)
 
@@ -260,13 +261,14 @@ class SweepCallback(Callback):
         """Write plan.json: all cells, for each set of texts the hookpoints that cells need, and the
         trainings that share a corpus."""
         folder = Path(config.hydra.sweep.dir)
-        cells = _cells(config)
-        _end_of_dry_run(cells)
+        cells, search = _cells(config), is_search(config.hydra.sweeper)
+        _end_of_dry_run(cells, int(config.hydra.sweeper.n_trials) if search else None)
         _reserve(folder)
         PROCESS.sweep = folder
         content = {
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
-            "cells": cells,
+            # A search lists its cells when it has chosen them.
+            "cells": [] if search else cells,
             "passes": passes(cells, PROCESS.objects),
             TRAININGS: planned(config, cells),
         }
@@ -298,8 +300,11 @@ def _words(config: DictConfig) -> list[str]:
     return [str(word) for word in typed]
 
 
-def _end_of_dry_run(cells: Sequence[Sequence[str]]) -> None:
-    """Print what the cells would compute and exit, where the command asks for no more."""
+def _end_of_dry_run(cells: Sequence[Sequence[str]], n_trials: int | None = None) -> None:
+    """Print what the cells would compute and exit, where the command asks for no more.
+
+    A search runs `n_trials` of the cells.
+    """
     for cell in cells:
         if not any(key_of(word).lstrip("+") == "sweep.dry_run" for word in cell):
             return
@@ -307,13 +312,17 @@ def _end_of_dry_run(cells: Sequence[Sequence[str]]) -> None:
         with suppress(*COMPOSITION_ERRORS, SaexpError):
             if not composed(cell).sweep.dry_run:
                 return
-            sys.stdout.write("\n".join(show_plan(cells, PROCESS.objects)) + "\n")
+            lines = show_plan(cells, PROCESS.objects)
+            if n_trials is not None:
+                lines.insert(1, f"a search runs at most {n_trials} of these cells")
+            sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
             raise SystemExit(0)
 
 
 def _cells(config: DictConfig) -> list[list[str]]:
-    """Every cell's overrides in the order of the basic sweeper; empty for a sweeper that searches.
+    """Every cell's overrides in the order of the basic sweeper; of a search, every cell that it may
+    visit; empty for another sweeper.
 
     Raises Hydra's errors for words that are not overrides.
     """
@@ -321,16 +330,21 @@ def _cells(config: DictConfig) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     about = config.hydra.sweeper
+    fixed = [f"{k}={v}" for k, v in (about.get("params") or {}).items()]
+    if is_search(about):
+        return visitable([*fixed, *_words(config)])
     if not str(about._target_).endswith("BasicSweeper"):
         return []
-    fixed = [f"{k}={v}" for k, v in (about.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*fixed, *_words(config)])
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 
 def swept_keys(sweep: Path) -> set[str]:
     """Keys that differ between the cells of a sweep; empty where there is no plan."""
-    pairs = [{key_of(w): w for w in cell} for cell in read_plan(sweep).get("cells", [])]
+    plan = read_plan(sweep)
+    if swept := plan.get("swept"):
+        return set(swept)
+    pairs = [{key_of(w): w for w in cell} for cell in plan.get("cells", [])]
     keys = {key for cell in pairs for key in cell}
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 
