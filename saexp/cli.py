@@ -67,7 +67,7 @@ def cell_folder(number: int, overrides: Sequence[str], sweep: str | None = None)
     of a sweep without such, or without a plan, all are. Overrides beyond 120 bytes are left out as
     a whole.
     """
-    from saexp.sweeps.planning import swept_keys
+    from saexp.sweeps import swept_keys
 
     swept = swept_keys(Path(sweep)) if sweep else set()
     typed = sorted(_as_typed(overrides))
@@ -174,16 +174,11 @@ def _in_one_line(error: Exception) -> SaexpError | None:
 def _track_failure(raw: DictConfig, folder: Path, sweep: Path) -> None:
     """Record a failed run in the sweep's group for a cell that ended before its tracker started."""
     from saexp import api
-    from saexp.results import sae_name
 
     # The cell's error is reported anyway, and may be caused by the tracker itself.
     with contextlib.suppress(Exception):
         config: Any = OmegaConf.to_container(raw, resolve=True)
-        sae = config["sae"]
-        name = api.run_name(
-            config["model"]["name"], sae_name({}, sae), sae["loader"], config["layer"]
-        )
-        api.track_failure(config, folder, name, sweep)
+        api.track_failure(config, folder, sweep)
 
 
 def _summary(result: Any, folder: Path) -> None:
@@ -194,6 +189,12 @@ def _summary(result: Any, folder: Path) -> None:
         from saexp.reports.analysis import headline
 
         print(headline(folder))
+    elif "workspace" in result.tables:
+        for row in result.tables["workspace"].to_dict("records"):
+            axes = "".join(
+                f" {word} {row[key]}" for word, key in (("over", "x"), ("by", "by")) if row[key]
+            )
+            print(f"{row['section']}: {row['panel']} of {row['y']}{axes}")
     elif "stores" in result.tables:
         if len(result.tables["stores"]) and "compared" not in result.tables:
             from saexp.tasks.collect import format_listing

@@ -22,8 +22,9 @@ from saexp.errors import ConfigError, SaexpError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_KEY_FIELD = {"model": "loader", "sae": "loader"}
-"""Kinds whose `name` says which weights are used; another field says how they are loaded."""
+_KEY_FIELD = {"model": "loader", "sae": "loader", "tracker": "kind"}
+"""Kinds whose `name` says something else: which weights are used, or what a tracked run is called.
+"""
 
 _BUILTIN: dict[str, dict[str, str]] = {
     "task": {
@@ -34,6 +35,7 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "evaluate": "saexp.tasks.evaluate:evaluate",
         "dashboard": "saexp.tasks.dashboard:dashboard",
         "label": "saexp.tasks.label:label",
+        "workspace": "saexp.tasks.workspace:workspace",
     },
     "model": {
         "hf": "saexp.models.loading:load_model",

@@ -24,6 +24,7 @@ from saexp.config import (
     one_line,
     register_schema,
     to_run_config,
+    to_tracker_config,
 )
 from saexp.config.environment import as_typed, masked, one_of
 from saexp.config.groups import PLACES
@@ -34,9 +35,17 @@ from saexp.distributed import check_task, launched
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
-from saexp.pipeline.run_folder import holding, note_pages, page_states
+from saexp.pipeline.run_folder import (
+    TRACKED_TABLES,
+    effect_series,
+    holding,
+    note_pages,
+    page_states,
+    tracked_artifacts,
+)
 from saexp.registry import load_plugins
-from saexp.results import Result, check_result, model_title, sae_name
+from saexp.results import Result, check_result
+from saexp.sweeps import group_of, run_name, tracked_config
 from saexp.sweeps.passes import hookpoints_to_prefetch, record_rates, trainings_to_share
 from saexp.tracking import Recorder
 
@@ -50,6 +59,9 @@ _USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
 
 _USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
 """Tasks that use the group `dataset`; what a custom task uses is not known."""
+
+N_TRACKED_ROWS = 10_000
+"""Rows of a tracked table; the file in the run's folder has all."""
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:
@@ -152,7 +164,7 @@ def _run(
     try:
         result = registry.resolve("task", cfg.task.name)(cfg, context)
         check_result(result, f"task '{cfg.task.name}'")
-        _track(tracker, result)
+        _track(cfg, tracker, result, folder)
         note_pages(context, pages)
         finished.record(cfg, context, key)
         record_rates(cfg, result, context)
@@ -198,7 +210,7 @@ def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> 
     if earlier.resolve() != folder.resolve():
         tracker = _start(cfg, folder, sweep)
         try:
-            _track(tracker, result)
+            _track(cfg, tracker, result, folder)
         except BaseException:
             tracker.finish(1)
             raise
@@ -207,42 +219,47 @@ def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> 
 
 
 def _start(cfg: RunConfig, folder: Path, sweep: Path | None) -> Recorder:
+    tracker = cfg.tracker if launched().is_first else TrackerConfig(kind="none")
+    return _opened(tracker, asdict(cfg), folder, sweep)
+
+
+def _opened(
+    tracker: TrackerConfig, config: dict[str, Any], folder: Path, sweep: Path | None
+) -> Recorder:
+    # W&B's own process may run in another working directory.
     return tracking.start(
-        cfg.tracker if launched().is_first else TrackerConfig(name="none"),
-        folder=folder,
-        config=as_typed(asdict(cfg)),
-        name=run_name(cfg.model.name, sae_name({}, asdict(cfg.sae)), cfg.sae.loader, cfg.layer),
-        job_type=cfg.task.name,
-        group=sweep.name if sweep else None,
-    )
-
-
-def run_name(model: str, sae: str, loader: str, layer: Any) -> str:
-    """Name of a tracked run, which marks a control SAE."""
-    control = "_control" if loader == "random" else ""
-    return masked(f"{model_title(model)}-{sae}{control}-layer{layer}")
-
-
-def track_failure(config: dict[str, Any], folder: Path, name: str, sweep: Path) -> None:
-    """Record a cell that could not start as a failed tracked run; `config` is the composed one."""
-    tracker = tracking.start(
-        TrackerConfig(**config["tracker"]),
-        folder=folder,
-        config=as_typed(config),
-        name=name,
+        tracker,
+        folder=folder.resolve(),
+        config=as_typed(tracked_config(config)),
+        name=run_name(config, folder, sweep),
         job_type=config["task"]["name"],
-        group=sweep.name,
+        group=group_of(sweep),
+        sweep=None if sweep is None else sweep.resolve(),
     )
-    tracker.finish(1)
 
 
-def _track(tracker: Recorder, result: Result) -> None:
-    tracker.metrics(result.metrics)
-    for name in ("latents", "effects_summary"):
-        if name in result.tables:
-            tracker.table(name, result.tables[name])
+def track_failure(config: dict[str, Any], folder: Path, sweep: Path) -> None:
+    """Record a cell that could not start as a failed tracked run; `config` is the composed one."""
+    _opened(to_tracker_config(config["tracker"]), config, folder, sweep).finish(1)
+
+
+def _track(cfg: RunConfig, tracker: Recorder, result: Result, folder: Path) -> None:
+    """Record a result; the final numbers last, since a series must not replace them."""
+    if cfg.tracker.kind == "none":
+        return
+    for point in effect_series(result.tables):
+        tracker.series("coefficient", point)
+    for name in (name for name in TRACKED_TABLES if name in result.tables):
+        table = result.tables[name]
+        if len(table) > N_TRACKED_ROWS:
+            log.info("%s: %d of %d rows are tracked", name, N_TRACKED_ROWS, len(table))
+        tracker.table(name, table.head(N_TRACKED_ROWS))
+    if cfg.tracker.artifacts:
+        for artifact in tracked_artifacts(folder):
+            tracker.artifact(artifact)
     for name, figure in result.figures.items():
         tracker.figure(name, figure)
+    tracker.metrics(result.metrics)
 
 
 def read_result(folder: str | Path) -> Result:

@@ -35,7 +35,14 @@ from saexp.config.environment import (
     parse_widths,
 )
 from saexp.config.groups import CorpusConfig, DatasetConfig, InterventionConfig, WikidataConfig
-from saexp.config.run import RunConfig, known_keys, near_keys, register_schema, to_run_config
+from saexp.config.run import (
+    RunConfig,
+    known_keys,
+    near_keys,
+    register_schema,
+    to_run_config,
+    to_tracker_config,
+)
 from saexp.config.tasks import (
     CacheConfig,
     CollectConfig,
@@ -84,6 +91,7 @@ __all__ = [
     "parse_widths",
     "register_schema",
     "to_run_config",
+    "to_tracker_config",
 ]
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)

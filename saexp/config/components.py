@@ -305,14 +305,23 @@ class TopFeaturesConfig(AnalyzerConfig):
 class TrackerConfig:
     """Where metrics, tables and figures are sent."""
 
-    name: str = MISSING
+    kind: str = MISSING
     """Registry name: wandb, jsonl or none."""
-    project: str = "saexp"
-    """W&B project."""
+    project: str | None = None
+    """W&B project; by default WANDB_PROJECT, else saexp."""
     entity: str | None = None
-    """W&B team or user."""
+    """W&B team or user; by default WANDB_ENTITY."""
+    name: str | None = None
+    """Name of the run; by default WANDB_NAME, else model, SAE and layer. In a sweep what varies is
+    appended."""
     group: str | None = None
-    """W&B group; by default the name of the sweep's folder."""
+    """W&B group; by default WANDB_RUN_GROUP, else a sweep's date, time and experiment."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags; by default WANDB_TAGS."""
+    notes: str | None = None
+    """W&B notes; by default WANDB_NOTES."""
+    artifacts: bool = True
+    """Whether the store (by its path), the SAE and the results are recorded as artifacts."""
     mode: str | None = None
     """online, offline or disabled; by default online if a key is set and the server answers."""
 

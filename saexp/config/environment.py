@@ -97,7 +97,7 @@ _SHORTEST = 8
 such as `gpu`, only where it is the whole value of its setting."""
 
 _CHOICES = re.compile(
-    r"(task|dataset|positions|analyzer|intervention|sae_trainer|tracker)\.name"
+    r"(task|dataset|positions|analyzer|intervention|sae_trainer)\.name|tracker\.kind"
     r"|intervention\.(?!where_options).+|task\.streams.*|sae\.stream|analyzer\.by"
     r"|dataset\.(groups|entity_types).*|((model|sae|store)\.)?(device|dtype)"
 )

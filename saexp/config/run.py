@@ -136,6 +136,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "evaluate": tasks.EvaluateConfig,
         "label": tasks.LabelConfig,
         "train": tasks.TrainConfig,
+        "workspace": tasks.WorkspaceConfig,
     },
     "collector": {"imported": components.ImportedConfig},
     "dataset": {"corpus": groups.CorpusConfig, "wikidata": groups.WikidataConfig},
@@ -277,12 +278,15 @@ def for_hydra(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra reads them; flags and everything else stay as typed.
 
     `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default.
-    A former top-level key gets the `+` that Hydra wants for a key that is not in the schema. A
-    template that is plain text is quoted, because Hydra would parse its braces:
+    A former top-level key gets the `+` that Hydra wants for a key that is not in the schema.
+    task=workspace takes its settings without `task.`. A template that is plain text is quoted,
+    because Hydra would parse its braces:
 
     >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
+    if "task=workspace" in words:
+        words = [re.sub(r"^(?=(?:path|dry_run|title)=)", "task.", word) for word in words]
     return [_for_hydra(word) for word in words]
 
 
@@ -323,6 +327,11 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
     registry.load_plugins(cfg.get("plugins") or ())
     content: Any = OmegaConf.to_container(cfg, resolve=False)
     names = {group: _component_name(cfg[group], group) for group in _BASES}
+    former = content["tracker"].get("name")
+    content["tracker"] = _with_kind(content["tracker"])
+    if content["tracker"].get("name") != former:
+        names["tracker"] = former
+        log.warning("tracker.name=%s is now tracker.kind=%s; name is the run's", former, former)
     classes = {group: config_class(group, name) for group, name in names.items()}
     renamed = [f"{f}= is now {current}=" for f, current in _rename_former_keys(content, classes)]
     if renamed and not quiet:
@@ -346,6 +355,18 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
     run_config = OmegaConf.to_object(typed)
     assert isinstance(run_config, RunConfig)
     return run_config
+
+
+def to_tracker_config(settings: Mapping[str, Any]) -> TrackerConfig:
+    """The settings of a composed config's tracker as a dataclass."""
+    return TrackerConfig(**_with_kind(settings))
+
+
+def _with_kind(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tracker's settings in which a `name` that is a tracker's, as it used to be, is the kind."""
+    if settings.get("name") in registry.names("tracker"):
+        return {**settings, "kind": settings["name"], "name": None}
+    return dict(settings)
 
 
 def _rename_former_keys(

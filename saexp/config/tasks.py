@@ -21,7 +21,8 @@ class TaskConfig:
     """What a run does (`task=analyze` has no settings of its own)."""
 
     name: str = MISSING
-    """Registry name: analyze, collect, evaluate, train, dashboard, label, cache."""
+    """Registry name: analyze, collect, evaluate, train, dashboard, label, cache,
+    workspace."""
 
 
 @dataclass(kw_only=True)
@@ -181,6 +182,18 @@ class CacheConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         one_of("task.action", self.action, CACHE_ACTIONS)
+
+
+@dataclass(kw_only=True)
+class WorkspaceConfig(TaskConfig):
+    """Saves a view of a W&B project whose panels show what its runs log."""
+
+    path: str | None = None
+    """Folder of a sweep or run, or a project `entity/project`."""
+    title: str = "saexp"
+    """Name of the saved view."""
+    dry_run: bool = False
+    """Print the panels and save nothing."""
 
 
 @dataclass(kw_only=True)

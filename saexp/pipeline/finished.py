@@ -49,7 +49,7 @@ ASSETS = PACKAGE / "assets"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 """Suffixes of weights files, in order of preference."""
 _NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
-_READS_NO_SAE = ("cache", "collect", "label", "train")
+_READS_NO_SAE = ("cache", "collect", "label", "train", "workspace")
 """Shipped tasks for which `sae` does not matter; a custom task may read it."""
 _VERSIONS = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy")
 
@@ -228,7 +228,7 @@ def _version(package: str) -> str:
         return ""
 
 
-ALWAYS_RUN = ("collect", "cache")
+ALWAYS_RUN = ("collect", "cache", "report", "workspace")
 """Tasks whose result is the cache; a finished run of them is never reused."""
 VERSION = 4
 """Version of the fingerprint's ingredients; runs of another version are not reused."""
@@ -241,7 +241,7 @@ def fingerprint(cfg: RunConfig) -> str | None:
     That is model, SAEs, data, plugins, and saexp's own code. None if weights or data are out of
     reach, so that their content is unknown.
     """
-    model = [] if cfg.task.name == "cache" else model_content(cfg.model)
+    model = [] if cfg.task.name in ("cache", "workspace") else model_content(cfg.model)
     saes, data = saes_content(cfg), data_content(cfg)
     if model is None or saes is None or data is None:
         return None

@@ -16,13 +16,14 @@ from typing import Any
 import pandas as pd
 
 from saexp.config import RunConfig
-from saexp.config.environment import as_typed
+from saexp.config.environment import as_typed, masked
 from saexp.context import RunContext
 from saexp.data import Skip
 from saexp.digests import has_intact_seal
 from saexp.errors import StoreError
 from saexp.files import RUN_FOLDER, remove_temporary, try_lock, write_json, write_table
 from saexp.results import Result
+from saexp.tracking import Artifact
 
 LOCK = ".running.lock"
 _reserved: dict[Path, Any] = {}
@@ -317,3 +318,66 @@ def write_provenance(
         },
         option=RUN_FOLDER,
     )
+
+
+TRACKED_TABLES = ("latents", "rows", "effects", "effects_summary", "baselines")
+"""Tables that trackers get: of latents, analysed positions, and generations with their outcomes."""
+_TRACKED = ("latents.parquet", "effects.parquet", "effects_summary.parquet", METRICS, *_PAGES[:2])
+"""Results that are uploaded where a tracker keeps files."""
+
+
+def tracked_artifacts(folder: Path) -> list[Artifact]:
+    """What a finished run read and wrote: its activation store, its SAE and its results.
+
+    Empty for a task that writes no provenance.json.
+    """
+    if not (folder / PROVENANCE).is_file():
+        return []
+    about = json.loads((folder / PROVENANCE).read_text("utf-8"))
+    store, sae, trained = about.get("store"), about.get("sae"), folder / "sae"
+    artifacts = []
+    if store:
+        path = Path(store["path"])
+        manifests = {f.relative_to(path).as_posix(): f for f in path.rglob("manifest.json")}
+        # Activations that the run computed are its output.
+        is_input = not about.get("tokens_forwarded")
+        artifacts.append(
+            _referenced(Artifact(f"activations-{store['key']}", "store", is_input=is_input), path)
+        )
+        artifacts[-1] = replace(artifacts[-1], files=manifests)
+    if trained.is_dir() and about["config"]["task"]["name"] == "train":
+        files = {f.relative_to(trained).as_posix(): f for f in trained.rglob("*") if f.is_file()}
+        artifacts.append(Artifact(f"sae-{folder.name}", "sae", files, metadata=_plain(sae or {})))
+    elif sae and sae.get("name"):
+        name = f"sae-{sae['name']}-{sae.get('hookpoint')}-{sae.get('d_sae')}"
+        used = Artifact(name, "sae", metadata=_plain(sae), is_input=True)
+        artifacts.append(_referenced(used, Path(str(sae.get("path")))))
+    results = {name: folder / name for name in _TRACKED if (folder / name).is_file()}
+    if results:
+        artifacts.append(Artifact("results", "results", results))
+    return artifacts
+
+
+def _referenced(artifact: Artifact, path: Path) -> Artifact:
+    """The artifact with its path, unless part of it comes from the environment or it is gone."""
+    shown = masked(str(path))
+    metadata = {**artifact.metadata, "path": shown}
+    reference = path if shown == str(path) and path.exists() else None
+    return replace(artifact, reference=reference, metadata=metadata)
+
+
+def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are numbers or texts."""
+    return {k: v for k, v in about.items() if isinstance(v, str | int | float)}
+
+
+def effect_series(tables: Mapping[str, Any]) -> list[dict[str, float | int | None]]:
+    """Metrics of the causal test per coefficient; empty where it has one coefficient or none."""
+    summary = tables.get("effects_summary")
+    if summary is None or not {"split", "role", "of", "direction"} <= set(summary):
+        return []
+    # Not at the top of the file: importing it takes seconds.
+    from saexp.interventions.effects import effect_curve
+
+    curve = effect_curve(summary)
+    return curve if len(curve) > 1 else []

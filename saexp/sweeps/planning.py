@@ -46,6 +46,7 @@ from saexp.reports.saved_run import SavedRun, cells_table
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
+from saexp.sweeps import group_name, group_of
 from saexp.sweeps.passes import TRAININGS, composed, passes, planned, show_plan
 from saexp.sweeps.search import is_search, visitable
 
@@ -269,6 +270,11 @@ class SweepCallback(Callback):
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
             # A search lists its cells when it has chosen them.
             "cells": [] if search else cells,
+            "group": group_name(
+                folder,
+                read_plan(folder).get("cells", []) if search else cells,
+                config.hydra.runtime.choices.get("experiment"),
+            ),
             "passes": passes(cells, PROCESS.objects),
             TRAININGS: planned(config, cells),
         }
@@ -339,16 +345,6 @@ def _cells(config: DictConfig) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 
-def swept_keys(sweep: Path) -> set[str]:
-    """Keys that differ between the cells of a sweep; empty where there is no plan."""
-    plan = read_plan(sweep)
-    if swept := plan.get("swept"):
-        return set(swept)
-    pairs = [{key_of(w): w for w in cell} for cell in plan.get("cells", [])]
-    keys = {key for cell in pairs for key in cell}
-    return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
-
-
 def running() -> Path | None:
     """Folder of the sweep that this process runs and has not finished."""
     return PROCESS.sweep
@@ -400,24 +396,28 @@ def _written(folder: Path) -> tuple[Any, dict[str, Any]]:
 def _track(folder: Path, table: Any, figures: dict[str, Any]) -> None:
     """A last tracked run in the sweep's group, with the table and the figures."""
     from saexp import tracking
-    from saexp.config import TrackerConfig
+    from saexp.config import to_tracker_config
 
     composed = next((p for p in sorted(folder.glob("*/.hydra/config.yaml"))), None)
     if composed is None:
         return
     settings: Any = OmegaConf.to_container(OmegaConf.load(composed).tracker, resolve=True)
+    # W&B's own process may run in another working directory.
+    place, group = folder.resolve(), group_of(folder)
     tracker = tracking.start(
-        TrackerConfig(**settings),
-        # W&B's own process may run in another working directory.
-        folder=folder.resolve(),
+        to_tracker_config(settings),
+        folder=place,
         config={"command": read_plan(folder).get("command"), "n_cells": len(table)},
-        name=f"sweep-{folder.name}",
+        name=f"sweep {group}",
         job_type="sweep",
-        group=folder.name,
+        group=group,
+        sweep=place,
     )
     counts = table["status"].value_counts()
     tracker.metrics({f"sweep/{state.replace(' ', '_')}": int(n) for state, n in counts.items()})
     tracker.table("sweep", table)
     for name, figure in figures.items():
         tracker.figure(name, figure)
+    pages = {name: place / name for name in ("sweep.parquet", "sweep.html")}
+    tracker.artifact(tracking.Artifact(f"sweep-{group}", "sweep", pages))
     tracker.finish(0)

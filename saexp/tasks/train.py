@@ -214,7 +214,7 @@ def _trained(
             if training.is_finished:
                 # By another cell, or before this run ended.
                 for record in training.records:
-                    context.tracker.metrics(_labelled(record, training.label))
+                    _track(context, training, record)
         every = list(trainings)
         if not all(training.is_finished for training in trainings):
             for target, key in zip(others, keys[len(own) :], strict=True):
@@ -227,7 +227,7 @@ def _trained(
         batches, evaluate = data.batches(every, folder), _evaluation(cfg, model, data, processes)
         for training, record in train_together(every, batches, evaluate):
             if training in trainings:
-                context.tracker.metrics(_labelled(record, training.label))
+                _track(context, training, record)
         for training in trainings:
             if training.error is not None:
                 raise training.error
@@ -307,6 +307,13 @@ def _save(context: RunContext, trainings: Sequence[Training]) -> None:
     context.results.update(
         f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
     )
+
+
+def _track(context: RunContext, training: Training, record: Record) -> None:
+    """Record a point of the training's series over the activation vectors (tokens) it has read."""
+    axis = "train/tokens"
+    n_tokens = int(record["train/step"]) * training.cfg.batch_size
+    context.tracker.series(axis, {axis: n_tokens, **_labelled(record, training.label)})
 
 
 def _labelled(record: Record, label: str) -> Record:

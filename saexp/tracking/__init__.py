@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +17,31 @@ log = logging.getLogger(__name__)
 Metrics = Mapping[str, float | int | None]
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """Files that a run read or wrote, for trackers that record which run used what."""
+
+    name: str
+    type: str
+    """store, sae, results or sweep."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Name in the artifact -> file; these are uploaded."""
+    reference: Path | None = None
+    """A folder or file that is recorded by its path alone, however large it is."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_input: bool = False
+    """Whether the run read it rather than wrote it."""
+
+
 class Recorder(Protocol):
     """Records one open run."""
 
     def metrics(self, values: Metrics) -> None:
-        """Record numbers."""
+        """Record the run's final numbers."""
+        ...
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of a series; `values[axis]` is where on the x-axis it is."""
         ...
 
     def table(self, name: str, table: Any) -> None:
@@ -29,6 +50,10 @@ class Recorder(Protocol):
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
+        ...
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files that the run read or wrote."""
         ...
 
     def finish(self, exit_code: int) -> None:
@@ -47,8 +72,9 @@ class Tracker(Recorder, Protocol):
         name: str,
         job_type: str,
         group: str | None,
+        sweep: Path | None,
     ) -> None:
-        """Open the run."""
+        """Open the run; `sweep` is the folder of the sweep that it belongs to."""
         ...
 
 
@@ -64,10 +90,16 @@ class NullTracker:
     def metrics(self, values: Metrics) -> None:
         """Do nothing."""
 
+    def series(self, axis: str, values: Metrics) -> None:
+        """Do nothing."""
+
     def table(self, name: str, table: Any) -> None:
         """Do nothing."""
 
     def figure(self, name: str, figure: Any) -> None:
+        """Do nothing."""
+
+    def artifact(self, artifact: Artifact) -> None:
         """Do nothing."""
 
     def finish(self, exit_code: int) -> None:
@@ -77,7 +109,7 @@ class NullTracker:
 class JsonlTracker(NullTracker):
     """Appends one JSON object per event to `tracker.jsonl` in the run's folder."""
 
-    def start(self, *, folder: Path, **about: Any) -> None:
+    def start(self, *, folder: Path, sweep: Path | None = None, **about: Any) -> None:  # noqa: ARG002
         """Write config, name, group and job type as the first line."""
         self.path = folder / "tracker.jsonl"
         self._write("start", about)
@@ -86,6 +118,10 @@ class JsonlTracker(NullTracker):
         """Write a line with all numbers."""
         self._write("metrics", dict(values))
 
+    def series(self, axis: str, values: Metrics) -> None:
+        """Write a line with the numbers of a point and the name of its x-axis."""
+        self._write("series", {"axis": axis, **values})
+
     def table(self, name: str, table: Any) -> None:
         """Write a line with the table's name, columns and number of rows."""
         self._write("table", {"name": name, "columns": list(table.columns), "n_rows": len(table)})
@@ -93,6 +129,11 @@ class JsonlTracker(NullTracker):
     def figure(self, name: str, figure: Any) -> None:
         """Write a line with the figure as plotly JSON."""
         self._write("figure", {"name": name, "figure": json.loads(figure.to_json())})
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Write a line with the artifact's name, type, files and whether the run read it."""
+        names = {"name": artifact.name, "type": artifact.type, "files": list(artifact.files)}
+        self._write("artifact", {**names, "is_input": artifact.is_input})
 
     def finish(self, exit_code: int) -> None:
         """Write the exit code."""
@@ -118,6 +159,10 @@ class Guarded:
         """Record numbers."""
         self._attempt("metrics", lambda: self._tracker.metrics(values))
 
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of a series."""
+        self._attempt(f"a series over {axis}", lambda: self._tracker.series(axis, values))
+
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
         self._attempt(f"the table '{name}'", lambda: self._tracker.table(name, table))
@@ -125,6 +170,10 @@ class Guarded:
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
         self._attempt(f"the figure '{name}'", lambda: self._tracker.figure(name, figure))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files that the run read or wrote."""
+        self._attempt(f"the artifact '{artifact.name}'", lambda: self._tracker.artifact(artifact))
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
@@ -156,12 +205,16 @@ def start(
     name: str,
     job_type: str,
     group: str | None,
+    sweep: Path | None = None,
 ) -> Guarded:
     """Open a run with the configured tracker.
 
-    Errors of the tracker's `start` are raised, before any work: they concern settings that the
-    user can fix. Later errors are not, see `Guarded`.
+    `name` and `group` are used where the config has none; `sweep` is the folder of the sweep that
+    the run belongs to. Errors of the tracker's `start` are raised, before any work: they concern
+    settings that the user can fix. Later errors are not, see `Guarded`.
     """
     tracker: Tracker = registry.build("tracker", cfg)
-    tracker.start(folder=folder, config=config, name=name, job_type=job_type, group=group)
-    return Guarded(tracker, cfg.name)
+    tracker.start(
+        folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
+    )
+    return Guarded(tracker, cfg.kind)

@@ -1,31 +1,39 @@
-"""Weights & Biases as a tracker. The only module that imports wandb.
+"""Weights & Biases as a tracker.
 
 An outage of the server never stops a run and delays it by at most 10 s: the start of an online run
 waits a few seconds, and its end waits for the upload only as long as the server answers. Otherwise
 the run is recorded offline in the run's folder, for a later `wandb sync`.
 """
 
-import atexit
 import base64
+import hashlib
+import json
 import logging
 import math
 import os
-import subprocess
-import sys
-import threading
+import re
+import shlex
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
-from saexp.tracking import Metrics, NullTracker, brief
+from saexp.tracking import Artifact, Metrics, NullTracker, brief
+from saexp.tracking.outages import (
+    GRACE_SECONDS,
+    PROCESS,
+    Call,
+    limit_exit,
+    service,
+    service_ended,
+    within,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,26 +46,6 @@ _CHECK_SECONDS, _ANSWER_SECONDS = 4.0, 2.0
 """How often the end of a run asks whether the server still answers, and how long that may take."""
 _RECORD_SECONDS = 5.0
 """How long recording a run again offline may take."""
-_GRACE_SECONDS = 1.0
-"""How much longer W&B's service process may take, and how long it may take to end."""
-_EXIT_SECONDS = 5.0
-"""How much longer the end of this process may take after an outage."""
-
-
-@dataclass
-class _Process:
-    """What the runs of one process have in common."""
-
-    unreachable: set[str] = field(default_factory=set)
-    """Servers (base URLs) that did not answer; later runs do not wait for them again."""
-    exit_codes: list[int] = field(default_factory=list)
-    """How the runs ended."""
-    limits_exit: bool = False
-    """Whether `_limit_exit` was called."""
-
-
-_PROCESS = _Process()
-"""One per process, because W&B has one service per process, which can delay the process's exit."""
 
 
 def has_key() -> bool:
@@ -105,14 +93,29 @@ class WandbTracker(NullTracker):
         self.outage = False
         """Whether the run is offline only because the server did not answer."""
         self._about: dict[str, Any] = {}
-        self._logged: list[_Content] = []
-        """What an online run logged, to record it again offline."""
+        self.in_sweep = False
+        self._recorded: list[_Action] = []
+        """What an online run recorded, to record it again offline."""
+        self._groups: set[str] = set()
+        """Groups of metrics (`effect/…`) that have an axis."""
         self._failure: Exception | None = None
 
     def start(
-        self, *, folder: Path, config: Mapping[str, Any], group: str | None, **about: str
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+        sweep: Path | None = None,
     ) -> None:
-        """Open a W&B run in the run's folder; offline if the server does not answer."""
+        """Open a W&B run; offline if the server does not answer.
+
+        Its files are in the folder of the run or of its sweep, unless WANDB_DIR names another. What
+        the config leaves open, W&B's environment variables decide. A cell that is started again in
+        its sweep's folder continues its W&B run.
+        """
         requested = self.cfg.mode or os.environ.get("WANDB_MODE")
         if requested == "online" and not has_key():
             source = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
@@ -120,21 +123,38 @@ class WandbTracker(NullTracker):
                 f"{source}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
                 "first, or type tracker.mode=offline"
             )
+        # W&B itself reads its variables only once in a process.
+        env, self.in_sweep = os.environ.get, sweep is not None
+        tags = [tag for tag in env("WANDB_TAGS", "").split(",") if tag]
         self._about = {
-            "project": self.cfg.project,
-            "entity": self.cfg.entity,
-            "group": self.cfg.group or group,
-            **about,
+            "project": self.cfg.project or env("WANDB_PROJECT") or "saexp",
+            "entity": self.cfg.entity or env("WANDB_ENTITY"),
+            "group": self.cfg.group or env("WANDB_RUN_GROUP") or group,
+            "name": name,
+            "notes": self.cfg.notes or env("WANDB_NOTES"),
+            "tags": list(self.cfg.tags) or tags or None,
+            "job_type": job_type if sweep else env("WANDB_JOB_TYPE") or job_type,
             "config": dict(config),
-            "dir": str(folder),
+            "dir": env("WANDB_DIR") or str(sweep or folder),
+            "id": _cell_id(folder, config) if sweep else env("WANDB_RUN_ID"),
+            "resume": None if sweep else env("WANDB_RESUME"),
             "reinit": "create_new",
         }
+        if sweep and any(Path(self._about["dir"]).glob(f"wandb/run-*-{self._about['id']}")):
+            # Only where there is a run to resume: it costs a query.
+            self._about["resume"] = "allow"
         mode = requested or ("online" if has_key() else "offline")
         if mode != "online":
             self._open(mode)
-        elif self._server() in _PROCESS.unreachable or not self._open_online():
-            self.outage = True
-            self._open("offline")
+            return
+        if self._server() not in PROCESS.unreachable:
+            if self._open_online():
+                return
+            if self._about["id"]:
+                # In W&B's process the attempt that failed still has the id.
+                self._about["id"] += "-offline"
+        self.outage = True
+        self._open("offline")
 
     def _server(self) -> str:
         return os.environ.get("WANDB_BASE_URL", "")
@@ -144,6 +164,8 @@ class WandbTracker(NullTracker):
         values = {
             "silent": True,
             "console": "off",
+            # Cells that run at once share a folder, and would replace each other's links.
+            "symlink": False,
             "x_disable_stats": True,
             "init_timeout": _seconds("WANDB_INIT_TIMEOUT", _INIT_SECONDS),
             "finish_timeout": _seconds("WANDB_FINISH_TIMEOUT", _UPLOAD_SECONDS),
@@ -153,7 +175,8 @@ class WandbTracker(NullTracker):
         return self.wandb.Settings(**{k: v for k, v in values.items() if k in known})
 
     def _init(self, mode: str) -> Any:
-        run = self.wandb.init(**self._about, mode=mode, settings=self._settings())
+        about = self._about if mode == "online" else {**self._about, "resume": None}
+        run = self.wandb.init(**about, mode=mode, settings=self._settings())
         # W&B records later imports, which would fail once its process is gone. W&B has no public
         # method for this.
         run._unregister_telemetry_import_hooks(run.id)
@@ -228,18 +251,27 @@ class WandbTracker(NullTracker):
             except (OSError, HTTPException, ValueError) as error:
                 log.debug("no answer of %s: %s", settings.base_url, error)
 
-        _within(seconds, ask)
+        within(seconds, ask)
         return answers[0] if answers else (None, b"")
 
     def metrics(self, values: Metrics) -> None:
-        """Record numbers in the run's summary and history."""
-        finite = {k: v for k, v in values.items() if v is not None and not math.isnan(v)}
-        self._log(lambda: finite)
+        """Record the run's final numbers, in its summary alone: one point makes no chart."""
+        finite = _finite(values)
+        self._record(lambda run: run.summary.update(finite))
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of the history of the groups of `values`, whose x-axis is `axis`."""
+        finite = _finite(values)
+        for group in dict.fromkeys(name.partition("/")[0] for name in finite if name != axis):
+            if group not in self._groups:
+                self._groups.add(group)
+                self._record(lambda run, group=group: _define(run, axis, group))
+        self._record(lambda run: run.log(finite))
 
     def table(self, name: str, table: Any) -> None:
         """Record a W&B table."""
 
-        def content() -> dict[str, Any]:
+        def action(run: Any) -> None:
             # W&B treats pandas' missing value as a separate type, but knows None.
             plain = table.astype(object).where(table.notna(), None)
             # From a DataFrame W&B looks up every value, which is ten times slower than from lists.
@@ -249,36 +281,70 @@ class WandbTracker(NullTracker):
                 optional=table.isna().any().tolist(),
                 allow_mixed_types=True,
             )
-            return {f"tables/{name}": converted}
+            run.log({f"tables/{name}": converted})
 
-        self._log(content)
+        self._record(action)
 
     def figure(self, name: str, figure: Any) -> None:
         """Record an interactive W&B figure."""
-        self._log(lambda: {f"figures/{name}": self.wandb.Plotly(figure)})
+        self._record(lambda run: run.log({f"figures/{name}": self.wandb.Plotly(figure)}))
 
-    def _log(self, content: "_Content") -> None:
+    def artifact(self, artifact: Artifact) -> None:
+        """Record an artifact as an input or output of the run; a reference is not uploaded."""
+
+        def action(run: Any) -> None:
+            # Of a run's results there is one artifact per run, whose versions are its attempts.
+            name = f"{artifact.name}-{run.id}" if artifact.type == "results" else artifact.name
+            made = self.wandb.Artifact(
+                re.sub(r"[^\w.-]+", "-", name)[:128],
+                artifact.type,
+                metadata=dict(artifact.metadata),
+            )
+            for path, file in artifact.files.items():
+                # Without a copy in W&B's cache: results do not change once they are written.
+                made.add_file(str(file), name=path, policy="immutable", skip_cache=True)
+            if artifact.reference is not None:
+                path = artifact.reference.resolve()
+                made.add_reference(path.as_uri(), name=path.name, checksum=False)
+            _log_artifact(run, made, is_input=artifact.is_input)
+
+        self._record(action)
+
+    def _record(self, action: "_Action") -> None:
         if self.run is None:
             return
         if self.online:
-            self._logged.append(content)
+            self._recorded.append(action)
         if self._failure is not None:
             return
-        values = content()
         try:
-            self.run.log(values)
+            action(self.run)
         except Exception as error:
-            if not (self.online and _service_ended()):
+            if not (self.online and service_ended()):
                 raise
             self._failure = error
 
     def finish(self, exit_code: int) -> None:
-        """Finish the run with its exit code; what was not uploaded remains for `wandb sync`."""
-        _PROCESS.exit_codes.append(exit_code)
+        """Finish the run with its exit code; what was not uploaded remains for `wandb sync`.
+
+        The run of a whole sweep, which is the last one, logs the command for all of its runs.
+        """
+        self._finish(exit_code)
+        command = None
+        if self._about.get("job_type") == "sweep":
+            command = sync_command(Path(self._about["dir"]))
+        if command is not None:
+            log.warning(
+                "W&B: runs of this sweep are recorded offline; to upload all of them type: %s",
+                command,
+            )
+
+    def _finish(self, exit_code: int) -> None:
+        PROCESS.exit_codes.append(exit_code)
         if self.run is None:
             return
         folder = Path(self.run.dir).parent
-        run = _Call(lambda: self.run.finish(exit_code=exit_code))
+        run = Call(lambda: self.run.finish(exit_code=exit_code))
         if self.online:
             limit = _seconds("WANDB_FINISH_TIMEOUT", _UPLOAD_SECONDS) or math.inf
             # A run that was stopped has little time: SLURM kills it 30 s after its signal.
@@ -289,20 +355,26 @@ class WandbTracker(NullTracker):
         if error is None and not self.outage:
             return
         if error is None:
-            log.warning("W&B: this run is recorded offline; %s", _sync(folder))
+            if not self.in_sweep:
+                log.warning("W&B: this run is recorded offline; %s", self._sync(folder))
             return
         if not self.online:
             raise error
         self._give_up()
         if not (ended_by_wandb and self._failure is None):
-            again = _Call(lambda: self._record_offline(exit_code))
+            again = Call(lambda: self._record_offline(exit_code))
             if not again.join(_RECORD_SECONDS) or self.run is None:
                 log.warning("W&B records only a part of this run (%s)", brief(error))
                 return
             folder = Path(self.run.dir).parent
-        log.warning("W&B did not take all of this run (%s); %s", brief(error), _sync(folder))
+        log.warning("W&B did not take all of this run (%s); %s", brief(error), self._sync(folder))
 
-    def _wait_for_upload(self, finish: "_Call", limit: float) -> None:
+    def _sync(self, folder: Path) -> str:
+        if self.in_sweep and folder.name.startswith("offline-"):
+            return "it is recorded offline, and the end of the sweep says how to upload it"
+        return f"to upload it type: wandb sync {os.path.relpath(folder)}"
+
+    def _wait_for_upload(self, finish: "Call", limit: float) -> None:
         """Wait for the upload, at most `limit` seconds and only while the server answers."""
         end, reported = time.monotonic() + limit, False
         while not finish.join(min(_CHECK_SECONDS, max(0.0, end - time.monotonic()))):
@@ -318,37 +390,70 @@ class WandbTracker(NullTracker):
     def _record_offline(self, exit_code: int) -> None:
         """Record an online run again: its file may lack what W&B's process had not written yet."""
         self.run = None
-        if (process := _service()) is not None:
+        if (process := service()) is not None:
             # It may wait for the server forever, and the end of this run with it.
             process.kill()
         self._replace_service()
         self._open("offline")
         if self.run is None:
             return
-        for content in self._logged:
-            # An error was reported when this was logged for the first time.
+        for action in self._recorded:
+            # An error was reported when this was recorded for the first time.
             with suppress(Exception):
-                self.run.log(content())
+                action(self.run)
         self.run.finish(exit_code=exit_code)
 
     def _replace_service(self) -> None:
         """Let W&B start a new process if its old one is gone."""
-        if _service_ended():
-            _within(_GRACE_SECONDS, self.wandb.teardown)
+        if service_ended():
+            within(GRACE_SECONDS, self.wandb.teardown)
 
     def _give_up(self) -> None:
         """Stop waiting for the server, in later runs of this process and at its exit."""
-        _PROCESS.unreachable.add(self._server())
-        _limit_exit()
+        PROCESS.unreachable.add(self._server())
+        limit_exit()
 
 
-_Content = Callable[[], Mapping[str, Any]]
-"""Makes the values of one call of `log`; it is called again to log them a second time, because a
-W&B table can be logged only once."""
+_Action = Callable[[Any], None]
+"""Records something in a W&B run; it is called again to record it a second time."""
 
 
-def _sync(folder: Path) -> str:
-    return f"to upload it type: wandb sync {os.path.relpath(folder)}"
+def _finite(values: Metrics) -> dict[str, float | int]:
+    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def _define(run: Any, axis: str, group: str) -> None:
+    """Make `axis` the x-axis of a group; the summary keeps what `metrics` records, not the last."""
+    run.define_metric(axis, hidden=True, summary="none")
+    run.define_metric(f"{group}/*", step_metric=axis, summary="none")
+
+
+def _cell_id(folder: Path, config: Mapping[str, Any]) -> str:
+    """Id of the W&B run of a sweep's cell: equal when the same cell is started again."""
+    content = json.dumps({**config, "tracker": None, "resume": None}, sort_keys=True, default=str)
+    return hashlib.sha256(f"{folder.resolve()} {content}".encode()).hexdigest()[:16]
+
+
+def sync_command(folder: Path) -> str | None:
+    """The command that uploads all runs recorded offline in a folder; None where there is none."""
+    pattern = "wandb/offline-run-*"
+    if not any(folder.glob(pattern)):
+        return None
+    return f"wandb sync {shlex.quote(os.path.relpath(folder))}/{pattern}"
+
+
+def _log_artifact(run: Any, artifact: Any, *, is_input: bool) -> None:
+    """Record an artifact without waiting for the server, also as an input.
+
+    `run.use_artifact` refuses offline runs and waits for the upload. W&B has no public way to have
+    its process do this later.
+    """
+    settings = run._settings
+    mode, settings.mode = settings.mode, "offline"
+    try:
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=is_input)
+    finally:
+        settings.mode = mode
 
 
 def _log_artifacts_without_asking(run: Any) -> None:
@@ -367,114 +472,3 @@ def _log_artifacts_without_asking(run: Any) -> None:
             settings.mode = mode
 
     run.log_artifact = log_as_offline
-
-
-class _Call:
-    """A call in a separate thread, which can be abandoned if it takes too long."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._errors: list[Exception] = []
-        self._began = time.monotonic()
-
-        def attempt() -> None:
-            try:
-                call()
-            except Exception as error:
-                self._errors.append(error)
-
-        self._thread = threading.Thread(target=attempt, daemon=True)
-        self._thread.start()
-
-    def join(self, seconds: float | None) -> bool:
-        """Wait up to so many seconds; returns whether the call has ended."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> tuple[Exception | None, bool]:
-        """The call's error (TimeoutError if it is still running), and whether it has ended."""
-        if self._thread.is_alive():
-            seconds = time.monotonic() - self._began
-            return TimeoutError(f"no answer within {seconds:.0f} s"), False
-        return (self._errors[0] if self._errors else None), True
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> None:
-    """Call a function, and return after at most so many seconds."""
-    _Call(call).join(seconds)
-
-
-def _service() -> Any:
-    """The service process that W&B started, as a Popen object; None if there is none. W&B has no
-    public way to get it."""
-    from wandb.sdk import wandb_setup
-
-    attribute: Any = wandb_setup
-    for name in ("_singleton", "_connection", "_proc", "_process"):
-        attribute = getattr(attribute, name, None)
-    return attribute
-
-
-def _service_ended() -> bool:
-    """Whether W&B's process is gone: unexpected answers of a server can end it."""
-    process = _service()
-    try:
-        return process is not None and process.wait(_GRACE_SECONDS) is not None
-    except subprocess.TimeoutExpired:
-        return False
-
-
-def _limit_exit() -> None:
-    """Make this process end soon after its work, whatever W&B still waits for."""
-    if _PROCESS.limits_exit:
-        return
-    _PROCESS.limits_exit = True
-    import wandb
-
-    def watch() -> None:
-        threading.main_thread().join()
-        process, others = _service(), _threads_outside_wandb()
-        for thread in others:
-            thread.join()
-        if process is not None:
-            try:
-                process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        # An abandoned call can still wait for the answer of a process that is gone.
-        time.sleep(_EXIT_SECONDS)
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(_status())
-
-    # Started now, because no thread can be started once Python is exiting.
-    threading.Thread(target=watch, daemon=True).start()
-
-    @atexit.register
-    def end() -> None:
-        wandb.termsetup(wandb.Settings(silent=True), None)
-        with suppress(BaseException):
-            wandb.teardown()
-
-
-def _threads_outside_wandb() -> list[threading.Thread]:
-    """Threads, other than those of W&B, that Python waits for before it exits."""
-    frames = sys._current_frames()
-
-    def in_wandb(thread: threading.Thread) -> bool:
-        frame = frames.get(thread.ident or 0)
-        while frame is not None:
-            if frame.f_globals.get("__name__", "").startswith("wandb."):
-                return True
-            frame = frame.f_back
-        return False
-
-    waited_for = [
-        t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()
-    ]
-    return [thread for thread in waited_for if not in_wandb(thread)]
-
-
-def _status() -> int:
-    """The exit status of this process: that of its runs, or 1 after an uncaught error."""
-    return 1 if hasattr(sys, "last_value") else max(_PROCESS.exit_codes, default=0)

@@ -37,7 +37,7 @@ def test_finding_title_and_run_name_say_that_it_is_a_control(swept: Said) -> Non
         assert f"layer_{layer}.resid_post, random control SAE of 512 latents</title>" in page
         assert f"tiny, layer_{layer}.resid_post, random control SAE of 512 latents: " in page
         start = json.loads((place / "tracker.jsonl").read_text("utf-8").splitlines()[0])
-        assert start["name"] == f"tiny-random_control-layer{layer}"
+        assert start["name"] == f"tiny · random control · layer {layer}"
     assert set(table_of(swept.sweep)["control"]) == {"random"}
     assert (
         "no cell with a trained SAE selects a latent; the best latent of the control SAEs"

@@ -94,7 +94,7 @@ RUNNING = [
         '    raise RuntimeError("cannot read\\nmy data")',
     ),
     (
-        "tracker.name=half",
+        "tracker.kind=half",
         "plug.py:{}: AttributeError: 'Half' object has no attribute 'start'",
         '@saexp.register("tracker", "half")',
     ),

@@ -111,7 +111,7 @@ class _Slow:
 
 
 def test_no_stage_begins_after_a_signal_whose_exception_was_dropped(tmp_path: Path) -> None:
-    context = RunContext(tmp_path, NullTracker(TrackerConfig(name="none")))
+    context = RunContext(tmp_path, NullTracker(TrackerConfig(kind="none")))
     with stoppable():
         with suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Sweeps from the command line: one pass over the texts, one table and page at the end."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -155,7 +156,8 @@ def test_wandb_holds_a_run_per_cell_and_one_with_the_table(failing: Said) -> Non
         ("analyze", 0),
         ("sweep", 0),
     ]
-    assert {r["group"] for r in runs} == {"sweep"}
+    (group,) = {r["group"] for r in runs}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
     holding = [any(k.startswith("tables/sweep/") for k in r["keys"]) for r in runs]
     assert holding == [False, False, True]
     assert "contrast/best_auroc_known_test" in runs[1]["keys"]

@@ -1,5 +1,6 @@
 """Sweeps whose cells need more than their layer says, fail early, or differ in other keys."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def test_a_cell_that_cannot_begin_is_a_failed_run_in_wandb_too(tmp_path: Path) -
         ("analyze", 1),
         ("sweep", 0),
     ]
-    assert {r["group"] for r in runs} == {"sweep"}
+    (group,) = {r["group"] for r in runs}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
 
 
 def test_one_cells_impossible_stream_fails_no_other(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_the_report_has_a_row_and_a_curve_for_each(together: Result) -> None:
     assert {k.split("/")[1] for one in records for k in one if k.endswith("overall_loss")} == (
         set(labels)
     )
+    assert {(one["event"], one["axis"]) for one in records} == {("series", "train/tokens")}
+    steps = {one["train/tokens"] / one["train/step"] for one in records}
+    assert len(steps) == 1
     assert [one["train/step"] for one in records] == sorted(one["train/step"] for one in records)
 
 

@@ -1,8 +1,11 @@
 """What is sent where: nothing, a JSONL file, or W&B offline; tables may lack values."""
 
 import json
+import os
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,8 +15,10 @@ import saexp
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
-from saexp.tracking import Guarded, JsonlTracker, NullTracker
+from saexp.sweeps import group_name, group_of, run_name, tracked_config
+from saexp.tracking import Artifact, Guarded, JsonlTracker, NullTracker
 from saexp.tracking.wandb import has_key
+from tests.unit.reports.left import wandb_runs
 
 ABOUT = {"config": {"a": 1}, "name": "n", "job_type": "analyze", "group": "g"}
 TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int64")})
@@ -21,6 +26,8 @@ TABLE = pd.DataFrame({"latent": [1, 2], "rank": pd.array([1, pd.NA], dtype="Int6
 
 def use(tracker, folder: Path) -> None:
     tracker.start(folder=folder, **ABOUT)
+    for at in (0, 2):
+        tracker.series("coefficient", {"coefficient": at, "effect/a/b": at / 4})
     tracker.metrics({"x/y": 1.5, "x/none": None, "x/nan": float("nan")})
     tracker.table("latents", TABLE)
     tracker.figure("f", go.Figure(go.Scatter(x=[1], y=[2])))
@@ -28,18 +35,23 @@ def use(tracker, folder: Path) -> None:
 
 
 def test_none_leaves_nothing(tmp_path: Path) -> None:
-    use(build("tracker", TrackerConfig(name="none")), tmp_path)
+    use(build("tracker", TrackerConfig(kind="none")), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_jsonl_is_one_object_per_event(tmp_path: Path) -> None:
-    use(build("tracker", TrackerConfig(name="jsonl")), tmp_path)
+    use(build("tracker", TrackerConfig(kind="jsonl")), tmp_path)
     lines = [json.loads(x) for x in (tmp_path / "tracker.jsonl").read_text().splitlines()]
-    assert [x["event"] for x in lines] == ["start", "metrics", "table", "figure", "finish"]
+    events = ["start", "series", "series", "metrics", "table", "figure", "finish"]
+    assert [x["event"] for x in lines] == events
     assert lines[0]["group"] == "g"
-    assert lines[1]["x/y"] == 1.5
-    assert lines[2]["n_rows"] == 2
-    assert lines[4]["exit_code"] == 0
+    assert lines[2] == {
+        **{"event": "series", "axis": "coefficient"},
+        **{"coefficient": 2, "effect/a/b": 0.5},
+    }
+    assert lines[3]["x/y"] == 1.5
+    assert lines[4]["n_rows"] == 2
+    assert lines[6]["exit_code"] == 0
 
 
 def test_wandb_offline_two_runs_of_one_process(
@@ -48,7 +60,7 @@ def test_wandb_offline_two_runs_of_one_process(
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        use(build("tracker", TrackerConfig(name="wandb")), tmp_path / name)
+        use(build("tracker", TrackerConfig(kind="wandb")), tmp_path / name)
         runs = list((tmp_path / name / "wandb").glob("offline-run-*/*.wandb"))
         assert len(runs) == 1
         # W&B's service may write the end of a finished run a moment later.
@@ -56,6 +68,180 @@ def test_wandb_offline_two_runs_of_one_process(
         while runs[0].stat().st_size <= 1000 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert runs[0].stat().st_size > 1000
+
+
+def offline_run(folder: Path, cfg: TrackerConfig, **about: Any) -> dict[str, Any]:
+    tracker = build("tracker", cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker.start(folder=folder, **{**ABOUT, **about})
+    for at in (0, 2, 4):
+        tracker.series("coefficient", {"coefficient": at, "effect/a/b": at / 4, "effect/c/d": 1})
+    tracker.metrics({"effect/a/b": 0.5, "x/y": 1.5, "x/none": None, "x/inf": float("inf")})
+    tracker.finish(0)
+    (run,) = wandb_runs(about.get("sweep") or folder)
+    return run
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_wandb_gets_series_over_their_axis_and_everything_else_as_summary(tmp_path: Path) -> None:
+    run = offline_run(tmp_path, TrackerConfig(kind="wandb", tags=["t"], notes="why"))
+    assert run["axes"] == {"effect/*": "coefficient"}
+    numbers = [{k: v for k, v in row.items() if k[0] != "_"} for row in run["history"]]
+    assert numbers == [
+        {"coefficient": at, "effect/a/b": at / 4, "effect/c/d": 1} for at in (0, 2, 4)
+    ]
+    summary = {k: v for k, v in run["summary"].items() if k[0] != "_"}
+    assert summary == {"effect/a/b": 0.5, "x/y": 1.5}
+    assert (run["tags"], run["notes"], run["project"]) == (["t"], "why", "saexp")
+    assert (run["group"], run["job_type"], run["config"]["a"]) == ("g", "analyze", 1)
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_wandb_gets_what_a_run_read_and_wrote(tmp_path: Path) -> None:
+    store, sae = tmp_path / "cache" / "17e1", tmp_path / "w.safetensors"
+    (store / "layer_2.resid_post").mkdir(parents=True)
+    for file in (store / "manifest.json", store / "layer_2.resid_post" / "0.safetensors", sae):
+        file.write_text("{}")
+    tracker = build("tracker", TrackerConfig(kind="wandb"))
+    (tmp_path / "run").mkdir()
+    tracker.start(folder=tmp_path / "run", **ABOUT)
+    for artifact in (
+        Artifact("activations-17e1", "store", {"manifest.json": store / "manifest.json"}, store),
+        Artifact("an sae / x", "sae", reference=sae, metadata={"d_sae": 4}, is_input=True),
+        Artifact("results", "results", {"a.json": store / "manifest.json"}),
+    ):
+        tracker.artifact(artifact)
+    tracker.finish(0)
+    (run,) = wandb_runs(tmp_path / "run")
+    activations, used, results = run["artifacts"]
+    entries = {entry.path: entry.ref for entry in activations.manifest.contents}
+    shard = "17e1/layer_2.resid_post/0.safetensors"
+    assert entries.keys() == {"manifest.json", "17e1/manifest.json", shard}
+    assert entries[shard] == (store / "layer_2.resid_post" / "0.safetensors").as_uri()
+    assert not entries["manifest.json"]
+    assert [a.use_after_commit for a in run["artifacts"]] == [False, True, False]
+    assert (used.name, json.loads(used.metadata)) == ("an-sae-x", {"d_sae": 4})
+    assert [entry.ref for entry in used.manifest.contents] == [sae.as_uri()]
+    assert results.name == f"results-{run['id']}"
+
+
+def test_variables_of_wandb_count_where_the_config_names_nothing(
+    tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    for key, value in {
+        **{"PROJECT": "p", "RUN_GROUP": "h", "NOTES": "n", "TAGS": "t,u", "JOB_TYPE": "j"},
+        **{"RUN_ID": "abc", "DIR": str(tmp_path / "elsewhere")},
+    }.items():
+        no_variables.setenv(f"WANDB_{key}", value)
+    (tmp_path / "elsewhere").mkdir()
+    tracker = build("tracker", TrackerConfig(kind="wandb"))
+    tracker.start(folder=tmp_path / "run", **ABOUT)
+    tracker.finish(0)
+    (run,) = wandb_runs(tmp_path / "elsewhere")
+    assert (run["project"], run["group"], run["notes"], run["id"]) == ("p", "h", "n", "abc")
+    assert (run["tags"], run["job_type"]) == (["t", "u"], "j")
+    typed = TrackerConfig(kind="wandb", project="q", group="i", notes="m", tags=["v"])
+    tracker = build("tracker", typed)
+    no_variables.setenv("WANDB_DIR", str(tmp_path / "typed"))
+    (tmp_path / "typed").mkdir()
+    tracker.start(folder=tmp_path / "run", **ABOUT)
+    tracker.finish(0)
+    (run,) = wandb_runs(tmp_path / "typed")
+    assert (run["project"], run["group"], run["notes"]) == ("q", "i", "m")
+    assert run["tags"] == ["v"]
+
+
+def test_a_cell_that_is_started_again_has_the_id_of_its_run(
+    tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    no_variables.setenv("WANDB_RUN_ID", "one-for-all")
+    cfg = TrackerConfig(kind="wandb")
+    ids = []
+    for attempt, (cell, config) in enumerate([("0", 1), ("0", 1), ("1", 1), ("0", 2)]):
+        no_variables.setenv("WANDB_DIR", str(tmp_path / str(attempt)))
+        (tmp_path / str(attempt)).mkdir()
+        tracker = build("tracker", cfg)
+        about = {**ABOUT, "config": {"layer": config, "resume": attempt}}
+        tracker.start(folder=tmp_path / cell, sweep=tmp_path, **about)
+        tracker.finish(0)
+        ids.append(wandb_runs(tmp_path / str(attempt))[0]["id"])
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
+CONFIG: dict[str, Any] = {
+    **{"layer": 2, "width": "16k", "coefficient": [0.6], "seed": 0, "tracker": {"name": None}},
+    **{"model": {"name": "google/gemma-2-2b"}, "sae": {"name": "gemmascope", "release": None}},
+}
+
+
+def plan_of(sweep: Path, *cells: list[str], **content: Any) -> Path:
+    (sweep / "plan.json").write_text(json.dumps({"cells": cells, "passes": {}, **content}))
+    return sweep
+
+
+def test_runs_are_named_after_what_varies_in_their_sweep(
+    tmp_path: Path, no_variables: pytest.MonkeyPatch
+) -> None:
+    assert run_name(CONFIG, tmp_path, None) == "gemma-2-2b · gemmascope · layer 2"
+    cells = [[f"layer={n}", f"coefficient={c}", "seed=1"] for n in (1, 2) for c in (0, 0.6)]
+    sweep = plan_of(tmp_path, *cells)
+    names = [run_name(CONFIG, sweep / f"{n}_x", sweep) for n in range(4)]
+    assert names[3] == "gemma-2-2b · layer 2 · coefficient 0.6"
+    assert len(set(names)) == 4
+    own = {**CONFIG, "tracker": {"name": "mine"}}
+    assert run_name(own, tmp_path, None) == "mine"
+    assert run_name(own, sweep / "0_x", sweep) == "mine · layer 1 · coefficient 0"
+    plan_of(sweep, *[["analyzer.seed=1", f"dataset.seed={n}", f"seed={n}"] for n in (1, 2)])
+    assert run_name(CONFIG, sweep / "1", sweep) == "gemma-2-2b · dataset.seed 2 · seed 2"
+    plan_of(sweep, *[[f"dataset.path={'x' * 300}{n}"] for n in (1, 2)])
+    names = [run_name(CONFIG, sweep / f"{n}_x", sweep) for n in range(2)]
+    assert names[0] != names[1]
+    assert max(map(len, names)) == 120
+    no_variables.setenv("WANDB_SWEEP_ID", "s")
+    name = "gemma-2-2b · gemmascope · layer 2 · width 16k · coefficient 0.6"
+    assert run_name({**CONFIG, "coefficient": 0.6}, tmp_path, None) == name
+
+
+def test_a_sweep_keeps_its_group_when_it_is_started_again(tmp_path: Path) -> None:
+    time_of = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    sweep = tmp_path / "06-30-00-123456"
+    sweep.mkdir()
+    assert re.fullmatch(time_of, group_name(sweep, [["a=1"]], None))
+    assert re.fullmatch(f"{time_of} · exp", group_name(sweep, [["a=1"]], "exp"))
+    assert re.fullmatch(f"{time_of} · {tmp_path.name}", group_name(tmp_path, [["a=1"]], None))
+    assert group_of(None) is None
+    assert group_of(sweep) == "06-30-00-123456"
+    plan_of(sweep, ["a=1"], group="earlier")
+    assert group_of(sweep) == "earlier"
+    assert group_name(sweep, [["a=1"]], "exp") == "earlier"
+    assert group_name(sweep, [["a=2"]], "exp") != "earlier"
+
+
+def test_trackers_get_plain_values_to_compare_runs_by() -> None:
+    config = tracked_config(CONFIG)
+    plain = {"layer": 2, "width": 16384, "coefficient": 0.6, "seed": 0}
+    plain |= {"model.name": "google/gemma-2-2b", "sae.release": "gemmascope"}
+    assert {key: config[key] for key in plain} == plain
+    assert config["model"] == CONFIG["model"]
+    named = tracked_config({**CONFIG, "width": "average_l0_80", "coefficient": [0, 1]})
+    assert (named["width"], named["coefficient"]) == ("average_l0_80", [0, 1])
+
+
+def test_the_former_key_of_the_kind_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = saexp.compose(["tracker=wandb", "tracker.name=jsonl"])
+    assert (cfg.tracker.kind, cfg.tracker.name) == ("jsonl", None)
+    assert "tracker.name=jsonl is now tracker.kind=jsonl" in caplog.text
+    cfg = saexp.compose(["tracker=wandb", "tracker.name=mine"])
+    assert (cfg.tracker.kind, cfg.tracker.name) == ("wandb", "mine")
 
 
 def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +275,7 @@ class _Broken(NullTracker):
 
 
 def test_errors_of_a_started_tracker_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Guarded(_Broken(TrackerConfig(name="broken")), "broken")
+    tracker = Guarded(_Broken(TrackerConfig(kind="broken")), "broken")
     tracker.metrics({"a": 1})
     tracker.metrics({"a": 2})
     tracker.table("latents", TABLE)
@@ -108,7 +294,7 @@ class _Damaging(JsonlTracker):
 def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> None:
     register("tracker", "damaging")(_Damaging)
     words = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
-    words += ["tracker=jsonl", "tracker.name=damaging", f"cache_dir={tmp_path / 'cache'}"]
+    words += ["tracker=jsonl", "tracker.kind=damaging", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(ValueError, match="Expecting"):
         saexp.run(saexp.compose(words), tmp_path / "run")
     events = (tmp_path / "run/tracker.jsonl").read_text("utf-8").splitlines()
@@ -118,7 +304,7 @@ def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> N
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="tracker.mode=sometimes: choose online, offline"):
-        build("tracker", TrackerConfig(name="wandb", mode="sometimes"))
+        build("tracker", TrackerConfig(kind="wandb", mode="sometimes"))
 
 
 @pytest.mark.parametrize("by", ["tracker.mode", "WANDB_MODE"])
@@ -132,7 +318,7 @@ def test_online_without_a_key_is_one_line_and_no_prompt(
     if by == "WANDB_MODE":
         monkeypatch.setenv("WANDB_MODE", "online")
     mode = "online" if by == "tracker.mode" else None
-    tracker = build("tracker", TrackerConfig(name="wandb", mode=mode))
+    tracker = build("tracker", TrackerConfig(kind="wandb", mode=mode))
     with pytest.raises(ConfigError, match=rf"^{by}=online, but no W&B key is set; ") as error:
         tracker.start(folder=tmp_path, **ABOUT)
     assert "\n" not in str(error.value)
@@ -141,7 +327,7 @@ def test_online_without_a_key_is_one_line_and_no_prompt(
 def test_an_invalid_api_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    tracker = build("tracker", TrackerConfig(name="wandb", mode="online"))
+    tracker = build("tracker", TrackerConfig(kind="wandb", mode="online"))
     with pytest.raises(ConfigError, match=r"^tracker=wandb: W&B refuses the run \(") as error:
         tracker.start(folder=tmp_path, **ABOUT)
     assert "\n" not in str(error.value)

@@ -124,15 +124,15 @@ class Removing(NullTracker):
         self.folder = folder
         self._remove("start")
 
-    def metrics(self, values: Any) -> None:  # noqa: ARG002
-        self._remove("metrics")
+    def series(self, axis: str, values: Any) -> None:  # noqa: ARG002
+        self._remove("series")
 
     def _remove(self, at: str) -> None:
         if at == self.at and self.folder.is_dir():
             shutil.rmtree(self.folder)
 
 
-@pytest.mark.parametrize(("task", "at"), [("analyze", "start"), ("train", "metrics")])
+@pytest.mark.parametrize(("task", "at"), [("analyze", "start"), ("train", "series")])
 def test_a_folder_that_is_removed_while_the_run_writes_to_it_is_one_line(
     task: str, at: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_folder_that_is_removed_while_the_run_writes_to_it_is_one_line(
     monkeypatch.setattr(Removing, "at", at)
     folder = tmp_path / "run"
     words = [w for w in TASKS[task] if w != "tracker=jsonl"]
-    words += ["tracker=none", "tracker.name=removing", f"cache_dir={cache}"]
+    words += ["tracker=none", "tracker.kind=removing", f"cache_dir={cache}"]
     expected = f"{folder} was removed while the run wrote to it; run the command again"
     assert one_line(command([*words, f"hydra.run.dir={folder}"], tmp_path)) == expected
     with pytest.raises(StoreError) as error:

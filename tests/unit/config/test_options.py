@@ -6,6 +6,7 @@ import saexp
 from saexp.config import parse_coefficients, parse_layers, parse_width
 from saexp.config.run import conf_folder
 from saexp.errors import ConfigError
+from saexp.registry import name_field
 
 GROUPS = (
     "task",
@@ -43,7 +44,7 @@ def test_every_option_composes(number: int) -> None:
     cfg = saexp.compose([*words, "dataset.path=some/file"])
     for group, option in chosen.items():
         if group not in ("model", "sae") and option != "tutorial":
-            assert getattr(cfg, group).name == option
+            assert getattr(getattr(cfg, group), name_field(group)) == option
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

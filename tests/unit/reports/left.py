@@ -104,13 +104,39 @@ def _whole_wandb_run(file: Path) -> dict[str, Any]:
 
 
 def _wandb_run(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {"keys": set()}
+    """What a run's file holds: `keys` of all numbers, `history` (a row per point), `summary`,
+    `config`, `axes` (metric or group -> its step metric), `artifacts`, and how the run is called.
+    """
+    found: dict[str, Any] = {"keys": set(), "history": [], "summary": {}, "config": {}}
+    found |= {"axes": {}, "artifacts": [], "used": []}
     for record in _records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            found |= {"group": record.run.run_group, "job_type": record.run.job_type}
+            run = record.run
+            found |= {"group": run.run_group, "job_type": run.job_type, "name": run.display_name}
+            found |= {"id": run.run_id, "project": run.project, "tags": list(run.tags)}
+            found |= {"notes": run.notes}
+            found["config"] |= {i.key: json.loads(i.value_json) for i in run.config.update}
+        elif kind == "config":
+            found["config"] |= {i.key: json.loads(i.value_json) for i in record.config.update}
         elif kind == "exit":
             found["exit_code"] = record.exit.exit_code
-        for item in record.history.item:
-            found["keys"].add(item.key or "/".join(item.nested_key))
+        elif kind == "metric" and record.metric.step_metric:
+            name = record.metric.glob_name or record.metric.name
+            found["axes"][name] = record.metric.step_metric
+        elif kind == "artifact":
+            found["artifacts"].append(record.artifact)
+        elif kind == "use_artifact":
+            found["used"].append(record.use_artifact)
+        elif kind == "history":
+            found["history"].append(
+                {_key(item): json.loads(item.value_json) for item in record.history.item}
+            )
+        for item in record.summary.update:
+            found["summary"][_key(item)] = json.loads(item.value_json)
+    found["keys"] = {key for row in found["history"] for key in row} | {*found["summary"]}
     return found
+
+
+def _key(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)

@@ -1,0 +1,262 @@
+"""task=workspace: a saved view of a W&B project whose panels are drawn from the keys of its runs.
+
+The specification is made from the files of a sweep or a run, or from the runs of a project, so that
+every panel has a key that is logged. `wandb-workspaces` is needed only to save it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saexp.config import RunConfig
+from saexp.config.tasks import WorkspaceConfig
+from saexp.context import RunContext
+from saexp.errors import ConfigError
+from saexp.files import RUN_FOLDER, write_json
+from saexp.pipeline.run_folder import TRACKED_TABLES, effect_series
+from saexp.reports.saved_run import SavedRun
+from saexp.results import Result
+
+PARAMETERS = ("layer", "width", "coefficient")
+"""Keys of the config by which the cells of a sweep differ."""
+_HIDDEN = ("_p_controls", "_p_controls_holm", "_control_min", "_control_max")
+_N_RUNS = 500
+"""Runs of a project whose keys are read, the newest first."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the runs log."""
+
+    summary: frozenset[str] = frozenset()
+    series: frozenset[str] = frozenset()
+    """Metrics with a history over `coefficient` or `train/tokens`."""
+    tables: frozenset[str] = frozenset()
+    """Names of tables, `tables/…` in W&B."""
+
+    def __or__(self, other: "Keys") -> "Keys":
+        return Keys(
+            self.summary | other.summary, self.series | other.series, self.tables | other.tables
+        )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel; `x` and `color` are keys of the config where they are in `PARAMETERS`."""
+
+    kind: str
+    """line (history), scatter (a point per run), bar, parallel, importance or table."""
+    title: str
+    y: tuple[str, ...]
+    x: str | None = None
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels under one heading."""
+
+    name: str
+    panels: tuple[Panel, ...] = field(default_factory=tuple)
+
+
+def sections(keys: Keys) -> list[Section]:
+    """The sections of a workspace, without panels whose keys no run logs."""
+    effects = sorted(k for k in keys.summary if k.startswith("effect/") and not k.endswith(_HIDDEN))
+    objectives = [*_matching(keys.summary, r"contrast/best_auroc_.+_test"), *effects]
+    objectives = [k for k in objectives if "_ci_" not in k and "/baseline_" not in k]
+    found = [
+        Section("Overview", tuple(_overview(keys.summary))),
+        Section("Dose-response", tuple(_dose_response(keys, effects))),
+        Section("Grid", tuple(_grid(objectives))),
+        Section("SAE quality", tuple(_quality(keys.summary))),
+        Section("Training", tuple(_training(keys.series))),
+        Section("Tables", tuple(Panel("table", t, (f"tables/{t}",)) for t in sorted(keys.tables))),
+    ]
+    return [section for section in found if section.panels]
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return sorted(name for name in names if re.fullmatch(pattern, name))
+
+
+def _overview(summary: frozenset[str]) -> Iterable[Panel]:
+    """The best latent's held-out AUROC against layer by width, and with its interval."""
+    for auroc in _matching(summary, r"contrast/best_auroc_.+(?<!_ci_low)(?<!_ci_high)_test"):
+        stem = auroc.removesuffix("_test")
+        group = stem.removeprefix("contrast/best_auroc_")
+        title = f"held-out AUROC of the best latent for {group}"
+        yield Panel("scatter", f"{title}, by width", (auroc,), x="layer", color="width")
+        limits = [f"{stem}_ci_low_test", auroc, f"{stem}_ci_high_test"]
+        if summary.issuperset(limits):
+            yield Panel("bar", f"{title}, with its 95% interval", tuple(limits), color="layer")
+
+
+def _dose_response(keys: Keys, effects: Sequence[str]) -> Iterable[Panel]:
+    """An outcome against the coefficient by layer, beside the range of the condition's controls."""
+    of_condition = [k for k in effects if "/baseline_" not in k and not k.endswith("control_mean")]
+    for effect in of_condition:
+        outcome, condition = effect.split("/")[1:3]
+        if not re.search(r"_group$|_top1$|_splice$|_patch$|_layers_", condition):
+            continue
+        title = f"{outcome.replace('_', ' ')}, {condition}"
+        band = [f"{effect}_control_{end}" for end in ("min", "mean", "max")]
+        lines = [effect, *(k for k in band if k in keys.series)]
+        if effect in keys.series:
+            yield Panel("line", title, tuple(lines), x="coefficient", color="layer")
+        yield Panel("scatter", f"{title}, a point per run", (effect,), "coefficient", "layer")
+
+
+def _grid(objectives: Sequence[str]) -> Iterable[Panel]:
+    if objectives:
+        yield Panel("parallel", "layer, width, coefficient", (*PARAMETERS, *objectives[:6]))
+    for objective in objectives[:4]:
+        yield Panel("importance", f"importance for {objective}", (objective,))
+
+
+def _quality(summary: frozenset[str]) -> Iterable[Panel]:
+    l0, prefix = "sparsity/l0", "reconstruction/"
+    for name in ("ce_loss_score", "explained_variance", "explained_variance_legacy"):
+        if summary >= {l0, f"{prefix}{name}"}:
+            title = f"{name.replace('_', ' ')} against L0"
+            yield Panel("scatter", title, (f"{prefix}{name}",), x=l0, color="layer")
+    if "sparsity/dead_fraction" in summary:
+        yield Panel("scatter", "dead latents", ("sparsity/dead_fraction",), "layer", "width")
+
+
+def _training(series: frozenset[str]) -> Iterable[Panel]:
+    for name in sorted(k for k in series if k.startswith("train/")):
+        if name.rpartition("/")[2] not in ("step", "tokens", "samples_per_second"):
+            yield Panel("line", name.removeprefix("train/"), (name,), x="train/tokens")
+
+
+def keys_of_folder(folder: Path) -> Keys:
+    """The keys that the runs in a sweep's or run's folder log, from their files.
+
+    Raises ConfigError where no finished run is there.
+    """
+    cells = [file.parent for file in sorted(folder.rglob("metrics.json"))]
+    if not cells:
+        raise ConfigError(f"task.path={folder}: no run is there; type the folder of a sweep or run")
+    keys = Keys(tables=frozenset({"sweep"} if (folder / "sweep.parquet").is_file() else ()))
+    for cell in cells:
+        keys |= _keys_of_run(cell)
+    return keys
+
+
+def _keys_of_run(folder: Path) -> Keys:
+    run = SavedRun(folder)
+    names = {name for name in TRACKED_TABLES if (folder / f"{name}.parquet").is_file()}
+    summary = run.effects_summary
+    curve = effect_series({} if summary is None else {"effects_summary": summary})
+    series = {key for point in curve for key in point if key != "coefficient"}
+    training = run.table("training")
+    if training is not None:
+        labels = [f"{label}/" for label in training["sae"].unique()] if "sae" in training else [""]
+        columns = [c for c in training if c not in ("sae", "step")]
+        series |= {f"train/{label}{column}" for label in labels for column in columns}
+    numbers = {key for key, value in run.metrics.items() if value is not None}
+    return Keys(frozenset(numbers), frozenset(series), frozenset(names))
+
+
+def keys_of_project(path: str) -> Keys:
+    """The keys of the runs of a project `entity/project` on the server. Raises ConfigError."""
+    import wandb
+
+    try:
+        runs = list(wandb.Api(timeout=20).runs(path, per_page=100)[:_N_RUNS])
+        names = {key for run in runs for key in run.summary.keys()}  # noqa: SIM118
+        is_list = any(isinstance(run.config.get("coefficient"), list) for run in runs)
+    except Exception as error:
+        raise ConfigError(
+            f"task.path={path}: neither a folder nor a project that W&B shows "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    numbers = frozenset(n for n in names if not n.startswith(("_", "tables/", "figures/")))
+    tables = frozenset(n.split("/")[1] for n in names if n.startswith("tables/"))
+    series = {n for n in numbers if n.startswith("train/") or (is_list and n.startswith("effect/"))}
+    return Keys(numbers, frozenset(series), tables)
+
+
+def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
+    """The workspace as an object of wandb-workspaces. Raises ConfigError without it."""
+    try:
+        import wandb_workspaces.reports.v2 as reports
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ConfigError(
+            "task=workspace saves a view with wandb-workspaces, which is not installed; type pip "
+            "install 'saexp[workspace]', or task.dry_run=true to print what it would hold"
+        ) from error
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[
+            workspaces.Section(
+                name=section.name,
+                is_open=True,
+                panels=[_built(panel, reports) for panel in section.panels],
+            )
+            for section in found
+        ],
+    )
+
+
+def _built(panel: Panel, reports: Any) -> Any:
+    def key(name: str) -> Any:
+        return reports.Config(name) if name in PARAMETERS else reports.SummaryMetric(name)
+
+    group = None if panel.color is None else reports.Config(panel.color)
+    if panel.kind == "line":
+        return reports.LinePlot(title=panel.title, x=panel.x, y=list(panel.y), groupby=group)
+    if panel.kind == "scatter":
+        assert panel.x is not None, "a scatter plot has an x-axis"
+        z = None if panel.color is None else key(panel.color)
+        return reports.ScatterPlot(title=panel.title, x=key(panel.x), y=key(panel.y[0]), z=z)
+    if panel.kind == "bar":
+        return reports.BarPlot(title=panel.title, metrics=list(panel.y), groupby=group)
+    if panel.kind == "parallel":
+        columns = [reports.ParallelCoordinatesPlotColumn(metric=key(name)) for name in panel.y]
+        return reports.ParallelCoordinatesPlot(title=panel.title, columns=columns)
+    if panel.kind == "importance":
+        return reports.ParameterImportancePlot(with_respect_to=panel.y[0])
+    return reports.WeavePanelSummaryTable(table_name=panel.y[0])
+
+
+def workspace(cfg: RunConfig, context: RunContext) -> Result:
+    """Write workspace.json, and save the view in the project unless `task.dry_run` is true."""
+    task = cfg.task
+    assert isinstance(task, WorkspaceConfig)
+    if not task.path:
+        raise ConfigError(
+            "task=workspace needs the folder of a sweep or run, or a project; type task.path="
+            "outputs/sweeps/… or task.path=entity/project"
+        )
+    path = task.path
+    folder = Path(path)
+    found = sections(keys_of_folder(folder) if folder.is_dir() else keys_of_project(path))
+    write_json(
+        context.folder / "workspace.json", [asdict(section) for section in found], option=RUN_FOLDER
+    )
+    rows = [
+        {"section": section.name, "panel": panel.kind, "title": panel.title, "x": panel.x or ""}
+        | {"y": ", ".join(panel.y), "by": panel.color or ""}
+        for section in found
+        for panel in section.panels
+    ]
+    result = Result(tables={"workspace": pd.DataFrame(rows)})
+    if not task.dry_run:
+        entity, project = cfg.tracker.entity, cfg.tracker.project
+        if not folder.is_dir():
+            entity, _, project = path.rpartition("/")
+        import wandb
+
+        entity = entity or wandb.Api().default_entity
+        view = build(found, entity=entity, project=project or "saexp", name=task.title)
+        result.notes.append(f"saved {view.save().url}")
+    return result
