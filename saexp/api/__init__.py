@@ -245,7 +245,7 @@ def track_failure(config: dict[str, Any], folder: Path, sweep: Path) -> None:
 
 def _track(cfg: RunConfig, tracker: Recorder, result: Result, folder: Path) -> None:
     """Record a result; the final numbers last, since a series must not replace them."""
-    if cfg.tracker.kind == "none":
+    if {cfg.tracker.kind, *cfg.tracker.kinds} == {"none"}:
         return
     for point in effect_series(result.tables):
         tracker.series("coefficient", point)

@@ -307,6 +307,8 @@ class TrackerConfig:
 
     kind: str = MISSING
     """Registry name: wandb, jsonl or none."""
+    kinds: dict[str, bool] = field(default_factory=dict)
+    """The trackers of 'tracker=[wandb,jsonl]', where `kind` is the last of them."""
     project: str | None = None
     """W&B project; by default WANDB_PROJECT, else saexp."""
     entity: str | None = None

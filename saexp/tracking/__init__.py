@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -192,6 +192,43 @@ class Guarded:
             self._warned = True
 
 
+class Several:
+    """Several started trackers, each of which records everything."""
+
+    def __init__(self, trackers: Sequence[Recorder]) -> None:
+        self._trackers = trackers
+
+    def metrics(self, values: Metrics) -> None:
+        """Record the run's final numbers."""
+        for tracker in self._trackers:
+            tracker.metrics(values)
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point of a series."""
+        for tracker in self._trackers:
+            tracker.series(axis, values)
+
+    def table(self, name: str, table: Any) -> None:
+        """Record a DataFrame."""
+        for tracker in self._trackers:
+            tracker.table(name, table)
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a plotly figure."""
+        for tracker in self._trackers:
+            tracker.figure(name, figure)
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files that the run read or wrote."""
+        for tracker in self._trackers:
+            tracker.artifact(artifact)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run; 0 is success."""
+        for tracker in self._trackers:
+            tracker.finish(exit_code)
+
+
 def brief(error: BaseException) -> str:
     """An error as one short line."""
     return " ".join(str(error).split())[:240] or type(error).__name__
@@ -206,15 +243,20 @@ def start(
     job_type: str,
     group: str | None,
     sweep: Path | None = None,
-) -> Guarded:
-    """Open a run with the configured tracker.
+) -> Recorder:
+    """Open a run with the configured tracker or trackers.
 
     `name` and `group` are used where the config has none; `sweep` is the folder of the sweep that
     the run belongs to. Errors of the tracker's `start` are raised, before any work: they concern
     settings that the user can fix. Later errors are not, see `Guarded`.
     """
-    tracker: Tracker = registry.build("tracker", cfg)
-    tracker.start(
-        folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
-    )
-    return Guarded(tracker, cfg.kind)
+    # A kind that was typed by itself replaces those of the options.
+    kinds = [k for k, is_on in cfg.kinds.items() if is_on] if cfg.kind in cfg.kinds else [cfg.kind]
+    guarded = []
+    for kind in kinds:
+        tracker: Tracker = registry.build("tracker", replace(cfg, kind=kind))
+        tracker.start(
+            folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
+        )
+        guarded.append(Guarded(tracker, kind))
+    return guarded[0] if len(guarded) == 1 else Several(guarded)

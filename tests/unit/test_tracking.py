@@ -16,7 +16,7 @@ from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
 from saexp.sweeps import group_name, group_of, run_name, tracked_config
-from saexp.tracking import Artifact, Guarded, JsonlTracker, NullTracker
+from saexp.tracking import Artifact, Guarded, JsonlTracker, NullTracker, start
 from saexp.tracking.wandb import has_key
 from tests.unit.reports.left import wandb_runs
 
@@ -242,6 +242,22 @@ def test_the_former_key_of_the_kind_is_read(caplog: pytest.LogCaptureFixture) ->
     assert "tracker.name=jsonl is now tracker.kind=jsonl" in caplog.text
     cfg = saexp.compose(["tracker=wandb", "tracker.name=mine"])
     assert (cfg.tracker.kind, cfg.tracker.name) == ("wandb", "mine")
+
+
+@pytest.mark.usefixtures("no_variables")
+def test_several_trackers_record_the_same_run(tmp_path: Path) -> None:
+    cfg = saexp.compose(["tracker=[jsonl,wandb]"]).tracker
+    tracker = start(cfg, folder=tmp_path, **ABOUT)
+    tracker.series("coefficient", {"coefficient": 1, "effect/a/b": 2})
+    tracker.metrics({"x/y": 3})
+    tracker.finish(0)
+    (run,) = wandb_runs(tmp_path)
+    assert run["summary"]["x/y"] == 3
+    lines = [json.loads(x) for x in (tmp_path / "tracker.jsonl").read_text().splitlines()]
+    assert [x["event"] for x in lines] == ["start", "series", "metrics", "finish"]
+    alone = saexp.compose(["tracker=jsonl", "tracker.kind=none"]).tracker
+    start(alone, folder=tmp_path / "nothing", **ABOUT).finish(0)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
