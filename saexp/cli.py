@@ -105,22 +105,22 @@ Set once, at the start of the process; Hydra calls `_job`, so that it cannot be 
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
-def _job(raw: DictConfig) -> None:
+def _job(raw: DictConfig) -> float | None:
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:
         from saexp.pipeline.run_folder import reserved_cell
 
         with stoppable_cell(), reserved_cell(Path(job.runtime.output_dir)):
-            _run(raw, job)
-        return
+            return _run(raw, job)
     # If the error left this function, Hydra would print a line of its own.
     try:
-        _run(raw, job)
+        return _run(raw, job)
     except SaexpError as error:
         _fail(error)
 
 
-def _run(raw: DictConfig, job: HydraConf) -> None:
+def _run(raw: DictConfig, job: HydraConf) -> float | None:
+    """Run the job; returns the metric `objective`, NaN where it could not be computed."""
     sweep = Path(job.sweep.dir) if job.mode == RunMode.MULTIRUN else None
     folder = Path(job.runtime.output_dir)
     report_once()
@@ -136,6 +136,7 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
         from saexp.sweeps.planning import PROCESS
 
         result = api.run(cfg, folder, command=_command(sweep), sweep=sweep, objects=PROCESS.objects)
+        objective = None if cfg.objective is None else result.objective(cfg.objective)
     except Exception as error:
         failure = _in_one_line(error) or cannot_write_run(error, folder)
         if failure is None:
@@ -152,6 +153,7 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
         raise failure from error
     if launched().is_first:
         _summary(result, folder)
+    return objective
 
 
 def _command(sweep: Path | None) -> str:

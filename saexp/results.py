@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saexp.errors import ConfigError, StoreError
+from saexp.registry import did_you_mean
+
+log = logging.getLogger(__name__)
 
 OUTCOME_WORDS = {"dont_know": 'log-probability of "I don\'t know"'}
 """Outcomes whose names are not the words of a report."""
@@ -134,6 +138,22 @@ class Result:
 
     path: Path | None = None
     """The run's folder."""
+
+    def objective(self, name: str) -> float:
+        """The metric of this name; NaN where it could not be computed, with a warning.
+
+        Without a causal test there are no effects: where no latent was selected, an effect is NaN.
+        Raises ConfigError for a name that no metric has.
+        """
+        value = self.metrics.get(name)
+        group = name.partition("/")[0]
+        is_absent = group == "effect" and not any(n.startswith("effect/") for n in self.metrics)
+        if name not in self.metrics and not is_absent:
+            raise ConfigError(f"objective: no metric '{name}'; {did_you_mean(name, self.metrics)}")
+        if value is None:
+            log.warning("objective: %s could not be computed", name)
+            return float("nan")
+        return float(value)
 
     @property
     def store(self) -> Any:

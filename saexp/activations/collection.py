@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from saexp.activations import ActivationStore, store_key
 from saexp.activations.collector import CollectionRequest, CollectionStats, Collector
 from saexp.activations.shard_files import ShardWriter
-from saexp.activations.shared_prefixes import Batch
+from saexp.activations.shared_prefixes import Batch, units
 from saexp.context import progress
 from saexp.errors import DataError, ModelError, StoreError
 from saexp.files import free_bytes, is_writable, show_bytes, try_lock
@@ -146,6 +147,44 @@ def finite_rows(acts: Float[Tensor, "n width"]) -> Bool[np.ndarray, " n"]:
     kind, mask = _EXPONENT[acts.dtype]
     bits = acts.contiguous().view(kind).numpy()
     return ((bits & mask) != mask).all(axis=-1)
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What a collection would compute."""
+
+    n_rows: int
+    """Rows of all shards of which a hookpoint is missing."""
+    n_tokens: int
+    """Tokens to forward for them; a long prefix that texts share may save some."""
+    n_bytes: int
+    """Bytes of the missing shards."""
+
+
+def lacking(collector: Collector, request: CollectionRequest, cache_dir: str | Path) -> Lacking:
+    """What the store in `cache_dir` lacks of a request; nothing is computed or written.
+
+    Raises as `collect` does for a layer that the model lacks and a text longer than it takes.
+    """
+    collector.check(request)
+    rows, folder = request.positions, store_key(collector.ingredients(request))
+    hookpoints = sorted({h.stored for h in request.hookpoints})
+    try:
+        store = ActivationStore.open(Path(cache_dir) / "activations" / folder)
+        bounds, missing = store.shard_bounds, store.missing(hookpoints)
+    except StoreError:
+        size = collector.store.shard_rows
+        bounds = [(n, min(n + size, rows.n_rows)) for n in range(0, rows.n_rows, size)]
+        missing = dict.fromkeys(range(len(bounds)), hookpoints)
+    n_rows = n_tokens = n_bytes = 0
+    for index, absent in missing.items():
+        first, end = bounds[index]
+        todo = units(rows, np.arange(first, end), collector.model.text_config)
+        n_rows += end - first
+        n_tokens += sum(len(unit.ids) for unit in todo)
+        width = collector.model.d_model * collector.dtype.itemsize
+        n_bytes += (end - first) * len(absent) * width
+    return Lacking(n_rows, n_tokens, n_bytes)
 
 
 class Prefetch:

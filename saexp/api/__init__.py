@@ -47,16 +47,13 @@ from saexp.registry import load_plugins
 from saexp.results import Result, check_result
 from saexp.saes.training_pass import trainings_to_share
 from saexp.sweeps import group_of, run_name, tracked_config
-from saexp.sweeps.planning import hookpoints_to_prefetch
+from saexp.sweeps.passes import hookpoints_to_prefetch, record_rates
 from saexp.tracking import Recorder
 
 log = logging.getLogger(__name__)
 
 _composing = threading.Lock()
 """Hydra composes one config at a time per process."""
-
-_ALWAYS_RUN = ("collect", "cache", "workspace")
-"""Tasks whose result is the cache; a finished run of them is never reused."""
 
 _USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
 """Tasks that use the group `positions`."""
@@ -147,7 +144,7 @@ def _run(
     remember_in(cfg.cache_dir)
     key = finished.fingerprint(cfg)
     # With `verify`, stored activations are read again rather than reusing an earlier result.
-    if cfg.resume and not cfg.verify and cfg.task.name not in _ALWAYS_RUN:
+    if cfg.resume and not cfg.verify and cfg.task.name not in finished.ALWAYS_RUN:
         earlier = finished.find_finished(cfg, key, folder)
         if earlier is not None and finished.reuse(cfg, earlier, folder, finished.inputs(cfg)):
             return _reused(cfg, earlier.folder, folder, sweep)
@@ -171,6 +168,7 @@ def _run(
         _track(cfg, tracker, result, folder)
         note_pages(context, pages)
         finished.record(cfg, context, key)
+        record_rates(cfg, result, context)
     except BaseException as error:
         shown = cannot_write_run(error, folder) or error
         write_error(folder, masked(f"{type(shown).__name__}: {shown}\n"))

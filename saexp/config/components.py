@@ -374,6 +374,14 @@ class ImportedConfig(CollectorConfig):
 
 
 @dataclass(kw_only=True)
+class SweepConfig:
+    """How the cells of a sweep are run."""
+
+    dry_run: bool = False
+    """Print what the sweep would compute, and compute nothing."""
+
+
+@dataclass(kw_only=True)
 class StoreConfig:
     """How activations are collected and stored."""
 

@@ -27,6 +27,7 @@ from saexp.config.components import (
     PositionsConfig,
     SAEConfig,
     StoreConfig,
+    SweepConfig,
     TrackerConfig,
 )
 from saexp.config.environment import (
@@ -72,6 +73,8 @@ class RunConfig:
     """Logging."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Activation store."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Sweep that the run is a cell of."""
     layer: Any = None
     """0-based block index, or a list where a task takes several."""
     width: Any = None
@@ -91,6 +94,8 @@ class RunConfig:
     """Reuse a finished run with the same config; true in sweeps where not given."""
     verify: bool = False
     """Verify the checksums of stored shards of any size before they are used."""
+    objective: str | None = None
+    """Metric that the job returns to a sweeper that searches: effect/refusal/unknown_group."""
     plugins: list[str] = field(default_factory=list)
     """Modules with custom components, imported before the config is composed."""
 

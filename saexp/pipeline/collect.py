@@ -265,13 +265,26 @@ def collect_examples(
     """
     if isinstance(cfg.dataset, CorpusConfig):
         return collect_corpus(cfg, model, hookpoints, prefetch, part)
+    examples, request = examples_request(cfg, model, hookpoints, prefetch, part)
+    collected = _stored(cfg, model, examples, request)
+    return collected.with_notes(skip_notes(collected.placement.skips, len(examples)))
+
+
+def examples_request(
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    prefetch: Prefetch = (),
+    part: Part | None = None,
+) -> tuple[ExampleSet, CollectionRequest]:
+    """The data set's examples, and what `collect_examples` stores of them."""
     examples = registry.build("dataset", cfg.dataset)
     if not isinstance(examples, ExampleSet):
         kind = type(examples).__name__
         raise DataError(f"dataset={cfg.dataset.name} gave {kind}; it must give an ExampleSet")
     own = vars(cfg.dataset).keys() - vars(DatasetConfig()).keys()
     settings = _changed_settings(cfg.dataset, type(cfg.dataset)(), [*_TEXT_SETTINGS, *sorted(own)])
-    collected = _collected(
+    return _request(
         cfg,
         model,
         hookpoints,
@@ -281,7 +294,6 @@ def collect_examples(
         prefetch=prefetch,
         part=part,
     )
-    return collected.with_notes(skip_notes(collected.placement.skips, len(examples)))
 
 
 def open_corpus(cfg: RunConfig, model: LanguageModel) -> Corpus:
@@ -311,7 +323,7 @@ def collect_corpus(
         positions=rows,
         hookpoints=hookpoints,
         max_length=corpus.context_size,
-        prefetch=_hookpoints_to_prefetch(model, hookpoints, prefetch),
+        prefetch=hookpoints_in_model(model, hookpoints, prefetch),
         part=part,
         about=_about(model, examples, rows, cfg.positions, settings),
     )
@@ -351,6 +363,17 @@ def collect_neutral(
 
     Raises ConfigError where there is no source of them (`activations.imported.neutral_source`).
     """
+    return _stored(*neutral_request(cfg, model, hookpoints, n_positions, prefetch))
+
+
+def neutral_request(
+    cfg: RunConfig,
+    model: LanguageModel,
+    hookpoints: list[Hookpoint],
+    n_positions: int,
+    prefetch: Prefetch = (),
+) -> tuple[RunConfig, LanguageModel, ExampleSet, CollectionRequest]:
+    """The config of the collector, the model and the texts, and what `collect_neutral` stores."""
     collector, notes = neutral_source(cfg.collector, model)
     if collector is None:
         raise ConfigError(f"{notes[0]}; type collector.neutral_path=PATH")
@@ -362,18 +385,14 @@ def collect_neutral(
     positions = PositionsConfig(name="random", n=n, seed=cfg.analyzer.seed)
     path = cfg.dataset.background
     settings = {} if path is None else {"background": path}
-    return _collected(
-        replace(cfg, collector=collector),
-        model,
-        hookpoints,
-        examples,
-        positions,
-        settings=settings,
-        prefetch=prefetch,
+    cfg = replace(cfg, collector=collector)
+    examples, request = _request(
+        cfg, model, hookpoints, examples, positions, settings=settings, prefetch=prefetch
     )
+    return cfg, model, examples, request
 
 
-def _collected(
+def _request(
     cfg: RunConfig,
     model: LanguageModel,
     hookpoints: list[Hookpoint],
@@ -383,7 +402,7 @@ def _collected(
     settings: Mapping[str, Any],
     prefetch: Prefetch = (),
     part: Part | None = None,
-) -> Collected:
+) -> tuple[ExampleSet, CollectionRequest]:
     data = cfg.dataset
     tokenized = tokenize_texts(model, [e.text for e in examples.examples], data.max_length)
     placement = resolve_positions(
@@ -401,11 +420,11 @@ def _collected(
         hookpoints=hookpoints,
         max_length=data.max_length,
         n_skipped=len(placement.skips),
-        prefetch=_hookpoints_to_prefetch(model, hookpoints, prefetch),
+        prefetch=hookpoints_in_model(model, hookpoints, prefetch),
         part=part,
         about=_about(model, examples, placement, positions, settings),
     )
-    return _stored(cfg, model, examples, request)
+    return examples, request
 
 
 def _about(
@@ -449,7 +468,7 @@ def _changed_settings(cfg: Any, default: Any, keys: Sequence[str]) -> dict[str, 
     return {k: v for k, v in values.items() if v != getattr(default, k)}
 
 
-def _hookpoints_to_prefetch(
+def hookpoints_in_model(
     model: LanguageModel, hookpoints: list[Hookpoint], prefetch: Prefetch
 ) -> list[Hookpoint]:
     """Hookpoints to store in the same pass, without those that the model lacks.

@@ -228,9 +228,11 @@ def _version(package: str) -> str:
         return ""
 
 
+ALWAYS_RUN = ("collect", "cache", "report", "workspace")
+"""Tasks whose result is the cache; a finished run of them is never reused."""
 VERSION = 4
 """Version of the fingerprint's ingredients; runs of another version are not reused."""
-_IRRELEVANT = ("resume", "cache_dir", "tracker", "verify")
+_IRRELEVANT = ("resume", "cache_dir", "tracker", "verify", "sweep", "objective")
 
 
 def fingerprint(cfg: RunConfig) -> str | None:

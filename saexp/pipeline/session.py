@@ -219,7 +219,7 @@ class Session:
                 model,
                 [*hookpoints, *(h for h in dict.fromkeys(neighbours) if h not in hookpoints)],
                 cfg.analyzer.n_background,
-                _neutral_prefetch(cfg, context.prefetch),
+                neutral_prefetch(cfg, context.prefetch),
             )
         examples = replace(examples, neutral=neutral)
         return RunData(examples, neutral, self._collect_transfer(examples, hookpoints))
@@ -433,7 +433,7 @@ def validates(cfg: RunConfig) -> bool:
     return cfg.sae.check != "off" and cfg.sae.loader != "random"
 
 
-def _neutral_prefetch(cfg: RunConfig, prefetch: Prefetch) -> Prefetch:
+def neutral_prefetch(cfg: RunConfig, prefetch: Prefetch) -> Prefetch:
     """What other cells of a sweep need of neutral text: the neighbouring layers too."""
     steps = (-1, 0, 1) if validates(cfg) else (0,)
     needed = {(n + step, stream) for n, stream in prefetch for step in steps if n + step >= 0}

@@ -19,7 +19,10 @@ _LONGEST = 120
 
 def swept_keys(sweep: Path) -> set[str]:
     """Keys that differ between the cells of a sweep; empty where there is no plan."""
-    pairs = [{key_of(w): w for w in cell} for cell in read_plan(sweep).get("cells", [])]
+    plan = read_plan(sweep)
+    if swept := plan.get("swept"):
+        return set(swept)
+    pairs = [{key_of(w): w for w in cell} for cell in plan.get("cells", [])]
     keys = {key for cell in pairs for key in cell}
     return {key for key in keys if len({cell.get(key) for cell in pairs}) > 1}
 

@@ -2,21 +2,18 @@
 latents of the cells matched by direction and co-activation.
 """
 
-import hashlib
-import json
 import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -37,11 +34,8 @@ from saexp.config import (
     RunConfig,
     SAEConfig,
     key_of,
-    parse_layers,
-    to_run_config,
 )
 from saexp.config.environment import resolved
-from saexp.config.tasks import StreamsConfig
 from saexp.context import ObjectCache
 from saexp.errors import SAEError, SaexpError, StoreError, brief
 from saexp.files import SWEEP_FOLDER, write_json, write_table
@@ -54,6 +48,8 @@ from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.saes.training_pass import TRAININGS, planned_trainings
 from saexp.sweeps import group_name, group_of
+from saexp.sweeps.passes import composed, passes, show_plan
+from saexp.sweeps.search import is_search, visitable
 
 log = logging.getLogger(__name__)
 
@@ -234,13 +230,6 @@ def _cell_columns(end: str, cell: _Cell) -> dict[str, Any]:
     }
 
 
-_IGNORED = frozenset({"coefficient", "width", "latents", "sae_trainer", "tracker"})
-"""Keys that never change which hookpoint of which texts a cell needs. Neither does `analyzer.x=`,
-but `analyzer=` may, since an analyzer's config can choose positions."""
-_OF_LAYERS = ("intervention.latents", "intervention.layers")
-"""Settings of an intervention that name layers whose latents it changes."""
-
-
 class Process:
     """What the runs of one process share.
 
@@ -266,22 +255,30 @@ class SweepCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the run's folder, before Hydra writes its config there."""
+        words = _words(config)
+        _end_of_dry_run([words])
         _reserve(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write plan.json: all cells, for each set of texts the hookpoints that cells need, and the
         trainings that share a corpus."""
         folder = Path(config.hydra.sweep.dir)
+        cells, search = _cells(config), is_search(config.hydra.sweeper)
+        _end_of_dry_run(cells, int(config.hydra.sweeper.n_trials) if search else None)
         _reserve(folder)
         PROCESS.sweep = folder
-        cells = _cells(config)
         launcher = str(config.hydra.launcher.get("_target_", ""))
         content = {
             "command": f"python -m saexp {shlex.join(sys.argv[1:])}",
-            "cells": cells,
-            "group": group_name(folder, cells, config.hydra.runtime.choices.get("experiment")),
-            "passes": _passes(cells),
-            TRAININGS: planned_trainings(launcher, cells, _composed),
+            # A search lists its cells when it has chosen them.
+            "cells": [] if search else cells,
+            "group": group_name(
+                folder,
+                read_plan(folder).get("cells", []) if search else cells,
+                config.hydra.runtime.choices.get("experiment"),
+            ),
+            "passes": passes(cells, PROCESS.objects),
+            TRAININGS: planned_trainings(launcher, cells, composed),
         }
         with _ending_the_process():
             write_json(folder / SWEEP_PLAN, content, option=SWEEP_FOLDER)
@@ -304,8 +301,36 @@ def _ending_the_process() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def _words(config: DictConfig) -> list[str]:
+    """The overrides of a command as they were typed."""
+    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    return [str(word) for word in typed]
+
+
+def _end_of_dry_run(cells: Sequence[Sequence[str]], n_trials: int | None = None) -> None:
+    """Print what the cells would compute and exit, where the command asks for no more.
+
+    A search runs `n_trials` of the cells.
+    """
+    for cell in cells:
+        if not any(key_of(word).lstrip("+") == "sweep.dry_run" for word in cell):
+            return
+        # The cell reports the error of a config that cannot be composed, if another one can.
+        with suppress(*COMPOSITION_ERRORS, SaexpError):
+            if not composed(cell).sweep.dry_run:
+                return
+            lines = show_plan(cells, PROCESS.objects)
+            if n_trials is not None:
+                lines.insert(1, f"a search runs at most {n_trials} of these cells")
+            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.flush()
+            raise SystemExit(0)
+
+
 def _cells(config: DictConfig) -> list[list[str]]:
-    """Every cell's overrides in the order of the basic sweeper; empty for a sweeper that searches.
+    """Every cell's overrides in the order of the basic sweeper; of a search, every cell that it may
+    visit; empty for another sweeper.
 
     Raises Hydra's errors for words that are not overrides.
     """
@@ -313,109 +338,13 @@ def _cells(config: DictConfig) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     about = config.hydra.sweeper
+    fixed = [f"{k}={v}" for k, v in (about.get("params") or {}).items()]
+    if is_search(about):
+        return visitable([*fixed, *_words(config)])
     if not str(about._target_).endswith("BasicSweeper"):
         return []
-    fixed = [f"{k}={v}" for k, v in (about.params or {}).items()]
-    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    assert isinstance(typed, list)
-    words = [*fixed, *map(str, typed)]
-    parsed = OverridesParser.create().parse_overrides(words)
+    parsed = OverridesParser.create().parse_overrides([*fixed, *_words(config)])
     return BasicSweeper.split_arguments(parsed, None)[0]
-
-
-def _passes(cells: Iterable[list[str]]) -> dict[str, list[list[Any]]]:
-    """Texts' key -> [layer, stream or null] of all cells that read those texts.
-
-    A cell that cannot be composed is left out; it fails with its own error later.
-    """
-    hookpoints: dict[str, set[tuple[int, str | None]]] = {}
-    kinds = dict.fromkeys(tuple(_relevant_words(cell)) for cell in cells)
-    for words in kinds:
-        try:
-            cfg = _composed(words)
-            hookpoints.setdefault(texts_key(cfg), set()).update(
-                _hookpoints(cfg, alone=len(kinds) == 1)
-            )
-        except (*COMPOSITION_ERRORS, SaexpError) as error:
-            log.debug("not planned: %s (%s)", words, error)
-    return {key: [list(h) for h in sorted(hs, key=str)] for key, hs in hookpoints.items()}
-
-
-def _composed(words: Sequence[str]) -> RunConfig:
-    return to_run_config(compose("config", overrides=list(words)), quiet=True)
-
-
-def _relevant_words(cell: list[str]) -> list[str]:
-    """The overrides of a cell that may change which hookpoint of which texts it needs."""
-    keys = [key_of(w) for w in cell]
-    named = any(key in _OF_LAYERS for key in keys)
-    return [w for w, key in zip(cell, keys, strict=True) if not _ignored(key, named)]
-
-
-def _ignored(key: str, layers_named: bool) -> bool:
-    if key.split(".")[0] == "intervention":
-        return not layers_named or key not in (*_OF_LAYERS, "intervention")
-    return key.split(".")[0] in _IGNORED or key.startswith(("analyzer.", "task.latents"))
-
-
-def _hookpoints(cfg: RunConfig, *, alone: bool) -> set[tuple[int, str | None]]:
-    """(layer, stream) that a cell needs.
-
-    With `alone`, all cells of the sweep need the same, so that SAE files need not be read.
-    """
-    if isinstance(cfg.task, StreamsConfig):
-        return {(n, s) for n in parse_layers(cfg.layer) for s in cfg.task.streams}
-    layers = [] if cfg.layer is None else parse_layers(cfg.layer)
-    if not layers and cfg.sae.release is not None and cfg.sae.id is not None:
-        from saexp.saes.catalogue import find_entry
-
-        layer = find_entry(cfg.sae).layer
-        layers = [] if layer is None else [layer]
-    own = {(n, cfg.sae.stream) for n in layers}
-    one = not isinstance(cfg.layer, list)
-    if one and not alone and cfg.sae.path and Path(cfg.sae.path).exists():
-        from saexp.saes.loading import hookpoints_of
-
-        # The SAE's files decide what it reads. If they are damaged, the cell reports the error.
-        with suppress(SaexpError):
-            own = set(hookpoints_of(cfg.sae.path, cfg.layer, cfg.sae.stream))
-    return own | {(n, cfg.sae.stream) for n in _layers_changed(cfg)}
-
-
-def _layers_changed(cfg: RunConfig) -> list[int]:
-    """Layers other than the run's own whose latents the intervention changes."""
-    about = cfg.intervention
-    if cfg.task.name != "analyze" or about.name == "none":
-        return []
-    if not about.by_layer or about.layers != "all":
-        return about.latent_layers(0)
-    from saexp.pipeline.objects import language_model
-
-    return about.latent_layers(language_model(cfg, PROCESS.objects).n_layers)
-
-
-def texts_key(cfg: RunConfig) -> str:
-    """Hash of the settings that determine model, texts and positions: cells that share a store.
-
-    The store's own key is made from the token ids instead.
-    """
-    parts = [asdict(cfg.model), asdict(cfg.dataset), asdict(cfg.positions), cfg.store.dtype]
-    parts.append(asdict(cfg.collector))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def hookpoints_to_prefetch(cfg: RunConfig, sweep: Path | None) -> list[tuple[int, str | None]]:
-    """(layer, stream) that cells of the sweep need of this cell's texts; None: the SAE's stream."""
-    if sweep is None or not (sweep / SWEEP_PLAN).exists():
-        return []
-    try:
-        hookpoints = read_plan(sweep)["passes"].get(texts_key(cfg), [])
-        return [(int(layer), stream) for layer, stream in hookpoints]
-    except (KeyError, TypeError, ValueError):
-        log.warning(
-            "%s is damaged: this cell collects its own hookpoints alone", sweep / SWEEP_PLAN
-        )
-        return []
 
 
 def running() -> Path | None:

@@ -17,7 +17,8 @@ import saexp
 from saexp.cli import cell_folder
 from saexp.config import register_schema
 from saexp.config.run import conf_folder
-from saexp.sweeps.planning import _passes, texts_key
+from saexp.context import ObjectCache
+from saexp.sweeps.passes import passes, texts_key
 from tests import interpreters
 from tests.unit.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
 from tests.unit.reports.left import assert_links_lead_to_reports as assert_links
@@ -228,7 +229,7 @@ def test_a_shard_beyond_the_last_is_one_line(tmp_path: Path) -> None:
 def planned(*cells: Sequence[str]) -> dict[str, list[list[Any]]]:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        return _passes([list(cell) for cell in cells])
+        return passes([list(cell) for cell in cells], ObjectCache())
 
 
 def test_cells_that_differ_in_what_is_read_off_share_a_pass() -> None:

@@ -10,9 +10,10 @@ from hydra import initialize_config_dir
 
 from saexp.config import register_schema
 from saexp.config.run import conf_folder
+from saexp.context import ObjectCache
 from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
-from saexp.sweeps.planning import _passes
+from saexp.sweeps.passes import passes
 from tests.unit.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
@@ -28,7 +29,7 @@ SAES = [str(ASSETS / f"tiny/sae/layer_{n}/width_256") for n in (1, 3)]
 def planned(*cells: Sequence[str]) -> list[list[Any]]:
     register_schema()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        (found,) = _passes([list(cell) for cell in cells]).values()
+        (found,) = passes([list(cell) for cell in cells], ObjectCache()).values()
     return found
 
 

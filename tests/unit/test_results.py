@@ -1,12 +1,13 @@
 """What a run hands on, as a notebook shows it."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import saexp
-from saexp.errors import StoreError
+from saexp.errors import ConfigError, StoreError
 from saexp.models.resolution import ASSETS
 from saexp.pipeline.run_folder import unexplained_notes
 from saexp.results import Result
@@ -63,3 +64,14 @@ def test_numbers_of_latents_that_were_not_found_are_not_put_down_to_few_position
     assert unexplained_notes(result, "contrast") == [f"{reason}: sparsity/mean_active"]
     assert unexplained_notes(Result(metrics={"contrast/x": None}), "contrast") == []
     assert "contrast/best_latent_known" in unexplained_notes(result)[0]
+
+
+def test_the_objective_is_a_metric_or_names_the_nearest() -> None:
+    result = Result(metrics={"effect/refusal/unknown_group": 0.5, "contrast/x": None})
+    assert result.objective("effect/refusal/unknown_group") == 0.5
+    assert math.isnan(result.objective("contrast/x"))
+    with pytest.raises(ConfigError) as error:
+        result.objective("effect/refusal/unknown_grup")
+    expected = "no metric 'effect/refusal/unknown_grup'; did you mean effect/refusal/unknown_group?"
+    assert str(error.value) == f"objective: {expected}"
+    assert math.isnan(Result(metrics={"contrast/x": 1}).objective("effect/refusal/unknown_group"))

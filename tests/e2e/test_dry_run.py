@@ -1,0 +1,99 @@
+"""`sweep.dry_run=true` counts what the sweep then computes, and computes nothing itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.unit.reports.left import Said, command, table_of
+
+SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
+SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "hydra.sweep.dir=sweep"]
+GRID = ["-m", "layer=0,2", "width=256,512", *SMALL]
+STORES = "outputs/cache/activations"
+
+
+def plan(folder: Path, *words: str) -> Said:
+    """A dry run that left every file as it was."""
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    said = command(folder, *words, "sweep.dry_run=true")
+    assert said.code == 0, said.err
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    return said
+
+
+def tokens(said: Said) -> int:
+    match = re.search(r"^tokens to forward: ([\d,]+)$", said.out, re.MULTILINE)
+    assert match, said.out
+    return int(match[1].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("planned")
+
+
+@pytest.fixture(scope="module")
+def before(folder: Path) -> Said:
+    return plan(folder, *GRID)
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path, before: Said) -> Said:  # noqa: ARG001
+    said = command(folder, *GRID)
+    assert said.code == 0, said.err[-2000:]
+    return said
+
+
+def test_the_tokens_are_those_that_the_sweep_forwards(before: Said, swept: Said) -> None:
+    assert tokens(before) == table_of(swept.sweep)["collection/tokens_forwarded"].sum() > 0
+    assert "dry run: 4 cells, 4 to run; nothing is written\n" in before.out
+    assert "  1 layer=0 width=512: to run\n" in before.out
+
+
+def test_the_bytes_are_those_of_the_shards(before: Said, swept: Said, folder: Path) -> None:  # noqa: ARG001
+    shards = [p for p in (folder / STORES).rglob("*.safetensors") if p.stem.isdecimal()]
+    size = sum(p.stat().st_size for p in shards)
+    match = re.search(r"^disk: ([\d.]+) (kB|MB) of activations", before.out, re.MULTILINE)
+    assert match
+    planned = float(match[1]) * {"kB": 1e3, "MB": 1e6}[match[2]]
+    # A file's header is not part of its values.
+    assert 0.95 * planned <= size <= 1.2 * planned
+
+
+def test_the_rate_is_from_a_short_pass_until_a_run_has_measured_it(
+    before: Said, swept: Said, folder: Path
+) -> None:
+    assert swept.code == 0
+    assert "tokens/s (measured by a short pass)" in before.out
+    assert "4 cells of analyze/contrast/none: not known" in before.out
+    after = plan(folder, "-m", "layer=1,3", "dataset.n_examples=30", *SMALL[:3], *SMALL[4:])
+    assert "tokens/s (measured by earlier runs)" in after.out
+    assert "2 cells of analyze/contrast/none: at most" in after.out
+    assert tokens(after) > 0
+
+
+def test_finished_cells_and_stored_texts_cost_nothing(swept: Said, folder: Path) -> None:
+    assert swept.code == 0
+    again = plan(folder, *GRID)
+    assert again.out.count("is reused") == 4
+    assert tokens(again) == 0
+    other = plan(folder, *GRID, "analyzer.alpha=0.1")
+    assert "dry run: 4 cells, 4 to run" in other.out
+    assert "entities (entity_last): stored already" in other.out
+    assert tokens(other) == 0
+    wider = plan(folder, "-m", "layer=0,4", *SMALL)
+    assert tokens(wider) > 0
+    assert "0 layer=0: finished in" in wider.out
+
+
+def test_one_run_can_be_planned_too(folder: Path) -> None:
+    words = [w for w in SMALL if not w.startswith("hydra")]
+    assert "dry run: 1 cell, 1 to run" in plan(folder, *words, "layer=3").out
+
+
+def test_what_cannot_be_counted_is_reported(folder: Path) -> None:
+    said = plan(folder, "-m", "model=hf", "model.name=nobody/nothing", "layer=8,first", *SMALL)
+    assert "not counted: the files of nobody/nothing are not on this machine" in said.out
+    assert "  1 layer=first: fails: " in said.out
+    assert "tokens to forward: 0 (without the texts above" in said.out
