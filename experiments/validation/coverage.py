@@ -10,7 +10,7 @@ from effects import summary_of
 from numpy.typing import ArrayLike
 from scipy import special
 
-from saexp.stats.rank_tests import auroc_difference
+from saexp.stats.separation import auroc_difference
 
 SIZES = (10, 30, 200)
 VALUES = (0.5, 0.8, 0.97, 0.99)

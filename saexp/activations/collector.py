@@ -23,9 +23,8 @@ from saexp.config.components import CollectorConfig
 from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, StoreError
 from saexp.models import STREAM_ORDER, Hookpoint
-from saexp.models.forward import TokenBudget, batches, context_limit
+from saexp.models.forward import TokenBudget, batches, context_limit, depends_on_length
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import depends_on_length
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from saexp.data.rows import PositionRows
 from saexp.errors import ModelError, brief
 from saexp.models import Hookpoint
-from saexp.models.forward import TokenBudget, batches, padded
+from saexp.models.forward import (
+    TokenBudget,
+    batches,
+    by_regime,
+    depends_on_length,
+    padded,
+    rope_regime,
+)
 from saexp.models.hooks import run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import by_regime, depends_on_length, rope_regime
 
 log = logging.getLogger(__name__)
 

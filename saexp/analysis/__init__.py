@@ -21,8 +21,8 @@ from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder
-from saexp.stats.intervals import MIN_GROUP
-from saexp.stats.rank_tests import Ranked, stratum_weights
+from saexp.stats import MIN_GROUP
+from saexp.stats.separation import Ranked, stratum_weights
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ from saexp.models.forward import (
 from saexp.models.hooks import EditFunction, edit, position_ids
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
-from saexp.stats.intervals import mean_interval, paired_difference_interval, wilson
+from saexp.stats import mean_interval, paired_difference_interval, wilson
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from saexp.context import progress
 from saexp.data.rows import ROW_COLUMNS
 from saexp.errors import ConfigError, DataError, counted
 from saexp.latents.statistics import moments
-from saexp.stats.logistic_probe import Fitted, fit_logistic, folds
-from saexp.stats.rank_tests import Ranked
+from saexp.stats.separation import Fitted, Ranked, fit_logistic, folds
 
 log = logging.getLogger(__name__)
 

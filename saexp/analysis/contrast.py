@@ -36,8 +36,8 @@ from saexp.analysis.contrast_checks import (
 from saexp.errors import DataError
 from saexp.latents.statistics import moments
 from saexp.results import Result, is_above_chance
-from saexp.stats.intervals import auroc_interval, separation_interval
-from saexp.stats.rank_tests import (
+from saexp.stats import auroc_interval, separation_interval
+from saexp.stats.separation import (
     Auroc,
     Ranked,
     RankTest,
@@ -136,7 +136,7 @@ class ContrastAnalyzer(Analyzer):
         van Elteren's test (see RankTest). `q_value` is adjusted by Benjamini and Hochberg's method
         over the latents that are active in the split, and 1 for all others. `ci_low` and `ci_high`
         are Newcombe's method 5 for `auroc`, `separation_ci_…` his hybrid method (see
-        saexp.stats.intervals); both are NaN for groups of fewer than MIN_GROUP units. `direction`
+        saexp.stats); both are NaN for groups of fewer than MIN_GROUP units. `direction`
         is the group that a latent is associated with; `min_separation` and `min_auroc` are the
         smallest values over the types in this direction (over all units where the groups share no
         type). Units of types that only one group has are left out. `best_p_value_<g>_test` and

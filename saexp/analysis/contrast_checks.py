@@ -18,14 +18,14 @@ from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import counted
 from saexp.results import Result, is_above_chance, p_value_words
-from saexp.stats.rank_tests import stratified_rank_test, stratum_weights
+from saexp.stats.separation import stratified_rank_test, stratum_weights
 from saexp.stats.significance import claim_fraction, detectable_auroc
 
 log = logging.getLogger(__name__)
 
 
 if TYPE_CHECKING:
-    from saexp.stats.logistic_probe import Fitted
+    from saexp.stats.separation import Fitted
 
 WINDOW = 64
 """Number of tokens up to the position (included) from which n-grams are taken."""
@@ -113,7 +113,7 @@ def fit_surface(
     The result does not depend on the order of rows. Raises DataError where a group has too few
     units for cross-validation.
     """
-    from saexp.stats.logistic_probe import fit_logistic, folds, limited
+    from saexp.stats.separation import fit_logistic, folds, limited
 
     keys = [(str(u), r.text, len(r.ids)) for u, r in zip(units, read, strict=True)]
     order = np.array(sorted(range(len(read)), key=lambda i: (keys[i], bool(first[i]))))

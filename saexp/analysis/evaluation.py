@@ -37,7 +37,7 @@ from saexp.latents import CHUNK_BYTES, StreamMetrics, replacement_edit
 from saexp.models.forward import TokenBudget, batches
 from saexp.models.loading import LanguageModel
 from saexp.saes import SparseAutoencoder
-from saexp.stats.intervals import ratio_interval
+from saexp.stats import ratio_interval
 
 _GIB = 2**30
 LOGIT_BYTES = {"cuda": _GIB // 2, "cpu": 2**24}

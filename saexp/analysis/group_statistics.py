@@ -25,8 +25,8 @@ from saexp.latents import Latents
 from saexp.latents.statistics import Moments, Tally, encoded_rows, moments, tally_store, values_at
 from saexp.results import Result
 from saexp.saes import SAE
-from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
-from saexp.stats.rank_tests import stratum_weights
+from saexp.stats import MIN_N, difference_of_means, mean_interval, ratio_interval
+from saexp.stats.separation import stratum_weights
 
 _BLOCK_ROWS = 2**18
 

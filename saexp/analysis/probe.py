@@ -29,15 +29,14 @@ from saexp.analysis.classifiers import (
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError, counted
 from saexp.results import Result, at_chance_words
-from saexp.stats.intervals import (
-    Interval,
-    auroc_interval,
-    auroc_p_value,
-    separation_interval,
-    wilson,
+from saexp.stats import Interval, auroc_interval, auroc_p_value, separation_interval, wilson
+from saexp.stats.separation import (
+    Auroc,
+    difference_of_aurocs,
+    difference_p_value,
+    limited,
+    placements,
 )
-from saexp.stats.logistic_probe import limited
-from saexp.stats.rank_tests import Auroc, difference_of_aurocs, difference_p_value, placements
 from saexp.stats.significance import holm
 
 _TYPES = (

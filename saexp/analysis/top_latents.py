@@ -25,13 +25,12 @@ from saexp.data.tokenization import token_pieces
 from saexp.errors import DataError, counted
 from saexp.latents import CHUNK_BYTES, Latents
 from saexp.latents.statistics import Moments, by_unit, moments
-from saexp.models.forward import check_positions
+from saexp.models.forward import by_regime, check_positions
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import by_regime
 from saexp.models.unembedding import ADDED, LogitGradient, Unembedding, logit_gradient
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder
-from saexp.stats.intervals import mean_interval
+from saexp.stats import mean_interval
 
 log = logging.getLogger(__name__)
 

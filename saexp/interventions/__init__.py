@@ -24,9 +24,8 @@ from saexp.interventions.directions import LatentStatistics, Sets, orthonormal
 from saexp.interventions.generation import read_streams
 from saexp.interventions.stream_edits import Add, Move, Op, Patch, Project, Row, Splice, Vector
 from saexp.models import Hookpoint
-from saexp.models.forward import check_positions
+from saexp.models.forward import by_regime, check_positions
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import by_regime
 from saexp.stats.significance import random_directions
 
 

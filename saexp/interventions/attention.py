@@ -17,10 +17,9 @@ from saexp.errors import InterventionError
 from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, metric_names
 from saexp.interventions.measure import condition_columns
 from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
-from saexp.models.forward import check_positions, padded
+from saexp.models.forward import by_regime, check_positions, padded
 from saexp.models.hooks import attention_to
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import by_regime
 from saexp.models.unembedding import orthogonalized
 from saexp.stats.significance import paired_head_test
 

@@ -14,9 +14,8 @@ from saexp.context import progress
 from saexp.interventions import generation
 from saexp.interventions.results_cache import Compute, ResultCache, shared
 from saexp.interventions.stream_edits import Row, SAEs
-from saexp.models.forward import check_positions
+from saexp.models.forward import changes_while_generating, check_positions, depends_on_length
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import changes_while_generating, depends_on_length
 from saexp.models.unembedding import Original
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import random_directions
 
 if TYPE_CHECKING:
-    from saexp.stats.logistic_probe import Fitted
+    from saexp.stats.separation import Fitted
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class LatentStatistics:
 
         Raises DataError where a group has too few entities to cross-validate.
         """
-        from saexp.stats.logistic_probe import MAX_TRAIN, STRENGTHS, fit_logistic, folds, limited
+        from saexp.stats.separation import MAX_TRAIN, STRENGTHS, fit_logistic, folds, limited
 
         rows = self._rows
         # Rows of a third group, or of no group, would count as the second group.

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from saexp.config.groups import CONTROL_KINDS
 from saexp.errors import counted
 from saexp.interventions.conditions import Condition, direction_of_set, metric_names
-from saexp.stats.intervals import MIN_N, mean_interval, paired_change_interval, wilson
+from saexp.stats import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.significance import (
     ALPHA,
     MIN_CONTROLS,

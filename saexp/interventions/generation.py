@@ -23,25 +23,23 @@ from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
 from saexp.models import Hookpoint
 from saexp.models.forward import (
     after_blocks,
+    alike,
     can_skip,
+    changes_while_generating,
+    depends_on_length,
+    generation_regime,
     is_plain,
     keep_last_logits,
     may_skip,
     padded,
+    recomputes_beyond,
+    rope_regime,
     shares_keys_between_blocks,
     skipping,
 )
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.hooks import position_ids, run_truncated
 from saexp.models.loading import LanguageModel
-from saexp.models.rope import (
-    alike,
-    changes_while_generating,
-    depends_on_length,
-    generation_regime,
-    recomputes_beyond,
-    rope_regime,
-)
 
 log = logging.getLogger(__name__)
 

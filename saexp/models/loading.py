@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from saexp.config import ModelConfig
 from saexp.digests import content_name, file_sha256, tensors_sha256
 from saexp.errors import ModelError, SaexpError, brief
-from saexp.hub import hub, snapshot, why_absent
+from saexp.hub import hub, snapshot
 from saexp.models import Hookpoint
 from saexp.models.resolution import (
     HUB_IDS,
@@ -39,8 +38,8 @@ from saexp.models.resolution import (
     quantization_options,
     require_gguf,
     short_name,
+    why_unreadable,
 )
-from saexp.models.rope import reset_rope_before_passes
 from saexp.models.structure import (
     ObservedBehavior,
     Site,
@@ -57,21 +56,6 @@ from saexp.models.structure import (
 from saexp.results import html_table
 
 log = logging.getLogger(__name__)
-
-
-_EXPLAINED = (OSError, ValueError, RuntimeError)
-"""Errors whose message says what is wrong."""
-
-
-def why_unreadable(error: BaseException) -> str:
-    """Explain why a file of a model cannot be loaded, from the error of transformers or torch."""
-    if isinstance(error, pickle.UnpicklingError | EOFError):
-        # torch's own message suggests opening it anyway.
-        return "a pickle that is damaged or holds more than tensors, so it is not opened"
-    reason = why_absent(error)
-    return (
-        reason if isinstance(error, _EXPLAINED) and reason else f"{type(error).__name__}: {reason}"
-    )
 
 
 def in_template(tokenizer: Any, message: str, name: str) -> str:
@@ -223,9 +207,8 @@ class LanguageModel:
 
     def _cannot_load(self, what: str, reason: str) -> ModelError:
         looks_local = "/" in self.source and Path(self.source).parent.is_dir()
-        absent = (
-            "no such folder here, and " if looks_local and not Path(self.source).is_dir() else ""
-        )
+        is_absent = looks_local and not Path(self.source).is_dir()
+        absent = "no such folder here, and " if is_absent else ""
         advice = "type a hub id that is reachable or cached, or a local folder"
         if self.source in HUB_IDS.values():
             advice = f"make real-model makes it without the hub ({self.source})"
@@ -487,3 +470,31 @@ class LanguageModel:
 def load_model(cfg: ModelConfig, *, cache_dir: str | Path | None = None, **_: Any) -> LanguageModel:
     """Registry builder of kind `model`."""
     return LanguageModel(cfg, cache_dir)
+
+
+def reset_rope_before_passes(hf: nn.Module) -> None:
+    """Make the frequencies of a pass depend on its own length only.
+
+    transformers' dynamic NTK keeps the frequencies of the longest sequence so far until a sequence
+    within the context comes, so that activations would depend on earlier texts.
+    """
+    for module in hf.modules():
+        if _dynamic_prefixes(module):
+            module.register_forward_pre_hook(_reset)
+
+
+def _dynamic_prefixes(module: nn.Module) -> list[str]:
+    """Prefixes of the names of a module's dynamic frequencies, one per type of layer."""
+    kinds = getattr(module, "rope_type", None)
+    if not hasattr(module, "original_max_seq_len") or kinds is None:
+        return []
+    of_prefix = {f"{k}_": v for k, v in kinds.items()} if isinstance(kinds, dict) else {"": kinds}
+    return [prefix for prefix, kind in of_prefix.items() if "dynamic" in str(kind)]
+
+
+def _reset(module: Any, _args: Any) -> None:
+    for prefix in _dynamic_prefixes(module):
+        original = getattr(module, f"{prefix}original_inv_freq")
+        current = getattr(module, f"{prefix}inv_freq")
+        setattr(module, f"{prefix}inv_freq", original.to(current.device))
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

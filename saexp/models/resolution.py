@@ -4,6 +4,7 @@ The files are shipped, made by `make real-model`, in a folder, a GGUF file, or o
 
 import json
 import logging
+import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterable
@@ -369,3 +370,18 @@ def quantization_options(
         )
     # The modules are replaced where they are loaded, and cannot be moved afterwards.
     return {"quantization_config": config, "device_map": {"": str(device)}}
+
+
+_EXPLAINED = (OSError, ValueError, RuntimeError)
+"""Errors whose message says what is wrong."""
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Explain why a file of a model cannot be loaded, from the error of transformers or torch."""
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        # torch's own message suggests opening it anyway.
+        return "a pickle that is damaged or holds more than tensors, so it is not opened"
+    reason = why_absent(error)
+    return (
+        reason if isinstance(error, _EXPLAINED) and reason else f"{type(error).__name__}: {reason}"
+    )

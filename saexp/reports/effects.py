@@ -10,7 +10,7 @@ from saexp.errors import counted
 from saexp.reports import interval_words
 from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS, outcome_words, p_value_words
-from saexp.stats.intervals import MIN_N as MIN_ENTITIES
+from saexp.stats import MIN_N as MIN_ENTITIES
 from saexp.stats.significance import ALPHA, MIN_CONTROLS
 
 _CALIPER = {

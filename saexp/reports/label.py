@@ -12,7 +12,7 @@ from saexp.labeling.matchers import PAPER, Rules, type_key
 from saexp.reports import GROUP_COLOURS, QUIET, Finding, Table, cell, style, write_run_page
 from saexp.reports.saved_run import SavedRun
 from saexp.results import model_title
-from saexp.stats.intervals import wilson
+from saexp.stats import wilson
 
 GROUPS = ("known", "unknown", "dropped")
 N_EXAMPLES = 3

@@ -477,3 +477,14 @@ def summary(records: Sequence[Record]) -> str:
         low, high = (words.format(f(values)) for f in (min, max))
         parts.append(low if low == high else f"{low} to {high.rpartition(' ')[2]}")
     return ", ".join(parts)
+
+
+def labelled(record: Record, label: str) -> Record:
+    """The record of one of several SAEs: `train/<label>/overall_loss`, with the common step."""
+    if not label:
+        return record
+    common = ("train/step", "train/tokens", "train/epoch", "train/samples_per_second")
+    return {
+        k if k in common else f"train/{label}/{k.removeprefix('train/')}": v
+        for k, v in record.items()
+    }

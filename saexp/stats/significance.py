@@ -11,8 +11,8 @@ from scipy import optimize, special, stats
 from torch import Tensor
 
 from saexp.errors import DataError
-from saexp.stats.intervals import mean_interval, wilson
-from saexp.stats.rank_tests import log_choose
+from saexp.stats import mean_interval, wilson
+from saexp.stats.separation import log_choose
 
 
 def derived_seed(seed: int, *purpose: object) -> int:

@@ -46,7 +46,7 @@ from saexp.reports.sae_quality import (
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder
 from saexp.saes.validation import POOR
-from saexp.stats.intervals import MIN_N
+from saexp.stats import MIN_N
 
 log = logging.getLogger(__name__)
 

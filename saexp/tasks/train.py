@@ -48,7 +48,7 @@ from saexp.reports.training import (
 )
 from saexp.results import Result, model_words
 from saexp.saes.loading import load_sae
-from saexp.saes.training import Checkpoints, Record, Training, TrainingSource
+from saexp.saes.training import Checkpoints, Record, Training, TrainingSource, labelled
 from saexp.saes.training_pass import Evaluate, Target, targets, train_together
 
 log = logging.getLogger(__name__)
@@ -298,15 +298,15 @@ def _source(model: LanguageModel, data: TrainingData, target: Target) -> Trainin
 def _save(context: RunContext, trainings: Sequence[Training]) -> None:
     """Write the SAEs to the run's folder."""
     folder = context.folder / "sae"
+
+    def write(temporary: Path) -> None:
+        for training in trainings:
+            (temporary / training.label).mkdir()
+            training.snapshot(temporary / training.label)
+
     if len(trainings) == 1:
         trainings[0].save(folder)
     else:
-
-        def write(temporary: Path) -> None:
-            for training in trainings:
-                (temporary / training.label).mkdir()
-                training.snapshot(temporary / training.label)
-
         write_folder(folder, write, option=RUN_FOLDER)
     context.results.update(
         f.relative_to(context.folder).as_posix() for f in folder.rglob("*") if f.is_file()
@@ -315,20 +315,9 @@ def _save(context: RunContext, trainings: Sequence[Training]) -> None:
 
 def _track(context: RunContext, training: Training, record: Record) -> None:
     """Record a point of the training's series over the activation vectors (tokens) it has read."""
-    axis = "train/tokens"
-    n_tokens = int(record["train/step"]) * training.cfg.batch_size
-    context.tracker.series(axis, {axis: n_tokens, **_labelled(record, training.label)})
-
-
-def _labelled(record: Record, label: str) -> Record:
-    """The record of one of several SAEs: `train/<label>/overall_loss`, with the common step."""
-    if not label:
-        return record
-    common = ("train/step", "train/tokens", "train/epoch", "train/samples_per_second")
-    return {
-        k if k in common else f"train/{label}/{k.removeprefix('train/')}": v
-        for k, v in record.items()
-    }
+    # Older checkpoints have records without the number of vectors.
+    n = int(record["train/step"]) * training.cfg.batch_size
+    context.tracker.series("train/tokens", {"train/tokens": n, **labelled(record, training.label)})
 
 
 def _measured(

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from saexp.stats.rank_tests import Ranked
+from saexp.stats.separation import Ranked
 from tests.unit.analysis.simulate import D_SAE, GROUPS, contrast
 
 N_RUNS = 60

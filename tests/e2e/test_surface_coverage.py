@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.rank_tests import auroc_difference
+from saexp.stats.separation import auroc_difference
 
 RUNS = 300
 SIZES = [5, 15, 100]

@@ -121,7 +121,7 @@ def test_another_analyzer_reads_both_streams_too(cache: Path, tmp_path: Path) ->
 
 
 def test_cells_ahead_want_both_streams() -> None:
-    from saexp.pipeline.collect import _hookpoints_to_prefetch
+    from saexp.pipeline.collect import hookpoints_in_model
 
     class Four:
         n_layers = 4
@@ -129,7 +129,7 @@ def test_cells_ahead_want_both_streams() -> None:
     model: Any = Four()
     both = [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
     near = [Hookpoint(2, "mlp_in"), Hookpoint(2, "mlp_out")]
-    planned = _hookpoints_to_prefetch(
+    planned = hookpoints_in_model(
         model, [*both, *near], [(3, None), (0, "resid_post"), (9, None)]
     )
     assert planned == [

@@ -5,12 +5,8 @@ import pytest
 from scipy import sparse, stats
 
 from saexp.analysis.top_latents import Attribution
-from saexp.stats.intervals import (
-    difference_of_means,
-    mean_interval,
-    ratio_interval,
-)
-from saexp.stats.rank_tests import stratum_weights
+from saexp.stats import difference_of_means, mean_interval, ratio_interval
+from saexp.stats.separation import stratum_weights
 from saexp.stats.significance import prediction_p_value, rank_p_value
 
 

@@ -17,11 +17,8 @@ from saexp.latents import Latents, encode_store
 from saexp.pipeline.collect import collect_examples
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.results import Result
-from saexp.stats.intervals import wilson
-from saexp.stats.rank_tests import (
-    Ranked,
-    stratified_rank_test,
-)
+from saexp.stats import wilson
+from saexp.stats.separation import Ranked, stratified_rank_test
 from saexp.stats.significance import benjamini_hochberg
 from tests.simulated import split
 from tests.unit.analysis.simulate import activations, contrast, rows_table

@@ -9,12 +9,7 @@ from saexp.analysis.capability import (
     _paired_rate_bounds,
     _rate_bounds,
 )
-from saexp.stats.intervals import (
-    auroc_interval,
-    paired_change_interval,
-    paired_difference_interval,
-    wilson,
-)
+from saexp.stats import auroc_interval, paired_change_interval, paired_difference_interval, wilson
 
 
 @pytest.mark.parametrize("n", [10, 30, 200])

@@ -10,7 +10,7 @@ from saexp.activations.shard_files import ShardWriter
 from saexp.errors import StoreError
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline.collect import _hookpoints_to_prefetch
+from saexp.pipeline.collect import hookpoints_in_model
 from saexp.tasks.collect import stores, unreadable
 from tests.random_models import random_hf, random_lm, tokenizer
 from tests.unit.activations.collecting import POSTS, digests, run
@@ -53,7 +53,7 @@ def test_a_place_that_the_model_lacks_is_left_to_the_run_that_names_it(tmp_path,
 
 def test_a_planned_stream_that_there_is_not_is_left_out():
     ahead = [(1, "foo"), (1, "mlp_out"), (2, "embed"), (9, None), (0, None)]
-    assert _hookpoints_to_prefetch(random_lm("llama"), [POSTS[2]], ahead) == [
+    assert hookpoints_in_model(random_lm("llama"), [POSTS[2]], ahead) == [
         Hookpoint(1, "mlp_out"),
         POSTS[0],
     ]

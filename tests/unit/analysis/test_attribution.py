@@ -15,7 +15,7 @@ from saexp.models import Hookpoint
 from saexp.models.hooks import capture, edit
 from saexp.models.loading import LanguageModel
 from saexp.saes import SAESettings, SparseAutoencoder
-from saexp.stats.intervals import mean_interval
+from saexp.stats import mean_interval
 from tests.random_models import (
     D_MODEL,
     N_LAYERS,

@@ -29,7 +29,7 @@ from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes import SAESettings, SparseAutoencoder
-from saexp.stats.intervals import mean_interval, paired_difference_interval
+from saexp.stats import mean_interval, paired_difference_interval
 from tests.random_models import D_MODEL, random_hf, random_lm, tokenizer
 
 TINY = Path(saexp.__file__).parent / "assets/tiny"

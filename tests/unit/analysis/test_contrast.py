@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
 from saexp.results import Result
-from saexp.stats.rank_tests import FEW
+from saexp.stats.separation import FEW
 from tests.unit.analysis.simulate import (
     ALWAYS,
     D_SAE,

@@ -14,7 +14,7 @@ from saexp.analysis.contrast_checks import fit_surface, read_texts
 from saexp.config import AnalyzerConfig
 from saexp.latents import Latents
 from saexp.results import Result
-from saexp.stats.rank_tests import stratum_weights
+from saexp.stats.separation import stratum_weights
 from tests.unit.analysis.simulate import GROUPS, KNOWN, TYPES, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed
 

@@ -21,7 +21,7 @@ from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.saes import SAESettings, SparseAutoencoder
-from saexp.stats.intervals import ratio_interval
+from saexp.stats import ratio_interval
 from tests.random_models import (
     ARCHITECTURES,
     D_MODEL,

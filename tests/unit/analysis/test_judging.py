@@ -6,7 +6,7 @@ from sklearn.metrics import roc_auc_score
 
 from saexp.analysis.classifiers import Labelled
 from saexp.analysis.probe import Judge
-from saexp.stats.rank_tests import placements
+from saexp.stats.separation import placements
 from tests.simulated import labels
 
 

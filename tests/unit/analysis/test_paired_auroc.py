@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.stats.intervals import Interval, auroc_interval
-from saexp.stats.rank_tests import (
+from saexp.stats import Interval, auroc_interval
+from saexp.stats.separation import (
     Auroc,
     auroc_correlation,
     auroc_difference,

@@ -331,7 +331,7 @@ def test_units_count_once_however_many_rows_they_have() -> None:
 
 
 def test_a_unit_is_never_on_both_sides(inputs: AnalysisInputs) -> None:
-    from saexp.stats.logistic_probe import folds
+    from saexp.stats.separation import folds
 
     _, y, units = parts(inputs, "train")
     for train, validation in folds(y, units, 0):

@@ -7,8 +7,7 @@ import torch
 from saexp.analysis.evaluation import evaluate_saes
 from saexp.analysis.top_latents import attribute
 from saexp.data.tokenization import TokenizedText
-from saexp.models.forward import TokenBudget, batches
-from saexp.models.rope import rope_regime
+from saexp.models.forward import TokenBudget, batches, rope_regime
 from saexp.saes import SparseAutoencoder
 from tests.random_models import VOCABULARY
 from tests.rope_models import CONTEXT, ROPE_MODELS, rope_lm

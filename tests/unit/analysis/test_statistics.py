@@ -10,13 +10,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.stats.rank_tests import (
-    FEW,
-    Ranked,
-    _fisher,
-    stratified_rank_test,
-    stratum_weights,
-)
+from saexp.stats.separation import FEW, Ranked, _fisher, stratified_rank_test, stratum_weights
 
 
 def random_columns(rng: np.random.Generator, n_rows: int, n_latents: int) -> np.ndarray:

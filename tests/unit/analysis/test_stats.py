@@ -12,7 +12,7 @@ from saexp.config import StatsConfig
 from saexp.errors import ConfigError, DataError
 from saexp.latents import Latents
 from saexp.results import Result
-from saexp.stats.intervals import MIN_N, mean_interval
+from saexp.stats import MIN_N, mean_interval
 from tests.unit.analysis.simulate import D_SAE, GROUPS, SILENT, activations, rows_table
 
 ROWS = rows_table()

@@ -6,7 +6,7 @@ import pytest
 
 from saexp.interventions.controls import effect_fraction
 from saexp.pipeline.intervene import effect_power
-from saexp.stats.intervals import wilson
+from saexp.stats import wilson
 from saexp.stats.significance import detectable_change
 
 KINDS = {"frequency": 99, "random_norm": 39}

@@ -18,7 +18,7 @@ from saexp.errors import DataError
 from saexp.interventions.directions import LatentStatistics, StreamRows
 from saexp.latents import Latents
 from saexp.models import Hookpoint
-from saexp.stats.logistic_probe import STRENGTHS
+from saexp.stats.separation import STRENGTHS
 
 N_UNITS, PER_UNIT, D = 60, 8, 40
 GROUPS = ("known", "unknown")

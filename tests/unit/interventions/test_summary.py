@@ -14,7 +14,7 @@ from saexp.interventions.effects import (
     matched_by_kind,
     summarise,
 )
-from saexp.stats.intervals import paired_difference_interval
+from saexp.stats import paired_difference_interval
 from saexp.stats.significance import paired_difference, prediction_p_value, rank_p_value
 
 N = 40

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from saexp.models.rope import (
+from saexp.models.forward import (
     by_regime,
     changes_while_generating,
     depends_on_length,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.intervals import (
+from saexp.stats import (
     MIN_N,
     auroc_interval,
     mean_interval,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saexp.stats import intervals
-from saexp.stats.intervals import MIN_N, difference_of_means, mean_interval, ratio_interval
+from saexp import stats
+from saexp.stats import MIN_N, difference_of_means, mean_interval, ratio_interval
 
 RNG = np.random.default_rng(4)
 SIZES = RNG.integers(1, 7, 25).astype(float)
@@ -38,7 +38,7 @@ def plain_loop(
 def test_a_ratio_equals_a_plain_loop(n_cells: int) -> None:
     cells = np.arange(25) % n_cells
     members = [np.flatnonzero(cells == c) for c in range(n_cells)]
-    drawn = intervals._resample_counts(members, 300, np.random.default_rng([7, 53, 25]))
+    drawn = stats._resample_counts(members, 300, np.random.default_rng([7, 53, 25]))
     for part in members:
         assert (drawn[:, part].sum(1) == len(part)).all()
     expected = plain_loop(SUMS, SIZES, drawn, cells)
@@ -59,7 +59,7 @@ def test_a_mean_is_the_ratio_to_the_number_of_units() -> None:
 def test_chunks_of_columns_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = RNG.gamma(1.0, size=(40, 7))
     expected = mean_interval(values, 0)
-    monkeypatch.setattr(intervals, "_CHUNK_VALUES", 1)
+    monkeypatch.setattr(stats, "_CHUNK_VALUES", 1)
     np.testing.assert_allclose(mean_interval(values, 0), expected)
 
 

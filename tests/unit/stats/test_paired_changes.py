@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saexp.stats.intervals import paired_change_interval, paired_difference_interval
+from saexp.stats import paired_change_interval, paired_difference_interval
 
 
 def test_of_outcomes_it_is_the_interval_of_the_four_counts() -> None:

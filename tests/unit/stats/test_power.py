@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from saexp.stats.rank_tests import stratified_rank_test
+from saexp.stats.separation import stratified_rank_test
 from saexp.stats.significance import detectable_auroc, detectable_change
 
 

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saexp.stats.intervals import (
-    MIN_GROUP,
-    auroc_interval,
-    auroc_p_value,
-    mover,
-    separation_interval,
-    wilson,
-)
+from saexp.stats import MIN_GROUP, auroc_interval, auroc_p_value, mover, separation_interval, wilson
 
 
 def test_one_stratum_is_newcombes_method_5() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from saexp.stats.intervals import wilson
+from saexp.stats import wilson
 
 
 @given(
