@@ -178,6 +178,15 @@ def stratified_rank_test(
     test of active against inactive conditional on the strata. With one stratum the result is that
     of `mann_whitney`. Raises ValueError where no stratum has rows of both groups.
     """
+    return _rank_test(*_stratum_moments(values, first, strata))
+
+
+def _stratum_moments(
+    values: sparse.csr_array,
+    first: Bool[np.ndarray, " n_rows"],
+    strata: Shaped[np.ndarray, " n_rows"],
+) -> tuple[list[UMoments], list[float]]:
+    """Moments and weight 1 / (n + 1) of each stratum with rows of both groups."""
     moments, weights = [], []
     for name in dict.fromkeys(strata.tolist()):
         chosen = strata == name
@@ -187,7 +196,7 @@ def stratified_rank_test(
             weights.append(1 / (len(of_first) + 1))
     if not moments:
         raise ValueError("no stratum has rows of both groups")
-    return _rank_test(moments, weights)
+    return moments, weights
 
 
 def stratum_weights(
@@ -211,10 +220,7 @@ def _rank_test(moments: Sequence[UMoments], weights: Sequence[float]) -> RankTes
     """Test of the weighted sum of the strata's U statistics, which are independent."""
     w = np.asarray(weights) / max(weights)
     pairs = w * [m.n_pairs for m in moments]
-    aurocs = np.stack([m.auroc for m in moments])
-    shares = pairs / pairs.sum()
-    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(shares, aurocs, 1)
-    delong = np.tensordot(shares**2, np.stack([m.delong for m in moments]), 1)
+    auroc, delong = _mean_auroc(moments, pairs / pairs.sum())
     variance = sum(a**2 * m.variance for a, m in zip(w, moments, strict=True))
     third = sum(a**3 * m.third for a, m in zip(w, moments, strict=True))
     deviation = sum(p * (m.auroc - 0.5) for p, m in zip(pairs, moments, strict=True))
@@ -237,6 +243,15 @@ def _rank_test(moments: Sequence[UMoments], weights: Sequence[float]) -> RankTes
         strata = [(m.active_first[few], m.active[few], m.n_first, m.n) for m in moments]
         p_value[few] = np.maximum(p_value[few], _fisher(strata))
     return RankTest(auroc, p_normal, p_value, delong)
+
+
+def _mean_auroc(
+    moments: Sequence[UMoments], shares: Float[np.ndarray, " n_strata"]
+) -> tuple[Float[np.ndarray, " n_latents"], Float[np.ndarray, " n_latents"]]:
+    """Mean AUROC over strata with these weights, and its variance by DeLong."""
+    aurocs = np.stack([m.auroc for m in moments])
+    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(shares, aurocs, 1)
+    return auroc, np.tensordot(shares**2, np.stack([m.delong for m in moments]), 1)
 
 
 def _fisher(
@@ -307,17 +322,19 @@ def auroc_of(
 ) -> Auroc:
     """AUROC of one score, which may be negative, with its interval."""
     ranks = stats.rankdata(scores, method="dense").astype(np.float64)
-    test = stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata)
+    moments, per_row = _stratum_moments(sparse.csr_array(ranks[:, None]), first, strata)
+    pairs = np.asarray(per_row) / max(per_row) * [m.n_pairs for m in moments]
+    (auroc,), (variance,) = _mean_auroc(moments, pairs / pairs.sum())
     weights = stratum_weights(first, strata)
     chosen = [strata == name for name in weights]
     interval = auroc_interval(
-        float(test.auroc[0]),
+        float(auroc),
         np.array([(first & c).sum() for c in chosen]),
         np.array([(~first & c).sum() for c in chosen]),
         np.array(list(weights.values())),
-        float(test.variance[0]),
+        float(variance),
     )
-    return Auroc(float(test.auroc[0]), interval)
+    return Auroc(float(auroc), interval)
 
 
 def auroc_difference(
