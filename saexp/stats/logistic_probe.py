@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -72,29 +72,59 @@ def fit_logistic(
     Inputs are standardised unless `standardise` is false, in which case sparse inputs stay sparse.
     The penalty is the one with the smallest log loss on the validation sides of `pairs`.
     """
-    scaler = StandardScaler(with_mean=standardise, with_std=standardise)
-    pipeline = make_pipeline(scaler, LogisticRegression(max_iter=MAX_ITERATIONS))
-    search: Any = GridSearchCV(
-        pipeline,
-        {"logisticregression__C": sorted(strengths)},
-        scoring="neg_log_loss",
-        cv=pairs,
-        error_score="raise",  # pyright: ignore[reportArgumentType]
-    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        search.fit(x, first)
+        losses = _validation_losses(x, first, sorted(strengths), pairs, standardise)
+        c, loss = min(losses, key=lambda pair: pair[1])
+        best: Any = make_pipeline(_scaler(standardise), _regression(c)).fit(x, first)
     warned = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    best: Any = search.best_estimator_
     weights = best[-1].coef_[0]
     return Fitted(
         score=best.decision_function,
         weights=weights,
         direction=weights if best[0].scale_ is None else weights / best[0].scale_,
-        c=float(search.best_params_["logisticregression__C"]),
-        cv_log_loss=-float(search.best_score_),
+        c=float(c),
+        cv_log_loss=loss,
         converged=not warned,
     )
+
+
+def _validation_losses(
+    x: Float[np.ndarray, "n d"] | sparse.csr_array,
+    first: Bool[np.ndarray, " n"],
+    strengths: Sequence[float],
+    pairs: Folds,
+    standardise: bool,
+) -> list[tuple[float, float]]:
+    """(inverse penalty, mean log loss on the validation sides).
+
+    As of GridSearchCV, which takes twice as long for few rows: it fits the scaler for every
+    penalty, and clones and checks all that it calls.
+    """
+    losses = np.empty((len(strengths), len(pairs)))
+    for fold, (train, validation) in enumerate(pairs):
+        scaler = _scaler(standardise)
+        of_train, of_validation = scaler.fit_transform(x[train]), scaler.transform(x[validation])
+        for i, c in enumerate(strengths):
+            fitted = _regression(c).fit(of_train, first[train])
+            probability = fitted.predict_proba(of_validation)[:, 1]
+            losses[i, fold] = _log_loss(probability, first[validation])
+    return list(zip(strengths, losses.mean(1).tolist(), strict=True))
+
+
+def _log_loss(probability: Float[np.ndarray, " n"], first: Bool[np.ndarray, " n"]) -> float:
+    """Mean of -log of the probability of the right group, at least a rounding error from 0."""
+    rounding = np.finfo(probability.dtype).eps
+    right = np.where(first, probability, 1 - probability)
+    return float(-np.log(np.clip(right, rounding, 1 - rounding)).mean())
+
+
+def _scaler(standardise: bool) -> Any:
+    return StandardScaler(with_mean=standardise, with_std=standardise)
+
+
+def _regression(c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
 
 
 def limited(rows: Int[np.ndarray, " n"], most: int, seed: int) -> Int[np.ndarray, " m"]:
