@@ -43,10 +43,9 @@ from saexp.stats.separation import (
     RankTest,
     auroc_difference,
     auroc_of,
-    difference_p_value,
     stratified_rank_test,
 )
-from saexp.stats.significance import benjamini_hochberg, holm
+from saexp.stats.significance import benjamini_hochberg, difference_p_value, holm
 
 log = logging.getLogger(__name__)
 

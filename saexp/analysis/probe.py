@@ -33,11 +33,10 @@ from saexp.stats import Interval, auroc_interval, auroc_p_value, separation_inte
 from saexp.stats.separation import (
     Auroc,
     difference_of_aurocs,
-    difference_p_value,
     limited,
     placements,
 )
-from saexp.stats.significance import holm
+from saexp.stats.significance import difference_p_value, holm
 
 _TYPES = (
     "a probe may exploit this, because AUROCs compare entities of all types; type "

@@ -11,9 +11,7 @@ from scipy import sparse, special, stats
 
 from saexp.errors import DataError
 from saexp.stats import Interval, auroc_interval, mover
-
-FEW = 10
-"""Latents active in fewer rows than this (and inactive in more) are tested exactly."""
+from saexp.stats.significance import FEW, fisher_exact, log_choose
 
 
 @dataclass(frozen=True)
@@ -181,6 +179,15 @@ def stratified_rank_test(
     test of active against inactive conditional on the strata. With one stratum the result is that
     of `mann_whitney`. Raises ValueError where no stratum has rows of both groups.
     """
+    return _rank_test(*_stratum_moments(values, first, strata))
+
+
+def _stratum_moments(
+    values: sparse.csr_array,
+    first: Bool[np.ndarray, " n_rows"],
+    strata: Shaped[np.ndarray, " n_rows"],
+) -> tuple[list[UMoments], list[float]]:
+    """Moments and weight 1 / (n + 1) of each stratum with rows of both groups."""
     moments, weights = [], []
     for name in dict.fromkeys(strata.tolist()):
         chosen = strata == name
@@ -190,7 +197,7 @@ def stratified_rank_test(
             weights.append(1 / (len(of_first) + 1))
     if not moments:
         raise ValueError("no stratum has rows of both groups")
-    return _rank_test(moments, weights)
+    return moments, weights
 
 
 def stratum_weights(
@@ -214,10 +221,7 @@ def _rank_test(moments: Sequence[UMoments], weights: Sequence[float]) -> RankTes
     """Test of the weighted sum of the strata's U statistics, which are independent."""
     w = np.asarray(weights) / max(weights)
     pairs = w * [m.n_pairs for m in moments]
-    aurocs = np.stack([m.auroc for m in moments])
-    shares = pairs / pairs.sum()
-    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(shares, aurocs, 1)
-    delong = np.tensordot(shares**2, np.stack([m.delong for m in moments]), 1)
+    auroc, delong = _mean_auroc(moments, pairs / pairs.sum())
     variance = sum(a**2 * m.variance for a, m in zip(w, moments, strict=True))
     third = sum(a**3 * m.third for a, m in zip(w, moments, strict=True))
     deviation = sum(p * (m.auroc - 0.5) for p, m in zip(pairs, moments, strict=True))
@@ -238,41 +242,17 @@ def _rank_test(moments: Sequence[UMoments], weights: Sequence[float]) -> RankTes
     few = (active < FEW) & (active < sum(m.n for m in moments) - active)
     if few.any():
         strata = [(m.active_first[few], m.active[few], m.n_first, m.n) for m in moments]
-        p_value[few] = np.maximum(p_value[few], _fisher(strata))
+        p_value[few] = np.maximum(p_value[few], fisher_exact(strata))
     return RankTest(auroc, p_normal, p_value, delong)
 
 
-def _fisher(
-    strata: Sequence[tuple[np.ndarray, np.ndarray, int, int]],
-) -> Float[np.ndarray, " n_latents"]:
-    """Fisher's exact test, two-sided (the smaller tail doubled), conditional on each stratum.
-
-    A stratum is (active rows of the first group, active rows, rows of the first group, rows). The
-    statistic is the number of active rows of the first group over all strata.
-    """
-    active_first = sum(s[0] for s in strata)
-    probability: np.ndarray | None = None
-    for _, active, n_first, n in strata:
-        of_stratum = stats.hypergeom.pmf(np.arange(FEW)[:, None], n, active, n_first)
-        probability = of_stratum if probability is None else _convolved(probability, of_stratum)
-    assert probability is not None
-    k = np.arange(FEW)[:, None]
-    tails = (k <= active_first, k >= active_first)
-    below, above = (np.where(tail, probability, 0).sum(0) for tail in tails)
-    return np.minimum(1, 2 * np.minimum(below, above))
-
-
-def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Distribution of the sum of two independent counts, truncated at FEW."""
-    out = np.zeros_like(first)
-    for k in range(len(first)):
-        out[k:] += first[k] * second[: len(second) - k]
-    return out
-
-
-def log_choose(n: int, k: int) -> float:
-    """Logarithm of the binomial coefficient, 0 <= k <= n."""
-    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
+def _mean_auroc(
+    moments: Sequence[UMoments], shares: Float[np.ndarray, " n_strata"]
+) -> tuple[Float[np.ndarray, " n_latents"], Float[np.ndarray, " n_latents"]]:
+    """Mean AUROC over strata with these weights, and its variance by DeLong."""
+    aurocs = np.stack([m.auroc for m in moments])
+    auroc = aurocs[0] if len(moments) == 1 else np.tensordot(shares, aurocs, 1)
+    return auroc, np.tensordot(shares**2, np.stack([m.delong for m in moments]), 1)
 
 
 def placements(
@@ -310,17 +290,19 @@ def auroc_of(
 ) -> Auroc:
     """AUROC of one score, which may be negative, with its interval."""
     ranks = stats.rankdata(scores, method="dense").astype(np.float64)
-    test = stratified_rank_test(sparse.csr_array(ranks[:, None]), first, strata)
+    moments, per_row = _stratum_moments(sparse.csr_array(ranks[:, None]), first, strata)
+    pairs = np.asarray(per_row) / max(per_row) * [m.n_pairs for m in moments]
+    (auroc,), (variance,) = _mean_auroc(moments, pairs / pairs.sum())
     weights = stratum_weights(first, strata)
     chosen = [strata == name for name in weights]
     interval = auroc_interval(
-        float(test.auroc[0]),
+        float(auroc),
         np.array([(first & c).sum() for c in chosen]),
         np.array([(~first & c).sum() for c in chosen]),
         np.array(list(weights.values())),
-        float(test.variance[0]),
+        float(variance),
     )
-    return Auroc(float(test.auroc[0]), interval)
+    return Auroc(float(auroc), interval)
 
 
 def auroc_difference(
@@ -341,24 +323,6 @@ def difference_of_aurocs(first: Auroc, second: Auroc, correlation: float) -> Int
     It preserves the asymmetry of the two intervals near 0 and 1, where DeLong's variance is 0.
     """
     return mover(first.value, first.interval, second.value, second.interval, correlation)
-
-
-def difference_p_value(difference: float, interval: Interval) -> float:
-    """Two-sided p-value of no difference, from its 95% interval; NaN where that has no limits.
-
-    The limit on the side of 0 is taken to be 1.96 standard errors away, so that p < 0.05 exactly
-    where the interval excludes 0. In large samples it is DeLong's test (1988, Biometrics 44:837).
-    """
-    low, high = float(interval.low), float(interval.high)
-    if np.isnan(low) or np.isnan(high):
-        return float("nan")
-    towards_zero = difference - low if difference > 0 else high - difference
-    if difference == 0:
-        return 1.0
-    if towards_zero == 0:
-        return 0.0
-    z = special.ndtri(0.975) * abs(difference) / towards_zero
-    return float(2 * special.ndtr(-z))
 
 
 def auroc_correlation(
@@ -446,34 +410,65 @@ def fit_logistic(
     The penalty is the one with the smallest log loss on the validation sides of `pairs`.
     """
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler(with_mean=standardise, with_std=standardise)
-    pipeline = make_pipeline(scaler, LogisticRegression(max_iter=MAX_ITERATIONS))
-    search: Any = GridSearchCV(
-        pipeline,
-        {"logisticregression__C": sorted(strengths)},
-        scoring="neg_log_loss",
-        cv=pairs,
-        error_score="raise",  # pyright: ignore[reportArgumentType]
-    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        search.fit(x, first)
+        losses = _validation_losses(x, first, sorted(strengths), pairs, standardise)
+        c, loss = min(losses, key=lambda pair: pair[1])
+        best: Any = make_pipeline(_scaler(standardise), _regression(c)).fit(x, first)
     warned = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    best: Any = search.best_estimator_
     weights = best[-1].coef_[0]
     return Fitted(
         score=best.decision_function,
         weights=weights,
         direction=weights if best[0].scale_ is None else weights / best[0].scale_,
-        c=float(search.best_params_["logisticregression__C"]),
-        cv_log_loss=-float(search.best_score_),
+        c=float(c),
+        cv_log_loss=loss,
         converged=not warned,
     )
+
+
+def _validation_losses(
+    x: Float[np.ndarray, "n d"] | sparse.csr_array,
+    first: Bool[np.ndarray, " n"],
+    strengths: Sequence[float],
+    pairs: Folds,
+    standardise: bool,
+) -> list[tuple[float, float]]:
+    """(inverse penalty, mean log loss on the validation sides).
+
+    As of GridSearchCV, which takes twice as long for few rows: it fits the scaler for every
+    penalty, and clones and checks all that it calls.
+    """
+    losses = np.empty((len(strengths), len(pairs)))
+    for fold, (train, validation) in enumerate(pairs):
+        scaler = _scaler(standardise)
+        of_train, of_validation = scaler.fit_transform(x[train]), scaler.transform(x[validation])
+        for i, c in enumerate(strengths):
+            fitted = _regression(c).fit(of_train, first[train])
+            probability = fitted.predict_proba(of_validation)[:, 1]
+            losses[i, fold] = _log_loss(probability, first[validation])
+    return list(zip(strengths, losses.mean(1).tolist(), strict=True))
+
+
+def _log_loss(probability: Float[np.ndarray, " n"], first: Bool[np.ndarray, " n"]) -> float:
+    """Mean of -log of the probability of the right group, at least a rounding error from 0."""
+    rounding = np.finfo(probability.dtype).eps
+    right = np.where(first, probability, 1 - probability)
+    return float(-np.log(np.clip(right, rounding, 1 - rounding)).mean())
+
+
+def _scaler(standardise: bool) -> Any:
+    from sklearn.preprocessing import StandardScaler
+
+    return StandardScaler(with_mean=standardise, with_std=standardise)
+
+
+def _regression(c: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
 
 
 def limited(rows: Int[np.ndarray, " n"], most: int, seed: int) -> Int[np.ndarray, " m"]:

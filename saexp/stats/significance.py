@@ -1,4 +1,4 @@
-"""Permutation and sign-flip tests, corrections for multiple testing, and power."""
+"""P-values: permutation, sign-flip and exact tests, corrections for multiple testing, and power."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,10 @@ from scipy import optimize, special, stats
 from torch import Tensor
 
 from saexp.errors import DataError
-from saexp.stats import mean_interval, wilson
-from saexp.stats.separation import log_choose
+from saexp.stats import Interval, mean_interval, wilson
+
+FEW = 10
+"""Latents active in fewer rows than this (and inactive in more) are tested exactly."""
 
 
 def derived_seed(seed: int, *purpose: object) -> int:
@@ -381,3 +383,54 @@ def holm(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 def benjamini_hochberg(p_values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995)."""
     return stats.false_discovery_control(p_values, method="bh")
+
+
+def fisher_exact(
+    strata: Sequence[tuple[np.ndarray, np.ndarray, int, int]],
+) -> Float[np.ndarray, " n_latents"]:
+    """Fisher's exact test, two-sided (the smaller tail doubled), conditional on each stratum.
+
+    A stratum is (active rows of the first group, active rows, rows of the first group, rows). The
+    statistic is the number of active rows of the first group over all strata.
+    """
+    active_first = sum(s[0] for s in strata)
+    probability: np.ndarray | None = None
+    for _, active, n_first, n in strata:
+        of_stratum = stats.hypergeom.pmf(np.arange(FEW)[:, None], n, active, n_first)
+        probability = of_stratum if probability is None else _convolved(probability, of_stratum)
+    assert probability is not None
+    k = np.arange(FEW)[:, None]
+    tails = (k <= active_first, k >= active_first)
+    below, above = (np.where(tail, probability, 0).sum(0) for tail in tails)
+    return np.minimum(1, 2 * np.minimum(below, above))
+
+
+def _convolved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distribution of the sum of two independent counts, truncated at FEW."""
+    out = np.zeros_like(first)
+    for k in range(len(first)):
+        out[k:] += first[k] * second[: len(second) - k]
+    return out
+
+
+def log_choose(n: int, k: int) -> float:
+    """Logarithm of the binomial coefficient, 0 <= k <= n."""
+    return float(special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1))
+
+
+def difference_p_value(difference: float, interval: Interval) -> float:
+    """Two-sided p-value of no difference, from its 95% interval; NaN where that has no limits.
+
+    The limit on the side of 0 is taken to be 1.96 standard errors away, so that p < 0.05 exactly
+    where the interval excludes 0. In large samples it is DeLong's test (1988, Biometrics 44:837).
+    """
+    low, high = float(interval.low), float(interval.high)
+    if np.isnan(low) or np.isnan(high):
+        return float("nan")
+    towards_zero = difference - low if difference > 0 else high - difference
+    if difference == 0:
+        return 1.0
+    if towards_zero == 0:
+        return 0.0
+    z = special.ndtri(0.975) * abs(difference) / towards_zero
+    return float(2 * special.ndtr(-z))

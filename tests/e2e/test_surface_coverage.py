@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 
-from saexp.stats.separation import auroc_difference
+from saexp.stats import Interval, auroc_interval
+from saexp.stats.separation import (
+    Auroc,
+    auroc_correlation,
+    auroc_difference,
+    difference_of_aurocs,
+    stratified_rank_test,
+    stratum_weights,
+)
 
 RUNS = 300
 SIZES = [5, 15, 100]
@@ -32,18 +40,37 @@ def coverage(n: int, values: tuple[float, float], correlation: float, law: str) 
     own, other = values
     truth = own - other
     shifts = np.sqrt(2) * stats.norm.ppf(values)
-    covers = 0
-    for _ in range(RUNS):
-        noise = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], 4 * n)
-        scores = noise + shifts * first[:, None] + 2.0 * strata[:, None]
-        latent = scores[:, 0]
-        if law == "sparse":
-            rate = np.where(first, min(1.0, 0.01 + 2 * (own - 0.5)), 0.01)
-            latent = (stats.norm.cdf(noise[:, 0]) > 1 - rate).astype(float)
-            truth = 0.5 + (rate[0] - 0.01) / 2 - other
-        low, high = auroc_difference(latent, scores[:, 1], first, strata).interval
-        covers += low <= truth <= high
-    return covers / RUNS
+    noise = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], (RUNS, 4 * n))
+    scores = noise + shifts * first[:, None] + 2.0 * strata[:, None]
+    latent = scores[..., 0]
+    if law == "sparse":
+        rate = np.where(first, min(1.0, 0.01 + 2 * (own - 0.5)), 0.01)
+        latent = (stats.norm.cdf(noise[..., 0]) > 1 - rate).astype(float)
+        truth = 0.5 + (rate[0] - 0.01) / 2 - other
+    runs = list(zip(latent, scores[..., 1], strict=True))
+    pairs = zip(*(aurocs(s, first, strata) for s in (latent, scores[..., 1])), strict=True)
+    found = [
+        Auroc(a.value - b.value, difference_of_aurocs(a, b, auroc_correlation(*run, first, strata)))
+        for (a, b), run in zip(pairs, runs, strict=True)
+    ]
+    for i in (0, RUNS - 1):
+        assert_same(found[i], auroc_difference(*runs[i], first, strata))
+    return float(np.mean([f.interval.low <= truth <= f.interval.high for f in found]))
+
+
+def aurocs(scores: np.ndarray, first: np.ndarray, strata: np.ndarray) -> list[Auroc]:
+    """`auroc_of` of each sample, a row of `scores`, at once."""
+    ranks = stats.rankdata(scores.T, method="dense", axis=0).astype(float)
+    test = stratified_rank_test(sparse.csr_array(ranks), first, strata)
+    n = np.full(2, first.sum() // 2)
+    weights = np.array(list(stratum_weights(first, strata).values()))
+    low, high = auroc_interval(test.auroc, n, n, weights, test.variance)
+    columns = zip(test.auroc.tolist(), low, high, strict=True)
+    return [Auroc(value, Interval(*limits)) for value, *limits in columns]
+
+
+def assert_same(one: Auroc, other: Auroc) -> None:
+    assert (one.value, *one.interval) == pytest.approx((other.value, *other.interval), abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "values", "correlation", "law"), CASES)

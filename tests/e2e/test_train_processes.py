@@ -1,11 +1,9 @@
 """task=train in two processes of torchrun: the result of one process, kills, and errors."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from saexp.activations.stream import PROCESS
 from saexp.distributed import check_command, check_task
 from saexp.errors import ConfigError
 from saexp.models.resolution import ASSETS
+from tests import interpreters, torchrun
 
 CORPUS = [
     "task=train",
@@ -49,23 +48,6 @@ TEXTS = [
     "sae_trainer.batch_size=128",
     "tracker=none",
 ]
-# `python -m saexp`, in which a chosen process fails or is killed at a step.
-INTERRUPTED = """
-import os, signal
-from saexp.cli import main
-from saexp.errors import SAEError
-from saexp.saes.training import Training
-
-def step(self, batch):
-    if self.step == int(os.environ["FAILS_AT"]) and os.environ["RANK"] == os.environ["FAILS_IN"]:
-        if os.environ["FAILS_BY"] == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise SAEError("the disk of this process is on fire")
-    return real(self, batch)
-
-real, Training.make_step = Training.make_step, step
-main()
-"""
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
@@ -79,17 +61,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def command(words: list[str], folder: Path, *, n_processes: int = 2) -> list[str]:
+def settings_of(folder: Path) -> list[str]:
     """A run in `folder/run`, with a cache of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-    settings = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/run"]
-    launched = [*(launcher if n_processes > 1 else []), "-m", "saexp"]
-    return [sys.executable, "-W", "ignore", *launched, *words, *settings]
+    return [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/run"]
 
 
-def finished(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environ)
+def in_processes(words: list[str], folder: Path, **fails: str) -> subprocess.CompletedProcess[str]:
+    """A run of two processes that torchrun's launcher forks."""
+    return torchrun.run([*words, *settings_of(folder)], env=fails)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,10 +93,12 @@ def words(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in two processes that was not disturbed."""
+    """A run in two processes that was not disturbed, by the command that a user types."""
     folder = tmp_path_factory.mktemp("two")
     before = set(Path(tempfile.gettempdir()).glob("saexp-process-*"))
-    done = finished(command(words, folder))
+    launcher = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node=2", "-m", "saexp"]
+    done = interpreters.run([*launcher, *words, *settings_of(folder)])
     assert done.returncode == 0, done.stderr[-2000:]
     # Logged and printed once.
     assert done.stderr.count("] train: ") == done.stdout.count("report: ") == 1
@@ -156,7 +137,7 @@ def test_two_processes_train_the_saes_of_one(words: list[str], two: Path, tmp_pa
 
 
 def test_two_processes_read_a_store_as_one_does(tmp_path: Path) -> None:
-    done = finished(command(TEXTS, tmp_path / "2"))
+    done = in_processes(TEXTS, tmp_path / "2")
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = in_one_process(TEXTS, tmp_path / "1"), tmp_path / "2/run"
     assert_close(weights(one / "sae"), weights(two / "sae"))
@@ -165,16 +146,9 @@ def test_two_processes_read_a_store_as_one_does(tmp_path: Path) -> None:
     assert metrics[0][forwarded] == metrics[1][forwarded]
 
 
-def interrupted(
-    words: list[str], folder: Path, rank: int, by: str
-) -> subprocess.CompletedProcess[str]:
-    script = folder / "interrupted.py"
-    folder.mkdir(exist_ok=True)
-    script.write_text(INTERRUPTED, encoding="utf-8")
-    arguments = command(words, folder)
-    at = arguments.index("-m", arguments.index("--standalone"))
-    arguments[at : at + 2] = [str(script)]
-    return finished(arguments, FAILS_AT="35", FAILS_IN=str(rank), FAILS_BY=by)
+def interrupted(words: list[str], folder: Path, by: str) -> subprocess.CompletedProcess[str]:
+    """The second process fails in a step."""
+    return in_processes(words, folder, FAILS_IN="1", FAILS_AT="35", FAILS_BY=by)
 
 
 def test_a_killed_process_ends_all_and_the_training_goes_on_exactly(
@@ -182,13 +156,13 @@ def test_a_killed_process_ends_all_and_the_training_goes_on_exactly(
 ) -> None:
     from safetensors.torch import load_file
 
-    assert interrupted(words, tmp_path, 1, "kill").returncode == 1
+    assert interrupted(words, tmp_path, "kill").returncode == 1
     (last,) = (tmp_path / "cache/training").glob("*/step_000000030/buffer.safetensors")
     # Each process held about half of the rows.
     assert load_file(last)[PROCESS].double().mean() == pytest.approx(0.5, abs=0.1)
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path / "cache", alone / "cache")
-    again = finished(command(words, tmp_path))
+    again = in_processes(words, tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "continuing from step 30 of 60" in again.stderr
     in_one_process(words, alone)
@@ -199,14 +173,14 @@ def test_a_killed_process_ends_all_and_the_training_goes_on_exactly(
 
 
 def test_an_error_of_one_process_is_one_line_and_ends_all(corpus: Path, tmp_path: Path) -> None:
-    done = interrupted([*CORPUS, f"dataset.path={corpus}"], tmp_path / "run", 1, "error")
+    done = interrupted([*CORPUS, f"dataset.path={corpus}"], tmp_path, "error")
     lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
     assert lines == ["saexp: the disk of this process is on fire"], done.stderr[-3000:]
     assert done.returncode == 1
 
 
 def test_an_error_of_all_processes_is_one_line(corpus: Path, tmp_path: Path) -> None:
-    done = finished(command([*CORPUS, f"dataset.path={corpus}", "layer=99"], tmp_path))
+    done = in_processes([*CORPUS, f"dataset.path={corpus}", "layer=99"], tmp_path)
     lines = [line for line in done.stderr.splitlines() if line.startswith("saexp: ")]
     assert len(lines) == 1 and "layer=99 is out of range" in lines[0], done.stderr[-3000:]
     assert done.returncode == 1

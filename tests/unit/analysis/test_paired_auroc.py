@@ -12,9 +12,9 @@ from saexp.stats.separation import (
     auroc_difference,
     auroc_of,
     difference_of_aurocs,
-    difference_p_value,
     stratum_weights,
 )
+from saexp.stats.significance import difference_p_value
 
 FIRST = np.arange(30) < 12
 ONE = np.zeros(30, dtype=int)

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as arrays
 from scipy import sparse, stats
 from sklearn.metrics import roc_auc_score
 
-from saexp.stats.separation import FEW, Ranked, _fisher, stratified_rank_test, stratum_weights
+from saexp.stats.separation import Ranked, stratified_rank_test, stratum_weights
+from saexp.stats.significance import FEW, fisher_exact
 
 
 def random_columns(rng: np.random.Generator, n_rows: int, n_latents: int) -> np.ndarray:
@@ -132,7 +133,7 @@ def test_rare_latents_against_the_hypergeometric_law() -> None:
         on_first = np.array([rng.hypergeometric(a, n - a, n_first) for a in active.astype(int)])
         law = stats.hypergeom(n, active.astype(int), n_first)
         want = np.minimum(1, 2 * np.minimum(law.cdf(on_first), law.sf(on_first - 1)))
-        np.testing.assert_allclose(_fisher([(on_first, active, n_first, n)]), want, rtol=1e-9)
+        np.testing.assert_allclose(fisher_exact([(on_first, active, n_first, n)]), want, rtol=1e-9)
 
 
 def van_elteren(dense: np.ndarray, first: np.ndarray, strata: np.ndarray) -> np.ndarray:

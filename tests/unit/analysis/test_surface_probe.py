@@ -16,7 +16,8 @@ from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.latents import Latents
 from saexp.results import Result
-from saexp.stats.separation import auroc_difference, difference_p_value
+from saexp.stats.separation import auroc_difference
+from saexp.stats.significance import difference_p_value
 from tests.unit.analysis.simulate import GROUPS, activations, rows_table
 from tests.unit.analysis.surface_texts import names, placed, tokenized
 
