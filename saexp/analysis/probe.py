@@ -216,7 +216,8 @@ class ProbeAnalyzer(Analyzer):
     def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
-        Metrics without a suffix describe the train split (`probe/sparse_5_auroc`), those with
+        Metrics without a suffix describe the train split (`probe/sparse_5_auroc`; of a logistic
+        probe `_cv_auroc` is cross-validated there), those with
         `_test` the test split and those with `_transfer` the second data set. The latter two have
         intervals (see `Judge`) and `…_auroc_p_holm`, the p-value of an AUROC of 0.5 adjusted by
         Holm's method over the probes. The first group is the positive class. Probes:
@@ -397,6 +398,8 @@ def _judged(
         if not suffix:
             # The probe was fitted on these rows, so no interval is valid.
             numbers = {name: numbers[name] for name in (*MEASURES, WITHIN) if name in numbers}
+            if probe.fitted is not None:
+                metrics[f"probe/{probe.name}_cv_auroc"] = probe.fitted.cv_auroc
         for name, value in numbers.items():
             metrics[f"probe/{probe.name}_{name}{suffix}"] = value
         fit = {"probe": probe.name, "k": len(probe.latents) or pd.NA} if by_value else _fit(probe)
@@ -458,10 +461,12 @@ def _fit(probe: Probe) -> dict[str, object]:
         "latents": ", ".join(map(str, probe.latents)) or None,
         "c": None if fitted is None else fitted.c,
         "cv_log_loss": None if fitted is None else fitted.cv_log_loss,
+        "cv_auroc": None if fitted is None else fitted.cv_auroc,
     }
 
 
 def _typed(rows: list[dict[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    numbers = [c for c in table.columns if c.startswith((*MEASURES, ABOVE))] + ["c", "cv_log_loss"]
+    numbers = [c for c in table.columns if c.startswith((*MEASURES, ABOVE))]
+    numbers += ["c", "cv_log_loss", "cv_auroc"]
     return table.astype({"k": "Int64", "latents": "string", **dict.fromkeys(numbers, float)})

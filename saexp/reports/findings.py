@@ -393,10 +393,10 @@ def probe_columns(table: pd.DataFrame) -> dict[str, str]:
 
 
 def probe_findings(done: pd.DataFrame) -> list[str]:
-    """A sentence per probe: its held-out AUROC in the cell with the best AUROC on train."""
+    """A sentence per probe: its held-out AUROC in the cell that is best on the train split."""
     keys, sentences = swept(done), []
     for name in probes_of(done):
-        best = _best_cell(done, name)
+        best, chosen_by = _best_cell(done, name)
         if best is None:
             continue
         at = cell_words(best, keys)
@@ -412,14 +412,24 @@ def probe_findings(done: pd.DataFrame) -> list[str]:
         others = done[f"probe/{name}_auroc_test"].astype(float).dropna()
         if len(others) > 1:
             sentence += f"; {others.min():.3f} to {others.max():.3f} over {len(others)} cells"
-        sentences.append(f"{sentence} (cell chosen by the AUROC on train).")
+        sentences.append(f"{sentence} (cell chosen by {chosen_by}).")
     return sentences
 
 
-def _best_cell(done: pd.DataFrame, name: str) -> pd.Series | None:
-    held_out = done[f"probe/{name}_auroc_test"].notna()
-    train = done.loc[held_out, f"probe/{name}_auroc"].astype(float)
-    return None if train.isna().all() else done[held_out].iloc[int(np.nanargmax(train))]
+def _best_cell(done: pd.DataFrame, name: str) -> tuple[pd.Series | None, str]:
+    """(the cell that is best on the train split, None without a value there; the number it is
+    chosen by, in words).
+
+    That is the cross-validated AUROC of a probe that has one: on the rows it is fitted on, the
+    AUROC of one with many weights is near 1 everywhere and orders the cells by chance.
+    """
+    held_out = done[done[f"probe/{name}_auroc_test"].notna()]
+    for column, words in (("cv_auroc", "the cross-validated AUROC"), ("auroc", "the AUROC")):
+        values = held_out.get(f"probe/{name}_{column}")
+        if values is not None and values.notna().any():
+            best = held_out.iloc[int(np.nanargmax(values.astype(float)))]
+            return best, f"{words} on train"
+    return None, ""
 
 
 def _auroc(cell: pd.Series, name: str) -> str:

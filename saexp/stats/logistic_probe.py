@@ -39,6 +39,8 @@ class Fitted:
     c: float
     """Inverse L2 penalty chosen by cross-validation."""
     cv_log_loss: float
+    cv_auroc: float
+    """Mean AUROC over the validation sides of the folds, with the penalty `c`."""
     converged: bool
 
 
@@ -77,7 +79,8 @@ def fit_logistic(
     search: Any = GridSearchCV(
         pipeline,
         {"logisticregression__C": sorted(strengths)},
-        scoring="neg_log_loss",
+        scoring=["neg_log_loss", "roc_auc"],
+        refit="neg_log_loss",
         cv=pairs,
         error_score="raise",  # pyright: ignore[reportArgumentType]
     )
@@ -93,6 +96,7 @@ def fit_logistic(
         direction=weights if best[0].scale_ is None else weights / best[0].scale_,
         c=float(search.best_params_["logisticregression__C"]),
         cv_log_loss=-float(search.best_score_),
+        cv_auroc=float(search.cv_results_["mean_test_roc_auc"][search.best_index_]),
         converged=not warned,
     )
 

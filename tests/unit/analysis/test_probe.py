@@ -98,22 +98,24 @@ def parts(inputs: AnalysisInputs, split: str) -> tuple[np.ndarray, np.ndarray, n
 
 def step_by_step(
     x: np.ndarray, y: np.ndarray, units: np.ndarray, x_test: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """(C, scores on test) by a loop over penalties and folds."""
+) -> tuple[float, np.ndarray, float]:
+    """(C, scores on test, cross-validated AUROC) by a loop over penalties and folds."""
     splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    losses = {}
+    losses, aurocs = {}, {}
     for c in STRENGTHS:
-        of_fold = []
+        of_fold, auroc_of_fold = [], []
         for train, validation in splitter.split(x, y, units):
             scaler = StandardScaler().fit(x[train])
             model = LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(x[train]), y[train])
             chance = model.predict_proba(scaler.transform(x[validation]))
             of_fold.append(log_loss(y[validation], chance))
-        losses[c] = np.mean(of_fold)
+            auroc_of_fold.append(roc_auc_score(y[validation], chance[:, 1]))
+        losses[c], aurocs[c] = np.mean(of_fold), np.mean(auroc_of_fold)
     best = min(STRENGTHS, key=lambda c: losses[c])
     scaler = StandardScaler().fit(x)
     model = LogisticRegression(C=best, max_iter=2000).fit(scaler.transform(x), y)
-    return best, model.decision_function(scaler.transform(x_test))
+    scores = model.decision_function(scaler.transform(x_test))
+    return best, scores, float(aurocs[best])
 
 
 @pytest.mark.parametrize("name", ["sparse_1", "sparse_3", "dense"])
@@ -130,9 +132,11 @@ def test_against_scikit_learn(inputs: AnalysisInputs, result: Result, name: str)
         x = dense[:, chosen]
         table = result.tables["probes"].query("probe == @name and data == 'test'").iloc[0]
         assert table["latents"] == ", ".join(map(str, chosen))
-    c, scores = step_by_step(x[train], y, units, x[test])
+    c, scores, cv_auroc = step_by_step(x[train], y, units, x[test])
     row = result.tables["probes"].query("probe == @name and data == 'test'").iloc[0]
     assert row["c"] == c
+    assert row["cv_auroc"] == pytest.approx(cv_auroc, abs=1e-3)
+    assert result.metrics[f"probe/{name}_cv_auroc"] == row["cv_auroc"]
     assert row["auroc"] == pytest.approx(roc_auc_score(y_test, scores), abs=1e-3)
     assert row["accuracy"] == pytest.approx(accuracy_score(y_test, scores > 0), abs=0.01)
     assert row["f1"] == pytest.approx(f1_score(y_test, scores > 0), abs=0.01)
