@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saexp import registry
-from saexp.config import InterventionConfig, PositionsConfig
+from saexp.config import InterventionConfig, PositionsConfig, parse_coefficients
 from saexp.config.groups import SELECTED
 from saexp.data import Example
 from saexp.data.positions import Candidate, entity_tokens, selected
@@ -134,11 +134,17 @@ class Prompts:
 
     def of_split(self, split: str) -> "Prompts":
         """Prompts of one split; groups without any are left out."""
-        of_group = {
-            group: [p for p in placed if p.example.split == split]
-            for group, placed in self.of_group.items()
-        }
-        return Prompts({group: placed for group, placed in of_group.items() if placed})
+        return self.of_prompts(lambda p: p.example.split == split)
+
+    def of_prompts(self, keep: Callable[[PositionedPrompt], bool]) -> "Prompts":
+        """The prompts for which `keep` is true; groups without any are left out."""
+        of_group = {g: [p for p in placed if keep(p)] for g, placed in self.of_group.items()}
+        return Prompts({g: placed for g, placed in of_group.items() if placed})
+
+    def of_groups(self, keep: Callable[[PositionedPrompt], bool]) -> "Prompts":
+        """The groups with at least one prompt for which `keep` is true, whole."""
+        of_group = {g: placed for g, placed in self.of_group.items() if any(map(keep, placed))}
+        return Prompts(of_group, self.reasons)
 
     def notes(self, what: str = "prompts not steered") -> list[str]:
         """One line per reason."""
@@ -170,6 +176,15 @@ def edited_positions(
     return tuple(selected(positions, Candidate(example, tokens, np.random.default_rng(seed))))
 
 
+def coefficient_unit(cfg: InterventionConfig) -> str:
+    """The unit of the coefficient."""
+    if cfg.name == "steer":
+        return cfg.unit
+    return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
+        cfg.name, "share"
+    )
+
+
 def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
     """A seeded choice of at most `n` examples per group, balanced over entity types."""
     rng = np.random.default_rng([seed, 31])
@@ -183,6 +198,16 @@ def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Examp
         queues = [of_type[t] for t in sorted(of_type)]
         turn = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
         chosen += turn[:n]
+    return chosen
+
+
+def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
+    """Test prompts, and train prompts for the choice of the coefficient."""
+    test = [e for e in examples if e.split == "test"]
+    train = [e for e in examples if e.split == "train"]
+    chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
+    if train and cfg.n_choice_prompts and len(parse_coefficients(cfg.coefficient)) > 1:
+        chosen += choose_prompts(train, cfg.n_choice_prompts, cfg.seed)
     return chosen
 
 

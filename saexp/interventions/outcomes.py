@@ -81,6 +81,7 @@ class Accuracy:
     """Whether the generation contains a correct answer, by `labeling.matchers`."""
 
     name, kind, source = "accuracy", "rate", "text"
+    reads_answers = True
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:  # noqa: ARG002
         """None where the example has no answer."""
@@ -101,6 +102,7 @@ class ExactMatch:
     """Whether the generation begins with the answer as whole words, ignoring white space."""
 
     name, kind, source = "exact_match", "rate", "text"
+    reads_answers = True
     lacking = "have no answer, or one that intervention.max_new_tokens cuts off"
     max_new_tokens: int | None = None
 
@@ -123,6 +125,7 @@ class MatchingTokens:
     """Number of leading tokens of the generation that match the start of the best answer."""
 
     name, kind, source = "matching_tokens", "mean", "text"
+    reads_answers = True
     _tokenizer: Any = None
 
     def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
@@ -341,6 +344,23 @@ def outcome_objects(names: Sequence[str]) -> list[Any]:
 def tested_kinds(outcomes: Sequence[Any]) -> dict[str, str]:
     """Name -> kind of the outcomes with a number per prompt, whose effects are tested."""
     return {o.name: o.kind for o in outcomes if o.source in ("text", "next", "phrases")}
+
+
+def has_value(outcome: Any, example: Example, tokenizer: Any) -> bool:
+    """Whether an outcome can be measured on this prompt, as far as the prompt itself says.
+
+    An outcome that compares with the answer (`reads_answers`) needs one, and one that asks about
+    the entity needs an entity. Outcomes on neutral text (`cost`) have a value on no prompt.
+    """
+    if outcome.source == "next":
+        try:
+            outcome.prompt(example)
+            outcome.tokens(example, tokenizer)
+        except PositionNotFound:
+            return False
+        return True
+    reads_answers = getattr(outcome, "reads_answers", False)
+    return outcome.source != "cost" and (bool(example.answers) or not reads_answers)
 
 
 def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:
