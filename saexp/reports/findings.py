@@ -219,9 +219,11 @@ def surface_sentences(run: SavedRun) -> list[str]:
     if auroc is None:
         return []
     chance = "" if _is_surface_above_chance(run.metrics) else ", not above chance"
+    # A probe's AUROC is over all pairs, so that of the same baseline is another number there.
+    within = " within entity types" if len(run.entity_types) > 1 else ""
     return [
         "The surface baseline (tokens and n-grams of the text, no model) has AUROC "
-        f"{auroc:.3f}{_limits(run.metrics, _SURFACE)}{chance}."
+        f"{auroc:.3f}{_limits(run.metrics, _SURFACE)}{within}{chance}."
     ]
 
 

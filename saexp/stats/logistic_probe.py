@@ -80,7 +80,7 @@ def fit_logistic(
         pipeline,
         {"logisticregression__C": sorted(strengths)},
         scoring=["neg_log_loss", "roc_auc"],
-        refit="neg_log_loss",
+        refit="neg_log_loss",  # pyright: ignore[reportArgumentType]
         cv=pairs,
         error_score="raise",  # pyright: ignore[reportArgumentType]
     )
