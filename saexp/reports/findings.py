@@ -161,22 +161,33 @@ def _detection(run: SavedRun, group: str) -> str:
     other = second if group == first else first
     latent = m.get(f"contrast/best_latent_{group}")
     if latent is None:
-        return f"No latent is selected for '{group}'"
+        return _of_control(run, f"No latent is selected for '{group}'")
     auroc, p_value = (m[f"contrast/best_{n}_{group}_test"] for n in ("auroc", "p_value"))
     low, high = (m.get(f"contrast/best_auroc_{group}_ci_{end}_test") for end in ("low", "high"))
     words = f"AUROC {auroc:.3f}{interval_words(low, high)}"
     assert auroc is not None and p_value is not None
     groups = f"{group} from {other} {run.unit_word}"
     if not is_above_chance(auroc, p_value, run.config["analyzer"]["alpha"]):
-        return (
+        return _of_control(
+            run,
             f"Latent {latent}, the best candidate for '{group}', does not distinguish {groups} on "
-            f"held-out data ({words}, p {p_value_words(p_value)})"
+            f"held-out data ({words}, p {p_value_words(p_value)})",
         )
     surface = ""
     above_text = m.get(f"contrast/best_minus_surface_{group}_test_ci_low")
     if above_text is not None and above_text <= 0:
         surface = ", no better than the text alone,"
-    return f"Latent {latent} distinguishes {groups}{surface} on held-out data ({words})"
+    return _of_control(
+        run, f"Latent {latent} distinguishes {groups}{surface} on held-out data ({words})"
+    )
+
+
+def _of_control(run: SavedRun, clause: str) -> str:
+    """The clause, which for a control SAE says so first, so that it is not read as a finding."""
+    control = (run.provenance.get("sae") or {}).get("control")
+    if not isinstance(control, str):
+        return clause
+    return f"Control SAE ({control}): {clause[0].lower()}{clause[1:]}"
 
 
 def contrast_sentences(run: SavedRun) -> list[str]:
