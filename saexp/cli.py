@@ -128,7 +128,7 @@ def _run(raw: DictConfig, job: HydraConf) -> None:
     raise_if_stopped()
     (folder / "error.txt").unlink(missing_ok=True)
     try:
-        cfg = to_run_config(raw)
+        cfg = to_run_config(raw, words=_as_typed(job.overrides.task))
         environment.mask_logs()
         if cfg.resume is None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
