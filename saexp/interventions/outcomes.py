@@ -363,6 +363,20 @@ def has_value(outcome: Any, example: Example, tokenizer: Any) -> bool:
     return outcome.source != "cost" and (bool(example.answers) or not reads_answers)
 
 
+def rounding_notes(outcomes: Sequence[Any], dtype: torch.dtype) -> list[str]:
+    """A note where outcomes are read from logits in 16 bits, on their rounding."""
+    names = [o.name for o in outcomes if o.source in ("next", "phrases")]
+    if not names or dtype not in (torch.bfloat16, torch.float16):
+        return []
+    verb = "is" if len(names) == 1 else "are"
+    step = 16 * torch.finfo(dtype).eps
+    return [
+        f"{' and '.join(names)} {verb} read from logits in {str(dtype).removeprefix('torch.')}, "
+        f"which has steps of {step:g} between 16 and 32: a smaller change of a single prompt may "
+        "be rounding; dtype=float32 is finer"
+    ]
+
+
 def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:
     """Mean negative log-likelihood, nats, of `ids` under the logits before each of them."""
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(ids), device=logits.device))

@@ -45,7 +45,12 @@ from saexp.interventions.measure import (
     weight_costs,
     with_texts,
 )
-from saexp.interventions.outcomes import has_value, outcome_objects, tested_kinds
+from saexp.interventions.outcomes import (
+    has_value,
+    outcome_objects,
+    rounding_notes,
+    tested_kinds,
+)
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
@@ -180,6 +185,7 @@ class CausalTest:
         effects = with_texts(self._together(parts), result.tables.get("baselines"))
         result.tables["effects"] = effects
         result.notes += constant_rate_notes(effects, self.kinds)
+        result.notes += rounding_notes(self.outcomes, self.model.dtype)
         self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
             summary = summarise(
