@@ -9,6 +9,7 @@ are the sample size of intervals (see `Judge`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,10 @@ class Judge:
             for side, limit in (("low", low), ("high", high)):
                 numbers[f"{name}_ci_{side}"] = float(limit) if np.isfinite(limit) else None
         return numbers
+
+    def auroc(self, scores: Float[np.ndarray, " n"]) -> float:
+        """AUROC over all pairs."""
+        return self._auroc(scores, np.zeros(len(scores), dtype=np.int64))[0]
 
     def difference(
         self, scores: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]
@@ -231,7 +236,9 @@ class ProbeAnalyzer(Analyzer):
         - `surface`: the text alone, without the model (see `saexp.analysis.contrast_checks`), also
           reported as `contrast/surface_auroc_test`. `…_minus_surface` is the AUROC of another probe
           minus its AUROC on the same rows, with an interval, and `…_minus_surface_p_holm` the
-          p-value of the paired test of no difference, adjusted over the probes.
+          p-value of the paired test of no difference, adjusted over the probes;
+        - `null`, with `placebo` permutations: `dense` with labels that are permuted over the units
+          of each split. Its AUROC is the mean, its limits are those of 95% of the permutations.
 
         The option `within` names columns that define the kind of a row. It adds the probes
         `base_rate`, which knows only the kind, and `best_latent_within`, chosen by train AUROC over
@@ -282,11 +289,30 @@ class ProbeAnalyzer(Analyzer):
             metrics |= new_metrics
             table += rows
             notes += [*unseen_notes, self._unseen_note(metrics, probes)]
+        if self.cfg.placebo:
+            numbers, row = self._null(inputs, train, test)
+            metrics |= numbers
+            table.append(row)
         metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
         metrics |= _surface_metrics(metrics)
         notes += _missed_latent(metrics, probes, latents)
         tables = {"probes": _typed(table), "probe_latents": latents, "roc": pd.concat(curves)}
         return Result(metrics=metrics, tables=tables, notes=list(dict.fromkeys(notes)))
+
+    def _null(
+        self, inputs: AnalysisInputs, train: np.ndarray, test: np.ndarray
+    ) -> tuple[dict[str, float | int | None], dict[str, object]]:
+        """Metrics and table row of the dense probe with permuted labels (`null`)."""
+        n, rows = self.cfg.placebo, labelled(inputs, test)
+        trials = self.fitting.permuted(inputs, train, test, n)
+        aurocs = [Judge(replace(rows, first=first)).auroc(scores) for first, scores in trials]
+        low, high = np.quantile(aurocs, (0.025, 0.975)).tolist()
+        numbers = {"auroc": float(np.mean(aurocs)), "auroc_ci_low": low, "auroc_ci_high": high}
+        metrics: dict[str, float | int | None] = {
+            f"probe/null_{k}_test": v for k, v in numbers.items()
+        }
+        row = {"probe": "null", "data": "test", "n_rows": len(test), "k": pd.NA, **numbers}
+        return {**metrics, "probe/n_null": n}, row
 
     def _unseen_note(
         self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]
