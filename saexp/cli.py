@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -128,7 +129,7 @@ def _run(raw: DictConfig, job: HydraConf) -> float | None:
     raise_if_stopped()
     (folder / "error.txt").unlink(missing_ok=True)
     try:
-        cfg = to_run_config(raw)
+        cfg = to_run_config(raw, words=_as_typed(job.overrides.task))
         environment.mask_logs()
         if cfg.resume is None:
             cfg = dataclasses.replace(cfg, resume=sweep is not None)
@@ -220,6 +221,30 @@ def program() -> None:
         gc.freeze()
 
 
+_WITH_VALUE = ("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir")
+_WITH_VALUE += ("-cd", "--cfg", "-c", "--experimental-rerun")
+"""Options of Hydra that are followed by their value."""
+
+
+def options_first(words: Sequence[str]) -> list[str]:
+    """The words with options such as -m before all settings, if some are between settings.
+
+    Hydra's parser takes settings only where they are next to each other.
+
+    >>> options_first(["layer=1,2", "-m", "width=256"])
+    ['-m', 'layer=1,2', 'width=256']
+    """
+    before = ["", *words][: len(words)]
+    is_setting = [
+        not word.startswith("-") and last not in _WITH_VALUE and (last != "--info" or "=" in word)
+        for word, last in zip(words, before, strict=True)
+    ]
+    if [of_settings for of_settings, _ in groupby(is_setting)].count(True) < 2:
+        return list(words)
+    pairs = list(zip(words, is_setting, strict=True))
+    return [w for w, setting in pairs if not setting] + [w for w, setting in pairs if setting]
+
+
 def main() -> None:
     """The command line; an error that the user can fix is one line on stderr and exit code 1."""
     global _traceback_wanted
@@ -234,7 +259,7 @@ def main() -> None:
         _fail(error)
     # The list of options does not depend on settings.
     flags = [w for w in words if w.startswith("-") or "=" not in w]
-    sys.argv[1:] = flags if lists_options else for_hydra(words)
+    sys.argv[1:] = flags if lists_options else for_hydra(options_first(words))
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Without this variable Hydra would print a shortened traceback instead of raising the error.
     os.environ[FULL_ERROR] = "1"

@@ -200,17 +200,23 @@ def stoppable_cell() -> Iterator[None]:
             os._exit(exit_code(error))
 
 
-_SECONDS_BETWEEN_LINES = 20.0
+_SECONDS_BETWEEN_LINES = 10.0
+_LEAST_SECONDS_OF_WAIT = 1.0
 
 
 class _LoggedProgress:
-    """Progress as log lines, for output that is not a terminal. Short loops log nothing."""
+    """Progress as log lines, for output that is not a terminal. Short loops log nothing.
+
+    A line also comes while a single unit, such as a batch of generations, takes longer.
+    """
 
     def __init__(self, total: int | None, what: str, unit: str, initial: int) -> None:
         self.total, self.what, self.unit = total, what, unit
         self.initial = self.done = initial
         self.postfix = ""
         self.began = self.last_line = time.monotonic()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002, FBT001, FBT002
         """What follows in the next lines, as tqdm's method of this name."""
@@ -219,10 +225,14 @@ class _LoggedProgress:
     def update(self, n: int = 1) -> None:
         """Count n more units as done."""
         self.done += n
+        self._log_if_due()
+
+    def _log_if_due(self) -> None:
         now = time.monotonic()
-        if now - self.last_line < _SECONDS_BETWEEN_LINES:
-            return
-        self.last_line = now
+        with self._lock:
+            if now - self.last_line < _SECONDS_BETWEEN_LINES:
+                return
+            self.last_line = now
         rate = (self.done - self.initial) / (now - self.began)
         words = [f"{self.done}", f"{rate:.1f} {self.unit}/s"]
         if self.total is not None:
@@ -230,15 +240,24 @@ class _LoggedProgress:
             words += [f"{max(self.total - self.done, 0) / rate:.0f} s left"] if rate else []
         log.info("%s: %s", self.what, ", ".join([*words, *filter(None, [self.postfix])]))
 
+    def _log_until_closed(self) -> None:
+        """Log lines in another thread when they are due, until the context is left."""
+        left = _SECONDS_BETWEEN_LINES
+        while not self._closed.wait(max(left, _LEAST_SECONDS_OF_WAIT)):
+            self._log_if_due()
+            left = self.last_line + _SECONDS_BETWEEN_LINES - time.monotonic()
+
     def __enter__(self) -> "_LoggedProgress":
+        # A daemon, as it must not keep a process that ends from ending.
+        threading.Thread(target=self._log_until_closed, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._closed.set()
 
 
 def progress(total: int | None, what: str, unit: str, initial: int = 0) -> Any:
-    """A progress bar on a terminal, a log line every 20 s elsewhere.
+    """A progress bar on a terminal, a log line every 10 s elsewhere.
 
     Use it as a context manager, call `.update(n)`, and `.set_postfix_str(text)` for what follows
     the rate. `initial` units were done before, by a run that is continued: they are not part of the

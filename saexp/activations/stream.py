@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saexp.activations.shared_prefixes import TokenBudget
+from saexp.context import progress
 from saexp.data.corpora import Corpus
 from saexp.distributed import ALONE, Processes
 from saexp.errors import ModelError, StoreError
@@ -304,11 +305,13 @@ class ActivationStream:
         self._free = torch.cat([self._free, free])
         self._free_rows = torch.cat([self._free_rows, self._rows_in(free)])
         slots = now.slots[now.start :]
-        while len(slots) < settings.buffer_rows:
-            one = self.source.read()
-            holders = torch.arange(len(one.counts), dtype=torch.int16)
-            holders = holders.repeat_interleave(torch.tensor(one.counts))
-            slots = torch.cat([slots, self._add(one.acts, holders)])
+        with progress(settings.buffer_rows - len(slots), "filling the buffer", "position") as bar:
+            while len(slots) < settings.buffer_rows:
+                one = self.source.read()
+                holders = torch.arange(len(one.counts), dtype=torch.int16)
+                holders = holders.repeat_interleave(torch.tensor(one.counts))
+                slots = torch.cat([slots, self._add(one.acts, holders)])
+                bar.update(len(holders))
         seed = derived_seed(settings.seed, "buffer", str(self.source.at.n_refills))
         order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(seed))
         self.source.at.n_refills += 1

@@ -1,7 +1,7 @@
 """Probes and baselines that classify rows into two groups, fitted on train rows."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,12 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    def permuted(self, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+        """`first` permuted between units; the rows of a unit in one group keep a common label."""
+        observation = pd.factorize(self.units)[0] * 2 + self.first
+        _, first_row, of_row = np.unique(observation, return_index=True, return_inverse=True)
+        return rng.permutation(self.first[first_row])[of_row]
 
     def weights(self) -> Float[np.ndarray, " n"]:
         """Weights of the rows; those of one unit in one group sum to 1."""
@@ -330,6 +336,27 @@ class Fitting:
         )
         log.info("fitted %d probes on %d rows", len(probes), len(train))
         return probes, table, notes
+
+    def permuted(
+        self, inputs: AnalysisInputs, train: np.ndarray, test: np.ndarray, n: int
+    ) -> Iterator[tuple[Bool[np.ndarray, " n_test"], Float[np.ndarray, " n_test"]]]:
+        """(labels, scores) of the test rows, `n` times, with the labels of each split permuted.
+
+        The scores are those of the dense probe fitted to the permuted train labels. Labels of both
+        splits are permuted, as only then nothing is to be found: a probe of permuted train labels
+        alone may by chance point along or against the direction of the groups. They are permuted
+        between units, so that the rows of one keep a common label; the penalty is chosen anew.
+        """
+        splits = [labelled(inputs, chosen) for chosen in (train, test)]
+        dense, dense_test = (read_acts(inputs, chosen) for chosen in (train, test))
+        rng = np.random.default_rng([self.seed, 71])
+        with progress(n, "fitting probes to permuted labels", "probe") as bar:
+            for _ in range(n):
+                first, first_of_test = (rows.permuted(rng) for rows in splits)
+                pairs = folds(first, splits[0].units, self.seed)
+                fitted = fit_logistic(dense, first, self.strengths, pairs)
+                yield first_of_test, fitted.score(dense_test)
+                bar.update(1)
 
     def _within_kinds(
         self, inputs: AnalysisInputs, train: np.ndarray, values: sparse.csr_array, rows: Labelled

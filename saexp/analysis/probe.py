@@ -9,6 +9,7 @@ are the sample size of intervals (see `Judge`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,10 @@ class Judge:
             for side, limit in (("low", low), ("high", high)):
                 numbers[f"{name}_ci_{side}"] = float(limit) if np.isfinite(limit) else None
         return numbers
+
+    def auroc(self, scores: Float[np.ndarray, " n"]) -> float:
+        """AUROC over all pairs."""
+        return self._auroc(scores, np.zeros(len(scores), dtype=np.int64))[0]
 
     def difference(
         self, scores: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]
@@ -214,7 +219,8 @@ class ProbeAnalyzer(Analyzer):
     def analyze(self, inputs: AnalysisInputs) -> Result:
         """Metrics `probe/…`, tables `probes`, `probe_latents` and `roc`.
 
-        Metrics without a suffix describe the train split (`probe/sparse_5_auroc`), those with
+        Metrics without a suffix describe the train split (`probe/sparse_5_auroc`; of a logistic
+        probe `_cv_auroc` is cross-validated there), those with
         `_test` the test split and those with `_transfer` the second data set. The latter two have
         intervals (see `Judge`) and `…_auroc_p_holm`, the p-value of an AUROC of 0.5 adjusted by
         Holm's method over the probes. The first group is the positive class. Probes:
@@ -228,7 +234,9 @@ class ProbeAnalyzer(Analyzer):
         - `surface`: the text alone, without the model (see `saexp.analysis.contrast_checks`), also
           reported as `contrast/surface_auroc_test`. `…_minus_surface` is the AUROC of another probe
           minus its AUROC on the same rows, with an interval, and `…_minus_surface_p_holm` the
-          p-value of the paired test of no difference, adjusted over the probes.
+          p-value of the paired test of no difference, adjusted over the probes;
+        - `null`, with `placebo` permutations: `dense` with labels that are permuted over the units
+          of each split. Its AUROC is the mean, its limits are those of 95% of the permutations.
 
         The option `within` names columns that define the kind of a row. It adds the probes
         `base_rate`, which knows only the kind, and `best_latent_within`, chosen by train AUROC over
@@ -279,11 +287,30 @@ class ProbeAnalyzer(Analyzer):
             metrics |= new_metrics
             table += rows
             notes += [*unseen_notes, self._unseen_note(metrics, probes)]
+        if self.cfg.placebo:
+            numbers, row = self._null(inputs, train, test)
+            metrics |= numbers
+            table.append(row)
         metrics |= {f"probe/{p.name}": p.latents[0] for p in probes if p.name.startswith("best_")}
         metrics |= _surface_metrics(metrics)
         notes += _missed_latent(metrics, probes, latents)
         tables = {"probes": _typed(table), "probe_latents": latents, "roc": pd.concat(curves)}
         return Result(metrics=metrics, tables=tables, notes=list(dict.fromkeys(notes)))
+
+    def _null(
+        self, inputs: AnalysisInputs, train: np.ndarray, test: np.ndarray
+    ) -> tuple[dict[str, float | int | None], dict[str, object]]:
+        """Metrics and table row of the dense probe with permuted labels (`null`)."""
+        n, rows = self.cfg.placebo, labelled(inputs, test)
+        trials = self.fitting.permuted(inputs, train, test, n)
+        aurocs = [Judge(replace(rows, first=first)).auroc(scores) for first, scores in trials]
+        low, high = np.quantile(aurocs, (0.025, 0.975)).tolist()
+        numbers = {"auroc": float(np.mean(aurocs)), "auroc_ci_low": low, "auroc_ci_high": high}
+        metrics: dict[str, float | int | None] = {
+            f"probe/null_{k}_test": v for k, v in numbers.items()
+        }
+        row = {"probe": "null", "data": "test", "n_rows": len(test), "k": pd.NA, **numbers}
+        return {**metrics, "probe/n_null": n}, row
 
     def _unseen_note(
         self, metrics: Mapping[str, float | int | None], probes: Sequence[Probe]
@@ -395,6 +422,8 @@ def _judged(
         if not suffix:
             # The probe was fitted on these rows, so no interval is valid.
             numbers = {name: numbers[name] for name in (*MEASURES, WITHIN) if name in numbers}
+            if probe.fitted is not None:
+                metrics[f"probe/{probe.name}_cv_auroc"] = probe.fitted.cv_auroc
         for name, value in numbers.items():
             metrics[f"probe/{probe.name}_{name}{suffix}"] = value
         fit = {"probe": probe.name, "k": len(probe.latents) or pd.NA} if by_value else _fit(probe)
@@ -456,10 +485,12 @@ def _fit(probe: Probe) -> dict[str, object]:
         "latents": ", ".join(map(str, probe.latents)) or None,
         "c": None if fitted is None else fitted.c,
         "cv_log_loss": None if fitted is None else fitted.cv_log_loss,
+        "cv_auroc": None if fitted is None else fitted.cv_auroc,
     }
 
 
 def _typed(rows: list[dict[str, object]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
-    numbers = [c for c in table.columns if c.startswith((*MEASURES, ABOVE))] + ["c", "cv_log_loss"]
+    numbers = [c for c in table.columns if c.startswith((*MEASURES, ABOVE))]
+    numbers += ["c", "cv_log_loss", "cv_auroc"]
     return table.astype({"k": "Int64", "latents": "string", **dict.fromkeys(numbers, float)})

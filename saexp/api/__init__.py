@@ -74,7 +74,8 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     register_schema()
     try:
         with _composing, initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-            return to_run_config(hydra_compose("config", overrides=for_hydra(overrides)))
+            words = for_hydra(overrides)
+            return to_run_config(hydra_compose("config", overrides=words), words=words)
     except Exception as error:
         if not is_composition_error(error):
             raise

@@ -178,7 +178,8 @@ class AnalyzerConfig:
     """Effect of each latent on the answer's logit, direct and by gradient."""
     placebo: int = 0
     """Permutations of the group labels, and random latents, with which the contrast is repeated to
-    estimate how often its claim would be made by chance. 0: none."""
+    estimate how often its claim would be made by chance; under analyzer=probe, permutations with
+    which the dense probe is fitted and tested again (`null`). 0: none."""
     seed: int = 0
     """Seed of every random choice: rows, background tokens, folds, resamples, placebo."""
 

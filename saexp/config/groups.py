@@ -226,6 +226,9 @@ class InterventionConfig:
     are left at their defaults (30 and 15 prompts per group, top_k=2, 79 random directions as
     controls at the selected coefficient, 5 neutral texts); auto: small on a CPU for a model of more
     than 10 million parameters outside its embeddings, where the full test takes hours."""
+    keep: list[str] = field(default_factory=list)
+    """Names of these numbers that `size` does not change, such as n_prompts; those that are typed
+    on the command line are among them."""
     min_output_score: float | None = None
     """Test only selected latents with at least this output score (Arad et al. 2025)."""
     directions: list[str] = field(default_factory=lambda: ["latents"])
@@ -306,16 +309,18 @@ class InterventionConfig:
 
     def smaller(self) -> tuple["InterventionConfig", dict[str, tuple[Any, Any]]]:
         """The config with the numbers of `SMALL`, and name -> (default, number) of those replaced:
-        those that have their defaults."""
+        those that have their defaults and are not in `keep`."""
         changed = {}
         for name, number in SMALL.items():
             default = _default_of(InterventionConfig, name)
-            if getattr(self, name) == default:
+            if getattr(self, name) == default and name not in self.keep:
                 changed[name] = (default, number)
         return replace(self, **{name: new for name, (_, new) in changed.items()}), changed
 
     def __post_init__(self) -> None:
         one_of("intervention.size", self.size, SIZES)
+        for name in self.keep:
+            one_of("intervention.keep", name, tuple(SMALL))
         one_of("intervention.unit", self.unit, UNITS)
         one_of("intervention.rule", self.rule, RULES)
         if not self.directions:

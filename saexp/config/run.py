@@ -318,9 +318,14 @@ def plugins_in(words: Sequence[str]) -> list[str]:
     return modules
 
 
-def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
+_SIZED_KEY = re.compile(rf"\+{{0,2}}intervention\.({'|'.join(groups.SMALL)})=")
+
+
+def to_run_config(cfg: DictConfig, *, quiet: bool = False, words: Sequence[str] = ()) -> RunConfig:
     """Resolve a composed config and turn it into dataclasses.
 
+    `words` are those of the command line: a number of the causal test that is among them is kept by
+    `intervention.size`, also where it is the default.
     Imports its plugins. Logs a warning for each former spelling of a setting, unless `quiet`.
     Raises ConfigError for a key that the components named in the config do not have.
     """
@@ -349,6 +354,9 @@ def to_run_config(cfg: DictConfig, *, quiet: bool = False) -> RunConfig:
             typed[group][key] = value
     for key, value in content.items():
         typed[key] = value
+    sized = [match[1] for word in words if (match := _SIZED_KEY.match(word))]
+    if sized:
+        typed.intervention.keep = list(dict.fromkeys([*typed.intervention.keep, *sized]))
     environment.remember(typed)
     # Before the groups, which take their seeds from it.
     at_least("seed", typed.seed, 0)

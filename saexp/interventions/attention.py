@@ -14,8 +14,9 @@ from saexp.context import progress
 from saexp.data.positions import entity_tokens
 from saexp.data.tokenization import PositionNotFound
 from saexp.errors import InterventionError
-from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts, metric_names
+from saexp.interventions.conditions import Condition, PositionedPrompt, Prompts
 from saexp.interventions.measure import condition_columns
+from saexp.interventions.outcomes import metric_names
 from saexp.interventions.stream_edits import BatchEdit, Row, SAEs
 from saexp.models.forward import by_regime, check_positions, padded
 from saexp.models.hooks import attention_to

@@ -197,7 +197,7 @@ def _computed(
     missing = {key: first_row[i] for i, key in enumerate(keys) if key not in results}
     n_missing = n_computed = len(missing)
     with progress(n_missing, label, "prompt") as bar:
-        if cache:
+        if cache and cache.stores:
             n_computed = 0
             with closing(shared(cache, _by_prompt(missing), compute)) as batches:
                 for batch, computed_here in batches:

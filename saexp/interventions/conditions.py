@@ -1,8 +1,7 @@
 """The conditions of an intervention and the prompts it runs on."""
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saexp import registry
-from saexp.config import InterventionConfig, PositionsConfig
+from saexp.config import InterventionConfig, PositionsConfig, parse_coefficients
 from saexp.config.groups import SELECTED
 from saexp.data import Example
 from saexp.data.positions import Candidate, entity_tokens, selected
@@ -103,36 +102,6 @@ class Condition:
         return self.edits[at] if self.edits else ()
 
 
-def direction_of_set(direction: str) -> str:
-    """The direction that a condition counts towards: a latent of no group counts to `latents`."""
-    return "latents" if direction == "latent" else direction
-
-
-def metric_names(conditions: Iterable[tuple[str, str, str, str]]) -> dict[str, str]:
-    """Condition -> its name in metrics, from (condition, role, direction, latents) of all in order.
-
-    Single latents are numbered per direction in their order, which is by rank where the analyzer
-    selects them: a metric's name must not depend on which these are. A patch at the only location
-    of its direction is named without it.
-
-    >>> metric_names([("known_154", "single", "known", "154"), ("known_7", "single", "known", "7")])
-    {'known_154': 'known_top1', 'known_7': 'known_top2'}
-    """
-    described = list(conditions)
-    patches = Counter(d for name, _, d, _ in described if name.startswith(f"{d}_patch_"))
-    n_singles: Counter[str] = Counter()
-    names = {}
-    for name, _, direction, latents in described:
-        names[name] = name
-        if name == f"{direction}_{latents}":
-            counted = direction_of_set(direction)
-            n_singles[counted] += 1
-            names[name] = f"{counted}_top{n_singles[counted]}"
-        elif name.startswith(f"{direction}_patch_") and patches[direction] == 1:
-            names[name] = f"{direction}_patch"
-    return names
-
-
 Ids = tuple[int, ...]
 """Indices of latents."""
 _ANYWHERE = ("all", "prompt", "last", "generated")
@@ -165,11 +134,17 @@ class Prompts:
 
     def of_split(self, split: str) -> "Prompts":
         """Prompts of one split; groups without any are left out."""
-        of_group = {
-            group: [p for p in placed if p.example.split == split]
-            for group, placed in self.of_group.items()
-        }
-        return Prompts({group: placed for group, placed in of_group.items() if placed})
+        return self.of_prompts(lambda p: p.example.split == split)
+
+    def of_prompts(self, keep: Callable[[PositionedPrompt], bool]) -> "Prompts":
+        """The prompts for which `keep` is true; groups without any are left out."""
+        of_group = {g: [p for p in placed if keep(p)] for g, placed in self.of_group.items()}
+        return Prompts({g: placed for g, placed in of_group.items() if placed})
+
+    def of_groups(self, keep: Callable[[PositionedPrompt], bool]) -> "Prompts":
+        """The groups with at least one prompt for which `keep` is true, whole."""
+        of_group = {g: placed for g, placed in self.of_group.items() if any(map(keep, placed))}
+        return Prompts(of_group, self.reasons)
 
     def notes(self, what: str = "prompts not steered") -> list[str]:
         """One line per reason."""
@@ -201,6 +176,15 @@ def edited_positions(
     return tuple(selected(positions, Candidate(example, tokens, np.random.default_rng(seed))))
 
 
+def coefficient_unit(cfg: InterventionConfig) -> str:
+    """The unit of the coefficient."""
+    if cfg.name == "steer":
+        return cfg.unit
+    return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
+        cfg.name, "share"
+    )
+
+
 def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
     """A seeded choice of at most `n` examples per group, balanced over entity types."""
     rng = np.random.default_rng([seed, 31])
@@ -214,6 +198,16 @@ def choose_prompts(examples: Sequence[Example], n: int, seed: int) -> list[Examp
         queues = [of_type[t] for t in sorted(of_type)]
         turn = [q[i] for i in range(max(map(len, queues))) for q in queues if i < len(q)]
         chosen += turn[:n]
+    return chosen
+
+
+def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
+    """Test prompts, and train prompts for the choice of the coefficient."""
+    test = [e for e in examples if e.split == "test"]
+    train = [e for e in examples if e.split == "train"]
+    chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
+    if train and cfg.n_choice_prompts and len(parse_coefficients(cfg.coefficient)) > 1:
+        chosen += choose_prompts(train, cfg.n_choice_prompts, cfg.seed)
     return chosen
 
 

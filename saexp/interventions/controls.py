@@ -13,8 +13,7 @@ from saexp.config import InterventionConfig
 from saexp.interventions.conditions import (
     Condition,
     LatentIntervention,
-    direction_of_set,
-    metric_names,
+    Prompts,
 )
 from saexp.interventions.directions import (
     ControlSet,
@@ -23,6 +22,7 @@ from saexp.interventions.directions import (
     frequency_matched,
     orthonormal,
 )
+from saexp.interventions.outcomes import direction_of_set, metric_names
 from saexp.interventions.stream_edits import Add, Op, Project, Vector
 from saexp.results import CONTROL_WORDS, Result
 from saexp.stats.significance import (
@@ -131,6 +131,20 @@ class ControlDesign:
             scaled += [(condition, control) for control in of_kl]
         at_equal_kl, kl = self._at_equal_kl(scaled, neutral_kl)
         return controls + at_equal_kl, kl
+
+    def n_edited(self, at_every: Sequence[Condition], prompts: Prompts) -> tuple[int, int]:
+        """Numbers of prompts with changed activations: at all coefficients, and at most, of the
+        controls of the second stage.
+
+        Coefficient 0 repeats the prompts without intervention and does not count.
+        """
+        changing = [k for k, c in enumerate(self.coefficients) if c]
+        first = sum(sum(map(c.tried, changing)) * len(prompts.on(c.prompts)) for c in at_every)
+        test = prompts.of_split("test")
+        second = sum(
+            len(self.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts)) for c in self.main
+        )
+        return first, second
 
     def _is_main(self, condition: Condition) -> bool:
         return any(condition.name == c.name for c in self.main)

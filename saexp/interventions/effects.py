@@ -15,9 +15,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from saexp.config import InterventionConfig
 from saexp.config.groups import CONTROL_KINDS
 from saexp.errors import counted
-from saexp.interventions.conditions import Condition, direction_of_set, metric_names
+from saexp.interventions.conditions import Condition, coefficient_unit
+from saexp.interventions.directions import LatentStatistics
+from saexp.interventions.measure import Job
+from saexp.interventions.outcomes import direction_of_set, metric_names
 from saexp.stats import MIN_N, mean_interval, paired_change_interval, wilson
 from saexp.stats.significance import (
     ALPHA,
@@ -32,6 +36,42 @@ N_FLIPS = 4000
 _DESCRIBED = ["condition", "role", "control_kind", "of", "direction", "latent", "coefficient"]
 Matched = Mapping[tuple[str, float], Mapping[str, Sequence[str]]]
 """(condition, coefficient) -> kind of control -> matched controls."""
+
+
+def described(
+    jobs: Sequence[Job], cfg: InterventionConfig, facts: LatentStatistics
+) -> pd.DataFrame:
+    """The columns that describe each job, without outcomes; built by column for speed."""
+    plain = () if facts.saes else (facts.written,)
+    location_of: dict[int, tuple[str, Any]] = {}
+    for condition in (job.condition for job in jobs):
+        if id(condition) not in location_of:
+            written = condition.written or plain
+            layer = written[0].layer if len(written) == 1 else pd.NA
+            location_of[id(condition)] = ("+".join(at.name for at in written), layer)
+    examples, conditions = [j.example for j in jobs], [j.condition for j in jobs]
+    return pd.DataFrame(
+        {
+            "example_id": [e.id for e in examples],
+            "group": ["all" if e.group is None else e.group for e in examples],
+            "split": [e.split for e in examples],
+            "entity_type": [e.entity_type for e in examples],
+            "unit": [e.unit for e in examples],
+            "prompt": [e.text for e in examples],
+            "condition": [c.name for c in conditions],
+            "role": [c.role for c in conditions],
+            "control_kind": [c.control_kind for c in conditions],
+            "of": [c.of for c in conditions],
+            "direction": [c.direction for c in conditions],
+            "latent": [c.label for c in conditions],
+            "coefficient": [j.coefficient for j in jobs],
+            "coefficient_unit": coefficient_unit(cfg),
+            "hookpoint": [location_of[id(c)][0] for c in conditions],
+            "layer": [location_of[id(c)][1] for c in conditions],
+            "where": cfg.where,
+            "answers": [" | ".join(e.answers) for e in examples],
+        }
+    )
 
 
 def summarise(
@@ -215,20 +255,6 @@ def _against_controls(
                 p_values = [prediction_p_value(float(change[i]), c) for _, _, c in achieved]
                 columns["_p_prediction"][i] = float(np.max(p_values))
     return columns
-
-
-def constant_rate_notes(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
-    """A note per rate that is constant over all prompts and conditions, and so uninformative."""
-    notes = []
-    for name in (name for name, kind in kinds.items() if kind == "rate"):
-        values = effects[name].dropna()
-        if len(values) > 1 and values.nunique() == 1:
-            notes.append(
-                f"{name.replace('_', ' ')} is {int(values.iloc[0])} on every prompt with and "
-                "without intervention, so it is uninformative: use prompts on which it differs, or "
-                "choose other intervention.outcomes"
-            )
-    return notes
 
 
 def chosen_coefficients(summary: pd.DataFrame, outcome: str, split: str) -> dict[str, float]:

@@ -35,7 +35,7 @@ from saexp.interventions.outcomes import (
     reader_kind,
 )
 from saexp.interventions.results_cache import ResultCache
-from saexp.interventions.stream_edits import Op, Row, SAEs, Sampling
+from saexp.interventions.stream_edits import Op, Row, SAEs, Sampling, Vector
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import Original
 
@@ -412,6 +412,17 @@ class Measurement:
             cost_row(condition, coefficient, kl)
             for ((_, coefficient), (condition, _)), kl in zip(cells.items(), values, strict=True)
         ]
+
+
+def jobs_by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
+    """Indices of the jobs that run under the same weights."""
+    vectors: dict[int, Vector] = {}
+    indices_of: dict[Vector | None, list[int]] = {}
+    for i, job in enumerate(jobs):
+        tensor: Tensor | None = job.condition.weights if job.coefficient else None
+        key = None if tensor is None else vectors.setdefault(id(tensor), Vector(tensor))
+        indices_of.setdefault(key, []).append(i)
+    return indices_of
 
 
 def condition_columns(condition: Condition) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -81,6 +82,7 @@ class Accuracy:
     """Whether the generation contains a correct answer, by `labeling.matchers`."""
 
     name, kind, source = "accuracy", "rate", "text"
+    reads_answers = True
 
     def score(self, generated: str, example: Example, tokens: Sequence[int] = ()) -> bool | None:  # noqa: ARG002
         """None where the example has no answer."""
@@ -101,6 +103,7 @@ class ExactMatch:
     """Whether the generation begins with the answer as whole words, ignoring white space."""
 
     name, kind, source = "exact_match", "rate", "text"
+    reads_answers = True
     lacking = "have no answer, or one that intervention.max_new_tokens cuts off"
     max_new_tokens: int | None = None
 
@@ -123,6 +126,7 @@ class MatchingTokens:
     """Number of leading tokens of the generation that match the start of the best answer."""
 
     name, kind, source = "matching_tokens", "mean", "text"
+    reads_answers = True
     _tokenizer: Any = None
 
     def prepare(self, tokenizer: Any, max_new_tokens: int) -> None:  # noqa: ARG002
@@ -343,6 +347,37 @@ def tested_kinds(outcomes: Sequence[Any]) -> dict[str, str]:
     return {o.name: o.kind for o in outcomes if o.source in ("text", "next", "phrases")}
 
 
+def has_value(outcome: Any, example: Example, tokenizer: Any) -> bool:
+    """Whether an outcome can be measured on this prompt, as far as the prompt itself says.
+
+    An outcome that compares with the answer (`reads_answers`) needs one, and one that asks about
+    the entity needs an entity. Outcomes on neutral text (`cost`) have a value on no prompt.
+    """
+    if outcome.source == "next":
+        try:
+            outcome.prompt(example)
+            outcome.tokens(example, tokenizer)
+        except PositionNotFound:
+            return False
+        return True
+    reads_answers = getattr(outcome, "reads_answers", False)
+    return outcome.source != "cost" and (bool(example.answers) or not reads_answers)
+
+
+def rounding_notes(outcomes: Sequence[Any], dtype: torch.dtype) -> list[str]:
+    """A note where outcomes are read from logits in 16 bits, on their rounding."""
+    names = [o.name for o in outcomes if o.source in ("next", "phrases")]
+    if not names or dtype not in (torch.bfloat16, torch.float16):
+        return []
+    verb = "is" if len(names) == 1 else "are"
+    step = 16 * torch.finfo(dtype).eps
+    return [
+        f"{' and '.join(names)} {verb} read from logits in {str(dtype).removeprefix('torch.')}, "
+        f"which has steps of {step:g} between 16 and 32: a smaller change of a single prompt may "
+        "be rounding; dtype=float32 is finer"
+    ]
+
+
 def mean_loss(logits: Float[Tensor, "n V"], ids: Sequence[int]) -> np.ndarray:
     """Mean negative log-likelihood, nats, of `ids` under the logits before each of them."""
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(list(ids), device=logits.device))
@@ -402,3 +437,47 @@ def _log_probability(row: Row, logits: Float[Tensor, "n V"]) -> np.ndarray:
     ids = torch.tensor(row.ids[-row.about[0] :], device=logits.device)
     logs = logits[:-1].log_softmax(-1).gather(1, ids[:, None])
     return np.asarray([float(logs.double().sum())])
+
+
+def constant_rate_notes(effects: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
+    """A note per rate that is constant over all prompts and conditions, and so uninformative."""
+    notes = []
+    for name in (name for name, kind in kinds.items() if kind == "rate"):
+        values = effects[name].dropna()
+        if len(values) > 1 and values.nunique() == 1:
+            notes.append(
+                f"{name.replace('_', ' ')} is {int(values.iloc[0])} on every prompt with and "
+                "without intervention, so it is uninformative: use prompts on which it differs, or "
+                "choose other intervention.outcomes"
+            )
+    return notes
+
+
+def direction_of_set(direction: str) -> str:
+    """The direction that a condition counts towards: a latent of no group counts to `latents`."""
+    return "latents" if direction == "latent" else direction
+
+
+def metric_names(conditions: Iterable[tuple[str, str, str, str]]) -> dict[str, str]:
+    """Condition -> its name in metrics, from (condition, role, direction, latents) of all in order.
+
+    Single latents are numbered per direction in their order, which is by rank where the analyzer
+    selects them: a metric's name must not depend on which these are. A patch at the only location
+    of its direction is named without it.
+
+    >>> metric_names([("known_154", "single", "known", "154"), ("known_7", "single", "known", "7")])
+    {'known_154': 'known_top1', 'known_7': 'known_top2'}
+    """
+    described = list(conditions)
+    patches = Counter(d for name, _, d, _ in described if name.startswith(f"{d}_patch_"))
+    n_singles: Counter[str] = Counter()
+    names = {}
+    for name, _, direction, latents in described:
+        names[name] = name
+        if name == f"{direction}_{latents}":
+            counted = direction_of_set(direction)
+            n_singles[counted] += 1
+            names[name] = f"{counted}_top{n_singles[counted]}"
+        elif name.startswith(f"{direction}_patch_") and patches[direction] == 1:
+            names[name] = f"{direction}_patch"
+    return names

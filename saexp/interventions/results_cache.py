@@ -82,6 +82,8 @@ class ResultCache:
         """Rows that could not be written because the file was locked."""
         self.n_rows = self.n_computed = 0
         """Distinct rows requested through this object, and those computed by this process."""
+        self.stores = True
+        """Whether results that are computed are stored; if not, they are only read."""
         self._damage_reported = False
         """Whether damaged rows that cannot be removed were already reported."""
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from saexp.config import InterventionConfig, parse_coefficients
 from saexp.data import Example
 from saexp.errors import InterventionError, duration_words
 from saexp.interventions.attention import AttentionTest
-from saexp.interventions.conditions import Condition, Prompts, choose_prompts, position_prompts
+from saexp.interventions.conditions import Condition, Prompts, position_prompts, tested_examples
 from saexp.interventions.controls import (
     ControlDesign,
     control_notes,
@@ -26,7 +25,7 @@ from saexp.interventions.directions import LatentStatistics
 from saexp.interventions.effects import (
     chosen_coefficients,
     claim_notes,
-    constant_rate_notes,
+    described,
     effect_metrics,
     numeric_outcomes,
     summarise,
@@ -40,11 +39,18 @@ from saexp.interventions.measure import (
     constant_note,
     constant_rates,
     fitting,
+    jobs_by_weights,
     knowledge,
     weight_costs,
     with_texts,
 )
-from saexp.interventions.outcomes import outcome_objects, tested_kinds
+from saexp.interventions.outcomes import (
+    constant_rate_notes,
+    has_value,
+    outcome_objects,
+    rounding_notes,
+    tested_kinds,
+)
 from saexp.interventions.results_cache import ResultCache, model_ingredients
 from saexp.interventions.stream_edits import Vector
 from saexp.models.loading import LanguageModel
@@ -55,6 +61,10 @@ from saexp.saes.loading import sae_identity
 from saexp.stats.significance import MIN_CONTROLS
 
 log = logging.getLogger(__name__)
+_MIN_ESTIMATED = 100
+"""Fewer edited prompts are run without an estimate of their time, unless it is known."""
+_N_TIMED = 8
+"""Prompts on which the time of outcomes is measured."""
 
 
 def run_intervention(
@@ -78,16 +88,6 @@ def run_intervention(
     return CausalTest(intervention, facts, model, sae, max_length, cache_dir).run(examples, neutral)
 
 
-def tested_examples(cfg: InterventionConfig, examples: Sequence[Example]) -> list[Example]:
-    """Test prompts, and train prompts for the choice of the coefficient."""
-    test = [e for e in examples if e.split == "test"]
-    train = [e for e in examples if e.split == "train"]
-    chosen = choose_prompts(test, cfg.n_prompts, cfg.seed) if test else []
-    if train and cfg.n_choice_prompts and len(parse_coefficients(cfg.coefficient)) > 1:
-        chosen += choose_prompts(train, cfg.n_choice_prompts, cfg.seed)
-    return chosen
-
-
 class CausalTest:
     """The causal test of one intervention on one model."""
 
@@ -108,7 +108,8 @@ class CausalTest:
         self.kinds = tested_kinds(self.outcomes)
         self.coefficients = parse_coefficients(self.cfg.coefficient)
         self.seconds_per_prompt: float | None = None
-        """Of the prompts without intervention; None where their results were stored."""
+        """Of the outcomes `timed`, without intervention; None where their results were stored."""
+        self.timed: tuple[str, ...] = ()
 
     def with_outcomes(self, outcomes: Sequence[Any]) -> "CausalTest":
         """The same test of other outcomes."""
@@ -132,8 +133,34 @@ class CausalTest:
         test = self._of_varying_outcomes(design, prompts, chosen, result)
         is_left = test.kinds or any(o.source == "heads" for o in test.outcomes)
         if is_left or not self.kinds:
-            test._run(design, prompts, chosen, neutral, result)
+            measured = test._measurable(prompts, result)
+            if len(measured.of_group) < len(prompts.of_group):
+                planned = [c for c in planned if measured.on(c.prompts)]
+                design = ControlDesign(self.intervention, planned, self.coefficients, self.cfg)
+                chosen = [e for e in chosen if str(e.group) in measured.of_group]
+            if planned:
+                test._run(design, measured, chosen, neutral, result)
         return result
+
+    def _measurable(self, prompts: Prompts, result: Result) -> Prompts:
+        """The groups of prompts on which an outcome can have a value; a note names the others."""
+        on_prompts = [o for o in self.outcomes if o.source != "cost"]
+        if not on_prompts:
+            return prompts
+        tokenizer = self.model.tokenizer
+        measured = prompts.of_groups(
+            lambda p: any(has_value(o, p.example, tokenizer) for o in on_prompts)
+        )
+        lacking = [g for g in prompts.of_group if g not in measured.of_group]
+        if lacking:
+            n = " and ".join(f"{len(prompts.of_group[g])} {g}" for g in lacking)
+            verb = "has" if len(on_prompts) == 1 else "have"
+            result.notes.append(
+                f"nothing is changed on {n} prompts, because "
+                f"{' and '.join(o.name for o in on_prompts)} {verb} no value on any of them (the "
+                "data have no answers for them)"
+            )
+        return measured
 
     def _run(
         self,
@@ -145,7 +172,7 @@ class CausalTest:
     ) -> None:
         """All conditions of the design; tables, metrics and notes are added to `result`."""
         at_every = [*design.own, *design.curve()]
-        self._log_size(design, at_every, prompts)
+        self._log_size(design, at_every, prompts, chosen)
         parts = [self._measured(at_every, prompts, chosen, neutral, result, with_baseline=True)]
         strongest = max(self.coefficients, key=abs)
         best = self._choose(parts[0], result.notes)
@@ -158,6 +185,7 @@ class CausalTest:
         effects = with_texts(self._together(parts), result.tables.get("baselines"))
         result.tables["effects"] = effects
         result.notes += constant_rate_notes(effects, self.kinds)
+        result.notes += rounding_notes(self.outcomes, self.model.dtype)
         self._controls(result, design, conditions, of_main, kl)
         if self.kinds:
             summary = summarise(
@@ -199,7 +227,7 @@ class CausalTest:
         names = [o.name for o in rates]
         constant = constant_rates(baselines, names) if self.cfg.replaces_constant else {}
         test = self.with_outcomes([o for o in self.outcomes if o.name not in constant])
-        test.seconds_per_prompt = seconds
+        test.seconds_per_prompt, test.timed = seconds, tuple(names)
         if not constant:
             return test
         alternatives: list[Any] = []
@@ -207,6 +235,7 @@ class CausalTest:
             others = self.with_outcomes(outcome_objects(self.cfg.alternatives))
             values, test.seconds_per_prompt = others._baselines(prompts, chosen)
             alternatives = fitting(values, others.outcomes)
+            test.timed = tuple(o.name for o in others.outcomes)
             test.outcomes, test.kinds = [*alternatives, *test.outcomes], tested_kinds(alternatives)
         summary = summarise(
             numeric_outcomes(baselines, tested_kinds(rates)), tested_kinds(rates), self.cfg.seed
@@ -220,19 +249,21 @@ class CausalTest:
         return test
 
     def _baselines(
-        self, prompts: Prompts, chosen: Sequence[Example]
+        self, prompts: Prompts, chosen: Sequence[Example], *, store: bool = True
     ) -> tuple[pd.DataFrame, float | None]:
         """(outcomes without intervention, seconds per prompt); the latter None if not computed."""
         jobs = self._jobs([], prompts, with_baseline=True)
         began = time.perf_counter()
         with self._measuring(None) as (measurement, _):
+            if measurement.cache is not None:
+                measurement.cache.stores = store
             columns = measurement.outcomes(jobs, prompts, chosen)
             cache = measurement.cache
         seconds = time.perf_counter() - began
         n_computed = len(jobs)
         if cache is not None:
             n_computed = len(jobs) * cache.n_computed / max(cache.n_rows, 1)
-        table = self._described(jobs)[list(BASELINE_COLUMNS)].assign(**columns)
+        table = described(jobs, self.cfg, self.facts)[list(BASELINE_COLUMNS)].assign(**columns)
         for name, kind in self.kinds.items():
             table[name] = table[name].astype("boolean" if kind == "rate" else "float64")
         return table, seconds / n_computed if 2 * n_computed > len(jobs) else None
@@ -255,28 +286,26 @@ class CausalTest:
         return controls
 
     def _log_size(
-        self, design: ControlDesign, at_every: Sequence[Condition], prompts: Prompts
+        self,
+        design: ControlDesign,
+        at_every: Sequence[Condition],
+        prompts: Prompts,
+        chosen: Sequence[Example],
     ) -> None:
         """Log the number of edited prompts before the first is run, and about how long they take.
 
-        Coefficient 0 repeats the unsteered prompts and does not count. The estimate is an upper
-        limit for greedy generations, as rows of one prompt share drafts.
+        The estimate is an upper limit for greedy generations, as rows of one prompt share drafts.
         """
-        changing = [k for k, c in enumerate(self.coefficients) if c]
-        first = sum(sum(map(c.tried, changing)) * len(prompts.on(c.prompts)) for c in at_every)
-        test = prompts.of_split("test")
-        second = 0
-        if self.kinds:
-            second = sum(
-                len(design.kinds(c)) * self.cfg.n_controls * len(test.on(c.prompts))
-                for c in design.main
-            )
+        first, second = design.n_edited(at_every, prompts)
+        second = second if self.kinds else 0
+        seconds = self._seconds_per_prompt(prompts, chosen, first + second)
+        rate = "" if seconds is None else _time_words(first + second, seconds)
         log.info(
             "causal test: %d prompts at all coefficients, then at most %d controls at the "
             "coefficients chosen%s",
             first,
             second,
-            "" if self.seconds_per_prompt is None else self._time_words(first + second),
+            rate,
         )
         if second:
             log.info(
@@ -287,14 +316,32 @@ class CausalTest:
                 MIN_CONTROLS,
             )
 
-    def _time_words(self, n_prompts: int) -> str:
-        """The time for prompts at the rate of the unsteered ones, in words."""
-        assert self.seconds_per_prompt is not None
-        seconds = n_prompts * self.seconds_per_prompt
-        return (
-            f": at most about {duration_words(seconds)}, at "
-            f"{1 / max(self.seconds_per_prompt, 1e-9):.3g} prompts/s without intervention"
-        )
+    def _seconds_per_prompt(
+        self, prompts: Prompts, chosen: Sequence[Example], n_edited: int
+    ) -> float | None:
+        """Of all outcomes without intervention; None where the results are stored, and where so
+        few prompts follow that no estimate is needed.
+
+        Outcomes that were not timed before are measured on some prompts. These results are not
+        stored: rows in batches of another size differ in the last bits.
+        """
+        generates = any(o.source == "text" for o in self.outcomes if o.name in self.timed)
+        untimed = [
+            o
+            for o in self.outcomes
+            if o.name in self.kinds
+            and o.name not in self.timed
+            and not (generates and o.source == "text")
+        ]
+        if not untimed or n_edited < _MIN_ESTIMATED:
+            return self.seconds_per_prompt
+        every = max(len(prompts.all()) // _N_TIMED, 1)
+        some = {p.example.id for p in prompts.all()[::every]}
+        test = self.with_outcomes(untimed)
+        part = prompts.of_prompts(lambda p: p.example.id in some)
+        seconds = test._baselines(part, [e for e in chosen if e.id in some], store=False)[1]
+        known = [s for s in (self.seconds_per_prompt, seconds) if s is not None]
+        return sum(known) if known else None
 
     def _measured(
         self,
@@ -308,10 +355,10 @@ class CausalTest:
     ) -> pd.DataFrame:
         """The effects of conditions on prompts; costs and notes are added to `result`."""
         jobs = self._jobs(conditions, prompts, with_baseline=with_baseline)
-        effects = self._described(jobs)
+        effects = described(jobs, self.cfg, self.facts)
         costs: list[dict[str, Any]] = []
         columns: dict[str, list[Any]] = {}
-        for weights, indices in _by_weights(jobs).items():
+        for weights, indices in jobs_by_weights(jobs).items():
             some_jobs = [jobs[i] for i in indices]
             with self._measuring(weights) as (measurement, original):
                 for name, values in measurement.outcomes(some_jobs, prompts, examples).items():
@@ -383,39 +430,6 @@ class CausalTest:
                         jobs.append(Job(prompt.example, condition, at, coefficient))
         return jobs
 
-    def _described(self, jobs: Sequence[Job]) -> pd.DataFrame:
-        """The columns that describe each job, without outcomes; built by column for speed."""
-        plain = () if self.facts.saes else (self.facts.written,)
-        location_of: dict[int, tuple[str, Any]] = {}
-        for condition in (job.condition for job in jobs):
-            if id(condition) not in location_of:
-                written = condition.written or plain
-                layer = written[0].layer if len(written) == 1 else pd.NA
-                location_of[id(condition)] = ("+".join(at.name for at in written), layer)
-        examples, conditions = [j.example for j in jobs], [j.condition for j in jobs]
-        return pd.DataFrame(
-            {
-                "example_id": [e.id for e in examples],
-                "group": ["all" if e.group is None else e.group for e in examples],
-                "split": [e.split for e in examples],
-                "entity_type": [e.entity_type for e in examples],
-                "unit": [e.unit for e in examples],
-                "prompt": [e.text for e in examples],
-                "condition": [c.name for c in conditions],
-                "role": [c.role for c in conditions],
-                "control_kind": [c.control_kind for c in conditions],
-                "of": [c.of for c in conditions],
-                "direction": [c.direction for c in conditions],
-                "latent": [c.label for c in conditions],
-                "coefficient": [j.coefficient for j in jobs],
-                "coefficient_unit": coefficient_unit(self.cfg),
-                "hookpoint": [location_of[id(c)][0] for c in conditions],
-                "layer": [location_of[id(c)][1] for c in conditions],
-                "where": self.cfg.where,
-                "answers": [" | ".join(e.answers) for e in examples],
-            }
-        )
-
     @contextmanager
     def _measuring(self, weights: Vector | None) -> Iterator[tuple[Measurement, Original | None]]:
         """(measurement, context with the model's own weights) with directions removed from the
@@ -478,21 +492,9 @@ class CausalTest:
         result.metrics |= metrics
 
 
-def coefficient_unit(cfg: InterventionConfig) -> str:
-    """The unit of the coefficient."""
-    if cfg.name == "steer":
-        return cfg.unit
-    return {"scale": "times the latents' own value, added", "clamp": "share of the way"}.get(
-        cfg.name, "share"
+def _time_words(n_prompts: int, seconds_per_prompt: float) -> str:
+    """The time for prompts at the rate of the unsteered ones, in words."""
+    return (
+        f": at most about {duration_words(n_prompts * seconds_per_prompt)}, at "
+        f"{1 / max(seconds_per_prompt, 1e-9):.3g} prompts/s without intervention"
     )
-
-
-def _by_weights(jobs: Sequence[Job]) -> dict[Vector | None, list[int]]:
-    """Indices of the jobs that run under the same weights."""
-    vectors: dict[int, Vector] = {}
-    indices_of: dict[Vector | None, list[int]] = {}
-    for i, job in enumerate(jobs):
-        tensor: Tensor | None = job.condition.weights if job.coefficient else None
-        key = None if tensor is None else vectors.setdefault(id(tensor), Vector(tensor))
-        indices_of.setdefault(key, []).append(i)
-    return indices_of

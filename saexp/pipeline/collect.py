@@ -86,12 +86,21 @@ def resolve_bos(
     return model, Result(metrics={BOS: int(begins)}, notes=notes)
 
 
+_TEMPLATE_TOKENS = 2048
+"""More than a chat template with a message of one character has."""
+
+
 def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
-    """A note where chat prompts and texts differ in whether they begin with BOS."""
+    """A note where chat prompts and texts differ in whether they begin with BOS.
+
+    None where the template's BOS marks each role, as in ChatML: it says nothing about texts then.
+    """
     tokenizer = model.tokenizer
     if not model.cfg.chat or not getattr(tokenizer, "chat_template", None):
         return []
-    [tokens] = tokenize_prompts(model, format_prompts(model, ["a"]), 1)
+    [tokens] = tokenize_prompts(model, format_prompts(model, ["a"]), _TEMPLATE_TOKENS)
+    if not begins_with_bos and tokens.ids.count(tokenizer.bos_token_id) > 1:
+        return []
     if (tokens.ids[:1] == (tokenizer.bos_token_id,)) == begins_with_bos:
         return []
     prompts, texts = ("without", "with") if begins_with_bos else ("with", "without")
@@ -101,7 +110,6 @@ def _chat_notes(model: LanguageModel, *, begins_with_bos: bool) -> list[str]:
     )
     if begins_with_bos:
         return [f"{note}; model.prepend_bos=true makes prompts begin like texts"]
-    # A BOS of the template may mark a role, as in ChatML, so removing it is not suggested.
     return [note]
 
 

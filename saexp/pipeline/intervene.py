@@ -15,10 +15,10 @@ from saexp.config.groups import PLACES, SELECTED
 from saexp.data import ExampleSet
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError
-from saexp.interventions.conditions import position_prompts
+from saexp.interventions.conditions import position_prompts, tested_examples
 from saexp.interventions.controls import effect_fraction
 from saexp.interventions.directions import LatentStatistics, StreamRows
-from saexp.interventions.run import run_intervention, tested_examples
+from saexp.interventions.run import run_intervention
 from saexp.latents import Latents
 from saexp.latents.statistics import active_quantile, moments
 from saexp.models.forward import check_positions, position_limit

@@ -352,12 +352,13 @@ def off_curve(
     """A note where held-out numbers differ from the end of the training curve.
 
     `last` is the curve's last record; L0 is left out where another note reports it
-    (`l0_reported`). The curve's dead fraction is 0 during the first `dead_window` steps.
+    (`l0_reported`), and the dead fraction after at most `dead_window` steps, as no latent can be
+    dead on the curve before.
     """
     differences = []
     for name, key in _CURVE.items():
         here, there = measured[key], last[f"train/{name}"]
-        if here is None:
+        if here is None or (name == "dead_fraction" and n_steps <= dead_window):
             continue
         if name == "l0":
             differs = not l0_reported and not there / _FAR <= here <= there * _FAR
@@ -369,10 +370,14 @@ def off_curve(
             )
     if not differences:
         return []
-    short = f", more than the {n_steps} of this training" if n_steps <= dead_window else ""
+    dead = ""
+    if n_steps > dead_window:
+        dead = (
+            f"; there a latent is dead after sae_trainer.dead_feature_window={dead_window} "
+            "inactive steps"
+        )
     return [
         f"{measured['sparsity/n_positions']:,} held-out positions disagree with the training "
-        f"curve: {'; '.join(differences)} (of the last batch; there a latent is dead after "
-        f"sae_trainer.dead_feature_window={dead_window} inactive steps{short}); the held-out "
-        "numbers count, and more or more varied texts bring them closer"
+        f"curve: {'; '.join(differences)} (of the last batch{dead}); the held-out numbers count, "
+        "and more or more varied texts bring them closer"
     ]

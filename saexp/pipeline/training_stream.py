@@ -18,14 +18,14 @@ from torch import Tensor
 from saexp.activations.stream import PROCESS, ActivationStream, ContextActivations, StreamSettings
 from saexp.config import RunConfig
 from saexp.config.groups import CorpusConfig
-from saexp.context import ObjectCache
+from saexp.context import ObjectCache, progress
 from saexp.data import Skip
 from saexp.data.corpora import Corpus, context_size, tokenized
 from saexp.data.documents import TokenizerInfo
 from saexp.data.tokenization import TokenizedText
 from saexp.digests import digest_of
 from saexp.distributed import ALONE, Processes
-from saexp.errors import ConfigError, counted
+from saexp.errors import ConfigError, counted, duration_words
 from saexp.files import is_writable
 from saexp.models import Hookpoint
 from saexp.models.forward import TokenBudget, context_limit
@@ -70,10 +70,11 @@ class StreamBatches:
         n_steps: int,
         n_tokens: int,
         processes: Processes = ALONE,
+        n_held_out: int = 0,
     ) -> None:
-        """`n_tokens` are those of an epoch."""
+        """`n_tokens` are those of an epoch; `n_held_out` are measured after the training."""
         self._make, self._checkpoints = make, checkpoints
-        self._n_steps, self._n_tokens = n_steps, n_tokens
+        self._n_steps, self._n_tokens, self._n_held_out = n_steps, n_tokens, n_held_out
         self._processes = processes
         self._has_checkpoints = processes.of_first(checkpoints.writable)
         self._streams: list[Streams] = []
@@ -105,7 +106,7 @@ class StreamBatches:
     def next(self) -> Mapping[Streams, Tensor]:
         """The next positions of the buffer."""
         # Norms are measured once, before anything is read; this is not part of a refill.
-        _ = self.stream.mean_norms
+        self._measure_norms()
         began, n_read = time.perf_counter(), self.stream.source.at.n_positions
         rows = {h: values.float() for h, values in next(self.stream).items()}
         n_read = self.stream.source.at.n_positions - n_read
@@ -127,7 +128,32 @@ class StreamBatches:
 
     def mean_norms(self, widths: Widths) -> dict[Hookpoint, float]:
         """Means over the ordinary positions of the first contexts."""
+        self._measure_norms()
         return {h: self.stream.mean_norms[h] for h in widths}
+
+    def _measure_norms(self) -> None:
+        """Measure norms and, by the time that this takes, log a forecast before the first step.
+
+        Does nothing where they are known.
+        """
+        source, settings = self.stream.source, self.stream.settings
+        if source.mean_norms:
+            return
+        began, n = time.perf_counter(), source.n_forwarded
+        _ = self.stream.mean_norms
+        n = source.n_forwarded - n
+        if not n:  # Of several processes the first one measures.
+            return
+        rate = n * self._processes.size / (time.perf_counter() - began)
+        n_read = max(self._n_steps * settings.batch_size, settings.buffer_rows)
+        log.info(
+            "collecting: the first step follows after %s positions (sae_trainer.buffer_rows), in "
+            "about %s at %.0f tokens/s; all %s of the training take at least about %s, and the %s "
+            "held-out tokens measured afterwards %s",
+            *(f"{settings.buffer_rows:,}", duration_words(settings.buffer_rows / rate), rate),
+            *(f"{n_read:,}", duration_words(n_read / rate)),
+            *(f"{self._n_held_out:,}", duration_words(self._n_held_out / rate)),
+        )
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -294,6 +320,7 @@ class StreamedData:
             trainings[0].n_steps,
             self.n_train_tokens,
             self._processes,
+            int(self.corpus.lengths(self._held_out).sum()),
         )
 
     def held_out(self, training: Training) -> HeldOut:
@@ -329,10 +356,14 @@ class StreamedData:
         if lacking:
             source = self._source(self._held_out, lacking)
             parts: dict[Hookpoint, list[Tensor]] = {h: [] for h in lacking}
-            for start in range(0, len(self._held_out), source.per_pass):
-                acts, _ = source.forward(self._held_out[start : start + source.per_pass])
-                for hookpoint, x in acts.items():
-                    parts[hookpoint].append(x.cpu())
+            n_tokens = int(self.corpus.lengths(self._held_out).sum())
+            with progress(n_tokens, "held-out text", "token") as bar:
+                for start in range(0, len(self._held_out), source.per_pass):
+                    some = self._held_out[start : start + source.per_pass]
+                    acts, n = source.forward(some)
+                    for hookpoint, x in acts.items():
+                        parts[hookpoint].append(x.cpu())
+                    bar.update(n)
             for hookpoint, listed in parts.items():
                 values[hookpoint] = x = torch.cat(listed)
                 self._objects.put(self._held_out_key(hookpoint), x, x.nbytes)

@@ -58,6 +58,7 @@ def name_of(probe: str) -> str:
         "base_rate": "stratum alone",
         "surface": "surface baseline (text alone, no model)",
         "majority": "always the larger group",
+        "null": "whole stream, labels permuted",
     }.get(probe, probe)
 
 
@@ -188,7 +189,10 @@ def _probe_sections(run: SavedRun) -> list[Section]:
             "has several rows that differ): Newcombe's method 5 for AUROC, Wilson's for accuracy "
             "and, through TP / (TP + FP + FN), for F1, Newcombe's hybrid for balanced accuracy; "
             "none for fewer than 10 units of a group. C is the inverse penalty chosen by "
-            "cross-validation over units within train.",
+            "cross-validation over units within train. AUROCs compare entities of all types; a "
+            "contrast compares entities of the same type, so that with several types the surface "
+            "baseline has another AUROC there. For permuted labels (analyzer.placebo) AUROC is the "
+            "mean over permutations, and low and high are the range of 95% of them.",
             figures=captions,
             tables=tables,
         ),

@@ -161,22 +161,33 @@ def _detection(run: SavedRun, group: str) -> str:
     other = second if group == first else first
     latent = m.get(f"contrast/best_latent_{group}")
     if latent is None:
-        return f"No latent is selected for '{group}'"
+        return _of_control(run, f"No latent is selected for '{group}'")
     auroc, p_value = (m[f"contrast/best_{n}_{group}_test"] for n in ("auroc", "p_value"))
     low, high = (m.get(f"contrast/best_auroc_{group}_ci_{end}_test") for end in ("low", "high"))
     words = f"AUROC {auroc:.3f}{interval_words(low, high)}"
     assert auroc is not None and p_value is not None
     groups = f"{group} from {other} {run.unit_word}"
     if not is_above_chance(auroc, p_value, run.config["analyzer"]["alpha"]):
-        return (
+        return _of_control(
+            run,
             f"Latent {latent}, the best candidate for '{group}', does not distinguish {groups} on "
-            f"held-out data ({words}, p {p_value_words(p_value)})"
+            f"held-out data ({words}, p {p_value_words(p_value)})",
         )
     surface = ""
     above_text = m.get(f"contrast/best_minus_surface_{group}_test_ci_low")
     if above_text is not None and above_text <= 0:
         surface = ", no better than the text alone,"
-    return f"Latent {latent} distinguishes {groups}{surface} on held-out data ({words})"
+    return _of_control(
+        run, f"Latent {latent} distinguishes {groups}{surface} on held-out data ({words})"
+    )
+
+
+def _of_control(run: SavedRun, clause: str) -> str:
+    """The clause, which for a control SAE says so first, so that it is not read as a finding."""
+    control = (run.provenance.get("sae") or {}).get("control")
+    if not isinstance(control, str):
+        return clause
+    return f"Control SAE ({control}): {clause[0].lower()}{clause[1:]}"
 
 
 def contrast_sentences(run: SavedRun) -> list[str]:
@@ -219,9 +230,11 @@ def surface_sentences(run: SavedRun) -> list[str]:
     if auroc is None:
         return []
     chance = "" if _is_surface_above_chance(run.metrics) else ", not above chance"
+    # A probe's AUROC is over all pairs, so that of the same baseline is another number there.
+    within = " within entity types" if len(run.entity_types) > 1 else ""
     return [
         "The surface baseline (tokens and n-grams of the text, no model) has AUROC "
-        f"{auroc:.3f}{_limits(run.metrics, _SURFACE)}{chance}."
+        f"{auroc:.3f}{_limits(run.metrics, _SURFACE)}{within}{chance}."
     ]
 
 
@@ -393,10 +406,10 @@ def probe_columns(table: pd.DataFrame) -> dict[str, str]:
 
 
 def probe_findings(done: pd.DataFrame) -> list[str]:
-    """A sentence per probe: its held-out AUROC in the cell with the best AUROC on train."""
+    """A sentence per probe: its held-out AUROC in the cell that is best on the train split."""
     keys, sentences = swept(done), []
     for name in probes_of(done):
-        best = _best_cell(done, name)
+        best, chosen_by = _best_cell(done, name)
         if best is None:
             continue
         at = cell_words(best, keys)
@@ -412,14 +425,24 @@ def probe_findings(done: pd.DataFrame) -> list[str]:
         others = done[f"probe/{name}_auroc_test"].astype(float).dropna()
         if len(others) > 1:
             sentence += f"; {others.min():.3f} to {others.max():.3f} over {len(others)} cells"
-        sentences.append(f"{sentence} (cell chosen by the AUROC on train).")
+        sentences.append(f"{sentence} (cell chosen by {chosen_by}).")
     return sentences
 
 
-def _best_cell(done: pd.DataFrame, name: str) -> pd.Series | None:
-    held_out = done[f"probe/{name}_auroc_test"].notna()
-    train = done.loc[held_out, f"probe/{name}_auroc"].astype(float)
-    return None if train.isna().all() else done[held_out].iloc[int(np.nanargmax(train))]
+def _best_cell(done: pd.DataFrame, name: str) -> tuple[pd.Series | None, str]:
+    """(the cell that is best on the train split, None without a value there; the number it is
+    chosen by, in words).
+
+    That is the cross-validated AUROC of a probe that has one: on the rows it is fitted on, the
+    AUROC of one with many weights is near 1 everywhere and orders the cells by chance.
+    """
+    held_out = done[done[f"probe/{name}_auroc_test"].notna()]
+    for column, words in (("cv_auroc", "the cross-validated AUROC"), ("auroc", "the AUROC")):
+        values = held_out.get(f"probe/{name}_{column}")
+        if values is not None and values.notna().any():
+            best = held_out.iloc[int(np.nanargmax(values.astype(float)))]
+            return best, f"{words} on train"
+    return None, ""
 
 
 def _auroc(cell: pd.Series, name: str) -> str:

@@ -372,16 +372,19 @@ def _best_sentence(done: pd.DataFrame, group: str) -> str:
     if best is None and control is None:
         return f"{group}: no cell selects a latent."
     keys = swept(done)
-    words = "no cell with a trained SAE selects a latent" if best is None else ""
+    words = ""
     if best is not None:
         words = (
             f"the best latent is {_held_out(best, group)} at {cell_words(best, keys)} (chosen on "
             "the train split)"
         )
+    elif not is_control.all():
+        words = "no cell with a trained SAE selects a latent"
     if control is not None:
+        words += "; for comparison" if words else "this sweep has no trained SAE; for comparison"
         words += (
-            f"; the best latent of the control SAEs ({control[CONTROL]}) is "
-            f"{_held_out(control, group)} at {cell_words(control, keys)}"
+            f", the best latent of the control SAEs ({control[CONTROL]}) is "
+            f"{_held_out(control, group)} at {cell_words(control, keys)}, which is not a finding"
         )
     return f"{group}: {words}{_n_above_chance(done[~is_control], group)}."
 

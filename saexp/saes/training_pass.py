@@ -26,7 +26,7 @@ from saexp.config.run import conf_folder
 from saexp.config.tasks import OF_ONE_SAE
 from saexp.context import progress
 from saexp.distributed import ALONE, Processes
-from saexp.errors import ConfigError, SAEError, SaexpError, counted
+from saexp.errors import ConfigError, SAEError, SaexpError, counted, duration_words
 from saexp.models import STREAM_ORDER, Hookpoint
 from saexp.results import read_plan
 from saexp.saes.training import TRANSCODERS, Record, Streams, Training, Widths, check_name, summary
@@ -481,15 +481,8 @@ class _Clock:
         log.info(
             "training %s: about %s for the remaining %s of %d activation vectors (%d a second)",
             counted(self.n_saes, "SAE"),
-            _duration(seconds * (self.n_steps - step)),
+            duration_words(seconds * (self.n_steps - step)),
             counted(self.n_steps - step, "step"),
             self.batch_size,
             self.batch_size / seconds,
         )
-
-
-def _duration(seconds: float) -> str:
-    """ "40 s", "12 min", "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

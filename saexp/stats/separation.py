@@ -374,6 +374,8 @@ class Fitted:
     c: float
     """Inverse L2 penalty chosen by cross-validation."""
     cv_log_loss: float
+    cv_auroc: float
+    """Mean AUROC over the validation sides of the folds, with the penalty `c`."""
     converged: bool
 
 
@@ -414,8 +416,7 @@ def fit_logistic(
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        losses = _validation_losses(x, first, sorted(strengths), pairs, standardise)
-        c, loss = min(losses, key=lambda pair: pair[1])
+        c, loss, auroc = _cross_validated(x, first, sorted(strengths), pairs, standardise)
         best: Any = make_pipeline(_scaler(standardise), _regression(c)).fit(x, first)
     warned = any(issubclass(w.category, ConvergenceWarning) for w in caught)
     weights = best[-1].coef_[0]
@@ -425,31 +426,41 @@ def fit_logistic(
         direction=weights if best[0].scale_ is None else weights / best[0].scale_,
         c=float(c),
         cv_log_loss=loss,
+        cv_auroc=auroc,
         converged=not warned,
     )
 
 
-def _validation_losses(
+def _cross_validated(
     x: Float[np.ndarray, "n d"] | sparse.csr_array,
     first: Bool[np.ndarray, " n"],
     strengths: Sequence[float],
     pairs: Folds,
     standardise: bool,
-) -> list[tuple[float, float]]:
-    """(inverse penalty, mean log loss on the validation sides).
+) -> tuple[float, float, float]:
+    """The inverse penalty with the smallest mean log loss on the validation sides, this loss, and
+    the mean AUROC there.
 
     As of GridSearchCV, which takes twice as long for few rows: it fits the scaler for every
     penalty, and clones and checks all that it calls.
     """
-    losses = np.empty((len(strengths), len(pairs)))
+    losses, aurocs = np.empty((2, len(strengths), len(pairs)))
     for fold, (train, validation) in enumerate(pairs):
         scaler = _scaler(standardise)
         of_train, of_validation = scaler.fit_transform(x[train]), scaler.transform(x[validation])
+        is_first = first[validation]
         for i, c in enumerate(strengths):
             fitted = _regression(c).fit(of_train, first[train])
-            probability = fitted.predict_proba(of_validation)[:, 1]
-            losses[i, fold] = _log_loss(probability, first[validation])
-    return list(zip(strengths, losses.mean(1).tolist(), strict=True))
+            losses[i, fold] = _log_loss(fitted.predict_proba(of_validation)[:, 1], is_first)
+            aurocs[i, fold] = _auroc(fitted.decision_function(of_validation), is_first)
+    best = int(losses.mean(1).argmin())
+    return strengths[best], float(losses[best].mean()), float(aurocs[best].mean())
+
+
+def _auroc(scores: Float[np.ndarray, " n"], first: Bool[np.ndarray, " n"]) -> float:
+    n_first = int(first.sum())
+    u = stats.rankdata(scores)[first].sum() - n_first * (n_first + 1) / 2
+    return float(u / (n_first * (len(first) - n_first)))
 
 
 def _log_loss(probability: Float[np.ndarray, " n"], first: Bool[np.ndarray, " n"]) -> float:

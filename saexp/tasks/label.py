@@ -40,6 +40,7 @@ from saexp.tasks.label_files import (
     LabelFiles,
     answer_rows,
     answers,
+    cut_answers,
     entity_rows,
     json_lines,
     label_usage,
@@ -245,8 +246,10 @@ def label(cfg: RunConfig, context: RunContext) -> Result:
     entities = entity_groups(table, criteria)
     notes += _few_questions_notes(entities, options.min_known)
     notes += _repetition_notes(table)
+    cut = cut_answers(model_answers, table, options, to_line=_to_line(model, options))
     rows = answer_rows(asked, table, cfg)
-    result = Result(metrics=_metrics(entities, table, rows), notes=notes)
+    metrics = _metrics(entities, table, rows) | cut.metrics
+    result = Result(metrics=metrics, notes=notes + cut.notes)
     result.tables = {
         "labels": table,
         "entities": entities,
@@ -385,6 +388,11 @@ def _nothing_asked(not_asked: Mapping[str, int]) -> str:
     return f"nothing can be asked: {reason}" + (f" (and {more} more)" if more else "")
 
 
+def _to_line(model: LanguageModel, options: LabelConfig) -> bool:
+    """Whether answers are judged up to their first line end; by default for a base model."""
+    return not model.cfg.chat if options.cut_at_line is None else options.cut_at_line
+
+
 def _judged(
     asked: Sequence[Asked],
     model_answers: Sequence[Answers],
@@ -397,7 +405,7 @@ def _judged(
     Without samples (n_samples=0) a correct greedy answer counts as `min_correct` correct ones.
     """
     refusal = Refusal()
-    cut = not model.cfg.chat if options.cut_at_line is None else options.cut_at_line
+    to_line = _to_line(model, options)
     rows = []
     for (question, text, _), answer in zip(asked, model_answers, strict=True):
         entity = _entity_example(question)
@@ -405,7 +413,7 @@ def _judged(
             model.tokenizer.decode(list(ids), skip_special_tokens=True)
             for ids in (answer.greedy, *answer.samples)
         ]
-        judged = [t.strip().partition("\n")[0] if cut else t for t in texts]
+        judged = [t.strip().partition("\n")[0] if to_line else t for t in texts]
         labels = [
             label_answer(t, question, rules, lambda x, e=entity: bool(refusal.score(x, e)))
             for t in judged

@@ -107,6 +107,40 @@ def answers(
     return [Answers(tuple(some[0]), tuple(map(tuple, some[1:]))) for some in per_prompt]
 
 
+def cut_answers(
+    model_answers: Sequence[Answers], table: pd.DataFrame, options: LabelConfig, *, to_line: bool
+) -> Result:
+    """Metrics on answers that reached `task.max_new_tokens`, and a note where greedy ones did.
+
+    `to_line`: answers are judged up to their first line end; one that has it is not cut there.
+    `table` has a row per question, in the order of the answers. A cut answer counts as incorrect if
+    the true answer would only have followed.
+    """
+
+    def is_cut(ids: Sequence[int], text: str) -> bool:
+        return len(ids) == options.max_new_tokens and not (to_line and "\n" in text.lstrip())
+
+    greedy = [is_cut(a.greedy, t) for a, t in zip(model_answers, table["greedy"], strict=True)]
+    samples = [
+        is_cut(ids, text)
+        for answer, texts in zip(model_answers, table["samples"], strict=True)
+        for ids, text in zip(answer.samples, texts, strict=True)
+    ]
+    n, n_incorrect = sum(greedy), int((table["greedy_label"][greedy] == "error").sum())
+    metrics: dict[str, float | int | None] = {
+        "label/greedy_cut_fraction": n / len(greedy),
+        "label/sample_cut_fraction": sum(samples) / len(samples) if samples else None,
+    }
+    if not n:
+        return Result(metrics=metrics)
+    note = (
+        f"{n} of {counted(len(greedy), 'greedy answer')} reached task.max_new_tokens="
+        f"{options.max_new_tokens} and were judged as far as they go; {n_incorrect} of them count "
+        "as incorrect: a larger number may change that"
+    )
+    return Result(metrics=metrics, notes=[note])
+
+
 def labels_folder(cache_dir: str | Path, determined_by: Mapping[str, Any]) -> Path:
     """cache_dir/labels/<key>, created if need be; its about.json lists what the key is made of."""
     text = json.dumps(determined_by, sort_keys=True, ensure_ascii=False, default=str)

@@ -102,3 +102,34 @@ def test_the_shipped_labels_agree_with_the_model(tmp_path: Path) -> None:
     assert "not this model's own knowledge" not in text
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert "12 of 12 questions on known prompts" in page
+
+
+def test_prompts_without_a_value_of_any_outcome_are_left_out_before_anything_is_changed(
+    presumed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in presumed.read_text("utf-8").splitlines()]
+    for row in rows:
+        if row["group"] == "unknown":
+            del row["answer"]
+    path = presumed.parent / "unanswered.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    words = ["intervention.outcomes=[answer_logit]", "intervention.n_curve_controls=2"]
+    words.append(f"cache_dir={tmp_path / 'cache'}")
+    with caplog.at_level("INFO"):
+        result = run(tmp_path / "part", path, *words)
+    effects = result.tables["effects"]
+    assert set(effects["group"]) == {"known"}
+    assert effects["answer_logit"].notna().all()
+    (note,) = [n for n in result.notes if n.startswith("nothing is changed on")]
+    assert note == (
+        "nothing is changed on 12 unknown prompts, because answer_logit has no value on any of "
+        "them (the data have no answers for them)"
+    )
+    # Its time is measured, although no outcome is a rate.
+    (estimate,) = [r.message for r in caplog.records if r.message.startswith("causal test:")]
+    assert "at most about" in estimate
+    assert "prompts/s without intervention" in estimate
+    whole = run(tmp_path / "whole", presumed, *words).tables["effects"]
+    whole = whole[whole["group"] == "known"].reset_index(drop=True)
+    assert whole["condition"].tolist() == effects["condition"].tolist()
+    assert whole["answer_logit"].tolist() == pytest.approx(effects["answer_logit"].tolist())

@@ -39,7 +39,9 @@ def test_finding_title_and_run_name_say_that_it_is_a_control(swept: Said) -> Non
         start = json.loads((place / "tracker.jsonl").read_text("utf-8").splitlines()[0])
         assert start["name"] == f"tiny · random control · layer {layer}"
     assert set(table_of(swept.sweep)["control"]) == {"random"}
+    page = page_of(swept.sweep)
     assert (
-        "no cell with a trained SAE selects a latent; the best latent of the control SAEs"
-        in page_of(swept.sweep)
-    )
+        "this sweep has no trained SAE; for comparison, the best latent of the control SAEs "
+        "(random) is"
+    ) in page
+    assert "which is not a finding" in page

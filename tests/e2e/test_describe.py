@@ -196,7 +196,9 @@ def test_transfer_is_collected_too(cache: Path, tmp_path: Path) -> None:
     assert "roc_transfer" in result.figures
     trained = result.metrics["probe/n_rows"]
     assert any(f"{trained} rows left out" in note for note in result.notes)
-    assert "second data set" in page_of(tmp_path / "run")
+    page = page_of(tmp_path / "run")
+    assert "second data set" in page
+    assert "with several types the surface baseline has another AUROC there" in page
 
 
 @pytest.fixture

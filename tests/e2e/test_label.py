@@ -17,7 +17,7 @@ from saexp.errors import ConfigError, DataError
 from saexp.interventions import generation
 from saexp.models.loading import LanguageModel
 from saexp.tasks import label as module
-from saexp.tasks.label_files import answers
+from saexp.tasks.label_files import Answers, answers, cut_answers
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
 
@@ -256,6 +256,36 @@ def test_prompts_that_are_too_long_are_counted(cache, tmp_path, attributed):
     assert skipped in run.notes
     with pytest.raises(DataError, match="every prompt is longer than dataset.max_length=4"):
         labelled(cache, tmp_path / "none", *attributed, "dataset.max_length=4")
+
+
+def test_answers_cut_at_the_limit_are_counted(cache, tmp_path, own):
+    # The tiny model ends every answer itself.
+    assert own.metrics["label/greedy_cut_fraction"] == 0
+    assert not any("reached task.max_new_tokens" in n for n in own.notes)
+    cut = labelled(cache, tmp_path, "task.max_new_tokens=2")
+    lengths = [len(x) for x in own.tables["labels"]["greedy"]]
+    assert min(lengths) > 2
+    assert cut.metrics["label/greedy_cut_fraction"] == 1
+    assert cut.metrics["label/sample_cut_fraction"] == 1
+    n_wrong = int((cut.tables["labels"]["greedy_label"] == "error").sum())
+    assert [n for n in cut.notes if n.startswith("32 of 32 greedy answers reached")] == [
+        "32 of 32 greedy answers reached task.max_new_tokens=2 and were judged as far as they go; "
+        f"{n_wrong} of them count as incorrect: a larger number may change that"
+    ]
+
+
+def test_an_answer_judged_up_to_its_line_end_is_not_cut():
+    table = pd.DataFrame(
+        {"greedy": ["one\n", "one two"], "samples": [["a\nb"], ["c"]], "greedy_label": "error"}
+    )
+    given = [Answers((1, 2), ((1, 2),)), Answers((1, 2), ((1,),))]
+    options = LabelConfig(name="label", max_new_tokens=2)
+    whole = cut_answers(given, table, options, to_line=False)
+    assert whole.metrics["label/greedy_cut_fraction"] == 1
+    assert whole.metrics["label/sample_cut_fraction"] == 0.5
+    lines = cut_answers(given, table, options, to_line=True)
+    assert lines.metrics["label/greedy_cut_fraction"] == 0.5
+    assert lines.metrics["label/sample_cut_fraction"] == 0
 
 
 def test_the_page_says_what_was_found(own):

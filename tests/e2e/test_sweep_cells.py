@@ -134,13 +134,13 @@ def test_a_control_sae_never_is_the_best_cell() -> None:
     (finding,) = findings(pd.DataFrame(rows))
     assert finding == (
         "known: the best latent is 3 with held-out AUROC 0.600 [0.510, 0.650] at layer 2, width "
-        "256, sae tiny (chosen on the train split); the best latent of the control SAEs (random) "
-        "is 3 with held-out AUROC 0.580 [0.510, 0.650] (not above chance on held-out entities) at "
-        "layer 2, width 256, sae random."
+        "256, sae tiny (chosen on the train split); for comparison, the best latent of the control "
+        "SAEs (random) is 3 with held-out AUROC 0.580 [0.510, 0.650] (not above chance on held-out "
+        "entities) at layer 2, width 256, sae random, which is not a finding."
     )
     (alone,) = findings(pd.DataFrame(rows[1:]))
     assert alone.startswith(
-        "known: no cell with a trained SAE selects a latent; the best latent of"
+        "known: this sweep has no trained SAE; for comparison, the best latent of"
     )
     (unset,) = findings(pd.DataFrame([{**rows[0], "layer": [1, 2], "width": None}]))
     assert " at layer [1, 2] (chosen on the train split)" in unset

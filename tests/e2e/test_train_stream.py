@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -160,6 +161,30 @@ def test_a_corpus_that_is_too_short_is_repeated_and_counted(
     assert run.metrics["train/epochs"] - 2048 / 12_000 <= last < run.metrics["train/epochs"]
     title = run.figures["losses"].layout.xaxis.title.text
     assert title == f"training step (the last one after {last:.2f} epochs)"
+
+
+def test_a_forecast_comes_before_the_first_step(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run = trained(corpus, tmp_path / "cache", tmp_path / "run")
+    (number, forecast), *others = [
+        (i, m) for i, m in enumerate(caplog.messages) if m.startswith("collecting: the first step")
+    ]
+    assert not others
+    steps = [i for i, m in enumerate(caplog.messages) if m.startswith(("train:", "training 1"))]
+    assert number < min(steps)
+    pattern = (
+        r".* after 2,048 positions \(sae_trainer.buffer_rows\), in about \d+ s at (\d+) tokens/s; "
+        r"all 12,800 of the training take at least about \d+ s, and the ([\d,]+) held-out tokens .*"
+    )
+    found = re.fullmatch(pattern, forecast)
+    assert found is not None, forecast
+    assert int(found[1]) > 0
+    # Special tokens are sent through the model and not measured.
+    n_measured = run.metrics["sparsity/n_positions"]
+    assert n_measured is not None
+    assert n_measured <= int(found[2].replace(",", "")) <= 1.1 * n_measured
 
 
 def test_the_loss_of_the_model_is_measured_at_the_chosen_steps(

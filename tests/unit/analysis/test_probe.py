@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from saexp.analysis import AnalysisInputs
-from saexp.analysis.classifiers import Labelled, roc, threshold_of_best_accuracy
+from saexp.analysis.classifiers import Fitting, Labelled, roc, threshold_of_best_accuracy
 from saexp.analysis.probe import Judge, ProbeAnalyzer
 from saexp.config import ProbeConfig
 from saexp.errors import ConfigError, DataError
@@ -98,22 +98,24 @@ def parts(inputs: AnalysisInputs, split: str) -> tuple[np.ndarray, np.ndarray, n
 
 def step_by_step(
     x: np.ndarray, y: np.ndarray, units: np.ndarray, x_test: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """(C, scores on test) by a loop over penalties and folds."""
+) -> tuple[float, np.ndarray, float]:
+    """(C, scores on test, cross-validated AUROC) by a loop over penalties and folds."""
     splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    losses = {}
+    losses, aurocs = {}, {}
     for c in STRENGTHS:
-        of_fold = []
+        of_fold, auroc_of_fold = [], []
         for train, validation in splitter.split(x, y, units):
             scaler = StandardScaler().fit(x[train])
             model = LogisticRegression(C=c, max_iter=2000).fit(scaler.transform(x[train]), y[train])
             chance = model.predict_proba(scaler.transform(x[validation]))
             of_fold.append(log_loss(y[validation], chance))
-        losses[c] = np.mean(of_fold)
+            auroc_of_fold.append(roc_auc_score(y[validation], chance[:, 1]))
+        losses[c], aurocs[c] = np.mean(of_fold), np.mean(auroc_of_fold)
     best = min(STRENGTHS, key=lambda c: losses[c])
     scaler = StandardScaler().fit(x)
     model = LogisticRegression(C=best, max_iter=2000).fit(scaler.transform(x), y)
-    return best, model.decision_function(scaler.transform(x_test))
+    scores = model.decision_function(scaler.transform(x_test))
+    return best, scores, float(aurocs[best])
 
 
 @pytest.mark.parametrize("name", ["sparse_1", "sparse_3", "dense"])
@@ -130,9 +132,11 @@ def test_against_scikit_learn(inputs: AnalysisInputs, result: Result, name: str)
         x = dense[:, chosen]
         table = result.tables["probes"].query("probe == @name and data == 'test'").iloc[0]
         assert table["latents"] == ", ".join(map(str, chosen))
-    c, scores = step_by_step(x[train], y, units, x[test])
+    c, scores, cv_auroc = step_by_step(x[train], y, units, x[test])
     row = result.tables["probes"].query("probe == @name and data == 'test'").iloc[0]
     assert row["c"] == c
+    assert row["cv_auroc"] == pytest.approx(cv_auroc, abs=1e-3)
+    assert result.metrics[f"probe/{name}_cv_auroc"] == row["cv_auroc"]
     assert row["auroc"] == pytest.approx(roc_auc_score(y_test, scores), abs=1e-3)
     assert row["accuracy"] == pytest.approx(accuracy_score(y_test, scores > 0), abs=0.01)
     assert row["f1"] == pytest.approx(f1_score(y_test, scores > 0), abs=0.01)
@@ -186,6 +190,43 @@ def test_intervals_of_shuffled_labels_cover_one_half(inputs: AnalysisInputs) -> 
             low = m[f"probe/{name}_auroc_ci_low_test"]
             covered[name] += low <= 0.5 <= m[f"probe/{name}_auroc_ci_high_test"]
     assert min(covered.values()) >= 5, covered
+
+
+def test_permuted_labels_give_the_null_of_the_dense_probe(
+    inputs: AnalysisInputs, result: Result
+) -> None:
+    null = probe(inputs, placebo=20)
+    m = null.metrics
+    (train, _, _), (test, _, units_test) = (parts(inputs, s) for s in ("train", "test"))
+    trials = list(Fitting([1], STRENGTHS, (), 0).permuted(inputs, train, test, 20))
+    aurocs = [roc_auc_score(first, scores) for first, scores in trials]
+    assert m["probe/null_auroc_test"] == pytest.approx(np.mean(aurocs))
+    low, high = np.quantile(aurocs, (0.025, 0.975))
+    assert m["probe/null_auroc_ci_low_test"] == pytest.approx(low)
+    assert m["probe/null_auroc_ci_high_test"] == pytest.approx(high)
+    assert low < 0.5 < high < m["probe/dense_auroc_test"]
+    # Independently: random scores of as many units (two rows each) have this standard deviation.
+    n = [len(np.unique(units_test[trials[0][0] == group])) for group in (True, False)]
+    expected = np.sqrt((sum(n) + 1) / (12 * n[0] * n[1]))
+    assert 0.4 * expected < np.std(aurocs) < 2.5 * expected
+    assert m["probe/n_null"] == 20
+    # Everything else is as without it.
+    assert {k: v for k, v in m.items() if "null" not in k} == result.metrics
+    rows = null.tables["probes"]
+    pd.testing.assert_frame_equal(
+        rows[rows["probe"] != "null"].reset_index(drop=True), result.tables["probes"]
+    )
+
+
+def test_labels_are_permuted_between_units() -> None:
+    units = np.repeat(np.arange(40), 3)
+    rows = Labelled(units < 15, units)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        first = rows.permuted(rng)
+        assert (pd.Series(first).groupby(units).nunique() == 1).all()
+        assert first.sum() == rows.first.sum()
+        assert 0.2 < (first == rows.first).mean() < 0.9
 
 
 def test_the_majority_and_holm_beside_the_probes(inputs: AnalysisInputs) -> None:

@@ -11,9 +11,10 @@ from sklearn.metrics import roc_auc_score
 
 from saexp.analysis import AnalysisInputs
 from saexp.analysis.classifiers import labelled
+from saexp.analysis.contrast import ContrastAnalyzer
 from saexp.analysis.contrast_checks import fit_surface, read_texts, token_counts
 from saexp.analysis.probe import Judge, ProbeAnalyzer
-from saexp.config import ProbeConfig
+from saexp.config import AnalyzerConfig, ProbeConfig
 from saexp.latents import Latents
 from saexp.results import Result
 from saexp.stats.separation import auroc_difference
@@ -84,6 +85,25 @@ def test_it_has_the_name_that_it_has_in_a_contrast(result: Result) -> None:
     for end in ("low", "high"):
         name = f"surface_auroc_ci_{end}_test"
         assert m[f"contrast/surface_auroc_test_ci_{end}"] == m[f"probe/{name}"] is not None
+
+
+def test_a_contrast_has_the_same_number_where_there_is_one_type(
+    inputs: AnalysisInputs, result: Result
+) -> None:
+    def both(rows: pd.DataFrame) -> list[float | int | None]:
+        same = replace(inputs, latents=Latents(inputs.latents.csr, rows))
+        cfg = AnalyzerConfig(name="contrast", n_bootstrap=0)
+        results = [probe(same), ContrastAnalyzer(cfg).analyze(same)]
+        return [r.metrics["contrast/surface_auroc_test"] for r in results]
+
+    rows = inputs.latents.rows
+    of_probe, of_contrast = both(rows.assign(entity_type="one"))
+    assert of_probe == pytest.approx(of_contrast, abs=1e-12)
+    # A contrast compares within types, a probe over all pairs.
+    assert rows["entity_type"].nunique() > 1
+    of_probe, of_contrast = both(rows)
+    assert of_probe == result.metrics["contrast/surface_auroc_test"]
+    assert of_probe != pytest.approx(of_contrast, abs=1e-4)
 
 
 def test_labels_of_the_test_split_do_not_enter_the_fit(

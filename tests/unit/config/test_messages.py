@@ -8,6 +8,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import saexp
+from saexp.cli import options_first
 from saexp.config import one_line
 from saexp.config.run import conf_folder
 from saexp.config.tasks import CACHE_ACTIONS
@@ -219,3 +220,19 @@ def test_settings_of_a_former_file_are_read(tmp_path: Path) -> None:
     found = command(tmp_path, *words)
     assert found.code == 0, found.err
     assert "shard= is now task.shard=" in found.err
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ("layer=1 -m width=1,2", "-m layer=1 width=1,2"),
+        ("layer=1 -cd a=b ~coefficient", "-cd a=b layer=1 ~coefficient"),
+        ("a=1 --info config b=2", "--info config a=1 b=2"),
+        # Those that Hydra's parser reads stay as typed.
+        ("layer=1,2 width=1 -m", "layer=1,2 width=1 -m"),
+        ("-m a=1 word b=1", "-m a=1 word b=1"),
+        ("", ""),
+    ],
+)
+def test_options_may_stand_between_settings(words: str, read: str) -> None:
+    assert options_first(words.split()) == read.split()

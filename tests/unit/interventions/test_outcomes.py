@@ -1,5 +1,7 @@
 """Outcomes against their definitions, on real tokenizers and by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,10 @@ from saexp.interventions.outcomes import (
     MatchingTokens,
     Repetition,
     YesNo,
+    has_value,
     mean_loss,
+    outcome_objects,
+    rounding_notes,
 )
 from saexp.interventions.stream_edits import Row
 from saexp.registry import names, resolve
@@ -245,3 +250,38 @@ def test_the_loss_of_a_generation_is_transformers_own() -> None:
     with torch.inference_mode():
         wanted = model.hf(input_ids=torch.tensor([whole]), labels=labels).loss
     assert float(found[0]) == pytest.approx(float(wanted), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        # Whole example, without answers, without an entity.
+        ("answer_logit", (True, False, True)),
+        ("logit_difference", (True, False, True)),
+        ("accuracy", (True, False, True)),
+        ("matching_tokens", (True, False, True)),
+        ("yes_no", (True, True, False)),
+        ("refusal", (True, True, True)),
+        ("dont_know", (True, True, True)),
+        ("attention", (True, True, True)),
+        ("neutral_kl", (False, False, False)),
+    ],
+)
+def test_what_a_prompt_must_have_for_an_outcome(name: str, values: tuple[bool, ...]) -> None:
+    (outcome,) = outcome_objects([name])
+    examples = EXAMPLE, replace(EXAMPLE, answers=()), replace(EXAMPLE, entity=None)
+    assert tuple(has_value(outcome, e, tokenizer()) for e in examples) == values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_rounding_of_16_bits_is_noted_with_its_step(dtype: torch.dtype) -> None:
+    notes = rounding_notes(outcome_objects(["answer_logit", "refusal", "dont_know"]), dtype)
+    assert rounding_notes(outcome_objects(["refusal"]), dtype) == []
+    if dtype == torch.float32:
+        assert notes == []
+        return
+    numbers = torch.linspace(16, 31.9, 100_000).to(dtype).unique().double()
+    step = float(numbers.diff().min())
+    assert step == float(numbers.diff().max())
+    assert notes[0].startswith("answer_logit and dont_know are read from logits in ")
+    assert f"steps of {step:g} between 16 and 32" in notes[0]

@@ -1,5 +1,7 @@
 """intervention.size: fewer prompts and controls for large models on a CPU."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 
 import saexp
 from saexp.config.groups import SMALL
+from saexp.errors import ConfigError
 from saexp.pipeline.intervene import _at_size
 from saexp.registry import build
+from tests import interpreters
 
 
 @pytest.mark.parametrize(("size", "is_small"), [("auto", False), ("full", False), ("small", True)])
@@ -26,6 +30,32 @@ def test_a_small_test_replaces_defaults_only(size: str, is_small: bool) -> None:
     if is_small:
         assert "n_controls 79 (not 99)" in notes[0]
         assert "n_prompts" not in notes[0].partition("with")[2]
+
+
+@pytest.mark.parametrize("prefix", ["", "++"])
+def test_a_typed_number_is_kept_although_it_is_the_default(prefix: str) -> None:
+    words = ["intervention.size=small", f"{prefix}intervention.n_prompts=100"]
+    words.append("intervention.control_kinds=[frequency,disruption,random_norm,random_kl]")
+    edit, changed = saexp.compose(words).intervention.smaller()
+    assert edit.n_prompts == 100
+    assert len(edit.control_kinds) == 4
+    assert edit.n_controls == 79
+    assert set(changed) == set(SMALL) - {"n_prompts", "control_kinds"}
+    with pytest.raises(ConfigError, match="intervention.keep"):
+        saexp.compose(["intervention.keep=[outcomes]"])
+
+
+def test_a_command_keeps_what_is_typed(tmp_path: Path) -> None:
+    words = ["intervention.size=small", "intervention.n_prompts=100", "tracker=none"]
+    words += ["dataset.n_examples=20", f"cache_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]
+    words += ["intervention.n_controls=0", "analyzer.n_bootstrap=0", "analyzer.scores=false"]
+    done = interpreters.run(["-m", "saexp", *words])
+    assert done.returncode == 0, done.stderr[-2000:]
+    notes = json.loads((tmp_path / "run" / "provenance.json").read_text("utf-8"))["notes"]
+    (note,) = [n for n in notes if n.startswith("intervention.size=small")]
+    assert "n_neutral 5 (not 10)" in note
+    assert "n_prompts" not in note
+    assert "n_controls" not in note
 
 
 def test_a_test_of_a_large_model_on_a_cpu_is_small_by_default() -> None:

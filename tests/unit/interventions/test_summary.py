@@ -5,15 +5,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saexp.interventions.conditions import metric_names
 from saexp.interventions.effects import (
     chosen_coefficients,
-    constant_rate_notes,
     effect_curve,
     effect_metrics,
     matched_by_kind,
     summarise,
 )
+from saexp.interventions.outcomes import constant_rate_notes, metric_names
 from saexp.stats import paired_difference_interval
 from saexp.stats.significance import paired_difference, prediction_p_value, rank_p_value
 

@@ -67,7 +67,7 @@ def test_the_baseline_stands_before_the_latents_that_are_compared_with_it(tmp_pa
     )
     assert surface == (
         "The surface baseline (tokens and n-grams of the text, no model) has AUROC 0.600 "
-        "[0.550, 0.650]."
+        "[0.550, 0.650] within entity types."
     )
     assert known.endswith("Its AUROC is 0.300 [0.200, 0.400] above that of the surface baseline.")
     assert unknown == "No latent for 'unknown' is selected."

@@ -120,6 +120,9 @@ def test_a_control_sae_is_called_one(tmp_path: Path) -> None:
     about["sae"]["control"] = "random"
     write_json(tmp_path / "provenance.json", about)
     assert sentences(SavedRun(tmp_path))[0] == SETTING.replace("SAE of", "random control SAE of")
+    known, unknown, *_ = headline(tmp_path).splitlines()
+    assert known == f"Control SAE (random): l{KNOWN_FINDING[1:]}."
+    assert unknown == f"Control SAE (random): n{UNKNOWN_FINDING[1:]}"
 
 
 def edited(folder: Path, **columns: object) -> str:

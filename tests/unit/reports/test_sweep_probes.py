@@ -38,6 +38,15 @@ def test_a_sentence_per_probe_on_the_cell_chosen_on_train(done: pd.DataFrame) ->
     assert probe_columns(done)["probe/dense_auroc_test"] == "AUROC: whole stream, logistic"
 
 
+def test_the_cross_validated_auroc_chooses_the_cell_of_a_fitted_probe(done: pd.DataFrame) -> None:
+    # A probe with many weights has 1.0 on its own rows at every layer.
+    values = {"probe/dense_auroc": 1.0, "probe/dense_cv_auroc": [0.88, 0.92]}
+    dense, surface = probe_findings(done.assign(**values))
+    assert "held-out AUROC 0.930 [0.880, 0.970] at layer 1" in dense
+    assert dense.endswith("(cell chosen by the cross-validated AUROC on train).")
+    assert surface.endswith("(cell chosen by the AUROC on train).")
+
+
 def test_the_figure_has_a_line_per_probe_in_the_order_of_layers(done: pd.DataFrame) -> None:
     figure = probe_figure(done)
     assert figure is not None
