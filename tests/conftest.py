@@ -14,12 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hypothesis import settings
 
 # Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
 torch.set_num_threads(1)
 settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
 settings.load_profile("saexp")
+
+# Hydra composes the config of a command once more, only to look for hydra.mode, which no config of
+# the project sets; this is what it finds. Commands in processes of their own look for it.
+Hydra.get_mode = lambda *_, **__: None
 
 LONG = (
     "faults/test_wandb_outages",
