@@ -12,11 +12,13 @@ from saexp.config.run import conf_folder
 from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.planning import _passes
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
 SMALL += [
     "analyzer.n_background=200",
+    FEW_NEUTRAL,
     "analyzer.scores=false",
     "dataset.n_examples=20",
     "hydra.sweep.dir=sweep",
