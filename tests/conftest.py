@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hypothesis import settings
 
 # Workers of pytest-xdist, and other jobs, share the cores; so deadlines mean nothing here.
@@ -21,42 +22,57 @@ torch.set_num_threads(1)
 settings.register_profile("saexp", deadline=None, derandomize=True, database=None)
 settings.load_profile("saexp")
 
+# Hydra composes the config of a command once more, only to look for hydra.mode, which no config of
+# the project sets; this is what it finds. Commands in processes of their own look for it.
+Hydra.get_mode = lambda *_, **__: None
+
 LONG = (
     "faults/test_wandb_outages",
-    "real_models/test_gemma",
-    "test_interventions",
-    "test_inference",
     "faults/test_signals",
     "test_sweep",
-    "faults/test_full_disks",
     "test_experiments",
+    "test_train_processes",
+    "real_models/test_gemma",
+    "test_interventions",
     "test_readme",
-    "test_run",
-    "test_layers_run",
-    "test_shared",
-    "test_run_folders",
-    "faults/test_campaign",
+    "test_inference",
+    "faults/test_full_disks",
     "test_train_stream",
+    "faults/test_campaign",
     "test_causal_property",
-    "test_train",
-    "faults/test_finished_runs",
-    "test_sae_check",
+    "test_run",
+    "test_run_folders",
+    "test_layers_run",
+    "real_models/test_smollm2",
+    "test_reuse_by_content",
+    "test_shared",
+    "faults/test_shared_rows",
     "test_describe",
     "test_mission",
-    "faults/test_shared_rows",
-    "faults/test_collection_kills",
-    "test_train_together",
-    "test_inactive_latents",
-    "test_surface_coverage",
-    "test_reuse_by_content",
-    "test_controls_run",
-    "test_scores_cache",
+    "faults/test_finished_runs",
     "test_contrast_error_rates",
-    "test_label",
-    "test_rank_tests",
-    "test_page_in_browser",
+    "test_sae_check",
+    "test_train",
+    "test_scores_cache",
     "simulations/test_no_false_discoveries",
+    "test_bad_input",
+    "test_inactive_latents",
+    "test_sweep_cells",
+    "test_train_together",
+    "test_secrets",
+    "test_label",
+    "test_train_transcoders",
+    "simulations/test_rates",
     "simulations/test_probe_numbers",
+    "test_truncation",
+    "test_rank_tests",
+    "test_reuse",
+    "faults/test_read_only_cache",
+    "test_evaluate",
+    "test_values_in_runs",
+    "test_controls_run",
+    "faults/test_checkpoints",
+    "test_notes",
 )
 """Files that take longest, started first so that no worker waits for the last of them."""
 

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -274,6 +275,25 @@ def end_at_once(words: list[str]) -> NoReturn:
     os._exit(code)
 
 
+def end_as_interpreter(words: list[str]) -> None:
+    """Run the command, and end with its threads and handlers at exit, as Python does.
+
+    What follows in Python takes the modules apart, which would copy the server's memory.
+    """
+    try:
+        run_words(words)
+        code = 0
+    except SystemExit as stop:
+        if not isinstance(stop.code, int | None):
+            raise
+        code = stop.code or 0
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _preload() -> list[tempfile.TemporaryDirectory[str]]:
     """Import what a run imports; returns the folders that libraries remove at exit."""
     importlib.import_module(_PRELOADED)
@@ -292,4 +312,4 @@ if __name__ == "__main__":
     prepare(accepted, shared_folders)
     if accepted["at_once"]:
         end_at_once(accepted["words"])
-    run_words(accepted["words"])
+    end_as_interpreter(accepted["words"])

@@ -10,13 +10,17 @@ import importlib
 import pkgutil
 import warnings
 
+import pandas as pd
 import plotly.graph_objects as go
 import sklearn.feature_extraction.text  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import wandb  # noqa: F401
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
 
 import saexp
+from saexp.reports import environment, style
 
 for module in pkgutil.walk_packages(saexp.__path__, "saexp."):
     if not module.name.endswith("__main__"):
@@ -26,6 +30,12 @@ with warnings.catch_warnings():
     import sae_lens  # noqa: F401
 
 torch.set_num_threads(1)
-# Hydra's plugins, and what plotly imports with a figure.
+# Hydra's plugins, what plotly imports with a figure, and templates of pages.
 saexp.compose([])
-go.Figure(go.Scatter(x=[0], y=[0]), {"title": "t"}).to_json()
+figure = make_subplots(rows=1, cols=1, subplot_titles=["t"])
+for kind in (go.Scatter, go.Bar, go.Histogram):
+    figure.add_trace(kind(x=pd.Series([0.5])), row=1, col=1)
+style(figure.update_layout(title="t"), 300).to_json()
+get_plotlyjs()
+for template in environment().list_templates():
+    environment().get_template(template)

@@ -14,6 +14,8 @@ from pathlib import Path
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from tests.shipped_texts import FEW_NEUTRAL
+
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md")))
 DOCS = tuple(sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
@@ -22,7 +24,7 @@ SAEXP = "python -m saexp"
 SMALL = (
     "tracker=none dataset.n_examples=24 analyzer.n_bootstrap=10 analyzer.n_background=200 "
     "intervention.n_prompts=4 intervention.n_choice_prompts=2 intervention.n_controls=1 "
-    "intervention.max_new_tokens=4 intervention.n_neutral=2 intervention.top_k=1"
+    f"intervention.max_new_tokens=4 intervention.n_neutral=2 intervention.top_k=1 {FEW_NEUTRAL}"
 )
 RUN = {
     "python -m saexp": SMALL,
@@ -244,11 +246,11 @@ def in_tables() -> set[str]:
 
 
 def composed_overrides(typed: str) -> list[list[str]]:
-    """Overrides of the first and last cell of a command; without Hydra's own keys."""
+    """Overrides of a command's first cell and of the last of several; without Hydra's own keys."""
     words = [w for w in shlex.split(typed)[3:] if w[0] != "-" and "hydra" not in w.split("=")[0]]
     parsed = OverridesParser.create().parse_overrides(words)
     cells = BasicSweeper.split_arguments(parsed, None)[0]
-    return [cells[0], cells[-1]]
+    return [cells[0], *cells[1:][-1:]]
 
 
 def of_help(template: str) -> list[str]:

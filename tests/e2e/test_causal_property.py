@@ -24,6 +24,7 @@ import saexp
 from saexp.stats.significance import random_directions
 from tests import random_models
 from tests.random_models import D_MODEL, random_hf
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.saes.make import parameters, write_saelens
 
 LAYER, D_SAE, NEW_TOKENS = 1, 24, 6
@@ -366,6 +367,7 @@ def test_the_causal_test_equals_a_plain_loop_of_generate(
             f"coefficient={list(COEFFICIENTS)}".replace(" ", ""),
             "analyzer.n_bootstrap=0",
             "analyzer.n_background=200",
+            FEW_NEUTRAL,
             "analyzer.scores=false",
             "sae.check=off",
             "tracker=none",

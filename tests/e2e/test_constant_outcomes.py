@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.data.datasets import ASSETS
 from saexp.errors import ConfigError
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
 SMALL += ["intervention.n_prompts=12", "intervention.n_choice_prompts=6", "coefficient=0.6"]
 SMALL += ["intervention.n_neutral=2", "intervention.max_new_tokens=8", "device=cpu"]
 SMALL += ["intervention.n_controls=2", "intervention.n_curve_controls=0", "dataset=jsonl"]
-SMALL += ["intervention.latents=[154,143]"]
+SMALL += ["intervention.latents=[154,143]", FEW_NEUTRAL]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def presumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, path: Path, *words: str) -> Result:
     options = [*SMALL, f"cache_dir={path.parent / 'cache'}", f"dataset.path={path}", *words]
-    return saexp.run(saexp.compose(options), folder)
+    return saexp.run(saexp.compose(options), folder, objects=OBJECTS)
 
 
 def test_an_outcome_that_never_varies_is_replaced_before_anything_is_changed(

@@ -7,10 +7,16 @@ import pytest
 
 from saexp.reports.saved_run import SavedRun
 from saexp.reports.sweep import read_matches
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, page_of, table_of
 
 WORDS = ["sae=random", "width=512", "tracker=jsonl", "intervention=none", "hydra.sweep.dir=sweep"]
-WORDS += ["analyzer.n_bootstrap=20", "analyzer.n_background=200", "analyzer.scores=false"]
+WORDS += [
+    "analyzer.n_bootstrap=20",
+    "analyzer.n_background=200",
+    FEW_NEUTRAL,
+    "analyzer.scores=false",
+]
 
 
 @pytest.fixture(scope="module")

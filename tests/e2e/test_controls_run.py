@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.data.datasets import background_texts
 from saexp.data.tokenization import TokenizedText, tokenize
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import random_directions
+from tests.shipped_texts import FEW_NEUTRAL
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", "analyzer.scores=false"]
 SMALL += ["intervention.n_prompts=5", "intervention.n_choice_prompts=3", "intervention.n_neutral=3"]
 SMALL += [
     "analyzer.n_background=500",
+    FEW_NEUTRAL,
     "intervention.max_new_tokens=4",
     "intervention.top_k=1",
     "device=cpu",
@@ -32,6 +35,8 @@ N, N_CURVE = 4, 2
 CONTROLS = [f"intervention.n_controls={N}", f"intervention.n_curve_controls={N_CURVE}"]
 CONTROLS += ["coefficient=[0,0.4,0.8]"]
 KINDS = ["frequency", "disruption", "random_norm", "random_kl"]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cache: Path, folder: Path, *words: str) -> Result:
-    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder, objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import saexp
 from saexp.data.datasets import background_texts
 from saexp.errors import ConfigError
+from tests.shipped_texts import FEW_NEUTRAL
 
 N_TEXTS = 60
 UNLIKE = ("seconds", "tokens_forwarded")
@@ -88,7 +89,13 @@ def without_labels(value: Any) -> Any:
 
 
 def test_a_dashboard_of_a_corpus_shows_what_that_of_its_texts_shows(folder: Path) -> None:
-    words = ["task=dashboard", "positions=all", "task.latents=top:3", "analyzer.n_background=500"]
+    words = [
+        "task=dashboard",
+        "positions=all",
+        "task.latents=top:3",
+        "analyzer.n_background=500",
+        FEW_NEUTRAL,
+    ]
     cards = [
         json.loads((path / "dashboard.json").read_text("utf-8"))
         for path in both(folder, "dashboard", words)

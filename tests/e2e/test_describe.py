@@ -14,11 +14,15 @@ import saexp
 from saexp import registry
 from saexp.analysis import AnalysisInputs
 from saexp.cli import main
+from saexp.context import ObjectCache
 from saexp.errors import ConfigError, DataError, ModelError
 from saexp.reports.analysis import findings, report_figures, write_report
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 
 PROMPT = "When Laura and Irene went to the library, Irene gave the ring to"
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +32,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(cache: Path, folder: Path, *words: str) -> Result:
     quick = ["tracker=none", f"cache_dir={cache}", "analyzer.n_bootstrap=50", "device=cpu"]
-    quick += ["analyzer.n_background=300"]
-    return saexp.run(saexp.compose([*quick, *words]), folder, command="a test")
+    quick += ["analyzer.n_background=300", FEW_NEUTRAL]
+    return saexp.run(saexp.compose([*quick, *words]), folder, command="a test", objects=OBJECTS)
 
 
 def page_of(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from saexp.cli import main
+from tests.shipped_texts import FEW_NEUTRAL
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
@@ -24,7 +24,7 @@ The simulations of `validation` run in tests/e2e/test_inference_table.py.
 SMALL = (
     "analyzer.n_bootstrap=10 intervention.n_prompts=4 intervention.n_choice_prompts=2 "
     "intervention.n_controls=1 intervention.max_new_tokens=4 intervention.top_k=1 "
-    "intervention.n_neutral=2 dataset.n_examples=60 analyzer.n_background=200"
+    f"intervention.n_neutral=2 dataset.n_examples=60 analyzer.n_background=200 {FEW_NEUTRAL}"
 )
 LAYERS = "1,2"
 """Of the studies' sweeps, instead of all five."""
@@ -32,10 +32,11 @@ OVERLAY = {
     "entity_recognition": SMALL,
     "memorization": SMALL,
     "prompt_features": "intervention.n_controls=1 intervention.max_new_tokens=6 "
-    "analyzer.n_background=200",
+    f"analyzer.n_background=200 {FEW_NEUTRAL}",
     "sae_quality": "task.n_texts=12",
     "train_from_scratch": "width=64 sae_trainer.n_samples=20000",
-    "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=120",
+    "uncertainty": "analyzer.n_bootstrap=10 analyzer.n_background=200 dataset.n_examples=60 "
+    f"{FEW_NEUTRAL}",
 }
 """Words added to every command; `sae_quality` has its own per command."""
 
@@ -92,17 +93,3 @@ def test_the_notebook_runs_cell_by_cell(tmp_path: Path, monkeypatch: pytest.Monk
             exec(compile("".join(cell["source"]), file.name, "exec"), space)
     (effects,) = shown
     assert set(effects["coefficient"]) == {0.0, 0.5, 1.0}  # type: ignore[index]
-
-
-def test_readmes_name_commands_that_compose() -> None:
-    """Every `python -m saexp` line of the studies' READMEs has keys and options that exist."""
-    import saexp
-
-    for readme in sorted((ROOT / "experiments").glob("*/README.md")):
-        for line in readme.read_text("utf-8").splitlines():
-            words = line.strip().split(" #")[0]
-            if not words.startswith("python -m saexp ") or "\\" in words:
-                continue
-            typed_words = [w for w in shlex.split(words)[3:] if w not in ("-m",)]
-            plain = [w for w in typed_words if "," not in w.partition("=")[2] or "[" in w]
-            saexp.compose(plain)

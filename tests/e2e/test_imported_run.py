@@ -12,6 +12,7 @@ import pytest
 import saexp
 from saexp.errors import ConfigError, DataError
 from saexp.models.resolution import ASSETS
+from tests.shipped_texts import FEW_NEUTRAL
 
 LAYER = 2
 FIXED = [
@@ -20,6 +21,7 @@ FIXED = [
     "intervention=none",
     "dataset.n_examples=20",
     "analyzer.n_bootstrap=0",
+    FEW_NEUTRAL,
 ]
 SAE = ["sae=local", f"sae.path={ASSETS / 'tiny' / 'sae' / f'layer_{LAYER}' / 'width_256'}"]
 

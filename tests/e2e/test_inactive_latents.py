@@ -6,16 +6,20 @@ from typing import Any
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.data.tokenization import tokenize
 from saexp.errors import SaexpError
 from saexp.models.loading import LanguageModel
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.interventions.plain_loop import Hooked, plain_generate
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
 SMALL += ["intervention.n_controls=3", "intervention.n_choice_prompts=2", "coefficient=[0,6]"]
-SMALL += ["intervention.where=last", "intervention.max_new_tokens=8"]
-SMALL += ["dataset.n_examples=60", "analyzer.n_background=500"]
+SMALL += ["intervention.where=last", "intervention.max_new_tokens=8", "intervention.n_neutral=3"]
+SMALL += ["dataset.n_examples=60", "analyzer.n_background=500", FEW_NEUTRAL]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(cache: Path, folder: Path, *words: str) -> Result:
-    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder, objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")

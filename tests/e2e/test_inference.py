@@ -13,6 +13,7 @@ import pytest
 
 import saexp
 from saexp import registry
+from saexp.context import ObjectCache
 from saexp.reports.analysis import headline
 from saexp.results import Result
 
@@ -25,6 +26,8 @@ QUICK += ["analyzer.n_background=1000", "analyzer.scores=false"]
 FEWER = ["intervention.n_prompts=20", "intervention.n_choice_prompts=15"]
 FEWER += ["intervention.max_new_tokens=16"]
 """The default's conditions, coefficients and controls on fewer prompts, with shorter answers."""
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose(["tracker=none", "device=cpu", f"cache_dir={cache}", *words])
-    return saexp.run(cfg, folder)
+    return saexp.run(cfg, folder, objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,22 @@ from saexp.interventions.cached_generation import SpeculativeDecoding
 from saexp.interventions.stream_edits import Row
 from saexp.pipeline.objects import language_model
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=12"]
 SMALL += ["intervention.n_choice_prompts=6", "intervention.n_controls=2", "sae.check=off"]
-SMALL += ["intervention.n_curve_controls=1", "analyzer.n_background=500", "analyzer.scores=false"]
+SMALL += [
+    "intervention.n_curve_controls=1",
+    "intervention.n_neutral=3",
+    "analyzer.n_background=500",
+    FEW_NEUTRAL,
+    "analyzer.scores=false",
+]
 FEW = ["intervention.n_prompts=4", "intervention.n_choice_prompts=2"]
 FEW += ["intervention.max_new_tokens=6", "dataset.n_examples=80"]
 """Enough for what does not depend on the finding."""
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ran(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", *words])
-    return saexp.run(cfg, folder)
+    return saexp.run(cfg, folder, objects=OBJECTS)
 
 
 def test_of(result: Result) -> pd.DataFrame:
@@ -65,10 +74,10 @@ def test_every_mode_has_effects_controls_a_report_its_identity_and_leaves_the_we
 ) -> None:
     outcomes = "intervention.outcomes=[refusal,answer_probability]"
     words = [*SMALL, *FEW, f"cache_dir={cache}", f"intervention={mode}", outcomes, *MODES[mode]]
-    cfg, objects = saexp.compose(words), ObjectCache()
-    model = language_model(cfg, objects)
+    cfg = saexp.compose(words)
+    model = language_model(cfg, OBJECTS)
     before = {k: v.clone() for k, v in model.hf.state_dict().items()}
-    result = saexp.run(cfg, tmp_path, objects=objects)
+    result = saexp.run(cfg, tmp_path, objects=OBJECTS)
     after = model.hf.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

@@ -20,6 +20,7 @@ from saexp.tasks import label as module
 from saexp.tasks.label_files import Answers, answers, cut_answers
 from tests.chat_tokenizers import base_tokenizers, chat_tokenizers, with_tokenizer
 from tests.random_models import random_hf, random_lm, tokenizer
+from tests.shipped_texts import FEW_NEUTRAL
 
 ROOT = Path(__file__).parents[2]
 
@@ -399,7 +400,13 @@ def test_question_and_split_do_not_depend_on_the_answers(worded):
 def test_answers_are_contrasted_where_they_begin(worded, cache, tmp_path):
     file = worded["words"].path / "answers.jsonl"
     words = ["experiment=uncertainty", f'dataset.path="{file}"', f"cache_dir={cache}"]
-    small = ["tracker=none", "analyzer.n_bootstrap=10", "analyzer.n_background=200", "layer=2"]
+    small = [
+        "tracker=none",
+        "analyzer.n_bootstrap=10",
+        "analyzer.n_background=200",
+        FEW_NEUTRAL,
+        "layer=2",
+    ]
     run = saexp.run(saexp.compose([*words, *small]), tmp_path)
     rows = run.tables["rows"]
     assert set(rows["group"]) == {"correct", "incorrect"}

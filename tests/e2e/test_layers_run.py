@@ -9,17 +9,22 @@ import pandas as pd
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
 from saexp.errors import SaexpError
 from saexp.interventions import run as causal
 from saexp.interventions.results_cache import ResultCache
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 
 SMALL = ["tracker=none", "analyzer.n_bootstrap=0", "intervention.n_prompts=6", "sae.check=off"]
 SMALL += ["intervention.n_choice_prompts=2", "intervention.n_controls=2", "analyzer.scores=false"]
 SMALL += ["intervention.n_curve_controls=1", "intervention.max_new_tokens=6"]
-SMALL += ["dataset.n_examples=80", "analyzer.n_background=500"]
+SMALL += ["dataset.n_examples=80", "analyzer.n_background=500", FEW_NEUTRAL]
+SMALL += ["intervention.n_neutral=3"]
 FEW = ["intervention.n_prompts=2", "intervention.n_controls=1"]
 PER_LAYER = ["intervention.latents=selected_per_layer", "intervention.layers=[2,3]"]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ran(cache: Path, folder: Path, *words: str) -> Result:
     cfg = saexp.compose([*SMALL, f"cache_dir={cache}", "layer=2", *words])
-    return saexp.run(cfg, folder)
+    return saexp.run(cfg, folder, objects=OBJECTS)
 
 
 @pytest.mark.parametrize("mode", ["steer", "clamp", "ablate"])

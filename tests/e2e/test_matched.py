@@ -18,11 +18,12 @@ from saexp.pipeline import objects
 from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
 from saexp.saes import SparseAutoencoder
 from saexp.sweeps import planning
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import page_of
 
 CELLS = {"3_256": (3, 256), "2_256": (2, 256), "2_512": (2, 512), "2_512_again": (2, 512)}
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=40"]
-SMALL += ["analyzer.n_background=500"]
+SMALL += ["analyzer.n_background=500", FEW_NEUTRAL]
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 import saexp
+from saexp.context import ObjectCache
+from tests.shipped_texts import FEW_NEUTRAL
 
 SHIPPED = Path(saexp.__file__).parent / "assets/tiny/entities.jsonl"
 MISSPELT = "column 'splitt' is not used by saexp; did you mean split?"
 SKIPPED = "12 of 48 examples were skipped: no entity span (12)"
 SHORT = ["n_prompts=2", "n_controls=1", "max_new_tokens=2", "n_choice_prompts=2"]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def notes(cache: Path, folder: Path, *words: str) -> list[str]:
     cfg = saexp.compose(["tracker=none", f"cache_dir={cache}", *words])
-    noted = saexp.run(cfg, folder).notes
+    noted = saexp.run(cfg, folder, objects=OBJECTS).notes
     assert json.loads((folder / "provenance.json").read_text("utf-8"))["notes"] == noted
     return noted
 
@@ -43,6 +47,7 @@ RUNS = {
     "contrast": [
         "analyzer.n_bootstrap=0",
         "analyzer.n_background=200",
+        FEW_NEUTRAL,
         *(f"intervention.{word}" for word in SHORT),
     ],
     "stats of two layers": ["analyzer=stats", "layer=[1,2]", "intervention=none"],
@@ -66,7 +71,12 @@ def test_skipped_examples_and_misspelt_columns_are_noted_once(
 
 def test_a_second_data_set_has_notes_of_its_own(file: Path, cache: Path, tmp_path: Path) -> None:
     words = ["analyzer=probe", f"analyzer.transfer={file}", "intervention=none"]
-    words += ["analyzer.n_bootstrap=0", "dataset.n_examples=100", "analyzer.n_background=200"]
+    words += [
+        "analyzer.n_bootstrap=0",
+        "dataset.n_examples=100",
+        "analyzer.n_background=200",
+        FEW_NEUTRAL,
+    ]
     noted = notes(cache, tmp_path, *words)
     assert f"transfer: {SKIPPED}" in noted
     assert SKIPPED not in noted

@@ -20,9 +20,16 @@ from saexp.errors import StoreError
 from saexp.pipeline.run_folder import LOCK, holding, reserved_cell
 from saexp.sweeps.planning import running
 from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command
 
-SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+SMALL = [
+    "tracker=none",
+    "intervention=none",
+    "dataset.n_examples=20",
+    "analyzer.n_bootstrap=0",
+    FEW_NEUTRAL,
+]
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -19,6 +19,7 @@ from saexp.results import Result
 from saexp.saes import SparseAutoencoder
 from saexp.stats.significance import paired_head_test
 from tests.edited_weights import by_hand, divergence
+from tests.shipped_texts import FEW_NEUTRAL
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ CONDITIONS = ("unknown_group", "unknown_group_frequency_01")
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("orthogonalize")
-    words = ["tracker=none", "analyzer.n_bootstrap=0", "sae.check=off", f"cache_dir={folder}/cache"]
+    words = [
+        "tracker=none",
+        "analyzer.n_bootstrap=0",
+        "sae.check=off",
+        f"cache_dir={folder}/cache",
+        FEW_NEUTRAL,
+    ]
     words += ["intervention=orthogonalize", "intervention.n_controls=1", "intervention.n_prompts=8"]
     words += ["intervention.n_choice_prompts=4", "intervention.n_neutral=3", "device=cpu"]
     words += ["intervention.outcomes=[answer_logit,neutral_kl,attention]", "intervention.top_k=2"]

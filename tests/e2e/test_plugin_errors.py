@@ -10,10 +10,11 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.registry import PluginError
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command
 
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=200", "cache_dir=cache"]
+SMALL += ["analyzer.n_background=200", FEW_NEUTRAL, "cache_dir=cache"]
 HINT = " (HYDRA_FULL_ERROR=1 in front of the command shows the traceback)"
 MODULE = """
 import saexp

@@ -10,10 +10,11 @@ import pytest
 import saexp
 from saexp.digests import checksums
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import wandb_runs
 
 WORDS = ["resume=true", "dataset.n_examples=20", "intervention=none", "analyzer.n_bootstrap=0"]
-WORDS += ["analyzer.n_background=200"]
+WORDS += ["analyzer.n_background=200", FEW_NEUTRAL]
 CHANGED = ("metrics.json", "provenance.json")
 
 

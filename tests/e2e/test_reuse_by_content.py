@@ -15,11 +15,12 @@ from saexp.config import RunConfig
 from saexp.context import ObjectCache
 from saexp.pipeline import finished
 from tests.random_models import random_hf, saved_lm
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command
 
 ASSETS = Path(saexp.__file__).parent / "assets"
 SMALL = ["tracker=none", "intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
-SMALL += ["analyzer.n_background=200", "sae.check=off", "analyzer.scores=false"]
+SMALL += ["analyzer.n_background=200", FEW_NEUTRAL, "sae.check=off", "analyzer.scores=false"]
 
 
 def change(file: Path) -> None:

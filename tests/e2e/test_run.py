@@ -13,6 +13,7 @@ import pytest
 import saexp
 from saexp.cli import main
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 
 OVERLAY = ["intervention.n_prompts=20", "analyzer.n_bootstrap=100", "coefficient=[0,0.6]"]
 OVERLAY += ["intervention.n_controls=49", "intervention.n_choice_prompts=10"]
@@ -185,7 +186,7 @@ def test_real_entities_serve_any_other_model(tmp_path: Path) -> None:
         ["model=hf", f"model.name={tmp_path / 'model'}", "layer=1", "sae=random", "width=128"]
         + ["tracker=none", f"cache_dir={tmp_path}/cache", "analyzer.n_bootstrap=0"]
         + ["dataset.max_length=60", "intervention.n_prompts=2", "intervention.max_new_tokens=2"]
-        + ["analyzer.n_background=300", "intervention.n_controls=1"]
+        + ["analyzer.n_background=300", FEW_NEUTRAL, "intervention.n_controls=1"]
     )
     result = saexp.run(cfg, tmp_path / "run")
     rows = result.tables["rows"]
@@ -199,8 +200,13 @@ def test_a_sweep_goes_on_past_a_failing_cell(
     monkeypatch.chdir(tmp_path)
     words = ["-m", "layer=9,1", "coefficient=0,4", "tracker=none", "intervention.n_prompts=4"]
     words += ["intervention.n_controls=1", "intervention.max_new_tokens=3"]
-    words += ["intervention.n_choice_prompts=2", "intervention.top_k=1"]
-    words += ["analyzer.n_bootstrap=0", "dataset.n_examples=40", "analyzer.n_background=300"]
+    words += ["intervention.n_choice_prompts=2", "intervention.top_k=1", "intervention.n_neutral=2"]
+    words += [
+        "analyzer.n_bootstrap=0",
+        "dataset.n_examples=40",
+        "analyzer.n_background=300",
+        FEW_NEUTRAL,
+    ]
     monkeypatch.setattr(sys, "argv", ["saexp", *words])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -11,7 +11,7 @@ import pytest
 import saexp
 from saexp import registry
 from saexp.cli import cell_folder
-from saexp.context import RunContext
+from saexp.context import ObjectCache, RunContext
 from saexp.errors import ModelError
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import clear
@@ -20,11 +20,20 @@ from saexp.sweeps.planning import PROCESS
 from saexp.tasks.collect import damaged, stores
 from saexp.tracking import NullTracker
 from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
-SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=0", "analyzer.n_background=200"]
-SMALL += ["dataset.n_examples=20"]
+SMALL += [
+    "intervention.max_new_tokens=4",
+    "analyzer.n_bootstrap=0",
+    "analyzer.n_background=200",
+    FEW_NEUTRAL,
+]
+SMALL += ["dataset.n_examples=20", "intervention.n_neutral=2"]
+SMALL += ["intervention.n_choice_prompts=2", "intervention.top_k=1"]
+OBJECTS = ObjectCache()
+"""Shared by the runs of this file, as by the cells of a sweep (see test_shared.py)."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cache: Path, folder: Path, *words: str) -> Result:
-    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder)
+    return saexp.run(saexp.compose([*SMALL, f"cache_dir={cache}", *words]), folder, objects=OBJECTS)
 
 
 @pytest.fixture(scope="module")

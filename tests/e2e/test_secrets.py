@@ -13,12 +13,19 @@ import pytest
 import saexp
 from saexp.config.environment import as_typed, masked, resolved
 from saexp.pipeline.finished import fingerprint
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, page_of
 
 SECRET = "swordfish-hunter2-9f3"
 FOLDER = "folder-of-nobody-else"
 SHORT = "pqz17"
-SMALL = ["intervention=none", "analyzer.n_bootstrap=0", "analyzer.n_background=300", "layer=1"]
+SMALL = [
+    "intervention=none",
+    "analyzer.n_bootstrap=0",
+    "analyzer.n_background=300",
+    FEW_NEUTRAL,
+    "layer=1",
+]
 SMALL += ["dataset.n_examples=20"]
 DATA = ["dataset=jsonl", "dataset.path=${oc.env:SAEXP_TEST_FOLDER}/rows.jsonl"]
 TOKENS = [
@@ -101,7 +108,7 @@ def test_cells_whose_sae_comes_from_the_environment_are_matched(
     monkeypatch.setenv("SAEXP_TEST_SAES", str(Path(saexp.__file__).parent / "assets/tiny/sae"))
     words = ["-m", "sae=local", "layer=1,2", "intervention=none", "tracker=none"]
     words += ["analyzer.n_bootstrap=0", "hydra.sweep.dir=sweep", "dataset.n_examples=40"]
-    words += ["analyzer.n_background=300"]
+    words += ["analyzer.n_background=300", FEW_NEUTRAL]
     words += ["sae.path='${oc.env:SAEXP_TEST_SAES}/layer_{layer}/width_256'"]
     said = command(folder, *words)
     assert said.code == 0, said.err[-2000:]

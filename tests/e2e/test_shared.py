@@ -14,11 +14,18 @@ from saexp.context import ObjectCache
 from saexp.pipeline import objects
 from saexp.results import Result
 from saexp.sweeps.planning import PROCESS
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command, table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=2", "intervention.n_controls=1"]
-SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=300"]
+SMALL += [
+    "intervention.max_new_tokens=4",
+    "analyzer.n_bootstrap=50",
+    "analyzer.n_background=300",
+    FEW_NEUTRAL,
+]
 SMALL += ["dataset.n_examples=40", "intervention.n_choice_prompts=2", "intervention.top_k=1"]
+SMALL += ["intervention.n_neutral=2"]
 
 
 class Calls:

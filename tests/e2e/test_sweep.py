@@ -20,12 +20,19 @@ from saexp.config.run import conf_folder
 from saexp.context import ObjectCache
 from saexp.sweeps.passes import passes, texts_key
 from tests import interpreters
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import Said, command, metrics_of, page_of, table_of, wandb_runs
 from tests.unit.reports.left import assert_links_lead_to_reports as assert_links
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
-SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
-SMALL += ["dataset.n_examples=40", "hydra.sweep.dir=sweep"]
+SMALL += [
+    "intervention.max_new_tokens=4",
+    "analyzer.n_bootstrap=50",
+    "analyzer.n_background=500",
+    FEW_NEUTRAL,
+]
+SMALL += ["dataset.n_examples=40", "hydra.sweep.dir=sweep", "intervention.n_neutral=2"]
+SMALL += ["intervention.n_choice_prompts=2", "intervention.top_k=1"]
 
 
 @pytest.fixture(scope="module")

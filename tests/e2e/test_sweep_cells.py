@@ -14,11 +14,13 @@ from saexp.context import ObjectCache
 from saexp.models.resolution import ASSETS
 from saexp.reports.sweep import findings
 from saexp.sweeps.passes import passes
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import command, table_of, wandb_runs
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0"]
 SMALL += [
     "analyzer.n_background=200",
+    FEW_NEUTRAL,
     "analyzer.scores=false",
     "dataset.n_examples=20",
     "hydra.sweep.dir=sweep",

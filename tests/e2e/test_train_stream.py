@@ -26,7 +26,7 @@ WORDS = [
     "dataset.context_size=32",
     "layer=1",
     "width=64",
-    "sae_trainer.n_samples=12800",
+    "sae_trainer.n_samples=5120",
     "sae_trainer.batch_size=128",
     "sae_trainer.buffer_rows=2048",
     "sae_trainer.checkpoint_every=10",
@@ -140,8 +140,8 @@ def test_positions_of_high_norm_are_left_out_of_training_and_counted(
     run = trained(corpus, cache, tmp_path / "run", "positions.max_norm_ratio=1.2")
     (note,) = (n for n in run.notes if "times the median" in n)
     n_high = int(note.split(" of ")[0].replace(",", ""))
-    assert 0 < n_high < 12_800
-    assert f"{n_high:,} of 12,800 activations" in note
+    assert 0 < n_high < 5_120
+    assert f"{n_high:,} of 5,120 activations" in note
     assert run.metrics["sparsity/n_positions"] + run.metrics["reconstruction/n_high_norm"] > 0
     assert run.metrics["reconstruction/n_high_norm"] > 0
 
@@ -190,14 +190,14 @@ def test_a_forecast_comes_before_the_first_step(
 def test_the_loss_of_the_model_is_measured_at_the_chosen_steps(
     corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run = trained(corpus, cache, tmp_path / "run", "sae_trainer.evaluate_every=40")
+    run = trained(corpus, cache, tmp_path / "run", "sae_trainer.evaluate_every=16")
     history = run.tables["training"]
     known = history[history["ce_loss_score"].notna()]
-    assert list(known["step"]) == [40, 80, 100]
+    assert list(known["step"]) == [16, 32, 40]
     assert run.metrics["train/ce_loss_score"] == known["ce_loss_score"].iloc[-1]
     assert known["held_out_l0"].iloc[-1] == pytest.approx(run.metrics["sparsity/l0"], rel=0.05)
     figure = run.figures["progress"]
-    assert [t for t in figure.data if t.name == "CE score"][0].x.tolist() == [40, 80, 100]
+    assert [t for t in figure.data if t.name == "CE score"][0].x.tolist() == [16, 32, 40]
     # The same as task=evaluate of the SAE on the held-out contexts.
     data = data_of(corpus, cache)
     from saexp.analysis.evaluation import EvaluationSettings, evaluate_saes, numbers
@@ -235,7 +235,7 @@ def test_a_pass_that_is_killed_at_any_moment_goes_on_to_the_same_weights(
     words = ["layer=[1,2]", f"sae_trainer.lr=0.00{seed + 1}"]
     whole = trained(corpus, cache, tmp_path / "whole", *words)
     arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
-    moment = [str(rng.randrange(30, 190)), f"{rng.uniform(0, 0.2):.3f}"]
+    moment = [str(rng.randrange(30, 76)), f"{rng.uniform(0, 0.2):.3f}"]
     code = ["-W", "ignore", "-c", KILLED, *moment, str(tmp_path / "killed")]
     done = interpreters.run([*code, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_of_the_stream_only_costs_time(
     words = ["layer=[1,2]", "sae_trainer.lr=0.005"]
     whole = trained(corpus, cache, tmp_path / "whole", *words)
     arguments = [*WORDS, *words, f"cache_dir={cache}", f"dataset.path={corpus}"]
-    code = ["-W", "ignore", "-c", KILLED, "110", "0", str(tmp_path / "killed")]
+    code = ["-W", "ignore", "-c", KILLED, "50", "0", str(tmp_path / "killed")]
     done = interpreters.run([*code, *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     files = list((cache / "training").glob("*/step_*/buffer.safetensors"))

@@ -17,6 +17,7 @@ from saexp.reports.analysis import headline
 from saexp.results import Result
 from saexp.saes import training as module
 from saexp.saes.training import TRANSCODERS
+from tests.shipped_texts import FEW_NEUTRAL
 
 WORDS = [
     "task=train",
@@ -166,7 +167,12 @@ def test_what_was_trained_is_analysed_and_spliced(cache: Path, tmp_path: Path) -
     words = ["sae_trainer=batchtopk_transcoder", BOTH, "sae_trainer.n_samples=50000"]
     place = trained(cache, tmp_path / "train", *words).path / "sae"
     common = ["sae=local", f"sae.path={place}", "layer=2", "tracker=none", f"cache_dir={cache}2"]
-    less = ["dataset.n_examples=20", "analyzer.n_bootstrap=0", "analyzer.n_background=500"]
+    less = [
+        "dataset.n_examples=20",
+        "analyzer.n_bootstrap=0",
+        "analyzer.n_background=500",
+        FEW_NEUTRAL,
+    ]
     cfg = saexp.compose([*common, *less, "intervention=none"])
     result = saexp.run(cfg, tmp_path / "contrast")
     assert result.metrics["check/explained_variance"] > 0.7

@@ -12,6 +12,7 @@ import saexp
 from saexp.activations import ActivationStore
 from saexp.models import Hookpoint
 from saexp.results import Result
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.saes.make import write_saelens
 
 LAYER, WIDTH, D = 1, 256, 128
@@ -21,7 +22,7 @@ HOOKS = {
     "model_name": "saexp/tiny",
 }
 WORDS = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
-WORDS += ["analyzer.n_background=500", "sae=local", f"layer={LAYER}"]
+WORDS += ["analyzer.n_background=500", FEW_NEUTRAL, "sae=local", f"layer={LAYER}"]
 
 
 def stores(folder: Path) -> dict[str, ActivationStore]:

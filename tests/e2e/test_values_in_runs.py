@@ -18,6 +18,7 @@ from saexp.models.resolution import ASSETS
 from tests.random_models import (
     saved_lm,
 )
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.saes.make import write_saelens
 
 
@@ -71,7 +72,13 @@ def norm_of_neutral_text(folder: Path) -> float:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    words = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "positions=entity_all"]
+    words = [
+        "tracker=none",
+        "intervention=none",
+        "analyzer.n_bootstrap=0",
+        "positions=entity_all",
+        FEW_NEUTRAL,
+    ]
     cfg = saexp.compose([*words, "dataset.n_examples=40", f"cache_dir={folder}/cache"])
     saexp.run(cfg, folder / "run")
     return folder / "run"

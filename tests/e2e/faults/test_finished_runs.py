@@ -24,10 +24,11 @@ from tests.e2e.faults.injection import (
     flip_byte,
     wrong_shape,
 )
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import body_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
-SMALL += ["analyzer.n_background=200"]
+SMALL += ["analyzer.n_background=200", FEW_NEUTRAL]
 SHAPES = ("[]", "3", "null", '{"a": 1}', '"text"')
 
 

@@ -16,8 +16,14 @@ from saexp.errors import StoreError
 from saexp.tracking import NullTracker
 from tests.disks import read_only
 from tests.e2e.faults.injection import command, digests_of_results, one_line, small_disk
+from tests.shipped_texts import FEW_NEUTRAL
 
-SMALL = ("dataset.n_examples=20", "analyzer.n_bootstrap=0", "analyzer.n_background=200")
+SMALL = (
+    "dataset.n_examples=20",
+    "analyzer.n_bootstrap=0",
+    "analyzer.n_background=200",
+    FEW_NEUTRAL,
+)
 SMALL += ("tracker=jsonl", "resume=false")
 TASKS = {
     "analyze": ("intervention=none", *SMALL),

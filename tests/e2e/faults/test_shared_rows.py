@@ -17,6 +17,7 @@ from tests.e2e.faults.injection import (
     equal_up_to_rounding,
     start,
 )
+from tests.shipped_texts import FEW_NEUTRAL
 
 WORDS = (
     "tracker=none",
@@ -26,6 +27,7 @@ WORDS = (
     "intervention.max_new_tokens=8",
     "dataset.n_examples=60",
     "analyzer.n_background=300",
+    FEW_NEUTRAL,
     "analyzer.n_bootstrap=0",
 )
 

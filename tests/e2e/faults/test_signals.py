@@ -19,10 +19,16 @@ from tests.e2e.faults.injection import (
     one_line,
     start,
 )
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import table_of
 
 SMALL = ["tracker=none", "intervention.n_prompts=4", "intervention.n_controls=2"]
-SMALL += ["intervention.max_new_tokens=4", "analyzer.n_bootstrap=50", "analyzer.n_background=500"]
+SMALL += [
+    "intervention.max_new_tokens=4",
+    "analyzer.n_bootstrap=50",
+    "analyzer.n_background=500",
+    FEW_NEUTRAL,
+]
 SMALL += ["intervention.top_k=1", "intervention.n_choice_prompts=4", "intervention.n_neutral=2"]
 SMALL += ["dataset.n_examples=40"]
 KEPT = "what was collected is kept, and the same command continues from there"

@@ -26,9 +26,10 @@ from tests.e2e.faults.wandb_server import (
     Server,
     wandb_server,
 )
+from tests.shipped_texts import FEW_NEUTRAL
 from tests.unit.reports.left import _wandb_run
 
-FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0", FEW_NEUTRAL]
 FIXED += ["cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"]
 DELAY_SECONDS = 30
 """10 s are promised on an idle machine."""

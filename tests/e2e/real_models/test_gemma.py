@@ -91,12 +91,16 @@ def test_entity_recognition_on_the_chat_model(user: Terminal) -> None:
     often = latents.assign(n=latents["freq_known"] + latents["freq_unknown"]).nlargest(2, "n")
     # A random model knows nothing, so nothing is selected.
     named = f"intervention.latents=[{','.join(map(str, often['latent']))}]"
-    for command in user.script(words, [*few(), named])[1:]:
+    commands = user.script(words, [*few(), named])[1:]
+    # Nothing of ablate, clamp and probe depends on the model; test_experiments runs them.
+    kept = [c for c in commands if c[-1].rpartition("/")[2] not in ("ablate", "clamp", "probe")]
+    assert len(commands) - len(kept) == 3
+    for command in kept:
         said = user.type(command)
         assert said.code == 0, f"{command}: {said.err[-2000:]}"
     assert user.most(BOS) == 1
     runs = {p.name: Run(p) for p in (user.folder / "runs").iterdir() if p.name != "layers"}
-    assert {*runs} == {"steer", "ablate", "clamp", "patch", "orthogonalize", "probe"}
+    assert {*runs} == {"steer", "patch", "orthogonalize"}
     for run in runs.values():
         assert run.about["sae"]["hookpoint"] == "layer_13.resid_post"
         assert run.about["sae"]["release"] == GEMMA_SCOPE
