@@ -114,6 +114,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
     "tracker": {
         "wandb": "saexp.tracking.wandb:WandbTracker",
         "jsonl": "saexp.tracking:JsonlTracker",
+        "tensorboard": "saexp.tracking:TensorboardTracker",
+        "mlflow": "saexp.tracking:MlflowTracker",
         "none": "saexp.tracking:NullTracker",
     },
 }

@@ -307,22 +307,23 @@ class TrackerConfig:
     """Where metrics, tables and figures are sent."""
 
     kind: str = MISSING
-    """Registry name: wandb, jsonl or none."""
+    """Registry name: wandb, tensorboard, mlflow, jsonl or none."""
     kinds: dict[str, bool] = field(default_factory=dict)
     """The trackers of 'tracker=[wandb,jsonl]', where `kind` is the last of them."""
     project: str | None = None
-    """W&B project; by default WANDB_PROJECT, else saexp."""
+    """W&B project or MLflow experiment; by default WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, else
+    saexp."""
     entity: str | None = None
     """W&B team or user; by default WANDB_ENTITY."""
     name: str | None = None
     """Name of the run; by default WANDB_NAME, else model, SAE and layer. In a sweep what varies is
     appended."""
     group: str | None = None
-    """W&B group; by default WANDB_RUN_GROUP, else a sweep's date, time and experiment."""
+    """Group; in W&B by default WANDB_RUN_GROUP, else a sweep's date, time and experiment."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags; by default WANDB_TAGS."""
+    """Tags; in W&B by default WANDB_TAGS."""
     notes: str | None = None
-    """W&B notes; by default WANDB_NOTES."""
+    """Notes; in W&B by default WANDB_NOTES."""
     artifacts: bool = True
     """Whether the store (by its path), the SAE and the results are recorded as artifacts."""
     mode: str | None = None

@@ -451,7 +451,7 @@ def _copy(source: Path, target: Path) -> None:
 
 _REUSED_FROM = "reused from "
 """Beginning of a copy's note."""
-_NOT_COPIED = (".hydra", "wandb", "tracker.jsonl", "error.txt", LOCK)
+_NOT_COPIED = (".hydra", "wandb", "tensorboard", "mlruns", "tracker.jsonl", "error.txt", LOCK)
 """Files that belong to the earlier run alone; trackers write new ones."""
 
 

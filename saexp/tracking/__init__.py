@@ -2,6 +2,9 @@
 
 import json
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any, Protocol
 
 from saexp import registry
 from saexp.config import TrackerConfig
+from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, cannot_write
 
 log = logging.getLogger(__name__)
@@ -148,6 +152,242 @@ class JsonlTracker(NullTracker):
             raise cannot_write(self.path, error, option=RUN_FOLDER) from error
 
 
+class TensorboardTracker(NullTracker):
+    """Event files for TensorBoard in the run's folder, under `tensorboard/`.
+
+    TensorBoard shows no plotly figures; they are in the run's report.
+    """
+
+    def start(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+        sweep: Path | None = None,  # noqa: ARG002
+    ) -> None:
+        """Write name, group, job type, notes, tags and the config. Raises ConfigError."""
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard", error) from error
+        place = folder / "tensorboard"
+        try:
+            self.writer = SummaryWriter(str(place))
+        except OSError as error:
+            raise cannot_write(place, error, option=RUN_FOLDER) from error
+        self.config, self.job_type = dict(config), job_type
+        about = {"name": self.cfg.name or name, "group": self.cfg.group or group}
+        about |= {"job_type": job_type, "tags": list(self.cfg.tags), "notes": self.cfg.notes}
+        self._text("run", json.dumps(about, indent=2))
+        self._text("config", json.dumps(self.config, indent=2, default=str))
+
+    def metrics(self, values: Metrics) -> None:
+        """Record scalars at step 0, and beside them the plain values of the config, by which
+        TensorBoard's page of hyperparameters compares runs."""
+        from torch.utils.tensorboard.summary import hparams
+
+        numbers = finite(values)
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, 0)
+        plain = {k: v for k, v in self.config.items() if isinstance(v, str | int | float)}
+        for summary in hparams(plain, numbers):
+            self.writer._get_file_writer().add_summary(summary)
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point; see `whole_steps`."""
+        step, numbers = whole_steps(axis, values)
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def table(self, name: str, table: Any) -> None:
+        """Record the first rows as text: TensorBoard has no tables."""
+        shown = table.head(_N_TEXT_ROWS).astype(object)
+        rows = [list(table.columns), ["---"] * len(table.columns), *shown.to_numpy().tolist()]
+        cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+        lines = ["| " + " | ".join(row) + " |" for row in cells]
+        lines += ["", f"{len(shown)} of {len(table)} rows"]
+        self.writer.add_text(f"tables/{name}", "\n".join(lines), 0)
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record the paths of the files as text; nothing is copied."""
+        places = [*artifact.files.values(), *([artifact.reference] if artifact.reference else [])]
+        about = {"type": artifact.type, "is_input": artifact.is_input, "files": places}
+        self._text(f"artifacts/{artifact.name}", json.dumps(about, indent=2, default=str))
+
+    def finish(self, exit_code: int) -> None:
+        """Write the exit code, and close the file."""
+        self._text("exit_code", str(exit_code))
+        self.writer.close()
+
+    def _text(self, name: str, text: str) -> None:
+        self.writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), 0)
+
+
+class MlflowTracker(NullTracker):
+    """MLflow: a server or database named by MLFLOW_TRACKING_URI, else the folder `mlruns` of the
+    run or of its sweep.
+
+    After its first error it records nothing more, so that a server that does not answer delays a
+    run once.
+    """
+
+    def start(
+        self,
+        *,
+        folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        job_type: str,
+        group: str | None,
+        sweep: Path | None = None,
+    ) -> None:
+        """Open a run in the experiment `tracker.project`, else MLFLOW_EXPERIMENT_NAME, else saexp.
+
+        Raises ConfigError without the package, and where the server does not take the run.
+        """
+        for variable, value in _MLFLOW_VARIABLES.items():
+            os.environ.setdefault(variable, value)
+        try:
+            import mlflow
+        except ImportError as error:
+            raise _missing("mlflow", error) from error
+        self.mlflow: Any = mlflow
+        self.failed = False
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or str((sweep or folder).resolve() / "mlruns")
+        experiment = self.cfg.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "saexp"
+        tags = dict.fromkeys(self.cfg.tags, "true") | {"job_type": job_type}
+        tags |= {
+            "group": self.cfg.group or group or "",
+            "mlflow.note.content": self.cfg.notes or "",
+        }
+        try:
+            self.client: Any = mlflow.MlflowClient(tracking_uri=uri)
+            self.run = self.client.create_run(
+                self._experiment(experiment), run_name=self.cfg.name or name, tags=tags
+            ).info.run_id
+            entities = mlflow.entities
+            params = [entities.Param(k, str(v)[:_N_CHARACTERS]) for k, v in _flat(config).items()]
+            for at in range(0, len(params), _N_PARAMS):
+                self.client.log_batch(self.run, params=params[at : at + _N_PARAMS])
+        except (mlflow.MlflowException, OSError) as error:
+            raise ConfigError(
+                f"tracker=mlflow: {uri} does not take the run ({brief(error)}); check "
+                "MLFLOW_TRACKING_URI, or type tracker=none"
+            ) from error
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which is created where there is none."""
+        existing = self.client.get_experiment_by_name(name)
+        try:
+            return existing.experiment_id if existing else self.client.create_experiment(name)
+        except self.mlflow.MlflowException:
+            # Another cell of the sweep may have created it in the meantime.
+            if (existing := self.client.get_experiment_by_name(name)) is None:
+                raise
+            return existing.experiment_id
+
+    def metrics(self, values: Metrics) -> None:
+        """Record numbers at step 0."""
+        self._numbers(finite(values), 0)
+
+    def series(self, axis: str, values: Metrics) -> None:
+        """Record a point; see `whole_steps`."""
+        step, numbers = whole_steps(axis, values)
+        self._numbers(numbers, step)
+
+    def _numbers(self, values: Mapping[str, float | int], step: int) -> None:
+        metric, now = self.mlflow.entities.Metric, int(time.time() * 1000)
+        records = [metric(name, float(value), now, step) for name, value in values.items()]
+        for at in range(0, len(records), _N_METRICS):
+            part = records[at : at + _N_METRICS]
+            self._once(lambda part=part: self.client.log_batch(self.run, metrics=part))
+
+    def table(self, name: str, table: Any) -> None:
+        """Record a DataFrame as an artifact that MLflow shows as a table."""
+        self._once(lambda: self.client.log_table(self.run, table, f"tables/{name}.json"))
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a plotly figure as a page."""
+        text = figure.to_html(include_plotlyjs="cdn")
+        self._once(lambda: self.client.log_text(self.run, text, f"figures/{name}.html"))
+
+    def artifact(self, artifact: Artifact) -> None:
+        """Record files; what is recorded by its path alone becomes a tag."""
+        place = f"artifacts/{artifact.name.replace('/', '-')}"
+        for file in artifact.files.values():
+            self._once(lambda file=file: self.client.log_artifact(self.run, str(file), place))
+        if artifact.reference is not None:
+            tag = f"{'input' if artifact.is_input else 'output'}.{artifact.type}"
+            self._once(lambda: self.client.set_tag(self.run, tag, str(artifact.reference)))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run as finished or failed."""
+        status = "FAILED" if exit_code else "FINISHED"
+        self._once(lambda: self.client.set_terminated(self.run, status))
+
+    def _once(self, call: Callable[[], Any]) -> None:
+        if self.failed:
+            return
+        try:
+            call()
+        except Exception:
+            self.failed = True
+            raise
+
+
+_N_TEXT_ROWS = 50
+"""Rows of a table that TensorBoard shows."""
+_N_METRICS, _N_PARAMS, _N_CHARACTERS = 1000, 100, 6000
+"""Limits of MLflow: numbers and parameters in one call, characters of a parameter."""
+_MLFLOW_VARIABLES = {
+    # MLflow refuses to write to a folder without this, and its databases need more packages.
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # By default a server that does not answer delays each call for minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+
+
+def finite(values: Metrics) -> dict[str, float | int]:
+    """The values that are numbers, not missing or infinite."""
+    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+
+
+def whole_steps(axis: str, values: Metrics) -> tuple[int, dict[str, float | int]]:
+    """A point of a series for trackers whose steps are whole numbers: the step and its numbers.
+
+    Where the axis has fractions, the step is its value in thousandths, and the names say so; the
+    final number under the plain name is not part of such a series.
+    """
+    at, numbers = values[axis], finite(values)
+    numbers.pop(axis, None)
+    if at is None or isinstance(at, int):
+        return at or 0, numbers
+    return round(1000 * at), {f"{name} by {axis} in thousandths": v for name, v in numbers.items()}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level, `model.name`; an explicit plain value comes first."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat = {**_flat(value, f"{prefix}{key}."), **flat}
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _missing(kind: str, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"tracker={kind} needs a package that is not installed ({error}); type pip install "
+        f"'saexp[{kind}]'"
+    )
+
+
 class Guarded:
     """A started tracker whose errors become one warning, so that they never end the run."""
 
@@ -200,33 +440,31 @@ class Several:
 
     def metrics(self, values: Metrics) -> None:
         """Record the run's final numbers."""
-        for tracker in self._trackers:
-            tracker.metrics(values)
+        self._each(lambda tracker: tracker.metrics(values))
 
     def series(self, axis: str, values: Metrics) -> None:
         """Record a point of a series."""
-        for tracker in self._trackers:
-            tracker.series(axis, values)
+        self._each(lambda tracker: tracker.series(axis, values))
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
-        for tracker in self._trackers:
-            tracker.table(name, table)
+        self._each(lambda tracker: tracker.table(name, table))
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
-        for tracker in self._trackers:
-            tracker.figure(name, figure)
+        self._each(lambda tracker: tracker.figure(name, figure))
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files that the run read or wrote."""
-        for tracker in self._trackers:
-            tracker.artifact(artifact)
+        self._each(lambda tracker: tracker.artifact(artifact))
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
+        self._each(lambda tracker: tracker.finish(exit_code))
+
+    def _each(self, call: Callable[[Recorder], None]) -> None:
         for tracker in self._trackers:
-            tracker.finish(exit_code)
+            call(tracker)
 
 
 def brief(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
-from saexp.tracking import Artifact, Metrics, NullTracker, brief
+from saexp.tracking import Artifact, Metrics, NullTracker, brief, finite
 from saexp.tracking.outages import (
     GRACE_SECONDS,
     PROCESS,
@@ -256,17 +256,17 @@ class WandbTracker(NullTracker):
 
     def metrics(self, values: Metrics) -> None:
         """Record the run's final numbers, in its summary alone: one point makes no chart."""
-        finite = _finite(values)
-        self._record(lambda run: run.summary.update(finite))
+        numbers = finite(values)
+        self._record(lambda run: run.summary.update(numbers))
 
     def series(self, axis: str, values: Metrics) -> None:
         """Record a point of the history of the groups of `values`, whose x-axis is `axis`."""
-        finite = _finite(values)
-        for group in dict.fromkeys(name.partition("/")[0] for name in finite if name != axis):
+        numbers = finite(values)
+        for group in dict.fromkeys(name.partition("/")[0] for name in numbers if name != axis):
             if group not in self._groups:
                 self._groups.add(group)
                 self._record(lambda run, group=group: _define(run, axis, group))
-        self._record(lambda run: run.log(finite))
+        self._record(lambda run: run.log(numbers))
 
     def table(self, name: str, table: Any) -> None:
         """Record a W&B table."""
@@ -416,10 +416,6 @@ class WandbTracker(NullTracker):
 
 _Action = Callable[[Any], None]
 """Records something in a W&B run; it is called again to record it a second time."""
-
-
-def _finite(values: Metrics) -> dict[str, float | int]:
-    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
 def _define(run: Any, axis: str, group: str) -> None:

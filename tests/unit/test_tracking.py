@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.registry import build, register
 from saexp.sweeps import group_name, group_of, run_name, tracked_config
-from saexp.tracking import Artifact, Guarded, JsonlTracker, NullTracker, start
+from saexp.tracking import (
+    Artifact,
+    Guarded,
+    JsonlTracker,
+    MlflowTracker,
+    NullTracker,
+    start,
+    whole_steps,
+)
 from saexp.tracking.wandb import has_key
 from tests.unit.reports.left import wandb_runs
 
@@ -258,6 +267,141 @@ def test_several_trackers_record_the_same_run(tmp_path: Path) -> None:
     alone = saexp.compose(["tracker=jsonl", "tracker.kind=none"]).tracker
     start(alone, folder=tmp_path / "nothing", **ABOUT).finish(0)
     assert not (tmp_path / "nothing").exists()
+
+
+PLAIN = {"layer": 2, "coefficient": [0, 0.3], "model": {"name": "tiny"}, "model.name": "tiny"}
+
+
+def use_with_artifact(tracker, folder: Path, exit_code: int) -> None:
+    """Two series, a table, a figure, an artifact and final numbers, as a run records them."""
+    weights = folder / "w.txt"
+    weights.write_text("1")
+    tracker.start(folder=folder, **{**ABOUT, "config": PLAIN})
+    for tokens in (100, 200):
+        tracker.series("train/tokens", {"train/tokens": tokens, "train/loss": 1 / tokens})
+    for at in (0.0, 0.3):
+        tracker.series("coefficient", {"coefficient": at, "effect/a/b": at, "effect/c": None})
+    tracker.table("latents", TABLE)
+    tracker.artifact(Artifact("sae", "sae", {"w.txt": weights}, weights, is_input=True))
+    tracker.figure("f", go.Figure(go.Scatter(x=[1], y=[2])))
+    tracker.metrics({"x/y": 1.5, "effect/a/b": 0.25, "x/none": None, "x/nan": float("nan")})
+    tracker.finish(exit_code)
+
+
+def test_tensorboard_reads_back_what_a_run_records(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    use_with_artifact(build("tracker", TrackerConfig(kind="tensorboard", tags=["t"])), tmp_path, 0)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = {
+        tag: {e.step: round(e.value, 6) for e in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+    assert scalars == {
+        "train/loss": {100: 0.01, 200: 0.005},
+        "effect/a/b by coefficient in thousandths": {0: 0.0, 300: 0.3},
+        "x/y": {0: 1.5},
+        "effect/a/b": {0: 0.25},
+    }
+    texts = {
+        tag.removesuffix("/text_summary"): events.Tensors(tag)[0]
+        .tensor_proto.string_val[0]
+        .decode()
+        for tag in events.Tags()["tensors"]
+    }
+    assert set(texts) == {"run", "config", "tables/latents", "artifacts/sae", "exit_code"}
+    assert json.loads(texts["config"]) == PLAIN
+    assert json.loads(texts["run"])["tags"] == ["t"]
+    assert "| 2 | <NA> |" in texts["tables/latents"]
+    hyperparameters = {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert hyperparameters <= set(events.summary_metadata)
+    assert "model.name" in str(events.SummaryMetadata("_hparams_/session_start_info"))
+
+
+def test_mlflow_reads_back_what_a_run_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    cfg = TrackerConfig(kind="mlflow", tags=["t"], notes="why")
+    for name, exit_code in (("one", 0), ("two", 1)):
+        (tmp_path / name).mkdir()
+        use_with_artifact(build("tracker", cfg), tmp_path / name, exit_code)
+    client = mlflow.MlflowClient(str(tmp_path / "one" / "mlruns"))
+    experiment = client.get_experiment_by_name("saexp").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert (run.info.run_name, run.info.status) == ("n", "FINISHED")
+    assert run.data.params["model.name"] == "tiny"
+    assert run.data.params["coefficient"] == "[0, 0.3]"
+    tags = {"t": "true", "group": "g", "job_type": "analyze", "mlflow.note.content": "why"}
+    assert tags.items() <= run.data.tags.items()
+    assert run.data.tags["input.sae"] == str(tmp_path / "one" / "w.txt")
+
+    def history(name: str) -> dict[int, float]:
+        return {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+
+    assert history("train/loss") == {100: 0.01, 200: 0.005}
+    assert history("effect/a/b by coefficient in thousandths") == {0: 0.0, 300: 0.3}
+    assert history("effect/a/b") == {0: 0.25}
+    assert "x/nan" not in run.data.metrics
+    (folder,) = (tmp_path / "one").glob("mlruns/*/*/artifacts")
+    assert json.loads((folder / "tables" / "latents.json").read_text())["data"] == [
+        [1, 1],
+        [2, None],
+    ]
+    assert (folder / "artifacts" / "sae" / "w.txt").read_text() == "1"
+    assert "plotly" in (folder / "figures" / "f.html").read_text()
+    client = mlflow.MlflowClient(str(tmp_path / "two" / "mlruns"))
+    (run,) = client.search_runs([client.get_experiment_by_name("saexp").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_mlflow_is_not_tried_again_after_an_error(tmp_path: Path) -> None:
+    """Each call to a server that hangs would wait anew."""
+
+    class Hanging:
+        n = 0
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*_: Any, **__: Any) -> None:
+                self.n += 1
+                raise TimeoutError("no answer")
+
+            return call
+
+    tracker = MlflowTracker(TrackerConfig(kind="mlflow"))
+    tracker.client, tracker.run, tracker.failed = Hanging(), "r", False
+    guarded = Guarded(tracker, "mlflow")
+    guarded.table("latents", TABLE)
+    guarded.artifact(Artifact("sae", "sae", {"w": tmp_path}))
+    guarded.figure("f", go.Figure())
+    guarded.finish(0)
+    assert tracker.client.n == 1
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])
+def test_a_tracker_without_its_package_is_one_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == kind]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard.writer", raising=False)
+    monkeypatch.setitem(sys.modules, kind, None)
+    cfg = saexp.compose([f"tracker=[{kind},jsonl]"]).tracker
+    with pytest.raises(ConfigError, match=rf"tracker={kind} needs .*'saexp\[{kind}\]'"):
+        start(cfg, folder=tmp_path, **ABOUT)
+
+
+@pytest.mark.parametrize("at", [0, 7, 0.25, 0.6, -1.5])
+def test_steps_of_trackers_that_know_whole_numbers_alone(at: float) -> None:
+    step, numbers = whole_steps("x", {"x": at, "a": 1, "none": None})
+    if isinstance(at, int):
+        assert (step, numbers) == (at, {"a": 1})
+    else:
+        assert (step / 1000, numbers) == (at, {"a by x in thousandths": 1})
 
 
 def test_no_key_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

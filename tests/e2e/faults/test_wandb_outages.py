@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +32,11 @@ from tests.unit.reports.left import _wandb_run
 
 FIXED = ["intervention=none", "dataset.n_examples=20", "analyzer.n_bootstrap=0", FEW_NEUTRAL]
 FIXED += ["cache_dir=../cache", "hydra.run.dir=.", "hydra.sweep.dir=sweep"]
+WAITING_SECONDS = 15
+"""Longest wait of a run's main thread: 10 s are promised on an idle machine. On a busy one W&B's
+own process is slow to start."""
 DELAY_SECONDS = 30
-"""10 s are promised on an idle machine."""
+"""Longest time of logging and of its end, which other processes can lengthen."""
 OUTAGES = [(REFUSE, None), (HANG, None), (ERROR, None), (GARBAGE, None)]
 OUTAGES += [(GOOD, HANG), (GOOD, ERROR), (GOOD, EMPTY)]
 """How the server answers at first, and once a run has begun (None: the same).
@@ -61,9 +65,10 @@ class Ended(NamedTuple):
 
     said: Said
     place: Path
+    waited: float
+    """Seconds, see `ended`."""
     requests: list[str]
     """Paths that it asked the server for."""
-    seconds: float
 
 
 class Runs:
@@ -73,37 +78,57 @@ class Runs:
         self.folder, self._numbers = folder, itertools.count(1)
         # The server that processes are forked from takes its time to start.
         start(["--help"], folder).wait()
-        began = time.monotonic()
-        _, expected = self.run({}, "tracker=none")
-        self.seconds, self.expected = time.monotonic() - began, digests_of_results(expected)
+        _, expected, self.waited = self.run({}, "tracker=none")
+        self.expected = digests_of_results(expected)
 
-    def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
+    def run(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path, float]:
         """A command in a forked process."""
         place = self._place()
-        started = start([*words, *FIXED], place, {**without_wandb(), **env})
-        return started.wait(240), place
+        process = start([*words, *FIXED], place, {**without_wandb(), **env}).process
+        said, waited = ended(process)
+        return said, place, waited
 
-    def run_finalized(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path]:
+    def run_finalized(self, env: Mapping[str, str], *words: str) -> tuple[Said, Path, float]:
         """A command that ends as one that a shell starts, with Python's handlers at exit."""
         place = self._place()
         variables = {
             name: value for name, value in os.environ.items() if name not in without_wandb()
         }
-        process = interpreters.run(["-m", "saexp", *words, *FIXED], place, {**variables, **env})
-        return Said(process.returncode, process.stdout, process.stderr), place
+        words = ("-m", "saexp", *words, *FIXED)
+        said, waited = ended(interpreters.Process(words, place, {**variables, **env}))
+        return said, place, waited
 
     def with_server(self, mode: str, later: str | None, words: tuple[str, ...]) -> Ended:
         """A run whose server answers so."""
         run = self.run_finalized if (mode, later, words) in FINALIZED else self.run
         with wandb_server(mode, later) as server:
-            began = time.monotonic()
-            said, place = run(environment(server), *words)
-            return Ended(said, place, list(server.requests), time.monotonic() - began)
+            said, place, waited = run(environment(server), *words)
+            return Ended(said, place, waited, list(server.requests))
 
     def _place(self) -> Path:
         place = self.folder / f"run{next(self._numbers)}"
         place.mkdir()
         return place
+
+
+def ended(process: interpreters.Process, limit: float = 240) -> tuple[Said, float]:
+    """What a process said, and how many seconds of its time its main thread waited for something.
+
+    Computing, and being ready to while other processes have the cores, is not waiting. Systems
+    other than Linux do not report it: there all of the time counts. Raises TimeoutError, and kills
+    the process, where it takes longer than the limit.
+    """
+    began, active, code = time.monotonic(), 0.0, None
+    while code is None:
+        with suppress(OSError):
+            times = Path(f"/proc/{process.pid}/schedstat").read_text().split()
+            active = (int(times[0]) + int(times[1])) / 1e9
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(0.1)
+        if time.monotonic() > began + limit:
+            process.kill()
+            raise TimeoutError(f"still running after {limit} s: {process.read()}")
+    return Said(code, *process.read()), time.monotonic() - began - active
 
 
 def without_wandb() -> dict[str, None]:
@@ -145,10 +170,10 @@ def hints(said: Said) -> list[str]:
 def test_an_outage_leaves_a_run_complete(
     runs: Runs, started: Callable[..., Ended], mode: str, later: str | None
 ) -> None:
-    said, place, _, seconds = started(mode, later, ONLINE)
+    said, place, waited, _ = started(mode, later, ONLINE)
     assert said.code == 0, said
     assert "Traceback" not in said.out + said.err
-    assert seconds < 3 * runs.seconds + DELAY_SECONDS
+    assert waited < runs.waited + WAITING_SECONDS
     results = digests_of_results(place)
     assert {k: v for k, v in results.items() if "wandb/" not in k} == runs.expected
     (hint,) = hints(said)
@@ -163,7 +188,7 @@ def test_an_outage_leaves_a_run_complete(
 @pytest.mark.parametrize("mode", [GOOD, SLOW])
 def test_a_server_that_answers_needs_no_hint(started: Callable[..., Ended], mode: str) -> None:
     """However long the upload takes."""
-    said, place, requests, _ = started(mode, None, ONLINE)
+    said, place, _, requests = started(mode, None, ONLINE)
     assert said.code == 0, said
     assert not hints(said)
     assert "saexp.tracking.wandb][WARNING" not in said.out + said.err
@@ -181,7 +206,7 @@ def test_a_refused_key_is_one_line_before_any_work(started: Callable[..., Ended]
 
 
 def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., Ended]) -> None:
-    said, place, requests, _ = started(HANG, None, SWEEP)
+    said, place, _, requests = started(HANG, None, SWEEP)
     assert said.code == 0, said
     assert "3 finished" in said.out
     assert (said.out + said.err).count("W&B does not answer") == 1
@@ -194,7 +219,7 @@ def test_a_sweep_waits_for_an_unreachable_server_once(started: Callable[..., End
 
 
 def test_offline_by_configuration_gives_no_hint(started: Callable[..., Ended]) -> None:
-    said, place, requests, _ = started(HANG, None, OFFLINE)
+    said, place, _, requests = started(HANG, None, OFFLINE)
     assert said.code == 0, said
     assert requests == []
     assert not hints(said)
