@@ -135,6 +135,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "dashboard": tasks.DashboardConfig,
         "evaluate": tasks.EvaluateConfig,
         "label": tasks.LabelConfig,
+        "report": tasks.ReportConfig,
         "train": tasks.TrainConfig,
         "workspace": tasks.WorkspaceConfig,
     },
@@ -279,15 +280,25 @@ def for_hydra(words: Sequence[str]) -> list[str]:
 
     `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default.
     A former top-level key gets the `+` that Hydra wants for a key that is not in the schema.
-    task=workspace takes its settings without `task.`. A template that is plain text is quoted,
-    because Hydra would parse its braces:
+    task=report and task=workspace take their settings without `task.`. A template that is plain
+    text is quoted, because Hydra would parse its braces:
 
     >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
-    if "task=workspace" in words:
-        words = [re.sub(r"^(?=(?:path|dry_run|title)=)", "task.", word) for word in words]
+    if not {"task=report", "task=workspace"}.isdisjoint(words):
+        words = [re.sub(r"^(?=(?:path|cells|dry_run|title)=)", "task.", word) for word in words]
+        words = [_with_quoted_path(word) for word in words]
     return [_for_hydra(word) for word in words]
+
+
+def _with_quoted_path(word: str) -> str:
+    """`task.path=` of a cell's folder, whose name holds overrides, in the quotes Hydra wants."""
+    key, _, value = word.partition("=")
+    is_plain = value[:1] not in ("'", '"')
+    if key != "task.path" or not is_plain or not ("=" in value or Path(value).exists()):
+        return word
+    return f'{key}="{value}"'
 
 
 def _for_hydra(word: str) -> str:

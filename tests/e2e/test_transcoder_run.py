@@ -129,9 +129,7 @@ def test_cells_ahead_want_both_streams() -> None:
     model: Any = Four()
     both = [Hookpoint(1, "mlp_in"), Hookpoint(1, "mlp_out")]
     near = [Hookpoint(2, "mlp_in"), Hookpoint(2, "mlp_out")]
-    planned = hookpoints_in_model(
-        model, [*both, *near], [(3, None), (0, "resid_post"), (9, None)]
-    )
+    planned = hookpoints_in_model(model, [*both, *near], [(3, None), (0, "resid_post"), (9, None)])
     assert planned == [
         *(Hookpoint(3, "mlp_in"), Hookpoint(3, "mlp_out")),
         Hookpoint(0, "resid_post"),
