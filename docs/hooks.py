@@ -103,7 +103,14 @@ def cli_page() -> str:
         "`python -m saexp` and `saexp` are the same command. It exits with 0, or with 1 after one "
         "line on stderr for anything that you can fix. The output of `python -m saexp --help`:\n\n"
         f"```text\n{done.stdout.strip()}\n```\n\n"
-        "Every key and its default: [configuration](config.md).\n"
+        "Every key and its default: [configuration](config.md).\n\n"
+        "## Completion in the shell\n\n"
+        'In bash, `eval "$(saexp -sc install=bash)"` completes groups, options and keys after '
+        "`saexp` (`install=zsh` and `install=fish` likewise); in `~/.bashrc` it does so in every "
+        "shell. `-sc uninstall=bash` undoes it. `python -m saexp` is not completed.\n\n"
+        "## Leaving out a group\n\n"
+        "`~intervention` and `~tracker` mean `intervention=none` and `tracker=none`. The other "
+        "groups have no option `none`: a run needs one of their options.\n"
     )
 
 

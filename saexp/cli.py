@@ -31,7 +31,7 @@ from saexp.config import (
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
 from saexp.distributed import check_command, launched, prints_error, quiet_folder
-from saexp.errors import SaexpError, StoreError
+from saexp.errors import SaexpError, StoreError, counted
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.registry import FULL_ERROR, explained, load_plugins, wants_traceback
 
@@ -190,6 +190,11 @@ def _summary(result: Any, folder: Path) -> None:
         from saexp.reports.analysis import headline
 
         print(headline(folder))
+    elif "pages" in result.tables:
+        *cells, path = map(Path, result.tables["pages"]["page"])
+        if cells:
+            print(f"pages of {counted(len(cells), 'cell')} written again")
+        folder, page = path.parent, path.name
     elif "workspace" in result.tables:
         for row in result.tables["workspace"].to_dict("records"):
             axes = "".join(

@@ -35,7 +35,8 @@ _BUILTIN: dict[str, dict[str, str]] = {
         "evaluate": "saexp.tasks.evaluate:evaluate",
         "dashboard": "saexp.tasks.dashboard:dashboard",
         "label": "saexp.tasks.label:label",
-        "workspace": "saexp.tasks.workspace:workspace",
+        "report": "saexp.tasks.saved_runs:report",
+        "workspace": "saexp.tasks.saved_runs:workspace",
     },
     "model": {
         "hf": "saexp.models.loading:load_model",

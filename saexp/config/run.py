@@ -135,6 +135,7 @@ _COMPONENTS: dict[str, dict[str, type]] = {
         "dashboard": tasks.DashboardConfig,
         "evaluate": tasks.EvaluateConfig,
         "label": tasks.LabelConfig,
+        "report": tasks.ReportConfig,
         "train": tasks.TrainConfig,
         "workspace": tasks.WorkspaceConfig,
     },
@@ -270,6 +271,7 @@ def _own_settings(cls: type, base: type) -> DictConfig:
 
 _GROUPS = ("experiment", *_BASES)
 _ADDED_GROUP = re.compile(rf"\+{{1,2}}(?=(?:{'|'.join(_GROUPS)})=)")
+_LEFT_OUT_GROUP = re.compile(rf"~({'|'.join(_GROUPS)})")
 _FORMER_KEY = re.compile(rf"(?:{'|'.join(_FORMER_TASK_KEYS)})=")
 _TEMPLATE = re.compile(r"(\+{0,2}task\.(?:options\.)?templates\.[^=]+)=(.*)", re.DOTALL)
 
@@ -277,17 +279,28 @@ _TEMPLATE = re.compile(r"(\+{0,2}task\.(?:options\.)?templates\.[^=]+)=(.*)", re
 def for_hydra(words: Sequence[str]) -> list[str]:
     """The words of a command line as Hydra reads them; flags and everything else stay as typed.
 
-    `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default.
+    `+experiment=name` becomes `experiment=name`, since the option of a group replaces its default,
+    and `~group` becomes `group=none` where the group has that option.
     A former top-level key gets the `+` that Hydra wants for a key that is not in the schema.
-    task=workspace takes its settings without `task.`. A template that is plain text is quoted,
-    because Hydra would parse its braces:
+    task=report and task=workspace take their settings without `task.`. A template that is plain
+    text is quoted, because Hydra would parse its braces:
 
     >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
-    if "task=workspace" in words:
-        words = [re.sub(r"^(?=(?:path|dry_run|title)=)", "task.", word) for word in words]
+    if not {"task=report", "task=workspace"}.isdisjoint(words):
+        words = [re.sub(r"^(?=(?:path|cells|dry_run|title)=)", "task.", word) for word in words]
+        words = [_with_quoted_path(word) for word in words]
     return [_for_hydra(word) for word in words]
+
+
+def _with_quoted_path(word: str) -> str:
+    """`task.path=` of a cell's folder, whose name holds overrides, in the quotes Hydra wants."""
+    key, _, value = word.partition("=")
+    is_plain = value[:1] not in ("'", '"')
+    if key != "task.path" or not is_plain or not ("=" in value or Path(value).exists()):
+        return word
+    return f'{key}="{value}"'
 
 
 def _for_hydra(word: str) -> str:
@@ -299,7 +312,13 @@ def _for_hydra(word: str) -> str:
         if "{" in value and (starts_plain or value.lstrip().startswith("{entity}")):
             value = '"' + value.replace('"', r"\"") + '"'
         return f"{key}={value}"
+    if (left_out := _LEFT_OUT_GROUP.fullmatch(word)) and _has_none(left_out[1]):
+        return f"{left_out[1]}=none"
     return _ADDED_GROUP.sub("", word)
+
+
+def _has_none(group: str) -> bool:
+    return (conf_folder() / group / "none.yaml").is_file()
 
 
 def plugins_in(words: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ class TaskConfig:
 
     name: str = MISSING
     """Registry name: analyze, collect, evaluate, train, dashboard, label, cache,
-    workspace."""
+    report, workspace."""
 
 
 @dataclass(kw_only=True)
@@ -182,6 +182,16 @@ class CacheConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         one_of("task.action", self.action, CACHE_ACTIONS)
+
+
+@dataclass(kw_only=True)
+class ReportConfig(TaskConfig):
+    """Makes the pages of a saved run or sweep again from its files."""
+
+    path: str | None = None
+    """Folder of a run or a sweep."""
+    cells: bool = True
+    """Of a sweep: the pages of its finished cells too."""
 
 
 @dataclass(kw_only=True)

@@ -49,8 +49,9 @@ ASSETS = PACKAGE / "assets"
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 """Suffixes of weights files, in order of preference."""
 _NOT_READ = (".md", ".png", ".jpg", ".gitattributes", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
-_READS_NO_SAE = ("cache", "collect", "label", "train", "workspace")
+_READS_NO_SAE = ("cache", "collect", "label", "report", "train", "workspace")
 """Shipped tasks for which `sae` does not matter; a custom task may read it."""
+_READS_NO_MODEL = ("cache", "report", "workspace")
 _VERSIONS = ("saexp", "torch", "transformers", "sae-lens", "numpy", "scipy")
 
 Content = list[tuple[str, str]]
@@ -241,7 +242,7 @@ def fingerprint(cfg: RunConfig) -> str | None:
     That is model, SAEs, data, plugins, and saexp's own code. None if weights or data are out of
     reach, so that their content is unknown.
     """
-    model = [] if cfg.task.name in ("cache", "workspace") else model_content(cfg.model)
+    model = [] if cfg.task.name in _READS_NO_MODEL else model_content(cfg.model)
     saes, data = saes_content(cfg), data_content(cfg)
     if model is None or saes is None or data is None:
         return None
@@ -301,6 +302,27 @@ def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
             write_json(entry, about)
     except StoreError as error:
         log.warning("resume=true will not find this run: %s", error)
+
+
+def record_page(folder: Path, name: str) -> None:
+    """Record that a finished run's page was written again, so that the run can still be reused.
+
+    Where the page's content has changed, its checksum in provenance.json is replaced, and that of
+    provenance.json in the cache's index.
+    """
+    file = folder / PROVENANCE
+    content = file.read_bytes()
+    about, page = json.loads(content), checksums(folder, [name])
+    if about["files"] | page == about["files"]:
+        return
+    about["files"] |= page
+    write_json(file, sealed(about), option=RUN_FOLDER)
+    before = {"folder": str(folder.resolve()), "provenance": checksum_of(content)["sha256"]}
+    place = Path(about["config"]["cache_dir"]) / "finished"
+    for entry in sorted(place.glob(f"{about['fingerprint']}*.json")):
+        with suppress(OSError, ValueError):
+            if json.loads(entry.read_text("utf-8")) == before:
+                write_json(entry, before | {"provenance": read_sha256(file)})
 
 
 class Finished(NamedTuple):

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +27,7 @@ from saexp.digests import (
 )
 from saexp.errors import StoreError, brief
 from saexp.results import model_words, read_plan
+from saexp.stats.significance import main_effect_shares
 
 PROVENANCE = "provenance.json"
 _AGAIN = "run its command again, which recomputes what is damaged"
@@ -373,3 +375,52 @@ def cell_words(row: pd.Series, keys: list[str]) -> str:
     # pd.isna of a list of layers is an array.
     present = [k for k in ("layer", "width", *others) if pd.isna(row[k]) is not True]
     return ", ".join(f"{k} {row[k]}" for k in present)
+
+
+class Importance(NamedTuple):
+    """How much of the variance of an objective over the cells each swept key explains."""
+
+    shares: dict[str, float]
+    """Key, or keys that vary together joined by " + " -> share; empty where there is none."""
+    is_complete: bool = True
+    """Whether every combination of values has equally many cells, so that shares add up to 1 with
+    the interactions."""
+    note: str | None = None
+    """Why there are no shares, or what is approximate about them."""
+
+
+def importance(done: pd.DataFrame, objective: str) -> Importance:
+    """The shares of `main_effect_shares` for each key with several values over the finished cells.
+
+    Without a note empty where fewer than two keys vary: the only key explains all.
+    """
+    cells = done[done[objective].notna()]
+    levels: dict[str, np.ndarray] = {}
+    for key in swept(cells):
+        codes = pd.factorize(cells[key].astype(str))[0]
+        same = next((k for k, other in levels.items() if np.array_equal(other, codes)), None)
+        # Keys that always change together cannot be told apart.
+        label = key if same is None else f"{same} + {key}"
+        levels.pop(same or "", None)
+        levels[label] = codes
+    if len(levels) < 2:
+        return Importance({})
+    names = " and ".join(levels)
+    shares = main_effect_shares(list(levels.values()), cells[objective].to_numpy(dtype=float))
+    if np.isnan(shares).any():
+        return Importance(
+            {},
+            note=f"The importance of {names} is not shown: {objective} is the same in every cell.",
+        )
+    counts = pd.DataFrame(levels).value_counts()
+    n_possible = int(np.prod([codes.max() + 1 for codes in levels.values()]))
+    have = f"{len(counts)} of {n_possible} combinations of their values have a value of {objective}"
+    if 2 * len(counts) <= n_possible:
+        return Importance({}, note=f"The importance of {names} is not shown: only {have}.")
+    by_key = dict(zip(levels, shares, strict=True))
+    if len(counts) == n_possible and counts.nunique() == 1:
+        return Importance(by_key)
+    if len(counts) == n_possible:
+        have = f"combinations of their values have {counts.min()} to {counts.max()} cells"
+    note = f"The importance of {names} is approximate, as the shares of keys overlap: {have}."
+    return Importance(by_key, is_complete=False, note=note)

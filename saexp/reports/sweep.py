@@ -25,6 +25,7 @@ from saexp.reports.saved_run import (
     CONTROL,
     PAGES,
     STATES,
+    SavedRun,
     cell_words,
     cells_table,
     groups_of,
@@ -33,6 +34,7 @@ from saexp.reports.saved_run import (
 from saexp.reports.sweep_figures import (
     effect_findings,
     effects_table,
+    importance_figure,
     missing_words,
     sweep_figures,
 )
@@ -267,6 +269,10 @@ CAPTIONS = {
     "probes": CAPTION,
     "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
     "over entities; bands span the matched controls.",
+    "importance": "How much of the variance of a metric over the cells each swept key explains by "
+    "itself: the variance of the means per value as a share of the whole (main effects of the "
+    "functional ANOVA; Hutter, Hoos and Leyton-Brown 2014). A long bar: the metric changes with "
+    "this key whatever the others are; interactions: its effect depends on the others.",
     "flow_over_width": "The leading selected latents of each SAE and their nearest neighbours in "
     "the next width, by decoder cosine (the thickness of a link), if it is above chance. A latent "
     "with several links to the right is split in the wider SAE. Coloured latents are selected.",
@@ -296,6 +302,12 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     probes = probe_figure(table[table["status"] == "finished"])
     if probes is not None:
         figures["probes"] = probes
+    chart, reasons = importance_figure(
+        table[table["status"] == "finished"], _objective(path, table)
+    )
+    if chart is not None:
+        figures["importance"] = chart
+    notes += reasons
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
     head, rows = _rows(path, table)
     first = _first_screen(table, effects, figures)
@@ -321,6 +333,13 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         notes=notes,
     )
     return table, figures | flows
+
+
+def _objective(folder: Path, table: pd.DataFrame) -> str | None:
+    """The metric that the cells return, `objective=`; None where the command names none."""
+    for name in table.loc[table["status"] == "finished", "folder"].head(1):
+        return SavedRun(folder / str(name)).config.get("objective")
+    return None
 
 
 def _first_screen(

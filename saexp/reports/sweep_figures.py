@@ -14,6 +14,7 @@ from saexp.reports import (
     CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,
+    QUIET,
     error_bars,
     interval_words,
     style,
@@ -21,7 +22,7 @@ from saexp.reports import (
     wrapped,
 )
 from saexp.reports.effects import capitalized, prompts_of
-from saexp.reports.saved_run import SavedRun, cell_words, groups_of, line_keys, swept
+from saexp.reports.saved_run import SavedRun, cell_words, groups_of, importance, line_keys, swept
 from saexp.results import p_value_words
 from saexp.stats.significance import ALPHA, holm
 
@@ -458,3 +459,40 @@ def _effect(line: pd.DataFrame, label: str, colour: str, *, is_first: bool) -> l
         hoverinfo="skip",
     )
     return [controls, curve]
+
+
+def importance_figure(
+    done: pd.DataFrame, objective: str | None = None
+) -> tuple[go.Figure | None, list[str]]:
+    """(bars of the share of variance that each swept key explains, notes on them).
+
+    Of the `objective`; by default of the held-out AUROC of the best latent per direction, of
+    trained SAEs the explained variance, of evaluated ones the CE score.
+    """
+    quality = "explained_variance" if "train/n_steps" in done else "ce_loss_score"
+    of_groups = [f"contrast/best_auroc_{g}_test" for g in groups_of(done)]
+    objectives = [objective] if objective else of_groups or [f"reconstruction/{quality}"]
+    figure, notes = go.Figure(), []
+    n_bars = 0
+    for name, colour in zip([o for o in objectives if o in done], PALETTE, strict=False):
+        by_key = importance(done, name)
+        notes += [by_key.note] if by_key.note else []
+        if not by_key.shares:
+            continue
+        shares = by_key.shares
+        colours = [colour] * len(shares)
+        if by_key.is_complete:
+            shares = shares | {"interactions": max(0.0, 1 - sum(shares.values()))}
+            colours.append(QUIET if len(objectives) == 1 else translucent(colour, 0.4))
+        bars = {"x": list(shares.values()), "y": list(shares), "marker": {"color": colours}}
+        hover = "%{y}: %{x:.1%}<extra></extra>"
+        figure.add_trace(go.Bar(**bars, orientation="h", name=name, hovertemplate=hover))
+        n_bars += len(shares)
+    if not n_bars:
+        return None, notes
+    figure.update_xaxes(
+        title="share of the variance over cells", tickformat=".0%", rangemode="tozero"
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(showlegend=True)
+    return style(figure, 120 + 26 * n_bars, legend_below=True), notes

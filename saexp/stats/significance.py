@@ -1,4 +1,4 @@
-"""P-values: permutation, sign-flip and exact tests, corrections for multiple testing, and power."""
+"""P-values: permutation, sign-flip and exact tests, corrections; power, shares of variance."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy import optimize, special, stats
 from torch import Tensor
 
@@ -434,3 +434,27 @@ def difference_p_value(difference: float, interval: Interval) -> float:
         return 0.0
     z = special.ndtri(0.975) * abs(difference) / towards_zero
     return float(2 * special.ndtr(-z))
+
+
+def main_effect_shares(
+    factors: Sequence[Shaped[np.ndarray, " n"]], values: Float[np.ndarray, " n"]
+) -> list[float]:
+    """For each factor the share of the values' variance that its main effect explains.
+
+    That is sum_v n_v (mean_v - mean)^2 / sum_i (y_i - mean)^2 over the levels v of the factor. On
+    a grid in which every combination of levels occurs equally often this is the first-order term
+    of the functional ANOVA (Sobol 1993; Hutter, Hoos and Leyton-Brown 2014, for hyperparameters):
+    the shares add up to at most 1, and what is left are interactions. On other grids the shares of
+    factors overlap. NaN where all values are equal.
+    """
+    deviations = values - values.mean()
+    total = float((deviations**2).sum())
+    # Rounding of the mean alone leaves about this much.
+    if total <= len(values) * (1e-12 * float(np.abs(values).max(initial=0))) ** 2:
+        return [float("nan")] * len(factors)
+    shares = []
+    for factor in factors:
+        _, level = np.unique(factor, return_inverse=True)
+        sums, counts = np.bincount(level, deviations), np.bincount(level)
+        shares.append(float((sums**2 / counts).sum()) / total)
+    return shares

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -251,10 +252,9 @@ class MlflowTracker(NullTracker):
         for variable, value in _MLFLOW_VARIABLES.items():
             os.environ.setdefault(variable, value)
         try:
-            import mlflow
+            self.mlflow: Any = import_module("mlflow")
         except ImportError as error:
             raise _missing("mlflow", error) from error
-        self.mlflow: Any = mlflow
         self.failed = False
         uri = os.environ.get("MLFLOW_TRACKING_URI") or str((sweep or folder).resolve() / "mlruns")
         experiment = self.cfg.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "saexp"

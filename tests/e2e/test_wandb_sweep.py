@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from saexp.config.run import conf_folder
-from saexp.tasks.workspace import PARAMETERS, Panel, keys_of_folder, sections
+from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
 from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
 
@@ -202,7 +202,7 @@ def test_a_dry_run_prints_the_panels_and_needs_no_library(swept: Said, folder: P
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     pytest.importorskip("wandb_workspaces")
-    from saexp.tasks.workspace import build
+    from saexp.tasks.saved_runs import build
 
     found = sections(keys_of_folder(swept.sweep))
     view = build(found, entity="e", project="p", name="n")

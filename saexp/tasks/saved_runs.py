@@ -1,26 +1,36 @@
-"""task=workspace: a saved view of a W&B project whose panels are drawn from the keys of its runs.
+"""Tasks that read saved runs.
 
-The specification is made from the files of a sweep or a run, or from the runs of a project, so that
-every panel has a key that is logged. `wandb-workspaces` is needed only to save it.
+task=report makes the pages of a run or a sweep again from its files. task=workspace saves a view of
+a W&B project: the specification is made from the files of a sweep or a run, or from the runs of a
+project, so that every panel has a key that is logged; `wandb-workspaces` is needed only to save it.
 """
 
 import importlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from saexp.config import RunConfig
-from saexp.config.tasks import WorkspaceConfig
+from saexp.config.tasks import ReportConfig, WorkspaceConfig
 from saexp.context import RunContext
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, SaexpError
 from saexp.files import RUN_FOLDER, write_json
-from saexp.pipeline.run_folder import TRACKED_TABLES, effect_series
-from saexp.reports.saved_run import SavedRun
-from saexp.results import Result
+from saexp.pipeline.finished import record_page
+from saexp.pipeline.run_folder import (
+    METRICS,
+    PROVENANCE,
+    TRACKED_TABLES,
+    effect_series,
+    holding,
+    note_written,
+)
+from saexp.registry import load_plugins
+from saexp.reports.saved_run import SavedRun, cells_table
+from saexp.results import SWEEP_PLAN, Result
 
 PARAMETERS = ("layer", "width", "coefficient")
 """Keys of the config by which the cells of a sweep differ."""
@@ -260,4 +270,123 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
         entity = entity or str(wandb.Api().default_entity)
         view = build(found, entity=entity, project=project or "saexp", name=task.title)
         result.notes.append(f"saved {view.save().url}")
+    return result
+
+
+# task=report
+
+
+def _analysis_page(folder: Path) -> Path:
+    from saexp.reports.analysis import write_report
+
+    return write_report(folder)
+
+
+def _evaluation_page(folder: Path) -> Path:
+    from saexp.reports.sae_quality import evaluation_figures, write_evaluation_report
+
+    return write_evaluation_report(folder, evaluation_figures(folder))
+
+
+def _training_page(folder: Path) -> Path:
+    from saexp.reports.training import training_figures, write_training_report
+
+    return write_training_report(folder, training_figures(folder))
+
+
+def _label_page(folder: Path) -> Path:
+    from saexp.reports.label import write_label_report
+
+    return write_label_report(folder)
+
+
+def _dashboard_page(folder: Path) -> Path:
+    from saexp.reports.latents import write_dashboard
+
+    return write_dashboard(folder)
+
+
+_PAGES: dict[str, Callable[[Path], Path]] = {
+    "analyze": _analysis_page,
+    "dashboard": _dashboard_page,
+    "evaluate": _evaluation_page,
+    "label": _label_page,
+    "train": _training_page,
+}
+"""Task -> what writes the page of its run from the files in the run's folder."""
+
+
+def report(cfg: RunConfig, context: RunContext) -> Result:
+    """Write the pages of a run or a sweep again; the table `pages` lists them, the sweep's last.
+
+    Raises ConfigError where the folder is neither, StoreError where a file that a page needs is
+    damaged or another process is writing to the folder.
+    """
+    task = cfg.task
+    assert isinstance(task, ReportConfig)
+    if not task.path:
+        raise ConfigError(
+            "task=report needs the folder of a run or sweep; type path=outputs/sweeps/…"
+        )
+    folder = Path(task.path)
+    if (folder / PROVENANCE).is_file():
+        page, notes = _write_page(folder, context)
+        return Result(tables={"pages": pd.DataFrame({"page": [str(page)]})}, notes=notes)
+    if not (folder / SWEEP_PLAN).is_file() and not any(folder.glob("*/.hydra")):
+        state = "holds neither a run nor a sweep" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(
+            f"task.path={folder}: {state}; type the folder that a run named as its report or folder"
+        )
+    return _write_sweep_pages(folder, context, with_cells=task.cells)
+
+
+def _write_page(folder: Path, context: RunContext) -> tuple[Path, list[str]]:
+    """(the page of a run, notes on it); the folder is locked meanwhile."""
+    with holding(folder):
+        run = SavedRun(folder)
+        load_plugins(run.config["plugins"])
+        task = str(run.config["task"]["name"])
+        if task not in _PAGES:
+            raise ConfigError(f"{folder}: a run of task={task} has no page")
+        if not (folder / METRICS).is_file():
+            raise ConfigError(f"{folder}: the run ended before it had results; run it again")
+        page = _PAGES[task](folder)
+        if run.checksums is not None:
+            record_page(folder, page.name)
+            return page, []
+        # The next run in this folder removes the page.
+        unfinished = replace(context, folder=folder, began_writing=True, results=set())
+        note_written(unfinished, [page.name])
+        return page, [f"{folder}: the run has not finished; its page shows what it had saved"]
+
+
+def _write_sweep_pages(folder: Path, context: RunContext, *, with_cells: bool) -> Result:
+    """sweep.parquet and sweep.html of the cells that there are, after the cells' own pages.
+
+    A cell whose page cannot be written keeps the state that the sweep's table gives it, and a note
+    says why.
+    """
+    from saexp.reports.sweep import MATCHES, MATCHES_NOTES, write_sweep
+
+    result, pages = Result(), []
+    has_ended = (folder / "sweep.parquet").is_file()
+    with holding(folder):
+        cells = cells_table(folder)
+        has_files = cells["status"].isin(["finished", "damaged"])
+        for cell in cells.loc[has_files, "folder"] if with_cells else ():
+            with context.stage(f"page of {cell}"):
+                try:
+                    page, notes = _write_page(folder / cell, context)
+                except SaexpError as error:
+                    result.notes.append(f"no page of {cell}: {error}")
+                    continue
+            pages.append(str(page))
+            result.notes += notes
+        write_sweep(folder)
+    if not (has_ended or any((folder / name).is_file() for name in (MATCHES, MATCHES_NOTES))):
+        result.notes.append(
+            "latents of different SAEs are not matched, since the sweep did not finish; its "
+            "command, typed again with the same hydra.sweep.dir=, matches them"
+        )
+    result.tables = {"pages": pd.DataFrame({"page": [*pages, str(folder / "sweep.html")]})}
     return result

@@ -1,0 +1,121 @@
+"""task=report: the pages of saved runs and sweeps are those that the runs wrote."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.unit.reports.left import Said, assert_links_lead_to_reports, command, page_of, table_of
+
+SMALL = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "analyzer.n_bootstrap=0"]
+SMALL += ["analyzer.n_background=200", "analyzer.scores=false", "intervention=none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report_again")
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path) -> Said:
+    return command(folder, "-m", "layer=1,9,2", "width=256", *SMALL, "hydra.sweep.dir=sweep")
+
+
+def report(folder: Path, path: str, *words: str) -> Said:
+    return command(folder, "task=report", f"path={path}", *words, "hydra.run.dir=own")
+
+
+def test_a_sweeps_pages_are_equal_byte_for_byte(folder: Path, swept: Said) -> None:
+    assert table_of(swept.sweep)["status"].tolist() == ["finished", "failed", "finished"]
+    pages = [*sorted(swept.sweep.glob("*/report.html")), swept.sweep / "sweep.html"]
+    files = [*pages, swept.sweep / "sweep.parquet"]
+    before = {file: file.read_bytes() for file in files}
+    assert len(pages) == 3
+    for file in files[1:]:
+        file.unlink()
+    files[0].write_text("changed")
+    said = report(folder, "sweep")
+    assert said.code == 0, said.err[-2000:]
+    assert {file: file.read_bytes() for file in files} == before
+    assert "pages of 2 cells written again" in said.out
+    assert said.out.splitlines()[-1] == "report: sweep/sweep.html"
+    assert_links_lead_to_reports(swept.sweep, 2)
+
+
+def test_a_partial_sweep_is_reported_with_its_missing_cells(folder: Path, swept: Said) -> None:
+    """As `kill -9` leaves it: without table and page, a cell killed midway and one not begun."""
+    plan = swept.sweep / "plan.json"
+    content = json.loads(plan.read_text("utf-8"))
+    cells = [*content["cells"], ["layer=3", "width=256"], ["layer=4", "width=256"]]
+    plan.write_text(json.dumps({**content, "cells": cells}))
+    (swept.sweep / "3_layer=3/.hydra").mkdir(parents=True)
+    for name in ("sweep.parquet", "sweep.html", "latent_matches.parquet"):
+        (swept.sweep / name).unlink()
+    said = report(folder, "sweep", "cells=false")
+    assert said.code == 0, said.err[-2000:]
+    states = ["finished", "failed", "finished", "stopped", "not run"]
+    assert table_of(swept.sweep)["status"].tolist() == states
+    assert "latents of different SAEs are not matched" in said.out
+    assert "cell not run" in page_of(swept.sweep)
+
+
+@pytest.mark.usefixtures("swept")
+def test_a_page_that_changes_leaves_the_run_reusable(folder: Path) -> None:
+    """As another version of saexp or plotly would change it."""
+    (run,) = folder.glob("sweep/0_*")
+    text = (run / "report.html").read_text("utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saexp.reports.analysis._title", lambda _: "another title")
+        assert report(folder, str(run)).code == 0
+    assert "another title" in (run / "report.html").read_text("utf-8") != text
+    words = ["layer=1", "width=256", *SMALL, "resume=true", "hydra.run.dir=copy"]
+    said = command(folder, *words)
+    assert said.code == 0, said.err[-2000:]
+    assert json.loads((folder / "copy/metrics.json").read_text())["collection/seconds"] == 0
+    assert "not reused" not in said.err
+    assert pd.read_parquet(run / "latents.parquet").equals(
+        pd.read_parquet(folder / "copy/latents.parquet")
+    )
+
+
+@pytest.mark.usefixtures("swept")
+def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
+    (run,) = folder.glob("sweep/2_*")
+    (run / "rows.parquet").write_bytes(b"")
+    for path, part in (
+        (str(run), "rows.parquet was changed since the run wrote it"),
+        ("cache", "task.path=cache: holds neither a run nor a sweep"),
+        ("nowhere", "task.path=nowhere: there is no such folder"),
+    ):
+        said = report(folder, path)
+        assert said.code == 1
+        assert part in said.err.splitlines()[-1]
+    said = report(folder, "sweep")
+    assert said.code == 0
+    assert "no page of 2_layer=2" in said.out
+    assert table_of(folder / "sweep")["status"].tolist()[2] == "damaged"
+    said = command(folder, "task=report")
+    assert "saexp: task=report needs the folder of a run or sweep" in said.err
+
+
+@pytest.mark.parametrize("task", ["evaluate", "train", "dashboard", "label", "analyze"])
+def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
+    words = {
+        "evaluate": ["task.n_texts=8", "task.n_bootstrap=0"],
+        "train": ["sae_trainer.batch_size=64", "width=64"],
+        "dashboard": ["task.latents=[12,40]"],
+        "label": ["task.n_samples=0", "task.max_new_tokens=2"],
+        "analyze": ["intervention=ablate", "intervention.n_prompts=4", "intervention.n_controls=1"],
+    }[task]
+    small = ["tracker=none", "cache_dir=cache", "dataset.n_examples=20", "layer=2"]
+    small += ["analyzer.n_bootstrap=0", "analyzer.n_background=200"]
+    if task == "analyze":
+        words += ["intervention.max_new_tokens=3", "intervention.n_choice_prompts=2"]
+    said = command(folder, f"task={task}", *small, *words, f"hydra.run.dir={task}")
+    assert said.code == 0, said.err[-2000:]
+    page = folder / task / ("dashboard.html" if task == "dashboard" else "report.html")
+    before = page.read_bytes()
+    page.unlink()
+    assert report(folder, task).code == 0
+    assert page.read_bytes() == before
