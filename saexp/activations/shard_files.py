@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ class ShardWriter:
 class StoredValues:
     """The shards of a hookpoint as one array `[n_rows, width]`, read without joining them.
 
-    Shards are memory-mapped when they are first read.
+    Slices and chunks are memory-mapped; rows by number are read from the files.
 
     Example:
         >>> values = store.values(layer=2)
@@ -392,16 +393,50 @@ class StoredValues:
         return rows.astype(np.int64)
 
     def _gather(self, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n width"]:
-        holders = rows // self._shard_rows
-        values = self.shard(0).new_empty(len(rows), self.shape[1])
-        order = np.argsort(holders, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(holders[order])) + 1):
-            if not len(part):
-                continue
-            index = int(holders[part[0]])
-            offsets = rows[part] - self.bounds[index][0]
-            values[torch.from_numpy(part)] = self.shard(index)[torch.from_numpy(offsets)]
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        ascending = self.shard(0).new_empty(len(rows), self.shape[1])
+        holders = ordered // self._shard_rows
+        for index in np.unique(holders).tolist():
+            first, end = np.searchsorted(holders, [index, index + 1]).tolist()
+            offsets = ordered[first:end] - self.bounds[index][0]
+            try:
+                self._read(index, offsets, ascending[first:end])
+            except (OSError, EOFError) as error:
+                reason = getattr(error, "strerror", None) or "it ends early"
+                raise StoreError(
+                    f"{self.files[index]} cannot be read ({reason}); run the command again, which "
+                    "collects what is missing"
+                ) from error
+        if np.array_equal(ordered, rows):
+            return ascending
+        values = torch.empty_like(ascending)
+        values[torch.from_numpy(order)] = ascending
         return values
+
+    def _read(
+        self, index: int, offsets: Int[np.ndarray, " n"], into: Float[Tensor, "n width"]
+    ) -> None:
+        """Read rows of a shard, in ascending order.
+
+        Not from the mapped file: its pages would count as memory of this process, and random rows
+        touch nearly all of them. Raises OSError, and EOFError for a file that ends early.
+        """
+        content, row_bytes = into.view(torch.uint8).numpy(), into.shape[1] * into.itemsize
+        breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
+        with self.files[index].open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                # Nothing is read ahead of single rows.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            for first, end in pairwise([0, *breaks.tolist(), len(offsets)]):
+                file.seek(begin + int(offsets[first]) * row_bytes)
+                rest = memoryview(content[first:end].reshape(-1))
+                while len(rest):
+                    n_read = file.readinto(rest)
+                    if not n_read:
+                        raise EOFError
+                    rest = rest[n_read:]
 
     def as_tensor(self) -> Float[Tensor, "n_rows width"]:
         """All rows as one memory-mapped tensor; several shards are copied to a temporary file."""

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 128 * 2**20
 """Size of one dense chunk of latents; encoding and decoding it needs up to 2.5 times as much."""
+_BLOCK_ROWS = 4096
+"""Rows that are in memory in float64 at a time."""
 Pair = tuple[Tensor, Tensor]
 """(input of the encoder, target of the decoder); they differ for a transcoder only."""
 
@@ -104,14 +106,38 @@ class StreamMetrics:
         acts: Float[Tensor, "n d_sae"],
     ) -> dict[str, Float[Tensor, " n"]]:
         """Add ordinary rows; returns each row's contribution to `sums`, float64 on the CPU."""
-        x, reconstruction = x.double().cpu(), reconstruction.double().cpu()
+        # In blocks: in float64, the rows of a chunk are many times as large as the latents of a
+        # narrow SAE.
+        blocks = [
+            self._of_rows(x_block.double().cpu(), output.double().cpu())
+            for x_block, output in zip(
+                x.split(_BLOCK_ROWS), reconstruction.split(_BLOCK_ROWS), strict=True
+            )
+        ]
+        of_rows = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        norm, spread = of_rows.pop("norm"), of_rows["spread"]
+        active, value = self._count_active(acts)
+        rows = {"active": active, "value": value, **of_rows}
+        self.n += len(x)
+        if self.mean_of_all is not None:
+            # |x - m'|^2 = |x - m|^2 + 2 (x - m)(m - m') + |m - m'|^2
+            difference = self.mean - self.mean_of_all
+            constant = difference.square().sum() - 2 * (self.mean @ difference)
+            rows["error_of_all"] = rows["error"]
+            rows["spread_of_all"] = spread + 2 * (x.double().cpu() @ difference) + constant
+            rows["spread_high_norm"] = torch.zeros_like(spread)
+        self._explained.frombytes(rows["legacy"].numpy().tobytes())
+        self._norms.frombytes(norm.numpy().tobytes())
+        return self._accumulate(rows)
+
+    def _of_rows(
+        self, x: Float[Tensor, "n d_in"], reconstruction: Float[Tensor, "n d_in"]
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """The contributions of rows that depend on these vectors alone, and the norms of x."""
         error = (x - reconstruction).square().sum(-1)
         spread = (x - self.mean).square().sum(-1)
         norm, output_norm = x.norm(dim=-1), reconstruction.norm(dim=-1)
-        active, value = self._count_active(acts)
-        rows = {
-            "active": active,
-            "value": value,
+        return {
             "error": error,
             "spread": spread,
             "legacy": 1 - error / spread.clamp(min=1e-30),
@@ -119,18 +145,8 @@ class StreamMetrics:
             "ratio": output_norm / norm.clamp(min=1e-30),
             "output": output_norm.square(),
             "product": (x * reconstruction).sum(-1),
+            "norm": norm,
         }
-        self.n += len(x)
-        if self.mean_of_all is not None:
-            # |x - m'|^2 = |x - m|^2 + 2 (x - m)(m - m') + |m - m'|^2
-            difference = self.mean - self.mean_of_all
-            constant = difference.square().sum() - 2 * (self.mean @ difference)
-            rows["error_of_all"] = error
-            rows["spread_of_all"] = spread + 2 * (x @ difference) + constant
-            rows["spread_high_norm"] = torch.zeros_like(spread)
-        self._explained.frombytes(rows["legacy"].numpy().tobytes())
-        self._norms.frombytes(norm.numpy().tobytes())
-        return self._accumulate(rows)
 
     def update_high_norm(
         self, x: Float[Tensor, "n d_in"], reconstruction: Float[Tensor, "n d_in"]
@@ -304,17 +320,17 @@ def _encode(
     """Encode all rows; `chunks(n)` yields them in chunks of at most n, and is called twice."""
     started = time.perf_counter()
     metrics = _metrics_of(chunks, sae, ordinary)
-    indptr, indices, values = [np.zeros(1, dtype=np.int64)], [], []
-    n_stored = 0
+    # Arrays that grow as a whole, for the reason given in ActivationStore.norms.
+    indptr, indices, values = array("q", [0]), array("i"), array("f")
     for features in _measured(chunks, sae, len(rows), ordinary, metrics):
         where = features.nonzero()
         counts = torch.bincount(where[:, 0], minlength=len(features)).cumsum(0)
-        indptr.append(n_stored + counts.cpu().numpy())
-        indices.append(where[:, 1].to(torch.int32).cpu().numpy())
-        values.append(features[where[:, 0], where[:, 1]].float().cpu().numpy())
-        n_stored += len(where)
+        indptr.frombytes((len(values) + counts.cpu().numpy()).tobytes())
+        indices.frombytes(where[:, 1].to(torch.int32).cpu().numpy().tobytes())
+        values.frombytes(features[where[:, 0], where[:, 1]].float().cpu().numpy().tobytes())
+    n_stored = len(values)
     csr = sparse.csr_array(
-        (np.concatenate(values), np.concatenate(indices), np.concatenate(indptr)),
+        tuple(np.array(part) for part in (values, indices, indptr)),
         shape=(len(rows), sae.d_sae),
     )
     seconds = time.perf_counter() - started

@@ -26,7 +26,16 @@ WORDS = [
     "sae_trainer.checkpoint_every=10",
     "sae_trainer.log_every=5",
 ]
-TRAINERS = ("standard", "gated", "topk", "abstopk", "batchtopk", "jumprelu", "matryoshka_batchtopk")
+TRAINERS = (
+    "standard",
+    "gated",
+    "topk",
+    "abstopk",
+    "batchtopk",
+    "jumprelu",
+    "matryoshka_batchtopk",
+    "matching_pursuit",
+)
 
 
 @pytest.fixture(scope="module")

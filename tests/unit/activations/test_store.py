@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,6 +90,38 @@ def test_values_are_read_by_rows_masks_and_slices_from_the_shards_that_hold_them
     for part in (slice(None), slice(3, 5), slice(2, -3, 4), slice(5, 5), slice(len(acts), None)):
         assert torch.equal(values[part], acts[part])
     assert values[rows[:0]].shape == (0, acts.shape[1])
+
+
+@pytest.mark.parametrize("damage", ["shortened", "removed"])
+def test_a_shard_that_is_damaged_while_it_is_read_is_one_clear_error(sharded, damage):
+    values, rows = sharded.values(1), np.arange(sharded.n_rows)[::-2]
+    _ = values.shape
+    file = sharded.path / "layer_1.resid_post" / "00003.safetensors"
+    content = file.read_bytes()
+    file.unlink() if damage == "removed" else file.write_bytes(content[: len(content) // 2])
+    assert "00003.safetensors cannot be read" in message_of(lambda: values[rows])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux counts mapped pages")
+def test_random_rows_of_a_large_store_do_not_stay_in_memory(tmp_path):
+    n_rows, width = 2**16, 128
+    ingredients = {"weights": "w"}
+    rows = pd.DataFrame({"text_id": np.arange(n_rows), "token_index": 0, "token_id": 0})
+    store = ActivationStore.create_or_open(tmp_path, ingredients, rows, shard_rows=n_rows // 4)
+    at = Hookpoint(0, "resid_post")
+    for index in range(4):
+        store.write_shard(at, index, torch.full((n_rows // 4, width), float(index)))
+    values, rng = store.values(0), np.random.default_rng(0)
+    for _ in range(16):
+        chosen = rng.integers(0, n_rows, n_rows // 16)
+        assert torch.equal(values[chosen][:, 5].long(), torch.from_numpy(chosen // (n_rows // 4)))
+    resident, is_store = 0, False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        if "-" in line.split()[0]:
+            is_store = str(store.path) in line
+        elif is_store and line.startswith("Rss:"):
+            resident += int(line.split()[1])
+    assert resident < 1024, "kB of the 32 MB of the store"
 
 
 def test_shuffled_batches_of_several_shards_are_those_of_one_tensor(sharded):
