@@ -182,9 +182,10 @@ def both(given: RealModel, architecture: str) -> tuple[Training, Any]:
     source = TrainingSource("smollm2", given.at, given.model.d_model, CONTEXT)
     own = Training(cfg, WIDTH, source, given.folder / architecture, torch.device("cpu"))
     sae_class, config_class = get_sae_training_class(architecture)
-    warm_up = {"l1_warm_up_steps": int(cfg.sparsity_warm_up * own.n_steps)}
+    make_config: Any = config_class
+    warm_up: dict[str, Any] = {"l1_warm_up_steps": int(cfg.sparsity_warm_up * own.n_steps)}
     sae = sae_class(
-        config_class(
+        make_config(
             d_in=given.model.d_model,
             d_sae=WIDTH,
             device="cpu",

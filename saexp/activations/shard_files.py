@@ -431,7 +431,7 @@ class StoredValues:
             begin = 8 + int.from_bytes(file.read(8), "little")
             for first, end in pairwise([0, *breaks.tolist(), len(offsets)]):
                 file.seek(begin + int(offsets[first]) * row_bytes)
-                rest = memoryview(content[first:end].reshape(-1))
+                rest = content[first:end].reshape(-1).data
                 while len(rest):
                     n_read = file.readinto(rest)
                     if not n_read:
