@@ -264,15 +264,15 @@ class MlflowTracker(NullTracker):
             "mlflow.note.content": self.cfg.notes or "",
         }
         try:
-            self.client: Any = mlflow.MlflowClient(tracking_uri=uri)
+            self.client: Any = self.mlflow.MlflowClient(tracking_uri=uri)
             self.run = self.client.create_run(
                 self._experiment(experiment), run_name=self.cfg.name or name, tags=tags
             ).info.run_id
-            entities = mlflow.entities
+            entities = self.mlflow.entities
             params = [entities.Param(k, str(v)[:_N_CHARACTERS]) for k, v in _flat(config).items()]
             for at in range(0, len(params), _N_PARAMS):
                 self.client.log_batch(self.run, params=params[at : at + _N_PARAMS])
-        except (mlflow.MlflowException, OSError) as error:
+        except (self.mlflow.MlflowException, OSError) as error:
             raise ConfigError(
                 f"tracker=mlflow: {uri} does not take the run ({brief(error)}); check "
                 "MLFLOW_TRACKING_URI, or type tracker=none"
