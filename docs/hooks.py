@@ -38,7 +38,7 @@ API_TYPES = (
     "saexp.saes.SAE",
     "saexp.latents.Latents",
     "saexp.activations.ActivationStore",
-    "saexp.pipeline.session.Session",
+    "saexp.pipeline.Session",
     "saexp.analysis.Analyzer",
     "saexp.analysis.AnalysisInputs",
     "saexp.data.Example",

@@ -37,8 +37,8 @@ from saexp.models import Hookpoint
 from saexp.models.hooks import EditFunction
 from saexp.models.hooks import edit as edit_streams
 from saexp.models.resolution import HUB_IDS, SHIPPED
+from saexp.pipeline import Session
 from saexp.pipeline.run_folder import holding
-from saexp.pipeline.session import Session
 from saexp.registry import names
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder

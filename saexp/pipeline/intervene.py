@@ -23,8 +23,8 @@ from saexp.latents import Latents
 from saexp.latents.statistics import active_quantile, moments
 from saexp.models.forward import check_positions, position_limit
 from saexp.models.loading import LanguageModel
+from saexp.pipeline import EncodedLayer, RunData, Session
 from saexp.pipeline.collect import Collected
-from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import check_sae, score_latents
 from saexp.registry import resolve
 from saexp.results import Result

@@ -29,14 +29,8 @@ from saexp.interventions.results_cache import ResultCache, model_ingredients, sh
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED
+from saexp.pipeline import EncodedLayer, RunData, Session, neighbouring_hookpoints, validates
 from saexp.pipeline.collect import Collected
-from saexp.pipeline.session import (
-    EncodedLayer,
-    RunData,
-    Session,
-    neighbouring_hookpoints,
-    validates,
-)
 from saexp.results import Result
 from saexp.saes import SparseAutoencoder
 from saexp.saes.loading import sae_identity

@@ -34,7 +34,7 @@ from saexp.errors import SaexpError, StoreError, counted, duration_words
 from saexp.files import free_bytes, is_writable, show_bytes, write_json
 from saexp.models import Hookpoint
 from saexp.models.loading import LanguageModel
-from saexp.pipeline import finished
+from saexp.pipeline import finished, neighbouring_hookpoints, neutral_prefetch
 from saexp.pipeline.collect import (
     bos_preference,
     examples_request,
@@ -43,7 +43,6 @@ from saexp.pipeline.collect import (
     resolve_bos,
 )
 from saexp.pipeline.objects import language_model, sparse_autoencoder
-from saexp.pipeline.session import neighbouring_hookpoints, neutral_prefetch
 from saexp.results import SWEEP_PLAN, Result, read_plan
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from saexp.config import RunConfig
 from saexp.context import RunContext
 from saexp.data import Skip
 from saexp.latents import Latents
+from saexp.pipeline import EncodedLayer, RunData, Session
 from saexp.pipeline.intervene import check_steerable, intervene, needs_selected_latents
 from saexp.pipeline.objects import describe_sae
 from saexp.pipeline.run_folder import save_run, unexplained_notes, write_provenance
-from saexp.pipeline.session import EncodedLayer, RunData, Session
 from saexp.pipeline.validation import attribute_latents, score_latents, validate_sae
 from saexp.reports.analysis import findings, report_figures, save_figures, write_report
 from saexp.results import Result

@@ -32,10 +32,10 @@ from saexp.latents.statistics import (
 )
 from saexp.models.loading import LanguageModel
 from saexp.models.unembedding import ADDED, Unembedding
+from saexp.pipeline import RunData, Session, resolve_factor
 from saexp.pipeline.collect import Collected, collect_examples
 from saexp.pipeline.objects import collect_searched, describe_sae, encoded_neutral
 from saexp.pipeline.run_folder import save_run
-from saexp.pipeline.session import RunData, Session, resolve_factor
 from saexp.pipeline.validation import check_sae
 from saexp.reports.latents import DATA, write_dashboard
 from saexp.results import Result, is_above_chance, model_words, sae_words

@@ -152,7 +152,7 @@ def test_a_finished_run_is_reused_on_resume(folder: Path, monkeypatch: pytest.Mo
         raise AssertionError("it ran again")
 
     cfg = saexp.compose(["tracker=jsonl", f"cache_dir={folder}/cache", *OVERLAY, "resume=true"])
-    monkeypatch.setattr("saexp.pipeline.session.collect_examples", never)
+    monkeypatch.setattr("saexp.pipeline.collect_examples", never)
     again = saexp.run(cfg, folder / "resumed")
     saved = json.loads((folder / "resumed/metrics.json").read_text())
     assert again.metrics == saved

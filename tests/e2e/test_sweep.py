@@ -115,7 +115,7 @@ def test_the_same_sweep_again_computes_nothing_and_is_whole(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it ran again")
 
-    monkeypatch.setattr("saexp.pipeline.session.collect_examples", never)
+    monkeypatch.setattr("saexp.pipeline.collect_examples", never)
     again = command(by_joblib, "-m", *GRID, "hydra.sweep.dir=again")
     assert again.code == 0, again.err[-2000:]
     assert again.err.count("reusing the finished run") == 2
