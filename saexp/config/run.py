@@ -286,7 +286,7 @@ def for_hydra(words: Sequence[str]) -> list[str]:
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
     if "task=workspace" in words:
-        words = [re.sub(r"^(?=(?:path|dry_run|title)=)", "task.", word) for word in words]
+        words = [re.sub(r"^(?=(?:path|dry_run|title|report)=)", "task.", word) for word in words]
     return [_for_hydra(word) for word in words]
 
 
