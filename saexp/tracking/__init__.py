@@ -1,5 +1,6 @@
 """Trackers: where a run's metrics, tables and figures are recorded."""
 
+import importlib
 import json
 import logging
 import math
@@ -185,14 +186,14 @@ class TensorboardTracker(NullTracker):
         self._text("config", json.dumps(self.config, indent=2, default=str))
 
     def metrics(self, values: Metrics) -> None:
-        """Record scalars at step 0, and beside them the plain values of the config, by which
-        TensorBoard's page of hyperparameters compares runs."""
+        """Record scalars at step 0, and the plain config, by which TensorBoard compares runs."""
         from torch.utils.tensorboard.summary import hparams
 
         numbers = finite(values)
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, 0)
-        plain = {k: v for k, v in self.config.items() if isinstance(v, str | int | float)}
+        plain = {k: str(v) if isinstance(v, list) else v for k, v in self.config.items()}
+        plain = {k: v for k, v in plain.items() if isinstance(v, str | int | float)}
         for summary in hparams(plain, numbers):
             self.writer._get_file_writer().add_summary(summary)
 
@@ -251,10 +252,9 @@ class MlflowTracker(NullTracker):
         for variable, value in _MLFLOW_VARIABLES.items():
             os.environ.setdefault(variable, value)
         try:
-            import mlflow
+            mlflow = self.mlflow = importlib.import_module("mlflow")
         except ImportError as error:
             raise _missing("mlflow", error) from error
-        self.mlflow: Any = mlflow
         self.failed = False
         uri = os.environ.get("MLFLOW_TRACKING_URI") or str((sweep or folder).resolve() / "mlruns")
         experiment = self.cfg.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "saexp"
@@ -358,10 +358,9 @@ def finite(values: Metrics) -> dict[str, float | int]:
 
 
 def whole_steps(axis: str, values: Metrics) -> tuple[int, dict[str, float | int]]:
-    """A point of a series for trackers whose steps are whole numbers: the step and its numbers.
+    """A point of a series as a whole step and its numbers.
 
-    Where the axis has fractions, the step is its value in thousandths, and the names say so; the
-    final number under the plain name is not part of such a series.
+    A fraction becomes a step in thousandths, in a series of its own name.
     """
     at, numbers = values[axis], finite(values)
     numbers.pop(axis, None)
