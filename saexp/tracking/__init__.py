@@ -194,7 +194,8 @@ class TensorboardTracker(NullTracker):
             self.writer.add_scalar(name, value, 0)
         plain = {k: str(v) if isinstance(v, list) else v for k, v in self.config.items()}
         plain = {k: v for k, v in plain.items() if isinstance(v, str | int | float)}
-        for summary in hparams(plain, numbers):
+        # Not the first summary, which would limit TensorBoard to the metrics of one run.
+        for summary in hparams(plain, {})[1:] if self.job_type != "sweep" else ():
             self.writer._get_file_writer().add_summary(summary)
 
     def series(self, axis: str, values: Metrics) -> None:
@@ -214,8 +215,8 @@ class TensorboardTracker(NullTracker):
 
     def artifact(self, artifact: Artifact) -> None:
         """Record the paths of the files as text; nothing is copied."""
-        places = [*artifact.files.values(), *([artifact.reference] if artifact.reference else [])]
-        about = {"type": artifact.type, "is_input": artifact.is_input, "files": places}
+        about = {"type": artifact.type, "is_input": artifact.is_input}
+        about |= {"files": [*artifact.files.values()], "reference": artifact.reference}
         self._text(f"artifacts/{artifact.name}", json.dumps(about, indent=2, default=str))
 
     def finish(self, exit_code: int) -> None:
