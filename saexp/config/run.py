@@ -289,7 +289,9 @@ def for_hydra(words: Sequence[str]) -> list[str]:
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
     if not {"task=report", "task=workspace"}.isdisjoint(words):
-        words = [re.sub(r"^(?=(?:path|cells|dry_run|title)=)", "task.", word) for word in words]
+        words = [
+            re.sub(r"^(?=(?:path|cells|dry_run|title|report)=)", "task.", word) for word in words
+        ]
         words = [_with_quoted_path(word) for word in words]
     return [_for_hydra(word) for word in words]
 

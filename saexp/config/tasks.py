@@ -201,7 +201,9 @@ class WorkspaceConfig(TaskConfig):
     path: str | None = None
     """Folder of a sweep or run, or a project `entity/project`."""
     title: str = "saexp"
-    """Name of the saved view."""
+    """Name of the saved view, and of the report."""
+    report: bool = False
+    """Save a W&B report with the same panels too."""
     dry_run: bool = False
     """Print the panels and save nothing."""
 

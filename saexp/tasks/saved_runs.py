@@ -35,6 +35,8 @@ from saexp.results import SWEEP_PLAN, Result
 PARAMETERS = ("layer", "width", "coefficient")
 """Keys of the config by which the cells of a sweep differ."""
 _HIDDEN = ("_p_controls", "_p_controls_holm", "_control_min", "_control_max")
+_MAIN = re.compile(r"/(?!baseline_)[^/]*(_(group|top1|splice|patch)|_layers_.*(?<!_control_mean))$")
+"""Effects of the main conditions, without their baselines and controls."""
 _N_RUNS = 500
 """Runs of a project whose keys are read, the newest first."""
 
@@ -78,8 +80,9 @@ class Section:
 def sections(keys: Keys) -> list[Section]:
     """The sections of a workspace, without panels whose keys no run logs."""
     effects = sorted(k for k in keys.summary if k.startswith("effect/") and not k.endswith(_HIDDEN))
-    objectives = [*_matching(keys.summary, r"contrast/best_auroc_.+_test"), *effects]
-    objectives = [k for k in objectives if "_ci_" not in k and "/baseline_" not in k]
+    aurocs = _matching(keys.summary, r"contrast/best_auroc_.+_test")
+    objectives = [k for k in aurocs if "_ci_" not in k]
+    objectives += [k for k in effects if _MAIN.search(k)]
     found = [
         Section("Overview", tuple(_overview(keys.summary))),
         Section("Dose-response", tuple(_dose_response(keys, effects))),
@@ -109,10 +112,9 @@ def _overview(summary: frozenset[str]) -> Iterable[Panel]:
 
 def _dose_response(keys: Keys, effects: Sequence[str]) -> Iterable[Panel]:
     """An outcome against the coefficient by layer, beside the range of the condition's controls."""
-    of_condition = [k for k in effects if "/baseline_" not in k and not k.endswith("control_mean")]
-    for effect in of_condition:
+    for effect in effects:
         outcome, condition = effect.split("/")[1:3]
-        if not re.search(r"_group$|_top1$|_splice$|_patch$|_layers_", condition):
+        if not _MAIN.search(effect):
             continue
         title = f"{outcome.replace('_', ' ')}, {condition}"
         band = [f"{effect}_control_{end}" for end in ("min", "mean", "max")]
@@ -125,7 +127,7 @@ def _dose_response(keys: Keys, effects: Sequence[str]) -> Iterable[Panel]:
 def _grid(objectives: Sequence[str]) -> Iterable[Panel]:
     if objectives:
         yield Panel("parallel", "layer, width, coefficient", (*PARAMETERS, *objectives[:6]))
-    for objective in objectives[:4]:
+    for objective in objectives[:6]:
         yield Panel("importance", f"importance for {objective}", (objective,))
 
 
@@ -193,16 +195,19 @@ def keys_of_project(path: str) -> Keys:
     return Keys(numbers, frozenset(series), tables)
 
 
-def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
-    """The workspace as an object of wandb-workspaces. Raises ConfigError without it."""
+def _library(module: str) -> Any:
     try:
-        reports = importlib.import_module("wandb_workspaces.reports.v2")
-        workspaces = importlib.import_module("wandb_workspaces.workspaces")
+        return importlib.import_module(f"wandb_workspaces.{module}")
     except ImportError as error:
         raise ConfigError(
             "task=workspace saves a view with wandb-workspaces, which is not installed; type pip "
             "install 'saexp[workspace]', or task.dry_run=true to print what it would hold"
         ) from error
+
+
+def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
+    """The workspace as an object of wandb-workspaces. Raises ConfigError without it."""
+    reports, workspaces = _library("reports.v2"), _library("workspaces")
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -216,6 +221,20 @@ def build(found: Sequence[Section], *, entity: str, project: str, name: str) -> 
             for section in found
         ],
     )
+
+
+def build_report(found: Sequence[Section], *, entity: str, project: str, name: str) -> Any:
+    """A report with the same panels, as an object of wandb-workspaces. Raises ConfigError without
+    it."""
+    reports = _library("reports.v2")
+    blocks = [reports.TableOfContents()]
+    for section in found:
+        grid = reports.PanelGrid(
+            runsets=[reports.Runset(entity=entity, project=project)],
+            panels=[_built(panel, reports) for panel in section.panels],
+        )
+        blocks += [reports.H1(text=section.name), grid]
+    return reports.Report(entity=entity, project=project, title=name, blocks=blocks, width="fluid")
 
 
 def _built(panel: Panel, reports: Any) -> Any:
@@ -240,7 +259,8 @@ def _built(panel: Panel, reports: Any) -> Any:
 
 
 def workspace(cfg: RunConfig, context: RunContext) -> Result:
-    """Write workspace.json, and save the view in the project unless `task.dry_run` is true."""
+    """Write workspace.json; unless `task.dry_run` is true, save the view in the project, and with
+    `task.report` a report too."""
     task = cfg.task
     assert isinstance(task, WorkspaceConfig)
     if not task.path:
@@ -268,8 +288,9 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
         import wandb
 
         entity = entity or str(wandb.Api().default_entity)
-        view = build(found, entity=entity, project=project or "saexp", name=task.title)
-        result.notes.append(f"saved {view.save().url}")
+        for builder in (build, build_report) if task.report else (build,):
+            view = builder(found, entity=entity, project=project or "saexp", name=task.title)
+            result.notes.append(f"saved {view.save().url}")
     return result
 
 

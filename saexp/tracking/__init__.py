@@ -1,5 +1,6 @@
 """Trackers: where a run's metrics, tables and figures are recorded."""
 
+import importlib
 import json
 import logging
 import math
@@ -7,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,15 +186,16 @@ class TensorboardTracker(NullTracker):
         self._text("config", json.dumps(self.config, indent=2, default=str))
 
     def metrics(self, values: Metrics) -> None:
-        """Record scalars at step 0, and beside them the plain values of the config, by which
-        TensorBoard's page of hyperparameters compares runs."""
+        """Record scalars at step 0, and the plain config, by which TensorBoard compares runs."""
         from torch.utils.tensorboard.summary import hparams
 
         numbers = finite(values)
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, 0)
-        plain = {k: v for k, v in self.config.items() if isinstance(v, str | int | float)}
-        for summary in hparams(plain, numbers):
+        plain = {k: str(v) if isinstance(v, list) else v for k, v in self.config.items()}
+        plain = {k: v for k, v in plain.items() if isinstance(v, str | int | float)}
+        # Not the first summary, which would limit TensorBoard to the metrics of one run.
+        for summary in hparams(plain, {})[1:] if self.job_type != "sweep" else ():
             self.writer._get_file_writer().add_summary(summary)
 
     def series(self, axis: str, values: Metrics) -> None:
@@ -214,8 +215,8 @@ class TensorboardTracker(NullTracker):
 
     def artifact(self, artifact: Artifact) -> None:
         """Record the paths of the files as text; nothing is copied."""
-        places = [*artifact.files.values(), *([artifact.reference] if artifact.reference else [])]
-        about = {"type": artifact.type, "is_input": artifact.is_input, "files": places}
+        about = {"type": artifact.type, "is_input": artifact.is_input}
+        about |= {"files": [*artifact.files.values()], "reference": artifact.reference}
         self._text(f"artifacts/{artifact.name}", json.dumps(about, indent=2, default=str))
 
     def finish(self, exit_code: int) -> None:
@@ -252,7 +253,7 @@ class MlflowTracker(NullTracker):
         for variable, value in _MLFLOW_VARIABLES.items():
             os.environ.setdefault(variable, value)
         try:
-            self.mlflow: Any = import_module("mlflow")
+            self.mlflow = importlib.import_module("mlflow")
         except ImportError as error:
             raise _missing("mlflow", error) from error
         self.failed = False
@@ -358,10 +359,9 @@ def finite(values: Metrics) -> dict[str, float | int]:
 
 
 def whole_steps(axis: str, values: Metrics) -> tuple[int, dict[str, float | int]]:
-    """A point of a series for trackers whose steps are whole numbers: the step and its numbers.
+    """A point of a series as a whole step and its numbers.
 
-    Where the axis has fractions, the step is its value in thousandths, and the names say so; the
-    final number under the plain name is not part of such a series.
+    A fraction becomes a step in thousandths, in a series of its own name.
     """
     at, numbers = values[axis], finite(values)
     numbers.pop(axis, None)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from saexp.config.run import conf_folder
+from saexp.tasks import saved_runs
 from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
 from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
@@ -202,7 +203,7 @@ def test_a_dry_run_prints_the_panels_and_needs_no_library(swept: Said, folder: P
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces")
 def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     pytest.importorskip("wandb_workspaces")
-    from saexp.tasks.saved_runs import build
+    from saexp.tasks.saved_runs import build, build_report
 
     found = sections(keys_of_folder(swept.sweep))
     view = build(found, entity="e", project="p", name="n")
@@ -211,6 +212,43 @@ def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     ]
     first = view.sections[0].panels[0]
     assert (first.x.name, first.y.name, first.z.name) == ("layer", found[0].panels[0].y[0], "width")
+    report = build_report(found, entity="e", project="p", name="n")
+    headings = [block.text for block in report.blocks if type(block).__name__ == "H1"]
+    grids = [block for block in report.blocks if type(block).__name__ == "PanelGrid"]
+    assert headings == [section.name for section in found]
+    assert [[type(p) for p in grid.panels] for grid in grids] == [
+        [type(p) for p in section.panels] for section in view.sections
+    ]
+    assert {(r.entity, r.project) for grid in grids for r in grid.runsets} == {("e", "p")}
+
+
+def test_a_view_and_with_it_a_report_are_saved_in_the_project(
+    swept: Said, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+
+    class View:
+        url = "https://host/view"
+
+        def save(self) -> "View":
+            return self
+
+    def builder(kind: str) -> Any:
+        def build(found: list[Any], **about: str) -> View:
+            saved.append((kind, len(found), about))
+            return View()
+
+        return build
+
+    monkeypatch.setattr(saved_runs, "build", builder("view"))
+    monkeypatch.setattr(saved_runs, "build_report", builder("report"))
+    words = [f"path={swept.sweep}", "tracker.entity=e", "title=t"]
+    for at, word in enumerate(("report=false", "report=true")):
+        said = command(folder, "task=workspace", *words, word, f"hydra.run.dir=saved{at}")
+        assert said.code == 0, said.err[-2000:]
+        assert said.out.count("saved https://host/view") == at + 1
+    about = {"entity": "e", "project": "saexp", "name": "t"}
+    assert saved == [(kind, 5, about) for kind in ("view", "view", "report")]
 
 
 @pytest.mark.usefixtures("swept")
