@@ -472,7 +472,7 @@ def importance_figure(
     quality = "explained_variance" if "train/n_steps" in done else "ce_loss_score"
     of_groups = [f"contrast/best_auroc_{g}_test" for g in groups_of(done)]
     objectives = [objective] if objective else of_groups or [f"reconstruction/{quality}"]
-    figure, notes = go.Figure(), []
+    figure, notes, n_bars = go.Figure(), [], 0
     for name, colour in zip([o for o in objectives if o in done], PALETTE, strict=False):
         by_key = importance(done, name)
         notes += [by_key.note] if by_key.note else []
@@ -483,15 +483,15 @@ def importance_figure(
         if by_key.is_complete:
             shares = shares | {"interactions": max(0.0, 1 - sum(shares.values()))}
             colours.append(QUIET if len(objectives) == 1 else translucent(colour, 0.4))
+        n_bars += len(shares)
         bars = {"x": list(shares.values()), "y": list(shares), "marker": {"color": colours}}
         hover = "%{y}: %{x:.1%}<extra></extra>"
         figure.add_trace(go.Bar(**bars, orientation="h", name=name, hovertemplate=hover))
-    if not figure.data:
+    if n_bars == 0:
         return None, notes
     figure.update_xaxes(
         title="share of the variance over cells", tickformat=".0%", rangemode="tozero"
     )
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(showlegend=True)
-    height = 120 + 26 * sum(len(bars.y) for bars in figure.data)
-    return style(figure, height, legend_below=True), notes
+    return style(figure, 150 + 26 * n_bars, legend_below=True), notes
