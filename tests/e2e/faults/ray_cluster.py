@@ -45,11 +45,11 @@ def main(folder: Path, words: list[str]) -> None:
         for is_first in (True, False):
             with (folder / "out.txt").open("w+") as out:
                 process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
-                while is_first and process.poll() is None and not is_midway(folder):
-                    time.sleep(0.05)
-                if is_first:
-                    cluster.remove_node(lost, allow_graceful=False)
                 try:
+                    while is_first and process.poll() is None and not is_midway(folder):
+                        time.sleep(0.05)
+                    if is_first:
+                        cluster.remove_node(lost, allow_graceful=False)
                     code = process.wait(timeout=PATIENCE_SECONDS)
                 finally:
                     process.kill()
