@@ -484,10 +484,10 @@ def importance_figure(
         if by_key.is_complete:
             shares = shares | {"interactions": max(0.0, 1 - sum(shares.values()))}
             colours.append(QUIET if len(objectives) == 1 else translucent(colour, 0.4))
+        n_bars += len(shares)
         bars = {"x": list(shares.values()), "y": list(shares), "marker": {"color": colours}}
         hover = "%{y}: %{x:.1%}<extra></extra>"
         figure.add_trace(go.Bar(**bars, orientation="h", name=name, hovertemplate=hover))
-        n_bars += len(shares)
     if not n_bars:
         return None, notes
     figure.update_xaxes(
@@ -495,4 +495,4 @@ def importance_figure(
     )
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(showlegend=True)
-    return style(figure, 120 + 26 * n_bars, legend_below=True), notes
+    return style(figure, 150 + 26 * n_bars, legend_below=True), notes

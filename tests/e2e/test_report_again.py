@@ -103,7 +103,7 @@ def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
 def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
     words = {
         "evaluate": ["task.n_texts=8", "task.n_bootstrap=0"],
-        "train": ["sae_trainer.batch_size=64", "width=64"],
+        "train": ["sae_trainer.n_samples=2048", "sae_trainer.batch_size=256", "width=64"],
         "dashboard": ["task.latents=[12,40]"],
         "label": ["task.n_samples=0", "task.max_new_tokens=2"],
         "analyze": ["intervention=ablate", "intervention.n_prompts=4", "intervention.n_controls=1"],

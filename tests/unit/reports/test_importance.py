@@ -32,7 +32,8 @@ def test_layer_explains_four_times_as_much_as_width(tmp_path: Path) -> None:
     assert by_key.note is None
     figure, notes = importance_figure(table)
     assert figure is not None
-    (bars,) = figure.data
+    traces: Any = figure.data
+    (bars,) = traces
     assert list(bars.y) == ["layer", "width", "interactions"]
     assert list(bars.x) == pytest.approx([0.8, 0.2, 0])
     assert notes == []
