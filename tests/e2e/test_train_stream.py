@@ -176,7 +176,7 @@ def test_a_forecast_comes_before_the_first_step(
     assert number < min(steps)
     pattern = (
         r".* after 2,048 positions \(sae_trainer.buffer_rows\), in about \d+ s at (\d+) tokens/s; "
-        r"all 12,800 of the training take at least about \d+ s, and the ([\d,]+) held-out tokens .*"
+        r"all 5,120 of the training take at least about \d+ s, and the ([\d,]+) held-out tokens .*"
     )
     found = re.fullmatch(pattern, forecast)
     assert found is not None, forecast

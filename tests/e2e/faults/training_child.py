@@ -1,5 +1,6 @@
 """A streamed training in a process whose memory is limited, beside a corpus that exceeds it."""
 
+import ctypes
 import json
 import resource
 from pathlib import Path
@@ -79,6 +80,8 @@ def train_in_bounds(folder: Path, reported: Any) -> None:
     (place,) = (p.parent for p in (folder / "cache").rglob(TOKENS))
     _enlarge(place)
     corpus = Corpus.open(place)
+    # What the first training has freed and not returned to the system would add to the bound.
+    ctypes.CDLL(None).malloc_trim(0)
     limit = _data_bytes() + BOUND
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     # One held-out context: its activations and logits are in memory.
