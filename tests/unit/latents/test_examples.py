@@ -60,9 +60,7 @@ def tallied(store: ActivationStore, auto: SparseAutoencoder, **options: object) 
     return tally_store(store, auto, TEXT_OF.__getitem__, GROUP_OF.__getitem__, made)
 
 
-@pytest.mark.parametrize(
-    ("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True), (10_000, False)]
-)
+@pytest.mark.parametrize(("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True)])
 def test_numbers_and_histograms_equal_dense_ones(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -93,7 +91,7 @@ def test_numbers_and_histograms_equal_dense_ones(
             assert found.counts[g].tolist() == np.histogram(group_values, edges)[0].tolist()
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 13, 10_000])
+@pytest.mark.parametrize("chunk_rows", [7, 10_000])
 def test_the_strongest_examples_are_those_of_a_dense_sort_one_a_text(
     store: ActivationStore,
     auto: SparseAutoencoder,
@@ -167,9 +165,7 @@ def test_correlations_are_numpys(
     assert np.isnan(tally.correlations_of(3)).all()
 
 
-@pytest.mark.parametrize(
-    ("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True), (10_000, False)]
-)
+@pytest.mark.parametrize(("chunk_rows", "correlate"), [(5, True), (13, False), (10_000, True)])
 def test_rows_of_high_norm_are_as_if_they_were_not_there(
     store: ActivationStore,
     auto: SparseAutoencoder,
