@@ -8,6 +8,7 @@
 | studies/*.md | experiments/*/README.md |
 | notebooks/*.md | docs/notebooks/*.ipynb, with their outputs |
 | changelog.md | CHANGELOG.md |
+| gallery/plotly.min.js | plotly's library, which the gallery's pages share |
 
 A comment with the path of a CSV file in a page is replaced by the file's table.
 """
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
 from config_reference import config_page  # noqa: E402
+from gallery_pages import LIBRARY  # noqa: E402
 
 API_TYPES = (
     "saexp.results.Result",
@@ -69,8 +71,10 @@ def _title(notebook: Path) -> str:
 def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages to the site."""
     from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
+    from plotly.offline import get_plotlyjs
 
-    for path, content in generated_pages().items():
+    library = {f"gallery/{LIBRARY}": get_plotlyjs()}
+    for path, content in (generated_pages() | library).items():
         files.append(File.generated(config, path, content=content))
     return files
 

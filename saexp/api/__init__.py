@@ -32,7 +32,7 @@ from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
 from saexp.distributed import check_task, launched
-from saexp.errors import StoreError
+from saexp.errors import ConfigError, StoreError
 from saexp.files import RUN_FOLDER, cannot_write_run, write_error, write_text
 from saexp.pipeline import finished
 from saexp.pipeline.run_folder import (
@@ -140,6 +140,11 @@ def _run(
     objects: ObjectCache,
 ) -> Result:
     """Run in a folder that this process holds."""
+    if cfg.sweep.dry_run:
+        raise ConfigError(
+            "nothing is run: a dry run is printed only where sweep.dry_run=true is typed by itself "
+            "on the command line"
+        )
     check_task(cfg.task.name, resume=bool(cfg.resume))
     (folder / "error.txt").unlink(missing_ok=True)
     remember_in(cfg.cache_dir)

@@ -137,7 +137,7 @@ def _flow(matches: pd.DataFrame, axis: str, chains: list[pd.DataFrame]) -> go.Fi
     """A panel per chain, a column per SAE; links are as thick as their cosine."""
     figure = go.Figure()
     directions = _directions(matches)
-    groups = list(dict.fromkeys(matches["direction"]))
+    groups = sorted(set(matches["direction"]))
     colours: dict[str, str] = dict(zip(groups, GROUP_COLOURS, strict=False))
     n_nodes = 0
     for index, chain in enumerate(chains):

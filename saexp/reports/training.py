@@ -112,7 +112,7 @@ def _step_title(histories: Iterable[pd.DataFrame]) -> str:
     epochs = [float(h["epoch"].iloc[-1]) for h in histories if "epoch" in h and len(h)]
     if not epochs:
         return "training step"
-    return f"training step (the last one after {max(epochs):.2f} epochs)"
+    return f"training step ({max(epochs):.2f} epochs)"
 
 
 def _epochs(history: pd.DataFrame) -> dict[str, Any]:

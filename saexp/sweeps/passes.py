@@ -6,6 +6,7 @@ Of `sweep.dry_run=true`, what they and the cells would cost.
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -74,7 +75,7 @@ def passes(cells: Iterable[list[str]], objects: ObjectCache) -> dict[str, list[l
 
 def composed(words: Sequence[str]) -> RunConfig:
     """The config of a cell, by Hydra's current config folder."""
-    return to_run_config(compose("config", overrides=list(words)), quiet=True)
+    return to_run_config(compose("config", overrides=list(words)), quiet=True, words=words)
 
 
 def _relevant_words(cell: list[str]) -> list[str]:
@@ -173,9 +174,12 @@ def _read_rates(cache_dir: str | Path) -> dict[str, list[float]]:
     """Key -> measured values; empty where the file is missing or damaged."""
     try:
         rates = json.loads((Path(cache_dir) / RATES).read_text("utf-8"))
-        return {str(key): [float(v) for v in values] for key, values in rates.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        measured = {str(key): [float(v) for v in list(values)] for key, values in rates.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return {}
+    # Only positive numbers can be rates; another program may have written the file.
+    usable = {k: [v for v in values if 0 < v < math.inf] for k, values in measured.items()}
+    return {k: values for k, values in usable.items() if values}
 
 
 def record_rates(cfg: RunConfig, result: Result, context: RunContext) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -257,7 +258,10 @@ class SweepCallback(Callback):
         """Lock the run's folder, before Hydra writes its config there."""
         words = _words(config)
         _end_of_dry_run([words])
-        _reserve(Path(config.hydra.run.dir))
+        folder = Path(config.hydra.run.dir)
+        with _ending_the_process():
+            _check_not_read(config, folder)
+        _reserve(folder)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write plan.json: all cells, for each set of texts the hookpoints that cells need, and the
@@ -287,6 +291,16 @@ class SweepCallback(Callback):
 def _reserve(folder: Path) -> None:
     with _ending_the_process():
         reserve(folder)
+
+
+def _check_not_read(config: DictConfig, folder: Path) -> None:
+    """Raise StoreError where the run would write into the run or sweep that its task reads."""
+    path = config.task.get("path") if config.task.get("name") in ("report", "workspace") else None
+    if path and folder.resolve().is_relative_to(Path(str(path)).resolve()):
+        raise StoreError(
+            f"hydra.run.dir={folder} is in task.path={path}, whose files it would replace; leave "
+            "hydra.run.dir out"
+        )
 
 
 @contextmanager
@@ -343,7 +357,8 @@ def _cells(config: DictConfig) -> list[list[str]]:
         return visitable([*fixed, *_words(config)])
     if not str(about._target_).endswith("BasicSweeper"):
         return []
-    parsed = OverridesParser.create().parse_overrides([*fixed, *_words(config)])
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*fixed, *_words(config)])
     return BasicSweeper.split_arguments(parsed, None)[0]
 
 

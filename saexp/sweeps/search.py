@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -33,6 +34,10 @@ _WORDS, _CELL, _SEARCH = "overrides", "cell", "search"
 """Attributes of a trial (overrides, number of the cell) and of the study (what is searched)."""
 _N_REPEATS = 20
 """Proposals in a row of cells that were run already, after which an unvisited cell is chosen."""
+_MOST_REPEATS = 500
+"""As many end the search: an interval of one value has no other."""
+_MOST_WORDS = 10_000
+"""A shorter interval of whole numbers is a list of them."""
 
 
 @dataclass
@@ -61,7 +66,8 @@ def is_search(sweeper: Any) -> bool:
 
 def visitable(words: Sequence[str]) -> list[list[str]]:
     """Overrides of every cell that a search may visit; of an interval, only its two ends."""
-    parsed = OverridesParser.create().parse_overrides(list(words))
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides(list(words))
     return [list(cell) for cell in itertools.product(*map(_values, parsed))]
 
 
@@ -103,6 +109,13 @@ def _axis(override: Override) -> _Axis:
         whole = isinstance(about.start, int) and isinstance(about.end, int)
         kind = IntDistribution if whole else FloatDistribution
         ends: Any = (about.start, about.end)
+        if whole and not about.tags and abs(ends[1] - ends[0]) < _MOST_WORDS:
+            # As `range`: the search ends when all values have been visited.
+            values = range(ends[0], ends[1] + 1)
+            words = tuple(f"{key}={value}" for value in values)
+            if not words:
+                raise ConfigError(f"{key}: the interval from {ends[0]} to {ends[1]} is empty")
+            return _Axis(key, IntDistribution(0, len(words) - 1), words)
         return _Axis(key, kind(*ends, log="log" in about.tags), None)
     # Indices of numbers in their order, so that the sampler learns from neighbours.
     words = _values(override)
@@ -259,7 +272,7 @@ class _Search:
         launched = self.launched
         if len(launched) >= self.settings.n_trials:
             return None
-        for attempt in itertools.count():
+        for attempt in range(_MOST_REPEATS):
             if attempt == _N_REPEATS and not self._enqueue_unvisited(set(launched)):
                 log.info("all %d cells of the search have been run", len(launched))
                 return None
@@ -272,12 +285,13 @@ class _Search:
                 return trial.number, words
             value = earlier.value if earlier.state == TrialState.COMPLETE else None
             self.study.tell(trial, value, None if value is not None else TrialState.FAIL)
+        log.info("the search ends: %d proposals in a row have been run already", _MOST_REPEATS)
         return None
 
     def _enqueue_unvisited(self, launched: set[str]) -> bool:
         """Make the next proposal the first cell that was not run; False where there is none."""
         if any(axis.words is None for axis in self.axes):
-            # An interval has no end of values; the sampler will leave the repeated one.
+            # The sampler will leave the repeated value of an interval, if there is another.
             return True
         for indices in itertools.product(*(range(len(axis.words or ())) for axis in self.axes)):
             words = [axis.word(i) for axis, i in zip(self.axes, indices, strict=True)]

@@ -17,7 +17,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.config.tasks import ReportConfig, WorkspaceConfig
 from saexp.context import RunContext
-from saexp.errors import ConfigError, SaexpError
+from saexp.errors import ConfigError, SaexpError, brief
 from saexp.files import RUN_FOLDER, write_json
 from saexp.pipeline.finished import record_page
 from saexp.pipeline.run_folder import (
@@ -285,13 +285,24 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
         entity, project = cfg.tracker.entity, cfg.tracker.project
         if not folder.is_dir():
             entity, _, project = path.rpartition("/")
-        import wandb
-
-        entity = entity or str(wandb.Api().default_entity)
+        entity = entity or _default_entity()
         for builder in (build, build_report) if task.report else (build,):
             view = builder(found, entity=entity, project=project or "saexp", name=task.title)
             result.notes.append(f"saved {view.save().url}")
     return result
+
+
+def _default_entity() -> str:
+    """The account of the W&B key. Raises ConfigError without a key or an answer."""
+    import wandb
+
+    try:
+        return str(wandb.Api().default_entity)
+    except Exception as error:
+        # No key, no network, or an answer of the server that is none.
+        raise ConfigError(
+            f"W&B cannot be asked ({brief(str(error), 120)}); run wandb login, or type dry_run=true"
+        ) from error
 
 
 # task=report
@@ -354,9 +365,10 @@ def report(cfg: RunConfig, context: RunContext) -> Result:
         page, notes = _write_page(folder, context)
         return Result(tables={"pages": pd.DataFrame({"page": [str(page)]})}, notes=notes)
     if not (folder / SWEEP_PLAN).is_file() and not any(folder.glob("*/.hydra")):
-        state = "holds neither a run nor a sweep" if folder.is_dir() else "there is no such folder"
+        state = "holds neither a run nor a sweep" if folder.is_dir() else "does not exist"
+        state = "is a file" if folder.is_file() else state
         raise ConfigError(
-            f"task.path={folder}: {state}; type the folder that a run named as its report or folder"
+            f"path={folder} {state}; type the folder of a run or a sweep, such as outputs/sweeps/…"
         )
     return _write_sweep_pages(folder, context, with_cells=task.cells)
 

@@ -248,8 +248,7 @@ class MlflowTracker(NullTracker):
     ) -> None:
         """Open a run in the experiment `tracker.project`, else MLFLOW_EXPERIMENT_NAME, else saexp.
 
-        Raises ConfigError without the package, and where the server does not take the run.
-        """
+        Raises ConfigError without the package or a server that takes the run."""
         for variable, value in _MLFLOW_VARIABLES.items():
             os.environ.setdefault(variable, value)
         try:
@@ -274,9 +273,10 @@ class MlflowTracker(NullTracker):
             for at in range(0, len(params), _N_PARAMS):
                 self.client.log_batch(self.run, params=params[at : at + _N_PARAMS])
         except (self.mlflow.MlflowException, OSError) as error:
+            server, reason = uri.rpartition("@")[2], brief(error)  # Without a password.
             raise ConfigError(
-                f"tracker=mlflow: {uri} does not take the run ({brief(error)}); check "
-                "MLFLOW_TRACKING_URI, or type tracker=none"
+                f"tracker=mlflow: {server} does not take the run ({reason.replace(uri, server)}); "
+                "check MLFLOW_TRACKING_URI, or type tracker=none"
             ) from error
 
     def _experiment(self, name: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from saexp.sweeps.passes import RATES, _read_rates
 from tests.unit.reports.left import Said, command, table_of
 
 SMALL = ["tracker=none", "intervention=none", "analyzer.n_bootstrap=0", "dataset.n_examples=20"]
@@ -97,3 +98,29 @@ def test_what_cannot_be_counted_is_reported(folder: Path) -> None:
     assert "not counted: the files of nobody/nothing are not on this machine" in said.out
     assert "  1 layer=first: fails: " in said.out
     assert "tokens to forward: 0 (without the texts above" in said.out
+
+
+def test_finished_cells_are_found_whose_numbers_were_typed(swept: Said, folder: Path) -> None:  # noqa: ARG001
+    words = ["-m", "layer=0,2", "width=256", "intervention.n_prompts=7", *SMALL]
+    assert command(folder, *words).code == 0
+    assert "dry run: 2 cells, 0 to run" in plan(folder, *words).out
+
+
+def test_a_choice_by_a_pattern_is_planned(tmp_path: Path) -> None:
+    said = plan(tmp_path, "-m", "model=glob(tin*)", *SMALL)
+    assert "dry run: 2 cells, 2 to run" in said.out
+
+
+@pytest.mark.parametrize(
+    "content", ['{"x": [1%s]}' % ("0" * 400), '{"x": ["nan", 0, -1, 1e999]}', '{"x": 3}', "[]"]
+)
+def test_measured_rates_that_are_none_are_ignored(tmp_path: Path, content: str) -> None:
+    (tmp_path / RATES).write_text(content)
+    assert _read_rates(tmp_path) == {}
+
+
+def test_a_dry_run_that_is_asked_for_in_another_way_runs_nothing(tmp_path: Path) -> None:
+    said = command(tmp_path, "sweep={dry_run:true}", *SMALL)
+    assert said.code == 1
+    assert "nothing is run" in said.err
+    assert not list(tmp_path.rglob("metrics.json"))

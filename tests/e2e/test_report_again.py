@@ -85,8 +85,8 @@ def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
     (run / "rows.parquet").write_bytes(b"")
     for path, part in (
         (str(run), "rows.parquet was changed since the run wrote it"),
-        ("cache", "task.path=cache: holds neither a run nor a sweep"),
-        ("nowhere", "task.path=nowhere: there is no such folder"),
+        ("cache", "path=cache holds neither a run nor a sweep"),
+        ("nowhere", "path=nowhere does not exist"),
     ):
         said = report(folder, path)
         assert said.code == 1
@@ -119,3 +119,12 @@ def test_the_page_of_every_task_is_equal(folder: Path, task: str) -> None:
     page.unlink()
     assert report(folder, task).code == 0
     assert page.read_bytes() == before
+
+
+def test_a_report_is_not_written_into_the_run_that_it_reads(folder: Path, swept: Said) -> None:
+    before = {p: p.read_bytes() for p in swept.sweep.rglob("*") if p.is_file()}
+    for place in ("sweep", "sweep/own"):
+        said = command(folder, "task=report", "path=sweep", f"hydra.run.dir={place}")
+        assert said.code == 1
+        assert "whose files it would replace" in said.err
+    assert {p: p.read_bytes() for p in swept.sweep.rglob("*") if p.is_file()} == before

@@ -132,3 +132,11 @@ def test_a_plan_of_a_search_says_how_many_of_the_cells_it_runs(tmp_path: Path) -
     assert "dry run: 10 cells, 10 to run" in said.out
     assert "a search runs at most 3 of these cells" in said.out
     assert not (tmp_path / "sweep").exists()
+
+
+def test_an_interval_of_whole_numbers_ends_when_all_were_visited(tmp_path: Path) -> None:
+    words = ["objective=contrast/best_auroc_unknown_test", "intervention=none", *CELL]
+    words += ["layer=int(interval(1,2))", "hydra.sweeper.n_trials=9", "hydra.sweep.dir=sweep"]
+    said = command(tmp_path, *SEARCH, *words)
+    assert said.code == 0, said.err[-2000:]
+    assert sorted(table_of(tmp_path / "sweep")["layer"]) == [1, 2]
