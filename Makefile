@@ -55,9 +55,9 @@ layers: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-# Six workers on two cores: some tests wait for servers, locks and signals.
+# Four workers on two cores: some tests wait for servers, locks and signals.
 e2e: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder tests/e2e
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/e2e
 
 pytest: unit e2e
 
