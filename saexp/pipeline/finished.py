@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from saexp import registry
 from saexp.config import (
     EvaluateConfig,
-    InterventionConfig,
     ModelConfig,
     ProbeConfig,
     RunConfig,
@@ -250,21 +249,9 @@ def fingerprint(cfg: RunConfig) -> str | None:
     config = dataclasses.asdict(cfg)
     for key in _IRRELEVANT:
         config.pop(key)
-    config["intervention"]["keep"] = _kept(cfg.intervention)
+    config["intervention"]["keep"] = cfg.intervention.kept()
     code = [code_content(), plugins_content(cfg)]
     return digest_of(VERSION, config, model, saes, data, code)[:24]
-
-
-def _kept(intervention: InterventionConfig) -> list[str]:
-    """Of `intervention.keep` what can change a result: numbers that have their defaults."""
-    if intervention.name == "none":
-        return []
-    default = InterventionConfig()
-    return sorted(
-        name
-        for name in set(intervention.keep)
-        if getattr(intervention, name) == getattr(default, name)
-    )
 
 
 def _named(cfg: RunConfig) -> list[str | None]:

@@ -399,7 +399,7 @@ def importance(done: pd.DataFrame, objective: str) -> Importance:
     for key in swept(cells):
         codes = pd.factorize(cells[key].astype(str))[0]
         same = next((k for k, other in levels.items() if np.array_equal(other, codes)), None)
-        # Keys that always change together cannot be told apart.
+        # Keys that always change together have one effect.
         label = key if same is None else f"{same} + {key}"
         levels.pop(same or "", None)
         levels[label] = codes

@@ -119,3 +119,14 @@ def test_columns_are_mapped_one_by_one_and_all_at_once() -> None:
     assert one.dataset.columns == {**none, "text": "input_text"}
     both = saexp.compose([*base, "dataset.columns={text: input_text, group: label}"])
     assert both.dataset.columns == {**none, "text": "input_text", "group": "label"}
+
+
+def test_only_typed_numbers_that_can_change_a_run_are_part_of_its_fingerprint():
+    def kept(*words: str) -> list[str]:
+        return saexp.compose(list(words)).intervention.kept()
+
+    assert kept("intervention.n_prompts=7") == kept() == []
+    assert kept("intervention.n_prompts=100") == ["n_prompts"]
+    both = ["intervention.top_k=4", "intervention.n_prompts=100"]
+    assert kept(*both) == kept(*reversed(both)) == ["n_prompts", "top_k"]
+    assert kept("intervention=none", "intervention.n_prompts=100") == []
