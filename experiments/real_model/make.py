@@ -161,7 +161,7 @@ def main() -> None:
     seconds = time.monotonic() - start
     state = f"made in {seconds:.0f} s" if is_new else "was made before, and is right"
     log.info("%s (%s) %s: weights of %s", folder, size, state, PUBLISHED)
-    log.info("Try: python -m saexp model=smollm2 sae=random intervention=none")
+    log.info("Try: python -m saexp model=smollm2 sae=smollm2")
 
 
 if __name__ == "__main__":
