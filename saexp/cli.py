@@ -360,9 +360,7 @@ def _end_of_sweep() -> None:
     """After a sweep: write its table and report, from whatever cells there are."""
     from saexp.sweeps import planning
 
-    summary = planning.finish()
-    if summary:
-        print(summary)
+    planning.finish(lambda summary: print(summary, flush=True))
 
 
 def _fail(message: str | SaexpError, cause: BaseException | None = None, code: int = 1) -> NoReturn:

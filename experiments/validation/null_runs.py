@@ -9,7 +9,7 @@ import worlds
 from effects import summary_of
 
 from saexp.interventions.effects import chosen_coefficients, with_claims
-from saexp.reports.sweep_figures import effect_findings
+from saexp.reports.sweep import effect_findings
 
 N_LATENTS = 200
 N_PROMPTS = 40
@@ -238,8 +238,8 @@ def sweep_bias(rng: np.random.Generator, n_runs: int) -> Values:
     """Mean of (highest rate less the true 0.20) in a sweep's sentence on 12 equal cells."""
     errors = []
     for _ in range(n_runs):
-        (sentence,) = effect_findings(sweep_cells(rng))
-        rates = re.findall(r"-> (\d\.\d+)", sentence)
+        sentence, *_ = effect_findings(sweep_cells(rng))
+        rates = re.findall(r"(?:to|at) (\d\.\d+) \(n = ", sentence)
         errors.append(max(map(float, rates)) - 0.20)
     return {"value": float(np.mean(errors))}
 

@@ -45,6 +45,8 @@ from saexp.registry import did_you_mean
 log = logging.getLogger(__name__)
 
 _FROM_ENVIRONMENT = "from_environment"
+WITHOUT_EFFECT = ("resume", "cache_dir", "tracker", "verify", "sweep", "objective")
+"""Top-level keys that change no result."""
 
 
 @dataclass(kw_only=True)

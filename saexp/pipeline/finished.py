@@ -21,6 +21,7 @@ from saexp.config import (
     SAEConfig,
     parse_layers,
 )
+from saexp.config.run import WITHOUT_EFFECT
 from saexp.context import RunContext
 from saexp.digests import (
     checksum_of,
@@ -233,7 +234,6 @@ ALWAYS_RUN = ("collect", "cache", "report", "workspace")
 """Tasks whose result is the cache; a finished run of them is never reused."""
 VERSION = 4
 """Version of the fingerprint's ingredients; runs of another version are not reused."""
-_IRRELEVANT = ("resume", "cache_dir", "tracker", "verify", "sweep", "objective")
 
 
 def fingerprint(cfg: RunConfig) -> str | None:
@@ -247,7 +247,7 @@ def fingerprint(cfg: RunConfig) -> str | None:
     if model is None or saes is None or data is None:
         return None
     config = dataclasses.asdict(cfg)
-    for key in _IRRELEVANT:
+    for key in WITHOUT_EFFECT:
         config.pop(key)
     config["intervention"]["keep"] = cfg.intervention.kept()
     code = [code_content(), plugins_content(cfg)]

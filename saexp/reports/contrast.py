@@ -1,13 +1,16 @@
 """Page of analyzer=contrast: the latents that separate two groups, and what changing them does."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from pyarrow import ArrowException
 
-from saexp.errors import counted
+from saexp.errors import brief, counted
 from saexp.reports import (
     GROUP_COLOURS,
     QUIET,
@@ -383,3 +386,103 @@ def _attribution_tables(run: SavedRun) -> list[Table]:
 
 
 CONTRAST = AnalyzerPage(_question, contrast_findings, contrast_sentences, _figures, _sections)
+
+
+# Latents matched between the SAEs of a sweep
+
+MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
+"""Files in a sweep's folder: latents matched between its SAEs, and notes on them."""
+MATCH_HEAD = [
+    *["from layer", "from width", "latent", "selected for", "to layer", "to width"],
+    *["nearest latent", "which is selected for", "cosine", "cosine by chance"],
+    *["most often co-active with", "phi", "Jaccard", "shared rows"],
+]
+
+
+_N_MATCHES = 200
+
+
+def _saes(matches: pd.DataFrame) -> pd.DataFrame:
+    """A row per SAE."""
+    names = ["cell", "model", "sae", "layer", "width", "d_sae"]
+    ends = [
+        matches[[f"{end}_{n}" for n in names]].set_axis(names, axis=1) for end in ("from", "to")
+    ]
+    return pd.concat(ends).drop_duplicates("cell")
+
+
+def chains(matches: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
+    """Series of two or more SAEs that differ only along the axis, in order."""
+    if matches.empty:
+        return []
+    fixed, by = ("layer", "d_sae") if axis == "width" else ("width", "layer")
+    groups = _saes(matches).groupby(["model", "sae", fixed], sort=True)
+    ordered = [part.sort_values(by).drop_duplicates(by) for _, part in groups]
+    return [part for part in ordered if len(part) > 1]
+
+
+def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The table (empty if no latents were matched) and notes on it."""
+    notes: list[str] = []
+    table = pd.DataFrame()
+    try:
+        if (folder / MATCHES).is_file():
+            table = pd.read_parquet(folder / MATCHES)
+    except (OSError, ValueError, ArrowException) as error:
+        notes.append(
+            f"{MATCHES} is damaged and its matches are not shown: {brief(str(error), 200)}"
+        )
+    try:
+        if (folder / MATCHES_NOTES).is_file():
+            notes += map(str, json.loads((folder / MATCHES_NOTES).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        notes.append(f"{MATCHES_NOTES} is damaged")
+    return table, notes
+
+
+def adjacent(matches: pd.DataFrame) -> pd.DataFrame:
+    """Matches between neighbours on either axis, in both directions."""
+    pairs: set[tuple[int, int]] = set()
+    for axis in ("width", "layer"):
+        for chain in chains(matches, axis):
+            cells = chain["cell"].tolist()
+            pairs.update(zip(cells[:-1], cells[1:], strict=True))
+    if not pairs:
+        return matches.head(0)
+    ends = zip(matches["from_cell"], matches["to_cell"], strict=True)
+    return matches[[(a, b) in pairs or (b, a) in pairs for a, b in ends]]
+
+
+def match_rows(matches: pd.DataFrame) -> list[list[Any]]:
+    """Rows of the page's table under HEAD: neighbours only, the most similar first."""
+    if matches.empty:
+        return []
+    columns = ["from_layer", "from_width", "latent", "direction", "to_layer", "to_width"]
+    columns += ["nearest", "nearest_direction", "cosine", "cosine_by_chance"]
+    columns += ["cofiring", "phi", "jaccard", "n_rows"]
+    shown = adjacent(matches).sort_values("cosine", ascending=False, kind="stable").head(_N_MATCHES)
+    rows = shown[columns].astype(object)
+    rows["cofiring"] = [None if pd.isna(v) else int(v) for v in rows["cofiring"]]
+    return rows.where(rows.notna(), None).to_numpy().tolist()
+
+
+def splits(matches: pd.DataFrame) -> list[str]:
+    """A sentence per latent that is nearest, above chance, to several of the next wider SAE."""
+    sentences = []
+    for chain in chains(matches, "width"):
+        cells = chain["cell"].tolist()
+        for narrow, wide in zip(cells[:-1], cells[1:], strict=True):
+            pairs = matches[(matches["from_cell"] == wide) & (matches["to_cell"] == narrow)]
+            pairs = pairs[pairs["cosine"] > pairs["cosine_by_chance"]]
+            for nearest, part in pairs.groupby("nearest"):
+                if len(part) < 2:
+                    continue
+                row = part.iloc[0]
+                each = ", ".join(
+                    f"{r['latent']} ({r['cosine']:.2f})" for r in part.to_dict("records")
+                )
+                sentences.append(
+                    f"Layer {row['to_layer']}: latent {nearest} of width {row['to_width']} is the "
+                    f"nearest of {len(part)} leading latents of width {row['from_width']}: {each}."
+                )
+    return sentences

@@ -18,6 +18,7 @@ from saexp.reports.effects import (
     prompts_of,
     target_words,
     unit_words,
+    with_baseline,
 )
 from saexp.reports.saved_run import SavedRun
 from saexp.results import CONTROL_WORDS, outcome_words
@@ -196,7 +197,7 @@ def _add_condition(
 
 def _curve(run: SavedRun, rows: pd.DataFrame, outcome: str, *, is_main: bool) -> go.Scatter:
     """A condition's outcome against the coefficient; thin and without intervals if not main."""
-    points = rows.sort_values("coefficient")
+    points = with_baseline(run, rows)
     limits = (points[f"{outcome}_ci_{end}"] for end in ("low", "high"))
     first = points.iloc[0]
     # Latents without a direction are run on the prompts of every group.

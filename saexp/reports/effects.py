@@ -318,12 +318,29 @@ def main_rows(run: SavedRun) -> Iterator[tuple[pd.Series, pd.Series]]:
             yield from _rows(run, condition, coefficient)
 
 
+def with_baseline(run: SavedRun, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a condition on one group of prompts in the order of the coefficient, at 0 the value
+    without intervention if 0 was not run."""
+    summary = run.summary
+    assert summary is not None
+    first = rows.iloc[0]
+    if (rows["coefficient"] == 0).any():
+        return rows.sort_values("coefficient")
+    at_zero = summary[(summary["role"] == "baseline") & (summary["group"] == first["group"])]
+    same = {name: first[name] for name in ("condition", "role", "of", "direction", "latent")}
+    return pd.concat([at_zero.assign(**same, coefficient=0.0), rows]).sort_values("coefficient")
+
+
 def effect_clause(run: SavedRun, row: pd.Series, before: pd.Series) -> str:
     """The effect on the first outcome, as a clause: "adding the 2 'unknown' latents to known
-    prompts raises the refusal rate from 0.00 to 0.97 [0.92, 0.99], above all its controls"."""
+    prompts (coefficient 0.9, n = 100) raises the refusal rate from 0.00 to 0.97 [0.92, 0.99], above
+    all its controls"."""
     outcome = run.outcomes[0]
     name = f"the {outcome_words(outcome)}{' rate' if run.is_rate(outcome) else ''}"
-    action = action_words(run.config["intervention"], row)
+    at = f"n = {int(row[f'{outcome}_n'])}"
+    if run.config["intervention"]["name"] != "orthogonalize":
+        at = f"coefficient {row['coefficient']:g}, {at}"
+    action = f"{action_words(run.config['intervention'], row)} ({at})"
     interval = interval_words(row[f"{outcome}_ci_low"], row[f"{outcome}_ci_high"], 2)
     change = f"from {before[outcome]:.2f} to {row[outcome]:.2f}{interval}"
     if f"{before[outcome]:.2f}" == f"{row[outcome]:.2f}":

@@ -22,7 +22,7 @@ from saexp.reports.effects import (
     effect_sentences,
     main_rows,
 )
-from saexp.reports.saved_run import SavedRun, cell_words, swept
+from saexp.reports.saved_run import SavedRun, cell_words, contrasts, line_keys, lines, swept
 from saexp.results import is_above_chance, model_words, outcome_words, p_value_words, sae_words
 
 KNOWN, UNKNOWN = "known", "unknown"
@@ -94,7 +94,8 @@ def _answers(run: SavedRun) -> str:
 
 
 Metrics = Mapping[str, float | int | None]
-_SURFACE = "contrast/surface_auroc_test"
+SURFACE = "contrast/surface_auroc_test"
+"""Metric: held-out AUROC of the text alone."""
 _PLACEBO = {
     "label_fraction": "with permuted group labels, {} of {} permutations report a latent above "
     "chance",
@@ -226,7 +227,7 @@ def setting_sentence(run: SavedRun) -> str:
 
 def surface_sentences(run: SavedRun) -> list[str]:
     """AUROC of the text alone; nothing for a run without this baseline."""
-    auroc = run.metrics.get(_SURFACE)
+    auroc = run.metrics.get(SURFACE)
     if auroc is None:
         return []
     chance = "" if _is_surface_above_chance(run.metrics) else ", not above chance"
@@ -234,12 +235,12 @@ def surface_sentences(run: SavedRun) -> list[str]:
     within = " within entity types" if len(run.entity_types) > 1 else ""
     return [
         "The surface baseline (tokens and n-grams of the text, no model) has AUROC "
-        f"{auroc:.3f}{_limits(run.metrics, _SURFACE)}{within}{chance}."
+        f"{auroc:.3f}{_limits(run.metrics, SURFACE)}{within}{chance}."
     ]
 
 
 def _is_surface_above_chance(metrics: Metrics) -> bool:
-    low = metrics.get(f"{_SURFACE}_ci_low")
+    low = metrics.get(f"{SURFACE}_ci_low")
     return low is not None and low > 0.5
 
 
@@ -422,9 +423,9 @@ def probe_findings(done: pd.DataFrame) -> list[str]:
                 best.get(f"probe/{name}_minus_surface_ci_{e}_test") for e in ("low", "high")
             )
             sentence += f", {difference:+.3f}{interval_words(low, high)} against the text alone"
-        others = done[f"probe/{name}_auroc_test"].astype(float).dropna()
+        others = contrasts(done)[f"probe/{name}_auroc_test"].astype(float).dropna()
         if len(others) > 1:
-            sentence += f"; {others.min():.3f} to {others.max():.3f} over {len(others)} cells"
+            sentence += f"; {others.min():.3f} to {others.max():.3f} over the sweep"
         sentences.append(f"{sentence} (cell chosen by {chosen_by}).")
     return sentences
 
@@ -457,12 +458,10 @@ def probe_figure(done: pd.DataFrame) -> go.Figure | None:
     x = "layer" if "layer" in done and done["layer"].nunique() > 1 else next(iter(keys), None)
     if not names or x is None:
         return None
-    others = [k for k in keys if k != x]
+    by = [k for k in keys if k != x and k in line_keys(done)]
     figure = go.Figure()
-    parts = list(done.groupby(others, sort=False, dropna=False)) if others else [((), done)]
-    for index, (value, part) in enumerate(parts):
-        values = value if isinstance(value, tuple) else (value,)
-        suffix = "".join(f", {k} {v}" for k, v in zip(others, values, strict=True))
+    for index, (label, part) in enumerate(lines(contrasts(done), by)):
+        suffix = f", {label}" if label else ""
         ordered = part.sort_values(x) if x == "layer" else part
         for number, name in enumerate(names):
             auroc = ordered[f"probe/{name}_auroc_test"].astype(float)

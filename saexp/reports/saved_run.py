@@ -4,10 +4,11 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from pyarrow import ArrowException
 
+from saexp.config import parse_width
+from saexp.config.run import WITHOUT_EFFECT
 from saexp.context import STOPS
 from saexp.digests import (
     checksum_of,
@@ -25,9 +28,8 @@ from saexp.digests import (
     is_checksums,
     is_sealed,
 )
-from saexp.errors import StoreError, brief
+from saexp.errors import ConfigError, StoreError, brief
 from saexp.results import model_words, read_plan
-from saexp.stats.significance import main_effect_shares
 
 PROVENANCE = "provenance.json"
 _AGAIN = "run its command again, which recomputes what is damaged"
@@ -350,10 +352,14 @@ def _column(values: list[Any]) -> pd.Series:
     return pd.Series([None if v is None else str(v) for v in values], dtype=object)
 
 
+BEST = "is_best"
+"""Column of the table of a search: whether the cell has the best value of the objective."""
+_NOT_SWEPT = ("cell", "folder", "status", "error", CONTROL, BEST)
+
+
 def swept(table: pd.DataFrame) -> list[str]:
     """The overrides whose value differs between cells, in the order of the columns."""
-    not_swept = {"cell", "folder", "status", "error", CONTROL}
-    names = [c for c in table.columns if c not in not_swept and "/" not in str(c)]
+    names = [c for c in table.columns if c not in _NOT_SWEPT and "/" not in str(c)]
     return [c for c in names if table[c].dropna().astype(str).nunique() > 1]
 
 
@@ -363,10 +369,40 @@ def groups_of(table: pd.DataFrame) -> list[str]:
     return [m[1] for c in table.columns if (m := re.fullmatch(pattern, str(c)))]
 
 
-def line_keys(done: pd.DataFrame) -> list[str]:
-    """The swept overrides that separate curves: all but layer, width and the coefficient."""
-    axes = ("layer", "width", "coefficient")
-    return [k for k in swept(done) if k not in axes and not k.startswith("intervention")]
+def line_keys(done: pd.DataFrame, *, of_effects: bool = False) -> list[str]:
+    """The swept overrides that separate curves: all that change a result but layer, width and the
+    coefficient. Settings of the intervention separate only effects."""
+    without = {"layer", "width", "coefficient", *WITHOUT_EFFECT}
+    keys = [k for k in swept(done) if k.split(".")[0] not in without]
+    return [k for k in keys if of_effects or k.split(".")[0] != "intervention"]
+
+
+def contrasts(done: pd.DataFrame) -> pd.DataFrame:
+    """The first cell of each contrast: an intervention and its coefficient do not change it."""
+    about = ["model", "sae", "dataset", "layer", "width", *line_keys(done)]
+    return done[~done[[k for k in about if k in done]].astype(str).duplicated()]
+
+
+def in_order(value: Any) -> tuple[int, float, str]:
+    """Sorts numbers and widths such as 16k by size, and other values after them as text."""
+    for read in (float, parse_width):
+        with suppress(TypeError, ValueError, ConfigError):
+            return 0, float(read(value) or 0), ""
+    return 1, 0.0, str(value)
+
+
+def lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
+    """(label, rows) per combination of the columns `by`, in the order of their values."""
+    if not by:
+        return [("", table)]
+    parts = []
+    for key, part in table.groupby(by, sort=False, dropna=False):
+        parts.append((key if isinstance(key, tuple) else (key,), part))
+    parts.sort(key=lambda one: [in_order(value) for value in one[0]])
+    return [
+        (", ".join(f"{n} {v}" for n, v in zip(by, values, strict=True)), part)
+        for values, part in parts
+    ]
 
 
 def cell_words(row: pd.Series, keys: list[str]) -> str:
@@ -377,50 +413,83 @@ def cell_words(row: pd.Series, keys: list[str]) -> str:
     return ", ".join(f"{k} {row[k]}" for k in present)
 
 
-class Importance(NamedTuple):
-    """How much of the variance of an objective over the cells each swept key explains."""
-
-    shares: dict[str, float]
-    """Key, or keys that vary together joined by " + " -> share; empty where there is none."""
-    is_complete: bool = True
-    """Whether every combination of values has equally many cells, so that shares add up to 1 with
-    the interactions."""
-    note: str | None = None
-    """Why there are no shares, or what is approximate about them."""
+_NUMBERS = ["value", "ci_low", "ci_high", "n", "change", "controls_min", "controls_max"]
+_NUMBERS += ["p_controls", "p_floor", "gap_train"]
+POINT = ["coefficient", "chosen", "is_baseline", *_NUMBERS]
+EFFECT = ["outcome", "intervention", "direction", "prompts", *POINT]
+"""Columns of an effect; the others of the table say which cell it is of."""
 
 
-def importance(done: pd.DataFrame, objective: str) -> Importance:
-    """The shares of `main_effect_shares` for each key with several values over the finished cells.
+def cell_effects(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
+    """A row per cell, outcome, direction, group of prompts and coefficient, of the main latents.
 
-    Without a note empty where fewer than two keys vary: the only key explains all.
+    Values, intervals, p-values against controls and the matched controls' range are of the test
+    split; `gap_train` is, on train prompts, the size of the change less that of the most extreme
+    control (NaN without train prompts), `chosen` marks the coefficient that the cell chose there,
+    `is_baseline` the value without intervention.
     """
-    cells = done[done[objective].notna()]
-    levels: dict[str, np.ndarray] = {}
-    for key in swept(cells):
-        codes = pd.factorize(cells[key].astype(str))[0]
-        same = next((k for k, other in levels.items() if np.array_equal(other, codes)), None)
-        # Keys that always change together have one effect.
-        label = key if same is None else f"{same} + {key}"
-        levels.pop(same or "", None)
-        levels[label] = codes
-    if len(levels) < 2:
-        return Importance({})
-    names = " and ".join(levels)
-    shares = main_effect_shares(list(levels.values()), cells[objective].to_numpy(dtype=float))
-    if np.isnan(shares).any():
-        return Importance(
-            {},
-            note=f"The importance of {names} is not shown: {objective} is the same in every cell.",
-        )
-    counts = pd.DataFrame(levels).value_counts()
-    n_possible = int(np.prod([codes.max() + 1 for codes in levels.values()]))
-    have = f"{len(counts)} of {n_possible} combinations of their values have a value of {objective}"
-    if 2 * len(counts) <= n_possible:
-        return Importance({}, note=f"The importance of {names} is not shown: only {have}.")
-    by_key = dict(zip(levels, shares, strict=True))
-    if len(counts) == n_possible and counts.nunique() == 1:
-        return Importance(by_key)
-    if len(counts) == n_possible:
-        have = f"combinations of their values have {counts.min()} to {counts.max()} cells"
-    note = f"The importance of {names} is approximate, as the shares of keys overlap: {have}."
-    return Importance(by_key, is_complete=False, note=note)
+    about = ["model", "sae", "dataset", "layer", "width", *line_keys(done, of_effects=True)]
+    keys = list(dict.fromkeys(k for k in about if k != "intervention"))
+    rows: list[dict[str, Any]] = []
+    for record in done.to_dict("records"):
+        run = SavedRun(folder / str(record["folder"]))
+        summary, controls = run.effects_summary, run.controls
+        if summary is None:
+            continue
+        of_cell = {k: record.get(k) for k in ("cell", *keys)}
+        of_cell["intervention"] = (run.config.get("intervention") or {}).get("name")
+        rows += [of_cell | row for row in _effects_of_cell(summary, controls)]
+    return pd.DataFrame(rows, columns=["cell", *keys, *EFFECT])
+
+
+def _effects_of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[str, Any]]:
+    suffix = "_p_controls"
+    outcomes = [str(c).removesuffix(suffix) for c in summary if str(c).endswith(suffix)]
+    is_control = summary["role"] == "control"
+    if controls is not None:
+        matched = controls.loc[controls["matched"], "condition"]
+        is_control &= summary["condition"].isin(matched)
+    by = ["split", "group", "of", "coefficient"]
+    main = summary[summary["main"] & summary["role"].isin(["group", "single"])]
+    test, train = (main[main["split"] == split] for split in ("test", "train"))
+    of_train = list(zip(train["group"], train["condition"], train["coefficient"], strict=True))
+    is_baseline = (summary["role"] == "baseline") & (summary["split"] == "test")
+    rows = []
+    for outcome in outcomes:
+        of_controls = summary[is_control].groupby(by)[outcome]
+        lowest, highest = of_controls.min(), of_controls.max()
+        changes = summary.assign(size=summary[f"{outcome}_change"].abs())
+        control_sizes = changes[is_control].groupby(by)["size"].max()
+        sizes = dict(zip(of_train, train[f"{outcome}_change"].abs(), strict=True))
+        for row in test.to_dict("records"):
+            key = (row["group"], row["condition"], row["coefficient"])
+            numbers = {
+                "chosen": bool(row["chosen"]),
+                "change": row[f"{outcome}_change"],
+                "controls_min": lowest.get(("test", *key), np.nan),
+                "controls_max": highest.get(("test", *key), np.nan),
+                "p_controls": row[f"{outcome}_p_controls"],
+                "p_floor": row[f"{outcome}_p_controls_floor"],
+                "gap_train": sizes.get(key, np.nan) - control_sizes.get(("train", *key), 0.0),
+            }
+            rows.append(_effect_row(outcome, row["direction"], row) | numbers)
+        pairs = test[["direction", "group"]].drop_duplicates()
+        for row in pairs.merge(summary[is_baseline].drop(columns="direction")).to_dict("records"):
+            baseline = {"chosen": False, "is_baseline": True, "coefficient": 0.0}
+            rows.append(_effect_row(outcome, row["direction"], row) | baseline)
+    return rows
+
+
+def _effect_row(outcome: str, direction: str, row: Mapping[Any, Any]) -> dict[str, Any]:
+    """What the rows of an effect and of its baseline have."""
+    return {
+        "outcome": outcome,
+        "direction": direction,
+        "prompts": row["group"],
+        "coefficient": row["coefficient"],
+        "is_baseline": False,
+        "value": row[outcome],
+        "ci_low": row[f"{outcome}_ci_low"],
+        "ci_high": row[f"{outcome}_ci_high"],
+        "n": int(row[f"{outcome}_n"]),
+    }

@@ -1,261 +1,197 @@
 """sweep.html: the findings of a sweep, its cells, and latents matched between its SAEs."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from pyarrow import ArrowException
 
-from saexp.errors import brief, counted
+from saexp.errors import counted
 from saexp.files import SWEEP_FOLDER, write_table
-from saexp.reports import (
-    GROUP_COLOURS,
-    QUIET,
-    Finding,
-    interval_words,
-    style,
-    translucent,
-    write_page,
-)
-from saexp.reports.findings import CAPTION, probe_columns, probe_figure, probe_findings
+from saexp.reports import Finding, interval_words, write_page
+from saexp.reports.contrast import MATCH_HEAD, match_rows, read_matches, splits
+from saexp.reports.findings import CAPTION, SURFACE, probe_columns, probe_figure, probe_findings
 from saexp.reports.saved_run import (
+    BEST,
     CONTROL,
+    EFFECT,
     PAGES,
+    POINT,
     STATES,
     SavedRun,
+    cell_effects,
     cell_words,
     cells_table,
+    contrasts,
     groups_of,
+    line_keys,
     swept,
 )
 from saexp.reports.sweep_figures import (
-    effect_findings,
-    effects_table,
+    by_effect,
+    effect_label,
+    effect_title,
+    flow_figures,
     importance_figure,
-    missing_words,
+    shown_effects,
     sweep_figures,
 )
-from saexp.results import at_chance_words, read_plan
+from saexp.results import at_chance_words, outcome_words, p_value_words, read_plan
 from saexp.stats.significance import ALPHA, holm
 
-MATCHES, MATCHES_NOTES = "latent_matches.parquet", "latent_matches_notes.json"
-"""Files in a sweep's folder: latents matched between its SAEs, and notes on them."""
-N_PANELS, N_ROWS = 6, 200
-HEAD = [
-    *["from layer", "from width", "latent", "selected for", "to layer", "to width"],
-    *["nearest latent", "which is selected for", "cosine", "cosine by chance"],
-    *["most often co-active with", "phi", "Jaccard", "shared rows"],
-]
+N_LISTED = 6
+"""Cells that a sentence lists."""
 
 
-class Node(NamedTuple):
-    """A latent of one SAE."""
-
-    cell: int
-    latent: int
+def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
+    """`distinct_effects` of all cells."""
+    return distinct_effects(cell_effects(folder, done))
 
 
-def read_matches(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """The table (empty if no latents were matched) and notes on it."""
-    notes: list[str] = []
-    table = pd.DataFrame()
-    try:
-        if (folder / MATCHES).is_file():
-            table = pd.read_parquet(folder / MATCHES)
-    except (OSError, ValueError, ArrowException) as error:
-        notes.append(
-            f"{MATCHES} is damaged and its matches are not shown: {brief(str(error), 200)}"
+def distinct_effects(effects: pd.DataFrame) -> pd.DataFrame:
+    """Equal rows of several cells once, and a baseline only for a line without coefficient 0."""
+    rows = effects.drop(columns="cell").drop_duplicates(ignore_index=True)
+    is_baseline = rows["is_baseline"].astype(bool)
+    line = rows[[c for c in rows if c not in POINT]].astype(str).agg("|".join, axis=1)
+    at_zero = line[(rows["coefficient"] == 0) & ~is_baseline]
+    is_extra = line.isin(at_zero) | line.where(is_baseline).duplicated()
+    return rows[~(is_baseline & is_extra)].reset_index(drop=True)
+
+
+def with_holm(effects: pd.DataFrame) -> pd.DataFrame:
+    """The effects with the column `p_holm`: Holm over the chosen ones, equal rows of several cells
+    being one test."""
+    test = effects.groupby([c for c in effects if c != "cell"], dropna=False, sort=False).ngroup()
+    is_tested = effects["chosen"].astype(bool) & effects["value"].notna()
+    first = effects[is_tested & ~test.where(is_tested).duplicated()]
+    p_values = pd.Series(holm(first["p_controls"].to_numpy(dtype=float)), test[first.index])
+    return effects.assign(p_holm=test.map(p_values).astype(float))
+
+
+def effect_findings(effects: pd.DataFrame) -> list[str]:
+    """A sentence per outcome, direction and group of prompts: the largest effect, against its
+    controls, and the range over the coefficients. Holm's adjustment is over all tests of these
+    sentences."""
+    effects = with_holm(effects[effects["value"].notna()])
+    chosen = effects[effects["chosen"].astype(bool)]
+    n_tests = int(chosen["p_controls"].notna().sum())
+    of_all = dict(by_effect(effects[effects["coefficient"] != 0]))
+    sentences = [_sentence(cells, of_all[key], n_tests) for key, cells in by_effect(chosen)]
+    floor = float(chosen["p_floor"].min())
+    if n_tests > 1 and floor * n_tests > ALPHA:
+        sentences.append(
+            f"No cell can differ significantly: the smallest p-value of {round(1 / floor) - 1} "
+            f"controls is {floor * n_tests:.2g} after Holm; raise intervention.n_controls."
         )
-    try:
-        if (folder / MATCHES_NOTES).is_file():
-            notes += map(str, json.loads((folder / MATCHES_NOTES).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        notes.append(f"{MATCHES_NOTES} is damaged")
-    return table, notes
-
-
-def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:
-    """`flow_over_width` and `flow_over_layer`, those that the sweep has at least two SAEs for."""
-    figures: dict[str, go.Figure] = {}
-    for axis in ("width", "layer"):
-        chains = _chains(matches, axis)[:N_PANELS]
-        if chains:
-            figures[f"flow_over_{axis}"] = _flow(matches, axis, chains)
-    return figures
-
-
-def _saes(matches: pd.DataFrame) -> pd.DataFrame:
-    """A row per SAE."""
-    names = ["cell", "model", "sae", "layer", "width", "d_sae"]
-    ends = [
-        matches[[f"{end}_{n}" for n in names]].set_axis(names, axis=1) for end in ("from", "to")
-    ]
-    return pd.concat(ends).drop_duplicates("cell")
-
-
-def _chains(matches: pd.DataFrame, axis: str) -> list[pd.DataFrame]:
-    """Series of two or more SAEs that differ only along the axis, in order."""
-    if matches.empty:
-        return []
-    fixed, by = ("layer", "d_sae") if axis == "width" else ("width", "layer")
-    groups = _saes(matches).groupby(["model", "sae", fixed], sort=True)
-    ordered = [part.sort_values(by).drop_duplicates(by) for _, part in groups]
-    return [part for part in ordered if len(part) > 1]
-
-
-def adjacent(matches: pd.DataFrame) -> pd.DataFrame:
-    """Matches between neighbours on either axis, in both directions."""
-    pairs: set[tuple[int, int]] = set()
-    for axis in ("width", "layer"):
-        for chain in _chains(matches, axis):
-            cells = chain["cell"].tolist()
-            pairs.update(zip(cells[:-1], cells[1:], strict=True))
-    if not pairs:
-        return matches.head(0)
-    ends = zip(matches["from_cell"], matches["to_cell"], strict=True)
-    return matches[[(a, b) in pairs or (b, a) in pairs for a, b in ends]]
-
-
-def _links(matches: pd.DataFrame, left: int, right: int) -> dict[tuple[Node, Node], pd.Series]:
-    """Pairs of latents of two SAEs, one of which is nearest to the other, above chance."""
-    links: dict[tuple[Node, Node], pd.Series] = {}
-    above_chance = matches[matches["cosine"] > matches["cosine_by_chance"]]
-    for _, row in above_chance.iterrows():
-        source = Node(int(row["from_cell"]), int(row["latent"]))
-        target = Node(int(row["to_cell"]), int(row["nearest"]))
-        if (source.cell, target.cell) == (left, right):
-            links[source, target] = row
-        elif (source.cell, target.cell) == (right, left):
-            links.setdefault((target, source), row)
-    return links
-
-
-def _flow(matches: pd.DataFrame, axis: str, chains: list[pd.DataFrame]) -> go.Figure:
-    """A panel per chain, a column per SAE; links are as thick as their cosine."""
-    figure = go.Figure()
-    directions = _directions(matches)
-    groups = sorted(set(matches["direction"]))
-    colours: dict[str, str] = dict(zip(groups, GROUP_COLOURS, strict=False))
-    n_nodes = 0
-    for index, chain in enumerate(chains):
-        top, bottom = 1 - index / len(chains), 1 - (index + 1) / len(chains)
-        gap = 0.06 if len(chains) > 1 else 0.04
-        trace, n_in_column = _panel(matches, chain, directions, colours)
-        trace.domain = {"x": [0, 1], "y": [bottom, top - gap]}
-        figure.add_trace(trace)
-        n_nodes = max(n_nodes, n_in_column)
-        fixed = "layer" if axis == "width" else "width"
-        for column, sae in enumerate(chain.to_dict("records")):
-            figure.add_annotation(
-                x=column / (len(chain) - 1),
-                y=top - gap + 0.005,
-                xref="paper",
-                yref="paper",
-                text=f"{axis} {sae[axis]} ({fixed} {sae[fixed]})",
-                showarrow=False,
-                yanchor="bottom",
-                xanchor=("left", "center", "right")[(column > 0) + (column == len(chain) - 1)],
-            )
-    return style(figure, 60 + len(chains) * max(220, 24 * n_nodes))
-
-
-def _directions(matches: pd.DataFrame) -> dict[Node, str]:
-    """Leading latents -> the group they are selected for."""
-    rows = zip(matches["from_cell"], matches["latent"], matches["direction"], strict=True)
-    return {Node(int(cell), int(latent)): str(group) for cell, latent, group in rows}
-
-
-def _panel(
-    matches: pd.DataFrame, chain: pd.DataFrame, directions: dict[Node, str], colours: dict[str, str]
-) -> tuple[go.Sankey, int]:
-    """(a Sankey of one chain, the number of nodes in its fullest column)."""
-    cells = [int(c) for c in chain["cell"]]
-    links: dict[tuple[Node, Node], pd.Series] = {}
-    for left, right in zip(cells[:-1], cells[1:], strict=True):
-        links |= _links(matches, left, right)
-    columns: dict[int, list[Node]] = {c: [] for c in cells}
-    for node in dict.fromkeys(node for pair in links for node in pair):
-        columns[node.cell].append(node)
-    height: dict[Node, float] = {}
-    for cell in cells:
-        inward = {n: [height[a] for a, b in links if b == n and a in height] for n in columns[cell]}
-        mean = {n: sum(hs) / len(hs) if hs else 0.5 for n, hs in inward.items()}
-        ordered = sorted(columns[cell], key=lambda n: (mean[n], directions.get(n, "~"), n.latent))
-        columns[cell] = ordered
-        height |= {n: (i + 0.5) / len(ordered) for i, n in enumerate(ordered)}
-    nodes = [n for cell in cells for n in columns[cell]]
-    index = {n: i for i, n in enumerate(nodes)}
-    trace = go.Sankey(
-        arrangement="fixed",
-        node={
-            "label": [str(n.latent) for n in nodes],
-            "color": [colours.get(directions.get(n, ""), QUIET) for n in nodes],
-            # Plotly treats a coordinate of 0 as missing.
-            "x": [_inside(cells.index(n.cell) / (len(cells) - 1)) for n in nodes],
-            "y": [_inside(height[n]) for n in nodes],
-            "pad": 12,
-            "thickness": 14,
-            "customdata": [
-                f"selected for {directions[n]}" if n in directions else "" for n in nodes
-            ],
-            "hovertemplate": "latent %{label} %{customdata}<extra></extra>",
-        },
-        link={
-            "source": [index[a] for a, _ in links],
-            "target": [index[b] for _, b in links],
-            "value": [float(row["cosine"]) for row in links.values()],
-            "color": [
-                translucent(colours.get(directions.get(a, directions.get(b, "")), QUIET), 0.35)
-                for a, b in links
-            ],
-            "customdata": [float(row["cosine"]) for row in links.values()],
-            "hovertemplate": "%{source.label} and %{target.label}: cosine %{customdata:.3f}"
-            "<extra></extra>",
-        },
-    )
-    return trace, max((len(c) for c in columns.values()), default=0)
-
-
-def _inside(fraction: float) -> float:
-    return min(max(fraction, 0.001), 0.999)
-
-
-def match_rows(matches: pd.DataFrame) -> list[list[Any]]:
-    """Rows of the page's table under HEAD: neighbours only, the most similar first."""
-    if matches.empty:
-        return []
-    columns = ["from_layer", "from_width", "latent", "direction", "to_layer", "to_width"]
-    columns += ["nearest", "nearest_direction", "cosine", "cosine_by_chance"]
-    columns += ["cofiring", "phi", "jaccard", "n_rows"]
-    shown = adjacent(matches).sort_values("cosine", ascending=False, kind="stable").head(N_ROWS)
-    rows = shown[columns].astype(object)
-    rows["cofiring"] = [None if pd.isna(v) else int(v) for v in rows["cofiring"]]
-    return rows.where(rows.notna(), None).to_numpy().tolist()
-
-
-def splits(matches: pd.DataFrame) -> list[str]:
-    """A sentence per latent that is nearest, above chance, to several of the next wider SAE."""
-    sentences = []
-    for chain in _chains(matches, "width"):
-        cells = chain["cell"].tolist()
-        for narrow, wide in zip(cells[:-1], cells[1:], strict=True):
-            pairs = matches[(matches["from_cell"] == wide) & (matches["to_cell"] == narrow)]
-            pairs = pairs[pairs["cosine"] > pairs["cosine_by_chance"]]
-            for nearest, part in pairs.groupby("nearest"):
-                if len(part) < 2:
-                    continue
-                row = part.iloc[0]
-                each = ", ".join(
-                    f"{r['latent']} ({r['cosine']:.2f})" for r in part.to_dict("records")
-                )
-                sentences.append(
-                    f"Layer {row['to_layer']}: latent {nearest} of width {row['to_width']} is the "
-                    f"nearest of {len(part)} leading latents of width {row['from_width']}: {each}."
-                )
     return sentences
+
+
+def _sentence(cells: pd.DataFrame, measured: pd.DataFrame, n_tests: int) -> str:
+    """The cell with the largest effect on train prompts, beyond its controls; without train
+    prompts, on test prompts, which Holm's adjustment allows for."""
+    about = [str(c) for c in cells if c not in (*EFFECT, "p_holm")]
+    varied = [c for c in about if cells[c].astype(str).nunique() > 1]
+    is_by_train = bool(cells["gap_train"].notna().any())
+    sizes = cells["gap_train"] if is_by_train else cells["change"].abs()
+    best = cells.iloc[int(sizes.astype(float).fillna(-np.inf).argmax())]
+    how = (
+        " (chosen on train prompts)"
+        if is_by_train
+        else f" (the largest change of {len(cells)} cells)"
+    )
+    action = f"{effect_title(cells)} {_change(best)} at {cell_place(best, varied)}"
+    coefficients, values = measured["coefficient"].astype(float), measured["value"].astype(float)
+    span = ""
+    if coefficients.nunique() > 1:
+        ends = list(dict.fromkeys(f"{v:.2f}" for v in (values.min(), values.max())))
+        span = f" Over coefficients {coefficients.min():.3g} to {coefficients.max():.3g} it is "
+        span += " to ".join(ends) if len(ends) > 1 else f"{ends[0]} throughout"
+        span += "."
+    how = how if len(cells) > 1 else ""
+    return f"{action}{how}{_tested(best, n_tests)}{_counts(cells)}.{span}"
+
+
+def cell_place(cell: pd.Series, varied: list[str]) -> str:
+    """The varied keys and the coefficient."""
+    words = ", ".join(f"{k} {cell[k]}" for k in varied if k != "coefficient")
+    coefficient = f"coefficient {cell['coefficient']:.3g}"
+    return f"{words}, {coefficient}" if words else coefficient
+
+
+def _change(cell: pd.Series) -> str:
+    """ "raises refusal from 0.00 to 0.80 [0.71, 0.87] (n = 100)"."""
+    outcome, after = outcome_words(str(cell["outcome"])), f"{cell['value']:.2f}"
+    after_words = f"{after}{interval_words(cell['ci_low'], cell['ci_high'], 2)} (n = {cell['n']})"
+    if pd.isna(cell["change"]):
+        return f"gives {outcome} {after_words}"
+    before = f"{cell['value'] - cell['change']:.2f}"
+    if before == after:
+        return f"leaves {outcome} at {after_words}"
+    verb = "changes"
+    if cell["p_holm"] <= ALPHA:
+        verb = "raises" if cell["change"] > 0 else "lowers"
+    return f"{verb} {outcome} from {before} to {after_words}"
+
+
+def _tested(cell: pd.Series, n_tests: int) -> str:
+    if pd.isna(cell["controls_min"]):
+        return ""
+    span = f"{cell['controls_min']:.2f} to {cell['controls_max']:.2f}"
+    if pd.isna(cell["p_controls"]):
+        return f", against {span} for its controls"
+    p_words = f"rank p {p_value_words(float(cell['p_controls']))}"
+    if n_tests > 1:
+        p_words += f", {cell['p_holm']:.2g} after Holm over {n_tests} tests"
+    if cell["p_controls"] > ALPHA:
+        return f", not distinguishable from its controls at {span} ({p_words})"
+    conclusion = "" if cell["p_holm"] <= ALPHA else ": not significant"
+    return f", against {span} for its controls ({p_words}{conclusion})"
+
+
+def _counts(cells: pd.DataFrame) -> str:
+    """How many cells differ from their controls."""
+    if not cells["p_controls"].notna().any():
+        return "; no cell has enough matched controls for a p-value"
+    if len(cells) == 1:
+        return ""
+    n_significant = int((cells["p_holm"] <= ALPHA).sum())
+    differ = "differs from its controls" if n_significant == 1 else "differ from their controls"
+    return f"; {n_significant} of {counted(len(cells), 'cell')} {differ}"
+
+
+def missing_words(table: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
+    """Why cells have no point in the figures, a sentence per reason."""
+    keys = swept(table)
+    finished = table["status"] == "finished"
+    sentences = []
+    for status, rows in table[~finished].groupby("status", sort=False):
+        sentences.append(f"{_list_cells(rows, keys)}: {status}.")
+    done = table[finished]
+    for group in groups_of(done):
+        latent = f"contrast/best_latent_{group}"
+        rows = done[done[latent].isna()]
+        if len(rows):
+            sentences.append(f"{_list_cells(rows, keys)}: no latent is selected for '{group}'.")
+    if len(effects) and groups_of(done):
+        about = [k for k in ("layer", "width") if k in effects and k in done]
+        measured, finished_cells = (
+            pd.MultiIndex.from_frame(rows[about].astype(str)) for rows in (effects, done)
+        )
+        rows = done[~finished_cells.isin(measured)]
+        if len(rows):
+            sentences.append(f"{_list_cells(rows, keys)}: no intervention was run.")
+    return sentences
+
+
+def _list_cells(rows: pd.DataFrame, keys: list[str]) -> str:
+    cells = [
+        ", ".join(f"{k} {r[k]}" for k in keys) or f"cell {r['cell']}"
+        for r in rows.to_dict("records")
+    ]
+    more = f" and {len(cells) - N_LISTED} more" if len(cells) > N_LISTED else ""
+    return "; ".join(cells[:N_LISTED]) + more
 
 
 CAPTIONS = {
@@ -269,9 +205,9 @@ CAPTIONS = {
     "probes": CAPTION,
     "over_coefficient": "Outcome against the coefficient of the intervention, with 95 % intervals "
     "over entities; bands span the matched controls.",
-    "importance": "How much of the variance of a metric over the cells each swept key explains by "
+    "importance": "How much of the variance of {} over the cells each swept key explains by "
     "itself: the variance of the means per value as a share of the whole (main effects of the "
-    "functional ANOVA; Hutter, Hoos and Leyton-Brown 2014). A long bar: the metric changes with "
+    "functional ANOVA; Hutter, Hoos and Leyton-Brown 2014). A long bar: it changes with "
     "this key whatever the others are; interactions: its effect depends on the others.",
     "flow_over_width": "The leading selected latents of each SAE and their nearest neighbours in "
     "the next width, by decoder cosine (the thickness of a link), if it is above chance. A latent "
@@ -293,41 +229,44 @@ _TRAINED = {
 def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Write sweep.parquet and sweep.html from the cells' files; returns the table and figures."""
     path = Path(folder)
-    table = cells_table(path)
+    plan, table = read_plan(path), cells_table(path)
+    done = table[table["status"] == "finished"]
+    if (best := _best_of_search(done, plan)) is not None:
+        table[BEST] = table["cell"] == best["cell"]
     write_table(path / "sweep.parquet", table, option=SWEEP_FOLDER)
     matches, notes = read_matches(path)
-    flows = flow_figures(matches)
-    effects = effects_table(path, table[table["status"] == "finished"])
+    flows, captions = flow_figures(matches), dict(CAPTIONS)
+    of_cells = cell_effects(path, done)
+    effects = distinct_effects(of_cells)
     figures = sweep_figures(table, effects)
-    probes = probe_figure(table[table["status"] == "finished"])
+    probes = probe_figure(done)
     if probes is not None:
         figures["probes"] = probes
-    chart, reasons = importance_figure(
-        table[table["status"] == "finished"], _objective(path, table)
-    )
+    objective = _objective(path, done)
+    chart, reasons, of_what = importance_figure(done, objective, of_cells)
+    captions["importance"] = CAPTIONS["importance"].format(of_what)
     if chart is not None:
         figures["importance"] = chart
     notes += reasons
     counts = [(s, int((table["status"] == s).sum())) for s in STATES]
-    head, rows = _rows(path, table)
-    first = _first_screen(table, effects, figures)
+    first = _first_screen(_parts(table, effects, plan), figures)
+    head, rows = _rows(path, table, objective, _effect_columns(of_cells))
     write_page(
         path / "sweep.html",
         "sweep.html",
         figures | flows,
         title=f"Sweep over {', '.join(swept(table)) or 'one cell'}",
-        command=read_plan(path).get("command"),
+        command=plan.get("command"),
         counts=[(s, n) for s, n in counts if n],
         findings=first,
-        sentences=findings(table, path),
         missing=missing_words(table, effects) if figures else [],
-        captions=CAPTIONS,
+        captions=captions,
         further=[n for n in figures if not any(n in dict(f.figures) for f in first)],
         head=head,
         rows=rows,
         failed=_failed(table),
         flows=list(flows),
-        match_head=HEAD,
+        match_head=MATCH_HEAD,
         matches=match_rows(matches),
         splits=splits(matches),
         notes=notes,
@@ -335,32 +274,40 @@ def write_sweep(folder: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     return table, figures | flows
 
 
-def _objective(folder: Path, table: pd.DataFrame) -> str | None:
+def _objective(folder: Path, done: pd.DataFrame) -> str | None:
     """The metric that the cells return, `objective=`; None where the command names none."""
-    for name in table.loc[table["status"] == "finished", "folder"].head(1):
+    for name in done["folder"].head(1):
         return SavedRun(folder / str(name)).config.get("objective")
     return None
 
 
-def _first_screen(
-    table: pd.DataFrame, effects: pd.DataFrame, figures: dict[str, go.Figure]
-) -> list[Finding]:
-    """The best cells beside their curves, and the effects of interventions beside theirs."""
-    best, effect = findings(table), effect_findings(effects, is_brief=True)
-    heroes = [
-        (best, ("over_layers", "over_width", "pareto", "probes")),
-        (effect, ("over_coefficient",)),
-    ]
-    return [
+_Part = tuple[list[str], tuple[str, ...]]
+"""Sentences, and the figures of which the first that exists is beside them."""
+
+
+def _first_screen(parts: list[_Part], figures: Mapping[str, go.Figure]) -> list[Finding]:
+    """The sentences beside their figures; those without a figure, which do not vary, last."""
+    screen = [
         Finding("\n".join(sentences), [(n, CAPTIONS[n]) for n in names if n in figures][:1])
-        for sentences, names in heroes
+        for sentences, names in parts
         if sentences
     ]
+    return sorted(screen, key=lambda finding: not finding.figures)
 
 
 def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]:
-    """Per direction the best cell, then the effects of interventions (read from the `folder`); of
-    trained SAEs the range of their quality."""
+    """The best cell of a search, per direction the best cell, and the effects of interventions
+    (read from the `folder`); of trained SAEs the range of their quality."""
+    effects, plan = None, {}
+    if folder is not None:
+        effects = effects_table(Path(folder), table[table["status"] == "finished"])
+        plan = read_plan(Path(folder))
+    return [sentence for sentences, _ in _parts(table, effects, plan) for sentence in sentences]
+
+
+def _parts(
+    table: pd.DataFrame, effects: pd.DataFrame | None, plan: Mapping[str, Any]
+) -> list[_Part]:
     done = table[table["status"] == "finished"]
     sentences = []
     if "train/n_steps" in done and "sparsity/l0" in done and len(done):
@@ -378,8 +325,39 @@ def findings(table: pd.DataFrame, folder: str | Path | None = None) -> list[str]
     for group in groups_of(done):
         sentences.append(_best_sentence(done, group))
     sentences += probe_findings(done)
-    return sentences + (
-        [] if folder is None else effect_findings(effects_table(Path(folder), done))
+    found = (sentences, ("over_layers", "over_width", "pareto", "probes"))
+    caused = ([] if effects is None else effect_findings(effects), ("over_coefficient",))
+    best = _best_of_search(done, plan)
+    if best is None:
+        return [found, caused]
+    objective = str(plan["search"]["objective"])
+    parts = [caused, found] if objective.startswith("effect/") and caused[0] else [found, caused]
+    parts[0][0].insert(0, _search_sentence(done, best, plan["search"]))
+    return parts
+
+
+def _best_of_search(done: pd.DataFrame, plan: Mapping[str, Any]) -> pd.Series | None:
+    """The finished cell with the best value of the objective; None where the sweep is no search."""
+    about = plan.get("search") or {}
+    values = done.get(about.get("objective"))
+    if values is None or not values.notna().any():
+        return None
+    sign = -1 if about.get("direction") == "minimize" else 1
+    return done.iloc[int(np.nanargmax(sign * values.to_numpy(dtype=float, na_value=np.nan)))]
+
+
+def _search_sentence(done: pd.DataFrame, best: pd.Series, about: Mapping[str, Any]) -> str:
+    name = str(about["objective"])
+    stem, is_test = name.removesuffix("_test"), "_test" if name.endswith("_test") else ""
+    low, high = (best.get(f"{stem}_ci_{end}{is_test}") for end in ("low", "high"))
+    keys = swept(done)
+    where = cell_place(best, keys) if "coefficient" in keys else cell_words(best, keys)
+    largest = "smallest" if about.get("direction") == "minimize" else "largest"
+    n = int(done[name].notna().sum())
+    return (
+        f"Of {counted(n, 'cell')} of the search, cell {best['cell']} has the {largest} {name}: "
+        f"{float(best[name]):.3f}{interval_words(low, high)} at {where}. The cell was chosen by "
+        "this value, so it is optimistic."
     )
 
 
@@ -397,6 +375,9 @@ def _best_sentence(done: pd.DataFrame, group: str) -> str:
             f"the best latent is {_held_out(best, group)} at {cell_words(best, keys)} (chosen on "
             "the train split)"
         )
+        if pd.notna(surface := best.get(SURFACE)):
+            low, high = (best.get(f"{SURFACE}_ci_{end}") for end in ("low", "high"))
+            words += f"; the surface baseline has {surface:.3f}{interval_words(low, high)}"
     elif not is_control.all():
         words = "no cell with a trained SAE selects a latent"
     if control is not None:
@@ -409,17 +390,21 @@ def _best_sentence(done: pd.DataFrame, group: str) -> str:
 
 
 def _n_above_chance(cells: pd.DataFrame, group: str) -> str:
-    """The number of cells whose best latent is above chance on the test split, after Holm."""
+    """How many SAEs have a best latent above chance on the test split, after Holm; cells with the
+    same contrast are one test."""
     names = [f"contrast/best_{n}_{group}_test" for n in ("p_value", "auroc")]
     if not set(names) <= set(cells):
         return ""
+    cells = contrasts(cells)
+    has_other_data = any(k.split(".")[0] not in ("model", "sae") for k in line_keys(cells))
+    what = "contrasts" if has_other_data else "SAEs"
     p_values, aurocs = (cells[n].to_numpy(dtype=float, na_value=np.nan) for n in names)
     tested = holm(p_values)
     n = int((~np.isnan(tested)).sum())
     if n < 2:
         return ""
     above = int(((tested <= ALPHA) & (aurocs > 0.5)).sum())
-    return f"; the best latent is above chance in {above} of {n} cells (Holm over cells)"
+    return f"; the best latent is above chance in {above} of {n} {what} (Holm over {what})"
 
 
 def _best_cell(cells: pd.DataFrame, group: str) -> pd.Series | None:
@@ -445,21 +430,47 @@ def _held_out(cell: pd.Series, group: str) -> str:
     return f"{latent} with held-out AUROC {auroc:.3f}{interval_words(low, high)}{at_chance}"
 
 
-def _rows(folder: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, Any]]]:
-    """Head and rows of the table of cells: overrides, status, and the numbers per direction."""
+def _effect_columns(effects: pd.DataFrame) -> list[tuple[str, pd.Series]]:
+    """(head, values by cell): each outcome under the intervention, the range of its controls, and
+    its p-value."""
+    columns = []
+    shown = shown_effects(with_holm(effects))
+    for _, rows in by_effect(shown):
+        rows, label = rows.set_index("cell"), effect_label(rows)
+        lowest, highest = rows["controls_min"], rows["controls_max"]
+        spans = [
+            f"{a:.2f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{b:.2f}"
+            for a, b in zip(lowest, highest, strict=True)
+        ]
+        columns.append((label, rows["value"]))
+        columns.append(("its controls", pd.Series(spans, rows.index).where(lowest.notna(), None)))
+        columns.append(("its p after Holm", rows["p_holm"]))
+    return columns
+
+
+def _rows(
+    folder: Path,
+    table: pd.DataFrame,
+    objective: str | None,
+    effects: list[tuple[str, pd.Series]],
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Head and rows of the table of cells: overrides, status, the numbers per direction, and the
+    effects."""
     keys = swept(table) or [k for k in ("layer", "width") if k in table]
-    columns = dict(_COLUMNS)
+    columns = {objective: f"objective: {objective}"} if objective else {}
     if "train/n_steps" in table:
         columns |= _TRAINED
     for group in groups_of(table):
         columns[f"contrast/best_latent_{group}"] = f"{group} latent"
         columns[f"contrast/best_auroc_{group}_test"] = f"{group} AUROC"
         columns[f"contrast/best_separation_{group}_test"] = f"{group} separation"
-    columns |= probe_columns(table)
+    columns |= {SURFACE: "surface AUROC"} | probe_columns(table) | _COLUMNS
     columns = {name: label for name, label in columns.items() if name in table}
     rows = []
     for record in table.to_dict("records"):
-        values = [record[k] for k in [*keys, *columns]]
+        values = [record[k] for k in keys]
+        values += [by_cell.get(record["cell"]) for _, by_cell in effects]
+        values += [record[k] for k in columns]
         page = None
         if record["status"] == "finished" and record["folder"]:
             pages = [f"{record['folder']}/{name}" for name in PAGES]
@@ -468,11 +479,12 @@ def _rows(folder: Path, table: pd.DataFrame) -> tuple[list[str], list[dict[str, 
             {
                 "cell": int(record["cell"]),
                 "link": page,
-                "status": record["status"],
+                "status": f"{record['status']}{', best' if record.get(BEST) else ''}",
                 "values": [None if pd.isna(v) else v for v in values],
             }
         )
-    return ["cell", "status", *keys, *columns.values()], rows
+    heads = [*keys, *(head for head, _ in effects), *columns.values()]
+    return ["cell", "status", *heads], rows
 
 
 def _failed(table: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,37 +1,32 @@
-"""Figures over the cells of a sweep, and the effects of its interventions."""
+"""Figures over the cells of a sweep, and of latents matched between its SAEs."""
 
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from saexp.config import parse_width
-from saexp.errors import counted
 from saexp.reports import (
     CHANCE_LINE,
     GROUP_COLOURS,
     PALETTE,
     QUIET,
     error_bars,
-    interval_words,
     style,
     translucent,
     wrapped,
 )
+from saexp.reports.contrast import chains
 from saexp.reports.effects import capitalized, prompts_of
-from saexp.reports.saved_run import SavedRun, cell_words, groups_of, importance, line_keys, swept
-from saexp.results import p_value_words
-from saexp.stats.significance import ALPHA, holm
+from saexp.reports.findings import SURFACE
+from saexp.reports.saved_run import EFFECT, groups_of, in_order, line_keys, lines, swept
+from saexp.reports.training import trained_cells
+from saexp.results import outcome_words
+from saexp.stats.significance import main_effect_shares
 
-_N_LISTED = 6
-"""Cells without train prompts that are listed one by one; more are only counted."""
-NUMBERS = ["value", "ci_low", "ci_high", "n", "change", "controls_min", "controls_max"]
-NUMBERS += ["p_controls", "p_floor", "gap_train"]
-_EFFECT = ["outcome", "intervention", "direction", "prompts", "coefficient", "chosen", *NUMBERS]
-"""Columns of an effect; the others of the table say which cell it is of."""
+N_PANELS = 6
+"""Chains of SAEs that a figure of matched latents shows."""
 _ACTIONS = {
     "steer": "adding '{}' latents to {}",
     "clamp": "moving latents towards '{}' on {}",
@@ -44,90 +39,26 @@ _ACTIONS = {
 }
 
 
-def effects_table(folder: Path, done: pd.DataFrame) -> pd.DataFrame:
-    """A row per cell, outcome, direction, group of prompts and coefficient, of the main latents.
-
-    Values, intervals, p-values against controls and the matched controls' range are of the test
-    split; `gap_train` is, on train prompts, the size of the change less that of the most extreme
-    control (NaN without train prompts), `chosen` marks the coefficient that the cell chose there.
-    Equal rows of several cells appear once.
-    """
-    keys = list(dict.fromkeys(["model", "sae", "dataset", "layer", "width", *line_keys(done)]))
-    rows: list[dict[str, Any]] = []
-    for record in done.to_dict("records"):
-        run = SavedRun(folder / str(record["folder"]))
-        summary, controls = run.effects_summary, run.controls
-        if summary is None:
-            continue
-        about = {k: record.get(k) for k in keys}
-        about["intervention"] = (run.config.get("intervention") or {}).get("name")
-        rows += [about | row for row in _effects_of_cell(summary, controls)]
-    return pd.DataFrame(rows, columns=[*keys, *_EFFECT]).drop_duplicates(ignore_index=True)
-
-
-def _effects_of_cell(summary: pd.DataFrame, controls: pd.DataFrame | None) -> list[dict[str, Any]]:
-    suffix = "_p_controls"
-    outcomes = [str(c).removesuffix(suffix) for c in summary if str(c).endswith(suffix)]
-    is_control = summary["role"] == "control"
-    if controls is not None:
-        matched = controls.loc[controls["matched"], "condition"]
-        is_control &= summary["condition"].isin(matched)
-    by = ["split", "group", "of", "coefficient"]
-    main = summary[summary["main"] & summary["role"].isin(["group", "single"])]
-    train = main[main["split"] == "train"]
-    of_train = list(zip(train["group"], train["condition"], train["coefficient"], strict=True))
-    rows = []
-    for outcome in outcomes:
-        of_controls = summary[is_control].groupby(by)[outcome]
-        lowest, highest = of_controls.min(), of_controls.max()
-        changes = summary.assign(size=summary[f"{outcome}_change"].abs())
-        control_sizes = changes[is_control].groupby(by)["size"].max()
-        sizes = dict(zip(of_train, train[f"{outcome}_change"].abs(), strict=True))
-        for row in main[main["split"] == "test"].to_dict("records"):
-            key = (row["group"], row["condition"], row["coefficient"])
-            rows.append(
-                {
-                    "outcome": outcome,
-                    "direction": row["direction"],
-                    "prompts": row["group"],
-                    "coefficient": row["coefficient"],
-                    "chosen": bool(row["chosen"]),
-                    "value": row[outcome],
-                    "ci_low": row[f"{outcome}_ci_low"],
-                    "ci_high": row[f"{outcome}_ci_high"],
-                    "n": int(row[f"{outcome}_n"]),
-                    "change": row[f"{outcome}_change"],
-                    "controls_min": lowest.get(("test", *key), np.nan),
-                    "controls_max": highest.get(("test", *key), np.nan),
-                    "p_controls": row[f"{outcome}_p_controls"],
-                    "p_floor": row[f"{outcome}_p_controls_floor"],
-                    "gap_train": sizes.get(key, np.nan) - control_sizes.get(("train", *key), 0.0),
-                }
-            )
-    return rows
-
-
-def effect_findings(effects: pd.DataFrame, *, is_brief: bool = False) -> list[str]:
-    """A sentence per outcome, direction and group of prompts, on the cells at the coefficient that
-    each chose. Holm's adjustment is over all tests of these sentences; brief sentences leave out
-    the controls and p-values."""
-    chosen = effects[effects["chosen"].astype(bool) & effects["value"].notna()]
-    chosen = chosen.assign(p_holm=holm(chosen["p_controls"].to_numpy(dtype=float)))
-    n_tests = int(chosen["p_controls"].notna().sum())
-    sentence = _brief_sentence if is_brief else _sentence
-    return [
-        f"{_effect_title(cells)}: {sentence(outcome, cells.reset_index(drop=True), n_tests)}."
-        for (outcome, _, _), cells in by_effect(chosen)
-    ]
-
-
 def by_effect(effects: pd.DataFrame) -> list[tuple[tuple[str, str, str], pd.DataFrame]]:
     """((outcome, direction, group of prompts), rows), in the order of the table."""
     parts = effects.groupby(["outcome", "direction", "prompts"], sort=False)
     return [((str(o), str(d), str(g)), part) for (o, d, g), part in parts]  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def _effect_title(rows: pd.DataFrame) -> str:
+def shown_effects(effects: pd.DataFrame) -> pd.DataFrame:
+    """Of each of a cell's effects the row at the chosen coefficient, else at the only one."""
+    rows = effects[~effects["is_baseline"].astype(bool)]
+    rows = rows.sort_values("chosen", ascending=False, kind="stable")
+    return rows.drop_duplicates(["cell", "outcome", "direction", "prompts"]).sort_index()
+
+
+def effect_label(rows: pd.DataFrame) -> str:
+    """ "refusal, adding 'unknown' latents to known prompts"."""
+    title = effect_title(rows)
+    return f"{outcome_words(str(rows['outcome'].iloc[0]))}, {title[:1].lower()}{title[1:]}"
+
+
+def effect_title(rows: pd.DataFrame) -> str:
     """What was done: "Adding 'unknown' latents to known prompts"."""
     names, direction, group = rows["intervention"].unique(), *rows[["direction", "prompts"]].iloc[0]
     action = _ACTIONS.get(str(names[0]) if len(names) == 1 else "", "changing '{}' latents on {}")
@@ -135,124 +66,6 @@ def _effect_title(rows: pd.DataFrame) -> str:
         action = action.replace("'{}' latents", "the {}")
         direction = "latents"
     return capitalized(action.format(direction, prompts_of(group)))
-
-
-def _sentence(outcome: str, cells: pd.DataFrame, n_tests: int) -> str:
-    """The test values of the cell with the largest effect on train prompts, beyond its controls."""
-    words = outcome.replace("_", " ")
-    about = [str(c) for c in cells if c not in _EFFECT and c != "p_holm"]
-    varied = [c for c in about if cells[c].astype(str).nunique() > 1]
-    counts = _counts(cells, n_tests)
-    if cells["gap_train"].notna().any():
-        best = cells.iloc[int(np.nanargmax(cells["gap_train"]))]
-        how = " (chosen on train prompts)" if len(cells) > 1 else ""
-        return (
-            f"{words} {_change(best)} at {_where(best, varied)}{how}{_tested(best, n_tests)}"
-            f"{counts}"
-        )
-    if len(cells) > _N_LISTED:
-        return (
-            f"{words} was measured in {len(cells)} cells; none is singled out, as there are no "
-            f"train prompts to choose by{counts}"
-        )
-    each = [
-        f"{_change(c)} at {_where(c, varied)}{_tested(c, n_tests)}" for _, c in cells.iterrows()
-    ]
-    return f"{words} {'; '.join(each)}{counts}"
-
-
-def _brief_sentence(outcome: str, cells: pd.DataFrame, n_tests: int) -> str:
-    """As `_sentence`, with the values and the number of significant cells alone."""
-    words = outcome.replace("_", " ")
-    counts, _, reason = _counts(cells, n_tests).partition(" (")
-    if reason:
-        counts = "; there are too few controls for any cell to be significant"
-    if cells["gap_train"].notna().any():
-        cells = cells.iloc[[int(np.nanargmax(cells["gap_train"]))]]
-    elif len(cells) > _N_LISTED:
-        return f"{words} was measured in {len(cells)} cells{counts}"
-    about = [str(c) for c in cells if c not in _EFFECT and c != "p_holm"]
-    varied = [c for c in about if cells[c].astype(str).nunique() > 1] or ["layer"]
-    values = []
-    for _, cell in cells.iterrows():
-        where = ", ".join(f"{key} {cell[key]}" for key in varied)
-        change = _change(cell).rpartition(" (n = ")[0]
-        values.append(f"{change} at {where}, coefficient {cell['coefficient']:g}")
-    return f"{words} {'; '.join(values)}{counts}"
-
-
-def _where(cell: pd.Series, varied: list[str]) -> str:
-    words = cell_words(cell, varied)
-    coefficient = f"coefficient {cell['coefficient']:g}"
-    return f"{words}, {coefficient}" if words else coefficient
-
-
-def _change(cell: pd.Series) -> str:
-    before = "" if pd.isna(cell["change"]) else f"{cell['value'] - cell['change']:.2f} -> "
-    interval = interval_words(cell["ci_low"], cell["ci_high"], 2)
-    return f"{before}{cell['value']:.2f}{interval} (n = {cell['n']})"
-
-
-def _tested(cell: pd.Series, n_tests: int) -> str:
-    parts = []
-    if not pd.isna(cell["controls_min"]):
-        parts.append(f"controls {cell['controls_min']:.2f} to {cell['controls_max']:.2f}")
-    if not pd.isna(cell["p_controls"]):
-        parts.append(f"rank p {p_value_words(float(cell['p_controls']))}")
-        if n_tests > 1:
-            parts.append(f"{cell['p_holm']:.2g} after Holm over {n_tests} tests")
-    return "".join(f", {part}" for part in parts)
-
-
-def _counts(cells: pd.DataFrame, n_tests: int) -> str:
-    """How many cells differ from their controls, and whether any could."""
-    if not cells["p_controls"].notna().any():
-        return "; no cell has enough matched controls for a p-value"
-    if len(cells) == 1:
-        return ""
-    n_significant = int((cells["p_holm"] <= ALPHA).sum())
-    differ = "differs from its controls" if n_significant == 1 else "differ from their controls"
-    words = f"; {n_significant} of {counted(len(cells), 'cell')} {differ}"
-    floor = float(cells["p_floor"].min())
-    if floor * n_tests > ALPHA:
-        words += (
-            f" (none can: the smallest p-value of {round(1 / floor) - 1} controls is "
-            f"{floor * n_tests:.2g} after Holm; raise intervention.n_controls)"
-        )
-    return words
-
-
-def missing_words(table: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
-    """Why cells have no point in the figures, a sentence per reason."""
-    keys = swept(table)
-    finished = table["status"] == "finished"
-    sentences = []
-    for status, rows in table[~finished].groupby("status", sort=False):
-        sentences.append(f"{_list_cells(rows, keys)}: {status}.")
-    done = table[finished]
-    for group in groups_of(done):
-        latent = f"contrast/best_latent_{group}"
-        rows = done[done[latent].isna()]
-        if len(rows):
-            sentences.append(f"{_list_cells(rows, keys)}: no latent is selected for '{group}'.")
-    if len(effects) and groups_of(done):
-        about = [k for k in ("layer", "width") if k in effects and k in done]
-        measured, finished_cells = (
-            pd.MultiIndex.from_frame(rows[about].astype(str)) for rows in (effects, done)
-        )
-        rows = done[~finished_cells.isin(measured)]
-        if len(rows):
-            sentences.append(f"{_list_cells(rows, keys)}: no intervention was run.")
-    return sentences
-
-
-def _list_cells(rows: pd.DataFrame, keys: list[str]) -> str:
-    cells = [
-        ", ".join(f"{k} {r[k]}" for k in keys) or f"cell {r['cell']}"
-        for r in rows.to_dict("records")
-    ]
-    more = f" and {len(cells) - _N_LISTED} more" if len(cells) > _N_LISTED else ""
-    return "; ".join(cells[:_N_LISTED]) + more
 
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -267,7 +80,7 @@ def sweep_figures(table: pd.DataFrame, effects: pd.DataFrame) -> dict[str, go.Fi
     """
     done = table[table["status"] == "finished"]
     if "train/n_steps" in done and done["train/n_steps"].notna().sum() > 1:
-        return {"pareto": _pareto(done)}
+        return {"pareto": trained_cells(done)}
     if done.empty or not groups_of(done):
         return {}
     figures: dict[str, go.Figure] = {}
@@ -280,52 +93,10 @@ def sweep_figures(table: pd.DataFrame, effects: pd.DataFrame) -> dict[str, go.Fi
         figures["over_width"] = _curves(first, "width", lines + ["layer"] * (n_layers > 1))
     if n_layers > 1 and n_widths > 1:
         figures["heat_map"] = _heat_map(first, lines)
-    if effects["coefficient"].nunique() > 1:
+    measured = effects[~effects["is_baseline"].astype(bool)]
+    if measured["coefficient"].nunique() > 1:
         figures["over_coefficient"] = _effects(effects)
     return figures
-
-
-def _width_size(width: Any) -> tuple[int, str]:
-    return parse_width(width) or 0, str(width)
-
-
-def _pareto(done: pd.DataFrame) -> go.Figure:
-    """Explained variance against L0 on held-out texts, a colour per trainer.
-
-    A trace per trainer and layer, its points in order of L0. Up and left is better.
-    """
-    figure = go.Figure()
-    trainers = list(dict.fromkeys(done["sae_trainer"]))
-    for index, (name, part) in enumerate(_lines(done, ["sae_trainer", "layer"])):
-        ordered = part.sort_values("sparsity/l0")
-        colour = PALETTE[trainers.index(ordered["sae_trainer"].iloc[0]) % len(PALETTE)]
-        figure.add_trace(
-            go.Scatter(
-                x=ordered["sparsity/l0"],
-                y=ordered["reconstruction/explained_variance"],
-                name=name.removeprefix("sae_trainer "),
-                mode="lines+markers",
-                line={"color": colour, "width": 1},
-                marker={"size": 9, "symbol": index % 8},
-                customdata=ordered["width"],
-                hovertemplate="L0 %{x:.1f}, explained variance %{y:.3f}, width %{customdata}",
-            )
-        )
-    figure.update_xaxes(title="L0 (active latents per position)")
-    figure.update_yaxes(title="explained variance (fraction)")
-    return style(figure, 460, legend_below=True)
-
-
-def _lines(table: pd.DataFrame, by: list[str]) -> list[tuple[str, pd.DataFrame]]:
-    """(label, rows) per combination of the columns `by`."""
-    if not by:
-        return [("", table)]
-    lines = []
-    for key, part in table.groupby(by, sort=False, dropna=False):
-        values = key if isinstance(key, tuple) else (key,)
-        pairs = zip(by, values, strict=True)
-        lines.append((", ".join(f"{n} {v}" for n, v in pairs), part))
-    return lines
 
 
 def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
@@ -333,12 +104,14 @@ def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
     figure = make_subplots(rows=1, cols=2, subplot_titles=list(_PANELS.values()))
     for column, measure in enumerate(_PANELS, start=1):
         for group, colour in zip(groups_of(table), GROUP_COLOURS, strict=False):
-            for index, (name, part) in enumerate(_lines(table, by)):
+            for index, (name, part) in enumerate(lines(table, by)):
                 curve = _curve(part, x, measure, group, f"{group}{', ' if name else ''}{name}")
                 curve.line = {"color": colour, "dash": _DASHES[index % len(_DASHES)]}
                 curve.showlegend = measure == "auroc"
                 figure.add_trace(curve, row=1, col=column)
         figure.update_yaxes(title=f"{_PANELS[measure]} (test)", row=1, col=column)
+    for curve in _surface_curves(table, x, by):
+        figure.add_trace(curve, row=1, col=1)
     title = "SAE width (latents)" if x == "width" else x
     figure.update_xaxes(title=title, type="category" if x == "width" else "linear")
     if x == "layer":
@@ -353,9 +126,8 @@ def _curves(table: pd.DataFrame, x: str, by: list[str]) -> go.Figure:
 def _curve(part: pd.DataFrame, x: str, measure: str, group: str, label: str) -> go.Scatter:
     """Test values of a direction's best latent with their intervals, over a column of the cells."""
     metric = f"contrast/best_{measure}_{group}"
-    size = _width_size if x == "width" else None
     ordered = part.dropna(subset=[f"{metric}_test"])
-    ordered = ordered.sort_values(x, key=lambda c: c.map(size) if size else c)
+    ordered = ordered.sort_values(x, key=lambda column: column.map(in_order))
     values = ordered[f"{metric}_test"]
     limits = (ordered[f"{metric}_ci_{end}_test"] for end in ("low", "high"))
     return go.Scatter(
@@ -370,9 +142,30 @@ def _curve(part: pd.DataFrame, x: str, measure: str, group: str, label: str) -> 
     )
 
 
+def _surface_curves(table: pd.DataFrame, x: str, by: list[str]) -> list[go.Scatter]:
+    """The AUROC of the text alone, once for lines of cells with the same values."""
+    if SURFACE not in table:
+        return []
+    curves: dict[tuple[Any, ...], go.Scatter] = {}
+    for name, part in lines(table.dropna(subset=[SURFACE]), by):
+        ordered = part.sort_values(x, key=lambda column: column.map(in_order))
+        values = ordered[SURFACE].astype(float)
+        limits = (ordered.get(f"{SURFACE}_ci_{e}", values * np.nan) for e in ("low", "high"))
+        curve = go.Scatter(
+            x=ordered[x],
+            y=values,
+            name="surface baseline (the text alone)" + (f", {name}" if curves else ""),
+            mode="lines+markers",
+            line={"color": QUIET, "dash": _DASHES[len(curves) % len(_DASHES)]},
+            error_y=error_bars(values, *limits),
+        )
+        curves.setdefault((*ordered[x], *values), curve)
+    return list(curves.values())
+
+
 def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
     """Held-out AUROC of the best latent by layer and width, a panel per direction and line."""
-    panels = [(g, n, part) for n, part in _lines(table, by) for g in groups_of(table)]
+    panels = [(g, n, part) for n, part in lines(table, by) for g in groups_of(table)]
     titles = [f"{group}{', ' if name else ''}{name}" for group, name, _ in panels]
     n_columns = len(groups_of(table))
     n_rows = len(panels) // n_columns
@@ -381,7 +174,7 @@ def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
         grid = part.pivot(
             index="width", columns="layer", values=f"contrast/best_auroc_{group}_test"
         )
-        grid = grid.loc[sorted(grid.index, key=_width_size)]
+        grid = grid.loc[sorted(grid.index, key=in_order)]
         figure.add_trace(
             go.Heatmap(
                 x=[str(v) for v in grid.columns],
@@ -405,15 +198,15 @@ def _heat_map(table: pd.DataFrame, by: list[str]) -> go.Figure:
 def _effects(effects: pd.DataFrame) -> go.Figure:
     """Outcome against coefficient, a line per cell and the range of its controls as a band."""
     panels = by_effect(effects)
-    titles = [wrapped(_effect_title(panel)) for _, panel in panels]
+    titles = [wrapped(effect_title(panel)) for _, panel in panels]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles)
-    by = [n for n in effects.columns if n not in _EFFECT]
+    by = [str(n) for n in effects if n not in EFFECT or n == "intervention"]
     by = [n for n in by if effects[n].astype(str).nunique() > 1]
     # A cell without latents for a direction has no line in that panel.
-    order = {name: index for index, (name, _) in enumerate(_lines(effects, by))}
+    order = {name: index for index, (name, _) in enumerate(lines(effects, by))}
     in_legend: set[str] = set()
     for column, ((outcome, _, _), panel) in enumerate(panels, start=1):
-        for name, part in _lines(panel, by):
+        for name, part in lines(panel, by):
             line = part.sort_values("coefficient")
             label = name or "selected latents"
             colour = PALETTE[order[name] % len(PALETTE)]
@@ -461,21 +254,208 @@ def _effect(line: pd.DataFrame, label: str, colour: str, *, is_first: bool) -> l
     return [controls, curve]
 
 
-def importance_figure(
-    done: pd.DataFrame, objective: str | None = None
-) -> tuple[go.Figure | None, list[str]]:
-    """(bars of the share of variance that each swept key explains, notes on them).
+class Node(NamedTuple):
+    """A latent of one SAE."""
 
-    Of the `objective`; by default of the held-out AUROC of the best latent per direction, of
-    trained SAEs the explained variance, of evaluated ones the CE score.
+    cell: int
+    latent: int
+
+
+def flow_figures(matches: pd.DataFrame) -> dict[str, go.Figure]:
+    """`flow_over_width` and `flow_over_layer`, those that the sweep has at least two SAEs for."""
+    figures: dict[str, go.Figure] = {}
+    for axis in ("width", "layer"):
+        panels = chains(matches, axis)[:N_PANELS]
+        if panels:
+            figures[f"flow_over_{axis}"] = _flow(matches, axis, panels)
+    return figures
+
+
+def _links(matches: pd.DataFrame, left: int, right: int) -> dict[tuple[Node, Node], pd.Series]:
+    """Pairs of latents of two SAEs, one of which is nearest to the other, above chance."""
+    links: dict[tuple[Node, Node], pd.Series] = {}
+    above_chance = matches[matches["cosine"] > matches["cosine_by_chance"]]
+    for _, row in above_chance.iterrows():
+        source = Node(int(row["from_cell"]), int(row["latent"]))
+        target = Node(int(row["to_cell"]), int(row["nearest"]))
+        if (source.cell, target.cell) == (left, right):
+            links[source, target] = row
+        elif (source.cell, target.cell) == (right, left):
+            links.setdefault((target, source), row)
+    return links
+
+
+def _flow(matches: pd.DataFrame, axis: str, panels: list[pd.DataFrame]) -> go.Figure:
+    """A panel per chain, a column per SAE; links are as thick as their cosine."""
+    figure = go.Figure()
+    directions = _directions(matches)
+    groups = sorted(set(matches["direction"]))
+    colours: dict[str, str] = dict(zip(groups, GROUP_COLOURS, strict=False))
+    n_nodes = 0
+    for index, chain in enumerate(panels):
+        top, bottom = 1 - index / len(panels), 1 - (index + 1) / len(panels)
+        gap = 0.06 if len(panels) > 1 else 0.04
+        trace, n_in_column = _panel(matches, chain, directions, colours)
+        trace.domain = {"x": [0, 1], "y": [bottom, top - gap]}
+        figure.add_trace(trace)
+        n_nodes = max(n_nodes, n_in_column)
+        fixed = "layer" if axis == "width" else "width"
+        for column, sae in enumerate(chain.to_dict("records")):
+            figure.add_annotation(
+                x=column / (len(chain) - 1),
+                y=top - gap + 0.005,
+                xref="paper",
+                yref="paper",
+                text=f"{axis} {sae[axis]} ({fixed} {sae[fixed]})",
+                showarrow=False,
+                yanchor="bottom",
+                xanchor=("left", "center", "right")[(column > 0) + (column == len(chain) - 1)],
+            )
+    return style(figure, 60 + len(panels) * max(220, 24 * n_nodes))
+
+
+def _directions(matches: pd.DataFrame) -> dict[Node, str]:
+    """Leading latents -> the group they are selected for."""
+    rows = zip(matches["from_cell"], matches["latent"], matches["direction"], strict=True)
+    return {Node(int(cell), int(latent)): str(group) for cell, latent, group in rows}
+
+
+def _panel(
+    matches: pd.DataFrame, chain: pd.DataFrame, directions: dict[Node, str], colours: dict[str, str]
+) -> tuple[go.Sankey, int]:
+    """(a Sankey of one chain, the number of nodes in its fullest column)."""
+    cells = [int(c) for c in chain["cell"]]
+    links: dict[tuple[Node, Node], pd.Series] = {}
+    for left, right in zip(cells[:-1], cells[1:], strict=True):
+        links |= _links(matches, left, right)
+    columns: dict[int, list[Node]] = {c: [] for c in cells}
+    for node in dict.fromkeys(node for pair in links for node in pair):
+        columns[node.cell].append(node)
+    height: dict[Node, float] = {}
+    for cell in cells:
+        inward = {n: [height[a] for a, b in links if b == n and a in height] for n in columns[cell]}
+        mean = {n: sum(hs) / len(hs) if hs else 0.5 for n, hs in inward.items()}
+        ordered = sorted(columns[cell], key=lambda n: (mean[n], directions.get(n, "~"), n.latent))
+        columns[cell] = ordered
+        height |= {n: (i + 0.5) / len(ordered) for i, n in enumerate(ordered)}
+    nodes = [n for cell in cells for n in columns[cell]]
+    index = {n: i for i, n in enumerate(nodes)}
+    trace = go.Sankey(
+        arrangement="fixed",
+        node={
+            "label": [str(n.latent) for n in nodes],
+            "color": [colours.get(directions.get(n, ""), QUIET) for n in nodes],
+            # Plotly treats a coordinate of 0 as missing.
+            "x": [_inside(cells.index(n.cell) / (len(cells) - 1)) for n in nodes],
+            "y": [_inside(height[n]) for n in nodes],
+            "pad": 12,
+            "thickness": 14,
+            "customdata": [
+                f"selected for {directions[n]}" if n in directions else "" for n in nodes
+            ],
+            "hovertemplate": "latent %{label} %{customdata}<extra></extra>",
+        },
+        link={
+            "source": [index[a] for a, _ in links],
+            "target": [index[b] for _, b in links],
+            "value": [float(row["cosine"]) for row in links.values()],
+            "color": [
+                translucent(colours.get(directions.get(a, directions.get(b, "")), QUIET), 0.35)
+                for a, b in links
+            ],
+            "customdata": [float(row["cosine"]) for row in links.values()],
+            "hovertemplate": "%{source.label} and %{target.label}: cosine %{customdata:.3f}"
+            "<extra></extra>",
+        },
+    )
+    return trace, max((len(c) for c in columns.values()), default=0)
+
+
+def _inside(fraction: float) -> float:
+    return min(max(fraction, 0.001), 0.999)
+
+
+class Importance(NamedTuple):
+    """How much of the variance of an objective over the cells each swept key explains."""
+
+    shares: dict[str, float]
+    """Key, or keys that vary together joined by " + " -> share; empty where there is none."""
+    is_complete: bool = True
+    """Whether every combination of values has equally many cells, so that shares add up to 1 with
+    the interactions."""
+    note: str | None = None
+    """Why there are no shares, or what is approximate about them."""
+
+
+def importance(done: pd.DataFrame, objective: str, by_cell: pd.Series | None = None) -> Importance:
+    """The shares of `main_effect_shares` for each key with several values over the finished cells.
+
+    The objective is a metric, or has its values `by_cell`. Without a note empty where fewer than
+    two keys vary: the only key explains all.
+    """
+    values = done[objective] if by_cell is None else done["cell"].map(by_cell)
+    cells = done[values.notna()]
+    levels: dict[str, np.ndarray] = {}
+    for key in swept(cells):
+        codes = pd.factorize(cells[key].astype(str))[0]
+        same = next((k for k, other in levels.items() if np.array_equal(other, codes)), None)
+        # Keys that always change together have one effect.
+        label = key if same is None else f"{same} + {key}"
+        levels.pop(same or "", None)
+        levels[label] = codes
+    if len(levels) < 2:
+        return Importance({})
+    names = " and ".join(levels)
+    shares = main_effect_shares(list(levels.values()), values.dropna().to_numpy(dtype=float))
+    if np.isnan(shares).any():
+        return Importance(
+            {},
+            note=f"The importance of {names} is not shown: {objective} is the same in every cell.",
+        )
+    counts = pd.DataFrame(levels).value_counts()
+    n_possible = int(np.prod([codes.max() + 1 for codes in levels.values()]))
+    have = f"{len(counts)} of {n_possible} combinations of their values have a value of {objective}"
+    if 2 * len(counts) <= n_possible:
+        return Importance({}, note=f"The importance of {names} is not shown: only {have}.")
+    by_key = dict(zip(levels, shares, strict=True))
+    if len(counts) == n_possible and counts.nunique() == 1:
+        return Importance(by_key)
+    if len(counts) == n_possible:
+        have = f"combinations of their values have {counts.min()} to {counts.max()} cells"
+    note = f"The importance of {names} is approximate, as the shares of keys overlap: {have}."
+    return Importance(by_key, is_complete=False, note=note)
+
+
+def importance_figure(
+    done: pd.DataFrame, objective: str | None = None, effects: pd.DataFrame | None = None
+) -> tuple[go.Figure | None, list[str], str]:
+    """(bars of the share of variance that each swept key explains, notes, what it is a share of).
+
+    Of the `objective`; without one, where the coefficient or the intervention varies, of the value
+    of the first outcome in each of the cells' `effects`; else of the held-out AUROC of the best
+    latent per direction, of trained SAEs the explained variance, of evaluated ones the CE score.
     """
     quality = "explained_variance" if "train/n_steps" in done else "ce_loss_score"
     of_groups = [f"contrast/best_auroc_{g}_test" for g in groups_of(done)]
-    objectives = [objective] if objective else of_groups or [f"reconstruction/{quality}"]
+    varies = any(k.split(".")[0] in ("coefficient", "intervention") for k in swept(done))
+    values: dict[str, pd.Series] = {}
+    if objective:
+        objectives, words = [objective], f"the sweep's objective, {objective}"
+    elif varies and effects is not None and len(effects):
+        shown = shown_effects(effects)
+        parts = by_effect(shown[shown["outcome"] == shown["outcome"].iloc[0]])
+        values = {effect_label(rows): rows.set_index("cell")["value"] for _, rows in parts}
+        objectives, words = list(values), "the outcome under the intervention"
+    elif of_groups:
+        objectives, words = of_groups, "the held-out AUROC of the best latent per direction"
+    else:
+        objectives, words = [f"reconstruction/{quality}"], quality.replace("_", " ")
     figure, notes = go.Figure(), []
     n_bars = 0
-    for name, colour in zip([o for o in objectives if o in done], PALETTE, strict=False):
-        by_key = importance(done, name)
+    for name, colour in zip(
+        [o for o in objectives if o in done or o in values], PALETTE, strict=False
+    ):
+        by_key = importance(done, name, values.get(name))
         notes += [by_key.note] if by_key.note else []
         if not by_key.shares:
             continue
@@ -489,10 +469,10 @@ def importance_figure(
         hover = "%{y}: %{x:.1%}<extra></extra>"
         figure.add_trace(go.Bar(**bars, orientation="h", name=name, hovertemplate=hover))
     if not n_bars:
-        return None, notes
+        return None, notes, words
     figure.update_xaxes(
         title="share of the variance over cells", tickformat=".0%", rangemode="tozero"
     )
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(showlegend=True)
-    return style(figure, 150 + 26 * n_bars, legend_below=True), notes
+    return style(figure, 150 + 26 * n_bars, legend_below=True), notes, words

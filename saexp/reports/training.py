@@ -13,6 +13,7 @@ from saexp.config import SAETrainerConfig
 from saexp.errors import counted
 from saexp.reports import (
     GROUP_COLOURS,
+    PALETTE,
     Finding,
     TileGroup,
     as_table,
@@ -23,7 +24,7 @@ from saexp.reports import (
     write_run_page,
 )
 from saexp.reports.sae_quality import DENSITY_CAPTION, sae_colours
-from saexp.reports.saved_run import SavedRun
+from saexp.reports.saved_run import SavedRun, lines
 from saexp.results import model_title
 
 _CAPTIONS = {
@@ -127,10 +128,13 @@ def _epochs(history: pd.DataFrame) -> dict[str, Any]:
 
 def _losses(history: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
-    for name in (c for c in history.columns if c.endswith("loss")):
+    names = [str(c) for c in history if str(c).endswith("loss")]
+    names.sort(key=lambda name: name == "overall_loss")
+    for name in names:
         if (history[name] > 0).any():
-            label = name.replace("_", " ")
-            about = {"name": label, **_epochs(history)}
+            # Without an auxiliary loss it equals another one, which a dotted line leaves visible.
+            line = {"dash": "dot", "width": 3} if name == "overall_loss" else {}
+            about = {"name": name.replace("_", " "), "line": line, **_epochs(history)}
             figure.add_trace(go.Scatter(x=history["step"], y=history[name], **about))
     figure.update_xaxes(title=_step_title([history]))
     figure.update_yaxes(title="loss", type="log")
@@ -173,6 +177,11 @@ def _progress(histories: Mapping[str, pd.DataFrame], colours: Mapping[str, str])
                 )
                 figure.add_trace(points, row=1, col=column)
         figure.update_yaxes(title=title, row=1, col=column)
+        values = pd.concat([h[name].dropna() for h in histories.values() if name in h])
+        if name != "l0" and values.nunique() == 1:
+            # Around a constant, Plotly's axis would reach 1 to both sides.
+            ends = [min(0.0, values.iloc[0]), max(1.0, values.iloc[0])]
+            figure.update_yaxes(range=[ends[0] - 0.03, ends[1] + 0.03], row=1, col=column)
     figure.update_xaxes(title=_step_title(histories.values()))
     several = len(histories) > 1
     return style(figure, 380 if several else 320, legend_below=several).update_layout(
@@ -220,6 +229,33 @@ def _histogram(
     figure.update_xaxes(title=x)
     figure.update_yaxes(title=y, type="log" if log else "linear")
     return style(figure, 320)
+
+
+def trained_cells(done: pd.DataFrame) -> go.Figure:
+    """Explained variance against L0 on held-out texts, a colour per trainer.
+
+    A trace per trainer and layer, its points in order of L0. Up and left is better.
+    """
+    figure = go.Figure()
+    trainers = list(dict.fromkeys(done["sae_trainer"]))
+    for index, (name, part) in enumerate(lines(done, ["sae_trainer", "layer"])):
+        ordered = part.sort_values("sparsity/l0")
+        colour = PALETTE[trainers.index(ordered["sae_trainer"].iloc[0]) % len(PALETTE)]
+        figure.add_trace(
+            go.Scatter(
+                x=ordered["sparsity/l0"],
+                y=ordered["reconstruction/explained_variance"],
+                name=name.removeprefix("sae_trainer "),
+                mode="lines+markers",
+                line={"color": colour, "width": 1},
+                marker={"size": 9, "symbol": index % 8},
+                customdata=ordered["width"],
+                hovertemplate="L0 %{x:.1f}, explained variance %{y:.3f}, width %{customdata}",
+            )
+        )
+    figure.update_xaxes(title="L0 (active latents per position)")
+    figure.update_yaxes(title="explained variance (fraction)")
+    return style(figure, 460, legend_below=True)
 
 
 def training_sentence(run: SavedRun) -> str:

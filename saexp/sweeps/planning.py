@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +43,8 @@ from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
 from saexp.pipeline.run_folder import reserve
+from saexp.reports.contrast import MATCHES, MATCHES_NOTES
 from saexp.reports.saved_run import SavedRun, cells_table
-from saexp.reports.sweep import MATCHES, MATCHES_NOTES
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.saes.training_pass import TRAININGS, planned_trainings
@@ -367,15 +367,16 @@ def running() -> Path | None:
     return PROCESS.sweep
 
 
-def finish() -> str | None:
-    """Write table, report and tracked run of this process's sweep; returns a summary to print.
+def finish(show: Callable[[str], object]) -> None:
+    """Write table, report and tracked run of this process's sweep. `show` is given a summary before
+    the tracked run, which may end with how to upload it.
 
-    None where the process runs no sweep. Works on the cells that exist, also after Ctrl-C; after a
-    signal during the writing, the next call writes them again.
+    Nothing where the process runs no sweep. Works on the cells that exist, also after Ctrl-C; after
+    a signal during the writing, the next call writes them again.
     """
     folder = PROCESS.sweep
     if folder is None:
-        return None
+        return
     try:
         results = _written(folder) if any(folder.glob("*/.hydra")) else None
     except Exception:
@@ -383,23 +384,19 @@ def finish() -> str | None:
         raise
     PROCESS.sweep = None
     if results is None:
-        return None
+        return
+    from saexp.reports.sweep import findings
+
     table, figures = results
+    counts = table["status"].value_counts()
+    states = ", ".join(f"{n} {state}" for state, n in counts.items())
+    lines = [*findings(table, folder), f"sweep: {len(table)} cells: {states}"]
+    show("\n".join([*lines, f"report: {folder}/sweep.html"]))
     try:
         _track(folder, table, figures)
     except Exception as error:
         # The files are complete; cells whose tracker failed have reported that.
         log.warning("the sweep's own run could not be tracked: %s", " ".join(str(error).split()))
-    from saexp.reports.sweep import findings
-
-    counts = table["status"].value_counts()
-    states = ", ".join(f"{n} {state}" for state, n in counts.items())
-    lines = [
-        *findings(table, folder),
-        f"sweep: {len(table)} cells: {states}",
-        f"report: {folder}/sweep.html",
-    ]
-    return "\n".join(lines)
 
 
 def _written(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -188,7 +188,8 @@ class OptunaSweeper(Sweeper):
             for (trial, _), result in zip(batch, results, strict=True):
                 error = search.tell(trial, result)
                 errors += [error] if error is not None else []
-        search.report()
+        if search.best is None:
+            log.warning("no cell has a value of the objective")
         if errors:
             raise errors[0]
         return search.best
@@ -201,6 +202,9 @@ class _Search:
         self.settings, self.folder = settings, folder
         self.fixed = [word for o in parsed if not o.is_sweep_override() for word in _values(o)]
         self.axes = [_axis(o) for o in parsed if o.is_sweep_override()]
+        self.objective = next(
+            o.get_value_element_as_str() for o in parsed if o.get_key_element() == "objective"
+        )
         if not self.axes:
             raise ConfigError("a search needs a swept key; type e.g. layer=0,1,2")
         self.study = self._opened()
@@ -308,7 +312,11 @@ class _Search:
 
         cells = [trial.user_attrs[_WORDS] for trial in self.launched.values()]
         swept = [axis.key for axis in self.axes]
-        plan = {**read_plan(self.folder), "cells": cells, "swept": swept}
+        about: dict[str, Any] = {"objective": self.objective, "direction": self.settings.direction}
+        if self.best is not None:
+            cell = self.study.best_trial.user_attrs[_CELL]
+            about["best"] = {"cell": cell, "value": self.best, "overrides": cells[cell]}
+        plan = {**read_plan(self.folder), "cells": cells, "swept": swept, "search": about}
         write_json(self.folder / SWEEP_PLAN, plan, option=SWEEP_FOLDER)
 
     def tell(self, trial: int, result: Any) -> Exception | None:
@@ -335,12 +343,3 @@ class _Search:
 
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return float(self.study.best_value) if complete else None
-
-    def report(self) -> None:
-        """Log the best cell."""
-        if self.best is None:
-            log.warning("no cell has a value of the objective")
-            return
-        params = self.study.best_trial.params
-        words = " ".join(axis.word(params[axis.key]) for axis in self.axes)
-        log.info("best of %d cells: %g at %s", len(self.launched), self.best, words)

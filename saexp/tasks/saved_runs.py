@@ -399,7 +399,8 @@ def _write_sweep_pages(folder: Path, context: RunContext, *, with_cells: bool) -
     A cell whose page cannot be written keeps the state that the sweep's table gives it, and a note
     says why.
     """
-    from saexp.reports.sweep import MATCHES, MATCHES_NOTES, write_sweep
+    from saexp.reports.contrast import MATCHES, MATCHES_NOTES
+    from saexp.reports.sweep import write_sweep
 
     result, pages = Result(), []
     has_ended = (folder / "sweep.parquet").is_file()

@@ -15,7 +15,8 @@ from torch.nn import functional
 import saexp
 from saexp.context import ObjectCache
 from saexp.pipeline import objects
-from saexp.reports.sweep import MATCHES, MATCHES_NOTES, adjacent, read_matches, write_sweep
+from saexp.reports.contrast import MATCHES, MATCHES_NOTES, adjacent, read_matches
+from saexp.reports.sweep import write_sweep
 from saexp.saes import SparseAutoencoder
 from saexp.sweeps import planning
 from tests.shipped_texts import FEW_NEUTRAL

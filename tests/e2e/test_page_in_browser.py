@@ -60,7 +60,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command=None,
         counts=[],
         findings=[],
-        sentences=[],
         further=["lines", "heat"],
         missing=[],
         notes=[],

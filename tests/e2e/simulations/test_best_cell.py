@@ -19,8 +19,8 @@ def test_cells_with_equal_effects_are_reported_without_a_range(tmp_path: Path) -
             test, train = rng.binomial(100, 0.2, size=2) / 100
             rows = effect("known", 1, test, 0.0, 0.5, train=train - 0.3, p=0.5, chosen=True)
             cell(place, layer, f"layer={layer}", metrics={}, effects=rows)
-        (sentence,) = findings(cells_table(place), place)
+        sentence, *_ = findings(cells_table(place), place)
         assert "; 0 of 6 cells differ from their controls" in sentence
-        reported.append(float(sentence.split(" -> ")[1].split(" ")[0]))
+        reported.append(float(sentence.split(" at layer ")[0].split(" [")[0].split(" ")[-1]))
     # Selected by the train value, the test value is unbiased: 0.2 with a standard error of 0.006.
     assert np.mean(reported) == pytest.approx(0.2, abs=0.02)

@@ -119,7 +119,10 @@ def test_the_first_screen_has_a_sentence_per_direction_beside_its_figures(page: 
         r'<section class="finding.*?</section>', body_of(page), re.S
     )
     assert not others
-    assert "adding the 2 &#39;known&#39; latents to unknown prompts lowers" in first
+    assert (
+        "adding the 2 &#39;known&#39; latents to unknown prompts (coefficient 0.6, n = 20) lowers"
+        in first
+    )
     assert re.findall(r'id="fig-(\w+)"', first) == ["effect_known_group"]
     assert "No latent is selected for &#39;unknown&#39;." in second
     body = body_of(page)

@@ -6,11 +6,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from saexp.reports.saved_run import cells_table, importance
+from saexp.reports.saved_run import cells_table
 from saexp.reports.sweep import write_sweep
-from saexp.reports.sweep_figures import importance_figure
+from saexp.reports.sweep_figures import importance, importance_figure
 from tests.unit.reports.left import page_of
-from tests.unit.reports.written import cell, contrast
+from tests.unit.reports.written import cell, contrast, effect
 
 AUROC = "contrast/best_auroc_known_test"
 GRID = {(1, 256): 0.6, (1, 512): 0.7, (2, 256): 0.8, (2, 512): 0.9}
@@ -30,16 +30,17 @@ def test_layer_explains_four_times_as_much_as_width(tmp_path: Path) -> None:
     assert by_key.shares == pytest.approx({"layer": 0.8, "width": 0.2})
     assert by_key.is_complete
     assert by_key.note is None
-    figure, notes = importance_figure(table)
+    figure, notes, of_what = importance_figure(table)
     assert figure is not None
     traces: Any = figure.data
     (bars,) = traces
     assert list(bars.y) == ["layer", "width", "interactions"]
     assert list(bars.x) == pytest.approx([0.8, 0.2, 0])
     assert notes == []
+    assert of_what == "the held-out AUROC of the best latent per direction"
     _, figures = write_sweep(tmp_path)
     assert "importance" in figures
-    assert "How much of the variance of a metric over the cells" in page_of(tmp_path)
+    assert f"How much of the variance of {of_what} over the cells" in page_of(tmp_path)
 
 
 def test_an_incomplete_grid_is_approximate(tmp_path: Path) -> None:
@@ -80,9 +81,30 @@ def test_keys_that_change_together_are_one(tmp_path: Path) -> None:
 
 def test_one_key_is_no_question_and_the_commands_objective_is_taken(tmp_path: Path) -> None:
     one = sweep(tmp_path / "a", {(1, 256): 0.5, (2, 256): 0.7})
-    assert importance_figure(one) == (None, [])
+    assert importance_figure(one)[:2] == (None, [])
     sweep(tmp_path / "b", GRID, objective="effect/refusal/x")
     _, figures = write_sweep(tmp_path / "b")
     (bars,) = figures["importance"].data
     assert bars.name == "effect/refusal/x"
     assert list(bars.x) == pytest.approx([1, 0, 0])
+
+
+def test_where_the_coefficient_varies_the_importance_is_of_the_effect(tmp_path: Path) -> None:
+    """The AUROC is the same at every coefficient; by hand, of the values 0.3, 0.5, 0.3, 0.9: means
+    by layer 0.4 and 0.6, by coefficient 0.3 and 0.7, of all 0.5; sums of squares 0.04, 0.16 of
+    0.24, which leaves 0.04 to interactions."""
+    effects = {(1, 0): 0.3, (1, 1): 0.5, (2, 0): 0.3, (2, 1): 0.9}
+    for number, ((layer, coefficient), value) in enumerate(effects.items()):
+        rows = effect("known", coefficient, value, chosen=coefficient > 0)
+        metrics = contrast("known", 3, train=0.8, test=0.5 + layer / 10)
+        words = (f"layer={layer}", f"coefficient={coefficient}")
+        cell(tmp_path, number, *words, metrics=metrics, effects=rows)
+    _, figures = write_sweep(tmp_path)
+    (bars,) = figures["importance"].data
+    assert bars.name == "refusal, adding 'known' latents to prompts"
+    assert dict(zip(bars.y, bars.x, strict=True)) == pytest.approx(
+        {"layer": 1 / 6, "coefficient": 4 / 6, "interactions": 1 / 6}
+    )
+    assert "of the variance of the outcome under the intervention over the cells" in page_of(
+        tmp_path
+    )

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saexp.reports.findings import SURFACE
 from saexp.reports.saved_run import cells_table
-from saexp.reports.sweep_figures import effects_table, sweep_figures
+from saexp.reports.sweep import effects_table
+from saexp.reports.sweep_figures import sweep_figures
 from tests.unit.reports.written import cell, contrast, effect
 
 
@@ -247,3 +249,52 @@ def test_outcomes_and_the_band_of_controls_are_the_tables(tmp_path: Path) -> Non
     assert list(band.x) == [-1, 0, 0.5, 0.5, 0, -1]
     assert np.allclose(band.y, [-0.05, 0, 0.05, 0.025, 0, -0.1])
     assert figure.layout.annotations[0].text == "Adding 'unknown' latents to<br>prompts"
+
+
+def baseline(value: float, group: str = "all") -> dict[str, Any]:
+    """The summary's row of prompts without intervention."""
+    (row,) = effect("", 0, value, condition=f"baseline_{group}")
+    return row | {"role": "baseline", "main": False, "group": group}
+
+
+def test_dose_curves_begin_at_the_value_without_intervention(tmp_path: Path) -> None:
+    """Once for the cells of a line, and not where a cell has coefficient 0."""
+    for number, (layer, coefficient) in enumerate(((1, 0.5), (1, 1), (2, 0), (2, 1))):
+        rows = [*effect("unknown", coefficient, coefficient / 2), baseline(0.25)]
+        rows.append(baseline(0.9, "others"))
+        cell(
+            tmp_path,
+            number,
+            f"layer={layer}",
+            f"coefficient={coefficient}",
+            metrics=found(0.8),
+            effects=rows,
+        )
+    curves = traces(figures_of(tmp_path)["over_coefficient"])
+    points = {name: dict(zip(curve.x, curve.y, strict=True)) for name, curve in curves.items()}
+    assert points == {"layer 1": {0: 0.25, 0.5: 0.25, 1: 0.5}, "layer 2": {0: 0, 1: 0.5}}
+    assert curves["layer 1"].error_y.array == pytest.approx([0.1] * 3)
+
+
+def test_a_setting_of_the_intervention_separates_dose_curves(tmp_path: Path) -> None:
+    for number, (where, coefficient) in enumerate((w, c) for w in ("last", "all") for c in (0, 1)):
+        words = (f"intervention.where={where}", f"coefficient={coefficient}")
+        rows = effect("unknown", coefficient, number / 4)
+        cell(tmp_path, number, *words, metrics=found(0.8), effects=rows)
+    figure = figures_of(tmp_path)["over_coefficient"]
+    lines = {line.name: tuple(line.y) for line in figure.data}
+    assert lines == {"intervention.where all": (0.5, 0.75), "intervention.where last": (0, 0.25)}
+
+
+def test_the_surface_baseline_is_drawn_beside_the_auroc_once(tmp_path: Path) -> None:
+    for number, (layer, width) in enumerate(((2, "1k"), (1, "1k"), (2, "512"), (1, "512"))):
+        metrics = found(0.8) | {SURFACE: 0.4 + layer / 10}
+        metrics |= {f"{SURFACE}_ci_low": 0.3, f"{SURFACE}_ci_high": 0.7}
+        cell(tmp_path, number, f"layer={layer}", f"width={width}", metrics=metrics)
+    figures = figures_of(tmp_path)
+    (line,) = [t for t in figures["over_layers"].data if t.name.startswith("surface baseline")]
+    assert (list(line.x), list(line.y)) == ([1, 2], pytest.approx([0.5, 0.6]))
+    assert line.xaxis == "x"
+    assert line.error_y.array == pytest.approx([0.2, 0.1])
+    names = [t.name for t in figures["over_layers"].data if t.showlegend]
+    assert names[:2] == ["known, width 512", "known, width 1k"]

@@ -1,5 +1,6 @@
 """sweep.html and what is printed: the best cell by its train value, reported by its test value."""
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -7,8 +8,11 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 
+from saexp.reports.contrast import MATCH_HEAD, match_rows, splits
+from saexp.reports.findings import SURFACE
 from saexp.reports.saved_run import cells_table
-from saexp.reports.sweep import HEAD, findings, flow_figures, match_rows, splits, write_sweep
+from saexp.reports.sweep import findings, write_sweep
+from saexp.reports.sweep_figures import flow_figures
 from tests.unit.reports.left import assert_links_lead_to_reports, page_of
 from tests.unit.reports.written import NASTY, cell, contrast, effect, write_json
 
@@ -19,8 +23,8 @@ def test_the_best_cell_is_chosen_on_train_and_reported_on_test(tmp_path: Path) -
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     assert findings(cells_table(tmp_path)) == [
         "known: the best latent is 20 with held-out AUROC 0.700 [0.670, 0.710] at layer 2, width "
-        "256 (chosen on the train split); the best latent is above chance in 3 of 3 cells (Holm "
-        "over cells).",
+        "256 (chosen on the train split); the best latent is above chance in 3 of 3 SAEs (Holm "
+        "over SAEs).",
         "unknown: no cell selects a latent.",
     ]
 
@@ -56,9 +60,9 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
         rows += effect("unknown", 2, value, 0.1, 0.4, train=train, p=p, chosen=True)
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
     assert findings(cells_table(tmp_path), tmp_path) == [
-        "Adding 'unknown' latents to prompts: refusal 0.30 -> 0.50 [0.40, 0.60] (n = 40) at layer "
-        "2, width 256, coefficient 2 (chosen on train prompts), controls 0.10 to 0.40, rank p = "
-        "0.02, 0.04 after Holm over 3 tests; 2 of 3 cells differ from their controls."
+        "Adding 'unknown' latents to prompts raises refusal from 0.30 to 0.50 [0.40, 0.60] (n = "
+        "40) at layer 2, coefficient 2 (chosen on train prompts), against 0.10 to 0.40 for its "
+        "controls (rank p = 0.02, 0.04 after Holm over 3 tests); 2 of 3 cells differ from their controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
@@ -71,7 +75,7 @@ def test_a_change_that_controls_have_too_does_not_stand_out(tmp_path: Path) -> N
                 row["refusal_change"] = 0.3 - control
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
-    assert "at layer 2, width 256" in sentence
+    assert "at layer 2, coefficient 2" in sentence
     assert sentence.endswith("; no cell has enough matched controls for a p-value.")
 
 
@@ -79,29 +83,28 @@ def test_more_cells_than_p_values_can_be_corrected_for_are_noted(tmp_path: Path)
     for layer in range(6):
         rows = effect("known", 1, 0.9, train=0.1, p=0.01, chosen=True)
         cell(tmp_path, layer, f"layer={layer}", metrics={}, effects=rows)
-    (sentence,) = findings(cells_table(tmp_path), tmp_path)
-    assert sentence.endswith(
-        "; 0 of 6 cells differ from their controls (none can: the smallest p-value of 99 controls "
-        "is 0.06 after Holm; raise intervention.n_controls)."
+    sentence, limit = findings(cells_table(tmp_path), tmp_path)
+    assert sentence.endswith("; 0 of 6 cells differ from their controls.")
+    assert limit == (
+        "No cell can differ significantly: the smallest p-value of 99 controls is 0.06 after Holm; "
+        "raise intervention.n_controls."
     )
 
 
-def test_without_train_prompts_no_cell_is_singled_out(tmp_path: Path) -> None:
+def test_without_train_prompts_the_largest_effect_and_the_range_are_reported(
+    tmp_path: Path,
+) -> None:
     """Each cell has one coefficient, so there was none to choose on train prompts."""
-    for number in (0, 1, 2):
-        rows = effect("known", number, 0.3 * number, p=None, chosen=number > 0)
+    for number, value, p in ((0, 0.3, None), (1, 0.4, 0.01), (2, 0.9, 0.01), (3, 0.6, 0.01)):
+        rows = effect("known", number, value, 0.1, 0.5, p=p, chosen=number > 0)
         cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
     (sentence,) = findings(cells_table(tmp_path), tmp_path)
     assert sentence == (
-        "Adding 'known' latents to prompts: refusal 0.30 -> 0.30 [0.20, 0.40] (n = 40) at layer "
-        "2, width 256, coefficient 1; 0.30 -> 0.60 [0.50, 0.70] (n = 40) at layer 2, width 256, "
-        "coefficient 2; no cell has enough matched controls for a p-value."
+        "Adding 'known' latents to prompts raises refusal from 0.30 to 0.90 [0.80, 1.00] (n = 40) "
+        "at coefficient 2 (the largest change of 3 cells), against 0.10 to 0.50 for its controls "
+        "(rank p = 0.01, 0.03 after Holm over 3 tests); 3 of 3 cells differ from their controls. "
+        "Over coefficients 1 to 3 it is 0.40 to 0.90."
     )
-    for number in range(3, 9):
-        rows = effect("known", number, 0.9, chosen=True)
-        cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
-    (sentence,) = findings(cells_table(tmp_path), tmp_path)
-    assert sentence.startswith("Adding 'known' latents to prompts: refusal was measured in 8 cells")
 
 
 def test_holm_is_over_the_cells_of_all_sentences(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_holm_is_over_the_cells_of_all_sentences(tmp_path: Path) -> None:
         )
         cell(tmp_path, number, f"layer={number}", metrics={}, effects=rows)
     for sentence in findings(cells_table(tmp_path), tmp_path):
-        assert "rank p = 0.01, 0.04 after Holm over 4 tests" in sentence
+        assert "at layer 0, coefficient 1 (the largest change of 2 cells)" in sentence
         assert sentence.endswith("; 2 of 2 cells differ from their controls.")
 
 
@@ -122,13 +125,13 @@ def test_prompts_of_two_groups_have_a_sentence_each(tmp_path: Path) -> None:
     cell(tmp_path, 0, "layer=1", metrics={}, effects=rows)
     first, second = findings(cells_table(tmp_path), tmp_path)
     assert first == (
-        "Adding the latents to prompts: refusal 0.30 -> 0.60 [0.50, 0.70] (n = 40) at "
-        "layer 1, width 256, coefficient 1, controls 0.10 to 0.20, rank p = 0.01, 0.02 after Holm "
-        "over 2 tests."
+        "Adding the latents to prompts raises refusal from 0.30 to 0.60 [0.50, 0.70] (n = 40) at "
+        "coefficient 1, against 0.10 to 0.20 for its controls (rank p = 0.01, 0.02 after Holm over "
+        "2 tests)."
     )
     assert (
-        second.startswith("Adding the latents to b prompts: refusal 0.30 -> 0.50")
-        and "controls 0.30 to 0.40" in second
+        second.startswith("Adding the latents to b prompts raises refusal from 0.30 to 0.50")
+        and "against 0.30 to 0.40 for its controls" in second
     )
 
 
@@ -138,7 +141,73 @@ def test_the_number_of_cells_above_chance_is_after_holm(tmp_path: Path) -> None:
         metrics |= {"contrast/best_p_value_known_test": p}
         cell(tmp_path, layer, f"layer={layer}", metrics=metrics)
     (sentence,) = findings(cells_table(tmp_path))
-    assert sentence.endswith("; the best latent is above chance in 2 of 4 cells (Holm over cells).")
+    assert sentence.endswith("; the best latent is above chance in 2 of 4 SAEs (Holm over SAEs).")
+
+
+def test_cells_of_one_contrast_are_one_test(tmp_path: Path) -> None:
+    """p = 0.02 is significant among two SAEs, and would not be among their six cells."""
+    for number in range(6):
+        metrics = contrast("known", 3, train=0.8, test=0.7) | {SURFACE: 0.45}
+        metrics |= {"contrast/best_p_value_known_test": 0.02}
+        words = (f"layer={number % 2}", f"coefficient={number // 2}", f"tracker.name=run{number}")
+        cell(tmp_path, number, *words, metrics=metrics)
+    (sentence,) = findings(cells_table(tmp_path))
+    assert sentence.endswith(
+        "; the surface baseline has 0.450; the best latent is above chance in 2 of 2 SAEs (Holm "
+        "over SAEs)."
+    )
+
+
+def test_cells_that_differ_in_what_is_recorded_are_one_test_of_an_effect(tmp_path: Path) -> None:
+    for number in range(4):
+        rows = effect("known", 1, 0.6, 0.1, 0.2, p=0.01, chosen=True)
+        cell(tmp_path, number, f"tracker.name=run{number}", metrics={}, effects=rows)
+    (sentence,) = findings(cells_table(tmp_path), tmp_path)
+    assert sentence.endswith("against 0.10 to 0.20 for its controls (rank p = 0.01).")
+
+
+def test_the_best_cell_of_a_search_is_on_the_first_screen_and_in_the_table(tmp_path: Path) -> None:
+    name, cells = "effect/refusal/known_group", []
+    for number, value in enumerate((0.5, 0.2, 0.8)):
+        cells.append([f"coefficient={number + 1}", f"layer={3 - number}"])
+        rows = effect("known", number + 1, value, 0.1, 0.2, p=0.01, chosen=True)
+        metrics = {name: value} | contrast("known", 3, train=0.8, test=0.7)
+        cell(tmp_path, number, *cells[-1], metrics=metrics, effects=rows, objective=name)
+    for direction, largest, best, place in (
+        ("maximize", "largest", 2, "0.800 at layer 1, coefficient 3"),
+        ("minimize", "smallest", 1, "0.200 at layer 2, coefficient 2"),
+    ):
+        plan = {"cells": cells, "search": {"objective": name, "direction": direction}}
+        write_json(tmp_path / "plan.json", plan)
+        table, figures = write_sweep(tmp_path)
+        sentence = (
+            f"Of 3 cells of the search, cell {best} has the {largest} {name}: {place}. The cell "
+            "was chosen by this value, so it is optimistic."
+        )
+        assert findings(table, tmp_path)[0] == sentence
+        body = page_of(tmp_path)
+        assert body.index(f"<p>{sentence}</p>") < body.index("<h2>Cells</h2>")
+        assert body.count("<td>finished, best</td>") == 1
+        assert f"objective: {name}" in body
+        assert table.loc[table["is_best"], "cell"].tolist() == [best]
+    lines = [trace.name for trace in figures["over_coefficient"].data if trace.showlegend]
+    assert lines == ["layer 1", "layer 2", "layer 3"]
+
+
+def test_the_table_of_cells_has_outcomes_controls_and_p_values(tmp_path: Path) -> None:
+    for number, p in enumerate((None, 0.01, 0.02)):
+        ends = (None, None) if p is None else (0.1, 0.25)
+        rows = effect("known", number, 0.3 + number / 5, *ends, p=p, chosen=p is not None)
+        cell(tmp_path, number, f"coefficient={number}", metrics={}, effects=rows)
+    write_sweep(tmp_path)
+    body = page_of(tmp_path)
+    assert '<th class="long">refusal, adding &#39;known&#39; latents to prompts</th>' in body
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row)[3:6] for row in body.split("<tr>")[2:5]]
+    assert rows == [
+        ["0.300", "–", "–"],
+        ["0.500", "0.10\u00a0to\u00a00.25", "0.020"],
+        ["0.700", "0.10\u00a0to\u00a00.25", "0.020"],
+    ]
 
 
 SIGNS = "dataset.text='%d a&b#c?<i>'"
@@ -243,10 +312,10 @@ def test_the_flow_links_neighbours_that_are_alike_beyond_chance(matches: pd.Data
 
 def test_the_table_of_matches_holds_neighbours_the_most_alike_first(matches: pd.DataFrame) -> None:
     rows = match_rows(matches)
-    assert all(len(row) == len(HEAD) for row in rows)
+    assert all(len(row) == len(MATCH_HEAD) for row in rows)
     pairs = {(row[1], row[5]) for row in rows}
     assert pairs == {("512", "256"), ("256", "512"), ("1024", "512")}
-    cosines = [row[HEAD.index("cosine")] for row in rows]
+    cosines = [row[MATCH_HEAD.index("cosine")] for row in rows]
     assert cosines == sorted(cosines, reverse=True)
     assert match_rows(pd.DataFrame()) == []
     assert flow_figures(pd.DataFrame()) == {}

@@ -33,7 +33,7 @@ def test_a_sentence_per_probe_on_the_cell_chosen_on_train(done: pd.DataFrame) ->
     assert dense.startswith(
         "whole stream, logistic: held-out AUROC 0.900 [0.850, 0.940] at layer 3"
     )
-    assert "+0.200 [0.100, 0.300] against the text alone; 0.900 to 0.930 over 2 cells" in dense
+    assert "+0.200 [0.100, 0.300] against the text alone; 0.900 to 0.930 over the sweep (" in dense
     assert "against the text alone" not in surface
     assert probe_columns(done)["probe/dense_auroc_test"] == "AUROC: whole stream, logistic"
 
