@@ -50,8 +50,14 @@ def test_twelve_trials_find_the_best_cell_of_the_grid(tmp_path: Path) -> None:
     values = [t.value for t in trials(tmp_path) if t.value is not None]
     assert max(values) == oracle.max()
     best = table.loc[table[OBJECTIVE].idxmax()]
-    assert f"best of 12 cells: {oracle.max():g} at " in said.out
+    assert (
+        f"Of 12 cells of the search, cell {best['cell']} has the largest {OBJECTIVE}: " in said.out
+    )
     assert best["coefficient"] > 0
+    assert table.loc[table["is_best"], "cell"].tolist() == [best["cell"]]
+    plan = json.loads((tmp_path / "sweep/plan.json").read_text())
+    assert plan["search"]["best"]["cell"] == best["cell"]
+    assert plan["search"]["best"]["value"] == oracle.max()
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[bytes]:

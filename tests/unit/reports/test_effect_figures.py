@@ -140,3 +140,16 @@ def test_the_number_of_observations_is_of_entities(tmp_path: Path, unit: str) ->
     )
     alike = observed_on(SavedRun(tmp_path), row | {"refusal_n_prompts": 20}, "refusal")
     assert alike == f"20 known {unit}"
+
+
+def test_a_dose_curve_begins_at_the_baseline_where_0_was_not_run(tmp_path: Path) -> None:
+    run(tmp_path)
+    for coefficients, value in (([0.0, 0.6, 0.9], 0.8), ([0.6, 0.9], 0.75)):
+        rows = summary()
+        rows.loc[rows["role"] == "baseline", "refusal"] = 0.75
+        rows = rows[(rows["role"] == "baseline") | rows["coefficient"].isin(coefficients)]
+        rows.to_parquet(tmp_path / "effects_summary.parquet")
+        figures = effect_figures(SavedRun(tmp_path))
+        for name in ("effect_known_group", "dose_response_refusal"):
+            (curve,) = (t for t in figures[name].data if t.name == "the 2 'known' latents")
+            assert dict(zip(curve.x, curve.y, strict=True)) == {0: value, 0.6: 0.3, 0.9: 0.2}

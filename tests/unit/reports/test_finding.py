@@ -65,9 +65,9 @@ def sentences(run: SavedRun) -> list[str]:
 
 def test_the_headline_is_a_sentence_per_direction_and_the_setting(tmp_path: Path) -> None:
     known = (
-        f"{KNOWN_FINDING}, and adding the 2 'known' latents to unknown prompts (coefficient 0.6, n "
-        "= 20) lowers the refusal rate from 0.80 to 0.30 [0.20, 0.30], below all its controls (rank "
-        "p = 0.02)."
+        f"{KNOWN_FINDING}, and adding the 2 'known' latents to unknown prompts (coefficient 0.6, "
+        "n = 20) lowers the refusal rate from 0.80 to 0.30 [0.20, 0.30], below all its controls "
+        "(rank p = 0.02)."
     )
     assert headline(run(tmp_path)).splitlines() == [known, UNKNOWN_FINDING, SETTING]
     assert findings(tmp_path) == [known, UNKNOWN_FINDING, SETTING, KNOWN, UNKNOWN, FOUND]

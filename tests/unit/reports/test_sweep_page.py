@@ -62,7 +62,8 @@ def test_the_cell_that_stands_out_on_train_is_reported_by_its_test_value(tmp_pat
     assert findings(cells_table(tmp_path), tmp_path) == [
         "Adding 'unknown' latents to prompts raises refusal from 0.30 to 0.50 [0.40, 0.60] (n = "
         "40) at layer 2, coefficient 2 (chosen on train prompts), against 0.10 to 0.40 for its "
-        "controls (rank p = 0.02, 0.04 after Holm over 3 tests); 2 of 3 cells differ from their controls."
+        "controls (rank p = 0.02, 0.04 after Holm over 3 tests); 2 of 3 cells differ from their "
+        "controls."
     ]
     assert findings(cells_table(tmp_path)) == []
 
