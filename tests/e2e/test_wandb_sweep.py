@@ -67,6 +67,7 @@ def test_every_cell_is_a_run_with_a_name_of_its_own_in_one_group(
     (group,) = {run["group"] for run in wandb_runs(swept.sweep)}
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d · sweep", group)
     assert (swept.out + swept.err).count("wandb sync") == 1
+    assert "wandb sync" in swept.out.strip().splitlines()[-1]
 
 
 def test_layer_width_and_coefficient_are_plain_numbers_of_the_config(
