@@ -117,6 +117,22 @@ def read_plan(folder: Path) -> dict[str, Any]:
         return {}
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """Files that a run read or wrote, for trackers that record which run used what."""
+
+    name: str
+    type: str
+    """store, sae, results or sweep."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Name in the artifact -> file; these are uploaded."""
+    reference: Path | None = None
+    """A folder or file that is recorded by its path alone, however large it is."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_input: bool = False
+    """Whether the run read it rather than wrote it."""
+
+
 def check_result(value: Any, component: str) -> None:
     """Raise ConfigError where a custom component returned something else."""
     if not isinstance(value, Result):
