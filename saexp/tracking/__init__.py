@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from saexp import registry
 from saexp.config import TrackerConfig
@@ -26,36 +26,37 @@ log = logging.getLogger(__name__)
 Metrics = Mapping[str, float | int | None]
 
 
-class Recorder(Protocol):
-    """Records one open run."""
+class Recorder:
+    """Records one open run; what a subclass does not define, it does not record."""
 
     def metrics(self, values: Metrics) -> None:
         """Record the run's final numbers."""
-        ...
 
     def series(self, axis: str, values: Metrics) -> None:
         """Record a point of a series; `values[axis]` is where on the x-axis it is."""
-        ...
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
-        ...
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
-        ...
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files that the run read or wrote."""
-        ...
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
-        ...
 
 
-class Tracker(Recorder, Protocol):
-    """Records one run, after `start`."""
+class NullTracker(Recorder):
+    """Records nothing; the base of the others, which record one run after their `start`."""
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        self.cfg = cfg
+
+    @staticmethod
+    def check(cfg: TrackerConfig) -> None:
+        """Raise ConfigError for what would make every start fail: a package, a key, a mode."""
 
     def start(
         self,
@@ -68,21 +69,6 @@ class Tracker(Recorder, Protocol):
         sweep: Path | None,
     ) -> None:
         """Open the run; `sweep` is the folder of the sweep that it belongs to."""
-        ...
-
-
-class NullTracker(Tracker):
-    """Records nothing: the methods that a tracker does not define do nothing."""
-
-    def __init__(self, cfg: TrackerConfig) -> None:
-        self.cfg = cfg
-
-    @staticmethod
-    def check(cfg: TrackerConfig) -> None:
-        """Raise ConfigError for what would make every start fail: a package, a key, a mode."""
-
-    def start(self, **_: Any) -> None:
-        """Do nothing."""
 
 
 class JsonlTracker(NullTracker):
@@ -400,7 +386,7 @@ def _require_package(kind: str) -> None:
         )
 
 
-class Guarded:
+class Guarded(Recorder):
     """Started trackers, each of which records everything.
 
     The errors of a tracker become one warning, so that they never end the run.
@@ -472,7 +458,7 @@ def start(
     started: dict[str, Recorder] = {}
     try:
         for kind in _kinds(cfg):
-            tracker: Tracker = registry.build("tracker", replace(cfg, kind=kind))
+            tracker = registry.build("tracker", replace(cfg, kind=kind))
             tracker.start(
                 folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
             )
