@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from saexp.config import RunConfig
 from saexp.errors import ConfigError, StoreError
 from saexp.registry import did_you_mean, is_builtin
+from saexp.registry import names as registered
 
 log = logging.getLogger(__name__)
 
@@ -176,13 +177,19 @@ def check_objective(cfg: RunConfig) -> None:
         if outcome not in outcomes:
             raise ObjectiveError(
                 f"objective={name}: {outcome} is not among the run's outcomes; "
-                f"{did_you_mean(outcome, outcomes)}, or type 'intervention.outcomes=[{outcome}]'"
+                + (
+                    f"type 'intervention.outcomes=[{outcome}]'"
+                    if outcome in registered("outcome")
+                    else did_you_mean(outcome, outcomes)
+                )
             )
         if not condition:
             raise ObjectiveError(f"objective={name} lacks a condition; type e.g. {_EXAMPLES}")
     data = cfg.dataset.groups or (["known", "unknown"] if cfg.dataset.name == "entities" else [])
     of_group = group == "contrast" and re.match(r"(best|strongest|n_selected)_", rest)
-    of_group = of_group or (group == "effect" and not about.latents and condition != "control_mean")
+    of_group = of_group or (
+        group == "effect" and isinstance(about.latents, str) and condition != "control_mean"
+    )
     if (
         data
         and of_group

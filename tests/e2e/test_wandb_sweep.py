@@ -169,7 +169,7 @@ def shown(panels: list[Panel]) -> set[str]:
 def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
     swept: Said, folder: Path, runs: list[dict[str, Any]], with_list: dict[str, Any]
 ) -> None:
-    found = sections(keys_of_folder(swept.sweep))
+    found = sections(keys_of_folder(swept.sweep)[0])
     names = ["Overview", "Dose-response", "Grid", "SAE quality", "Tables"]
     assert [section.name for section in found] == names
     logged = set().union(*(run["summary"] for run in [*runs, with_list]))
@@ -179,7 +179,7 @@ def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
     ]
     assert {p.kind for p in panels} == {"scatter", "bar", "parallel", "importance", "table"}
     assert shown(panels) <= logged
-    listed = sections(keys_of_folder(folder / "listed"))
+    listed = sections(keys_of_folder(folder / "listed")[0])
     lines = [p for section in listed for p in section.panels if p.kind == "line"]
     history = {key for row in with_list["history"] for key in row}
     assert lines
@@ -205,7 +205,7 @@ def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     pytest.importorskip("wandb_workspaces")
     from saexp.tasks.saved_runs import build, build_report
 
-    found = sections(keys_of_folder(swept.sweep))
+    found = sections(keys_of_folder(swept.sweep)[0])
     view = build(found, entity="e", project="p", name="n")
     assert [(s.name, len(s.panels)) for s in view.sections] == [
         (s.name, len(s.panels)) for s in found
