@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from glob import escape, glob
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -31,7 +32,7 @@ from saexp.config import (
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import Stopping, exit_code, message, raise_if_stopped, stoppable, stoppable_cell
 from saexp.distributed import check_command, launched, prints_error, quiet_folder
-from saexp.errors import SaexpError, StoreError, counted
+from saexp.errors import ConfigError, SaexpError, StoreError, counted
 from saexp.files import SWEEP_FOLDER, cannot_write_run, write_error, write_text
 from saexp.registry import FULL_ERROR, explained, load_plugins, wants_traceback
 
@@ -256,15 +257,17 @@ def main() -> None:
     before = os.environ.get(FULL_ERROR)
     _traceback_wanted = wants_traceback()
     words, lists_options = sys.argv[1:], not {"--help", "-h"}.isdisjoint(sys.argv[1:])
+    # The list of options does not depend on settings.
+    flags = [w for w in words if w.startswith("-") or "=" not in w]
     try:
+        if not {"--shell-completion", "-sc"}.isdisjoint(words) and _completes_path(words):
+            return
         check_command(words)
         load_plugins(plugins_in(words))
         register_schema(only_names=lists_options)
+        sys.argv[1:] = flags if lists_options else for_hydra(options_first(words))
     except SaexpError as error:
         _fail(error)
-    # The list of options does not depend on settings.
-    flags = [w for w in words if w.startswith("-") or "=" not in w]
-    sys.argv[1:] = flags if lists_options else for_hydra(options_first(words))
     OmegaConf.register_new_resolver("saexp_cell", cell_folder, replace=True)
     # Without this variable Hydra would print a shortened traceback instead of raising the error.
     os.environ[FULL_ERROR] = "1"
@@ -282,6 +285,38 @@ def main() -> None:
             os.environ.pop(FULL_ERROR, None)
         else:
             os.environ[FULL_ERROR] = before
+
+
+_PATH = re.compile(r"(?:.*\s)?(\+{0,2}(?:[\w.]+\.)?(?:path|cache_dir|dir)=)(\S*)", re.DOTALL)
+"""The end of a command line at which the shell completes a path."""
+_OF_FILES = re.compile(r"\+{0,2}(?!task\.)\w+\.path=")
+"""Keys that name a file or a folder; the others name a folder."""
+
+
+def _completes_path(words: Sequence[str]) -> bool:
+    """Whether a shell asks for the paths that complete its line, which are printed then.
+
+    Hydra completes those that begin with `.` or `/`. Raises ConfigError where no shell asks.
+    """
+    # The completion belongs to the program, also where python -m saexp prints it.
+    sys.argv[0] = "saexp"
+    if not any(word.startswith("query=") for word in words):
+        return False
+    if "COMP_LINE" not in os.environ:
+        raise ConfigError(
+            "-sc query= is for a shell, which sets COMP_LINE; type eval "
+            '"$(saexp -sc install=bash)" to complete groups, options and keys'
+        )
+    match = _PATH.fullmatch(os.environ["COMP_LINE"])
+    if match is None:
+        return False
+    key, typed = match.groups()
+    paths = [Path(path) for path in glob(f"{escape(os.path.expanduser(typed))}*")]
+    folders = [f"{path}/" for path in paths if path.is_dir()]
+    files = [str(path) for path in paths if path.is_file() and _OF_FILES.fullmatch(key)]
+    # The shell splits the answer at blanks.
+    print(*(f"{key}{path}" for path in sorted([*folders, *files]) if not re.search(r"\s", path)))
+    return True
 
 
 def _until_stopped(stopping: Stopping) -> None:

@@ -3,14 +3,17 @@
 import importlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saexp.config import RunConfig
 from saexp.errors import ConfigError, StoreError
-from saexp.registry import did_you_mean
+from saexp.registry import did_you_mean, is_builtin
+from saexp.registry import names as registered
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,87 @@ def read_plan(folder: Path) -> dict[str, Any]:
         return {}
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """Files that a run read or wrote, for trackers that record which run used what."""
+
+    name: str
+    type: str
+    """store, sae, results or sweep."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Name in the artifact -> file; these are uploaded."""
+    reference: Path | None = None
+    """A folder or file that is recorded by its path alone, however large it is."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_input: bool = False
+    """Whether the run read it rather than wrote it."""
+
+
+class ObjectiveError(ConfigError):
+    """`objective=` is not a metric of the run, nor of any other run with such a config."""
+
+
+_OF_EVERY_ANALYSIS = ("collection", "check", "sparsity", "reconstruction", "power")
+_OF_CAUSAL_TESTS = ("effect", "intervention", "baseline", "placebo")
+_OF_ANALYZERS = ("contrast", "probe", "stats", "top_features", "capability")
+"""Groups of the metrics that runs of task=analyze have, the last named after their analyzers."""
+
+
+def check_objective(cfg: RunConfig) -> None:
+    """Raise ObjectiveError for an `objective` that the run cannot have, as its config shows.
+
+    That is a metric of another analyzer or outcome, of a causal test that is not run, or of groups
+    that the data do not have. Other misspelt names are only noticed when the run has its metrics.
+    """
+    name = cfg.objective
+    if name is None:
+        return
+    group, _, rest = name.partition("/")
+    if not rest:
+        raise ObjectiveError(f"objective={name} is not the name of a metric; type e.g. {_EXAMPLES}")
+    if cfg.task.name != "analyze" or cfg.analyzer.name not in _OF_ANALYZERS:
+        return
+    about = cfg.intervention
+    if about.name == "none" and group in _OF_CAUSAL_TESTS:
+        raise ObjectiveError(
+            f"objective={name} needs a causal test, and this run has intervention=none; type e.g. "
+            "intervention=steer"
+        )
+    groups = [*_OF_EVERY_ANALYSIS, cfg.analyzer.name, *_OF_CAUSAL_TESTS]
+    if group not in groups:
+        raise ObjectiveError(
+            f"objective={name}: this run has no metrics {group}/…; {did_you_mean(group, groups)}"
+        )
+    outcome, _, condition = rest.partition("/")
+    if group == "effect" and is_builtin("intervention", about.name):
+        outcomes = [*about.outcomes, *(about.alternatives or []), "attention"]
+        if outcome not in outcomes:
+            raise ObjectiveError(
+                f"objective={name}: {outcome} is not among the run's outcomes; "
+                + (
+                    f"type 'intervention.outcomes=[{outcome}]'"
+                    if outcome in registered("outcome")
+                    else did_you_mean(outcome, outcomes)
+                )
+            )
+        if not condition:
+            raise ObjectiveError(f"objective={name} lacks a condition; type e.g. {_EXAMPLES}")
+    data = cfg.dataset.groups or (["known", "unknown"] if cfg.dataset.name == "entities" else [])
+    of_group = group == "contrast" and re.match(r"(best|strongest|n_selected)_", rest)
+    of_group = of_group or (
+        group == "effect" and isinstance(about.latents, str) and condition != "control_mean"
+    )
+    if (
+        data
+        and of_group
+        and not any(re.search(rf"(^|[_/]){re.escape(g)}(_|$)", rest) for g in data)
+    ):
+        raise ObjectiveError(f"objective={name} names no group of the data ({', '.join(data)})")
+
+
+_EXAMPLES = "objective=effect/refusal/unknown_group or objective=contrast/best_auroc_unknown_test"
+
+
 def check_result(value: Any, component: str) -> None:
     """Raise ConfigError where a custom component returned something else."""
     if not isinstance(value, Result):
@@ -143,13 +227,19 @@ class Result:
         """The metric of this name; NaN where it could not be computed, with a warning.
 
         Without a causal test there are no effects: where no latent was selected, an effect is NaN.
-        Raises ConfigError for a name that no metric has.
+        Raises ObjectiveError for a name that no metric has.
         """
         value = self.metrics.get(name)
         group = name.partition("/")[0]
         is_absent = group == "effect" and not any(n.startswith("effect/") for n in self.metrics)
         if name not in self.metrics and not is_absent:
-            raise ConfigError(f"objective: no metric '{name}'; {did_you_mean(name, self.metrics)}")
+            of_group = [n for n in self.metrics if n.startswith(f"{group}/")]
+            groups = dict.fromkeys(f"{n.partition('/')[0]}/…" for n in self.metrics)
+            near = did_you_mean(name, self.metrics)
+            hint = (
+                near if near.startswith("did") else f"choose from {', '.join(of_group or groups)}"
+            )
+            raise ObjectiveError(f"objective: no metric '{name}'; {hint}")
         if value is None:
             log.warning("objective: %s could not be computed", name)
             return float("nan")

@@ -367,15 +367,15 @@ class StoredValues:
         return self._mapped[index]
 
     def __getitem__(
-        self, rows: Shaped[Tensor, " n"] | Shaped[np.ndarray, " n"] | slice
+        self, rows: Shaped[Tensor, "..."] | Shaped[np.ndarray, "..."] | Sequence[int] | slice | int
     ) -> Float[Tensor, "m width"]:
         """The values at row numbers (not negative), a mask, or a slice, in the order of `rows`.
 
         A copy, or for a slice of step 1 within one shard a view of the memory-mapped file. Raises
-        IndexError for a row that there is not.
+        IndexError for a row that there is not, and for other indices.
         """
         if not isinstance(rows, slice):
-            return self._gather(self._row_numbers(np.asarray(rows)))
+            return self._gather(self._row_numbers(rows))
         start, stop, step = rows.indices(len(self))
         index = start // self._shard_rows
         if step == 1 and start < stop <= self.bounds[index][1]:
@@ -383,7 +383,18 @@ class StoredValues:
             return self.shard(index)[start - first : stop - first]
         return self._gather(np.arange(start, stop, step))
 
-    def _row_numbers(self, rows: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    def _row_numbers(self, indices: Any) -> Int[np.ndarray, " m"]:
+        is_tuple = isinstance(indices, tuple)
+        rows = np.empty((0, 0)) if is_tuple else np.asarray(indices)
+        if rows.shape == (0,):
+            # An empty list has no integers that numpy could see.
+            rows = rows.astype(np.int64)
+        if rows.ndim != 1 or rows.dtype.kind not in "biu":
+            what = "several" if is_tuple else f"{rows.ndim}-d {rows.dtype}"
+            raise IndexError(
+                f"{what} indices; type row numbers in one dimension, such as values[[3]], a mask, "
+                "or a slice"
+            )
         if rows.dtype == bool:
             if len(rows) != len(self):
                 raise IndexError(f"a mask of {len(rows)} values for {len(self)} rows")

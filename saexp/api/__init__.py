@@ -26,8 +26,7 @@ from saexp.config import (
     to_run_config,
     to_tracker_config,
 )
-from saexp.config.environment import as_typed, masked, one_of
-from saexp.config.groups import PLACES
+from saexp.config.environment import as_typed, masked
 from saexp.config.run import conf_folder, for_hydra, plugins_in
 from saexp.context import ObjectCache, RunContext
 from saexp.digests import remember_in
@@ -46,7 +45,7 @@ from saexp.pipeline.run_folder import (
 from saexp.registry import load_plugins
 from saexp.results import Result, check_result
 from saexp.saes.training_pass import trainings_to_share
-from saexp.sweeps import group_of, run_name, tracked_config
+from saexp.sweeps import check_before, group_of, run_name, tracked_config
 from saexp.sweeps.passes import hookpoints_to_prefetch, record_rates
 from saexp.tracking import Recorder
 
@@ -54,12 +53,6 @@ log = logging.getLogger(__name__)
 
 _composing = threading.Lock()
 """Hydra composes one config at a time per process."""
-
-_USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
-"""Tasks that use the group `positions`."""
-
-_USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
-"""Tasks that use the group `dataset`; what a custom task uses is not known."""
 
 N_TRACKED_ROWS = 10_000
 """Rows of a tracked table; the file in the run's folder has all."""
@@ -154,7 +147,7 @@ def _run(
         earlier = finished.find_finished(cfg, key, folder)
         if earlier is not None and finished.reuse(cfg, earlier, folder, finished.inputs(cfg)):
             return _reused(cfg, earlier.folder, folder, sweep)
-    _require_components(cfg)
+    check_before(cfg)
     # Before the imports of the task, because W&B inspects every module that is loaded.
     tracker = _start(cfg, folder, sweep)
     context = RunContext(
@@ -188,26 +181,6 @@ def _run(
     tracker.finish(0)
     result.path = folder
     return result
-
-
-def _require_components(cfg: RunConfig) -> None:
-    """Raise ConfigError if a component that the task uses does not exist."""
-    task = cfg.task.name
-    registry.require("task", task)
-    if task in _USES_DATASET:
-        registry.require("dataset", cfg.dataset.name)
-    if task in _USES_POSITIONS:
-        registry.require("positions", cfg.positions.name)
-    if task != "analyze":
-        return
-    registry.require("analyzer", cfg.analyzer.name)
-    if cfg.intervention.name == "none":
-        return
-    registry.require("intervention", cfg.intervention.name)
-    for outcome in [*cfg.intervention.outcomes, *(cfg.intervention.alternatives or [])]:
-        registry.require("outcome", outcome)
-    positions = (n for n in registry.names("positions") if n not in PLACES)
-    one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))
 
 
 def _reused(cfg: RunConfig, earlier: Path, folder: Path, sweep: Path | None) -> Result:

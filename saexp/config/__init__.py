@@ -37,6 +37,7 @@ from saexp.config.environment import (
 from saexp.config.groups import CorpusConfig, DatasetConfig, InterventionConfig, WikidataConfig
 from saexp.config.run import (
     RunConfig,
+    group_options,
     known_keys,
     near_keys,
     register_schema,
@@ -128,6 +129,8 @@ def _explain(error: Exception) -> str:
         if group and error.options:
             line = f"{group}={option}: no such option; {did_you_mean(option, error.options)}"
             return line + (_launchers(error.options) if group == "hydra/launcher" else "")
+        if options := group_options(group):
+            return f"{group}={option}: no such option; {did_you_mean(option, options)}"
         return f"no config file {error.missing_cfg_file}; see python -m saexp --help"
     if isinstance(error, MissingMandatoryValue) or "Missing mandatory value" in text:
         key = _full_key(error) or text.rpartition(":")[2].strip()
@@ -153,6 +156,13 @@ def _explain(error: Exception) -> str:
         return (
             "a group takes the name of one of its options, such as model=gpt2; leave a group out "
             "to get its default (see python -m saexp --help)"
+        )
+    if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        key = match[1].partition("=")[0]
+        return f"~{key}: " + (
+            f"it cannot be removed; type {key}=null"
+            if key in known_keys()
+            else f"no key '{key}'; {near_keys(key)}"
         )
     if "does not support deletion" in text or "Interpolation key" in text:
         match = re.search(r"Interpolation key '([^']+)'", text)

@@ -273,7 +273,7 @@ def _own_settings(cls: type, base: type) -> DictConfig:
 
 _GROUPS = ("experiment", *_BASES)
 _ADDED_GROUP = re.compile(rf"\+{{1,2}}(?=(?:{'|'.join(_GROUPS)})=)")
-_LEFT_OUT_GROUP = re.compile(rf"~({'|'.join(_GROUPS)})")
+_LEFT_OUT_GROUP = re.compile(rf"~({'|'.join(_GROUPS)})(?:=[\w-]*)?")
 _FORMER_KEY = re.compile(rf"(?:{'|'.join(_FORMER_TASK_KEYS)})=")
 _TEMPLATE = re.compile(r"(\+{0,2}task\.(?:options\.)?templates\.[^=]+)=(.*)", re.DOTALL)
 
@@ -290,21 +290,34 @@ def for_hydra(words: Sequence[str]) -> list[str]:
     >>> for_hydra(["task.templates.book.creator=Who wrote {entity}?"])
     ['task.templates.book.creator="Who wrote {entity}?"']
     """
-    if not {"task=report", "task=workspace"}.isdisjoint(words):
+    if any(re.fullmatch(r"\+{0,2}task=(report|workspace)", word) for word in words):
         words = [
-            re.sub(r"^(?=(?:path|cells|dry_run|title|report)=)", "task.", word) for word in words
+            re.sub(r"^(\+{0,2})(?=(path|cells|dry_run|title|report)=)", r"\1task.", word)
+            for word in words
         ]
         words = [_with_quoted_path(word) for word in words]
     return [_for_hydra(word) for word in words]
 
 
 def _with_quoted_path(word: str) -> str:
-    """`task.path=` of a cell's folder, whose name holds overrides, in the quotes Hydra wants."""
-    key, _, value = word.partition("=")
-    is_plain = value[:1] not in ("'", '"')
-    if key != "task.path" or not is_plain or not ("=" in value or Path(value).exists()):
+    """`task.path=` in the quotes that Hydra wants around a cell's folder, whose name has overrides.
+
+    Of a sweep over folders each is quoted: `task.path=a,b`.
+    """
+    match = re.fullmatch(r"(\+{0,2}task\.path)=([^'\"].*)", word, re.DOTALL)
+    if not match:
         return word
-    return f'{key}="{value}"'
+    paths, rest = list[str](), match[2]
+    while rest:
+        # The longest that exists: a cell's name has commas too.
+        ends = [*(m.start() for m in re.finditer(",", rest)), len(rest)]
+        end = next((end for end in reversed(ends) if Path(rest[:end]).exists()), None)
+        if end is None:
+            paths = [match[2]] if "=" in match[2] else []
+            break
+        paths, rest = [*paths, rest[:end]], rest[end + 1 :]
+    quoted = ",".join('"' + path.replace('"', r"\"") + '"' for path in paths)
+    return f"{match[1]}={quoted}" if paths else word
 
 
 def _for_hydra(word: str) -> str:
@@ -316,13 +329,39 @@ def _for_hydra(word: str) -> str:
         if "{" in value and (starts_plain or value.lstrip().startswith("{entity}")):
             value = '"' + value.replace('"', r"\"") + '"'
         return f"{key}={value}"
-    if (left_out := _LEFT_OUT_GROUP.fullmatch(word)) and _has_none(left_out[1]):
+    if left_out := _LEFT_OUT_GROUP.fullmatch(word):
+        if "none" not in group_options(left_out[1]):
+            raise _without_option(word, left_out[1])
         return f"{left_out[1]}=none"
-    return _ADDED_GROUP.sub("", word)
+    word = _ADDED_GROUP.sub("", word)
+    group, _, value = word.partition("=")
+    listed = re.fullmatch(r"\[(.*)\]", value.strip())
+    if group in _BASES and listed and group not in ("store", "sweep"):
+        options = [option.strip() for option in listed[1].split(",") if option.strip()]
+        if not options:
+            raise _without_option(word, group)
+        if len(options) > 1 and group != "tracker":
+            raise ConfigError(
+                f"{word}: a run has one {group}; type -m {group}={','.join(options)} for a run of "
+                "each"
+            )
+    return word
 
 
-def _has_none(group: str) -> bool:
-    return (conf_folder() / group / "none.yaml").is_file()
+def group_options(group: str) -> list[str]:
+    """Names of a config group's options."""
+    plugins = [name for kind, name in registry.config_classes() if kind == group]
+    return sorted({*(f.stem for f in (conf_folder() / group).glob("*.yaml")), *plugins})
+
+
+def _without_option(word: str, group: str) -> ConfigError:
+    options = group_options(group)
+    if group == "experiment":
+        return ConfigError(f"{word}: leave it out; a run without an experiment is the default")
+    if "none" in options:
+        return ConfigError(f"{word} names no {group}; type {group}=none")
+    listed = ", ".join(options)
+    return ConfigError(f"{word}: a run needs the group {group}; type {group}=<one of {listed}>")
 
 
 def plugins_in(words: Sequence[str]) -> list[str]:

@@ -24,15 +24,14 @@ from saexp.config import (
 from saexp.config.run import WITHOUT_EFFECT
 from saexp.context import RunContext
 from saexp.digests import (
-    checksum_of,
     checksums,
     content_name,
     contents,
     difference,
     digest_of,
     file_sha256,
+    has_intact_seal,
     is_checksums,
-    read_sha256,
     sealed,
 )
 from saexp.errors import SaexpError, StoreError
@@ -297,7 +296,8 @@ def record(cfg: RunConfig, context: RunContext, key: str | None) -> None:
 
 def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
     """Add the folder to the index of finished runs."""
-    about = {"folder": str(folder.resolve()), "provenance": read_sha256(folder / PROVENANCE)}
+    content = json.loads((folder / PROVENANCE).read_text("utf-8"))
+    about = {"folder": str(folder.resolve()), "provenance": _without_pages(content)}
     try:
         if is_writable(cfg.cache_dir):
             write_json(entry, about)
@@ -305,25 +305,22 @@ def _index(cfg: RunConfig, entry: Path, folder: Path) -> None:
         log.warning("resume=true will not find this run: %s", error)
 
 
-def record_page(folder: Path, name: str) -> None:
-    """Record that a finished run's page was written again, so that the run can still be reused.
+def _without_pages(about: dict[str, Any]) -> str:
+    """Digest of a provenance.json without the checksums of pages, which are written again later."""
+    files = {name: sums for name, sums in about["files"].items() if Path(name).suffix != ".html"}
+    return digest_of(sealed(about | {"files": files}))
 
-    Where the page's content has changed, its checksum in provenance.json is replaced, and that of
-    provenance.json in the cache's index.
+
+def record_page(folder: Path, name: str) -> None:
+    """Record in provenance.json that a finished run's page was written again.
+
+    The run can still be reused: the cache's index does not depend on its pages.
     """
-    file = folder / PROVENANCE
-    content = file.read_bytes()
-    about, page = json.loads(content), checksums(folder, [name])
-    if about["files"] | page == about["files"]:
-        return
-    about["files"] |= page
-    write_json(file, sealed(about), option=RUN_FOLDER)
-    before = {"folder": str(folder.resolve()), "provenance": checksum_of(content)["sha256"]}
-    place = Path(about["config"]["cache_dir"]) / "finished"
-    for entry in sorted(place.glob(f"{about['fingerprint']}*.json")):
-        with suppress(OSError, ValueError):
-            if json.loads(entry.read_text("utf-8")) == before:
-                write_json(entry, before | {"provenance": read_sha256(file)})
+    about = json.loads((folder / PROVENANCE).read_bytes())
+    page = checksums(folder, [name])
+    if about["files"] | page != about["files"]:
+        about["files"] |= page
+        write_json(folder / PROVENANCE, sealed(about), option=RUN_FOLDER)
 
 
 class Finished(NamedTuple):
@@ -382,7 +379,7 @@ def _verified(cfg: RunConfig, entry: Path, key: str) -> Finished | None:
         content = (folder / PROVENANCE).read_bytes()
         about = _provenance(cfg, content, key)
         changed = difference(folder, about["files"])
-        if checksum_of(content)["sha256"] != known:
+        if _without_pages(about) != known or not has_intact_seal(about):
             changed = f"{PROVENANCE} was changed since it was written"
     except FileNotFoundError:
         changed = f"{PROVENANCE} is missing"

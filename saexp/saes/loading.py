@@ -20,6 +20,7 @@ from saexp.models.loading import LanguageModel
 from saexp.models.resolution import HUB_IDS, SHIPPED, pick_device
 from saexp.saes import SAESettings, SparseAutoencoder
 from saexp.saes.catalogue import (
+    Entry,
     fill_path,
     find_entry,
     format_of,
@@ -85,7 +86,7 @@ def load_sae_files(path: Path, stream: str | None, layer: Any, name: str) -> Spa
     if not path.exists():
         parts = path.parts
         if len(parts) < 2 or is_path(str(path)):
-            raise SAEError(f"sae.path={path}: no such folder or file")
+            raise _no_such_path(path)
         return _from_repo("/".join(parts[:2]), "/".join(parts[2:]), stream, layer)
     if path.name in (_GEMMA_SCOPE_2[1], _SAELENS[1], _SPARSIFY[1]):
         path = path.parent
@@ -208,7 +209,7 @@ _ONE_FACTOR = "expected_average_only_in"
 
 def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE of sae-lens' catalogue, from the hub or its local cache."""
-    entry = find_entry(cfg)
+    entry = _catalogued(cfg)
     metadata = {
         "name": f"{entry.release}/{entry.id}",
         "release": entry.release,
@@ -218,19 +219,39 @@ def load_release(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
         "expected_explained_variance": entry.expected_explained_variance,
         "chosen": entry.chosen,
     }
-    sae_format = format_of(entry)
-    # Before anything is downloaded.
-    _check_hookpoint(sae_format.streams(entry)[0], cfg.layer, cfg.stream, metadata["name"])
-    sae = sae_format.read(entry, metadata)
+    sae = format_of(entry).read(entry, metadata)
     if "fingerprint" not in sae.metadata:
         sae = sae.with_metadata(fingerprint=state_sha256(sae))
     return _finish(sae, cfg)
 
 
+def _catalogued(cfg: SAEConfig) -> Entry:
+    """The catalogue's entry, checked before anything is downloaded."""
+    entry = find_entry(cfg)
+    name = f"{entry.release}/{entry.id}"
+    _check_hookpoint(format_of(entry).streams(entry)[0], cfg.layer, cfg.stream, name)
+    return entry
+
+
+def check_exists(cfg: SAEConfig) -> None:
+    """Raise SAEError for an SAE that is not in the catalogue, does not ship, or whose path is not
+    there, as loading it would; reads no weights."""
+    if cfg.loader == "release":
+        _catalogued(cfg)
+    elif cfg.loader == "path":
+        _check_shipped(cfg)
+        path = fill_path(cfg).expanduser()
+        if not path.exists() and (len(path.parts) < 2 or is_path(str(path))):
+            raise _no_such_path(path)
+
+
+def _no_such_path(path: Path) -> SAEError:
+    return SAEError(f"sae.path={path}: no such folder or file")
+
+
 def load_path(cfg: SAEConfig, **_: Any) -> SparseAutoencoder:
     """An SAE from a folder or file; `{assets}`, `{layer}` … are filled in."""
-    if cfg.path and ("{assets}" in cfg.path or "{repository}" in cfg.path):
-        _check_shipped(cfg)
+    _check_shipped(cfg)
     return _finish(load_sae_files(fill_path(cfg), cfg.stream, cfg.layer, cfg.name), cfg)
 
 
@@ -255,7 +276,9 @@ def _hookpoints_of(
 
 
 def _check_shipped(cfg: SAEConfig) -> None:
-    """Raise SAEError, with the models, layers or widths that ship, for others."""
+    """Raise SAEError, with the models, layers or widths that ship, for others of a shipped SAE."""
+    if not cfg.path or not ("{assets}" in cfg.path or "{repository}" in cfg.path):
+        return
     models = _models_of(cfg.name)
     if cfg.model_name not in models:
         example = cfg.model_name if cfg.model_name in HUB_IDS else "gemmascope"

@@ -1,4 +1,4 @@
-"""Sweeps, and what their cells and other runs are called where they are tracked."""
+"""Sweeps, what is checked before runs, and what runs are called where they are tracked."""
 
 import contextlib
 import datetime
@@ -8,13 +8,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saexp.config import key_of, parse_width
-from saexp.config.environment import masked
+from saexp import registry, tracking
+from saexp.config import RunConfig, key_of, parse_width
+from saexp.config.environment import masked, one_of
+from saexp.config.groups import PLACES
 from saexp.errors import ConfigError
-from saexp.results import model_title, read_plan, sae_name
+from saexp.results import check_objective, model_title, read_plan, sae_name
 
 _LONGEST = 120
 """Characters of a tracked run's name; W&B accepts 128."""
+
+
+_USES_POSITIONS = ("analyze", "collect", "dashboard", "train")
+"""Tasks that use the group `positions`."""
+
+_USES_DATASET = (*_USES_POSITIONS, "evaluate", "label")
+"""Tasks that use the group `dataset`; what a custom task uses is not known."""
+
+
+def check_before(cfg: RunConfig) -> None:
+    """Raise ConfigError for what the config alone shows to fail.
+
+    A component that the task uses and that does not exist, a tracker that cannot start, a metric
+    that the run does not have.
+    """
+    tracking.check(cfg.tracker)
+    check_objective(cfg)
+    task = cfg.task.name
+    registry.require("task", task)
+    if task in _USES_DATASET:
+        registry.require("dataset", cfg.dataset.name)
+    if task in _USES_POSITIONS:
+        registry.require("positions", cfg.positions.name)
+    if task != "analyze":
+        return
+    registry.require("analyzer", cfg.analyzer.name)
+    if cfg.intervention.name == "none":
+        return
+    registry.require("intervention", cfg.intervention.name)
+    for outcome in [*cfg.intervention.outcomes, *(cfg.intervention.alternatives or [])]:
+        registry.require("outcome", outcome)
+    positions = (n for n in registry.names("positions") if n not in PLACES)
+    one_of("intervention.where", cfg.intervention.where, (*PLACES, *positions))
 
 
 def swept_keys(sweep: Path) -> set[str]:

@@ -26,6 +26,7 @@ from saexp.config import (
     CorpusConfig,
     RunConfig,
     key_of,
+    one_line,
     parse_layers,
     to_run_config,
 )
@@ -43,8 +44,10 @@ from saexp.pipeline.collect import (
     neutral_request,
     resolve_bos,
 )
-from saexp.pipeline.objects import language_model, sparse_autoencoder
+from saexp.pipeline.objects import language_model, per_layer, sparse_autoencoder
 from saexp.results import SWEEP_PLAN, Result, read_plan
+from saexp.saes.loading import check_exists, hookpoints_of
+from saexp.sweeps import check_before
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +112,6 @@ def _hookpoints(
     own = {(n, cfg.sae.stream) for n in layers}
     one = not isinstance(cfg.layer, list)
     if one and not alone and cfg.sae.path and Path(cfg.sae.path).exists():
-        from saexp.saes.loading import hookpoints_of
-
         # The SAE's files decide what it reads. If they are damaged, the cell reports the error.
         with suppress(SaexpError):
             own = set(hookpoints_of(cfg.sae.path, cfg.layer, cfg.sae.stream))
@@ -211,11 +212,13 @@ class _PlannedPass:
     problem: str | None = None
 
 
-def show_plan(cells: Sequence[Sequence[str]], objects: ObjectCache) -> list[str]:
+def show_plan(
+    cells: Sequence[Sequence[str]], objects: ObjectCache, n_trials: int | None = None
+) -> list[str]:
     """Lines on what a sweep would compute: cells, tokens to forward, disk space and time.
 
-    Nothing is written. The model runs only where no earlier run has measured its rate: over some
-    of the texts, to measure it.
+    A search runs at most `n_trials` of the cells. Nothing is written. The model runs only where no
+    earlier run has measured its rate: over some of the texts, to measure it.
     """
     lines, todo = [], []
     fixed = [word for word in cells[0] if all(word in cell for cell in cells)]
@@ -224,15 +227,36 @@ def show_plan(cells: Sequence[Sequence[str]], objects: ObjectCache) -> list[str]
         varying = " ".join(word for word in words if len(cells) == 1 or word not in fixed)
         try:
             cfg = composed(words)
+            check_before(cfg)
             earlier = _finished(cfg)
+            if earlier is None:
+                _check_loadable(cfg, objects)
         except (*COMPOSITION_ERRORS, SaexpError) as error:
-            state = f"fails: {' '.join(str(error).split())}"
+            state = f"fails: {one_line(error)}"
         else:
             state = "to run" if earlier is None else f"finished in {earlier}, is reused"
             todo += [(words, cfg)] if earlier is None else []
         lines.append(f"  {number} {varying or '(as the others)'}: {state}")
-    head = f"dry run: {counted(len(cells), 'cell')}, {len(todo)} to run; nothing is written"
-    return [head, *lines, *_costs(todo, objects)]
+    head = [f"dry run: {counted(len(cells), 'cell')}, {len(todo)} to run; nothing is written"]
+    if n_trials is not None:
+        head.append(f"a search runs at most {n_trials} of these cells")
+    return [*head, *lines, *_costs(todo, objects, n_trials)]
+
+
+def _check_loadable(cfg: RunConfig, objects: ObjectCache) -> None:
+    """Raise the error of a model or SAE that the run could not load; reads no weights.
+
+    A model whose files are not on this machine is not checked.
+    """
+    task = cfg.task.name
+    if task not in _READS_TEXTS and task != "evaluate":
+        return
+    model = None if finished.model_content(cfg.model) is None else language_model(cfg, objects)
+    for cell in per_layer(cfg):
+        if model is not None and cell.layer is not None:
+            model.check_layer(int(cell.layer))
+        if task != "collect":
+            check_exists(cell.sae)
 
 
 def _finished(cfg: RunConfig) -> Path | None:
@@ -243,7 +267,9 @@ def _finished(cfg: RunConfig) -> Path | None:
     return None if earlier is None else earlier.folder
 
 
-def _costs(todo: Sequence[tuple[list[str], RunConfig]], objects: ObjectCache) -> list[str]:
+def _costs(
+    todo: Sequence[tuple[list[str], RunConfig]], objects: ObjectCache, n_trials: int | None
+) -> list[str]:
     if not todo:
         return ["tokens to forward: 0", "disk: 0 B", "time: results are copied, no model runs"]
     hookpoints = passes([words for words, _ in todo], objects)
@@ -269,7 +295,7 @@ def _costs(todo: Sequence[tuple[list[str], RunConfig]], objects: ObjectCache) ->
         f"disk: {show_bytes(total.n_bytes)} of activations{note}, {show_bytes(free)} are free at "
         f"{todo[0][1].cache_dir}",
     ]
-    return [*lines, *_times(planned_passes, [cfg for _, cfg in todo])]
+    return [*lines, *_times(planned_passes, [cfg for _, cfg in todo], n_trials)]
 
 
 def _values(needed: Lacking) -> tuple[int, int, int]:
@@ -331,8 +357,13 @@ def _lacking(
     return _PlannedPass(label, needed, cfg, request, model)
 
 
-def _times(planned_passes: Sequence[_PlannedPass], cfgs: Sequence[RunConfig]) -> list[str]:
-    """Lines on the time of the passes and of the cells, and where the rates come from."""
+def _times(
+    planned_passes: Sequence[_PlannedPass], cfgs: Sequence[RunConfig], n_trials: int | None
+) -> list[str]:
+    """Lines on the time of the passes and of the cells, and where the rates come from.
+
+    Of a search that of its slowest `n_trials` cells.
+    """
     total, lines = 0.0, []
     for one in planned_passes:
         if one.cfg is None or not one.needed.n_tokens:
@@ -344,22 +375,25 @@ def _times(planned_passes: Sequence[_PlannedPass], cfgs: Sequence[RunConfig]) ->
             f"  {one.label}: {duration_words(one.needed.n_tokens / rate)} at {rate:,.0f} tokens/s "
             f"(measured by {source})"
         )
-    kinds: dict[str, list[RunConfig]] = {}
-    for cfg in cfgs:
-        kinds.setdefault(_rate_keys(cfg)[1], []).append(cfg)
+    measured = [(cfg, _read_rates(cfg.cache_dir).get(_rate_keys(cfg)[1], [])) for cfg in cfgs]
+    measured.sort(key=lambda pair: max(pair[1], default=math.inf), reverse=True)
+    kinds: dict[str, list[list[float]]] = {}
+    for cfg, seconds in measured[:n_trials]:
+        kinds.setdefault(_rate_keys(cfg)[1], []).append(seconds)
     unknown = 0
-    for key, same in kinds.items():
-        seconds = _read_rates(same[0].cache_dir).get(key, [])
-        what = f"{counted(len(same), 'cell')} of {key.partition(':')[0]}"
+    for key, (seconds, *others) in kinds.items():
+        n = 1 + len(others)
+        what = f"{counted(n, 'cell')} of {key.partition(':')[0]}"
         if seconds:
-            total += len(same) * max(seconds)
+            total += n * max(seconds)
             each = f"at most {duration_words(max(seconds))} each (the slowest of "
             lines.append(f"  {what}: {each}{counted(len(seconds), 'earlier run')})")
         else:
-            unknown += len(same)
+            unknown += n
             lines.append(f"  {what}: not known, as no such run has finished with this cache")
     note = f" and {counted(unknown, 'cell')} whose time is not known" if unknown else ""
-    return [f"time: {duration_words(total)}{note}, one cell after another", *lines]
+    # Of a cell, parts may be in the cache.
+    return [f"time: at most {duration_words(total)}{note}, one cell after another", *lines]
 
 
 def _short_pass(one: _PlannedPass) -> float:

@@ -3,6 +3,7 @@ latents of the cells matched by direction and co-activation.
 """
 
 import logging
+import math
 import shlex
 import sys
 import time
@@ -35,10 +36,11 @@ from saexp.config import (
     RunConfig,
     SAEConfig,
     key_of,
+    one_line,
 )
 from saexp.config.environment import resolved
 from saexp.context import ObjectCache
-from saexp.errors import SAEError, SaexpError, StoreError, brief
+from saexp.errors import ConfigError, SAEError, SaexpError, StoreError, brief
 from saexp.files import SWEEP_FOLDER, write_json, write_table
 from saexp.models import Hookpoint
 from saexp.pipeline.objects import language_model, sparse_autoencoder
@@ -48,9 +50,9 @@ from saexp.reports.saved_run import SavedRun, cells_table
 from saexp.results import SWEEP_PLAN, read_plan
 from saexp.saes import SparseAutoencoder
 from saexp.saes.training_pass import TRAININGS, planned_trainings
-from saexp.sweeps import group_name, group_of
+from saexp.sweeps import check_before, group_name, group_of
 from saexp.sweeps.passes import composed, passes, show_plan
-from saexp.sweeps.search import is_search, visitable
+from saexp.sweeps.search import between, is_search, visitable
 
 log = logging.getLogger(__name__)
 
@@ -266,9 +268,13 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Write plan.json: all cells, for each set of texts the hookpoints that cells need, and the
         trainings that share a corpus."""
-        folder = Path(config.hydra.sweep.dir)
-        cells, search = _cells(config), is_search(config.hydra.sweeper)
-        _end_of_dry_run(cells, int(config.hydra.sweeper.n_trials) if search else None)
+        folder, search = Path(config.hydra.sweep.dir), is_search(config.hydra.sweeper)
+        with _ending_the_process():
+            cells = _cells(config)
+            _end_of_dry_run(cells, int(config.hydra.sweeper.n_trials) if search else None)
+            _check_cells(cells)
+            if search:
+                _check_fractions(_all_words(config))
         _reserve(folder)
         PROCESS.sweep = folder
         launcher = str(config.hydra.launcher.get("_target_", ""))
@@ -293,6 +299,34 @@ def _reserve(folder: Path) -> None:
         reserve(folder)
 
 
+def _check_cells(cells: Sequence[Sequence[str]]) -> None:
+    """Raise the error of all cells, if all have the same; others are reported by their cells."""
+    messages: list[str] = []
+    for cell in cells:
+        try:
+            check_before(composed(cell))
+            return
+        except (*COMPOSITION_ERRORS, SaexpError) as error:
+            messages.append(str(one_line(error)))
+        if messages[-1] != messages[0]:
+            return
+    if messages:
+        raise ConfigError(messages[0])
+
+
+def _check_fractions(words: Sequence[str]) -> None:
+    """Raise ConfigError where a search would choose fractions for a setting that takes none."""
+    for key, (start, end), cell in between(words):
+        try:
+            composed(cell)
+        except (*COMPOSITION_ERRORS, SaexpError) as error:
+            ends = f"{math.ceil(start)},{math.floor(end)}"
+            raise ConfigError(
+                f"{one_line(error)}; an interval chooses fractions: type 'int(interval({ends}))' "
+                f"or 'range({math.ceil(start)},{math.floor(end) + 1})' for {key}"
+            ) from error
+
+
 def _check_not_read(config: DictConfig, folder: Path) -> None:
     """Raise StoreError where the run would write into the run or sweep that its task reads."""
     path = config.task.get("path") if config.task.get("name") in ("report", "workspace") else None
@@ -308,7 +342,7 @@ def _ending_the_process() -> Iterator[None]:
     """Exit with one line and code 1; of other exceptions in a callback, Hydra only warns."""
     try:
         yield
-    except StoreError as error:
+    except SaexpError as error:
         # Later runs of this process are not cells of the sweep that could not begin.
         PROCESS.sweep = None
         sys.stderr.write(f"saexp: {error}\n")
@@ -334,10 +368,7 @@ def _end_of_dry_run(cells: Sequence[Sequence[str]], n_trials: int | None = None)
         with suppress(*COMPOSITION_ERRORS, SaexpError):
             if not composed(cell).sweep.dry_run:
                 return
-            lines = show_plan(cells, PROCESS.objects)
-            if n_trials is not None:
-                lines.insert(1, f"a search runs at most {n_trials} of these cells")
-            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.write("\n".join(show_plan(cells, PROCESS.objects, n_trials)) + "\n")
             sys.stdout.flush()
             raise SystemExit(0)
 
@@ -351,15 +382,19 @@ def _cells(config: DictConfig) -> list[list[str]]:
     # Hydra has no public function that expands a sweep into the overrides of its cells.
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    about = config.hydra.sweeper
-    fixed = [f"{k}={v}" for k, v in (about.get("params") or {}).items()]
+    about, words = config.hydra.sweeper, _all_words(config)
     if is_search(about):
-        return visitable([*fixed, *_words(config)])
+        return visitable(words)
     if not str(about._target_).endswith("BasicSweeper"):
         return []
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides([*fixed, *_words(config)])
-    return BasicSweeper.split_arguments(parsed, None)[0]
+    return BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
+
+
+def _all_words(config: DictConfig) -> list[str]:
+    """The overrides of a sweep: those of its sweeper's config, then those of the command."""
+    params = config.hydra.sweeper.get("params") or {}
+    return [*(f"{k}={v}" for k, v in params.items()), *_words(config)]
 
 
 def running() -> Path | None:

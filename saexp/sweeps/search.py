@@ -9,10 +9,10 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,7 +22,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from saexp.errors import ConfigError
+from saexp.errors import ConfigError, StoreError, brief
+from saexp.results import ObjectiveError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +69,47 @@ def is_search(sweeper: Any) -> bool:
 
 
 def visitable(words: Sequence[str]) -> list[list[str]]:
-    """Overrides of every cell that a search may visit; of an interval, only its two ends."""
+    """Overrides of every cell that a search may visit; of an interval, only its two ends.
+
+    Raises ConfigError for an interval that holds nothing.
+    """
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides(list(words))
     return [list(cell) for cell in itertools.product(*map(_values, parsed))]
+
+
+def between(words: Sequence[str]) -> Iterator[tuple[str, tuple[float, float], list[str]]]:
+    """(key, ends, overrides of a cell inside) of every interval that is searched in fractions."""
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides(list(words))
+    first = [_values(override)[0] for override in parsed]
+    for i, override in enumerate(parsed):
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            start, end = _ends(override)
+            if isinstance(start, float) and start < end:
+                inside = f"{override.get_key_element()}={start + 0.382 * (end - start)}"
+                yield (
+                    override.get_key_element(),
+                    (start, end),
+                    [*first[:i], inside, *first[i + 1 :]],
+                )
+
+
+def _ends(override: Override) -> tuple[float, float]:
+    """The ends of an interval. Raises ConfigError where nothing is between them."""
+    about, key = override.value(), override.get_key_element()
+    assert isinstance(about, IntervalSweep) and about.start is not None and about.end is not None
+    if about.start > about.end:
+        raise ConfigError(
+            f"{key}: the interval from {about.start:g} to {about.end:g} is empty; type "
+            f"{key}=interval({about.end:g},{about.start:g})"
+        )
+    if "log" in about.tags and about.start <= 0:
+        raise ConfigError(
+            f"{key}: a logarithmic interval begins above 0, not at {about.start:g}; type e.g. "
+            f"'{key}=tag(log,interval(0.01,{about.end:g}))'"
+        )
+    return about.start, about.end
 
 
 def _values(override: Override) -> list[str]:
@@ -77,9 +118,7 @@ def _values(override: Override) -> list[str]:
         return [f"{key}={override.get_value_element_as_str()}"]
     if override.is_discrete_sweep():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    interval = override.value()
-    assert isinstance(interval, IntervalSweep)
-    return [f"{key}={interval.start}", f"{key}={interval.end}"]
+    return [f"{key}={end}" for end in _ends(override)]
 
 
 @dataclass(frozen=True)
@@ -104,19 +143,15 @@ def _axis(override: Override) -> _Axis:
 
     key = override.get_key_element()
     if not override.is_discrete_sweep():
-        about = override.value()
-        assert isinstance(about, IntervalSweep)
-        whole = isinstance(about.start, int) and isinstance(about.end, int)
+        ends: Any = _ends(override)
+        tags = override.value().tags  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+        whole = all(isinstance(end, int) for end in ends)
         kind = IntDistribution if whole else FloatDistribution
-        ends: Any = (about.start, about.end)
-        if whole and not about.tags and abs(ends[1] - ends[0]) < _MOST_WORDS:
+        if whole and not tags and ends[1] - ends[0] < _MOST_WORDS:
             # As `range`: the search ends when all values have been visited.
-            values = range(ends[0], ends[1] + 1)
-            words = tuple(f"{key}={value}" for value in values)
-            if not words:
-                raise ConfigError(f"{key}: the interval from {ends[0]} to {ends[1]} is empty")
+            words = tuple(f"{key}={value}" for value in range(ends[0], ends[1] + 1))
             return _Axis(key, IntDistribution(0, len(words) - 1), words)
-        return _Axis(key, kind(*ends, log="log" in about.tags), None)
+        return _Axis(key, kind(*ends, log="log" in tags), None)
     # Indices of numbers in their order, so that the sampler learns from neighbours.
     words = _values(override)
     try:
@@ -173,7 +208,7 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         words = [*(f"{k}={v}" for k, v in self.settings.params.items()), *arguments]
         parsed = OverridesParser.create().parse_overrides(words)
-        if not any(o.get_key_element() == "objective" for o in parsed):
+        if not any(o.get_key_element() == "objective" and o.value() for o in parsed):
             raise ConfigError(
                 "hydra/sweeper=saexp_optuna needs a metric to optimise; type e.g. "
                 "objective=effect/refusal/unknown_group"
@@ -187,6 +222,9 @@ class OptunaSweeper(Sweeper):
             results = self.launcher.launch(cells, initial_job_idx=search.number(batch[0][0]))
             for (trial, _), result in zip(batch, results, strict=True):
                 error = search.tell(trial, result)
+                if isinstance(error, ObjectiveError):
+                    # No other cell has that metric either.
+                    raise error
                 errors += [error] if error is not None else []
         if search.best is None:
             log.warning("no cell has a value of the objective")
@@ -208,8 +246,35 @@ class _Search:
         if not self.axes:
             raise ConfigError("a search needs a swept key; type e.g. layer=0,1,2")
         self.study = self._opened()
+        self._failed = self._failed_before()
 
     def _opened(self) -> Any:
+        """The study in the folder, or a new one. Raises ConfigError, or StoreError if damaged."""
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            return self._checked()
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            path = self.folder / STUDY
+            raise StoreError(
+                f"{path} cannot be read ({brief(str(error), 100)}); remove the file, and the same "
+                "command starts the search again, which reuses what is finished"
+            ) from error
+
+    def _failed_before(self) -> "list[FrozenTrial]":
+        """The trials of an earlier start whose cells ended with an error, as their folders show."""
+        from optuna.trial import TrialState
+
+        def has_error(trial: "FrozenTrial") -> bool:
+            number = trial.user_attrs[_CELL]
+            folders = [*self.folder.glob(f"{number}_*"), self.folder / str(number)]
+            return any((folder / "error.txt").is_file() for folder in folders)
+
+        launched = self.launched.values()
+        return [t for t in launched if t.state == TrialState.FAIL and has_error(t)]
+
+    def _checked(self) -> Any:
         import optuna
 
         study = optuna.create_study(
@@ -239,7 +304,7 @@ class _Search:
 
     @property
     def launched(self) -> dict[str, Any]:
-        """Overrides of each cell -> its trial, in order; a repeated proposal has no cell."""
+        """Overrides of each cell -> its last trial, in order; a repeated proposal has no cell."""
         trials = [t for t in self.study.get_trials(deepcopy=False) if _CELL in t.user_attrs]
         trials.sort(key=lambda trial: trial.user_attrs[_CELL])
         return {" ".join(trial.user_attrs[_WORDS]): trial for trial in trials}
@@ -251,7 +316,8 @@ class _Search:
     def next_batch(self) -> list[tuple[int, list[str]]]:
         """(trial, overrides) of the cells to run next; empty at the end of the search.
 
-        First those that were running when an earlier process ended, one by one.
+        First those that were running when an earlier process ended, and those that failed then, one
+        by one.
         """
         from optuna.trial import TrialState
 
@@ -260,6 +326,8 @@ class _Search:
             if trial.state == TrialState.RUNNING:
                 log.info("running again: %s", words)
                 return [(trial.number, list(trial.user_attrs[_WORDS]))]
+        if self._failed:
+            return [self._again(self._failed.pop(0))]
         batch: list[tuple[int, list[str]]] = []
         while len(batch) < self.settings.n_jobs:
             cell = self._proposed()
@@ -268,6 +336,15 @@ class _Search:
             batch.append(cell)
         self._write_plan()
         return batch
+
+    def _again(self, failed: "FrozenTrial") -> tuple[int, list[str]]:
+        """A new trial of a failed one's cell, as Optuna's trials end once."""
+        self.study.enqueue_trial(failed.params)
+        trial = self.study.ask({axis.key: axis.distribution for axis in self.axes})
+        for name in (_WORDS, _CELL):
+            trial.set_user_attr(name, failed.user_attrs[name])
+        log.info("running again: %s", " ".join(failed.user_attrs[_WORDS]))
+        return trial.number, list(failed.user_attrs[_WORDS])
 
     def _proposed(self) -> tuple[int, list[str]] | None:
         """A new cell; a proposal that was run already gets its result without running again."""

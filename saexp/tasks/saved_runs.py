@@ -17,7 +17,7 @@ import pandas as pd
 from saexp.config import RunConfig
 from saexp.config.tasks import ReportConfig, WorkspaceConfig
 from saexp.context import RunContext
-from saexp.errors import ConfigError, SaexpError, brief
+from saexp.errors import ConfigError, SaexpError, brief, counted
 from saexp.files import RUN_FOLDER, write_json
 from saexp.pipeline.finished import record_page
 from saexp.pipeline.run_folder import (
@@ -147,18 +147,40 @@ def _training(series: frozenset[str]) -> Iterable[Panel]:
             yield Panel("line", name.removeprefix("train/"), (name,), x="train/tokens")
 
 
-def keys_of_folder(folder: Path) -> Keys:
-    """The keys that the runs in a sweep's or run's folder log, from their files.
+def keys_of_folder(folder: Path) -> tuple[Keys, list[str]]:
+    """The keys that a run or a sweep's cells log, from their files; notes on what is missing.
 
-    Raises ConfigError where no finished run is there.
+    Raises ConfigError where the folder is of neither, with those that are below it.
     """
-    cells = [file.parent for file in sorted(folder.rglob("metrics.json"))]
+    is_run = (folder / METRICS).is_file()
+    cells = [folder] if is_run else [f.parent for f in sorted(folder.glob(f"*/{METRICS}"))]
+    if not is_run and not _is_sweep(folder):
+        below = sorted({f.parent for f in folder.rglob(SWEEP_PLAN)})
+        below = below or sorted({f.parent for f in folder.rglob(METRICS)})
+        found = f"below it: {counted(len(below), 'sweep or run', 'sweeps or runs')}"
+        example = f"task.path={below[-1]}" if below else "task.path=outputs/sweeps/…"
+        raise ConfigError(
+            f"task.path={folder} is neither a sweep nor a run with results; "
+            f"{f'{found}; ' if below else ''}type the folder of one, such as {example}"
+        )
     if not cells:
-        raise ConfigError(f"task.path={folder}: no run is there; type the folder of a sweep or run")
+        raise ConfigError(f"task.path={folder}: no cell of the sweep has results; run it again")
     keys = Keys(tables=frozenset({"sweep"} if (folder / "sweep.parquet").is_file() else ()))
+    kinds: set[str] = set()
     for cell in cells:
         keys |= _keys_of_run(cell)
-    return keys
+        tracker = SavedRun(cell).config.get("tracker") or {}
+        kinds |= {tracker.get("kind") or "", *(tracker.get("kinds") or {})}
+    if "wandb" in kinds:
+        return keys, []
+    used = ", ".join(sorted(kinds - {""})) or "none"
+    note = f"{folder} was recorded with tracker={used}, so that W&B has no run of it to show"
+    return keys, [f"{note}; run it with tracker=wandb"]
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Whether a sweep of saexp wrote the folder."""
+    return any((folder / name).is_file() for name in (SWEEP_PLAN, "sweep.parquet"))
 
 
 def _keys_of_run(folder: Path) -> Keys:
@@ -270,7 +292,8 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
         )
     path = task.path
     folder = Path(path)
-    found = sections(keys_of_folder(folder) if folder.is_dir() else keys_of_project(path))
+    keys, notes = keys_of_folder(folder) if folder.is_dir() else (keys_of_project(path), [])
+    found = sections(keys)
     write_json(
         context.folder / "workspace.json", [asdict(section) for section in found], option=RUN_FOLDER
     )
@@ -280,7 +303,7 @@ def workspace(cfg: RunConfig, context: RunContext) -> Result:
         for section in found
         for panel in section.panels
     ]
-    result = Result(tables={"workspace": pd.DataFrame(rows)})
+    result = Result(tables={"workspace": pd.DataFrame(rows)}, notes=notes)
     if not task.dry_run:
         entity, project = cfg.tracker.entity, cfg.tracker.project
         if not folder.is_dir():
@@ -364,7 +387,7 @@ def report(cfg: RunConfig, context: RunContext) -> Result:
     if (folder / PROVENANCE).is_file():
         page, notes = _write_page(folder, context)
         return Result(tables={"pages": pd.DataFrame({"page": [str(page)]})}, notes=notes)
-    if not (folder / SWEEP_PLAN).is_file() and not any(folder.glob("*/.hydra")):
+    if not _is_sweep(folder):
         state = "holds neither a run nor a sweep" if folder.is_dir() else "does not exist"
         state = "is a file" if folder.is_file() else state
         raise ConfigError(

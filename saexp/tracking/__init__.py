@@ -1,20 +1,24 @@
 """Trackers: where a run's metrics, tables and figures are recorded."""
 
 import importlib
+import importlib.util
 import json
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from saexp import registry
 from saexp.config import TrackerConfig
 from saexp.errors import ConfigError
 from saexp.files import RUN_FOLDER, cannot_write
+from saexp.results import Artifact
+from saexp.tracking.outages import Call, within
 
 log = logging.getLogger(__name__)
 
@@ -22,52 +26,37 @@ log = logging.getLogger(__name__)
 Metrics = Mapping[str, float | int | None]
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """Files that a run read or wrote, for trackers that record which run used what."""
-
-    name: str
-    type: str
-    """store, sae, results or sweep."""
-    files: Mapping[str, Path] = field(default_factory=dict)
-    """Name in the artifact -> file; these are uploaded."""
-    reference: Path | None = None
-    """A folder or file that is recorded by its path alone, however large it is."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    is_input: bool = False
-    """Whether the run read it rather than wrote it."""
-
-
-class Recorder(Protocol):
-    """Records one open run."""
+class Recorder:
+    """Records one open run; what a subclass does not define, it does not record."""
 
     def metrics(self, values: Metrics) -> None:
         """Record the run's final numbers."""
-        ...
 
     def series(self, axis: str, values: Metrics) -> None:
         """Record a point of a series; `values[axis]` is where on the x-axis it is."""
-        ...
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
-        ...
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
-        ...
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files that the run read or wrote."""
-        ...
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
-        ...
 
 
-class Tracker(Recorder, Protocol):
-    """Records one run, after `start`."""
+class NullTracker(Recorder):
+    """Records nothing; the base of the others, which record one run after their `start`."""
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        self.cfg = cfg
+
+    @staticmethod
+    def check(cfg: TrackerConfig) -> None:
+        """Raise ConfigError for what would make every start fail: a package, a key, a mode."""
 
     def start(
         self,
@@ -80,35 +69,6 @@ class Tracker(Recorder, Protocol):
         sweep: Path | None,
     ) -> None:
         """Open the run; `sweep` is the folder of the sweep that it belongs to."""
-        ...
-
-
-class NullTracker:
-    """Records nothing."""
-
-    def __init__(self, cfg: TrackerConfig) -> None:
-        self.cfg = cfg
-
-    def start(self, **_: Any) -> None:
-        """Do nothing."""
-
-    def metrics(self, values: Metrics) -> None:
-        """Do nothing."""
-
-    def series(self, axis: str, values: Metrics) -> None:
-        """Do nothing."""
-
-    def table(self, name: str, table: Any) -> None:
-        """Do nothing."""
-
-    def figure(self, name: str, figure: Any) -> None:
-        """Do nothing."""
-
-    def artifact(self, artifact: Artifact) -> None:
-        """Do nothing."""
-
-    def finish(self, exit_code: int) -> None:
-        """Do nothing."""
 
 
 class JsonlTracker(NullTracker):
@@ -159,6 +119,11 @@ class TensorboardTracker(NullTracker):
     TensorBoard shows no plotly figures; they are in the run's report.
     """
 
+    @staticmethod
+    def check(cfg: TrackerConfig) -> None:  # noqa: ARG004
+        """Raise ConfigError without the package."""
+        _require_package("tensorboard")
+
     def start(
         self,
         *,
@@ -169,11 +134,9 @@ class TensorboardTracker(NullTracker):
         group: str | None,
         sweep: Path | None = None,  # noqa: ARG002
     ) -> None:
-        """Write name, group, job type, notes, tags and the config. Raises ConfigError."""
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard", error) from error
+        """Write name, group, job type, notes, tags and the config."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
         place = folder / "tensorboard"
         try:
             self.writer = SummaryWriter(str(place))
@@ -232,9 +195,25 @@ class MlflowTracker(NullTracker):
     """MLflow: a server or database named by MLFLOW_TRACKING_URI, else the folder `mlruns` of the
     run or of its sweep.
 
-    After its first error it records nothing more, so that a server that does not answer delays a
-    run once.
+    What the server refuses is left out. After errors that took `patience_seconds` together nothing
+    more is recorded but the end of the run, so that a server that does not answer delays a run
+    once.
     """
+
+    patience_seconds = 3.0
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        super().__init__(cfg)
+        self.client: Any = None
+        self.run: Any = None
+        self._lost_seconds = 0.0
+        self._names: dict[str, str] = {}
+        """Name of a metric or parameter -> the one that MLflow permits."""
+
+    @staticmethod
+    def check(cfg: TrackerConfig) -> None:  # noqa: ARG004
+        """Raise ConfigError without the package."""
+        _require_package("mlflow")
 
     def start(
         self,
@@ -248,14 +227,10 @@ class MlflowTracker(NullTracker):
     ) -> None:
         """Open a run in the experiment `tracker.project`, else MLFLOW_EXPERIMENT_NAME, else saexp.
 
-        Raises ConfigError without the package or a server that takes the run."""
+        Raises ConfigError without a server that takes the run."""
         for variable, value in _MLFLOW_VARIABLES.items():
             os.environ.setdefault(variable, value)
-        try:
-            self.mlflow = importlib.import_module("mlflow")
-        except ImportError as error:
-            raise _missing("mlflow", error) from error
-        self.failed = False
+        self.mlflow = importlib.import_module("mlflow")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or str((sweep or folder).resolve() / "mlruns")
         experiment = self.cfg.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "saexp"
         tags = dict.fromkeys(self.cfg.tags, "true") | {"job_type": job_type}
@@ -264,15 +239,17 @@ class MlflowTracker(NullTracker):
             "mlflow.note.content": self.cfg.notes or "",
         }
         try:
-            self.client: Any = self.mlflow.MlflowClient(tracking_uri=uri)
+            self.client = self.mlflow.MlflowClient(tracking_uri=uri)
             self.run = self.client.create_run(
                 self._experiment(experiment), run_name=self.cfg.name or name, tags=tags
             ).info.run_id
-            entities = self.mlflow.entities
-            params = [entities.Param(k, str(v)[:_N_CHARACTERS]) for k, v in _flat(config).items()]
+            param, flat = self.mlflow.entities.Param, _flat(config)
+            params = [param(self._permitted(k), str(v)[:_N_CHARACTERS]) for k, v in flat.items()]
             for at in range(0, len(params), _N_PARAMS):
                 self.client.log_batch(self.run, params=params[at : at + _N_PARAMS])
         except (self.mlflow.MlflowException, OSError) as error:
+            if self.run is not None:
+                within(self.patience_seconds, lambda: self._terminate("FAILED"))
             server, reason = uri.rpartition("@")[2], brief(error)  # Without a password.
             raise ConfigError(
                 f"tracker=mlflow: {server} does not take the run ({reason.replace(uri, server)}); "
@@ -290,6 +267,16 @@ class MlflowTracker(NullTracker):
                 raise
             return existing.experiment_id
 
+    def _permitted(self, name: str) -> str:
+        """The name as MLflow permits it: the same for every point of a metric, and for no other."""
+        if name not in self._names:
+            parts = re.sub(r"[^/\w.\- ]", "_", name)[:_N_NAME].split("/")
+            words = "/".join(p for p in parts if p not in ("", ".", "..")) or "_"
+            while words in self._names.values():
+                words += "_"
+            self._names[name] = words
+        return self._names[name]
+
     def metrics(self, values: Metrics) -> None:
         """Record numbers at step 0."""
         self._numbers(finite(values), 0)
@@ -301,48 +288,58 @@ class MlflowTracker(NullTracker):
 
     def _numbers(self, values: Mapping[str, float | int], step: int) -> None:
         metric, now = self.mlflow.entities.Metric, int(time.time() * 1000)
-        records = [metric(name, float(value), now, step) for name, value in values.items()]
+        records = [metric(self._permitted(k), float(v), now, step) for k, v in values.items()]
         for at in range(0, len(records), _N_METRICS):
             part = records[at : at + _N_METRICS]
-            self._once(lambda part=part: self.client.log_batch(self.run, metrics=part))
+            self._attempt(lambda part=part: self.client.log_batch(self.run, metrics=part))
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame as an artifact that MLflow shows as a table."""
-        self._once(lambda: self.client.log_table(self.run, table, f"tables/{name}.json"))
+        self._attempt(lambda: self.client.log_table(self.run, table, f"tables/{name}.json"))
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure as a page."""
         text = figure.to_html(include_plotlyjs="cdn")
-        self._once(lambda: self.client.log_text(self.run, text, f"figures/{name}.html"))
+        self._attempt(lambda: self.client.log_text(self.run, text, f"figures/{name}.html"))
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files; what is recorded by its path alone becomes a tag."""
         place = f"artifacts/{artifact.name.replace('/', '-')}"
         for file in artifact.files.values():
-            self._once(lambda file=file: self.client.log_artifact(self.run, str(file), place))
+            self._attempt(lambda file=file: self.client.log_artifact(self.run, str(file), place))
         if artifact.reference is not None:
             tag = f"{'input' if artifact.is_input else 'output'}.{artifact.type}"
-            self._once(lambda: self.client.set_tag(self.run, tag, str(artifact.reference)))
+            self._attempt(lambda: self.client.set_tag(self.run, tag, str(artifact.reference)))
 
     def finish(self, exit_code: int) -> None:
         """Close the run as finished or failed."""
-        status = "FAILED" if exit_code else "FINISHED"
-        self._once(lambda: self.client.set_terminated(self.run, status))
+        end = Call(lambda: self._terminate("FAILED" if exit_code else "FINISHED"))
+        end.join(self.patience_seconds if self._is_lost else None)
+        if (error := end.result()[0]) is not None:
+            raise error
 
-    def _once(self, call: Callable[[], Any]) -> None:
-        if self.failed:
+    def _terminate(self, status: str) -> None:
+        self.client.set_terminated(self.run, status)
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._lost_seconds >= self.patience_seconds
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        if self._is_lost:
             return
+        began = time.monotonic()
         try:
             call()
         except Exception:
-            self.failed = True
+            self._lost_seconds += time.monotonic() - began
             raise
 
 
 _N_TEXT_ROWS = 50
 """Rows of a table that TensorBoard shows."""
-_N_METRICS, _N_PARAMS, _N_CHARACTERS = 1000, 100, 6000
-"""Limits of MLflow: numbers and parameters in one call, characters of a parameter."""
+_N_METRICS, _N_PARAMS, _N_CHARACTERS, _N_NAME = 1000, 100, 6000, 240
+"""Limits of MLflow: numbers and parameters in one call, characters of a parameter and a name."""
 _MLFLOW_VARIABLES = {
     # MLflow refuses to write to a folder without this, and its databases need more packages.
     "MLFLOW_ALLOW_FILE_STORE": "true",
@@ -381,90 +378,59 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _missing(kind: str, error: ImportError) -> ConfigError:
-    return ConfigError(
-        f"tracker={kind} needs a package that is not installed ({error}); type pip install "
-        f"'saexp[{kind}]'"
-    )
+def _require_package(kind: str) -> None:
+    if importlib.util.find_spec(kind) is None:
+        raise ConfigError(
+            f"tracker={kind} needs the package {kind}, which is not installed; type pip install "
+            f"'saexp[{kind}]'"
+        )
 
 
-class Guarded:
-    """A started tracker whose errors become one warning, so that they never end the run."""
+class Guarded(Recorder):
+    """Started trackers, each of which records everything.
 
-    def __init__(self, tracker: Tracker, name: str) -> None:
-        self._tracker, self._name = tracker, name
-        self._warned = False
+    The errors of a tracker become one warning, so that they never end the run.
+    """
 
-    def metrics(self, values: Metrics) -> None:
-        """Record numbers."""
-        self._attempt("metrics", lambda: self._tracker.metrics(values))
-
-    def series(self, axis: str, values: Metrics) -> None:
-        """Record a point of a series."""
-        self._attempt(f"a series over {axis}", lambda: self._tracker.series(axis, values))
-
-    def table(self, name: str, table: Any) -> None:
-        """Record a DataFrame."""
-        self._attempt(f"the table '{name}'", lambda: self._tracker.table(name, table))
-
-    def figure(self, name: str, figure: Any) -> None:
-        """Record a plotly figure."""
-        self._attempt(f"the figure '{name}'", lambda: self._tracker.figure(name, figure))
-
-    def artifact(self, artifact: Artifact) -> None:
-        """Record files that the run read or wrote."""
-        self._attempt(f"the artifact '{artifact.name}'", lambda: self._tracker.artifact(artifact))
-
-    def finish(self, exit_code: int) -> None:
-        """Close the run; 0 is success."""
-        self._attempt("the end of the run", lambda: self._tracker.finish(exit_code))
-
-    def _attempt(self, what: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if not self._warned:
-                log.warning(
-                    "tracker=%s did not record %s (%s); the run and its files are complete "
-                    "without it",
-                    *(self._name, what, brief(error)),
-                )
-            self._warned = True
-
-
-class Several:
-    """Several started trackers, each of which records everything."""
-
-    def __init__(self, trackers: Sequence[Recorder]) -> None:
-        self._trackers = trackers
+    def __init__(self, trackers: Mapping[str, Recorder]) -> None:
+        self._trackers, self._warned = trackers, set[str]()
 
     def metrics(self, values: Metrics) -> None:
         """Record the run's final numbers."""
-        self._each(lambda tracker: tracker.metrics(values))
+        self._each("metrics", lambda tracker: tracker.metrics(values))
 
     def series(self, axis: str, values: Metrics) -> None:
         """Record a point of a series."""
-        self._each(lambda tracker: tracker.series(axis, values))
+        self._each(f"a series over {axis}", lambda tracker: tracker.series(axis, values))
 
     def table(self, name: str, table: Any) -> None:
         """Record a DataFrame."""
-        self._each(lambda tracker: tracker.table(name, table))
+        self._each(f"the table '{name}'", lambda tracker: tracker.table(name, table))
 
     def figure(self, name: str, figure: Any) -> None:
         """Record a plotly figure."""
-        self._each(lambda tracker: tracker.figure(name, figure))
+        self._each(f"the figure '{name}'", lambda tracker: tracker.figure(name, figure))
 
     def artifact(self, artifact: Artifact) -> None:
         """Record files that the run read or wrote."""
-        self._each(lambda tracker: tracker.artifact(artifact))
+        self._each(f"the artifact '{artifact.name}'", lambda tracker: tracker.artifact(artifact))
 
     def finish(self, exit_code: int) -> None:
         """Close the run; 0 is success."""
-        self._each(lambda tracker: tracker.finish(exit_code))
+        self._each("the end of the run", lambda tracker: tracker.finish(exit_code))
 
-    def _each(self, call: Callable[[Recorder], None]) -> None:
-        for tracker in self._trackers:
-            call(tracker)
+    def _each(self, what: str, call: Callable[[Recorder], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                call(tracker)
+            except Exception as error:
+                if name not in self._warned:
+                    log.warning(
+                        "tracker=%s did not record %s (%s); the run and its files are complete "
+                        "without it",
+                        *(name, what, brief(error)),
+                    )
+                self._warned.add(name)
 
 
 def brief(error: BaseException) -> str:
@@ -488,13 +454,29 @@ def start(
     the run belongs to. Errors of the tracker's `start` are raised, before any work: they concern
     settings that the user can fix. Later errors are not, see `Guarded`.
     """
+    check(cfg)
+    started: dict[str, Recorder] = {}
+    try:
+        for kind in _kinds(cfg):
+            tracker = registry.build("tracker", replace(cfg, kind=kind))
+            tracker.start(
+                folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
+            )
+            started[kind] = tracker
+    except BaseException:
+        Guarded(started).finish(1)
+        raise
+    return Guarded(started)
+
+
+def check(cfg: TrackerConfig) -> None:
+    """Raise ConfigError for what would make every start of the trackers fail."""
+    for kind in _kinds(cfg):
+        target = registry.resolve("tracker", kind)
+        # A custom tracker need not have it.
+        getattr(target, "check", NullTracker.check)(replace(cfg, kind=kind))
+
+
+def _kinds(cfg: TrackerConfig) -> list[str]:
     # A kind that was typed by itself replaces those of the options.
-    kinds = [k for k, is_on in cfg.kinds.items() if is_on] if cfg.kind in cfg.kinds else [cfg.kind]
-    guarded = []
-    for kind in kinds:
-        tracker: Tracker = registry.build("tracker", replace(cfg, kind=kind))
-        tracker.start(
-            folder=folder, config=config, name=name, job_type=job_type, group=group, sweep=sweep
-        )
-        guarded.append(Guarded(tracker, kind))
-    return guarded[0] if len(guarded) == 1 else Several(guarded)
+    return [k for k, is_on in cfg.kinds.items() if is_on] if cfg.kind in cfg.kinds else [cfg.kind]

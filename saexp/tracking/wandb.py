@@ -79,10 +79,20 @@ def _seconds(name: str, default: float) -> float:
 class WandbTracker(NullTracker):
     """Weights & Biases; offline where no key is set or no server answers, never with a prompt."""
 
-    def __init__(self, cfg: TrackerConfig) -> None:
-        super().__init__(cfg)
+    @staticmethod
+    def check(cfg: TrackerConfig) -> None:
+        """Raise ConfigError for an unknown mode, and for the mode online without a key."""
         if cfg.mode not in (None, "online", "offline", "disabled"):
             raise ConfigError(f"tracker.mode={cfg.mode}: choose online, offline or disabled")
+        if (cfg.mode or os.environ.get("WANDB_MODE")) == "online" and not has_key():
+            source = "tracker.mode" if cfg.mode else "WANDB_MODE"
+            raise ConfigError(
+                f"{source}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
+                "first, or type tracker.mode=offline"
+            )
+
+    def __init__(self, cfg: TrackerConfig) -> None:
+        super().__init__(cfg)
         # W&B's telemetry waits 20 s at exit for a server that hangs.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -117,12 +127,6 @@ class WandbTracker(NullTracker):
         its sweep's folder continues its W&B run.
         """
         requested = self.cfg.mode or os.environ.get("WANDB_MODE")
-        if requested == "online" and not has_key():
-            source = "tracker.mode" if self.cfg.mode else "WANDB_MODE"
-            raise ConfigError(
-                f"{source}=online, but no W&B key is set; set WANDB_API_KEY or type wandb login "
-                "first, or type tracker.mode=offline"
-            )
         # W&B itself reads its variables only once in a process.
         env, self.in_sweep = os.environ.get, sweep is not None
         tags = [tag for tag in env("WANDB_TAGS", "").split(",") if tag]
@@ -352,11 +356,11 @@ class WandbTracker(NullTracker):
         else:
             run.join(None)
         error, ended_by_wandb = run.result()
-        if error is None and not self.outage:
-            return
         if error is None:
-            if not self.in_sweep:
-                log.warning("W&B: this run is recorded offline; %s", self._sync(folder))
+            # The end of a sweep says it for all of its runs.
+            if folder.name.startswith("offline-") and not self.in_sweep:
+                level = logging.WARNING if self.outage else logging.INFO
+                log.log(level, "W&B: this run is recorded offline; %s", self._sync(folder))
             return
         if not self.online:
             raise error

@@ -67,7 +67,9 @@ def test_a_page_that_changes_leaves_the_run_reusable(folder: Path) -> None:
     text = (run / "report.html").read_text("utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saexp.reports.analysis._title", lambda _: "another title")
-        assert report(folder, str(run)).code == 0
+        # From another folder, where the run's relative cache_dir is not.
+        (folder / "elsewhere").mkdir()
+        assert report(folder / "elsewhere", str(run.resolve())).code == 0
     assert "another title" in (run / "report.html").read_text("utf-8") != text
     words = ["layer=1", "width=256", *SMALL, "resume=true", "hydra.run.dir=copy"]
     said = command(folder, *words)
@@ -83,10 +85,12 @@ def test_a_page_that_changes_leaves_the_run_reusable(folder: Path) -> None:
 def test_a_damaged_table_or_another_folder_is_one_line(folder: Path) -> None:
     (run,) = folder.glob("sweep/2_*")
     (run / "rows.parquet").write_bytes(b"")
+    (folder / "foreign/1/.hydra").mkdir(parents=True)
     for path, part in (
         (str(run), "rows.parquet was changed since the run wrote it"),
         ("cache", "path=cache holds neither a run nor a sweep"),
         ("nowhere", "path=nowhere does not exist"),
+        ("foreign", "path=foreign holds neither a run nor a sweep"),
     ):
         said = report(folder, path)
         assert said.code == 1
@@ -128,3 +132,19 @@ def test_a_report_is_not_written_into_the_run_that_it_reads(folder: Path, swept:
         assert said.code == 1
         assert "whose files it would replace" in said.err
     assert {p: p.read_bytes() for p in swept.sweep.rglob("*") if p.is_file()} == before
+
+
+def test_a_workspace_is_of_one_sweep_and_says_what_w_and_b_lacks(
+    folder: Path, swept: Said, tmp_path: Path
+) -> None:
+    words = ["task=workspace", "dry_run=true", f"hydra.run.dir={tmp_path}"]
+    said = command(folder, *words, "path=.")
+    assert said.code == 1
+    (line,) = said.err.splitlines()[-1:]
+    assert (
+        "task.path=. is neither a sweep nor a run with results; below it: 1 sweep or run;" in line
+    )
+    assert line.endswith("type the folder of one, such as task.path=sweep")
+    said = command(folder, *words, f"path={swept.sweep.name}")
+    assert said.code == 0, said.err
+    assert "note: sweep was recorded with tracker=none, so that W&B has no run" in said.out

@@ -121,6 +121,14 @@ def test_a_killed_search_continues_with_the_cell_that_was_running(tmp_path: Path
             "hydra/sweeper=saexp_optuna needs a metric to optimise; type e.g. objective=",
         ),
         ([AUROC[0], "layer=0", "hydra.sweep.dir=sweep"], "a search needs a swept key; type e.g."),
+        ([*AUROC, "objective="], "objective= is not the name of a metric"),
+        ([*AUROC, "layer=interval(4,0)"], "layer: the interval from 4 to 0 is empty"),
+        ([*AUROC, "seed=tag(log,interval(0,4))"], "seed: a logarithmic interval begins above 0"),
+        (
+            [*AUROC, "layer=interval(1,3.5)"],
+            "an interval chooses fractions: type 'int(interval(1,3))' or 'range(1,4)' for layer",
+        ),
+        ([*AUROC, "sweep.dry=true"], "saexp: no key 'sweep.dry'; did you mean sweep.dry_run?"),
         (["hydra.sweeper.direction=up", *AUROC], "hydra.sweeper.direction=up"),
         (["hydra.sweeper.n_trials=0", *AUROC], "hydra.sweeper.n_trials=0"),
         (["hydra.sweeper.n_trails=3", *AUROC], "n_trails"),
@@ -130,6 +138,26 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, words: list[str], message: st
     said = command(tmp_path, *SEARCH, *words)
     assert said.code == 1
     assert message in said.err.strip().splitlines()[-1]
+    assert said.err.count(message) == 1
+
+
+def test_a_damaged_study_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/study.db").write_text("damaged")
+    said = command(tmp_path, *SEARCH, *AUROC)
+    assert said.code == 1
+    assert "sweep/study.db cannot be read (" in said.err.splitlines()[-1]
+    assert "Traceback" not in said.err
+
+
+def test_a_search_typed_again_runs_the_cells_that_failed(tmp_path: Path) -> None:
+    words = [*SEARCH, *AUROC, "layer=2,9", "width=256", "hydra.sweeper.n_trials=2"]
+    for _ in range(2):
+        said = command(tmp_path, *words)
+        assert said.code == 1
+        assert said.err.count("failed: layer=9 is out of range") == 1
+        assert table_of(tmp_path / "sweep")["status"].tolist() == ["finished", "failed"]
+    assert len(trials(tmp_path)) == 3
 
 
 def test_a_plan_of_a_search_says_how_many_of_the_cells_it_runs(tmp_path: Path) -> None:
@@ -137,6 +165,7 @@ def test_a_plan_of_a_search_says_how_many_of_the_cells_it_runs(tmp_path: Path) -
     assert said.code == 0, said.err
     assert "dry run: 10 cells, 10 to run" in said.out
     assert "a search runs at most 3 of these cells" in said.out
+    assert "  3 cells of analyze/contrast/none: " in said.out
     assert not (tmp_path / "sweep").exists()
 
 

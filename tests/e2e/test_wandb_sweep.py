@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from saexp.config.run import conf_folder
 from saexp.tasks import saved_runs
 from saexp.tasks.saved_runs import PARAMETERS, Panel, keys_of_folder, sections
 from tests import interpreters
 from tests.unit.reports.left import Said, command, metrics_of, table_of, wandb_runs
 
+SWEEPS = Path(__file__).parents[2] / "experiments/wandb_sweeps"
 SMALL = ["tracker=wandb", "intervention.n_prompts=4", "intervention.n_controls=2"]
 SMALL += ["intervention.n_curve_controls=1", "intervention.n_choice_prompts=4"]
 SMALL += ["intervention.max_new_tokens=6", "analyzer.n_bootstrap=10", "analyzer.scores=false"]
@@ -170,7 +170,7 @@ def shown(panels: list[Panel]) -> set[str]:
 def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
     swept: Said, folder: Path, runs: list[dict[str, Any]], with_list: dict[str, Any]
 ) -> None:
-    found = sections(keys_of_folder(swept.sweep))
+    found = sections(keys_of_folder(swept.sweep)[0])
     names = ["Overview", "Dose-response", "Grid", "SAE quality", "Tables"]
     assert [section.name for section in found] == names
     logged = set().union(*(run["summary"] for run in [*runs, with_list]))
@@ -180,7 +180,7 @@ def test_every_panel_of_the_workspace_has_keys_that_the_runs_log(
     ]
     assert {p.kind for p in panels} == {"scatter", "bar", "parallel", "importance", "table"}
     assert shown(panels) <= logged
-    listed = sections(keys_of_folder(folder / "listed"))
+    listed = sections(keys_of_folder(folder / "listed")[0])
     lines = [p for section in listed for p in section.panels if p.kind == "line"]
     history = {key for row in with_list["history"] for key in row}
     assert lines
@@ -206,7 +206,7 @@ def test_the_view_is_built_of_the_same_panels(swept: Said) -> None:
     pytest.importorskip("wandb_workspaces")
     from saexp.tasks.saved_runs import build, build_report
 
-    found = sections(keys_of_folder(swept.sweep))
+    found = sections(keys_of_folder(swept.sweep)[0])
     view = build(found, entity="e", project="p", name="n")
     assert [(s.name, len(s.panels)) for s in view.sections] == [
         (s.name, len(s.panels)) for s in found
@@ -257,7 +257,7 @@ def test_a_view_and_with_it_a_report_are_saved_in_the_project(
 def test_the_agents_command_runs_and_logs_the_objective(folder: Path, name: str) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-    sweep = yaml.safe_load((conf_folder() / f"wandb_sweeps/{name}.yaml").read_text("utf-8"))
+    sweep = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text("utf-8"))
     values = {"layer": 2, "width": 256, "coefficient": 0.6}
     assert set(sweep["parameters"]) == set(values)
     args = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})

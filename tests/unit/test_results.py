@@ -10,7 +10,7 @@ import saexp
 from saexp.errors import ConfigError, StoreError
 from saexp.models.resolution import ASSETS
 from saexp.pipeline.run_folder import unexplained_notes
-from saexp.results import Result
+from saexp.results import ObjectiveError, Result, check_objective
 
 
 def test_a_result_shows_what_there_is_in_a_few_lines() -> None:
@@ -75,3 +75,44 @@ def test_the_objective_is_a_metric_or_names_the_nearest() -> None:
     expected = "no metric 'effect/refusal/unknown_grup'; did you mean effect/refusal/unknown_group?"
     assert str(error.value) == f"objective: {expected}"
     assert math.isnan(Result(metrics={"contrast/x": 1}).objective("effect/refusal/unknown_group"))
+
+
+WITHOUT_TEST = ["intervention=none"]
+OBJECTIVES = [
+    ([], "objective=", "objective= is not the name of a metric; type e.g. objective=effect/"),
+    ([], "objective=refusal", "objective=refusal is not the name of a metric"),
+    ([], "objective=contrst/x", "this run has no metrics contrst/…; did you mean contrast"),
+    ([], "objective=probe/x", "this run has no metrics probe/…"),
+    (WITHOUT_TEST, "objective=effect/refusal/unknown_top1", "this run has intervention=none"),
+    ([], "objective=effect/refusl/unknown_top1", "did you mean refusal?"),
+    ([], "objective=effect/hedging/unknown_top1", "type 'intervention.outcomes=[hedging]'"),
+    ([], "objective=effect/refusal", "lacks a condition"),
+    ([], "objective=effect/refusal/unkown_top1", "names no group of the data (known, unknown)"),
+    ([], "objective=contrast/best_auroc_unkown_test", "names no group of the data"),
+]
+
+
+@pytest.mark.parametrize(("words", "objective", "message"), OBJECTIVES)
+def test_an_objective_that_a_run_cannot_have_is_refused_before_it(
+    words: list[str], objective: str, message: str
+) -> None:
+    with pytest.raises(ObjectiveError) as error:
+        check_objective(saexp.compose([*words, objective]))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "effect/refusal/unknown_group",
+            "effect/dont_know/baseline_known",
+            "effect/neutral_kl/x_",
+        ),
+        *("effect/refusal/control_mean", "contrast/surface_auroc_test", "sparsity/l0_layer_2"),
+        *("contrast/best_auroc_known_ci_low_test", "placebo/effect_fraction", "power/auroc_test"),
+    ],
+)
+def test_an_objective_that_a_run_may_have_is_taken(name: str) -> None:
+    words = ["intervention.latents=[3]"] if name.endswith("x_") else []
+    check_objective(saexp.compose([f"objective={name}", *words]))

@@ -23,6 +23,7 @@ from saexp.tracking import (
     JsonlTracker,
     MlflowTracker,
     NullTracker,
+    check,
     start,
     whole_steps,
 )
@@ -100,8 +101,14 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.usefixtures("no_variables")
-def test_wandb_gets_series_over_their_axis_and_everything_else_as_summary(tmp_path: Path) -> None:
-    run = offline_run(tmp_path, TrackerConfig(kind="wandb", tags=["t"], notes="why"))
+def test_wandb_gets_series_over_their_axis_and_everything_else_as_summary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run = offline_run(tmp_path, TrackerConfig(kind="wandb", tags=["t"], notes="why"))
+    (hint,) = [r.getMessage() for r in caplog.records if "wandb sync" in r.getMessage()]
+    synced = tmp_path.cwd() / hint.partition("type: wandb sync ")[2]
+    assert len(list(synced.glob("run-*.wandb"))) == 1
     assert run["axes"] == {"effect/*": "coefficient"}
     numbers = [{k: v for k, v in row.items() if k[0] != "_"} for row in run["history"]]
     assert numbers == [
@@ -363,27 +370,76 @@ def test_mlflow_reads_back_what_a_run_records(
     assert run.info.status == "FAILED"
 
 
-def test_mlflow_is_not_tried_again_after_an_error(tmp_path: Path) -> None:
-    """Each call to a server that hangs would wait anew."""
+class _Client:
+    """An MLflow client whose calls take `seconds` and fail, but for those in `taken`."""
 
-    class Hanging:
-        n = 0
+    def __init__(self, seconds: float = 0.0, taken: tuple[str, ...] = ()) -> None:
+        self.seconds, self.taken = seconds, taken
+        self.calls: list[tuple[Any, ...]] = []
 
-        def __getattr__(self, name: str) -> Any:
-            def call(*_: Any, **__: Any) -> None:
-                self.n += 1
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any, **named: Any) -> None:
+            self.calls.append((name, *arguments, *named.values()))
+            time.sleep(self.seconds)
+            if name not in self.taken:
                 raise TimeoutError("no answer")
 
-            return call
+        return call
 
+
+def with_client(client: _Client) -> MlflowTracker:
     tracker = MlflowTracker(TrackerConfig(kind="mlflow"))
-    tracker.client, tracker.run, tracker.failed = Hanging(), "r", False
-    guarded = Guarded(tracker, "mlflow")
-    guarded.table("latents", TABLE)
-    guarded.artifact(Artifact("sae", "sae", {"w": tmp_path}))
-    guarded.figure("f", go.Figure())
-    guarded.finish(0)
-    assert tracker.client.n == 1
+    tracker.client, tracker.run, tracker.patience_seconds = client, "r", 0.05
+    return tracker
+
+
+def record_all(recorder: Any, file: Path) -> None:
+    recorder.table("latents", TABLE)
+    recorder.artifact(Artifact("sae", "sae", {"w": file}))
+    recorder.figure("f", go.Figure())
+    recorder.finish(1)
+
+
+def test_after_a_call_that_hangs_mlflow_gets_nothing_but_the_end(tmp_path: Path) -> None:
+    client = _Client(seconds=0.06)
+    record_all(Guarded({"mlflow": with_client(client)}), tmp_path)
+    assert [call[0] for call in client.calls] == ["log_table", "set_terminated"]
+
+
+def test_after_a_record_that_mlflow_refuses_it_gets_the_others(tmp_path: Path) -> None:
+    client = _Client(taken=("log_artifact", "log_text", "set_terminated"))
+    record_all(Guarded({"mlflow": with_client(client)}), tmp_path)
+    names = [call[0] for call in client.calls]
+    assert names == ["log_table", "log_artifact", "log_text", "set_terminated"]
+    assert client.calls[-1][1:] == ("r", "FAILED")
+
+
+def test_names_that_mlflow_forbids_become_others_one_to_one() -> None:
+    tracker = with_client(_Client())
+    typed = ["train/k=16/loss", "train/k_16/loss", "/x//../y", "..", "a:b", "é (p)", "c/" * 300]
+    names = [tracker._permitted(name) for name in typed]
+    assert names[:3] == ["train/k_16/loss", "train/k_16/loss_", "x/y"]
+    assert len(set(names)) == len(names)
+    assert [tracker._permitted(name) for name in typed] == names
+    for name in names:
+        # What mlflow.utils.validation accepts on every system.
+        assert re.fullmatch(r"[/\w.\- ]+", name)
+        assert os.path.normpath(name) == name
+        assert len(name) <= 250
+
+
+class _NeverStarts(NullTracker):
+    def start(self, **_: Any) -> None:
+        raise ConfigError("nowhere to record")
+
+
+def test_where_a_later_tracker_cannot_start_the_earlier_ones_end_as_failed(tmp_path: Path) -> None:
+    register("tracker", "never")(_NeverStarts)
+    cfg = TrackerConfig(kind="never", kinds={"jsonl": True, "never": True})
+    with pytest.raises(ConfigError, match="nowhere to record"):
+        start(cfg, folder=tmp_path, **ABOUT)
+    events = [json.loads(x) for x in (tmp_path / "tracker.jsonl").read_text().splitlines()]
+    assert events[-1] == {"event": "finish", "exit_code": 1}
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])
@@ -398,6 +454,7 @@ def test_a_tracker_without_its_package_is_one_line(
     cfg = saexp.compose([f"tracker=[{kind},jsonl]"]).tracker
     with pytest.raises(ConfigError, match=rf"tracker={kind} needs .*'saexp\[{kind}\]'"):
         start(cfg, folder=tmp_path, **ABOUT)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("at", [0, 7, 0.25, 0.6, -1.5])
@@ -440,7 +497,7 @@ class _Broken(NullTracker):
 
 
 def test_errors_of_a_started_tracker_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Guarded(_Broken(TrackerConfig(kind="broken")), "broken")
+    tracker = Guarded({"broken": _Broken(TrackerConfig(kind="broken"))})
     tracker.metrics({"a": 1})
     tracker.metrics({"a": 2})
     tracker.table("latents", TABLE)
@@ -469,7 +526,7 @@ def test_a_run_that_cannot_be_recorded_is_tracked_as_failed(tmp_path: Path) -> N
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="tracker.mode=sometimes: choose online, offline"):
-        build("tracker", TrackerConfig(kind="wandb", mode="sometimes"))
+        check(TrackerConfig(kind="wandb", mode="sometimes"))
 
 
 @pytest.mark.parametrize("by", ["tracker.mode", "WANDB_MODE"])
@@ -483,9 +540,8 @@ def test_online_without_a_key_is_one_line_and_no_prompt(
     if by == "WANDB_MODE":
         monkeypatch.setenv("WANDB_MODE", "online")
     mode = "online" if by == "tracker.mode" else None
-    tracker = build("tracker", TrackerConfig(kind="wandb", mode=mode))
     with pytest.raises(ConfigError, match=rf"^{by}=online, but no W&B key is set; ") as error:
-        tracker.start(folder=tmp_path, **ABOUT)
+        start(TrackerConfig(kind="wandb", mode=mode), folder=tmp_path, **ABOUT)
     assert "\n" not in str(error.value)
 
 

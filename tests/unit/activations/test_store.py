@@ -89,6 +89,12 @@ def test_values_are_read_by_rows_masks_and_slices_from_the_shards_that_hold_them
     assert torch.equal(values[mask], acts[mask])
     for part in (slice(None), slice(3, 5), slice(2, -3, 4), slice(5, 5), slice(len(acts), None)):
         assert torch.equal(values[part], acts[part])
+    assert values[[]].shape == (0, acts.shape[1])
+    for index, shown in ((3, "0-d int"), (rows[None], "2-d int"), (rows / 2, "1-d float")):
+        with pytest.raises(IndexError, match=rf"{shown}\w* indices; type row numbers in one"):
+            values[index]
+    with pytest.raises(IndexError, match="several indices; type row numbers in one dimension"):
+        values[3, 0]
     assert values[rows[:0]].shape == (0, acts.shape[1])
 
 
