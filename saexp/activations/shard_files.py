@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +330,7 @@ class ShardWriter:
 class StoredValues:
     """The shards of a hookpoint as one array `[n_rows, width]`, read without joining them.
 
-    Slices and chunks are memory-mapped; rows by number are read from the files.
+    Slices and chunks are memory-mapped; rows by number are copied.
 
     Example:
         >>> values = store.values(layer=2)
@@ -428,26 +427,29 @@ class StoredValues:
     def _read(
         self, index: int, offsets: Int[np.ndarray, " n"], into: Float[Tensor, "n width"]
     ) -> None:
-        """Read rows of a shard, in ascending order.
+        """Copy rows of a shard, in ascending order.
 
-        Not from the mapped file: its pages would count as memory of this process, and random rows
-        touch nearly all of them. Raises OSError, and EOFError for a file that ends early.
+        Pages of a mapped file count as memory of this process, and random rows touch nearly all of
+        them: each group of rows is unmapped before the next. Raises OSError, and EOFError for a
+        file that ends early.
         """
         content, row_bytes = into.view(torch.uint8).numpy(), into.shape[1] * into.itemsize
-        breaks = np.flatnonzero(np.diff(offsets) != 1) + 1
         with self.files[index].open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                # Nothing is read ahead of single rows.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             begin = 8 + int.from_bytes(file.read(8), "little")
-            for first, end in pairwise([0, *breaks.tolist(), len(offsets)]):
-                file.seek(begin + int(offsets[first]) * row_bytes)
-                rest = content[first:end].reshape(-1).data
-                while len(rest):
-                    n_read = file.readinto(rest)
-                    if not n_read:
-                        raise EOFError
-                    rest = rest[n_read:]
+            end = begin + (int(offsets[-1]) + 1) * row_bytes
+            if os.fstat(file.fileno()).st_size < end:
+                raise EOFError
+            mapped = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM") and end > len(offsets) * _READ_AROUND_BYTES:
+            # The rows are far apart: nothing is read around them.
+            mapped.madvise(mmap.MADV_RANDOM)
+        rows = np.frombuffer(mapped, np.uint8, offset=begin).reshape(-1, row_bytes)
+        for first in range(0, len(offsets), _MAPPED_ROWS):
+            group = slice(first, first + _MAPPED_ROWS)
+            # With "clip", numpy writes to `out` without a copy.
+            np.take(rows, offsets[group], axis=0, out=content[group], mode="clip")
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def as_tensor(self) -> Float[Tensor, "n_rows width"]:
         """All rows as one memory-mapped tensor; several shards are copied to a temporary file."""
@@ -465,6 +467,10 @@ class StoredValues:
 
 
 _COPIED_ROWS = 8192
+_MAPPED_ROWS = 256
+"""Rows that are copied before their pages are unmapped; each may map 64 KB around it."""
+_READ_AROUND_BYTES = 2**17
+"""What a system reads around a page that is not in memory."""
 
 
 def copied_to_one_file(values: StoredValues, folder: Path) -> Float[Tensor, "n_rows width"]:

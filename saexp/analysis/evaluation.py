@@ -33,7 +33,7 @@ from saexp.analysis.evaluation_passes import (
 from saexp.context import progress
 from saexp.data.tokenization import TokenizedText
 from saexp.errors import ModelError
-from saexp.latents import CHUNK_BYTES, StreamMetrics, replacement_edit
+from saexp.latents import StreamMetrics, chunk_rows, replacement_edit
 from saexp.models.forward import TokenBudget, batches
 from saexp.models.loading import LanguageModel
 from saexp.saes import SparseAutoencoder
@@ -232,7 +232,7 @@ class _Evaluator:
         place = _streams(sae)
         x, target = (values_at(clean.streams[h], batch.spliced) for h in (place[0], place[-1]))
         texts, ordinary = batch.texts_of(batch.spliced), self.high_norm.masks[place][number]
-        rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
+        rows = chunk_rows(sae)
         parts = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)

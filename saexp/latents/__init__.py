@@ -26,9 +26,24 @@ log = logging.getLogger(__name__)
 
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one dense chunk of latents; encoding and decoding it needs up to 2.5 times as much."""
+"""Largest size of a dense chunk of latents; encoding and decoding it needs up to 2.5 times as
+much."""
+_CPU_CHUNK_BYTES, _CPU_CHUNK_ROWS = 16 * 2**20, 256
+"""On a CPU a chunk is of the larger of these sizes: more is slower, and fewer rows read the weights
+too often."""
 _BLOCK_ROWS = 4096
 """Rows that are in memory in float64 at a time."""
+
+
+def chunk_rows(sae: SAE) -> int:
+    """Rows of a dense chunk of latents."""
+    row_bytes = 4 * max(sae.d_sae, sae.d_in)
+    n_rows = CHUNK_BYTES // row_bytes
+    if sae.W_dec.device.type == "cpu":
+        n_rows = min(n_rows, max(_CPU_CHUNK_BYTES // row_bytes, _CPU_CHUNK_ROWS))
+    return max(1, n_rows)
+
+
 Pair = tuple[Tensor, Tensor]
 """(input of the encoder, target of the decoder); they differ for a transcoder only."""
 
@@ -355,9 +370,8 @@ def _measured(
 ) -> Iterator[Float[Tensor, "m d_sae"]]:
     """Latents of each chunk of rows, after they were added to the metrics."""
     device, n_read = sae.W_dec.device, 0
-    chunk_rows = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     with progress(n_rows, "encoding", "row") as bar:
-        for acts, target in chunks(chunk_rows):
+        for acts, target in chunks(chunk_rows(sae)):
             x = acts.to(device=device, dtype=torch.float32)
             features = sae.encode(x)
             y = x if target is acts else target.to(device=device, dtype=torch.float32)

@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy import sparse
 from torch import Tensor
 
-from saexp import latents
 from saexp.activations import ActivationStore
 from saexp.context import progress
 from saexp.data.rows import PositionRows
-from saexp.latents import Latents
+from saexp.latents import Latents, chunk_rows
 from saexp.saes import SAE
 
 log = logging.getLogger(__name__)
@@ -305,10 +304,6 @@ def at_quantiles(
     return at_each
 
 
-def _chunk_rows(sae: SAE) -> int:
-    return max(1, latents.CHUNK_BYTES // (4 * max(sae.d_sae, sae.d_in)))
-
-
 def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:
     """The activations as sparse float32, without entries for inactive latents."""
     where = acts.nonzero()
@@ -321,7 +316,7 @@ def _sparse(acts: Float[Tensor, "m k"]) -> sparse.csr_array:
 def _encoded(store: ActivationStore, sae: SAE) -> Iterator[tuple[int, sparse.csr_array]]:
     """(index of the first row, all latents `[m, d_sae]`) of each chunk."""
     with progress(store.n_rows, "encoding", "row") as bar:
-        for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
+        for first, acts in store.chunks(sae.hookpoint, chunk_rows(sae)):
             x = acts.to(device=sae.W_dec.device, dtype=torch.float32)
             yield first, _sparse(sae.encode(x))
             bar.update(len(x))
@@ -352,7 +347,7 @@ def tally_store(
             tally.update(values, texts(rows), groups(rows), csr, rows)
     else:
         with progress(store.n_rows, "encoding", "row") as bar:
-            for first, acts in store.chunks(sae.hookpoint, _chunk_rows(sae)):
+            for first, acts in store.chunks(sae.hookpoint, chunk_rows(sae)):
                 rows = _ordinary_rows(first, len(acts), ordinary)
                 x = acts[torch.from_numpy(rows - first)]
                 x = x.to(device=sae.W_dec.device, dtype=torch.float32)
@@ -416,7 +411,7 @@ def values_at(
     column = {f: i for i, f in enumerate(latents)}
     rows = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *rows_of.values()]))
     values = {f: np.zeros(len(r), dtype=np.float32) for f, r in rows_of.items()}
-    step = _chunk_rows(sae)
+    step = chunk_rows(sae)
     for first, acts in store.chunks(sae.hookpoint, 1 << 16):
         inside = rows[(rows >= first) & (rows < first + len(acts))]
         for start in range(0, len(inside), step):

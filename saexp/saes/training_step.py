@@ -378,12 +378,19 @@ def keep_freed_memory() -> None:
 
 
 class Trainer(SAETrainer[Any, Any]):
-    """sae-lens' trainer, whose batches may be parts of those of several processes."""
+    """sae-lens' trainer, whose batches may be parts of those of several processes.
+
+    A step of one process is sae-lens', but that active latents are counted without sums of sparse
+    tensors, and that TopK and BatchTopK use Adam's fused update on the CPU.
+    """
 
     def __init__(self, cfg: SAETrainerConfig, sae: Any, processes: Processes = ALONE) -> None:
         super().__init__(cfg, sae, iter(()))
         if sae.device.type == "cpu":
             keep_freed_memory()
+            if isinstance(sae, QuickTopKTrainingSAE):
+                for group in self.optimizer.param_groups:
+                    group["fused"] = True
         self.processes = processes
         self._n_rows = 0
         """Rows of the current batch, of all processes."""
@@ -392,15 +399,11 @@ class Trainer(SAETrainer[Any, Any]):
 
     def step(self, batch: Float[Tensor, "rows d"]) -> TrainStepOutput:
         """One step with the rows of this process; the losses in its output are those of all."""
-        if not self.processes.are_several:
-            return super().step(batch)
         (self._n_rows,) = self.processes.totals([len(batch)])
         self.n_training_samples += self._n_rows
         return self._train_step(self.sae, self.activation_scaler(batch.to(self.sae.device)))
 
     def _train_step(self, sae: Any, sae_in: Float[Tensor, "rows d"]) -> TrainStepOutput:
-        if not self.processes.are_several:
-            return super()._train_step(sae, sae_in)
         sae.train()
         threshold = getattr(sae, "topk_threshold", None)
         with self.autocast_if_enabled:
@@ -416,10 +419,13 @@ class Trainer(SAETrainer[Any, Any]):
         if isinstance(sae.activation_fn, SharedBatchTopK) and threshold is not None:
             self._update_threshold(sae, threshold)
         self._count_active(output.feature_acts.detach())
-        if len(sae_in):
-            (output.loss * (len(sae_in) / self._n_rows)).backward()
-        self._add_gradients(sae)
-        self._combine_losses(output, len(sae_in))
+        if not self.processes.are_several:
+            output.loss.backward()
+        else:
+            if len(sae_in):
+                (output.loss * (len(sae_in) / self._n_rows)).backward()
+            self._add_gradients(sae)
+            self._combine_losses(output, len(sae_in))
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

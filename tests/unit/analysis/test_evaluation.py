@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saexp import latents
 from saexp.analysis import evaluation as module
 from saexp.analysis.evaluation import (
     Evaluation,
@@ -197,7 +198,7 @@ def test_high_norm_positions_are_left_as_they_are(
         texts = [TOKENS[-1], *TOKENS[2:4]]
         for name in ("KEPT_BYTES", "STREAM_BYTES", "LOGIT_BYTES"):
             monkeypatch.setattr(module, name, {"cpu": 1})
-        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(latents, "CHUNK_BYTES", 1)
     settings = EvaluationSettings(where=where, max_norm_ratio=5.0)
     (one,) = evaluate_saes(model, [made], texts, settings)
     assert_equal_by_hand(one, model, made, texts, where, 5.0)
@@ -294,7 +295,7 @@ def test_small_memory_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None
     before = evaluate_saes(model, saes, TOKENS[5:])
     for name in ("LOGIT_BYTES", "KEPT_BYTES", "STREAM_BYTES"):
         monkeypatch.setattr(module, name, {"cpu": 1})
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(latents, "CHUNK_BYTES", 1)
     for one, other in zip(evaluate_saes(model, saes, TOKENS[5:]), before, strict=True):
         assert_same(one, other)
 
