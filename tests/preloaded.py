@@ -16,6 +16,7 @@ import sklearn.feature_extraction.text  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 import wandb  # noqa: F401
+from hydra._internal.hydra import Hydra
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
@@ -30,6 +31,8 @@ with warnings.catch_warnings():
     import sae_lens  # noqa: F401
 
 torch.set_num_threads(1)
+# Composed only to look for hydra.mode, which no config of the project sets.
+Hydra.get_mode = lambda *_, **__: None
 # Hydra's plugins, what plotly imports with a figure, and templates of pages.
 saexp.compose([])
 figure = make_subplots(rows=1, cols=1, subplot_titles=["t"])
